@@ -1,0 +1,281 @@
+"""The facts that cross between the core and the edges: stamps, events and commands, all frozen.
+
+Events go into the core, commands come out (see ``sorter.py``). Paths are absolute ``str`` as ``os.fsdecode`` gives
+them, so that names which are not UTF-8 survive. Times are seconds of a monotonic clock, handed in, never read here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from sortd.prototypes import Decision, PrototypeSet
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """One version of one file: another write, or another file under the same name, has another stamp."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """What an encoder sees: the shortest edge resized (bicubic unless said), then the centre cropped, in pixels."""
+
+    shortest_edge: int
+    crop_height: int
+    crop_width: int
+    resample: int = 3  # PIL.Image.Resampling.BICUBIC
+
+
+class Writer(StrEnum):
+    """Does some process have the file open for writing? What a read lease on it told."""
+
+    ABSENT = "absent"
+    PRESENT = "present"
+    UNKNOWN = "unknown"  # no lease to be had: not our file, or a network file system
+
+
+class Refusal(StrEnum):
+    """Why an image could not be embedded."""
+
+    UNREADABLE = "unreadable"  # an image by name or content that does not decode: set aside
+    TOO_LARGE = "too_large"  # over a limit: set aside
+    POISON = "poison"  # its decoding killed workers or ran over the time limit again and again: set aside
+    NOT_AN_IMAGE = "not_an_image"  # left where it is
+    EMPTY = "empty"  # left where it is until it changes
+    CHANGED = "changed"  # looked at again
+    VANISHED = "vanished"  # forgotten
+
+
+class Outcome(StrEnum):
+    """Where a move takes an image, in the words of the log."""
+
+    FILED = "filed"
+    REVIEW = "sent_to_review"
+    REJECTED = "rejected"
+
+
+class MoveFailure(StrEnum):
+    """Why a move did not happen. The file is where it was."""
+
+    CHANGED = "changed"  # another version stands under that name now
+    VANISHED = "vanished"  # nothing stands under that name
+    BUSY = "busy"  # a writer has it open
+    DESTINATION = "destination"  # no room, no rights, read-only: the dataset is held and tried again
+
+
+# ---------------------------------------------------------------- events: what the core is told
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSeen:
+    """A file stands in ``Images/`` with this stamp; ``closed`` tells of a close after writing."""
+
+    path: str
+    stamp: Stamp
+    writer: Writer = Writer.UNKNOWN
+    closed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewSeen:
+    """An image that sortd itself put into ``Review/`` rests there with this stamp."""
+
+    path: str
+    stamp: Stamp
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeld:
+    """This version of this file is not to be moved until it changes or is released."""
+
+    path: str
+    stamp: Stamp
+
+
+@dataclass(frozen=True, slots=True)
+class ImageGone:
+    """Nothing stands under that name any more."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencesTouched:
+    """Something changed below ``Clases/``."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedImage:
+    """One image of an answer: its embedding, a unit-length float32 row of shape (dimensions,)."""
+
+    path: str
+    stamp: Stamp
+    embedding: FloatArray
+    content: str  # hexadecimal sha256 of the bytes
+    decode_seconds: float = 0.0
+    encode_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """The worker's answer to ``Embed`` for the images that it could read."""
+
+    images: tuple[EmbeddedImage, ...]
+    encoder_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRefused:
+    """The worker's answer for one image that it could not embed."""
+
+    path: str
+    stamp: Stamp
+    refusal: Refusal
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrototypesBuilt:
+    """A rebuild ended well; the core swaps one reference."""
+
+    prototypes: PrototypeSet
+
+
+@dataclass(frozen=True, slots=True)
+class RebuildFailed:
+    """A rebuild did not serve: the last good prototypes stay; with ``references_absent`` nothing moves either."""
+
+    message: str
+    references_absent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A move is done and durable."""
+
+    path: str
+    stamp: Stamp
+    destination: str
+    outcome: Outcome
+    moved_stamp: Stamp
+
+
+@dataclass(frozen=True, slots=True)
+class MoveFailed:
+    """A move did not happen."""
+
+    path: str
+    stamp: Stamp
+    failure: MoveFailure
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The operator lets a held file go (``path=None``: every one)."""
+
+    path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScanStarted:
+    """A scan of ``Images/`` begins; every file found follows as ``ImageSeen``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScanFinished:
+    """The scan that began last has named every file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A deadline passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Begin nothing new; what is on its way to the disk is finished."""
+
+
+Event = (
+    ImageSeen
+    | ReviewSeen
+    | ImageHeld
+    | ImageGone
+    | ReferencesTouched
+    | Embedded
+    | ImageRefused
+    | PrototypesBuilt
+    | RebuildFailed
+    | Moved
+    | MoveFailed
+    | Released
+    | ScanStarted
+    | ScanFinished
+    | Tick
+    | StopRequested
+)
+
+# ---------------------------------------------------------------- commands: what the core asks for
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Look at this name again; answer ``ImageSeen`` (with ``writer``) or ``ImageGone``."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """Embed these versions of these files, newest first; answer ``Embedded`` and ``ImageRefused``."""
+
+    images: tuple[tuple[str, Stamp], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuild:
+    """Build the prototypes anew; answer ``PrototypesBuilt`` or ``RebuildFailed``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """Scan ``Images/``: some of what was seen did not fit into the backlog."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Move this version of this file into that folder of the dataset, and say why."""
+
+    path: str
+    stamp: Stamp
+    folder: str  # relative to the dataset: "Dataset/<class>", "Review/<class>" or "Rejected"
+    outcome: Outcome
+    decision: Decision | None = None  # None where the image was refused
+    reason: str = ""  # of an abstention or a refusal
+    content: str = ""  # hexadecimal sha256, where it is known
+    encoder_id: str = ""
+    generation: int = 0
+    milliseconds: Mapping[str, float] = field(default_factory=dict)  # settle, decode, encode
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """This file stays where it is, and that is worth a line in the log (once)."""
+
+    path: str
+    refusal: Refusal
+    message: str
+
+
+Command = Inspect | Embed | Rebuild | Scan | Move | Leave
