@@ -78,20 +78,24 @@ class MoveFailure(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ImageSeen:
-    """A file stands in ``Images/`` with this stamp; ``closed`` tells of a close after writing."""
+    """A file stands in ``Images/`` with this stamp; ``closed`` tells of a close after writing.
+
+    ``writer`` is set in the answer to an ``Inspect``, and None in all others: nobody asked.
+    """
 
     path: str
     stamp: Stamp
-    writer: Writer = Writer.UNKNOWN
+    writer: Writer | None = None
     closed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ReviewSeen:
-    """An image that sortd itself put into ``Review/`` rests there with this stamp."""
+    """An image that sortd itself put into ``Review/`` rests there; that generation could not decide it."""
 
     path: str
     stamp: Stamp
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +132,10 @@ class EmbeddedImage:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """The worker's answer to ``Embed`` for the images that it could read."""
+    """The worker's last answer to an ``Embed``, one for each: the images that it could read, maybe none.
+
+    The others were answered before it, each by an ``ImageRefused``.
+    """
 
     images: tuple[EmbeddedImage, ...]
     encoder_id: str

@@ -1,0 +1,310 @@
+"""Every image that waits, and for what: all transitions of an image's state live in this file.
+
+The rule:
+
+    SETTLING -> READY -> ENCODING -> EMBEDDED -> MOVING -> (gone, or ABSTAINED in Review/)
+       ^          ^          |           |          |
+       |          |          +-> REFUSED |          |      REFUSED: stays where it is until it changes
+       |          +----------------------+          |      EMBEDDED: answered, but nothing may move yet
+       +--------------------------------------------+      any -> HELD (undone) until it changes or is released
+
+A file that shows another stamp than the one known starts again at SETTLING, from any state. An answer about a stamp
+that is not the known one is dropped by ``answered``, and only there. Nothing here knows a clock: ``now`` is handed in,
+in seconds of any monotonic clock.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sortd.messages import Stamp, Writer
+
+LEASELESS_QUIET_SECONDS = 5.0
+"""How long a file must hold still where no lease can tell whether a writer has it open (Syncthing and paperless
+use the same order of magnitude); a close after writing makes the ordinary settle time enough."""
+
+BUSY_RECHECK_SECONDS = 30.0
+"""The longest pause between two looks at a file that a writer keeps open without writing."""
+
+
+class State(StrEnum):
+    """What an image waits for."""
+
+    SETTLING = "settling"
+    READY = "ready"
+    ENCODING = "encoding"
+    EMBEDDED = "embedded"
+    MOVING = "moving"
+    ABSTAINED = "abstained"
+    REFUSED = "refused"
+    HELD = "held"
+
+
+RESTING = frozenset({State.ABSTAINED, State.REFUSED, State.HELD})
+"""States that an image leaves only when something else happens: they are no work."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """One image: its known version, its state, and the times that its log line will want."""
+
+    path: str
+    stamp: Stamp
+    state: State
+    first_seen: float
+    still_since: float
+    ready_at: float = 0.0
+    recheck_at: float = 0.0
+    closed: bool = False
+    heap_at: float | None = None
+    ticket: int = 0
+    generation: int = 0
+    in_review: bool = False
+    scan: int = 0
+
+    @property
+    def settle_seconds(self) -> float:
+        """How long the image took from its first sight to standing still, in seconds."""
+        return max(0.0, self.ready_at - self.first_seen)
+
+
+class Backlog:
+    """The images of one dataset, each in one state; bounded by ``limit`` waiting and as many resting."""
+
+    def __init__(self, *, settle_seconds: float, limit: int) -> None:
+        """Begin empty; ``settle_seconds`` is how long a file must hold still."""
+        self._settle_seconds = settle_seconds
+        self._limit = limit
+        self._entries: dict[str, Entry] = {}
+        self._counts: dict[State, int] = dict.fromkeys(State, 0)
+        self._ready: deque[tuple[str, int]] = deque()
+        self._heap: list[tuple[float, str]] = []
+        self._ticket = 0
+        self._scan = 0
+        self.overflowed = False
+
+    def configure(self, *, settle_seconds: float, limit: int) -> None:
+        """Take over changed settings, for what is seen from now on."""
+        self._settle_seconds, self._limit = settle_seconds, limit
+
+    # ------------------------------------------------------------ questions
+
+    def __len__(self) -> int:
+        """Count the images known."""
+        return len(self._entries)
+
+    def count(self, state: State) -> int:
+        """Count the images in one state."""
+        return self._counts[state]
+
+    @property
+    def waiting(self) -> int:
+        """Count the images that are work: everything but the resting ones."""
+        return len(self._entries) - sum(self._counts[state] for state in RESTING)
+
+    def get(self, path: str) -> Entry | None:
+        """Return what is known of a path, if anything."""
+        return self._entries.get(path)
+
+    def in_state(self, state: State) -> list[Entry]:
+        """List the images in one state."""
+        return [entry for entry in self._entries.values() if entry.state is state] if self._counts[state] else []
+
+    def next_deadline(self) -> float | None:
+        """Return when the next settling image wants to be looked at again."""
+        return self._heap[0][0] if self._heap else None
+
+    # ------------------------------------------------------------ what was seen
+
+    def see(self, path: str, stamp: Stamp, now: float, *, writer: Writer | None, closed: bool) -> None:
+        """Take in that ``path`` stands there with ``stamp``: the one way into SETTLING and on to READY."""
+        entry = self._entries.get(path)
+        if entry is None:
+            if self.waiting >= self._limit:
+                self.overflowed = True
+                return
+            entry = self._add(path, stamp, State.SETTLING, now)
+        elif entry.stamp != stamp:
+            self._restart(entry, stamp, now)
+        entry.scan = self._scan
+        if entry.state is State.SETTLING:
+            entry.closed |= closed
+            self._settle(entry, now, writer)
+
+    def _settle(self, entry: Entry, now: float, writer: Writer | None) -> None:
+        """Only a look that asked for a writer makes an image ready; all others set when to look."""
+        quiet = self._settle_seconds
+        if writer is Writer.UNKNOWN and not entry.closed:
+            quiet = max(quiet, LEASELESS_QUIET_SECONDS)
+        due = entry.still_since + quiet
+        if writer is Writer.PRESENT:
+            still = now - entry.still_since
+            due = now + min(max(self._settle_seconds, still / 2), BUSY_RECHECK_SECONDS)
+        elif writer is not None and now >= due:
+            self._make_ready(entry, now)
+            return
+        entry.recheck_at = max(due, now)
+        if entry.heap_at is None or entry.recheck_at < entry.heap_at:
+            entry.heap_at = entry.recheck_at
+            heapq.heappush(self._heap, (entry.recheck_at, entry.path))
+
+    def due(self, now: float) -> Iterator[str]:
+        """Yield the settling images whose time has come: each wants one look, which ``see`` takes in."""
+        while self._heap and self._heap[0][0] <= now:
+            at, path = heapq.heappop(self._heap)
+            entry = self._entries.get(path)
+            if entry is None or entry.heap_at != at:
+                continue
+            entry.heap_at = None
+            if entry.state is not State.SETTLING:
+                continue
+            if entry.recheck_at > now:
+                entry.heap_at = entry.recheck_at
+                heapq.heappush(self._heap, (entry.recheck_at, path))
+                continue
+            yield path
+
+    def rest_in_review(self, path: str, stamp: Stamp, now: float, *, generation: int) -> None:
+        """Take in an image that sortd put into Review/."""
+        entry = self._entries.get(path)
+        if entry is None:
+            if self._counts[State.ABSTAINED] >= self._limit:
+                return
+            entry = self._add(path, stamp, State.ABSTAINED, now)
+            entry.generation, entry.in_review = generation, True
+        elif entry.state is State.ABSTAINED:
+            entry.stamp = stamp
+        entry.scan = self._scan
+
+    def hold(self, path: str, stamp: Stamp, now: float) -> None:
+        """Let this version rest until it changes or is released."""
+        entry = self._entries.get(path) or self._add(path, stamp, State.HELD, now)
+        entry.stamp = stamp
+        self._go(entry, State.HELD)
+
+    def release(self, path: str | None, now: float) -> None:
+        """Let one held image, or all of them, settle again."""
+        for entry in self.in_state(State.HELD):
+            if path is None or entry.path == path:
+                self._restart(entry, entry.stamp, now)
+
+    def forget(self, path: str) -> None:
+        """Drop what is known of a path: nothing stands there any more."""
+        entry = self._entries.pop(path, None)
+        if entry is not None:
+            self._counts[entry.state] -= 1
+
+    def start_scan(self) -> None:
+        """Begin to note which images a scan names."""
+        self._scan += 1
+        self.overflowed = False
+
+    def unseen_by_scan(self) -> list[str]:
+        """List the resting images that the last scan did not name: each wants a look whether it is still there."""
+        return [
+            e.path for e in self._entries.values() if e.state in RESTING and e.scan < self._scan and not e.in_review
+        ]
+
+    # ------------------------------------------------------------ the way to the encoder and back
+
+    def take_batch(self, size: int) -> list[Entry]:
+        """Move up to ``size`` images from READY to ENCODING: newest first, every fourth the oldest.
+
+        Newest first serves the person who drops a file now; the oldest quarter keeps a long inflow from starving
+        what came first.
+        """
+        batch: list[Entry] = []
+        while self._ready and len(batch) < size:
+            path, ticket = self._ready.popleft() if len(batch) % 4 == 3 else self._ready.pop()  # noqa: PLR2004 -- every fourth, as said
+            entry = self._entries.get(path)
+            if entry is None or entry.ticket != ticket or entry.state is not State.READY:
+                continue
+            self._go(entry, State.ENCODING)
+            batch.append(entry)
+        return batch
+
+    def answered(self, path: str, stamp: Stamp) -> Entry | None:
+        """Return the image that an answer is about, or None for a late answer about another version."""
+        entry = self._entries.get(path)
+        return entry if entry is not None and entry.stamp == stamp and entry.state is State.ENCODING else None
+
+    def embedded(self, entry: Entry) -> None:
+        """ENCODING -> EMBEDDED: it could be decided, but nothing may move yet."""
+        self._go(entry, State.EMBEDDED)
+
+    def moving(self, entry: Entry) -> None:
+        """ENCODING -> MOVING: decided."""
+        self._go(entry, State.MOVING)
+
+    def refuse(self, entry: Entry) -> None:
+        """ENCODING -> REFUSED: it stays where it is until it changes."""
+        self._go(entry, State.REFUSED)
+
+    def abstain_again(self, entry: Entry, *, generation: int) -> None:
+        """ENCODING -> ABSTAINED: an image of Review/ that the new generation cannot decide either."""
+        entry.generation = generation
+        self._go(entry, State.ABSTAINED)
+
+    def moved(self, path: str, stamp: Stamp) -> bool:
+        """MOVING -> gone; tell whether this move was awaited."""
+        entry = self._entries.get(path)
+        if entry is None or entry.stamp != stamp or entry.state is not State.MOVING:
+            return False
+        self.forget(path)
+        return True
+
+    def move_failed(self, path: str, stamp: Stamp) -> Entry | None:
+        """MOVING -> EMBEDDED: it will be decided again; None where this move was not awaited."""
+        entry = self._entries.get(path)
+        if entry is None or entry.stamp != stamp or entry.state is not State.MOVING:
+            return None
+        self._go(entry, State.EMBEDDED)
+        return entry
+
+    def settle_again(self, entry: Entry, now: float) -> None:
+        """Any -> SETTLING: this version has to hold still anew."""
+        self._restart(entry, entry.stamp, now)
+
+    def resume(self) -> None:
+        """EMBEDDED -> READY for all: what kept them from moving is over; their embeddings are cached."""
+        for entry in self.in_state(State.EMBEDDED):
+            self._queue(entry)
+
+    def reconsider(self, generation: int) -> None:
+        """ABSTAINED -> READY for all that another generation could not decide."""
+        for entry in self.in_state(State.ABSTAINED):
+            if entry.generation != generation:
+                self._queue(entry, newest=False)
+
+    # ------------------------------------------------------------ the moving parts
+
+    def _add(self, path: str, stamp: Stamp, state: State, now: float) -> Entry:
+        entry = Entry(path=path, stamp=stamp, state=state, first_seen=now, still_since=now, scan=self._scan)
+        self._entries[path] = entry
+        self._counts[state] += 1
+        return entry
+
+    def _go(self, entry: Entry, state: State) -> None:
+        self._counts[entry.state] -= 1
+        self._counts[state] += 1
+        entry.state = state
+
+    def _restart(self, entry: Entry, stamp: Stamp, now: float) -> None:
+        entry.stamp, entry.still_since, entry.recheck_at, entry.closed = stamp, now, 0.0, False
+        self._go(entry, State.SETTLING)
+        self._settle(entry, now, None)
+
+    def _make_ready(self, entry: Entry, now: float) -> None:
+        entry.ready_at = now
+        self._queue(entry)
+
+    def _queue(self, entry: Entry, *, newest: bool = True) -> None:
+        self._ticket += 1
+        entry.ticket = self._ticket
+        self._go(entry, State.READY)
+        if newest:
+            self._ready.append((entry.path, entry.ticket))
+        else:
+            self._ready.appendleft((entry.path, entry.ticket))

@@ -1,0 +1,362 @@
+"""The core of one dataset: events in, commands out; it knows no file, clock, thread, log or model.
+
+``receive(event, now)`` takes one fact and returns what shall be done about it; ``next_deadline()`` says how long the
+caller may sleep before it owes a ``Tick``. Embed ahead, decide late: while a rebuild is due or running, images are
+embedded but none is moved, so that every decision is made by the prototypes that the folder now shows.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sortd.backlog import Backlog, Entry, State
+from sortd.messages import (
+    Command,
+    Embed,
+    Embedded,
+    EmbeddedImage,
+    Event,
+    ImageGone,
+    ImageHeld,
+    ImageRefused,
+    ImageSeen,
+    Inspect,
+    Leave,
+    Move,
+    Moved,
+    MoveFailed,
+    MoveFailure,
+    Outcome,
+    PrototypesBuilt,
+    Rebuild,
+    RebuildFailed,
+    ReferencesTouched,
+    Refusal,
+    Released,
+    ReviewSeen,
+    Scan,
+    ScanFinished,
+    ScanStarted,
+    StopRequested,
+    Tick,
+)
+from sortd.prototypes import Abstained, Assigned, Decision, PrototypeSet, decide
+
+RETRY_SECONDS = (1.0, 60.0)
+"""First and longest pause before what failed (a rebuild, a destination) is tried again; it doubles between."""
+
+REBUILD_PATIENCE = 30.0
+"""A stream of changes in Clases/ puts a rebuild off for at most this many seconds."""
+
+SET_ASIDE = frozenset({Refusal.UNREADABLE, Refusal.TOO_LARGE, Refusal.POISON})
+"""Refusals of images that are complete and will not get better by themselves: they go to Rejected/."""
+
+
+@dataclass(frozen=True, slots=True)
+class SorterSettings:
+    """What differs between datasets in how images wait; what differs in how they are decided is in the prototypes."""
+
+    settle_seconds: float = 1.0
+    batch_size: int = 32
+    batches_in_flight: int = 2
+    backlog_limit: int = 100_000
+    set_rejected_aside: bool = True
+
+
+class Pause:
+    """Something that failed and will be tried again, later each time."""
+
+    def __init__(self) -> None:
+        """Begin with nothing to wait for."""
+        self.until: float | None = None
+        self._seconds = RETRY_SECONDS[0]
+
+    def begin(self, now: float) -> None:
+        """Wait, twice as long as the last time."""
+        if self.until is None:
+            self.until = now + self._seconds
+            self._seconds = min(2 * self._seconds, RETRY_SECONDS[1])
+
+    def is_over(self, now: float) -> bool:
+        """Tell whether it is time to try again, and if so wait no more."""
+        if self.until is None or now < self.until:
+            return False
+        self.until = None
+        return True
+
+    def clear(self) -> None:
+        """It worked: the next failure waits a short time again."""
+        self.until, self._seconds = None, RETRY_SECONDS[0]
+
+
+class Sorter:
+    """The sans-IO core of one dataset."""
+
+    def __init__(self, settings: SorterSettings) -> None:
+        """Begin without prototypes, with a rebuild due at once."""
+        self._settings = settings
+        self._backlog = Backlog(settle_seconds=settings.settle_seconds, limit=settings.backlog_limit)
+        self.prototypes: PrototypeSet | None = None
+        self.references_absent = False
+        self._rebuild_at: float | None = 0.0
+        self._touched_since: float | None = None
+        self._rebuilding = False
+        self._rebuild_pause = Pause()
+        self._move_pause = Pause()
+        self._batches = 0
+        self._stopping = False
+        self._scan_wanted = False
+
+    # ------------------------------------------------------------ questions
+
+    def next_deadline(self) -> float | None:
+        """Return the time, in seconds of the caller's clock, by which a ``Tick`` is owed; None: no hurry."""
+        if self._stopping:
+            return None
+        settling = self._backlog.next_deadline()
+        rebuild = None if self._rebuilding else self._rebuild_at
+        times = [t for t in (settling, rebuild, self._rebuild_pause.until, self._move_pause.until) if t is not None]
+        return min(times, default=None)
+
+    def configure(self, settings: SorterSettings, now: float) -> None:
+        """Take over changed settings; the prototypes are built anew, since their settings may have changed too."""
+        self._settings = settings
+        self._backlog.configure(settle_seconds=settings.settle_seconds, limit=settings.backlog_limit)
+        self._touch(now)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Count the images by state."""
+        return {state.value: self._backlog.count(state) for state in State}
+
+    @property
+    def waiting(self) -> int:
+        """Count the images that are work."""
+        return self._backlog.waiting
+
+    @property
+    def is_rebuilding(self) -> bool:
+        """Tell whether a rebuild is due or running."""
+        return self._rebuilding or self._rebuild_at is not None
+
+    @property
+    def is_drained(self) -> bool:
+        """Tell whether nothing is left to do until something else happens."""
+        return not (self.waiting or self._batches or self.is_rebuilding or self._scan_wanted)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Tell whether, after ``StopRequested``, no move is under way any more."""
+        return self._stopping and not self._backlog.count(State.MOVING)
+
+    @property
+    def may_move(self) -> bool:
+        """Tell whether an answered image would move now."""
+        return (
+            self.prototypes is not None
+            and not self.is_rebuilding
+            and not self.references_absent
+            and self._move_pause.until is None
+            and not self._stopping
+        )
+
+    # ------------------------------------------------------------ events in, commands out
+
+    def receive(self, event: Event, now: float) -> list[Command]:
+        """Take in one fact; return what shall be done, in order."""
+        commands = self._take(event, now)
+        if not self._stopping:
+            commands += self._embed()
+            if self._backlog.overflowed and self._backlog.waiting <= self._settings.backlog_limit // 2:
+                self._backlog.overflowed = False
+                commands.append(Scan())
+        return commands
+
+    def _take(self, event: Event, now: float) -> list[Command]:  # noqa: C901, PLR0912 -- the table of events: one arm each
+        match event:
+            case ImageSeen(path, stamp, writer, closed):
+                self._backlog.see(path, stamp, now, writer=writer, closed=closed)
+            case ReviewSeen(path, stamp, generation):
+                self._backlog.rest_in_review(path, stamp, now, generation=generation)
+            case ImageHeld(path, stamp):
+                self._backlog.hold(path, stamp, now)
+            case ImageGone(path):
+                self._backlog.forget(path)
+            case ReferencesTouched():
+                self._touch(now)
+            case Embedded():
+                return self._embedded(event)
+            case ImageRefused():
+                return self._refused(event, now)
+            case PrototypesBuilt(prototypes):
+                self._built(prototypes)
+            case RebuildFailed():
+                self._rebuild_failed(event, now)
+            case Moved():
+                self._moved(event, now)
+            case MoveFailed():
+                return self._move_failed(event, now)
+            case Released(path):
+                self._backlog.release(path, now)
+            case ScanStarted():
+                self._backlog.start_scan()
+            case ScanFinished():
+                return [Inspect(path) for path in self._backlog.unseen_by_scan()]
+            case Tick():
+                return self._tick(now)
+            case StopRequested():
+                self._stopping = True
+        return []
+
+    def _tick(self, now: float) -> list[Command]:
+        if self._stopping:
+            return []
+        commands: list[Command] = [Inspect(path) for path in self._backlog.due(now)]
+        if self._rebuild_pause.is_over(now):
+            self._rebuild_at = now
+        if not self._rebuilding and self._rebuild_at is not None and now >= self._rebuild_at:
+            self._rebuild_at, self._touched_since, self._rebuilding = None, None, True
+            commands.append(Rebuild())
+        if self._move_pause.is_over(now):
+            self._resume()
+        return commands
+
+    # ------------------------------------------------------------ references
+
+    def _touch(self, now: float) -> None:
+        if self._touched_since is None:
+            self._touched_since = now
+        latest = self._touched_since + max(REBUILD_PATIENCE, self._settings.settle_seconds)
+        self._rebuild_at = min(now + self._settings.settle_seconds, latest)
+        self._rebuild_pause.clear()
+
+    def _built(self, prototypes: PrototypeSet) -> None:
+        self._rebuilding, self.references_absent = False, False
+        self._rebuild_pause.clear()
+        self.prototypes = prototypes
+        self._backlog.reconsider(prototypes.generation)
+        self._resume()
+
+    def _rebuild_failed(self, event: RebuildFailed, now: float) -> None:
+        self._rebuilding = False
+        self.references_absent = event.references_absent
+        self._rebuild_pause.begin(now)
+        self._resume()
+
+    def _resume(self) -> None:
+        if self.may_move:
+            self._backlog.resume()
+
+    # ------------------------------------------------------------ the way of one image
+
+    def _embed(self) -> list[Command]:
+        commands: list[Command] = []
+        while self._batches < self._settings.batches_in_flight:
+            batch = self._backlog.take_batch(self._settings.batch_size)
+            if not batch:
+                break
+            self._batches += 1
+            commands.append(Embed(tuple((entry.path, entry.stamp) for entry in batch)))
+        return commands
+
+    def _embedded(self, event: Embedded) -> list[Command]:
+        self._batches -= 1
+        answered = [(image, self._backlog.answered(image.path, image.stamp)) for image in event.images]
+        known = [(image, entry) for image, entry in answered if entry is not None]
+        if not known:
+            return []
+        prototypes = self.prototypes
+        if prototypes is None or not self.may_move or prototypes.encoder_id != event.encoder_id:
+            for _, entry in known:
+                self._backlog.embedded(entry)
+            return []
+        decisions = decide(prototypes, np.stack([image.embedding for image, _ in known]))
+        moves = [
+            self._decided(image, entry, decision, prototypes)
+            for (image, entry), decision in zip(known, decisions, strict=True)
+        ]
+        return [move for move in moves if move is not None]
+
+    def _decided(self, image: EmbeddedImage, entry: Entry, decision: Decision, prototypes: PrototypeSet) -> Move | None:
+        match decision:
+            case Assigned(label=label):
+                folder, outcome, reason = f"Dataset/{label}", Outcome.FILED, ""
+            case Abstained(best_label=label, reason=reason):
+                if entry.in_review:
+                    self._backlog.abstain_again(entry, generation=prototypes.generation)
+                    return None
+                folder, outcome = f"Review/{label or '_none'}", Outcome.REVIEW
+        entry.generation = prototypes.generation
+        self._backlog.moving(entry)
+        return Move(
+            path=entry.path,
+            stamp=entry.stamp,
+            folder=folder,
+            outcome=outcome,
+            decision=decision,
+            reason=reason,
+            content=image.content,
+            encoder_id=prototypes.encoder_id,
+            generation=prototypes.generation,
+            milliseconds={
+                "settle": round(1e3 * entry.settle_seconds, 1),
+                "decode": round(1e3 * image.decode_seconds, 1),
+                "encode": round(1e3 * image.encode_seconds, 1),
+            },
+        )
+
+    def _refused(self, event: ImageRefused, now: float) -> list[Command]:
+        entry = self._backlog.answered(event.path, event.stamp)
+        if entry is None:
+            return []
+        match event.refusal:
+            case Refusal.VANISHED:
+                self._backlog.forget(event.path)
+                return []
+            case Refusal.CHANGED:
+                self._backlog.settle_again(entry, now)
+                return [Inspect(event.path)]
+            case refusal if refusal in SET_ASIDE and self._settings.set_rejected_aside and not entry.in_review:
+                return self._set_aside(event, entry)
+            case _:
+                self._backlog.refuse(entry)
+                return [Leave(event.path, event.refusal, event.message)]
+
+    def _set_aside(self, event: ImageRefused, entry: Entry) -> list[Command]:
+        if self.references_absent or self._move_pause.until is not None or self._stopping:
+            self._backlog.embedded(entry)
+            return []
+        self._backlog.moving(entry)
+        return [
+            Move(
+                path=entry.path,
+                stamp=entry.stamp,
+                folder="Rejected",
+                outcome=Outcome.REJECTED,
+                reason=f"{event.refusal.value}: {event.message}",
+                milliseconds={"settle": round(1e3 * entry.settle_seconds, 1)},
+            )
+        ]
+
+    def _moved(self, event: Moved, now: float) -> None:
+        if self._move_pause.until is None:
+            self._move_pause.clear()
+        entry = self._backlog.get(event.path)
+        generation = entry.generation if entry else 0
+        awaited = self._backlog.moved(event.path, event.stamp)
+        if awaited and event.outcome is Outcome.REVIEW:
+            self._backlog.rest_in_review(event.destination, event.moved_stamp, now, generation=generation)
+
+    def _move_failed(self, event: MoveFailed, now: float) -> list[Command]:
+        entry = self._backlog.move_failed(event.path, event.stamp)
+        if entry is None:
+            return []
+        match event.failure:
+            case MoveFailure.VANISHED:
+                self._backlog.forget(event.path)
+            case MoveFailure.DESTINATION:
+                self._move_pause.begin(now)
+            case MoveFailure.CHANGED | MoveFailure.BUSY:
+                self._backlog.settle_again(entry, now)
+                return [Inspect(event.path)]
+        return []

@@ -1,0 +1,336 @@
+"""The core by events and integer time: what goes in, what comes out."""
+
+import numpy as np
+
+from sortd.messages import (
+    Command,
+    Embed,
+    Embedded,
+    EmbeddedImage,
+    ImageGone,
+    ImageHeld,
+    ImageRefused,
+    ImageSeen,
+    Inspect,
+    Leave,
+    Move,
+    Moved,
+    MoveFailed,
+    MoveFailure,
+    Outcome,
+    PrototypesBuilt,
+    Rebuild,
+    RebuildFailed,
+    ReferencesTouched,
+    Refusal,
+    Released,
+    Scan,
+    ScanFinished,
+    ScanStarted,
+    Stamp,
+    StopRequested,
+    Tick,
+    Writer,
+)
+from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build
+from sortd.sorter import Sorter, SorterSettings
+
+ENCODER = "test-encoder"
+
+
+def stamp(version: int = 1, inode: int = 1) -> Stamp:
+    """Return a stamp that differs by version."""
+    return Stamp(device=1, inode=inode, size=100 + version, mtime_ns=version)
+
+
+def prototypes(generation: int = 1, encoder_id: str = ENCODER) -> PrototypeSet:
+    """Return two classes on two axes."""
+    support = SupportSet(
+        labels=("cross", "torx"),
+        embeddings=np.eye(2, dtype=np.float32),
+        classes=np.array([0, 1]),
+        sources=("cross/1.png", "torx/1.png"),
+        text=None,
+        text_mean=None,
+        strangers=np.zeros((0, 2), np.float32),
+        encoder_id=encoder_id,
+        fingerprint=str(generation),
+    )
+    return build(support, DecisionSettings(mode=Mode.MAX, abstain=None), generation=generation)
+
+
+def ready_sorter(**settings: object) -> Sorter:
+    """Return a core that has its prototypes and nothing to do."""
+    sorter = Sorter(SorterSettings(settle_seconds=10, **settings))  # type: ignore[arg-type]  # keywords of one test each
+    assert sorter.receive(Tick(), 0) == [Rebuild()]
+    assert sorter.receive(PrototypesBuilt(prototypes()), 0) == []
+    return sorter
+
+
+def embedded(path: str, mark: Stamp, axis: int = 0, encoder_id: str = ENCODER) -> Embedded:
+    """Return the worker's answer for one image that lies on one class's axis."""
+    return Embedded((EmbeddedImage(path, mark, np.eye(2, dtype=np.float32)[axis], "c0ffee"),), encoder_id)
+
+
+def settle(sorter: Sorter, path: str, mark: Stamp, now: float) -> list[Command]:
+    """Bring one file to READY and return what the core asks for then."""
+    assert sorter.receive(ImageSeen(path, mark), now) == []
+    assert sorter.receive(Tick(), now + 10) == [Inspect(path)]
+    return sorter.receive(ImageSeen(path, mark, Writer.ABSENT), now + 10)
+
+
+def test_one_image_goes_from_sight_to_its_class() -> None:
+    """An image that holds still is embedded, decided and moved, and then forgotten."""
+    sorter, mark = ready_sorter(), stamp()
+    assert settle(sorter, "a.png", mark, 100) == [Embed((("a.png", mark),))]
+    (move,) = sorter.receive(embedded("a.png", mark, axis=1), 111)
+    assert isinstance(move, Move)
+    assert (move.folder, move.outcome, move.generation) == ("Dataset/torx", Outcome.FILED, 1)
+    assert move.milliseconds["settle"] == 10_000
+    assert not sorter.is_drained
+    assert sorter.receive(Moved("a.png", mark, "Dataset/torx/a.png", Outcome.FILED, mark), 112) == []
+    assert sorter.is_drained
+
+
+def test_a_file_that_grows_starts_to_settle_again() -> None:
+    """Every new stamp moves the deadline."""
+    sorter = ready_sorter()
+    sorter.receive(ImageSeen("a.png", stamp(1)), 100)
+    sorter.receive(ImageSeen("a.png", stamp(2)), 108)
+    assert sorter.receive(Tick(), 110) == []
+    assert sorter.next_deadline() == 118
+    assert sorter.receive(Tick(), 118) == [Inspect("a.png")]
+
+
+def test_a_hint_alone_never_makes_an_image_ready() -> None:
+    """Only a look that asked for a writer does."""
+    sorter, mark = ready_sorter(), stamp()
+    sorter.receive(ImageSeen("a.png", mark), 100)
+    assert sorter.receive(ImageSeen("a.png", mark, closed=True), 200) == []
+
+
+def test_a_file_with_an_open_writer_waits() -> None:
+    """A writer that holds the file open without writing keeps it from being moved."""
+    sorter, mark = ready_sorter(), stamp()
+    sorter.receive(ImageSeen("a.png", mark), 100)
+    sorter.receive(Tick(), 110)
+    assert sorter.receive(ImageSeen("a.png", mark, Writer.PRESENT), 110) == []
+    assert sorter.next_deadline() == 120
+    assert sorter.receive(Tick(), 120) == [Inspect("a.png")]
+    assert sorter.receive(ImageSeen("a.png", mark, Writer.ABSENT), 120) == [Embed((("a.png", mark),))]
+
+
+def test_without_a_lease_five_seconds_must_pass_unless_it_was_closed() -> None:
+    """Where no lease tells of a writer, quiet time stands in; a close after writing shortens it."""
+    sorter = Sorter(SorterSettings(settle_seconds=1))
+    sorter.receive(ImageSeen("open.png", stamp()), 100)
+    sorter.receive(ImageSeen("closed.png", stamp(), closed=True), 100)
+    assert set(sorter.receive(Tick(), 101)) >= {Inspect("open.png"), Inspect("closed.png")}
+    assert sorter.receive(ImageSeen("open.png", stamp(), Writer.UNKNOWN), 101) == []
+    assert sorter.receive(ImageSeen("closed.png", stamp(), Writer.UNKNOWN), 101) != []
+    assert sorter.receive(Tick(), 104) == []
+    assert sorter.receive(Tick(), 105) == [Inspect("open.png")]
+
+
+def test_a_close_during_a_long_busy_wait_is_looked_at_soon() -> None:
+    """The pause after a busy file does not outlast the close that ends it."""
+    sorter, mark = ready_sorter(), stamp()
+    sorter.receive(ImageSeen("a.png", mark), 100)
+    now = 110.0
+    while now < 300:
+        assert sorter.receive(Tick(), now) == [Inspect("a.png")]
+        sorter.receive(ImageSeen("a.png", mark, Writer.PRESENT), now)
+        now = sorter.next_deadline() or 0
+    closed = stamp(2)
+    sorter.receive(ImageSeen("a.png", closed, closed=True), 301)
+    assert sorter.next_deadline() == 311
+
+
+def test_embed_ahead_decide_late() -> None:
+    """While a rebuild is due or running, images are embedded but none is moved."""
+    sorter, mark = ready_sorter(), stamp()
+    sorter.receive(ReferencesTouched(), 105)
+    assert settle(sorter, "a.png", mark, 100)[0] == Embed((("a.png", mark),))
+    assert sorter.receive(embedded("a.png", mark), 112) == []
+    assert sorter.receive(Tick(), 115) == [Rebuild()]
+    assert sorter.receive(PrototypesBuilt(prototypes(2)), 116) == [Embed((("a.png", mark),))]
+    (move,) = sorter.receive(embedded("a.png", mark), 117)
+    assert isinstance(move, Move)
+    assert move.generation == 2
+
+
+def test_a_bulk_copy_of_references_is_one_rebuild() -> None:
+    """Each change moves the deadline, but not for ever."""
+    sorter = ready_sorter()
+    for now in range(100, 200):
+        assert sorter.receive(ReferencesTouched(), now) == []
+        if now < 130:
+            assert sorter.receive(Tick(), now) == []
+    assert sorter.next_deadline() == 130
+    assert sorter.receive(Tick(), 200) == [Rebuild()]
+    sorter.receive(ReferencesTouched(), 201)
+    assert sorter.receive(Tick(), 230) == []
+    sorter.receive(PrototypesBuilt(prototypes(2)), 231)
+    assert sorter.receive(Tick(), 231) == [Rebuild()]
+
+
+def test_absent_references_stop_the_moves_and_heal() -> None:
+    """Embedding goes on, moving stops, and resumes with the next prototypes."""
+    sorter, mark = ready_sorter(), stamp()
+    sorter.receive(ReferencesTouched(), 100)
+    sorter.receive(Tick(), 110)
+    sorter.receive(RebuildFailed("Clases/ is gone", references_absent=True), 110)
+    sorter.receive(ImageSeen("a.png", mark), 200)
+    assert sorter.receive(Tick(), 210) == [Inspect("a.png"), Rebuild()]
+    assert sorter.receive(ImageSeen("a.png", mark, Writer.ABSENT), 210) == [Embed((("a.png", mark),))]
+    assert sorter.receive(embedded("a.png", mark), 211) == []
+    sorter.receive(RebuildFailed("Clases/ is gone", references_absent=True), 212)
+    assert not sorter.is_drained
+    assert sorter.receive(Tick(), 214) == [Rebuild()]
+    assert Embed((("a.png", mark),)) in sorter.receive(PrototypesBuilt(prototypes(2)), 231)
+
+
+def test_a_failed_rebuild_keeps_the_last_good_prototypes() -> None:
+    """A failure that is no absence goes on serving, and is tried again later each time."""
+    sorter = ready_sorter()
+    sorter.receive(ReferencesTouched(), 100)
+    assert sorter.receive(Tick(), 110) == [Rebuild()]
+    sorter.receive(RebuildFailed("the encoder failed"), 110)
+    assert sorter.may_move
+    assert sorter.next_deadline() == 111
+    assert sorter.receive(Tick(), 111) == [Rebuild()]
+    sorter.receive(RebuildFailed("the encoder failed"), 112)
+    assert sorter.next_deadline() == 114
+
+
+def test_a_late_answer_about_an_older_version_is_dropped() -> None:
+    """An image that changed while it was encoded is not moved by the old answer."""
+    sorter, mark = ready_sorter(), stamp(1)
+    settle(sorter, "a.png", mark, 100)
+    sorter.receive(ImageSeen("a.png", stamp(2)), 111)
+    assert sorter.receive(embedded("a.png", mark), 112) == []
+    assert sorter.counts["settling"] == 1
+
+
+def test_embeddings_of_another_encoder_never_meet_the_prototypes() -> None:
+    """They wait for prototypes of their own encoder."""
+    sorter, mark = ready_sorter(), stamp()
+    settle(sorter, "a.png", mark, 100)
+    assert sorter.receive(embedded("a.png", mark, encoder_id="another"), 112) == []
+    assert sorter.counts["embedded"] == 1
+
+
+def test_a_broken_image_is_set_aside_and_a_stranger_file_left() -> None:
+    """Refusals go to Rejected/ or stay, by what they are."""
+    sorter = ready_sorter()
+    settle(sorter, "a.png", stamp(), 100)
+    (move,) = sorter.receive(ImageRefused("a.png", stamp(), Refusal.UNREADABLE, "truncated"), 111)
+    assert isinstance(move, Move)
+    assert (move.folder, move.reason) == ("Rejected", "unreadable: truncated")
+    sorter.receive(Embedded((), ENCODER), 111)
+    settle(sorter, "b.txt", stamp(), 200)
+    answer = sorter.receive(ImageRefused("b.txt", stamp(), Refusal.NOT_AN_IMAGE, "text"), 211)
+    assert answer == [Leave("b.txt", Refusal.NOT_AN_IMAGE, "text")]
+    assert sorter.receive(ImageSeen("b.txt", stamp()), 300) == []
+    assert sorter.counts["refused"] == 1
+    sorter.receive(ImageSeen("b.txt", stamp(2)), 400)
+    assert sorter.counts["settling"] == 1
+
+
+def test_a_destination_that_fails_holds_the_dataset_and_is_tried_again() -> None:
+    """No room is no reason to hammer the disk, nor to forget the image."""
+    sorter, mark = ready_sorter(), stamp()
+    settle(sorter, "a.png", mark, 100)
+    sorter.receive(embedded("a.png", mark), 111)
+    sorter.receive(MoveFailed("a.png", mark, MoveFailure.DESTINATION, "no space left"), 112)
+    assert not sorter.may_move
+    assert sorter.next_deadline() == 113
+    assert sorter.receive(Tick(), 113) == [Embed((("a.png", mark),))]
+
+
+def test_a_file_that_changed_or_vanished_before_its_move_is_no_error() -> None:
+    """A changed one is looked at again, a vanished one forgotten."""
+    sorter = ready_sorter()
+    for path, failure in (("a.png", MoveFailure.CHANGED), ("b.png", MoveFailure.VANISHED)):
+        settle(sorter, path, stamp(), 100)
+        sorter.receive(embedded(path, stamp()), 111)
+        answer = sorter.receive(MoveFailed(path, stamp(), failure, ""), 112)
+        assert answer == ([Inspect(path)] if failure is MoveFailure.CHANGED else [])
+        sorter.receive(ImageGone(path), 113)
+    assert sorter.is_drained
+
+
+def test_an_abstained_image_is_decided_again_by_new_prototypes() -> None:
+    """What rests in Review/ is embedded again (from the cache) when the references change, and moves if it can."""
+    sorter, mark = ready_sorter(), stamp()
+    settle(sorter, "Images/a.png", mark, 100)
+    sorter.receive(embedded("Images/a.png", mark), 111)
+    sorter.receive(Moved("Images/a.png", mark, "Review/cross/a.png", Outcome.REVIEW, mark), 112)
+    assert sorter.counts["abstained"] == 1
+    assert sorter.is_drained
+    sorter.receive(ReferencesTouched(), 200)
+    sorter.receive(Tick(), 210)
+    answer = sorter.receive(PrototypesBuilt(prototypes(2)), 211)
+    assert answer == [Embed((("Review/cross/a.png", mark),))]
+    (move,) = sorter.receive(embedded("Review/cross/a.png", mark), 212)
+    assert isinstance(move, Move)
+    assert move.folder == "Dataset/cross"
+
+
+def test_a_held_file_rests_until_it_changes_or_is_released() -> None:
+    """An undone file is not filed again at once."""
+    sorter, mark = ready_sorter(), stamp()
+    sorter.receive(ImageHeld("a.png", mark), 100)
+    sorter.receive(ImageSeen("a.png", mark), 101)
+    assert sorter.is_drained
+    sorter.receive(Released("a.png"), 102)
+    assert sorter.receive(Tick(), 112) == [Inspect("a.png")]
+    sorter.receive(ImageHeld("a.png", mark), 113)
+    sorter.receive(ImageSeen("a.png", stamp(2)), 114)
+    assert sorter.counts["settling"] == 1
+
+
+def test_newest_first_but_the_oldest_are_not_starved() -> None:
+    """A batch takes the newest, and every fourth the oldest."""
+    sorter = ready_sorter(batch_size=4, batches_in_flight=1)
+    settle(sorter, "first.png", stamp(), 100)
+    for index in range(8):
+        settle(sorter, f"{index}.png", stamp(inode=index), 200 + 20 * index)
+    (embed,) = sorter.receive(embedded("first.png", stamp()), 400)[-1:]
+    assert isinstance(embed, Embed)
+    assert [path for path, _ in embed.images] == ["7.png", "6.png", "5.png", "0.png"]
+
+
+def test_the_backlog_is_bounded_and_a_scan_finds_the_rest() -> None:
+    """What does not fit is not kept, and is asked for once there is room."""
+    sorter = ready_sorter(backlog_limit=4)
+    for index in range(10):
+        sorter.receive(ImageSeen(f"{index}.png", stamp(inode=index)), 100)
+    assert sorter.waiting == 4
+    answers = [sorter.receive(ImageGone(f"{index}.png"), 101) for index in range(4)]
+    assert [Scan()] in answers
+    assert answers.count([Scan()]) == 1
+
+
+def test_a_scan_asks_after_resting_images_that_it_did_not_name() -> None:
+    """A held or refused file that was deleted is forgotten after the next scan."""
+    sorter = ready_sorter()
+    sorter.receive(ImageHeld("gone.png", stamp()), 100)
+    sorter.receive(ImageHeld("here.png", stamp()), 100)
+    sorter.receive(ScanStarted(), 110)
+    sorter.receive(ImageSeen("here.png", stamp()), 110)
+    assert sorter.receive(ScanFinished(), 110) == [Inspect("gone.png")]
+
+
+def test_stopping_begins_nothing_and_waits_for_moves() -> None:
+    """After StopRequested no image is embedded or moved, but a move under way is awaited."""
+    sorter, mark = ready_sorter(), stamp()
+    settle(sorter, "a.png", mark, 100)
+    settle(sorter, "b.png", mark, 100)
+    sorter.receive(embedded("a.png", mark), 111)
+    sorter.receive(StopRequested(), 112)
+    assert not sorter.is_stopped
+    assert sorter.receive(embedded("b.png", mark), 113) == []
+    sorter.receive(Moved("a.png", mark, "Dataset/cross/a.png", Outcome.FILED, mark), 114)
+    assert sorter.is_stopped
+    assert sorter.next_deadline() is None
