@@ -26,6 +26,13 @@ class Stamp:
     mtime_ns: int
 
 
+class Fit(StrEnum):
+    """How an image of any shape comes to the shape that an encoder sees."""
+
+    CROP = "crop"  # the shortest edge resized, then the centre cropped (CLIP)
+    STRETCH = "stretch"  # resized straight to height and width, whatever its own proportions (SigLIP)
+
+
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
     """What an encoder sees: the shortest edge resized (bicubic unless said), then the centre cropped, in pixels."""
@@ -34,6 +41,7 @@ class Preprocessing:
     crop_height: int
     crop_width: int
     resample: int = 3  # PIL.Image.Resampling.BICUBIC
+    fit: Fit = Fit.CROP
 
 
 class Writer(StrEnum):
