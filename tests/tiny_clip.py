@@ -28,9 +28,7 @@ class Layout(StrEnum):
     PLAIN = "plain"  # no modules.json: a folder of transformers alone, as openai/clip-vit-base-patch32 is
 
 
-def build_tiny_clip(
-    folder: Path, seed: int = 0, tower: Tower = Tower.CLIP, layout: Layout = Layout.CURRENT
-) -> Path:
+def build_tiny_clip(folder: Path, seed: int = 0, tower: Tower = Tower.CLIP, layout: Layout = Layout.CURRENT) -> Path:
     """Write a working CLIP of random weights to ``folder`` and return it; the same seed gives the same weights."""
     import torch
     from transformers.utils import logging
