@@ -98,7 +98,7 @@ def stamp(path: str, *, stat: Callable[[str], os.stat_result] = os.lstat) -> Sta
 def scan(
     folder: str,
     *,
-    on_unreadable: Callable[[str, OSError], None],
+    report: Callable[[OSError], None],
     scandir: Callable[[str], "os._ScandirIterator[str]"] = os.scandir,
 ) -> Iterator[tuple[str, Stamp]]:
     """Name every eligible regular file at any depth below ``folder``, lazily, in no order, with its stamp.
@@ -107,8 +107,8 @@ def scan(
 
     Args:
         folder: Where to look; an absolute path.
-        on_unreadable: Told each folder or file that could not be looked at, and why. ``folder`` itself is told even
-            when it is only absent: absent is not empty. A folder below that vanishes meanwhile is not told.
+        report: Told why a folder or file (``error.filename``) could not be looked at. ``folder`` itself is told of
+            even when it is only absent: absent is not empty. A folder below that vanishes meanwhile is not.
         scandir: How a folder is listed.
 
     Yields:
@@ -125,24 +125,25 @@ def scan(
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
                     elif entry.is_file(follow_symlinks=False):
-                        found = _look(entry, on_unreadable)
+                        found = _look(entry, report)
                         if found is not None:
                             yield entry.path, found
         except (FileNotFoundError, NotADirectoryError) as error:
             if current == folder:
-                on_unreadable(current, error)
+                report(error)
         except OSError as error:
-            on_unreadable(current, error)
+            error.filename = error.filename or current  # readdir(3) does not know what it lists
+            report(error)
 
 
-def _look(entry: "os.DirEntry[str]", on_unreadable: Callable[[str, OSError], None]) -> Stamp | None:
+def _look(entry: "os.DirEntry[str]", report: Callable[[OSError], None]) -> Stamp | None:
     """Stamp one entry; ``None`` where it vanished since the listing."""
     try:
         return _stamp_of(entry.stat(follow_symlinks=False))
     except FileNotFoundError:
         return None
     except OSError as error:
-        on_unreadable(entry.path, error)
+        report(error)
         return None
 
 

@@ -20,11 +20,23 @@ from watchdog.observers import Observer
 
 from sortd import inotify
 from sortd.ear import Ear, Hint, Place, places_of_dataset
+from sortd.scanning import is_temporary, scan, stamp
 
 if TYPE_CHECKING:
     from watchdog.observers import ObserverType
 
-__all__ = ["Hint", "HintsLost", "Loss", "Mode", "Polling", "WatchStatus", "Watcher"]
+__all__ = [
+    "Hint",
+    "HintsLost",
+    "Loss",
+    "Mode",
+    "Polling",
+    "WatchStatus",
+    "Watcher",
+    "is_temporary",
+    "scan",
+    "stamp",
+]
 
 Polling = Literal["auto", "always", "never"]
 
@@ -123,17 +135,17 @@ class Watcher:
         logger.setLevel(logging.WARNING)
         logger.addHandler(self._overflows)
 
-    def watch_root(self, root: str) -> None:
+    def watch_root(self, root: str | os.PathLike[str]) -> None:
         """Follow the folder that holds the datasets, at its first level: datasets that come and go."""
-        self._watch(_Watched(root, is_dataset=False))
+        self._watch(_Watched(os.fspath(root), is_dataset=False))
 
-    def watch_dataset(self, root: str) -> None:
+    def watch_dataset(self, root: str | os.PathLike[str]) -> None:
         """Follow a dataset, or a folder that may become one; nothing happens where it is followed already."""
-        self._watch(_Watched(root, is_dataset=True))
+        self._watch(_Watched(os.fspath(root), is_dataset=True))
 
-    def forget(self, root: str) -> None:
+    def forget(self, root: str | os.PathLike[str]) -> None:
         """Follow this root no longer; nothing happens where it was not followed."""
-        watched = self._watched.pop(root, None)
+        watched = self._watched.pop(os.fspath(root), None)
         if watched is not None:
             self._close_ear(watched)
 
