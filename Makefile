@@ -1,0 +1,48 @@
+# The two commands of the first minute: `make run` and `make test`. `make help` lists the rest.
+#
+# PYTHON       the interpreter that the virtual environment is made with (3.11 or newer)
+# TORCH_INDEX  a package index or a folder with the torch build you want: a CPU index keeps gigabytes of CUDA packages
+#              away, a CUDA one brings them. See README, "Which torch".
+# EXTRAS       optional parts of sortd: heic, onnx, train (comma-separated)
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+EXTRAS ?= train
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint bench faults powercuts soak clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: $(STAMP) ## make .venv with sortd, its dependencies and the tools of its tests
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sortd needs Python 3.11 or newer; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) 'torch>=2.4'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) --editable '.[$(EXTRAS)]' --group dev
+	@if $(BIN)/python -m pip list 2>/dev/null | grep -q '^nvidia-'; then \
+	  echo "CUDA packages came along with torch; make clean setup TORCH_INDEX=... chooses a CPU build (README, Which torch)"; fi
+	touch $(STAMP)
+
+run: setup ## run the daemon on the sample data, with the model that needs no download
+	$(BIN)/python Data/draw.py incoming
+	$(BIN)/sortd run --config Data/sample.yaml
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest
+
+lint: setup ## format and types, as the tests check them
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## remove the virtual environment and caches; your data stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,151 @@
+"""The command line: arguments in, exit codes out; facts on stdout, messages on stderr.
+
+The one place with lazy imports, so that `--help`, `check`, `status`, `history` and `undo` never import torch.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sortd import __version__
+from sortd.errors import SortdError
+
+if TYPE_CHECKING:
+    from sortd.config import Config
+    from sortd.messages import Move
+
+app = typer.Typer(
+    name="sortd",
+    help="Files the images dropped into a folder into the classes that you teach it by example.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="The configuration; without it config.yaml here, then /etc/sortd/config.yaml."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")]
+
+
+def load_config(path: Path | None) -> "Config":
+    """Read the configuration named on the command line, or found where the README says.
+
+    Raises:
+        ConfigError: it is missing or not valid.
+    """
+    from sortd.config import load
+
+    return load(path, os.environ)
+
+
+def print_json(facts: object) -> None:
+    """Print facts as JSON on stdout."""
+    typer.echo(json.dumps(facts, indent=2))
+
+
+@app.command()
+def run(config: ConfigOption = None) -> None:
+    """Watch, and file what arrives, until stopped."""
+    _work(config, once=False)
+
+
+@app.command()
+def once(
+    config: ConfigOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and touch nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """File what is there now, and stop."""
+    if dry_run:
+        _rehearse(config, as_json=as_json)
+    else:
+        _work(config, once=True)
+
+
+def _work(path: Path | None, *, once: bool) -> None:
+    from sortd import logs
+    from sortd.daemon import Daemon
+    from sortd.metrics import Metrics
+    from sortd.sdnotify import Notifier
+    from sortd.site import Site
+
+    config = load_config(path)
+    logs.configure(config.log.format, config.log.level)
+    Daemon(
+        config,
+        site=Site(config),
+        reload=lambda: load_config(path),
+        notifier=Notifier(os.environ),
+        metrics=Metrics(),
+        once=once,
+    ).run()
+
+
+def _rehearse(path: Path | None, *, as_json: bool) -> None:
+    from sortd import logs
+    from sortd.rehearsal import rehearse
+
+    config = load_config(path)
+    logs.configure(config.log.format, "warning")
+
+    def tell(dataset: str, move: "Move", destination: str) -> None:
+        from sortd.dataset import decision_facts
+
+        facts: Mapping[str, Any] = {"dataset": dataset, "path": move.path, "destination": destination}
+        if as_json:
+            typer.echo(json.dumps({**facts, "outcome": move.outcome.value, **decision_facts(move)}))
+        else:
+            why = decision_facts(move)
+            shown = " ".join(f"{key}={why[key]}" for key in ("score", "margin", "second_label", "reason") if why.get(key))
+            typer.echo(f"{printable(move.path)} -> {printable(destination)}  {shown}")
+
+    rehearse(config, tell)
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(help="The dataset's folder; it and what it lacks is made.")],
+    classes: Annotated[list[str] | None, typer.Option("--class", help="Make a folder for this class; repeatable.")] = None,
+) -> None:
+    """Make the folders of a dataset, and its marker."""
+    from sortd.layout import Area, Layout
+
+    layout = Layout(directory.absolute())
+    directory.mkdir(parents=True, exist_ok=True)
+    layout.make()
+    for name in classes or ():
+        (layout.area(Area.CLASES) / name).mkdir(exist_ok=True)
+    typer.echo(f"{layout.root} is a dataset. Teach it: put images into {layout.area(Area.CLASES)}/<class>/")
+    typer.echo(f"Then drop images into {layout.area(Area.IMAGES)} and run sortd.")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def printable(path: str) -> str:
+    """Return a path as a terminal can show it: control characters and undecodable bytes as escapes."""
+    shown = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+def main() -> None:
+    """Run the command line; translate errors into a sentence on stderr and an exit code (sysexits(3))."""
+    try:
+        app()
+    except SortdError as error:
+        print(f"sortd: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -1,0 +1,94 @@
+"""The layout: which folders a dataset has, where datasets are found, and how absent is told from empty."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from sortd.errors import LayoutError
+
+MARKER = ".sortd"
+"""The folder by which a dataset is known to be mounted; its lock and the pointer to its state live in it."""
+
+
+class Area(StrEnum):
+    """The folders of a dataset, by their names on the disk."""
+
+    CLASES = "Clases"
+    IMAGES = "Images"
+    DATASET = "Dataset"
+    REVIEW = "Review"
+    REJECTED = "Rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The folders of one dataset."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """The dataset's name: its folder's."""
+        return self.root.name
+
+    def area(self, area: Area) -> Path:
+        """Return the path of one of its folders."""
+        return self.root / area.value
+
+    @property
+    def marker(self) -> Path:
+        """The marker folder."""
+        return self.root / MARKER
+
+    @property
+    def is_dataset(self) -> bool:
+        """Tell whether the folder is one: it has a ``Clases/``."""
+        return self.area(Area.CLASES).is_dir()
+
+    @property
+    def is_present(self) -> bool:
+        """Tell whether its marker is there: without it the disk is taken for not mounted."""
+        return self.marker.is_dir()
+
+    def state_folder(self, state: Path) -> Path:
+        """Return the folder of its journal below the state directory: by name, and by place so that names may repeat."""
+        place = hashlib.sha256(os.fsencode(os.path.realpath(self.root))).hexdigest()[:8]
+        return state / f"{self.name}-{place}"
+
+    def make(self) -> None:
+        """Make the folders that are missing, and the marker.
+
+        Raises:
+            LayoutError: one of them is a link or a file, or cannot be made.
+        """
+        for folder in (*(self.area(area) for area in Area), self.marker):
+            try:
+                folder.mkdir(exist_ok=True)
+            except FileExistsError as error:
+                raise LayoutError(f"{folder} is there but is no folder; move it away") from error
+            except OSError as error:
+                raise LayoutError(f"{folder} cannot be made: {error.strerror}; mend its rights or room") from error
+            if folder.is_symlink():
+                raise LayoutError(f"{folder} is a symbolic link; sortd moves files only below real folders")
+
+    def area_of(self, path: str) -> Area | None:
+        """Tell which of its folders a path lies in, or is; None: none of them."""
+        prefix = os.fspath(self.root) + os.sep
+        first = path.removeprefix(prefix).split(os.sep, 1)[0] if path.startswith(prefix) else ""
+        return Area(first) if first in {area.value for area in Area} else None
+
+
+def find_datasets(root: Path) -> list[Layout]:
+    """List the datasets below ``root``, by name.
+
+    Raises:
+        LayoutError: ``root`` is missing or cannot be listed.
+    """
+    try:
+        with os.scandir(root) as entries:
+            folders = [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
+    except OSError as error:
+        raise LayoutError(f"{root} cannot be listed: {error.strerror}; set root to the folder of your datasets") from error
+    return [layout for folder in sorted(folders) if (layout := Layout(folder)).is_dataset]

@@ -1,0 +1,250 @@
+"""References: what stands in ``Clases/`` becomes a support set and then prototypes, encoding only what is new."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sortd.embedding import Embedder
+from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
+from sortd.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
+from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build
+from sortd.watch import scan
+
+STRANGERS_FOLDER = "_none"
+"""A class folder of this name holds examples of what belongs to no class."""
+
+DESCRIPTIONS_FILE = "class.txt"
+"""A file of this name in a class folder holds one description of the class a line."""
+
+DESCRIPTIONS_LIMIT_BYTES = 64 * 1024
+"""A description file over this size is no description."""
+
+TEXT_CLASSES_LIMIT = 500
+"""With more classes than this, names are embedded only for the modes that need them: each costs eight forwards."""
+
+SHAPE_VERSION = 1
+"""Part of every fingerprint: raise it when the same folder would give another support set than before."""
+
+
+class ReferencesAbsentError(Exception):
+    """``Clases/`` is missing, unreadable or holds no class: absent is not empty, the last prototypes stay."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassFolder:
+    """One class as it stands on the disk."""
+
+    label: str
+    files: tuple[tuple[str, Stamp], ...]
+    descriptions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Teaching:
+    """What decides, beside the images, what the prototypes are."""
+
+    settings: DecisionSettings
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    corrections: tuple[tuple[str, str, Stamp], ...] = ()  # label, path, stamp: images placed by hand in Dataset/
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """A rebuild's result: the prototypes and what the operator should know about the folder."""
+
+    prototypes: PrototypeSet
+    refused: tuple[ImageRefused, ...] = ()
+    emptied: tuple[str, ...] = ()
+    misnamed: tuple[str, ...] = ()
+    changed: bool = True
+    encoded: int = 0
+    references: Mapping[str, int] = field(default_factory=dict)
+
+
+def is_class_name(name: str) -> bool:
+    """Tell whether a folder's name can be a class: not hidden, no control character."""
+    return not name.startswith(".") and name.isprintable() and name not in {"", "..", "@eaDir"}
+
+
+def read_descriptions(folder: str) -> tuple[str, ...]:
+    """Return the lines of a class's description file; none where there is no such file.
+
+    Raises:
+        OSError: the file is there and cannot be read.
+    """
+    path = os.path.join(folder, DESCRIPTIONS_FILE)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ()
+    with os.fdopen(descriptor, "rb") as file:
+        text = file.read(DESCRIPTIONS_LIMIT_BYTES).decode("utf-8-sig", "replace")
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def class_folders(clases: Path, *, report: Callable[[OSError], None]) -> tuple[list[ClassFolder], list[str]]:
+    """List the classes of a dataset, sorted by name, and the folder names that cannot be classes.
+
+    Raises:
+        ReferencesAbsentError: ``Clases/`` is missing or cannot be listed.
+    """
+    try:
+        with os.scandir(clases) as entries:
+            found = sorted((e for e in entries if e.is_dir(follow_symlinks=False)), key=lambda entry: entry.name)
+    except OSError as error:
+        raise ReferencesAbsentError(f"{clases} cannot be listed: {error.strerror}") from error
+    folders, misnamed = [], []
+    for entry in found:
+        if entry.name.startswith("."):
+            continue
+        if not is_class_name(entry.name):
+            misnamed.append(entry.name)
+            continue
+        files = tuple((p, s) for p, s in scan(entry.path, report=report) if not p.endswith("/" + DESCRIPTIONS_FILE))
+        folders.append(ClassFolder(entry.name, tuple(sorted(files)), read_descriptions(entry.path)))
+    return folders, misnamed
+
+
+class References:
+    """The references of one dataset; remembers what each class held, so that an emptied class keeps serving."""
+
+    def __init__(self, clases: Path) -> None:
+        """Watch over ``clases``; nothing is read yet."""
+        self._clases = clases
+        self._contents: dict[str, dict[str, str]] = {}
+        self._kept_rows: dict[str, FloatArray] = {}
+
+    def rebuild(
+        self, embedder: Embedder, teaching: Teaching, *, previous: PrototypeSet | None, generation: int
+    ) -> Rebuilt:
+        """Read the folder and build the prototypes, or return the previous ones where nothing changed.
+
+        Args:
+            embedder: embeds files and texts, from its cache where it can.
+            teaching: the settings, templates and corrections.
+            previous: the prototypes that serve now, or the cached ones at the start.
+            generation: the generation number of a new set.
+
+        Raises:
+            ReferencesAbsentError: there is no class folder to learn from.
+        """
+        unreadable: list[OSError] = []
+        folders, misnamed = class_folders(self._clases, report=unreadable.append)
+        if unreadable:
+            raise ReferencesAbsentError(f"{unreadable[0].filename} cannot be read: {unreadable[0].strerror}")
+        if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:
+            raise ReferencesAbsentError(f"{self._clases} holds no class folder: make one for each class, with images in it")
+        forwards = embedder.forwards
+        answers = self._embed(embedder, folders, teaching.corrections)
+        rows, contents, refused = self._sorted_out(folders, teaching.corrections, answers)
+        emptied = self._keep_emptied(contents, rows, {folder.label for folder in folders})
+        fingerprint = self._fingerprint(contents, folders, teaching, embedder.encoder.encoder_id)
+        counts = {label: len(row) for label, row in contents.items()}
+        self._contents = contents
+        self._kept_rows = {content: row for label in rows for content, row in rows[label].items()}
+        if previous is not None and previous.fingerprint == fingerprint:
+            return Rebuilt(previous, refused, emptied, tuple(misnamed), changed=False, references=counts)
+        support = self._support(embedder, rows, contents, folders, teaching, fingerprint)
+        prototypes = build(support, teaching.settings, generation=generation)
+        encoded = embedder.forwards - forwards
+        return Rebuilt(prototypes, refused, emptied, tuple(misnamed), encoded=encoded, references=counts)
+
+    @staticmethod
+    def _embed(
+        embedder: Embedder, folders: Sequence[ClassFolder], corrections: Sequence[tuple[str, str, Stamp]]
+    ) -> dict[tuple[str, Stamp], EmbeddedImage | ImageRefused]:
+        images = [file for folder in folders for file in folder.files] + [(p, s) for _, p, s in corrections]
+        return {(answer.path, answer.stamp): answer for answer in embedder.embed(images)}
+
+    @staticmethod
+    def _sorted_out(
+        folders: Sequence[ClassFolder],
+        corrections: Sequence[tuple[str, str, Stamp]],
+        answers: Mapping[tuple[str, Stamp], EmbeddedImage | ImageRefused],
+    ) -> tuple[dict[str, dict[str, FloatArray]], dict[str, dict[str, str]], tuple[ImageRefused, ...]]:
+        """Return by label: rows by content, source by content; and what could not be read."""
+        rows: dict[str, dict[str, FloatArray]] = {folder.label: {} for folder in folders}
+        sources: dict[str, dict[str, str]] = {folder.label: {} for folder in folders}
+        refused: list[ImageRefused] = []
+        files = [(folder.label, path, stamp) for folder in folders for path, stamp in folder.files]
+        for label, path, stamp in [*files, *(c for c in corrections if c[0] in rows)]:
+            answer = answers[path, stamp]
+            if isinstance(answer, EmbeddedImage):
+                rows[label].setdefault(answer.content, answer.embedding)
+                sources[label].setdefault(answer.content, path)
+            elif answer.refusal not in {Refusal.NOT_AN_IMAGE, Refusal.VANISHED}:
+                refused.append(answer)
+        return rows, sources, tuple(refused)
+
+    def _keep_emptied(
+        self, contents: dict[str, dict[str, str]], rows: dict[str, dict[str, FloatArray]], present: set[str]
+    ) -> tuple[str, ...]:
+        """Give a class that is there but was emptied while running what it held before: absent is not empty."""
+        emptied = [label for label in sorted(present) if not contents[label] and self._contents.get(label)]
+        for label in emptied:
+            contents[label] = dict(self._contents[label])
+            rows[label] = {content: self._kept_rows[content] for content in contents[label]}
+        return tuple(emptied)
+
+    @staticmethod
+    def _fingerprint(
+        contents: Mapping[str, Mapping[str, str]], folders: Sequence[ClassFolder], teaching: Teaching, encoder_id: str
+    ) -> str:
+        """Identify contents, descriptions, templates, settings and encoder: equal means an equal support set."""
+        abstain = teaching.settings.abstain
+        facts = {
+            "version": SHAPE_VERSION,
+            "encoder": encoder_id,
+            "mode": teaching.settings.mode.value,
+            "abstain": None if abstain is None else [abstain.precision, abstain.strangers],
+            "templates": teaching.templates,
+            "classes": {label: sorted(held) for label, held in contents.items()},
+            "descriptions": {folder.label: folder.descriptions for folder in folders},
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @staticmethod
+    def _support(  # noqa: PLR0913, PLR0917 -- the parts of one support set
+        embedder: Embedder,
+        rows: Mapping[str, Mapping[str, FloatArray]],
+        sources: Mapping[str, Mapping[str, str]],
+        folders: Sequence[ClassFolder],
+        teaching: Teaching,
+        fingerprint: str,
+    ) -> SupportSet:
+        labels = tuple(folder.label for folder in folders if folder.label != STRANGERS_FOLDER)
+        dimensions = embedder.encoder.dimensions
+        none = np.zeros((0, dimensions), np.float32)
+        stacked = [row for label in labels for row in rows[label].values()]
+        strangers = list(rows.get(STRANGERS_FOLDER, {}).values())
+        text, text_mean = None, None
+        wants_text = teaching.settings.mode in {Mode.TEXT, Mode.MIXED} or len(labels) <= TEXT_CLASSES_LIMIT
+        if embedder.encoder.has_text and wants_text:
+            named = {folder.label: prompts(folder.label, folder.descriptions, teaching.templates) for folder in folders}
+            text = class_texts(embedder, [named[label] for label in labels])
+            generic = [prompt for noun in GENERIC_NOUNS for prompt in prompts(noun, (), teaching.templates)]
+            text_mean = embedder.embed_texts(generic).mean(axis=0).astype(np.float32)
+        return SupportSet(
+            labels=labels,
+            embeddings=np.stack(stacked) if stacked else none,
+            classes=np.repeat(np.arange(len(labels)), [len(rows[label]) for label in labels]),
+            sources=tuple(path for label in labels for path in sources[label].values()),
+            text=text,
+            text_mean=text_mean,
+            strangers=np.stack(strangers) if strangers else none,
+            encoder_id=embedder.encoder.encoder_id,
+            fingerprint=fingerprint,
+        )
+
+
+def class_texts(embedder: Embedder, sentences: Sequence[Sequence[str]]) -> FloatArray:
+    """Return float32 (C, d) unit rows: for each class the unit mean of its prompts' unit embeddings."""
+    rows = embedder.embed_texts([sentence for one_class in sentences for sentence in one_class])
+    ends = np.cumsum([len(one_class) for one_class in sentences])
+    means = np.stack([part.mean(axis=0) for part in np.split(rows, ends[:-1])])
+    return (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)).astype(np.float32)
