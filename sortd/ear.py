@@ -27,6 +27,7 @@ from watchdog.observers import Observer
 from watchdog.utils import BaseThread
 
 from sortd import inotify
+from sortd.hints import Hint
 from sortd.scanning import is_below_temporary
 
 if TYPE_CHECKING:
@@ -45,21 +46,6 @@ _EVENTS: list[type[FileSystemEvent]] = [
 _DEEP = ("Images", "Clases")  # must be watched at any depth
 _STANDARD = (*_DEEP, "Dataset", "Review", ".sortd")
 _SPARE_DESCRIPTORS = 4  # an observer opens three; the constructor leaks the first where the others fail
-
-
-@dataclass(frozen=True, slots=True)
-class Hint:
-    """Something happened to this path; look for yourself.
-
-    Attributes:
-        path: Absolute, as ``os.fsdecode`` gives it; nothing need stand there any more.
-        closed: A writer closed the file: it may well be whole.
-        directory: It is, or was, a folder: scan it.
-    """
-
-    path: str
-    closed: bool = False
-    directory: bool = False
 
 
 @dataclass(frozen=True, slots=True)

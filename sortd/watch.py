@@ -13,13 +13,13 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
 from watchdog.observers import Observer
 
 from sortd import inotify
-from sortd.ear import Ear, Hint, Place, places_of_dataset
+from sortd.ear import Ear, Place, places_of_dataset
+from sortd.hints import Hint, HintsLost, Loss, Mode, WatchStatus
 from sortd.scanning import is_temporary, scan, stamp
 
 if TYPE_CHECKING:
@@ -48,46 +48,6 @@ _FIRST_DELAY_SECONDS = 1.0
 _LAST_DELAY_SECONDS = 60.0
 
 
-class Loss(StrEnum):
-    """Why hints were lost; with ``watch.`` before it, the event's name in the log."""
-
-    OVERFLOWED = "overflowed"  # more happened than the queue holds
-    RESTARTED = "restarted"  # the watch had died or gone deaf, and hears again
-    DEGRADED = "degraded"  # the watch cannot be had, or only in part: the root is scanned more often
-
-
-class Mode(StrEnum):
-    """How a root is followed."""
-
-    EVENTS = "events"  # by inotify; the scan is the safety net
-    POLLING = "polling"  # by scans alone, or besides an inotify that misses some folders
-    WAITING = "waiting"  # the folder is not there
-
-
-@dataclass(frozen=True, slots=True)
-class HintsLost:
-    """Hints about this root did not arrive: scan it.
-
-    Attributes:
-        root: As it was given to the watcher.
-        why: A sentence for the log, with the setting that mends it where there is one.
-        loss: The kind.
-    """
-
-    root: str
-    why: str
-    loss: Loss
-
-
-@dataclass(frozen=True, slots=True)
-class WatchStatus:
-    """How a root is followed now, and why not by events where that is so."""
-
-    root: str
-    mode: Mode
-    why: str = ""
-
-
 @dataclass(slots=True)
 class _Watched:
     """One root, and what is known of its ear."""
@@ -98,7 +58,7 @@ class _Watched:
     mode: Mode = Mode.POLLING
     why: str = ""
     told: str = ""  # the last `why` that was posted as a degradation: said once, not at each attempt
-    untold: "HintsLost | None" = None  # what `post` would not take; said again at the next check
+    untold: HintsLost | None = None  # what `post` would not take; said again at the next check
     retry_at: float = float("-inf")
     delay_seconds: float = _FIRST_DELAY_SECONDS
     covered_at: float | None = None
