@@ -1,0 +1,157 @@
+"""The backlog's state machine: whatever happens in whatever order, its rule holds."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from sortd.backlog import BUSY_RECHECK_SECONDS, LEASELESS_QUIET_SECONDS, RESTING, Backlog, State
+from sortd.messages import Stamp, Writer
+
+SETTLE = 2.0
+PATHS = st.sampled_from([f"Images/{name}.png" for name in "abcdef"])
+LIMIT = 4
+
+
+def stamp(version: int) -> Stamp:
+    """Return the stamp of a file's version."""
+    return Stamp(1, version, version, version)
+
+
+class BacklogMachine(RuleBasedStateMachine):
+    """A disk with files that come, change and go, and a worker and a mover that answer early, late or wrongly."""
+
+    def __init__(self) -> None:
+        """Begin with an empty disk."""
+        super().__init__()
+        self.now = 0.0
+        self.backlog = Backlog(settle_seconds=SETTLE, limit=LIMIT)
+        self.disk: dict[str, tuple[int, float]] = {}
+        self.version = 0
+        self.asked: list[tuple[str, Stamp]] = []
+        self.moving: list[tuple[str, Stamp]] = []
+
+    def _write(self, path: str) -> None:
+        self.version += 1
+        self.disk[path] = (self.version, self.now)
+
+    @rule(path=PATHS, closed=st.booleans())
+    def a_file_is_written(self, path: str, closed: bool) -> None:  # noqa: FBT001 -- drawn by hypothesis
+        """A hint follows the write."""
+        self._write(path)
+        self.backlog.see(path, stamp(self.version), self.now, writer=None, closed=closed)
+
+    @rule(path=PATHS)
+    def a_file_is_written_without_a_hint(self, path: str) -> None:
+        """The queue overflowed."""
+        self._write(path)
+
+    @rule()
+    def a_scan_finds_all(self) -> None:
+        """The truth."""
+        self.backlog.start_scan()
+        for path, (version, _) in self.disk.items():
+            self.backlog.see(path, stamp(version), self.now, writer=None, closed=False)
+
+    @rule(path=PATHS)
+    def a_file_is_deleted(self, path: str) -> None:
+        """Nobody says so."""
+        self.disk.pop(path, None)
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 2.0, 5.0, 40.0]), writer=st.sampled_from(list(Writer)))
+    def time_passes(self, seconds: float, writer: Writer) -> None:
+        """Every image that is due gets one look; a ready one has held still for its time, without a writer."""
+        self.now += seconds
+        for path in list(self.backlog.due(self.now)):
+            on_disk = self.disk.get(path)
+            if on_disk is None:
+                self.backlog.forget(path)
+                continue
+            version, written_at = on_disk
+            self.backlog.see(path, stamp(version), self.now, writer=writer, closed=False)
+            entry = self.backlog.get(path)
+            assert entry is not None
+            if entry.state is State.READY:
+                quiet = LEASELESS_QUIET_SECONDS if writer is Writer.UNKNOWN and not entry.closed else SETTLE
+                assert self.now - written_at >= quiet
+                assert writer is not Writer.PRESENT
+
+    @rule(size=st.integers(1, 5))
+    def a_batch_is_taken(self, size: int) -> None:
+        """What is taken is being encoded, once each."""
+        batch = self.backlog.take_batch(size)
+        assert len({entry.path for entry in batch}) == len(batch) <= size
+        for entry in batch:
+            assert entry.state is State.ENCODING
+            self.asked.append((entry.path, entry.stamp))
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data(), what=st.sampled_from(["embedded", "moving", "refused", "changed"]))
+    def an_answer_comes(self, data: st.DataObject, what: str) -> None:
+        """An answer is taken only for the very version that is being encoded."""
+        path, mark = self.asked.pop(data.draw(st.integers(0, len(self.asked) - 1)))
+        entry = self.backlog.answered(path, mark)
+        if entry is None:
+            return
+        assert (entry.stamp, entry.state) == (mark, State.ENCODING)
+        match what:
+            case "embedded":
+                self.backlog.embedded(entry)
+            case "moving":
+                self.backlog.moving(entry)
+                self.moving.append((path, mark))
+            case "refused":
+                self.backlog.refuse(entry)
+            case "changed":
+                self.backlog.settle_again(entry, self.now)
+
+    @precondition(lambda self: self.moving)
+    @rule(data=st.data(), worked=st.booleans())
+    def a_move_ends(self, data: st.DataObject, worked: bool) -> None:  # noqa: FBT001 -- drawn by hypothesis
+        """A move that was awaited ends in gone or in EMBEDDED, one that was not changes nothing."""
+        path, mark = self.moving.pop(data.draw(st.integers(0, len(self.moving) - 1)))
+        before = self.backlog.get(path)
+        if worked:
+            if self.backlog.moved(path, mark):
+                assert self.backlog.get(path) is None
+                self.disk.pop(path, None)
+        elif self.backlog.move_failed(path, mark) is None:
+            assert before is self.backlog.get(path)
+
+    @rule()
+    def moving_is_allowed_again(self) -> None:
+        """Nothing stays EMBEDDED then."""
+        self.backlog.resume()
+        assert self.backlog.count(State.EMBEDDED) == 0
+
+    @rule(path=PATHS)
+    def a_file_is_held(self, path: str) -> None:
+        """It was undone."""
+        if path in self.disk:
+            self.backlog.hold(path, stamp(self.disk[path][0]), self.now)
+
+    @rule(path=st.none() | PATHS)
+    def a_file_is_released(self, path: str | None) -> None:
+        """The operator lets go."""
+        self.backlog.release(path, self.now)
+
+    @invariant()
+    def counts_agree(self) -> None:
+        """The counts are those of the entries, and the waiting ones are bounded."""
+        entries = [self.backlog.get(path) for path in [f"Images/{name}.png" for name in "abcdef"]]
+        known = [entry for entry in entries if entry is not None]
+        for state in State:
+            assert self.backlog.count(state) == sum(entry.state is state for entry in known)
+        assert len(self.backlog) == len(known)
+        assert self.backlog.waiting == sum(entry.state not in RESTING for entry in known)
+
+    @invariant()
+    def every_settling_image_has_a_deadline(self) -> None:
+        """Nothing is forgotten: a settling image is looked at again within the longest pause."""
+        deadline = self.backlog.next_deadline()
+        if self.backlog.count(State.SETTLING):
+            assert deadline is not None
+            assert deadline <= self.now + max(BUSY_RECHECK_SECONDS, LEASELESS_QUIET_SECONDS)
+
+
+BacklogMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestBacklog = BacklogMachine.TestCase
