@@ -97,14 +97,16 @@ def _rehearse(path: Path | None, *, as_json: bool) -> None:
     logs.configure(config.log.format, "warning")
 
     def tell(dataset: str, move: "Move", destination: str) -> None:
-        from sortd.dataset import decision_facts
+        from sortd.account import decision_facts
 
         facts: Mapping[str, Any] = {"dataset": dataset, "path": move.path, "destination": destination}
         if as_json:
             typer.echo(json.dumps({**facts, "outcome": move.outcome.value, **decision_facts(move)}))
         else:
             why = decision_facts(move)
-            shown = " ".join(f"{key}={why[key]}" for key in ("score", "margin", "second_label", "reason") if why.get(key))
+            shown = " ".join(
+                f"{key}={why[key]}" for key in ("score", "margin", "second_label", "reason") if why.get(key)
+            )
             typer.echo(f"{printable(move.path)} -> {printable(destination)}  {shown}")
 
     rehearse(config, tell)
@@ -113,7 +115,9 @@ def _rehearse(path: Path | None, *, as_json: bool) -> None:
 @app.command()
 def init(
     directory: Annotated[Path, typer.Argument(help="The dataset's folder; it and what it lacks is made.")],
-    classes: Annotated[list[str] | None, typer.Option("--class", help="Make a folder for this class; repeatable.")] = None,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", help="Make a folder for this class; repeatable.")
+    ] = None,
 ) -> None:
     """Make the folders of a dataset, and its marker."""
     from sortd.layout import Area, Layout

@@ -8,6 +8,7 @@ a message comes or the nearest deadline passes.
     stop    begin nothing new; finish the moves at hand; stop watcher and worker; close the journals
 """
 
+import os
 import queue
 import signal
 from collections.abc import Callable, Iterator
@@ -18,18 +19,19 @@ from types import FrameType
 
 import structlog
 
-from sortd import logs
+from sortd import __version__, logs
 from sortd.config import Config, restart_needed
+from sortd.control import answer
 from sortd.dataset import Dataset
-from sortd.errors import ConfigError, LayoutError, SortdError
+from sortd.errors import ConfigError, LayoutError
 from sortd.layout import Layout, find_datasets
-from sortd.messages import RebuildFailed, ReferencesTouched, StopRequested
+from sortd.messages import RebuildFailed, StopRequested
 from sortd.metrics import Metrics
 from sortd.requests import Requests
 from sortd.sdnotify import Notifier
 from sortd.site import Site, sorter_settings, teaching_of
-from sortd.status import Status
-from sortd.watch import Hint, HintsLost, Watcher
+from sortd.status import Status, started_ticks
+from sortd.watch import Hint, HintsLost, Loss, Watcher
 from sortd.worker import Answer, Forget, Posted, Worker, WorkerDied, WorkerReady
 
 STOP_SECONDS = 4.0
@@ -90,6 +92,7 @@ class Daemon:
         self._status = Status(site.state_folder)
         self._requests = Requests(site.state_folder)
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
+        self._pid = os.getpid()
         self._is_ready = False
         self._is_stopping = False
         self._root_is_present = True
@@ -116,6 +119,7 @@ class Daemon:
         self._worker.start()
         if not self._once:
             self._watcher = Watcher(self.inbox.put, polling=self.config.polling)
+            self._watcher.watch_root(os.fspath(self.config.root))
         self._discover()
         if self._once and not self.datasets:
             raise LayoutError(
@@ -144,7 +148,7 @@ class Daemon:
     def _totals(self) -> dict[str, int]:
         totals: dict[str, int] = {}
         for dataset in self.datasets.values():
-            for outcome, count in dataset.outcomes.items():
+            for outcome, count in dataset.account.outcomes.items():
                 totals[outcome] = totals.get(outcome, 0) + count
         return totals
 
@@ -174,17 +178,16 @@ class Daemon:
             return 0.0
         deadlines = [d for dataset in self.datasets.values() if (d := dataset.sorter.next_deadline()) is not None]
         deadlines += [self._next["scan"], self._next["health"], self._next["ping"]]
-        if self._status.is_stale:
-            deadlines.append(self._next["status"])
-        return max(0.0, min(d for d in deadlines if d) - now) if any(deadlines) else HEALTH_SECONDS
+        return max(0.0, min(deadline for deadline in deadlines if deadline) - now)
 
     def _take(self, message: Message) -> None:
         match message:
             case Hint(path=path):
                 self._hint(path, message)
-            case HintsLost(root=root, why=why):
-                self._log.warning(logs.WATCH_OVERFLOWED, root=root, why=why)
-                self._metrics.watch_overflow()
+            case HintsLost(root=root, why=why, loss=loss):
+                self._log.warning(f"watch.{loss.value}", root=root, why=why)
+                if loss is Loss.OVERFLOWED:
+                    self._metrics.watch_overflow()
                 self._scan_all()
             case Answer(dataset=name):
                 if name in self.datasets:
@@ -213,7 +216,7 @@ class Daemon:
         except LayoutError as error:
             if self._root_is_present:
                 self._root_is_present = False
-                self._log.error(logs.ROOT_ABSENT, error=str(error))  # noqa: TRY400 -- the sentence says it all
+                self._log.error(logs.ROOT_ABSENT, error=str(error))
             for dataset in self.datasets.values():
                 dataset.receive(RebuildFailed(str(error), references_absent=True))
             if self._once or not self.datasets:
@@ -229,7 +232,7 @@ class Daemon:
     def _take_up(self, layout: Layout) -> None:
         dataset = self._site.open(layout, self.config, ask=self._worker.ask, metrics=self._metrics)
         if self._watcher is not None:
-            self._watcher.watch_dataset(layout.root)
+            self._watcher.watch_dataset(os.fspath(layout.root))
         self.datasets[layout.name] = dataset
         self._site.begin(dataset)
         self._log.info(logs.DATASET_ADDED, dataset=layout.name, root=str(layout.root))
@@ -237,7 +240,7 @@ class Daemon:
     def _let_go(self, name: str) -> None:
         dataset = self.datasets.pop(name)
         if self._watcher is not None:
-            self._watcher.forget(dataset.layout.root)
+            self._watcher.forget(os.fspath(dataset.layout.root))
         self._worker.ask(Forget(name))
         self._site.close(dataset)
         self._log.warning(logs.DATASET_GONE, dataset=name, root=str(dataset.layout.root))
@@ -255,9 +258,7 @@ class Daemon:
             self._next["scan"] = now + self.config.rescan_seconds
             self._scan_all()
         if now >= self._next["health"]:
-            self._next["health"] = now + HEALTH_SECONDS
-            if self._watcher is not None:
-                self._watcher.health(now)
+            self._next["health"] = now + HEALTH_SECONDS if self._watcher is None else self._watcher.health(now)
         if not self._is_ready and self.model is not None and self._all_answered():
             self._is_ready = True
             self._log.info(logs.DAEMON_READY, datasets=sorted(self.datasets), model=self.model.description)
@@ -267,9 +268,9 @@ class Daemon:
             busy = self._worker.busy_since
             if busy is None or now - busy < STUCK_SECONDS:
                 self._notifier.watchdog()
-        if now >= self._next["status"] and self._write_status(running=True):
+        if now >= self._next["status"]:
             self._next["status"] = now + STATUS_SECONDS
-        self._requests.serve(self)
+            self._write_status(running=True)
 
     def _all_answered(self) -> bool:
         """Tell whether each dataset has scanned once and knows its prototypes, or why it has none."""
@@ -279,7 +280,27 @@ class Daemon:
         )
 
     def _write_status(self, *, running: bool) -> bool:
-        return self._status.write(self, running=running)
+        return self._status.write(self.facts(running=running))
+
+    def facts(self, *, running: bool) -> dict[str, object]:
+        """Return what ``sortd status`` shows of this run, as plain values."""
+        return {
+            "running": running,
+            "pid": self._pid,
+            "started_ticks": started_ticks(self._pid),
+            "version": __version__,
+            "root": str(self.config.root),
+            "ready": self._is_ready,
+            "model": None if self.model is None else self.model.description,
+            "encoder_id": None if self.model is None else self.model.encoder_id,
+            "config_problem": self.config_problem,
+            "watching": []
+            if self._watcher is None
+            else [
+                {"root": status.root, "mode": status.mode.value, "why": status.why} for status in self._watcher.status()
+            ],
+            "datasets": {name: dataset.facts() for name, dataset in sorted(self.datasets.items())},
+        }
 
     # ------------------------------------------------------------ signals and reload
 
@@ -303,6 +324,8 @@ class Daemon:
     def _signalled(self, number: int) -> None:
         if number == signal.SIGHUP:
             self.reload()
+        elif number == signal.SIGUSR1:
+            self._requests.serve(lambda request: answer(self, request))
         elif number in {signal.SIGTERM, signal.SIGINT}:
             self._is_stopping = True
             for dataset in self.datasets.values():
@@ -315,7 +338,7 @@ class Daemon:
             config = self._reload()
         except ConfigError as error:
             self.config_problem = str(error)
-            self._log.error(logs.CONFIG_REFUSED, error=str(error))  # noqa: TRY400 -- the sentence says it all
+            self._log.error(logs.CONFIG_REFUSED, error=str(error))
         else:
             waits = restart_needed(self.config, config)
             self.config, self.config_problem = config, None

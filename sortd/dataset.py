@@ -12,20 +12,8 @@ from itertools import islice
 from time import monotonic
 from typing import Protocol
 
-import structlog
-
+from sortd.account import Account
 from sortd.layout import Area, Layout
-from sortd.logs import (
-    IMAGE_EVENTS,
-    IMAGE_LEFT,
-    MOVE_FAILED,
-    PROTOTYPES_REBUILD_FAILED,
-    PROTOTYPES_REBUILT,
-    REFERENCES_EMPTIED,
-    REFERENCES_MISNAMED,
-    REFERENCES_UNREADABLE,
-    SCAN_UNREADABLE,
-)
 from sortd.messages import (
     Command,
     Embed,
@@ -40,7 +28,6 @@ from sortd.messages import (
     Moved,
     MoveFailed,
     MoveFailure,
-    Outcome,
     PrototypesBuilt,
     Rebuild,
     RebuildFailed,
@@ -54,11 +41,11 @@ from sortd.messages import (
     Writer,
 )
 from sortd.metrics import Metrics
-from sortd.prototypes import Abstained, Assigned
-from sortd.references import Rebuilt, Teaching
+from sortd.references import Teaching
 from sortd.renaming import writer_of
+from sortd.scanning import is_below_temporary, scan, stamp
 from sortd.sorter import Sorter, SorterSettings
-from sortd.watch import Hint, is_temporary, scan, stamp
+from sortd.watch import Hint
 from sortd.worker import Answer, EmbedJob, Job, RebuildJob
 
 SCAN_SLICE = 2000
@@ -85,19 +72,17 @@ class Dataset:
         ask: Callable[[Job], None],
         metrics: Metrics,
         last_generation: int,
+        needs_marker: bool = True,
     ) -> None:
         """Take the collaborators over; nothing is touched yet."""
         self.layout = layout
         self.name = layout.name
         self.sorter = Sorter(settings)
         self.teaching = teaching
-        self.log: structlog.stdlib.BoundLogger = structlog.get_logger().bind(dataset=self.name)
-        self.problem: str | None = None
-        """Why nothing moves, in a sentence; None while all is well."""
-        self.rebuilt: Rebuilt | None = None
-        self.outcomes: dict[str, int] = {}
-        self._mover, self._ask, self._metrics = mover, ask, metrics
-        self._last_generation = last_generation
+        self.account = Account(self.name, metrics)
+        self._mover, self._ask = mover, ask
+        self._needs_marker = needs_marker
+        self.last_generation = last_generation
         self._commands: deque[Command] = deque()
         self._moves: list[Move] = []
         self._scan: Iterator[tuple[str, Stamp]] | None = None
@@ -109,6 +94,9 @@ class Dataset:
     def receive(self, event: Event) -> None:
         """Hand one event to the core and carry out what it asks for; moves wait for ``flush``."""
         self._commands.extend(self.sorter.receive(event, monotonic()))
+        self._drain()
+
+    def _drain(self) -> None:
         while self._commands:
             self._carry_out(self._commands.popleft())
 
@@ -134,20 +122,20 @@ class Dataset:
         elif area is Area.IMAGES:
             if hint.directory:
                 self.begin_scan()
-            elif not is_temporary(os.path.basename(hint.path)):
+            elif not is_below_temporary(hint.path, os.fspath(self.layout.area(Area.IMAGES))):
                 self._look(hint.path, closed=hint.closed)
+                self._drain()
 
     def answer(self, answer: Answer) -> None:
         """Take the worker's answer."""
         for event in answer.events:
-            if isinstance(event, PrototypesBuilt):
-                self._note_rebuilt(event, answer)
+            if isinstance(event, PrototypesBuilt) and answer.rebuilt is not None:
+                self.last_generation = max(self.last_generation, event.prototypes.generation)
+                self.account.rebuilt(event.prototypes, answer.rebuilt, answer.seconds)
             elif isinstance(event, RebuildFailed):
-                self._note_rebuild_failed(event)
+                self.account.rebuild_failed(event)
             elif isinstance(event, Embedded):
-                for image in event.images:
-                    self._metrics.stage("decode", image.decode_seconds)
-                    self._metrics.stage("encode", image.encode_seconds)
+                self.account.embedded(event)
             self.receive(event)
 
     def reload(self, settings: SorterSettings, teaching: Teaching) -> None:
@@ -165,19 +153,24 @@ class Dataset:
     @property
     def is_drained(self) -> bool:
         """Tell whether nothing is left to do until something else happens."""
-        return not (self._scan is not None or self._moves) and self.sorter.is_drained
+        return not (self.is_scanning or self.has_moves) and self.sorter.is_drained
+
+    @property
+    def has_moves(self) -> bool:
+        """Tell whether moves were gathered and wait for ``flush``."""
+        return bool(self._moves)
 
     def begin_scan(self) -> None:
         """Begin to scan Images/, unless a scan is under way: then another one follows it."""
         if self._scan is not None:
             self._scan_again = True
             return
-        self._scan = scan(os.fspath(self.layout.area(Area.IMAGES)), report=self._note_unreadable)
+        self._scan = scan(os.fspath(self.layout.area(Area.IMAGES)), on_unreadable=self.account.unreadable)
         self.receive(ScanStarted())
 
     def compare_references(self) -> None:
         """Look whether Clases/ differs from what was last seen of it: a hint may have been lost."""
-        found = scan(os.fspath(self.layout.area(Area.CLASES)), report=self._note_unreadable)
+        found = scan(os.fspath(self.layout.area(Area.CLASES)), on_unreadable=self.account.unreadable)
         signature = hash(frozenset(found))
         if self._references_signature is not None and self._references_signature != signature:
             self.receive(ReferencesTouched())
@@ -197,8 +190,9 @@ class Dataset:
                 self._scan_again = False
                 self.begin_scan()
 
-    def _note_unreadable(self, error: OSError) -> None:
-        self.log.warning(SCAN_UNREADABLE, path=error.filename, error=error.strerror, mend="give sortd the right to read it")
+    def scan_review(self) -> Iterator[tuple[str, Stamp]]:
+        """Yield what stands in Review/, with its stamps."""
+        return scan(os.fspath(self.layout.area(Area.REVIEW)), on_unreadable=self.account.unreadable)
 
     # ------------------------------------------------------------ what goes out
 
@@ -214,9 +208,8 @@ class Dataset:
                 self.begin_scan()
             case Move():
                 self._moves.append(command)
-            case Leave(path, refusal, message):
-                self._count("left")
-                self.log.info(IMAGE_LEFT, path=path, refusal=refusal.value, reason=message)
+            case Leave():
+                self.account.left(command)
 
     def _look(self, path: str, *, closed: bool, inspect: bool = False) -> None:
         mark = stamp(path)
@@ -225,20 +218,26 @@ class Dataset:
         self._commands.extend(self.sorter.receive(event, monotonic()))
 
     def _rebuild(self) -> None:
-        if not self.layout.is_present:
-            message = f"{self.layout.marker} is gone: is the disk mounted? `sortd init {self.layout.root}` makes it anew"
+        if not self._is_present:
+            message = (
+                f"{self.layout.marker} is gone: is the disk mounted? `sortd init {self.layout.root}` makes it anew"
+            )
             event = RebuildFailed(message, references_absent=True)
-            self._note_rebuild_failed(event)
+            self.account.rebuild_failed(event)
             self._commands.extend(self.sorter.receive(event, monotonic()))
             return
-        self._ask(RebuildJob(self.name, self.layout.area(Area.CLASES), self.teaching, self._last_generation))
+        self._ask(RebuildJob(self.name, self.layout.area(Area.CLASES), self.teaching, self.last_generation))
+
+    @property
+    def _is_present(self) -> bool:
+        return self.layout.is_present or not self._needs_marker
 
     def flush(self) -> None:
         """File the moves that were gathered, as one group, and log each."""
         if not self._moves:
             return
         moves, self._moves = self._moves, []
-        if not self.layout.is_present:
+        if not self._is_present:
             for move in moves:
                 self.receive(MoveFailed(move.path, move.stamp, MoveFailure.DESTINATION, "the dataset is not mounted"))
             self.receive(RebuildFailed(f"{self.layout.marker} is gone", references_absent=True))
@@ -248,71 +247,24 @@ class Dataset:
         milliseconds = 1e3 * (monotonic() - began) / len(moves)
         asked = {(move.path, move.stamp): move for move in moves}
         for result in results:
-            self._note_result(asked[result.path, result.stamp], result, milliseconds)
+            self.account.moved(asked[result.path, result.stamp], result, milliseconds)
             self.receive(result)
 
-    # ------------------------------------------------------------ what is said
+    @property
+    def problem(self) -> str | None:
+        """Why nothing moves, in a sentence; None while all is well."""
+        return self.account.problem
 
-    def _note_result(self, move: Move, result: Moved | MoveFailed, milliseconds: float) -> None:
-        if isinstance(result, MoveFailed):
-            self.log.warning(MOVE_FAILED, path=result.path, failure=result.failure.value, error=result.message)
-            return
-        self._count(move.outcome.value)
-        self._metrics.stage("settle", move.milliseconds.get("settle", 0.0) / 1e3)
-        self._metrics.stage("move", milliseconds / 1e3)
-        times = {f"{stage}_ms": value for stage, value in {**move.milliseconds, "move": round(milliseconds, 1)}.items()}
-        facts: dict[str, object] = {"path": move.path, "destination": result.destination, **decision_facts(move)}
-        level = self.log.warning if move.outcome is Outcome.REJECTED else self.log.info
-        level(IMAGE_EVENTS[move.outcome], **facts, **times)
-
-    def _note_rebuilt(self, event: PrototypesBuilt, answer: Answer) -> None:
-        rebuilt = answer.rebuilt
-        self.problem, self.rebuilt = None, rebuilt
-        self._last_generation = max(self._last_generation, event.prototypes.generation)
-        self._metrics.generation(self.name, event.prototypes.generation)
-        if rebuilt is None:
-            return
-        for refusal in rebuilt.refused:
-            self.log.warning(REFERENCES_UNREADABLE, path=refusal.path, reason=refusal.message)
-        if rebuilt.emptied:
-            self.log.warning(REFERENCES_EMPTIED, classes=list(rebuilt.emptied), mend="remove the folder, or reload")
-        if rebuilt.misnamed:
-            self.log.warning(REFERENCES_MISNAMED, folders=list(rebuilt.misnamed), mend="use printable names")
-        self.log.info(
-            PROTOTYPES_REBUILT,
-            generation=event.prototypes.generation,
-            changed=rebuilt.changed,
-            classes=len(event.prototypes.labels),
-            references=int(event.prototypes.counts.sum()),
-            encoded_batches=rebuilt.encoded,
-            mode=event.prototypes.settings.mode.value,
-            encoder_id=event.prototypes.encoder_id,
-            milliseconds=round(1e3 * answer.seconds, 1),
-        )
-
-    def _note_rebuild_failed(self, event: RebuildFailed) -> None:
-        self.problem = event.message
-        self.log.error(PROTOTYPES_REBUILD_FAILED, error=event.message, moving=not event.references_absent)
-
-    def _count(self, outcome: str) -> None:
-        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
-        self._metrics.image(self.name, outcome)
-
-
-def decision_facts(move: Move) -> dict[str, object]:
-    """Return what the log line says of a decision."""
-    facts: dict[str, object] = {"generation": move.generation, "encoder_id": move.encoder_id}
-    if move.reason:
-        facts["reason"] = move.reason
-    match move.decision:
-        case Assigned(label=label):
-            facts["label"] = label
-        case Abstained(best_label=label):
-            facts["label"] = label
-        case None:
-            return {"reason": move.reason}
-    facts["score"] = round(move.decision.score, 4)
-    facts["margin"] = round(move.decision.margin, 4)
-    facts["second_label"] = move.decision.second_label
-    facts["mode"] = move.decision.mode.value
-    return facts
+    def facts(self) -> dict[str, object]:
+        """Return what ``sortd status`` shows of this dataset, as plain values."""
+        prototypes = self.sorter.prototypes
+        return {
+            "problem": self.problem,
+            "moving": self.sorter.may_move,
+            "images": self.sorter.counts,
+            "outcomes": dict(self.account.outcomes),
+            "generation": self.last_generation,
+            "classes": [] if prototypes is None else list(prototypes.labels),
+            "references": 0 if prototypes is None else int(prototypes.counts.sum()),
+            "mode": self.teaching.settings.mode.value,
+        }

@@ -53,7 +53,7 @@ class Layout:
         return self.marker.is_dir()
 
     def state_folder(self, state: Path) -> Path:
-        """Return the folder of its journal below the state directory: by name, and by place so that names may repeat."""
+        """Return the folder of its journal below ``state``: by name, and by place so that names may repeat."""
         place = hashlib.sha256(os.fsencode(os.path.realpath(self.root))).hexdigest()[:8]
         return state / f"{self.name}-{place}"
 
@@ -90,5 +90,7 @@ def find_datasets(root: Path) -> list[Layout]:
         with os.scandir(root) as entries:
             folders = [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
     except OSError as error:
-        raise LayoutError(f"{root} cannot be listed: {error.strerror}; set root to the folder of your datasets") from error
+        raise LayoutError(
+            f"{root} cannot be listed: {error.strerror}; set root to the folder of your datasets"
+        ) from error
     return [layout for folder in sorted(folders) if (layout := Layout(folder)).is_dataset]

@@ -13,7 +13,7 @@ from sortd.embedding import Embedder
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
 from sortd.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build
-from sortd.watch import scan
+from sortd.scanning import scan
 
 STRANGERS_FOLDER = "_none"
 """A class folder of this name holds examples of what belongs to no class."""
@@ -87,7 +87,9 @@ def read_descriptions(folder: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def class_folders(clases: Path, *, report: Callable[[OSError], None]) -> tuple[list[ClassFolder], list[str]]:
+def class_folders(
+    clases: Path, *, on_unreadable: Callable[[str, OSError], None]
+) -> tuple[list[ClassFolder], list[str]]:
     """List the classes of a dataset, sorted by name, and the folder names that cannot be classes.
 
     Raises:
@@ -105,7 +107,9 @@ def class_folders(clases: Path, *, report: Callable[[OSError], None]) -> tuple[l
         if not is_class_name(entry.name):
             misnamed.append(entry.name)
             continue
-        files = tuple((p, s) for p, s in scan(entry.path, report=report) if not p.endswith("/" + DESCRIPTIONS_FILE))
+        files = tuple(
+            (p, s) for p, s in scan(entry.path, on_unreadable=on_unreadable) if not p.endswith("/" + DESCRIPTIONS_FILE)
+        )
         folders.append(ClassFolder(entry.name, tuple(sorted(files)), read_descriptions(entry.path)))
     return folders, misnamed
 
@@ -133,12 +137,15 @@ class References:
         Raises:
             ReferencesAbsentError: there is no class folder to learn from.
         """
-        unreadable: list[OSError] = []
-        folders, misnamed = class_folders(self._clases, report=unreadable.append)
+        unreadable: list[tuple[str, OSError]] = []
+        folders, misnamed = class_folders(self._clases, on_unreadable=lambda *what: unreadable.append(what))
         if unreadable:
-            raise ReferencesAbsentError(f"{unreadable[0].filename} cannot be read: {unreadable[0].strerror}")
+            path, error = unreadable[0]
+            raise ReferencesAbsentError(f"{path} cannot be read: {error.strerror}; give sortd the right to")
         if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:
-            raise ReferencesAbsentError(f"{self._clases} holds no class folder: make one for each class, with images in it")
+            raise ReferencesAbsentError(
+                f"{self._clases} holds no class folder: make one for each class, with images in it"
+            )
         forwards = embedder.forwards
         answers = self._embed(embedder, folders, teaching.corrections)
         rows, contents, refused = self._sorted_out(folders, teaching.corrections, answers)
@@ -209,7 +216,7 @@ class References:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @staticmethod
-    def _support(  # noqa: PLR0913, PLR0917 -- the parts of one support set
+    def _support(
         embedder: Embedder,
         rows: Mapping[str, Mapping[str, FloatArray]],
         sources: Mapping[str, Mapping[str, str]],

@@ -1,4 +1,4 @@
-"""The site: where sortd works; it locks, recovers and opens datasets, and loads the model with its cache and decoders."""
+"""The site: where sortd works. It locks, recovers and opens datasets, and loads the model with what it needs."""
 
 import os
 import uuid
@@ -20,12 +20,10 @@ from sortd.images import Limits
 from sortd.journal import Journal
 from sortd.journal_history import History
 from sortd.layout import Layout
-from sortd.messages import Move, Outcome, Stamp
+from sortd.messages import Stamp
 from sortd.metrics import Metrics
 from sortd.prototypes import Abstain, DecisionSettings, Mode
 from sortd.references import Teaching
-from sortd.rehearsal import Rehearsal
-from sortd.scanning import stamp
 from sortd.sorter import SorterSettings
 from sortd.worker import Job, PrototypeStore
 
@@ -48,9 +46,7 @@ def teaching_of(config: DatasetConfig) -> Teaching:
     abstain = None
     if config.abstain is not None:
         abstain = Abstain(precision=config.abstain.precision, strangers=config.abstain.strangers)
-    return Teaching(
-        settings=DecisionSettings(mode=Mode(config.mode), abstain=abstain), templates=tuple(config.prompts)
-    )
+    return Teaching(settings=DecisionSettings(mode=Mode(config.mode), abstain=abstain), templates=tuple(config.prompts))
 
 
 @dataclass(slots=True)
@@ -180,14 +176,3 @@ class Site:
             self._decoders.close()
         if self._cache is not None:
             self._cache.close()
-
-
-class RehearsalSite:
-    """Opens datasets for looking only: no lock, no marker, no journal; moves are told, not made."""
-
-    def __init__(self, site: Site, tell: Callable[[Move, str], None]) -> None:
-        """Rehearse on what ``site`` would work on."""
-        self._site, self._tell = site, tell
-
-
-__all__ = ["Outcome", "Site", "stamp"]

@@ -1,0 +1,154 @@
+"""The floors of the house, as data: imports point down, and edges do not know each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "sortd"
+
+THOUGHT, EDGE, DRIVER = 0, 1, 2
+
+FLOORS: dict[str, tuple[int, str]] = {
+    # floor 0: thought; knows no file, clock, thread, log or model
+    "errors": (THOUGHT, "errors"),
+    "support": (THOUGHT, "prototypes"),
+    "prototypes": (THOUGHT, "prototypes"),
+    "messages": (THOUGHT, "messages"),
+    "backlog": (THOUGHT, "backlog"),
+    "sorter": (THOUGHT, "sorter"),
+    "prompts": (THOUGHT, "prompts"),
+    "companions": (THOUGHT, "companions"),
+    "relocation": (THOUGHT, "relocation"),
+    "naming": (THOUGHT, "relocation"),
+    # floor 1: edges; one outside thing each
+    "config": (EDGE, "config"),
+    "config_sources": (EDGE, "config"),
+    "yaml_tree": (EDGE, "config"),
+    "logs": (EDGE, "logs"),
+    "watch": (EDGE, "watch"),
+    "ear": (EDGE, "watch"),
+    "inotify": (EDGE, "watch"),
+    "scanning": (EDGE, "scanning"),
+    "images": (EDGE, "images"),
+    "decoders": (EDGE, "images"),
+    "encoder": (EDGE, "encoder"),
+    "models": (EDGE, "encoder"),
+    "cache": (EDGE, "cache"),
+    "journal": (EDGE, "journal"),
+    "journal_history": (EDGE, "journal"),
+    "journal_records": (EDGE, "journal"),
+    "journal_store": (EDGE, "journal"),
+    "mover": (EDGE, "mover"),
+    "renaming": (EDGE, "mover"),
+    "copying": (EDGE, "mover"),
+    "sdnotify": (EDGE, "sdnotify"),
+    "metrics": (EDGE, "metrics"),
+    "layout": (EDGE, "layout"),
+    "status": (EDGE, "status"),
+    # floor 2: drivers; they join edges to the core
+    "embedding": (DRIVER, "drivers"),
+    "references": (DRIVER, "drivers"),
+    "worker": (DRIVER, "drivers"),
+    "filing": (DRIVER, "drivers"),
+    "dataset": (DRIVER, "drivers"),
+    "site": (DRIVER, "drivers"),
+    "daemon": (DRIVER, "drivers"),
+    "rehearsal": (DRIVER, "drivers"),
+    "requests": (DRIVER, "drivers"),
+    "control": (DRIVER, "drivers"),
+    "evaluate": (DRIVER, "drivers"),
+    "cli": (DRIVER, "drivers"),
+}
+"""Module: its floor, and the noun that it is a part of. Modules of one noun may know each other."""
+
+ENTRY_POINTS = {"__init__", "__main__"}
+
+FORBIDDEN_TO_THOUGHT = {
+    "os", "io", "time", "datetime", "threading", "queue", "subprocess", "socket", "logging", "structlog", "sqlite3",
+    "random", "tempfile", "shutil", "torch", "PIL", "watchdog", "sentence_transformers", "transformers", "sklearn",
+}  # fmt: skip
+"""What the core must not know: files, clocks, threads, logs, models, chance."""
+
+SLOW = {"torch", "transformers", "sentence_transformers", "sklearn", "onnxruntime", "matplotlib", "accelerate"}
+"""Nothing slow at import: these are imported inside functions only."""
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ENTRY_POINTS)
+
+
+def imports_of(module: str, *, top_level_only: bool) -> set[str]:
+    """Return the dotted names that a module imports, outside of ``if TYPE_CHECKING``."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    found: set[str] = set()
+
+    def visit(node: ast.AST, *, inside: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            if isinstance(child, ast.Import) and not (inside and top_level_only):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.module and not (inside and top_level_only):
+                found.add(child.module)
+                if child.module == "sortd":
+                    found.update(f"sortd.{alias.name}" for alias in child.names)
+            visit(child, inside=inside or isinstance(child, ast.FunctionDef | ast.Lambda))
+
+    visit(tree, inside=False)
+    return found
+
+
+def test_every_module_has_a_floor() -> None:
+    """A new module is given its place on purpose, and a deleted one gives it back."""
+    assert set(MODULES) == set(FLOORS)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name in FLOORS])
+def test_imports_point_down(module: str) -> None:
+    """No module imports from a higher floor, and no edge imports another edge."""
+    floor, noun = FLOORS[module]
+    for name in imports_of(module, top_level_only=False):
+        package, _, imported = name.partition(".")
+        if package != "sortd" or not imported or imported.startswith("__"):
+            continue
+        target = imported.split(".")[0]
+        if target not in FLOORS:
+            assert (PACKAGE / target).is_dir(), f"{module} imports {name}, which has no floor"
+            continue
+        other_floor, other_noun = FLOORS[target]
+        assert other_floor <= floor, f"{module} imports {target}, which stands above it"
+        sideways = other_floor == floor == EDGE and other_noun != noun
+        assert not sideways, f"{module} and {target} are different edges: let a driver join them"
+
+
+@pytest.mark.parametrize("module", [name for name, (floor, _) in FLOORS.items() if floor == THOUGHT])
+def test_the_core_knows_no_outside(module: str) -> None:
+    """Thought is pure: no file, clock, thread, log, model or chance."""
+    tops = {name.split(".")[0] for name in imports_of(module, top_level_only=False)}
+    assert not tops & FORBIDDEN_TO_THOUGHT
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_slow_is_imported_at_the_top(module: str) -> None:
+    """The command line answers at once because torch and its kin are imported where they are used."""
+    tops = {name.split(".")[0] for name in imports_of(module, top_level_only=True)}
+    assert not tops & SLOW
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_reads_in_one_sitting(module: str) -> None:
+    """At most 350 lines, and a docstring that says what its noun is."""
+    text = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text))
+    assert len(text.splitlines()) <= 350
+
+
+def test_nothing_is_pickled() -> None:
+    """No module of the package unpickles anything: a cache or a model file must not run code."""
+    for path in PACKAGE.rglob("*.py"):
+        tops = (
+            {name.split(".")[0] for name in imports_of(path.stem, top_level_only=False)}
+            if path.parent == PACKAGE
+            else set()
+        )
+        assert not tops & {"pickle", "joblib", "shelve", "marshal", "dill", "cloudpickle"}, path
+        assert "allow_pickle=True" not in path.read_text(encoding="utf-8"), path
