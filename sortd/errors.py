@@ -70,6 +70,10 @@ class VanishedError(ImageError):
     """The file is gone."""
 
 
+class BusyError(ImageError):
+    """The file cannot be taken now: a writer has it open, or it cannot be opened; it is looked at again later."""
+
+
 class StorageError(SortdError):
     """A disk refused what durability needs."""
 

@@ -1,0 +1,262 @@
+"""The journal of one dataset: every relocation is written before it begins and after it has ended."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from sortd.journal_history import History
+from sortd.journal_records import (
+    UNDONE,
+    Grounds,
+    Record,
+    Selection,
+    label_column,
+    member_row,
+    plain,
+    stamp_columns,
+)
+from sortd.journal_store import committing, open_beside, open_for_writing
+from sortd.messages import Stamp
+from sortd.relocation import Progress, Relocation
+
+__all__ = ["UNDONE", "Grounds", "History", "Journal", "Record", "Selection"]
+
+_MOVE = """INSERT INTO moves (token, run, outcome, progress, source, destination, label, score, margin, second_label,
+mode, reason, generation, encoder_id, content, intended_at, undoes) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"""
+_MEMBER = "INSERT INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+
+
+class Journal:
+    """What sortd did to one dataset and is about to do; one process writes it."""
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, run: str = "") -> None:
+        """Open the journal, or make it.
+
+        Args:
+            path: the file; its folder is made where it is missing.
+            clock: seconds since the epoch.
+            run: a word for this run of sortd, kept in each record.
+
+        Raises:
+            JournalError: it cannot be opened, is damaged, or is one of a newer sortd.
+        """
+        self.path = path
+        self.run = run
+        self._clock = clock
+        self._connection = open_for_writing(path)
+        self.history = History(self._connection, path)
+
+    def beside(self) -> "Journal":
+        """Return the same journal for the thread that calls, which closes it.
+
+        Raises:
+            JournalError: it cannot be opened.
+        """
+        other = object.__new__(Journal)
+        other.path, other.run, other._clock = self.path, self.run, self._clock
+        other._connection = open_beside(self.path)
+        other.history = History(other._connection, self.path)
+        return other
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the journal."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the journal; doing it twice is no mistake."""
+        self._connection.close()
+
+    def intend(self, orders: Sequence[tuple[Relocation, Grounds]]) -> None:
+        """Write, in one durable commit, what is about to be done.
+
+        Raises:
+            JournalError: it could not be made durable; nothing of it may be begun.
+        """
+        now = self._clock()
+        with committing(self._connection, self.path):
+            for relocation, grounds in orders:
+                self._insert(relocation, grounds, now)
+
+    def advance(self, relocation: Relocation) -> None:
+        """Write durably how far a relocation has come.
+
+        Raises:
+            JournalError: it could not be made durable; the next step may not be begun.
+        """
+        with committing(self._connection, self.path):
+            self._update(relocation, None)
+
+    def settle(self, relocations: Iterable[Relocation]) -> None:
+        """Write, in one durable commit, how relocations ended; those that are still under way are left open.
+
+        A relocation that was taken back leaves no record: nothing happened. One that undid another holds what it put
+        back, or it would be filed again at once.
+
+        Raises:
+            JournalError: it could not be made durable.
+        """
+        now = self._clock()
+        with committing(self._connection, self.path):
+            for relocation in relocations:
+                match relocation.progress:
+                    case Progress.FAILED:
+                        self._connection.execute("DELETE FROM moves WHERE token = ?", (relocation.token,))
+                    case Progress.DONE:
+                        self._update(relocation, now)
+                        self._finish_undo(relocation, now)
+                    case _:  # its progress stands in the journal already
+                        continue
+
+    def hold(self, path: str, stamp: Stamp, reason: str) -> None:
+        """Note that this version is not to be moved.
+
+        Args:
+            path: relative to the dataset.
+            stamp: the version; another one under the same name is not held.
+            reason: one word for whoever asks.
+
+        Raises:
+            JournalError: it could not be made durable.
+        """
+        self.hold_all([(path, stamp)], reason)
+
+    def hold_all(self, versions: Iterable[tuple[str, Stamp]], reason: str) -> None:
+        """Note in one commit that these versions are not to be moved.
+
+        Raises:
+            JournalError: it could not be made durable.
+        """
+        now = self._clock()
+        with committing(self._connection, self.path):
+            for path, stamp in versions:
+                self._hold(path, stamp, reason, now)
+
+    def release(self, path: str | None = None) -> int:
+        """Let one held path go, or every one; return how many there were.
+
+        Raises:
+            JournalError: it could not be made durable.
+        """
+        with committing(self._connection, self.path):
+            if path is None:
+                return self._connection.execute("DELETE FROM holds").rowcount
+            return self._connection.execute("DELETE FROM holds WHERE path = ?", (os.fsencode(path),)).rowcount
+
+    def record_correction(self, record: Record, corrected: str, path: str) -> bool:
+        """Note that the user moved a filed image to another class; back to the first one takes the note away.
+
+        Args:
+            record: the move that filed it.
+            corrected: the class in which it was found.
+            path: where it was found, relative to the dataset.
+
+        Returns:
+            Whether this was news.
+
+        Raises:
+            JournalError: it could not be made durable.
+        """
+        label = record.grounds.label or ""
+        with committing(self._connection, self.path):
+            if corrected == label:
+                return self._connection.execute("DELETE FROM corrections WHERE move = ?", (record.id,)).rowcount > 0
+            done = self._connection.execute(
+                "INSERT INTO corrections VALUES (?,?,?,?,?,?) ON CONFLICT (move) DO UPDATE SET "
+                "corrected = excluded.corrected, path = excluded.path, at = excluded.at "
+                "WHERE corrected != excluded.corrected",
+                (
+                    record.id,
+                    os.fsencode(label),
+                    os.fsencode(corrected),
+                    os.fsencode(path),
+                    record.grounds.content,
+                    self._clock(),
+                ),
+            )
+            return done.rowcount > 0
+
+    def note(self, key: str, value: str) -> None:
+        """Keep a fact under a key, in the place of what stood there.
+
+        Raises:
+            JournalError: it could not be made durable.
+        """
+        with committing(self._connection, self.path):
+            self._connection.execute(
+                "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
+            )
+
+    def forget_before(self, moment: float) -> int:
+        """Remove the records of moves that ended before a moment (seconds since the epoch); return how many.
+
+        Raises:
+            JournalError: it could not be made durable.
+        """
+        with committing(self._connection, self.path):
+            return self._connection.execute(
+                "DELETE FROM moves WHERE progress = 'done' AND ended_at < ?", (moment,)
+            ).rowcount
+
+    def _insert(self, relocation: Relocation, grounds: Grounds, now: float) -> None:
+        cursor = self._connection.execute(
+            _MOVE,
+            (
+                relocation.token,
+                self.run,
+                grounds.outcome,
+                relocation.progress.value,
+                os.fsencode(relocation.source),
+                os.fsencode(relocation.destination),
+                label_column(grounds.label),
+                grounds.score,
+                grounds.margin,
+                label_column(grounds.second_label),
+                grounds.mode,
+                plain(grounds.reason),
+                grounds.generation,
+                grounds.encoder_id,
+                grounds.content,
+                now,
+                grounds.undoes,
+            ),
+        )
+        move = cursor.lastrowid or 0
+        self._connection.executemany(
+            _MEMBER, [member_row(move, position, member) for position, member in enumerate(relocation.members)]
+        )
+
+    def _update(self, relocation: Relocation, ended_at: float | None) -> None:
+        (move,) = self._connection.execute("SELECT id FROM moves WHERE token = ?", (relocation.token,)).fetchone()
+        self._connection.execute(
+            "UPDATE moves SET progress = ?, lost = ?, message = ?, ended_at = ? WHERE id = ?",
+            (relocation.progress.value, plain("\n".join(relocation.lost)), plain(relocation.message), ended_at, move),
+        )
+        self._connection.execute("DELETE FROM members WHERE move = ?", (move,))
+        self._connection.executemany(
+            _MEMBER, [member_row(move, position, member) for position, member in enumerate(relocation.members)]
+        )
+
+    def _finish_undo(self, relocation: Relocation, now: float) -> None:
+        move, outcome, undoes = self._connection.execute(
+            "SELECT id, outcome, undoes FROM moves WHERE token = ?", (relocation.token,)
+        ).fetchone()
+        image = relocation.image
+        if outcome != UNDONE or image.moved_stamp is None:
+            return
+        self._connection.execute("UPDATE moves SET undone_by = ? WHERE id = ?", (move, undoes))
+        self._hold(f"{relocation.destination}/{image.final}", image.moved_stamp, UNDONE, now)
+
+    def _hold(self, path: str, stamp: Stamp, reason: str, now: float) -> None:
+        self._connection.execute(
+            "INSERT OR REPLACE INTO holds VALUES (?,?,?,?,?,?,?)",
+            (os.fsencode(path), *stamp_columns(stamp), now, reason),
+        )

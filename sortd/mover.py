@@ -1,0 +1,232 @@
+"""The move of one version of a file, its companions with it, within one file system; it never overwrites."""
+
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+
+from sortd.companions import companions_of
+from sortd.copying import Copy, copy_to_part, remove_part, write_part
+from sortd.errors import BusyError, ChangedError, DestinationError, VanishedError
+from sortd.messages import Stamp, Writer
+from sortd.naming import final_names
+from sortd.relocation import Member, Progress, Relocation, Role
+from sortd.renaming import (
+    FILE_FLAGS,
+    Folders,
+    is_version,
+    look,
+    rename_new,
+    stamp_of,
+    start_writeback,
+    writer_of,
+)
+
+NO_STAMP = Stamp(0, 0, 0, 0)
+MOST_ATTEMPTS = 100_000
+_MOST_HINTS = 4096
+
+
+def new_token() -> str:
+    """Return 16 hexadecimal digits that no other relocation has."""
+    return secrets.token_hex(8)
+
+
+def with_companions(folders: Folders, relocation: Relocation) -> Relocation:
+    """Return a relocation together with the companions that stand beside its image now.
+
+    Raises:
+        OSError: the source folder cannot be read.
+    """
+    folder = folders.open(relocation.source)
+    found: dict[str, Stamp] = {}
+
+    def stands(name: str) -> bool:
+        status = look(folder, name)
+        if status is None or not stat.S_ISREG(status.st_mode):
+            return False
+        found[name] = stamp_of(status)
+        return True
+
+    members = [
+        Member(Role.SHARED if one.shared else Role.COMPANION, one.name, one.name, found[one.name])
+        for one in companions_of(relocation.image.name, stands)
+    ]
+    return replace(relocation, members=(*relocation.members, *members))
+
+
+def open_members(folders: Folders, relocation: Relocation) -> list[int]:
+    """Open every member that exists already and see that it is the version meant and that nobody writes it.
+
+    Returns:
+        Descriptors; the caller syncs and closes them.
+
+    Raises:
+        VanishedError, ChangedError, BusyError: it is not so, or it cannot be opened.
+    """
+    opened: list[int] = []
+    try:
+        folder = folders.open(relocation.source)
+        for member in relocation.members:
+            if member.role is not Role.REASON:
+                _open_member(folder, member, relocation.source, opened)
+    except FileNotFoundError as error:
+        _close(opened)
+        raise VanishedError(f"{relocation.source}/{relocation.image.name}: nothing stands there any more") from error
+    except OSError as error:
+        _close(opened)
+        raise BusyError(
+            f"{relocation.source}/{relocation.image.name}: cannot be opened now: {error.strerror}"
+        ) from error
+    except BaseException:
+        _close(opened)
+        raise
+    return opened
+
+
+def sync_members(files: list[int]) -> None:
+    """Make the bytes of open files survive a power cut, before any name changes, and close them.
+
+    Raises:
+        OSError: the disk refused; what is on it is unknown.
+    """
+    try:
+        for file in files:
+            os.fsync(file)
+    finally:
+        _close(files)
+
+
+def _open_member(folder: int, member: Member, place: str, opened: list[int]) -> None:
+    path = f"{place}/{member.name}"
+    try:
+        file = os.open(member.name, FILE_FLAGS, dir_fd=folder)
+    except PermissionError:
+        if member.role is Role.COMPANION:  # a rename needs no right to read
+            return
+        raise
+    opened.append(file)
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode) or not is_version(status, member.stamp):
+        raise ChangedError(f"{path}: another version stands there now")
+    if writer_of(file) is Writer.PRESENT:
+        raise BusyError(f"{path}: a program has it open for writing")
+    start_writeback(file)
+
+
+def _close(files: list[int]) -> None:
+    while files:
+        os.close(files.pop())
+
+
+class Mover:
+    """Puts relocations in their place; it remembers which numbers of a name are taken."""
+
+    def __init__(self, *, rename: Callable[[int, str, int, str], None] = rename_new) -> None:
+        """Begin without any memory."""
+        self._rename = rename
+        self._next: dict[tuple[str, str], int] = {}
+
+    def place(self, folders: Folders, relocation: Relocation) -> Relocation:
+        """Rename every member into the destination folder; durable only once both folders are synced.
+
+        Raises:
+            FileExistsError: never; another name is tried.
+            OSError: a disk refused, or cannot rename (``renaming.CANNOT_RENAME``); the caller recovers.
+            VanishedError, ChangedError: the file is no longer the version meant; the caller recovers.
+        """
+        source, destination = folders.open(relocation.source), folders.make(relocation.destination)
+        make_parts(source, destination, relocation)
+        key = (relocation.destination, relocation.image.wanted)
+        attempt = 1
+        while attempt < MOST_ATTEMPTS:
+            names = final_names(relocation, attempt)
+            if (placed := self._try_names(source, destination, relocation, names)) is not None:
+                self._remember(key, attempt)
+                return replace(relocation, members=placed)
+            attempt = max(attempt + 1, self._next.get(key, 2))
+        raise DestinationError(
+            f"{relocation.destination}: no free name for {relocation.image.wanted!r} in {MOST_ATTEMPTS} attempts"
+        )
+
+    def _try_names(
+        self, source: int, destination: int, relocation: Relocation, names: tuple[str, ...]
+    ) -> tuple[Member, ...] | None:
+        """Rename all members to these names, or none of them because one is taken."""
+        placed: list[Member] = []
+        order = sorted(range(len(names)), key=lambda position: not relocation.members[position].leaves)
+        done: list[tuple[int, str, str]] = []
+        for position in order:
+            member, final = relocation.members[position], names[position]
+            origin = (source, member.name) if member.leaves else (destination, relocation.part_name(position))
+            if member.leaves:
+                _check_version(source, member, relocation.source)
+            try:
+                self._rename(*origin, destination, final)
+            except FileExistsError:
+                self._take_back(done, destination)
+                return None
+            done.append((*origin, final))
+            status = look(destination, final)
+            if member.leaves and (status is None or not is_version(status, member.stamp)):
+                self._take_back(done, destination)
+                raise ChangedError(f"{relocation.source}/{member.name}: it was replaced while it was moved")
+            moved = NO_STAMP if status is None else stamp_of(status)
+            placed.append(replace(member, final=final, moved_stamp=moved))
+        return tuple(placed[order.index(position)] for position in range(len(names)))
+
+    def _take_back(self, done: list[tuple[int, str, str]], destination: int) -> None:
+        for folder, name, final in reversed(done):
+            try:
+                self._rename(destination, final, folder, name)
+            except FileExistsError as error:
+                raise ChangedError(f"{name}: its name was taken while it was moved") from error
+
+    def _remember(self, key: tuple[str, str], attempt: int) -> None:
+        if attempt > 1:
+            if len(self._next) >= _MOST_HINTS:
+                self._next.clear()
+            self._next[key] = attempt + 1
+
+
+def make_parts(source: int, destination: int, relocation: Relocation) -> dict[int, Copy]:
+    """Make, durably and under hidden names, the members that do not leave the source: copies and reasons.
+
+    Raises:
+        OSError: a disk refused.
+        ChangedError: a shared companion is no longer the version meant.
+    """
+    return {
+        position: make_part(source, destination, relocation, position)
+        for position, member in enumerate(relocation.members)
+        if not member.leaves
+    }
+
+
+def make_part(source: int, destination: int, relocation: Relocation, position: int) -> Copy:
+    """Make one member's part; see ``make_parts``."""
+    member, part = relocation.members[position], relocation.part_name(position)
+    remove_part(destination, part)
+    if member.role is Role.REASON:
+        return write_part(destination, part, member.body)
+    file = os.open(member.name, FILE_FLAGS, dir_fd=source)
+    try:
+        if not is_version(os.fstat(file), member.stamp):
+            raise ChangedError(f"{relocation.source}/{member.name}: another version stands there now")
+        return copy_to_part(file, destination, part)
+    finally:
+        os.close(file)
+
+
+def done(relocation: Relocation) -> Relocation:
+    """Return the relocation as ended well."""
+    return replace(relocation, progress=Progress.DONE)
+
+
+def _check_version(folder: int, member: Member, place: str) -> None:
+    status = look(folder, member.name)
+    if status is None:
+        raise VanishedError(f"{place}/{member.name}: nothing stands there any more")
+    if not is_version(status, member.stamp):
+        raise ChangedError(f"{place}/{member.name}: another version stands there now")
