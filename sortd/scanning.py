@@ -56,7 +56,8 @@ _FURNITURE = frozenset(
         "__macosx",
     }
 )
-_SED_BACKUP = re.compile(r"sed[A-Za-z0-9]{6}")  # `sed -i` writes this beside the file and renames it
+# `sed -i` writes beside the file and renames: six letters of both cases and digits, so that "sediment1" is none.
+_SED_BACKUP = re.compile(r"sed(?=.*[A-Z])[A-Za-z0-9]{6}")
 
 
 def is_temporary(name: str) -> bool:

@@ -1,0 +1,225 @@
+"""A scan is the truth: it names every file of the user's, and nothing else, whatever the folder does meanwhile."""
+
+import errno
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from sortd.scanning import is_below_temporary, is_temporary, scan, stamp
+
+UNFINISHED = [
+    "IMG_1.jpg.crdownload",
+    "Unconfirmed 8123.crdownload",
+    "IMG_1.jpg.part",
+    "IMG_1.JPG.PART",
+    "IMG_1.jpg.partial",
+    "IMG_1.jpg.download",
+    "IMG_1.jpg.filepart",
+    "IMG_1.jpg.tmp",
+    "IMG_1.jpg.!ut",
+    "~$report.jpg",
+    ".syncthing.IMG_1.jpg.tmp",
+    "~syncthing~IMG_1.jpg.tmp",
+    ".IMG_1.jpg.Xk3d9Q",
+    ".~tmp~",
+    "._IMG_1.jpg",
+    ".DS_Store",
+    "Thumbs.db",
+    "Desktop.ini",
+    "@eaDir",
+    ".stfolder",
+    "sedAb3x9Z",
+    "IMG_1.jpg~",
+    ".sortd-4f2a.part",
+    ".nfs0000000000000123",
+    "$RECYCLE.BIN",
+]
+FINISHED = [
+    "IMG_1.jpg",
+    "part.jpg",
+    "sedan.jpg",
+    "sediment1",
+    "download",
+    "tmp.png",
+    "a~b.jpg",
+    "ñandú (2).JPEG",
+    "no suffix",
+    "x.jpg.partly",
+    "caf\udce9.jpg",
+]
+
+
+def never(error: OSError) -> None:
+    """Fail: nothing was to be reported."""
+    raise AssertionError(error)
+
+
+def names(folder: Path) -> set[str]:
+    """Return what a scan finds, relative to the folder."""
+    return {os.path.relpath(path, folder) for path, _ in scan(os.fspath(folder), report=never)}
+
+
+@pytest.mark.parametrize("name", UNFINISHED)
+def test_what_programs_write_for_themselves_is_left_out(tmp_path: Path, name: str) -> None:
+    """Neither a file nor a folder of such a name is the user's until it is renamed."""
+    (tmp_path / name).touch()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / name).mkdir()
+    (tmp_path / "sub" / name / "inside.jpg").touch()
+    assert is_temporary(name)
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_what_only_looks_similar_is_the_users(tmp_path: Path, name: str) -> None:
+    """A name that merely contains such a word is found."""
+    (tmp_path / name).touch()
+    assert names(tmp_path) == {name}
+
+
+def test_only_names_below_the_root_count() -> None:
+    """A dataset may live in a hidden folder; a hidden folder in a dataset is left out."""
+    assert not is_below_temporary("/home/eva/.local/Data/Tornillos/Images/a.jpg", "/home/eva/.local/Data/Tornillos")
+    assert is_below_temporary("/Data/Tornillos/Images/.up/a.jpg", "/Data/Tornillos")
+    assert not is_below_temporary("/Data/Tornillos", "/Data/Tornillos")
+
+
+def test_a_scan_finds_regular_files_at_any_depth_and_nothing_else(tmp_path: Path) -> None:
+    """Links, pipes and what lies behind links are no files in the folder."""
+    folder = tmp_path / "Images"
+    (folder / "a" / "b" / "c").mkdir(parents=True)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.jpg").touch()
+    for name in ("1.jpg", "a/2.jpg", "a/b/c/3.jpg", "a/notes.txt"):
+        (folder / name).write_text(name)
+    (folder / "link.jpg").symlink_to(outside / "secret.jpg")
+    (folder / "linked").symlink_to(outside)
+    (folder / "loop").symlink_to(folder)
+    os.mkfifo(folder / "pipe.jpg")
+    assert names(folder) == {"1.jpg", "a/2.jpg", "a/b/c/3.jpg", "a/notes.txt"}
+
+
+def test_a_scan_gives_the_stamp_that_a_look_gives(tmp_path: Path) -> None:
+    """Scan and stamp agree, so that a file does not seem to change between them."""
+    (tmp_path / "1.jpg").write_text("one")
+    [(path, mark)] = scan(os.fspath(tmp_path), report=never)
+    assert mark == stamp(path)
+    assert mark.size == len("one")
+
+
+def test_names_that_are_no_utf8_are_found_and_can_be_stamped(tmp_path: Path) -> None:
+    """Any bytes make a name; they survive as os.fsdecode gives them."""
+    raw = os.fsencode(tmp_path) + b"/caf\xe9\n\x1b[31m.jpg"
+    Path(os.fsdecode(raw)).touch()
+    [(path, _)] = scan(os.fspath(tmp_path), report=never)
+    assert os.fsencode(path) == raw
+    assert stamp(path) is not None
+
+
+def test_a_folder_that_vanishes_under_the_scan_is_no_error(tmp_path: Path) -> None:
+    """What was listed and is gone is passed over; the rest is found."""
+    for number in range(20):
+        (tmp_path / f"d{number}").mkdir()
+        (tmp_path / f"d{number}" / "x.jpg").touch()
+    found = scan(os.fspath(tmp_path), report=never)
+    first = next(found)[0]
+    for number in range(20):
+        if f"d{number}/" not in first:
+            shutil.rmtree(tmp_path / f"d{number}")
+    assert list(found) == []
+
+
+def test_an_absent_folder_is_reported_and_not_taken_for_empty(tmp_path: Path) -> None:
+    """Absent is not empty: the caller learns which it was."""
+    told: list[OSError] = []
+    assert list(scan(os.fspath(tmp_path / "Images"), report=told.append)) == []
+    assert [(error.errno, error.filename) for error in told] == [(errno.ENOENT, os.fspath(tmp_path / "Images"))]
+
+
+def test_what_cannot_be_read_is_reported_with_its_path_and_the_rest_is_found(tmp_path: Path) -> None:
+    """A folder without the right to list it, and one whose disk fails, cost only themselves."""
+    for name in ("closed", "broken", "open"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jpg").touch()
+
+    def refusing(folder: str) -> "os._ScandirIterator[str]":
+        if folder.endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        if folder.endswith("broken"):
+            raise OSError(errno.EIO, "Input/output error")  # as readdir(3) says it: without a name
+        return os.scandir(folder)
+
+    told: list[OSError] = []
+    found = [path for path, _ in scan(os.fspath(tmp_path), report=told.append, scandir=refusing)]
+    assert found == [os.fspath(tmp_path / "open" / "x.jpg")]
+    assert {error.filename for error in told} == {os.fspath(tmp_path / "closed"), os.fspath(tmp_path / "broken")}
+
+
+def test_a_scan_is_lazy(tmp_path: Path) -> None:
+    """The first file is there before the other folders were listed, so a loop can take a scan in slices."""
+    for number in range(50):
+        (tmp_path / f"d{number}").mkdir()
+        (tmp_path / f"d{number}" / "x.jpg").touch()
+    listed: list[str] = []
+
+    def counting(folder: str) -> "os._ScandirIterator[str]":
+        listed.append(folder)
+        return os.scandir(folder)
+
+    found = scan(os.fspath(tmp_path), report=never, scandir=counting)
+    next(found)
+    assert len(listed) == 2
+    found.close()  # type: ignore[attr-defined]  # a generator, promised as an iterator
+
+
+def test_a_scan_of_100_000_files_takes_less_than_a_second(tmp_path: Path) -> None:
+    """A burst that overflows every queue is found by one scan, soon."""
+    for folder in range(100):
+        (tmp_path / f"d{folder}").mkdir()
+        for number in range(1_000):
+            os.close(os.open(tmp_path / f"d{folder}" / f"IMG_{number:05}.jpg", os.O_CREAT))
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert sum(1 for _ in scan(os.fspath(tmp_path), report=never)) == 100_000
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 1.0
+
+
+def test_nothing_and_no_regular_file_have_no_stamp(tmp_path: Path) -> None:
+    """Only a regular file has a version."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("absent", "folder", "link", "pipe", "file/below"):
+        assert stamp(os.fspath(tmp_path / name)) is None
+
+
+def test_another_write_and_another_file_have_another_stamp(tmp_path: Path) -> None:
+    """One version, one stamp."""
+    path = tmp_path / "a.jpg"
+    path.write_text("one")
+    os.utime(path, ns=(1, 1))
+    first = stamp(os.fspath(path))
+    path.write_text("two")
+    second = stamp(os.fspath(path))
+    (tmp_path / "other").write_text("two")
+    os.utime(tmp_path / "other", ns=(2, second.mtime_ns if second else 0))
+    (tmp_path / "other").rename(path)
+    third = stamp(os.fspath(path))
+    assert len({first, second, third}) == 3
+
+
+def test_a_disk_that_fails_is_not_taken_for_a_file_that_is_gone(tmp_path: Path) -> None:
+    """Nothing is known of a file that cannot be looked at; the caller has to hear it."""
+
+    def failing(path: str) -> os.stat_result:
+        raise OSError(errno.EIO, "Input/output error", path)
+
+    with pytest.raises(OSError, match="Input/output error"):
+        stamp(os.fspath(tmp_path / "a.jpg"), stat=failing)
