@@ -79,9 +79,9 @@ class Decoding(_Frozen):
     jpeg: Literal["draft", "full"] = "draft"
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     timeout_seconds: Annotated[float, Field(ge=1, le=3600, allow_inf_nan=False)] = 20.0
-    max_megapixels: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] = 200.0
-    max_side_pixels: Annotated[int, Field(ge=64, le=1_000_000)] = 40_000
-    max_megabytes: Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)] = 500.0
+    max_pixels: Annotated[int, Field(ge=4096)] = 200_000_000
+    max_side_pixels: Annotated[int, Field(ge=64)] = 40_000
+    max_bytes: Annotated[int, Field(ge=4096)] = 500_000_000
 
 
 class Log(_Frozen):
@@ -123,6 +123,7 @@ class Config(DatasetConfig):
     root: Path
     state_dir: Path
     cache_dir: Path
+    cache_megabytes: Annotated[int, Field(ge=10)] = 1000
     datasets: Mapping[str, DatasetConfig] = {}
     model: Annotated[str, Field(min_length=1)] = "auto"
     text_model: Annotated[str, Field(min_length=1)] | None = None

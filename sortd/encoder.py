@@ -71,7 +71,7 @@ def load(
         backend: ``auto`` or ``torch``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         cache_dir: where fetched models and the hashes of weights are kept.
-        threads: how many threads a forward may use; None leaves it to torch.
+        threads: how many threads a forward may use; None or 0 leaves it to torch.
 
     Raises:
         ModelError: It cannot be had, is no CLIP, needs preprocessing that sortd does not do, or answers garbage.
@@ -165,7 +165,7 @@ class _TorchEncoder:
     ) -> None:
         import torch
 
-        if threads is not None:
+        if threads:
             torch.set_num_threads(threads)
         self._device = _device(device)
         self._clip = _load(folder, self._device)

@@ -1,0 +1,102 @@
+"""The last prototypes of each dataset, a file each: arrays and JSON behind a checksum, nothing pickled.
+
+A line that says what it is, a line with the sha256 of all that follows, a line with the length of the header, the
+header as JSON, then the arrays one after the other.
+
+They are files and not rows, since those of 100,000 references are 200 MB, which SQLite would write twice.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sortd.prototypes import PrototypeSet
+
+MAGIC = b"sortd prototypes 1"
+KINDS = "biufU"  # what an array may hold: numbers and text, no Python objects
+Array = np.ndarray[Any, Any]
+
+
+class PrototypeFiles:
+    """A folder with one file for each key."""
+
+    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
+        """Keep files in ``folder``, which is made when it is needed; ``tell`` hears of what went wrong."""
+        self._folder, self._tell = folder, tell
+
+    def read(self, key: str) -> PrototypeSet | None:
+        """Return what was written last, or None where there is nothing or it is damaged."""
+        file = self._file(key)
+        try:
+            content = file.read_bytes()
+            return PrototypeSet.from_arrays(*unpacked(content))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._tell(f"the cached prototypes {file} cannot be read: {error.strerror}; they are built anew")
+        except (ValueError, KeyError, TypeError) as error:
+            self._tell(f"the cached prototypes {file} are damaged ({error}); they are built anew")
+        return None
+
+    def write(self, key: str, prototypes: PrototypeSet) -> None:
+        """Replace what was written before; a reader sees the one or the other."""
+        file = self._file(key)
+        beside = file.with_name(f"{file.name}.{os.getpid()}.part")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(packed(*prototypes.to_arrays()))
+            beside.replace(file)
+        except OSError as error:
+            with suppress(OSError):  # whatever refused the writing may refuse this; the file is no reader's
+                beside.unlink(missing_ok=True)
+            self._tell(f"the prototypes cannot be cached in {file}: {error.strerror}; the next start builds them anew")
+
+    def _file(self, key: str) -> Path:
+        name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        return self._folder / f"{name}.prototypes"
+
+
+def packed(arrays: dict[str, Array], metadata: dict[str, Any]) -> bytes:
+    """Return arrays and JSON-able metadata as bytes.
+
+    Raises:
+        ValueError: An array holds something else than numbers and text.
+    """
+    parts, shapes = [], []
+    for name, array in arrays.items():
+        if array.dtype.kind not in KINDS:
+            raise ValueError(f"array {name} holds {array.dtype}, which is neither numbers nor text")
+        plain = np.ascontiguousarray(array)
+        shapes.append([name, plain.dtype.str, list(array.shape)])
+        parts.append(plain.tobytes())
+    header = json.dumps({"arrays": shapes, "metadata": metadata}).encode("ascii")
+    body = b"".join([f"{len(header)}\n".encode(), header, *parts])
+    return b"\n".join([MAGIC, hashlib.sha256(body).hexdigest().encode(), body])
+
+
+def unpacked(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Return what ``packed`` took; the arrays are read-only views of ``content``.
+
+    Raises:
+        ValueError: A single byte differs from what was written.
+    """
+    magic, checksum, body = [*content.split(b"\n", 2), b"", b""][:3]
+    if magic != MAGIC or hashlib.sha256(body).hexdigest().encode() != checksum:
+        raise ValueError("the checksum does not fit")
+    length, _, rest = body.partition(b"\n")
+    header = json.loads(rest[: int(length)])
+    arrays: dict[str, Array] = {}
+    offset = int(length)
+    for name, kind, shape in header["arrays"]:
+        dtype = np.dtype(kind)
+        count = int(np.prod(shape, dtype=np.int64))
+        # Alignment is not given in the middle of bytes; BLAS wants it, so each array is copied once.
+        arrays[name] = np.frombuffer(rest, dtype, count, offset).reshape(shape).copy()
+        offset += count * dtype.itemsize
+    return arrays, header["metadata"]
