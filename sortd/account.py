@@ -2,7 +2,9 @@
 
 import structlog
 
+from sortd.corrections import Correction
 from sortd.logs import (
+    IMAGE_CORRECTED,
     IMAGE_EVENTS,
     IMAGE_LEFT,
     MOVE_FAILED,
@@ -47,6 +49,13 @@ class Account:
         """Say that a file stays where it is."""
         self._count("left")
         self._log.info(IMAGE_LEFT, path=leave.path, refusal=leave.refusal.value, reason=leave.message)
+
+    def corrected(self, correction: Correction) -> None:
+        """Say that the user moved an image to another class than sortd had decided."""
+        self._metrics.correction(self._dataset)
+        self._log.info(
+            IMAGE_CORRECTED, path=correction.path, label=correction.label, corrected_label=correction.corrected
+        )
 
     def embedded(self, event: Embedded) -> None:
         """Count the times of a batch."""

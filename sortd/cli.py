@@ -18,6 +18,7 @@ from sortd.errors import SortdError
 if TYPE_CHECKING:
     from sortd.config import Config
     from sortd.messages import Move
+    from sortd.site import LoadEncoder
 
 app = typer.Typer(
     name="sortd",
@@ -54,7 +55,7 @@ def print_json(facts: object) -> None:
 @app.command()
 def run(config: ConfigOption = None) -> None:
     """Watch, and file what arrives, until stopped."""
-    _work(config, once=False)
+    work(config, once=False)
 
 
 @app.command()
@@ -65,12 +66,17 @@ def once(
 ) -> None:
     """File what is there now, and stop."""
     if dry_run:
-        _rehearse(config, as_json=as_json)
+        rehearse(config, as_json=as_json)
     else:
-        _work(config, once=True)
+        work(config, once=True)
 
 
-def _work(path: Path | None, *, once: bool) -> None:
+def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = None) -> None:
+    """Run the daemon; ``load_encoder`` stands in for the configured model.
+
+    Raises:
+        SortdError: what stopped it.
+    """
     from sortd import logs
     from sortd.daemon import Daemon
     from sortd.metrics import Metrics
@@ -81,7 +87,7 @@ def _work(path: Path | None, *, once: bool) -> None:
     logs.configure(config.log.format, config.log.level)
     Daemon(
         config,
-        site=Site(config),
+        site=Site(config, load_encoder=load_encoder),
         reload=lambda: load_config(path),
         notifier=Notifier(os.environ),
         metrics=Metrics(),
@@ -89,9 +95,13 @@ def _work(path: Path | None, *, once: bool) -> None:
     ).run()
 
 
-def _rehearse(path: Path | None, *, as_json: bool) -> None:
-    from sortd import logs
-    from sortd.rehearsal import rehearse
+def rehearse(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | None" = None) -> None:
+    """Say what would happen; ``load_encoder`` stands in for the configured model.
+
+    Raises:
+        SortdError: what stopped it.
+    """
+    from sortd import logs, rehearsal
 
     config = load_config(path)
     logs.configure(config.log.format, "warning")
@@ -109,7 +119,7 @@ def _rehearse(path: Path | None, *, as_json: bool) -> None:
             )
             typer.echo(f"{printable(move.path)} -> {printable(destination)}  {shown}")
 
-    rehearse(config, tell)
+    rehearsal.rehearse(config, tell, load_encoder=load_encoder)
 
 
 @app.command()

@@ -12,10 +12,7 @@ import os
 import queue
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from time import monotonic
-from types import FrameType
 
 import structlog
 
@@ -29,6 +26,7 @@ from sortd.messages import RebuildFailed, StopRequested
 from sortd.metrics import Metrics
 from sortd.requests import Requests
 from sortd.sdnotify import Notifier
+from sortd.signals import Signalled, signals_posted
 from sortd.site import Site, sorter_settings, teaching_of
 from sortd.status import Status, started_ticks
 from sortd.watch import Hint, HintsLost, Loss, Watcher
@@ -45,13 +43,6 @@ STATUS_SECONDS = 2.0
 
 HEALTH_SECONDS = 30.0
 """How often the watcher is asked whether it still hears."""
-
-
-@dataclass(frozen=True, slots=True)
-class Signalled:
-    """A signal arrived."""
-
-    number: int
 
 
 Message = Hint | HintsLost | Posted | Signalled
@@ -106,7 +97,7 @@ class Daemon:
         Raises:
             SortdError: what stopped it: the model, the layout, the journal.
         """
-        with self._signals():
+        with signals_posted(self.inbox.put):
             try:
                 self._start()
                 while not self._is_done():
@@ -250,6 +241,7 @@ class Daemon:
         for dataset in self.datasets.values():
             dataset.begin_scan()
             dataset.compare_references()
+            dataset.scan_corrections()
 
     # ------------------------------------------------------------ what comes round
 
@@ -303,23 +295,6 @@ class Daemon:
         }
 
     # ------------------------------------------------------------ signals and reload
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Turn signals into messages for the time of a run; a second SIGTERM or SIGINT acts as it does anywhere."""
-
-        def post(number: int, _frame: FrameType | None) -> None:
-            self.inbox.put(Signalled(number))
-            if number in {signal.SIGTERM, signal.SIGINT}:
-                signal.signal(number, before[number])
-
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-        before = {number: signal.signal(number, post) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _signalled(self, number: int) -> None:
         if number == signal.SIGHUP:

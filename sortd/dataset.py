@@ -8,11 +8,13 @@ syncs for fifty moves is eighty times as fast as one for each.
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
-from time import monotonic
+from time import monotonic, time_ns
 from typing import Protocol
 
 from sortd.account import Account
+from sortd.corrections import Correction, Corrections
 from sortd.layout import Area, Layout
 from sortd.messages import (
     Command,
@@ -71,6 +73,7 @@ class Dataset:
         mover: Mover,
         ask: Callable[[Job], None],
         metrics: Metrics,
+        corrections: Corrections | None,
         last_generation: int,
         needs_marker: bool = True,
     ) -> None:
@@ -80,7 +83,7 @@ class Dataset:
         self.sorter = Sorter(settings)
         self.teaching = teaching
         self.account = Account(self.name, metrics)
-        self._mover, self._ask = mover, ask
+        self._mover, self._ask, self._corrections = mover, ask, corrections
         self._needs_marker = needs_marker
         self.last_generation = last_generation
         self._commands: deque[Command] = deque()
@@ -125,6 +128,22 @@ class Dataset:
             elif not is_below_temporary(hint.path, os.fspath(self.layout.area(Area.IMAGES))):
                 self._look(hint.path, closed=hint.closed)
                 self._drain()
+        elif area is Area.DATASET and self._corrections is not None and not hint.directory:
+            self._note_correction(self._corrections.look(hint.path))
+        elif area is Area.DATASET:
+            self.scan_corrections()
+
+    def scan_corrections(self) -> None:
+        """Look for images that the user has moved to another class since the last look."""
+        if self._corrections is not None and self._is_present:
+            for correction in self._corrections.scan(time_ns()):
+                self._note_correction(correction)
+
+    def _note_correction(self, correction: Correction | None) -> None:
+        if correction is not None:
+            self.account.corrected(correction)
+            if self.teaching.learns_from_corrections:
+                self.receive(ReferencesTouched())
 
     def answer(self, answer: Answer) -> None:
         """Take the worker's answer."""
@@ -226,7 +245,10 @@ class Dataset:
             self.account.rebuild_failed(event)
             self._commands.extend(self.sorter.receive(event, monotonic()))
             return
-        self._ask(RebuildJob(self.name, self.layout.area(Area.CLASES), self.teaching, self.last_generation))
+        teaching = self.teaching
+        if self._corrections is not None and teaching.learns_from_corrections:
+            teaching = replace(teaching, corrections=self._corrections.learnt())
+        self._ask(RebuildJob(self.name, self.layout.area(Area.CLASES), teaching, self.last_generation))
 
     @property
     def _is_present(self) -> bool:

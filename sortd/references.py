@@ -50,6 +50,7 @@ class Teaching:
 
     settings: DecisionSettings
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    learns_from_corrections: bool = False
     corrections: tuple[tuple[str, str, Stamp], ...] = ()  # label, path, stamp: images placed by hand in Dataset/
 
 

@@ -13,7 +13,7 @@ from sortd.errors import LayoutError
 from sortd.layout import find_datasets
 from sortd.messages import Move, Moved, MoveFailed
 from sortd.metrics import Metrics
-from sortd.site import Site, sorter_settings, teaching_of
+from sortd.site import LoadEncoder, Site, sorter_settings, teaching_of
 from sortd.worker import Answer, Posted, Worker, WorkerDied
 
 Tell = Callable[[str, Move, str], None]
@@ -37,7 +37,7 @@ class Pretence:
         return done
 
 
-def rehearse(config: Config, tell: Tell) -> None:
+def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = None) -> None:
     """Decide every image that waits and tell where it would go; nothing below the root or the state is written.
 
     Embeddings go to a temporary cache, so that not even the cache is touched.
@@ -51,7 +51,7 @@ def rehearse(config: Config, tell: Tell) -> None:
         raise LayoutError(f"{config.root} holds no dataset: a folder with a Clases/ in it; `sortd init DIR` makes one")
     inbox: queue.SimpleQueue[Posted] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="sortd-") as folder:
-        site = Site(config.model_copy(update={"cache_dir": Path(folder)}))
+        site = Site(config.model_copy(update={"cache_dir": Path(folder)}), load_encoder=load_encoder)
         worker = Worker(site.load, site.unload, inbox.put)
         datasets = {}
         for layout in layouts:
@@ -63,6 +63,7 @@ def rehearse(config: Config, tell: Tell) -> None:
                 mover=Pretence(layout.name, layout.root, tell),
                 ask=worker.ask,
                 metrics=Metrics(),
+                corrections=None,
                 last_generation=0,
                 needs_marker=False,
             )

@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from sortd.cache import Cache
 from sortd.config import Config, DatasetConfig
+from sortd.corrections import Corrections
 from sortd.dataset import Dataset
 from sortd.decoders import DecoderPool
 from sortd.embedding import Embedder
@@ -26,6 +27,8 @@ from sortd.prototypes import Abstain, DecisionSettings, Mode
 from sortd.references import Teaching
 from sortd.sorter import SorterSettings
 from sortd.worker import Job, PrototypeStore
+
+LoadEncoder = Callable[[Config], Encoder]
 
 GENERATION_FACT = "generation"
 """The journal's note of the last generation that served: numbers are never used again, even when the cache is lost."""
@@ -60,7 +63,7 @@ class _Holding:
 class Site:
     """Opens datasets for writing, and the model, for one run."""
 
-    def __init__(self, config: Config, *, load_encoder: Callable[[Config], Encoder] | None = None) -> None:
+    def __init__(self, config: Config, *, load_encoder: LoadEncoder | None = None) -> None:
         """Prepare; nothing is touched before ``open`` and ``load``."""
         self._config = config
         self._load_encoder = load_encoder or (
@@ -107,7 +110,14 @@ class Site:
         self._held[layout.name] = _Holding(lock, journal)
         last = int(journal.history.fact(GENERATION_FACT) or 0)
         return Dataset(
-            layout, sorter_settings(own), teaching_of(own), mover=filing, ask=ask, metrics=metrics, last_generation=last
+            layout,
+            sorter_settings(own),
+            teaching_of(own),
+            mover=filing,
+            ask=ask,
+            metrics=metrics,
+            corrections=Corrections(layout, journal),
+            last_generation=last,
         )
 
     def begin(self, dataset: Dataset) -> None:
@@ -161,9 +171,17 @@ class Site:
         """
         config = self._config
         encoder = self._load_encoder(config)
-        limits = Limits(max_pixels=config.max_pixels, max_bytes=config.max_bytes)
+        decoding = config.decoding
+        limits = Limits(
+            max_pixels=int(1e6 * decoding.max_megapixels),
+            max_side=decoding.max_side_pixels,
+            max_bytes=int(1e6 * decoding.max_megabytes),
+        )
         self._decoders = DecoderPool(
-            config.decode_workers, encoder.preprocessing, limits, timeout_seconds=config.decode_timeout_seconds
+            decoding.workers or max(1, min(8, (os.cpu_count() or 2) - 1)),
+            encoder.preprocessing,
+            limits,
+            timeout_seconds=decoding.timeout_seconds,
         )
         self._cache = Cache(config.cache_dir / "embeddings.sqlite")
         embedder = Embedder(encoder, self._decoders, self._cache, batch_size=config.batch_size)

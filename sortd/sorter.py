@@ -40,8 +40,9 @@ from sortd.messages import (
     StopRequested,
     Tick,
 )
+from sortd.orders import order_aside, order_for
 from sortd.pause import Pause
-from sortd.prototypes import Abstained, Assigned, Decision, PrototypeSet, decide
+from sortd.prototypes import Abstained, Decision, PrototypeSet, decide
 
 REBUILD_PATIENCE = 30.0
 """A stream of changes in Clases/ puts a rebuild off for at most this many seconds."""
@@ -250,32 +251,12 @@ class Sorter:
         return [move for move in moves if move is not None]
 
     def _decided(self, image: EmbeddedImage, entry: Entry, decision: Decision, prototypes: PrototypeSet) -> Move | None:
-        match decision:
-            case Assigned(label=label):
-                folder, outcome, reason = f"Dataset/{label}", Outcome.FILED, ""
-            case Abstained(best_label=label, reason=reason):
-                if entry.in_review:
-                    self._backlog.abstain_again(entry, generation=prototypes.generation)
-                    return None
-                folder, outcome = f"Review/{label or '_none'}", Outcome.REVIEW
+        if isinstance(decision, Abstained) and entry.in_review:
+            self._backlog.abstain_again(entry, generation=prototypes.generation)
+            return None
         entry.generation = prototypes.generation
         self._backlog.moving(entry)
-        return Move(
-            path=entry.path,
-            stamp=entry.stamp,
-            folder=folder,
-            outcome=outcome,
-            decision=decision,
-            reason=reason,
-            content=image.content,
-            encoder_id=prototypes.encoder_id,
-            generation=prototypes.generation,
-            milliseconds={
-                "settle": round(1e3 * entry.settle_seconds, 1),
-                "decode": round(1e3 * image.decode_seconds, 1),
-                "encode": round(1e3 * image.encode_seconds, 1),
-            },
-        )
+        return order_for(image, decision, prototypes, settle_seconds=entry.settle_seconds)
 
     def _refused(self, event: ImageRefused, now: float) -> list[Command]:
         entry = self._backlog.answered(event.path, event.stamp)
@@ -299,16 +280,7 @@ class Sorter:
             self._backlog.embedded(entry)
             return []
         self._backlog.moving(entry)
-        return [
-            Move(
-                path=entry.path,
-                stamp=entry.stamp,
-                folder="Rejected",
-                outcome=Outcome.REJECTED,
-                reason=f"{event.refusal.value}: {event.message}",
-                milliseconds={"settle": round(1e3 * entry.settle_seconds, 1)},
-            )
-        ]
+        return [order_aside(event, settle_seconds=entry.settle_seconds)]
 
     def _moved(self, event: Moved, now: float) -> None:
         if self._move_pause.until is None:

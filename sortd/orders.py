@@ -1,0 +1,41 @@
+"""Orders: a decision, or a refusal, becomes the move that carries it out and all that its log line will want."""
+
+from sortd.messages import EmbeddedImage, ImageRefused, Move, Outcome
+from sortd.prototypes import Assigned, Decision, PrototypeSet
+
+NO_GUESS = "_none"
+"""The folder in Review/ for images that not even a guess is made about."""
+
+
+def order_for(image: EmbeddedImage, decision: Decision, prototypes: PrototypeSet, *, settle_seconds: float) -> Move:
+    """Return the move to Dataset/<class> or Review/<best guess> that a decision means."""
+    assigned = isinstance(decision, Assigned)
+    folder = f"Dataset/{decision.label}" if assigned else f"Review/{decision.best_label or NO_GUESS}"
+    return Move(
+        path=image.path,
+        stamp=image.stamp,
+        folder=folder,
+        outcome=Outcome.FILED if assigned else Outcome.REVIEW,
+        decision=decision,
+        reason="" if assigned else decision.reason,
+        content=image.content,
+        encoder_id=prototypes.encoder_id,
+        generation=prototypes.generation,
+        milliseconds={
+            "settle": round(1e3 * settle_seconds, 1),
+            "decode": round(1e3 * image.decode_seconds, 1),
+            "encode": round(1e3 * image.encode_seconds, 1),
+        },
+    )
+
+
+def order_aside(refused: ImageRefused, *, settle_seconds: float) -> Move:
+    """Return the move to Rejected/ of an image that will not get better by itself."""
+    return Move(
+        path=refused.path,
+        stamp=refused.stamp,
+        folder="Rejected",
+        outcome=Outcome.REJECTED,
+        reason=f"{refused.refusal.value}: {refused.message}",
+        milliseconds={"settle": round(1e3 * settle_seconds, 1)},
+    )

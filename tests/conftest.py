@@ -1,0 +1,55 @@
+"""What the tests share: a model without a download, a place to work in, and a guard against leaks."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.daemon_process import make_dataset
+from tests.tiny_clip import build_tiny_clip
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of random weights, made once."""
+    return build_tiny_clip(tmp_path_factory.mktemp("model") / "tiny-clip")
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_leaks() -> Iterator[None]:
+    """Every thread that a test starts has ended when it ends."""
+    before = set(threading.enumerate())
+    yield
+    leaked = [thread for thread in threading.enumerate() if thread not in before and not thread.daemon]
+    for thread in leaked:
+        thread.join(5)
+    assert not [thread.name for thread in leaked if thread.is_alive()]
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """A dataset of three colours, in ``Data`` below the temporary folder."""
+    return make_dataset(tmp_path / "Data")
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, tiny_clip: Path) -> Callable[..., Path]:
+    """Write a configuration that keeps everything below the temporary folder, and return its path."""
+
+    def write(**keys: object) -> Path:
+        values = {
+            "root": tmp_path / "Data",
+            "model": tiny_clip,
+            "state_dir": tmp_path / "state",
+            "cache_dir": tmp_path / "cache",
+            "settle_seconds": 0.3,
+            "abstain": "off",
+            "mode": "max",
+            **keys,
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text("".join(f"{key}: {value}\n" for key, value in values.items()), encoding="utf-8")
+        return path
+
+    return write

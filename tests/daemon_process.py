@@ -1,0 +1,151 @@
+"""A real sortd in a process of its own, on a temporary tree: started, listened to, signalled and waited for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+PATIENCE_SECONDS = 60.0
+"""How long a test waits for what must happen; machines under load are slow, and a failure is rare."""
+
+
+class DaemonProcess:
+    """``sortd run`` (or ``once``) with JSON logs on stderr, which are collected as they come.
+
+    ``program`` is ``tests.fast_sortd``, which is sortd but for its encoder: no model to load, so a test starts in a
+    second; ``sortd`` itself loads the model that the configuration names.
+    """
+
+    def __init__(
+        self,
+        config: Path,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        program: str = "tests.fast_sortd",
+    ) -> None:
+        """Start it."""
+        self.lines: list[dict[str, Any]] = []
+        self.noise: list[str] = []
+        self._heard = threading.Condition()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", program, *(arguments or ("run",)), "--config", str(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="surrogateescape",
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "SORTD_LOG__FORMAT": "json", "OMP_NUM_THREADS": "1", **(environment or {})},
+        )
+        self._ears = threading.Thread(target=self._listen, name="ears")
+        self._ears.start()
+
+    def _listen(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._heard:
+                try:
+                    self.lines.append(json.loads(line))
+                except ValueError:
+                    self.noise.append(line)
+                self._heard.notify_all()
+
+    def events(self, name: str, **fields: object) -> list[dict[str, Any]]:
+        """Return the lines of one event that carry these fields."""
+        wanted = {"event": name, **fields}
+        return [line for line in list(self.lines) if wanted.items() <= line.items()]
+
+    def wait_for(
+        self, name: str, *, count: int = 1, seconds: float = PATIENCE_SECONDS, **fields: object
+    ) -> dict[str, Any]:
+        """Wait until an event was logged so many times, and return the last of them."""
+        self.wait_until(lambda: len(self.events(name, **fields)) >= count, f"{count} x {name} {fields}", seconds)
+        return self.events(name, **fields)[-1]
+
+    def wait_until(self, is_true: Callable[[], bool], what: str, seconds: float = PATIENCE_SECONDS) -> None:
+        """Wait until something is true of the lines or of the tree."""
+        until = time.monotonic() + seconds
+        with self._heard:
+            while not is_true():
+                left = until - time.monotonic()
+                if left <= 0 or (self.process.poll() is not None and not self._ears.is_alive()):
+                    raise AssertionError(f"{what} did not come; exit {self.process.poll()}; log:\n{self.tail()}")
+                self._heard.wait(min(left, 0.1))
+
+    def tail(self, lines: int = 40) -> str:
+        """Return the end of what was logged."""
+        return "\n".join([*(json.dumps(line) for line in self.lines[-lines:]), *self.noise[-lines:]])
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        self.process.send_signal(number)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and return the exit code."""
+        if self.process.poll() is None:
+            self.send(number)
+        return self.wait()
+
+    def wait(self, seconds: float = PATIENCE_SECONDS) -> int:
+        """Wait for the end and return the exit code."""
+        code = self.process.wait(seconds)
+        self._ears.join(seconds)
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
+        return code
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave no process behind."""
+        if self.process.poll() is None:
+            self.process.kill()
+        if self._ears.is_alive() or self.process.returncode is None:
+            self.wait()
+
+
+@contextmanager
+def running(config: Path, *, program: str = "tests.fast_sortd", **environment: str) -> Iterator[DaemonProcess]:
+    """Start ``sortd run``, wait until it is ready, and leave no process behind."""
+    with DaemonProcess(config, environment=environment, program=program) as daemon:
+        daemon.wait_for("daemon.ready")
+        yield daemon
+
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 190, 60), "blue": (50, 60, 210)}
+
+
+def picture(colour: str, seed: int, size: tuple[int, int] = (72, 64)) -> Image.Image:
+    """Return a noisy picture of one colour: what even a model of random weights tells apart."""
+    noise = np.random.default_rng(seed).normal(0, 18, (size[1], size[0], 3))
+    return Image.fromarray(np.clip(np.asarray(COLOURS[colour]) + noise, 0, 255).astype(np.uint8))
+
+
+def make_dataset(root: Path, name: str = "Colours", references: int = 4) -> Path:
+    """Make a dataset of three colours below ``root`` and return its folder."""
+    dataset = root / name
+    for index, colour in enumerate(COLOURS):
+        folder = dataset / "Clases" / colour
+        folder.mkdir(parents=True)
+        for number in range(references):
+            picture(colour, 100 * index + number).save(folder / f"{number}.png")
+    (dataset / "Images").mkdir()
+    return dataset
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,0 +1,312 @@
+"""The daemon as it is used: a real process, a real model, real files, real signals; whole trees compared."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.daemon_process import DaemonProcess, make_dataset, picture, running, tree
+
+Write = Callable[..., Path]
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_the_real_program_files_with_a_real_model(colours: Path, write_config: Write) -> None:
+    """The whole chain, sentence-transformers included: a CLIP of random weights tells plain colours apart."""
+    with running(write_config(), program="sortd") as daemon:
+        for number, colour in enumerate(["red", "green", "blue"]):
+            picture(colour, number).save(colours / "Images" / f"{colour}.png")
+        daemon.wait_for("image.filed", count=3)
+        assert daemon.stop() == 0
+        assert not daemon.noise
+    assert sorted(tree(colours / "Dataset")) == ["blue/blue.png", "green/green.png", "red/red.png"]
+
+
+def test_a_dropped_image_is_filed_with_its_reason(colours: Path, write_config: Write) -> None:
+    """One image, one move, one canonical line; the bytes and the inode are the same."""
+    with running(write_config()) as daemon:
+        path = colours / "Images" / "new.png"
+        picture("green", 7).save(path)
+        before, inode = path.read_bytes(), path.stat().st_ino
+        line = daemon.wait_for("image.filed")
+        assert line["label"] == "green"
+        assert line["path"] == str(path)
+        assert line["destination"] == str(colours / "Dataset" / "green" / "new.png")
+        assert line["dataset"] == "Colours"
+        assert {"score", "margin", "second_label", "mode", "generation", "encoder_id"} <= line.keys()
+        assert {"settle_ms", "decode_ms", "encode_ms", "move_ms"} <= line.keys()
+        filed = Path(line["destination"])
+        assert (filed.read_bytes(), filed.stat().st_ino) == (before, inode)
+        assert not path.exists()
+        assert daemon.stop() == 0
+        assert not daemon.noise
+        assert len(daemon.events("image.filed")) == 1
+
+
+def test_files_present_before_the_start_are_filed(colours: Path, write_config: Write) -> None:
+    """A start-up scan finds what nobody will ever hint at."""
+    for number, colour in enumerate(["red", "green", "blue", "red"]):
+        picture(colour, number).save(colours / "Images" / f"{number}.png")
+    with running(write_config()) as daemon:
+        daemon.wait_for("image.filed", count=4)
+        daemon.stop()
+    assert sorted(tree(colours / "Dataset")) == ["blue/2.png", "green/1.png", "red/0.png", "red/3.png"]
+    assert not tree(colours / "Images")
+
+
+def test_a_moved_in_folder_is_filed_whole(colours: Path, write_config: Write, tmp_path: Path) -> None:
+    """A folder renamed into the inbox gives one hint at best; every image in it is found."""
+    outside = tmp_path / "outside" / "deep"
+    outside.mkdir(parents=True)
+    for number in range(5):
+        picture("blue", number).save(outside / f"{number}.jpg", quality=95)
+    with running(write_config()) as daemon:
+        (tmp_path / "outside").rename(colours / "Images" / "album")
+        daemon.wait_for("image.filed", count=5)
+    assert len(tree(colours / "Dataset" / "blue")) == 5
+
+
+def test_a_slow_writer_is_waited_for(colours: Path, write_config: Write, tmp_path: Path) -> None:
+    """A file that grows is not moved before its last byte, and arrives whole."""
+    picture("red", 3, (300, 300)).save(tmp_path / "slow.png")
+    content = (tmp_path / "slow.png").read_bytes()
+    with running(write_config(settle_seconds=0.5)) as daemon:
+        path = colours / "Images" / "slow.png"
+        with path.open("wb") as file:
+            for start in range(0, len(content), len(content) // 8):
+                file.write(content[start : start + len(content) // 8])
+                file.flush()
+                time.sleep(0.25)
+            last = time.time()
+        line = daemon.wait_for("image.filed")
+        assert Path(line["destination"]).read_bytes() == content
+        assert time.time() - last >= 0.5 - 0.05
+        assert not daemon.events("image.rejected")
+
+
+def test_temporary_names_are_left_until_renamed(colours: Path, write_config: Write) -> None:
+    """A download is not touched under its temporary name and is filed once it has its own."""
+    with running(write_config()) as daemon:
+        part = colours / "Images" / "photo.png.crdownload"
+        picture("green", 1).save(part, format="png")
+        picture("red", 2).save(colours / "Images" / "other.png")
+        daemon.wait_for("image.filed")
+        assert part.exists()
+        part.rename(colours / "Images" / "photo.png")
+        assert daemon.wait_for("image.filed", count=2)["label"] == "green"
+
+
+def test_a_broken_image_is_set_aside_and_a_text_left(colours: Path, write_config: Write) -> None:
+    """Rejected/ gets what cannot be decoded, with its reason; what is no image stays; the images beside are filed."""
+    picture("red", 1, (200, 200)).save(colours / "Images" / "whole.jpg")
+    content = (colours / "Images" / "whole.jpg").read_bytes()
+    (colours / "Images" / "half.jpg").write_bytes(content[: len(content) // 2])
+    (colours / "Images" / "notes.txt").write_text("buy screws")
+    with running(write_config()) as daemon:
+        daemon.wait_for("image.filed")
+        line = daemon.wait_for("image.rejected")
+        daemon.wait_for("image.left")
+        assert "unreadable" in line["reason"]
+    assert sorted(tree(colours / "Rejected")) == ["half.jpg", "half.jpg.reason.json"]
+    assert sorted(tree(colours / "Images")) == ["notes.txt"]
+
+
+def test_equal_names_never_overwrite(colours: Path, write_config: Write) -> None:
+    """Two files of one name stand side by side in the end."""
+    with running(write_config()) as daemon:
+        for number in range(3):
+            picture("red", number).save(colours / "Images" / "DSC_0001.png")
+            daemon.wait_for("image.filed", count=number + 1)
+    assert sorted(tree(colours / "Dataset")) == ["red/DSC_0001 (2).png", "red/DSC_0001 (3).png", "red/DSC_0001.png"]
+
+
+def test_a_class_that_appears_grows_and_vanishes_is_right_at_once(colours: Path, write_config: Write) -> None:
+    """The prototypes follow the folder while sortd runs."""
+    with running(write_config()) as daemon:
+        shutil.rmtree(colours / "Clases" / "red")
+        daemon.wait_for("prototypes.rebuilt", classes=2)
+        folder = colours / "Clases" / "crimson"
+        folder.mkdir()
+        for number in range(3):
+            picture("red", 50 + number).save(folder / f"{number}.png")
+        daemon.wait_for("prototypes.rebuilt", classes=3, references=11)
+        picture("red", 9).save(colours / "Images" / "new.png")
+        assert daemon.wait_for("image.filed")["label"] == "crimson"
+        folder.rename(colours / "Clases" / "scarlet")
+        daemon.wait_until(
+            lambda: "scarlet" in (colours.parent.parent / "state" / "status.json").read_text(), "the renamed class"
+        )
+        picture("red", 10).save(colours / "Images" / "newer.png")
+        assert daemon.wait_for("image.filed", count=2)["label"] == "scarlet"
+
+
+def test_datasets_come_and_go_while_running(colours: Path, write_config: Write) -> None:
+    """A new dataset is taken up, a vanished one let go, the other goes on."""
+    with running(write_config()) as daemon:
+        second = make_dataset(colours.parent, "Second")
+        daemon.wait_for("dataset.added", dataset="Second")
+        daemon.wait_for("prototypes.rebuilt", dataset="Second", classes=3, references=12)
+        picture("blue", 1).save(second / "Images" / "a.png")
+        daemon.wait_for("image.filed", dataset="Second")
+        shutil.rmtree(second)
+        daemon.wait_for("dataset.gone", dataset="Second")
+        picture("blue", 2).save(colours / "Images" / "b.png")
+        daemon.wait_for("image.filed", dataset="Colours")
+        assert daemon.stop() == 0
+
+
+def test_absent_references_stop_the_moves_until_they_are_back(colours: Path, write_config: Write) -> None:
+    """Absent is not empty: nothing moves, nothing is lost, and it heals by itself."""
+    with running(write_config()) as daemon:
+        clases = colours / "Clases"
+        clases.rename(colours / "elsewhere")
+        daemon.wait_for("prototypes.rebuild_failed")
+        picture("red", 1).save(colours / "Images" / "waits.png")
+        time.sleep(1.5)
+        assert not daemon.events("image.filed")
+        (colours / "elsewhere").rename(clases)
+        daemon.wait_for("image.filed")
+
+
+@pytest.mark.usefixtures("colours")
+def test_an_unchanged_folder_serves_without_any_embedding(write_config: Write) -> None:
+    """The last prototype set is cached: a second start encodes nothing and keeps the generation."""
+    config = write_config()
+    with running(config) as daemon:
+        first = daemon.wait_for("prototypes.rebuilt")
+        daemon.stop()
+    assert (first["changed"], first["generation"]) == (True, 1)
+    with running(config) as daemon:
+        second = daemon.wait_for("prototypes.rebuilt")
+    assert (second["changed"], second["generation"], second["encoded_batches"]) == (False, 1, 0)
+
+
+def test_a_reload_takes_changes_and_refuses_mistakes(colours: Path, write_config: Write) -> None:
+    """SIGHUP: a changed mode serves; a bad file keeps the old one and says so."""
+    config = write_config()
+    with running(config) as daemon:
+        write_config(mode="avg")
+        daemon.send(signal.SIGHUP)
+        daemon.wait_for("config.reloaded")
+        daemon.wait_for("prototypes.rebuilt", mode="avg")
+        write_config(mode="mode-that-is-not")
+        daemon.send(signal.SIGHUP)
+        assert "mode" in daemon.wait_for("config.refused")["error"]
+        picture("red", 1).save(colours / "Images" / "a.png")
+        assert daemon.wait_for("image.filed")["mode"] == "avg"
+
+
+def test_a_second_start_on_the_same_data_is_refused(colours: Path, write_config: Write) -> None:
+    """Exit 75 and a sentence; the first goes on."""
+    config = write_config()
+    with running(config) as daemon:
+        second = subprocess.run(
+            [sys.executable, "-m", "tests.fast_sortd", "run", "-c", str(config)],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert second.returncode == 75
+        assert "another sortd works on" in second.stderr
+        assert "Traceback" not in second.stderr
+        picture("red", 1).save(colours / "Images" / "a.png")
+        daemon.wait_for("image.filed")
+
+
+def test_sigterm_under_work_ends_soon_with_nothing_half_done(colours: Path, write_config: Write) -> None:
+    """Out within five seconds; every file stands in exactly one place; the next start files the rest."""
+    for number in range(200):
+        picture("red", number, (400, 300)).save(colours / "Images" / f"{number}.png")
+    contents = set(tree(colours / "Images").values())
+    config = write_config()
+    with running(config) as daemon:
+        daemon.wait_for("image.filed", count=5)
+        began = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - began < 5
+    left, filed = tree(colours / "Images"), tree(colours / "Dataset")
+    assert len(left) + len(filed) == 200
+    assert set(left.values()) | set(filed.values()) == contents
+    with DaemonProcess(config, "once") as again:
+        assert again.wait() == 0
+    assert set(tree(colours / "Dataset").values()) == contents
+
+
+def test_kill_minus_nine_loses_nothing(colours: Path, write_config: Write) -> None:
+    """Killed in the middle of moves and started again: every file once, none changed."""
+    for number in range(60):
+        picture("blue", number).save(colours / "Images" / f"{number}.png")
+    contents = set(tree(colours / "Images").values())
+    config = write_config()
+    for _ in range(3):
+        with running(config) as daemon:
+            daemon.wait_until(
+                lambda daemon=daemon: daemon.events("image.filed") or not tree(colours / "Images"), "a move"
+            )
+            daemon.stop(signal.SIGKILL)
+    with DaemonProcess(config, "once") as daemon:
+        assert daemon.wait() == 0
+    filed = tree(colours / "Dataset")
+    assert len(filed) == 60
+    assert set(filed.values()) == contents
+
+
+def test_once_files_what_is_there_and_stops(colours: Path, write_config: Write) -> None:
+    """Exit 0 when nothing is left to do."""
+    picture("green", 1).save(colours / "Images" / "a.png")
+    with DaemonProcess(write_config(), "once") as daemon:
+        assert daemon.wait() == 0
+    assert list(tree(colours / "Dataset")) == ["green/a.png"]
+
+
+def test_a_dry_run_touches_nothing(colours: Path, write_config: Write, tmp_path: Path) -> None:
+    """It says where the image would go and leaves every byte, name and time as they were."""
+    picture("green", 1).save(colours / "Images" / "a.png")
+    config = write_config()
+
+    def snapshot() -> dict[str, tuple[int, int]]:
+        return {str(p): (p.lstat().st_mtime_ns, p.lstat().st_size) for p in sorted(tmp_path.rglob("*"))}
+
+    before = snapshot()
+    with DaemonProcess(config, "once", "--dry-run") as daemon:
+        assert daemon.process.stdout is not None
+        said = daemon.process.stdout.read()
+        assert daemon.wait() == 0
+    assert snapshot() == before
+    assert "Dataset/green/a.png" in said
+    assert not (colours / ".sortd").exists()
+
+
+def test_a_correction_is_noticed_and_learnt(colours: Path, write_config: Write) -> None:
+    """A file that the user moves to another class is told, and becomes a reference where it lies."""
+    with running(write_config(learn_from_corrections="true")) as daemon:
+        picture("red", 1).save(colours / "Images" / "a.png")
+        filed = Path(daemon.wait_for("image.filed")["destination"])
+        filed.rename(colours / "Dataset" / "green" / "a.png") if (colours / "Dataset" / "green").is_dir() else (
+            (colours / "Dataset" / "green").mkdir(),
+            filed.rename(colours / "Dataset" / "green" / "a.png"),
+        )
+        line = daemon.wait_for("image.corrected")
+        assert (line["label"], line["corrected_label"]) == ("red", "green")
+        daemon.wait_for("prototypes.rebuilt", references=13)
+    assert len(tree(colours / "Clases")) == 12
+
+
+def test_names_that_are_not_utf8_are_filed_and_logged(colours: Path, write_config: Write) -> None:
+    """A name of raw bytes survives the log, the journal and the move."""
+    name = os.fsdecode(b"caf\xe9\nnew line.png")
+    picture("red", 1).save(colours / "Images" / "plain.png")
+    os.rename(colours / "Images" / "plain.png", os.path.join(colours, "Images", name))
+    with running(write_config()) as daemon:
+        daemon.wait_for("image.filed")
+        assert daemon.stop() == 0
+    assert os.path.exists(os.path.join(colours, "Dataset", "red", name))
