@@ -11,7 +11,7 @@ from dataclasses import replace
 from sortd.copying import Copy, content_of, copy_to_part, never, remove_part
 from sortd.errors import ChangedError, DestinationError, VanishedError
 from sortd.messages import Writer
-from sortd.mover import MOST_ATTEMPTS, make_part
+from sortd.mover import MOST_ATTEMPTS, make_part, remove_spent
 from sortd.naming import final_names
 from sortd.relocation import Member, Progress, Relocation
 from sortd.renaming import (
@@ -98,6 +98,7 @@ def finish(folders: Folders, relocation: Relocation) -> Relocation:
         for position, member in enumerate(relocation.members)
         if member.leaves and not _remove_source(source, destination, relocation, position)
     ]
+    remove_spent(folders, relocation)
     sync_folder(source)
     message = (
         f"kept in {relocation.source} too, it changed meanwhile: {', '.join(kept)}" if kept else relocation.message

@@ -14,7 +14,7 @@ from sortd.journal_records import (
     Record,
     Selection,
     label_column,
-    member_row,
+    member_rows,
     plain,
     stamp_columns,
 )
@@ -112,6 +112,7 @@ class Journal:
                         self._connection.execute("DELETE FROM moves WHERE token = ?", (relocation.token,))
                     case Progress.DONE:
                         self._update(relocation, now)
+                        self._unhold(relocation)
                         self._finish_undo(relocation, now)
                     case _:  # its progress stands in the journal already
                         continue
@@ -230,9 +231,7 @@ class Journal:
             ),
         )
         move = cursor.lastrowid or 0
-        self._connection.executemany(
-            _MEMBER, [member_row(move, position, member) for position, member in enumerate(relocation.members)]
-        )
+        self._connection.executemany(_MEMBER, member_rows(move, relocation))
 
     def _update(self, relocation: Relocation, ended_at: float | None) -> None:
         (move,) = self._connection.execute("SELECT id FROM moves WHERE token = ?", (relocation.token,)).fetchone()
@@ -241,9 +240,7 @@ class Journal:
             (relocation.progress.value, plain("\n".join(relocation.lost)), plain(relocation.message), ended_at, move),
         )
         self._connection.execute("DELETE FROM members WHERE move = ?", (move,))
-        self._connection.executemany(
-            _MEMBER, [member_row(move, position, member) for position, member in enumerate(relocation.members)]
-        )
+        self._connection.executemany(_MEMBER, member_rows(move, relocation))
 
     def _finish_undo(self, relocation: Relocation, now: float) -> None:
         move, outcome, undoes = self._connection.execute(
@@ -254,6 +251,10 @@ class Journal:
             return
         self._connection.execute("UPDATE moves SET undone_by = ? WHERE id = ?", (move, undoes))
         self._hold(f"{relocation.destination}/{image.final}", image.moved_stamp, UNDONE, now)
+
+    def _unhold(self, relocation: Relocation) -> None:
+        path = os.fsencode(f"{relocation.source}/{relocation.image.name}")
+        self._connection.execute("DELETE FROM holds WHERE path = ?", (path,))
 
     def _hold(self, path: str, stamp: Stamp, reason: str, now: float) -> None:
         self._connection.execute(

@@ -11,15 +11,14 @@ from sortd.journal_records import (
     Selection,
     label_column,
     label_from,
-    member_from,
     record_from,
     stamp_columns,
     stamp_from,
 )
 from sortd.journal_store import open_for_reading, translated
 from sortd.messages import Stamp
-from sortd.relocation import Member
 
+_MEMBERS = "SELECT * FROM members WHERE move = ? ORDER BY position"
 _STANDING = "progress = 'done' AND undone_by IS NULL AND outcome != 'undone'"
 _OF_STAMP = """moves.id IN (SELECT move FROM members WHERE moved_inode = ? AND position = 0
 AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT 1"""
@@ -155,11 +154,7 @@ class History:
     def _records(self, where: str, values: tuple[Any, ...]) -> list[Record]:
         with translated(self._path):
             rows = self._rows(f"SELECT moves.* FROM moves WHERE {where}", values)  # noqa: S608 - our own words only
-            return [record_from(row, self._members(row["id"])) for row in rows]
-
-    def _members(self, move: int) -> tuple[Member, ...]:
-        rows = self._rows("SELECT * FROM members WHERE move = ? ORDER BY position", (move,))
-        return tuple(member_from(row) for row in rows)
+            return [record_from(row, self._rows(_MEMBERS, (row["id"],))) for row in rows]
 
     def _rows(self, statement: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
         with translated(self._path):

@@ -98,6 +98,18 @@ def stamp_from(columns: tuple[int, int, int, int]) -> Stamp:
     return Stamp(columns[0] % 2**64, columns[1] % 2**64, columns[2], columns[3])
 
 
+SPENT_FROM = 1_000_000
+"""Positions from here on are of ``Relocation.spent``."""
+
+
+def member_rows(move: int, relocation: Relocation) -> list[tuple[Any, ...]]:
+    """Return all members of a relocation, spent ones behind them, as rows of their table."""
+    members = [member_row(move, position, member) for position, member in enumerate(relocation.members)]
+    return members + [
+        member_row(move, SPENT_FROM + position, member) for position, member in enumerate(relocation.spent)
+    ]
+
+
 def member_row(move: int, position: int, member: Member) -> tuple[Any, ...]:
     """Return a member as a row of its table."""
     moved = (None,) * 4 if member.moved_stamp is None else stamp_columns(member.moved_stamp)
@@ -137,7 +149,7 @@ def member_from(row: sqlite3.Row) -> Member:
     )
 
 
-def relocation_from(row: sqlite3.Row, members: tuple[Member, ...]) -> Relocation:
+def relocation_from(row: sqlite3.Row, members: tuple[Member, ...], spent: tuple[Member, ...]) -> Relocation:
     """Return the relocation of a row of ``moves``.
 
     Raises:
@@ -151,11 +163,18 @@ def relocation_from(row: sqlite3.Row, members: tuple[Member, ...]) -> Relocation
         progress=Progress(row["progress"]),
         lost=tuple(row["lost"].split("\n")) if row["lost"] else (),
         message=row["message"],
+        spent=spent,
     )
 
 
-def record_from(row: sqlite3.Row, members: tuple[Member, ...]) -> Record:
-    """Return the record of a row of ``moves``."""
+def record_from(row: sqlite3.Row, member_rows_of_it: list[sqlite3.Row]) -> Record:
+    """Return the record of a row of ``moves`` and the rows of its members.
+
+    Raises:
+        FolderNameError: a name or a folder in it is none that sortd moves files between.
+    """
+    members = tuple(member_from(one) for one in member_rows_of_it if one["position"] < SPENT_FROM)
+    spent = tuple(member_from(one) for one in member_rows_of_it if one["position"] >= SPENT_FROM)
     grounds = Grounds(
         outcome=row["outcome"],
         label=label_from(row["label"]),
@@ -173,7 +192,7 @@ def record_from(row: sqlite3.Row, members: tuple[Member, ...]) -> Record:
         id=row["id"],
         run=row["run"],
         grounds=grounds,
-        relocation=relocation_from(row, members),
+        relocation=relocation_from(row, members, spent),
         intended_at=row["intended_at"],
         ended_at=row["ended_at"],
         undone_by=row["undone_by"],

@@ -219,6 +219,19 @@ def make_part(source: int, destination: int, relocation: Relocation, position: i
         os.close(file)
 
 
+def remove_spent(folders: Folders, relocation: Relocation) -> None:
+    """Remove what sortd itself once made beside an image that is put back; what was changed since is kept.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    folder = folders.open(relocation.source)
+    for member in relocation.spent:
+        status = look(folder, member.name)
+        if status is not None and is_version(status, member.stamp):
+            os.unlink(member.name, dir_fd=folder)
+
+
 def done(relocation: Relocation) -> Relocation:
     """Return the relocation as ended well."""
     return replace(relocation, progress=Progress.DONE)

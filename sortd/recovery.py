@@ -12,7 +12,7 @@ from itertools import chain
 from sortd.copying import content_of, remove_part
 from sortd.crossing import Advance, finish, give_back, publish_part, seal_published
 from sortd.errors import ChangedError, DestinationError
-from sortd.mover import MOST_ATTEMPTS, make_part
+from sortd.mover import MOST_ATTEMPTS, make_part, remove_spent
 from sortd.naming import final_names, split_name
 from sortd.relocation import Member, Progress, Relocation, Role
 from sortd.renaming import Folders, is_version, look, names_of, rename_new, stamp_of, sync_folder
@@ -41,7 +41,7 @@ def recover(folders: Folders, relocation: Relocation, advance: Advance) -> Reloc
     places = _Places(_open_or_absent(folders, relocation.source), _open_or_absent(folders, relocation.destination))
     match relocation.progress:
         case Progress.INTENDED:
-            return _recover_intended(places, relocation)
+            return _recover_intended(folders, places, relocation)
         case Progress.PUBLISHING:
             return _recover_publishing(folders, places, relocation, advance)
         case Progress.PUBLISHED:
@@ -53,13 +53,13 @@ def recover(folders: Folders, relocation: Relocation, advance: Advance) -> Reloc
 # ---------------------------------------------------------------- intended: renames, or copies that count for nothing
 
 
-def _recover_intended(places: _Places, relocation: Relocation) -> Relocation:
+def _recover_intended(folders: Folders, places: _Places, relocation: Relocation) -> Relocation:
     _give_back_taken(places, relocation)
     moved = _moved_members(places, relocation)
     leaving = [position for position, member in enumerate(relocation.members) if member.leaves]
     waiting = [one for one in leaving if one not in moved and _stands(places, relocation, one)]
     if 0 in moved and not waiting:
-        return _complete(places, relocation, moved)
+        return _complete(folders, places, relocation, moved)
     if len(moved) + len(waiting) < len(leaving) and -1 in {places.source, places.destination}:
         return relocation
     if moved:
@@ -94,7 +94,7 @@ def _moved_members(places: _Places, relocation: Relocation) -> dict[int, str]:
     return moved
 
 
-def _complete(places: _Places, relocation: Relocation, moved: dict[int, str]) -> Relocation:
+def _complete(folders: Folders, places: _Places, relocation: Relocation, moved: dict[int, str]) -> Relocation:
     """Every file has been renamed: make what belongs beside them and let it all be durable."""
     names = _names_beside(relocation, moved[0])
     members: list[Member] = []
@@ -105,6 +105,7 @@ def _complete(places: _Places, relocation: Relocation, moved: dict[int, str]) ->
             members.append(_settled(places.destination, member, final))
     sync_folder(places.destination)
     if places.source != -1:
+        remove_spent(folders, relocation)
         sync_folder(places.source)
     return replace(relocation, members=tuple(members), progress=Progress.DONE)
 

@@ -66,11 +66,16 @@ class Relocation:
     progress: Progress = Progress.INTENDED
     lost: tuple[str, ...] = ()  # metadata that could not be kept
     message: str = ""
+    spent: tuple[Member, ...] = ()  # made by sortd in the source folder, of no use once the image is away
 
     @property
     def image(self) -> Member:
         """The member that was decided on."""
         return self.members[0]
+
+    def with_member(self, member: Member) -> Self:
+        """The same relocation with one more member."""
+        return replace(self, members=(*self.members, member))
 
     def part_name(self, position: int) -> str:
         """Name of a copy that is not published yet, in the destination folder."""
