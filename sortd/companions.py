@@ -7,7 +7,7 @@ digiKam, Google Takeout). A sidecar named by the stem may belong to two images; 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sortd.naming import split_name
+from sortd.free_names import split_name
 
 SIDECARS = (".xmp", ".json", ".aae", ".thm")
 TAKEOUT = ".supplemental-metadata.json"
