@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from sortd.copying import Copy, content_of, copy_to_part, never, remove_part
 from sortd.errors import ChangedError, DestinationError, VanishedError
+from sortd.free_names import final_names
 from sortd.messages import Writer
 from sortd.mover import MOST_ATTEMPTS, make_part, remove_spent
-from sortd.free_names import final_names
 from sortd.relocation import Member, Progress, Relocation
 from sortd.renaming import (
     FILE_FLAGS,

@@ -9,8 +9,8 @@ from dataclasses import replace
 from sortd.companions import companions_of
 from sortd.copying import Copy, copy_to_part, remove_part, write_part
 from sortd.errors import BusyError, ChangedError, DestinationError, VanishedError
-from sortd.messages import Stamp, Writer
 from sortd.free_names import final_names
+from sortd.messages import Stamp, Writer
 from sortd.relocation import Member, Progress, Relocation, Role
 from sortd.renaming import (
     FILE_FLAGS,

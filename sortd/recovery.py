@@ -12,8 +12,8 @@ from itertools import chain
 from sortd.copying import content_of, remove_part
 from sortd.crossing import Advance, finish, give_back, publish_part, seal_published
 from sortd.errors import ChangedError, DestinationError
-from sortd.mover import MOST_ATTEMPTS, make_part, remove_spent
 from sortd.free_names import final_names, split_name
+from sortd.mover import MOST_ATTEMPTS, make_part, remove_spent
 from sortd.relocation import Member, Progress, Relocation, Role
 from sortd.renaming import Folders, is_version, look, names_of, rename_new, stamp_of, sync_folder
 
