@@ -209,11 +209,13 @@ def _is_small(root: str, *, leave_out: frozenset[str], max_folders: int, max_ent
     folders, entries, waiting = 0, 0, [root]
     while waiting:
         folders += 1
+        if folders > max_folders:
+            return False
         try:
             with os.scandir(waiting.pop()) as found:
                 for entry in found:
                     entries += 1
-                    if folders > max_folders or entries > max_entries:
+                    if entries > max_entries:
                         return False
                     if entry.is_dir(follow_symlinks=False) and entry.path not in leave_out:
                         waiting.append(entry.path)
