@@ -32,7 +32,7 @@ def lines(file: Path | None, tree: Tree, wrong: Mapping[str, str], keys: Keys) -
             for mistake in in_file
         ),
         *(
-            f"{name}: {message}{_meant(name, known) if message.startswith('unknown') else ''}"
+            f"{name}: {message}{_meant(name, known, likeness=0.8) if message.startswith('unknown') else ''}"
             for name, message in wrong.items()
         ),
     ]
@@ -43,7 +43,9 @@ def said(details: ErrorDetails, keys: Keys) -> str:
     path, given, context, kind = details["loc"], details["input"], details.get("ctx", {}), details["type"]
     match kind:
         case "extra_forbidden":
-            message = "unknown key" + _meant(str(path[-1]), siblings(keys, path))
+            is_for_all = path[0] == "datasets" and path[2:] in keys
+            meant = "; it holds for all datasets alike" if is_for_all else _meant(str(path[-1]), siblings(keys, path))
+            message = f"unknown key{meant}"
         case "literal_error" if isinstance(given, str):
             allowed = [word.strip("' ") for word in str(context["expected"]).replace(" or ", ",").split(",")]
             message = f"{given!r} is none of {', '.join(allowed)}{_meant(given, allowed)}"
@@ -51,6 +53,8 @@ def said(details: ErrorDetails, keys: Keys) -> str:
             message = str(context["error"])
         case _ if kind in _GROUPS:
             message = "must be a group of keys, indented below it" + (", or `off`" if path[-1] == "abstain" else "")
+        case "string_too_short":
+            message = "must not be empty"
         case _ if kind in _WANTED:
             message = f"{given!r} {_WANTED[kind]}"
         case _ if kind == "literal_error" or kind.endswith("_type"):
@@ -60,6 +64,6 @@ def said(details: ErrorDetails, keys: Keys) -> str:
     return message
 
 
-def _meant(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1) or difflib.get_close_matches(word.casefold(), known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+def _meant(word: str, known: Sequence[str], *, likeness: float = 0.6) -> str:
+    near = (difflib.get_close_matches(written, known, 1, likeness) for written in (word, word.casefold(), word.upper()))
+    return next((f"; did you mean {found[0]}?" for found in near if found), "")
