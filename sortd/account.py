@@ -67,9 +67,9 @@ class Account:
         """Tell how many images wait now."""
         self._metrics.backlog(self._dataset, images)
 
-    def unreadable(self, path: str, error: OSError) -> None:
+    def unreadable(self, error: OSError) -> None:
         """Say that a scan could not look at something."""
-        self._log.warning(SCAN_UNREADABLE, path=path, error=error.strerror, mend="give sortd the right to read it")
+        self._log.warning(SCAN_UNREADABLE, path=error.filename, error=error.strerror, mend="give sortd the right to read it")
 
     def rebuilt(self, prototypes: PrototypeSet, rebuilt: Rebuilt, seconds: float) -> None:
         """Say what the new prototypes were built from and what was wrong with the references."""

@@ -184,12 +184,12 @@ class Dataset:
         if self._scan is not None:
             self._scan_again = True
             return
-        self._scan = scan(os.fspath(self.layout.area(Area.IMAGES)), on_unreadable=self.account.unreadable)
+        self._scan = scan(os.fspath(self.layout.area(Area.IMAGES)), report=self.account.unreadable)
         self.receive(ScanStarted())
 
     def compare_references(self) -> None:
         """Look whether Clases/ differs from what was last seen of it: a hint may have been lost."""
-        found = scan(os.fspath(self.layout.area(Area.CLASES)), on_unreadable=self.account.unreadable)
+        found = scan(os.fspath(self.layout.area(Area.CLASES)), report=self.account.unreadable)
         signature = hash(frozenset(found))
         if self._references_signature is not None and self._references_signature != signature:
             self.receive(ReferencesTouched())
@@ -211,7 +211,7 @@ class Dataset:
 
     def scan_review(self) -> Iterator[tuple[str, Stamp]]:
         """Yield what stands in Review/, with its stamps."""
-        return scan(os.fspath(self.layout.area(Area.REVIEW)), on_unreadable=self.account.unreadable)
+        return scan(os.fspath(self.layout.area(Area.REVIEW)), report=self.account.unreadable)
 
     # ------------------------------------------------------------ what goes out
 

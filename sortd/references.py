@@ -89,7 +89,7 @@ def read_descriptions(folder: str) -> tuple[str, ...]:
 
 
 def class_folders(
-    clases: Path, *, on_unreadable: Callable[[str, OSError], None]
+    clases: Path, *, report: Callable[[OSError], None]
 ) -> tuple[list[ClassFolder], list[str]]:
     """List the classes of a dataset, sorted by name, and the folder names that cannot be classes.
 
@@ -109,7 +109,7 @@ def class_folders(
             misnamed.append(entry.name)
             continue
         files = tuple(
-            (p, s) for p, s in scan(entry.path, on_unreadable=on_unreadable) if not p.endswith("/" + DESCRIPTIONS_FILE)
+            (p, s) for p, s in scan(entry.path, report=report) if not p.endswith("/" + DESCRIPTIONS_FILE)
         )
         folders.append(ClassFolder(entry.name, tuple(sorted(files)), read_descriptions(entry.path)))
     return folders, misnamed
@@ -138,11 +138,11 @@ class References:
         Raises:
             ReferencesAbsentError: there is no class folder to learn from.
         """
-        unreadable: list[tuple[str, OSError]] = []
-        folders, misnamed = class_folders(self._clases, on_unreadable=lambda *what: unreadable.append(what))
+        unreadable: list[OSError] = []
+        folders, misnamed = class_folders(self._clases, report=unreadable.append)
         if unreadable:
-            path, error = unreadable[0]
-            raise ReferencesAbsentError(f"{path} cannot be read: {error.strerror}; give sortd the right to")
+            error = unreadable[0]
+            raise ReferencesAbsentError(f"{error.filename} cannot be read: {error.strerror}; give sortd the right to")
         if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:
             raise ReferencesAbsentError(
                 f"{self._clases} holds no class folder: make one for each class, with images in it"

@@ -172,11 +172,7 @@ class Site:
         config = self._config
         encoder = self._load_encoder(config)
         decoding = config.decoding
-        limits = Limits(
-            max_pixels=int(1e6 * decoding.max_megapixels),
-            max_side=decoding.max_side_pixels,
-            max_bytes=int(1e6 * decoding.max_megabytes),
-        )
+        limits = Limits(max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes)
         self._decoders = DecoderPool(
             decoding.workers or max(1, min(8, (os.cpu_count() or 2) - 1)),
             encoder.preprocessing,

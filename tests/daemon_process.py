@@ -113,8 +113,7 @@ class DaemonProcess:
         """Leave no process behind."""
         if self.process.poll() is None:
             self.process.kill()
-        if self._ears.is_alive() or self.process.returncode is None:
-            self.wait()
+        self.wait()
 
 
 @contextmanager
