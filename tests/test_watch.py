@@ -315,7 +315,7 @@ def test_a_handler_that_fails_does_not_end_the_watching(dataset: Path) -> None:
         assert heard.losses() == []  # still full: kept for the check after
         full.clear()
         watcher.health(2.0)
-        assert [lost.loss for lost in heard.losses()] == [Loss.OVERFLOWED]
+        assert {lost.loss for lost in heard.losses()} == {Loss.OVERFLOWED}  # one or two: each file is hinted at twice
         assert hears(heard, dataset / "Images", "next.jpg")
     finally:
         watcher.close()

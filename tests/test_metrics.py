@@ -1,0 +1,98 @@
+"""Prometheus is told whole truths: by a file that is never half, or over HTTP on this machine alone."""
+
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from sortd.metrics import Metrics
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    """Counts of a little work."""
+    metrics = Metrics()
+    metrics.image("Tornillos", "filed")
+    metrics.image("Tornillos", "filed")
+    metrics.image("Tornillos", "sent_to_review")
+    metrics.stage("decode", 0.02)
+    metrics.backlog("Tornillos", 7)
+    metrics.generation("Tornillos", 3)
+    metrics.watch_overflow()
+    metrics.correction("Tornillos")
+    return metrics
+
+
+def samples(text: str) -> dict[tuple[str, ...], float]:
+    """Return each sample by its name and labels."""
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_the_names_are_those_of_the_contract(metrics: Metrics) -> None:
+    """Dashboards rely on them."""
+    found = samples(metrics.text())
+    assert found["sortd_images_total", "Tornillos", "filed"] == 2
+    assert found["sortd_images_total", "Tornillos", "sent_to_review"] == 1
+    assert found["sortd_image_seconds_count", "decode"] == 1
+    assert found["sortd_image_seconds_sum", "decode"] == 0.02
+    assert found["sortd_backlog", "Tornillos"] == 7
+    assert found["sortd_prototypes_generation", "Tornillos"] == 3
+    assert found["sortd_watch_overflows_total",] == 1
+    assert found["sortd_corrections_total", "Tornillos"] == 1
+    assert not [name for name, *_ in found if name.endswith("_created")]
+
+
+def test_two_processes_in_one_do_not_share_counts(metrics: Metrics) -> None:
+    """The registry is our own: a second one begins at zero."""
+    assert ("sortd_images_total", "Tornillos", "filed") not in samples(Metrics().text())
+    assert metrics.text() != Metrics().text()
+
+
+def test_the_file_is_whole_and_anybody_may_read_it(metrics: Metrics, tmp_path: Path) -> None:
+    """Nothing lies beside it afterwards; the collector is another user, whatever the umask of the service."""
+    path = tmp_path / "sortd.prom"
+    before = os.umask(0o077)
+    try:
+        metrics.write_textfile(os.fspath(path))
+        metrics.image("Tornillos", "filed")
+        metrics.write_textfile(os.fspath(path))
+    finally:
+        os.umask(before)
+    assert samples(path.read_text())["sortd_images_total", "Tornillos", "filed"] == 3
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(metrics: Metrics, tmp_path: Path) -> None:
+    """The caller hears of it; nothing half remains."""
+    (tmp_path / "sortd.prom").mkdir()
+    with pytest.raises(IsADirectoryError):
+        metrics.write_textfile(os.fspath(tmp_path / "sortd.prom"))
+    with pytest.raises(FileNotFoundError):
+        metrics.write_textfile(os.fspath(tmp_path / "absent" / "sortd.prom"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["sortd.prom"]
+
+
+def test_http_answers_on_this_machine_until_closed(metrics: Metrics) -> None:
+    """The port is bound to the loopback alone and free again after close."""
+    close = metrics.serve(29_187)
+    with urllib.request.urlopen("http://127.0.0.1:29187/metrics", timeout=5.0) as answer:
+        text = answer.read().decode()
+    close()
+    assert samples(text) == samples(metrics.text())
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen("http://127.0.0.1:29187/metrics", timeout=1.0)
+
+
+def test_a_dataset_of_any_bytes_can_be_a_label(metrics: Metrics, tmp_path: Path) -> None:
+    """A folder's name need not be UTF-8; the metrics must be."""
+    metrics.image("caf\udce9", "filed")
+    metrics.write_textfile(os.fspath(tmp_path / "sortd.prom"))
+    assert ("sortd_images_total", r"caf\udce9", "filed") in samples((tmp_path / "sortd.prom").read_text())

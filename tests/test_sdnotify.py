@@ -1,0 +1,72 @@
+"""systemd is told the truth over its socket, and nobody is told anything where there is none."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sortd.sdnotify import Notifier
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[socket.socket, str]]:
+    """A socket that listens as the manager does, and its address as NOTIFY_SOCKET gives it."""
+    address = os.fspath(tmp_path / "notify") if request.param == "path" else f"@sortd-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(address.replace("@", "\0", 1))
+        listener.settimeout(5.0)
+        yield listener, address
+
+
+def test_every_message_arrives_as_sd_notify_writes_it(manager: tuple[socket.socket, str]) -> None:
+    """One datagram each, by a path or by an abstract address."""
+    listener, address = manager
+    notifier = Notifier({"NOTIFY_SOCKET": address})
+    assert notifier.ready("3 datasets")
+    assert notifier.status("two\nlines")
+    assert notifier.reloading(clock=lambda: 1_234_567_890)
+    assert notifier.watchdog()
+    assert notifier.stopping()
+    assert [listener.recv(1000).decode() for _ in range(5)] == [
+        "READY=1\nSTATUS=3 datasets",
+        "STATUS=two lines",
+        "RELOADING=1\nMONOTONIC_USEC=1234567",
+        "WATCHDOG=1",
+        "STOPPING=1",
+    ]
+
+
+def test_a_name_that_is_no_utf8_can_be_told(manager: tuple[socket.socket, str]) -> None:
+    """A status may hold the name of a dataset, which is any bytes."""
+    listener, address = manager
+    assert Notifier({"NOTIFY_SOCKET": address}).status("caf\udce9")
+    assert listener.recv(1000) == rb"STATUS=caf\udce9"
+
+
+def test_without_a_manager_nothing_happens() -> None:
+    """In a terminal every call is harmless."""
+    notifier = Notifier({})
+    assert not any([notifier.ready(), notifier.status("x"), notifier.watchdog(), notifier.stopping()])
+    assert notifier.watchdog_seconds == 0.0
+
+
+def test_a_manager_that_went_away_does_no_harm(tmp_path: Path) -> None:
+    """Nobody listens: the call says so and the daemon goes on; systemd's own time-outs act."""
+    assert not Notifier({"NOTIFY_SOCKET": os.fspath(tmp_path / "gone")}).watchdog()
+
+
+@pytest.mark.parametrize(
+    ("environment", "seconds"),
+    [
+        ({"WATCHDOG_USEC": "60000000"}, 60.0),
+        ({"WATCHDOG_USEC": "60000000", "WATCHDOG_PID": "77"}, 60.0),
+        ({"WATCHDOG_USEC": "60000000", "WATCHDOG_PID": "78"}, 0.0),
+        ({"WATCHDOG_USEC": "soon"}, 0.0),
+        ({}, 0.0),
+    ],
+)
+def test_the_watchdog_is_fed_where_it_is_meant_for_us(environment: dict[str, str], seconds: float) -> None:
+    """A child must not feed its parent's watchdog: WATCHDOG_PID says whose it is."""
+    assert Notifier({"NOTIFY_SOCKET": "/run/n", **environment}, process=77).watchdog_seconds == seconds
