@@ -288,9 +288,9 @@ class _Lines(logging.StreamHandler[TextIO]):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - stdlib's name
         """Say in one line what could not be said; where even that fails (a full disk, a closed pipe) go on mute."""
-        error = sys.exc_info()[1]
-        line = {"level": "error", "event": "log.failed", "line": str(record.msg)[:200], "error": repr(error)[:200]}
         try:
+            said = record.msg.get("event") if isinstance(record.msg, dict) else record.msg
+            line = {"level": "error", "event": "log.failed", "line": str(said)[:200], "error": repr(sys.exc_info()[1])}
             self.stream.write(json.dumps(line) + "\n")
-        except (OSError, ValueError):
+        except Exception:  # noqa: BLE001 - a value that cannot be shown, a stream that takes nothing: no way is left
             return
