@@ -1,52 +1,70 @@
-"""Which names a relocation tries: the own one, then ``stem (2).ext`` and so on; pure, the kernel says which is free."""
+"""Names among images: text prototypes, brought to where the images of the same classes lie."""
 
-import os
+from dataclasses import dataclass
 
-from sortd.relocation import LONGEST_NAME, Relocation, Role
+import numpy as np
+import numpy.typing as npt
 
-LONGEST_SUFFIX = 20
-"""Bytes; what follows the last dot counts as part of the stem from here on."""
+from sortd.duplicates import unit
+from sortd.gaussian import Space, class_means
 
+Array = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 
-def split_name(name: str) -> tuple[str, str]:
-    """Return stem and suffix of a base name; the suffix has its dot."""
-    stem, suffix = os.path.splitext(name)
-    return (name, "") if len(os.fsencode(suffix)) > LONGEST_SUFFIX else (stem, suffix)
-
-
-def final_names(relocation: Relocation, attempt: int) -> tuple[str, ...]:
-    """Return a name for each member, all with the same stem; ``attempt`` counts from 1."""
-    if attempt == 1:
-        return tuple(_fitted(member.wanted) for member in relocation.members)
-    stem, _ = split_name(relocation.image.wanted)
-    ending = os.fsencode(f" ({attempt})")
-    tails = [os.fsencode(member.wanted.removeprefix(stem)) for member in relocation.members]
-    longest = max(len(tail) for tail, member in zip(tails, relocation.members, strict=True) if _sets_room(member.role))
-    rooms = [LONGEST_NAME - len(ending) - max(longest, len(tail)) for tail in tails]
-    return tuple(
-        os.fsdecode(cut(os.fsencode(stem), room) + ending + tail) for tail, room in zip(tails, rooms, strict=True)
-    )
+LEAST_SPREAD = 0.1
+"""Spread of the cosine of unrelated directions that is assumed at least, about one over the root of 100 dimensions."""
 
 
-def cut(name: bytes, room: int) -> bytes:
-    """Return at most ``room`` bytes of ``name`` that end where a character ends."""
-    if len(name) <= room:
-        return name
-    end = max(room, 1)
-    # Bytes 10xxxxxx go on with the character before them (RFC 3629, section 3).
-    while end > 1 and name[end] & 0xC0 == 0x80:  # noqa: PLR2004 - the two bits of the rule above
-        end -= 1
-    return name[:end]
+@dataclass(frozen=True, eq=False)
+class Names:
+    """What the names say, in the placed space of the images."""
+
+    rows: Array
+    """float64 (C, d): the common mean plus rho times the centred name."""
+    gain: float
+    """rho: the slope of class means on names; near zero where the names tell nothing."""
+    evidence: float
+    """By how many standard errors a class agrees better with its own name than with the others'."""
 
 
-def _sets_room(role: Role) -> bool:
-    # A reason's long ending is cut for itself alone: it must not cost the image its name.
-    return role is not Role.REASON
+def place_names(space: Space, text: Array, text_mean: Array | None, means: Array, counts: IntArray) -> Names:
+    """Return the names placed among the images.
+
+    The modality gap goes away by centring either side by itself; ``rho`` is the least-squares slope of the centred
+    class means on the centred names, so that names which know nothing of the images shrink to the common mean.
+
+    Args:
+        space: the space of the images.
+        text: (C, d) unit rows.
+        text_mean: (d,) mean of generic nouns, or None to use the mean of the names.
+        means: (C, d) means of placed rows of each class.
+        counts: (C,) references of each class.
+    """
+    generic = text.mean(axis=0) if text_mean is None else text_mean
+    directions = unit((text - generic) * space.scale)
+    directions = directions - directions.mean(axis=0)
+    present = np.flatnonzero(counts)
+    if present.size < 2:  # noqa: PLR2004 - no direction between classes to compare with
+        middle = means[present].mean(axis=0) if present.size else np.zeros(text.shape[1])
+        return Names(rows=middle + directions, gain=1.0, evidence=0.0)
+    middle = means[present].mean(axis=0)
+    offsets = means[present] - middle
+    known = directions[present] - directions[present].mean(axis=0)
+    strength = max(float(np.square(known).sum()), 1e-12)
+    gain = max(float((offsets * known).sum()) / strength, 0.0)
+    return Names(rows=middle + gain * directions, gain=gain, evidence=_evidence(offsets, known))
 
 
-def _fitted(name: str) -> str:
-    raw = os.fsencode(name)
-    if len(raw) <= LONGEST_NAME:
-        return name
-    tail = b".reason.json"
-    return os.fsdecode(cut(raw.removesuffix(tail), LONGEST_NAME - len(tail)) + tail)
+def placed_means(space: Space, rows: Array, classes: IntArray, counts: IntArray) -> Array:
+    """Return (C, d) means of placed rows."""
+    return class_means(space.place(rows), classes, counts)
+
+
+def _evidence(offsets: Array, names: Array) -> float:
+    size = len(offsets)
+    cosines = unit(offsets) @ unit(names).T
+    mine = float(np.trace(cosines)) / size
+    theirs = (cosines.sum() - np.trace(cosines)) / (size * (size - 1))
+    others = cosines[~np.eye(size, dtype=bool)]
+    spread = max(float(others.std()), LEAST_SPREAD)
+    return float((mine - theirs) / (spread * size / (size - 1) / np.sqrt(size - 1)))

@@ -1,17 +1,30 @@
-"""Prototypes: a support set becomes a frozen ``PrototypeSet``, and ``decide`` turns embeddings into decisions."""
+"""Prototypes: a support set becomes a frozen ``PrototypeSet``; ``decide`` turns embeddings into decisions.
 
-from dataclasses import dataclass, field
-from typing import Any
+This is the door of the decision core; what it hands out is written down in docs/decisions.md.
+"""
+
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from sortd.support import Abstain, DecisionSettings, FloatArray, IntArray, Mode, SupportSet
+from sortd.blend import Blend, Library, fit_blends
+from sortd.calibration import Calibration, Evidence, calibrate_precision, calibrate_strangers, known_gates
+from sortd.confidence import balanced_weights, fit_temperature, log_softmax
+from sortd.decision import Abstained, Assigned, Decision, decide, scores
+from sortd.duplicates import merge_duplicates, unit
+from sortd.gaussian import class_means
+from sortd.leaveoneout import background_distances, choose_held_out
+from sortd.plain import first_best, plain_held_out
+from sortd.prototype_set import PrototypeSet, Rule, Whitening
+from sortd.strangers import Strangers, leave_classes_out, nearest_cosines
+from sortd.support import Abstain, DecisionSettings, Mode, SupportSet
 
 __all__ = [
     "Abstain",
     "Abstained",
     "Assigned",
+    "Calibration",
     "Decision",
     "DecisionSettings",
     "Mode",
@@ -22,109 +35,32 @@ __all__ = [
     "scores",
 ]
 
+Array = npt.NDArray[np.float64]
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
 
-@dataclass(frozen=True, slots=True)
-class Assigned:
-    """The image belongs to ``label``."""
-
-    label: str
-    score: float
-    margin: float
-    second_label: str | None
-    mode: Mode
-    precision: float | None = None
-    """Estimated share of right ones among images with this margin or more; None where nothing was calibrated."""
-
-
-@dataclass(frozen=True, slots=True)
-class Abstained:
-    """Not sure enough to file; ``reason`` is one of a few stable words."""
-
-    reason: str
-    best_label: str | None
-    score: float
-    margin: float
-    second_label: str | None
-    mode: Mode
-    precision: float | None = None
-
-
-Decision = Assigned | Abstained
-
-
-@dataclass(frozen=True, eq=False)
-class PrototypeSet:
-    """All that a decision needs, frozen: one generation of a dataset's classes."""
-
-    labels: tuple[str, ...]
-    matrix: FloatArray
-    """float32 (C, d): the unit mean of each class's references, or the text prototype of a name alone."""
-    counts: IntArray
-    """int64 (C,): references of each class."""
-    generation: int
-    encoder_id: str
-    fingerprint: str
-    settings: DecisionSettings
-    calibration: dict[str, Any] = field(default_factory=dict)
-    arrays: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
-
-    def to_arrays(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
-        """Return arrays and JSON-able metadata, enough for ``from_arrays``."""
-        settings: dict[str, Any] = {"mode": self.settings.mode.value, "abstain": None}
-        if self.settings.abstain is not None:
-            settings["abstain"] = {
-                "precision": self.settings.abstain.precision,
-                "strangers": self.settings.abstain.strangers,
-            }
-        metadata = {
-            "labels": list(self.labels),
-            "generation": self.generation,
-            "encoder_id": self.encoder_id,
-            "fingerprint": self.fingerprint,
-            "settings": settings,
-            "calibration": self.calibration,
-        }
-        return {"matrix": self.matrix, "counts": self.counts, **self.arrays}, metadata
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray[Any, Any]], metadata: dict[str, Any]) -> "PrototypeSet":
-        """Return the set that ``to_arrays`` took apart."""
-        abstain = metadata["settings"]["abstain"]
-        settings = DecisionSettings(
-            mode=Mode(metadata["settings"]["mode"]),
-            abstain=None if abstain is None else Abstain(**abstain),
-        )
-        return cls(
-            labels=tuple(metadata["labels"]),
-            matrix=arrays["matrix"],
-            counts=arrays["counts"],
-            generation=metadata["generation"],
-            encoder_id=metadata["encoder_id"],
-            fingerprint=metadata["fingerprint"],
-            settings=settings,
-            calibration=metadata["calibration"],
-            arrays={name: array for name, array in arrays.items() if name not in {"matrix", "counts"}},
-        )
+TYPICAL_TEMPERATURE = 50.0
+"""Factor from cosines to log probabilities before any reference says better; CLIP itself was trained with 100."""
+TEMPERATURE_SPREAD = 1.0
+FOREIGN_SAMPLE = 2000
 
 
 def build(support: SupportSet, settings: DecisionSettings, *, generation: int) -> PrototypeSet:
-    """Return the prototypes of a support set."""
-    count, width = len(support.labels), support.embeddings.shape[1]
-    counts = np.bincount(support.classes, minlength=count).astype(np.int64)
-    sums = np.zeros((count, width))
-    np.add.at(sums, support.classes, support.embeddings.astype(np.float64))
-    means = sums / np.maximum(counts, 1)[:, None]
-    matrix = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    """Return the prototypes of a support set, calibrated on its references alone.
+
+    Every rule is fitted, so that ``explain`` can say what each would have decided; only the mode of the settings is
+    calibrated. It is a pure function: equal arguments give equal prototypes.
+    """
+    order = np.argsort(support.classes, kind="stable")
+    references, classes = support.embeddings[order], support.classes[order]
+    counts = np.bincount(classes, minlength=len(support.labels)).astype(np.int64)
+    means = class_means(references.astype(np.float64), classes, counts)
+    matrix = unit(means)
     if support.text is not None:
         matrix[counts == 0] = support.text[counts == 0]
-    arrays: dict[str, np.ndarray[Any, Any]] = {
-        "means": means,
-        "references": support.embeddings,
-        "classes": support.classes,
-    }
-    if support.text is not None:
-        arrays["text"] = support.text
-    return PrototypeSet(
+    library = _library(support, references, classes)
+    blends = fit_blends(library) if len(references) else None
+    prototypes = PrototypeSet(
         labels=support.labels,
         matrix=matrix.astype(np.float32),
         counts=counts,
@@ -132,53 +68,152 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int) -
         encoder_id=support.encoder_id,
         fingerprint=support.fingerprint,
         settings=settings,
-        arrays=arrays,
+        calibration=Calibration(),
+        sources=tuple(support.sources[index] for index in order),
+        references=references.astype(np.float32),
+        classes=classes,
+        text=_text(support),
+        temperature=TYPICAL_TEMPERATURE,
+        recall=np.full(len(support.labels), np.nan),
+    )
+    if blends is None:
+        confidence = settings.abstain.precision if settings.abstain is not None else 0.0
+        return replace(prototypes, calibration=Calibration(confidence=confidence))
+    best, mixed = blends
+    best_rule = _rule(best)
+    prototypes = replace(
+        prototypes,
+        whitening=_whitening(best, support.strangers),
+        best=best_rule,
+        mixed=best_rule if mixed is best else _rule(mixed),
+    )
+    return _calibrate(prototypes, library, mixed if settings.mode is Mode.MIXED else best)
+
+
+def _library(support: SupportSet, references: FloatArray, classes: IntArray) -> Library:
+    merged = merge_duplicates(unit(references.astype(np.float64)), classes)
+    return Library(
+        rows=merged.rows,
+        classes=merged.classes,
+        counts=np.bincount(merged.classes, minlength=len(support.labels)).astype(np.int64),
+        text=None if support.text is None else support.text.astype(np.float64),
+        text_mean=None if support.text_mean is None else support.text_mean.astype(np.float64),
     )
 
 
-def scores(prototypes: PrototypeSet, embeddings: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Return (B, C) scores of the mode; -inf where a class cannot compete."""
-    queries = np.asarray(embeddings, dtype=np.float64)
-    width = prototypes.matrix.shape[1]
-    if queries.ndim != 2 or queries.shape[1] != width:  # noqa: PLR2004 - a matrix
-        raise ValueError(f"embeddings have shape {queries.shape}, not (B, {width})")
-    broken = np.flatnonzero(~np.isfinite(queries).all(axis=1))
-    if broken.size:
-        raise ValueError(f"embedding {broken[0]} of the batch holds a value that is not finite")
-    arrays = prototypes.arrays
-    empty = prototypes.counts == 0
-    match prototypes.settings.mode:
-        case Mode.AVG:
-            result = queries @ arrays["means"].T
-            result[:, empty] = -np.inf
-        case Mode.MAX:
-            result = np.full((len(queries), len(prototypes.labels)), -np.inf)
-            similarities = queries @ arrays["references"].T.astype(np.float64)
-            for index in range(len(prototypes.labels)):
-                if not empty[index]:
-                    result[:, index] = similarities[:, arrays["classes"] == index].max(axis=1)
-        case Mode.TEXT if "text" in arrays:
-            result = queries @ arrays["text"].T.astype(np.float64)
-        case _:
-            result = queries @ prototypes.matrix.T.astype(np.float64)
-            if "text" not in arrays:
-                result[:, empty] = -np.inf
-    return result
+def _text(support: SupportSet) -> FloatArray:
+    return np.zeros((0, support.embeddings.shape[1]), np.float32) if support.text is None else support.text
 
 
-def decide(prototypes: PrototypeSet, embeddings: npt.ArrayLike) -> list[Decision]:
-    """Return one decision for each row of ``embeddings`` (B, d)."""
-    mode = prototypes.settings.mode
-    table = scores(prototypes, embeddings)
-    decisions: list[Decision] = []
-    for row in table:
-        order = np.argsort(-row, kind="stable")
-        if not order.size or not np.isfinite(row[order[0]]):
-            decisions.append(Abstained("no_classes", None, 0.0, 0.0, None, mode))
-            continue
-        best = int(order[0])
-        second = int(order[1]) if order.size > 1 and np.isfinite(row[order[1]]) else None
-        margin = float(row[best] - row[second]) if second is not None else float(row[best])
-        name = None if second is None else prototypes.labels[second]
-        decisions.append(Assigned(prototypes.labels[best], float(row[best]), margin, name, mode))
-    return decisions
+def _whitening(blend: Blend, strangers: FloatArray) -> Whitening:
+    gaussian, space = blend.gaussian, blend.space
+    placed = space.place(strangers.astype(np.float64)) @ gaussian.whitener
+    return Whitening(
+        center=space.center,
+        scale=space.scale,
+        whitener=gaussian.whitener,
+        background=gaussian.background,
+        background_middle=gaussian.background_middle,
+        kernel_rows=blend.kernel.rows,
+        kernel_classes=blend.kernel.classes,
+        strangers=unit(placed).astype(np.float32),
+    )
+
+
+def _rule(blend: Blend) -> Rule:
+    named = blend.kernel.named
+    return Rule(
+        shrunk=blend.shrunk,
+        named=np.zeros((0, blend.shrunk.shape[1]), np.float32) if named is None else named,
+        competes=blend.competes,
+        text_weight=blend.text_weight,
+        gaussian_weight=blend.gaussian_weight,
+        kernel_weight=blend.kernel_weight,
+    )
+
+
+def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend) -> PrototypeSet:
+    """Return the prototypes with temperature, recall, gates and what the library can honour."""
+    settings = prototypes.settings
+    if settings.mode in {Mode.BEST, Mode.MIXED}:
+        evidence = _blend_evidence(library, blend)
+    else:
+        evidence, temperature = _plain_evidence(prototypes, library)
+        prototypes = replace(prototypes, temperature=temperature)
+    own, right = evidence.own, evidence.best == evidence.own
+    held = np.bincount(own, minlength=len(library.counts))
+    with np.errstate(invalid="ignore"):
+        recall = np.bincount(own, weights=right, minlength=len(library.counts)) / held
+    facts = {
+        "text_weight": blend.text_weight,
+        "text_evidence": None if blend.names is None else blend.names.evidence,
+        "kernel_share": blend.share,
+    }
+    if settings.abstain is None:
+        weights = balanced_weights(own, len(library.counts))
+        accuracy = float(weights @ right / weights.sum()) if len(own) else None
+        calibration = Calibration(held_out=len(own), accuracy=accuracy, filed_expected=1.0, **facts)
+        return replace(prototypes, calibration=calibration, recall=recall)
+    null: Strangers | None = None
+    gates = known_gates(evidence, _foreign_cosines(library) if not right.any() else np.zeros(0))
+    facts |= {"cosine_gate": gates.cosine, "typicality_gate": gates.typicality}
+    facts |= calibrate_precision(evidence, settings.abstain, gates)
+    if settings.abstain.strangers != "auto":
+        null = leave_classes_out(library.rows, library.classes, library.counts)
+        facts |= calibrate_strangers(null, settings.abstain.strangers, facts.get("notes", ()))
+    return replace(prototypes, calibration=Calibration(**facts), recall=recall, null=null)
+
+
+def _blend_evidence(library: Library, blend: Blend) -> Evidence:
+    held = blend.held
+    probabilities = np.exp(log_softmax(blend.table))
+    best = first_best(blend.table) if len(held.own) else held.own
+    has_background = not blend.is_refitted and np.count_nonzero(library.counts) > 1
+    relative: Array | None = None
+    if has_background:
+        placed = blend.space.place(library.rows[held.chosen])
+        relative = background_distances(blend.gaussian, placed, held) - blend.distances
+    return Evidence(
+        own=held.own,
+        best=best,
+        confidence=probabilities[np.arange(len(best)), best],
+        cosine=nearest_cosines(library.rows[held.chosen], best, library.rows, library.classes, held.chosen),
+        typicality=relative,
+        classes=len(library.counts),
+    )
+
+
+def _plain_evidence(prototypes: PrototypeSet, library: Library) -> tuple[Evidence, float]:
+    chosen = choose_held_out(library.counts, library.classes)
+    own = library.classes[chosen]
+    table = plain_held_out(
+        prototypes.settings.mode, chosen, library.rows, library.classes, library.counts, library.text
+    )
+    judged = bool(len(own)) and bool(np.isfinite(table).any())
+    temperature = TYPICAL_TEMPERATURE
+    best = first_best(table) if judged else own
+    if judged:
+        weights = balanced_weights(own, len(library.counts))
+        temperature, _ = fit_temperature(
+            table, own, weights, typical=TYPICAL_TEMPERATURE, spread=TEMPERATURE_SPREAD
+        )
+    probabilities = np.exp(log_softmax(temperature * table))
+    evidence = Evidence(
+        own=own,
+        best=best,
+        confidence=probabilities[np.arange(len(best)), best],
+        cosine=nearest_cosines(library.rows[chosen], best, library.rows, library.classes, chosen),
+        typicality=None,
+        classes=len(library.counts),
+    )
+    return evidence, temperature
+
+
+def _foreign_cosines(library: Library) -> Array:
+    """Return (S,) cosine of references to the nearest one of another class."""
+    sample = np.unique(np.linspace(0, len(library.rows) - 1, FOREIGN_SAMPLE).astype(np.int64))
+    if np.count_nonzero(library.counts) < 2:  # noqa: PLR2004 - no other class
+        return np.zeros(0)
+    similarities = library.rows[sample] @ library.rows.T
+    similarities[library.classes[sample][:, None] == library.classes] = -1.0
+    return np.asarray(similarities.max(axis=1), dtype=np.float64)

@@ -90,7 +90,7 @@ class SupportSet:
             raise ValueError(
                 f"{count} embeddings, {self.classes.shape} classes and {len(self.sources)} sources"
             )
-        if count and not (0 <= self.classes.min() and self.classes.max() < len(self.labels)):
+        if count and not (self.classes.min() >= 0 and self.classes.max() < len(self.labels)):
             raise ValueError(f"a class index lies outside of the {len(self.labels)} labels")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a class label occurs twice")

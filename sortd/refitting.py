@@ -1,0 +1,64 @@
+"""Refitting: leave-one-out by brute force for a handful of references, where the algebra of the large is too rough."""
+
+import numpy as np
+import numpy.typing as npt
+
+from sortd.gaussian import fit_gaussian, fit_space, shrink_means, squared_distances
+from sortd.kernel import kernel_scores, make_kernel
+from sortd.naming import place_names, placed_means
+
+Array = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+REFIT_UP_TO = 64
+"""References up to which each one is left out by fitting again; 64 fits take a quarter of a second."""
+
+
+def refit_tables(  # noqa: PLR0913 - the library, what to leave out, and the names
+    rows: Array,
+    classes: IntArray,
+    counts: IntArray,
+    chosen: IntArray,
+    text: tuple[Array, Array | None] | None = None,
+    weight: float = 0.0,
+) -> tuple[Array, Array]:
+    """Return leave-one-out scores of the Gaussian and of the kernel, each float64 (R, C).
+
+    All rows are turned into their own span first (the triangle of their Gram matrix), so that each fit costs the cube
+    of the number of rows and not of the dimensions.
+
+    Args:
+        rows: float64 (N, d), unit rows.
+        classes: int64 (N,).
+        counts: int64 (C,).
+        chosen: int64 (R,), which rows to leave out.
+        text: unit rows (C, d) of the names with the mean of generic nouns, or None.
+        weight: how many references a name counts as.
+    """
+    gaussian_rows, kernel_rows = np.empty((len(chosen), len(counts))), np.empty((len(chosen), len(counts)))
+    for index, left_out in enumerate(chosen):
+        others = np.arange(len(rows)) != left_out
+        fewer = counts.copy()
+        fewer[classes[left_out]] -= 1
+        space = fit_space(rows[others], classes[others], fewer)
+        placed = space.place(rows)
+        named: Array | None = None
+        if text is not None and weight:
+            means = placed_means(space, rows[others], classes[others], fewer)
+            named = place_names(space, *text, means, fewer).rows
+        turned = _span(placed if named is None else np.concatenate([placed, named]))
+        gaussian = fit_gaussian(
+            turned[: len(rows)][others], classes[others], fewer, ambient=rows.shape[1], with_background=False
+        )
+        names = None if named is None else turned[len(rows) :] @ gaussian.whitener
+        query = turned[left_out : left_out + 1] @ gaussian.whitener
+        shrunk = shrink_means(gaussian, names, weight)
+        gaussian_rows[index] = -0.5 * squared_distances(query, shrunk)[0]
+        kernel_rows[index] = kernel_scores(query, make_kernel(gaussian, named=names, weight=weight))[0]
+    return gaussian_rows, kernel_rows
+
+
+def _span(rows: Array) -> Array:
+    products = rows @ rows.T
+    products[np.diag_indices_from(products)] += 1e-9
+    return np.asarray(np.linalg.cholesky(products), dtype=np.float64)
