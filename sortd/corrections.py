@@ -84,17 +84,27 @@ class Corrections:
         return tuple(learnt)
 
     def _changed_since(self, since_ns: int) -> Iterator[str]:
-        for folder in self._folders(self._layout.area(Area.DATASET)):
-            if os.stat(folder).st_mtime_ns < since_ns:
+        for folder in _entries(self._layout.area(Area.DATASET)):
+            if not folder.is_dir(follow_symlinks=False) or _status(folder).st_mtime_ns < since_ns:
                 continue
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if is_temporary(entry.name) or not entry.is_file(follow_symlinks=False):
-                        continue
-                    if entry.stat(follow_symlinks=False).st_ctime_ns >= since_ns:
-                        yield entry.path
+            for entry in _entries(folder):
+                is_image = entry.is_file(follow_symlinks=False) and not is_temporary(entry.name)
+                if is_image and _status(entry).st_ctime_ns >= since_ns:
+                    yield entry.path
 
-    @staticmethod
-    def _folders(area: os.PathLike[str]) -> list[str]:
-        with os.scandir(area) as entries:
-            return [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+def _entries(folder: "os.PathLike[str]") -> "list[os.DirEntry[str]]":
+    """List a folder; one that vanished meanwhile has nothing in it."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def _status(entry: "os.DirEntry[str]") -> os.stat_result:
+    """Return an entry's own status; one that vanished meanwhile is as old as can be."""
+    try:
+        return entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return os.stat_result((0,) * 19)

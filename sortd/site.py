@@ -49,7 +49,11 @@ def teaching_of(config: DatasetConfig) -> Teaching:
     abstain = None
     if config.abstain is not None:
         abstain = Abstain(precision=config.abstain.precision, strangers=config.abstain.strangers)
-    return Teaching(settings=DecisionSettings(mode=Mode(config.mode), abstain=abstain), templates=tuple(config.prompts))
+    return Teaching(
+        settings=DecisionSettings(mode=Mode(config.mode), abstain=abstain),
+        templates=tuple(config.prompts),
+        learns_from_corrections=config.learn_from_corrections,
+    )
 
 
 @dataclass(slots=True)

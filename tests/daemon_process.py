@@ -141,7 +141,7 @@ def make_dataset(root: Path, name: str = "Colours", references: int = 4) -> Path
         folder.mkdir(parents=True)
         for number in range(references):
             picture(colour, 100 * index + number).save(folder / f"{number}.png")
-    (dataset / "Images").mkdir()
+    (dataset / "Images").mkdir(exist_ok=True)  # a running sortd may have been faster
     return dataset
 
 

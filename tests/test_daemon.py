@@ -83,8 +83,8 @@ def test_a_slow_writer_is_waited_for(colours: Path, write_config: Write, tmp_pat
             for start in range(0, len(content), len(content) // 8):
                 file.write(content[start : start + len(content) // 8])
                 file.flush()
+                last = time.time()
                 time.sleep(0.25)
-            last = time.time()
         line = daemon.wait_for("image.filed")
         assert Path(line["destination"]).read_bytes() == content
         assert time.time() - last >= 0.5 - 0.05
@@ -291,10 +291,8 @@ def test_a_correction_is_noticed_and_learnt(colours: Path, write_config: Write) 
     with running(write_config(learn_from_corrections="true")) as daemon:
         picture("red", 1).save(colours / "Images" / "a.png")
         filed = Path(daemon.wait_for("image.filed")["destination"])
-        filed.rename(colours / "Dataset" / "green" / "a.png") if (colours / "Dataset" / "green").is_dir() else (
-            (colours / "Dataset" / "green").mkdir(),
-            filed.rename(colours / "Dataset" / "green" / "a.png"),
-        )
+        (colours / "Dataset" / "green").mkdir()
+        filed.rename(colours / "Dataset" / "green" / "a.png")
         line = daemon.wait_for("image.corrected")
         assert (line["label"], line["corrected_label"]) == ("red", "green")
         daemon.wait_for("prototypes.rebuilt", references=13)
