@@ -76,7 +76,7 @@ def load(
     if backend not in {"auto", "torch"}:
         raise ModelError(f"backend {backend!r} is not in this sortd; set `backend: auto` or `backend: torch`")
     folder = models.locate(model, cache_dir=cache_dir)
-    words = None if text_model is None else models.vouch_text(text_model, cache_dir=cache_dir)
+    words = None if text_model is None else models.locate_text(text_model, cache_dir=cache_dir)
     from sortd.torch_encoder import TorchEncoder
 
     encoder = TorchEncoder(folder, words, device=device, cache_dir=cache_dir, threads=threads)

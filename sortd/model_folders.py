@@ -64,7 +64,7 @@ def complete(name: str, folder: Path) -> ModelFolder:
         )
     for module in _module_folders(name, folder):
         _refuse_pickles(name, module)
-    if not list(first.glob(f"*{CODE_FREE}")):
+    if not _weights(first):
         raise ModelError(f"model {name!r} in {folder} has no weights (*{CODE_FREE}): fetch or copy it again, whole")
     files = tuple(sorted({path for at in _module_folders(name, folder) for path in _identity_files(at)}))
     size = sum(path.stat().st_size for path in files)
@@ -108,9 +108,14 @@ def _identity_files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.glob("*") if path.suffix in IDENTITY and path.is_file())
 
 
+def _weights(folder: Path) -> list[Path]:
+    """The weights that are really there: in the hub's cache they are links, and a blob may be gone."""
+    return [path for path in folder.glob(f"*{CODE_FREE}") if path.is_file()]
+
+
 def _refuse_pickles(name: str, folder: Path) -> None:
     pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED)
-    if pickled and not list(folder.glob(f"*{CODE_FREE}")):
+    if pickled and not _weights(folder):
         raise ModelError(
             f"model {name!r} in {folder} has its weights only as {', '.join(pickled)}, a format that can run code "
             f"when it is loaded; sortd takes {CODE_FREE} only: load it with sentence-transformers on a machine "

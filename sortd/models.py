@@ -67,7 +67,7 @@ def locate(
     return vouch(model, snapshot)
 
 
-def vouch_text(
+def locate_text(
     model: str, *, cache_dir: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> ModelFolder:
     """Find the folder of a separate text model (configuration key ``text_model``), as ``locate`` does for a CLIP."""

@@ -1,0 +1,425 @@
+"""Models are found without the network, refused by name with a mend, and known by content."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from sortd import models
+from sortd.errors import ModelError
+from sortd.model_folders import ModelFolder, vouch
+
+CLIP = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": {}, "vision_config": {}}
+VIT = {"model_type": "vit", "architectures": ["ViTModel"], "image_size": 224}
+BERT = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30522}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def write_model(
+    folder: Path, config: object = CLIP, *, weights: str = "model.safetensors", first: str = "Transformer"
+) -> Path:
+    """Write what says what a model is; the weights are not looked at before they are loaded."""
+    module = folder / "0_CLIPModel"
+    module.mkdir(parents=True)
+    modules = [{"idx": 0, "name": "0", "path": "0_CLIPModel", "type": f"sentence_transformers.models.{first}"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (module / "config.json").write_text(json.dumps(config))
+    if weights:
+        (module / weights).write_bytes(b"weights")
+    return folder
+
+
+def put_in_cache(cache: Path, name: str, config: object = CLIP) -> Path:
+    """Lay a model out as the hub's client does, with its weights as a link to a blob."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    snapshot = write_model(folder / "snapshots" / COMMIT, config)
+    weights = snapshot / "0_CLIPModel" / "model.safetensors"
+    (folder / "blobs").mkdir()
+    weights.rename(folder / "blobs" / "abc")
+    weights.symlink_to("../../../blobs/abc")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+    return snapshot
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A user whose caches are empty."""
+    return {"HOME": str(tmp_path / "home")}
+
+
+@pytest.fixture
+def packaged(tmp_path: Path) -> Path:
+    """A stand-in for the folder of the packaged model."""
+    return write_model(tmp_path / "packaged")
+
+
+class TestLocate:
+    """A configured word becomes a folder on this disk, or an error that says what to do."""
+
+    def test_auto_takes_the_stronger_model_where_it_is_and_the_packaged_one_else(
+        self, tmp_path: Path, environment: dict[str, str], packaged: Path
+    ) -> None:
+        """Nobody has to change the configuration after fetching."""
+        assert models.locate("auto", environment=environment, packaged=packaged).name == "packaged"
+        cache = tmp_path / "home/.cache/huggingface/hub"
+        snapshot = put_in_cache(cache, "sentence-transformers/clip-ViT-B-32")
+        found = models.locate("auto", environment=environment, packaged=packaged)
+        assert (found.name, found.folder) == ("clip-ViT-B-32", snapshot)
+
+    @pytest.mark.parametrize(
+        ("variable", "below"),
+        [
+            ("HF_HUB_CACHE", ""),
+            ("HUGGINGFACE_HUB_CACHE", ""),
+            ("HF_HOME", "hub"),
+            ("XDG_CACHE_HOME", "huggingface/hub"),
+            ("SENTENCE_TRANSFORMERS_HOME", ""),
+        ],
+    )
+    def test_the_caches_of_the_hubs_client_are_searched_where_it_has_them(
+        self, tmp_path: Path, environment: dict[str, str], variable: str, below: str
+    ) -> None:
+        """Its variables are honoured without importing it."""
+        put_in_cache(tmp_path / "elsewhere" / below, "openai/clip-vit-base-patch32")
+        environment[variable] = str(tmp_path / "elsewhere")
+        found = models.locate("openai/clip-vit-base-patch32", environment=environment)
+        assert found.kind == "clip"
+
+    def test_our_own_cache_is_searched_first(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """What `sortd models fetch` brought for a service lies there."""
+        ours = put_in_cache(tmp_path / "cache/models", "sentence-transformers/clip-ViT-B-32")
+        put_in_cache(tmp_path / "home/.cache/huggingface/hub", "sentence-transformers/clip-ViT-B-32")
+        found = models.locate("clip-ViT-B-32", cache_dir=tmp_path / "cache", environment=environment)
+        assert found.folder == ours
+
+    def test_a_folder_is_taken_as_it_is(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """With modules.json or, from transformers alone, without."""
+        folder = write_model(tmp_path / "clip")
+        assert models.locate(str(folder), environment=environment).folder == folder
+        plain = folder / "0_CLIPModel"
+        assert models.locate(str(plain), environment=environment).folder == plain
+
+    def test_a_model_that_is_not_here_says_what_to_do_at_once(self, environment: dict[str, str]) -> None:
+        """The three ways out are named, and nothing waits for a network."""
+        began = time.perf_counter()
+        with pytest.raises(ModelError) as caught:
+            models.locate("clip-ViT-L-14", environment=environment)
+        assert time.perf_counter() - began < 0.5
+        for part in ("clip-ViT-L-14", "sortd models fetch clip-ViT-L-14", "copy the model's folder", "packaged"):
+            assert part in str(caught.value)
+
+    def test_a_folder_that_is_not_there_is_named(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """A path never becomes a name to look up."""
+        with pytest.raises(ModelError, match=r"there is no folder .*/nowhere"):
+            models.locate(str(tmp_path / "nowhere"), environment=environment)
+
+
+class TestRefusals:
+    """What cannot serve is refused by what it is, before anything is loaded."""
+
+    @pytest.mark.parametrize(
+        ("config", "complaint"),
+        [
+            (VIT, r"is no CLIP: it is a ViTModel \(vit\), which sees images but has no text tower"),
+            (BERT, r"is no CLIP: it is a BertModel \(bert\), which reads text but sees no images"),
+            ([], "is no JSON object"),
+        ],
+    )
+    def test_what_is_no_clip(self, tmp_path: Path, config: object, complaint: str) -> None:
+        """Said by the name of its architecture."""
+        with pytest.raises(ModelError, match=complaint):
+            vouch("mine", write_model(tmp_path / "m", config))
+
+    @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", "model.ckpt", "weights.pkl"])
+    def test_weights_that_can_run_code(self, tmp_path: Path, weights: str) -> None:
+        """A pickle is refused by its name, with the way to make it safetensors."""
+        with pytest.raises(ModelError, match=rf"only as {weights}.*can run code.*save it again"):
+            vouch("mine", write_model(tmp_path / "m", weights=weights))
+
+    def test_safetensors_beside_a_pickle_serve(self, tmp_path: Path) -> None:
+        """Many published models hold both; the pickle is not touched and is no part of the identity."""
+        folder = write_model(tmp_path / "m")
+        (folder / "0_CLIPModel" / "pytorch_model.bin").write_bytes(b"x")
+        assert not any(path.suffix == ".bin" for path in vouch("mine", folder).files)
+
+    def test_a_dense_layer_that_is_a_pickle(self, tmp_path: Path) -> None:
+        """Every module is looked at, not only the first."""
+        folder = write_model(tmp_path / "m")
+        (folder / "1_Dense").mkdir()
+        (folder / "1_Dense" / "pytorch_model.bin").write_bytes(b"x")
+        rows = json.loads((folder / "modules.json").read_text())
+        rows.append({"path": "1_Dense", "type": "sentence_transformers.models.Dense"})
+        (folder / "modules.json").write_text(json.dumps(rows))
+        with pytest.raises(ModelError, match=r"1_Dense has its weights only as pytorch_model\.bin"):
+            vouch("mine", folder)
+
+    @pytest.mark.parametrize(
+        ("modules", "complaint"),
+        [
+            ([{"path": "", "type": "custom_clip.Model"}], r"code of its own \(custom_clip.Model\)"),
+            ([{"path": "", "type": "sentence_transformers.models.Router"}], "first module is a Router"),
+            ([{"path": "../../etc", "type": "sentence_transformers.models.Transformer"}], "outside of its folder"),
+            ([{"path": "/etc", "type": "sentence_transformers.models.Transformer"}], "outside of its folder"),
+            ({}, "no list of modules"),
+            ([], "no list of modules"),
+            (["x"], "no list of modules"),
+        ],
+    )
+    def test_modules_that_are_not_one_transformer(self, tmp_path: Path, modules: object, complaint: str) -> None:
+        """Code of a model's own never runs, and no path leads out of the folder."""
+        folder = write_model(tmp_path / "m")
+        (folder / "modules.json").write_text(json.dumps(modules))
+        with pytest.raises(ModelError, match=complaint):
+            vouch("mine", folder)
+
+    def test_what_is_missing(self, tmp_path: Path) -> None:
+        """A half-copied folder is told as such, with the file that is not there."""
+        empty = tmp_path / "empty"
+        empty.mkdir()
+        with pytest.raises(ModelError, match=r"neither modules\.json nor config\.json"):
+            vouch("mine", empty)
+        with pytest.raises(ModelError, match="has no weights"):
+            vouch("mine", write_model(tmp_path / "a", weights=""))
+        folder = write_model(tmp_path / "b")
+        (folder / "0_CLIPModel" / "config.json").unlink()
+        with pytest.raises(ModelError, match=r"incomplete: .*config\.json is missing"):
+            vouch("mine", folder)
+        (folder / "0_CLIPModel" / "config.json").write_text("{")
+        with pytest.raises(ModelError, match=r"cannot read .*config\.json"):
+            vouch("mine", folder)
+        adapter = write_model(tmp_path / "c")
+        (adapter / "0_CLIPModel" / "adapter_config.json").write_text("{}")
+        with pytest.raises(ModelError, match="is an adapter"):
+            vouch("mine", adapter)
+
+    def test_a_blob_that_is_gone(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """A link of the hub's cache that leads nowhere is no weights."""
+        cache = tmp_path / "cache/models"
+        put_in_cache(cache, "org/clip")
+        (cache / "models--org--clip" / "blobs" / "abc").unlink()
+        with pytest.raises(ModelError, match="has no weights"):
+            models.locate("org/clip", cache_dir=tmp_path / "cache", environment=environment)
+
+
+class TestTextModels:
+    """A separate model for words need not be a CLIP."""
+
+    def test_a_text_model_is_taken(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """By name or folder, under the same rules on weights and code."""
+        folder = write_model(tmp_path / "words", BERT)
+        assert models.locate_text(str(folder), environment=environment).kind == "bert"
+        with pytest.raises(ModelError, match="sortd models fetch words"):
+            models.locate_text("words", environment=environment)
+
+
+class TestAvailable:
+    """What `sortd models` lists."""
+
+    def test_every_clip_here_is_listed_and_the_automatic_one_marked(
+        self, tmp_path: Path, environment: dict[str, str], packaged: Path
+    ) -> None:
+        """Other models of the cache are not ours to list."""
+        cache = tmp_path / "home/.cache/huggingface/hub"
+        put_in_cache(cache, "sentence-transformers/clip-ViT-B-32")
+        put_in_cache(cache, "openai/clip-vit-large-patch14")
+        put_in_cache(cache, "google/vit-base-patch16-224", VIT)
+        listed = models.available(environment=environment, packaged=packaged)
+        assert {(row.name, row.automatic) for row in listed} == {
+            ("packaged", False),
+            ("clip-ViT-B-32", True),
+            ("openai/clip-vit-large-patch14", False),
+        }
+        assert all(row.size_bytes > 0 and row.kind == "clip" for row in listed)
+
+    def test_without_any_the_list_is_empty(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """Not even the packaged one, where the package was built without it."""
+        assert models.available(environment=environment, packaged=tmp_path / "none") == ()
+
+
+class TestDigest:
+    """A model is what is in it."""
+
+    def test_a_copy_under_another_name_is_the_same_model(self, tmp_path: Path) -> None:
+        """Neither name nor place nor model card is part of it."""
+        first = vouch("a", write_model(tmp_path / "a"))
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        (tmp_path / "b" / "README.md").write_text("another card")
+        assert models.digest(first) == models.digest(vouch("b", tmp_path / "b"))
+
+    @pytest.mark.parametrize("file", ["modules.json", "0_CLIPModel/config.json", "0_CLIPModel/model.safetensors"])
+    def test_any_change_of_content_is_another_model(self, tmp_path: Path, file: str) -> None:
+        """Old embeddings must not serve a new model, though its name stays."""
+        before = models.digest(vouch("a", write_model(tmp_path / "a")))
+        path = tmp_path / "a" / file
+        path.write_bytes(path.read_bytes() + b" ")
+        assert models.digest(vouch("a", tmp_path / "a")) != before
+
+    def test_hashes_are_remembered_by_stamp(self, tmp_path: Path) -> None:
+        """Half a gigabyte is read once; a changed file is read again; a damaged memory only costs time."""
+        model = vouch("a", write_model(tmp_path / "a"))
+        weights = tmp_path / "a/0_CLIPModel/model.safetensors"
+        before = models.digest(model, cache_dir=tmp_path / "cache")
+        memory = tmp_path / "cache/model-hashes.json"
+        known = json.loads(memory.read_text())
+        assert sha256(b"weights").hexdigest() in known.values()
+        assert models.digest(model, cache_dir=tmp_path / "cache") == before
+        weights.write_bytes(b"changed")
+        after = models.digest(model, cache_dir=tmp_path / "cache")
+        assert after != before
+        for damaged in ("[", "[]", '{"a": 1}', ""):
+            memory.write_text(damaged)
+            assert models.digest(model, cache_dir=tmp_path / "cache") == after
+
+    def test_a_memory_that_cannot_be_written_is_done_without(self, tmp_path: Path) -> None:
+        """The identity is right all the same."""
+        model = vouch("a", write_model(tmp_path / "a"))
+        (tmp_path / "cache").write_text("in the way")
+        assert models.digest(model, cache_dir=tmp_path / "cache") == models.digest(model)
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """A small honest hub: one repository, the two requests that its client makes of it."""
+
+    folder: Path
+
+    def do_GET(self) -> None:
+        """Answer what is in the repository, or one of its files."""
+        self._answer()
+
+    def do_HEAD(self) -> None:
+        """Answer the same without a body."""
+        self._answer()
+
+    def _answer(self) -> None:
+        files = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*") if path.is_file()}
+        path, _, query = self.path.partition("?")
+        repository, _, file = path.partition(f"/resolve/{COMMIT}/")
+        if path.startswith("/api/models/sentence-transformers/tiny/"):
+            rows = [
+                {"type": "file", "path": name, "rfilename": name, "size": at.stat().st_size, "oid": _oid(at)}
+                for name, at in files.items()
+            ]
+            answer = rows if "/tree/" in path else {"id": "t", "modelId": "t", "sha": COMMIT, "siblings": rows}
+            self._send(json.dumps(answer).encode(), "application/json")
+        elif repository == "/sentence-transformers/tiny" and file in files:
+            self._send(files[file].read_bytes(), "application/octet-stream", _oid(files[file]))
+        else:
+            self.send_error(404)
+        del query
+
+    def _send(self, body: bytes, kind: str, oid: str = "") -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{oid}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name that the base class gave it
+        """Say nothing."""
+
+
+def _oid(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()[:40]
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A hub on the loopback interface, and the folder that it offers."""
+    folder = write_model(tmp_path / "offered")
+    handler = type("Handler", (_Hub,), {"folder": folder})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, name="hub")
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", folder
+        server.shutdown()
+        thread.join()
+
+
+class TestFetch:
+    """The one thing that downloads."""
+
+    PROGRAM = """
+import sys
+from pathlib import Path
+from sortd.errors import ModelError
+from sortd.models import fetch
+try:
+    print(fetch(sys.argv[1], cache_dir=Path(sys.argv[2])))
+except ModelError as error:
+    print(error)
+    sys.exit(69)
+"""
+
+    def fetch(self, name: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Fetch in a process of its own: the hub's client reads its environment when it is imported."""
+        return subprocess.run(
+            [sys.executable, "-c", self.PROGRAM, name, str(cache)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+            capture_output=True, text=True, timeout=100, check=False,
+        )  # fmt: skip
+
+    def test_a_fetched_model_is_found_by_its_name(
+        self, hub: tuple[str, Path], tmp_path: Path, environment: dict[str, str]
+    ) -> None:
+        """What is needed comes, pickles and exports do not, and no bar is drawn into a log."""
+        address, folder = hub
+        (folder / "0_CLIPModel" / "pytorch_model.bin").write_bytes(b"pickle")
+        (folder / "onnx").mkdir()
+        (folder / "onnx" / "model.onnx").write_bytes(b"export")
+        done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "%|" not in done.stderr
+        found = models.locate("tiny", cache_dir=tmp_path / "cache", environment=environment)
+        assert str(found.folder) == done.stdout.strip()
+        names = {path.name for path in found.folder.rglob("*") if path.is_file()}
+        assert names == {"modules.json", "config.json", "model.safetensors"}
+
+    def test_weights_in_another_form_are_refused(self, hub: tuple[str, Path], tmp_path: Path) -> None:
+        """They are not even downloaded."""
+        address, folder = hub
+        (folder / "0_CLIPModel/model.safetensors").rename(folder / "0_CLIPModel/pytorch_model.bin")
+        done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
+        assert done.returncode == 69
+        assert "has no weights (*.safetensors)" in done.stdout
+
+    @pytest.mark.parametrize("name", ["absent", "not/a/name", "a--b/c"])
+    def test_a_name_that_the_hub_does_not_know(self, hub: tuple[str, Path], tmp_path: Path, name: str) -> None:
+        """The error names it and says what to check."""
+        done = self.fetch(name, tmp_path / "cache", HF_ENDPOINT=hub[0])
+        assert done.returncode == 69, done.stderr
+        assert f"cannot fetch {name}" in done.stdout
+        assert "check the name and the network" in done.stdout
+
+    def test_without_a_network_it_says_so(self, tmp_path: Path) -> None:
+        """Nothing listens at this address."""
+        done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT="http://127.0.0.1:9")
+        assert done.returncode == 69, done.stderr
+        assert "check the name and the network" in done.stdout
+
+    def test_where_the_network_is_forbidden_it_says_by_what(self, tmp_path: Path) -> None:
+        """HF_HUB_OFFLINE is obeyed and named."""
+        done = self.fetch("tiny", tmp_path / "cache", HF_HUB_OFFLINE="1")
+        assert done.returncode == 69, done.stderr
+        assert "HF_HUB_OFFLINE" in done.stdout
+
+
+def test_the_packaged_model_is_a_clip() -> None:
+    """What ships loads by the same rules as any other."""
+    if not models.PACKAGED.is_dir():
+        pytest.skip("the packaged model is not in this checkout")
+    found = models.locate("packaged")
+    assert isinstance(found, ModelFolder)
+    assert found.size_bytes < 31_000_000
