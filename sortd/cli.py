@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sortd import __version__
+from sortd import __version__, cli_facts, cli_moves
+from sortd.console import ConfigOption, JsonOption, load_config, printable
 from sortd.errors import SortdError
 
 if TYPE_CHECKING:
-    from sortd.config import Config
     from sortd.messages import Move
     from sortd.site import LoadEncoder
 
@@ -28,28 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", help="The configuration; without it config.yaml here, then /etc/sortd/config.yaml."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")]
-
-
-def load_config(path: Path | None) -> "Config":
-    """Read the configuration named on the command line, or found where the README says.
-
-    Raises:
-        ConfigError: it is missing or not valid.
-    """
-    from sortd.config import load
-
-    return load(path, os.environ)
-
-
-def print_json(facts: object) -> None:
-    """Print facts as JSON on stdout."""
-    typer.echo(json.dumps(facts, indent=2))
 
 
 @app.command()
@@ -147,10 +125,16 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def printable(path: str) -> str:
-    """Return a path as a terminal can show it: control characters and undecodable bytes as escapes."""
-    shown = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+for command in (
+    cli_facts.check,
+    cli_facts.status,
+    cli_facts.history,
+    cli_moves.undo,
+    cli_moves.release,
+    cli_moves.rebuild,
+):
+    app.command()(command)
+app.add_typer(cli_facts.models)
 
 
 def main() -> None:

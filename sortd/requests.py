@@ -2,6 +2,21 @@
 
 A request is a file in the state directory and a SIGUSR1 to wake the daemon; the answer is a file beside it. The
 directory belongs to the daemon's user and nobody else may write there: whoever can ask could as well move the files.
+Paths are as ``os.fsdecode`` gives them; bytes that are not UTF-8 travel as escapes of lone surrogates.
+
+    {"do": "undo", "datasets": {name: {"root": path, "records": [id of the journal]}}, "dry_run": bool}
+        -> {"undone": [{"dataset", "id", "was", "restored", "message"}], "later": number}
+    {"do": "release", "datasets": [name] or null: all, "path": absolute path or null: every one}
+        -> {"released": {name: number}}
+    {"do": "rebuild", "datasets": [name] or null: all, "force": bool}
+        -> {"rebuilding": [name]}
+    anything else, or what cannot be done
+        -> {"error": sentence, "exit_code": as in sysexits(3)}
+
+``was`` is where the image stood, ``restored`` where it stands now (null: it was not put back, ``message`` says why);
+``later`` counts those that are being copied back from another file system and end after the answer.
+Every request carries ``expires_at``, seconds since the epoch: nobody waits for an answer after that, so that a daemon
+which was stopped in between does not begin to undo what nobody asks for any more.
 """
 
 import json
@@ -13,66 +28,128 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sortd.errors import StartupError
+from sortd.errors import SortdError, StartupError, StorageError
 from sortd.status import read_status
 
 FOLDER = "requests"
 ANSWER_SECONDS = 30.0
-"""How long an asker waits: an undo of many files takes a while."""
+"""How long an asker waits, unless it knows that it asks for much."""
+
+FORGOTTEN_SECONDS = 600.0
+"""An answer that nobody took for so long is removed: whoever asked was interrupted."""
+
+Request = Mapping[str, Any]
+Reply = Mapping[str, Any]
+
+
+class RequestError(ValueError):
+    """A request that makes no sense."""
+
+
+class NotRunningError(StartupError):
+    """No sortd runs that could be asked."""
+
+    exit_code = 75
 
 
 class Requests:
     """The daemon's side: takes requests in the order in which they came."""
 
-    def __init__(self, state: Path) -> None:
-        """Serve the requests below ``state``."""
-        self._folder = state / FOLDER
+    def __init__(self, state: Path, *, clock: Callable[[], float] = time.time) -> None:
+        """Serve the requests below ``state``; ``clock`` gives seconds since the epoch."""
+        self._folder, self._clock = state / FOLDER, clock
 
     def open(self) -> None:
-        """Make the folder, for the daemon's user alone.
+        """Make the folder, for the daemon's user alone, and forget what was asked of an earlier run.
 
         Raises:
             OSError: it cannot be made.
         """
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for path in self._folder.iterdir():
+            path.unlink(missing_ok=True)
 
-    def serve(self, answer: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> int:
-        """Answer every request that waits; return how many did."""
-        waiting = sorted(self._folder.glob("*.request"), key=lambda path: path.stat().st_mtime_ns)
+    def serve(self, answer: Callable[[Request], Reply]) -> int:
+        """Answer every request that waits; return how many did.
+
+        Raises:
+            StorageError: the journal cannot be written; whoever asked has been told.
+        """
+        waiting = sorted(self._folder.glob("*.request"), key=_age)
         for path in waiting:
-            try:
-                request = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-                reply = answer(request)
-            except (ValueError, KeyError, TypeError) as error:
-                reply = {"error": f"{path.name} is no request: {error}"}
-            write_json(path.with_suffix(".answer"), reply)
-            path.unlink()
+            self._serve(path, answer)
+        for forgotten in self._folder.glob("*.answer"):
+            if _age(forgotten) < 1e9 * (self._clock() - FORGOTTEN_SECONDS):
+                forgotten.unlink(missing_ok=True)
         return len(waiting)
+
+    def _serve(self, path: Path, answer: Callable[[Request], Reply]) -> None:
+        stops: StorageError | None = None
+        try:
+            request = json.loads(path.read_text(encoding="utf-8"))
+            if float(request["expires_at"]) < self._clock():
+                path.unlink(missing_ok=True)
+                return
+            reply = answer(request)
+        except FileNotFoundError:
+            return  # whoever asked has given up
+        except StorageError as error:
+            stops, reply = error, _refusal(error)
+        except SortdError as error:
+            reply = _refusal(error)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reply = {"error": f"{path.name} is no request: {error}", "exit_code": 65}
+        path.unlink(missing_ok=True)
+        write_json(path.with_suffix(".answer"), reply)
+        if stops is not None:
+            raise stops
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write beside and rename, so that a reader never sees half; names that are not UTF-8 survive as escapes."""
+    """Write beside and rename, so that a reader never sees half."""
     beside = path.with_suffix(path.suffix + ".new")
     beside.write_text(json.dumps(facts), encoding="utf-8")
     os.replace(beside, path)
 
 
-def ask(state: Path, request: Mapping[str, Any], *, seconds: float = ANSWER_SECONDS) -> dict[str, Any] | None:
+def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> dict[str, Any] | None:
     """Ask the running daemon and return its answer; None where none runs.
 
     Raises:
         StartupError: it runs, but does not answer or may not be asked.
+        AnsweredError: it answered that it cannot do that.
     """
     status = read_status(state)
     if status is None or not status["alive"]:
         return None
     path = state / FOLDER / f"{uuid.uuid4().hex}.request"
     try:
-        write_json(path, request)
+        write_json(path, {**request, "expires_at": time.time() + seconds})
         os.kill(status["pid"], signal.SIGUSR1)
+        reply = _await(path.with_suffix(".answer"), status, seconds)
+    except ProcessLookupError:
+        return None  # it ended just now
     except PermissionError as error:
         raise StartupError(f"sortd runs as another user ({error}); ask it as that user or as root") from error
-    answer = path.with_suffix(".answer")
+    except OSError as error:
+        raise StartupError(f"sortd (pid {status['pid']}) cannot be asked: {error}; see its log") from error
+    finally:
+        path.unlink(missing_ok=True)
+    if "error" in reply:
+        raise AnsweredError(str(reply["error"]), int(reply.get("exit_code", 70)))
+    return reply
+
+
+class AnsweredError(SortdError):
+    """The daemon said no, and why."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        """Keep what the daemon would have exited with."""
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def _await(answer: Path, status: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if answer.exists():
@@ -80,5 +157,16 @@ def ask(state: Path, request: Mapping[str, Any], *, seconds: float = ANSWER_SECO
             answer.unlink()
             return reply
         time.sleep(0.02)
-    path.unlink(missing_ok=True)
     raise StartupError(f"sortd (pid {status['pid']}) did not answer within {seconds:.0f} s; see its log")
+
+
+def _refusal(error: SortdError) -> Reply:
+    return {"error": str(error), "exit_code": error.exit_code}
+
+
+def _age(path: Path) -> int:
+    """Return when a file was written, in nanoseconds since the epoch; 0 for one that is gone by now."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,286 @@
+"""The commands that only look: ``check``, ``status``, ``history`` and ``models``; none of them imports torch."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sortd.console import (
+    ConfigOption,
+    DatasetOption,
+    JsonOption,
+    counted,
+    load_config,
+    megabytes,
+    moment_option,
+    print_json,
+    print_line,
+    print_table,
+    printable,
+    say,
+)
+
+if TYPE_CHECKING:
+    from sortd.finding import Finding
+
+MARKS = {"note": ("·", ""), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
+
+
+def check(
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Decode every reference, however long it takes.")
+    ] = False,
+) -> None:
+    """Look at configuration, folders, rights, disks, references and model, and say what to mend."""
+    from sortd.check import check as findings_of
+    from sortd.finding import exit_code
+
+    findings = []
+    for finding in findings_of(config, os.environ, thorough=thorough):
+        findings.append(finding)
+        if not as_json:
+            _print_finding(finding)
+    counts = {word: sum(1 for finding in findings if finding.severity == word) for word in ("error", "warning")}
+    if as_json:
+        print_json(
+            {"errors": counts["error"], "warnings": counts["warning"], "findings": [asdict(f) for f in findings]}
+        )
+    elif any(counts.values()):
+        print_line(", ".join(counted(number, word) for word, number in counts.items() if number), style="bold")
+    else:
+        print_line("all is well", style="bold green")
+    raise typer.Exit(exit_code(findings))
+
+
+def _print_finding(finding: "Finding") -> None:
+    mark, style = MARKS[finding.severity.value]
+    print_line(f"{mark} {finding.severity.value}: {printable(finding.subject)}", style=style)
+    print_line(f"    {printable(finding.what)}")
+    if finding.mend:
+        print_line(f"    -> {printable(finding.mend)}", style="green")
+
+
+def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Tell whether sortd runs, with which model, what waits, and how often it was right."""
+    from sortd.overview import overview
+
+    facts = overview(load_config(config))
+    if as_json:
+        print_json(facts)
+        return
+    _print_run(facts)
+    for name, dataset in facts["datasets"].items():
+        _print_dataset(name, dataset)
+    if not facts["datasets"]:
+        print_line(f"{facts['root']} holds no dataset; make one: sortd init {facts['root']}/NAME")
+
+
+def _print_run(facts: Mapping[str, Any]) -> None:
+    from sortd.moments import duration, shown
+
+    if facts["running"]:
+        since = facts.get("started_at")
+        age = "" if since is None else f" since {shown(since)} ({duration(time() - since)})"
+        state = "runs" if facts.get("ready") else "is starting"
+        print_line(f"sortd {facts['version']} {state}{age}, pid {facts['pid']}", style="bold green")
+    else:
+        when = f"; last heard of {shown(facts['written_at'])}" if facts.get("written_at") else ""
+        how = {"never ran": "has not run yet", "died": "does not run: it ended without a word"}
+        print_line(f"sortd {how.get(facts['ended'], 'does not run')}{when}", style="bold yellow")
+    if facts.get("model"):
+        print_line(f"  model     {facts['model']}  ({facts['encoder_id']})")
+    if facts.get("other_root"):
+        print_line(
+            f"  root      that one works on {printable(facts['other_root'])}, this configuration says {facts['root']}"
+        )
+    for watched in facts.get("watching") or ():
+        why = f" ({watched['why']})" if watched["why"] else ""
+        print_line(f"  watching  {printable(watched['root'])}: {watched['mode']}{why}")
+    if facts.get("config_problem"):
+        print_line("  the last configuration was refused, the one before it is still in force:", style="bold red")
+        for line in facts["config_problem"].splitlines():
+            print_line(f"    {printable(line)}", style="red")
+
+
+def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
+    from sortd.moments import shown
+
+    print_line("")
+    print_line(printable(name), style="bold")
+    if facts.get("problem"):
+        print_line(f"  problem   {printable(facts['problem'])}", style="bold red")
+    if facts.get("journal_problem"):
+        print_line(f"  problem   {printable(facts['journal_problem'])}", style="bold red")
+    if facts["root"] is None:
+        print_line("  folder    is gone or not mounted; this is from its journal")
+    if facts.get("classes") is not None:
+        learnt = f"{counted(len(facts['classes']), 'class')} from {counted(facts.get('references', 0), 'reference')}"
+        print_line(f"  learnt    {learnt}, generation {facts.get('generation', 0)}, mode {facts.get('mode')}")
+    waiting = {word: number for word, number in (facts.get("images") or {}).items() if number}
+    if waiting:
+        print_line("  waiting   " + ", ".join(f"{number:,} {word}" for word, number in waiting.items()))
+    elif facts.get("in_images"):
+        print_line(f"  waiting   {counted(facts['in_images'], 'file')} in Images/")
+    total = ", ".join(f"{number:,} {outcome.replace('_', ' ')}" for outcome, number in sorted(facts["total"].items()))
+    last = f"; last {shown(facts['last_move_at'])}" if facts["last_move_at"] else ""
+    print_line(f"  so far    {total or 'nothing moved'}{last}")
+    if facts.get("in_review"):
+        print_line(f"  review    {counted(facts['in_review'], 'file')} in Review/")
+    if facts["held"]:
+        print_line(f"  held      {counted(facts['held'], 'file')}; let them go: sortd release")
+    if facts["accuracy"]:
+        rows = [
+            (label, right["filed"], right["corrected"], f"{100 * right['right']:.1f} %")
+            for label, right in facts["accuracy"].items()
+        ]
+        print_table(("class", "filed", "corrected", "right"), rows, right=("filed", "corrected", "right"))
+
+
+def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
+    config: ConfigOption = None,
+    dataset: DatasetOption = None,
+    label: Annotated[str | None, typer.Option("--label", help="Only this class.")] = None,
+    outcome: Annotated[
+        str | None, typer.Option("--outcome", help="Only filed, sent_to_review, rejected or undone.")
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option("--since", help="From then on: 2026-03-01, '14:30', 2h, yesterday.")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Until then.")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="Only this run of sortd.")] = None,
+    path: Annotated[Path | None, typer.Option("--path", help="Only this file: where it was or went.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="At most so many, the newest; 0: all.")] = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what was moved where and why, newest first."""
+    from sortd.moments import shown
+
+    if outcome not in {None, "filed", "sent_to_review", "rejected", "undone"}:
+        raise typer.BadParameter("must be filed, sent_to_review, rejected or undone", param_hint="--outcome")
+    records = _records(
+        load_config(config),
+        dataset=dataset,
+        label=label,
+        outcome=outcome,
+        since=moment_option("--since", since),
+        until=moment_option("--until", until),
+        run=run,
+        path=path,
+        limit=limit or None,
+    )
+    if as_json:
+        print_json(records)
+        return
+    rows = [
+        (
+            shown(one["at"]),
+            one["dataset"],
+            one["outcome"].replace("_", " ") + (" (undone)" if one["undone_by"] else ""),
+            _relative(one["from"]),
+            _relative(one["to"]),
+            "" if one["margin"] is None else f"{one['score']:.3f}",
+            "" if one["margin"] is None else f"{one['margin']:.3f}",
+            one["reason"],
+            one["run"],
+        )
+        for one in records
+    ]
+    if rows or not sys.stdout.isatty():
+        columns = ("when", "dataset", "outcome", "from", "to", "score", "margin", "reason", "run")
+        print_table(columns, rows, right=("score", "margin"))
+    if limit and len(records) == limit:
+        say(f"sortd: the newest {limit}; --limit 0 shows all")
+
+
+def _records(config: Any, *, dataset: str | None, path: Path | None, **conditions: Any) -> Sequence[dict[str, Any]]:  # noqa: ANN401 -- of Selection
+    """Return the records of all journals that were asked for as plain values, newest first."""
+    from sortd.errors import DataError
+    from sortd.journal_history import History
+    from sortd.journal_records import Selection
+    from sortd.journals import dataset_at, journals, record_facts
+
+    relative = None
+    if path is not None:
+        found = dataset_at(config, path)
+        if found is None:
+            raise DataError(f"{path} lies in no dataset below {config.root}; name where the file is or was")
+        dataset, relative = found[0].name, found[1]
+    records: list[dict[str, Any]] = []
+    for place in journals(config, dataset):
+        if place.is_there:
+            with History.open(place.file) as history:
+                found_here = history.moves(Selection(path=relative, **conditions))
+            records += [record_facts(place, record) for record in found_here]
+    records.sort(key=lambda one: (one["at"], one["id"]), reverse=True)
+    return records[: conditions["limit"]]
+
+
+def _relative(path: str) -> str:
+    """Shorten a path to what lies in its dataset."""
+    for area in ("/Images/", "/Dataset/", "/Review/", "/Rejected/"):
+        if area in path:
+            return path[path.index(area) + 1 :]
+    return path
+
+
+models = typer.Typer(name="models", help="Show which models are here, and fetch others.", invoke_without_command=True)
+
+
+@models.callback()
+def _models(context: typer.Context, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Show which models are here and which one is used; `fetch` gets another."""
+    if context.invoked_subcommand is None:
+        list_models(config, as_json)
+
+
+@models.command("list")
+def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Show which models are here, and which one `model: auto` takes and why."""
+    from sortd.model_list import model_list
+
+    facts = model_list(load_config(config))
+    if as_json:
+        print_json(facts)
+        return
+    rows = [
+        (
+            "->" if one["chosen"] else "",
+            one["name"],
+            one["kind"],
+            megabytes(one["size_bytes"]),
+            one["content"] or "",
+            one["folder"],
+        )
+        for one in facts["models"]
+    ]
+    print_table(("", "model", "kind", "size", "content", "folder"), rows, right=("size",))
+    print_line("")
+    print_line(facts["why"], style="bold red" if facts["problem"] else "bold")
+    for line in facts["advice"]:
+        print_line(line)
+    if facts["running"]:
+        print_line(f"The sortd that runs now uses {facts['running']['model']}: {facts['running']['encoder_id']}")
+
+
+@models.command("fetch")
+def fetch_model(
+    name: Annotated[str, typer.Argument(help="As the Hugging Face hub has it: clip-ViT-B-32.")],
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Download a model into sortd's cache: the only thing in sortd that uses the network."""
+    from sortd.models import fetch
+
+    say(f"sortd: fetching {name}")
+    folder = fetch(name, cache_dir=load_config(config).cache_dir)
+    if as_json:
+        print_json({"name": name, "folder": str(folder)})
+    else:
+        print_line(f"{name} is in {folder}")

@@ -1,0 +1,121 @@
+"""The console: how the command line reads its options, shows facts on stdout and says things on stderr.
+
+Facts are JSON where asked for, tables on a terminal, and lines of tab-separated columns everywhere else.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sortd.config import Config
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="The configuration; without it config.yaml here, then /etc/sortd/config.yaml."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")]
+SinceOption = Annotated[
+    str | None, typer.Option("--since", help="From then on: 2026-03-01, '2026-03-01 14:30', 14:30, 2h, yesterday.")
+]
+UntilOption = Annotated[str | None, typer.Option("--until", help="Until then.")]
+DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Only this dataset.")]
+
+
+def load_config(path: Path | None) -> "Config":
+    """Read the configuration named on the command line, or found where the README says.
+
+    Raises:
+        ConfigError: it is missing or not valid.
+    """
+    from sortd.config import load
+
+    return load(path, os.environ)
+
+
+def print_json(facts: object) -> None:
+    """Print facts as JSON on stdout; bytes of names that are not UTF-8 come out as escapes of lone surrogates."""
+    typer.echo(json.dumps(facts, indent=2))
+
+
+def printable(text: str) -> str:
+    """Return a name or path as a terminal can show it: control characters and undecodable bytes as escapes."""
+    shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+def say(message: str) -> None:
+    """Say something that is no fact to whoever sits at the terminal: on stderr."""
+    print(message, file=sys.stderr)
+
+
+def print_line(text: str, *, style: str = "") -> None:
+    """Print one line of facts, in colour on a terminal."""
+    if not sys.stdout.isatty():
+        typer.echo(text)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(highlight=False).print(Text(text, style=style), soft_wrap=True)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
+    """Print rows under a header.
+
+    Args:
+        columns: the names of the columns.
+        rows: as many cells each; None is an empty one.
+        right: the columns that hold numbers.
+    """
+    cells = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        for row in (columns, *cells):
+            typer.echo("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*(Text(cell) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def moment_option(name: str, text: str | None) -> float | None:
+    """Return an option's moment in seconds since the epoch.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    from sortd.moments import moment
+
+    if text is None:
+        return None
+    try:
+        return moment(text, datetime.now().astimezone())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=name) from error
+
+
+def counted(number: int, noun: str) -> str:
+    """Return ``1 image``, ``2 images``."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def megabytes(size_bytes: float) -> str:
+    """Return a size as a person reads it, in powers of 1000 as disks are sold."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.1f} {unit}"
+    return f"{size_bytes:.0f} B"
