@@ -40,8 +40,8 @@ class PrototypeFiles:
             return None
         except OSError as error:
             self._tell(f"the cached prototypes {file} cannot be read: {error.strerror}; they are built anew")
-        except (ValueError, KeyError, TypeError) as error:
-            self._tell(f"the cached prototypes {file} are damaged ({error}); they are built anew")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # damaged, or made by an older sortd
+            self._tell(f"the cached prototypes {file} do not serve ({error}); they are built anew")
         return None
 
     def write(self, key: str, prototypes: PrototypeSet) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from sortd.cache import Cache
+from sortd.cache_prototypes import packed
 from sortd.messages import FloatArray, Stamp
 from sortd.prototypes import DecisionSettings, PrototypeSet, SupportSet, build
 
@@ -225,12 +226,19 @@ class TestDamage:
             file.write_bytes(content[:length])
             assert cache.prototypes("Tornillos") is None
 
-    def test_python_objects_are_not_written(self, cache: Cache) -> None:
+    def test_prototypes_of_an_older_sortd_are_no_prototypes(self, cache: Cache, path: Path, reports: list[str]) -> None:
+        """Whole, but of another shape: they are built anew."""
+        cache.remember_prototypes("Tornillos", prototypes())
+        (file,) = (path.parent / "prototypes").iterdir()
+        for metadata in ({}, {"labels": 3}, {"settings": []}):
+            file.write_bytes(packed({"old": np.zeros(3, np.float32)}, metadata))
+            assert cache.prototypes("Tornillos") is None
+        assert str(file) in reports[0]
+
+    def test_python_objects_are_not_written(self) -> None:
         """Nothing is pickled, so an array of objects is refused when it is written, not when it is read."""
-        bad = prototypes()
-        bad.arrays["objects"] = np.array([object()])
         with pytest.raises(ValueError, match="neither numbers nor text"):
-            cache.remember_prototypes("Tornillos", bad)
+            packed({"objects": np.array([object()])}, {})
 
 
 class TestTaken:
@@ -381,13 +389,14 @@ def test_another_process_reads_and_writes_meanwhile(cache: Cache, path: Path, re
     program = """
 import sys
 from pathlib import Path
-from test_cache import ENCODER, embeddings
+from tests.test_cache import ENCODER, embeddings
 from sortd.cache import Cache
+from sortd.cache_prototypes import packed
 with Cache(Path(sys.argv[1])) as cache:
     for key, row in embeddings(200, seed=1).items():
         cache.remember_embeddings({key: row}, ENCODER)
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     with subprocess.Popen([sys.executable, "-c", program, str(path)], env=environment) as process:
         while process.poll() is None:
             for key, row in ours.items():

@@ -28,7 +28,14 @@ class Layout(StrEnum):
     PLAIN = "plain"  # no modules.json: a folder of transformers alone, as openai/clip-vit-base-patch32 is
 
 
-def build_tiny_clip(folder: Path, seed: int = 0, tower: Tower = Tower.CLIP, layout: Layout = Layout.CURRENT) -> Path:
+def build_tiny_clip(
+    folder: Path,
+    seed: int = 0,
+    tower: Tower = Tower.CLIP,
+    layout: Layout = Layout.CURRENT,
+    *,
+    dimensions: int = DIMENSIONS,
+) -> Path:
     """Write a working CLIP of random weights to ``folder`` and return it; the same seed gives the same weights."""
     import torch
     from transformers.utils import logging
@@ -36,7 +43,7 @@ def build_tiny_clip(folder: Path, seed: int = 0, tower: Tower = Tower.CLIP, layo
     logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = _clip() if tower is Tower.CLIP else _dual_encoder()
+        model = _clip(dimensions) if tower is Tower.CLIP else _dual_encoder(dimensions)
     processor = _processor(tower)
     folder.mkdir(parents=True, exist_ok=True)
     target = {Layout.LEGACY: folder / "0_CLIPModel"}.get(layout, folder)
@@ -61,7 +68,7 @@ def _rewrite_as_sentence_transformers(folder: Path) -> None:
     written.rename(folder)
 
 
-def _clip() -> "PreTrainedModel":
+def _clip(dimensions: int) -> "PreTrainedModel":
     from transformers import CLIPConfig, CLIPModel
 
     tower: dict[str, Any] = {
@@ -69,7 +76,7 @@ def _clip() -> "PreTrainedModel":
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "projection_dim": DIMENSIONS,
+        "projection_dim": dimensions,
     }
     vocabulary = _vocabulary()
     begin, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
@@ -81,10 +88,10 @@ def _clip() -> "PreTrainedModel":
         "pad_token_id": end,
     }
     vision = tower | {"image_size": SIDE, "patch_size": 8}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=DIMENSIONS))
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=dimensions))
 
 
-def _dual_encoder() -> "PreTrainedModel":
+def _dual_encoder(dimensions: int) -> "PreTrainedModel":
     from transformers import (
         BertConfig,
         ConvNextV2Config,
@@ -105,7 +112,7 @@ def _dual_encoder() -> "PreTrainedModel":
         hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], patch_size=4, image_size=SIDE, hidden_size=32
     )
     config = VisionTextDualEncoderConfig(
-        vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=DIMENSIONS
+        vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=dimensions
     )
     return VisionTextDualEncoderModel(config)
 

@@ -1,0 +1,387 @@
+"""An encoder gives what sentence-transformers gives, from pixels alone, and refuses whatever it cannot give right."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from sortd import models
+from sortd.encoder import Encoder, load, probe
+from sortd.errors import ModelError
+from sortd.messages import Fit, Preprocessing
+from sortd.torch_encoder import preprocessing_of
+from tests.fake_encoder import FakeEncoder
+from tests.tiny_clip import DIMENSIONS, SIDE, Layout, Tower, build_tiny_clip
+
+SHAPES = [(tower, layout) for tower in Tower for layout in Layout]
+TEXTS = ["a photo of a screw", "tornillo", "a " * 200, "ñandú ü 漢字", "two words"]
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Tower, Layout], Path]:
+    """One tiny model of each shape."""
+    place = tmp_path_factory.mktemp("models")
+    return {shape: build_tiny_clip(place / "-".join(shape), 0, *shape) for shape in SHAPES}
+
+
+@pytest.fixture(scope="module")
+def clip(folders: dict[tuple[Tower, Layout], Path]) -> Path:
+    """A tiny model of the commonest shape."""
+    return folders[Tower.CLIP, Layout.CURRENT]
+
+
+@pytest.fixture
+def copied(clip: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(clip, tmp_path / "copied"))
+
+
+def pictures(count: int = 6) -> list[Image.Image]:
+    """Photographs of noise on ramps, in many sizes and shapes."""
+    chance = np.random.default_rng(1)
+    made = []
+    for _ in range(count):
+        height, width = (int(side) for side in chance.integers(20, 200, 2))
+        ramp = np.linspace(0, 255, width)[None, :, None] * chance.random(3)
+        noise = chance.integers(0, 60, (height, width, 3))
+        made.append(Image.fromarray(np.clip(ramp + noise, 0, 255).astype(np.uint8)))
+    return made
+
+
+def seen(picture: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """What the encoder is handed: resized and cropped as it asks, by Pillow alone."""
+    height, width = preprocessing.crop_height, preprocessing.crop_width
+    resample = Image.Resampling(preprocessing.resample)
+    if preprocessing.fit is Fit.STRETCH:
+        return np.asarray(picture.resize((width, height), resample))
+    short = min(picture.size)
+    edge = preprocessing.shortest_edge
+    resized = picture.resize((int(edge * picture.width / short), int(edge * picture.height / short)), resample)
+    left, top = (resized.width - width) // 2, (resized.height - height) // 2
+    return np.asarray(resized.crop((left, top, left + width, top + height)))
+
+
+def batch(encoder: Encoder, images: Sequence[Image.Image]) -> npt.NDArray[np.uint8]:
+    """Images as one batch."""
+    return np.stack([seen(picture, encoder.preprocessing) for picture in images])
+
+
+def reference(folder: Path, inputs: Sequence[Any]) -> npt.NDArray[np.float32]:
+    """What sentence-transformers itself says, in unit rows."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32})
+    return np.asarray(model.encode(list(inputs), normalize_embeddings=True, show_progress_bar=False))
+
+
+class TestAgreement:
+    """Our shortcut past the image processor changes nothing."""
+
+    @pytest.mark.parametrize("shape", SHAPES, ids="-".join)
+    def test_images_and_words_as_sentence_transformers_has_them(
+        self, folders: dict[tuple[Tower, Layout], Path], shape: tuple[Tower, Layout]
+    ) -> None:
+        """Every shape of model folder, images of many sizes, texts too long and in other scripts."""
+        encoder = load(str(folders[shape]))
+        images = pictures()
+        rows = encoder.encode_images(batch(encoder, images))
+        words = encoder.encode_texts(TEXTS)
+        assert np.abs(rows - reference(folders[shape], images)).max() < TOLERANCE
+        assert np.abs(words - reference(folders[shape], TEXTS)).max() < TOLERANCE
+        assert (encoder.dimensions, encoder.has_text) == (DIMENSIONS, True)
+        for found in (rows, words):
+            assert found.dtype == np.float32
+            assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+
+    def test_the_packaged_model_too(self) -> None:
+        """What ships is embedded as its own library would."""
+        if not models.PACKAGED.is_dir():
+            pytest.skip("the packaged model is not in this checkout")
+        encoder = load("packaged")
+        images = pictures(3)
+        rows = encoder.encode_images(batch(encoder, images))
+        assert np.abs(rows - reference(models.PACKAGED, images)).max() < TOLERANCE
+        words = encoder.encode_texts(TEXTS)
+        assert np.abs(words - reference(models.PACKAGED, TEXTS)).max() < TOLERANCE
+
+    @pytest.mark.parametrize(
+        "processor",
+        [
+            {"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False},
+            {"size": {"shortest_edge": SIDE + 8}, "resample": 2},
+            {"do_normalize": False},
+            {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]},
+            {"do_rescale": False},
+            {"rescale_factor": 0.01},
+        ],
+    )
+    def test_what_the_image_processor_says_is_done(self, copied: Path, processor: dict[str, Any]) -> None:
+        """Stretching, a larger edge than the crop, another filter, mean, deviation or scale."""
+        file = copied / "processor_config.json"
+        config = json.loads(file.read_text())
+        config["image_processor"] |= processor
+        file.write_text(json.dumps(config))
+        encoder = load(str(copied))
+        images = pictures(3)
+        rows = encoder.encode_images(batch(encoder, images))
+        assert np.abs(rows - reference(copied, images)).max() < TOLERANCE
+
+    def test_a_row_does_not_depend_on_its_batch(self, clip: Path) -> None:
+        """An image alone and among others is the same image."""
+        encoder = load(str(clip))
+        pixels = batch(encoder, pictures())
+        together = encoder.encode_images(pixels)
+        alone = np.concatenate([encoder.encode_images(pixels[i : i + 1]) for i in range(len(pixels))])
+        assert np.abs(together - alone).max() < 1e-5
+
+    def test_empty_batches_are_answered(self, clip: Path) -> None:
+        """With no row, but of the right width."""
+        encoder = load(str(clip))
+        assert encoder.encode_images(np.empty((0, SIDE, SIDE, 3), np.uint8)).shape == (0, DIMENSIONS)
+        assert encoder.encode_texts([]).shape == (0, DIMENSIONS)
+
+    def test_pixels_that_others_own_are_left_alone(self, clip: Path) -> None:
+        """A read-only, strided view is taken as it is."""
+        encoder = load(str(clip))
+        pixels = batch(encoder, pictures(4))[::2]
+        pixels.flags.writeable = False
+        before = pixels.copy()
+        encoder.encode_images(pixels)
+        assert np.array_equal(pixels, before)
+
+    @pytest.mark.parametrize(
+        "pixels",
+        [np.zeros((1, SIDE, SIDE + 1, 3), np.uint8), np.zeros((1, 3, SIDE, SIDE), np.uint8),
+         np.zeros((1, SIDE, SIDE, 3), np.float32)],
+    )  # fmt: skip
+    def test_pixels_of_another_size_or_type_are_no_input(self, clip: Path, pixels: Any) -> None:
+        """A mistake of the caller is said as such, with both shapes."""
+        with pytest.raises(ValueError, match="not uint8"):
+            load(str(clip)).encode_images(pixels)
+
+    def test_a_name_that_is_no_utf8_is_embedded(self, clip: Path) -> None:
+        """Class folders may be called anything."""
+        assert np.isfinite(load(str(clip)).encode_texts([os.fsdecode(b"torn\xffillo")])).all()
+
+
+class TestIdentity:
+    """encoder_id says what the embeddings depend on."""
+
+    def test_a_copy_under_another_name_has_the_same(self, clip: Path, copied: Path) -> None:
+        """Nothing is embedded anew because a folder was renamed."""
+        assert load(str(clip)).encoder_id == load(str(copied)).encoder_id
+
+    def test_other_weights_have_another(self, clip: Path, tmp_path: Path) -> None:
+        """Though everything else is the same."""
+        other = build_tiny_clip(tmp_path / "other", seed=1)
+        assert load(str(clip)).encoder_id != load(str(other)).encoder_id
+
+    def test_another_preprocessing_has_another(self, clip: Path, copied: Path) -> None:
+        """The same weights on other pixels are another encoder."""
+        file = copied / "processor_config.json"
+        file.write_text(file.read_text().replace("0.48145466", "0.5"))
+        assert load(str(clip)).encoder_id != load(str(copied)).encoder_id
+
+    def test_a_text_model_is_part_of_it(self, clip: Path, folders: dict[tuple[Tower, Layout], Path]) -> None:
+        """Words embedded by another model are other words."""
+        words = folders[Tower.DUAL, Layout.CURRENT]
+        encoder = load(str(clip), text_model=str(words))
+        assert encoder.encoder_id != load(str(clip)).encoder_id
+        assert np.abs(encoder.encode_texts(TEXTS) - reference(words, TEXTS)).max() < TOLERANCE
+        pixels = batch(encoder, pictures(2))
+        assert np.allclose(encoder.encode_images(pixels), load(str(clip)).encode_images(pixels), atol=1e-6)
+
+
+class TestRefusals:
+    """What would give wrong embeddings is refused before the first one."""
+
+    @pytest.mark.parametrize(
+        ("settings", "complaint"),
+        [
+            ({"do_resize": False}, "takes images of any size"),
+            ({"do_flip_channel_order": True}, "asks for do_flip_channel_order"),
+            ({"do_pad": True}, "asks for do_pad"),
+            ({"do_convert_rgb": False}, "does not take plain RGB"),
+            ({"do_center_crop": False}, "crops to nothing"),
+            ({"crop_size": {"height": 64, "width": 64}}, "resizes to"),
+            ({"size": {"longest_edge": 32}}, "resizes to"),
+            ({"size": None}, "resizes to"),
+        ],
+    )
+    def test_an_image_processor_that_cannot_be_reproduced(self, settings: dict[str, Any], complaint: str) -> None:
+        """By its name and the step."""
+        plain = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
+        kind = {"image_processor_type": "TinyImageProcessor"}
+        with pytest.raises(ModelError, match=f"the TinyImageProcessor of this model .*{complaint}"):
+            preprocessing_of(kind | plain | settings)
+
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            ({"size": {"shortest_edge": 64}, "crop_pct": 0.875}, Preprocessing(73, 64, 64)),
+            ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, Preprocessing(384, 384, 384, fit=Fit.STRETCH)),
+            ({"size": {"height": 64, "width": 48}}, Preprocessing(48, 64, 48, fit=Fit.STRETCH)),
+        ],
+    )
+    def test_sizes_said_in_other_ways(self, settings: dict[str, Any], expected: Preprocessing) -> None:
+        """ConvNeXt says the crop as a share, SigLIP says height and width."""
+        assert preprocessing_of(settings) == expected
+
+    def test_missing_weights(self, copied: Path) -> None:
+        """Transformers would make them up at random and only warn."""
+        from safetensors.numpy import load_file, save_file
+
+        file = copied / "model.safetensors"
+        weights = load_file(file)
+        del weights["visual_projection.weight"]
+        save_file(weights, file, {"format": "pt"})
+        with pytest.raises(ModelError, match=r"holds [\d,]+ of the [\d,]+ numbers"):
+            load(str(copied))
+
+    @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "config", "tokenizer", "unknown type"])
+    def test_a_damaged_folder(self, copied: Path, damage: str) -> None:
+        """One sentence with the folder and a mend, whatever the libraries raise."""
+        weights, config = copied / "model.safetensors", copied / "config.json"
+        match damage:
+            case "cut":
+                weights.write_bytes(weights.read_bytes()[:-1000])
+            case "garbage":
+                weights.write_bytes(b"\x00\xff" * 5000)
+            case "empty":
+                weights.write_bytes(b"")
+            case "config":
+                config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 48'))
+            case "tokenizer":
+                (copied / "tokenizer.json").write_text("{}")
+            case "unknown type":
+                config.write_text(config.read_text().replace('"clip"', '"no_such_type"'))
+        with pytest.raises(ModelError, match=f"{copied}.*fetch or copy it again"):
+            load(str(copied))
+
+    def test_weights_that_are_not_numbers(self, copied: Path) -> None:
+        """Found by the probe: nobody files images by NaN."""
+        from safetensors.numpy import load_file, save_file
+
+        file = copied / "model.safetensors"
+        weights = load_file(file)
+        weights["visual_projection.weight"][:] = np.nan
+        save_file(weights, file, {"format": "pt"})
+        with pytest.raises(ModelError, match="answered with no number"):
+            load(str(copied))
+
+    def test_a_text_model_of_another_width(self, clip: Path, tmp_path: Path) -> None:
+        """The two do not share a space."""
+        narrow = build_tiny_clip(tmp_path / "narrow", dimensions=16)
+        with pytest.raises(ModelError, match=r"has 16 dimensions and .* has 24: they do not share a space"):
+            load(str(clip), text_model=str(narrow))
+
+    def test_a_backend_or_device_that_is_not_here(self, clip: Path) -> None:
+        """By name, with what to set instead."""
+        with pytest.raises(ModelError, match="backend 'tensorflow' is not in this sortd"):
+            load(str(clip), backend="tensorflow")
+        with pytest.raises(ModelError, match="device 'cuda:77' cannot be used"):
+            load(str(clip), device="cuda:77")
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """An encoder on a device in a bad state: one way to be wrong for each field."""
+
+    rows: tuple[tuple[float, float], ...]
+    encoder_id: str = "broken"
+    dimensions: int = 2
+    preprocessing: Preprocessing = FakeEncoder().preprocessing
+    has_text: bool = False
+
+    def encode_images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Answer the rows that it was made with."""
+        return np.asarray(self.rows[: len(pixels)], np.float32)
+
+    def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Never asked."""
+        raise AssertionError(texts)
+
+
+class TestProbe:
+    """A device that answers garbage with success is noticed before it files anything."""
+
+    def test_one_image_in_two_ways(self) -> None:
+        """The same pixels twice must give the same row."""
+        with pytest.raises(ModelError, match="one image in two ways"):
+            probe(Broken(((1, 0), (0, 1), (0, 1))))
+
+    def test_two_images_as_one(self) -> None:
+        """A ramp and noise must not give the same row."""
+        with pytest.raises(ModelError, match="two unlike images as one"):
+            probe(Broken(((1, 0), (1, 0), (1, 0))))
+
+    def test_a_sound_encoder_passes(self) -> None:
+        """The fake one of the tests, for example."""
+        probe(FakeEncoder())
+
+
+class TestOffline:
+    """Loading never touches the network, and says within two seconds that a model is not here."""
+
+    def test_no_connection_is_tried(self, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not even to look for a newer version."""
+        tried: list[object] = []
+
+        def refuse(_: socket.socket, address: object) -> None:
+            tried.append(address)
+            raise OSError("no network in this test")
+
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+        load(str(clip)).encode_texts(["a photo"])
+        assert tried == []
+
+    def test_an_absent_model_is_told_in_two_seconds(self, tmp_path: Path) -> None:
+        """From a cold start, before torch is imported."""
+        program = "from sortd.encoder import load; load('clip-ViT-L-14')"
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "HOME": str(tmp_path), "HF_HOME": str(tmp_path)},
+            capture_output=True, text=True, timeout=2, check=False,
+        )  # fmt: skip
+        assert "sortd models fetch clip-ViT-L-14" in done.stderr
+
+    def test_importing_it_imports_no_torch(self) -> None:
+        """Nor any of its kin: the command line imports this module."""
+        program = "import sys, sortd.encoder, sortd.models; print({'torch', 'transformers'} & set(sys.modules))"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "set()"
+
+
+class TestFake:
+    """The encoder of other tests keeps the promises of a real one."""
+
+    def test_like_is_near_and_words_name_colours(self) -> None:
+        """Red pixels are nearer to red ones, and to the word, than to blue ones."""
+        encoder: Encoder = FakeEncoder()
+        pixels = np.zeros((3, 16, 16, 3), np.uint8)
+        pixels[0, ..., 0], pixels[1, ..., 0], pixels[2, ..., 2] = 255, 220, 255
+        red, reddish, blue = encoder.encode_images(pixels)
+        (word,) = encoder.encode_texts(["a photo of a red thing"])
+        assert red @ reddish > 0.9 > red @ blue
+        assert red @ word > 0.9 > blue @ word
+        assert encoder.encode_texts([]).shape == (0, encoder.dimensions)
+
+    def test_the_same_is_always_the_same(self) -> None:
+        """Whatever the process."""
+        chance = np.random.default_rng(0)
+        pixels = chance.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+        assert np.array_equal(FakeEncoder().encode_images(pixels), FakeEncoder().encode_images(pixels))
+        assert np.array_equal(FakeEncoder().encode_texts(["x", "y"]), FakeEncoder().encode_texts(["x", "y"]))
