@@ -230,7 +230,8 @@ class TestDamage:
         """Whole, but of another shape: they are built anew."""
         cache.remember_prototypes("Tornillos", prototypes())
         (file,) = (path.parent / "prototypes").iterdir()
-        for metadata in ({}, {"labels": 3}, {"settings": []}):
+        older: list[dict[str, object]] = [{}, {"labels": 3}, {"settings": []}]
+        for metadata in older:
             file.write_bytes(packed({"old": np.zeros(3, np.float32)}, metadata))
             assert cache.prototypes("Tornillos") is None
         assert str(file) in reports[0]
