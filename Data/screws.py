@@ -1,0 +1,335 @@
+"""Pictures of screw heads, and of things that are none, drawn from numbers alone: a height map, lit.
+
+Every part is a height over the plane; its slopes give the surface's direction, a light and an invented room give the
+shine, and the recess lies in its own shadow. Coordinates run from -1 to 1 over the picture, lengths are in that unit,
+colours are RGB from 0 to 1 in float32 arrays of shape (height, width, 3). One generator of random numbers decides all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFilter
+
+SIZE = 240
+"""Pixels along each edge of a picture."""
+
+FINENESS = 2
+"""How many times finer than the picture the drawing is, so that edges come out smooth."""
+
+KINDS = ("cross", "torx", "slotted", "hex")
+"""The recesses, as the classes are named."""
+
+Plane: TypeAlias = npt.NDArray[np.float32]
+Random: TypeAlias = np.random.Generator
+Distance: TypeAlias = Callable[[Plane, Plane], Plane]
+"""Signed distance from an outline: below zero inside."""
+
+STEEL, BRASS, BLACK, COPPER, ZINC = (
+    (0.78, 0.79, 0.81),
+    (0.88, 0.70, 0.36),
+    (0.26, 0.26, 0.29),
+    (0.84, 0.52, 0.38),
+    (0.86, 0.82, 0.70),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Light:
+    """Where the light comes from (a unit vector towards it), how strong it is, and its colour."""
+
+    direction: tuple[float, float, float]
+    strength: float
+    tint: Plane
+
+
+def grid() -> tuple[Plane, Plane]:
+    """Return x and y over the picture, from -1 to 1."""
+    line = np.linspace(-1, 1, SIZE * FINENESS, dtype=np.float32)
+    x, y = np.meshgrid(line, line)
+    return x, y
+
+
+def rise(value: Plane, start: float, end: float) -> Plane:
+    """Climb smoothly from 0 at ``start`` to 1 at ``end`` (the cubic smoothstep)."""
+    share = np.clip((value - start) / (end - start), 0, 1)
+    return share * share * (3 - 2 * share)
+
+
+def noise(random: Random, cells_x: float, cells_y: float, octaves: int = 4) -> Plane:
+    """Draw cloudy noise from 0 to 1 whose coarsest features are ``1 / cells`` of the picture wide and high."""
+    size = SIZE * FINENESS
+    total = np.zeros((size, size), np.float32)
+    for octave in range(octaves):
+        shape = (max(2, round(cells_y * 2**octave)), max(2, round(cells_x * 2**octave)))
+        values = Image.fromarray(random.random(shape, dtype=np.float32))
+        total += np.asarray(values.resize((size, size), Image.Resampling.BICUBIC)) / 2**octave
+    low, high = total.min(), total.max()
+    return (total - low) / (high - low)
+
+
+def turned(x: Plane, y: Plane, angle: float) -> tuple[Plane, Plane]:
+    """Turn the coordinates about the origin by an angle in radians."""
+    cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    return x * cosine + y * sine, y * cosine - x * sine
+
+
+def paint(plane: Plane, *stops: tuple[float, float, float]) -> Plane:
+    """Colour a plane of 0 to 1 by colours at equal steps."""
+    places = np.linspace(0, 1, len(stops))
+    channels = [np.interp(plane, places, [stop[channel] for stop in stops]) for channel in range(3)]
+    return np.stack(channels, axis=-1).astype(np.float32)
+
+
+# ---------------------------------------------------------------- grounds
+
+
+def wood(random: Random) -> Plane:
+    """Draw planed boards with their grain."""
+    x, y = turned(*grid(), random.uniform(0, np.pi))
+    grain = np.sin(24 * (x + 0.35 * noise(random, 2, 2, 3)) + 5 * noise(random, 3, 3, 2) + 0.7 * y)
+    fibre = noise(random, 60, 4, 2)
+    dark, light = [((0.30, 0.18, 0.10), (0.55, 0.36, 0.20)), ((0.60, 0.44, 0.28), (0.84, 0.70, 0.50))][
+        random.integers(2)
+    ]
+    return paint(np.clip(0.5 + 0.25 * grain + 0.5 * (fibre - 0.5), 0, 1), dark, light)
+
+
+def concrete(random: Random) -> Plane:
+    """Draw poured concrete with pores."""
+    shade = 0.55 + 0.3 * (noise(random, 3, 3, 6) - 0.5) + 0.25 * (noise(random, 120, 120, 1) - 0.5)
+    pores = rise(noise(random, 26, 26, 2), 0.78, 0.86)
+    level = random.uniform(0.7, 1.3)
+    warmth = random.uniform(-0.04, 0.04)
+    return (np.clip(shade - 0.35 * pores, 0, 1)[..., None] * level) * np.float32([1 + warmth, 1, 1 - warmth])
+
+
+def cloth(random: Random) -> Plane:
+    """Draw a woven cloth in one colour."""
+    x, y = turned(*grid(), random.uniform(0, np.pi))
+    threads = random.uniform(55, 90)
+    weave = 0.5 + 0.25 * np.sin(threads * x) * np.sign(np.sin(threads * y / 2)) + 0.25 * np.sin(threads * y)
+    colour = np.float32(random.choice([(0.20, 0.28, 0.42), (0.45, 0.16, 0.16), (0.72, 0.68, 0.60), (0.24, 0.34, 0.26)]))
+    return (0.72 + 0.25 * weave + 0.2 * (noise(random, 3, 3, 3) - 0.5))[..., None] * colour
+
+
+def brushed(random: Random) -> Plane:
+    """Draw a sheet of brushed metal."""
+    x, y = turned(*grid(), random.uniform(0, np.pi))
+    columns = (np.clip(0.5 + 0.35 * y, 0, 1) * (SIZE * FINENESS - 1)).astype(np.intp)
+    strokes = noise(random, 1, 200, 2)[columns, (SIZE * FINENESS) // 2]
+    sheen = np.exp(-((x - random.uniform(-0.6, 0.6)) ** 2) / 0.5)
+    shade = random.uniform(0.35, 0.6) + 0.22 * (strokes - 0.5) + 0.22 * sheen
+    return shade[..., None] * np.float32([0.97, 1.0, 1.04])
+
+
+def sheet(random: Random) -> Plane:
+    """Draw smooth coloured board, lit unevenly."""
+    x, y = turned(*grid(), random.uniform(0, 2 * np.pi))
+    colour = np.float32(random.choice([(0.86, 0.86, 0.84), (0.34, 0.40, 0.48), (0.80, 0.66, 0.42), (0.16, 0.17, 0.19)]))
+    return (0.9 + 0.16 * x + 0.04 * noise(random, 90, 90, 1))[..., None] * colour
+
+
+GROUNDS = (wood, concrete, cloth, brushed, sheet)
+
+# ---------------------------------------------------------------- outlines, in units of the head's radius
+
+
+def circle(radius: float) -> Distance:
+    """Outline a circle."""
+    return lambda x, y: np.hypot(x, y) - np.float32(radius)
+
+
+def bar(length: float, width: float) -> Distance:
+    """Outline an upright bar by its half length and half width."""
+    return lambda x, y: np.maximum(np.abs(x) - np.float32(width), np.abs(y) - np.float32(length))
+
+
+def hexagon(apothem: float) -> Distance:
+    """Outline a regular hexagon by the distance of its sides from the centre."""
+
+    def distance(x: Plane, y: Plane) -> Plane:
+        sides = [np.abs(turned(x, y, turn * np.pi / 3)[0]) for turn in range(3)]
+        return np.maximum.reduce(sides) - np.float32(apothem)
+
+    return distance
+
+
+def lobes(radius: float, depth: float) -> Distance:
+    """Outline a star of six round lobes, between ``radius - depth`` and ``radius + depth``."""
+    return lambda x, y: np.hypot(x, y) - np.float32(radius) - np.float32(depth) * np.cos(6 * np.arctan2(y, x))
+
+
+def crossed(length: float, width: float) -> Distance:
+    """Outline two crossing bars that widen where they meet, as a driver's tip does."""
+
+    def distance(x: Plane, y: Plane) -> Plane:
+        throat = np.float32(1.55 * width) * 2**0.5 - (np.abs(x) + np.abs(y))
+        bars = np.minimum(bar(length, width)(x, y), bar(length, width)(y, x))
+        return np.minimum(bars, -throat / np.float32(2**0.5))
+
+    return distance
+
+
+def recess(kind: str, random: Random) -> Distance:
+    """Outline a recess: its size varies, so that its area does not tell its kind."""
+    match kind:
+        case "cross":
+            return crossed(random.uniform(0.62, 0.74), random.uniform(0.12, 0.17))
+        case "torx":
+            radius = random.uniform(0.48, 0.58)
+            return lobes(radius, 0.17 * radius)
+        case "slotted":
+            return bar(random.uniform(0.80, 1.10), random.uniform(0.13, 0.20))
+        case "hex":
+            return hexagon(random.uniform(0.44, 0.55))
+        case _:
+            raise ValueError(f"no such recess: {kind}; there are {', '.join(KINDS)}")
+
+
+# ---------------------------------------------------------------- light and metal
+
+
+def lamp(random: Random) -> Light:
+    """Place a light somewhere above the picture."""
+    angle, height = random.uniform(0, 2 * np.pi), random.uniform(0.75, 1.5)
+    length = float(np.hypot(1, height))
+    direction = (float(np.cos(angle)) / length, float(np.sin(angle)) / length, height / length)
+    warmth = random.uniform(-0.08, 0.08)
+    return Light(direction, random.uniform(0.8, 1.15), np.float32([1 + warmth, 1, 1 - warmth]))
+
+
+def slopes(height: Plane) -> tuple[Plane, Plane, Plane]:
+    """Return the unit normal of a height map, as its three planes."""
+    step = np.float32(2 / (SIZE * FINENESS))
+    down, across = np.gradient(height, step)
+    length = np.sqrt(down * down + across * across + 1)
+    return -across / length, -down / length, 1 / length
+
+
+def shine(height: Plane, light: Light, random: Random, *, roughness: float, turning: Plane) -> Plane:
+    """Light a height map of metal: what it scatters, the room it mirrors, and the glint; (height, width), about 0 to 1.
+
+    Args:
+        height: the surface, over the picture.
+        light: what shines on it.
+        random: decides the room.
+        roughness: 0.1 (polished) to 0.5 (dull): how wide the glint is.
+        turning: what a tool's circular marks mirror, around 0.
+    """
+    x, y, z = slopes(height)
+    towards = np.clip(x * light.direction[0] + y * light.direction[1] + z * light.direction[2], 0, 1)
+    half = np.float32(light.direction) + np.float32([0, 0, 1])
+    half /= np.linalg.norm(half)
+    glint = np.clip(x * half[0] + y * half[1] + z * half[2], 0, 1) ** np.float32(2 / roughness**2)
+    mirrored_x, mirrored_y = 2 * x * z, 2 * y * z
+    phase = random.uniform(0, 2 * np.pi)
+    room = 0.5 + 0.3 * np.sin(3.0 * mirrored_x + phase) * np.cos(2.4 * mirrored_y - phase)
+    return np.float32(light.strength) * (0.16 + 0.42 * towards + 0.22 * room + 0.55 * glint + turning)
+
+
+def scratches(random: Random, count: int) -> Plane:
+    """Draw thin straight scratches as heights from -1 (cut) to 0."""
+    size = SIZE * FINENESS
+    sheet_of_lines = Image.new("L", (size, size), 0)
+    pen = ImageDraw.Draw(sheet_of_lines)
+    for _ in range(count):
+        x, y, angle = random.uniform(0, size), random.uniform(0, size), random.uniform(0, 2 * np.pi)
+        length = random.uniform(0.05, 0.5) * size
+        end = (x + length * float(np.cos(angle)), y + length * float(np.sin(angle)))
+        pen.line(((x, y), end), fill=int(random.integers(90, 256)), width=int(random.integers(1, 3)))
+    return -np.asarray(sheet_of_lines, np.float32) / 255
+
+
+def shadowed(inside: Plane, light: Light, reach: float) -> Plane:
+    """Shift a mask away from the light and soften it: the shadow that its edge throws, 0 to 1."""
+    pixels = reach * SIZE * FINENESS / 2
+    shift = (round(-light.direction[1] * pixels), round(-light.direction[0] * pixels))
+    mask = Image.fromarray((np.roll(inside, shift, axis=(0, 1)) * 255).astype(np.uint8))
+    return np.asarray(mask.filter(ImageFilter.GaussianBlur(max(1.0, pixels / 3))), np.float32) / 255
+
+
+def metal(
+    ground: Plane,
+    outline: Distance,
+    hollow: Distance,
+    random: Random,
+    *,
+    through: bool = False,
+    relief: Plane | None = None,
+) -> Plane:
+    """Lay a metal part on a ground: domed or flat, with a hollow cut into it.
+
+    Args:
+        ground: the picture so far.
+        outline: of the part, in units of its radius.
+        hollow: what is cut into it, in the same units.
+        random: decides size, place, turn, metal, light and wear.
+        through: the hollow shows the ground.
+        relief: heights added on top, over the part's own square.
+    """
+    light = lamp(random)
+    radius = random.uniform(0.68, 0.95)
+    spare = max(0.0, 1.0 - radius)
+    place_x, place_y = random.uniform(-1, 1, 2) * (spare + 0.04)
+    x, y = grid()
+    x, y = (x - np.float32(place_x)) / np.float32(radius), (y - np.float32(place_y)) / np.float32(radius)
+    turned_x, turned_y = turned(x, y, random.uniform(0, 2 * np.pi))
+    edge, cut = outline(turned_x, turned_y), hollow(turned_x, turned_y)
+    cut = np.maximum(cut, edge)
+    away = np.hypot(x, y)
+
+    dome = random.choice([0.0, 0.16, 0.32])
+    rim = random.uniform(0.05, 0.14)
+    body = -dome * away**2 - 0.20 * (1 - rise(-edge, 0, rim)) ** 2
+    cone = random.uniform(0.0, 0.25) * (1 - away)
+    depth = rise(-cut, -0.012, random.uniform(0.03, 0.06))
+    wear = 0.012 * scratches(random, int(random.integers(4, 40))) + 0.006 * noise(random, 40, 40, 2)
+    height = np.float32(radius) * (body + wear - depth * (0.30 + cone))
+    if relief is not None:
+        rows, columns = (np.clip((at + 1) * relief.shape[0] / 2, 0, relief.shape[0] - 1) for at in (turned_y, turned_x))
+        height = height + relief[rows.astype(np.intp), columns.astype(np.intp)]
+
+    tool = np.sin(away * random.uniform(60, 130)) * random.uniform(0.0, 0.05)
+    fan = np.cos(2 * (np.arctan2(y, x) - random.uniform(0, np.pi))) * random.uniform(0.0, 0.12)
+    bright = shine(height, light, random, roughness=random.uniform(0.12, 0.4), turning=(tool + fan) * (1 - depth))
+    inside = rise(-cut, 0, 0.02)
+    dusk = inside * (0.62 + 0.34 * shadowed(1 - inside, light, 0.22 * radius))
+    bright = bright * (1 - np.float32(random.uniform(0.78, 0.95)) * dusk)
+
+    tint = np.float32([STEEL, STEEL, ZINC, BRASS, COPPER, BLACK][random.integers(6)])
+    rust = rise(noise(random, 4, 4, 5), random.uniform(0.62, 0.95), 1.0)[..., None] * np.float32(random.random() < 0.4)
+    colour = tint * (1 - rust) + np.float32([0.42, 0.22, 0.12]) * rust
+    part = bright[..., None] * colour * light.tint * 1.15
+
+    shape = 1 - rise(edge, -0.006, 0.006)
+    if through:
+        shape = shape * rise(cut, -0.006, 0.006)
+    cast = shadowed(shape, light, random.uniform(0.06, 0.14))
+    lit_ground = ground * np.float32(0.55 + 0.45 * light.strength) * light.tint * (1 - 0.7 * cast[..., None])
+    return lit_ground * (1 - shape[..., None]) + part * shape[..., None]
+
+
+def photographed(drawing: Plane, random: Random) -> Image.Image:
+    """Turn a drawing into a photograph of it: exposure, vignette, grain, a little blur."""
+    x, y = grid()
+    drawing = (
+        drawing * np.float32(random.uniform(0.8, 1.2)) * (1 - random.uniform(0, 0.12) * (x * x + y * y))[..., None]
+    )
+    pixels = (np.clip(drawing, 0, 1) ** np.float32(1 / 1.25) * 255).astype(np.uint8)
+    small = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BOX)
+    small = small.filter(ImageFilter.GaussianBlur(random.uniform(0.0, 0.7)))
+    grain = random.normal(0, random.uniform(1, 6), (SIZE, SIZE, 1)) + random.normal(0, 1.2, (SIZE, SIZE, 3))
+    return Image.fromarray(np.clip(np.asarray(small, np.float32) + grain, 0, 255).astype(np.uint8))
+
+
+def ground(random: Random) -> Plane:
+    """Draw one of the grounds."""
+    return GROUNDS[random.integers(len(GROUNDS))](random)
+
+
+def screw(kind: str, random: Random) -> Image.Image:
+    """Photograph a screw head with that recess (one of ``KINDS``)."""
+    return photographed(metal(ground(random), circle(1.0), recess(kind, random), random), random)
