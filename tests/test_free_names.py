@@ -1,0 +1,75 @@
+"""Names that a relocation tries: whole characters, 255 bytes, one stem for all members."""
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sortd.free_names import cut, final_names
+from sortd.messages import Stamp
+from sortd.relocation import Member, Relocation, Role
+
+NO_STAMP = Stamp(0, 0, 0, 0)
+
+
+def names(attempt: int, image: str, *others: str) -> list[str]:
+    """Return the names of an attempt for an image and its companions."""
+    members = [Member(Role.COMPANION, other, other, NO_STAMP) for other in others]
+    image_member = Member(Role.IMAGE, image, image, NO_STAMP)
+    reason = Member(Role.REASON, image, f"{image}.reason.json", NO_STAMP)
+    return list(final_names(Relocation("t", "Images", "Rejected", (image_member, *members, reason)), attempt))
+
+
+def test_the_first_name_is_the_own_one() -> None:
+    """Nothing is changed where nothing has to be."""
+    assert names(1, "a.jpg", "a.xmp", "a.jpg.json") == ["a.jpg", "a.xmp", "a.jpg.json", "a.jpg.reason.json"]
+
+
+def test_the_number_stands_before_the_suffix_and_for_all() -> None:
+    """Companions get the same stem as their image, by both habits."""
+    assert names(2, "a.jpg", "a.xmp", "a.jpg.json") == [
+        *("a (2).jpg", "a (2).xmp", "a (2).jpg.json", "a (2).jpg.reason.json")
+    ]
+
+
+@pytest.mark.parametrize("name", [".hidden", "noend", "a.b.c.jpg", "a" + "." * 30 + "jpg", "x." + "y" * 40])
+def test_strange_names_keep_all_their_letters(name: str) -> None:
+    """Without a suffix, or with one too long to be one, the number stands at the end."""
+    (final, *_) = names(3, name)
+    assert final.replace(" (3)", "") == name
+
+
+@given(
+    stem=st.binary(min_size=1, max_size=251).filter(lambda raw: not set(raw) & {0, 0x2E, 0x2F}),
+    attempt=st.integers(2, 10_000),
+)
+def test_every_name_fits_and_keeps_its_ending(stem: bytes, attempt: int) -> None:
+    """Whatever the bytes, no name has more than 255, the suffix stays, and the stems stay the same for all."""
+    image, sidecar, reason = names(attempt, os.fsdecode(stem + b".jpg"), os.fsdecode(stem + b".xmp"))
+    assert max(len(os.fsencode(one)) for one in (image, sidecar, reason)) <= 255
+    assert image.endswith(f" ({attempt}).jpg")
+    assert image.removesuffix(".jpg") == sidecar.removesuffix(".xmp")
+    assert reason.endswith(f" ({attempt}).jpg.reason.json")
+
+
+def test_a_name_of_255_bytes_keeps_them_in_the_first_attempt() -> None:
+    """A reason's longer name is cut; the image's own is not."""
+    name = "€" * 83 + "aa.jpg"
+    assert len(name.encode()) == 255
+    image, reason = names(1, name)
+    assert image == name
+    assert len(os.fsencode(reason)) <= 255
+    assert reason.endswith(".reason.json")
+
+
+@given(
+    st.text(min_size=1).filter(lambda text: not any("\ud800" <= one <= "\udfff" for one in text)), st.integers(4, 60)
+)
+def test_a_cut_ends_where_a_character_ends(text: str, room: int) -> None:
+    """What is cut is still text, and no more is cut than must be."""
+    raw = text.encode()
+    short = cut(raw, room)
+    assert text.startswith(short.decode())
+    assert len(short) <= room
+    assert len(short) > room - 4 or short == raw

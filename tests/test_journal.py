@@ -1,0 +1,323 @@
+"""The journal: durable before and after, readable by others, and clear about what is wrong with it."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sortd.errors import JournalError
+from sortd.journal import UNDONE, Grounds, History, Journal, Selection
+from sortd.messages import Stamp
+from sortd.prototypes import Abstained, Assigned, Mode
+from sortd.relocation import Member, Progress, Relocation, Role
+from tests.filing_world import Clock
+
+STAMP = Stamp(1, 2**63 + 5, 3, 4)
+
+
+def relocation(token: str, name: str = "a.jpg", label: str = "cat", **changes: object) -> Relocation:
+    """Return a relocation from Images/ to a class."""
+    member = Member(Role.IMAGE, name, name, STAMP, final=name, moved_stamp=STAMP)
+    return Relocation(token, "Images", f"Dataset/{label}", (member,), **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the journal is to be made; its folder is missing."""
+    return tmp_path / "state" / "journal.db"
+
+
+def filed(journal: Journal, token: str, label: str = "cat", content: str = "", name: str = "a.jpg") -> None:
+    """Write one whole move."""
+    one = relocation(token, name, label)
+    journal.intend([(one, Grounds("filed", label, 0.9, 0.2, "dog", "mixed", content=content))])
+    journal.settle([relocation(token, name, label, progress=Progress.DONE)])
+
+
+def test_a_move_is_told_with_all_that_was_written(path: Path) -> None:
+    """What intent and outcome said comes back word for word, inode numbers of 64 bits included."""
+    grounds = Grounds("filed", "cat", 0.9, 0.2, "dog", "mixed", "why", 7, "clip", "ab" * 32)
+    with Journal(path, clock=Clock(), run="first") as journal:
+        journal.intend([(relocation("t"), grounds)])
+        journal.settle([relocation("t", progress=Progress.DONE, lost=("owner", "mtime"), message="said")])
+        (record,) = journal.history.moves(Selection())
+    assert record.grounds == grounds
+    assert record.relocation == relocation("t", progress=Progress.DONE, lost=("owner", "mtime"), message="said")
+    assert (record.run, record.intended_at, record.ended_at, record.undone_by) == ("first", 1, 2, None)
+    assert (record.source_path, record.destination_path) == ("Images/a.jpg", "Dataset/cat/a.jpg")
+
+
+def test_an_intent_without_an_outcome_is_unfinished_after_a_crash(path: Path) -> None:
+    """A process that dies between the two leaves the intent for the next one to find."""
+    program = (
+        "import os, sys; from pathlib import Path; from sortd.journal import Journal, Grounds\n"
+        "from tests.test_journal import relocation\n"
+        "Journal(Path(sys.argv[1])).intend([(relocation('t'), Grounds('filed'))]); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, path], check=False).returncode == 9
+    with Journal(path) as journal:
+        (record,) = journal.history.unfinished()
+    assert record.relocation == relocation("t")
+    assert record.relocation.progress is Progress.INTENDED
+
+
+def test_what_was_taken_back_leaves_no_record(path: Path) -> None:
+    """A move that failed is no history."""
+    with Journal(path) as journal:
+        journal.intend([(relocation("t"), Grounds("filed"))])
+        journal.settle([relocation("t").failed("no room")])
+        assert journal.history.unfinished() == journal.history.moves(Selection()) == []
+
+
+def test_progress_is_durable_and_never_written_back_by_settling(path: Path) -> None:
+    """A relocation that is settled while it is still under way keeps what ``advance`` wrote."""
+    with Journal(path) as journal:
+        journal.intend([(relocation("t"), Grounds("filed"))])
+        journal.advance(relocation("t", progress=Progress.PUBLISHING))
+        journal.settle([relocation("t")])
+        assert journal.history.unfinished()[0].relocation.progress is Progress.PUBLISHING
+
+
+def test_history_is_filtered_by_everything_it_is_asked_by(path: Path) -> None:
+    """Label, run, outcome, time, path, number and limit each choose what they say, newest first."""
+    with Journal(path, clock=Clock(), run="first") as journal:
+        filed(journal, "one", "cat")
+        journal.run = "second"
+        filed(journal, "two", "dog", name="b.jpg")
+        filed(journal, "three", "cat", name="c.jpg")
+
+        def tokens(**conditions: object) -> list[str]:
+            return [
+                one.relocation.token
+                for one in journal.history.moves(Selection(**conditions))  # type: ignore[arg-type]
+            ]
+
+        assert tokens() == ["three", "two", "one"]
+        assert tokens(label="cat") == ["three", "one"]
+        assert tokens(run="second") == ["three", "two"]
+        assert tokens(limit=1) == ["three"]
+        assert tokens(since=4, until=6) == ["two"]
+        assert tokens(outcome="rejected") == []
+        assert tokens(path="Images/b.jpg") == tokens(path="Dataset/dog/b.jpg") == tokens(id=2) == ["two"]
+        assert tokens(path="Images/nothing.jpg") == []
+
+
+def test_names_and_classes_that_are_not_utf8_survive(path: Path) -> None:
+    """Bytes that are no text come back as the same bytes, in names, folders and classes."""
+    name, label = os.fsdecode(b"caf\xe9\n.jpg"), os.fsdecode(b"ni\xf1o")
+    with Journal(path) as journal:
+        journal.intend([(relocation("t", name, label), Grounds("filed", label, reason=label))])
+        journal.settle([relocation("t", name, label, progress=Progress.DONE, message=name)])
+        (record,) = journal.history.moves(Selection(label=label, path=f"Images/{name}"))
+        assert record.grounds.label == label
+        assert record.relocation.image.final == name
+        assert journal.history.accuracy() == {label: (1, 0)}
+
+
+def test_decisions_become_grounds() -> None:
+    """A filed image is told with its class, an abstention with its best guess and its reason."""
+    assigned = Assigned("cat", 0.9, 0.2, "dog", Mode.MIXED)
+    abstained = Abstained("far", "cat", 0.4, 0.1, None, Mode.MIXED)
+    assert Grounds.of(assigned, "filed") == Grounds("filed", "cat", 0.9, 0.2, "dog", "mixed")
+    assert Grounds.of(abstained, "sent_to_review") == Grounds("sent_to_review", "cat", 0.4, 0.1, None, "mixed", "far")
+    assert Grounds.of(None, "rejected") == Grounds("rejected")
+
+
+def test_another_process_reads_while_this_one_writes(path: Path) -> None:
+    """A reader sees each commit at once and can change nothing."""
+    with Journal(path) as journal, History.open(path) as history:
+        assert history.moves(Selection()) == []
+        filed(journal, "t")
+        assert len(history.moves(Selection())) == 1
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            history._connection.execute("DELETE FROM moves")
+
+
+def test_a_journal_at_rest_is_read_without_the_right_to_write(path: Path) -> None:
+    """Who may only read the file reads it, as long as nobody writes it."""
+    with Journal(path) as journal:
+        filed(journal, "t")
+    path.chmod(0o444)
+    path.parent.chmod(0o555)
+    try:
+        with History.open(path) as history:
+            assert len(history.moves(Selection())) == 1
+    finally:
+        path.parent.chmod(0o755)
+
+
+def test_a_second_thread_writes_beside_the_first(path: Path) -> None:
+    """A connection beside the first sees and writes the same journal."""
+    with Journal(path, run="first") as journal:
+        journal.intend([(relocation("t"), Grounds("filed"))])
+        with journal.beside() as other:
+            other.settle([relocation("t", progress=Progress.DONE)])
+        assert journal.history.counts() == {"filed": 1}
+
+
+def test_last_known_finds_the_file_by_inode_and_else_by_content(path: Path) -> None:
+    """The newest standing move of this very version counts, whatever its device number is now."""
+    with Journal(path) as journal:
+        filed(journal, "t", content="c0")
+        filed(journal, "u", "dog", content="c1")
+        found = journal.history.last_known(Stamp(99, STAMP.inode, STAMP.size, STAMP.mtime_ns))
+        assert found is not None
+        assert found.relocation.token == "u"  # noqa: S105 - a relocation's
+        other = Stamp(1, 1, 1, 1)
+        assert journal.history.last_known(other) is None
+        by_content = journal.history.last_known(other, "c0")
+        assert by_content is not None
+        assert by_content.relocation.token == "t"  # noqa: S105 - a relocation's
+
+
+def test_an_undo_marks_what_it_undoes_and_holds_what_it_put_back(path: Path) -> None:
+    """The record is no longer undoable nor known, and the version is held under its restored path."""
+    with Journal(path) as journal:
+        filed(journal, "t")
+        member = Member(Role.IMAGE, "a.jpg", "a.jpg", STAMP, final="a (2).jpg", moved_stamp=STAMP)
+        back = Relocation("u", "Dataset/cat", "Images", (member,))
+        journal.intend([(back, Grounds(UNDONE, undoes=1))])
+        journal.settle([Relocation("u", "Dataset/cat", "Images", (member,), Progress.DONE)])
+        assert journal.history.moves(Selection(undoable=True)) == []
+        assert journal.history.moves(Selection(id=1))[0].undone_by == 2
+        assert journal.history.last_known(STAMP) is None
+        assert journal.history.held() == {"Images/a (2).jpg": STAMP}
+        assert journal.history.accuracy() == {}
+
+
+def test_holds_are_kept_until_they_are_released_or_filed(path: Path) -> None:
+    """One or all can be released; a file that is moved on is no longer held."""
+    with Journal(path) as journal:
+        journal.hold_all([("Images/b.jpg", STAMP), ("Images/c.jpg", STAMP)], "guarded")
+        journal.hold("Images/a.jpg", STAMP, "guarded")
+        assert list(journal.history.held()) == ["Images/b.jpg", "Images/c.jpg", "Images/a.jpg"]
+        assert journal.release("Images/b.jpg") == 1
+        assert journal.release("Images/b.jpg") == 0
+        filed(journal, "t")
+        assert list(journal.history.held()) == ["Images/c.jpg"]
+        assert journal.release() == 1
+        assert journal.history.held() == {}
+
+
+def test_corrections_are_counted_once_for_each_image(path: Path) -> None:
+    """Moved on to a third class it is still one mistake; moved back it is none."""
+    with Journal(path, clock=Clock()) as journal:
+        filed(journal, "t", content="c")
+        filed(journal, "u", name="b.jpg")
+        record = journal.history.moves(Selection(id=1))[0]
+        assert journal.record_correction(record, "dog", "Dataset/dog/a.jpg")
+        assert not journal.record_correction(record, "dog", "Dataset/dog/a.jpg")
+        assert journal.record_correction(record, "cow", "Dataset/cow/a.jpg")
+        assert journal.history.accuracy() == {"cat": (2, 1)}
+        assert [one[:3] for one in journal.history.corrections()] == [("cat", "cow", "Dataset/cow/a.jpg")]
+        assert journal.record_correction(record, "cat", "Dataset/cat/a.jpg")
+        assert journal.history.accuracy() == {"cat": (2, 0)}
+
+
+def test_facts_are_kept_and_replaced(path: Path) -> None:
+    """A fact outlives the process, the newest value counts."""
+    with Journal(path) as journal:
+        assert journal.history.fact("generation") is None
+        journal.note("generation", "6")
+        journal.note("generation", "7")
+    with History.open(path) as history:
+        assert history.fact("generation") == "7"
+
+
+def test_old_records_can_be_forgotten_with_all_that_hangs_on_them(path: Path) -> None:
+    """What ended before the moment goes, with its members and corrections; what is open stays."""
+    with Journal(path, clock=Clock()) as journal:
+        filed(journal, "t")
+        journal.record_correction(journal.history.moves(Selection())[0], "dog", "Dataset/dog/a.jpg")
+        journal.intend([(relocation("open"), Grounds("filed"))])
+        filed(journal, "u")
+        assert journal.forget_before(3) == 1
+        assert [one.relocation.token for one in journal.history.moves(Selection())] == ["u"]
+        assert len(journal.history.unfinished()) == 1
+        assert journal._connection.execute("SELECT count(*) FROM members").fetchone()[0] == 2
+        assert journal.history.corrections() == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.write_bytes(b"no database at all, but long enough to be looked at" * 9), "not a database"),
+        (lambda path: _execute(path, "PRAGMA user_version = 99"), "version 99"),
+        (lambda path: _execute(path, "PRAGMA application_id = 1"), "no journal of sortd"),
+        (lambda path: _overwrite(path, 2 * 4096), "damaged|malformed"),
+    ],
+)
+def test_a_journal_that_cannot_serve_says_so_and_is_not_touched(path: Path, damage: object, said: str) -> None:
+    """Garbage, another version, another program's file and a damaged page are each refused, with the path."""
+    with Journal(path) as journal:
+        for number in range(50):
+            filed(journal, f"t{number}", name=f"{number}.jpg")
+    damage(path)  # type: ignore[operator]
+    before = path.read_bytes()
+    with pytest.raises(JournalError, match=said) as caught:
+        Journal(path)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_a_missing_journal_is_not_made_by_asking(path: Path) -> None:
+    """Whoever only reads gets a clear error, and makes no file."""
+    with pytest.raises(JournalError, match="no journal yet"):
+        History.open(path)
+    assert not path.parent.exists()
+
+
+def test_a_journal_that_cannot_be_written_stops_everything(path: Path) -> None:
+    """A full or locked journal is a ``JournalError``, with the path and a way out."""
+    with Journal(path) as journal:
+        journal._connection.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(JournalError, match=r"journal\.db: .*full.* nothing is moved"):
+            journal.hold_all([(f"Images/{'x' * 200}{number}", STAMP) for number in range(1000)], "guarded")
+        assert journal.history.held() == {}
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("source", b"/etc"), ("source", b"Images/../../etc"), ("destination", b"Clases/cat"), ("source", b"")],
+)
+def test_a_forged_folder_is_refused(path: Path, column: str, value: bytes) -> None:
+    """A journal that names a folder outside the four is not acted on."""
+    with Journal(path) as journal:
+        journal.intend([(relocation("t"), Grounds("filed"))])
+    _execute(path, f"UPDATE moves SET {column} = ?", value)  # noqa: S608 - our own words
+    with Journal(path) as journal, pytest.raises(JournalError, match="no folder that sortd moves"):
+        journal.history.unfinished()
+
+
+@pytest.mark.parametrize("name", [b"../a", b"", b"..", b"a/b"])
+def test_a_forged_name_is_refused(path: Path, name: bytes) -> None:
+    """A journal that names a file in another folder is not acted on."""
+    with Journal(path) as journal:
+        journal.intend([(relocation("t"), Grounds("filed"))])
+    _execute(path, "UPDATE members SET name = ?", name)
+    with Journal(path) as journal, pytest.raises(JournalError, match="no name of a file"):
+        journal.history.unfinished()
+
+
+def test_every_commit_is_synced(path: Path) -> None:
+    """WAL mode with full syncs: without them a commit does not survive a power cut."""
+    with Journal(path) as journal, journal.beside() as other:
+        for connection in (journal._connection, other._connection):
+            assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+            assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
+
+
+def _execute(path: Path, statement: str, *values: object) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute(statement, values)
+    connection.commit()
+    connection.close()
+
+
+def _overwrite(path: Path, start: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(os.urandom(4096 * 4))
