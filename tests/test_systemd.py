@@ -1,0 +1,341 @@
+"""The units, as systemd itself reads and runs them: in a private systemd where namespaces are allowed."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.daemon_process import make_dataset, picture
+
+REPOSITORY = Path(__file__).parents[1]
+UNITS = REPOSITORY / "systemd"
+PATIENCE = 90.0
+
+CONFIG = """\
+root: /srv/sortd
+model: /opt/sortd/model
+mode: max
+abstain: off
+settle_seconds: 0.5
+"""
+
+
+def verify(unit: Path, program: str, *manager: str, runtime: Path) -> str:
+    """Return what systemd-analyze says of a unit, whose program is replaced by one that is here."""
+    copy = runtime / unit.name
+    copy.write_text(unit.read_text().replace(program, shutil.which("true") or "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", *manager, "verify", os.fspath(copy)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "XDG_RUNTIME_DIR": os.fspath(runtime)},
+    )
+    return done.stdout + done.stderr
+
+
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here")
+
+
+@needs_systemd
+def test_systemd_has_nothing_to_say_about_the_machines_unit(tmp_path: Path) -> None:
+    """An unknown key is only a line of text and exit code 0: there must be no text."""
+    assert verify(UNITS / "sortd.service", "/opt/sortd/.venv/bin/sortd", runtime=tmp_path) == ""
+
+
+@needs_systemd
+def test_systemd_has_nothing_to_say_about_the_users_unit(tmp_path: Path) -> None:
+    """The same for the unit that a user's manager runs."""
+    assert verify(UNITS / "user" / "sortd.service", "%h/.local/bin/sortd", "--user", runtime=tmp_path) == ""
+
+
+@needs_systemd
+def test_an_unknown_key_would_be_told(tmp_path: Path) -> None:
+    """The two tests above can fail."""
+    (tmp_path / "unit").mkdir()
+    broken = tmp_path / "unit" / "sortd.service"
+    broken.write_text((UNITS / "sortd.service").read_text().replace("ProtectClock=", "ProtectClocks="))
+    assert "ProtectClocks" in verify(broken, "/opt/sortd/.venv/bin/sortd", runtime=tmp_path)
+
+
+def test_what_is_known_to_break_sortd_is_not_in_the_units() -> None:
+    """Each was seen in a run: torch dies or halves its threads, renames become copies, systemd 252 complains."""
+    for unit in (UNITS / "sortd.service", UNITS / "user" / "sortd.service"):
+        lines = [line for line in unit.read_text().splitlines() if line and not line.startswith("#")]
+        assert not [line for line in lines if line.startswith("MemoryDenyWriteExecute=")]
+        assert not [line for line in lines if line.startswith("SystemCallFilter=~") and "@resources" in line]
+        assert len([line for line in lines if line.startswith("ReadWritePaths=")]) <= 1
+        assert "Type=notify" in lines
+
+
+# ---------------------------------------------------------------- a private systemd
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A private systemd, and the folder that is /srv/sortd inside."""
+
+    scratch: Path
+    srv: Path
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command inside, as root."""
+        done = subprocess.run(
+            [os.fspath(REPOSITORY / "tests" / "systemd_lab"), "run", os.fspath(self.scratch), *command],
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done
+
+    def property(self, name: str, unit: str = "sortd") -> str:
+        """Return a property of a unit."""
+        return self.run("systemctl", "show", "--value", "--property", name, unit).stdout.strip()
+
+    def lines(self, *match: str) -> list[dict[str, Any]]:
+        """Return the log lines of a unit, with the journal's own facts."""
+        output = self.run("journalctl", "--output=json", "--no-pager", *(match or ("--unit=sortd",))).stdout
+        entries = [json.loads(line) for line in output.splitlines()]
+        return [
+            json.loads(entry["MESSAGE"]) | {"PRIORITY": entry["PRIORITY"]}
+            for entry in entries
+            if str(entry["MESSAGE"]).startswith("{")
+        ]
+
+    def wait(self, claim: Callable[[], object], what: str, *match: str) -> None:
+        """Wait until a claim holds."""
+        deadline = time.monotonic() + PATIENCE
+        while not claim():
+            if time.monotonic() > deadline:
+                journal = self.run("journalctl", "--no-pager", "--lines=40", *match, check=False).stdout
+                raise AssertionError(f"{what} did not come:\n{journal}")
+            time.sleep(0.2)
+
+    def wait_for(self, event: str, count: int = 1, match: Sequence[str] = (), **fields: object) -> dict[str, Any]:
+        """Wait for the line of an event, and return the last."""
+
+        def found() -> list[dict[str, Any]]:
+            return [line for line in self.lines(*match) if {"event": event, **fields}.items() <= line.items()]
+
+        self.wait(lambda: len(found()) >= count, f"{count} x {event} {fields}", *match)
+        return found()[-1]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[Lab]:
+    """A private systemd with sortd where the unit expects it, and a user in its group."""
+    scratch, srv = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("srv")
+    program = REPOSITORY / "tests" / "systemd_lab"
+    interpreter = Path(os.path.realpath(sys.executable))
+    prefix = interpreter.parents[1]  # bound to /opt, since ProtectHome= hides what lies in /root or /home
+    lib = f"/opt/sortd/.venv/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    binds = [
+        f"{prefix}:/opt/python:ro",
+        f"{sysconfig.get_path('purelib')}:{lib}:ro",
+        f"{REPOSITORY}:/opt/sortd/src:ro",
+        f"{tiny_clip}:/opt/sortd/built:ro",
+        f"{srv}:/srv/sortd",
+    ]
+    boot = subprocess.run([program, "boot", scratch, *binds], capture_output=True, text=True, check=False)
+    if boot.returncode == 77:
+        pytest.skip(boot.stderr.strip())
+    assert boot.returncode == 0, boot.stderr
+    lab = Lab(scratch, srv)
+    try:
+        install(lab, interpreter.name)
+        yield lab
+    finally:
+        subprocess.run([program, "stop", scratch], check=True)
+
+
+def install(lab: Lab, interpreter: str) -> None:
+    """Install as the README says, from the files of this repository."""
+    run = "import sys; sys.path.insert(0, '/opt/sortd/src'); sys.argv[0] = 'sortd'; "
+    lab.run(
+        "sh",
+        "-ec",
+        f"""
+        mkdir -p /opt/sortd/.venv/bin
+        echo /opt/python/lib > /etc/ld.so.conf.d/00-python.conf && ldconfig  # its own libpython, where it has one
+        ln -s /opt/python/bin/{interpreter} /opt/sortd/.venv/bin/python
+        printf 'home = /opt/python/bin\n' > /opt/sortd/.venv/pyvenv.cfg
+        cat > /opt/sortd/.venv/bin/sortd <<'.'
+#!/opt/sortd/.venv/bin/python
+{run}from sortd.cli import main; main()
+.
+        cat > /opt/sortd/.venv/bin/fast-sortd <<'.'
+#!/opt/sortd/.venv/bin/python
+{run}from tests.fast_sortd import main; main()
+.
+        chmod 755 /opt/sortd/.venv/bin/*sortd
+        cp -r /opt/sortd/built /opt/sortd/model
+        chmod -R a+rX /opt/sortd/model  # safetensors writes for its owner alone
+        cd /opt/sortd/src/systemd
+        install -D -m 644 -t /etc/systemd/system sortd.service
+        install -D -m 644 -t /etc/systemd/user user/sortd.service
+        install -D -m 644 -t /etc/sysusers.d sysusers.d/sortd.conf
+        install -D -m 644 -t /etc/tmpfiles.d tmpfiles.d/sortd.conf
+        systemd-sysusers
+        systemd-tmpfiles --create sortd.conf
+        useradd --create-home --groups sortd --shell /bin/sh alice
+        systemctl daemon-reload
+        """,
+    )
+    lab.run("sh", "-ec", f"cat > /etc/sortd/config.yaml <<'.'\n{CONFIG}.\n")
+
+
+@pytest.fixture(scope="module")
+def service(lab: Lab) -> Lab:
+    """The machine's unit, started on a dataset that alice has taught."""
+    make_dataset(lab.srv)
+    lab.run("sh", "-ec", "chown -R alice:sortd /srv/sortd/Colours && chmod -R g+rwX /srv/sortd/Colours")
+    lab.run("sh", "-ec", "find /srv/sortd/Colours -type d -exec chmod g+s {} +")
+    started = lab.run("systemctl", "start", "sortd", check=False)
+    assert started.returncode == 0, lab.run("journalctl", "--no-pager", "--lines=40").stdout
+    return lab
+
+
+def drop(lab: Lab, name: str, colour: str) -> int:
+    """Let alice move an image in, and return its inode."""
+    staged = lab.srv / f".{name}"
+    picture(colour, sum(name.encode())).save(staged, format="PNG")
+    lab.run("chown", "alice:alice", f"/srv/sortd/.{name}")
+    inode = staged.stat().st_ino
+    lab.run("runuser", "-u", "alice", "--", "mv", f"/srv/sortd/.{name}", f"/srv/sortd/Colours/Images/{name}")
+    return inode
+
+
+def filed(lab: Lab, name: str, colour: str) -> Path:
+    """Wait until a file is filed, and return it."""
+    path = lab.srv / "Colours" / "Dataset" / colour / name
+    lab.wait(path.exists, os.fspath(path), "--unit=sortd")
+    return path
+
+
+def test_the_unit_is_clean_where_it_is_installed(lab: Lab) -> None:
+    """Nothing was replaced here: the very file, with the program where it says."""
+    done = lab.run("systemd-analyze", "verify", "/etc/systemd/system/sortd.service")
+    assert done.stdout + done.stderr == ""
+
+
+def test_a_dropped_file_is_filed_and_is_the_same_inode(service: Lab) -> None:
+    """Another user's file is moved within the sandbox by a rename, not copied, and said in one line of JSON."""
+    inode = drop(service, "first.png", "red")
+    path = filed(service, "first.png", "red")
+    assert path.stat().st_ino == inode
+    line = service.wait_for("image.filed", label="red")
+    assert line["path"].endswith("/Images/first.png")
+    assert line["PRIORITY"] == "6"
+    assert service.property("ActiveState") == "active"
+
+
+def test_the_service_is_confined(service: Lab) -> None:
+    """Its own user, no capability, no new privilege, a filter of system calls, and nothing to write but its folders."""
+    process = service.property("MainPID")
+    status = dict(re.findall(r"^(\w+):\s*(.*)$", service.run("cat", f"/proc/{process}/status").stdout, re.MULTILINE))
+    assert status["Uid"].split()[0] == service.run("id", "-u", "sortd").stdout.strip()
+    assert (status["CapEff"], status["CapBnd"]) == ("0" * 16, "0" * 16)
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    inside = ("nsenter", "--target", process, "--mount", "sh", "-c")
+    for path in ("/etc/x", "/opt/x", "/usr/x", "/var/lib/x"):
+        assert "Read-only" in service.run(*inside, f"touch {path}", check=False).stderr
+    for path in ("/srv/sortd/.x", "/var/lib/sortd/x", "/var/cache/sortd/x", "/run/sortd/x"):
+        service.run(*inside, f"touch {path} && rm {path}")
+
+
+def test_a_reload_is_taken_and_a_bad_one_refused(service: Lab) -> None:
+    """`systemctl reload` swaps the configuration; a broken file keeps the one before, and the service stays up."""
+    process = service.property("MainPID")
+    service.run("sed", "-i", "s/settle_seconds: .*/settle_seconds: 0.6/", "/etc/sortd/config.yaml")
+    service.run("systemctl", "reload", "sortd")
+    service.wait_for("config.reloaded")
+    service.run("sed", "-i", "s/settle_seconds: .*/settle_seconds: soon/", "/etc/sortd/config.yaml")
+    service.run("systemctl", "reload", "sortd")
+    assert service.wait_for("config.refused")["PRIORITY"] == "3"
+    service.run("sed", "-i", "s/settle_seconds: .*/settle_seconds: 0.5/", "/etc/sortd/config.yaml")
+    service.run("systemctl", "reload", "sortd")
+    service.wait_for("config.reloaded", count=2)
+    service.wait(lambda: service.property("ActiveState") == "active", "active again")
+    assert service.property("MainPID") == process
+
+
+def test_a_killed_service_comes_back_and_files_what_came_meanwhile(service: Lab) -> None:
+    """Kill -9 loses nothing: systemd starts it again, and what was dropped before it was up is filed."""
+    process = service.property("MainPID")
+    service.run("kill", "-9", process)
+    inode = drop(service, "second.png", "blue")
+    service.wait_for("daemon.ready", count=2)
+    assert filed(service, "second.png", "blue").stat().st_ino == inode
+    assert service.property("MainPID") != process
+    assert service.property("NRestarts") == "1"
+
+
+def test_a_stop_is_quick_and_clean(service: Lab) -> None:
+    """SIGTERM ends it within five seconds with success, and no process stays."""
+    began = time.monotonic()
+    service.run("systemctl", "stop", "sortd")
+    assert time.monotonic() - began < 5.0
+    assert service.property("Result") == "success"
+    assert service.property("ExecMainStatus") == "0"
+    service.wait_for("daemon.stopped")
+    tree = {os.path.relpath(path, service.srv / "Colours" / "Dataset") for path in service.srv.rglob("Dataset/*/*.png")}
+    assert tree == {"red/first.png", "blue/second.png"}
+    assert list((service.srv / "Colours" / "Images").iterdir()) == []
+
+
+def test_a_configuration_that_is_wrong_is_not_started_again_and_again(service: Lab) -> None:
+    """Exit code 78 says that the operator must act: one start, one sentence."""
+    service.run("systemctl", "stop", "sortd")
+    service.run("sh", "-ec", "echo 'colour: blue' >> /etc/sortd/config.yaml")
+    assert service.run("systemctl", "start", "sortd", check=False).returncode != 0
+    assert service.property("ExecMainStatus") == "78"
+    assert service.property("ActiveState") == "failed"
+    assert "colour" in service.run("journalctl", "--unit=sortd", "--no-pager", "--lines=5").stdout
+    service.run("sed", "-i", "/^colour:/d", "/etc/sortd/config.yaml")
+    service.run("systemctl", "reset-failed", "sortd")
+
+
+def test_the_users_unit_files_in_a_home(lab: Lab) -> None:
+    """A user's own manager runs it on datasets below /home, without root."""
+    config = CONFIG.replace("/srv/sortd", "/home/alice/Data")
+    lab.run(
+        "sh",
+        "-ec",
+        f"""
+        mkdir -p /home/alice/.local/bin /home/alice/.config/sortd
+        ln -s /opt/sortd/.venv/bin/fast-sortd /home/alice/.local/bin/sortd
+        cat > /home/alice/.config/sortd/config.yaml <<'.'
+{config}.
+        """,
+    )
+    make_dataset(lab.srv / ".home")
+    lab.run("cp", "-r", "/srv/sortd/.home", "/home/alice/Data")
+    lab.run("chown", "-R", "alice:alice", "/home/alice")
+    lab.run("loginctl", "enable-linger", "alice")
+    number = lab.run("id", "-u", "alice").stdout.strip()
+    alice = ("runuser", "-u", "alice", "--", "env", f"XDG_RUNTIME_DIR=/run/user/{number}")
+    lab.wait(lambda: lab.run(*alice, "systemctl", "--user", "status", check=False).returncode == 0, "alice's manager")
+    lab.run(*alice, "systemctl", "--user", "start", "sortd")
+    picture("green", 1).save(lab.srv / ".green.png")
+    lab.run("install", "-o", "alice", "/srv/sortd/.green.png", "/home/alice/Data/Colours/Images/green.png")
+    path = "/home/alice/Data/Colours/Dataset/green/green.png"
+    lab.wait(lambda: lab.run("test", "-e", path, check=False).returncode == 0, path)
+    lab.run(*alice, "systemctl", "--user", "reload", "sortd")
+    lab.run(*alice, "systemctl", "--user", "stop", "sortd")
+    shown = lab.run(
+        *alice, "systemctl", "--user", "show", "--value", "--property=Result,ExecMainStatus", "sortd"
+    ).stdout
+    assert shown.split() == ["success", "0"]
