@@ -12,25 +12,28 @@ import os
 import queue
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from time import monotonic
 
 import structlog
 
 from sortd import __version__, logs
+from sortd.collection import Collection
 from sortd.config import Config, restart_needed
 from sortd.control import answer
 from sortd.dataset import Dataset
 from sortd.errors import ConfigError, LayoutError
-from sortd.layout import Layout, find_datasets
-from sortd.messages import RebuildFailed, StopRequested
+from sortd.layout import Area
+from sortd.messages import StopRequested
 from sortd.metrics import Metrics
 from sortd.requests import Requests
+from sortd.rounds import Rounds
 from sortd.sdnotify import Notifier
 from sortd.signals import Signalled, signals_posted
-from sortd.site import Site, sorter_settings, teaching_of
+from sortd.site import Site
 from sortd.status import Status, started_ticks
-from sortd.watch import Hint, HintsLost, Loss, Watcher
-from sortd.worker import Answer, Forget, Posted, Worker, WorkerDied, WorkerReady
+from sortd.watch import CHECK_SECONDS, Hint, HintsLost, Loss, Watcher
+from sortd.worker import Answer, Posted, Worker, WorkerDied, WorkerReady
 
 STOP_SECONDS = 4.0
 """How long the worker may take to end its forward when the daemon stops."""
@@ -41,9 +44,8 @@ STUCK_SECONDS = 300.0
 STATUS_SECONDS = 2.0
 """The shortest pause between two writes of the status file."""
 
-HEALTH_SECONDS = 30.0
-"""How often the watcher is asked whether it still hears."""
-
+METRICS_SECONDS = 15.0
+"""How often the metrics file is written; Prometheus scrapes as often by default."""
 
 Message = Hint | HintsLost | Posted | Signalled
 
@@ -72,13 +74,13 @@ class Daemon:
             once: stop when nothing is left to do.
         """
         self.config = config
-        self.datasets: dict[str, Dataset] = {}
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.model: WorkerReady | None = None
         self.config_problem: str | None = None
-        self._site, self._reload, self._notifier, self._metrics = site, reload, notifier, metrics
+        self._reload, self._notifier, self._metrics = reload, notifier, metrics
         self._once = once
         self._worker = Worker(site.load, site.unload, self.inbox.put)
+        self.collection = Collection(config, site=site, ask=self._worker.ask, metrics=metrics)
         self._watcher: Watcher | None = None
         self._status = Status(site.state_folder)
         self._requests = Requests(site.state_folder)
@@ -86,8 +88,13 @@ class Daemon:
         self._pid = os.getpid()
         self._is_ready = False
         self._is_stopping = False
-        self._root_is_present = True
-        self._next = dict.fromkeys(("scan", "ping", "status", "health"), 0.0)
+        self._rounds = Rounds()
+        self._closing = ExitStack()
+
+    @property
+    def datasets(self) -> dict[str, Dataset]:
+        """The datasets that it works on, by name."""
+        return self.collection.datasets
 
     # ------------------------------------------------------------ life
 
@@ -110,35 +117,36 @@ class Daemon:
         self._worker.start()
         if not self._once:
             self._watcher = Watcher(self.inbox.put, polling=self.config.polling)
-            self._watcher.watch_root(os.fspath(self.config.root))
-        self._discover()
+            self.collection.watch_with(self._watcher)
+        self.collection.discover()
         if self._once and not self.datasets:
             raise LayoutError(
                 f"{self.config.root} holds no dataset: a folder with a Clases/ in it; `sortd init DIR` makes one"
             )
-        self._next["scan"] = monotonic() + self.config.rescan_seconds
+        self._rounds.put_off("scan", monotonic() + self.config.rescan_seconds)
+        if self.config.metrics.http_port is not None:
+            self._closing.callback(self._metrics.serve(self.config.metrics.http_port))
 
     def _is_done(self) -> bool:
         if self._is_stopping:
-            return all(dataset.sorter.is_stopped for dataset in self.datasets.values())
+            return all(dataset.sorter.is_stopped for dataset in self.collection)
         if not self._once or self.model is None:
             return False
-        return all(dataset.is_drained or dataset.problem for dataset in self.datasets.values())
+        return all(dataset.is_drained or dataset.problem for dataset in self.collection)
 
     def _stop(self) -> None:
         self._notifier.stopping()
         if self._watcher is not None:
             self._watcher.close()
         ended = self._worker.stop(STOP_SECONDS)
-        for dataset in self.datasets.values():
-            dataset.flush()
-            self._site.close(dataset)
-        self._write_status(running=False)
+        self.collection.close()
+        self._status.write(self.facts(running=False))
+        self._closing.close()
         self._log.info(logs.DAEMON_STOPPED, worker_ended=ended, **self._totals())
 
     def _totals(self) -> dict[str, int]:
         totals: dict[str, int] = {}
-        for dataset in self.datasets.values():
+        for dataset in self.collection:
             for outcome, count in dataset.account.outcomes.items():
                 totals[outcome] = totals.get(outcome, 0) + count
         return totals
@@ -149,7 +157,7 @@ class Daemon:
         for message in self._messages():
             self._take(message)
         now = monotonic()
-        for dataset in self.datasets.values():
+        for dataset in self.collection:
             dataset.tick(now)
             dataset.continue_scan()
             dataset.flush()
@@ -165,21 +173,20 @@ class Daemon:
             return
 
     def _patience(self, now: float) -> float:
-        if any(dataset.is_scanning or dataset.has_moves for dataset in self.datasets.values()):
+        if any(dataset.is_scanning or dataset.has_moves for dataset in self.collection):
             return 0.0
-        deadlines = [d for dataset in self.datasets.values() if (d := dataset.sorter.next_deadline()) is not None]
-        deadlines += [self._next["scan"], self._next["health"], self._next["ping"]]
-        return max(0.0, min(deadline for deadline in deadlines if deadline) - now)
+        deadlines = [d for dataset in self.collection if (d := dataset.sorter.next_deadline()) is not None]
+        return max(0.0, min([*deadlines, self._rounds.next_deadline()]) - now)
 
     def _take(self, message: Message) -> None:
         match message:
-            case Hint(path=path):
-                self._hint(path, message)
+            case Hint():
+                self.collection.hint(message)
             case HintsLost(root=root, why=why, loss=loss):
                 self._log.warning(f"watch.{loss.value}", root=root, why=why)
                 if loss is Loss.OVERFLOWED:
                     self._metrics.watch_overflow()
-                self._scan_all()
+                self.collection.scan()
             case Answer(dataset=name):
                 if name in self.datasets:
                     self.datasets[name].answer(message)
@@ -191,88 +198,51 @@ class Daemon:
             case Signalled(number=number):
                 self._signalled(number)
 
-    def _hint(self, path: str, hint: Hint) -> None:
-        for dataset in self.datasets.values():
-            if dataset.layout.area_of(path) is not None:
-                dataset.hint(hint)
-                return
-        self._discover()
-
-    # ------------------------------------------------------------ datasets
-
-    def _discover(self) -> None:
-        """Take up datasets that appeared; let one go only when its folder is gone and the root is there."""
-        try:
-            found = {layout.name: layout for layout in find_datasets(self.config.root)}
-        except LayoutError as error:
-            if self._root_is_present:
-                self._root_is_present = False
-                self._log.error(logs.ROOT_ABSENT, error=str(error))
-            for dataset in self.datasets.values():
-                dataset.receive(RebuildFailed(str(error), references_absent=True))
-            if self._once or not self.datasets:
-                raise
-            return
-        self._root_is_present = True
-        for name in [name for name, dataset in self.datasets.items() if not dataset.layout.root.is_dir()]:
-            self._let_go(name)
-        for name, layout in found.items():
-            if name not in self.datasets:
-                self._take_up(layout)
-
-    def _take_up(self, layout: Layout) -> None:
-        dataset = self._site.open(layout, self.config, ask=self._worker.ask, metrics=self._metrics)
-        if self._watcher is not None:
-            self._watcher.watch_dataset(os.fspath(layout.root))
-        self.datasets[layout.name] = dataset
-        self._site.begin(dataset)
-        self._log.info(logs.DATASET_ADDED, dataset=layout.name, root=str(layout.root))
-
-    def _let_go(self, name: str) -> None:
-        dataset = self.datasets.pop(name)
-        if self._watcher is not None:
-            self._watcher.forget(os.fspath(dataset.layout.root))
-        self._worker.ask(Forget(name))
-        self._site.close(dataset)
-        self._log.warning(logs.DATASET_GONE, dataset=name, root=str(dataset.layout.root))
-
-    def _scan_all(self) -> None:
-        self._discover()
-        for dataset in self.datasets.values():
-            dataset.begin_scan()
-            dataset.compare_references()
-            dataset.scan_corrections()
-
     # ------------------------------------------------------------ what comes round
 
     def _periodic(self, now: float) -> None:
-        if now >= self._next["scan"]:
-            self._next["scan"] = now + self.config.rescan_seconds
-            self._scan_all()
-        if now >= self._next["health"]:
-            self._next["health"] = now + HEALTH_SECONDS if self._watcher is None else self._watcher.health(now)
+        due = self._rounds.is_due
+        if due("scan", now, self.config.rescan_seconds):
+            self.collection.scan()
+        if self._watcher is not None and due("health", now, CHECK_SECONDS):
+            self._watcher.health(now)
+        if self._watcher is not None and due("poll", now, self.config.polling_seconds):
+            self.collection.poll(self._watcher.polled())
         if not self._is_ready and self.model is not None and self._all_answered():
-            self._is_ready = True
-            self._log.info(logs.DAEMON_READY, datasets=sorted(self.datasets), model=self.model.description)
-            self._notifier.ready()
-        if now >= self._next["ping"] and self._notifier.watchdog_seconds:
-            self._next["ping"] = now + self._notifier.watchdog_seconds / 2
-            busy = self._worker.busy_since
-            if busy is None or now - busy < STUCK_SECONDS:
-                self._notifier.watchdog()
-        if now >= self._next["status"]:
-            self._next["status"] = now + STATUS_SECONDS
-            self._write_status(running=True)
+            self._become_ready(self.model)
+        if self._notifier.watchdog_seconds and due("ping", now, self._notifier.watchdog_seconds / 2):
+            self._ping(now)
+        if due("status", now, STATUS_SECONDS):
+            self._status.write(self.facts(running=True))
+        if due("metrics", now, METRICS_SECONDS):
+            self._write_metrics()
+
+    def _ping(self, now: float) -> None:
+        """Feed the watchdog, but only while the worker gets on: alive means working."""
+        busy_since = self._worker.busy_since
+        if busy_since is None or now - busy_since < STUCK_SECONDS:
+            self._notifier.watchdog()
+
+    def _write_metrics(self) -> None:
+        for dataset in self.collection:
+            dataset.account.waiting(dataset.sorter.waiting)
+        if self.config.metrics.textfile is not None:
+            self._metrics.write_textfile(os.fspath(self.config.metrics.textfile))
+
+    def _become_ready(self, model: WorkerReady) -> None:
+        self._is_ready = True
+        inboxes = [str(dataset.layout.area(Area.IMAGES)) for dataset in self.collection]
+        self._log.info(
+            logs.DAEMON_READY, drop_images_into=inboxes, model=model.description, encoder_id=model.encoder_id
+        )
+        self._notifier.ready(f"{len(self.datasets)} datasets, {model.description}")
 
     def _all_answered(self) -> bool:
         """Tell whether each dataset has scanned once and knows its prototypes, or why it has none."""
         return all(
             not dataset.is_scanning and (dataset.problem or not dataset.sorter.is_rebuilding)
-            for dataset in self.datasets.values()
+            for dataset in self.collection
         )
-
-    def _write_status(self, *, running: bool) -> bool:
-        return self._status.write(self.facts(running=running))
 
     def facts(self, *, running: bool) -> dict[str, object]:
         """Return what ``sortd status`` shows of this run, as plain values."""
@@ -303,7 +273,7 @@ class Daemon:
             self._requests.serve(lambda request: answer(self, request))
         elif number in {signal.SIGTERM, signal.SIGINT}:
             self._is_stopping = True
-            for dataset in self.datasets.values():
+            for dataset in self.collection:
                 dataset.receive(StopRequested())
 
     def reload(self) -> None:
@@ -317,8 +287,6 @@ class Daemon:
         else:
             waits = restart_needed(self.config, config)
             self.config, self.config_problem = config, None
-            for dataset in self.datasets.values():
-                own = config.dataset(dataset.name)
-                dataset.reload(sorter_settings(own), teaching_of(own))
+            self.collection.reload(config)
             self._log.info(logs.CONFIG_RELOADED, restart_needed_for=waits)
         self._notifier.ready()

@@ -15,6 +15,9 @@ from typing import Protocol
 
 from sortd.account import Account
 from sortd.corrections import Correction, Corrections
+from sortd.filing import Filing
+from sortd.journal import Journal
+from sortd.journal_history import History
 from sortd.layout import Area, Layout
 from sortd.messages import (
     Command,
@@ -71,9 +74,9 @@ class Dataset:
         teaching: Teaching,
         *,
         mover: Mover,
+        journal: Journal | None,
         ask: Callable[[Job], None],
         metrics: Metrics,
-        corrections: Corrections | None,
         last_generation: int,
         needs_marker: bool = True,
     ) -> None:
@@ -83,8 +86,10 @@ class Dataset:
         self.sorter = Sorter(settings)
         self.teaching = teaching
         self.account = Account(self.name, metrics)
-        self._mover, self._ask, self._corrections = mover, ask, corrections
+        self._mover, self._ask, self._journal = mover, ask, journal
+        self._corrections = None if journal is None else Corrections(layout, journal)
         self._needs_marker = needs_marker
+        self._force_rebuild = False
         self.last_generation = last_generation
         self._commands: deque[Command] = deque()
         self._moves: list[Move] = []
@@ -248,7 +253,8 @@ class Dataset:
         teaching = self.teaching
         if self._corrections is not None and teaching.learns_from_corrections:
             teaching = replace(teaching, corrections=self._corrections.learnt())
-        self._ask(RebuildJob(self.name, self.layout.area(Area.CLASES), teaching, self.last_generation))
+        force, self._force_rebuild = self._force_rebuild, False
+        self._ask(RebuildJob(self.name, self.layout.area(Area.CLASES), teaching, self.last_generation, force))
 
     @property
     def _is_present(self) -> bool:
@@ -271,6 +277,23 @@ class Dataset:
         for result in results:
             self.account.moved(asked[result.path, result.stamp], result, milliseconds)
             self.receive(result)
+
+    @property
+    def filing(self) -> Filing:
+        """What moves its files; a rehearsal has none."""
+        assert isinstance(self._mover, Filing)
+        return self._mover
+
+    @property
+    def history(self) -> History:
+        """What its journal can be asked; a rehearsal has none."""
+        assert self._journal is not None
+        return self._journal.history
+
+    def rebuild(self, *, force: bool) -> None:
+        """Build the prototypes anew; with ``force`` also where the reload gate would keep the old ones."""
+        self._force_rebuild |= force
+        self.receive(ReferencesTouched())
 
     @property
     def problem(self) -> str | None:

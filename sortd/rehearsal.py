@@ -63,7 +63,7 @@ def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
                 mover=Pretence(layout.name, layout.root, tell),
                 ask=worker.ask,
                 metrics=Metrics(),
-                corrections=None,
+                journal=None,
                 last_generation=0,
                 needs_marker=False,
             )

@@ -10,7 +10,6 @@ from filelock import FileLock, Timeout
 
 from sortd.cache import Cache
 from sortd.config import Config, DatasetConfig
-from sortd.corrections import Corrections
 from sortd.dataset import Dataset
 from sortd.decoders import DecoderPool
 from sortd.embedding import Embedder
@@ -120,7 +119,7 @@ class Site:
             mover=filing,
             ask=ask,
             metrics=metrics,
-            corrections=Corrections(layout, journal),
+            journal=journal,
             last_generation=last,
         )
 
