@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from sortd.cache import Cache
+from sortd.check_calibration import calibration_findings
 from sortd.check_disks import clock_findings, file_system_findings, room_findings, watching_findings
 from sortd.check_folders import dataset_findings, overlap_findings, own_folder_findings, root_findings
 from sortd.check_references import DECODING_SECONDS, File, reference_findings
@@ -18,6 +19,7 @@ from sortd.errors import ConfigError, LayoutError, UnreadableError
 from sortd.finding import Finding, Topic, error
 from sortd.layout import find_datasets
 from sortd.prototypes import Mode
+from sortd.stored import stored_prototypes
 
 CACHE_FILE = "embeddings.sqlite"
 
@@ -66,6 +68,7 @@ def check_site(config: Config, *, decoding_seconds: float = DECODING_SECONDS) ->
             yield from reference_findings(
                 layout, mode, known=known, decode=_decode, look=_look, decoding_seconds=decoding_seconds
             )
+            yield from calibration_findings(layout, config.dataset(layout.name), stored_prototypes(config, layout))
 
 
 def _decode(path: str) -> None:

@@ -105,7 +105,7 @@ def watching_findings(
             full, folders=folders, granted=granted
         )
         yield worst(Topic.WATCHING, "fs.inotify.max_user_watches", what, "or set `polling: always`")
-    if granted.max_user_instances is not None and len(watched) + 2 > granted.max_user_instances:
+    if watched and granted.max_user_instances is not None and len(watched) + 2 > granted.max_user_instances:
         full = OSError(errno.EMFILE, "")
         yield error(Topic.WATCHING, "fs.inotify.max_user_instances", inotify.advice(full, granted=granted))
 

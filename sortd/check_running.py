@@ -9,7 +9,7 @@ from pathlib import Path
 from sortd import models
 from sortd.config import Config
 from sortd.console import megabytes
-from sortd.errors import ModelError
+from sortd.errors import ModelError, StartupError
 from sortd.finding import Finding, Topic, error, note, warning
 from sortd.layout import Layout
 from sortd.model_folders import STRONGER
@@ -21,7 +21,11 @@ _LOCK = re.compile(r"^\d+: \S+\s+\S+\s+WRITE\s+(\d+) [0-9a-f]+:[0-9a-f]+:(\d+) "
 
 def process_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Finding]:
     """Tell whether a sortd runs already, with this state directory or with another one."""
-    status = read_status(config.state_dir)
+    try:
+        status = read_status(config.state_dir)
+    except StartupError as refusal:
+        yield error(Topic.PROCESS, config.state_dir, str(refusal))
+        return
     own = status["pid"] if status is not None and status["alive"] else None
     if own is not None:
         yield note(Topic.PROCESS, config.state_dir, f"sortd runs already (pid {own}); see `sortd status`")

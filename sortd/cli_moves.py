@@ -121,17 +121,17 @@ def _undo(config: "Config", chosen: Chosen, *, dry_run: bool) -> Mapping[str, An
 
 def _undo_here(config: "Config", chosen: Chosen, *, dry_run: bool) -> Mapping[str, Any]:
     from sortd.control import put_back, put_back_facts
-    from sortd.holding import hold
+    from sortd.holding import hold, look_at
     from sortd.layout import Layout
 
     undone: list[dict[str, Any]] = []
     for place, records in chosen:
         assert place.root is not None
-        companions = config.dataset(place.dataset).companions
-        with hold(Layout(place.root), config.state_dir, companions=companions) as holding:
+        layout = Layout(place.root)
+        with look_at(layout, config.state_dir) if dry_run else hold(layout, config.state_dir) as holding:
             identifiers = [record.id for record in records]
             told, _ = put_back(holding.filing, holding.journal.history, identifiers, dry_run=dry_run)
-            undone += [put_back_facts(place.dataset, holding.layout, one) for one in told]
+            undone += [put_back_facts(place.dataset, layout, one) for one in told]
     return {"undone": undone, "later": 0}
 
 

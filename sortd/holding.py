@@ -25,13 +25,23 @@ class Holding:
 
 
 @contextmanager
-def hold(layout: Layout, state: Path, *, companions: bool = True) -> Iterator[Holding]:
+def look_at(layout: Layout, state: Path) -> Iterator[Holding]:
+    """Open a dataset's journal to say what would be done: no lock is taken and nothing is recovered or moved.
+
+    Raises:
+        JournalError: its journal cannot be opened.
+    """
+    with Journal(layout.state_folder(state) / JOURNAL_FILE) as journal:
+        yield Holding(layout, journal, Filing(layout.root, journal))
+
+
+@contextmanager
+def hold(layout: Layout, state: Path) -> Iterator[Holding]:
     """Hold a dataset that sortd has worked on before, for as long as the block lasts.
 
     Args:
         layout: the dataset.
         state: the state directory.
-        companions: whether sidecars travel with their image.
 
     Raises:
         AlreadyRunningError: another process works on it.
@@ -51,7 +61,7 @@ def hold(layout: Layout, state: Path, *, companions: bool = True) -> Iterator[Ho
         raise LayoutError(f"{layout.marker}/lock cannot be made: {error.strerror}; mend its rights") from error
     try:
         with Journal(layout.state_folder(state) / JOURNAL_FILE, run=uuid.uuid4().hex[:8]) as journal:
-            filing = Filing(layout.root, journal, companions=companions)
+            filing = Filing(layout.root, journal)
             filing.recover()
             yield Holding(layout, journal, filing)
     finally:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sortd.config import Config
-from sortd.errors import DataError, LayoutError
+from sortd.errors import DataError, LayoutError, StartupError
 from sortd.journal_records import Record
 from sortd.layout import Layout, find_datasets
 from sortd.relocation import Role
@@ -37,7 +37,10 @@ def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
 
     Raises:
         DataError: there is no dataset of that name.
+        StartupError: whoever asks may not read the state directory.
     """
+    if config.state_dir.exists() and not os.access(config.state_dir, os.R_OK | os.X_OK, effective_ids=True):
+        raise StartupError(f"{config.state_dir} cannot be read; ask as the user that sortd runs as, or as root")
     try:
         layouts = find_datasets(config.root)
     except LayoutError:

@@ -1,0 +1,393 @@
+"""The check says what is so, and what to mend, without a model and without touching what is not its own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sortd import inotify
+from sortd.check import check, check_site
+from sortd.check_calibration import calibration_findings
+from sortd.check_disks import clock_findings, file_system_findings, watching_findings
+from sortd.check_running import lock_holder
+from sortd.config import Config, load
+from sortd.finding import Finding, Severity, Topic, error, exit_code, note, warning
+from sortd.holding import hold
+from sortd.journal import Journal
+from sortd.layout import Area, Layout
+from sortd.prototypes import Calibration
+from tests.daemon_process import make_dataset, picture, tree
+from tests.prototype_maker import make_prototypes
+
+Findings = list[Finding]
+Check = Callable[..., Findings]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A whole, healthy dataset, with every folder and the marker."""
+    dataset = make_dataset(tmp_path / "Data")
+    Layout(dataset).make()
+    return dataset
+
+
+@pytest.fixture
+def look(tmp_path: Path) -> Check:
+    """Check ``Data`` below the temporary folder."""
+
+    def look(text: str = "", *, environment: Mapping[str, str] | None = None) -> Findings:
+        file = tmp_path / "config.yaml"
+        file.write_text(f"root: Data\nstate_dir: state\ncache_dir: cache\nmode: max\n{text}", encoding="utf-8")
+        return list(check(file, {"HOME": str(tmp_path), **(environment or {})}))
+
+    return look
+
+
+def config_of(tmp_path: Path) -> Config:
+    """Return the configuration that ``look`` uses."""
+    return load(None, {"HOME": str(tmp_path), "SORTD_ROOT": str(tmp_path / "Data")})
+
+
+def about(findings: Findings, topic: Topic, *words: str, severity: Severity | None = None) -> Findings:
+    """Return the findings on a topic that hold all of these words."""
+    return [
+        one
+        for one in findings
+        if one.topic is topic
+        and (severity is None or one.severity is severity)
+        and all(word in f"{one.subject} {one.what} {one.mend}" for word in words)
+    ]
+
+
+def bad(findings: Findings) -> Findings:
+    """Return what is worse than a note, but for the model, which a checkout may not have yet."""
+    return [one for one in findings if one.severity is not Severity.NOTE and one.topic is not Topic.MODEL]
+
+
+class TestWhole:
+    """What a check does as a whole."""
+
+    @pytest.mark.usefixtures("site")
+    def test_a_healthy_site_has_nothing_to_mend(self, look: Check) -> None:
+        """Nothing but notes is said about folders that are as they should be."""
+        assert bad(look()) == []
+        assert about(look(), Topic.FILE_SYSTEM, "renames within one file system")
+
+    @pytest.mark.usefixtures("site")
+    def test_nothing_is_left_behind(self, look: Check, tmp_path: Path) -> None:
+        """The tree is the same before and after: trial files are gone, no folder was made, no lock taken."""
+        (tmp_path / "config.yaml").touch()
+        look()
+        before = tree(tmp_path)
+        folders = sorted(path for path in tmp_path.rglob("*") if path.is_dir())
+        look()
+        assert tree(tmp_path) == before
+        assert sorted(path for path in tmp_path.rglob("*") if path.is_dir()) == folders
+        assert not (tmp_path / "state").exists()
+        assert not (tmp_path / "cache").exists()
+
+    @pytest.mark.usefixtures("site")
+    def test_a_bad_configuration_is_told_line_by_line(self, look: Check) -> None:
+        """Each mistake is an error with its place, and nothing else is looked at."""
+        findings = look("settle_seconds: never\nspeed: 3\n")
+        assert [one.topic for one in findings] == [Topic.CONFIGURATION] * 2
+        assert "config.yaml:5:" in findings[0].what
+        assert exit_code(findings) == 78
+
+    @pytest.mark.usefixtures("site")
+    def test_a_misspelt_dataset_is_noticed(self, look: Check) -> None:
+        """Settings for a dataset that is not there name the one that may be meant."""
+        assert about(look("datasets: {Colors: {mode: avg}}\n"), Topic.CONFIGURATION, "did you mean Colours?")
+
+    def test_exit_codes_follow_what_is_wrong(self) -> None:
+        """78 for folders and configuration, 69 for the model alone, 65 for references alone, 0 for warnings."""
+        wrong = error(Topic.FOLDERS, "a", "b")
+        model, data = replace(wrong, topic=Topic.MODEL), replace(wrong, topic=Topic.REFERENCES)
+        assert exit_code([wrong, model, data]) == 78
+        assert exit_code([model, data]) == 69
+        assert exit_code([data]) == 65
+        assert exit_code([warning(Topic.FOLDERS, "a", "b"), note(Topic.MODEL, "a", "b")]) == 0
+
+
+class TestFolders:
+    """What is said about folders and rights."""
+
+    def test_a_missing_root_is_an_error(self, look: Check) -> None:
+        """There is nothing to sort where the root is not."""
+        (finding,) = about(look(), Topic.FOLDERS, severity=Severity.ERROR)
+        assert finding.what == "is missing"
+
+    def test_a_root_without_datasets_says_how_to_make_one(self, tmp_path: Path, look: Check) -> None:
+        """An empty root is no error: sortd waits for datasets to appear."""
+        (tmp_path / "Data").mkdir()
+        (finding,) = bad(look())
+        assert finding.severity is Severity.WARNING
+        assert "sortd init" in finding.mend
+
+    def test_a_root_that_is_a_dataset_is_refused(self, tmp_path: Path, look: Check) -> None:
+        """The commonest slip: naming the dataset in the place of the folder above it."""
+        (tmp_path / "Data" / "Clases").mkdir(parents=True)
+        (finding,) = about(look(), Topic.FOLDERS, "is itself a dataset")
+        assert finding.mend == f"set `root` to {tmp_path}"
+
+    def test_a_root_inside_of_a_dataset_is_refused(self, tmp_path: Path, look: Check) -> None:
+        """A site below another one's Images/ would be sorted by it."""
+        (tmp_path / "Clases").mkdir()
+        (tmp_path / "Data").mkdir()
+        assert about(look(), Topic.FOLDERS, f"lies inside the dataset {tmp_path}", severity=Severity.ERROR)
+
+    @pytest.mark.parametrize("area", list(Area))
+    def test_a_linked_area_is_an_error(self, site: Path, look: Check, tmp_path: Path, area: Area) -> None:
+        """Nothing is moved through a symbolic link."""
+        (site / area).rename(tmp_path / "elsewhere")
+        (site / area).symlink_to(tmp_path / "elsewhere")
+        assert about(look(), Topic.FOLDERS, str(site / area), "symbolic link", severity=Severity.ERROR)
+
+    def test_a_file_in_the_place_of_a_folder_is_an_error(self, site: Path, look: Check) -> None:
+        """It cannot be made then."""
+        (site / "Review").rmdir()
+        (site / "Review").touch()
+        assert about(look(), Topic.FOLDERS, str(site / "Review"), "is no folder", severity=Severity.ERROR)
+
+    def test_linked_classes_and_datasets_are_told(self, site: Path, look: Check, tmp_path: Path) -> None:
+        """What looks like a class or a dataset to a person but is a link is not taken for one."""
+        (site / "Clases" / "linked").symlink_to(site / "Clases" / "red")
+        (tmp_path / "Data" / "Other").symlink_to(site)
+        findings = look()
+        assert about(findings, Topic.FOLDERS, "Clases/linked", "no class", severity=Severity.WARNING)
+        assert about(findings, Topic.FOLDERS, "Data/Other", "not taken for a dataset", severity=Severity.WARNING)
+
+    def test_a_dataset_within_a_dataset_is_told(self, site: Path, look: Check) -> None:
+        """Its references would be sorted as if they were query images."""
+        (site / "Images" / "Inner" / "Clases").mkdir(parents=True)
+        assert about(look(), Topic.FOLDERS, "Images/Inner", "looks like a dataset", severity=Severity.WARNING)
+
+    @pytest.mark.parametrize("key", ["state_dir", "cache_dir"])
+    def test_own_folders_inside_of_a_dataset_are_refused(self, site: Path, look: Check, key: str) -> None:
+        """A journal in Images/ would be looked at as something to sort."""
+        findings = look(environment={f"SORTD_{key.upper()}": str(site / "Images" / "own")})
+        assert about(findings, Topic.FOLDERS, f"`{key}` lies inside", severity=Severity.ERROR)
+        assert exit_code(findings) == 78
+
+    @pytest.mark.usefixtures("site")
+    def test_an_own_folder_behind_a_file_is_an_error(self, look: Check, tmp_path: Path) -> None:
+        """It cannot be made."""
+        (tmp_path / "state").touch()
+        assert about(look(), Topic.FOLDERS, "`state_dir` cannot be a folder", severity=Severity.ERROR)
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may do everything; see the test that changes its user")
+    def test_rights_are_found_by_trying(self, site: Path, look: Check) -> None:
+        """A folder that may not be written is an error with its path."""
+        (site / "Dataset").chmod(0o555)
+        assert about(look(), Topic.FOLDERS, str(site / "Dataset"), "may not", severity=Severity.ERROR)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+    def test_rights_hold_for_whoever_asks(self, site: Path, tmp_path: Path) -> None:
+        """As a user without rights, every folder that is not his is an error."""
+        for folder in (tmp_path, *tmp_path.parents):
+            if (
+                folder != Path("/")
+                and folder.stat().st_mode & 0o055 != 0o055
+                and folder.is_relative_to(tmp_path.parents[1])
+            ):
+                folder.chmod(folder.stat().st_mode | 0o055)
+        (site / "Clases" / "red").chmod(0o700)
+        code = (
+            "import os, sys; from pathlib import Path; from sortd.check_folders import dataset_findings\n"
+            "from sortd.layout import Layout; os.setuid(65534)\n"
+            "for one in dataset_findings(Layout(Path(sys.argv[1]))): print(one.severity.value, one.subject)"
+        )
+        told = subprocess.run(
+            [sys.executable, "-c", code, str(site)],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parents[1],
+        ).stdout.splitlines()
+        assert f"error {site / 'Images'}" in told
+        assert f"error {site / 'Clases' / 'red'}" in told
+        assert f"error {site / '.sortd'}" in told
+        assert f"error {site / 'Clases'}" not in told
+
+
+class TestDisks:
+    """What is said about disks, clocks and watching."""
+
+    def test_a_refused_rename_tells_what_follows(self, site: Path) -> None:
+        """Where a rename between the folders is refused, moves are copies: slower, and needing room."""
+
+        def refuse(*_: object) -> None:
+            raise OSError(18, "Invalid cross-device link")
+
+        (finding,) = file_system_findings(Layout(site), rename=refuse)
+        assert "Dataset/, Review/, Rejected/ is refused" in finding.what
+        assert finding.severity is Severity.NOTE
+        assert list((site / "Images").iterdir()) == []
+
+    def test_a_real_mount_is_found_out(self, site: Path) -> None:
+        """Dataset/ on another file system is found by the rename that fails, whatever st_dev says."""
+        if (
+            os.geteuid() != 0
+            or subprocess.run(["mount", "-t", "tmpfs", "none", site / "Dataset"], check=False).returncode
+        ):
+            pytest.skip("mounting is not allowed here")
+        try:
+            (finding,) = file_system_findings(Layout(site))
+            assert "into Dataset/ is refused" in finding.what
+        finally:
+            subprocess.run(["umount", site / "Dataset"], check=True)
+
+    def test_a_wrong_clock_is_told(self) -> None:
+        """History and undo by time would lie."""
+        assert [one.severity for one in clock_findings(clock=lambda: 0.0)] == [Severity.WARNING]
+        assert list(clock_findings(clock=lambda: 1.8e9)) == []
+
+    def test_too_few_watches_name_the_setting(self, site: Path) -> None:
+        """More folders than watches is an error that names the sysctl; more than half of them a warning."""
+
+        def watched(granted: int) -> Findings:
+            return list(watching_findings([Layout(site)], "auto", granted=inotify.Limits(granted, 128, 16384)))
+
+        assert about(watched(2), Topic.WATCHING, "sysctl -w fs.inotify.max_user_watches", severity=Severity.ERROR)
+        assert about(watched(12), Topic.WATCHING, severity=Severity.WARNING)
+        assert watched(1000) == []
+
+    def test_polling_is_told(self, site: Path) -> None:
+        """Whoever is polled should know, since it is slower."""
+        (finding,) = watching_findings([Layout(site)], "always", granted=inotify.Limits(1, 1, 1))
+        assert "is polled" in finding.what
+
+
+class TestReferences:
+    """What is said about the references."""
+
+    def test_references_that_cannot_be_read_are_named(self, site: Path, look: Check) -> None:
+        """A broken image teaches nothing, and nobody would notice otherwise; a note beside it is no reference."""
+        whole = (site / "Clases" / "red" / "0.png").read_bytes()
+        (site / "Clases" / "red" / "torn.png").write_bytes(whole[: len(whole) // 2])
+        (site / "Clases" / "red" / "notes.txt").write_text("bought in May", encoding="utf-8")
+        (finding,) = bad(look())
+        assert finding.severity is Severity.WARNING
+        assert finding.subject.endswith("red/torn.png")
+
+    def test_few_and_no_images_are_told_by_class(self, site: Path, look: Check) -> None:
+        """Classes without images and with too few are listed by name, and what that means under the mode."""
+        (site / "Clases" / "empty").mkdir()
+        (site / "Clases" / "lonely").mkdir()
+        picture("red", 7).save(site / "Clases" / "lonely" / "one.png")
+        findings = look()
+        assert about(findings, Topic.REFERENCES, "`mode: max` files nothing there: empty", severity=Severity.WARNING)
+        assert about(findings, Topic.REFERENCES, "lonely (1)", severity=Severity.WARNING)
+        named = look(environment={"SORTD_MODE": "mixed"})
+        assert about(named, Topic.REFERENCES, "known by name alone: empty")
+
+    def test_one_image_in_two_classes_is_told(self, site: Path, look: Check) -> None:
+        """Equal bytes under two names in two classes contradict each other; within one class they do no harm."""
+        whole = (site / "Clases" / "red" / "0.png").read_bytes()
+        (site / "Clases" / "red" / "again.png").write_bytes(whole)
+        assert bad(look()) == []
+        (site / "Clases" / "blue" / "twin.png").write_bytes(whole)
+        (finding,) = bad(look())
+        assert "is a reference of 2 classes (blue, red)" in finding.what
+
+    def test_a_poor_folder_of_strangers_is_told(self, site: Path, look: Check) -> None:
+        """A few examples of the rest of the world say next to nothing about it."""
+        (site / "Clases" / "_none").mkdir()
+        picture("red", 8).save(site / "Clases" / "_none" / "one.png")
+        (finding,) = bad(look())
+        assert "_none" in finding.subject
+
+    def test_names_that_cannot_be_or_look_alike_are_told(self, site: Path, look: Check) -> None:
+        """Control characters cannot be in a class's name; Red and red are one folder on other systems."""
+        (site / "Clases" / "new\nline").mkdir()
+        (site / "Clases" / "Red").mkdir()
+        picture("red", 9).save(site / "Clases" / "Red" / "0.png")
+        findings = look()
+        assert about(findings, Topic.REFERENCES, "names cannot be classes: new\\nline")
+        assert about(findings, Topic.REFERENCES, "look the same: Red, red")
+
+    def test_no_class_at_all_is_an_error_of_data(self, tmp_path: Path, look: Check) -> None:
+        """Nothing can be decided, and the exit code says that the data is at fault."""
+        (tmp_path / "Data" / "Empty" / "Clases").mkdir(parents=True)
+        Layout(tmp_path / "Data" / "Empty").make()
+        findings = [one for one in look() if one.topic is not Topic.MODEL]
+        assert about(findings, Topic.REFERENCES, "holds no class", severity=Severity.ERROR)
+        assert exit_code(findings) == 65
+
+    @pytest.mark.usefixtures("site")
+    def test_many_references_are_looked_at_by_their_headers(self, tmp_path: Path) -> None:
+        """With no time for decoding, headers have to do, and the check says so."""
+        findings = list(check_site(config_of(tmp_path), decoding_seconds=0.0))
+        assert about(findings, Topic.REFERENCES, "of 12 the headers read")
+
+
+class TestCalibration:
+    """What the last rebuild found out is told without a model."""
+
+    def test_what_cannot_be_honoured_is_a_warning(self, site: Path, tmp_path: Path) -> None:
+        """The sentences of the calibration come out, and a low share of filed images is a warning."""
+        facts = Calibration(held_out=12, precision_expected=0.9, filed_expected=0.3, notes=("precision 0.99 is asked",))
+        own = config_of(tmp_path).dataset("Colours")
+        found = list(calibration_findings(Layout(site), own, make_prototypes(site, calibration=facts)))
+        assert about(found, Topic.CALIBRATION, "precision 0.99 is asked", severity=Severity.WARNING)
+        assert about(found, Topic.CALIBRATION, "only 30% of known images", severity=Severity.WARNING)
+        assert about(found, Topic.CALIBRATION, "90.0% of them right", severity=Severity.NOTE)
+
+    @pytest.mark.usefixtures("site")
+    def test_a_dataset_that_was_never_learnt_says_so(self, look: Check) -> None:
+        """There is nothing to tell before the first run."""
+        assert about(look(), Topic.CALIBRATION, "was not learnt yet")
+
+
+class TestProcesses:
+    """What is said about other processes."""
+
+    def test_another_sortd_is_found_without_touching_its_lock(self, site: Path, look: Check, tmp_path: Path) -> None:
+        """Whoever holds the dataset is named by its pid."""
+        layout = Layout(site)
+        assert lock_holder(layout.marker / "lock") is None
+        Journal(layout.state_folder(tmp_path / "other") / "journal.sqlite").close()
+        with hold(layout, tmp_path / "other"):
+            assert lock_holder(layout.marker / "lock") == os.getpid()
+            assert about(look(), Topic.PROCESS, f"pid {os.getpid()}", severity=Severity.WARNING)
+        assert about(look(), Topic.PROCESS, "pid") == []
+
+
+class TestModel:
+    """What is said about the model."""
+
+    @pytest.mark.usefixtures("site")
+    def test_a_model_that_is_not_here_is_an_error(self, look: Check) -> None:
+        """The finding says how to get it, and nothing is downloaded."""
+        findings = look("model: openai/clip-vit-large-patch14\n")
+        (finding,) = about(findings, Topic.MODEL, severity=Severity.ERROR)
+        assert "sortd models fetch openai/clip-vit-large-patch14" in finding.what
+        assert exit_code(findings) == 69
+
+
+@pytest.mark.usefixtures("site")
+def test_the_command_prints_json(look: Check, tmp_path: Path) -> None:
+    """``--json`` is one object with the findings, and torch is never imported."""
+    look()
+    code = (
+        "import sys; from sortd.cli import app\n"
+        "try: app(['check', '--json', '-c', sys.argv[1]])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules, file=sys.stderr)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "config.yaml")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "HOME": str(tmp_path)},
+    )
+    facts = json.loads(told.stdout)
+    assert set(facts) == {"errors", "warnings", "findings"}
+    assert set(facts["findings"][0]) == {"severity", "topic", "subject", "what", "mend"}
+    assert told.stderr.split()[-1] == "False"
