@@ -1,0 +1,233 @@
+"""What it is like to live with the daemon: start-up, latency of a lone image, idling, a burst of four datasets.
+
+    python -m benchmarks.daemon [startup] [latency] [idle] [burst] [--photos FOLDER] [--model MODEL] [--json]
+
+Everything runs in a temporary folder, with the real program as a process of its own.
+
+    startup   seconds of `sortd --help` and `sortd check`, beside those of a bare `python -c pass`
+    latency   from the last byte of a lone file to its move, less the settle time; median and 95th percentile
+    idle      processor seconds that a minute of doing nothing costs, in per cent of a core
+    burst     FOLDER/<dataset>/<class>/* as datasets with six references a class, the rest dropped in one burst by
+              another process: by slow writes, by rename, as whole folders; every content must then stand in one place
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tests.daemon_process import COLOURS, DaemonProcess, make_dataset, picture
+
+REPOSITORY = Path(__file__).parents[1]
+TICKS = os.sysconf("SC_CLK_TCK")
+REFERENCES = 6
+
+
+def write_config(folder: Path, root: Path, model: str, **keys: object) -> Path:
+    """Write a configuration that keeps everything in ``folder``."""
+    values = {"root": root, "model": model, "state_dir": folder / "state", "cache_dir": folder / "cache", **keys}
+    path = folder / "config.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in values.items()), encoding="utf-8")
+    return path
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the processor time that a process and its children that are alive have used."""
+    total = 0.0
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(entry.name) == pid or int(fields[1]) == pid:
+            total += (int(fields[11]) + int(fields[12])) / TICKS
+    return total
+
+
+def resident_mebibytes(pid: int) -> float:
+    """Return the resident memory of a process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def measure_startup(folder: Path, model: str) -> dict[str, Any]:
+    """Time the commands that must answer at once, five times each in turn."""
+    make_dataset(folder / "Data")
+    config = write_config(folder, folder / "Data", model)
+    commands = {
+        "python": [sys.executable, "-c", "pass"],
+        "help": [sys.executable, "-m", "sortd", "--help"],
+        "check": [sys.executable, "-m", "sortd", "check", "-c", str(config)],
+    }
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(5):
+        for name, command in commands.items():
+            began = time.perf_counter()
+            subprocess.run(command, capture_output=True, check=False, cwd=REPOSITORY)
+            times[name].append(time.perf_counter() - began)
+    return {f"{name}_seconds": round(statistics.median(values), 3) for name, values in times.items()}
+
+
+def measure_latency(folder: Path, model: str, *, drops: int = 60, settle_seconds: float = 1.0) -> dict[str, Any]:
+    """Drop lone images and time each from its last byte to its move, as the log and the file system tell."""
+    dataset = make_dataset(folder / "Data")
+    config = write_config(folder, folder / "Data", model, settle_seconds=settle_seconds, abstain="off")
+    beyond = []
+    with DaemonProcess(config, program="sortd") as daemon:
+        daemon.wait_for("daemon.ready", seconds=180)
+        for number in range(drops):
+            path = dataset / "Images" / f"{number}.jpg"
+            picture(random.Random(number).choice(sorted(COLOURS)), number, (640, 480)).save(path)
+            written = time.monotonic()
+            while path.exists():
+                time.sleep(0.002)
+            beyond.append(1e3 * (time.monotonic() - written - settle_seconds))
+        daemon.stop()
+    ordered = sorted(beyond)
+    return {
+        "drops": drops,
+        "settle_seconds": settle_seconds,
+        "beyond_settle_ms_median": round(statistics.median(ordered), 1),
+        "beyond_settle_ms_p95": round(ordered[int(0.95 * len(ordered))], 1),
+    }
+
+
+def measure_idle(folder: Path, model: str, *, seconds: float = 60.0) -> dict[str, Any]:
+    """Let the daemon do nothing."""
+    make_dataset(folder / "Data")
+    with DaemonProcess(write_config(folder, folder / "Data", model), program="sortd") as daemon:
+        daemon.wait_for("daemon.ready", seconds=180)
+        time.sleep(5)
+        before = processor_seconds(daemon.process.pid)
+        time.sleep(seconds)
+        used = processor_seconds(daemon.process.pid) - before
+        daemon.stop()
+    return {"seconds": seconds, "percent_of_a_core": round(100 * used / seconds, 2)}
+
+
+DROPPER = """
+import os, shutil, sys, time
+from pathlib import Path
+source, target = Path(sys.argv[1]), Path(sys.argv[2])
+for dataset in sorted(source.iterdir()):
+    files = sorted(dataset.rglob("*.*"))
+    inbox = target / dataset.name / "Images"
+    for number, file in enumerate(files):
+        name = f"{file.parent.name}_{file.name}"
+        if number % 50 == 0:
+            content = file.read_bytes()
+            with (inbox / name).open("wb") as out:
+                for start in range(0, len(content), max(1, len(content) // 4)):
+                    out.write(content[start:start + max(1, len(content) // 4)]); out.flush(); time.sleep(0.05)
+        elif number % 3 == 0:
+            shutil.copyfile(file, inbox / f".{name}.part"); os.rename(inbox / f".{name}.part", inbox / name)
+        elif number % 3 == 1:
+            shutil.copyfile(file, inbox / name)
+        else:
+            folder = source.parent / "whole" / dataset.name; folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
+    whole = source.parent / "whole" / dataset.name
+    if whole.is_dir():
+        os.rename(whole, inbox / "album")
+"""
+
+
+def contents(root: Path) -> Counter[str]:
+    """Count every content below the datasets' folders that hold images, by sha256."""
+    found: Counter[str] = Counter()
+    for area in ("Images", "Dataset", "Review", "Rejected"):
+        for path in root.glob(f"*/{area}/**/*"):
+            if path.is_file() and not path.name.endswith(".reason.json"):
+                found[hashlib.sha256(path.read_bytes()).hexdigest()] += 1
+    return found
+
+
+def measure_burst(folder: Path, model: str, photos: Path) -> dict[str, Any]:
+    """Drop everything at once and see that every content stands in exactly one place, said once."""
+    root, incoming = folder / "Data", folder / "incoming"
+    dropped = 0
+    for dataset in sorted(path for path in photos.iterdir() if path.is_dir()):
+        for label in sorted(path for path in dataset.iterdir() if path.is_dir()):
+            files = sorted(label.iterdir())
+            random.Random(label.name).shuffle(files)
+            for number, file in enumerate(files):
+                kind = root / dataset.name / "Clases" if number < REFERENCES else incoming / dataset.name
+                (kind / label.name).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, kind / label.name / file.name)
+                dropped += number >= REFERENCES
+        (root / dataset.name / "Images").mkdir()
+    expected = Counter(hashlib.sha256(p.read_bytes()).hexdigest() for p in incoming.rglob("*") if p.is_file())
+    config = write_config(folder, root, model)
+    memory = []
+    with DaemonProcess(config, program="sortd") as daemon:
+        daemon.wait_for("daemon.ready", seconds=300)
+        began = time.monotonic()
+        dropper = subprocess.Popen([sys.executable, "-c", DROPPER, str(incoming), str(root)])
+        outcomes = ("image.filed", "image.sent_to_review", "image.rejected")
+        while sum(len(daemon.events(outcome)) for outcome in outcomes) < dropped:
+            memory.append(round(resident_mebibytes(daemon.process.pid)))
+            if time.monotonic() - began > 1200 or daemon.process.poll() is not None:
+                break
+            time.sleep(1)
+        seconds = time.monotonic() - began
+        dropper.wait()
+        time.sleep(5)
+        lines = [line for outcome in outcomes for line in daemon.events(outcome)]
+        daemon.stop()
+    quarters = [memory[int(len(memory) * share)] for share in (0.25, 0.5, 0.75)] + memory[-1:]
+    return {
+        "dropped": dropped,
+        "seconds": round(seconds, 1),
+        "lines": len(lines),
+        "lines_for_different_files": len({line["path"] for line in lines}),
+        "contents_unchanged_and_once": contents(root) == expected,
+        "left_in_images": sum(1 for path in root.glob("*/Images/**/*") if path.is_file()),
+        "outcomes": dict(Counter(line["event"] for line in lines)),
+        "resident_mebibytes_at_quarters": quarters,
+        "resident_mebibytes_peak": max(memory),
+    }
+
+
+def main() -> None:
+    """Measure what is asked for and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["startup", "latency", "idle"])
+    parser.add_argument("--photos", type=Path, default=REPOSITORY.parent / "shared" / "data" / "photos")
+    parser.add_argument("--model", default="packaged")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    results = {}
+    for what in arguments.what:
+        with tempfile.TemporaryDirectory(prefix="sortd-bench-") as name:
+            folder = Path(name)
+            match what:
+                case "startup":
+                    results[what] = measure_startup(folder, arguments.model)
+                case "latency":
+                    results[what] = measure_latency(folder, arguments.model)
+                case "idle":
+                    results[what] = measure_idle(folder, arguments.model)
+                case "burst":
+                    results[what] = measure_burst(folder, arguments.model, arguments.photos)
+                case _:
+                    parser.error(f"{what} is none of startup, latency, idle, burst")
+        if not arguments.json:
+            print(what, json.dumps(results[what]), flush=True)
+    if arguments.json:
+        print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
