@@ -13,8 +13,10 @@ def found(image: str, *beside: str) -> dict[str, bool]:
 
 @pytest.mark.parametrize(
     "companion",
-    ["a.xmp", "a.XMP", "a.json", "a.aae", "a.AAE", "a.thm", "a.jpg.xmp", "a.jpg.XMP", "a.jpg.json", "a.MOV", "a.mp4"]
-    + ["a.CR2", "a.nef", "a.dng", "a.jpg.supplemental-metadata.json"],
+    [
+        *("a.xmp", "a.XMP", "a.json", "a.aae", "a.AAE", "a.thm", "a.jpg.xmp", "a.jpg.XMP", "a.jpg.json", "a.MOV"),
+        *("a.mp4", "a.CR2", "a.nef", "a.dng", "a.jpg.supplemental-metadata.json"),
+    ],
 )
 def test_what_belongs_to_an_image_travels_with_it(companion: str) -> None:
     """Sidecars by both habits, films and raws, in small and in capital letters."""

@@ -1,0 +1,665 @@
+"""Filing: moves that never overwrite, take companions along, are told truly, and can be undone."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sortd.errors import JournalError
+from sortd.filing import Filing
+from sortd.journal import Journal, Selection
+from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
+from sortd.mover import Mover
+from sortd.renaming import rename_new, stamp_of
+from tests.filing_world import Dataset, done, failure, moved, order
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """An empty dataset."""
+    return Dataset.below(tmp_path)
+
+
+@pytest.fixture
+def journal(dataset: Dataset) -> Iterator[Journal]:
+    """Its journal."""
+    with dataset.journal() as journal:
+        yield journal
+
+
+def crossing(*names: int | str) -> None:
+    """Rename as between file systems."""
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), *names[1:2])
+
+
+@pytest.fixture(params=["renamed", "copied"])
+def filing(request: pytest.FixtureRequest, dataset: Dataset, journal: Journal) -> Filing:
+    """What moves files, within a file system or across."""
+    rename = rename_new if request.param == "renamed" else crossing
+    return Filing(dataset.root, journal, mover=Mover(rename=rename))
+
+
+def test_an_image_is_filed_durably_and_told(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """It stands in its class byte for byte, the answer says where and which version, the journal says why."""
+    path = dataset.put("Images/a.jpg")
+    move = order(path)
+    (answer,) = filing.move_all([move])
+    there = dataset.root / "Dataset/cat/a.jpg"
+    assert answer == Moved(str(path), move.stamp, str(there), Outcome.FILED, stamp_of(os.stat(there)))
+    assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
+    (record,) = done(journal)
+    assert (record.source_path, record.destination_path) == ("Images/a.jpg", "Dataset/cat/a.jpg")
+    assert journal.history.last_known(answer.moved_stamp) == record
+
+
+def test_a_taken_name_gets_a_number(dataset: Dataset, filing: Filing) -> None:
+    """Neither a file nor a folder of that name is touched; the next free number is taken."""
+    dataset.put("Dataset/cat/a.jpg", "first")
+    dataset.put("Dataset/cat/a (2).jpg/inside", "a folder named like the file")
+    moved(filing, order(dataset.put("Images/a.jpg", "third")))
+    moved(filing, order(dataset.put("Images/a.jpg", "fourth")))
+    assert dataset.tree() == {
+        "Dataset/cat/a.jpg": b"first",
+        "Dataset/cat/a (2).jpg/inside": b"a folder named like the file",
+        "Dataset/cat/a (3).jpg": b"third",
+        "Dataset/cat/a (4).jpg": b"fourth",
+    }
+
+
+def test_an_equal_file_at_the_destination_is_not_taken_for_ours(dataset: Dataset, filing: Filing) -> None:
+    """The same bytes under the same name are still somebody else's file: both are kept."""
+    dataset.put("Dataset/cat/a.jpg", "same")
+    moved(filing, order(dataset.put("Images/a.jpg", "same")))
+    assert dataset.tree() == {"Dataset/cat/a.jpg": b"same", "Dataset/cat/a (2).jpg": b"same"}
+
+
+def test_a_second_link_of_the_same_file_counts_as_a_taken_name(dataset: Dataset, filing: Filing) -> None:
+    """A rename onto a link of itself does nothing and says it did; ours goes on to a free name."""
+    path = dataset.put("Images/a.jpg")
+    (dataset.root / "Dataset/cat").mkdir(parents=True)
+    os.link(path, dataset.root / "Dataset/cat/a.jpg")
+    moved(filing, order(path))
+    assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Dataset/cat/a (2).jpg": b"image"}
+
+
+def test_many_equal_names_are_all_kept(dataset: Dataset, filing: Filing) -> None:
+    """Sub-folders of Images/ land flat; every file keeps its own number."""
+    moves = [order(dataset.put(f"Images/{number}/a.jpg", f"{number}")) for number in range(70)]
+    assert all(isinstance(answer, Moved) for answer in filing.move_all(moves))
+    names = {f"Dataset/cat/a{'' if number == 1 else f' ({number})'}.jpg" for number in range(1, 71)}
+    assert set(dataset.tree()) == names
+    assert sorted(dataset.tree().values()) == sorted(f"{number}".encode() for number in range(70))
+
+
+def test_a_free_name_is_used_again_after_it_was_taken(dataset: Dataset, filing: Filing) -> None:
+    """What the mover remembers about numbers never keeps it from the plain name."""
+    for _ in range(3):
+        moved(filing, order(dataset.put("Images/a.jpg")))
+    (dataset.root / "Dataset/cat/a.jpg").unlink()
+    assert moved(filing, order(dataset.put("Images/a.jpg"))).endswith("Dataset/cat/a.jpg")
+
+
+@pytest.mark.parametrize(
+    "name", ["€" * 83 + "aa.jpg", "new\nline.jpg", os.fsdecode(b"caf\xe9.jpg"), " .jpg", "a (2).jpg", "-rf"]
+)
+def test_strange_names_are_kept(dataset: Dataset, journal: Journal, filing: Filing, name: str) -> None:
+    """255 bytes, newlines, bytes that are no text; twice, so that a number has to fit as well."""
+    for content in ("first", "second"):
+        moved(filing, order(dataset.put(f"Images/{name}", content)))
+    assert sorted(dataset.tree().values()) == [b"first", b"second"]
+    assert f"Dataset/cat/{name}" in dataset.tree()
+    assert {record.source_path for record in done(journal)} == {f"Images/{name}"}
+
+
+def test_what_is_no_longer_there_is_told_and_spoils_nothing(dataset: Dataset, filing: Filing) -> None:
+    """A vanished, a changed, a replaced, a written and a good file in one batch: each is told for itself."""
+    paths = {name: dataset.put(f"Images/{name}.jpg", name) for name in ("gone", "changed", "replaced", "busy", "good")}
+    moves = [order(path) for path in paths.values()]
+    paths["gone"].unlink()
+    paths["changed"].write_text("changed by now")
+    other = dataset.put("Images/other.tmp", "replaced")
+    os.rename(other, paths["replaced"])
+    with paths["busy"].open("r+b"):
+        answers = filing.move_all(moves)
+    told = {Path(answer.path).stem: answer.failure if isinstance(answer, MoveFailed) else "moved" for answer in answers}
+    assert told == {
+        "gone": MoveFailure.VANISHED,
+        "changed": MoveFailure.CHANGED,
+        "replaced": MoveFailure.CHANGED,
+        "busy": MoveFailure.BUSY,
+        "good": "moved",
+    }
+    assert dataset.tree() == {
+        "Images/changed.jpg": b"changed by now",
+        "Images/replaced.jpg": b"replaced",
+        "Images/busy.jpg": b"busy",
+        "Dataset/cat/good.jpg": b"good",
+    }
+
+
+def test_special_files_and_links_are_never_moved(dataset: Dataset, filing: Filing) -> None:
+    """A link, a FIFO and a folder under an image's name stay, and nothing hangs."""
+    images = dataset.root / "Images"
+    (images / "link.jpg").symlink_to("/etc/passwd")
+    os.mkfifo(images / "fifo.jpg")
+    (images / "folder.jpg").mkdir()
+    for name in ("link.jpg", "fifo.jpg", "folder.jpg"):
+        assert failure(filing, order(images / name)) in {MoveFailure.CHANGED, MoveFailure.BUSY}
+    assert sorted(os.listdir(images)) == ["fifo.jpg", "folder.jpg", "link.jpg"]
+    assert not os.path.exists(dataset.root / "Dataset/cat/link.jpg")
+
+
+def test_a_class_folder_that_is_a_link_is_refused(dataset: Dataset, filing: Filing, tmp_path: Path) -> None:
+    """Nothing is written through a symbolic link; the image stays."""
+    (tmp_path / "outside").mkdir()
+    (dataset.root / "Dataset").mkdir()
+    (dataset.root / "Dataset/cat").symlink_to(tmp_path / "outside")
+    assert failure(filing, order(dataset.put("Images/a.jpg"))) is MoveFailure.DESTINATION
+    assert os.listdir(tmp_path / "outside") == []
+    assert dataset.tree() == {"Images/a.jpg": b"image"}
+
+
+@pytest.mark.parametrize(
+    "folder", ["Clases/cat", "../cat", "/etc", "Dataset/../Clases", "Dataset/.cat", "Dataset/a\nb"]
+)
+def test_a_folder_that_is_none_of_ours_is_refused(dataset: Dataset, filing: Filing, folder: str) -> None:
+    """Only the four folders are written to, and no class hides or has control characters."""
+    path = dataset.put("Images/a.jpg")
+    assert failure(filing, order(path, folder)) is MoveFailure.DESTINATION
+    assert dataset.tree() == {"Images/a.jpg": b"image"}
+
+
+def test_a_path_outside_the_dataset_is_a_mistake_of_the_caller(dataset: Dataset, filing: Filing) -> None:
+    """It is no file's fault, and is not told as one."""
+    with pytest.raises(ValueError, match="not below the dataset"):
+        filing.move_all([Move("/etc/passwd", Stamp(1, 2, 3, 4), "Dataset/cat", Outcome.FILED)])
+    assert dataset.tree() == {}
+
+
+def test_a_dataset_that_is_gone_refuses_the_move(dataset: Dataset, filing: Filing) -> None:
+    """An unmounted dataset is not made anew."""
+    move = order(dataset.put("Images/a.jpg"))
+    os.rename(dataset.root, dataset.folder / "elsewhere")
+    assert failure(filing, move) is MoveFailure.DESTINATION
+    assert not dataset.root.exists()
+
+
+def test_a_full_destination_takes_nothing_and_keeps_all(dataset: Dataset, filing: Filing) -> None:
+    """A name that the file system cannot make holds the dataset; the image is where it was, nothing half is left."""
+    os.makedirs(dataset.root / "Dataset")
+    (dataset.root / "Dataset/cat").write_text("a file where the class folder should be")
+    move = order(dataset.put("Images/a.jpg"))
+    assert failure(filing, move) is MoveFailure.DESTINATION
+    (dataset.root / "Dataset/cat").unlink()
+    assert moved(filing, move).endswith("Dataset/cat/a.jpg")
+    assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
+
+
+def test_an_image_from_review_is_filed_like_one_from_the_inbox(
+    dataset: Dataset, journal: Journal, filing: Filing
+) -> None:
+    """What waited in Review/ goes on from there."""
+    review = moved(filing, order(dataset.put("Images/sub/a.jpg"), "Review/dog", Outcome.REVIEW))
+    moved(filing, order(Path(review)))
+    assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
+    assert [record.source_path for record in done(journal)] == ["Review/dog/a.jpg", "Images/sub/a.jpg"]
+
+
+class TestCompanions:
+    """Sidecars, films and raws go where their image goes."""
+
+    def test_they_travel_and_are_renamed_to_match(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+        """One name that is taken, be it a companion's, gives all of them the next number."""
+        for name in ("a.jpg", "a.xmp", "a.jpg.json", "a.MOV"):
+            dataset.put(f"Images/{name}", name)
+        dataset.put("Dataset/cat/a.MOV", "another film")
+        moved(filing, order(dataset.root / "Images/a.jpg"))
+        assert dataset.tree() == {
+            "Dataset/cat/a.MOV": b"another film",
+            "Dataset/cat/a (2).jpg": b"a.jpg",
+            "Dataset/cat/a (2).xmp": b"a.xmp",
+            "Dataset/cat/a (2).jpg.json": b"a.jpg.json",
+            "Dataset/cat/a (2).MOV": b"a.MOV",
+        }
+        assert len(done(journal)[0].relocation.members) == 4
+
+    def test_a_shared_sidecar_is_copied_until_the_last_image_leaves(self, dataset: Dataset, filing: Filing) -> None:
+        """The first image gets a copy with all its times, the second takes the file itself."""
+        for name in ("a.jpg", "a.png", "a.xmp"):
+            dataset.put(f"Images/{name}", name)
+        inode = os.stat(dataset.root / "Images/a.xmp").st_ino
+        moved(filing, order(dataset.root / "Images/a.jpg"))
+        assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Dataset/cat/a.xmp", "Images/a.png", "Images/a.xmp"]
+        assert os.stat(dataset.root / "Images/a.xmp").st_ino == inode
+        moved(filing, order(dataset.root / "Images/a.png", "Dataset/dog"))
+        assert dataset.tree()["Dataset/dog/a.xmp"] == dataset.tree()["Dataset/cat/a.xmp"] == b"a.xmp"
+        assert os.listdir(dataset.root / "Images") == []
+
+    def test_a_companion_that_is_being_written_keeps_its_image_back(self, dataset: Dataset, filing: Filing) -> None:
+        """All of them go, or none."""
+        path = dataset.put("Images/a.jpg")
+        with dataset.put("Images/a.xmp").open("r+b"):
+            assert failure(filing, order(path)) is MoveFailure.BUSY
+        assert sorted(dataset.tree()) == ["Images/a.jpg", "Images/a.xmp"]
+        moved(filing, order(path))
+        assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Dataset/cat/a.xmp"]
+
+    def test_links_and_folders_are_no_companions(self, dataset: Dataset, filing: Filing) -> None:
+        """Only regular files travel."""
+        dataset.put("Images/a.json/inside")
+        (dataset.root / "Images/a.xmp").symlink_to("/etc/passwd")
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        assert sorted(os.listdir(dataset.root / "Images")) == ["a.json", "a.xmp"]
+
+    def test_they_can_be_switched_off(self, dataset: Dataset, journal: Journal) -> None:
+        """Then every file is for itself."""
+        dataset.put("Images/a.xmp")
+        moved(Filing(dataset.root, journal, companions=False), order(dataset.put("Images/a.jpg")))
+        assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Images/a.xmp"]
+
+
+class TestRejected:
+    """Images that are set aside say why."""
+
+    def test_the_reason_stands_beside_it(self, dataset: Dataset, filing: Filing) -> None:
+        """As JSON, with the number of the image where it had to take one."""
+        for _ in range(2):
+            path = dataset.put("Images/a.jpg", "half an ima")
+            move = Move(str(path), stamp_of(os.stat(path)), "Rejected", Outcome.REJECTED, reason="truncated: 11 bytes")
+            moved(filing, move)
+        names = ["a (2).jpg", "a (2).jpg.reason.json", "a.jpg", "a.jpg.reason.json"]
+        assert sorted(os.listdir(dataset.root / "Rejected")) == names
+        said = json.loads((dataset.root / "Rejected/a.jpg.reason.json").read_text())
+        assert (said["name"], said["from"], said["reason"]) == ("a.jpg", "Images", "truncated: 11 bytes")
+
+    def test_a_name_that_is_no_text_can_be_told(self, dataset: Dataset, filing: Filing) -> None:
+        """The reason is valid JSON whatever the name is."""
+        name = os.fsdecode(b"caf\xe9.jpg")
+        moved(filing, order(dataset.put(f"Images/{name}"), "Rejected", Outcome.REJECTED))
+        assert json.loads((dataset.root / f"Rejected/{name}.reason.json").read_bytes())["name"] == name
+
+
+class TestUndo:
+    """Moves taken back."""
+
+    def test_everything_goes_back_to_where_it_was_and_is_held(
+        self, dataset: Dataset, journal: Journal, filing: Filing
+    ) -> None:
+        """Image, companions, shared sidecars and reasons: the folder is as before, and the image is held."""
+        for name in ("sub/a.jpg", "sub/a.jpg.xmp", "b.jpg", "b.png", "b.xmp"):
+            dataset.put(f"Images/{name}", name)
+        dataset.put("Dataset/cat/a.jpg", "another")
+        before = dataset.tree()
+        moved(filing, order(dataset.root / "Images/sub/a.jpg"))
+        moved(filing, order(dataset.root / "Images/b.jpg", "Rejected", Outcome.REJECTED))
+        shutil.rmtree(dataset.root / "Images/sub")
+        records = journal.history.moves(Selection(undoable=True))
+        foretold = filing.rehearse_undo(records)
+        told = filing.undo(records)
+        assert [one.restored for one in told] == [one.restored for one in foretold]
+        assert [one.restored for one in told] == [f"{dataset.root}/Images/b.jpg", f"{dataset.root}/Images/sub/a.jpg"]
+        assert dataset.tree() == before
+        assert os.listdir(dataset.root / "Rejected") == []
+        assert set(filing.held()) == {one.restored for one in told}
+        assert {one.outcome for one in (record.grounds for record in done(journal)[:2])} == {"undone"}
+
+    def test_rehearsing_touches_nothing(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+        """Neither files nor journal."""
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        before = dataset.tree()
+        (told,) = filing.rehearse_undo(done(journal))
+        assert told.restored == f"{dataset.root}/Images/a.jpg"
+        assert dataset.tree() == before
+        assert filing.held() == {}
+        assert len(done(journal)) == 1
+
+    def test_nothing_is_overwritten(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+        """A new file under the old name stays; the old one gets a free name, and that one is held."""
+        moved(filing, order(dataset.put("Images/a.jpg", "old")))
+        dataset.put("Images/a.jpg", "new")
+        (told,) = filing.undo(done(journal))
+        assert dataset.tree() == {"Images/a.jpg": b"new", "Images/a (2).jpg": b"old"}
+        assert list(filing.held()) == [told.restored] == [f"{dataset.root}/Images/a (2).jpg"]
+
+    def test_what_cannot_be_put_back_is_said_with_its_reason(
+        self, dataset: Dataset, journal: Journal, filing: Filing
+    ) -> None:
+        """Removed, changed and undone already: each says so, and the good one goes back."""
+        moves = {name: order(dataset.put(f"Images/{name}.jpg", name)) for name in ("gone", "edited", "twice", "good")}
+        places = {name: Path(moved(filing, move)) for name, move in moves.items()}
+        places["gone"].unlink()
+        places["edited"].write_text("better now")
+        filing.undo(journal.history.moves(Selection(path="Images/twice.jpg")))
+        told = {Path(one.record.source_path).stem: one for one in filing.undo(done(journal)[-4:])}
+        assert "no longer there" in told["gone"].message
+        assert "changed since" in told["edited"].message
+        assert "undone already" in told["twice"].message
+        assert told["good"].restored == f"{dataset.root}/Images/good.jpg"
+        assert [told[name].restored for name in ("gone", "edited", "twice")] == [None] * 3
+
+    def test_a_companion_that_changed_stays_and_is_named(
+        self, dataset: Dataset, journal: Journal, filing: Filing
+    ) -> None:
+        """The image goes back without what the user has worked on since."""
+        dataset.put("Images/a.xmp", "one star")
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        (dataset.root / "Dataset/cat/a.xmp").write_text("five stars")
+        (told,) = filing.undo(done(journal))
+        assert "a.xmp" in told.message
+        assert dataset.tree() == {"Images/a.jpg": b"image", "Dataset/cat/a.xmp": b"five stars"}
+
+    def test_a_chain_of_moves_is_taken_back_in_one_go(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+        """From Dataset/ by way of Review/ to Images/, foretold as it is done."""
+        review = moved(filing, order(dataset.put("Images/a.jpg"), "Review/dog", Outcome.REVIEW))
+        moved(filing, order(Path(review)))
+        records = done(journal)
+        foretold = filing.rehearse_undo(records)
+        told = filing.undo(records)
+        assert [one.restored for one in foretold] == [one.restored for one in told]
+        assert dataset.tree() == {"Images/a.jpg": b"image"}
+        assert list(filing.held()) == [f"{dataset.root}/Images/a.jpg"]
+
+    def test_an_inbox_that_is_gone_is_not_made_anew(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+        """Without Images/ its disk is not mounted: nothing is put below."""
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        (dataset.root / "Images").rmdir()
+        (told,) = filing.undo(done(journal))
+        assert told.restored is None
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
+
+
+class TestHolds:
+    """Versions that are not to be moved."""
+
+    def test_holds_are_told_by_absolute_path(self, dataset: Dataset, filing: Filing) -> None:
+        """They are set and released as the daemon names files."""
+        path = dataset.put("Images/a.jpg")
+        stamp = stamp_of(os.stat(path))
+        filing.hold(str(path), stamp, "guarded")
+        filing.hold_all([(str(dataset.put("Images/b.jpg")), stamp)], "guarded")
+        assert filing.held() == {str(path): stamp, f"{dataset.root}/Images/b.jpg": stamp}
+        assert filing.release(str(path)) == 1
+        assert filing.release() == 1
+
+
+class TestCorrections:
+    """The user puts right what sortd did."""
+
+    def test_a_file_that_the_user_moved_is_known_again(
+        self, dataset: Dataset, journal: Journal, filing: Filing
+    ) -> None:
+        """By its inode, or by its content where it was copied and removed; once."""
+        for name in ("a.jpg", "b.jpg"):
+            moved(filing, order(dataset.put(f"Images/{name}", name), content=_hash(name)))
+        (dataset.root / "Dataset/dog").mkdir()
+        renamed, copied = dataset.root / "Dataset/dog/new name.jpg", dataset.root / "Dataset/dog/b.jpg"
+        os.rename(dataset.root / "Dataset/cat/a.jpg", renamed)
+        shutil.copyfile(dataset.root / "Dataset/cat/b.jpg", copied)
+        assert filing.notice_correction(str(copied), stamp_of(os.stat(copied)), _hash("b.jpg")) is None
+        (dataset.root / "Dataset/cat/b.jpg").unlink()
+        for path, content in ((renamed, ""), (copied, _hash("b.jpg"))):
+            assert filing.notice_correction(str(path), stamp_of(os.stat(path)), content) is not None
+            assert filing.notice_correction(str(path), stamp_of(os.stat(path)), content) is None
+        assert {corrected for _, corrected, _, _ in journal.history.corrections()} == {"dog"}
+
+    def test_what_stands_where_it_was_put_is_no_correction(self, dataset: Dataset, filing: Filing) -> None:
+        """Nor is a stranger's file."""
+        there = Path(moved(filing, order(dataset.put("Images/a.jpg"))))
+        stranger = dataset.put("Dataset/dog/b.jpg", "unknown")
+        for path in (there, stranger):
+            assert filing.notice_correction(str(path), stamp_of(os.stat(path))) is None
+
+
+class TestErrors:
+    """Disks that refuse."""
+
+    def test_a_journal_that_cannot_be_written_moves_nothing(
+        self, dataset: Dataset, journal: Journal, filing: Filing
+    ) -> None:
+        """The error goes up, so that the daemon stops; the files are where they were."""
+        moves = [order(dataset.put(f"Images/{'n' * 200}{number}.jpg")) for number in range(60)]
+        journal._connection.execute("PRAGMA max_page_count = 1")
+        before = dataset.tree()
+        with pytest.raises(JournalError):
+            filing.move_all(moves)
+        assert dataset.tree() == before
+
+    @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS])
+    def test_a_refused_rename_leaves_everything_and_is_told(
+        self, dataset: Dataset, journal: Journal, number: int
+    ) -> None:
+        """At the image or at a companion: all of them are where they were, and go when the disk serves again."""
+        for name in ("a.jpg", "a.xmp", "a.MOV"):
+            dataset.put(f"Images/{name}", name)
+        before, move = dataset.tree(), order(dataset.root / "Images/a.jpg")
+        for count in range(3):
+            refusing = Filing(dataset.root, journal, mover=Mover(rename=_refusing(number, after=count)))
+            assert failure(refusing, move) is MoveFailure.DESTINATION
+            assert dataset.tree() == before
+            assert journal.history.unfinished() == []
+        moved(Filing(dataset.root, journal), move)
+
+    def test_a_file_that_is_replaced_while_it_is_moved_is_given_back(self, dataset: Dataset, journal: Journal) -> None:
+        """Another inode under the name at the last moment: neither is lost, neither is filed."""
+        path, other = dataset.put("Images/a.jpg", "decided"), dataset.put("Images/b.tmp", "another")
+
+        def rename(source: int, name: str, destination: int, final: str) -> None:
+            if other.exists():
+                os.rename(other, path)
+            rename_new(source, name, destination, final)
+
+        assert failure(Filing(dataset.root, journal, mover=Mover(rename=rename)), order(path)) is MoveFailure.CHANGED
+        assert dataset.tree() == {"Images/a.jpg": b"another"}
+
+    def test_what_could_not_be_settled_is_settled_before_the_next_move(
+        self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A folder that cannot be synced leaves the move open; once it can, it is done and told by the journal."""
+        refused = {"now": True}
+        fsync = os.fsync
+
+        def refuse(descriptor: int) -> None:
+            if refused["now"] and os.readlink(f"/proc/self/fd/{descriptor}").endswith("/Dataset/cat"):
+                raise OSError(errno.EIO, "Input/output error")
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        filing = Filing(dataset.root, journal)
+        assert failure(filing, order(dataset.put("Images/a.jpg"))) is MoveFailure.DESTINATION
+        assert len(journal.history.unfinished()) == 1
+        refused["now"] = False
+        moved(filing, order(dataset.put("Images/b.jpg")))
+        assert {record.source_path for record in done(journal)} == {"Images/a.jpg", "Images/b.jpg"}
+
+
+class TestCrossing:
+    """Copies to another file system."""
+
+    @pytest.fixture
+    def filing(self, dataset: Dataset, journal: Journal) -> Filing:
+        """A filing whose renames all fail as between file systems."""
+        return Filing(dataset.root, journal, mover=Mover(rename=crossing))
+
+    def test_times_mode_owner_and_attributes_are_kept(self, dataset: Dataset, filing: Filing) -> None:
+        """To the nanosecond, where the file system can."""
+        path = dataset.put("Images/a.jpg")
+        os.setxattr(path, "user.note", b"kept")
+        path.chmod(0o640)
+        if os.geteuid() == 0:
+            os.chown(path, 1234, 4321)
+        os.utime(path, ns=(1_600_000_000_123_456_789, 1_500_000_000_987_654_321))
+        before = os.stat(path)
+        there = moved(filing, order(path))
+        after = os.stat(there)
+        assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+        assert after.st_mtime_ns == before.st_mtime_ns
+        assert os.getxattr(there, "user.note") == b"kept"
+
+    def test_holes_are_kept(self, dataset: Dataset, filing: Filing) -> None:
+        """A sparse file does not fill the disk, and its bytes are the same."""
+        path = dataset.root / "Images/a.jpg"
+        with path.open("wb") as file:
+            file.write(b"head")
+            file.seek(40 << 20)
+            file.write(b"tail")
+            file.truncate(60 << 20)
+        content, blocks = path.read_bytes(), os.stat(path).st_blocks
+        there = moved(filing, order(path))
+        assert os.stat(there).st_blocks <= blocks + 16
+        assert Path(there).read_bytes() == content
+
+    def test_the_bytes_must_be_those_that_were_looked_at(self, dataset: Dataset, filing: Filing) -> None:
+        """A copy whose hash is not the decoder's is thrown away."""
+        path = dataset.put("Images/a.jpg")
+        assert failure(filing, order(path, content="0" * 64)) is MoveFailure.CHANGED
+        assert dataset.tree() == {"Images/a.jpg": b"image"}
+        moved(filing, order(path, content=_hash("image")))
+
+    def test_an_interrupted_copy_leaves_nothing(self, dataset: Dataset, journal: Journal) -> None:
+        """At a stop the image is where it was, and no part is left."""
+        path = dataset.put("Images/a.jpg", bytes(3 << 20))
+        with path.open("r+b") as file:
+            file.write(b"x" * (3 << 20))
+        asked = iter([False, False, True])
+        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), interrupted=lambda: next(asked))
+        assert failure(filing, order(path)) is MoveFailure.BUSY
+        assert list(dataset.tree()) == ["Images/a.jpg"]
+        assert journal.history.unfinished() == []
+
+    def test_copies_run_where_they_are_submitted(self, dataset: Dataset, journal: Journal) -> None:
+        """The loop gets the answers of its own moves at once; those of the copies come from another thread."""
+        jobs: list[Callable[[], list[object]]] = []
+        filing = Filing(
+            dataset.root,
+            journal,
+            mover=Mover(rename=crossing),
+            submit=lambda job: jobs.append(job) or [],  # type: ignore[func-returns-value]
+        )
+        assert filing.move_all([order(dataset.put("Images/a.jpg"))]) == []
+        assert filing.recover() == []
+        answers: list[object] = []
+        thread = threading.Thread(target=lambda: answers.extend(jobs[0]()))
+        thread.start()
+        thread.join()
+        assert [type(answer) for answer in answers] == [Moved]
+        assert journal.history.counts() == {"filed": 1}
+
+    def test_a_source_that_is_written_while_it_is_copied_is_kept(
+        self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A writer that comes after the copy was published: both are kept, nothing that it wrote is lost."""
+        path = dataset.put("Images/a.jpg")
+        rename = rename_new
+
+        def append(source: int, name: str, destination: int, final: str) -> None:
+            if final.endswith(".del"):
+                with path.open("ab") as file:
+                    file.write(b" and more")
+            rename(source, name, destination, final)
+
+        monkeypatch.setattr("sortd.crossing.rename_new", append)
+        moved(Filing(dataset.root, journal, mover=Mover(rename=crossing)), order(path))
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Images/a.jpg": b"image and more"}
+        assert "kept" in done(journal)[0].relocation.message
+
+    def test_a_copy_that_is_gone_keeps_its_source(
+        self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whoever removes the copy at once does not lose the image."""
+        path = dataset.put("Images/a.jpg")
+        rename = rename_new
+
+        def remove(source: int, name: str, destination: int, final: str) -> None:
+            if final.endswith(".del"):
+                (dataset.root / "Dataset/cat/a.jpg").unlink()
+            rename(source, name, destination, final)
+
+        monkeypatch.setattr("sortd.crossing.rename_new", remove)
+        Filing(dataset.root, journal, mover=Mover(rename=crossing)).move_all([order(path)])
+        assert dataset.tree() == {"Images/a.jpg": b"image"}
+
+    @pytest.mark.parametrize("cannot_link", [False, True])
+    def test_file_systems_that_cannot_refuse_still_do_not_overwrite(
+        self, dataset: Dataset, filing: Filing, monkeypatch: pytest.MonkeyPatch, *, cannot_link: bool
+    ) -> None:
+        """Without RENAME_NOREPLACE by link, and without links by a placeholder: a taken name is taken."""
+
+        def refuse(_: int, name: str, destination: int, final: str) -> None:
+            if _stands(destination, final):
+                raise FileExistsError(errno.EEXIST, "File exists", name)
+            raise OSError(errno.EINVAL, "Invalid argument", name)
+
+        def link(*_: object, **__: object) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr("sortd.crossing.rename_new", refuse)
+        if cannot_link:
+            monkeypatch.setattr("sortd.crossing.os.link", link)
+        dataset.put("Dataset/cat/a.jpg", "first")
+        moved(filing, order(dataset.put("Images/a.jpg", "second")))
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"first", "Dataset/cat/a (2).jpg": b"second"}
+
+
+def test_four_movers_racing_for_equal_names_lose_nothing(tmp_path: Path) -> None:
+    """The kernel decides, also between processes that know nothing of each other."""
+    datasets = [Dataset.below(tmp_path / f"{number}") for number in range(4)]
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    program = (
+        "import sys; from pathlib import Path; from sortd.filing import Filing; from tests.filing_world import *\n"
+        "dataset = Dataset(Path(sys.argv[1]))\n"
+        "with dataset.journal() as journal:\n"
+        "    moves = [order(path) for path in sorted((dataset.root / 'Images').rglob('*.jpg'))]\n"
+        "    answers = Filing(dataset.root, journal).move_all(moves)\n"
+        "    assert all(isinstance(answer, Moved) for answer in answers), answers\n"
+    )
+    for number, dataset in enumerate(datasets):
+        (dataset.root / "Dataset").mkdir()
+        for one in range(100):
+            dataset.put(f"Images/{one}/a.jpg", f"{number} {one}")
+    target = datasets[0].root / "Dataset" / "cat"
+    target.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("one class folder in four datasets takes bind mounts, and these take root")
+    mounts = [
+        f"mkdir -p {dataset.root}/Dataset/cat && mount --bind {target} {dataset.root}/Dataset/cat"
+        for dataset in datasets[1:]
+    ]
+    runs = [f'({sys.executable} -c "$PROGRAM" {dataset.folder}) & pids="$pids $!"' for dataset in datasets]
+    script = " && ".join(mounts) + "\n" + "\n".join(runs) + '\nfor pid in $pids; do wait "$pid" || exit 1; done'
+    command = ["unshare", "--mount", "sh", "-c", script]
+    subprocess.run(command, env={**os.environ, "PROGRAM": program, "PYTHONPATH": "."}, check=True)
+    content = sorted(path.read_text() for path in target.iterdir())
+    assert content == sorted(f"{number} {one}" for number in range(4) for one in range(100))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stands(folder: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _refusing(number: int, *, after: int) -> Callable[[int, str, int, str], None]:
+    count = {"now": 0}
+
+    def rename(source: int, name: str, destination: int, final: str) -> None:
+        count["now"] += 1
+        if count["now"] == after + 1:
+            raise OSError(number, os.strerror(number), name)
+        rename_new(source, name, destination, final)
+
+    return rename

@@ -1,0 +1,175 @@
+"""The mover and its system calls: the kernel decides, links are not followed, writers are left alone."""
+
+import errno
+import mmap
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sortd.messages import Writer
+from sortd.renaming import (
+    FOLDER_FLAGS,
+    Folders,
+    is_version,
+    look,
+    names_of,
+    rename_new,
+    stamp_of,
+    sync_folder,
+    writer_of,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[int]:
+    """A descriptor of the temporary folder."""
+    descriptor = os.open(tmp_path, FOLDER_FLAGS)
+    yield descriptor
+    os.close(descriptor)
+
+
+def test_a_rename_never_replaces(tmp_path: Path, folder: int) -> None:
+    """A taken name is refused by the kernel, be it a file's, a folder's, a link's or one of the same inode."""
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "file").write_text("file")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    os.link(tmp_path / "a", tmp_path / "twin")
+    for taken in ("file", "folder", "link", "twin"):
+        with pytest.raises(FileExistsError):
+            rename_new(folder, "a", folder, taken)
+    assert (tmp_path / "file").read_text() == "file"
+    assert (tmp_path / "a").read_text() == "a"
+    rename_new(folder, "a", folder, "free")
+    assert (tmp_path / "free").read_text() == "a"
+
+
+def test_a_rename_says_what_the_kernel_says(folder: int) -> None:
+    """Errors carry their number and the names."""
+    with pytest.raises(FileNotFoundError) as caught:
+        rename_new(folder, "nothing", folder, "free")
+    assert caught.value.filename == "nothing"
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_a_writer_is_seen(tmp_path: Path) -> None:
+    """Nobody, a descriptor, and a mapping whose descriptor is closed already."""
+    path = tmp_path / "a"
+    path.write_bytes(bytes(4096))
+    assert writer_of(str(path)) is Writer.ABSENT
+    with path.open("r+b") as file:
+        assert writer_of(str(path)) is Writer.PRESENT
+        mapping = mmap.mmap(file.fileno(), 4096)
+    assert writer_of(str(path)) is Writer.PRESENT
+    mapping.close()
+    with path.open("rb"):
+        assert writer_of(str(path)) is Writer.ABSENT
+
+
+def test_a_writer_of_what_cannot_be_opened_is_unknown(tmp_path: Path) -> None:
+    """Nothing there, a link, a folder and a FIFO give no lease and do not hang."""
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("nothing", "link", "fifo", "."):
+        assert writer_of(str(tmp_path / name)) is Writer.UNKNOWN
+
+
+def test_a_lease_that_is_broken_does_not_kill(tmp_path: Path) -> None:
+    """Who opens the file for writing while the lease is held makes the kernel signal us: that is ignored."""
+    program = (
+        "import fcntl, os, subprocess, sys, sortd.renaming as renaming\n"
+        "setlease = fcntl.fcntl\n"
+        "def slow(fd, command, *rest):\n"
+        "    answer = setlease(fd, command, *rest)\n"
+        "    if (command, *rest) == (fcntl.F_SETLEASE, fcntl.F_RDLCK):\n"
+        "        code = 'import os, sys; os.open(sys.argv[1], os.O_WRONLY | os.O_NONBLOCK)'\n"
+        "        subprocess.run([sys.executable, '-c', code, sys.argv[1]], stderr=subprocess.DEVNULL)\n"
+        "    return answer\n"
+        "renaming.fcntl.fcntl = slow\n"
+        "print(renaming.writer_of(sys.argv[1]).value)"
+    )
+    path = tmp_path / "a"
+    path.write_text("a")
+    run = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() in {"absent", "unknown"}
+
+
+def test_a_stamp_tells_versions_apart(tmp_path: Path, folder: int) -> None:
+    """Other bytes, another time and another file under the name are other versions; the device does not count."""
+    path = tmp_path / "a"
+    path.write_text("a")
+    os.utime(path, ns=(1, 1))
+    stamp = stamp_of(os.stat(path))
+    assert is_version(os.stat(path), stamp)
+    assert is_version(os.stat(path), type(stamp)(stamp.device + 1, stamp.inode, stamp.size, stamp.mtime_ns))
+    os.utime(path, ns=(1, 2))
+    assert not is_version(os.stat(path), stamp)
+    path.write_text("aa")
+    os.utime(path, ns=(1, 1))
+    assert not is_version(os.stat(path), stamp)
+    os.rename(path, tmp_path / "old")
+    path.write_text("a")
+    os.utime(path, ns=(1, 1))
+    assert not is_version(os.stat(path), stamp)
+    assert look(folder, "nothing") is None
+    assert look(folder, "x" * 300) is None
+
+
+def test_names_are_found_by_inode_visible_ones_first(tmp_path: Path, folder: int) -> None:
+    """A hidden name counts only where there is no other."""
+    for name in (".hidden", ".both", "other"):
+        (tmp_path / name).write_text(name)
+    os.link(tmp_path / ".both", tmp_path / "both")
+    inodes = {name: os.stat(tmp_path / name).st_ino for name in (".hidden", "both", "other")}
+    found = names_of(folder, [inodes[".hidden"], inodes["both"]])
+    assert found == {inodes[".hidden"]: ".hidden", inodes["both"]: "both"}
+
+
+def test_folders_are_opened_without_following_links(tmp_path: Path) -> None:
+    """A symbolic link as any component is refused; what is missing is not made by opening."""
+    (tmp_path / "outside" / "cat").mkdir(parents=True)
+    (tmp_path / "set" / "Dataset").mkdir(parents=True)
+    (tmp_path / "set" / "Dataset" / "cat").symlink_to(tmp_path / "outside" / "cat")
+    (tmp_path / "set" / "Review").symlink_to(tmp_path / "outside")
+    with Folders(tmp_path / "set") as folders:
+        for path in ("Dataset/cat", "Review/cat", "Review"):
+            with pytest.raises(NotADirectoryError):
+                folders.make(path)
+        with pytest.raises(FileNotFoundError):
+            folders.open("Dataset/dog")
+        assert os.fstat(folders.make("Dataset/dog")).st_ino == os.stat(tmp_path / "set" / "Dataset" / "dog").st_ino
+    assert [path.name for path in (tmp_path / "outside" / "cat").iterdir()] == []
+
+
+def test_folders_leave_no_descriptor_open(tmp_path: Path) -> None:
+    """Whatever was opened is closed with them."""
+    before = len(os.listdir("/proc/self/fd"))
+    with Folders(tmp_path) as folders:
+        folders.make("Dataset/cat")
+        assert len(os.listdir("/proc/self/fd")) == before + 3
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_folder_that_root_makes_belongs_to_whom_its_parent_belongs(tmp_path: Path) -> None:
+    """A daemon that runs as root makes folders that the user can use."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    (tmp_path / "Dataset").mkdir()
+    os.chown(tmp_path / "Dataset", 1234, 4321)
+    with Folders(tmp_path) as folders:
+        made = os.fstat(folders.make("Dataset/cat"))
+    assert (made.st_uid, made.st_gid, stat.S_ISDIR(made.st_mode)) == (1234, 4321, True)
+
+
+def test_a_folder_that_cannot_be_synced_is_an_error(tmp_path: Path) -> None:
+    """Only file systems that know no sync of folders are forgiven."""
+    descriptor = os.open(tmp_path, FOLDER_FLAGS)
+    sync_folder(descriptor)
+    os.close(descriptor)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        sync_folder(descriptor)
