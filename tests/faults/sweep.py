@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults.injection import CALLS, MUTATING, Fault, can_trace, run_child
+from tests.faults.namespace import enter
 from tests.faults.world import MOVES, World, broken_after_recovery, broken_before_recovery, build
 
 ERRORS = ("EIO", "ENOSPC", "EACCES")
@@ -159,22 +160,22 @@ def main() -> int:
     parser.add_argument("--disk", type=Path, default=None, help="a folder on a disk")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="a folder on tmpfs")  # noqa: S108
     parser.add_argument("--grounds", default="", help="only these, by name, comma between")
-    parser.add_argument("--mount", action="store_true", help="mount, in this mount namespace, for moves across")
     arguments = parser.parse_args()
     if reason := can_trace():
         print(json.dumps({"skipped": reason}))
         return 0
+    can_mount = enter("tests.faults.sweep")
     tally, began = Tally(), time.monotonic()
     with (
         tempfile.TemporaryDirectory(dir=arguments.disk, prefix="sortd-faults-") as disk,
         tempfile.TemporaryDirectory(dir=arguments.memory, prefix="sortd-faults-") as memory,
     ):
         chosen = [one for one in arguments.grounds.split(",") if one]
-        for ground in grounds(Path(disk), Path(memory), can_mount=arguments.mount):
+        for ground in grounds(Path(disk), Path(memory), can_mount=can_mount):
             if not chosen or ground.name in chosen:
                 state = (Path(memory) if ground.name == "memory" else Path(disk)) / "state"
                 sweep(ground, state, tally, thin=arguments.thin, most_doubles=arguments.doubles)
-        if arguments.mount:
+        if can_mount:
             for ground in grounds(Path(disk), Path(memory), can_mount=True):
                 for name in ("Dataset", "Review", "Rejected"):
                     if ground.destination is not None and os.path.ismount(ground.source / name):
@@ -183,6 +184,7 @@ def main() -> int:
         "runs": sum(tally.runs.values()),
         **tally.runs,
         "silent": len(tally.silent),
+        "across": "yes" if can_mount else "no: mount namespaces cannot be had here",
         "violations": len(tally.broken),
         "seconds": round(time.monotonic() - began, 1),
         "first_silent": tally.silent[:10],
