@@ -12,16 +12,20 @@ from sortd.cache import Cache
 from sortd.check_calibration import calibration_findings
 from sortd.check_disks import clock_findings, file_system_findings, room_findings, watching_findings
 from sortd.check_folders import dataset_findings, overlap_findings, own_folder_findings, root_findings
-from sortd.check_references import DECODING_SECONDS, File, reference_findings
+from sortd.check_references import DECODING_SECONDS, File, Reader, reference_findings
 from sortd.check_running import model_findings, named_dataset_findings, process_findings
 from sortd.config import Config, load
-from sortd.errors import ConfigError, LayoutError, UnreadableError
+from sortd.errors import ConfigError, LayoutError
 from sortd.finding import Finding, Topic, error
+from sortd.images import Limits, decode_file, look_at_file
 from sortd.layout import find_datasets
+from sortd.messages import Preprocessing
 from sortd.prototypes import Mode
 from sortd.stored import stored_prototypes
 
 CACHE_FILE = "embeddings.sqlite"
+SIDE_PIXELS = 224
+"""What most encoders see: references are decoded as far as it takes to come to this size."""
 
 
 def check(path: Path | None, environment: Mapping[str, str], *, thorough: bool = False) -> Iterator[Finding]:
@@ -61,30 +65,30 @@ def check_site(config: Config, *, decoding_seconds: float = DECODING_SECONDS) ->
     yield from room_findings([*(("images", layout.root) for layout in layouts), *rooms])
     with ExitStack() as stack:
         known = _known_contents(config, stack)
+        decode, look = _readers(config)
         for layout in layouts:
             yield from dataset_findings(layout)
             yield from file_system_findings(layout)
             mode = Mode(config.dataset(layout.name).mode)
             yield from reference_findings(
-                layout, mode, known=known, decode=_decode, look=_look, decoding_seconds=decoding_seconds
+                layout, mode, known=known, decode=decode, look=look, decoding_seconds=decoding_seconds
             )
             yield from calibration_findings(layout, config.dataset(layout.name), stored_prototypes(config, layout))
 
 
-def _decode(path: str) -> None:
-    _look(path)
+def _readers(config: Config) -> tuple[Reader, Reader]:
+    """Return what decodes a whole reference, and what looks at its header alone, under the configured limits."""
+    allowed = config.decoding
+    limits = Limits(max_pixels=allowed.max_pixels, max_side=allowed.max_side_pixels, max_bytes=allowed.max_bytes)
+    seen = Preprocessing(shortest_edge=SIDE_PIXELS, crop_height=SIDE_PIXELS, crop_width=SIDE_PIXELS)
 
+    def decode(path: str) -> None:
+        decode_file(path, seen, limits)
 
-def _look(path: str) -> None:
-    from PIL import Image, UnidentifiedImageError
+    def look(path: str) -> None:
+        look_at_file(path, limits)
 
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except UnidentifiedImageError as error:
-        raise UnreadableError("it is no image") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UnreadableError(str(error)) from error
+    return decode, look
 
 
 def _known_contents(config: Config, stack: ExitStack) -> Callable[[Sequence[File]], Mapping[File, str]]:

@@ -4,13 +4,15 @@ import hashlib
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
 from sortd.check_folders import named
 from sortd.console import counted, printable
-from sortd.errors import ImageError, NotAnImageError
+from sortd.errors import ImageError
 from sortd.finding import Finding, Topic, error, note, warning
+from sortd.image_formats import HEAD_BYTES, looks_like_image
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
 from sortd.prototypes import Mode
@@ -60,6 +62,8 @@ def reference_findings(
         yield error(Topic.REFERENCES, refusal.filename, f"cannot be read: {refusal.strerror}", "mend its rights")
     yield from _name_findings(clases, folders, misnamed)
     contents = known([file for folder in folders for file in folder.files])
+    # A note beside the images is no reference and does no harm.
+    folders = [replace(one, files=tuple(f for f in one.files if f in contents or _is_image(f[0]))) for one in folders]
     yield from _reading_findings(clases, folders, contents, decode, look, decoding_seconds)
     yield from _count_findings(clases, folders, mode)
     yield from _twin_findings(clases, folders, contents)
@@ -95,12 +99,11 @@ def _reading_findings(
         decoded += is_whole
         try:
             (decode if is_whole else look)(path)
-        except NotAnImageError:
-            continue  # a note beside the images is no reference and does no harm
         except ImageError as refusal:
-            yield warning(
-                Topic.REFERENCES, path, f"is a reference that cannot be read: {refusal}", "replace or remove it"
-            )
+            what = f"is a reference that cannot be read: {refusal}"
+            yield warning(Topic.REFERENCES, path, what, "replace or remove it")
+        except OSError as refusal:
+            yield error(Topic.REFERENCES, path, f"cannot be read: {refusal.strerror}", "mend its rights or its disk")
     parts = [
         f"{counted(len(files) - len(fresh), 'reference')} known to the cache" if len(fresh) < len(files) else "",
         f"{decoded:,} decoded" if decoded else "",
@@ -169,6 +172,17 @@ def _twin_findings(clases: Path, folders: Sequence[ClassFolder], contents: Mappi
                 paths = named([printable(str(Path(path).relative_to(clases))) for _, path in twins])
                 what = f"is a reference of {len(labels)} classes ({named(labels)}): {paths}"
                 yield warning(Topic.REFERENCES, twins[0][1], what, "leave it in the class to which it belongs")
+
+
+def _is_image(path: str) -> bool:
+    """Tell whether a file is meant as an image, by its name or else by its content."""
+    if looks_like_image(path, b""):
+        return True
+    try:
+        with open(path, "rb") as file:
+            return looks_like_image(path, file.read(HEAD_BYTES))
+    except OSError:
+        return True  # reading it says why not
 
 
 def _content(path: str) -> str | None:
