@@ -7,16 +7,17 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sortd.errors import ModelError
-from sortd.model_folders import STRONGER, ModelFolder, complete, first_line, vouch
+from sortd.model_folders import CODE_FREE, STRONGER, ModelFolder, complete, first_line, vouch
 
 PACKAGED = Path(__file__).parent / "model"
 FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
+PICKLE = "pytorch_model.bin"
 NOT_FETCHED = ["onnx/*", "openvino/*", "*.onnx"]
 
 
@@ -114,27 +115,66 @@ def fetch(name: str, *, cache_dir: Path | None = None) -> Path:
     Raises:
         ModelError: No such model, no network, no room, or weights in no form that sortd loads.
     """
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
+    repository = _repository(name)
     target = None if cache_dir is None else str(cache_dir / "models")
     try:
-        folder = huggingface_hub.snapshot_download(
-            _repository(name), cache_dir=target, allow_patterns=FETCHED, ignore_patterns=NOT_FETCHED
+        folder = Path(
+            snapshot_download(repository, cache_dir=target, allow_patterns=FETCHED, ignore_patterns=NOT_FETCHED)
         )
+        offered = HfApi().list_repo_files(repository, revision=folder.name)
+        pickles = [path for path in offered if _is_the_only_form(path, offered)]
+        if pickles:
+            snapshot_download(repository, cache_dir=target, allow_patterns=pickles, revision=folder.name)
     except OfflineModeIsEnabled as error:
         raise ModelError(
             f"cannot fetch {name}: HF_HUB_OFFLINE forbids the network; unset it for this command"
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # the client's HTTP library, and so its errors, change from version to version
         raise ModelError(
             f"cannot fetch {name}: {first_line(error)}; check the name and the network, or copy the model's "
             f"folder from another machine and set `model:` to its path"
         ) from error
-    return complete(name, Path(folder)).folder
+    for path in pickles:
+        _convert(name, folder / path)
+    return complete(name, folder).folder
+
+
+def _is_the_only_form(path: str, offered: Sequence[str]) -> bool:
+    """Tell whether weights are offered in no other form; some of the oldest published CLIPs are not."""
+    folder, _, file = path.rpartition("/")
+    return file == PICKLE and not any(
+        other.rpartition("/")[0] == folder and other.endswith(CODE_FREE) for other in offered
+    )
+
+
+def _convert(name: str, pickle: Path) -> None:
+    """Write the tensors of a pickle as safetensors beside it: once, here, and never while sorting.
+
+    torch's restricted unpickler knows tensors and the containers that hold them, and refuses everything else.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    try:
+        loaded = torch.load(pickle, map_location="cpu", weights_only=True)
+        tensors = {str(key): value.clone().contiguous() for key, value in loaded.items()}
+    except Exception as error:  # whatever a foreign pickle does to its reader, the answer is no
+        raise ModelError(
+            f"cannot fetch {name}: {pickle.name} holds something else than weights, and was not run "
+            f"({first_line(error)}); choose a model with {CODE_FREE} weights"
+        ) from error
+    beside = pickle.with_name("model.safetensors.part")
+    try:
+        save_file(tensors, beside, {"format": "pt"})
+        beside.replace(pickle.with_name("model.safetensors"))
+    except OSError as error:
+        raise ModelError(f"cannot fetch {name}: {pickle.parent}: {error.strerror}; make room there") from error
 
 
 def digest(model: ModelFolder, *, cache_dir: Path | None = None) -> str:

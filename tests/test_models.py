@@ -348,6 +348,17 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         thread.join()
 
 
+class _Touch:
+    """What a hostile pickle holds: whoever loads it without care makes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        """Open the file for writing."""
+        return open, (self.path, "w")
+
+
 class TestFetch:
     """The one thing that downloads."""
 
@@ -387,10 +398,40 @@ except ModelError as error:
         names = {path.name for path in found.folder.rglob("*") if path.is_file()}
         assert names == {"modules.json", "config.json", "model.safetensors"}
 
-    def test_weights_in_another_form_are_refused(self, hub: tuple[str, Path], tmp_path: Path) -> None:
+    def test_old_weights_are_made_safe_once(
+        self, hub: tuple[str, Path], tmp_path: Path, environment: dict[str, str]
+    ) -> None:
+        """Some of the first CLIPs were published as pickles only: their tensors are kept, nothing else."""
+        import torch
+        from safetensors.torch import load_file
+
+        address, folder = hub
+        (folder / "0_CLIPModel/model.safetensors").unlink()
+        shared = torch.arange(6.0).reshape(2, 3)
+        torch.save({"a": shared, "b": shared.T}, folder / "0_CLIPModel/pytorch_model.bin")
+        done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = models.locate("tiny", cache_dir=tmp_path / "cache", environment=environment)
+        tensors = load_file(found.folder / "0_CLIPModel/model.safetensors")
+        assert torch.equal(tensors["a"], shared)
+        assert torch.equal(tensors["b"], shared.T)
+
+    def test_a_pickle_that_runs_code_is_refused_and_not_run(self, hub: tuple[str, Path], tmp_path: Path) -> None:
+        """The one place that reads a foreign pickle reads tensors and nothing else."""
+        import torch
+
+        address, folder = hub
+        (folder / "0_CLIPModel/model.safetensors").unlink()
+        torch.save({"a": _Touch(str(tmp_path / "owned"))}, folder / "0_CLIPModel/pytorch_model.bin")
+        done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
+        assert done.returncode == 69, done.stderr
+        assert "holds something else than weights, and was not run" in done.stdout
+        assert not (tmp_path / "owned").exists()
+
+    def test_weights_in_no_form_that_we_read_are_refused(self, hub: tuple[str, Path], tmp_path: Path) -> None:
         """They are not even downloaded."""
         address, folder = hub
-        (folder / "0_CLIPModel/model.safetensors").rename(folder / "0_CLIPModel/pytorch_model.bin")
+        (folder / "0_CLIPModel/model.safetensors").rename(folder / "0_CLIPModel/model.ckpt")
         done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
         assert done.returncode == 69
         assert "has no weights (*.safetensors)" in done.stdout
