@@ -11,6 +11,7 @@ Open the watch first and scan second: then nothing falls between the two.
 import errno
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -90,6 +91,8 @@ class Watcher:
         self._make_observer = make_observer
         self._watched: dict[str, _Watched] = {}
         self._overflows = _WarningHandler(self._hear_warning)
+        # Said in watchdog's reader when a folder is made while it is walked; where warnings are errors it ends there.
+        warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
         logger = logging.getLogger("watchdog.observers")
         # Set here, so that no level of the root logger can hide that events were lost; its debug lines are a flood.
         logger.setLevel(logging.WARNING)

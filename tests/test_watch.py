@@ -288,6 +288,9 @@ def test_a_linked_root_and_linked_folders_are_heard_under_their_own_names(
     watcher.watch_dataset(link)
     assert hears(heard, link / "Clases" / "hex", "a.jpg")
     assert hears(heard, link / "Images" / "sub", "b.jpg")
+    assert hears(heard, link / "Images", "c.jpg")
+    (link / "Rejected").mkdir()
+    assert heard.of(link / "Rejected")
 
 
 # ---------------------------------------------------------------- what is noticed and healed
