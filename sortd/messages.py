@@ -60,6 +60,7 @@ class Refusal(StrEnum):
     POISON = "poison"  # its decoding killed workers or ran over the time limit again and again: set aside
     NOT_AN_IMAGE = "not_an_image"  # left where it is
     EMPTY = "empty"  # left where it is until it changes
+    DENIED = "denied"  # cannot be read for want of rights, or the disk fails: left where it is
     CHANGED = "changed"  # looked at again
     VANISHED = "vanished"  # forgotten
 
