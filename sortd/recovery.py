@@ -69,10 +69,9 @@ def _recover_intended(folders: Folders, places: _Places, relocation: Relocation)
 
 def _give_back_taken(places: _Places, relocation: Relocation) -> None:
     """End a bringing back that was itself cut short."""
-    for position, member in enumerate(relocation.members):
+    for position in range(len(relocation.members)):
         taken = relocation.taken_name(position)
-        status = None if places.source == -1 else look(places.source, taken)
-        if status is not None and is_version(status, member.stamp):
+        if places.source != -1 and look(places.source, taken) is not None:
             give_back(places.source, taken, relocation, position)
 
 

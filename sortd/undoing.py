@@ -1,6 +1,7 @@
 """Undoing: images back to where they were, journaled like every relocation, never over another file."""
 
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,10 +9,11 @@ from pathlib import Path
 
 from sortd.copying import content_of
 from sortd.journal import UNDONE, Grounds, Record
+from sortd.messages import Stamp
 from sortd.mover import new_token
 from sortd.relocating import Order, Relocator
 from sortd.relocation import Member, Relocation, Role
-from sortd.renaming import Folders, is_version, look
+from sortd.renaming import Folders, is_version, look, stamp_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,36 +105,30 @@ def _plan(folders: Folders, record: Record) -> _Plan | PutBack:
         folders.open(there.source.partition("/")[0])  # never made anew: without it, its disk is not mounted
     except OSError as error:
         return PutBack(record, None, f"{record.destination_path}: {error.strerror}")
-    if (reason := _why_not(folder, there.image)) is not None:
-        return PutBack(record, None, f"{record.destination_path}: {reason}")
-    image, *others = there.members
-    back, spent, left = [_reversed(image, Role.IMAGE)], [], []
-    for member in others:
-        if _why_not(folder, member) is not None:
+    found = _find(folder, there.image)
+    if isinstance(found, str):
+        return PutBack(record, None, f"{record.destination_path}: {found}")
+    back, spent, left = [_reversed(there.image, Role.IMAGE, found)], [], []
+    for member in there.members[1:]:
+        if isinstance(stamp := _find(folder, member), str):
             left.append(member.final)
         elif member.role is Role.COMPANION:
-            back.append(_reversed(member, Role.COMPANION))
-        elif member.role is Role.REASON:
-            spent.append(_reversed(member, Role.REASON))
+            back.append(_reversed(member, Role.COMPANION, stamp))
+        elif member.role is Role.REASON or _is_needless(folders, there, member):
+            spent.append(_reversed(member, member.role, stamp))
+        elif not _content(folders, there.source, member.name):
+            back.append(_reversed(member, Role.COMPANION, stamp))
         else:
-            _plan_shared(folders, there, member, (back, spent, left))
+            left.append(member.final)
     relocation = Relocation(new_token(), there.destination, there.source, tuple(back), spent=tuple(spent))
     message = f"left where they are, changed or gone: {', '.join(left)}" if left else ""
     return _Plan(record, relocation, message)
 
 
-def _plan_shared(
-    folders: Folders, there: Relocation, member: Member, into: tuple[list[Member], list[Member], list[str]]
-) -> None:
-    """A copy of a shared companion is removed where the original still says the same, else it goes back."""
-    back, spent, left = into
-    original = _content(folders, there.source, member.name)
-    if not original:
-        back.append(_reversed(member, Role.COMPANION))
-    elif original == _content(folders, there.destination, member.final):
-        spent.append(_reversed(member, Role.SHARED))
-    else:
-        left.append(member.final)
+def _is_needless(folders: Folders, there: Relocation, member: Member) -> bool:
+    """Whether the original of a shared companion still says what our copy of it says."""
+    copy = _content(folders, there.destination, member.final)
+    return copy != "" and copy == _content(folders, there.source, member.name)
 
 
 def _content(folders: Folders, folder: str, name: str) -> str:
@@ -142,18 +138,20 @@ def _content(folders: Folders, folder: str, name: str) -> str:
         return ""
 
 
-def _why_not(folder: int, member: Member) -> str | None:
+def _find(folder: int, member: Member) -> Stamp | str:
+    """Return the version of a member that stands where it was put, or why it cannot be put back."""
     status = look(folder, member.final) if member.final else None
-    if status is None:
+    if status is None or member.moved_stamp is None:
         return "no longer there: moved or removed since"
-    if member.moved_stamp is None or not is_version(status, member.moved_stamp):
-        return "changed since it was put there; left where it is"
-    return None
+    if is_version(status, member.moved_stamp):
+        return member.moved_stamp
+    # The undoing of a later move may have copied it here: another inode with the same bytes is the same image.
+    if stat.S_ISREG(status.st_mode) and member.content and content_of(folder, member.final) == member.content:
+        return stamp_of(status)
+    return "changed since it was put there; left where it is"
 
 
-def _reversed(member: Member, role: Role) -> Member:
-    # The stamp was compared a moment ago, so that it is there.
-    stamp = member.moved_stamp or member.stamp
+def _reversed(member: Member, role: Role, stamp: Stamp) -> Member:
     return Member(role, member.final, member.name, stamp, content=member.content if role is Role.IMAGE else "")
 
 

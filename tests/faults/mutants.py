@@ -1,0 +1,183 @@
+"""Mutation: each sync, each refusal to overwrite and each look at an identity, taken away in turn, must be noticed.
+
+python -m tests.faults.mutants
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+TESTS = (
+    *("tests/faults/test_steps.py", "tests/test_mover.py", "tests/test_filing.py", "tests/test_journal.py"),
+    *("tests/test_recovery.py", "tests/faults/test_sweep.py"),
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One safeguard taken away: a text of a module, which must be there exactly once, and what stands for it."""
+
+    module: str
+    text: str
+    instead: str
+
+    @property
+    def label(self) -> str:
+        """One line that names it."""
+        return f"{self.module}: {self.text.strip().splitlines()[0]} -> {self.instead.strip() or 'nothing'}"
+
+
+SYNCS = (
+    Mutant("mover", "            os.fsync(file)\n", "            pass\n"),
+    Mutant("copying", "        os.fsync(copy)\n", ""),
+    Mutant("copying", "        os.fsync(descriptor)\n", ""),
+    Mutant("renaming", "        os.fsync(folder)\n", "        pass\n"),
+    Mutant("renaming", "        sync_folder(parent)\n", ""),
+    Mutant("relocating", "for folder_of in (_destination, _source):", "for folder_of in (_source,):"),
+    Mutant("relocating", "for folder_of in (_destination, _source):", "for folder_of in (_destination,):"),
+    Mutant("relocating", "for folder_of in (_destination, _source):", "for folder_of in (_source, _destination):"),
+    Mutant("crossing", "    sync_folder(destination)\n", ""),
+    Mutant("crossing", "    sync_folder(source)\n", ""),
+    Mutant("crossing", "    advance(sealed)  # X5\n", ""),
+    Mutant("crossing", "    advance(published)\n", ""),
+    Mutant(
+        "recovery", "    sync_folder(places.destination)\n    if places.source != -1:", "    if places.source != -1:"
+    ),
+    Mutant("recovery", "        remove_spent(folders, relocation)\n        sync_folder(places.source)\n", ""),
+    Mutant("recovery", "    sync_folder(places.source)\n    sync_folder(places.destination)\n", ""),
+    Mutant("recovery", "    sync_folder(places.source)\n    sync_folder(places.dest", "    sync_folder(places.dest"),
+    Mutant("recovery", "    sync_folder(places.destination)\n    if saved:", "    if saved:"),
+    Mutant("recovery", "    sync_folder(destination)\n    return relocation.failed", "    return relocation.failed"),
+    Mutant(
+        "journal_store",
+        'connection.execute("PRAGMA synchronous = FULL")',
+        'connection.execute("PRAGMA synchronous = 1")',
+    ),
+    Mutant("journal_store", "            os.fsync(descriptor)\n", "            pass\n"),
+)
+
+REFUSALS = (
+    Mutant("renaming", "        _RENAME_NOREPLACE,\n", "        0,\n"),
+    Mutant("copying", "os.O_WRONLY | os.O_CREAT | os.O_EXCL |", "os.O_WRONLY | os.O_CREAT |"),
+    Mutant("crossing", "os.O_WRONLY | os.O_CREAT | os.O_EXCL |", "os.O_WRONLY | os.O_CREAT |"),
+    Mutant("renaming", "os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW |", "os.O_RDONLY | os.O_DIRECTORY |"),
+    Mutant("renaming", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK"),
+    Mutant("renaming", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NOFOLLOW"),
+    Mutant("relocation", "if components[0] not in TOPS or", "if"),
+    Mutant("relocation", """part in {"", ".", ".."} or""", "False or"),
+    Mutant("relocation", 'if name in {"", ".", ".."} or "/" in name or', "if"),
+)
+
+IDENTITIES = (
+    Mutant("renaming", "(status.st_ino, status.st_size,", "(stamp.inode, status.st_size,"),
+    Mutant("renaming", "(status.st_ino, status.st_size,", "(status.st_ino, stamp.size,"),
+    Mutant("renaming", "status.st_mtime_ns) ==", "stamp.mtime_ns) =="),
+    Mutant("mover", "if not stat.S_ISREG(status.st_mode) or not is_version(status, member.stamp):", "if False:"),
+    Mutant("mover", "if writer_of(file) is Writer.PRESENT:", "if False:"),
+    Mutant("mover", "                _check_version(source, member, relocation.source)\n", "                pass\n"),
+    Mutant("mover", "if member.leaves and (status is None or not is_version(status, member.stamp)):", "if False:"),
+    Mutant("mover", "        if not is_version(os.fstat(file), member.stamp):", "        if False:"),
+    Mutant("mover", "if status is not None and is_version(status, member.stamp):", "if status is not None:"),
+    Mutant("mover", "if status is None or not stat.S_ISREG(status.st_mode):", "if status is None:"),
+    Mutant("crossing", "        if not is_version(os.fstat(file), member.stamp):", "        if False:"),
+    Mutant(
+        "crossing",
+        "if by_name is None or not is_version(by_name, member.stamp) or not is_version(os.fstat(file), member.stamp):",
+        "if False:",
+    ),
+    Mutant("crossing", 'if member.content not in {"", copy.content}:', "if False:"),
+    Mutant(
+        "crossing",
+        "if not is_version(standing, member.stamp) or not copy_stands(destination, member, member.final):",
+        "if False:",
+    ),
+    Mutant("crossing", "        is_version(status, member.stamp)\n        and not _is", "        not _is"),
+    Mutant("crossing", "        and not _is_written(source, taken)\n", ""),
+    Mutant("crossing", "        and copy_stands(destination, member, member.final)\n", ""),
+    Mutant("crossing", "if there is None or (there.st_ino, there.st_size) != (ours.st_ino, 0):", "if False:"),
+    Mutant("crossing", "return status.st_ino == member.copy_inode or content_of(", "return content_of("),
+    Mutant("crossing", "if status is None or status.st_size != _size(member):", "if status is None:"),
+    Mutant(
+        "recovery",
+        "if status is not None and is_version(status, member.stamp):\n            moved",
+        "if status is not None:\n            moved",
+    ),
+    Mutant("recovery", "if not member.leaves or look(places.source, member.name) is not None:", "if True:"),
+    Mutant("recovery", "elif member.content and content_of(places.destination, part) == member.content:", "elif True:"),
+    Mutant("recovery", " and content_of(destination, name) == member.content:\n", ":\n"),
+    Mutant("recovery", "if all(_stands(places, relocation, position) for position in leaving):", "if True:"),
+    Mutant("recovery", "if position not in finals and content_of(", "if position not in finals or content_of("),
+    Mutant(
+        "recovery", "return status is not None and is_version(status, member.stamp)\n", "return status is not None\n"
+    ),
+    Mutant("recovery", "if status is not None and status.st_size == 0 and look(", "if status is not None and look("),
+    Mutant("recovery", "if expected and content_of(places.destination, name) == expected:", "if expected:"),
+    Mutant("undoing", "if is_version(status, member.moved_stamp):", "if True:"),
+    Mutant("undoing", "member.content and content_of(folder, member.final) == member.content:", "member.content:"),
+)
+
+ALL = SYNCS + REFUSALS + IDENTITIES
+
+
+def copy_with(mutant: Mutant, place: Path) -> None:
+    """Copy the program and its tests, the mutant in it.
+
+    Raises:
+        ValueError: the text of the mutant is not there exactly once.
+    """
+    for name in ("sortd", "tests", "pyproject.toml"):
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, place / name)
+    module = place / "sortd" / f"{mutant.module}.py"
+    text = module.read_text()
+    if text.count(mutant.text) != 1:
+        raise ValueError(f"{mutant.label}: found {text.count(mutant.text)} times")
+    module.write_text(text.replace(mutant.text, mutant.instead))
+
+
+def is_noticed(mutant: Mutant) -> bool:
+    """Whether some test turns red with this mutant."""
+    with tempfile.TemporaryDirectory(prefix="sortd-mutant-") as folder:
+        place = Path(folder)
+        copy_with(mutant, place)
+        tests = [test for test in TESTS if (place / test).exists()]
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
+            cwd=place,
+            env={**os.environ, "PYTHONPATH": str(place)},
+            capture_output=True,
+            check=False,
+        )
+        return run.returncode == 1
+
+
+def main() -> int:
+    """Try every mutant; print the ones that nothing noticed; status 1 if there are any."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="mutants whose label holds this")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    tried = [mutant for mutant in ALL if arguments.only in mutant.label]
+    survivors = []
+    for mutant in tried:
+        noticed = is_noticed(mutant)
+        print(f"{'noticed ' if noticed else 'SURVIVED'} {mutant.label}", file=sys.stderr, flush=True)
+        survivors += [] if noticed else [mutant.label]
+    found = {"mutants": len(tried), "survivors": survivors, "seconds": round(time.monotonic() - began)}
+    print(json.dumps(found, indent=2))
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,381 @@
+"""Recovery: whatever stands where, nothing is lost, nothing of anybody else's is touched, and it ends."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sortd.filing import Filing
+from sortd.journal import Grounds, Journal, Selection
+from sortd.messages import Stamp
+from sortd.relocation import Member, Progress, Relocation, Role
+from sortd.renaming import stamp_of
+from tests.filing_world import Dataset
+
+TOKEN = "0123456789abcdef"  # noqa: S105 - a relocation's
+PART = f".sortd-{TOKEN}.0.part"
+TAKEN = f".sortd-{TOKEN}.0.del"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """A dataset whose class folder is there."""
+    dataset = Dataset.below(tmp_path)
+    (dataset.root / "Dataset/cat").mkdir(parents=True)
+    return dataset
+
+
+@pytest.fixture
+def journal(dataset: Dataset) -> Iterator[Journal]:
+    """Its journal."""
+    with dataset.journal() as journal:
+        yield journal
+
+
+class Crash:
+    """A relocation that was cut short, and the next start."""
+
+    def __init__(self, dataset: Dataset, journal: Journal, *names: str, progress: Progress = Progress.INTENDED) -> None:
+        """Put files into Images/ and let a move of them be under way."""
+        self.dataset, self.journal = dataset, journal
+        members: list[Member] = []
+        for name in names or ("a.jpg",):
+            path = dataset.put(f"Images/{name}", name)
+            content = hashlib.sha256(name.encode()).hexdigest()
+            role = Role.COMPANION if members else Role.IMAGE
+            members.append(Member(role, name, name, stamp_of(os.stat(path)), content=content))
+        self.relocation = Relocation(TOKEN, "Images", "Dataset/cat", tuple(members), progress)
+
+    def copied(self, name: str, position: int = 0, content: str = "") -> Path:
+        """Put a copy of a member into the class folder, as the sealed one."""
+        member = self.relocation.members[position]
+        path = self.dataset.put(f"Dataset/cat/{name}", content or member.name)
+        members = list(self.relocation.members)
+        members[position] = replace(member, copy_inode=os.stat(path).st_ino, final=member.final or "")
+        self.relocation = replace(self.relocation, members=tuple(members))
+        return path
+
+    def named(self, *finals: str) -> None:
+        """Let the journal know the final names."""
+        members = (replace(one, final=name) for one, name in zip(self.relocation.members, finals, strict=True))
+        self.relocation = replace(self.relocation, members=tuple(members))
+
+    def recover(self) -> Relocation:
+        """Start again, twice: the second time there is nothing to do."""
+        self.journal.intend([(self.relocation, Grounds("filed"))])
+        (ended,) = Filing(self.dataset.root, self.journal).recover()
+        tree = self.dataset.tree()
+        again = Filing(self.dataset.root, self.journal).recover()
+        assert again == [] or again[0].progress not in {Progress.DONE, Progress.FAILED}
+        assert self.dataset.tree() == tree
+        return ended
+
+    @property
+    def told(self) -> list[str]:
+        """Where the journal says images went."""
+        return [record.destination_path for record in self.journal.history.moves(Selection())]
+
+
+class TestIntended:
+    """Renames that may have been made, copies that count for nothing."""
+
+    def test_a_rename_that_was_made_is_done(self, dataset: Dataset, journal: Journal) -> None:
+        """Whatever name it got, and although the user has put a new file under the old name."""
+        crash = Crash(dataset, journal)
+        os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a (7).jpg")
+        dataset.put("Images/a.jpg", "new")
+        assert crash.recover().progress is Progress.DONE
+        assert dataset.tree() == {"Images/a.jpg": b"new", "Dataset/cat/a (7).jpg": b"a.jpg"}
+        assert crash.told == ["Dataset/cat/a (7).jpg"]
+
+    def test_a_rename_that_was_not_made_is_dropped(self, dataset: Dataset, journal: Journal) -> None:
+        """A link of the same file in the class, which is the user's, does not deceive."""
+        crash = Crash(dataset, journal)
+        os.link(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
+        assert crash.recover().progress is Progress.FAILED
+        assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Dataset/cat/a.jpg": b"a.jpg"}
+        assert crash.told == []
+
+    def test_a_moved_file_that_the_user_works_on_is_left_to_him(self, dataset: Dataset, journal: Journal) -> None:
+        """Edited after the move, it is another version: neither taken back nor told as the one that was meant."""
+        crash = Crash(dataset, journal)
+        os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
+        dataset.put("Dataset/cat/a.jpg", "edited")
+        assert crash.recover().progress is Progress.FAILED
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"edited"}
+
+    def test_a_torn_group_goes_back(self, dataset: Dataset, journal: Journal) -> None:
+        """The image had moved, its companion had not: both are in the inbox again, nothing there is overwritten."""
+        crash = Crash(dataset, journal, "a.jpg", "a.xmp")
+        os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
+        dataset.put("Images/a.jpg", "new")
+        assert crash.recover().progress is Progress.FAILED
+        assert dataset.tree() == {"Images/a.jpg": b"new", "Images/a (2).jpg": b"a.jpg", "Images/a.xmp": b"a.xmp"}
+
+    def test_a_group_whose_companion_the_user_took_is_done(self, dataset: Dataset, journal: Journal) -> None:
+        """What is gone cannot be waited for."""
+        crash = Crash(dataset, journal, "a.jpg", "a.xmp")
+        os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
+        (dataset.root / "Images/a.xmp").unlink()
+        assert crash.recover().progress is Progress.DONE
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg"}
+
+    def test_a_bringing_back_that_was_cut_short_is_ended(self, dataset: Dataset, journal: Journal) -> None:
+        """A file under a name that only sortd knows becomes visible again, over nothing."""
+        crash = Crash(dataset, journal)
+        os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
+        dataset.put("Images/a.jpg", "new")
+        assert crash.recover().progress is Progress.FAILED
+        assert dataset.tree() == {"Images/a.jpg": b"new", "Images/a (2).jpg": b"a.jpg"}
+
+    @pytest.mark.parametrize("source", ["a.jpg", "another version by now"])
+    def test_a_copy_whose_source_stands_is_removed(self, dataset: Dataset, journal: Journal, source: str) -> None:
+        """Half or whole: the file itself is there, be it rewritten by the user."""
+        crash = Crash(dataset, journal)
+        dataset.put(f"Dataset/cat/{PART}", "a.j")
+        if source != "a.jpg":
+            dataset.put("Images/a.jpg", source)
+        assert crash.recover().progress is Progress.FAILED
+        assert dataset.tree() == {"Images/a.jpg": source.encode()}
+
+    def test_the_only_copy_is_saved(self, dataset: Dataset, journal: Journal) -> None:
+        """The source is gone and the part holds its very bytes: it becomes visible, over nothing."""
+        crash = Crash(dataset, journal)
+        (dataset.root / "Images/a.jpg").unlink()
+        dataset.put(f"Dataset/cat/{PART}", "a.jpg")
+        dataset.put("Dataset/cat/a.jpg", "another")
+        assert crash.recover().progress is Progress.DONE
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"another", "Dataset/cat/a (2).jpg": b"a.jpg"}
+        assert crash.told == ["Dataset/cat/a (2).jpg"]
+
+    @pytest.mark.parametrize("is_known", [True, False])
+    def test_a_copy_that_cannot_be_proven_whole_is_kept_hidden(
+        self, dataset: Dataset, journal: Journal, *, is_known: bool
+    ) -> None:
+        """It is not shown as an image, nor removed: the message names it."""
+        crash = Crash(dataset, journal)
+        if not is_known:
+            member = replace(crash.relocation.image, content="")
+            crash.relocation = replace(crash.relocation, members=(member,))
+        (dataset.root / "Images/a.jpg").unlink()
+        dataset.put(f"Dataset/cat/{PART}", "a.j")
+        ended = crash.recover()
+        assert ended.progress is Progress.FAILED
+        assert PART in ended.message
+        assert dataset.tree() == {f"Dataset/cat/{PART}": b"a.j"}
+
+    def test_a_class_that_was_never_made_is_no_obstacle(self, dataset: Dataset, journal: Journal) -> None:
+        """Everything is in the inbox, so nothing happened."""
+        crash = Crash(dataset, journal)
+        (dataset.root / "Dataset/cat").rmdir()
+        assert crash.recover().progress is Progress.FAILED
+
+    def test_a_source_folder_that_the_user_removed_is_no_obstacle(self, dataset: Dataset, journal: Journal) -> None:
+        """The image stands in its class: that is all there is to it."""
+        crash = Crash(dataset, journal)
+        dataset.put("Images/sub/b.jpg")
+        crash.relocation = replace(crash.relocation, source="Images/sub")
+        os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
+        (dataset.root / "Images/sub/b.jpg").unlink()
+        (dataset.root / "Images/sub").rmdir()
+        assert crash.recover().progress is Progress.DONE
+
+    def test_a_disk_that_is_not_there_keeps_its_relocations_open(self, dataset: Dataset, journal: Journal) -> None:
+        """Neither end can be told from here; once it is back, it is."""
+        crash = Crash(dataset, journal)
+        os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
+        os.rename(dataset.root / "Dataset", dataset.folder / "unplugged")
+        assert crash.recover().progress is Progress.INTENDED
+        os.rename(dataset.folder / "unplugged", dataset.root / "Dataset")
+        (ended,) = Filing(dataset.root, journal).recover()
+        assert ended.progress is Progress.DONE
+
+    def test_a_dataset_that_is_not_there_keeps_them_open_too(self, dataset: Dataset, journal: Journal) -> None:
+        """Nothing is made in its place."""
+        crash = Crash(dataset, journal)
+        os.rename(dataset.root, dataset.folder / "unplugged")
+        assert crash.recover().progress is Progress.INTENDED
+        assert not dataset.root.exists()
+
+    def test_what_is_made_beside_never_overwrites(self, dataset: Dataset, journal: Journal) -> None:
+        """A shared sidecar's copy finds its name taken meanwhile: it gets its own number; made already, it is kept."""
+        crash = Crash(dataset, journal)
+        shared = dataset.put("Images/a.xmp", "shared")
+        member = Member(Role.SHARED, "a.xmp", "a.xmp", stamp_of(os.stat(shared)))
+        reason = Member(Role.REASON, "a.jpg", "a.jpg.reason.json", Stamp(0, 0, 0, 0), body=b"{}")
+        crash.relocation = crash.relocation.with_member(member).with_member(reason)
+        os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
+        dataset.put("Dataset/cat/a.xmp", "the user's")
+        made = dataset.put("Dataset/cat/a.jpg.reason.json", "{}")
+        inode = os.stat(made).st_ino
+        assert crash.recover().progress is Progress.DONE
+        assert dataset.tree() == {
+            "Images/a.xmp": b"shared",
+            "Dataset/cat/a.jpg": b"a.jpg",
+            "Dataset/cat/a.xmp": b"the user's",
+            "Dataset/cat/a (2).xmp": b"shared",
+        }
+        assert os.stat(made).st_ino == inode
+
+    def test_a_shared_sidecar_that_changed_is_left_out(self, dataset: Dataset, journal: Journal) -> None:
+        """It is no longer the one that belonged to this image."""
+        crash = Crash(dataset, journal)
+        shared = dataset.put("Images/a.xmp", "shared")
+        member = Member(Role.SHARED, "a.xmp", "a.xmp", stamp_of(os.stat(shared)))
+        crash.relocation = crash.relocation.with_member(member)
+        os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
+        dataset.put("Images/a.xmp", "changed")
+        dataset.put(f"Dataset/cat/.sortd-{TOKEN}.1.part", "sha")
+        assert crash.recover().progress is Progress.DONE
+        assert dataset.tree() == {"Images/a.xmp": b"changed", "Dataset/cat/a.jpg": b"a.jpg"}
+
+
+class TestPublishing:
+    """Whole copies, known by inode and hash."""
+
+    def test_a_copy_that_was_not_published_goes_if_its_source_stands(self, dataset: Dataset, journal: Journal) -> None:
+        """An equal file of the user's under the wanted name is none of ours, and is not touched."""
+        crash = Crash(dataset, journal, progress=Progress.PUBLISHING)
+        crash.copied(PART)
+        theirs = dataset.put("Dataset/cat/a.jpg", "a.jpg")
+        inode = os.stat(theirs).st_ino
+        assert crash.recover().progress is Progress.FAILED
+        assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Dataset/cat/a.jpg": b"a.jpg"}
+        assert os.stat(theirs).st_ino == inode
+
+    def test_a_published_copy_is_gone_on_with(self, dataset: Dataset, journal: Journal) -> None:
+        """Whatever name it got."""
+        crash = Crash(dataset, journal, progress=Progress.PUBLISHING)
+        crash.copied("a (3).jpg")
+        assert crash.recover().progress is Progress.DONE
+        assert dataset.tree() == {"Dataset/cat/a (3).jpg": b"a.jpg"}
+        assert crash.told == ["Dataset/cat/a (3).jpg"]
+
+    def test_a_published_copy_that_the_user_changed_is_his(self, dataset: Dataset, journal: Journal) -> None:
+        """It is no copy of the source any more: both are kept."""
+        crash = Crash(dataset, journal, progress=Progress.PUBLISHING)
+        crash.copied("a.jpg", content="A.JPG")
+        assert crash.recover().progress is Progress.FAILED
+        assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Dataset/cat/a.jpg": b"A.JPG"}
+
+    def test_the_only_copy_is_saved(self, dataset: Dataset, journal: Journal) -> None:
+        """The source is gone: the part is published and told."""
+        crash = Crash(dataset, journal, progress=Progress.PUBLISHING)
+        crash.copied(PART)
+        dataset.put("Dataset/cat/a.jpg", "another")
+        (dataset.root / "Images/a.jpg").unlink()
+        assert crash.recover().progress is Progress.DONE
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"another", "Dataset/cat/a (2).jpg": b"a.jpg"}
+
+    def test_a_torn_copy_is_never_shown(self, dataset: Dataset, journal: Journal) -> None:
+        """Its hash does not fit and its source is gone: it is kept as it is, and said."""
+        crash = Crash(dataset, journal, progress=Progress.PUBLISHING)
+        crash.copied(PART, content="a.jp\0")
+        (dataset.root / "Images/a.jpg").unlink()
+        ended = crash.recover()
+        assert ended.progress is Progress.FAILED
+        assert "its copy is gone" in ended.message
+        assert dataset.tree() == {f"Dataset/cat/{PART}": b"a.jp\0"}
+
+    def test_a_half_published_group_is_withdrawn_if_all_sources_stand(self, dataset: Dataset, journal: Journal) -> None:
+        """All of them, or none."""
+        crash = Crash(dataset, journal, "a.jpg", "a.xmp", progress=Progress.PUBLISHING)
+        crash.copied("a.jpg")
+        crash.copied(f".sortd-{TOKEN}.1.part", 1)
+        assert crash.recover().progress is Progress.FAILED
+        assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Images/a.xmp": b"a.xmp"}
+
+    def test_a_half_published_group_goes_on_if_a_source_is_gone(self, dataset: Dataset, journal: Journal) -> None:
+        """The companion's only copy must not be removed, so the whole group is published under one number."""
+        crash = Crash(dataset, journal, "a.jpg", "a.xmp", progress=Progress.PUBLISHING)
+        crash.copied("a (2).jpg")
+        crash.copied(f".sortd-{TOKEN}.1.part", 1)
+        (dataset.root / "Images/a.xmp").unlink()
+        assert crash.recover().progress is Progress.DONE
+        assert dataset.tree() == {"Dataset/cat/a (2).jpg": b"a.jpg", "Dataset/cat/a (2).xmp": b"a.xmp"}
+
+    @pytest.mark.parametrize("content", ["", "somebody else's"])
+    def test_an_empty_placeholder_of_ours_is_removed(self, dataset: Dataset, journal: Journal, content: str) -> None:
+        """Under the name that the journal holds, and only if it has no bytes to lose."""
+        crash = Crash(dataset, journal, progress=Progress.PUBLISHING)
+        crash.copied(PART)
+        crash.named("a.jpg")
+        dataset.put("Dataset/cat/a.jpg", content)
+        assert crash.recover().progress is Progress.FAILED
+        expected = {"Images/a.jpg": b"a.jpg"} | ({"Dataset/cat/a.jpg": content.encode()} if content else {})
+        assert dataset.tree() == expected
+
+    def test_inode_numbers_that_do_not_last_are_made_up_for_by_content(
+        self, dataset: Dataset, journal: Journal
+    ) -> None:
+        """On such a file system the journal holds the name."""
+        crash = Crash(dataset, journal, progress=Progress.PUBLISHING)
+        crash.copied("a.jpg")
+        member = replace(crash.relocation.image, copy_inode=1, final="a.jpg")
+        crash.relocation = replace(crash.relocation, members=(member,))
+        assert crash.recover().progress is Progress.DONE
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg"}
+
+
+class TestPublished:
+    """Copies that stand durably; the sources are to go."""
+
+    @pytest.fixture
+    def crash(self, dataset: Dataset, journal: Journal) -> Crash:
+        """A copy that stands in its class."""
+        crash = Crash(dataset, journal, progress=Progress.PUBLISHED)
+        crash.copied("a.jpg")
+        crash.named("a.jpg")
+        return crash
+
+    def test_the_source_is_removed(self, crash: Crash, dataset: Dataset) -> None:
+        """Under its own name or the one that sortd took it by."""
+        os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
+        assert crash.recover().progress is Progress.DONE
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg"}
+
+    @pytest.mark.parametrize("is_taken", [False, True])
+    def test_a_source_that_changed_is_kept(self, crash: Crash, dataset: Dataset, *, is_taken: bool) -> None:
+        """What was written to it after the copy was made is not lost."""
+        name = TAKEN if is_taken else "a.jpg"
+        if is_taken:
+            os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
+        dataset.put(f"Images/{name}", "more")
+        ended = crash.recover()
+        assert ended.progress is Progress.DONE
+        assert "kept in Images too" in ended.message
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg", "Images/a.jpg": b"more"}
+
+    @pytest.mark.parametrize("is_taken", [False, True])
+    @pytest.mark.parametrize("other", [None, "A.JPG", "another length"])
+    def test_a_source_whose_copy_is_gone_is_kept(
+        self, crash: Crash, dataset: Dataset, *, is_taken: bool, other: str | None
+    ) -> None:
+        """Removed or replaced by the user: the source is the only one left."""
+        if is_taken:
+            os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
+        (dataset.root / "Dataset/cat/a.jpg").unlink()
+        if other is not None:
+            dataset.put("Dataset/cat/b", other)  # takes the inode number that was freed, so that ours has another
+            dataset.put("Dataset/cat/a.jpg", other)
+            (dataset.root / "Dataset/cat/b").unlink()
+        crash.recover()
+        assert dataset.tree()["Images/a.jpg"] == b"a.jpg"
+
+    def test_a_taken_source_that_is_being_written_is_given_back(self, crash: Crash, dataset: Dataset) -> None:
+        """A writer that had it open all along goes on writing into a file that stays."""
+        os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
+        with (dataset.root / f"Images/{TAKEN}").open("r+b") as file:
+            crash.recover()
+            file.write(b"A")
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg", "Images/a.jpg": b"A.jpg"}
+
+    def test_a_new_file_under_the_old_name_is_not_touched(self, crash: Crash, dataset: Dataset) -> None:
+        """The source was taken; the user has put another image there."""
+        os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
+        dataset.put("Images/a.jpg", "new")
+        assert crash.recover().progress is Progress.DONE
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg", "Images/a.jpg": b"new"}
