@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sortd.confidence import balanced_weights, fit_temperature, log_softmax
+from sortd.confidence import balanced_weights, fit_temperature
 from sortd.gaussian import Gaussian, Space, fit_gaussian, fit_space, shrink_means, squared_distances
 from sortd.kernel import Kernel, kernel_scores, make_kernel
 from sortd.leaveoneout import HeldOut, choose_held_out, gaussian_table, hold_out, kernel_table
@@ -106,9 +106,7 @@ class _Fitter:
         library = self.library
         if len(library.rows) <= REFIT_UP_TO:
             text = (library.text, library.text_mean) if library.text is not None and weight else None
-            return _Tables(
-                *refit_tables(library.rows, library.classes, library.counts, self.held.chosen, text, weight)
-            )
+            return _Tables(*refit_tables(library.rows, library.classes, library.counts, self.held.chosen, text, weight))
         named = self.named if weight else None
         shrunk = shrink_means(self.gaussian, named, weight)
         kernel = make_kernel(self.gaussian, named=named, weight=weight)
@@ -154,9 +152,7 @@ def fit_blends(library: Library) -> tuple[Blend, Blend]:
         if better and float(other_losses @ weights) < least:
             least, text_weight, factor, table, tables = float(other_losses @ weights), weight, tried, other, found
     scores = _score(table, factor, tables)
-    return best, _assemble(
-        fitter, present | True, text_weight, share, (factor, factor * mixture), scores
-    )
+    return best, _assemble(fitter, present | True, text_weight, share, (factor, factor * mixture), scores)
 
 
 def _assemble(

@@ -1,6 +1,6 @@
 """Calibration: when to abstain, found out from the references alone at every rebuild."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,46 @@ from sortd.support import Abstain
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-KNOWN_REFUSED = 0.025
-"""Share of known images that each gate may refuse with ``strangers: auto``."""
+KNOWN_REFUSED = 0.07
+"""Share of known images that the gate may refuse; many of them are too near to another class anyway."""
+SHARE_OF_ODDS = 0.5
+"""Weight of the log odds in the familiarity: strangers are mostly less sure, but not always."""
 FEW = 20
 """Held-out references below which a quantile means little, and the lowest value seen is the gate."""
+CAUTIOUS_CLASSES = 20
+"""With this many classes the cut for strangers is made at half of the share in force: strangers differ by class, and
+without it classes left out for good were filed up to three times as often as wanted."""
 STRANGER_QUANTILE = 0.25
 """Without any class of two images the cosine gate is this quantile of what images of other classes reach."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How familiar an image must look: cosine, typicality and confidence, in spreads of what known images have."""
+
+    least: float
+    """Least familiarity of a filed image."""
+    cosine: tuple[float, float]
+    """Mean and spread of the cosine to the nearest references of the right class."""
+    typicality: tuple[float, float] | None
+    """Mean and spread of the relative Mahalanobis distance; None where it is not known."""
+    odds: tuple[float, float] | None
+    """Mean and spread of the log odds of the class; None where nothing was left out."""
+
+    def familiarity(self, cosine: Array, typicality: Array | None, confidence: Array | None) -> Array:
+        """Return (B,) how familiar images look: 0 as known images on average, negative if less so.
+
+        Args:
+            cosine: (B,) to the nearest references of the best class.
+            typicality: (B,) relative Mahalanobis distance, or None.
+            confidence: (B,) probability of the best class, or None to judge by looks alone.
+        """
+        result = (cosine - self.cosine[0]) / self.cosine[1]
+        if self.typicality is not None and typicality is not None:
+            result = result + (typicality - self.typicality[0]) / self.typicality[1]
+        if self.odds is not None and confidence is not None:
+            result = result + SHARE_OF_ODDS * (log_odds(confidence) - self.odds[0]) / self.odds[1]
+        return result
 
 
 @dataclass(frozen=True)
@@ -38,15 +72,14 @@ class Calibration:
     """Leave-one-out precision of what is filed."""
     filed_expected: float | None = None
     """Leave-one-out share of known images that is filed."""
-    cosine_gate: float | None = None
-    """Least cosine to the nearest reference of the class."""
-    typicality_gate: float | None = None
-    """Least relative Mahalanobis distance."""
+    gate: Gate | None = None
     strangers_wanted: float | None = None
     strangers_attainable: float | None = None
     """The smallest share of strangers that leaving classes out can vouch for."""
     strangers_used: float | None = None
     """The share in force: the wanted one, or the attainable one."""
+    strangers_cut: float | None = None
+    """The share of left-out strangers at which the cut is made: smaller, for few classes say little about others."""
     text_weight: float = 0.0
     """How many references a class's name counts as."""
     text_evidence: float | None = None
@@ -65,7 +98,17 @@ class Calibration:
     def from_json(cls, facts: dict[str, Any]) -> "Calibration":
         """Return what ``to_json`` wrote, also after a journey through JSON."""
         curve = tuple((float(a), float(b), float(c)) for a, b, c in facts["curve"])
-        return cls(**{**facts, "curve": curve, "notes": tuple(facts["notes"])})
+        gate = facts["gate"]
+        if gate is not None:
+            pair = gate["typicality"]
+            odds = gate["odds"]
+            gate = Gate(
+                least=gate["least"],
+                cosine=tuple(gate["cosine"]),
+                typicality=None if pair is None else tuple(pair),
+                odds=None if odds is None else tuple(odds),
+            )
+        return cls(**{**facts, "curve": curve, "gate": gate, "notes": tuple(facts["notes"])})
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,59 +123,64 @@ class Evidence:
     classes: int
 
 
-@dataclass(frozen=True)
-class Gates:
-    """Least values that known images reach."""
-
-    cosine: float | None
-    typicality: float | None
+def log_odds(confidence: Array) -> Array:
+    """Return log odds of probabilities, bounded above where more certainty means nothing."""
+    return np.asarray(np.log(np.maximum(confidence, 1e-12) / (1.0 - confidence + 1e-4)), dtype=np.float64)
 
 
-def known_gates(evidence: Evidence, foreign_cosines: Array) -> Gates:
-    """Return gates that known images pass.
+def known_gate(evidence: Evidence, confidence: float, foreign_cosines: Array) -> Gate | None:
+    """Return a gate that all but few of the known images which would be filed pass.
 
     Args:
         evidence: leave-one-out of the references.
+        confidence: least confidence of a filed image.
         foreign_cosines: (N,) cosine of references to the nearest one of another class, used where no class has two
             images that are not near-duplicates.
     """
     right = evidence.best == evidence.own
     if not right.any():
         if not len(foreign_cosines):
-            return Gates(None, None)
-        return Gates(float(np.quantile(foreign_cosines, STRANGER_QUANTILE)), None)
-    typicality = None if evidence.typicality is None else _low(evidence.typicality[right])
-    return Gates(_low(evidence.cosine[right]), typicality)
+            return None
+        return Gate(float(np.quantile(foreign_cosines, STRANGER_QUANTILE)), (0.0, 1.0), None, None)
+    filed = right & (evidence.confidence >= confidence)
+    filed = filed if filed.any() else right
+    relative = None if evidence.typicality is None else evidence.typicality
+    gate = Gate(
+        least=0.0,
+        cosine=_moments(evidence.cosine[right]),
+        typicality=None if relative is None else _moments(relative[right]),
+        odds=_moments(log_odds(evidence.confidence[right])),
+    )
+    familiarity = gate.familiarity(evidence.cosine, relative, evidence.confidence)
+    return replace(gate, least=_low(familiarity[filed]))
 
 
-def calibrate_precision(evidence: Evidence, abstain: Abstain, gates: Gates) -> dict[str, Any]:
-    """Return the fields of a calibration that tell of known images."""
+def calibrate_knowns(evidence: Evidence, abstain: Abstain, foreign_cosines: Array) -> dict[str, Any]:
+    """Return the fields of a calibration that tell of known images; arguments as for ``known_gate``."""
     weights = balanced_weights(evidence.own, evidence.classes)
     right = evidence.best == evidence.own
     facts: dict[str, Any] = {"held_out": len(right), "precision_wanted": abstain.precision}
     if not len(right):
         note = "no class has two images that differ, so nothing vouches for a precision"
-        return {**facts, "confidence": abstain.precision, "notes": (note,)}
+        gate = known_gate(evidence, abstain.precision, foreign_cosines)
+        return {**facts, "confidence": abstain.precision, "gate": gate, "notes": (note,)}
     threshold = choose_threshold(evidence.confidence, right, weights, abstain.precision)
+    gate = known_gate(evidence, threshold.confidence, foreign_cosines)
     filed = evidence.confidence >= threshold.confidence
-    if gates.cosine is not None:
-        filed &= evidence.cosine >= gates.cosine
-    if gates.typicality is not None and evidence.typicality is not None:
-        filed &= evidence.typicality >= gates.typicality
-    share = float(weights @ filed / weights.sum())
+    if gate is not None:
+        filed &= gate.familiarity(evidence.cosine, evidence.typicality, evidence.confidence) >= gate.least
     facts |= {
         "accuracy": float(weights @ right / weights.sum()),
         "confidence": threshold.confidence,
+        "gate": gate,
         "precision_attainable": threshold.attainable,
         "precision_expected": float(weights @ (filed & right) / (weights @ filed)) if filed.any() else None,
-        "filed_expected": share,
+        "filed_expected": float(weights @ filed / weights.sum()),
         "curve": tuple(precision_curve(evidence.confidence, right, weights)),
     }
     if not threshold.is_attained:
-        facts["notes"] = (
-            f"precision {abstain.precision:g} is asked, but {len(right)} references can vouch for"
-            f" {threshold.attainable:.3f} at most",
-        )
+        asked = f"precision {abstain.precision:g} is asked"
+        facts["notes"] = (f"{asked}, but {len(right)} references can vouch for {threshold.attainable:.3f} at most",)
     return facts
 
 
@@ -148,8 +196,13 @@ def calibrate_strangers(null: Strangers, wanted: float, notes: tuple[str, ...]) 
         "strangers_wanted": wanted,
         "strangers_attainable": attainable,
         "strangers_used": max(wanted, attainable),
+        "strangers_cut": max(wanted, attainable) * null.classes / (null.classes + CAUTIOUS_CLASSES),
         "notes": notes,
     }
+
+
+def _moments(values: Array) -> tuple[float, float]:
+    return float(values.mean()), max(float(values.std()), 1e-6)
 
 
 def _low(values: Array) -> float:

@@ -10,7 +10,7 @@ from sortd.confidence import log_softmax
 from sortd.duplicates import unit
 from sortd.gaussian import Space, squared_distances
 from sortd.kernel import kernel_scores
-from sortd.plain import first_best, plain_scores
+from sortd.plain import Plain, first_best, plain_scores
 from sortd.prototype_set import PrototypeSet, Rule, Whitening
 from sortd.strangers import nearest_cosines
 from sortd.support import Mode
@@ -97,11 +97,9 @@ def judge(prototypes: PrototypeSet, queries: Array, mode: Mode) -> Judged:
     rule = prototypes.mixed if mode is Mode.MIXED else prototypes.best
     if mode in {Mode.BEST, Mode.MIXED} and prototypes.whitening is not None and rule is not None:
         return _judge_blend(prototypes.whitening, rule, queries)
-    text = prototypes.text.astype(np.float64) if len(prototypes.text) else None
     if mode in {Mode.BEST, Mode.MIXED}:  # no reference anywhere: only names can speak
         mode = Mode.TEXT if mode is Mode.MIXED else Mode.MEAN
-    rows = prototypes.references.astype(np.float64)
-    table = plain_scores(mode, queries, rows, prototypes.classes, prototypes.counts, text)
+    table = plain_scores(mode, queries, plain_part(prototypes))
     probabilities = np.exp(log_softmax(prototypes.temperature * table))
     return Judged(table, probabilities, first_best(table), None, None)
 
@@ -134,7 +132,7 @@ def decide(prototypes: PrototypeSet, embeddings: npt.ArrayLike) -> list[Decision
 
 
 def closeness(prototypes: PrototypeSet, queries: Array, judged: Judged) -> Array:
-    """Return (B,) cosine of each query to the nearest reference of its best class; -1 for a name only."""
+    """Return (B,) cosine of each query to the nearest references of its best class; -1 for a name only."""
     directions = unit(queries).astype(np.float32)
     return nearest_cosines(directions, judged.best, prototypes.references, prototypes.classes)
 
@@ -148,6 +146,17 @@ def typicality(prototypes: PrototypeSet, queries: Array, judged: Judged) -> Arra
     offsets = placed @ whitening.background - whitening.background_middle
     nearest = judged.distances[np.arange(len(queries)), judged.best]
     return np.asarray(np.square(offsets).sum(axis=1) - nearest, dtype=np.float64)
+
+
+def plain_part(prototypes: PrototypeSet) -> Plain:
+    """Return what the plain rules of a prototype set compare with."""
+    return Plain(
+        rows=prototypes.references,
+        classes=prototypes.classes,
+        counts=prototypes.counts,
+        means=prototypes.means,
+        text=prototypes.text.astype(np.float64) if len(prototypes.text) else None,
+    )
 
 
 def _judge_blend(whitening: Whitening, rule: Rule, queries: Array) -> Judged:
@@ -170,18 +179,19 @@ def _reasons(prototypes: PrototypeSet, queries: Array, judged: Judged) -> list[s
     impossible = ~np.isfinite(judged.scores[at, judged.best])
     if abstain is not None:
         confidence = judged.probabilities[at, judged.best]
-        reasons[confidence < facts.confidence] = "margin"
+        is_unsure = confidence < facts.confidence
+        reasons[is_unsure] = "margin"
         cosine = closeness(prototypes, queries, judged)
         has_images = prototypes.counts[judged.best] > 0
-        if facts.cosine_gate is not None:
-            reasons[has_images & (cosine < facts.cosine_gate)] = "typicality"
-        if facts.typicality_gate is not None:
-            relative = typicality(prototypes, queries, judged)
-            if relative is not None:
-                reasons[has_images & (relative < facts.typicality_gate)] = "typicality"
-        if prototypes.null is not None and facts.strangers_used is not None:
+        if facts.gate is not None:
+            relative = typicality(prototypes, queries, judged) if facts.gate.typicality is not None else None
+            looks = facts.gate.familiarity(cosine, relative, None)
+            whole = facts.gate.familiarity(cosine, relative, confidence)
+            is_strange = np.where(is_unsure, looks, whole) < facts.gate.least
+            reasons[has_images & is_strange] = "typicality"
+        if prototypes.null is not None and facts.strangers_cut is not None:
             shares = stranger_shares(prototypes, queries, judged, cosine)
-            reasons[shares > facts.strangers_used] = "stranger"
+            reasons[shares > facts.strangers_cut] = "stranger"
         if prototypes.whitening is not None and len(prototypes.whitening.strangers):
             reasons[_nearer_to_strangers(prototypes.whitening, queries, judged)] = "stranger"
         if np.count_nonzero(prototypes.counts) == 1 and facts.held_out < FEWEST_FOR_ONE_CLASS:
@@ -212,13 +222,11 @@ def _nearer_to_strangers(whitening: Whitening, queries: Array, judged: Judged) -
     if whitened is None:
         whitened = Space(whitening.center, whitening.scale).place(queries) @ whitening.whitener
     rows = unit(whitened).astype(np.float32)
-    known = nearest_cosines(rows, judged.best, whitening.kernel_rows, whitening.kernel_classes)
+    known = nearest_cosines(rows, judged.best, whitening.kernel_rows, whitening.kernel_classes, neighbours=1)
     return np.asarray((rows @ whitening.strangers.T).max(axis=1) >= known, dtype=np.bool_)
 
 
-def _decision(
-    prototypes: PrototypeSet, row: Array, judged: Judged, at: int, reason: str | None
-) -> Decision:
+def _decision(prototypes: PrototypeSet, row: Array, judged: Judged, at: int, reason: str | None) -> Decision:
     mode = prototypes.settings.mode
     if reason == "no_classes":
         return Abstained(reason, None, 0.0, 0.0, None, mode)

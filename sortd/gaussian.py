@@ -60,10 +60,13 @@ class Gaussian:
 
 
 def class_means(rows: Array, classes: IntArray, counts: IntArray) -> Array:
-    """Return (C, d) means; zero for a class without rows."""
-    sums = np.zeros((len(counts), rows.shape[1]))
-    np.add.at(sums, classes, rows)
-    return np.asarray(sums / np.maximum(counts, 1)[:, None], dtype=np.float64)
+    """Return (C, d) means of rows sorted by class; zero for a class without rows."""
+    result = np.zeros((len(counts), rows.shape[1]))
+    present = np.flatnonzero(counts)
+    if present.size:
+        starts = np.searchsorted(classes, present)
+        result[present] = np.add.reduceat(rows, starts, axis=0) / counts[present][:, None]
+    return result
 
 
 def fit_space(rows: Array, classes: IntArray, counts: IntArray) -> Space:

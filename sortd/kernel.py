@@ -1,6 +1,7 @@
-"""The kernel rule: a class is as near as its references are, each by itself, so that a folder may hold unlike things."""
+"""The kernel rule: a class is as near as its references are, each by itself, so a folder may hold unlike things."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +48,7 @@ def choose_rows(classes: IntArray, counts: IntArray) -> IntArray:
     starts = np.concatenate([[0], np.cumsum(counts)])
     spread = [
         np.unique(np.linspace(start, stop - 1, min(limit, stop - start)).astype(np.int64))
-        for start, stop in zip(starts[:-1], starts[1:], strict=True)
+        for start, stop in pairwise(starts)
         if stop > start
     ]
     return order[np.concatenate(spread)]

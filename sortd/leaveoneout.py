@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.duplicates import unit
-from sortd.gaussian import MEAN_SHRINKAGE, Gaussian, squared_distances
+from sortd.gaussian import MEAN_SHRINKAGE, Gaussian, class_means, squared_distances
 from sortd.kernel import Kernel, finish_votes, votes
 
 Array = npt.NDArray[np.float64]
@@ -123,12 +123,12 @@ def background_distances(gaussian: Gaussian, placed: Array, held: HeldOut) -> Ar
 
     Args:
         gaussian: the fit with every reference.
-        placed: float64 (R, d), the placed rows of the chosen references.
+        placed: float64 (N, d), every placed row, sorted by class.
         held: the removals; of the total covariance only the part within classes is corrected.
     """
-    offsets = placed @ gaussian.background - gaussian.background_middle
-    raw = np.linalg.solve(gaussian.whitener.T, held.residuals.T).T
-    directions = raw @ gaussian.background
+    offsets = placed[held.chosen] @ gaussian.background - gaussian.background_middle
+    means = class_means(placed, gaussian.classes, gaussian.counts)
+    directions = (placed[held.chosen] - means[held.own]) @ gaussian.background
     counts = gaussian.counts[held.own].astype(np.float64)
     size = len(gaussian.rows)
     rate = size / (size + gaussian.ambient) * counts / np.maximum(counts - 1.0, 1.0) / max(gaussian.freedom, 1)

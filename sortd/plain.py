@@ -1,74 +1,97 @@
-"""The plain rules: avg, max, mean and text, as anybody would write them, and each reference left out of them exactly."""
+"""The plain rules: avg, max, mean and text, as anybody would write them, and each reference left out exactly."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from sortd.duplicates import unit
-from sortd.gaussian import class_means
 from sortd.support import Mode
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 BLOCK = 8_000_000
+ROUNDING = 1e-5
+"""More than single precision can be wrong by in a cosine."""
 
 
-def plain_scores(
-    mode: Mode, queries: Array, rows: Array, classes: IntArray, counts: IntArray, text: Array | None
-) -> Array:
-    """Return (B, C) cosine scores; -inf where a class has nothing to be compared with.
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """What the plain rules compare with."""
 
-    Args:
-        mode: avg, max, mean or text.
-        queries: float64 (B, d).
-        rows: float64 (N, d), the references, sorted by class.
-        classes: int64 (N,), ascending.
-        counts: int64 (C,).
-        text: float64 (C, d), or None.
+    rows: npt.NDArray[np.floating]
+    """(N, d), the references, sorted by class; float32 as they came, or float64."""
+    classes: IntArray
+    """int64 (N,), ascending."""
+    counts: IntArray
+    """int64 (C,)."""
+    means: Array
+    """float64 (C, d)."""
+    text: Array | None
+    """float64 (C, d), or None."""
+
+
+def plain_scores(mode: Mode, queries: Array, plain: Plain) -> Array:
+    """Return (B, C) cosine scores of queries (B, d); -inf where a class has nothing to be compared with.
+
+    ``max`` is computed in single precision first; rows where two classes come near each other are computed again in
+    double, so that the class is that of a plain loop.
     """
-    empty = counts == 0
-    match mode:
-        case Mode.MAX:
-            result = np.full((len(queries), len(counts)), -np.inf)
-            starts = np.searchsorted(classes, np.flatnonzero(~empty))
-            size = max(1, BLOCK // max(len(rows), 1))
-            for start in range(0, len(queries) if starts.size else 0, size):
-                part = slice(start, start + size)
-                result[part, ~empty] = np.maximum.reduceat(queries[part] @ rows.T, starts, axis=1)
-            return result
-        case Mode.TEXT:
-            if text is None:
-                return np.full((len(queries), len(counts)), -np.inf)
-            return np.asarray(queries @ text.T, dtype=np.float64)
-        case _:
-            means = class_means(rows, classes, counts)
-            result = queries @ (means if mode is Mode.AVG else unit(means)).T
-    result[:, empty] = -np.inf
+    if mode is Mode.TEXT:
+        if plain.text is None:
+            return np.full((len(queries), len(plain.counts)), -np.inf)
+        return np.asarray(queries @ plain.text.T, dtype=np.float64)
+    if mode is Mode.MAX:
+        return _largest(queries, plain)
+    result = queries @ (plain.means if mode is Mode.AVG else unit(plain.means)).T
+    result[:, plain.counts == 0] = -np.inf
     return np.asarray(result, dtype=np.float64)
 
 
-def plain_held_out(
-    mode: Mode, chosen: IntArray, rows: Array, classes: IntArray, counts: IntArray, text: Array | None
-) -> Array:
-    """Return (R, C) scores of chosen references, each as if it had not been there; arguments as above."""
-    queries, own = rows[chosen], classes[chosen]
-    at = np.arange(len(chosen))
+def _largest(queries: Array, plain: Plain) -> Array:
+    result = np.full((len(queries), len(plain.counts)), -np.inf)
+    present = np.flatnonzero(plain.counts)
+    if not present.size:
+        return result
+    starts = np.searchsorted(plain.classes, present)
+    single = plain.rows.astype(np.float32, copy=False)
+    size = max(1, BLOCK // len(single))
+    for start in range(0, len(queries), size):
+        part = slice(start, start + size)
+        products = queries[part].astype(np.float32) @ single.T
+        result[part, present] = np.maximum.reduceat(products, starts, axis=1)
+    top = result.max(axis=1, keepdims=True)
+    rivals = result >= top - ROUNDING
+    for at in np.flatnonzero(rivals.sum(axis=1) > 1):
+        for index in np.flatnonzero(rivals[at]):
+            members = slice(*np.searchsorted(plain.classes, [index, index + 1]))
+            result[at, index] = float((plain.rows[members].astype(np.float64) @ queries[at]).max())
+    return result
+
+
+def plain_held_out(mode: Mode, chosen: IntArray, plain: Plain) -> Array:
+    """Return (R, C) scores of chosen references, each exactly as if it had not been there."""
+    queries, own = plain.rows[chosen].astype(np.float64), plain.classes[chosen]
     if mode is Mode.MAX:
-        result = np.full((len(chosen), len(counts)), -np.inf)
-        starts = np.searchsorted(classes, np.flatnonzero(counts))
-        size = max(1, BLOCK // max(len(rows), 1))
+        result = np.full((len(chosen), len(plain.counts)), -np.inf)
+        present = np.flatnonzero(plain.counts)
+        starts = np.searchsorted(plain.classes, present)
+        size = max(1, BLOCK // max(len(plain.rows), 1))
+        rows = plain.rows.astype(np.float64, copy=False)
         for start in range(0, len(chosen), size):
             part = slice(start, start + size)
             similarities = queries[part] @ rows.T
             similarities[np.arange(len(similarities)), chosen[part]] = -np.inf
-            result[part, counts > 0] = np.maximum.reduceat(similarities, starts, axis=1)
+            result[part, present] = np.maximum.reduceat(similarities, starts, axis=1)
         return result
-    result = plain_scores(mode, queries, rows, classes, counts, text)
+    result = plain_scores(mode, queries, plain)
     if mode is Mode.TEXT:
         return result
-    sums = class_means(rows, classes, counts)[own] * counts[own][:, None] - queries
-    rest = sums / np.maximum(counts[own] - 1, 1)[:, None] if mode is Mode.AVG else unit(sums)
-    result[at, own] = np.where(counts[own] > 1, np.einsum("ij,ij->i", queries, rest), -np.inf)
+    others = plain.counts[own] - 1
+    sums = plain.means[own] * plain.counts[own][:, None] - queries
+    rest = sums / np.maximum(others, 1)[:, None] if mode is Mode.AVG else unit(sums)
+    result[np.arange(len(own)), own] = np.where(others > 0, np.einsum("ij,ij->i", queries, rest), -np.inf)
     return result
 
 

@@ -35,6 +35,8 @@ class Whitening:
     """float32 (R, d): whitened unit references that vote, sorted by class."""
     kernel_classes: IntArray
     """(R,)"""
+    kernel_counts: IntArray
+    """(C,): voters of each class."""
     strangers: FloatArray
     """float32 (M, d): whitened unit examples of what belongs to no class."""
 
@@ -55,12 +57,11 @@ class Rule:
 
     def kernel(self, whitening: Whitening) -> Kernel:
         """Return the kernel that votes under this rule."""
-        classes = whitening.kernel_classes
         return Kernel(
             rows=whitening.kernel_rows,
-            chosen=np.arange(len(classes)),
-            classes=classes,
-            counts=np.bincount(classes, minlength=len(self.competes)).astype(np.int64),
+            chosen=np.arange(len(whitening.kernel_classes)),
+            classes=whitening.kernel_classes,
+            counts=whitening.kernel_counts,
             named=self.named if len(self.named) else None,
             weight=self.text_weight,
         )
@@ -73,6 +74,8 @@ class PrototypeSet:
     labels: tuple[str, ...]
     matrix: FloatArray
     """float32 (C, d): the unit mean of each class's references, or the prototype of a name alone, or zero."""
+    means: Array
+    """float64 (C, d): the mean of each class's references, not of unit length."""
     counts: IntArray
     """int64 (C,): references of each class."""
     generation: int
@@ -122,9 +125,7 @@ class PrototypeSet:
             "encoder_id": self.encoder_id,
             "fingerprint": self.fingerprint,
             "mode": self.settings.mode.value,
-            "abstain": None
-            if abstain is None
-            else {"precision": abstain.precision, "strangers": abstain.strangers},
+            "abstain": None if abstain is None else {"precision": abstain.precision, "strangers": abstain.strangers},
             "calibration": self.calibration.to_json(),
             "numbers": numbers,
             "mixed_is_best": self.mixed is self.best,
@@ -163,4 +164,4 @@ class PrototypeSet:
         )
 
 
-_OWN_ARRAYS = ("matrix", "counts", "references", "classes", "text", "recall")
+_OWN_ARRAYS = ("matrix", "means", "counts", "references", "classes", "text", "recall")

@@ -4,18 +4,19 @@ This is the door of the decision core; what it hands out is written down in docs
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sortd.blend import Blend, Library, fit_blends
-from sortd.calibration import Calibration, Evidence, calibrate_precision, calibrate_strangers, known_gates
+from sortd.calibration import Calibration, Evidence, calibrate_knowns, calibrate_strangers
 from sortd.confidence import balanced_weights, fit_temperature, log_softmax
 from sortd.decision import Abstained, Assigned, Decision, decide, scores
 from sortd.duplicates import merge_duplicates, unit
 from sortd.gaussian import class_means
 from sortd.leaveoneout import background_distances, choose_held_out
-from sortd.plain import first_best, plain_held_out
+from sortd.plain import Plain, first_best, plain_held_out
 from sortd.prototype_set import PrototypeSet, Rule, Whitening
 from sortd.strangers import Strangers, leave_classes_out, nearest_cosines
 from sortd.support import Abstain, DecisionSettings, Mode, SupportSet
@@ -63,6 +64,7 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int) -
     prototypes = PrototypeSet(
         labels=support.labels,
         matrix=matrix.astype(np.float32),
+        means=means,
         counts=counts,
         generation=generation,
         encoder_id=support.encoder_id,
@@ -116,6 +118,7 @@ def _whitening(blend: Blend, strangers: FloatArray) -> Whitening:
         background_middle=gaussian.background_middle,
         kernel_rows=blend.kernel.rows,
         kernel_classes=blend.kernel.classes,
+        kernel_counts=blend.kernel.counts,
         strangers=unit(placed).astype(np.float32),
     )
 
@@ -144,7 +147,7 @@ def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend) -> Prot
     held = np.bincount(own, minlength=len(library.counts))
     with np.errstate(invalid="ignore"):
         recall = np.bincount(own, weights=right, minlength=len(library.counts)) / held
-    facts = {
+    facts: dict[str, Any] = {
         "text_weight": blend.text_weight,
         "text_evidence": None if blend.names is None else blend.names.evidence,
         "kernel_share": blend.share,
@@ -155,9 +158,8 @@ def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend) -> Prot
         calibration = Calibration(held_out=len(own), accuracy=accuracy, filed_expected=1.0, **facts)
         return replace(prototypes, calibration=calibration, recall=recall)
     null: Strangers | None = None
-    gates = known_gates(evidence, _foreign_cosines(library) if not right.any() else np.zeros(0))
-    facts |= {"cosine_gate": gates.cosine, "typicality_gate": gates.typicality}
-    facts |= calibrate_precision(evidence, settings.abstain, gates)
+    foreign = _foreign_cosines(library) if not right.any() else np.zeros(0)
+    facts |= calibrate_knowns(evidence, settings.abstain, foreign)
     if settings.abstain.strangers != "auto":
         null = leave_classes_out(library.rows, library.classes, library.counts)
         facts |= calibrate_strangers(null, settings.abstain.strangers, facts.get("notes", ()))
@@ -171,7 +173,7 @@ def _blend_evidence(library: Library, blend: Blend) -> Evidence:
     has_background = not blend.is_refitted and np.count_nonzero(library.counts) > 1
     relative: Array | None = None
     if has_background:
-        placed = blend.space.place(library.rows[held.chosen])
+        placed = blend.space.place(library.rows)
         relative = background_distances(blend.gaussian, placed, held) - blend.distances
     return Evidence(
         own=held.own,
@@ -186,17 +188,15 @@ def _blend_evidence(library: Library, blend: Blend) -> Evidence:
 def _plain_evidence(prototypes: PrototypeSet, library: Library) -> tuple[Evidence, float]:
     chosen = choose_held_out(library.counts, library.classes)
     own = library.classes[chosen]
-    table = plain_held_out(
-        prototypes.settings.mode, chosen, library.rows, library.classes, library.counts, library.text
-    )
+    means = class_means(library.rows, library.classes, library.counts)
+    plain = Plain(library.rows, library.classes, library.counts, means, library.text)
+    table = plain_held_out(prototypes.settings.mode, chosen, plain)
     judged = bool(len(own)) and bool(np.isfinite(table).any())
     temperature = TYPICAL_TEMPERATURE
     best = first_best(table) if judged else own
     if judged:
         weights = balanced_weights(own, len(library.counts))
-        temperature, _ = fit_temperature(
-            table, own, weights, typical=TYPICAL_TEMPERATURE, spread=TEMPERATURE_SPREAD
-        )
+        temperature, _ = fit_temperature(table, own, weights, typical=TYPICAL_TEMPERATURE, spread=TEMPERATURE_SPREAD)
     probabilities = np.exp(log_softmax(temperature * table))
     evidence = Evidence(
         own=own,

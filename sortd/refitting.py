@@ -14,7 +14,7 @@ REFIT_UP_TO = 64
 """References up to which each one is left out by fitting again; 64 fits take a quarter of a second."""
 
 
-def refit_tables(  # noqa: PLR0913 - the library, what to leave out, and the names
+def refit_tables(
     rows: Array,
     classes: IntArray,
     counts: IntArray,

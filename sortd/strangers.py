@@ -14,6 +14,8 @@ FOLDS = 10
 COSINE_GATE = 0.15
 """A stranger counts as like a class only if its cosine is among this top share of the strangers' (decision-rules)."""
 LARGEST_LIBRARY = 6000
+NEIGHBOURS = 3
+"""References of a class that an image is held against; more than one, so that one odd reference vouches for little."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +25,8 @@ class Strangers:
     typicality: Array
     margin: Array
     cosine: Array
+    likeness: Array
+    """The three in one: how much like a class each one looks."""
     weights: Array
     classes: int
     """How many classes took their turn: they, not their images, are what varies between strangers."""
@@ -36,13 +40,10 @@ class Strangers:
 
     def shares(self, typicality: Array, margin: Array, cosine: Array) -> Array:
         """Return (B,) the share of strangers that look as much like a class as each image does."""
-        null = self._statistic(self.typicality, self.margin, self.cosine)
-        return _share(self._statistic(typicality, margin, cosine), null, self.weights)
-
-    def _statistic(self, typicality: Array, margin: Array, cosine: Array) -> Array:
         likeness = -np.log(_share(typicality, self.typicality, self.weights))
         likeness -= np.log(_share(margin, self.margin, self.weights))
-        return np.where(_share(cosine, self.cosine, self.weights) <= COSINE_GATE, likeness, 0.0)
+        likeness[_share(cosine, self.cosine, self.weights) > COSINE_GATE] = 0.0
+        return _share(likeness, self.likeness, self.weights)
 
 
 def leave_classes_out(rows: Array, classes: IntArray, counts: IntArray) -> Strangers:
@@ -59,13 +60,15 @@ def leave_classes_out(rows: Array, classes: IntArray, counts: IntArray) -> Stran
     present = np.flatnonzero(counts)
     if present.size < 3:  # noqa: PLR2004 - one to leave out, two to choose between
         empty = np.zeros(0)
-        return Strangers(empty, empty, empty, empty, 0)
+        return Strangers(empty, empty, empty, empty, empty, 0)
     rows, classes, counts = _thin(rows, classes, counts)
     folds = np.full(len(counts), -1)
     folds[present] = np.random.default_rng(0).permutation(present.size) % min(FOLDS, present.size)
     parts = [_fold(rows, classes, counts, folds == fold) for fold in range(int(folds.max()) + 1)]
     typicality, margin, cosine, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Strangers(typicality, margin, cosine, weights, int(present.size))
+    likeness = -np.log(_share(typicality, typicality, weights)) - np.log(_share(margin, margin, weights))
+    likeness[_share(cosine, cosine, weights) > COSINE_GATE] = 0.0
+    return Strangers(typicality, margin, cosine, likeness, weights, int(present.size))
 
 
 def _fold(
@@ -93,8 +96,10 @@ def nearest_cosines(
     rows: npt.NDArray[np.floating],
     classes: IntArray,
     itself: IntArray | None = None,
+    *,
+    neighbours: int = NEIGHBOURS,
 ) -> Array:
-    """Return (B,) the cosine of each query to the nearest row of its best class; -1 for a class without rows.
+    """Return (B,) the mean cosine of each query to the nearest rows of its best class; -1 for a class without rows.
 
     Args:
         queries: (B, d) unit rows.
@@ -102,6 +107,7 @@ def nearest_cosines(
         rows: (N, d) unit rows, sorted by class.
         classes: (N,), ascending.
         itself: (B,) the row that each query is and must not be compared with; or None.
+        neighbours: how many rows enter the mean, where the class has as many.
     """
     result = np.full(len(queries), -1.0)
     for index in np.unique(best):
@@ -110,8 +116,13 @@ def nearest_cosines(
             asking = np.flatnonzero(best == index)
             similarities = queries[asking] @ rows[start:stop].T
             if itself is not None:
-                similarities[itself[asking][:, None] == np.arange(start, stop)] = -1.0
-            result[asking] = similarities.max(axis=1)
+                similarities[itself[asking][:, None] == np.arange(start, stop)] = np.nan
+            similarities.sort(axis=1)  # what is not a number comes last
+            known = np.isfinite(similarities).sum(axis=1)
+            asked = np.arange(similarities.shape[1])
+            used = (asked < known[:, None]) & (asked >= known[:, None] - neighbours)
+            mean = np.where(used, similarities, 0.0).sum(axis=1) / np.maximum(used.sum(axis=1), 1)
+            result[asking] = np.where(known > 0, mean, -1.0)
     return result
 
 
@@ -127,8 +138,11 @@ def _thin(rows: Array, classes: IntArray, counts: IntArray) -> tuple[Array, IntA
 
 
 def _share(values: Array, null: Array, weights: Array) -> Array:
-    order = np.argsort(null)
-    above = np.concatenate([np.cumsum(weights[order][::-1])[::-1], [0.0]])
     mean = float(weights.mean())
-    reached = above[np.searchsorted(null[order], values, side="left")]
+    if len(values) == 1:  # one decision: no need to sort what one pass compares
+        reached = np.asarray([float(weights @ (null >= values[0]))])
+    else:
+        order = np.argsort(null)
+        above = np.concatenate([np.cumsum(weights[order][::-1])[::-1], [0.0]])
+        reached = above[np.searchsorted(null[order], values, side="left")]
     return np.asarray((reached + mean) / (float(weights.sum()) + mean), dtype=np.float64)

@@ -87,23 +87,23 @@ class SupportSet:
             raise ValueError(f"reference embeddings have shape {self.embeddings.shape}, not (N, d)")
         count, width = self.embeddings.shape
         if self.classes.shape != (count,) or len(self.sources) != count:
-            raise ValueError(
-                f"{count} embeddings, {self.classes.shape} classes and {len(self.sources)} sources"
-            )
+            raise ValueError(f"{count} embeddings have {self.classes.shape} classes and {len(self.sources)} sources")
         if count and not (self.classes.min() >= 0 and self.classes.max() < len(self.labels)):
             raise ValueError(f"a class index lies outside of the {len(self.labels)} labels")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a class label occurs twice")
-        shapes = {"strangers": (self.strangers, (len(self.strangers), width))}
-        if self.text is not None:
-            shapes["text"] = (self.text, (len(self.labels), width))
-        if self.text_mean is not None:
-            shapes["text_mean"] = (self.text_mean, (width,))
-        for name, (array, shape) in shapes.items():
-            if array.shape != shape:
-                raise ValueError(f"{name} has shape {array.shape}, not {shape}")
-            if not np.isfinite(array).all():
-                raise ValueError(f"{name} holds a value that is not finite")
+        _check("strangers", self.strangers, (len(self.strangers), width))
+        _check("text", self.text, (len(self.labels), width))
+        _check("text_mean", self.text_mean, (width,))
         broken = np.flatnonzero(~np.isfinite(self.embeddings).all(axis=1))
         if broken.size:
             raise ValueError(f"the embedding of {self.sources[broken[0]]} holds a value that is not finite")
+
+
+def _check(name: str, array: FloatArray | None, shape: tuple[int, ...]) -> None:
+    if array is None:
+        return
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, not {shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds a value that is not finite")
