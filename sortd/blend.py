@@ -9,8 +9,8 @@ from sortd.confidence import balanced_weights, fit_temperature
 from sortd.gaussian import Gaussian, Space, fit_gaussian, fit_space, shrink_means, squared_distances
 from sortd.kernel import Kernel, kernel_scores, make_kernel
 from sortd.leaveoneout import HeldOut, choose_held_out, gaussian_table, hold_out, kernel_table
-from sortd.naming import Names, place_names, placed_means
 from sortd.refitting import REFIT_UP_TO, refit_tables
+from sortd.text_prototypes import Names, place_names, placed_means
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 from sortd.gaussian import fit_gaussian, fit_space, shrink_means, squared_distances
 from sortd.kernel import kernel_scores, make_kernel
-from sortd.naming import place_names, placed_means
+from sortd.text_prototypes import place_names, placed_means
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
