@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sortd import __version__, cli_facts, cli_moves
+from sortd import __version__, cli_decisions, cli_facts, cli_moves
 from sortd.console import ConfigOption, JsonOption, load_config, printable
 from sortd.errors import SortdError
 
@@ -128,6 +128,7 @@ def version() -> None:
 for command in (
     cli_facts.check,
     cli_facts.status,
+    cli_decisions.explain,
     cli_facts.history,
     cli_moves.undo,
     cli_moves.release,

@@ -1,0 +1,44 @@
+"""The command line in this very process: arguments in; exit code, facts and messages out."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from sortd.cli import app
+from sortd.errors import SortdError
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def facts(self) -> Any:
+        """Return what ``--json`` printed."""
+        return json.loads(self.out)
+
+
+def sortd(*arguments: object, environment: Mapping[str, str] | None = None) -> Ran:
+    """Run a command; errors become exit codes as ``main`` makes them."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)
+    if isinstance(result.exception, SortdError):
+        return Ran(result.exception.exit_code, result.stdout, str(result.exception))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Ran(result.exit_code, result.stdout, result.stderr)
+
+
+def write_config(folder: Path, **keys: object) -> Path:
+    """Write a configuration with everything below a folder, for commands that load no model."""
+    values = {"root": folder / "Data", "state_dir": folder / "state", "cache_dir": folder / "cache", **keys}
+    file = folder / "config.yaml"
+    file.write_text("".join(f"{key}: {value}\n" for key, value in values.items()), encoding="utf-8")
+    return file

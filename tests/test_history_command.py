@@ -1,0 +1,210 @@
+"""History tells what was moved; undo takes it back without harm; release lets go; all with and without a daemon."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sortd.config import load
+from sortd.holding import hold
+from sortd.journal_history import History
+from sortd.journals import journals
+from sortd.layout import Layout
+from tests.command_line import Ran, sortd, write_config
+from tests.daemon_process import make_dataset, tree
+from tests.filed_images import file_images
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A dataset into which four images were filed, in two runs, and one set aside."""
+    write_config(tmp_path)
+    dataset = make_dataset(tmp_path / "Data")
+    file_images(dataset, tmp_path / "state", {"a.png": "red", "b.png": "blue"}, run="first")
+    file_images(dataset, tmp_path / "state", {"c.png": "red", "d.png": "green", "x.png": "rejected"}, run="second")
+    return dataset
+
+
+def run(site: Path, *arguments: object) -> Ran:
+    """Run a command with this site's configuration."""
+    return sortd(*arguments, "--config", site.parents[1] / "config.yaml")
+
+
+def names(ran: Ran) -> list[str]:
+    """Return the names of the files in a history, newest first."""
+    return [Path(one["from"]).name for one in ran.facts]
+
+
+def standing(site: Path) -> list[str]:
+    """Return where files stand outside of Clases/."""
+    return [path for path in tree(site) if path.partition("/")[0] in {"Images", "Dataset", "Review", "Rejected"}]
+
+
+class TestHistory:
+    """What history tells."""
+
+    def test_the_newest_come_first_with_their_grounds(self, site: Path) -> None:
+        """Each record says what went where, how sure it was, and by which run and model."""
+        ran = run(site, "history", "--json")
+        assert names(ran) == ["x.png", "d.png", "c.png", "b.png", "a.png"]
+        first = ran.facts[-1]
+        assert first["to"] == str(site / "Dataset" / "red" / "a.png")
+        assert (first["outcome"], first["label"], first["score"], first["margin"]) == ("filed", "red", 0.9, 0.25)
+        assert (first["run"], first["generation"], first["encoder_id"]) == ("first", 3, "fake-48")
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            (["--label", "red"], ["c.png", "a.png"]),
+            (["--outcome", "rejected"], ["x.png"]),
+            (["--run", "first"], ["b.png", "a.png"]),
+            (["--limit", "2"], ["x.png", "d.png"]),
+            (["--since", "1h"], ["x.png", "d.png", "c.png", "b.png", "a.png"]),
+            (["--until", "1h"], []),
+            (["--dataset", "Colours", "--limit", "0"], ["x.png", "d.png", "c.png", "b.png", "a.png"]),
+        ],
+    )
+    def test_it_can_be_narrowed(self, site: Path, options: list[str], expected: list[str]) -> None:
+        """By class, outcome, run, time and dataset."""
+        assert names(run(site, "history", "--json", *options)) == expected
+
+    def test_one_file_can_be_asked_for_by_either_place(self, site: Path) -> None:
+        """Where it is and where it came from both name it."""
+        assert names(run(site, "history", "--json", "--path", site / "Dataset" / "red" / "a.png")) == ["a.png"]
+        assert names(run(site, "history", "--json", "--path", site / "Images" / "a.png")) == ["a.png"]
+
+    def test_lines_are_columns_where_nobody_looks(self, site: Path) -> None:
+        """Off a terminal there are tabs, one header and no colour; messages go to stderr."""
+        ran = run(site, "history", "--limit", "2")
+        header, *lines = ran.out.splitlines()
+        assert header.split("\t")[:3] == ["when", "dataset", "outcome"]
+        assert [line.split("\t")[4] for line in lines] == ["Rejected/x.png", "Dataset/green/d.png"]
+        assert "--limit 0" in ran.err
+
+    def test_names_that_are_no_text_are_escaped(self, site: Path) -> None:
+        """A line feed and bytes that are not UTF-8 reach a terminal as escapes, and JSON as they are."""
+        odd = os.fsdecode(b"odd\n\xff.png")
+        file_images(site, site.parents[1] / "state", {odd: "red"})
+        assert "Dataset/red/odd\\n\\xff.png" in run(site, "history", "--limit", "1").out
+        assert names(run(site, "history", "--limit", "1", "--json")) == [odd]
+
+    def test_wrong_questions_are_usage_errors(self, site: Path) -> None:
+        """What is no moment, outcome or dataset is said to be none."""
+        assert run(site, "history", "--since", "soon").code == 2
+        assert run(site, "history", "--outcome", "eaten").code == 2
+        assert run(site, "history", "--dataset", "Nowhere").code == 65
+
+    def test_a_dataset_that_is_not_mounted_keeps_its_history(self, site: Path) -> None:
+        """The journal lies elsewhere and can be asked when the disk is gone."""
+        site.parent.rename(site.parents[1] / "unmounted")
+        ran = run(site, "history", "--json")
+        assert len(ran.facts) == 5
+        assert ran.facts[0]["to"] == "Rejected/x.png"
+
+
+class TestUndo:
+    """What undo does where no sortd runs."""
+
+    def test_one_file_goes_back_and_is_held(self, site: Path) -> None:
+        """It stands where it stood, and would not be filed again at once."""
+        before = (site / "Dataset" / "red" / "a.png").read_bytes()
+        ran = run(site, "undo", site / "Dataset" / "red" / "a.png")
+        assert ran.code == 0
+        assert (site / "Images" / "a.png").read_bytes() == before
+        assert not (site / "Dataset" / "red" / "a.png").exists()
+        with History.open(journals(load(site.parents[1] / "config.yaml", {}))[0].file) as history:
+            assert list(history.held()) == ["Images/a.png"]
+
+    def test_the_last_few_and_a_run_go_back(self, site: Path) -> None:
+        """Newest first, over whatever was moved; what was set aside loses its reason file."""
+        assert len(run(site, "undo", "--last", "2", "--json").facts["undone"]) == 2
+        assert standing(site) == [
+            "Dataset/blue/b.png", "Dataset/red/a.png", "Dataset/red/c.png", "Images/d.png", "Images/x.png",
+        ]  # fmt: skip
+        run(site, "undo", "--run", "first")
+        assert standing(site) == [
+            "Dataset/red/c.png", "Images/a.png", "Images/b.png", "Images/d.png", "Images/x.png",
+        ]  # fmt: skip
+
+    def test_a_time_range_goes_back(self, site: Path) -> None:
+        """Everything since a moment, and nothing before it."""
+        assert run(site, "undo", "--until", "1h", "--json").facts["undone"] == []
+        assert len(run(site, "undo", "--since", "1h", "--json").facts["undone"]) == 5
+        assert standing(site) == [f"Images/{name}.png" for name in "abcdx"]
+
+    def test_a_dry_run_touches_nothing(self, site: Path) -> None:
+        """It says what would be and where, and the tree and the journal stay."""
+        before = tree(site.parents[1])
+        ran = run(site, "undo", "--since", "1h", "--dry-run", "--json")
+        assert len(ran.facts["undone"]) == 5
+        assert ran.facts["undone"][-1]["restored"] == str(site / "Images" / "a.png")
+        after = tree(site.parents[1])
+        assert {name: data for name, data in after.items() if "journal.sqlite" not in name} == {
+            name: data for name, data in before.items() if "journal.sqlite" not in name
+        }
+        assert names(run(site, "history", "--json")) == ["x.png", "d.png", "c.png", "b.png", "a.png"]
+
+    def test_nothing_is_overwritten(self, site: Path) -> None:
+        """Where the old name is taken, another one is given, and both files are whole."""
+        mine = (site / "Dataset" / "red" / "a.png").read_bytes()
+        (site / "Images" / "a.png").write_bytes(b"somebody else's")
+        (one,) = run(site, "undo", "--json", site / "Dataset" / "red" / "a.png").facts["undone"]
+        assert Path(one["restored"]) == site / "Images" / "a (2).png"
+        assert Path(one["restored"]).read_bytes() == mine
+        assert (site / "Images" / "a.png").read_bytes() == b"somebody else's"
+
+    def test_what_cannot_go_back_is_said_and_why(self, site: Path) -> None:
+        """A file that was changed since stays where it is; the others go; the exit code tells."""
+        (site / "Dataset" / "red" / "a.png").write_bytes(b"retouched")
+        (site / "Dataset" / "blue" / "b.png").unlink()
+        ran = run(site, "undo", "--since", "1h", "--json")
+        assert ran.code == 65
+        messages = {Path(one["was"]).name: one["message"] for one in ran.facts["undone"] if one["restored"] is None}
+        assert "changed since" in messages["a.png"]
+        assert "no longer there" in messages["b.png"]
+        assert (site / "Dataset" / "red" / "a.png").read_bytes() == b"retouched"
+
+    def test_undone_twice_is_undone_once(self, site: Path) -> None:
+        """There is nothing left to undo of that file."""
+        run(site, "undo", site / "Dataset" / "red" / "a.png")
+        ran = run(site, "undo", site / "Dataset" / "red" / "a.png")
+        assert ran.code == 65
+        assert "knows of no move" in ran.err
+
+    def test_it_wants_to_be_told_what(self, site: Path) -> None:
+        """No argument would mean everything or nothing; both is too much to guess."""
+        assert run(site, "undo").code == 2
+        assert run(site, "undo", "--last", "1", "--run", "first").code == 2
+        assert run(site, "undo", "/somewhere/else.png").code == 65
+
+    def test_a_dataset_that_another_process_holds_is_left_alone(self, site: Path) -> None:
+        """Where a sortd with other settings works on it, nothing is moved."""
+        before = standing(site)
+        with hold(Layout(site), site.parents[1] / "state"):
+            ran = run(site, "undo", "--last", "1")
+        assert ran.code == 75
+        assert "another sortd works on" in ran.err
+        assert standing(site) == before
+
+
+class TestRelease:
+    """What release does where no sortd runs."""
+
+    def test_one_or_all_are_let_go(self, site: Path) -> None:
+        """A released file will be decided again; one that is not held is an error."""
+        run(site, "undo", "--since", "1h")
+        assert run(site, "release", site / "Images" / "a.png", "--json").facts == {"released": {"Colours": 1}}
+        assert run(site, "release", site / "Images" / "a.png").code == 65
+        assert run(site, "release", "--all", "--json").facts == {"released": {"Colours": 4}}
+
+    def test_it_wants_to_be_told_which(self, site: Path) -> None:
+        """Neither nothing nor both."""
+        assert run(site, "release").code == 2
+        assert run(site, "release", "--all", site / "Images" / "a.png").code == 2
+
+
+def test_rebuild_needs_a_sortd_that_runs(site: Path) -> None:
+    """Without one there is nothing to rebuild: the next start learns anyway."""
+    ran = run(site, "rebuild")
+    assert ran.code == 75
+    assert "no sortd runs" in ran.err
