@@ -1,0 +1,89 @@
+"""What the documents say is what the code does: tables, options and links are compared, and can be written anew.
+
+``python -m tests.test_docs`` rewrites the tables between the markers in README.md.
+"""
+
+import ast
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import typer
+import typer.core
+
+from sortd import cli, logs
+from tests.test_architecture import DRIVER, EDGE, FLOORS, PACKAGE, THOUGHT
+
+REPOSITORY = Path(__file__).parents[1]
+README = REPOSITORY / "README.md"
+FLOOR_NAMES = {THOUGHT: "thought", EDGE: "edge", DRIVER: "driver"}
+
+
+def events_table() -> str:
+    """Return the table of log events."""
+    rows = [f"| `{event}` | {meaning} |" for event, meaning in logs.EVENTS.items()]
+    return "\n".join(["| event | meaning |", "|---|---|", *rows])
+
+
+def modules_table() -> str:
+    """Return the table of modules, floor by floor, by the first sentence of their docstrings."""
+    rows = []
+    for module, (floor, _) in sorted(FLOORS.items(), key=lambda item: (item[1][0], item[0])):
+        docstring = ast.get_docstring(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))) or ""
+        sentence = " ".join(docstring.split("\n\n")[0].split())
+        rows.append(f"| {FLOOR_NAMES[floor]} | `{module}.py` | {sentence} |")
+    return "\n".join(["| floor | module | what it is |", "|---|---|---|", *rows])
+
+
+TABLES = {"events": events_table, "modules": modules_table}
+
+
+def marked(name: str) -> re.Pattern[str]:
+    """Return the pattern of a marked part of the README: its two marks and what stands between."""
+    return re.compile(rf"(<!-- {name}:[^\n]*-->\n)(.*?)(<!-- /{name} -->)", re.DOTALL)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_of_the_readme_are_those_of_the_code(name: str) -> None:
+    """Run ``python -m tests.test_docs`` when this fails."""
+    found = marked(name).search(README.read_text(encoding="utf-8"))
+    assert found is not None
+    assert found.group(2).strip() == TABLES[name]()
+
+
+def commands() -> Mapping[str, object]:
+    """Return the commands of the command line by name."""
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, typer.core.TyperGroup)
+    return group.commands
+
+
+def test_the_readme_names_every_command_and_no_other() -> None:
+    """A command that nobody can find is not there, and one that is only written about is a lie."""
+    text = README.read_text(encoding="utf-8")
+    section = text.split("## Commands")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = {
+        word
+        for row in rows
+        for part in re.findall(r"`([^`]+)`", row)
+        if (word := part.removeprefix("sortd ").split()[0])
+    }
+    assert named == set(commands()) - {"version"}
+
+
+@pytest.mark.parametrize("document", ["README.md", "README.es.md", "docs", "sortd/model/README.md"])
+def test_every_link_leads_somewhere(document: str) -> None:
+    """Relative links in the documents name files that are there."""
+    path = REPOSITORY / document
+    for file in sorted(path.glob("*.md")) if path.is_dir() else [path]:
+        for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", file.read_text(encoding="utf-8")):
+            assert (file.parent / target).exists(), f"{file.name} links to {target}"
+
+
+if __name__ == "__main__":
+    text = README.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        text = marked(name).sub(lambda found, table=table: f"{found.group(1)}{table()}\n{found.group(3)}", text)  # type: ignore[misc]  # bound now
+    README.write_text(text, encoding="utf-8")
