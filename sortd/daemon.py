@@ -114,6 +114,7 @@ class Daemon:
 
     def _start(self) -> None:
         self._log.info(logs.DAEMON_STARTING, root=str(self.config.root), model=self.config.model)
+        self._requests.open()
         self._worker.start()
         if not self._once:
             self._watcher = Watcher(self.inbox.put, polling=self.config.polling)
