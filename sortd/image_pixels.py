@@ -1,8 +1,10 @@
 """From a decoded image of any mode to opaque RGB at the size that an encoder sees; nothing here reads a file."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from sortd.messages import Fit, Preprocessing
 
@@ -82,19 +84,31 @@ def _eight_bits(image: "Image.Image") -> "Image.Image":
 
     if not image.mode.startswith(("I", "F")):
         return image
-    low, high = (float(end) for end in image.getextrema())  # type: ignore[arg-type]  # one band: two numbers
-    usual = 1.0 if image.mode == "F" else 65_535.0
+    # Of the 16-bit modes only the native one can be cropped; their values take little room anyway.
+    whole = np.asarray(image) if ";" in image.mode else None
+    grey = np.empty((image.height, image.width), np.uint8)
+
+    def strips() -> Iterator[tuple[slice, npt.NDArray[np.float64]]]:
+        for top in range(0, image.height, _STRIP_ROWS):
+            rows = slice(top, min(top + _STRIP_ROWS, image.height))
+            strip = np.asarray(image.crop((0, rows.start, image.width, rows.stop))) if whole is None else whole[rows]
+            yield rows, strip.astype(np.float64)
+
+    low, high = (0.0, 65_535.0) if whole is not None else _range_of(image.mode, strips())
+    scale = 255 / (high - low) if high > low else 0.0
+    for rows, strip in strips():
+        grey[rows] = np.rint((np.nan_to_num(strip, nan=low) - low) * scale)
+    return Image.fromarray(grey)
+
+
+def _range_of(mode: str, strips: Iterator[tuple[slice, npt.NDArray[np.float64]]]) -> tuple[float, float]:
+    """Return the values that stand for black and for white."""
+    ends = [(float(np.nanmin(strip)), float(np.nanmax(strip))) for _, strip in strips if not np.isnan(strip).all()]
+    low, high = min((low for low, _ in ends), default=0.0), max((high for _, high in ends), default=0.0)
     if not np.isfinite([low, high]).all():
         raise ValueError("its values are not finite")
-    if low >= 0 and high <= usual:
-        low, high = 0.0, usual
-    scale = 255 / (high - low) if high > low else 0.0
-    grey = np.empty((image.height, image.width), np.uint8)
-    for top in range(0, image.height, _STRIP_ROWS):
-        bottom = min(top + _STRIP_ROWS, image.height)
-        strip = np.asarray(image.crop((0, top, image.width, bottom))).astype(np.float64)
-        grey[top:bottom] = np.rint((np.nan_to_num(strip, nan=low) - low) * scale)
-    return Image.fromarray(grey)
+    usual = 1.0 if mode == "F" else 65_535.0
+    return (0.0, usual) if low >= 0 and high <= usual else (low, high)
 
 
 def fitted(image: "Image.Image", preprocessing: Preprocessing) -> "Image.Image":

@@ -8,6 +8,7 @@ opaque image comes out bit for bit as from the image processors of transformers 
 import errno
 import importlib
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.errors import ImageError, NotAnImageError, TooLargeError, UnreadableError
+from sortd.image_endings import is_unfinished
 from sortd.image_files import open_file
 from sortd.image_formats import HEAD_BYTES, READABLE, SUFFIXES, Format, format_of, looks_like_image
 from sortd.image_pixels import fitted, least_side, opaque
@@ -40,9 +42,6 @@ __all__ = [
 
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3): RGB
 Jpeg = Literal["draft", "full"]
-
-ZERO_TAIL_BYTES = 512
-"""So many zeros at the end of compressed data mean that a writer has not filled what it laid out."""
 
 _ORIENTATION = 0x0112
 
@@ -105,12 +104,15 @@ def look_at_file(path: str, limits: Limits, *, jpeg: Jpeg = "draft") -> None:
 @contextmanager
 def _file(path: str) -> Iterator[BinaryIO]:
     try:
-        with open(open_file(path), "rb") as file:
-            yield file
+        descriptor = open_file(path)
     except OSError as error:
         if error.errno in {errno.ELOOP, errno.ENXIO}:
-            raise NotAnImageError("no regular file: a link, a socket or a device") from error
+            raise NotAnImageError("it is a link, a socket or a device") from error
         raise
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise NotAnImageError("it is no regular file")
+        yield file
 
 
 @contextmanager
@@ -124,7 +126,7 @@ def _opened(file: BinaryIO | int, limits: Limits, jpeg: Jpeg) -> Iterator["Image
         image_format = format_of(bytes_of_it.read(HEAD_BYTES))
         if image_format is None:
             raise UnreadableError(f"the content is no image that sortd reads: those are {READABLE}")
-        if _is_unfinished(bytes_of_it, image_format, size):
+        if is_unfinished(bytes_of_it, image_format.name):
             raise UnreadableError(f"the {image_format.name} data end in zeros: it was never written to its end")
         _register(image_format)
         bytes_of_it.seek(0)
@@ -152,26 +154,6 @@ def _register(image_format: Format) -> None:
         raise NotAnImageError(f"{image_format.name} cannot be decoded here; {image_format.mend}")
 
 
-def _is_unfinished(file: BinaryIO, image_format: Format, size: int) -> bool:
-    """Tell a file that was laid out in full and filled in part: libjpeg and libwebp make grey of the rest.
-
-    Uncompressed formats cannot be told so: black is zeros there.
-    """
-    if image_format.name not in {"JPEG", "WEBP"} or size < 2 * ZERO_TAIL_BYTES:
-        return False
-    end = size
-    while end > 0:
-        start = max(0, end - 64 * ZERO_TAIL_BYTES)
-        file.seek(start)
-        filled = file.read(end - start).rstrip(b"\0")
-        if filled:
-            zeros = size - start - len(filled)
-            is_padded = image_format.name == "JPEG" and filled.endswith(b"\xff\xd9")
-            return zeros >= ZERO_TAIL_BYTES and not is_padded
-        end = start
-    return True
-
-
 @contextmanager
 def _guarded(max_pixels: int) -> Iterator[None]:
     """Make Pillow refuse what unpacks to too much, and what is cut short, whatever was set before."""
@@ -191,7 +173,7 @@ def _guarded(max_pixels: int) -> Iterator[None]:
 @contextmanager
 def _translated() -> Iterator[None]:
     """Turn whatever a decoder raises over hostile bytes into the error of one image."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         yield
@@ -201,6 +183,8 @@ def _translated() -> Iterator[None]:
         raise TooLargeError(f"it unpacks to too many pixels; see decoding.max_pixels ({error})") from error
     except MemoryError as error:
         raise TooLargeError("decoding it takes more memory than a decoder may have; see decoding.max_pixels") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableError("it begins like an image, but its header is broken") from error
     except OSError as error:
         if error.errno is not None:
             raise

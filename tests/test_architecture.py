@@ -34,6 +34,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "decoders": (EDGE, "images"),
     "decoder_handle": (EDGE, "images"),
     "decoder_process": (EDGE, "images"),
+    "image_endings": (EDGE, "images"),
     "image_files": (EDGE, "images"),
     "image_formats": (EDGE, "images"),
     "image_pixels": (EDGE, "images"),
