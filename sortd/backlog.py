@@ -58,6 +58,7 @@ class Entry:
     ready_at: float = 0.0
     recheck_at: float = 0.0
     closed: bool = False
+    busy: bool = False
     heap_at: float | None = None
     ticket: int = 0
     generation: int = 0
@@ -104,6 +105,10 @@ class Backlog:
         """Count the images that are work: everything but the resting ones."""
         return len(self._entries) - sum(self._counts[state] for state in RESTING)
 
+    def busy(self) -> list[str]:
+        """List the settling images that some writer keeps open: they may settle in a second, or never."""
+        return [entry.path for entry in self.in_state(State.SETTLING) if entry.busy]
+
     def get(self, path: str) -> Entry | None:
         """Return what is known of a path, if anything."""
         return self._entries.get(path)
@@ -139,6 +144,8 @@ class Backlog:
         if writer is Writer.UNKNOWN and not entry.closed:
             quiet = max(quiet, LEASELESS_QUIET_SECONDS)
         due = entry.still_since + quiet
+        if writer is not None:
+            entry.busy = writer is Writer.PRESENT
         if writer is Writer.PRESENT:
             still = now - entry.still_since
             due = now + min(max(self._settle_seconds, still / 2), BUSY_RECHECK_SECONDS)
@@ -195,6 +202,12 @@ class Backlog:
         entry = self._entries.pop(path, None)
         if entry is not None:
             self._counts[entry.state] -= 1
+
+    def lose_sight(self, path: str) -> None:
+        """Drop an image that waits to be looked at, since it cannot be: a scan finds it again; others keep their state."""
+        entry = self._entries.get(path)
+        if entry is not None and entry.state is State.SETTLING:
+            self.forget(path)
 
     def start_scan(self) -> None:
         """Begin to note which images a scan names."""
@@ -292,7 +305,7 @@ class Backlog:
         entry.state = state
 
     def _restart(self, entry: Entry, stamp: Stamp, now: float) -> None:
-        entry.stamp, entry.still_since, entry.recheck_at, entry.closed = stamp, now, 0.0, False
+        entry.stamp, entry.still_since, entry.recheck_at, entry.closed, entry.busy = stamp, now, 0.0, False, False
         self._go(entry, State.SETTLING)
         self._settle(entry, now, None)
 

@@ -111,6 +111,9 @@ class Daemon:
                     self._turn()
             finally:
                 self._stop()
+        problems = [f"{dataset.name}: {dataset.problem}" for dataset in self.collection if dataset.problem]
+        if self._once and problems:
+            raise LayoutError("; ".join(problems))
 
     def _start(self) -> None:
         self._log.info(logs.DAEMON_STARTING, root=str(self.config.root), model=self.config.model)

@@ -29,6 +29,7 @@ from sortd.messages import (
     ImageSeen,
     Inspect,
     Leave,
+    LookRefused,
     Move,
     Moved,
     MoveFailed,
@@ -90,6 +91,7 @@ class Dataset:
         self._corrections = None if journal is None else Corrections(layout, journal)
         self._needs_marker = needs_marker
         self._force_rebuild = False
+        self._afresh = False
         self.last_generation = last_generation
         self._commands: deque[Command] = deque()
         self._moves: list[Move] = []
@@ -165,6 +167,7 @@ class Dataset:
     def reload(self, settings: SorterSettings, teaching: Teaching) -> None:
         """Take changed settings over."""
         self.teaching = teaching
+        self._afresh = True
         self.sorter.configure(settings, monotonic())
 
     # ------------------------------------------------------------ scans
@@ -236,7 +239,14 @@ class Dataset:
                 self.account.left(command)
 
     def _look(self, path: str, *, closed: bool, inspect: bool = False) -> None:
-        mark = stamp(path)
+        try:
+            mark = stamp(path)
+        except OSError as error:
+            self.account.unreadable(error)
+            self._commands.extend(self.sorter.receive(LookRefused(path), monotonic()))
+            return
+        if mark is None and not self._is_present:  # absent is not gone: what is known of it holds when it is back
+            return
         writer = (writer_of(path) or Writer.UNKNOWN) if inspect and mark is not None else None
         event = ImageGone(path) if mark is None else ImageSeen(path, mark, writer, closed)
         self._commands.extend(self.sorter.receive(event, monotonic()))
@@ -253,8 +263,11 @@ class Dataset:
         teaching = self.teaching
         if self._corrections is not None and teaching.learns_from_corrections:
             teaching = replace(teaching, corrections=self._corrections.learnt())
-        force, self._force_rebuild = self._force_rebuild, False
-        self._ask(RebuildJob(self.name, self.layout.area(Area.CLASES), teaching, self.last_generation, force))
+        clases = self.layout.area(Area.CLASES)
+        self._ask(
+            RebuildJob(self.name, clases, teaching, self.last_generation, force=self._force_rebuild, afresh=self._afresh)
+        )
+        self._force_rebuild = self._afresh = False
 
     @property
     def _is_present(self) -> bool:

@@ -22,6 +22,7 @@ from sortd.messages import (
     ImageSeen,
     Inspect,
     Leave,
+    LookRefused,
     Move,
     Moved,
     MoveFailed,
@@ -78,7 +79,6 @@ class Sorter:
         self._move_pause = Pause()
         self._batches = 0
         self._stopping = False
-        self._scan_wanted = False
 
     # ------------------------------------------------------------ questions
 
@@ -114,8 +114,8 @@ class Sorter:
 
     @property
     def is_drained(self) -> bool:
-        """Tell whether nothing is left to do until something else happens."""
-        return not (self.waiting or self._batches or self.is_rebuilding or self._scan_wanted)
+        """Tell whether nothing is left to do until something else happens: a writer closing its file, say."""
+        return not (self._batches or self.is_rebuilding or self.waiting > len(self._backlog.busy()))
 
     @property
     def is_stopped(self) -> bool:
@@ -155,6 +155,8 @@ class Sorter:
                 self._backlog.hold(path, stamp, now)
             case ImageGone(path):
                 self._backlog.forget(path)
+            case LookRefused(path):
+                self._backlog.lose_sight(path)
             case ReferencesTouched():
                 self._touch(now)
             case Embedded():

@@ -29,13 +29,17 @@ class EmbedJob:
 
 @dataclass(frozen=True, slots=True)
 class RebuildJob:
-    """Build a dataset's prototypes; ``generation`` is the last one that its journal knows."""
+    """Build a dataset's prototypes; ``generation`` is the last one that its journal knows.
+
+    ``afresh`` forgets what emptied classes held; ``force`` passes the reload gate.
+    """
 
     dataset: str
     clases: Path
     teaching: Teaching
     generation: int
     force: bool = False
+    afresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +168,8 @@ class Worker:
 
     def _rebuild(self, embedder: Embedder, store: PrototypeStore, job: RebuildJob) -> None:
         began = monotonic()
+        if job.afresh:
+            self._references.pop(job.dataset, None)
         references = self._references.setdefault(job.dataset, References(job.clases))
         previous = self._serving.get(job.dataset) or store.read(job.dataset)
         generation = 1 + max(job.generation, previous.generation if previous else 0)

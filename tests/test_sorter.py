@@ -334,3 +334,15 @@ def test_stopping_begins_nothing_and_waits_for_moves() -> None:
     sorter.receive(Moved("a.png", mark, "Dataset/cross/a.png", Outcome.FILED, mark), 114)
     assert sorter.is_stopped
     assert sorter.next_deadline() is None
+
+
+def test_a_file_that_is_never_closed_does_not_keep_a_drain_from_ending() -> None:
+    """``once`` waits for no writer that may keep a file open for days."""
+    sorter, mark = ready_sorter(), stamp()
+    sorter.receive(ImageSeen("open.png", mark), 100)
+    assert not sorter.is_drained
+    sorter.receive(Tick(), 110)
+    sorter.receive(ImageSeen("open.png", mark, Writer.PRESENT), 110)
+    assert sorter.is_drained
+    sorter.receive(ImageSeen("open.png", stamp(2), closed=True), 111)
+    assert not sorter.is_drained
