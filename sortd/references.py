@@ -138,15 +138,7 @@ class References:
         Raises:
             ReferencesAbsentError: there is no class folder to learn from.
         """
-        unreadable: list[OSError] = []
-        folders, misnamed = class_folders(self._clases, report=unreadable.append)
-        if unreadable:
-            error = unreadable[0]
-            raise ReferencesAbsentError(f"{error.filename} cannot be read: {error.strerror}; give sortd the right to")
-        if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:
-            raise ReferencesAbsentError(
-                f"{self._clases} holds no class folder: make one for each class, with images in it"
-            )
+        folders, misnamed = self._folders()
         forwards = embedder.forwards
         answers = self._embed(embedder, folders, teaching.corrections)
         rows, contents, refused = self._sorted_out(folders, teaching.corrections, answers)
@@ -161,6 +153,30 @@ class References:
         prototypes = build(support, teaching.settings, generation=generation)
         encoded = embedder.forwards - forwards
         return Rebuilt(prototypes, refused, emptied, tuple(misnamed), encoded=encoded, references=counts)
+
+    def support(self, embedder: Embedder, teaching: Teaching) -> tuple[SupportSet, tuple[ImageRefused, ...]]:
+        """Read the folder and return what it teaches, and what could not be read; for whoever evaluates it.
+
+        Raises:
+            ReferencesAbsentError: there is no class folder to learn from.
+        """
+        folders, _ = self._folders()
+        answers = self._embed(embedder, folders, teaching.corrections)
+        rows, contents, refused = self._sorted_out(folders, teaching.corrections, answers)
+        fingerprint = self._fingerprint(contents, folders, teaching, embedder.encoder.encoder_id)
+        return self._support(embedder, rows, contents, folders, teaching, fingerprint), refused
+
+    def _folders(self) -> tuple[list[ClassFolder], list[str]]:
+        unreadable: list[OSError] = []
+        folders, misnamed = class_folders(self._clases, report=unreadable.append)
+        if unreadable:
+            error = unreadable[0]
+            raise ReferencesAbsentError(f"{error.filename} cannot be read: {error.strerror}; give sortd the right to")
+        if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:
+            raise ReferencesAbsentError(
+                f"{self._clases} holds no class folder: make one for each class, with images in it"
+            )
+        return folders, misnamed
 
     @staticmethod
     def _embed(
