@@ -29,7 +29,7 @@ class Encoder(Protocol):
 
     @property
     def encoder_id(self) -> str:
-        """What the embeddings depend on: weights, preprocessing and backend; equal ids mean equal embeddings."""
+        """What embeddings depend on: weights, decoding, preprocessing, backend; equal ids mean equal embeddings."""
 
     @property
     def dimensions(self) -> int:
@@ -58,6 +58,7 @@ def load(
     device: str = "auto",
     cache_dir: Path | None = None,
     threads: int | None = None,
+    decoding: str = "draft",
 ) -> Encoder:
     """Load a CLIP from this disk, never from the network, and see that it works.
 
@@ -69,6 +70,8 @@ def load(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         cache_dir: where fetched models and the hashes of weights are kept.
         threads: how many threads a forward may use; None or 0 leaves it to torch.
+        decoding: how the pixels that will come were decoded (``draft`` or ``full``): embeddings of the one are not
+            quite those of the other, so it is part of ``encoder_id``.
 
     Raises:
         ModelError: It cannot be had, is no CLIP, needs preprocessing that sortd does not do, or answers garbage.
@@ -79,7 +82,7 @@ def load(
     words = None if text_model is None else models.locate_text(text_model, cache_dir=cache_dir)
     from sortd.torch_encoder import TorchEncoder
 
-    encoder = TorchEncoder(folder, words, device=device, cache_dir=cache_dir, threads=threads)
+    encoder = TorchEncoder(folder, words, device=device, cache_dir=cache_dir, threads=threads, decoding=decoding)
     probe(encoder)
     return encoder
 

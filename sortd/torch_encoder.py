@@ -80,6 +80,7 @@ class TorchEncoder:
         device: str,
         cache_dir: Path | None,
         threads: int | None,
+        decoding: str,
     ) -> None:
         """Load; see ``encoder.load``."""
         import torch
@@ -102,7 +103,7 @@ class TorchEncoder:
             )
         self.has_text = True
         content = [models.digest(part, cache_dir=cache_dir) for part in (folder, words) if part is not None]
-        identity = hashlib.sha256(repr((content, self.preprocessing)).encode()).hexdigest()
+        identity = hashlib.sha256(repr((content, self.preprocessing, decoding)).encode()).hexdigest()
         self.encoder_id = f"{folder.kind}-{self.dimensions}-torch-{identity[:16]}"
 
     def encode_images(self, pixels: Pixels) -> Rows:

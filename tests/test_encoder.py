@@ -139,6 +139,20 @@ class TestAgreement:
         rows = encoder.encode_images(batch(encoder, images))
         assert np.abs(rows - reference(copied, images)).max() < TOLERANCE
 
+    def test_half_precision_on_disk_is_computed_in_full(self, copied: Path) -> None:
+        """Weights may be stored in float16 to be small; on a CPU that is slow and rough to compute with."""
+        from safetensors.numpy import load_file, save_file
+
+        file, config = copied / "model.safetensors", copied / "config.json"
+        half = {name: tensor.astype(np.float16) for name, tensor in load_file(file).items()}
+        save_file(half, file, {"format": "pt"})
+        config.write_text(config.read_text().replace('"float32"', '"float16"'))
+        assert '"float16"' in config.read_text()
+        encoder = load(str(copied))
+        images = pictures(3)
+        rows = encoder.encode_images(batch(encoder, images))
+        assert np.abs(rows - reference(copied, images)).max() < 1e-6
+
     def test_a_row_does_not_depend_on_its_batch(self, clip: Path) -> None:
         """An image alone and among others is the same image."""
         encoder = load(str(clip))
@@ -194,6 +208,11 @@ class TestIdentity:
         file = copied / "processor_config.json"
         file.write_text(file.read_text().replace("0.48145466", "0.5"))
         assert load(str(clip)).encoder_id != load(str(copied)).encoder_id
+
+    def test_another_decoding_has_another(self, clip: Path) -> None:
+        """Pixels of a JPEG decoded at an eighth are not quite those of it decoded in full."""
+        assert load(str(clip)).encoder_id == load(str(clip), decoding="draft").encoder_id
+        assert load(str(clip)).encoder_id != load(str(clip), decoding="full").encoder_id
 
     def test_a_text_model_is_part_of_it(self, clip: Path, folders: dict[tuple[Tower, Layout], Path]) -> None:
         """Words embedded by another model are other words."""
