@@ -204,7 +204,7 @@ class Backlog:
             self._counts[entry.state] -= 1
 
     def lose_sight(self, path: str) -> None:
-        """Drop an image that waits to be looked at, since it cannot be: a scan finds it again; others keep their state."""
+        """Drop an image that settles but cannot be looked at: a scan finds it again. Others keep their state."""
         entry = self._entries.get(path)
         if entry is not None and entry.state is State.SETTLING:
             self.forget(path)

@@ -1,14 +1,16 @@
 """The collection: the datasets below one root, taken up when they appear and let go when they are gone."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from stat import S_ISDIR
 
 import structlog
 
 from sortd import logs
 from sortd.config import Config
 from sortd.dataset import Dataset
-from sortd.errors import LayoutError
+from sortd.errors import LayoutError, StartupError
 from sortd.layout import Layout, find_datasets
 from sortd.messages import RebuildFailed
 from sortd.metrics import Metrics
@@ -27,6 +29,9 @@ class Collection:
         self._site, self._ask, self._metrics = site, ask, metrics
         self._watcher: Watcher | None = None
         self._root_is_present = True
+        self._began = False
+        self._folders: dict[str, tuple[int, int]] = {}
+        self._refused: dict[str, str] = {}
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
     def __iter__(self) -> Iterator[Dataset]:
@@ -39,11 +44,11 @@ class Collection:
         watcher.watch_root(os.fspath(self.config.root))
 
     def discover(self) -> None:
-        """Take up datasets that appeared; let one go only when its folder is gone and the root is there.
+        """Take up datasets that appeared; let one go only when its folder is gone, or another, and the root is there.
 
         Raises:
-            LayoutError: the root is missing at the start, or a dataset's folders cannot serve.
-            AlreadyRunningError: another sortd works on a dataset.
+            LayoutError: at the start, the root is missing or a dataset's folders cannot serve.
+            AlreadyRunningError: at the start, another sortd works on a dataset.
             JournalError: a journal cannot be opened.
         """
         try:
@@ -52,14 +57,29 @@ class Collection:
             self._note_absent_root(error)
             return
         self._root_is_present = True
-        for name in [name for name, dataset in self.datasets.items() if not dataset.layout.root.is_dir()]:
+        for name in self._departed(found):
             self._let_go(name)
         for name, layout in found.items():
             if name not in self.datasets:
                 self._take_up(layout)
+        self._began = True
+
+    def _departed(self, found: Mapping[str, Layout]) -> list[str]:
+        """List the datasets whose folder is gone while the root is there, or was made anew with a Clases/ in it.
+
+        Whoever deletes a dataset and puts another one under its name has a new one. An empty mount point under that
+        name is none: what was there is awaited.
+        """
+        departed = []
+        for name, dataset in self.datasets.items():
+            folder = _folder_at(dataset.layout.root)
+            is_another = folder != self._folders[name] and name in found
+            if is_another or (folder is None and _folder_at(self.config.root) is not None):
+                departed.append(name)
+        return departed
 
     def _note_absent_root(self, error: LayoutError) -> None:
-        if not self.datasets:
+        if not self._began:
             raise error
         if self._root_is_present:
             self._root_is_present = False
@@ -68,10 +88,23 @@ class Collection:
             dataset.receive(RebuildFailed(str(error), references_absent=True))
 
     def _take_up(self, layout: Layout) -> None:
-        dataset = self._site.open(layout, self.config, ask=self._ask, metrics=self._metrics)
+        """Begin to work on a dataset; one that cannot serve stops the start, but not the others that run already."""
+        folder = _folder_at(layout.root)
+        if folder is None:
+            return
+        try:
+            dataset = self._site.open(layout, self.config, ask=self._ask, metrics=self._metrics)
+        except StartupError as error:
+            if not self._began:
+                raise
+            if self._refused.get(layout.name) != str(error):
+                self._refused[layout.name] = str(error)
+                self._log.error(logs.DATASET_HELD, dataset=layout.name, cause="layout", error=str(error))
+            return
+        self._refused.pop(layout.name, None)
         if self._watcher is not None:
             self._watcher.watch_dataset(os.fspath(layout.root))
-        self.datasets[layout.name] = dataset
+        self.datasets[layout.name], self._folders[layout.name] = dataset, folder
         self._site.begin(dataset)
         dataset.scan_corrections()
         self._log.info(logs.DATASET_ADDED, dataset=layout.name, root=str(layout.root))
@@ -121,3 +154,12 @@ class Collection:
         for dataset in self:
             dataset.flush()
             self._site.close(dataset)
+
+
+def _folder_at(path: Path) -> tuple[int, int] | None:
+    """Identify the folder under a name; None where there is none, or where the disk does not tell."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino) if S_ISDIR(found.st_mode) else None

@@ -45,12 +45,12 @@ class Layout:
     @property
     def is_dataset(self) -> bool:
         """Tell whether the folder is one: it has a ``Clases/``."""
-        return self.area(Area.CLASES).is_dir()
+        return os.path.isdir(self.area(Area.CLASES))
 
     @property
     def is_present(self) -> bool:
         """Tell whether its marker is there: without it the disk is taken for not mounted."""
-        return self.marker.is_dir()
+        return os.path.isdir(self.marker)  # False too where the disk answers with an error: as good as absent
 
     def state_folder(self, state: Path) -> Path:
         """Return the folder of its journal below ``state``: by name, and by place so that names may repeat."""

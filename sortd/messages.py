@@ -123,6 +123,13 @@ class ImageGone:
 
 
 @dataclass(frozen=True, slots=True)
+class LookRefused:
+    """The disk or the rights refused a look at this name: nothing is known about what stands there."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class ReferencesTouched:
     """Something changed below ``Clases/``."""
 
@@ -228,6 +235,7 @@ Event = (
     | ReviewSeen
     | ImageHeld
     | ImageGone
+    | LookRefused
     | ReferencesTouched
     | Embedded
     | ImageRefused
