@@ -159,9 +159,12 @@ def _copy_metadata(source: int, copy: int, status: os.stat_result) -> tuple[str,
         os.fchmod(copy, status.st_mode & 0o7777)
     except OSError:
         lost.append("mode")
-    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    try:
+        os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    except PermissionError:
+        lost.append("mtime")
     kept = os.fstat(copy)
-    if kept.st_mtime_ns != status.st_mtime_ns:
+    if "mtime" not in lost and kept.st_mtime_ns != status.st_mtime_ns:
         lost.append("mtime")
     if "owner" not in lost and (kept.st_uid, kept.st_gid) != (status.st_uid, status.st_gid):
         lost.append("owner")

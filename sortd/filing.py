@@ -1,5 +1,6 @@
 """Filing of one dataset: moves, undoing them, holds and corrections, in the words of the core."""
 
+import errno
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -18,6 +19,9 @@ from sortd.renaming import Folders, is_version, look
 from sortd.undoing import PutBack, Undoing
 
 Answer = Moved | MoveFailed
+
+_OF_THE_FILE = frozenset({errno.EPERM, errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG})
+"""What a disk answers about one file: it is immutable, or its name cannot be written there. The others go on."""
 
 
 class Filing:
@@ -226,6 +230,8 @@ def _failure(move: Move, trouble: Exception) -> MoveFailed:
         case ChangedError():
             failure = MoveFailure.CHANGED
         case BusyError():
+            failure = MoveFailure.BUSY
+        case OSError() if trouble.errno in _OF_THE_FILE:
             failure = MoveFailure.BUSY
         case _:
             failure = MoveFailure.DESTINATION

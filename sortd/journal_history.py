@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+from collections import defaultdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,11 +19,14 @@ from sortd.journal_records import (
 from sortd.journal_store import open_for_reading, translated
 from sortd.messages import Stamp
 
-_MEMBERS = "SELECT * FROM members WHERE move = ? ORDER BY position"
+# Asked before every batch: the small index holds the unfinished ones only.
+_UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
+_MEMBERS = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
+_CHUNK = 500
 _STANDING = "progress = 'done' AND undone_by IS NULL AND outcome != 'undone'"
 _OF_STAMP = """moves.id IN (SELECT move FROM members WHERE moved_inode = ? AND position = 0
 AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT 1"""
-_OF_CONTENT = "content = ? ORDER BY moves.id DESC LIMIT 1"
+_OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
 
 
 class History:
@@ -77,7 +81,7 @@ class History:
         Raises:
             JournalError: the journal cannot be read.
         """
-        return self._records("progress NOT IN ('done') ORDER BY moves.id", ())
+        return self._records(f"moves.id IN ({_UNFINISHED}) ORDER BY moves.id", ())
 
     def last_known(self, stamp: Stamp | None = None, content: str = "") -> Record | None:
         """Return the last move that brought this very file, or else these bytes, to where sortd put it.
@@ -154,7 +158,16 @@ class History:
     def _records(self, where: str, values: tuple[Any, ...]) -> list[Record]:
         with translated(self._path):
             rows = self._rows(f"SELECT moves.* FROM moves WHERE {where}", values)  # noqa: S608 - our own words only
-            return [record_from(row, self._rows(_MEMBERS, (row["id"],))) for row in rows]
+            members = self._members([row["id"] for row in rows])
+            return [record_from(row, members[row["id"]]) for row in rows]
+
+    def _members(self, moves: list[int]) -> defaultdict[int, list[sqlite3.Row]]:
+        found: defaultdict[int, list[sqlite3.Row]] = defaultdict(list)
+        for start in range(0, len(moves), _CHUNK):
+            chunk = moves[start : start + _CHUNK]
+            for row in self._rows(_MEMBERS.format(",".join("?" * len(chunk))), tuple(chunk)):
+                found[row["move"]].append(row)
+        return found
 
     def _rows(self, statement: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
         with translated(self._path):

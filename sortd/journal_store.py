@@ -42,6 +42,7 @@ CREATE INDEX moves_by_progress ON moves (progress) WHERE progress NOT IN ('done'
 CREATE INDEX moves_by_time ON moves (ended_at);
 CREATE INDEX moves_by_content ON moves (content) WHERE content != '';
 CREATE INDEX moves_by_label ON moves (label, outcome);
+CREATE INDEX moves_by_outcome ON moves (progress, outcome);
 CREATE TABLE members (
     move INTEGER NOT NULL REFERENCES moves (id) ON DELETE CASCADE,
     position INTEGER NOT NULL,

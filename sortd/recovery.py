@@ -45,7 +45,7 @@ def recover(folders: Folders, relocation: Relocation, advance: Advance) -> Reloc
         case Progress.PUBLISHING:
             return _recover_publishing(folders, places, relocation, advance)
         case Progress.PUBLISHED:
-            return relocation if -1 in {places.source, places.destination} else finish(folders, relocation)
+            return _recover_published(folders, places, relocation, advance)
         case _:
             return relocation
 
@@ -191,8 +191,7 @@ def _recover_publishing(folders: Folders, places: _Places, relocation: Relocatio
     finals = _published(destination, relocation)
     _remove_placeholders(destination, relocation, finals)
     if len(finals) < len(relocation.members):
-        leaving = [position for position, member in enumerate(relocation.members) if member.leaves]
-        if all(_stands(places, relocation, position) for position in leaving):
+        if _all_stand(places, relocation):
             return _unpublish(destination, relocation, finals)
         finals |= _publish_rest(destination, relocation, finals)
     if 0 not in finals:
@@ -201,6 +200,27 @@ def _recover_publishing(folders: Folders, places: _Places, relocation: Relocatio
         remove_part(destination, relocation.part_name(position))
     members = tuple(replace(relocation.members[position], final=finals[position]) for position in sorted(finals))
     return finish(folders, seal_published(destination, replace(relocation, members=members), advance))
+
+
+def _recover_published(folders: Folders, places: _Places, relocation: Relocation, advance: Advance) -> Relocation:
+    if -1 in {places.source, places.destination}:
+        return relocation
+    try:
+        return finish(folders, relocation)
+    except PermissionError:
+        if not _all_stand(places, relocation):
+            raise
+    # The sources may not be removed (immutable, another owner's in a sticky folder): the copies go instead, or the
+    # images would be copied again and again. Step back first, so that a crash in between is one of that step.
+    sealed = replace(relocation, progress=Progress.PUBLISHING)
+    advance(sealed)
+    return _unpublish(places.destination, sealed, _published(places.destination, sealed))
+
+
+def _all_stand(places: _Places, relocation: Relocation) -> bool:
+    return all(
+        _stands(places, relocation, position) for position, member in enumerate(relocation.members) if member.leaves
+    )
 
 
 def _published(destination: int, relocation: Relocation) -> dict[int, str]:

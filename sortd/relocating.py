@@ -23,6 +23,7 @@ BATCH = 64
 T = TypeVar("T")
 
 _ENDED = frozenset({Progress.DONE, Progress.FAILED})
+_UNENDED = DestinationError("an earlier move of it has not ended: its disk refused; it is tried again")
 
 
 class Submit(Protocol):
@@ -77,8 +78,7 @@ class Relocator:
         self._submit = submit
         self._interrupted = interrupted
         self._mover = mover or Mover()
-        self._crossing: set[str] = set()
-        self._is_unsettled = False
+        self._crossing: dict[str, Relocation] = {}  # by token; handed to ``submit`` and not yet ended
 
     def recover(self) -> list[Relocation]:
         """Bring every relocation that did not end to its end or its beginning; doing it again is no mistake.
@@ -98,7 +98,6 @@ class Relocator:
             except OSError:
                 return waiting  # the dataset is not there
             self._journal.settle(waiting)
-        self._is_unsettled = any(one.progress not in _ENDED for one in waiting)
         return waiting
 
     def relocate(self, orders: Sequence[Order], tell: Callable[[Order], T]) -> list[T]:
@@ -114,11 +113,12 @@ class Relocator:
         Raises:
             JournalError: the journal cannot be written; the daemon must stop, and recovers at its next start.
         """
-        if self._is_unsettled:
-            self.recover()
-        answers: list[T] = []
-        for start in range(0, len(orders), BATCH):
-            ended, crossing = self._relocate_batch(orders[start : start + BATCH])
+        # A copy of a source whose move has not ended may stand already: moving it again would make a second one.
+        unended = {_source_of(one) for one in (*self.recover(), *self._crossing.values()) if one.progress not in _ENDED}
+        answers = [tell(order.troubled(_UNENDED)) for order in orders if _source_of(order.relocation) in unended]
+        free = [order for order in orders if _source_of(order.relocation) not in unended]
+        for start in range(0, len(free), BATCH):
+            ended, crossing = self._relocate_batch(free[start : start + BATCH])
             answers += [tell(order) for order in ended]
             if crossing:
                 answers += self._submit_crossing(crossing, tell)
@@ -139,7 +139,6 @@ class Relocator:
             synced = _synced(folders, [order for order in placed if not _must_cross(order)])
             ended = [_ended(folders, order, self._journal) for order in synced]
             self._journal.settle(order.relocation for order in ended)
-        self._is_unsettled |= any(order.relocation.progress not in _ENDED for order in ended)
         return refused + ended, crossing
 
     def _placed(self, folders: Folders, order: Order) -> Order:
@@ -151,7 +150,7 @@ class Relocator:
         return order.at(placed)
 
     def _submit_crossing(self, orders: list[Order], tell: Callable[[Order], T]) -> list[T]:
-        self._crossing |= {order.relocation.token for order in orders}
+        self._crossing |= {order.relocation.token: order.relocation for order in orders}
         return self._submit(lambda: self._cross_all(orders, tell))
 
     def _cross_all(self, orders: list[Order], tell: Callable[[Order], T]) -> list[T]:
@@ -161,8 +160,7 @@ class Relocator:
             for order in orders:
                 ended = self._crossed(replace(order, trouble=None), journal)
                 journal.settle([ended.relocation])
-                self._is_unsettled |= ended.relocation.progress not in _ENDED
-                self._crossing.discard(order.relocation.token)
+                self._crossing.pop(order.relocation.token)
                 answers.append(tell(ended))
         return answers
 
@@ -182,6 +180,10 @@ class Relocator:
                     return order.at(_recovered(folders, reached, journal)).troubled(error)
         except OSError as error:
             return order.troubled(error)
+
+
+def _source_of(relocation: Relocation) -> tuple[str, str]:
+    return relocation.source, relocation.image.name
 
 
 def _recovered(folders: Folders, relocation: Relocation, journal: Journal) -> Relocation:

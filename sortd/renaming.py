@@ -34,6 +34,8 @@ def rename_new(source_folder: int, source: str, destination_folder: int, destina
         FileExistsError: the name is taken, also by another link of the same file.
         OSError: everything else that renameat2(2) answers.
     """
+    if not hasattr(_LIBC, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), source, None, destination)
     answer = _LIBC.renameat2(
         source_folder,
         os.fsencode(source),

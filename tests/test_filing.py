@@ -479,6 +479,60 @@ class TestErrors:
         moved(filing, order(dataset.put("Images/b.jpg")))
         assert {record.source_path for record in done(journal)} == {"Images/a.jpg", "Images/b.jpg"}
 
+    @pytest.mark.parametrize("is_taken", [False, True])
+    def test_a_source_that_may_not_be_removed_is_not_copied_again_and_again(
+        self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch, *, is_taken: bool
+    ) -> None:
+        """An immutable file, or another owner's in a sticky folder: its copy is withdrawn, only that file waits."""
+
+        def refuse(source: int, name: str, destination: int, final: str) -> None:
+            if name.startswith("a.") and final.endswith(".del") and not is_taken:
+                raise PermissionError(errno.EPERM, "Operation not permitted")
+            rename_new(source, name, destination, final)
+
+        unlink = os.unlink
+
+        def keep(path: str, *, dir_fd: int | None = None) -> None:
+            if path.endswith(".del"):
+                raise PermissionError(errno.EPERM, "Operation not permitted")
+            unlink(path, dir_fd=dir_fd)
+
+        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing))
+        move = order(dataset.put("Images/a.jpg"))
+        with monkeypatch.context() as patch:
+            patch.setattr("sortd.crossing.rename_new", refuse)
+            patch.setattr("sortd.crossing.os.unlink", keep)
+            failures = [failure(filing, move) for _ in range(3)]
+            if not is_taken:
+                assert failures == [MoveFailure.BUSY] * 3
+                assert dataset.tree() == {"Images/a.jpg": b"image"}
+            assert list(dataset.tree().values()).count(b"image") <= 2
+        filing.recover()
+        if is_taken:
+            assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
+        else:
+            moved(filing, move)
+
+    def test_a_source_whose_move_has_not_ended_is_not_moved_again(
+        self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A copy stands already and the source cannot be taken away: a second copy would be a duplicate."""
+
+        def refuse(source: int, name: str, destination: int, final: str) -> None:
+            if final.endswith(".del"):
+                raise OSError(errno.EIO, "Input/output error")
+            rename_new(source, name, destination, final)
+
+        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing))
+        move = order(dataset.put("Images/a.jpg"))
+        with monkeypatch.context() as patch:
+            patch.setattr("sortd.crossing.rename_new", refuse)
+            for _ in range(3):
+                assert failure(filing, move) is MoveFailure.DESTINATION
+            assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Images/a.jpg"]
+        assert [one.progress.value for one in filing.recover()] == ["done"]
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
+
 
 class TestCrossing:
     """Copies to another file system."""

@@ -113,7 +113,8 @@ IDENTITIES = (
     Mutant("recovery", "if not member.leaves or look(places.source, member.name) is not None:", "if True:"),
     Mutant("recovery", "elif member.content and content_of(places.destination, part) == member.content:", "elif True:"),
     Mutant("recovery", " and content_of(destination, name) == member.content:\n", ":\n"),
-    Mutant("recovery", "if all(_stands(places, relocation, position) for position in leaving):", "if True:"),
+    Mutant("recovery", "        if _all_stand(places, relocation):", "        if True:"),
+    Mutant("recovery", "        if not _all_stand(places, relocation):", "        if False:"),
     Mutant("recovery", "if position not in finals and content_of(", "if position not in finals or content_of("),
     Mutant(
         "recovery", "return status is not None and is_version(status, member.stamp)\n", "return status is not None\n"
