@@ -53,6 +53,8 @@ def said(details: ErrorDetails, keys: Keys) -> str:
             message = str(context["error"])
         case _ if kind in _GROUPS:
             message = "must be a group of keys, indented below it" + (", or `off`" if path[-1] == "abstain" else "")
+        case "missing":
+            message = "has no default, since neither HOME nor a folder of systemd is set; give it"
         case "string_too_short":
             message = "must not be empty"
         case _ if kind in _WANTED:

@@ -52,21 +52,32 @@ def _generic(path: tuple[str | int, ...]) -> tuple[str, ...]:
 
 def find(environment: Mapping[str, str]) -> Path | None:
     """Return the file that serves where none is named: the working directory's, the user's, the machine's, or none."""
-    own = environment.get("XDG_CONFIG_HOME") or os.path.join(environment.get("HOME", "~"), ".config")
-    places = (Path("config.yaml"), Path(own).expanduser() / "sortd/config.yaml", Path("/etc/sortd/config.yaml"))
-    return next((place for place in places if place.is_file()), None)
+    own = _folder_of_xdg("XDG_CONFIG_HOME", ".config", environment)
+    places = ["config.yaml", own and f"{own}/config.yaml", "/etc/sortd/config.yaml"]
+    return next((Path(place) for place in places if place and os.path.isfile(place)), None)
 
 
 def default_folders(base: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return root, state and cache where nothing was said; of systemd's lists of folders the first is ours."""
-    home = Path(environment.get("HOME") or "~").expanduser()
+    """Return root, state and cache where nothing was said; of systemd's lists of folders the first is ours.
+
+    Without a home there is no place for state and cache, and none is made up.
+    """
     state = environment.get("STATE_DIRECTORY", "").partition(":")[0]
     cache = environment.get("CACHE_DIRECTORY", "").partition(":")[0]
-    return {
+    folders = {
         "root": str(base / "Data"),
-        "state_dir": state or str(Path(environment.get("XDG_STATE_HOME") or home / ".local/state") / "sortd"),
-        "cache_dir": cache or str(Path(environment.get("XDG_CACHE_HOME") or home / ".cache") / "sortd"),
+        "state_dir": state or _folder_of_xdg("XDG_STATE_HOME", ".local/state", environment),
+        "cache_dir": cache or _folder_of_xdg("XDG_CACHE_HOME", ".cache", environment),
     }
+    return {key: folder for key, folder in folders.items() if folder}
+
+
+def _folder_of_xdg(variable: str, below_home: str, environment: Mapping[str, str]) -> str | None:
+    """Return our folder where XDG has it; relative values are to be ignored, says its specification."""
+    named, home = environment.get(variable, ""), environment.get("HOME", "")
+    if os.path.isabs(named):
+        return os.path.join(named, "sortd")
+    return os.path.join(home, below_home, "sortd") if os.path.isabs(home) else None
 
 
 def make_absolute(values: dict[str, Any], base: Path, environment: Mapping[str, str]) -> None:

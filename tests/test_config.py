@@ -119,6 +119,15 @@ class TestValues:
         assert (config.state_dir, config.cache_dir) == (Path("/var/lib/sortd"), Path("/var/cache/sortd"))
         assert read(tmp_path, "state_dir: here", environment).state_dir == tmp_path / "here"
 
+    def test_without_a_home_the_folders_must_be_given(self, tmp_path: Path) -> None:
+        """A folder called ~ in the working directory would be a strange place for the journal."""
+        assert complaints(tmp_path, "{}", {}) == [
+            "1:1: state_dir: has no default, since neither HOME nor a folder of systemd is set; give it",
+            "1:1: cache_dir: has no default, since neither HOME nor a folder of systemd is set; give it",
+        ]
+        config = read(tmp_path, "{state_dir: s, cache_dir: c}", {"XDG_STATE_HOME": "relative"})
+        assert config.state_dir == tmp_path / "s"
+
     def test_a_configuration_is_frozen(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """It is read once and passed down as a value."""
         config = read(tmp_path, "{}", environment)
