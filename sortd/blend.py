@@ -8,7 +8,7 @@ import numpy.typing as npt
 from sortd.confidence import balanced_weights, fit_temperature
 from sortd.gaussian import Gaussian, Space, fit_gaussian, fit_space, shrink_means, squared_distances
 from sortd.kernel import Kernel, kernel_scores, make_kernel
-from sortd.leaveoneout import HeldOut, choose_held_out, gaussian_table, hold_out, kernel_table
+from sortd.leaveoneout import LARGEST_ROWS, HeldOut, choose_held_out, gaussian_table, hold_out, kernel_table
 from sortd.refitting import REFIT_UP_TO, refit_tables
 from sortd.text_prototypes import Names, place_names, placed_means
 
@@ -88,7 +88,7 @@ class _Scored:
 class _Fitter:
     """One library's fit, with the tables for any weight of the names."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, largest: int) -> None:
         self.library = library
         rows, classes, counts = library.rows, library.classes, library.counts
         self.space = fit_space(rows, classes, counts)
@@ -99,7 +99,7 @@ class _Fitter:
             means = placed_means(self.space, rows, classes, counts)
             self.names = place_names(self.space, library.text, library.text_mean, means, counts)
             self.named = self.names.rows @ self.gaussian.whitener
-        self.held = hold_out(self.gaussian, choose_held_out(counts, classes))
+        self.held = hold_out(self.gaussian, choose_held_out(counts, classes, largest=largest))
 
     def tables(self, weight: float) -> _Tables:
         """Return leave-one-out tables: by refitting where that is cheap, else by algebra."""
@@ -116,9 +116,12 @@ class _Fitter:
         )
 
 
-def fit_blends(library: Library) -> tuple[Blend, Blend]:
-    """Return the rules ``best`` and ``mixed`` of a library of at least one reference; without names they are one."""
-    fitter = _Fitter(library)
+def fit_blends(library: Library, *, largest: int = LARGEST_ROWS) -> tuple[Blend, Blend]:
+    """Return the rules ``best`` and ``mixed`` of a library of at least one reference; without names they are one.
+
+    At most ``largest`` references are left out, evenly from all classes.
+    """
+    fitter = _Fitter(library, largest)
     present = library.counts > 0
     has_voice = fitter.names is not None and fitter.names.evidence >= LEAST_EVIDENCE
     own = fitter.held.own

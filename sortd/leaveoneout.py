@@ -40,10 +40,10 @@ class HeldOut:
     """(R,): the common mean moves by this times u."""
 
 
-def choose_held_out(counts: IntArray, classes: IntArray, *, fewest: int = 2) -> IntArray:
-    """Return rows to hold out: those of classes with ``fewest`` references or more, thinned evenly where many."""
-    eligible = np.flatnonzero(counts[classes] >= fewest)
-    limit = int(min(LARGEST_ROWS, max(LARGEST_TABLE // max(len(counts), 1), 256)))
+def choose_held_out(counts: IntArray, classes: IntArray, *, largest: int = LARGEST_ROWS) -> IntArray:
+    """Return rows to hold out: those of classes with two references or more, thinned evenly where they are many."""
+    eligible = np.flatnonzero(counts[classes] > 1)
+    limit = int(min(largest, max(LARGEST_TABLE // max(len(counts), 1), 256)))
     if len(eligible) <= limit:
         return eligible.astype(np.int64)
     order = eligible[np.argsort(classes[eligible], kind="stable")]
