@@ -3,7 +3,9 @@
 import errno
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -176,16 +178,24 @@ def test_a_scan_is_lazy(tmp_path: Path) -> None:
     found.close()  # type: ignore[attr-defined]  # a generator, promised as an iterator
 
 
-def test_a_scan_of_100_000_files_takes_less_than_a_second(tmp_path: Path) -> None:
+@pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system in memory, where there is one: making many files is then quick."""
+    memory = "/dev/shm"  # noqa: S108 - the folder below it is made by tempfile
+    with tempfile.TemporaryDirectory(dir=memory if os.path.isdir(memory) else tmp_path) as folder:
+        yield Path(folder)
+
+
+def test_a_scan_names_100_000_files_a_second(in_memory: Path) -> None:
     """A burst that overflows every queue is found by one scan, soon; of a processor's time, whatever else runs."""
     for folder in range(100):
-        (tmp_path / f"d{folder}").mkdir()
+        (in_memory / f"d{folder}").mkdir()
         for number in range(1_000):
-            os.close(os.open(tmp_path / f"d{folder}" / f"IMG_{number:05}.jpg", os.O_CREAT))
+            os.close(os.open(in_memory / f"d{folder}" / f"IMG_{number:05}.jpg", os.O_CREAT))
     seconds = []
     for _ in range(3):
         began = time.thread_time()
-        assert sum(1 for _ in scan(os.fspath(tmp_path), report=never)) == 100_000
+        assert sum(1 for _ in scan(os.fspath(in_memory), report=never)) == 100_000
         seconds.append(time.thread_time() - began)
     assert min(seconds) < 1.0
 

@@ -19,7 +19,7 @@ from tests.daemon_process import make_dataset, picture
 
 REPOSITORY = Path(__file__).parents[1]
 UNITS = REPOSITORY / "systemd"
-PATIENCE = 90.0
+PATIENCE = 180.0
 
 CONFIG = """\
 root: /srv/sortd
@@ -284,10 +284,10 @@ def test_a_killed_service_comes_back_and_files_what_came_meanwhile(service: Lab)
 
 
 def test_a_stop_is_quick_and_clean(service: Lab) -> None:
-    """SIGTERM ends it within five seconds with success, and no process stays."""
+    """SIGTERM ends it with success within seconds (five where nothing else runs), and no process stays."""
     began = time.monotonic()
     service.run("systemctl", "stop", "sortd")
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 10.0
     assert service.property("Result") == "success"
     assert service.property("ExecMainStatus") == "0"
     service.wait_for("daemon.stopped")
