@@ -13,7 +13,7 @@ from sortd.support import Abstain
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-KNOWN_REFUSED = 0.07
+KNOWN_REFUSED = 0.10
 """Share of known images that the gate may refuse; many of them are too near to another class anyway."""
 SHARE_OF_ODDS = 0.5
 """Weight of the log odds in the familiarity: strangers are mostly less sure, but not always."""
