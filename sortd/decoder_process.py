@@ -117,6 +117,7 @@ def main(argument: str, control_descriptor: int, memory_descriptor: int) -> None
         signal.signal(number, signal.SIG_IGN)
     order = Order.from_argument(argument)
     with socket.socket(fileno=control_descriptor) as control, mmap.mmap(memory_descriptor, 0) as memory:
+        os.close(memory_descriptor)
         from PIL import JpegImagePlugin, PngImagePlugin  # noqa: F401 -- loaded before the first image asks for them
 
         _renounce(order.limits)

@@ -130,8 +130,6 @@ class DecoderPool:
         batch = _Batch(deque(images))
         try:
             while batch.waiting or batch.unanswered or batch.answers:
-                if self._is_closed:
-                    raise ValueError("the decoder pool is closed")
                 self._feed(batch)
                 self._collect(0 if batch.answers else None)
                 while batch.answers:
@@ -160,6 +158,8 @@ class DecoderPool:
 
     def _feed(self, batch: _Batch) -> None:
         """Give every process as much as it takes, those first that have least."""
+        if self._is_closed:
+            raise ValueError("the decoder pool is closed")
         if self._workers == 0:
             self._decode_here(batch)
             return

@@ -57,8 +57,8 @@ class Limits:
 
     @property
     def memory_bytes(self) -> int:
-        """What decoding may take beside an idle process: 4 bytes a pixel, half as much again, and some room."""
-        return 6 * self.max_pixels + 16_000_000
+        """What decoding may take beside an idle process: a pixel takes 4 bytes, and a little is needed for the rest."""
+        return 5 * self.max_pixels + 30_000_000
 
 
 def decode(file: BinaryIO | int, preprocessing: Preprocessing, limits: Limits, *, jpeg: Jpeg = "draft") -> Pixels:

@@ -1,0 +1,630 @@
+"""The decoder pool: every file gets its answer, and no file takes more than its own process with it."""
+
+import errno
+import io
+import lzma
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sortd import decoder_handle
+from sortd.decoders import DecodedImage, DecoderPool
+from sortd.errors import StartupError
+from sortd.image_files import _why_not_opened
+from sortd.images import Limits, decode_file
+from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
+
+SMALL = Preprocessing(64, 64, 64)
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+CEILING_KB = 300_000
+"""What a decoding process may take beyond an idle one."""
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[DecoderPool]:
+    """Two processes with the usual limits, for tests that do not wear them out."""
+    with DecoderPool(2, SMALL, Limits(), timeout_seconds=30) as pool:
+        yield pool
+
+
+def stamp(path: Path) -> Stamp:
+    """Stamp what stands under a name, be it a link."""
+    status = path.lstat()
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def stamped(*paths: Path) -> list[tuple[str, Stamp]]:
+    """Name files with their stamps, as the watcher does."""
+    return [(os.fspath(path), stamp(path)) for path in paths]
+
+
+def photo(path: Path, seed: int = 0, size: tuple[int, int] = (120, 90)) -> Path:
+    """Write a picture of coloured noise."""
+    values = np.random.default_rng(seed).integers(0, 256, (size[1] // 10, size[0] // 10, 3), dtype=np.uint8)
+    Image.fromarray(values).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def only(pool: DecoderPool, path: Path, at: Stamp | None = None) -> DecodedImage | ImageRefused:
+    """Decode one file."""
+    answers = list(pool.decode_all([(os.fspath(path), at or stamp(path))]))
+    assert len(answers) == 1
+    return answers[0]
+
+
+def refusal_of(answer: DecodedImage | ImageRefused) -> Refusal:
+    """Return why a file was refused; it must have been."""
+    assert isinstance(answer, ImageRefused)
+    assert answer.message
+    return answer.refusal
+
+
+def open_files() -> int:
+    """Count the descriptors of this process."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def memory_kb(process_id: int, what: str) -> int:
+    """Read a figure of a process's memory: ``VmHWM`` is the most it ever had."""
+    for line in Path(f"/proc/{process_id}/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1])
+    raise AssertionError(f"no {what}")
+
+
+class TestAnswers:
+    """One answer for each image."""
+
+    def test_pixels_and_content_are_those_of_the_file(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """What comes from the process is what decoding here would have made, and the hash is the file's."""
+        paths = [photo(tmp_path / f"{number}.png", number) for number in range(40)]
+        answers = {answer.path: answer for answer in pool.decode_all(stamped(*paths))}
+        assert len(answers) == len(paths)
+        for path in paths:
+            answer = answers[os.fspath(path)]
+            assert isinstance(answer, DecodedImage)
+            assert np.array_equal(answer.pixels, decode_file(os.fspath(path), SMALL, Limits()))
+            assert answer.content == sha256(path.read_bytes()).hexdigest()
+            assert answer.stamp == stamp(path)
+            assert answer.decode_seconds > 0
+            assert answer.pixels.flags["C_CONTIGUOUS"]
+
+    def test_an_image_that_was_answered_keeps_its_pixels(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """The memory that is shared is used again, the pixels are not."""
+        paths = [photo(tmp_path / f"{number}.png", number) for number in range(60)]
+        answers = [answer for answer in pool.decode_all(stamped(*paths)) if isinstance(answer, DecodedImage)]
+        assert len({answer.pixels.tobytes() for answer in answers}) == len(paths)
+
+    def test_nothing_asked_is_nothing_answered(self, pool: DecoderPool) -> None:
+        """An empty batch ends at once."""
+        assert list(pool.decode_all([])) == []
+
+    def test_the_processes_decode_ahead_while_the_caller_is_busy(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """While one answer is looked at, the next are made: they are there when it asks again."""
+        paths = [photo(tmp_path / f"{number}.jpg", number, (900, 700)) for number in range(16)]
+        answers = pool.decode_all(stamped(*paths))
+        next(answers)
+        handles = pool._handles
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and not all(_has_answers(handle.descriptors[0], 7) for handle in handles):
+            time.sleep(0.01)
+        assert all(_has_answers(handle.descriptors[0], 7) for handle in handles)
+        assert len(list(answers)) == 15
+
+    def test_a_caller_that_stops_early_disturbs_no_later_one(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """What was under way for it is dropped, and its files are closed."""
+        paths = [photo(tmp_path / f"{number}.png", number) for number in range(80)]
+        before = open_files()
+        answers = pool.decode_all(stamped(*paths[:50]))
+        next(answers)
+        answers.close()  # type: ignore[attr-defined]  # it is a generator
+        later = [answer.path for answer in pool.decode_all(stamped(*paths[50:]))]
+        assert sorted(later) == sorted(map(os.fspath, paths[50:]))
+        assert open_files() == before
+
+    def test_two_callers_in_turns_get_their_own(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """A second batch may begin before the first has ended."""
+        first = stamped(*[photo(tmp_path / f"a{number}.png", number) for number in range(30)])
+        second = stamped(*[photo(tmp_path / f"b{number}.png", number) for number in range(30)])
+        got: tuple[list[str], list[str]] = ([], [])
+        for one, other in zip(pool.decode_all(first), pool.decode_all(second), strict=True):
+            got[0].append(one.path)
+            got[1].append(other.path)
+        assert [sorted(paths) for paths in got] == [[path for path, _ in sorted(images)] for images in (first, second)]
+
+    def test_without_processes_the_answers_are_the_same(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """A pool of none decodes in the thread that asks."""
+        good, bad = photo(tmp_path / "a.png"), tmp_path / "b.png"
+        bad.write_bytes(good.read_bytes()[:-100])
+        (tmp_path / "c.txt").write_text("no image")
+        files = stamped(good, bad, tmp_path / "c.txt")
+        with DecoderPool(0, SMALL, Limits()) as here:
+            assert here.process_ids == ()
+            ours = {answer.path: answer for answer in here.decode_all(files)}
+        theirs = {answer.path: answer for answer in pool.decode_all(files)}
+        assert [getattr(ours[path], "refusal", None) for path, _ in files] == [
+            getattr(theirs[path], "refusal", None) for path, _ in files
+        ]
+        assert ours[os.fspath(bad)] == theirs[os.fspath(bad)]
+
+
+def _has_answers(descriptor: int, least: int) -> bool:
+    """Tell whether so many packets wait in a socket, leaving them there."""
+    waiting = socket.socket(fileno=os.dup(descriptor))
+    with waiting:
+        waiting.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, 0)
+        count = 0
+        try:
+            while waiting.recv(4096, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                count += 1
+                if count >= least:
+                    return True
+        except BlockingIOError:
+            return False
+        return False
+
+
+_SO_PEEK_OFF = 42
+
+
+class TestRefusals:
+    """What is no image, or not that version of it, is told apart."""
+
+    def test_a_version_that_is_not_there_any_more(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """Another file, another size, another time: changed. None: vanished."""
+        path = photo(tmp_path / "a.png")
+        old = stamp(path)
+        photo(path, 1, (80, 80))
+        assert refusal_of(only(pool, path, old)) is Refusal.CHANGED
+        path.unlink()
+        assert refusal_of(only(pool, path, old)) is Refusal.VANISHED
+        assert refusal_of(only(pool, path / "below", old)) is Refusal.VANISHED
+
+    def test_a_file_that_is_written_to_while_it_is_decoded(self, tmp_path: Path) -> None:
+        """Its pixels belong to no version: nothing is answered but that it changed."""
+        path = photo(tmp_path / "a.png")
+        with DecoderPool(1, SMALL, Limits()) as pool:
+            (process_id,) = warmed(pool, tmp_path)
+
+            def write_and_go_on() -> None:
+                with path.open("ab") as file:
+                    file.write(b"more")
+                os.kill(process_id, signal.SIGCONT)
+
+            with while_stopped(process_id, write_and_go_on):
+                assert refusal_of(only(pool, path)) is Refusal.CHANGED
+
+    def test_a_file_that_is_deleted_while_it_is_decoded(self, tmp_path: Path) -> None:
+        """There is nothing left to file."""
+        path = photo(tmp_path / "a.png")
+        with DecoderPool(1, SMALL, Limits()) as pool:
+            (process_id,) = warmed(pool, tmp_path)
+
+            def delete_and_go_on() -> None:
+                path.unlink()
+                os.kill(process_id, signal.SIGCONT)
+
+            with while_stopped(process_id, delete_and_go_on):
+                assert refusal_of(only(pool, path, stamp(path))) is Refusal.VANISHED
+
+    def test_what_stays_where_it_is(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """Text, nothing at all, folders, links, sockets, pipes and devices are no images, whatever they are called."""
+        text, empty, empty_text = tmp_path / "a.txt", tmp_path / "b.jpg", tmp_path / "c.txt"
+        text.write_text("hello")
+        empty.touch()
+        empty_text.touch()
+        folder, link, pipe = tmp_path / "d.jpg", tmp_path / "e.jpg", tmp_path / "f.jpg"
+        folder.mkdir()
+        link.symlink_to(photo(tmp_path / "g.png"))
+        os.mkfifo(pipe)
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(os.fspath(tmp_path / "h.jpg"))
+            assert refusal_of(only(pool, tmp_path / "h.jpg")) is Refusal.NOT_AN_IMAGE
+        assert [refusal_of(only(pool, path)) for path in (text, empty, empty_text)] == [
+            Refusal.NOT_AN_IMAGE,
+            Refusal.EMPTY,
+            Refusal.NOT_AN_IMAGE,
+        ]
+        for special in (folder, link, pipe, Path("/dev/zero"), Path("/dev/null")):
+            assert refusal_of(only(pool, special)) is Refusal.NOT_AN_IMAGE
+
+    def test_a_dangling_or_circular_link_is_no_image(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """It is not followed, so it does not matter where it leads."""
+        dangling, circle = tmp_path / "a.jpg", tmp_path / "b.jpg"
+        dangling.symlink_to("nowhere")
+        circle.symlink_to(circle)
+        assert {refusal_of(only(pool, path)) for path in (dangling, circle)} == {Refusal.NOT_AN_IMAGE}
+
+    @pytest.mark.parametrize(
+        ("number", "refusal", "mend"),
+        [
+            (errno.EACCES, Refusal.DENIED, "chmod"),
+            (errno.EPERM, Refusal.DENIED, "chmod"),
+            (errno.EIO, Refusal.DENIED, "disk"),
+            (errno.ESTALE, Refusal.DENIED, "disk"),
+            (errno.ENOENT, Refusal.VANISHED, "nothing"),
+            (errno.ELOOP, Refusal.NOT_AN_IMAGE, "link"),
+            (errno.ENXIO, Refusal.NOT_AN_IMAGE, "socket"),
+        ],
+    )
+    def test_what_cannot_be_opened_says_how_to_mend_it(self, number: int, refusal: Refusal, mend: str) -> None:
+        """It may be a good image: it is not set aside for want of a right, or for a disk that fails."""
+        told, message = _why_not_opened(OSError(number, os.strerror(number)))
+        assert told is refusal
+        assert mend in message
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+    def test_a_file_without_rights_says_how_to_grant_them(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """It may be a good image: it is not set aside for want of a right."""
+        path = photo(tmp_path / "a.png")
+        path.chmod(0)
+        answer = only(pool, path)
+        assert refusal_of(answer) is Refusal.DENIED
+        assert "chmod" in getattr(answer, "message", "")
+
+    def test_a_broken_image_and_one_that_is_too_large(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """Both are images, and neither is decoded."""
+        good = photo(tmp_path / "good.png").read_bytes()
+        (tmp_path / "cut.png").write_bytes(good[: len(good) // 2])
+        (tmp_path / "fake.jpg").write_text("I am a text")
+        (tmp_path / "bomb.png").write_bytes(one_bit_png(14_000, 12_000))
+        assert refusal_of(only(pool, tmp_path / "cut.png")) is Refusal.UNREADABLE
+        assert refusal_of(only(pool, tmp_path / "fake.jpg")) is Refusal.UNREADABLE
+        assert refusal_of(only(pool, tmp_path / "bomb.png")) is Refusal.TOO_LARGE
+        with DecoderPool(1, SMALL, Limits(max_bytes=1000)) as strict:
+            (tmp_path / "many.png").write_bytes(good + bytes(2000))
+            assert refusal_of(only(strict, tmp_path / "many.png")) is Refusal.TOO_LARGE
+
+    def test_names_of_any_bytes(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """Not UTF-8, as long as a name can be, with a newline: a name is only a name."""
+        names = [b"caf\xe9.png", "\N{GRINNING FACE}".encode() * 62 + b".png", b"two\nlines.png", b"-rf *.png"]
+        paths = [tmp_path / os.fsdecode(name) for name in names]
+        assert {type(only(pool, photo(path))) for path in paths} == {DecodedImage}
+
+    def test_running_out_of_descriptors_is_not_the_images_fault(self, tmp_path: Path) -> None:
+        """It is raised, not written down as a refusal of every image that comes by."""
+        path = photo(tmp_path / "a.png")
+        code = (
+            "import os, resource, sys\n"
+            "from sortd.decoders import DecoderPool\n"
+            "from sortd.image_files import stamp_of\n"
+            "from sortd.images import Limits\n"
+            "from sortd.messages import Preprocessing\n"
+            "path = sys.argv[1]\n"
+            "pool = DecoderPool(0, Preprocessing(8, 8, 8), Limits())\n"
+            "stamp = stamp_of(os.stat(path))\n"
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) - 1, 4096))\n"
+            "try:\n    print(list(pool.decode_all([(path, stamp)])))\n"
+            "except OSError as error:\n    print(error.errno)\n"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", code, os.fspath(path)], capture_output=True, text=True, check=True, timeout=60
+        )
+        assert run.stdout.strip() == "24"
+
+
+class TestProcesses:
+    """What decodes is expendable; the daemon is not."""
+
+    def test_a_process_that_is_killed_costs_no_image(self, tmp_path: Path) -> None:
+        """The out-of-memory killer strikes once: every image is decoded all the same, by another process."""
+        paths = [photo(tmp_path / f"{number}.png", number) for number in range(20)]
+        with DecoderPool(1, SMALL, Limits()) as pool:
+            (process_id,) = warmed(pool, tmp_path)
+            with while_stopped(process_id, lambda: os.kill(process_id, signal.SIGKILL)):
+                answers = list(pool.decode_all(stamped(*paths)))
+            assert {type(answer) for answer in answers} == {DecodedImage}
+            assert len(answers) == len(paths)
+            assert pool.process_ids != (process_id,)
+
+    def test_a_process_that_died_while_idle_is_replaced(self, tmp_path: Path) -> None:
+        """No image is blamed for it."""
+        with DecoderPool(1, SMALL, Limits(), kills=1) as pool:
+            (process_id,) = warmed(pool, tmp_path)
+            os.kill(process_id, signal.SIGKILL)
+            os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOWAIT)
+            assert isinstance(only(pool, photo(tmp_path / "a.png")), DecodedImage)
+
+    def test_an_image_that_ends_processes_is_poison_until_it_changes(self, tmp_path: Path) -> None:
+        """It is not tried again as it is; those behind it are decoded."""
+        path, behind = photo(tmp_path / "a.png"), photo(tmp_path / "b.png")
+        with DecoderPool(1, SMALL, Limits(), kills=1) as pool:
+            (process_id,) = warmed(pool, tmp_path)
+            with while_stopped(process_id, lambda: os.kill(process_id, signal.SIGSEGV), also=signal.SIGCONT):
+                answers = {answer.path: answer for answer in pool.decode_all(stamped(path, behind))}
+            assert refusal_of(answers[os.fspath(path)]) is Refusal.POISON
+            assert "SIGSEGV" in getattr(answers[os.fspath(path)], "message", "")
+            assert isinstance(answers[os.fspath(behind)], DecodedImage)
+            (second,) = pool.process_ids
+            assert refusal_of(only(pool, path)) is Refusal.POISON
+            assert pool.process_ids == (second,)
+            os.utime(path, ns=(1, 1))
+            assert isinstance(only(pool, path), DecodedImage)
+
+    def test_an_image_that_takes_too_long_is_poison(self, tmp_path: Path) -> None:
+        """It is given its time twice; the daemon waits no longer, and says for how long it did."""
+        slow = tmp_path / "slow.png"
+        slow.write_bytes(png(7000, 7000, depth=16, channels=4))
+        with DecoderPool(1, SMALL, Limits(), timeout_seconds=0.1) as pool:
+            answer = only(pool, slow)
+            assert refusal_of(answer) is Refusal.POISON
+            assert "longer than 0.1 s" in getattr(answer, "message", "")
+            assert isinstance(only(pool, photo(tmp_path / "quick.png", size=(20, 20))), DecodedImage)
+
+    def test_a_process_that_hangs_is_ended_from_outside(self, tmp_path: Path) -> None:
+        """One that cannot even hear its own alarm is killed a little later."""
+        path = photo(tmp_path / "a.png")
+        with DecoderPool(1, SMALL, Limits(), timeout_seconds=0.1, kills=1) as pool:
+            (process_id,) = warmed(pool, tmp_path)
+            os.kill(process_id, signal.SIGSTOP)
+            answer = only(pool, path)
+            assert refusal_of(answer) is Refusal.POISON
+            assert "longer than 0.1 s" in getattr(answer, "message", "")
+
+    def test_the_process_gives_up_what_it_does_not_need(self, tmp_path: Path) -> None:
+        """It may write no file, leave no core, open few files, and gain no rights; its memory has an end."""
+        with DecoderPool(1, SMALL, Limits(max_pixels=1_000_000)) as pool:
+            (process_id,) = warmed(pool, tmp_path)
+            lines = Path(f"/proc/{process_id}/limits").read_text(encoding="ascii").splitlines()
+            limits = {line[:26].strip(): line[26:].split()[0] for line in lines}
+            assert limits["Max file size"] == "0"
+            assert limits["Max core file size"] == "0"
+            assert int(limits["Max open files"]) <= 64
+            assert limits["Max cpu time"] != "unlimited"
+            assert int(limits["Max address space"]) < 1_000_000_000
+            assert "NoNewPrivs:\t1" in Path(f"/proc/{process_id}/status").read_text(encoding="ascii")
+
+    def test_the_process_loads_no_torch_and_inherits_no_file(self, tmp_path: Path) -> None:
+        """It is up in a moment, and what the daemon has open is not its business."""
+        with (tmp_path / "journal").open("wb") as file, DecoderPool(1, SMALL, Limits()) as pool:
+            os.set_inheritable(file.fileno(), True)
+            (process_id,) = warmed(pool, tmp_path)
+            loaded = Path(f"/proc/{process_id}/maps").read_text(encoding="utf-8")
+            assert "torch" not in loaded
+            held = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{process_id}/fd")]
+            assert len(held) == 5, held
+            assert os.fspath(tmp_path / "journal") not in held
+
+    def test_the_daemons_signals_do_not_end_the_processes(self, tmp_path: Path) -> None:
+        """The whole of a unit gets SIGTERM when it is stopped; what is under way is decoded to its end."""
+        with DecoderPool(1, SMALL, Limits()) as pool:
+            (process_id,) = warmed(pool, tmp_path)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                os.kill(process_id, number)
+            assert isinstance(only(pool, photo(tmp_path / "a.png")), DecodedImage)
+            assert pool.process_ids == (process_id,)
+
+    def test_the_processes_end_with_a_daemon_that_was_killed(self) -> None:
+        """Nobody is left to close the pool: the socket is closed for it."""
+        code = (
+            "import os, signal\n"
+            "from sortd.decoders import DecoderPool\n"
+            "from sortd.images import Limits\n"
+            "from sortd.messages import Preprocessing\n"
+            "pool = DecoderPool(1, Preprocessing(8, 8, 8), Limits())\n"
+            "print(pool.process_ids[0], flush=True)\n"
+            "os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+        status = Path(f"/proc/{int(run.stdout)}/stat")
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and _lives(status):
+            time.sleep(0.02)
+        assert not _lives(status)
+
+    @pytest.mark.parametrize(
+        "speak",
+        ["s.send(b'nonsense')", "s.send(struct.pack('<IB32sdH400s', 99, 0, b'', 0, 0, b''))", "sys.exit(3)"],
+    )
+    def test_processes_that_do_not_come_up_are_an_error_of_the_installation(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, speak: str
+    ) -> None:
+        """No image is refused for it: the operator is told, with what the process printed."""
+        code = (
+            "import socket, struct, sys; print('no such thing', file=sys.stderr);"
+            f"s = socket.socket(fileno=int(sys.argv[1])); {speak}; s.recv(9)"
+        )
+        monkeypatch.setattr(
+            decoder_handle, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
+        )
+        path = photo(tmp_path / "a.png")
+        with DecoderPool(1, SMALL, Limits()) as pool, pytest.raises(StartupError, match=r"up: .*no such thing"):
+            list(pool.decode_all(stamped(path)))
+
+    def test_replies_that_make_no_sense_are_not_believed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """A process that was taken over cannot make the daemon read where it says: it is ended."""
+        code = (
+            "import socket, struct, sys; s = socket.socket(fileno=int(sys.argv[1]));"
+            "reply = struct.Struct('<IB32sdH400s'); s.send(reply.pack(0xFFFFFFFF, 0, b'', 0, 0, b''));"
+            "s.recv(9); s.send(reply.pack(4000000, 0, b'', 0, 60000, b'')); s.recv(9)"
+        )
+        monkeypatch.setattr(
+            decoder_handle, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
+        )
+        with DecoderPool(1, SMALL, Limits()) as pool:
+            assert refusal_of(only(pool, photo(tmp_path / "a.png"))) is Refusal.POISON
+
+    def test_the_shared_memory_cannot_be_shrunk(self, tmp_path: Path) -> None:
+        """A process that could would have the daemon killed by the next look at it."""
+        with DecoderPool(1, SMALL, Limits()) as pool:
+            (process_id,) = warmed(pool, tmp_path)
+            held = [entry.path for entry in os.scandir(f"/proc/{process_id}/fd")]
+            (entry,) = [path for path in held if "sortd-pixels" in os.readlink(path)]
+            descriptor = os.open(entry, os.O_RDWR)
+            try:
+                with pytest.raises(PermissionError):
+                    os.ftruncate(descriptor, 0)
+            finally:
+                os.close(descriptor)
+
+    def test_closing_leaves_nothing_behind(self, tmp_path: Path) -> None:
+        """Neither files nor processes nor threads, closed twice, in the middle of a batch, or never used."""
+        paths = stamped(*[photo(tmp_path / f"{number}.jpg", number, (600, 400)) for number in range(30)])
+        before = open_files(), threading.active_count()
+        for _ in range(3):
+            pool = DecoderPool(2, SMALL, Limits())
+            answers = pool.decode_all(paths)
+            next(answers)
+            process_ids = pool.process_ids
+            pool.close()
+            pool.close()
+            assert not any(Path(f"/proc/{process_id}").exists() for process_id in process_ids)
+            with pytest.raises(ValueError, match="closed"):
+                list(answers)
+            with pytest.raises(ValueError, match="closed"):
+                list(pool.decode_all(paths))
+            DecoderPool(1, SMALL, Limits()).close()
+        assert (open_files(), threading.active_count()) == before
+
+
+class TestHostile:
+    """What is made to harm comes to nothing."""
+
+    def test_bombs_stay_below_the_ceiling(self, tmp_path: Path) -> None:
+        """Whatever unpacks to much is decoded in little memory or refused; no process dies of it."""
+        bombs = {
+            "black.png": one_bit_png(7000, 7000),
+            "deep.png": png(7000, 7000, depth=16, channels=4),
+            "alpha.png": png(7000, 7000, depth=8, channels=4),
+            "wide.png": one_bit_png(1_000_000, 49),
+            "endless.png": one_bit_png(80_000_000, 1),
+            "huge.png": one_bit_png(30_000, 30_000),
+            "text.png": png_with_text(40_000_000),
+            "canvas.gif": gif(60_000, 60_000),
+            "canvas49.gif": gif(7000, 7000),
+            "plain.bmp": saved(Image.new("1", (7000, 7000)), "BMP"),
+            "grey16.tif": saved(Image.new("I;16", (7000, 7000)), "TIFF", compression="tiff_lzw"),
+            "inks.tif": saved(Image.new("CMYK", (6000, 6000)), "TIFF", compression="tiff_lzw"),
+            "slow.jpg": saved(Image.new("RGB", (7000, 7000)), "JPEG", progressive=True, subsampling=0),
+            "empty.webp": saved(Image.new("RGB", (5000, 5000)), "WEBP"),
+        }
+        for name, content in bombs.items():
+            (tmp_path / name).write_bytes(content)
+        good = photo(tmp_path / "good.png")
+        with DecoderPool(1, SMALL, Limits(), timeout_seconds=60) as pool:
+            (process_id,) = warmed(pool, tmp_path)
+            idle = memory_kb(process_id, "VmRSS")
+            answers = {
+                os.path.basename(answer.path): answer
+                for answer in pool.decode_all(stamped(*(tmp_path / name for name in bombs), good))
+            }
+            assert pool.process_ids == (process_id,)
+            assert memory_kb(process_id, "VmHWM") - idle < CEILING_KB
+        assert isinstance(answers["good.png"], DecodedImage)
+        assert isinstance(answers["alpha.png"], DecodedImage)
+        refused = {name: answer.refusal for name, answer in answers.items() if isinstance(answer, ImageRefused)}
+        assert set(refused.values()) <= {Refusal.TOO_LARGE, Refusal.UNREADABLE}
+        assert {"wide.png", "endless.png", "huge.png", "canvas.gif"} <= set(refused)
+
+    @pytest.mark.skipif(not (SHARED / "hostile").is_dir(), reason="the hostile corpus is not on this machine")
+    def test_the_hostile_corpus_does_no_harm(self, tmp_path: Path) -> None:
+        """Every file of the image libraries' regression corpora gets an answer from the same two processes."""
+        with lzma.open(SHARED / "hostile" / "hostile.tar.xz") as packed, tarfile.open(fileobj=packed) as archive:
+            archive.extractall(tmp_path, filter="data")
+        files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
+        before = {path: sha256(path.read_bytes()).digest() for path in files}
+        with DecoderPool(2, SMALL, Limits(), timeout_seconds=20) as pool:
+            process_ids = warmed(pool, tmp_path)
+            idle = {process_id: memory_kb(process_id, "VmRSS") for process_id in process_ids}
+            answers = list(pool.decode_all(stamped(*files)))
+            assert pool.process_ids == process_ids
+            grown = [memory_kb(process_id, "VmHWM") - idle[process_id] for process_id in process_ids]
+        assert sorted(answer.path for answer in answers) == sorted(map(os.fspath, files))
+        outcomes = Counter(getattr(answer, "refusal", None) for answer in answers)
+        assert set(outcomes) == {None, Refusal.UNREADABLE, Refusal.TOO_LARGE, Refusal.NOT_AN_IMAGE}
+        assert outcomes[None] > 400
+        assert max(grown) < CEILING_KB
+        assert before == {path: sha256(path.read_bytes()).digest() for path in files}
+
+
+# ---------------------------------------------------------------- means
+
+
+def warmed(pool: DecoderPool, folder: Path) -> tuple[int, ...]:
+    """Wait until every process of a pool has decoded something; return their numbers."""
+    paths = [photo(folder / f"warm-{number}.png", number) for number in range(4 * len(pool.process_ids))]
+    while not all(handle.is_ready for handle in pool._handles):
+        assert {type(answer) for answer in pool.decode_all(stamped(*paths))} == {DecodedImage}
+    for path in paths:
+        path.unlink()
+    return pool.process_ids
+
+
+def _lives(status: Path) -> bool:
+    """Tell by its ``/proc/<number>/stat`` whether a process runs."""
+    try:
+        return status.read_text(encoding="ascii").rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@contextmanager
+def while_stopped(process_id: int, act: Callable[[], None], also: signal.Signals | None = None) -> Iterator[None]:
+    """Stop a process, and act on it a moment after the block has begun to wait for it."""
+
+    def do() -> None:
+        act()
+        if also is not None:
+            os.kill(process_id, also)
+
+    os.kill(process_id, signal.SIGSTOP)
+    timer = threading.Timer(0.5, do)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
+def png(width: int, height: int, *, depth: int, channels: int) -> bytes:
+    """Write a black PNG of that size in a few kilobytes, a row at a time; 1 channel is grey, 4 are RGB and alpha."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, {1: 0, 4: 6}[channels], 0, 0, 0)
+    packer, row = zlib.compressobj(1), bytes(1 + (width * channels * depth + 7) // 8)
+    rows = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def one_bit_png(width: int, height: int) -> bytes:
+    """Write a black PNG of one bit a pixel."""
+    return png(width, height, depth=1, channels=1)
+
+
+def png_with_text(size: int) -> bytes:
+    """Write a small PNG with a compressed text that unpacks to that many bytes."""
+    data = b"Comment\0\0" + zlib.compress(bytes(size))
+    chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
+    small = one_bit_png(40, 40)
+    return small[:33] + chunk + small[33:]
+
+
+def gif(width: int, height: int) -> bytes:
+    """Write a GIF whose canvas has that size and whose only frame has one pixel."""
+    one = saved(Image.new("P", (1, 1)), "GIF")
+    return one[:6] + struct.pack("<HH", width, height) + one[10:]
+
+
+def saved(image: Image.Image, image_format: str, **options: object) -> bytes:
+    """Encode an image."""
+    target = io.BytesIO()
+    image.save(target, image_format, **options)
+    return target.getvalue()
