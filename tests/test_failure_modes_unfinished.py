@@ -1,0 +1,293 @@
+"""What breaks on files that are not done, met by a real sortd on real files; docs/failure-modes.md is the table."""
+
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+from tests.daemon_process import DaemonProcess, picture, running, tree
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def tiny_clip() -> str:
+    """No model is loaded: the program of these tests has an encoder of its own."""
+    return "packaged"
+
+
+def image_bytes(colour: str, kind: str = "PNG", seed: int = 1, size: tuple[int, int] = (160, 120)) -> bytes:
+    """Return an encoded picture of one colour."""
+    encoded = BytesIO()
+    picture(colour, seed, size).save(encoded, kind)
+    return encoded.getvalue()
+
+
+def drop_beside(folder: Path, daemon: DaemonProcess) -> None:
+    """Drop another image and wait until it is filed: sortd has had its time by then."""
+    (folder / "beside.png").write_bytes(image_bytes("blue", seed=9))
+    daemon.wait_for("image.filed", path=str(folder / "beside.png"))
+
+
+@contextmanager
+def writing(
+    path: Path, content: bytes, *, parts: int, pause_seconds: float, reopen: bool
+) -> Iterator[threading.Thread]:
+    """Write a file in parts with pauses in a thread of its own, closing it after each part or only at the end."""
+
+    def write() -> None:
+        size = -(-len(content) // parts)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for start in range(0, len(content), size):
+            if reopen and start:
+                os.close(descriptor)
+                descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+            os.write(descriptor, content[start : start + size])
+            if start + size < len(content):
+                time.sleep(pause_seconds)
+        os.close(descriptor)
+
+    writer = threading.Thread(target=write, name="writer")
+    writer.start()
+    try:
+        yield writer
+    finally:
+        writer.join()
+
+
+class TestFilesThatGrow:
+    """A copy is under way."""
+
+    @pytest.mark.parametrize("reopen", [False, True], ids=["kept open", "closed and opened again"])
+    def test_a_slow_copy_with_pauses_arrives_whole(self, colours: Path, write_config: Write, *, reopen: bool) -> None:
+        """Pauses of 0.4 s: a writer that keeps the file open is seen, one that closes it is outwaited."""
+        content = image_bytes("green", size=(400, 300))
+        settle = 1.5 if reopen else 0.2
+        path = colours / "Images" / "slow.png"
+        with (
+            running(write_config(settle_seconds=settle)) as daemon,
+            writing(path, content, parts=6, pause_seconds=0.4, reopen=reopen),
+        ):
+            line = daemon.wait_for("image.filed")
+            assert daemon.stop() == 0
+            assert not daemon.events("image.rejected")
+        assert Path(line["destination"]).read_bytes() == content
+
+    def test_a_file_laid_out_in_full_and_filled_later_is_waited_for(self, colours: Path, write_config: Write) -> None:
+        """The size is right from the first moment, as Explorer and torrent clients do it; the time of change tells."""
+        content = image_bytes("green", "JPEG", size=(400, 300))
+        path = colours / "Images" / "laid out.jpg"
+        with running(write_config(settle_seconds=1)) as daemon:
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, len(content))
+            for start in range(0, len(content), len(content) // 6):
+                time.sleep(0.4)
+                with path.open("r+b") as file:
+                    file.seek(start)
+                    file.write(content[start : start + len(content) // 6])
+            line = daemon.wait_for("image.filed")
+            assert not daemon.events("image.rejected")
+        assert Path(line["destination"]).read_bytes() == content
+
+    def test_a_file_laid_out_in_full_that_is_never_filled_is_set_aside(
+        self, colours: Path, write_config: Write
+    ) -> None:
+        """A JPEG whose end is zeros decodes to grey, and grey is not what the user dropped."""
+        content = image_bytes("red", "JPEG", size=(400, 300))
+        with running(write_config()) as daemon:
+            half = content[: len(content) // 2]
+            (colours / "Images" / "half.jpg").write_bytes(half + bytes(len(content) - len(half)))
+            assert "never written to its end" in daemon.wait_for("image.rejected")["reason"]
+
+    def test_the_settle_time_is_the_users(self, colours: Path, write_config: Write) -> None:
+        """Who copies over a slow link sets a longer one, and nothing moves before it has passed."""
+        with running(write_config(settle_seconds=2.5)) as daemon:
+            (colours / "Images" / "a.png").write_bytes(image_bytes("red"))
+            written = time.monotonic()
+            line = daemon.wait_for("image.filed")
+            assert time.monotonic() - written >= 2.5
+            assert line["settle_ms"] >= 2450
+
+    def test_a_file_that_stays_open_is_looked_at_again_until_it_is_closed(
+        self, colours: Path, write_config: Write
+    ) -> None:
+        """Complete, still, and open for writing: not touched; closed without a byte more, it is filed."""
+        content = image_bytes("red")
+        path = colours / "Images" / "open.png"
+        with running(write_config(settle_seconds=0.3)) as daemon:
+            with path.open("wb") as file:
+                file.write(content)
+                file.flush()
+                drop_beside(colours / "Images", daemon)
+                time.sleep(1)  # three settle times
+                assert path.read_bytes() == content
+            daemon.wait_for("image.filed", path=str(path))
+
+    def test_a_growing_file_is_looked_at_again_without_another_event(self, colours: Path, write_config: Write) -> None:
+        """It settles by sortd's own clock: no other file has to come for that."""
+        content = image_bytes("red")
+        with running(write_config()) as daemon, (colours / "Images" / "a.png").open("wb") as file:
+            file.write(content[:50])
+            file.flush()
+            time.sleep(0.5)
+            file.write(content[50:])
+            file.close()
+            daemon.wait_for("image.filed", seconds=10)
+
+    def test_the_copy_of_a_tree_by_another_program_disturbs_nobody(
+        self, colours: Path, write_config: Write, tmp_path: Path
+    ) -> None:
+        """``cp`` ends well though sortd watches: what it writes stays under its name until it is whole."""
+        source = tmp_path / "source"
+        source.mkdir()
+        for number in range(40):
+            (source / f"{number}.png").write_bytes(image_bytes("green", seed=number, size=(300, 200)))
+        with running(write_config()) as daemon:
+            done = subprocess.run(
+                ["cp", "-r", str(source), str(colours / "Images" / "copied")],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert (done.returncode, done.stderr) == (0, "")
+            daemon.wait_for("image.filed", count=40)
+        assert set(tree(colours / "Dataset").values()) == set(tree(source).values())
+
+
+class TestFilesThatAreNotThereYet:
+    """What stands under the name is nothing, or not yet the thing."""
+
+    def test_an_empty_file_is_left_until_something_is_in_it(self, colours: Path, write_config: Write) -> None:
+        """Zero bytes are not an image and no error; once filled they are filed."""
+        path = colours / "Images" / "a.png"
+        with running(write_config()) as daemon:
+            path.touch()
+            assert daemon.wait_for("image.left")["refusal"] == "empty"
+            path.write_bytes(image_bytes("green"))
+            daemon.wait_for("image.filed")
+            assert daemon.stop() == 0
+            assert not daemon.events("image.rejected")
+
+    @pytest.mark.parametrize(
+        ("unfinished", "finished"),
+        [
+            ("photo.png.crdownload", "photo.png"),
+            ("photo.png.part", "photo.png"),
+            (".photo.png.Ab3dEf", "photo.png"),
+            ("photo.png.filepart", "photo.png"),
+            (".syncthing.photo.png.tmp", "photo.png"),
+            ("photo.png~", "photo.png"),
+            ("photo.PNG.TMP", "photo.PNG"),
+        ],
+    )
+    def test_unfinished_names_are_told_by_their_ending(self, unfinished: str, finished: str) -> None:
+        """The names under which browsers, rsync, scp and sync clients write; ``test_scanning.py`` has all of them."""
+        from sortd.scanning import is_temporary
+
+        assert is_temporary(unfinished)
+        assert not is_temporary(finished)
+
+    def test_an_upload_under_a_temporary_name_is_filed_when_it_is_renamed(
+        self, colours: Path, write_config: Write
+    ) -> None:
+        """Upload, then rename: the convention that every sync client follows works."""
+        with running(write_config()) as daemon:
+            for number, name in enumerate([".a.png.x7Gh2k", "b.png.part", "c.png.tmp"]):
+                (colours / "Images" / name).write_bytes(image_bytes("green", seed=number))
+            drop_beside(colours / "Images", daemon)
+            assert len(tree(colours / "Images")) == 3
+            for name, final in [(".a.png.x7Gh2k", "a.png"), ("b.png.part", "b.png"), ("c.png.tmp", "c.png")]:
+                (colours / "Images" / name).rename(colours / "Images" / final)
+            daemon.wait_for("image.filed", count=4)
+
+    def test_a_file_that_vanishes_is_forgotten_without_a_word(self, colours: Path, write_config: Write) -> None:
+        """Deleted while it settles: no error, no retry, the rest goes on."""
+        with running(write_config(settle_seconds=1)) as daemon:
+            for number in range(10):
+                (colours / "Images" / f"{number}.png").write_bytes(image_bytes("red", seed=number))
+            for number in range(0, 10, 2):
+                (colours / "Images" / f"{number}.png").unlink()
+            daemon.wait_for("image.filed", count=5)
+            assert daemon.stop() == 0
+            unexpected = {line["event"] for line in daemon.lines if line["level"] in {"warning", "error"}}
+            assert not unexpected
+
+
+class TestFilesThatChange:
+    """The bytes that were looked at are not the bytes that are there."""
+
+    def test_the_version_that_is_filed_is_the_last_one(self, colours: Path, write_config: Write) -> None:
+        """Replaced again and again by rename, and by writing in place, from green to red: red it is, and whole."""
+        path = colours / "Images" / "a.png"
+        with running(write_config(settle_seconds=0.5)) as daemon:
+            for number in range(12):
+                fresh = colours / "Images" / ".fresh"
+                fresh.write_bytes(image_bytes("green", seed=number))
+                fresh.rename(path)
+                time.sleep(0.1)
+            last = image_bytes("red")
+            path.write_bytes(last)
+            line = daemon.wait_for("image.filed")
+            assert daemon.stop() == 0
+            assert len(daemon.events("image.filed")) == 1
+        assert line["label"] == "red"
+        assert Path(line["destination"]).read_bytes() == last
+
+    def test_a_name_that_is_written_while_its_files_are_moved_loses_none(
+        self, colours: Path, write_config: Write, tmp_path: Path
+    ) -> None:
+        """A camera re-uses one name for ever: at whatever moment, each file is replaced or filed, whole."""
+        path = colours / "Images" / "DSC_0001.png"
+        written: list[bytes] = []
+        with running(write_config(settle_seconds=0.1)) as daemon:
+            for number in range(40):
+                content = image_bytes("red", seed=number, size=(60, 50))
+                fresh = tmp_path / "fresh"
+                fresh.write_bytes(content)
+                shutil.move(fresh, path)
+                written.append(content)
+                time.sleep(0.05 + 0.01 * (number % 17))
+            daemon.wait_until(lambda: not tree(colours / "Images"), "the last one filed")
+            assert daemon.stop() == 0
+            lines = len(daemon.events("image.filed"))
+        filed = list(tree(colours / "Dataset").values())
+        assert len(filed) == lines == len(set(filed))
+        assert set(filed) <= set(written)
+        assert written[-1] in filed
+
+    @pytest.mark.parametrize("rejected", ["leave", "move"])
+    def test_a_broken_image_that_is_repaired_is_filed(self, colours: Path, write_config: Write, rejected: str) -> None:
+        """Mended in place, or dropped again under its name: what was refused once is not refused for ever."""
+        content = image_bytes("green", "JPEG", size=(300, 200))
+        path = colours / "Images" / "photo.jpg"
+        with running(write_config(rejected=rejected)) as daemon:
+            path.write_bytes(content[: len(content) // 2])
+            daemon.wait_for("image.left" if rejected == "leave" else "image.rejected")
+            path.write_bytes(content)
+            line = daemon.wait_for("image.filed")
+            assert Path(line["destination"]).read_bytes() == content
+
+    def test_a_copy_that_was_cut_short_is_set_aside_and_never_tried_again(
+        self, colours: Path, write_config: Write
+    ) -> None:
+        """One line, one reason beside it, and nothing more at the next scans or the next start."""
+        content = image_bytes("green", size=(300, 200))
+        (colours / "Images" / "cut.png").write_bytes(content[: len(content) // 2])
+        config = write_config(rescan_seconds=1)
+        with running(config) as daemon:
+            daemon.wait_for("image.rejected")
+            time.sleep(2.5)  # two scans
+            assert daemon.stop() == 0
+            assert len(daemon.events("image.rejected")) == 1
+        with DaemonProcess(config, "once") as daemon:
+            assert daemon.wait() == 0
+            assert not daemon.events("image.rejected")
+        assert sorted(tree(colours / "Rejected")) == ["cut.png", "cut.png.reason.json"]
