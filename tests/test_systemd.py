@@ -23,6 +23,9 @@ PATIENCE = 180.0
 
 CONFIG = """\
 root: /srv/sortd
+state_dir: /var/lib/sortd
+cache_dir: /var/cache/sortd
+metrics: {textfile: /run/sortd/sortd.prom}
 model: /opt/sortd/model
 mode: max
 abstain: off
@@ -242,6 +245,18 @@ def test_a_dropped_file_is_filed_and_is_the_same_inode(service: Lab) -> None:
     assert service.property("ActiveState") == "active"
 
 
+def test_the_command_line_sees_the_service(service: Lab) -> None:
+    """Status and check, as the service's user, find what the service uses; Prometheus' collector may read its file."""
+    sortd = ("runuser", "-u", "sortd", "--", "/opt/sortd/.venv/bin/sortd")
+    status = json.loads(service.run(*sortd, "status", "--json", "-c", "/etc/sortd/config.yaml").stdout)
+    assert str(status["pid"]) == service.property("MainPID")
+    service.run(*sortd, "check", "-c", "/etc/sortd/config.yaml")
+    service.wait(
+        lambda: "sortd_images_total" in service.run("cat", "/run/sortd/sortd.prom", check=False).stdout, "sortd.prom"
+    )
+    service.run("runuser", "-u", "nobody", "--", "cat", "/run/sortd/sortd.prom")
+
+
 def test_the_service_is_confined(service: Lab) -> None:
     """Its own user, no capability, no new privilege, a filter of system calls, and nothing to write but its folders."""
     process = service.property("MainPID")
@@ -308,9 +323,37 @@ def test_a_configuration_that_is_wrong_is_not_started_again_and_again(service: L
     service.run("systemctl", "reset-failed", "sortd")
 
 
+def test_a_hung_service_is_noticed_and_started_again(service: Lab) -> None:
+    """A process that is there and does nothing feeds no watchdog: systemd ends it and begins anew."""
+    service.run(
+        "sh",
+        "-ec",
+        """
+        mkdir -p /run/systemd/system/sortd.service.d
+        cat > /run/systemd/system/sortd.service.d/test.conf <<'.'
+[Service]
+WatchdogSec=5
+ExecStart=
+ExecStart=/opt/sortd/.venv/bin/fast-sortd run -c /etc/sortd/config.yaml
+.
+        systemctl daemon-reload
+        systemctl stop sortd
+        systemctl start sortd
+        """,
+    )
+    process = service.property("MainPID")
+    service.run("kill", "-STOP", process)
+    service.wait(lambda: service.property("NRestarts") == "1", "a restart")
+    service.wait(lambda: service.property("ActiveState") == "active", "active again")
+    assert service.property("MainPID") != process
+    inode = drop(service, "third.png", "green")
+    assert filed(service, "third.png", "green").stat().st_ino == inode
+    service.run("systemctl", "stop", "sortd")
+
+
 def test_the_users_unit_files_in_a_home(lab: Lab) -> None:
     """A user's own manager runs it on datasets below /home, without root."""
-    config = CONFIG.replace("/srv/sortd", "/home/alice/Data")
+    config = "root: /home/alice/Data\n" + "".join(CONFIG.splitlines(keepends=True)[4:])
     lab.run(
         "sh",
         "-ec",
