@@ -18,8 +18,11 @@ IntArray = npt.NDArray[np.int64]
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """How much the kernel may weigh against the Gaussian: little, unless leave-one-out says more by a standard error.
 Leave-one-out flatters the kernel, since references resemble each other more than what arrives resembles them."""
-TEXT_WEIGHTS = (0.5, 1.0, 2.0, 4.0)
+TEXT_WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """How many references a name may count as (kT), besides none."""
+UNTRIED_WEIGHT = 4.0
+"""The same where no class has two images to try it on: the names were brought to the images by a slope that is small
+where they know little, so that even poor names may count for much."""
 TYPICAL_DIMENSIONS = 23.0
 """The Gaussian's scores, times this over the dimensions, are log probabilities before any reference says better: on the
 four public sets the likeliest factor lay within 0.6 and 2 times this, from 1 to 16 references and 5 to 101 classes."""
@@ -74,15 +77,19 @@ class Blend:
 
 
 @dataclass(frozen=True, eq=False)
-class _Tables:
-    gaussian: Array
-    kernel: Array
+class _Trial:
+    """Leave-one-out under one weight of the names."""
 
-
-@dataclass(frozen=True, eq=False)
-class _Scored:
+    text_weight: float
+    share: float
+    gaussian_weight: float
+    kernel_weight: float
     table: Array
     distances: Array
+    losses: Array
+    """(R,): weighted log losses."""
+    right: Array
+    """(R,): weighted ones where the class was right."""
 
 
 class _Fitter:
@@ -101,18 +108,42 @@ class _Fitter:
             self.named = self.names.rows @ self.gaussian.whitener
         self.held = hold_out(self.gaussian, choose_held_out(counts, classes, largest=largest))
 
-    def tables(self, weight: float) -> _Tables:
-        """Return leave-one-out tables: by refitting where that is cheap, else by algebra."""
-        library = self.library
-        if len(library.rows) <= REFIT_UP_TO:
-            text = (library.text, library.text_mean) if library.text is not None and weight else None
-            return _Tables(*refit_tables(library.rows, library.classes, library.counts, self.held.chosen, text, weight))
-        named = self.named if weight else None
-        shrunk = shrink_means(self.gaussian, named, weight)
-        kernel = make_kernel(self.gaussian, named=named, weight=weight)
-        return _Tables(
-            gaussian_table(self.gaussian, self.held, shrunk, named, weight),
-            kernel_table(self.gaussian, self.held, kernel),
+        own = self.held.own
+        self.row_weights = balanced_weights(own, len(counts))
+        self.refitted: tuple[dict[float, Array], Array] | None = None
+        if len(rows) <= REFIT_UP_TO:
+            text = None if library.text is None else (library.text, library.text_mean)
+            weights = (0.0,) if text is None else (0.0, *TEXT_WEIGHTS)
+            self.refitted = refit_tables(rows, classes, counts, self.held.chosen, text, weights)
+            self.kernel_table = self.refitted[1]
+        else:
+            self.kernel_table = kernel_table(self.gaussian, self.held, make_kernel(self.gaussian))
+
+    def try_weight(self, weight: float) -> _Trial:
+        """Return leave-one-out with this weight of the names: by refitting where that is cheap, else by algebra."""
+        present = self.gaussian.counts > 0
+        if self.refitted is not None:
+            table = self.refitted[0][weight]
+        else:
+            named = self.named if weight else None
+            shrunk = shrink_means(self.gaussian, named, weight)
+            table = gaussian_table(self.gaussian, self.held, shrunk, named, weight)
+        own, weights = self.held.own, self.row_weights
+        scale = _scale(table[:, present]) / _scale(self.kernel_table[:, present])
+        share = _choose_share(table, scale * self.kernel_table, present, own, weights)
+        blended = np.where(present, table + share * scale * self.kernel_table, -np.inf)
+        typical = TYPICAL_DIMENSIONS / self.gaussian.ambient / (1.0 + share)
+        factor, losses = fit_temperature(blended, own, weights, typical=typical, spread=TEMPERATURE_SPREAD)
+        best = blended.argmax(axis=1)
+        return _Trial(
+            text_weight=weight,
+            share=share,
+            gaussian_weight=factor,
+            kernel_weight=factor * share * scale,
+            table=factor * blended,
+            distances=-2.0 * table[np.arange(len(best)), best],
+            losses=losses * weights,
+            right=weights * (best == own),
         )
 
 
@@ -124,79 +155,61 @@ def fit_blends(library: Library, *, largest: int = LARGEST_ROWS) -> tuple[Blend,
     fitter = _Fitter(library, largest)
     present = library.counts > 0
     has_voice = fitter.names is not None and fitter.names.evidence >= LEAST_EVIDENCE
-    own = fitter.held.own
-    typical = TYPICAL_DIMENSIONS / fitter.gaussian.ambient
-    if not len(own) or present.sum() < 2:  # noqa: PLR2004 - nothing to choose between
-        scores = _Scored(np.where(present, np.zeros((len(own), 1)), -np.inf), np.zeros(len(own)))
-        best = _assemble(fitter, present, 0.0, 0.0, (typical, 0.0), scores)
-        if not has_voice:
-            return best, best
-        return best, _assemble(fitter, present | True, 1.0, 0.0, (typical, 0.0), scores)
-    weights = balanced_weights(own, len(present))
-    tables = fitter.tables(0.0)
-    unit_scale = _scale(tables.gaussian[:, present]) / _scale(tables.kernel[:, present])
-    share = _choose_share(tables, unit_scale, present, own, weights)
-    mixture = share * unit_scale
-    typical /= 1.0 + share
-
-    def weigh(found: _Tables) -> tuple[Array, float, Array]:
-        table = _absent(found.gaussian + mixture * found.kernel, present)
-        return table, *fit_temperature(table, own, weights, typical=typical, spread=TEMPERATURE_SPREAD)
-
-    table, factor, losses = weigh(tables)
-    best = _assemble(fitter, present, 0.0, share, (factor, factor * mixture), _score(table, factor, tables))
+    if not len(fitter.held.own) or present.sum() < 2:  # noqa: PLR2004 - nothing to choose between
+        trial = _untried(fitter, 0.0)
+        best = _assemble(fitter, present, trial)
+        return best, _assemble(fitter, present | True, _untried(fitter, UNTRIED_WEIGHT)) if has_voice else best
+    alone = fitter.try_weight(0.0)
+    best = _assemble(fitter, present, alone)
     if not has_voice:
         return best, best
-    right, least, text_weight = table.argmax(axis=1) == own, float(losses @ weights), 0.0
-    for weight in TEXT_WEIGHTS:
-        found = fitter.tables(weight)
-        other, tried, other_losses = weigh(found)
-        better = _is_better(losses, other_losses, right, other.argmax(axis=1) == own, weights)
-        if better and float(other_losses @ weights) < least:
-            least, text_weight, factor, table, tables = float(other_losses @ weights), weight, tried, other, found
-    scores = _score(table, factor, tables)
-    return best, _assemble(fitter, present | True, text_weight, share, (factor, factor * mixture), scores)
+    trials = [fitter.try_weight(weight) for weight in TEXT_WEIGHTS]
+    better = [trial for trial in trials if _is_better(alone, trial)]
+    return best, _assemble(fitter, present | True, min([alone, *better], key=lambda trial: float(trial.losses.sum())))
 
 
-def _assemble(
-    fitter: _Fitter,
-    competes: npt.NDArray[np.bool_],
-    text_weight: float,
-    share: float,
-    weights: tuple[float, float],
-    scores: _Scored,
-) -> Blend:
-    voices = fitter.named if competes.all() else None
-    shrunk = shrink_means(fitter.gaussian, voices, text_weight)
-    if voices is not None:
-        absent = fitter.gaussian.counts == 0
-        shrunk[absent] = voices[absent]
-    return Blend(
-        space=fitter.space,
-        gaussian=fitter.gaussian,
-        kernel=make_kernel(fitter.gaussian, named=fitter.named, weight=text_weight),
-        names=fitter.names,
-        text_weight=text_weight,
-        shrunk=shrunk,
-        share=share,
-        gaussian_weight=weights[0],
-        kernel_weight=weights[1],
-        competes=competes,
-        held=fitter.held,
-        table=scores.table,
-        distances=scores.distances,
-        is_refitted=len(fitter.library.rows) <= REFIT_UP_TO,
+def _untried(fitter: _Fitter, weight: float) -> _Trial:
+    """Return what is assumed where nothing can be left out."""
+    rows = len(fitter.held.own)
+    return _Trial(
+        text_weight=weight,
+        share=0.0,
+        gaussian_weight=TYPICAL_DIMENSIONS / fitter.gaussian.ambient,
+        kernel_weight=0.0,
+        table=np.where(fitter.gaussian.counts > 0, np.zeros((rows, 1)), -np.inf),
+        distances=np.zeros(rows),
+        losses=np.zeros(rows),
+        right=np.zeros(rows),
     )
 
 
-def _choose_share(
-    tables: _Tables, unit_scale: float, present: npt.NDArray[np.bool_], own: IntArray, weights: Array
-) -> float:
+def _assemble(fitter: _Fitter, competes: npt.NDArray[np.bool_], trial: _Trial) -> Blend:
+    voices = fitter.named if competes.all() else None
+    shrunk = shrink_means(fitter.gaussian, voices, trial.text_weight)
+    if voices is not None:
+        silent = fitter.gaussian.counts == 0
+        shrunk[silent] = voices[silent]
+    return Blend(
+        space=fitter.space,
+        gaussian=fitter.gaussian,
+        kernel=make_kernel(fitter.gaussian, voices),
+        names=fitter.names,
+        text_weight=trial.text_weight,
+        shrunk=shrunk,
+        share=trial.share,
+        gaussian_weight=trial.gaussian_weight,
+        kernel_weight=trial.kernel_weight,
+        competes=competes,
+        held=fitter.held,
+        table=trial.table,
+        distances=trial.distances,
+        is_refitted=fitter.refitted is not None,
+    )
+
+
+def _choose_share(table: Array, kernel: Array, present: npt.NDArray[np.bool_], own: IntArray, weights: Array) -> float:
     """Return the smallest share whose accuracy is within a standard error of the best share's."""
-    rights = [
-        weights * (_absent(tables.gaussian + share * unit_scale * tables.kernel, present).argmax(axis=1) == own)
-        for share in SHARES
-    ]
+    rights = [weights * (np.where(present, table + share * kernel, -np.inf).argmax(axis=1) == own) for share in SHARES]
     best = max(rights, key=np.sum)
     for share, right in zip(SHARES, rights, strict=True):
         lost = best - right
@@ -205,28 +218,13 @@ def _choose_share(
     return SHARES[-1]
 
 
-def _score(table: Array, factor: float, tables: _Tables) -> _Scored:
-    best = table.argmax(axis=1)
-    return _Scored(factor * table, -2.0 * tables.gaussian[np.arange(len(best)), best])
-
-
-def _absent(table: Array, present: npt.NDArray[np.bool_]) -> Array:
-    return np.where(present, table, -np.inf)
-
-
 def _scale(table: Array) -> float:
     gaps = table.max(axis=1) - np.median(table, axis=1)
     return max(float(np.median(gaps)), 1e-9)
 
 
-def _is_better(
-    losses: Array,
-    others: Array,
-    right: npt.NDArray[np.bool_],
-    rights: npt.NDArray[np.bool_],
-    weights: Array,
-) -> bool:
-    """Return whether the names lower the log loss by more than chance, and the accuracy not at all."""
-    gains = (losses - others) * weights
+def _is_better(alone: _Trial, trial: _Trial) -> bool:
+    """Return whether names lower the log loss by more than chance, and the accuracy not at all."""
+    gains = alone.losses - trial.losses
     error = float(gains.std()) / np.sqrt(len(gains))
-    return float(gains.mean()) > error and float(weights @ rights) >= float(weights @ right)
+    return float(gains.mean()) > error and float(trial.right.sum()) >= float(alone.right.sum())

@@ -34,9 +34,7 @@ class Kernel:
     counts: IntArray
     """int64 (C,): voters of each class."""
     named: FloatArray | None
-    """float32 (C, d): whitened unit prototypes of the names, or None."""
-    weight: float
-    """How many references a name counts as."""
+    """float32 (C, d): whitened unit prototypes of the names, which speak for classes without a reference; or None."""
 
 
 def choose_rows(classes: IntArray, counts: IntArray) -> IntArray:
@@ -54,18 +52,16 @@ def choose_rows(classes: IntArray, counts: IntArray) -> IntArray:
     return order[np.concatenate(spread)]
 
 
-def make_kernel(gaussian: Gaussian, *, named: Array | None = None, weight: float = 0.0) -> Kernel:
-    """Return the kernel over the references of a Gaussian, and over the names where they have a weight."""
+def make_kernel(gaussian: Gaussian, named: Array | None = None) -> Kernel:
+    """Return the kernel over the references of a Gaussian; names speak for classes that have none."""
     chosen = choose_rows(gaussian.classes, gaussian.counts)
     classes = gaussian.classes[chosen]
-    use_names = named is not None and weight > 0.0
     return Kernel(
         rows=unit(gaussian.rows[chosen]).astype(np.float32),
         chosen=chosen,
         classes=classes,
         counts=np.bincount(classes, minlength=len(gaussian.counts)).astype(np.int64),
-        named=unit(named).astype(np.float32) if named is not None and use_names else None,
-        weight=weight if use_names else 0.0,
+        named=None if named is None else unit(named).astype(np.float32),
     )
 
 
@@ -90,9 +86,9 @@ def kernel_scores(whitened: Array, kernel: Kernel) -> Array:
 def finish_votes(summed: Array, counts: npt.NDArray[np.generic], rows: FloatArray, kernel: Kernel) -> Array:
     """Return log mean votes over beta, after the names have voted too; ``counts`` is (B, C)."""
     total = np.asarray(counts, dtype=np.float64)
-    if kernel.named is not None:
-        summed = summed + kernel.weight * np.exp(SHARPNESS * (rows @ kernel.named.T - np.float32(1.0)))
-        total = total + kernel.weight
+    silent = kernel.counts == 0
+    if kernel.named is not None and silent.any():
+        summed[:, silent] = np.exp(SHARPNESS * (rows @ kernel.named[silent].T - np.float32(1.0)))
     mean = np.maximum(summed / np.maximum(total, 1.0), TINY)
     return np.asarray(np.log(mean) / SHARPNESS, dtype=np.float64)
 

@@ -63,7 +63,6 @@ class Rule:
             classes=whitening.kernel_classes,
             counts=whitening.kernel_counts,
             named=self.named if len(self.named) else None,
-            weight=self.text_weight,
         )
 
 

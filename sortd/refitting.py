@@ -19,23 +19,24 @@ def refit_tables(
     classes: IntArray,
     counts: IntArray,
     chosen: IntArray,
-    text: tuple[Array, Array | None] | None = None,
-    weight: float = 0.0,
-) -> tuple[Array, Array]:
-    """Return leave-one-out scores of the Gaussian and of the kernel, each float64 (R, C).
+    text: tuple[Array, Array | None] | None,
+    weights: tuple[float, ...],
+) -> tuple[dict[float, Array], Array]:
+    """Return leave-one-out scores of the Gaussian for each weight of the names, and of the kernel; float64 (R, C).
 
     All rows are turned into their own span first (the triangle of their Gram matrix), so that each fit costs the cube
     of the number of rows and not of the dimensions.
 
     Args:
-        rows: float64 (N, d), unit rows.
-        classes: int64 (N,).
+        rows: float64 (N, d), unit rows, sorted by class.
+        classes: int64 (N,), ascending.
         counts: int64 (C,).
         chosen: int64 (R,), which rows to leave out.
         text: unit rows (C, d) of the names with the mean of generic nouns, or None.
-        weight: how many references a name counts as.
+        weights: how many references a name may count as.
     """
-    gaussian_rows, kernel_rows = np.empty((len(chosen), len(counts))), np.empty((len(chosen), len(counts)))
+    gaussian_rows = {weight: np.empty((len(chosen), len(counts))) for weight in weights}
+    kernel_rows = np.empty((len(chosen), len(counts)))
     for index, left_out in enumerate(chosen):
         others = np.arange(len(rows)) != left_out
         fewer = counts.copy()
@@ -43,7 +44,7 @@ def refit_tables(
         space = fit_space(rows[others], classes[others], fewer)
         placed = space.place(rows)
         named: Array | None = None
-        if text is not None and weight:
+        if text is not None:
             means = placed_means(space, rows[others], classes[others], fewer)
             named = place_names(space, *text, means, fewer).rows
         turned = _span(placed if named is None else np.concatenate([placed, named]))
@@ -52,9 +53,10 @@ def refit_tables(
         )
         names = None if named is None else turned[len(rows) :] @ gaussian.whitener
         query = turned[left_out : left_out + 1] @ gaussian.whitener
-        shrunk = shrink_means(gaussian, names, weight)
-        gaussian_rows[index] = -0.5 * squared_distances(query, shrunk)[0]
-        kernel_rows[index] = kernel_scores(query, make_kernel(gaussian, named=names, weight=weight))[0]
+        for weight in weights:
+            shrunk = shrink_means(gaussian, names, weight)
+            gaussian_rows[weight][index] = -0.5 * squared_distances(query, shrunk)[0]
+        kernel_rows[index] = kernel_scores(query, make_kernel(gaussian))[0]
     return gaussian_rows, kernel_rows
 
 
