@@ -135,6 +135,7 @@ for command in (
     cli_moves.rebuild,
 ):
     app.command()(command)
+app.command("eval")(cli_decisions.evaluate)
 app.add_typer(cli_facts.models)
 
 

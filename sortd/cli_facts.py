@@ -28,6 +28,9 @@ from sortd.console import (
 if TYPE_CHECKING:
     from sortd.finding import Finding
 
+RESTING = {"abstained", "refused", "held"}
+"""States of images that wait for nothing; they are told of as files in Review/ and as held."""
+
 MARKS = {"note": ("·", ""), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
 
 
@@ -123,10 +126,10 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
     if facts.get("classes") is not None:
         learnt = f"{counted(len(facts['classes']), 'class')} from {counted(facts.get('references', 0), 'reference')}"
         print_line(f"  learnt    {learnt}, generation {facts.get('generation', 0)}, mode {facts.get('mode')}")
-    waiting = {word: number for word, number in (facts.get("images") or {}).items() if number}
+    waiting = {word: number for word, number in (facts.get("images") or {}).items() if number and word not in RESTING}
     if waiting:
         print_line("  waiting   " + ", ".join(f"{number:,} {word}" for word, number in waiting.items()))
-    elif facts.get("in_images"):
+    elif facts.get("in_images") and not facts.get("images"):
         print_line(f"  waiting   {counted(facts['in_images'], 'file')} in Images/")
     total = ", ".join(f"{number:,} {outcome.replace('_', ' ')}" for outcome, number in sorted(facts["total"].items()))
     last = f"; last {shown(facts['last_move_at'])}" if facts["last_move_at"] else ""

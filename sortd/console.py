@@ -6,7 +6,8 @@ Facts are JSON where asked for, tables on a terminal, and lines of tab-separated
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -105,6 +106,18 @@ def moment_option(name: str, text: str | None) -> float | None:
         return moment(text, datetime.now().astimezone())
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=name) from error
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[str], None]]:
+    """Show on a terminal that something long is under way; whoever does it tells what is done."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True, highlight=False).status(what) as status:
+        yield lambda done: status.update(f"{what}: {printable(done)} done")
 
 
 def counted(number: int, noun: str) -> str:

@@ -27,7 +27,7 @@ Picture = Callable[[str], str | None]
 def explain_page(facts: Mapping[str, Any], *, now: datetime, picture: Picture = thumbnail) -> str:
     """Return the page of one explanation, see ``explain.Explained.facts``."""
     scores = facts["scores"][:CLASSES_AT_MOST]
-    return _page(
+    return render(
         "explain.html",
         now,
         facts={**facts, "label": _shown(facts["label"])},
@@ -74,7 +74,8 @@ def write_page(file: Path, page: str) -> None:
         raise DataError(f"{file} cannot be written: {error.strerror}; name another place with --html") from error
 
 
-def _page(template: str, now: datetime, **values: Any) -> str:  # noqa: ANN401 -- whatever the template shows
+def render(template: str, now: datetime, **values: Any) -> str:  # noqa: ANN401 -- whatever the template shows
+    """Return a template filled in; every value is escaped, and one that is missing is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

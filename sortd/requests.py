@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sortd.errors import SortdError, StartupError, StorageError
+from sortd.errors import LayoutError, SortdError, StartupError, StorageError
 from sortd.status import read_status
 
 FOLDER = "requests"
@@ -63,11 +63,16 @@ class Requests:
         """Make the folder, for the daemon's user alone, and forget what was asked of an earlier run.
 
         Raises:
-            OSError: it cannot be made.
+            LayoutError: it cannot be made.
         """
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for path in self._folder.iterdir():
-            path.unlink(missing_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for path in self._folder.iterdir():
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise LayoutError(
+                f"{self._folder} cannot be used: {error.strerror}; mend its rights, or set state_dir"
+            ) from error
 
     def serve(self, answer: Callable[[Request], Reply]) -> int:
         """Answer every request that waits; return how many did.

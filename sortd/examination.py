@@ -1,0 +1,71 @@
+"""An examination: the references of datasets are read, embedded and evaluated, and nothing is moved or learnt."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sortd.config import Config
+from sortd.encoder import Encoder
+from sortd.errors import DataError
+from sortd.evaluate import evaluate
+from sortd.evaluation import EvaluationReport
+from sortd.layout import Area, Layout, find_datasets
+from sortd.messages import ImageRefused
+from sortd.references import References, ReferencesAbsentError
+from sortd.site import Site, teaching_of
+
+LoadEncoder = Callable[[Config], Encoder]
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """One dataset and what its references are worth."""
+
+    dataset: str
+    root: Path
+    report: EvaluationReport
+    refused: tuple[ImageRefused, ...]
+    """References that could not be read."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return it all as plain values."""
+        unreadable = [{"path": one.path, "message": one.message} for one in self.refused]
+        return {"root": str(self.root), **self.report.to_json(), "unreadable": unreadable}
+
+
+def examine(
+    config: Config, dataset: str | None = None, *, load_encoder: LoadEncoder | None = None
+) -> Iterator[Examined]:
+    """Evaluate one dataset, or all of them, each under its own settings.
+
+    Args:
+        config: where everything is.
+        dataset: only this one.
+        load_encoder: stands in for the configured model.
+
+    Raises:
+        DataError: there is no such dataset, or it holds nothing to learn from.
+        ModelError: the model cannot be had.
+    """
+    chosen = _chosen(config, dataset)
+    site = Site(config, load_encoder=load_encoder)
+    try:
+        embedder, _, _ = site.load()
+        for layout in chosen:
+            teaching = teaching_of(config.dataset(layout.name))
+            support, refused = References(layout.area(Area.CLASES)).support(embedder, teaching)
+            yield Examined(layout.name, layout.root, evaluate(support, teaching.settings), refused)
+    except ReferencesAbsentError as error:
+        raise DataError(str(error)) from error
+    finally:
+        site.unload()
+
+
+def _chosen(config: Config, name: str | None) -> list[Layout]:
+    layouts = find_datasets(config.root)
+    chosen = [layout for layout in layouts if name is None or layout.name == name]
+    if not chosen:
+        there = ", ".join(layout.name for layout in layouts) or "none; `sortd init DIR` makes one"
+        raise DataError(f"there is no dataset {name or ''} in {config.root}; there are: {there}".replace("  ", " "))
+    return chosen

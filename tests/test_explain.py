@@ -1,0 +1,214 @@
+"""Explain says why an image goes where it goes, from what serves now, and changes nothing."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sortd.cache import Cache
+from sortd.cache_prototypes import PrototypeFiles
+from sortd.config import Config, load
+from sortd.errors import DataError, UnreadableError
+from sortd.explain import explain_image
+from sortd.explanation import Explanation, explain, sentences
+from sortd.layout import Layout
+from sortd.prototypes import Abstain, DecisionSettings, Mode, decide
+from tests.command_line import sortd, write_config
+from tests.daemon_process import make_dataset, picture, tree
+from tests.fake_encoder import SIDE, FakeEncoder
+from tests.filed_images import file_images
+from tests.prototype_maker import make_prototypes
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A dataset whose prototypes are stored, as a sortd that ran leaves it."""
+    write_config(tmp_path, mode="max", abstain="off")
+    dataset = make_dataset(tmp_path / "Data")
+    Layout(dataset).make()
+    prototypes = make_prototypes(dataset, DecisionSettings(Mode.MAX, None))
+    PrototypeFiles(tmp_path / "cache" / "prototypes", pytest.fail).write("Colours", prototypes)
+    return dataset
+
+
+def config_of(site: Path) -> Config:
+    """Return the configuration of a site."""
+    return load(site.parents[1] / "config.yaml", {"HOME": "/nonexistent"})
+
+
+def embedded(path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return the embedding of an image by the encoder of the tests."""
+    row: np.ndarray[Any, np.dtype[np.float32]] = FakeEncoder().encode_images(
+        np.asarray(Image.open(path).convert("RGB").resize((SIDE, SIDE)))[None]
+    )[0]
+    return row
+
+
+@pytest.fixture
+def remembered(site: Path) -> Callable[[Path], Path]:
+    """Draw an image and let the cache know its embedding, as after a run."""
+
+    def remember(path: Path, colour: str = "red") -> Path:
+        if not path.exists():
+            picture(colour, 77).save(path)
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        with Cache(site.parents[1] / "cache" / "embeddings.sqlite") as cache:
+            cache.remember_embeddings({content: embedded(path)}, "fake-48")
+        return path
+
+    return remember
+
+
+def no_model(_: Config) -> FakeEncoder:
+    """Stand in for a model that must not be loaded."""
+    raise AssertionError("a model was loaded for an image that is known")
+
+
+class TestExplanation:
+    """The pure part: prototypes and an embedding in, facts and sentences out."""
+
+    @pytest.mark.parametrize("mode", list(Mode))
+    def test_it_agrees_with_the_decision(self, site: Path, tmp_path: Path, mode: Mode) -> None:
+        """Label, score and margin are those of ``decide``, in every mode."""
+        picture("green", 5).save(tmp_path / "one.png")
+        prototypes = make_prototypes(site, DecisionSettings(mode, Abstain()))
+        row = embedded(tmp_path / "one.png")
+        (decision,) = decide(prototypes, row[None])
+        found = explain(prototypes, row)
+        assert found.decision == decision
+        assert found.scores[0].label == found.label == "green"
+        assert found.scores[0].score == pytest.approx(decision.score)
+        assert {other.mode for other in found.others} == {other.value for other in Mode} - {mode.value}
+
+    def test_the_nearest_references_come_with_their_cosines(self, site: Path) -> None:
+        """A reference itself is its own nearest, with a cosine of one."""
+        reference = site / "Clases" / "blue" / "2.png"
+        found = explain(make_prototypes(site), embedded(reference))
+        first, *rest = found.neighbours
+        assert (first.path, first.label) == (str(reference), "blue")
+        assert first.similarity == pytest.approx(1.0, abs=1e-5)
+        assert len(rest) == 4
+        assert [one.similarity for one in found.neighbours] == sorted(
+            (o.similarity for o in found.neighbours), reverse=True
+        )
+
+    def test_thresholds_say_what_was_missed(self, site: Path) -> None:
+        """An image between two classes fails at least one condition, in words too."""
+        between = embedded(site / "Clases" / "red" / "0.png") + embedded(site / "Clases" / "blue" / "0.png")
+        found = explain(make_prototypes(site), between / np.linalg.norm(between))
+        assert not found.is_filed
+        assert sentences(found)[0].startswith("It goes to Review/")
+        passed = {threshold.name: threshold.passed for threshold in found.thresholds}
+        assert not all(passed.values())
+        assert any("not enough" in sentence for sentence in sentences(found))
+
+    def test_the_share_of_the_name_is_told(self, site: Path) -> None:
+        """All of it in text mode, none in the modes that look at images alone."""
+        row = embedded(site / "Clases" / "red" / "0.png")
+
+        def share(mode: Mode) -> float:
+            return explain(make_prototypes(site, DecisionSettings(mode, None)), row).text_share
+
+        assert share(Mode.TEXT) == 1.0
+        assert share(Mode.BEST) == share(Mode.MAX) == 0.0
+        assert 0.0 <= share(Mode.MIXED) < 1.0
+
+    def test_no_class_is_no_crash(self, site: Path) -> None:
+        """Without a class there is one sentence."""
+        found: Explanation = explain(make_prototypes(site, DecisionSettings(Mode.MAX, None)), np.ones(48) / 48**0.5)
+        assert sentences(found)
+
+
+class TestImage:
+    """The whole: a path in, everything about it out."""
+
+    def test_a_known_image_needs_no_model(self, site: Path, remembered: Callable[[Path], Path]) -> None:
+        """What was embedded before is answered from the cache, by the prototypes that serve."""
+        image = remembered(site / "Images" / "new.png")
+        explained = explain_image(config_of(site), image, load_encoder=no_model)
+        assert explained.is_stored
+        assert explained.facts()["label"] == "red"
+        assert explained.facts()["generation"] == 1
+
+    def test_it_changes_nothing(self, site: Path, remembered: Callable[[Path], Path]) -> None:
+        """No file of the dataset, and no record of the journal."""
+        image = remembered(site / "Images" / "new.png")
+        before = tree(site)
+        explain_image(config_of(site), image, load_encoder=no_model)
+        assert tree(site) == before
+        assert not (site.parents[1] / "state").exists()
+
+    def test_an_unknown_image_is_embedded(self, site: Path, tmp_path: Path) -> None:
+        """An image that lies anywhere is decided by the only dataset there is."""
+        picture("blue", 9).save(tmp_path / "elsewhere.png")
+        explained = explain_image(config_of(site), tmp_path / "elsewhere.png", load_encoder=lambda _: FakeEncoder())
+        assert (explained.dataset, explained.explanation.label, explained.is_stored) == ("Colours", "blue", True)
+
+    def test_without_stored_prototypes_the_references_are_learnt(self, site: Path, tmp_path: Path) -> None:
+        """Before the first run, or with another model, it says that nothing is stored."""
+        (file,) = (tmp_path / "cache" / "prototypes").iterdir()
+        file.unlink()
+        image = site / "Clases" / "green" / "1.png"
+        explained = explain_image(config_of(site), image, load_encoder=lambda _: FakeEncoder())
+        assert (explained.explanation.label, explained.is_stored) == ("green", False)
+        assert "no sortd has stored them" in explained.sentences()[-1]
+
+    def test_a_filed_image_tells_its_way(self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path) -> None:
+        """What the journal knows of it comes along."""
+        (filed,) = file_images(site, tmp_path / "state", {"a.png": "red"})
+        explained = explain_image(config_of(site), remembered(Path(filed)), load_encoder=no_model)
+        (record,) = explained.facts()["history"]
+        assert (record["from"], record["to"]) == (str(site / "Images" / "a.png"), filed)
+
+    def test_what_cannot_be_explained_is_said(self, site: Path, tmp_path: Path) -> None:
+        """No such file, no such dataset, no image, or several datasets to choose from."""
+        (tmp_path / "notes.txt").write_text("no image", encoding="utf-8")
+        picture("red", 1).save(tmp_path / "one.png")
+        config = config_of(site)
+        with pytest.raises(DataError, match="no such file"):
+            explain_image(config, site / "Images" / "gone.png")
+        with pytest.raises(DataError, match="no dataset 'Other'"):
+            explain_image(config, tmp_path / "one.png", "Other")
+        with pytest.raises(UnreadableError, match="would not be decided"):
+            explain_image(config, tmp_path / "notes.txt", load_encoder=lambda _: FakeEncoder())
+        make_dataset(tmp_path / "Data", "Second", references=1)
+        with pytest.raises(DataError, match=r"--dataset Colours\|Second"):
+            explain_image(config, tmp_path / "one.png")
+
+
+class TestCommand:
+    """The command line around it."""
+
+    def test_it_prints_sentences_and_tables(self, site: Path, remembered: Callable[[Path], Path]) -> None:
+        """The verdict first, then the classes, then the nearest references."""
+        image = remembered(site / "Images" / "new.png")
+        ran = sortd("explain", image, "-c", site.parents[1] / "config.yaml")
+        assert ran.out.splitlines()[1] == "It is filed into red."
+        assert "class\tscore\tnearest\treferences" in ran.out
+        assert str(site / "Clases" / "red") in ran.out
+
+    def test_it_prints_json(self, site: Path, remembered: Callable[[Path], Path]) -> None:
+        """All facts, the sentences among them."""
+        image = remembered(site / "Images" / "new.png")
+        facts = sortd("explain", image, "-c", site.parents[1] / "config.yaml", "--json").facts
+        assert (facts["outcome"], facts["label"], facts["mode"], facts["encoder_id"]) == (
+            "filed", "red", "max", "fake-48",
+        )  # fmt: skip
+        assert len(facts["neighbours"]) == 5
+        assert facts["sentences"][0] == "It is filed into red."
+        assert {one["mode"] for one in facts["other_modes"]} == {"avg", "mean", "text", "best", "mixed"}
+
+    def test_it_writes_a_page(self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path) -> None:
+        """One file that holds the image and its nearest references and loads nothing."""
+        image = remembered(site / "Images" / "new.png")
+        page = tmp_path / "why.html"
+        ran = sortd("explain", image, "-c", tmp_path / "config.yaml", "--html", page)
+        text = page.read_text(encoding="utf-8")
+        assert text.count('src="data:image/jpeg;base64,') == 6
+        assert "http" not in text
+        assert str(page) in ran.err
+        assert sortd("explain", image, "-c", tmp_path / "config.yaml", "--html", tmp_path / "no" / "a.html").code == 65

@@ -1,0 +1,220 @@
+"""Pages are one file each: whole, escaped, and with every picture inside."""
+
+import base64
+import re
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sortd.config import load
+from sortd.errors import DataError
+from sortd.evaluate import evaluate
+from sortd.evaluation_page import evaluation_page, sentences
+from sortd.examination import Examined, examine
+from sortd.explanation import explain
+from sortd.layout import Layout
+from sortd.prototypes import SupportSet
+from sortd.report import explain_page, write_page
+from sortd.thumbnails import thumbnail
+from tests.command_line import sortd, write_config
+from tests.daemon_process import make_dataset, picture
+from tests.fake_encoder import FakeEncoder
+from tests.prototype_maker import make_prototypes
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+VOID = {"meta", "img", "br", "line", "polyline", "circle", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """What a page holds; a tag that is not closed in order is an error."""
+
+    def __init__(self, text: str) -> None:
+        """Read it."""
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        """Note it."""
+        self.addresses += [value or "" for name, value in attributes if name in {"src", "href"}]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close it."""
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        """Keep what is read by people."""
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def noisy_support(folder: Path, classes: int = 4, references: int = 8) -> SupportSet:
+    """Return a support set of overlapping classes, so that there are mistakes to show; one reference is in two."""
+    random = np.random.default_rng(3)
+    middles = random.normal(size=(classes, 24))
+    labels = tuple(f"class {index}" for index in range(classes))
+    numbers = np.repeat(np.arange(classes), references)
+    rows = middles[numbers] + 1.6 * random.normal(size=(len(numbers), 24))
+    rows[references] = rows[0]
+    return SupportSet(
+        labels=labels,
+        embeddings=(rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32),
+        classes=numbers,
+        sources=tuple(str(folder / f"{index}.png") for index in range(len(numbers))),
+        text=None,
+        text_mean=None,
+        strangers=np.zeros((0, 24), np.float32),
+        encoder_id="noise",
+        fingerprint="noise",
+    )
+
+
+def facts_of(folder: Path, **sizes: int) -> dict[str, Any]:
+    """Return the facts of an evaluation with mistakes in it."""
+    return Examined("Noise", folder, evaluate(noisy_support(folder, **sizes)), ()).facts()
+
+
+class TestThumbnails:
+    """Pictures in a page."""
+
+    def test_a_picture_becomes_a_small_square(self, tmp_path: Path) -> None:
+        """The middle of it, as JPEG, whatever it was."""
+        picture("red", 1, (300, 200)).save(tmp_path / "a.png")
+        address = thumbnail(str(tmp_path / "a.png"), side_pixels=64)
+        assert address is not None
+        with Image.open(BytesIO(base64.b64decode(address.removeprefix("data:image/jpeg;base64,")))) as small:
+            assert (small.format, small.size) == ("JPEG", (64, 64))
+
+    def test_what_is_no_picture_has_none(self, tmp_path: Path) -> None:
+        """Missing, broken and foreign files leave a gap and no error."""
+        (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+        assert thumbnail(str(tmp_path / "torn.png")) is None
+        assert thumbnail(str(tmp_path / "gone.png")) is None
+        assert thumbnail(str(tmp_path)) is None
+
+
+class TestExplainPage:
+    """The page of one decision."""
+
+    def facts(self, dataset: Path, name: str = "it.png") -> dict[str, Any]:
+        """Return the facts of an explanation, as ``explain`` gives them."""
+        prototypes = make_prototypes(dataset)
+        found = explain(prototypes, prototypes.references[0])
+        from sortd.explain import Explained
+
+        return Explained(str(dataset / name), "Colours", "00", found, is_stored=True, records=()).facts()
+
+    def test_it_is_whole_and_loads_nothing(self, tmp_path: Path) -> None:
+        """Every tag is closed, every picture inside, nothing comes from elsewhere."""
+        dataset = make_dataset(tmp_path)
+        page = Page(explain_page(self.facts(dataset), now=NOW))
+        assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
+        assert len(page.addresses) == 5
+        assert "The nearest references" in page.text
+        assert "cannot be shown" in page.text  # the image itself is not there
+
+    def test_names_cannot_speak_html(self, tmp_path: Path) -> None:
+        """A file or a class named like a tag is shown, not obeyed; bytes that are no text are escaped."""
+        dataset = make_dataset(tmp_path)
+        (dataset / "Clases" / "blue").rename(dataset / "Clases" / "<script>alert(1)")
+        text = explain_page(self.facts(dataset, "<img src=x onerror=alert(1)>\udcff\n.png"), now=NOW)
+        assert "<script" not in text
+        assert "<img src=x" not in text
+        assert "\\xff\\n.png" in Page(text).text
+
+    def test_colours_follow_the_reader(self, tmp_path: Path) -> None:
+        """Light and dark, small and large screens."""
+        text = explain_page(self.facts(make_dataset(tmp_path)), now=NOW)
+        assert "prefers-color-scheme: dark" in text
+        assert "width=device-width" in text
+
+
+class TestEvaluationPage:
+    """The page of an evaluation."""
+
+    def test_it_shows_all_parts(self, tmp_path: Path) -> None:
+        """Advice, modes, curve, classes, matrix and suspects, well formed."""
+        facts = facts_of(tmp_path)
+        text = evaluation_page({"Noise": facts}, now=NOW)
+        page = Page(text)
+        for title in ("What to do", "The modes", "The classes", "What is taken for what", "References worth a look"):
+            assert title in page.text
+        assert facts["advice"]["mode"] in page.text
+        assert re.search(r'<polyline points="[\d., ]+"', text)
+
+    def test_the_matrix_adds_up(self, tmp_path: Path) -> None:
+        """Every reference that was judged is in one cell."""
+        facts = facts_of(tmp_path)
+        cells = re.findall(r'class="cell"[^>]*>(\d+)<', evaluation_page({"Noise": facts}, now=NOW))
+        mine = next(mode for mode in facts["modes"] if mode["mode"] == facts["mode"])
+        assert sum(map(int, cells)) == mine["judged"]
+
+    def test_a_large_matrix_keeps_the_worst(self, tmp_path: Path) -> None:
+        """With many classes those with the most mistakes are shown, and how many are not."""
+        text = evaluation_page({"Noise": facts_of(tmp_path, classes=40, references=4)}, now=NOW)
+        assert "the 10 classes with the fewest mistakes are not shown" in Page(text).text
+
+    def test_doubles_are_shown_side_by_side(self, tmp_path: Path) -> None:
+        """The two pictures of a pair stand together."""
+        picture("red", 1).save(tmp_path / "0.png")
+        picture("blue", 1).save(tmp_path / "8.png")
+        text = evaluation_page({"Noise": facts_of(tmp_path)}, now=NOW)
+        assert re.search(r'class="pair"><img [^>]*><img ', text)
+
+    def test_it_says_which_classes_need_images(self, tmp_path: Path) -> None:
+        """By name, and why."""
+        facts = facts_of(tmp_path, references=2)
+        assert any(sentence.startswith("Add images to 4 of 4 classes (class 0: ") for sentence in sentences(facts))
+
+    def test_nothing_to_judge_is_no_crash(self, tmp_path: Path) -> None:
+        """One image a class: there is nothing to leave out, and the page says what is missing."""
+        facts = facts_of(tmp_path, references=1)
+        assert "add some" in Page(evaluation_page({"Noise": facts}, now=NOW)).text
+
+    def test_it_is_written_at_once(self, tmp_path: Path) -> None:
+        """A page that cannot be written is an error with its path, and no half is left."""
+        write_page(tmp_path / "a.html", "whole")
+        assert (tmp_path / "a.html").read_text(encoding="utf-8") == "whole"
+        with pytest.raises(DataError, match=r"no/a\.html"):
+            write_page(tmp_path / "no" / "a.html", "whole")
+        assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
+
+
+class TestExamination:
+    """The way from folders to a report."""
+
+    def test_every_dataset_is_judged_under_its_own_settings(self, tmp_path: Path) -> None:
+        """References come from Clases/, settings from the configuration, and nothing is touched."""
+        file = write_config(tmp_path, datasets="{Second: {mode: avg}}")
+        for name in ("First", "Second"):
+            Layout(make_dataset(tmp_path / "Data", name, references=3)).make()
+        (tmp_path / "Data" / "First" / "Clases" / "red" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+        found = list(examine(load(file, {"HOME": "/nonexistent"}), load_encoder=lambda _: FakeEncoder()))
+        assert [(one.dataset, one.report.mode, one.report.references) for one in found] == [
+            ("First", "mixed", 9),
+            ("Second", "avg", 9),
+        ]
+        assert [Path(one.path).name for one in found[0].refused] == ["torn.png"]
+        assert not (tmp_path / "state").exists()
+
+    def test_what_cannot_be_judged_is_said(self, tmp_path: Path) -> None:
+        """An unknown dataset, none at all, or one without a class."""
+        file = write_config(tmp_path)
+        (tmp_path / "Data").mkdir()
+        assert sortd("eval", "-c", file).code == 65
+        (tmp_path / "Data" / "Empty" / "Clases").mkdir(parents=True)
+        assert "there are: Empty" in sortd("eval", "Other", "-c", file).err
+        with pytest.raises(DataError, match="holds no class folder"):
+            list(examine(load(file, {"HOME": "/nonexistent"}), load_encoder=lambda _: FakeEncoder()))

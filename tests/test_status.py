@@ -1,0 +1,161 @@
+"""Status tells of the sortd that runs, and of the journals whether or not one runs."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sortd.config import load
+from sortd.journal import Journal
+from sortd.journal_records import Selection
+from sortd.layout import Layout
+from sortd.overview import overview
+from sortd.status import Status, is_alive, read_status, started_ticks
+from tests.command_line import sortd, write_config
+from tests.daemon_process import make_dataset
+from tests.filed_images import file_images
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A dataset into which three images were filed, one of them wrongly."""
+    write_config(tmp_path)
+    dataset = make_dataset(tmp_path / "Data")
+    file_images(dataset, tmp_path / "state", {"a.png": "red", "b.png": "red", "c.png": "blue"})
+    with Journal(Layout(dataset).state_folder(tmp_path / "state") / "journal.sqlite") as journal:
+        (record, *_) = journal.history.moves(Selection(label="red"))
+        journal.record_correction(record, "green", "Dataset/green/b.png")
+    return dataset
+
+
+def facts_of(site: Path) -> dict[str, Any]:
+    """Return the overview of this site."""
+    return overview(load(site.parents[1] / "config.yaml", {"HOME": "/nonexistent"}))
+
+
+def tell(site: Path, **facts: Any) -> None:
+    """Write a status file as a running sortd, this very process, does."""
+    told = {
+        "running": True,
+        "pid": os.getpid(),
+        "started_ticks": started_ticks(os.getpid()),
+        "version": "0.1.0",
+        "root": str(site.parent),
+        "ready": True,
+        "model": "packaged",
+        "encoder_id": "fake-48",
+        "config_problem": None,
+        "watching": [{"root": str(site), "mode": "polling", "why": "nfs"}],
+        "datasets": {
+            "Colours": {
+                "problem": "Clases is gone",
+                "images": {"settling": 2, "ready": 0, "held": 7},
+                "generation": 4,
+                "classes": ["blue", "green", "red"],
+                "references": 12,
+                "mode": "max",
+            }
+        },
+        **facts,
+    }
+    Status(site.parents[1] / "state").write(told)
+
+
+def shown(site: Path) -> str:
+    """Return what the command prints."""
+    ran = sortd("status", "-c", site.parents[1] / "config.yaml")
+    assert ran.code == 0
+    return ran.out
+
+
+def test_a_sortd_that_runs_is_told_of(site: Path) -> None:
+    """Since when, with which model, how it watches, what waits and what stands in the way."""
+    tell(site)
+    facts = facts_of(site)
+    assert (facts["running"], facts["pid"], facts["ended"]) == (True, os.getpid(), None)
+    assert time.time() - 7200 < facts["started_at"] <= time.time()
+    lines = shown(site)
+    assert f"sortd 0.1.0 runs since {time.strftime('%Y-', time.localtime(facts['started_at']))}" in lines
+    assert "packaged  (fake-48)" in lines
+    assert "polling (nfs)" in lines
+    assert "problem   Clases is gone" in lines
+    assert "waiting   2 settling" in lines
+    assert "generation 4, mode max" in lines
+
+
+def test_live_accuracy_comes_from_the_journal(site: Path) -> None:
+    """By class: how many were filed, how many the user put right."""
+    accuracy = facts_of(site)["datasets"]["Colours"]["accuracy"]
+    assert accuracy["red"] == {"filed": 2, "corrected": 1, "right": 0.5}
+    assert accuracy["blue"] == {"filed": 1, "corrected": 0, "right": 1.0}
+    assert "red\t2\t1\t50.0 %" in shown(site)
+
+
+def test_without_a_sortd_the_journals_tell(site: Path) -> None:
+    """Never run, stopped and died are told apart; the counts are the same."""
+    facts = facts_of(site)
+    assert (facts["running"], facts["ended"]) == (False, "never ran")
+    assert facts["datasets"]["Colours"]["total"] == {"filed": 3}
+    assert "has not run yet" in shown(site)
+    tell(site, running=False)
+    assert facts_of(site)["ended"] == "stopped"
+    tell(site, started_ticks=1)
+    assert facts_of(site)["ended"] == "died"
+    assert "ended without a word" in shown(site)
+    assert "generation 4, mode max" in shown(site)
+
+
+def test_a_refused_configuration_stays_in_sight(site: Path) -> None:
+    """Until it is mended: the old one is in force meanwhile."""
+    tell(site, config_problem="config.yaml:3:1: speed: unknown key")
+    assert "config.yaml:3:1: speed: unknown key" in shown(site)
+
+
+def test_files_in_the_inbox_are_counted_where_none_runs(site: Path) -> None:
+    """What a sortd would find if it ran."""
+    (site / "Images" / "new.png").touch()
+    (site / "Review" / "red").mkdir()
+    (site / "Review" / "red" / "odd.png").touch()
+    facts = facts_of(site)["datasets"]["Colours"]
+    assert (facts["in_images"], facts["in_review"]) == (1, 1)
+    assert "waiting   1 file in Images/" in shown(site)
+
+
+def test_a_dataset_that_is_gone_is_told_from_its_journal(site: Path) -> None:
+    """With the disk unmounted, its counts are still there."""
+    site.parent.rename(site.parents[1] / "unmounted")
+    facts = facts_of(site)["datasets"]["Colours"]
+    assert facts["root"] is None
+    assert facts["total"] == {"filed": 3}
+    assert "gone or not mounted" in shown(site)
+
+
+def test_a_damaged_journal_is_told_not_raised(site: Path, tmp_path: Path) -> None:
+    """Status is asked when something is wrong; it must not fail over it."""
+    (Layout(site).state_folder(tmp_path / "state") / "journal.sqlite").write_bytes(b"no database at all" * 100)
+    assert "journal" in facts_of(site)["datasets"]["Colours"]["journal_problem"]
+
+
+def test_another_root_is_pointed_out(site: Path) -> None:
+    """The sortd that runs may have been started with another configuration."""
+    tell(site, root="/elsewhere")
+    assert facts_of(site)["other_root"] == "/elsewhere"
+
+
+def test_an_empty_root_says_how_to_begin(tmp_path: Path) -> None:
+    """There is nothing to tell of, but what to do."""
+    write_config(tmp_path)
+    (tmp_path / "Data").mkdir()
+    assert "sortd init" in sortd("status", "-c", tmp_path / "config.yaml").out
+
+
+def test_a_number_that_is_used_again_is_no_sortd(tmp_path: Path) -> None:
+    """A process is the same only if it started at the same tick."""
+    ticks = started_ticks(os.getpid())
+    assert ticks is not None
+    assert is_alive(os.getpid(), ticks)
+    assert not is_alive(os.getpid(), ticks + 1)
+    assert not is_alive(0, None)
+    assert read_status(tmp_path) is None
