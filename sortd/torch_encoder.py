@@ -89,12 +89,12 @@ class TorchEncoder:
             torch.set_num_threads(threads)
         self._device = _device(device)
         self._clip = _load(folder, self._device)
+        _see_that_it_is_a_clip(self._clip, folder.name)
         self._words = self._clip if words is None else _load(words, self._device)
         processor = _image_processor(self._clip, folder.name).to_dict()
         self.preprocessing = preprocessing_of(processor)
         self._scale, self._shift = (value.to(self._device) for value in _normalisation(processor))
         self.dimensions = int(self._clip.get_embedding_dimension())
-        _see_that_it_is_a_clip(self._clip, folder.name)
         if words is not None and int(self._words.get_embedding_dimension() or 0) != self.dimensions:
             raise ModelError(
                 f"text model {words.name!r} has {self._words.get_embedding_dimension()} dimensions and model "

@@ -290,6 +290,25 @@ class TestRefusals:
         with pytest.raises(ModelError, match=f"{copied}.*fetch or copy it again"):
             load(str(copied))
 
+    @pytest.mark.parametrize(
+        ("settings", "complaint"),
+        [
+            ({"modality_config": {"text": {"method": "get_text_features", "method_output_name": "pooler_output"}}},
+             "it takes no image"),
+            ({"modality_config": {"image": {"method": "get_image_features", "method_output_name": "pooler_output"}}},
+             "it takes no text"),
+            ({"module_output_name": "token_embeddings"}, "it gives many embeddings for one image"),
+        ],
+    )  # fmt: skip
+    def test_a_clip_that_is_set_up_as_something_else(
+        self, copied: Path, settings: dict[str, Any], complaint: str
+    ) -> None:
+        """Whoever published it may have left one tower out."""
+        file = copied / "sentence_bert_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+        with pytest.raises(ModelError, match=f"is no CLIP: {complaint}"):
+            load(str(copied))
+
     def test_weights_that_are_not_numbers(self, copied: Path) -> None:
         """Found by the probe: nobody files images by NaN."""
         from safetensors.numpy import load_file, save_file

@@ -76,6 +76,7 @@ def _clip(dimensions: int) -> "PreTrainedModel":
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
+        "attention_dropout": 0.1,  # of no effect but while training
         "projection_dim": dimensions,
     }
     vocabulary = _vocabulary()
