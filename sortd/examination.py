@@ -1,7 +1,8 @@
 """An examination: the references of datasets are read, embedded and evaluated, and nothing is moved or learnt."""
 
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from sortd.encoder import Encoder
 from sortd.errors import DataError
 from sortd.evaluate import evaluate
 from sortd.evaluation import EvaluationReport
+from sortd.journal_history import History
+from sortd.journals import JOURNAL_FILE
 from sortd.layout import Area, Layout, find_datasets
 from sortd.messages import ImageRefused
-from sortd.references import References, ReferencesAbsentError
+from sortd.references import References, ReferencesAbsentError, Teaching
+from sortd.scanning import stamp
 from sortd.site import Site, teaching_of
 
 LoadEncoder = Callable[[Config], Encoder]
@@ -53,13 +57,29 @@ def examine(
     try:
         embedder, _, _ = site.load()
         for layout in chosen:
-            teaching = teaching_of(config.dataset(layout.name))
+            teaching = taught(config, layout)
             support, refused = References(layout.area(Area.CLASES)).support(embedder, teaching)
             yield Examined(layout.name, layout.root, evaluate(support, teaching.settings), refused)
     except ReferencesAbsentError as error:
         raise DataError(str(error)) from error
     finally:
         site.unload()
+
+
+def taught(config: Config, layout: Layout) -> Teaching:
+    """Return what decides, beside the images in ``Clases/``, on a dataset's prototypes: settings and corrections.
+
+    Raises:
+        JournalError: the journal, which knows the corrections, cannot be read.
+    """
+    teaching = teaching_of(config.dataset(layout.name))
+    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
+    if not teaching.learns_from_corrections or not file.is_file():
+        return teaching
+    with History.open(file) as history:
+        corrected = [(label, os.path.join(layout.root, path)) for _, label, path, _ in history.corrections()]
+    stands = ((label, path, stamp(path)) for label, path in corrected)
+    return replace(teaching, corrections=tuple((label, path, mark) for label, path, mark in stands if mark is not None))
 
 
 def _chosen(config: Config, name: str | None) -> list[Layout]:

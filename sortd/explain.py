@@ -12,6 +12,7 @@ from sortd.check import CACHE_FILE
 from sortd.config import Config
 from sortd.encoder import Encoder
 from sortd.errors import DataError, UnreadableError
+from sortd.examination import taught
 from sortd.explanation import Explanation, explain, sentences
 from sortd.journal_history import History
 from sortd.journal_records import Selection
@@ -21,7 +22,7 @@ from sortd.messages import EmbeddedImage, FloatArray, Stamp
 from sortd.prototypes import PrototypeSet
 from sortd.references import References, ReferencesAbsentError
 from sortd.scanning import stamp
-from sortd.site import Site, teaching_of
+from sortd.site import Site
 from sortd.stored import stored_prototypes
 
 LoadEncoder = Callable[[Config], Encoder]
@@ -154,7 +155,7 @@ def _embedded(
         if stored is not None and stored.encoder_id == embedder.encoder.encoder_id:
             return answer.embedding, stored
         references = References(layout.area(Area.CLASES))
-        rebuilt = references.rebuild(embedder, teaching_of(config.dataset(layout.name)), previous=None, generation=0)
+        rebuilt = references.rebuild(embedder, taught(config, layout), previous=None, generation=0)
     except ReferencesAbsentError as error:
         raise DataError(str(error)) from error
     finally:
