@@ -63,6 +63,7 @@ class Entry:
     ticket: int = 0
     generation: int = 0
     in_review: bool = False
+    failures: int = 0
     scan: int = 0
 
     @property
@@ -273,6 +274,7 @@ class Backlog:
         entry = self._entries.get(path)
         if entry is None or entry.stamp != stamp or entry.state is not State.MOVING:
             return None
+        entry.failures += 1
         self._go(entry, State.EMBEDDED)
         return entry
 
@@ -281,8 +283,11 @@ class Backlog:
         self._restart(entry, entry.stamp, now)
 
     def resume(self) -> None:
-        """EMBEDDED -> READY for all: what kept them from moving is over; their embeddings are cached."""
-        for entry in self.in_state(State.EMBEDDED):
+        """EMBEDDED -> READY for all: what kept them from moving is over; their embeddings are cached.
+
+        What failed most often comes last, lest one folder that refuses starve the images of all others.
+        """
+        for entry in sorted(self.in_state(State.EMBEDDED), key=lambda entry: -entry.failures):
             self._queue(entry)
 
     def reconsider(self, generation: int) -> None:

@@ -147,6 +147,17 @@ class TestFoldersThatComeAndGo:
             daemon.wait_for("dataset.added", dataset="Bad")
             assert len(daemon.events("dataset.held")) == 1
 
+    def test_a_folder_that_becomes_a_dataset_later_is_taken_up_soon(self, colours: Path, write_config: Write) -> None:
+        """Somebody makes a folder, thinks for a while, and makes Clases/ in it: no event tells of that."""
+        with running(write_config()) as daemon:
+            folder = colours.parent / "Later"
+            folder.mkdir()
+            drop(colours / "Images", "red", "a.png")
+            daemon.wait_for("image.filed")
+            assert not daemon.events("dataset.added", dataset="Later")
+            make_dataset(colours.parent, "Later")
+            daemon.wait_for("prototypes.rebuilt", dataset="Later", classes=3, references=12, seconds=20)
+
     def test_an_inbox_that_is_deleted_and_made_anew_is_heard(self, colours: Path, write_config: Write) -> None:
         """Images/ may go and come back."""
         with running(write_config()) as daemon:
