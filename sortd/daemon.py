@@ -136,7 +136,7 @@ class Daemon:
             return all(dataset.sorter.is_stopped for dataset in self.collection)
         if not self._once or self.model is None:
             return False
-        return all(dataset.is_drained or dataset.problem for dataset in self.collection)
+        return all(dataset.is_drained or dataset.is_stuck for dataset in self.collection)
 
     def _stop(self) -> None:
         self._notifier.stopping()

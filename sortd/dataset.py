@@ -265,7 +265,9 @@ class Dataset:
             teaching = replace(teaching, corrections=self._corrections.learnt())
         clases = self.layout.area(Area.CLASES)
         self._ask(
-            RebuildJob(self.name, clases, teaching, self.last_generation, force=self._force_rebuild, afresh=self._afresh)
+            RebuildJob(
+                self.name, clases, teaching, self.last_generation, force=self._force_rebuild, afresh=self._afresh
+            )
         )
         self._force_rebuild = self._afresh = False
 
@@ -290,6 +292,11 @@ class Dataset:
         for result in results:
             self.account.moved(asked[result.path, result.stamp], result, milliseconds)
             self.receive(result)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Tell whether nothing will move until somebody mends the references."""
+        return self.problem is not None and (self.sorter.prototypes is None or self.sorter.references_absent)
 
     @property
     def filing(self) -> Filing:

@@ -176,10 +176,14 @@ class PrototypesBuilt:
 
 @dataclass(frozen=True, slots=True)
 class RebuildFailed:
-    """A rebuild did not serve: the last good prototypes stay; with ``references_absent`` nothing moves either."""
+    """A rebuild did not serve: the last good prototypes stay; with ``references_absent`` nothing moves either.
+
+    It is tried again by and by, unless ``is_lasting``: then only a change of the references, or force, helps.
+    """
 
     message: str
     references_absent: bool = False
+    is_lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
         try:
             for dataset in datasets.values():
                 dataset.begin((), ())
-            while not all(dataset.is_drained or dataset.problem for dataset in datasets.values()):
+            while not all(dataset.is_drained or dataset.is_stuck for dataset in datasets.values()):
                 _turn(inbox, datasets)
         finally:
             worker.stop(60)

@@ -22,6 +22,8 @@ from sortd.journal_history import History
 from sortd.layout import Layout
 from sortd.messages import Stamp
 from sortd.metrics import Metrics
+from sortd.model_folders import STRONGER
+from sortd.models import locate
 from sortd.prototypes import Abstain, DecisionSettings, Mode
 from sortd.references import Teaching
 from sortd.sorter import SorterSettings
@@ -77,6 +79,7 @@ class Site:
                 device=config.device,
                 cache_dir=config.cache_dir,
                 threads=config.threads,
+                decoding=config.decoding.jpeg,
             )
         )
         self._run = uuid.uuid4().hex[:8]
@@ -181,11 +184,21 @@ class Site:
             encoder.preprocessing,
             limits,
             timeout_seconds=decoding.timeout_seconds,
+            jpeg=decoding.jpeg,
         )
-        self._cache = Cache(config.cache_dir / "embeddings.sqlite")
+        self._cache = Cache(config.cache_dir / "embeddings.sqlite", max_bytes=config.cache_megabytes * 1_000_000)
         embedder = Embedder(encoder, self._decoders, self._cache, batch_size=config.batch_size)
         store = PrototypeStore(self._cache.prototypes, self._cache.remember_prototypes)
-        return embedder, store, config.model
+        return embedder, store, self._describe(config)
+
+    @staticmethod
+    def _describe(config: Config) -> str:
+        """Name the model that serves; where ``auto`` had to take the small one, with what gets the stronger one."""
+        if config.model != "auto":
+            return config.model
+        found = locate("auto", cache_dir=config.cache_dir).name
+        hint = f"; `sortd models fetch {STRONGER}` gets the stronger one" if found == "packaged" else ""
+        return f"{found} (auto{hint})"
 
     def unload(self) -> None:
         """End the decoders and close the cache."""

@@ -215,7 +215,8 @@ class Sorter:
     def _rebuild_failed(self, event: RebuildFailed, now: float) -> None:
         self._rebuilding = False
         self.references_absent = event.references_absent
-        self._rebuild_pause.begin(now)
+        if not event.is_lasting:
+            self._rebuild_pause.begin(now)
         self._resume()
 
     def _resume(self) -> None:

@@ -17,6 +17,7 @@ from sortd.errors import SortdError
 from sortd.messages import Embedded, EmbeddedImage, Event, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.prototypes import PrototypeSet
 from sortd.references import Rebuilt, References, ReferencesAbsentError, Teaching
+from sortd.reload_gate import refuse_reload
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +183,25 @@ class Worker:
         except (SortdError, OSError, ValueError) as error:
             self._post(Answer(job.dataset, (RebuildFailed(f"{type(error).__name__}: {error}"),)))
             return
+        refusal = None if previous is None or job.force else gate(previous, rebuilt.prototypes)
+        if previous is not None and refusal is not None:
+            self._keep(job.dataset, previous, refusal)
+            return
         if rebuilt.changed:
             store.write(job.dataset, rebuilt.prototypes)
         self._serving[job.dataset] = rebuilt.prototypes
         built = PrototypesBuilt(rebuilt.prototypes)
         self._post(Answer(job.dataset, (built,), rebuilt, monotonic() - began))
+
+    def _keep(self, dataset: str, previous: PrototypeSet, refusal: str) -> None:
+        """Let the old generation serve on, or serve at all after a start, and say why the new one does not."""
+        message = f"{refusal}; the old prototypes stay: mend the references, or `sortd rebuild --force {dataset}`"
+        failed = RebuildFailed(message, is_lasting=True)
+        is_serving = dataset in self._serving
+        self._serving[dataset] = previous
+        self._post(Answer(dataset, (failed,) if is_serving else (PrototypesBuilt(previous), failed)))
+
+
+def gate(old: PrototypeSet, new: PrototypeSet) -> str | None:
+    """Return why the old generation should stay; a class that was removed is obeyed whatever it costs."""
+    return refuse_reload(old, new) if set(old.labels) <= set(new.labels) else None

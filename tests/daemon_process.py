@@ -127,10 +127,18 @@ def running(config: Path, *, program: str = "tests.fast_sortd", **environment: s
 COLOURS = {"red": (200, 40, 40), "green": (40, 190, 60), "blue": (50, 60, 210)}
 
 
-def picture(colour: str, seed: int, size: tuple[int, int] = (72, 64)) -> Image.Image:
-    """Return a noisy picture of one colour: what even a model of random weights tells apart."""
-    noise = np.random.default_rng(seed).normal(0, 18, (size[1], size[0], 3))
-    return Image.fromarray(np.clip(np.asarray(COLOURS[colour]) + noise, 0, 255).astype(np.uint8))
+def picture(colour: str, seed: int, size: tuple[int, int] = (72, 64), *, patches: float = 0.0) -> Image.Image:
+    """Return a noisy picture of one colour: what even a model of random weights tells apart.
+
+    ``patches`` is how much the brightness of sixteen patches differs: pictures without them are near duplicates.
+    """
+    dice = np.random.default_rng(seed)
+    noise = dice.normal(0, 18, (size[1], size[0], 3))
+    pattern = np.asarray(
+        Image.fromarray(dice.normal(0, patches, (4, 4)).astype(np.float32)).resize(size, Image.Resampling.NEAREST)
+    )
+    pixels = np.asarray(COLOURS[colour]) + noise + pattern[:, :, None]
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def make_dataset(root: Path, name: str = "Colours", references: int = 4) -> Path:

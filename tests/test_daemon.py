@@ -308,3 +308,32 @@ def test_names_that_are_not_utf8_are_filed_and_logged(colours: Path, write_confi
         daemon.wait_for("image.filed")
         assert daemon.stop() == 0
     assert os.path.exists(os.path.join(colours, "Dataset", "red", name))
+
+
+def test_a_ruined_library_does_not_replace_a_good_one_unless_forced(colours: Path, write_config: Write) -> None:
+    """The reload gate keeps the old generation, says so and how to force it; force is obeyed."""
+    for index, colour in enumerate(["red", "green", "blue"]):
+        for number in range(12):
+            picture(colour, 1000 + 100 * index + number, patches=40).save(
+                colours / "Clases" / colour / f"more{number}.png"
+            )
+    config = write_config(mode="best")
+    with running(config) as daemon:
+        daemon.wait_for("prototypes.rebuilt", references=48)
+        for index, wrong in enumerate(["green", "blue", "red"]):
+            folder = colours / "Clases" / ["red", "green", "blue"][index]
+            for number in range(16):
+                picture(wrong, 5000 + 100 * index + number, patches=40).save(folder / f"wrong{number}.png")
+        line = daemon.wait_for("prototypes.rebuild_failed")
+        assert "sortd rebuild --force Colours" in line["error"]
+        picture("red", 1).save(colours / "Images" / "a.png")
+        assert daemon.wait_for("image.filed")["generation"] == 1
+        forced = subprocess.run(
+            [sys.executable, "-m", "sortd", "rebuild", "--force", "-c", str(config)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert forced.returncode == 0, forced.stderr
+        daemon.wait_for("prototypes.rebuilt", references=96)
