@@ -36,8 +36,7 @@ def log_softmax(logits: Array) -> Array:
     top = logits.max(axis=1, keepdims=True, initial=-np.inf)
     shifted = logits - np.where(np.isfinite(top), top, 0.0)
     total = np.exp(shifted).sum(axis=1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        return np.asarray(shifted - np.log(total), dtype=np.float64)
+    return np.asarray(shifted - np.log(np.where(total > 0.0, total, 1.0)), dtype=np.float64)
 
 
 def fit_temperature(

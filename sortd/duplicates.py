@@ -14,6 +14,8 @@ sets 5 % of references lie this near to another one of their class, and merging 
 SHARE_OF_MEDIAN = 0.125
 """The same as a share of the median distance between references, for encoders whose embeddings lie closer together."""
 SAMPLE = 512
+ROUNDING = 1e-6
+"""Cosine distance within which two references are the same in any library."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,7 @@ def merge_duplicates(embeddings: Array, classes: IntArray) -> Merged:
         embeddings: float64 (N, d), unit rows.
         classes: int64 (N,).
     """
-    limit = 1.0 - duplicate_distance(embeddings) - 1e-9
+    limit = 1.0 - max(duplicate_distance(embeddings), ROUNDING)
     group = np.empty(len(embeddings), dtype=np.int64)
     leaders: list[int] = []
     order = np.argsort(classes, kind="stable")

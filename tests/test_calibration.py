@@ -1,0 +1,247 @@
+"""Abstaining: calibrated on the references alone, it holds on images that were never seen."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sortd.calibration import Calibration, log_odds
+from sortd.confidence import balanced_weights, choose_threshold, fit_temperature, log_softmax, precision_curve
+from sortd.prototypes import Abstain, Abstained, Assigned, DecisionSettings, Mode, SupportSet, build, decide
+from sortd.strangers import leave_classes_out, nearest_cosines
+from tests.made_features import NEEDS_FEATURES, Array, Blobs, real_world, support_set, unit
+
+
+def shares(
+    support: SupportSet, abstain: Abstain, queries: Array, labels: list[int], mode: Mode = Mode.MIXED
+) -> tuple[float, float]:
+    """Return the share of queries filed, and of right ones among them."""
+    prototypes = build(support, DecisionSettings(mode, abstain), generation=1)
+    answers = zip(decide(prototypes, queries), labels, strict=True)
+    right = [one.label == support.labels[label] for one, label in answers if isinstance(one, Assigned)]
+    return len(right) / len(queries), float(np.mean(right)) if right else 1.0
+
+
+def filed_share(support: SupportSet, queries: Array, abstain: Abstain | None = None) -> float:
+    """Return the share of queries filed, whatever they are."""
+    settings = DecisionSettings() if abstain is None else DecisionSettings(abstain=abstain)
+    decisions = decide(build(support, settings, generation=1), queries)
+    return float(np.mean([isinstance(one, Assigned) for one in decisions]))
+
+
+def hard_world(each: int = 12, spread: float = 2.0) -> tuple[SupportSet, Array, list[int], Blobs]:
+    """Return a library in which a third of the images cannot be told apart."""
+    blobs = Blobs(20, spread=spread)
+    index = np.repeat(np.arange(20), each)
+    asked = np.repeat(np.arange(20), 40)
+    return support_set(blobs.draw(index), index), blobs.draw(asked), asked.tolist(), blobs
+
+
+class TestConfidence:
+    """Temperature and threshold."""
+
+    def test_the_temperature_of_made_up_logits_is_found(self) -> None:
+        """Labels drawn from a softmax of known temperature give it back within a tenth."""
+        generator = np.random.default_rng(0)
+        table = generator.standard_normal((4000, 10))
+        chances = np.exp(log_softmax(3.0 * table))
+        own = (chances.cumsum(axis=1) > generator.random((4000, 1))).argmax(axis=1)
+        factor, losses = fit_temperature(table, own, np.ones(4000), typical=1.0, spread=1.0)
+        assert factor == pytest.approx(3.0, rel=0.1)
+        np.testing.assert_allclose(losses, -log_softmax(factor * table)[np.arange(4000), own], atol=1e-9)
+
+    def test_few_rows_stay_near_the_typical_temperature(self) -> None:
+        """Three right rows do not make anybody certain."""
+        table = np.eye(3) * 5.0
+        factor, _ = fit_temperature(table, np.arange(3), np.ones(3), typical=0.5, spread=0.5)
+        assert factor < 2.0
+
+    def test_many_classes_are_normalised_by_the_best_ones(self) -> None:
+        """With 100 classes the log loss over the examined ones is that over all, where the rest is far below."""
+        table = np.random.default_rng(0).standard_normal((50, 100)) * 8.0
+        own = np.arange(50)
+        factor, losses = fit_temperature(table, own, np.ones(50), typical=1.0, spread=0.1)
+        np.testing.assert_allclose(losses, -log_softmax(factor * table)[own, own], atol=1e-2)
+
+    def test_the_threshold_keeps_the_wanted_share_right(self) -> None:
+        """Above the threshold of calibrated confidences enough are right, and no more are refused than needed."""
+        generator = np.random.default_rng(1)
+        confidence = generator.random(5000)
+        right = generator.random(5000) < confidence
+        found = choose_threshold(confidence, right, np.ones(5000), 0.9)
+        assert found.is_attained
+        assert right[confidence >= found.confidence].mean() == pytest.approx(0.925, abs=0.01)
+
+    def test_what_cannot_be_had_is_said(self) -> None:
+        """Where half of the surest are wrong, the threshold is beyond all of them and the attainable share is told."""
+        confidence, right = np.linspace(0.5, 0.99, 100), np.arange(100) % 2 == 0
+        found = choose_threshold(confidence, right, np.ones(100), 0.95)
+        assert not found.is_attained
+        assert found.confidence > 0.98
+        assert found.attainable < 0.95
+
+    def test_classes_count_once(self) -> None:
+        """The weights of each class sum to the same, and all to the number of rows."""
+        own = np.array([0, 0, 0, 1, 2, 2])
+        weights = balanced_weights(own, 4)
+        assert [weights[own == label].sum() for label in range(3)] == pytest.approx([2.0, 2.0, 2.0])
+
+    def test_the_curve_falls_from_few_to_all(self) -> None:
+        """Coverage grows to one along the curve while the least confidence falls."""
+        generator = np.random.default_rng(2)
+        confidence = generator.random(300)
+        curve = precision_curve(confidence, generator.random(300) < confidence, np.ones(300))
+        least, filed, _ = zip(*curve, strict=True)
+        assert list(least) == sorted(least, reverse=True)
+        assert list(filed) == sorted(filed)
+        assert filed[-1] == pytest.approx(1.0)
+
+
+class TestKnownImages:
+    """precision."""
+
+    @pytest.mark.parametrize("precision", [0.8, 0.95])
+    def test_the_wanted_precision_holds_on_new_images(self, precision: float) -> None:
+        """Within two points, and not by filing nothing."""
+        support, queries, labels, _ = hard_world()
+        filed, right = shares(support, Abstain(precision), queries, labels)
+        assert right >= precision - 0.02
+        assert filed > 0.25
+
+    @pytest.mark.parametrize("mode", [Mode.AVG, Mode.MAX, Mode.MEAN])
+    def test_it_holds_for_the_plain_modes_too(self, mode: Mode) -> None:
+        """Each mode is calibrated by its own leave-one-out."""
+        support, queries, labels, _ = hard_world(spread=1.6)
+        assert shares(support, Abstain(0.9), queries, labels, mode)[1] >= 0.88
+
+    def test_easy_classes_are_filed(self) -> None:
+        """Where the rule is nearly always right, nearly everything is filed."""
+        support, queries, labels, _ = hard_world(spread=0.7)
+        filed, right = shares(support, Abstain(), queries, labels)
+        assert filed > 0.85
+        assert right > 0.98
+
+    def test_what_is_expected_is_what_happens(self) -> None:
+        """The share that leave-one-out foretells is the share of new images that is filed, within eight points."""
+        support, queries, labels, _ = hard_world()
+        expected = build(support, DecisionSettings(), generation=1).calibration.filed_expected
+        assert expected is not None
+        assert shares(support, Abstain(), queries, labels)[0] == pytest.approx(expected, abs=0.08)
+
+    def test_a_higher_precision_files_less(self) -> None:
+        """The trade-off goes one way."""
+        support, queries, labels, _ = hard_world()
+        filed = [shares(support, Abstain(precision), queries, labels)[0] for precision in (0.7, 0.85, 0.95)]
+        assert filed == sorted(filed, reverse=True)
+
+    def test_without_two_images_in_any_class_it_says_so(self) -> None:
+        """Nothing can be left out, so nothing vouches for a precision."""
+        blobs = Blobs(5)
+        facts = build(support_set(blobs.draw(range(5)), range(5)), DecisionSettings(), generation=1).calibration
+        assert facts.held_out == 0
+        assert facts.precision_attainable is None
+        assert "no class has two images" in facts.notes[0]
+
+
+class TestStrangers:
+    """Images of no class."""
+
+    def test_far_strangers_are_not_filed(self) -> None:
+        """Of images that share nothing with the library, at most one in fifty is filed at the defaults."""
+        support, _, _, _ = hard_world(spread=0.8)
+        far = unit(np.random.default_rng(9).standard_normal((300, 64)) + 0.5)
+        assert filed_share(support, far) <= 0.02
+
+    def test_a_wanted_share_of_strangers_holds(self) -> None:
+        """Of near strangers not more than two and a half times the wanted share is filed."""
+        support, _, _, blobs = hard_world(spread=0.9)
+        assert filed_share(support, blobs.strangers(400), Abstain(strangers=0.05)) <= 0.125
+
+    def test_examples_of_nothing_are_heeded(self) -> None:
+        """With examples in _none, what is like them is a stranger; without, it is filed into a class like it."""
+        blobs = Blobs(8, spread=0.8)
+        near = blobs.centres[3] + 1.2 * np.random.default_rng(0).standard_normal(64)
+
+        def impostors(count: int) -> Array:
+            return unit(blobs.common + near + 0.3 * blobs.generator.standard_normal((count, 64)))
+
+        index = np.repeat(np.arange(8), 10)
+        support = support_set(blobs.draw(index), index, strangers=impostors(8))
+        queries = impostors(50)
+        heeded = decide(build(support, DecisionSettings(), generation=1), queries)
+        assert np.mean([isinstance(one, Abstained) and one.reason == "stranger" for one in heeded]) > 0.8
+        own = blobs.draw([3] * 50)
+        assert filed_share(support, own) > 0.6
+
+    def test_few_classes_cannot_vouch_for_a_small_share(self) -> None:
+        """Five classes are told what they can honour, which is then in force."""
+        blobs = Blobs(5)
+        index = np.repeat(np.arange(5), 8)
+        facts = build(
+            support_set(blobs.draw(index), index), DecisionSettings(abstain=Abstain(strangers=0.01)), generation=1
+        ).calibration
+        assert facts.strangers_attainable == pytest.approx(1 / 6)
+        assert facts.strangers_used == facts.strangers_attainable
+        assert any("strangers 0.01 is asked" in note for note in facts.notes)
+
+    @pytest.mark.parametrize("classes", [1, 2])
+    def test_too_few_classes_to_leave_any_out(self, classes: int) -> None:
+        """With one or two classes nothing is left out, nothing raises, and it is said."""
+        index = np.repeat(np.arange(classes), 8)
+        support = support_set(Blobs(classes).draw(index), index)
+        prototypes = build(support, DecisionSettings(abstain=Abstain(strangers=0.05)), generation=1)
+        assert prototypes.calibration.strangers_attainable == 1.0
+        assert len(decide(prototypes, Blobs(classes).draw([0]))) == 1
+
+    def test_every_class_takes_its_turn(self) -> None:
+        """All references are strangers once, and classes weigh the same."""
+        index = np.repeat(np.arange(4), [2, 3, 4, 5])
+        rows = Blobs(4).draw(index).astype(np.float64)
+        null = leave_classes_out(rows, index, np.array([2, 3, 4, 5]))
+        assert len(null.weights) == 14
+        assert null.weights.sum() == pytest.approx(4.0)
+        assert (null.margin >= 0).all()
+
+    def test_nearest_cosines_leave_the_query_itself_out(self) -> None:
+        """A reference is compared with the others of its class; a class without others gives -1."""
+        rows = Blobs(2, width=8).draw([0, 0, 0, 1]).astype(np.float64)
+        classes = np.array([0, 0, 0, 1])
+        got = nearest_cosines(rows, classes, rows, classes, np.arange(4), neighbours=1)
+        products = rows @ rows.T
+        assert got[0] == pytest.approx(max(products[0, 1], products[0, 2]))
+        assert got[3] == -1.0
+
+
+class TestFacts:
+    """What is stored."""
+
+    @pytest.mark.parametrize("abstain", [None, Abstain(), Abstain(strangers=0.1)])
+    def test_they_survive_json(self, abstain: Abstain | None) -> None:
+        """A calibration is the same after a journey through JSON."""
+        support, _, _, _ = hard_world(each=5)
+        facts = build(support, DecisionSettings(abstain=abstain), generation=1).calibration
+        assert Calibration.from_json(json.loads(json.dumps(facts.to_json()))) == facts
+
+    def test_log_odds_are_bounded(self) -> None:
+        """Certainty is no infinity."""
+        assert np.isfinite(log_odds(np.array([0.0, 0.5, 1.0]))).all()
+
+
+@NEEDS_FEATURES
+class TestRealFeatures:
+    """Real CLIP ViT-B/32 embeddings, at the shipped defaults."""
+
+    @pytest.mark.parametrize("name", ["dtd", "oxford_pets"])
+    def test_precision_and_coverage(self, name: str) -> None:
+        """With 16 references at least 92 % of what is filed is right, and something is filed."""
+        support, queries, labels = real_world(name, 16)
+        filed, right = shares(support, Abstain(), queries[::3], labels[::3].tolist())
+        assert right >= 0.92
+        assert filed > 0.25
+
+    @pytest.mark.parametrize(("name", "other"), [("dtd", "ucf101"), ("oxford_pets", "dtd"), ("caltech101", "dtd")])
+    def test_far_strangers(self, name: str, other: str) -> None:
+        """Of another file's queries at most 2 % are filed."""
+        support, _, _ = real_world(name, 16)
+        _, strangers, _ = real_world(other, 1)
+        assert filed_share(support, strangers[::2]) <= 0.02

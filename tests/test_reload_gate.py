@@ -1,0 +1,84 @@
+"""The reload gate: a rebuild that decides much worse stays out, and what the user did is obeyed."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from sortd.prototypes import Abstain, DecisionSettings, PrototypeSet, build
+from sortd.reload_gate import refuse_reload, shared_recalls
+from tests.made_features import Array, Blobs, IntArray, support_set
+
+BLOBS = Blobs(10, spread=0.8)
+CLASSES = np.repeat(np.arange(10), 12)
+ROWS = BLOBS.draw(CLASSES)
+
+
+def built(rows: Array, classes: IntArray, *, encoder_id: str = "made up") -> PrototypeSet:
+    """Return prototypes of rows."""
+    support = replace(support_set(rows, classes, labels=10), encoder_id=encoder_id)
+    return build(support, DecisionSettings(), generation=1)
+
+
+OLD = built(ROWS, CLASSES)
+
+
+def test_an_equal_rebuild_passes() -> None:
+    """Nothing changed, nothing is refused."""
+    assert refuse_reload(OLD, built(ROWS, CLASSES)) is None
+
+
+def test_shuffled_classes_are_refused() -> None:
+    """References that were thrown into wrong folders fall in accuracy, and the sentence names a class."""
+    wrong = np.random.default_rng(0).permutation(CLASSES)
+    order = np.argsort(wrong, kind="stable")
+    said = refuse_reload(OLD, built(ROWS[order], wrong[order]))
+    assert said is not None
+    assert "a00" in said
+
+
+def test_a_removed_class_is_obeyed() -> None:
+    """Deleting a folder is no loss of accuracy, however well it was recognised."""
+    kept = CLASSES != 4
+    assert refuse_reload(OLD, built(ROWS[kept], CLASSES[kept])) is None
+
+
+def test_fewer_references_that_decide_as_well_pass() -> None:
+    """Half of the references decide these easy classes nearly as well."""
+    kept = np.arange(len(CLASSES)) % 2 == 0
+    assert refuse_reload(OLD, built(ROWS[kept], CLASSES[kept])) is None
+
+
+def test_another_encoder_is_not_compared() -> None:
+    """What was asked for is not judged by the old encoder's figures."""
+    wrong = np.sort(np.random.default_rng(0).permutation(CLASSES))
+    rows = ROWS[np.random.default_rng(0).permutation(len(ROWS))]
+    assert refuse_reload(OLD, built(rows, wrong, encoder_id="another")) is None
+
+
+def test_other_settings_are_not_compared() -> None:
+    """A stricter precision sends more to review, as was asked."""
+    support = support_set(ROWS, CLASSES)
+    assert refuse_reload(OLD, build(support, DecisionSettings(abstain=Abstain(0.999)), generation=2)) is None
+
+
+def test_doubled_abstentions_are_refused() -> None:
+    """When twice as many known images would go to review, and ten points more, the old ones stay."""
+    before = replace(OLD, calibration=replace(OLD.calibration, filed_expected=0.8))
+    much = replace(OLD, calibration=replace(OLD.calibration, filed_expected=0.55))
+    little = replace(OLD, calibration=replace(OLD.calibration, filed_expected=0.65))
+    assert "45%" in str(refuse_reload(before, much))
+    assert refuse_reload(before, little) is None
+
+
+def test_few_references_prove_nothing() -> None:
+    """With three references a class a loss of a few is within chance."""
+    few = np.concatenate([np.flatnonzero(label == CLASSES)[:2] for label in range(2)])
+    old = built(ROWS[few], CLASSES[few])
+    new = replace(old, recall=old.recall - 0.5)
+    assert refuse_reload(old, new) is None
+
+
+def test_only_shared_classes_are_compared() -> None:
+    """Labels decide what is the same class, not positions."""
+    new = replace(OLD, labels=("other", *OLD.labels[1:]))
+    assert [label for label, _, _ in shared_recalls(OLD, new)] == list(OLD.labels[1:])
