@@ -111,7 +111,9 @@ def judge_blend(mode: Mode, prototypes: PrototypeSet, merged: Merge, blend: Blen
     position = at_row[merged.group]
     is_double = size[merged.group] > 1
     judged = np.flatnonzero((prototypes.counts[prototypes.classes] > 1) & (is_double | (position >= 0)))
-    whole_best, whole_confidence = best[position[judged]], confidence[position[judged]]
+    # Position -1, of what was not held out, names one more place; those references have doubles and are judged below.
+    whole_best = np.append(best, 0)[position[judged]]
+    whole_confidence = np.append(confidence, 0.0)[position[judged]]
     doubles = np.flatnonzero(is_double[judged])
     if len(doubles):
         seen = judge(prototypes, prototypes.references[judged[doubles]].astype(np.float64), mode)
