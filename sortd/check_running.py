@@ -47,7 +47,7 @@ def model_findings(config: Config, *, packaged: Path = models.PACKAGED) -> Itera
     try:
         model = models.locate(config.model, cache_dir=config.cache_dir, packaged=packaged)
     except ModelError as refusal:
-        yield error(Topic.MODEL, config.model, str(refusal))
+        yield error(Topic.MODEL, f"model: {config.model}", str(refusal))
         return
     what = f"is {model.name}, a {model.kind} of {megabytes(model.size_bytes)} in {model.folder}"
     yield note(Topic.MODEL, f"model: {config.model}", what)
@@ -58,7 +58,7 @@ def model_findings(config: Config, *, packaged: Path = models.PACKAGED) -> Itera
         try:
             models.locate_text(config.text_model, cache_dir=config.cache_dir)
         except ModelError as refusal:
-            yield error(Topic.MODEL, config.text_model, str(refusal))
+            yield error(Topic.MODEL, f"text_model: {config.text_model}", str(refusal))
 
 
 def named_dataset_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Finding]:

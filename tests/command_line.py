@@ -38,7 +38,8 @@ def sortd(*arguments: object, environment: Mapping[str, str] | None = None) -> R
 
 def write_config(folder: Path, **keys: object) -> Path:
     """Write a configuration with everything below a folder, for commands that load no model."""
-    values = {"root": folder / "Data", "state_dir": folder / "state", "cache_dir": folder / "cache", **keys}
+    own = {"root": folder / "Data", "state_dir": folder / "state", "cache_dir": folder / "cache"}
+    values = {**own, "model": "packaged", **keys}
     file = folder / "config.yaml"
     file.write_text("".join(f"{key}: {value}\n" for key, value in values.items()), encoding="utf-8")
     return file

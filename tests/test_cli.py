@@ -127,6 +127,7 @@ def test_a_state_that_may_not_be_read_is_said(config: Path, command: str) -> Non
 
 def test_models_are_listed_without_the_network(config: Path, tmp_path: Path) -> None:
     """What is here, what is used, and how to get more."""
+    write_config(tmp_path, model="auto")
     facts = sortd("models", "-c", config, "--json", environment={"HF_HOME": str(tmp_path / "none")}).facts
     assert facts["model"] == "auto"
     assert facts["why"]

@@ -1,6 +1,7 @@
 """History tells what was moved; undo takes it back without harm; release lets go; all with and without a daemon."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from sortd.journal_history import History
 from sortd.journals import journals
 from sortd.layout import Layout
 from tests.command_line import Ran, sortd, write_config
-from tests.daemon_process import make_dataset, tree
+from tests.daemon_process import DaemonProcess, make_dataset, picture, running, tree
 from tests.filed_images import file_images
 
 
@@ -201,6 +202,48 @@ class TestRelease:
         """Neither nothing nor both."""
         assert run(site, "release").code == 2
         assert run(site, "release", "--all", site / "Images" / "a.png").code == 2
+
+
+class TestWhileRunning:
+    """What undo, release and rebuild do while a sortd runs: they ask it."""
+
+    @pytest.fixture
+    def daemon(self, tmp_path: Path) -> Iterator[tuple[Path, DaemonProcess]]:
+        """A sortd that has filed two images, and its dataset."""
+        config = write_config(tmp_path, settle_seconds=0.1, abstain="off", mode="max")
+        dataset = make_dataset(tmp_path / "Data")
+        picture("red", 1).save(dataset / "Images" / "a.png")
+        picture("blue", 2).save(dataset / "Images" / "b.png")
+        with running(config) as daemon:
+            daemon.wait_for("image.filed", count=2)
+            yield dataset, daemon
+
+    def test_they_are_done_by_the_one_that_runs(self, daemon: tuple[Path, DaemonProcess]) -> None:
+        """An undone image is back and stays; released it is filed again; a rebuild is begun; the log tells."""
+        site, process = daemon
+        filed = site / "Dataset" / "red" / "a.png"
+        content = filed.read_bytes()
+        assert run(site, "undo", filed, "--dry-run").code == 0
+        assert filed.exists()
+        assert run(site, "undo", filed).code == 0
+        assert process.wait_for("move.undone")["destination"] == str(site / "Images" / "a.png")
+        assert (site / "Images" / "a.png").read_bytes() == content
+        facts = run(site, "status", "--json").facts
+        assert facts["running"]
+        assert facts["datasets"]["Colours"]["held"] == 1
+        assert run(site, "rebuild", "--json").facts == {"rebuilding": ["Colours"]}
+        process.wait_for("prototypes.rebuilt", count=2)
+        assert len(process.events("image.filed")) == 2  # held: neither a hint nor a rebuild moved it
+        assert run(site, "release", site / "Images" / "a.png", "--json").facts == {"released": {"Colours": 1}}
+        process.wait_for("image.filed", count=3)
+        assert filed.read_bytes() == content
+
+    def test_what_it_cannot_do_it_says(self, daemon: tuple[Path, DaemonProcess]) -> None:
+        """The sentence and the exit code come from the one that runs."""
+        site, _ = daemon
+        ran = run(site, "rebuild", "Other")
+        assert ran.code == 65
+        assert "the sortd that runs has no dataset 'Other'" in ran.err
 
 
 def test_rebuild_needs_a_sortd_that_runs(site: Path) -> None:

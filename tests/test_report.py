@@ -16,8 +16,10 @@ from sortd.config import load
 from sortd.errors import DataError
 from sortd.evaluate import evaluate
 from sortd.evaluation_page import evaluation_page, sentences
-from sortd.examination import Examined, examine
+from sortd.examination import Examined, examine, taught
 from sortd.explanation import explain
+from sortd.journal import Journal
+from sortd.journal_records import Selection
 from sortd.layout import Layout
 from sortd.prototypes import SupportSet
 from sortd.report import explain_page, write_page
@@ -25,6 +27,7 @@ from sortd.thumbnails import thumbnail
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset, picture
 from tests.fake_encoder import FakeEncoder
+from tests.filed_images import file_images
 from tests.prototype_maker import make_prototypes
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -208,6 +211,21 @@ class TestExamination:
         ]
         assert [Path(one.path).name for one in found[0].refused] == ["torn.png"]
         assert not (tmp_path / "state").exists()
+
+    def test_corrections_teach_where_they_may(self, tmp_path: Path) -> None:
+        """An image that the user moved to another class is one of its references, if the configuration says so."""
+        dataset = make_dataset(tmp_path / "Data", references=2)
+        (filed,) = file_images(dataset, tmp_path / "state", {"a.png": "red"})
+        (dataset / "Dataset" / "blue").mkdir()
+        corrected = Path(filed).rename(dataset / "Dataset" / "blue" / "a.png")
+        with Journal(Layout(dataset).state_folder(tmp_path / "state") / "journal.sqlite") as journal:
+            (record,) = journal.history.moves(Selection())
+            journal.record_correction(record, "blue", "Dataset/blue/a.png")
+        config = load(write_config(tmp_path), {"HOME": "/nonexistent"})
+        assert taught(config, Layout(dataset)).corrections == ()
+        config = load(write_config(tmp_path, learn_from_corrections="true"), {"HOME": "/nonexistent"})
+        ((label, path, _),) = taught(config, Layout(dataset)).corrections
+        assert (label, path) == ("blue", str(corrected))
 
     def test_what_cannot_be_judged_is_said(self, tmp_path: Path) -> None:
         """An unknown dataset, none at all, or one without a class."""
