@@ -1,13 +1,17 @@
 """The account that sortd gives of one dataset: its log lines, its counts, and what ``sortd status`` shows."""
 
+from pathlib import Path
+
 import structlog
 
 from sortd.corrections import Correction
+from sortd.journal_records import Record
 from sortd.logs import (
     IMAGE_CORRECTED,
     IMAGE_EVENTS,
     IMAGE_LEFT,
     MOVE_FAILED,
+    MOVE_RECOVERED,
     PROTOTYPES_REBUILD_FAILED,
     PROTOTYPES_REBUILT,
     REFERENCES_EMPTIED,
@@ -45,6 +49,28 @@ class Account:
         level = self._log.warning if move.outcome is Outcome.REJECTED else self._log.info
         level(IMAGE_EVENTS[move.outcome], **facts, **times)
 
+    def recovered(self, record: Record, root: Path) -> None:
+        """Write the line of an image whose move had been cut short; it says what the line of the move would have."""
+        grounds = record.grounds
+        self._count(grounds.outcome)
+        facts = {
+            "outcome": grounds.outcome,
+            "label": grounds.label,
+            "reason": grounds.reason or None,
+            "score": None if grounds.score is None else round(grounds.score, 4),
+            "margin": None if grounds.margin is None else round(grounds.margin, 4),
+            "second_label": grounds.second_label,
+            "mode": grounds.mode,
+            "generation": grounds.generation or None,
+            "encoder_id": grounds.encoder_id or None,
+        }
+        self._log.warning(
+            MOVE_RECOVERED,
+            path=str(root / record.source_path),
+            destination=str(root / record.destination_path),
+            **{name: fact for name, fact in facts.items() if fact is not None},
+        )
+
     def left(self, leave: Leave) -> None:
         """Say that a file stays where it is."""
         self._count("left")
@@ -69,7 +95,9 @@ class Account:
 
     def unreadable(self, error: OSError) -> None:
         """Say that a scan could not look at something."""
-        self._log.warning(SCAN_UNREADABLE, path=error.filename, error=error.strerror, mend="give sortd the right to read it")
+        self._log.warning(
+            SCAN_UNREADABLE, path=error.filename, error=error.strerror, mend="give sortd the right to read it"
+        )
 
     def rebuilt(self, prototypes: PrototypeSet, rebuilt: Rebuilt, seconds: float) -> None:
         """Say what the new prototypes were built from and what was wrong with the references."""

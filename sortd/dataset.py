@@ -48,6 +48,7 @@ from sortd.messages import (
 )
 from sortd.metrics import Metrics
 from sortd.references import Teaching
+from sortd.relocation import Progress, Relocation
 from sortd.renaming import writer_of
 from sortd.scanning import is_below_temporary, scan, stamp
 from sortd.sorter import Sorter, SorterSettings
@@ -285,6 +286,8 @@ class Dataset:
                 self.receive(MoveFailed(move.path, move.stamp, MoveFailure.DESTINATION, "the dataset is not mounted"))
             self.receive(RebuildFailed(f"{self.layout.marker} is gone", references_absent=True))
             return
+        if self._journal is not None:
+            self.tell_recovered(self.filing.recover())
         began = monotonic()
         results = self._mover.move_all(moves)
         milliseconds = 1e3 * (monotonic() - began) / len(moves)
@@ -292,6 +295,14 @@ class Dataset:
         for result in results:
             self.account.moved(asked[result.path, result.stamp], result, milliseconds)
             self.receive(result)
+
+    def tell_recovered(self, relocations: Sequence[Relocation]) -> None:
+        """Write the lines of images whose moves had been cut short, by a crash or a disk, and are done after all."""
+        for relocation in relocations:
+            mark = relocation.image.moved_stamp
+            record = self.history.last_known(mark) if relocation.progress is Progress.DONE and mark else None
+            if record is not None:
+                self.account.recovered(record, self.layout.root)
 
     @property
     def is_stuck(self) -> bool:

@@ -109,13 +109,13 @@ class Site:
         try:
             journal = Journal(state / "journal.sqlite", run=self._run)
             filing = Filing(layout.root, journal, companions=own.companions)
-            filing.recover()
+            recovered = filing.recover()
         except BaseException:
             lock.release()
             raise
         self._held[layout.name] = _Holding(lock, journal)
         last = int(journal.history.fact(GENERATION_FACT) or 0)
-        return Dataset(
+        dataset = Dataset(
             layout,
             sorter_settings(own),
             teaching_of(own),
@@ -125,6 +125,8 @@ class Site:
             journal=journal,
             last_generation=last,
         )
+        dataset.tell_recovered(recovered)
+        return dataset
 
     def begin(self, dataset: Dataset) -> None:
         """Tell a dataset's core what the journal remembers of held and undecided files."""
