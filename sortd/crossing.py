@@ -139,13 +139,12 @@ def publish_part(destination: int, part: str, final: str, note: Callable[[], Non
     note()
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     placeholder = os.open(final, flags, 0o600, dir_fd=destination)
-    try:
-        ours, there = os.fstat(placeholder), look(destination, final)
-        if there is None or (there.st_ino, there.st_size) != (ours.st_ino, 0):
-            raise ChangedError(f"{final}: another program took this name")
-        os.rename(part, final, src_dir_fd=destination, dst_dir_fd=destination)
-    finally:
-        os.close(placeholder)
+    ours = os.fstat(placeholder)
+    os.close(placeholder)  # what is open while it is replaced stays behind as a hidden file, by FUSE
+    there = look(destination, final)
+    if there is None or (there.st_ino, there.st_size) != (ours.st_ino, 0):
+        raise ChangedError(f"{final}: another program took this name")
+    os.rename(part, final, src_dir_fd=destination, dst_dir_fd=destination)
 
 
 def copy_stands(destination: int, member: Member, name: str) -> bool:
@@ -193,8 +192,6 @@ def _copy_source(
     except FileNotFoundError as error:
         raise VanishedError(f"{path}: nothing stands there any more") from error
     try:
-        if not is_version(os.fstat(file), member.stamp):
-            raise ChangedError(f"{path}: another version stands there now")
         remove_part(destination, part)
         copy = copy_to_part(file, destination, part, interrupted)
         by_name = look(source, member.name)

@@ -40,6 +40,7 @@ def with_companions(folders: Folders, relocation: Relocation) -> Relocation:
         OSError: the source folder cannot be read.
     """
     folder = folders.open(relocation.source)
+    image = relocation.image.name
     found: dict[str, Stamp] = {}
 
     def stands(name: str) -> bool:
@@ -47,11 +48,15 @@ def with_companions(folders: Folders, relocation: Relocation) -> Relocation:
         if status is None or not stat.S_ISREG(status.st_mode):
             return False
         found[name] = stamp_of(status)
-        return True
+        # Where case does not count, the image answers to both spellings of its name.
+        return name.casefold() != image.casefold() or name in os.listdir(folder)
 
+    companions = companions_of(image, stands)
+    if len({one.name.casefold() for one in companions}) < len(companions):
+        spelled = set(os.listdir(folder))
+        companions = tuple(one for one in companions if one.name in spelled)
     members = [
-        Member(Role.SHARED if one.shared else Role.COMPANION, one.name, one.name, found[one.name])
-        for one in companions_of(relocation.image.name, stands)
+        Member(Role.SHARED if one.shared else Role.COMPANION, one.name, one.name, found[one.name]) for one in companions
     ]
     return replace(relocation, members=(*relocation.members, *members))
 
@@ -106,6 +111,10 @@ def _open_member(folder: int, member: Member, place: str, opened: list[int]) -> 
         if member.role is Role.COMPANION:  # a rename needs no right to read
             return
         raise
+    except FileNotFoundError as error:
+        if member.role is Role.IMAGE:
+            raise
+        raise ChangedError(f"{path}: this companion is gone, the image is looked at again") from error
     opened.append(file)
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode) or not is_version(status, member.stamp):

@@ -18,7 +18,7 @@ from sortd.filing import Filing
 from sortd.journal import Journal, Selection
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import Mover
-from sortd.renaming import rename_new, stamp_of
+from sortd.renaming import look, rename_new, stamp_of
 from tests.filing_world import Dataset, done, failure, moved, order
 
 
@@ -252,6 +252,20 @@ class TestCompanions:
         moved(filing, order(path))
         assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Dataset/cat/a.xmp"]
 
+    def test_one_file_with_two_spellings_is_one(
+        self, dataset: Dataset, filing: Filing, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where case does not count, a sidecar answers to a.xmp and to a.XMP, and the image to both of its own."""
+
+        def any_case(folder: int, name: str) -> os.stat_result | None:
+            names = {one.casefold(): one for one in os.listdir(folder)}
+            return look(folder, names.get(name.casefold(), name))
+
+        monkeypatch.setattr("sortd.mover.look", any_case)
+        dataset.put("Images/a.XMP", "sidecar")
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Dataset/cat/a.XMP": b"sidecar"}
+
     def test_links_and_folders_are_no_companions(self, dataset: Dataset, filing: Filing) -> None:
         """Only regular files travel."""
         dataset.put("Images/a.json/inside")
@@ -447,6 +461,22 @@ class TestErrors:
             assert journal.history.unfinished() == []
         moved(Filing(dataset.root, journal), move)
 
+    def test_a_file_that_changes_after_it_was_looked_at_is_not_shown_in_its_class(
+        self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not even for a moment: its name is compared once more right before the rename."""
+        path, renamed = dataset.put("Images/a.jpg"), []
+        intend = journal.intend
+
+        def change(*orders: object) -> None:
+            intend(*orders)  # type: ignore[arg-type]
+            path.write_text("changed")
+
+        monkeypatch.setattr(journal, "intend", change)
+        mover = Mover(rename=lambda *names: renamed.append(names))
+        assert failure(Filing(dataset.root, journal, mover=mover), order(path)) is MoveFailure.CHANGED
+        assert renamed == []
+
     def test_a_file_that_is_replaced_while_it_is_moved_is_given_back(self, dataset: Dataset, journal: Journal) -> None:
         """Another inode under the name at the last moment: neither is lost, neither is filed."""
         path, other = dataset.put("Images/a.jpg", "decided"), dataset.put("Images/b.tmp", "another")
@@ -588,6 +618,19 @@ class TestCrossing:
         assert list(dataset.tree()) == ["Images/a.jpg"]
         assert journal.history.unfinished() == []
 
+    def test_a_source_that_changes_under_the_copy_is_not_published(self, dataset: Dataset, journal: Journal) -> None:
+        """Its bytes are a mixture of two versions: they are thrown away, and the image is looked at again."""
+        path = dataset.put("Images/a.jpg", bytes(b"x" * (2 << 20)))
+
+        def append() -> bool:
+            with path.open("ab") as file:
+                file.write(b"more")
+            return False
+
+        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), interrupted=append)
+        assert failure(filing, order(path)) is MoveFailure.CHANGED
+        assert list(dataset.tree()) == ["Images/a.jpg"]
+
     def test_copies_run_where_they_are_submitted(self, dataset: Dataset, journal: Journal) -> None:
         """The loop gets the answers of its own moves at once; those of the copies come from another thread."""
         jobs: list[Callable[[], list[object]]] = []
@@ -660,6 +703,52 @@ class TestCrossing:
         dataset.put("Dataset/cat/a.jpg", "first")
         moved(filing, order(dataset.put("Images/a.jpg", "second")))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"first", "Dataset/cat/a (2).jpg": b"second"}
+
+
+class TestPlaceholders:
+    """File systems that can neither refuse to overwrite nor link."""
+
+    @pytest.fixture
+    def filing(self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> Filing:
+        """A filing on one of them."""
+
+        def refuse(*names: int | str) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument", *names[1:2])
+
+        monkeypatch.setattr("sortd.crossing.rename_new", refuse)
+        return Filing(dataset.root, journal, mover=Mover(rename=crossing))
+
+    def test_a_name_that_is_taken_at_the_last_moment_is_taken(
+        self, dataset: Dataset, filing: Filing, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The placeholder is made only where nothing is."""
+
+        def link(*_: object, **__: object) -> None:
+            dataset.put("Dataset/cat/a.jpg", "the user's")
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr("sortd.crossing.os.link", link)
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"the user's", "Dataset/cat/a (2).jpg": b"image"}
+
+    def test_a_placeholder_that_somebody_replaces_is_his(
+        self, dataset: Dataset, filing: Filing, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Only our own empty file is renamed over."""
+
+        def link(*_: object, **__: object) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+        def replaced(folder: int, name: str) -> os.stat_result | None:
+            if name == "a.jpg" and (dataset.root / "Dataset/cat/a.jpg").exists():
+                (dataset.root / "Dataset/cat/a.jpg").unlink()
+                dataset.put("Dataset/cat/a.jpg", "the user's")
+            return look(folder, name)
+
+        monkeypatch.setattr("sortd.crossing.os.link", link)
+        monkeypatch.setattr("sortd.crossing.look", replaced)
+        assert failure(filing, order(dataset.put("Images/a.jpg"))) is MoveFailure.CHANGED
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"the user's", "Images/a.jpg": b"image"}
 
 
 def test_four_movers_racing_for_equal_names_lose_nothing(tmp_path: Path) -> None:

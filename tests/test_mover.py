@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from sortd.messages import Writer
+from sortd.mover import remove_spent
+from sortd.relocation import Member, Relocation, Role
 from sortd.renaming import (
     FOLDER_FLAGS,
     Folders,
@@ -173,3 +175,19 @@ def test_a_folder_that_cannot_be_synced_is_an_error(tmp_path: Path) -> None:
     os.close(descriptor)
     with pytest.raises(OSError, match="Bad file descriptor"):
         sync_folder(descriptor)
+
+
+def test_what_sortd_made_is_removed_only_as_it_made_it(tmp_path: Path) -> None:
+    """A reason that the user has written into since is his."""
+    rejected = tmp_path / "Rejected"
+    rejected.mkdir()
+    members = []
+    for name in ("kept.json", "gone.json", "vanished.json"):
+        (rejected / name).write_text("{}")
+        members.append(Member(Role.REASON, name, name, stamp_of(os.stat(rejected / name))))
+    (rejected / "kept.json").write_text("{my own words}")
+    (rejected / "vanished.json").unlink()
+    image = Member(Role.IMAGE, "a.jpg", "a.jpg", members[0].stamp)
+    with Folders(tmp_path) as folders:
+        remove_spent(folders, Relocation("t", "Rejected", "Images", (image,), spent=tuple(members)))
+    assert os.listdir(rejected) == ["kept.json"]

@@ -365,6 +365,20 @@ class TestPublished:
         crash.recover()
         assert dataset.tree()["Images/a.jpg"] == b"a.jpg"
 
+    @pytest.mark.parametrize("whose", ["Images/a.jpg", "Dataset/cat/a.jpg"])
+    def test_a_source_that_must_stay_is_not_hidden_for_a_moment(
+        self, crash: Crash, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, whose: str
+    ) -> None:
+        """A changed source, or one whose copy changed, keeps its name all the time."""
+
+        def taken(*names: object) -> None:
+            raise AssertionError(names)
+
+        dataset.put(whose, "changed by now")
+        monkeypatch.setattr("sortd.crossing._take", taken)
+        assert crash.recover().progress is Progress.DONE
+        assert len(dataset.tree()) == 2
+
     def test_a_taken_source_that_is_being_written_is_given_back(self, crash: Crash, dataset: Dataset) -> None:
         """A writer that had it open all along goes on writing into a file that stays."""
         os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")

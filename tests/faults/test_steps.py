@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sortd.journal import Journal
 from tests.faults.injection import Fault, can_trace, run_child
 from tests.faults.steps import steps_of
 from tests.faults.world import World, build
@@ -121,6 +122,14 @@ def test_a_copy_is_durable_step_by_step_before_its_source_goes(make: Callable[..
         "sync Images",
         "journal",
     ]
+
+
+def test_a_new_journal_and_its_folder_are_durable(tmp_path: Path) -> None:
+    """Their names too: a journal that a power cut takes away would have been written in vain."""
+    below = tmp_path / "below"
+    below.mkdir()
+    steps = steps_of(lambda: Journal(below / "state" / "journal.db"), tmp_path)
+    assert steps[-2:] == ["sync below/state", "sync below"]
 
 
 RECOVERIES = {
