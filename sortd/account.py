@@ -7,6 +7,7 @@ import structlog
 from sortd.corrections import Correction
 from sortd.journal_records import Record
 from sortd.logs import (
+    DATASET_HELD,
     IMAGE_CORRECTED,
     IMAGE_EVENTS,
     IMAGE_LEFT,
@@ -120,6 +121,10 @@ class Account:
             encoder_id=prototypes.encoder_id,
             milliseconds=round(1e3 * seconds, 1),
         )
+
+    def held(self, reason: str) -> None:
+        """Say that nothing moves until somebody has looked."""
+        self._log.error(DATASET_HELD, reason=reason, mend="look at `sortd eval`, then `sortd release`")
 
     def rebuild_failed(self, event: RebuildFailed) -> None:
         """Say why the last good prototypes stay; the same reason once."""

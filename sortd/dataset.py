@@ -24,6 +24,7 @@ from sortd.messages import (
     Embed,
     Embedded,
     Event,
+    Hold,
     ImageGone,
     ImageHeld,
     ImageSeen,
@@ -85,7 +86,7 @@ class Dataset:
         """Take the collaborators over; nothing is touched yet."""
         self.layout = layout
         self.name = layout.name
-        self.sorter = Sorter(settings)
+        self.sorter = Sorter(settings, served_generation=last_generation)
         self.teaching = teaching
         self.account = Account(self.name, metrics)
         self._mover, self._ask, self._journal = mover, ask, journal
@@ -238,6 +239,8 @@ class Dataset:
                 self._moves.append(command)
             case Leave():
                 self.account.left(command)
+            case Hold(reason):
+                self.account.held(reason)
 
     def _look(self, path: str, *, closed: bool, inspect: bool = False) -> None:
         try:
@@ -307,7 +310,9 @@ class Dataset:
     @property
     def is_stuck(self) -> bool:
         """Tell whether nothing will move until somebody mends the references."""
-        return self.problem is not None and (self.sorter.prototypes is None or self.sorter.references_absent)
+        core = self.sorter
+        is_blocked = core.prototypes is None or core.references_absent or core.guard.reason is not None
+        return self.problem is not None and is_blocked
 
     @property
     def filing(self) -> Filing:
@@ -329,7 +334,7 @@ class Dataset:
     @property
     def problem(self) -> str | None:
         """Why nothing moves, in a sentence; None while all is well."""
-        return self.account.problem
+        return self.sorter.guard.reason or self.account.problem
 
     def facts(self) -> dict[str, object]:
         """Return what ``sortd status`` shows of this dataset, as plain values."""

@@ -306,4 +306,11 @@ class Leave:
     message: str
 
 
-Command = Inspect | Embed | Rebuild | Scan | Move | Leave
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Nothing moves in this dataset until somebody has looked and said so (``Released``); say why."""
+
+    reason: str
+
+
+Command = Inspect | Embed | Rebuild | Scan | Move | Leave | Hold

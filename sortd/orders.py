@@ -1,7 +1,7 @@
 """Orders: a decision, or a refusal, becomes the move that carries it out and all that its log line will want."""
 
 from sortd.messages import EmbeddedImage, ImageRefused, Move, Outcome
-from sortd.prototypes import Assigned, Decision, PrototypeSet
+from sortd.prototypes import Abstained, Assigned, Decision, PrototypeSet
 
 NO_GUESS = "_none"
 """The folder in Review/ for images that not even a guess is made about."""
@@ -9,15 +9,18 @@ NO_GUESS = "_none"
 
 def order_for(image: EmbeddedImage, decision: Decision, prototypes: PrototypeSet, *, settle_seconds: float) -> Move:
     """Return the move to Dataset/<class> or Review/<best guess> that a decision means."""
-    assigned = isinstance(decision, Assigned)
-    folder = f"Dataset/{decision.label}" if assigned else f"Review/{decision.best_label or NO_GUESS}"
+    match decision:
+        case Assigned(label=label):
+            folder, outcome, reason = f"Dataset/{label}", Outcome.FILED, ""
+        case Abstained(best_label=label, reason=reason):
+            folder, outcome = f"Review/{label or NO_GUESS}", Outcome.REVIEW
     return Move(
         path=image.path,
         stamp=image.stamp,
         folder=folder,
-        outcome=Outcome.FILED if assigned else Outcome.REVIEW,
+        outcome=outcome,
         decision=decision,
-        reason="" if assigned else decision.reason,
+        reason=reason,
         content=image.content,
         encoder_id=prototypes.encoder_id,
         generation=prototypes.generation,

@@ -31,6 +31,9 @@ from sortd.worker import Job, PrototypeStore
 
 LoadEncoder = Callable[[Config], Encoder]
 
+GUARD_IMAGES = 200
+"""From so many images on, the first batch of a new generation is tried before it moves."""
+
 GENERATION_FACT = "generation"
 """The journal's note of the last generation that served: numbers are never used again, even when the cache is lost."""
 
@@ -42,6 +45,7 @@ def sorter_settings(config: DatasetConfig) -> SorterSettings:
         batch_size=config.batch_size,
         backlog_limit=config.backlog_limit,
         set_rejected_aside=config.rejected == "move",
+        guard_images=GUARD_IMAGES if config.guard else 0,
     )
 
 

@@ -5,17 +5,20 @@ caller may sleep before it owes a ``Tick``. Embed ahead, decide late: while a re
 embedded but none is moved, so that every decision is made by the prototypes that the folder now shows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sortd.backlog import Backlog, Entry, State
+from sortd.guard import Guard
 from sortd.messages import (
     Command,
     Embed,
     Embedded,
     EmbeddedImage,
     Event,
+    Hold,
     ImageGone,
     ImageHeld,
     ImageRefused,
@@ -61,13 +64,14 @@ class SorterSettings:
     batches_in_flight: int = 2
     backlog_limit: int = 100_000
     set_rejected_aside: bool = True
+    guard_images: int = 200
 
 
 class Sorter:
     """The sans-IO core of one dataset."""
 
-    def __init__(self, settings: SorterSettings) -> None:
-        """Begin without prototypes, with a rebuild due at once."""
+    def __init__(self, settings: SorterSettings, *, served_generation: int = 0) -> None:
+        """Begin without prototypes, with a rebuild due at once; ``served_generation`` decided last, if any did."""
         self._settings = settings
         self._backlog = Backlog(settle_seconds=settings.settle_seconds, limit=settings.backlog_limit)
         self.prototypes: PrototypeSet | None = None
@@ -77,6 +81,7 @@ class Sorter:
         self._rebuilding = False
         self._rebuild_pause = Pause()
         self._move_pause = Pause()
+        self.guard = Guard(settings.guard_images, served_generation=served_generation)
         self._batches = 0
         self._stopping = False
 
@@ -129,6 +134,7 @@ class Sorter:
             self.prototypes is not None
             and not self.is_rebuilding
             and not self.references_absent
+            and self.guard.reason is None
             and self._move_pause.until is None
             and not self._stopping
         )
@@ -173,6 +179,8 @@ class Sorter:
                 return self._move_failed(event, now)
             case Released(path):
                 self._backlog.release(path, now)
+                self.guard.release()
+                self._resume()
             case ScanStarted():
                 self._backlog.start_scan()
             case ScanFinished():
@@ -209,6 +217,7 @@ class Sorter:
         self._rebuilding, self.references_absent = False, False
         self._rebuild_pause.clear()
         self.prototypes = prototypes
+        self.guard.serve(prototypes)
         self._backlog.reconsider(prototypes.generation)
         self._resume()
 
@@ -247,11 +256,23 @@ class Sorter:
                 self._backlog.embedded(entry)
             return []
         decisions = decide(prototypes, np.stack([image.embedding for image, _ in known]))
+        if self.guard.wants(self.waiting):
+            return self._try_out([entry for _, entry in known], decisions)
         moves = [
             self._decided(image, entry, decision, prototypes)
             for (image, entry), decision in zip(known, decisions, strict=True)
         ]
         return [move for move in moves if move is not None]
+
+    def _try_out(self, entries: Sequence[Entry], decisions: Sequence[Decision]) -> list[Command]:
+        """Decide without moving; when the trial is over all of it is decided again, from cached embeddings."""
+        for entry in entries:
+            self._backlog.embedded(entry)
+        waits = self._backlog.count(State.EMBEDDED) + len(self._backlog.busy())
+        if not self.guard.try_out(decisions, left=self.waiting - waits):
+            return []
+        self._resume()
+        return [Hold(self.guard.reason)] if self.guard.reason is not None else []
 
     def _decided(self, image: EmbeddedImage, entry: Entry, decision: Decision, prototypes: PrototypeSet) -> Move | None:
         if isinstance(decision, Abstained) and entry.in_review:

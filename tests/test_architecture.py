@@ -23,6 +23,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "companions": (THOUGHT, "companions"),
     "relocation": (THOUGHT, "relocation"),
     "pause": (THOUGHT, "sorter"),
+    "guard": (THOUGHT, "sorter"),
     "orders": (THOUGHT, "sorter"),
     "rounds": (THOUGHT, "rounds"),
     "decision": (THOUGHT, "prototypes"),

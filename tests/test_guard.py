@@ -1,0 +1,130 @@
+"""The guard: what is held, what is not, and how it is let go."""
+
+import numpy as np
+import pytest
+
+from sortd.messages import (
+    Embed,
+    Embedded,
+    EmbeddedImage,
+    Hold,
+    ImageSeen,
+    Move,
+    PrototypesBuilt,
+    Rebuild,
+    ReferencesTouched,
+    Released,
+    Stamp,
+    Tick,
+    Writer,
+)
+from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet, SupportSet, build
+from sortd.sorter import Sorter, SorterSettings
+
+WIDTH = 16
+DICE = np.random.default_rng(3)
+CENTRES = np.linalg.qr(DICE.normal(size=(WIDTH, WIDTH)))[0][:4].astype(np.float32)
+
+
+def near(centre: int, count: int, spread: float = 0.15) -> np.ndarray:
+    """Return unit rows about one of the classes' centres."""
+    rows = CENTRES[centre] + spread * np.random.default_rng(centre + 100 * count).normal(size=(count, WIDTH))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def prototypes(generation: int) -> PrototypeSet:
+    """Return three classes of twelve references each, calibrated."""
+    support = SupportSet(
+        labels=("a", "b", "c"),
+        embeddings=np.concatenate([near(centre, 12) for centre in range(3)]),
+        classes=np.repeat(np.arange(3), 12),
+        sources=tuple(map(str, range(36))),
+        text=None,
+        text_mean=None,
+        strangers=np.zeros((0, WIDTH), np.float32),
+        encoder_id="encoder",
+        fingerprint=str(generation),
+    )
+    return build(support, DecisionSettings(mode=Mode.BEST, abstain=Abstain()), generation=generation)
+
+
+def drop(sorter: Sorter, rows: np.ndarray, now: float) -> list[Move | Hold]:
+    """Drop images with these embeddings at once and answer every request for them; return the moves and holds."""
+    known = {f"{now}-{index}.png": row for index, row in enumerate(rows)}
+    stamps = {path: Stamp(1, index + int(now), 1, 1) for index, path in enumerate(known)}
+    for path, stamp in stamps.items():
+        sorter.receive(ImageSeen(path, stamp), now)
+    commands = sorter.receive(Tick(), now + 1)
+    for path, stamp in stamps.items():
+        commands += sorter.receive(ImageSeen(path, stamp, Writer.ABSENT), now + 1)
+    return answer(sorter, commands, known, now + 2)
+
+
+def answer(sorter: Sorter, commands: list, known: dict[str, np.ndarray], now: float) -> list[Move | Hold]:
+    """Answer every ``Embed`` until none is asked any more."""
+    told: list[Move | Hold] = []
+    while commands:
+        command = commands.pop(0)
+        if isinstance(command, Embed):
+            images = tuple(EmbeddedImage(path, stamp, known[path], path) for path, stamp in command.images)
+            commands += sorter.receive(Embedded(images, "encoder"), now)
+        elif isinstance(command, Move | Hold):
+            told.append(command)
+    return told
+
+
+@pytest.fixture
+def changed() -> Sorter:
+    """A core whose second generation was just built."""
+    sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20))
+    assert sorter.receive(Tick(), 0) == [Rebuild()]
+    sorter.receive(PrototypesBuilt(prototypes(1)), 0)
+    sorter.receive(ReferencesTouched(), 1)
+    sorter.receive(Tick(), 2)
+    sorter.receive(PrototypesBuilt(prototypes(2)), 3)
+    return sorter
+
+
+def test_what_the_references_foretell_moves(changed: Sorter) -> None:
+    """A batch of known images is tried and then all of it moves."""
+    told = drop(changed, np.concatenate([near(centre, 15) for centre in range(3)]), 10)
+    assert len(told) == 45
+    assert all(isinstance(command, Move) for command in told)
+
+
+def test_a_card_of_one_thing_is_no_alarm(changed: Sorter) -> None:
+    """Everything in one class, surely, is what a camera brings home."""
+    assert len(drop(changed, near(1, 40), 10)) == 40
+
+
+def test_a_batch_that_nothing_is_known_of_is_held_until_released(changed: Sorter) -> None:
+    """Nothing moves, the reason is said once, and ``release`` lets all of it go."""
+    rows = near(3, 40, 0.6)
+    told = drop(changed, rows, 10)
+    assert [type(command) for command in told] == [Hold]
+    assert "review" in told[0].reason
+    assert not changed.may_move
+    known = {f"10-{index}.png": row for index, row in enumerate(rows)}
+    moved = answer(changed, changed.receive(Released(), 20), known, 20)
+    assert len(moved) == 40
+
+
+def test_a_few_images_are_never_held(changed: Sorter) -> None:
+    """Below the number that the guard minds, every image goes its way."""
+    assert len(drop(changed, near(3, 5, 0.6), 10)) == 5
+
+
+def test_the_first_generation_is_not_held() -> None:
+    """Where nothing served before, there is no change to be wary of."""
+    sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20))
+    sorter.receive(Tick(), 0)
+    sorter.receive(PrototypesBuilt(prototypes(1)), 0)
+    assert len(drop(sorter, near(3, 40, 0.6), 10)) == 40
+
+
+def test_a_change_while_stopped_is_a_change() -> None:
+    """The generation that decided last is remembered over a restart."""
+    sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20), served_generation=1)
+    sorter.receive(Tick(), 0)
+    sorter.receive(PrototypesBuilt(prototypes(2)), 0)
+    assert [type(command) for command in drop(sorter, near(3, 40, 0.6), 10)] == [Hold]
