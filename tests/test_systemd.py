@@ -10,6 +10,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,16 @@ REPOSITORY = Path(__file__).parents[1]
 UNITS = REPOSITORY / "systemd"
 PATIENCE = 180.0
 
+DOCUMENT = (REPOSITORY / "docs" / "service.md").read_text(encoding="utf-8")
+
+
+def documented(kind: str, heading: str) -> str:
+    """Return the block of this kind that stands below a heading of docs/service.md."""
+    [block] = re.findall(rf"```{kind}\n(.*?)```", DOCUMENT.split(f"## {heading}\n")[1].split("\n## ")[0], re.DOTALL)
+    return str(block)
+
+
 CONFIG = """\
-root: /srv/sortd
-state_dir: /var/lib/sortd
-cache_dir: /var/cache/sortd
-metrics: {textfile: /run/sortd/sortd.prom}
 model: /opt/sortd/model
 mode: max
 abstain: off
@@ -165,7 +171,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Iterator[L
 
 
 def install(lab: Lab, interpreter: str) -> None:
-    """Install as the README says, from the files of this repository."""
+    """Put the program in its place, then do what docs/service.md says."""
     run = "import sys; sys.path.insert(0, '/opt/sortd/src'); sys.argv[0] = 'sortd'; "
     lab.run(
         "sh",
@@ -186,18 +192,12 @@ def install(lab: Lab, interpreter: str) -> None:
         chmod 755 /opt/sortd/.venv/bin/*sortd
         cp -r /opt/sortd/built /opt/sortd/model
         chmod -R a+rX /opt/sortd/model  # safetensors writes for its owner alone
-        cd /opt/sortd/src/systemd
-        install -D -m 644 -t /etc/systemd/system sortd.service
-        install -D -m 644 -t /etc/systemd/user user/sortd.service
-        install -D -m 644 -t /etc/sysusers.d sysusers.d/sortd.conf
-        install -D -m 644 -t /etc/tmpfiles.d tmpfiles.d/sortd.conf
-        systemd-sysusers
-        systemd-tmpfiles --create sortd.conf
-        useradd --create-home --groups sortd --shell /bin/sh alice
-        systemctl daemon-reload
         """,
     )
-    lab.run("sh", "-ec", f"cat > /etc/sortd/config.yaml <<'.'\n{CONFIG}.\n")
+    install_commands = documented("sh", "For a machine").replace("sudo ", "")
+    lab.run("sh", "-ec", f"cd /opt/sortd/src\n{install_commands}")
+    lab.run("sh", "-ec", f"cat > /etc/sortd/config.yaml <<'.'\n{documented('yaml', 'For a machine')}{CONFIG}.\n")
+    lab.run("useradd", "--create-home", "--groups", "sortd", "--shell", "/bin/sh", "alice")
 
 
 @pytest.fixture(scope="module")
@@ -271,19 +271,24 @@ def test_the_service_is_confined(service: Lab) -> None:
         service.run(*inside, f"touch {path} && rm {path}")
 
 
+def reload(service: Lab) -> None:
+    """Reload, and wait until it is over: meanwhile systemd takes no other."""
+    service.run("systemctl", "reload", "sortd")
+    service.wait(lambda: service.property("ActiveState") == "active", "active again")
+
+
 def test_a_reload_is_taken_and_a_bad_one_refused(service: Lab) -> None:
     """`systemctl reload` swaps the configuration; a broken file keeps the one before, and the service stays up."""
     process = service.property("MainPID")
     service.run("sed", "-i", "s/settle_seconds: .*/settle_seconds: 0.6/", "/etc/sortd/config.yaml")
-    service.run("systemctl", "reload", "sortd")
+    reload(service)
     service.wait_for("config.reloaded")
     service.run("sed", "-i", "s/settle_seconds: .*/settle_seconds: soon/", "/etc/sortd/config.yaml")
-    service.run("systemctl", "reload", "sortd")
+    reload(service)
     assert service.wait_for("config.refused")["PRIORITY"] == "3"
     service.run("sed", "-i", "s/settle_seconds: .*/settle_seconds: 0.5/", "/etc/sortd/config.yaml")
-    service.run("systemctl", "reload", "sortd")
+    reload(service)
     service.wait_for("config.reloaded", count=2)
-    service.wait(lambda: service.property("ActiveState") == "active", "active again")
     assert service.property("MainPID") == process
 
 
@@ -299,13 +304,13 @@ def test_a_killed_service_comes_back_and_files_what_came_meanwhile(service: Lab)
 
 
 def test_a_stop_is_quick_and_clean(service: Lab) -> None:
-    """SIGTERM ends it with success within seconds (five where nothing else runs), and no process stays."""
-    began = time.monotonic()
+    """SIGTERM ends its work within five seconds, and it with success: nothing is killed, no process stays."""
+    began = datetime.now(UTC)
     service.run("systemctl", "stop", "sortd")
-    assert time.monotonic() - began < 10.0
+    stopped = datetime.fromisoformat(service.wait_for("daemon.stopped")["timestamp"])
+    assert timedelta() < stopped - began < timedelta(seconds=5)
     assert service.property("Result") == "success"
     assert service.property("ExecMainStatus") == "0"
-    service.wait_for("daemon.stopped")
     tree = {os.path.relpath(path, service.srv / "Colours" / "Dataset") for path in service.srv.rglob("Dataset/*/*.png")}
     assert tree == {"red/first.png", "blue/second.png"}
     assert list((service.srv / "Colours" / "Images").iterdir()) == []
@@ -353,7 +358,7 @@ ExecStart=/opt/sortd/.venv/bin/fast-sortd run -c /etc/sortd/config.yaml
 
 def test_the_users_unit_files_in_a_home(lab: Lab) -> None:
     """A user's own manager runs it on datasets below /home, without root."""
-    config = "root: /home/alice/Data\n" + "".join(CONFIG.splitlines(keepends=True)[4:])
+    config = f"root: /home/alice/Data\n{CONFIG}"
     lab.run(
         "sh",
         "-ec",
@@ -369,9 +374,9 @@ def test_the_users_unit_files_in_a_home(lab: Lab) -> None:
     lab.run("chown", "-R", "alice:alice", "/home/alice")
     lab.run("loginctl", "enable-linger", "alice")
     number = lab.run("id", "-u", "alice").stdout.strip()
-    alice = ("runuser", "-u", "alice", "--", "env", f"XDG_RUNTIME_DIR=/run/user/{number}")
+    alice = ("runuser", "-u", "alice", "--", "env", f"XDG_RUNTIME_DIR=/run/user/{number}", "HOME=/home/alice")
     lab.wait(lambda: lab.run(*alice, "systemctl", "--user", "status", check=False).returncode == 0, "alice's manager")
-    lab.run(*alice, "systemctl", "--user", "start", "sortd")
+    lab.run(*alice, "sh", "-ec", f"cd /opt/sortd/src\n{documented('sh', 'For one user')}")
     picture("green", 1).save(lab.srv / ".green.png")
     lab.run("install", "-o", "alice", "/srv/sortd/.green.png", "/home/alice/Data/Colours/Images/green.png")
     path = "/home/alice/Data/Colours/Dataset/green/green.png"

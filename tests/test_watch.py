@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -747,3 +748,11 @@ def test_descriptors_that_run_out_leak_none(dataset: Path) -> None:
     assert '"leaked": 0' in first
     assert "LimitNOFILE" in first
     assert '"hears": true' in second
+
+
+def test_every_test_that_the_document_names_is_here() -> None:
+    """The table of docs/watching.md is a list of promises: each has its test."""
+    document = (Path(__file__).parents[1] / "docs" / "watching.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", document))
+    assert len(named) >= 20
+    assert named <= set(globals())
