@@ -75,6 +75,8 @@ class Judged:
     """(B, d), for best and mixed."""
     distances: Array | None
     """(B, C): squared whitened distances, for best and mixed."""
+    placed: Array | None = None
+    """(B, d): unit rows in the space of the prototypes, for best and mixed."""
 
 
 def check_embeddings(embeddings: npt.ArrayLike, width: int) -> Array:
@@ -142,7 +144,9 @@ def typicality(prototypes: PrototypeSet, queries: Array, judged: Judged) -> Arra
     whitening = prototypes.whitening
     if whitening is None or judged.distances is None:
         return None
-    placed = Space(whitening.center, whitening.scale).place(queries)
+    placed = judged.placed
+    if placed is None:
+        placed = Space(whitening.center, whitening.scale).place(queries)
     offsets = placed @ whitening.background - whitening.background_middle
     nearest = judged.distances[np.arange(len(queries)), judged.best]
     return np.asarray(np.square(offsets).sum(axis=1) - nearest, dtype=np.float64)
@@ -160,7 +164,8 @@ def plain_part(prototypes: PrototypeSet) -> Plain:
 
 
 def _judge_blend(whitening: Whitening, rule: Rule, queries: Array) -> Judged:
-    whitened = Space(whitening.center, whitening.scale).place(queries) @ whitening.whitener
+    placed = Space(whitening.center, whitening.scale).place(queries)
+    whitened = placed @ whitening.whitener
     distances = squared_distances(whitened, rule.shrunk)
     logits = -0.5 * rule.gaussian_weight * distances
     if rule.kernel_weight:
@@ -168,7 +173,7 @@ def _judge_blend(whitening: Whitening, rule: Rule, queries: Array) -> Judged:
     logits[:, ~rule.competes] = -np.inf
     distances[:, ~rule.competes] = np.inf
     table = log_softmax(logits)
-    return Judged(table, np.exp(table), first_best(table), whitened, distances)
+    return Judged(table, np.exp(table), first_best(table), whitened, distances, placed)
 
 
 def _reasons(prototypes: PrototypeSet, queries: Array, judged: Judged) -> list[str | None]:

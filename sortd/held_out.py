@@ -77,7 +77,10 @@ def judge_plain(mode: Mode, prototypes: PrototypeSet, merged: Merge) -> Judgemen
     )
     apart = np.flatnonzero(library.counts[library.classes] > 1)
     best, confidence = _in_blocks(mode, plain, everywhere, temperature)
-    distinct_best, distinct_confidence = _in_blocks(mode, distinct, apart, temperature)
+    if len(library.rows) == len(plain.rows):  # no near-duplicates: the same question
+        distinct_best, distinct_confidence, apart = best, confidence, everywhere
+    else:
+        distinct_best, distinct_confidence = _in_blocks(mode, distinct, apart, temperature)
     return Judgement(
         judged=everywhere,
         own=plain.classes[everywhere],

@@ -49,7 +49,8 @@ def plain_scores(mode: Mode, queries: Array, plain: Plain) -> Array:
     return np.asarray(result, dtype=np.float64)
 
 
-def _largest(queries: Array, plain: Plain) -> Array:
+def _largest(queries: Array, plain: Plain, itself: IntArray | None = None) -> Array:
+    """Return (B, C) largest cosines, of queries that are references without themselves."""
     result = np.full((len(queries), len(plain.counts)), -np.inf)
     present = np.flatnonzero(plain.counts)
     if not present.size:
@@ -60,13 +61,18 @@ def _largest(queries: Array, plain: Plain) -> Array:
     for start in range(0, len(queries), size):
         part = slice(start, start + size)
         products = queries[part].astype(np.float32) @ single.T
+        if itself is not None:
+            products[np.arange(len(products)), itself[part]] = -np.inf
         result[part, present] = np.maximum.reduceat(products, starts, axis=1)
     top = result.max(axis=1, keepdims=True)
-    rivals = result >= top - ROUNDING
+    rivals = result >= top - ROUNDING * np.maximum(np.abs(top), 1.0)
     for at in np.flatnonzero(rivals.sum(axis=1) > 1):
         for index in np.flatnonzero(rivals[at]):
-            members = slice(*np.searchsorted(plain.classes, [index, index + 1]))
-            result[at, index] = float((plain.rows[members].astype(np.float64) @ queries[at]).max())
+            members = np.arange(*np.searchsorted(plain.classes, [index, index + 1]))
+            if itself is not None:
+                members = members[members != itself[at]]
+            exact = plain.rows[members].astype(np.float64) @ queries[at]
+            result[at, index] = float(exact.max(initial=-np.inf))
     return result
 
 
@@ -74,17 +80,7 @@ def plain_held_out(mode: Mode, chosen: IntArray, plain: Plain) -> Array:
     """Return (R, C) scores of chosen references, each exactly as if it had not been there."""
     queries, own = plain.rows[chosen].astype(np.float64), plain.classes[chosen]
     if mode is Mode.MAX:
-        result = np.full((len(chosen), len(plain.counts)), -np.inf)
-        present = np.flatnonzero(plain.counts)
-        starts = np.searchsorted(plain.classes, present)
-        size = max(1, BLOCK // max(len(plain.rows), 1))
-        rows = plain.rows.astype(np.float64, copy=False)
-        for start in range(0, len(chosen), size):
-            part = slice(start, start + size)
-            similarities = queries[part] @ rows.T
-            similarities[np.arange(len(similarities)), chosen[part]] = -np.inf
-            result[part, present] = np.maximum.reduceat(similarities, starts, axis=1)
-        return result
+        return _largest(queries, plain, chosen)
     result = plain_scores(mode, queries, plain)
     if mode is Mode.TEXT:
         return result
