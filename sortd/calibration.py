@@ -17,6 +17,9 @@ KNOWN_REFUSED = 0.10
 """Share of known images that the gate may refuse; many of them are too near to another class anyway."""
 SHARE_OF_ODDS = 0.5
 """Weight of the log odds in the familiarity: strangers are mostly less sure, but not always."""
+LEAST_COSINE_SPREAD = 0.01
+LEAST_ODDS_SPREAD = 1.0
+"""Spreads assumed at least: where all references are alike, or certain, a little less so is nothing strange."""
 FEW = 20
 """Held-out references below which a quantile means little, and the lowest value seen is the gate."""
 CAUTIOUS_CLASSES = 20
@@ -147,9 +150,9 @@ def known_gate(evidence: Evidence, confidence: float, foreign_cosines: Array) ->
     relative = None if evidence.typicality is None else evidence.typicality
     gate = Gate(
         least=0.0,
-        cosine=_moments(evidence.cosine[right]),
+        cosine=_moments(evidence.cosine[right], LEAST_COSINE_SPREAD),
         typicality=None if relative is None else _moments(relative[right]),
-        odds=_moments(log_odds(evidence.confidence[right])),
+        odds=_moments(log_odds(evidence.confidence[right]), LEAST_ODDS_SPREAD),
     )
     familiarity = gate.familiarity(evidence.cosine, relative, evidence.confidence)
     return replace(gate, least=_low(familiarity[filed]))
@@ -201,8 +204,8 @@ def calibrate_strangers(null: Strangers, wanted: float, notes: tuple[str, ...]) 
     }
 
 
-def _moments(values: Array) -> tuple[float, float]:
-    return float(values.mean()), max(float(values.std()), 1e-6)
+def _moments(values: Array, least: float = 1e-6) -> tuple[float, float]:
+    return float(values.mean()), max(float(values.std()), least)
 
 
 def _low(values: Array) -> float:

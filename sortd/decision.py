@@ -113,6 +113,8 @@ def scores(prototypes: PrototypeSet, embeddings: npt.ArrayLike) -> Array:
         ValueError: embeddings of another shape, or a value that is not finite.
     """
     queries = check_embeddings(embeddings, prototypes.matrix.shape[1])
+    if not len(prototypes.labels):
+        return np.zeros((len(queries), 0))
     judged = judge(prototypes, queries, prototypes.settings.mode)
     return judged.scores if judged.whitened is None else judged.probabilities
 

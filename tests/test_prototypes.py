@@ -51,6 +51,19 @@ class TestEveryLibraryHasAnAnswer:
         prototypes = build(support_set(np.zeros((0, 16), np.float32), []), DecisionSettings(mode), generation=1)
         (decision,) = decide(prototypes, Blobs(1, width=16).draw([0]))
         assert decision == Abstained("no_classes", None, 0.0, 0.0, None, mode)
+        assert scores(prototypes, Blobs(1, width=16).draw([0])).shape == (1, 0)
+
+    def test_classes_far_apart_are_filed_from_few_references(self) -> None:
+        """With four references of each of five easy classes nearly every image is filed, and rightly."""
+        support, queries, labels = world(5, 4, spread=0.4)
+        found = decide(build(support, DecisionSettings(), generation=1), queries)
+        filed = [
+            (one.label, support.labels[label])
+            for one, label in zip(found, labels, strict=True)
+            if isinstance(one, Assigned)
+        ]
+        assert len(filed) > 0.85 * len(queries)
+        assert all(label == wanted for label, wanted in filed)
 
     @pytest.mark.parametrize("mode", [Mode.AVG, Mode.MAX, Mode.MEAN, Mode.BEST, Mode.MIXED])
     def test_classes_without_reference_or_name(self, mode: Mode) -> None:
