@@ -1,0 +1,1 @@
+"""The recipe that trains the small CLIP which ships in the package."""

@@ -1,0 +1,68 @@
+"""Checkpoints: all that a run needs to go on, in one folder, replaced whole; nothing in it is a pickle of code."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+NAME = "checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a run stands: steps taken, seconds spent training, updates of the average."""
+
+    step: int = 0
+    seconds: float = 0.0
+    updates: int = 0
+
+
+def save(
+    run: Path,
+    progress: Standing,
+    *,
+    weights: dict[str, torch.Tensor],
+    average: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write beside, then rename; an interrupted write leaves the checkpoint before it."""
+    partial, final, old = run / f"{NAME}.partial", run / NAME, run / f"{NAME}.old"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial / "weights.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in average.items()}, partial / "average.safetensors")
+    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    (partial / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a checkpoint held; `optimizer` is an optimizer's state dict."""
+
+    progress: Standing
+    weights: dict[str, torch.Tensor]
+    average: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]  # Any: torch types a state dict so.
+
+
+def load(run: Path) -> Saved | None:
+    """Read the checkpoint of a run, or the one before it, or none."""
+    for folder in (run / NAME, run / f"{NAME}.old"):
+        if (folder / "progress.json").exists():
+            return Saved(
+                Standing(**json.loads((folder / "progress.json").read_text(encoding="utf-8"))),
+                load_file(folder / "weights.safetensors"),
+                load_file(folder / "average.safetensors"),
+                torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),
+            )
+    return None

@@ -1,0 +1,104 @@
+"""Concepts: the things the images show, each with the names it goes by, merged where data sets share one."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+BACKGROUND = "BACKGROUND Google"
+"""Caltech-101's class of images of nothing in particular; it has no caption."""
+
+CALTECH_NAMES = {
+    "Faces": "face",
+    "Faces easy": "face",
+    "Leopards": "leopard",
+    "Motorbikes": "motorbike, motorcycle",
+    "airplanes": "airplane, airliner, plane",
+    "car side": "car, side of a car",
+    "cougar body": "cougar",
+    "cougar face": "face of a cougar",
+    "crocodile head": "head of a crocodile",
+    "flamingo head": "head of a flamingo",
+    "water lilly": "water lily",
+    "sea horse": "seahorse, sea horse",
+    "yin yang": "yin yang symbol",
+}
+"""Names that read badly in a caption, rewritten; everything else is taken as it stands."""
+
+TEMPLATES = (
+    "a photo of a {}.",
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+    "{}",
+)
+"""The seven of Tip-Adapter (https://github.com/gaopengcuhk/Tip-Adapter), CLIP's plain one, and the bare name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Concept:
+    """One thing with its names, the most usual first."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Every concept, and which concept each label of each data set means (-1: none)."""
+
+    concepts: tuple[Concept, ...]
+    of_label: Mapping[str, tuple[int, ...]]
+
+
+def key(name: str) -> str:
+    """Fold case, punctuation and a plural s, so that `Binoculars` and `binocular` meet."""
+    folded = re.sub(r"[^a-z0-9]+", " ", name.lower()).strip()
+    return folded[:-1] if folded.endswith("s") and not folded.endswith("ss") else folded
+
+
+def names_of(data_set: str, label: str) -> tuple[str, ...]:
+    """Split a label into its names."""
+    text = CALTECH_NAMES.get(label, label) if data_set == "caltech101" else label
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """Read `class_names.json`: for each data set its labels in order."""
+    return merge(json.loads(path.read_text(encoding="utf-8")))
+
+
+def merge(labels: Mapping[str, Sequence[str]]) -> Vocabulary:
+    """Give labels of different data sets one concept where the first name of one is a name of the other.
+
+    Two labels of one data set stay apart (ImageNet has two cranes), except where their first names are the same words.
+    """
+    concepts: list[list[str]] = []
+    owner: dict[str, int] = {}
+    of_label: dict[str, tuple[int, ...]] = {}
+    for data_set, texts in labels.items():
+        before = dict(owner)
+        indices = []
+        for text in texts:
+            if text == BACKGROUND:
+                indices.append(-1)
+                continue
+            names = names_of(data_set, text)
+            first = key(names[0])
+            index = before.get(first, owner.get(first))
+            if index is None:
+                index = len(concepts)
+                concepts.append([])
+            concepts[index] += [name for name in names if name not in concepts[index]]
+            owner.setdefault(first, index)
+            indices.append(index)
+        for text, index in zip(texts, indices, strict=True):
+            if index >= 0:
+                for name in names_of(data_set, text):
+                    owner.setdefault(key(name), index)
+        of_label[data_set] = tuple(indices)
+    return Vocabulary(tuple(Concept(tuple(names)) for names in concepts), of_label)

@@ -1,0 +1,46 @@
+"""The schedule: what the share of the run that is over means for rates, views and averaging."""
+
+import math
+from dataclasses import dataclass
+
+from training.augmentation import CALM, STRONG, Strength
+from training.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """How long a run is: so many steps, or a budget of seconds, whichever is over first."""
+
+    steps: int
+    budget_seconds: float | None
+
+    def share(self, step: int, seconds: float) -> float:
+        """Give the share that is over, 0 to 1."""
+        spent = step / max(self.steps, 1)
+        if self.budget_seconds is not None:
+            spent = max(spent, seconds / self.budget_seconds)
+        return min(spent, 1.0)
+
+
+def rate(settings: Settings, share: float) -> float:
+    """Warm up linearly, then follow a cosine down."""
+    if share < settings.warmup_share:
+        return settings.peak_rate * (0.02 + 0.98 * share / settings.warmup_share)
+    rest = (share - settings.warmup_share) / (1 - settings.warmup_share)
+    cosine = 0.5 * (1 + math.cos(math.pi * rest))
+    return settings.peak_rate * (settings.final_rate_share + (1 - settings.final_rate_share) * cosine)
+
+
+def side(settings: Settings, share: float) -> int:
+    """Give the pixels of a view."""
+    return [pixels for start, pixels in settings.sides if share >= start][-1]
+
+
+def strength(settings: Settings, share: float) -> Strength:
+    """Augment strongly first and calmly at the end."""
+    return CALM if share >= 1 - settings.calm_share else STRONG
+
+
+def averaging(settings: Settings, updates: int) -> float:
+    """Average over few updates first, then over more."""
+    return min(settings.average_decay**settings.average_every, (1 + updates) / (10 + updates))

@@ -1,0 +1,85 @@
+"""What a training run is made of, as frozen values with presets for a CPU, a GPU and a smoke test."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Sizes of both towers; every field ends up in the exported `config.json`."""
+
+    image_pixels: int = 64
+    stem_channels: int = 64
+    stage_channels: tuple[int, int, int] = (128, 256, 384)
+    stage_depths: tuple[int, int, int] = (2, 3, 1)
+    vision_width: int = 384
+    vision_layers: int = 1
+    vision_hidden: int = 1152
+    text_width: int = 192
+    text_layers: int = 2
+    text_hidden: int = 768
+    text_tokens: int = 16
+    vocabulary: int = 3000
+    embedding: int = 384
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One training run: how long, how fast, how strongly augmented."""
+
+    architecture: Architecture = Architecture()
+    batch: int = 256
+    texts: int = 256
+    epochs: float = 60.0
+    budget_minutes: float | None = None
+    peak_rate: float = 1.2e-3
+    linear_rate_share: float = 0.25
+    final_rate_share: float = 0.002
+    warmup_share: float = 0.03
+    weight_decay: float = 0.05
+    gradient_norm: float = 2.0
+    average_decay: float = 0.999
+    average_every: int = 4
+    calm_share: float = 0.15
+    sides: tuple[tuple[float, int], ...] = ((0.0, 48), (0.5, 64))
+    """Pixels of a view from a share of the run on: small ones first, which are cheap."""
+    head_weight: float = 1.0
+    compile_towers: bool = False
+    checkpoint_minutes: float = 5.0
+    evaluate_minutes: float = 10.0
+    seed: int = 0
+
+
+def preset(name: str) -> Settings:
+    """Give the settings called `cpu`, `gpu` or `smoke`."""
+    match name:
+        case "cpu":
+            return Settings(epochs=30.0, budget_minutes=105.0, compile_towers=True)
+        case "gpu":
+            wider = Architecture(stage_depths=(2, 3, 1), vision_layers=2)
+            return Settings(
+                architecture=wider,
+                batch=512,
+                texts=640,
+                epochs=200.0,
+                peak_rate=2e-3,
+                average_decay=0.9998,
+                compile_towers=True,
+            )
+        case "smoke":
+            tiny = Architecture(
+                stem_channels=16,
+                stage_channels=(16, 32, 48),
+                stage_depths=(1, 1, 1),
+                vision_width=64,
+                vision_layers=1,
+                vision_hidden=64,
+                text_width=64,
+                text_layers=1,
+                text_hidden=64,
+                vocabulary=400,
+                embedding=64,
+            )
+            return replace(
+                Settings(), architecture=tiny, batch=32, texts=12, epochs=6.0, average_decay=0.9, evaluate_minutes=60.0
+            )
+    raise ValueError(f"no preset is called {name!r}: use cpu, gpu or smoke")
