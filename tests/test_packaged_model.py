@@ -1,0 +1,132 @@
+"""The model in the package: loads offline, means something, fits its size, names nothing of where it came from."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+MODEL = Path(__file__).parent.parent / "sortd" / "model"
+PHOTOS = Path(__file__).parent.parent.parent / "shared" / "data" / "photos"
+MEGABYTE = 1_000_000
+
+pytestmark = pytest.mark.skipif(not (MODEL / "model.safetensors").exists(), reason="the packaged model is not there")
+
+
+@pytest.fixture(scope="module")
+def clip() -> Any:
+    """Load the packaged model as sortd does, without the network."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(MODEL), device="cpu", local_files_only=True)
+
+
+def disc(colour: tuple[int, int, int], size: tuple[int, int] = (90, 140)) -> Image.Image:
+    """Draw a disc on white."""
+    image = Image.new("RGB", size, (255, 255, 255))
+    ImageDraw.Draw(image).ellipse((15, 15, 75, 75), fill=colour)
+    return image
+
+
+def test_the_folder_fits_into_thirty_megabytes() -> None:
+    """A package of more would not be installed gladly."""
+    assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 30 * MEGABYTE
+
+
+def test_the_folder_holds_no_code_and_no_pickle() -> None:
+    """Only weights as safetensors, JSON, and the card."""
+    assert {file.suffix for file in MODEL.iterdir()} <= {".safetensors", ".json", ".md"}
+
+
+def test_no_file_names_a_path_of_the_machine_that_trained_it() -> None:
+    """The folder must read the same wherever it came from."""
+    for file in MODEL.glob("*.json"):
+        assert not re.search(r"/(work|tmp|home|root|Users)/", file.read_text(encoding="utf-8")), file.name
+
+
+def test_it_loads_with_the_network_off_and_without_remote_code() -> None:
+    """A fresh interpreter told to stay offline loads it and embeds a word and a picture."""
+    program = (
+        "import sys; from PIL import Image; from sentence_transformers import SentenceTransformer\n"
+        "m = SentenceTransformer(sys.argv[1], device='cpu')\n"
+        "print(m.encode(['a dog']).shape[1] == m.encode([Image.new('RGB', (70, 50))]).shape[1])\n"
+    )
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(MODEL)],
+        env=offline,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "True"
+
+
+def test_it_computes_in_float32_whatever_lies_on_the_disk(clip: Any) -> None:
+    """Float16 arithmetic is slow on most processors."""
+    assert {str(weight.dtype) for weight in clip.parameters()} == {"torch.float32"}
+
+
+def test_images_of_any_shape_get_finite_embeddings_of_one_length(clip: Any) -> None:
+    """Wide, tall, tiny and large."""
+    images = [Image.new("RGB", size, (120, 60, 30)) for size in ((900, 30), (20, 400), (1, 1), (64, 64))]
+    rows = clip.encode(images)
+    assert rows.shape == (4, clip.encode(["a dog"]).shape[1])
+    assert bool(np.isfinite(rows).all())
+
+
+def test_an_image_is_nearer_to_its_like_than_to_another(clip: Any) -> None:
+    """A disc of nearly the same red, against a blue one."""
+    red, reddish, blue = clip.encode([disc((210, 30, 30)), disc((190, 40, 35), (100, 150)), disc((30, 40, 200))])
+    assert cosine(red, reddish) > cosine(red, blue)
+
+
+def test_one_image_is_embedded_the_same_alone_and_in_a_batch(clip: Any) -> None:
+    """Statistics of a batch must not leak in."""
+    images = [disc((10 * i, 90, 200 - 10 * i)) for i in range(8)]
+    assert np.allclose(clip.encode(images)[3], clip.encode([images[3]])[0], atol=1e-4)
+
+
+def test_every_printable_word_tokenises(clip: Any) -> None:
+    """Class names are the user's: no word may become the unknown piece."""
+    tokenizer = clip.tokenizer
+    words = ["tornillo", "qwxzk", "M3x10", "under_score", "50%", "a-b", "#9", "Ñandú"]
+    for word in words:
+        assert tokenizer.unk_token_id not in tokenizer(word)["input_ids"], word
+
+
+def test_the_towers_are_described_at_the_size_the_processor_makes() -> None:
+    """The vision tower refuses any other."""
+    towers = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
+    processor = json.loads((MODEL / "preprocessor_config.json").read_text(encoding="utf-8"))
+    assert processor["crop_size"] == {"height": towers["vision_config"]["image_size"]} | {
+        "width": towers["vision_config"]["image_size"]
+    }
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="no photos beside the repository")
+def test_photos_of_screws_are_told_apart_from_five_examples(clip: Any) -> None:
+    """The nearest of two class means finds most of the others."""
+    rows, truth = [], []
+    for label, folder in enumerate(sorted(path for path in (PHOTOS / "tornillos").iterdir() if path.is_dir())):
+        files = sorted(folder.iterdir())
+        rows += list(clip.encode([Image.open(file).convert("RGB") for file in files]))
+        truth += [label] * len(files)
+    unit = np.array(rows) / np.linalg.norm(rows, axis=1, keepdims=True)
+    labels = np.array(truth)
+    support = np.concatenate([np.flatnonzero(labels == label)[:5] for label in (0, 1)])
+    query = np.setdiff1d(np.arange(len(labels)), support)
+    means = np.stack([unit[support[:5]].mean(axis=0), unit[support[5:]].mean(axis=0)])
+    right = (unit[query] @ means.T).argmax(axis=1) == labels[query]
+    assert right.mean() >= 0.7
+
+
+def cosine(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> float:
+    """Give the cosine of two rows."""
+    return float(first @ second / np.linalg.norm(first) / np.linalg.norm(second))
