@@ -13,7 +13,7 @@ from sortd.journal import Grounds, Journal, Record
 from sortd.journal_records import with_reason
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import NO_STAMP, Mover, new_token, with_companions
-from sortd.relocating import Order, Relocator, Submit, inline
+from sortd.relocating import SYNC_THREADS, Order, Relocator, Submit, inline
 from sortd.relocation import FolderNameError, Member, Relocation, Role, checked_folder, checked_name
 from sortd.renaming import Folders, is_version, look
 from sortd.undoing import PutBack, Undoing
@@ -36,6 +36,7 @@ class Filing:
         submit: Submit = inline,
         interrupted: Callable[[], bool] = never,
         mover: Mover | None = None,
+        sync_threads: int = SYNC_THREADS,
     ) -> None:
         """Begin; call ``recover`` before the first move.
 
@@ -47,11 +48,19 @@ class Filing:
                 another thread, and is to be run once; returns the answers that are there already.
             interrupted: asked by such a job between chunks; one that was interrupted begins anew later.
             mover: puts files in their place.
+            sync_threads: files that are synced at the same time; with 1, no thread is made.
         """
         self._root = dataset_root
         self._journal = journal
         self._companions = companions
-        self._relocator = Relocator(dataset_root, journal, submit=submit, interrupted=interrupted, mover=mover)
+        self._relocator = Relocator(
+            dataset_root,
+            journal,
+            submit=submit,
+            interrupted=interrupted,
+            mover=mover,
+            sync_threads=sync_threads,
+        )
         self._undoing = Undoing(dataset_root, self._relocator)
 
     def recover(self) -> list[Relocation]:

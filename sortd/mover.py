@@ -3,7 +3,8 @@
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from sortd.companions import companions_of
@@ -77,30 +78,52 @@ def open_members(folders: Folders, relocation: Relocation) -> list[int]:
             if member.role is not Role.REASON:
                 _open_member(folder, member, relocation.source, opened)
     except FileNotFoundError as error:
-        _close(opened)
+        close_files(opened)
         raise VanishedError(f"{relocation.source}/{relocation.image.name}: nothing stands there any more") from error
     except OSError as error:
-        _close(opened)
+        close_files(opened)
         raise BusyError(
             f"{relocation.source}/{relocation.image.name}: cannot be opened now: {error.strerror}"
         ) from error
     except BaseException:
-        _close(opened)
+        close_files(opened)
         raise
     return opened
 
 
-def sync_members(files: list[int]) -> None:
-    """Make the bytes of open files survive a power cut, before any name changes, and close them.
+def sync_files(files: Sequence[int], threads: int) -> dict[int, OSError]:
+    """Make the bytes of open files survive a power cut, before any name changes.
 
-    Raises:
-        OSError: the disk refused; what is on it is unknown.
+    One sync waits for one flush of the disk's cache, but syncs at the same time share it: 64 small files took 1 to 2
+    seconds one after the other and 0.1 to 0.4 in 16 threads, on a busy disk.
+
+    Args:
+        files: descriptors.
+        threads: how many syncs are under way at the same time; with 1, no thread is made.
+
+    Returns:
+        What the disk refused, by descriptor; the bytes of these are unknown.
     """
+    if threads == 1 or len(files) == 1:
+        troubles = [_sync_file(file) for file in files]
+    else:
+        with ThreadPoolExecutor(threads, thread_name_prefix="sync") as pool:
+            troubles = list(pool.map(_sync_file, files))
+    return {file: trouble for file, trouble in zip(files, troubles, strict=True) if trouble is not None}
+
+
+def close_files(files: Iterable[int]) -> None:
+    """Close descriptors."""
+    for file in files:
+        os.close(file)
+
+
+def _sync_file(file: int) -> OSError | None:
     try:
-        for file in files:
-            os.fsync(file)
-    finally:
-        _close(files)
+        os.fsync(file)
+    except OSError as error:
+        return error
+    return None
 
 
 def _open_member(folder: int, member: Member, place: str, opened: list[int]) -> None:
@@ -122,11 +145,6 @@ def _open_member(folder: int, member: Member, place: str, opened: list[int]) -> 
     if writer_of(file) is Writer.PRESENT:
         raise BusyError(f"{path}: a program has it open for writing")
     start_writeback(file)
-
-
-def _close(files: list[int]) -> None:
-    while files:
-        os.close(files.pop())
 
 
 class Mover:

@@ -12,13 +12,16 @@ from sortd.copying import never
 from sortd.crossing import cross
 from sortd.errors import DestinationError, ImageError
 from sortd.journal import Grounds, Journal
-from sortd.mover import Mover, done, open_members, remove_spent, sync_members
+from sortd.mover import Mover, close_files, done, open_members, remove_spent, sync_files
 from sortd.recovery import recover
 from sortd.relocation import Progress, Relocation
 from sortd.renaming import CANNOT_RENAME, Folders, sync_folder
 
 BATCH = 64
 """Relocations that share commits and syncs; each holds a descriptor or a few until its bytes are synced."""
+
+SYNC_THREADS = 16
+"""Files of a batch that are synced at the same time; the threads end with the batch."""
 
 T = TypeVar("T")
 
@@ -71,6 +74,7 @@ class Relocator:
         submit: Submit = inline,
         interrupted: Callable[[], bool] = never,
         mover: Mover | None = None,
+        sync_threads: int = SYNC_THREADS,
     ) -> None:
         """Begin; see ``filing.Filing`` for the arguments."""
         self._root = root
@@ -78,6 +82,7 @@ class Relocator:
         self._submit = submit
         self._interrupted = interrupted
         self._mover = mover or Mover()
+        self._sync_threads = sync_threads
         self._crossing: dict[str, Relocation] = {}  # by token; handed to ``submit`` and not yet ended
 
     def recover(self) -> list[Relocation]:
@@ -130,7 +135,7 @@ class Relocator:
         except OSError as error:
             return [order.troubled(error) for order in orders], []
         with folders:
-            ready, refused = _ready(folders, orders)
+            ready, refused = _ready(folders, orders, self._sync_threads)
             if not ready:
                 return refused, []
             self._journal.intend([(order.relocation, order.grounds) for order in ready])
@@ -193,7 +198,7 @@ def _recovered(folders: Folders, relocation: Relocation, journal: Journal) -> Re
         return relocation  # still open: tried again before the next batch and at the next start
 
 
-def _ready(folders: Folders, orders: Iterable[Order]) -> tuple[list[Order], list[Order]]:
+def _ready(folders: Folders, orders: Iterable[Order], sync_threads: int) -> tuple[list[Order], list[Order]]:
     """Look at the files and make their bytes durable, before anything is written or renamed."""
     opened: list[tuple[Order, list[int]]] = []
     ready: list[Order] = []
@@ -203,13 +208,17 @@ def _ready(folders: Folders, orders: Iterable[Order]) -> tuple[list[Order], list
             opened.append((order, open_members(folders, order.relocation)))
         except ImageError as error:
             refused.append(order.troubled(error))
+    everything = [file for _, files in opened for file in files]
+    try:
+        troubles = sync_files(everything, sync_threads)
+    finally:
+        close_files(everything)
     for order, files in opened:
-        try:
-            sync_members(files)
-        except OSError as error:
-            refused.append(order.troubled(error))
-        else:
+        trouble = next((troubles[file] for file in files if file in troubles), None)
+        if trouble is None:
             ready.append(order)
+        else:
+            refused.append(order.troubled(trouble))
     return ready, refused
 
 

@@ -461,6 +461,24 @@ class TestErrors:
             assert journal.history.unfinished() == []
         moved(Filing(dataset.root, journal), move)
 
+    def test_a_file_whose_bytes_cannot_be_synced_is_not_moved(
+        self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The others of its batch are; each thread's error finds its own file."""
+        paths = [dataset.put(f"Images/{number}.jpg", f"{number}") for number in range(40)]
+        fsync = os.fsync
+
+        def refuse(descriptor: int) -> None:
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith(("/7.jpg", "/31.jpg")):
+                raise OSError(errno.EIO, "Input/output error")
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        answers = Filing(dataset.root, journal).move_all([order(path) for path in paths])
+        failed = [Path(answer.path).name for answer in answers if isinstance(answer, MoveFailed)]
+        assert failed == ["7.jpg", "31.jpg"]
+        assert sorted(os.listdir(dataset.root / "Images")) == ["31.jpg", "7.jpg"]
+
     def test_a_file_that_changes_after_it_was_looked_at_is_not_shown_in_its_class(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
     ) -> None:
