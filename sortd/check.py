@@ -56,6 +56,8 @@ def check_site(config: Config, *, decoding_seconds: float = DECODING_SECONDS) ->
     yield from named_dataset_findings(config, layouts)
     for key, folder in own.items():
         yield from own_folder_findings(key, folder)
+    if config.metrics.textfile is not None:
+        yield from own_folder_findings("metrics.textfile", config.metrics.textfile.parent)
     yield from overlap_findings(layouts, own)
     yield from process_findings(config, layouts)
     yield from model_findings(config)

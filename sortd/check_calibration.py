@@ -27,22 +27,19 @@ def calibration_findings(layout: Layout, config: DatasetConfig, prototypes: Prot
     facts, clases = prototypes.calibration, layout.area(Area.CLASES)
     for sentence in facts.notes:
         yield warning(Topic.CALIBRATION, clases, sentence, "add references, or ask for less (`abstain` in config.yaml)")
-    if facts.filed_expected is not None and facts.precision_expected is not None:
-        expected = (
-            f"generation {prototypes.generation}, judged on {counted(facts.held_out, 'reference')} left out in turn: "
-            f"{facts.filed_expected:.0%} of known images would be filed, {facts.precision_expected:.1%} of them right"
-        )
-        yield note(Topic.CALIBRATION, clases, expected)
+    made = f"generation {prototypes.generation}, judged on {counted(facts.held_out, 'reference')} left out in turn: "
+    if not facts.held_out:
+        what = f"generation {prototypes.generation}: no class has two images that differ, so its accuracy is not known"
+        yield note(Topic.CALIBRATION, clases, what, "add references")
+    elif prototypes.settings.abstain is None:
+        yield note(Topic.CALIBRATION, clases, f"{made}{facts.accuracy or 0.0:.1%} are right; every image is filed")
+    elif facts.filed_expected is not None:
+        right = "" if facts.precision_expected is None else f", {facts.precision_expected:.1%} of them right"
+        yield note(Topic.CALIBRATION, clases, f"{made}{facts.filed_expected:.0%} of known images would be filed{right}")
         if facts.filed_expected < LOW_SHARE_FILED:
             what = f"only {facts.filed_expected:.0%} of known images would be filed, the others go to Review/"
             mend = "add references (sortd eval says of which classes), or lower `abstain.precision`"
             yield warning(Topic.CALIBRATION, clases, what, mend)
-    elif facts.accuracy is not None:
-        what = f"generation {prototypes.generation}: {facts.accuracy:.1%} right by leave-one-out; all images are filed"
-        yield note(Topic.CALIBRATION, clases, what)
-    elif not facts.held_out:
-        what = f"generation {prototypes.generation}: no class has two images that differ, so its accuracy is not known"
-        yield note(Topic.CALIBRATION, clases, what, "add references")
     if _differs(config, prototypes):
         what = "was last learnt under other settings (mode or abstain); what is said of it holds for those"
         yield note(Topic.CALIBRATION, layout.root, what, "start or reload sortd")

@@ -157,5 +157,12 @@ def _moves(layout: Layout, area: Area, folder: int, name: str, rename: Rename) -
 
 
 def _folders(layout: Layout) -> int:
-    """Count the folders that would be watched, links not followed."""
-    return sum(1 for area in Area for _ in os.walk(layout.area(area)))
+    """Count the folders that would be watched, links not followed; what is filed lies one level deep."""
+    deep = sum(1 for area in (Area.CLASES, Area.IMAGES) for _ in os.walk(layout.area(area)))
+    return deep + sum(1 + _count_folders(layout.area(area)) for area in (Area.DATASET, Area.REVIEW, Area.REJECTED))
+
+
+def _count_folders(folder: Path) -> int:
+    with suppress(OSError), os.scandir(folder) as entries:
+        return sum(1 for entry in entries if entry.is_dir(follow_symlinks=False))
+    return 0

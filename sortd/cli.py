@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sortd import __version__, cli_decisions, cli_facts, cli_moves
+from sortd import __version__, cli_decisions, cli_facts, cli_models, cli_moves
 from sortd.console import ConfigOption, JsonOption, load_config, printable
 from sortd.errors import SortdError
 
@@ -136,7 +136,7 @@ for command in (
 ):
     app.command()(command)
 app.command("eval")(cli_decisions.evaluate)
-app.add_typer(cli_facts.models)
+app.add_typer(cli_models.models)
 
 
 def main() -> None:

@@ -57,7 +57,8 @@ def explain_with(
     """
     from sortd.explain import explain_image
 
-    explained = explain_image(load_config(config), image, dataset, load_encoder=load_encoder)
+    with progress("looking at the image"):
+        explained = explain_image(load_config(config), image, dataset, load_encoder=load_encoder)
     if as_json:
         print_json(explained.facts())
     else:

@@ -1,4 +1,4 @@
-"""The commands that only look: ``check``, ``status``, ``history`` and ``models``; none of them imports torch."""
+"""The commands that only look: ``check``, ``status`` and ``history``; none of them imports torch."""
 
 import os
 import sys
@@ -16,7 +16,6 @@ from sortd.console import (
     JsonOption,
     counted,
     load_config,
-    megabytes,
     moment_option,
     print_json,
     print_line,
@@ -163,8 +162,6 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     as_json: JsonOption = False,
 ) -> None:
     """Tell what was moved where and why, newest first."""
-    from sortd.moments import shown
-
     if outcome not in {None, "filed", "sent_to_review", "rejected", "undone"}:
         raise typer.BadParameter("must be filed, sent_to_review, rejected or undone", param_hint="--outcome")
     records = _records(
@@ -181,25 +178,40 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     if as_json:
         print_json(records)
         return
-    rows = [
-        (
-            shown(one["at"]),
-            one["dataset"],
-            one["outcome"].replace("_", " ") + (" (undone)" if one["undone_by"] else ""),
-            _relative(one["from"]),
-            _relative(one["to"]),
-            "" if one["margin"] is None else f"{one['score']:.3f}",
-            "" if one["margin"] is None else f"{one['margin']:.3f}",
-            one["reason"],
-            one["run"],
-        )
-        for one in records
-    ]
-    if rows or not sys.stdout.isatty():
+    if sys.stdout.isatty():
+        for record in records:
+            _print_record(record)
+    else:
         columns = ("when", "dataset", "outcome", "from", "to", "score", "margin", "reason", "run")
-        print_table(columns, rows, right=("score", "margin"))
+        print_table(columns, (_columns(record) for record in records))
     if limit and len(records) == limit:
         say(f"sortd: the newest {limit}; --limit 0 shows all")
+
+
+def _columns(record: Mapping[str, Any]) -> tuple[object, ...]:
+    from sortd.moments import shown
+
+    return (
+        shown(record["at"]),
+        record["dataset"],
+        record["outcome"].replace("_", " ") + (" (undone)" if record["undone_by"] else ""),
+        _relative(record["from"]),
+        _relative(record["to"]),
+        "" if record["margin"] is None else f"{record['score']:.3f}",
+        "" if record["margin"] is None else f"{record['margin']:.3f}",
+        record["reason"],
+        record["run"],
+    )
+
+
+def _print_record(record: Mapping[str, Any]) -> None:
+    """Print a record as one line, which a narrow terminal may break where it likes: columns would be too many."""
+    when, dataset, outcome, source, destination, score, margin, reason, run = map(str, _columns(record))
+    why = [f"score {score}, margin {margin}"] if score else []
+    why += [reason] if reason else []
+    line = f"{when}  {dataset}  {outcome}: {source} -> {destination}  ({', '.join([*why, f'run {run}'])})"
+    styles = {"sent to review": "yellow", "rejected": "red", "undone": "cyan"}
+    print_line(printable(line), style=styles.get(outcome, ""))
 
 
 def _records(config: Any, *, dataset: str | None, path: Path | None, **conditions: Any) -> Sequence[dict[str, Any]]:  # noqa: ANN401 -- of Selection
@@ -231,59 +243,3 @@ def _relative(path: str) -> str:
         if area in path:
             return path[path.index(area) + 1 :]
     return path
-
-
-models = typer.Typer(name="models", help="Show which models are here, and fetch others.", invoke_without_command=True)
-
-
-@models.callback()
-def _models(context: typer.Context, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Show which models are here and which one is used; `fetch` gets another."""
-    if context.invoked_subcommand is None:
-        list_models(config, as_json)
-
-
-@models.command("list")
-def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Show which models are here, and which one `model: auto` takes and why."""
-    from sortd.model_list import model_list
-
-    facts = model_list(load_config(config))
-    if as_json:
-        print_json(facts)
-        return
-    rows = [
-        (
-            "->" if one["chosen"] else "",
-            one["name"],
-            one["kind"],
-            megabytes(one["size_bytes"]),
-            one["content"] or "",
-            one["folder"],
-        )
-        for one in facts["models"]
-    ]
-    print_table(("", "model", "kind", "size", "content", "folder"), rows, right=("size",))
-    print_line("")
-    print_line(facts["why"], style="bold red" if facts["problem"] else "bold")
-    for line in facts["advice"]:
-        print_line(line)
-    if facts["running"]:
-        print_line(f"The sortd that runs now uses {facts['running']['model']}: {facts['running']['encoder_id']}")
-
-
-@models.command("fetch")
-def fetch_model(
-    name: Annotated[str, typer.Argument(help="As the Hugging Face hub has it: clip-ViT-B-32.")],
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Download a model into sortd's cache: the only thing in sortd that uses the network."""
-    from sortd.models import fetch
-
-    say(f"sortd: fetching {name}")
-    folder = fetch(name, cache_dir=load_config(config).cache_dir)
-    if as_json:
-        print_json({"name": name, "folder": str(folder)})
-    else:
-        print_line(f"{name} is in {folder}")

@@ -71,6 +71,8 @@ class Explained:
     def sentences(self) -> list[str]:
         """Say it in sentences."""
         said = sentences(self.explanation)
+        if self.path in {one.path for one in self.explanation.neighbours}:
+            said.append("It is one of the references itself, which flatters its scores.")
         if not self.is_stored:
             said.append("The references were learnt for this answer alone: no sortd has stored them as they are now.")
         return said

@@ -51,7 +51,8 @@ def _dataset(place: JournalPlace, live: dict[str, Any], *, is_alive: bool) -> di
     else:
         facts |= {key: live[key] for key in ("problem", "generation", "classes", "references", "mode") if key in live}
     if place.root is not None:
-        facts["in_images"] = _count(Layout(place.root), Area.IMAGES)
+        if not is_alive:  # the sortd that runs knows better, and Images/ may be large
+            facts["in_images"] = _count(Layout(place.root), Area.IMAGES)
         facts["in_review"] = _count(Layout(place.root), Area.REVIEW)
     return facts | _from_journal(place)
 

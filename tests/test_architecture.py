@@ -106,6 +106,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "cli": (DRIVER, "drivers"),
     "cli_decisions": (DRIVER, "drivers"),
     "cli_facts": (DRIVER, "drivers"),
+    "cli_models": (DRIVER, "drivers"),
     "cli_moves": (DRIVER, "drivers"),
     "console": (DRIVER, "drivers"),
     "check": (DRIVER, "drivers"),

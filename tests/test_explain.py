@@ -156,6 +156,7 @@ class TestImage:
         explained = explain_image(config_of(site), image, load_encoder=lambda _: FakeEncoder())
         assert (explained.explanation.label, explained.is_stored) == ("green", False)
         assert "no sortd has stored them" in explained.sentences()[-1]
+        assert "It is one of the references itself" in explained.sentences()[-2]
 
     def test_a_filed_image_tells_its_way(self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path) -> None:
         """What the journal knows of it comes along."""
