@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """Draw the sample data: reference images of four kinds of screw heads, and a batch of images to be sorted.
 
-    python Data/draw.py references [--into FOLDER] [--each 6] [--seed 1]   classes with their images (those of Clases/ are kept)
+    python Data/draw.py references [--into FOLDER] [--each 6] [--seed 1]   classes with their images
     python Data/draw.py incoming [--truth FILE] [--again]                  40 images into Images/, one of them broken
 
-The same seed draws the same bytes with the same Pillow and numpy. Nothing that exists is ever written over: references and
-incoming are drawn only where they are missing; ``--again`` draws 40 others with other names.
+The same seed draws the same bytes with the same Pillow and numpy. Nothing that exists is ever written over: both are
+drawn only where they are missing; ``--again`` draws 40 others with other names.
 """
 
 import argparse
@@ -18,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from grounds import Random
 from PIL import Image
-from screws import KINDS, Random, screw
+from screws import KINDS, screw
 from strangers import STRANGERS
 
 DATASET = Path(__file__).parent / "Tornillos"

@@ -10,30 +10,24 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
+from grounds import FINE, SIZE, Plane, Random, grid, ground, noise, rgb, rise, turned
 from PIL import Image, ImageDraw, ImageFilter
-
-SIZE = 240
-"""Pixels along each edge of a picture."""
-
-FINENESS = 2
-"""How many times finer than the picture the drawing is, so that edges come out smooth."""
 
 KINDS = ("cross", "torx", "slotted", "hex")
 """The recesses, as the classes are named."""
 
-Plane: TypeAlias = npt.NDArray[np.float32]
-Random: TypeAlias = np.random.Generator
 Distance: TypeAlias = Callable[[Plane, Plane], Plane]
 """Signed distance from an outline: below zero inside."""
 
 STEEL, BRASS, BLACK, COPPER, ZINC = (
     (0.78, 0.79, 0.81),
     (0.88, 0.70, 0.36),
-    (0.26, 0.26, 0.29),
+    (0.36, 0.36, 0.40),
     (0.84, 0.52, 0.38),
     (0.86, 0.82, 0.70),
 )
+METALS = (STEEL, STEEL, ZINC, BRASS, COPPER, BLACK)
+"""As often as they are met."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,95 +38,6 @@ class Light:
     strength: float
     tint: Plane
 
-
-def grid() -> tuple[Plane, Plane]:
-    """Return x and y over the picture, from -1 to 1."""
-    line = np.linspace(-1, 1, SIZE * FINENESS, dtype=np.float32)
-    x, y = np.meshgrid(line, line)
-    return x, y
-
-
-def rise(value: Plane, start: float, end: float) -> Plane:
-    """Climb smoothly from 0 at ``start`` to 1 at ``end`` (the cubic smoothstep)."""
-    share = np.clip((value - start) / (end - start), 0, 1)
-    return share * share * (3 - 2 * share)
-
-
-def noise(random: Random, cells_x: float, cells_y: float, octaves: int = 4) -> Plane:
-    """Draw cloudy noise from 0 to 1 whose coarsest features are ``1 / cells`` of the picture wide and high."""
-    size = SIZE * FINENESS
-    total = np.zeros((size, size), np.float32)
-    for octave in range(octaves):
-        shape = (max(2, round(cells_y * 2**octave)), max(2, round(cells_x * 2**octave)))
-        values = Image.fromarray(random.random(shape, dtype=np.float32))
-        total += np.asarray(values.resize((size, size), Image.Resampling.BICUBIC)) / 2**octave
-    low, high = total.min(), total.max()
-    return (total - low) / (high - low)
-
-
-def turned(x: Plane, y: Plane, angle: float) -> tuple[Plane, Plane]:
-    """Turn the coordinates about the origin by an angle in radians."""
-    cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    return x * cosine + y * sine, y * cosine - x * sine
-
-
-def paint(plane: Plane, *stops: tuple[float, float, float]) -> Plane:
-    """Colour a plane of 0 to 1 by colours at equal steps."""
-    places = np.linspace(0, 1, len(stops))
-    channels = [np.interp(plane, places, [stop[channel] for stop in stops]) for channel in range(3)]
-    return np.stack(channels, axis=-1).astype(np.float32)
-
-
-# ---------------------------------------------------------------- grounds
-
-
-def wood(random: Random) -> Plane:
-    """Draw planed boards with their grain."""
-    x, y = turned(*grid(), random.uniform(0, np.pi))
-    grain = np.sin(24 * (x + 0.35 * noise(random, 2, 2, 3)) + 5 * noise(random, 3, 3, 2) + 0.7 * y)
-    fibre = noise(random, 60, 4, 2)
-    dark, light = [((0.30, 0.18, 0.10), (0.55, 0.36, 0.20)), ((0.60, 0.44, 0.28), (0.84, 0.70, 0.50))][
-        random.integers(2)
-    ]
-    return paint(np.clip(0.5 + 0.25 * grain + 0.5 * (fibre - 0.5), 0, 1), dark, light)
-
-
-def concrete(random: Random) -> Plane:
-    """Draw poured concrete with pores."""
-    shade = 0.55 + 0.3 * (noise(random, 3, 3, 6) - 0.5) + 0.25 * (noise(random, 120, 120, 1) - 0.5)
-    pores = rise(noise(random, 26, 26, 2), 0.78, 0.86)
-    level = random.uniform(0.7, 1.3)
-    warmth = random.uniform(-0.04, 0.04)
-    return (np.clip(shade - 0.35 * pores, 0, 1)[..., None] * level) * np.float32([1 + warmth, 1, 1 - warmth])
-
-
-def cloth(random: Random) -> Plane:
-    """Draw a woven cloth in one colour."""
-    x, y = turned(*grid(), random.uniform(0, np.pi))
-    threads = random.uniform(55, 90)
-    weave = 0.5 + 0.25 * np.sin(threads * x) * np.sign(np.sin(threads * y / 2)) + 0.25 * np.sin(threads * y)
-    colour = np.float32(random.choice([(0.20, 0.28, 0.42), (0.45, 0.16, 0.16), (0.72, 0.68, 0.60), (0.24, 0.34, 0.26)]))
-    return (0.72 + 0.25 * weave + 0.2 * (noise(random, 3, 3, 3) - 0.5))[..., None] * colour
-
-
-def brushed(random: Random) -> Plane:
-    """Draw a sheet of brushed metal."""
-    x, y = turned(*grid(), random.uniform(0, np.pi))
-    columns = (np.clip(0.5 + 0.35 * y, 0, 1) * (SIZE * FINENESS - 1)).astype(np.intp)
-    strokes = noise(random, 1, 200, 2)[columns, (SIZE * FINENESS) // 2]
-    sheen = np.exp(-((x - random.uniform(-0.6, 0.6)) ** 2) / 0.5)
-    shade = random.uniform(0.35, 0.6) + 0.22 * (strokes - 0.5) + 0.22 * sheen
-    return shade[..., None] * np.float32([0.97, 1.0, 1.04])
-
-
-def sheet(random: Random) -> Plane:
-    """Draw smooth coloured board, lit unevenly."""
-    x, y = turned(*grid(), random.uniform(0, 2 * np.pi))
-    colour = np.float32(random.choice([(0.86, 0.86, 0.84), (0.34, 0.40, 0.48), (0.80, 0.66, 0.42), (0.16, 0.17, 0.19)]))
-    return (0.9 + 0.16 * x + 0.04 * noise(random, 90, 90, 1))[..., None] * colour
-
-
-GROUNDS = (wood, concrete, cloth, brushed, sheet)
 
 # ---------------------------------------------------------------- outlines, in units of the head's radius
 
@@ -152,7 +57,8 @@ def hexagon(apothem: float) -> Distance:
 
     def distance(x: Plane, y: Plane) -> Plane:
         sides = [np.abs(turned(x, y, turn * np.pi / 3)[0]) for turn in range(3)]
-        return np.maximum.reduce(sides) - np.float32(apothem)
+        outside: Plane = np.maximum.reduce(sides) - np.float32(apothem)
+        return outside
 
     return distance
 
@@ -168,7 +74,8 @@ def crossed(length: float, width: float) -> Distance:
     def distance(x: Plane, y: Plane) -> Plane:
         throat = np.float32(1.55 * width) * 2**0.5 - (np.abs(x) + np.abs(y))
         bars = np.minimum(bar(length, width)(x, y), bar(length, width)(y, x))
-        return np.minimum(bars, -throat / np.float32(2**0.5))
+        outside: Plane = np.minimum(bars, -throat / np.float32(2**0.5))
+        return outside
 
     return distance
 
@@ -177,14 +84,14 @@ def recess(kind: str, random: Random) -> Distance:
     """Outline a recess: its size varies, so that its area does not tell its kind."""
     match kind:
         case "cross":
-            return crossed(random.uniform(0.62, 0.74), random.uniform(0.12, 0.17))
+            return crossed(random.uniform(0.66, 0.78), random.uniform(0.13, 0.18))
         case "torx":
-            radius = random.uniform(0.48, 0.58)
-            return lobes(radius, 0.17 * radius)
+            radius = random.uniform(0.52, 0.61)
+            return lobes(radius, 0.19 * radius)
         case "slotted":
-            return bar(random.uniform(0.80, 1.10), random.uniform(0.13, 0.20))
+            return bar(random.uniform(0.85, 1.10), random.uniform(0.15, 0.22))
         case "hex":
-            return hexagon(random.uniform(0.44, 0.55))
+            return hexagon(random.uniform(0.48, 0.57))
         case _:
             raise ValueError(f"no such recess: {kind}; there are {', '.join(KINDS)}")
 
@@ -198,12 +105,12 @@ def lamp(random: Random) -> Light:
     length = float(np.hypot(1, height))
     direction = (float(np.cos(angle)) / length, float(np.sin(angle)) / length, height / length)
     warmth = random.uniform(-0.08, 0.08)
-    return Light(direction, random.uniform(0.8, 1.15), np.float32([1 + warmth, 1, 1 - warmth]))
+    return Light(direction, random.uniform(0.8, 1.15), rgb(1 + warmth, 1, 1 - warmth))
 
 
 def slopes(height: Plane) -> tuple[Plane, Plane, Plane]:
     """Return the unit normal of a height map, as its three planes."""
-    step = np.float32(2 / (SIZE * FINENESS))
+    step = np.float32(2 / (FINE))
     down, across = np.gradient(height, step)
     length = np.sqrt(down * down + across * across + 1)
     return -across / length, -down / length, 1 / length
@@ -221,18 +128,19 @@ def shine(height: Plane, light: Light, random: Random, *, roughness: float, turn
     """
     x, y, z = slopes(height)
     towards = np.clip(x * light.direction[0] + y * light.direction[1] + z * light.direction[2], 0, 1)
-    half = np.float32(light.direction) + np.float32([0, 0, 1])
-    half /= np.linalg.norm(half)
+    half = rgb(*light.direction) + rgb(0, 0, 1)
+    half = half / np.float32(np.linalg.norm(half))
     glint = np.clip(x * half[0] + y * half[1] + z * half[2], 0, 1) ** np.float32(2 / roughness**2)
     mirrored_x, mirrored_y = 2 * x * z, 2 * y * z
     phase = random.uniform(0, 2 * np.pi)
     room = 0.5 + 0.3 * np.sin(3.0 * mirrored_x + phase) * np.cos(2.4 * mirrored_y - phase)
-    return np.float32(light.strength) * (0.16 + 0.42 * towards + 0.22 * room + 0.55 * glint + turning)
+    shone: Plane = np.float32(light.strength) * (0.16 + 0.42 * towards + 0.22 * room + 0.55 * glint + turning)
+    return shone
 
 
 def scratches(random: Random, count: int) -> Plane:
     """Draw thin straight scratches as heights from -1 (cut) to 0."""
-    size = SIZE * FINENESS
+    size = FINE
     sheet_of_lines = Image.new("L", (size, size), 0)
     pen = ImageDraw.Draw(sheet_of_lines)
     for _ in range(count):
@@ -245,7 +153,7 @@ def scratches(random: Random, count: int) -> Plane:
 
 def shadowed(inside: Plane, light: Light, reach: float) -> Plane:
     """Shift a mask away from the light and soften it: the shadow that its edge throws, 0 to 1."""
-    pixels = reach * SIZE * FINENESS / 2
+    pixels = reach * FINE / 2
     shift = (round(-light.direction[1] * pixels), round(-light.direction[0] * pixels))
     mask = Image.fromarray((np.roll(inside, shift, axis=(0, 1)) * 255).astype(np.uint8))
     return np.asarray(mask.filter(ImageFilter.GaussianBlur(max(1.0, pixels / 3))), np.float32) / 255
@@ -271,9 +179,9 @@ def metal(
         relief: heights added on top, over the part's own square.
     """
     light = lamp(random)
-    radius = random.uniform(0.68, 0.95)
+    radius = random.uniform(0.78, 0.95)
     spare = max(0.0, 1.0 - radius)
-    place_x, place_y = random.uniform(-1, 1, 2) * (spare + 0.04)
+    place_x, place_y = random.uniform(-1, 1, 2) * (0.7 * spare + 0.03)
     x, y = grid()
     x, y = (x - np.float32(place_x)) / np.float32(radius), (y - np.float32(place_y)) / np.float32(radius)
     turned_x, turned_y = turned(x, y, random.uniform(0, 2 * np.pi))
@@ -296,12 +204,12 @@ def metal(
     fan = np.cos(2 * (np.arctan2(y, x) - random.uniform(0, np.pi))) * random.uniform(0.0, 0.12)
     bright = shine(height, light, random, roughness=random.uniform(0.12, 0.4), turning=(tool + fan) * (1 - depth))
     inside = rise(-cut, 0, 0.02)
-    dusk = inside * (0.62 + 0.34 * shadowed(1 - inside, light, 0.22 * radius))
-    bright = bright * (1 - np.float32(random.uniform(0.78, 0.95)) * dusk)
+    dusk = inside * (0.70 + 0.28 * shadowed(1 - inside, light, 0.22 * radius))
+    bright = bright * (1 - np.float32(random.uniform(0.86, 0.97)) * dusk)
 
-    tint = np.float32([STEEL, STEEL, ZINC, BRASS, COPPER, BLACK][random.integers(6)])
-    rust = rise(noise(random, 4, 4, 5), random.uniform(0.62, 0.95), 1.0)[..., None] * np.float32(random.random() < 0.4)
-    colour = tint * (1 - rust) + np.float32([0.42, 0.22, 0.12]) * rust
+    tint = rgb(*METALS[random.integers(len(METALS))])
+    rust = rise(noise(random, 4, 4, 5), random.uniform(0.62, 0.95), 1.0)[..., None] * np.float32(random.random() < 0.25)
+    colour = tint * (1 - rust) + rgb(0.42, 0.22, 0.12) * rust
     part = bright[..., None] * colour * light.tint * 1.15
 
     shape = 1 - rise(edge, -0.006, 0.006)
@@ -309,7 +217,8 @@ def metal(
         shape = shape * rise(cut, -0.006, 0.006)
     cast = shadowed(shape, light, random.uniform(0.06, 0.14))
     lit_ground = ground * np.float32(0.55 + 0.45 * light.strength) * light.tint * (1 - 0.7 * cast[..., None])
-    return lit_ground * (1 - shape[..., None]) + part * shape[..., None]
+    laid: Plane = lit_ground * (1 - shape[..., None]) + part * shape[..., None]
+    return laid
 
 
 def photographed(drawing: Plane, random: Random) -> Image.Image:
@@ -323,11 +232,6 @@ def photographed(drawing: Plane, random: Random) -> Image.Image:
     small = small.filter(ImageFilter.GaussianBlur(random.uniform(0.0, 0.7)))
     grain = random.normal(0, random.uniform(1, 6), (SIZE, SIZE, 1)) + random.normal(0, 1.2, (SIZE, SIZE, 3))
     return Image.fromarray(np.clip(np.asarray(small, np.float32) + grain, 0, 255).astype(np.uint8))
-
-
-def ground(random: Random) -> Plane:
-    """Draw one of the grounds."""
-    return GROUNDS[random.integers(len(GROUNDS))](random)
 
 
 def screw(kind: str, random: Random) -> Image.Image:

@@ -3,26 +3,9 @@
 from collections.abc import Callable
 
 import numpy as np
+from grounds import FINE, Plane, Random, grid, ground, noise, rgb, rise, turned
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from screws import (
-    FINENESS,
-    SIZE,
-    Plane,
-    Random,
-    circle,
-    grid,
-    ground,
-    hexagon,
-    metal,
-    noise,
-    photographed,
-    rise,
-    shadowed,
-    turned,
-)
-from screws import lamp as light_of
-
-FINE = SIZE * FINENESS
+from screws import circle, hexagon, lamp, metal, photographed, shadowed
 
 
 def washer(random: Random) -> Image.Image:
@@ -61,7 +44,7 @@ def leaf(random: Random) -> Image.Image:
     shape = rise(width - across, -0.005, 0.008) * (np.abs(along) < 1)
     ribs = np.abs(np.sin(13 * (y - 0.9 * across)))
     veins = np.maximum(1 - rise(across, 0.008, 0.022), 0.7 * (1 - rise(ribs, 0.06, 0.22)))
-    green = np.float32(random.choice([(0.22, 0.42, 0.12), (0.62, 0.44, 0.12), (0.55, 0.20, 0.10), (0.34, 0.48, 0.16)]))
+    green = rgb(*random.choice([(0.22, 0.42, 0.12), (0.62, 0.44, 0.12), (0.55, 0.20, 0.10), (0.34, 0.48, 0.16)]))
     shade = 0.75 + 0.35 * noise(random, 5, 5, 4) + 0.12 * np.sign(x)
     blade = shade[..., None] * green * (1 + 0.55 * veins[..., None])
     return photographed(_laid(blade, shape, random), random)
@@ -114,7 +97,7 @@ def _paper(draw: Callable[[ImageDraw.ImageDraw], None], random: Random) -> Plane
 
 def _laid(thing: Plane, shape: Plane, random: Random) -> Plane:
     """Lay a flat thing on a ground, with its shadow."""
-    light = light_of(random)
+    light = lamp(random)
     below = ground(random) * light.tint * (1 - 0.6 * shadowed(shape, light, 0.05)[..., None])
     return below * (1 - shape[..., None]) + thing * light.tint * shape[..., None]
 
