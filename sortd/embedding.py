@@ -9,7 +9,11 @@ import numpy as np
 from sortd.cache import Cache
 from sortd.decoders import DecodedImage, DecoderPool
 from sortd.encoder import Encoder
+from sortd.errors import ModelError
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Stamp
+
+UNIT_TOLERANCE = 1e-2
+"""How far from one the length of an embedding may be: half precision errs by a tenth of that."""
 
 
 class Embedder:
@@ -61,7 +65,7 @@ class Embedder:
             encoded = self.encoder.encode_images(np.stack(list(fresh.values())))
             seconds = (perf_counter() - began) / len(fresh)
             self.forwards += 1
-            new = dict(zip(fresh, encoded, strict=True))
+            new = dict(zip(fresh, self._sound(encoded), strict=True))
             self._cache.remember_embeddings(new, self.encoder.encoder_id)
             rows.update(new)
         self._cache.remember_contents({(image.path, image.stamp): image.content for image in batch})
@@ -84,7 +88,21 @@ class Embedder:
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in rows}
         if missing:
             encoded = self.encoder.encode_texts(list(missing.values()))
-            new = dict(zip(missing, encoded, strict=True))
+            new = dict(zip(missing, self._sound(encoded), strict=True))
             self._cache.remember_embeddings(new, self.encoder.encoder_id)
             rows.update(new)
         return np.stack([rows[key] for key in keys])
+
+    def _sound(self, rows: FloatArray) -> FloatArray:
+        """Return the rows, which must be of unit length: a device in a bad state answers zeros or no numbers at all.
+
+        Raises:
+            ModelError: they are not; nothing of the batch is remembered.
+        """
+        lengths = np.linalg.norm(rows, axis=1)
+        if not (np.abs(lengths - 1) < UNIT_TOLERANCE).all():  # false for what is no number, too
+            raise ModelError(
+                f"the encoder {self.encoder.encoder_id} answered with embeddings that are none: its device may be in a "
+                "bad state; start sortd again, with `device: cpu` if that does not help"
+            )
+        return rows

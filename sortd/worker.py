@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 
 from sortd.embedding import Embedder
-from sortd.errors import SortdError
+from sortd.errors import ModelError, SortdError
 from sortd.messages import Embedded, EmbeddedImage, Event, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.prototypes import PrototypeSet
 from sortd.references import Rebuilt, References, ReferencesAbsentError, Teaching
@@ -180,6 +180,8 @@ class Worker:
             event: Event = RebuildFailed(str(error), references_absent=True)
             self._post(Answer(job.dataset, (event,), seconds=monotonic() - began))
             return
+        except ModelError:
+            raise  # not the references are to blame: nothing that this encoder answers can be trusted
         except (SortdError, OSError, ValueError) as error:
             self._post(Answer(job.dataset, (RebuildFailed(f"{type(error).__name__}: {error}"),)))
             return

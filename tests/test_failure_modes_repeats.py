@@ -24,7 +24,7 @@ def tiny_clip() -> str:
     return "packaged"
 
 
-def drop(folder: Path, colour: str, name: str, seed: int = 1) -> Path:
+def drop(folder: Path, colour: str, name: str, seed: int = 1001) -> Path:
     """Write a picture of one colour into a folder."""
     picture(colour, seed).save(folder / name)
     return folder / name
@@ -194,7 +194,7 @@ class TestFailingDestinations:
     def test_a_source_that_cannot_be_removed_is_not_copied_again_and_again(
         self, colours: Path, write_config: Write
     ) -> None:
-        """An inbox that is mounted read-only: told, tried again with patience; one copy at most, one line in the end."""
+        """An inbox mounted read-only: told, tried again with patience, one copy at most, one line in the end."""
         image = drop(colours / "Images", "red", "a.png")
         content = image.read_bytes()
         inbox = colours / "Images"

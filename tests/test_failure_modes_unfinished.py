@@ -23,7 +23,7 @@ def tiny_clip() -> str:
     return "packaged"
 
 
-def image_bytes(colour: str, kind: str = "PNG", seed: int = 1, size: tuple[int, int] = (160, 120)) -> bytes:
+def image_bytes(colour: str, kind: str = "PNG", seed: int = 1001, size: tuple[int, int] = (160, 120)) -> bytes:
     """Return an encoded picture of one colour."""
     encoded = BytesIO()
     picture(colour, seed, size).save(encoded, kind)

@@ -31,7 +31,7 @@ def outside(tmp_path: Path) -> Path:
     return folder
 
 
-def drop(folder: Path, colour: str, name: str, seed: int = 1) -> Path:
+def drop(folder: Path, colour: str, name: str, seed: int = 1001) -> Path:
     """Write a picture of one colour into a folder."""
     picture(colour, seed).save(folder / name, format=None if Path(name).suffix else "PNG")
     return folder / name
