@@ -379,6 +379,31 @@ class TestPublished:
         assert crash.recover().progress is Progress.DONE
         assert len(dataset.tree()) == 2
 
+    @pytest.mark.parametrize("is_gone", [False, True])
+    def test_copies_are_withdrawn_only_if_every_source_stands(
+        self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch, *, is_gone: bool
+    ) -> None:
+        """A companion that may not be removed: without the image's own file, the image's copy is the only one."""
+
+        def refuse(_: int, name: str, *__: object) -> None:
+            if name == "a.xmp":
+                raise PermissionError(1, "Operation not permitted")
+
+        crash = Crash(dataset, journal, "a.jpg", "a.xmp", progress=Progress.PUBLISHED)
+        crash.copied("a.jpg")
+        crash.copied("a.xmp", 1)
+        crash.named("a.jpg", "a.xmp")
+        if is_gone:
+            (dataset.root / "Images/a.jpg").unlink()
+        monkeypatch.setattr("sortd.crossing._take", refuse)
+        ended = crash.recover()
+        if is_gone:
+            assert ended.progress is Progress.PUBLISHED
+            assert dataset.tree()["Dataset/cat/a.jpg"] == b"a.jpg"
+        else:
+            assert ended.progress is Progress.FAILED
+            assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Images/a.xmp": b"a.xmp"}
+
     def test_a_taken_source_that_is_being_written_is_given_back(self, crash: Crash, dataset: Dataset) -> None:
         """A writer that had it open all along goes on writing into a file that stays."""
         os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
