@@ -1,6 +1,7 @@
 """Prometheus is told whole truths: by a file that is never half, or over HTTP on this machine alone."""
 
 import os
+import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -82,13 +83,15 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(metrics: Metrics, t
 
 def test_http_answers_on_this_machine_until_closed(metrics: Metrics) -> None:
     """The port is bound to the loopback alone and free again after close."""
-    close = metrics.serve(29_187)
-    with urllib.request.urlopen("http://127.0.0.1:29187/metrics", timeout=5.0) as answer:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    close = metrics.serve(port)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30.0) as answer:
         text = answer.read().decode()
     close()
     assert samples(text) == samples(metrics.text())
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen("http://127.0.0.1:29187/metrics", timeout=1.0)
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=1.0)
 
 
 def test_a_dataset_of_any_bytes_can_be_a_label(metrics: Metrics, tmp_path: Path) -> None:
