@@ -59,15 +59,15 @@ def explain_with(
 
     with progress("looking at the image"):
         explained = explain_image(load_config(config), image, dataset, load_encoder=load_encoder)
-    if as_json:
-        print_json(explained.facts())
-    else:
-        _print_explained(explained)
     if html is not None:
         from sortd.report import explain_page, write_page
 
         write_page(html, explain_page(explained.facts(), now=datetime.now().astimezone()))
         say(f"sortd: the page is in {html}")
+    if as_json:
+        print_json(explained.facts())
+    else:
+        _print_explained(explained)
 
 
 def _print_explained(explained: "Explained") -> None:
@@ -126,17 +126,17 @@ def evaluate_with(
         for one in examine(load_config(config), dataset, load_encoder=load_encoder):
             examined[one.dataset] = one.facts()
             tell(one.dataset)
-    if as_json:
-        print_json({"datasets": examined})
-    else:
-        for name, facts in examined.items():
-            _print_evaluation(name, facts)
     if html is not None:
         from sortd.evaluation_page import evaluation_page
         from sortd.report import write_page
 
         write_page(html, evaluation_page(examined, now=datetime.now().astimezone()))
         say(f"sortd: the page is in {html}")
+    if as_json:
+        print_json({"datasets": examined})
+    else:
+        for name, facts in examined.items():
+            _print_evaluation(name, facts)
 
 
 def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:

@@ -99,7 +99,7 @@ def explain_image(
     absolute = os.path.abspath(path)
     mark = stamp(absolute)
     if mark is None:
-        raise DataError(f"{absolute}: there is no such file; name an image")
+        raise DataError(f"{absolute}: there is no such file, or it is a folder; name an image")
     layout = _dataset(config, path, dataset)
     with open(absolute, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
