@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,11 @@ def waiting(dataset: Path) -> int:
     """Count the images that wait to hold still."""
     images = status(dataset)["datasets"][dataset.name]["images"]
     return int(images["settling"])
+
+
+def held(dataset: Path) -> int:
+    """Count the images that are not to be moved."""
+    return int(status(dataset)["datasets"][dataset.name]["images"]["held"])
 
 
 class TestLostHints:
@@ -118,6 +125,38 @@ class TestFoldersThatComeAndGo:
             assert daemon.wait_for("image.filed", seconds=20)["label"] == "blue"
             drop(colours / "Images", "red", "later.png")
             daemon.wait_for("image.filed", count=2)
+
+    def test_what_was_undone_stays_where_it_is_while_the_disk_comes_and_goes(
+        self, colours: Path, write_config: Write, outside: Path
+    ) -> None:
+        """Absent is not gone: a file that the user took back is still held when its disk is mounted again."""
+        config = write_config(rescan_seconds=1)
+        with running(config) as daemon:
+            drop(colours / "Images", "red", "undone.png")
+            daemon.wait_for("image.filed")
+            undo = [sys.executable, "-m", "sortd", "undo", "--last", "1", "-c", str(config)]
+            subprocess.run(undo, cwd=Path(__file__).parents[1], check=True, timeout=60, capture_output=True)
+            colours.parent.rename(outside / "Data")
+            daemon.wait_for("root.absent")
+            daemon.wait_for("scan.unreadable", count=2)  # what was known has been looked for, and was not there
+            (outside / "Data").rename(colours.parent)
+            drop(colours / "Images", "green", "other.png")
+            daemon.wait_for("image.filed", label="green")
+            daemon.wait_until(lambda: held(colours) == 1, "the undone image, still held")
+            assert daemon.stop() == 0
+            assert len(daemon.events("image.filed")) == 2
+        assert sorted(tree(colours / "Images")) == ["undone.png"]
+
+    def test_a_dataset_without_its_marker_waits_until_it_is_back(self, colours: Path, write_config: Write) -> None:
+        """Without .sortd/ the disk is taken for not mounted: nothing moves; made anew, all is as before."""
+        with running(write_config(rescan_seconds=1)) as daemon:
+            shutil.rmtree(colours / ".sortd")
+            drop(colours / "Images", "red", "a.png")
+            assert "is the disk mounted?" in daemon.wait_for("prototypes.rebuild_failed")["error"]
+            assert (colours / "Images" / "a.png").exists()
+            init = [sys.executable, "-m", "sortd", "init", str(colours)]
+            subprocess.run(init, cwd=Path(__file__).parents[1], check=True, timeout=60, capture_output=True)
+            daemon.wait_for("image.filed")
 
     def test_a_running_sortd_outlives_its_root_without_any_dataset(
         self, colours: Path, write_config: Write, outside: Path
