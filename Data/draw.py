@@ -22,7 +22,7 @@ from PIL import Image
 from screws import KINDS, screw
 from strangers import STRANGERS
 
-DATASET = Path(__file__).parent / "Tornillos"
+DATASET = Path(os.path.relpath(Path(__file__).parent / "Tornillos"))
 
 INCOMING = 40
 STRANGE = 9
