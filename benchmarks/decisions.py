@@ -117,6 +117,26 @@ def accuracy(features: Features, size: str, seed: int) -> dict[str, float]:
     return {mode.value: _right(prototypes, features, mode) for mode in MODES}
 
 
+def folders(features: Features, size: str, seed: int) -> dict[str, float]:
+    """Return the percentage of right queries by mode where each class is a folder of five unlike ones."""
+    count = min(features.classes // 5, 10)
+    chosen = np.random.default_rng([seed, 55]).permutation(features.classes)[: 5 * count]
+    folder = np.full(features.classes, -1)
+    folder[chosen] = np.arange(len(chosen)) // 5
+    is_pool, is_query = folder[features.pool_labels] >= 0, folder[features.query_labels] >= 0
+    rows = draw(features, size, seed)
+    rows = rows[is_pool[rows]]
+    mixed = Features(
+        name=features.name,
+        pool=features.pool,
+        pool_labels=folder[features.pool_labels],
+        queries=features.queries[is_query],
+        query_labels=folder[features.query_labels[is_query]],
+    )
+    prototypes = build(support_of(mixed, rows, np.arange(count)), DecisionSettings(abstain=None), generation=1)
+    return {mode.value: _right(prototypes, mixed, mode) for mode in MODES}
+
+
 def worlds(files: list[Features], seed: int) -> Iterator[tuple[str, World]]:
     """Yield the open-set worlds of one draw, named by file and kind of stranger."""
     for features in files:
@@ -191,6 +211,7 @@ def main() -> None:
     results = {
         "accuracy": measure_accuracy(files, arguments.draws),
         "open_set": measure_open_set(files, arguments.draws),
+        "folders": measure_folders(files, arguments.draws),
         "cost": costs(),
         "draws": arguments.draws,
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
@@ -211,6 +232,18 @@ def measure_accuracy(files: list[Features], draws: int) -> dict[str, dict[str, d
             each = [accuracy(features, size, seed) for seed in range(draws)]
             for mode in MODES:
                 result[features.name][mode.value][size] = round(float(np.mean([one[mode.value] for one in each])), 2)
+    return result
+
+
+def measure_folders(files: list[Features], draws: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Return mean percentages by file, mode and references of each of the five classes in a folder."""
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for features in files:
+        result[features.name] = {mode.value: {} for mode in MODES}
+        for size in ("2", "4", "8"):
+            each = [folders(features, size, seed) for seed in range(draws)]
+            for mode in MODES:
+                result[features.name][mode.value][size] = _mean(one[mode.value] for one in each)
     return result
 
 
@@ -240,6 +273,12 @@ def print_tables(results: dict[str, Any]) -> None:
                 f"{world:>36} {setting:>15}: known right {facts['known_filed_right']:5.1f},"
                 f" wrong {facts['known_filed_wrong']:4.1f}; strangers filed: {strangers}"
             )
+    print("\nfolders of five unlike classes, percent, 2, 4 and 8 references of each")
+    for mode in MODES:
+        means = [
+            np.mean([modes[mode.value][size] for modes in results["folders"].values()]) for size in ("2", "4", "8")
+        ]
+        print(f"{'mean':>20} {mode.value:>9}" + "".join(f"{mean:8.1f}" for mean in means))
     print("\ncost")
     for library, cost in results["cost"].items():
         rebuild = f"{cost['rebuild_seconds']} s ({cost['rebuild_processor_seconds']} s of a processor)"
