@@ -103,6 +103,11 @@ class DecoderHandle(Generic[Job]):
         return self._control.fileno(), self._noise_end
 
     @property
+    def jobs(self) -> list[Job]:
+        """What it has been given and has not answered."""
+        return [given.job for given in self._given]
+
+    @property
     def load(self) -> int:
         """How many jobs it has."""
         return len(self._given)
@@ -198,7 +203,7 @@ class DecoderHandle(Generic[Job]):
         self._listen_to_noise()
         os.close(self._noise_end)
         self._memory.close()
-        jobs = [given.job for given in self._given]
+        jobs = self.jobs
         self._given.clear()
         return jobs, self._account(code, was_late=was_late)
 

@@ -60,6 +60,13 @@ class _Job:
     stamp: Stamp
     descriptor: int
     batch: _Batch
+    is_open: bool = True
+
+    def close(self) -> None:
+        """Close the file, once."""
+        if self.is_open:
+            self.is_open = False
+            os.close(self.descriptor)
 
 
 class DecoderPool:
@@ -117,7 +124,8 @@ class DecoderPool:
     def decode_all(self, images: Sequence[tuple[str, Stamp]]) -> Iterator[Answer]:
         """Yield exactly one answer for each image, in the order in which they are done.
 
-        The processes go on while the caller is busy with an answer. What is left when the caller stops is dropped.
+        The processes go on while the caller is busy with an answer. What is left when the caller
+        stops is dropped, and its files are closed at once.
 
         Args:
             images: paths, and the stamps of the versions that are meant; another version is refused as changed.
@@ -138,15 +146,18 @@ class DecoderPool:
                     self._collect(0)
         finally:
             batch.is_wanted = False
+            for job in [*self._again, *(job for handle in self._handles for job in handle.jobs)]:
+                if job.batch is batch:
+                    job.close()
 
     def close(self) -> None:
         """End the processes and close all files; what was under way is dropped."""
         self._is_closed = True
         for handle in self._handles:
             for job in handle.end()[0]:
-                os.close(job.descriptor)
+                job.close()
         for job in self._again:
-            os.close(job.descriptor)
+            job.close()
         self._handles.clear()
         self._again.clear()
 
@@ -172,7 +183,6 @@ class DecoderPool:
             if job is None:
                 continue
             if not job.batch.is_wanted:
-                os.close(job.descriptor)
                 continue
             try:
                 handle.give(job, job.descriptor)
@@ -251,10 +261,12 @@ class DecoderPool:
 
     def _settle(self, job: _Job, result: Result, seconds: float) -> None:
         """Answer for a file, if it still is the version that was asked for, and close it."""
+        if not job.batch.is_wanted:
+            return
         try:
             status = os.fstat(job.descriptor)
         finally:
-            os.close(job.descriptor)
+            job.close()
         job.batch.unanswered -= 1
         path, stamp = job.path, job.stamp
         if status.st_nlink == 0:

@@ -198,7 +198,8 @@ def _check_size(image: "ImageFile", limits: Limits, preprocessing: Preprocessing
     width, height = image.size
     if max(width, height) > limits.max_side:
         raise TooLargeError(
-            f"{width:,} x {height:,} pixels: a side is over the limit of {limits.max_side:,}; see decoding.max_side_pixels"
+            f"{width:,} x {height:,} pixels: a side is over the limit of {limits.max_side:,}; "
+            "see decoding.max_side_pixels"
         )
     if image.format in {"JPEG", "MPO"} and jpeg == "draft":
         wanted = least_side(preprocessing)
