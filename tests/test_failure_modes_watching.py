@@ -139,7 +139,7 @@ class TestFoldersThatComeAndGo:
             subprocess.run(undo, cwd=Path(__file__).parents[1], check=True, timeout=60, capture_output=True)
             colours.parent.rename(outside / "Data")
             daemon.wait_for("root.absent")
-            daemon.wait_for("scan.unreadable", count=2)  # what was known has been looked for, and was not there
+            daemon.wait_for("scan.unreadable", count=4)  # what was known has been looked for, and was not there
             (outside / "Data").rename(colours.parent)
             drop(colours / "Images", "green", "other.png")
             daemon.wait_for("image.filed", label="green")
