@@ -145,7 +145,18 @@ def main() -> None:
         app()
     except SortdError as error:
         print(f"sortd: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        leave(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        leave(0)
+    except SystemExit as stop:
+        leave(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
+
+
+def leave(code: int) -> None:
+    """End the process at once: all is closed by now, and taking torch apart politely can outlast a stop timeout."""
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

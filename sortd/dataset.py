@@ -9,7 +9,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from time import monotonic, time_ns
 from typing import Protocol
 
@@ -53,11 +52,9 @@ from sortd.relocation import Progress, Relocation
 from sortd.renaming import writer_of
 from sortd.scanning import is_below_temporary, scan, stamp
 from sortd.sorter import Sorter, SorterSettings
+from sortd.sweep import Sweep
 from sortd.watch import Hint
 from sortd.worker import Answer, EmbedJob, Job, RebuildJob
-
-SCAN_SLICE = 2000
-"""Files taken from a scan in one turn of the loop: about ten milliseconds."""
 
 
 class Mover(Protocol):
@@ -97,8 +94,7 @@ class Dataset:
         self.last_generation = last_generation
         self._commands: deque[Command] = deque()
         self._moves: list[Move] = []
-        self._scan: Iterator[tuple[str, Stamp]] | None = None
-        self._scan_again = False
+        self._sweep = Sweep(os.fspath(layout.area(Area.IMAGES)), self.account.unreadable)
         self._references_signature: int | None = None
 
     # ------------------------------------------------------------ what comes in
@@ -177,7 +173,7 @@ class Dataset:
     @property
     def is_scanning(self) -> bool:
         """Tell whether a scan is under way."""
-        return self._scan is not None
+        return self._sweep.is_under_way
 
     @property
     def is_drained(self) -> bool:
@@ -191,11 +187,8 @@ class Dataset:
 
     def begin_scan(self) -> None:
         """Begin to scan Images/, unless a scan is under way: then another one follows it."""
-        if self._scan is not None:
-            self._scan_again = True
-            return
-        self._scan = scan(os.fspath(self.layout.area(Area.IMAGES)), report=self.account.unreadable)
-        self.receive(ScanStarted())
+        if self._sweep.begin():
+            self.receive(ScanStarted())
 
     def compare_references(self) -> None:
         """Look whether Clases/ differs from what was last seen of it: a hint may have been lost."""
@@ -207,16 +200,13 @@ class Dataset:
 
     def continue_scan(self) -> None:
         """Take the next slice of the scan under way."""
-        if self._scan is None:
+        if not self._sweep.is_under_way:
             return
-        taken = list(islice(self._scan, SCAN_SLICE))
-        for path, mark in taken:
+        for path, mark in self._sweep.take():
             self.receive(ImageSeen(path, mark))
-        if len(taken) < SCAN_SLICE:
-            self._scan = None
+        if not self._sweep.is_under_way:
             self.receive(ScanFinished())
-            if self._scan_again:
-                self._scan_again = False
+            if self._sweep.is_wanted_again:
                 self.begin_scan()
 
     def scan_review(self) -> Iterator[tuple[str, Stamp]]:

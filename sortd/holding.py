@@ -13,6 +13,7 @@ from sortd.filing import Filing
 from sortd.journal import Journal
 from sortd.journals import JOURNAL_FILE
 from sortd.layout import Layout
+from sortd.relocation import Relocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Holding:
     layout: Layout
     journal: Journal
     filing: Filing
+    recovered: tuple[Relocation, ...] = ()  # what a crash had left open, as it is now
 
 
 @contextmanager
@@ -36,12 +38,14 @@ def look_at(layout: Layout, state: Path) -> Iterator[Holding]:
 
 
 @contextmanager
-def hold(layout: Layout, state: Path) -> Iterator[Holding]:
-    """Hold a dataset that sortd has worked on before, for as long as the block lasts.
+def hold(layout: Layout, state: Path, *, run: str | None = None, companions: bool = True) -> Iterator[Holding]:
+    """Hold a dataset whose folders are there, for as long as the block lasts; what a crash left is recovered first.
 
     Args:
         layout: the dataset.
         state: the state directory.
+        run: a word for this run of sortd in the journal's records; one is made up otherwise.
+        companions: whether sidecars travel with their image.
 
     Raises:
         AlreadyRunningError: another process works on it.
@@ -55,14 +59,16 @@ def hold(layout: Layout, state: Path) -> Iterator[Holding]:
         lock.acquire()
     except Timeout as error:
         raise AlreadyRunningError(
-            f"another sortd works on {layout.root}, with another state directory; {layout.marker}/state names it"
+            f"another sortd works on {layout.root}; stop it first (`sortd status` tells which, {layout.marker}/state"
+            " names its state directory)"
         ) from error
     except OSError as error:
         raise LayoutError(f"{layout.marker}/lock cannot be made: {error.strerror}; mend its rights") from error
     try:
-        with Journal(layout.state_folder(state) / JOURNAL_FILE, run=uuid.uuid4().hex[:8]) as journal:
-            filing = Filing(layout.root, journal)
-            filing.recover()
-            yield Holding(layout, journal, filing)
+        folder = layout.state_folder(state)
+        (layout.marker / "state").write_text(f"{folder}\n", encoding="utf-8", errors="surrogateescape")
+        with Journal(folder / JOURNAL_FILE, run=run or uuid.uuid4().hex[:8]) as journal:
+            filing = Filing(layout.root, journal, companions=companions)
+            yield Holding(layout, journal, filing, tuple(filing.recover()))
     finally:
         lock.release()

@@ -3,10 +3,8 @@
 import os
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from sortd.cache import Cache
 from sortd.config import Config, DatasetConfig
@@ -14,10 +12,8 @@ from sortd.dataset import Dataset
 from sortd.decoders import DecoderPool
 from sortd.embedding import Embedder
 from sortd.encoder import Encoder, load
-from sortd.errors import AlreadyRunningError, LayoutError
-from sortd.filing import Filing
+from sortd.holding import Holding, hold
 from sortd.images import Limits
-from sortd.journal import Journal
 from sortd.journal_history import History
 from sortd.layout import Layout
 from sortd.messages import Stamp
@@ -61,14 +57,6 @@ def teaching_of(config: DatasetConfig) -> Teaching:
     )
 
 
-@dataclass(slots=True)
-class _Holding:
-    """What is open for one dataset, to be closed again."""
-
-    lock: FileLock
-    journal: Journal
-
-
 class Site:
     """Opens datasets for writing, and the model, for one run."""
 
@@ -87,7 +75,7 @@ class Site:
             )
         )
         self._run = uuid.uuid4().hex[:8]
-        self._held: dict[str, _Holding] = {}
+        self._held: dict[str, tuple[Holding, ExitStack]] = {}
         self._decoders: DecoderPool | None = None
         self._cache: Cache | None = None
 
@@ -108,33 +96,25 @@ class Site:
         """
         own = config.dataset(layout.name)
         layout.make()
-        state = layout.state_folder(self.state_folder)
-        lock = self._lock(layout, state)
-        try:
-            journal = Journal(state / "journal.sqlite", run=self._run)
-            filing = Filing(layout.root, journal, companions=own.companions)
-            recovered = filing.recover()
-        except BaseException:
-            lock.release()
-            raise
-        self._held[layout.name] = _Holding(lock, journal)
-        last = int(journal.history.fact(GENERATION_FACT) or 0)
-        dataset = Dataset(
-            layout,
-            sorter_settings(own),
-            teaching_of(own),
-            mover=filing,
-            ask=ask,
-            metrics=metrics,
-            journal=journal,
-            last_generation=last,
-        )
-        dataset.tell_recovered(recovered)
+        with ExitStack() as opened:
+            held = opened.enter_context(hold(layout, self.state_folder, run=self._run, companions=own.companions))
+            dataset = Dataset(
+                layout,
+                sorter_settings(own),
+                teaching_of(own),
+                mover=held.filing,
+                ask=ask,
+                metrics=metrics,
+                journal=held.journal,
+                last_generation=int(held.journal.history.fact(GENERATION_FACT) or 0),
+            )
+            self._held[layout.name] = (held, opened.pop_all())
+        dataset.tell_recovered(held.recovered)
         return dataset
 
     def begin(self, dataset: Dataset) -> None:
         """Tell a dataset's core what the journal remembers of held and undecided files."""
-        journal = self._held[dataset.name].journal
+        journal = self._held[dataset.name][0].journal
         root = os.fspath(dataset.layout.root)
         held = [(os.path.join(root, path), mark) for path, mark in journal.history.held().items()]
         dataset.begin(held, self._reviewed(dataset, journal.history))
@@ -151,27 +131,11 @@ class Site:
 
     def close(self, dataset: Dataset) -> None:
         """Note the last generation, close the journal, give the lock back."""
-        holding = self._held.pop(dataset.name, None)
-        if holding is None:
+        if dataset.name not in self._held:
             return
-        holding.journal.note(GENERATION_FACT, str(dataset.last_generation))
-        holding.journal.close()
-        holding.lock.release()
-
-    @staticmethod
-    def _lock(layout: Layout, state: Path) -> FileLock:
-        """Take the dataset's lock: in its marker folder, so that it holds whatever state directory the other uses."""
-        lock = FileLock(layout.marker / "lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise AlreadyRunningError(
-                f"another sortd works on {layout.root}; stop it first (`sortd status` tells which it is)"
-            ) from error
-        except OSError as error:
-            raise LayoutError(f"{layout.marker}/lock cannot be made: {error.strerror}; mend its rights") from error
-        (layout.marker / "state").write_text(f"{state}\n", encoding="utf-8", errors="surrogateescape")
-        return lock
+        held, opened = self._held.pop(dataset.name)
+        with opened:
+            held.journal.note(GENERATION_FACT, str(dataset.last_generation))
 
     # ------------------------------------------------------------ the model, in the worker's thread
 

@@ -95,6 +95,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "undoing": (DRIVER, "drivers"),
     "account": (DRIVER, "drivers"),
     "collection": (DRIVER, "drivers"),
+    "sweep": (DRIVER, "drivers"),
     "corrections": (DRIVER, "drivers"),
     "dataset": (DRIVER, "drivers"),
     "site": (DRIVER, "drivers"),
