@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench faults powercuts soak clean
+.PHONY: help setup run test lint bench faults powercuts mutants soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -43,6 +43,23 @@ lint: setup ## format and types, as the tests check them
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: setup ## measure: the daemon's start, latency and idling, the encoder, decoding
+	$(BIN)/python -m benchmarks.daemon startup latency idle
+	$(BIN)/python -m benchmarks.encoder
+	$(BIN)/python -m benchmarks.decoding
+
+faults: setup ## thousands of kills and errors at every system call of a move (needs strace)
+	$(BIN)/python -m tests.faults.sweep --thin 9 --doubles 25
+
+powercuts: setup ## hundreds of power cuts on loop-mounted disks (needs root, xfsprogs)
+	$(BIN)/python -m tests.faults.powercuts
+
+mutants: setup ## take each safeguard of a move away and see a test turn red
+	$(BIN)/python -m tests.faults.mutants
+
+soak: setup ## the slow tests, and a burst of real photos where they are at hand
+	$(BIN)/python -m pytest -m slow --timeout 3600
 
 clean: ## remove the virtual environment and caches; your data stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

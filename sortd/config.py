@@ -79,7 +79,7 @@ class Decoding(_Frozen):
     jpeg: Literal["draft", "full"] = "draft"
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     timeout_seconds: Annotated[float, Field(ge=1, le=3600, allow_inf_nan=False)] = 20.0
-    max_pixels: Annotated[int, Field(ge=4096)] = 200_000_000
+    max_pixels: Annotated[int, Field(ge=4096)] = 50_000_000
     max_side_pixels: Annotated[int, Field(ge=64)] = 40_000
     max_bytes: Annotated[int, Field(ge=4096)] = 500_000_000
 
