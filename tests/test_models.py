@@ -114,7 +114,7 @@ class TestLocate:
         began = time.perf_counter()
         with pytest.raises(ModelError) as caught:
             models.locate("clip-ViT-L-14", environment=environment)
-        assert time.perf_counter() - began < 0.5
+        assert time.perf_counter() - began < 20  # the hub's own retries take 70 s
         for part in ("clip-ViT-L-14", "sortd models fetch clip-ViT-L-14", "copy the model's folder", "packaged"):
             assert part in str(caught.value)
 
