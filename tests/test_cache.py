@@ -374,7 +374,7 @@ class TestSize:
         assert facts.contents <= facts.embeddings < 160
 
     def test_ten_thousand_rows_are_read_without_asking_for_each(self, cache: Cache) -> None:
-        """A restart with 10,000 references serves at once: 0.08 s on a free core; a statement for each would take minutes."""
+        """A restart with 10,000 references serves at once: 0.08 s on a free core, minutes with a query for each."""
         known = embeddings(10_000)
         images = {(f"/r/{key}", Stamp(1, index, 1, 1)): key for index, key in enumerate(known)}
         cache.remember_embeddings(known, ENCODER)
