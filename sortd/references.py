@@ -88,9 +88,7 @@ def read_descriptions(folder: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def class_folders(
-    clases: Path, *, report: Callable[[OSError], None]
-) -> tuple[list[ClassFolder], list[str]]:
+def class_folders(clases: Path, *, report: Callable[[OSError], None]) -> tuple[list[ClassFolder], list[str]]:
     """List the classes of a dataset, sorted by name, and the folder names that cannot be classes.
 
     Raises:
@@ -108,9 +106,7 @@ def class_folders(
         if not is_class_name(entry.name):
             misnamed.append(entry.name)
             continue
-        files = tuple(
-            (p, s) for p, s in scan(entry.path, report=report) if not p.endswith("/" + DESCRIPTIONS_FILE)
-        )
+        files = tuple((p, s) for p, s in scan(entry.path, report=report) if not p.endswith("/" + DESCRIPTIONS_FILE))
         folders.append(ClassFolder(entry.name, tuple(sorted(files)), read_descriptions(entry.path)))
     return folders, misnamed
 
@@ -271,4 +267,5 @@ def class_texts(embedder: Embedder, sentences: Sequence[Sequence[str]]) -> Float
     rows = embedder.embed_texts([sentence for one_class in sentences for sentence in one_class])
     ends = np.cumsum([len(one_class) for one_class in sentences])
     means = np.stack([part.mean(axis=0) for part in np.split(rows, ends[:-1])])
-    return (means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    lengths = np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    return np.asarray(means / lengths, dtype=np.float32)

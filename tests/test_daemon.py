@@ -241,6 +241,11 @@ def test_sigterm_under_work_ends_soon_with_nothing_half_done(colours: Path, writ
     assert set(tree(colours / "Dataset").values()) == contents
 
 
+def wait_for_a_move(daemon: DaemonProcess, inbox: Path) -> None:
+    """Wait until something was filed, or nothing is left to be."""
+    daemon.wait_until(lambda: bool(daemon.events("image.filed")) or not tree(inbox), "a move")
+
+
 def test_kill_minus_nine_loses_nothing(colours: Path, write_config: Write) -> None:
     """Killed in the middle of moves and started again: every file once, none changed."""
     for number in range(60):
@@ -249,9 +254,7 @@ def test_kill_minus_nine_loses_nothing(colours: Path, write_config: Write) -> No
     config = write_config()
     for _ in range(3):
         with running(config) as daemon:
-            daemon.wait_until(
-                lambda daemon=daemon: daemon.events("image.filed") or not tree(colours / "Images"), "a move"
-            )
+            wait_for_a_move(daemon, colours / "Images")
             daemon.stop(signal.SIGKILL)
     with DaemonProcess(config, "once") as daemon:
         assert daemon.wait() == 0

@@ -1,9 +1,11 @@
 """The guard: what is held, what is not, and how it is let go."""
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from sortd.messages import (
+    Command,
     Embed,
     Embedded,
     EmbeddedImage,
@@ -21,15 +23,17 @@ from sortd.messages import (
 from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet, SupportSet, build
 from sortd.sorter import Sorter, SorterSettings
 
+Rows = npt.NDArray[np.float32]
+
 WIDTH = 16
 DICE = np.random.default_rng(3)
 CENTRES = np.linalg.qr(DICE.normal(size=(WIDTH, WIDTH)))[0][:4].astype(np.float32)
 
 
-def near(centre: int, count: int, spread: float = 0.15) -> np.ndarray:
+def near(centre: int, count: int, spread: float = 0.15) -> Rows:
     """Return unit rows about one of the classes' centres."""
     rows = CENTRES[centre] + spread * np.random.default_rng(centre + 100 * count).normal(size=(count, WIDTH))
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype=np.float32)
 
 
 def prototypes(generation: int) -> PrototypeSet:
@@ -48,7 +52,7 @@ def prototypes(generation: int) -> PrototypeSet:
     return build(support, DecisionSettings(mode=Mode.BEST, abstain=Abstain()), generation=generation)
 
 
-def drop(sorter: Sorter, rows: np.ndarray, now: float) -> list[Move | Hold]:
+def drop(sorter: Sorter, rows: Rows, now: float) -> list[Move | Hold]:
     """Drop images with these embeddings at once and answer every request for them; return the moves and holds."""
     known = {f"{now}-{index}.png": row for index, row in enumerate(rows)}
     stamps = {path: Stamp(1, index + int(now), 1, 1) for index, path in enumerate(known)}
@@ -60,7 +64,7 @@ def drop(sorter: Sorter, rows: np.ndarray, now: float) -> list[Move | Hold]:
     return answer(sorter, commands, known, now + 2)
 
 
-def answer(sorter: Sorter, commands: list, known: dict[str, np.ndarray], now: float) -> list[Move | Hold]:
+def answer(sorter: Sorter, commands: list[Command], known: dict[str, Rows], now: float) -> list[Move | Hold]:
     """Answer every ``Embed`` until none is asked any more."""
     told: list[Move | Hold] = []
     while commands:
@@ -102,6 +106,7 @@ def test_a_batch_that_nothing_is_known_of_is_held_until_released(changed: Sorter
     rows = near(3, 40, 0.6)
     told = drop(changed, rows, 10)
     assert [type(command) for command in told] == [Hold]
+    assert isinstance(told[0], Hold)
     assert "review" in told[0].reason
     assert not changed.may_move
     known = {f"10-{index}.png": row for index, row in enumerate(rows)}
