@@ -84,14 +84,14 @@ def recess(kind: str, random: Random) -> Distance:
     """Outline a recess: its size varies, so that its area does not tell its kind."""
     match kind:
         case "cross":
-            return crossed(random.uniform(0.66, 0.78), random.uniform(0.13, 0.18))
+            return crossed(random.uniform(0.70, 0.80), random.uniform(0.15, 0.19))
         case "torx":
-            radius = random.uniform(0.52, 0.61)
-            return lobes(radius, 0.19 * radius)
+            radius = random.uniform(0.56, 0.64)
+            return lobes(radius, 0.27 * radius)
         case "slotted":
             return bar(random.uniform(0.85, 1.10), random.uniform(0.15, 0.22))
         case "hex":
-            return hexagon(random.uniform(0.48, 0.57))
+            return hexagon(random.uniform(0.52, 0.60))
         case _:
             raise ValueError(f"no such recess: {kind}; there are {', '.join(KINDS)}")
 
@@ -179,7 +179,7 @@ def metal(
         relief: heights added on top, over the part's own square.
     """
     light = lamp(random)
-    radius = random.uniform(0.78, 0.95)
+    radius = random.uniform(0.87, 0.96)
     spare = max(0.0, 1.0 - radius)
     place_x, place_y = random.uniform(-1, 1, 2) * (0.7 * spare + 0.03)
     x, y = grid()
