@@ -216,17 +216,11 @@ def _print_record(record: Mapping[str, Any]) -> None:
 
 def _records(config: Any, *, dataset: str | None, path: Path | None, **conditions: Any) -> Sequence[dict[str, Any]]:  # noqa: ANN401 -- of Selection
     """Return the records of all journals that were asked for as plain values, newest first."""
-    from sortd.errors import DataError
     from sortd.journal_history import History
     from sortd.journal_records import Selection
-    from sortd.journals import dataset_at, journals, record_facts
+    from sortd.journals import journals, narrowed, record_facts
 
-    relative = None
-    if path is not None:
-        found = dataset_at(config, path)
-        if found is None:
-            raise DataError(f"{path} lies in no dataset below {config.root}; name where the file is or was")
-        dataset, relative = found[0].name, found[1]
+    dataset, relative = narrowed(config, dataset, path)
     records: list[dict[str, Any]] = []
     for place in journals(config, dataset):
         if place.is_there:

@@ -82,14 +82,9 @@ def _undoable(
     from sortd.errors import DataError
     from sortd.journal_history import History
     from sortd.journal_records import Selection
-    from sortd.journals import dataset_at, journals
+    from sortd.journals import journals, narrowed
 
-    relative = None
-    if path is not None:
-        found = dataset_at(config, path)
-        if found is None:
-            raise DataError(f"{path} lies in no dataset below {config.root}; name where the file is or was")
-        dataset, relative = found[0].name, found[1]
+    dataset, relative = narrowed(config, dataset, path)
     records: list[tuple[JournalPlace, Record]] = []
     for place in journals(config, dataset):
         if place.is_there and place.root is not None:

@@ -114,3 +114,17 @@ def _left_over(state: Path, known: set[Path]) -> Sequence[JournalPlace]:
         if named and file not in known:
             found.append(JournalPlace(named[1], None, file))
     return found
+
+
+def narrowed(config: Config, dataset: str | None, path: Path | None) -> tuple[str | None, str | None]:
+    """Return the dataset that is asked about, and the path relative to it; a path names its dataset itself.
+
+    Raises:
+        DataError: the path lies in no dataset.
+    """
+    if path is None:
+        return dataset, None
+    found = dataset_at(config, path)
+    if found is None:
+        raise DataError(f"{path} lies in no dataset below {config.root}; name where the file is or was")
+    return found[0].name, found[1]
