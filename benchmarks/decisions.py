@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import numpy.typing as npt
 
-from sortd.decision import judge
+from sortd.deciding.decision import judge
 from sortd.prototypes import Abstain, Assigned, DecisionSettings, Mode, PrototypeSet, SupportSet, build, decide
 
 Array = npt.NDArray[np.float32]

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sortd.decoders import DecodedImage, DecoderPool
-from sortd.image_files import stamp_of
+from sortd.decoding.decoders import DecodedImage, DecoderPool
+from sortd.decoding.files import stamp_of
 from sortd.images import Jpeg, Limits
 from sortd.messages import Preprocessing, Stamp
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sortd.decision import judge
+from sortd.deciding.decision import judge
+from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.encoder import Encoder, load
 from sortd.images import Limits, decode_file
-from sortd.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.prototypes import DecisionSettings, Mode, SupportSet, build
 
 Rows = npt.NDArray[np.float32]

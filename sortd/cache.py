@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from sortd import cache_tables
-from sortd.cache_prototypes import PrototypeFiles
-from sortd.cache_tables import CacheFacts
+from sortd.caching import tables
+from sortd.caching.stored_prototypes import PrototypeFiles
+from sortd.caching.tables import CacheFacts
 from sortd.messages import FloatArray, Stamp
 from sortd.prototypes import PrototypeSet
 
@@ -80,20 +80,20 @@ class Cache:
 
     def contents(self, images: Sequence[tuple[str, Stamp]]) -> dict[tuple[str, Stamp], str]:
         """Return the content (hexadecimal sha256) of each of these versions of files that was read before."""
-        return self._run(lambda database: cache_tables.contents(database, images), {})
+        return self._run(lambda database: tables.contents(database, images), {})
 
     def remember_contents(self, contents: Mapping[tuple[str, Stamp], str]) -> None:
         """Remember what these versions of files hold, as hexadecimal sha256."""
-        self._run(lambda database: cache_tables.insert_contents(database, contents), None)
+        self._run(lambda database: tables.insert_contents(database, contents), None)
 
     def embeddings(self, contents: Collection[str], encoder_id: str) -> dict[str, FloatArray]:
         """Return the known embeddings, float32 (d,) each and read-only, by content, of one encoder."""
-        return self._run(lambda database: cache_tables.embeddings(database, contents, encoder_id, self._today()), {})
+        return self._run(lambda database: tables.embeddings(database, contents, encoder_id, self._today()), {})
 
     def remember_embeddings(self, embeddings: Mapping[str, FloatArray], encoder_id: str) -> None:
         """Remember embeddings by content (hexadecimal sha256); beyond the size limit the oldest rows go."""
         today, limit = self._today(), self._max_bytes
-        self._run(lambda database: cache_tables.insert_embeddings(database, embeddings, encoder_id, today, limit), None)
+        self._run(lambda database: tables.insert_embeddings(database, embeddings, encoder_id, today, limit), None)
 
     def prototypes(self, key: str) -> PrototypeSet | None:
         """Return the prototypes that were remembered last under a key, or None."""
@@ -105,7 +105,7 @@ class Cache:
 
     def facts(self) -> CacheFacts:
         """Return what the cache holds."""
-        return self._run(cache_tables.facts, CacheFacts(0, 0, 0))
+        return self._run(tables.facts, CacheFacts(0, 0, 0))
 
     # ------------------------------------------------------------ one operation
 
@@ -156,7 +156,7 @@ class Cache:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         database = sqlite3.connect(self._path, timeout=BUSY_SECONDS)
         try:
-            cache_tables.prepare(database)
+            tables.prepare(database)
         except sqlite3.Error:
             database.close()
             raise

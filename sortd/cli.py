@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sortd import __version__, cli_decisions, cli_facts, cli_models, cli_moves
-from sortd.console import ConfigOption, JsonOption, load_config, printable
+from sortd import __version__
+from sortd.commands import decisions as cli_decisions
+from sortd.commands import facts as cli_facts
+from sortd.commands import models as cli_models
+from sortd.commands import moves as cli_moves
+from sortd.commands.console import ConfigOption, JsonOption, load_config, printable
 from sortd.errors import SortdError
 
 if TYPE_CHECKING:
     from sortd.messages import Move
-    from sortd.site import LoadEncoder
+    from sortd.running.site import LoadEncoder
 
 app = typer.Typer(
     name="sortd",
@@ -58,8 +62,8 @@ def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = 
     from sortd import logs
     from sortd.daemon import Daemon
     from sortd.metrics import Metrics
+    from sortd.running.site import Site
     from sortd.sdnotify import Notifier
-    from sortd.site import Site
 
     config = load_config(path)
     logs.configure(config.log.format, config.log.level)
@@ -79,13 +83,14 @@ def rehearse(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | N
     Raises:
         SortdError: what stopped it.
     """
-    from sortd import logs, rehearsal
+    from sortd import logs
+    from sortd.running import rehearsal
 
     config = load_config(path)
     logs.configure(config.log.format, "warning")
 
     def tell(dataset: str, move: "Move", destination: str) -> None:
-        from sortd.account import decision_facts
+        from sortd.running.account import decision_facts
 
         facts: Mapping[str, Any] = {"dataset": dataset, "path": move.path, "destination": destination}
         if as_json:

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from sortd import config_mistakes, config_sources, yaml_tree
-from sortd.config_sources import find
+from sortd.configuring import mistakes, sources, yaml_tree
+from sortd.configuring.sources import find
+from sortd.deciding.prompts import DEFAULT_TEMPLATES
 from sortd.errors import ConfigError
-from sortd.prompts import DEFAULT_TEMPLATES
 
 __all__ = ["Abstain", "Config", "DatasetConfig", "Decoding", "Log", "Metrics", "find", "load", "restart_needed"]
 
@@ -154,7 +154,7 @@ class Config(DatasetConfig):
 LIVE_KEYS = frozenset(DatasetConfig.model_fields) | {"datasets", "rescan_seconds", "log.level"}
 """What a running sortd takes over on reload; all else waits for a restart."""
 
-_KEYS = config_sources.keys_of(Config)
+_KEYS = sources.keys_of(Config)
 _MAY_BE_EMPTY = {"state_dir", "cache_dir", "text_model", "datasets", "log", "metrics", "decoding"}
 
 
@@ -173,21 +173,21 @@ def load(path: Path | None, environment: Mapping[str, str]) -> Config:
     base = Path.cwd() if file is None else Path(os.path.abspath(file)).parent
     values = _mapping(tree)
     _drop_empty(values, tree)
-    config_sources.make_absolute(values, base, environment)
-    variables, wrong = config_sources.variables(environment, _KEYS)
-    config_sources.make_absolute(variables, Path.cwd(), environment)
-    config_sources.merge(values, variables)
+    sources.make_absolute(values, base, environment)
+    variables, wrong = sources.variables(environment, _KEYS)
+    sources.make_absolute(variables, Path.cwd(), environment)
+    sources.merge(values, variables)
     try:
-        config = Config.model_validate(config_sources.default_folders(base, environment) | values)
+        config = Config.model_validate(sources.default_folders(base, environment) | values)
     except ValidationError as error:
         for details in error.errors(include_url=False):
-            where, message = details["loc"], config_mistakes.said(details, _KEYS)
-            if config_sources.holds(variables, where):
-                wrong[config_sources.variable_name(where)] = message
+            where, message = details["loc"], mistakes.said(details, _KEYS)
+            if sources.holds(variables, where):
+                wrong[sources.variable_name(where)] = message
             else:
                 tree.mistake(where, message)
     if tree.mistakes or wrong:
-        raise ConfigError("\n".join(config_mistakes.lines(file, tree, wrong, _KEYS)))
+        raise ConfigError("\n".join(mistakes.lines(file, tree, wrong, _KEYS)))
     return config
 
 

@@ -18,22 +18,22 @@ from time import monotonic
 import structlog
 
 from sortd import __version__, logs
-from sortd.collection import Collection
 from sortd.config import Config, restart_needed
-from sortd.control import answer
-from sortd.dataset import Dataset
 from sortd.errors import ConfigError, LayoutError
 from sortd.layout import Area
 from sortd.messages import StopRequested
 from sortd.metrics import Metrics
-from sortd.requests import Requests
-from sortd.rounds import Rounds
+from sortd.running.collection import Collection
+from sortd.running.control import answer
+from sortd.running.dataset import Dataset
+from sortd.running.requests import Requests
+from sortd.running.site import Site
+from sortd.running.worker import Answer, Posted, Worker, WorkerDied, WorkerReady
 from sortd.sdnotify import Notifier
 from sortd.signals import Signalled, signals_posted
-from sortd.site import Site
+from sortd.sorting.rounds import Rounds
 from sortd.status import Status, started_ticks
 from sortd.watch import CHECK_SECONDS, Hint, HintsLost, Loss, Watcher
-from sortd.worker import Answer, Posted, Worker, WorkerDied, WorkerReady
 
 STOP_SECONDS = 4.0
 """How long the worker may take to end its forward when the daemon stops."""

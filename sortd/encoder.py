@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sortd import models
+from sortd.encoding import models
 from sortd.errors import ModelError
 from sortd.messages import Preprocessing
 
@@ -80,7 +80,7 @@ def load(
         raise ModelError(f"backend {backend!r} is not in this sortd; set `backend: auto` or `backend: torch`")
     folder = models.locate(model, cache_dir=cache_dir)
     words = None if text_model is None else models.locate_text(text_model, cache_dir=cache_dir)
-    from sortd.torch_encoder import TorchEncoder
+    from sortd.encoding.torch_encoder import TorchEncoder
 
     encoder = TorchEncoder(folder, words, device=device, cache_dir=cache_dir, threads=threads, decoding=decoding)
     probe(encoder)

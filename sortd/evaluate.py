@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from sortd.calibration import Evidence, calibrate_knowns
-from sortd.confidence import balanced_weights, precision_curve
-from sortd.duplicates import duplicate_distance, unit
-from sortd.evaluation import Advice, ClassReport, EvaluationReport, ModeReport, Suspect, TradeOff
-from sortd.held_out import Judgement, Merge, fit_wide, judge_blend, judge_plain, merge
+from sortd.deciding.calibration import Evidence, calibrate_knowns
+from sortd.deciding.confidence import balanced_weights, precision_curve
+from sortd.deciding.duplicates import duplicate_distance, unit
+from sortd.deciding.evaluation import Advice, ClassReport, EvaluationReport, ModeReport, Suspect, TradeOff
+from sortd.deciding.held_out import Judgement, Merge, fit_wide, judge_blend, judge_plain, merge
+from sortd.deciding.strangers import nearest_cosines
+from sortd.deciding.suspects import find_doubles, find_mislabelled, find_outliers
 from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet, SupportSet, build, decide
-from sortd.strangers import nearest_cosines
-from sortd.suspects import find_doubles, find_mislabelled, find_outliers
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

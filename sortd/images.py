@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
+from sortd.decoding.endings import is_unfinished
+from sortd.decoding.files import open_file
+from sortd.decoding.formats import HEAD_BYTES, READABLE, SUFFIXES, Format, format_of, looks_like_image
+from sortd.decoding.pixels import fitted, least_side, opaque
 from sortd.errors import ImageError, NotAnImageError, TooLargeError, UnreadableError
-from sortd.image_endings import is_unfinished
-from sortd.image_files import open_file
-from sortd.image_formats import HEAD_BYTES, READABLE, SUFFIXES, Format, format_of, looks_like_image
-from sortd.image_pixels import fitted, least_side, opaque
 from sortd.messages import Preprocessing
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sortd.journal_history import History
-from sortd.journal_records import (
+from sortd.journaling.history import History
+from sortd.journaling.records import (
     UNDONE,
     Grounds,
     Record,
@@ -18,9 +18,9 @@ from sortd.journal_records import (
     plain,
     stamp_columns,
 )
-from sortd.journal_store import committing, open_beside, open_for_writing
+from sortd.journaling.store import committing, open_beside, open_for_writing
 from sortd.messages import Stamp
-from sortd.relocation import Progress, Relocation
+from sortd.moving.relocation import Progress, Relocation
 
 __all__ = ["UNDONE", "Grounds", "History", "Journal", "Record", "Selection"]
 

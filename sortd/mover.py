@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from sortd.companions import companions_of
-from sortd.copying import Copy, copy_to_part, remove_part, write_part
 from sortd.errors import BusyError, ChangedError, DestinationError, VanishedError
-from sortd.free_names import final_names
 from sortd.messages import Stamp, Writer
-from sortd.relocation import Member, Progress, Relocation, Role
-from sortd.renaming import (
+from sortd.moving.companions import companions_of
+from sortd.moving.copying import Copy, copy_to_part, remove_part, write_part
+from sortd.moving.free_names import final_names
+from sortd.moving.relocation import Member, Progress, Relocation, Role
+from sortd.moving.renaming import (
     FILE_FLAGS,
     Folders,
     is_version,

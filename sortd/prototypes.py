@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sortd.blend import Blend, Library, fit_blends
-from sortd.calibration import Calibration, Evidence, calibrate_knowns, calibrate_strangers
-from sortd.confidence import balanced_weights, fit_temperature, log_softmax
-from sortd.decision import Abstained, Assigned, Decision, decide, scores
-from sortd.duplicates import merge_duplicates, unit
-from sortd.gaussian import class_means
-from sortd.leaveoneout import background_distances, choose_held_out
-from sortd.plain import Plain, first_best, plain_held_out
-from sortd.prototype_set import PrototypeSet, Rule, Whitening
-from sortd.strangers import Strangers, leave_classes_out, nearest_cosines
-from sortd.support import Abstain, DecisionSettings, Mode, SupportSet
+from sortd.deciding.blend import Blend, Library, fit_blends
+from sortd.deciding.calibration import Calibration, Evidence, calibrate_knowns, calibrate_strangers
+from sortd.deciding.confidence import balanced_weights, fit_temperature, log_softmax
+from sortd.deciding.decision import Abstained, Assigned, Decision, decide, scores
+from sortd.deciding.duplicates import merge_duplicates, unit
+from sortd.deciding.gaussian import class_means
+from sortd.deciding.leaveoneout import background_distances, choose_held_out
+from sortd.deciding.plain import Plain, first_best, plain_held_out
+from sortd.deciding.prototype_set import PrototypeSet, Rule, Whitening
+from sortd.deciding.strangers import Strangers, leave_classes_out, nearest_cosines
+from sortd.deciding.support import Abstain, DecisionSettings, Mode, SupportSet
 
 __all__ = [
     "Abstain",

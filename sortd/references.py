@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sortd.embedding import Embedder
+from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
-from sortd.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build
-from sortd.scanning import scan
+from sortd.running.embedding import Embedder
+from sortd.watching.scanning import scan
 
 STRANGERS_FOLDER = "_none"
 """A class folder of this name holds examples of what belongs to no class."""

@@ -9,10 +9,10 @@ from typing import Any
 import jinja2
 
 from sortd import __version__
-from sortd.console import printable
+from sortd.commands.console import printable
+from sortd.decoding.thumbnails import thumbnail
 from sortd.errors import DataError
 from sortd.moments import shown
-from sortd.thumbnails import thumbnail
 
 TEMPLATES = Path(__file__).parent / "templates"
 CLASSES_AT_MOST = 40

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from sortd.backlog import Backlog, Entry, State
-from sortd.guard import Guard
 from sortd.messages import (
     Command,
     Embed,
@@ -44,9 +43,10 @@ from sortd.messages import (
     StopRequested,
     Tick,
 )
-from sortd.orders import order_aside, order_for
-from sortd.pause import Pause
 from sortd.prototypes import Abstained, Decision, PrototypeSet, decide
+from sortd.sorting.guard import Guard
+from sortd.sorting.orders import order_aside, order_for
+from sortd.sorting.pause import Pause
 
 REBUILD_PATIENCE = 30.0
 """A stream of changes in Clases/ puts a rebuild off for at most this many seconds."""

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Literal
 
 from watchdog.observers import Observer
 
-from sortd import inotify
-from sortd.ear import Ear, Place, places_of_dataset
-from sortd.hints import Hint, HintsLost, Loss, Mode, WatchStatus
-from sortd.scanning import is_temporary, scan, stamp
+from sortd.watching import inotify
+from sortd.watching.ear import Ear, Place, places_of_dataset
+from sortd.watching.hints import Hint, HintsLost, Loss, Mode, WatchStatus
+from sortd.watching.scanning import is_temporary, scan, stamp
 
 if TYPE_CHECKING:
     from watchdog.observers import ObserverType

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from sortd.filing import Filing
 from sortd.journal import Journal, Record, Selection
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome
-from sortd.renaming import stamp_of
+from sortd.moving.renaming import stamp_of
+from sortd.running.filing import Filing
 
 
 @dataclass

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from sortd.cache import Cache
-from sortd.cache_prototypes import packed
+from sortd.caching.stored_prototypes import packed
 from sortd.messages import FloatArray, Stamp
 from sortd.prototypes import DecisionSettings, PrototypeSet, SupportSet, build
 
@@ -392,7 +392,7 @@ import sys
 from pathlib import Path
 from tests.test_cache import ENCODER, embeddings
 from sortd.cache import Cache
-from sortd.cache_prototypes import packed
+from sortd.caching.stored_prototypes import packed
 with Cache(Path(sys.argv[1])) as cache:
     for key, row in embeddings(200, seed=1).items():
         cache.remember_embeddings({key: row}, ENCODER)

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from sortd.calibration import Calibration, log_odds
-from sortd.confidence import balanced_weights, choose_threshold, fit_temperature, log_softmax, precision_curve
+from sortd.deciding.calibration import Calibration, log_odds
+from sortd.deciding.confidence import balanced_weights, choose_threshold, fit_temperature, log_softmax, precision_curve
+from sortd.deciding.strangers import leave_classes_out, nearest_cosines
 from sortd.prototypes import Abstain, Abstained, Assigned, DecisionSettings, Mode, SupportSet, build, decide
-from sortd.strangers import leave_classes_out, nearest_cosines
 from tests.made_features import NEEDS_FEATURES, Array, Blobs, real_world, support_set, unit
 
 

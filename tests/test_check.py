@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from sortd import inotify
-from sortd.check import check, check_site
-from sortd.check_calibration import calibration_findings
-from sortd.check_disks import clock_findings, file_system_findings, watching_findings
-from sortd.check_running import lock_holder
+from sortd.commands.check import check, check_site
+from sortd.commands.check_calibration import calibration_findings
+from sortd.commands.check_disks import clock_findings, file_system_findings, watching_findings
+from sortd.commands.check_running import lock_holder
+from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, load
-from sortd.finding import Finding, Severity, Topic, error, exit_code, note, warning
-from sortd.holding import hold
 from sortd.journal import Journal
 from sortd.layout import Area, Layout
 from sortd.prototypes import Calibration
+from sortd.running.holding import hold
+from sortd.watching import inotify
 from tests.daemon_process import make_dataset, picture, tree
 from tests.prototype_maker import make_prototypes
 
@@ -198,7 +198,7 @@ class TestFolders:
                 folder.chmod(folder.stat().st_mode | 0o055)
         (site / "Clases" / "red").chmod(0o700)
         code = (
-            "import os, sys; from pathlib import Path; from sortd.check_folders import dataset_findings\n"
+            "import os, sys; from pathlib import Path; from sortd.commands.check_folders import dataset_findings\n"
             "from sortd.layout import Layout; os.setuid(65534)\n"
             "for one in dataset_findings(Layout(Path(sys.argv[1]))): print(one.severity.value, one.subject)"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.console import counted, megabytes, printable
+from sortd.commands.console import counted, megabytes, printable
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset
 from tests.filed_images import file_images

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sortd.companions import Companion, companions_of
+from sortd.moving.companions import Companion, companions_of
 
 
 def found(image: str, *beside: str) -> dict[str, bool]:

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from sortd import config_sources, yaml_tree
 from sortd.config import (
     LIVE_KEYS,
     Abstain,
@@ -26,12 +25,13 @@ from sortd.config import (
     load,
     restart_needed,
 )
+from sortd.configuring import sources, yaml_tree
 from sortd.errors import ConfigError
 from sortd.prototypes import Abstain as DecidingAbstain
 from sortd.prototypes import DecisionSettings, Mode
 
 EXAMPLE = Path(__file__).parents[1] / "config.example.yaml"
-KEYS = {key for key in config_sources.keys_of(Config) if config_sources.ANY not in key}
+KEYS = {key for key in sources.keys_of(Config) if sources.ANY not in key}
 PLACES = ("root", "state_dir", "cache_dir")  # without a default of their own: they follow the file and the environment
 
 
@@ -376,8 +376,8 @@ class TestVariables:
 
     def test_every_key_has_a_variable_of_its_own(self) -> None:
         """Two keys under one variable would set each other."""
-        keys = config_sources.keys_of(Config)
-        assert len({config_sources.variable_name(key) for key in keys}) == len(keys)
+        keys = sources.keys_of(Config)
+        assert len({sources.variable_name(key) for key in keys}) == len(keys)
         assert ("abstain", "precision") in keys
         assert ("datasets", "*", "abstain", "strangers") in keys
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from sortd.control import answer
 from sortd.errors import DataError
-from sortd.filing import Filing
-from sortd.holding import Holding, hold
-from sortd.journal_history import History
+from sortd.journaling.history import History
 from sortd.layout import Layout
 from sortd.messages import Event, ImageGone, ImageHeld, Released
-from sortd.requests import RequestError
-from sortd.scanning import stamp
+from sortd.running.control import answer
+from sortd.running.filing import Filing
+from sortd.running.holding import Holding, hold
+from sortd.running.requests import RequestError
+from sortd.watching.scanning import stamp
 from tests.daemon_process import make_dataset
 from tests.filed_images import file_images
 

@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sortd import decoder_handle
-from sortd.decoders import DecodedImage, DecoderPool
+from sortd.decoding import decoder_handle
+from sortd.decoding.decoders import DecodedImage, DecoderPool
+from sortd.decoding.files import _why_not_opened
 from sortd.errors import StartupError
-from sortd.image_files import _why_not_opened
 from sortd.images import Limits, decode_file
 from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
 
@@ -301,8 +301,8 @@ class TestRefusals:
         path = photo(tmp_path / "a.png")
         code = (
             "import os, resource, sys\n"
-            "from sortd.decoders import DecoderPool\n"
-            "from sortd.image_files import stamp_of\n"
+            "from sortd.decoding.decoders import DecoderPool\n"
+            "from sortd.decoding.files import stamp_of\n"
             "from sortd.images import Limits\n"
             "from sortd.messages import Preprocessing\n"
             "path = sys.argv[1]\n"
@@ -413,7 +413,7 @@ class TestProcesses:
         """Nobody is left to close the pool: the socket is closed for it."""
         code = (
             "import os, signal\n"
-            "from sortd.decoders import DecoderPool\n"
+            "from sortd.decoding.decoders import DecoderPool\n"
             "from sortd.images import Limits\n"
             "from sortd.messages import Preprocessing\n"
             "pool = DecoderPool(1, Preprocessing(8, 8, 8), Limits())\n"

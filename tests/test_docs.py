@@ -13,7 +13,7 @@ import typer
 import typer.core
 
 from sortd import cli, logs
-from tests.test_architecture import DRIVER, EDGE, FLOORS, PACKAGE, THOUGHT
+from tests.test_architecture import DRIVER, EDGE, FLOORS, THOUGHT, file_of
 
 REPOSITORY = Path(__file__).parents[1]
 README = REPOSITORY / "README.md"
@@ -30,9 +30,9 @@ def modules_table() -> str:
     """Return the table of modules, floor by floor, by the first sentence of their docstrings."""
     rows = []
     for module, (floor, _) in sorted(FLOORS.items(), key=lambda item: (item[1][0], item[0])):
-        docstring = ast.get_docstring(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))) or ""
+        docstring = ast.get_docstring(ast.parse(file_of(module).read_text(encoding="utf-8"))) or ""
         sentence = " ".join(docstring.split("\n\n")[0].split())
-        rows.append(f"| {FLOOR_NAMES[floor]} | `{module}.py` | {sentence} |")
+        rows.append(f"| {FLOOR_NAMES[floor]} | `{module.replace('.', '/')}.py` | {sentence} |")
     return "\n".join(["| floor | module | what it is |", "|---|---|---|", *rows])
 
 

@@ -16,11 +16,11 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from sortd import models
 from sortd.encoder import Encoder, load, probe
+from sortd.encoding import models
+from sortd.encoding.torch_encoder import preprocessing_of
 from sortd.errors import ModelError
 from sortd.messages import Fit, Preprocessing
-from sortd.torch_encoder import preprocessing_of
 from tests.fake_encoder import FakeEncoder
 from tests.tiny_clip import DIMENSIONS, SIDE, Layout, Tower, build_tiny_clip
 
@@ -398,7 +398,9 @@ class TestOffline:
 
     def test_importing_it_imports_no_torch(self) -> None:
         """Nor any of its kin: the command line imports this module."""
-        program = "import sys, sortd.encoder, sortd.models; print({'torch', 'transformers'} & set(sys.modules))"
+        program = (
+            "import sys, sortd.encoder, sortd.encoding.models; print({'torch', 'transformers'} & set(sys.modules))"
+        )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "set()"
 

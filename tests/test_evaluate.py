@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sortd.decision import judge
+from sortd.deciding.decision import judge
 from sortd.evaluate import evaluate
 from sortd.prototypes import DecisionSettings, Mode, SupportSet, build
 from tests.made_features import NEEDS_FEATURES, Blobs, real_world, support_set, unit

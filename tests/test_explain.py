@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from sortd.cache import Cache
-from sortd.cache_prototypes import PrototypeFiles
+from sortd.caching.stored_prototypes import PrototypeFiles
+from sortd.commands.explain import explain_image
 from sortd.config import Config, load
+from sortd.deciding.explanation import Explanation, explain, sentences
 from sortd.errors import DataError, UnreadableError
-from sortd.explain import explain_image
-from sortd.explanation import Explanation, explain, sentences
 from sortd.layout import Layout
 from sortd.prototypes import Abstain, DecisionSettings, Mode, decide
 from tests.command_line import sortd, write_config

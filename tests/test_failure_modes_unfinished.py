@@ -190,7 +190,7 @@ class TestFilesThatAreNotThereYet:
     )
     def test_unfinished_names_are_told_by_their_ending(self, unfinished: str, finished: str) -> None:
         """The names under which browsers, rsync, scp and sync clients write; ``test_scanning.py`` has all of them."""
-        from sortd.scanning import is_temporary
+        from sortd.watching.scanning import is_temporary
 
         assert is_temporary(unfinished)
         assert not is_temporary(finished)

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from sortd.errors import JournalError
-from sortd.filing import Filing
 from sortd.journal import Journal, Selection
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import Mover
-from sortd.renaming import look, rename_new, stamp_of
+from sortd.moving.renaming import look, rename_new, stamp_of
+from sortd.running.filing import Filing
 from tests.filing_world import Dataset, done, failure, moved, order
 
 
@@ -548,8 +548,8 @@ class TestErrors:
         filing = Filing(dataset.root, journal, mover=Mover(rename=crossing))
         move = order(dataset.put("Images/a.jpg"))
         with monkeypatch.context() as patch:
-            patch.setattr("sortd.crossing.rename_new", refuse)
-            patch.setattr("sortd.crossing.os.unlink", keep)
+            patch.setattr("sortd.moving.crossing.rename_new", refuse)
+            patch.setattr("sortd.moving.crossing.os.unlink", keep)
             failures = [failure(filing, move) for _ in range(3)]
             if not is_taken:
                 assert failures == [MoveFailure.BUSY] * 3
@@ -574,7 +574,7 @@ class TestErrors:
         filing = Filing(dataset.root, journal, mover=Mover(rename=crossing))
         move = order(dataset.put("Images/a.jpg"))
         with monkeypatch.context() as patch:
-            patch.setattr("sortd.crossing.rename_new", refuse)
+            patch.setattr("sortd.moving.crossing.rename_new", refuse)
             for _ in range(3):
                 assert failure(filing, move) is MoveFailure.DESTINATION
             assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Images/a.jpg"]
@@ -680,7 +680,7 @@ class TestCrossing:
                     file.write(b" and more")
             rename(source, name, destination, final)
 
-        monkeypatch.setattr("sortd.crossing.rename_new", append)
+        monkeypatch.setattr("sortd.moving.crossing.rename_new", append)
         moved(Filing(dataset.root, journal, mover=Mover(rename=crossing)), order(path))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Images/a.jpg": b"image and more"}
         assert "kept" in done(journal)[0].relocation.message
@@ -697,7 +697,7 @@ class TestCrossing:
                 (dataset.root / "Dataset/cat/a.jpg").unlink()
             rename(source, name, destination, final)
 
-        monkeypatch.setattr("sortd.crossing.rename_new", remove)
+        monkeypatch.setattr("sortd.moving.crossing.rename_new", remove)
         Filing(dataset.root, journal, mover=Mover(rename=crossing)).move_all([order(path)])
         assert dataset.tree() == {"Images/a.jpg": b"image"}
 
@@ -715,9 +715,9 @@ class TestCrossing:
         def link(*_: object, **__: object) -> None:
             raise PermissionError(errno.EPERM, "Operation not permitted")
 
-        monkeypatch.setattr("sortd.crossing.rename_new", refuse)
+        monkeypatch.setattr("sortd.moving.crossing.rename_new", refuse)
         if cannot_link:
-            monkeypatch.setattr("sortd.crossing.os.link", link)
+            monkeypatch.setattr("sortd.moving.crossing.os.link", link)
         dataset.put("Dataset/cat/a.jpg", "first")
         moved(filing, order(dataset.put("Images/a.jpg", "second")))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"first", "Dataset/cat/a (2).jpg": b"second"}
@@ -733,7 +733,7 @@ class TestPlaceholders:
         def refuse(*names: int | str) -> None:
             raise OSError(errno.EINVAL, "Invalid argument", *names[1:2])
 
-        monkeypatch.setattr("sortd.crossing.rename_new", refuse)
+        monkeypatch.setattr("sortd.moving.crossing.rename_new", refuse)
         return Filing(dataset.root, journal, mover=Mover(rename=crossing))
 
     def test_a_name_that_is_taken_at_the_last_moment_is_taken(
@@ -745,7 +745,7 @@ class TestPlaceholders:
             dataset.put("Dataset/cat/a.jpg", "the user's")
             raise PermissionError(errno.EPERM, "Operation not permitted")
 
-        monkeypatch.setattr("sortd.crossing.os.link", link)
+        monkeypatch.setattr("sortd.moving.crossing.os.link", link)
         moved(filing, order(dataset.put("Images/a.jpg")))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"the user's", "Dataset/cat/a (2).jpg": b"image"}
 
@@ -763,8 +763,8 @@ class TestPlaceholders:
                 dataset.put("Dataset/cat/a.jpg", "the user's")
             return look(folder, name)
 
-        monkeypatch.setattr("sortd.crossing.os.link", link)
-        monkeypatch.setattr("sortd.crossing.look", replaced)
+        monkeypatch.setattr("sortd.moving.crossing.os.link", link)
+        monkeypatch.setattr("sortd.moving.crossing.look", replaced)
         assert failure(filing, order(dataset.put("Images/a.jpg"))) is MoveFailure.CHANGED
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"the user's", "Images/a.jpg": b"image"}
 
@@ -775,7 +775,8 @@ def test_four_movers_racing_for_equal_names_lose_nothing(tmp_path: Path) -> None
     shared = tmp_path / "shared"
     shared.mkdir()
     program = (
-        "import sys; from pathlib import Path; from sortd.filing import Filing; from tests.filing_world import *\n"
+        "import sys; from pathlib import Path; from sortd.running.filing import Filing\n"
+        "from tests.filing_world import *\n"
         "dataset = Dataset(Path(sys.argv[1]))\n"
         "with dataset.journal() as journal:\n"
         "    moves = [order(path) for path in sorted((dataset.root / 'Images').rglob('*.jpg'))]\n"

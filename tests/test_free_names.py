@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sortd.free_names import cut, final_names
 from sortd.messages import Stamp
-from sortd.relocation import Member, Relocation, Role
+from sortd.moving.free_names import cut, final_names
+from sortd.moving.relocation import Member, Relocation, Role
 
 NO_STAMP = Stamp(0, 0, 0, 0)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from sortd.commands.journals import journals
 from sortd.config import load
-from sortd.holding import hold
-from sortd.journal_history import History
-from sortd.journals import journals
+from sortd.journaling.history import History
 from sortd.layout import Layout
+from sortd.running.holding import hold
 from tests.command_line import Ran, sortd, write_config
 from tests.daemon_process import DaemonProcess, make_dataset, picture, running, tree
 from tests.filed_images import file_images

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps, features
 
+from sortd.decoding.formats import HEAD_BYTES, format_of
 from sortd.errors import ImageError, NotAnImageError, TooLargeError, UnreadableError
-from sortd.image_formats import HEAD_BYTES, format_of
 from sortd.images import Limits, Pixels, decode, decode_file, look_at_file, looks_like_image
 from sortd.messages import Fit, Preprocessing
 

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from sortd.inotify import Limits, advice, file_system_of, instances, is_blind, limits, unwatched, watched_inodes
+from sortd.watching.inotify import (
+    Limits,
+    advice,
+    file_system_of,
+    instances,
+    is_blind,
+    limits,
+    unwatched,
+    watched_inodes,
+)
 
 MOUNTS = r"""
 22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw

@@ -11,8 +11,8 @@ import pytest
 from sortd.errors import JournalError
 from sortd.journal import UNDONE, Grounds, History, Journal, Selection
 from sortd.messages import Stamp
+from sortd.moving.relocation import Member, Progress, Relocation, Role
 from sortd.prototypes import Abstained, Assigned, Mode
-from sortd.relocation import Member, Progress, Relocation, Role
 from tests.filing_world import Clock
 
 STAMP = Stamp(1, 2**63 + 5, 3, 4)

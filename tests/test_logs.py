@@ -50,7 +50,7 @@ def stream() -> io.StringIO:
 @pytest.fixture
 def log() -> structlog.stdlib.BoundLogger:
     """A logger of sortd's."""
-    logger: structlog.stdlib.BoundLogger = structlog.get_logger("sortd.dataset")
+    logger: structlog.stdlib.BoundLogger = structlog.get_logger("sortd.running.dataset")
     return logger
 
 

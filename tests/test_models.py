@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from sortd import models
+from sortd.encoding import models
+from sortd.encoding.model_folders import ModelFolder, vouch
 from sortd.errors import ModelError
-from sortd.model_folders import ModelFolder, vouch
 
 CLIP = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": {}, "vision_config": {}}
 VIT = {"model_type": "vit", "architectures": ["ViTModel"], "image_size": 224}
@@ -366,7 +366,7 @@ class TestFetch:
 import sys
 from pathlib import Path
 from sortd.errors import ModelError
-from sortd.models import fetch
+from sortd.encoding.models import fetch
 try:
     print(fetch(sys.argv[1], cache_dir=Path(sys.argv[2])))
 except ModelError as error:

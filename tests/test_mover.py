@@ -13,8 +13,8 @@ import pytest
 
 from sortd.messages import Writer
 from sortd.mover import remove_spent
-from sortd.relocation import Member, Relocation, Role
-from sortd.renaming import (
+from sortd.moving.relocation import Member, Relocation, Role
+from sortd.moving.renaming import (
     FOLDER_FLAGS,
     Folders,
     is_version,
@@ -84,7 +84,7 @@ def test_a_writer_of_what_cannot_be_opened_is_unknown(tmp_path: Path) -> None:
 def test_a_lease_that_is_broken_does_not_kill(tmp_path: Path) -> None:
     """Who opens the file for writing while the lease is held makes the kernel signal us: that is ignored."""
     program = (
-        "import fcntl, os, subprocess, sys, sortd.renaming as renaming\n"
+        "import fcntl, os, subprocess, sys, sortd.moving.renaming as renaming\n"
         "setlease = fcntl.fcntl\n"
         "def slow(fd, command, *rest):\n"
         "    answer = setlease(fd, command, *rest)\n"

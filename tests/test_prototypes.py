@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from sortd.decision import judge
+from sortd.deciding.decision import judge
 from sortd.prototypes import (
     Abstain,
     Abstained,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from sortd.filing import Filing
 from sortd.journal import Grounds, Journal, Selection
 from sortd.messages import Stamp
-from sortd.relocation import Member, Progress, Relocation, Role
-from sortd.renaming import stamp_of
+from sortd.moving.relocation import Member, Progress, Relocation, Role
+from sortd.moving.renaming import stamp_of
+from sortd.running.filing import Filing
 from tests.filing_world import Dataset
 
 TOKEN = "0123456789abcdef"  # noqa: S105 - a relocation's
@@ -375,7 +375,7 @@ class TestPublished:
             raise AssertionError(names)
 
         dataset.put(whose, "changed by now")
-        monkeypatch.setattr("sortd.crossing._take", taken)
+        monkeypatch.setattr("sortd.moving.crossing._take", taken)
         assert crash.recover().progress is Progress.DONE
         assert len(dataset.tree()) == 2
 
@@ -395,7 +395,7 @@ class TestPublished:
         crash.named("a.jpg", "a.xmp")
         if is_gone:
             (dataset.root / "Images/a.jpg").unlink()
-        monkeypatch.setattr("sortd.crossing._take", refuse)
+        monkeypatch.setattr("sortd.moving.crossing._take", refuse)
         ended = crash.recover()
         if is_gone:
             assert ended.progress is Progress.PUBLISHED

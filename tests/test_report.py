@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sortd.commands.evaluation_page import evaluation_page, sentences
+from sortd.commands.examination import Examined, examine, taught
 from sortd.config import load
+from sortd.deciding.explanation import explain
+from sortd.decoding.thumbnails import thumbnail
 from sortd.errors import DataError
 from sortd.evaluate import evaluate
-from sortd.evaluation_page import evaluation_page, sentences
-from sortd.examination import Examined, examine, taught
-from sortd.explanation import explain
 from sortd.journal import Journal
-from sortd.journal_records import Selection
+from sortd.journaling.records import Selection
 from sortd.layout import Layout
 from sortd.prototypes import SupportSet
 from sortd.report import explain_page, write_page
-from sortd.thumbnails import thumbnail
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset, picture
 from tests.fake_encoder import FakeEncoder
@@ -115,7 +115,7 @@ class TestExplainPage:
         """Return the facts of an explanation, as ``explain`` gives them."""
         prototypes = make_prototypes(dataset)
         found = explain(prototypes, prototypes.references[0])
-        from sortd.explain import Explained
+        from sortd.commands.explain import Explained
 
         return Explained(str(dataset / name), "Colours", "00", found, is_stored=True, records=()).facts()
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sortd.errors import DataError, JournalError, StartupError
-from sortd.requests import AnsweredError, Reply, Request, Requests, ask
+from sortd.running.requests import AnsweredError, Reply, Request, Requests, ask
 from sortd.status import Status, started_ticks
 
 

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sortd.blend import Library, fit_blends
-from sortd.duplicates import merge_duplicates
-from sortd.gaussian import fit_gaussian, fit_space, shrink_means, squared_distances
-from sortd.kernel import LARGEST, SHARPNESS, choose_rows, kernel_scores, make_kernel
-from sortd.leaveoneout import choose_held_out, gaussian_table, hold_out, kernel_table
-from sortd.plain import Plain, first_best, plain_held_out, plain_scores
-from sortd.support import Mode
-from sortd.text_prototypes import place_names, placed_means
+from sortd.deciding.blend import Library, fit_blends
+from sortd.deciding.duplicates import merge_duplicates
+from sortd.deciding.gaussian import fit_gaussian, fit_space, shrink_means, squared_distances
+from sortd.deciding.kernel import LARGEST, SHARPNESS, choose_rows, kernel_scores, make_kernel
+from sortd.deciding.leaveoneout import choose_held_out, gaussian_table, hold_out, kernel_table
+from sortd.deciding.plain import Plain, first_best, plain_held_out, plain_scores
+from sortd.deciding.support import Mode
+from sortd.deciding.text_prototypes import place_names, placed_means
 from tests.made_features import Blobs, unit
 
 Array = npt.NDArray[np.float64]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.scanning import is_below_temporary, is_temporary, scan, stamp
+from sortd.watching.scanning import is_below_temporary, is_temporary, scan, stamp
 
 UNFINISHED = [
     "IMG_1.jpg.crdownload",

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from sortd.commands.overview import overview
 from sortd.config import load
 from sortd.journal import Journal
-from sortd.journal_records import Selection
+from sortd.journaling.records import Selection
 from sortd.layout import Layout
-from sortd.overview import overview
 from sortd.status import Status, is_alive, read_status, started_ticks
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset

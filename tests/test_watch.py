@@ -21,10 +21,10 @@ from pathlib import Path
 import pytest
 from watchdog.observers.api import BaseObserver
 
-from sortd import ear as ear_module
-from sortd import inotify
-from sortd.ear import Ear, places_of_dataset
 from sortd.watch import Hint, HintsLost, Loss, Mode, Watcher, WatchStatus, scan
+from sortd.watching import ear as ear_module
+from sortd.watching import inotify
+from sortd.watching.ear import Ear, places_of_dataset
 
 PATIENCE = 30.0  # a machine under load is slow, and what does not come never comes
 

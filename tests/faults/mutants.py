@@ -19,22 +19,22 @@ STEPS = "tests/faults/test_steps.py"
 FILING = "tests/test_filing.py"
 RECOVERY = "tests/test_recovery.py"
 TESTS = {
-    "copying": (STEPS, FILING),
-    "crossing": (STEPS, RECOVERY, FILING),
-    "journal_store": (STEPS, "tests/test_journal.py"),
+    "moving/copying": (STEPS, FILING),
+    "moving/crossing": (STEPS, RECOVERY, FILING),
+    "journaling/store": (STEPS, "tests/test_journal.py"),
     "mover": (STEPS, "tests/test_mover.py", FILING),
-    "recovery": (STEPS, RECOVERY, FILING),
-    "relocating": (STEPS, FILING),
-    "relocation": ("tests/test_journal.py", FILING),
-    "renaming": (STEPS, "tests/test_mover.py", RECOVERY, FILING),
-    "undoing": (FILING,),
+    "moving/recovery": (STEPS, RECOVERY, FILING),
+    "running/relocating": (STEPS, FILING),
+    "moving/relocation": ("tests/test_journal.py", FILING),
+    "moving/renaming": (STEPS, "tests/test_mover.py", RECOVERY, FILING),
+    "running/undoing": (FILING,),
 }
 """Which tests are to notice, the quick ones first."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One safeguard taken away: a text of a module, which must be there exactly once, and what stands for it."""
+    """One safeguard taken away: a text of a module (`moving/copying`), there exactly once, and what stands for it."""
 
     module: str
     text: str
@@ -48,49 +48,57 @@ class Mutant:
 
 SYNCS = (
     Mutant("mover", "        os.fsync(file)\n", "        pass\n"),
-    Mutant("copying", "        os.fsync(copy)\n", ""),
-    Mutant("copying", "        os.fsync(descriptor)\n", ""),
-    Mutant("renaming", "        os.fsync(folder)\n", "        pass\n"),
-    Mutant("renaming", "        sync_folder(parent)\n", ""),
-    Mutant("relocating", "for folder_of in (_destination, _source):", "for folder_of in (_source,):"),
-    Mutant("relocating", "for folder_of in (_destination, _source):", "for folder_of in (_destination,):"),
-    Mutant("relocating", "for folder_of in (_destination, _source):", "for folder_of in (_source, _destination):"),
-    Mutant("crossing", "    sync_folder(destination)\n", ""),
-    Mutant("crossing", "    sync_folder(source)\n", ""),
-    Mutant("crossing", "    advance(sealed)  # X5\n", ""),
-    Mutant("crossing", "    advance(published)\n", ""),
+    Mutant("moving/copying", "        os.fsync(copy)\n", ""),
+    Mutant("moving/copying", "        os.fsync(descriptor)\n", ""),
+    Mutant("moving/renaming", "        os.fsync(folder)\n", "        pass\n"),
+    Mutant("moving/renaming", "        sync_folder(parent)\n", ""),
+    Mutant("running/relocating", "for folder_of in (_destination, _source):", "for folder_of in (_source,):"),
+    Mutant("running/relocating", "for folder_of in (_destination, _source):", "for folder_of in (_destination,):"),
     Mutant(
-        "recovery", "    sync_folder(places.destination)\n    if places.source != -1:", "    if places.source != -1:"
+        "running/relocating", "for folder_of in (_destination, _source):", "for folder_of in (_source, _destination):"
     ),
-    Mutant("recovery", "        remove_spent(folders, relocation)\n        sync_folder(places.source)\n", ""),
-    Mutant("recovery", "    sync_folder(places.source)\n    sync_folder(places.destination)\n", ""),
-    Mutant("recovery", "    sync_folder(places.source)\n    sync_folder(places.dest", "    sync_folder(places.dest"),
-    Mutant("recovery", "    sync_folder(places.destination)\n    if saved:", "    if saved:"),
-    Mutant("recovery", "    sync_folder(destination)\n    return relocation.failed", "    return relocation.failed"),
+    Mutant("moving/crossing", "    sync_folder(destination)\n", ""),
+    Mutant("moving/crossing", "    sync_folder(source)\n", ""),
+    Mutant("moving/crossing", "    advance(sealed)  # X5\n", ""),
+    Mutant("moving/crossing", "    advance(published)\n", ""),
     Mutant(
-        "journal_store",
+        "moving/recovery",
+        "    sync_folder(places.destination)\n    if places.source != -1:",
+        "    if places.source != -1:",
+    ),
+    Mutant("moving/recovery", "        remove_spent(folders, relocation)\n        sync_folder(places.source)\n", ""),
+    Mutant("moving/recovery", "    sync_folder(places.source)\n    sync_folder(places.destination)\n", ""),
+    Mutant(
+        "moving/recovery", "    sync_folder(places.source)\n    sync_folder(places.dest", "    sync_folder(places.dest"
+    ),
+    Mutant("moving/recovery", "    sync_folder(places.destination)\n    if saved:", "    if saved:"),
+    Mutant(
+        "moving/recovery", "    sync_folder(destination)\n    return relocation.failed", "    return relocation.failed"
+    ),
+    Mutant(
+        "journaling/store",
         'connection.execute("PRAGMA synchronous = FULL")',
         'connection.execute("PRAGMA synchronous = 1")',
     ),
-    Mutant("journal_store", "            os.fsync(descriptor)\n", "            pass\n"),
+    Mutant("journaling/store", "            os.fsync(descriptor)\n", "            pass\n"),
 )
 
 REFUSALS = (
-    Mutant("renaming", "        _RENAME_NOREPLACE,\n", "        0,\n"),
-    Mutant("copying", "os.O_WRONLY | os.O_CREAT | os.O_EXCL |", "os.O_WRONLY | os.O_CREAT |"),
-    Mutant("crossing", "os.O_WRONLY | os.O_CREAT | os.O_EXCL |", "os.O_WRONLY | os.O_CREAT |"),
-    Mutant("renaming", "os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW |", "os.O_RDONLY | os.O_DIRECTORY |"),
-    Mutant("renaming", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK"),
-    Mutant("renaming", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NOFOLLOW"),
-    Mutant("relocation", "if components[0] not in TOPS or", "if"),
-    Mutant("relocation", """part in {"", ".", ".."} or""", "False or"),
-    Mutant("relocation", 'if name in {"", ".", ".."} or "/" in name or', "if"),
+    Mutant("moving/renaming", "        _RENAME_NOREPLACE,\n", "        0,\n"),
+    Mutant("moving/copying", "os.O_WRONLY | os.O_CREAT | os.O_EXCL |", "os.O_WRONLY | os.O_CREAT |"),
+    Mutant("moving/crossing", "os.O_WRONLY | os.O_CREAT | os.O_EXCL |", "os.O_WRONLY | os.O_CREAT |"),
+    Mutant("moving/renaming", "os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW |", "os.O_RDONLY | os.O_DIRECTORY |"),
+    Mutant("moving/renaming", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK"),
+    Mutant("moving/renaming", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NOFOLLOW"),
+    Mutant("moving/relocation", "if components[0] not in TOPS or", "if"),
+    Mutant("moving/relocation", """part in {"", ".", ".."} or""", "False or"),
+    Mutant("moving/relocation", 'if name in {"", ".", ".."} or "/" in name or', "if"),
 )
 
 IDENTITIES = (
-    Mutant("renaming", "(status.st_ino, status.st_size,", "(stamp.inode, status.st_size,"),
-    Mutant("renaming", "(status.st_ino, status.st_size,", "(status.st_ino, stamp.size,"),
-    Mutant("renaming", "status.st_mtime_ns) ==", "stamp.mtime_ns) =="),
+    Mutant("moving/renaming", "(status.st_ino, status.st_size,", "(stamp.inode, status.st_size,"),
+    Mutant("moving/renaming", "(status.st_ino, status.st_size,", "(status.st_ino, stamp.size,"),
+    Mutant("moving/renaming", "status.st_mtime_ns) ==", "stamp.mtime_ns) =="),
     Mutant("mover", "if not stat.S_ISREG(status.st_mode) or not is_version(status, member.stamp):", "if False:"),
     Mutant("mover", "if writer_of(file) is Writer.PRESENT:", "if False:"),
     Mutant("mover", "                _check_version(source, member, relocation.source)\n", "                pass\n"),
@@ -101,40 +109,50 @@ IDENTITIES = (
     Mutant("mover", "name.casefold() != image.casefold() or name in os.listdir(folder)", "True"),
     Mutant("mover", "if len({one.name.casefold() for one in companions}) < len(companions):", "if False:"),
     Mutant(
-        "crossing",
+        "moving/crossing",
         "if by_name is None or not is_version(by_name, member.stamp) or not is_version(os.fstat(file), member.stamp):",
         "if False:",
     ),
-    Mutant("crossing", 'if member.content not in {"", copy.content}:', "if False:"),
+    Mutant("moving/crossing", 'if member.content not in {"", copy.content}:', "if False:"),
     Mutant(
-        "crossing",
+        "moving/crossing",
         "if not is_version(standing, member.stamp) or not copy_stands(destination, member, member.final):",
         "if False:",
     ),
-    Mutant("crossing", "        is_version(status, member.stamp)\n        and not _is", "        not _is"),
-    Mutant("crossing", "        and not _is_written(source, taken)\n", ""),
-    Mutant("crossing", "        and copy_stands(destination, member, member.final)\n", ""),
-    Mutant("crossing", "if there is None or (there.st_ino, there.st_size) != (ours.st_ino, 0):", "if False:"),
-    Mutant("crossing", "return status.st_ino == member.copy_inode or", "return True or"),
-    Mutant("crossing", "if status is None or status.st_size != _size(member):", "if status is None:"),
+    Mutant("moving/crossing", "        is_version(status, member.stamp)\n        and not _is", "        not _is"),
+    Mutant("moving/crossing", "        and not _is_written(source, taken)\n", ""),
+    Mutant("moving/crossing", "        and copy_stands(destination, member, member.final)\n", ""),
+    Mutant("moving/crossing", "if there is None or (there.st_ino, there.st_size) != (ours.st_ino, 0):", "if False:"),
+    Mutant("moving/crossing", "return status.st_ino == member.copy_inode or", "return True or"),
+    Mutant("moving/crossing", "if status is None or status.st_size != _size(member):", "if status is None:"),
     Mutant(
-        "recovery",
+        "moving/recovery",
         "if status is not None and is_version(status, member.stamp):\n            moved",
         "if status is not None:\n            moved",
     ),
-    Mutant("recovery", "if not member.leaves or look(places.source, member.name) is not None:", "if True:"),
-    Mutant("recovery", "elif member.content and content_of(places.destination, part) == member.content:", "elif True:"),
-    Mutant("recovery", " and content_of(destination, name) == member.content:\n", ":\n"),
-    Mutant("recovery", "        if _all_stand(places, relocation):", "        if True:"),
-    Mutant("recovery", "        if not _all_stand(places, relocation):", "        if False:"),
-    Mutant("recovery", "if position not in finals and content_of(", "if position not in finals or content_of("),
+    Mutant("moving/recovery", "if not member.leaves or look(places.source, member.name) is not None:", "if True:"),
     Mutant(
-        "recovery", "return status is not None and is_version(status, member.stamp)\n", "return status is not None\n"
+        "moving/recovery",
+        "elif member.content and content_of(places.destination, part) == member.content:",
+        "elif True:",
     ),
-    Mutant("recovery", "if status is not None and status.st_size == 0 and look(", "if status is not None and look("),
-    Mutant("recovery", "if expected and content_of(places.destination, name) == expected:", "if expected:"),
-    Mutant("undoing", "if is_version(status, member.moved_stamp):", "if True:"),
-    Mutant("undoing", "member.content and content_of(folder, member.final) == member.content:", "member.content:"),
+    Mutant("moving/recovery", " and content_of(destination, name) == member.content:\n", ":\n"),
+    Mutant("moving/recovery", "        if _all_stand(places, relocation):", "        if True:"),
+    Mutant("moving/recovery", "        if not _all_stand(places, relocation):", "        if False:"),
+    Mutant("moving/recovery", "if position not in finals and content_of(", "if position not in finals or content_of("),
+    Mutant(
+        "moving/recovery",
+        "return status is not None and is_version(status, member.stamp)\n",
+        "return status is not None\n",
+    ),
+    Mutant(
+        "moving/recovery", "if status is not None and status.st_size == 0 and look(", "if status is not None and look("
+    ),
+    Mutant("moving/recovery", "if expected and content_of(places.destination, name) == expected:", "if expected:"),
+    Mutant("running/undoing", "if is_version(status, member.moved_stamp):", "if True:"),
+    Mutant(
+        "running/undoing", "member.content and content_of(folder, member.final) == member.content:", "member.content:"
+    ),
 )
 
 ALL = SYNCS + REFUSALS + IDENTITIES

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sortd.filing import Answer, Filing
 from sortd.journal import Journal, Selection
 from sortd.messages import Move, Outcome
 from sortd.mover import Mover
-from sortd.renaming import rename_new, stamp_of
+from sortd.moving.renaming import rename_new, stamp_of
+from sortd.running.filing import Answer, Filing
 
 IMAGE_BYTES = 70_000
 """More than one page and less than a chunk; a hole of 1 MiB lies in one image."""

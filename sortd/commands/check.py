@@ -1,0 +1,101 @@
+"""The check: everything that can be said about a configuration and its folders before sortd runs, as findings.
+
+Nothing is changed: own trial files come and go in Images/ (hidden), ``.sortd/`` and sortd's own folders; Clases/ is
+only read. Nothing here imports torch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from sortd.cache import Cache
+from sortd.commands.check_calibration import calibration_findings
+from sortd.commands.check_disks import clock_findings, file_system_findings, room_findings, watching_findings
+from sortd.commands.check_folders import dataset_findings, overlap_findings, own_folder_findings, root_findings
+from sortd.commands.check_references import DECODING_SECONDS, File, Reader, reference_findings
+from sortd.commands.check_running import model_findings, named_dataset_findings, process_findings
+from sortd.commands.finding import Finding, Topic, error
+from sortd.commands.stored import stored_prototypes
+from sortd.config import Config, load
+from sortd.errors import ConfigError, LayoutError
+from sortd.images import Limits, decode_file, look_at_file
+from sortd.layout import find_datasets
+from sortd.messages import Preprocessing
+from sortd.prototypes import Mode
+
+CACHE_FILE = "embeddings.sqlite"
+SIDE_PIXELS = 224
+"""What most encoders see: references are decoded as far as it takes to come to this size."""
+
+
+def check(path: Path | None, environment: Mapping[str, str], *, thorough: bool = False) -> Iterator[Finding]:
+    """Yield all findings, the configuration's first: with a wrong one there is nothing else to look at.
+
+    Args:
+        path: the configuration's file, or None to search for one.
+        environment: where variables are looked up.
+        thorough: decode every reference, however long that takes.
+    """
+    try:
+        config = load(path, environment)
+    except ConfigError as mistakes:
+        for line in str(mistakes).splitlines():
+            yield error(Topic.CONFIGURATION, "configuration", line)
+        return
+    yield from check_site(config, decoding_seconds=float("inf") if thorough else DECODING_SECONDS)
+
+
+def check_site(config: Config, *, decoding_seconds: float = DECODING_SECONDS) -> Iterator[Finding]:
+    """Yield the findings about everything that a valid configuration points at."""
+    try:
+        layouts = find_datasets(config.root)
+    except LayoutError:
+        layouts = []  # the root's own check says why
+    own = {"state_dir": config.state_dir, "cache_dir": config.cache_dir}
+    yield from root_findings(config.root, layouts)
+    yield from named_dataset_findings(config, layouts)
+    for key, folder in own.items():
+        yield from own_folder_findings(key, folder)
+    if config.metrics.textfile is not None:
+        yield from own_folder_findings("metrics.textfile", config.metrics.textfile.parent)
+    yield from overlap_findings(layouts, own)
+    yield from process_findings(config, layouts)
+    yield from model_findings(config)
+    yield from watching_findings(layouts, config.polling)
+    yield from clock_findings()
+    rooms = [("the journal", config.state_dir), ("the cache", config.cache_dir)]
+    yield from room_findings([*(("images", layout.root) for layout in layouts), *rooms])
+    with ExitStack() as stack:
+        known = _known_contents(config, stack)
+        decode, look = _readers(config)
+        for layout in layouts:
+            yield from dataset_findings(layout)
+            yield from file_system_findings(layout)
+            mode = Mode(config.dataset(layout.name).mode)
+            yield from reference_findings(
+                layout, mode, known=known, decode=decode, look=look, decoding_seconds=decoding_seconds
+            )
+            yield from calibration_findings(layout, config.dataset(layout.name), stored_prototypes(config, layout))
+
+
+def _readers(config: Config) -> tuple[Reader, Reader]:
+    """Return what decodes a whole reference, and what looks at its header alone, under the configured limits."""
+    allowed = config.decoding
+    limits = Limits(max_pixels=allowed.max_pixels, max_side=allowed.max_side_pixels, max_bytes=allowed.max_bytes)
+    seen = Preprocessing(shortest_edge=SIDE_PIXELS, crop_height=SIDE_PIXELS, crop_width=SIDE_PIXELS)
+
+    def decode(path: str) -> None:
+        decode_file(path, seen, limits)
+
+    def look(path: str) -> None:
+        look_at_file(path, limits)
+
+    return decode, look
+
+
+def _known_contents(config: Config, stack: ExitStack) -> Callable[[Sequence[File]], Mapping[File, str]]:
+    """Return what tells the content of files that were read before; a cache that is not there is not made."""
+    file = config.cache_dir / CACHE_FILE
+    if not file.is_file():
+        return lambda _: {}
+    return stack.enter_context(Cache(file, report=lambda _: None)).contents

@@ -1,0 +1,91 @@
+"""An examination: the references of datasets are read, embedded and evaluated, and nothing is moved or learnt."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sortd.commands.journals import JOURNAL_FILE
+from sortd.config import Config
+from sortd.deciding.evaluation import EvaluationReport
+from sortd.encoder import Encoder
+from sortd.errors import DataError
+from sortd.evaluate import evaluate
+from sortd.journaling.history import History
+from sortd.layout import Area, Layout, find_datasets
+from sortd.messages import ImageRefused
+from sortd.references import References, ReferencesAbsentError, Teaching
+from sortd.running.site import Site, teaching_of
+from sortd.watching.scanning import stamp
+
+LoadEncoder = Callable[[Config], Encoder]
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """One dataset and what its references are worth."""
+
+    dataset: str
+    root: Path
+    report: EvaluationReport
+    refused: tuple[ImageRefused, ...]
+    """References that could not be read."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return it all as plain values."""
+        unreadable = [{"path": one.path, "message": one.message} for one in self.refused]
+        return {"root": str(self.root), **self.report.to_json(), "unreadable": unreadable}
+
+
+def examine(
+    config: Config, dataset: str | None = None, *, load_encoder: LoadEncoder | None = None
+) -> Iterator[Examined]:
+    """Evaluate one dataset, or all of them, each under its own settings.
+
+    Args:
+        config: where everything is.
+        dataset: only this one.
+        load_encoder: stands in for the configured model.
+
+    Raises:
+        DataError: there is no such dataset, or it holds nothing to learn from.
+        ModelError: the model cannot be had.
+    """
+    chosen = _chosen(config, dataset)
+    site = Site(config, load_encoder=load_encoder)
+    try:
+        embedder, _, _ = site.load()
+        for layout in chosen:
+            teaching = taught(config, layout)
+            support, refused = References(layout.area(Area.CLASES)).support(embedder, teaching)
+            yield Examined(layout.name, layout.root, evaluate(support, teaching.settings), refused)
+    except ReferencesAbsentError as error:
+        raise DataError(str(error)) from error
+    finally:
+        site.unload()
+
+
+def taught(config: Config, layout: Layout) -> Teaching:
+    """Return what decides, beside the images in ``Clases/``, on a dataset's prototypes: settings and corrections.
+
+    Raises:
+        JournalError: the journal, which knows the corrections, cannot be read.
+    """
+    teaching = teaching_of(config.dataset(layout.name))
+    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
+    if not teaching.learns_from_corrections or not file.is_file():
+        return teaching
+    with History.open(file) as history:
+        corrected = [(label, os.path.join(layout.root, path)) for _, label, path, _ in history.corrections()]
+    stands = ((label, path, stamp(path)) for label, path in corrected)
+    return replace(teaching, corrections=tuple((label, path, mark) for label, path, mark in stands if mark is not None))
+
+
+def _chosen(config: Config, name: str | None) -> list[Layout]:
+    layouts = find_datasets(config.root)
+    chosen = [layout for layout in layouts if name is None or layout.name == name]
+    if not chosen:
+        there = ", ".join(layout.name for layout in layouts) or "none; `sortd init DIR` makes one"
+        raise DataError(f"there is no dataset {name or ''} in {config.root}; there are: {there}".replace("  ", " "))
+    return chosen

@@ -1,0 +1,187 @@
+"""Explain: one image of a dataset is found, embedded, decided and explained, and nothing is moved or learnt."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sortd.cache import Cache
+from sortd.commands.check import CACHE_FILE
+from sortd.commands.examination import taught
+from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
+from sortd.commands.stored import stored_prototypes
+from sortd.config import Config
+from sortd.deciding.explanation import Explanation, explain, sentences
+from sortd.encoder import Encoder
+from sortd.errors import DataError, UnreadableError
+from sortd.journaling.history import History
+from sortd.journaling.records import Selection
+from sortd.layout import Area, Layout, find_datasets
+from sortd.messages import EmbeddedImage, FloatArray, Stamp
+from sortd.prototypes import PrototypeSet
+from sortd.references import References, ReferencesAbsentError
+from sortd.running.site import Site
+from sortd.watching.scanning import stamp
+
+LoadEncoder = Callable[[Config], Encoder]
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """An image, what is decided on it and why, and what happened to it before."""
+
+    path: str
+    dataset: str
+    content: str
+    explanation: Explanation
+    is_stored: bool
+    """Whether the prototypes are those that a running sortd decides with; else they were learnt for this answer."""
+    records: tuple[dict[str, Any], ...]
+    """What the journal says of this very file, or of these bytes, newest first."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return it all as plain values."""
+        explanation = self.explanation
+        return {
+            "path": self.path,
+            "dataset": self.dataset,
+            "content": self.content,
+            "outcome": "filed" if explanation.is_filed else "sent_to_review",
+            "label": explanation.label,
+            "reason": getattr(explanation.decision, "reason", ""),
+            "score": explanation.decision.score,
+            "margin": explanation.decision.margin,
+            "second_label": explanation.decision.second_label,
+            "confidence": explanation.decision.confidence,
+            "precision": explanation.decision.precision,
+            "mode": explanation.mode,
+            "generation": explanation.generation if self.is_stored else None,
+            "encoder_id": explanation.encoder_id,
+            "text_share": explanation.text_share,
+            "thresholds": [asdict(one) for one in explanation.thresholds],
+            "scores": [asdict(one) for one in explanation.scores],
+            "neighbours": [asdict(one) for one in explanation.neighbours],
+            "other_modes": [asdict(one) for one in explanation.others],
+            "sentences": list(self.sentences()),
+            "history": list(self.records),
+        }
+
+    def sentences(self) -> list[str]:
+        """Say it in sentences."""
+        said = sentences(self.explanation)
+        if self.path in {one.path for one in self.explanation.neighbours}:
+            said.append("It is one of the references itself, which flatters its scores.")
+        if not self.is_stored:
+            said.append("The references were learnt for this answer alone: no sortd has stored them as they are now.")
+        return said
+
+
+def explain_image(
+    config: Config, path: Path, dataset: str | None = None, *, load_encoder: LoadEncoder | None = None
+) -> Explained:
+    """Explain how an image is decided, by the prototypes that serve now.
+
+    A model is loaded only for an image that was never embedded, or where no prototypes are stored.
+
+    Args:
+        config: where everything is.
+        path: the image, wherever it lies.
+        dataset: by which dataset to decide; None: the one that it lies in, or the only one.
+        load_encoder: stands in for the configured model.
+
+    Raises:
+        DataError: there is no such file or dataset, or the dataset cannot be learnt.
+        UnreadableError: the file cannot be embedded.
+        ModelError: the model cannot be had.
+    """
+    absolute = os.path.abspath(path)
+    mark = stamp(absolute)
+    if mark is None:
+        raise DataError(f"{absolute}: there is no such file, or it is a folder; name an image")
+    layout = _dataset(config, path, dataset)
+    with open(absolute, "rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    stored = stored_prototypes(config, layout)
+    row = None if stored is None else _remembered(config, content, stored.encoder_id)
+    serving = stored
+    if row is None or serving is None:
+        row, serving = _embedded(config, layout, (absolute, mark), stored, load_encoder)
+    return Explained(
+        path=absolute,
+        dataset=layout.name,
+        content=content,
+        explanation=explain(serving, row),
+        is_stored=serving is stored,
+        records=tuple(_records(config, layout, mark, content)),
+    )
+
+
+def _dataset(config: Config, path: Path, name: str | None) -> Layout:
+    layouts = {layout.name: layout for layout in find_datasets(config.root)}
+    found = dataset_at(config, path)
+    if name is None and found is not None:
+        return found[0]
+    if name is None and len(layouts) == 1:
+        return next(iter(layouts.values()))
+    if name is None:
+        raise DataError(f"{path} lies in no dataset; say by which to decide: --dataset {'|'.join(layouts) or 'NAME'}")
+    if name not in layouts:
+        raise DataError(f"there is no dataset {name!r} in {config.root}; there are: {', '.join(layouts) or 'none'}")
+    return layouts[name]
+
+
+def _remembered(config: Config, content: str, encoder_id: str) -> FloatArray | None:
+    file = config.cache_dir / CACHE_FILE
+    if not file.is_file():
+        return None
+    with Cache(file, report=lambda _: None) as cache:
+        return cache.embeddings({content}, encoder_id).get(content)
+
+
+def _embedded(
+    config: Config,
+    layout: Layout,
+    image: tuple[str, Stamp],
+    stored: PrototypeSet | None,
+    load_encoder: LoadEncoder | None,
+) -> tuple[FloatArray, PrototypeSet]:
+    """Embed the image, and learn the references where what is stored is of no use with this encoder."""
+    site = Site(config, load_encoder=load_encoder)
+    try:
+        embedder, _, _ = site.load()
+        (answer,) = embedder.embed([image])
+        if not isinstance(answer, EmbeddedImage):
+            raise UnreadableError(f"{image[0]} would not be decided: {answer.message} ({answer.refusal.value})")
+        if stored is not None and stored.encoder_id == embedder.encoder.encoder_id:
+            return answer.embedding, stored
+        references = References(layout.area(Area.CLASES))
+        rebuilt = references.rebuild(embedder, taught(config, layout), previous=None, generation=0)
+    except ReferencesAbsentError as error:
+        raise DataError(str(error)) from error
+    finally:
+        site.unload()
+    return answer.embedding, rebuilt.prototypes
+
+
+def _records(config: Config, layout: Layout, mark: Stamp, content: str) -> list[dict[str, Any]]:
+    """Return the moves of this very file, or else the last one of these bytes."""
+    (place,) = [one for one in journals(config, layout.name) if one.root == layout.root]
+    if not place.is_there:
+        return []
+    with History.open(place.file) as history:
+        last = history.last_known(mark, content)
+        return [] if last is None else _way(place, history, last.destination_path)
+
+
+def _way(place: JournalPlace, history: History, path: str) -> list[dict[str, Any]]:
+    """Follow a file back through its moves: from Dataset/ to Review/ to Images/."""
+    way: list[dict[str, Any]] = []
+    newest = float("inf")
+    while True:
+        came = [one for one in history.moves(Selection(path=path)) if one.destination_path == path and one.id < newest]
+        if not came:
+            return way
+        way.append(record_facts(place, came[0]))
+        path, newest = came[0].source_path, came[0].id

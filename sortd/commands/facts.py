@@ -1,0 +1,239 @@
+"""The commands that only look: ``check``, ``status`` and ``history``; none of them imports torch."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sortd.commands.console import (
+    ConfigOption,
+    DatasetOption,
+    JsonOption,
+    counted,
+    load_config,
+    moment_option,
+    print_json,
+    print_line,
+    print_table,
+    printable,
+    say,
+)
+
+if TYPE_CHECKING:
+    from sortd.commands.finding import Finding
+
+RESTING = {"abstained", "refused", "held"}
+"""States of images that wait for nothing; they are told of as files in Review/ and as held."""
+
+MARKS = {"note": ("·", ""), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
+
+
+def check(
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Decode every reference, however long it takes.")
+    ] = False,
+) -> None:
+    """Look at configuration, folders, rights, disks, references and model, and say what to mend."""
+    from sortd.commands.check import check as findings_of
+    from sortd.commands.finding import exit_code
+
+    findings = []
+    for finding in findings_of(config, os.environ, thorough=thorough):
+        findings.append(finding)
+        if not as_json:
+            _print_finding(finding)
+    counts = {word: sum(1 for finding in findings if finding.severity == word) for word in ("error", "warning")}
+    if as_json:
+        print_json(
+            {"errors": counts["error"], "warnings": counts["warning"], "findings": [asdict(f) for f in findings]}
+        )
+    elif any(counts.values()):
+        print_line(", ".join(counted(number, word) for word, number in counts.items() if number), style="bold")
+    else:
+        print_line("all is well", style="bold green")
+    raise typer.Exit(exit_code(findings))
+
+
+def _print_finding(finding: "Finding") -> None:
+    mark, style = MARKS[finding.severity.value]
+    print_line(f"{mark} {finding.severity.value}: {printable(finding.subject)}", style=style)
+    print_line(f"    {printable(finding.what)}")
+    if finding.mend:
+        print_line(f"    -> {printable(finding.mend)}", style="green")
+
+
+def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Tell whether sortd runs, with which model, what waits, and how often it was right."""
+    from sortd.commands.overview import overview
+
+    facts = overview(load_config(config))
+    if as_json:
+        print_json(facts)
+        return
+    _print_run(facts)
+    for name, dataset in facts["datasets"].items():
+        _print_dataset(name, dataset)
+    if not facts["datasets"]:
+        print_line(f"{facts['root']} holds no dataset; make one: sortd init {facts['root']}/NAME")
+
+
+def _print_run(facts: Mapping[str, Any]) -> None:
+    from sortd.moments import duration, shown
+
+    if facts["running"]:
+        since = facts.get("started_at")
+        age = "" if since is None else f" since {shown(since)} ({duration(time() - since)})"
+        state = "runs" if facts.get("ready") else "is starting"
+        print_line(f"sortd {facts['version']} {state}{age}, pid {facts['pid']}", style="bold green")
+    else:
+        when = f"; last heard of {shown(facts['written_at'])}" if facts.get("written_at") else ""
+        how = {"never ran": "has not run yet", "died": "does not run: it ended without a word"}
+        print_line(f"sortd {how.get(facts['ended'], 'does not run')}{when}", style="bold yellow")
+    if facts.get("model"):
+        print_line(f"  model     {facts['model']}  ({facts['encoder_id']})")
+    if facts.get("other_root"):
+        print_line(
+            f"  root      that one works on {printable(facts['other_root'])}, this configuration says {facts['root']}"
+        )
+    for watched in facts.get("watching") or ():
+        why = f" ({watched['why']})" if watched["why"] else ""
+        print_line(f"  watching  {printable(watched['root'])}: {watched['mode']}{why}")
+    if facts.get("config_problem"):
+        print_line("  the last configuration was refused, the one before it is still in force:", style="bold red")
+        for line in facts["config_problem"].splitlines():
+            print_line(f"    {printable(line)}", style="red")
+
+
+def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
+    from sortd.moments import shown
+
+    print_line("")
+    print_line(printable(name), style="bold")
+    if facts.get("problem"):
+        print_line(f"  problem   {printable(facts['problem'])}", style="bold red")
+    if facts.get("journal_problem"):
+        print_line(f"  problem   {printable(facts['journal_problem'])}", style="bold red")
+    if facts["root"] is None:
+        print_line("  folder    is gone or not mounted; this is from its journal")
+    if facts.get("classes") is not None:
+        learnt = f"{counted(len(facts['classes']), 'class')} from {counted(facts.get('references', 0), 'reference')}"
+        print_line(f"  learnt    {learnt}, generation {facts.get('generation', 0)}, mode {facts.get('mode')}")
+    waiting = {word: number for word, number in (facts.get("images") or {}).items() if number and word not in RESTING}
+    if waiting:
+        print_line("  waiting   " + ", ".join(f"{number:,} {word}" for word, number in waiting.items()))
+    elif facts.get("in_images") and not facts.get("images"):
+        print_line(f"  waiting   {counted(facts['in_images'], 'file')} in Images/")
+    total = ", ".join(f"{number:,} {outcome.replace('_', ' ')}" for outcome, number in sorted(facts["total"].items()))
+    last = f"; last {shown(facts['last_move_at'])}" if facts["last_move_at"] else ""
+    print_line(f"  so far    {total or 'nothing moved'}{last}")
+    if facts.get("in_review"):
+        print_line(f"  review    {counted(facts['in_review'], 'file')} in Review/")
+    if facts["held"]:
+        print_line(f"  held      {counted(facts['held'], 'file')}; let them go: sortd release")
+    if facts["accuracy"]:
+        rows = [
+            (label, right["filed"], right["corrected"], f"{100 * right['right']:.1f} %")
+            for label, right in facts["accuracy"].items()
+        ]
+        print_table(("class", "filed", "corrected", "right"), rows, right=("filed", "corrected", "right"))
+
+
+def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
+    config: ConfigOption = None,
+    dataset: DatasetOption = None,
+    label: Annotated[str | None, typer.Option("--label", help="Only this class.")] = None,
+    outcome: Annotated[
+        str | None, typer.Option("--outcome", help="Only filed, sent_to_review, rejected or undone.")
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option("--since", help="From then on: 2026-03-01, '14:30', 2h, yesterday.")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Until then.")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="Only this run of sortd.")] = None,
+    path: Annotated[Path | None, typer.Option("--path", help="Only this file: where it was or went.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="At most so many, the newest; 0: all.")] = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what was moved where and why, newest first."""
+    if outcome not in {None, "filed", "sent_to_review", "rejected", "undone"}:
+        raise typer.BadParameter("must be filed, sent_to_review, rejected or undone", param_hint="--outcome")
+    records = _records(
+        load_config(config),
+        dataset=dataset,
+        label=label,
+        outcome=outcome,
+        since=moment_option("--since", since),
+        until=moment_option("--until", until),
+        run=run,
+        path=path,
+        limit=limit or None,
+    )
+    if as_json:
+        print_json(records)
+        return
+    if sys.stdout.isatty():
+        for record in records:
+            _print_record(record)
+    else:
+        columns = ("when", "dataset", "outcome", "from", "to", "score", "margin", "reason", "run")
+        print_table(columns, (_columns(record) for record in records))
+    if limit and len(records) == limit:
+        say(f"sortd: the newest {limit}; --limit 0 shows all")
+
+
+def _columns(record: Mapping[str, Any]) -> tuple[object, ...]:
+    from sortd.moments import shown
+
+    return (
+        shown(record["at"]),
+        record["dataset"],
+        record["outcome"].replace("_", " ") + (" (undone)" if record["undone_by"] else ""),
+        _relative(record["from"]),
+        _relative(record["to"]),
+        "" if record["margin"] is None else f"{record['score']:.3f}",
+        "" if record["margin"] is None else f"{record['margin']:.3f}",
+        record["reason"],
+        record["run"],
+    )
+
+
+def _print_record(record: Mapping[str, Any]) -> None:
+    """Print a record as one line, which a narrow terminal may break where it likes: columns would be too many."""
+    when, dataset, outcome, source, destination, score, margin, reason, run = map(str, _columns(record))
+    why = [f"score {score}, margin {margin}"] if score else []
+    why += [reason] if reason else []
+    line = f"{when}  {dataset}  {outcome}: {source} -> {destination}  ({', '.join([*why, f'run {run}'])})"
+    styles = {"sent to review": "yellow", "rejected": "red", "undone": "cyan"}
+    print_line(printable(line), style=styles.get(outcome, ""))
+
+
+def _records(config: Any, *, dataset: str | None, path: Path | None, **conditions: Any) -> Sequence[dict[str, Any]]:  # noqa: ANN401 -- of Selection
+    """Return the records of all journals that were asked for as plain values, newest first."""
+    from sortd.commands.journals import journals, narrowed, record_facts
+    from sortd.journaling.history import History
+    from sortd.journaling.records import Selection
+
+    dataset, relative = narrowed(config, dataset, path)
+    records: list[dict[str, Any]] = []
+    for place in journals(config, dataset):
+        if place.is_there:
+            with History.open(place.file) as history:
+                found_here = history.moves(Selection(path=relative, **conditions))
+            records += [record_facts(place, record) for record in found_here]
+    records.sort(key=lambda one: (one["at"], one["id"]), reverse=True)
+    return records[: conditions["limit"]]
+
+
+def _relative(path: str) -> str:
+    """Shorten a path to what lies in its dataset."""
+    for area in ("/Images/", "/Dataset/", "/Review/", "/Rejected/"):
+        if area in path:
+            return path[path.index(area) + 1 :]
+    return path

@@ -1,0 +1,130 @@
+"""The journals of a site: which datasets have one, where it lies, and what its records look like as plain values."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sortd.config import Config
+from sortd.errors import DataError, LayoutError, StartupError
+from sortd.journaling.records import Record
+from sortd.layout import Layout, find_datasets
+from sortd.moving.relocation import Role
+
+JOURNAL_FILE = "journal.sqlite"
+_STATE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
+"""How ``Layout.state_folder`` names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class JournalPlace:
+    """One dataset's journal."""
+
+    dataset: str
+    root: Path | None
+    """The dataset's folder; None where it is gone or not mounted and only its journal is left."""
+    file: Path
+
+    @property
+    def is_there(self) -> bool:
+        """Tell whether the dataset has ever been worked on with this state directory."""
+        return self.file.is_file()
+
+
+def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
+    """List the journals of all datasets, or of one, by name; those of datasets that are gone come last.
+
+    Raises:
+        DataError: there is no dataset of that name.
+        StartupError: whoever asks may not read the state directory.
+    """
+    if config.state_dir.exists() and not os.access(config.state_dir, os.R_OK | os.X_OK, effective_ids=True):
+        raise StartupError(f"{config.state_dir} cannot be read; ask as the user that sortd runs as, or as root")
+    try:
+        layouts = find_datasets(config.root)
+    except LayoutError:
+        layouts = []  # not mounted: the journals can tell their history all the same
+    places = [JournalPlace(one.name, one.root, one.state_folder(config.state_dir) / JOURNAL_FILE) for one in layouts]
+    places += _left_over(config.state_dir, {place.file for place in places})
+    if dataset is None:
+        return places
+    chosen = [place for place in places if place.dataset == dataset]
+    if not chosen:
+        there = ", ".join(sorted({place.dataset for place in places})) or "none"
+        raise DataError(f"there is no dataset {dataset!r} in {config.root}; there are: {there}")
+    return chosen
+
+
+def dataset_at(config: Config, path: Path) -> tuple[Layout, str] | None:
+    """Return the dataset that a path lies in, and the path relative to it; None where it lies in none.
+
+    Raises:
+        LayoutError: the root cannot be listed.
+    """
+    absolute = os.path.abspath(path)
+    for layout in find_datasets(config.root):
+        for spelled in (
+            absolute,
+            os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute)),
+        ):
+            for root in (os.fspath(layout.root), os.path.realpath(layout.root)):
+                if spelled.startswith(root + os.sep):
+                    return layout, spelled.removeprefix(root + os.sep)
+    return None
+
+
+def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
+    """Return a record as plain values, its paths absolute where the dataset is there."""
+    grounds, image = record.grounds, record.relocation.image
+    others = [member for member in record.relocation.members if member.role is not Role.IMAGE]
+    return {
+        "id": record.id,
+        "dataset": place.dataset,
+        "run": record.run,
+        "at": record.ended_at,
+        "outcome": grounds.outcome,
+        "label": grounds.label,
+        "from": _full(place.root, record.source_path),
+        "to": _full(place.root, record.destination_path),
+        "size": image.stamp.size,
+        "companions": [member.final or member.name for member in others],
+        "score": grounds.score,
+        "margin": grounds.margin,
+        "second_label": grounds.second_label,
+        "mode": grounds.mode,
+        "reason": grounds.reason,
+        "generation": grounds.generation,
+        "encoder_id": grounds.encoder_id,
+        "content": grounds.content,
+        "undoes": grounds.undoes,
+        "undone_by": record.undone_by,
+        "lost": list(record.relocation.lost),
+    }
+
+
+def _full(root: Path | None, path: str) -> str:
+    return path if root is None else f"{root}/{path}"
+
+
+def _left_over(state: Path, known: set[Path]) -> Sequence[JournalPlace]:
+    found = []
+    for file in sorted(state.glob(f"*/{JOURNAL_FILE}")):
+        named = _STATE_FOLDER.fullmatch(file.parent.name)
+        if named and file not in known:
+            found.append(JournalPlace(named[1], None, file))
+    return found
+
+
+def narrowed(config: Config, dataset: str | None, path: Path | None) -> tuple[str | None, str | None]:
+    """Return the dataset that is asked about, and the path relative to it; a path names its dataset itself.
+
+    Raises:
+        DataError: the path lies in no dataset.
+    """
+    if path is None:
+        return dataset, None
+    found = dataset_at(config, path)
+    if found is None:
+        raise DataError(f"{path} lies in no dataset below {config.root}; name where the file is or was")
+    return found[0].name, found[1]

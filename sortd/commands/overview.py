@@ -1,0 +1,92 @@
+"""The overview that ``sortd status`` shows: what the running sortd tells, and what the journals know in any case."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sortd.commands.journals import JournalPlace, journals
+from sortd.config import Config
+from sortd.errors import JournalError
+from sortd.journaling.history import History
+from sortd.journaling.records import Selection
+from sortd.layout import Area, Layout
+from sortd.status import read_status
+from sortd.watching.scanning import scan
+
+
+def overview(config: Config, *, status: Callable[[Path], dict[str, Any] | None] = read_status) -> dict[str, Any]:
+    """Return everything as plain values.
+
+    Works with no sortd running, and with the datasets not mounted: what the journals know is told then.
+    """
+    told = status(config.state_dir)
+    is_alive = told is not None and told["alive"]
+    run: dict[str, Any] = {
+        "running": is_alive,
+        "ended": None if is_alive else "never ran" if told is None else "died" if told.get("running") else "stopped",
+        "root": str(config.root),
+        "state_dir": str(config.state_dir),
+    }
+    if told is not None:
+        kept = ("pid", "version", "model", "encoder_id", "ready", "config_problem", "watching", "written_at")
+        run |= {key: told.get(key) for key in kept}
+        run["started_at"] = _started_at(told.get("started_ticks")) if is_alive else None
+        run["other_root"] = told["root"] if told.get("root") not in {None, str(config.root)} else None
+    live = (told or {}).get("datasets", {})
+    places = [place for place in journals(config) if place.root is not None or place.is_there]
+    run["datasets"] = {
+        place.dataset: _dataset(place, live.get(place.dataset, {}), is_alive=bool(is_alive))
+        for place in reversed(places)
+    }
+    run["datasets"] = dict(sorted(run["datasets"].items()))
+    return run
+
+
+def _dataset(place: JournalPlace, live: dict[str, Any], *, is_alive: bool) -> dict[str, Any]:
+    """Return one dataset's facts; what only a running sortd knows is left out where none runs."""
+    facts: dict[str, Any] = {"root": None if place.root is None else str(place.root)}
+    if is_alive:
+        facts |= live
+    else:
+        facts |= {key: live[key] for key in ("problem", "generation", "classes", "references", "mode") if key in live}
+    if place.root is not None:
+        if not is_alive:  # the sortd that runs knows better, and Images/ may be large
+            facts["in_images"] = _count(Layout(place.root), Area.IMAGES)
+        facts["in_review"] = _count(Layout(place.root), Area.REVIEW)
+    return facts | _from_journal(place)
+
+
+def _from_journal(place: JournalPlace) -> dict[str, Any]:
+    if not place.is_there:
+        return {"total": {}, "held": 0, "last_move_at": None, "accuracy": {}}
+    try:
+        with History.open(place.file) as history:
+            last = history.moves(Selection(limit=1))
+            return {
+                "total": history.counts(),
+                "held": len(history.held()),
+                "last_move_at": last[0].ended_at if last else None,
+                "accuracy": {
+                    label: {"filed": filed, "corrected": corrected, "right": round(1 - corrected / filed, 4)}
+                    for label, (filed, corrected) in history.accuracy().items()
+                },
+            }
+    except JournalError as error:
+        return {"total": {}, "held": 0, "last_move_at": None, "accuracy": {}, "journal_problem": str(error)}
+
+
+def _count(layout: Layout, area: Area) -> int | None:
+    """Count the files of an area; None where it cannot be listed."""
+    refused: list[OSError] = []
+    count = sum(1 for _ in scan(os.fspath(layout.area(area)), report=refused.append))
+    return None if refused else count
+
+
+def _started_at(ticks: int | None) -> float | None:
+    """Return when a process started, in seconds since the epoch; from clock ticks since boot, see proc_pid_stat(5)."""
+    if ticks is None:
+        return None
+    with open("/proc/stat", encoding="ascii", errors="replace") as lines:
+        booted = next(float(line.split()[1]) for line in lines if line.startswith("btime"))
+    return booted + ticks / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,1 @@
+"""Parts of the configuration: where it comes from, YAML with positions, mistakes with theirs."""

@@ -1,0 +1,1 @@
+"""From a support set to a decision: prototypes of every mode, calibration, abstention; numpy only."""

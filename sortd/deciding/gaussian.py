@@ -1,0 +1,163 @@
+"""The Gaussian of a library: a centred, standardised, whitened space in which classes are points.
+
+Formulas and evidence: docs/decisions.md, section "best".
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sortd.deciding.duplicates import unit
+
+Array = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+PSEUDO_ROWS = 5.0
+"""Rows of equal variance that steady the variance of each dimension while references are few."""
+MEAN_SHRINKAGE = 1.0
+"""kappa: the common mean counts as this many references of each class."""
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Where embeddings are centred and every dimension has the same spread."""
+
+    center: Array
+    """float64 (d,): the class-balanced mean; zero with a single class."""
+    scale: Array
+    """float64 (d,): one over the class-balanced standard deviation of each dimension."""
+
+    def place(self, embeddings: Array) -> Array:
+        """Return unit rows (B, d) of embeddings (B, d) in this space."""
+        return unit((embeddings - self.center) * self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """Classes with a common covariance, in whitened coordinates; arrays are float64."""
+
+    whitener: Array
+    """(d, d): placed rows times this have unit covariance within their class."""
+    rows: Array
+    """(N, d): the whitened references."""
+    classes: IntArray
+    """(N,): their classes."""
+    counts: IntArray
+    """(C,): references of each class; 0 is allowed."""
+    means: Array
+    """(C, d): whitened class means; zero where there is no reference."""
+    middle: Array
+    """(d,): the whitened mean of class means."""
+    freedom: int
+    """Degrees of freedom of the covariance."""
+    ambient: int
+    """Dimensions of the embedding, which can be more than the coordinates used."""
+    background: Array
+    """(d, d): whitener of all images whatever their class."""
+    background_middle: Array
+    """(d,): the mean of class means in background coordinates."""
+
+
+def class_means(rows: Array, classes: IntArray, counts: IntArray) -> Array:
+    """Return (C, d) means of rows sorted by class; zero for a class without rows."""
+    result = np.zeros((len(counts), rows.shape[1]))
+    present = np.flatnonzero(counts)
+    if present.size:
+        starts = np.searchsorted(classes, present)
+        result[present] = np.add.reduceat(rows, starts, axis=0) / counts[present][:, None]
+    return result
+
+
+def fit_space(rows: Array, classes: IntArray, counts: IntArray) -> Space:
+    """Return the space of unit rows (N, d); every class counts once, however many references it has."""
+    width = rows.shape[1]
+    present = np.flatnonzero(counts)
+    if present.size < 2:  # noqa: PLR2004 - nothing to centre between
+        return Space(center=np.zeros(width), scale=np.ones(width))
+    center = class_means(rows, classes, counts)[present].mean(axis=0)
+    weights = 1.0 / counts[classes] / present.size
+    variance = weights @ np.square(rows - center)
+    typical = max(float(variance.mean()), 1e-12)
+    steady = (len(rows) * variance + PSEUDO_ROWS * typical) / (len(rows) + PSEUDO_ROWS)
+    return Space(center=center, scale=1.0 / np.sqrt(steady / typical))
+
+
+def fit_gaussian(
+    placed: Array,
+    classes: IntArray,
+    counts: IntArray,
+    *,
+    ambient: int | None = None,
+    with_background: bool = True,
+) -> Gaussian:
+    """Return the Gaussian of placed unit rows (N, r).
+
+    The covariance within classes is shrunk to the isotropic one with as many pseudo-observations as there are
+    dimensions (``ambient``, by default r); without any degree of freedom it is isotropic.
+    """
+    width = placed.shape[1] if ambient is None else ambient
+    present = np.flatnonzero(counts)
+    means = class_means(placed, classes, counts)
+    middle = means[present].mean(axis=0) if present.size else np.zeros(placed.shape[1])
+    residuals = placed - means[classes]
+    freedom = int(len(placed) - present.size)
+    between = means[present] - middle
+    spread = between.T @ between / max(present.size - 1, 1)
+    if freedom:
+        within = residuals.T @ residuals / freedom
+        typical = float(np.trace(within)) / width
+    else:
+        within = np.zeros_like(spread)
+        typical = (1.0 - float(middle @ middle)) / width
+    whitener = _whitener(within, typical, freedom, width)
+    total = within + spread
+    background = (
+        _whitener(total, float(np.trace(total)) / width, len(placed), width)
+        if with_background
+        else np.zeros_like(total)
+    )
+    return Gaussian(
+        whitener=whitener,
+        rows=placed @ whitener,
+        classes=classes,
+        counts=counts,
+        means=means @ whitener,
+        middle=middle @ whitener,
+        freedom=freedom,
+        ambient=width,
+        background=background,
+        background_middle=middle @ background,
+    )
+
+
+def shrink_means(gaussian: Gaussian, named: Array | None = None, weight: float = 0.0) -> Array:
+    """Return whitened (C, d) means drawn to the common mean, and to what the names say.
+
+    Args:
+        gaussian: the fitted classes.
+        named: whitened (C, d) prototypes of the names, already in the space of images; or None.
+        weight: how many references a name counts as (kT).
+    """
+    counts = gaussian.counts[:, None].astype(np.float64)
+    sums = counts * gaussian.means + MEAN_SHRINKAGE * gaussian.middle
+    if named is None or weight == 0.0:
+        return np.asarray(sums / (counts + MEAN_SHRINKAGE), dtype=np.float64)
+    mixed = (sums + weight * named) / (counts + MEAN_SHRINKAGE + weight)
+    return np.where(counts > 0, mixed, named)
+
+
+def squared_distances(left: Array, right: Array) -> Array:
+    """Return (B, C) squared Euclidean distances of rows (B, d) and (C, d)."""
+    products = left @ right.T
+    return np.asarray(
+        np.square(left).sum(axis=1)[:, None] - 2.0 * products + np.square(right).sum(axis=1), dtype=np.float64
+    )
+
+
+def _whitener(covariance: Array, typical: float, freedom: int, width: int) -> Array:
+    share = width / (width + freedom)
+    shrunk = (1.0 - share) * covariance
+    shrunk[np.diag_indices_from(shrunk)] += share * max(typical, 1e-9)
+    lower = np.linalg.cholesky(shrunk)
+    return np.asarray(np.linalg.inv(lower).T, dtype=np.float64)

@@ -1,0 +1,159 @@
+"""Leave-one-out: what each reference would have scored had it not been there, without refitting for each.
+
+Removing reference i of class c changes the class mean by -u/(n-1), the common mean by -u/(C(n-1)) and the shrunk
+covariance A, up to a factor, by the rank one matrix r u u' with u = z - M_c and r = n / ((n-1)(d + dof)). So by
+Sherman and Morrison every distance follows from products that are at hand. Centre and scale stay as they are.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sortd.deciding.duplicates import unit
+from sortd.deciding.gaussian import MEAN_SHRINKAGE, Gaussian, class_means, squared_distances
+from sortd.deciding.kernel import Kernel, finish_votes, votes
+
+Array = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+LARGEST_ROWS = 4000
+LARGEST_TABLE = 20_000_000
+BLOCK = 4_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Removal of chosen references, one at a time; arrays are float64 over the R chosen rows."""
+
+    chosen: IntArray
+    """(R,): rows of the Gaussian."""
+    own: IntArray
+    """(R,): their classes."""
+    residuals: Array
+    """(R, d): u, the whitened difference to the class mean."""
+    gain: Array
+    """(R,): tau = r / (1 - r |u|^2)."""
+    factor: float
+    """What the precision grows by for the lost observation."""
+    mean_step: Array
+    """(R,): the common mean moves by this times u."""
+
+
+def choose_held_out(counts: IntArray, classes: IntArray, *, largest: int = LARGEST_ROWS) -> IntArray:
+    """Return rows to hold out: those of classes with two references or more, thinned evenly where they are many."""
+    eligible = np.flatnonzero(counts[classes] > 1)
+    limit = int(min(largest, max(LARGEST_TABLE // max(len(counts), 1), 256)))
+    if len(eligible) <= limit:
+        return eligible.astype(np.int64)
+    order = eligible[np.argsort(classes[eligible], kind="stable")]
+    starts = np.flatnonzero(np.diff(classes[order], prepend=-1))
+    rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
+    return np.sort(order[np.lexsort((classes[order], rank))][:limit]).astype(np.int64)
+
+
+def hold_out(gaussian: Gaussian, chosen: IntArray) -> HeldOut:
+    """Return what removing each chosen reference does."""
+    own = gaussian.classes[chosen]
+    counts = gaussian.counts[own].astype(np.float64)
+    residuals = gaussian.rows[chosen] - gaussian.means[own]
+    others = np.maximum(counts - 1.0, 1.0)
+    observations = float(gaussian.ambient + gaussian.freedom)
+    rate = counts / others / observations
+    norms = np.square(residuals).sum(axis=1)
+    present = max(int(np.count_nonzero(gaussian.counts)), 1)
+    return HeldOut(
+        chosen=chosen,
+        own=own,
+        residuals=residuals,
+        gain=rate / np.maximum(1.0 - rate * norms, 1e-3),
+        factor=(observations - 1.0) / observations,
+        mean_step=-1.0 / (present * others),
+    )
+
+
+def gaussian_table(
+    gaussian: Gaussian, held: HeldOut, shrunk: Array, named: Array | None = None, weight: float = 0.0
+) -> Array:
+    """Return (R, C) leave-one-out Gaussian scores, minus half of the squared distance.
+
+    Args:
+        gaussian: the fit with every reference.
+        held: the removals.
+        shrunk: whitened (C, d) means from ``shrink_means`` with the same names and weight.
+        named: whitened (C, d) prototypes of the names, or None.
+        weight: how many references a name counts as.
+    """
+    rows, own, residuals = gaussian.rows[held.chosen], held.own, held.residuals
+    weight = 0.0 if named is None else weight
+    pull = MEAN_SHRINKAGE / (gaussian.counts + MEAN_SHRINKAGE + weight)
+    pull = np.where(gaussian.counts > 0, pull, 0.0)
+    along = np.einsum("ij,ij->i", rows, residuals)[:, None] - residuals @ shrunk.T
+    norms = np.square(residuals).sum(axis=1)
+    shift = held.mean_step[:, None] * pull
+    distances = squared_distances(rows, shrunk) - 2.0 * shift * along + np.square(shift) * norms[:, None]
+    along -= shift * norms[:, None]
+    distances += held.gain[:, None] * np.square(along)
+    others = gaussian.counts[own].astype(np.float64)[:, None] - 1.0
+    rest = others * gaussian.means[own] - residuals  # (n - 1) times the mean of the others
+    middle = gaussian.middle + held.mean_step[:, None] * residuals
+    mine = rest + MEAN_SHRINKAGE * middle
+    if named is not None and weight:
+        mine += weight * named[own]
+    difference = rows - mine / (others + MEAN_SHRINKAGE + weight)
+    kept = np.einsum("ij,ij->i", difference, residuals)
+    distances[np.arange(len(own)), own] = np.square(difference).sum(axis=1) + held.gain * np.square(kept)
+    return np.asarray(-0.5 * held.factor * distances, dtype=np.float64)
+
+
+def kernel_table(gaussian: Gaussian, held: HeldOut, kernel: Kernel) -> Array:
+    """Return (R, C) leave-one-out kernel scores."""
+    result = np.empty((len(held.chosen), len(gaussian.counts)))
+    voters = gaussian.rows[kernel.chosen].astype(np.float32)
+    norms = np.square(voters).sum(axis=1)
+    size = max(16, BLOCK // max(len(voters), 1))
+    for start in range(0, len(held.chosen), size):
+        part = slice(start, start + size)
+        result[part] = _kernel_block(gaussian, held, kernel, part, voters, norms)
+    return result
+
+
+def background_distances(gaussian: Gaussian, placed: Array, held: HeldOut) -> Array:
+    """Return (R,) squared distances to the Gaussian of all images, each without itself.
+
+    Args:
+        gaussian: the fit with every reference.
+        placed: float64 (N, d), every placed row, sorted by class.
+        held: the removals; of the total covariance only the part within classes is corrected.
+    """
+    offsets = placed[held.chosen] @ gaussian.background - gaussian.background_middle
+    means = class_means(placed, gaussian.classes, gaussian.counts)
+    directions = (placed[held.chosen] - means[held.own]) @ gaussian.background
+    counts = gaussian.counts[held.own].astype(np.float64)
+    size = len(gaussian.rows)
+    rate = size / (size + gaussian.ambient) * counts / np.maximum(counts - 1.0, 1.0) / max(gaussian.freedom, 1)
+    gain = rate / np.maximum(1.0 - rate * np.square(directions).sum(axis=1), 1e-3)
+    along = np.einsum("ij,ij->i", offsets, directions)
+    return np.asarray(np.square(offsets).sum(axis=1) + gain * np.square(along), dtype=np.float64)
+
+
+def _kernel_block(
+    gaussian: Gaussian,
+    held: HeldOut,
+    kernel: Kernel,
+    part: slice,
+    voters: npt.NDArray[np.float32],
+    norms: npt.NDArray[np.float32],
+) -> Array:
+    rows = gaussian.rows[held.chosen[part]].astype(np.float32)
+    residuals, gain = held.residuals[part].astype(np.float32), held.gain[part].astype(np.float32)[:, None]
+    along = residuals @ voters.T
+    mine = np.einsum("ij,ij->i", rows, residuals)[:, None]
+    products = rows @ voters.T + gain * mine * along
+    lengths = np.sqrt(np.square(rows).sum(axis=1)[:, None] + gain * np.square(mine))
+    cosines = products / (lengths * np.sqrt(norms + gain * np.square(along)))
+    itself = held.chosen[part][:, None] == kernel.chosen
+    cosines[itself] = -np.inf
+    counts = np.tile(kernel.counts, (len(rows), 1))
+    counts[np.arange(len(rows)), held.own[part]] -= itself.any(axis=1)
+    return finish_votes(votes(cosines, kernel), counts, unit(rows.astype(np.float64)).astype(np.float32), kernel)

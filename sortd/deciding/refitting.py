@@ -1,0 +1,66 @@
+"""Refitting: leave-one-out by brute force for a handful of references, where the algebra of the large is too rough."""
+
+import numpy as np
+import numpy.typing as npt
+
+from sortd.deciding.gaussian import fit_gaussian, fit_space, shrink_means, squared_distances
+from sortd.deciding.kernel import kernel_scores, make_kernel
+from sortd.deciding.text_prototypes import place_names, placed_means
+
+Array = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+REFIT_UP_TO = 64
+"""References up to which each one is left out by fitting again; 64 fits take a quarter of a second."""
+
+
+def refit_tables(
+    rows: Array,
+    classes: IntArray,
+    counts: IntArray,
+    chosen: IntArray,
+    text: tuple[Array, Array | None] | None,
+    weights: tuple[float, ...],
+) -> tuple[dict[float, Array], Array]:
+    """Return leave-one-out scores of the Gaussian for each weight of the names, and of the kernel; float64 (R, C).
+
+    All rows are turned into their own span first (the triangle of their Gram matrix), so that each fit costs the cube
+    of the number of rows and not of the dimensions.
+
+    Args:
+        rows: float64 (N, d), unit rows, sorted by class.
+        classes: int64 (N,), ascending.
+        counts: int64 (C,).
+        chosen: int64 (R,), which rows to leave out.
+        text: unit rows (C, d) of the names with the mean of generic nouns, or None.
+        weights: how many references a name may count as.
+    """
+    gaussian_rows = {weight: np.empty((len(chosen), len(counts))) for weight in weights}
+    kernel_rows = np.empty((len(chosen), len(counts)))
+    for index, left_out in enumerate(chosen):
+        others = np.arange(len(rows)) != left_out
+        fewer = counts.copy()
+        fewer[classes[left_out]] -= 1
+        space = fit_space(rows[others], classes[others], fewer)
+        placed = space.place(rows)
+        named: Array | None = None
+        if text is not None:
+            means = placed_means(space, rows[others], classes[others], fewer)
+            named = place_names(space, *text, means, fewer).rows
+        turned = _span(placed if named is None else np.concatenate([placed, named]))
+        gaussian = fit_gaussian(
+            turned[: len(rows)][others], classes[others], fewer, ambient=rows.shape[1], with_background=False
+        )
+        names = None if named is None else turned[len(rows) :] @ gaussian.whitener
+        query = turned[left_out : left_out + 1] @ gaussian.whitener
+        for weight in weights:
+            shrunk = shrink_means(gaussian, names, weight)
+            gaussian_rows[weight][index] = -0.5 * squared_distances(query, shrunk)[0]
+        kernel_rows[index] = kernel_scores(query, make_kernel(gaussian))[0]
+    return gaussian_rows, kernel_rows
+
+
+def _span(rows: Array) -> Array:
+    products = rows @ rows.T
+    products[np.diag_indices_from(products)] += 1e-9
+    return np.asarray(np.linalg.cholesky(products), dtype=np.float64)

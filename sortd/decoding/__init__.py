@@ -1,0 +1,1 @@
+"""Parts of image reading: formats, pixels, and the processes that decode what strangers wrote."""

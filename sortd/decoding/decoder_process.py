@@ -1,0 +1,177 @@
+"""The process that decodes: the one place where hostile bytes are read, and what little it can do.
+
+It is started by ``decoders.py`` as ``python -P -m sortd.decoding.decoder_process``, gets descriptors of files
+over a socket, puts pixels into memory that it shares with the daemon, and answers each with a packet of fixed size. It
+can write no file, open few, and take no more memory or time than it was given; a decoder that runs amok ends this
+process alone.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import mmap
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Final
+
+from sortd.errors import NotAnImageError, TooLargeError, UnreadableError
+from sortd.images import Jpeg, Limits, Pixels, decode
+from sortd.messages import Fit, Preprocessing, Refusal
+
+REQUEST = struct.Struct("<I")
+"""A slot of the shared memory; the file's descriptor comes along."""
+
+REPLY = struct.Struct("<IB32sdH400s")
+"""Slot, status, sha256 of the content, seconds, length of the message, message (UTF-8)."""
+
+READY_SLOT = 0xFFFF_FFFF
+"""The slot of the first packet, which says that the process is up."""
+
+DECODED = 0
+"""The status of an image whose pixels lie in their slot; others stand for refusals, in this order."""
+
+REFUSALS: Final = (Refusal.UNREADABLE, Refusal.TOO_LARGE, Refusal.NOT_AN_IMAGE, Refusal.DENIED)
+
+MESSAGE_BYTES = 400
+
+SLOTS = 16
+"""Images that one process may have decoded, or have waiting, while nobody fetches them."""
+
+_CHUNK_BYTES = 1 << 20
+_OPEN_FILES = 64
+_PR_SET_NO_NEW_PRIVS = 38
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How images are to be decoded, and in what time."""
+
+    preprocessing: Preprocessing
+    limits: Limits
+    jpeg: Jpeg
+    timeout_seconds: float
+
+    @property
+    def pixel_bytes(self) -> int:
+        """What the pixels of one image take."""
+        return self.preprocessing.crop_height * self.preprocessing.crop_width * 3
+
+    def to_argument(self) -> str:
+        """Write it as one argument of a command line."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_argument(argument: str) -> "Order":
+        """Read what ``to_argument`` wrote."""
+        given = json.loads(argument)
+        fields = given["preprocessing"]
+        preprocessing = Preprocessing(**{**fields, "fit": Fit(fields["fit"])})
+        return Order(preprocessing, Limits(**given["limits"]), given["jpeg"], given["timeout_seconds"])
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one file: pixels, uint8 (height, width, 3), or a refusal with its message."""
+
+    content: str  # hexadecimal sha256, "" where the file could not be read
+    pixels: Pixels | None = None
+    refusal: Refusal | None = None
+    message: str = ""
+
+
+def decode_content(descriptor: int, order: Order) -> Result:
+    """Hash and decode an open file."""
+    content = ""
+    try:
+        content = hash_content(descriptor)
+        return Result(content, decode(descriptor, order.preprocessing, order.limits, jpeg=order.jpeg))
+    except TooLargeError as error:
+        return Result(content, None, Refusal.TOO_LARGE, str(error))
+    except NotAnImageError as error:
+        return Result(content, None, Refusal.NOT_AN_IMAGE, str(error))
+    except UnreadableError as error:
+        return Result(content, None, Refusal.UNREADABLE, str(error))
+    except OSError as error:
+        return Result(content, None, Refusal.DENIED, f"the disk cannot be read: {error.strerror}; look at its health")
+
+
+def hash_content(descriptor: int) -> str:
+    """Return the hexadecimal sha256 of a whole file, leaving its position where it was."""
+    digest, offset = hashlib.sha256(), 0
+    while chunk := os.pread(descriptor, _CHUNK_BYTES, offset):
+        digest.update(chunk)
+        offset += len(chunk)
+    return digest.hexdigest()
+
+
+def main(argument: str, control_descriptor: int, memory_descriptor: int) -> None:
+    """Decode what comes over the socket until it is closed."""
+    # The daemon's signals are the daemon's: it ends this process by closing the socket.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    order = Order.from_argument(argument)
+    with socket.socket(fileno=control_descriptor) as control, mmap.mmap(memory_descriptor, 0) as memory:
+        os.close(memory_descriptor)
+        from PIL import JpegImagePlugin, PngImagePlugin  # noqa: F401 -- loaded before the first image asks for them
+
+        _renounce(order.limits)
+        control.send(REPLY.pack(READY_SLOT, DECODED, b"", 0.0, 0, b""))
+        while received := _receive(control):
+            slot, descriptor = received
+            try:
+                reply = _serve(slot, descriptor, memory, order)
+            finally:
+                os.close(descriptor)
+            control.send(reply)
+
+
+def _renounce(limits: Limits) -> None:
+    """Give up what decoding does not need."""
+    with open("/proc/self/statm", encoding="ascii") as pages:
+        in_use = int(pages.read().split()[0]) * resource.getpagesize()
+    for what, most in (
+        (resource.RLIMIT_AS, in_use + limits.memory_bytes),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, _OPEN_FILES),
+    ):
+        hard = resource.getrlimit(what)[1]
+        least = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(what, (least, least))
+    ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def _receive(control: socket.socket) -> tuple[int, int] | None:
+    request, descriptors, _flags, _address = socket.recv_fds(control, REQUEST.size, 1)
+    if not request:
+        return None
+    return REQUEST.unpack(request)[0], descriptors[0]
+
+
+def _serve(slot: int, descriptor: int, memory: mmap.mmap, order: Order) -> bytes:
+    """Decode one file into its slot and write the reply; where it takes too long, the alarm ends this process."""
+    began = perf_counter()
+    signal.setitimer(signal.ITIMER_REAL, order.timeout_seconds)
+    spent = resource.getrusage(resource.RUSAGE_SELF)
+    most = int(spent.ru_utime + spent.ru_stime + order.timeout_seconds) + 2
+    resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    result = decode_content(descriptor, order)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if result.pixels is not None:
+        memory[slot * order.pixel_bytes : (slot + 1) * order.pixel_bytes] = result.pixels.tobytes()
+    status = DECODED if result.refusal is None else 1 + REFUSALS.index(result.refusal)
+    message = result.message.encode("utf-8", "replace")[:MESSAGE_BYTES]
+    digest = bytes.fromhex(result.content)
+    return REPLY.pack(slot, status, digest, perf_counter() - began, len(message), message)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the daemon is gone: so are we
+        main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

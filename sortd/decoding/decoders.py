@@ -1,0 +1,280 @@
+"""The decoder pool: files to pixels in processes of their own, so that no image can take the daemon down with it.
+
+The rule for an image whose decoding ends its process, be it by a crash, by a signal or at the time limit: it is tried
+once more, and then it is poison, until the file changes. The images that waited behind it are not to blame.
+"""
+
+import os
+import select
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from time import monotonic, perf_counter
+from types import TracebackType
+from typing import Self
+
+from sortd.decoding.decoder_handle import DecoderHandle, DecoderLostError
+from sortd.decoding.decoder_process import Order, Result, decode_content
+from sortd.decoding.files import open_version, stamp_of
+from sortd.errors import StartupError
+from sortd.images import Jpeg, Limits, Pixels
+from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
+
+POISON_KEPT = 10_000
+"""How many versions of files are remembered as having ended a process."""
+
+STARTS = 3
+"""After so many processes in a row that did not come up there is no use in another."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """The pixels of one version of one file, as the encoder wants them: uint8 (height, width, 3), not to be changed."""
+
+    path: str
+    stamp: Stamp
+    pixels: Pixels
+    content: str  # hexadecimal sha256 of the bytes
+    decode_seconds: float = 0.0
+
+
+Answer = DecodedImage | ImageRefused
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What one call of ``decode_all`` was asked for."""
+
+    waiting: deque[tuple[str, Stamp]]
+    answers: deque[Answer] = field(default_factory=deque)
+    unanswered: int = 0
+    is_wanted: bool = True
+
+
+@dataclass(slots=True)
+class _Job:
+    """One open file on its way."""
+
+    path: str
+    stamp: Stamp
+    descriptor: int
+    batch: _Batch
+    is_open: bool = True
+
+    def close(self) -> None:
+        """Close the file, once."""
+        if self.is_open:
+            self.is_open = False
+            os.close(self.descriptor)
+
+
+class DecoderPool:
+    """Warm decoding processes; used by one thread at a time."""
+
+    def __init__(
+        self,
+        workers: int,
+        preprocessing: Preprocessing,
+        limits: Limits,
+        timeout_seconds: float = 20.0,
+        *,
+        jpeg: Jpeg = "draft",
+        kills: int = 2,
+    ) -> None:
+        """Start the processes, without waiting for them.
+
+        Args:
+            workers: how many; 0 decodes in the calling thread, which is quick to start and protects from nothing.
+            preprocessing: what the encoder sees.
+            limits: what is refused.
+            timeout_seconds: what one image may take.
+            jpeg: see ``images.decode``.
+            kills: how often one version of a file may end its process before it is poison.
+        """
+        self._order = Order(preprocessing, limits, jpeg, timeout_seconds)
+        self._most_kills = kills
+        self._kills: dict[Stamp, int] = {}
+        self._again: deque[_Job] = deque()
+        self._failed_starts = 0
+        self._is_closed = False
+        self._workers = workers
+        self._handles: list[DecoderHandle[_Job]] = []
+        try:
+            self._man()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        """Return the pool, which is closed at the end of the block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the pool."""
+        self.close()
+
+    @property
+    def process_ids(self) -> tuple[int, ...]:
+        """The numbers of the decoding processes."""
+        return tuple(handle.process_id for handle in self._handles)
+
+    def decode_all(self, images: Sequence[tuple[str, Stamp]]) -> Iterator[Answer]:
+        """Yield exactly one answer for each image, in the order in which they are done.
+
+        The processes go on while the caller is busy with an answer. What is left when the caller
+        stops is dropped, and its files are closed at once.
+
+        Args:
+            images: paths, and the stamps of the versions that are meant; another version is refused as changed.
+
+        Raises:
+            StartupError: The decoding processes do not come up.
+            OSError: This process is out of descriptors or memory.
+            ValueError: The pool is closed.
+        """
+        batch = _Batch(deque(images))
+        try:
+            while batch.waiting or batch.unanswered or batch.answers:
+                self._feed(batch)
+                self._collect(0 if batch.answers else None)
+                while batch.answers:
+                    yield batch.answers.popleft()
+                    self._feed(batch)
+                    self._collect(0)
+        finally:
+            batch.is_wanted = False
+            for job in [*self._again, *(job for handle in self._handles for job in handle.jobs)]:
+                if job.batch is batch:
+                    job.close()
+
+    def close(self) -> None:
+        """End the processes and close all files; what was under way is dropped."""
+        self._is_closed = True
+        for handle in self._handles:
+            for job in handle.end()[0]:
+                job.close()
+        for job in self._again:
+            job.close()
+        self._handles.clear()
+        self._again.clear()
+
+    # ------------------------------------------------------------ to the processes
+
+    def _man(self) -> None:
+        while len(self._handles) < self._workers:
+            self._handles.append(DecoderHandle(self._order))
+
+    def _feed(self, batch: _Batch) -> None:
+        """Give every process as much as it takes, those first that have least."""
+        if self._is_closed:
+            raise ValueError("the decoder pool is closed")
+        if self._workers == 0:
+            self._decode_here(batch)
+            return
+        self._man()
+        while self._again or batch.waiting:
+            handle = min(self._handles, key=lambda handle: handle.load)
+            if not handle.has_room:
+                return
+            job = self._again.popleft() if self._again else self._opened(*batch.waiting.popleft(), batch)
+            if job is None:
+                continue
+            if not job.batch.is_wanted:
+                continue
+            try:
+                handle.give(job, job.descriptor)
+            except DecoderLostError:  # it died idle: the job never got there
+                self._again.appendleft(job)
+                self._lose(handle)
+                self._man()
+
+    def _opened(self, path: str, stamp: Stamp, batch: _Batch) -> _Job | None:
+        """Open a file that is what it was and looks like an image; otherwise answer, and return None."""
+        if self._kills.get(stamp, 0) >= self._most_kills:
+            message = "its decoding ended the process before; it is tried again when the file changes"
+            batch.answers.append(ImageRefused(path, stamp, Refusal.POISON, message))
+            return None
+        opened = open_version(path, stamp, self._order.limits.max_bytes)
+        if isinstance(opened, ImageRefused):
+            batch.answers.append(opened)
+            return None
+        batch.unanswered += 1
+        return _Job(path, stamp, opened, batch)
+
+    def _decode_here(self, batch: _Batch) -> None:
+        while batch.waiting and not batch.answers:
+            job = self._opened(*batch.waiting.popleft(), batch)
+            if job is not None:
+                began = perf_counter()
+                result = decode_content(job.descriptor, self._order)
+                self._settle(job, result, perf_counter() - began)
+
+    # ------------------------------------------------------------ from the processes
+
+    def _collect(self, timeout_seconds: float | None) -> None:
+        """Take in what the processes have to say; wait for one of them, unless a limit of 0 seconds is given."""
+        busy = [handle for handle in self._handles if handle.load]
+        if not busy:
+            return
+        poll = select.poll()
+        for handle in busy:
+            for descriptor in handle.descriptors:
+                poll.register(descriptor, select.POLLIN)
+        deadlines = [deadline for handle in busy if (deadline := handle.deadline()) is not None]
+        wait = max(0.0, min(deadlines) - monotonic()) + 0.01 if timeout_seconds is None else timeout_seconds
+        poll.poll(wait * 1000)
+        for handle in busy:
+            try:
+                for answered in handle.answers():
+                    self._settle(answered.job, answered.result, answered.decode_seconds)
+            except DecoderLostError:
+                self._lose(handle)
+            else:
+                self._failed_starts = 0 if handle.is_ready else self._failed_starts
+
+    def _lose(self, handle: DecoderHandle[_Job]) -> None:
+        """Put a process away that was lost, and see to the images that it had: the first was the one in hand."""
+        with suppress(DecoderLostError):
+            for answered in handle.answers():
+                self._settle(answered.job, answered.result, answered.decode_seconds)
+        self._handles.remove(handle)
+        jobs, account = handle.end()
+        if not handle.is_ready:
+            self._failed_starts += 1
+        elif jobs:
+            self._blame(jobs.pop(0), account)
+        self._again.extend(jobs)
+        if self._failed_starts >= STARTS:
+            raise StartupError(f"the processes that decode images do not come up: {account}")
+
+    def _blame(self, job: _Job, account: str) -> None:
+        kills = self._kills[job.stamp] = self._kills.pop(job.stamp, 0) + 1
+        while len(self._kills) > POISON_KEPT:
+            self._kills.pop(next(iter(self._kills)))
+        if kills < self._most_kills:
+            self._again.append(job)
+            return
+        self._settle(job, Result("", None, Refusal.POISON, f"decoding it failed {kills} times: {account}"), 0.0)
+
+    def _settle(self, job: _Job, result: Result, seconds: float) -> None:
+        """Answer for a file, if it still is the version that was asked for, and close it."""
+        if not job.batch.is_wanted:
+            return
+        try:
+            status = os.fstat(job.descriptor)
+        finally:
+            job.close()
+        job.batch.unanswered -= 1
+        path, stamp = job.path, job.stamp
+        if status.st_nlink == 0:
+            answer: Answer = ImageRefused(path, stamp, Refusal.VANISHED, "it was deleted while it was decoded")
+        elif stamp_of(status) != stamp:
+            answer = ImageRefused(path, stamp, Refusal.CHANGED, "it was written to while it was decoded")
+        elif result.refusal is not None or result.pixels is None:
+            answer = ImageRefused(path, stamp, result.refusal or Refusal.UNREADABLE, result.message)
+        else:
+            answer = DecodedImage(path, stamp, result.pixels, result.content, seconds)
+        job.batch.answers.append(answer)

@@ -1,0 +1,1 @@
+"""Parts of the encoder: finding models, and running them."""

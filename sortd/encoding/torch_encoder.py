@@ -1,0 +1,233 @@
+"""A CLIP run by sentence-transformers on torch.
+
+Images come in at the size that the model sees, so what is left of its own image processor is one multiplication and
+one subtraction for a whole batch. ``preprocessing_of`` derives that size, and refuses what it cannot reproduce.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sortd.encoder import BROKEN, Pixels, Rows
+from sortd.encoding import models
+from sortd.encoding.model_folders import CODE_FREE, ModelFolder, first_line
+from sortd.errors import ModelError
+from sortd.messages import Fit, Preprocessing
+
+if TYPE_CHECKING:
+    import torch
+
+SHORTEST_ROW = 1e-6  # below it there is no direction to speak of
+_CONVNEXT_STRETCHES_FROM = 384
+_UNKNOWN_STEPS = {
+    "do_pad",
+    "do_flip_channel_order",
+    "do_image_splitting",
+    "do_thumbnail",
+    "do_align_long_axis",
+    "do_reduce_labels",
+    "include_top",
+}
+
+
+def preprocessing_of(processor: Mapping[str, Any]) -> Preprocessing:
+    """Derive the size that a model sees from its image processor's settings (``to_dict()`` of transformers).
+
+    Raises:
+        ModelError: A step that sortd does not do, by name.
+    """
+    kind = processor.get("image_processor_type", "image processor")
+    if not processor.get("do_resize", True):
+        raise ModelError(f"the {kind} of this model takes images of any size, which cannot go in one batch")
+    for step in _UNKNOWN_STEPS & {key for key, value in processor.items() if value}:
+        raise ModelError(f"the {kind} of this model asks for {step}, which sortd cannot do; choose another model")
+    if processor.get("do_convert_rgb") is False or processor.get("rescale_offset"):
+        raise ModelError(f"the {kind} of this model does not take plain RGB; choose another model")
+    size, crop = _sides(processor, "size"), _sides(processor, "crop_size")
+    crop = crop if processor.get("do_center_crop") else {}
+    resample = int(processor.get("resample", 3))
+    share = processor.get("crop_pct")  # ConvNeXt's own way to say a crop; from 384 pixels up it stretches
+    match size:
+        case {"height": int(height), "width": int(width)} if crop in ({}, size):
+            return Preprocessing(min(height, width), height, width, resample, Fit.STRETCH)
+        case {"shortest_edge": int(edge)} if share and edge >= _CONVNEXT_STRETCHES_FROM:
+            return Preprocessing(edge, edge, edge, resample, Fit.STRETCH)
+        case {"shortest_edge": int(edge)} if share:
+            return Preprocessing(int(edge / share), edge, edge, resample)
+        case {"shortest_edge": int(edge)} if crop.keys() == {"height", "width"} and edge >= max(crop.values()):
+            return Preprocessing(edge, crop["height"], crop["width"], resample)
+    raise ModelError(
+        f"the {kind} of this model resizes to {size} and crops to {crop or 'nothing'}, which sortd cannot do; "
+        f"choose a model that sees one fixed size"
+    )
+
+
+def _sides(processor: Mapping[str, Any], key: str) -> dict[str, int]:
+    return {name: side for name, side in dict(processor.get(key) or {}).items() if side is not None}
+
+
+class TorchEncoder:
+    """A loaded CLIP, maybe with another model for words; see ``Encoder``."""
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        words: ModelFolder | None,
+        *,
+        device: str,
+        cache_dir: Path | None,
+        threads: int | None,
+        decoding: str,
+    ) -> None:
+        """Load; see ``encoder.load``."""
+        import torch
+
+        if threads:
+            torch.set_num_threads(threads)
+        self._device = _device(device)
+        self._clip = _load(folder, self._device)
+        _see_that_it_is_a_clip(self._clip, folder.name)
+        self._words = self._clip if words is None else _load(words, self._device)
+        processor = _image_processor(self._clip, folder.name).to_dict()
+        self.preprocessing = preprocessing_of(processor)
+        self._scale, self._shift = (value.to(self._device) for value in _normalisation(processor))
+        self.dimensions = int(self._clip.get_embedding_dimension())
+        if words is not None and int(self._words.get_embedding_dimension() or 0) != self.dimensions:
+            raise ModelError(
+                f"text model {words.name!r} has {self._words.get_embedding_dimension()} dimensions and model "
+                f"{folder.name!r} has {self.dimensions}: they do not share a space; choose the pair that was "
+                f"trained together, or leave `text_model` out"
+            )
+        self.has_text = True
+        content = [models.digest(part, cache_dir=cache_dir) for part in (folder, words) if part is not None]
+        identity = hashlib.sha256(repr((content, self.preprocessing, decoding)).encode()).hexdigest()
+        self.encoder_id = f"{folder.kind}-{self.dimensions}-torch-{identity[:16]}"
+
+    def encode_images(self, pixels: Pixels) -> Rows:
+        """See ``Encoder``."""
+        import torch
+
+        seen = self.preprocessing
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != (seen.crop_height, seen.crop_width, 3):
+            raise ValueError(
+                f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (B, {seen.crop_height}, {seen.crop_width}, 3)"
+            )
+        if len(pixels) == 0:
+            return np.empty((0, self.dimensions), np.float32)
+        with torch.inference_mode():
+            interleaved = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+            # Channel by channel in memory, one factor for each runs three times as fast as interleaved.
+            planes = interleaved.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+            values = planes.mul_(self._scale).sub_(self._shift)
+            output = self._clip({"pixel_values": values, "modality": "image"})["sentence_embedding"]
+            return self._unit(output.to(torch.float32).cpu().numpy())
+
+    def encode_texts(self, texts: Sequence[str]) -> Rows:
+        """See ``Encoder``; a text longer than the model reads is cut at its end."""
+        if not texts:
+            return np.empty((0, self.dimensions), np.float32)
+        # The names of folders may hold bytes that are no UTF-8, which no tokenizer takes.
+        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        output = self._words.encode(clean, convert_to_numpy=True, show_progress_bar=False)
+        return self._unit(np.asarray(output, np.float32))
+
+    def _unit(self, rows: Rows) -> Rows:
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+        if not bool(np.isfinite(lengths).all()) or float(lengths.min()) < SHORTEST_ROW:
+            raise ModelError(f"model {self.encoder_id} answered with no number or all zeros: {BROKEN}")
+        unit: Rows = rows / lengths
+        return unit
+
+
+def _device(device: str) -> "torch.device":
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"device {device!r} cannot be used: {first_line(error)}; set `device: auto` or `cpu`"
+        ) from error
+    return chosen
+
+
+# What third-party loaders raise on a folder that is damaged or not what it says; each of them means the same to us.
+_LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+
+
+# sentence-transformers and transformers publish no types, hence Any from here to the end.
+def _load(model: ModelFolder, device: "torch.device") -> Any:  # noqa: ANN401
+    """Load a folder: no network, no code of the model's own, no pickle, numbers in float32."""
+    import torch
+    from safetensors import SafetensorError
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        loaded = SentenceTransformer(
+            str(model.folder),
+            device=str(device),
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+        )
+    except (*_LOADING_ERRORS, SafetensorError) as error:
+        raise ModelError(
+            f"model {model.name!r} in {model.folder} does not load: {first_line(error)}; fetch or copy it again, or "
+            f"set `model: packaged`"
+        ) from error
+    _see_that_no_weight_is_missing(loaded, model)
+    loaded.eval()
+    return loaded
+
+
+def _see_that_no_weight_is_missing(loaded: Any, model: ModelFolder) -> None:  # noqa: ANN401
+    """Refuse a folder that holds fewer numbers than its network: transformers makes up the rest at random."""
+    from safetensors import safe_open
+
+    held = 0
+    for path in model.files:
+        if path.suffix == CODE_FREE:
+            with safe_open(path, "np") as file:
+                held += sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
+    wanted = sum(parameter.numel() for parameter in loaded.parameters())
+    if held < wanted:
+        raise ModelError(
+            f"model {model.name!r} in {model.folder} holds {held:,} of the {wanted:,} numbers that its configuration "
+            f"asks for; fetch or copy it again, whole"
+        )
+
+
+def _see_that_it_is_a_clip(loaded: Any, name: str) -> None:  # noqa: ANN401
+    lacking = sorted({"image", "text"} - {str(modality) for modality in loaded.modalities})
+    if lacking:
+        raise ModelError(f"model {name!r} is no CLIP: it takes no {' and no '.join(lacking)}")
+    if getattr(loaded[0], "module_output_name", "sentence_embedding") != "sentence_embedding":
+        raise ModelError(f"model {name!r} is no CLIP: it gives many embeddings for one image, not one")
+
+
+def _image_processor(loaded: Any, name: str) -> Any:  # noqa: ANN401
+    processor = getattr(loaded.processor, "image_processor", None)
+    if processor is None:
+        raise ModelError(
+            f"model {name!r} does not say how its images are prepared (preprocessor_config.json); copy it again, whole"
+        )
+    return processor
+
+
+def _normalisation(processor: Mapping[str, Any]) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Rescaling, mean and deviation as one factor and one shift for each channel, (1, 3, 1, 1) each."""
+    import torch
+
+    factor = float(processor.get("rescale_factor", 1 / 255)) if processor.get("do_rescale", True) else 1.0
+    normalised = bool(processor.get("do_normalize", True))
+    mean = torch.tensor(processor["image_mean"] if normalised else 0.0).expand(3).view(1, 3, 1, 1)
+    deviation = torch.tensor(processor["image_std"] if normalised else 1.0).expand(3).view(1, 3, 1, 1)
+    return factor / deviation, mean / deviation

@@ -1,0 +1,195 @@
+"""What the journal can be asked, by sortd itself or by another process while it runs."""
+
+import os
+import sqlite3
+from collections import defaultdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sortd.journaling.records import (
+    Record,
+    Selection,
+    label_column,
+    label_from,
+    record_from,
+    stamp_columns,
+    stamp_from,
+)
+from sortd.journaling.store import open_for_reading, translated
+from sortd.messages import Stamp
+
+# Asked before every batch: the small index holds the unfinished ones only.
+_UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
+_MEMBERS = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
+_CHUNK = 500
+_STANDING = "progress = 'done' AND undone_by IS NULL AND outcome != 'undone'"
+_OF_STAMP = """moves.id IN (SELECT move FROM members WHERE moved_inode = ? AND position = 0
+AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT 1"""
+_OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
+
+
+class History:
+    """Questions to one dataset's journal; none of them changes it."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        """Ask through a connection that is open already."""
+        self._connection = connection
+        self._connection.row_factory = sqlite3.Row
+        self._path = path
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a journal for reading only.
+
+        Raises:
+            JournalError: there is none, or it cannot be read.
+        """
+        return cls(open_for_reading(path), path)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the connection."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; doing it twice is no mistake."""
+        self._connection.close()
+
+    def moves(self, selection: Selection) -> list[Record]:
+        """Return the finished moves that were asked for, newest first.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        conditions = ["progress = 'done'"]
+        values: list[Any] = []
+        for condition, value in _conditions(selection):
+            conditions.append(condition)
+            values += value
+        limit = -1 if selection.limit is None else selection.limit
+        return self._records(f"{' AND '.join(conditions)} ORDER BY moves.id DESC LIMIT ?", (*values, limit))
+
+    def unfinished(self) -> list[Record]:
+        """Return the moves that were intended and never ended, oldest first.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        return self._records(f"moves.id IN ({_UNFINISHED}) ORDER BY moves.id", ())
+
+    def last_known(self, stamp: Stamp | None = None, content: str = "") -> Record | None:
+        """Return the last move that brought this very file, or else these bytes, to where sortd put it.
+
+        A move that was undone does not count. The device is not compared: its number changes when a disk is mounted
+        again.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        if stamp is not None:
+            _, inode, size, mtime_ns = stamp_columns(stamp)
+            if found := self._records(f"{_STANDING} AND {_OF_STAMP}", (inode, size, mtime_ns)):
+                return found[0]
+        if content and (found := self._records(f"{_STANDING} AND {_OF_CONTENT}", (content,))):
+            return found[0]
+        return None
+
+    def held(self) -> dict[str, Stamp]:
+        """Return the versions that are not to be moved, by path relative to the dataset.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        rows = self._rows("SELECT * FROM holds ORDER BY since")
+        return {
+            os.fsdecode(row["path"]): stamp_from((row["device"], row["inode"], row["size"], row["mtime_ns"]))
+            for row in rows
+        }
+
+    def counts(self) -> dict[str, int]:
+        """Return how many moves ended with each outcome, those that were undone later included.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        rows = self._rows("SELECT outcome, count(*) AS n FROM moves WHERE progress = 'done' GROUP BY outcome")
+        return {row["outcome"]: row["n"] for row in rows}
+
+    def accuracy(self) -> dict[str, tuple[int, int]]:
+        """Return for each class how many images were filed into it, and how many of them the user has put right.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        rows = self._rows(
+            "SELECT moves.label AS label, count(*) AS filed, count(corrections.move) AS corrected FROM moves "
+            "LEFT JOIN corrections ON corrections.move = moves.id WHERE progress = 'done' AND outcome = 'filed' "
+            "AND undone_by IS NULL GROUP BY moves.label ORDER BY moves.label"
+        )
+        return {label_from(row["label"]) or "": (row["filed"], row["corrected"]) for row in rows}
+
+    def corrections(self) -> list[tuple[str, str, str, float]]:
+        """Return every correction as label, corrected label, path relative to the dataset, seconds since the epoch.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        rows = self._rows("SELECT * FROM corrections ORDER BY at")
+        return [
+            (os.fsdecode(row["label"]), os.fsdecode(row["corrected"]), os.fsdecode(row["path"]), row["at"])
+            for row in rows
+        ]
+
+    def fact(self, key: str) -> str | None:
+        """Return what was noted under a key.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        rows = self._rows("SELECT value FROM facts WHERE key = ?", (key,))
+        return rows[0]["value"] if rows else None
+
+    def _records(self, where: str, values: tuple[Any, ...]) -> list[Record]:
+        with translated(self._path):
+            rows = self._rows(f"SELECT moves.* FROM moves WHERE {where}", values)  # noqa: S608 - our own words only
+            members = self._members([row["id"] for row in rows])
+            return [record_from(row, members[row["id"]]) for row in rows]
+
+    def _members(self, moves: list[int]) -> defaultdict[int, list[sqlite3.Row]]:
+        found: defaultdict[int, list[sqlite3.Row]] = defaultdict(list)
+        for start in range(0, len(moves), _CHUNK):
+            chunk = moves[start : start + _CHUNK]
+            for row in self._rows(_MEMBERS.format(",".join("?" * len(chunk))), tuple(chunk)):
+                found[row["move"]].append(row)
+        return found
+
+    def _rows(self, statement: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
+        with translated(self._path):
+            return self._connection.execute(statement, values).fetchall()
+
+
+def _conditions(selection: Selection) -> list[tuple[str, list[Any]]]:
+    found: list[tuple[str, list[Any]]] = []
+    simple = {
+        "moves.label = ?": label_column(selection.label),
+        "outcome = ?": selection.outcome,
+        "ended_at >= ?": selection.since,
+        "ended_at < ?": selection.until,
+        "run = ?": selection.run,
+        "moves.id = ?": selection.id,
+    }
+    found += [(condition, [value]) for condition, value in simple.items() if value is not None]
+    if selection.undoable:
+        found.append(("undone_by IS NULL AND outcome != 'undone'", []))
+    if selection.path is not None:
+        folder, _, name = selection.path.rpartition("/")
+        at = [os.fsencode(folder), os.fsencode(name)]
+        place = "({} = ? AND moves.id IN (SELECT move FROM members WHERE {} = ? AND position = 0))"
+        found.append((f"({place.format('source', 'name')} OR {place.format('destination', 'final')})", at + at))
+    return found

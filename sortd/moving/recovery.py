@@ -1,0 +1,298 @@
+"""What becomes of a relocation that did not end: one way for errors and crashes, by looking at what stands where.
+
+Nothing is removed here unless the same bytes are known to stand elsewhere; doing it all again is no mistake.
+"""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from sortd.errors import ChangedError, DestinationError
+from sortd.mover import MOST_ATTEMPTS, make_part, remove_spent
+from sortd.moving.copying import content_of, remove_part
+from sortd.moving.crossing import Advance, finish, give_back, publish_part, seal_published
+from sortd.moving.free_names import final_names, split_name
+from sortd.moving.relocation import Member, Progress, Relocation, Role
+from sortd.moving.renaming import Folders, is_version, look, names_of, rename_new, stamp_of, sync_folder
+
+_NUMBERED = re.compile(r" \((\d+)\)$")
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """The two folders of a relocation as they are now; a folder that is gone is -1."""
+
+    source: int
+    destination: int
+
+
+def recover(folders: Folders, relocation: Relocation, advance: Advance) -> Relocation:
+    """Bring a relocation that did not end to its end, or back to its beginning.
+
+    Returns:
+        It, with progress DONE, FAILED (every member is in the source folder), or unchanged where a folder that must
+        be looked at is not there: a disk that is not mounted keeps its relocations open.
+
+    Raises:
+        OSError, JournalError: a disk refused; it stays open.
+    """
+    places = _Places(_open_or_absent(folders, relocation.source), _open_or_absent(folders, relocation.destination))
+    match relocation.progress:
+        case Progress.INTENDED:
+            return _recover_intended(folders, places, relocation)
+        case Progress.PUBLISHING:
+            return _recover_publishing(folders, places, relocation, advance)
+        case Progress.PUBLISHED:
+            return _recover_published(folders, places, relocation, advance)
+        case _:
+            return relocation
+
+
+# ---------------------------------------------------------------- intended: renames, or copies that count for nothing
+
+
+def _recover_intended(folders: Folders, places: _Places, relocation: Relocation) -> Relocation:
+    _give_back_taken(places, relocation)
+    moved = _moved_members(places, relocation)
+    leaving = [position for position, member in enumerate(relocation.members) if member.leaves]
+    waiting = [one for one in leaving if one not in moved and _stands(places, relocation, one)]
+    if 0 in moved and not waiting:
+        return _complete(folders, places, relocation, moved)
+    if len(moved) + len(waiting) < len(leaving) and -1 in {places.source, places.destination}:
+        return relocation
+    if moved:
+        return _bring_back(places, relocation, moved)
+    return _drop_copies(places, relocation)
+
+
+def _give_back_taken(places: _Places, relocation: Relocation) -> None:
+    """End a bringing back that was itself cut short."""
+    for position in range(len(relocation.members)):
+        taken = relocation.taken_name(position)
+        if places.source != -1 and look(places.source, taken) is not None:
+            give_back(places.source, taken, relocation, position)
+
+
+def _moved_members(places: _Places, relocation: Relocation) -> dict[int, str]:
+    """Return the names in the destination of the files that were renamed, by position."""
+    if places.destination == -1:
+        return {}
+    sought = {
+        position: member
+        for position, member in enumerate(relocation.members)
+        if member.leaves and not _stands(places, relocation, position)
+    }
+    names = names_of(places.destination, [member.stamp.inode for member in sought.values()])
+    moved = {}
+    for position, member in sought.items():
+        status = look(places.destination, names.get(member.stamp.inode, "."))
+        if status is not None and is_version(status, member.stamp):
+            moved[position] = names[member.stamp.inode]
+    return moved
+
+
+def _complete(folders: Folders, places: _Places, relocation: Relocation, moved: dict[int, str]) -> Relocation:
+    """Every file has been renamed: make what belongs beside them and let it all be durable."""
+    names = _names_beside(relocation, moved[0])
+    members: list[Member] = []
+    for position, member in enumerate(relocation.members):
+        if position in moved:
+            members.append(_settled(places.destination, member, moved[position]))
+        elif not member.leaves and (final := _made(places, relocation, position, names[position])):
+            members.append(_settled(places.destination, member, final))
+    sync_folder(places.destination)
+    if places.source != -1:
+        remove_spent(folders, relocation)
+        sync_folder(places.source)
+    return replace(relocation, members=tuple(members), progress=Progress.DONE)
+
+
+def _names_beside(relocation: Relocation, image_name: str) -> tuple[str, ...]:
+    """Return the names that go with the one that the image got."""
+    numbered = _NUMBERED.search(split_name(image_name)[0])
+    attempt = int(numbered[1]) if numbered else 1
+    names = final_names(relocation, attempt if 0 < attempt < MOST_ATTEMPTS else 1)
+    return names if names[0] == image_name else final_names(relocation, 1)
+
+
+def _made(places: _Places, relocation: Relocation, position: int, name: str) -> str:
+    """Return the name under which a copy or a reason stands, after making it where it is missing; else nothing."""
+    member, part = relocation.members[position], relocation.part_name(position)
+    if member.role is Role.REASON:
+        expected = hashlib.sha256(member.body).hexdigest()
+    else:
+        expected = "" if places.source == -1 else content_of(places.source, member.name)
+    if expected and content_of(places.destination, name) == expected:
+        remove_part(places.destination, part)
+        return name
+    try:
+        make_part(places.source, places.destination, relocation, position)
+    except (FileNotFoundError, ChangedError):
+        # The user has taken or rewritten the shared file: it is no longer the one that belongs to this image.
+        remove_part(places.destination, part)
+        return ""
+    return _publish_anywhere(places.destination, relocation, position, name)
+
+
+def _bring_back(places: _Places, relocation: Relocation, moved: dict[int, str]) -> Relocation:
+    if places.source == -1:
+        return relocation
+    for position, final in moved.items():
+        try:
+            rename_new(places.destination, final, places.source, relocation.members[position].name)
+        except FileExistsError:
+            # Its name was taken meanwhile: by way of a name that nobody else has to the next free one.
+            taken = relocation.taken_name(position)
+            rename_new(places.destination, final, places.source, taken)
+            give_back(places.source, taken, relocation, position)
+    for position, member in enumerate(relocation.members):
+        if not member.leaves:
+            remove_part(places.destination, relocation.part_name(position))
+    sync_folder(places.source)
+    sync_folder(places.destination)
+    return relocation.failed("taken back: not every file of the image could be moved")
+
+
+def _drop_copies(places: _Places, relocation: Relocation) -> Relocation:
+    """Nothing was renamed: remove the copies whose sources stand, and save those whose sources do not."""
+    nothing = relocation.failed("nothing had been moved")
+    if places.destination == -1:
+        return nothing
+    unproven, saved = [], []
+    for position, member in enumerate(relocation.members):
+        part = relocation.part_name(position)
+        if look(places.destination, part) is None:
+            continue
+        if not member.leaves or look(places.source, member.name) is not None:
+            remove_part(places.destination, part)
+        elif member.content and content_of(places.destination, part) == member.content:
+            final = _publish_anywhere(places.destination, relocation, position, member.wanted)
+            saved.append(_settled(places.destination, member, final))
+        else:
+            unproven.append(part)
+    sync_folder(places.destination)
+    if saved:
+        message = "the source was gone, its copy was whole"
+        return replace(relocation, members=tuple(saved), progress=Progress.DONE, message=message)
+    if unproven:
+        return relocation.failed(f"the source is gone, its copy cannot be proven whole: kept as {', '.join(unproven)}")
+    return nothing
+
+
+# ---------------------------------------------------------------- publishing: whole copies, known by inode and hash
+
+
+def _recover_publishing(folders: Folders, places: _Places, relocation: Relocation, advance: Advance) -> Relocation:
+    if -1 in {places.source, places.destination}:
+        return relocation
+    destination = places.destination
+    finals = _published(destination, relocation)
+    _remove_placeholders(destination, relocation, finals)
+    if len(finals) < len(relocation.members):
+        if _all_stand(places, relocation):
+            return _unpublish(destination, relocation, finals)
+        finals |= _publish_rest(destination, relocation, finals)
+    if 0 not in finals:
+        return relocation.failed(f"{relocation.source}/{relocation.image.name}: its copy is gone")
+    for position in finals:
+        remove_part(destination, relocation.part_name(position))
+    members = tuple(replace(relocation.members[position], final=finals[position]) for position in sorted(finals))
+    return finish(folders, seal_published(destination, replace(relocation, members=members), advance))
+
+
+def _recover_published(folders: Folders, places: _Places, relocation: Relocation, advance: Advance) -> Relocation:
+    if -1 in {places.source, places.destination}:
+        return relocation
+    try:
+        return finish(folders, relocation)
+    except PermissionError:
+        if not _all_stand(places, relocation):
+            raise
+    # The sources may not be removed (immutable, another owner's in a sticky folder): the copies go instead, or the
+    # images would be copied again and again. Step back first, so that a crash in between is one of that step.
+    sealed = replace(relocation, progress=Progress.PUBLISHING)
+    advance(sealed)
+    return _unpublish(places.destination, sealed, _published(places.destination, sealed))
+
+
+def _all_stand(places: _Places, relocation: Relocation) -> bool:
+    return all(
+        _stands(places, relocation, position) for position, member in enumerate(relocation.members) if member.leaves
+    )
+
+
+def _published(destination: int, relocation: Relocation) -> dict[int, str]:
+    """Return the names under which sealed copies are visible.
+
+    An equal file of the user's is none of ours: only the inode tells, or a name that the journal holds because the
+    file system's inode numbers need not last.
+    """
+    by_inode = names_of(destination, [member.copy_inode for member in relocation.members])
+    finals = {}
+    for position, member in enumerate(relocation.members):
+        for name in (by_inode.get(member.copy_inode, ""), member.final):
+            if name and not name.startswith(".sortd-") and content_of(destination, name) == member.content:
+                finals[position] = name
+                break
+    return finals
+
+
+def _remove_placeholders(destination: int, relocation: Relocation, finals: dict[int, str]) -> None:
+    for position, member in enumerate(relocation.members):
+        status = look(destination, member.final) if member.final and position not in finals else None
+        if status is not None and status.st_size == 0 and look(destination, relocation.part_name(position)):
+            os.unlink(member.final, dir_fd=destination)
+
+
+def _unpublish(destination: int, relocation: Relocation, finals: dict[int, str]) -> Relocation:
+    """Every source stands: remove the copies, which are ours."""
+    for position, name in finals.items():
+        os.unlink(name, dir_fd=destination)
+        remove_part(destination, relocation.part_name(position))
+    for position in range(len(relocation.members)):
+        remove_part(destination, relocation.part_name(position))
+    sync_folder(destination)
+    return relocation.failed("its copies were removed, the files are where they were")
+
+
+def _publish_rest(destination: int, relocation: Relocation, finals: dict[int, str]) -> dict[int, str]:
+    """A source is gone: what copies are whole become visible."""
+    beside = _names_beside(relocation, finals[0]) if 0 in finals else final_names(relocation, 1)
+    return {
+        position: _publish_anywhere(destination, relocation, position, beside[position])
+        for position, member in enumerate(relocation.members)
+        if position not in finals and content_of(destination, relocation.part_name(position)) == member.content
+    }
+
+
+def _publish_anywhere(destination: int, relocation: Relocation, position: int, name: str) -> str:
+    """Publish one part under this name, or under the next free one of its own."""
+    part = relocation.part_name(position)
+    names = (final_names(relocation, attempt)[position] for attempt in range(1, MOST_ATTEMPTS))
+    for candidate in chain((name,), names):
+        try:
+            publish_part(destination, part, candidate, lambda: None)
+        except FileExistsError:
+            continue
+        return candidate
+    raise DestinationError(f"{relocation.destination}: no free name for {name!r}")
+
+
+def _settled(destination: int, member: Member, final: str) -> Member:
+    status = look(destination, final)
+    return replace(member, final=final, moved_stamp=None if status is None else stamp_of(status))
+
+
+def _stands(places: _Places, relocation: Relocation, position: int) -> bool:
+    member = relocation.members[position]
+    status = None if places.source == -1 else look(places.source, member.name)
+    return status is not None and is_version(status, member.stamp)
+
+
+def _open_or_absent(folders: Folders, folder: str) -> int:
+    try:
+        return folders.open(folder)
+    except FileNotFoundError:
+        return -1

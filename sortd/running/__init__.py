@@ -1,0 +1,1 @@
+"""What a running daemon is made of: sites, datasets, the worker, filing, requests."""

@@ -1,0 +1,158 @@
+"""The account that sortd gives of one dataset: its log lines, its counts, and what ``sortd status`` shows."""
+
+from pathlib import Path
+
+import structlog
+
+from sortd.journaling.records import Record
+from sortd.logs import (
+    DATASET_HELD,
+    IMAGE_CORRECTED,
+    IMAGE_EVENTS,
+    IMAGE_LEFT,
+    MOVE_FAILED,
+    MOVE_RECOVERED,
+    PROTOTYPES_REBUILD_FAILED,
+    PROTOTYPES_REBUILT,
+    REFERENCES_EMPTIED,
+    REFERENCES_MISNAMED,
+    REFERENCES_UNREADABLE,
+    SCAN_UNREADABLE,
+)
+from sortd.messages import Embedded, Leave, Move, Moved, MoveFailed, Outcome, RebuildFailed
+from sortd.metrics import Metrics
+from sortd.prototypes import Abstained, Assigned, PrototypeSet
+from sortd.references import Rebuilt
+from sortd.running.corrections import Correction
+
+
+class Account:
+    """Says what happened, once each, and counts it."""
+
+    def __init__(self, dataset: str, metrics: Metrics) -> None:
+        """Begin with nothing counted."""
+        self.outcomes: dict[str, int] = {}
+        self.problem: str | None = None
+        """Why nothing moves or nothing new was learnt, in a sentence; None while all is well."""
+        self._dataset, self._metrics = dataset, metrics
+        self._log: structlog.stdlib.BoundLogger = structlog.get_logger().bind(dataset=dataset)
+
+    def moved(self, move: Move, result: Moved | MoveFailed, milliseconds: float) -> None:
+        """Write the canonical line of an image's outcome; ``milliseconds`` is its share of its group's move."""
+        if isinstance(result, MoveFailed):
+            self._log.warning(MOVE_FAILED, path=result.path, failure=result.failure.value, error=result.message)
+            return
+        self._count(move.outcome.value)
+        self._metrics.stage("settle", move.milliseconds.get("settle", 0.0) / 1e3)
+        self._metrics.stage("move", milliseconds / 1e3)
+        times = {f"{stage}_ms": value for stage, value in {**move.milliseconds, "move": round(milliseconds, 1)}.items()}
+        facts: dict[str, object] = {"path": move.path, "destination": result.destination, **decision_facts(move)}
+        level = self._log.warning if move.outcome is Outcome.REJECTED else self._log.info
+        level(IMAGE_EVENTS[move.outcome], **facts, **times)
+
+    def recovered(self, record: Record, root: Path) -> None:
+        """Write the line of an image whose move had been cut short; it says what the line of the move would have."""
+        grounds = record.grounds
+        self._count(grounds.outcome)
+        facts = {
+            "outcome": grounds.outcome,
+            "label": grounds.label,
+            "reason": grounds.reason or None,
+            "score": None if grounds.score is None else round(grounds.score, 4),
+            "margin": None if grounds.margin is None else round(grounds.margin, 4),
+            "second_label": grounds.second_label,
+            "mode": grounds.mode,
+            "generation": grounds.generation or None,
+            "encoder_id": grounds.encoder_id or None,
+        }
+        self._log.warning(
+            MOVE_RECOVERED,
+            path=str(root / record.source_path),
+            destination=str(root / record.destination_path),
+            **{name: fact for name, fact in facts.items() if fact is not None},
+        )
+
+    def left(self, leave: Leave) -> None:
+        """Say that a file stays where it is."""
+        self._count("left")
+        self._log.info(IMAGE_LEFT, path=leave.path, refusal=leave.refusal.value, reason=leave.message)
+
+    def corrected(self, correction: Correction) -> None:
+        """Say that the user moved an image to another class than sortd had decided."""
+        self._metrics.correction(self._dataset)
+        self._log.info(
+            IMAGE_CORRECTED, path=correction.path, label=correction.label, corrected_label=correction.corrected
+        )
+
+    def embedded(self, event: Embedded) -> None:
+        """Count the times of a batch."""
+        for image in event.images:
+            self._metrics.stage("decode", image.decode_seconds)
+            self._metrics.stage("encode", image.encode_seconds)
+
+    def waiting(self, images: int) -> None:
+        """Tell how many images wait now."""
+        self._metrics.backlog(self._dataset, images)
+
+    def unreadable(self, error: OSError) -> None:
+        """Say that a scan could not look at something."""
+        self._log.warning(
+            SCAN_UNREADABLE, path=error.filename, error=error.strerror, mend="give sortd the right to read it"
+        )
+
+    def rebuilt(self, prototypes: PrototypeSet, rebuilt: Rebuilt, seconds: float) -> None:
+        """Say what the new prototypes were built from and what was wrong with the references."""
+        self.problem = None
+        self._metrics.generation(self._dataset, prototypes.generation)
+        for refusal in rebuilt.refused:
+            self._log.warning(REFERENCES_UNREADABLE, path=refusal.path, reason=refusal.message)
+        if rebuilt.emptied:
+            self._log.warning(REFERENCES_EMPTIED, classes=list(rebuilt.emptied), mend="remove the folder, or reload")
+        if rebuilt.misnamed:
+            self._log.warning(REFERENCES_MISNAMED, folders=list(rebuilt.misnamed), mend="use printable names")
+        self._log.info(
+            PROTOTYPES_REBUILT,
+            generation=prototypes.generation,
+            changed=rebuilt.changed,
+            classes=len(prototypes.labels),
+            references=int(prototypes.counts.sum()),
+            encoded_batches=rebuilt.encoded,
+            mode=prototypes.settings.mode.value,
+            encoder_id=prototypes.encoder_id,
+            milliseconds=round(1e3 * seconds, 1),
+        )
+
+    def held(self, reason: str) -> None:
+        """Say that nothing moves until somebody has looked."""
+        self._log.error(DATASET_HELD, reason=reason, mend="look at `sortd eval`, then `sortd release`")
+
+    def rebuild_failed(self, event: RebuildFailed) -> None:
+        """Say why the last good prototypes stay; the same reason once."""
+        if self.problem != event.message:
+            self._log.error(PROTOTYPES_REBUILD_FAILED, error=event.message, moving=not event.references_absent)
+        self.problem = event.message
+
+    def _count(self, outcome: str) -> None:
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        self._metrics.image(self._dataset, outcome)
+
+
+def decision_facts(move: Move) -> dict[str, object]:
+    """Return what the log line says of a decision."""
+    facts: dict[str, object] = {}
+    match move.decision:
+        case Assigned(label=label):
+            facts["label"] = label
+        case Abstained(best_label=label):
+            facts |= {"label": label, "reason": move.reason}
+        case None:
+            return {"reason": move.reason}
+    decision = move.decision
+    return facts | {
+        "score": round(decision.score, 4),
+        "margin": round(decision.margin, 4),
+        "second_label": decision.second_label,
+        "mode": decision.mode.value,
+        "generation": move.generation,
+        "encoder_id": move.encoder_id,
+    }

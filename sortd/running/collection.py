@@ -1,0 +1,165 @@
+"""The collection: the datasets below one root, taken up when they appear and let go when they are gone."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from stat import S_ISDIR
+
+import structlog
+
+from sortd import logs
+from sortd.config import Config
+from sortd.errors import LayoutError, StartupError
+from sortd.layout import Layout, find_datasets
+from sortd.messages import RebuildFailed
+from sortd.metrics import Metrics
+from sortd.running.dataset import Dataset
+from sortd.running.site import Site, sorter_settings, teaching_of
+from sortd.running.worker import Forget, Job
+from sortd.watch import Hint, Watcher
+
+
+class Collection:
+    """Every dataset that sortd works on now, by name."""
+
+    def __init__(self, config: Config, *, site: Site, ask: Callable[[Job], None], metrics: Metrics) -> None:
+        """Begin with none; ``discover`` finds them."""
+        self.config = config
+        self.datasets: dict[str, Dataset] = {}
+        self._site, self._ask, self._metrics = site, ask, metrics
+        self._watcher: Watcher | None = None
+        self._root_is_present = True
+        self._began = False
+        self._folders: dict[str, tuple[int, int]] = {}
+        self._refused: dict[str, str] = {}
+        self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+    def __iter__(self) -> Iterator[Dataset]:
+        """Go through the datasets."""
+        return iter(self.datasets.values())
+
+    def watch_with(self, watcher: Watcher) -> None:
+        """Let a watcher follow the root, and every dataset that is found from now on."""
+        self._watcher = watcher
+        watcher.watch_root(os.fspath(self.config.root))
+
+    def discover(self) -> None:
+        """Take up datasets that appeared; let one go only when its folder is gone, or another, and the root is there.
+
+        Raises:
+            LayoutError: at the start, the root is missing or a dataset's folders cannot serve.
+            AlreadyRunningError: at the start, another sortd works on a dataset.
+            JournalError: a journal cannot be opened.
+        """
+        try:
+            found = {layout.name: layout for layout in find_datasets(self.config.root)}
+        except LayoutError as error:
+            self._note_absent_root(error)
+            return
+        self._root_is_present = True
+        for name in self._departed(found):
+            self._let_go(name)
+        for name, layout in found.items():
+            if name not in self.datasets:
+                self._take_up(layout)
+        self._began = True
+
+    def _departed(self, found: Mapping[str, Layout]) -> list[str]:
+        """List the datasets whose folder is gone while the root is there, or was made anew with a Clases/ in it.
+
+        Whoever deletes a dataset and puts another one under its name has a new one. An empty mount point under that
+        name is none: what was there is awaited.
+        """
+        departed = []
+        for name, dataset in self.datasets.items():
+            folder = _folder_at(dataset.layout.root)
+            is_another = folder != self._folders[name] and name in found
+            if is_another or (folder is None and _folder_at(self.config.root) is not None):
+                departed.append(name)
+        return departed
+
+    def _note_absent_root(self, error: LayoutError) -> None:
+        if not self._began:
+            raise error
+        if self._root_is_present:
+            self._root_is_present = False
+            self._log.error(logs.ROOT_ABSENT, error=str(error))
+        for dataset in self:
+            dataset.receive(RebuildFailed(str(error), references_absent=True))
+
+    def _take_up(self, layout: Layout) -> None:
+        """Begin to work on a dataset; one that cannot serve stops the start, but not the others that run already."""
+        folder = _folder_at(layout.root)
+        if folder is None:
+            return
+        try:
+            dataset = self._site.open(layout, self.config, ask=self._ask, metrics=self._metrics)
+        except StartupError as error:
+            if not self._began:
+                raise
+            if self._refused.get(layout.name) != str(error):
+                self._refused[layout.name] = str(error)
+                self._log.error(logs.DATASET_HELD, dataset=layout.name, cause="layout", error=str(error))
+            return
+        self._refused.pop(layout.name, None)
+        if self._watcher is not None:
+            self._watcher.watch_dataset(os.fspath(layout.root))
+        self.datasets[layout.name], self._folders[layout.name] = dataset, folder
+        self._site.begin(dataset)
+        dataset.scan_corrections()
+        self._log.info(logs.DATASET_ADDED, dataset=layout.name, root=str(layout.root))
+
+    def _let_go(self, name: str) -> None:
+        dataset = self.datasets.pop(name)
+        if self._watcher is not None:
+            self._watcher.forget(os.fspath(dataset.layout.root))
+        self._ask(Forget(name))
+        self._site.close(dataset)
+        self._log.warning(logs.DATASET_GONE, dataset=name, root=str(dataset.layout.root))
+
+    def hint(self, hint: Hint) -> None:
+        """Hand a hint to the dataset that it is about; anything else may be a dataset that comes or goes."""
+        for dataset in self:
+            if dataset.layout.area_of(hint.path) is not None:
+                dataset.hint(hint)
+                return
+        self.discover()
+
+    def scan(self) -> None:
+        """Look at everything anew: the truth, whatever was hinted or not."""
+        self.discover()
+        for dataset in self:
+            dataset.begin_scan()
+            dataset.compare_references()
+            dataset.scan_corrections()
+
+    def poll(self, roots: tuple[str, ...]) -> None:
+        """Scan what cannot be watched; where the root itself is among it, new datasets are looked for."""
+        if os.fspath(self.config.root) in roots:
+            self.discover()
+        for dataset in self:
+            if os.fspath(dataset.layout.root) in roots:
+                dataset.begin_scan()
+                dataset.compare_references()
+
+    def reload(self, config: Config) -> None:
+        """Take a changed configuration over."""
+        self.config = config
+        for dataset in self:
+            own = config.dataset(dataset.name)
+            dataset.reload(sorter_settings(own), teaching_of(own))
+
+    def close(self) -> None:
+        """Finish the moves at hand and close every dataset."""
+        for dataset in self:
+            dataset.flush()
+            self._site.close(dataset)
+
+
+def _folder_at(path: Path) -> tuple[int, int] | None:
+    """Identify the folder under a name; None where there is none, or where the disk does not tell."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino) if S_ISDIR(found.st_mode) else None

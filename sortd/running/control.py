@@ -1,0 +1,150 @@
+"""Control: what ``undo``, ``release`` and ``rebuild`` do, in the daemon or, where none runs, by themselves.
+
+The daemon calls ``answer`` from its loop, the thread that moves files; see ``requests.py`` for what is asked.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import structlog
+
+from sortd.errors import DataError
+from sortd.journaling.history import History
+from sortd.journaling.records import Record, Selection
+from sortd.layout import Layout
+from sortd.logs import MOVE_UNDONE
+from sortd.messages import Event, ImageGone, ImageHeld, Released
+from sortd.running.filing import Filing
+from sortd.running.requests import Reply, Request, RequestError
+from sortd.running.undoing import PutBack
+
+
+class DatasetAtWork(Protocol):
+    """What is asked of a dataset of the daemon."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def layout(self) -> Layout:
+        """Its folders."""
+
+    @property
+    def filing(self) -> Filing:
+        """What moves its files."""
+
+    @property
+    def history(self) -> History:
+        """What its journal can be asked."""
+
+    def receive(self, event: Event) -> None:
+        """Hand an event to its core."""
+
+    def rebuild(self, *, force: bool) -> None:
+        """Build its prototypes anew; with ``force`` also where the reload gate would keep the old ones."""
+
+
+class DaemonAtWork(Protocol):
+    """What is asked of the daemon."""
+
+    @property
+    def datasets(self) -> Mapping[str, DatasetAtWork]:
+        """The datasets that it works on, by name."""
+
+
+def answer(daemon: DaemonAtWork, request: Request) -> Reply:
+    """Do what a request asks for, and say what was done.
+
+    Raises:
+        RequestError: it asks for nothing that can be done.
+        DataError: it names a dataset or a record that is not there.
+        JournalError: the journal cannot be written; the daemon must stop.
+    """
+    match request:
+        case {"do": "undo", "datasets": dict(datasets), "dry_run": bool(dry_run)}:
+            return _undo(daemon, datasets, dry_run=dry_run)
+        case {"do": "release", "datasets": list() | None as names, "path": str() | None as path}:
+            return {"released": {one.name: _release(one, path) for one in _chosen(daemon, names)}}
+        case {"do": "rebuild", "datasets": list() | None as names, "force": bool(force)}:
+            chosen = _chosen(daemon, names)
+            for dataset in chosen:
+                dataset.rebuild(force=force)
+            return {"rebuilding": [dataset.name for dataset in chosen]}
+    raise RequestError(f"nothing is known of {request.get('do')!r} with {', '.join(sorted(request))}")
+
+
+def put_back(
+    filing: Filing, history: History, identifiers: Sequence[int], *, dry_run: bool
+) -> tuple[list[PutBack], int]:
+    """Undo the moves of these records, or say what would be; return what became of them, and how many end later.
+
+    Raises:
+        DataError: a record is not there.
+        JournalError: the journal cannot be read or written.
+    """
+    records = [_record(history, identifier) for identifier in identifiers]
+    told = filing.rehearse_undo(records) if dry_run else filing.undo(records)
+    return told, len(records) - len(told)
+
+
+def put_back_facts(dataset: str, layout: Layout, one: PutBack) -> dict[str, Any]:
+    """Return what became of an undo as plain values."""
+    was = os.path.join(layout.root, one.record.destination_path)
+    return {"dataset": dataset, "id": one.record.id, "was": was, "restored": one.restored, "message": one.message}
+
+
+def _undo(daemon: DaemonAtWork, datasets: Mapping[str, Any], *, dry_run: bool) -> Reply:
+    undone: list[dict[str, Any]] = []
+    later = 0
+    for name, wanted in datasets.items():
+        (dataset,) = _chosen(daemon, [name])
+        if os.path.realpath(wanted["root"]) != os.path.realpath(dataset.layout.root):
+            raise DataError(f"the sortd that runs works on {dataset.layout.root}, not on {wanted['root']}")
+        told, waiting = put_back(dataset.filing, dataset.history, wanted["records"], dry_run=dry_run)
+        later += waiting
+        if not dry_run:
+            _tell(dataset, told)
+        undone += [put_back_facts(name, dataset.layout, one) for one in told]
+    return {"undone": undone, "later": later}
+
+
+def _tell(dataset: DatasetAtWork, told: Sequence[PutBack]) -> None:
+    """Tell the core which files are to rest where they are, before a watcher's hint makes them work again."""
+    held = dataset.filing.held()
+    log = structlog.get_logger().bind(dataset=dataset.name)
+    for one in told:
+        was = os.path.join(dataset.layout.root, one.record.destination_path)
+        if one.restored is None:
+            log.warning(MOVE_UNDONE, path=was, destination=None, reason=one.message)
+            continue
+        dataset.receive(ImageGone(was))
+        if one.restored in held:
+            dataset.receive(ImageHeld(one.restored, held[one.restored]))
+        log.info(MOVE_UNDONE, path=was, destination=one.restored, reason=one.message)
+
+
+def _release(dataset: DatasetAtWork, path: str | None) -> int:
+    if path is not None and not path.startswith(f"{dataset.layout.root}{os.sep}"):
+        return 0
+    count = dataset.filing.release(path)
+    dataset.receive(Released(path))
+    return count
+
+
+def _chosen(daemon: DaemonAtWork, names: Sequence[str] | None) -> list[DatasetAtWork]:
+    if names is None:
+        return list(daemon.datasets.values())
+    missing = [name for name in names if name not in daemon.datasets]
+    if missing:
+        there = ", ".join(sorted(daemon.datasets)) or "none"
+        raise DataError(f"the sortd that runs has no dataset {missing[0]!r}; it has: {there}")
+    return [daemon.datasets[name] for name in names]
+
+
+def _record(history: History, identifier: int) -> Record:
+    found = history.moves(Selection(id=identifier))
+    if not found:
+        raise DataError(f"the journal has no record {identifier}")
+    return found[0]

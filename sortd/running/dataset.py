@@ -1,0 +1,341 @@
+"""A dataset at work: its core, and the hands that carry out what the core asks for.
+
+Lives in the loop thread. Everything that enters is turned into events for the core; every command that comes out is
+carried out here or handed to the worker. Moves are gathered and filed as one group a turn, since one pair of directory
+syncs for fifty moves is eighty times as fast as one for each.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from time import monotonic, time_ns
+from typing import Protocol
+
+from sortd.journal import Journal
+from sortd.journaling.history import History
+from sortd.layout import Area, Layout
+from sortd.messages import (
+    Command,
+    Embed,
+    Embedded,
+    Event,
+    Hold,
+    ImageGone,
+    ImageHeld,
+    ImageSeen,
+    Inspect,
+    Leave,
+    LookRefused,
+    Move,
+    Moved,
+    MoveFailed,
+    MoveFailure,
+    PrototypesBuilt,
+    Rebuild,
+    RebuildFailed,
+    ReferencesTouched,
+    ReviewSeen,
+    Scan,
+    ScanFinished,
+    ScanStarted,
+    Stamp,
+    Tick,
+    Writer,
+)
+from sortd.metrics import Metrics
+from sortd.moving.relocation import Progress, Relocation
+from sortd.moving.renaming import writer_of
+from sortd.references import Teaching
+from sortd.running.account import Account
+from sortd.running.corrections import Correction, Corrections
+from sortd.running.filing import Filing
+from sortd.running.sweep import Sweep
+from sortd.running.worker import Answer, EmbedJob, Job, RebuildJob
+from sortd.sorter import Sorter, SorterSettings
+from sortd.watch import Hint
+from sortd.watching.scanning import is_below_temporary, scan, stamp
+
+
+class Mover(Protocol):
+    """Whatever carries out moves: ``Filing`` does, ``Rehearsal`` only says what it would do."""
+
+    def move_all(self, moves: Sequence[Move]) -> list[Moved | MoveFailed]:
+        """Carry out a group of moves and answer each."""
+
+
+class Dataset:
+    """One dataset's core, scans, moves and log lines."""
+
+    def __init__(  # noqa: PLR0913 -- its collaborators, each named
+        self,
+        layout: Layout,
+        settings: SorterSettings,
+        teaching: Teaching,
+        *,
+        mover: Mover,
+        journal: Journal | None,
+        ask: Callable[[Job], None],
+        metrics: Metrics,
+        last_generation: int,
+        needs_marker: bool = True,
+    ) -> None:
+        """Take the collaborators over; nothing is touched yet."""
+        self.layout = layout
+        self.name = layout.name
+        self.sorter = Sorter(settings, served_generation=last_generation)
+        self.teaching = teaching
+        self.account = Account(self.name, metrics)
+        self._mover, self._ask, self._journal = mover, ask, journal
+        self._corrections = None if journal is None else Corrections(layout, journal)
+        self._needs_marker = needs_marker
+        self._force_rebuild = False
+        self._afresh = False
+        self.last_generation = last_generation
+        self._commands: deque[Command] = deque()
+        self._moves: list[Move] = []
+        self._sweep = Sweep(os.fspath(layout.area(Area.IMAGES)), self.account.unreadable)
+        self._references_signature: int | None = None
+
+    # ------------------------------------------------------------ what comes in
+
+    def receive(self, event: Event) -> None:
+        """Hand one event to the core and carry out what it asks for; moves wait for ``flush``."""
+        self._commands.extend(self.sorter.receive(event, monotonic()))
+        self._drain()
+
+    def _drain(self) -> None:
+        while self._commands:
+            self._carry_out(self._commands.popleft())
+
+    def begin(self, held: Sequence[tuple[str, Stamp]], reviewed: Sequence[tuple[str, Stamp, int]]) -> None:
+        """Tell the core what the journal remembers, and begin the first scan."""
+        for path, mark in held:
+            self.receive(ImageHeld(path, mark))
+        for path, mark, generation in reviewed:
+            self.receive(ReviewSeen(path, mark, generation))
+        self.begin_scan()
+
+    def tick(self, now: float) -> None:
+        """Let the core act on deadlines that have passed."""
+        deadline = self.sorter.next_deadline()
+        if deadline is not None and deadline <= now:
+            self.receive(Tick())
+
+    def hint(self, hint: Hint) -> None:
+        """Take a watcher's hint: look at what it names."""
+        area = self.layout.area_of(hint.path)
+        if area is Area.CLASES:
+            self.receive(ReferencesTouched())
+        elif area is Area.IMAGES:
+            if hint.directory:
+                self.begin_scan()
+            elif not is_below_temporary(hint.path, os.fspath(self.layout.area(Area.IMAGES))):
+                self._look(hint.path, closed=hint.closed)
+                self._drain()
+        elif area is Area.DATASET and self._corrections is not None and not hint.directory:
+            self._note_correction(self._corrections.look(hint.path))
+        elif area is Area.DATASET:
+            self.scan_corrections()
+
+    def scan_corrections(self) -> None:
+        """Look for images that the user has moved to another class since the last look."""
+        if self._corrections is not None and self._is_present:
+            for correction in self._corrections.scan(time_ns()):
+                self._note_correction(correction)
+
+    def _note_correction(self, correction: Correction | None) -> None:
+        if correction is not None:
+            self.account.corrected(correction)
+            if self.teaching.learns_from_corrections:
+                self.receive(ReferencesTouched())
+
+    def answer(self, answer: Answer) -> None:
+        """Take the worker's answer."""
+        for event in answer.events:
+            if isinstance(event, PrototypesBuilt) and answer.rebuilt is not None:
+                self.last_generation = max(self.last_generation, event.prototypes.generation)
+                self.account.rebuilt(event.prototypes, answer.rebuilt, answer.seconds)
+            elif isinstance(event, RebuildFailed):
+                self.account.rebuild_failed(event)
+            elif isinstance(event, Embedded):
+                self.account.embedded(event)
+            self.receive(event)
+
+    def reload(self, settings: SorterSettings, teaching: Teaching) -> None:
+        """Take changed settings over."""
+        self.teaching = teaching
+        self._afresh = True
+        self.sorter.configure(settings, monotonic())
+
+    # ------------------------------------------------------------ scans
+
+    @property
+    def is_scanning(self) -> bool:
+        """Tell whether a scan is under way."""
+        return self._sweep.is_under_way
+
+    @property
+    def is_drained(self) -> bool:
+        """Tell whether nothing is left to do until something else happens."""
+        return not (self.is_scanning or self.has_moves) and self.sorter.is_drained
+
+    @property
+    def has_moves(self) -> bool:
+        """Tell whether moves were gathered and wait for ``flush``."""
+        return bool(self._moves)
+
+    def begin_scan(self) -> None:
+        """Begin to scan Images/, unless a scan is under way: then another one follows it."""
+        if self._sweep.begin():
+            self.receive(ScanStarted())
+
+    def compare_references(self) -> None:
+        """Look whether Clases/ differs from what was last seen of it: a hint may have been lost."""
+        found = scan(os.fspath(self.layout.area(Area.CLASES)), report=self.account.unreadable)
+        signature = hash(frozenset(found))
+        if self._references_signature is not None and self._references_signature != signature:
+            self.receive(ReferencesTouched())
+        self._references_signature = signature
+
+    def continue_scan(self) -> None:
+        """Take the next slice of the scan under way."""
+        if not self._sweep.is_under_way:
+            return
+        for path, mark in self._sweep.take():
+            self.receive(ImageSeen(path, mark))
+        if not self._sweep.is_under_way:
+            self.receive(ScanFinished())
+            if self._sweep.is_wanted_again:
+                self.begin_scan()
+
+    def scan_review(self) -> Iterator[tuple[str, Stamp]]:
+        """Yield what stands in Review/, with its stamps."""
+        return scan(os.fspath(self.layout.area(Area.REVIEW)), report=self.account.unreadable)
+
+    # ------------------------------------------------------------ what goes out
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case Inspect(path):
+                self._look(path, closed=False, inspect=True)
+            case Embed(images):
+                self._ask(EmbedJob(self.name, images))
+            case Rebuild():
+                self._rebuild()
+            case Scan():
+                self.begin_scan()
+            case Move():
+                self._moves.append(command)
+            case Leave():
+                self.account.left(command)
+            case Hold(reason):
+                self.account.held(reason)
+
+    def _look(self, path: str, *, closed: bool, inspect: bool = False) -> None:
+        try:
+            mark = stamp(path)
+        except OSError as error:
+            self.account.unreadable(error)
+            self._commands.extend(self.sorter.receive(LookRefused(path), monotonic()))
+            return
+        if mark is None and not self._is_present:  # absent is not gone: what is known of it holds when it is back
+            return
+        writer = (writer_of(path) or Writer.UNKNOWN) if inspect and mark is not None else None
+        event = ImageGone(path) if mark is None else ImageSeen(path, mark, writer, closed)
+        self._commands.extend(self.sorter.receive(event, monotonic()))
+
+    def _rebuild(self) -> None:
+        if not self._is_present:
+            message = (
+                f"{self.layout.marker} is gone: is the disk mounted? `sortd init {self.layout.root}` makes it anew"
+            )
+            event = RebuildFailed(message, references_absent=True)
+            self.account.rebuild_failed(event)
+            self._commands.extend(self.sorter.receive(event, monotonic()))
+            return
+        teaching = self.teaching
+        if self._corrections is not None and teaching.learns_from_corrections:
+            teaching = replace(teaching, corrections=self._corrections.learnt())
+        clases = self.layout.area(Area.CLASES)
+        self._ask(
+            RebuildJob(
+                self.name, clases, teaching, self.last_generation, force=self._force_rebuild, afresh=self._afresh
+            )
+        )
+        self._force_rebuild = self._afresh = False
+
+    @property
+    def _is_present(self) -> bool:
+        return self.layout.is_present or not self._needs_marker
+
+    def flush(self) -> None:
+        """File the moves that were gathered, as one group, and log each."""
+        if not self._moves:
+            return
+        moves, self._moves = self._moves, []
+        if not self._is_present:
+            for move in moves:
+                self.receive(MoveFailed(move.path, move.stamp, MoveFailure.DESTINATION, "the dataset is not mounted"))
+            self.receive(RebuildFailed(f"{self.layout.marker} is gone", references_absent=True))
+            return
+        if self._journal is not None:
+            self.tell_recovered(self.filing.recover())
+        began = monotonic()
+        results = self._mover.move_all(moves)
+        milliseconds = 1e3 * (monotonic() - began) / len(moves)
+        asked = {(move.path, move.stamp): move for move in moves}
+        for result in results:
+            self.account.moved(asked[result.path, result.stamp], result, milliseconds)
+            self.receive(result)
+
+    def tell_recovered(self, relocations: Sequence[Relocation]) -> None:
+        """Write the lines of images whose moves had been cut short, by a crash or a disk, and are done after all."""
+        for relocation in relocations:
+            mark = relocation.image.moved_stamp
+            record = self.history.last_known(mark) if relocation.progress is Progress.DONE and mark else None
+            if record is not None:
+                self.account.recovered(record, self.layout.root)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Tell whether nothing will move until somebody mends the references."""
+        core = self.sorter
+        is_blocked = core.prototypes is None or core.references_absent or core.guard.reason is not None
+        return self.problem is not None and is_blocked
+
+    @property
+    def filing(self) -> Filing:
+        """What moves its files; a rehearsal has none."""
+        assert isinstance(self._mover, Filing)
+        return self._mover
+
+    @property
+    def history(self) -> History:
+        """What its journal can be asked; a rehearsal has none."""
+        assert self._journal is not None
+        return self._journal.history
+
+    def rebuild(self, *, force: bool) -> None:
+        """Build the prototypes anew; with ``force`` also where the reload gate would keep the old ones."""
+        self._force_rebuild |= force
+        self.receive(ReferencesTouched())
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing moves, in a sentence; None while all is well."""
+        return self.sorter.guard.reason or self.account.problem
+
+    def facts(self) -> dict[str, object]:
+        """Return what ``sortd status`` shows of this dataset, as plain values."""
+        prototypes = self.sorter.prototypes
+        return {
+            "problem": self.problem,
+            "moving": self.sorter.may_move,
+            "images": self.sorter.counts,
+            "outcomes": dict(self.account.outcomes),
+            "generation": self.last_generation,
+            "classes": [] if prototypes is None else list(prototypes.labels),
+            "references": 0 if prototypes is None else int(prototypes.counts.sum()),
+            "mode": self.teaching.settings.mode.value,
+        }

@@ -1,0 +1,108 @@
+"""Files to embeddings: what the cache knows is taken from it, the rest is decoded, encoded and remembered."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+
+import numpy as np
+
+from sortd.cache import Cache
+from sortd.decoding.decoders import DecodedImage, DecoderPool
+from sortd.encoder import Encoder
+from sortd.errors import ModelError
+from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Stamp
+
+UNIT_TOLERANCE = 1e-2
+"""How far from one the length of an embedding may be: half precision errs by a tenth of that."""
+
+
+class Embedder:
+    """Embeds files and texts with one encoder; used by one thread, the worker."""
+
+    def __init__(self, encoder: Encoder, decoders: DecoderPool, cache: Cache, *, batch_size: int = 32) -> None:
+        """Take the parts over; whoever made them closes them."""
+        self.encoder = encoder
+        self._decoders = decoders
+        self._cache = cache
+        self._batch_size = batch_size
+        self.forwards = 0
+        """Image batches that went through the encoder: what a cache hit saves."""
+
+    def embed(self, images: Sequence[tuple[str, Stamp]]) -> Iterator[EmbeddedImage | ImageRefused]:
+        """Yield exactly one answer for each image, known ones first, in no other order.
+
+        Args:
+            images: paths with the stamps of the versions that are meant.
+        """
+        contents = self._cache.contents(images)
+        rows = self._cache.embeddings(set(contents.values()), self.encoder.encoder_id)
+        unknown: list[tuple[str, Stamp]] = []
+        for path, stamp in images:
+            row = rows.get(contents.get((path, stamp), ""))
+            if row is None:
+                unknown.append((path, stamp))
+            else:
+                yield EmbeddedImage(path, stamp, row, contents[path, stamp])
+        batch: list[DecodedImage] = []
+        for answer in self._decoders.decode_all(unknown):
+            if isinstance(answer, ImageRefused):
+                yield answer
+                continue
+            batch.append(answer)
+            if len(batch) == self._batch_size:
+                yield from self._encode(batch)
+                batch = []
+        if batch:
+            yield from self._encode(batch)
+
+    def _encode(self, batch: list[DecodedImage]) -> list[EmbeddedImage]:
+        """Encode one batch, equal contents once; a content that is known under another name is not encoded."""
+        rows = self._cache.embeddings({image.content for image in batch}, self.encoder.encoder_id)
+        fresh = {image.content: image.pixels for image in batch if image.content not in rows}
+        seconds = 0.0
+        if fresh:
+            began = perf_counter()
+            encoded = self.encoder.encode_images(np.stack(list(fresh.values())))
+            seconds = (perf_counter() - began) / len(fresh)
+            self.forwards += 1
+            new = dict(zip(fresh, self._sound(encoded), strict=True))
+            self._cache.remember_embeddings(new, self.encoder.encoder_id)
+            rows.update(new)
+        self._cache.remember_contents({(image.path, image.stamp): image.content for image in batch})
+        return [
+            EmbeddedImage(
+                image.path,
+                image.stamp,
+                rows[image.content],
+                image.content,
+                decode_seconds=image.decode_seconds,
+                encode_seconds=seconds if image.content in fresh else 0.0,
+            )
+            for image in batch
+        ]
+
+    def embed_texts(self, texts: Sequence[str]) -> FloatArray:
+        """Return float32 (T, d) unit rows, one for each text; each text is encoded once in the cache's life."""
+        keys = [hashlib.sha256(b"text\0" + text.encode("utf-8", "surrogateescape")).hexdigest() for text in texts]
+        rows = self._cache.embeddings(set(keys), self.encoder.encoder_id)
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in rows}
+        if missing:
+            encoded = self.encoder.encode_texts(list(missing.values()))
+            new = dict(zip(missing, self._sound(encoded), strict=True))
+            self._cache.remember_embeddings(new, self.encoder.encoder_id)
+            rows.update(new)
+        return np.stack([rows[key] for key in keys])
+
+    def _sound(self, rows: FloatArray) -> FloatArray:
+        """Return the rows, which must be of unit length: a device in a bad state answers zeros or no numbers at all.
+
+        Raises:
+            ModelError: they are not; nothing of the batch is remembered.
+        """
+        lengths = np.linalg.norm(rows, axis=1)
+        if not (np.abs(lengths - 1) < UNIT_TOLERANCE).all():  # false for what is no number, too
+            raise ModelError(
+                f"the encoder {self.encoder.encoder_id} answered with embeddings that are none: its device may be in a "
+                "bad state; start sortd again, with `device: cpu` if that does not help"
+            )
+        return rows

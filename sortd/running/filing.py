@@ -1,0 +1,248 @@
+"""Filing of one dataset: moves, undoing them, holds and corrections, in the words of the core."""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from sortd.errors import BusyError, ChangedError, ImageError, VanishedError
+from sortd.journal import Grounds, Journal, Record
+from sortd.journaling.records import with_reason
+from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
+from sortd.mover import NO_STAMP, Mover, new_token, with_companions
+from sortd.moving.copying import never
+from sortd.moving.relocation import FolderNameError, Member, Relocation, Role, checked_folder, checked_name
+from sortd.moving.renaming import Folders, is_version, look
+from sortd.running.relocating import SYNC_THREADS, Order, Relocator, Submit, inline
+from sortd.running.undoing import PutBack, Undoing
+
+Answer = Moved | MoveFailed
+
+_OF_THE_FILE = frozenset({errno.EPERM, errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG})
+"""What a disk answers about one file: it is immutable, or its name cannot be written there. The others go on."""
+
+
+class Filing:
+    """Moves the files of one dataset; used in one thread, but for the jobs that it submits."""
+
+    def __init__(
+        self,
+        dataset_root: Path,
+        journal: Journal,
+        *,
+        companions: bool = True,
+        submit: Submit = inline,
+        interrupted: Callable[[], bool] = never,
+        mover: Mover | None = None,
+        sync_threads: int = SYNC_THREADS,
+    ) -> None:
+        """Begin; call ``recover`` before the first move.
+
+        Args:
+            dataset_root: the dataset, as its paths are spelled in the moves.
+            journal: this dataset's.
+            companions: whether sidecars, Live Photo and RAW+JPEG pairs travel with their image.
+            submit: what to do with a job that copies to another file system, which can be long: it may be run in
+                another thread, and is to be run once; returns the answers that are there already.
+            interrupted: asked by such a job between chunks; one that was interrupted begins anew later.
+            mover: puts files in their place.
+            sync_threads: files that are synced at the same time; with 1, no thread is made.
+        """
+        self._root = dataset_root
+        self._journal = journal
+        self._companions = companions
+        self._relocator = Relocator(
+            dataset_root,
+            journal,
+            submit=submit,
+            interrupted=interrupted,
+            mover=mover,
+            sync_threads=sync_threads,
+        )
+        self._undoing = Undoing(dataset_root, self._relocator)
+
+    def recover(self) -> list[Relocation]:
+        """Bring every relocation that did not end to its end or its beginning; doing it again is no mistake.
+
+        Returns:
+            What was found open, as it is now; one that is still open waits for a disk.
+
+        Raises:
+            JournalError: the journal cannot be read or written.
+        """
+        return self._relocator.recover()
+
+    def move_all(self, moves: Sequence[Move]) -> list[Answer]:
+        """Move these versions of these files, companions with them; durable when it returns.
+
+        Images that must go to another file system are given to ``submit``; their answers come from there.
+
+        Raises:
+            JournalError: the journal cannot be written; the daemon must stop, and recovers at its next start.
+            ValueError: a path is not below the dataset.
+        """
+        answers: list[Answer] = []
+        ordered: list[Order] = []
+        by_token: dict[str, Move] = {}
+        try:
+            folders = Folders(self._root)
+        except OSError as error:
+            return [_failure(move, error) for move in moves]
+        with folders:
+            for move in moves:
+                try:
+                    relocation = self._relocation(folders, move)
+                except FileNotFoundError:
+                    answers.append(_failure(move, VanishedError("nothing stands there any more")))
+                except (ImageError, OSError, FolderNameError) as error:
+                    answers.append(_failure(move, error))
+                else:
+                    by_token[relocation.token] = move
+                    ordered.append(Order(relocation, _grounds(move)))
+        return answers + self._relocator.relocate(ordered, partial(self._answer, by_token))
+
+    def undo(self, records: Sequence[Record]) -> list[PutBack]:
+        """Put the images of these records back where they were, newest first, and hold them there.
+
+        Nothing is overwritten: where the old name is taken, another free one is given. Images on another file system
+        are given to ``submit`` like moves.
+
+        Raises:
+            JournalError: the journal cannot be written; the daemon must stop, and recovers at its next start.
+        """
+        return self._undoing.undo(records)
+
+    def rehearse_undo(self, records: Sequence[Record]) -> list[PutBack]:
+        """Say what ``undo`` would do, without doing it."""
+        return self._undoing.rehearse(records)
+
+    def hold(self, path: str, stamp: Stamp, reason: str) -> None:
+        """Note that this version of this file (an absolute path) is not to be moved.
+
+        Raises:
+            JournalError: it could not be made durable.
+        """
+        self._journal.hold(self._relative(path), stamp, reason)
+
+    def hold_all(self, versions: Sequence[tuple[str, Stamp]], reason: str) -> None:
+        """Like ``hold`` for many, in one commit.
+
+        Raises:
+            JournalError: it could not be made durable.
+        """
+        self._journal.hold_all([(self._relative(path), stamp) for path, stamp in versions], reason)
+
+    def release(self, path: str | None = None) -> int:
+        """Let a held file (an absolute path) go, or every one; return how many there were.
+
+        Raises:
+            JournalError: it could not be made durable.
+        """
+        return self._journal.release(None if path is None else self._relative(path))
+
+    def held(self) -> dict[str, Stamp]:
+        """Return the versions that are not to be moved, by absolute path.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        return {f"{os.fspath(self._root)}/{path}": stamp for path, stamp in self._journal.history.held().items()}
+
+    def notice_correction(self, path: str, stamp: Stamp, content: str = "") -> Record | None:
+        """Note it if a file in Dataset/ is one that sortd had put elsewhere and the user has moved there.
+
+        Args:
+            path: where it was found, absolute.
+            stamp: the version found; the same inode is the same file.
+            content: hexadecimal sha256, where it is known: for files that were copied and removed.
+
+        Returns:
+            The move that the user has corrected, if this is news.
+
+        Raises:
+            JournalError: the journal cannot be read or written.
+        """
+        relative = self._relative(path)
+        top, _, rest = relative.partition("/")
+        record = self._journal.history.last_known(stamp, content)
+        if top != "Dataset" or "/" not in rest or record is None or relative == record.destination_path:
+            return None
+        if self._still_stands(record):  # the user made a copy, which says nothing about the first one
+            return None
+        corrected = rest.partition("/")[0]
+        return record if self._journal.record_correction(record, corrected, relative) else None
+
+    def _still_stands(self, record: Record) -> bool:
+        image = record.relocation.image
+        try:
+            with Folders(self._root) as folders:
+                status = look(folders.open(record.relocation.destination), image.final)
+        except OSError:
+            return False
+        return status is not None and image.moved_stamp is not None and is_version(status, image.moved_stamp)
+
+    def _relocation(self, folders: Folders, move: Move) -> Relocation:
+        source, _, name = self._relative(move.path).rpartition("/")
+        image = Member(Role.IMAGE, checked_name(name), name, move.stamp, content=move.content)
+        relocation = Relocation(new_token(), checked_folder(source), checked_folder(move.folder), (image,))
+        if self._companions:
+            relocation = with_companions(folders, relocation)
+        if move.outcome is Outcome.REJECTED:
+            relocation = relocation.with_member(_reason(move, source, name))
+        return relocation
+
+    def _relative(self, path: str) -> str:
+        root = f"{os.fspath(self._root)}/"
+        if not path.startswith(root):
+            raise ValueError(f"{path}: it is not below the dataset {self._root}")
+        return path.removeprefix(root)
+
+    def _answer(self, by_token: dict[str, Move], order: Order) -> Answer:
+        move, relocation = by_token[order.relocation.token], order.relocation
+        moved_stamp = relocation.image.moved_stamp
+        if order.is_done and moved_stamp is not None:
+            destination = f"{os.fspath(self._root)}/{relocation.destination}/{relocation.image.final}"
+            return Moved(move.path, move.stamp, destination, move.outcome, moved_stamp)
+        return _failure(move, order.trouble or OSError(relocation.message))
+
+
+def _grounds(move: Move) -> Grounds:
+    return with_reason(
+        Grounds.of(move.decision, move.outcome.value),
+        reason=move.reason,
+        generation=move.generation,
+        encoder_id=move.encoder_id,
+        content=move.content,
+    )
+
+
+def _reason(move: Move, source: str, name: str) -> Member:
+    """Return the file that says why an image was set aside."""
+    facts = {
+        "name": name,
+        "from": source,
+        "reason": move.reason,
+        "size": move.stamp.size,
+        "mtime_ns": move.stamp.mtime_ns,
+        "content": move.content or None,
+    }
+    body = json.dumps(facts, indent=2).encode() + b"\n"
+    return Member(Role.REASON, name, f"{name}.reason.json", NO_STAMP, body=body)
+
+
+def _failure(move: Move, trouble: Exception) -> MoveFailed:
+    match trouble:
+        case VanishedError():
+            failure = MoveFailure.VANISHED
+        case ChangedError():
+            failure = MoveFailure.CHANGED
+        case BusyError():
+            failure = MoveFailure.BUSY
+        case OSError() if trouble.errno in _OF_THE_FILE:
+            failure = MoveFailure.BUSY
+        case _:
+            failure = MoveFailure.DESTINATION
+    said = trouble.strerror if isinstance(trouble, OSError) and trouble.strerror else str(trouble)
+    return MoveFailed(move.path, move.stamp, failure, f"{move.path} -> {move.folder}: {said}")

@@ -1,0 +1,74 @@
+"""A holding: one dataset locked for this process, its journal open and recovered, so that files may be moved in it."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sortd.commands.journals import JOURNAL_FILE
+from sortd.errors import AlreadyRunningError, LayoutError
+from sortd.journal import Journal
+from sortd.layout import Layout
+from sortd.moving.relocation import Relocation
+from sortd.running.filing import Filing
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What is open while a dataset is held."""
+
+    layout: Layout
+    journal: Journal
+    filing: Filing
+    recovered: tuple[Relocation, ...] = ()  # what a crash had left open, as it is now
+
+
+@contextmanager
+def look_at(layout: Layout, state: Path) -> Iterator[Holding]:
+    """Open a dataset's journal to say what would be done: no lock is taken and nothing is recovered or moved.
+
+    Raises:
+        JournalError: its journal cannot be opened.
+    """
+    with Journal(layout.state_folder(state) / JOURNAL_FILE) as journal:
+        yield Holding(layout, journal, Filing(layout.root, journal))
+
+
+@contextmanager
+def hold(layout: Layout, state: Path, *, run: str | None = None, companions: bool = True) -> Iterator[Holding]:
+    """Hold a dataset whose folders are there, for as long as the block lasts; what a crash left is recovered first.
+
+    Args:
+        layout: the dataset.
+        state: the state directory.
+        run: a word for this run of sortd in the journal's records; one is made up otherwise.
+        companions: whether sidecars travel with their image.
+
+    Raises:
+        AlreadyRunningError: another process works on it.
+        LayoutError: it is not mounted, or its lock cannot be made.
+        JournalError: its journal cannot be opened.
+    """
+    if not layout.is_present:
+        raise LayoutError(f"{layout.marker} is missing: is the disk mounted? `sortd init {layout.root}` makes it anew")
+    lock = FileLock(layout.marker / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise AlreadyRunningError(
+            f"another sortd works on {layout.root}; stop it first (`sortd status` tells which, {layout.marker}/state"
+            " names its state directory)"
+        ) from error
+    except OSError as error:
+        raise LayoutError(f"{layout.marker}/lock cannot be made: {error.strerror}; mend its rights") from error
+    try:
+        folder = layout.state_folder(state)
+        (layout.marker / "state").write_text(f"{folder}\n", encoding="utf-8", errors="surrogateescape")
+        with Journal(folder / JOURNAL_FILE, run=run or uuid.uuid4().hex[:8]) as journal:
+            filing = Filing(layout.root, journal, companions=companions)
+            yield Holding(layout, journal, filing, tuple(filing.recover()))
+    finally:
+        lock.release()

@@ -1,0 +1,178 @@
+"""The site: where sortd works. It locks, recovers and opens datasets, and loads the model with what it needs."""
+
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from sortd.cache import Cache
+from sortd.config import Config, DatasetConfig
+from sortd.decoding.decoders import DecoderPool
+from sortd.encoder import Encoder, load
+from sortd.encoding.model_folders import STRONGER
+from sortd.encoding.models import locate
+from sortd.images import Limits
+from sortd.journaling.history import History
+from sortd.layout import Layout
+from sortd.messages import Stamp
+from sortd.metrics import Metrics
+from sortd.prototypes import Abstain, DecisionSettings, Mode
+from sortd.references import Teaching
+from sortd.running.dataset import Dataset
+from sortd.running.embedding import Embedder
+from sortd.running.holding import Holding, hold
+from sortd.running.worker import Job, PrototypeStore
+from sortd.sorter import SorterSettings
+
+LoadEncoder = Callable[[Config], Encoder]
+
+GUARD_IMAGES = 200
+"""From so many images on, the first batch of a new generation is tried before it moves."""
+
+GENERATION_FACT = "generation"
+"""The journal's note of the last generation that served: numbers are never used again, even when the cache is lost."""
+
+
+def sorter_settings(config: DatasetConfig) -> SorterSettings:
+    """Return the part of a dataset's configuration that its core needs."""
+    return SorterSettings(
+        settle_seconds=config.settle_seconds,
+        batch_size=config.batch_size,
+        backlog_limit=config.backlog_limit,
+        set_rejected_aside=config.rejected == "move",
+        guard_images=GUARD_IMAGES if config.guard else 0,
+    )
+
+
+def teaching_of(config: DatasetConfig) -> Teaching:
+    """Return the part of a dataset's configuration that its prototypes depend on."""
+    abstain = None
+    if config.abstain is not None:
+        abstain = Abstain(precision=config.abstain.precision, strangers=config.abstain.strangers)
+    return Teaching(
+        settings=DecisionSettings(mode=Mode(config.mode), abstain=abstain),
+        templates=tuple(config.prompts),
+        learns_from_corrections=config.learn_from_corrections,
+    )
+
+
+class Site:
+    """Opens datasets for writing, and the model, for one run."""
+
+    def __init__(self, config: Config, *, load_encoder: LoadEncoder | None = None) -> None:
+        """Prepare; nothing is touched before ``open`` and ``load``."""
+        self._config = config
+        self._load_encoder = load_encoder or (
+            lambda config: load(
+                config.model,
+                text_model=config.text_model,
+                backend=config.backend,
+                device=config.device,
+                cache_dir=config.cache_dir,
+                threads=config.threads,
+                decoding=config.decoding.jpeg,
+            )
+        )
+        self._run = uuid.uuid4().hex[:8]
+        self._held: dict[str, tuple[Holding, ExitStack]] = {}
+        self._decoders: DecoderPool | None = None
+        self._cache: Cache | None = None
+
+    @property
+    def state_folder(self) -> Path:
+        """The state directory."""
+        return self._config.state_dir
+
+    # ------------------------------------------------------------ datasets
+
+    def open(self, layout: Layout, config: Config, *, ask: Callable[[Job], None], metrics: Metrics) -> Dataset:
+        """Lock a dataset, recover what a crash left, and return it at work.
+
+        Raises:
+            AlreadyRunningError: another sortd has it.
+            LayoutError: its folders cannot serve.
+            JournalError: its journal cannot be opened.
+        """
+        own = config.dataset(layout.name)
+        layout.make()
+        with ExitStack() as opened:
+            held = opened.enter_context(hold(layout, self.state_folder, run=self._run, companions=own.companions))
+            dataset = Dataset(
+                layout,
+                sorter_settings(own),
+                teaching_of(own),
+                mover=held.filing,
+                ask=ask,
+                metrics=metrics,
+                journal=held.journal,
+                last_generation=int(held.journal.history.fact(GENERATION_FACT) or 0),
+            )
+            self._held[layout.name] = (held, opened.pop_all())
+        dataset.tell_recovered(held.recovered)
+        return dataset
+
+    def begin(self, dataset: Dataset) -> None:
+        """Tell a dataset's core what the journal remembers of held and undecided files."""
+        journal = self._held[dataset.name][0].journal
+        root = os.fspath(dataset.layout.root)
+        held = [(os.path.join(root, path), mark) for path, mark in journal.history.held().items()]
+        dataset.begin(held, self._reviewed(dataset, journal.history))
+
+    @staticmethod
+    def _reviewed(dataset: Dataset, history: History) -> list[tuple[str, Stamp, int]]:
+        """Return the images in Review/ that sortd itself put there and that nobody touched since."""
+        found = []
+        for path, mark in dataset.scan_review():
+            record = history.last_known(mark)
+            if record is not None and os.path.join(dataset.layout.root, record.destination_path) == path:
+                found.append((path, mark, record.grounds.generation))
+        return found
+
+    def close(self, dataset: Dataset) -> None:
+        """Note the last generation, close the journal, give the lock back."""
+        if dataset.name not in self._held:
+            return
+        held, opened = self._held.pop(dataset.name)
+        with opened:
+            held.journal.note(GENERATION_FACT, str(dataset.last_generation))
+
+    # ------------------------------------------------------------ the model, in the worker's thread
+
+    def load(self) -> tuple[Embedder, PrototypeStore, str]:
+        """Load the model, warm the decoders, open the cache.
+
+        Raises:
+            ModelError: the model cannot be had.
+        """
+        config = self._config
+        encoder = self._load_encoder(config)
+        decoding = config.decoding
+        limits = Limits(max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes)
+        self._decoders = DecoderPool(
+            decoding.workers or max(1, min(8, (os.cpu_count() or 2) - 1)),
+            encoder.preprocessing,
+            limits,
+            timeout_seconds=decoding.timeout_seconds,
+            jpeg=decoding.jpeg,
+        )
+        self._cache = Cache(config.cache_dir / "embeddings.sqlite", max_bytes=config.cache_megabytes * 1_000_000)
+        embedder = Embedder(encoder, self._decoders, self._cache, batch_size=config.batch_size)
+        store = PrototypeStore(self._cache.prototypes, self._cache.remember_prototypes)
+        return embedder, store, self._describe(config)
+
+    @staticmethod
+    def _describe(config: Config) -> str:
+        """Name the model that serves; where ``auto`` had to take the small one, with what gets the stronger one."""
+        if config.model != "auto":
+            return config.model
+        found = locate("auto", cache_dir=config.cache_dir).name
+        hint = f"; `sortd models fetch {STRONGER}` gets the stronger one" if found == "packaged" else ""
+        return f"{found} (auto{hint})"
+
+    def unload(self) -> None:
+        """End the decoders and close the cache."""
+        if self._decoders is not None:
+            self._decoders.close()
+        if self._cache is not None:
+            self._cache.close()

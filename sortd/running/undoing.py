@@ -1,0 +1,159 @@
+"""Undoing: images back to where they were, journaled like every relocation, never over another file."""
+
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from sortd.journal import UNDONE, Grounds, Record
+from sortd.messages import Stamp
+from sortd.mover import new_token
+from sortd.moving.copying import content_of
+from sortd.moving.relocation import Member, Relocation, Role
+from sortd.moving.renaming import Folders, is_version, look, stamp_of
+from sortd.running.relocating import Order, Relocator
+
+
+@dataclass(frozen=True, slots=True)
+class PutBack:
+    """What became of the undoing of one record."""
+
+    record: Record
+    restored: str | None  # absolute path where the image stands now, or would; None: it was not put back
+    message: str = ""  # why not, or what could not be put back with it
+
+
+class Undoing:
+    """Takes moves of one dataset back."""
+
+    def __init__(self, root: Path, relocator: Relocator) -> None:
+        """Begin with what carries relocations out."""
+        self._root = root
+        self._relocator = relocator
+
+    def undo(self, records: Sequence[Record]) -> list[PutBack]:
+        """Put images back, newest first; see ``filing.Filing.undo``."""
+        told: list[PutBack] = []
+        waiting = list(records)
+        while waiting:
+            plans = self._plans(waiting)
+            by_token = {plan.relocation.token: plan for plan in plans if isinstance(plan, _Plan)}
+            refused = [plan for plan in plans if isinstance(plan, PutBack)]
+            orders = [Order(plan.relocation, _grounds(plan.record)) for plan in by_token.values()]
+            told += self._relocator.relocate(orders, partial(self._told, by_token))
+            # An image that went on from Review/ stands where its first move put it once the second is undone.
+            if not orders:
+                return told + refused
+            waiting = [one.record for one in refused]
+        return told
+
+    def rehearse(self, records: Sequence[Record]) -> list[PutBack]:
+        """Say what ``undo`` would do."""
+        foretold: list[PutBack] = []
+        back: set[str] = set()
+        for plan in self._plans(records):
+            record = plan.record
+            if isinstance(plan, _Plan):
+                foretold.append(self._foretold(plan))
+            elif record.destination_path in back:
+                foretold.append(PutBack(record, f"{os.fspath(self._root)}/{record.source_path}"))
+            else:
+                foretold.append(plan)
+                continue
+            back.add(record.source_path)
+        return foretold
+
+    def _plans(self, records: Sequence[Record]) -> list["_Plan | PutBack"]:
+        newest_first = sorted(records, key=lambda record: record.id, reverse=True)
+        try:
+            folders = Folders(self._root)
+        except OSError as error:
+            return [PutBack(record, None, f"{self._root}: {error.strerror}") for record in newest_first]
+        with folders:
+            return [_plan(folders, record) for record in newest_first]
+
+    def _foretold(self, plan: "_Plan") -> PutBack:
+        relocation = plan.relocation
+        return PutBack(plan.record, self._path(relocation.destination, relocation.image.wanted), plan.message)
+
+    def _told(self, by_token: dict[str, "_Plan"], order: Order) -> PutBack:
+        plan, relocation = by_token[order.relocation.token], order.relocation
+        if order.is_done:
+            return PutBack(plan.record, self._path(relocation.destination, relocation.image.final), plan.message)
+        return PutBack(plan.record, None, str(order.trouble or relocation.message))
+
+    def _path(self, folder: str, name: str) -> str:
+        return f"{os.fspath(self._root)}/{folder}/{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    record: Record
+    relocation: Relocation
+    message: str
+
+
+def _plan(folders: Folders, record: Record) -> _Plan | PutBack:
+    """Look at what still stands where the record put it; decide what goes back."""
+    there = record.relocation
+    if record.undone_by is not None or record.grounds.outcome == UNDONE:
+        return PutBack(record, None, f"{record.destination_path}: undone already")
+    try:
+        folder = folders.open(there.destination)
+        folders.open(there.source.partition("/")[0])  # never made anew: without it, its disk is not mounted
+    except OSError as error:
+        return PutBack(record, None, f"{record.destination_path}: {error.strerror}")
+    found = _find(folder, there.image)
+    if isinstance(found, str):
+        return PutBack(record, None, f"{record.destination_path}: {found}")
+    back, spent, left = [_reversed(there.image, Role.IMAGE, found)], [], []
+    for member in there.members[1:]:
+        if isinstance(stamp := _find(folder, member), str):
+            left.append(member.final)
+        elif member.role is Role.COMPANION:
+            back.append(_reversed(member, Role.COMPANION, stamp))
+        elif member.role is Role.REASON or _is_needless(folders, there, member):
+            spent.append(_reversed(member, member.role, stamp))
+        elif not _content(folders, there.source, member.name):
+            back.append(_reversed(member, Role.COMPANION, stamp))
+        else:
+            left.append(member.final)
+    relocation = Relocation(new_token(), there.destination, there.source, tuple(back), spent=tuple(spent))
+    message = f"left where they are, changed or gone: {', '.join(left)}" if left else ""
+    return _Plan(record, relocation, message)
+
+
+def _is_needless(folders: Folders, there: Relocation, member: Member) -> bool:
+    """Whether the original of a shared companion still says what our copy of it says."""
+    copy = _content(folders, there.destination, member.final)
+    return copy != "" and copy == _content(folders, there.source, member.name)
+
+
+def _content(folders: Folders, folder: str, name: str) -> str:
+    try:
+        return content_of(folders.open(folder), name)
+    except OSError:
+        return ""
+
+
+def _find(folder: int, member: Member) -> Stamp | str:
+    """Return the version of a member that stands where it was put, or why it cannot be put back."""
+    status = look(folder, member.final) if member.final else None
+    if status is None or member.moved_stamp is None:
+        return "no longer there: moved or removed since"
+    if is_version(status, member.moved_stamp):
+        return member.moved_stamp
+    # The undoing of a later move may have copied it here: another inode with the same bytes is the same image.
+    if stat.S_ISREG(status.st_mode) and member.content and content_of(folder, member.final) == member.content:
+        return stamp_of(status)
+    return "changed since it was put there; left where it is"
+
+
+def _reversed(member: Member, role: Role, stamp: Stamp) -> Member:
+    return Member(role, member.final, member.name, stamp, content=member.content if role is Role.IMAGE else "")
+
+
+def _grounds(record: Record) -> Grounds:
+    return replace(record.grounds, outcome=UNDONE, undoes=record.id)

@@ -1,0 +1,1 @@
+"""Parts of the sorter: pauses, the guard, orders to the worker and rounds of a rebuild."""

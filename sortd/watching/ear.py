@@ -1,0 +1,256 @@
+"""An ear is one watchdog observer on one folder: it turns events into hints, and can be asked whether it still hears.
+
+What watchdog 7.1 does that this module is built around, each seen in a run: an exception in a handler ends the
+dispatcher; one in the reader thread ends all watching while ``Observer.is_alive()`` stays true; a watched folder that
+is renamed, unmounted, mounted over or made anew is watched no more without a word; a link is never watched; a folder
+that may not be read counts as watched; a start that fails leaves threads and descriptors behind.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from watchdog.events import (
+    DirCreatedEvent,
+    DirDeletedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
+from watchdog.observers import Observer
+from watchdog.utils import BaseThread
+
+from sortd.watching import inotify
+from sortd.watching.hints import Hint
+from sortd.watching.scanning import is_below_temporary
+
+if TYPE_CHECKING:
+    from watchdog.observers import ObserverType
+
+# No OPEN, ACCESS, MODIFY or ATTRIB: our own reads, and each write of a slow copy, would fill the kernel's queue.
+_EVENTS: list[type[FileSystemEvent]] = [
+    FileCreatedEvent,
+    FileClosedEvent,
+    FileMovedEvent,
+    FileDeletedEvent,
+    DirCreatedEvent,
+    DirMovedEvent,
+    DirDeletedEvent,
+]
+_DEEP = ("Images", "Clases")  # must be watched at any depth
+_STANDARD = (*_DEEP, "Dataset", "Review", ".sortd")
+_SPARE_DESCRIPTORS = 4  # an observer opens three; the constructor leaks the first where the others fail
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One folder to be watched."""
+
+    path: str
+    recursive: bool
+
+
+def places_of_dataset(root: str, *, max_folders: int = 2_000, max_entries: int = 200_000) -> tuple[Place, ...]:
+    """Choose what to watch of a dataset: all of it, unless what was filed has grown too large to walk at each start.
+
+    One recursive watch pairs our own moves from Images/ into Dataset/; two would hold each back for half a second,
+    waiting for the other half. But a tree of 900,000 folders costs gigabytes and hours: then Images/ and Clases/ are
+    watched at any depth, the rest at its first level, and corrections deeper in Dataset/ are found by the scan.
+    """
+    deep = [os.path.join(root, name) for name in _DEEP]
+    if _is_small(root, leave_out=frozenset(deep), max_folders=max_folders, max_entries=max_entries):
+        # A link is not followed by a recursive watch, so what is linked in gets a watch of its own.
+        linked = [path for name in _STANDARD if os.path.islink(path := os.path.join(root, name))]
+        return Place(root, recursive=True), *(Place(path, path in deep) for path in linked if os.path.isdir(path))
+    standard = [path for name in _STANDARD if os.path.isdir(path := os.path.join(root, name))]
+    return Place(root, recursive=False), *(Place(path, path in deep) for path in standard)
+
+
+class Ear:
+    """One observer on one root, alive from construction until ``close``."""
+
+    def __init__(
+        self,
+        root: str,
+        places: tuple[Place, ...],
+        post: Callable[[Hint], None],
+        *,
+        make_observer: "ObserverType" = Observer,
+    ) -> None:
+        """Open it.
+
+        Args:
+            root: The folder whose hints these are; hidden and temporary names below it are not hinted at.
+            places: What to watch of it.
+            post: Told each hint, in a thread of the observer's.
+            make_observer: Makes the observer.
+
+        Raises:
+            OSError: The watch cannot be had; nothing is left behind.
+        """
+        self.lost: str | None = None  # why a hint did not get through; set in the observer's threads
+        self.broken: str | None = None  # why the watch is no good any more; set in the observer's threads
+        self._root = root
+        self._places = places
+        self._post = post
+        self._identities = {path: _identity(path) for path in self._tracked()}
+        self._canary = os.path.join(root, ".sortd", "canary")
+        self._asked_at: float | None = None
+        self._answered = threading.Event()
+        _require_spare_descriptors()
+        threads, descriptors = set(threading.enumerate()), inotify.instances()
+        self._observer = make_observer()
+        try:
+            for place in places:
+                self._schedule(place)
+            self._observer.start()
+        except BaseException:
+            self.close()
+            raise
+        self._threads = [t for t in threading.enumerate() if isinstance(t, BaseThread) and t not in threads]
+        self._descriptors = inotify.instances() - descriptors
+
+    def close(self) -> None:
+        """Stop and join every thread, close every descriptor; harmless when repeated."""
+        self._observer.stop()
+        if self._observer.is_alive():
+            self._observer.join(timeout=10.0)
+
+    def owns_thread(self, ident: int | None) -> bool:
+        """Tell whether the thread of this identifier works for this ear."""
+        return any(thread.ident == ident for thread in self._threads)
+
+    def fault(self) -> str | None:
+        """Say why this ear hears no more, else ``None``: a dead thread, or another folder under a watched name."""
+        if self.broken is not None:
+            return self.broken
+        for thread in self._threads:
+            if not thread.is_alive():
+                return f"a thread of the watcher ended ({type(thread).__name__})"
+        for path, known in self._identities.items():
+            found = _identity(path)
+            if known is not None and found is not None and found != known:
+                return f"{path} is another folder now: made anew, renamed, mounted or mounted over"
+            if found != known and (path == self._root or not self._places[0].recursive):
+                return f"{path} {'appeared' if known is None else 'is gone'}"
+            self._identities[path] = found
+        return None
+
+    def ask_canary(self, now: float, *, interval_seconds: float, answer_seconds: float) -> str | None:
+        """Let the canary sing every ``interval_seconds``; say so when it was not heard within ``answer_seconds``.
+
+        The canary is a hidden file in ``.sortd/``, opened for writing and closed unwritten: an event without a write
+        to the disk, and nothing of ours in the user's folders. Where there is no ``.sortd/`` (it marks a mounted
+        dataset, so it is never made here) or it cannot be written, the other signs must do.
+        """
+        if self._asked_at is not None and not self._answered.is_set():
+            late = now - self._asked_at
+            return f"no event came back within {late:.0f} s" if late >= answer_seconds else None
+        if self._asked_at is None or now - self._asked_at >= interval_seconds:
+            self._answered.clear()
+            self._asked_at = now if _touch(self._canary) else None
+        return None
+
+    def unwatched(self) -> list[str]:
+        """List the folders in Images/ and Clases/ that exist and are not watched, contrary to what was asked."""
+        watched = inotify.watched_inodes(self._descriptors)
+        deep = [path for name in _DEEP if os.path.isdir(path := os.path.join(self._root, name))]
+        return [below for path in deep for below in inotify.unwatched(path, watched)]
+
+    def _tracked(self) -> list[str]:
+        return [self._root, *(os.path.join(self._root, name) for name in _STANDARD)]
+
+    def _schedule(self, place: Place) -> None:
+        real = os.path.realpath(place.path)
+        os.scandir(real).close()  # watchdog takes a folder that it may not read for a watched one
+        handler = _Handler(lambda event: self._hear(event, real, place.path))
+        self._observer.schedule(handler, real, recursive=place.recursive, event_filter=_EVENTS)
+
+    def _hear(self, event: FileSystemEvent, real: str, shown: str) -> None:
+        """Post the hints of one event; never raises, since that would end the dispatcher and with it all watching."""
+        try:
+            for hint in _hints(event):
+                path = shown + hint.path.removeprefix(real)
+                if path == self._canary:
+                    self._answered.set()
+                elif not is_below_temporary(path, self._root):
+                    self._post(Hint(path, hint.closed, hint.directory))
+        except BaseException as error:  # noqa: BLE001 - whatever it is: kept, and told at the next check
+            self.lost = f"a hint could not be handed on ({error!r})"
+
+
+class _Handler(FileSystemEventHandler):
+    """What watchdog asks for; no look-up by kind of event, since each one is a hint."""
+
+    def __init__(self, hear: Callable[[FileSystemEvent], None]) -> None:
+        self._hear = hear
+
+    def dispatch(self, event: FileSystemEvent) -> None:
+        """Hand on one event."""
+        self._hear(event)
+
+
+def _hints(event: FileSystemEvent) -> Iterator[Hint]:
+    """One hint for each path that the event names; of a move, both ends."""
+    closed = isinstance(event, FileClosedEvent)
+    for path in (event.src_path, event.dest_path):
+        if path:
+            yield Hint(os.fsdecode(path), closed=closed, directory=event.is_directory)
+
+
+def _is_small(root: str, *, leave_out: frozenset[str], max_folders: int, max_entries: int) -> bool:
+    """Tell whether the tree is small enough to watch whole; gives up the walk as soon as it is not."""
+    folders, entries, waiting = 0, 0, [root]
+    while waiting:
+        folders += 1
+        if folders > max_folders:
+            return False
+        try:
+            with os.scandir(waiting.pop()) as found:
+                for entry in found:
+                    entries += 1
+                    if entries > max_entries:
+                        return False
+                    if entry.is_dir(follow_symlinks=False) and entry.path not in leave_out:
+                        waiting.append(entry.path)
+        except OSError:  # vanished, or not ours to list: then it is not watched either
+            continue
+    return True
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Which folder stands under this name, through links; ``None`` where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _touch(path: str) -> bool:
+    """Raise a close-after-write event without writing; tell whether that was possible."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    except OSError:
+        return False
+    return True
+
+
+def _require_spare_descriptors() -> None:
+    """Find out that descriptors are short while it costs nothing.
+
+    Raises:
+        OSError: There are too few left for an observer.
+    """
+    opened: list[int] = []
+    try:
+        opened.extend(os.open("/", os.O_PATH | os.O_CLOEXEC) for _ in range(_SPARE_DESCRIPTORS))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
