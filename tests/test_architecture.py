@@ -85,6 +85,8 @@ FLOORS: dict[str, tuple[int, str]] = {
     "moments": (EDGE, "moments"),
     "metrics": (EDGE, "metrics"),
     "layout": (EDGE, "layout"),
+    "finetuned": (EDGE, "finetuned"),
+    "finetuning.network": (EDGE, "finetuned"),
     "status": (EDGE, "status"),
     # floor 2: drivers; they join edges to the core
     "running.embedding": (DRIVER, "drivers"),

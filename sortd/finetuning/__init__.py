@@ -1,0 +1,1 @@
+"""Parts of fine-tuning: data and split, training, comparison, and what the result folder shows."""
