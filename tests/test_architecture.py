@@ -43,6 +43,8 @@ FLOORS: dict[str, tuple[int, str]] = {
     "deciding.held_out": (THOUGHT, "prototypes"),
     "deciding.evaluation": (THOUGHT, "prototypes"),
     "deciding.suspects": (THOUGHT, "prototypes"),
+    "deciding.finetuned_classifier": (THOUGHT, "prototypes"),
+    "deciding.classifier": (THOUGHT, "prototypes"),
     "moving.free_names": (THOUGHT, "relocation"),
     # floor 1: edges; one outside thing each
     "config": (EDGE, "config"),
@@ -95,6 +97,8 @@ FLOORS: dict[str, tuple[int, str]] = {
     "running.filing": (DRIVER, "drivers"),
     "running.relocating": (DRIVER, "drivers"),
     "running.undoing": (DRIVER, "drivers"),
+    "running.crossings": (DRIVER, "drivers"),
+    "running.copier": (DRIVER, "drivers"),
     "running.account": (DRIVER, "drivers"),
     "running.collection": (DRIVER, "drivers"),
     "running.sweep": (DRIVER, "drivers"),

@@ -18,7 +18,10 @@ from sortd.journal import Journal, Selection
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import Mover
 from sortd.moving.renaming import look, rename_new, stamp_of
+from sortd.running.crossings import MOST_HANDED_OVER
 from sortd.running.filing import Filing
+from sortd.running.relocating import Job, Order, Submit
+from sortd.running.undoing import PutBack
 from tests.filing_world import Dataset, done, failure, moved, order
 
 
@@ -650,22 +653,78 @@ class TestCrossing:
         assert list(dataset.tree()) == ["Images/a.jpg"]
 
     def test_copies_run_where_they_are_submitted(self, dataset: Dataset, journal: Journal) -> None:
-        """The loop gets the answers of its own moves at once; those of the copies come from another thread."""
-        jobs: list[Callable[[], list[object]]] = []
-        filing = Filing(
-            dataset.root,
-            journal,
-            mover=Mover(rename=crossing),
-            submit=lambda job: jobs.append(job) or [],  # type: ignore[func-returns-value]
-        )
+        """Other moves are answered at once; a copy made in another thread is answered when it comes to its end."""
+        jobs: list[Job] = []
+        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs))
         assert filing.move_all([order(dataset.put("Images/a.jpg"))]) == []
         assert filing.recover() == []
-        answers: list[object] = []
-        thread = threading.Thread(target=lambda: answers.extend(jobs[0]()))
-        thread.start()
-        thread.join()
-        assert [type(answer) for answer in answers] == [Moved]
+        assert [type(answer) for answer in filing.end(elsewhere(jobs))] == [Moved]
         assert journal.history.counts() == {"filed": 1}
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
+
+    def test_a_copy_under_way_is_not_recovered_and_its_image_not_moved_again(
+        self, dataset: Dataset, journal: Journal
+    ) -> None:
+        """What the other thread is about is left to it, whatever is asked meanwhile and however often."""
+        jobs: list[Job] = []
+        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs))
+        move = order(dataset.put("Images/a.jpg"))
+        assert filing.move_all([move]) == []
+        assert failure(filing, move) is MoveFailure.DESTINATION
+        assert (filing.recover(), len(jobs)) == ([], 1)
+        filing.end(elsewhere(jobs))
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
+
+    def test_an_interrupted_copy_is_taken_up_by_recovery(self, dataset: Dataset, journal: Journal) -> None:
+        """A job that begins after the stop touches nothing: its intent is recovered like after a crash."""
+        jobs: list[Job] = []
+        filing = Filing(
+            dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs), interrupted=lambda: True
+        )
+        assert filing.move_all([order(dataset.put("Images/a.jpg"))]) == []
+        (answer,) = filing.end(elsewhere(jobs))
+        assert isinstance(answer, MoveFailed)
+        assert answer.failure is MoveFailure.BUSY
+        assert [record.relocation.progress.value for record in journal.history.unfinished()] == ["intended"]
+        assert [one.progress.value for one in filing.recover()] == ["failed"]
+        assert dataset.tree() == {"Images/a.jpg": b"image"}
+
+    def test_few_copies_are_handed_over_at_a_time(self, dataset: Dataset, journal: Journal) -> None:
+        """The journal holds no thousands of intents; the others follow as copies end, and none is forgotten."""
+        jobs: list[Job] = []
+        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs))
+        filing.move_all([order(dataset.put("Images/first.jpg"))])
+        answers = filing.move_all([order(dataset.put(f"Images/{number}.jpg")) for number in range(100)])
+        assert (answers, len(jobs), filing.can_go_on) == ([], MOST_HANDED_OVER, False)
+        told = 0
+        while jobs:
+            told += len(filing.end(elsewhere(jobs)))
+            assert filing.move_all([]) == []
+        assert told == 101
+        assert journal.history.counts() == {"filed": 101}
+
+    def test_what_waits_for_a_copy_is_given_up_at_a_stop(self, dataset: Dataset, journal: Journal) -> None:
+        """Nothing was written about it: it is answered at once and stands where it was."""
+        jobs: list[Job] = []
+        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs))
+        filing.move_all([order(dataset.put("Images/first.jpg"))])
+        filing.move_all([order(dataset.put(f"Images/{number}.jpg")) for number in range(100)])
+        given_up = filing.give_up()
+        assert [type(answer) for answer in given_up] == [MoveFailed] * (101 - MOST_HANDED_OVER)
+        assert len(journal.history.unfinished()) == MOST_HANDED_OVER
+        assert failure(filing, order(dataset.put("Images/late.jpg"))) is MoveFailure.BUSY
+
+    def test_an_undo_across_disks_ends_where_it_is_submitted(self, dataset: Dataset, journal: Journal) -> None:
+        """The answer comes later, and says what it would have said at once; the image is held."""
+        jobs: list[Job] = []
+        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs))
+        filing.move_all([order(dataset.put("Images/a.jpg"))])
+        filing.end(elsewhere(jobs))
+        assert filing.undo(done(journal)) == []
+        (told,) = filing.end(elsewhere(jobs))
+        assert isinstance(told, PutBack)
+        assert told.restored == f"{dataset.root}/Images/a.jpg"
+        assert list(filing.held()) == [told.restored]
 
     def test_a_source_that_is_written_while_it_is_copied_is_kept(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
@@ -801,6 +860,27 @@ def test_four_movers_racing_for_equal_names_lose_nothing(tmp_path: Path) -> None
     subprocess.run(command, env={**os.environ, "PROGRAM": program, "PYTHONPATH": "."}, check=True)
     content = sorted(path.read_text() for path in target.iterdir())
     assert content == sorted(f"{number} {one}" for number in range(4) for one in range(100))
+
+
+def later(jobs: list[Job]) -> Submit:
+    """Keep jobs for later."""
+
+    def submit(job: Job) -> list[Order]:
+        jobs.append(job)
+        return []
+
+    return submit
+
+
+def elsewhere(jobs: list[Job]) -> list[Order]:
+    """Run all jobs that were kept in another thread."""
+    orders: list[Order] = []
+    kept = list(jobs)
+    jobs.clear()
+    thread = threading.Thread(target=lambda: orders.extend(job() for job in kept))
+    thread.start()
+    thread.join()
+    return orders
 
 
 def _hash(text: str) -> str:

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from sortd.errors import BusyError, ChangedError, ImageError, VanishedError
@@ -15,6 +14,7 @@ from sortd.mover import NO_STAMP, Mover, new_token, with_companions
 from sortd.moving.copying import never
 from sortd.moving.relocation import FolderNameError, Member, Relocation, Role, checked_folder, checked_name
 from sortd.moving.renaming import Folders, is_version, look
+from sortd.running.crossings import MOST_HANDED_OVER, Crossings
 from sortd.running.relocating import SYNC_THREADS, Order, Relocator, Submit, inline
 from sortd.running.undoing import PutBack, Undoing
 
@@ -45,7 +45,7 @@ class Filing:
             journal: this dataset's.
             companions: whether sidecars, Live Photo and RAW+JPEG pairs travel with their image.
             submit: what to do with a job that copies to another file system, which can be long: it may be run in
-                another thread, and is to be run once; returns the answers that are there already.
+                another thread, and is to be run once; what it returns is to come to ``end``, in this thread.
             interrupted: asked by such a job between chunks; one that was interrupted begins anew later.
             mover: puts files in their place.
             sync_threads: files that are synced at the same time; with 1, no thread is made.
@@ -62,6 +62,9 @@ class Filing:
             sync_threads=sync_threads,
         )
         self._undoing = Undoing(dataset_root, self._relocator)
+        self._crossings = Crossings()
+        self._moves: dict[str, Move] = {}  # by token; not answered yet
+        self._gives_up = False
 
     def recover(self) -> list[Relocation]:
         """Bring every relocation that did not end to its end or its beginning; doing it again is no mistake.
@@ -77,15 +80,46 @@ class Filing:
     def move_all(self, moves: Sequence[Move]) -> list[Answer]:
         """Move these versions of these files, companions with them; durable when it returns.
 
-        Images that must go to another file system are given to ``submit``; their answers come from there.
+        Images that must go to another file system are given to ``submit``, so many at a time; their answers come from
+        ``end``, and asking again, with no move if need be, gives the next ones to it.
 
         Raises:
             JournalError: the journal cannot be written; the daemon must stop, and recovers at its next start.
             ValueError: a path is not below the dataset.
         """
         answers: list[Answer] = []
+        while admitted := self._crossings.admit(moves, self._relocator.crossing):
+            answers += self._move(admitted)
+            moves = ()
+        return [*answers, *self.give_up()] if self._gives_up else answers
+
+    def end(self, orders: Sequence[Order]) -> list[Answer | PutBack]:
+        """Take note of what became of copies to another file system; return the answers that they were waited for.
+
+        Raises:
+            JournalError: the journal cannot be written; the daemon must stop, and recovers at its next start.
+        """
+        self._relocator.end(orders)
+        mine = [order for order in orders if order.relocation.token in self._moves]
+        return [*map(self._answer, mine), *self._undoing.told(orders)]
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether moves wait that ``move_all`` would take up now."""
+        return self._crossings.waiting > 0 and self._relocator.crossing < MOST_HANDED_OVER
+
+    def give_up(self) -> list[Answer]:
+        """Take up no more copies: answer what waits for one, and from now on what would have to wait.
+
+        Copies that are under way are interrupted by whoever runs them.
+        """
+        self._gives_up = True
+        stopped = BusyError("sortd stops; it is moved at the next start")
+        return [_failure(move, stopped) for move in self._crossings.give_up()]
+
+    def _move(self, moves: Sequence[Move]) -> list[Answer]:
+        answers: list[Answer] = []
         ordered: list[Order] = []
-        by_token: dict[str, Move] = {}
         try:
             folders = Folders(self._root)
         except OSError as error:
@@ -99,9 +133,14 @@ class Filing:
                 except (ImageError, OSError, FolderNameError) as error:
                     answers.append(_failure(move, error))
                 else:
-                    by_token[relocation.token] = move
+                    self._moves[relocation.token] = move
                     ordered.append(Order(relocation, _grounds(move)))
-        return answers + self._relocator.relocate(ordered, partial(self._answer, by_token))
+        ended = self._relocator.relocate(ordered)
+        by_token = {order.relocation.token: order for order in ended}
+        for token in (order.relocation.token for order in ordered):
+            if token not in by_token or by_token[token].is_done:  # one that failed teaches nothing
+                self._crossings.learn(self._moves[token], crossed=token not in by_token)
+        return answers + [self._answer(order) for order in ended]
 
     def undo(self, records: Sequence[Record]) -> list[PutBack]:
         """Put the images of these records back where they were, newest first, and hold them there.
@@ -199,8 +238,8 @@ class Filing:
             raise ValueError(f"{path}: it is not below the dataset {self._root}")
         return path.removeprefix(root)
 
-    def _answer(self, by_token: dict[str, Move], order: Order) -> Answer:
-        move, relocation = by_token[order.relocation.token], order.relocation
+    def _answer(self, order: Order) -> Answer:
+        move, relocation = self._moves.pop(order.relocation.token), order.relocation
         moved_stamp = relocation.image.moved_stamp
         if order.is_done and moved_stamp is not None:
             destination = f"{os.fspath(self._root)}/{relocation.destination}/{relocation.image.final}"

@@ -6,9 +6,8 @@ A batch costs two commits of the journal and one sync of each folder, however ma
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
 
-from sortd.errors import DestinationError, ImageError
+from sortd.errors import BusyError, DestinationError, ImageError
 from sortd.journal import Grounds, Journal
 from sortd.mover import Mover, close_files, done, open_members, remove_spent, sync_files
 from sortd.moving.copying import never
@@ -23,22 +22,9 @@ BATCH = 64
 SYNC_THREADS = 16
 """Files of a batch that are synced at the same time; the threads end with the batch."""
 
-T = TypeVar("T")
-
 _ENDED = frozenset({Progress.DONE, Progress.FAILED})
 _UNENDED = DestinationError("an earlier move of it has not ended: its disk refused; it is tried again")
-
-
-class Submit(Protocol):
-    """Takes a job that can be long, to be run once, in any thread; returns the answers that are there already."""
-
-    def __call__(self, job: Callable[[], list[T]], /) -> list[T]:
-        """Run the job now or later."""
-
-
-def inline(job: Callable[[], list[T]]) -> list[T]:
-    """Do a job at once, in this thread."""
-    return job()
+_INTERRUPTED = BusyError("sortd stops, or lets this dataset go: it is copied to its other file system later")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +43,26 @@ class Order:
         """Return the order with what went wrong."""
         return replace(self, trouble=trouble)
 
+    def untroubled(self) -> "Order":
+        """Return the order as one that begins anew."""
+        return replace(self, trouble=None)
+
     @property
     def is_done(self) -> bool:
         """Whether its image stands durably where it was to go."""
         return self.relocation.progress is Progress.DONE and self.relocation.image.moved_stamp is not None
+
+
+Job = Callable[[], Order]
+"""One copy to another file system: to be run once, in any thread; what it returns goes to ``Relocator.end``."""
+
+Submit = Callable[[Job], list[Order]]
+"""Takes a job that can be long; returns its order if it was run at once, and nothing if it is run later."""
+
+
+def inline(job: Job) -> list[Order]:
+    """Run a job at once, in this thread."""
+    return [job()]
 
 
 class Relocator:
@@ -83,7 +85,14 @@ class Relocator:
         self._interrupted = interrupted
         self._mover = mover or Mover()
         self._sync_threads = sync_threads
-        self._crossing: dict[str, Relocation] = {}  # by token; handed to ``submit`` and not yet ended
+        # By token; handed to ``submit`` and not yet ended. Only the thread that owns this object touches it, so that
+        # a relocation is never recovered here while it is carried out there.
+        self._crossing: dict[str, Relocation] = {}
+
+    @property
+    def crossing(self) -> int:
+        """How many relocations were handed to ``submit`` and have not come to ``end``."""
+        return len(self._crossing)
 
     def recover(self) -> list[Relocation]:
         """Bring every relocation that did not end to its end or its beginning; doing it again is no mistake.
@@ -105,29 +114,29 @@ class Relocator:
             self._journal.settle(waiting)
         return waiting
 
-    def relocate(self, orders: Sequence[Order], tell: Callable[[Order], T]) -> list[T]:
-        """Carry out orders; durable when they are told.
+    def relocate(self, orders: Sequence[Order]) -> list[Order]:
+        """Carry out orders, which are in progress INTENDED; those that are returned have ended, durably.
 
-        Args:
-            orders: in progress INTENDED.
-            tell: makes the answer of an order that has ended.
-
-        Returns:
-            The answers, but for those of relocations to another file system that ``submit`` does later.
+        Relocations to another file system that ``submit`` does later are missing: they come to ``end``.
 
         Raises:
             JournalError: the journal cannot be written; the daemon must stop, and recovers at its next start.
         """
         # A copy of a source whose move has not ended may stand already: moving it again would make a second one.
         unended = {_source_of(one) for one in (*self.recover(), *self._crossing.values()) if one.progress not in _ENDED}
-        answers = [tell(order.troubled(_UNENDED)) for order in orders if _source_of(order.relocation) in unended]
+        ended = [order.troubled(_UNENDED) for order in orders if _source_of(order.relocation) in unended]
         free = [order for order in orders if _source_of(order.relocation) not in unended]
         for start in range(0, len(free), BATCH):
-            ended, crossing = self._relocate_batch(free[start : start + BATCH])
-            answers += [tell(order) for order in ended]
-            if crossing:
-                answers += self._submit_crossing(crossing, tell)
-        return answers
+            of_batch, crossing = self._relocate_batch(free[start : start + BATCH])
+            ended += of_batch
+            for order in crossing:
+                ended += self._submit_crossing(order.untroubled())
+        return ended
+
+    def end(self, orders: Iterable[Order]) -> None:
+        """Take note that submitted orders were run: what of them is still open is recovered like after a crash."""
+        for order in orders:
+            self._crossing.pop(order.relocation.token, None)
 
     def _relocate_batch(self, orders: Sequence[Order]) -> tuple[list[Order], list[Order]]:
         try:
@@ -154,20 +163,20 @@ class Relocator:
             return order.troubled(error)
         return order.at(placed)
 
-    def _submit_crossing(self, orders: list[Order], tell: Callable[[Order], T]) -> list[T]:
-        self._crossing |= {order.relocation.token: order.relocation for order in orders}
-        return self._submit(lambda: self._cross_all(orders, tell))
+    def _submit_crossing(self, order: Order) -> list[Order]:
+        self._crossing[order.relocation.token] = order.relocation
+        ended = self._submit(lambda: self._cross(order))
+        self.end(ended)
+        return ended
 
-    def _cross_all(self, orders: list[Order], tell: Callable[[Order], T]) -> list[T]:
+    def _cross(self, order: Order) -> Order:
         """Copy to another file system, in whatever thread ``submit`` chose, with a connection of its own."""
-        answers: list[T] = []
+        if self._interrupted():
+            return order.troubled(_INTERRUPTED)
         with self._journal.beside() as journal:
-            for order in orders:
-                ended = self._crossed(replace(order, trouble=None), journal)
-                journal.settle([ended.relocation])
-                self._crossing.pop(order.relocation.token)
-                answers.append(tell(ended))
-        return answers
+            ended = self._crossed(order, journal)
+            journal.settle([ended.relocation])
+        return ended
 
     def _crossed(self, order: Order, journal: Journal) -> Order:
         reached = order.relocation

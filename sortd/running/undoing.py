@@ -2,9 +2,8 @@
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from sortd.journal import UNDONE, Grounds, Record
@@ -32,6 +31,7 @@ class Undoing:
         """Begin with what carries relocations out."""
         self._root = root
         self._relocator = relocator
+        self._plans_made: dict[str, _Plan] = {}  # by token; not told yet
 
     def undo(self, records: Sequence[Record]) -> list[PutBack]:
         """Put images back, newest first; see ``filing.Filing.undo``."""
@@ -39,15 +39,20 @@ class Undoing:
         waiting = list(records)
         while waiting:
             plans = self._plans(waiting)
-            by_token = {plan.relocation.token: plan for plan in plans if isinstance(plan, _Plan)}
+            made = [plan for plan in plans if isinstance(plan, _Plan)]
             refused = [plan for plan in plans if isinstance(plan, PutBack)]
-            orders = [Order(plan.relocation, _grounds(plan.record)) for plan in by_token.values()]
-            told += self._relocator.relocate(orders, partial(self._told, by_token))
+            self._plans_made |= {plan.relocation.token: plan for plan in made}
+            orders = [Order(plan.relocation, _grounds(plan.record)) for plan in made]
+            told += self.told(self._relocator.relocate(orders))
             # An image that went on from Review/ stands where its first move put it once the second is undone.
-            if not orders:
+            if not made:
                 return told + refused
             waiting = [one.record for one in refused]
         return told
+
+    def told(self, orders: Iterable[Order]) -> list[PutBack]:
+        """Say what became of orders that have ended, in which ``undo`` had put its plans; others are not spoken of."""
+        return [self._told(order) for order in orders if order.relocation.token in self._plans_made]
 
     def rehearse(self, records: Sequence[Record]) -> list[PutBack]:
         """Say what ``undo`` would do."""
@@ -78,8 +83,8 @@ class Undoing:
         relocation = plan.relocation
         return PutBack(plan.record, self._path(relocation.destination, relocation.image.wanted), plan.message)
 
-    def _told(self, by_token: dict[str, "_Plan"], order: Order) -> PutBack:
-        plan, relocation = by_token[order.relocation.token], order.relocation
+    def _told(self, order: Order) -> PutBack:
+        plan, relocation = self._plans_made.pop(order.relocation.token), order.relocation
         if order.is_done:
             return PutBack(plan.record, self._path(relocation.destination, relocation.image.final), plan.message)
         return PutBack(plan.record, None, str(order.trouble or relocation.message))

@@ -1,0 +1,128 @@
+"""The copier: long copies in a thread of their own, each dataset in its turn, interrupted within moments."""
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from sortd.errors import BusyError, JournalError
+from sortd.journal import Grounds
+from sortd.messages import Stamp
+from sortd.moving.relocation import Member, Relocation, Role
+from sortd.running.copier import Copied, Copier, CopierDied
+from sortd.running.relocating import Order
+
+Inbox = queue.SimpleQueue[Copied | CopierDied]
+
+
+@pytest.fixture
+def inbox() -> Inbox:
+    """Where the copier posts to."""
+    return queue.SimpleQueue()
+
+
+@pytest.fixture
+def copier(inbox: Inbox) -> Iterator[Copier]:
+    """A copier that is stopped in the end."""
+    made = Copier(inbox.put)
+    yield made
+    made.stop()
+
+
+def order(name: str) -> Order:
+    """Return an order for an image of that name."""
+    member = Member(Role.IMAGE, name, name, Stamp(1, 2, 3, 4))
+    return Order(Relocation(name, "Images", "Dataset/cat", (member,)), Grounds("filed"))
+
+
+def name_of(message: Copied | CopierDied) -> str:
+    """Return the name of the image that was copied."""
+    assert isinstance(message, Copied)
+    return message.orders[0].relocation.token
+
+
+def test_a_copy_is_made_in_a_thread_of_its_own_and_told(copier: Copier, inbox: Inbox) -> None:
+    """Nothing is answered at once; the thread has a name, and the dataset's stands in what it tells."""
+    threads: list[str] = []
+    asked = order("a.jpg")
+
+    def job() -> Order:
+        threads.append(threading.current_thread().name)
+        return asked
+
+    assert copier.seat("Cats").submit(job) == []
+    assert inbox.get(timeout=60) == Copied("Cats", (asked,))
+    assert threads == ["copier"]
+
+
+def test_datasets_take_turns(copier: Copier, inbox: Inbox) -> None:
+    """A dump of a hundred films into one dataset makes another wait for one of them."""
+    gate = threading.Event()
+    many, few = copier.seat("Many"), copier.seat("Few")
+
+    def first() -> Order:
+        gate.wait(60)
+        return order("many 0")
+
+    many.submit(first)
+    for number in range(1, 100):
+        many.submit(lambda number=number: order(f"many {number}"))  # type: ignore[misc]
+    few.submit(lambda: order("few"))
+    gate.set()
+    told = [name_of(inbox.get(timeout=60)) for _ in range(101)]
+    assert told.index("few") <= 2
+    assert [name for name in told if name != "few"] == [f"many {number}" for number in range(100)]
+
+
+def test_whoever_leaves_waits_for_the_copy_at_hand_and_for_no_other(copier: Copier, inbox: Inbox) -> None:
+    """Afterwards its journal may be closed: nothing of it is under way; another dataset's copies go on."""
+    begun = threading.Event()
+    going, staying = copier.seat("Going"), copier.seat("Staying")
+
+    def long() -> Order:
+        begun.set()
+        while not going.is_left:
+            pass
+        return order("interrupted")
+
+    going.submit(long)
+    staying.submit(lambda: order("staying"))
+    assert begun.wait(60)
+    going.leave()
+    assert copier.in_hand is None or copier.in_hand.seat is staying
+    assert {name_of(inbox.get(timeout=60)) for _ in range(2)} == {"interrupted", "staying"}
+    assert (going.is_left, staying.is_left) == (True, False)
+    staying.leave()
+
+
+def test_a_stop_interrupts_every_seat(copier: Copier, inbox: Inbox) -> None:
+    """What has not begun is asked too, and answers as interrupted."""
+    seat = copier.seat("Cats")
+    seat.submit(lambda: order("a.jpg").troubled(BusyError(str(seat.is_left))))
+    assert isinstance(inbox.get(timeout=60), Copied)
+    copier.interrupt()
+    seat.submit(lambda: order("b.jpg").troubled(BusyError(str(seat.is_left))))
+    told = inbox.get(timeout=60)
+    assert isinstance(told, Copied)
+    assert str(told.orders[0].trouble) == "True"
+
+
+def test_a_copier_that_dies_says_of_what(copier: Copier, inbox: Inbox) -> None:
+    """A journal that cannot be written stops the daemon: the loop raises what it hears."""
+
+    def job() -> Order:
+        raise JournalError("the journal's disk is full")
+
+    copier.seat("Cats").submit(job)
+    told = inbox.get(timeout=60)
+    assert isinstance(told, CopierDied)
+    assert isinstance(told.error, JournalError)
+
+
+def test_without_a_copy_there_is_no_thread(inbox: Inbox) -> None:
+    """Whoever has one disk runs three threads; stopping twice is no mistake."""
+    copier = Copier(inbox.put)
+    copier.stop()
+    copier.stop()
+    assert "copier" not in {thread.name for thread in threading.enumerate()}
