@@ -11,6 +11,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from sortd.deciding.finetuned_classifier import FinetunedClassifier
 from sortd.prototypes import Decision, PrototypeSet
 
 FloatArray = npt.NDArray[np.float32]
@@ -136,7 +137,10 @@ class ReferencesTouched:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedImage:
-    """One image of an answer: its embedding, a unit-length float32 row of shape (dimensions,)."""
+    """One image of an answer: its embedding, a unit-length float32 row of shape (dimensions,).
+
+    Where a fine-tuned model decides, the row is its logits, float32 (classes,), which are of any length.
+    """
 
     path: str
     stamp: Stamp
@@ -148,9 +152,9 @@ class EmbeddedImage:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """The worker's last answer to an ``Embed``, one for each: the images that it could read, maybe none.
+    """Images that the worker has embedded: some of those that it was asked for, as they come.
 
-    The others were answered before it, each by an ``ImageRefused``.
+    Those that it could not embed are answered each by an ``ImageRefused``.
     """
 
     images: tuple[EmbeddedImage, ...]
@@ -169,9 +173,10 @@ class ImageRefused:
 
 @dataclass(frozen=True, slots=True)
 class PrototypesBuilt:
-    """A rebuild ended well; the core swaps one reference."""
+    """A rebuild ended well; the core swaps one reference. Where ``finetuned`` is given, that decides instead."""
 
     prototypes: PrototypeSet
+    finetuned: FinetunedClassifier | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +271,7 @@ class Inspect:
 
 @dataclass(frozen=True, slots=True)
 class Embed:
-    """Embed these versions of these files, newest first; answer ``Embedded`` and ``ImageRefused``."""
+    """Embed these versions of these files, newest first; each is answered, in an ``Embedded`` or by an ``ImageRefused``."""
 
     images: tuple[tuple[str, Stamp], ...]
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sortd.backlog import Backlog, Entry, State
+from sortd.deciding.classifier import Classifier, decide_by
+from sortd.deciding.finetuned_classifier import FinetunedClassifier
 from sortd.messages import (
     Command,
     Embed,
@@ -43,7 +45,7 @@ from sortd.messages import (
     StopRequested,
     Tick,
 )
-from sortd.prototypes import Abstained, Decision, PrototypeSet, decide
+from sortd.prototypes import Abstained, Decision, PrototypeSet
 from sortd.sorting.guard import Guard
 from sortd.sorting.orders import order_aside, order_for
 from sortd.sorting.pause import Pause
@@ -60,8 +62,10 @@ class SorterSettings:
     """What differs between datasets in how images wait; what differs in how they are decided is in the prototypes."""
 
     settle_seconds: float = 1.0
-    batch_size: int = 32
-    batches_in_flight: int = 2
+    batch_size: int = 16
+    """Images that are asked for at once: half of what goes through the model, so that the newest never wait long."""
+    batches_in_flight: int = 3
+    """One that is encoded, one that is decoded meanwhile, and one on its way back."""
     backlog_limit: int = 100_000
     set_rejected_aside: bool = True
     guard_images: int = 200
@@ -75,6 +79,7 @@ class Sorter:
         self._settings = settings
         self._backlog = Backlog(settle_seconds=settings.settle_seconds, limit=settings.backlog_limit)
         self.prototypes: PrototypeSet | None = None
+        self.finetuned: FinetunedClassifier | None = None
         self.references_absent = False
         self._rebuild_at: float | None = 0.0
         self._touched_since: float | None = None
@@ -82,7 +87,6 @@ class Sorter:
         self._rebuild_pause = Pause()
         self._move_pause = Pause()
         self.guard = Guard(settings.guard_images, served_generation=served_generation)
-        self._batches = 0
         self._stopping = False
 
     # ------------------------------------------------------------ questions
@@ -103,6 +107,11 @@ class Sorter:
         self._touch(now)
 
     @property
+    def classifier(self) -> Classifier | None:
+        """What decides: the fine-tuned model that was promoted, else the prototypes; None before either is there."""
+        return self.finetuned or self.prototypes
+
+    @property
     def counts(self) -> dict[str, int]:
         """Count the images by state."""
         return {state.value: self._backlog.count(state) for state in State}
@@ -120,7 +129,7 @@ class Sorter:
     @property
     def is_drained(self) -> bool:
         """Tell whether nothing is left to do until something else happens: a writer closing its file, say."""
-        return not (self._batches or self.is_rebuilding or self.waiting > len(self._backlog.busy()))
+        return not (self.is_rebuilding or self.waiting > len(self._backlog.busy()))
 
     @property
     def is_stopped(self) -> bool:
@@ -169,8 +178,8 @@ class Sorter:
                 return self._embedded(event)
             case ImageRefused():
                 return self._refused(event, now)
-            case PrototypesBuilt(prototypes):
-                self._built(prototypes)
+            case PrototypesBuilt():
+                self._built(event)
             case RebuildFailed():
                 self._rebuild_failed(event, now)
             case Moved():
@@ -213,12 +222,13 @@ class Sorter:
         self._rebuild_at = min(now + self._settings.settle_seconds, latest)
         self._rebuild_pause.clear()
 
-    def _built(self, prototypes: PrototypeSet) -> None:
+    def _built(self, event: PrototypesBuilt) -> None:
         self._rebuilding, self.references_absent = False, False
         self._rebuild_pause.clear()
-        self.prototypes = prototypes
-        self.guard.serve(prototypes)
-        self._backlog.reconsider(prototypes.generation)
+        self.prototypes, self.finetuned = event.prototypes, event.finetuned
+        classifier = event.finetuned or event.prototypes
+        self.guard.serve(classifier)
+        self._backlog.reconsider(classifier.generation)
         self._resume()
 
     def _rebuild_failed(self, event: RebuildFailed, now: float) -> None:
@@ -236,30 +246,31 @@ class Sorter:
 
     def _embed(self) -> list[Command]:
         commands: list[Command] = []
-        while self._batches < self._settings.batches_in_flight:
-            batch = self._backlog.take_batch(self._settings.batch_size)
+        size = self._settings.batch_size
+        most = size * (self._settings.batches_in_flight - 1)
+        while self._backlog.count(State.ENCODING) <= most:
+            batch = self._backlog.take_batch(size)
             if not batch:
                 break
-            self._batches += 1
             commands.append(Embed(tuple((entry.path, entry.stamp) for entry in batch)))
         return commands
 
     def _embedded(self, event: Embedded) -> list[Command]:
-        self._batches -= 1
         answered = [(image, self._backlog.answered(image.path, image.stamp)) for image in event.images]
         known = [(image, entry) for image, entry in answered if entry is not None]
         if not known:
             return []
-        prototypes = self.prototypes
-        if prototypes is None or not self.may_move or prototypes.encoder_id != event.encoder_id:
+        classifier = self.classifier
+        if classifier is None or not self.may_move or classifier.encoder_id != event.encoder_id:
             for _, entry in known:
                 self._backlog.embedded(entry)
+            self._resume()  # rows of an encoder that another has taken over from since: embedded again by that one
             return []
-        decisions = decide(prototypes, np.stack([image.embedding for image, _ in known]))
+        decisions = decide_by(classifier, np.stack([image.embedding for image, _ in known]))
         if self.guard.wants(self.waiting):
             return self._try_out([entry for _, entry in known], decisions)
         moves = [
-            self._decided(image, entry, decision, prototypes)
+            self._decided(image, entry, decision, classifier)
             for (image, entry), decision in zip(known, decisions, strict=True)
         ]
         return [move for move in moves if move is not None]
@@ -274,13 +285,13 @@ class Sorter:
         self._resume()
         return [Hold(self.guard.reason)] if self.guard.reason is not None else []
 
-    def _decided(self, image: EmbeddedImage, entry: Entry, decision: Decision, prototypes: PrototypeSet) -> Move | None:
+    def _decided(self, image: EmbeddedImage, entry: Entry, decision: Decision, classifier: Classifier) -> Move | None:
         if isinstance(decision, Abstained) and entry.in_review:
-            self._backlog.abstain_again(entry, generation=prototypes.generation)
+            self._backlog.abstain_again(entry, generation=classifier.generation)
             return None
-        entry.generation = prototypes.generation
+        entry.generation = classifier.generation
         self._backlog.moving(entry)
-        return order_for(image, decision, prototypes, settle_seconds=entry.settle_seconds)
+        return order_for(image, decision, classifier, settle_seconds=entry.settle_seconds)
 
     def _refused(self, event: ImageRefused, now: float) -> list[Command]:
         entry = self._backlog.answered(event.path, event.stamp)

@@ -93,6 +93,11 @@ class Calibration:
     notes: tuple[str, ...] = ()
     """Sentences on what was asked and cannot be honoured."""
 
+    def precision_at(self, confidence: float) -> float | None:
+        """Return the estimated share of right ones among what is as sure as this; None without a curve."""
+        reached = [precision for least, _, precision in self.curve if least <= confidence]
+        return reached[0] if reached else (self.curve[-1][2] if self.curve else None)
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able mapping with every field."""
         return asdict(self)

@@ -1,7 +1,7 @@
 """Decisions: embeddings and a prototype set become a label for each image, or the reason for none."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,12 @@ from sortd.deciding.kernel import kernel_scores
 from sortd.deciding.plain import Plain, first_best, plain_scores
 from sortd.deciding.prototype_set import PrototypeSet, Rule, Whitening
 from sortd.deciding.strangers import nearest_cosines
-from sortd.deciding.support import Mode
+from sortd.deciding.support import ClassifierKind, Mode
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+DecidedBy = Mode | Literal[ClassifierKind.FINETUNED]
+"""The rule over prototypes that decided, or that a fine-tuned model did."""
 
 FEWEST_FOR_ONE_CLASS = 4
 """Held-out references without which a library of one class cannot tell what does not belong to it."""
@@ -28,15 +30,15 @@ class Assigned:
 
     label: str
     score: float
-    """The cosine of the rule; for best and mixed the probability of the class."""
+    """The cosine of the rule; for best, mixed and a fine-tuned model the probability of the class."""
     margin: float
     """The score less the second one's."""
     second_label: str | None
-    mode: Mode
+    mode: DecidedBy
     confidence: float = 1.0
     """Probability of the class among the known ones."""
     precision: float | None = None
-    """Share of right ones among references left out with this confidence or more; None without calibration."""
+    """Share of right ones among held-out images with this confidence or more; None without calibration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Abstained:
     score: float
     margin: float
     second_label: str | None
-    mode: Mode
+    mode: DecidedBy
     confidence: float = 0.0
     precision: float | None = None
 
@@ -247,7 +249,7 @@ def _decision(prototypes: PrototypeSet, row: Array, judged: Judged, at: int, rea
         "second_label": None if second is None else prototypes.labels[second],
         "mode": mode,
         "confidence": confidence,
-        "precision": _precision(prototypes, confidence),
+        "precision": prototypes.calibration.precision_at(confidence),
     }
     return Assigned(label, **facts) if reason is None else Abstained(reason, label, **facts)
 
@@ -257,9 +259,3 @@ def _second(row: Array, best: int) -> int | None:
     others[best] = -np.inf
     second = int(others.argmax())
     return second if np.isfinite(others[second]) else None
-
-
-def _precision(prototypes: PrototypeSet, confidence: float) -> float | None:
-    curve = prototypes.calibration.curve
-    reached = [precision for least, _, precision in curve if least <= confidence]
-    return reached[0] if reached else (curve[-1][2] if curve else None)

@@ -22,6 +22,13 @@ class Mode(StrEnum):
     MIXED = "mixed"  # best, with the class's name as the prior mean
 
 
+class ClassifierKind(StrEnum):
+    """What decides a dataset's images."""
+
+    PROTOTYPES = "prototypes"  # by one of the modes above
+    FINETUNED = "finetuned"  # by the logits of a model that was trained on the dataset's own folders
+
+
 @dataclass(frozen=True)
 class Abstain:
     """How sure a decision must be before an image is filed."""

@@ -8,7 +8,8 @@ A card full of pictures of one thing is no alarm: those are decided surely.
 from collections import Counter
 from collections.abc import Sequence
 
-from sortd.prototypes import Assigned, Decision, PrototypeSet
+from sortd.deciding.classifier import Classifier
+from sortd.prototypes import Assigned, Decision
 
 MORE_ABSTENTIONS = 0.5
 """So much more of all images than foretold is too much; holiday pictures hold strangers, so a little is no sign."""
@@ -30,15 +31,15 @@ class Guard:
         self._images = images
         self._generation = served_generation
         self._is_armed = False
-        self._prototypes: PrototypeSet | None = None
+        self._classifier: Classifier | None = None
         self._trial: list[Decision] = []
 
-    def serve(self, prototypes: PrototypeSet) -> None:
-        """Take over the prototypes that decide from now on; a new generation is looked at, the first one is not."""
-        if prototypes.generation != self._generation:
+    def serve(self, classifier: Classifier) -> None:
+        """Take over what decides from now on; a new generation is looked at, the first one is not."""
+        if classifier.generation != self._generation:
             self._is_armed = self._generation > 0 and self._images > 0
             self.reason, self._trial = None, []
-        self._generation, self._prototypes = prototypes.generation, prototypes
+        self._generation, self._classifier = classifier.generation, classifier
 
     def wants(self, waiting: int) -> bool:
         """Tell whether decisions are to be tried before they count, with so many images waiting."""
@@ -48,13 +49,13 @@ class Guard:
         """Take decisions in; tell whether the trial is over, with ``reason`` as its verdict.
 
         Args:
-            decisions: what the new prototypes make of some images.
+            decisions: what the new generation makes of some images.
             left: images that are still to be decided; with none left the trial ends early.
         """
         self._trial.extend(decisions)
-        if self._prototypes is None or (len(self._trial) < self._images and left > 0):
+        if self._classifier is None or (len(self._trial) < self._images and left > 0):
             return False
-        self.reason = verdict(self._trial, self._prototypes)
+        self.reason = verdict(self._trial, self._classifier)
         self._is_armed, self._trial = False, []
         return True
 
@@ -63,17 +64,17 @@ class Guard:
         self.reason, self._is_armed, self._trial = None, False, []
 
 
-def verdict(decisions: Sequence[Decision], prototypes: PrototypeSet) -> str | None:
+def verdict(decisions: Sequence[Decision], classifier: Classifier) -> str | None:
     """Return what is far from what the calibration foretells, as a sentence, or None."""
     assigned = [decision for decision in decisions if isinstance(decision, Assigned)]
     abstained = 1 - len(assigned) / max(len(decisions), 1)
-    filed = prototypes.calibration.filed_expected
+    filed = classifier.calibration.filed_expected
     foretold = 0.0 if filed is None else 1 - filed
     if abstained - foretold > MORE_ABSTENTIONS:
         count = len(decisions)
         return f"{abstained:.0%} of {count} images would go to review, where the references foretell {foretold:.0%}"
-    accuracy = prototypes.calibration.accuracy
-    if not assigned or accuracy is None or len(prototypes.labels) < 3:  # noqa: PLR2004 -- of two classes one is the larger
+    accuracy = classifier.calibration.accuracy
+    if not assigned or accuracy is None or len(classifier.labels) < 3:  # noqa: PLR2004 -- of two classes one is the larger
         return None
     label, count = Counter(decision.label for decision in assigned).most_common(1)[0]
     confidence = sum(decision.confidence for decision in assigned) / len(assigned)

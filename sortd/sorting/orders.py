@@ -1,13 +1,14 @@
 """Orders: a decision, or a refusal, becomes the move that carries it out and all that its log line will want."""
 
+from sortd.deciding.classifier import Classifier
 from sortd.messages import EmbeddedImage, ImageRefused, Move, Outcome
-from sortd.prototypes import Abstained, Assigned, Decision, PrototypeSet
+from sortd.prototypes import Abstained, Assigned, Decision
 
 NO_GUESS = "_none"
 """The folder in Review/ for images that not even a guess is made about."""
 
 
-def order_for(image: EmbeddedImage, decision: Decision, prototypes: PrototypeSet, *, settle_seconds: float) -> Move:
+def order_for(image: EmbeddedImage, decision: Decision, classifier: Classifier, *, settle_seconds: float) -> Move:
     """Return the move to Dataset/<class> or Review/<best guess> that a decision means."""
     match decision:
         case Assigned(label=label):
@@ -22,8 +23,8 @@ def order_for(image: EmbeddedImage, decision: Decision, prototypes: PrototypeSet
         decision=decision,
         reason=reason,
         content=image.content,
-        encoder_id=prototypes.encoder_id,
-        generation=prototypes.generation,
+        encoder_id=classifier.encoder_id,
+        generation=classifier.generation,
         milliseconds={
             "settle": round(1e3 * settle_seconds, 1),
             "decode": round(1e3 * image.decode_seconds, 1),
