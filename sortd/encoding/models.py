@@ -82,6 +82,13 @@ def locate_text(
     return complete(model, folder)
 
 
+def snapshot_of(
+    name: str, *, cache_dir: Path | None = None, environment: Mapping[str, str] = os.environ
+) -> Path | None:
+    """Return the folder of any model of the hub, whatever it is, in a local cache; None where it is in none."""
+    return _snapshot(name, _hub_caches(cache_dir, environment))
+
+
 def available(
     *,
     cache_dir: Path | None = None,
