@@ -103,7 +103,7 @@ class DatasetConfig(_Frozen):
 
     mode: ModeName = "mixed"
     abstain: Annotated[Abstain | None, BeforeValidator(_not_off)] = Abstain()
-    classifier: Literal["prototypes", "finetuned"] = "prototypes"
+    classifier: Literal["auto", "prototypes", "finetuned"] = "auto"
     prompts: Annotated[tuple[Template, ...], AfterValidator(_some)] = DEFAULT_TEMPLATES
     learn_from_corrections: bool = False
     settle_seconds: Seconds = 1.0

@@ -51,6 +51,7 @@ class Teaching:
     settings: DecisionSettings
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     learns_from_corrections: bool = False
+    classifier: str = "auto"  # auto, prototypes or finetuned: who is to decide, see ``running/classifiers.py``
     corrections: tuple[tuple[str, str, Stamp], ...] = ()  # label, path, stamp: images placed by hand in Dataset/
 
 
@@ -94,21 +95,32 @@ def class_folders(clases: Path, *, report: Callable[[OSError], None]) -> tuple[l
     Raises:
         ReferencesAbsentError: ``Clases/`` is missing or cannot be listed.
     """
+    entries, misnamed = _class_entries(clases)
+    folders = []
+    for entry in entries:
+        files = tuple((p, s) for p, s in scan(entry.path, report=report) if not p.endswith("/" + DESCRIPTIONS_FILE))
+        folders.append(ClassFolder(entry.name, tuple(sorted(files)), read_descriptions(entry.path)))
+    return folders, misnamed
+
+
+def class_labels(clases: Path) -> tuple[str, ...]:
+    """List the classes that images can be filed into, sorted, by the names of their folders alone.
+
+    Raises:
+        ReferencesAbsentError: ``Clases/`` is missing or cannot be listed.
+    """
+    return tuple(entry.name for entry in _class_entries(clases)[0] if entry.name != STRANGERS_FOLDER)
+
+
+def _class_entries(clases: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
+    """List the folders of classes, sorted, and the names of folders that cannot be classes."""
     try:
         with os.scandir(clases) as entries:
             found = sorted((e for e in entries if e.is_dir(follow_symlinks=False)), key=lambda entry: entry.name)
     except OSError as error:
         raise ReferencesAbsentError(f"{clases} cannot be listed: {error.strerror}") from error
-    folders, misnamed = [], []
-    for entry in found:
-        if entry.name.startswith("."):
-            continue
-        if not is_class_name(entry.name):
-            misnamed.append(entry.name)
-            continue
-        files = tuple((p, s) for p, s in scan(entry.path, report=report) if not p.endswith("/" + DESCRIPTIONS_FILE))
-        folders.append(ClassFolder(entry.name, tuple(sorted(files)), read_descriptions(entry.path)))
-    return folders, misnamed
+    seen = [entry for entry in found if not entry.name.startswith(".")]
+    return [e for e in seen if is_class_name(e.name)], [e.name for e in seen if not is_class_name(e.name)]
 
 
 class References:
@@ -121,7 +133,13 @@ class References:
         self._kept_rows: dict[str, FloatArray] = {}
 
     def rebuild(
-        self, embedder: Embedder, teaching: Teaching, *, previous: PrototypeSet | None, generation: int
+        self,
+        embedder: Embedder,
+        teaching: Teaching,
+        *,
+        previous: PrototypeSet | None,
+        generation: int,
+        decided_by: str = "",
     ) -> Rebuilt:
         """Read the folder and build the prototypes, or return the previous ones where nothing changed.
 
@@ -130,6 +148,7 @@ class References:
             teaching: the settings, templates and corrections.
             previous: the prototypes that serve now, or the cached ones at the start.
             generation: the generation number of a new set.
+            decided_by: the fine-tuned model that decides beside the new set; with another one a new generation begins.
 
         Raises:
             ReferencesAbsentError: there is no class folder to learn from.
@@ -139,7 +158,7 @@ class References:
         answers = self._embed(embedder, folders, teaching.corrections)
         rows, contents, refused = self._sorted_out(folders, teaching.corrections, answers)
         emptied = self._keep_emptied(contents, rows, {folder.label for folder in folders})
-        fingerprint = self._fingerprint(contents, folders, teaching, embedder.encoder.encoder_id)
+        fingerprint = self._fingerprint(contents, folders, teaching, embedder.encoder.encoder_id, decided_by)
         counts = {label: len(row) for label, row in contents.items()}
         self._contents = contents
         self._kept_rows = {content: row for label in rows for content, row in rows[label].items()}
@@ -213,9 +232,13 @@ class References:
 
     @staticmethod
     def _fingerprint(
-        contents: Mapping[str, Mapping[str, str]], folders: Sequence[ClassFolder], teaching: Teaching, encoder_id: str
+        contents: Mapping[str, Mapping[str, str]],
+        folders: Sequence[ClassFolder],
+        teaching: Teaching,
+        encoder_id: str,
+        decided_by: str = "",
     ) -> str:
-        """Identify contents, descriptions, templates, settings and encoder: equal means an equal support set."""
+        """Identify contents, descriptions, templates, settings, encoder and whoever decides: equal means the same."""
         abstain = teaching.settings.abstain
         facts = {
             "version": SHAPE_VERSION,
@@ -226,6 +249,8 @@ class References:
             "classes": {label: sorted(held) for label, held in contents.items()},
             "descriptions": {folder.label: folder.descriptions for folder in folders},
         }
+        if decided_by:
+            facts["decided_by"] = decided_by
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @staticmethod

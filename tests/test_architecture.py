@@ -90,6 +90,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "finetuned": (EDGE, "finetuned"),
     "finetuning.network": (EDGE, "finetuned"),
     "status": (EDGE, "status"),
+    "promotion": (EDGE, "promotion"),
     # floor 2: drivers; they join edges to the core
     "running.embedding": (DRIVER, "drivers"),
     "references": (DRIVER, "drivers"),
@@ -99,6 +100,8 @@ FLOORS: dict[str, tuple[int, str]] = {
     "running.undoing": (DRIVER, "drivers"),
     "running.crossings": (DRIVER, "drivers"),
     "running.copier": (DRIVER, "drivers"),
+    "running.outbox": (DRIVER, "drivers"),
+    "running.classifiers": (DRIVER, "drivers"),
     "running.account": (DRIVER, "drivers"),
     "running.collection": (DRIVER, "drivers"),
     "running.sweep": (DRIVER, "drivers"),

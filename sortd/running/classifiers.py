@@ -1,0 +1,174 @@
+"""The fine-tuned models that datasets were given: which one is to decide, whether it may, and loaded once for all.
+
+What is promoted is read anew at every rebuild, so a start, a reload, a promotion and a change in ``Clases/`` all come
+to the same place. A model that may not decide is refused with a sentence, and the prototypes serve on.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sortd.deciding.finetuned_classifier import (
+    FinetunedClassifier,
+    HeldOutOutcomes,
+    build_classifier,
+    difference_of_labels,
+)
+from sortd.deciding.support import Abstain
+from sortd.encoder import Encoder, Pixels, Rows
+from sortd.errors import ModelError
+from sortd.finetuned import FinetunedFacts, FinetunedModel, read_facts
+from sortd.layout import Layout
+from sortd.messages import Preprocessing
+from sortd.promotion import read_promotion
+from sortd.running.embedding import Embedder
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Appointed:
+    """What is to decide a dataset: a fine-tuned model that fits, or the prototypes, and why the model may not."""
+
+    facts: FinetunedFacts | None = None
+    refusal: str | None = None
+    """Why the model that is wanted does not serve, in a sentence; None where it does, or where none is wanted."""
+
+    @property
+    def model_id(self) -> str:
+        """The identity of the model that decides; empty where the prototypes do."""
+        return "" if self.facts is None else self.facts.model_id
+
+    def classifier(self, abstain: Abstain | None, *, generation: int) -> FinetunedClassifier | None:
+        """Return what decides in the place of the prototypes, if anything does."""
+        return None if self.facts is None else classifier_of(self.facts, abstain, generation=generation)
+
+
+def classifier_of(facts: FinetunedFacts, abstain: Abstain | None, *, generation: int) -> FinetunedClassifier:
+    """Return the classifier that a model's facts make under these settings."""
+    return build_classifier(
+        facts.labels,
+        temperature=facts.temperature,
+        encoder_id=facts.model_id,
+        outcomes=HeldOutOutcomes(np.clip(facts.confidence, 0.0, 1.0), facts.is_right, facts.classes),
+        abstain=abstain,
+        generation=generation,
+    )
+
+
+def appointed(layout: Layout, state: Path, wanted: str, labels: Sequence[str]) -> Appointed:
+    """Return what is to decide a dataset, by what is written down; no model is loaded and torch is not imported.
+
+    Args:
+        layout: the dataset.
+        state: the state directory.
+        wanted: the configured ``classifier``: ``auto``, ``prototypes`` or ``finetuned``.
+        labels: the class folders in ``Clases/``.
+    """
+    if wanted == "prototypes":
+        return Appointed()
+    try:
+        promotion = read_promotion(layout.state_folder(state))
+        if promotion is None:
+            return Appointed(refusal=_nothing_promoted(layout) if wanted == "finetuned" else None)
+        facts = read_facts(promotion.folder)
+    except ModelError as error:
+        return Appointed(refusal=str(error))
+    if facts.model_id != promotion.model_id:
+        return Appointed(
+            refusal=f"{facts.folder} holds another model than the one that was promoted: promote it again "
+            f"(`sortd models promote {facts.folder} --dataset {layout.name}`)"
+        )
+    refusal = unfit(facts, labels, dataset=layout.name)
+    return Appointed(None if refusal else facts, refusal)
+
+
+def unfit(facts: FinetunedFacts, labels: Sequence[str], *, dataset: str) -> str | None:
+    """Say why a model does not fit the classes of a dataset, and how to mend it; None where it does."""
+    difference = difference_of_labels(facts.labels, labels)
+    if difference is None:
+        return None
+    return (
+        f"the fine-tuned model in {facts.folder} does not fit {dataset}: {difference}; "
+        f"`sortd finetune {dataset}` trains another"
+    )
+
+
+def _nothing_promoted(layout: Layout) -> str:
+    return (
+        "`classifier: finetuned` is set, but no model is promoted: "
+        f"`sortd finetune {layout.name}`, then `sortd models promote --dataset {layout.name}`"
+    )
+
+
+class Logits:
+    """A fine-tuned model in the place of an encoder: its rows are logits, and it knows no words."""
+
+    has_text = False
+
+    def __init__(self, model: FinetunedModel) -> None:
+        """Take over a loaded model."""
+        self._model = model
+        self.encoder_id = model.facts.model_id
+        self.dimensions = len(model.facts.labels)
+        self.preprocessing: Preprocessing = model.preprocessing
+
+    def encode_images(self, pixels: Pixels) -> Rows:
+        """Return float32 (B, classes) logits of RGB pixels uint8 (B, H, W, 3)."""
+        return self._model.logits(pixels)
+
+    def encode_texts(self, texts: Sequence[str]) -> Rows:
+        """Embed no text.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(f"{self.encoder_id} is a fine-tuned model and embeds no text, {len(texts)} were asked for")
+
+
+LoadModel = Callable[[Path], FinetunedModel]
+EmbedWith = Callable[[Encoder, FinetunedFacts], Embedder]
+
+
+class Classifiers:
+    """The fine-tuned models in memory; used by one thread, the worker.
+
+    A model is loaded for the first dataset that wants it, shared by others, and let go when none wants it any more.
+    """
+
+    def __init__(self, state: Path, *, load: LoadModel, embed_with: EmbedWith) -> None:
+        """Begin with none.
+
+        Args:
+            state: the state directory, where promotions are written down.
+            load: loads a model from its folder; raises ``ModelError``.
+            embed_with: makes what embeds files by an encoder, with the decoding that the model was trained with.
+        """
+        self._state, self._load, self._embed_with = state, load, embed_with
+        self._loaded: dict[str, Embedder] = {}
+        self._users: dict[str, str] = {}
+
+    def choose(self, layout: Layout, wanted: str, labels: Sequence[str]) -> Appointed:
+        """Return what is to decide a dataset from now on, loaded if need be; arguments as for ``appointed``."""
+        found = appointed(layout, self._state, wanted, labels)
+        facts = found.facts
+        if facts is not None and facts.model_id not in self._loaded:
+            try:
+                self._loaded[facts.model_id] = self._embed_with(Logits(self._load(facts.folder)), facts)
+            except ModelError as error:
+                found = Appointed(refusal=str(error))
+        self._users[layout.name] = found.model_id
+        return found
+
+    def embedder(self, model_id: str) -> Embedder | None:
+        """Return what embeds by a model that was chosen; None for no model."""
+        return self._loaded.get(model_id)
+
+    def forget(self, dataset: str) -> None:
+        """A dataset is gone: it wants no model any more."""
+        self._users.pop(dataset, None)
+
+    def tidy(self) -> None:
+        """Let go of the models that no dataset was given."""
+        for model_id in self._loaded.keys() - set(self._users.values()):
+            del self._loaded[model_id]
