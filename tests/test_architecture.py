@@ -93,6 +93,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "promotion": (EDGE, "promotion"),
     # floor 2: drivers; they join edges to the core
     "running.embedding": (DRIVER, "drivers"),
+    "running.pipeline": (DRIVER, "drivers"),
     "references": (DRIVER, "drivers"),
     "running.worker": (DRIVER, "drivers"),
     "running.filing": (DRIVER, "drivers"),
@@ -130,6 +131,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "commands.journals": (DRIVER, "drivers"),
     "running.holding": (DRIVER, "drivers"),
     "commands.model_list": (DRIVER, "drivers"),
+    "commands.promotion": (DRIVER, "drivers"),
     "commands.explain": (DRIVER, "drivers"),
     "commands.examination": (DRIVER, "drivers"),
     "report": (DRIVER, "drivers"),

@@ -1,4 +1,4 @@
-"""The list of models: which are on this machine, which one the configuration means, and why."""
+"""The list of models: which are on this machine, which one the configuration means and why, and who decides."""
 
 import os
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sortd.commands.promotion import finetuned_list
 from sortd.config import Config
 from sortd.encoding import models
 from sortd.encoding.model_folders import STRONGER, ModelFolder
@@ -50,6 +51,7 @@ def model_list(
         "why": problem or _why(config.model, chosen),
         "advice": _advice(config.model, chosen),
         "running": running,
+        "datasets": finetuned_list(config),
     }
 
 

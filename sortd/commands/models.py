@@ -1,33 +1,43 @@
-"""The commands about models: which are here, which one is used and why, and ``fetch``, which alone downloads."""
+"""The commands about models: which are here, ``fetch``, which alone downloads, ``promote`` and ``demote``."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from sortd.commands.console import (
     ConfigOption,
+    DatasetOption,
     JsonOption,
     load_config,
     megabytes,
     print_json,
     print_line,
     print_table,
+    printable,
     say,
 )
 
-models = typer.Typer(name="models", help="Show which models are here, and fetch others.", invoke_without_command=True)
+SAID = {"prototypes": "prototypes", "finetuned": "fine-tuned model"}
+
+models = typer.Typer(
+    name="models",
+    help="Show which models are here and which decide; fetch, promote and demote.",
+    invoke_without_command=True,
+)
 
 
 @models.callback()
 def _models(context: typer.Context, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Show which models are here and which one is used; `fetch` gets another."""
+    """Show which models are here and which are used; `fetch` gets another, `promote` lets a fine-tuned one decide."""
     if context.invoked_subcommand is None:
         list_models(config, as_json)
 
 
 @models.command("list")
 def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Show which models are here, and which one `model: auto` takes and why."""
+    """Show which models are here, which one `model: auto` takes and why, and which classifier decides each dataset."""
     from sortd.commands.model_list import model_list
 
     facts = model_list(load_config(config))
@@ -52,6 +62,36 @@ def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> Non
         print_line(line)
     if facts["running"]:
         print_line(f"The sortd that runs now uses {facts['running']['model']}: {facts['running']['encoder_id']}")
+    _print_finetuned(facts["datasets"])
+
+
+def _print_finetuned(datasets: Mapping[str, Any]) -> None:
+    """Print each dataset's classifier, and the fine-tuned models that it could have."""
+    from sortd.commands.promotion import share
+
+    if not datasets:
+        return
+    print_line("")
+    for name, facts in datasets.items():
+        print_line(f"{printable(name)} is decided by the {SAID[facts['deciding']]}", style="bold")
+        if facts["refusal"]:
+            print_line(f"  {printable(facts['refusal'])}", style="bold red")
+    rows = [
+        (
+            "->" if one["serves"] else "",
+            name,
+            one.get("verdict") or "damaged",
+            share(one.get("accuracy")),
+            share(one.get("prototypes_accuracy")),
+            one.get("base"),
+            one["folder"],
+        )
+        for name, facts in datasets.items()
+        for one in facts["results"]
+    ]
+    if rows:
+        columns = ("right", "prototypes")
+        print_table(("", "dataset", "verdict", *columns, "base", "folder"), rows, right=columns)
 
 
 @models.command("fetch")
@@ -75,3 +115,44 @@ def fetch_model(
         print_line("`model: auto` takes it from the next start on")
     elif loaded.model != name:
         print_line(f"to use it: `model: {name}` in the configuration, and start sortd again")
+
+
+@models.command("promote")
+def promote_model(
+    folder: Annotated[
+        Path | None, typer.Argument(help="What `sortd finetune` wrote; without it the newest of the dataset.")
+    ] = None,
+    config: ConfigOption = None,
+    dataset: DatasetOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Also where it is weaker than the prototypes.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a fine-tuned model decide a dataset's images; the sortd that runs takes it up at once."""
+    from sortd.commands.promotion import promote, share
+
+    facts = promote(load_config(config), dataset, folder, force=force)
+    if as_json:
+        print_json(facts)
+        return
+    name = printable(facts["dataset"])
+    print_line(f"{name} is decided by {printable(facts['folder'])}", style="bold green")
+    right, other = share(facts["accuracy"]), share(facts["prototypes_accuracy"])
+    print_line(f"  {facts['verdict']}: {right} right, {other} by the prototypes' mode {facts['best_mode']}")
+    if not facts["serves"]:
+        print_line(
+            "  but `classifier: prototypes` in the configuration keeps it from deciding: set auto", style="yellow"
+        )
+    say(f"sortd: {facts['told']}")
+
+
+@models.command("demote")
+def demote_model(config: ConfigOption = None, dataset: DatasetOption = None, as_json: JsonOption = False) -> None:
+    """Let the prototypes decide a dataset's images again; the fine-tuned model's folder stays where it is."""
+    from sortd.commands.promotion import demote
+
+    facts = demote(load_config(config), dataset)
+    if as_json:
+        print_json(facts)
+        return
+    print_line(f"{printable(facts['dataset'])} is decided by the prototypes", style="bold")
+    say(f"sortd: {facts['told'] or 'no model was promoted; nothing changed'}")

@@ -1,0 +1,195 @@
+"""Promotions: which fine-tuned models a dataset has, which one decides, and how one is put to work or taken back."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sortd.config import Config
+from sortd.errors import DataError, LayoutError, ModelError
+from sortd.finetuned import FinetunedFacts, read_facts
+from sortd.layout import Area, Layout, find_datasets
+from sortd.promotion import Promotion, read_promotion, remove_promotion, results, write_promotion
+from sortd.references import ReferencesAbsentError, class_labels
+from sortd.running.classifiers import appointed, unfit
+from sortd.running.requests import AnsweredError, ask
+
+
+def promote(
+    config: Config,
+    dataset: str | None,
+    folder: Path | None,
+    *,
+    force: bool,
+    clock: Callable[[], float] = time.time,
+) -> dict[str, Any]:
+    """Make a fine-tuned model a dataset's classifier, tell the sortd that runs, and return what was done.
+
+    Args:
+        config: where everything is.
+        dataset: which dataset; None: the only one.
+        folder: what ``sortd finetune`` wrote; None: the newest result of the dataset.
+        force: promote a model that is weaker than the prototypes, too.
+        clock: seconds since the epoch.
+
+    Raises:
+        DataError: there is no such dataset or no result, its classes are others, or it is weaker and not forced.
+        ModelError: the folder is not whole.
+        DestinationError: the state folder cannot be written.
+    """
+    layout = dataset_named(config, dataset)
+    state_folder = layout.state_folder(config.state_dir)
+    facts = read_facts(_result(state_folder, layout) if folder is None else folder.absolute())
+    try:
+        refusal = unfit(facts, class_labels(layout.area(Area.CLASES)), dataset=layout.name)
+    except ReferencesAbsentError as error:
+        raise DataError(f"{error}: whether the model fits cannot be told; is the disk mounted?") from error
+    if refusal is not None:
+        raise DataError(refusal)
+    if facts.verdict == "weaker" and not force:
+        raise DataError(
+            f"{facts.folder} is weaker than the prototypes on images that neither had seen ({compared(facts)}): "
+            "fine-tune with more images, or promote it all the same with --force"
+        )
+    write_promotion(state_folder, Promotion(facts.folder, facts.model_id, facts.verdict, clock()))
+    wanted = config.dataset(layout.name).classifier
+    return {
+        "dataset": layout.name,
+        **result_facts(facts),
+        "classifier": wanted,
+        "serves": wanted != "prototypes",
+        "told": _tell(config, layout),
+    }
+
+
+def demote(config: Config, dataset: str | None) -> dict[str, Any]:
+    """Let the prototypes of a dataset decide again, tell the sortd that runs, and return what was done.
+
+    Raises:
+        DataError: there is no such dataset.
+        DestinationError: the state folder cannot be written.
+    """
+    layout = dataset_named(config, dataset)
+    was_promoted = remove_promotion(layout.state_folder(config.state_dir))
+    return {
+        "dataset": layout.name,
+        "demoted": was_promoted,
+        "told": _tell(config, layout) if was_promoted else None,
+    }
+
+
+def finetuned_list(config: Config) -> dict[str, Any]:
+    """Return, for each dataset, its fine-tuned models, newest first, and which one decides, as plain values.
+
+    Raises:
+        StartupError: whoever asks may not read the state directory.
+    """
+    try:
+        layouts = find_datasets(config.root)
+    except LayoutError:
+        return {}  # not mounted: there is nothing to decide
+    return {layout.name: _finetuned(config, layout) for layout in layouts}
+
+
+def _finetuned(config: Config, layout: Layout) -> dict[str, Any]:
+    state_folder = layout.state_folder(config.state_dir)
+    serving = serving_facts(config, layout)
+    folders = results(state_folder)
+    if serving["folder"] is not None and Path(serving["folder"]) not in folders:
+        folders.append(Path(serving["folder"]))
+    rows = []
+    for folder in folders:
+        try:
+            row = result_facts(read_facts(folder))
+        except ModelError as error:
+            row = {"folder": str(folder), "problem": str(error)}
+        is_promoted = row["folder"] == serving["folder"]
+        rows.append({**row, "promoted": is_promoted, "serves": is_promoted and serving["deciding"] == "finetuned"})
+    return {**serving, "results": rows}
+
+
+def serving_facts(config: Config, layout: Layout) -> dict[str, Any]:
+    """Return which classifier is to decide a dataset and why, as plain values; no model is loaded.
+
+    ``deciding`` is ``prototypes`` or ``finetuned``, ``refusal`` says why a model that is wanted does not serve.
+    """
+    wanted = config.dataset(layout.name).classifier
+    facts: dict[str, Any] = {"classifier": wanted, "deciding": "prototypes", "folder": None, "model_id": None}
+    try:
+        promotion = read_promotion(layout.state_folder(config.state_dir))
+        labels = class_labels(layout.area(Area.CLASES))
+    except (ModelError, ReferencesAbsentError) as error:
+        return {**facts, "refusal": str(error)}
+    if promotion is not None:
+        facts |= {"folder": str(promotion.folder), "model_id": promotion.model_id}
+    found = appointed(layout, config.state_dir, wanted, labels)
+    if found.facts is not None:
+        facts["deciding"] = "finetuned"
+    return {**facts, "refusal": found.refusal}
+
+
+def result_facts(facts: FinetunedFacts) -> dict[str, Any]:
+    """Return what is told of one fine-tuned model, as plain values."""
+    comparison = facts.metrics["comparison"]
+    return {
+        "folder": str(facts.folder),
+        "model_id": facts.model_id,
+        "base": facts.base,
+        "created": facts.created,
+        "classes": len(facts.labels),
+        "verdict": facts.verdict,
+        "accuracy": comparison.get("finetuned_accuracy"),
+        "prototypes_accuracy": comparison.get("best_mode_accuracy"),
+        "best_mode": comparison.get("best_mode"),
+        "problem": None,
+    }
+
+
+def compared(facts: FinetunedFacts) -> str:
+    """Say how a model did against the prototypes."""
+    said = result_facts(facts)
+    return f"{share(said['accuracy'])} right against {share(said['prototypes_accuracy'])} by mode {said['best_mode']}"
+
+
+def share(value: float | None) -> str:
+    """Return a share as per cent."""
+    return "?" if value is None else f"{100 * value:.1f} %"
+
+
+def dataset_named(config: Config, name: str | None) -> Layout:
+    """Return a dataset by name, or the only one.
+
+    Raises:
+        DataError: there is none of that name, or not exactly one.
+        LayoutError: the root cannot be listed.
+    """
+    layouts: Mapping[str, Layout] = {layout.name: layout for layout in find_datasets(config.root)}
+    if name is None and len(layouts) == 1:
+        return next(iter(layouts.values()))
+    there = ", ".join(layouts) or "none"
+    if name is None:
+        raise DataError(f"say which dataset: --dataset NAME; there are: {there}")
+    if name not in layouts:
+        raise DataError(f"there is no dataset {name!r} in {config.root}; there are: {there}")
+    return layouts[name]
+
+
+def _result(state_folder: Path, layout: Layout) -> Path:
+    found = results(state_folder)
+    if not found:
+        raise DataError(
+            f"{layout.name} has no fine-tuned model in {state_folder}: `sortd finetune {layout.name}` makes one, or "
+            "name the folder of one"
+        )
+    return found[0]
+
+
+def _tell(config: Config, layout: Layout) -> str:
+    """Ask the sortd that runs to look at its classifiers anew; say in a sentence what comes of it."""
+    try:
+        reply = ask(config.state_dir, {"do": "rebuild", "datasets": [layout.name], "force": False})
+    except AnsweredError as error:
+        return f"the sortd that runs does not take it up: {error}"
+    if reply is None:
+        return "no sortd runs; the next one starts with it"
+    return "the sortd that runs takes it up; `sortd status` says which classifier serves"
