@@ -41,8 +41,8 @@ REFUSALS: Final = (Refusal.UNREADABLE, Refusal.TOO_LARGE, Refusal.NOT_AN_IMAGE, 
 
 MESSAGE_BYTES = 400
 
-SLOTS = 16
-"""Images that one process may have decoded, or have waiting, while nobody fetches them."""
+SLOTS = 32
+"""Images that one process may have decoded, or have waiting, while nobody fetches them: all of a forward."""
 
 _CHUNK_BYTES = 1 << 20
 _OPEN_FILES = 64

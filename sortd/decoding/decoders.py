@@ -42,14 +42,22 @@ class DecodedImage:
 Answer = DecodedImage | ImageRefused
 
 
-@dataclass(slots=True)
-class _Batch:
-    """What one call of ``decode_all`` was asked for."""
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Images that somebody asked for, and their answers so far; more may be added at any time."""
 
-    waiting: deque[tuple[str, Stamp]]
+    waiting: deque[tuple[str, Stamp]] = field(default_factory=deque)
+    """What no process has been given yet."""
     answers: deque[Answer] = field(default_factory=deque)
+    """What is done, in the order in which it was done; whoever asked takes it from here."""
     unanswered: int = 0
+    """How many images the processes have."""
     is_wanted: bool = True
+
+    @property
+    def is_done(self) -> bool:
+        """Has every image its answer, and was every answer taken?"""
+        return not (self.waiting or self.unanswered or self.answers)
 
 
 @dataclass(slots=True)
@@ -59,7 +67,7 @@ class _Job:
     path: str
     stamp: Stamp
     descriptor: int
-    batch: _Batch
+    batch: Batch
     is_open: bool = True
 
     def close(self) -> None:
@@ -117,6 +125,11 @@ class DecoderPool:
         self.close()
 
     @property
+    def workers(self) -> int:
+        """How many processes decode; 0: none, it is done in the thread that asks."""
+        return self._workers
+
+    @property
     def process_ids(self) -> tuple[int, ...]:
         """The numbers of the decoding processes."""
         return tuple(handle.process_id for handle in self._handles)
@@ -135,20 +148,25 @@ class DecoderPool:
             OSError: This process is out of descriptors or memory.
             ValueError: The pool is closed.
         """
-        batch = _Batch(deque(images))
+        batch = Batch(deque(images))
         try:
-            while batch.waiting or batch.unanswered or batch.answers:
-                self._feed(batch)
-                self._collect(0 if batch.answers else None)
+            while not batch.is_done:
+                self.feed(batch)
+                self.collect(0 if batch.answers else None)
                 while batch.answers:
                     yield batch.answers.popleft()
-                    self._feed(batch)
-                    self._collect(0)
+                    self.feed(batch)
+                    self.collect(0)
         finally:
-            batch.is_wanted = False
-            for job in [*self._again, *(job for handle in self._handles for job in handle.jobs)]:
-                if job.batch is batch:
-                    job.close()
+            self.drop(batch)
+
+    def drop(self, batch: Batch) -> None:
+        """Close the files of a batch that nobody wants any more; what is decoded of it is thrown away."""
+        batch.is_wanted = False
+        batch.waiting.clear()
+        for job in [*self._again, *(job for handle in self._handles for job in handle.jobs)]:
+            if job.batch is batch:
+                job.close()
 
     def close(self) -> None:
         """End the processes and close all files; what was under way is dropped."""
@@ -167,8 +185,12 @@ class DecoderPool:
         while len(self._handles) < self._workers:
             self._handles.append(DecoderHandle(self._order))
 
-    def _feed(self, batch: _Batch) -> None:
-        """Give every process as much as it takes, those first that have least."""
+    def feed(self, batch: Batch) -> None:
+        """Give every process as much of a batch as it takes, those first that have least.
+
+        Raises:
+            StartupError, OSError, ValueError: see ``decode_all``.
+        """
         if self._is_closed:
             raise ValueError("the decoder pool is closed")
         if self._workers == 0:
@@ -191,7 +213,7 @@ class DecoderPool:
                 self._lose(handle)
                 self._man()
 
-    def _opened(self, path: str, stamp: Stamp, batch: _Batch) -> _Job | None:
+    def _opened(self, path: str, stamp: Stamp, batch: Batch) -> _Job | None:
         """Open a file that is what it was and looks like an image; otherwise answer, and return None."""
         if self._kills.get(stamp, 0) >= self._most_kills:
             message = "its decoding ended the process before; it is tried again when the file changes"
@@ -204,7 +226,7 @@ class DecoderPool:
         batch.unanswered += 1
         return _Job(path, stamp, opened, batch)
 
-    def _decode_here(self, batch: _Batch) -> None:
+    def _decode_here(self, batch: Batch) -> None:
         while batch.waiting and not batch.answers:
             job = self._opened(*batch.waiting.popleft(), batch)
             if job is not None:
@@ -214,18 +236,28 @@ class DecoderPool:
 
     # ------------------------------------------------------------ from the processes
 
-    def _collect(self, timeout_seconds: float | None) -> None:
-        """Take in what the processes have to say; wait for one of them, unless a limit of 0 seconds is given."""
+    def collect(self, timeout_seconds: float | None, *, bell: int | None = None) -> None:
+        """Take in what the processes have to say, into the batches that it is about.
+
+        Args:
+            timeout_seconds: how long to wait for one of them at most; None: until one speaks or is over its time.
+            bell: a descriptor that ends the wait as soon as it can be read.
+
+        Raises:
+            StartupError: The decoding processes do not come up.
+        """
         busy = [handle for handle in self._handles if handle.load]
         if not busy:
             return
         poll = select.poll()
+        if bell is not None:
+            poll.register(bell, select.POLLIN)
         for handle in busy:
             for descriptor in handle.descriptors:
                 poll.register(descriptor, select.POLLIN)
         deadlines = [deadline for handle in busy if (deadline := handle.deadline()) is not None]
-        wait = max(0.0, min(deadlines) - monotonic()) + 0.01 if timeout_seconds is None else timeout_seconds
-        poll.poll(wait * 1000)
+        wait = max(0.0, min(deadlines) - monotonic()) + 0.01
+        poll.poll(1000 * (wait if timeout_seconds is None else min(wait, timeout_seconds)))
         for handle in busy:
             try:
                 for answered in handle.answers():

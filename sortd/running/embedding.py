@@ -1,7 +1,8 @@
 """Files to embeddings: what the cache knows is taken from it, the rest is decoded, encoded and remembered."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -11,6 +12,7 @@ from sortd.decoding.decoders import DecodedImage, DecoderPool
 from sortd.encoder import Encoder
 from sortd.errors import ModelError
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Stamp
+from sortd.running.pipeline import Deliver, Lane, Pipeline
 
 UNIT_TOLERANCE = 1e-2
 """How far from one the length of an embedding may be: half precision errs by a tenth of that."""
@@ -22,40 +24,77 @@ class Embedder:
     def __init__(self, encoder: Encoder, decoders: DecoderPool, cache: Cache, *, batch_size: int = 32) -> None:
         """Take the parts over; whoever made them closes them."""
         self.encoder = encoder
-        self._decoders = decoders
         self._cache = cache
-        self._batch_size = batch_size
+        self._pipeline = Pipeline(decoders, self._encode, batch_size=batch_size)
+        self._attend: Callable[[], None] = _attend_to_nothing
+        self._bell: int | None = None
         self.forwards = 0
         """Image batches that went through the encoder: what a cache hit saves."""
+
+    def attend_with(self, attend: Callable[[], None], *, bell: int) -> None:
+        """Let ``embed`` call ``attend`` between two steps, and wait no longer than until ``bell`` can be read."""
+        self._attend, self._bell = attend, bell
+
+    # ------------------------------------------------------------ images
 
     def embed(self, images: Sequence[tuple[str, Stamp]]) -> Iterator[EmbeddedImage | ImageRefused]:
         """Yield exactly one answer for each image, known ones first, in no other order.
 
+        Images of other lanes go on meanwhile, a turn each.
+
         Args:
             images: paths with the stamps of the versions that are meant.
         """
+        answers: deque[EmbeddedImage | ImageRefused] = deque()
+        lane = self.open_lane(answers.extend)
+        left = len(images)
+        try:
+            self.add(lane, images)
+            while True:
+                while answers:
+                    left -= 1
+                    yield answers.popleft()
+                if not left:
+                    return
+                self._attend()
+                self.advance()
+        finally:
+            self.close_lane(lane)
+
+    def open_lane(self, deliver: Deliver) -> Lane:
+        """Return a lane for images that are embedded while others are; answers go to ``deliver``, some at a time."""
+        return self._pipeline.open_lane(deliver)
+
+    def close_lane(self, lane: Lane) -> None:
+        """Drop what is left of a lane; nothing more is delivered."""
+        self._pipeline.close_lane(lane)
+
+    def add(self, lane: Lane, images: Sequence[tuple[str, Stamp]]) -> None:
+        """Answer at once for those images that are known, and put the others into a lane."""
         contents = self._cache.contents(images)
         rows = self._cache.embeddings(set(contents.values()), self.encoder.encoder_id)
+        known: list[EmbeddedImage] = []
         unknown: list[tuple[str, Stamp]] = []
         for path, stamp in images:
-            row = rows.get(contents.get((path, stamp), ""))
-            if row is None:
-                unknown.append((path, stamp))
+            content = contents.get((path, stamp), "")
+            if content in rows:
+                known.append(EmbeddedImage(path, stamp, rows[content], content))
             else:
-                yield EmbeddedImage(path, stamp, row, contents[path, stamp])
-        batch: list[DecodedImage] = []
-        for answer in self._decoders.decode_all(unknown):
-            if isinstance(answer, ImageRefused):
-                yield answer
-                continue
-            batch.append(answer)
-            if len(batch) == self._batch_size:
-                yield from self._encode(batch)
-                batch = []
-        if batch:
-            yield from self._encode(batch)
+                unknown.append((path, stamp))
+        if known:
+            lane.deliver(known)
+        self._pipeline.add(lane, unknown)
 
-    def _encode(self, batch: list[DecodedImage]) -> list[EmbeddedImage]:
+    @property
+    def has_work(self) -> bool:
+        """Is any image of any lane without its answer?"""
+        return self._pipeline.has_work
+
+    def advance(self) -> None:
+        """Take one step with the images of all lanes; see ``Pipeline.advance``."""
+        self._pipeline.advance(bell=self._bell)
+
+    def _encode(self, batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
         """Encode one batch, equal contents once; a content that is known under another name is not encoded."""
         rows = self._cache.embeddings({image.content for image in batch}, self.encoder.encoder_id)
         fresh = {image.content: image.pixels for image in batch if image.content not in rows}
@@ -80,6 +119,8 @@ class Embedder:
             )
             for image in batch
         ]
+
+    # ------------------------------------------------------------ words
 
     def embed_texts(self, texts: Sequence[str]) -> FloatArray:
         """Return float32 (T, d) unit rows, one for each text; each text is encoded once in the cache's life."""
@@ -106,3 +147,7 @@ class Embedder:
                 "bad state; start sortd again, with `device: cpu` if that does not help"
             )
         return rows
+
+
+def _attend_to_nothing() -> None:
+    """Stand in for a worker where there is none."""

@@ -30,6 +30,9 @@ LoadEncoder = Callable[[Config], Encoder]
 GUARD_IMAGES = 200
 """From so many images on, the first batch of a new generation is tried before it moves."""
 
+MOST_DECODERS = 8
+"""More processes than this are started only where the configuration asks for them: each takes some 40 MB."""
+
 GENERATION_FACT = "generation"
 """The journal's note of the last generation that served: numbers are never used again, even when the cache is lost."""
 
@@ -38,7 +41,7 @@ def sorter_settings(config: DatasetConfig) -> SorterSettings:
     """Return the part of a dataset's configuration that its core needs."""
     return SorterSettings(
         settle_seconds=config.settle_seconds,
-        batch_size=config.batch_size,
+        batch_size=-(-config.batch_size // 2),
         backlog_limit=config.backlog_limit,
         set_rejected_aside=config.rejected == "move",
         guard_images=GUARD_IMAGES if config.guard else 0,
@@ -150,7 +153,7 @@ class Site:
         decoding = config.decoding
         limits = Limits(max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes)
         self._decoders = DecoderPool(
-            decoding.workers or max(1, min(8, (os.cpu_count() or 2) - 1)),
+            decoding.workers or min(MOST_DECODERS, len(os.sched_getaffinity(0))),
             encoder.preprocessing,
             limits,
             timeout_seconds=decoding.timeout_seconds,

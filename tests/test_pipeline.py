@@ -1,0 +1,196 @@
+"""The pipeline: every image gets one answer, batches are full where they can be, and no lane keeps another waiting."""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sortd.cache import Cache
+from sortd.decoding.decoders import DecodedImage, DecoderPool
+from sortd.images import Limits
+from sortd.messages import EmbeddedImage, ImageRefused, Preprocessing, Refusal, Stamp
+from sortd.running.embedding import Embedder
+from sortd.running.pipeline import Pipeline
+from sortd.watching.scanning import stamp
+from tests.fake_encoder import SEEN, FakeEncoder
+
+SMALL = Preprocessing(16, 16, 16)
+File = tuple[str, Stamp]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[DecoderPool]:
+    """Two processes, warm."""
+    with DecoderPool(2, SMALL, Limits(), timeout_seconds=30) as pool:
+        yield pool
+
+
+def pictures(folder: Path, count: int, *, seed: int = 0) -> list[File]:
+    """Write small pictures, no two alike, and stamp them."""
+    folder.mkdir(exist_ok=True)
+    files = []
+    for number in range(count):
+        values = np.random.default_rng([seed, number]).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        path = folder / f"{number:03}.png"
+        Image.fromarray(values).save(path)
+        files.append((os.fspath(path), _stamp(path)))
+    return files
+
+
+def _stamp(path: Path) -> Stamp:
+    found = stamp(os.fspath(path))
+    assert found is not None
+    return found
+
+
+class Recording:
+    """An encoder of the pipeline that notes its batches, and the answers that were delivered."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.batches: list[list[str]] = []
+        self.answers: list[EmbeddedImage | ImageRefused] = []
+
+    def encode(self, batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
+        """Answer with rows of nothing."""
+        self.batches.append([image.path for image in batch])
+        return [EmbeddedImage(image.path, image.stamp, np.zeros(1, np.float32), image.content) for image in batch]
+
+
+def drain(pipeline: Pipeline) -> None:
+    """Advance until nothing is left."""
+    while pipeline.has_work:
+        pipeline.advance()
+
+
+def test_every_image_gets_one_answer_in_batches_that_are_full(pool: DecoderPool, tmp_path: Path) -> None:
+    """Forty images go through in no more batches than ten a batch take, whatever is refused among them."""
+    files = pictures(tmp_path, 40)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(files[0][0]).read_bytes()[:60])
+    recording = Recording()
+    pipeline = Pipeline(pool, recording.encode, batch_size=10)
+    pipeline.add(
+        pipeline.open_lane(recording.answers.extend), [*files[:20], (str(broken), _stamp(broken)), *files[20:]]
+    )
+    drain(pipeline)
+    assert sorted(answer.path for answer in recording.answers) == sorted([*(path for path, _ in files), str(broken)])
+    assert [a.refusal for a in recording.answers if isinstance(a, ImageRefused)] == [Refusal.UNREADABLE]
+    assert max(map(len, recording.batches)) <= 10
+
+
+def test_a_lone_image_does_not_wait_for_company(pool: DecoderPool, tmp_path: Path) -> None:
+    """It is encoded in the step in which it is decoded."""
+    recording = Recording()
+    pipeline = Pipeline(pool, recording.encode, batch_size=32)
+    (file,) = pictures(tmp_path, 1)
+    pipeline.add(pipeline.open_lane(recording.answers.extend), [file])
+    pipeline.advance()
+    assert recording.batches == [[file[0]]]
+
+
+def test_lanes_take_turns(pool: DecoderPool, tmp_path: Path) -> None:
+    """An image that joins a lane of its own goes before most of those that wait in a long one."""
+    many, one = pictures(tmp_path / "many", 60), pictures(tmp_path / "one", 1, seed=1)
+    recording = Recording()
+    pipeline = Pipeline(pool, recording.encode, batch_size=4)
+    pipeline.add(pipeline.open_lane(recording.answers.extend), many)
+    pipeline.advance()
+    pipeline.add(pipeline.open_lane(recording.answers.extend), one)
+    drain(pipeline)
+    assert [answer.path for answer in recording.answers].index(one[0][0]) < 20
+
+
+def test_what_is_on_its_way_is_bounded(pool: DecoderPool, tmp_path: Path) -> None:
+    """Two batches are decoded or being decoded, however many wait: no more files are open."""
+    recording = Recording()
+    pipeline = Pipeline(pool, recording.encode, batch_size=4)
+    lane = pipeline.open_lane(recording.answers.extend)
+    pipeline.add(lane, pictures(tmp_path, 60))
+    pipeline.advance()
+    left = len(lane.waiting)
+    assert 60 - left - len(recording.answers) <= 8
+    drain(pipeline)
+
+
+def test_the_processes_have_work_while_the_encoder_computes(pool: DecoderPool, tmp_path: Path) -> None:
+    """Before a forward begins, the decoders were given what comes after it."""
+    recording = Recording()
+    given: list[int] = []
+
+    def encode(batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
+        given.append(lane.batch.unanswered + len(lane.batch.answers) + len(lane.batch.waiting))
+        return recording.encode(batch)
+
+    pipeline = Pipeline(pool, encode, batch_size=4)
+    lane = pipeline.open_lane(recording.answers.extend)
+    pipeline.add(lane, pictures(tmp_path, 16))
+    drain(pipeline)
+    assert given[0] >= 4
+
+
+def test_a_lane_that_is_closed_leaves_nothing_behind(pool: DecoderPool, tmp_path: Path) -> None:
+    """Its images are dropped, its files closed, and the other lanes get all of their answers."""
+    dropped, kept = pictures(tmp_path / "a", 30), pictures(tmp_path / "b", 10, seed=1)
+    before = len(os.listdir("/proc/self/fd"))
+    recording = Recording()
+    pipeline = Pipeline(pool, recording.encode, batch_size=4)
+    lane = pipeline.open_lane(lambda _: None)
+    pipeline.add(lane, dropped)
+    pipeline.add(pipeline.open_lane(recording.answers.extend), kept)
+    pipeline.advance()
+    pipeline.close_lane(lane)
+    drain(pipeline)
+    assert sorted(answer.path for answer in recording.answers) == [path for path, _ in kept]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_bell_ends_a_wait_for_pixels(pool: DecoderPool, tmp_path: Path) -> None:
+    """What is asked meanwhile is heard at once, even while a slow image is decoded."""
+    slow = tmp_path / "slow.png"
+    Image.fromarray(np.zeros((3000, 3000, 3), np.uint8)).save(slow)
+    recording = Recording()
+    pipeline = Pipeline(pool, recording.encode, batch_size=4)
+    pipeline.add(pipeline.open_lane(recording.answers.extend), [(str(slow), _stamp(slow))])
+    bell = os.eventfd(1)
+    try:
+        pipeline.advance(bell=bell)
+        assert recording.answers == []
+    finally:
+        os.close(bell)
+    drain(pipeline)
+    assert len(recording.answers) == 1
+
+
+def test_embedding_references_lets_other_lanes_go_on(tmp_path: Path) -> None:
+    """While one caller embeds many files, an image of another lane gets its answer, and `attend` is called between."""
+    with DecoderPool(1, SEEN, Limits()) as decoders, Cache(tmp_path / "cache.sqlite") as cache:
+        embedder = Embedder(FakeEncoder(), decoders, cache, batch_size=4)
+        others: list[EmbeddedImage | ImageRefused] = []
+        lane = embedder.open_lane(others.extend)
+        (one,) = pictures(tmp_path / "one", 1, seed=1)
+        attended: list[str] = []
+
+        def attend() -> None:
+            if not attended:
+                embedder.add(lane, [one])
+            attended.append(threading.current_thread().name)
+
+        bell = os.eventfd(0, os.EFD_NONBLOCK)
+        try:
+            embedder.attend_with(attend, bell=bell)
+            files = pictures(tmp_path / "many", 40)
+            answers = [(answer.path, len(others)) for answer in embedder.embed(files)]
+        finally:
+            os.close(bell)
+        assert len(answers) == 40
+        assert len(others) == 1
+        assert answers[-1][1] == 1
+        assert not embedder.has_work
+        forwards = embedder.forwards
+        assert len(list(embedder.embed([one]))) == 1
+        assert embedder.forwards == forwards
