@@ -131,6 +131,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "commands.journals": (DRIVER, "drivers"),
     "running.holding": (DRIVER, "drivers"),
     "commands.model_list": (DRIVER, "drivers"),
+    "commands.promotion": (DRIVER, "drivers"),
     "commands.explain": (DRIVER, "drivers"),
     "commands.examination": (DRIVER, "drivers"),
     "report": (DRIVER, "drivers"),
