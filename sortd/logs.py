@@ -32,6 +32,8 @@ MOVE_UNDONE: Final = "move.undone"
 MOVE_RECOVERED: Final = "move.recovered"
 PROTOTYPES_REBUILT: Final = "prototypes.rebuilt"
 PROTOTYPES_REBUILD_FAILED: Final = "prototypes.rebuild_failed"
+CLASSIFIER_CHANGED: Final = "classifier.changed"
+CLASSIFIER_REFUSED: Final = "classifier.refused"
 REFERENCES_UNREADABLE: Final = "references.unreadable"
 REFERENCES_EMPTIED: Final = "references.emptied"
 REFERENCES_MISNAMED: Final = "references.misnamed"
@@ -62,6 +64,8 @@ EVENTS: Final[Mapping[str, str]] = {
     MOVE_RECOVERED: "a move that a crash had interrupted was brought to its end",
     PROTOTYPES_REBUILT: "new prototypes decide from now on",
     PROTOTYPES_REBUILD_FAILED: "the last good prototypes stay",
+    CLASSIFIER_CHANGED: "a fine-tuned model decides from now on, or the prototypes do again",
+    CLASSIFIER_REFUSED: "a fine-tuned model does not serve: other classes, or damaged; the prototypes serve on",
     REFERENCES_UNREADABLE: "a reference image cannot be read; the others count",
     REFERENCES_EMPTIED: "a class folder was emptied while running; its prototype stays until reload",
     REFERENCES_MISNAMED: "a class folder has a name that cannot be a class",

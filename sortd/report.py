@@ -10,6 +10,7 @@ import jinja2
 
 from sortd import __version__
 from sortd.commands.console import printable
+from sortd.deciding.explanation import PROBABLE
 from sortd.decoding.thumbnails import thumbnail
 from sortd.errors import DataError
 from sortd.moments import shown
@@ -34,7 +35,7 @@ def explain_page(facts: Mapping[str, Any], *, now: datetime, picture: Picture = 
         name=printable(os.path.basename(facts["path"])),
         path=printable(facts["path"]),
         image=thumbnail(facts["path"], side_pixels=LARGE_SIDE_PIXELS),
-        unit="probability" if facts["mode"] in {"best", "mixed"} else "cosine",
+        unit="probability" if facts["mode"] in PROBABLE else "cosine",
         scores=[{**one, "label": _shown(one["label"]), "width": width} for one, width in _widths(scores)],
         hidden=len(facts["scores"]) - len(scores),
         neighbours=[

@@ -45,6 +45,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "deciding.suspects": (THOUGHT, "prototypes"),
     "deciding.finetuned_classifier": (THOUGHT, "prototypes"),
     "deciding.classifier": (THOUGHT, "prototypes"),
+    "deciding.finetuned_explanation": (THOUGHT, "prototypes"),
     "moving.free_names": (THOUGHT, "relocation"),
     # floor 1: edges; one outside thing each
     "config": (EDGE, "config"),

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from sortd.deciding.decision import Abstained, Assigned, Decision, closeness, decide, judge, stranger_shares, typicality
 from sortd.deciding.gaussian import MEAN_SHRINKAGE
-from sortd.deciding.support import Mode
+from sortd.deciding.support import ClassifierKind, Mode
 from sortd.prototypes import PrototypeSet
 
 NEIGHBOURS = 5
@@ -23,13 +23,17 @@ REASONS = {
 }
 
 
+PROBABLE = frozenset({Mode.BEST.value, Mode.MIXED.value, ClassifierKind.FINETUNED.value})
+"""What scores by probabilities, not by cosines."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClassScore:
     """How one class fares."""
 
     label: str
     score: float
-    """Cosine, or for best and mixed the probability."""
+    """Cosine, or for best, mixed and a fine-tuned model the probability."""
     references: int
     nearest: float | None
     """Cosine to its nearest reference; None where it has none."""
@@ -119,16 +123,16 @@ def sentences(explanation: Explanation) -> list[str]:
     if label is None:
         return [f"It would stay undecided: {REASONS['no_classes']}."]
     said = [_verdict(explanation, label)]
-    unit = "probability" if explanation.mode in {Mode.BEST.value, Mode.MIXED.value} else "cosine"
+    unit = "probability" if explanation.mode in PROBABLE else "cosine"
     second = f", {decision.second_label} comes second" if decision.second_label is not None else ""
     said.append(f"{label} has a {unit} of {decision.score:.3f}{second}, {decision.margin:.3f} behind.")
     said += [_said(threshold) for threshold in explanation.thresholds]
     if decision.precision is not None:
-        share = f"{decision.precision:.0%} of the references that were left out and as sure as this were right"
-        said.append(f"Judged on the references alone, {share}.")
+        said.append(_judged(explanation, decision.precision))
     if explanation.text_share > 0:
         said.append(f"The name {label!r} makes up {explanation.text_share:.0%} of its prototype, images the rest.")
-    said.append(_others_said(explanation, label))
+    if explanation.others or explanation.mode != ClassifierKind.FINETUNED.value:
+        said.append(_others_said(explanation, label))
     said.append(
         f"Decided with generation {explanation.generation} by {explanation.encoder_id}, mode {explanation.mode}."
     )
@@ -140,6 +144,13 @@ def _verdict(explanation: Explanation, label: str) -> str:
         why = REASONS.get(explanation.decision.reason, explanation.decision.reason)
         return f"It goes to Review/{label}, the best guess: {why}."
     return f"It is filed into {label}."
+
+
+def _judged(explanation: Explanation, precision: float) -> str:
+    if explanation.mode == ClassifierKind.FINETUNED.value:
+        return f"Of the images that its training held out, {precision:.0%} of those as sure as this were right."
+    share = f"{precision:.0%} of the references that were left out and as sure as this were right"
+    return f"Judged on the references alone, {share}."
 
 
 def _said(threshold: Threshold) -> str:

@@ -4,8 +4,12 @@ from pathlib import Path
 
 import structlog
 
+from sortd.deciding.finetuned_classifier import FinetunedClassifier
+from sortd.deciding.support import ClassifierKind
 from sortd.journaling.records import Record
 from sortd.logs import (
+    CLASSIFIER_CHANGED,
+    CLASSIFIER_REFUSED,
     DATASET_HELD,
     IMAGE_CORRECTED,
     IMAGE_EVENTS,
@@ -34,6 +38,8 @@ class Account:
         self.outcomes: dict[str, int] = {}
         self.problem: str | None = None
         """Why nothing moves or nothing new was learnt, in a sentence; None while all is well."""
+        self.classifier: dict[str, object] = {"deciding": ClassifierKind.PROTOTYPES.value, "model_id": None}
+        """What decides, and as ``refusal`` why a fine-tuned model that is wanted does not."""
         self._dataset, self._metrics = dataset, metrics
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger().bind(dataset=dataset)
 
@@ -121,6 +127,34 @@ class Account:
             encoder_id=prototypes.encoder_id,
             milliseconds=round(1e3 * seconds, 1),
         )
+
+    def decided_by(self, finetuned: FinetunedClassifier | None, refusal: str | None) -> None:
+        """Say what decides from now on where that is another one, and why a model that is wanted does not; once each.
+
+        Args:
+            finetuned: the model that decides; None: the prototypes do.
+            refusal: why a fine-tuned model does not serve, in a sentence.
+        """
+        before = self.classifier
+        kind = ClassifierKind.PROTOTYPES if finetuned is None else ClassifierKind.FINETUNED
+        model_id = None if finetuned is None else finetuned.encoder_id
+        self.classifier = {"deciding": kind.value, "model_id": model_id, "refusal": refusal}
+        if refusal is not None and refusal != before.get("refusal"):
+            self._log.error(CLASSIFIER_REFUSED, error=refusal, classifier=kind.value)
+        if model_id == before["model_id"]:
+            return
+        facts: dict[str, object] = {"classifier": kind.value, "model_id": model_id}
+        if finetuned is not None:
+            calibration = finetuned.calibration
+            facts |= {
+                "generation": finetuned.generation,
+                "classes": len(finetuned.labels),
+                "least_confidence": round(calibration.confidence, 4),
+                "precision_expected": calibration.precision_expected,
+                "filed_expected": calibration.filed_expected,
+                "notes": list(calibration.notes),
+            }
+        self._log.info(CLASSIFIER_CHANGED, **facts)
 
     def held(self, reason: str) -> None:
         """Say that nothing moves until somebody has looked."""
