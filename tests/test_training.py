@@ -128,7 +128,7 @@ class TestSchedule:
 
     def test_views_grow_and_calm_down(self) -> None:
         """Small and strong first, whole and calm at the end."""
-        settings = preset("cpu")
+        settings = preset("gpu")
         assert schedule.side(settings, 0.0) < schedule.side(settings, 0.99) == settings.architecture.image_pixels
         assert (schedule.strength(settings, 0.1), schedule.strength(settings, 0.99)) == (STRONG, CALM)
 
@@ -143,19 +143,21 @@ class TestCheckpoint:
         layer(torch.ones(1, 2)).sum().backward()
         optimizer.step()
         progress = checkpoint.Standing(step=7, seconds=1.5, updates=2)
-        checkpoint.save(tmp_path, progress, weights=layer.state_dict(), average=layer.state_dict(), optimizer=optimizer)
+        checkpoint.save(
+            tmp_path, progress, weights=layer.state_dict(), average=layer.state_dict(), optimizers=[optimizer]
+        )
         saved = checkpoint.load(tmp_path)
         assert saved is not None
         assert saved.progress == progress
         assert torch.equal(saved.weights["weight"], layer.weight)
-        assert saved.optimizer["state"][0]["step"] == 1
+        assert saved.optimizers[0]["state"][0]["step"] == 1
 
     def test_a_write_that_was_cut_off_leaves_the_one_before(self, tmp_path: Path) -> None:
         """Only renames replace."""
         layer = torch.nn.Linear(2, 2)
         optimizer = torch.optim.AdamW(layer.parameters())
         first = checkpoint.Standing(step=1)
-        checkpoint.save(tmp_path, first, weights=layer.state_dict(), average=layer.state_dict(), optimizer=optimizer)
+        checkpoint.save(tmp_path, first, weights=layer.state_dict(), average=layer.state_dict(), optimizers=[optimizer])
         (tmp_path / "checkpoint.partial").mkdir()
         (tmp_path / "checkpoint.partial" / "progress.json").write_text("{", encoding="utf-8")
         saved = checkpoint.load(tmp_path)

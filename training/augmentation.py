@@ -44,6 +44,21 @@ CALM = Strength(
 )
 """For the end of a run, nearer to what a user's photo looks like."""
 
+MILD = Strength(
+    smallest_area=0.45,
+    stretch=1.25,
+    tilted_share=0.05,
+    turned_share=0.02,
+    jitter=0.2,
+    hue=0.05,
+    grey_share=0.04,
+    inverted_share=0.0,
+    blurred_share=0.04,
+    noisy_share=0.03,
+    erased_share=0.0,
+)
+"""For a run of few epochs, which has no time to learn the same photo by heart: stronger views only slow it down."""
+
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
     """Turn uint8 (b, h, w, 3) into the float32 (b, 3, h, w) that the vision tower takes."""

@@ -28,7 +28,7 @@ def save(
     *,
     weights: dict[str, torch.Tensor],
     average: dict[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
 ) -> None:
     """Write beside, then rename; an interrupted write leaves the checkpoint before it."""
     partial, final, old = run / f"{NAME}.partial", run / NAME, run / f"{NAME}.old"
@@ -36,7 +36,7 @@ def save(
     partial.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial / "weights.safetensors")
     save_file({name: tensor.contiguous() for name, tensor in average.items()}, partial / "average.safetensors")
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    torch.save([optimizer.state_dict() for optimizer in optimizers], partial / "optimizers.pt")
     (partial / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -47,12 +47,12 @@ def save(
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What a checkpoint held; `optimizer` is an optimizer's state dict."""
+    """What a checkpoint held; `optimizers` are state dicts."""
 
     progress: Standing
     weights: dict[str, torch.Tensor]
     average: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]  # Any: torch types a state dict so.
+    optimizers: list[dict[str, Any]]  # Any: torch types a state dict so.
 
 
 def load(run: Path) -> Saved | None:
@@ -63,6 +63,11 @@ def load(run: Path) -> Saved | None:
                 Standing(**json.loads((folder / "progress.json").read_text(encoding="utf-8"))),
                 load_file(folder / "weights.safetensors"),
                 load_file(folder / "average.safetensors"),
-                torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),
+                torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True),
             )
     return None
+
+
+def load_average(run: Path) -> dict[str, torch.Tensor]:
+    """Read what another run learnt: the average of its weights."""
+    return load_file(run / NAME / "average.safetensors")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from training.augmentation import CALM, STRONG, Strength
+from training.augmentation import Strength
 from training.settings import Settings
 
 
@@ -38,7 +38,7 @@ def side(settings: Settings, share: float) -> int:
 
 def strength(settings: Settings, share: float) -> Strength:
     """Augment strongly first and calmly at the end."""
-    return CALM if share >= 1 - settings.calm_share else STRONG
+    return settings.calm_strength if share >= 1 - settings.calm_share else settings.strength
 
 
 def averaging(settings: Settings, updates: int) -> float:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from training.augmentation import CALM, MILD, STRONG, Strength
+
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
@@ -32,15 +34,19 @@ class Settings:
     epochs: float = 60.0
     budget_minutes: float | None = None
     peak_rate: float = 1.2e-3
-    linear_rate_share: float = 0.25
+    kernel_rate_factor: float = 6.0
+    matrix_rate_factor: float = 2.0
+    """How much faster Muon's kernels and matrices learn than AdamW's tables, norms and classifiers."""
     final_rate_share: float = 0.002
     warmup_share: float = 0.03
     weight_decay: float = 0.05
     gradient_norm: float = 2.0
     average_decay: float = 0.999
     average_every: int = 4
+    strength: Strength = STRONG
+    calm_strength: Strength = CALM
     calm_share: float = 0.15
-    sides: tuple[tuple[float, int], ...] = ((0.0, 48), (0.5, 64))
+    sides: tuple[tuple[float, int], ...] = ((0.0, 48), (0.6, 64))
     """Pixels of a view from a share of the run on: small ones first, which are cheap."""
     head_weight: float = 1.0
     compile_towers: bool = False
@@ -53,7 +59,7 @@ def preset(name: str) -> Settings:
     """Give the settings called `cpu`, `gpu` or `smoke`."""
     match name:
         case "cpu":
-            return Settings(epochs=30.0, budget_minutes=105.0, compile_towers=True)
+            return Settings(epochs=30.0, budget_minutes=105.0, strength=MILD, calm_strength=MILD, compile_towers=True)
         case "gpu":
             wider = Architecture(stage_depths=(2, 3, 1), vision_layers=2)
             return Settings(

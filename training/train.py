@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.multiprocessing
@@ -27,6 +28,7 @@ from training.journal import Journal
 from training.loss import classify, contrast
 from training.made_up import write_made_up
 from training.model import Student, describe
+from training.muon import Muon
 from training.settings import Settings, preset
 from training.tokens import learn_tokenizer, read_tokenizer
 
@@ -47,7 +49,15 @@ class Run:
     """One training run: its model, its average, where it stands."""
 
     def __init__(
-        self, settings: Settings, library: Library, folder: Path, place: Place, *, device: torch.device, half: bool
+        self,
+        settings: Settings,
+        library: Library,
+        folder: Path,
+        place: Place,
+        *,
+        device: torch.device,
+        half: bool,
+        start: Path | None = None,
     ) -> None:
         """Build everything from the seed, then go on from the folder's checkpoint if it has one."""
         torch.manual_seed(settings.seed)
@@ -61,7 +71,7 @@ class Run:
         self.average = copy.deepcopy(self.student).requires_grad_(requires_grad=False).eval()
         self.shuffler = Shuffler(library, batch=settings.batch, seed=settings.seed)
         self.augmenter = Augmenter(device)
-        self.optimizer = make_optimizer(self.student, settings)
+        self.optimizers = make_optimizers(self.student, settings)
         self.crew = Crew(place, list(self.student.parameters()))
         self.allowed = allowed_concepts(library).to(device)
         self.journal = Journal(folder)
@@ -69,16 +79,21 @@ class Run:
         steps = max(1, round(settings.epochs * self.shuffler.steps_per_epoch))
         budget = None if settings.budget_minutes is None else settings.budget_minutes * 60
         self.clock = schedule.Clock(steps, budget)
-        self.resume()
+        self.resume(start)
 
-    def resume(self) -> None:
-        """Go on from the checkpoint, if there is one."""
+    def resume(self, start: Path | None) -> None:
+        """Go on from the checkpoint, if there is one; else begin with what the run `start` learnt, if one is named."""
         saved = checkpoint.load(self.folder)
         if saved is None:
+            if start is not None:
+                average = checkpoint.load_average(start)
+                self.student.load_state_dict(average)
+                self.average.load_state_dict(average)
             return
         self.student.load_state_dict(saved.weights)
         self.average.load_state_dict(saved.average)
-        self.optimizer.load_state_dict(saved.optimizer)
+        for optimizer, state in zip(self.optimizers, saved.optimizers, strict=True):
+            optimizer.load_state_dict(state)
         self.progress = saved.progress
         log.info("resumed at step %d", saved.progress.step)
 
@@ -89,7 +104,7 @@ class Run:
             self.progress,
             weights=self.student.state_dict(),
             average=self.average.state_dict(),
-            optimizer=self.optimizer,
+            optimizers=self.optimizers,
         )
 
     def share(self) -> float:
@@ -145,8 +160,8 @@ class Run:
     ) -> torch.Tensor:
         """Take one step; give the four parts of the loss, float32 (4,)."""
         settings, student, number = self.settings, self.student, self.progress.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = schedule.rate(settings, share) * group["share"]
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = schedule.rate(settings, share) * group["factor"]
         seed = (settings.seed * 1_000_003 + number) * self.crew.size + self.crew.rank
         side = schedule.side(settings, share)
         views = self.augmenter.views(
@@ -169,8 +184,9 @@ class Run:
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped.
         seconds = self.crew.meet(self.progress.seconds + time.monotonic() - began)
         torch.nn.utils.clip_grad_norm_(student.parameters(), settings.gradient_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.progress = replace(self.progress, step=number + 1, seconds=seconds)
         if self.progress.step % settings.average_every == 0:
             self.update_average()
@@ -220,26 +236,27 @@ def progress_bar() -> Progress:
     )
 
 
-def make_optimizer(student: Student, settings: Settings) -> torch.optim.Optimizer:
-    """Make AdamW with a lower rate outside the convolutions, decaying matrices and kernels only.
+def make_optimizers(student: Student, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Make Muon for the matrices and kernels inside, AdamW for all else: tables, norms, classifiers.
 
-    A convolution before a batch norm does not mind the scale of its weights; a linear layer on 384 inputs of unit
-    variance does: at the rate that suits the first, every step of the second moves its outputs by half a deviation.
+    A convolution before a batch norm does not mind the scale of its weights, so its kernel may learn faster than a
+    linear layer, whose every step turns its outputs.
     """
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
-        convolves = "backbone" in name or "map_classifier" in name
         table = name.endswith(("cls_token", "position_embeddings")) or "_embeddings.weight" in name
-        groups.setdefault((convolves, parameter.ndim >= MATRIX and not table), []).append(parameter)
-    rows = [
-        {
-            "params": parameters,
-            "share": 1.0 if convolves else settings.linear_rate_share,
-            "weight_decay": settings.weight_decay if decays else 0.0,
-        }
-        for (convolves, decays), parameters in groups.items()
+        decays = parameter.ndim >= MATRIX and not table
+        inside = decays and "classifier" not in name
+        groups.setdefault((inside, "backbone" in name, decays), []).append(parameter)
+    rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for (inside, convolves, decays), parameters in groups.items():
+        factor = (settings.kernel_rate_factor if convolves else settings.matrix_rate_factor) if inside else 1.0
+        decay = settings.weight_decay if decays else 0.0
+        rows[inside].append({"params": parameters, "factor": factor, "weight_decay": decay})
+    return [
+        Muon(rows[True], lr=settings.peak_rate),
+        torch.optim.AdamW(rows[False], lr=settings.peak_rate, betas=(0.9, 0.98), fused=True),
     ]
-    return torch.optim.AdamW(rows, lr=settings.peak_rate, betas=(0.9, 0.98), fused=True)
 
 
 def allowed_concepts(library: Library) -> torch.Tensor:
@@ -267,6 +284,9 @@ def arguments(values: list[str] | None = None) -> argparse.Namespace:
         "--epochs", type=float, help="anneal within so many epochs (with no --minutes: the same run every time)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--start-from", type=Path, metavar="RUN", help="begin with what that run learnt (a warm restart), not at random"
+    )
     parser.add_argument(
         "--no-compile", action="store_true", help="do without torch.compile, which needs a C++ compiler"
     )
@@ -298,7 +318,15 @@ def work(rank: int, options: argparse.Namespace, data: Path, run_folder: Path, m
     settings = chosen_settings(options)
     library = read_library(data, run_folder / "decoded")
     place = Place(rank, options.processes, meeting)
-    run = Run(settings, library, run_folder, place, device=torch.device(options.device), half=options.amp == "bf16")
+    run = Run(
+        settings,
+        library,
+        run_folder,
+        place,
+        device=torch.device(options.device),
+        half=options.amp == "bf16",
+        start=options.start_from,
+    )
     if not options.export_only:
         run.train()
     if rank == 0:
