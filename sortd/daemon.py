@@ -1,11 +1,12 @@
 """The daemon: the loop that feeds the cores of all datasets, and the order in which everything starts and stops.
 
-Three threads, named and joined: this one (cores, journals, moves), the watcher's (posts hints) and the worker's
-(decodes, encodes, rebuilds). They share this loop's inbox and frozen values. There is no polling: the loop sleeps until
-a message comes or the nearest deadline passes.
+Four threads, named and joined: this one (cores, journals, moves), the watcher's (posts hints), the worker's (decodes,
+encodes, rebuilds) and, where images go to another file system, the copier's. They share this loop's inbox and frozen
+values. There is no polling: the loop sleeps until a message comes or the nearest deadline passes.
 
     start   lock and recover each dataset; begin to load the model; watch; scan; READY when all is true
-    stop    begin nothing new; finish the moves at hand; stop watcher and worker; close the journals
+    stop    begin nothing new; finish the moves at hand, interrupt long copies; stop watcher, worker and copier; close
+            the journals
 """
 
 import os
@@ -21,10 +22,10 @@ from sortd import __version__, logs
 from sortd.config import Config, restart_needed
 from sortd.errors import ConfigError, LayoutError
 from sortd.layout import Area
-from sortd.messages import StopRequested
 from sortd.metrics import Metrics
 from sortd.running.collection import Collection
-from sortd.running.control import answer
+from sortd.running.control import answer, tell_put_back
+from sortd.running.copier import Copied, Copier, CopierDied
 from sortd.running.dataset import Dataset
 from sortd.running.requests import Requests
 from sortd.running.site import Site
@@ -47,7 +48,7 @@ STATUS_SECONDS = 2.0
 METRICS_SECONDS = 15.0
 """How often the metrics file is written; Prometheus scrapes as often by default."""
 
-Message = Hint | HintsLost | Posted | Signalled
+Message = Hint | HintsLost | Posted | Copied | CopierDied | Signalled
 
 
 class Daemon:
@@ -80,7 +81,8 @@ class Daemon:
         self._reload, self._notifier, self._metrics = reload, notifier, metrics
         self._once = once
         self._worker = Worker(site.load, site.unload, self.inbox.put)
-        self.collection = Collection(config, site=site, ask=self._worker.ask, metrics=metrics)
+        self._copier = Copier(self.inbox.put)
+        self.collection = Collection(config, site=site, ask=self._worker.ask, copier=self._copier, metrics=metrics)
         self._watcher: Watcher | None = None
         self._status = Status(site.state_folder)
         self._requests = Requests(site.state_folder)
@@ -142,7 +144,9 @@ class Daemon:
         self._notifier.stopping()
         if self._watcher is not None:
             self._watcher.close()
+        self._copier.interrupt()
         ended = self._worker.stop(STOP_SECONDS)
+        self._copier.stop()
         self.collection.close()
         self._status.write(self.facts(running=False))
         self._closing.close()
@@ -182,7 +186,7 @@ class Daemon:
         deadlines = [d for dataset in self.collection if (d := dataset.sorter.next_deadline()) is not None]
         return max(0.0, min([*deadlines, self._rounds.next_deadline()]) - now)
 
-    def _take(self, message: Message) -> None:
+    def _take(self, message: Message) -> None:  # noqa: C901 -- the table of messages: one arm each
         match message:
             case Hint():
                 self.collection.hint(message)
@@ -194,10 +198,13 @@ class Daemon:
             case Answer(dataset=name):
                 if name in self.datasets:
                     self.datasets[name].answer(message)
+            case Copied(dataset=name, orders=orders):
+                if name in self.datasets:
+                    tell_put_back(self.datasets[name], self.datasets[name].copied(orders))
             case WorkerReady():
                 self.model = message
                 self._log.info(logs.MODEL_LOADED, model=message.description, encoder_id=message.encoder_id)
-            case WorkerDied(error=error):
+            case WorkerDied(error=error) | CopierDied(error=error):
                 raise error
             case Signalled(number=number):
                 self._signalled(number)
@@ -278,8 +285,9 @@ class Daemon:
             self._requests.serve(lambda request: answer(self, request))
         elif number in {signal.SIGTERM, signal.SIGINT}:
             self._is_stopping = True
+            self._copier.interrupt()
             for dataset in self.collection:
-                dataset.receive(StopRequested())
+                dataset.stop()
 
     def reload(self) -> None:
         """Read the configuration anew: parse, validate, swap; a bad file keeps the old one and says so."""

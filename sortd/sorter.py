@@ -53,6 +53,9 @@ from sortd.sorting.pause import Pause
 REBUILD_PATIENCE = 30.0
 """A stream of changes in Clases/ puts a rebuild off for at most this many seconds."""
 
+ROOM_FOR_A_SCAN = 1 / 8
+"""What did not fit is looked for when no more than this share of the backlog waits: a scan takes time, too."""
+
 SET_ASIDE = frozenset({Refusal.UNREADABLE, Refusal.TOO_LARGE, Refusal.POISON})
 """Refusals of images that are complete and will not get better by themselves: they go to Rejected/."""
 
@@ -127,9 +130,19 @@ class Sorter:
         return self._rebuilding or self._rebuild_at is not None
 
     @property
+    def known(self) -> int:
+        """Count the images that are remembered, waiting or resting."""
+        return len(self._backlog)
+
+    @property
+    def is_overflowed(self) -> bool:
+        """Tell whether the scan under way, or a hint since, named more than fits: the rest is asked for in time."""
+        return self._backlog.overflowed
+
+    @property
     def is_drained(self) -> bool:
         """Tell whether nothing is left to do until something else happens: a writer closing its file, say."""
-        return not (self.is_rebuilding or self.waiting > len(self._backlog.busy()))
+        return not (self.is_rebuilding or self.waiting > self._backlog.busy)
 
     @property
     def is_stopped(self) -> bool:
@@ -155,7 +168,7 @@ class Sorter:
         commands = self._take(event, now)
         if not self._stopping:
             commands += self._embed()
-            if self._backlog.overflowed and self._backlog.waiting <= self._settings.backlog_limit // 2:
+            if self._backlog.overflowed and self._backlog.waiting <= self._settings.backlog_limit * ROOM_FOR_A_SCAN:
                 self._backlog.overflowed = False
                 commands.append(Scan())
         return commands
@@ -279,7 +292,7 @@ class Sorter:
         """Decide without moving; when the trial is over all of it is decided again, from cached embeddings."""
         for entry in entries:
             self._backlog.embedded(entry)
-        waits = self._backlog.count(State.EMBEDDED) + len(self._backlog.busy())
+        waits = self._backlog.count(State.EMBEDDED) + self._backlog.busy
         if not self.guard.try_out(decisions, left=self.waiting - waits):
             return []
         self._resume()
@@ -328,7 +341,7 @@ class Sorter:
 
     def _move_failed(self, event: MoveFailed, now: float) -> list[Command]:
         entry = self._backlog.move_failed(event.path, event.stamp)
-        if entry is None:
+        if entry is None or self._stopping:
             return []
         match event.failure:
             case MoveFailure.VANISHED:

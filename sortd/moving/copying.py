@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sortd.errors import BusyError
-from sortd.moving.renaming import FILE_FLAGS
+from sortd.moving.renaming import FILE_FLAGS, start_writeback
 
 CHUNK_BYTES = 1 << 20
+WRITEBACK_BYTES = 64 << 20
+"""After so much the disk is sent to work: one fsync of all of a long film could not be interrupted for minutes."""
+
 _PART_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -97,22 +100,25 @@ def content_of(folder: int, name: str) -> str:
 
 def _copy_bytes(source: int, copy: int, size: int, interrupted: Callable[[], bool]) -> str:
     digest = hashlib.sha256()
-    at = 0
+    at = written = 0
     for start, end in _islands(source, size):
-        _hash_zeros(digest.update, start - at)
+        _hash_zeros(digest.update, start - at, interrupted)
         os.lseek(source, start, os.SEEK_SET)
         os.lseek(copy, start, os.SEEK_SET)
         at = start
         while at < end:
-            if interrupted():
-                raise BusyError("the copy to another file system was interrupted; it begins anew at the next start")
+            _go_on_unless(interrupted)
             chunk = os.read(source, min(CHUNK_BYTES, end - at))
             if not chunk:
                 raise BusyError("the file became shorter while it was copied; it is looked at again")
             _write(copy, chunk)
             digest.update(chunk)
             at += len(chunk)
-    _hash_zeros(digest.update, size - at)
+            written += len(chunk)
+            if written >= WRITEBACK_BYTES:
+                start_writeback(copy)
+                written = 0
+    _hash_zeros(digest.update, size - at, interrupted)
     os.ftruncate(copy, size)
     return digest.hexdigest()
 
@@ -134,9 +140,16 @@ def _islands(source: int, size: int) -> Iterator[tuple[int, int]]:
         at = end
 
 
-def _hash_zeros(update: Callable[[bytes], None], count: int) -> None:
+def _go_on_unless(interrupted: Callable[[], bool]) -> None:
+    if interrupted():
+        raise BusyError("the copy to another file system was interrupted; it begins anew at the next start")
+
+
+def _hash_zeros(update: Callable[[bytes], None], count: int, interrupted: Callable[[], bool]) -> None:
+    """Hash a hole: of a file with terabytes of nothing that takes as long as if they were there."""
     zeros = bytes(min(count, CHUNK_BYTES))
     while count > 0:
+        _go_on_unless(interrupted)
         update(zeros[: min(count, CHUNK_BYTES)])
         count -= CHUNK_BYTES
 

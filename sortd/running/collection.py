@@ -13,6 +13,7 @@ from sortd.errors import LayoutError, StartupError
 from sortd.layout import Layout, find_datasets
 from sortd.messages import RebuildFailed
 from sortd.metrics import Metrics
+from sortd.running.copier import Copier
 from sortd.running.dataset import Dataset
 from sortd.running.site import Site, sorter_settings, teaching_of
 from sortd.running.worker import Forget, Job
@@ -22,11 +23,13 @@ from sortd.watch import Hint, Watcher
 class Collection:
     """Every dataset that sortd works on now, by name."""
 
-    def __init__(self, config: Config, *, site: Site, ask: Callable[[Job], None], metrics: Metrics) -> None:
+    def __init__(
+        self, config: Config, *, site: Site, ask: Callable[[Job], None], copier: Copier, metrics: Metrics
+    ) -> None:
         """Begin with none; ``discover`` finds them."""
         self.config = config
         self.datasets: dict[str, Dataset] = {}
-        self._site, self._ask, self._metrics = site, ask, metrics
+        self._site, self._ask, self._copier, self._metrics = site, ask, copier, metrics
         self._watcher: Watcher | None = None
         self._root_is_present = True
         self._began = False
@@ -93,7 +96,8 @@ class Collection:
         if folder is None:
             return
         try:
-            dataset = self._site.open(layout, self.config, ask=self._ask, metrics=self._metrics)
+            seat = self._copier.seat(layout.name)
+            dataset = self._site.open(layout, self.config, ask=self._ask, seat=seat, metrics=self._metrics)
         except StartupError as error:
             if not self._began:
                 raise

@@ -105,14 +105,14 @@ def _undo(daemon: DaemonAtWork, datasets: Mapping[str, Any], *, dry_run: bool) -
         told, waiting = put_back(dataset.filing, dataset.history, wanted["records"], dry_run=dry_run)
         later += waiting
         if not dry_run:
-            _tell(dataset, told)
+            tell_put_back(dataset, told)
         undone += [put_back_facts(name, dataset.layout, one) for one in told]
     return {"undone": undone, "later": later}
 
 
-def _tell(dataset: DatasetAtWork, told: Sequence[PutBack]) -> None:
+def tell_put_back(dataset: DatasetAtWork, told: Sequence[PutBack]) -> None:
     """Tell the core which files are to rest where they are, before a watcher's hint makes them work again."""
-    held = dataset.filing.held()
+    held = dataset.filing.held() if told else {}
     log = structlog.get_logger().bind(dataset=dataset.name)
     for one in told:
         was = os.path.join(dataset.layout.root, one.record.destination_path)

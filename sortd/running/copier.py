@@ -46,7 +46,9 @@ class Seat:
         self._is_left = False
 
     def submit(self, job: Job) -> list[Order]:
-        """Queue a copy; its order comes as ``Copied``."""
+        """Queue a copy; its order comes as ``Copied``. At a stop it is asked at once, and answers as interrupted."""
+        if self._copier.is_stopping:
+            return [job()]
         self._copier.queue(_Errand(self, job))
         return []
 

@@ -1,8 +1,7 @@
 """A dataset at work: its core, and the hands that carry out what the core asks for.
 
 Lives in the loop thread. Everything that enters is turned into events for the core; every command that comes out is
-carried out here or handed to the worker. Moves are gathered and filed as one group a turn, since one pair of directory
-syncs for fifty moves is eighty times as fast as one for each.
+carried out here or handed to the worker. Moves are gathered and filed as one group a turn, see ``outbox.py``.
 """
 
 import os
@@ -10,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from time import monotonic, time_ns
-from typing import Protocol
 
 from sortd.journal import Journal
 from sortd.journaling.history import History
@@ -28,9 +26,6 @@ from sortd.messages import (
     Leave,
     LookRefused,
     Move,
-    Moved,
-    MoveFailed,
-    MoveFailure,
     PrototypesBuilt,
     Rebuild,
     RebuildFailed,
@@ -40,28 +35,24 @@ from sortd.messages import (
     ScanFinished,
     ScanStarted,
     Stamp,
+    StopRequested,
     Tick,
     Writer,
 )
 from sortd.metrics import Metrics
-from sortd.moving.relocation import Progress, Relocation
 from sortd.moving.renaming import writer_of
 from sortd.references import Teaching
 from sortd.running.account import Account
 from sortd.running.corrections import Correction, Corrections
 from sortd.running.filing import Filing
+from sortd.running.outbox import Mover, Outbox
+from sortd.running.relocating import Order
 from sortd.running.sweep import Sweep
+from sortd.running.undoing import PutBack
 from sortd.running.worker import Answer, EmbedJob, Job, RebuildJob
 from sortd.sorter import Sorter, SorterSettings
 from sortd.watch import Hint
 from sortd.watching.scanning import is_below_temporary, scan, stamp
-
-
-class Mover(Protocol):
-    """Whatever carries out moves: ``Filing`` does, ``Rehearsal`` only says what it would do."""
-
-    def move_all(self, moves: Sequence[Move]) -> list[Moved | MoveFailed]:
-        """Carry out a group of moves and answer each."""
 
 
 class Dataset:
@@ -87,13 +78,14 @@ class Dataset:
         self.teaching = teaching
         self.account = Account(self.name, metrics)
         self._mover, self._ask, self._journal = mover, ask, journal
+        history = None if journal is None else journal.history
+        self.outbox = Outbox(mover, self.account, history=history, root=layout.root)
         self._corrections = None if journal is None else Corrections(layout, journal)
         self._needs_marker = needs_marker
         self._force_rebuild = False
         self._afresh = False
         self.last_generation = last_generation
         self._commands: deque[Command] = deque()
-        self._moves: list[Move] = []
         self._sweep = Sweep(os.fspath(layout.area(Area.IMAGES)), self.account.unreadable)
         self._references_signature: int | None = None
 
@@ -182,8 +174,8 @@ class Dataset:
 
     @property
     def has_moves(self) -> bool:
-        """Tell whether moves were gathered and wait for ``flush``."""
-        return bool(self._moves)
+        """Tell whether there is something for ``flush`` to do."""
+        return self.outbox.is_due
 
     def begin_scan(self) -> None:
         """Begin to scan Images/, unless a scan is under way: then another one follows it."""
@@ -226,7 +218,7 @@ class Dataset:
             case Scan():
                 self.begin_scan()
             case Move():
-                self._moves.append(command)
+                self.outbox.add(command)
             case Leave():
                 self.account.left(command)
             case Hold(reason):
@@ -271,31 +263,29 @@ class Dataset:
 
     def flush(self) -> None:
         """File the moves that were gathered, as one group, and log each."""
-        if not self._moves:
+        if not self.outbox.is_due:
             return
-        moves, self._moves = self._moves, []
         if not self._is_present:
-            for move in moves:
-                self.receive(MoveFailed(move.path, move.stamp, MoveFailure.DESTINATION, "the dataset is not mounted"))
+            for failed in self.outbox.refuse("the dataset is not mounted"):
+                self.receive(failed)
             self.receive(RebuildFailed(f"{self.layout.marker} is gone", references_absent=True))
             return
-        if self._journal is not None:
-            self.tell_recovered(self.filing.recover())
-        began = monotonic()
-        results = self._mover.move_all(moves)
-        milliseconds = 1e3 * (monotonic() - began) / len(moves)
-        asked = {(move.path, move.stamp): move for move in moves}
-        for result in results:
-            self.account.moved(asked[result.path, result.stamp], result, milliseconds)
+        for result in self.outbox.send():
             self.receive(result)
 
-    def tell_recovered(self, relocations: Sequence[Relocation]) -> None:
-        """Write the lines of images whose moves had been cut short, by a crash or a disk, and are done after all."""
-        for relocation in relocations:
-            mark = relocation.image.moved_stamp
-            record = self.history.last_known(mark) if relocation.progress is Progress.DONE and mark else None
-            if record is not None:
-                self.account.recovered(record, self.layout.root)
+    def copied(self, orders: Sequence[Order]) -> list[PutBack]:
+        """Take note of copies to another file system that have ended; return what was undone by them."""
+        ended = self.outbox.end(orders)
+        for result in ended:
+            if not isinstance(result, PutBack):
+                self.receive(result)
+        return [result for result in ended if isinstance(result, PutBack)]
+
+    def stop(self) -> None:
+        """Begin nothing new; what is on its way to the disk is finished, but for long copies."""
+        self.receive(StopRequested())
+        for failed in self.outbox.give_up():
+            self.receive(failed)
 
     @property
     def is_stuck(self) -> bool:

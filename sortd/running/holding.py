@@ -1,7 +1,7 @@
 """A holding: one dataset locked for this process, its journal open and recovered, so that files may be moved in it."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,10 @@ from sortd.commands.journals import JOURNAL_FILE
 from sortd.errors import AlreadyRunningError, LayoutError
 from sortd.journal import Journal
 from sortd.layout import Layout
+from sortd.moving.copying import never
 from sortd.moving.relocation import Relocation
 from sortd.running.filing import Filing
+from sortd.running.relocating import Submit, inline
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,15 @@ def look_at(layout: Layout, state: Path) -> Iterator[Holding]:
 
 
 @contextmanager
-def hold(layout: Layout, state: Path, *, run: str | None = None, companions: bool = True) -> Iterator[Holding]:
+def hold(
+    layout: Layout,
+    state: Path,
+    *,
+    run: str | None = None,
+    companions: bool = True,
+    submit: Submit = inline,
+    interrupted: Callable[[], bool] = never,
+) -> Iterator[Holding]:
     """Hold a dataset whose folders are there, for as long as the block lasts; what a crash left is recovered first.
 
     Args:
@@ -46,6 +56,8 @@ def hold(layout: Layout, state: Path, *, run: str | None = None, companions: boo
         state: the state directory.
         run: a word for this run of sortd in the journal's records; one is made up otherwise.
         companions: whether sidecars travel with their image.
+        submit: what to do with a copy to another file system; see ``filing.Filing``.
+        interrupted: whether such a copy is to end.
 
     Raises:
         AlreadyRunningError: another process works on it.
@@ -68,7 +80,7 @@ def hold(layout: Layout, state: Path, *, run: str | None = None, companions: boo
         folder = layout.state_folder(state)
         (layout.marker / "state").write_text(f"{folder}\n", encoding="utf-8", errors="surrogateescape")
         with Journal(folder / JOURNAL_FILE, run=run or uuid.uuid4().hex[:8]) as journal:
-            filing = Filing(layout.root, journal, companions=companions)
+            filing = Filing(layout.root, journal, companions=companions, submit=submit, interrupted=interrupted)
             yield Holding(layout, journal, filing, tuple(filing.recover()))
     finally:
         lock.release()

@@ -19,6 +19,7 @@ from sortd.messages import Stamp
 from sortd.metrics import Metrics
 from sortd.prototypes import Abstain, DecisionSettings, Mode
 from sortd.references import Teaching
+from sortd.running.copier import Seat
 from sortd.running.dataset import Dataset
 from sortd.running.embedding import Embedder
 from sortd.running.holding import Holding, hold
@@ -89,8 +90,10 @@ class Site:
 
     # ------------------------------------------------------------ datasets
 
-    def open(self, layout: Layout, config: Config, *, ask: Callable[[Job], None], metrics: Metrics) -> Dataset:
-        """Lock a dataset, recover what a crash left, and return it at work.
+    def open(
+        self, layout: Layout, config: Config, *, ask: Callable[[Job], None], seat: Seat, metrics: Metrics
+    ) -> Dataset:
+        """Lock a dataset, recover what a crash left, and return it at work; ``seat`` makes its long copies.
 
         Raises:
             AlreadyRunningError: another sortd has it.
@@ -100,7 +103,17 @@ class Site:
         own = config.dataset(layout.name)
         layout.make()
         with ExitStack() as opened:
-            held = opened.enter_context(hold(layout, self.state_folder, run=self._run, companions=own.companions))
+            held = opened.enter_context(
+                hold(
+                    layout,
+                    self.state_folder,
+                    run=self._run,
+                    companions=own.companions,
+                    submit=seat.submit,
+                    interrupted=lambda: seat.is_left,
+                )
+            )
+            opened.callback(seat.leave)  # before the journal is closed and the lock given back
             dataset = Dataset(
                 layout,
                 sorter_settings(own),
@@ -112,7 +125,7 @@ class Site:
                 last_generation=int(held.journal.history.fact(GENERATION_FACT) or 0),
             )
             self._held[layout.name] = (held, opened.pop_all())
-        dataset.tell_recovered(held.recovered)
+        dataset.outbox.tell_recovered(held.recovered)
         return dataset
 
     def begin(self, dataset: Dataset) -> None:

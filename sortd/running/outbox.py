@@ -1,0 +1,108 @@
+"""The outbox: moves of one dataset, gathered, carried out as a group and told, those that end later too.
+
+One pair of directory syncs for fifty moves is eighty times as fast as one for each.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Protocol
+
+from sortd.journaling.history import History
+from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Stamp
+from sortd.moving.relocation import Progress, Relocation
+from sortd.running.account import Account
+from sortd.running.filing import Filing
+from sortd.running.relocating import Order
+from sortd.running.undoing import PutBack
+
+Result = Moved | MoveFailed
+
+
+class Mover(Protocol):
+    """Whatever carries out moves: ``Filing`` does, ``Pretence`` only says what it would do."""
+
+    def move_all(self, moves: Sequence[Move]) -> list[Result]:
+        """Carry out a group of moves; answer those that have ended."""
+
+
+class Outbox:
+    """Carries out the moves of one dataset and writes a line about each."""
+
+    def __init__(self, mover: Mover, account: Account, *, history: History | None, root: Path) -> None:
+        """Begin with nothing to move.
+
+        Args:
+            mover: carries the moves out.
+            account: writes the lines.
+            history: what the journal can be asked; a rehearsal has none.
+            root: the dataset's folder.
+        """
+        self._mover, self._account, self._history, self._root = mover, account, history, root
+        self._filing = mover if isinstance(mover, Filing) else None
+        self._moves: list[Move] = []
+        self._asked: dict[tuple[str, Stamp], tuple[Move, float]] = {}  # sent and not answered yet, and since when
+
+    def add(self, move: Move) -> None:
+        """Take a move in; it waits for ``send``."""
+        self._moves.append(move)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something to send: moves that were gathered, or some that waited for a copy to end."""
+        return bool(self._moves) or (self._filing is not None and self._filing.can_go_on)
+
+    def send(self) -> list[Result]:
+        """Carry out what was gathered, as one group; return what has ended, a line written about each.
+
+        Raises:
+            JournalError: the journal cannot be written; the daemon must stop.
+        """
+        moves, self._moves = self._moves, []
+        began = monotonic()
+        self._asked |= {(move.path, move.stamp): (move, began) for move in moves}
+        if self._filing is not None:
+            self.tell_recovered(self._filing.recover())
+        results = self._mover.move_all(moves)
+        share = (monotonic() - began) / max(1, len(results))
+        for result in results:
+            self._account.moved(self._taken(result)[0], result, 1e3 * share)
+        return results
+
+    def end(self, orders: Sequence[Order]) -> list[Result | PutBack]:
+        """Take note of copies to another file system that have ended; return what became of them.
+
+        Raises:
+            JournalError: the journal cannot be written; the daemon must stop.
+        """
+        assert self._filing is not None
+        ended = self._filing.end(orders)
+        for answer in ended:
+            if not isinstance(answer, PutBack):
+                move, began = self._taken(answer)
+                self._account.moved(move, answer, 1e3 * (monotonic() - began))
+        return ended
+
+    def refuse(self, message: str) -> list[Result]:
+        """Answer what was gathered as failed: the dataset is not there."""
+        moves, self._moves = self._moves, []
+        return [MoveFailed(move.path, move.stamp, MoveFailure.DESTINATION, message) for move in moves]
+
+    def give_up(self) -> list[Result]:
+        """Answer what waits for a copy to another file system: sortd stops. The next start moves it."""
+        given_up: Sequence[Result] = () if self._filing is None else self._filing.give_up()
+        for result in given_up:
+            self._taken(result)
+        return list(given_up)
+
+    def tell_recovered(self, relocations: Iterable[Relocation]) -> None:
+        """Write the lines of images whose moves had been cut short, by a crash or a disk, and are done after all."""
+        for relocation in relocations:
+            mark = relocation.image.moved_stamp
+            is_done = self._history is not None and relocation.progress is Progress.DONE and mark is not None
+            record = self._history.last_known(mark) if self._history is not None and is_done else None
+            if record is not None:
+                self._account.recovered(record, self._root)
+
+    def _taken(self, result: Result) -> tuple[Move, float]:
+        return self._asked.pop((result.path, result.stamp))
