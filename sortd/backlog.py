@@ -42,6 +42,9 @@ class State(StrEnum):
     HELD = "held"
 
 
+STALE_TICKETS = 1000
+"""So many places in the queue may be of images that are not there any more, beside as many as are."""
+
 RESTING = frozenset({State.ABSTAINED, State.REFUSED, State.HELD})
 """States that an image leaves only when something else happens: they are no work."""
 
@@ -83,6 +86,7 @@ class Backlog:
         self._counts: dict[State, int] = dict.fromkeys(State, 0)
         self._ready: deque[tuple[str, int]] = deque()
         self._heap: list[tuple[float, str]] = []
+        self._busy = 0
         self._ticket = 0
         self._scan = 0
         self.overflowed = False
@@ -104,11 +108,13 @@ class Backlog:
     @property
     def waiting(self) -> int:
         """Count the images that are work: everything but the resting ones."""
-        return len(self._entries) - sum(self._counts[state] for state in RESTING)
+        counts = self._counts
+        return len(self._entries) - counts[State.ABSTAINED] - counts[State.REFUSED] - counts[State.HELD]
 
-    def busy(self) -> list[str]:
-        """List the settling images that some writer keeps open: they may settle in a second, or never."""
-        return [entry.path for entry in self.in_state(State.SETTLING) if entry.busy]
+    @property
+    def busy(self) -> int:
+        """Count the settling images that some writer keeps open: they may settle in a second, or never."""
+        return self._busy
 
     def get(self, path: str) -> Entry | None:
         """Return what is known of a path, if anything."""
@@ -146,7 +152,7 @@ class Backlog:
             quiet = max(quiet, LEASELESS_QUIET_SECONDS)
         due = entry.still_since + quiet
         if writer is not None:
-            entry.busy = writer is Writer.PRESENT
+            self._note_writer(entry, present=writer is Writer.PRESENT)
         if writer is Writer.PRESENT:
             still = now - entry.still_since
             due = now + min(max(self._settle_seconds, still / 2), BUSY_RECHECK_SECONDS)
@@ -202,6 +208,7 @@ class Backlog:
         """Drop what is known of a path: nothing stands there any more."""
         entry = self._entries.pop(path, None)
         if entry is not None:
+            self._note_writer(entry, present=False)
             self._counts[entry.state] -= 1
 
     def lose_sight(self, path: str) -> None:
@@ -304,13 +311,19 @@ class Backlog:
         self._counts[state] += 1
         return entry
 
+    def _note_writer(self, entry: Entry, *, present: bool) -> None:
+        self._busy += present - entry.busy
+        entry.busy = present
+
     def _go(self, entry: Entry, state: State) -> None:
+        if entry.busy:  # that is asked of settling images alone
+            self._note_writer(entry, present=False)
         self._counts[entry.state] -= 1
         self._counts[state] += 1
         entry.state = state
 
     def _restart(self, entry: Entry, stamp: Stamp, now: float) -> None:
-        entry.stamp, entry.still_since, entry.recheck_at, entry.closed, entry.busy = stamp, now, 0.0, False, False
+        entry.stamp, entry.still_since, entry.recheck_at, entry.closed = stamp, now, 0.0, False
         self._go(entry, State.SETTLING)
         self._settle(entry, now, None)
 
@@ -322,7 +335,14 @@ class Backlog:
         self._ticket += 1
         entry.ticket = self._ticket
         self._go(entry, State.READY)
+        if len(self._ready) > 2 * self._counts[State.READY] + STALE_TICKETS:
+            self._drop_stale_tickets()
         if newest:
             self._ready.append((entry.path, entry.ticket))
         else:
             self._ready.appendleft((entry.path, entry.ticket))
+
+    def _drop_stale_tickets(self) -> None:
+        """Forget the places in the queue of images that went back to settling: a file may do so for months."""
+        entries = self._entries
+        self._ready = deque((path, t) for path, t in self._ready if path in entries and entries[path].ticket == t)

@@ -6,7 +6,6 @@ embedded but none is moved, so that every decision is made by the prototypes tha
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -49,6 +48,7 @@ from sortd.prototypes import Abstained, Decision, PrototypeSet
 from sortd.sorting.guard import Guard
 from sortd.sorting.orders import order_aside, order_for
 from sortd.sorting.pause import Pause
+from sortd.sorting.settings import SorterSettings
 
 REBUILD_PATIENCE = 30.0
 """A stream of changes in Clases/ puts a rebuild off for at most this many seconds."""
@@ -58,20 +58,6 @@ ROOM_FOR_A_SCAN = 1 / 8
 
 SET_ASIDE = frozenset({Refusal.UNREADABLE, Refusal.TOO_LARGE, Refusal.POISON})
 """Refusals of images that are complete and will not get better by themselves: they go to Rejected/."""
-
-
-@dataclass(frozen=True, slots=True)
-class SorterSettings:
-    """What differs between datasets in how images wait; what differs in how they are decided is in the prototypes."""
-
-    settle_seconds: float = 1.0
-    batch_size: int = 16
-    """Images that are asked for at once: half of what goes through the model, so that the newest never wait long."""
-    batches_in_flight: int = 3
-    """One that is encoded, one that is decoded meanwhile, and one on its way back."""
-    backlog_limit: int = 100_000
-    set_rejected_aside: bool = True
-    guard_images: int = 200
 
 
 class Sorter:

@@ -26,6 +26,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "sorting.guard": (THOUGHT, "sorter"),
     "sorting.orders": (THOUGHT, "sorter"),
     "sorting.rounds": (THOUGHT, "rounds"),
+    "sorting.settings": (THOUGHT, "sorter"),
     "deciding.decision": (THOUGHT, "prototypes"),
     "deciding.prototype_set": (THOUGHT, "prototypes"),
     "deciding.plain": (THOUGHT, "prototypes"),

@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sortd.backlog import BUSY_RECHECK_SECONDS, LEASELESS_QUIET_SECONDS, RESTING, Backlog, State
+from sortd.backlog import BUSY_RECHECK_SECONDS, LEASELESS_QUIET_SECONDS, RESTING, STALE_TICKETS, Backlog, State
 from sortd.messages import Stamp, Writer
 
 SETTLE = 2.0
@@ -143,6 +143,8 @@ class BacklogMachine(RuleBasedStateMachine):
             assert self.backlog.count(state) == sum(entry.state is state for entry in known)
         assert len(self.backlog) == len(known)
         assert self.backlog.waiting == sum(entry.state not in RESTING for entry in known)
+        settling = self.backlog.in_state(State.SETTLING)
+        assert self.backlog.busy == sum(entry.busy for entry in settling)
 
     @invariant()
     def every_settling_image_has_a_deadline(self) -> None:
@@ -155,3 +157,14 @@ class BacklogMachine(RuleBasedStateMachine):
 
 BacklogMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestBacklog = BacklogMachine.TestCase
+
+
+def test_a_file_that_is_written_to_for_months_leaves_no_trace_in_the_queue() -> None:
+    """Images that wait keep their places, and places of versions that are gone are dropped in time."""
+    backlog = Backlog(settle_seconds=0.0, limit=LIMIT)
+    backlog.see("waits.png", stamp(0), 0.0, writer=Writer.ABSENT, closed=True)
+    for version in range(1, 10 * STALE_TICKETS):
+        backlog.see("changes.png", stamp(version), float(version), writer=Writer.ABSENT, closed=True)
+        assert backlog.count(State.READY) == 2
+    assert len(backlog._ready) < 3 * STALE_TICKETS
+    assert [entry.path for entry in backlog.take_batch(4)] == ["changes.png", "waits.png"]

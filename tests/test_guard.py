@@ -21,7 +21,8 @@ from sortd.messages import (
     Writer,
 )
 from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet, SupportSet, build
-from sortd.sorter import Sorter, SorterSettings
+from sortd.sorter import Sorter
+from sortd.sorting.settings import SorterSettings
 
 Rows = npt.NDArray[np.float32]
 

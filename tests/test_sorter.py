@@ -33,7 +33,8 @@ from sortd.messages import (
     Writer,
 )
 from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build
-from sortd.sorter import Sorter, SorterSettings
+from sortd.sorter import Sorter
+from sortd.sorting.settings import SorterSettings
 
 ENCODER = "test-encoder"
 
@@ -309,6 +310,18 @@ def test_the_backlog_is_bounded_and_a_scan_finds_the_rest() -> None:
     answers = [sorter.receive(ImageGone(f"{index}.png"), 101) for index in range(4)]
     assert [Scan()] in answers
     assert answers.count([Scan()]) == 1
+
+
+def test_what_a_full_backlog_has_no_room_for_is_no_reason_to_scan_on() -> None:
+    """The driver ends a scan that names more than fits; a scan that names only what is known goes on."""
+    sorter = ready_sorter(backlog_limit=2)
+    sorter.receive(ScanStarted(), 100)
+    for index in (0, 1, 0, 1):
+        sorter.receive(ImageSeen(f"{index}.png", stamp(inode=index)), 100)
+        assert not sorter.is_overflowed
+    sorter.receive(ImageSeen("2.png", stamp(inode=2)), 100)
+    assert sorter.is_overflowed
+    assert sorter.known == 2
 
 
 def test_a_scan_asks_after_resting_images_that_it_did_not_name() -> None:

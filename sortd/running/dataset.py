@@ -50,7 +50,8 @@ from sortd.running.relocating import Order
 from sortd.running.sweep import Sweep
 from sortd.running.undoing import PutBack
 from sortd.running.worker import Answer, EmbedJob, Job, RebuildJob
-from sortd.sorter import Sorter, SorterSettings
+from sortd.sorter import Sorter
+from sortd.sorting.settings import SorterSettings
 from sortd.watch import Hint
 from sortd.watching.scanning import is_below_temporary, scan, stamp
 
@@ -145,9 +146,11 @@ class Dataset:
     def answer(self, answer: Answer) -> None:
         """Take the worker's answer."""
         for event in answer.events:
-            if isinstance(event, PrototypesBuilt) and answer.rebuilt is not None:
+            if isinstance(event, PrototypesBuilt):
                 self.last_generation = max(self.last_generation, event.prototypes.generation)
-                self.account.rebuilt(event.prototypes, answer.rebuilt, answer.seconds)
+                if answer.rebuilt is not None:
+                    self.account.rebuilt(event.prototypes, answer.rebuilt, answer.seconds)
+                self.account.decided_by(event.finetuned, answer.refusal)
             elif isinstance(event, RebuildFailed):
                 self.account.rebuild_failed(event)
             elif isinstance(event, Embedded):
@@ -196,7 +199,9 @@ class Dataset:
             return
         for path, mark in self._sweep.take():
             self.receive(ImageSeen(path, mark))
-        if not self._sweep.is_under_way:
+        if self.sorter.is_overflowed:
+            self._sweep.end()
+        elif not self._sweep.is_under_way:
             self.receive(ScanFinished())
             if self._sweep.is_wanted_again:
                 self.begin_scan()
@@ -328,4 +333,5 @@ class Dataset:
             "classes": [] if prototypes is None else list(prototypes.labels),
             "references": 0 if prototypes is None else int(prototypes.counts.sum()),
             "mode": self.teaching.settings.mode.value,
+            "classifier": self.account.classifier,
         }

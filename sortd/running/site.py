@@ -12,19 +12,22 @@ from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder, load
 from sortd.encoding.model_folders import STRONGER
 from sortd.encoding.models import locate
-from sortd.images import Limits
+from sortd.finetuned import FinetunedFacts
+from sortd.finetuned import load as load_finetuned
+from sortd.images import Jpeg, Limits
 from sortd.journaling.history import History
 from sortd.layout import Layout
-from sortd.messages import Stamp
+from sortd.messages import Preprocessing, Stamp
 from sortd.metrics import Metrics
 from sortd.prototypes import Abstain, DecisionSettings, Mode
 from sortd.references import Teaching
+from sortd.running.classifiers import Classifiers, are_logits
 from sortd.running.copier import Seat
 from sortd.running.dataset import Dataset
 from sortd.running.embedding import Embedder
 from sortd.running.holding import Holding, hold
 from sortd.running.worker import Job, PrototypeStore
-from sortd.sorter import SorterSettings
+from sortd.sorting.settings import SorterSettings
 
 LoadEncoder = Callable[[Config], Encoder]
 
@@ -58,6 +61,7 @@ def teaching_of(config: DatasetConfig) -> Teaching:
         settings=DecisionSettings(mode=Mode(config.mode), abstain=abstain),
         templates=tuple(config.prompts),
         learns_from_corrections=config.learn_from_corrections,
+        classifier=config.classifier,
     )
 
 
@@ -80,8 +84,14 @@ class Site:
         )
         self._run = uuid.uuid4().hex[:8]
         self._held: dict[str, tuple[Holding, ExitStack]] = {}
-        self._decoders: DecoderPool | None = None
+        self._decoders: dict[tuple[Preprocessing, Jpeg], DecoderPool] = {}
         self._cache: Cache | None = None
+        self.classifiers = Classifiers(
+            config.state_dir,
+            load=lambda folder: load_finetuned(folder, device=config.device, threads=config.threads),
+            embed_with=self._embed_with,
+        )
+        """The fine-tuned models; they serve after ``load``."""
 
     @property
     def state_folder(self) -> Path:
@@ -156,26 +166,37 @@ class Site:
     # ------------------------------------------------------------ the model, in the worker's thread
 
     def load(self) -> tuple[Embedder, PrototypeStore, str]:
-        """Load the model, warm the decoders, open the cache.
+        """Load the configured model, warm its decoders, open the cache.
 
         Raises:
             ModelError: the model cannot be had.
         """
         config = self._config
         encoder = self._load_encoder(config)
-        decoding = config.decoding
-        limits = Limits(max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes)
-        self._decoders = DecoderPool(
-            decoding.workers or min(MOST_DECODERS, len(os.sched_getaffinity(0))),
-            encoder.preprocessing,
-            limits,
-            timeout_seconds=decoding.timeout_seconds,
-            jpeg=decoding.jpeg,
-        )
+        decoders = self._pool(encoder.preprocessing, config.decoding.jpeg)
         self._cache = Cache(config.cache_dir / "embeddings.sqlite", max_bytes=config.cache_megabytes * 1_000_000)
-        embedder = Embedder(encoder, self._decoders, self._cache, batch_size=config.batch_size)
+        embedder = Embedder(encoder, decoders, self._cache, batch_size=config.batch_size)
         store = PrototypeStore(self._cache.prototypes, self._cache.remember_prototypes)
         return embedder, store, self._describe(config)
+
+    def _embed_with(self, encoder: Encoder, facts: FinetunedFacts) -> Embedder:
+        """Return what embeds files by a fine-tuned model, decoded as they were for its training."""
+        assert self._cache is not None, "the configured model is loaded first"
+        decoders = self._pool(encoder.preprocessing, "full" if facts.decoding == "full" else "draft")
+        return Embedder(encoder, decoders, self._cache, batch_size=self._config.batch_size, are_sound=are_logits)
+
+    def _pool(self, preprocessing: Preprocessing, jpeg: Jpeg) -> DecoderPool:
+        """Return the decoders that bring files to the size that an encoder sees; encoders that see alike share them."""
+        if (preprocessing, jpeg) not in self._decoders:
+            decoding = self._config.decoding
+            self._decoders[preprocessing, jpeg] = DecoderPool(
+                decoding.workers or min(MOST_DECODERS, len(os.sched_getaffinity(0))),
+                preprocessing,
+                Limits(max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes),
+                timeout_seconds=decoding.timeout_seconds,
+                jpeg=jpeg,
+            )
+        return self._decoders[preprocessing, jpeg]
 
     @staticmethod
     def _describe(config: Config) -> str:
@@ -188,7 +209,7 @@ class Site:
 
     def unload(self) -> None:
         """End the decoders and close the cache."""
-        if self._decoders is not None:
-            self._decoders.close()
+        for decoders in self._decoders.values():
+            decoders.close()
         if self._cache is not None:
             self._cache.close()

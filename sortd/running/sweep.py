@@ -33,6 +33,10 @@ class Sweep:
         self._is_wanted_again = False
         return True
 
+    def end(self) -> None:
+        """Take no more: what is left does not fit into the backlog, and is found by another sweep."""
+        self._found, self._is_wanted_again = None, False
+
     def take(self) -> list[tuple[str, Stamp]]:
         """Take the next slice; a short one is the last, after which nothing is under way."""
         taken = [] if self._found is None else list(islice(self._found, SLICE))

@@ -1,0 +1,264 @@
+"""What does the core cost an image, and what does it hold, however many wait? And how long does a scan take?
+
+    python -m benchmarks.core [--images 1000000] [--files 100000] [--json]
+
+The core (``sorter.py``) is driven as the daemon drives it, with a clock that is counted and a fake encoder: scans in
+slices that end when the backlog is full, looks, embeddings, decisions, moves. What counts is the processor time within
+the core, less the decisions, which belong to the prototypes. Each quarter of the images is timed by itself, so that a
+cost that grows shows: the last quarter's microseconds an image over the first's. The floors: at most 80 microseconds
+an image, at most 100,000 images known at a time, a scan of 100,000 files within a second.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+
+from sortd.deciding.classifier import Classifier, decide_by
+from sortd.messages import (
+    Command,
+    Embed,
+    Embedded,
+    EmbeddedImage,
+    Event,
+    ImageGone,
+    ImageSeen,
+    Inspect,
+    Move,
+    Moved,
+    PrototypesBuilt,
+    Rebuild,
+    Scan,
+    ScanFinished,
+    ScanStarted,
+    Stamp,
+    Tick,
+    Writer,
+)
+from sortd.prototypes import Decision, DecisionSettings, Mode, PrototypeSet, SupportSet, build
+from sortd.running.sweep import SLICE
+from sortd.sorter import Sorter
+from sortd.sorting.settings import SorterSettings
+from sortd.watching.scanning import scan
+
+MOST_MICROSECONDS = 80.0
+MOST_KNOWN = 100_000
+MOST_SCAN_SECONDS = 1.0
+CLASSES = 20
+QUARTERS = 4
+
+
+def prototypes() -> PrototypeSet:
+    """Build twenty classes on axes of their own."""
+    support = SupportSet(
+        labels=tuple(f"class {number}" for number in range(CLASSES)),
+        embeddings=np.eye(CLASSES, dtype=np.float32),
+        classes=np.arange(CLASSES),
+        sources=tuple(f"{number}.png" for number in range(CLASSES)),
+        text=None,
+        text_mean=None,
+        strangers=np.zeros((0, CLASSES), np.float32),
+        encoder_id="fake",
+        fingerprint="fake",
+    )
+    return build(support, DecisionSettings(mode=Mode.MAX, abstain=None), generation=1)
+
+
+@dataclass
+class Inbox:
+    """A folder of numbered files that exists in thought alone."""
+
+    files: int
+    filed: bytearray = field(init=False)
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        """Begin with every file in its place."""
+        self.filed = bytearray(self.files)
+
+    def names(self) -> Iterator[int]:
+        """Number the files that are there, as a scan finds them: in an order that is not that of their filing."""
+        return (number for number in range(self.files) if not self.filed[number])
+
+    @staticmethod
+    def path(number: int) -> str:
+        """Return a path like those of real inboxes."""
+        return f"/srv/pictures/Data/Holidays/Images/2026/IMG_{number:08}.jpg"
+
+    @staticmethod
+    def stamp(number: int) -> Stamp:
+        """Return the stamp of a file."""
+        return Stamp(64_769, 10_000_000 + number, 3_000_000 + number % 1000, 1_700_000_000_000_000_000 + number)
+
+
+class Drive:
+    """A core, an inbox, and the time that the core took."""
+
+    def __init__(self, files: int, limit: int) -> None:
+        """Begin with prototypes and a scan."""
+        self.inbox = Inbox(files)
+        self.sorter = Sorter(SorterSettings(settle_seconds=1.0, backlog_limit=limit))
+        self.filed, self.now, self.core_seconds, self.decision_seconds, self.most_known = 0, 0.0, 0.0, 0.0, 0
+        self.scans = 0
+        self._rows = np.eye(CLASSES, dtype=np.float32)
+        self._found: Iterator[int] | None = None
+        self._commands: deque[Command] = deque()
+        self.tell([Tick()])
+
+    def decide(self, classifier: Classifier, rows: npt.ArrayLike) -> list[Decision]:
+        """Stand in for the core's ``decide_by``, timed."""
+        began = time.process_time()
+        decisions = decide_by(classifier, rows)
+        self.decision_seconds += time.process_time() - began
+        return decisions
+
+    def tell(self, events: list[Event]) -> None:
+        """Hand events to the core, timed."""
+        receive, commands, now = self.sorter.receive, self._commands, self.now
+        began = time.process_time()
+        for event in events:
+            commands.extend(receive(event, now))
+        self.core_seconds += time.process_time() - began
+
+    def run(self) -> Iterator[int]:
+        """Yield how many are filed, after each turn, until all are."""
+        while self.filed < self.inbox.files:
+            self._carry_out()
+            self._scan_on()
+            self.most_known = max(self.most_known, self.sorter.known)
+            deadline = self.sorter.next_deadline()
+            if not self._commands and self._found is None and deadline is not None:
+                self.now = max(self.now, deadline)
+            if deadline is not None and deadline <= self.now:
+                self.tell([Tick()])
+            yield self.filed
+
+    def _scan_on(self) -> None:
+        if self._found is None:
+            return
+        numbers = list(islice(self._found, SLICE))
+        self.tell([ImageSeen(self.inbox.path(number), self.inbox.stamp(number)) for number in numbers])
+        if self.sorter.is_overflowed:  # what is left of it does not fit either: another scan finds it
+            self._found = None
+        elif len(numbers) < SLICE:
+            self._found = None
+            self.tell([ScanFinished()])
+
+    def _carry_out(self) -> None:
+        events: list[Event] = []
+        while self._commands:
+            match self._commands.popleft():
+                case Rebuild():
+                    events.append(PrototypesBuilt(prototypes()))
+                    self._begin_scan(events)
+                case Scan():
+                    self._begin_scan(events)
+                case Inspect(path):
+                    number = self._number(path)
+                    is_gone = self.inbox.filed[number]
+                    seen = ImageSeen(path, self.inbox.stamp(number), Writer.ABSENT)
+                    events.append(ImageGone(path) if is_gone else seen)
+                case Embed(images):
+                    rows = tuple(
+                        EmbeddedImage(path, stamp, self._rows[stamp.inode % CLASSES], "c0ffee")
+                        for path, stamp in images
+                    )
+                    events.append(Embedded(rows, "fake"))
+                case Move() as move:
+                    self.inbox.filed[self._number(move.path)] = 1
+                    self.filed += 1
+                    events.append(Moved(move.path, move.stamp, "elsewhere", move.outcome, move.stamp))
+                case other:
+                    raise AssertionError(other)
+        self.now += 0.001
+        self.tell(events)
+
+    def _begin_scan(self, events: list[Event]) -> None:
+        self.scans += 1
+        self._found = self.inbox.names()
+        events.append(ScanStarted())
+
+    @staticmethod
+    def _number(path: str) -> int:
+        return int(path[-12:-4])
+
+
+def resident_mebibytes() -> float:
+    """Return the resident memory of this process."""
+    with open("/proc/self/statm", encoding="ascii") as pages:
+        return int(pages.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def measure_core(images: int, limit: int) -> dict[str, Any]:
+    """File so many images through a core and say what each part of them cost."""
+    drive = Drive(images, limit)
+    marks, memory, began = [0.0], [resident_mebibytes()], time.perf_counter()
+    with mock.patch("sortd.sorter.decide_by", drive.decide):
+        for filed in drive.run():
+            if filed * QUARTERS >= images * len(marks):
+                marks.append(drive.core_seconds - drive.decision_seconds)
+                memory.append(resident_mebibytes())
+    size = images / QUARTERS
+    parts = [1e6 * (after - before) / size for before, after in pairwise(marks)]
+    return {
+        "images": images,
+        "seconds": round(time.perf_counter() - began, 1),
+        "core_microseconds_an_image": round(1e6 * marks[-1] / images, 1),
+        "decision_microseconds_an_image": round(1e6 * drive.decision_seconds / images, 1),
+        "quarters_microseconds": [round(part, 1) for part in parts],
+        "last_quarter_over_first": round(parts[-1] / parts[0], 2),
+        "scans": drive.scans,
+        "most_known": drive.most_known,
+        "resident_mebibytes": [round(value) for value in memory],
+        "floor_microseconds": MOST_MICROSECONDS,
+        "floor_known": MOST_KNOWN,
+    }
+
+
+def measure_scan(folder: Path, files: int) -> dict[str, Any]:
+    """Scan a real folder of empty files, a thousand in each of its folders; the best of three."""
+    for number in range(files):
+        place = folder / f"{number // 1000:04}"
+        if number % 1000 == 0:
+            place.mkdir()
+        (place / f"{number}.jpg").touch()
+    troubles: list[OSError] = []
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        found = sum(1 for _ in scan(str(folder), report=troubles.append))
+        times.append(time.perf_counter() - began)
+    assert found == files
+    assert not troubles
+    return {"files": files, "seconds": round(min(times), 3), "floor_seconds": MOST_SCAN_SECONDS}
+
+
+def main() -> None:
+    """Measure both and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument("--files", type=int, default=100_000)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="sortd-bench-") as name:
+        facts = {"core": measure_core(arguments.images, MOST_KNOWN), "scan": measure_scan(Path(name), arguments.files)}
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return
+    for what, measured in facts.items():
+        print(what, json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()
