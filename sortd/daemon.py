@@ -80,7 +80,7 @@ class Daemon:
         self.config_problem: str | None = None
         self._reload, self._notifier, self._metrics = reload, notifier, metrics
         self._once = once
-        self._worker = Worker(site.load, site.unload, self.inbox.put)
+        self._worker = Worker(site.load, site.unload, self.inbox.put, site.classifiers)
         self._copier = Copier(self.inbox.put)
         self.collection = Collection(config, site=site, ask=self._worker.ask, copier=self._copier, metrics=metrics)
         self._watcher: Watcher | None = None

@@ -105,6 +105,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "running.copier": (DRIVER, "drivers"),
     "running.outbox": (DRIVER, "drivers"),
     "running.classifiers": (DRIVER, "drivers"),
+    "running.lanes": (DRIVER, "drivers"),
     "running.account": (DRIVER, "drivers"),
     "running.collection": (DRIVER, "drivers"),
     "running.sweep": (DRIVER, "drivers"),

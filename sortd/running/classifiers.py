@@ -4,7 +4,7 @@ What is promoted is read anew at every rebuild, so a start, a reload, a promotio
 to the same place. A model that may not decide is refused with a sentence, and the prototypes serve on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +126,26 @@ class Logits:
         raise ModelError(f"{self.encoder_id} is a fine-tuned model and embeds no text, {len(texts)} were asked for")
 
 
+def are_logits(rows: Rows) -> bool:
+    """Tell whether rows (B, classes) can be logits: numbers, and not all zeros as of a device in a bad state."""
+    return bool(np.isfinite(rows).all() and rows.any(axis=1).all())
+
+
+def probe_logits(encoder: Encoder) -> None:
+    """See that a fine-tuned model answers with sense: better here than on somebody's image.
+
+    Raises:
+        ModelError: it does not.
+    """
+    height, width = encoder.preprocessing.crop_height, encoder.preprocessing.crop_width
+    noise = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+    if not are_logits(encoder.encode_images(noise)):
+        raise ModelError(
+            f"the fine-tuned model {encoder.encoder_id} answers with zeros: it was not trained, or its device is in a "
+            "bad state; set `device: cpu`, or run `sortd finetune` anew"
+        )
+
+
 LoadModel = Callable[[Path], FinetunedModel]
 EmbedWith = Callable[[Encoder, FinetunedFacts], Embedder]
 
@@ -133,7 +153,7 @@ EmbedWith = Callable[[Encoder, FinetunedFacts], Embedder]
 class Classifiers:
     """The fine-tuned models in memory; used by one thread, the worker.
 
-    A model is loaded for the first dataset that wants it, shared by others, and let go when none wants it any more.
+    A model is loaded for the first dataset that wants it and shared with the others.
     """
 
     def __init__(self, state: Path, *, load: LoadModel, embed_with: EmbedWith) -> None:
@@ -146,7 +166,6 @@ class Classifiers:
         """
         self._state, self._load, self._embed_with = state, load, embed_with
         self._loaded: dict[str, Embedder] = {}
-        self._users: dict[str, str] = {}
 
     def choose(self, layout: Layout, wanted: str, labels: Sequence[str]) -> Appointed:
         """Return what is to decide a dataset from now on, loaded if need be; arguments as for ``appointed``."""
@@ -154,21 +173,20 @@ class Classifiers:
         facts = found.facts
         if facts is not None and facts.model_id not in self._loaded:
             try:
-                self._loaded[facts.model_id] = self._embed_with(Logits(self._load(facts.folder)), facts)
+                encoder = Logits(self._load(facts.folder))
+                probe_logits(encoder)
             except ModelError as error:
-                found = Appointed(refusal=str(error))
-        self._users[layout.name] = found.model_id
+                return Appointed(refusal=str(error))
+            self._loaded[facts.model_id] = self._embed_with(encoder, facts)
         return found
 
-    def embedder(self, model_id: str) -> Embedder | None:
-        """Return what embeds by a model that was chosen; None for no model."""
-        return self._loaded.get(model_id)
+    @property
+    def loaded(self) -> Mapping[str, Embedder]:
+        """What embeds by each model that is in memory, by the model's identity."""
+        return self._loaded
 
-    def forget(self, dataset: str) -> None:
-        """A dataset is gone: it wants no model any more."""
-        self._users.pop(dataset, None)
-
-    def tidy(self) -> None:
-        """Let go of the models that no dataset was given."""
-        for model_id in self._loaded.keys() - set(self._users.values()):
-            del self._loaded[model_id]
+    def retain(self, wanted: Collection[str]) -> None:
+        """Let go of the models that nobody wants and that have nothing left to do."""
+        for model_id, embedder in list(self._loaded.items()):
+            if model_id not in wanted and not embedder.has_work:
+                del self._loaded[model_id]

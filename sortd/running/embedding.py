@@ -18,20 +18,39 @@ UNIT_TOLERANCE = 1e-2
 """How far from one the length of an embedding may be: half precision errs by a tenth of that."""
 
 
+Attend = Callable[[], float | None]
+"""Is called between two steps; returns how many seconds the next one may wait at most, None: as long as need be."""
+
+
+def are_of_unit_length(rows: FloatArray) -> bool:
+    """Tell whether rows (B, d) are embeddings: a device in a bad state answers zeros or no numbers at all."""
+    lengths = np.linalg.norm(rows, axis=1)
+    return bool((np.abs(lengths - 1) < UNIT_TOLERANCE).all())  # false for what is no number, too
+
+
 class Embedder:
     """Embeds files and texts with one encoder; used by one thread, the worker."""
 
-    def __init__(self, encoder: Encoder, decoders: DecoderPool, cache: Cache, *, batch_size: int = 32) -> None:
-        """Take the parts over; whoever made them closes them."""
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoders: DecoderPool,
+        cache: Cache,
+        *,
+        batch_size: int = 32,
+        are_sound: Callable[[FloatArray], bool] = are_of_unit_length,
+    ) -> None:
+        """Take the parts over; whoever made them closes them. Rows that are not sound are not remembered."""
         self.encoder = encoder
         self._cache = cache
+        self._are_sound = are_sound
         self._pipeline = Pipeline(decoders, self._encode, batch_size=batch_size)
-        self._attend: Callable[[], None] = _attend_to_nothing
+        self._attend: Attend = _attend_to_nothing
         self._bell: int | None = None
         self.forwards = 0
         """Image batches that went through the encoder: what a cache hit saves."""
 
-    def attend_with(self, attend: Callable[[], None], *, bell: int) -> None:
+    def attend_with(self, attend: Attend, *, bell: int) -> None:
         """Let ``embed`` call ``attend`` between two steps, and wait no longer than until ``bell`` can be read."""
         self._attend, self._bell = attend, bell
 
@@ -56,8 +75,7 @@ class Embedder:
                     yield answers.popleft()
                 if not left:
                     return
-                self._attend()
-                self.advance()
+                self.advance(at_most_seconds=self._attend())
         finally:
             self.close_lane(lane)
 
@@ -90,9 +108,9 @@ class Embedder:
         """Is any image of any lane without its answer?"""
         return self._pipeline.has_work
 
-    def advance(self) -> None:
+    def advance(self, *, at_most_seconds: float | None = None) -> None:
         """Take one step with the images of all lanes; see ``Pipeline.advance``."""
-        self._pipeline.advance(bell=self._bell)
+        self._pipeline.advance(bell=self._bell, at_most_seconds=at_most_seconds)
 
     def _encode(self, batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
         """Encode one batch, equal contents once; a content that is known under another name is not encoded."""
@@ -135,13 +153,12 @@ class Embedder:
         return np.stack([rows[key] for key in keys])
 
     def _sound(self, rows: FloatArray) -> FloatArray:
-        """Return the rows, which must be of unit length: a device in a bad state answers zeros or no numbers at all.
+        """Return the rows, which must be sound.
 
         Raises:
             ModelError: they are not; nothing of the batch is remembered.
         """
-        lengths = np.linalg.norm(rows, axis=1)
-        if not (np.abs(lengths - 1) < UNIT_TOLERANCE).all():  # false for what is no number, too
+        if not self._are_sound(rows):
             raise ModelError(
                 f"the encoder {self.encoder.encoder_id} answered with embeddings that are none: its device may be in a "
                 "bad state; start sortd again, with `device: cpu` if that does not help"

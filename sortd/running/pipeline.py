@@ -70,11 +70,12 @@ class Pipeline:
         """Is any image without its answer?"""
         return self._on_the_way > 0 or any(lane.waiting for lane in self._lanes)
 
-    def advance(self, *, bell: int | None = None) -> None:
+    def advance(self, *, bell: int | None = None, at_most_seconds: float | None = None) -> None:
         """Take one step: wait for pixels if need be, and encode a batch if one is due.
 
         Args:
             bell: a descriptor that ends the wait as soon as it can be read.
+            at_most_seconds: how long to wait at most: there is work elsewhere; None: as long as need be.
 
         Raises:
             StartupError: the decoding processes do not come up.
@@ -83,7 +84,8 @@ class Pipeline:
         self._feed()
         self._take_in()
         if not self._is_due(monotonic()):
-            self._decoders.collect(self._patience(monotonic()), bell=bell)
+            waits = [seconds for seconds in (self._patience(monotonic()), at_most_seconds) if seconds is not None]
+            self._decoders.collect(min(waits, default=None), bell=bell)
             self._take_in()
             self._feed()
         if self._is_due(monotonic()):

@@ -52,7 +52,7 @@ def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
     inbox: queue.SimpleQueue[Posted] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="sortd-") as folder:
         site = Site(config.model_copy(update={"cache_dir": Path(folder)}), load_encoder=load_encoder)
-        worker = Worker(site.load, site.unload, inbox.put)
+        worker = Worker(site.load, site.unload, inbox.put, site.classifiers)
         datasets = {}
         for layout in layouts:
             own = config.dataset(layout.name)

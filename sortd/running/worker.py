@@ -1,9 +1,9 @@
 """The worker: the one thread that decodes, encodes, and builds prototypes, for all datasets.
 
 It loads the model itself, so that loading overlaps the first scan, and shares nothing with the loop but queues of
-frozen values. The images of all datasets, and the references of one that is built anew, go through one pipeline; what
-is asked meanwhile is taken in between two of its steps. A job that fails is answered as failed; anything that the
-worker did not foresee ends it, and the loop raises what it died of.
+frozen values. The images of all datasets, and the references of one that is built anew, go through one pipeline for
+each encoder, which take turns; what is asked meanwhile is taken in between two steps. A job that fails is answered as
+failed; anything that the worker did not foresee ends it, and the loop raises what it died of.
 """
 
 import os
@@ -12,18 +12,20 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
 
 from sortd.deciding.reload_gate import refuse_reload
 from sortd.errors import ModelError, SortdError
+from sortd.layout import Layout
 from sortd.messages import Embedded, EmbeddedImage, Event, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.prototypes import PrototypeSet
-from sortd.references import Rebuilt, References, ReferencesAbsentError, Teaching
+from sortd.references import Rebuilt, References, ReferencesAbsentError, Teaching, class_labels
+from sortd.running.classifiers import Appointed, Classifiers
 from sortd.running.embedding import Embedder
-from sortd.running.pipeline import Lane
+from sortd.running.lanes import Lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ class Answer:
     events: tuple[Event, ...]
     rebuilt: Rebuilt | None = None
     seconds: float = 0.0
+    refusal: str | None = None
+    """With ``PrototypesBuilt``: why a fine-tuned model that is wanted does not decide, in a sentence."""
 
 
 Posted = WorkerReady | WorkerDied | Answer
@@ -112,12 +116,12 @@ class Worker:
         load: Callable[[], tuple[Embedder, PrototypeStore, str]],
         close: Callable[[], None],
         post: Callable[[Posted], None],
+        classifiers: Classifiers,
     ) -> None:
         """Prepare; ``load`` runs in the thread and makes the embedder, ``close`` runs in it at the end."""
-        self._load, self._close, self._post = load, close, post
+        self._load, self._close, self._post, self._classifiers = load, close, post, classifiers
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._later: deque[RebuildJob | Forget] = deque()
-        self._lanes: dict[str, Lane] = {}
         self._thread = threading.Thread(target=self._run, name="worker")
         self._references: dict[str, References] = {}
         self._serving: dict[str, PrototypeSet] = {}
@@ -171,21 +175,22 @@ class Worker:
         began = monotonic()
         self.busy_since = began
         embedder, store, description = self._load()
-        attend = partial(self._attend, embedder)
+        lanes = Lanes(embedder, self._classifiers, self._deliver)
+        attend = partial(self._attend, lanes)
         assert self._bell is not None
-        embedder.attend_with(attend, bell=self._bell)
+        lanes.attend_with(attend, bell=self._bell)
         self._post(WorkerReady(embedder.encoder.encoder_id, description, monotonic() - began))
         while True:
-            if not (self._later or embedder.has_work):
+            if not (self._later or lanes.has_work):
                 self.busy_since = None
-                self._take(embedder, self._jobs.get())
+                self._take(lanes, self._jobs.get())
             attend()
             if self._later:
-                self._carry_out(embedder, store, self._later.popleft())
-            elif embedder.has_work:
-                embedder.advance()
+                self._carry_out(lanes, store, self._later.popleft())
+            elif lanes.has_work:
+                lanes.advance()
 
-    def _attend(self, embedder: Embedder) -> None:
+    def _attend(self, lanes: Lanes) -> None:
         """Take in what is asked, without waiting; called between two steps of whatever is under way.
 
         Raises:
@@ -197,39 +202,37 @@ class Worker:
             os.eventfd_read(self._bell)
         with suppress(queue.Empty):
             while not self._stopping:
-                self._take(embedder, self._jobs.get_nowait())
+                self._take(lanes, self._jobs.get_nowait())
         if self._stopping:
             raise _StopAskedError
 
-    def _take(self, embedder: Embedder, job: Job | None) -> None:
+    def _take(self, lanes: Lanes, job: Job | None) -> None:
         """Put images on their way at once, and the rest to what is to be done in order."""
         match job:
             case EmbedJob(dataset, images):
-                if dataset not in self._lanes:
-                    self._lanes[dataset] = embedder.open_lane(partial(self._deliver, embedder, dataset))
-                embedder.add(self._lanes[dataset], images)
+                lanes.add(dataset, images)
             case RebuildJob():
                 self._later.append(job)
             case Forget(dataset):
-                if dataset in self._lanes:
-                    embedder.close_lane(self._lanes.pop(dataset))
+                lanes.forget(dataset)
                 self._later.append(job)
 
-    def _carry_out(self, embedder: Embedder, store: PrototypeStore, job: RebuildJob | Forget) -> None:
+    def _carry_out(self, lanes: Lanes, store: PrototypeStore, job: RebuildJob | Forget) -> None:
         match job:
             case RebuildJob():
-                self._rebuild(embedder, store, job)
+                self._rebuild(lanes, store, job)
             case Forget(dataset):
                 self._references.pop(dataset, None)
                 self._serving.pop(dataset, None)
+                lanes.forget(dataset)  # a rebuild that was asked for before may have switched it once more
 
-    def _deliver(self, embedder: Embedder, dataset: str, answers: Sequence[EmbeddedImage | ImageRefused]) -> None:
+    def _deliver(self, dataset: str, encoder_id: str, answers: Sequence[EmbeddedImage | ImageRefused]) -> None:
         refused = [answer for answer in answers if isinstance(answer, ImageRefused)]
         images = tuple(answer for answer in answers if isinstance(answer, EmbeddedImage))
-        embedded = (Embedded(images, embedder.encoder.encoder_id),) if images else ()
+        embedded = (Embedded(images, encoder_id),) if images else ()
         self._post(Answer(dataset, (*refused, *embedded)))
 
-    def _rebuild(self, embedder: Embedder, store: PrototypeStore, job: RebuildJob) -> None:
+    def _rebuild(self, lanes: Lanes, store: PrototypeStore, job: RebuildJob) -> None:
         began = monotonic()
         if job.afresh:
             self._references.pop(job.dataset, None)
@@ -237,7 +240,14 @@ class Worker:
         previous = self._serving.get(job.dataset) or store.read(job.dataset)
         generation = 1 + max(job.generation, previous.generation if previous else 0)
         try:
-            rebuilt = references.rebuild(embedder, job.teaching, previous=previous, generation=generation)
+            decider = self._appoint(lanes, job, class_labels(job.clases))
+            rebuilt = references.rebuild(
+                lanes.embedder,
+                job.teaching,
+                previous=previous,
+                generation=generation,
+                decided_by=decider.model_id,
+            )
         except ReferencesAbsentError as error:
             event: Event = RebuildFailed(str(error), references_absent=True)
             self._post(Answer(job.dataset, (event,), seconds=monotonic() - began))
@@ -247,23 +257,45 @@ class Worker:
         except (SortdError, OSError, ValueError) as error:
             self._post(Answer(job.dataset, (RebuildFailed(f"{type(error).__name__}: {error}"),)))
             return
+        decider = self._appoint(lanes, job, rebuilt.prototypes.labels)  # a folder may have come or gone since
         refusal = None if previous is None or job.force else gate(previous, rebuilt.prototypes)
         if previous is not None and refusal is not None:
-            self._keep(job.dataset, previous, refusal)
+            failed = self._kept(job.dataset, refusal)
+            if job.dataset in self._serving and decider.model_id != lanes.decided_by(job.dataset):
+                previous = replace(previous, generation=generation)  # another one decides, so all is decided anew
+                store.write(job.dataset, previous)
+            self._serve_with(lanes, job, previous, decider, failed)
             return
         if rebuilt.changed:
             store.write(job.dataset, rebuilt.prototypes)
-        self._serving[job.dataset] = rebuilt.prototypes
-        built = PrototypesBuilt(rebuilt.prototypes)
-        self._post(Answer(job.dataset, (built,), rebuilt, monotonic() - began))
+        self._serve_with(lanes, job, rebuilt.prototypes, decider, rebuilt=rebuilt, seconds=monotonic() - began)
 
-    def _keep(self, dataset: str, previous: PrototypeSet, refusal: str) -> None:
-        """Let the old generation serve on, or serve at all after a start, and say why the new one does not."""
+    def _serve_with(
+        self,
+        lanes: Lanes,
+        job: RebuildJob,
+        prototypes: PrototypeSet,
+        decider: Appointed,
+        *others: Event,
+        rebuilt: Rebuilt | None = None,
+        seconds: float = 0.0,
+    ) -> None:
+        """Let these prototypes, or the model that is to decide in their place, serve from now on."""
+        self._serving[job.dataset] = prototypes
+        lanes.switch(job.dataset, decider.model_id)
+        finetuned = decider.classifier(job.teaching.settings.abstain, generation=prototypes.generation)
+        built = PrototypesBuilt(prototypes, finetuned)
+        self._post(Answer(job.dataset, (built, *others), rebuilt, seconds, decider.refusal))
+
+    @staticmethod
+    def _appoint(lanes: Lanes, job: RebuildJob, labels: Sequence[str]) -> Appointed:
+        return lanes.appoint(Layout(job.clases.parent), job.teaching.classifier, labels)
+
+    @staticmethod
+    def _kept(dataset: str, refusal: str) -> RebuildFailed:
+        """Say why the old generation serves on, or serves at all after a start."""
         message = f"{refusal}; the old prototypes stay: mend the references, or `sortd rebuild --force {dataset}`"
-        failed = RebuildFailed(message, is_lasting=True)
-        is_serving = dataset in self._serving
-        self._serving[dataset] = previous
-        self._post(Answer(dataset, (failed,) if is_serving else (PrototypesBuilt(previous), failed)))
+        return RebuildFailed(message, is_lasting=True)
 
 
 def gate(old: PrototypeSet, new: PrototypeSet) -> str | None:
