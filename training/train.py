@@ -76,6 +76,7 @@ class Run:
         self.allowed = allowed_concepts(library).to(device)
         self.journal = Journal(folder)
         self.progress = Standing()
+        self.met = 0.0
         steps = max(1, round(settings.epochs * self.shuffler.steps_per_epoch))
         budget = None if settings.budget_minutes is None else settings.budget_minutes * 60
         self.clock = schedule.Clock(steps, budget)
@@ -118,14 +119,13 @@ class Run:
         bar = progress_bar()
         task = bar.add_task("training", total=1.0)
         bar.start()
-        last_saved = last_measured = last_told = time.monotonic()
+        last_saved = last_measured = last_told = self.met = time.monotonic()
         told_step, parts = self.progress.step, []
         for batch in self.shuffler.batches(self.progress.step):
             share = self.share()
             if share >= 1:
                 break
-            began = time.monotonic()
-            parts.append(self.step(self.crew.share_of(batch), share, embed_images, embed_texts, began))
+            parts.append(self.step(self.crew.share_of(batch), share, embed_images, embed_texts))
             now = time.monotonic()
             bar.update(task, completed=self.share())
             if self.crew.rank:
@@ -155,9 +155,7 @@ class Run:
             self.student.embed_texts, dynamic=False
         )
 
-    def step(
-        self, batch: Batch, share: float, embed_images: EmbedImages, embed_texts: EmbedTexts, began: float
-    ) -> torch.Tensor:
+    def step(self, batch: Batch, share: float, embed_images: EmbedImages, embed_texts: EmbedTexts) -> torch.Tensor:
         """Take one step; give the four parts of the loss, float32 (4,)."""
         settings, student, number = self.settings, self.student, self.progress.step
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
@@ -182,7 +180,9 @@ class Run:
         mapped = classify(student.map_classifier(maps), concepts, self.allowed[sources])
         loss = to_text + of_text + settings.head_weight * (named + mapped)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped.
-        seconds = self.crew.meet(self.progress.seconds + time.monotonic() - began)
+        now = time.monotonic()
+        seconds = self.crew.meet(self.progress.seconds + now - self.met)
+        self.met = now
         torch.nn.utils.clip_grad_norm_(student.parameters(), settings.gradient_norm)
         for optimizer in self.optimizers:
             optimizer.step()
