@@ -17,6 +17,8 @@ PROMOTION_FILE = "classifier.json"
 RESULTS_FOLDER = "finetuned"
 FACTS_FILE = "sortd.json"
 """What a finished result holds (see ``finetuned.py``); a folder without it is of a training that goes on or was cut."""
+UNFINISHED = ".unfinished"
+"""How the name of a folder ends that a training works in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +113,9 @@ def remove_promotion(state_folder: Path) -> bool:
 
 def results(state_folder: Path) -> list[Path]:
     """List the finished results of ``sortd finetune``, the newest first: their folders' names begin with the time."""
-    found = (state_folder / RESULTS_FOLDER).glob(f"*/{FACTS_FILE}")
-    return sorted((facts.parent for facts in found), key=lambda folder: folder.name, reverse=True)
+    found = [facts.parent for facts in (state_folder / RESULTS_FOLDER).glob(f"*/{FACTS_FILE}")]
+    finished = (folder for folder in found if not folder.name.endswith(UNFINISHED))
+    return sorted(finished, key=lambda folder: folder.name, reverse=True)
 
 
 def _sync(folder: Path) -> None:

@@ -86,7 +86,8 @@ def noisy_support(folder: Path, classes: int = 4, references: int = 8) -> Suppor
 
 def facts_of(folder: Path, **sizes: int) -> dict[str, Any]:
     """Return the facts of an evaluation with mistakes in it."""
-    return Examined("Noise", folder, evaluate(noisy_support(folder, **sizes)), ()).facts()
+    serving = {"deciding": "prototypes", "model_id": None, "refusal": None}
+    return Examined("Noise", folder, evaluate(noisy_support(folder, **sizes)), (), serving).facts()
 
 
 class TestThumbnails:

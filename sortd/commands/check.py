@@ -13,7 +13,12 @@ from sortd.commands.check_calibration import calibration_findings
 from sortd.commands.check_disks import clock_findings, file_system_findings, room_findings, watching_findings
 from sortd.commands.check_folders import dataset_findings, overlap_findings, own_folder_findings, root_findings
 from sortd.commands.check_references import DECODING_SECONDS, File, Reader, reference_findings
-from sortd.commands.check_running import model_findings, named_dataset_findings, process_findings
+from sortd.commands.check_running import (
+    classifier_findings,
+    model_findings,
+    named_dataset_findings,
+    process_findings,
+)
 from sortd.commands.finding import Finding, Topic, error
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config, load
@@ -75,6 +80,7 @@ def check_site(config: Config, *, decoding_seconds: float = DECODING_SECONDS) ->
             yield from reference_findings(
                 layout, mode, known=known, decode=decode, look=look, decoding_seconds=decoding_seconds
             )
+            yield from classifier_findings(config, layout)
             yield from calibration_findings(layout, config.dataset(layout.name), stored_prototypes(config, layout))
 
 

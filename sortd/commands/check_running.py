@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sortd.commands.console import megabytes
+from sortd.commands.console import counted, megabytes
 from sortd.commands.finding import Finding, Topic, error, note, warning
+from sortd.commands.promotion import serving_facts
 from sortd.config import Config
 from sortd.encoding import models
 from sortd.encoding.model_folders import STRONGER
@@ -59,6 +60,29 @@ def model_findings(config: Config, *, packaged: Path = models.PACKAGED) -> Itera
             models.locate_text(config.text_model, cache_dir=config.cache_dir)
         except ModelError as refusal:
             yield error(Topic.MODEL, f"text_model: {config.text_model}", str(refusal))
+
+
+def classifier_findings(config: Config, layout: Layout) -> Iterator[Finding]:
+    """Tell who would decide a dataset, what is expected of it, and why a fine-tuned model that is wanted may not."""
+    serving = serving_facts(config, layout)
+    subject = f"classifier: {serving['classifier']}"
+    if serving["refusal"] is not None:
+        what = f"the prototypes decide {layout.name}: {serving['refusal']}"
+        mend = f"or let the prototypes decide for good: sortd models demote --dataset {layout.name}"
+        yield warning(Topic.MODEL, subject, what, mend)
+    elif serving["deciding"] == "finetuned":
+        what = f"{layout.name} is decided by the fine-tuned model in {serving['folder']} ({serving['model_id']})"
+        expected = serving["expected"]
+        if expected["filed"] is not None:
+            what += f"; of {counted(expected['held_out'], 'image')} held out it would file {expected['filed']:.0%}"
+        if expected["right"] is not None:
+            what += f", {expected['right']:.1%} of them right"
+        yield note(Topic.MODEL, subject, what)
+        for sentence in expected["notes"]:
+            yield warning(Topic.CALIBRATION, layout.root, sentence, "fine-tune with more images, or ask for less")
+    elif serving["folder"] is not None:
+        what = f"the prototypes decide {layout.name}, though the model in {serving['folder']} was promoted"
+        yield note(Topic.MODEL, subject, what, "set `classifier: auto` to let it decide")
 
 
 def named_dataset_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Finding]:

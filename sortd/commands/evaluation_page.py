@@ -41,8 +41,9 @@ def evaluation_page(examined: Mapping[str, Mapping[str, Any]], *, now: datetime,
 
 
 def sentences(facts: Mapping[str, Any]) -> list[str]:
-    """Return what to do, in sentences, each beginning with a capital letter."""
-    said = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in facts["advice"]["sentences"]]
+    """Return who decides and what to do, in sentences, each beginning with a capital letter."""
+    said = [_said_of_the_classifier(facts["serving"])]
+    said += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in facts["advice"]["sentences"]]
     needy = [one for one in facts["class_reports"] if one["needs_images"]]
     if needy:
         named = "; ".join(f"{printable(one['label'])}: {one['needs_images']}" for one in needy[:8])
@@ -57,6 +58,15 @@ def sentences(facts: Mapping[str, Any]) -> list[str]:
             f"Labelled enough? With half of the references {half:.1%} are right, with all {whole:.1%}: {verdict}."
         )
     return said
+
+
+def _said_of_the_classifier(serving: Mapping[str, Any]) -> str:
+    if serving["deciding"] == "finetuned":
+        rest = "what follows is about the prototypes beside it, and `sortd models` compares them"
+        return f"A fine-tuned model decides ({serving['model_id']}); {rest}."
+    if serving["refusal"] is not None:
+        return f"The prototypes decide, since the fine-tuned model does not serve: {printable(serving['refusal'])}."
+    return "The prototypes decide."
 
 
 def _dataset(name: str, facts: Mapping[str, Any], picture: Picture) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sortd.commands.journals import JOURNAL_FILE
+from sortd.commands.promotion import serving_facts
 from sortd.config import Config
 from sortd.deciding.evaluation import EvaluationReport
 from sortd.encoder import Encoder
@@ -31,11 +32,13 @@ class Examined:
     report: EvaluationReport
     refused: tuple[ImageRefused, ...]
     """References that could not be read."""
+    serving: dict[str, Any]
+    """Which classifier is to decide, see ``promotion.serving_facts``; the report is about the prototypes."""
 
     def facts(self) -> dict[str, Any]:
         """Return it all as plain values."""
         unreadable = [{"path": one.path, "message": one.message} for one in self.refused]
-        return {"root": str(self.root), **self.report.to_json(), "unreadable": unreadable}
+        return {"root": str(self.root), **self.report.to_json(), "unreadable": unreadable, "serving": self.serving}
 
 
 def examine(
@@ -59,7 +62,8 @@ def examine(
         for layout in chosen:
             teaching = taught(config, layout)
             support, refused = References(layout.area(Area.CLASES)).support(embedder, teaching)
-            yield Examined(layout.name, layout.root, evaluate(support, teaching.settings), refused)
+            report = evaluate(support, teaching.settings)
+            yield Examined(layout.name, layout.root, report, refused, serving_facts(config, layout))
     except ReferencesAbsentError as error:
         raise DataError(str(error)) from error
     finally:

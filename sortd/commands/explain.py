@@ -14,6 +14,7 @@ from sortd.commands.journals import JournalPlace, dataset_at, journals, record_f
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config
 from sortd.deciding.explanation import Explanation, explain, sentences
+from sortd.deciding.finetuned_explanation import explain_finetuned
 from sortd.encoder import Encoder
 from sortd.errors import DataError, UnreadableError
 from sortd.journaling.history import History
@@ -21,8 +22,10 @@ from sortd.journaling.records import Selection
 from sortd.layout import Area, Layout, find_datasets
 from sortd.messages import EmbeddedImage, FloatArray, Stamp
 from sortd.prototypes import PrototypeSet
-from sortd.references import References, ReferencesAbsentError
-from sortd.running.site import Site
+from sortd.references import References, ReferencesAbsentError, class_labels
+from sortd.running.classifiers import Appointed, appointed
+from sortd.running.embedding import Embedder
+from sortd.running.site import Site, teaching_of
 from sortd.watching.scanning import stamp
 
 LoadEncoder = Callable[[Config], Encoder]
@@ -40,6 +43,8 @@ class Explained:
     """Whether the prototypes are those that a running sortd decides with; else they were learnt for this answer."""
     records: tuple[dict[str, Any], ...]
     """What the journal says of this very file, or of these bytes, newest first."""
+    refusal: str | None = None
+    """Why a fine-tuned model that is wanted does not decide, in a sentence."""
 
     def facts(self) -> dict[str, Any]:
         """Return it all as plain values."""
@@ -57,6 +62,8 @@ class Explained:
             "confidence": explanation.decision.confidence,
             "precision": explanation.decision.precision,
             "mode": explanation.mode,
+            "classifier": "finetuned" if explanation.mode == "finetuned" else "prototypes",
+            "refusal": self.refusal,
             "generation": explanation.generation if self.is_stored else None,
             "encoder_id": explanation.encoder_id,
             "text_share": explanation.text_share,
@@ -71,6 +78,10 @@ class Explained:
     def sentences(self) -> list[str]:
         """Say it in sentences."""
         said = sentences(self.explanation)
+        if self.refusal is not None:
+            said.append(
+                f"The prototypes decide, since the fine-tuned model that is wanted does not serve: {self.refusal}."
+            )
         if self.path in {one.path for one in self.explanation.neighbours}:
             said.append("It is one of the references itself, which flatters its scores.")
         if not self.is_stored:
@@ -103,19 +114,37 @@ def explain_image(
     layout = _dataset(config, path, dataset)
     with open(absolute, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    stored = stored_prototypes(config, layout)
-    row = None if stored is None else _remembered(config, content, stored.encoder_id)
-    serving = stored
-    if row is None or serving is None:
-        row, serving = _embedded(config, layout, (absolute, mark), stored, load_encoder)
+    sight = _remembered(config, layout, content) or _looked_at(config, layout, (absolute, mark), load_encoder)
     return Explained(
         path=absolute,
         dataset=layout.name,
         content=content,
-        explanation=explain(serving, row),
-        is_stored=serving is stored,
+        explanation=_explanation(config, layout, sight),
+        is_stored=sight.is_stored,
         records=tuple(_records(config, layout, mark, content)),
+        refusal=sight.decider.refusal,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sight:
+    """An image as the classifiers of its dataset see it."""
+
+    decider: Appointed
+    prototypes: PrototypeSet
+    is_stored: bool
+    embedding: FloatArray | None
+    logits: FloatArray | None
+
+
+def _explanation(config: Config, layout: Layout, sight: _Sight) -> Explanation:
+    abstain = teaching_of(config.dataset(layout.name)).settings.abstain
+    classifier = sight.decider.classifier(abstain, generation=sight.prototypes.generation)
+    if classifier is None:
+        assert sight.embedding is not None
+        return explain(sight.prototypes, sight.embedding)
+    assert sight.logits is not None
+    return explain_finetuned(classifier, sight.logits, prototypes=sight.prototypes, embedding=sight.embedding)
 
 
 def _dataset(config: Config, path: Path, name: str | None) -> Layout:
@@ -132,37 +161,50 @@ def _dataset(config: Config, path: Path, name: str | None) -> Layout:
     return layouts[name]
 
 
-def _remembered(config: Config, content: str, encoder_id: str) -> FloatArray | None:
+def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:
+    """Return what the cache knows of these bytes, if that is enough; no model is loaded for it."""
+    prototypes = stored_prototypes(config, layout)
     file = config.cache_dir / CACHE_FILE
-    if not file.is_file():
+    if prototypes is None or not file.is_file():
         return None
+    try:
+        labels = class_labels(layout.area(Area.CLASES))
+    except ReferencesAbsentError:
+        labels = prototypes.labels  # not mounted: what was learnt of it is known all the same
+    decider = appointed(layout, config.state_dir, config.dataset(layout.name).classifier, labels)
     with Cache(file, report=lambda _: None) as cache:
-        return cache.embeddings({content}, encoder_id).get(content)
+        embedding = cache.embeddings({content}, prototypes.encoder_id).get(content)
+        logits = cache.embeddings({content}, decider.model_id).get(content)
+    if (embedding if decider.facts is None else logits) is None:
+        return None
+    return _Sight(decider, prototypes, is_stored=True, embedding=embedding, logits=logits)
 
 
-def _embedded(
-    config: Config,
-    layout: Layout,
-    image: tuple[str, Stamp],
-    stored: PrototypeSet | None,
-    load_encoder: LoadEncoder | None,
-) -> tuple[FloatArray, PrototypeSet]:
-    """Embed the image, and learn the references where what is stored is of no use with this encoder."""
+def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_encoder: LoadEncoder | None) -> _Sight:
+    """Look at the image with the models, and learn the references where what is stored is of no use with them."""
     site = Site(config, load_encoder=load_encoder)
+    clases = layout.area(Area.CLASES)
     try:
         embedder, _, _ = site.load()
-        (answer,) = embedder.embed([image])
-        if not isinstance(answer, EmbeddedImage):
-            raise UnreadableError(f"{image[0]} would not be decided: {answer.message} ({answer.refusal.value})")
-        if stored is not None and stored.encoder_id == embedder.encoder.encoder_id:
-            return answer.embedding, stored
-        references = References(layout.area(Area.CLASES))
-        rebuilt = references.rebuild(embedder, taught(config, layout), previous=None, generation=0)
+        embedding = _row(embedder, image)
+        decider = site.classifiers.choose(layout, config.dataset(layout.name).classifier, class_labels(clases))
+        logits = None if decider.facts is None else _row(site.classifiers.loaded[decider.model_id], image)
+        prototypes = stored_prototypes(config, layout)
+        if prototypes is not None and prototypes.encoder_id == embedder.encoder.encoder_id:
+            return _Sight(decider, prototypes, is_stored=True, embedding=embedding, logits=logits)
+        rebuilt = References(clases).rebuild(embedder, taught(config, layout), previous=None, generation=0)
     except ReferencesAbsentError as error:
         raise DataError(str(error)) from error
     finally:
         site.unload()
-    return answer.embedding, rebuilt.prototypes
+    return _Sight(decider, rebuilt.prototypes, is_stored=False, embedding=embedding, logits=logits)
+
+
+def _row(embedder: Embedder, image: tuple[str, Stamp]) -> FloatArray:
+    (answer,) = embedder.embed([image])
+    if not isinstance(answer, EmbeddedImage):
+        raise UnreadableError(f"{image[0]} would not be decided: {answer.message} ({answer.refusal.value})")
+    return answer.embedding
 
 
 def _records(config: Config, layout: Layout, mark: Stamp, content: str) -> list[dict[str, Any]]:

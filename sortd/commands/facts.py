@@ -125,6 +125,7 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
     if facts.get("classes") is not None:
         learnt = f"{counted(len(facts['classes']), 'class')} from {counted(facts.get('references', 0), 'reference')}"
         print_line(f"  learnt    {learnt}, generation {facts.get('generation', 0)}, mode {facts.get('mode')}")
+    _print_classifier(facts["classifier"])
     waiting = {word: number for word, number in (facts.get("images") or {}).items() if number and word not in RESTING}
     if waiting:
         print_line("  waiting   " + ", ".join(f"{number:,} {word}" for word, number in waiting.items()))
@@ -143,6 +144,13 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
             for label, right in facts["accuracy"].items()
         ]
         print_table(("class", "filed", "corrected", "right"), rows, right=("filed", "corrected", "right"))
+
+
+def _print_classifier(facts: Mapping[str, Any]) -> None:
+    by = f"the fine-tuned model {facts['model_id']}" if facts["deciding"] == "finetuned" else "the prototypes"
+    print_line(f"  decided   by {by}")
+    if facts.get("refusal"):
+        print_line(f"  problem   {printable(facts['refusal'])}", style="bold red")
 
 
 def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line

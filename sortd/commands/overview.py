@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sortd.commands.journals import JournalPlace, journals
+from sortd.commands.promotion import serving_facts
 from sortd.config import Config
 from sortd.errors import JournalError
 from sortd.journaling.history import History
@@ -13,6 +14,9 @@ from sortd.journaling.records import Selection
 from sortd.layout import Area, Layout
 from sortd.status import read_status
 from sortd.watching.scanning import scan
+
+NOT_KNOWN = {"deciding": "prototypes", "model_id": None, "refusal": None}
+"""Who decides a dataset that is gone: nobody, but its journal is told of in the same words."""
 
 
 def overview(config: Config, *, status: Callable[[Path], dict[str, Any] | None] = read_status) -> dict[str, Any]:
@@ -36,16 +40,18 @@ def overview(config: Config, *, status: Callable[[Path], dict[str, Any] | None] 
     live = (told or {}).get("datasets", {})
     places = [place for place in journals(config) if place.root is not None or place.is_there]
     run["datasets"] = {
-        place.dataset: _dataset(place, live.get(place.dataset, {}), is_alive=bool(is_alive))
+        place.dataset: _dataset(config, place, live.get(place.dataset, {}), is_alive=bool(is_alive))
         for place in reversed(places)
     }
     run["datasets"] = dict(sorted(run["datasets"].items()))
     return run
 
 
-def _dataset(place: JournalPlace, live: dict[str, Any], *, is_alive: bool) -> dict[str, Any]:
+def _dataset(config: Config, place: JournalPlace, live: dict[str, Any], *, is_alive: bool) -> dict[str, Any]:
     """Return one dataset's facts; what only a running sortd knows is left out where none runs."""
     facts: dict[str, Any] = {"root": None if place.root is None else str(place.root)}
+    if not (is_alive and "classifier" in live):  # what would decide; the sortd that runs knows what does
+        facts["classifier"] = NOT_KNOWN if place.root is None else serving_facts(config, Layout(place.root))
     if is_alive:
         facts |= live
     else:

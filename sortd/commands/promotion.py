@@ -13,6 +13,7 @@ from sortd.promotion import Promotion, read_promotion, remove_promotion, results
 from sortd.references import ReferencesAbsentError, class_labels
 from sortd.running.classifiers import appointed, unfit
 from sortd.running.requests import AnsweredError, ask
+from sortd.running.site import teaching_of
 
 
 def promote(
@@ -111,20 +112,39 @@ def _finetuned(config: Config, layout: Layout) -> dict[str, Any]:
 def serving_facts(config: Config, layout: Layout) -> dict[str, Any]:
     """Return which classifier is to decide a dataset and why, as plain values; no model is loaded.
 
-    ``deciding`` is ``prototypes`` or ``finetuned``, ``refusal`` says why a model that is wanted does not serve.
+    ``deciding`` is ``prototypes`` or ``finetuned``, ``refusal`` says why a model that is wanted does not serve, and
+    ``expected`` what the images that were held out of its training foretell under the settings of the dataset.
     """
-    wanted = config.dataset(layout.name).classifier
-    facts: dict[str, Any] = {"classifier": wanted, "deciding": "prototypes", "folder": None, "model_id": None}
+    own = config.dataset(layout.name)
+    facts: dict[str, Any] = {
+        "classifier": own.classifier,
+        "deciding": "prototypes",
+        "folder": None,
+        "model_id": None,
+        "refusal": None,
+        "expected": None,
+    }
     try:
         promotion = read_promotion(layout.state_folder(config.state_dir))
+        if promotion is not None:
+            facts |= {"folder": str(promotion.folder), "model_id": promotion.model_id}
+        elif own.classifier != "finetuned":
+            return facts
         labels = class_labels(layout.area(Area.CLASES))
     except (ModelError, ReferencesAbsentError) as error:
         return {**facts, "refusal": str(error)}
-    if promotion is not None:
-        facts |= {"folder": str(promotion.folder), "model_id": promotion.model_id}
-    found = appointed(layout, config.state_dir, wanted, labels)
-    if found.facts is not None:
+    found = appointed(layout, config.state_dir, own.classifier, labels)
+    classifier = found.classifier(teaching_of(own).settings.abstain, generation=0)
+    if classifier is not None:
+        calibration = classifier.calibration
         facts["deciding"] = "finetuned"
+        facts["expected"] = {
+            "held_out": calibration.held_out,
+            "least_confidence": calibration.confidence,
+            "filed": calibration.filed_expected,
+            "right": calibration.precision_expected,
+            "notes": list(calibration.notes),
+        }
     return {**facts, "refusal": found.refusal}
 
 
