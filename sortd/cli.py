@@ -15,6 +15,7 @@ import typer
 from sortd import __version__
 from sortd.commands import decisions as cli_decisions
 from sortd.commands import facts as cli_facts
+from sortd.commands import finetuning as cli_finetuning
 from sortd.commands import models as cli_models
 from sortd.commands import moves as cli_moves
 from sortd.commands.console import ConfigOption, JsonOption, load_config, printable
@@ -141,6 +142,7 @@ for command in (
 ):
     app.command()(command)
 app.command("eval")(cli_decisions.evaluate)
+app.command()(cli_finetuning.finetune)
 app.add_typer(cli_models.models)
 
 

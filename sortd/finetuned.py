@@ -80,7 +80,7 @@ class FinetunedFacts:
 
     def probabilities(self, logits: FloatArray) -> Array:
         """Return calibrated probabilities, float64 (B, classes), of logits (B, classes)."""
-        return np.exp(log_softmax(logits.astype(np.float64) / self.temperature))
+        return probabilities_of(logits, self.temperature)
 
     def threshold(self, precision: float) -> Threshold:
         """Return the least top probability at which the held-out images vouch for a precision; classes weigh alike."""
@@ -120,6 +120,11 @@ class FinetunedModel:
                 "state; start again with `device: cpu`, and if that does not help, run `sortd finetune` anew"
             )
         return answer
+
+
+def probabilities_of(logits: FloatArray, temperature: float) -> Array:
+    """Return float64 (B, classes) probabilities of logits (B, classes) at a temperature."""
+    return np.exp(log_softmax(logits.astype(np.float64) / temperature))
 
 
 def read_facts(folder: Path) -> FinetunedFacts:

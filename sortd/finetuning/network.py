@@ -24,6 +24,10 @@ Pixels = npt.NDArray[np.uint8]
 TOWER = "sortd-tower"
 """The ``model_type`` in the configuration of a vision tower with a linear head."""
 
+MAP = "map"
+"""In ``features`` of such a configuration: the mean of the convolutions' last map stands beside the embedding. It knows
+textures and colours that the embedding, made to be like words, has let go."""
+
 SHORTEST = 1e-6
 """Embeddings shorter than this are not scaled up to length one."""
 
@@ -59,7 +63,7 @@ class Network:
         if not len(pixels):
             return np.empty((0, self.classes), np.float32)
         with torch.inference_mode():
-            planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
+            planes = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(0, 3, 1, 2)
             answer = logits_of(self.module(pixel_values=self.values(planes)))
             return np.asarray(answer.float().cpu().numpy(), dtype=np.float32)
 
@@ -85,7 +89,7 @@ def build_tower(config: Mapping[str, Any]) -> "torch.nn.Module":
     """Return a vision tower with a projection and a linear head over unit embeddings, its weights made up.
 
     Args:
-        config: ``vision_config``, ``projection_dim`` and ``id2label``, as in the folder's config.json.
+        config: ``vision_config``, ``projection_dim``, ``features`` and ``id2label``, as in the folder's config.json.
     """
     import torch
     from torch import nn
@@ -93,20 +97,32 @@ def build_tower(config: Mapping[str, Any]) -> "torch.nn.Module":
 
     vision = dict(config["vision_config"])
     vision_config = AutoConfig.for_model(vision.pop("model_type"), **vision)
+    width, classes = int(config["projection_dim"]), len(config["id2label"])
+    reads_map = MAP in config["features"]
+    map_width = int(vision_config.backbone_config.hidden_sizes[-1]) if reads_map else 0
 
     class Tower(nn.Module):
-        """``VisionTextDualEncoderModel.get_image_features`` to unit length, then a linear layer."""
+        """``get_image_features`` of the dual encoder to unit length, maybe the last map too, and a linear layer."""
 
         def __init__(self) -> None:
             super().__init__()
             self.vision_model = AutoModel.from_config(vision_config)
-            self.visual_projection = nn.Linear(vision_config.hidden_size, int(config["projection_dim"]), bias=False)
-            self.classifier = nn.Linear(int(config["projection_dim"]), len(config["id2label"]))
+            self.visual_projection = nn.Linear(vision_config.hidden_size, width, bias=False)
+            self.classifier = nn.Linear(width + map_width, classes)
+            self._maps: list[torch.Tensor] = []
+            if reads_map:  # the tower does not hand its last map out
+                self.vision_model.embeddings.backbone.register_forward_hook(self._keep_map)
+
+        def _keep_map(self, _module: nn.Module, _given: object, output: Any) -> None:  # noqa: ANN401 - of transformers
+            self._maps.append(output.feature_maps[-1].mean(dim=(2, 3)))
 
         def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            self._maps.clear()
             pooled = self.vision_model(pixel_values=pixel_values).pooler_output
-            embedding = nn.functional.normalize(self.visual_projection(pooled), dim=-1, eps=SHORTEST)
-            answer: torch.Tensor = self.classifier(embedding)
+            seen = [self.visual_projection(pooled), *self._maps]
+            self._maps.clear()
+            features = [nn.functional.normalize(one.float(), dim=-1, eps=SHORTEST) for one in seen]
+            answer: torch.Tensor = self.classifier(torch.cat(features, dim=1))
             return answer
 
     return Tower()

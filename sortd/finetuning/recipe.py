@@ -1,0 +1,37 @@
+"""The recipe of a fine-tuning: every number that is chosen beforehand, in one frozen value."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a model is fine-tuned; docs/finetuning.md says where each number comes from."""
+
+    epochs: int = 20
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    """Of the head and the layers next to it, for AdamW, at its highest."""
+    layer_decay: float = 0.75
+    """The rate of each layer as a share of that of the layer above it (Clark et al. 2020; Bao et al. 2021)."""
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    """Share of the steps in which the rate rises; it falls by a cosine afterwards."""
+    label_smoothing: float = 0.1
+    balance: float = 0.5
+    """The power of a class's rarity that its images are weighed by: 0 not at all, 1 so that classes count alike."""
+    smallest_area: float = 0.35
+    """Share of the photo that a view shows at least (RandomResizedCrop)."""
+    jitter: float = 0.2
+    """How far brightness, contrast and saturation go from one."""
+    flips: bool = True
+    evaluations: int = 10
+    """How often the validation images are looked at, and a checkpoint is written."""
+    patience: int = 4
+    """After so many looks without a better one training ends."""
+    test: float = 0.15
+    """Share of the images that judge the model and the prototypes."""
+    validation: float = 0.15
+    """Share of the images by which it is decided when to stop, how far to average, and the temperature."""
+    lora_rank: int | None = None
+    """Train low-rank additions of this rank instead of the layers themselves (Hu et al. 2021; needs peft)."""
+    seed: int = 0

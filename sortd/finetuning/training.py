@@ -1,0 +1,299 @@
+"""Training: ``transformers.Trainer`` with this recipe's optimizer, checkpoints to resume from, and a way to stop.
+
+Resuming, mixed precision, and several GPUs by ``torchrun`` or ``accelerate launch`` are the Trainer's own.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sortd.errors import ConfigError, DestinationError, StartupError
+from sortd.finetuning.recipe import Recipe
+from sortd.finetuning.trainee import parameter_groups
+
+if TYPE_CHECKING:
+    import torch
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
+
+STATE_FILE = "trainer_state.json"
+"""The Trainer writes it last: a checkpoint that has it is whole."""
+KEPT = 2
+"""Checkpoints that stay: the best and the newest."""
+ACCURACY_WEIGHT = 0.5
+"""Of the balanced accuracy against the log loss in the score by which checkpoints are compared: the first is what is
+wanted, the second is less coarse where validation images are few."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """Images to train on or to look at, with their classes and weights."""
+
+    pixels: Pixels
+    """uint8 (N, h, w, 3), maybe mapped from a file."""
+    classes: IntArray
+    """int64 (N,)."""
+    weights: FloatArray
+    """float32 (N,)."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.classes)
+
+    def __getitem__(self, index: int) -> tuple[Pixels, int, float]:
+        """Return one image, its class and its weight."""
+        return self.pixels[index], int(self.classes[index]), float(self.weights[index])
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a training has come."""
+
+    step: int
+    steps: int
+    epoch: float
+    score: float | None = None
+    """The last one; see ``score_of``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observer:
+    """Who watches a training."""
+
+    finished: Callable[[str], None] = lambda _: None
+    """Told of every part that is done."""
+    progress: Callable[[Progress], None] = lambda _: None
+    """Told how far training has come, after each step."""
+    is_asked_to_stop: Callable[[], bool] = lambda: False
+    """Asked after each step."""
+
+
+class StoppedError(StartupError):
+    """Training was interrupted; its checkpoint is whole and it can be resumed."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a training leaves beside the weights."""
+
+    log: list[dict[str, Any]]
+    """The Trainer's: rows with ``step``, ``epoch`` and ``loss`` or ``eval_...``."""
+    best_step: int | None
+    """Whose checkpoint was taken."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a training is given beside its images."""
+
+    recipe: Recipe
+    folder: Path
+    """Where checkpoints go."""
+    device: str
+    """``cpu``, ``cuda`` or ``mps``."""
+    resume: bool = False
+    extra: Sequence[str] = ()
+    """``NAME=VALUE`` of transformers' TrainingArguments, over what the recipe says."""
+    observer: Observer = field(default_factory=Observer)
+
+
+def train(trainee: "torch.nn.Module", lesson: Lesson, validation: Lesson, schedule: Schedule) -> Trained:
+    """Train in place; the best weights are in the trainee (see ``make_trainee``) afterwards.
+
+    Raises:
+        StoppedError: it was asked to stop; a checkpoint was written.
+        DestinationError: a checkpoint could not be written.
+        ConfigError: ``extra`` names what is no TrainingArguments.
+    """
+    import torch
+    from transformers import EarlyStoppingCallback, Trainer, get_cosine_schedule_with_warmup
+
+    recipe = schedule.recipe
+    arguments = _arguments(schedule, len(lesson))
+    steps = _steps(arguments, len(lesson))
+    optimizer = torch.optim.AdamW(parameter_groups(trainee.get_submodule("module"), recipe), betas=(0.9, 0.99))
+    rates = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * steps), steps)
+    trainer = Trainer(
+        model=trainee,
+        args=arguments,
+        train_dataset=lesson,
+        eval_dataset=validation,
+        data_collator=_collate,
+        compute_metrics=lambda found: score_of(found.predictions, found.label_ids),
+        callbacks=[EarlyStoppingCallback(recipe.patience), *_listeners(schedule)],
+        optimizers=(optimizer, rates),
+    )
+    _forget_printing(trainer)
+    newest = newest_checkpoint(schedule.folder) if schedule.resume else None
+    try:
+        trainer.train(resume_from_checkpoint=None if newest is None else os.fspath(newest))
+    except OSError as error:
+        raise DestinationError(
+            f"{schedule.folder} cannot be written ({error.strerror or error}); make room there, and add --resume: "
+            "the checkpoints before are whole"
+        ) from error
+    except Exception as error:
+        if "os error 28" not in str(error) and "No space left" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        raise DestinationError(  # safetensors and torch.save have errors of their own for a full disk
+            f"{schedule.folder} is full; make room there, and add --resume: the checkpoints before are whole"
+        ) from error
+    if schedule.observer.is_asked_to_stop():
+        raise StoppedError(f"stopped at step {trainer.state.global_step} of {steps}; its checkpoint is whole")
+    return Trained(list(trainer.state.log_history), trainer.state.best_global_step)
+
+
+def score_of(logits: npt.NDArray[np.float32], own: IntArray) -> dict[str, float]:
+    """Return accuracy, balanced accuracy, log loss, and the ``score`` by which checkpoints are compared."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    right = logits.argmax(axis=1) == own
+    balanced = float(np.mean([right[own == label].mean() for label in np.unique(own)]))
+    loss = float(-logs[np.arange(len(own)), own].mean())
+    score = ACCURACY_WEIGHT * balanced - (1 - ACCURACY_WEIGHT) * loss / float(np.log(max(logits.shape[1], 2)))
+    return {"accuracy": float(right.mean()), "balanced_accuracy": balanced, "log_loss": loss, "score": score}
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end, and remove those that were not."""
+    found = [(int(match.group(1)), path) for path in folder.glob("checkpoint-*") if (match := _numbered(path))]
+    for _, path in sorted(found, reverse=True):
+        if _is_whole(path):
+            return path
+        shutil.rmtree(path)
+    return None
+
+
+def _numbered(path: Path) -> re.Match[str] | None:
+    return re.fullmatch(r"checkpoint-(\d+)", path.name)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return isinstance(json.loads((checkpoint / STATE_FILE).read_text("utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _steps(arguments: Any, images: int) -> int:  # noqa: ANN401 - transformers has no types
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return int(np.ceil(images / batch)) * int(np.ceil(arguments.num_train_epochs))
+
+
+def _arguments(schedule: Schedule, images: int) -> Any:  # noqa: ANN401 - transformers has no types
+    """Return the TrainingArguments: those of the recipe, and over them what the user said."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    recipe = schedule.recipe
+    each = max(1, int(os.environ.get("WORLD_SIZE", "1")))
+    steps = -(-images // (recipe.batch_size * each)) * recipe.epochs
+    every = max(1, -(-steps // recipe.evaluations))
+    said: dict[str, object] = {
+        "output_dir": os.fspath(schedule.folder),
+        "num_train_epochs": recipe.epochs,
+        "per_device_train_batch_size": recipe.batch_size,
+        "per_device_eval_batch_size": 2 * recipe.batch_size,
+        "learning_rate": recipe.learning_rate,
+        "seed": recipe.seed,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "logging_strategy": "steps",
+        "eval_steps": every,
+        "save_steps": every,
+        "logging_steps": max(1, every // 4),
+        "save_total_limit": KEPT,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_score",
+        "greater_is_better": True,
+        "restore_callback_states_from_checkpoint": True,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": schedule.device == "cpu",
+        "dataloader_pin_memory": schedule.device == "cuda",
+        "log_level": "error",
+        **_precision(schedule.device),
+    }
+    if schedule.device == "cpu" and each > 1:
+        said["ddp_backend"] = "gloo"
+    given = [part for name, value in said.items() for part in (f"--{name}", str(value))]
+    for pair in schedule.extra:
+        name, equals, value = pair.partition("=")
+        if not equals or name not in TrainingArguments.__dataclass_fields__:
+            raise ConfigError(f"--set {pair}: it must be NAME=VALUE with a NAME of transformers' TrainingArguments")
+        given += [f"--{name}", value]
+    try:
+        (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
+            ["--label_names", "labels", *given]
+        )
+    except (SystemExit, ValueError) as error:
+        raise ConfigError(f"--set {' '.join(schedule.extra)}: transformers does not take it: {error}") from error
+    return arguments
+
+
+def _precision(device: str) -> Mapping[str, bool]:
+    """Return half precision where the hardware multiplies it faster."""
+    import torch
+
+    if device == "cuda":
+        return {"bf16": True} if torch.cuda.is_bf16_supported() else {"fp16": True}
+    return {"bf16": device == "cpu" and has_amx()}
+
+
+def has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Tell whether the processor multiplies matrices of bfloat16 by AMX, which is several times as fast as float32."""
+    try:
+        return "amx_bf16" in cpuinfo.read_text("utf-8", "replace")
+    except OSError:
+        return False
+
+
+def _collate(rows: Sequence[tuple[Pixels, int, float]]) -> "dict[str, torch.Tensor]":
+    import torch
+
+    pixels = np.stack([one for one, _, _ in rows])
+    return {
+        "pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+        "labels": torch.tensor([label for _, label, _ in rows]),
+        "weights": torch.tensor([weight for _, _, weight in rows]),
+    }
+
+
+def _listeners(schedule: Schedule) -> list[Any]:
+    """Return the callbacks that tell how far it is, and that end training at the next step when asked to."""
+    from transformers import TrainerCallback
+
+    class Listener(TrainerCallback):  # type: ignore[misc]  # transformers has no types; it wants this class inherited
+        """Between two steps."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401, ARG002 - theirs
+            schedule.observer.progress(Progress(state.global_step, state.max_steps, float(state.epoch or 0)))
+            if schedule.observer.is_asked_to_stop():
+                control.should_save = control.should_training_stop = True
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ANN401, ARG002 - theirs
+            score = (given.get("metrics") or {}).get("eval_accuracy")
+            schedule.observer.progress(Progress(state.global_step, state.max_steps, float(state.epoch or 0), score))
+
+    return [Listener()]
+
+
+def _forget_printing(trainer: Any) -> None:  # noqa: ANN401 - transformers has no types
+    """Let the Trainer print nothing: stdout is for facts."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
