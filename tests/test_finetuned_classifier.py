@@ -1,0 +1,163 @@
+"""A fine-tuned model's rows become decisions, purely: by calibrated probabilities and what its training held out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sortd.deciding.classifier import decide_by
+from sortd.deciding.finetuned_classifier import (
+    FinetunedClassifier,
+    HeldOutOutcomes,
+    build_classifier,
+    difference_of_labels,
+)
+from sortd.messages import Embed, Embedded, EmbeddedImage, Move, Outcome, PrototypesBuilt
+from sortd.prototypes import Abstain, Abstained, Assigned
+from sortd.sorter import Sorter
+from tests.test_sorter import prototypes, ready_sorter, settle, stamp
+
+LABELS = ("bolt", "nut", "screw")
+MODEL = "finetuned-3-torch-0123"
+SURE = Abstain()
+
+
+def outcomes(count: int = 200, *, wrong_below: float = 0.8) -> HeldOutOutcomes:
+    """Return held-out images of which every second one is wrong below a confidence, and none above."""
+    confidence = np.linspace(0.4, 0.9999, count)
+    right = (confidence >= wrong_below) | (np.arange(count) % 2 == 0)
+    return HeldOutOutcomes(confidence, right, np.arange(count) % len(LABELS))
+
+
+def classifier(
+    abstain: Abstain | None = SURE, held_out: HeldOutOutcomes | None = None, *, generation: int = 4
+) -> FinetunedClassifier:
+    """Return a classifier of three classes with temperature 2."""
+    return build_classifier(
+        LABELS,
+        temperature=2.0,
+        encoder_id=MODEL,
+        outcomes=held_out or outcomes(),
+        abstain=abstain,
+        generation=generation,
+    )
+
+
+def test_the_probability_is_the_softmax_of_the_row_over_the_temperature() -> None:
+    """Score, confidence, margin and the second class are those of softmax(row / temperature)."""
+    row = np.array([[6.0, 0.0, 2.0]], np.float32)
+    expected = np.exp(row[0] / 2) / np.exp(row[0] / 2).sum()
+    (decision,) = decide_by(classifier(abstain=None), row)
+    assert isinstance(decision, Assigned)
+    assert (decision.label, decision.second_label, decision.mode.value) == ("bolt", "screw", "finetuned")
+    assert decision.score == decision.confidence == pytest.approx(expected[0])
+    assert decision.margin == pytest.approx(expected[0] - expected[2])
+
+
+def test_it_abstains_below_the_confidence_that_held_out_images_vouch_for() -> None:
+    """The threshold lies where the wanted precision is reached: all above are filed, all below go to review."""
+    made = classifier(Abstain(precision=0.95))
+    least = made.calibration.confidence
+    assert 0.6 < least < 0.85
+    sure, unsure = (2.0 * np.log([[p, (1 - p) / 2, (1 - p) / 2]]) for p in (least + 0.01, least - 0.01))
+    assert isinstance(decide_by(made, sure)[0], Assigned)
+    (decision,) = decide_by(made, unsure)
+    assert isinstance(decision, Abstained)
+    assert (decision.reason, decision.best_label) == ("margin", "bolt")
+
+
+def test_a_higher_precision_asks_for_more_confidence() -> None:
+    """Whoever wants fewer errors gets fewer images filed."""
+    low, high = (classifier(Abstain(precision=wanted)).calibration for wanted in (0.8, 0.97))
+    assert low.confidence < high.confidence
+    assert low.filed_expected is not None
+    assert high.filed_expected is not None
+    assert low.filed_expected > high.filed_expected
+
+
+def test_what_cannot_be_vouched_for_is_said() -> None:
+    """Few or bad outcomes, none at all, and a share of strangers are each answered with a sentence."""
+    random = HeldOutOutcomes(np.linspace(0.3, 1.0, 60), np.arange(60) % 2 == 0, np.arange(60) % 3)
+    assert "can vouch for" in classifier(Abstain(precision=0.99), random).calibration.notes[0]
+    none = HeldOutOutcomes(np.zeros(0), np.zeros(0, bool), np.zeros(0, np.int64))
+    empty = classifier(Abstain(precision=0.9), none).calibration
+    assert (empty.confidence, empty.notes) == (
+        0.9,
+        ("the training held no image out, so nothing vouches for a precision",),
+    )
+    assert "promises no share" in classifier(Abstain(strangers=0.05)).calibration.notes[-1]
+
+
+def test_abstain_off_files_everything() -> None:
+    """Even what is a toss-up."""
+    (decision,) = decide_by(classifier(abstain=None), np.zeros((1, 3)))
+    assert isinstance(decision, Assigned)
+
+
+def test_equal_outcomes_of_an_uneven_split_weigh_by_class() -> None:
+    """A class of a thousand held-out images does not drown one of ten."""
+    own = np.repeat([0, 1, 2], [980, 10, 10])
+    uneven = HeldOutOutcomes(np.full(1000, 0.9), own == 0, own)
+    accuracy = classifier(held_out=uneven).calibration.accuracy
+    assert accuracy == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("rows", [np.zeros((1, 4)), np.zeros(3), np.full((1, 3), np.nan)])
+def test_rows_that_cannot_be_logits_are_refused(rows: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> None:
+    """Another width, no matrix, or no numbers: an error, not a decision."""
+    with pytest.raises(ValueError, match=r"embedding"):
+        decide_by(classifier(), rows)
+
+
+def test_outcomes_and_classifiers_are_valid_once_built() -> None:
+    """Lengths, probabilities, labels and the temperature are looked at in the constructor."""
+    good = outcomes(6)
+    with pytest.raises(ValueError, match="shapes"):
+        replace(good, right=good.right[:5])
+    with pytest.raises(ValueError, match="outside of 0 to 1"):
+        replace(good, confidence=good.confidence + 1)
+    with pytest.raises(ValueError, match="temperature"):
+        replace(classifier(), temperature=0.0)
+    with pytest.raises(ValueError, match="needs two"):
+        replace(classifier(), labels=("bolt",))
+
+
+def test_a_difference_of_classes_is_said_by_name() -> None:
+    """What was added and what was removed, so a renamed class is both; the order does not count."""
+    assert difference_of_labels(("b", "a"), ("a", "b")) is None
+    assert difference_of_labels(("a", "b"), ("a", "b", "c")) == "Clases/ has 'c', which the model does not know"
+    said = difference_of_labels(("a", "b"), ("a", "c"))
+    assert said == "Clases/ has 'c', which the model does not know; the model knows 'b', which Clases/ has not"
+    assert "'e' and 3 more, which" in str(difference_of_labels(("x",), ("x", *"abcdefgh")))
+
+
+STAMP = stamp()
+
+
+def deciding_sorter(made: FinetunedClassifier) -> Sorter:
+    """Return a core on a fine-tuned model, with one image handed to the encoder."""
+    sorter = ready_sorter()
+    sorter.receive(PrototypesBuilt(prototypes(made.generation), made), 1)
+    settle(sorter, "a.png", STAMP, 100)
+    return sorter
+
+
+def answered(row: list[float], encoder_id: str = MODEL) -> Embedded:
+    """Return the worker's answer for the image."""
+    return Embedded((EmbeddedImage("a.png", STAMP, np.asarray(row, np.float32), "00"),), encoder_id)
+
+
+def test_the_core_decides_by_the_model_and_names_it_in_the_order() -> None:
+    """The order carries the model's identity, by which the log line says who decided."""
+    sorter = deciding_sorter(classifier(abstain=None))
+    moves = [one for one in sorter.receive(answered([9.0, 0.0, 0.0]), 200) if isinstance(one, Move)]
+    assert [(one.folder, one.outcome, one.encoder_id, one.generation) for one in moves] == [
+        ("Dataset/bolt", Outcome.FILED, MODEL, 4)
+    ]
+
+
+def test_rows_of_the_model_are_never_taken_for_embeddings_after_a_demotion() -> None:
+    """What was on its way when the classifier changed is embedded again by the one that serves now."""
+    sorter = deciding_sorter(classifier(abstain=None))
+    sorter.receive(PrototypesBuilt(prototypes(5)), 150)
+    assert sorter.receive(answered([9.0, 0.0, 0.0]), 200) == [Embed((("a.png", STAMP),))]
