@@ -66,6 +66,9 @@ class Entry:
     ticket: int = 0
     generation: int = 0
     in_review: bool = False
+    is_aside: bool = False  # it stands in Rejected/ already
+    is_denied: bool = False  # refused for want of rights, which no stamp shows
+    told: str = ""  # why this version was refused: said once
     failures: int = 0
     scan: int = 0
 
@@ -130,7 +133,9 @@ class Backlog:
 
     # ------------------------------------------------------------ what was seen
 
-    def see(self, path: str, stamp: Stamp, now: float, *, writer: Writer | None, closed: bool) -> None:
+    def see(
+        self, path: str, stamp: Stamp, now: float, *, writer: Writer | None, closed: bool, is_aside: bool = False
+    ) -> None:
         """Take in that ``path`` stands there with ``stamp``: the one way into SETTLING and on to READY."""
         entry = self._entries.get(path)
         if entry is None:
@@ -139,7 +144,9 @@ class Backlog:
                 return
             entry = self._add(path, stamp, State.SETTLING, now)
         elif entry.stamp != stamp:
+            entry.told = ""
             self._restart(entry, stamp, now)
+        entry.is_aside |= is_aside
         entry.scan = self._scan
         if entry.state is State.SETTLING:
             entry.closed |= closed
@@ -259,9 +266,20 @@ class Backlog:
         """ENCODING -> MOVING: decided."""
         self._go(entry, State.MOVING)
 
-    def refuse(self, entry: Entry) -> None:
-        """ENCODING -> REFUSED: it stays where it is until it changes."""
+    def refuse(self, entry: Entry, message: str, *, is_denied: bool) -> bool:
+        """ENCODING -> REFUSED: it stays where it is until it changes; tell whether this is to be said.
+
+        What could not be read for want of rights is tried again after each scan: no stamp shows that rights changed.
+        """
         self._go(entry, State.REFUSED)
+        is_news, entry.told, entry.is_denied = entry.told != message, message, is_denied
+        return is_news
+
+    def retry_denied(self, now: float) -> None:
+        """REFUSED -> SETTLING for all that could not be read for want of rights."""
+        for entry in self.in_state(State.REFUSED):
+            if entry.is_denied:
+                self._restart(entry, entry.stamp, now)
 
     def abstain_again(self, entry: Entry, *, generation: int) -> None:
         """ENCODING -> ABSTAINED: an image of Review/ that the new generation cannot decide either."""

@@ -72,6 +72,7 @@ class Outcome(StrEnum):
     FILED = "filed"
     REVIEW = "sent_to_review"
     REJECTED = "rejected"
+    FOLLOWED = "followed"  # a companion that came later than its image
 
 
 class MoveFailure(StrEnum):
@@ -90,13 +91,15 @@ class MoveFailure(StrEnum):
 class ImageSeen:
     """A file stands in ``Images/`` with this stamp; ``closed`` tells of a close after writing.
 
-    ``writer`` is set in the answer to an ``Inspect``, and None in all others: nobody asked.
+    ``writer`` is set in the answer to an ``Inspect``, and None in all others: nobody asked. With ``is_aside`` it stands
+    in ``Rejected/``, where sortd had put an older version of it.
     """
 
     path: str
     stamp: Stamp
     writer: Writer | None = None
     closed: bool = False
+    is_aside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +297,7 @@ class Move:
     stamp: Stamp
     folder: str  # relative to the dataset: "Dataset/<class>", "Review/<class>" or "Rejected"
     outcome: Outcome
+    wanted: str = ""  # the name that it is to have there, if it is another one
     decision: Decision | None = None  # None where the image was refused
     reason: str = ""  # of an abstention or a refusal
     content: str = ""  # hexadecimal sha256, where it is known
@@ -309,6 +313,7 @@ class Leave:
     path: str
     refusal: Refusal
     message: str
+    stamp: Stamp | None = None  # the version that was refused
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,8 +161,8 @@ class Sorter:
 
     def _take(self, event: Event, now: float) -> list[Command]:  # noqa: C901, PLR0912 -- the table of events: one arm each
         match event:
-            case ImageSeen(path, stamp, writer, closed):
-                self._backlog.see(path, stamp, now, writer=writer, closed=closed)
+            case ImageSeen(path, stamp, writer, closed, is_aside):
+                self._backlog.see(path, stamp, now, writer=writer, closed=closed, is_aside=is_aside)
             case ReviewSeen(path, stamp, generation):
                 self._backlog.rest_in_review(path, stamp, now, generation=generation)
             case ImageHeld(path, stamp):
@@ -192,6 +192,7 @@ class Sorter:
             case ScanStarted():
                 self._backlog.start_scan()
             case ScanFinished():
+                self._backlog.retry_denied(now)
                 return [Inspect(path) for path in self._backlog.unseen_by_scan()]
             case Tick():
                 return self._tick(now)
@@ -303,11 +304,14 @@ class Sorter:
             case Refusal.CHANGED:
                 self._backlog.settle_again(entry, now)
                 return [Inspect(event.path)]
-            case refusal if refusal in SET_ASIDE and self._settings.set_rejected_aside and not entry.in_review:
+            case refusal if refusal in SET_ASIDE and self._is_set_aside(entry):
                 return self._set_aside(event, entry)
-            case _:
-                self._backlog.refuse(entry)
-                return [Leave(event.path, event.refusal, event.message)]
+            case refusal:
+                is_news = self._backlog.refuse(entry, event.message, is_denied=refusal is Refusal.DENIED)
+                return [Leave(event.path, refusal, event.message, event.stamp)] if is_news else []
+
+    def _is_set_aside(self, entry: Entry) -> bool:
+        return self._settings.set_rejected_aside and not (entry.in_review or entry.is_aside)
 
     def _set_aside(self, event: ImageRefused, entry: Entry) -> list[Command]:
         if self.references_absent or self._move_pause.until is not None or self._stopping:

@@ -100,7 +100,7 @@ class BacklogMachine(RuleBasedStateMachine):
                 self.backlog.moving(entry)
                 self.moving.append((path, mark))
             case "refused":
-                self.backlog.refuse(entry)
+                self.backlog.refuse(entry, "broken", is_denied=False)
             case "changed":
                 self.backlog.settle_again(entry, self.now)
 

@@ -230,11 +230,40 @@ def test_a_broken_image_is_set_aside_and_a_stranger_file_left() -> None:
     sorter.receive(Embedded((), ENCODER), 111)
     settle(sorter, "b.txt", stamp(), 200)
     answer = sorter.receive(ImageRefused("b.txt", stamp(), Refusal.NOT_AN_IMAGE, "text"), 211)
-    assert answer == [Leave("b.txt", Refusal.NOT_AN_IMAGE, "text")]
+    assert answer == [Leave("b.txt", Refusal.NOT_AN_IMAGE, "text", stamp())]
     assert sorter.receive(ImageSeen("b.txt", stamp()), 300) == []
     assert sorter.counts["refused"] == 1
     sorter.receive(ImageSeen("b.txt", stamp(2)), 400)
     assert sorter.counts["settling"] == 1
+
+
+def test_what_could_not_be_read_for_want_of_rights_is_tried_after_each_scan_and_told_once() -> None:
+    """Granting a right changes no stamp, so that nothing else would ever show it."""
+    sorter, mark = ready_sorter(), stamp()
+    settle(sorter, "a.png", mark, 100)
+    denied = ImageRefused("a.png", mark, Refusal.DENIED, "sortd may not read it")
+    assert sorter.receive(denied, 111) == [Leave("a.png", Refusal.DENIED, "sortd may not read it", mark)]
+    for now in (200, 300):
+        sorter.receive(ScanStarted(), now)
+        sorter.receive(ImageSeen("a.png", mark), now)
+        sorter.receive(ScanFinished(), now)
+        settle(sorter, "a.png", mark, now)
+        assert sorter.counts["encoding"] == 1
+        assert sorter.receive(denied, now + 11) == []
+    assert sorter.counts["refused"] == 1
+
+
+def test_a_rejected_image_that_was_mended_is_decided_and_a_broken_one_stays() -> None:
+    """In Rejected/ it is not set aside a second time; its next version is tried again."""
+    sorter = ready_sorter()
+    sorter.receive(ImageSeen("Rejected/a.png", stamp(), is_aside=True), 100)
+    settle(sorter, "Rejected/a.png", stamp(), 100)
+    broken = ImageRefused("Rejected/a.png", stamp(), Refusal.UNREADABLE, "truncated")
+    assert sorter.receive(broken, 111) == [Leave("Rejected/a.png", Refusal.UNREADABLE, "truncated", stamp())]
+    settle(sorter, "Rejected/a.png", stamp(2), 200)
+    (move,) = sorter.receive(embedded("Rejected/a.png", stamp(2)), 212)
+    assert isinstance(move, Move)
+    assert (move.path, move.folder) == ("Rejected/a.png", "Dataset/cross")
 
 
 def test_a_destination_that_fails_holds_the_dataset_and_is_tried_again() -> None:

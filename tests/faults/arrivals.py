@@ -40,6 +40,7 @@ class Writer:
     number: int
     told: list[str] = field(default_factory=list)
     count: int = 0
+    serial: int = 0
     last: bytes = b""
 
     def due(self, content: bytes) -> None:
@@ -85,7 +86,8 @@ class Writer:
 
     def staged(self, content: bytes) -> Path:
         """Write a file outside of every dataset, on the same disk."""
-        path = self.staging / f"{self.number} {self.count}.png"
+        self.serial += 1
+        path = self.staging / f"{self.number} {self.serial}.png"
         path.write_bytes(content)
         return path
 
