@@ -274,7 +274,7 @@ class Inspect:
 
 @dataclass(frozen=True, slots=True)
 class Embed:
-    """Embed these versions of these files, newest first; each is answered, in an ``Embedded`` or by an ``ImageRefused``."""
+    """Embed these versions of these files, newest first; ``Embedded`` or an ``ImageRefused`` answers each."""
 
     images: tuple[tuple[str, Stamp], ...]
 
