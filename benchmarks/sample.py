@@ -1,0 +1,110 @@
+"""How the sample data is filed, by the real command, against what its drawings are known to show.
+
+    python -m benchmarks.sample [--batches 3] [--seed 1] [--json]
+
+Each batch is one that ``Data/draw.py incoming`` draws (the first is the one of ``make run``): into a copy of the sample
+in a temporary folder, with the truth beside it. ``sortd once`` then files it three times: with ``abstain: off``, at the
+default precision, and as ``Data/sample.yaml`` has it. Printed are the screws filed into their own class, those filed
+into another, those that wait in Review/, and the strangers that were filed at all.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+SAMPLE = Path(__file__).parents[1] / "Data"
+DATASET = "Tornillos"
+FILED, REJECTED = "Dataset", "Rejected"
+
+ABSTENTION: dict[str, object] = {
+    "abstain off": "off",
+    "defaults": None,
+    "sample.yaml": yaml.safe_load((SAMPLE / "sample.yaml").read_text(encoding="utf-8"))["abstain"],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where the images of some batches went: counts."""
+
+    screws: int = 0
+    right: int = 0
+    wrong: int = 0
+    waiting: int = 0
+    strangers: int = 0
+    strangers_filed: int = 0
+
+    def plus(self, other: "Outcome") -> "Outcome":
+        """Add the counts of another batch."""
+        return Outcome(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+
+def file_batch(seed: int, abstain: object) -> Outcome:
+    """Draw one batch, file it, and compare."""
+    with tempfile.TemporaryDirectory() as scratch:
+        place, dataset = Path(scratch), Path(scratch) / "Data" / DATASET
+        shutil.copytree(SAMPLE / DATASET / "Clases", dataset / "Clases")
+        truth = place / "truth.json"
+        draw = [sys.executable, str(SAMPLE / "draw.py"), "incoming", "--dataset", str(dataset), "--seed", str(seed)]
+        subprocess.run([*draw, "--truth", str(truth)], check=True, capture_output=True)
+        settings: dict[str, object] = {"root": "Data", "model": "packaged", "state_dir": "state", "cache_dir": "cache"}
+        if abstain is not None:
+            settings["abstain"] = abstain
+        (place / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+        once = [sys.executable, "-m", "sortd", "once", "--config", str(place / "config.yaml")]
+        subprocess.run(once, check=True, capture_output=True)
+        return compare(dataset, json.loads(truth.read_text(encoding="utf-8")))
+
+
+def compare(dataset: Path, truth: dict[str, str]) -> Outcome:
+    """Count where the files of a batch lie; what is in ``Rejected/`` is the drawing that was cut short."""
+    label_of = {path.name: path.parent.name for path in (dataset / FILED).rglob("*") if path.is_file()}
+    rejected = {path.name for path in (dataset / REJECTED).rglob("*")}
+    screws = {name: label for name, label in truth.items() if label}
+    strangers = {name for name, label in truth.items() if not label} - rejected
+    right = sum(label_of.get(name) == label for name, label in screws.items())
+    filed = sum(name in label_of for name in screws)
+    return Outcome(
+        screws=len(screws),
+        right=right,
+        wrong=filed - right,
+        waiting=len(screws) - filed,
+        strangers=len(strangers),
+        strangers_filed=sum(name in label_of for name in strangers),
+    )
+
+
+def main() -> None:
+    """File every batch with every setting and print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    results = {}
+    for name, abstain in ABSTENTION.items():
+        total = Outcome()
+        for seed in range(arguments.seed, arguments.seed + arguments.batches):
+            total = total.plus(file_batch(seed, abstain))
+        results[name] = total
+        if not arguments.json:
+            share = 100 * total.right / total.screws
+            print(
+                f"{name:12s} {total.right} of {total.screws} screws right ({share:.0f} %), {total.wrong} wrong, "
+                f"{total.waiting} in Review/; {total.strangers_filed} of {total.strangers} strangers filed",
+                flush=True,
+            )
+    if arguments.json:
+        named = {name: {part: getattr(one, part) for part in one.__slots__} for name, one in results.items()}
+        print(json.dumps(named, indent=2))
+
+
+if __name__ == "__main__":
+    main()
