@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from sortd.encoding import models
+from sortd.encoding.backends import choose
+from sortd.encoding.exports import Exports, Precision, find, make
+from sortd.encoding.model_folders import ModelFolder
+from sortd.encoding.onnx_encoder import OnnxEncoder
+from sortd.encoding.rows import BROKEN, Pixels, Rows
 from sortd.errors import ModelError
 from sortd.messages import Preprocessing
 
-Pixels = npt.NDArray[np.uint8]  # (images, height, width, 3): RGB
-Rows = npt.NDArray[np.float32]  # (images or texts, dimensions): each of length 1
+__all__ = ["Encoder", "Pixels", "Rows", "load", "probe"]
 
 SAME_ROW = 1e-3  # two runs on one image: a GPU may add in another order, but not differ by more
 ONE_ROW = 1e-6  # two unlike images: nearer than this, the model does not look at them
-
-BROKEN = "its weights are damaged or the device is in a bad state; fetch the model again or set `device: cpu`"
 
 
 class Encoder(Protocol):
@@ -66,25 +67,44 @@ def load(
         model: ``auto``, ``packaged``, a name or a folder; see ``models.locate``.
         text_model: a sentence-transformers text model taught into the same space, for words in other languages
             (``clip-ViT-B-32-multilingual-v1`` goes with ``clip-ViT-B-32``); None takes the CLIP's own text tower.
-        backend: ``auto`` or ``torch``.
+        backend: ``auto``, ``torch``, ``onnx`` or ``onnx-int8``; see ``backends.choose``. Those of ONNX Runtime export
+            the model first where that has not been done, which takes a minute and ``cache_dir``; ``auto`` takes
+            ``onnx`` where an export stands. Whether int8 rows may decide is found out by ``running/precision.py``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-        cache_dir: where fetched models and the hashes of weights are kept.
-        threads: how many threads a forward may use; None or 0 leaves it to torch.
+        cache_dir: where fetched models, exports and the hashes of weights are kept.
+        threads: how many threads a forward may use; None or 0 leaves it to the backend.
         decoding: how the pixels that will come were decoded (``draft`` or ``full``): embeddings of the one are not
             quite those of the other, so it is part of ``encoder_id``.
 
     Raises:
         ModelError: It cannot be had, is no CLIP, needs preprocessing that sortd does not do, or answers garbage.
     """
-    if backend not in {"auto", "torch"}:
-        raise ModelError(f"backend {backend!r} is not in this sortd; set `backend: auto` or `backend: torch`")
     folder = models.locate(model, cache_dir=cache_dir)
     words = None if text_model is None else models.locate_text(text_model, cache_dir=cache_dir)
-    from sortd.encoding.torch_encoder import TorchEncoder
+    kind, _, rounded = backend.partition("-")
+    chosen = choose(kind, folder, words, device=device, cache_dir=cache_dir)
+    exported = _exported(folder, words, cache_dir, may_make=kind == "onnx") if chosen.name == "onnx" else None
+    encoder: Encoder
+    if exported is not None:
+        precision = Precision(rounded or "fp32")
+        encoder = OnnxEncoder(
+            exported, precision, device=device, cache_dir=cache_dir, threads=threads, decoding=decoding
+        )
+    else:
+        from sortd.encoding.torch_encoder import TorchEncoder
 
-    encoder = TorchEncoder(folder, words, device=device, cache_dir=cache_dir, threads=threads, decoding=decoding)
+        encoder = TorchEncoder(folder, words, device=device, cache_dir=cache_dir, threads=threads, decoding=decoding)
     probe(encoder)
     return encoder
+
+
+def _exported(
+    folder: ModelFolder, words: ModelFolder | None, cache_dir: Path | None, *, may_make: bool
+) -> Exports | None:
+    if cache_dir is None:
+        raise ModelError("`backend: onnx` needs a folder for its exports; set `cache_dir`")
+    found = find(folder, words, cache_dir=cache_dir)
+    return make(folder, words, cache_dir=cache_dir) if found is None and may_make else found
 
 
 def probe(encoder: Encoder) -> None:

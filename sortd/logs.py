@@ -27,6 +27,7 @@ IMAGE_SENT_TO_REVIEW: Final = "image.sent_to_review"
 IMAGE_REJECTED: Final = "image.rejected"
 IMAGE_CORRECTED: Final = "image.corrected"
 IMAGE_LEFT: Final = "image.left"
+COMPANION_FOLLOWED: Final = "companion.followed"
 MOVE_FAILED: Final = "move.failed"
 MOVE_UNDONE: Final = "move.undone"
 MOVE_RECOVERED: Final = "move.recovered"
@@ -47,6 +48,9 @@ DATASET_HELD: Final = "dataset.held"
 ROOT_ABSENT: Final = "root.absent"
 CONFIG_RELOADED: Final = "config.reloaded"
 CONFIG_REFUSED: Final = "config.refused"
+MODEL_EXPORTED: Final = "model.exported"
+MODEL_JUDGED: Final = "model.judged"
+MODEL_FELL_BACK: Final = "model.fell_back"
 MODEL_LOADED: Final = "model.loaded"
 DAEMON_STARTING: Final = "daemon.starting"
 DAEMON_READY: Final = "daemon.ready"
@@ -59,6 +63,7 @@ EVENTS: Final[Mapping[str, str]] = {
     IMAGE_REJECTED: "an image that cannot be decoded, or is over a limit, was moved to Rejected/",
     IMAGE_CORRECTED: "the user moved an image that sortd had put elsewhere",
     IMAGE_LEFT: "a file stays where it is: no image, or empty",
+    COMPANION_FOLLOWED: "a sidecar or film came later than its image and was moved to it",
     MOVE_FAILED: "a move did not happen; the file is where it was",
     MOVE_UNDONE: "an image was taken back to where it came from",
     MOVE_RECOVERED: "a move that a crash had interrupted was brought to its end",
@@ -79,6 +84,9 @@ EVENTS: Final[Mapping[str, str]] = {
     ROOT_ABSENT: "the folder that holds the datasets is not there",
     CONFIG_RELOADED: "a changed configuration is in force",
     CONFIG_REFUSED: "a changed configuration is not valid; the one before stays in force",
+    MODEL_EXPORTED: "the model was written for ONNX Runtime, in float32 and, where that is quicker, int8",
+    MODEL_JUDGED: "int8 was held against float32 on the references; the line says what serves, and why",
+    MODEL_FELL_BACK: "what was wanted to run the model cannot; something slower does",
     MODEL_LOADED: "the encoder is ready",
     DAEMON_STARTING: "sortd begins",
     DAEMON_READY: "every dataset was scanned and knows its prototypes, or why it has none",
@@ -91,6 +99,7 @@ IMAGE_EVENTS: Final[Mapping[Outcome, str]] = {
     Outcome.FILED: IMAGE_FILED,
     Outcome.REVIEW: IMAGE_SENT_TO_REVIEW,
     Outcome.REJECTED: IMAGE_REJECTED,
+    Outcome.FOLLOWED: COMPANION_FOLLOWED,
 }
 """The event of the canonical line for each way that a move can go."""
 

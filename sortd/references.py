@@ -126,9 +126,12 @@ def _class_entries(clases: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
 class References:
     """The references of one dataset; remembers what each class held, so that an emptied class keeps serving."""
 
-    def __init__(self, clases: Path) -> None:
-        """Watch over ``clases``; nothing is read yet."""
+    def __init__(
+        self, clases: Path, *, choose: Callable[[Sequence[ClassFolder]], Sequence[ClassFolder]] | None = None
+    ) -> None:
+        """Watch over ``clases``, or what ``choose`` leaves of its classes; nothing is read yet."""
         self._clases = clases
+        self._choose = choose or (lambda folders: folders)
         self._contents: dict[str, dict[str, str]] = {}
         self._kept_rows: dict[str, FloatArray] = {}
 
@@ -191,7 +194,7 @@ class References:
             raise ReferencesAbsentError(
                 f"{self._clases} holds no class folder: make one for each class, with images in it"
             )
-        return folders, misnamed
+        return list(self._choose(folders)), misnamed
 
     @staticmethod
     def _embed(

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +196,18 @@ def digest(model: ModelFolder, *, cache_dir: Path | None = None) -> str:
         whole.update(f"{path.relative_to(model.folder).as_posix()}\0{known.of(path)}\n".encode())
     known.save()
     return whole.hexdigest()
+
+
+def checksums(files: Iterable[Path], *, cache_dir: Path | None = None) -> dict[Path, str]:
+    """Return the hexadecimal sha256 of each file, remembered by stamp as in ``digest``.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    known = _Hashes(None if cache_dir is None else cache_dir / "model-hashes.json")
+    sums = {file: known.of(file) for file in files}
+    known.save()
+    return sums
 
 
 class _Hashes:

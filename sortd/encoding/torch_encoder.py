@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sortd.encoder import BROKEN, Pixels, Rows
 from sortd.encoding import models
 from sortd.encoding.model_folders import CODE_FREE, ModelFolder, first_line
+from sortd.encoding.rows import Pixels, Rows, check_pixels, unit, writable
 from sortd.errors import ModelError
 from sortd.messages import Fit, Preprocessing
 
 if TYPE_CHECKING:
     import torch
 
-SHORTEST_ROW = 1e-6  # below it there is no direction to speak of
 _CONVNEXT_STRETCHES_FROM = 384
 _UNKNOWN_STEPS = {
     "do_pad",
@@ -70,7 +69,11 @@ def _sides(processor: Mapping[str, Any], key: str) -> dict[str, int]:
 
 
 class TorchEncoder:
-    """A loaded CLIP, maybe with another model for words; see ``Encoder``."""
+    """A loaded CLIP, maybe with another model for words; see ``Encoder``.
+
+    ``clip`` and ``words`` are models of sentence-transformers, ``scale`` and ``shift`` what is left of the image
+    processor, (1, 3, 1, 1) each: the export to ONNX is made of them.
+    """
 
     def __init__(
         self,
@@ -88,16 +91,16 @@ class TorchEncoder:
         if threads:
             torch.set_num_threads(threads)
         self._device = _device(device)
-        self._clip = _load(folder, self._device)
-        _see_that_it_is_a_clip(self._clip, folder.name)
-        self._words = self._clip if words is None else _load(words, self._device)
-        processor = _image_processor(self._clip, folder.name).to_dict()
+        self.clip = _load(folder, self._device)
+        _see_that_it_is_a_clip(self.clip, folder.name)
+        self.words = self.clip if words is None else _load(words, self._device)
+        processor = _image_processor(self.clip, folder.name).to_dict()
         self.preprocessing = preprocessing_of(processor)
-        self._scale, self._shift = (value.to(self._device) for value in _normalisation(processor))
-        self.dimensions = int(self._clip.get_embedding_dimension())
-        if words is not None and int(self._words.get_embedding_dimension() or 0) != self.dimensions:
+        self.scale, self.shift = (value.to(self._device) for value in _normalisation(processor))
+        self.dimensions = int(self.clip.get_embedding_dimension())
+        if words is not None and int(self.words.get_embedding_dimension() or 0) != self.dimensions:
             raise ModelError(
-                f"text model {words.name!r} has {self._words.get_embedding_dimension()} dimensions and model "
+                f"text model {words.name!r} has {self.words.get_embedding_dimension()} dimensions and model "
                 f"{folder.name!r} has {self.dimensions}: they do not share a space; choose the pair that was "
                 f"trained together, or leave `text_model` out"
             )
@@ -110,36 +113,23 @@ class TorchEncoder:
         """See ``Encoder``."""
         import torch
 
-        seen = self.preprocessing
-        if pixels.dtype != np.uint8 or pixels.shape[1:] != (seen.crop_height, seen.crop_width, 3):
-            raise ValueError(
-                f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (B, {seen.crop_height}, {seen.crop_width}, 3)"
-            )
+        check_pixels(pixels, self.preprocessing)
         if len(pixels) == 0:
             return np.empty((0, self.dimensions), np.float32)
         with torch.inference_mode():
             interleaved = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
             # Channel by channel in memory, one factor for each runs three times as fast as interleaved.
             planes = interleaved.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-            values = planes.mul_(self._scale).sub_(self._shift)
-            output = self._clip({"pixel_values": values, "modality": "image"})["sentence_embedding"]
-            return self._unit(output.to(torch.float32).cpu().numpy())
+            values = planes.mul_(self.scale).sub_(self.shift)
+            output = self.clip({"pixel_values": values, "modality": "image"})["sentence_embedding"]
+            return unit(output.to(torch.float32).cpu().numpy(), self.encoder_id)
 
     def encode_texts(self, texts: Sequence[str]) -> Rows:
         """See ``Encoder``; a text longer than the model reads is cut at its end."""
         if not texts:
             return np.empty((0, self.dimensions), np.float32)
-        # The names of folders may hold bytes that are no UTF-8, which no tokenizer takes.
-        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        output = self._words.encode(clean, convert_to_numpy=True, show_progress_bar=False)
-        return self._unit(np.asarray(output, np.float32))
-
-    def _unit(self, rows: Rows) -> Rows:
-        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-        if not bool(np.isfinite(lengths).all()) or float(lengths.min()) < SHORTEST_ROW:
-            raise ModelError(f"model {self.encoder_id} answered with no number or all zeros: {BROKEN}")
-        unit: Rows = rows / lengths
-        return unit
+        output = self.words.encode([writable(text) for text in texts], convert_to_numpy=True, show_progress_bar=False)
+        return unit(np.asarray(output, np.float32), self.encoder_id)
 
 
 def _device(device: str) -> "torch.device":

@@ -51,7 +51,7 @@ def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
         raise LayoutError(f"{config.root} holds no dataset: a folder with a Clases/ in it; `sortd init DIR` makes one")
     inbox: queue.SimpleQueue[Posted] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="sortd-") as folder:
-        site = Site(config.model_copy(update={"cache_dir": Path(folder)}), load_encoder=load_encoder)
+        site = Site(config, load_encoder=load_encoder, scratch=Path(folder))
         worker = Worker(site.load, site.unload, inbox.put, site.classifiers)
         datasets = {}
         for layout in layouts:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sortd.cache import Cache
 from sortd.config import Config, DatasetConfig
 from sortd.decoding.decoders import DecoderPool
-from sortd.encoder import Encoder, load
+from sortd.encoder import Encoder
 from sortd.encoding.model_folders import STRONGER
 from sortd.encoding.models import locate
 from sortd.finetuned import FinetunedFacts
@@ -26,6 +26,7 @@ from sortd.running.copier import Seat
 from sortd.running.dataset import Dataset
 from sortd.running.embedding import Embedder
 from sortd.running.holding import Holding, hold
+from sortd.running.precision import load_encoder as serving_encoder
 from sortd.running.worker import Job, PrototypeStore
 from sortd.sorting.settings import SorterSettings
 
@@ -68,18 +69,20 @@ def teaching_of(config: DatasetConfig) -> Teaching:
 class Site:
     """Opens datasets for writing, and the model, for one run."""
 
-    def __init__(self, config: Config, *, load_encoder: LoadEncoder | None = None) -> None:
-        """Prepare; nothing is touched before ``open`` and ``load``."""
+    def __init__(self, config: Config, *, load_encoder: LoadEncoder | None = None, scratch: Path | None = None) -> None:
+        """Prepare; nothing is touched before ``open`` and ``load``.
+
+        Args:
+            config: what to do.
+            load_encoder: stands in for the configured model.
+            scratch: a folder for embeddings in place of the cache, which is only read then.
+        """
         self._config = config
+        self._embeddings = scratch or config.cache_dir
+        self._runs_on: list[str] = []
         self._load_encoder = load_encoder or (
-            lambda config: load(
-                config.model,
-                text_model=config.text_model,
-                backend=config.backend,
-                device=config.device,
-                cache_dir=config.cache_dir,
-                threads=config.threads,
-                decoding=config.decoding.jpeg,
+            lambda config: serving_encoder(
+                config, pool=self._pool, teaching_of=teaching_of, tell=self._runs_on.append, may_prepare=scratch is None
             )
         )
         self._run = uuid.uuid4().hex[:8]
@@ -174,10 +177,10 @@ class Site:
         config = self._config
         encoder = self._load_encoder(config)
         decoders = self._pool(encoder.preprocessing, config.decoding.jpeg)
-        self._cache = Cache(config.cache_dir / "embeddings.sqlite", max_bytes=config.cache_megabytes * 1_000_000)
+        self._cache = Cache(self._embeddings / "embeddings.sqlite", max_bytes=config.cache_megabytes * 1_000_000)
         embedder = Embedder(encoder, decoders, self._cache, batch_size=config.batch_size)
         store = PrototypeStore(self._cache.prototypes, self._cache.remember_prototypes)
-        return embedder, store, self._describe(config)
+        return embedder, store, ", ".join([self._describe(config), *self._runs_on])
 
     def _embed_with(self, encoder: Encoder, facts: FinetunedFacts) -> Embedder:
         """Return what embeds files by a fine-tuned model, decoded as they were for its training."""

@@ -1,0 +1,127 @@
+"""Agreement: do quick, rounded embeddings decide a user's own references as the exact ones do?
+
+Each reference is left out and decided by the others, once in the space of the exact rows and once in that of the quick
+ones; the two are never mixed. What counts is the label, since that is where the image goes, and how far the rows
+themselves moved, which tells of damage before labels do.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from sortd.deciding.held_out import Judgement, fit_wide, judge_blend, judge_plain, merge
+from sortd.prototypes import DecisionSettings, Mode, SupportSet, build
+
+IntArray = npt.NDArray[np.int64]
+
+LEAST_SAME = 0.99
+"""Share of the references that both must decide alike. MLPerf holds a quantized classifier to 99 % of the exact one's
+accuracy (Reddi et al., MLPerf Inference Benchmark, 2020); alike is the stricter claim, for no two errors cancel."""
+LEAST_COSINE = 0.99
+"""Mean cosine between an image's two rows: an angle of 8 degrees. Chosen, not derived: eight bits with a scale for each
+row move a sound model by a tenth of that, a layer that overflows by far more."""
+FEWEST_JUDGED = 30
+"""References that must have been decided before agreement says anything. When none of n differs, fewer than 3 / n of
+all do, with 95 % confidence: here a tenth, and those near a tie (Hanley & Lippman-Hand, If nothing goes wrong, is
+everything all right?, JAMA, 1983)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What a comparison found for one dataset, or for several together."""
+
+    references: int
+    """Rows that were compared."""
+    judged: int
+    """References that could be left out and decided: those of classes with two that differ, or all of them by name."""
+    same: int
+    """Of these, decided alike."""
+    cosines: float
+    """Sum of the cosines between the two rows of each reference."""
+    lowest_cosine: float
+    """The least of them; 1 where there is none."""
+
+    @property
+    def share(self) -> float | None:
+        """Decided alike, of the judged; None without any."""
+        return self.same / self.judged if self.judged else None
+
+    @property
+    def mean_cosine(self) -> float | None:
+        """Mean cosine between the two rows of a reference; None without any."""
+        return self.cosines / self.references if self.references else None
+
+
+def agreement(exact: SupportSet, quick: SupportSet, settings: DecisionSettings) -> Agreement:
+    """Compare two support sets of the same references, made by two encoders.
+
+    Args:
+        exact: the rows to be held to.
+        quick: the rows that want to serve, of the same images in the same order.
+        settings: how the dataset decides; whether it abstains plays no part.
+
+    Raises:
+        ValueError: they are not of the same references.
+    """
+    if exact.sources != quick.sources or exact.labels != quick.labels:
+        raise ValueError("the two support sets hold other references, so there is nothing to compare")
+    cosines = (exact.embeddings.astype(np.float64) * quick.embeddings).sum(axis=1)
+    before, now = (_decided(support, settings) for support in (exact, quick))
+    shared, left, right = np.intersect1d(before.judged, now.judged, return_indices=True)
+    return Agreement(
+        references=len(cosines),
+        judged=len(shared),
+        same=int(np.count_nonzero(before.best[left] == now.best[right])),
+        cosines=float(cosines.sum()),
+        lowest_cosine=float(cosines.min(initial=1.0)),
+    )
+
+
+def pooled(parts: Mapping[str, Agreement]) -> Agreement:
+    """Return what several datasets say together."""
+    return Agreement(
+        references=sum(part.references for part in parts.values()),
+        judged=sum(part.judged for part in parts.values()),
+        same=sum(part.same for part in parts.values()),
+        cosines=sum(part.cosines for part in parts.values()),
+        lowest_cosine=min((part.lowest_cosine for part in parts.values()), default=1.0),
+    )
+
+
+def refuse_quick(parts: Mapping[str, Agreement]) -> str | None:
+    """Return why the quick rows may not serve these datasets, as a sentence, or None where they may.
+
+    All of them together must be enough to tell, and each by itself must agree: a small library is not outvoted.
+    """
+    whole = pooled(parts)
+    if whole.judged < FEWEST_JUDGED:
+        return (
+            f"{whole.judged} references that can be left out and decided are too few to tell; "
+            f"{FEWEST_JUDGED} are needed"
+        )
+    for name, part in sorted(parts.items()):
+        if part.mean_cosine is not None and not part.mean_cosine >= LEAST_COSINE:
+            return f"the rows of {name} moved too far: mean cosine {part.mean_cosine:.4f}, needed {LEAST_COSINE}"
+        if part.share is not None and part.share < LEAST_SAME:
+            return (
+                f"{part.judged - part.same} of the {part.judged} references of {name} would be decided otherwise: "
+                f"{part.share:.1%} alike, needed {LEAST_SAME:.0%}"
+            )
+    return None
+
+
+def _decided(support: SupportSet, settings: DecisionSettings) -> Judgement:
+    """Return what each reference is taken for when it is left out, by the rule of the settings."""
+    if not len(support.sources):
+        none = np.zeros(0, np.int64)
+        nothing = np.zeros(0)
+        return Judgement(none, none, none, nothing, none, none, nothing, none)
+    prototypes = build(support, replace(settings, abstain=None), generation=0)
+    merged = merge(prototypes, support)
+    mode = Mode.MEAN if settings.mode is Mode.TEXT and support.text is None else settings.mode
+    if mode not in {Mode.BEST, Mode.MIXED}:
+        return judge_plain(mode, prototypes, merged)
+    best, mixed = fit_wide(merged.library)
+    return judge_blend(mode, prototypes, merged, best if mode is Mode.BEST else mixed)

@@ -1,0 +1,259 @@
+"""Exports: the two towers of a model as ONNX files in the cache, made once, by another process, and checked by content.
+
+    <cache_dir>/onnx/<model>/   manifest.json   what they are and were made of, written last
+                                image.onnx, text.onnx             float32
+                                image.int8.onnx, text.int8.onnx   where int8 is quicker, see ``onnx_int8.py``
+                                tokenizer.json
+
+Making them takes torch, which the process that sorts images never imports; so a child makes them in a folder beside,
+which is renamed when it is whole. Whatever does not fit (another model, an older sortd or ONNX Runtime, another kind of
+processor, a byte that changed) counts as no export, and is made again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sortd.encoding import models
+from sortd.encoding.model_folders import ModelFolder
+from sortd.encoding.onnx_int8 import weight_range
+from sortd.errors import ModelError
+from sortd.messages import Fit, Preprocessing
+
+FORMAT = 1
+"""Raised when the same model would be exported in another way than before."""
+OPSET = 17
+"""The newest that ``onnx_int8`` rewrites; every ONNX Runtime from 1.12 on has it."""
+LEAST_GAIN = 1.25
+"""How many times as quick int8 must be for its files to be kept: less is not worth another set of embeddings."""
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+EXTRA = "pip install 'sortd[onnx]' (packages onnxruntime and onnx)"
+EXPORT_SECONDS = 1800.0
+"""Far beyond what the largest model takes on a slow disk; a child that needs longer hangs."""
+
+
+class Precision(StrEnum):
+    """In what numbers a model computes."""
+
+    FP32 = "fp32"
+    INT8 = "int8"
+
+
+@dataclass(frozen=True, slots=True)
+class TextInputs:
+    """How texts become the inputs of the text tower."""
+
+    names: tuple[str, ...]  # of input_ids, attention_mask, token_type_ids
+    padding: int  # the token that fills the rows of a batch to one length
+    length: int | None  # of every row, where the model was taught with that; None fills to the longest
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an export holds, as it is written beside it."""
+
+    identity: str
+    dimensions: int
+    preprocessing: Preprocessing
+    text: TextInputs
+    gain: float
+    """How many times as quick int8 was as float32, image by image, when it was made; 0 where nothing can be int8."""
+    checksums: Mapping[str, str]
+    """sha256 of each file by its name."""
+    made_with: Mapping[str, str] = field(default_factory=dict)
+    """Versions, for people."""
+
+    def to_json(self) -> str:
+        """Return it as JSON."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Return what ``to_json`` wrote.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        try:
+            said: dict[str, Any] = json.loads(text)
+            seen, words = said.pop("preprocessing"), said.pop("text")
+            preprocessing = Preprocessing(**{**seen, "fit": Fit(seen["fit"])})
+            return cls(
+                preprocessing=preprocessing, text=TextInputs(**{**words, "names": tuple(words["names"])}), **said
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"no manifest of an export: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Exports:
+    """The exports of one model, sound when they were looked at."""
+
+    folder: Path
+    model: ModelFolder
+    words: ModelFolder | None
+    manifest: Manifest
+
+    def tower(self, name: str, precision: Precision) -> Path:
+        """Return the file of a tower, ``image`` or ``text``."""
+        return self.folder / tower_file(name, precision)
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """The precisions that the model is exported in, float32 always."""
+        has_int8 = tower_file("image", Precision.INT8) in self.manifest.checksums
+        return (Precision.FP32, Precision.INT8) if has_int8 else (Precision.FP32,)
+
+    @property
+    def size_bytes(self) -> int:
+        """What the files take on the disk."""
+        return sum((self.folder / name).stat().st_size for name in self.manifest.checksums)
+
+
+def tower_file(name: str, precision: Precision) -> str:
+    """Return the file name of a tower."""
+    return f"{name}.onnx" if precision is Precision.FP32 else f"{name}.{precision}.onnx"
+
+
+def is_installed() -> bool:
+    """Tell whether ONNX Runtime is here, without importing it."""
+    return find_spec("onnxruntime") is not None
+
+
+def identity(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path | None) -> str:
+    """Return what an export of a model is made of, as a hash: other weights, code or processor give another.
+
+    Raises:
+        ModelError: ONNX Runtime is not installed.
+    """
+    content = [models.digest(part, cache_dir=cache_dir) for part in (model, words) if part is not None]
+    facts = (content, FORMAT, OPSET, runtime_version(), weight_range())
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def runtime_version() -> str:
+    """Return the version of ONNX Runtime.
+
+    Raises:
+        ModelError: It is not installed.
+    """
+    if not is_installed():
+        raise ModelError(f"`backend: onnx` needs ONNX Runtime, which is not installed: {EXTRA}")
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def folder_of(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path) -> Path:
+    """Return where a model's exports lie, whether there are any or not."""
+    content = [models.digest(part, cache_dir=cache_dir) for part in (model, words) if part is not None]
+    return cache_dir / "onnx" / hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def find(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path) -> Exports | None:
+    """Return the exports of a model, or None where there are none that serve as they are.
+
+    Raises:
+        ModelError: ONNX Runtime is not installed.
+    """
+    folder = folder_of(model, words, cache_dir=cache_dir)
+    try:
+        manifest = Manifest.from_json((folder / MANIFEST).read_text("utf-8"))
+        if manifest.identity != identity(model, words, cache_dir=cache_dir):
+            return None
+        files = {name: folder / name for name in manifest.checksums}
+        sums = models.checksums(files.values(), cache_dir=cache_dir)
+    except (OSError, ValueError):
+        return None
+    is_sound = all(sums[files[name]] == checksum for name, checksum in manifest.checksums.items())
+    return Exports(folder, model, words, manifest) if is_sound else None
+
+
+def make(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path, least_gain: float = LEAST_GAIN) -> Exports:
+    """Export a model in a process of its own, in place of what was there; another process that does so is awaited.
+
+    Args:
+        model: the CLIP.
+        words: another model for words, or None.
+        cache_dir: sortd's cache.
+        least_gain: how many times as quick int8 must be to be kept.
+
+    Raises:
+        ModelError: The extra is not installed, the model cannot be exported faithfully, or there is no room.
+    """
+    from filelock import FileLock
+
+    wanted = identity(model, words, cache_dir=cache_dir)
+    if find_spec("onnx") is None:
+        raise ModelError(f"exporting a model to ONNX needs the package onnx, which is not installed: {EXTRA}")
+    folder = folder_of(model, words, cache_dir=cache_dir)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            made = find(model, words, cache_dir=cache_dir)  # by whoever held the lock before us
+            return made or _replace(folder, model, words, wanted, cache_dir, least_gain)
+    except OSError as error:
+        raise ModelError(
+            f"cannot export {model.name!r} to {folder}: {error.strerror or error}; make room there"
+        ) from error
+
+
+def _replace(
+    folder: Path, model: ModelFolder, words: ModelFolder | None, wanted: str, cache_dir: Path, least_gain: float
+) -> Exports:
+    beside, aside = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
+    for left_over in (beside, aside):
+        shutil.rmtree(left_over, ignore_errors=True)
+    beside.mkdir()
+    try:
+        _run_child(model, words, wanted, beside, least_gain)
+        with suppress(FileNotFoundError):
+            folder.rename(aside)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+    made = find(model, words, cache_dir=cache_dir)
+    if made is None:
+        raise ModelError(f"the export of {model.name!r} in {folder} changed as soon as it was made; check that disk")
+    return made
+
+
+def _run_child(model: ModelFolder, words: ModelFolder | None, wanted: str, into: Path, least_gain: float) -> None:
+    request = {
+        "model": model.name,
+        "folder": str(model.folder),
+        "words": None if words is None else [words.name, str(words.folder)],
+        "identity": wanted,
+        "into": str(into),
+        "least_gain": least_gain,
+    }
+    command = [sys.executable, "-P", "-m", "sortd.encoding.onnx_export", json.dumps(request)]
+    try:
+        done = subprocess.run(  # noqa: S603 -- our own interpreter and module, no shell
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=EXPORT_SECONDS,
+            check=False,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ModelError(
+            f"exporting {model.name!r} to ONNX took over {EXPORT_SECONDS:.0f} s and was ended; set `backend: torch`"
+        ) from error
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"it ended with {done.returncode}"]
+        raise ModelError(f"cannot export {model.name!r} to ONNX: {said[-1].strip()}; set `backend: torch`")

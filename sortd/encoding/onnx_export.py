@@ -1,0 +1,262 @@
+"""The export of a model to ONNX, in a process of its own: ``python -m sortd.encoding.onnx_export REQUEST``.
+
+This is the one place where torch and ONNX meet; ``exports.py`` starts it and says what it writes. Each tower is traced
+with what is left of its preprocessing inside, then held against torch on images and texts of several batch sizes and
+lengths, since a trace can silently keep the size that it was made with.
+
+The exporter is the one by tracing (``dynamo=False``): the newer one needs the package onnxscript, and gives the same
+rows.
+"""
+
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sortd.encoding.exports import MANIFEST, OPSET, TOKENIZER, Manifest, Precision, TextInputs, tower_file
+from sortd.encoding.model_folders import complete, first_line, vouch
+from sortd.encoding.models import PACKAGED, checksums
+from sortd.encoding.onnx_encoder import open_tower, text_inputs
+from sortd.encoding.onnx_int8 import quantize, weight_range
+from sortd.encoding.rows import Rows, unit
+from sortd.encoding.torch_encoder import TorchEncoder
+from sortd.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+LEAST_COSINE = 0.9999
+"""Between a row of torch and of its float32 export: what differs is the order of additions."""
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+TRIAL_TEXTS = ("a photo of a screw", "x", "itap of a " + "very " * 90 + "large thing", "ñandú ü 漢字", "two words")
+TIMED_RUNS = 5
+
+
+def main(argument: str) -> int:
+    """Export as asked; what goes wrong is the last line on stderr."""
+    warnings.simplefilter("ignore")  # tracing warns of every Python branch; the trials below judge the result
+    logging.disable(logging.WARNING)
+    request: dict[str, Any] = json.loads(argument)
+    try:
+        export(request)
+    except ModelError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 -- exporters raise anything; whoever asked wants one line, not a trace
+        print(f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def export(request: dict[str, Any]) -> None:
+    """Write the exports that ``exports.make`` asks for.
+
+    Raises:
+        ModelError: The model does not load, or its export does not give its rows.
+    """
+    into, folder = Path(request["into"]), Path(request["folder"])
+    model = vouch(request["model"], PACKAGED if request["model"] == "packaged" else folder)
+    words = None if request["words"] is None else complete(request["words"][0], Path(request["words"][1]))
+    torch_encoder = TorchEncoder(model, words, device="cpu", cache_dir=None, threads=None, decoding="draft")
+    text = _export_text(torch_encoder, into)
+    _export_image(torch_encoder, into)
+    _try_images(torch_encoder, into)
+    _try_texts(torch_encoder, into, text)
+    gain = _reduce(into, request["least_gain"], torch_encoder)
+    files = sorted(path for path in into.iterdir() if path.name != MANIFEST)
+    manifest = Manifest(
+        identity=request["identity"],
+        dimensions=torch_encoder.dimensions,
+        preprocessing=torch_encoder.preprocessing,
+        text=text,
+        gain=gain,
+        checksums={path.name: checksum for path, checksum in checksums(files).items()},
+        made_with={name: version(name) for name in ("onnx", "torch", "transformers", "sentence-transformers")},
+    )
+    (into / MANIFEST).write_text(manifest.to_json(), "utf-8")
+
+
+# ---------------------------------------------------------------- towers
+
+
+def _export_image(encoder: TorchEncoder, into: Path) -> None:
+    """Trace pixels, uint8 (B, H, W, 3), to rows; normalisation inside."""
+    import torch
+
+    class ImageTower(torch.nn.Module):
+        """Inherits since torch traces modules only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.clip = encoder.clip
+
+        def forward(self, pixels: "torch.Tensor") -> "torch.Tensor":
+            planes = pixels.permute(0, 3, 1, 2).to(torch.float32) * encoder.scale - encoder.shift
+            rows: torch.Tensor = self.clip({"pixel_values": planes, "modality": "image"})["sentence_embedding"]
+            return rows
+
+    pixels = torch.from_numpy(_trial_images(encoder, 2))
+    _trace(ImageTower(), (pixels,), into / tower_file("image", Precision.FP32), {"pixels": {0: "images"}})
+
+
+def _export_text(encoder: TorchEncoder, into: Path) -> TextInputs:
+    """Trace tokens, int64 (B, L), to rows, and write the tokenizer."""
+    import torch
+
+    features = _features(encoder, list(TRIAL_TEXTS))
+    names = tuple(name for name in TEXT_INPUTS if name in features)
+    foreign = sorted(name for name, value in features.items() if torch.is_tensor(value) and name not in TEXT_INPUTS)
+    if foreign or "input_ids" not in names:
+        raise ModelError(f"its text tower takes {', '.join(foreign) or 'no tokens'}, which sortd cannot export")
+
+    class TextTower(torch.nn.Module):
+        """Inherits since torch traces modules only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = encoder.words
+
+        def forward(self, *tokens: "torch.Tensor") -> "torch.Tensor":
+            inputs = dict(zip(names, tokens, strict=True)) | {"modality": "text"}
+            rows: torch.Tensor = self.words(inputs)["sentence_embedding"]
+            return rows
+
+    axes = {name: {0: "texts", 1: "tokens"} for name in names}
+    tokens = tuple(features[name] for name in names)
+    _trace(TextTower(), tokens, into / tower_file("text", Precision.FP32), axes)
+    longest = _write_tokenizer(encoder, into)
+    widths = {_features(encoder, [text])["input_ids"].shape[1] for text in TRIAL_TEXTS[:2]}
+    fixed = widths.pop() if len(widths) == 1 else None  # two texts of unlike length as wide: always filled up
+    return TextInputs(
+        names, int(encoder.words.tokenizer.pad_token_id or 0), None if fixed is None else min(fixed, longest)
+    )
+
+
+def _trace(
+    tower: "torch.nn.Module", inputs: "tuple[torch.Tensor, ...]", file: Path, axes: dict[str, dict[int, str]]
+) -> None:
+    import torch
+
+    tower.eval()
+    with torch.inference_mode():
+        torch.onnx.export(
+            tower,
+            inputs,
+            str(file),
+            input_names=list(axes),
+            output_names=["rows"],
+            dynamic_axes={**axes, "rows": {0: next(iter(axes.values()))[0]}},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+
+
+# sentence-transformers publishes no types, hence Any.
+def _features(encoder: TorchEncoder, texts: list[str]) -> dict[str, Any]:
+    """Return what sentence-transformers makes of texts that are not too long for the model."""
+    limit = _text_limit(encoder)
+    prepare = getattr(encoder.words, "preprocess", None) or encoder.words.tokenize  # its name before version 5.4
+    features: dict[str, Any] = prepare(texts)
+    return {name: value[:, :limit] if name in TEXT_INPUTS else value for name, value in features.items()}
+
+
+def _text_limit(encoder: TorchEncoder) -> int:
+    """Return how many tokens the text tower reads; some tokenizers do not know."""
+    config = encoder.words.transformers_model.config
+    config = getattr(config, "text_config", None) or config
+    places = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
+    return min(int(encoder.words.max_seq_length or places), places)
+
+
+def _write_tokenizer(encoder: TorchEncoder, into: Path) -> int:
+    """Write the tokenizer as the package ``tokenizers`` reads it, cutting what is too long; return that length."""
+    from tokenizers import Tokenizer
+
+    backend = getattr(encoder.words.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError("its tokenizer is written in Python, which only torch's side can run")
+    tokenizer = Tokenizer.from_str(backend.to_str())
+    limit = _text_limit(encoder)
+    tokenizer.enable_truncation(limit)
+    tokenizer.no_padding()
+    tokenizer.save(str(into / TOKENIZER))
+    return limit
+
+
+# ---------------------------------------------------------------- trials
+
+
+def _trial_images(encoder: TorchEncoder, count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return noise on ramps, uint8 (count, H, W, 3)."""
+    chance = np.random.default_rng(0)
+    height, width = encoder.preprocessing.crop_height, encoder.preprocessing.crop_width
+    ramp = np.linspace(0, 200, width)[None, None, :, None] * chance.random((count, 1, 1, 3))
+    return (ramp + chance.integers(0, 56, (count, height, width, 3))).astype(np.uint8)
+
+
+def _try_images(encoder: TorchEncoder, into: Path) -> None:
+    tower = open_tower(into / tower_file("image", Precision.FP32))
+    for count in (1, 5):
+        pixels = _trial_images(encoder, count)
+        (rows,) = tower.run(None, {"pixels": pixels})
+        _compare(encoder.encode_images(pixels), unit(rows, "image.onnx"), f"{count} images")
+
+
+def _try_texts(encoder: TorchEncoder, into: Path, text: TextInputs) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(into / TOKENIZER))
+    tower = open_tower(into / tower_file("text", Precision.FP32))
+    short = [one for one in TRIAL_TEXTS if len(tokenizer.encode(one).ids) < _text_limit(encoder)]
+    knows_its_limit = int(encoder.words.max_seq_length or 1 << 30) <= _text_limit(encoder)
+    for texts in (short[:1], list(TRIAL_TEXTS) if knows_its_limit else short):
+        (rows,) = tower.run(None, text_inputs(tokenizer.encode_batch(texts), text))
+        _compare(encoder.encode_texts(texts), unit(rows, "text.onnx"), f"{len(texts)} texts")
+
+
+def _compare(wanted: Rows, got: Rows, what: str) -> None:
+    lowest = float((wanted * got).sum(axis=1).min())
+    if not lowest >= LEAST_COSINE:  # no number is not enough either
+        raise ModelError(f"its export gives other rows than torch for {what} (cosine {lowest:.6f})")
+
+
+# ---------------------------------------------------------------- int8
+
+
+def _reduce(into: Path, least_gain: float, encoder: TorchEncoder) -> float:
+    """Write both towers in int8 too, unless the vision tower gains too little by it; return what it gains."""
+    exact, quick = (into / tower_file("image", precision) for precision in Precision)
+    if not quantize(exact, quick, largest=weight_range()):
+        return 0.0
+    pixels = _trial_images(encoder, 1)
+    seconds = [_seconds(open_tower(file, threads=1), {"pixels": pixels}) for file in (exact, quick)]
+    gain = seconds[0] / seconds[1]
+    if gain < least_gain:
+        quick.unlink()
+        return gain
+    exact, quick = (into / tower_file("text", precision) for precision in Precision)
+    if not quantize(exact, quick, largest=weight_range()):
+        quick.write_bytes(exact.read_bytes())
+    return gain
+
+
+def _seconds(tower: Any, inputs: dict[str, Any], clock: Callable[[], float] = time.process_time) -> float:  # noqa: ANN401
+    """Return the shortest of some runs, in seconds of the processor, which other programs do not lengthen much."""
+    tower.run(None, inputs)
+    took: list[float] = []
+    for _ in range(TIMED_RUNS):
+        began = clock()
+        tower.run(None, inputs)
+        took.append(clock() - began)
+    return max(min(took), 1e-9)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

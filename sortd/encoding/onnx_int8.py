@@ -1,0 +1,157 @@
+"""An ONNX graph whose matrix products with weights are done in int8, row by row; needs the package ``onnx`` only.
+
+Each output column of a weight matrix gets its own scale, and each row of an activation (a token of an image) gets its
+own scale while it is computed, both symmetric: ``y = (x_q - 128) w_q * row_scale * column_scale``. The dynamic
+quantization of ONNX Runtime's tools takes one scale for a whole batch instead, so that an image's embedding depends on
+its company, and one token with a huge activation takes the steps from all others; scales by token are what keeps
+transformers whole in eight bits (Yao et al., ZeroQuant, 2022; Dettmers et al., LLM.int8(), 2022). Convolutions stay as
+they are.
+"""
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FULL_RANGE = 127
+"""The largest weight in eight signed bits."""
+REDUCED_RANGE = 63
+"""In seven: x86 processors without VNNI add two products of an unsigned and a signed byte in 16 bits, which 255 * 127 *
+2 overflows and 255 * 63 * 2 does not; see "Data type selection" in ONNX Runtime's page on quantization."""
+
+ZERO_POINT = 128  # activations are stored unsigned, shifted by this: the pairing that every processor has kernels for
+LEAST_SCALE = 1e-12  # of a row of zeros
+_EXACT_PRODUCTS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8")
+
+
+def weight_range(*, machine: str | None = None, processor: Path = Path("/proc/cpuinfo")) -> int:
+    """Return the largest quantized weight that this processor multiplies without overflow.
+
+    Args:
+        machine: the architecture as ``uname -m`` has it; None asks.
+        processor: where Linux tells the processor's abilities, see proc_cpuinfo(5).
+    """
+    if (machine or platform.machine()).lower() not in {"x86_64", "amd64", "i686", "i386"}:
+        return FULL_RANGE
+    try:
+        abilities = set(processor.read_text(encoding="ascii", errors="replace").split())
+    except OSError:
+        return REDUCED_RANGE
+    return FULL_RANGE if abilities & set(_EXACT_PRODUCTS) else REDUCED_RANGE
+
+
+def quantize(source: Path, target: Path, *, largest: int) -> int:
+    """Write a graph again with its constant matrices in int8.
+
+    Args:
+        source: an ONNX file, float32, opset 13 to 17 (``ReduceMax`` takes its axes as an attribute).
+        target: the file to write.
+        largest: the largest quantized weight, see ``weight_range``.
+
+    Returns:
+        How many matrix products are in int8 now; where it is none, nothing was written.
+    """
+    import onnx
+
+    model = onnx.load(str(source))
+    rewriting = _Rewriting(model.graph, largest)
+    nodes = [new for node in model.graph.node for new in rewriting.of(node)]
+    if not rewriting.products:
+        return 0
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input} | {output.name for output in model.graph.output}
+    kept = [tensor for tensor in (*model.graph.initializer, *rewriting.constants) if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    onnx.save(model, str(target))
+    return rewriting.products
+
+
+# onnx publishes types for its protocol buffers that mypy cannot follow here, hence Any from here to the end.
+class _Rewriting:
+    """One pass over a graph: what its nodes become, and the constants that those need."""
+
+    def __init__(self, graph: Any, largest: int) -> None:  # noqa: ANN401
+        self._weights = {tensor.name: tensor for tensor in graph.initializer}
+        self._largest = largest
+        self._rows: dict[str, tuple[str, str]] = {}
+        self._matrices: dict[tuple[str, bool], tuple[str, str]] = {}
+        self.constants: list[Any] = []
+        self.products = 0
+        self._zero_point = self._constant("int8_zero_point", np.array(ZERO_POINT, np.uint8))
+        self._one = self._constant("int8_one", np.array(1, np.float32))
+        self._step = self._constant("int8_step", np.array(1 / 127, np.float32))
+        self._least = self._constant("int8_least", np.array(LEAST_SCALE, np.float32))
+
+    def of(self, node: Any) -> Iterator[Any]:  # noqa: ANN401
+        """Yield what a node becomes: itself, or the same product in int8."""
+        transposed = self._is_product(node)
+        if transposed is None:
+            yield node
+            return
+        from onnx import TensorProto, helper
+
+        self.products += 1
+        name = f"int8_{self.products}"
+        if node.input[0] not in self._rows:
+            yield from self._quantized_rows(node.input[0], name)
+        rows, row_scales = self._rows[node.input[0]]
+        matrix, column_scales = self._matrix(node.input[1], transposed=transposed)
+        shifts = node.input[2] if len(node.input) > 2 else None  # noqa: PLR2004 - Gemm's third input is its bias
+        yield helper.make_node("MatMulInteger", [rows, matrix, self._zero_point], [f"{name}_sums"])
+        yield helper.make_node("Cast", [f"{name}_sums"], [f"{name}_floats"], to=TensorProto.FLOAT)
+        yield helper.make_node("Mul", [f"{name}_floats", column_scales], [f"{name}_columns"])
+        output = node.output[0] if shifts is None else f"{name}_product"
+        yield helper.make_node("Mul", [f"{name}_columns", row_scales], [output])
+        if shifts is not None:
+            yield helper.make_node("Add", [output, shifts], [node.output[0]])
+
+    def _is_product(self, node: Any) -> bool | None:  # noqa: ANN401
+        """Tell whether a node multiplies by a constant matrix, and whether that one is stored transposed; else None."""
+        from onnx import TensorProto, helper
+
+        weight = self._weights.get(node.input[1]) if len(node.input) > 1 else None
+        if weight is None or len(weight.dims) != 2 or weight.data_type != TensorProto.FLOAT:  # noqa: PLR2004 - a matrix
+            return None
+        if node.op_type == "MatMul":
+            return False
+        said = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        is_plain = said.get("alpha", 1.0) == 1.0 and said.get("beta", 1.0) == 1.0 and not said.get("transA", 0)
+        return bool(said.get("transB", 0)) if node.op_type == "Gemm" and is_plain else None
+
+    def _quantized_rows(self, rows: str, name: str) -> Iterator[Any]:
+        """Yield the nodes that bring activations to eight bits with a scale for each row, once for all who use them."""
+        from onnx import helper
+
+        self._rows[rows] = f"{name}_rows", f"{name}_row_scales"
+        yield helper.make_node("Abs", [rows], [f"{name}_sizes"])
+        yield helper.make_node("ReduceMax", [f"{name}_sizes"], [f"{name}_largest"], axes=[-1], keepdims=1)
+        yield helper.make_node("Mul", [f"{name}_largest", self._step], [f"{name}_steps"])
+        yield helper.make_node("Max", [f"{name}_steps", self._least], [f"{name}_row_scales"])
+        yield helper.make_node("Div", [rows, f"{name}_row_scales"], [f"{name}_scaled"])
+        yield helper.make_node("QuantizeLinear", [f"{name}_scaled", self._one, self._zero_point], [f"{name}_rows"])
+
+    def _matrix(self, weight: str, *, transposed: bool) -> tuple[str, str]:
+        """Return the names of a weight matrix in int8 and of its columns' scales."""
+        from onnx import numpy_helper
+
+        key = weight, transposed
+        if key not in self._matrices:
+            values = numpy_helper.to_array(self._weights[weight])
+            matrix = values.T if transposed else values
+            scales = np.abs(matrix).max(axis=0) / self._largest
+            scales = np.where(scales > 0, scales, 1).astype(np.float32)
+            bytes_of_it = np.ascontiguousarray(np.rint(matrix / scales).astype(np.int8))
+            name = f"{weight}_int8{'_transposed' if transposed else ''}"
+            self._matrices[key] = self._constant(name, bytes_of_it), self._constant(f"{name}_scales", scales)
+        return self._matrices[key]
+
+    def _constant(self, name: str, values: npt.NDArray[Any]) -> str:
+        from onnx import numpy_helper
+
+        self.constants.append(numpy_helper.from_array(values, name))
+        return name
