@@ -10,22 +10,23 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 LARGEST_SHARE = 0.25
-"""A group of more than this share of all images is no burst of one scene but a class that the encoder sees as one: it
-is taken apart by half the distance, again and again."""
+"""A group of more than this share of a class is no burst of one scene but a class that the encoder sees as one: it is
+taken apart by half the distance, again and again, until what is left are copies."""
 ROWS_AT_ONCE = 1024
 
 
-def near_duplicate_groups(embeddings: FloatArray) -> IntArray:
+def near_duplicate_groups(embeddings: FloatArray, classes: IntArray) -> IntArray:
     """Return int64 (N,): the group of each image, equal for images that are joined by a chain of near-duplicates.
 
     Args:
         embeddings: float32 (N, d), unit rows.
+        classes: int64 (N,); a group may hold images of several.
     """
     groups = np.zeros(len(embeddings), np.int64)
     if not len(embeddings):
         return groups
     distance = max(duplicate_distance(embeddings.astype(np.float64)), ROUNDING)
-    largest = max(2, int(LARGEST_SHARE * len(embeddings)))
+    largest = np.maximum(2, LARGEST_SHARE * np.bincount(classes))
     waiting = [(np.arange(len(embeddings)), distance)]
     found = 0
     while waiting:
@@ -33,7 +34,7 @@ def near_duplicate_groups(embeddings: FloatArray) -> IntArray:
         parts = _components(embeddings[members], limit)
         for part in range(int(parts.max()) + 1):
             chosen = members[parts == part]
-            if len(chosen) > largest and limit > ROUNDING:
+            if len(chosen) > largest[classes[chosen]].max() and limit > ROUNDING:
                 waiting.append((chosen, max(limit / 2, ROUNDING)))
             else:
                 groups[chosen] = found

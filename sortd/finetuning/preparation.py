@@ -116,7 +116,7 @@ def split_photos(photos: Photos, recipe: Recipe) -> Split:
     Raises:
         DataError: too few to judge anything by.
     """
-    groups = near_duplicate_groups(photos.embeddings)
+    groups = near_duplicate_groups(photos.embeddings, photos.classes)
     may_judge = photos.weights == PLACED
     shares = {"test": recipe.test, "validation": recipe.validation}
     split = split_by_group(photos.classes, groups, may_judge, **shares, seed=recipe.seed)

@@ -39,8 +39,10 @@ def write_weights(
         DestinationError: the disk is full, or not to be written.
     """
     with writing(folder):
-        save_tensors(module.state_dict(), folder / WEIGHTS_FILE)
         _write(folder / CONFIG_FILE, _json(config))
+        save_tensors(module.state_dict(), folder / WEIGHTS_FILE)
+        mode = (folder / CONFIG_FILE).stat().st_mode
+        (folder / WEIGHTS_FILE).chmod(mode)  # safetensors writes for its owner alone; the daemon may be another user
         _write(folder / PROCESSOR_FILE, _json(processor))
 
 

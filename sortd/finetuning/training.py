@@ -28,6 +28,8 @@ Pixels = npt.NDArray[np.uint8]
 
 STATE_FILE = "trainer_state.json"
 """The Trainer writes it last: a checkpoint that has it is whole."""
+DISK_TROUBLE = ("os error", "PytorchStreamWriter", "unexpected pos")
+"""What safetensors and ``torch.save`` say where a disk is full: they raise errors of their own, not ``OSError``."""
 KEPT = 2
 """Checkpoints that stay: the best and the newest."""
 ACCURACY_WEIGHT = 0.5
@@ -145,10 +147,11 @@ def train(trainee: "torch.nn.Module", lesson: Lesson, validation: Lesson, schedu
             "the checkpoints before are whole"
         ) from error
     except Exception as error:
-        if "os error 28" not in str(error) and "No space left" not in str(error) and "unexpected pos" not in str(error):
+        if not any(sign in str(error) for sign in DISK_TROUBLE):
             raise
         raise DestinationError(  # safetensors and torch.save have errors of their own for a full disk
-            f"{schedule.folder} is full; make room there, and add --resume: the checkpoints before are whole"
+            f"{schedule.folder} cannot be written ({error}); make room there, and add --resume: the checkpoints before "
+            "are whole"
         ) from error
     if schedule.observer.is_asked_to_stop():
         raise StoppedError(f"stopped at step {trainer.state.global_step} of {steps}; its checkpoint is whole")
