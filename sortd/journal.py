@@ -45,7 +45,7 @@ class Journal:
         """
         self.path = path
         self.run = run
-        self._clock = clock
+        self.clock = clock
         self._connection = open_for_writing(path)
         self.history = History(self._connection, path)
 
@@ -56,7 +56,7 @@ class Journal:
             JournalError: it cannot be opened.
         """
         other = object.__new__(Journal)
-        other.path, other.run, other._clock = self.path, self.run, self._clock
+        other.path, other.run, other.clock = self.path, self.run, self.clock
         other._connection = open_beside(self.path)
         other.history = History(other._connection, self.path)
         return other
@@ -81,7 +81,7 @@ class Journal:
         Raises:
             JournalError: it could not be made durable; nothing of it may be begun.
         """
-        now = self._clock()
+        now = self.clock()
         with committing(self._connection, self.path):
             for relocation, grounds in orders:
                 self._insert(relocation, grounds, now)
@@ -104,7 +104,7 @@ class Journal:
         Raises:
             JournalError: it could not be made durable.
         """
-        now = self._clock()
+        now = self.clock()
         with committing(self._connection, self.path):
             for relocation in relocations:
                 match relocation.progress:
@@ -136,7 +136,7 @@ class Journal:
         Raises:
             JournalError: it could not be made durable.
         """
-        now = self._clock()
+        now = self.clock()
         with committing(self._connection, self.path):
             for path, stamp in versions:
                 self._hold(path, stamp, reason, now)
@@ -180,10 +180,23 @@ class Journal:
                     os.fsencode(corrected),
                     os.fsencode(path),
                     record.grounds.content,
-                    self._clock(),
+                    self.clock(),
                 ),
             )
             return done.rowcount > 0
+
+    def follow(self, record: Record, stamp: Stamp) -> None:
+        """Note that another version of a record's image, of bytes not known, stands where it was put.
+
+        Raises:
+            JournalError: it could not be made durable.
+        """
+        with committing(self._connection, self.path):
+            self._connection.execute(
+                "UPDATE members SET moved_device = ?, moved_inode = ?, moved_size = ?, moved_mtime_ns = ?, content = '' "
+                "WHERE move = ? AND position = 0",
+                (*stamp_columns(stamp), record.id),
+            )
 
     def note(self, key: str, value: str) -> None:
         """Keep a fact under a key, in the place of what stood there.

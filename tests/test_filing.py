@@ -15,11 +15,16 @@ import pytest
 
 from sortd.errors import JournalError
 from sortd.journal import Journal, Selection
+from sortd.layout import Layout
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import Mover
 from sortd.moving.renaming import look, rename_new, stamp_of
+from sortd.running.control import put_back
+from sortd.running.corrections import Corrections
 from sortd.running.crossings import MOST_HANDED_OVER
 from sortd.running.filing import Filing
+from sortd.running.latecomers import LATE_SECONDS, Latecomers
+from sortd.running.rejects import Rejects
 from sortd.running.relocating import Job, Order, Submit
 from sortd.running.undoing import PutBack
 from tests.filing_world import Dataset, done, failure, moved, order
@@ -413,26 +418,171 @@ class TestCorrections:
     def test_a_file_that_the_user_moved_is_known_again(
         self, dataset: Dataset, journal: Journal, filing: Filing
     ) -> None:
-        """By its inode, or by its content where it was copied and removed; once."""
+        """By its inode, or by its name and content where it was copied and removed; once. A mere copy says nothing."""
         for name in ("a.jpg", "b.jpg"):
             moved(filing, order(dataset.put(f"Images/{name}", name), content=_hash(name)))
         (dataset.root / "Dataset/dog").mkdir()
         renamed, copied = dataset.root / "Dataset/dog/new name.jpg", dataset.root / "Dataset/dog/b.jpg"
         os.rename(dataset.root / "Dataset/cat/a.jpg", renamed)
         shutil.copyfile(dataset.root / "Dataset/cat/b.jpg", copied)
-        assert filing.notice_correction(str(copied), stamp_of(os.stat(copied)), _hash("b.jpg")) is None
+        corrections = Corrections(Layout(dataset.root), journal)
+        assert corrections.look(str(copied)) is None
         (dataset.root / "Dataset/cat/b.jpg").unlink()
-        for path, content in ((renamed, ""), (copied, _hash("b.jpg"))):
-            assert filing.notice_correction(str(path), stamp_of(os.stat(path)), content) is not None
-            assert filing.notice_correction(str(path), stamp_of(os.stat(path)), content) is None
+        for path in (renamed, copied):
+            assert corrections.look(str(path)) is not None
+            assert corrections.look(str(path)) is None
         assert {corrected for _, corrected, _, _ in journal.history.corrections()} == {"dog"}
 
-    def test_what_stands_where_it_was_put_is_no_correction(self, dataset: Dataset, filing: Filing) -> None:
-        """Nor is a stranger's file."""
-        there = Path(moved(filing, order(dataset.put("Images/a.jpg"))))
+    def test_what_stands_where_it_was_put_is_no_correction(
+        self, dataset: Dataset, journal: Journal, filing: Filing
+    ) -> None:
+        """Nor is a stranger's file, be it of the same name and size."""
+        there = Path(moved(filing, order(dataset.put("Images/a.jpg", "a cat"), content=_hash("a cat"))))
         stranger = dataset.put("Dataset/dog/b.jpg", "unknown")
-        for path in (there, stranger):
-            assert filing.notice_correction(str(path), stamp_of(os.stat(path))) is None
+        corrections = Corrections(Layout(dataset.root), journal)
+        assert [corrections.look(str(path)) for path in (there, stranger)] == [None, None]
+        there.unlink()
+        assert corrections.look(str(dataset.put("Dataset/dog/a.jpg", "a dog"))) is None
+
+
+class TestLateCompanions:
+    """What comes after its image was filed follows it."""
+
+    @pytest.mark.parametrize(
+        ("late", "final"),
+        [
+            ("a.MOV", "a.MOV"),
+            ("a.jpg.xmp", "a.jpg.xmp"),
+            ("a.xmp", "a.xmp"),
+            ("a.dng.xmp", "a.dng.xmp"),
+            ("a.jpg.supplemental-metadata.json", "a.jpg.supplemental-metadata.json"),
+        ],
+    )
+    def test_it_goes_where_its_image_went(
+        self, dataset: Dataset, journal: Journal, filing: Filing, late: str, final: str
+    ) -> None:
+        """Under the name that fits, journaled like any move."""
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        follow = filing.late_companion(str(dataset.put(f"Images/{late}", "late")))
+        assert follow is not None
+        assert moved(filing, follow) == f"{dataset.root}/Dataset/cat/{final}"
+        assert journal.history.counts() == {"filed": 1, "followed": 1}
+
+    def test_it_takes_the_number_of_its_image(self, dataset: Dataset, filing: Filing) -> None:
+        """An image that got another name has its film beside it under that name."""
+        dataset.put("Dataset/cat/a.jpg", "another")
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        follow = filing.late_companion(str(dataset.put("Images/a.MOV", "film")))
+        assert follow is not None
+        assert moved(filing, follow) == f"{dataset.root}/Dataset/cat/a (2).MOV"
+
+    def test_it_overwrites_nothing(self, dataset: Dataset, filing: Filing) -> None:
+        """Where its name is taken it gets another one, beside its image all the same."""
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        dataset.put("Dataset/cat/a.xmp", "the user's")
+        follow = filing.late_companion(str(dataset.put("Images/a.xmp", "late")))
+        assert follow is not None
+        assert moved(filing, follow) == f"{dataset.root}/Dataset/cat/a (2).xmp"
+        assert dataset.tree()["Dataset/cat/a.xmp"] == b"the user's"
+
+    def test_it_waits_for_an_image_that_is_here(self, dataset: Dataset, filing: Filing) -> None:
+        """A new image of that name is its own: they leave together."""
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        dataset.put("Images/a.jpg", "another")
+        assert filing.late_companion(str(dataset.put("Images/a.MOV", "film"))) is None
+
+    def test_it_stays_without_an_image(self, dataset: Dataset, filing: Filing) -> None:
+        """What belongs to nobody, to an image of another folder, or to one that the user moved on, is left alone."""
+        there = Path(moved(filing, order(dataset.put("Images/a.jpg"))))
+        assert filing.late_companion(str(dataset.put("Images/b.MOV", "film"))) is None
+        assert filing.late_companion(str(dataset.put("Images/deep/a.MOV", "film"))) is None
+        assert filing.late_companion(str(dataset.put("Images/a.txt", "no companion"))) is None
+        there.rename(there.with_name("moved on.jpg"))
+        assert filing.late_companion(str(dataset.put("Images/a.MOV", "film"))) is None
+
+    def test_an_image_of_long_ago_is_not_its_own(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+        """A camera uses its names again."""
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        film = str(dataset.put("Images/a.MOV", "film"))
+        (ended,) = [record.ended_at or 0.0 for record in done(journal)]
+        for later, is_found in ((LATE_SECONDS - 1, True), (LATE_SECONDS + 1, False)):
+            found = Latecomers(dataset.root, journal.history, clock=lambda now=ended + later: now).order_for(film)  # type: ignore[misc]
+            assert (found is not None) == is_found
+
+    def test_it_is_undone_with_its_image(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+        """Whoever takes the image back wants its film back, too."""
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        follow = filing.late_companion(str(dataset.put("Images/a.MOV", "film")))
+        assert follow is not None
+        moved(filing, follow)
+        (image,) = journal.history.moves(Selection(outcome="filed"))
+        told, later = put_back(filing, journal.history, [image.id], dry_run=False)
+        assert ([one.message for one in told], later) == (["", ""], 0)
+        assert dataset.tree() == {"Images/a.jpg": b"image", "Images/a.MOV": b"film"}
+        assert len(filing.held()) == 2
+
+    def test_companions_that_are_switched_off_follow_nothing(self, dataset: Dataset, journal: Journal) -> None:
+        """Then they are files like others."""
+        filing = Filing(dataset.root, journal, companions=False)
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        assert filing.late_companion(str(dataset.put("Images/a.MOV", "film"))) is None
+
+    def test_what_comes_while_its_image_is_copied_is_found_after_it(self, dataset: Dataset, journal: Journal) -> None:
+        """The image stood there when its film came; now it is gone, and the film follows."""
+        jobs: list[Job] = []
+        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs))
+        path = dataset.put("Images/a.jpg")
+        filing.move_all([order(path)])
+        film = str(dataset.put("Images/a.MOV", "film"))
+        assert filing.late_companion(film) is None
+        filing.end(elsewhere(jobs))
+        assert [(move.path, move.wanted) for move in filing.left_companions(str(path))] == [(film, "a.MOV")]
+
+
+class TestMended:
+    """Rejected images that somebody mends are filed from where they lie."""
+
+    def test_the_reason_goes_when_the_image_leaves(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+        """It says nothing about the mended image; a reason that the user wrote upon is kept."""
+        for name in ("a.jpg", "b.jpg"):
+            moved(filing, order(dataset.put(f"Images/{name}", "broken"), "Rejected", Outcome.REJECTED))
+            (dataset.root / "Rejected" / name).write_bytes(b"mended")
+        (dataset.root / "Rejected/b.jpg.reason.json").write_text("a note of the user's")
+        rejects = Rejects(Layout(dataset.root), journal)
+        found = dict(rejects.scan(10**18))
+        assert {Path(path).name for path in found} == {"a.jpg", "b.jpg"}
+        for path in found:
+            moved(filing, order(Path(path)))
+        assert sorted(path.name for path in (dataset.root / "Rejected").iterdir()) == ["b.jpg.reason.json"]
+        assert dataset.tree() == {"Dataset/cat/a.jpg": b"mended", "Dataset/cat/b.jpg": b"mended"}
+
+    def test_each_version_is_tried_once(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+        """One that was refused again is not tried at the next scan or start; it can still be undone."""
+        moved(filing, order(dataset.put("Images/a.jpg", "broken"), "Rejected", Outcome.REJECTED))
+        path = dataset.root / "Rejected/a.jpg"
+        rejects = Rejects(Layout(dataset.root), journal)
+        assert rejects.look(str(path)) is None
+        path.write_bytes(b"still broken")
+        stamp = rejects.look(str(path))
+        assert stamp == stamp_of(os.stat(path))
+        rejects.keep(str(path), stamp)
+        assert rejects.look(str(path)) is None
+        (told,) = filing.undo(done(journal))
+        assert told.restored == f"{dataset.root}/Images/a.jpg"
+
+    def test_what_sortd_did_not_set_aside_is_left_alone(
+        self, dataset: Dataset, journal: Journal, filing: Filing
+    ) -> None:
+        """The user's own file in Rejected/, a reason, a folder, a link; and nothing is noted about them."""
+        moved(filing, order(dataset.put("Images/a.jpg", "broken"), "Rejected", Outcome.REJECTED))
+        dataset.put("Rejected/own.jpg", "the user's")
+        dataset.put("Rejected/deep/a.jpg", "the user's")
+        (dataset.root / "Rejected/link.jpg").symlink_to("own.jpg")
+        rejects = Rejects(Layout(dataset.root), journal)
+        assert list(rejects.scan(10**18)) == []
+        rejects.keep(str(dataset.root / "Rejected/own.jpg"), Stamp(1, 2, 3, 4))
+        shutil.rmtree(dataset.root / "Rejected")
+        assert list(rejects.scan(10**18)) == []
 
 
 class TestErrors:

@@ -3,6 +3,7 @@
 import os
 import sqlite3
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,6 +13,7 @@ from sortd.journaling.records import (
     Selection,
     label_column,
     label_from,
+    plain,
     record_from,
     stamp_columns,
     stamp_from,
@@ -23,7 +25,8 @@ from sortd.messages import Stamp
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
 _MEMBERS = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
 _CHUNK = 500
-_STANDING = "progress = 'done' AND undone_by IS NULL AND outcome != 'undone'"
+_STANDING = "progress = 'done' AND undone_by IS NULL AND outcome NOT IN ('undone', 'followed')"
+_NAMED = "moves.id IN (SELECT move FROM members WHERE {} IN ({}) AND position = 0) ORDER BY moves.id DESC LIMIT 1"
 _OF_STAMP = """moves.id IN (SELECT move FROM members WHERE moved_inode = ? AND position = 0
 AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT 1"""
 _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
@@ -99,6 +102,52 @@ class History:
         if content and (found := self._records(f"{_STANDING} AND {_OF_CONTENT}", (content,))):
             return found[0]
         return None
+
+    def last_moved(self, folder: str, names: Sequence[str], *, since: float) -> Record | None:
+        """Return the last move of an image with one of these names out of a folder, which was not undone.
+
+        Args:
+            folder: relative to the dataset.
+            names: base names.
+            since: seconds since the epoch; moves that ended before do not count.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        named = _NAMED.format("name", ",".join("?" * len(names)))
+        values = (os.fsencode(folder), since, *map(os.fsencode, names))
+        found = self._records(f"{_STANDING} AND source = ? AND ended_at >= ? AND {named}", values)
+        return found[0] if found else None
+
+    def last_put(self, folder: str, name: str) -> Record | None:
+        """Return the last move that put an image under this name into a folder, which was not undone.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        values = (os.fsencode(folder), os.fsencode(name))
+        found = self._records(f"{_STANDING} AND destination = ? AND {_NAMED.format('final', '?')}", values)
+        return found[0] if found else None
+
+    def last_named(self, name: str, size: int) -> Record | None:
+        """Return the last move that gave an image of so many bytes this name, wherever, and was not undone.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        put = "SELECT move FROM members WHERE final = ? AND moved_size = ? AND position = 0"
+        values = (os.fsencode(name), size)
+        found = self._records(f"{_STANDING} AND moves.id IN ({put}) ORDER BY moves.id DESC LIMIT 1", values)
+        return found[0] if found else None
+
+    def followers(self, reason: str) -> list[Record]:
+        """Return the moves of companions that came later than their image, for this reason, newest first.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        where = "progress = 'done' AND outcome = 'followed' AND reason = ? AND undone_by IS NULL"
+        return self._records(f"{where} ORDER BY moves.id DESC", (plain(reason),))
 
     def held(self) -> dict[str, Stamp]:
         """Return the versions that are not to be moved, by path relative to the dataset.

@@ -52,6 +52,31 @@ def companions_of(image: str, stands: Callable[[str], bool]) -> tuple[Companion,
     )
 
 
+def images_with(name: str) -> tuple[str, ...]:
+    """Return the names of images to which a file of this name may belong; none for a file that is no companion.
+
+    Args:
+        name: base name of a sidecar, a film or a raw.
+    """
+    owner = _owner_of(name)
+    if owner is None:
+        return ()
+    stem, suffix = split_name(owner)
+    named = (owner,) if owner != name and suffix.lower() in IMAGES else ()
+    stems = (stem,) if owner == name or suffix.lower() in FILMS + RAWS else (owner,)
+    candidates = (*named, *(image for one in stems for image in _with_suffixes(one, IMAGES)))
+    return tuple(dict.fromkeys(image for image in candidates if image != name))
+
+
+def _owner_of(name: str) -> str | None:
+    """Return what a note is about, or a film or raw itself."""
+    for ending in (TAKEOUT, *SIDECARS):
+        for spelled in (ending, ending.upper()):
+            if name.endswith(spelled) and len(name) > len(spelled):
+                return name.removesuffix(spelled)
+    return name if split_name(name)[1] in {*_with_suffixes("", FILMS + RAWS)} else None
+
+
 def _notes_on(name: str) -> Iterator[str]:
     return _with_suffixes(name, (*SIDECARS, TAKEOUT))
 

@@ -23,7 +23,7 @@ from sortd.logs import (
     REFERENCES_UNREADABLE,
     SCAN_UNREADABLE,
 )
-from sortd.messages import Embedded, Leave, Move, Moved, MoveFailed, Outcome, RebuildFailed
+from sortd.messages import Embedded, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, RebuildFailed
 from sortd.metrics import Metrics
 from sortd.prototypes import Abstained, Assigned, PrototypeSet
 from sortd.references import Rebuilt
@@ -46,7 +46,9 @@ class Account:
     def moved(self, move: Move, result: Moved | MoveFailed, milliseconds: float) -> None:
         """Write the canonical line of an image's outcome; ``milliseconds`` is its share of its group's move."""
         if isinstance(result, MoveFailed):
-            self._log.warning(MOVE_FAILED, path=result.path, failure=result.failure.value, error=result.message)
+            # Whoever takes a file away while it is decided upon has done nothing wrong, and nothing is to be mended.
+            told = self._log.info if result.failure is MoveFailure.VANISHED else self._log.warning
+            told(MOVE_FAILED, path=result.path, failure=result.failure.value, error=result.message)
             return
         self._count(move.outcome.value)
         self._metrics.stage("settle", move.milliseconds.get("settle", 0.0) / 1e3)

@@ -110,7 +110,7 @@ class Collection:
             self._watcher.watch_dataset(os.fspath(layout.root))
         self.datasets[layout.name], self._folders[layout.name] = dataset, folder
         self._site.begin(dataset)
-        dataset.scan_corrections()
+        dataset.scan_handled()
         self._log.info(logs.DATASET_ADDED, dataset=layout.name, root=str(layout.root))
 
     def _let_go(self, name: str) -> None:
@@ -135,7 +135,7 @@ class Collection:
         for dataset in self:
             dataset.begin_scan()
             dataset.compare_references()
-            dataset.scan_corrections()
+            dataset.scan_handled()
 
     def poll(self, roots: tuple[str, ...]) -> None:
         """Scan what cannot be watched; where the root itself is among it, new datasets are looked for."""

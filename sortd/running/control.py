@@ -16,6 +16,7 @@ from sortd.layout import Layout
 from sortd.logs import MOVE_UNDONE
 from sortd.messages import Event, ImageGone, ImageHeld, Released
 from sortd.running.filing import Filing
+from sortd.running.latecomers import belongs_to
 from sortd.running.requests import Reply, Request, RequestError
 from sortd.running.undoing import PutBack
 
@@ -84,7 +85,10 @@ def put_back(
         DataError: a record is not there.
         JournalError: the journal cannot be read or written.
     """
-    records = [_record(history, identifier) for identifier in identifiers]
+    chosen = [_record(history, identifier) for identifier in identifiers]
+    known = {record.id for record in chosen}
+    late = [one for record in chosen for one in history.followers(belongs_to(record)) if one.id not in known]
+    records = [*chosen, *late]  # what followed an image goes back with it
     told = filing.rehearse_undo(records) if dry_run else filing.undo(records)
     return told, len(records) - len(told)
 

@@ -4,11 +4,13 @@ A file that stands in ``Dataset/<class>/`` and that the journal knows, by inode 
 moved by a person: the best teaching there is. Nothing is written anywhere but in the journal.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sortd.journal import Journal
+from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
 from sortd.watching.scanning import is_temporary, stamp
@@ -47,7 +49,7 @@ class Corrections:
         if len(relative) < 3 or relative[0] != Area.DATASET:  # noqa: PLR2004 -- area, class, file
             return None
         found = stamp(path)
-        record = None if found is None else self._journal.history.last_known(found)
+        record = None if found is None else self._record(path, found)
         if record is None or record.destination_path == "/".join(relative):
             return None
         if os.path.lexists(os.path.join(self._layout.root, record.destination_path)):
@@ -56,6 +58,21 @@ class Corrections:
         if not self._journal.record_correction(record, corrected, "/".join(relative)) or corrected == label:
             return None
         return Correction(path, label, corrected, was_filed=record.destination_path.startswith(f"{Area.DATASET}/"))
+
+    def _record(self, path: str, found: Stamp) -> Record | None:
+        """Return what put this very file into its place, or one of its name and bytes: it was copied and removed."""
+        known = self._journal.history.last_known(found)
+        if known is not None:
+            return known
+        named = self._journal.history.last_named(os.path.basename(path), found.size)
+        if named is None or not named.grounds.content:
+            return None
+        try:
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return None
+        return named if content == named.grounds.content else None
 
     def scan(self, now_ns: int) -> Iterator[Correction]:
         """Yield what was corrected since the last scan: only folders and files that changed since are looked at.

@@ -46,6 +46,7 @@ from sortd.running.account import Account
 from sortd.running.corrections import Correction, Corrections
 from sortd.running.filing import Filing
 from sortd.running.outbox import Mover, Outbox
+from sortd.running.rejects import Rejects
 from sortd.running.relocating import Order
 from sortd.running.sweep import Sweep
 from sortd.running.undoing import PutBack
@@ -82,6 +83,7 @@ class Dataset:
         history = None if journal is None else journal.history
         self.outbox = Outbox(mover, self.account, history=history, root=layout.root)
         self._corrections = None if journal is None else Corrections(layout, journal)
+        self._rejects = None if journal is None else Rejects(layout, journal)
         self._needs_marker = needs_marker
         self._force_rebuild = False
         self._afresh = False
@@ -128,14 +130,22 @@ class Dataset:
                 self._drain()
         elif area is Area.DATASET and self._corrections is not None and not hint.directory:
             self._note_correction(self._corrections.look(hint.path))
+        elif area is Area.REJECTED and self._rejects is not None and not hint.directory:
+            self._note_mended(hint.path, self._rejects.look(hint.path))
         elif area is Area.DATASET:
-            self.scan_corrections()
+            self.scan_handled()
 
-    def scan_corrections(self) -> None:
-        """Look for images that the user has moved to another class since the last look."""
-        if self._corrections is not None and self._is_present:
+    def scan_handled(self) -> None:
+        """Look for what the user did since with images that were handled: moved to another class, mended."""
+        if self._corrections is not None and self._rejects is not None and self._is_present:
             for correction in self._corrections.scan(time_ns()):
                 self._note_correction(correction)
+            for path, mark in self._rejects.scan(time_ns()):
+                self._note_mended(path, mark)
+
+    def _note_mended(self, path: str, mark: Stamp | None) -> None:
+        if mark is not None:
+            self.receive(ImageSeen(path, mark, is_aside=True))
 
     def _note_correction(self, correction: Correction | None) -> None:
         if correction is not None:
@@ -225,9 +235,15 @@ class Dataset:
             case Move():
                 self.outbox.add(command)
             case Leave():
-                self.account.left(command)
+                if not self.outbox.follow(command):
+                    self._leave(command)
             case Hold(reason):
                 self.account.held(reason)
+
+    def _leave(self, leave: Leave) -> None:
+        self.account.left(leave)
+        if self._rejects is not None and leave.stamp is not None:
+            self._rejects.keep(leave.path, leave.stamp)
 
     def _look(self, path: str, *, closed: bool, inspect: bool = False) -> None:
         try:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sortd.errors import BusyError, ChangedError, ImageError, VanishedError
@@ -13,8 +14,9 @@ from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import NO_STAMP, Mover, new_token, with_companions
 from sortd.moving.copying import never
 from sortd.moving.relocation import FolderNameError, Member, Relocation, Role, checked_folder, checked_name
-from sortd.moving.renaming import Folders, is_version, look
+from sortd.moving.renaming import Folders
 from sortd.running.crossings import MOST_HANDED_OVER, Crossings
+from sortd.running.latecomers import Latecomers
 from sortd.running.relocating import SYNC_THREADS, Order, Relocator, Submit, inline
 from sortd.running.undoing import PutBack, Undoing
 
@@ -63,6 +65,7 @@ class Filing:
         )
         self._undoing = Undoing(dataset_root, self._relocator)
         self._crossings = Crossings()
+        self._latecomers = Latecomers(dataset_root, journal.history, clock=journal.clock)
         self._moves: dict[str, Move] = {}  # by token; not answered yet
         self._gives_up = False
 
@@ -142,6 +145,22 @@ class Filing:
                 self._crossings.learn(self._moves[token], crossed=token not in by_token)
         return answers + [self._answer(order) for order in ended]
 
+    def late_companion(self, path: str) -> Move | None:
+        """Return the move that brings a file that is no image (an absolute path) to its image, which was filed before.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        return self._latecomers.order_for(path) if self._companions else None
+
+    def left_companions(self, path: str) -> list[Move]:
+        """Return the moves of companions that came while their image (an absolute path) was being copied.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        return self._latecomers.left_by(path) if self._companions else []
+
     def undo(self, records: Sequence[Record]) -> list[PutBack]:
         """Put the images of these records back where they were, newest first, and hold them there.
 
@@ -189,48 +208,29 @@ class Filing:
         """
         return {f"{os.fspath(self._root)}/{path}": stamp for path, stamp in self._journal.history.held().items()}
 
-    def notice_correction(self, path: str, stamp: Stamp, content: str = "") -> Record | None:
-        """Note it if a file in Dataset/ is one that sortd had put elsewhere and the user has moved there.
-
-        Args:
-            path: where it was found, absolute.
-            stamp: the version found; the same inode is the same file.
-            content: hexadecimal sha256, where it is known: for files that were copied and removed.
-
-        Returns:
-            The move that the user has corrected, if this is news.
-
-        Raises:
-            JournalError: the journal cannot be read or written.
-        """
-        relative = self._relative(path)
-        top, _, rest = relative.partition("/")
-        record = self._journal.history.last_known(stamp, content)
-        if top != "Dataset" or "/" not in rest or record is None or relative == record.destination_path:
-            return None
-        if self._still_stands(record):  # the user made a copy, which says nothing about the first one
-            return None
-        corrected = rest.partition("/")[0]
-        return record if self._journal.record_correction(record, corrected, relative) else None
-
-    def _still_stands(self, record: Record) -> bool:
-        image = record.relocation.image
-        try:
-            with Folders(self._root) as folders:
-                status = look(folders.open(record.relocation.destination), image.final)
-        except OSError:
-            return False
-        return status is not None and image.moved_stamp is not None and is_version(status, image.moved_stamp)
-
     def _relocation(self, folders: Folders, move: Move) -> Relocation:
         source, _, name = self._relative(move.path).rpartition("/")
-        image = Member(Role.IMAGE, checked_name(name), name, move.stamp, content=move.content)
+        wanted = checked_name(move.wanted or name)
+        image = Member(Role.IMAGE, checked_name(name), wanted, move.stamp, content=move.content)
         relocation = Relocation(new_token(), checked_folder(source), checked_folder(move.folder), (image,))
-        if self._companions:
+        if self._companions and move.outcome is not Outcome.FOLLOWED:
             relocation = with_companions(folders, relocation)
         if move.outcome is Outcome.REJECTED:
             relocation = relocation.with_member(_reason(move, source, name))
-        return relocation
+        return self._without_old_reason(relocation)
+
+    def _without_old_reason(self, relocation: Relocation) -> Relocation:
+        """Let the reason that sortd wrote beside a rejected image go, once that image was mended and leaves."""
+        if relocation.source != "Rejected":
+            return relocation
+        record = self._journal.history.last_put(relocation.source, relocation.image.name)
+        reasons = () if record is None else record.relocation.members
+        spent = tuple(
+            replace(member, name=member.final, stamp=member.moved_stamp)
+            for member in reasons
+            if member.role is Role.REASON and member.moved_stamp is not None
+        )
+        return replace(relocation, spent=spent)
 
     def _relative(self, path: str) -> str:
         root = f"{os.fspath(self._root)}/"

@@ -9,7 +9,7 @@ from time import monotonic
 from typing import Protocol
 
 from sortd.journaling.history import History
-from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Stamp
+from sortd.messages import Leave, Move, Moved, MoveFailed, MoveFailure, Refusal, Stamp
 from sortd.moving.relocation import Progress, Relocation
 from sortd.running.account import Account
 from sortd.running.filing import Filing
@@ -81,7 +81,25 @@ class Outbox:
             if not isinstance(answer, PutBack):
                 move, began = self._taken(answer)
                 self._account.moved(move, answer, 1e3 * (monotonic() - began))
+                if isinstance(answer, Moved):
+                    self._moves += self._filing.left_companions(answer.path)
         return ended
+
+    def follow(self, leave: Leave) -> bool:
+        """Take a file that stays where it is in, as a move, if it is a companion of an image that has left before it.
+
+        Raises:
+            JournalError: the journal cannot be read; the daemon must stop.
+        """
+        if self._filing is None or leave.refusal is not Refusal.NOT_AN_IMAGE:
+            return False
+        try:
+            move = self._filing.late_companion(leave.path)
+        except FileNotFoundError:
+            return False
+        if move is not None:
+            self.add(move)
+        return move is not None
 
     def refuse(self, message: str) -> list[Result]:
         """Answer what was gathered as failed: the dataset is not there."""

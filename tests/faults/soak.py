@@ -35,6 +35,9 @@ AREAS = ("Images", "Dataset", "Review", "Rejected")
 DRAIN_SECONDS = 900.0
 """How long the daemon may take, after the last file came, until the inboxes are empty."""
 
+ENOUGH_DRAINED = 100
+"""So many images may be left when the killing ends."""
+
 SAMPLE_SECONDS = 5.0
 HEADER = "   seconds  brought    filed  starts      pid  files  threads  memory MB  children MB"
 
@@ -107,6 +110,16 @@ class Soak:
                 env={**os.environ, "SORTD_LOG__FORMAT": "json", "OMP_NUM_THREADS": "1"},
             )
 
+    def log_bytes(self) -> int:
+        """Return how much was logged so far."""
+        return (self.folder / "log").stat().st_size if (self.folder / "log").exists() else 0
+
+    def is_ready(self, written: int) -> bool:
+        """Tell whether the daemon that began to log there is ready."""
+        with (self.folder / "log").open("rb") as log:
+            log.seek(written)
+            return b'"daemon.ready"' in log.read()
+
     def end(self, daemon: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
         """Signal the daemon and note how it ended."""
         daemon.send_signal(number)
@@ -118,8 +131,11 @@ class Soak:
         """Bring the first half; kill and start the daemon all the time, now and then stop it by SIGTERM."""
         dice = random.Random(self.seed)  # noqa: S311 - when it is killed is no secret
         writers = self.start_writers(0)
-        while any(writer.poll() is None for writer in writers):
+        while any(writer.poll() is None for writer in writers) or len(self.left()) > ENOUGH_DRAINED:
+            written = self.log_bytes()
             daemon = self.start_daemon(config)
+            while daemon.poll() is None and dice.random() < 0.98 and not self.is_ready(written):
+                time.sleep(0.1)  # one start in some is killed before it is complete
             until = time.monotonic() + dice.uniform(*self.kill_seconds)
             while time.monotonic() < until and daemon.poll() is None:
                 time.sleep(0.05)
@@ -244,10 +260,8 @@ def main() -> int:
     parser.add_argument("--writers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=None, help="one is made up and printed otherwise")
     parser.add_argument("--folder", type=Path, default=None, help="a folder on the disk to soak; a new one below it")
-    parser.add_argument("--most-waiting", type=int, default=2_000, help="files of one writer that may wait")
-    parser.add_argument(
-        "--kill", type=float, nargs=2, default=(2.0, 12.0), help="seconds between two kills, from and to"
-    )
+    parser.add_argument("--most-waiting", type=int, default=500, help="files of one writer that may wait")
+    parser.add_argument("--kill", type=float, nargs=2, default=(0.5, 10.0), help="seconds a daemon works, from and to")
     parser.add_argument("--keep", action="store_true", help="leave the folder there if something was broken")
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(1 << 30)

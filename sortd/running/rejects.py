@@ -1,0 +1,91 @@
+"""Rejects: images that sortd set aside and that somebody mended where they lie are tried again there.
+
+Whether one changed is told by the journal, which holds the version that was set aside; a version that was refused again
+takes its place, so that each is tried once, whatever happens in between. What sortd did not put there is left alone.
+"""
+
+import os
+from collections.abc import Iterator
+
+from sortd.journal import Journal
+from sortd.journaling.records import Record
+from sortd.layout import Area, Layout
+from sortd.messages import Outcome, Stamp
+from sortd.running.corrections import CLOCK_SLACK_NS
+from sortd.watching.scanning import is_temporary, stamp
+
+SCANNED_FACT = "rejects_scanned_at"
+"""The journal's note of when Rejected/ was last looked through, in nanoseconds since the epoch."""
+
+
+class Rejects:
+    """Notices mended images of one dataset."""
+
+    def __init__(self, layout: Layout, journal: Journal) -> None:
+        """Watch over ``layout``; nothing is read yet."""
+        self._folder = os.fspath(layout.area(Area.REJECTED))
+        self._journal = journal
+
+    def look(self, path: str) -> Stamp | None:
+        """Return the version that stands under a path in Rejected/, if it is another one than was set aside there.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        record = self._record(path)
+        known = None if record is None else record.relocation.image.moved_stamp
+        try:
+            found = stamp(path)
+        except OSError:
+            return None  # the next scan looks again
+        if known is None or found is None:
+            return None
+        is_known = (found.inode, found.size, found.mtime_ns) == (known.inode, known.size, known.mtime_ns)
+        return None if is_known else found
+
+    def scan(self, now_ns: int) -> Iterator[tuple[str, Stamp]]:
+        """Yield the versions that were mended since the last scan; only files that changed since are looked at.
+
+        Args:
+            now_ns: nanoseconds since the epoch.
+
+        Raises:
+            JournalError: the journal cannot be read or written.
+        """
+        since = int(self._journal.history.fact(SCANNED_FACT) or 0) - CLOCK_SLACK_NS
+        try:
+            entries = list(os.scandir(self._folder))
+        except OSError:
+            return  # absent: looked through when it is back
+        for entry in entries:
+            if is_temporary(entry.name) or _changed_ns(entry) < since:
+                continue
+            found = self.look(entry.path)
+            if found is not None:
+                yield entry.path, found
+        self._journal.note(SCANNED_FACT, str(now_ns))
+
+    def keep(self, path: str, refused: Stamp) -> None:
+        """Note that this version of a file in Rejected/ was refused again, and is not to be tried any more.
+
+        Raises:
+            JournalError: it could not be made durable.
+        """
+        record = self._record(path)
+        if record is not None:
+            self._journal.follow(record, refused)
+
+    def _record(self, path: str) -> Record | None:
+        folder, _, name = path.rpartition("/")
+        if folder != self._folder:
+            return None
+        record = self._journal.history.last_put(Area.REJECTED.value, name)
+        return record if record is not None and record.grounds.outcome == Outcome.REJECTED else None
+
+
+def _changed_ns(entry: "os.DirEntry[str]") -> int:
+    """Return when a file's bytes or its place in the tree last changed, see inode(7); -1 where it vanished."""
+    try:
+        return entry.stat(follow_symlinks=False).st_ctime_ns
+    except OSError:
+        return -1
