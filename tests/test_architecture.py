@@ -116,6 +116,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "running.undoing": (DRIVER, "drivers"),
     "running.crossings": (DRIVER, "drivers"),
     "running.copier": (DRIVER, "drivers"),
+    "running.residence": (DRIVER, "drivers"),
     "running.latecomers": (DRIVER, "drivers"),
     "running.rejects": (DRIVER, "drivers"),
     "running.outbox": (DRIVER, "drivers"),

@@ -120,6 +120,7 @@ def _undo_here(config: "Config", chosen: Chosen, *, dry_run: bool) -> Mapping[st
     from sortd.running.holding import hold, look_at
 
     undone: list[dict[str, Any]] = []
+    recovered = 0
     for place, records in chosen:
         assert place.root is not None
         layout = Layout(place.root)
@@ -127,10 +128,13 @@ def _undo_here(config: "Config", chosen: Chosen, *, dry_run: bool) -> Mapping[st
             identifiers = [record.id for record in records]
             told, _ = put_back(holding.filing, holding.journal.history, identifiers, dry_run=dry_run)
             undone += [put_back_facts(place.dataset, layout, one) for one in told]
-    return {"undone": undone, "later": 0}
+            recovered += len(holding.recovered)
+    return {"undone": undone, "later": 0, "recovered": recovered}
 
 
 def _print_undone(reply: Mapping[str, Any], *, dry_run: bool) -> None:
+    if reply.get("recovered"):
+        say(f"sortd: first recovered {counted(reply['recovered'], 'move')} that a crash had cut short")
     for one in reply["undone"]:
         if one["restored"] is None:
             print_line(f"not put back: {printable(one['message'])}", style="yellow")

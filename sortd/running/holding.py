@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from sortd.moving.copying import never
 from sortd.moving.relocation import Relocation
 from sortd.running.filing import Filing
 from sortd.running.relocating import Submit, inline
+from sortd.running.residence import settled_folder, write_down
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,21 @@ def hold(
     """
     if not layout.is_present:
         raise LayoutError(f"{layout.marker} is missing: is the disk mounted? `sortd init {layout.root}` makes it anew")
-    lock = FileLock(layout.marker / "lock", timeout=0)
+    # The second lock holds where somebody deletes `.sortd/` and makes it anew, and the first one with it.
+    with ExitStack() as held:
+        held.enter_context(_locked(layout.marker, layout))
+        folder = settled_folder(layout, state)
+        held.enter_context(_locked(folder, layout))
+        write_down(layout, folder)
+        journal = held.enter_context(Journal(folder / JOURNAL_FILE, run=run or uuid.uuid4().hex[:8]))
+        filing = Filing(layout.root, journal, companions=companions, submit=submit, interrupted=interrupted)
+        yield Holding(layout, journal, filing, tuple(filing.recover()))
+
+
+@contextmanager
+def _locked(folder: Path, layout: Layout) -> Iterator[None]:
+    """Hold the lock in a folder; nobody waits for it."""
+    lock = FileLock(folder / "lock", timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
@@ -75,12 +90,8 @@ def hold(
             " names its state directory)"
         ) from error
     except OSError as error:
-        raise LayoutError(f"{layout.marker}/lock cannot be made: {error.strerror}; mend its rights") from error
+        raise LayoutError(f"{folder}/lock cannot be made: {error.strerror}; mend its rights") from error
     try:
-        folder = layout.state_folder(state)
-        (layout.marker / "state").write_text(f"{folder}\n", encoding="utf-8", errors="surrogateescape")
-        with Journal(folder / JOURNAL_FILE, run=run or uuid.uuid4().hex[:8]) as journal:
-            filing = Filing(layout.root, journal, companions=companions, submit=submit, interrupted=interrupted)
-            yield Holding(layout, journal, filing, tuple(filing.recover()))
+        yield
     finally:
         lock.release()

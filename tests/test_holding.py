@@ -1,0 +1,108 @@
+"""Holding: one sortd for each dataset, whatever becomes of its marker, and one journal, whatever it is called."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sortd.errors import AlreadyRunningError, LayoutError
+from sortd.layout import Layout
+from sortd.messages import Move, Moved, Outcome
+from sortd.moving.renaming import stamp_of
+from sortd.running.holding import Holding, hold
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    """A dataset with its folders."""
+    made = Layout(tmp_path / "Data" / "Cats")
+    made.root.mkdir(parents=True)
+    made.make()
+    return made
+
+
+def file_one(holding: Holding, name: str = "a.jpg") -> None:
+    """File one image."""
+    path = holding.layout.root / "Images" / name
+    path.write_bytes(name.encode())
+    (answer,) = holding.filing.move_all([Move(str(path), stamp_of(os.stat(path)), "Dataset/cat", Outcome.FILED)])
+    assert isinstance(answer, Moved)
+
+
+def counts(layout: Layout, state: Path) -> dict[str, int]:
+    """Return what the journal knows."""
+    with hold(layout, state) as holding:
+        return holding.journal.history.counts()
+
+
+def test_a_dataset_is_held_once(layout: Layout, tmp_path: Path) -> None:
+    """A second one is told who works on it; afterwards it is free."""
+    with hold(layout, tmp_path / "state"), pytest.raises(AlreadyRunningError), hold(layout, tmp_path / "other"):
+        pass
+    with hold(layout, tmp_path / "other"):
+        pass
+
+
+def test_a_marker_that_is_deleted_and_made_anew_lets_no_second_sortd_in(layout: Layout, tmp_path: Path) -> None:
+    """Its lock is gone with it; the one in the state folder is not."""
+    with hold(layout, tmp_path / "state"):
+        shutil.rmtree(layout.marker)
+        layout.make()
+        with pytest.raises(AlreadyRunningError, match="another sortd works on"), hold(layout, tmp_path / "state"):
+            pass
+
+
+def test_a_dataset_that_is_renamed_keeps_its_journal(layout: Layout, tmp_path: Path) -> None:
+    """History, holds and what was undone do not depend on the name of the folder above."""
+    state = tmp_path / "state"
+    with hold(layout, state) as holding:
+        file_one(holding)
+    renamed = Layout(layout.root.with_name("Felines"))
+    layout.root.rename(renamed.root)
+    assert counts(renamed, state) == {"filed": 1}
+    assert [path.name.rpartition("-")[0] for path in state.iterdir()] == ["Felines"]
+    renamed.root.rename(layout.root)
+    assert counts(layout, state) == {"filed": 1}
+
+
+def test_a_copy_of_a_dataset_has_a_journal_of_its_own(layout: Layout, tmp_path: Path) -> None:
+    """Though its marker names the journal of the one that it was copied from, even when that one is gone."""
+    state = tmp_path / "state"
+    with hold(layout, state) as holding:
+        file_one(holding)
+    copied = Layout(layout.root.with_name("Copy"))
+    shutil.copytree(layout.root, copied.root)
+    assert counts(copied, state) == {}
+    other = Layout(layout.root.with_name("Other"))
+    shutil.copytree(layout.root, other.root)
+    shutil.rmtree(layout.root)
+    assert counts(other, state) == {}
+
+
+def test_a_renamed_dataset_whose_old_name_is_in_use_takes_nothing_from_that(layout: Layout, tmp_path: Path) -> None:
+    """A new dataset under the old name has taken the folder of that name over; each goes its own way from there."""
+    state = tmp_path / "state"
+    with hold(layout, state) as holding:
+        file_one(holding)
+    renamed = Layout(layout.root.with_name("Felines"))
+    layout.root.rename(renamed.root)
+    layout.root.mkdir()
+    layout.make()
+    assert counts(renamed, state) == {}
+    assert counts(layout, state) == {"filed": 1}
+
+
+@pytest.mark.parametrize("word", ["", "nonsense", "/", "\udce9"])
+def test_a_pointer_that_makes_no_sense_is_written_anew(layout: Layout, tmp_path: Path, word: str) -> None:
+    """Anybody can write there; it leads to no folder that is not of this state directory."""
+    (layout.marker / "state").write_text(word, encoding="utf-8", errors="surrogateescape")
+    assert counts(layout, tmp_path / "state") == {}
+    assert (layout.marker / "state").read_text().startswith(str(tmp_path / "state"))
+
+
+def test_a_state_folder_that_cannot_be_made_is_told(layout: Layout, tmp_path: Path) -> None:
+    """With its path and what to do."""
+    (tmp_path / "state").write_text("a file")
+    with pytest.raises(LayoutError, match=r"cannot be made.*state_dir"), hold(layout, tmp_path / "state"):
+        pass
