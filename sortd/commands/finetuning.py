@@ -48,7 +48,9 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
         Path | None, typer.Option(help="The folder to make; by itself one in the dataset's state folder.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished training.")] = False,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the photos.")] = _DEFAULT.epochs,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the photos; by itself 20, of few photos more.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Photos a step.")] = _DEFAULT.batch_size,
     learning_rate: Annotated[float, typer.Option(min=0, help="At its highest.")] = _DEFAULT.learning_rate,
     layer_decay: Annotated[
@@ -196,7 +198,7 @@ def _observer() -> "Iterator[Observer]":
         TimeRemainingColumn(),
         TextColumn("{task.fields[score]}"),
         console=Console(stderr=True, highlight=False),
-        disable=not sys.stderr.isatty(),
+        disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0",
     )
     task = bar.add_task("reading the photos", total=None, score="")
     training = False

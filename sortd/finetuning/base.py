@@ -133,7 +133,7 @@ def _tower(name: str, folder: Path, config: Mapping[str, Any], labels: Sequence[
     missing = [key for key in lacking if not key.startswith("classifier.")]
     if missing or unknown:
         raise ModelError(f"base {name!r} in {folder} lacks or has too many weights ({(missing + unknown)[0]})")
-    processor = dict(_json(folder / "preprocessor_config.json", name))
+    processor = _processor(folder, name)
     processor |= {"image_processor_type": "ViTImageProcessor", "do_resize": True, "do_center_crop": False}
     processor |= {"size": {"height": chosen, "width": chosen}}
     for key in ("crop_size", "processor_class"):
@@ -172,7 +172,7 @@ def _classifier(name: str, folder: Path, labels: Sequence[str], side: int | None
     from transformers import AutoModelForImageClassification
     from transformers.utils import logging
 
-    processor = _json(folder / "preprocessor_config.json", name)
+    processor = _processor(folder, name)
     preprocessing = preprocessing_of(processor)
     if side not in {None, preprocessing.crop_height}:
         raise ModelError(f"base {name!r} takes images of {preprocessing.crop_height} pixels; leave --side out")
@@ -206,6 +206,16 @@ def _names(labels: Sequence[str]) -> dict[str, Any]:
         "id2label": {str(index): label for index, label in enumerate(labels)},
         "label2id": {label: index for index, label in enumerate(labels)},
     }
+
+
+def _processor(folder: Path, name: str) -> dict[str, Any]:
+    """Return the image processor's settings; transformers 5 writes them into those of the whole processor."""
+    joint = folder / "processor_config.json"
+    if not (folder / "preprocessor_config.json").is_file() and joint.is_file():
+        held = _json(joint, name).get("image_processor")
+        if isinstance(held, dict):
+            return dict(held)
+    return _json(folder / "preprocessor_config.json", name)
 
 
 def _json(path: Path, name: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Network:
         """Return normalised float32 (B, 3, H, W) of uint8 or float (B, 3, H, W), on the network's device."""
         import torch
 
-        planes = pixels.to(self.device).to(torch.float32, memory_format=torch.contiguous_format)
+        planes = pixels.to(self.device).to(torch.float32, memory_format=torch.channels_last)  # convolutions like it
         return planes * self._scale - self._shift
 
     def logits(self, pixels: Pixels) -> FloatArray:

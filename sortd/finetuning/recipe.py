@@ -1,13 +1,19 @@
 """The recipe of a fine-tuning: every number that is chosen beforehand, in one frozen value."""
 
+import math
 from dataclasses import dataclass
+
+USUAL_EPOCHS = 20
+FEWEST_STEPS = 300
+"""Small datasets are gone through more often: warm-up and cosine need some steps to do their work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How a model is fine-tuned; docs/finetuning.md says where each number comes from."""
 
-    epochs: int = 20
+    epochs: int | None = None
+    """Passes over the photos; None: 20, or as many as make 300 steps."""
     batch_size: int = 32
     learning_rate: float = 1e-3
     """Of the head and the layers next to it, for AdamW, at its highest."""
@@ -35,3 +41,7 @@ class Recipe:
     lora_rank: int | None = None
     """Train low-rank additions of this rank instead of the layers themselves (Hu et al. 2021; needs peft)."""
     seed: int = 0
+
+    def passes(self, images: int, *, together: int) -> int:
+        """Return how many passes over so many images are made, with ``together`` of them in each step."""
+        return self.epochs or max(USUAL_EPOCHS, math.ceil(FEWEST_STEPS / math.ceil(images / together)))

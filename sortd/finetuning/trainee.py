@@ -30,7 +30,7 @@ def make_trainee(
     from torch import nn
 
     class Trainee(nn.Module):
-        """Raw pixels to a loss."""
+        """Raw pixels, uint8 (B, h, w, 3), to a loss."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -46,7 +46,8 @@ def make_trainee(
 
         def forward(self, pixels: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
             with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-                seen = random_views(pixels, size, recipe) if self.training else plain_views(pixels, size)
+                planes = pixels.permute(0, 3, 1, 2)
+                seen = random_views(planes, size, recipe) if self.training else plain_views(planes, size)
                 values = network.values(seen)
             logits = logits_of(self.module(pixel_values=values)).float()
             smoothing = recipe.label_smoothing if self.training else 0.0

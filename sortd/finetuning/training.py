@@ -52,9 +52,9 @@ class Lesson:
         """Return the number of images."""
         return len(self.classes)
 
-    def __getitem__(self, index: int) -> tuple[Pixels, int, float]:
-        """Return one image, its class and its weight."""
-        return self.pixels[index], int(self.classes[index]), float(self.weights[index])
+    def __getitems__(self, indices: Sequence[int]) -> "Lesson":
+        """Return some of them at once, as torch's loader asks for where it can."""
+        return Lesson(self.pixels[indices], self.classes[indices], self.weights[indices])
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +203,12 @@ def _arguments(schedule: Schedule, images: int) -> Any:  # noqa: ANN401 - transf
 
     recipe = schedule.recipe
     each = max(1, int(os.environ.get("WORLD_SIZE", "1")))
-    steps = -(-images // (recipe.batch_size * each)) * recipe.epochs
+    epochs = recipe.passes(images, together=recipe.batch_size * each)
+    steps = -(-images // (recipe.batch_size * each)) * epochs
     every = max(1, -(-steps // recipe.evaluations))
     said: dict[str, object] = {
         "output_dir": os.fspath(schedule.folder),
-        "num_train_epochs": recipe.epochs,
+        "num_train_epochs": epochs,
         "per_device_train_batch_size": recipe.batch_size,
         "per_device_eval_batch_size": 2 * recipe.batch_size,
         "learning_rate": recipe.learning_rate,
@@ -265,14 +266,14 @@ def has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
         return False
 
 
-def _collate(rows: Sequence[tuple[Pixels, int, float]]) -> "dict[str, torch.Tensor]":
+def _collate(chosen: Lesson) -> "dict[str, torch.Tensor]":
+    """Return what the trainee is called with; ``chosen`` is a copy, whose memory the tensors share."""
     import torch
 
-    pixels = np.stack([one for one, _, _ in rows])
     return {
-        "pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
-        "labels": torch.tensor([label for _, label, _ in rows]),
-        "weights": torch.tensor([weight for _, _, weight in rows]),
+        "pixels": torch.from_numpy(np.asarray(chosen.pixels)),
+        "labels": torch.from_numpy(chosen.classes),
+        "weights": torch.from_numpy(chosen.weights),
     }
 
 

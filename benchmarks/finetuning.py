@@ -1,0 +1,140 @@
+"""How many images a second a ViT-B/16 is trained on: sortd's training, and a plain loop, in the same run.
+
+    python -m benchmarks.finetuning [--images 512] [--epochs 2] [--batch 32] [--device auto] [--small] [--json]
+
+Random weights and made-up photos (JPEG, 320 x 240) serve: speed does not depend on what is learnt. The plain loop is
+what a first script does: float32, one process, no workers, every photo opened, resized and normalised again in every
+epoch by the image processor, AdamW at one rate. sortd's decodes each photo once, draws views on the device, and
+multiplies in bfloat16 where the hardware does. Both make as many passes over the photos; reading them is part of both.
+``--small`` takes a ViT of two layers, to see that it runs.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from sortd.decoding.decoders import DecodedImage, DecoderPool
+from sortd.finetuning.network import Network, device_of
+from sortd.finetuning.preparation import enlarged
+from sortd.finetuning.recipe import Recipe
+from sortd.finetuning.trainee import make_trainee
+from sortd.finetuning.training import Lesson, Schedule, train
+from sortd.images import Limits
+from sortd.messages import Fit, Preprocessing
+from sortd.watching.scanning import stamp
+
+if TYPE_CHECKING:
+    import torch
+
+CLASSES = 10
+PROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+def draw_photos(folder: Path, count: int) -> list[Path]:
+    """Write made-up photos, smooth enough to compress like real ones."""
+    dice = np.random.default_rng(0)
+    files = []
+    for number in range(count):
+        coarse = dice.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        files.append(folder / f"{number}.jpg")
+        Image.fromarray(coarse).resize((320, 240), Image.Resampling.BICUBIC).save(files[-1], quality=90)
+    return files
+
+
+def vision_transformer(*, small: bool) -> Any:  # noqa: ANN401 - transformers has no types
+    """Return a ViT of random weights: B/16 at 224 pixels, or a small one."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes: dict[str, int] = {}
+    if small:
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    return ViTForImageClassification(ViTConfig(num_labels=CLASSES, **sizes))
+
+
+def plain_loop(files: list[Path], arguments: argparse.Namespace, device: "torch.device") -> float:
+    """Train as a first script does; return images a second."""
+    import torch
+    from transformers import ViTImageProcessorFast as Processor
+
+    model = vision_transformer(small=arguments.small).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+    processor = Processor(size={"height": 224, "width": 224}, **PROCESSOR)
+    began = time.perf_counter()
+    for _ in range(arguments.epochs):
+        for start in range(0, len(files), arguments.batch):
+            photos = [Image.open(file).convert("RGB") for file in files[start : start + arguments.batch]]
+            values = processor(photos, return_tensors="pt")["pixel_values"].to(device)
+            labels = torch.arange(start, start + len(photos), device=device) % CLASSES
+            loss = torch.nn.functional.cross_entropy(model(pixel_values=values).logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    settle(device)
+    return arguments.epochs * len(files) / (time.perf_counter() - began)
+
+
+def own_training(files: list[Path], arguments: argparse.Namespace, device: "torch.device", work: Path) -> float:
+    """Train as ``sortd finetune`` does, decoding included; return images a second."""
+    import torch
+
+    recipe = Recipe(epochs=arguments.epochs, batch_size=arguments.batch, evaluations=1)
+    seen = Preprocessing(224, 224, 224, 2, Fit.STRETCH)
+    network = Network(vision_transformer(small=arguments.small), PROCESSOR, device)
+    trainee = make_trainee(network, (224, 224), torch.ones(CLASSES), recipe)
+    began = time.perf_counter()
+    large = enlarged(seen)
+    pixels = np.empty((len(files), large.crop_height, large.crop_width, 3), np.uint8)
+    stamped = [(str(file), found) for file in files if (found := stamp(str(file))) is not None]
+    with DecoderPool(arguments.workers, large, Limits()) as pool:
+        for index, answer in enumerate(pool.decode_all(stamped)):
+            assert isinstance(answer, DecodedImage)
+            pixels[index] = answer.pixels
+    lesson = Lesson(pixels, np.arange(len(files)) % CLASSES, np.ones(len(files), np.float32))
+    glance = Lesson(pixels[:CLASSES, :224, :224], np.arange(CLASSES), np.ones(CLASSES, np.float32))
+    train(trainee, lesson, glance, Schedule(recipe, work, device.type, extra=("save_only_model=true",)))
+    settle(device)
+    return arguments.epochs * len(files) / (time.perf_counter() - began)
+
+
+def settle(device: "torch.device") -> None:
+    """Wait until a GPU has done what it was told."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Measure both and print images a second and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    device = device_of(arguments.device)
+    with tempfile.TemporaryDirectory(prefix="finetuning-") as place:
+        files = draw_photos(Path(place), arguments.images)
+        plain = plain_loop(files, arguments, device)
+        own = own_training(files, arguments, device, Path(place) / "work")
+    found = {"device": str(device), "plain": round(plain, 1), "sortd": round(own, 1), "ratio": round(own / plain, 2)}
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        print(
+            f"on {found['device']}: plain loop {found['plain']} images a second, sortd {found['sortd']}, "
+            f"{found['ratio']} times as many"
+        )
+
+
+if __name__ == "__main__":
+    main()

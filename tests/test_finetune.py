@@ -1,0 +1,337 @@
+"""Fine-tuning from the photos to the folder, on a made dataset: trained, interrupted, resumed, compared, refused."""
+
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sortd.config import Config, load
+from sortd.errors import AlreadyRunningError, ConfigError, DataError, DestinationError, ModelError
+from sortd.finetune import UNFINISHED, finetune, output_of, unfinished_of
+from sortd.finetuned import FinetunedFacts, read_facts
+from sortd.finetuned import load as load_model
+from sortd.finetuning.photos import Source, find_candidates
+from sortd.finetuning.preparation import Order
+from sortd.finetuning.recipe import Recipe
+from sortd.finetuning.training import Observer, StoppedError, newest_checkpoint
+from sortd.images import Limits, decode_file
+from sortd.layout import Layout
+from tests.command_line import sortd
+from tests.fake_encoder import FakeEncoder
+from tests.filed_images import file_images
+from tests.tiny_clip import Tower, build_tiny_clip
+from tests.tiny_vit import build_tiny_vit
+
+NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+COUNTS = {"green": 24, "red": 18, "stripes": 12}
+QUICK = Recipe(epochs=6, batch_size=8, evaluations=3, test=0.25, validation=0.25)
+"""Enough steps to interrupt, few enough for seconds."""
+
+
+def photo(label: str, dice: np.random.Generator) -> Image.Image:
+    """Draw a noisy picture that is told apart by colour or by stripes."""
+    pixels = dice.normal(120, 45, (40, 48, 3)) + dice.normal(0, 25, 3)
+    if label == "stripes":
+        pixels[:, :: int(dice.integers(3, 6))] += 90
+    else:
+        pixels[..., {"red": 0, "green": 1}.get(label, 2)] += 60
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def make_photos(root: Path, counts: dict[str, int], area: str = "Clases", seed: int = 0) -> Path:
+    """Make a dataset of so many pictures a class below ``root``."""
+    dice = np.random.default_rng(seed)
+    for label, count in counts.items():
+        folder = root / "Shapes" / area / label
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            photo(label, dice).save(folder / f"{seed}-{number}.png")
+    return root / "Shapes"
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT of random weights, made once."""
+    return build_tiny_vit(tmp_path_factory.mktemp("base") / "vit")
+
+
+def configured(folder: Path) -> Config:
+    """Return a configuration with everything below a folder."""
+    file = folder / "config.yaml"
+    places = {"root": folder / "Data", "state_dir": folder / "state", "cache_dir": folder / "cache"}
+    said = "".join(f"{key}: {value}\n" for key, value in places.items())
+    file.write_text(f"{said}decoding: {{workers: 1}}\ndevice: cpu\nthreads: 1\n", "utf-8")
+    return load(file, {"HOME": str(folder)})
+
+
+def order_of(config: Config, base: Path, **changes: Any) -> Order:
+    """Return an order for the made dataset."""
+    recipe = replace(QUICK, **{key: changes.pop(key) for key in list(changes) if hasattr(QUICK, key)})
+    return Order(Layout(config.root / "Shapes"), base=str(base), recipe=recipe, **changes)
+
+
+def trained(config: Config, order: Order, name: str = "result", **options: Any) -> FinetunedFacts:
+    """Fine-tune into the state folder."""
+    output = config.state_dir / name
+    facts = finetune(order, config, output, now=NOW, load_encoder=lambda _: FakeEncoder(), **options)
+    assert facts is not None
+    return facts
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, vit: Path) -> tuple[Config, FinetunedFacts]:
+    """One training of a ViT from its beginning to its end, one broken and one doubled photo among its data."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = configured(folder)
+    dataset = make_photos(config.root, COUNTS)
+    (dataset / "Clases" / "red" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0" + b"no more" * 100)
+    shutil.copy(dataset / "Clases" / "red" / "0-1.png", dataset / "Clases" / "green" / "same.png")
+    (dataset / "Clases" / "named only").mkdir()
+    make_photos(config.root, {"_none": 5}, seed=9)
+    return config, trained(config, order_of(config, vit))
+
+
+def test_the_result_is_whole_and_nothing_else_is_left(whole: tuple[Config, FinetunedFacts]) -> None:
+    """Weights, names, processor, facts, metrics, pictures and card; no work folder, no checkpoint, no lock."""
+    config, facts = whole
+    assert {path.name for path in facts.folder.iterdir()} == {
+        "README.md", "config.json", "confusion.png", "curves.png", "metrics.json", "model.safetensors",
+        "preprocessor_config.json", "sortd.json",
+    }  # fmt: skip
+    assert [path.name for path in config.state_dir.glob("result*")] == ["result"]
+    assert json.loads((facts.folder / "config.json").read_text("utf-8"))["id2label"] == {
+        "0": "green", "1": "red", "2": "stripes",
+    }  # fmt: skip
+    for picture in ("curves.png", "confusion.png"):
+        with Image.open(facts.folder / picture) as image:
+            assert min(image.size) > 200
+    card = (facts.folder / "README.md").read_text("utf-8")
+    assert "| green | 24 |" in card
+    assert facts.metrics["comparison"]["verdict"] in card
+
+
+def test_metrics_tell_of_every_mode_and_of_strangers(whole: tuple[Config, FinetunedFacts]) -> None:
+    """Prototypes and challenger stand on the same images, with what the paired test and the strangers say."""
+    metrics = whole[1].metrics
+    compared = metrics["comparison"]
+    assert set(compared["prototypes"]) == {"avg", "max", "mean", "text", "best", "mixed"}
+    for row in (*compared["prototypes"].values(), compared["finetuned"]):
+        assert row["images"] == compared["images"] > 8
+        assert row["open_set"]["strangers"] == 5
+    assert compared["best_mode_accuracy"] == max(row["accuracy"] for row in compared["prototypes"].values())
+    assert 0 <= compared["mcnemar"]["p_value"] <= 1
+    assert metrics["comparison"]["finetuned_accuracy"] > 0.5
+
+
+def test_unreadable_and_contradictory_photos_are_named_and_skipped(whole: tuple[Config, FinetunedFacts]) -> None:
+    """A broken file, and a photo that lies in two classes, teach nothing; a class without a photo is told of."""
+    metrics = whole[1].metrics
+    left_out = {Path(one["path"]).name: one["why"] for one in metrics["left_out"]}
+    assert set(left_out) == {"broken.jpg", "same.png", "0-1.png"}
+    assert left_out["same.png"] == "the same image is in red too"
+    assert metrics["data"]["images"] == sum(COUNTS.values()) - 1
+    assert any("named only" in note for note in metrics["data"]["notes"])
+
+
+def test_the_written_model_decides_as_it_was_judged(whole: tuple[Config, FinetunedFacts]) -> None:
+    """Loaded from its folder, and given photos as sortd decodes them, it is as right as its metrics say."""
+    config, facts = whole
+    model = load_model(facts.folder, device="cpu")
+    files = sorted((config.root / "Shapes" / "Clases").glob("*/0-*.png"))
+    pixels = np.stack([decode_file(str(path), model.preprocessing, Limits()) for path in files])
+    found = model.facts.probabilities(model.logits(pixels)).argmax(axis=1)
+    right = np.mean([facts.labels[best] == path.parent.name for best, path in zip(found, files, strict=True)])
+    assert right > facts.metrics["comparison"]["finetuned_accuracy"] - 0.15
+    assert len(facts.confidence) == facts.metrics["comparison"]["images"] + sum(
+        row["validation"] for row in facts.metrics["classes"]
+    )
+
+
+def figures(facts: FinetunedFacts) -> dict[str, Any]:
+    """Return the metrics but for what a clock says."""
+    timed = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime",
+             "eval_samples_per_second", "eval_steps_per_second"}  # fmt: skip
+    log = [{key: value for key, value in row.items() if key not in timed} for row in facts.metrics["log"]]
+    return {**facts.metrics, "seconds": None, "log": log}
+
+
+def test_a_seed_gives_the_same_metrics_and_a_stopped_training_ends_like_one_that_ran_through(
+    tmp_path: Path, vit: Path
+) -> None:
+    """Twice the same figures; asked to stop at half, it leaves a checkpoint, and resumed it is within a point."""
+    config = configured(tmp_path)
+    make_photos(config.root, COUNTS)
+    order = order_of(config, vit)
+    first = trained(config, order, "first")
+    assert figures(trained(config, order, "second")) == figures(first)
+
+    seen: list[int] = []
+    half = Observer(progress=lambda now: seen.append(now.step), is_asked_to_stop=lambda: len(seen) >= 8)
+    with pytest.raises(StoppedError, match="stopped at step"):
+        trained(config, order, "third", observer=half)
+    assert not (config.state_dir / "third").exists()
+    work = config.state_dir / f"third{UNFINISHED}"
+    begun = newest_checkpoint(work)
+    assert begun is not None
+
+    cut = work / "checkpoint-9999"  # as a kill in the middle of writing leaves it
+    shutil.copytree(begun, cut)
+    (cut / "trainer_state.json").unlink()
+    shutil.rmtree(config.root)  # the plan is all that it needs
+    (config.root / "Shapes" / "Clases").mkdir(parents=True)
+    resumed = trained(config, order, "third", resume=True)
+    assert abs(accuracy(resumed) - accuracy(first)) <= 0.01
+    assert resumed.metrics["validation"] == pytest.approx(first.metrics["validation"], abs=0.02)
+
+
+def accuracy(facts: FinetunedFacts) -> float:
+    """Return the accuracy on the test images."""
+    found: float = facts.metrics["comparison"]["finetuned_accuracy"]
+    return found
+
+
+def test_the_tower_of_a_dual_encoder_is_a_base_too(tmp_path: Path) -> None:
+    """A CLIP of two models, for which transformers has no classifier, is trained and comes back from its folder."""
+    config = configured(tmp_path)
+    make_photos(config.root, COUNTS)
+    base = build_tiny_clip(tmp_path / "dual", tower=Tower.DUAL)
+    facts = trained(config, order_of(config, base, epochs=1))
+    model = load_model(facts.folder, device="cpu")
+    assert json.loads((facts.folder / "config.json").read_text("utf-8"))["model_type"] == "sortd-tower"
+    seen = model.preprocessing
+    assert model.logits(np.zeros((2, seen.crop_height, seen.crop_width, 3), np.uint8)).shape == (2, 3)
+
+
+def test_the_packaged_tower_sees_more_than_it_was_taught_on(tmp_path: Path) -> None:
+    """``auto`` without the ViT is the packaged tower, at one and a half times its size, with its last map."""
+    config = configured(tmp_path)
+    make_photos(config.root, COUNTS)
+    facts = trained(config, order_of(config, Path("auto"), epochs=1, evaluations=1))
+    said = json.loads((facts.folder / "config.json").read_text("utf-8"))
+    assert facts.base == "packaged"
+    assert said["features"] == ["embedding", "map"]
+    assert said["vision_config"]["image_size"] == facts.preprocessing.crop_height == 96
+    assert load_model(facts.folder, device="cpu").facts.model_id == facts.model_id
+
+
+def test_low_rank_additions_end_in_the_weights(tmp_path: Path, vit: Path) -> None:
+    """A model that was trained by LoRA is written whole: its folder needs no peft."""
+    pytest.importorskip("peft", reason="the extra lora is not installed")
+    config = configured(tmp_path)
+    make_photos(config.root, COUNTS)
+    facts = trained(config, order_of(config, vit, epochs=1, lora_rank=2))
+    assert load_model(facts.folder, device="cpu").facts.labels == tuple(sorted(COUNTS))
+
+
+def test_what_sortd_filed_counts_half_and_judges_nothing(tmp_path: Path, vit: Path) -> None:
+    """The journal knows which photo in Dataset/ sortd put there; one that a person moved counts whole."""
+    config = configured(tmp_path)
+    dataset = make_photos(config.root, COUNTS, area="Dataset")
+    filed = file_images(dataset, config.state_dir, {f"{number}.png": "green" for number in range(10)})
+    os.rename(filed[0], dataset / "Dataset" / "red" / "corrected.png")
+    known, _ = find_candidates(Layout(dataset), Source.DATASET, config.state_dir)
+    halved = {one.path for one in known if not one.is_placed}
+    assert halved == set(filed[1:])
+    facts = trained(config, order_of(config, vit, epochs=1, source=Source.DATASET))
+    assert facts.metrics["data"]["filed"] == 9
+    green = next(row for row in facts.metrics["classes"] if row["label"] == "green")
+    assert green["train"] >= 9
+
+
+@contextmanager
+def largest_file(size_bytes: int) -> Iterator[None]:
+    """Let this process write no file beyond a size, which fails as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size_bytes", [20_000, 250_000], ids=["the pixels", "the checkpoint"])
+def test_a_full_disk_is_told_of_and_leaves_nothing_half_written(tmp_path: Path, vit: Path, size_bytes: int) -> None:
+    """There is no result folder; what was begun is gone, or can be resumed once there is room."""
+    config = configured(tmp_path)
+    make_photos(config.root, COUNTS)
+    with largest_file(size_bytes), pytest.raises(DestinationError, match="cannot be written"):
+        trained(config, order_of(config, vit))
+    assert not (config.state_dir / "result").exists()
+    if (config.state_dir / f"result{UNFINISHED}").exists():
+        assert trained(config, order_of(config, vit), resume=True).labels == tuple(sorted(COUNTS))
+
+
+BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no class": (lambda clases: shutil.rmtree(clases / "red"), "holds no class|no image"),
+    "one class": (lambda clases: make_photos(clases.parents[1], {"red": 5}), "only the class 'red'"),
+    "empty folders": (lambda clases: (clases / "green").mkdir(), "there is no image"),
+    "no image": (lambda clases: (clases / "red" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\nno"), "can be read"),
+    "too few": (lambda clases: make_photos(clases.parents[1], {"red": 2, "green": 2}), "too few images"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_DATA)
+def test_data_that_cannot_be_trained_on_is_a_clear_error(tmp_path: Path, vit: Path, bad: str) -> None:
+    """No class, one class, no image: said so, and nothing is left behind."""
+    config = configured(tmp_path)
+    (config.root / "Shapes" / "Clases" / "red").mkdir(parents=True)
+    make, said = BAD_DATA[bad]
+    make(config.root / "Shapes" / "Clases")
+    with pytest.raises(DataError, match=said):
+        trained(config, order_of(config, vit))
+    assert not list(config.state_dir.glob("result*"))
+
+
+def test_what_stands_in_the_way_is_a_clear_error(tmp_path: Path, vit: Path) -> None:
+    """A base that is not here, a fixed size, a taken name, nothing to resume, a second process, a wrong --set."""
+    from filelock import FileLock
+
+    config = configured(tmp_path)
+    make_photos(config.root, COUNTS)
+    order = order_of(config, vit)
+    with pytest.raises(ModelError, match="sortd models fetch some/vit"):
+        trained(config, replace(order, base="some/vit"))
+    with pytest.raises(ModelError, match="takes images of 32 pixels"):
+        trained(config, replace(order, side=64))
+    with pytest.raises(DataError, match="no unfinished"):
+        trained(config, order, resume=True)
+    with pytest.raises(DataError, match="no unfinished"):
+        unfinished_of(order, config.state_dir)
+    (config.state_dir / "taken").mkdir(parents=True)
+    with pytest.raises(DataError, match="is there already"):
+        trained(config, order, "taken")
+    with FileLock(config.state_dir / f"result{UNFINISHED}.lock"), pytest.raises(AlreadyRunningError):
+        trained(config, order)
+    with pytest.raises(ConfigError, match="--set nothing=1"):
+        trained(config, replace(order, extra=("nothing=1",)))
+
+
+def test_the_command_prints_its_facts(tmp_path: Path, vit: Path, write_config: Callable[..., Path]) -> None:
+    """``sortd finetune`` puts the model into the state folder, and ``--json`` says where and how good."""
+    make_photos(tmp_path / "Data", COUNTS)
+    config = write_config(device="cpu", threads=1)
+    common = ("finetune", "Shapes", "-c", config, "--base", vit, "--epochs", 1, "--set", "max_steps=2")
+    ran = sortd(*common, "--json")
+    assert ran.code == 0, ran.err
+    folder = Path(ran.facts["folder"])
+    assert read_facts(folder).model_id == ran.facts["model_id"]
+    assert folder.parent.name == "finetuned"
+    assert ran.facts["comparison"]["verdict"] in {"weaker", "level", "stronger"}
+    assert sortd("finetune", "Nothing", "-c", config).code == 65
+    assert sortd("finetune", "Shapes", "-c", config, "--from", "elsewhere").code == 2
+
+
+def test_results_are_named_by_time_and_seed(tmp_path: Path) -> None:
+    """Two trainings of one second with two seeds do not meet."""
+    order = Order(Layout(tmp_path / "Shapes"), recipe=Recipe(seed=7))
+    assert output_of(order, tmp_path, NOW).name == "20260301T120000Z-7"
