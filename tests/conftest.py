@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from sortd.finetuned import FinetunedFacts
 from tests.daemon_process import make_dataset
+from tests.finetuned_folder import make_vit
 from tests.tiny_clip import build_tiny_clip
 
 
@@ -14,6 +16,12 @@ from tests.tiny_clip import build_tiny_clip
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP of random weights, made once."""
     return build_tiny_clip(tmp_path_factory.mktemp("model") / "tiny-clip")
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> FinetunedFacts:
+    """A small fine-tuned ViT whose head tells the three colours apart, made once."""
+    return make_vit(tmp_path_factory.mktemp("finetuned") / "20260101T000000Z-0")
 
 
 @pytest.fixture(autouse=True)
