@@ -52,10 +52,15 @@ class Layout:
         """Tell whether its marker is there: without it the disk is taken for not mounted."""
         return os.path.isdir(self.marker)  # False too where the disk answers with an error: as good as absent
 
-    def state_folder(self, state: Path) -> Path:
-        """Return the folder of its journal below ``state``: by name, and by place so that names may repeat."""
+    @property
+    def key(self) -> str:
+        """What it is known by among the datasets of all roots: its name, and its place since names may repeat."""
         place = hashlib.sha256(os.fsencode(os.path.realpath(self.root))).hexdigest()[:8]
-        return state / f"{self.name}-{place}"
+        return f"{self.name}-{place}"
+
+    def state_folder(self, state: Path) -> Path:
+        """Return the folder of its journal below ``state``."""
+        return state / self.key
 
     def make(self) -> None:
         """Make the folders that are missing, and the marker.

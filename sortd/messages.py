@@ -297,13 +297,13 @@ class Move:
     stamp: Stamp
     folder: str  # relative to the dataset: "Dataset/<class>", "Review/<class>" or "Rejected"
     outcome: Outcome
-    wanted: str = ""  # the name that it is to have there, if it is another one
     decision: Decision | None = None  # None where the image was refused
     reason: str = ""  # of an abstention or a refusal
     content: str = ""  # hexadecimal sha256, where it is known
     encoder_id: str = ""
     generation: int = 0
     milliseconds: Mapping[str, float] = field(default_factory=dict)  # settle, decode, encode
+    wanted: str = ""  # the name that it is to have there, if it is another one
 
 
 @dataclass(frozen=True, slots=True)

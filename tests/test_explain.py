@@ -31,7 +31,7 @@ def site(tmp_path: Path) -> Path:
     dataset = make_dataset(tmp_path / "Data")
     Layout(dataset).make()
     prototypes = make_prototypes(dataset, DecisionSettings(Mode.MAX, None))
-    PrototypeFiles(tmp_path / "cache" / "prototypes", pytest.fail).write("Colours", prototypes)
+    PrototypeFiles(tmp_path / "cache" / "prototypes", pytest.fail).write(Layout(dataset).key, prototypes)
     return dataset
 
 

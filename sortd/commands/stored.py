@@ -1,7 +1,6 @@
 """The stored prototypes: what each dataset decided with last, read from the cache without a model or a change."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.config import Config
@@ -18,10 +17,7 @@ def stored_prototypes(
 
     Args:
         config: where the cache is.
-        layout: the dataset. Two roots may hold datasets of one name: prototypes of another place are not returned.
+        layout: the dataset.
         report: is told what is damaged.
     """
-    found = PrototypeFiles(config.cache_dir / PROTOTYPES_FOLDER, report).read(layout.name)
-    if found is None or not all(Path(source).is_relative_to(layout.root) for source in found.sources[:1]):
-        return None
-    return found
+    return PrototypeFiles(config.cache_dir / PROTOTYPES_FOLDER, report).read(layout.key)

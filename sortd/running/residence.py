@@ -32,7 +32,8 @@ def settled_folder(layout: Layout, state: Path) -> Path:
     """
     folder = layout.state_folder(state)
     try:
-        if not (folder / JOURNAL_FILE).exists() and (former := _former(layout, state)) is not None:
+        is_begun = folder.is_dir() and any(folder.iterdir())
+        if not is_begun and (former := _former(layout, state)) is not None:
             _rename(former, folder)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -19,7 +19,7 @@ from sortd.journaling.history import History
 from sortd.layout import Layout
 from sortd.messages import Preprocessing, Stamp
 from sortd.metrics import Metrics
-from sortd.prototypes import Abstain, DecisionSettings, Mode
+from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet
 from sortd.references import Teaching
 from sortd.running.classifiers import Classifiers, are_logits
 from sortd.running.copier import Seat
@@ -179,8 +179,19 @@ class Site:
         decoders = self._pool(encoder.preprocessing, config.decoding.jpeg)
         self._cache = Cache(self._embeddings / "embeddings.sqlite", max_bytes=config.cache_megabytes * 1_000_000)
         embedder = Embedder(encoder, decoders, self._cache, batch_size=config.batch_size)
-        store = PrototypeStore(self._cache.prototypes, self._cache.remember_prototypes)
-        return embedder, store, ", ".join([self._describe(config), *self._runs_on])
+        return embedder, self._store(self._cache, config.root), ", ".join([self._describe(config), *self._runs_on])
+
+    @staticmethod
+    def _store(cache: Cache, root: Path) -> PrototypeStore:
+        """Return where the prototypes of each dataset are kept; two roots may share a cache and hold equal names."""
+
+        def read(dataset: str) -> PrototypeSet | None:
+            return cache.prototypes(Layout(root / dataset).key)
+
+        def write(dataset: str, prototypes: PrototypeSet) -> None:
+            cache.remember_prototypes(Layout(root / dataset).key, prototypes)
+
+        return PrototypeStore(read, write)
 
     def _embed_with(self, encoder: Encoder, facts: FinetunedFacts) -> Embedder:
         """Return what embeds files by a fine-tuned model, decoded as they were for its training."""
