@@ -135,6 +135,9 @@ FLOORS: dict[str, tuple[int, str]] = {
     "running.control": (DRIVER, "drivers"),
     "evaluate": (DRIVER, "drivers"),
     "cli": (DRIVER, "drivers"),
+    "commands.bench": (DRIVER, "drivers"),
+    "commands.measurement": (DRIVER, "drivers"),
+    "commands.stopwatch": (DRIVER, "drivers"),
     "commands.decisions": (DRIVER, "drivers"),
     "commands.facts": (DRIVER, "drivers"),
     "commands.models": (DRIVER, "drivers"),
@@ -151,6 +154,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "commands.journals": (DRIVER, "drivers"),
     "running.holding": (DRIVER, "drivers"),
     "commands.model_list": (DRIVER, "drivers"),
+    "commands.backend": (DRIVER, "drivers"),
     "commands.promotion": (DRIVER, "drivers"),
     "commands.explain": (DRIVER, "drivers"),
     "commands.examination": (DRIVER, "drivers"),
@@ -187,7 +191,10 @@ FORBIDDEN_TO_THOUGHT = {
 PURE_USES = {"moving.free_names": {"os"}}
 """os.fsencode, os.fsdecode and os.path.splitext work on names and touch no file."""
 
-SLOW = {"torch", "transformers", "sentence_transformers", "sklearn", "onnxruntime", "matplotlib", "accelerate"}
+SLOW = {
+    "torch", "transformers", "sentence_transformers", "sklearn", "onnxruntime", "onnx", "tokenizers", "matplotlib",
+    "accelerate",
+}  # fmt: skip
 """Nothing slow at import: these are imported inside functions only."""
 
 MODULES = sorted(

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from sortd.cache import Cache
+from sortd.commands.backend import backend_findings
 from sortd.commands.check_calibration import calibration_findings
 from sortd.commands.check_disks import clock_findings, file_system_findings, room_findings, watching_findings
 from sortd.commands.check_folders import dataset_findings, overlap_findings, own_folder_findings, root_findings
@@ -66,6 +67,7 @@ def check_site(config: Config, *, decoding_seconds: float = DECODING_SECONDS) ->
     yield from overlap_findings(layouts, own)
     yield from process_findings(config, layouts)
     yield from model_findings(config)
+    yield from backend_findings(config)
     yield from watching_findings(layouts, config.polling)
     yield from clock_findings()
     rooms = [("the journal", config.state_dir), ("the cache", config.cache_dir)]

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sortd.commands.backend import backend_facts
 from sortd.commands.promotion import finetuned_list
 from sortd.config import Config
 from sortd.encoding import models
@@ -50,6 +51,7 @@ def model_list(
         "problem": problem,
         "why": problem or _why(config.model, chosen),
         "advice": _advice(config.model, chosen),
+        "backend": backend_facts(config),
         "running": running,
         "datasets": finetuned_list(config),
     }

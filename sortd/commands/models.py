@@ -38,6 +38,7 @@ def _models(context: typer.Context, config: ConfigOption = None, as_json: JsonOp
 @models.command("list")
 def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Show which models are here, which one `model: auto` takes and why, and which classifier decides each dataset."""
+    from sortd.commands.backend import backend_lines
     from sortd.commands.model_list import model_list
 
     facts = model_list(load_config(config))
@@ -58,8 +59,8 @@ def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> Non
     print_table(("", "model", "kind", "size", "content", "folder"), rows, right=("size",))
     print_line("")
     print_line(facts["why"], style="bold red" if facts["problem"] else "bold")
-    for line in facts["advice"]:
-        print_line(line)
+    for line in (*facts["advice"], *backend_lines(facts["backend"])):
+        print_line(printable(line))
     if facts["running"]:
         print_line(f"The sortd that runs now uses {facts['running']['model']}: {facts['running']['encoder_id']}")
     _print_finetuned(facts["datasets"])
@@ -115,6 +116,23 @@ def fetch_model(
         print_line("`model: auto` takes it from the next start on")
     elif loaded.model != name:
         print_line(f"to use it: `model: {name}` in the configuration, and start sortd again")
+
+
+@models.command("export")
+def export_model(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Write the configured model for ONNX Runtime, which `backend: auto` takes from then on; needs the extra onnx."""
+    from sortd.commands.backend import backend_facts, backend_lines
+    from sortd.running.precision import export
+
+    loaded = load_config(config)
+    say("sortd: exporting the model, which takes a minute")
+    export(loaded)
+    facts = backend_facts(loaded)
+    if as_json:
+        print_json(facts)
+        return
+    for line in backend_lines(facts):
+        print_line(printable(line))
 
 
 @models.command("promote")
