@@ -25,16 +25,12 @@ from sortd.finetuning.result import clear, publish, save_tensors
 from sortd.finetuning.start import teach_head
 from sortd.finetuning.trainee import class_weights_of, make_trainee
 from sortd.finetuning.training import Observer, Schedule, Trained, train
-
-UNFINISHED = ".unfinished"
-"""What the work folder's name has beside that of the result."""
-FOLDER = "finetuned"
-"""Where results lie below a dataset's state folder."""
+from sortd.promotion import RESULTS_FOLDER, UNFINISHED
 
 
 def output_of(order: Order, state: Path, now: datetime) -> Path:
     """Return where a result goes by itself: in the dataset's state folder, by time (UTC) and seed."""
-    return order.layout.state_folder(state) / FOLDER / f"{now:%Y%m%dT%H%M%SZ}-{order.recipe.seed}"
+    return order.layout.state_folder(state) / RESULTS_FOLDER / f"{now:%Y%m%dT%H%M%SZ}-{order.recipe.seed}"
 
 
 def unfinished_of(order: Order, state: Path) -> Path:
@@ -43,7 +39,7 @@ def unfinished_of(order: Order, state: Path) -> Path:
     Raises:
         DataError: there is none.
     """
-    folder = order.layout.state_folder(state) / FOLDER
+    folder = order.layout.state_folder(state) / RESULTS_FOLDER
     found = sorted(path for path in folder.glob(f"*{UNFINISHED}") if (path / PLAN_FILE).is_file())
     if not found:
         raise DataError(f"there is no unfinished training in {folder} to resume; run it without --resume")

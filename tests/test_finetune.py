@@ -17,7 +17,7 @@ from PIL import Image
 
 from sortd.config import Config, load
 from sortd.errors import AlreadyRunningError, ConfigError, DataError, DestinationError, ModelError
-from sortd.finetune import UNFINISHED, finetune, output_of, unfinished_of
+from sortd.finetune import finetune, output_of, unfinished_of
 from sortd.finetuned import FinetunedFacts, read_facts
 from sortd.finetuned import load as load_model
 from sortd.finetuning.photos import Source, find_candidates
@@ -26,6 +26,7 @@ from sortd.finetuning.recipe import Recipe
 from sortd.finetuning.training import Observer, StoppedError, newest_checkpoint
 from sortd.images import Limits, decode_file
 from sortd.layout import Layout
+from sortd.promotion import UNFINISHED
 from tests.command_line import sortd
 from tests.fake_encoder import FakeEncoder
 from tests.filed_images import file_images
