@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -209,6 +210,41 @@ class TestRefusals:
         (cache / "models--org--clip" / "blobs" / "abc").unlink()
         with pytest.raises(ModelError, match="has no weights"):
             models.locate("org/clip", cache_dir=tmp_path / "cache", environment=environment)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as somebody who has no rights")
+class TestRights:
+    """A model that the service's user may not read is not said to be missing."""
+
+    @pytest.fixture
+    def folder(self) -> Iterator[Path]:
+        """A model in a folder that everybody can reach."""
+        with tempfile.TemporaryDirectory() as made:
+            Path(made).chmod(0o711)
+            yield write_model(Path(made) / "home" / "clip")
+
+    @pytest.mark.parametrize(
+        ("closed", "mode", "verb"),
+        [
+            (".", 0o700, "enter"),
+            ("..", 0o700, "enter"),
+            (".", 0o711, "list"),
+            ("0_CLIPModel", 0o700, "read"),
+            ("0_CLIPModel/config.json", 0o600, "read"),
+            ("0_CLIPModel/model.safetensors", 0o600, "read"),
+        ],
+    )
+    def test_what_keeps_the_user_out_is_named(self, folder: Path, closed: str, mode: int, verb: str) -> None:
+        """With the right that is missing, and what grants it."""
+        at = (folder / closed).resolve()
+        at.chmod(mode)
+        os.seteuid(65_534)
+        try:
+            with pytest.raises(ModelError, match=rf"user 65534.*may not {verb} {at}.*chmod"):
+                vouch("clip", folder)
+        finally:
+            os.seteuid(0)
+        vouch("clip", folder)
 
 
 class TestTextModels:

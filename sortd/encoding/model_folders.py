@@ -52,6 +52,7 @@ def complete(name: str, folder: Path) -> ModelFolder:
     Raises:
         ModelError: What is missing, or in which form its weights are.
     """
+    _refuse_closed(name, folder)
     if not folder.is_dir():
         mend = "reinstall sortd" if name == "packaged" else "check `model:`, or set it to `packaged`"
         raise ModelError(f"model {name!r}: there is no folder {folder}; {mend}")
@@ -67,8 +68,31 @@ def complete(name: str, folder: Path) -> ModelFolder:
     if not _weights(first):
         raise ModelError(f"model {name!r} in {folder} has no weights (*{CODE_FREE}): fetch or copy it again, whole")
     files = tuple(sorted({path for at in _module_folders(name, folder) for path in _identity_files(at)}))
+    for path in files:
+        if not os.access(path, os.R_OK, effective_ids=True):
+            raise _closed(name, path, "read")
     size = sum(path.stat().st_size for path in files)
     return ModelFolder(name, folder, str(config.get("model_type", "unknown")), files, size)
+
+
+def _refuse_closed(name: str, folder: Path) -> None:
+    """Say which folder on the way keeps the service's user out: all below it looks as if it were not there."""
+    for step in (*reversed(folder.absolute().parents), folder):
+        try:
+            is_open = not step.exists() or os.access(step, os.X_OK, effective_ids=True)
+        except PermissionError:
+            is_open = False
+        if not is_open:
+            raise _closed(name, step, "enter")
+    if folder.is_dir() and not os.access(folder, os.R_OK, effective_ids=True):
+        raise _closed(name, folder, "list")
+
+
+def _closed(name: str, path: Path, verb: str) -> ModelError:
+    return ModelError(
+        f"model {name!r}: user {os.geteuid()}, who runs sortd, may not {verb} {path}; grant it (chmod a+rX), or copy "
+        "the model to where that user may"
+    )
 
 
 def _first_module(name: str, folder: Path) -> Path:
@@ -140,6 +164,8 @@ def _json(path: Path, name: str) -> object:
         loaded: object = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"model {name!r} is incomplete: {path} is missing; fetch or copy it again, whole") from error
+    except PermissionError as error:
+        raise _closed(name, path, "read") from error
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model {name!r}: cannot read {path}: {first_line(error)}; fetch or copy the model again"
