@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sortd import __version__
+from sortd.commands import bench as cli_bench
 from sortd.commands import decisions as cli_decisions
 from sortd.commands import facts as cli_facts
 from sortd.commands import finetuning as cli_finetuning
@@ -139,6 +140,7 @@ for command in (
     cli_moves.undo,
     cli_moves.release,
     cli_moves.rebuild,
+    cli_bench.bench,
 ):
     app.command()(command)
 app.command("eval")(cli_decisions.evaluate)

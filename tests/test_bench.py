@@ -1,0 +1,112 @@
+"""``sortd bench``: figures of the user's own machine and images, and not one file of theirs moved."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sortd.commands import stopwatch
+from sortd.commands.bench import advice, bench_with
+from sortd.commands.measurement import Backend, Measurement, Stages, draw, measure
+from sortd.config import Config, load
+from sortd.errors import DataError, ModelError
+from tests.command_line import sortd
+from tests.daemon_process import picture, tree
+from tests.fake_encoder import FakeEncoder
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch, "FORWARD_SECONDS", 0.0)
+    monkeypatch.setattr(stopwatch, "DECODE_SECONDS", 0.0)
+
+
+def _never(_: Config, backend: str) -> FakeEncoder:
+    raise ModelError(f"{backend} is not here")
+
+
+def test_the_packaged_model_is_measured_and_nothing_is_touched(colours: Path, write_config: Write) -> None:
+    """Every stage has its figure, the bound is that of its parts, and the tree is as it was."""
+    config = write_config(model="packaged")
+    before = tree(colours)
+    ran = sortd("bench", "--config", config, "--images", 6, "--json", environment={"OMP_NUM_THREADS": "1"})
+    assert ran.code == 0
+    facts = ran.facts
+    assert tree(colours) == before
+    assert facts["files"] == 6
+    stages = facts["stages"]
+    assert all(stages[name] > 0 for name in ("read", "decode", "encode", "encode_alone", "move"))
+    assert stages["decide"] is None
+    bound = 1e3 / (stages["encode"] + stages["decode"] / facts["cores"])
+    if facts["device"] == "cpu":
+        assert facts["bound_per_second"] == pytest.approx(bound)
+    assert [one["backend"] for one in facts["backends"] if one["serves"]] == ["torch"]
+    assert facts["advice"]
+
+
+def test_it_prints_a_table_of_stages(colours: Path, write_config: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    """A person reads images a second first, then each stage, then the backends, then what to change."""
+    del colours
+    bench_with(
+        None,
+        write_config(),
+        images=4,
+        as_json=False,
+        load_encoder=lambda _: FakeEncoder(),
+        load_other=_never,
+    )
+    said = capsys.readouterr().out
+    assert "images a second" in said.splitlines()[0]
+    assert [line.split("\t")[0] for line in said.splitlines() if line.count("\t") == 2][1:] == [
+        *("read", "decode", "encode", "encode alone", "decide", "move")
+    ]
+    assert "limit" in said
+
+
+def test_images_come_from_the_folder_that_is_named(tmp_path: Path, write_config: Write) -> None:
+    """A folder serves without any dataset; one without images is an error that says so."""
+    config = load(write_config(), {})
+    (tmp_path / "album").mkdir()
+    with pytest.raises(DataError, match=r"there is no image in .*album"):
+        draw(config, tmp_path / "album", 10)
+    for number in range(4):
+        picture("red", number).save(tmp_path / "album" / f"{number}.png")
+    (tmp_path / "album" / "notes.txt").write_text("no image")
+    measured = measure(config, tmp_path / "album", images=10, load_encoder=lambda _: FakeEncoder(), load_other=_never)
+    assert measured.files == 4
+    assert len(list((tmp_path / "album").iterdir())) == 5
+    assert list(tmp_path.rglob(".sortd-bench-*")) == []
+
+
+def measured(*backends: Backend, limit: str = "forward", device: str = "cpu") -> Measurement:
+    """Return a measurement with these backends."""
+    return Measurement(
+        model="clip",
+        encoder_id="clip",
+        device=device,
+        cores=2,
+        files=10,
+        megabytes=1.0,
+        load_seconds=1.0,
+        best_batch=8,
+        stages=Stages(1.0, 60.0, 40.0, 50.0, 0.1, 2.0),
+        embedded_per_second=13.0,
+        filed_per_second=12.0,
+        bound_per_second=14.0,
+        limit=limit,
+        backends=backends,
+    )
+
+
+def test_the_advice_names_the_backend_that_would_file_most() -> None:
+    """It is one that is faster by more than chance; where decoding limits, a faster model is not praised."""
+    torch = Backend("torch", "clip-torch-1", 40.0, 14.0, serves=True)
+    int8 = Backend("onnx-int8", "clip-onnx-int8-1", 15.0, 22.0, serves=False)
+    first, second = advice(measured(int8, torch))
+    assert first == "set `backend: onnx`: onnx-int8 could file 1.6 times as many images a second"
+    assert "forward limits" in second
+    as_fast = Backend("onnx", "clip-onnx-fp32-1", 39.0, 14.3, serves=False)
+    assert advice(measured(as_fast, torch))[0].startswith("keep the backend: torch")
+    assert advice(measured(torch, limit="decode"))[-1].startswith("decoding limits")
