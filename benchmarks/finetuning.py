@@ -73,10 +73,10 @@ def plain_loop(files: list[Path], arguments: argparse.Namespace, device: "torch.
             labels = torch.arange(start, start + len(photos), device=device) % CLASSES
             loss = torch.nn.functional.cross_entropy(model(pixel_values=values).logits, labels)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
             optimizer.step()
     settle(device)
-    return arguments.epochs * len(files) / (time.perf_counter() - began)
+    return float(arguments.epochs * len(files) / (time.perf_counter() - began))
 
 
 def own_training(files: list[Path], arguments: argparse.Namespace, device: "torch.device", work: Path) -> float:
@@ -99,7 +99,7 @@ def own_training(files: list[Path], arguments: argparse.Namespace, device: "torc
     glance = Lesson(pixels[:CLASSES, :224, :224], np.arange(CLASSES), np.ones(CLASSES, np.float32))
     train(trainee, lesson, glance, Schedule(recipe, work, device.type, extra=("save_only_model=true",)))
     settle(device)
-    return arguments.epochs * len(files) / (time.perf_counter() - began)
+    return float(arguments.epochs * len(files) / (time.perf_counter() - began))
 
 
 def settle(device: "torch.device") -> None:

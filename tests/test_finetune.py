@@ -4,8 +4,10 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import signal
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,21 +17,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sortd.commands.finetuning import see_that_it_can_train
 from sortd.config import Config, load
 from sortd.errors import AlreadyRunningError, ConfigError, DataError, DestinationError, ModelError
 from sortd.finetune import finetune, output_of, unfinished_of
 from sortd.finetuned import FinetunedFacts, read_facts
 from sortd.finetuned import load as load_model
 from sortd.finetuning.photos import Source, find_candidates
-from sortd.finetuning.preparation import Order
+from sortd.finetuning.plan import PLAN_FILE, pixels_file
+from sortd.finetuning.preparation import Order, prepare
 from sortd.finetuning.recipe import Recipe
-from sortd.finetuning.training import Observer, StoppedError, newest_checkpoint
+from sortd.finetuning.training import Observer, Progress, StoppedError, newest_checkpoint
 from sortd.images import Limits, decode_file
 from sortd.layout import Layout
 from sortd.promotion import UNFINISHED
 from tests.command_line import sortd
+from tests.daemon_process import PATIENCE_SECONDS
 from tests.fake_encoder import FakeEncoder
 from tests.filed_images import file_images
+from tests.tiny_clip import Layout as Placed
 from tests.tiny_clip import Tower, build_tiny_clip
 from tests.tiny_vit import build_tiny_vit
 
@@ -201,14 +207,18 @@ def accuracy(facts: FinetunedFacts) -> float:
     return found
 
 
-def test_the_tower_of_a_dual_encoder_is_a_base_too(tmp_path: Path) -> None:
-    """A CLIP of two models, for which transformers has no classifier, is trained and comes back from its folder."""
+@pytest.mark.parametrize(
+    ("tower", "layout", "kind"),
+    [(Tower.DUAL, Placed.CURRENT, "sortd-tower"), (Tower.CLIP, Placed.LEGACY, "clip")],
+)
+def test_a_clip_is_a_base_too(tmp_path: Path, tower: Tower, layout: Placed, kind: str) -> None:
+    """One of two joined models, for which transformers has no classifier, and one of one come back from a folder."""
     config = configured(tmp_path)
     make_photos(config.root, COUNTS)
-    base = build_tiny_clip(tmp_path / "dual", tower=Tower.DUAL)
+    base = build_tiny_clip(tmp_path / "clip", tower=tower, layout=layout)
     facts = trained(config, order_of(config, base, epochs=1))
     model = load_model(facts.folder, device="cpu")
-    assert json.loads((facts.folder / "config.json").read_text("utf-8"))["model_type"] == "sortd-tower"
+    assert json.loads((facts.folder / "config.json").read_text("utf-8"))["model_type"] == kind
     seen = model.preprocessing
     assert model.logits(np.zeros((2, seen.crop_height, seen.crop_width, 3), np.uint8)).shape == (2, 3)
 
@@ -249,27 +259,34 @@ def test_what_sortd_filed_counts_half_and_judges_nothing(tmp_path: Path, vit: Pa
     assert green["train"] >= 9
 
 
-@contextmanager
-def largest_file(size_bytes: int) -> Iterator[None]:
-    """Let this process write no file beyond a size, which fails as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.parametrize("size_bytes", [20_000, 250_000], ids=["the pixels", "the checkpoint"])
-def test_a_full_disk_is_told_of_and_leaves_nothing_half_written(tmp_path: Path, vit: Path, size_bytes: int) -> None:
-    """There is no result folder; what was begun is gone, or can be resumed once there is room."""
+def test_a_full_disk_in_the_middle_of_training_loses_nothing(tmp_path: Path, vit: Path) -> None:
+    """No result folder appears; once there is room it can be resumed."""
     config = configured(tmp_path)
     make_photos(config.root, COUNTS)
-    with largest_file(size_bytes), pytest.raises(DestinationError, match="cannot be written"):
-        trained(config, order_of(config, vit))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(_: Progress) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # larger files fail, as all do on a full disk
+
+    try:
+        with pytest.raises(DestinationError, match="cannot be written"):
+            trained(config, order_of(config, vit), observer=Observer(progress=fill))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (config.state_dir / "result").exists()
-    if (config.state_dir / f"result{UNFINISHED}").exists():
-        assert trained(config, order_of(config, vit), resume=True).labels == tuple(sorted(COUNTS))
+    assert trained(config, order_of(config, vit), resume=True).labels == tuple(sorted(COUNTS))
+
+
+def test_a_full_disk_while_it_is_prepared_is_a_clear_error(tmp_path: Path, vit: Path) -> None:
+    """What cannot be written is named; the plan, which would make it resumable, is not there."""
+    config = configured(tmp_path)
+    make_photos(config.root, COUNTS)
+    work = tmp_path / "work"
+    work.mkdir()
+    pixels_file(work, "train").symlink_to("/dev/full")
+    with pytest.raises(DestinationError, match="No space left"):
+        prepare(order_of(config, vit), config, work, created="", load_encoder=lambda _: FakeEncoder())
+    assert not (work / PLAN_FILE).exists()
 
 
 BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -330,6 +347,37 @@ def test_the_command_prints_its_facts(tmp_path: Path, vit: Path, write_config: C
     assert ran.facts["comparison"]["verdict"] in {"weaker", "level", "stronger"}
     assert sortd("finetune", "Nothing", "-c", config).code == 65
     assert sortd("finetune", "Shapes", "-c", config, "--from", "elsewhere").code == 2
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(
+    tmp_path: Path, vit: Path, write_config: Callable[..., Path]
+) -> None:
+    """A real SIGINT while it trains ends it with a sentence; the command in it finishes the work."""
+    make_photos(tmp_path / "Data", COUNTS)
+    config = write_config(device="cpu", threads=1)
+
+    def interrupt() -> None:
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not list((tmp_path / "state").glob("*/finetuned/*.unfinished/checkpoint-*/trainer_state.json")):
+            assert time.monotonic() < until, "no checkpoint was written"
+            time.sleep(0.01)  # between two looks
+        os.kill(os.getpid(), signal.SIGINT)
+
+    hand = threading.Thread(target=interrupt)
+    hand.start()
+    ran = sortd("finetune", "Shapes", "-c", config, "--base", vit, "--batch-size", 8, "--epochs", 400)
+    hand.join()
+    assert ran.code == 130
+    assert f"sortd finetune Shapes --config {config} --resume" in ran.err
+    # Its rate is set by the steps that were asked for first, so it goes on to the same end.
+    resumed = sortd("finetune", "Shapes", "-c", config, "--resume", "--json")
+    assert resumed.code == 0, resumed.err
+
+
+def test_without_the_extra_the_command_to_install_it_is_said() -> None:
+    """Nobody has to guess what ``No module named accelerate`` wants."""
+    with pytest.raises(ModelError, match=r"accelerate and matplotlib: pip install 'sortd\[train\]'"):
+        see_that_it_can_train(lambda _: None)
 
 
 def test_results_are_named_by_time_and_seed(tmp_path: Path) -> None:

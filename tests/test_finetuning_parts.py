@@ -15,7 +15,7 @@ from sortd.finetuning.verdict import compare
 def unit_rows(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
     """Return random unit rows, float32."""
     rows = np.random.default_rng(seed).normal(size=(count, width))
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype=np.float32)
 
 
 def test_a_chain_of_near_duplicates_is_one_group() -> None:

@@ -2,10 +2,11 @@
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,7 +107,7 @@ def finetune_with(
         SortdError: what stands in the way.
         typer.BadParameter: an option is none.
     """
-    _see_that_it_can_train()
+    see_that_it_can_train()
     from sortd.finetune import finetune as run
     from sortd.finetune import unfinished_of
     from sortd.finetuning.preparation import Order
@@ -126,17 +127,15 @@ def finetune_with(
         _tell(facts, place, as_json=as_json)
 
 
-def _see_that_it_can_train() -> None:
+def see_that_it_can_train(find: Callable[[str], object | None] = find_spec) -> None:
     """Refuse early where the extra is not installed.
 
     Raises:
         ModelError: with the command that brings it.
     """
-    from importlib.util import find_spec
-
     from sortd.errors import ModelError
 
-    missing = [name for name in ("accelerate", "matplotlib") if find_spec(name) is None]
+    missing = [name for name in ("accelerate", "matplotlib") if find(name) is None]
     if missing:
         raise ModelError(f"fine-tuning needs {' and '.join(missing)}: pip install 'sortd[train]'")
 

@@ -65,6 +65,16 @@ def describe_base(name: str, *, cache_dir: Path | None = None) -> str:
 
 
 def _folder(name: str, cache_dir: Path | None) -> tuple[str, Path]:
+    found, folder = _place(name, cache_dir)
+    if (folder / "config.json").is_file():
+        return found, folder
+    within = sorted(folder.glob("0_*/config.json"))  # sentence-transformers' older layout: 0_CLIPModel
+    if not within:
+        raise ModelError(f"base {name!r}: {folder} holds no config.json; give the folder of a transformers model")
+    return found, within[0].parent
+
+
+def _place(name: str, cache_dir: Path | None) -> tuple[str, Path]:
     if name == "auto":
         cached = models.snapshot_of(VIT, cache_dir=cache_dir)
         return ("packaged", models.PACKAGED) if cached is None else (VIT, cached)
@@ -72,8 +82,6 @@ def _folder(name: str, cache_dir: Path | None) -> tuple[str, Path]:
         return name, models.PACKAGED
     folder = Path(name).expanduser()
     if folder.is_dir() or name.startswith(("/", ".", "~")):
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"base {name!r}: {folder} holds no config.json; give the folder of a transformers model")
         return name, folder
     cached = models.snapshot_of(name, cache_dir=cache_dir)
     if cached is None:
@@ -198,7 +206,9 @@ def _classifier(name: str, folder: Path, labels: Sequence[str], side: int | None
         logging.set_verbosity(verbosity)
     module.float().eval()
     head_of(module)
-    return Base(name, module, json.loads(module.config.to_json_string(use_diff=False)), processor, preprocessing)
+    own = json.loads(module.config.to_json_string(use_diff=False))
+    own.pop("_name_or_path", None)  # where the base lay on this machine
+    return Base(name, module, own, processor, preprocessing)
 
 
 def _names(labels: Sequence[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def compare(champions: Sequence[Judged], challenger: Judged, own: IntArray, labe
     """Return the comparison of the prototypes' modes with a fine-tuned model on the same images, as plain values.
 
     Stronger or weaker is what McNemar's exact test calls so against the most accurate mode; what it cannot tell apart
-    is level, but a model that is less accurate on images which it has the modes' best chosen on is not helped by that.
+    is level. That mode is chosen on the test images themselves, which favours the prototypes, if anything.
 
     Args:
         champions: one for each mode.
