@@ -16,10 +16,9 @@ in seconds of any monotonic clock.
 import heapq
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 
 from sortd.messages import Stamp, Writer
+from sortd.sorting.entry import RESTING, Entry, State
 
 LEASELESS_QUIET_SECONDS = 5.0
 """How long a file must hold still where no lease can tell whether a writer has it open (Syncthing and paperless
@@ -28,54 +27,8 @@ use the same order of magnitude); a close after writing makes the ordinary settl
 BUSY_RECHECK_SECONDS = 30.0
 """The longest pause between two looks at a file that a writer keeps open without writing."""
 
-
-class State(StrEnum):
-    """What an image waits for."""
-
-    SETTLING = "settling"
-    READY = "ready"
-    ENCODING = "encoding"
-    EMBEDDED = "embedded"
-    MOVING = "moving"
-    ABSTAINED = "abstained"
-    REFUSED = "refused"
-    HELD = "held"
-
-
 STALE_TICKETS = 1000
 """So many places in the queue may be of images that are not there any more, beside as many as are."""
-
-RESTING = frozenset({State.ABSTAINED, State.REFUSED, State.HELD})
-"""States that an image leaves only when something else happens: they are no work."""
-
-
-@dataclass(slots=True)
-class Entry:
-    """One image: its known version, its state, and the times that its log line will want."""
-
-    path: str
-    stamp: Stamp
-    state: State
-    first_seen: float
-    still_since: float
-    ready_at: float = 0.0
-    recheck_at: float = 0.0
-    closed: bool = False
-    busy: bool = False
-    heap_at: float | None = None
-    ticket: int = 0
-    generation: int = 0
-    in_review: bool = False
-    is_aside: bool = False  # it stands in Rejected/ already
-    is_denied: bool = False  # refused for want of rights, which no stamp shows
-    told: str = ""  # why this version was refused: said once
-    failures: int = 0
-    scan: int = 0
-
-    @property
-    def settle_seconds(self) -> float:
-        """How long the image took from its first sight to standing still, in seconds."""
-        return max(0.0, self.ready_at - self.first_seen)
 
 
 class Backlog:

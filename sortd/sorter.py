@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sortd.backlog import Backlog, Entry, State
+from sortd.backlog import Backlog
 from sortd.deciding.classifier import Classifier, decide_by
 from sortd.deciding.finetuned_classifier import FinetunedClassifier
 from sortd.messages import (
@@ -45,6 +45,7 @@ from sortd.messages import (
     Tick,
 )
 from sortd.prototypes import Abstained, Decision, PrototypeSet
+from sortd.sorting.entry import Entry, State
 from sortd.sorting.guard import Guard
 from sortd.sorting.orders import order_aside, order_for
 from sortd.sorting.pause import Pause

@@ -27,6 +27,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "sorting.orders": (THOUGHT, "sorter"),
     "sorting.rounds": (THOUGHT, "rounds"),
     "sorting.settings": (THOUGHT, "sorter"),
+    "sorting.entry": (THOUGHT, "backlog"),
     "deciding.decision": (THOUGHT, "prototypes"),
     "deciding.prototype_set": (THOUGHT, "prototypes"),
     "deciding.plain": (THOUGHT, "prototypes"),

@@ -4,8 +4,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sortd.backlog import BUSY_RECHECK_SECONDS, LEASELESS_QUIET_SECONDS, RESTING, STALE_TICKETS, Backlog, State
+from sortd.backlog import BUSY_RECHECK_SECONDS, LEASELESS_QUIET_SECONDS, STALE_TICKETS, Backlog
 from sortd.messages import Stamp, Writer
+from sortd.sorting.entry import RESTING, State
 
 SETTLE = 2.0
 PATHS = st.sampled_from([f"Images/{name}.png" for name in "abcdef"])

@@ -48,7 +48,7 @@ from sortd.running.filing import Filing
 from sortd.running.outbox import Mover, Outbox
 from sortd.running.rejects import Rejects
 from sortd.running.relocating import Order
-from sortd.running.sweep import Sweep
+from sortd.running.sweep import Glance, Sweep
 from sortd.running.undoing import PutBack
 from sortd.running.worker import Answer, EmbedJob, Job, RebuildJob
 from sortd.sorter import Sorter
@@ -90,7 +90,7 @@ class Dataset:
         self.last_generation = last_generation
         self._commands: deque[Command] = deque()
         self._sweep = Sweep(os.fspath(layout.area(Area.IMAGES)), self.account.unreadable)
-        self._references_signature: int | None = None
+        self._references = Glance(os.fspath(layout.area(Area.CLASES)), self.account.unreadable)
 
     # ------------------------------------------------------------ what comes in
 
@@ -197,11 +197,8 @@ class Dataset:
 
     def compare_references(self) -> None:
         """Look whether Clases/ differs from what was last seen of it: a hint may have been lost."""
-        found = scan(os.fspath(self.layout.area(Area.CLASES)), report=self.account.unreadable)
-        signature = hash(frozenset(found))
-        if self._references_signature is not None and self._references_signature != signature:
+        if self._references.differs():
             self.receive(ReferencesTouched())
-        self._references_signature = signature
 
     def continue_scan(self) -> None:
         """Take the next slice of the scan under way."""

@@ -48,3 +48,18 @@ class Sweep:
     def is_wanted_again(self) -> bool:
         """Tell whether another sweep was asked for while this one was under way."""
         return self._is_wanted_again
+
+
+class Glance:
+    """A look at all of a folder, to tell whether it differs from the last one."""
+
+    def __init__(self, folder: str, report: Callable[[OSError], None]) -> None:
+        """Prepare to look at ``folder``; ``report`` is told what cannot be looked at."""
+        self._folder, self._report = folder, report
+        self._seen: int | None = None
+
+    def differs(self) -> bool:
+        """Look, and tell whether other files or versions stand there than at the last look; not at the first."""
+        seen = hash(frozenset(scan(self._folder, report=self._report)))
+        before, self._seen = self._seen, seen
+        return before is not None and before != seen

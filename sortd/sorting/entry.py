@@ -1,0 +1,55 @@
+"""An entry of the backlog: one image, its known version and state, and the times that its log line will want.
+
+Which states follow which is the backlog's to say, see ``backlog.py``.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sortd.messages import Stamp
+
+
+class State(StrEnum):
+    """What an image waits for."""
+
+    SETTLING = "settling"
+    READY = "ready"
+    ENCODING = "encoding"
+    EMBEDDED = "embedded"
+    MOVING = "moving"
+    ABSTAINED = "abstained"
+    REFUSED = "refused"
+    HELD = "held"
+
+
+RESTING = frozenset({State.ABSTAINED, State.REFUSED, State.HELD})
+"""States that an image leaves only when something else happens: they are no work."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """One image: its known version, its state, and the times that its log line will want."""
+
+    path: str
+    stamp: Stamp
+    state: State
+    first_seen: float
+    still_since: float
+    ready_at: float = 0.0
+    recheck_at: float = 0.0
+    closed: bool = False
+    busy: bool = False
+    heap_at: float | None = None
+    ticket: int = 0
+    generation: int = 0
+    in_review: bool = False
+    is_aside: bool = False  # it stands in Rejected/ already
+    is_denied: bool = False  # refused for want of rights, which no stamp shows
+    told: str = ""  # why this version was refused: said once
+    failures: int = 0
+    scan: int = 0
+
+    @property
+    def settle_seconds(self) -> float:
+        """How long the image took from its first sight to standing still, in seconds."""
+        return max(0.0, self.ready_at - self.first_seen)
