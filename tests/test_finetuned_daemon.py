@@ -3,15 +3,25 @@
 import shutil
 import signal
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from sortd.config import load
+from sortd.finetune import finetune, output_of
 from sortd.finetuned import WEIGHTS_FILE, FinetunedFacts
+from sortd.finetuning.preparation import Order
+from sortd.finetuning.recipe import Recipe
+from sortd.layout import Layout
 from tests.command_line import sortd
 from tests.daemon_process import COLOURS, DaemonProcess, picture, running
+from tests.fake_encoder import FakeEncoder
+from tests.tiny_vit import build_tiny_vit
 
 Write = Callable[..., Path]
+
+NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 
 
 def drop(dataset: Path, colour: str, number: int) -> str:
@@ -21,8 +31,37 @@ def drop(dataset: Path, colour: str, number: int) -> str:
     return str(path)
 
 
+def test_what_was_trained_is_promoted_files_and_is_demoted(colours: Path, write_config: Write, tmp_path: Path) -> None:
+    """The whole path with the real program: its own folders teach a ViT, which decides while sortd runs."""
+    for index, colour in enumerate(COLOURS):
+        for number in range(12):
+            photo = picture(colour, 1000 + 100 * index + number, patches=40)
+            photo.save(colours / "Clases" / colour / f"more{number}.png")
+    config = write_config(device="cpu")
+    loaded = load(config, {"HOME": str(tmp_path)})
+    recipe = Recipe(epochs=3, batch_size=8, evaluations=2, test=0.25, validation=0.25)
+    order = Order(Layout(colours), base=str(build_tiny_vit(tmp_path / "base")), recipe=recipe)
+    output = output_of(order, loaded.state_dir, NOW)
+    trained = finetune(order, loaded, output, now=NOW, load_encoder=lambda _: FakeEncoder())
+    assert trained is not None
+    with running(config, program="sortd") as daemon:
+        promoted = sortd("models", "promote", "--dataset", "Colours", "--force", "-c", config, "--json").facts
+        assert (promoted["folder"], promoted["model_id"]) == (str(output), trained.model_id)
+        daemon.wait_for("classifier.changed", classifier="finetuned", model_id=trained.model_id)
+        for number, colour in enumerate(COLOURS):
+            line = daemon.wait_for("image.filed", path=drop(colours, colour, number))
+            assert (line["label"], line["mode"], line["encoder_id"]) == (colour, "finetuned", trained.model_id)
+        status = sortd("status", "-c", config, "--json").facts["datasets"]["Colours"]["classifier"]
+        assert (status["deciding"], status["model_id"]) == ("finetuned", trained.model_id)
+        assert sortd("models", "demote", "--dataset", "Colours", "-c", config).code == 0
+        daemon.wait_for("classifier.changed", classifier="prototypes")
+        assert daemon.wait_for("image.filed", path=drop(colours, "red", 9))["mode"] == "max"
+        assert daemon.stop() == 0
+        assert not daemon.noise
+
+
 def test_a_running_sortd_files_by_what_is_promoted_until_it_is_demoted(
-    colours: Path, write_config: Write, vit: FinetunedFacts
+    colours: Path, vit: FinetunedFacts, write_config: Write
 ) -> None:
     """Promote, a class more, a class less, a reload that wants the prototypes, demote: each decides what comes next."""
     config = write_config()
