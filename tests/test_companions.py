@@ -2,7 +2,7 @@
 
 import pytest
 
-from sortd.moving.companions import Companion, companions_of
+from sortd.moving.companions import Companion, companions_of, images_with
 
 
 def found(image: str, *beside: str) -> dict[str, bool]:
@@ -49,3 +49,30 @@ def test_an_image_is_not_its_own_companion() -> None:
     """A file whose own suffix is among the companions is not found twice."""
     assert companions_of("a.dng", {"a.dng"}.__contains__) == ()
     assert companions_of("a.dng", {"a.dng", "a.xmp"}.__contains__) == (Companion("a.xmp", shared=False),)
+
+
+@pytest.mark.parametrize(
+    "companion",
+    [
+        *("a.xmp", "a.XMP", "a.json", "a.AAE", "a.thm", "a.jpg.xmp", "a.jpg.XMP", "a.jpg.json", "a.MOV", "a.mp4"),
+        *("a.CR2", "a.dng", "a.jpg.supplemental-metadata.json", "a.dng.xmp", "a.MOV.json"),
+    ],
+)
+def test_the_image_of_a_companion_is_known_by_its_name(companion: str) -> None:
+    """Whatever would travel with an image names that image, so that it can follow it later."""
+    beside = {companion, companion.rpartition(".")[0]}
+    assert companion in {one.name for one in companions_of("a.jpg", beside.__contains__)}
+    assert "a.jpg" in images_with(companion)
+    assert companion not in images_with(companion)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jpg", "a", ".xmp", "a.xmp.txt", "jpg"])
+def test_what_is_no_companion_names_no_image(name: str) -> None:
+    """Nobody looks for the image of a text, or of an image."""
+    assert images_with(name) == ()
+
+
+def test_a_sidecar_of_one_image_names_no_other() -> None:
+    """``a.jpg.xmp`` is about ``a.jpg`` alone, unless that stem is an image's, as in ``a.jpg.jpg``."""
+    assert images_with("a.jpg.xmp")[0] == "a.jpg"
+    assert "a.png" not in images_with("a.jpg.xmp")

@@ -8,8 +8,12 @@ import pytest
 
 from sortd.commands.journals import journals
 from sortd.config import load
+from sortd.journal import Grounds
 from sortd.journaling.history import History
 from sortd.layout import Layout
+from sortd.mover import new_token
+from sortd.moving.relocation import Member, Relocation, Role
+from sortd.moving.renaming import stamp_of
 from sortd.running.holding import hold
 from tests.command_line import Ran, sortd, write_config
 from tests.daemon_process import DaemonProcess, make_dataset, picture, running, tree
@@ -186,6 +190,19 @@ class TestUndo:
         assert ran.code == 75
         assert "another sortd works on" in ran.err
         assert standing(site) == before
+
+    def test_what_a_crash_left_is_recovered_first_and_said(self, site: Path) -> None:
+        """Whoever undoes the last move learns that another one was brought to its end before."""
+        with hold(Layout(site), site.parents[1] / "state") as holding:
+            path = site / "Images" / "new.png"
+            path.write_bytes(b"an image")
+            member = Member(Role.IMAGE, "new.png", "new.png", stamp_of(path.stat()))
+            relocation = Relocation(new_token(), "Images", "Dataset/red", (member,))
+            holding.journal.intend([(relocation, Grounds("filed", "red"))])
+            path.rename(site / "Dataset" / "red" / "new.png")
+        ran = run(site, "undo", "--last", "1")
+        assert ran.code == 0
+        assert "first recovered 1 move that a crash had cut short" in ran.err
 
 
 class TestRelease:
