@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.commands.explain import explain_image
 from sortd.config import Config, load
 from sortd.deciding.explanation import Explanation, explain, sentences
+from sortd.deciding.finetuned_explanation import explain_finetuned
 from sortd.errors import DataError, UnreadableError
+from sortd.finetuned import FinetunedFacts
 from sortd.layout import Layout
 from sortd.prototypes import Abstain, DecisionSettings, Mode, decide
+from sortd.report import explain_page
+from sortd.running.classifiers import classifier_of
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset, picture, tree
 from tests.fake_encoder import SIDE, FakeEncoder
@@ -179,6 +184,48 @@ class TestImage:
         make_dataset(tmp_path / "Data", "Second", references=1)
         with pytest.raises(DataError, match=r"--dataset Colours\|Second"):
             explain_image(config, tmp_path / "one.png")
+
+
+class TestFinetuned:
+    """An image of a dataset that a fine-tuned model decides."""
+
+    def test_it_is_explained_by_the_model_with_the_prototypes_beside_it(
+        self, site: Path, vit: FinetunedFacts, tmp_path: Path
+    ) -> None:
+        """Probabilities, the threshold and what held-out images say; neighbours and modes come from the prototypes."""
+        write_config(tmp_path, mode="max", abstain="{precision: 0.9}")
+        assert sortd("models", "promote", vit.folder, "-c", tmp_path / "config.yaml").code == 0
+        picture("green", 3).save(tmp_path / "new.png")
+        explained = explain_image(config_of(site), tmp_path / "new.png", load_encoder=lambda _: FakeEncoder())
+        facts = explained.facts()
+        assert (facts["label"], facts["mode"], facts["classifier"]) == ("green", "finetuned", "finetuned")
+        assert (facts["encoder_id"], facts["refusal"]) == (vit.model_id, None)
+        assert sum(one["score"] for one in facts["scores"]) == pytest.approx(1)
+        assert {one["references"] for one in facts["scores"]} == {4}
+        assert [one["name"] for one in facts["thresholds"]] == ["confidence"]
+        assert len(facts["neighbours"]) == 5
+        assert {one["mode"] for one in facts["other_modes"]} == {mode.value for mode in Mode}
+        assert "Of the images that its training held out" in " ".join(facts["sentences"])
+        assert "What the prototypes" in explain_page(facts, now=datetime(2026, 1, 1, tzinfo=UTC))
+        known = explain_image(config_of(site), tmp_path / "new.png", load_encoder=no_model)
+        assert known.facts() == facts
+
+    def test_without_an_embedding_nothing_is_said_of_the_prototypes(self, site: Path, vit: FinetunedFacts) -> None:
+        """The model's own answer stands alone."""
+        classifier = classifier_of(vit, None, generation=3)
+        prototypes = make_prototypes(site, DecisionSettings(Mode.MAX, None))
+        found = explain_finetuned(classifier, np.array([3.0, 0.0, 0.0]), prototypes=prototypes, embedding=None)
+        assert (found.label, found.neighbours, found.others) == (vit.labels[0], (), ())
+        assert not any("other modes" in sentence for sentence in sentences(found))
+
+    def test_a_model_that_does_not_serve_is_told_of(self, site: Path, vit: FinetunedFacts, tmp_path: Path) -> None:
+        """The prototypes explain, and the reason is among the sentences."""
+        assert sortd("models", "promote", vit.folder, "-c", tmp_path / "config.yaml").code == 0
+        (site / "Clases" / "mauve").mkdir()
+        picture("green", 3).save(tmp_path / "new.png")
+        explained = explain_image(config_of(site), tmp_path / "new.png", load_encoder=lambda _: FakeEncoder())
+        assert (explained.facts()["label"], explained.facts()["mode"]) == ("green", "max")
+        assert any("'mauve'" in sentence for sentence in explained.sentences())
 
 
 class TestCommand:
