@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench faults powercuts mutants soak clean
+.PHONY: help setup run test lint bench faults powercuts mutants soak overflow hostile slow clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -58,7 +58,16 @@ powercuts: setup ## hundreds of power cuts on loop-mounted disks (needs root, xf
 mutants: setup ## take each safeguard of a move away and see a test turn red
 	$(BIN)/python -m tests.faults.mutants
 
-soak: setup ## the slow tests, and a burst of real photos where they are at hand
+soak: setup ## 200,000 files from four writers while sortd is killed and started (an hour or more)
+	$(BIN)/python -m tests.faults.soak
+
+overflow: setup ## 50,000 files arrive while sortd is stopped by SIGSTOP
+	$(BIN)/python -m tests.faults.overflow
+
+hostile: setup ## images that are made to harm, and the memory that they take
+	$(BIN)/python -m tests.faults.hostile
+
+slow: setup ## the slow tests: shorter forms of the runs above
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
 clean: ## remove the virtual environment and caches; your data stays

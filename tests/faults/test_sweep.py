@@ -49,3 +49,27 @@ def test_four_hundred_power_cuts_lose_nothing() -> None:
     found = found_by("powercuts")
     assert (found["violations"], found["silent"]) == (0, 0), found
     assert found["cuts"] >= 400
+
+
+@pytest.mark.slow
+def test_what_is_brought_while_sortd_is_killed_comes_out_once(tmp_path: Path) -> None:
+    """Four writers, all the ways in which files come, kill -9 all the time; then one daemon that does not grow."""
+    found = found_by("soak", "--files", "5000", "--folder", str(tmp_path))
+    assert (found["lost"], found["doubled"], found["drained"], found["crashes"]) == (0, 0, True, {}), found
+    assert found["kills"] > 3
+    assert not any(gauge["grew"] for gauge in found["growth"].values()), found
+
+
+@pytest.mark.slow
+def test_fifty_thousand_files_that_the_kernel_has_no_room_for_are_filed(tmp_path: Path) -> None:
+    """They arrive while the daemon is stopped; the overflow is told, and the next scan finds each."""
+    found = found_by("overflow", "--folder", str(tmp_path))
+    assert (found["left"], found["lost"], found["doubled"], found["exit"]) == (0, 0, 0, 0), found
+
+
+@pytest.mark.slow
+def test_images_that_are_made_to_harm_do_none(tmp_path: Path) -> None:
+    """Every one has its outcome, no process dies, and none takes more than 300 MB over what it held while idle."""
+    found = found_by("hostile", "--folder", str(tmp_path))
+    assert (found["without_outcome"], found["changed_or_lost"], found["lived_and_stopped_well"]) == (0, 0, True), found
+    assert max(found["megabytes_over_idle"][which] for which in ("daemon", "one_decoder")) <= 300
