@@ -1,6 +1,6 @@
 """What the documents say is what the code does: tables, options and links are compared, and can be written anew.
 
-``python -m tests.test_docs`` rewrites the tables between the markers in README.md.
+``python -m tests.test_docs`` rewrites the tables between the markers.
 """
 
 import ast
@@ -36,20 +36,22 @@ def modules_table() -> str:
     return "\n".join(["| floor | module | what it is |", "|---|---|---|", *rows])
 
 
-TABLES = {"events": events_table, "modules": modules_table}
+TABLES = {"events": (README, events_table), "modules": (REPOSITORY / "docs" / "architecture.md", modules_table)}
+"""The document that holds each table, and what it must say."""
 
 
 def marked(name: str) -> re.Pattern[str]:
-    """Return the pattern of a marked part of the README: its two marks and what stands between."""
+    """Return the pattern of a marked part of a document: its two marks and what stands between."""
     return re.compile(rf"(<!-- {name}:[^\n]*-->\n)(.*?)(<!-- /{name} -->)", re.DOTALL)
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_tables_of_the_readme_are_those_of_the_code(name: str) -> None:
+def test_the_tables_of_the_documents_are_those_of_the_code(name: str) -> None:
     """Run ``python -m tests.test_docs`` when this fails."""
-    found = marked(name).search(README.read_text(encoding="utf-8"))
+    document, table = TABLES[name]
+    found = marked(name).search(document.read_text(encoding="utf-8"))
     assert found is not None
-    assert found.group(2).strip() == TABLES[name]()
+    assert found.group(2).strip() == table()
 
 
 def commands() -> Mapping[str, object]:
@@ -82,8 +84,14 @@ def test_every_link_leads_somewhere(document: str) -> None:
             assert (file.parent / target).exists(), f"{file.name} links to {target}"
 
 
+def write_tables() -> None:
+    """Write every table anew, between its marks."""
+    for name, (document, table) in TABLES.items():
+        text = document.read_text(encoding="utf-8")
+        found = marked(name).search(text)
+        assert found is not None
+        document.write_text(f"{text[: found.start(2)]}{table()}\n{text[found.end(2) :]}", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    text = README.read_text(encoding="utf-8")
-    for name, table in TABLES.items():
-        text = marked(name).sub(lambda found, table=table: f"{found.group(1)}{table()}\n{found.group(3)}", text)  # type: ignore[misc]  # bound now
-    README.write_text(text, encoding="utf-8")
+    write_tables()
