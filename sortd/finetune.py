@@ -136,7 +136,7 @@ def _working_in(work: Path, *, resume: bool) -> Iterator[None]:
         raise DataError(f"{work} holds an unfinished training; go on with it by --resume, or remove it")
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work.with_name(f"{work.name}.lock"))
+    lock = FileLock(work / "lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -147,7 +147,6 @@ def _working_in(work: Path, *, resume: bool) -> Iterator[None]:
         if not (work / PLAN_FILE).is_file():
             shutil.rmtree(work, ignore_errors=True)
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _network(plan: Plan, config: Config) -> tuple[Network, Base]:

@@ -82,7 +82,7 @@ def _place(name: str, cache_dir: Path | None) -> tuple[str, Path]:
         return name, models.PACKAGED
     folder = Path(name).expanduser()
     if folder.is_dir() or name.startswith(("/", ".", "~")):
-        return name, folder
+        return os.path.abspath(folder), folder  # it may be resumed from elsewhere
     cached = models.snapshot_of(name, cache_dir=cache_dir)
     if cached is None:
         raise ModelError(
