@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from sortd.encoding import models
-from sortd.encoding.model_folders import ModelFolder
+from sortd.encoding.model_folders import ModelFolder, complete, vouch
 from sortd.encoding.onnx_int8 import weight_range
 from sortd.errors import ModelError
 from sortd.messages import Fit, Preprocessing
@@ -94,6 +94,41 @@ class Manifest:
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"no manifest of an export: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be exported, and how."""
+
+    model: ModelFolder
+    words: ModelFolder | None
+    identity: str
+    into: Path
+    """An empty folder."""
+    least_gain: float
+
+    def to_json(self) -> str:
+        """Return it as an argument for another process."""
+        words = None if self.words is None else [self.words.name, str(self.words.folder)]
+        facts = {"model": [self.model.name, str(self.model.folder)], "words": words, "identity": self.identity}
+        return json.dumps(facts | {"into": str(self.into), "least_gain": self.least_gain})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Request":
+        """Return what ``to_json`` wrote.
+
+        Raises:
+            ModelError: a model is not as it was.
+        """
+        said = json.loads(text)
+        words = said["words"]
+        return cls(
+            vouch(said["model"][0], Path(said["model"][1])),
+            None if words is None else complete(words[0], Path(words[1])),
+            said["identity"],
+            Path(said["into"]),
+            said["least_gain"],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +215,14 @@ def find(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path) -> E
     return Exports(folder, model, words, manifest) if is_sound else None
 
 
-def make(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path, least_gain: float = LEAST_GAIN) -> Exports:
+def make(
+    model: ModelFolder,
+    words: ModelFolder | None,
+    *,
+    cache_dir: Path,
+    least_gain: float = LEAST_GAIN,
+    run: Callable[[Request], None] | None = None,
+) -> Exports:
     """Export a model in a process of its own, in place of what was there; another process that does so is awaited.
 
     Args:
@@ -188,6 +230,7 @@ def make(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path, leas
         words: another model for words, or None.
         cache_dir: sortd's cache.
         least_gain: how many times as quick int8 must be to be kept.
+        run: carries a request out; a child process unless said.
 
     Raises:
         ModelError: The extra is not installed, the model cannot be exported faithfully, or there is no room.
@@ -202,44 +245,42 @@ def make(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path, leas
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             made = find(model, words, cache_dir=cache_dir)  # by whoever held the lock before us
-            return made or _replace(folder, model, words, wanted, cache_dir, least_gain)
+            if made is None:
+                request = Request(model, words, wanted, folder.with_name(f"{folder.name}.part"), least_gain)
+                _replace(folder, request, run or run_child)
+                made = find(model, words, cache_dir=cache_dir)
     except OSError as error:
         raise ModelError(
             f"cannot export {model.name!r} to {folder}: {error.strerror or error}; make room there"
         ) from error
-
-
-def _replace(
-    folder: Path, model: ModelFolder, words: ModelFolder | None, wanted: str, cache_dir: Path, least_gain: float
-) -> Exports:
-    beside, aside = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
-    for left_over in (beside, aside):
-        shutil.rmtree(left_over, ignore_errors=True)
-    beside.mkdir()
-    try:
-        _run_child(model, words, wanted, beside, least_gain)
-        with suppress(FileNotFoundError):
-            folder.rename(aside)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
-    made = find(model, words, cache_dir=cache_dir)
     if made is None:
         raise ModelError(f"the export of {model.name!r} in {folder} changed as soon as it was made; check that disk")
     return made
 
 
-def _run_child(model: ModelFolder, words: ModelFolder | None, wanted: str, into: Path, least_gain: float) -> None:
-    request = {
-        "model": model.name,
-        "folder": str(model.folder),
-        "words": None if words is None else [words.name, str(words.folder)],
-        "identity": wanted,
-        "into": str(into),
-        "least_gain": least_gain,
-    }
-    command = [sys.executable, "-P", "-m", "sortd.encoding.onnx_export", json.dumps(request)]
+def _replace(folder: Path, request: Request, run: Callable[[Request], None]) -> None:
+    aside = folder.with_name(f"{folder.name}.old")
+    for left_over in (request.into, aside):
+        shutil.rmtree(left_over, ignore_errors=True)
+    request.into.mkdir()
+    try:
+        run(request)
+        with suppress(FileNotFoundError):
+            folder.rename(aside)
+        request.into.rename(folder)
+    finally:
+        shutil.rmtree(request.into, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def run_child(request: Request) -> None:
+    """Carry a request out in a process of its own.
+
+    Raises:
+        ModelError: what that process complained of, or that it hung.
+    """
+    name = request.model.name
+    command = [sys.executable, "-P", "-m", "sortd.encoding.onnx_export", request.to_json()]
     try:
         done = subprocess.run(  # noqa: S603 -- our own interpreter and module, no shell
             command,
@@ -252,8 +293,8 @@ def _run_child(model: ModelFolder, words: ModelFolder | None, wanted: str, into:
         )
     except subprocess.TimeoutExpired as error:
         raise ModelError(
-            f"exporting {model.name!r} to ONNX took over {EXPORT_SECONDS:.0f} s and was ended; set `backend: torch`"
+            f"exporting {name!r} to ONNX took over {EXPORT_SECONDS:.0f} s and was ended; set `backend: torch`"
         ) from error
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"it ended with {done.returncode}"]
-        raise ModelError(f"cannot export {model.name!r} to ONNX: {said[-1].strip()}; set `backend: torch`")
+        raise ModelError(f"cannot export {name!r} to ONNX: {said[-1].strip()}; set `backend: torch`")

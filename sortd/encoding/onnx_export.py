@@ -8,7 +8,6 @@ The exporter is the one by tracing (``dynamo=False``): the newer one needs the p
 rows.
 """
 
-import json
 import logging
 import sys
 import time
@@ -20,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sortd.encoding.exports import MANIFEST, OPSET, TOKENIZER, Manifest, Precision, TextInputs, tower_file
-from sortd.encoding.model_folders import complete, first_line, vouch
-from sortd.encoding.models import PACKAGED, checksums
+from sortd.encoding.exports import MANIFEST, OPSET, TOKENIZER, Manifest, Precision, Request, TextInputs, tower_file
+from sortd.encoding.model_folders import first_line
+from sortd.encoding.models import checksums
 from sortd.encoding.onnx_encoder import open_tower, text_inputs
 from sortd.encoding.onnx_int8 import quantize, weight_range
 from sortd.encoding.rows import Rows, unit
@@ -41,11 +40,9 @@ TIMED_RUNS = 5
 
 def main(argument: str) -> int:
     """Export as asked; what goes wrong is the last line on stderr."""
-    warnings.simplefilter("ignore")  # tracing warns of every Python branch; the trials below judge the result
     logging.disable(logging.WARNING)
-    request: dict[str, Any] = json.loads(argument)
     try:
-        export(request)
+        export(Request.from_json(argument))
     except ModelError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -55,24 +52,24 @@ def main(argument: str) -> int:
     return 0
 
 
-def export(request: dict[str, Any]) -> None:
+def export(request: Request) -> None:
     """Write the exports that ``exports.make`` asks for.
 
     Raises:
         ModelError: The model does not load, or its export does not give its rows.
     """
-    into, folder = Path(request["into"]), Path(request["folder"])
-    model = vouch(request["model"], PACKAGED if request["model"] == "packaged" else folder)
-    words = None if request["words"] is None else complete(request["words"][0], Path(request["words"][1]))
-    torch_encoder = TorchEncoder(model, words, device="cpu", cache_dir=None, threads=None, decoding="draft")
+    into = request.into
+    torch_encoder = TorchEncoder(
+        request.model, request.words, device="cpu", cache_dir=None, threads=None, decoding="draft"
+    )
     text = _export_text(torch_encoder, into)
     _export_image(torch_encoder, into)
     _try_images(torch_encoder, into)
     _try_texts(torch_encoder, into, text)
-    gain = _reduce(into, request["least_gain"], torch_encoder)
+    gain = _reduce(into, request.least_gain, torch_encoder)
     files = sorted(path for path in into.iterdir() if path.name != MANIFEST)
     manifest = Manifest(
-        identity=request["identity"],
+        identity=request.identity,
         dimensions=torch_encoder.dimensions,
         preprocessing=torch_encoder.preprocessing,
         text=text,
@@ -145,7 +142,8 @@ def _trace(
     import torch
 
     tower.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing warns of every Python branch; the trials below judge the result
         torch.onnx.export(
             tower,
             inputs,

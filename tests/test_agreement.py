@@ -1,0 +1,96 @@
+"""Agreement: quick rows serve only where they decide the references as the exact ones do, and barely moved."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sortd.deciding.agreement import FEWEST_JUDGED, agreement, pooled, refuse_quick
+from sortd.prototypes import Abstain, DecisionSettings, Mode, SupportSet
+from tests.made_features import Array, Blobs, support_set, unit
+
+BLOBS = Blobs(8, spread=0.6)
+CLASSES = np.repeat(np.arange(8), 10)
+ROWS = BLOBS.draw(CLASSES)
+TEXT, TEXT_MEAN = BLOBS.names(0.5)
+EXACT = support_set(ROWS, CLASSES, text=TEXT, text_mean=TEXT_MEAN)
+
+
+def moved(support: SupportSet, by: float, seed: int = 0) -> SupportSet:
+    """The same references, each row moved by noise of that length."""
+    noise = np.random.default_rng(seed).normal(0, 1, support.embeddings.shape)
+    rows: Array = unit(support.embeddings + by * unit(noise))
+    return replace(support, embeddings=rows, encoder_id="quick")
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_rows_that_barely_moved_pass(mode: Mode) -> None:
+    """In every mode; whether sortd abstains plays no part."""
+    for settings in (
+        DecisionSettings(mode),
+        DecisionSettings(mode, abstain=None),
+        DecisionSettings(mode, Abstain(0.5)),
+    ):
+        found = agreement(EXACT, moved(EXACT, 0.01), settings)
+        assert (found.references, found.judged, found.same) == (80, 80, 80)
+        assert found.mean_cosine == pytest.approx(1 / np.sqrt(1 + 0.01**2), abs=1e-4)
+        assert refuse_quick({"Screws": found}) is None
+
+
+def test_labels_that_differ_are_refused() -> None:
+    """The sentence names the dataset and the share."""
+    wrong = replace(EXACT, embeddings=EXACT.embeddings.copy(), encoder_id="quick")
+    wrong.embeddings[:3] = EXACT.embeddings[50:53]
+    found = agreement(EXACT, wrong, DecisionSettings(Mode.AVG))
+    said = refuse_quick({"Screws": replace(found, cosines=80.0)})
+    assert said is not None
+    assert "3 of the 80 references of Screws would be decided otherwise: 96.2% alike" in said
+
+
+def test_rows_that_moved_far_are_refused_though_labels_agree() -> None:
+    """Damage shows in the rows before it shows in labels of classes that lie far apart."""
+    apart = support_set(
+        unit(np.eye(4, 64)[np.repeat(np.arange(4), 10)] + 0.01 * ROWS[:40]), np.repeat(np.arange(4), 10)
+    )
+    found = agreement(apart, moved(apart, 0.3), DecisionSettings(Mode.AVG))
+    assert found.share == 1
+    assert "moved too far: mean cosine 0.95" in (refuse_quick({"Screws": found}) or "")
+
+
+def test_rows_that_are_no_numbers_are_refused() -> None:
+    """Whatever compares with nothing."""
+    found = replace(agreement(EXACT, EXACT, DecisionSettings(Mode.AVG)), cosines=float("nan"))
+    assert refuse_quick({"Screws": found}) is not None
+
+
+def test_too_few_references_tell_nothing() -> None:
+    """Also none at all, and classes of one reference, which cannot be left out."""
+    few = support_set(ROWS[:20], CLASSES[:20])
+    alone = support_set(BLOBS.draw(range(8)), range(8))
+    nothing = support_set(ROWS[:0], [], labels=2)
+    for support, judged in ((few, 20), (alone, 0), (nothing, 0)):
+        found = agreement(support, support, DecisionSettings())
+        assert found.judged == judged
+        said = refuse_quick({"Screws": found})
+        assert said is not None
+        assert said.startswith(f"{judged} references that can be left out")
+        assert str(FEWEST_JUDGED) in said
+    assert refuse_quick({}) is not None
+
+
+def test_small_datasets_count_together_and_none_is_outvoted() -> None:
+    """Two of twenty references suffice; but each has to agree by itself, however large the other."""
+    few = support_set(ROWS[:20], CLASSES[:20])
+    found = agreement(few, few, DecisionSettings())
+    assert refuse_quick({"Screws": found, "Coins": found}) is None
+    assert pooled({"Screws": found, "Coins": found}).judged == 40
+    many = replace(found, references=5000, judged=5000, same=5000, cosines=5000.0)
+    said = refuse_quick({"Screws": many, "Coins": replace(found, same=19)})
+    assert said is not None
+    assert "of Coins would be decided otherwise" in said
+
+
+def test_other_references_are_not_compared() -> None:
+    """A file that changed between the two makes other sets of them."""
+    with pytest.raises(ValueError, match="hold other references"):
+        agreement(EXACT, replace(EXACT, sources=(*EXACT.sources[:-1], "another.png")), DecisionSettings())

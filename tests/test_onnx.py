@@ -1,0 +1,399 @@
+"""ONNX Runtime gives torch's rows without torch, from exports that are checked, and in int8 row by row."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from sortd.encoder import load
+from sortd.encoding import exports, models, onnx_export
+from sortd.encoding.backends import choose
+from sortd.encoding.exports import Exports, Manifest, Precision, Request
+from sortd.encoding.model_folders import ModelFolder
+from sortd.encoding.onnx_encoder import OnnxEncoder
+from sortd.encoding.onnx_int8 import FULL_RANGE, REDUCED_RANGE, quantize, weight_range
+from sortd.errors import ModelError
+from tests.tiny_clip import DIMENSIONS, SIDE
+
+pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+
+ROOT = Path(__file__).parents[1]
+TEXTS = ["a photo of a screw", "x", "a " * 200, "ñandú ü 漢字", "two words", "torn\udcffillo"]
+EXACT = 0.9999
+"""The least cosine between a row of torch and one of ONNX Runtime in float32."""
+
+
+def pixels(count: int, side: int = SIDE) -> npt.NDArray[np.uint8]:
+    """Images that differ: noise on ramps of several colours."""
+    chance = np.random.default_rng(5)
+    ramp = np.linspace(0, 200, side)[None, None, :, None] * chance.random((count, 1, 1, 3))
+    return (ramp + chance.integers(0, 56, (count, side, side, 3))).astype(np.uint8)
+
+
+def lowest_cosine(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> float:
+    """The least cosine between paired unit rows."""
+    return float((left * right).sum(axis=1).min())
+
+
+def here(request: Request) -> None:
+    """Export in this process, which has torch already: the same work without another interpreter's start."""
+    onnx_export.export(request)
+
+
+def never(request: Request) -> None:
+    """Nothing is to be exported."""
+    raise AssertionError(request)
+
+
+def open_export(exported: Exports, precision: Precision = Precision.FP32, **settings: Any) -> OnnxEncoder:
+    """An encoder on one thread."""
+    return OnnxEncoder(exported, precision, threads=1, **settings)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that the tests of this file share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_clip: Path) -> ModelFolder:
+    """The tiny model."""
+    return models.locate(str(tiny_clip))
+
+
+@pytest.fixture(scope="module")
+def exported(clip: ModelFolder, cache: Path) -> Exports:
+    """Its exports, made as sortd makes them, by a child; int8 is kept though it does not pay at this size."""
+    return exports.make(clip, None, cache_dir=cache, least_gain=0.0)
+
+
+@pytest.fixture
+def copied(exported: Exports, tmp_path: Path) -> Exports:
+    """The exports in a cache that a test may spoil."""
+    shutil.copytree(exported.folder.parent, tmp_path / "onnx")
+    found = exports.find(exported.model, None, cache_dir=tmp_path)
+    assert found is not None
+    return found
+
+
+class TestRows:
+    """The rows are those of torch."""
+
+    def test_float32_gives_torchs_rows(self, exported: Exports, tiny_clip: Path) -> None:
+        """Images one, few and more than a run takes; texts short, long and in other scripts."""
+        torch, onnx = load(str(tiny_clip), backend="torch"), open_export(exported)
+        for count in (1, 3, 19):
+            seen = pixels(count)
+            assert lowest_cosine(torch.encode_images(seen), onnx.encode_images(seen)) > EXACT
+        for texts in (TEXTS[:1], TEXTS):
+            assert lowest_cosine(torch.encode_texts(texts), onnx.encode_texts(texts)) > EXACT
+        assert (onnx.dimensions, onnx.has_text) == (DIMENSIONS, True)
+        assert onnx.preprocessing == torch.preprocessing
+
+    def test_the_packaged_model_too(self, cache: Path) -> None:
+        """What ships is a convolutional network beside a BERT, whose names of inputs differ."""
+        model = models.locate("packaged")
+        onnx = open_export(exports.make(model, None, cache_dir=cache, run=here))
+        torch = load("packaged", backend="torch")
+        seen = pixels(3, torch.preprocessing.crop_height)
+        assert lowest_cosine(torch.encode_images(seen), onnx.encode_images(seen)) > EXACT
+        assert lowest_cosine(torch.encode_texts(TEXTS), onnx.encode_texts(TEXTS)) > EXACT
+
+    def test_a_text_model_of_its_own_is_exported_too(self, clip: ModelFolder, tmp_path: Path) -> None:
+        """Words by another model, images by the CLIP."""
+        from tests.tiny_clip import Tower, build_tiny_clip
+
+        other = build_tiny_clip(tmp_path / "words", 3, Tower.DUAL)
+        words = models.locate_text(str(other))
+        onnx = open_export(exports.make(clip, words, cache_dir=tmp_path / "cache", run=here))
+        torch = load(str(clip.folder), text_model=str(other), backend="torch")
+        assert lowest_cosine(torch.encode_texts(TEXTS), onnx.encode_texts(TEXTS)) > EXACT
+        assert lowest_cosine(torch.encode_images(pixels(2)), onnx.encode_images(pixels(2))) > EXACT
+
+    def test_int8_is_near_and_has_an_identity_of_its_own(self, exported: Exports) -> None:
+        """Rounded rows are other rows, and are never taken for the exact ones."""
+        exact, quick = open_export(exported), open_export(exported, Precision.INT8)
+        assert 0.98 < lowest_cosine(exact.encode_images(pixels(8)), quick.encode_images(pixels(8))) < 1 - 1e-7
+        assert lowest_cosine(exact.encode_texts(TEXTS), quick.encode_texts(TEXTS)) > 0.98
+        assert exact.encoder_id != quick.encoder_id
+        assert "-onnx-fp32-" in exact.encoder_id
+        assert "-onnx-int8-" in quick.encoder_id
+
+    @pytest.mark.parametrize("precision", Precision)
+    def test_a_row_does_not_depend_on_its_batch(self, exported: Exports, precision: Precision) -> None:
+        """In int8 as well: the scale of each row is its own, whatever bright thing is in the next image."""
+        encoder = open_export(exported, precision)
+        seen = pixels(11)
+        seen[3] = 255
+        together = encoder.encode_images(seen)
+        alone = np.concatenate([encoder.encode_images(seen[i : i + 1]) for i in range(len(seen))])
+        assert np.abs(together - alone).max() < 1e-6
+        words = encoder.encode_texts(TEXTS)
+        assert np.abs(words - np.concatenate([encoder.encode_texts([text]) for text in TEXTS])).max() < 1e-5
+
+    def test_the_way_of_decoding_is_part_of_the_identity(self, exported: Exports) -> None:
+        """Pixels of a JPEG decoded at an eighth are not quite those of it decoded in full."""
+        assert open_export(exported).encoder_id == open_export(exported, decoding="draft").encoder_id
+        assert open_export(exported).encoder_id != open_export(exported, decoding="full").encoder_id
+
+    def test_empty_batches_and_wrong_pixels(self, exported: Exports) -> None:
+        """No row of the right width; a caller's mistake is said as such."""
+        encoder = open_export(exported)
+        assert encoder.encode_images(np.empty((0, SIDE, SIDE, 3), np.uint8)).shape == (0, DIMENSIONS)
+        assert encoder.encode_texts([]).shape == (0, DIMENSIONS)
+        with pytest.raises(ValueError, match="not uint8"):
+            encoder.encode_images(np.zeros((1, SIDE, SIDE + 1, 3), np.uint8))
+
+
+def test_torch_is_never_imported(exported: Exports, cache: Path, tiny_clip: Path) -> None:
+    """Nor anything that would: a process that loads and encodes by ONNX Runtime knows none of them."""
+    program = (
+        "import sys; from pathlib import Path; import numpy as np; from sortd.encoder import load\n"
+        "encoder = load(sys.argv[1], backend=sys.argv[3], cache_dir=Path(sys.argv[2]))\n"
+        f"encoder.encode_images(np.zeros((2, {SIDE}, {SIDE}, 3), np.uint8)); encoder.encode_texts(['a photo'])\n"
+        "slow = {'torch', 'transformers', 'sentence_transformers', 'sklearn', 'scipy', 'onnx', 'huggingface_hub'}\n"
+        "print(encoder.encoder_id, sorted(slow & set(sys.modules)))"
+    )
+    for backend, precision in (("auto", "fp32"), ("onnx-int8", "int8")):
+        command = [sys.executable, "-c", program, str(tiny_clip), str(cache), backend]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        encoder_id, known = done.stdout.split(maxsplit=1)
+        assert (encoder_id, known.strip()) == (open_export(exported, Precision(precision)).encoder_id, "[]")
+
+
+class TestExports:
+    """An export is made once, and again when it does not fit any more."""
+
+    def test_what_stands_is_found_and_not_made_again(self, exported: Exports, cache: Path) -> None:
+        """By content: the model's folder may have another name."""
+        assert exports.find(exported.model, None, cache_dir=cache) == exported
+        assert exports.make(exported.model, None, cache_dir=cache, run=never) == exported
+        assert exported.precisions == (Precision.FP32, Precision.INT8)
+        assert not list(cache.glob("onnx/*.part"))
+        assert not list(cache.glob("onnx/*.old"))
+
+    @pytest.mark.parametrize("damage", ["a byte", "cut", "gone", "old", "no manifest", "garbage"])
+    def test_a_damaged_or_old_one_is_made_again(self, copied: Exports, tmp_path: Path, damage: str) -> None:
+        """Never served as it is, whatever happened to it."""
+        image, manifest = copied.tower("image", Precision.FP32), copied.folder / exports.MANIFEST
+        match damage:
+            case "a byte":
+                content = bytearray(image.read_bytes())
+                content[len(content) // 2] ^= 1
+                image.write_bytes(content)
+            case "cut":
+                image.write_bytes(image.read_bytes()[:1000])
+            case "gone":
+                image.unlink()
+            case "old":
+                said = json.loads(manifest.read_text())
+                manifest.write_text(json.dumps(said | {"identity": "another version"}))
+            case "no manifest":
+                manifest.unlink()
+            case "garbage":
+                manifest.write_text('{"identity": []}')
+        assert exports.find(copied.model, None, cache_dir=tmp_path) is None
+        again: list[Request] = []
+
+        def put_back(request: Request) -> None:
+            again.append(request)
+            made = dict.fromkeys(("image.onnx", "text.onnx"), b"made again")
+            for name, content in made.items():
+                (request.into / name).write_bytes(content)
+            sums = models.checksums([request.into / name for name in made])
+            fresh = Manifest(
+                request.identity, DIMENSIONS, copied.manifest.preprocessing, copied.manifest.text, 0.0,
+                {path.name: checksum for path, checksum in sums.items()},
+            )  # fmt: skip
+            (request.into / exports.MANIFEST).write_text(fresh.to_json())
+
+        made = exports.make(copied.model, None, cache_dir=tmp_path, run=put_back)
+        assert len(again) == 1
+        assert made.tower("image", Precision.FP32).read_bytes() == b"made again"
+        assert sorted(path.name for path in made.folder.iterdir()) == ["image.onnx", "manifest.json", "text.onnx"]
+
+    def test_a_failed_export_says_why_and_leaves_the_old_one(self, copied: Exports, tmp_path: Path) -> None:
+        """The child's last words are the message; nothing half-made stands."""
+        spoilt = tmp_path / "spoilt"
+        shutil.copytree(copied.model.folder, spoilt)
+        (spoilt / "model.safetensors").write_bytes(b"\x00\xff" * 5000)
+        model = models.locate(str(spoilt))
+        with pytest.raises(ModelError, match=r"cannot export .*does not load.*set `backend: torch`"):
+            exports.make(model, None, cache_dir=tmp_path)
+        assert exports.find(copied.model, None, cache_dir=tmp_path) == copied
+        assert [path.suffix for path in (tmp_path / "onnx").iterdir() if path.is_dir()] == [""]
+
+    def test_an_export_with_other_rows_is_refused(self, copied: Exports) -> None:
+        """Held against torch before anything is kept."""
+        from sortd.encoding.torch_encoder import TorchEncoder
+
+        encoder = TorchEncoder(copied.model, None, device="cpu", cache_dir=None, threads=1, decoding="draft")
+        onnx_export._try_images(encoder, copied.folder)
+        encoder.shift += 1.0
+        with pytest.raises(ModelError, match="gives other rows than torch for 1 images"):
+            onnx_export._try_images(encoder, copied.folder)
+
+    def test_int8_that_gains_too_little_is_not_kept(self, copied: Exports) -> None:
+        """And says so to whoever asks for it."""
+        assert onnx_export._reduce(copied.folder, 1e6, _Small(copied)) < 1e6  # type: ignore[arg-type]  # all it needs
+        assert not copied.tower("image", Precision.INT8).exists()
+        sums = {name: one for name, one in copied.manifest.checksums.items() if "int8" not in name}
+        manifest = Manifest(
+            copied.manifest.identity, DIMENSIONS, copied.manifest.preprocessing, copied.manifest.text, 1.1, sums
+        )
+        without = Exports(copied.folder, copied.model, None, manifest)
+        assert without.precisions == (Precision.FP32,)
+        with pytest.raises(ModelError, match=r"has no int8 export: int8 was 1\.10 times as quick"):
+            open_export(without, Precision.INT8)
+
+    def test_a_file_that_onnx_runtime_does_not_take(self, copied: Exports) -> None:
+        """In a sentence, with what to do."""
+        copied.tower("image", Precision.FP32).write_bytes(b"no graph")
+        with pytest.raises(ModelError, match=r"ONNX Runtime does not open .*image.onnx"):
+            open_export(copied)
+
+    def test_without_the_extra_it_says_what_to_install(self, tiny_clip: Path, cache: Path) -> None:
+        """Asked for by name it is an error; `auto` takes torch."""
+        program = (
+            "import sys; sys.modules['onnxruntime'] = None\n"
+            "from pathlib import Path; from sortd.encoder import load; from sortd.errors import ModelError\n"
+            "from sortd.encoding import models; from sortd.encoding.backends import choose\n"
+            "try: load(sys.argv[1], backend='onnx', cache_dir=Path(sys.argv[2]))\n"
+            "except ModelError as error: print(error)\n"
+            "model = models.locate(sys.argv[1])\n"
+            "print(choose('auto', model, None, device='cpu', cache_dir=Path(sys.argv[2])).name)"
+        )
+        command = [sys.executable, "-c", program, str(tiny_clip), str(cache)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        message, automatic = done.stdout.splitlines()
+        assert "pip install 'sortd[onnx]'" in message
+        assert automatic == "torch"
+
+
+class _Small:
+    """The part of an encoder that timing needs: the size that it sees."""
+
+    def __init__(self, exported: Exports) -> None:
+        """Take the size from an export."""
+        self.preprocessing = exported.manifest.preprocessing
+
+
+class TestBackends:
+    """Which backend runs a model, and why."""
+
+    @pytest.mark.parametrize(
+        ("wanted", "expected"),
+        [
+            (("torch", "auto", "no GPU"), ("torch", "says so")),
+            (("onnx", "auto", "a GPU"), ("onnx", "says so")),
+            (("auto", "auto", "no GPU"), ("onnx", "exported before")),
+            (("auto", "cpu", "a GPU"), ("onnx", "exported before")),
+            (("auto", "auto", "a GPU"), ("torch", "cannot use the device")),
+            (("auto", "cuda", "no GPU"), ("torch", "cannot use the device")),
+            (("auto", "mps", "no GPU"), ("torch", "cannot use the device")),
+        ],
+    )
+    def test_with_an_export(
+        self, exported: Exports, cache: Path, tmp_path: Path, wanted: tuple[str, str, str], expected: tuple[str, str]
+    ) -> None:
+        """`auto` takes it, unless torch could use a device that this ONNX Runtime cannot."""
+        import onnxruntime
+
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            pytest.skip("this ONNX Runtime has CUDA")
+        backend, device, machine = wanted
+        place = tmp_path / "nvidiactl"
+        if machine == "a GPU":
+            place.touch()
+        chosen = choose(backend, exported.model, None, device=device, cache_dir=cache, gpu=place)
+        assert chosen.name == expected[0]
+        assert expected[1] in chosen.why
+
+    def test_without_an_export_auto_takes_torch(self, clip: ModelFolder, tmp_path: Path) -> None:
+        """Nobody asked for an export yet."""
+        chosen = choose("auto", clip, None, device="cpu", cache_dir=tmp_path)
+        assert (chosen.name, "sortd models export" in chosen.why) == ("torch", True)
+        assert choose("auto", clip, None, device="cpu", cache_dir=None).name == "torch"
+
+    @pytest.mark.parametrize(("device", "complaint"), [("cuda:1", "has no CUDA"), ("mps", "is torch's")])
+    def test_a_device_that_it_cannot_use(self, exported: Exports, device: str, complaint: str) -> None:
+        """By name, with what to set instead."""
+        with pytest.raises(ModelError, match=complaint):
+            open_export(exported, device=device)
+
+
+class TestQuantization:
+    """Matrix products in int8 are the exact ones, up to the rounding."""
+
+    @pytest.fixture
+    def graph(self, tmp_path: Path) -> Path:
+        """A product, and one that is stored transposed and has a bias, with activations of unlike size by row."""
+        from onnx import TensorProto, checker, helper, numpy_helper, save
+
+        chance = np.random.default_rng(0)
+        weights = [
+            numpy_helper.from_array(chance.normal(0, 1, shape).astype(np.float32), name)
+            for name, shape in (("first", (16, 8)), ("second", (5, 8)), ("bias", (5,)))
+        ]
+        nodes = [
+            helper.make_node("MatMul", ["x", "first"], ["middle"]),
+            helper.make_node("Gemm", ["middle", "second", "bias"], ["y"], transB=1),
+        ]
+        inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 16])]
+        outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 5])]
+        model = helper.make_model(
+            helper.make_graph(nodes, "small", inputs, outputs, weights),
+            opset_imports=[helper.make_opsetid("", exports.OPSET)],
+            ir_version=8,
+        )
+        checker.check_model(model)
+        save(model, str(tmp_path / "exact.onnx"))
+        return tmp_path / "exact.onnx"
+
+    def test_it_is_near_for_every_row(self, graph: Path) -> None:
+        """A row a thousand times as large beside it takes no precision from a small one; a row of zeros stays zero."""
+        from sortd.encoding.onnx_encoder import open_tower
+
+        quick = graph.with_name("quick.onnx")
+        assert quantize(graph, quick, largest=FULL_RANGE) == 2
+        rows = np.random.default_rng(1).normal(0, 1, (4, 16)).astype(np.float32)
+        rows[1] *= 1000
+        rows[2] = 0
+        exact = open_tower(graph, threads=1).run(None, {"x": rows})[0]
+        rounded = open_tower(quick, threads=1).run(None, {"x": rows})[0]
+        assert np.abs(exact - rounded)[[0, 3]].max() < 0.03 * np.abs(exact[[0, 3]]).max()
+        assert np.abs(exact - rounded)[1].max() < 0.03 * np.abs(exact[1]).max()
+        assert np.allclose(exact[2], rounded[2])
+
+    def test_nothing_to_do_writes_nothing(self, graph: Path) -> None:
+        """What is in int8 already has no product left."""
+        quick = graph.with_name("quick.onnx")
+        quantize(graph, quick, largest=REDUCED_RANGE)
+        assert quantize(quick, graph.with_name("twice.onnx"), largest=REDUCED_RANGE) == 0
+        assert not graph.with_name("twice.onnx").exists()
+
+    @pytest.mark.parametrize(
+        ("machine", "flags", "expected"),
+        [
+            ("x86_64", "fpu avx2 avx512f", REDUCED_RANGE),
+            ("x86_64", "fpu avx2 avx512_vnni", FULL_RANGE),
+            ("x86_64", "fpu avx2 avx_vnni", FULL_RANGE),
+            ("x86_64", None, REDUCED_RANGE),
+            ("aarch64", None, FULL_RANGE),
+        ],
+    )
+    def test_weights_have_seven_bits_where_eight_would_overflow(
+        self, tmp_path: Path, machine: str, flags: str | None, expected: int
+    ) -> None:
+        """On x86 without VNNI."""
+        place = tmp_path / "cpuinfo"
+        if flags is not None:
+            place.write_text(f"flags\t\t: {flags}\n")
+        assert weight_range(machine=machine, processor=place) == expected

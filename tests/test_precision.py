@@ -1,0 +1,250 @@
+"""The precision that serves: int8 after it agreed on the references, float32 else, and torch nowhere on that path."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from sortd import config as configuration
+from sortd import logs
+from sortd.config import Config
+from sortd.decoding.decoders import DecoderPool
+from sortd.encoder import Encoder
+from sortd.encoding import exports, models
+from sortd.encoding.exports import Exports, Manifest, Precision, Request
+from sortd.encoding.onnx_int8 import quantize
+from sortd.errors import ModelError
+from sortd.images import Limits
+from sortd.references import ClassFolder
+from sortd.running.precision import LARGEST_CLASS, LARGEST_SAMPLE, load_encoder, read_verdict, sample
+from sortd.running.site import teaching_of
+from tests.daemon_process import DaemonProcess, make_dataset, picture, tree
+
+pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the exports of the tiny model, int8 among them."""
+    from sortd.encoding.onnx_export import export
+
+    def here(request: Request) -> None:
+        export(request)
+
+    cache = tmp_path_factory.mktemp("exported")
+    exports.make(models.locate(str(tiny_clip)), None, cache_dir=cache, least_gain=0.0, run=here)
+    return cache
+
+
+@pytest.fixture
+def make_config(exported: Path, tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Config]:
+    """Write a configuration whose cache holds the exports already, and load it."""
+
+    def make(**keys: object) -> Config:
+        if not (tmp_path / "cache").exists():
+            shutil.copytree(exported / "onnx", tmp_path / "cache" / "onnx")
+        return configuration.load(write_config(**{"backend": "onnx", **keys}), {"HOME": str(tmp_path)})
+
+    return make
+
+
+class World:
+    """Loads encoders as a site does, and remembers what was told."""
+
+    def __init__(self, config: Config) -> None:
+        """Begin with nothing told."""
+        self.config = config
+        self.told: list[str] = []
+        self.pools = 0
+        self.lines: list[Any] = []
+
+    def load(self, *, may_prepare: bool = True) -> Encoder:
+        """Load, with decoders of this process."""
+        with ExitStack() as opened, capture_logs() as lines:
+
+            def pool(*seen: Any) -> DecoderPool:
+                self.pools += 1
+                return opened.enter_context(DecoderPool(0, seen[0], Limits(), jpeg=seen[1]))
+
+            encoder = load_encoder(
+                self.config, pool=pool, teaching_of=teaching_of, tell=self.told.append, may_prepare=may_prepare
+            )
+        self.lines += lines
+        return encoder
+
+    def exports(self) -> Exports:
+        """The exports that stand."""
+        found = exports.find(models.locate(self.config.model), None, cache_dir=self.config.cache_dir)
+        assert found is not None
+        return found
+
+    def judged(self) -> list[Any]:
+        """The lines about verdicts."""
+        return [line for line in self.lines if line["event"] == logs.MODEL_JUDGED]
+
+
+def spoil_int8(found: Exports) -> None:
+    """Put a vision tower in place whose weights have three values, and vouch for it."""
+    tower = found.tower("image", Precision.INT8)
+    quantize(found.tower("image", Precision.FP32), tower, largest=1)
+    manifest = Manifest.from_json((found.folder / exports.MANIFEST).read_text())
+    sums = {**manifest.checksums, tower.name: models.checksums([tower])[tower]}
+    fresh = Manifest(manifest.identity, manifest.dimensions, manifest.preprocessing, manifest.text, manifest.gain, sums)
+    (found.folder / exports.MANIFEST).write_text(fresh.to_json())
+
+
+class TestVerdict:
+    """int8 has to earn it, on the user's own references."""
+
+    def test_int8_serves_where_the_references_agree(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """The figures are logged, told and kept; the next start believes them without a forward."""
+        make_dataset(tmp_path / "Data", references=12)
+        world = World(make_config())
+        first = world.load()
+        assert "-onnx-int8-" in first.encoder_id
+        (line,) = world.judged()
+        assert (line["serves"], line["judged"], line["same"], line["share"]) == ("int8", 36, 36, 1.0)
+        assert line["mean_cosine"] > 0.99
+        assert line["datasets"]["Colours"]["references"] == 36
+        assert world.told == ["onnx int8; 36 of 36 references decided as in fp32"]
+        assert world.load().encoder_id == first.encoder_id
+        assert len(world.judged()) == 1
+        assert world.pools == 1
+
+    def test_another_reference_is_judged_anew(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """As are other settings; a remembered verdict holds for what it was found on."""
+        dataset = make_dataset(tmp_path / "Data", references=12)
+        world = World(make_config())
+        world.load()
+        picture("red", 99).save(dataset / "Clases" / "red" / "another.png")
+        world.load()
+        assert [line["judged"] for line in world.judged()] == [36, 37]
+        world.config = make_config(mode="avg")
+        world.load()
+        assert len(world.judged()) == 3
+
+    def test_few_references_are_served_exactly(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """Nothing can be told from twelve, and that is said as a warning."""
+        make_dataset(tmp_path / "Data", references=4)
+        world = World(make_config())
+        assert "-onnx-fp32-" in world.load().encoder_id
+        (line,) = world.judged()
+        assert (line["serves"], line["log_level"]) == ("fp32", "warning")
+        assert "12 references that can be left out and decided are too few" in line["refusal"]
+        assert "int8 does not serve: 12 references" in world.told[0]
+
+    def test_without_a_dataset_it_is_float32(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """A root that is not mounted yet is nobody's mistake here."""
+        world = World(make_config(root=tmp_path / "nowhere"))
+        assert "-onnx-fp32-" in world.load().encoder_id
+
+    def test_int8_that_decides_otherwise_does_not_serve(
+        self, tmp_path: Path, make_config: Callable[..., Config]
+    ) -> None:
+        """Weights of three values move every row."""
+        make_dataset(tmp_path / "Data", references=12)
+        world = World(make_config())
+        spoil_int8(world.exports())
+        assert "-onnx-fp32-" in world.load().encoder_id
+        (line,) = world.judged()
+        assert line["serves"] == "fp32"
+        assert line["refusal"].startswith(("the rows of Colours moved too far", f"{36 - line['same']} of the 36"))
+        verdict = read_verdict(world.exports(), world.config.root)
+        assert verdict is not None
+        assert verdict.facts()["refusal"] == line["refusal"]
+
+    def test_a_damaged_verdict_is_none(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """It is judged again."""
+        make_dataset(tmp_path / "Data", references=12)
+        world = World(make_config())
+        world.load()
+        (file,) = world.exports().folder.glob("agreement-*.json")
+        for damage in ("", "[]", '{"datasets": {"Colours": {}}}', '{"fingerprint": 1}'):
+            file.write_text(damage)
+            assert read_verdict(world.exports(), world.config.root) is None
+        world.load()
+        assert len(world.judged()) == 2
+
+    def test_a_rehearsal_takes_what_stands(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """It writes nothing: no verdict means float32, no export means torch."""
+        make_dataset(tmp_path / "Data", references=12)
+        world = World(make_config())
+        world.exports()  # the hashes of the files are remembered from here on
+        before = tree(tmp_path / "cache")
+        assert "-onnx-fp32-" in world.load(may_prepare=False).encoder_id
+        assert "it has not been judged on these references" in world.told[-1]
+        assert tree(tmp_path / "cache") == before
+        shutil.rmtree(tmp_path / "cache" / "onnx")
+        assert "-torch-" in world.load(may_prepare=False).encoder_id
+
+
+class TestBackend:
+    """What runs the model is said, and so is what was wanted and cannot be."""
+
+    def test_auto_without_an_export_is_torch(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """With the command that changes it."""
+        config = make_config(backend="auto")
+        shutil.rmtree(tmp_path / "cache" / "onnx")
+        world = World(config)
+        assert "-torch-" in world.load().encoder_id
+        assert "`sortd models export`" in world.told[0]
+
+    def test_auto_falls_back_loudly_where_the_export_cannot_be_made_again(
+        self, make_config: Callable[..., Config]
+    ) -> None:
+        """A disk that takes nothing more, for example; asked for by name it is an error."""
+        world = World(make_config(backend="auto"))
+        folder = world.exports().folder
+        (folder / "image.onnx").write_bytes(b"damaged")
+        folder.with_name(f"{folder.name}.part").write_bytes(b"in the way")
+        assert "-torch-" in world.load().encoder_id
+        (line,) = [line for line in world.lines if line["event"] == logs.MODEL_FELL_BACK]
+        assert (line["wanted"], line["backend"], line["log_level"]) == ("onnx", "torch", "warning")
+        world.config = make_config(backend="onnx")
+        with pytest.raises(ModelError, match="cannot export"):
+            world.load()
+
+
+class TestSample:
+    """Many references are thinned evenly, and the same way each time."""
+
+    @staticmethod
+    def folders(classes: int, each: int) -> list[ClassFolder]:
+        """Classes of so many files, and one of strangers."""
+        from sortd.messages import Stamp
+
+        files = tuple((f"{number:05d}.png", Stamp(1, number, 1, 1)) for number in range(each))
+        return [ClassFolder(label, files, ()) for label in ("_none", *(f"c{one:05d}" for one in range(classes)))]
+
+    def test_a_small_library_is_compared_whole(self) -> None:
+        """Without the examples of what belongs to no class."""
+        assert sample(self.folders(10, 50)) == self.folders(10, 50)[1:]
+
+    @pytest.mark.parametrize(("classes", "each"), [(2, 5000), (100, 30), (10_000, 3), (10_000, 100)])
+    def test_a_large_one_is_thinned(self, classes: int, each: int) -> None:
+        """To a size that a start can wait for, with classes that keep enough to be left out."""
+        chosen = sample(self.folders(classes, each))
+        assert sum(len(folder.files) for folder in chosen) <= LARGEST_SAMPLE
+        assert {len(folder.files) for folder in chosen} == {min(each, LARGEST_CLASS)}
+        assert len({folder.label for folder in chosen}) >= min(classes, 33)
+
+
+def test_the_daemon_runs_without_torch(tmp_path: Path, make_config: Callable[..., Config]) -> None:
+    """The real program files an image by int8, and its process never maps torch's library."""
+    dataset = make_dataset(tmp_path / "Data", references=12)
+    make_config()
+    with DaemonProcess(tmp_path / "config.yaml", program="sortd") as daemon:
+        ready = daemon.wait_for("daemon.ready")
+        assert "-onnx-int8-" in ready["encoder_id"]
+        assert "onnx int8; 36 of 36 references decided as in fp32" in ready["model"]
+        picture("green", 1000).save(dataset / "Images" / "new.png")
+        filed = daemon.wait_for("image.filed")
+        assert (filed["label"], filed["encoder_id"]) == ("green", ready["encoder_id"])
+        mapped = Path(f"/proc/{daemon.process.pid}/maps").read_text()
+        assert "onnxruntime" in mapped
+        assert "libtorch" not in mapped
+        assert daemon.stop() == 0
