@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from sortd.config import Config
 from sortd.errors import AlreadyRunningError, DataError
 from sortd.finetuned import FinetunedFacts
+from sortd.finetuning.arguments import training_arguments
 from sortd.finetuning.averaging import weights_of
 from sortd.finetuning.base import Base, load_base
 from sortd.finetuning.judging import judge_and_write
@@ -72,6 +73,7 @@ def finetune(
 
     Raises:
         DataError: the dataset cannot be trained on, or there is nothing to resume.
+        ConfigError: what the order sets of the Trainer's arguments it does not take.
         ModelError: the encoder or the base cannot be had.
         StoppedError: it was asked to stop, or interrupted; it can be resumed.
         StorageError: the disk is full.
@@ -81,6 +83,7 @@ def finetune(
     if output.exists():
         raise DataError(f"{output} is there already; choose another place with --output")
     team = Team(config.device)
+    training_arguments(order.recipe, work, team.device.type, order.extra, images=1)  # a wrong one is to fail now
     with _working_in(work, resume=resume) if team.leads else nullcontext():
         if team.leads and not resume:
             stamp = f"{now:%Y-%m-%dT%H:%M:%SZ}"
@@ -112,14 +115,14 @@ class Team:
         """Find out from the environment whether there are others; the first one leads."""
         self._is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
         self.leads = self._is_alone or os.environ.get("RANK", "0") == "0"
-        self._is_on_cpu = device_of(device).type == "cpu"
+        self.device = device_of(device)
 
     def meet(self) -> None:
         """Wait until every process has come this far."""
         if not self._is_alone:
             from accelerate import PartialState
 
-            PartialState(cpu=self._is_on_cpu).wait_for_everyone()
+            PartialState(cpu=self.device.type == "cpu").wait_for_everyone()
 
 
 @contextmanager

@@ -163,6 +163,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "commands.evaluation_page": (DRIVER, "drivers"),
     "finetune": (DRIVER, "drivers"),
     "commands.finetuning": (DRIVER, "drivers"),
+    "finetuning.arguments": (DRIVER, "drivers"),
     "finetuning.averaging": (DRIVER, "drivers"),
     "finetuning.base": (DRIVER, "drivers"),
     "finetuning.card": (DRIVER, "drivers"),

@@ -7,15 +7,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sortd.errors import ConfigError, DestinationError, StartupError
+from sortd.errors import DestinationError, StartupError
+from sortd.finetuning.arguments import steps_of, training_arguments
 from sortd.finetuning.recipe import Recipe
 from sortd.finetuning.trainee import parameter_groups
 
@@ -30,8 +31,6 @@ STATE_FILE = "trainer_state.json"
 """The Trainer writes it last: a checkpoint that has it is whole."""
 DISK_TROUBLE = ("os error", "PytorchStreamWriter", "unexpected pos")
 """What safetensors and ``torch.save`` say where a disk is full: they raise errors of their own, not ``OSError``."""
-KEPT = 2
-"""Checkpoints that stay: the best and the newest."""
 ACCURACY_WEIGHT = 0.5
 """Of the balanced accuracy against the log loss in the score by which checkpoints are compared: the first is what is
 wanted, the second is less coarse where validation images are few."""
@@ -120,13 +119,17 @@ def train(trainee: "torch.nn.Module", lesson: Lesson, validation: Lesson, schedu
         ConfigError: ``extra`` names what is no TrainingArguments.
     """
     import torch
-    from transformers import EarlyStoppingCallback, Trainer, get_cosine_schedule_with_warmup
+    from transformers import EarlyStoppingCallback, Trainer, get_scheduler
 
-    recipe = schedule.recipe
-    arguments = _arguments(schedule, len(lesson))
-    steps = _steps(arguments, len(lesson))
-    optimizer = torch.optim.AdamW(parameter_groups(trainee.get_submodule("module"), recipe), betas=(0.9, 0.99))
-    rates = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * steps), steps)
+    arguments = training_arguments(
+        schedule.recipe, schedule.folder, schedule.device, schedule.extra, images=len(lesson)
+    )
+    steps = steps_of(arguments, len(lesson))
+    recipe = replace(schedule.recipe, learning_rate=arguments.learning_rate, weight_decay=arguments.weight_decay)
+    groups = parameter_groups(trainee.get_submodule("module"), recipe)
+    optimizer = torch.optim.AdamW(groups, betas=(arguments.adam_beta1, arguments.adam_beta2))
+    warmup = arguments.warmup_steps if arguments.warmup_steps >= 1 else recipe.warmup * steps
+    rates = get_scheduler(arguments.lr_scheduler_type, optimizer, round(warmup), steps)
     trainer = Trainer(
         model=trainee,
         args=arguments,
@@ -175,7 +178,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for _, path in sorted(found, reverse=True):
         if _is_whole(path):
             return path
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # another process of the team may be at it
     return None
 
 
@@ -187,82 +190,6 @@ def _is_whole(checkpoint: Path) -> bool:
     try:
         return isinstance(json.loads((checkpoint / STATE_FILE).read_text("utf-8")), dict)
     except (OSError, ValueError):
-        return False
-
-
-def _steps(arguments: Any, images: int) -> int:  # noqa: ANN401 - transformers has no types
-    if arguments.max_steps > 0:
-        return int(arguments.max_steps)
-    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    return int(np.ceil(images / batch)) * int(np.ceil(arguments.num_train_epochs))
-
-
-def _arguments(schedule: Schedule, images: int) -> Any:  # noqa: ANN401 - transformers has no types
-    """Return the TrainingArguments: those of the recipe, and over them what the user said."""
-    from transformers import HfArgumentParser, TrainingArguments
-
-    recipe = schedule.recipe
-    each = max(1, int(os.environ.get("WORLD_SIZE", "1")))
-    epochs = recipe.passes(images, together=recipe.batch_size * each)
-    steps = -(-images // (recipe.batch_size * each)) * epochs
-    every = max(1, -(-steps // recipe.evaluations))
-    said: dict[str, object] = {
-        "output_dir": os.fspath(schedule.folder),
-        "num_train_epochs": epochs,
-        "per_device_train_batch_size": recipe.batch_size,
-        "per_device_eval_batch_size": 2 * recipe.batch_size,
-        "learning_rate": recipe.learning_rate,
-        "seed": recipe.seed,
-        "eval_strategy": "steps",
-        "save_strategy": "steps",
-        "logging_strategy": "steps",
-        "eval_steps": every,
-        "save_steps": every,
-        "logging_steps": max(1, every // 4),
-        "save_total_limit": KEPT,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_score",
-        "greater_is_better": True,
-        "restore_callback_states_from_checkpoint": True,
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": schedule.device == "cpu",
-        "dataloader_pin_memory": schedule.device == "cuda",
-        "log_level": "error",
-        **_precision(schedule.device),
-    }
-    if schedule.device == "cpu" and each > 1:
-        said["ddp_backend"] = "gloo"
-    given = [part for name, value in said.items() for part in (f"--{name}", str(value))]
-    for pair in schedule.extra:
-        name, equals, value = pair.partition("=")
-        if not equals or name not in TrainingArguments.__dataclass_fields__:
-            raise ConfigError(f"--set {pair}: it must be NAME=VALUE with a NAME of transformers' TrainingArguments")
-        given += [f"--{name}", value]
-    try:
-        (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
-            ["--label_names", "labels", *given]
-        )
-    except (SystemExit, ValueError) as error:
-        raise ConfigError(f"--set {' '.join(schedule.extra)}: transformers does not take it: {error}") from error
-    return arguments
-
-
-def _precision(device: str) -> Mapping[str, bool]:
-    """Return half precision where the hardware multiplies it faster."""
-    import torch
-
-    if device == "cuda":
-        return {"bf16": True} if torch.cuda.is_bf16_supported() else {"fp16": True}
-    return {"bf16": device == "cpu" and has_amx()}
-
-
-def has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Tell whether the processor multiplies matrices of bfloat16 by AMX, which is several times as fast as float32."""
-    try:
-        return "amx_bf16" in cpuinfo.read_text("utf-8", "replace")
-    except OSError:
         return False
 
 
