@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from sortd.commands.journals import JOURNAL_FILE
+from sortd.journaling.history import History
+from sortd.layout import Layout
 from tests.daemon_process import COLOURS, make_dataset, picture, running, tree
 
 Write = Callable[..., Path]
@@ -208,15 +211,19 @@ class TestFoldersThatComeAndGo:
             daemon.wait_for("image.filed", seconds=20)
 
     def test_a_renamed_dataset_is_served_under_its_new_name(self, colours: Path, write_config: Write) -> None:
-        """The old name is let go, the new one taken up, and nothing is written under the old one."""
+        """The old name is let go, the new one taken up with its journal, and nothing is written under the old one."""
         with running(write_config()) as daemon:
+            drop(colours / "Images", "blue", "before.png")
+            daemon.wait_for("image.filed")
             renamed = colours.rename(colours.parent / "Farben")
             daemon.wait_for("dataset.added", dataset="Farben")
             daemon.wait_for("prototypes.rebuilt", dataset="Farben")
             drop(renamed / "Images", "red", "a.png")
-            line = daemon.wait_for("image.filed")
+            line = daemon.wait_for("image.filed", count=2)
             assert line["destination"] == str(renamed / "Dataset" / "red" / "a.png")
             daemon.wait_for("dataset.gone", dataset="Colours")
+            with History.open(Layout(renamed).state_folder(colours.parents[1] / "state") / JOURNAL_FILE) as history:
+                assert history.counts() == {"filed": 2}
             assert not colours.exists()
 
     def test_a_deep_tree_that_is_moved_in_is_filed_whole(

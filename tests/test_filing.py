@@ -581,6 +581,9 @@ class TestMended:
         rejects = Rejects(Layout(dataset.root), journal)
         assert list(rejects.scan(10**18)) == []
         rejects.keep(str(dataset.root / "Rejected/own.jpg"), Stamp(1, 2, 3, 4))
+        moved(filing, order(dataset.root / "Rejected/a.jpg"))
+        dataset.put("Rejected/a.jpg", "the user's, under a name that was free again")
+        assert list(rejects.scan(10**18)) == []
         shutil.rmtree(dataset.root / "Rejected")
         assert list(rejects.scan(10**18)) == []
 

@@ -58,8 +58,6 @@ CREATE TABLE members (
     PRIMARY KEY (move, position)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX members_by_inode ON members (moved_inode, position);
-CREATE INDEX members_by_name ON members (name) WHERE position = 0;
-CREATE INDEX members_by_final ON members (final) WHERE position = 0;
 CREATE TABLE holds (
     path BLOB PRIMARY KEY,
     device INTEGER NOT NULL, inode INTEGER NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
@@ -81,7 +79,7 @@ LATER_INDICES = (
     "CREATE INDEX IF NOT EXISTS members_by_name ON members (name) WHERE position = 0",
     "CREATE INDEX IF NOT EXISTS members_by_final ON members (final) WHERE position = 0",
 )
-"""Indices that the first journals of this version lack; any sortd that reads the version can live with them."""
+"""Indices that the first journals of this version lack; whoever reads that version can live with them."""
 
 
 def open_for_writing(path: Path) -> sqlite3.Connection:
@@ -184,7 +182,6 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
             connection.execute(f"PRAGMA user_version = {VERSION}")
-        return
     with committing(connection, path):
         for index in LATER_INDICES:
             connection.execute(index)

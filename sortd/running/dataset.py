@@ -232,7 +232,7 @@ class Dataset:
             case Move():
                 self.outbox.add(command)
             case Leave():
-                if not self.outbox.follow(command):
+                if self.sorter.references_absent or not self.outbox.follow(command):
                     self._leave(command)
             case Hold(reason):
                 self.account.held(reason)

@@ -118,7 +118,11 @@ class Filing:
         """
         self._gives_up = True
         stopped = BusyError("sortd stops; it is moved at the next start")
-        return [_failure(move, stopped) for move in self._crossings.give_up()]
+        return [_failure(move, stopped) for move in self.withdraw()]
+
+    def withdraw(self) -> Sequence[Move]:
+        """Return the moves that wait for a copy to end, and forget them: they are to be asked for again."""
+        return self._crossings.give_up()
 
     def _move(self, moves: Sequence[Move]) -> list[Answer]:
         answers: list[Answer] = []

@@ -77,12 +77,14 @@ class Outbox:
         """
         assert self._filing is not None
         ended = self._filing.end(orders)
-        for answer in ended:
+        for answer in list(ended):
             if not isinstance(answer, PutBack):
                 move, began = self._taken(answer)
                 self._account.moved(move, answer, 1e3 * (monotonic() - began))
                 if isinstance(answer, Moved):
                     self._moves += self._filing.left_companions(answer.path)
+                elif answer.failure is MoveFailure.DESTINATION:
+                    ended += self._withdraw(answer.message)  # a full disk is not asked again for each that waits
         return ended
 
     def follow(self, leave: Leave) -> bool:
@@ -102,9 +104,9 @@ class Outbox:
         return move is not None
 
     def refuse(self, message: str) -> list[Result]:
-        """Answer what was gathered as failed: the dataset is not there."""
+        """Answer what was gathered, or waits for a copy to end, as failed: the dataset is not there."""
         moves, self._moves = self._moves, []
-        return [MoveFailed(move.path, move.stamp, MoveFailure.DESTINATION, message) for move in moves]
+        return [*(_failed(move, message) for move in moves), *self._withdraw(message)]
 
     def give_up(self) -> list[Result]:
         """Answer what waits for a copy to another file system: sortd stops. The next start moves it."""
@@ -122,5 +124,16 @@ class Outbox:
             if record is not None:
                 self._account.recovered(record, self._root)
 
+    def _withdraw(self, message: str) -> list[Result]:
+        """Answer what waits for a copy to end as failed, without a line for each: the core asks for it again."""
+        withdrawn = [] if self._filing is None else [_failed(move, message) for move in self._filing.withdraw()]
+        for result in withdrawn:
+            self._taken(result)
+        return withdrawn
+
     def _taken(self, result: Result) -> tuple[Move, float]:
         return self._asked.pop((result.path, result.stamp))
+
+
+def _failed(move: Move, message: str) -> Result:
+    return MoveFailed(move.path, move.stamp, MoveFailure.DESTINATION, message)

@@ -79,8 +79,12 @@ class Rejects:
         folder, _, name = path.rpartition("/")
         if folder != self._folder:
             return None
-        record = self._journal.history.last_put(Area.REJECTED.value, name)
-        return record if record is not None and record.grounds.outcome == Outcome.REJECTED else None
+        history = self._journal.history
+        record = history.last_put(Area.REJECTED.value, name)
+        if record is None or record.grounds.outcome != Outcome.REJECTED:
+            return None
+        gone = history.last_moved(Area.REJECTED.value, (name,), since=0.0)
+        return record if gone is None or gone.id < record.id else None  # else that one has left, and this is another
 
 
 def _changed_ns(entry: "os.DirEntry[str]") -> int:

@@ -1,0 +1,139 @@
+"""The outbox: moves carried out as a group, told once each, those that end later too."""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from sortd.journal import Journal
+from sortd.messages import Leave, Move, Moved, MoveFailed, MoveFailure, Refusal
+from sortd.metrics import Metrics
+from sortd.mover import Mover
+from sortd.running.account import Account
+from sortd.running.crossings import MOST_HANDED_OVER
+from sortd.running.filing import Filing
+from sortd.running.outbox import Outbox
+from sortd.running.relocating import Job, Order
+from tests.filing_world import Dataset, order
+
+
+def crossing(*names: int | str) -> None:
+    """Be a rename between file systems."""
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), *names[1:2])
+
+
+class Copies:
+    """What was submitted and not run yet."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self.jobs: list[Job] = []
+
+    def submit(self, job: Job) -> list[Order]:
+        """Keep a job for later."""
+        self.jobs.append(job)
+        return []
+
+    def run(self, count: int) -> list[Order]:
+        """Run the first so many."""
+        now, self.jobs = self.jobs[:count], self.jobs[count:]
+        return [job() for job in now]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """A dataset with an inbox."""
+    return Dataset.below(tmp_path)
+
+
+@pytest.fixture
+def journal(dataset: Dataset) -> Iterator[Journal]:
+    """Its journal."""
+    with dataset.journal() as opened:
+        yield opened
+
+
+@pytest.fixture
+def copies() -> Copies:
+    """Where copies to another file system wait."""
+    return Copies()
+
+
+@pytest.fixture
+def outbox(dataset: Dataset, journal: Journal, copies: Copies) -> Outbox:
+    """An outbox whose every move is a copy."""
+    filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=copies.submit)
+    return Outbox(filing, Account("Set", Metrics()), history=journal.history, root=dataset.root)
+
+
+def fill(outbox: Outbox, dataset: Dataset, count: int) -> list[Move]:
+    """Ask for moves, the first of them alone so that it is known that they are copies."""
+    moves = [order(dataset.put(f"Images/{number}.jpg", str(number))) for number in range(count)]
+    outbox.add(moves[0])
+    assert outbox.send() == []
+    for move in moves[1:]:
+        outbox.add(move)
+    assert outbox.send() == []
+    return moves
+
+
+def test_a_copy_is_told_when_it_has_ended(dataset: Dataset, outbox: Outbox, copies: Copies) -> None:
+    """One line each, with how long it took; nothing is due meanwhile, so that the loop can sleep."""
+    with capture_logs() as lines:
+        fill(outbox, dataset, 2)
+        assert (outbox.is_due, lines) == (False, [])
+        ended = outbox.end(copies.run(2))
+    assert [type(result) for result in ended] == [Moved, Moved]
+    assert [(line["event"], line["move_ms"] >= 0) for line in lines] == [("image.filed", True)] * 2
+
+
+def test_what_waits_for_a_copy_is_due_when_one_has_ended(dataset: Dataset, outbox: Outbox, copies: Copies) -> None:
+    """So many at a time; the next one is handed over, and all come to their end."""
+    fill(outbox, dataset, MOST_HANDED_OVER + 2)
+    assert (len(copies.jobs), outbox.is_due) == (MOST_HANDED_OVER, False)
+    outbox.end(copies.run(1))
+    assert outbox.is_due
+    outbox.send()
+    assert (len(copies.jobs), outbox.is_due) == (MOST_HANDED_OVER, False)
+
+
+def test_a_disk_that_refuses_is_not_asked_for_each_that_waits(dataset: Dataset, outbox: Outbox, copies: Copies) -> None:
+    """Those go back to the core without a line each; they are asked for again after its pause."""
+    moves = fill(outbox, dataset, MOST_HANDED_OVER + 20)
+    (dataset.root / "Dataset/cat").rmdir()
+    dataset.put("Dataset/cat", "a file in the way")
+    with capture_logs() as lines:
+        ended = outbox.end(copies.run(1))
+    failures = [result.failure for result in ended if isinstance(result, MoveFailed)]
+    assert failures == [MoveFailure.DESTINATION] * 21
+    assert [line["event"] for line in lines] == ["move.failed"]
+    assert not outbox.is_due
+    outbox.add(moves[-1])
+    assert outbox.send() == []
+
+
+def test_a_dataset_that_is_not_there_leaves_nothing_due(dataset: Dataset, outbox: Outbox, copies: Copies) -> None:
+    """What was gathered and what waits is answered at once: the loop must not spin until the disk is back."""
+    fill(outbox, dataset, MOST_HANDED_OVER + 5)
+    outbox.end(copies.run(2))
+    outbox.add(order(dataset.put("Images/late.jpg")))
+    assert outbox.is_due
+    assert len(outbox.refuse("not mounted")) == 6
+    assert not outbox.is_due
+
+
+def test_a_stop_gives_up_what_waits(dataset: Dataset, outbox: Outbox, copies: Copies) -> None:
+    """Without a line each; what is under way is told when it was interrupted."""
+    fill(outbox, dataset, MOST_HANDED_OVER + 5)
+    assert {type(result) for result in outbox.give_up()} == {MoveFailed}
+    assert len(outbox.end(copies.run(MOST_HANDED_OVER))) == MOST_HANDED_OVER
+
+
+def test_only_what_is_no_image_can_be_a_companion(dataset: Dataset, outbox: Outbox) -> None:
+    """A broken image of a companion's name stays an image; a companion that is gone by now is nobody's."""
+    path = str(dataset.root / "Images" / "a.mov")
+    assert not outbox.follow(Leave(path, Refusal.UNREADABLE, "broken"))
+    assert not outbox.follow(Leave(path, Refusal.NOT_AN_IMAGE, "a film"))
