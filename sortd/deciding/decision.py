@@ -10,7 +10,7 @@ from sortd.deciding.confidence import log_softmax
 from sortd.deciding.duplicates import unit
 from sortd.deciding.gaussian import Space, squared_distances
 from sortd.deciding.kernel import kernel_scores
-from sortd.deciding.plain import Plain, first_best, plain_scores
+from sortd.deciding.plain import first_best, plain_scores
 from sortd.deciding.prototype_set import PrototypeSet, Rule, Whitening
 from sortd.deciding.strangers import nearest_cosines
 from sortd.deciding.support import ClassifierKind, Mode
@@ -103,7 +103,7 @@ def judge(prototypes: PrototypeSet, queries: Array, mode: Mode) -> Judged:
         return _judge_blend(prototypes.whitening, rule, queries)
     if mode in {Mode.BEST, Mode.MIXED}:  # no reference anywhere: only names can speak
         mode = Mode.TEXT if mode is Mode.MIXED else Mode.MEAN
-    table = plain_scores(mode, queries, plain_part(prototypes))
+    table = plain_scores(mode, queries, prototypes.plain)
     probabilities = np.exp(log_softmax(prototypes.temperature * table))
     return Judged(table, probabilities, first_best(table), None, None)
 
@@ -156,21 +156,10 @@ def typicality(prototypes: PrototypeSet, queries: Array, judged: Judged) -> Arra
     return np.asarray(np.square(offsets).sum(axis=1) - nearest, dtype=np.float64)
 
 
-def plain_part(prototypes: PrototypeSet) -> Plain:
-    """Return what the plain rules of a prototype set compare with."""
-    return Plain(
-        rows=prototypes.references,
-        classes=prototypes.classes,
-        counts=prototypes.counts,
-        means=prototypes.means,
-        text=prototypes.text.astype(np.float64) if len(prototypes.text) else None,
-    )
-
-
 def _judge_blend(whitening: Whitening, rule: Rule, queries: Array) -> Judged:
     placed = Space(whitening.center, whitening.scale).place(queries)
     whitened = placed @ whitening.whitener
-    distances = squared_distances(whitened, rule.shrunk)
+    distances = squared_distances(whitened, rule.shrunk, rule.shrunk_norms)
     logits = -0.5 * rule.gaussian_weight * distances
     if rule.kernel_weight:
         logits += rule.kernel_weight * kernel_scores(whitened, rule.kernel(whitening))

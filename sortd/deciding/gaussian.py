@@ -147,12 +147,22 @@ def shrink_means(gaussian: Gaussian, named: Array | None = None, weight: float =
     return np.where(counts > 0, mixed, named)
 
 
-def squared_distances(left: Array, right: Array) -> Array:
-    """Return (B, C) squared Euclidean distances of rows (B, d) and (C, d)."""
+def squared_distances(left: Array, right: Array, right_norms: Array | None = None) -> Array:
+    """Return (B, C) squared Euclidean distances of rows (B, d) and (C, d).
+
+    Args:
+        left: (B, d).
+        right: (C, d).
+        right_norms: (C,) squared lengths of ``right``, where they are at hand; see ``squared_norms``.
+    """
     products = left @ right.T
-    return np.asarray(
-        np.square(left).sum(axis=1)[:, None] - 2.0 * products + np.square(right).sum(axis=1), dtype=np.float64
-    )
+    norms = squared_norms(right) if right_norms is None else right_norms
+    return np.asarray(np.square(left).sum(axis=1)[:, None] - 2.0 * products + norms, dtype=np.float64)
+
+
+def squared_norms(rows: Array) -> Array:
+    """Return (N,) squared lengths of rows (N, d)."""
+    return np.asarray(np.square(rows).sum(axis=1), dtype=np.float64)
 
 
 def _whitener(covariance: Array, typical: float, freedom: int, width: int) -> Array:

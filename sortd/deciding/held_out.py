@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from sortd.deciding.blend import Blend, Library, fit_blends
 from sortd.deciding.confidence import balanced_weights, fit_temperature, log_softmax
-from sortd.deciding.decision import judge, plain_part
+from sortd.deciding.decision import judge
 from sortd.deciding.duplicates import merge_duplicates, unit
 from sortd.deciding.gaussian import class_means
 from sortd.deciding.leaveoneout import LARGEST_TABLE, choose_held_out
@@ -67,7 +67,7 @@ def merge(prototypes: PrototypeSet, support: SupportSet) -> Merge:
 def judge_plain(mode: Mode, prototypes: PrototypeSet, merged: Merge) -> Judgement:
     """Return what avg, max, mean or text make of the references, exactly."""
     library = merged.library
-    plain = plain_part(prototypes)
+    plain = prototypes.plain
     means = class_means(library.rows, library.classes, library.counts)
     distinct = Plain(library.rows, library.classes, library.counts, means, plain.text)
     sample = choose_held_out(plain.counts, plain.classes)

@@ -1,6 +1,7 @@
 """The plain rules: avg, max, mean and text, as anybody would write them, and each reference left out exactly."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,11 @@ class Plain:
     text: Array | None
     """float64 (C, d), or None."""
 
+    @cached_property
+    def directions(self) -> Array:
+        """(C, d): the means at unit length."""
+        return unit(self.means)
+
 
 def plain_scores(mode: Mode, queries: Array, plain: Plain) -> Array:
     """Return (B, C) cosine scores of queries (B, d); -inf where a class has nothing to be compared with.
@@ -44,7 +50,7 @@ def plain_scores(mode: Mode, queries: Array, plain: Plain) -> Array:
         return np.asarray(queries @ plain.text.T, dtype=np.float64)
     if mode is Mode.MAX:
         return _largest(queries, plain)
-    result = queries @ (plain.means if mode is Mode.AVG else unit(plain.means)).T
+    result = queries @ (plain.means if mode is Mode.AVG else plain.directions).T
     result[:, plain.counts == 0] = -np.inf
     return np.asarray(result, dtype=np.float64)
 
