@@ -12,11 +12,11 @@ from sortd.config import Config, load
 from sortd.encoder import Pixels, Rows
 from sortd.finetuned import FinetunedFacts
 from sortd.layout import Area, Layout
-from sortd.messages import Embedded, PrototypesBuilt, RebuildFailed
+from sortd.messages import Embedded, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.promotion import Promotion, remove_promotion, write_promotion
 from sortd.running.classifiers import appointed
 from sortd.running.site import Site, teaching_of
-from sortd.running.worker import Answer, EmbedJob, Posted, RebuildJob, Worker, WorkerDied
+from sortd.running.worker import Answer, EmbedJob, Forget, Posted, RebuildJob, Worker, WorkerDied
 from sortd.watching.scanning import stamp
 from tests.command_line import write_config
 from tests.daemon_process import COLOURS, make_dataset, picture
@@ -80,17 +80,24 @@ class Bench:
         """Take a promotion back."""
         assert remove_promotion(self.layout(dataset).state_folder(self.config.state_dir))
 
-    def rebuild(self, dataset: str, *, force: bool = False) -> tuple[PrototypesBuilt, Answer]:
-        """Ask for a rebuild and return what was built, and the whole answer."""
-        teaching = teaching_of(self.config.dataset(dataset))
+    def job(self, dataset: str) -> RebuildJob:
+        """Return a rebuild of a dataset."""
         clases = self.layout(dataset).area(Area.CLASES)
-        self.worker.ask(RebuildJob(dataset, clases, teaching, 0, force=force))
+        return RebuildJob(dataset, clases, teaching_of(self.config.dataset(dataset)), 0)
+
+    def rebuild(self, dataset: str) -> tuple[PrototypesBuilt, Answer]:
+        """Ask for a rebuild and return what was built, and the whole answer."""
+        self.worker.ask(self.job(dataset))
         answer = self.answer()
         (built,) = (event for event in answer.events if isinstance(event, PrototypesBuilt))
         return built, answer
 
     def ask(self, dataset: str, colour: str, numbers: range) -> None:
         """Ask for the rows of new images."""
+        self.worker.ask(EmbedJob(dataset, self.draw(dataset, colour, numbers)))
+
+    def draw(self, dataset: str, colour: str, numbers: range) -> tuple[tuple[str, Stamp], ...]:
+        """Put images into the inbox and return them with their stamps."""
         images = []
         for number in numbers:
             path = self.layout(dataset).area(Area.IMAGES) / f"{colour}-{number}.png"
@@ -98,7 +105,7 @@ class Bench:
             mark = stamp(str(path))
             assert mark is not None
             images.append((str(path), mark))
-        self.worker.ask(EmbedJob(dataset, tuple(images)))
+        return tuple(images)
 
     def rows(self, dataset: str, count: int) -> set[str]:
         """Wait for the rows of so many images of a dataset and return the encoders that made them."""
@@ -227,6 +234,23 @@ def test_one_model_serves_two_datasets_and_is_let_go_with_the_last(config: Confi
         assert list(bench.site.classifiers.loaded.values()) == [embedder]
         bench.demote("Second")
         bench.rebuild("Second")
+        assert not bench.site.classifiers.loaded
+
+
+def test_a_dataset_that_comes_back_at_once_is_served(config: Config, vit: FinetunedFacts) -> None:
+    """What is asked for the new one of that name is not dropped with the old one, whose model is let go."""
+    with at_work(config) as bench:
+        bench.promote("First", vit)
+        bench.rebuild("First")
+        bench.demote("First")
+        many = bench.draw("First", "red", range(200))
+        bench.worker.ask(bench.job("Second"))  # while it is carried out, the two that follow are taken in
+        bench.worker.ask(Forget("First"))
+        bench.worker.ask(EmbedJob("First", many))
+        left = len(many)
+        while left:
+            left -= sum(len(one.images) for one in bench.answer().events if isinstance(one, Embedded))
+        bench.rebuild("First")
         assert not bench.site.classifiers.loaded
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sortd.config import Config
-from sortd.errors import DataError, LayoutError, ModelError
+from sortd.errors import DataError, LayoutError, ModelError, StartupError
 from sortd.finetuned import FinetunedFacts, read_facts
 from sortd.layout import Area, Layout, find_datasets
 from sortd.promotion import Promotion, read_promotion, remove_promotion, results, write_promotion
@@ -208,8 +208,8 @@ def _tell(config: Config, layout: Layout) -> str:
     """Ask the sortd that runs to look at its classifiers anew; say in a sentence what comes of it."""
     try:
         reply = ask(config.state_dir, {"do": "rebuild", "datasets": [layout.name], "force": False})
-    except AnsweredError as error:
-        return f"the sortd that runs does not take it up: {error}"
+    except (AnsweredError, StartupError) as error:  # it is written down: the next reload or start takes it up
+        return f"the sortd that runs has not taken it up: {error}"
     if reply is None:
         return "no sortd runs; the next one starts with it"
     return "the sortd that runs takes it up; `sortd status` says which classifier serves"

@@ -103,6 +103,8 @@ class Lanes:
         wait_seconds = self._advance_finetuned()
         if self.embedder.has_work:
             self.embedder.advance(at_most_seconds=wait_seconds)
+        if self._classifiers.loaded.keys() - set(self._deciding.values()):
+            self._retain()  # what another took over from may have ended just now
 
     def _advance_finetuned(self) -> float | None:
         """Take one step with every fine-tuned model that has work; return how long the next step may wait."""

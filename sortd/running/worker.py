@@ -224,7 +224,7 @@ class Worker:
             case Forget(dataset):
                 self._references.pop(dataset, None)
                 self._serving.pop(dataset, None)
-                lanes.forget(dataset)  # a rebuild that was asked for before may have switched it once more
+                lanes.switch(dataset, "")  # a rebuild that was asked for before may have given it a model once more
 
     def _deliver(self, dataset: str, encoder_id: str, answers: Sequence[EmbeddedImage | ImageRefused]) -> None:
         refused = [answer for answer in answers if isinstance(answer, ImageRefused)]
