@@ -102,7 +102,7 @@ def test_what_waits_for_a_copy_is_due_when_one_has_ended(dataset: Dataset, outbo
 
 def test_a_disk_that_refuses_is_not_asked_for_each_that_waits(dataset: Dataset, outbox: Outbox, copies: Copies) -> None:
     """Those go back to the core without a line each; they are asked for again after its pause."""
-    moves = fill(outbox, dataset, MOST_HANDED_OVER + 20)
+    fill(outbox, dataset, MOST_HANDED_OVER + 20)
     (dataset.root / "Dataset/cat").rmdir()
     dataset.put("Dataset/cat", "a file in the way")
     with capture_logs() as lines:
@@ -111,8 +111,6 @@ def test_a_disk_that_refuses_is_not_asked_for_each_that_waits(dataset: Dataset, 
     assert failures == [MoveFailure.DESTINATION] * 21
     assert [line["event"] for line in lines] == ["move.failed"]
     assert not outbox.is_due
-    outbox.add(moves[-1])
-    assert outbox.send() == []
 
 
 def test_a_dataset_that_is_not_there_leaves_nothing_due(dataset: Dataset, outbox: Outbox, copies: Copies) -> None:
