@@ -12,7 +12,8 @@ import numpy as np
 
 from sortd.encoding import models
 from sortd.encoding.backends import choose
-from sortd.encoding.exports import Exports, Precision, find, make
+from sortd.encoding.exports import Exports, find, make
+from sortd.encoding.manifest import Precision
 from sortd.encoding.model_folders import ModelFolder
 from sortd.encoding.onnx_encoder import OnnxEncoder
 from sortd.encoding.rows import BROKEN, Pixels, Rows

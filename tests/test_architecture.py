@@ -82,6 +82,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "encoding.rows": (EDGE, "encoder"),
     "encoding.backends": (EDGE, "encoder"),
     "encoding.exports": (EDGE, "encoder"),
+    "encoding.manifest": (EDGE, "encoder"),
     "encoding.onnx_encoder": (EDGE, "encoder"),
     "encoding.onnx_export": (EDGE, "encoder"),
     "encoding.onnx_int8": (EDGE, "encoder"),

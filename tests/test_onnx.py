@@ -14,7 +14,8 @@ import pytest
 from sortd.encoder import load
 from sortd.encoding import exports, models, onnx_export
 from sortd.encoding.backends import choose
-from sortd.encoding.exports import Exports, Manifest, Precision, Request
+from sortd.encoding.exports import Exports, Request
+from sortd.encoding.manifest import Manifest, Precision
 from sortd.encoding.model_folders import ModelFolder
 from sortd.encoding.onnx_encoder import OnnxEncoder
 from sortd.encoding.onnx_int8 import FULL_RANGE, REDUCED_RANGE, quantize, weight_range

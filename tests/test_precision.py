@@ -15,7 +15,8 @@ from sortd.config import Config
 from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder
 from sortd.encoding import exports, models
-from sortd.encoding.exports import Exports, Manifest, Precision, Request
+from sortd.encoding.exports import Exports, Request
+from sortd.encoding.manifest import Manifest, Precision
 from sortd.encoding.onnx_int8 import quantize
 from sortd.errors import ModelError
 from sortd.images import Limits

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sortd.encoding.exports import EXTRA, folder_of, is_installed
+from sortd.encoding.exports import EXTRA, has_any, is_installed
 from sortd.encoding.model_folders import ModelFolder
 from sortd.errors import ModelError
 
@@ -67,7 +67,7 @@ def _against_onnx(
     """Return what keeps ``auto`` from ONNX Runtime, if anything does."""
     if not is_installed():
         return f"ONNX Runtime, which is quicker and lighter, is not installed: {EXTRA}"
-    if cache_dir is None or not folder_of(model, words, cache_dir=cache_dir).is_dir():
+    if cache_dir is None or not has_any(model, words, cache_dir=cache_dir):
         return "this model has not been exported to ONNX; `sortd models export` does it"
     if device != "cpu" and (device != "auto" or gpu.exists()) and not _has_cuda():
         return "this ONNX Runtime cannot use the device, torch can"

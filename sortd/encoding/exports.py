@@ -16,19 +16,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from sortd.encoding import models
+from sortd.encoding.manifest import Manifest, Precision, tower_file
 from sortd.encoding.model_folders import ModelFolder, complete, vouch
 from sortd.encoding.onnx_int8 import weight_range
 from sortd.errors import ModelError
-from sortd.messages import Fit, Preprocessing
 
 FORMAT = 1
 """Raised when the same model would be exported in another way than before."""
@@ -41,59 +39,6 @@ TOKENIZER = "tokenizer.json"
 EXTRA = "pip install 'sortd[onnx]' (packages onnxruntime and onnx)"
 EXPORT_SECONDS = 1800.0
 """Far beyond what the largest model takes on a slow disk; a child that needs longer hangs."""
-
-
-class Precision(StrEnum):
-    """In what numbers a model computes."""
-
-    FP32 = "fp32"
-    INT8 = "int8"
-
-
-@dataclass(frozen=True, slots=True)
-class TextInputs:
-    """How texts become the inputs of the text tower."""
-
-    names: tuple[str, ...]  # of input_ids, attention_mask, token_type_ids
-    padding: int  # the token that fills the rows of a batch to one length
-    length: int | None  # of every row, where the model was taught with that; None fills to the longest
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What an export holds, as it is written beside it."""
-
-    identity: str
-    dimensions: int
-    preprocessing: Preprocessing
-    text: TextInputs
-    gain: float
-    """How many times as quick int8 was as float32, image by image, when it was made; 0 where nothing can be int8."""
-    checksums: Mapping[str, str]
-    """sha256 of each file by its name."""
-    made_with: Mapping[str, str] = field(default_factory=dict)
-    """Versions, for people."""
-
-    def to_json(self) -> str:
-        """Return it as JSON."""
-        return json.dumps(asdict(self), indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "Manifest":
-        """Return what ``to_json`` wrote.
-
-        Raises:
-            ValueError: It is something else.
-        """
-        try:
-            said: dict[str, Any] = json.loads(text)
-            seen, words = said.pop("preprocessing"), said.pop("text")
-            preprocessing = Preprocessing(**{**seen, "fit": Fit(seen["fit"])})
-            return cls(
-                preprocessing=preprocessing, text=TextInputs(**{**words, "names": tuple(words["names"])}), **said
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"no manifest of an export: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +101,6 @@ class Exports:
         return sum((self.folder / name).stat().st_size for name in self.manifest.checksums)
 
 
-def tower_file(name: str, precision: Precision) -> str:
-    """Return the file name of a tower."""
-    return f"{name}.onnx" if precision is Precision.FP32 else f"{name}.{precision}.onnx"
-
-
 def is_installed() -> bool:
     """Tell whether ONNX Runtime is here, without importing it."""
     return find_spec("onnxruntime") is not None
@@ -196,12 +136,19 @@ def folder_of(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path)
     return cache_dir / "onnx" / hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
+def has_any(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path) -> bool:
+    """Tell whether a model was exported before, soundly or not; where nothing ever was, no weight is hashed."""
+    return (cache_dir / "onnx").is_dir() and folder_of(model, words, cache_dir=cache_dir).is_dir()
+
+
 def find(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path) -> Exports | None:
     """Return the exports of a model, or None where there are none that serve as they are.
 
     Raises:
         ModelError: ONNX Runtime is not installed.
     """
+    if not has_any(model, words, cache_dir=cache_dir):
+        return None
     folder = folder_of(model, words, cache_dir=cache_dir)
     try:
         manifest = Manifest.from_json((folder / MANIFEST).read_text("utf-8"))

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.encoding import models
-from sortd.encoding.exports import FORMAT, TOKENIZER, Exports, Precision, TextInputs
+from sortd.encoding.exports import FORMAT, TOKENIZER, Exports
+from sortd.encoding.manifest import Precision, TextInputs
 from sortd.encoding.model_folders import first_line
 from sortd.encoding.onnx_int8 import weight_range
 from sortd.encoding.rows import Pixels, Rows, check_pixels, unit, writable

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sortd.encoding.exports import MANIFEST, OPSET, TOKENIZER, Manifest, Precision, Request, TextInputs, tower_file
+from sortd.encoding.exports import MANIFEST, OPSET, TOKENIZER, Request
+from sortd.encoding.manifest import Manifest, Precision, TextInputs, tower_file
 from sortd.encoding.model_folders import first_line
 from sortd.encoding.models import checksums
 from sortd.encoding.onnx_encoder import open_tower, text_inputs

@@ -25,7 +25,8 @@ from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder, load
 from sortd.encoding import exports, models
 from sortd.encoding.backends import choose
-from sortd.encoding.exports import Exports, Precision
+from sortd.encoding.exports import Exports
+from sortd.encoding.manifest import Precision
 from sortd.errors import LayoutError, ModelError
 from sortd.images import Jpeg
 from sortd.layout import Area, find_datasets
