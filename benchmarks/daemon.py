@@ -1,11 +1,12 @@
 """What it is like to live with the daemon: start-up, latency of a lone image, idling, a burst of four datasets.
 
-    python -m benchmarks.daemon [startup] [latency] [idle] [burst] [--photos FOLDER] [--model MODEL] [--json]
+    python -m benchmarks.daemon [startup] [latency] [newest] [idle] [burst] [--photos FOLDER] [--model MODEL] [--json]
 
 Everything runs in a temporary folder, with the real program as a process of its own.
 
     startup   seconds of `sortd --help` and `sortd check`, beside those of a bare `python -c pass`
     latency   from the last byte of a lone file to its move, less the settle time; median and 95th percentile
+    newest    a file that is dropped while 10,000 wait: how many others are filed between its settling and its filing
     idle      processor seconds that a minute of doing nothing costs, in per cent of a core
     burst     FOLDER/<dataset>/<class>/* as datasets with six references a class, the rest dropped in one burst by
               another process: by slow writes, by rename, as whole folders; every content must then stand in one place
@@ -25,6 +26,9 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from tests.daemon_process import COLOURS, DaemonProcess, make_dataset, picture
 
@@ -101,6 +105,43 @@ def measure_latency(folder: Path, model: str, *, drops: int = 60, settle_seconds
         "settle_seconds": settle_seconds,
         "beyond_settle_ms_median": round(statistics.median(ordered), 1),
         "beyond_settle_ms_p95": round(ordered[int(0.95 * len(ordered))], 1),
+    }
+
+
+def measure_newest(folder: Path, model: str, *, backlog: int = 10_000, drops: int = 5) -> dict[str, Any]:
+    """Drop files one by one while many wait, and count the images that are filed before each.
+
+    The floor: two batches, 64 images.
+    """
+    dataset, settle_seconds, batch_size = make_dataset(folder / "Data"), 1.0, 32
+    dice = np.random.default_rng(0)
+    for number in range(backlog):
+        pixels = dice.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(dataset / "Images" / f"waits {number:05}.jpg")
+    keys = {"settle_seconds": settle_seconds, "abstain": "off", "guard": "false", "batch_size": batch_size}
+    config = write_config(folder, folder / "Data", model, **keys)
+    before = []
+    with DaemonProcess(config, program="sortd") as daemon:
+        daemon.wait_for("image.filed", count=2 * batch_size, seconds=300)
+        for number in range(drops):
+            path = dataset / "Images" / f"newest {number}.jpg"
+            picture("red", number, (640, 480)).save(folder / path.name)
+            (folder / path.name).rename(path)
+            until = time.monotonic() + settle_seconds
+            while time.monotonic() < until:
+                time.sleep(0.001)
+            filed = len(daemon.events("image.filed"))
+            daemon.wait_for("image.filed", path=str(path), seconds=300)
+            order = [line["path"] for line in daemon.events("image.filed")]
+            before.append(max(0, order.index(str(path)) - filed))
+        left = backlog + drops - len(daemon.events("image.filed"))
+        daemon.stop()
+    return {
+        "backlog": backlog,
+        "left_at_the_end": left,
+        "filed_before_it": before,
+        "most_filed_before_it": max(before),
+        "floor": 2 * batch_size,
     }
 
 
@@ -217,12 +258,14 @@ def main() -> None:
                     results[what] = measure_startup(folder, arguments.model)
                 case "latency":
                     results[what] = measure_latency(folder, arguments.model)
+                case "newest":
+                    results[what] = measure_newest(folder, arguments.model)
                 case "idle":
                     results[what] = measure_idle(folder, arguments.model)
                 case "burst":
                     results[what] = measure_burst(folder, arguments.model, arguments.photos)
                 case _:
-                    parser.error(f"{what} is none of startup, latency, idle, burst")
+                    parser.error(f"{what} is none of startup, latency, newest, idle, burst")
         if not arguments.json:
             print(what, json.dumps(results[what]), flush=True)
     if arguments.json:

@@ -1,0 +1,166 @@
+"""What does a large library cost: one more reference, no change at all, and a decision among ten thousand classes?
+
+python -m benchmarks.scale [rebuild] [decide] [--references 10000] [--library 100000] [--classes 10000] [--json]
+
+rebuild   small pictures on the disk as references of a hundred classes, through the decoders, the cache and an
+          encoder that counts the images it sees; then one reference more; then no change. The floor: one more
+          costs fewer than three forwards of an image, no change none
+decide    random embeddings of 512 dimensions in so many classes; a lone decision and one of a batch of 16, in
+          milliseconds, each as a multiple of what one product of the batch with all references takes, measured
+          in the same run
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from sortd.cache import Cache
+from sortd.decoding.decoders import DecoderPool
+from sortd.images import Limits
+from sortd.messages import Preprocessing
+from sortd.prototypes import Abstain, DecisionSettings, Mode, SupportSet, build, decide
+from sortd.references import References, Teaching
+from sortd.running.embedding import Embedder
+
+DIMENSIONS = 512
+SIDE = 16
+REBUILD_CLASSES = 100
+MOST_FORWARDS = 3
+BATCH = 16
+
+
+class CountingEncoder:
+    """Projects small pictures at random, and counts them."""
+
+    encoder_id = "counting-512"
+    dimensions = DIMENSIONS
+    preprocessing = Preprocessing(SIDE, SIDE, SIDE)
+    has_text = False
+
+    def __init__(self) -> None:
+        """Begin at none."""
+        self.images = 0
+        self._projection = np.random.default_rng(0).normal(size=(3 * SIDE * SIDE, DIMENSIONS)).astype(np.float32)
+
+    def encode_images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Embed pixels (B, 16, 16, 3) as unit rows (B, 512)."""
+        self.images += len(pixels)
+        rows = (pixels.reshape(len(pixels), -1).astype(np.float32) - 128.0) @ self._projection
+        return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+
+    def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Know no words."""
+        raise NotImplementedError(texts)
+
+
+def write_reference(clases: Path, number: int) -> None:
+    """Write one small picture of a class: its look, and noise."""
+    label = number % REBUILD_CLASSES
+    look = np.random.default_rng(label).integers(60, 196, (SIDE, SIDE, 3))
+    noise = np.random.default_rng([1, number]).normal(0, 25, look.shape)
+    folder = clases / f"class {label:03}"
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.clip(look + noise, 0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+
+
+def measure_rebuild(folder: Path, references: int) -> dict[str, Any]:
+    """Build from all, from one more, and from the same again; seconds, and images that the encoder saw."""
+    clases = folder / "Clases"
+    for number in range(references):
+        write_reference(clases, number)
+    encoder, teaching = CountingEncoder(), Teaching(DecisionSettings(Mode.BEST, Abstain(0.95, "auto")))
+    facts: dict[str, Any] = {"references": references, "floor_forwards": MOST_FORWARDS}
+    with DecoderPool(2, encoder.preprocessing, Limits()) as pool, Cache(folder / "embeddings.sqlite") as cache:
+        embedder, read = Embedder(encoder, pool, cache), References(clases)
+        previous = None
+        for generation, name in enumerate(("first", "one_more", "no_change"), 1):
+            if name == "one_more":
+                write_reference(clases, references)
+            before, began = encoder.images, time.perf_counter()
+            rebuilt = read.rebuild(embedder, teaching, previous=previous, generation=generation)
+            facts[f"{name}_seconds"] = round(time.perf_counter() - began, 3)
+            facts[f"{name}_images_encoded"] = encoder.images - before
+            previous = rebuilt.prototypes
+    return facts
+
+
+def measure_decide(references: int, classes: int) -> dict[str, Any]:
+    """Decide among so many classes in two modes, beside a bare product with all references."""
+    dice = np.random.default_rng(0)
+    looks = dice.standard_normal((classes, DIMENSIONS), np.float32)
+    of = np.sort(np.arange(references) % classes)
+    rows = looks[of] + dice.standard_normal((references, DIMENSIONS), np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    queries = looks[:BATCH] + dice.standard_normal((BATCH, DIMENSIONS), np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    product = {size: _milliseconds(lambda part: part @ rows.T, queries[:size]) for size in (1, BATCH)}
+    facts: dict[str, Any] = {"references": references, "classes": classes}
+    for mode in (Mode.MAX, Mode.BEST):
+        support = SupportSet(
+            labels=tuple(f"class {number:05}" for number in range(classes)),
+            embeddings=rows,
+            classes=of,
+            sources=tuple(f"{number}.png" for number in range(references)),
+            text=None,
+            text_mean=None,
+            strangers=np.zeros((0, DIMENSIONS), np.float32),
+            encoder_id="random",
+            fingerprint="random",
+        )
+        began = time.perf_counter()
+        prototypes = build(support, DecisionSettings(mode, Abstain(0.95, "auto")), generation=1)
+        built = time.perf_counter() - began
+        taken = {size: _milliseconds(partial(decide, prototypes), queries[:size]) for size in (1, BATCH)}
+        facts[mode.value] = {
+            "build_seconds": round(built, 1),
+            "alone_ms": round(taken[1], 2),
+            "of_a_batch_ms": round(taken[BATCH] / BATCH, 2),
+            "alone_in_products": round(taken[1] / product[1], 1),
+            "batch_in_products": round(taken[BATCH] / product[BATCH], 1),
+        }
+    return facts
+
+
+def _milliseconds(work: Callable[[npt.NDArray[np.float32]], object], batch: npt.NDArray[np.float32]) -> float:
+    work(batch)
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        work(batch)
+        times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def main() -> int:
+    """Measure what is asked for and print it; exit 1 if a floor is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["rebuild", "decide"])
+    parser.add_argument("--references", type=int, default=10_000)
+    parser.add_argument("--library", type=int, default=100_000)
+    parser.add_argument("--classes", type=int, default=10_000)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    facts: dict[str, Any] = {}
+    if "rebuild" in arguments.what:
+        with tempfile.TemporaryDirectory(prefix="sortd-bench-") as name:
+            facts["rebuild"] = measure_rebuild(Path(name), arguments.references)
+    if "decide" in arguments.what:
+        facts["decide"] = measure_decide(arguments.library, arguments.classes)
+    print(json.dumps(facts, indent=2 if arguments.json else None))
+    rebuilt = facts.get("rebuild", {"one_more_images_encoded": 0, "no_change_images_encoded": 0})
+    is_reached = rebuilt["one_more_images_encoded"] < MOST_FORWARDS and rebuilt["no_change_images_encoded"] == 0
+    return 0 if is_reached else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
