@@ -12,9 +12,10 @@ from sortd.config import Config, load
 from sortd.encoder import Pixels, Rows
 from sortd.finetuned import FinetunedFacts
 from sortd.layout import Area, Layout
-from sortd.messages import Embedded, PrototypesBuilt, RebuildFailed, Stamp
+from sortd.messages import Embedded, Move, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.promotion import Promotion, remove_promotion, write_promotion
 from sortd.running.classifiers import appointed
+from sortd.running.rehearsal import rehearse
 from sortd.running.site import Site, teaching_of
 from sortd.running.worker import Answer, EmbedJob, Forget, Posted, RebuildJob, Worker, WorkerDied
 from sortd.watching.scanning import stamp
@@ -252,6 +253,22 @@ def test_a_dataset_that_comes_back_at_once_is_served(config: Config, vit: Finetu
             left -= sum(len(one.images) for one in bench.answer().events if isinstance(one, Embedded))
         bench.rebuild("First")
         assert not bench.site.classifiers.loaded
+
+
+def test_a_rehearsal_decides_by_the_model_too(config: Config, vit: FinetunedFacts) -> None:
+    """What `once --dry-run` foretells is what `once` would do."""
+    layout = Layout(config.root / "First")
+    write_promotion(layout.state_folder(config.state_dir), Promotion(vit.folder, vit.model_id, vit.verdict, 0.0))
+    for name in ("First", "Second"):
+        picture("green", 1).save(config.root / name / "Images" / "a.png")
+    told: dict[str, tuple[str, str]] = {}
+
+    def tell(dataset: str, move: Move, _: str) -> None:
+        assert move.decision is not None
+        told[dataset] = (move.folder, move.decision.mode.value)
+
+    rehearse(config, tell, load_encoder=lambda _: FakeEncoder())
+    assert told == {"First": ("Dataset/green", "finetuned"), "Second": ("Dataset/green", "max")}
 
 
 class TestAppointed:

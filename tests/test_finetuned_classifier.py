@@ -12,7 +12,7 @@ from sortd.deciding.finetuned_classifier import (
     build_classifier,
     difference_of_labels,
 )
-from sortd.messages import Embed, Embedded, EmbeddedImage, Move, Outcome, PrototypesBuilt
+from sortd.messages import Embed, Embedded, EmbeddedImage, Move, Outcome, PrototypesBuilt, ReviewSeen
 from sortd.prototypes import Abstain, Abstained, Assigned
 from sortd.sorter import Sorter
 from tests.test_sorter import prototypes, ready_sorter, settle, stamp
@@ -161,3 +161,15 @@ def test_rows_of_the_model_are_never_taken_for_embeddings_after_a_demotion() -> 
     sorter = deciding_sorter(classifier(abstain=None))
     sorter.receive(PrototypesBuilt(prototypes(5)), 150)
     assert sorter.receive(answered([9.0, 0.0, 0.0]), 200) == [Embed((("a.png", STAMP),))]
+
+
+def test_what_rests_in_review_is_decided_again_by_a_promoted_model() -> None:
+    """Another classifier is another generation: the image leaves Review/ when the model is sure, and stays else."""
+    for row, folder in (([9.0, 0.0, 0.0], "Dataset/bolt"), ([0.0, 0.0, 0.0], None)):
+        sorter = ready_sorter()
+        sorter.receive(ReviewSeen("Review/torx/a.png", STAMP, generation=1), 1)
+        commands = sorter.receive(PrototypesBuilt(prototypes(2), classifier(generation=2)), 2)
+        assert commands == [Embed((("Review/torx/a.png", STAMP),))]
+        image = EmbeddedImage("Review/torx/a.png", STAMP, np.asarray(row, np.float32), "00")
+        moves = [one for one in sorter.receive(Embedded((image,), MODEL), 3) if isinstance(one, Move)]
+        assert [move.folder for move in moves] == ([folder] if folder else [])
