@@ -93,6 +93,16 @@ def test_a_renamed_dataset_whose_old_name_is_in_use_takes_nothing_from_that(layo
     assert counts(layout, state) == {"filed": 1}
 
 
+def test_another_state_directory_keeps_its_journals(layout: Layout, tmp_path: Path) -> None:
+    """Whoever starts sortd with other settings takes nothing out of the folder of the first ones."""
+    with hold(layout, tmp_path / "state") as holding:
+        file_one(holding)
+    renamed = Layout(layout.root.with_name("Felines"))
+    layout.root.rename(renamed.root)
+    assert counts(renamed, tmp_path / "other") == {}
+    assert [path.name.rpartition("-")[0] for path in (tmp_path / "state").iterdir()] == ["Cats"]
+
+
 @pytest.mark.parametrize("word", ["", "nonsense", "/", "\udce9"])
 def test_a_pointer_that_makes_no_sense_is_written_anew(layout: Layout, tmp_path: Path, word: str) -> None:
     """Anybody can write there; it leads to no folder that is not of this state directory."""

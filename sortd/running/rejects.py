@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from sortd.journal import Journal
 from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
-from sortd.messages import Outcome, Stamp
+from sortd.messages import Stamp
 from sortd.running.corrections import CLOCK_SLACK_NS
 from sortd.watching.scanning import is_temporary, stamp
 
@@ -81,7 +81,7 @@ class Rejects:
             return None
         history = self._journal.history
         record = history.last_put(Area.REJECTED.value, name)
-        if record is None or record.grounds.outcome != Outcome.REJECTED:
+        if record is None:
             return None
         gone = history.last_moved(Area.REJECTED.value, (name,), since=0.0)
         return record if gone is None or gone.id < record.id else None  # else that one has left, and this is another

@@ -28,6 +28,13 @@ TESTS = {
     "moving/relocation": ("tests/test_journal.py", FILING),
     "moving/renaming": (STEPS, "tests/test_mover.py", RECOVERY, FILING),
     "running/undoing": (FILING,),
+    "running/crossings": (FILING,),
+    "running/outbox": ("tests/test_outbox.py",),
+    "running/copier": ("tests/test_copier.py",),
+    "running/holding": ("tests/test_holding.py",),
+    "running/residence": ("tests/test_holding.py",),
+    "running/latecomers": (FILING,),
+    "running/rejects": (FILING,),
 }
 """Which tests are to notice, the quick ones first."""
 
@@ -155,7 +162,34 @@ IDENTITIES = (
     ),
 )
 
-ALL = SYNCS + REFUSALS + IDENTITIES
+APART = (
+    Mutant(
+        "running/relocating", "        if self._interrupted():\n            return order.troubled(_INTERRUPTED)\n", ""
+    ),
+    Mutant("running/relocating", "[one for one in unfinished if one.token not in self._crossing]", "unfinished"),
+    Mutant("running/relocating", "(*self.recover(), *self._crossing.values())", "self.recover()"),
+    Mutant("running/crossings", "if crosses and room <= 0:", "if False:"),
+    Mutant("running/outbox", "                    ended += self._withdraw(answer.message)", "                    pass"),
+    Mutant("running/outbox", ", *self._withdraw(message)]", "]"),
+    Mutant("running/copier", "            errand.done.wait()\n", "            pass\n"),
+    Mutant(
+        "running/copier",
+        "                waiting[seat] = errands\n",
+        "                waiting = {seat: errands, **waiting}\n",
+    ),
+    Mutant("running/holding", "        held.enter_context(_locked(folder, layout))\n", ""),
+    Mutant("running/holding", "        held.enter_context(_locked(layout.marker, layout))\n", ""),
+    Mutant("running/residence", "own.st_ino == marker and not _is_elsewhere", "not _is_elsewhere"),
+    Mutant("running/residence", "if former.parent.resolve() != state.resolve() or not", "if not"),
+    Mutant("running/latecomers", "if record is None or not self._stands(record):", "if record is None:"),
+    Mutant("running/latecomers", "        if any(os.path.lexists(", "        if False and any(os.path.lexists("),
+    Mutant("running/latecomers", "since=self._clock() - LATE_SECONDS", "since=0.0"),
+    Mutant("running/rejects", "return record if gone is None or gone.id < record.id else None", "return record"),
+    Mutant("running/rejects", "            self._journal.follow(record, refused)\n", "            pass\n"),
+)
+"""What keeps two threads, two processes, two datasets or two images of one name apart."""
+
+ALL = SYNCS + REFUSALS + IDENTITIES + APART
 
 
 def copy_with(mutant: Mutant, place: Path) -> None:
