@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from sortd.journal import Journal
-from sortd.messages import Leave, Move, Moved, MoveFailed, MoveFailure, Refusal
+from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Refusal
 from sortd.metrics import Metrics
 from sortd.mover import Mover
 from sortd.running.account import Account
@@ -128,6 +128,32 @@ def test_a_stop_gives_up_what_waits(dataset: Dataset, outbox: Outbox, copies: Co
     fill(outbox, dataset, MOST_HANDED_OVER + 5)
     assert {type(result) for result in outbox.give_up()} == {MoveFailed}
     assert len(outbox.end(copies.run(MOST_HANDED_OVER))) == MOST_HANDED_OVER
+
+
+def test_a_version_that_is_asked_for_again_meanwhile_is_answered_twice(
+    dataset: Dataset, outbox: Outbox, copies: Copies
+) -> None:
+    """The second time it is said that the first move has not ended; the first one is told in the end."""
+    (move,) = fill(outbox, dataset, 1)
+    outbox.add(move)
+    with capture_logs() as lines:
+        assert [type(result) for result in outbox.send()] == [MoveFailed]
+        assert [type(result) for result in outbox.end(copies.run(1))] == [Moved]
+    assert [line["event"] for line in lines] == ["move.failed", "image.filed"]
+
+
+def test_a_companion_that_follows_or_cannot_is_unknown_to_the_core(
+    dataset: Dataset, outbox: Outbox, copies: Copies
+) -> None:
+    """It never asked for that move: what could not follow is found again by the next scan."""
+    fill(outbox, dataset, 1)
+    outbox.end(copies.run(1))
+    films = [dataset.put(f"Images/0.{suffix}", "a film") for suffix in ("mov", "mp4")]
+    for film in films:
+        assert outbox.follow(Leave(str(film), Refusal.NOT_AN_IMAGE, "a film"))
+    films[1].unlink()
+    heard = outbox.send() + outbox.end(copies.run(2))
+    assert sorted(result.path for result in heard if isinstance(result, ImageGone)) == sorted(map(str, films))
 
 
 def test_only_what_is_no_image_can_be_a_companion(dataset: Dataset, outbox: Outbox) -> None:

@@ -3,13 +3,14 @@
 One pair of directory syncs for fifty moves is eighty times as fast as one for each.
 """
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Protocol
 
 from sortd.journaling.history import History
-from sortd.messages import Leave, Move, Moved, MoveFailed, MoveFailure, Refusal, Stamp
+from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.moving.relocation import Progress, Relocation
 from sortd.running.account import Account
 from sortd.running.filing import Filing
@@ -17,6 +18,7 @@ from sortd.running.relocating import Order
 from sortd.running.undoing import PutBack
 
 Result = Moved | MoveFailed
+Heard = Result | ImageGone
 
 
 class Mover(Protocol):
@@ -41,7 +43,8 @@ class Outbox:
         self._mover, self._account, self._history, self._root = mover, account, history, root
         self._filing = mover if isinstance(mover, Filing) else None
         self._moves: list[Move] = []
-        self._asked: dict[tuple[str, Stamp], tuple[Move, float]] = {}  # sent and not answered yet, and since when
+        # Sent and not answered yet, and since when; one version can be asked for again before it was answered.
+        self._asked: dict[tuple[str, Stamp], deque[tuple[Move, float]]] = {}
 
     def add(self, move: Move) -> None:
         """Take a move in; it waits for ``send``."""
@@ -52,7 +55,7 @@ class Outbox:
         """Whether there is something to send: moves that were gathered, or some that waited for a copy to end."""
         return bool(self._moves) or (self._filing is not None and self._filing.can_go_on)
 
-    def send(self) -> list[Result]:
+    def send(self) -> list[Heard]:
         """Carry out what was gathered, as one group; return what has ended, a line written about each.
 
         Raises:
@@ -60,32 +63,32 @@ class Outbox:
         """
         moves, self._moves = self._moves, []
         began = monotonic()
-        self._asked |= {(move.path, move.stamp): (move, began) for move in moves}
+        for move in moves:
+            self._asked.setdefault((move.path, move.stamp), deque()).append((move, began))
         if self._filing is not None:
             self.tell_recovered(self._filing.recover())
         results = self._mover.move_all(moves)
         share = (monotonic() - began) / max(1, len(results))
-        for result in results:
-            self._account.moved(self._taken(result)[0], result, 1e3 * share)
-        return results
+        return [self._told(result, share) for result in results]
 
-    def end(self, orders: Sequence[Order]) -> list[Result | PutBack]:
+    def end(self, orders: Sequence[Order]) -> list[Heard | PutBack]:
         """Take note of copies to another file system that have ended; return what became of them.
 
         Raises:
             JournalError: the journal cannot be written; the daemon must stop.
         """
         assert self._filing is not None
-        ended = self._filing.end(orders)
-        for answer in list(ended):
-            if not isinstance(answer, PutBack):
-                move, began = self._taken(answer)
-                self._account.moved(move, answer, 1e3 * (monotonic() - began))
-                if isinstance(answer, Moved):
-                    self._moves += self._filing.left_companions(answer.path)
-                elif answer.failure is MoveFailure.DESTINATION:
-                    ended += self._withdraw(answer.message)  # a full disk is not asked again for each that waits
-        return ended
+        heard: list[Heard | PutBack] = []
+        for answer in self._filing.end(orders):
+            if isinstance(answer, PutBack):
+                heard.append(answer)
+                continue
+            heard.append(self._told(answer, None))
+            if isinstance(answer, Moved):
+                self._moves += self._filing.left_companions(answer.path)
+            elif answer.failure is MoveFailure.DESTINATION:
+                heard += self._withdraw(answer.message)  # a full disk is not asked again for each that waits
+        return heard
 
     def follow(self, leave: Leave) -> bool:
         """Take a file that stays where it is in, as a move, if it is a companion of an image that has left before it.
@@ -131,8 +134,22 @@ class Outbox:
             self._taken(result)
         return withdrawn
 
+    def _told(self, result: Result, seconds: float | None) -> Heard:
+        """Write the line of a result; return what the core is to hear of it.
+
+        It never asked for a companion to follow: one that did is gone, one that could not is found by the next scan.
+        """
+        move, began = self._taken(result)
+        self._account.moved(move, result, 1e3 * (monotonic() - began if seconds is None else seconds))
+        return ImageGone(move.path) if move.outcome is Outcome.FOLLOWED else result
+
     def _taken(self, result: Result) -> tuple[Move, float]:
-        return self._asked.pop((result.path, result.stamp))
+        key = (result.path, result.stamp)
+        asked = self._asked[key]
+        taken = asked.popleft()
+        if not asked:
+            del self._asked[key]
+        return taken
 
 
 def _failed(move: Move, message: str) -> Result:

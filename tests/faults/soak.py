@@ -143,7 +143,8 @@ class Soak:
             if daemon.poll() is not None:
                 self.exits[daemon.returncode] += 1
                 continue
-            self.end(daemon, signal.SIGTERM if dice.random() < 0.1 else signal.SIGKILL)
+            is_asked = dice.random() < 0.1 and self.is_ready(written)  # before, Python itself ends by the signal
+            self.end(daemon, signal.SIGTERM if is_asked else signal.SIGKILL)
         self.check(writers)
 
     def undisturbed(self, config: Path) -> bool:
