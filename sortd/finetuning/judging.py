@@ -103,13 +103,14 @@ def _described(plan: Plan, judged: Sequence[Mapping[str, Any]]) -> dict[str, Any
     classes = [
         {**held, **{key: found[key] for key in shown}} for held, found in zip(plan.data["classes"], judged, strict=True)
     ]
+    epochs = plan.recipe.passes(len(plan.classes["train"]), together=plan.recipe.batch_size)
     return {
         "version": __version__,
         "dataset": plan.dataset,
         "created": plan.created,
         "base": plan.base,
         "labels": list(plan.labels),
-        "recipe": asdict(plan.recipe),
+        "recipe": {**asdict(plan.recipe), "epochs": epochs},
         "extra": list(plan.extra),
         "data": {key: value for key, value in plan.data.items() if key not in {"classes", "left_out"}},
         "left_out": plan.data["left_out"],

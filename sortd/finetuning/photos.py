@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -92,7 +93,7 @@ class Photos:
         return {label: int(number) for label, number in zip(self.labels, held, strict=True)}
 
 
-def find_candidates(layout: Layout, source: Source, state: os.PathLike[str]) -> tuple[list[Candidate], list[Candidate]]:
+def find_candidates(layout: Layout, source: Source, state: Path) -> tuple[list[Candidate], list[Candidate]]:
     """List the images of a dataset's classes, and those of ``Clases/_none``.
 
     Args:
@@ -123,9 +124,9 @@ def find_candidates(layout: Layout, source: Source, state: os.PathLike[str]) -> 
     return known, [one for one in found if one.label == STRANGERS_FOLDER]
 
 
-def _placed(layout: Layout, files: Sequence[tuple[str, Stamp, str]], state: os.PathLike[str]) -> list[bool]:
+def _placed(layout: Layout, files: Sequence[tuple[str, Stamp, str]], state: Path) -> list[bool]:
     """Tell for files in ``Dataset/`` whether a person put them where they lie: the journal knows what sortd did."""
-    journal = layout.state_folder(type(layout.root)(state)) / JOURNAL_FILE
+    journal = layout.state_folder(state) / JOURNAL_FILE
     if not journal.is_file():
         return [True] * len(files)
     with History.open(journal) as history:

@@ -186,12 +186,15 @@ def _notes(rows: Sequence[dict[str, Any]], layout: Layout, photos: Photos, test:
     unjudged = [str(row["label"]) for row in rows if not row["test"]]
     if unjudged:
         notes.append(f"trained on but judged by nothing, having too few images that differ: {', '.join(unjudged)}")
-    nameless = sorted(_class_names(layout) - set(photos.labels))
+    taught = _class_names(layout)
+    nameless, foreign = sorted(taught - set(photos.labels)), sorted(set(photos.labels) - taught)
     if nameless:
         notes.append(
-            f"without an image, so the model does not know them and sortd will not take it while their folders are "
+            "without an image, so the model does not know them and sortd will not take it while their folders are "
             f"there: {', '.join(nameless)}"
         )
+    if foreign:
+        notes.append(f"not in Clases/, so sortd will not take the model before they are: {', '.join(foreign)}")
     if test < FEWEST_JUDGES:
         notes.append(f"only {test} test images: the figures are rough")
     return notes
