@@ -1,6 +1,8 @@
 """The worker with two encoders: the configured one for prototypes, a fine-tuned one for datasets that it decides."""
 
+import json
 import queue
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +12,7 @@ import pytest
 
 from sortd.config import Config, load
 from sortd.encoder import Pixels, Rows
-from sortd.finetuned import FinetunedFacts
+from sortd.finetuned import FACTS_FILE, FinetunedFacts, read_facts
 from sortd.layout import Area, Layout
 from sortd.messages import Embedded, Move, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.promotion import Promotion, remove_promotion, write_promotion
@@ -253,6 +255,21 @@ def test_a_dataset_that_comes_back_at_once_is_served(config: Config, vit: Finetu
             left -= sum(len(one.images) for one in bench.answer().events if isinstance(one, Embedded))
         bench.rebuild("First")
         assert not bench.site.classifiers.loaded
+
+
+def test_a_model_that_loads_and_cannot_answer_is_refused(config: Config, vit: FinetunedFacts, tmp_path: Path) -> None:
+    """Facts that do not agree with the network: what transformers raises becomes a sentence, and prototypes serve."""
+    folder = tmp_path / "at another size"
+    shutil.copytree(vit.folder, folder)
+    file = folder / FACTS_FILE
+    said = json.loads(file.read_text("utf-8"))
+    said["preprocessing"] |= {"shortest_edge": 48, "crop_height": 48, "crop_width": 48}
+    file.write_text(json.dumps(said), "utf-8")
+    with at_work(config) as bench:
+        bench.promote("First", read_facts(folder))
+        built, answer = bench.rebuild("First")
+    assert built.finetuned is None
+    assert f"the fine-tuned model in {folder} cannot be used (" in str(answer.refusal)
 
 
 def test_a_rehearsal_decides_by_the_model_too(config: Config, vit: FinetunedFacts) -> None:

@@ -146,6 +146,9 @@ def probe_logits(encoder: Encoder) -> None:
         )
 
 
+BROKEN_NETWORK = (OSError, ValueError, TypeError, RuntimeError, MemoryError)
+"""What torch and transformers raise where a network and its configuration do not agree, or where memory is short."""
+
 LoadModel = Callable[[Path], FinetunedModel]
 EmbedWith = Callable[[Encoder, FinetunedFacts], Embedder]
 
@@ -177,6 +180,10 @@ class Classifiers:
                 probe_logits(encoder)
             except ModelError as error:
                 return Appointed(refusal=str(error))
+            except BROKEN_NETWORK as error:
+                said = (str(error).splitlines() or [type(error).__name__])[0]
+                mend = f"run `sortd finetune {layout.name}` anew, or set `device: cpu`"
+                return Appointed(refusal=f"the fine-tuned model in {facts.folder} cannot be used ({said}): {mend}")
             self._loaded[facts.model_id] = self._embed_with(encoder, facts)
         return found
 

@@ -15,8 +15,8 @@ from sortd.running.embedding import Attend, Embedder
 from sortd.running.pipeline import Lane
 
 SHARED_WAIT_SECONDS = 0.01
-"""How long a step waits for pixels at most while another encoder has work too: a tenth of the quickest forward of a
-batch, and a poll each time."""
+"""How long a step waits for pixels at most while another encoder has work too: short beside the forward of a batch,
+and long enough that waiting costs next to nothing."""
 
 Deliver = Callable[[str, str, Sequence[EmbeddedImage | ImageRefused]], None]
 """Is given a dataset, the id of the encoder, and answers."""
