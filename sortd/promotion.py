@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sortd.errors import DestinationError, ModelError
+from sortd.finetuned import FACTS_FILE
 
 PROMOTION_FILE = "classifier.json"
 RESULTS_FOLDER = "finetuned"
-FACTS_FILE = "sortd.json"
-"""What a finished result holds (see ``finetuned.py``); a folder without it is of a training that goes on or was cut."""
 UNFINISHED = ".unfinished"
 """How the name of a folder ends that a training works in."""
 

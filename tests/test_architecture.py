@@ -107,7 +107,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "finetuned": (EDGE, "finetuned"),
     "finetuning.network": (EDGE, "finetuned"),
     "status": (EDGE, "status"),
-    "promotion": (EDGE, "promotion"),
+    "promotion": (EDGE, "finetuned"),
     # floor 2: drivers; they join edges to the core
     "running.embedding": (DRIVER, "drivers"),
     "running.pipeline": (DRIVER, "drivers"),

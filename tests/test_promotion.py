@@ -181,6 +181,16 @@ class TestTold:
         assert "set `classifier: auto` to let it decide" in sortd("check", "-c", config).out
         assert not sortd("models", "promote", "-c", config, "--json").facts["serves"]
 
+    def test_a_stronger_model_that_waits_is_told_of(self, config: Path) -> None:
+        """With the command that puts it to work; a level one, or one for other classes, is not."""
+        mend = "sortd models promote --dataset Colours"
+        result(config, "20260101T000000Z-0", verdict="level")
+        assert mend not in sortd("check", "-c", config).out
+        result(config, "20260102T000000Z-0")
+        assert mend in sortd("check", "-c", config).out
+        result(config, "20260103T000000Z-0", labels=("red", "mauve"))
+        assert mend not in sortd("check", "-c", config).out
+
     def test_an_evaluation_says_that_it_is_about_the_prototypes(self, config: Path) -> None:
         """Where a fine-tuned model decides, the first sentence says so."""
         shutil.copytree(result(config, "20260101T000000Z-0"), config.parent / "elsewhere")

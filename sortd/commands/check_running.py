@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sortd.commands.console import counted, megabytes
 from sortd.commands.finding import Finding, Topic, error, note, warning
-from sortd.commands.promotion import serving_facts
+from sortd.commands.promotion import compared, serving_facts, waiting_model
 from sortd.config import Config
 from sortd.encoding import models
 from sortd.encoding.model_folders import STRONGER
@@ -83,6 +83,9 @@ def classifier_findings(config: Config, layout: Layout) -> Iterator[Finding]:
     elif serving["folder"] is not None:
         what = f"the prototypes decide {layout.name}, though the model in {serving['folder']} was promoted"
         yield note(Topic.MODEL, subject, what, "set `classifier: auto` to let it decide")
+    elif (waiting := waiting_model(config, layout)) is not None:
+        what = f"the prototypes decide {layout.name}, and a fine-tuned model is stronger ({compared(waiting)})"
+        yield note(Topic.MODEL, subject, what, f"sortd models promote --dataset {layout.name}")
 
 
 def named_dataset_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Finding]:

@@ -148,6 +148,19 @@ def serving_facts(config: Config, layout: Layout) -> dict[str, Any]:
     return {**facts, "refusal": found.refusal}
 
 
+def waiting_model(config: Config, layout: Layout) -> FinetunedFacts | None:
+    """Return the newest result of a dataset if it is stronger than the prototypes and could be promoted, else None."""
+    found = results(layout.state_folder(config.state_dir))
+    try:
+        facts = read_facts(found[0]) if found else None
+        labels = class_labels(layout.area(Area.CLASES))
+    except (ModelError, ReferencesAbsentError):
+        return None  # damaged, or not mounted: whoever promotes it is told
+    if facts is None or facts.verdict != "stronger" or unfit(facts, labels, dataset=layout.name) is not None:
+        return None
+    return facts
+
+
 def result_facts(facts: FinetunedFacts) -> dict[str, Any]:
     """Return what is told of one fine-tuned model, as plain values."""
     comparison = facts.metrics["comparison"]
