@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sortd.commands.finetuning import see_that_it_can_train
+from sortd.commands.finetuning import observing, see_that_it_can_train
 from sortd.config import Config, load
 from sortd.errors import AlreadyRunningError, ConfigError, DataError, DestinationError, ModelError
 from sortd.finetune import finetune, output_of, unfinished_of
@@ -32,7 +32,6 @@ from sortd.images import Limits, decode_file
 from sortd.layout import Layout
 from sortd.promotion import UNFINISHED
 from tests.command_line import sortd
-from tests.daemon_process import PATIENCE_SECONDS
 from tests.fake_encoder import FakeEncoder
 from tests.filed_images import file_images
 from tests.tiny_clip import Layout as Placed
@@ -358,24 +357,39 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(
     """A real SIGINT while it trains ends it with a sentence and leaves a whole checkpoint."""
     make_photos(tmp_path / "Data", COUNTS)
     config = write_config(device="cpu", threads=1)
+    checkpoints = "*/finetuned/*.unfinished/checkpoint-*/trainer_state.json"
+    over = threading.Event()
 
     def interrupt() -> None:
-        until = time.monotonic() + PATIENCE_SECONDS
-        while not list((tmp_path / "state").glob("*/finetuned/*.unfinished/checkpoint-*/trainer_state.json")):
-            assert time.monotonic() < until, "no checkpoint was written"
-            time.sleep(0.01)  # between two looks
+        while not list((tmp_path / "state").glob(checkpoints)):
+            if over.wait(0.01):
+                return
         os.kill(os.getpid(), signal.SIGINT)
 
     hand = threading.Thread(target=interrupt)
     hand.start()
-    ran = sortd("finetune", "Shapes", "-c", config, "--base", vit, "--batch-size", 8, "--epochs", 400)
-    hand.join()
+    try:
+        ran = sortd("finetune", "Shapes", "-c", config, "--base", vit, "--batch-size", 8, "--epochs", 60)
+    finally:
+        over.set()
+        hand.join()
     assert ran.code == 130
     assert f"sortd finetune Shapes --config {config} --resume" in ran.err
     (work,) = (tmp_path / "state").glob("*/finetuned/*.unfinished")
-    newest = newest_checkpoint(work)
-    assert newest is not None
-    assert json.loads((newest / "trainer_state.json").read_text("utf-8"))["global_step"] < 1600
+    assert newest_checkpoint(work) is not None
+    assert not list((tmp_path / "state").glob("*/finetuned/*/README.md"))
+
+
+def test_signals_are_heard_between_steps_while_it_trains_and_at_once_before() -> None:
+    """While a step runs SIGTERM waits for its end; before training there is nothing to lose by ending."""
+    with observing() as observer:
+        observer.progress(Progress(1, 10, 0.1))
+        assert not observer.is_asked_to_stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert observer.is_asked_to_stop()
+    with pytest.raises(KeyboardInterrupt), observing():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)  # the signal ends it
 
 
 def test_without_the_extra_the_command_to_install_it_is_said() -> None:

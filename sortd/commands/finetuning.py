@@ -118,7 +118,7 @@ def finetune_with(
     if output is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise typer.BadParameter("several processes need one place to meet: give --output", param_hint="--output")
     place = output.absolute() if output else (unfinished_of if resume else _fresh(now))(order, loaded.state_dir)
-    with _observer() as observer:
+    with observing() as observer:
         try:
             facts = run(order, loaded, place, now=now, resume=resume, load_encoder=load_encoder, observer=observer)
         except StoppedError as error:
@@ -174,7 +174,7 @@ def _again(dataset: str, config: Path | None, output: Path | None) -> str:
 
 
 @contextmanager
-def _observer() -> "Iterator[Observer]":
+def observing() -> "Iterator[Observer]":
     """Show a bar with the time left on a terminal, and hear signals.
 
     While it trains, SIGINT, SIGTERM and SIGHUP are heard between two steps, and a checkpoint is written; before and

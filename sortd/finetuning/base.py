@@ -51,7 +51,7 @@ def load_base(name: str, labels: Sequence[str], *, cache_dir: Path | None = None
     Raises:
         ModelError: it is not here, is no image classifier, or cannot see images of that size.
     """
-    found, folder = _folder(name, cache_dir)
+    found, folder = find_base(name, cache_dir=cache_dir)
     config = _json(folder / "config.json", found)
     _refuse_pickles(folder, found)
     if config.get("model_type") == DUAL:
@@ -59,12 +59,12 @@ def load_base(name: str, labels: Sequence[str], *, cache_dir: Path | None = None
     return _classifier(found, folder, labels, side)
 
 
-def describe_base(name: str, *, cache_dir: Path | None = None) -> str:
-    """Return the name of the base that ``auto`` or another name means here; see ``load_base``."""
-    return _folder(name, cache_dir)[0]
+def find_base(name: str, *, cache_dir: Path | None = None) -> tuple[str, Path]:
+    """Return which base a name means here, and the folder of its network; see ``load_base``.
 
-
-def _folder(name: str, cache_dir: Path | None) -> tuple[str, Path]:
+    Raises:
+        ModelError: it is not here.
+    """
     found, folder = _place(name, cache_dir)
     if (folder / "config.json").is_file():
         return found, folder

@@ -12,7 +12,7 @@ from sortd.config import Config
 from sortd.decoding.decoders import DecodedImage, DecoderPool
 from sortd.encoder import Encoder
 from sortd.errors import DataError
-from sortd.finetuning.base import load_base
+from sortd.finetuning.base import find_base, load_base
 from sortd.finetuning.champion import embed_names, judge_by_prototypes
 from sortd.finetuning.groups import near_duplicate_groups
 from sortd.finetuning.photos import PLACED, Photos, Source, find_candidates, gather
@@ -69,6 +69,7 @@ def prepare(
         DestinationError: the disk is full.
     """
     layout, recipe = order.layout, order.recipe
+    find_base(order.base, cache_dir=config.cache_dir)  # a missing one is to be told of before minutes of reading
     known, strangers = find_candidates(layout, order.source, config.state_dir)
     site = Site(config, load_encoder=load_encoder)
     try:
