@@ -167,11 +167,8 @@ def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:
     file = config.cache_dir / CACHE_FILE
     if prototypes is None or not file.is_file():
         return None
-    try:
-        labels = class_labels(layout.area(Area.CLASES))
-    except ReferencesAbsentError:
-        labels = prototypes.labels  # not mounted: what was learnt of it is known all the same
-    decider = appointed(layout, config.state_dir, config.dataset(layout.name).classifier, labels)
+    wanted = config.dataset(layout.name).classifier
+    decider = appointed(layout, config.state_dir, wanted, _labels(layout, prototypes))
     with Cache(file, report=lambda _: None) as cache:
         embedding = cache.embeddings({content}, prototypes.encoder_id).get(content)
         logits = cache.embeddings({content}, decider.model_id).get(content)
@@ -183,21 +180,31 @@ def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:
 def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_encoder: LoadEncoder | None) -> _Sight:
     """Look at the image with the models, and learn the references where what is stored is of no use with them."""
     site = Site(config, load_encoder=load_encoder)
-    clases = layout.area(Area.CLASES)
     try:
         embedder, _, _ = site.load()
         embedding = _row(embedder, image)
-        decider = site.classifiers.choose(layout, config.dataset(layout.name).classifier, class_labels(clases))
+        prototypes, wanted = stored_prototypes(config, layout), config.dataset(layout.name).classifier
+        decider = site.classifiers.choose(layout, wanted, _labels(layout, prototypes))
         logits = None if decider.facts is None else _row(site.classifiers.loaded[decider.model_id], image)
-        prototypes = stored_prototypes(config, layout)
         if prototypes is not None and prototypes.encoder_id == embedder.encoder.encoder_id:
             return _Sight(decider, prototypes, is_stored=True, embedding=embedding, logits=logits)
-        rebuilt = References(clases).rebuild(embedder, taught(config, layout), previous=None, generation=0)
+        references = References(layout.area(Area.CLASES))
+        rebuilt = references.rebuild(embedder, taught(config, layout), previous=None, generation=0)
     except ReferencesAbsentError as error:
         raise DataError(str(error)) from error
     finally:
         site.unload()
     return _Sight(decider, rebuilt.prototypes, is_stored=False, embedding=embedding, logits=logits)
+
+
+def _labels(layout: Layout, prototypes: PrototypeSet | None) -> tuple[str, ...]:
+    """Return the classes that are there; where ``Clases/`` is not mounted, those that were learnt of it."""
+    try:
+        return class_labels(layout.area(Area.CLASES))
+    except ReferencesAbsentError:
+        if prototypes is None:
+            raise
+        return prototypes.labels
 
 
 def _row(embedder: Embedder, image: tuple[str, Stamp]) -> FloatArray:

@@ -152,14 +152,14 @@ def promote_model(
     if as_json:
         print_json(facts)
         return
-    name = printable(facts["dataset"])
-    print_line(f"{name} is decided by {printable(facts['folder'])}", style="bold green")
+    name, place = printable(facts["dataset"]), printable(facts["folder"])
+    if facts["serves"]:
+        print_line(f"{name} is decided by {place}", style="bold green")
+    else:
+        kept = "`classifier: prototypes` in the configuration keeps it from deciding, set auto"
+        print_line(f"{place} is promoted in {name}, but {kept}", style="bold yellow")
     right, other = share(facts["accuracy"]), share(facts["prototypes_accuracy"])
     print_line(f"  {facts['verdict']}: {right} right, {other} by the prototypes' mode {facts['best_mode']}")
-    if not facts["serves"]:
-        print_line(
-            "  but `classifier: prototypes` in the configuration keeps it from deciding: set auto", style="yellow"
-        )
     say(f"sortd: {facts['told']}")
 
 
