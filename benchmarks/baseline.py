@@ -140,7 +140,7 @@ class Comparison:
         size = tuple(int(side) for side in arguments.pixels.split("x"))
         self.folder, self.arguments = folder, arguments
         self._prepared: set[tuple[str, Jpeg]] = set()
-        self.model = make_model(folder / "model")
+        self.model = arguments.model or make_model(folder / "model")
         self.dataset = folder / "Data" / "Photos"
         clases = self.dataset / "Clases"
         small = (size[0] // 4, size[1] // 4)
@@ -245,6 +245,7 @@ def main() -> int:
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--pixels", default="4000x3000")
     parser.add_argument("--backends", nargs="*", choices=sorted(FLOORS), default=["torch", "onnx"])
+    parser.add_argument("--model", type=Path, help="a folder; without it ViT-B/32 of random weights is made")
     parser.add_argument("--forward-seconds", type=float, default=10.0)
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     parser.add_argument("--json", action="store_true")

@@ -37,7 +37,7 @@ REFERENCES = 40
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Make everything and measure each backend."""
     width, height = (int(side) for side in arguments.pixels.split("x"))
-    model, dataset = make_model(folder / "model"), folder / "Data" / "Photos"
+    model, dataset = arguments.model or make_model(folder / "model"), folder / "Data" / "Photos"
     make_references(dataset / "Clases", classes=CLASSES, references=REFERENCES, size=(width, height))
     make_photos(folder / "photos", classes=CLASSES, photos=arguments.photos, size=(width, height))
     return {backend: _measure_backend(folder, dataset, model, backend, arguments) for backend in arguments.backends}
@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("--photos", type=int, default=600)
     parser.add_argument("--pixels", default="640x480")
     parser.add_argument("--backends", nargs="*", choices=sorted(FLOORS), default=["torch", "onnx"])
+    parser.add_argument("--model", type=Path, help="a folder; without it ViT-B/32 of random weights is made")
     parser.add_argument("--forward-seconds", type=float, default=8.0)
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     parser.add_argument("--json", action="store_true")

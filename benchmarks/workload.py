@@ -201,14 +201,15 @@ def forward_seconds(forward: Callable[[int], object], *, seconds: float = 4.0) -
 def torch_forward(model: Path) -> Callable[[int], object]:
     """Return the bare forward of a CLIP's image tower on tensors that are ready, by transformers on torch."""
     import torch
-    from transformers import CLIPVisionModelWithProjection
+    from transformers import CLIPModel
 
-    tower = CLIPVisionModelWithProjection.from_pretrained(str(model), local_files_only=True).eval()
-    pixels = torch.randn(max(BATCHES), 3, 224, 224)
+    clip = CLIPModel.from_pretrained(str(model), local_files_only=True).eval()
+    side = clip.config.vision_config.image_size
+    pixels = torch.randn(max(BATCHES), 3, side, side)
 
     def forward(size: int) -> object:
         with torch.inference_mode():
-            return tower(pixel_values=pixels[:size]).image_embeds
+            return clip.get_image_features(pixel_values=pixels[:size])
 
     return forward
 

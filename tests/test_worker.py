@@ -1,0 +1,153 @@
+"""The worker: answers come as they are done, nobody waits for another's slow image, and a stop waits for none."""
+
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from PIL import Image
+
+from sortd.cache import Cache
+from sortd.decoding.decoders import DecoderPool
+from sortd.images import Limits
+from sortd.messages import Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
+from sortd.prototypes import DecisionSettings, Mode
+from sortd.references import Teaching
+from sortd.running.classifiers import Classifiers
+from sortd.running.embedding import Embedder
+from sortd.running.worker import Answer, EmbedJob, Posted, PrototypeStore, RebuildJob, Worker, WorkerReady
+from sortd.watching.scanning import stamp
+from tests.daemon_process import PATIENCE_SECONDS, make_dataset, picture
+from tests.fake_encoder import SEEN, FakeEncoder
+
+TEACHING = Teaching(DecisionSettings(Mode.MAX, None))
+
+
+class Heard:
+    """What a worker has posted so far."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.posts: queue.SimpleQueue[Posted] = queue.SimpleQueue()
+        self.answers: list[Answer] = []
+
+    def wait_for(self, is_there: Callable[[], bool]) -> None:
+        """Take posts in until something is true of the answers."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not is_there():
+            posted = self.posts.get(timeout=max(0.0, until - time.monotonic()))
+            assert isinstance(posted, Answer), posted
+            self.answers.append(posted)
+
+    def paths(self, dataset: str) -> list[str]:
+        """Name the images of a dataset that were answered, in order."""
+        events = [event for answer in self.answers if answer.dataset == dataset for event in answer.events]
+        embedded = [image.path for event in events if isinstance(event, Embedded) for image in event.images]
+        return embedded + [event.path for event in events if isinstance(event, ImageRefused)]
+
+
+@contextmanager
+def working(tmp_path: Path) -> Iterator[tuple[Worker, Heard]]:
+    """Run a worker with one decoder and batches of four, on a fake encoder, and stop it at the end."""
+    pool = DecoderPool(1, SEEN, Limits())
+    cache = Cache(tmp_path / "cache.sqlite")
+    heard = Heard()
+
+    def load() -> tuple[Embedder, PrototypeStore, str]:
+        store = PrototypeStore(lambda _: None, lambda *_: None)
+        return Embedder(FakeEncoder(), pool, cache, batch_size=4), store, "fake"
+
+    def close() -> None:
+        pool.close()
+        cache.close()
+
+    nobody = Classifiers(tmp_path / "state", load=_nothing, embed_with=_nothing)
+    worker = Worker(load, close, heard.posts.put, nobody)
+    worker.start()
+    try:
+        assert isinstance(heard.posts.get(timeout=PATIENCE_SECONDS), WorkerReady)
+        yield worker, heard
+    finally:
+        assert worker.stop(PATIENCE_SECONDS)
+
+
+def _nothing(*_: object) -> NoReturn:
+    raise AssertionError("no model is promoted here")
+
+
+def stamped(path: Path) -> tuple[str, Stamp]:
+    """Name a file with its stamp."""
+    mark = stamp(os.fspath(path))
+    assert mark is not None
+    return os.fspath(path), mark
+
+
+def slow_image(path: Path) -> tuple[str, Stamp]:
+    """Write an image of 36 megapixels: hundreds of times the work of a small one."""
+    Image.new("RGB", (6000, 6000), "teal").save(path, compress_level=1)
+    return stamped(path)
+
+
+def quick_images(folder: Path, count: int) -> list[tuple[str, Stamp]]:
+    """Write small images, no two alike."""
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        picture("red", number).save(folder / f"{number:03}.png")
+    return [stamped(path) for path in sorted(folder.iterdir())]
+
+
+def test_answers_come_as_they_are_done(tmp_path: Path) -> None:
+    """The images before a slow one are answered without it, though they were asked for together."""
+    quick, slow = quick_images(tmp_path / "quick", 3), slow_image(tmp_path / "slow.png")
+    with working(tmp_path) as (worker, heard):
+        worker.ask(EmbedJob("one", (*quick, slow)))
+        heard.wait_for(lambda: len(heard.paths("one")) >= 3)
+        assert sorted(heard.paths("one")) == [path for path, _ in quick]
+        heard.wait_for(lambda: len(heard.paths("one")) == 4)
+
+
+def test_a_stop_waits_for_no_decoding(tmp_path: Path) -> None:
+    """What is under way is left, unanswered."""
+    slow = [slow_image(tmp_path / f"{number}.png") for number in range(2)]
+    with working(tmp_path) as (worker, heard):
+        worker.ask(EmbedJob("one", tuple(slow)))
+        assert worker.stop(PATIENCE_SECONDS)
+        assert heard.posts.qsize() <= 1
+
+
+def test_a_rebuild_does_not_hold_up_the_images_of_another_dataset(tmp_path: Path) -> None:
+    """They take turns with the references, so they are answered before the prototypes are built."""
+    references = make_dataset(tmp_path / "Data", references=30)
+    images = quick_images(tmp_path / "images", 4)
+    with working(tmp_path) as (worker, heard):
+        worker.ask(RebuildJob("taught", references / "Clases", TEACHING, 0))
+        worker.ask(EmbedJob("other", tuple(images)))
+        heard.wait_for(lambda: any(answer.dataset == "taught" for answer in heard.answers))
+        assert len(heard.paths("other")) == 4
+        (built,) = [answer for answer in heard.answers if answer.dataset == "taught"]
+        assert [type(event) for event in built.events] == [PrototypesBuilt]
+
+
+def test_a_stop_ends_a_rebuild_between_two_batches(tmp_path: Path) -> None:
+    """Hundreds of new references do not keep sortd from stopping: the next start goes on from the cache."""
+    references = make_dataset(tmp_path / "Data", references=200)
+    with working(tmp_path) as (worker, heard):
+        worker.ask(RebuildJob("taught", references / "Clases", TEACHING, 0))
+        assert worker.stop(PATIENCE_SECONDS)
+        assert heard.posts.qsize() == 0
+
+
+def test_references_that_are_absent_are_an_answer(tmp_path: Path) -> None:
+    """The worker goes on after it."""
+    with working(tmp_path) as (worker, heard):
+        worker.ask(RebuildJob("none", tmp_path / "Clases", TEACHING, 0))
+        heard.wait_for(lambda: bool(heard.answers))
+        (event,) = heard.answers[0].events
+        assert isinstance(event, RebuildFailed)
+        assert event.references_absent
+        (quick,) = quick_images(tmp_path / "images", 1)
+        worker.ask(EmbedJob("one", (quick,)))
+        heard.wait_for(lambda: heard.paths("one") == [quick[0]])
