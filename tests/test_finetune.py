@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -385,11 +384,10 @@ def test_signals_are_heard_between_steps_while_it_trains_and_at_once_before() ->
     with observing() as observer:
         observer.progress(Progress(1, 10, 0.1))
         assert not observer.is_asked_to_stop()
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert observer.is_asked_to_stop()
     with pytest.raises(KeyboardInterrupt), observing():
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)  # the signal ends it
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_without_the_extra_the_command_to_install_it_is_said() -> None:
