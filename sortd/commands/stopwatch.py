@@ -83,10 +83,17 @@ def forward_milliseconds(encoder: Encoder, pixels: Pixels, *, most: int) -> dict
 
 
 def embed(embedder: Embedder, files: Sequence[File]) -> tuple[FloatArray, float]:
-    """Return the embeddings of files through the pipeline, and the seconds that it took."""
+    """Return the embeddings (B, d) of files through the pipeline, and the seconds that it took.
+
+    Raises:
+        DataError: none of the files can be decoded.
+    """
     began = perf_counter()
     answers = [answer for answer in embedder.embed(files) if isinstance(answer, EmbeddedImage)]
-    return np.stack([answer.embedding for answer in answers]), perf_counter() - began
+    seconds = perf_counter() - began
+    if not answers:
+        raise DataError(f"none of {len(files)} images can be decoded; `sortd check` says more")
+    return np.stack([answer.embedding for answer in answers]), seconds
 
 
 def decide_milliseconds(config: Config, encoder: Encoder, rows: FloatArray) -> float | None:
