@@ -32,7 +32,7 @@ LARGEST_BATCH = 128
 """A configured batch beyond this is not measured: it would take gigabytes to be no faster."""
 
 MOVED = 32
-"""Copies that are moved in the scratch folder, as one group."""
+"""Copies, of the smallest images, that are moved in the scratch folder as one group."""
 
 Tell = Callable[[str], None]
 LoadOther = Callable[[Config, str], Encoder]
@@ -146,7 +146,7 @@ def measure(
         finally:
             site.unload()
         tell("moving copies")
-        move = stopwatch.move_milliseconds(scratch, files[:MOVED])
+        move = stopwatch.move_milliseconds(scratch, sorted(files, key=lambda file: file[1].size)[:MOVED])
     embedded = len(rows) / seconds
     backends = [Backend(backend_of(encoder.encoder_id), encoder.encoder_id, forward[best], bound, serves=True)]
     for backend in others:

@@ -37,13 +37,13 @@ def read_milliseconds(files: Sequence[File]) -> float:
     """Return the milliseconds that reading an image takes, from the disk where the system lets go of its memory."""
     times = []
     for path, _ in files:
-        with open(path, "rb") as file:
+        with suppress(OSError), open(path, "rb") as file:  # it may be gone by now
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             began = perf_counter()
             while file.read(1 << 20):
                 pass
             times.append(perf_counter() - began)
-    return 1e3 * statistics.fmean(times)
+    return 1e3 * statistics.fmean(times) if times else 0.0
 
 
 def decode(config: Config, encoder: Encoder, files: Sequence[File]) -> tuple[float, Pixels]:
@@ -122,9 +122,10 @@ def move_milliseconds(scratch: Path, files: Sequence[File]) -> float | None:
     inbox, moves = layout.area(Area.IMAGES), []
     for number, (path, _) in enumerate(files):
         copy = inbox / f"{number}{os.path.splitext(path)[1]}"
-        shutil.copyfile(path, copy)
-        with copy.open("rb") as file:
-            os.fsync(file.fileno())  # it would have been written long before it is moved
+        with suppress(FileNotFoundError):
+            shutil.copyfile(path, copy)
+            with copy.open("rb") as file:
+                os.fsync(file.fileno())  # it would have been written long before it is moved
         mark = stamp(os.fspath(copy))
         if mark is not None:
             moves.append(Move(os.fspath(copy), mark, "Dataset/bench", Outcome.FILED))
