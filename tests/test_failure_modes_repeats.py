@@ -168,7 +168,7 @@ class TestFailingDestinations:
                 drop(colours / "Images", "red", f"{number:03}.png", number)
             drop(second / "Images", "red", "elsewhere.png")
             daemon.wait_for("image.filed", dataset="Second")
-            daemon.wait_for("image.filed", dataset="Colours", count=5, seconds=45)
+            daemon.wait_for("image.filed", dataset="Colours", count=5)
         assert len(tree(colours / "Images")) == 200
 
     def test_a_full_disk_loses_nothing_and_heals(self, colours: Path, write_config: Write) -> None:

@@ -156,6 +156,19 @@ def test_a_companion_that_follows_or_cannot_is_unknown_to_the_core(
     assert sorted(result.path for result in heard if isinstance(result, ImageGone)) == sorted(map(str, films))
 
 
+def test_a_companion_follows_once(dataset: Dataset, outbox: Outbox, copies: Copies) -> None:
+    """It is found when it is looked at, and again when its image's copy ends."""
+    fill(outbox, dataset, 2)
+    film = dataset.put("Images/1.mov", "a film")
+    outbox.end(copies.run(1))
+    outbox.end(copies.run(1))
+    assert outbox.follow(Leave(str(film), Refusal.NOT_AN_IMAGE, "a film"))
+    outbox.send()
+    assert outbox.follow(Leave(str(film), Refusal.NOT_AN_IMAGE, "a film"))
+    assert outbox.send() == []
+    assert len(copies.jobs) == 1
+
+
 def test_only_what_is_no_image_can_be_a_companion(dataset: Dataset, outbox: Outbox) -> None:
     """A broken image of a companion's name stays an image; a companion that is gone by now is nobody's."""
     path = str(dataset.root / "Images" / "a.mov")

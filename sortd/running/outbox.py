@@ -85,7 +85,7 @@ class Outbox:
                 continue
             heard.append(self._told(answer, None))
             if isinstance(answer, Moved):
-                self._moves += self._filing.left_companions(answer.path)
+                self._add_new(self._filing.left_companions(answer.path))
             elif answer.failure is MoveFailure.DESTINATION:
                 heard += self._withdraw(answer.message)  # a full disk is not asked again for each that waits
         return heard
@@ -102,9 +102,13 @@ class Outbox:
             move = self._filing.late_companion(leave.path)
         except FileNotFoundError:
             return False
-        if move is not None:
-            self.add(move)
+        self._add_new([] if move is None else [move])
         return move is not None
+
+    def _add_new(self, followers: Iterable[Move]) -> None:
+        """Take companions in that are to follow, but for those that do so already: they are found in two ways."""
+        gathered = {(move.path, move.stamp) for move in self._moves}
+        self._moves += [move for move in followers if (move.path, move.stamp) not in {*gathered, *self._asked}]
 
     def refuse(self, message: str) -> list[Result]:
         """Answer what was gathered, or waits for a copy to end, as failed: the dataset is not there."""
