@@ -52,7 +52,10 @@ class Latecomers:
         if record is None or not self._stands(record):
             return None
         wanted = _name_beside(name, record.relocation.image.name, record.relocation.image.final)
-        found = os.lstat(path)
+        try:
+            found = os.lstat(path)
+        except OSError:
+            return None  # gone again, or not to be looked at
         if not stat.S_ISREG(found.st_mode) or len(os.fsencode(wanted)) > LONGEST_NAME:
             return None
         return Move(

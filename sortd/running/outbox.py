@@ -98,17 +98,16 @@ class Outbox:
         """
         if self._filing is None or leave.refusal is not Refusal.NOT_AN_IMAGE:
             return False
-        try:
-            move = self._filing.late_companion(leave.path)
-        except FileNotFoundError:
-            return False
+        move = self._filing.late_companion(leave.path)
         self._add_new([] if move is None else [move])
         return move is not None
 
     def _add_new(self, followers: Iterable[Move]) -> None:
         """Take companions in that are to follow, but for those that do so already: they are found in two ways."""
         gathered = {(move.path, move.stamp) for move in self._moves}
-        self._moves += [move for move in followers if (move.path, move.stamp) not in {*gathered, *self._asked}]
+        for move in followers:
+            if (move.path, move.stamp) not in gathered and (move.path, move.stamp) not in self._asked:
+                self._moves.append(move)
 
     def refuse(self, message: str) -> list[Result]:
         """Answer what was gathered, or waits for a copy to end, as failed: the dataset is not there."""
