@@ -39,7 +39,7 @@ from tests.tiny_vit import build_tiny_vit
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 COUNTS = {"green": 24, "red": 18, "stripes": 12}
-QUICK = Recipe(epochs=6, batch_size=8, evaluations=3, test=0.25, validation=0.25)
+QUICK = Recipe(epochs=6, batch_size=8, learning_rate=1e-3, evaluations=3, test=0.25, validation=0.25)
 """Enough steps to interrupt, few enough for seconds."""
 
 

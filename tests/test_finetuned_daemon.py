@@ -43,7 +43,7 @@ def test_what_was_trained_is_promoted_files_and_is_demoted(colours: Path, write_
             photo.save(colours / "Clases" / colour / f"more{number}.png")
     config = write_config(device="cpu")
     loaded = load(config, {"HOME": str(tmp_path)})
-    recipe = Recipe(epochs=3, batch_size=8, evaluations=2, test=0.25, validation=0.25)
+    recipe = Recipe(epochs=3, batch_size=8, learning_rate=1e-3, evaluations=2, test=0.25, validation=0.25)
     order = Order(Layout(colours), base=str(build_tiny_vit(tmp_path / "base")), recipe=recipe)
     output = output_of(order, loaded.state_dir, NOW)
     trained = finetune(order, loaded, output, now=NOW, load_encoder=lambda _: FakeEncoder())

@@ -53,7 +53,9 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
         int | None, typer.Option(min=1, help="Passes over the photos; by itself 20, of few photos more.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Photos a step.")] = _DEFAULT.batch_size,
-    learning_rate: Annotated[float, typer.Option(min=0, help="At its highest.")] = _DEFAULT.learning_rate,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=1e-9, help="At its highest; by itself what suits the base.")
+    ] = None,
     layer_decay: Annotated[
         float, typer.Option(min=0, max=1, help="Rate of a layer as a share of the one above.")
     ] = _DEFAULT.layer_decay,

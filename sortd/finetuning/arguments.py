@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sortd.errors import ConfigError
-from sortd.finetuning.recipe import Recipe
+from sortd.finetuning.recipe import CLASSIFIER_RATE, Recipe
 
 OUR_OWN = frozenset({"label_names", "label_smoothing_factor", "optim", "output_dir", "remove_unused_columns", "seed"})
 """TrainingArguments that are not to be set: an option of sortd does it, or training relies on it."""
@@ -44,7 +44,7 @@ def training_arguments(recipe: Recipe, folder: Path, device: str, extra: Sequenc
         "num_train_epochs": epochs,
         "per_device_train_batch_size": recipe.batch_size,
         "per_device_eval_batch_size": 2 * recipe.batch_size,
-        "learning_rate": recipe.learning_rate,
+        "learning_rate": recipe.learning_rate or CLASSIFIER_RATE,
         "weight_decay": recipe.weight_decay,
         "adam_beta2": QUICK_BETA,
         "lr_scheduler_type": "cosine",

@@ -12,6 +12,7 @@ from sortd.encoding.model_folders import CODE_FREE, first_line
 from sortd.encoding.torch_encoder import preprocessing_of
 from sortd.errors import ModelError
 from sortd.finetuning.network import LOADING_ERRORS, MAP, TOWER, build_tower, head_of
+from sortd.finetuning.recipe import CLASSIFIER_RATE, TOWER_RATE
 from sortd.messages import Fit, Preprocessing
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Base:
     processor: Mapping[str, Any]
     """What preprocessor_config.json will hold."""
     preprocessing: Preprocessing
+    learning_rate: float
+    """What suits it where nobody says another."""
 
 
 def load_base(name: str, labels: Sequence[str], *, cache_dir: Path | None = None, side: int | None = None) -> Base:
@@ -147,7 +150,7 @@ def _tower(name: str, folder: Path, config: Mapping[str, Any], labels: Sequence[
     for key in ("crop_size", "processor_class"):
         processor.pop(key, None)
     seen = Preprocessing(chosen, chosen, chosen, int(processor.get("resample", 3)), Fit.STRETCH)
-    return Base(name, module.eval(), own, processor, seen)
+    return Base(name, module.eval(), own, processor, seen, TOWER_RATE if is_hybrid else CLASSIFIER_RATE)
 
 
 def _resized(vision: Mapping[str, Any], side: int) -> dict[str, Any]:
@@ -208,7 +211,7 @@ def _classifier(name: str, folder: Path, labels: Sequence[str], side: int | None
     head_of(module)
     own = json.loads(module.config.to_json_string(use_diff=False))
     own.pop("_name_or_path", None)  # where the base lay on this machine
-    return Base(name, module, own, processor, preprocessing)
+    return Base(name, module, own, processor, preprocessing, CLASSIFIER_RATE)
 
 
 def _names(labels: Sequence[str]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def prepare(
         labels=photos.labels,
         base=base.name,
         side=order.side,
-        recipe=recipe,
+        recipe=replace(recipe, learning_rate=recipe.learning_rate or base.learning_rate),
         extra=order.extra,
         created=created,
         decoding=config.decoding.jpeg,

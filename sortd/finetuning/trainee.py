@@ -66,7 +66,7 @@ def class_weights_of(counts: "torch.Tensor", recipe: Recipe) -> "torch.Tensor":
     return (raw * counts.sum() / (raw * counts).sum()).float()
 
 
-def parameter_groups(module: "torch.nn.Module", recipe: Recipe) -> list[dict[str, Any]]:
+def parameter_groups(module: "torch.nn.Module", recipe: Recipe, *, learning_rate: float) -> list[dict[str, Any]]:
     """Return AdamW's groups: layer-wise rates, and no decay of biases and norms.
 
     Layers are counted as they come: every new numbered block (``encoder.layer.3``, ``stages.1``) is one deeper, and
@@ -84,7 +84,7 @@ def parameter_groups(module: "torch.nn.Module", recipe: Recipe) -> list[dict[str
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in named:
         above = 0 if id(parameter) in head else depth + 1 - depths[name]
-        rate = recipe.learning_rate * recipe.layer_decay**above
+        rate = learning_rate * recipe.layer_decay**above
         decay = recipe.weight_decay if parameter.ndim > 1 and id(parameter) not in head else 0.0
         group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
         group["params"].append(parameter)

@@ -125,8 +125,8 @@ def train(trainee: "torch.nn.Module", lesson: Lesson, validation: Lesson, schedu
         schedule.recipe, schedule.folder, schedule.device, schedule.extra, images=len(lesson)
     )
     steps = steps_of(arguments, len(lesson))
-    recipe = replace(schedule.recipe, learning_rate=arguments.learning_rate, weight_decay=arguments.weight_decay)
-    groups = parameter_groups(trainee.get_submodule("module"), recipe)
+    recipe = replace(schedule.recipe, weight_decay=arguments.weight_decay)
+    groups = parameter_groups(trainee.get_submodule("module"), recipe, learning_rate=arguments.learning_rate)
     optimizer = torch.optim.AdamW(groups, betas=(arguments.adam_beta1, arguments.adam_beta2))
     warmup = arguments.warmup_steps if arguments.warmup_steps >= 1 else recipe.warmup * steps
     rates = get_scheduler(arguments.lr_scheduler_type, optimizer, round(warmup), steps)
