@@ -169,7 +169,9 @@ class TestTold:
         assert (found["severity"], found["mend"].endswith("sortd models demote --dataset Colours")) == ("warning", True)
         assert "the prototypes decide Colours" in found["what"]
         assert "'mauve'" in found["what"]
-        assert "'mauve'" in sortd("models", "-c", config).out
+        shown = sortd("models", "-c", config).out
+        assert "'mauve'" in shown
+        assert "promoted\tColours\tstronger" in shown
 
     def test_a_model_that_is_asked_for_and_not_there_is_missed(self, config: Path, tmp_path: Path) -> None:
         """`classifier: finetuned` without a promotion is said by `check`; `prototypes` with one as well."""

@@ -79,7 +79,7 @@ def _print_finetuned(datasets: Mapping[str, Any]) -> None:
             print_line(f"  {printable(facts['refusal'])}", style="bold red")
     rows = [
         (
-            "->" if one["serves"] else "",
+            "->" if one["serves"] else "promoted" if one["promoted"] else "",
             name,
             one.get("verdict") or "damaged",
             share(one.get("accuracy")),
