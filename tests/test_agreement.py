@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sortd.deciding.agreement import FEWEST_JUDGED, agreement, pooled, refuse_quick
+from sortd.deciding.agreement import FEWEST_FILED, agreement, pooled, refuse_quick
 from sortd.prototypes import Abstain, DecisionSettings, Mode, SupportSet
 from tests.made_features import Array, Blobs, support_set, unit
 
@@ -41,10 +41,11 @@ def test_labels_that_differ_are_refused() -> None:
     """The sentence names the dataset and the share."""
     wrong = replace(EXACT, embeddings=EXACT.embeddings.copy(), encoder_id="quick")
     wrong.embeddings[:3] = EXACT.embeddings[50:53]
-    found = agreement(EXACT, wrong, DecisionSettings(Mode.AVG))
+    found = agreement(EXACT, wrong, DecisionSettings(Mode.AVG, abstain=None))
+    assert (found.right_exact, found.right_quick) == (80, 77)
     said = refuse_quick({"Screws": replace(found, cosines=80.0)})
     assert said is not None
-    assert "3 of the 80 references of Screws would be decided otherwise: 96.2% alike" in said
+    assert "3 of the 80 references of Screws that are filed would go elsewhere: 96.2% alike" in said
 
 
 def test_rows_that_moved_far_are_refused_though_labels_agree() -> None:
@@ -52,14 +53,14 @@ def test_rows_that_moved_far_are_refused_though_labels_agree() -> None:
     apart = support_set(
         unit(np.eye(4, 64)[np.repeat(np.arange(4), 10)] + 0.01 * ROWS[:40]), np.repeat(np.arange(4), 10)
     )
-    found = agreement(apart, moved(apart, 0.3), DecisionSettings(Mode.AVG))
+    found = agreement(apart, moved(apart, 0.3), DecisionSettings(Mode.AVG, abstain=None))
     assert found.share == 1
     assert "moved too far: mean cosine 0.95" in (refuse_quick({"Screws": found}) or "")
 
 
 def test_rows_that_are_no_numbers_are_refused() -> None:
     """Whatever compares with nothing."""
-    found = replace(agreement(EXACT, EXACT, DecisionSettings(Mode.AVG)), cosines=float("nan"))
+    found = replace(agreement(EXACT, EXACT, DecisionSettings(Mode.AVG, abstain=None)), cosines=float("nan"))
     assert refuse_quick({"Screws": found}) is not None
 
 
@@ -69,25 +70,25 @@ def test_too_few_references_tell_nothing() -> None:
     alone = support_set(BLOBS.draw(range(8)), range(8))
     nothing = support_set(ROWS[:0], [], labels=2)
     for support, judged in ((few, 20), (alone, 0), (nothing, 0)):
-        found = agreement(support, support, DecisionSettings())
+        found = agreement(support, support, DecisionSettings(abstain=None))
         assert found.judged == judged
         said = refuse_quick({"Screws": found})
         assert said is not None
-        assert said.startswith(f"{judged} references that can be left out")
-        assert str(FEWEST_JUDGED) in said
+        assert said.startswith(f"{judged} references that are left out and filed")
+        assert str(FEWEST_FILED) in said
     assert refuse_quick({}) is not None
 
 
 def test_small_datasets_count_together_and_none_is_outvoted() -> None:
     """Two of twenty references suffice; but each has to agree by itself, however large the other."""
     few = support_set(ROWS[:20], CLASSES[:20])
-    found = agreement(few, few, DecisionSettings())
+    found = agreement(few, few, DecisionSettings(abstain=None))
     assert refuse_quick({"Screws": found, "Coins": found}) is None
-    assert pooled({"Screws": found, "Coins": found}).judged == 40
-    many = replace(found, references=5000, judged=5000, same=5000, cosines=5000.0)
+    assert pooled({"Screws": found, "Coins": found}).filed == 40
+    many = replace(found, references=5000, judged=5000, filed=5000, same=5000, cosines=5000.0)
     said = refuse_quick({"Screws": many, "Coins": replace(found, same=19)})
     assert said is not None
-    assert "of Coins would be decided otherwise" in said
+    assert "of Coins that are filed would go elsewhere" in said
 
 
 def test_other_references_are_not_compared() -> None:

@@ -108,10 +108,10 @@ class TestVerdict:
         first = world.load()
         assert "-onnx-int8-" in first.encoder_id
         (line,) = world.judged()
-        assert (line["serves"], line["judged"], line["same"], line["share"]) == ("int8", 36, 36, 1.0)
+        assert (line["serves"], line["judged"], line["filed"], line["same"], line["share"]) == ("int8", 36, 36, 36, 1.0)
         assert line["mean_cosine"] > 0.99
         assert line["datasets"]["Colours"]["references"] == 36
-        assert world.told == ["onnx int8; 36 of 36 references decided as in fp32"]
+        assert world.told == ["onnx int8; 36 of 36 references filed as by fp32"]
         assert world.load().encoder_id == first.encoder_id
         assert len(world.judged()) == 1
         assert world.pools == 1
@@ -135,7 +135,7 @@ class TestVerdict:
         assert "-onnx-fp32-" in world.load().encoder_id
         (line,) = world.judged()
         assert (line["serves"], line["log_level"]) == ("fp32", "warning")
-        assert "12 references that can be left out and decided are too few" in line["refusal"]
+        assert "12 references that are left out and filed by the others are too few" in line["refusal"]
         assert "int8 does not serve: 12 references" in world.told[0]
 
     def test_without_a_dataset_it_is_float32(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
@@ -153,7 +153,9 @@ class TestVerdict:
         assert "-onnx-fp32-" in world.load().encoder_id
         (line,) = world.judged()
         assert line["serves"] == "fp32"
-        assert line["refusal"].startswith(("the rows of Colours moved too far", f"{36 - line['same']} of the 36"))
+        assert line["refusal"].startswith(
+            ("the rows of Colours moved too far", f"{line['filed'] - line['same']} of the {line['filed']}")
+        )
         verdict = read_verdict(world.exports(), world.config.root)
         assert verdict is not None
         assert verdict.facts()["refusal"] == line["refusal"]
@@ -241,7 +243,7 @@ def test_the_daemon_runs_without_torch(tmp_path: Path, make_config: Callable[...
     with DaemonProcess(tmp_path / "config.yaml", program="sortd") as daemon:
         ready = daemon.wait_for("daemon.ready")
         assert "-onnx-int8-" in ready["encoder_id"]
-        assert "onnx int8; 36 of 36 references decided as in fp32" in ready["model"]
+        assert "onnx int8; 36 of 36 references filed as by fp32" in ready["model"]
         picture("green", 1000).save(dataset / "Images" / "new.png")
         filed = daemon.wait_for("image.filed")
         assert (filed["label"], filed["encoder_id"]) == ("green", ready["encoder_id"])

@@ -70,7 +70,7 @@ def backend_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     if verdict is not None:
         yield f"On the references of the last start, {_verdict_words(verdict)}"
     elif export is not None and "int8" in export["precisions"]:
-        yield "int8 serves after it decided the references as fp32 does, which the next start finds out"
+        yield "int8 serves after it filed the references as fp32 does, which the next start finds out"
 
 
 def _int8_words(export: Mapping[str, Any]) -> str:
@@ -82,7 +82,7 @@ def _verdict_words(verdict: Mapping[str, Any]) -> str:
     if verdict["refusal"]:
         return f"fp32 serves and int8 does not: {verdict['refusal']}"
     return (
-        f"int8 serves: it decides {verdict['same']} of {verdict['judged']} as fp32 does, mean cosine "
+        f"int8 serves: it files {verdict['same']} of {verdict['filed']} as fp32 does, mean cosine "
         f"{verdict['mean_cosine']:.4f}"
     )
 

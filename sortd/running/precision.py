@@ -1,4 +1,4 @@
-"""The precision that serves: int8 only after it decided the user's own references as float32 does, else float32.
+"""The precision that serves: int8 only after it filed the user's own references as float32 does, else float32.
 
 The references of all datasets (an even sample of many) are embedded by both and compared: ``deciding/agreement.py``
 says how. The verdict is kept beside the export under what it was found on, so that a start with the same references
@@ -73,6 +73,9 @@ def _figures(part: Agreement) -> dict[str, Any]:
     return {
         "references": part.references,
         "judged": part.judged,
+        "right_fp32": part.right_exact,
+        "right_int8": part.right_quick,
+        "filed": part.filed,
         "same": part.same,
         "share": None if part.share is None else round(part.share, 4),
         "mean_cosine": None if part.mean_cosine is None else round(part.mean_cosine, 5),
@@ -115,7 +118,7 @@ def load_encoder(
         tell(f"onnx fp32; int8 does not serve: {reason}")
         return _load(config, "onnx")
     whole = pooled(verdict.datasets)
-    tell(f"onnx int8; {whole.same} of {whole.judged} references decided as in fp32")
+    tell(f"onnx int8; {whole.same} of {whole.filed} references filed as by fp32")
     return _load(config, "onnx-int8")
 
 
@@ -272,7 +275,7 @@ def _fingerprint(exported: Exports, config: Config, taught: Mapping[str, Taught]
         *(
             [
                 os.fspath(clases),
-                teaching.settings.mode.value,
+                repr(teaching.settings),
                 list(teaching.templates),
                 [
                     [one.label, one.descriptions, [(path, *astuple(stamp)) for path, stamp in one.files]]
