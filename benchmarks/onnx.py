@@ -29,7 +29,6 @@ from tests.daemon_process import DaemonProcess, make_dataset
 
 BACKENDS = ("torch", "onnx", "onnx-int8")
 BATCHES = (1, 8, 32)
-ROUNDS = 3
 FLOORS = {"images_per_second": 1.7, "ready_seconds": 1 / 3, "daemon_megabytes": 1 / 2}
 
 
@@ -102,7 +101,7 @@ def compare(model: str, cache: Path, options: argparse.Namespace, scratch: Path)
     print(f"exports: {found.size_bytes / 1e6:.0f} MB, {time.perf_counter() - began:.0f} s", file=sys.stderr)
     backends = [one for one in BACKENDS if one != "onnx-int8" or len(found.precisions) > 1]
     runs: dict[str, list[dict[str, float]]] = {backend: [] for backend in backends}
-    for _ in range(ROUNDS):
+    for _ in range(options.rounds):
         for backend in backends:
             runs[backend].append(measure(model, cache, backend, options.images, options.threads))
     results = {backend: medians(runs[backend]) for backend in backends}
@@ -111,7 +110,7 @@ def compare(model: str, cache: Path, options: argparse.Namespace, scratch: Path)
         starts: dict[str, list[dict[str, float]]] = {backend: [] for backend in served}
         for backend in served:  # the first start of each embeds the references, and judges int8
             start_daemon(model, cache, backend, scratch, options.threads)
-        for _ in range(ROUNDS):
+        for _ in range(options.rounds):
             for backend in served:
                 starts[backend].append(start_daemon(model, cache, backend, scratch, options.threads))
         for backend in served:
@@ -150,6 +149,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, help="where exports are kept; a temporary folder without it")
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--threads", type=int, default=0, help="for a forward; as many as there are cores without it")
+    parser.add_argument("--rounds", type=int, default=3, help="of each backend; medians count")
     parser.add_argument("--no-daemon", dest="daemon", action="store_false")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--inner", choices=BACKENDS, help=argparse.SUPPRESS)

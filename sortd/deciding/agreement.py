@@ -24,7 +24,8 @@ one's accuracy (Reddi et al., MLPerf Inference Benchmark, 2020); one label is th
 cancel."""
 LEAST_COSINE = 0.99
 """Mean cosine between an image's two rows. On CLIP features of four public datasets, rows moved by noise to a mean
-cosine of 0.99 still filed every reference alike and took at most 1.4 % from leave-one-out accuracy; 0.98 took up to 3 %."""
+cosine of 0.99 still filed every reference alike, and at most 1.4 % of all were decided wrong that had been right; 0.98
+made it 3 % (docs/backends.md)."""
 FEWEST_FILED = 30
 """References that must have been filed before agreement says anything. When none of n differs, fewer than 3 / n of all
 do, with 95 % confidence: here a tenth (Hanley & Lippman-Hand, If nothing goes wrong, is everything all right?, JAMA,
