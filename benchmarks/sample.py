@@ -3,9 +3,9 @@
     python -m benchmarks.sample [--batches 3] [--seed 1] [--json]
 
 Each batch is one that ``Data/draw.py incoming`` draws (the first is the one of ``make run``): into a copy of the sample
-in a temporary folder, with the truth beside it. ``sortd once`` then files it three times: with ``abstain: off``, at the
-default precision, and as ``Data/sample.yaml`` has it. Printed are the screws filed into their own class, those filed
-into another, those that wait in Review/, and the strangers that were filed at all.
+in a temporary folder, with the truth beside it. ``sortd once`` then files it twice: with ``abstain: off`` and at the
+defaults. Printed are the screws filed into their own class, those filed into another, those that wait in Review/, and the
+strangers that were filed at all.
 """
 
 import argparse
@@ -23,11 +23,7 @@ SAMPLE = Path(__file__).parents[1] / "Data"
 DATASET = "Tornillos"
 FILED, REJECTED = "Dataset", "Rejected"
 
-ABSTENTION: dict[str, object] = {
-    "abstain off": "off",
-    "defaults": None,
-    "sample.yaml": yaml.safe_load((SAMPLE / "sample.yaml").read_text(encoding="utf-8"))["abstain"],
-}
+ABSTENTION = {"abstain off": "off", "defaults": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +42,7 @@ class Outcome:
         return Outcome(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
 
-def file_batch(seed: int, abstain: object) -> Outcome:
+def file_batch(seed: int, abstain: str | None) -> Outcome:
     """Draw one batch, file it, and compare."""
     with tempfile.TemporaryDirectory() as scratch:
         place, dataset = Path(scratch), Path(scratch) / "Data" / DATASET
