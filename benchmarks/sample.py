@@ -4,8 +4,8 @@
 
 Each batch is one that ``Data/draw.py incoming`` draws (the first is the one of ``make run``): into a copy of the sample
 in a temporary folder, with the truth beside it. ``sortd once`` then files it twice: with ``abstain: off`` and at the
-defaults. Printed are the screws filed into their own class, those filed into another, those that wait in Review/, and the
-strangers that were filed at all.
+defaults. Printed are the screws filed into their own class, those filed into another, those that wait in Review/, and
+the strangers that were filed at all.
 """
 
 import argparse
