@@ -16,17 +16,23 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
 
 from sortd.encoding import models
 from sortd.encoding.manifest import Manifest, Precision, tower_file
 from sortd.encoding.model_folders import ModelFolder, complete, vouch
 from sortd.encoding.onnx_int8 import weight_range
 from sortd.errors import ModelError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 FORMAT = 1
 """Raised when the same model would be exported in another way than before."""
@@ -39,6 +45,9 @@ TOKENIZER = "tokenizer.json"
 EXTRA = "pip install 'sortd[onnx]' (packages onnxruntime and onnx)"
 EXPORT_SECONDS = 1800.0
 """Far beyond what the largest model takes on a slow disk; a child that needs longer hangs."""
+LOOK_SECONDS = 0.5
+"""How often whoever waits looks whether the program still goes on."""
+STOPPED = "was given up, for sortd was stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +199,7 @@ def make(
     folder = folder_of(model, words, cache_dir=cache_dir)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with _acquired(FileLock(f"{folder}.lock"), model.name):
             made = find(model, words, cache_dir=cache_dir)  # by whoever held the lock before us
             if made is None:
                 request = Request(model, words, wanted, folder.with_name(f"{folder.name}.part"), least_gain)
@@ -203,6 +212,23 @@ def make(
     if made is None:
         raise ModelError(f"the export of {model.name!r} in {folder} changed as soon as it was made; check that disk")
     return made
+
+
+@contextmanager
+def _acquired(lock: "BaseFileLock", name: str) -> Iterator[None]:
+    """Hold a lock as soon as whoever has it lets go, unless nobody waits for that any more."""
+    from filelock import Timeout
+
+    while is_awaited():
+        with suppress(Timeout):
+            lock.acquire(timeout=LOOK_SECONDS)
+            break
+    else:
+        raise ModelError(f"exporting {name!r} to ONNX {STOPPED}")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _replace(folder: Path, request: Request, run: Callable[[Request], None]) -> None:
@@ -228,20 +254,33 @@ def run_child(request: Request) -> None:
     """
     name = request.model.name
     command = [sys.executable, "-P", "-m", "sortd.encoding.onnx_export", request.to_json()]
-    try:
-        done = subprocess.run(  # noqa: S603 -- our own interpreter and module, no shell
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=EXPORT_SECONDS,
-            check=False,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ModelError(
-            f"exporting {name!r} to ONNX took over {EXPORT_SECONDS:.0f} s and was ended; set `backend: torch`"
-        ) from error
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"it ended with {done.returncode}"]
+    child = subprocess.Popen(  # noqa: S603 -- our own interpreter and module, no shell
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    with child:
+        complaint = _heard(child, name)
+    if child.returncode:
+        said = [line for line in complaint.splitlines() if line.strip()] or [f"it ended with {child.returncode}"]
         raise ModelError(f"cannot export {name!r} to ONNX: {said[-1].strip()}; set `backend: torch`")
+
+
+def _heard(child: "subprocess.Popen[str]", name: str) -> str:
+    """Wait for a child, as long as somebody waits for it; return what it said on stderr."""
+    until = monotonic() + EXPORT_SECONDS
+    while is_awaited() and monotonic() < until:
+        with suppress(subprocess.TimeoutExpired):
+            return child.communicate(timeout=LOOK_SECONDS)[1]
+    child.kill()
+    why = f"took over {EXPORT_SECONDS:.0f} s and was ended; set `backend: torch`" if is_awaited() else STOPPED
+    raise ModelError(f"exporting {name!r} to ONNX {why}")
+
+
+def is_awaited() -> bool:
+    """Tell whether the program goes on: its end joins the thread that asks, which may be long at work for nobody."""
+    return threading.main_thread().is_alive()

@@ -50,8 +50,8 @@ class Embedder:
         self.forwards = 0
         """Image batches that went through the encoder: what a cache hit saves."""
 
-    def attend_with(self, attend: Attend, *, bell: int) -> None:
-        """Let ``embed`` call ``attend`` between two steps, and wait no longer than until ``bell`` can be read."""
+    def attend_with(self, attend: Attend, *, bell: int | None) -> None:
+        """Let ``embed`` call ``attend`` between two steps, and wait no longer than until a ``bell`` can be read."""
         self._attend, self._bell = attend, bell
 
     # ------------------------------------------------------------ images

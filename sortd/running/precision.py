@@ -7,6 +7,7 @@ costs one look at the folders. What is taught while sortd runs counts at the nex
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +24,7 @@ from sortd.config import Config, DatasetConfig
 from sortd.deciding.agreement import Agreement, agreement, pooled, refuse_quick
 from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder, load
-from sortd.encoding import exports, models
+from sortd.encoding import exports, models, onnx_encoder
 from sortd.encoding.backends import choose
 from sortd.encoding.exports import Exports
 from sortd.encoding.manifest import Precision
@@ -109,6 +110,9 @@ def load_encoder(
     exported = _exported(config, tell, may_prepare=may_prepare)
     if exported is None:
         return _load(config, "torch")
+    if onnx_encoder.runs_on_gpu(config.device):
+        tell("onnx fp32 on the GPU")
+        return _load(config, "onnx")
     if Precision.INT8 not in exported.precisions:
         tell(f"onnx fp32; int8 would be {exported.manifest.gain:.2f} times as quick, which is not worth it")
         return _load(config, "onnx")
@@ -151,7 +155,7 @@ def _exported(config: Config, tell: Tell, *, may_prepare: bool) -> Exports | Non
     except ModelError as error:
         if config.backend != "auto":
             raise
-        structlog.get_logger().warning(logs.MODEL_FELL_BACK, wanted="onnx", backend="torch", error=str(error))
+        _warn(logs.MODEL_FELL_BACK, wanted="onnx", backend="torch", error=str(error))
         tell(f"torch; {error}")
         return None
     tell("torch; the export to ONNX is missing, damaged or old, and `sortd run` makes it")
@@ -168,7 +172,7 @@ def export(config: Config) -> Exports:
     words = None if config.text_model is None else models.locate_text(config.text_model, cache_dir=config.cache_dir)
     began = monotonic()
     made = exports.make(model, words, cache_dir=config.cache_dir)
-    structlog.get_logger().info(
+    _note(
         logs.MODEL_EXPORTED,
         model=model.name,
         folder=str(made.folder),
@@ -178,6 +182,20 @@ def export(config: Config) -> Exports:
         seconds=round(monotonic() - began, 1),
     )
     return made
+
+
+def _note(event: str, **fields: Any) -> None:  # noqa: ANN401 -- the values of a log line
+    """Log; commands that keep no log say nothing."""
+    if structlog.is_configured():
+        structlog.get_logger().info(event, **fields)
+
+
+def _warn(event: str, **fields: Any) -> None:  # noqa: ANN401 -- the values of a log line
+    """Log as a warning; commands that keep no log say it on stderr, for stdout is for facts."""
+    if structlog.is_configured():
+        structlog.get_logger().warning(event, **fields)
+    else:
+        logging.getLogger(__name__).warning("%s: %s", event, fields.get("refusal") or fields.get("error"))
 
 
 # ---------------------------------------------------------------- the verdict
@@ -203,11 +221,11 @@ def _verdict(
     try:
         parts = _compare(config, exported, pool, taught)
     except (ValueError, OSError) as error:  # somebody changes the references right now: the next start tells
-        structlog.get_logger().warning(logs.MODEL_FELL_BACK, wanted="onnx int8", backend="onnx fp32", error=str(error))
+        _warn(logs.MODEL_FELL_BACK, wanted="onnx int8", backend="onnx fp32", error=str(error))
         return None
     verdict = Verdict(fingerprint, refuse_quick(parts), parts)
     _write_verdict(exported, config.root, verdict)
-    say = structlog.get_logger().warning if verdict.refusal else structlog.get_logger().info
+    say = _warn if verdict.refusal else _note
     say(logs.MODEL_JUDGED, seconds=round(monotonic() - began, 1), **verdict.facts())
     return verdict
 
@@ -257,8 +275,19 @@ def _compare(config: Config, exported: Exports, pool: Pool, taught: Mapping[str,
     with Cache(file, max_bytes=most) as cache:
         for backend in ("onnx", "onnx-int8"):  # one after the other: both at once would be the peak of the memory
             embedder = Embedder(_load(config, backend), decoders, cache, batch_size=config.batch_size)
+            embedder.attend_with(_see_that_sortd_goes_on, bell=None)
             supports.append({name: _support(embedder, *one[:2]) for name, one in taught.items()})
     return {name: agreement(supports[0][name], supports[1][name], one[1].settings) for name, one in taught.items()}
+
+
+def _see_that_sortd_goes_on() -> None:
+    """End a comparison that nobody waits for any more: the end of the program joins this thread.
+
+    Raises:
+        ModelError: the program has ended but for this.
+    """
+    if not exports.is_awaited():
+        raise ModelError("sortd was stopped while int8 was judged; the next start does it")
 
 
 def _support(embedder: Embedder, clases: Path, teaching: Teaching) -> SupportSet:
