@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
 from sortd import config as configuration
@@ -23,6 +24,7 @@ from sortd.images import Limits
 from sortd.references import ClassFolder
 from sortd.running.precision import LARGEST_CLASS, LARGEST_SAMPLE, load_encoder, read_verdict, sample
 from sortd.running.site import teaching_of
+from tests.command_line import sortd
 from tests.daemon_process import DaemonProcess, make_dataset, picture, tree
 
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
@@ -251,3 +253,33 @@ def test_the_daemon_runs_without_torch(tmp_path: Path, make_config: Callable[...
         assert "onnxruntime" in mapped
         assert "libtorch" not in mapped
         assert daemon.stop() == 0
+
+
+def test_a_stop_does_not_wait_for_an_export(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    """The child that exports is ended with sortd, and what it has written goes."""
+    make_dataset(tmp_path / "Data")
+    with DaemonProcess(write_config(backend="onnx"), program="sortd") as daemon:
+        daemon.wait_until(lambda: any(tmp_path.glob("cache/onnx/*.part")), "an export to begin")
+        assert daemon.stop() == 0
+        assert daemon.events("daemon.stopped", worker_ended=False)
+    assert not list(tmp_path.glob("cache/onnx/*.part"))
+    assert not list(tmp_path.glob("cache/onnx/*/manifest.json"))
+
+
+def test_commands_keep_their_facts_on_stdout_alone(
+    tmp_path: Path, make_config: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is said about the model, by whoever has to judge it first, goes another way; then it is shown as a fact."""
+    structlog.reset_defaults()  # a command runs in a process where no log was set up; capturing counts as setting up
+    make_dataset(tmp_path / "Data", references=4)
+    make_config(mode="max")
+    ran = sortd("eval", "-c", tmp_path / "config.yaml", "--json")
+    assert ran.facts["datasets"]["Colours"]["encoder_id"].count("-onnx-fp32-") == 1
+    assert "model.judged: 12 references" in caplog.text
+    listed = sortd("models", "-c", tmp_path / "config.yaml")
+    assert "fp32 serves and int8 does not: 12 references" in listed.out
+    facts = sortd("models", "-c", tmp_path / "config.yaml", "--json").facts["backend"]
+    assert (facts["name"], facts["export"]["precisions"]) == ("onnx", ["fp32", "int8"])
+    assert (facts["agreement"]["serves"], facts["agreement"]["filed"]) == ("fp32", 12)
+    checked = sortd("check", "-c", tmp_path / "config.yaml", "--json")
+    assert "fp32 serves and int8 does not" in checked.out
