@@ -153,7 +153,7 @@ def _exported(config: Config, tell: Tell, *, may_prepare: bool) -> Exports | Non
         if may_prepare:
             return export(config)
     except ModelError as error:
-        if config.backend != "auto":
+        if config.backend != "auto" or not exports.is_awaited():
             raise
         _warn(logs.MODEL_FELL_BACK, wanted="onnx", backend="torch", error=str(error))
         tell(f"torch; {error}")
