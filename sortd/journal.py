@@ -193,8 +193,8 @@ class Journal:
         """
         with committing(self._connection, self.path):
             self._connection.execute(
-                "UPDATE members SET moved_device = ?, moved_inode = ?, moved_size = ?, moved_mtime_ns = ?, content = '' "
-                "WHERE move = ? AND position = 0",
+                "UPDATE members SET moved_device = ?, moved_inode = ?, moved_size = ?, moved_mtime_ns = ?, "
+                "content = '' WHERE move = ? AND position = 0",
                 (*stamp_columns(stamp), record.id),
             )
 
