@@ -99,13 +99,19 @@ class TestRows:
         assert onnx.preprocessing == torch.preprocessing
 
     def test_the_packaged_model_too(self, cache: Path) -> None:
-        """What ships is a convolutional network beside a BERT, whose names of inputs differ."""
+        """What ships is a convolutional network beside a BERT; in int8 its convolutions are as well."""
         model = models.locate("packaged")
-        onnx = open_export(exports.make(model, None, cache_dir=cache, run=here))
+        made = exports.make(model, None, cache_dir=cache, least_gain=0.0, run=here)
+        onnx, quick = open_export(made), open_export(made, Precision.INT8)
         torch = load("packaged", backend="torch")
         seen = pixels(3, torch.preprocessing.crop_height)
         assert lowest_cosine(torch.encode_images(seen), onnx.encode_images(seen)) > EXACT
         assert lowest_cosine(torch.encode_texts(TEXTS), onnx.encode_texts(TEXTS)) > EXACT
+        rounded = quick.encode_images(seen)
+        assert lowest_cosine(torch.encode_images(seen), rounded) > 0.98
+        assert np.array_equal(rounded[1:2], quick.encode_images(seen[1:2]))
+        assert not list(made.folder.glob("*candidate*"))
+        assert not list(made.folder.glob("*between*"))
 
     def test_a_text_model_of_its_own_is_exported_too(self, clip: ModelFolder, tmp_path: Path) -> None:
         """Words by another model, images by the CLIP."""
@@ -243,7 +249,7 @@ class TestExports:
 
     def test_int8_that_gains_too_little_is_not_kept(self, copied: Exports) -> None:
         """And says so to whoever asks for it."""
-        assert onnx_export._reduce(copied.folder, 1e6, _Small(copied)) < 1e6  # type: ignore[arg-type]  # all it needs
+        assert onnx_export._reduce(copied.folder, 1e6, copied.manifest.preprocessing) < 1e6
         assert not copied.tower("image", Precision.INT8).exists()
         sums = {name: one for name, one in copied.manifest.checksums.items() if "int8" not in name}
         manifest = Manifest(
@@ -276,14 +282,6 @@ class TestExports:
         message, automatic = done.stdout.splitlines()
         assert "pip install 'sortd[onnx]'" in message
         assert automatic == "torch"
-
-
-class _Small:
-    """The part of an encoder that timing needs: the size that it sees."""
-
-    def __init__(self, exported: Exports) -> None:
-        """Take the size from an export."""
-        self.preprocessing = exported.manifest.preprocessing
 
 
 class TestBackends:

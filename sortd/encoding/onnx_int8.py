@@ -1,11 +1,13 @@
-"""An ONNX graph whose matrix products with weights are done in int8, row by row; needs the package ``onnx`` only.
+"""An ONNX graph in int8: matrix products with weights row by row, convolutions by ranges found beforehand.
 
 Each output column of a weight matrix gets its own scale, and each row of an activation (a token of an image) gets its
 own scale while it is computed, both symmetric: ``y = (x_q - 128) w_q * row_scale * column_scale``. The dynamic
 quantization of ONNX Runtime's tools takes one scale for a whole batch instead, so that an image's embedding depends on
 its company, and one token with a huge activation takes the steps from all others; scales by token are what keeps
-transformers whole in eight bits (Yao et al., ZeroQuant, 2022; Dettmers et al., LLM.int8(), 2022). Convolutions stay as
-they are.
+transformers whole in eight bits (Yao et al., ZeroQuant, 2022; Dettmers et al., LLM.int8(), 2022).
+
+Activations of a convolution have no rows. Their range is found on trial images and fixed, which is ONNX Runtime's
+static quantization, and does not let images depend on each other either.
 """
 
 import platform
@@ -16,11 +18,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sortd.encoding.rows import Pixels
+
 FULL_RANGE = 127
 """The largest weight in eight signed bits."""
 REDUCED_RANGE = 63
 """In seven: x86 processors without VNNI add two products of an unsigned and a signed byte in 16 bits, which 255 * 127 *
 2 overflows and 255 * 63 * 2 does not; see "Data type selection" in ONNX Runtime's page on quantization."""
+
+IMAGES_A_RUN = 8
+"""Trial images at a time: more only take memory."""
 
 ZERO_POINT = 128  # activations are stored unsigned, shifted by this: the pairing that every processor has kernels for
 LEAST_SCALE = 1e-12  # of a row of zeros
@@ -69,6 +76,46 @@ def quantize(source: Path, target: Path, *, largest: int) -> int:
     model.graph.initializer.extend(kept)
     onnx.save(model, str(target))
     return rewriting.products
+
+
+def convolutions(source: Path) -> int:
+    """Return how many convolutions a graph has; a vision transformer has one, which cuts the image into patches."""
+    import onnx
+
+    return sum(node.op_type == "Conv" for node in onnx.load(str(source), load_external_data=False).graph.node)
+
+
+def quantize_convolutions(source: Path, target: Path, images: Pixels, *, largest: int) -> None:
+    """Write a graph again with its convolutions in int8.
+
+    Args:
+        source: an ONNX file, float32, with one input, ``pixels``.
+        target: the file to write.
+        images: uint8 (B, H, W, 3); what they make of each activation is the range that it is given.
+        largest: the largest quantized weight, see ``weight_range``.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Trials(CalibrationDataReader):  # type: ignore[misc]  # what the library demands, which publishes no types
+        """Hands the images over, a few at a time."""
+
+        def __init__(self) -> None:
+            self._parts = (images[start : start + IMAGES_A_RUN] for start in range(0, len(images), IMAGES_A_RUN))
+
+        def get_next(self) -> dict[str, Pixels] | None:
+            part = next(self._parts, None)
+            return None if part is None else {"pixels": part}
+
+    quantize_static(
+        str(source),
+        str(target),
+        Trials(),
+        per_channel=True,
+        reduce_range=largest < FULL_RANGE,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        op_types_to_quantize=["Conv"],
+    )
 
 
 # onnx publishes types for its protocol buffers that mypy cannot follow here, hence Any from here to the end.
