@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from sortd.errors import ChangedError
 from sortd.messages import Writer
-from sortd.mover import remove_spent
+from sortd.mover import make_part, remove_spent
 from sortd.moving.relocation import Member, Relocation, Role
 from sortd.moving.renaming import (
     FOLDER_FLAGS,
@@ -191,3 +192,15 @@ def test_what_sortd_made_is_removed_only_as_it_made_it(tmp_path: Path) -> None:
     with Folders(tmp_path) as folders:
         remove_spent(folders, Relocation("t", "Rejected", "Images", (image,), spent=tuple(members)))
     assert os.listdir(rejected) == ["kept.json"]
+
+
+def test_a_shared_sidecar_that_changed_is_not_copied(tmp_path: Path, folder: int) -> None:
+    """It may belong to another image by now; nothing is made of it."""
+    sidecar = tmp_path / "a.xmp"
+    sidecar.write_text("seen")
+    member = Member(Role.SHARED, "a.xmp", "a.xmp", stamp_of(sidecar.stat()))
+    sidecar.write_text("changed since")
+    relocation = Relocation("0" * 16, "Images", "Dataset/cat", (member,))
+    with pytest.raises(ChangedError, match=r"Images/a\.xmp"):
+        make_part(folder, folder, relocation, 0)
+    assert os.listdir(tmp_path) == ["a.xmp"]
