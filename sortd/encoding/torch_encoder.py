@@ -5,6 +5,7 @@ one subtraction for a whole batch. ``preprocessing_of`` derives that size, and r
 """
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ class TorchEncoder:
         decoding: str,
     ) -> None:
         """Load; see ``encoder.load``."""
+        os.environ.setdefault(*PATIENT_THREADS)
         import torch
 
         if threads:
