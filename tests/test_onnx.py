@@ -237,6 +237,19 @@ class TestExports:
         assert exports.find(copied.model, None, cache_dir=tmp_path) == copied
         assert [path.suffix for path in (tmp_path / "onnx").iterdir() if path.is_dir()] == [""]
 
+    def test_the_end_of_the_program_ends_a_child(self) -> None:
+        """A thread that waits for an export would keep the interpreter from ending."""
+        program = (
+            "import subprocess, threading; from sortd.encoding import exports\n"
+            "child = subprocess.Popen(['sleep', '1000'], stderr=subprocess.PIPE, text=True)\n"
+            "def wait():\n"
+            "    try: exports._heard(child, 'some model')\n"
+            "    except exports.ModelError as error: print(error, child.wait())\n"
+            "threading.Thread(target=wait).start()"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+        assert done.stdout == "exporting 'some model' to ONNX was given up, for sortd was stopped -9\n"
+
     def test_an_export_with_other_rows_is_refused(self, copied: Exports) -> None:
         """Held against torch before anything is kept."""
         from sortd.encoding.torch_encoder import TorchEncoder
