@@ -4,7 +4,7 @@
 
 Random weights and made-up photos (JPEG, 320 x 240) serve: speed does not depend on what is learnt. The plain loop is
 what a first script does: float32, one process, no workers, every photo opened, resized and normalised again in every
-epoch by the image processor, AdamW at one rate. sortd's decodes each photo once, draws views on the device, and
+epoch by Pillow and numpy, AdamW at one rate. sortd's decodes each photo once, draws views on the device, and
 multiplies in bfloat16 where the hardware does. Both make as many passes over the photos; reading them is part of both.
 ``--small`` takes a ViT of two layers, to see that it runs.
 """
@@ -60,16 +60,16 @@ def vision_transformer(*, small: bool) -> Any:  # noqa: ANN401 - transformers ha
 def plain_loop(files: list[Path], arguments: argparse.Namespace, device: "torch.device") -> float:
     """Train as a first script does; return images a second."""
     import torch
-    from transformers import ViTImageProcessorFast as Processor
 
     model = vision_transformer(small=arguments.small).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
-    processor = Processor(size={"height": 224, "width": 224}, **PROCESSOR)
     began = time.perf_counter()
     for _ in range(arguments.epochs):
         for start in range(0, len(files), arguments.batch):
             photos = [Image.open(file).convert("RGB") for file in files[start : start + arguments.batch]]
-            values = processor(photos, return_tensors="pt")["pixel_values"].to(device)
+            sized = [np.asarray(photo.resize((224, 224), Image.Resampling.BILINEAR)) for photo in photos]
+            scaled = (np.stack(sized).astype(np.float32) / 255 - 0.5) / 0.5
+            values = torch.from_numpy(scaled).permute(0, 3, 1, 2).contiguous().to(device)
             labels = torch.arange(start, start + len(photos), device=device) % CLASSES
             loss = torch.nn.functional.cross_entropy(model(pixel_values=values).logits, labels)
             optimizer.zero_grad()
