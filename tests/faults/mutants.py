@@ -169,7 +169,7 @@ APART = (
     Mutant("running/relocating", "[one for one in unfinished if one.token not in self._crossing]", "unfinished"),
     Mutant("running/relocating", "(*self.recover(), *self._crossing.values())", "self.recover()"),
     Mutant("running/crossings", "if crosses and room <= 0:", "if False:"),
-    Mutant("running/outbox", "                    ended += self._withdraw(answer.message)", "                    pass"),
+    Mutant("running/outbox", "                heard += self._withdraw(answer.message)", "                pass"),
     Mutant("running/outbox", ", *self._withdraw(message)]", "]"),
     Mutant("running/copier", "            errand.done.wait()\n", "            pass\n"),
     Mutant(

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.faults.mutants import ALL
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -33,6 +35,16 @@ def test_no_fault_at_any_system_call_loses_or_doubles_anything(tmp_path: Path) -
     assert found["killed"] > 10
     assert found["error"] > 10
     assert found["double"] > 0
+
+
+def test_each_mutant_has_its_place() -> None:
+    """The text that a mutant replaces stands exactly once in its module: code that moves on takes its mutants along."""
+    misplaced = [
+        mutant.label
+        for mutant in ALL
+        if (REPOSITORY / "sortd" / f"{mutant.module}.py").read_text(encoding="utf-8").count(mutant.text) != 1
+    ]
+    assert misplaced == []
 
 
 @pytest.mark.slow
