@@ -105,6 +105,7 @@ def compare(model: str, cache: Path, options: argparse.Namespace, scratch: Path)
         for backend in backends:
             runs[backend].append(measure(model, cache, backend, options.images, options.threads))
     results = {backend: medians(runs[backend]) for backend in backends}
+    print(json.dumps(results), file=sys.stderr)
     if options.daemon:
         served = [backend for backend in backends if backend != "onnx" or len(backends) < len(BACKENDS)]
         starts: dict[str, list[dict[str, float]]] = {backend: [] for backend in served}

@@ -23,6 +23,7 @@ from sortd.messages import Preprocessing
 __all__ = ["Encoder", "Pixels", "Rows", "load", "probe"]
 
 SAME_ROW = 1e-3  # two runs on one image: a GPU may add in another order, but not differ by more
+TRIAL_TEXTS = ("a photo",)
 ONE_ROW = 1e-6  # two unlike images: nearer than this, the model does not look at them
 
 
@@ -95,7 +96,8 @@ def load(
         from sortd.encoding.torch_encoder import TorchEncoder
 
         encoder = TorchEncoder(folder, words, device=device, cache_dir=cache_dir, threads=threads, decoding=decoding)
-    probe(encoder)
+    # The text tower of an export was tried when that was made, and is checked by content: opening it is half of a start.
+    probe(encoder, texts=() if exported is not None else TRIAL_TEXTS)
     return encoder
 
 
@@ -108,7 +110,7 @@ def _exported(
     return make(folder, words, cache_dir=cache_dir) if found is None and may_make else found
 
 
-def probe(encoder: Encoder) -> None:
+def probe(encoder: Encoder, *, texts: Sequence[str] = TRIAL_TEXTS) -> None:
     """See that a model answers with sense: a device in a bad state returns zeros or noise and calls it success.
 
     Raises:
@@ -123,5 +125,5 @@ def probe(encoder: Encoder) -> None:
         raise ModelError(f"model {encoder.encoder_id} embeds one image in two ways: {BROKEN}")
     if float(np.dot(first, second)) > 1 - ONE_ROW:
         raise ModelError(f"model {encoder.encoder_id} embeds two unlike images as one: {BROKEN}")
-    if encoder.has_text:
-        encoder.encode_texts(["a photo"])
+    if encoder.has_text and texts:
+        encoder.encode_texts(texts)

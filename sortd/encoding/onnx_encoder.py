@@ -4,9 +4,11 @@ The vision tower stays in memory. The text tower is opened for each call and let
 appears and hardly ever again, and the tower would double what an idle daemon holds.
 """
 
+import ctypes
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,8 @@ class OnnxEncoder:
             chosen = order[start : start + TEXTS_A_RUN]
             inputs = text_inputs([encoded[index] for index in chosen], self._exports.manifest.text)
             rows[chosen] = _run(tower, inputs, self.encoder_id)
+        del tower
+        give_memory_back()
         return unit(rows, self.encoder_id)
 
     def _open(self, tower: str) -> Any:  # noqa: ANN401 -- ONNX Runtime publishes no types
@@ -122,18 +126,25 @@ def open_tower(file: Path, *, device: str = "cpu", threads: int | None = None) -
     # Threads that spin for work between two products, or two images, burn the cores that decode.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    # An arena that doubles, and plans for each batch size, never gives back; both cost little to do without.
-    options.enable_cpu_mem_arena = False
+    # A plan of the memory for each batch size that ever came would be kept for good.
     options.enable_mem_pattern = False
     options.log_severity_level = 3
     providers = _providers(device, onnxruntime.get_available_providers())
     try:
-        return onnxruntime.InferenceSession(str(file), options, providers=providers)
+        opened = onnxruntime.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # whatever its C++ raises over a file or a device, the file does not serve
         raise ModelError(
             f"ONNX Runtime does not open {file}: {first_line(error)}; delete its folder to have it made again, or set "
             f"`backend: torch`"
         ) from error
+    give_memory_back()
+    return opened
+
+
+def give_memory_back() -> None:
+    """Return to the system what the C library keeps of freed memory: opening a file frees a copy of all its weights."""
+    with suppress(OSError, AttributeError):  # another C library than GNU's has nothing of the kind; malloc_trim(3)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def runs_on_gpu(device: str) -> bool:
