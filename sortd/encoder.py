@@ -96,7 +96,7 @@ def load(
         from sortd.encoding.torch_encoder import TorchEncoder
 
         encoder = TorchEncoder(folder, words, device=device, cache_dir=cache_dir, threads=threads, decoding=decoding)
-    # The text tower of an export was tried when that was made, and is checked by content: opening it is half of a start.
+    # The text tower of an export was tried when that was made and is checked by content; opening it is half of a start.
     probe(encoder, texts=() if exported is not None else TRIAL_TEXTS)
     return encoder
 
