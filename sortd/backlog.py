@@ -215,8 +215,9 @@ class Backlog:
         """ENCODING -> EMBEDDED: it could be decided, but nothing may move yet."""
         self._go(entry, State.EMBEDDED)
 
-    def moving(self, entry: Entry) -> None:
+    def moving(self, entry: Entry, folder: str) -> None:
         """ENCODING -> MOVING: decided."""
+        entry.folder = folder
         self._go(entry, State.MOVING)
 
     def refuse(self, entry: Entry, message: str, *, is_denied: bool) -> bool:

@@ -47,8 +47,8 @@ from sortd.messages import (
 from sortd.prototypes import Abstained, Decision, PrototypeSet
 from sortd.sorting.entry import Entry, State
 from sortd.sorting.guard import Guard
-from sortd.sorting.orders import order_aside, order_for
-from sortd.sorting.pause import Pause
+from sortd.sorting.orders import SET_ASIDE, order_aside, order_for
+from sortd.sorting.pause import FolderPauses, Pause
 from sortd.sorting.settings import SorterSettings
 
 REBUILD_PATIENCE = 30.0
@@ -56,9 +56,6 @@ REBUILD_PATIENCE = 30.0
 
 ROOM_FOR_A_SCAN = 1 / 8
 """What did not fit is looked for when no more than this share of the backlog waits: a scan takes time, too."""
-
-SET_ASIDE = frozenset({Refusal.UNREADABLE, Refusal.TOO_LARGE, Refusal.POISON})
-"""Refusals of images that are complete and will not get better by themselves: they go to Rejected/."""
 
 
 class Sorter:
@@ -75,7 +72,7 @@ class Sorter:
         self._touched_since: float | None = None
         self._rebuilding = False
         self._rebuild_pause = Pause()
-        self._move_pause = Pause()
+        self._move_pauses = FolderPauses()
         self.guard = Guard(settings.guard_images, served_generation=served_generation)
         self._stopping = False
 
@@ -87,7 +84,7 @@ class Sorter:
             return None
         settling = self._backlog.next_deadline()
         rebuild = None if self._rebuilding else self._rebuild_at
-        times = [t for t in (settling, rebuild, self._rebuild_pause.until, self._move_pause.until) if t is not None]
+        times = [t for t in (settling, rebuild, self._rebuild_pause.until, self._move_pauses.until) if t is not None]
         return min(times, default=None)
 
     def configure(self, settings: SorterSettings, now: float) -> None:
@@ -138,13 +135,16 @@ class Sorter:
 
     @property
     def may_move(self) -> bool:
-        """Tell whether an answered image would move now."""
+        """Tell whether an answered image would move now, wherever to."""
+        return self._may_decide and self._move_pauses.until is None
+
+    @property
+    def _may_decide(self) -> bool:
         return (
             self.prototypes is not None
             and not self.is_rebuilding
             and not self.references_absent
             and self.guard.reason is None
-            and self._move_pause.until is None
             and not self._stopping
         )
 
@@ -210,7 +210,7 @@ class Sorter:
         if not self._rebuilding and self._rebuild_at is not None and now >= self._rebuild_at:
             self._rebuild_at, self._touched_since, self._rebuilding = None, None, True
             commands.append(Rebuild())
-        if self._move_pause.is_over(now):
+        if self._move_pauses.are_over(now):
             self._resume()
         return commands
 
@@ -240,7 +240,7 @@ class Sorter:
         self._resume()
 
     def _resume(self) -> None:
-        if self.may_move:
+        if self._may_decide:
             self._backlog.resume()
 
     # ------------------------------------------------------------ the way of one image
@@ -248,8 +248,7 @@ class Sorter:
     def _embed(self) -> list[Command]:
         commands: list[Command] = []
         size = self._settings.batch_size
-        most = size * (self._settings.batches_in_flight - 1)
-        while self._backlog.count(State.ENCODING) <= most:
+        while self._backlog.count(State.ENCODING) <= size * (self._settings.batches_in_flight - 1):
             batch = self._backlog.take_batch(size)
             if not batch:
                 break
@@ -262,7 +261,7 @@ class Sorter:
         if not known:
             return []
         classifier = self.classifier
-        if classifier is None or not self.may_move or classifier.encoder_id != event.encoder_id:
+        if classifier is None or not self._may_decide or classifier.encoder_id != event.encoder_id:
             for _, entry in known:
                 self._backlog.embedded(entry)
             self._resume()  # rows of an encoder that another has taken over from since: embedded again by that one
@@ -291,8 +290,15 @@ class Sorter:
             self._backlog.abstain_again(entry, generation=classifier.generation)
             return None
         entry.generation = classifier.generation
-        self._backlog.moving(entry)
-        return order_for(image, decision, classifier, settle_seconds=entry.settle_seconds)
+        return self._ordered(entry, order_for(image, decision, classifier, settle_seconds=entry.settle_seconds))
+
+    def _ordered(self, entry: Entry, move: Move) -> Move | None:
+        """Let an image move, unless its folder refuses for now: then it waits, and keeps no other from moving."""
+        if self._move_pauses.holds(move.folder):
+            self._backlog.embedded(entry)
+            return None
+        self._backlog.moving(entry, move.folder)
+        return move
 
     def _refused(self, event: ImageRefused, now: float) -> list[Command]:
         entry = self._backlog.answered(event.path, event.stamp)
@@ -315,17 +321,16 @@ class Sorter:
         return self._settings.set_rejected_aside and not (entry.in_review or entry.is_aside)
 
     def _set_aside(self, event: ImageRefused, entry: Entry) -> list[Command]:
-        if self.references_absent or self._move_pause.until is not None or self._stopping:
+        if self.references_absent or self._stopping:
             self._backlog.embedded(entry)
             return []
-        self._backlog.moving(entry)
-        return [order_aside(event, settle_seconds=entry.settle_seconds)]
+        move = self._ordered(entry, order_aside(event, settle_seconds=entry.settle_seconds))
+        return [move] if move else []
 
     def _moved(self, event: Moved, now: float) -> None:
-        if self._move_pause.until is None:
-            self._move_pause.clear()
         entry = self._backlog.get(event.path)
-        generation = entry.generation if entry else 0
+        folder, generation = (entry.folder, entry.generation) if entry else ("", 0)
+        self._move_pauses.clear(folder)
         awaited = self._backlog.moved(event.path, event.stamp)
         if awaited and event.outcome is Outcome.REVIEW:
             self._backlog.rest_in_review(event.destination, event.moved_stamp, now, generation=generation)
@@ -338,7 +343,7 @@ class Sorter:
             case MoveFailure.VANISHED:
                 self._backlog.forget(event.path)
             case MoveFailure.DESTINATION:
-                self._move_pause.begin(now)
+                self._move_pauses.begin(entry.folder, now)
             case MoveFailure.CHANGED | MoveFailure.BUSY:
                 self._backlog.settle_again(entry, now)
                 return [Inspect(event.path)]

@@ -98,7 +98,7 @@ class BacklogMachine(RuleBasedStateMachine):
             case "embedded":
                 self.backlog.embedded(entry)
             case "moving":
-                self.backlog.moving(entry)
+                self.backlog.moving(entry, "Dataset/a")
                 self.moving.append((path, mark))
             case "refused":
                 self.backlog.refuse(entry, "broken", is_denied=False)

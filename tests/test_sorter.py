@@ -266,7 +266,32 @@ def test_a_rejected_image_that_was_mended_is_decided_and_a_broken_one_stays() ->
     assert (move.path, move.folder) == ("Rejected/a.png", "Dataset/cross")
 
 
-def test_a_destination_that_fails_holds_the_dataset_and_is_tried_again() -> None:
+def test_a_folder_that_refuses_waits_longer_each_time_and_keeps_no_other_waiting() -> None:
+    """While nothing can move into one class's folder, images that are found to be of another class move."""
+    sorter, mark = ready_sorter(), stamp()
+    for number, path in enumerate(("first.png", "second.png", "other.png")):
+        settle(sorter, path, mark, 100 + 10 * number)
+    now, pauses = 131.0, []
+    for _ in range(3):
+        (move,) = sorter.receive(embedded("first.png", mark), now)
+        assert isinstance(move, Move)
+        assert move.folder == "Dataset/cross"
+        sorter.receive(MoveFailed("first.png", mark, MoveFailure.DESTINATION, "not a directory"), now)
+        assert sorter.receive(embedded("second.png", mark), now) == []
+        deadline = sorter.next_deadline()
+        assert deadline is not None
+        pauses.append(deadline - now)
+        if now == 131:
+            (other,) = sorter.receive(embedded("other.png", mark, axis=1), now)
+            assert isinstance(other, Move)
+            assert other.folder != "Dataset/cross"
+            sorter.receive(Moved("other.png", mark, "there", Outcome.FILED, mark), now)
+        now = deadline
+        sorter.receive(Tick(), now)
+    assert pauses == [1, 2, 4]
+
+
+def test_a_destination_that_fails_is_tried_again() -> None:
     """No room is no reason to hammer the disk, nor to forget the image."""
     sorter, mark = ready_sorter(), stamp()
     settle(sorter, "a.png", mark, 100)

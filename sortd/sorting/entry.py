@@ -46,6 +46,7 @@ class Entry:
     is_aside: bool = False  # it stands in Rejected/ already
     is_denied: bool = False  # refused for want of rights, which no stamp shows
     told: str = ""  # why this version was refused: said once
+    folder: str = ""  # where it was last to be moved
     failures: int = 0
     scan: int = 0
 

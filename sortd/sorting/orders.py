@@ -1,11 +1,14 @@
 """Orders: a decision, or a refusal, becomes the move that carries it out and all that its log line will want."""
 
 from sortd.deciding.classifier import Classifier
-from sortd.messages import EmbeddedImage, ImageRefused, Move, Outcome
+from sortd.messages import EmbeddedImage, ImageRefused, Move, Outcome, Refusal
 from sortd.prototypes import Abstained, Assigned, Decision
 
 NO_GUESS = "_none"
 """The folder in Review/ for images that not even a guess is made about."""
+
+SET_ASIDE = frozenset({Refusal.UNREADABLE, Refusal.TOO_LARGE, Refusal.POISON})
+"""Refusals of images that are complete and will not get better by themselves: they go to Rejected/."""
 
 
 def order_for(image: EmbeddedImage, decision: Decision, classifier: Classifier, *, settle_seconds: float) -> Move:

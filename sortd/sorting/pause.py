@@ -28,3 +28,34 @@ class Pause:
     def clear(self) -> None:
         """It worked: the next failure waits a short time again."""
         self.until, self._seconds = None, RETRY_SECONDS[0]
+
+
+class FolderPauses:
+    """A pause for each folder that could not be moved into, so that one that refuses does not hold up the others."""
+
+    def __init__(self) -> None:
+        """Begin with no folder that refuses."""
+        self._of: dict[str, Pause] = {}
+
+    @property
+    def until(self) -> float | None:
+        """When the first pause is over; None where no folder has one."""
+        return min((pause.until for pause in self._of.values() if pause.until is not None), default=None)
+
+    def begin(self, folder: str, now: float) -> None:
+        """Let this folder wait, twice as long as the last time."""
+        self._of.setdefault(folder, Pause()).begin(now)
+
+    def holds(self, folder: str) -> bool:
+        """Tell whether nothing may move into this folder now."""
+        return folder in self._of and self._of[folder].until is not None
+
+    def are_over(self, now: float) -> bool:
+        """Tell whether it is time to try some folder again, and if so let that one wait no more."""
+        over = [pause.is_over(now) for pause in self._of.values()]  # each is asked: asking is what ends it
+        return any(over)
+
+    def clear(self, folder: str) -> None:
+        """Something was moved into this folder: its next failure waits a short time again."""
+        if not self.holds(folder):
+            self._of.pop(folder, None)
