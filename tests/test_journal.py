@@ -321,3 +321,26 @@ def _overwrite(path: Path, start: int) -> None:
     with path.open("r+b") as file:
         file.seek(start)
         file.write(os.urandom(4096 * 4))
+
+
+def test_what_is_asked_about_each_file_does_not_walk_through_the_journal(path: Path) -> None:
+    """Nearly all moves are done: whoever looks through those takes seconds for a file, once a million were filed."""
+    asked: list[str] = []
+    with Journal(path) as journal:
+        filed(journal, "1" * 16, content="abc")
+        history = journal.history
+        history._connection.set_trace_callback(asked.append)
+        assert history.last_known(STAMP) is not None
+        assert history.last_known(None, "abc") is not None
+        assert history.last_moved("Images", ("a.jpg", "b.jpg"), since=0.0) is not None
+        assert history.last_put("Dataset/cat", "a.jpg") is not None
+        assert history.last_named("a.jpg", STAMP.size) is not None
+        history._connection.set_trace_callback(None)
+        plans = [
+            step["detail"]
+            for question in asked
+            if question.startswith("SELECT")
+            for step in history._connection.execute(f"EXPLAIN QUERY PLAN {question}")
+        ]
+    assert [step for step in plans if step.startswith("SCAN") or "moves_by_outcome" in step] == []
+    assert any("members_by_inode" in step for step in plans)
