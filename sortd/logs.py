@@ -114,7 +114,7 @@ _WINDOW_SECONDS = 60.0
 class RateLimit:
     """Drops lines of the same event and cause beyond so many a minute, as a processor or a filter, and counts them.
 
-    Lines about one image are never dropped: each is said once for each version of a file, and is its only record.
+    Lines about one image or companion are never dropped: each is said once for each version of a file, and is its only record.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class RateLimit:
             structlog.DropEvent: It is one too many.
         """
         event = str(line.get("event"))
-        if event.startswith("image."):
+        if event.startswith("image.") or event == COMPANION_FOLLOWED:
             return line
         dropped = self._count((event, *(str(line.get(name)) for name in _CAUSES)))
         if dropped is None:
