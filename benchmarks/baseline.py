@@ -232,8 +232,10 @@ def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             "stages_ms": {name: round(value, 1) for name, value in script.stages.items()},
         },
     }
+    print(json.dumps(facts["script"]), file=sys.stderr, flush=True)
     for backend in arguments.backends:
         facts[backend] = comparison.judge(backend, script, decode)
+        print(backend, json.dumps(facts[backend]), file=sys.stderr, flush=True)
     return facts
 
 

@@ -14,6 +14,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ CLASSES = 10
 REFERENCES = 40
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Make everything and measure each backend."""
+def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Make everything and yield each backend with its figures, as soon as they are there."""
     width, height = (int(side) for side in arguments.pixels.split("x"))
     model, dataset = arguments.model or make_model(folder / "model"), folder / "Data" / "Photos"
     make_references(dataset / "Clases", classes=CLASSES, references=REFERENCES, size=(width, height))
     make_photos(folder / "photos", classes=CLASSES, photos=arguments.photos, size=(width, height))
-    return {backend: _measure_backend(folder, dataset, model, backend, arguments) for backend in arguments.backends}
+    for backend in arguments.backends:
+        yield backend, _measure_backend(folder, dataset, model, backend, arguments)
 
 
 def _measure_backend(
@@ -92,12 +94,13 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sortd-bench-", dir=arguments.folder) as name:
-        facts = measure(Path(name), arguments)
+        facts = {}
+        for backend, measured in measure(Path(name), arguments):
+            facts[backend] = measured
+            if not arguments.json:
+                print(backend, json.dumps(measured), flush=True)
     if arguments.json:
         print(json.dumps(facts, indent=2))
-    else:
-        for backend, measured in facts.items():
-            print(backend, json.dumps(measured))
     return 0 if all(facts[backend]["efficiency"] >= FLOORS[backend] for backend in facts) else 1
 
 
