@@ -5,6 +5,7 @@ says how. The verdict is kept beside the export under what it was found on, so t
 costs one look at the folders. What is taught while sortd runs counts at the next start.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -273,11 +274,21 @@ def _compare(config: Config, exported: Exports, pool: Pool, taught: Mapping[str,
     file, most = config.cache_dir / "embeddings.sqlite", config.cache_megabytes * 1_000_000
     supports: list[dict[str, SupportSet]] = []
     with Cache(file, max_bytes=most) as cache:
-        for backend in ("onnx", "onnx-int8"):  # one after the other: both at once would be the peak of the memory
-            embedder = Embedder(_load(config, backend), decoders, cache, batch_size=config.batch_size)
-            embedder.attend_with(_see_that_sortd_goes_on, bell=None)
-            supports.append({name: _support(embedder, *one[:2]) for name, one in taught.items()})
+        for backend in ("onnx", "onnx-int8"):
+            supports.append(_supports(_load(config, backend), decoders, cache, config.batch_size, taught))
+            # An embedder and its pipeline know each other: the tower would stay in memory until some later collection.
+            gc.collect()
+            onnx_encoder.give_memory_back()
     return {name: agreement(supports[0][name], supports[1][name], one[1].settings) for name, one in taught.items()}
+
+
+def _supports(
+    encoder: Encoder, decoders: DecoderPool, cache: Cache, batch_size: int, taught: Mapping[str, Taught]
+) -> dict[str, SupportSet]:
+    """Return the support set of each dataset in the rows of one encoder."""
+    embedder = Embedder(encoder, decoders, cache, batch_size=batch_size)
+    embedder.attend_with(_see_that_sortd_goes_on, bell=None)
+    return {name: _support(embedder, clases, teaching) for name, (clases, teaching, _) in taught.items()}
 
 
 def _see_that_sortd_goes_on() -> None:
