@@ -114,7 +114,7 @@ _WINDOW_SECONDS = 60.0
 class RateLimit:
     """Drops lines of the same event and cause beyond so many a minute, as a processor or a filter, and counts them.
 
-    Lines about one image or companion are never dropped: each is said once for each version of a file, as its only record.
+    Lines of images and companions are never dropped: each is said once for each version of a file, as its only record.
     """
 
     def __init__(
