@@ -78,7 +78,7 @@ def exported(clip: ModelFolder, cache: Path) -> Exports:
 @pytest.fixture
 def copied(exported: Exports, tmp_path: Path) -> Exports:
     """The exports in a cache that a test may spoil."""
-    shutil.copytree(exported.folder.parent, tmp_path / "onnx")
+    shutil.copytree(exported.folder, tmp_path / "onnx" / exported.folder.name)
     found = exports.find(exported.model, None, cache_dir=tmp_path)
     assert found is not None
     return found
