@@ -4,8 +4,7 @@ This is the one place where torch and ONNX meet; ``exports.py`` starts it and sa
 with what is left of its preprocessing inside, then held against torch on images and texts of several batch sizes and
 lengths, since a trace can silently keep the size that it was made with.
 
-The exporter is the one by tracing (``dynamo=False``): the newer one needs the package onnxscript, and gives the same
-rows.
+The exporter is the one by tracing (``dynamo=False``): the newer one needs the package onnxscript.
 """
 
 import logging
