@@ -131,6 +131,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "running.dataset": (DRIVER, "drivers"),
     "running.site": (DRIVER, "drivers"),
     "running.precision": (DRIVER, "drivers"),
+    "running.verdict": (DRIVER, "drivers"),
     "daemon": (DRIVER, "drivers"),
     "running.rehearsal": (DRIVER, "drivers"),
     "running.requests": (DRIVER, "drivers"),

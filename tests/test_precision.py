@@ -23,7 +23,8 @@ from sortd.encoding.onnx_int8 import quantize
 from sortd.errors import ModelError
 from sortd.images import Limits
 from sortd.references import ClassFolder
-from sortd.running.precision import LARGEST_CLASS, LARGEST_SAMPLE, load_encoder, read_verdict, sample
+from sortd.running.precision import LARGEST_CLASS, LARGEST_SAMPLE, load_encoder, sample
+from sortd.running.verdict import read_verdict
 from sortd.running.site import teaching_of
 from tests.command_line import sortd
 from tests.daemon_process import DaemonProcess, make_dataset, picture, tree

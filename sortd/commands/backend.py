@@ -11,7 +11,7 @@ from sortd.encoding.backends import choose
 from sortd.encoding.exports import Exports
 from sortd.encoding.model_folders import ModelFolder
 from sortd.errors import ModelError
-from sortd.running.precision import read_verdict
+from sortd.running.verdict import read_verdict
 
 
 def backend_facts(config: Config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -36,6 +36,7 @@ from sortd.messages import Preprocessing
 from sortd.prototypes import SupportSet
 from sortd.references import STRANGERS_FOLDER, ClassFolder, References, ReferencesAbsentError, Teaching, class_folders
 from sortd.running.embedding import Embedder
+from sortd.running.verdict import Verdict, read_verdict, write_verdict
 
 LARGEST_SAMPLE = 1000
 """References that are compared: with so many, a share of 0.99 is known to 0.003, and a first start waits no longer."""
@@ -44,45 +45,6 @@ LARGEST_CLASS = 20
 
 Pool = Callable[[Preprocessing, Jpeg], DecoderPool]
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether int8 may serve these references, and what that rests on."""
-
-    fingerprint: str
-    """Identity of references, settings and export."""
-    refusal: str | None
-    """Why it may not, as a sentence; None where it may."""
-    datasets: Mapping[str, Agreement]
-
-    @property
-    def precision(self) -> Precision:
-        """What serves."""
-        return Precision.FP32 if self.refusal else Precision.INT8
-
-    def facts(self) -> dict[str, Any]:
-        """Return it for people and programs, as plain values."""
-        return {
-            "serves": self.precision.value,
-            "refusal": self.refusal,
-            **_figures(pooled(self.datasets)),
-            "datasets": {name: _figures(part) for name, part in sorted(self.datasets.items())},
-        }
-
-
-def _figures(part: Agreement) -> dict[str, Any]:
-    return {
-        "references": part.references,
-        "judged": part.judged,
-        "right_fp32": part.right_exact,
-        "right_int8": part.right_quick,
-        "filed": part.filed,
-        "same": part.same,
-        "share": None if part.share is None else round(part.share, 4),
-        "mean_cosine": None if part.mean_cosine is None else round(part.mean_cosine, 5),
-        "lowest_cosine": round(part.lowest_cosine, 5),
-    }
 
 
 # ---------------------------------------------------------------- what serves
@@ -225,7 +187,7 @@ def _verdict(
         _warn(logs.MODEL_FELL_BACK, wanted="onnx int8", backend="onnx fp32", error=str(error))
         return None
     verdict = Verdict(fingerprint, refuse_quick(parts), parts)
-    _write_verdict(exported, config.root, verdict)
+    write_verdict(exported, config.root, verdict)
     say = _warn if verdict.refusal else _note
     say(logs.MODEL_JUDGED, seconds=round(monotonic() - began, 1), **verdict.facts())
     return verdict
@@ -326,29 +288,3 @@ def _fingerprint(exported: Exports, config: Config, taught: Mapping[str, Taught]
         ),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------- its memory
-
-
-def read_verdict(exported: Exports, root: Path) -> Verdict | None:
-    """Return the last verdict on the datasets below a root, or None where there is none that can be read."""
-    try:
-        said = json.loads(_verdict_file(exported, root).read_text("utf-8"))
-        datasets = {str(name): Agreement(**part) for name, part in said["datasets"].items()}
-        return Verdict(str(said["fingerprint"]), said["refusal"], datasets)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-
-
-def _write_verdict(exported: Exports, root: Path, verdict: Verdict) -> None:
-    file = _verdict_file(exported, root)
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
-    with suppress(OSError):  # a full disk or a read-only cache: the next start judges again
-        beside.write_text(json.dumps(asdict(verdict), indent=1) + "\n", "utf-8")
-        beside.replace(file)
-
-
-def _verdict_file(exported: Exports, root: Path) -> Path:
-    """One for each root: several configurations may share a cache."""
-    return exported.folder / f"agreement-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}.json"
