@@ -24,8 +24,8 @@ from sortd.errors import ModelError
 from sortd.images import Limits
 from sortd.references import ClassFolder
 from sortd.running.precision import LARGEST_CLASS, LARGEST_SAMPLE, load_encoder, sample
-from sortd.running.verdict import read_verdict
 from sortd.running.site import teaching_of
+from sortd.running.verdict import read_verdict
 from tests.command_line import sortd
 from tests.daemon_process import DaemonProcess, make_dataset, picture, tree
 
