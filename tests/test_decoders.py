@@ -2,18 +2,15 @@
 
 import contextlib
 import errno
-import io
 import lzma
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -29,6 +26,7 @@ from sortd.decoding.files import _why_not_opened
 from sortd.errors import StartupError
 from sortd.images import Limits, decode_file
 from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
+from tests.bombs import gif, one_bit_png, png, png_with_text, saved
 
 SMALL = Preprocessing(64, 64, 64)
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -589,41 +587,3 @@ def while_stopped(process_id: int, act: Callable[[], None], also: signal.Signals
         yield
     finally:
         timer.join()
-
-
-def png(width: int, height: int, *, depth: int, channels: int) -> bytes:
-    """Write a black PNG of that size in a few kilobytes, a row at a time; 1 channel is grey, 4 are RGB and alpha."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, depth, {1: 0, 4: 6}[channels], 0, 0, 0)
-    packer, row = zlib.compressobj(1), bytes(1 + (width * channels * depth + 7) // 8)
-    rows = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def one_bit_png(width: int, height: int) -> bytes:
-    """Write a black PNG of one bit a pixel."""
-    return png(width, height, depth=1, channels=1)
-
-
-def png_with_text(size: int) -> bytes:
-    """Write a small PNG with a compressed text that unpacks to that many bytes."""
-    data = b"Comment\0\0" + zlib.compress(bytes(size))
-    chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
-    small = one_bit_png(40, 40)
-    return small[:33] + chunk + small[33:]
-
-
-def gif(width: int, height: int) -> bytes:
-    """Write a GIF whose canvas has that size and whose only frame has one pixel."""
-    one = saved(Image.new("P", (1, 1)), "GIF")
-    return one[:6] + struct.pack("<HH", width, height) + one[10:]
-
-
-def saved(image: Image.Image, image_format: str, **options: object) -> bytes:
-    """Encode an image."""
-    target = io.BytesIO()
-    image.save(target, image_format, **options)
-    return target.getvalue()
