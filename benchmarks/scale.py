@@ -60,7 +60,7 @@ class CountingEncoder:
 
     def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Know no words."""
-        raise NotImplementedError(texts)
+        raise NotImplementedError(texts)  # `has_text` is False, so asking is a mistake of the caller
 
 
 def write_reference(clases: Path, number: int) -> None:
