@@ -58,6 +58,15 @@ class TooLargeError(ImageError):
     """The image is over a limit on bytes, pixels, sides, memory or time."""
 
 
+class CrowdedError(ImageError):
+    """Decoding the image takes more room than it was given; it is to be asked for again with ``pixels`` of it."""
+
+    def __init__(self, pixels: int) -> None:
+        """Say how much room, in pixels, it takes."""
+        super().__init__(f"decoding it takes the room of {pixels:,} pixels")
+        self.pixels = pixels
+
+
 class NotAnImageError(ImageError):
     """Neither the name nor the content says image: it is left where it is."""
 

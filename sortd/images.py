@@ -22,7 +22,7 @@ from sortd.decoding.endings import is_unfinished
 from sortd.decoding.files import open_file
 from sortd.decoding.formats import HEAD_BYTES, READABLE, SUFFIXES, Format, format_of, looks_like_image
 from sortd.decoding.pixels import fitted, least_side, opaque
-from sortd.errors import ImageError, NotAnImageError, TooLargeError, UnreadableError
+from sortd.errors import CrowdedError, ImageError, NotAnImageError, TooLargeError, UnreadableError
 from sortd.messages import Preprocessing
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ __all__ = [
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3): RGB
 Jpeg = Literal["draft", "full"]
 
+BYTES_OF_A_PIXEL = 4
+"""What Pillow holds of a pixel that has colours."""
+
 _ORIENTATION = 0x0112
 
 
@@ -58,10 +61,17 @@ class Limits:
     @property
     def memory_bytes(self) -> int:
         """What decoding may take beside an idle process: a pixel takes 4 bytes, and a little is needed for the rest."""
-        return 5 * self.max_pixels + 30_000_000
+        return (BYTES_OF_A_PIXEL + 1) * self.max_pixels + 30_000_000
 
 
-def decode(file: BinaryIO | int, preprocessing: Preprocessing, limits: Limits, *, jpeg: Jpeg = "draft") -> Pixels:
+def decode(
+    file: BinaryIO | int,
+    preprocessing: Preprocessing,
+    limits: Limits,
+    *,
+    jpeg: Jpeg = "draft",
+    room_pixels: int | None = None,
+) -> Pixels:
     """Decode frame 0 of an image as the encoder sees it.
 
     Args:
@@ -70,18 +80,22 @@ def decode(file: BinaryIO | int, preprocessing: Preprocessing, limits: Limits, *
         preprocessing: the size, and the way to it.
         limits: what is refused.
         jpeg: ``draft`` decodes JPEG at a half, a quarter or an eighth where that is ample, ``full`` every pixel.
+        room_pixels: what it may take in memory, as pixels that are held at a time; None: what ``limits`` allow.
 
     Returns:
         uint8 (crop_height, crop_width, 3), C-contiguous.
 
     Raises:
+        CrowdedError: it takes more than ``room_pixels``; nothing was decoded.
         NotAnImageError: sortd has no decoder for it here; the message says how to come to one.
         TooLargeError: over a limit, or over the memory that the process may have.
         UnreadableError: no image, a broken one, or one that is not complete.
         OSError: with ``errno`` set: the disk could not be read. The image may be a good one.
     """
     with _opened(file, limits, jpeg) as image, _translated():
-        _check_size(image, limits, preprocessing, jpeg)
+        pixels = _check_size(image, limits, preprocessing, jpeg)
+        if room_pixels is not None and pixels > room_pixels:
+            raise CrowdedError(pixels)
         image.load()
         if image.format in {"JPEG", "MPO"} and image.mode == "CMYK" and "adobe" not in image.info:
             image.info["jpeg_cmyk"] = "plain"  # Pillow takes every CMYK JPEG for Adobe's, which are inverted
@@ -193,8 +207,12 @@ def _translated() -> Iterator[None]:
         raise UnreadableError(f"it does not decode: {type(error).__name__}: {error}") from error
 
 
-def _check_size(image: "ImageFile", limits: Limits, preprocessing: Preprocessing, jpeg: Jpeg) -> None:
-    """Hold an image's sides and pixels against the limits, after JPEG's are chosen."""
+def _check_size(image: "ImageFile", limits: Limits, preprocessing: Preprocessing, jpeg: Jpeg) -> int:
+    """Hold an image's sides and pixels against the limits, after JPEG's are chosen; return what it takes, in pixels.
+
+    The coefficients of a progressive JPEG are all held until its last scan, at whatever scale it is decoded
+    (libjpeg.txt, "Memory usage"), and some decoders hold the whole file.
+    """
     width, height = image.size
     if max(width, height) > limits.max_side:
         raise TooLargeError(
@@ -209,6 +227,9 @@ def _check_size(image: "ImageFile", limits: Limits, preprocessing: Preprocessing
         raise TooLargeError(
             f"{width:,} x {height:,} pixels are over the limit of {limits.max_pixels:,}; see decoding.max_pixels"
         )
+    held = width * height if "progressive" in image.info else pixels
+    file_size = 0 if image.fp is None else os.fstat(image.fp.fileno()).st_size
+    return min(max(held, file_size // BYTES_OF_A_PIXEL), limits.max_pixels)
 
 
 def _turn_of(image: "ImageFile") -> "Image.Transpose | None":

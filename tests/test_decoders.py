@@ -427,7 +427,7 @@ class TestProcesses:
 
     @pytest.mark.parametrize(
         "speak",
-        ["s.send(b'nonsense')", "s.send(struct.pack('<IB32sdH400s', 99, 0, b'', 0, 0, b''))", "sys.exit(3)"],
+        ["s.send(b'nonsense')", "s.send(struct.pack('<IB32sdQH400s', 99, 0, b'', 0, 0, 0, b''))", "sys.exit(3)"],
     )
     def test_processes_that_do_not_come_up_are_an_error_of_the_installation(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, speak: str
@@ -444,12 +444,23 @@ class TestProcesses:
         with DecoderPool(1, SMALL, Limits()) as pool, pytest.raises(StartupError, match=r"up: .*no such thing"):
             list(pool.decode_all(stamped(path)))
 
-    def test_replies_that_make_no_sense_are_not_believed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        """A process that was taken over cannot make the daemon read where it says: it is ended."""
+    @pytest.mark.parametrize(
+        "lie",
+        [
+            "while s.recv(99): s.send(reply.pack(4000000, 0, b'', 0, 0, 60000, b''))",
+            "while s.recv(99): s.send(reply.pack(31, 255, b'', 0, 5000000, 0, b''))",
+            "while s.recv(99): s.send(reply.pack(31, 255, b'', 0, 2**63, 0, b''))",
+            "while s.recv(99): s.send(reply.pack(31, 9, b'', 0, 0, 0, b''))",
+        ],
+        ids=["another slot", "more room for ever", "more room than there is", "no such status"],
+    )
+    def test_replies_that_make_no_sense_are_not_believed(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lie: str
+    ) -> None:
+        """A process that was taken over cannot make the daemon read where it says, or wait for ever: it is ended."""
         code = (
             "import socket, struct, sys; s = socket.socket(fileno=int(sys.argv[1]));"
-            "reply = struct.Struct('<IB32sdH400s'); s.send(reply.pack(0xFFFFFFFF, 0, b'', 0, 0, b''));"
-            "s.recv(9); s.send(reply.pack(4000000, 0, b'', 0, 60000, b'')); s.recv(9)"
+            "reply = struct.Struct('<IB32sdQH400s'); s.send(reply.pack(0xFFFFFFFF, 0, b'', 0, 0, 0, b''))\n" + lie
         )
         monkeypatch.setattr(
             decoder_handle, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]

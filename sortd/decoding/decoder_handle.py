@@ -16,7 +16,18 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from sortd.decoding.decoder_process import DECODED, READY_SLOT, REFUSALS, REPLY, REQUEST, SLOTS, Order, Result
+from sortd.decoding.decoder_process import (
+    CROWDED,
+    DECODED,
+    READY_SLOT,
+    REFUSALS,
+    REPLY,
+    REQUEST,
+    ROOM_UNASKED_PIXELS,
+    SLOTS,
+    Order,
+    Result,
+)
 
 NOISE_BYTES = 2_000
 """How much of what decoders print to stderr is kept, for the message should the process die of it."""
@@ -47,10 +58,11 @@ class DecoderLostError(Exception):
 
 @dataclass(slots=True)
 class _Given(Generic[Job]):
-    """A job that the process has, and the slot its pixels go into."""
+    """A job that the process has, the slot its pixels go into, and the room it was given by its own wish, if any."""
 
     job: Job
     slot: int
+    wanted_pixels: int
     since: float = field(default_factory=monotonic)
 
 
@@ -125,19 +137,24 @@ class DecoderHandle(Generic[Job]):
             return None
         return self._given[0].since + self._order.timeout_seconds + GRACE_SECONDS
 
-    def give(self, job: Job, descriptor: int) -> None:
+    def give(self, job: Job, descriptor: int, wanted_pixels: int = 0) -> None:
         """Hand over an open file; the caller keeps and closes its own descriptor.
+
+        Args:
+            job: what it is known by.
+            descriptor: the open file.
+            wanted_pixels: the room that a process has asked for, for this file; 0: none has.
 
         Raises:
             DecoderLostError: The process is gone.
         """
         slot = self._free[-1]
         try:
-            socket.send_fds(self._control, [REQUEST.pack(slot)], [descriptor])
+            socket.send_fds(self._control, [REQUEST.pack(slot, wanted_pixels or ROOM_UNASKED_PIXELS)], [descriptor])
         except OSError as error:
             raise DecoderLostError(str(error)) from error
         self._free.pop()
-        self._given.append(_Given(job, slot))
+        self._given.append(_Given(job, slot, wanted_pixels))
 
     def answers(self) -> Iterator[Answered[Job]]:
         """Yield the answers that are there, without waiting.
@@ -161,17 +178,23 @@ class DecoderHandle(Generic[Job]):
     def _understood(self, reply: bytes) -> Iterator[Answered[Job]]:
         if len(reply) != REPLY.size:
             raise DecoderLostError("its end of the socket is closed" if not reply else "a reply of another size")
-        slot, status, digest, seconds, length, message = REPLY.unpack(reply)
+        slot, status, digest, seconds, wanted_pixels, length, message = REPLY.unpack(reply)
         if slot == READY_SLOT and not self.is_ready:
             self.is_ready = True
             self._restart_clock()
             return
-        if not self._given or slot != self._given[0].slot or status > len(REFUSALS) or length > len(message):
+        if not self._given or slot != self._given[0].slot or length > len(message):
+            raise DecoderLostError("a reply that makes no sense")
+        asks_once = not self._given[0].wanted_pixels and 0 < wanted_pixels <= self._order.limits.max_pixels
+        if not (asks_once if status == CROWDED else status <= len(REFUSALS)):
             raise DecoderLostError("a reply that makes no sense")
         given = self._given.popleft()
         self._free.append(slot)
         self._restart_clock()
         text = message[:length].decode("utf-8", "replace")
+        if status == CROWDED:
+            yield Answered(given.job, Result("", wanted_pixels=wanted_pixels), seconds)
+            return
         if status != DECODED:
             yield Answered(given.job, Result(digest.hex(), None, REFUSALS[status - 1], text), seconds)
             return

@@ -17,19 +17,19 @@ import signal
 import socket
 import struct
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Final
 
-from sortd.errors import NotAnImageError, TooLargeError, UnreadableError
+from sortd.errors import CrowdedError, NotAnImageError, TooLargeError, UnreadableError
 from sortd.images import Jpeg, Limits, Pixels, decode
 from sortd.messages import Fit, Preprocessing, Refusal
 
-REQUEST = struct.Struct("<I")
-"""A slot of the shared memory; the file's descriptor comes along."""
+REQUEST = struct.Struct("<IQ")
+"""A slot of the shared memory, and the room that decoding may take, in pixels; the file's descriptor comes along."""
 
-REPLY = struct.Struct("<IB32sdH400s")
-"""Slot, status, sha256 of the content, seconds, length of the message, message (UTF-8)."""
+REPLY = struct.Struct("<IB32sdQH400s")
+"""Slot, status, sha256 of the content, seconds, room wanted in pixels, length of the message, message (UTF-8)."""
 
 READY_SLOT = 0xFFFF_FFFF
 """The slot of the first packet, which says that the process is up."""
@@ -37,12 +37,18 @@ READY_SLOT = 0xFFFF_FFFF
 DECODED = 0
 """The status of an image whose pixels lie in their slot; others stand for refusals, in this order."""
 
+CROWDED = 0xFF
+"""The status of an image that takes more room than it was given: it is to be given again, with what it wants."""
+
 REFUSALS: Final = (Refusal.UNREADABLE, Refusal.TOO_LARGE, Refusal.NOT_AN_IMAGE, Refusal.DENIED)
 
 MESSAGE_BYTES = 400
 
 SLOTS = 32
 """Images that one process may have decoded, or have waiting, while nobody fetches them: all of a forward."""
+
+ROOM_UNASKED_PIXELS = 4_000_000
+"""So much decoding may take without asking: most photos, which JPEG can decode at a smaller scale, take less."""
 
 _CHUNK_BYTES = 1 << 20
 _OPEN_FILES = 64
@@ -78,28 +84,37 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one file: pixels, uint8 (height, width, 3), or a refusal with its message."""
+    """What became of one file: pixels, uint8 (height, width, 3), or a refusal with its message, or more room wanted."""
 
     content: str  # hexadecimal sha256, "" where the file could not be read
     pixels: Pixels | None = None
     refusal: Refusal | None = None
     message: str = ""
+    wanted_pixels: int = 0
 
 
-def decode_content(descriptor: int, order: Order) -> Result:
-    """Hash and decode an open file."""
-    content = ""
+def decode_content(descriptor: int, order: Order, *, room_pixels: int | None = None) -> Result:
+    """Decode and hash an open file, if it takes no more than the room that it is given; None: whatever it takes."""
     try:
-        content = hash_content(descriptor)
-        return Result(content, decode(descriptor, order.preprocessing, order.limits, jpeg=order.jpeg))
-    except TooLargeError as error:
-        return Result(content, None, Refusal.TOO_LARGE, str(error))
-    except NotAnImageError as error:
-        return Result(content, None, Refusal.NOT_AN_IMAGE, str(error))
-    except UnreadableError as error:
-        return Result(content, None, Refusal.UNREADABLE, str(error))
+        result = _decoded(descriptor, order, room_pixels)
+        return result if result.wanted_pixels else replace(result, content=hash_content(descriptor))
     except OSError as error:
-        return Result(content, None, Refusal.DENIED, f"the disk cannot be read: {error.strerror}; look at its health")
+        return Result("", None, Refusal.DENIED, f"the disk cannot be read: {error.strerror}; look at its health")
+
+
+def _decoded(descriptor: int, order: Order, room_pixels: int | None) -> Result:
+    try:
+        return Result(
+            "", decode(descriptor, order.preprocessing, order.limits, jpeg=order.jpeg, room_pixels=room_pixels)
+        )
+    except CrowdedError as error:
+        return Result("", wanted_pixels=error.pixels)
+    except TooLargeError as error:
+        return Result("", None, Refusal.TOO_LARGE, str(error))
+    except NotAnImageError as error:
+        return Result("", None, Refusal.NOT_AN_IMAGE, str(error))
+    except UnreadableError as error:
+        return Result("", None, Refusal.UNREADABLE, str(error))
 
 
 def hash_content(descriptor: int) -> str:
@@ -122,11 +137,11 @@ def main(argument: str, control_descriptor: int, memory_descriptor: int) -> None
         from PIL import JpegImagePlugin, PngImagePlugin  # noqa: F401 -- loaded before the first image asks for them
 
         _renounce(order.limits)
-        control.send(REPLY.pack(READY_SLOT, DECODED, b"", 0.0, 0, b""))
+        control.send(REPLY.pack(READY_SLOT, DECODED, b"", 0.0, 0, 0, b""))
         while received := _receive(control):
-            slot, descriptor = received
+            slot, room_pixels, descriptor = received
             try:
-                reply = _serve(slot, descriptor, memory, order)
+                reply = _serve(slot, descriptor, room_pixels, memory, order)
             finally:
                 os.close(descriptor)
             control.send(reply)
@@ -148,28 +163,31 @@ def _renounce(limits: Limits) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def _receive(control: socket.socket) -> tuple[int, int] | None:
+def _receive(control: socket.socket) -> tuple[int, int, int] | None:
     request, descriptors, _flags, _address = socket.recv_fds(control, REQUEST.size, 1)
     if not request:
         return None
-    return REQUEST.unpack(request)[0], descriptors[0]
+    slot, room_pixels = REQUEST.unpack(request)
+    return slot, room_pixels, descriptors[0]
 
 
-def _serve(slot: int, descriptor: int, memory: mmap.mmap, order: Order) -> bytes:
+def _serve(slot: int, descriptor: int, room_pixels: int, memory: mmap.mmap, order: Order) -> bytes:
     """Decode one file into its slot and write the reply; where it takes too long, the alarm ends this process."""
     began = perf_counter()
     signal.setitimer(signal.ITIMER_REAL, order.timeout_seconds)
     spent = resource.getrusage(resource.RUSAGE_SELF)
     most = int(spent.ru_utime + spent.ru_stime + order.timeout_seconds) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-    result = decode_content(descriptor, order)
+    result = decode_content(descriptor, order, room_pixels=room_pixels)
     signal.setitimer(signal.ITIMER_REAL, 0)
     if result.pixels is not None:
         memory[slot * order.pixel_bytes : (slot + 1) * order.pixel_bytes] = result.pixels.tobytes()
     status = DECODED if result.refusal is None else 1 + REFUSALS.index(result.refusal)
+    if result.wanted_pixels:
+        status = CROWDED
     message = result.message.encode("utf-8", "replace")[:MESSAGE_BYTES]
     digest = bytes.fromhex(result.content)
-    return REPLY.pack(slot, status, digest, perf_counter() - began, len(message), message)
+    return REPLY.pack(slot, status, digest, perf_counter() - began, result.wanted_pixels, len(message), message)
 
 
 if __name__ == "__main__":

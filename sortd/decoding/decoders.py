@@ -2,6 +2,9 @@
 
 The rule for an image whose decoding ends its process, be it by a crash, by a signal or at the time limit: it is tried
 once more, and then it is poison, until the file changes. The images that waited behind it are not to blame.
+
+What decoding takes is bounded for all processes together: a process sends a large image back with the room that it
+takes, and it is given again when there is so much beside the others; the greatest image that is allowed fills it.
 """
 
 import os
@@ -68,6 +71,8 @@ class _Job:
     stamp: Stamp
     descriptor: int
     batch: Batch
+    wanted_pixels: int = 0
+    """The room that it takes, where that is more than is given unasked."""
     is_open: bool = True
 
     def close(self) -> None:
@@ -104,6 +109,7 @@ class DecoderPool:
         self._most_kills = kills
         self._kills: dict[Stamp, int] = {}
         self._again: deque[_Job] = deque()
+        self._large: deque[_Job] = deque()
         self._failed_starts = 0
         self._is_closed = False
         self._workers = workers
@@ -164,7 +170,7 @@ class DecoderPool:
         """Close the files of a batch that nobody wants any more; what is decoded of it is thrown away."""
         batch.is_wanted = False
         batch.waiting.clear()
-        for job in [*self._again, *(job for handle in self._handles for job in handle.jobs)]:
+        for job in [*self._again, *self._large, *(job for handle in self._handles for job in handle.jobs)]:
             if job.batch is batch:
                 job.close()
 
@@ -174,10 +180,11 @@ class DecoderPool:
         for handle in self._handles:
             for job in handle.end()[0]:
                 job.close()
-        for job in self._again:
+        for job in (*self._again, *self._large):
             job.close()
         self._handles.clear()
         self._again.clear()
+        self._large.clear()
 
     # ------------------------------------------------------------ to the processes
 
@@ -197,21 +204,30 @@ class DecoderPool:
             self._decode_here(batch)
             return
         self._man()
-        while self._again or batch.waiting:
+        while (queue := self._next_queue()) is not None or batch.waiting:
             handle = min(self._handles, key=lambda handle: handle.load)
             if not handle.has_room:
                 return
-            job = self._again.popleft() if self._again else self._opened(*batch.waiting.popleft(), batch)
-            if job is None:
-                continue
-            if not job.batch.is_wanted:
+            job = self._opened(*batch.waiting.popleft(), batch) if queue is None else queue.popleft()
+            if job is None or not job.batch.is_wanted:
                 continue
             try:
-                handle.give(job, job.descriptor)
+                handle.give(job, job.descriptor, job.wanted_pixels)
             except DecoderLostError:  # it died idle: the job never got there
-                self._again.appendleft(job)
+                self._put_back(job)
                 self._lose(handle)
                 self._man()
+
+    def _next_queue(self) -> deque[_Job] | None:
+        """Return which of the jobs that came back are next; None for none, or where a large one has to wait."""
+        if self._large:
+            taken = sum(job.wanted_pixels for handle in self._handles for job in handle.jobs)
+            if taken + self._large[0].wanted_pixels <= self._order.limits.max_pixels:
+                return self._large
+        return self._again or None
+
+    def _put_back(self, job: _Job) -> None:
+        (self._large if job.wanted_pixels else self._again).append(job)
 
     def _opened(self, path: str, stamp: Stamp, batch: Batch) -> _Job | None:
         """Open a file that is what it was and looks like an image; otherwise answer, and return None."""
@@ -260,25 +276,33 @@ class DecoderPool:
         poll.poll(1000 * (wait if timeout_seconds is None else min(wait, timeout_seconds)))
         for handle in busy:
             try:
-                for answered in handle.answers():
-                    self._settle(answered.job, answered.result, answered.decode_seconds)
+                self._take_in(handle)
             except DecoderLostError:
                 self._lose(handle)
             else:
                 self._failed_starts = 0 if handle.is_ready else self._failed_starts
 
+    def _take_in(self, handle: DecoderHandle[_Job]) -> None:
+        for answered in handle.answers():
+            job, wanted_pixels = answered.job, answered.result.wanted_pixels
+            if not wanted_pixels:
+                self._settle(job, answered.result, answered.decode_seconds)
+            elif job.batch.is_wanted:
+                job.wanted_pixels = wanted_pixels
+                self._large.append(job)
+
     def _lose(self, handle: DecoderHandle[_Job]) -> None:
         """Put a process away that was lost, and see to the images that it had: the first was the one in hand."""
         with suppress(DecoderLostError):
-            for answered in handle.answers():
-                self._settle(answered.job, answered.result, answered.decode_seconds)
+            self._take_in(handle)
         self._handles.remove(handle)
         jobs, account = handle.end()
         if not handle.is_ready:
             self._failed_starts += 1
         elif jobs:
             self._blame(jobs.pop(0), account)
-        self._again.extend(jobs)
+        for job in jobs:
+            self._put_back(job)
         if self._failed_starts >= STARTS:
             raise StartupError(f"the processes that decode images do not come up: {account}")
 
@@ -287,7 +311,7 @@ class DecoderPool:
         while len(self._kills) > POISON_KEPT:
             self._kills.pop(next(iter(self._kills)))
         if kills < self._most_kills:
-            self._again.append(job)
+            self._put_back(job)
             return
         self._settle(job, Result("", None, Refusal.POISON, f"decoding it failed {kills} times: {account}"), 0.0)
 

@@ -3,8 +3,8 @@
 python -m tests.faults.hostile
 python -m tests.faults.hostile --corpus ../shared/data/hostile/hostile.tar.xz
 
-Prints as JSON what became of the files and the peak memory of each process, the decoders among them, over what it held
-while idle. Status 1 if a process died, a file had no outcome in time, a byte changed, or the peak is over the limit.
+Prints as JSON what became of the files and the peak memory over what was held while idle, of the daemon, of a decoder and
+of all together. Status 1 if a process died, a file had no outcome in time, a byte changed, or the last is over the limit.
 """
 
 import argparse
@@ -185,7 +185,7 @@ def main() -> int:
         found["lived_and_stopped_well"]
         and (found["without_outcome"], found["changed_or_lost"]) == (0, 0)
         and (found["sound_ones_filed"], found["special_files_untouched"]) == (20, len(SPECIAL))
-        and max(over["daemon"], over["one_decoder"]) <= LIMIT_MEGABYTES
+        and over["all_together"] <= LIMIT_MEGABYTES
     )
     return 0 if is_harmless else 1
 
