@@ -3,8 +3,9 @@
 python -m tests.faults.hostile
 python -m tests.faults.hostile --corpus ../shared/data/hostile/hostile.tar.xz
 
-Prints as JSON what became of the files and the peak memory over what was held while idle, of the daemon, of a decoder and
-of all together. Status 1 if a process died, a file had no outcome in time, a byte changed, or the last is over the limit.
+Prints as JSON what became of the files and the peak memory over what was held while idle: of the daemon, of a decoder
+and of all together. Status 1 if a process died, a file had no outcome in time, a byte changed, or all together took too
+much.
 """
 
 import argparse
