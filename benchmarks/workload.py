@@ -152,9 +152,11 @@ def run_once(config: Path, *, threads: int | None = None) -> OnceRun:
         env=environment,
     )
     assert process.stderr is not None
-    heard = [(time.perf_counter(), line) for line in process.stderr]
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    heard, kibibytes = [], 0
+    for line in process.stderr:
+        heard.append((time.perf_counter(), line))
+        kibibytes = max(kibibytes, _resident_kibibytes(process.pid))
+    process.wait()
     process.stderr.close()
     said = [(at, json.loads(line)) for at, line in heard if line.startswith("{")]
     if process.returncode:
@@ -168,9 +170,18 @@ def run_once(config: Path, *, threads: int | None = None) -> OnceRun:
         start_seconds=loaded[0] - began,
         encoder_id=str(loaded[1]["encoder_id"]),
         stages={name: statistics.fmean(line[f"{name}_ms"] for _, line in images) for name in stages if images},
-        resident_mebibytes=used.ru_maxrss / 1024,
+        resident_mebibytes=kibibytes / 1024,
         lines=[line for _, line in said],
     )
+
+
+def _resident_kibibytes(process: int) -> int:
+    """Return the most memory that a process has had; its ``ru_maxrss`` would count what its parent had at its start."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def put(photos: Path, inbox: Path) -> None:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from sortd.messages import Move
     from sortd.running.site import LoadEncoder
 
+PATIENT_PRODUCTS = ("OPENBLAS_THREAD_TIMEOUT", "20")
+"""Read by the OpenBLAS in numpy when it is loaded: the binary logarithm of the clock cycles that its threads spin for
+after each product (26 if not set). A decision is one small product a batch, and the threads that spun for the next one
+burned 3 ms of processor time an image beside the forward; with this 0.1 ms (`benchmarks.efficiency`, two cores)."""
+
 app = typer.Typer(
     name="sortd",
     help="Files the images dropped into a folder into the classes that you teach it by example.",
@@ -61,6 +66,7 @@ def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = 
     Raises:
         SortdError: what stopped it.
     """
+    os.environ.setdefault(*PATIENT_PRODUCTS)
     from sortd import logs
     from sortd.daemon import Daemon
     from sortd.metrics import Metrics

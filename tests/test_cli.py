@@ -155,3 +155,20 @@ def test_numbers_are_said_as_people_do() -> None:
     """One image, two classes, three copies."""
     assert [counted(1, "image"), counted(2000, "class"), counted(0, "copy")] == ["1 image", "2,000 classes", "0 copies"]
     assert [megabytes(10), megabytes(2_500), megabytes(9.9e6), megabytes(3e9)] == ["10 B", "2.5 kB", "9.9 MB", "3.0 GB"]
+
+
+def test_the_daemon_makes_the_threads_of_products_patient_before_they_are_there(tmp_path: Path) -> None:
+    """OpenBLAS reads how long its threads spin when numpy is loaded, so it is told before; a user's choice stays."""
+    code = (
+        "import os, sys\n"
+        "from sortd import cli, errors\n"
+        "assert 'numpy' not in sys.modules\n"
+        f"try: cli.work(cli.Path({str(tmp_path / 'gone.yaml')!r}), once=True)\n"
+        "except errors.ConfigError: print(os.environ['OPENBLAS_THREAD_TIMEOUT'])"
+    )
+    for chosen, wanted in (({}, "20"), ({"OPENBLAS_THREAD_TIMEOUT": "5"}, "5")):
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS")} | chosen
+        told = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
+        )
+        assert told.stdout.split() == [wanted]
