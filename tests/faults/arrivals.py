@@ -303,7 +303,8 @@ def main() -> None:
     most = int(arguments.most_waiting)
 
     def may_go_on() -> bool:
-        return len(os.listdir(folder)) < most
+        with os.scandir(folder) as entries:  # the folders that were emptied stay
+            return sum(not entry.is_dir() for entry in entries) < most
 
     dice = random.Random(arguments.seed)  # noqa: S311 - which way a file comes is no secret
     writer = Writer(folder, arguments.staging, dice, arguments.writer)
