@@ -49,6 +49,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "deciding.finetuned_classifier": (THOUGHT, "prototypes"),
     "deciding.classifier": (THOUGHT, "prototypes"),
     "deciding.finetuned_explanation": (THOUGHT, "prototypes"),
+    "encoding.normalisation": (THOUGHT, "normalisation"),
     "moving.free_names": (THOUGHT, "relocation"),
     "finetuning.groups": (THOUGHT, "split"),
     "finetuning.split": (THOUGHT, "split"),

@@ -14,6 +14,7 @@ import numpy as np
 
 from sortd.encoding import models
 from sortd.encoding.model_folders import CODE_FREE, ModelFolder, first_line
+from sortd.encoding.normalisation import normalisation
 from sortd.encoding.rows import Pixels, Rows, check_pixels, unit, writable
 from sortd.errors import ModelError
 from sortd.messages import Fit, Preprocessing
@@ -102,7 +103,7 @@ class TorchEncoder:
         self.words = self.clip if words is None else _load(words, self._device)
         processor = _image_processor(self.clip, folder.name).to_dict()
         self.preprocessing = preprocessing_of(processor)
-        self.scale, self.shift = (value.to(self._device) for value in _normalisation(processor))
+        self.scale, self.shift = (torch.from_numpy(value).to(self._device) for value in normalisation(processor))
         self.dimensions = int(self.clip.get_embedding_dimension())
         if words is not None and int(self.words.get_embedding_dimension() or 0) != self.dimensions:
             raise ModelError(
@@ -216,14 +217,3 @@ def _image_processor(loaded: Any, name: str) -> Any:  # noqa: ANN401
             f"model {name!r} does not say how its images are prepared (preprocessor_config.json); copy it again, whole"
         )
     return processor
-
-
-def _normalisation(processor: Mapping[str, Any]) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Rescaling, mean and deviation as one factor and one shift for each channel, (1, 3, 1, 1) each."""
-    import torch
-
-    factor = float(processor.get("rescale_factor", 1 / 255)) if processor.get("do_rescale", True) else 1.0
-    normalised = bool(processor.get("do_normalize", True))
-    mean = torch.tensor(processor["image_mean"] if normalised else 0.0).expand(3).view(1, 3, 1, 1)
-    deviation = torch.tensor(processor["image_std"] if normalised else 1.0).expand(3).view(1, 3, 1, 1)
-    return factor / deviation, mean / deviation

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from sortd.encoding.normalisation import normalisation
 from sortd.errors import ModelError
 
 if TYPE_CHECKING:
@@ -40,9 +41,11 @@ class Network:
 
     def __init__(self, module: "torch.nn.Module", processor: Mapping[str, Any], device: "torch.device") -> None:
         """Take over a module that answers ``module(pixel_values=...)`` with logits."""
+        import torch
+
         self.module = module.to(device).eval()
         self.device = device
-        self._scale, self._shift = (value.to(device) for value in normalisation(processor))
+        self._scale, self._shift = (torch.from_numpy(value).to(device) for value in normalisation(processor))
 
     @property
     def classes(self) -> int:
@@ -181,17 +184,6 @@ def logits_of(output: Any) -> "torch.Tensor":  # noqa: ANN401 - what transformer
     """Return the logits of what a network answered."""
     answer: torch.Tensor = getattr(output, "logits", output)
     return answer
-
-
-def normalisation(processor: Mapping[str, Any]) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Return a factor and a shift for each channel, (1, 3, 1, 1) each: rescaling, mean and deviation in one."""
-    import torch
-
-    factor = float(processor.get("rescale_factor", 1 / 255)) if processor.get("do_rescale", True) else 1.0
-    normalised = bool(processor.get("do_normalize", True))
-    mean = torch.tensor(processor["image_mean"] if normalised else 0.0).expand(3).view(1, 3, 1, 1)
-    deviation = torch.tensor(processor["image_std"] if normalised else 1.0).expand(3).view(1, 3, 1, 1)
-    return factor / deviation, mean / deviation
 
 
 def device_of(device: str) -> "torch.device":
