@@ -23,6 +23,7 @@ from sortd.errors import ModelError
 from sortd.messages import Fit, Preprocessing
 from tests.fake_encoder import FakeEncoder
 from tests.tiny_clip import DIMENSIONS, SIDE, Layout, Tower, build_tiny_clip
+from tests.tiny_words import PLACES, build_roberta_words, build_tiny_words, without_limit
 
 SHAPES = [(tower, layout) for tower in Tower for layout in Layout]
 TEXTS = ["a photo of a screw", "tornillo", "a " * 200, "ñandú ü 漢字", "two words"]
@@ -222,6 +223,34 @@ class TestIdentity:
         assert np.abs(encoder.encode_texts(TEXTS) - reference(words, TEXTS)).max() < TOLERANCE
         pixels = batch(encoder, pictures(2))
         assert np.allclose(encoder.encode_images(pixels), load(str(clip)).encode_images(pixels), atol=1e-6)
+
+
+class TestWords:
+    """Texts of any length are embedded, whatever text tower a model has."""
+
+    def test_a_tokenizer_that_knows_no_limit(self, tmp_path: Path) -> None:
+        """What the network cannot read is cut, as it is where the tokenizer knows better."""
+        knows = build_tiny_clip(tmp_path / "knows", 0, Tower.DUAL)
+        ignorant = without_limit(build_tiny_clip(tmp_path / "ignorant", 0, Tower.DUAL))
+        encoder = load(str(ignorant))
+        assert np.array_equal(encoder.encode_texts(TEXTS), load(str(knows)).encode_texts(TEXTS))
+
+    def test_places_that_are_no_tokens(self, clip: Path, tmp_path: Path) -> None:
+        """RoBERTa and its kin count from behind their padding, so two places fewer than their table has."""
+        words = build_roberta_words(tmp_path / "words")
+        encoder = load(str(clip), text_model=str(words))
+        exact = "a b " * (PLACES // 2 - 2)  # with the marks of begin and end, as many tokens as can be read
+        cut, whole = encoder.encode_texts([exact + "c d e f", exact])
+        assert np.allclose(whole, reference(words, [exact])[0], atol=TOLERANCE)
+        assert not np.allclose(cut, encoder.encode_texts([exact[:-4]])[0], atol=TOLERANCE)
+
+    def test_a_text_model_of_several_modules(self, clip: Path, tmp_path: Path) -> None:
+        """As the published one for fifty languages: tokens, their mean, and a layer into the space of the images."""
+        words = build_tiny_words(tmp_path / "words")
+        encoder = load(str(clip), text_model=str(words))
+        texts = ["una foto de un tornillo", "x", "a " * 200, "ñandú ü"]
+        assert np.abs(encoder.encode_texts(texts) - reference(words, texts)).max() < TOLERANCE
+        assert encoder.encoder_id != load(str(clip)).encoder_id
 
 
 class TestRefusals:

@@ -20,7 +20,8 @@ from sortd.encoding.model_folders import ModelFolder
 from sortd.encoding.onnx_encoder import OnnxEncoder
 from sortd.encoding.onnx_int8 import FULL_RANGE, REDUCED_RANGE, quantize, weight_range
 from sortd.errors import ModelError
-from tests.tiny_clip import DIMENSIONS, SIDE
+from tests.tiny_clip import DIMENSIONS, SIDE, Tower, build_tiny_clip
+from tests.tiny_words import build_roberta_words, build_tiny_words
 
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
@@ -113,15 +114,21 @@ class TestRows:
         assert not list(made.folder.glob("*candidate*"))
         assert not list(made.folder.glob("*between*"))
 
-    def test_a_text_model_of_its_own_is_exported_too(self, clip: ModelFolder, tmp_path: Path) -> None:
-        """Words by another model, images by the CLIP."""
-        from tests.tiny_clip import Tower, build_tiny_clip
-
-        other = build_tiny_clip(tmp_path / "words", 3, Tower.DUAL)
+    @pytest.mark.parametrize("shape", ["another CLIP", "several modules", "no limit"])
+    def test_a_text_model_of_its_own_is_exported_too(self, clip: ModelFolder, tmp_path: Path, shape: str) -> None:
+        """Words by another model, images by the CLIP; long texts are cut where torch cuts them."""
+        match shape:
+            case "another CLIP":
+                other = build_tiny_clip(tmp_path / "words", 3, Tower.DUAL)
+            case "several modules":
+                other = build_tiny_words(tmp_path / "words")
+            case _:
+                other = build_roberta_words(tmp_path / "words")
         words = models.locate_text(str(other))
         onnx = open_export(exports.make(clip, words, cache_dir=tmp_path / "cache", run=here))
         torch = load(str(clip.folder), text_model=str(other), backend="torch")
-        assert lowest_cosine(torch.encode_texts(TEXTS), onnx.encode_texts(TEXTS)) > EXACT
+        texts = [*TEXTS, "a b " * 50]
+        assert lowest_cosine(torch.encode_texts(texts), onnx.encode_texts(texts)) > EXACT
         assert lowest_cosine(torch.encode_images(pixels(2)), onnx.encode_images(pixels(2))) > EXACT
 
     def test_int8_is_near_and_has_an_identity_of_its_own(self, exported: Exports) -> None:

@@ -79,7 +79,7 @@ def _clip(dimensions: int) -> "PreTrainedModel":
         "attention_dropout": 0.1,  # of no effect but while training
         "projection_dim": dimensions,
     }
-    vocabulary = _vocabulary()
+    vocabulary = vocabulary_of_bytes()
     begin, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
     text = tower | {
         "vocab_size": len(vocabulary),
@@ -101,7 +101,7 @@ def _dual_encoder(dimensions: int) -> "PreTrainedModel":
     )
 
     text = BertConfig(
-        vocab_size=len(_vocabulary()),
+        vocab_size=len(vocabulary_of_bytes()),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=1,
@@ -122,13 +122,13 @@ def _processor(tower: Tower) -> "ProcessorMixin":
     from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, VisionTextDualEncoderProcessor
 
     images = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    tokenizer = CLIPTokenizer(vocab=_vocabulary(), merges=[], model_max_length=TEXT_LENGTH)
+    tokenizer = CLIPTokenizer(vocab=vocabulary_of_bytes(), merges=[], model_max_length=TEXT_LENGTH)
     join = CLIPProcessor if tower is Tower.CLIP else VisionTextDualEncoderProcessor
     return join(image_processor=images, tokenizer=tokenizer)
 
 
-def _vocabulary() -> dict[str, int]:
-    """Single bytes alone and as the end of a word (the alphabet of a byte-level BPE), and the two markers of CLIP."""
+def vocabulary_of_bytes() -> dict[str, int]:
+    """Return single bytes alone and as the end of a word (the alphabet of a byte-level BPE), and CLIP's two markers."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())

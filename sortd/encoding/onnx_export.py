@@ -130,12 +130,10 @@ def _export_text(encoder: TorchEncoder, into: Path) -> TextInputs:
     axes = {name: {0: "texts", 1: "tokens"} for name in names}
     tokens = tuple(features[name] for name in names)
     _trace(TextTower(), tokens, into / tower_file("text", Precision.FP32), axes)
-    longest = _write_tokenizer(encoder, into)
+    _write_tokenizer(encoder, into)
     widths = {_features(encoder, [text])["input_ids"].shape[1] for text in TRIAL_TEXTS[:2]}
     fixed = widths.pop() if len(widths) == 1 else None  # two texts of unlike length as wide: always filled up
-    return TextInputs(
-        names, int(encoder.words.tokenizer.pad_token_id or 0), None if fixed is None else min(fixed, longest)
-    )
+    return TextInputs(names, int(encoder.words.tokenizer.pad_token_id or 0), fixed)
 
 
 def _trace(
@@ -160,34 +158,26 @@ def _trace(
 
 # sentence-transformers publishes no types, hence Any.
 def _features(encoder: TorchEncoder, texts: list[str]) -> dict[str, Any]:
-    """Return what sentence-transformers makes of texts that are not too long for the model."""
-    limit = _text_limit(encoder)
+    """Return what sentence-transformers makes of texts."""
     prepare = getattr(encoder.words, "preprocess", None) or encoder.words.tokenize  # its name before version 5.4
     features: dict[str, Any] = prepare(texts)
-    return {name: value[:, :limit] if name in TEXT_INPUTS else value for name, value in features.items()}
+    return features
 
 
-def _text_limit(encoder: TorchEncoder) -> int:
-    """Return how many tokens the text tower reads; some tokenizers do not know."""
-    config = encoder.words.transformers_model.config
-    config = getattr(config, "text_config", None) or config
-    places = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
-    return min(int(encoder.words.max_seq_length or places), places)
-
-
-def _write_tokenizer(encoder: TorchEncoder, into: Path) -> int:
-    """Write the tokenizer as the package ``tokenizers`` reads it, cutting what is too long; return that length."""
+def _write_tokenizer(encoder: TorchEncoder, into: Path) -> None:
+    """Write the tokenizer as the package ``tokenizers`` reads it, cutting what is too long."""
     from tokenizers import Tokenizer
 
     backend = getattr(encoder.words.tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError("its tokenizer is written in Python, which only torch's side can run")
     tokenizer = Tokenizer.from_str(backend.to_str())
-    limit = _text_limit(encoder)
-    tokenizer.enable_truncation(limit)
+    if encoder.text_limit is None:
+        tokenizer.no_truncation()
+    else:
+        tokenizer.enable_truncation(encoder.text_limit)
     tokenizer.no_padding()
     tokenizer.save(str(into / TOKENIZER))
-    return limit
 
 
 # ---------------------------------------------------------------- trials
@@ -214,9 +204,7 @@ def _try_texts(encoder: TorchEncoder, into: Path, text: TextInputs) -> None:
 
     tokenizer = Tokenizer.from_file(str(into / TOKENIZER))
     tower = open_tower(into / tower_file("text", Precision.FP32))
-    short = [one for one in TRIAL_TEXTS if len(tokenizer.encode(one).ids) < _text_limit(encoder)]
-    knows_its_limit = int(encoder.words.max_seq_length or 1 << 30) <= _text_limit(encoder)
-    for texts in (short[:1], list(TRIAL_TEXTS) if knows_its_limit else short):
+    for texts in ([TRIAL_TEXTS[0]], list(TRIAL_TEXTS)):
         (rows,) = tower.run(None, text_inputs(tokenizer.encode_batch(texts), text))
         _compare(encoder.encode_texts(texts), unit(rows, "text.onnx"), f"{len(texts)} texts")
 

@@ -27,6 +27,7 @@ PATIENT_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
 decoders a forward of 16 took 0.6 of the time without spinning, one of a lone image 0.3 (OpenMP 5.2, 21.7)."""
 
 _CONVNEXT_STRETCHES_FROM = 384
+_NO_LIMIT = 10**9  # tokens: transformers says 1e30 for a tokenizer that does not know how much its network reads
 _UNKNOWN_STEPS = {
     "do_pad",
     "do_flip_channel_order",
@@ -78,7 +79,8 @@ class TorchEncoder:
     """A loaded CLIP, maybe with another model for words; see ``Encoder``.
 
     ``clip`` and ``words`` are models of sentence-transformers, ``scale`` and ``shift`` what is left of the image
-    processor, (1, 3, 1, 1) each: the export to ONNX is made of them.
+    processor, (1, 3, 1, 1) each, ``text_limit`` how many tokens of a text are read (None: all): the export to ONNX is
+    made of them.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class TorchEncoder:
         self.clip = _load(folder, self._device)
         _see_that_it_is_a_clip(self.clip, folder.name)
         self.words = self.clip if words is None else _load(words, self._device)
+        self.text_limit = _limit_texts(self.words)
         processor = _image_processor(self.clip, folder.name).to_dict()
         self.preprocessing = preprocessing_of(processor)
         self.scale, self.shift = (torch.from_numpy(value).to(self._device) for value in normalisation(processor))
@@ -208,6 +211,33 @@ def _see_that_it_is_a_clip(loaded: Any, name: str) -> None:  # noqa: ANN401
         raise ModelError(f"model {name!r} is no CLIP: it takes no {' and no '.join(lacking)}")
     if getattr(loaded[0], "module_output_name", "sentence_embedding") != "sentence_embedding":
         raise ModelError(f"model {name!r} is no CLIP: it gives many embeddings for one image, not one")
+
+
+def _limit_texts(words: Any) -> int | None:  # noqa: ANN401
+    """Let a tokenizer cut texts at what its network can read, where it does not know that; return the limit in tokens.
+
+    A network with a table of positions fails on a text that is longer. RoBERTa and its kin count positions from behind
+    the number that pads, so their first places are no token's; a network without a table has no limit.
+    """
+    config = words.transformers_model.config
+    places = getattr(getattr(config, "text_config", None) or config, "max_position_embeddings", None)
+    known = words.max_seq_length
+    if places is None:
+        return None if known is None or known > _NO_LIMIT else int(known)
+    limit = min(int(places) - _unused_places(words), int(known or places))
+    words.max_seq_length = limit
+    return limit
+
+
+def _unused_places(words: Any) -> int:  # noqa: ANN401
+    """Return how many of a network's positions come before that of the first token."""
+    from torch.nn import Embedding
+
+    for module in words.transformers_model.modules():
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), Embedding):
+            return padding + 1
+    return 0
 
 
 def _image_processor(loaded: Any, name: str) -> Any:  # noqa: ANN401

@@ -1,0 +1,67 @@
+"""Text models of random weights in the shapes that published ones have, for words in the space of a tiny CLIP."""
+
+import json
+from pathlib import Path
+
+from tests.tiny_clip import DIMENSIONS, TEXT_LENGTH, vocabulary_of_bytes
+
+PLACES = 24
+"""What the tables of positions hold; RoBERTa's kind keeps the first two for padding."""
+
+
+def build_tiny_words(folder: Path, *, dimensions: int = DIMENSIONS) -> Path:
+    """Write what ``clip-ViT-B-32-multilingual-v1`` is, small: a DistilBERT, the mean of its tokens, a dense layer."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+    from transformers import DistilBertConfig, DistilBertModel, DistilBertTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    letters = [chr(code) for code in (*range(ord("a"), ord("z") + 1), 0xE1, 0xF1, 0xFC)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    config = DistilBertConfig(
+        vocab_size=len(words), dim=32, hidden_dim=64, n_layers=1, n_heads=2, max_position_embeddings=PLACES
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        bare = folder.with_name(folder.name + ".bare")
+        DistilBertModel(config).save_pretrained(bare)
+        DistilBertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(bare)
+        transformer = Transformer(str(bare), max_seq_length=TEXT_LENGTH)
+        dense = Dense(32, dimensions, bias=False, activation_function=torch.nn.Identity())
+        model = SentenceTransformer(modules=[transformer, Pooling(32, "mean"), dense], device="cpu")
+    model.save(str(folder), create_model_card=False)
+    return folder
+
+
+def build_roberta_words(folder: Path) -> Path:
+    """Write a RoBERTa whose tokenizer knows no limit: of its places, two are no token's."""
+    import torch
+    from transformers import CLIPTokenizer, RobertaConfig, RobertaModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    vocabulary = vocabulary_of_bytes()
+    config = RobertaConfig(
+        vocab_size=len(vocabulary), hidden_size=DIMENSIONS, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=PLACES, pad_token_id=1, type_vocab_size=1,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        RobertaModel(config).save_pretrained(folder)
+    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
+    without_limit(folder)
+    return folder
+
+
+def without_limit(folder: Path) -> Path:
+    """Take from a model's tokenizer what it knows of the longest text."""
+    for name in ("tokenizer_config.json", "sentence_bert_config.json"):
+        file = folder / name
+        if file.exists():
+            said = json.loads(file.read_text("utf-8"))
+            kept = {key: value for key, value in said.items() if key not in {"model_max_length", "max_seq_length"}}
+            file.write_text(json.dumps(kept), "utf-8")
+    return folder
