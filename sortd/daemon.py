@@ -168,6 +168,7 @@ class Daemon:
         for dataset in self.collection:
             dataset.tick(now)
             dataset.continue_scan()
+            dataset.continue_patrol()
             dataset.flush()
         self._periodic(now)
 
@@ -181,7 +182,7 @@ class Daemon:
             return
 
     def _patience(self, now: float) -> float:
-        if any(dataset.is_scanning or dataset.has_moves for dataset in self.collection):
+        if any(dataset.has_more_to_look_at or dataset.has_moves for dataset in self.collection):
             return 0.0
         deadlines = [d for dataset in self.collection if (d := dataset.sorter.next_deadline()) is not None]
         return max(0.0, min([*deadlines, self._rounds.next_deadline()]) - now)

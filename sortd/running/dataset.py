@@ -7,7 +7,6 @@ carried out here or handed to the worker. Moves are gathered and filed as one gr
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from time import monotonic, time_ns
 
 from sortd.journal import Journal
@@ -43,14 +42,16 @@ from sortd.metrics import Metrics
 from sortd.moving.renaming import writer_of
 from sortd.references import Teaching
 from sortd.running.account import Account
-from sortd.running.corrections import Correction, Corrections
+from sortd.running.corrections import Correction
 from sortd.running.filing import Filing
 from sortd.running.outbox import Mover, Outbox
-from sortd.running.rejects import Rejects
+from sortd.running.patrol import Mended, Noticed, Patrol
+from sortd.running.presence import Presence
+from sortd.running.rebuilding import Rebuilding
 from sortd.running.relocating import Order
-from sortd.running.sweep import Glance, Sweep
+from sortd.running.sweep import Sweep
 from sortd.running.undoing import PutBack
-from sortd.running.worker import Answer, EmbedJob, Job, RebuildJob
+from sortd.running.worker import Answer, EmbedJob, Job
 from sortd.sorter import Sorter
 from sortd.sorting.settings import SorterSettings
 from sortd.watch import Hint
@@ -77,20 +78,15 @@ class Dataset:
         self.layout = layout
         self.name = layout.name
         self.sorter = Sorter(settings, served_generation=last_generation)
-        self.teaching = teaching
         self.account = Account(self.name, metrics)
+        self.rebuilding = Rebuilding(layout, teaching, last_generation=last_generation, report=self.account.unreadable)
         self._mover, self._ask, self._journal = mover, ask, journal
         history = None if journal is None else journal.history
         self.outbox = Outbox(mover, self.account, history=history, root=layout.root)
-        self._corrections = None if journal is None else Corrections(layout, journal)
-        self._rejects = None if journal is None else Rejects(layout, journal)
-        self._needs_marker = needs_marker
-        self._force_rebuild = False
-        self._afresh = False
-        self.last_generation = last_generation
+        self._presence = Presence(layout, journal, needs_marker=needs_marker)
+        self._patrol = None if journal is None else Patrol(layout, journal, self.account.unreadable)
         self._commands: deque[Command] = deque()
         self._sweep = Sweep(os.fspath(layout.area(Area.IMAGES)), self.account.unreadable)
-        self._references = Glance(os.fspath(layout.area(Area.CLASES)), self.account.unreadable)
 
     # ------------------------------------------------------------ what comes in
 
@@ -128,36 +124,41 @@ class Dataset:
             elif not is_below_temporary(hint.path, os.fspath(self.layout.area(Area.IMAGES))):
                 self._look(hint.path, closed=hint.closed)
                 self._drain()
-        elif area is Area.DATASET and self._corrections is not None and not hint.directory:
-            self._note_correction(self._corrections.look(hint.path))
-        elif area is Area.REJECTED and self._rejects is not None and not hint.directory:
-            self._note_mended(hint.path, self._rejects.look(hint.path))
+        elif area is not None and self._patrol is not None and not hint.directory:
+            self._note(self._patrol.look(area, hint.path))
         elif area is Area.DATASET:
             self.scan_handled()
 
     def scan_handled(self) -> None:
-        """Look for what the user did since with images that were handled: moved to another class, mended."""
-        if self._corrections is not None and self._rejects is not None and self._is_present:
-            for correction in self._corrections.scan(time_ns()):
-                self._note_correction(correction)
-            for path, mark in self._rejects.scan(time_ns()):
-                self._note_mended(path, mark)
+        """Begin to look for what the user did since with images that were handled: moved to another class, mended."""
+        if self._patrol is not None:
+            self._patrol.begin(time_ns())
+            self.continue_patrol()
 
-    def _note_mended(self, path: str, mark: Stamp | None) -> None:
-        if mark is not None:
-            self.receive(ImageSeen(path, mark, is_aside=True))
+    def continue_patrol(self) -> None:
+        """Look at the next slice of what was handled, where that is under way."""
+        if self._patrol is None or not self._patrol.is_under_way:
+            return
+        if self._presence.problem() is not None:
+            self._patrol.end()  # absent is not gone: all of it is looked at when it is back
+            return
+        for noticed in self._patrol.take():
+            self._note(noticed)
 
-    def _note_correction(self, correction: Correction | None) -> None:
-        if correction is not None:
-            self.account.corrected(correction)
-            if self.teaching.learns_from_corrections:
-                self.receive(ReferencesTouched())
+    def _note(self, noticed: Noticed | None) -> None:
+        match noticed:
+            case Mended(path, mark):
+                self.receive(ImageSeen(path, mark, is_aside=True))
+            case Correction():
+                self.account.corrected(noticed)
+                if self.rebuilding.teaching.learns_from_corrections:
+                    self.receive(ReferencesTouched())
 
     def answer(self, answer: Answer) -> None:
         """Take the worker's answer."""
         for event in answer.events:
             if isinstance(event, PrototypesBuilt):
-                self.last_generation = max(self.last_generation, event.prototypes.generation)
+                self.rebuilding.note(event.prototypes.generation)
                 if answer.rebuilt is not None:
                     self.account.rebuilt(event.prototypes, answer.rebuilt, answer.seconds)
                 self.account.decided_by(event.finetuned, answer.refusal)
@@ -169,8 +170,7 @@ class Dataset:
 
     def reload(self, settings: SorterSettings, teaching: Teaching) -> None:
         """Take changed settings over."""
-        self.teaching = teaching
-        self._afresh = True
+        self.rebuilding.reload(teaching)
         self.sorter.configure(settings, monotonic())
 
     # ------------------------------------------------------------ scans
@@ -181,9 +181,14 @@ class Dataset:
         return self._sweep.is_under_way
 
     @property
+    def has_more_to_look_at(self) -> bool:
+        """Tell whether a scan or a patrol has files left to look at."""
+        return self.is_scanning or (self._patrol is not None and self._patrol.is_under_way)
+
+    @property
     def is_drained(self) -> bool:
         """Tell whether nothing is left to do until something else happens."""
-        return not (self.is_scanning or self.has_moves) and self.sorter.is_drained
+        return not (self.has_more_to_look_at or self.has_moves) and self.sorter.is_drained
 
     @property
     def has_moves(self) -> bool:
@@ -197,7 +202,7 @@ class Dataset:
 
     def compare_references(self) -> None:
         """Look whether Clases/ differs from what was last seen of it: a hint may have been lost."""
-        if self._references.differs():
+        if self.rebuilding.has_reason():
             self.receive(ReferencesTouched())
 
     def continue_scan(self) -> None:
@@ -239,8 +244,8 @@ class Dataset:
 
     def _leave(self, leave: Leave) -> None:
         self.account.left(leave)
-        if self._rejects is not None and leave.stamp is not None:
-            self._rejects.keep(leave.path, leave.stamp)
+        if self._patrol is not None and leave.stamp is not None:
+            self._patrol.keep(leave.path, leave.stamp)
 
     def _look(self, path: str, *, closed: bool, inspect: bool = False) -> None:
         try:
@@ -249,44 +254,30 @@ class Dataset:
             self.account.unreadable(error)
             self._commands.extend(self.sorter.receive(LookRefused(path), monotonic()))
             return
-        if mark is None and not self._is_present:  # absent is not gone: what is known of it holds when it is back
+        if (
+            mark is None and self._presence.problem() is not None
+        ):  # absent is not gone: what is known of it holds when it is back
             return
         writer = (writer_of(path) or Writer.UNKNOWN) if inspect and mark is not None else None
         event = ImageGone(path) if mark is None else ImageSeen(path, mark, writer, closed)
         self._commands.extend(self.sorter.receive(event, monotonic()))
 
     def _rebuild(self) -> None:
-        if not self._is_present:
-            message = (
-                f"{self.layout.marker} is gone: is the disk mounted? `sortd init {self.layout.root}` makes it anew"
-            )
-            event = RebuildFailed(message, references_absent=True)
+        if (problem := self._presence.problem()) is not None:
+            event = RebuildFailed(problem, references_absent=True)
             self.account.rebuild_failed(event)
             self._commands.extend(self.sorter.receive(event, monotonic()))
             return
-        teaching = self.teaching
-        if self._corrections is not None and teaching.learns_from_corrections:
-            teaching = replace(teaching, corrections=self._corrections.learnt())
-        clases = self.layout.area(Area.CLASES)
-        self._ask(
-            RebuildJob(
-                self.name, clases, teaching, self.last_generation, force=self._force_rebuild, afresh=self._afresh
-            )
-        )
-        self._force_rebuild = self._afresh = False
-
-    @property
-    def _is_present(self) -> bool:
-        return self.layout.is_present or not self._needs_marker
+        self._ask(self.rebuilding.order(None if self._patrol is None else self._patrol.learnt))
 
     def flush(self) -> None:
         """File the moves that were gathered, as one group, and log each."""
         if not self.outbox.is_due:
             return
-        if not self._is_present:
-            for failed in self.outbox.refuse("the dataset is not mounted"):
+        if (problem := self._presence.problem()) is not None:
+            for failed in self.outbox.refuse(problem):
                 self.receive(failed)
-            self.receive(RebuildFailed(f"{self.layout.marker} is gone", references_absent=True))
+            self.receive(RebuildFailed(problem, references_absent=True))
             return
         for result in self.outbox.send():
             self.receive(result)
@@ -326,7 +317,8 @@ class Dataset:
 
     def rebuild(self, *, force: bool) -> None:
         """Build the prototypes anew; with ``force`` also where the reload gate would keep the old ones."""
-        self._force_rebuild |= force
+        if force:
+            self.rebuilding.force()
         self.receive(ReferencesTouched())
 
     @property
@@ -342,9 +334,9 @@ class Dataset:
             "moving": self.sorter.may_move,
             "images": self.sorter.counts,
             "outcomes": dict(self.account.outcomes),
-            "generation": self.last_generation,
+            "generation": self.rebuilding.last_generation,
             "classes": [] if prototypes is None else list(prototypes.labels),
             "references": 0 if prototypes is None else int(prototypes.counts.sum()),
-            "mode": self.teaching.settings.mode.value,
+            "mode": self.rebuilding.teaching.settings.mode.value,
             "classifier": self.account.classifier,
         }

@@ -10,6 +10,7 @@ from pathlib import Path
 from sortd.errors import BusyError, ChangedError, ImageError, VanishedError
 from sortd.journal import Grounds, Journal, Record
 from sortd.journaling.records import with_reason
+from sortd.layout import Layout
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import NO_STAMP, Mover, new_token, with_companions
 from sortd.moving.copying import never
@@ -17,6 +18,7 @@ from sortd.moving.relocation import FolderNameError, Member, Relocation, Role, c
 from sortd.moving.renaming import Folders
 from sortd.running.crossings import MOST_HANDED_OVER, Crossings
 from sortd.running.latecomers import Latecomers
+from sortd.running.presence import Presence
 from sortd.running.relocating import SYNC_THREADS, Order, Relocator, Submit, inline
 from sortd.running.undoing import PutBack, Undoing
 
@@ -174,11 +176,19 @@ class Filing:
         Raises:
             JournalError: the journal cannot be written; the daemon must stop, and recovers at its next start.
         """
+        if (problem := self._absence()) is not None:
+            return [PutBack(record, None, problem) for record in records]
         return self._undoing.undo(records)
 
     def rehearse_undo(self, records: Sequence[Record]) -> list[PutBack]:
         """Say what ``undo`` would do, without doing it."""
+        if (problem := self._absence()) is not None:
+            return [PutBack(record, None, problem) for record in records]
         return self._undoing.rehearse(records)
+
+    def _absence(self) -> str | None:
+        """Say which disk of the dataset is not there: into its mount point nothing may be put back."""
+        return Presence(Layout(self._root), self._journal, needs_marker=False).problem()
 
     def hold(self, path: str, stamp: Stamp, reason: str) -> None:
         """Note that this version of this file (an absolute path) is not to be moved.

@@ -11,7 +11,7 @@ from sortd.journal import Journal
 from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
-from sortd.running.corrections import CLOCK_SLACK_NS
+from sortd.running.corrections import looked_through_until
 from sortd.watching.scanning import is_temporary, stamp
 
 SCANNED_FACT = "rejects_scanned_at"
@@ -43,26 +43,27 @@ class Rejects:
         is_known = (found.inode, found.size, found.mtime_ns) == (known.inode, known.size, known.mtime_ns)
         return None if is_known else found
 
-    def scan(self, now_ns: int) -> Iterator[tuple[str, Stamp]]:
-        """Yield the versions that were mended since the last scan; only files that changed since are looked at.
+    def scan(self, now_ns: int) -> Iterator[tuple[str, Stamp] | None]:
+        """Look for versions that were mended since the last scan; only files that changed since are looked up.
 
         Args:
             now_ns: nanoseconds since the epoch.
 
+        Yields:
+            A path with the version there, or None for whatever else was looked at: whoever asks may stop in between.
+
         Raises:
             JournalError: the journal cannot be read or written.
         """
-        since = int(self._journal.history.fact(SCANNED_FACT) or 0) - CLOCK_SLACK_NS
+        since = looked_through_until(self._journal, SCANNED_FACT, now_ns)
         try:
-            entries = list(os.scandir(self._folder))
+            with os.scandir(self._folder) as entries:
+                for entry in entries:
+                    is_changed = not is_temporary(entry.name) and _changed_ns(entry) >= since
+                    found = self.look(entry.path) if is_changed else None
+                    yield None if found is None else (entry.path, found)
         except OSError:
             return  # absent: looked through when it is back
-        for entry in entries:
-            if is_temporary(entry.name) or _changed_ns(entry) < since:
-                continue
-            found = self.look(entry.path)
-            if found is not None:
-                yield entry.path, found
         self._journal.note(SCANNED_FACT, str(now_ns))
 
     def keep(self, path: str, refused: Stamp) -> None:

@@ -164,7 +164,7 @@ class Site:
             return
         held, opened = self._held.pop(dataset.name)
         with opened:
-            held.journal.note(GENERATION_FACT, str(dataset.last_generation))
+            held.journal.note(GENERATION_FACT, str(dataset.rebuilding.last_generation))
 
     # ------------------------------------------------------------ the model, in the worker's thread
 

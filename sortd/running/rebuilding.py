@@ -1,0 +1,67 @@
+"""Rebuilding: what one dataset asks of the worker when its references changed, and what was wished for since."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+from sortd.layout import Area, Layout
+from sortd.messages import Stamp
+from sortd.references import Teaching
+from sortd.running.sweep import Glance
+from sortd.running.worker import RebuildJob
+
+Learnt = Callable[[], tuple[tuple[str, str, Stamp], ...]]
+"""Returns the images that the user put right: label, path, stamp."""
+
+
+class Rebuilding:
+    """Knows what a dataset is taught by, and orders its prototypes."""
+
+    def __init__(
+        self, layout: Layout, teaching: Teaching, *, last_generation: int, report: Callable[[OSError], None]
+    ) -> None:
+        """Begin.
+
+        Args:
+            layout: the dataset.
+            teaching: what decides, beside the images, what the prototypes are.
+            last_generation: the highest number that was ever used; none is used again.
+            report: told what of ``Clases/`` cannot be looked at.
+        """
+        self.teaching = teaching
+        self.last_generation = last_generation
+        self._name, self._clases = layout.name, layout.area(Area.CLASES)
+        self._glance = Glance(os.fspath(self._clases), report)
+        self._force = False
+        self._afresh = False
+
+    def has_reason(self) -> bool:
+        """Tell whether ``Clases/`` differs from what was last seen of it: a hint may have been lost."""
+        return self._glance.differs()
+
+    def force(self) -> None:
+        """Let the next rebuild pass the reload gate."""
+        self._force = True
+
+    def reload(self, teaching: Teaching) -> None:
+        """Take another teaching over; the next rebuild forgets what emptied classes held."""
+        self.teaching, self._afresh = teaching, True
+
+    def note(self, generation: int) -> None:
+        """Take note of a generation that serves."""
+        self.last_generation = max(self.last_generation, generation)
+
+    def order(self, learnt: Learnt | None) -> RebuildJob:
+        """Return the rebuild that is to be done now; wishes are fulfilled by it.
+
+        Args:
+            learnt: asked where corrections teach; None: nothing is known of any.
+        """
+        teaching = self.teaching
+        if learnt is not None and teaching.learns_from_corrections:
+            teaching = replace(teaching, corrections=learnt())
+        job = RebuildJob(
+            self._name, self._clases, teaching, self.last_generation, force=self._force, afresh=self._afresh
+        )
+        self._force = self._afresh = False
+        return job

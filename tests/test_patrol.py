@@ -1,0 +1,168 @@
+"""Patrols: what the user did with handled images is noticed, a slice at a time, whatever stands in the way."""
+
+import errno
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sortd.journal import Journal
+from sortd.layout import Area, Layout
+from sortd.messages import Outcome
+from sortd.running.corrections import SCANNED_FACT, Correction
+from sortd.running.filing import Filing
+from sortd.running.patrol import SLICE, Mended, Noticed, Patrol
+from tests.filing_world import Dataset, moved, order
+
+
+@pytest.fixture
+def dataset() -> Iterator[Dataset]:
+    """An empty dataset, in a folder that any user may enter: pytest's own are for one alone."""
+    with tempfile.TemporaryDirectory(prefix="sortd-patrol-") as folder:
+        Path(folder).chmod(0o755)
+        yield Dataset.below(Path(folder))
+
+
+def refuse(error: OSError) -> None:
+    """Fail where everything can be looked at."""
+    raise error
+
+
+@pytest.fixture
+def journal(dataset: Dataset) -> Iterator[Journal]:
+    """Its journal."""
+    with dataset.journal() as journal:
+        yield journal
+
+
+@pytest.fixture
+def filing(dataset: Dataset, journal: Journal) -> Filing:
+    """What moves its files."""
+    return Filing(dataset.root, journal)
+
+
+def correct(dataset: Dataset, filing: Filing, name: str, label: str = "dog") -> Path:
+    """Let sortd file an image as a cat, and move it to another class as the user does."""
+    filed = Path(moved(filing, order(dataset.put(f"Images/{name}", name))))
+    target = dataset.root / "Dataset" / label / name
+    target.parent.mkdir(exist_ok=True)
+    return filed.rename(target)
+
+
+def all_of(patrol: Patrol, now_ns: int) -> list[Noticed]:
+    """Carry out a whole patrol."""
+    patrol.begin(now_ns)
+    noticed: list[Noticed] = []
+    while patrol.is_under_way:
+        noticed += patrol.take()
+    return noticed
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Be nobody for a while: root may read everything."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become somebody who may not read everything")
+    os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_large_folder_is_looked_through_in_slices(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """No turn looks at more than a slice, between two of them others have theirs, and nothing is left out."""
+    corrected = correct(dataset, filing, "a.jpg")
+    for number in range(2 * SLICE):
+        (corrected.parent / f"{number}.jpg").touch()
+    patrol = Patrol(Layout(dataset.root), journal, refuse)
+    patrol.begin(time.time_ns())
+    noticed, turns = [], 0
+    while patrol.is_under_way:
+        noticed += patrol.take()
+        turns += 1
+        assert (journal.history.fact(SCANNED_FACT) is None) == patrol.is_under_way
+    assert turns == 3
+    assert [one.path for one in noticed] == [str(corrected)]
+
+
+def test_what_is_wanted_while_one_is_under_way_follows_it(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """A correction in a folder that was passed already is noticed by the one that follows."""
+    correct(dataset, filing, "a.jpg")
+    patrol = Patrol(Layout(dataset.root), journal, refuse)
+    patrol.begin(time.time_ns())
+    patrol.begin(time.time_ns())
+    assert len(patrol.take()) == 1
+    assert patrol.is_under_way
+    later = correct(dataset, filing, "b.jpg")
+    assert [one.path for one in patrol.take()] == [str(later)]
+    assert not patrol.is_under_way
+
+
+def test_one_that_was_ended_is_begun_where_it_began(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """Nothing is noted as looked at by it."""
+    correct(dataset, filing, "a.jpg")
+    patrol = Patrol(Layout(dataset.root), journal, refuse)
+    patrol.begin(time.time_ns())
+    patrol.end()
+    assert patrol.take() == []
+    assert journal.history.fact(SCANNED_FACT) is None
+    assert len(all_of(patrol, time.time_ns())) == 1
+
+
+def test_only_what_changed_since_is_looked_up(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """And all of it where the clock was set back since: nothing is known of when it happened."""
+    correct(dataset, filing, "a.jpg")
+    patrol = Patrol(Layout(dataset.root), journal, refuse)
+    hour = 3_600 * 10**9
+    assert len(all_of(patrol, time.time_ns() + 2 * hour)) == 1
+    correct(dataset, filing, "b.jpg")
+    assert all_of(patrol, time.time_ns() + 3 * hour) == []  # it happened before the last look, as far as can be told
+    assert [one.path.rpartition("/")[2] for one in all_of(patrol, time.time_ns())] == ["b.jpg"]
+
+
+def test_what_cannot_be_looked_at_is_said_and_ends_nothing(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """A class folder, an image's folder and a place in the journal that sortd may not read: the others are noticed."""
+    corrected = correct(dataset, filing, "a.jpg")
+    secret = correct(dataset, filing, "b.jpg", "secret")
+    elsewhere = correct(dataset, filing, "c.jpg", "secret")
+    elsewhere = elsewhere.rename(dataset.root / "Dataset/dog/c.jpg")
+    secret.parent.chmod(0)
+    told: list[OSError] = []
+    patrol = Patrol(Layout(dataset.root), journal, told.append)
+    with unprivileged():
+        assert patrol.look(Area.DATASET, str(secret)) is None
+        noticed = all_of(patrol, time.time_ns())
+    assert {one.path for one in noticed} == {str(corrected), str(elsewhere)}
+    assert {error.errno for error in told} == {errno.EACCES}
+    assert {error.filename for error in told} == {str(secret), str(secret.parent)}
+
+
+def test_a_copy_of_what_may_still_stand_is_no_correction(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """Where the place of the image itself cannot be looked at, nothing is learnt from a second link."""
+    filed = Path(moved(filing, order(dataset.put("Images/a.jpg"))))
+    (dataset.root / "Dataset/dog").mkdir()
+    link = dataset.root / "Dataset/dog/a.jpg"
+    os.link(filed, link)
+    filed.parent.chmod(0)
+    patrol = Patrol(Layout(dataset.root), journal, refuse)
+    with unprivileged():
+        assert patrol.look(Area.DATASET, str(link)) is None
+    filed.parent.chmod(0o755)
+    filed.unlink()
+    assert isinstance(patrol.look(Area.DATASET, str(link)), Correction)
+
+
+def test_mended_images_are_noticed_too(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """By a look at one, and by the patrol; Review/ is nobody's concern here."""
+    path = Path(moved(filing, order(dataset.put("Images/a.jpg"), "Rejected", Outcome.REJECTED)))
+    patrol = Patrol(Layout(dataset.root), journal, refuse)
+    assert all_of(patrol, time.time_ns()) == []
+    path.write_bytes(b"mended")
+    assert isinstance(patrol.look(Area.REJECTED, str(path)), Mended)
+    assert patrol.look(Area.REVIEW, str(path)) is None
+    assert [type(one) for one in all_of(patrol, time.time_ns())] == [Mended]
