@@ -27,6 +27,10 @@ use the same order of magnitude); a close after writing makes the ordinary settl
 BUSY_RECHECK_SECONDS = 30.0
 """The longest pause between two looks at a file that a writer keeps open without writing."""
 
+SETBACK_SECONDS = (1.0, 300.0)
+"""First and longest wait of a version that settled and could not be taken for a reason of its own (it is immutable,
+say, or changes whenever it is opened); it doubles between, so that months of trying cost next to nothing."""
+
 STALE_TICKETS = 1000
 """So many places in the queue may be of images that are not there any more, beside as many as are."""
 
@@ -69,7 +73,7 @@ class Backlog:
 
     @property
     def busy(self) -> int:
-        """Count the settling images that some writer keeps open: they may settle in a second, or never."""
+        """Count the settling images that cannot be taken, say since a writer has them open: for a second, or for ever."""
         return self._busy
 
     def get(self, path: str) -> Entry | None:
@@ -97,7 +101,7 @@ class Backlog:
                 return
             entry = self._add(path, stamp, State.SETTLING, now)
         elif entry.stamp != stamp:
-            entry.told = ""
+            entry.told, entry.setbacks, entry.failures = "", 0, 0
             self._restart(entry, stamp, now)
         entry.is_aside |= is_aside
         entry.scan = self._scan
@@ -110,9 +114,9 @@ class Backlog:
         quiet = self._settle_seconds
         if writer is Writer.UNKNOWN and not entry.closed:
             quiet = max(quiet, LEASELESS_QUIET_SECONDS)
-        due = entry.still_since + quiet
+        due = entry.still_since + max(quiet, _patience(entry.setbacks))
         if writer is not None:
-            self._note_writer(entry, present=writer is Writer.PRESENT)
+            self._note_writer(entry, present=writer is Writer.PRESENT or entry.setbacks > 1)
         if writer is Writer.PRESENT:
             still = now - entry.still_since
             due = now + min(max(self._settle_seconds, still / 2), BUSY_RECHECK_SECONDS)
@@ -258,7 +262,8 @@ class Backlog:
         return entry
 
     def settle_again(self, entry: Entry, now: float) -> None:
-        """Any -> SETTLING: this version has to hold still anew."""
+        """Any -> SETTLING: this version has to hold still anew, longer each time."""
+        entry.setbacks += 1
         self._restart(entry, entry.stamp, now)
 
     def resume(self) -> None:
@@ -318,3 +323,9 @@ class Backlog:
         """Forget the places in the queue of images that went back to settling: a file may do so for months."""
         entries = self._entries
         self._ready = deque((path, t) for path, t in self._ready if path in entries and entries[path].ticket == t)
+
+
+def _patience(setbacks: int) -> float:
+    """Return how many seconds a version waits that could not be taken so many times."""
+    first, longest = SETBACK_SECONDS
+    return min(first * 2.0 ** min(setbacks - 1, 60), longest) if setbacks else 0.0

@@ -786,6 +786,30 @@ class TestCrossing:
         assert dataset.tree() == {"Images/a.jpg": b"image"}
         moved(filing, order(path, content=_hash("image")))
 
+    def test_nothing_is_copied_from_where_nothing_can_be_removed(
+        self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A folder that is read-only, or another's: no copy is made, only to be withdrawn, at every try for months."""
+        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing))
+        path = dataset.put("Images/a.jpg")
+
+        def refuse_to_write(name: str, mode: int, *, dir_fd: int, effective_ids: bool) -> bool:
+            assert effective_ids
+            assert os.path.sameopenfile(dir_fd, folder)
+            return (name, mode & os.W_OK) != (".", os.W_OK)
+
+        folder = os.open(path.parent, os.O_RDONLY)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "access", refuse_to_write)
+            patch.setattr("sortd.moving.crossing.copy_to_part", refuse)
+            (answer,) = filing.move_all([order(path)])
+        os.close(folder)
+        assert isinstance(answer, MoveFailed)
+        assert answer.failure is MoveFailure.DESTINATION
+        assert "nothing may be removed from Images" in answer.message
+        assert dataset.tree() == {"Images/a.jpg": b"image"}
+        moved(filing, order(path))
+
     def test_an_interrupted_copy_leaves_nothing(self, dataset: Dataset, journal: Journal) -> None:
         """At a stop the image is where it was, and no part is left."""
         path = dataset.put("Images/a.jpg", bytes(3 << 20))

@@ -314,6 +314,27 @@ def test_a_file_that_changed_or_vanished_before_its_move_is_no_error() -> None:
     assert sorter.is_drained
 
 
+def test_a_file_that_cannot_be_taken_waits_longer_each_time() -> None:
+    """An immutable one, say: up to five minutes; no drain waits for it, and a new version is taken as ever."""
+    sorter = ready_sorter()
+    settle(sorter, "a.png", stamp(), 100)
+    now, waits = 110.0, []
+    for _ in range(12):
+        sorter.receive(embedded("a.png", stamp()), now)
+        assert sorter.receive(MoveFailed("a.png", stamp(), MoveFailure.BUSY, ""), now) == [Inspect("a.png")]
+        sorter.receive(ImageSeen("a.png", stamp(), Writer.ABSENT), now)
+        due = sorter.next_deadline()
+        assert due is not None
+        waits.append(due - now)
+        now = due
+        assert sorter.is_drained == (len(waits) > 1)
+        assert sorter.receive(Tick(), now) == [Inspect("a.png")]
+        assert sorter.receive(ImageSeen("a.png", stamp(), Writer.ABSENT), now) == [Embed((("a.png", stamp()),))]
+    assert waits == [10, 10, 10, 10, 16, 32, 64, 128, 256, 300, 300, 300]
+    sorter.receive(ImageSeen("a.png", stamp(2)), now)
+    assert sorter.next_deadline() == now + 10
+
+
 def test_an_abstained_image_is_decided_again_by_new_prototypes() -> None:
     """What rests in Review/ is embedded again (from the cache) when the references change, and moves if it can."""
     sorter, mark = ready_sorter(), stamp()

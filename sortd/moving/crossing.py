@@ -48,6 +48,9 @@ def cross(
         BusyError, ChangedError, VanishedError: the file cannot be had as it was meant; the caller recovers.
     """
     source, destination = folders.open(relocation.source), folders.make(relocation.destination)
+    if not os.access(".", os.W_OK | os.X_OK, dir_fd=source, effective_ids=True):
+        # Nothing could be taken away from there: copies would be made and withdrawn at every try, for months.
+        raise PermissionError(errno.EACCES, f"nothing may be removed from {relocation.source}")
     sealed = _copy_all(source, destination, relocation, interrupted)
     advance(sealed)  # X5
     published = publish(destination, sealed, advance)

@@ -48,6 +48,7 @@ class Entry:
     told: str = ""  # why this version was refused: said once
     folder: str = ""  # where it was last to be moved
     failures: int = 0
+    setbacks: int = 0  # how often this version settled and could not be taken
     scan: int = 0
 
     @property
