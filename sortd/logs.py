@@ -1,7 +1,8 @@
 """Logs: event names, and one stream on stderr for sortd's lines, other libraries' lines and Python's warnings.
 
-On a terminal they are lines for people, anywhere else one JSON object a line; where stderr is the journal's, with the
-``<N>`` level prefix of sd-daemon(3) before it, which the journal takes off again.
+On a terminal they are lines for people, shortened unless the level is debug (see ``console_line``), anywhere else one
+JSON object a line; where stderr is the journal's, with the ``<N>`` level prefix of sd-daemon(3) before it, which the
+journal takes off again.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any, Final, Literal, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from sortd.console_line import PADDED, for_people
 from sortd.messages import Outcome
 
 Format = Literal["auto", "console", "json"]
@@ -48,7 +50,9 @@ DATASET_HELD: Final = "dataset.held"
 ROOT_ABSENT: Final = "root.absent"
 CONFIG_RELOADED: Final = "config.reloaded"
 CONFIG_REFUSED: Final = "config.refused"
+MODEL_EXPORTING: Final = "model.exporting"
 MODEL_EXPORTED: Final = "model.exported"
+MODEL_JUDGING: Final = "model.judging"
 MODEL_JUDGED: Final = "model.judged"
 MODEL_FELL_BACK: Final = "model.fell_back"
 MODEL_LOADED: Final = "model.loaded"
@@ -84,7 +88,9 @@ EVENTS: Final[Mapping[str, str]] = {
     ROOT_ABSENT: "the folder that holds the datasets is not there",
     CONFIG_RELOADED: "a changed configuration is in force",
     CONFIG_REFUSED: "a changed configuration is not valid; the one before stays in force",
+    MODEL_EXPORTING: "the model is being written for ONNX Runtime, once; the line says at which step, and about how long",
     MODEL_EXPORTED: "the model was written for ONNX Runtime, in float32 and, where that is quicker, int8",
+    MODEL_JUDGING: "int8 is being held against float32, on how many references; once for each set of references",
     MODEL_JUDGED: "int8 was held against float32 on the references; the line says what serves, and why",
     MODEL_FELL_BACK: "what was wanted to run the model cannot; something slower does",
     MODEL_LOADED: "the encoder is ready",
@@ -214,7 +220,7 @@ def configure(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name, _tame],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *(_console(colours=colours) if is_console else _json(is_journal=is_journal)),
+                *(_console(level, colours=colours) if is_console else _json(is_journal=is_journal)),
             ],
         )
     )
@@ -224,9 +230,14 @@ def configure(
     threading.excepthook = _log_dead_thread
 
 
-def _console(*, colours: bool) -> list[Processor]:
+def _console(level: Level, *, colours: bool) -> list[Processor]:
     plain = structlog.dev.plain_traceback  # rich's would print local variables
-    return [structlog.dev.ConsoleRenderer(colors=colours, exception_formatter=plain, pad_event_to=22)]
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=colours, exception_formatter=plain, pad_event_to=PADDED, sort_keys=False
+    )
+    after_event = structlog.dev.RESET_ALL if colours else ""
+    shorten: Processor = lambda _logger, _method, line: for_people(line, after_event=after_event)  # noqa: E731
+    return [renderer] if level == "debug" else [shorten, renderer]
 
 
 def _json(*, is_journal: bool) -> list[Processor]:

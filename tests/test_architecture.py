@@ -51,6 +51,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "deciding.finetuned_explanation": (THOUGHT, "prototypes"),
     "encoding.normalisation": (THOUGHT, "normalisation"),
     "moving.free_names": (THOUGHT, "relocation"),
+    "console_line": (THOUGHT, "console_line"),
     "finetuning.groups": (THOUGHT, "split"),
     "finetuning.split": (THOUGHT, "split"),
     "finetuning.gaussian_head": (THOUGHT, "gaussian_head"),

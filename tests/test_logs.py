@@ -237,6 +237,58 @@ def test_a_console_that_is_no_terminal_has_no_colour(log: structlog.stdlib.Bound
     assert "\x1b" not in stream.getvalue()
 
 
+MOVE = {
+    "dataset": "Tornillos",
+    "path": "/srv/sortd/Tornillos/Images/a.jpg",
+    "destination": "/srv/sortd/Tornillos/Dataset/hex/a.jpg",
+    "label": "hex",
+    "score": 0.9981,
+    "margin": 0.9972,
+    "second_label": "cross",
+    "mode": "mixed",
+    "generation": 3,
+    "encoder_id": "clip-ViT-B-32-512-torch-0123456789abcdef",
+    "settle_ms": 1016.4,
+}
+
+
+def on_console(log: structlog.stdlib.BoundLogger, level: logs.Level, event: str, **fields: object) -> str:
+    """Return what a console shows of a line."""
+    stream = io.StringIO()
+    logs.configure("console", level, stream=stream, environ={})
+    log.info(event, **fields)
+    return stream.getvalue()
+
+
+def test_an_image_is_one_short_line_on_a_console(log: structlog.stdlib.BoundLogger) -> None:
+    """Where it went, how sure that was and which class came second, and nothing that repeats line by line."""
+    line = on_console(log, "info", logs.IMAGE_FILED, **MOVE)
+    said = " ".join(line.partition("image.filed")[2].split())
+    assert said == "Tornillos: Images/a.jpg -> Dataset/hex/ 0.998, then cross 0.001"
+
+
+def test_a_console_says_a_new_name_and_the_reason_not_to_file(log: structlog.stdlib.BoundLogger) -> None:
+    """A file that had to be renamed is told of by its new name; what was not filed says why."""
+    renamed = {**MOVE, "destination": "/srv/sortd/Tornillos/Dataset/hex/a (2).jpg"}
+    assert "Images/a.jpg -> Dataset/hex/a (2).jpg" in on_console(log, "info", logs.IMAGE_FILED, **renamed)
+    refused = {"dataset": "T", "path": "/T/Images/a.jpg", "destination": "/T/Rejected/a.jpg", "reason": "truncated"}
+    assert on_console(log, "info", logs.IMAGE_REJECTED, **refused).endswith("T: Images/a.jpg -> Rejected/  truncated\n")
+
+
+def test_a_console_leaves_nothing_out_at_level_debug(log: structlog.stdlib.BoundLogger) -> None:
+    """Whoever asks for everything gets it on a terminal too."""
+    line = on_console(log, "debug", logs.IMAGE_FILED, **MOVE)
+    assert all(f"{name}=" in line for name in MOVE)
+
+
+def test_a_hostile_name_neither_paints_nor_breaks_a_short_line(log: structlog.stdlib.BoundLogger) -> None:
+    """Names come from whoever drops files."""
+    hostile = {**MOVE, "path": "/srv/sortd/Tornillos/Images/\x1b[31m\n\udce9.jpg", "second_label": "\x1b[2J"}
+    line = on_console(log, "info", logs.IMAGE_FILED, **hostile)
+    assert line.count("\n") == 1
+    assert "\x1b" not in line
+
+
 def test_the_journal_gets_the_level_before_each_line_and_nobody_else() -> None:
     """The journal takes <N> off and files by it; a pipe into a program stays pure JSON."""
     program = (
