@@ -88,7 +88,7 @@ EVENTS: Final[Mapping[str, str]] = {
     ROOT_ABSENT: "the folder that holds the datasets is not there",
     CONFIG_RELOADED: "a changed configuration is in force",
     CONFIG_REFUSED: "a changed configuration is not valid; the one before stays in force",
-    MODEL_EXPORTING: "the model is being written for ONNX Runtime, once; the line says at which step, and about how long",
+    MODEL_EXPORTING: "the model is being written for ONNX Runtime, once; the line says which step, and about how long",
     MODEL_EXPORTED: "the model was written for ONNX Runtime, in float32 and, where that is quicker, int8",
     MODEL_JUDGING: "int8 is being held against float32, on how many references; once for each set of references",
     MODEL_JUDGED: "int8 was held against float32 on the references; the line says what serves, and why",

@@ -14,11 +14,13 @@ import pytest
 from sortd.encoder import load
 from sortd.encoding import exports, models, onnx_export
 from sortd.encoding.backends import choose
-from sortd.encoding.exports import Exports, Request
+from sortd.encoding.export_process import Request, Tell
+from sortd.encoding.exports import Exports
 from sortd.encoding.manifest import Manifest, Precision
 from sortd.encoding.model_folders import ModelFolder
 from sortd.encoding.onnx_encoder import OnnxEncoder
 from sortd.encoding.onnx_int8 import FULL_RANGE, REDUCED_RANGE, quantize, weight_range
+from sortd.encoding.providers import can_use_gpu
 from sortd.errors import ModelError
 from tests.tiny_clip import DIMENSIONS, SIDE, Tower, build_tiny_clip
 from tests.tiny_words import build_roberta_words, build_tiny_words
@@ -43,12 +45,12 @@ def lowest_cosine(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32])
     return float((left * right).sum(axis=1).min())
 
 
-def here(request: Request) -> None:
+def here(request: Request, tell: Tell) -> None:
     """Export in this process, which has torch already: the same work without another interpreter's start."""
-    onnx_export.export(request)
+    onnx_export.export(request, tell)
 
 
-def never(request: Request) -> None:
+def never(request: Request, _: Tell) -> None:
     """Nothing is to be exported."""
     raise AssertionError(request)
 
@@ -216,7 +218,7 @@ class TestExports:
         assert exports.find(copied.model, None, cache_dir=tmp_path) is None
         again: list[Request] = []
 
-        def put_back(request: Request) -> None:
+        def put_back(request: Request, _: Tell) -> None:
             again.append(request)
             made = dict.fromkeys(("image.onnx", "text.onnx"), b"made again")
             for name, content in made.items():
@@ -247,11 +249,12 @@ class TestExports:
     def test_the_end_of_the_program_ends_a_child(self) -> None:
         """A thread that waits for an export would keep the interpreter from ending."""
         program = (
-            "import subprocess, threading; from sortd.encoding import exports\n"
+            "import subprocess, threading; from sortd.encoding.export_process import heard\n"
+            "from sortd.errors import ModelError\n"
             "child = subprocess.Popen(['sleep', '1000'], stderr=subprocess.PIPE, text=True)\n"
             "def wait():\n"
-            "    try: exports._heard(child, 'some model')\n"
-            "    except exports.ModelError as error: print(error, child.wait())\n"
+            "    try: heard(child, 'some model', lambda _: None)\n"
+            "    except ModelError as error: print(error, child.wait())\n"
             "threading.Thread(target=wait).start()"
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -315,23 +318,23 @@ class TestBackends:
             (("auto", "auto", "no GPU"), ("onnx", "exported before")),
             (("auto", "cpu", "a GPU"), ("onnx", "exported before")),
             (("auto", "auto", "a GPU"), ("torch", "cannot use the device")),
+            (("auto", "auto", "torch without CUDA"), ("onnx", "exported before")),
             (("auto", "cuda", "no GPU"), ("torch", "cannot use the device")),
             (("auto", "mps", "no GPU"), ("torch", "cannot use the device")),
         ],
     )
     def test_with_an_export(
-        self, exported: Exports, cache: Path, tmp_path: Path, wanted: tuple[str, str, str], expected: tuple[str, str]
+        self, exported: Exports, cache: Path, wanted: tuple[str, str, str], expected: tuple[str, str]
     ) -> None:
         """`auto` takes it, unless torch could use a device that this ONNX Runtime cannot."""
-        import onnxruntime
-
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        if can_use_gpu(exports.available_providers(), is_there=lambda _: True):
             pytest.skip("this ONNX Runtime has CUDA")
         backend, device, machine = wanted
-        place = tmp_path / "nvidiactl"
-        if machine == "a GPU":
-            place.touch()
-        chosen = choose(backend, exported.model, None, device=device, cache_dir=cache, gpu=place)
+        chosen = choose(
+            backend, exported.model, None, device=device, cache_dir=cache,
+            torch="2.13.0+cpu" if machine == "torch without CUDA" else "2.13.0",
+            is_there=lambda _: machine != "no GPU",
+        )  # fmt: skip
         assert chosen.name == expected[0]
         assert expected[1] in chosen.why
 

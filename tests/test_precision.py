@@ -17,13 +17,15 @@ from sortd.config import Config
 from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder
 from sortd.encoding import exports, models
-from sortd.encoding.exports import Exports, Request
+from sortd.encoding.export_process import Request, Tell
+from sortd.encoding.exports import Exports
 from sortd.encoding.manifest import Manifest, Precision
 from sortd.encoding.onnx_int8 import quantize
 from sortd.errors import ModelError
 from sortd.images import Limits
 from sortd.references import ClassFolder
-from sortd.running.precision import LARGEST_CLASS, LARGEST_SAMPLE, load_encoder, sample
+from sortd.running.comparison import LARGEST_CLASS, LARGEST_SAMPLE, sample
+from sortd.running.precision import load_encoder
 from sortd.running.site import teaching_of
 from sortd.running.verdict import read_verdict
 from tests.command_line import sortd
@@ -37,8 +39,8 @@ def exported(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the exports of the tiny model, int8 among them."""
     from sortd.encoding.onnx_export import export
 
-    def here(request: Request) -> None:
-        export(request)
+    def here(request: Request, tell: Tell) -> None:
+        export(request, tell)
 
     cache = tmp_path_factory.mktemp("exported")
     exports.make(models.locate(str(tiny_clip)), None, cache_dir=cache, least_gain=0.0, run=here)

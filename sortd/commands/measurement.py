@@ -16,6 +16,8 @@ from sortd.commands import stopwatch
 from sortd.commands.stopwatch import File
 from sortd.config import Config
 from sortd.encoder import Encoder
+from sortd.encoding.onnx_encoder import OnnxEncoder
+from sortd.encoding.torch_encoder import TorchEncoder
 from sortd.errors import DataError, ModelError
 from sortd.images import SUFFIXES
 from sortd.layout import Area, find_datasets
@@ -121,7 +123,7 @@ def measure(
         DataError: there is no image.
         ModelError: the model cannot be had.
     """
-    files, cores, device = draw(config, folder, images), len(os.sched_getaffinity(0)), device_of(config)
+    files, cores = draw(config, folder, images), len(os.sched_getaffinity(0))
     most = min(config.batch_size, LARGEST_BATCH)
     with _scratch(config) as scratch:
         tell("loading the model")
@@ -131,6 +133,7 @@ def measure(
             embedder, _, description = site.load()
             load_seconds = perf_counter() - began
             encoder = embedder.encoder
+            device = device_of(encoder)
             tell("reading")
             read = stopwatch.read_milliseconds(files)
             tell("decoding")
@@ -158,7 +161,7 @@ def measure(
         except ModelError:
             continue  # not to be had here: what is not there is not chosen
         taken = min(stopwatch.forward_milliseconds(other, pixels, most=most).values())
-        reachable = bound_per_second(decode, taken, cores, device)
+        reachable = bound_per_second(decode, taken, cores, device_of(other))
         backends.append(Backend(backend, other.encoder_id, taken, reachable, serves=False))
     return Measurement(
         model=description,
@@ -222,13 +225,9 @@ def bound_per_second(decode: float, forward: float, cores: int, device: str) -> 
     return 1e3 / (forward + decode / cores if device == "cpu" else max(forward, decode / cores))
 
 
-def device_of(config: Config) -> str:
-    """Name what the forward runs on."""
-    if config.device != "auto":
-        return config.device
-    from sortd.encoding.backends import GPU
-
-    return "cuda" if GPU.exists() else "cpu"
+def device_of(encoder: Encoder) -> str:
+    """Name what the forward runs on: ``cpu``, ``cuda``, ``rocm`` or ``mps``."""
+    return encoder.runs_on.lower() if isinstance(encoder, OnnxEncoder | TorchEncoder) else "cpu"
 
 
 def backend_of(encoder_id: str) -> str:

@@ -122,7 +122,7 @@ def fetch_model(
 def export_model(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Write the configured model for ONNX Runtime, which `backend: auto` takes from then on; needs the extra onnx."""
     from sortd.commands.backend import backend_facts, backend_lines
-    from sortd.running.precision import export
+    from sortd.running.exporting import export
 
     loaded = load_config(config)
     say("sortd: exporting the model, which takes a minute")

@@ -4,18 +4,17 @@
 megabytes and other embeddings than torch's, so somebody has to have asked for it, once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from sortd.encoding.exports import EXTRA, has_any, is_installed
 from sortd.encoding.model_folders import ModelFolder
+from sortd.encoding.providers import can_use_gpu, torch_can_use_gpu
 from sortd.errors import ModelError
 
 Name = Literal["torch", "onnx"]
-
-GPU = Path("/dev/nvidiactl")
-"""There wherever NVIDIA's driver has a device to offer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,8 @@ def choose(
     *,
     device: str,
     cache_dir: Path | None,
-    gpu: Path = GPU,
+    torch: str | None = None,
+    is_there: Callable[[Path], bool] = Path.exists,
 ) -> Backend:
     """Return what a configured backend means for a model on this machine.
 
@@ -43,7 +43,8 @@ def choose(
         words: another model for words, or None.
         device: as configured.
         cache_dir: where exports lie; None: nowhere, so ``auto`` means torch.
-        gpu: is there where an NVIDIA device is.
+        torch: its version; None asks.
+        is_there: tells whether the file of a GPU is there.
 
     Raises:
         ModelError: no such backend, or ``onnx`` without what it needs.
@@ -56,25 +57,28 @@ def choose(
                 raise ModelError(f"`backend: onnx` needs ONNX Runtime, which is not installed: {EXTRA}")
             return Backend("onnx", "`backend: onnx` says so")
         case "auto":
-            against = _against_onnx(model, words, device, cache_dir, gpu)
+            against = _against_onnx(model, words, cache_dir) or _device_against_onnx(device, torch, is_there)
             return Backend("torch", against) if against else Backend("onnx", "this model has been exported before")
     raise ModelError(f"backend {backend!r} is not in this sortd; set `backend: auto`, `torch` or `onnx`")
 
 
-def _against_onnx(
-    model: ModelFolder, words: ModelFolder | None, device: str, cache_dir: Path | None, gpu: Path
-) -> str | None:
+def _against_onnx(model: ModelFolder, words: ModelFolder | None, cache_dir: Path | None) -> str | None:
     """Return what keeps ``auto`` from ONNX Runtime, if anything does."""
     if not is_installed():
         return f"ONNX Runtime, which is quicker and lighter, is not installed: {EXTRA}"
     if cache_dir is None or not has_any(model, words, cache_dir=cache_dir):
         return "this model has not been exported to ONNX; `sortd models export` does it"
-    if device != "cpu" and (device != "auto" or gpu.exists()) and not _has_cuda():
-        return "this ONNX Runtime cannot use the device, torch can"
     return None
 
 
-def _has_cuda() -> bool:
+def _device_against_onnx(device: str, torch: str | None, is_there: Callable[[Path], bool]) -> str | None:
+    """Return the same of the device: where torch could use a GPU and ONNX Runtime could not, torch is quicker."""
     import onnxruntime
 
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if device == "cpu":
+        return None
+    if device != "mps" and can_use_gpu(onnxruntime.get_available_providers(), is_there=is_there):
+        return None
+    if device == "auto" and not torch_can_use_gpu(torch=torch, is_there=is_there):
+        return None
+    return "this ONNX Runtime cannot use the device, torch can"

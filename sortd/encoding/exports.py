@@ -11,23 +11,19 @@ processor, a byte that changed) counts as no export, and is made again.
 """
 
 import hashlib
-import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sortd.encoding import models
+from sortd.encoding.export_process import LOOK_SECONDS, STOPPED, Request, Tell, is_awaited, run_child
 from sortd.encoding.manifest import Manifest, Precision, tower_file
-from sortd.encoding.model_folders import ModelFolder, complete, vouch
+from sortd.encoding.model_folders import ModelFolder
 from sortd.encoding.onnx_int8 import weight_range
 from sortd.errors import ModelError
 
@@ -43,46 +39,8 @@ LEAST_GAIN = 1.25
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 EXTRA = "pip install 'sortd[onnx]' (packages onnxruntime and onnx)"
-EXPORT_SECONDS = 1800.0
-"""Far beyond what the largest model takes on a slow disk; a child that needs longer hangs."""
-LOOK_SECONDS = 0.5
-"""How often whoever waits looks whether the program still goes on."""
-STOPPED = "was given up, for sortd was stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is to be exported, and how."""
-
-    model: ModelFolder
-    words: ModelFolder | None
-    identity: str
-    into: Path
-    """An empty folder."""
-    least_gain: float
-
-    def to_json(self) -> str:
-        """Return it as an argument for another process."""
-        words = None if self.words is None else [self.words.name, str(self.words.folder)]
-        facts = {"model": [self.model.name, str(self.model.folder)], "words": words, "identity": self.identity}
-        return json.dumps(facts | {"into": str(self.into), "least_gain": self.least_gain})
-
-    @classmethod
-    def from_json(cls, text: str) -> "Request":
-        """Return what ``to_json`` wrote.
-
-        Raises:
-            ModelError: a model is not as it was.
-        """
-        said = json.loads(text)
-        words = said["words"]
-        return cls(
-            vouch(said["model"][0], Path(said["model"][1])),
-            None if words is None else complete(words[0], Path(words[1])),
-            said["identity"],
-            Path(said["into"]),
-            said["least_gain"],
-        )
+ROOM = 2.0
+"""Times the model's size that must be free: what stays is one and a quarter, more stands while int8 is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +71,13 @@ class Exports:
 def is_installed() -> bool:
     """Tell whether ONNX Runtime is here, without importing it."""
     return find_spec("onnxruntime") is not None
+
+
+def available_providers() -> list[str]:
+    """Return what ONNX Runtime, which is installed, was built with."""
+    import onnxruntime
+
+    return list(onnxruntime.get_available_providers())
 
 
 def identity(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path | None) -> str:
@@ -177,7 +142,8 @@ def make(
     *,
     cache_dir: Path,
     least_gain: float = LEAST_GAIN,
-    run: Callable[[Request], None] | None = None,
+    tell: Tell = lambda _: None,
+    run: Callable[[Request, Tell], None] = run_child,
 ) -> Exports:
     """Export a model in a process of its own, in place of what was there; another process that does so is awaited.
 
@@ -186,6 +152,7 @@ def make(
         words: another model for words, or None.
         cache_dir: sortd's cache.
         least_gain: how many times as quick int8 must be to be kept.
+        tell: is told what is under way, again and again.
         run: carries a request out; a child process unless said.
 
     Raises:
@@ -199,15 +166,16 @@ def make(
     folder = folder_of(model, words, cache_dir=cache_dir)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _acquired(FileLock(f"{folder}.lock"), model.name):
+        with _acquired(FileLock(f"{folder}.lock"), model.name, tell):
             made = find(model, words, cache_dir=cache_dir)  # by whoever held the lock before us
             if made is None:
                 request = Request(model, words, wanted, folder.with_name(f"{folder.name}.part"), least_gain)
-                _replace(folder, request, run or run_child)
+                _replace(folder, request, lambda request: run(request, tell))
                 made = find(model, words, cache_dir=cache_dir)
     except OSError as error:
         raise ModelError(
-            f"cannot export {model.name!r} to {folder}: {error.strerror or error}; make room there"
+            f"cannot export {model.name!r} to {folder}: {error.strerror or error}; sortd has to be able to write "
+            f"there, or set `cache_dir`"
         ) from error
     if made is None:
         raise ModelError(f"the export of {model.name!r} in {folder} changed as soon as it was made; check that disk")
@@ -215,7 +183,7 @@ def make(
 
 
 @contextmanager
-def _acquired(lock: "BaseFileLock", name: str) -> Iterator[None]:
+def _acquired(lock: "BaseFileLock", name: str, tell: Tell) -> Iterator[None]:
     """Hold a lock as soon as whoever has it lets go, unless nobody waits for that any more."""
     from filelock import Timeout
 
@@ -223,6 +191,7 @@ def _acquired(lock: "BaseFileLock", name: str) -> Iterator[None]:
         with suppress(Timeout):
             lock.acquire(timeout=LOOK_SECONDS)
             break
+        tell("waiting for another process that exports the same model")
     else:
         raise ModelError(f"exporting {name!r} to ONNX {STOPPED}")
     try:
@@ -235,9 +204,11 @@ def _replace(folder: Path, request: Request, run: Callable[[Request], None]) -> 
     aside = folder.with_name(f"{folder.name}.old")
     for left_over in (request.into, aside):
         shutil.rmtree(left_over, ignore_errors=True)
+    _see_that_there_is_room(request)
     request.into.mkdir()
     try:
         run(request)
+        _make_durable(request.into)
         with suppress(FileNotFoundError):
             folder.rename(aside)
         request.into.rename(folder)
@@ -246,41 +217,27 @@ def _replace(folder: Path, request: Request, run: Callable[[Request], None]) -> 
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def run_child(request: Request) -> None:
-    """Carry a request out in a process of its own.
+def _see_that_there_is_room(request: Request, *, usage: Callable[[Path], Any] = shutil.disk_usage) -> None:
+    """Say before a minute of work that it would end on a full disk.
 
     Raises:
-        ModelError: what that process complained of, or that it hung.
+        ModelError: it would.
     """
-    name = request.model.name
-    command = [sys.executable, "-P", "-m", "sortd.encoding.onnx_export", request.to_json()]
-    child = subprocess.Popen(  # noqa: S603 -- our own interpreter and module, no shell
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    with child:
-        complaint = _heard(child, name)
-    if child.returncode:
-        said = [line for line in complaint.splitlines() if line.strip()] or [f"it ended with {child.returncode}"]
-        raise ModelError(f"cannot export {name!r} to ONNX: {said[-1].strip()}; set `backend: torch`")
+    place = request.into.parent
+    size = request.model.size_bytes + (request.words.size_bytes if request.words is not None else 0)
+    free = usage(place).free
+    if free < ROOM * size:
+        raise ModelError(
+            f"cannot export {request.model.name!r} to ONNX: that takes {ROOM * size / 1e6:.0f} MB in {place}, where "
+            f"{free / 1e6:.0f} MB are free; make room there, or set `cache_dir` to another disk"
+        )
 
 
-def _heard(child: "subprocess.Popen[str]", name: str) -> str:
-    """Wait for a child, as long as somebody waits for it; return what it said on stderr."""
-    until = monotonic() + EXPORT_SECONDS
-    while is_awaited() and monotonic() < until:
-        with suppress(subprocess.TimeoutExpired):
-            return child.communicate(timeout=LOOK_SECONDS)[1]
-    child.kill()
-    why = f"took over {EXPORT_SECONDS:.0f} s and was ended; set `backend: torch`" if is_awaited() else STOPPED
-    raise ModelError(f"exporting {name!r} to ONNX {why}")
-
-
-def is_awaited() -> bool:
-    """Tell whether the program goes on: its end joins the thread that asks, which may be long at work for nobody."""
-    return threading.main_thread().is_alive()
+def _make_durable(folder: Path) -> None:
+    """Bring files to the disk before their folder gets its name: their sums are remembered by stamp from then on."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

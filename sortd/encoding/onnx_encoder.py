@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from sortd.encoding import models
 from sortd.encoding.exports import FORMAT, TOKENIZER, Exports
-from sortd.encoding.manifest import Precision, TextInputs
+from sortd.encoding.manifest import Precision, TextInputs, tower_file
 from sortd.encoding.model_folders import first_line
-from sortd.encoding.onnx_int8 import weight_range
+from sortd.encoding.providers import attempts, name_of
 from sortd.encoding.rows import Pixels, Rows, check_pixels, unit, writable
 from sortd.errors import ModelError
 
@@ -69,11 +69,15 @@ class OnnxEncoder:
         self.dimensions, self.preprocessing = manifest.dimensions, manifest.preprocessing
         parts = (part for part in (exports.model, exports.words) if part is not None)
         content = [models.digest(part, cache_dir=cache_dir) for part in parts]
-        rounding = weight_range() if precision is Precision.INT8 else 0
-        facts = (content, self.preprocessing, decoding, FORMAT, precision.value, rounding)
+        # What was rounded, and by which ranges, may come out another way when an export is made again.
+        files = [tower_file(tower, precision) for tower in ("image", "text") if precision is Precision.INT8]
+        rounded = [manifest.checksums[file] for file in files]
+        facts = (content, self.preprocessing, decoding, FORMAT, precision.value, rounded or 0)
         whole = hashlib.sha256(repr(facts).encode()).hexdigest()
         self.encoder_id = f"{exports.model.kind}-{self.dimensions}-onnx-{precision}-{whole[:16]}"
         self._images = self._open("image")
+        self.runs_on = name_of(self._images.get_providers())
+        """``CPU``, ``CUDA`` or ``ROCm``."""
 
     def encode_images(self, pixels: Pixels) -> Rows:
         """See ``Encoder``; an image's row does not depend on the others of its batch, in int8 neither."""
@@ -129,14 +133,23 @@ def open_tower(file: Path, *, device: str = "cpu", threads: int | None = None) -
     # A plan of the memory for each batch size that ever came would be kept for good.
     options.enable_mem_pattern = False
     options.log_severity_level = 3
-    providers = _providers(device, onnxruntime.get_available_providers())
-    try:
-        opened = onnxruntime.InferenceSession(str(file), options, providers=providers)
-    except Exception as error:  # whatever its C++ raises over a file or a device, the file does not serve
+    ways = attempts(device, onnxruntime.get_available_providers())
+    for way in ways:
+        try:
+            opened = onnxruntime.InferenceSession(str(file), options, providers=way, enable_fallback=0)
+        except Exception as error:  # whatever its C++ raises over a file or a device, it does not serve so
+            if way is not ways[-1]:
+                continue
+            raise ModelError(
+                f"ONNX Runtime does not open {file}: {first_line(error)}; delete its folder to have it made again, or "
+                f"set `backend: torch`"
+            ) from error
+        break
+    if device.startswith("cuda") and name_of(opened.get_providers()) == "CPU":  # it only warns, and takes the CPU
         raise ModelError(
-            f"ONNX Runtime does not open {file}: {first_line(error)}; delete its folder to have it made again, or set "
-            f"`backend: torch`"
-        ) from error
+            f"device {device!r} cannot be used by ONNX Runtime: its CUDA libraries, or the driver, do not load; set "
+            f"`backend: torch` or `device: cpu`"
+        )
     give_memory_back()
     return opened
 
@@ -145,28 +158,6 @@ def give_memory_back() -> None:
     """Return to the system what the C library keeps of freed memory: opening a file frees a copy of all its weights."""
     with suppress(OSError, AttributeError):  # another C library than GNU's has nothing of the kind; malloc_trim(3)
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def runs_on_gpu(device: str) -> bool:
-    """Tell whether this ONNX Runtime would run a model on a GPU, where int8 is not quicker."""
-    import onnxruntime
-
-    return len(_providers(device, onnxruntime.get_available_providers())) > 1
-
-
-def _providers(device: str, available: Sequence[str]) -> list[Any]:
-    """Return what may run a graph, best first."""
-    kind, _, number = device.partition(":")
-    cuda = ("CUDAExecutionProvider", {"device_id": int(number or 0)})
-    if kind == "cuda" and cuda[0] not in available:
-        raise ModelError(
-            f"device {device!r} cannot be used: this ONNX Runtime has no CUDA (pip install onnxruntime-gpu in place of "
-            f"onnxruntime); set `backend: torch` or `device: cpu`"
-        )
-    if kind == "mps":
-        raise ModelError("device 'mps' is torch's; set `backend: torch` or `device: cpu`")
-    takes_cuda = kind == "cuda" or (kind == "auto" and cuda[0] in available)
-    return [cuda, "CPUExecutionProvider"] if takes_cuda else ["CPUExecutionProvider"]
 
 
 def text_inputs(encoded: Sequence[Any], text: TextInputs) -> dict[str, Tokens]:

@@ -1,8 +1,8 @@
 """The export of a model to ONNX, in a process of its own: ``python -m sortd.encoding.onnx_export REQUEST``.
 
-This is the one place where torch and ONNX meet; ``exports.py`` starts it and says what it writes. Each tower is traced
-with what is left of its preprocessing inside, then held against torch on images and texts of several batch sizes and
-lengths, since a trace can silently keep the size that it was made with.
+This is the one place where torch and ONNX meet; ``export_process.py`` starts it, ``exports.py`` says what it writes.
+Each tower is traced with what is left of its preprocessing inside, then held against torch on images and texts of
+several batch sizes and lengths, since a trace can silently keep the size that it was made with.
 
 The exporter is the one by tracing (``dynamo=False``): the newer one needs the package onnxscript.
 """
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sortd.encoding.exports import MANIFEST, OPSET, TOKENIZER, Request
+from sortd.encoding.export_process import STEPS, Request, Tell
+from sortd.encoding.exports import MANIFEST, OPSET, TOKENIZER
 from sortd.encoding.manifest import Manifest, Precision, TextInputs, tower_file
 from sortd.encoding.model_folders import first_line
 from sortd.encoding.models import checksums
@@ -44,30 +45,38 @@ def main(argument: str) -> int:
     """Export as asked; what goes wrong is the last line on stderr."""
     logging.disable(logging.WARNING)
     try:
-        export(Request.from_json(argument))
+        export(Request.from_json(argument), lambda step: print(step, flush=True))
     except ModelError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"{error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return ModelError.exit_code
     except Exception as error:  # noqa: BLE001 -- exporters raise anything; whoever asked wants one line, not a trace
         print(f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)
         return 1
     return 0
 
 
-def export(request: Request) -> None:
-    """Write the exports that ``exports.make`` asks for.
+def export(request: Request, tell: Tell) -> None:
+    """Write the exports that ``exports.make`` asks for, and tell each of ``STEPS`` as it begins.
 
     Raises:
         ModelError: The model does not load, or its export does not give its rows.
     """
-    into = request.into
+    into, steps = request.into, iter(STEPS)
+    tell(next(steps))
     torch_encoder = TorchEncoder(
         request.model, request.words, device="cpu", cache_dir=None, threads=None, decoding="draft"
     )
+    tell(next(steps))
     text = _export_text(torch_encoder, into)
+    tell(next(steps))
     _export_image(torch_encoder, into)
+    tell(next(steps))
     _try_images(torch_encoder, into)
     _try_texts(torch_encoder, into, text)
+    tell(next(steps))
     gain = _reduce(into, request.least_gain, torch_encoder.preprocessing)
     files = sorted(path for path in into.iterdir() if path.name != MANIFEST)
     manifest = Manifest(

@@ -100,6 +100,8 @@ class TorchEncoder:
         if threads:
             torch.set_num_threads(threads)
         self._device = _device(device)
+        self.runs_on = self._device.type.upper()
+        """``CPU``, ``CUDA`` (which is torch's word for AMD's GPUs as well) or ``MPS``."""
         self.clip = _load(folder, self._device)
         _see_that_it_is_a_clip(self.clip, folder.name)
         self.words = self.clip if words is None else _load(words, self._device)
