@@ -29,7 +29,7 @@ from sortd.running.copier import Copied, Copier, CopierDied
 from sortd.running.dataset import Dataset
 from sortd.running.requests import Requests
 from sortd.running.site import Site
-from sortd.running.worker import Answer, Posted, Worker, WorkerDied, WorkerReady
+from sortd.running.worker import Answer, Posted, Worker, WorkerDied, WorkerLoading, WorkerReady
 from sortd.sdnotify import Notifier
 from sortd.signals import Signalled, signals_posted
 from sortd.sorting.rounds import Rounds
@@ -41,6 +41,10 @@ STOP_SECONDS = 4.0
 
 STUCK_SECONDS = 300.0
 """A worker that made no progress for so long is stuck: the watchdog is not fed any more, and systemd restarts us."""
+
+START_SECONDS = 120.0
+"""For so long a start may last yet, told anew while the worker gets on: an export of the model, or the first look at
+thousands of references, can take longer than ``TimeoutStartSec=`` of the unit."""
 
 STATUS_SECONDS = 2.0
 """The shortest pause between two writes of the status file."""
@@ -81,6 +85,7 @@ class Daemon:
         self._reload, self._notifier, self._metrics = reload, notifier, metrics
         self._once = once
         self._worker = Worker(site.load, site.unload, self.inbox.put, site.classifiers)
+        site.attend = self._worker.loading
         self._copier = Copier(self.inbox.put)
         self.collection = Collection(config, site=site, ask=self._worker.ask, copier=self._copier, metrics=metrics)
         self._watcher: Watcher | None = None
@@ -202,6 +207,8 @@ class Daemon:
             case Copied(dataset=name, orders=orders):
                 if name in self.datasets:
                     tell_put_back(self.datasets[name], self.datasets[name].copied(orders))
+            case WorkerLoading(what=what):
+                self._notifier.status(what)
             case WorkerReady():
                 self.model = message
                 self._log.info(logs.MODEL_LOADED, model=message.description, encoder_id=message.encoder_id)
@@ -223,6 +230,8 @@ class Daemon:
             self.collection.poll(self._watcher.polled())
         if not self._is_ready and self.model is not None and self._all_answered():
             self._become_ready(self.model)
+        if due("start", now, START_SECONDS / 3) and not self._is_ready and self._gets_on(now):
+            self._notifier.extend(START_SECONDS)
         if self._notifier.watchdog_seconds and due("ping", now, self._notifier.watchdog_seconds / 2):
             self._ping(now)
         if due("status", now, STATUS_SECONDS):
@@ -232,9 +241,12 @@ class Daemon:
 
     def _ping(self, now: float) -> None:
         """Feed the watchdog, but only while the worker gets on: alive means working."""
-        busy_since = self._worker.busy_since
-        if busy_since is None or now - busy_since < STUCK_SECONDS:
+        if self._gets_on(now):
             self._notifier.watchdog()
+
+    def _gets_on(self, now: float) -> bool:
+        busy_since = self._worker.busy_since
+        return busy_since is None or now - busy_since < STUCK_SECONDS
 
     def _write_metrics(self) -> None:
         for dataset in self.collection:

@@ -35,6 +35,10 @@ class Notifier:
         """Tell that a reload begins; ``ready`` ends it. The time in nanoseconds is what Type=notify-reload asks for."""
         return self._send("RELOADING=1", f"MONOTONIC_USEC={clock() // 1_000}")
 
+    def extend(self, seconds: float) -> bool:
+        """Ask for so much more time to start in: sd_notify(3), which counts it from now and never shortens by it."""
+        return self._send(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
+
     def watchdog(self) -> bool:
         """Tell that work goes on."""
         return self._send("WATCHDOG=1")

@@ -1,6 +1,8 @@
 """The precision that serves: int8 after it agreed on the references, float32 else, and torch nowhere on that path."""
 
+import os
 import shutil
+import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,7 +31,7 @@ from sortd.running.precision import load_encoder
 from sortd.running.site import teaching_of
 from sortd.running.verdict import read_verdict
 from tests.command_line import sortd
-from tests.daemon_process import DaemonProcess, make_dataset, picture, tree
+from tests.daemon_process import PATIENCE_SECONDS, DaemonProcess, make_dataset, picture, tree
 
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
@@ -290,3 +292,27 @@ def test_commands_keep_their_facts_on_stdout_alone(
     assert (facts["agreement"]["serves"], facts["agreement"]["filed"]) == ("fp32", 12)
     checked = sortd("check", "-c", tmp_path / "config.yaml", "--json")
     assert "fp32 serves and int8 does not" in checked.out
+
+
+def test_a_start_that_exports_asks_systemd_for_time_and_says_why(
+    tmp_path: Path, tiny_clip: Path, write_config: Callable[..., Path]
+) -> None:
+    """READY waits for the model, so the time that the unit gives to a start must not run out over an export."""
+    make_dataset(tmp_path / "Data")
+    address = tmp_path / "notify"
+    folder = exports.folder_of(models.locate(str(tiny_clip)), None, cache_dir=tmp_path / "cache")
+    folder.parent.mkdir(parents=True)
+    config, told = write_config(backend="onnx"), ""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, FileLock(f"{folder}.lock"):
+        manager.bind(os.fspath(address))
+        manager.settimeout(PATIENCE_SECONDS)
+        environment = {"NOTIFY_SOCKET": os.fspath(address), "WATCHDOG_USEC": "60000000"}
+        with DaemonProcess(config, program="sortd", environment=environment) as daemon:
+            line = daemon.wait_for("model.exporting")
+            assert (line["model"], line["about_seconds"] > 0) == (str(tiny_clip), True)
+            assert line["step"] == "waiting for another process that exports the same model"
+            while not all(one in told for one in ("EXTEND_TIMEOUT_USEC=", "STATUS=exporting", "WATCHDOG=1")):
+                told += manager.recv(1000).decode() + "\n"
+            assert daemon.stop() == 0
+    assert "waiting for another process that exports the same model" in told
+    assert "READY=1" not in told

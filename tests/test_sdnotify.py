@@ -28,12 +28,14 @@ def test_every_message_arrives_as_sd_notify_writes_it(manager: tuple[socket.sock
     assert notifier.status("two\nlines")
     assert notifier.reloading(clock=lambda: 1_234_567_890)
     assert notifier.watchdog()
+    assert notifier.extend(90)
     assert notifier.stopping()
-    assert [listener.recv(1000).decode() for _ in range(5)] == [
+    assert [listener.recv(1000).decode() for _ in range(6)] == [
         "READY=1\nSTATUS=3 datasets",
         "STATUS=two lines",
         "RELOADING=1\nMONOTONIC_USEC=1234567",
         "WATCHDOG=1",
+        "EXTEND_TIMEOUT_USEC=90000000",
         "STOPPING=1",
     ]
 

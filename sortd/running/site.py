@@ -80,9 +80,16 @@ class Site:
         self._config = config
         self._embeddings = scratch or config.cache_dir
         self._runs_on: list[str] = []
+        self.attend: Callable[[str], None] = lambda _: None
+        """Is told again and again what goes on while the model takes long to load."""
         self._load_encoder = load_encoder or (
             lambda config: serving_encoder(
-                config, pool=self._pool, teaching_of=teaching_of, tell=self._runs_on.append, may_prepare=scratch is None
+                config,
+                pool=self._pool,
+                teaching_of=teaching_of,
+                tell=self._runs_on.append,
+                attend=self.attend,
+                may_prepare=scratch is None,
             )
         )
         self._run = uuid.uuid4().hex[:8]

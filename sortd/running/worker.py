@@ -62,6 +62,13 @@ Job = EmbedJob | RebuildJob | Forget
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerLoading:
+    """The model is not there yet, and what it waits for takes long."""
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReady:
     """The model is loaded."""
 
@@ -89,7 +96,7 @@ class Answer:
     """With ``PrototypesBuilt``: why a fine-tuned model that is wanted does not decide, in a sentence."""
 
 
-Posted = WorkerReady | WorkerDied | Answer
+Posted = WorkerLoading | WorkerReady | WorkerDied | Answer
 
 
 class PrototypeStore:
@@ -127,6 +134,7 @@ class Worker:
         self._serving: dict[str, PrototypeSet] = {}
         self._stopping = False
         self._bell: int | None = None
+        self._waits_for = ""
         self.busy_since: float | None = None
         """When the job at hand made its last progress, on the monotonic clock; None while idle."""
 
@@ -139,6 +147,13 @@ class Worker:
         """Queue one job; answers come by ``post``."""
         self._jobs.put(job)
         self._ring()
+
+    def loading(self, what: str) -> None:
+        """Hear from what loads the model, in the thread, that it gets on with something that takes long."""
+        self.busy_since = monotonic()
+        if what != self._waits_for:
+            self._waits_for = what
+            self._post(WorkerLoading(what))
 
     def stop(self, timeout_seconds: float) -> bool:
         """End after the forward at hand, leaving what is queued; tell whether the thread ended in time."""
