@@ -73,7 +73,7 @@ class Backlog:
 
     @property
     def busy(self) -> int:
-        """Count the settling images that cannot be taken, say since a writer has them open: for a second, or for ever."""
+        """Count the settling images that cannot be taken, since a writer has them open, say; maybe for ever."""
         return self._busy
 
     def get(self, path: str) -> Entry | None:

@@ -57,6 +57,11 @@ class Daemon:
     """As much of a daemon as control sees."""
 
     datasets: Mapping[str, AtWork]
+    signs_of_life: list[int] = field(default_factory=list)
+
+    def show_life(self) -> None:
+        """Count."""
+        self.signs_of_life.append(1)
 
 
 @pytest.fixture
@@ -89,6 +94,14 @@ def test_an_undone_image_is_held_before_it_can_be_seen(daemon: Daemon, dataset: 
     mark = stamp(str(root / "Images/a.png"))
     assert mark is not None
     assert dataset.told == [ImageGone(str(root / "Dataset/red/a.png")), ImageHeld(str(root / "Images/a.png"), mark)]
+
+
+def test_a_long_undo_shows_that_it_gets_on(daemon: Daemon, dataset: AtWork, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watchdog is fed after each chunk, newest first, and all of it is told in one answer."""
+    monkeypatch.setattr("sortd.running.control.CHUNK", 1)
+    reply = answer(daemon, undo(dataset, 1, 2))
+    assert [one["id"] for one in reply["undone"]] == [2, 1]
+    assert len(daemon.signs_of_life) == 2
 
 
 def test_a_dry_run_tells_the_core_nothing(daemon: Daemon, dataset: AtWork) -> None:

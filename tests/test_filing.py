@@ -372,6 +372,32 @@ class TestUndo:
         assert told["good"].restored == f"{dataset.root}/Images/good.jpg"
         assert [told[name].restored for name in ("gone", "edited", "twice")] == [None] * 3
 
+    def test_an_undo_is_not_undone_but_released(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+        """And it is said what to do."""
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        filing.undo(done(journal))
+        (told,) = filing.undo(journal.history.moves(Selection(limit=1)))
+        assert told.restored is None
+        assert "sortd release" in told.message
+        assert dataset.tree() == {"Images/a.jpg": b"image"}
+
+    def test_a_disk_that_does_not_answer_is_said_and_the_others_go_back(
+        self, dataset: Dataset, journal: Journal, filing: Filing, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An image that cannot be looked at, on a network disk that is stale, say, ends no undo and no daemon."""
+        for name in ("a.jpg", "b.jpg"):
+            moved(filing, order(dataset.put(f"Images/{name}", name)))
+
+        def look_stale(folder: int, name: str) -> os.stat_result | None:
+            if name == "a.jpg":
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
+            return look(folder, name)
+
+        monkeypatch.setattr("sortd.running.undoing.look", look_stale)
+        told = {Path(one.record.source_path).name: one for one in filing.undo(done(journal))}
+        assert "Stale" in told["a.jpg"].message
+        assert (told["a.jpg"].restored, told["b.jpg"].restored) == (None, f"{dataset.root}/Images/b.jpg")
+
     def test_a_companion_that_changed_stays_and_is_named(
         self, dataset: Dataset, journal: Journal, filing: Filing
     ) -> None:

@@ -158,10 +158,16 @@ class History:
             JournalError: the journal cannot be read.
         """
         rows = self._rows("SELECT * FROM holds ORDER BY since")
-        return {
-            os.fsdecode(row["path"]): stamp_from((row["device"], row["inode"], row["size"], row["mtime_ns"]))
-            for row in rows
-        }
+        return {os.fsdecode(row["path"]): _held_stamp(row) for row in rows}
+
+    def held_version(self, path: str) -> Stamp | None:
+        """Return the version under a path, relative to the dataset, that is not to be moved; None: there is none.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        rows = self._rows("SELECT * FROM holds WHERE path = ?", (os.fsencode(path),))
+        return _held_stamp(rows[0]) if rows else None
 
     def counts(self) -> dict[str, int]:
         """Return how many moves ended with each outcome, those that were undone later included.
@@ -223,6 +229,10 @@ class History:
     def _rows(self, statement: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
         with translated(self._path):
             return self._connection.execute(statement, values).fetchall()
+
+
+def _held_stamp(row: sqlite3.Row) -> Stamp:
+    return stamp_from((row["device"], row["inode"], row["size"], row["mtime_ns"]))
 
 
 def _conditions(selection: Selection) -> list[tuple[str, list[Any]]]:

@@ -4,7 +4,7 @@ The daemon calls ``answer`` from its loop, the thread that moves files; see ``re
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import structlog
@@ -19,6 +19,9 @@ from sortd.running.filing import Filing
 from sortd.running.latecomers import belongs_to
 from sortd.running.requests import Reply, Request, RequestError
 from sortd.running.undoing import PutBack
+
+CHUNK = 256
+"""Images that are put back between two signs of life: four batches of the journal, a few seconds on a slow disk."""
 
 
 class DatasetAtWork(Protocol):
@@ -54,6 +57,9 @@ class DaemonAtWork(Protocol):
     def datasets(self) -> Mapping[str, DatasetAtWork]:
         """The datasets that it works on, by name."""
 
+    def show_life(self) -> None:
+        """Feed the watchdog in the middle of a long answer: it waits for the disk, but gets on."""
+
 
 def answer(daemon: DaemonAtWork, request: Request) -> Reply:
     """Do what a request asks for, and say what was done.
@@ -77,9 +83,16 @@ def answer(daemon: DaemonAtWork, request: Request) -> Reply:
 
 
 def put_back(
-    filing: Filing, history: History, identifiers: Sequence[int], *, dry_run: bool
+    filing: Filing,
+    history: History,
+    identifiers: Sequence[int],
+    *,
+    dry_run: bool,
+    show_life: Callable[[], None] = lambda: None,
 ) -> tuple[list[PutBack], int]:
     """Undo the moves of these records, or say what would be; return what became of them, and how many end later.
+
+    A hundred thousand images that were filed wrongly take long: they go back chunk by chunk, newest first.
 
     Raises:
         DataError: a record is not there.
@@ -88,8 +101,14 @@ def put_back(
     chosen = [_record(history, identifier) for identifier in identifiers]
     known = {record.id for record in chosen}
     late = [one for record in chosen for one in history.followers(belongs_to(record)) if one.id not in known]
-    records = [*chosen, *late]  # what followed an image goes back with it
-    told = filing.rehearse_undo(records) if dry_run else filing.undo(records)
+    # What followed an image goes back with it.
+    records = sorted([*chosen, *late], key=lambda record: record.id, reverse=True)
+    if dry_run:
+        return filing.rehearse_undo(records), 0
+    told: list[PutBack] = []
+    for start in range(0, len(records), CHUNK):
+        told += filing.undo(records[start : start + CHUNK])
+        show_life()
     return told, len(records) - len(told)
 
 
@@ -106,7 +125,9 @@ def _undo(daemon: DaemonAtWork, datasets: Mapping[str, Any], *, dry_run: bool) -
         (dataset,) = _chosen(daemon, [name])
         if os.path.realpath(wanted["root"]) != os.path.realpath(dataset.layout.root):
             raise DataError(f"the sortd that runs works on {dataset.layout.root}, not on {wanted['root']}")
-        told, waiting = put_back(dataset.filing, dataset.history, wanted["records"], dry_run=dry_run)
+        told, waiting = put_back(
+            dataset.filing, dataset.history, wanted["records"], dry_run=dry_run, show_life=daemon.show_life
+        )
         later += waiting
         if not dry_run:
             tell_put_back(dataset, told)
@@ -116,7 +137,6 @@ def _undo(daemon: DaemonAtWork, datasets: Mapping[str, Any], *, dry_run: bool) -
 
 def tell_put_back(dataset: DatasetAtWork, told: Sequence[PutBack]) -> None:
     """Tell the core which files are to rest where they are, before a watcher's hint makes them work again."""
-    held = dataset.filing.held() if told else {}
     log = structlog.get_logger().bind(dataset=dataset.name)
     for one in told:
         was = os.path.join(dataset.layout.root, one.record.destination_path)
@@ -124,8 +144,8 @@ def tell_put_back(dataset: DatasetAtWork, told: Sequence[PutBack]) -> None:
             log.warning(MOVE_UNDONE, path=was, destination=None, reason=one.message)
             continue
         dataset.receive(ImageGone(was))
-        if one.restored in held:
-            dataset.receive(ImageHeld(one.restored, held[one.restored]))
+        if (held := dataset.filing.held_version(one.restored)) is not None:
+            dataset.receive(ImageHeld(one.restored, held))
         log.info(MOVE_UNDONE, path=was, destination=one.restored, reason=one.message)
 
 

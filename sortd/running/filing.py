@@ -222,6 +222,14 @@ class Filing:
         """
         return {f"{os.fspath(self._root)}/{path}": stamp for path, stamp in self._journal.history.held().items()}
 
+    def held_version(self, path: str) -> Stamp | None:
+        """Return the version of this file (an absolute path) that is not to be moved, if there is one.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        return self._journal.history.held_version(self._relative(path))
+
     def _relocation(self, folders: Folders, move: Move) -> Relocation:
         source, _, name = self._relative(move.path).rpartition("/")
         wanted = checked_name(move.wanted or name)

@@ -103,13 +103,21 @@ class _Plan:
 def _plan(folders: Folders, record: Record) -> _Plan | PutBack:
     """Look at what still stands where the record put it; decide what goes back."""
     there = record.relocation
-    if record.undone_by is not None or record.grounds.outcome == UNDONE:
+    if record.grounds.outcome == UNDONE:
+        said = "it was put back there by an undo; `sortd release` lets it be filed again"
+        return PutBack(record, None, f"{record.destination_path}: {said}")
+    if record.undone_by is not None:
         return PutBack(record, None, f"{record.destination_path}: undone already")
     try:
-        folder = folders.open(there.destination)
         folders.open(there.source.partition("/")[0])  # never made anew: without it, its disk is not mounted
+        return _plan_in(folders, folders.open(there.destination), record)
     except OSError as error:
         return PutBack(record, None, f"{record.destination_path}: {error.strerror}")
+
+
+def _plan_in(folders: Folders, folder: int, record: Record) -> _Plan | PutBack:
+    """Look at the members of a move in its destination folder, which is open."""
+    there = record.relocation
     found = _find(folder, there.image)
     if isinstance(found, str):
         return PutBack(record, None, f"{record.destination_path}: {found}")
@@ -144,7 +152,11 @@ def _content(folders: Folders, folder: str, name: str) -> str:
 
 
 def _find(folder: int, member: Member) -> Stamp | str:
-    """Return the version of a member that stands where it was put, or why it cannot be put back."""
+    """Return the version of a member that stands where it was put, or why it cannot be put back.
+
+    Raises:
+        OSError: the disk, or its rights, do not let us look.
+    """
     status = look(folder, member.final) if member.final else None
     if status is None or member.moved_stamp is None:
         return "no longer there: moved or removed since"
