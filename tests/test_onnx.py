@@ -1,10 +1,15 @@
 """ONNX Runtime gives torch's rows without torch, from exports that are checked, and in int8 row by row."""
 
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,13 +19,13 @@ import pytest
 from sortd.encoder import load
 from sortd.encoding import exports, models, onnx_export
 from sortd.encoding.backends import choose
-from sortd.encoding.export_process import Request, Tell
+from sortd.encoding.export_process import STEPS, Request, Tell, heard, run_child
 from sortd.encoding.exports import Exports
 from sortd.encoding.manifest import Manifest, Precision
 from sortd.encoding.model_folders import ModelFolder
 from sortd.encoding.onnx_encoder import OnnxEncoder
 from sortd.encoding.onnx_int8 import FULL_RANGE, REDUCED_RANGE, quantize, weight_range
-from sortd.encoding.providers import can_use_gpu
+from sortd.encoding.providers import attempts, can_use_gpu, name_of, torch_can_use_gpu
 from sortd.errors import ModelError
 from tests.tiny_clip import DIMENSIONS, SIDE, Tower, build_tiny_clip
 from tests.tiny_words import build_roberta_words, build_tiny_words
@@ -260,6 +265,78 @@ class TestExports:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
         assert done.stdout == "exporting 'some model' to ONNX was given up, for sortd was stopped -9\n"
 
+    def test_each_step_is_told_while_it_goes_on(self) -> None:
+        """By what the child writes; other things that libraries write to its stdout are passed over."""
+        program = f"import os, sys; print({STEPS[2]!r}, flush=True); print('noise', flush=True); os.read(0, 1)"
+        reader, writer = os.pipe()
+        told: list[str] = []
+
+        def tell(step: str) -> None:
+            told.append(step)
+            if STEPS[2] in step:
+                os.write(writer, b"x")
+
+        with os.fdopen(reader), os.fdopen(writer, "wb"):
+            child = subprocess.Popen(
+                [sys.executable, "-c", program], stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            with child:
+                assert heard(child, "some model", tell) == ""
+        assert told[-1] == f"step 3 of 5, {STEPS[2]}"
+
+    def test_it_goes_through_every_step(self, clip: ModelFolder, tmp_path: Path) -> None:
+        """Whoever waits is told five of them, in order."""
+        told: list[str] = []
+        exports.make(clip, None, cache_dir=tmp_path, tell=told.append, run=here)
+        assert told == list(STEPS)
+
+    def test_two_at_once_make_one(self, exported: Exports, tmp_path: Path) -> None:
+        """The second waits, says so, and takes what the first made."""
+        made: list[Request] = []
+        waits = threading.Event()
+
+        def copy_it(request: Request, _: Tell) -> None:
+            made.append(request)
+            assert waits.wait(60)
+            shutil.copytree(exported.folder, request.into, dirs_exist_ok=True)
+
+        def make(tell: Tell) -> Exports:
+            return exports.make(exported.model, None, cache_dir=tmp_path, tell=tell, run=copy_it)
+
+        def tell(what: str) -> None:
+            assert "waiting for another process" in what
+            waits.set()
+
+        with ThreadPoolExecutor(2) as threads:
+            first, second = [threads.submit(make, tell) for _ in range(2)]
+            assert first.result(60) == second.result(60)
+        assert len(made) == 1
+
+    def test_a_disk_that_takes_no_more_is_said_as_such(self, clip: ModelFolder, tmp_path: Path) -> None:
+        """With the folder and what to do, and nothing half-made stays; here the kernel refuses files over 20 kB."""
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            with pytest.raises(ModelError, match=rf"{tmp_path}.*: File too large; make room there; or set `backend"):
+                exports.make(clip, None, cache_dir=tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert not [path for path in (tmp_path / "onnx").iterdir() if path.is_dir()]
+
+    def test_a_full_disk_is_noticed_before_the_work(self, clip: ModelFolder, tmp_path: Path) -> None:
+        """Not after a minute of it."""
+        request = Request(clip, None, "", tmp_path / "new.part", 1.0)
+        plenty = SimpleNamespace(free=10 * clip.size_bytes)
+        exports._see_that_there_is_room(request, usage=lambda _: plenty)
+        with pytest.raises(ModelError, match=r"takes 1 MB in .*, where 0 MB are free; make room there"):
+            exports._see_that_there_is_room(request, usage=lambda _: SimpleNamespace(free=clip.size_bytes))
+
+    def test_a_child_that_the_kernel_killed(self, clip: ModelFolder, tmp_path: Path) -> None:
+        """Most likely memory ran out, which is said."""
+        command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+        with pytest.raises(ModelError, match="was killed, as the kernel does when memory runs out"):
+            run_child(Request(clip, None, "", tmp_path, 1.0), lambda _: None, command=command)
+
     def test_an_export_with_other_rows_is_refused(self, copied: Exports) -> None:
         """Held against torch before anything is kept."""
         from sortd.encoding.torch_encoder import TorchEncoder
@@ -343,6 +420,34 @@ class TestBackends:
         chosen = choose("auto", clip, None, device="cpu", cache_dir=tmp_path)
         assert (chosen.name, "sortd models export" in chosen.why) == ("torch", True)
         assert choose("auto", clip, None, device="cpu", cache_dir=None).name == "torch"
+
+    @pytest.mark.parametrize(
+        ("device", "built", "there", "expected"),
+        [
+            ("auto", "CUDA", "/dev/nvidiactl", ["CUDA", "CPU"]),
+            ("auto", "CUDA", "", ["CPU"]),
+            ("auto", "ROCM", "/dev/kfd", ["ROCm", "CPU"]),
+            ("auto", "Azure", "/dev/nvidiactl", ["CPU"]),
+            ("cpu", "CUDA", "/dev/nvidiactl", ["CPU"]),
+            ("cuda:1", "CUDA", "", ["CUDA"]),
+        ],
+    )
+    def test_a_gpu_is_tried_first_where_there_is_one(
+        self, device: str, built: str, there: str, expected: list[str]
+    ) -> None:
+        """A build for CUDA on a machine without a card is no GPU; one that is asked for by name is never passed by."""
+        available = [f"{built}ExecutionProvider", "CPUExecutionProvider"]
+        ways = attempts(device, available, is_there=lambda path: str(path) == there)
+        assert [name_of([way[0] if isinstance(way[0], str) else way[0][0]]) for way in ways] == expected
+        assert all(way[-1] == "CPUExecutionProvider" for way in ways)
+        if device == "cuda:1":
+            assert ways[0][0][1]["device_id"] == 1
+
+    def test_it_says_what_it_runs_on(self, exported: Exports, tiny_clip: Path) -> None:
+        """By what ONNX Runtime took, not by what was asked for."""
+        assert open_export(exported, device="cpu").runs_on == "CPU"
+        torch = load(str(tiny_clip), backend="torch", device="cpu")
+        assert (getattr(torch, "runs_on", None), torch_can_use_gpu(torch="2.13.0+cpu")) == ("CPU", False)
 
     @pytest.mark.parametrize(("device", "complaint"), [("cuda:1", "has no CUDA"), ("mps", "is torch's")])
     def test_a_device_that_it_cannot_use(self, exported: Exports, device: str, complaint: str) -> None:

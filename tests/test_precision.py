@@ -22,6 +22,7 @@ from sortd.encoding import exports, models
 from sortd.encoding.export_process import Request, Tell
 from sortd.encoding.exports import Exports
 from sortd.encoding.manifest import Manifest, Precision
+from sortd.encoding.onnx_encoder import OnnxEncoder
 from sortd.encoding.onnx_int8 import quantize
 from sortd.errors import ModelError
 from sortd.images import Limits
@@ -100,10 +101,22 @@ def spoil_int8(found: Exports) -> None:
     """Put a vision tower in place whose weights have three values, and vouch for it."""
     tower = found.tower("image", Precision.INT8)
     quantize(found.tower("image", Precision.FP32), tower, largest=1)
+    vouch_for(found, tower)
+
+
+def vouch_for(found: Exports, tower: Path) -> None:
+    """Write a tower as it is now into the manifest."""
     manifest = Manifest.from_json((found.folder / exports.MANIFEST).read_text())
     sums = {**manifest.checksums, tower.name: models.checksums([tower])[tower]}
     fresh = Manifest(manifest.identity, manifest.dimensions, manifest.preprocessing, manifest.text, manifest.gain, sums)
     (found.folder / exports.MANIFEST).write_text(fresh.to_json())
+
+
+def damage(found: Exports, precision: Precision) -> None:
+    """Put something in a vision tower's place that is no graph, and vouch for it."""
+    tower = found.tower("image", precision)
+    tower.write_bytes(b"no graph")
+    vouch_for(found, tower)
 
 
 class TestVerdict:
@@ -218,6 +231,46 @@ class TestBackend:
         world.config = make_config(backend="onnx")
         with pytest.raises(ModelError, match="cannot export"):
             world.load()
+
+    def test_a_model_that_is_nowhere_is_no_matter_of_the_backend(self, make_config: Callable[..., Config]) -> None:
+        """It is said once, and torch is not praised for it."""
+        world = World(make_config(backend="auto", model="clip-ViT-L-14"))
+        with pytest.raises(ModelError, match="is not on this machine"):
+            world.load()
+        assert not world.lines
+        assert not world.told
+
+    def test_what_does_not_run_falls_back(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """From int8 to float32, and with `auto` from there to torch, with a warning each; by name it is an error."""
+        make_dataset(tmp_path / "Data", references=12)
+        world = World(make_config(backend="auto"))
+        first = world.load()
+        assert "-onnx-int8-" in first.encoder_id
+        damage(world.exports(), Precision.INT8)
+        assert "-onnx-fp32-" in world.load().encoder_id
+        assert "int8 does not serve: ONNX Runtime does not open" in world.told[-1]
+        (tmp_path / "Data" / "Colours" / "Clases" / "red" / "00.png").touch()  # it would have to be judged anew
+        assert "-onnx-fp32-" in world.load().encoder_id
+        assert "it has not been judged on these references" in world.told[-1]
+        damage(world.exports(), Precision.FP32)
+        assert "-torch-" in world.load().encoder_id
+        fallen = [line["backend"] for line in world.lines if line["event"] == logs.MODEL_FELL_BACK]
+        assert fallen == ["onnx fp32", "onnx fp32", "onnx fp32", "torch"]
+        world.config = make_config(backend="onnx")
+        with pytest.raises(ModelError, match="does not open"):
+            world.load()
+
+    def test_int8_that_was_made_anew_is_another_encoder(
+        self, tmp_path: Path, make_config: Callable[..., Config]
+    ) -> None:
+        """Its ranges are measured, so the same model may round another way: no row of the one serves the other."""
+        make_dataset(tmp_path / "Data", references=12)
+        world = World(make_config())
+        before = {one: OnnxEncoder(world.exports(), one, threads=1).encoder_id for one in Precision}
+        spoil_int8(world.exports())
+        after = {one: OnnxEncoder(world.exports(), one, threads=1).encoder_id for one in Precision}
+        assert before[Precision.FP32] == after[Precision.FP32]
+        assert before[Precision.INT8] != after[Precision.INT8]
 
 
 class TestSample:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -26,6 +26,7 @@ STEPS = (
 )
 """What an export does, in order; each takes about as long as the others."""
 
+EXPORTER = (sys.executable, "-P", "-m", "sortd.encoding.onnx_export")
 EXPORT_SECONDS = 1800.0
 """Far beyond what the largest model takes on a slow disk; a child that needs longer hangs."""
 LOOK_SECONDS = 0.5
@@ -77,16 +78,20 @@ def export_seconds(model: ModelFolder, words: ModelFolder | None) -> int:
     return 10 * round((15 + size / 10e6) / 10)
 
 
-def run_child(request: Request, tell: Tell) -> None:
+def run_child(request: Request, tell: Tell, *, command: Sequence[str] = EXPORTER) -> None:
     """Carry a request out in a process of its own.
+
+    Args:
+        request: what is to be done; the last argument of the command.
+        tell: is told the step at hand, twice a second.
+        command: what does it.
 
     Raises:
         ModelError: what that process complained of, or that it hung.
     """
     name = request.model.name
-    command = [sys.executable, "-P", "-m", "sortd.encoding.onnx_export", request.to_json()]
     child = subprocess.Popen(  # noqa: S603 -- our own interpreter and module, no shell
-        command,
+        [*command, request.to_json()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -103,7 +108,7 @@ def run_child(request: Request, tell: Tell) -> None:
         )
     if child.returncode:
         said = [line for line in complaint.splitlines() if line.strip()] or [f"it ended with {child.returncode}"]
-        raise ModelError(f"cannot export {name!r} to ONNX: {said[-1].strip()}; set `backend: torch`")
+        raise ModelError(f"cannot export {name!r} to ONNX: {said[-1].strip()}; or set `backend: torch`")
 
 
 def heard(child: "subprocess.Popen[str]", name: str, tell: Tell) -> str:

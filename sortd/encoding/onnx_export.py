@@ -7,6 +7,7 @@ several batch sizes and lengths, since a trace can silently keep the size that i
 The exporter is the one by tracing (``dynamo=False``): the newer one needs the package onnxscript.
 """
 
+import json
 import logging
 import sys
 import time
@@ -50,7 +51,8 @@ def main(argument: str) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"{error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        place = error.filename or json.loads(argument)["into"]  # a write that fails does not say where
+        print(f"{place}: {error.strerror or error}; make room there", file=sys.stderr)
         return ModelError.exit_code
     except Exception as error:  # noqa: BLE001 -- exporters raise anything; whoever asked wants one line, not a trace
         print(f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)
