@@ -90,7 +90,7 @@ class Daemon:
         self.collection = Collection(config, site=site, ask=self._worker.ask, copier=self._copier, metrics=metrics)
         self._watcher: Watcher | None = None
         self._status = Status(site.state_folder)
-        self._requests = Requests(site.state_folder)
+        self._requests = Requests(site.state_folder, report=self._hampered)
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
         self._pid = os.getpid()
         self._is_ready = False
@@ -153,7 +153,7 @@ class Daemon:
         ended = self._worker.stop(STOP_SECONDS)
         self._copier.stop()
         self.collection.close()
-        self._status.write(self.facts(running=False))
+        self._write_status(running=False)
         self._closing.close()
         self._log.info(logs.DAEMON_STOPPED, worker_ended=ended, **self._totals())
 
@@ -235,7 +235,7 @@ class Daemon:
         if self._notifier.watchdog_seconds and due("ping", now, self._notifier.watchdog_seconds / 2):
             self._ping(now)
         if due("status", now, STATUS_SECONDS):
-            self._status.write(self.facts(running=True))
+            self._write_status(running=True)
         if due("metrics", now, METRICS_SECONDS):
             self._write_metrics()
 
@@ -252,11 +252,25 @@ class Daemon:
         """Feed the watchdog in the middle of a long turn that gets on."""
         self._ping(monotonic())
 
+    def _write_status(self, *, running: bool) -> None:
+        try:
+            self._status.write(self.facts(running=running))
+        except OSError as error:
+            self._hampered(error)
+
     def _write_metrics(self) -> None:
         for dataset in self.collection:
             dataset.account.waiting(dataset.sorter.waiting)
-        if self.config.metrics.textfile is not None:
+        if self.config.metrics.textfile is None:
+            return
+        try:
             self._metrics.write_textfile(os.fspath(self.config.metrics.textfile))
+        except OSError as error:
+            self._hampered(error)
+
+    def _hampered(self, error: OSError) -> None:
+        """Say what could not be written: nobody's image depends on it, and it is written again soon."""
+        self._log.warning(logs.DAEMON_HAMPERED, path=error.filename, error=error.strerror)
 
     def _become_ready(self, model: WorkerReady) -> None:
         self._is_ready = True

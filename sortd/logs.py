@@ -58,6 +58,7 @@ MODEL_FELL_BACK: Final = "model.fell_back"
 MODEL_LOADED: Final = "model.loaded"
 DAEMON_STARTING: Final = "daemon.starting"
 DAEMON_READY: Final = "daemon.ready"
+DAEMON_HAMPERED: Final = "daemon.hampered"
 DAEMON_STOPPED: Final = "daemon.stopped"
 THREAD_DIED: Final = "thread.died"
 
@@ -96,6 +97,7 @@ EVENTS: Final[Mapping[str, str]] = {
     MODEL_LOADED: "the encoder is ready",
     DAEMON_STARTING: "sortd begins",
     DAEMON_READY: "every dataset was scanned and knows its prototypes, or why it has none",
+    DAEMON_HAMPERED: "the status, the metrics or an answer could not be written; images are handled as ever",
     DAEMON_STOPPED: "sortd ends, with what it did",
     THREAD_DIED: "a thread ended by an error",
 }

@@ -29,12 +29,12 @@ class Status:
         """
         if facts == self._last:
             return False
-        self._last = dict(facts)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".new")
         text = json.dumps({**facts, "written_at": round(self._clock(), 3)}, indent=1)
         beside.write_text(text + "\n", encoding="utf-8")
         os.replace(beside, self._path)
+        self._last = dict(facts)
         return True
 
 

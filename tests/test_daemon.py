@@ -203,6 +203,17 @@ def test_a_reload_takes_changes_and_refuses_mistakes(colours: Path, write_config
         assert daemon.wait_for("image.filed")["mode"] == "avg"
 
 
+def test_what_is_only_told_may_fail(colours: Path, write_config: Write, tmp_path: Path) -> None:
+    """A status and metrics that cannot be written are said, and images are filed as ever."""
+    (tmp_path / "state" / "status.new").mkdir(parents=True)
+    with running(write_config(metrics=f"{{textfile: {tmp_path}/absent/sortd.prom}}")) as daemon:
+        daemon.wait_for("daemon.hampered", path=f"{tmp_path}/state/status.new")
+        daemon.wait_until(lambda: len({line["path"] for line in daemon.events("daemon.hampered")}) > 1, "the metrics")
+        picture("red", 1001).save(colours / "Images" / "a.png")
+        daemon.wait_for("image.filed")
+        assert daemon.stop() == 0
+
+
 def test_a_second_start_on_the_same_data_is_refused(colours: Path, write_config: Write) -> None:
     """Exit 75 and a sentence; the first goes on."""
     config = write_config()

@@ -17,6 +17,11 @@ from sortd.running.requests import AnsweredError, Reply, Request, Requests, ask
 from sortd.status import Status, started_ticks
 
 
+def refuse(error: OSError) -> None:
+    """Fail where everything can be written."""
+    raise error
+
+
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
     """A state directory in which this very process claims to be the sortd that runs."""
@@ -33,7 +38,7 @@ def write(state: Path, name: str, **request: Any) -> None:
 @contextmanager
 def served(state: Path) -> Iterator[list[Request]]:
     """Serve requests of this process by a thread, woken by the signal as the daemon is."""
-    requests, heard, woken, stop = Requests(state), [], threading.Event(), threading.Event()
+    requests, heard, woken, stop = Requests(state, report=refuse), [], threading.Event(), threading.Event()
     requests.open()
     before = signal.signal(signal.SIGUSR1, lambda *_: woken.set())
 
@@ -83,7 +88,7 @@ def test_nobody_is_asked_where_none_runs(tmp_path: Path) -> None:
 
 def test_a_deaf_daemon_is_reported_and_its_request_withdrawn(state: Path) -> None:
     """Nothing is undone later that somebody has given up on."""
-    Requests(state).open()
+    Requests(state, report=refuse).open()
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         with pytest.raises(StartupError, match="did not answer"):
@@ -95,7 +100,7 @@ def test_a_deaf_daemon_is_reported_and_its_request_withdrawn(state: Path) -> Non
 
 def test_what_nobody_waits_for_is_not_done(state: Path) -> None:
     """A request past its time is dropped unanswered."""
-    requests, heard = Requests(state), list[Request]()
+    requests, heard = Requests(state, report=refuse), list[Request]()
     requests.open()
     write(state, "late", do="it", expires_at=time.time() - 1)
     requests.serve(lambda request: heard.append(request) or {})  # type: ignore[func-returns-value]  # a list tells nothing
@@ -105,7 +110,7 @@ def test_what_nobody_waits_for_is_not_done(state: Path) -> None:
 
 def test_nonsense_is_answered_as_nonsense(state: Path) -> None:
     """A file that is no request does no harm to the ones behind it."""
-    requests = Requests(state)
+    requests = Requests(state, report=refuse)
     requests.open()
     (state / "requests" / "a.request").write_text("{", encoding="utf-8")
     write(state, "b", do="it")
@@ -116,7 +121,7 @@ def test_nonsense_is_answered_as_nonsense(state: Path) -> None:
 
 def test_a_broken_journal_stops_the_daemon_after_it_answered(state: Path) -> None:
     """Whoever asked hears why, and the daemon does not go on without a journal."""
-    requests = Requests(state)
+    requests = Requests(state, report=refuse)
     requests.open()
     write(state, "a", do="it")
 
@@ -131,17 +136,31 @@ def test_a_broken_journal_stops_the_daemon_after_it_answered(state: Path) -> Non
 
 def test_the_past_is_forgotten(state: Path) -> None:
     """What was asked of an earlier run is not done by the next, and answers that nobody took are removed."""
-    requests = Requests(state, clock=lambda: time.time() + 3600)
+    requests = Requests(state, report=refuse, clock=lambda: time.time() + 3600)
     requests.open()
     write(state, "old", do="it")
-    Requests(state).open()
+    Requests(state, report=refuse).open()
     assert list((state / "requests").iterdir()) == []
     (state / "requests" / "left.answer").write_text("{}", encoding="utf-8")
     requests.serve(lambda _: {})
     assert list((state / "requests").iterdir()) == []
 
 
+def test_an_answer_that_cannot_be_written_ends_nothing(state: Path) -> None:
+    """What was asked for is done, the daemon hears of the disk and goes on to the next."""
+    told: list[OSError] = []
+    requests = Requests(state, report=told.append)
+    requests.open()
+    for name in ("a", "b"):
+        write(state, name, do="it")
+    (state / "requests" / "a.answer.new").mkdir()
+    assert requests.serve(lambda request: {"done": request["do"]}) == 2
+    assert [Path(str(error.filename)).name for error in told] == ["a.answer.new"]
+    assert (state / "requests" / "b.answer").exists()
+    assert not list((state / "requests").glob("*.request"))
+
+
 def test_only_the_daemons_user_may_ask(state: Path) -> None:
     """The folder is closed to others: whoever can ask can have files moved."""
-    Requests(state).open()
+    Requests(state, report=refuse).open()
     assert (state / "requests").stat().st_mode & 0o077 == 0

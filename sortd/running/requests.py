@@ -55,9 +55,17 @@ class NotRunningError(StartupError):
 class Requests:
     """The daemon's side: takes requests in the order in which they came."""
 
-    def __init__(self, state: Path, *, clock: Callable[[], float] = time.time) -> None:
-        """Serve the requests below ``state``; ``clock`` gives seconds since the epoch."""
-        self._folder, self._clock = state / FOLDER, clock
+    def __init__(
+        self, state: Path, *, report: Callable[[OSError], None], clock: Callable[[], float] = time.time
+    ) -> None:
+        """Serve the requests below ``state``.
+
+        Args:
+            state: the state directory.
+            report: told what answer could not be written: what was asked for is done all the same.
+            clock: seconds since the epoch.
+        """
+        self._folder, self._report, self._clock = state / FOLDER, report, clock
 
     def open(self) -> None:
         """Make the folder, for the daemon's user alone, and forget what was asked of an earlier run.
@@ -85,15 +93,21 @@ class Requests:
             self._serve(path, answer)
         for forgotten in self._folder.glob("*.answer"):
             if _age(forgotten) < 1e9 * (self._clock() - FORGOTTEN_SECONDS):
-                forgotten.unlink(missing_ok=True)
+                self._remove(forgotten)
         return len(waiting)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._report(error)  # a disk that is read-only now: nobody asks the same twice, see ``expires_at``
 
     def _serve(self, path: Path, answer: Callable[[Request], Reply]) -> None:
         stops: StorageError | None = None
         try:
             request = json.loads(path.read_text(encoding="utf-8"))
             if float(request["expires_at"]) < self._clock():
-                path.unlink(missing_ok=True)
+                self._remove(path)
                 return
             reply = answer(request)
         except FileNotFoundError:
@@ -104,8 +118,11 @@ class Requests:
             reply = _refusal(error)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reply = {"error": f"{path.name} is no request: {error}", "exit_code": 65}
-        path.unlink(missing_ok=True)
-        write_json(path.with_suffix(".answer"), reply)
+        self._remove(path)
+        try:
+            write_json(path.with_suffix(".answer"), reply)
+        except OSError as error:
+            self._report(error)
         if stops is not None:
             raise stops
 
