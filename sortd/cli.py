@@ -3,12 +3,13 @@
 The one place with lazy imports, so that `--help`, `check`, `status`, `history` and `undo` never import torch.
 """
 
+import errno
 import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -31,6 +32,14 @@ PATIENT_PRODUCTS = ("OPENBLAS_THREAD_TIMEOUT", "20")
 after each product (26 if not set). A decision is one small product a batch, and the threads that spun for the next one
 burned 3 ms of processor time an image beside the forward; with this 0.1 ms (`benchmarks.efficiency`, two cores)."""
 
+REFUSED = frozenset({
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE,
+})  # fmt: skip
+"""What a disk, its owner or a limit refuses: nobody's bug, so a sentence and not a traceback is due."""
+
+REFUSED_CODE = 74
+STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
+
 app = typer.Typer(
     name="sortd",
     help="Files the images dropped into a folder into the classes that you teach it by example.",
@@ -39,6 +48,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def print_version(wanted: bool) -> None:  # noqa: FBT001 -- typer hands it over
+    """Print the version and end, where that is wanted."""
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Files the images dropped into a folder into the classes that you teach it by example."""
 
 
 @app.command()
@@ -121,13 +146,28 @@ def init(
     ] = None,
 ) -> None:
     """Make the folders of a dataset, and its marker."""
+    from sortd.errors import LayoutError
     from sortd.layout import Area, Layout
+    from sortd.references import is_class_name
 
+    for name in classes or ():
+        if "/" in name or not is_class_name(name):
+            why = "a class's name is a folder's: not empty, not hidden, without / and control characters"
+            raise typer.BadParameter(f"{name!r} cannot be a class: {why}", param_hint="--class")
     layout = Layout(directory.absolute())
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        layout.root.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise LayoutError(f"{layout.root} is there but is no folder; move it away, or name another") from error
+    except OSError as error:
+        raise LayoutError(f"{layout.root} cannot be made: {error.strerror}; mend its rights or name another") from error
     layout.make()
     for name in classes or ():
-        (layout.area(Area.CLASES) / name).mkdir(exist_ok=True)
+        folder = layout.area(Area.CLASES) / name
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise LayoutError(f"{folder} cannot be made: {error.strerror}; mend its rights or room") from error
     typer.echo(f"{layout.root} is a dataset. Teach it: put images into {layout.area(Area.CLASES)}/<class>/")
     typer.echo(f"Then drop images into {layout.area(Area.IMAGES)} and run sortd.")
 
@@ -156,16 +196,50 @@ app.add_typer(cli_models.models)
 
 def main() -> None:
     """Run the command line; translate errors into a sentence on stderr and an exit code (sysexits(3))."""
+    open_missing_streams()
     try:
         app()
     except SortdError as error:
         print(f"sortd: {error}", file=sys.stderr)
         leave(error.exit_code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         leave(0)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        silence(sys.stdout)
+        print(f"sortd: {refusal(error)}", file=sys.stderr)
+        leave(REFUSED_CODE)
     except SystemExit as stop:
         leave(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
+
+
+def open_missing_streams() -> None:
+    """Put /dev/null where standard input, output or error is closed.
+
+    The next file opened, the journal say, would take its number, and whatever is printed be written into that file.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STANDARD_ERROR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(STANDARD_OUTPUT, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 -- to the end
+    sys.stderr = sys.stderr or open(STANDARD_ERROR, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 -- to the end
+
+
+def silence(stream: TextIO) -> None:
+    """Let what is still to be flushed to a stream that takes nothing go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def refusal(error: OSError) -> str:
+    """Say what was refused, to which path, and what to do."""
+    if error.filename is None:
+        return f"what was to be written was refused: {error.strerror}; see that there is room where it goes"
+    mend = "see that its disk has room and is well"
+    if isinstance(error, PermissionError):
+        mend = "mend its rights, or ask as the user that sortd runs as"
+    return f"{printable(os.fsdecode(error.filename))}: {error.strerror}; {mend}"
 
 
 def leave(code: int) -> None:

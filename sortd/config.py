@@ -214,9 +214,10 @@ def _content(file: Path) -> bytes:
         with file.open("rb") as opened:
             return opened.read(yaml_tree.MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(
-            f"{file}: cannot be read: {error.strerror}; name a file that is there, or leave -c out for the defaults"
-        ) from error
+        mend = "name a file that is there, or leave -c out for the defaults"
+        if isinstance(error, PermissionError):
+            mend = "mend its rights, or ask as the user that sortd runs as"
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}; {mend}") from error
 
 
 def _mapping(tree: yaml_tree.Tree) -> dict[str, Any]:

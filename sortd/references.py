@@ -99,8 +99,16 @@ def class_folders(clases: Path, *, report: Callable[[OSError], None]) -> tuple[l
     folders = []
     for entry in entries:
         files = tuple((p, s) for p, s in scan(entry.path, report=report) if not p.endswith("/" + DESCRIPTIONS_FILE))
-        folders.append(ClassFolder(entry.name, tuple(sorted(files)), read_descriptions(entry.path)))
+        folders.append(ClassFolder(entry.name, tuple(sorted(files)), _descriptions(entry.path, report)))
     return folders, misnamed
+
+
+def _descriptions(folder: str, report: Callable[[OSError], None]) -> tuple[str, ...]:
+    try:
+        return read_descriptions(folder)
+    except OSError as error:
+        report(error)
+        return ()
 
 
 def class_labels(clases: Path) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from sortd import __version__
 from sortd.commands.console import printable
 from sortd.deciding.explanation import PROBABLE
 from sortd.decoding.thumbnails import thumbnail
-from sortd.errors import DataError
+from sortd.errors import DestinationError
 from sortd.moments import shown
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -61,18 +61,33 @@ def explain_page(facts: Mapping[str, Any], *, now: datetime, picture: Picture = 
     )
 
 
+def see_that_a_page_fits(file: Path) -> None:
+    """Refuse a place that no page can be written to, before the long work that the page is about.
+
+    Raises:
+        DestinationError: it is a folder, or its folder is missing or may not be written to.
+    """
+    folder = file.absolute().parent
+    if file.is_dir():
+        raise DestinationError(f"{file} is a folder; name a file with --html")
+    if not folder.is_dir():
+        raise DestinationError(f"{folder} is no folder; make it, or name another place with --html")
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        raise DestinationError(f"{folder} may not be written to; name another place with --html")
+
+
 def write_page(file: Path, page: str) -> None:
     """Write a page beside and rename it, so that a browser never loads half.
 
     Raises:
-        DataError: it cannot be written there.
+        DestinationError: it cannot be written there.
     """
     beside = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         beside.write_text(page, encoding="utf-8")
         os.replace(beside, file)
     except OSError as error:
-        raise DataError(f"{file} cannot be written: {error.strerror}; name another place with --html") from error
+        raise DestinationError(f"{file} cannot be written: {error.strerror}; name another place with --html") from error
 
 
 def render(template: str, now: datetime, **values: Any) -> str:  # noqa: ANN401 -- whatever the template shows

@@ -109,6 +109,89 @@ def test_nobody_reading_is_no_error(config: Path) -> None:
     assert ran.stderr == ""
 
 
+def test_a_full_disk_behind_the_output_is_a_sentence(config: Path) -> None:
+    """Facts that cannot be written end with the exit code of storage, without a traceback."""
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "sortd", "history", "-c", str(config)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
+    assert ran.returncode == 74
+    assert ran.stderr.startswith("sortd: what was to be written was refused: No space left on device")
+    assert ran.stderr.count("\n") == 1
+
+
+def test_a_closed_output_is_taken_by_no_other_file(config: Path) -> None:
+    """With standard output closed nothing is printed into whatever file is opened next, and nothing breaks."""
+    command = f"exec {sys.executable} -m sortd status -c '{config}' >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], check=False, cwd=ROOT).returncode == 0
+
+
+def test_the_version_is_told_both_ways() -> None:
+    """As an option, which people try first, and as a command."""
+    assert sortd("--version").out == sortd("version").out != ""
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "x/../../../out", "..", "a\nb"])
+def test_init_makes_nothing_for_a_name_that_can_be_no_class(tmp_path: Path, name: str) -> None:
+    """It says which one before anything is made; no name leads out of the dataset."""
+    ran = sortd("init", tmp_path / "Garden", "--class", "roses", "--class", name)
+    assert ran.code == 2
+    assert "cannot be a class" in " ".join(ran.err.split())
+    assert not any(tmp_path.iterdir())
+
+
+def test_init_says_why_a_folder_cannot_be_made(tmp_path: Path) -> None:
+    """A file in its way, or a parent that is none, is named with what to do."""
+    (tmp_path / "file").touch()
+    for place, why in (("file", "is there but is no folder"), ("file/Garden", "cannot be made: Not a directory")):
+        ran = sortd("init", tmp_path / place)
+        assert (ran.code, why in ran.err) == (78, True)
+
+
+def test_status_names_its_configuration_and_a_missing_root(config: Path, tmp_path: Path) -> None:
+    """Whoever asks with another configuration than the service's sees it; an unmounted root is not called empty."""
+    facts = sortd("status", "-c", config, "--json").facts
+    assert facts["config"] == str(config)
+    assert f"config    {config}" in sortd("status", "-c", config).out
+    write_config(tmp_path, root=tmp_path / "gone")
+    assert f"{tmp_path / 'gone'} is missing" in sortd("status", "-c", config).out
+
+
+def test_nothing_found_is_said(config: Path) -> None:
+    """An empty answer is told from a broken one, on stderr."""
+    assert "no such move" in sortd("history", "-c", config, "--label", "none").err
+    assert "nothing is held" in sortd("release", "--all", "-c", config).err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("command", ["models", "check"])
+def test_a_cache_that_may_not_be_read_is_said(config: Path, command: str) -> None:
+    """Without a traceback, and the check says everything else all the same."""
+    for folder in (config.parent, *config.parents[:3]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    cache = config.parent / "cache"
+    cache.mkdir(exist_ok=True)
+    os.chown(cache, 65533, 65533)
+    cache.chmod(0o700)
+    without = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    ran = subprocess.run(
+        [*without, sys.executable, "-m", "sortd", command, "-c", str(config)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    told = ran.stdout + ran.stderr
+    assert "Traceback" not in told
+    assert f"{cache}" in told
+    assert ran.returncode == (78 if command == "check" else 74)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("command", ["status", "history", "check"])
 def test_a_state_that_may_not_be_read_is_said(config: Path, command: str) -> None:

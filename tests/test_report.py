@@ -17,13 +17,13 @@ from sortd.commands.examination import Examined, examine, taught
 from sortd.config import load
 from sortd.deciding.explanation import explain
 from sortd.decoding.thumbnails import thumbnail
-from sortd.errors import DataError
+from sortd.errors import DataError, DestinationError
 from sortd.evaluate import evaluate
 from sortd.journal import Journal
 from sortd.journaling.records import Selection
 from sortd.layout import Layout
 from sortd.prototypes import SupportSet
-from sortd.report import explain_page, write_page
+from sortd.report import explain_page, see_that_a_page_fits, write_page
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset, picture
 from tests.fake_encoder import FakeEncoder
@@ -191,9 +191,24 @@ class TestEvaluationPage:
         """A page that cannot be written is an error with its path, and no half is left."""
         write_page(tmp_path / "a.html", "whole")
         assert (tmp_path / "a.html").read_text(encoding="utf-8") == "whole"
-        with pytest.raises(DataError, match=r"no/a\.html"):
+        with pytest.raises(DestinationError, match=r"no/a\.html"):
             write_page(tmp_path / "no" / "a.html", "whole")
         assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
+
+    def test_a_place_for_no_page_is_refused_before_the_work(self, tmp_path: Path) -> None:
+        """Minutes of judging are not lost to a folder that is missing; a name that is free passes."""
+        (tmp_path / "file").touch()
+        see_that_a_page_fits(tmp_path / "a.html")
+        for place, why in (
+            (tmp_path, "is a folder"),
+            (tmp_path / "no" / "a", "no is no"),
+            (tmp_path / "file" / "a", "file is"),
+        ):
+            with pytest.raises(DestinationError, match=why):
+                see_that_a_page_fits(place)
+        (tmp_path / "Data").mkdir()
+        gone = sortd("eval", "-c", write_config(tmp_path), "--html", tmp_path / "no" / "a.html")
+        assert (gone.code, gone.out) == (73, "")
 
 
 class TestExamination:

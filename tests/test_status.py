@@ -78,7 +78,7 @@ def test_a_sortd_that_runs_is_told_of(site: Path) -> None:
     assert time.time() - 7200 < facts["started_at"] <= time.time()
     lines = shown(site)
     assert f"sortd 0.1.0 runs since {time.strftime('%Y-', time.localtime(facts['started_at']))}" in lines
-    assert "packaged  (fake-48)" in lines
+    assert "packaged, fake-48" in lines
     assert "polling (nfs)" in lines
     assert "problem   Clases is gone" in lines
     assert "waiting   2 settling" in lines

@@ -4,6 +4,7 @@ Nothing is changed: own trial files come and go in Images/ (hidden), ``.sortd/``
 only read. Nothing here imports torch.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +26,7 @@ from sortd.commands.stored import stored_prototypes
 from sortd.config import Config, load
 from sortd.errors import ConfigError, LayoutError
 from sortd.images import Limits, decode_file, look_at_file
-from sortd.layout import find_datasets
+from sortd.layout import Layout, find_datasets
 from sortd.messages import Preprocessing
 from sortd.prototypes import Mode
 
@@ -58,32 +59,48 @@ def check_site(config: Config, *, decoding_seconds: float = DECODING_SECONDS) ->
     except LayoutError:
         layouts = []  # the root's own check says why
     own = {"state_dir": config.state_dir, "cache_dir": config.cache_dir}
-    yield from root_findings(config.root, layouts)
+    yield from _told(root_findings(config.root, layouts))
     yield from named_dataset_findings(config, layouts)
     for key, folder in own.items():
-        yield from own_folder_findings(key, folder)
+        yield from _told(own_folder_findings(key, folder))
     if config.metrics.textfile is not None:
-        yield from own_folder_findings("metrics.textfile", config.metrics.textfile.parent)
-    yield from overlap_findings(layouts, own)
-    yield from process_findings(config, layouts)
-    yield from model_findings(config)
-    yield from backend_findings(config)
-    yield from watching_findings(layouts, config.polling)
+        yield from _told(own_folder_findings("metrics.textfile", config.metrics.textfile.parent))
+    yield from _told(overlap_findings(layouts, own))
+    yield from _told(process_findings(config, layouts))
+    yield from _told(model_findings(config))
+    yield from _told(backend_findings(config))
+    yield from _told(watching_findings(layouts, config.polling))
     yield from clock_findings()
     rooms = [("the journal", config.state_dir), ("the cache", config.cache_dir)]
-    yield from room_findings([*(("images", layout.root) for layout in layouts), *rooms])
+    yield from _told(room_findings([*(("images", layout.root) for layout in layouts), *rooms]))
     with ExitStack() as stack:
         known = _known_contents(config, stack)
         decode, look = _readers(config)
         for layout in layouts:
-            yield from dataset_findings(layout)
-            yield from file_system_findings(layout)
-            mode = Mode(config.dataset(layout.name).mode)
-            yield from reference_findings(
-                layout, mode, known=known, decode=decode, look=look, decoding_seconds=decoding_seconds
+            own_config = config.dataset(layout.name)
+            yield from _told(dataset_findings(layout))
+            yield from _told(file_system_findings(layout))
+            references = reference_findings(
+                layout, Mode(own_config.mode), known=known, decode=decode, look=look, decoding_seconds=decoding_seconds
             )
-            yield from classifier_findings(config, layout)
-            yield from calibration_findings(layout, config.dataset(layout.name), stored_prototypes(config, layout))
+            yield from _told(references)
+            yield from _told(classifier_findings(config, layout))
+            yield from _told(_calibrated(config, layout))
+
+
+def _told(findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Yield some findings; what they may not look at is one more of them, and the others are told all the same."""
+    try:
+        yield from findings
+    except PermissionError as refusal:
+        what = f"cannot be looked at: {refusal.strerror}"
+        mend = "mend its rights, or check as the user that sortd runs as: sudo -u USER sortd check"
+        yield error(Topic.FOLDERS, refusal.filename, what, mend)
+
+
+def _calibrated(config: Config, layout: Layout) -> Iterator[Finding]:
+    stored = stored_prototypes(config, layout)
+    yield from calibration_findings(layout, config.dataset(layout.name), stored)
 
 
 def _readers(config: Config) -> tuple[Reader, Reader]:
@@ -104,6 +121,6 @@ def _readers(config: Config) -> tuple[Reader, Reader]:
 def _known_contents(config: Config, stack: ExitStack) -> Callable[[Sequence[File]], Mapping[File, str]]:
     """Return what tells the content of files that were read before; a cache that is not there is not made."""
     file = config.cache_dir / CACHE_FILE
-    if not file.is_file():
+    if not os.path.isfile(file):  # False too where it may not be looked at, which another finding says
         return lambda _: {}
     return stack.enter_context(Cache(file, report=lambda _: None)).contents

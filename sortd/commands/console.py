@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="The configuration; without it config.yaml here, then /etc/sortd/config.yaml."),
+    typer.Option(
+        "--config",
+        "-c",
+        readable=False,  # whether it can be read says the configuration itself, with its own exit code
+        help="The configuration; without it config.yaml here, in ~/.config/sortd or in /etc/sortd, else all defaults.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")]
 SinceOption = Annotated[
@@ -118,6 +123,18 @@ def progress(what: str) -> Iterator[Callable[[str], None]]:
 
     with Console(stderr=True, highlight=False).status(what) as status:
         yield lambda done: status.update(f"{what}: {printable(done)} done")
+
+
+@contextmanager
+def under_way(what: str) -> Iterator[Callable[[str], None]]:
+    """Show on a terminal what is under way, as whoever does it tells again and again; elsewhere nothing."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True, highlight=False).status(what) as status:
+        yield lambda now: status.update(printable(now))
 
 
 def counted(number: int, noun: str) -> str:

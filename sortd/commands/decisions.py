@@ -57,6 +57,7 @@ def explain_with(
     """
     from sortd.commands.explain import explain_image
 
+    _see_that_it_fits(html)
     with progress("looking at the image"):
         explained = explain_image(load_config(config), image, dataset, load_encoder=load_encoder)
     if html is not None:
@@ -68,6 +69,13 @@ def explain_with(
         print_json(explained.facts())
     else:
         _print_explained(explained)
+
+
+def _see_that_it_fits(html: Path | None) -> None:
+    if html is not None:
+        from sortd.report import see_that_a_page_fits
+
+        see_that_a_page_fits(html)
 
 
 def _print_explained(explained: "Explained") -> None:
@@ -121,6 +129,7 @@ def evaluate_with(
     """
     from sortd.commands.examination import examine
 
+    _see_that_it_fits(html)
     examined: dict[str, dict[str, Any]] = {}
     with progress("reading and judging the references") as tell:
         for one in examine(load_config(config), dataset, load_encoder=load_encoder):

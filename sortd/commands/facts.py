@@ -72,16 +72,23 @@ def _print_finding(finding: "Finding") -> None:
 def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Tell whether sortd runs, with which model, what waits, and how often it was right."""
     from sortd.commands.overview import overview
+    from sortd.config import find
 
-    facts = overview(load_config(config))
+    loaded = load_config(config)
+    file = config or find(os.environ)
+    facts = {"config": None if file is None else os.path.abspath(file), **overview(loaded)}
     if as_json:
         print_json(facts)
         return
     _print_run(facts)
     for name, dataset in facts["datasets"].items():
         _print_dataset(name, dataset)
-    if not facts["datasets"]:
-        print_line(f"{facts['root']} holds no dataset; make one: sortd init {facts['root']}/NAME")
+    if not os.path.isdir(facts["root"]):
+        mend = "make it, mount its disk, or set `root` to the folder of your datasets"
+        print_line(f"{printable(facts['root'])} is missing: {mend}", style="bold red")
+    elif not facts["datasets"]:
+        root = printable(facts["root"])
+        print_line(f"{root} holds no dataset; make one: sortd init {root}/NAME")
 
 
 def _print_run(facts: Mapping[str, Any]) -> None:
@@ -96,8 +103,13 @@ def _print_run(facts: Mapping[str, Any]) -> None:
         when = f"; last heard of {shown(facts['written_at'])}" if facts.get("written_at") else ""
         how = {"never ran": "has not run yet", "died": "does not run: it ended without a word"}
         print_line(f"sortd {how.get(facts['ended'], 'does not run')}{when}", style="bold yellow")
+    print_line(f"  config    {printable(facts['config'] or 'no file was found: all defaults')}")
+    print_line(f"  state     {printable(facts['state_dir'])}")
     if facts.get("model"):
-        print_line(f"  model     {facts['model']}  ({facts['encoder_id']})")
+        model, _, hint = facts["model"].partition("; ")
+        print_line(f"  model     {model}, {facts['encoder_id']}")
+        if hint:
+            print_line(f"            {hint}")
     if facts.get("other_root"):
         print_line(
             f"  root      that one works on {printable(facts['other_root'])}, this configuration says {facts['root']}"
@@ -137,7 +149,7 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
     if facts.get("in_review"):
         print_line(f"  review    {counted(facts['in_review'], 'file')} in Review/")
     if facts["held"]:
-        print_line(f"  held      {counted(facts['held'], 'file')}; let them go: sortd release")
+        print_line(f"  held      {counted(facts['held'], 'file')}; let them go: sortd release --all")
     if facts["accuracy"]:
         rows = [
             (label, right["filed"], right["corrected"], f"{100 * right['right']:.1f} %")
@@ -192,6 +204,8 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     else:
         columns = ("when", "dataset", "outcome", "from", "to", "score", "margin", "reason", "run")
         print_table(columns, (_columns(record) for record in records))
+    if not records:
+        say("sortd: the journal knows of no such move")
     if limit and len(records) == limit:
         say(f"sortd: the newest {limit}; --limit 0 shows all")
 

@@ -147,7 +147,9 @@ def _print_undone(reply: Mapping[str, Any], *, dry_run: bool) -> None:
     elif dry_run:
         say(f"sortd: {counted(done, 'image')} would be put back; nothing was touched")
     else:
-        say(f"sortd: {counted(done, 'image')} put back, and held there until they change or `sortd release`")
+        say(
+            f"sortd: {counted(done, 'image')} put back, and held until they change or are released: sortd release --all"
+        )
     if reply["later"]:
         say(f"sortd: {counted(reply['later'], 'image')} more are being copied back from another file system")
 
@@ -169,6 +171,8 @@ def release(
     else:
         for name, number in released.items():
             print_line(f"{printable(name)}: {counted(number, 'held file')} released")
+        if not any(released.values()):
+            say("sortd: nothing is held")
 
 
 def _release(config: "Config", path: Path | None, dataset: str | None) -> dict[str, int]:

@@ -160,7 +160,7 @@ class Account:
 
     def held(self, reason: str) -> None:
         """Say that nothing moves until somebody has looked."""
-        self._log.error(DATASET_HELD, reason=reason, mend="look at `sortd eval`, then `sortd release`")
+        self._log.error(DATASET_HELD, reason=reason, mend="look at `sortd eval`, then `sortd release --all`")
 
     def rebuild_failed(self, event: RebuildFailed) -> None:
         """Say why the last good prototypes stay; the same reason once."""
