@@ -335,6 +335,8 @@ def test_what_is_asked_about_each_file_does_not_walk_through_the_journal(path: P
         assert history.last_moved("Images", ("a.jpg", "b.jpg"), since=0.0) is not None
         assert history.last_put("Dataset/cat", "a.jpg") is not None
         assert history.last_named("a.jpg", STAMP.size) is not None
+        assert history.followers("belongs to nothing") == []
+        assert history.held_version("Images/a.jpg") is None
         history._connection.set_trace_callback(None)
         plans = [
             step["detail"]
@@ -344,3 +346,21 @@ def test_what_is_asked_about_each_file_does_not_walk_through_the_journal(path: P
         ]
     assert [step for step in plans if step.startswith("SCAN") or "moves_by_outcome" in step] == []
     assert any("members_by_inode" in step for step in plans)
+
+
+def test_the_newest_of_a_long_journal_are_told_without_sorting_all(path: Path) -> None:
+    """Fifty of a million: whoever sorts them first takes seconds."""
+    asked: list[str] = []
+    with Journal(path) as journal:
+        filed(journal, "1" * 16)
+        history = journal.history
+        history._connection.set_trace_callback(asked.append)
+        for selection in (Selection(limit=50), Selection(undoable=True, limit=50), Selection(run="other", limit=50)):
+            history.moves(selection)
+        history._connection.set_trace_callback(None)
+        questions = [question for question in asked if "LIMIT" in question]
+        plans = [
+            [step["detail"] for step in history._connection.execute(f"EXPLAIN QUERY PLAN {question}")]
+            for question in questions
+        ]
+    assert plans == [["SCAN moves"]] * 3  # by its key, from the end on

@@ -72,7 +72,7 @@ class History:
         Raises:
             JournalError: the journal cannot be read.
         """
-        conditions = ["progress = 'done'"]
+        conditions = ["+progress = 'done'"]  # the newest fifty of a million are read, not the million sorted
         values: list[Any] = []
         for condition, value in _conditions(selection):
             conditions.append(condition)
@@ -148,7 +148,7 @@ class History:
         Raises:
             JournalError: the journal cannot be read.
         """
-        where = "progress = 'done' AND outcome = 'followed' AND reason = ? AND undone_by IS NULL"
+        where = "+progress = 'done' AND outcome = 'followed' AND reason = ? AND undone_by IS NULL"
         return self._records(f"{where} ORDER BY moves.id DESC", (plain(reason),))
 
     def held(self) -> dict[str, Stamp]:

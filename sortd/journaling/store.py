@@ -78,6 +78,7 @@ CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 LATER_INDICES = (
     "CREATE INDEX IF NOT EXISTS members_by_name ON members (name) WHERE position = 0",
     "CREATE INDEX IF NOT EXISTS members_by_final ON members (final) WHERE position = 0",
+    "CREATE INDEX IF NOT EXISTS followed_by_reason ON moves (reason) WHERE outcome = 'followed'",
 )
 """Indices that the first journals of this version lack; whoever reads that version can live with them."""
 
