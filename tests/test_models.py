@@ -18,6 +18,7 @@ import pytest
 from sortd.encoding import models
 from sortd.encoding.model_folders import ModelFolder, vouch
 from sortd.errors import ModelError
+from tests.command_line import write_config
 
 CLIP = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": {}, "vision_config": {}}
 VIT = {"model_type": "vit", "architectures": ["ViTModel"], "image_size": 224}
@@ -433,6 +434,28 @@ except ModelError as error:
         assert str(found.folder) == done.stdout.strip()
         names = {path.name for path in found.folder.rglob("*") if path.is_file()}
         assert names == {"modules.json", "config.json", "model.safetensors"}
+
+    @pytest.mark.parametrize(
+        ("config", "said"),
+        [
+            (CLIP, "to use it: `model: tiny`"),
+            ({"model_type": "vit", "image_size": 224}, "`sortd finetune DATASET --base tiny`"),
+            ({"model_type": "distilbert", "vocab_size": 9}, "`text_model: tiny`"),
+        ],
+    )
+    def test_the_command_says_what_a_model_is_for(
+        self, hub: tuple[str, Path], tmp_path: Path, config: dict[str, object], said: str
+    ) -> None:
+        """Only a CLIP can be `model:`."""
+        address, folder = hub
+        (folder / "0_CLIPModel" / "config.json").write_text(json.dumps(config))
+        done = subprocess.run(
+            [sys.executable, "-m", "sortd", "models", "fetch", "tiny", "-c", str(write_config(tmp_path))],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_ENDPOINT": address},
+            capture_output=True, text=True, timeout=100, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout.splitlines()[1]
 
     def test_old_weights_are_made_safe_once(
         self, hub: tuple[str, Path], tmp_path: Path, environment: dict[str, str]

@@ -10,7 +10,7 @@ from sortd.commands.backend import backend_facts
 from sortd.commands.promotion import finetuned_list
 from sortd.config import Config
 from sortd.encoding import models
-from sortd.encoding.model_folders import STRONGER, ModelFolder
+from sortd.encoding.model_folders import STRONGER, ModelFolder, Use
 from sortd.errors import ModelError
 from sortd.status import read_status
 
@@ -93,3 +93,24 @@ def _advice(wanted: str, chosen: ModelFolder | None) -> list[str]:
             "Without a network: copy its folder from another machine and set `model:` to its path",
         ]
     return []
+
+
+def how_to_use(name: str, use: Use, config: Config) -> str:
+    """Return, in a sentence, what a model that is on this machine now is for, and how to have it used."""
+    again = "in the configuration, and start sortd again"
+    match use:
+        case Use.IMAGES:
+            return (
+                f"it sees images and knows no words, so it cannot be `model:`; it can be taught your classes: "
+                f"`sortd finetune DATASET --base {name}`"
+            )
+        case Use.WORDS if config.text_model == name:
+            return "`text_model:` names it: it reads the classes' names from the next start on"
+        case Use.WORDS:
+            return (
+                f"it reads text and sees no images; beside the CLIP that it was taught with it reads the classes' "
+                f"names: `text_model: {name}` {again}"
+            )
+    if config.model == name or (config.model == "auto" and name == STRONGER):
+        return f"`model: {config.model}` takes it from the next start on"
+    return f"to use it: `model: {name}` {again}"

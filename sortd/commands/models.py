@@ -17,6 +17,7 @@ from sortd.commands.console import (
     print_table,
     printable,
     say,
+    under_way,
 )
 
 SAID = {"prototypes": "prototypes", "finetuned": "fine-tuned model"}
@@ -102,20 +103,19 @@ def fetch_model(
     as_json: JsonOption = False,
 ) -> None:
     """Download a model into sortd's cache: the only thing in sortd that uses the network."""
-    from sortd.encoding.model_folders import STRONGER
+    from sortd.commands.model_list import how_to_use
+    from sortd.encoding.model_folders import use_of
     from sortd.encoding.models import fetch
 
     loaded = load_config(config)
     say(f"sortd: fetching {name}")
     folder = fetch(name, cache_dir=loaded.cache_dir)
+    use = use_of(name, folder)
     if as_json:
-        print_json({"name": name, "folder": str(folder)})
+        print_json({"name": name, "folder": str(folder), "use": use.value})
         return
     print_line(f"{name} is in {folder}")
-    if loaded.model == "auto" and name == STRONGER:
-        print_line("`model: auto` takes it from the next start on")
-    elif loaded.model != name:
-        print_line(f"to use it: `model: {name}` in the configuration, and start sortd again")
+    print_line(how_to_use(name, use, loaded))
 
 
 @models.command("export")
@@ -125,8 +125,8 @@ def export_model(config: ConfigOption = None, as_json: JsonOption = False) -> No
     from sortd.running.exporting import export
 
     loaded = load_config(config)
-    say("sortd: exporting the model, which takes a minute")
-    export(loaded)
+    with under_way("exporting the model") as tell:
+        export(loaded, attend=tell)
     facts = backend_facts(loaded)
     if as_json:
         print_json(facts)

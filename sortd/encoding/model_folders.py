@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ STRONGER = "clip-ViT-B-32"
 CODE_FREE = ".safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # loading one of them can run code
 IDENTITY = (CODE_FREE, ".json", ".txt", ".model")  # what decides on an embedding; a model card does not
+
+
+class Use(StrEnum):
+    """What sortd can do with a model."""
+
+    CLIP = "clip"  # ``model:``
+    WORDS = "words"  # ``text_model:`` beside a CLIP of the same space
+    IMAGES = "images"  # a base for ``sortd finetune``
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +43,27 @@ def vouch(name: str, folder: Path) -> ModelFolder:
     Raises:
         ModelError: It holds something else, said by name, or nothing whole.
     """
-    model = complete(name, folder)
-    config = _json_object(_first_module(name, folder) / "config.json", name)
-    if not {"vision_config", "text_config"} <= config.keys():
-        sees = {"image_size", "num_channels", "patch_size"} & config.keys()
-        lacks = "sees images but has no text tower" if sees else "reads text but sees no images"
+    model, use = complete(name, folder), use_of(name, folder)
+    if use is not Use.CLIP:
+        config = _json_object(_first_module(name, folder) / "config.json", name)
+        lacks = "sees images but has no text tower" if use is Use.IMAGES else "reads text but sees no images"
         raise ModelError(
             f"model {name!r} is no CLIP: it is a {_describe(config)}, which {lacks}; set `model:` to a CLIP such as "
             f"{STRONGER}, or to `packaged`"
         )
     return model
+
+
+def use_of(name: str, folder: Path) -> Use:
+    """Return what a complete model folder is for, by its configuration.
+
+    Raises:
+        ModelError: it has none that can be read.
+    """
+    config = _json_object(_first_module(name, folder) / "config.json", name)
+    if {"vision_config", "text_config"} <= config.keys():
+        return Use.CLIP
+    return Use.IMAGES if {"image_size", "num_channels", "patch_size"} & config.keys() else Use.WORDS
 
 
 def complete(name: str, folder: Path) -> ModelFolder:
