@@ -130,9 +130,8 @@ def make_incoming(dataset: Path, truth: Path | None, *, seed: int, again: bool) 
     """Draw a batch into ``Images/``, unless one was drawn before and still lies here, sorted or not."""
     there = files_below(*(dataset / area for area in ("Images", "Dataset", "Review", "Rejected")))
     if there and not again:
-        print(
-            f"{dataset} holds {len(there)} images that were drawn before; nothing drawn (--again draws {INCOMING} more)"
-        )
+        again_draws = f"`{sys.executable} {sys.argv[0]} incoming --again` draws {INCOMING} more"
+        print(f"{dataset} holds {len(there)} files of a batch that was drawn before; nothing drawn: {again_draws}")
         return
     batch = list(draw_incoming(seed + len(there), frozenset(path.stem for path in there)))
     for drawn in batch:
