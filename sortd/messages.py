@@ -203,6 +203,7 @@ class Moved:
     destination: str
     outcome: Outcome
     moved_stamp: Stamp
+    note: str = ""  # what was not as it should be: a source that had to be kept, say
 
 
 @dataclass(frozen=True, slots=True)

@@ -948,9 +948,10 @@ class TestCrossing:
             rename(source, name, destination, final)
 
         monkeypatch.setattr("sortd.moving.crossing.rename_new", append)
-        moved(Filing(dataset.root, journal, mover=Mover(rename=crossing)), order(path))
+        (answer,) = Filing(dataset.root, journal, mover=Mover(rename=crossing)).move_all([order(path)])
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Images/a.jpg": b"image and more"}
-        assert "kept" in done(journal)[0].relocation.message
+        assert isinstance(answer, Moved)
+        assert "kept in Images too" in answer.note == done(journal)[0].relocation.message
 
     def test_a_copy_that_is_gone_keeps_its_source(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch

@@ -3,15 +3,17 @@
 import errno
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
-from sortd.journal import Journal
-from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Refusal
+from sortd.journal import Grounds, Journal
+from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.metrics import Metrics
 from sortd.mover import Mover
+from sortd.moving.relocation import Member, Relocation, Role
 from sortd.running.account import Account
 from sortd.running.crossings import MOST_HANDED_OVER
 from sortd.running.filing import Filing
@@ -174,3 +176,35 @@ def test_only_what_is_no_image_can_be_a_companion(dataset: Dataset, outbox: Outb
     path = str(dataset.root / "Images" / "a.mov")
     assert not outbox.follow(Leave(path, Refusal.UNREADABLE, "broken"))
     assert not outbox.follow(Leave(path, Refusal.NOT_AN_IMAGE, "a film"))
+
+
+def test_what_a_recovery_could_not_put_right_is_told(dataset: Dataset, journal: Journal, outbox: Outbox) -> None:
+    """A source that is gone and a copy that may be torn: its hidden name is in the log; of the others no word."""
+    gone, standing = (
+        Relocation(token * 16, "Images", "Dataset/cat", (Member(Role.IMAGE, name, name, Stamp(1, 2, 3, 4)),))
+        for token, name in (("0", "gone.jpg"), ("1", "standing.jpg"))
+    )
+    journal.intend([(gone, Grounds("filed")), (standing, Grounds("filed"))])
+    dataset.put("Images/standing.jpg")
+    for one in (gone, standing):
+        dataset.put(f"Dataset/cat/{one.part_name(0)}", "to")
+    with capture_logs() as lines:
+        outbox.send()
+    (line,) = lines
+    assert (line["event"], line["log_level"]) == ("move.failed", "warning")
+    assert line["path"] == f"{dataset.root}/Images/gone.jpg"
+    assert gone.part_name(0) in line["error"]
+    assert dataset.tree() == {"Images/standing.jpg": b"image", f"Dataset/cat/{gone.part_name(0)}": b"to"}
+
+
+def test_two_copies_are_told_of() -> None:
+    """Where an image had to be kept in its old place too, its line warns of it."""
+    move = Move("/set/Images/a.jpg", Stamp(1, 2, 3, 4), "Rejected", Outcome.FOLLOWED)
+    moved = Moved(move.path, move.stamp, "/set/Rejected/a.jpg", move.outcome, move.stamp)
+    with capture_logs() as lines:
+        for note in ("", "kept in Images too"):
+            Account("Set", Metrics()).moved(move, replace(moved, note=note), 1.0)
+    assert [(line["log_level"], line.get("note")) for line in lines] == [
+        ("info", None),
+        ("warning", "kept in Images too"),
+    ]

@@ -25,6 +25,7 @@ from sortd.logs import (
 )
 from sortd.messages import Embedded, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, RebuildFailed
 from sortd.metrics import Metrics
+from sortd.moving.relocation import Relocation
 from sortd.prototypes import Abstained, Assigned, PrototypeSet
 from sortd.references import Rebuilt
 from sortd.running.corrections import Correction
@@ -55,7 +56,9 @@ class Account:
         self._metrics.stage("move", milliseconds / 1e3)
         times = {f"{stage}_ms": value for stage, value in {**move.milliseconds, "move": round(milliseconds, 1)}.items()}
         facts: dict[str, object] = {"path": move.path, "destination": result.destination, **decision_facts(move)}
-        level = self._log.warning if move.outcome is Outcome.REJECTED else self._log.info
+        if result.note:  # two copies, say, where one could not be removed: somebody should know
+            facts["note"] = result.note
+        level = self._log.warning if move.outcome is Outcome.REJECTED or result.note else self._log.info
         level(IMAGE_EVENTS[move.outcome], **facts, **times)
 
     def recovered(self, record: Record, root: Path) -> None:
@@ -72,6 +75,7 @@ class Account:
             "mode": grounds.mode,
             "generation": grounds.generation or None,
             "encoder_id": grounds.encoder_id or None,
+            "note": record.relocation.message or None,
         }
         self._log.warning(
             MOVE_RECOVERED,
@@ -79,6 +83,11 @@ class Account:
             destination=str(root / record.destination_path),
             **{name: fact for name, fact in facts.items() if fact is not None},
         )
+
+    def taken_back(self, relocation: Relocation, root: Path) -> None:
+        """Say that a move which had been cut short was taken back, and yet its image is not where it was."""
+        path = str(root / relocation.source / relocation.image.name)
+        self._log.warning(MOVE_FAILED, path=path, failure="recovery", error=relocation.message)
 
     def left(self, leave: Leave) -> None:
         """Say that a file stays where it is."""

@@ -265,8 +265,8 @@ class Filing:
         moved_stamp = relocation.image.moved_stamp
         if order.is_done and moved_stamp is not None:
             destination = f"{os.fspath(self._root)}/{relocation.destination}/{relocation.image.final}"
-            return Moved(move.path, move.stamp, destination, move.outcome, moved_stamp)
-        return _failure(move, order.trouble or OSError(relocation.message))
+            return Moved(move.path, move.stamp, destination, move.outcome, moved_stamp, relocation.message)
+        return _failure(move, order.trouble or OSError(relocation.message), relocation.message)
 
 
 def _grounds(move: Move) -> Grounds:
@@ -293,7 +293,7 @@ def _reason(move: Move, source: str, name: str) -> Member:
     return Member(Role.REASON, name, f"{name}.reason.json", NO_STAMP, body=body)
 
 
-def _failure(move: Move, trouble: Exception) -> MoveFailed:
+def _failure(move: Move, trouble: Exception, outcome: str = "") -> MoveFailed:
     match trouble:
         case VanishedError():
             failure = MoveFailure.VANISHED
@@ -306,4 +306,5 @@ def _failure(move: Move, trouble: Exception) -> MoveFailed:
         case _:
             failure = MoveFailure.DESTINATION
     said = trouble.strerror if isinstance(trouble, OSError) and trouble.strerror else str(trouble)
-    return MoveFailed(move.path, move.stamp, failure, f"{move.path} -> {move.folder}: {said}")
+    then = f" ({outcome})" if outcome not in said else ""
+    return MoveFailed(move.path, move.stamp, failure, f"{move.path} -> {move.folder}: {said}{then}")

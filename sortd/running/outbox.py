@@ -3,6 +3,7 @@
 One pair of directory syncs for fifty moves is eighty times as fast as one for each.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -122,13 +123,23 @@ class Outbox:
         return list(given_up)
 
     def tell_recovered(self, relocations: Iterable[Relocation]) -> None:
-        """Write the lines of images whose moves had been cut short, by a crash or a disk, and are done after all."""
+        """Write the lines of images whose moves had been cut short, by a crash or a disk, and have ended now.
+
+        Of those that were taken back nothing is to be said, unless the image is not where it was: whoever looks for it
+        is told what is known, the hidden name of a copy that cannot be proven whole, say.
+        """
         for relocation in relocations:
-            mark = relocation.image.moved_stamp
-            is_done = self._history is not None and relocation.progress is Progress.DONE and mark is not None
-            record = self._history.last_known(mark) if self._history is not None and is_done else None
-            if record is not None:
-                self._account.recovered(record, self._root)
+            if self._history is None:
+                return
+            if relocation.progress is Progress.DONE:
+                mark = relocation.image.moved_stamp
+                record = None if mark is None else self._history.last_known(mark)
+                if record is not None:
+                    self._account.recovered(record, self._root)
+            elif relocation.progress is Progress.FAILED:
+                place = self._root / relocation.source / relocation.image.name
+                if not os.path.lexists(place):
+                    self._account.taken_back(relocation, self._root)
 
     def _withdraw(self, message: str) -> list[Result]:
         """Answer what waits for a copy to end as failed, without a line for each: the core asks for it again."""
