@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
+from sortd.decoding.files import OUR_OWN_TROUBLE
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
 from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build
 from sortd.running.embedding import Embedder
@@ -126,6 +127,8 @@ def _class_entries(clases: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
         with os.scandir(clases) as entries:
             found = sorted((e for e in entries if e.is_dir(follow_symlinks=False)), key=lambda entry: entry.name)
     except OSError as error:
+        if error.errno in OUR_OWN_TROUBLE:
+            raise
         raise ReferencesAbsentError(f"{clases} cannot be listed: {error.strerror}") from error
     seen = [entry for entry in found if not entry.name.startswith(".")]
     return [e for e in seen if is_class_name(e.name)], [e.name for e in seen if not is_class_name(e.name)]
@@ -197,6 +200,8 @@ class References:
         folders, misnamed = class_folders(self._clases, report=unreadable.append)
         if unreadable:
             error = unreadable[0]
+            if error.errno in OUR_OWN_TROUBLE:
+                raise error
             raise ReferencesAbsentError(f"{error.filename} cannot be read: {error.strerror}; give sortd the right to")
         if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:
             raise ReferencesAbsentError(

@@ -1,7 +1,9 @@
 """The worker: answers come as they are done, nobody waits for another's slow image, and a stop waits for none."""
 
+import errno
 import os
 import queue
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from sortd.prototypes import DecisionSettings, Mode
 from sortd.references import Teaching
 from sortd.running.classifiers import Classifiers
 from sortd.running.embedding import Embedder
-from sortd.running.worker import Answer, EmbedJob, Posted, PrototypeStore, RebuildJob, Worker, WorkerReady
+from sortd.running.worker import Answer, EmbedJob, Posted, PrototypeStore, RebuildJob, Worker, WorkerDied, WorkerReady
 from sortd.watching.scanning import stamp
 from tests.daemon_process import PATIENCE_SECONDS, make_dataset, picture
 from tests.fake_encoder import SEEN, FakeEncoder
@@ -151,3 +153,23 @@ def test_references_that_are_absent_are_an_answer(tmp_path: Path) -> None:
         (quick,) = quick_images(tmp_path / "images", 1)
         worker.ask(EmbedJob("one", (quick,)))
         heard.wait_for(lambda: heard.paths("one") == [quick[0]])
+
+
+def test_a_rebuild_without_descriptors_ends_the_worker_and_blames_no_reference(tmp_path: Path) -> None:
+    """What this process ran out of is said for what it is; a new start has it again."""
+    dataset = make_dataset(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with working(tmp_path) as (worker, heard):
+        spare = max(map(int, os.listdir("/proc/self/fd"))) + 1
+        taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(spare)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (spare, before[1]))
+        try:
+            worker.ask(RebuildJob("one", dataset / "Clases", TEACHING, 0))
+            posted = heard.posts.get(timeout=PATIENCE_SECONDS)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            for descriptor in taken:
+                os.close(descriptor)
+    assert isinstance(posted, WorkerDied)
+    assert isinstance(posted.error, OSError)
+    assert posted.error.errno == errno.EMFILE

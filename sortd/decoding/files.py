@@ -7,7 +7,8 @@ import stat
 from sortd.decoding.formats import HEAD_BYTES, looks_like_image
 from sortd.messages import ImageRefused, Refusal, Stamp
 
-_OUR_OWN_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+OUR_OWN_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""What the kernel answers when this process or the machine has run out of something: no file is to blame for it."""
 
 
 def open_file(path: str) -> int:
@@ -61,7 +62,7 @@ def _why_not_opened(error: OSError) -> tuple[Refusal, str]:
             return Refusal.NOT_AN_IMAGE, "it is a socket or a device"
         case errno.EACCES | errno.EPERM:
             return Refusal.DENIED, "sortd has no right to read it; grant it, for instance by chmod g+r"
-        case number if number in _OUR_OWN_TROUBLE:
+        case number if number in OUR_OWN_TROUBLE:
             raise error
         case _:
             return Refusal.DENIED, f"it cannot be opened: {error.strerror}; look at its disk"

@@ -18,6 +18,7 @@ from pathlib import Path
 from time import monotonic
 
 from sortd.deciding.reload_gate import refuse_reload
+from sortd.decoding.files import OUR_OWN_TROUBLE
 from sortd.errors import ModelError, SortdError
 from sortd.layout import Layout
 from sortd.messages import Embedded, EmbeddedImage, Event, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
@@ -270,6 +271,8 @@ class Worker:
         except ModelError:
             raise  # not the references are to blame: nothing that this encoder answers can be trusted
         except (SortdError, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in OUR_OWN_TROUBLE:
+                raise  # out of descriptors or memory, as it would be for any image: a new start has them again
             self._post(Answer(job.dataset, (RebuildFailed(f"{type(error).__name__}: {error}"),)))
             return
         decider = self._appoint(lanes, job, rebuilt.prototypes.labels)  # a folder may have come or gone since
