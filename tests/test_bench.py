@@ -1,6 +1,7 @@
 """``sortd bench``: figures of the user's own machine and images, and not one file of theirs moved."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,11 +81,20 @@ def test_images_come_from_the_folder_that_is_named(tmp_path: Path, write_config:
     assert list(tmp_path.rglob(".sortd-bench-*")) == []
 
 
-def measured(*backends: Backend, limit: str = "forward", device: str = "cpu") -> Measurement:
+def measured(
+    *backends: Backend,
+    limit: str = "forward",
+    device: str = "cpu",
+    refusal: str | None = None,
+    hint: str | None = None,
+) -> Measurement:
     """Return a measurement with these backends."""
     return Measurement(
         model="clip",
         encoder_id="clip",
+        configured="auto",
+        int8_refusal=refusal,
+        onnx_hint=hint,
         device=device,
         cores=2,
         files=10,
@@ -100,13 +110,36 @@ def measured(*backends: Backend, limit: str = "forward", device: str = "cpu") ->
     )
 
 
+TORCH = Backend("torch", "clip-torch-1", 40.0, 14.0, serves=True)
+INT8 = Backend("onnx-int8", "clip-onnx-int8-1", 15.0, 22.0, serves=False)
+FP32 = Backend("onnx", "clip-onnx-fp32-1", 30.0, 18.0, serves=False)
+
+
 def test_the_advice_names_the_backend_that_would_file_most() -> None:
     """It is one that is faster by more than chance; where decoding limits, a faster model is not praised."""
-    torch = Backend("torch", "clip-torch-1", 40.0, 14.0, serves=True)
-    int8 = Backend("onnx-int8", "clip-onnx-int8-1", 15.0, 22.0, serves=False)
-    first, second = advice(measured(int8, torch))
+    first, second = advice(measured(INT8, TORCH))
     assert first == "set `backend: onnx`: onnx-int8 could file 1.6 times as many images a second"
     assert "forward limits" in second
     as_fast = Backend("onnx", "clip-onnx-fp32-1", 39.0, 14.3, serves=False)
-    assert advice(measured(as_fast, torch))[0].startswith("keep the backend: torch")
-    assert advice(measured(torch, limit="decode"))[-1].startswith("decoding limits")
+    assert advice(measured(as_fast, TORCH))[0].startswith("keep the backend: torch")
+    assert advice(measured(TORCH, limit="decode"))[-1].startswith("decoding limits")
+
+
+def test_the_advice_is_one_that_can_be_followed() -> None:
+    """Nobody is sent to int8 where it was refused, nor to a backend that serves already."""
+    first, second, _ = advice(measured(INT8, FP32, TORCH, refusal="12 references are too few"))
+    assert first == "set `backend: onnx`: onnx could file 1.3 times as many images a second"
+    assert second == "onnx-int8 could file 1.6 times as many, but does not serve: 12 references are too few"
+    serving = replace(FP32, serves=True)
+    first, second, _ = advice(measured(INT8, serving, replace(TORCH, serves=False), refusal="not judged yet"))
+    assert first.startswith("keep the backend: onnx")
+    assert "1.2 times as many, but does not serve: not judged yet" in second
+    first, _ = advice(measured(INT8, serving))
+    assert first.startswith("start sortd again: onnx-int8 may serve")
+
+
+def test_where_only_torch_is_ready_it_says_what_brings_the_other() -> None:
+    """With a GPU that torch runs on there is nothing to bring."""
+    hint = "`sortd models export`"
+    assert hint in advice(measured(TORCH, hint=hint))[1]
+    assert not any(hint in sentence for sentence in advice(measured(TORCH, hint=hint, device="cuda")))

@@ -12,6 +12,7 @@ from sortd.commands.console import (
     JsonOption,
     counted,
     load_config,
+    megabytes,
     print_json,
     print_line,
     print_table,
@@ -19,10 +20,11 @@ from sortd.commands.console import (
 )
 
 if TYPE_CHECKING:
-    from sortd.commands.measurement import LoadOther, Measurement
+    from sortd.commands.measurement import Backend, LoadOther, Measurement
     from sortd.running.site import LoadEncoder
 
-BACKENDS = ("onnx-int8", "onnx", "torch")
+INT8 = "onnx-int8"
+BACKENDS = (INT8, "onnx", "torch")
 STEPS = 9
 """What the bar counts to: the stages, and the backends that are compared."""
 
@@ -96,41 +98,54 @@ def _bar() -> Iterator[Callable[[str], None]]:
 
 def advice(measured: "Measurement") -> list[str]:
     """Return what to change, the greatest gain first, as sentences."""
-    said = []
+    return [*_backend_advice(measured), _limit_advice(measured)]
+
+
+def _backend_advice(measured: "Measurement") -> "Iterator[str]":
+    """Say which backend to choose: the quickest of those that may serve, and what keeps a quicker one from it."""
     serving = next(one for one in measured.backends if one.serves)
-    best = max(measured.backends, key=lambda one: one.images_per_second)
-    times = best.images_per_second / serving.images_per_second
-    if times >= WORTH_A_CHANGE:
-        name = best.backend.partition("-")[0]
-        said.append(f"set `backend: {name}`: {best.backend} could file {times:.1f} times as many images a second")
-    elif len(measured.backends) == 1 and serving.backend == "torch":
-        said.append(
-            "only torch is ready here; `backend: onnx` (the extra `onnx`) may be faster, and is made at a start"
-        )
+
+    def times(one: "Backend") -> float:
+        return one.images_per_second / serving.images_per_second
+
+    may_serve = [one for one in measured.backends if one.backend != INT8 or one.serves or not measured.int8_refusal]
+    best = max(may_serve, key=times)
+    name = best.backend.partition("-")[0]
+    if times(best) < WORTH_A_CHANGE:
+        yield f"keep the backend: {serving.backend} is as fast as any that may serve here"
+    elif name == serving.backend.partition("-")[0]:  # the backend is right, its precision is found out at a start
+        yield f"start sortd again: {best.backend} may serve, and could file {times(best):.1f} times as many images"
     else:
-        said.append(f"keep the backend: {serving.backend} is as fast as any that is ready here")
+        yield f"set `backend: {name}`: {best.backend} could file {times(best):.1f} times as many images a second"
+    quicker = [one for one in measured.backends if one not in may_serve and times(one) >= WORTH_A_CHANGE * times(best)]
+    for one in quicker:
+        yield f"{one.backend} could file {times(one):.1f} times as many, but does not serve: {measured.int8_refusal}"
+    if measured.onnx_hint and serving.backend == "torch" and measured.device == "cpu":
+        yield f"only torch is ready here; ONNX Runtime may be faster: {measured.onnx_hint}, then measure again"
+
+
+def _limit_advice(measured: "Measurement") -> str:
+    """Say what takes the larger share of the time, and what would help."""
     if measured.limit == "decode":
-        said.append("decoding limits: more processor cores help, a faster model does not")
-    elif measured.device == "cpu":
-        said.append("the model's forward limits: a faster backend, a smaller model or a GPU helps")
-    else:
-        said.append("the model's forward limits: a smaller model helps, more processor cores do not")
-    return said
+        return "decoding limits: more processor cores help, a faster model does not"
+    if measured.device == "cpu":
+        return "the model's forward limits: a faster backend, a smaller model or a GPU helps"
+    return "the model's forward limits: a smaller model helps, more processor cores do not"
 
 
 def _print(measured: "Measurement") -> None:
     stages = measured.stages
     print_line(
-        f"{measured.filed_per_second:.1f} images a second, with {printable(measured.model)} on {measured.device},"
-        f" {counted(measured.cores, 'core')}",
+        f"{measured.filed_per_second:.1f} images a second on {measured.device}, {counted(measured.cores, 'core')}",
         style="bold green",
     )
+    print_line(f"model: {printable(measured.model)}")
     share = measured.embedded_per_second / measured.bound_per_second
     print_line(
         f"decoding and encoding: {measured.embedded_per_second:.1f} a second, {share:.0%} of what forward and decoding"
         f" alone would allow ({measured.bound_per_second:.1f})"
     )
-    print_line(f"{counted(measured.files, 'image')} of {measured.megabytes:.1f} MB on the mean")
+    print_line(f"measured on {counted(measured.files, 'image')} of {megabytes(measured.megabytes * 1e6)} on the mean")
     print_line("")
     rows = (
         ("read", stages.read, "from the disk"),

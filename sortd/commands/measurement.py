@@ -4,7 +4,7 @@ import os
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -13,14 +13,18 @@ from time import perf_counter
 from typing import Any
 
 from sortd.commands import stopwatch
+from sortd.commands.backend import backend_facts
 from sortd.commands.stopwatch import File
 from sortd.config import Config
 from sortd.encoder import Encoder
+from sortd.encoding.exports import EXTRA
+from sortd.encoding.manifest import Precision
 from sortd.encoding.onnx_encoder import OnnxEncoder
 from sortd.encoding.torch_encoder import TorchEncoder
 from sortd.errors import DataError, ModelError
 from sortd.images import SUFFIXES
 from sortd.layout import Area, find_datasets
+from sortd.messages import EmbeddedImage
 from sortd.running.site import LoadEncoder, Site
 from sortd.watching.scanning import scan
 
@@ -32,6 +36,9 @@ PIPELINE_SECONDS = 15.0
 
 LARGEST_BATCH = 128
 """A configured batch beyond this is not measured: it would take gigabytes to be no faster."""
+
+LEAST_TIMED_SHARE = 6
+"""One in so many images goes through the pipeline before the time is taken: the decoders have started then."""
 
 MOVED = 32
 """Copies, of the smallest images, that are moved in the scratch folder as one group."""
@@ -75,6 +82,12 @@ class Measurement:
 
     model: str
     encoder_id: str
+    configured: str
+    """The ``backend:`` of the configuration."""
+    int8_refusal: str | None
+    """Why int8 may not serve these references; None where it may, or where there is none."""
+    onnx_hint: str | None
+    """What brings ONNX Runtime where nothing of it is ready; None where it is."""
     device: str
     cores: int
     files: int
@@ -143,7 +156,9 @@ def measure(
             best = min(forward, key=lambda size: forward[size])
             bound = bound_per_second(decode, forward[best], cores, device)
             tell("decoding and encoding at once")
-            rows, seconds = stopwatch.embed(embedder, files[: max(8, int(bound * PIPELINE_SECONDS))])
+            first = len(files) // LEAST_TIMED_SHARE
+            started = [one for one in embedder.embed(files[:first]) if isinstance(one, EmbeddedImage)]
+            rows, seconds = stopwatch.embed(embedder, files[first:][: max(8, int(bound * PIPELINE_SECONDS))])
             tell("deciding")
             decide = stopwatch.decide_milliseconds(config, encoder, rows)
         finally:
@@ -163,12 +178,16 @@ def measure(
         taken = min(stopwatch.forward_milliseconds(other, pixels, most=most).values())
         reachable = bound_per_second(decode, taken, cores, device_of(other))
         backends.append(Backend(backend, other.encoder_id, taken, reachable, serves=False))
+    facts = backend_facts(config)
     return Measurement(
         model=description,
         encoder_id=encoder.encoder_id,
+        configured=config.backend,
+        int8_refusal=_int8_refusal(facts),
+        onnx_hint=None if facts["export"] else _onnx_hint(facts),
         device=device,
         cores=cores,
-        files=len(rows),
+        files=len(started) + len(rows),
         megabytes=statistics.fmean(mark.size for _, mark in files) / 1e6,
         load_seconds=load_seconds,
         best_batch=best,
@@ -223,6 +242,20 @@ def _scratch(config: Config) -> Iterator[Path]:
 def bound_per_second(decode: float, forward: float, cores: int, device: str) -> float:
     """Return images a second, were nothing but these milliseconds: on one processor in turn, on two side by side."""
     return 1e3 / (forward + decode / cores if device == "cpu" else max(forward, decode / cores))
+
+
+def _int8_refusal(facts: Mapping[str, Any]) -> str | None:
+    """Return why int8 may not serve, by what ``backend_facts`` knows of its export and of the last verdict."""
+    if facts["export"] is None or Precision.INT8.value not in facts["export"]["precisions"]:
+        return None
+    if facts["agreement"] is None:
+        return "it has not been held against fp32 on your references yet, which the next `sortd run` does"
+    refusal: str | None = facts["agreement"]["refusal"]
+    return refusal
+
+
+def _onnx_hint(facts: Mapping[str, Any]) -> str:
+    return "`sortd models export`" if facts["is_installed"] else f"{EXTRA} and `sortd models export`"
 
 
 def device_of(encoder: Encoder) -> str:
