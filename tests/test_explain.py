@@ -259,4 +259,4 @@ class TestCommand:
         assert text.count('src="data:image/jpeg;base64,') == 6
         assert "http" not in text
         assert str(page) in ran.err
-        assert sortd("explain", image, "-c", tmp_path / "config.yaml", "--html", tmp_path / "no" / "a.html").code == 65
+        assert sortd("explain", image, "-c", tmp_path / "config.yaml", "--html", tmp_path / "no" / "a.html").code == 73
