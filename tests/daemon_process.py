@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -32,13 +32,14 @@ class DaemonProcess:
         *arguments: str,
         environment: Mapping[str, str] | None = None,
         program: str = "tests.fast_sortd",
+        under: Sequence[str] = (),
     ) -> None:
-        """Start it."""
+        """Start it; ``under`` is a program, with its arguments, that becomes sortd: setpriv(1), say."""
         self.lines: list[dict[str, Any]] = []
         self.noise: list[str] = []
         self._heard = threading.Condition()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", program, *(arguments or ("run",)), "--config", str(config)],
+            [*under, sys.executable, "-m", program, *(arguments or ("run",)), "--config", str(config)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
