@@ -385,6 +385,8 @@ def test_the_users_unit_files_in_a_home(lab: Lab) -> None:
     lab.run("install", "-o", "alice", "/srv/sortd/.green.png", "/home/alice/Data/Colours/Images/green.png")
     path = "/home/alice/Data/Colours/Dataset/green/green.png"
     lab.wait(lambda: lab.run("test", "-e", path, check=False).returncode == 0, path)
+    told = json.loads(lab.run(*alice, "/opt/sortd/.venv/bin/sortd", "status", "--json").stdout)
+    assert (told["running"], told["state_dir"]) == (True, "/home/alice/.local/state/sortd")
     lab.run(*alice, "systemctl", "--user", "reload", "sortd")
     lab.run(*alice, "systemctl", "--user", "stop", "sortd")
     shown = lab.run(
