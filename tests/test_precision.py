@@ -314,6 +314,23 @@ def test_the_daemon_runs_without_torch(tmp_path: Path, make_config: Callable[...
         assert daemon.stop() == 0
 
 
+def test_another_backend_learns_the_references_anew(tmp_path: Path, make_config: Callable[..., Config]) -> None:
+    """Its rows are other ones, so no prototype of the one ever decides about an image of the other."""
+    dataset = make_dataset(tmp_path / "Data", references=12)
+    generations = []
+    for number, backend in enumerate(("torch", "onnx", "onnx")):
+        make_config(backend=backend)
+        picture("green", 1000 + number).save(dataset / "Images" / f"{number}.png")
+        with DaemonProcess(tmp_path / "config.yaml", "once", program="sortd") as ran:
+            assert ran.wait() == 0
+            (filed,) = ran.events("image.filed")
+            (rebuilt,) = ran.events("prototypes.rebuilt")
+        assert (filed["label"], f"-{backend}-" in filed["encoder_id"]) == ("green", True)
+        assert rebuilt["encoder_id"] == filed["encoder_id"]
+        generations.append((filed["generation"], rebuilt["changed"]))
+    assert generations == [(1, True), (2, True), (2, False)]
+
+
 def test_a_stop_does_not_wait_for_the_export_of_another(
     tmp_path: Path, tiny_clip: Path, write_config: Callable[..., Path]
 ) -> None:
