@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 from sortd.messages import Stamp, Writer
 from sortd.sorting.entry import RESTING, Entry, State
+from sortd.sorting.refusals import Refusals
 
 LEASELESS_QUIET_SECONDS = 5.0
 """How long a file must hold still where no lease can tell whether a writer has it open (Syncthing and paperless
@@ -36,7 +37,7 @@ STALE_TICKETS = 1000
 
 
 class Backlog:
-    """The images of one dataset, each in one state; bounded by ``limit`` waiting and as many resting."""
+    """The images of one dataset, each in one state; bounded by ``limit`` waiting and as many resting of each kind."""
 
     def __init__(self, *, settle_seconds: float, limit: int) -> None:
         """Begin empty; ``settle_seconds`` is how long a file must hold still."""
@@ -46,6 +47,7 @@ class Backlog:
         self._counts: dict[State, int] = dict.fromkeys(State, 0)
         self._ready: deque[tuple[str, int]] = deque()
         self._heap: list[tuple[float, str]] = []
+        self._refusals = Refusals()
         self._busy = 0
         self._ticket = 0
         self._scan = 0
@@ -96,6 +98,8 @@ class Backlog:
         """Take in that ``path`` stands there with ``stamp``: the one way into SETTLING and on to READY."""
         entry = self._entries.get(path)
         if entry is None:
+            if self._refusals.has(path, stamp):
+                return
             if self.waiting >= self._limit:
                 self.overflowed = True
                 return
@@ -229,6 +233,9 @@ class Backlog:
 
         What could not be read for want of rights is tried again after each scan: no stamp shows that rights changed.
         """
+        if self._counts[State.REFUSED] >= self._limit:
+            self.forget(entry.path)
+            return self._refusals.note(entry.path, entry.stamp, message if is_denied else "")
         self._go(entry, State.REFUSED)
         is_news, entry.told, entry.is_denied = entry.told != message, message, is_denied
         return is_news

@@ -28,6 +28,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "sorting.rounds": (THOUGHT, "rounds"),
     "sorting.settings": (THOUGHT, "sorter"),
     "sorting.entry": (THOUGHT, "backlog"),
+    "sorting.refusals": (THOUGHT, "backlog"),
     "deciding.decision": (THOUGHT, "prototypes"),
     "deciding.prototype_set": (THOUGHT, "prototypes"),
     "deciding.plain": (THOUGHT, "prototypes"),

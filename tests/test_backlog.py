@@ -4,9 +4,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sortd.backlog import BUSY_RECHECK_SECONDS, LEASELESS_QUIET_SECONDS, STALE_TICKETS, Backlog
+from sortd.backlog import LEASELESS_QUIET_SECONDS, SETBACK_SECONDS, STALE_TICKETS, Backlog
 from sortd.messages import Stamp, Writer
 from sortd.sorting.entry import RESTING, State
+from sortd.sorting.refusals import Refusals
 
 SETTLE = 2.0
 PATHS = st.sampled_from([f"Images/{name}.png" for name in "abcdef"])
@@ -153,7 +154,7 @@ class BacklogMachine(RuleBasedStateMachine):
         deadline = self.backlog.next_deadline()
         if self.backlog.count(State.SETTLING):
             assert deadline is not None
-            assert deadline <= self.now + max(BUSY_RECHECK_SECONDS, LEASELESS_QUIET_SECONDS)
+            assert deadline <= self.now + SETBACK_SECONDS[1]
 
 
 BacklogMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
@@ -169,3 +170,40 @@ def test_a_file_that_is_written_to_for_months_leaves_no_trace_in_the_queue() -> 
         assert backlog.count(State.READY) == 2
     assert len(backlog._ready) < 3 * STALE_TICKETS
     assert [entry.path for entry in backlog.take_batch(4)] == ["changes.png", "waits.png"]
+
+
+def refused(backlog: Backlog, path: str, mark: Stamp, now: float, *, is_denied: bool = False) -> bool:
+    """Bring a file to its refusal; tell whether that is news."""
+    backlog.see(path, mark, now, writer=Writer.ABSENT, closed=True)
+    (entry,) = backlog.take_batch(1)
+    return backlog.refuse(entry, "no image", is_denied=is_denied)
+
+
+def test_more_that_is_refused_than_there_is_room_for_is_remembered_in_few_bytes() -> None:
+    """No entry is kept for it, no scan looks into it again, a new version of it is one; it is told once."""
+    backlog = Backlog(settle_seconds=0.0, limit=LIMIT)
+    for number in range(3 * LIMIT):
+        assert refused(backlog, f"{number}.txt", stamp(1), 0.0)
+    assert (len(backlog), backlog.count(State.REFUSED), backlog.waiting) == (LIMIT, LIMIT, 0)
+    backlog.start_scan()
+    for number in range(3 * LIMIT):
+        backlog.see(f"{number}.txt", stamp(1), 1.0, writer=None, closed=False)
+    assert (len(backlog), backlog.waiting) == (LIMIT, 0)
+    assert backlog.unseen_by_scan() == []
+    assert refused(backlog, f"{2 * LIMIT}.txt", stamp(2), 2.0)
+
+
+def test_what_may_not_be_read_is_tried_again_even_without_room_for_it() -> None:
+    """Its stamp would not show that it may be read now; it is told once all the same."""
+    backlog = Backlog(settle_seconds=0.0, limit=1)
+    assert refused(backlog, "a.txt", stamp(1), 0.0)
+    assert [refused(backlog, "b.png", stamp(1), now, is_denied=True) for now in (0.0, 1.0, 2.0)] == [True, False, False]
+
+
+def test_refusals_are_bounded_themselves() -> None:
+    """Beyond the most of them all are forgotten: those files are looked into once more."""
+    refusals = Refusals(most=2)
+    assert [refusals.note(name, stamp(1)) for name in "aab"] == [True, False, True]
+    assert refusals.note("c", stamp(1))
+    assert len(refusals) == 1
+    assert [refusals.has(name, stamp(1)) for name in "abc"] == [False, False, True]
