@@ -48,11 +48,9 @@ from sortd.prototypes import Abstained, Decision, PrototypeSet
 from sortd.sorting.entry import Entry, State
 from sortd.sorting.guard import Guard
 from sortd.sorting.orders import SET_ASIDE, order_aside, order_for
-from sortd.sorting.pause import FolderPauses, Pause
+from sortd.sorting.pause import FolderPauses
+from sortd.sorting.rebuilds import Rebuilds
 from sortd.sorting.settings import SorterSettings
-
-REBUILD_PATIENCE = 30.0
-"""A stream of changes in Clases/ puts a rebuild off for at most this many seconds."""
 
 ROOM_FOR_A_SCAN = 1 / 8
 """What did not fit is looked for when no more than this share of the backlog waits: a scan takes time, too."""
@@ -68,10 +66,7 @@ class Sorter:
         self.prototypes: PrototypeSet | None = None
         self.finetuned: FinetunedClassifier | None = None
         self.references_absent = False
-        self._rebuild_at: float | None = 0.0
-        self._touched_since: float | None = None
-        self._rebuilding = False
-        self._rebuild_pause = Pause()
+        self._rebuilds = Rebuilds()
         self._move_pauses = FolderPauses()
         self.guard = Guard(settings.guard_images, served_generation=served_generation)
         self._stopping = False
@@ -82,10 +77,8 @@ class Sorter:
         """Return the time, in seconds of the caller's clock, by which a ``Tick`` is owed; None: no hurry."""
         if self._stopping:
             return None
-        settling = self._backlog.next_deadline()
-        rebuild = None if self._rebuilding else self._rebuild_at
-        times = [t for t in (settling, rebuild, self._rebuild_pause.until, self._move_pauses.until) if t is not None]
-        return min(times, default=None)
+        times = (self._backlog.next_deadline(), *self._rebuilds.deadlines, self._move_pauses.until)
+        return min((time for time in times if time is not None), default=None)
 
     def configure(self, settings: SorterSettings, now: float) -> None:
         """Take over changed settings; the prototypes are built anew, since their settings may have changed too."""
@@ -111,7 +104,7 @@ class Sorter:
     @property
     def is_rebuilding(self) -> bool:
         """Tell whether a rebuild is due or running."""
-        return self._rebuilding or self._rebuild_at is not None
+        return self._rebuilds.is_pending
 
     @property
     def known(self) -> int:
@@ -205,10 +198,7 @@ class Sorter:
         if self._stopping:
             return []
         commands: list[Command] = [Inspect(path) for path in self._backlog.due(now)]
-        if self._rebuild_pause.is_over(now):
-            self._rebuild_at = now
-        if not self._rebuilding and self._rebuild_at is not None and now >= self._rebuild_at:
-            self._rebuild_at, self._touched_since, self._rebuilding = None, None, True
+        if self._rebuilds.begin(now):
             commands.append(Rebuild())
         if self._move_pauses.are_over(now):
             self._resume()
@@ -217,15 +207,11 @@ class Sorter:
     # ------------------------------------------------------------ references
 
     def _touch(self, now: float) -> None:
-        if self._touched_since is None:
-            self._touched_since = now
-        latest = self._touched_since + max(REBUILD_PATIENCE, self._settings.settle_seconds)
-        self._rebuild_at = min(now + self._settings.settle_seconds, latest)
-        self._rebuild_pause.clear()
+        self._rebuilds.touch(now, settle_seconds=self._settings.settle_seconds)
 
     def _built(self, event: PrototypesBuilt) -> None:
-        self._rebuilding, self.references_absent = False, False
-        self._rebuild_pause.clear()
+        self._rebuilds.succeed()
+        self.references_absent = False
         self.prototypes, self.finetuned = event.prototypes, event.finetuned
         classifier = event.finetuned or event.prototypes
         self.guard.serve(classifier)
@@ -233,10 +219,8 @@ class Sorter:
         self._resume()
 
     def _rebuild_failed(self, event: RebuildFailed, now: float) -> None:
-        self._rebuilding = False
+        self._rebuilds.fail(now, is_lasting=event.is_lasting)
         self.references_absent = event.references_absent
-        if not event.is_lasting:
-            self._rebuild_pause.begin(now)
         self._resume()
 
     def _resume(self) -> None:

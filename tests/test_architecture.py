@@ -23,6 +23,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "moving.companions": (THOUGHT, "companions"),
     "moving.relocation": (THOUGHT, "relocation"),
     "sorting.pause": (THOUGHT, "sorter"),
+    "sorting.rebuilds": (THOUGHT, "sorter"),
     "sorting.guard": (THOUGHT, "sorter"),
     "sorting.orders": (THOUGHT, "sorter"),
     "sorting.rounds": (THOUGHT, "rounds"),
