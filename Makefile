@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sortd needs Python 3.11 or newer; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) 'torch>=2.6'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) 'torch>=2.7'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) --editable '.[$(EXTRAS)]' --group dev
 	@if $(BIN)/python -m pip list 2>/dev/null | grep -q '^nvidia-'; then \
 	  echo "CUDA packages came along with torch; make clean setup TORCH_INDEX=... chooses a CPU build (README, Which torch)"; fi
