@@ -163,6 +163,22 @@ class TestFoldersThatComeAndGo:
             subprocess.run(init, cwd=Path(__file__).parents[1], check=True, timeout=60, capture_output=True)
             daemon.wait_for("image.filed")
 
+    def test_a_dataset_whose_disk_does_not_answer_is_awaited(
+        self, colours: Path, write_config: Write, outside: Path
+    ) -> None:
+        """An error is no answer: the dataset is not let go, and served when its disk answers again."""
+        with running(write_config(rescan_seconds=1)) as daemon:
+            colours.rename(outside / "away")
+            colours.symlink_to(colours)  # each look at it ends with ELOOP, as with EIO or ESTALE
+            daemon.wait_for("scan.unreadable", count=4)
+            assert not daemon.events("dataset.gone")
+            colours.unlink()
+            (outside / "away").rename(colours)
+            drop(colours / "Images", "red", "a.png")
+            daemon.wait_for("image.filed")
+            assert daemon.stop() == 0
+            assert not daemon.events("dataset.gone")
+
     def test_a_running_sortd_outlives_its_root_without_any_dataset(
         self, colours: Path, write_config: Write, outside: Path
     ) -> None:

@@ -116,3 +116,19 @@ def test_a_state_folder_that_cannot_be_made_is_told(layout: Layout, tmp_path: Pa
     (tmp_path / "state").write_text("a file")
     with pytest.raises(LayoutError, match=r"cannot be made.*state_dir"), hold(layout, tmp_path / "state"):
         pass
+
+
+def test_a_start_writes_nothing_that_stands_there_already(layout: Layout, tmp_path: Path) -> None:
+    """A full disk would keep sortd from starting, and a power cut would leave half a path."""
+    state = tmp_path / "state"
+    with hold(layout, state) as holding:
+        notes = [layout.marker / "state", holding.journal.path.parent / "dataset.json"]
+    before = [os.stat(note) for note in notes]
+    for note in notes:
+        note.chmod(0o444)
+        note.with_suffix(".new").mkdir()  # nothing could be written beside it
+    with hold(layout, state):
+        pass
+    assert [(one.st_ino, one.st_mtime_ns) for one in before] == [
+        (one.st_ino, one.st_mtime_ns) for one in map(os.stat, notes)
+    ]

@@ -15,7 +15,7 @@ from sortd.metrics import Metrics
 from sortd.mover import Mover
 from sortd.moving.relocation import Member, Relocation, Role
 from sortd.running.account import Account
-from sortd.running.crossings import MOST_HANDED_OVER
+from sortd.running.crossings import MOST_GUESSES, MOST_HANDED_OVER, Crossings
 from sortd.running.filing import Filing
 from sortd.running.outbox import Outbox
 from sortd.running.relocating import Job, Order
@@ -208,3 +208,11 @@ def test_two_copies_are_told_of() -> None:
         ("info", None),
         ("warning", "kept in Images too"),
     ]
+
+
+def test_the_guesses_about_folders_are_bounded() -> None:
+    """A folder a day for years: all guesses are forgotten at once, and made again by trying."""
+    crossings = Crossings()
+    for day in range(MOST_GUESSES + 10):
+        crossings.learn(Move(f"/set/Images/{day}/a.jpg", Stamp(1, 2, 3, 4), "Dataset/cat", Outcome.FILED), crossed=True)
+        assert len(crossings._crossed) <= MOST_GUESSES

@@ -71,13 +71,16 @@ class Collection:
         """List the datasets whose folder is gone while the root is there, or was made anew with a Clases/ in it.
 
         Whoever deletes a dataset and puts another one under its name has a new one. An empty mount point under that
-        name is none: what was there is awaited.
+        name is none, nor is a disk that does not answer: what was there is awaited.
         """
         departed = []
         for name, dataset in self.datasets.items():
-            folder = _folder_at(dataset.layout.root)
+            try:
+                folder = _folder_at(dataset.layout.root)
+            except OSError:
+                continue
             is_another = folder != self._folders[name] and name in found
-            if is_another or (folder is None and _folder_at(self.config.root) is not None):
+            if is_another or (folder is None and os.path.isdir(self.config.root)):
                 departed.append(name)
         return departed
 
@@ -92,7 +95,10 @@ class Collection:
 
     def _take_up(self, layout: Layout) -> None:
         """Begin to work on a dataset; one that cannot serve stops the start, but not the others that run already."""
-        folder = _folder_at(layout.root)
+        try:
+            folder = _folder_at(layout.root)
+        except OSError:
+            return  # its disk does not answer: it is looked for again
         if folder is None:
             return
         try:
@@ -161,9 +167,13 @@ class Collection:
 
 
 def _folder_at(path: Path) -> tuple[int, int] | None:
-    """Identify the folder under a name; None where there is none, or where the disk does not tell."""
+    """Identify the folder under a name; None where there is none.
+
+    Raises:
+        OSError: the disk does not tell.
+    """
     try:
         found = path.stat()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return (found.st_dev, found.st_ino) if S_ISDIR(found.st_mode) else None

@@ -12,6 +12,9 @@ from sortd.messages import Move
 MOST_HANDED_OVER = 64
 """Copies of one dataset that are under way or queued: like a batch of renames."""
 
+MOST_GUESSES = 4096
+"""Pairs of folders that are remembered: a camera's card has a folder for each day, and months pass."""
+
 _Pair = tuple[str, str]
 
 
@@ -56,6 +59,8 @@ class Crossings:
     def learn(self, move: Move, *, crossed: bool) -> None:
         """Remember whether a move was handed over to be copied, or was renamed."""
         if crossed:
+            if len(self._crossed) >= MOST_GUESSES:
+                self._crossed.clear()
             self._crossed.add(_pair(move))
         else:
             self._crossed.discard(_pair(move))

@@ -42,15 +42,17 @@ def settled_folder(layout: Layout, state: Path) -> Path:
 
 
 def write_down(layout: Layout, folder: Path) -> None:
-    """Let the dataset and its state folder name each other.
+    """Let the dataset and its state folder name each other; where they do already nothing is written to either disk.
+
+    A disk that is full must keep no sortd from starting: moves within a file system take no room.
 
     Raises:
         LayoutError: one of them cannot be written.
     """
     try:
         owner = {"root": os.fspath(layout.root), "marker": layout.marker.stat().st_ino}
-        (layout.marker / POINTER).write_text(f"{folder}\n", encoding="utf-8", errors="surrogateescape")
-        (folder / OWNER_FILE).write_text(json.dumps(owner) + "\n", encoding="ascii")
+        _write(layout.marker / POINTER, os.fsencode(folder) + b"\n")
+        _write(folder / OWNER_FILE, json.dumps(owner).encode() + b"\n")
     except OSError as error:
         raise LayoutError(f"{error.filename} cannot be written: {error.strerror}; mend its rights or room") from error
 
@@ -95,3 +97,15 @@ def _rename(former: Path, folder: Path) -> None:
             os.close(descriptor)
     finally:
         lock.release()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Give a file its content unless it has it, beside and then renamed: half of a path would name another folder."""
+    try:
+        if path.read_bytes() == content:
+            return
+    except FileNotFoundError:
+        pass
+    beside = path.with_suffix(".new")
+    beside.write_bytes(content)
+    os.replace(beside, path)
