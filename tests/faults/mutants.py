@@ -33,6 +33,7 @@ TESTS = {
     "running/copier": ("tests/test_copier.py",),
     "running/holding": ("tests/test_holding.py",),
     "running/residence": ("tests/test_holding.py",),
+    "running/presence": ("tests/test_presence.py",),
     "running/latecomers": (FILING,),
     "running/rejects": (FILING,),
 }
@@ -181,6 +182,8 @@ APART = (
     Mutant("running/holding", "        held.enter_context(_locked(layout.marker, layout))\n", ""),
     Mutant("running/residence", "own.st_ino == marker and not _is_elsewhere", "not _is_elsewhere"),
     Mutant("running/residence", "if former.parent.resolve() != state.resolve() or not", "if not"),
+    Mutant("running/presence", "elif area.value in self._apart and _is_empty(folder):", "elif False:"),
+    Mutant("running/presence", " and _is_empty(folder):", ":"),
     Mutant("running/latecomers", "if record is None or not self._stands(record):", "if record is None:"),
     Mutant("running/latecomers", "        if any(os.path.lexists(", "        if False and any(os.path.lexists("),
     Mutant("running/latecomers", "since=self._clock() - LATE_SECONDS", "since=0.0"),
