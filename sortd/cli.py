@@ -20,7 +20,7 @@ from sortd.commands import facts as cli_facts
 from sortd.commands import finetuning as cli_finetuning
 from sortd.commands import models as cli_models
 from sortd.commands import moves as cli_moves
-from sortd.commands.console import ConfigOption, JsonOption, load_config, printable
+from sortd.commands.console import ConfigOption, JsonOption, counted, load_config, printable, say
 from sortd.errors import SortdError
 
 if TYPE_CHECKING:
@@ -122,9 +122,13 @@ def rehearse(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | N
     config = load_config(path)
     logs.configure(config.log.format, "warning")
 
+    told = 0
+
     def tell(dataset: str, move: "Move", destination: str) -> None:
+        nonlocal told
         from sortd.running.account import decision_facts
 
+        told += 1
         facts: Mapping[str, Any] = {"dataset": dataset, "path": move.path, "destination": destination}
         if as_json:
             typer.echo(json.dumps({**facts, "outcome": move.outcome.value, **decision_facts(move)}))
@@ -135,7 +139,10 @@ def rehearse(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | N
             )
             typer.echo(f"{printable(move.path)} -> {printable(destination)}  {shown}")
 
+    if sys.stderr.isatty():
+        say("sortd: loading the model, then deciding what waits; nothing is moved")
     rehearsal.rehearse(config, tell, load_encoder=load_encoder)
+    say(f"sortd: {counted(told, 'image')} would be moved; nothing was touched")
 
 
 @app.command()

@@ -173,6 +173,7 @@ def load(path: Path | None, environment: Mapping[str, str]) -> Config:
     base = Path.cwd() if file is None else Path(os.path.abspath(file)).parent
     values = _mapping(tree)
     _drop_empty(values, tree)
+    _refuse_nothing_as_a_folder(values, tree)
     sources.make_absolute(values, base, environment)
     variables, wrong = sources.variables(environment, _KEYS)
     sources.make_absolute(variables, Path.cwd(), environment)
@@ -218,6 +219,13 @@ def _content(file: Path) -> bytes:
         if isinstance(error, PermissionError):
             mend = "mend its rights, or ask as the user that sortd runs as"
         raise ConfigError(f"{file}: cannot be read: {error.strerror}; {mend}") from error
+
+
+def _refuse_nothing_as_a_folder(values: dict[str, Any], tree: yaml_tree.Tree) -> None:
+    """Quotes with nothing between would mean the folder of the file, which nobody means."""
+    for key in ("root", "state_dir", "cache_dir"):
+        if isinstance(values.get(key), str) and not values[key].strip():
+            tree.mistake((key,), "must not be empty; name a folder, or take the line away")
 
 
 def _mapping(tree: yaml_tree.Tree) -> dict[str, Any]:

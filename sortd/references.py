@@ -183,14 +183,18 @@ class References:
         encoded = embedder.forwards - forwards
         return Rebuilt(prototypes, refused, emptied, tuple(misnamed), encoded=encoded, references=counts)
 
-    def support(self, embedder: Embedder, teaching: Teaching) -> tuple[SupportSet, tuple[ImageRefused, ...]]:
+    def support(
+        self, embedder: Embedder, teaching: Teaching, *, tell: Callable[[int, int], None] = lambda *_: None
+    ) -> tuple[SupportSet, tuple[ImageRefused, ...]]:
         """Read the folder and return what it teaches, and what could not be read; for whoever evaluates it.
+
+        ``tell`` hears after each image how many are read, and of how many.
 
         Raises:
             ReferencesAbsentError: there is no class folder to learn from.
         """
         folders, _ = self._folders()
-        answers = self._embed(embedder, folders, teaching.corrections)
+        answers = self._embed(embedder, folders, teaching.corrections, tell)
         rows, contents, refused = self._sorted_out(folders, teaching.corrections, answers)
         fingerprint = self._fingerprint(contents, folders, teaching, embedder.encoder.encoder_id)
         return self._support(embedder, rows, contents, folders, teaching, fingerprint), refused
@@ -211,10 +215,17 @@ class References:
 
     @staticmethod
     def _embed(
-        embedder: Embedder, folders: Sequence[ClassFolder], corrections: Sequence[tuple[str, str, Stamp]]
+        embedder: Embedder,
+        folders: Sequence[ClassFolder],
+        corrections: Sequence[tuple[str, str, Stamp]],
+        tell: Callable[[int, int], None] = lambda *_: None,
     ) -> dict[tuple[str, Stamp], EmbeddedImage | ImageRefused]:
         images = [file for folder in folders for file in folder.files] + [(p, s) for _, p, s in corrections]
-        return {(answer.path, answer.stamp): answer for answer in embedder.embed(images)}
+        answers: dict[tuple[str, Stamp], EmbeddedImage | ImageRefused] = {}
+        for number, answer in enumerate(embedder.embed(images), 1):
+            answers[answer.path, answer.stamp] = answer
+            tell(number, len(images))
+        return answers
 
     @staticmethod
     def _sorted_out(

@@ -243,6 +243,7 @@ mode: max
             ("just text", "1:1: must be lines of `key: value`"),
             ("? [a, b]\n: c", "1:3: a key must be a word, not a list or a mapping"),
             ("model: ''", "1:1: model: must not be empty"),
+            ("root: ''", "1:1: root: must not be empty; name a folder, or take the line away"),
             ("datasets: {A: {mode: max}, A: {mode: avg}}", "1:28: datasets.A: is given twice; keep one"),
             ("root: Data\n\tmode: max", "2:1: a tab begins this line or value; YAML indents with spaces only"),
             ("mode: max\n  root: Data", "2:7: is no YAML: mapping values are not allowed here"),

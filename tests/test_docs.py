@@ -84,6 +84,22 @@ def test_every_link_leads_somewhere(document: str) -> None:
             assert (file.parent / target).exists(), f"{file.name} links to {target}"
 
 
+def first_cells(document: Path) -> set[str]:
+    """Return what the rows of a document's tables are about, as far as it is written in code and in Latin letters."""
+    rows = re.findall(r"^\| `([^`|]+)`", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.split(r"[ <…\[]", row)[0] if not row.startswith("sortd ") else row.split()[1] for row in rows}
+
+
+def test_the_spanish_readme_says_no_less() -> None:
+    """Folders, modes, commands, troubles and exit codes of the README stand in the Spanish one; events need not."""
+    spanish = REPOSITORY / "README.es.md"
+    assert first_cells(README) - set(logs.EVENTS) - first_cells(spanish) == set()
+    codes = re.compile(r"\b(?:2|65|69|73|74|75|78|130)\b")
+    ours = README.read_text(encoding="utf-8").split("## Commands")[1].split("\n## ")[0]
+    theirs = spanish.read_text(encoding="utf-8").split("## Órdenes")[1].split("\n## ")[0]
+    assert sorted(codes.findall(ours)) == sorted(codes.findall(theirs))
+
+
 def write_tables() -> None:
     """Write every table anew, between its marks."""
     for name, (document, table) in TABLES.items():

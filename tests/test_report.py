@@ -182,6 +182,21 @@ class TestEvaluationPage:
         facts = facts_of(tmp_path, references=2)
         assert any(sentence.startswith("Add images to 4 of 4 classes (class 0: ") for sentence in sentences(facts))
 
+    @pytest.mark.parametrize("expected", [0.95, 0.99])
+    def test_the_word_at_the_settings_in_force_is_within_the_drawing(self, tmp_path: Path, expected: float) -> None:
+        """At the lowest point of the curve it stands above it, where no number of the axis is."""
+        facts = facts_of(tmp_path)
+        calibration = {**facts["calibration"], "precision_expected": expected, "filed_expected": 0.8}
+        points = [(0.9, 0.5, 1.0), (0.5, 1.0, 0.951)]
+        modes = [{**mode, "curve": points} for mode in facts["modes"]]
+        text = evaluation_page({"Noise": {**facts, "calibration": calibration, "modes": modes}}, now=NOW)
+        point = re.search(r'<circle cx="[^"]*" cy="([^"]*)"', text)
+        word = re.search(r'y="([^"]*)"[^>]*>now<', text)
+        assert point is not None
+        assert word is not None
+        assert 0 < abs(float(word[1]) - float(point[1])) < 30
+        assert float(word[1]) < 270
+
     def test_nothing_to_judge_is_no_crash(self, tmp_path: Path) -> None:
         """One image a class: there is nothing to leave out, and the page says what is missing."""
         facts = facts_of(tmp_path, references=1)
@@ -213,6 +228,17 @@ class TestEvaluationPage:
 
 class TestExamination:
     """The way from folders to a report."""
+
+    def test_it_tells_how_far_it_is(self, tmp_path: Path) -> None:
+        """Each reference that is read counts, and judging begins when all are."""
+        make_dataset(tmp_path / "Data")
+        told: list[tuple[str, int, int]] = []
+        config = load(write_config(tmp_path), {"HOME": str(tmp_path)})
+        list(examine(config, load_encoder=lambda _: FakeEncoder(), tell=lambda *now: told.append(now)))
+        assert told[0][0].startswith("reading ")
+        assert told[-1][0].startswith("judging ")
+        numbers = [done for what, done, _ in told if what.startswith("reading ")]
+        assert numbers == list(range(1, told[0][2] + 1))
 
     def test_every_dataset_is_judged_under_its_own_settings(self, tmp_path: Path) -> None:
         """References come from Clases/, settings from the configuration, and nothing is touched."""

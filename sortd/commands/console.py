@@ -137,6 +137,24 @@ def under_way(what: str) -> Iterator[Callable[[str], None]]:
         yield lambda now: status.update(printable(now))
 
 
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar with the time left on a terminal, elsewhere nothing; nothing may be printed meanwhile.
+
+    Whoever does the work tells what it is at, how many are done, and of how many.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True, highlight=False)
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda now, done, total: shown.update(
+            task, description=printable(now), completed=done, total=total or None
+        )
+
+
 def counted(number: int, noun: str) -> str:
     """Return ``1 image``, ``2 images``."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith("s") else f"{noun}s"

@@ -11,6 +11,7 @@ from sortd.commands.console import (
     ConfigOption,
     DatasetOption,
     JsonOption,
+    bar,
     counted,
     load_config,
     print_json,
@@ -131,10 +132,9 @@ def evaluate_with(
 
     _see_that_it_fits(html)
     examined: dict[str, dict[str, Any]] = {}
-    with progress("reading and judging the references") as tell:
-        for one in examine(load_config(config), dataset, load_encoder=load_encoder):
+    with bar("loading the model") as tell:
+        for one in examine(load_config(config), dataset, load_encoder=load_encoder, tell=tell):
             examined[one.dataset] = one.facts()
-            tell(one.dataset)
     if html is not None:
         from sortd.commands.evaluation_page import evaluation_page
         from sortd.report import write_page

@@ -21,6 +21,9 @@ _SUSPECTS = {
     "duplicate": ("Nearly the same picture in two classes", "is also in"),
     "outlier": ("They are unlike the rest of their class", ""),
 }
+NOW_BELOW, NOW_ABOVE = 20.0, 12.0
+"""How far below its point the word "now" stands, or above it where the numbers of the axis are below."""
+
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 620.0, 20.0, 270.0  # of the curve, in units of its drawing
 
 
@@ -111,7 +114,7 @@ def _curve(points: Sequence[Sequence[float]], calibration: Mapping[str, Any]) ->
     now = None
     if calibration["precision_expected"] is not None:
         x, y = place(calibration["filed_expected"], calibration["precision_expected"])
-        now = {"x": x, "y": y}
+        now = {"x": x, "y": y, "text_y": y + NOW_BELOW if y + NOW_BELOW < _BOTTOM else y - NOW_ABOVE}
     return {
         "points": " ".join(f"{x},{y}" for x, y in drawn),
         "rows": [{"y": place(0.0, level)[1], "text": f"{level:.0%}"} for level in levels],

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,11 @@ class Examined:
 
 
 def examine(
-    config: Config, dataset: str | None = None, *, load_encoder: LoadEncoder | None = None
+    config: Config,
+    dataset: str | None = None,
+    *,
+    load_encoder: LoadEncoder | None = None,
+    tell: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Iterator[Examined]:
     """Evaluate one dataset, or all of them, each under its own settings.
 
@@ -50,6 +55,7 @@ def examine(
         config: where everything is.
         dataset: only this one.
         load_encoder: stands in for the configured model.
+        tell: is told what is under way, how many references are read, and of how many.
 
     Raises:
         DataError: there is no such dataset, or it holds nothing to learn from.
@@ -61,7 +67,9 @@ def examine(
         embedder, _, _ = site.load()
         for layout in chosen:
             teaching = taught(config, layout)
-            support, refused = References(layout.area(Area.CLASES)).support(embedder, teaching)
+            reading = partial(tell, f"reading {layout.name}")
+            support, refused = References(layout.area(Area.CLASES)).support(embedder, teaching, tell=reading)
+            tell(f"judging {layout.name}", len(support.sources), len(support.sources))
             report = evaluate(support, teaching.settings)
             yield Examined(layout.name, layout.root, report, refused, serving_facts(config, layout))
     except ReferencesAbsentError as error:
