@@ -323,13 +323,20 @@ class TestExports:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert not [path for path in (tmp_path / "onnx").iterdir() if path.is_dir()]
 
+    def test_a_library_that_wrote_past_the_end_of_a_disk(self, tmp_path: Path) -> None:
+        """What it complains of afterwards is not what is wrong."""
+        error = ValueError("Wire format was corrupt")
+        assert onnx_export.complaint(error, tmp_path) == "ValueError: Wire format was corrupt"
+        full = onnx_export.complaint(error, tmp_path, usage=lambda _: SimpleNamespace(free=4096))
+        assert full == f"{tmp_path}: the disk is full; make room there"
+
     def test_a_full_disk_is_noticed_before_the_work(self, clip: ModelFolder, tmp_path: Path) -> None:
         """Not after a minute of it."""
         request = Request(clip, None, "", tmp_path / "new.part", 1.0)
         plenty = SimpleNamespace(free=10 * clip.size_bytes)
         exports._see_that_there_is_room(request, usage=lambda _: plenty)
-        with pytest.raises(ModelError, match=r"takes 1 MB in .*, where 0 MB are free; make room there"):
-            exports._see_that_there_is_room(request, usage=lambda _: SimpleNamespace(free=clip.size_bytes))
+        with pytest.raises(ModelError, match=r"takes at least 0 MB in .*, where 0 MB are free; make room there"):
+            exports._see_that_there_is_room(request, usage=lambda _: SimpleNamespace(free=clip.size_bytes // 2))
 
     def test_a_child_that_the_kernel_killed(self, clip: ModelFolder, tmp_path: Path) -> None:
         """Most likely memory ran out, which is said."""

@@ -9,6 +9,7 @@ The exporter is the one by tracing (``dynamo=False``): the newer one needs the p
 
 import json
 import logging
+import shutil
 import sys
 import time
 import warnings
@@ -39,6 +40,8 @@ LEAST_COSINE = 0.9999
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 TRIAL_TEXTS = ("a photo of a screw", "x", "itap of a " + "very " * 90 + "large thing", "ñandú ü 漢字", "two words")
 TIMED_RUNS = 5
+FULL_BYTES = 1_000_000
+"""A disk with less free than this is full: the files of an export are larger."""
 CALIBRATION_IMAGES = 64
 
 
@@ -50,14 +53,19 @@ def main(argument: str) -> int:
     except ModelError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except OSError as error:
-        place = error.filename or json.loads(argument)["into"]  # a write that fails does not say where
-        print(f"{place}: {error.strerror or error}; make room there", file=sys.stderr)
-        return ModelError.exit_code
     except Exception as error:  # noqa: BLE001 -- exporters raise anything; whoever asked wants one line, not a trace
-        print(f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        print(complaint(error, Path(json.loads(argument)["into"])), file=sys.stderr)
         return 1
     return 0
+
+
+def complaint(error: Exception, into: Path, *, usage: Callable[[Path], Any] = shutil.disk_usage) -> str:
+    """Return in a line what went wrong; libraries that write past a full disk complain of what they read later."""
+    if isinstance(error, OSError):
+        return f"{error.filename or into}: {error.strerror or error}; make room there"
+    if usage(into).free < FULL_BYTES:
+        return f"{into}: the disk is full; make room there"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def export(request: Request, tell: Tell) -> None:
