@@ -173,7 +173,7 @@ class Daemon:
         for dataset in self.collection:
             dataset.tick(now)
             dataset.continue_scan()
-            dataset.continue_patrol()
+            dataset.continue_looking()
             dataset.flush()
         self._periodic(now)
 

@@ -26,9 +26,10 @@ from sortd.logs import (
 from sortd.messages import Embedded, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, RebuildFailed
 from sortd.metrics import Metrics
 from sortd.moving.relocation import Relocation
-from sortd.prototypes import Abstained, Assigned, PrototypeSet
+from sortd.prototypes import Abstained, Assigned, Mode, PrototypeSet
 from sortd.references import Rebuilt
 from sortd.running.corrections import Correction
+from sortd.sorter import Sorter
 
 
 class Account:
@@ -176,6 +177,27 @@ class Account:
         if self.problem != event.message:
             self._log.error(PROTOTYPES_REBUILD_FAILED, error=event.message, moving=not event.references_absent)
         self.problem = event.message
+
+    def facts(self, sorter: Sorter, *, generation: int, mode: Mode) -> dict[str, object]:
+        """Return what ``sortd status`` shows of the dataset, as plain values.
+
+        Args:
+            sorter: its core, which knows what waits.
+            generation: of its prototypes; the last one that was used.
+            mode: by which it decides.
+        """
+        prototypes = sorter.prototypes
+        return {
+            "problem": sorter.guard.reason or self.problem,
+            "moving": sorter.may_move,
+            "images": sorter.counts,
+            "outcomes": dict(self.outcomes),
+            "generation": generation,
+            "classes": [] if prototypes is None else list(prototypes.labels),
+            "references": 0 if prototypes is None else int(prototypes.counts.sum()),
+            "mode": mode.value,
+            "classifier": self.classifier,
+        }
 
     def _count(self, outcome: str) -> None:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1

@@ -133,10 +133,14 @@ class Dataset:
         """Begin to look for what the user did since with images that were handled: moved to another class, mended."""
         if self._patrol is not None:
             self._patrol.begin(time_ns())
-            self.continue_patrol()
+            self._continue_patrol()
 
-    def continue_patrol(self) -> None:
-        """Look at the next slice of what was handled, where that is under way."""
+    def continue_looking(self) -> None:
+        """Look at the next slice of what was handled, and of the references, where that is under way."""
+        self._continue_comparing()
+        self._continue_patrol()
+
+    def _continue_patrol(self) -> None:
         if self._patrol is None or not self._patrol.is_under_way:
             return
         if self._presence.problem() is not None:
@@ -182,8 +186,9 @@ class Dataset:
 
     @property
     def has_more_to_look_at(self) -> bool:
-        """Tell whether a scan or a patrol has files left to look at."""
-        return self.is_scanning or (self._patrol is not None and self._patrol.is_under_way)
+        """Tell whether a scan, a patrol or a look at the references has files left to look at."""
+        is_patrolling = self._patrol is not None and self._patrol.is_under_way
+        return self.is_scanning or is_patrolling or self.rebuilding.is_comparing
 
     @property
     def is_drained(self) -> bool:
@@ -201,7 +206,11 @@ class Dataset:
             self.receive(ScanStarted())
 
     def compare_references(self) -> None:
-        """Look whether Clases/ differs from what was last seen of it: a hint may have been lost."""
+        """Begin to look whether Clases/ differs from what was last seen of it: a hint may have been lost."""
+        self.rebuilding.compare()
+        self._continue_comparing()
+
+    def _continue_comparing(self) -> None:
         if self.rebuilding.has_reason():
             self.receive(ReferencesTouched())
 
@@ -328,15 +337,6 @@ class Dataset:
 
     def facts(self) -> dict[str, object]:
         """Return what ``sortd status`` shows of this dataset, as plain values."""
-        prototypes = self.sorter.prototypes
-        return {
-            "problem": self.problem,
-            "moving": self.sorter.may_move,
-            "images": self.sorter.counts,
-            "outcomes": dict(self.account.outcomes),
-            "generation": self.rebuilding.last_generation,
-            "classes": [] if prototypes is None else list(prototypes.labels),
-            "references": 0 if prototypes is None else int(prototypes.counts.sum()),
-            "mode": self.rebuilding.teaching.settings.mode.value,
-            "classifier": self.account.classifier,
-        }
+        return self.account.facts(
+            self.sorter, generation=self.rebuilding.last_generation, mode=self.rebuilding.teaching.settings.mode
+        )

@@ -35,8 +35,17 @@ class Rebuilding:
         self._force = False
         self._afresh = False
 
+    @property
+    def is_comparing(self) -> bool:
+        """Tell whether files of ``Clases/`` are left to look at."""
+        return self._glance.is_under_way
+
+    def compare(self) -> None:
+        """Begin to look whether ``Clases/`` differs from what was last seen of it: a hint may have been lost."""
+        self._glance.begin()
+
     def has_reason(self) -> bool:
-        """Tell whether ``Clases/`` differs from what was last seen of it: a hint may have been lost."""
+        """Look at the next slice of ``Clases/``; tell whether all of it, seen now, differs."""
         return self._glance.differs()
 
     def force(self) -> None:

@@ -51,15 +51,36 @@ class Sweep:
 
 
 class Glance:
-    """A look at all of a folder, to tell whether it differs from the last one."""
+    """A look at all of a folder, slice by slice, to tell whether it differs from the last one."""
 
     def __init__(self, folder: str, report: Callable[[OSError], None]) -> None:
         """Prepare to look at ``folder``; ``report`` is told what cannot be looked at."""
         self._folder, self._report = folder, report
+        self._found: Iterator[tuple[str, Stamp]] | None = None
+        self._sum = 0
         self._seen: int | None = None
 
+    @property
+    def is_under_way(self) -> bool:
+        """Tell whether files are left to look at."""
+        return self._found is not None
+
+    def begin(self) -> None:
+        """Begin, unless one is under way: what it has passed already the next one sees."""
+        if self._found is None:
+            self._found, self._sum = scan(self._folder, report=self._report), 0
+
     def differs(self) -> bool:
-        """Look, and tell whether other files or versions stand there than at the last look; not at the first."""
-        seen = hash(frozenset(scan(self._folder, report=self._report)))
-        before, self._seen = self._seen, seen
-        return before is not None and before != seen
+        """Look at the next slice; with the last, tell whether other versions stand there than at the last look.
+
+        The first look tells of no difference.
+        """
+        if self._found is None:
+            return False
+        taken = list(islice(self._found, SLICE))
+        self._sum = (self._sum + sum(map(hash, taken))) % 2**64  # in whatever order they are named
+        if len(taken) == SLICE:
+            return False
+        self._found = None
+        before, self._seen = self._seen, self._sum
+        return before is not None and before != self._seen
