@@ -20,7 +20,7 @@ import structlog
 
 from sortd import __version__, logs
 from sortd.config import Config, restart_needed
-from sortd.errors import ConfigError, LayoutError
+from sortd.errors import ConfigError, DestinationError, LayoutError
 from sortd.layout import Area
 from sortd.metrics import Metrics
 from sortd.running.collection import Collection
@@ -121,6 +121,10 @@ class Daemon:
         problems = [f"{dataset.name}: {dataset.problem}" for dataset in self.collection if dataset.problem]
         if self._once and problems:
             raise LayoutError("; ".join(problems))
+        refused = {dataset.name: count for dataset in self.collection if (count := dataset.sorter.refused_by_disks)}
+        if self._once and refused:
+            counted = ", ".join(f"{count} in {name}" for name, count in refused.items())
+            raise DestinationError(f"images that could not be moved stay where they were: {counted}; the log says why")
 
     def _start(self) -> None:
         self._log.info(logs.DAEMON_STARTING, root=str(self.config.root), model=self.config.model)

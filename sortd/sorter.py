@@ -119,7 +119,12 @@ class Sorter:
     @property
     def is_drained(self) -> bool:
         """Tell whether nothing is left to do until something else happens: a writer closing its file, say."""
-        return not (self.is_rebuilding or self.waiting > self._backlog.busy)
+        return not (self.is_rebuilding or self.waiting > self._backlog.busy + self.refused_by_disks)
+
+    @property
+    def refused_by_disks(self) -> int:
+        """Count the images that are decided and wait for a folder that refuses again and again: its disk is full, say."""
+        return self._backlog.count(State.EMBEDDED) if self._may_decide and self._move_pauses.are_lasting else 0
 
     @property
     def is_stopped(self) -> bool:

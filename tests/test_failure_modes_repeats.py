@@ -156,6 +156,18 @@ class TestFailingDestinations:
             daemon.wait_for("image.filed", label="red")
         assert sorted(tree(colours / "Dataset")) == ["green/b.png", "red/a.png"]
 
+    def test_once_waits_for_no_destination_for_ever(self, colours: Path, write_config: Write) -> None:
+        """It files what can be filed, tries the rest for some seconds, and says that it stays, by its exit code too."""
+        (colours / "Dataset").mkdir()
+        (colours / "Dataset" / "red").write_text("in the way")
+        for name, colour in (("a.png", "red"), ("b.png", "green"), ("c.png", "red")):
+            drop(colours / "Images", colour, name)
+        with DaemonProcess(write_config(), "once") as daemon:
+            assert daemon.wait() == 73
+            assert any("2 in Colours" in line for line in daemon.noise)
+        assert sorted(tree(colours / "Images")) == ["a.png", "c.png"]
+        assert sorted(tree(colours / "Dataset")) == ["green/b.png", "red"]
+
     def test_one_failing_class_does_not_starve_the_others(self, colours: Path, write_config: Write) -> None:
         """Two hundred images that cannot move lie before and after a few that can: these do not wait for ever."""
         (colours / "Dataset").mkdir()

@@ -3,6 +3,9 @@
 RETRY_SECONDS = (1.0, 60.0)
 """First and longest pause before what failed (a rebuild, a destination) is tried again; it doubles between."""
 
+LASTING_TRIES = 4
+"""What failed so often, over seven seconds, is not over soon: whoever waits for the end of the work waits no more."""
+
 
 class Pause:
     """Something that failed and will be tried again, later each time."""
@@ -10,12 +13,14 @@ class Pause:
     def __init__(self) -> None:
         """Begin with nothing to wait for."""
         self.until: float | None = None
+        self.tries = 0
         self._seconds = RETRY_SECONDS[0]
 
     def begin(self, now: float) -> None:
         """Wait, twice as long as the last time."""
         if self.until is None:
             self.until = now + self._seconds
+            self.tries += 1
             self._seconds = min(2 * self._seconds, RETRY_SECONDS[1])
 
     def is_over(self, now: float) -> bool:
@@ -27,7 +32,7 @@ class Pause:
 
     def clear(self) -> None:
         """It worked: the next failure waits a short time again."""
-        self.until, self._seconds = None, RETRY_SECONDS[0]
+        self.until, self.tries, self._seconds = None, 0, RETRY_SECONDS[0]
 
 
 class FolderPauses:
@@ -36,6 +41,12 @@ class FolderPauses:
     def __init__(self) -> None:
         """Begin with no folder that refuses."""
         self._of: dict[str, Pause] = {}
+
+    @property
+    def are_lasting(self) -> bool:
+        """Tell whether some folder refused again and again, and no other is still given its first chances."""
+        tries = [pause.tries for pause in self._of.values() if pause.until is not None]
+        return bool(tries) and min(tries) >= LASTING_TRIES
 
     @property
     def until(self) -> float | None:
