@@ -312,6 +312,22 @@ class TestExports:
             assert first.result(60) == second.result(60)
         assert len(made) == 1
 
+    def test_what_a_killed_process_left_is_in_nobodys_way(self, exported: Exports, tmp_path: Path) -> None:
+        """Its folder goes, and the next export has one of its own: a child that lives on does not write into it."""
+        folder = exports.folder_of(exported.model, None, cache_dir=tmp_path)
+        left = [folder.with_name(f"{folder.name}.{name}") for name in ("123.part", "part")]
+        for place in left:
+            place.mkdir(parents=True)
+            (place / "image.onnx").write_bytes(b"half")
+
+        def copy_it(request: Request, _: Tell) -> None:
+            assert request.into not in left
+            assert not any(place.exists() for place in left)
+            shutil.copytree(exported.folder, request.into, dirs_exist_ok=True)
+
+        exports.make(exported.model, None, cache_dir=tmp_path, run=copy_it)
+        assert [path.name for path in (tmp_path / "onnx").iterdir() if path.is_dir()] == [folder.name]
+
     def test_a_disk_that_takes_no_more_is_said_as_such(self, clip: ModelFolder, tmp_path: Path) -> None:
         """With the folder and what to do, and nothing half-made stays; here the kernel refuses files over 20 kB."""
         before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -220,11 +220,13 @@ class TestBackend:
     def test_auto_falls_back_loudly_where_the_export_cannot_be_made_again(
         self, make_config: Callable[..., Config]
     ) -> None:
-        """A disk that takes nothing more, for example; asked for by name it is an error."""
+        """A place that cannot be written, for example; asked for by name it is an error."""
         world = World(make_config(backend="auto"))
         folder = world.exports().folder
         (folder / "image.onnx").write_bytes(b"damaged")
-        folder.with_name(f"{folder.name}.part").write_bytes(b"in the way")
+        lock = Path(f"{folder}.lock")
+        lock.unlink(missing_ok=True)
+        lock.mkdir()
         assert "-torch-" in world.load().encoder_id
         (line,) = [line for line in world.lines if line["event"] == logs.MODEL_FELL_BACK]
         assert (line["wanted"], line["backend"], line["log_level"]) == ("onnx", "torch", "warning")

@@ -170,7 +170,9 @@ def make(
         with _acquired(FileLock(f"{folder}.lock"), model.name, tell):
             made = find(model, words, cache_dir=cache_dir)  # by whoever held the lock before us
             if made is None:
-                request = Request(model, words, wanted, folder.with_name(f"{folder.name}.part"), least_gain)
+                request = Request(
+                    model, words, wanted, folder.with_name(f"{folder.name}.{os.getpid()}.part"), least_gain
+                )
                 _replace(folder, request, lambda request: run(request, tell))
                 made = find(model, words, cache_dir=cache_dir)
     except OSError as error:
@@ -203,7 +205,8 @@ def _acquired(lock: "BaseFileLock", name: str, tell: Tell) -> Iterator[None]:
 
 def _replace(folder: Path, request: Request, run: Callable[[Request], None]) -> None:
     aside = folder.with_name(f"{folder.name}.old")
-    for left_over in (request.into, aside):
+    # A process that was killed left its folder, and maybe a child that still writes there: it ends where that is gone.
+    for left_over in (*folder.parent.glob(f"{folder.name}.*part"), aside):
         shutil.rmtree(left_over, ignore_errors=True)
     _see_that_there_is_room(request)
     request.into.mkdir()
