@@ -9,6 +9,7 @@ from sortd.deciding.calibration import Evidence, calibrate_knowns
 from sortd.deciding.confidence import balanced_weights, precision_curve
 from sortd.deciding.duplicates import duplicate_distance, unit
 from sortd.deciding.evaluation import Advice, ClassReport, EvaluationReport, ModeReport, Suspect, TradeOff
+from sortd.deciding.familiarity import Looks
 from sortd.deciding.held_out import Judgement, Merge, fit_wide, judge_blend, judge_plain, merge
 from sortd.deciding.strangers import nearest_cosines
 from sortd.deciding.suspects import find_doubles, find_mislabelled, find_outliers
@@ -172,8 +173,11 @@ def _trade_offs(prototypes: PrototypeSet, merged: Merge, judgement: Judgement) -
         own=judgement.distinct_own,
         best=judgement.distinct_best,
         confidence=judgement.distinct_confidence,
-        cosine=nearest_cosines(library.rows[alone], judgement.distinct_best, library.rows, library.classes, alone),
-        typicality=None,
+        looks=Looks(
+            nearest_cosines(library.rows[alone], judgement.distinct_best, library.rows, library.classes, alone),
+            None,
+            None,
+        ),
         classes=len(prototypes.labels),
     )
     found = []

@@ -14,8 +14,9 @@ from sortd.deciding.calibration import Calibration, Evidence, calibrate_knowns, 
 from sortd.deciding.confidence import balanced_weights, fit_temperature, log_softmax
 from sortd.deciding.decision import Abstained, Assigned, Decision, decide, scores
 from sortd.deciding.duplicates import merge_duplicates, unit
+from sortd.deciding.familiarity import Looks
 from sortd.deciding.gaussian import class_means
-from sortd.deciding.leaveoneout import background_distances, choose_held_out
+from sortd.deciding.leaveoneout import background_distances, remoteness_left_out
 from sortd.deciding.plain import Plain, first_best, plain_held_out
 from sortd.deciding.prototype_set import PrototypeSet, Rule, Whitening
 from sortd.deciding.strangers import Strangers, leave_classes_out, nearest_cosines
@@ -85,7 +86,7 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int) -
     best_rule = _rule(best)
     prototypes = replace(
         prototypes,
-        whitening=_whitening(best, support.strangers),
+        whitening=_whitening(best, references, support.strangers),
         best=best_rule,
         mixed=best_rule if mixed is best else _rule(mixed),
     )
@@ -107,7 +108,7 @@ def _text(support: SupportSet) -> FloatArray:
     return np.zeros((0, support.embeddings.shape[1]), np.float32) if support.text is None else support.text
 
 
-def _whitening(blend: Blend, strangers: FloatArray) -> Whitening:
+def _whitening(blend: Blend, references: FloatArray, strangers: FloatArray) -> Whitening:
     gaussian, space = blend.gaussian, blend.space
     placed = space.place(strangers.astype(np.float64)) @ gaussian.whitener
     return Whitening(
@@ -120,6 +121,7 @@ def _whitening(blend: Blend, strangers: FloatArray) -> Whitening:
         kernel_classes=blend.kernel.classes,
         kernel_counts=blend.kernel.counts,
         strangers=unit(placed).astype(np.float32),
+        remoteness=space.remoteness(references.astype(np.float64)).astype(np.float32),
     )
 
 
@@ -141,7 +143,7 @@ def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend) -> Prot
     if settings.mode in {Mode.BEST, Mode.MIXED}:
         evidence = _blend_evidence(library, blend)
     else:
-        evidence, temperature = _plain_evidence(prototypes, library)
+        evidence, temperature = _plain_evidence(prototypes, library, blend)
         prototypes = replace(prototypes, temperature=temperature)
     own, right = evidence.own, evidence.best == evidence.own
     held = np.bincount(own, minlength=len(library.counts))
@@ -170,23 +172,33 @@ def _blend_evidence(library: Library, blend: Blend) -> Evidence:
     held = blend.held
     probabilities = np.exp(log_softmax(blend.table))
     best = first_best(blend.table) if len(held.own) else held.own
-    has_background = not blend.is_refitted and np.count_nonzero(library.counts) > 1
-    relative: Array | None = None
-    if has_background:
-        placed = blend.space.place(library.rows)
-        relative = background_distances(blend.gaussian, placed, held) - blend.distances
     return Evidence(
         own=held.own,
         best=best,
         confidence=probabilities[np.arange(len(best)), best],
-        cosine=nearest_cosines(library.rows[held.chosen], best, library.rows, library.classes, held.chosen),
-        typicality=relative,
+        looks=_looks(library, blend, best, with_typicality=True),
         classes=len(library.counts),
     )
 
 
-def _plain_evidence(prototypes: PrototypeSet, library: Library) -> tuple[Evidence, float]:
-    chosen = choose_held_out(library.counts, library.classes)
+def _looks(library: Library, blend: Blend, best: IntArray, *, with_typicality: bool) -> Looks:
+    """Return the looks of the held-out references beside their best class (R,); typicality is known of blends only."""
+    rows, classes, chosen = library.rows, library.classes, blend.held.chosen
+    if np.count_nonzero(library.counts) < 2 or not len(chosen):  # noqa: PLR2004 - no centre between classes
+        return Looks(nearest_cosines(rows[chosen], best, rows, classes, chosen), None, None)
+    if blend.refitted is not None:
+        background = blend.refitted.background
+        cosine, remoteness = blend.refitted.cosine[np.arange(len(best)), best], blend.refitted.remoteness
+    else:
+        placed = blend.space.place(rows)
+        background = background_distances(blend.gaussian, placed, blend.held) if with_typicality else np.zeros(0)
+        cosine = nearest_cosines(placed[chosen], best, placed, classes, chosen)
+        remoteness = remoteness_left_out(rows, classes, library.counts, chosen)
+    return Looks(cosine, background - blend.distances if with_typicality else None, remoteness)
+
+
+def _plain_evidence(prototypes: PrototypeSet, library: Library, blend: Blend) -> tuple[Evidence, float]:
+    chosen = blend.held.chosen
     own = library.classes[chosen]
     means = class_means(library.rows, library.classes, library.counts)
     plain = Plain(library.rows, library.classes, library.counts, means, library.text)
@@ -202,8 +214,7 @@ def _plain_evidence(prototypes: PrototypeSet, library: Library) -> tuple[Evidenc
         own=own,
         best=best,
         confidence=probabilities[np.arange(len(best)), best],
-        cosine=nearest_cosines(library.rows[chosen], best, library.rows, library.classes, chosen),
-        typicality=None,
+        looks=_looks(library, blend, best, with_typicality=False),
         classes=len(library.counts),
     )
     return evidence, temperature

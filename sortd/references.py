@@ -28,7 +28,7 @@ DESCRIPTIONS_LIMIT_BYTES = 64 * 1024
 TEXT_CLASSES_LIMIT = 500
 """With more classes than this, names are embedded only for the modes that need them: each costs eight forwards."""
 
-SHAPE_VERSION = 1
+SHAPE_VERSION = 2
 """Part of every fingerprint: raise it when the same folder would give another support set than before."""
 
 

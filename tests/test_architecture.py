@@ -42,6 +42,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "deciding.refitting": (THOUGHT, "prototypes"),
     "deciding.confidence": (THOUGHT, "prototypes"),
     "deciding.calibration": (THOUGHT, "prototypes"),
+    "deciding.familiarity": (THOUGHT, "prototypes"),
     "deciding.strangers": (THOUGHT, "prototypes"),
     "deciding.reload_gate": (THOUGHT, "prototypes"),
     "deciding.held_out": (THOUGHT, "prototypes"),

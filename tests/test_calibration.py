@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from sortd.deciding.calibration import Calibration, log_odds
+from sortd.deciding.calibration import Calibration
 from sortd.deciding.confidence import balanced_weights, choose_threshold, fit_temperature, log_softmax, precision_curve
+from sortd.deciding.familiarity import log_odds
 from sortd.deciding.strangers import leave_classes_out, nearest_cosines
 from sortd.prototypes import Abstain, Abstained, Assigned, DecisionSettings, Mode, SupportSet, build, decide
 from tests.made_features import NEEDS_FEATURES, Array, Blobs, real_world, support_set, unit
@@ -122,11 +123,11 @@ class TestKnownImages:
         assert right > 0.98
 
     def test_what_is_expected_is_what_happens(self) -> None:
-        """The share that leave-one-out foretells is the share of new images that is filed, within eight points."""
+        """The share that leave-one-out foretells is the share of new images that is filed, within ten points."""
         support, queries, labels, _ = hard_world()
         expected = build(support, DecisionSettings(), generation=1).calibration.filed_expected
         assert expected is not None
-        assert shares(support, Abstain(), queries, labels)[0] == pytest.approx(expected, abs=0.08)
+        assert shares(support, Abstain(), queries, labels)[0] == pytest.approx(expected, abs=0.10)
 
     def test_a_higher_precision_files_less(self) -> None:
         """The trade-off goes one way."""
@@ -245,3 +246,18 @@ class TestRealFeatures:
         support, _, _ = real_world(name, 16)
         _, strangers, _ = real_world(other, 1)
         assert filed_share(support, strangers[::2]) <= 0.02
+
+    def test_near_strangers_of_small_libraries(self) -> None:
+        """Of images of other classes of the same file under a fifth are filed, of the library's own most."""
+        known, strange = [], []
+        for name in ("caltech101", "oxford_pets", "ucf101"):
+            whole, queries, labels = real_world(name, 4)
+            for seed in range(10):
+                order = np.random.default_rng(seed).permutation(len(whole.labels))
+                taught, others = np.sort(order[:6]), order[6:9]
+                chosen = np.isin(whole.classes, taught)
+                support = support_set(whole.embeddings[chosen], np.searchsorted(taught, whole.classes[chosen]))
+                known.append(filed_share(support, queries[np.isin(labels, taught)][:200]))
+                strange.append(filed_share(support, queries[np.isin(labels, others)][:200]))
+        assert np.mean(known) > 0.7
+        assert np.mean(strange) < 0.2

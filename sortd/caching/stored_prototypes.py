@@ -18,7 +18,7 @@ import numpy as np
 
 from sortd.prototypes import PrototypeSet
 
-MAGIC = b"sortd prototypes 1"
+MAGIC = b"sortd prototypes 2"
 KINDS = "biufU"  # what an array may hold: numbers and text, no Python objects
 Array = np.ndarray[Any, Any]
 

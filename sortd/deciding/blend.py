@@ -9,7 +9,7 @@ from sortd.deciding.confidence import balanced_weights, fit_temperature
 from sortd.deciding.gaussian import Gaussian, Space, fit_gaussian, fit_space, shrink_means, squared_distances
 from sortd.deciding.kernel import Kernel, kernel_scores, make_kernel
 from sortd.deciding.leaveoneout import LARGEST_ROWS, HeldOut, choose_held_out, gaussian_table, hold_out, kernel_table
-from sortd.deciding.refitting import REFIT_UP_TO, refit_tables
+from sortd.deciding.refitting import REFIT_UP_TO, Refitted, refit_tables
 from sortd.deciding.text_prototypes import Names, place_names, placed_means
 
 Array = npt.NDArray[np.float64]
@@ -64,8 +64,8 @@ class Blend:
     """(R, C): leave-one-out logits of the held-out references."""
     distances: Array
     """(R,): leave-one-out squared distance of each to its best class."""
-    is_refitted: bool
-    """Whether leave-one-out was brute force, of which no background distances are known."""
+    refitted: Refitted | None
+    """What leave-one-out by brute force found, where it was that."""
 
     def logits(self, whitened: Array) -> Array:
         """Return (B, C) log probabilities up to a constant for whitened rows (B, d); -inf for absent classes."""
@@ -110,12 +110,12 @@ class _Fitter:
 
         own = self.held.own
         self.row_weights = balanced_weights(own, len(counts))
-        self.refitted: tuple[dict[float, Array], Array] | None = None
+        self.refitted: Refitted | None = None
         if len(rows) <= REFIT_UP_TO:
             text = None if library.text is None else (library.text, library.text_mean)
             weights = (0.0,) if text is None else (0.0, *TEXT_WEIGHTS)
             self.refitted = refit_tables(rows, classes, counts, self.held.chosen, text, weights)
-            self.kernel_table = self.refitted[1]
+            self.kernel_table = self.refitted.kernel
         else:
             self.kernel_table = kernel_table(self.gaussian, self.held, make_kernel(self.gaussian))
 
@@ -123,7 +123,7 @@ class _Fitter:
         """Return leave-one-out with this weight of the names: by refitting where that is cheap, else by algebra."""
         present = self.gaussian.counts > 0
         if self.refitted is not None:
-            table = self.refitted[0][weight]
+            table = self.refitted.gaussian[weight]
         else:
             named = self.named if weight else None
             shrunk = shrink_means(self.gaussian, named, weight)
@@ -203,7 +203,7 @@ def _assemble(fitter: _Fitter, competes: npt.NDArray[np.bool_], trial: _Trial) -
         held=fitter.held,
         table=trial.table,
         distances=trial.distances,
-        is_refitted=fitter.refitted is not None,
+        refitted=fitter.refitted,
     )
 
 

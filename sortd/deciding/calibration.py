@@ -1,61 +1,22 @@
 """Calibration: when to abstain, found out from the references alone at every rebuild."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sortd.deciding.confidence import balanced_weights, choose_threshold, precision_curve
+from sortd.deciding.familiarity import Gate, Looks, foreign_gate, known_gate
 from sortd.deciding.strangers import Strangers
 from sortd.deciding.support import Abstain
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-KNOWN_REFUSED = 0.10
-"""Share of known images that the gate may refuse; many of them are too near to another class anyway."""
-SHARE_OF_ODDS = 0.5
-"""Weight of the log odds in the familiarity: strangers are mostly less sure, but not always."""
-LEAST_COSINE_SPREAD = 0.01
-LEAST_ODDS_SPREAD = 1.0
-"""Spreads assumed at least: where all references are alike, or certain, a little less so is nothing strange."""
-FEW = 20
-"""Held-out references below which a quantile means little, and the lowest value seen is the gate."""
 CAUTIOUS_CLASSES = 20
 """With this many classes the cut for strangers is made at half of the share in force: strangers differ by class, and
 without it classes left out for good were filed up to three times as often as wanted."""
-STRANGER_QUANTILE = 0.25
-"""Without any class of two images the cosine gate is this quantile of what images of other classes reach."""
-
-
-@dataclass(frozen=True)
-class Gate:
-    """How familiar an image must look: cosine, typicality and confidence, in spreads of what known images have."""
-
-    least: float
-    """Least familiarity of a filed image."""
-    cosine: tuple[float, float]
-    """Mean and spread of the cosine to the nearest references of the right class."""
-    typicality: tuple[float, float] | None
-    """Mean and spread of the relative Mahalanobis distance; None where it is not known."""
-    odds: tuple[float, float] | None
-    """Mean and spread of the log odds of the class; None where nothing was left out."""
-
-    def familiarity(self, cosine: Array, typicality: Array | None, confidence: Array | None) -> Array:
-        """Return (B,) how familiar images look: 0 as known images on average, negative if less so.
-
-        Args:
-            cosine: (B,) to the nearest references of the best class.
-            typicality: (B,) relative Mahalanobis distance, or None.
-            confidence: (B,) probability of the best class, or None to judge by looks alone.
-        """
-        result = (cosine - self.cosine[0]) / self.cosine[1]
-        if self.typicality is not None and typicality is not None:
-            result = result + (typicality - self.typicality[0]) / self.typicality[1]
-        if self.odds is not None and confidence is not None:
-            result = result + SHARE_OF_ODDS * (log_odds(confidence) - self.odds[0]) / self.odds[1]
-        return result
 
 
 @dataclass(frozen=True)
@@ -108,14 +69,7 @@ class Calibration:
         curve = tuple((float(a), float(b), float(c)) for a, b, c in facts["curve"])
         gate = facts["gate"]
         if gate is not None:
-            pair = gate["typicality"]
-            odds = gate["odds"]
-            gate = Gate(
-                least=gate["least"],
-                cosine=tuple(gate["cosine"]),
-                typicality=None if pair is None else tuple(pair),
-                odds=None if odds is None else tuple(odds),
-            )
+            gate = Gate.from_json(gate)
         return cls(**{**facts, "curve": curve, "gate": gate, "notes": tuple(facts["notes"])})
 
 
@@ -126,18 +80,12 @@ class Evidence:
     own: IntArray
     best: IntArray
     confidence: Array
-    cosine: Array
-    typicality: Array | None
+    looks: Looks
     classes: int
 
 
-def log_odds(confidence: Array) -> Array:
-    """Return log odds of probabilities, bounded above where more certainty means nothing."""
-    return np.asarray(np.log(np.maximum(confidence, 1e-12) / (1.0 - confidence + 1e-4)), dtype=np.float64)
-
-
-def known_gate(evidence: Evidence, confidence: float, foreign_cosines: Array) -> Gate | None:
-    """Return a gate that all but few of the known images which would be filed pass.
+def gate_of(evidence: Evidence, confidence: float, foreign_cosines: Array) -> Gate | None:
+    """Return the gate on familiarity, or None where nothing tells what is familiar.
 
     Args:
         evidence: leave-one-out of the references.
@@ -146,37 +94,27 @@ def known_gate(evidence: Evidence, confidence: float, foreign_cosines: Array) ->
             images that are not near-duplicates.
     """
     right = evidence.best == evidence.own
-    if not right.any():
-        if not len(foreign_cosines):
-            return None
-        return Gate(float(np.quantile(foreign_cosines, STRANGER_QUANTILE)), (0.0, 1.0), None, None)
-    filed = right & (evidence.confidence >= confidence)
-    filed = filed if filed.any() else right
-    relative = None if evidence.typicality is None else evidence.typicality
-    gate = Gate(
-        least=0.0,
-        cosine=_moments(evidence.cosine[right], LEAST_COSINE_SPREAD),
-        typicality=None if relative is None else _moments(relative[right]),
-        odds=_moments(log_odds(evidence.confidence[right]), LEAST_ODDS_SPREAD),
-    )
-    familiarity = gate.familiarity(evidence.cosine, relative, evidence.confidence)
-    return replace(gate, least=_low(familiarity[filed]))
+    if right.any():
+        return known_gate(
+            evidence.looks, evidence.confidence, right, least_confidence=confidence, classes=evidence.classes
+        )
+    return foreign_gate(foreign_cosines) if len(foreign_cosines) else None
 
 
 def calibrate_knowns(evidence: Evidence, abstain: Abstain, foreign_cosines: Array) -> dict[str, Any]:
-    """Return the fields of a calibration that tell of known images; arguments as for ``known_gate``."""
+    """Return the fields of a calibration that tell of known images; arguments as for ``gate_of``."""
     weights = balanced_weights(evidence.own, evidence.classes)
     right = evidence.best == evidence.own
     facts: dict[str, Any] = {"held_out": len(right), "precision_wanted": abstain.precision}
     if not len(right):
         note = "no class has two images that differ, so nothing vouches for a precision"
-        gate = known_gate(evidence, abstain.precision, foreign_cosines)
+        gate = gate_of(evidence, abstain.precision, foreign_cosines)
         return {**facts, "confidence": abstain.precision, "gate": gate, "notes": (note,)}
     threshold = choose_threshold(evidence.confidence, right, weights, abstain.precision)
-    gate = known_gate(evidence, threshold.confidence, foreign_cosines)
+    gate = gate_of(evidence, threshold.confidence, foreign_cosines)
     filed = evidence.confidence >= threshold.confidence
     if gate is not None:
-        filed &= gate.familiarity(evidence.cosine, evidence.typicality, evidence.confidence) >= gate.least
+        filed &= gate.familiarity(evidence.looks, evidence.confidence) >= gate.least
     facts |= {
         "accuracy": float(weights @ right / weights.sum()),
         "confidence": threshold.confidence,
@@ -207,13 +145,3 @@ def calibrate_strangers(null: Strangers, wanted: float, notes: tuple[str, ...]) 
         "strangers_cut": max(wanted, attainable) * null.classes / (null.classes + CAUTIOUS_CLASSES),
         "notes": notes,
     }
-
-
-def _moments(values: Array, least: float = 1e-6) -> tuple[float, float]:
-    return float(values.mean()), max(float(values.std()), least)
-
-
-def _low(values: Array) -> float:
-    if len(values) < FEW:
-        return float(values.min())
-    return float(np.quantile(values, KNOWN_REFUSED))

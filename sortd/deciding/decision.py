@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from sortd.deciding.confidence import log_softmax
 from sortd.deciding.duplicates import unit
+from sortd.deciding.familiarity import Gate, Looks
 from sortd.deciding.gaussian import Space, squared_distances
 from sortd.deciding.kernel import kernel_scores
 from sortd.deciding.plain import first_best, plain_scores
@@ -156,6 +157,25 @@ def typicality(prototypes: PrototypeSet, queries: Array, judged: Judged) -> Arra
     return np.asarray(np.square(offsets).sum(axis=1) - nearest, dtype=np.float64)
 
 
+def looks_of(prototypes: PrototypeSet, queries: Array, judged: Judged, gate: Gate) -> Looks:
+    """Return what the gate asks of a batch: the cosine to the nearest references, typicality and remoteness."""
+    relative = typicality(prototypes, queries, judged) if gate.typicality is not None else None
+    whitening = prototypes.whitening
+    if gate.remoteness is None or whitening is None:
+        return Looks(closeness(prototypes, queries, judged), relative, None)
+    space = Space(whitening.center, whitening.scale)
+    placed = space.place(queries) if judged.placed is None else judged.placed
+    directions = (placed * whitening.scale).astype(np.float32)  # instead of placing all references
+    cosine = nearest_cosines(
+        directions,
+        judged.best,
+        prototypes.references,
+        prototypes.classes,
+        centred=(directions @ whitening.center.astype(np.float32), whitening.remoteness),
+    )
+    return Looks(cosine, relative, space.remoteness(queries))
+
+
 def _judge_blend(whitening: Whitening, rule: Rule, queries: Array) -> Judged:
     placed = Space(whitening.center, whitening.scale).place(queries)
     whitened = placed @ whitening.whitener
@@ -179,15 +199,14 @@ def _reasons(prototypes: PrototypeSet, queries: Array, judged: Judged) -> list[s
         confidence = judged.probabilities[at, judged.best]
         is_unsure = confidence < facts.confidence
         reasons[is_unsure] = "margin"
-        cosine = closeness(prototypes, queries, judged)
         has_images = prototypes.counts[judged.best] > 0
         if facts.gate is not None:
-            relative = typicality(prototypes, queries, judged) if facts.gate.typicality is not None else None
-            looks = facts.gate.familiarity(cosine, relative, None)
-            whole = facts.gate.familiarity(cosine, relative, confidence)
-            is_strange = np.where(is_unsure, looks, whole) < facts.gate.least
+            looks = looks_of(prototypes, queries, judged, facts.gate)
+            bare, whole = facts.gate.familiarity(looks, None), facts.gate.familiarity(looks, confidence)
+            is_strange = np.where(is_unsure, bare, whole) < facts.gate.least
             reasons[has_images & is_strange] = "typicality"
         if prototypes.null is not None and facts.strangers_cut is not None:
+            cosine = closeness(prototypes, queries, judged)
             shares = stranger_shares(prototypes, queries, judged, cosine)
             reasons[shares > facts.strangers_cut] = "stranger"
         if prototypes.whitening is not None and len(prototypes.whitening.strangers):

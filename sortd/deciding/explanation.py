@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sortd.deciding.decision import Abstained, Assigned, Decision, closeness, decide, judge, stranger_shares, typicality
+from sortd.deciding.decision import Abstained, Assigned, Decision, closeness, decide, judge, looks_of, stranger_shares
 from sortd.deciding.gaussian import MEAN_SHRINKAGE
 from sortd.deciding.support import ClassifierKind, Mode
 from sortd.prototypes import PrototypeSet
@@ -216,15 +216,13 @@ def _thresholds(prototypes: PrototypeSet, row: npt.NDArray[np.float64]) -> tuple
     found = [Threshold("confidence", confidence, facts.confidence, confidence >= facts.confidence)]
     if not prototypes.counts[judged.best[0]]:
         return tuple(found)
-    cosine = closeness(prototypes, row, judged)
     if facts.gate is not None:
-        relative = typicality(prototypes, row, judged) if facts.gate.typicality is not None else None
         # Whoever is unsure is asked for its looks alone, as ``decide`` does.
         certainty = None if confidence < facts.confidence else np.asarray([confidence])
-        familiarity = float(facts.gate.familiarity(cosine, relative, certainty)[0])
+        familiarity = float(facts.gate.familiarity(looks_of(prototypes, row, judged, facts.gate), certainty)[0])
         found.append(Threshold("familiarity", familiarity, facts.gate.least, familiarity >= facts.gate.least))
     if prototypes.null is not None and facts.strangers_cut is not None:
-        share = float(stranger_shares(prototypes, row, judged, cosine)[0])
+        share = float(stranger_shares(prototypes, row, judged, closeness(prototypes, row, judged))[0])
         found.append(Threshold("strangers", share, facts.strangers_cut, share <= facts.strangers_cut))
     return tuple(found)
 

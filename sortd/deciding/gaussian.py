@@ -32,6 +32,10 @@ class Space:
         """Return unit rows (B, d) of embeddings (B, d) in this space."""
         return unit((embeddings - self.center) * self.scale)
 
+    def remoteness(self, embeddings: Array) -> Array:
+        """Return (B,) distance of embeddings (B, d) to the centre, which placing them forgets."""
+        return np.asarray(np.linalg.norm((embeddings - self.center) * self.scale, axis=1), dtype=np.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
@@ -78,9 +82,19 @@ def fit_space(rows: Array, classes: IntArray, counts: IntArray) -> Space:
     center = class_means(rows, classes, counts)[present].mean(axis=0)
     weights = 1.0 / counts[classes] / present.size
     variance = weights @ np.square(rows - center)
-    typical = max(float(variance.mean()), 1e-12)
-    steady = (len(rows) * variance + PSEUDO_ROWS * typical) / (len(rows) + PSEUDO_ROWS)
-    return Space(center=center, scale=1.0 / np.sqrt(steady / typical))
+    return Space(center=center, scale=np.sqrt(inverse_spreads(variance, len(rows))))
+
+
+def inverse_spreads(variance: Array, rows: int) -> Array:
+    """Return (..., d): the typical variance over that of each dimension, steadied by pseudo-rows.
+
+    Args:
+        variance: float64 (..., d), not negative but for rounding.
+        rows: how many rows it was computed from.
+    """
+    typical = np.maximum(variance.mean(axis=-1, keepdims=True), 1e-12)
+    steady = (rows * np.maximum(variance, 0.0) + PSEUDO_ROWS * typical) / (rows + PSEUDO_ROWS)
+    return np.asarray(typical / steady, dtype=np.float64)
 
 
 def fit_gaussian(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.deciding.duplicates import unit
-from sortd.deciding.gaussian import MEAN_SHRINKAGE, Gaussian, class_means, squared_distances
+from sortd.deciding.gaussian import MEAN_SHRINKAGE, Gaussian, class_means, inverse_spreads, squared_distances
 from sortd.deciding.kernel import Kernel, finish_votes, votes
 
 Array = npt.NDArray[np.float64]
@@ -135,6 +135,30 @@ def background_distances(gaussian: Gaussian, placed: Array, held: HeldOut) -> Ar
     gain = rate / np.maximum(1.0 - rate * np.square(directions).sum(axis=1), 1e-3)
     along = np.einsum("ij,ij->i", offsets, directions)
     return np.asarray(np.square(offsets).sum(axis=1) + gain * np.square(along), dtype=np.float64)
+
+
+def remoteness_left_out(rows: Array, classes: IntArray, counts: IntArray, chosen: IntArray) -> Array:
+    """Return (R,) distance of each chosen reference to the centre of a space that was fitted without it.
+
+    Centre and spread change by what the class's mean and mean square change; between the two changes the product,
+    which is of second order, is left out.
+
+    Args:
+        rows: float64 (N, d), unit rows, sorted by class.
+        classes: int64 (N,), ascending.
+        counts: int64 (C,), of at least two classes with a row.
+        chosen: int64 (R,): rows of classes with two or more.
+    """
+    present = np.flatnonzero(counts)
+    means = class_means(rows, classes, counts)
+    center = means[present].mean(axis=0)
+    squares = class_means(np.square(rows - center), classes, counts)
+    own = classes[chosen]
+    parts = present.size * (counts[own] - 1.0)[:, None]
+    offsets = rows[chosen] - center
+    variance = squares[present].mean(axis=0) + (squares[own] - np.square(offsets)) / parts
+    offsets += (rows[chosen] - means[own]) / parts
+    return np.asarray(np.sqrt((np.square(offsets) * inverse_spreads(variance, len(rows) - 1)).sum(axis=1)))
 
 
 def _kernel_block(

@@ -42,6 +42,8 @@ class Whitening:
     """(C,): voters of each class."""
     strangers: FloatArray
     """float32 (M, d): whitened unit examples of what belongs to no class."""
+    remoteness: FloatArray
+    """float32 (N,): distance of each reference to the centre, in the standardised space."""
 
 
 @dataclass(frozen=True, eq=False)

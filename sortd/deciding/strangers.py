@@ -14,6 +14,8 @@ FOLDS = 10
 COSINE_GATE = 0.15
 """A stranger counts as like a class only if its cosine is among this top share of the strangers' (decision-rules)."""
 LARGEST_LIBRARY = 6000
+LEAST_LENGTH = 1e-6
+"""A row that is the centre itself has no direction."""
 NEIGHBOURS = 3
 """References of a class that an image is held against; more than one, so that one odd reference vouches for little."""
 
@@ -98,6 +100,7 @@ def nearest_cosines(
     itself: IntArray | None = None,
     *,
     neighbours: int = NEIGHBOURS,
+    centred: tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]] | None = None,
 ) -> Array:
     """Return (B,) the mean cosine of each query to the nearest rows of its best class; -1 for a class without rows.
 
@@ -108,6 +111,8 @@ def nearest_cosines(
         classes: (N,), ascending.
         itself: (B,) the row that each query is and must not be compared with; or None.
         neighbours: how many rows enter the mean, where the class has as many.
+        centred: for rows that were not centred, (B,) what is taken from each query's products and (N,) by what each
+            row's are divided.
     """
     result = np.full(len(queries), -1.0)
     for index in np.unique(best):
@@ -115,6 +120,9 @@ def nearest_cosines(
         if stop > start:
             asking = np.flatnonzero(best == index)
             similarities = queries[asking] @ rows[start:stop].T
+            if centred is not None:
+                shift, lengths = centred[0][asking][:, None], np.maximum(centred[1][start:stop], LEAST_LENGTH)
+                similarities = np.clip((similarities - shift) / lengths, -1.0, 1.0)
             if itself is not None:
                 similarities[itself[asking][:, None] == np.arange(start, stop)] = np.nan
             similarities.sort(axis=1)  # what is not a number comes last
