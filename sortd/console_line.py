@@ -10,6 +10,16 @@ PADDED = 22
 _UNSAID = ("encoder_id",)
 """Long, and the same in every line until the next start: ``model.loaded`` says it once."""
 
+REASONS = {
+    "no_classes": "no class to choose from",
+    "name_only": "the class is known by its name alone",
+    "too_few": "too few references",
+    "stranger": "looks like what belongs to no class",
+    "typicality": "unlike the references",
+    "margin": "another class is too near",
+}
+"""Why an image is sent to Review/, in few words; ``sortd explain`` says it in a sentence."""
+
 
 def for_people(line: MutableMapping[str, Any], *, after_event: str = "") -> MutableMapping[str, Any]:
     """Shorten a line: a move becomes one sentence, any other line loses what it repeats.
@@ -47,7 +57,7 @@ def _why(line: Mapping[str, Any]) -> str:
     if score is not None and margin is not None and second is not None:
         said.append(f"then {second} {score - margin:.3f}")
     if line.get("reason"):
-        said.append(str(line["reason"]))
+        said.append(REASONS.get(line["reason"], str(line["reason"])))
     return ", ".join(said)
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import structlog
 
-from sortd import logs
+from sortd import console_line, logs
+from sortd.deciding import explanation
 from sortd.messages import Outcome
 
 
@@ -271,8 +272,15 @@ def test_a_console_says_a_new_name_and_the_reason_not_to_file(log: structlog.std
     """A file that had to be renamed is told of by its new name; what was not filed says why."""
     renamed = {**MOVE, "destination": "/srv/sortd/Tornillos/Dataset/hex/a (2).jpg"}
     assert "Images/a.jpg -> Dataset/hex/a (2).jpg" in on_console(log, "info", logs.IMAGE_FILED, **renamed)
+    unsure = {**MOVE, "destination": "/srv/sortd/Tornillos/Review/hex/a.jpg", "reason": "margin"}
+    assert on_console(log, "info", logs.IMAGE_SENT_TO_REVIEW, **unsure).endswith("0.001, another class is too near\n")
     refused = {"dataset": "T", "path": "/T/Images/a.jpg", "destination": "/T/Rejected/a.jpg", "reason": "truncated"}
     assert on_console(log, "info", logs.IMAGE_REJECTED, **refused).endswith("T: Images/a.jpg -> Rejected/  truncated\n")
+
+
+def test_every_reason_is_said_in_words() -> None:
+    """A reason that a decision can have and that no console could say would come out as a word of the code."""
+    assert set(console_line.REASONS) == set(explanation.REASONS)
 
 
 def test_a_console_leaves_nothing_out_at_level_debug(log: structlog.stdlib.BoundLogger) -> None:
