@@ -81,6 +81,7 @@ class Daemon:
         self.config = config
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.model: WorkerReady | None = None
+        self._loading: str | None = None
         self.config_problem: str | None = None
         self._reload, self._notifier, self._metrics = reload, notifier, metrics
         self._once = once
@@ -212,9 +213,10 @@ class Daemon:
                 if name in self.datasets:
                     tell_put_back(self.datasets[name], self.datasets[name].copied(orders))
             case WorkerLoading(what=what):
+                self._loading = what
                 self._notifier.status(what)
             case WorkerReady():
-                self.model = message
+                self.model, self._loading = message, None
                 self._log.info(logs.MODEL_LOADED, model=message.description, encoder_id=message.encoder_id)
             case WorkerDied(error=error) | CopierDied(error=error):
                 raise error
@@ -300,6 +302,7 @@ class Daemon:
             "version": __version__,
             "root": str(self.config.root),
             "ready": self._is_ready,
+            "loading": self._loading,
             "model": None if self.model is None else self.model.description,
             "encoder_id": None if self.model is None else self.model.encoder_id,
             "config_problem": self.config_problem,

@@ -385,6 +385,7 @@ def test_a_start_that_exports_asks_systemd_for_time_and_says_why(
             assert line["step"] == "waiting for another process that exports the same model"
             while not all(one in told for one in ("EXTEND_TIMEOUT_USEC=", "STATUS=exporting", "WATCHDOG=1")):
                 told += manager.recv(1000).decode() + "\n"
+            daemon.wait_until(lambda: "exporting" in sortd("status", "-c", config).out, "sortd status says it")
             assert daemon.stop() == 0
     assert "waiting for another process that exports the same model" in told
     assert "READY=1" not in told

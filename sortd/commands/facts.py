@@ -110,6 +110,8 @@ def _print_run(facts: Mapping[str, Any]) -> None:
         print_line(f"  model     {model}, {facts['encoder_id']}")
         if hint:
             print_line(f"            {hint}")
+    elif facts["running"] and facts.get("loading"):
+        print_line(f"  model     {printable(facts['loading'])}")
     if facts.get("other_root"):
         print_line(
             f"  root      that one works on {printable(facts['other_root'])}, this configuration says {facts['root']}"

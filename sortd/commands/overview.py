@@ -33,7 +33,7 @@ def overview(config: Config, *, status: Callable[[Path], dict[str, Any] | None] 
         "state_dir": str(config.state_dir),
     }
     if told is not None:
-        kept = ("pid", "version", "model", "encoder_id", "ready", "config_problem", "watching", "written_at")
+        kept = ("pid", "version", "model", "encoder_id", "ready", "loading", "config_problem", "watching", "written_at")
         run |= {key: told.get(key) for key in kept}
         run["started_at"] = _started_at(told.get("started_ticks")) if is_alive else None
         run["other_root"] = told["root"] if told.get("root") not in {None, str(config.root)} else None
