@@ -123,7 +123,7 @@ class Sorter:
 
     @property
     def refused_by_disks(self) -> int:
-        """Count the images that are decided and wait for a folder that refuses again and again: its disk is full, say."""
+        """Count the images that are decided and wait for a folder that refuses again and again: a full disk, say."""
         return self._backlog.count(State.EMBEDDED) if self._may_decide and self._move_pauses.are_lasting else 0
 
     @property
