@@ -200,6 +200,18 @@ class TestExports:
         assert not list(cache.glob("onnx/*.part"))
         assert not list(cache.glob("onnx/*.old"))
 
+    def test_it_is_of_the_models_content(self, exported: Exports, cache: Path, tmp_path: Path) -> None:
+        """A copy under another name is the same model; one whose configuration changed was never exported."""
+        place = Path(shutil.copytree(exported.model.folder, tmp_path / "copy"))
+        copy = exports.find(models.locate(str(place)), None, cache_dir=cache)
+        assert copy is not None
+        assert copy.folder == exported.folder
+        config = place / "config.json"
+        config.write_text(config.read_text() + "\n")
+        changed = models.locate(str(place))
+        assert exports.find(changed, None, cache_dir=cache) is None
+        assert choose("auto", changed, None, device="cpu", cache_dir=cache).name == "torch"
+
     @pytest.mark.parametrize("damage", ["a byte", "cut", "gone", "old", "no manifest", "garbage"])
     def test_a_damaged_or_old_one_is_made_again(self, copied: Exports, tmp_path: Path, damage: str) -> None:
         """Never served as it is, whatever happened to it."""
