@@ -206,7 +206,9 @@ class References:
             error = unreadable[0]
             if error.errno in OUR_OWN_TROUBLE:
                 raise error
-            raise ReferencesAbsentError(f"{error.filename} cannot be read: {error.strerror}; give sortd the right to")
+            raise ReferencesAbsentError(
+                f"{error.filename} cannot be read: {error.strerror}; give sortd the right to read it"
+            )
         if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:
             raise ReferencesAbsentError(
                 f"{self._clases} holds no class folder: make one for each class, with images in it"

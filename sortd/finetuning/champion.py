@@ -77,4 +77,6 @@ def _descriptions(folder: Path) -> tuple[str, ...]:
     except NotADirectoryError:
         return ()
     except OSError as error:
-        raise ModelError(f"{error.filename} cannot be read: {error.strerror}; give sortd the right to") from error
+        raise ModelError(
+            f"{error.filename} cannot be read: {error.strerror}; give sortd the right to read it"
+        ) from error

@@ -115,7 +115,7 @@ def find_candidates(layout: Layout, source: Source, state: Path) -> tuple[list[C
             raise DataError(f"{error}; choose other folders with --from, or mend it") from error
         if unreadable:
             raise DataError(
-                f"{unreadable[0].filename} cannot be read: {unreadable[0].strerror}; give sortd the right to"
+                f"{unreadable[0].filename} cannot be read: {unreadable[0].strerror}; give sortd the right to read it"
             )
         files = [(path, stamp, one.label) for one in folders for path, stamp in one.files]
         placed = _placed(layout, files, state) if area is Area.DATASET else [True] * len(files)
