@@ -30,7 +30,7 @@ LEAST_RELATIVE_SPREAD = 0.03
 LEAST_WHOLE_SPREAD = 1.0
 FEW = 20
 """Held-out references below which a quantile means little, and that of a normal distribution is the gate. The least
-value seen, of a dozen, lets a quarter more strangers pass at the same share of known images."""
+value seen, of a dozen, filed 72 % of known images and 22 % of near strangers where this files 68 and 14."""
 NORMAL_QUANTILE = -1.2816
 """Standard deviations below which a normal distribution has the share that may be refused."""
 STRANGER_QUANTILE = 0.25
