@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from sortd.cache import Cache
-from sortd.caching.stored_prototypes import packed
+from sortd.caching.stored_prototypes import MAGIC, packed
 from sortd.messages import FloatArray, Stamp
 from sortd.prototypes import DecisionSettings, PrototypeSet, SupportSet, build
 
@@ -225,6 +225,16 @@ class TestDamage:
         for length in range(0, len(content), 37):
             file.write_bytes(content[:length])
             assert cache.prototypes("Tornillos") is None
+
+    def test_prototypes_of_another_format_are_said_to_be_that(
+        self, cache: Cache, path: Path, reports: list[str]
+    ) -> None:
+        """An update is no damage: what is told is that another version wrote them."""
+        cache.remember_prototypes("Tornillos", prototypes())
+        (file,) = (path.parent / "prototypes").iterdir()
+        file.write_bytes(file.read_bytes().replace(MAGIC, b"sortd prototypes 1", 1))
+        assert cache.prototypes("Tornillos") is None
+        assert "another version of sortd wrote them" in reports[-1]
 
     def test_prototypes_of_an_older_sortd_are_no_prototypes(self, cache: Cache, path: Path, reports: list[str]) -> None:
         """Whole, but of another shape: they are built anew."""

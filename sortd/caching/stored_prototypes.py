@@ -18,7 +18,9 @@ import numpy as np
 
 from sortd.prototypes import PrototypeSet
 
-MAGIC = b"sortd prototypes 2"
+KIND = b"sortd prototypes "
+MAGIC = KIND + b"2"
+"""What a file begins with: its number is raised when a prototype set has other arrays or facts than before."""
 KINDS = "biufU"  # what an array may hold: numbers and text, no Python objects
 Array = np.ndarray[Any, Any]
 
@@ -84,9 +86,11 @@ def unpacked(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
     """Return what ``packed`` took; the arrays are read-only views of ``content``.
 
     Raises:
-        ValueError: A single byte differs from what was written.
+        ValueError: A single byte differs from what was written, or another version of sortd wrote it.
     """
     magic, checksum, body = [*content.split(b"\n", 2), b"", b""][:3]
+    if magic != MAGIC and magic.startswith(KIND):
+        raise ValueError("another version of sortd wrote them")
     if magic != MAGIC or hashlib.sha256(body).hexdigest().encode() != checksum:
         raise ValueError("the checksum does not fit")
     length, _, rest = body.partition(b"\n")
