@@ -72,6 +72,13 @@ def bad(findings: Findings) -> Findings:
 class TestWhole:
     """What a check does as a whole."""
 
+    def test_a_description_that_cannot_be_read_is_named_and_the_rest_is_told(self, site: Path, look: Check) -> None:
+        """A ``class.txt`` that is a link is followed nowhere; the finding names it, and the check goes on past it."""
+        (site / "Clases" / "red" / "class.txt").symlink_to("/etc/passwd")
+        findings = look()
+        assert about(findings, Topic.REFERENCES, "red/class.txt", severity=Severity.ERROR)
+        assert about(findings, Topic.CALIBRATION)
+
     @pytest.mark.usefixtures("site")
     def test_a_healthy_site_has_nothing_to_mend(self, look: Check) -> None:
         """Nothing but notes is said about folders that are as they should be."""
