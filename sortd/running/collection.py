@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from stat import S_ISDIR
 
@@ -160,10 +161,11 @@ class Collection:
             dataset.reload(sorter_settings(own), teaching_of(own))
 
     def close(self) -> None:
-        """Finish the moves at hand and close every dataset."""
-        for dataset in self:
-            dataset.flush()
-            self._site.close(dataset)
+        """Finish the moves at hand and close every dataset, be it that the journal of one cannot be written."""
+        with ExitStack() as closing:
+            for dataset in self:
+                closing.callback(self._site.close, dataset)
+                closing.callback(dataset.flush)
 
 
 def _folder_at(path: Path) -> tuple[int, int] | None:
