@@ -209,17 +209,6 @@ class Journal:
                 "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
             )
 
-    def forget_before(self, moment: float) -> int:
-        """Remove the records of moves that ended before a moment (seconds since the epoch); return how many.
-
-        Raises:
-            JournalError: it could not be made durable.
-        """
-        with committing(self._connection, self.path):
-            return self._connection.execute(
-                "DELETE FROM moves WHERE progress = 'done' AND ended_at < ?", (moment,)
-            ).rowcount
-
     def _insert(self, relocation: Relocation, grounds: Grounds, now: float) -> None:
         cursor = self._connection.execute(
             _MOVE,

@@ -227,20 +227,6 @@ def test_facts_are_kept_and_replaced(path: Path) -> None:
         assert history.fact("generation") == "7"
 
 
-def test_old_records_can_be_forgotten_with_all_that_hangs_on_them(path: Path) -> None:
-    """What ended before the moment goes, with its members and corrections; what is open stays."""
-    with Journal(path, clock=Clock()) as journal:
-        filed(journal, "t")
-        journal.record_correction(journal.history.moves(Selection())[0], "dog", "Dataset/dog/a.jpg")
-        journal.intend([(relocation("open"), Grounds("filed"))])
-        filed(journal, "u")
-        assert journal.forget_before(3) == 1
-        assert [one.relocation.token for one in journal.history.moves(Selection())] == ["u"]
-        assert len(journal.history.unfinished()) == 1
-        assert journal._connection.execute("SELECT count(*) FROM members").fetchone()[0] == 2
-        assert journal.history.corrections() == []
-
-
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
