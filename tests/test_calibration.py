@@ -30,9 +30,9 @@ def filed_share(support: SupportSet, queries: Array, abstain: Abstain | None = N
     return float(np.mean([isinstance(one, Assigned) for one in decisions]))
 
 
-def hard_world(each: int = 12, spread: float = 2.0) -> tuple[SupportSet, Array, list[int], Blobs]:
+def hard_world(each: int = 12, spread: float = 2.0, seed: int = 0) -> tuple[SupportSet, Array, list[int], Blobs]:
     """Return a library in which a third of the images cannot be told apart."""
-    blobs = Blobs(20, spread=spread)
+    blobs = Blobs(20, spread=spread, seed=seed)
     index = np.repeat(np.arange(20), each)
     asked = np.repeat(np.arange(20), 40)
     return support_set(blobs.draw(index), index), blobs.draw(asked), asked.tolist(), blobs
@@ -123,11 +123,15 @@ class TestKnownImages:
         assert right > 0.98
 
     def test_what_is_expected_is_what_happens(self) -> None:
-        """The share that leave-one-out foretells is the share of new images that is filed, within ten points."""
-        support, queries, labels, _ = hard_world()
-        expected = build(support, DecisionSettings(), generation=1).calibration.filed_expected
-        assert expected is not None
-        assert shares(support, Abstain(), queries, labels)[0] == pytest.approx(expected, abs=0.10)
+        """The share that leave-one-out foretells is that of new images that is filed: within six points on average."""
+        gaps = []
+        for seed in range(6):
+            support, queries, labels, _ = hard_world(seed=seed)
+            expected = build(support, DecisionSettings(), generation=1).calibration.filed_expected
+            assert expected is not None
+            gaps.append(shares(support, Abstain(), queries, labels)[0] - expected)
+        assert np.mean(gaps) == pytest.approx(0.0, abs=0.06)
+        assert np.max(np.abs(gaps)) < 0.1
 
     def test_a_higher_precision_files_less(self) -> None:
         """The trade-off goes one way."""
