@@ -20,7 +20,7 @@ import structlog
 
 from sortd import __version__, logs
 from sortd.config import Config, restart_needed
-from sortd.errors import ConfigError, DestinationError, LayoutError
+from sortd.errors import ConfigError, DestinationError, LayoutError, StoppedError
 from sortd.layout import Area
 from sortd.metrics import Metrics
 from sortd.running.collection import Collection
@@ -112,13 +112,17 @@ class Daemon:
         Raises:
             SortdError: what stopped it: the model, the layout, the journal.
         """
+        is_cut_short = False
         with signals_posted(self.inbox.put):
             try:
                 self._start()
                 while not self._is_done():
                     self._turn()
+                is_cut_short = self._once and not self._is_drained()
             finally:
                 self._stop()
+        if is_cut_short:
+            raise StoppedError("stopped before all was done; nothing is half done, and the next run goes on from here")
         problems = [f"{dataset.name}: {dataset.problem}" for dataset in self.collection if dataset.problem]
         if self._once and problems:
             raise LayoutError("; ".join(problems))
@@ -146,9 +150,11 @@ class Daemon:
     def _is_done(self) -> bool:
         if self._is_stopping:
             return all(dataset.sorter.is_stopped for dataset in self.collection)
-        if not self._once or self.model is None:
-            return False
-        return all(dataset.is_drained or dataset.is_stuck for dataset in self.collection)
+        return self._once and self._is_drained()
+
+    def _is_drained(self) -> bool:
+        """Tell whether nothing is left that can be done now."""
+        return self.model is not None and all(dataset.is_drained or dataset.is_stuck for dataset in self.collection)
 
     def _stop(self) -> None:
         self._notifier.stopping()

@@ -32,6 +32,12 @@ class AlreadyRunningError(StartupError):
     exit_code = 75
 
 
+class StoppedError(StartupError):
+    """What was to be done once was stopped by a signal before it was done; whoever asked may ask again."""
+
+    exit_code = 75
+
+
 class ModelError(StartupError):
     """The model cannot be had or is no CLIP."""
 

@@ -282,6 +282,21 @@ def test_once_files_what_is_there_and_stops(colours: Path, write_config: Write) 
     assert list(tree(colours / "Dataset")) == ["green/a.png"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_once_that_is_stopped_says_that_something_is_left(
+    colours: Path, write_config: Write, number: signal.Signals
+) -> None:
+    """A script can tell by its exit code that it must run again, and the next run does the rest."""
+    picture("green", 1).save(colours / "Images" / "a.png")
+    with DaemonProcess(write_config(settle_seconds=3600), "once") as daemon:
+        daemon.wait_for("daemon.ready")
+        assert daemon.stop(number) == 75
+    assert (colours / "Images" / "a.png").is_file()
+    with DaemonProcess(write_config(), "once") as daemon:
+        assert daemon.wait() == 0
+    assert list(tree(colours / "Dataset")) == ["green/a.png"]
+
+
 def test_a_dry_run_touches_nothing(colours: Path, write_config: Write, tmp_path: Path) -> None:
     """It says where the image would go and leaves every byte, name and time as they were."""
     picture("green", 1).save(colours / "Images" / "a.png")
