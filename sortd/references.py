@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sortd import mends
 from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.decoding.files import OUR_OWN_TROUBLE
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
@@ -206,9 +207,7 @@ class References:
             error = unreadable[0]
             if error.errno in OUR_OWN_TROUBLE:
                 raise error
-            raise ReferencesAbsentError(
-                f"{error.filename} cannot be read: {error.strerror}; give sortd the right to read it"
-            )
+            raise ReferencesAbsentError(mends.unreadable(error))
         if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:
             raise ReferencesAbsentError(
                 f"{self._clases} holds no class folder: make one for each class, with images in it"

@@ -12,6 +12,7 @@ THOUGHT, EDGE, DRIVER = 0, 1, 2
 FLOORS: dict[str, tuple[int, str]] = {
     # floor 0: thought; knows no file, clock, thread, log or model
     "errors": (THOUGHT, "errors"),
+    "mends": (THOUGHT, "mends"),
     "deciding.support": (THOUGHT, "prototypes"),
     "prototypes": (THOUGHT, "prototypes"),
     "messages": (THOUGHT, "messages"),

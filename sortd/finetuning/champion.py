@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sortd import mends
 from sortd.deciding.decision import judge
 from sortd.deciding.prompts import GENERIC_NOUNS, prompts
 from sortd.errors import ModelError
@@ -77,6 +78,4 @@ def _descriptions(folder: Path) -> tuple[str, ...]:
     except NotADirectoryError:
         return ()
     except OSError as error:
-        raise ModelError(
-            f"{error.filename} cannot be read: {error.strerror}; give sortd the right to read it"
-        ) from error
+        raise ModelError(mends.unreadable(error)) from error

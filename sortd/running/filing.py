@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from sortd import mends
 from sortd.errors import BusyError, ChangedError, ImageError, VanishedError
 from sortd.journal import Grounds, Journal, Record
 from sortd.journaling.records import with_reason
@@ -306,5 +307,6 @@ def _failure(move: Move, trouble: Exception, outcome: str = "") -> MoveFailed:
         case _:
             failure = MoveFailure.DESTINATION
     said = trouble.strerror if isinstance(trouble, OSError) and trouble.strerror else str(trouble)
-    then = f" ({outcome})" if outcome not in said else ""
+    mend = mends.to_write(trouble) if isinstance(trouble, OSError) else ""
+    then = (f" ({outcome})" if outcome not in said else "") + (f"; {mend}" if mend else "")
     return MoveFailed(move.path, move.stamp, failure, f"{move.path} -> {move.folder}: {said}{then}")
