@@ -276,20 +276,12 @@ def with_backend(config: Config, backend: str) -> Encoder:
     Raises:
         ModelError: it cannot be had.
     """
-    from sortd.encoder import load
-    from sortd.encoding import exports, models
+    from sortd.encoding import exports
+    from sortd.running.exporting import located
+    from sortd.running.precision import load_on
 
     if backend != "torch":
-        model = models.locate(config.model, cache_dir=config.cache_dir)
-        words = None if config.text_model is None else models.locate_text(config.text_model, cache_dir=config.cache_dir)
+        model, words = located(config)
         if exports.find(model, words, cache_dir=config.cache_dir) is None:
             raise ModelError(f"{model.name} has not been exported to ONNX; `sortd models export` does it")
-    return load(
-        config.model,
-        text_model=config.text_model,
-        backend=backend,
-        device=config.device,
-        cache_dir=config.cache_dir,
-        threads=config.threads,
-        decoding=config.decoding.jpeg,
-    )
+    return load_on(config, backend)

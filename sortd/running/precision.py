@@ -51,7 +51,7 @@ def load_encoder(
     chosen = choose(config.backend, model, words, device=config.device, cache_dir=config.cache_dir)
     if chosen.name == "torch":
         tell(f"torch; {chosen.why}" if config.backend == "auto" and exports.is_installed() else "torch")
-        return _load(config, "torch")
+        return load_on(config, "torch")
     try:
         exported = exports.find(model, words, cache_dir=config.cache_dir)
         if exported is None and may_prepare:
@@ -67,7 +67,7 @@ def load_encoder(
             raise
         _fell_back("onnx", "torch", str(error))
         tell(f"torch; {error}")
-    return _load(config, "torch")
+    return load_on(config, "torch")
 
 
 def _by_onnx(config: Config, exported: Exports, judged: Callable[[], Verdict | None]) -> tuple[Encoder, str]:
@@ -77,7 +77,7 @@ def _by_onnx(config: Config, exported: Exports, judged: Callable[[], Verdict | N
         ModelError: not even float32 loads.
     """
     if config.device != "cpu" and can_use_gpu(exports.available_providers()):
-        exact = _load(config, "onnx")
+        exact = load_on(config, "onnx")
         if isinstance(exact, OnnxEncoder) and exact.runs_on != "CPU":
             return exact, f"onnx fp32 on {exact.runs_on}"
         _fell_back("onnx on the GPU", "onnx on the CPU", "its libraries, or the driver, do not load")
@@ -89,21 +89,26 @@ def _by_onnx(config: Config, exported: Exports, judged: Callable[[], Verdict | N
             try:
                 whole = pooled(verdict.datasets)
                 said = f"onnx int8; {whole.same} of {whole.filed} references filed as by fp32"
-                return _load(config, "onnx-int8"), said
+                return load_on(config, "onnx-int8"), said
             except ModelError as error:
                 _fell_back("onnx int8", "onnx fp32", str(error))
                 reason = f"int8 does not serve: {error}"
         else:
             told = "it has not been judged on these references" if verdict is None else verdict.refusal
             reason = f"int8 does not serve: {told}"
-    return _load(config, "onnx"), f"onnx fp32; {reason}"
+    return load_on(config, "onnx"), f"onnx fp32; {reason}"
 
 
 def _fell_back(wanted: str, backend: str, error: str) -> None:
     warn(logs.MODEL_FELL_BACK, wanted=wanted, backend=backend, error=error)
 
 
-def _load(config: Config, backend: str) -> Encoder:
+def load_on(config: Config, backend: str) -> Encoder:
+    """Load the configured model on a backend; nothing is chosen, exported or judged.
+
+    Raises:
+        ModelError: it cannot be had on this backend.
+    """
     return load(
         config.model,
         text_model=config.text_model,
