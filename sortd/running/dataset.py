@@ -263,10 +263,8 @@ class Dataset:
             self.account.unreadable(error)
             self._commands.extend(self.sorter.receive(LookRefused(path), monotonic()))
             return
-        if (
-            mark is None and self._presence.problem() is not None
-        ):  # absent is not gone: what is known of it holds when it is back
-            return
+        if mark is None and self._presence.problem() is not None:
+            return  # absent is not gone: what is known of it holds when it is back
         writer = (writer_of(path) or Writer.UNKNOWN) if inspect and mark is not None else None
         event = ImageGone(path) if mark is None else ImageSeen(path, mark, writer, closed)
         self._commands.extend(self.sorter.receive(event, monotonic()))
