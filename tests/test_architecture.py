@@ -286,10 +286,10 @@ def test_nothing_slow_is_imported_at_the_top(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_reads_in_one_sitting(module: str) -> None:
-    """At most 350 lines, and a docstring that says what its noun is."""
+    """At most 500 lines, and a docstring that says what its noun is."""
     text = file_of(module).read_text(encoding="utf-8")
     assert ast.get_docstring(ast.parse(text))
-    assert len(text.splitlines()) <= 350
+    assert len(text.splitlines()) <= 500
 
 
 def test_nothing_is_pickled() -> None:
