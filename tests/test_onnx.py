@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from sortd.encoding import exports, models, onnx_export
 from sortd.encoding.backends import choose
 from sortd.encoding.export_process import STEPS, Request, Tell, heard, run_child
 from sortd.encoding.exports import Exports
-from sortd.encoding.manifest import Manifest, Precision
+from sortd.encoding.manifest import Precision
 from sortd.encoding.model_folders import ModelFolder
 from sortd.encoding.onnx_encoder import OnnxEncoder
 from sortd.encoding.onnx_int8 import FULL_RANGE, REDUCED_RANGE, quantize, weight_range
@@ -241,16 +242,34 @@ class TestExports:
             for name, content in made.items():
                 (request.into / name).write_bytes(content)
             sums = models.checksums([request.into / name for name in made])
-            fresh = Manifest(
-                request.identity, DIMENSIONS, copied.manifest.preprocessing, copied.manifest.text, 0.0,
-                {path.name: checksum for path, checksum in sums.items()},
-            )  # fmt: skip
+            fresh = replace(
+                copied.manifest,
+                identity=request.identity,
+                checksums={path.name: checksum for path, checksum in sums.items()},
+            )
             (request.into / exports.MANIFEST).write_text(fresh.to_json())
 
         made = exports.make(copied.model, None, cache_dir=tmp_path, run=put_back)
         assert len(again) == 1
         assert made.tower("image", Precision.FP32).read_bytes() == b"made again"
         assert sorted(path.name for path in made.folder.iterdir()) == ["image.onnx", "manifest.json", "text.onnx"]
+
+    @pytest.mark.parametrize(
+        ("made_for", "here", "serves"),
+        [
+            (REDUCED_RANGE, REDUCED_RANGE, True),
+            (REDUCED_RANGE, FULL_RANGE, True),
+            (FULL_RANGE, FULL_RANGE, True),
+            (FULL_RANGE, REDUCED_RANGE, False),
+        ],
+    )
+    def test_find_int8_export_of_another_processor_serves_where_it_cannot_overflow(
+        self, copied: Exports, tmp_path: Path, made_for: int, here: int, *, serves: bool
+    ) -> None:
+        """The range of the weights stands in the manifest and is held against the processor that loads them."""
+        manifest = replace(copied.manifest, weight_range=made_for)
+        (copied.folder / exports.MANIFEST).write_text(manifest.to_json())
+        assert (exports.find(copied.model, None, cache_dir=tmp_path, largest=here) is not None) == serves
 
     def test_a_failed_export_says_why_and_leaves_the_old_one(self, copied: Exports, tmp_path: Path) -> None:
         """The child's last words are the message; nothing half-made stands."""
@@ -387,9 +406,7 @@ class TestExports:
         assert onnx_export._reduce(copied.folder, 1e6, copied.manifest.preprocessing) < 1e6
         assert not copied.tower("image", Precision.INT8).exists()
         sums = {name: one for name, one in copied.manifest.checksums.items() if "int8" not in name}
-        manifest = Manifest(
-            copied.manifest.identity, DIMENSIONS, copied.manifest.preprocessing, copied.manifest.text, 1.1, sums
-        )
+        manifest = replace(copied.manifest, gain=1.1, checksums=sums)
         without = Exports(copied.folder, copied.model, None, manifest)
         assert without.precisions == (Precision.FP32,)
         with pytest.raises(ModelError, match=r"has no int8 export: int8 was 1\.10 times as quick"):
@@ -519,19 +536,31 @@ class TestQuantization:
         save(model, str(tmp_path / "exact.onnx"))
         return tmp_path / "exact.onnx"
 
-    def test_it_is_near_for_every_row(self, graph: Path) -> None:
-        """A row a thousand times as large beside it takes no precision from a small one; a row of zeros stays zero."""
+    @pytest.mark.parametrize(
+        ("largest", "engine"),
+        [(FULL_RANGE, "reference"), (REDUCED_RANGE, "reference"), (REDUCED_RANGE, "ONNX Runtime")],
+    )
+    def test_quantize_any_range_rounds_each_row_by_itself(self, graph: Path, largest: int, engine: str) -> None:
+        """A row a thousand times as large takes no precision from a small one, and a row of zeros stays zero.
+
+        The full range is computed by the reference evaluator, whose products are exact on every processor; the reduced
+        range is exact in ONNX Runtime on every processor too.
+        """
+        from onnx.reference import ReferenceEvaluator
+
         from sortd.encoding.onnx_encoder import open_tower
 
         quick = graph.with_name("quick.onnx")
-        assert quantize(graph, quick, largest=FULL_RANGE) == 2
+        assert quantize(graph, quick, largest=largest) == 2
         rows = np.random.default_rng(1).normal(0, 1, (4, 16)).astype(np.float32)
         rows[1] *= 1000
         rows[2] = 0
         exact = open_tower(graph, threads=1).run(None, {"x": rows})[0]
-        rounded = open_tower(quick, threads=1).run(None, {"x": rows})[0]
-        assert np.abs(exact - rounded)[[0, 3]].max() < 0.03 * np.abs(exact[[0, 3]]).max()
-        assert np.abs(exact - rounded)[1].max() < 0.03 * np.abs(exact[1]).max()
+        tower = open_tower(quick, threads=1) if engine == "ONNX Runtime" else ReferenceEvaluator(str(quick))
+        rounded = tower.run(None, {"x": rows})[0]
+        step = 0.03 * FULL_RANGE / largest
+        assert np.abs(exact - rounded)[[0, 3]].max() < step * np.abs(exact[[0, 3]]).max()
+        assert np.abs(exact - rounded)[1].max() < step * np.abs(exact[1]).max()
         assert np.allclose(exact[2], rounded[2])
 
     def test_nothing_to_do_writes_nothing(self, graph: Path) -> None:

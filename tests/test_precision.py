@@ -5,6 +5,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def vouch_for(found: Exports, tower: Path) -> None:
     """Write a tower as it is now into the manifest."""
     manifest = Manifest.from_json((found.folder / exports.MANIFEST).read_text())
     sums = {**manifest.checksums, tower.name: models.checksums([tower])[tower]}
-    fresh = Manifest(manifest.identity, manifest.dimensions, manifest.preprocessing, manifest.text, manifest.gain, sums)
+    fresh = replace(manifest, checksums=sums)
     (found.folder / exports.MANIFEST).write_text(fresh.to_json())
 
 

@@ -82,13 +82,13 @@ def available_providers() -> list[str]:
 
 
 def identity(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path | None) -> str:
-    """Return what an export of a model is made of, as a hash: other weights, code or processor give another.
+    """Return what an export of a model is made of, as a hash: other weights or code give another.
 
     Raises:
         ModelError: ONNX Runtime is not installed.
     """
     content = [models.digest(part, cache_dir=cache_dir) for part in (model, words) if part is not None]
-    facts = (content, FORMAT, OPSET, runtime_version(), weight_range())
+    facts = (content, FORMAT, OPSET, runtime_version())
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
@@ -116,8 +116,19 @@ def has_any(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path) -
     return (cache_dir / "onnx").is_dir() and folder_of(model, words, cache_dir=cache_dir).is_dir()
 
 
-def find(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path) -> Exports | None:
+def find(
+    model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path, largest: int | None = None
+) -> Exports | None:
     """Return the exports of a model, or None where there are none that serve as they are.
+
+    Exports made on another machine (a moved disk, a container image, a shared cache) serve if this processor multiplies
+    their weights without overflow.
+
+    Args:
+        model: the image model.
+        words: the text model, where it is another.
+        cache_dir: the folder of the cache.
+        largest: the largest quantized weight that this processor multiplies; None asks ``onnx_int8.weight_range``.
 
     Raises:
         ModelError: ONNX Runtime is not installed.
@@ -133,8 +144,11 @@ def find(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path) -> E
         sums = models.checksums(files.values(), cache_dir=cache_dir)
     except (OSError, ValueError):
         return None
+    found = Exports(folder, model, words, manifest)
+    if Precision.INT8 in found.precisions and manifest.weight_range > (largest or weight_range()):
+        return None
     is_sound = all(sums[files[name]] == checksum for name, checksum in manifest.checksums.items())
-    return Exports(folder, model, words, manifest) if is_sound else None
+    return found if is_sound else None
 
 
 def make(

@@ -35,6 +35,9 @@ class Manifest:
     text: TextInputs
     gain: float
     """How many times as quick int8 was as float32, image by image, when it was made; 0 where nothing can be int8."""
+    weight_range: int
+    """The largest quantized weight of the int8 files: a processor whose own ``onnx_int8.weight_range`` is smaller
+    would overflow on them."""
     checksums: Mapping[str, str]
     """sha256 of each file by its name."""
     made_with: Mapping[str, str] = field(default_factory=dict)

@@ -95,6 +95,7 @@ def export(request: Request, tell: Tell) -> None:
         preprocessing=torch_encoder.preprocessing,
         text=text,
         gain=gain,
+        weight_range=weight_range(),
         checksums={path.name: checksum for path, checksum in checksums(files).items()},
         made_with={name: version(name) for name in ("onnx", "torch", "transformers", "sentence-transformers")},
     )
