@@ -40,6 +40,7 @@ CLASSIFIER_REFUSED: Final = "classifier.refused"
 REFERENCES_UNREADABLE: Final = "references.unreadable"
 REFERENCES_EMPTIED: Final = "references.emptied"
 REFERENCES_MISNAMED: Final = "references.misnamed"
+SCAN_FINISHED: Final = "scan.finished"
 SCAN_UNREADABLE: Final = "scan.unreadable"
 WATCH_OVERFLOWED: Final = "watch.overflowed"
 WATCH_RESTARTED: Final = "watch.restarted"
@@ -79,6 +80,7 @@ EVENTS: Final[Mapping[str, str]] = {
     REFERENCES_UNREADABLE: "a reference image cannot be read; the others count",
     REFERENCES_EMPTIED: "a class folder was emptied while running; its prototype stays until reload",
     REFERENCES_MISNAMED: "a class folder has a name that cannot be a class",
+    SCAN_FINISHED: "every file in Images/ was looked at (level debug)",
     SCAN_UNREADABLE: "a folder or file could not be looked at",
     WATCH_OVERFLOWED: "more happened than the watcher could tell; a scan follows",
     WATCH_RESTARTED: "the watcher had died or gone deaf and hears again; a scan follows",

@@ -17,7 +17,7 @@ from tests.fake_encoder import FakeEncoder
 
 @dataclass(frozen=True, slots=True)
 class BrokenEncoder(FakeEncoder):
-    """Does what the word in the file ``$BREAK_FILE`` says: raise, nan, zero or slow; without the file it is sound."""
+    """Does what the word in the file ``$BREAK_FILE`` says: raise, nan, zero, or wait; without the file it is sound."""
 
     def encode_images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Embed pixels, or fail to.
@@ -35,8 +35,9 @@ class BrokenEncoder(FakeEncoder):
                 return np.full_like(rows, np.nan)
             case "zero":
                 return np.zeros_like(rows)
-            case "slow":
-                time.sleep(0.02 * len(rows))
+            case "wait":
+                while file.exists():
+                    time.sleep(0.01)
         return rows
 
 

@@ -1,5 +1,6 @@
 """A real sortd in a process of its own, on a temporary tree: started, listened to, signalled and waited for."""
 
+import ctypes
 import json
 import os
 import signal
@@ -14,6 +15,9 @@ from typing import Any, Self
 
 import numpy as np
 from PIL import Image
+
+from sortd.journaling.history import History
+from sortd.journaling.records import Selection
 
 PATIENCE_SECONDS = 120.0
 """How long a test waits for what must happen; machines under load are slow, and a failure is rare."""
@@ -33,8 +37,20 @@ class DaemonProcess:
         environment: Mapping[str, str] | None = None,
         program: str = "tests.fast_sortd",
         under: Sequence[str] = (),
+        keeps_files: bool = True,
     ) -> None:
-        """Start it; ``under`` is a program, with its arguments, that becomes sortd: setpriv(1), say."""
+        """Start it.
+
+        Args:
+            config: its configuration, in the temporary folder that holds its state and its data.
+            arguments: the command; ``run`` by default.
+            environment: variables beside the ones of this process.
+            program: the module that is run.
+            under: a program, with its arguments, that becomes sortd: setpriv(1), say.
+            keeps_files: whether each file that sortd moved still stands when the block ends; not so where the test
+                removes or replaces some.
+        """
+        self._folder, self._keeps_files, self._was_killed = config.parent, keeps_files, False
         self.lines: list[dict[str, Any]] = []
         self.noise: list[str] = []
         self._heard = threading.Condition()
@@ -83,12 +99,18 @@ class DaemonProcess:
                     raise AssertionError(f"{what} did not come; exit {self.process.poll()}; log:\n{self.tail()}")
                 self._heard.wait(min(left, 0.1))
 
+    def wait_for_scans(self, count: int = 1) -> None:
+        """Wait until so many scans have begun and ended from now on; sortd must log at level debug."""
+        ended = len(self.events("scan.finished"))
+        self.wait_for("scan.finished", count=ended + count + 1)  # the first may have begun before
+
     def tail(self, lines: int = 40) -> str:
         """Return the end of what was logged."""
         return "\n".join([*(json.dumps(line) for line in self.lines[-lines:]), *self.noise[-lines:]])
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal."""
+        self._was_killed |= number == signal.SIGKILL
         self.process.send_signal(number)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
@@ -110,19 +132,58 @@ class DaemonProcess:
         """Return itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Leave no process behind."""
-        if self.process.poll() is None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Stop it by SIGTERM, and check how it ended; after a failed test, kill it."""
+        if kind is not None:
             self.process.kill()
+            self.wait()
+            return
+        if self.process.poll() is None:
+            code = self.stop()
+            assert code == 0, f"exit {code}; log:\n{self.tail()}"
         self.wait()
+        if not self._was_killed:
+            is_refused = bool(self.events("move.failed"))  # the move stays open until its folder serves
+            check_journals(self._folder, keeps_files=self._keeps_files, may_be_open=is_refused)
+
+
+def check_journals(folder: Path, *, keeps_files: bool, may_be_open: bool) -> None:
+    """Check that no move below a temporary folder is open and, with ``keeps_files``, that each moved file is there.
+
+    A file is there if its inode stands anywhere below the folder, or if a later move took it on.
+    """
+    inodes = {path.lstat().st_ino for path in folder.rglob("*")} if keeps_files else set()
+    for journal in folder.glob("state/*/journal.sqlite"):
+        with History.open(journal) as history:
+            assert may_be_open or not history.unfinished()
+            records = history.moves(Selection(limit=None)) if keeps_files else []
+        sources = {f"{record.relocation.source}/{record.relocation.image.name}" for record in records}
+        lost = [
+            record.destination_path
+            for record in records
+            if record.relocation.image.moved_stamp is not None
+            and record.relocation.image.moved_stamp.inode not in inodes
+            and record.destination_path not in sources
+        ]
+        assert not lost, f"{journal}: {lost}"
 
 
 @contextmanager
-def running(config: Path, *, program: str = "tests.fast_sortd", **environment: str) -> Iterator[DaemonProcess]:
-    """Start ``sortd run``, wait until it is ready, and leave no process behind."""
-    with DaemonProcess(config, environment=environment, program=program) as daemon:
+def running(
+    config: Path, *, program: str = "tests.fast_sortd", keeps_files: bool = True, **environment: str
+) -> Iterator[DaemonProcess]:
+    """Start ``sortd run``, wait until it is ready, and end it by a clean stop; see ``DaemonProcess``."""
+    with DaemonProcess(config, environment=environment, program=program, keeps_files=keeps_files) as daemon:
         daemon.wait_for("daemon.ready")
         yield daemon
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Swap what stands under two names, in one step: at no moment is either name free."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    at_cwd, rename_exchange = -100, 2  # from fcntl.h and linux/fs.h
+    if libc.renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), os.fspath(first), None, os.fspath(second))
 
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 190, 60), "blue": (50, 60, 210)}

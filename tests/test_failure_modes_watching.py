@@ -6,8 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 from sortd.commands.journals import JOURNAL_FILE
 from sortd.journaling.history import History
 from sortd.layout import Layout
-from tests.daemon_process import COLOURS, make_dataset, picture, running, tree
+from tests.daemon_process import COLOURS, exchange, make_dataset, picture, running, tree
 
 Write = Callable[..., Path]
 
@@ -126,7 +126,7 @@ class TestFoldersThatComeAndGo:
             daemon.wait_for("root.absent")
             drop(outside / "Data" / "Colours" / "Images", "blue", "meanwhile.png")
             (outside / "Data").rename(colours.parent)
-            assert daemon.wait_for("image.filed", seconds=20)["label"] == "blue"
+            assert daemon.wait_for("image.filed")["label"] == "blue"
             drop(colours / "Images", "red", "later.png")
             daemon.wait_for("image.filed", count=2)
 
@@ -135,7 +135,7 @@ class TestFoldersThatComeAndGo:
     ) -> None:
         """Absent is not gone: a file that the user took back is still held when its disk is mounted again."""
         config = write_config(rescan_seconds=1)
-        with running(config) as daemon:
+        with running(config, SORTD_LOG__LEVEL="debug") as daemon:
             drop(colours / "Images", "red", "undone.png")
             daemon.wait_for("image.filed")
             undo = [sys.executable, "-m", "sortd", "undo", "--last", "1", "-c", str(config)]
@@ -146,16 +146,18 @@ class TestFoldersThatComeAndGo:
             (outside / "Data").rename(colours.parent)
             drop(colours / "Images", "green", "other.png")
             daemon.wait_for("image.filed", label="green")
-            time.sleep(3.5)  # three scans, and a new status
-            assert held(colours) == 1
+            daemon.wait_for_scans(2)
             assert daemon.stop() == 0
+            assert held(colours) == 1
             assert len(daemon.events("image.filed")) == 2
         assert sorted(tree(colours / "Images")) == ["undone.png"]
 
-    def test_a_dataset_without_its_marker_waits_until_it_is_back(self, colours: Path, write_config: Write) -> None:
+    def test_a_dataset_without_its_marker_waits_until_it_is_back(
+        self, colours: Path, write_config: Write, outside: Path
+    ) -> None:
         """Without .sortd/ the disk is taken for not mounted: nothing moves; made anew, all is as before."""
         with running(write_config(rescan_seconds=1)) as daemon:
-            shutil.rmtree(colours / ".sortd")
+            (colours / ".sortd").rename(outside / ".sortd")
             drop(colours / "Images", "red", "a.png")
             assert "is the disk mounted?" in daemon.wait_for("prototypes.rebuild_failed")["error"]
             assert (colours / "Images" / "a.png").exists()
@@ -168,12 +170,11 @@ class TestFoldersThatComeAndGo:
     ) -> None:
         """An error is no answer: the dataset is not let go, and served when its disk answers again."""
         with running(write_config(rescan_seconds=1)) as daemon:
-            colours.rename(outside / "away")
-            colours.symlink_to(colours)  # each look at it ends with ELOOP, as with EIO or ESTALE
+            (outside / "away").symlink_to(colours)
+            exchange(colours, outside / "away")  # each look at it ends with ELOOP, as with EIO or ESTALE
             daemon.wait_for("scan.unreadable", count=4)
             assert not daemon.events("dataset.gone")
-            colours.unlink()
-            (outside / "away").rename(colours)
+            exchange(colours, outside / "away")
             drop(colours / "Images", "red", "a.png")
             daemon.wait_for("image.filed")
             assert daemon.stop() == 0
@@ -216,7 +217,7 @@ class TestFoldersThatComeAndGo:
             daemon.wait_for("image.filed")
             assert not daemon.events("dataset.added", dataset="Later")
             make_dataset(colours.parent, "Later")
-            daemon.wait_for("prototypes.rebuilt", dataset="Later", classes=3, references=12, seconds=20)
+            daemon.wait_for("prototypes.rebuilt", dataset="Later", classes=3, references=12)
 
     def test_an_inbox_that_is_deleted_and_made_anew_is_heard(self, colours: Path, write_config: Write) -> None:
         """Images/ may go and come back."""
@@ -224,7 +225,7 @@ class TestFoldersThatComeAndGo:
             shutil.rmtree(colours / "Images")
             (colours / "Images").mkdir()
             drop(colours / "Images", "green", "a.png")
-            daemon.wait_for("image.filed", seconds=20)
+            daemon.wait_for("image.filed")
 
     def test_a_renamed_dataset_is_served_under_its_new_name(self, colours: Path, write_config: Write) -> None:
         """The old name is let go, the new one taken up with its journal, and nothing is written under the old one."""
@@ -289,13 +290,16 @@ class TestFoldersThatComeAndGo:
     def test_a_tree_that_is_moved_out_again_is_forgotten(
         self, colours: Path, write_config: Write, outside: Path
     ) -> None:
-        """Taken away before it settled: no error, nothing of it is moved, and the place is not looked at again."""
-        with running(write_config(settle_seconds=2)) as daemon:
+        """Taken away before it was done: no error, nothing of it is moved, and the place is not looked at again."""
+        with running(write_config()) as daemon, ExitStack() as writers:
             album = colours / "Images" / "album"
             album.mkdir()
             for number in range(5):
-                drop(album, "red", f"{number}.png", number)
+                file = writers.enter_context((album / f"{number}.png").open("wb"))
+                picture("red", number).save(file, "PNG")  # kept open, so that it is not filed
+            daemon.wait_until(lambda: waiting(colours) == 5, "the images are known")
             album.rename(outside / "album")
+            writers.close()
             drop(colours / "Images", "green", "other.png")
             daemon.wait_for("image.filed")
             drop(outside / "album", "red", "later.png", 9)
@@ -349,12 +353,13 @@ class TestWaysToAppear:
     ) -> None:
         """Where a folder that held an image becomes a link to itself, the disk refuses the look: told, and no more."""
         album = colours / "Images" / "album"
-        with running(write_config(settle_seconds=2)) as daemon:
+        (outside / "loop").symlink_to(album)
+        with running(write_config()) as daemon, ExitStack() as writers:
             album.mkdir()
-            drop(album, "red", "a.png")
+            file = writers.enter_context((album / "a.png").open("wb"))
+            picture("red", 1001).save(file, "PNG")  # kept open, so that it is not filed
             daemon.wait_until(lambda: waiting(colours) == 1, "the image is known")
-            album.rename(outside / "album")
-            album.symlink_to(album)
+            exchange(album, outside / "loop")
             assert daemon.wait_for("scan.unreadable")["path"] == str(album / "a.png")
             drop(colours / "Images", "blue", "other.png")
             daemon.wait_for("image.filed")

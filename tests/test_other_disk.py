@@ -104,7 +104,12 @@ def test_a_long_copy_holds_up_nobody_and_ends_at_once_at_a_stop(
 ) -> None:
     """Another dataset's images are filed and the watchdog is fed meanwhile; at a stop all is where it was."""
     beside = make_dataset(tmp_path / "Data", "Beside")
-    with manager(tmp_path) as (listener, environment), running(write_config(), **environment) as daemon:
+    with (
+        manager(tmp_path) as (listener, environment),
+        running(
+            write_config(), NOTIFY_SOCKET=environment["NOTIFY_SOCKET"], WATCHDOG_USEC=environment["WATCHDOG_USEC"]
+        ) as daemon,
+    ):
         long = drop_long(colours / "Images")
         daemon.wait_until(lambda: bool(parts(other_disk)), "the copy is under way")
         pings(listener)

@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,18 +185,14 @@ def in_memory(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_a_scan_of_100_000_files_names_each_once(in_memory: Path) -> None:
-    """A burst that overflows every queue is found by one scan: 0.3 s of a processor's time, ten times that at most."""
+def test_a_scan_of_many_files_names_each_once(in_memory: Path) -> None:
+    """A burst that overflows every queue is found by one scan; ``benchmarks.core`` measures how long it takes."""
     for folder in range(100):
         (in_memory / f"d{folder}").mkdir()
-        for number in range(1_000):
+        for number in range(100):
             os.close(os.open(in_memory / f"d{folder}" / f"IMG_{number:05}.jpg", os.O_CREAT))
-    seconds = []
-    for _ in range(3):
-        began = time.thread_time()
-        assert sum(1 for _ in scan(os.fspath(in_memory), report=never)) == 100_000
-        seconds.append(time.thread_time() - began)
-    assert min(seconds) < 3.0
+    found = [path for path, _ in scan(os.fspath(in_memory), report=never)]
+    assert len(found) == len(set(found)) == 10_000
 
 
 def test_nothing_and_no_regular_file_have_no_stamp(tmp_path: Path) -> None:

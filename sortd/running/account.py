@@ -22,6 +22,7 @@ from sortd.logs import (
     REFERENCES_EMPTIED,
     REFERENCES_MISNAMED,
     REFERENCES_UNREADABLE,
+    SCAN_FINISHED,
     SCAN_UNREADABLE,
 )
 from sortd.messages import Embedded, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, RebuildFailed
@@ -170,6 +171,10 @@ class Account:
     def held(self, reason: str) -> None:
         """Say that nothing moves until somebody has looked."""
         self._log.error(DATASET_HELD, reason=reason, mend="look at `sortd eval`, then `sortd release --all`")
+
+    def scanned(self) -> None:
+        """Log that a scan of Images/ has ended."""
+        self._log.debug(SCAN_FINISHED)
 
     def rebuild_failed(self, event: RebuildFailed) -> None:
         """Say why the last good prototypes stay; the same reason once."""

@@ -224,6 +224,7 @@ class Dataset:
             self._sweep.end()
         elif not self._sweep.is_under_way:
             self.receive(ScanFinished())
+            self.account.scanned()
             if self._sweep.is_wanted_again:
                 self.begin_scan()
 
