@@ -15,10 +15,10 @@ STAMP := $(VENV)/.installed
 TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench faults powercuts mutants soak overflow hostile slow clean
+.PHONY: help setup run test test-repeat lint bench faults powercuts mutants soak overflow hostile slow clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 setup: $(STAMP) ## make .venv with sortd, its dependencies and the tools of its tests
 
@@ -37,7 +37,10 @@ run: setup ## run the daemon on the sample data, with the model that needs no do
 	$(BIN)/sortd run --config Data/sample.yaml
 
 test: setup ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+test-repeat: setup ## run the tests 20 times on a bare clone, ten of them beside four busy loops (hours)
+	$(BIN)/python -m tests.repeat
 
 lint: setup ## format and types, as the tests check them
 	$(BIN)/ruff format --check .

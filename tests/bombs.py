@@ -1,8 +1,13 @@
 """Images that are made to harm: small files that unpack to much, lie about themselves or never end."""
 
 import io
+import lzma
+import random
 import struct
+import tarfile
 import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from PIL import Image
 
@@ -98,3 +103,70 @@ def bombs() -> dict[str, bytes]:
         "zip.jpg": b"PK\x03\x04" + bytes(1000),
         "page.png": b"<svg xmlns='http://www.w3.org/2000/svg'><script>while(1);</script></svg>",
     }
+
+
+CORPUS = Path(__file__).parents[2] / "shared" / "data" / "hostile" / "hostile.tar.xz"
+"""Regression and fuzzing corpora of image libraries: added to the made files where they are there."""
+
+
+def write_hostile_files(folder: Path) -> list[Path]:
+    """Write images damaged in many ways, images that lie, and files that are no images; return the sound ones.
+
+    Args:
+        folder: an empty folder.
+    """
+    chance = random.Random(1)  # noqa: S311 - the same files each time
+    sound = []
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"):
+        image = Image.effect_noise((60, 40), 80).convert("RGB")
+        whole = saved(image, kind)
+        sound.append(folder / f"sound.{kind.lower()}")
+        sound[-1].write_bytes(whole)
+        for number in range(6):
+            for way, damage in DAMAGES.items():
+                (folder / f"{way} {number}.{kind.lower()}").write_bytes(damage(whole, chance))
+    lies = {
+        "wide.png": one_bit_png(2_000_000, 2),
+        "text.png": png_with_text(50 << 20),
+        "canvas.gif": gif(60_000, 60_000),
+        "circles.tiff": tiff_in_circles(),
+        "large.tiff": tiff_of_many_bytes(),
+    }
+    for name, content in lies.items():
+        (folder / name).write_bytes(content)
+    for number in range(20):
+        (folder / f"words {number}.jpg").write_bytes(chance.randbytes(50 * number) + b"no image")
+    if CORPUS.is_file():
+        with lzma.open(CORPUS) as packed, tarfile.open(fileobj=packed) as archive:
+            archive.extractall(folder / "corpus", filter="data")
+    return sound
+
+
+def _flipped(whole: bytes, chance: random.Random) -> bytes:
+    damaged = bytearray(whole)
+    for _ in range(chance.randint(1, 20)):
+        damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+    return bytes(damaged)
+
+
+def _spliced(whole: bytes, chance: random.Random) -> bytes:
+    first, second = sorted(chance.randrange(len(whole)) for _ in range(2))
+    return whole[:first] + whole[second:] + whole[first:second]
+
+
+def _large_numbers(whole: bytes, chance: random.Random) -> bytes:
+    damaged = bytearray(whole)
+    at = chance.randrange(min(len(damaged) - 4, 120))  # sizes and offsets stand near the beginning
+    damaged[at : at + 4] = chance.choice([b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0"])
+    return bytes(damaged)
+
+
+DAMAGES: Mapping[str, Callable[[bytes, random.Random], bytes]] = {
+    "cut": lambda whole, chance: whole[: chance.randrange(1, len(whole))],
+    "flipped": _flipped,
+    "spliced": _spliced,
+    "numbers": _large_numbers,
+    "zeros": lambda whole, chance: whole[: (at := chance.randrange(len(whole)))] + bytes(len(whole) - at),
+    "longer": lambda whole, chance: whole + chance.randbytes(chance.randrange(1, 5000)),
+}
+"""Ways to damage the bytes of an image, by name."""

@@ -1,5 +1,6 @@
 """What the tests share: a model without a download, a place to work in, and a guard against leaks."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,11 @@ from sortd.finetuned import FinetunedFacts
 from tests.daemon_process import make_dataset
 from tests.finetuned_folder import make_vit
 from tests.tiny_clip import build_tiny_clip
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes run the tests: one more than there are processors, since many tests wait."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,10 @@
-"""Embeddings for the tests of the decision core: made up, and the real ones where they are."""
+"""Embeddings for the tests of the decision core: made, and the real ones that are there."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 
 from sortd.prototypes import SupportSet
 
@@ -12,8 +12,8 @@ Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 FEATURES = Path(__file__).parents[2] / "shared" / "data" / "features"
+"""Where the files of real CLIP embeddings lie; tests take those that are there, beside made ones."""
 NAMES = ("caltech101", "dtd", "oxford_pets", "ucf101")
-NEEDS_FEATURES = pytest.mark.skipif(not FEATURES.is_dir(), reason=f"{FEATURES} with real CLIP features is not there")
 
 
 def unit(rows: npt.ArrayLike) -> Array:
@@ -75,8 +75,19 @@ def support_set(
     )
 
 
-def real_world(name: str, each: int, *, seed: int = 0) -> tuple[SupportSet, Array, IntArray]:
-    """Return a support set with ``each`` real references a class, and real queries with their classes."""
+def worlds(*real: str) -> list[str]:
+    """Return names of worlds for ``load_world``: a made one always, and those of these real ones that are there."""
+    return ["made", *(name for name in real if (FEATURES / f"{name}.npz").is_file())]
+
+
+def load_world(name: str, each: int, *, seed: int = 0) -> tuple[SupportSet, Array, IntArray]:
+    """Return a support set with ``each`` references a class, and queries (n, d) with their classes (n,).
+
+    ``made`` and names that begin with it are drawn: 40 classes that differ in all directions, and vary most in twelve
+    that say nothing of the class, as light and background do. All other names are files of real CLIP embeddings.
+    """
+    if name.startswith("made"):
+        return _made_world(each, seed=zlib.crc32(name.encode()) + seed)
     with np.load(FEATURES / f"{name}.npz") as data:
         pool, labels = unit(data["reference_pool"]), data["reference_labels"].astype(np.int64)
         queries, right = unit(data["queries"]), data["query_labels"].astype(np.int64)
@@ -85,3 +96,17 @@ def real_world(name: str, each: int, *, seed: int = 0) -> tuple[SupportSet, Arra
         [generator.permutation(np.flatnonzero(labels == label))[:each] for label in range(int(labels.max()) + 1)]
     )
     return support_set(pool[rows], labels[rows]), queries, right
+
+
+def _made_world(each: int, *, seed: int) -> tuple[SupportSet, Array, IntArray]:
+    classes, queries, width, directions = 60, 12, 96, 12
+    generator = np.random.default_rng(seed)
+    common, centres = 2.0 * generator.standard_normal(width), generator.standard_normal((classes, width))
+    shared = np.linalg.qr(generator.standard_normal((width, directions)))[0].T * np.sqrt(width / directions)
+
+    def draw(labels: IntArray) -> Array:
+        own = 1.6 * generator.standard_normal((len(labels), width))
+        return unit(common + centres[labels] + own + generator.standard_normal((len(labels), directions)) @ shared)
+
+    references, asked = np.repeat(np.arange(classes), each), np.repeat(np.arange(classes), queries)
+    return support_set(draw(references), references), draw(asked), asked

@@ -10,7 +10,7 @@ from sortd.deciding.confidence import balanced_weights, choose_threshold, fit_te
 from sortd.deciding.familiarity import log_odds
 from sortd.deciding.strangers import leave_classes_out, nearest_cosines
 from sortd.prototypes import Abstain, Abstained, Assigned, DecisionSettings, Mode, SupportSet, build, decide
-from tests.made_features import NEEDS_FEATURES, Array, Blobs, real_world, support_set, unit
+from tests.made_features import Array, Blobs, load_world, support_set, unit, worlds
 
 
 def shares(
@@ -232,30 +232,36 @@ class TestFacts:
         assert np.isfinite(log_odds(np.array([0.0, 0.5, 1.0]))).all()
 
 
-@NEEDS_FEATURES
-class TestRealFeatures:
-    """Real CLIP ViT-B/32 embeddings, at the shipped defaults."""
+class TestWorlds:
+    """Whole worlds of classes at the shipped defaults: a made one, and files of real CLIP embeddings that are there."""
 
-    @pytest.mark.parametrize("name", ["dtd", "oxford_pets"])
+    @pytest.mark.parametrize("name", worlds("dtd", "oxford_pets"))
     def test_precision_and_coverage(self, name: str) -> None:
         """With 16 references at least 92 % of what is filed is right, and something is filed."""
-        support, queries, labels = real_world(name, 16)
+        support, queries, labels = load_world(name, 16)
         filed, right = shares(support, Abstain(), queries[::3], labels[::3].tolist())
         assert right >= 0.92
         assert filed > 0.25
 
-    @pytest.mark.parametrize(("name", "other"), [("dtd", "ucf101"), ("oxford_pets", "dtd"), ("caltech101", "dtd")])
+    @pytest.mark.parametrize(
+        ("name", "other"),
+        [
+            pair
+            for pair in (("made", "made other"), ("dtd", "ucf101"), ("oxford_pets", "dtd"), ("caltech101", "dtd"))
+            if pair[0] == "made" or worlds(*pair)[1:] == [*pair]
+        ],
+    )
     def test_far_strangers(self, name: str, other: str) -> None:
         """Of another file's queries at most 2 % are filed."""
-        support, _, _ = real_world(name, 16)
-        _, strangers, _ = real_world(other, 1)
+        support, _, _ = load_world(name, 16)
+        _, strangers, _ = load_world(other, 1)
         assert filed_share(support, strangers[::2]) <= 0.02
 
     def test_near_strangers_of_small_libraries(self) -> None:
         """Of images of other classes of the same file under a fifth are filed, of the library's own most."""
         known, strange = [], []
-        for name in ("caltech101", "oxford_pets", "ucf101"):
-            whole, queries, labels = real_world(name, 4)
+        for name in ("made too", *worlds("caltech101", "oxford_pets", "ucf101")):
+            whole, queries, labels = load_world(name, 4)
             for seed in range(10):
                 order = np.random.default_rng(seed).permutation(len(whole.labels))
                 taught, others = np.sort(order[:6]), order[6:9]

@@ -146,7 +146,7 @@ def test_a_class_that_appears_grows_and_vanishes_is_right_at_once(colours: Path,
 
 def test_datasets_come_and_go_while_running(colours: Path, write_config: Write) -> None:
     """A new dataset is taken up, a vanished one let go, the other goes on."""
-    with running(write_config()) as daemon:
+    with running(write_config(), keeps_files=False) as daemon:
         second = make_dataset(colours.parent, "Second")
         daemon.wait_for("dataset.added", dataset="Second")
         daemon.wait_for("prototypes.rebuilt", dataset="Second", classes=3, references=12)

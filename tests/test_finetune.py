@@ -235,7 +235,6 @@ def test_the_packaged_tower_sees_more_than_it_was_taught_on(tmp_path: Path) -> N
 
 def test_low_rank_additions_end_in_the_weights(tmp_path: Path, vit: Path) -> None:
     """A model that was trained by LoRA is written whole: its folder needs no peft."""
-    pytest.importorskip("peft", reason="the extra lora is not installed")
     config = configured(tmp_path)
     make_photos(config.root, COUNTS)
     facts = trained(config, order_of(config, vit, epochs=1, lora_rank=2))

@@ -12,7 +12,10 @@ import pytest
 from PIL import Image, ImageDraw
 
 MODEL = Path(__file__).parent.parent / "sortd" / "model"
-PHOTOS = Path(__file__).parent.parent.parent / "shared" / "data" / "photos"
+SAMPLE = Path(__file__).parents[1] / "Data" / "Tornillos" / "Clases"
+"""Drawn screws, which ship."""
+PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos" / "tornillos"
+"""Photos of screws: tried too where they are there."""
 MEGABYTE = 1_000_000
 
 pytestmark = pytest.mark.skipif(not (MODEL / "model.safetensors").exists(), reason="the packaged model is not there")
@@ -110,19 +113,19 @@ def test_the_towers_are_described_at_the_size_the_processor_makes() -> None:
     }
 
 
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason="no photos beside the repository")
-def test_photos_of_screws_are_told_apart_from_five_examples(clip: Any) -> None:
+@pytest.mark.parametrize(("screws", "examples"), [one for one in ((SAMPLE, 3), (PHOTOS, 5)) if one[0].is_dir()])
+def test_screws_are_told_apart_from_a_few_examples(clip: Any, screws: Path, examples: int) -> None:
     """The nearest of two class means finds most of the others."""
     rows, truth = [], []
-    for label, folder in enumerate(sorted(path for path in (PHOTOS / "tornillos").iterdir() if path.is_dir())):
+    for label, folder in enumerate(sorted(path for path in screws.iterdir() if path.is_dir())[:2]):
         files = sorted(folder.iterdir())
         rows += list(clip.encode([Image.open(file).convert("RGB") for file in files]))
         truth += [label] * len(files)
     unit = np.array(rows) / np.linalg.norm(rows, axis=1, keepdims=True)
     labels = np.array(truth)
-    support = np.concatenate([np.flatnonzero(labels == label)[:5] for label in (0, 1)])
+    support = np.concatenate([np.flatnonzero(labels == label)[:examples] for label in (0, 1)])
     query = np.setdiff1d(np.arange(len(labels)), support)
-    means = np.stack([unit[support[:5]].mean(axis=0), unit[support[5:]].mean(axis=0)])
+    means = np.stack([unit[support[:examples]].mean(axis=0), unit[support[examples:]].mean(axis=0)])
     right = (unit[query] @ means.T).argmax(axis=1) == labels[query]
     assert right.mean() >= 0.7
 

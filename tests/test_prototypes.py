@@ -20,7 +20,7 @@ from sortd.prototypes import (
     decide,
     scores,
 )
-from tests.made_features import NAMES, NEEDS_FEATURES, Array, Blobs, real_world, support_set, unit
+from tests.made_features import NAMES, Array, Blobs, load_world, support_set, unit, worlds
 
 OFF = DecisionSettings(abstain=None)
 
@@ -294,15 +294,14 @@ class TestMixed:
         assert right_share(support, Mode.TEXT, queries, range(5)) == 1.0
 
 
-@NEEDS_FEATURES
-class TestRealFeatures:
-    """Real CLIP ViT-B/32 embeddings."""
+class TestWorlds:
+    """Whole worlds of classes: a made one, and files of real CLIP ViT-B/32 embeddings that are there."""
 
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", worlds(*NAMES))
     @pytest.mark.parametrize("each", [2, 16])
     def test_best_is_ahead_of_avg_and_max(self, name: str, each: int) -> None:
-        """By two points in every file."""
-        support, queries, labels = real_world(name, each)
+        """By two points in every world."""
+        support, queries, labels = load_world(name, each)
         prototypes = build(support, OFF, generation=1)
         asked = queries[::4].astype(np.float64)
         right = {
@@ -312,18 +311,18 @@ class TestRealFeatures:
         assert right[Mode.BEST] > max(right[Mode.AVG], right[Mode.MAX]) + 0.02
 
     def test_mean_accuracy_reaches_the_floor(self) -> None:
-        """With 4 references a class, on the mean of the four files: 72.7 % and more."""
+        """With 4 references a class, 72 % and more on the mean of all worlds."""
         shares = []
-        for name in NAMES:
-            support, queries, labels = real_world(name, 4)
+        for name in worlds(*NAMES):
+            support, queries, labels = load_world(name, 4)
             prototypes = build(support, OFF, generation=1)
             shares.append((judge(prototypes, queries.astype(np.float64), Mode.BEST).best == labels).mean())
         assert np.mean(shares) > 0.72
 
-    @pytest.mark.parametrize("name", ["caltech101", "ucf101"])
+    @pytest.mark.parametrize("name", worlds("caltech101", "ucf101"))
     def test_folders_of_five_unlike_classes(self, name: str) -> None:
         """Best is not under max where a folder holds five unlike things."""
-        support, queries, labels = real_world(name, 4)
+        support, queries, labels = load_world(name, 4)
         dealt = np.random.default_rng(0).permutation(50)
         kept, asked = support.classes < 50, labels < 50
         mixed = support_set(support.embeddings[kept], dealt[support.classes[kept]] // 5)

@@ -1,0 +1,65 @@
+"""Run the tests again and again on a bare clone, half of the runs beside four busy loops, and count those that passed.
+
+python -m tests.repeat --idle 10 --busy 10
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+BUSY_LOOPS = 4
+BUSY = "while True: pass"
+
+
+@contextmanager
+def busy(loops: int) -> Iterator[None]:
+    """Keep the processors busy by so many processes."""
+    processes = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(loops)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def run(clone: Path, log: Path) -> bool:
+    """Run the README's test command in a clone, its output into a file; tell whether it passed."""
+    with log.open("w") as output:
+        return subprocess.run(["make", "test"], cwd=clone, stdout=output, stderr=output, check=False).returncode == 0
+
+
+def main() -> int:
+    """Print a line for each run and the counts at the end; status 1 if a run failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--idle", type=int, default=10, metavar="N", help="runs with nothing beside them")
+    parser.add_argument("--busy", type=int, default=10, metavar="N", help=f"runs beside {BUSY_LOOPS} busy loops")
+    parser.add_argument("--logs", type=Path, default=None, metavar="DIR", help="keep the output of each run there")
+    arguments = parser.parse_args()
+    verdicts: list[tuple[str, bool, int]] = []
+    with tempfile.TemporaryDirectory(prefix="sortd-repeat-") as folder:
+        clone, logs = Path(folder) / "sortd", arguments.logs or Path(folder)
+        logs.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(clone)], check=True)
+        subprocess.run(["make", "setup"], cwd=clone, check=True, stdout=subprocess.DEVNULL)
+        for kind, loops in [("idle", 0)] * arguments.idle + [("busy", BUSY_LOOPS)] * arguments.busy:
+            log, began = logs / f"run-{len(verdicts) + 1}.log", time.monotonic()
+            with busy(loops):
+                verdicts.append((kind, run(clone, log), round(time.monotonic() - began)))
+            last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            print(len(verdicts), *verdicts[-1], last, file=sys.stderr, flush=True)
+    passed = sum(is_passed for _, is_passed, _ in verdicts)
+    seconds = {kind: [taken for what, _, taken in verdicts if what == kind] for kind in ("idle", "busy")}
+    print(json.dumps({"runs": len(verdicts), "passed": passed, "seconds": seconds}))
+    return 0 if passed == len(verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
