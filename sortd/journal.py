@@ -16,7 +16,6 @@ from sortd.journaling.records import (
     label_column,
     member_rows,
     plain,
-    stamp_columns,
 )
 from sortd.journaling.store import committing, open_beside, open_for_writing
 from sortd.messages import Stamp
@@ -195,7 +194,7 @@ class Journal:
             self._connection.execute(
                 "UPDATE members SET moved_device = ?, moved_inode = ?, moved_size = ?, moved_mtime_ns = ?, "
                 "content = '' WHERE move = ? AND position = 0",
-                (*stamp_columns(stamp), record.id),
+                (*stamp.columns, record.id),
             )
 
     def note(self, key: str, value: str) -> None:
@@ -261,5 +260,5 @@ class Journal:
     def _hold(self, path: str, stamp: Stamp, reason: str, now: float) -> None:
         self._connection.execute(
             "INSERT OR REPLACE INTO holds VALUES (?,?,?,?,?,?,?)",
-            (os.fsencode(path), *stamp_columns(stamp), now, reason),
+            (os.fsencode(path), *stamp.columns, now, reason),
         )

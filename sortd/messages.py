@@ -17,14 +17,37 @@ from sortd.prototypes import Decision, PrototypeSet
 FloatArray = npt.NDArray[np.float32]
 
 
+def signed(number: int) -> int:
+    """Return an integer modulo 2**64 as a signed 64-bit integer, which is what SQLite holds."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """One version of one file: another write, or another file under the same name, has another stamp."""
+    """One version of one file: another write, or another file under the same name, has another stamp.
+
+    File systems hold times from the year 1 to 2446 and beyond, 64 bits of nanoseconds only those from 1677 to 2262:
+    others are kept modulo 2**64. Build both sides of a comparison as stamps.
+    """
 
     device: int
     inode: int
     size: int
     mtime_ns: int
+
+    def __post_init__(self) -> None:
+        """Bring the time into the range of 64 bits."""
+        if not -(2**63) <= self.mtime_ns < 2**63:
+            object.__setattr__(self, "mtime_ns", signed(self.mtime_ns))
+
+    @property
+    def columns(self) -> tuple[int, int, int, int]:
+        """Device, inode, size and time as signed 64-bit integers; inode numbers use all 64 bits on some disks."""
+        return signed(self.device), signed(self.inode), signed(self.size), self.mtime_ns
+
+    def is_same_version(self, other: "Stamp") -> bool:
+        """Whether both are one version; the device does not count, its number changes when a disk is mounted again."""
+        return (self.inode, self.size, self.mtime_ns) == (other.inode, other.size, other.mtime_ns)
 
 
 class Fit(StrEnum):

@@ -105,6 +105,25 @@ class TestWhatIsRemembered:
         images = [("/in/a.jpg", STAMP), ("/out/b.jpg", STAMP), ("/in/a.jpg", changed)]
         assert cache.contents(images) == {images[0]: "ab" * 32, images[1]: "ab" * 32}
 
+    @pytest.mark.parametrize(
+        "stamp",
+        [
+            Stamp(1, 2, 3, 15_000_000_000 * 10**9),  # the year 2445, which ext4 and XFS hold
+            Stamp(1, 2, 3, -62_135_596_800 * 10**9),  # the year 1
+            Stamp(1, 2, 3, 2**55 * 10**9),  # as tmpfs takes it
+            Stamp(2**64 - 1, 2**64 - 2, 2**63 - 1, -(2**63)),
+        ],
+    )
+    def test_cache_stamp_beyond_what_sqlite_holds_is_remembered(
+        self, cache: Cache, reports: list[str], stamp: Stamp
+    ) -> None:
+        """Whatever time, size and inode number a file has, its content is known again, and another version's is not."""
+        cache.remember_contents({("/in/a.jpg", stamp): "ab" * 32})
+        other = Stamp(stamp.device, stamp.inode, stamp.size, stamp.mtime_ns + 1)
+        known = ("/in/a.jpg", stamp)
+        assert cache.contents([known, ("/in/a.jpg", other)]) == {known: "ab" * 32}
+        assert not reports
+
     def test_times_in_whole_seconds_do_not_identify_a_renamed_file(self, cache: Cache) -> None:
         """Where a file system keeps seconds only, an inode used again could pass for the file before it."""
         coarse = Stamp(1, 2, 3, 4_000_000_000)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import sortd
 from tests.daemon_process import DaemonProcess, make_dataset, picture, running, tree
 
 Write = Callable[..., Path]
@@ -275,6 +276,21 @@ def test_once_files_what_is_there_and_stops(colours: Path, write_config: Write) 
     with DaemonProcess(write_config(), "once") as daemon:
         assert daemon.wait() == 0
     assert list(tree(colours / "Dataset")) == ["green/a.png"]
+
+
+def test_once_times_beyond_64_bits_of_nanoseconds_are_files_like_others(colours: Path, write_config: Write) -> None:
+    """Images, sidecars, references and folders of the year 2445: all is learnt, filed, checked and told."""
+    picture("green", 1).save(colours / "Images" / "a.png")
+    (colours / "Images" / "a.xmp").write_text("notes")
+    (colours / "Clases" / "green" / "class.txt").write_text("a green thing")
+    for path in [*colours.rglob("*"), colours]:
+        os.utime(path, ns=(15_000_000_000 * 10**9, 15_000_000_000 * 10**9))
+    config = write_config()
+    with DaemonProcess(config, "once") as daemon:
+        assert daemon.wait() == 0, daemon.tail()
+    assert sorted(tree(colours / "Dataset")) == ["green/a.png", "green/a.xmp"]
+    assert sortd("check", "-c", config).code == 0
+    assert sortd("status", "-c", config, "--json").facts["datasets"]["Colours"]["total"] == {"filed": 1}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

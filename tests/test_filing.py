@@ -73,6 +73,26 @@ def test_an_image_is_filed_durably_and_told(dataset: Dataset, journal: Journal, 
     assert journal.history.last_known(answer.moved_stamp) == record
 
 
+@pytest.mark.parametrize("seconds", [15_000_000_000, -62_135_596_800])
+def test_filing_times_beyond_64_bits_of_nanoseconds_move_and_come_back(
+    dataset: Dataset, journal: Journal, filing: Filing, seconds: int
+) -> None:
+    """An image and its sidecar of the year 2445 or 1 are moved, known again by the journal, held and undone."""
+    path, sidecar = dataset.put("Images/a.jpg"), dataset.put("Images/a.xmp", "notes")
+    for file in (path, sidecar):
+        os.utime(file, ns=(seconds * 10**9 + 1, seconds * 10**9 + 1))
+    before = os.stat(path).st_mtime_ns
+    moved(filing, order(path))
+    assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Dataset/cat/a.xmp": b"notes"}
+    (record,) = done(journal)
+    assert journal.history.last_known(stamp_of(os.stat(dataset.root / "Dataset/cat/a.jpg"))) == record
+    (back,) = filing.undo([record])
+    assert (back.restored, back.message) == (str(path), "")
+    assert dataset.tree() == {"Images/a.jpg": b"image", "Images/a.xmp": b"notes"}
+    assert filing.held_version(str(path)) == stamp_of(os.stat(path))
+    assert os.stat(path).st_mtime_ns == before
+
+
 def test_a_taken_name_gets_a_number(dataset: Dataset, filing: Filing) -> None:
     """Neither a file nor a folder of that name is touched; the next free number is taken."""
     dataset.put("Dataset/cat/a.jpg", "first")

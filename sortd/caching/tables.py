@@ -64,10 +64,15 @@ def contents(database: sqlite3.Connection, images: Sequence[tuple[str, Stamp]]) 
     query = "SELECT path, content FROM contents WHERE inode = ? AND size = ? AND mtime_ns = ? AND device = ?"
     found = {}
     for path, stamp in images:
-        row = database.execute(query, (stamp.inode, stamp.size, stamp.mtime_ns, stamp.device)).fetchone()
+        row = database.execute(query, _key(stamp)).fetchone()
         if row is not None and _is_the_same(path, stamp, row[0]):
             found[path, stamp] = row[1].hex()
     return found
+
+
+def _key(stamp: Stamp) -> tuple[int, int, int, int]:
+    device, inode, size, mtime_ns = stamp.columns
+    return inode, size, mtime_ns, device
 
 
 def _is_the_same(path: str, stamp: Stamp, known_path: bytes) -> bool:
@@ -109,10 +114,7 @@ def embeddings(
 
 def insert_contents(database: sqlite3.Connection, contents: Mapping[tuple[str, Stamp], str]) -> None:
     """Write what versions of files hold."""
-    rows = [
-        (stamp.inode, stamp.size, stamp.mtime_ns, stamp.device, os.fsencode(path), bytes.fromhex(content))
-        for (path, stamp), content in contents.items()
-    ]
+    rows = [(*_key(stamp), os.fsencode(path), bytes.fromhex(content)) for (path, stamp), content in contents.items()]
     database.executemany("REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", rows)
 
 

@@ -15,7 +15,6 @@ from sortd.journaling.records import (
     label_from,
     plain,
     record_from,
-    stamp_columns,
     stamp_from,
 )
 from sortd.journaling.store import open_for_reading, translated
@@ -98,7 +97,7 @@ class History:
             JournalError: the journal cannot be read.
         """
         if stamp is not None:
-            _, inode, size, mtime_ns = stamp_columns(stamp)
+            _, inode, size, mtime_ns = stamp.columns
             if found := self._records(f"{_STANDING} AND {_OF_STAMP}", (inode, size, mtime_ns)):
                 return found[0]
         if content and (found := self._records(f"{_STANDING} AND {_OF_CONTENT}", (content,))):

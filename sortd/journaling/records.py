@@ -5,7 +5,7 @@ import sqlite3
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sortd.messages import Stamp
+from sortd.messages import Stamp, signed
 from sortd.moving.relocation import Member, Progress, Relocation, Role, checked_folder, checked_name
 from sortd.prototypes import Abstained, Assigned, Decision
 
@@ -88,13 +88,8 @@ class Selection:
     limit: int | None = None
 
 
-def stamp_columns(stamp: Stamp) -> tuple[int, int, int, int]:
-    """Return a stamp as four integers that SQLite can hold; inode numbers use all 64 bits on some file systems."""
-    return _signed(stamp.device), _signed(stamp.inode), stamp.size, stamp.mtime_ns
-
-
 def stamp_from(columns: tuple[int, int, int, int]) -> Stamp:
-    """Return what ``stamp_columns`` wrote."""
+    """Return the stamp whose ``columns`` were written."""
     return Stamp(columns[0] % 2**64, columns[1] % 2**64, columns[2], columns[3])
 
 
@@ -112,7 +107,7 @@ def member_rows(move: int, relocation: Relocation) -> list[tuple[Any, ...]]:
 
 def member_row(move: int, position: int, member: Member) -> tuple[Any, ...]:
     """Return a member as a row of its table."""
-    moved = (None,) * 4 if member.moved_stamp is None else stamp_columns(member.moved_stamp)
+    moved = (None,) * 4 if member.moved_stamp is None else member.moved_stamp.columns
     return (
         move,
         position,
@@ -121,9 +116,9 @@ def member_row(move: int, position: int, member: Member) -> tuple[Any, ...]:
         os.fsencode(member.wanted),
         member.content,
         member.body,
-        _signed(member.copy_inode),
+        signed(member.copy_inode),
         os.fsencode(member.final),
-        *stamp_columns(member.stamp),
+        *member.stamp.columns,
         *moved,
     )
 
@@ -223,7 +218,3 @@ def label_from(column: bytes | None) -> str | None:
 def plain(text: str) -> str:
     """Return a text that SQLite takes: bytes of names that are not UTF-8 are spelled out."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _signed(number: int) -> int:
-    return number - 2**64 if number >= 2**63 else number

@@ -105,7 +105,7 @@ def stamp_of(status: os.stat_result) -> Stamp:
 
 def is_version(status: os.stat_result, stamp: Stamp) -> bool:
     """Whether this is that version; the device does not count, its number changes when a disk is mounted again."""
-    return (status.st_ino, status.st_size, status.st_mtime_ns) == (stamp.inode, stamp.size, stamp.mtime_ns)
+    return stamp_of(status).is_same_version(stamp)
 
 
 def look(folder: int, name: str) -> os.stat_result | None:

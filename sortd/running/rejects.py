@@ -40,8 +40,7 @@ class Rejects:
             return None  # the next scan looks again
         if known is None or found is None:
             return None
-        is_known = (found.inode, found.size, found.mtime_ns) == (known.inode, known.size, known.mtime_ns)
-        return None if is_known else found
+        return None if found.is_same_version(known) else found
 
     def scan(self, now_ns: int) -> Iterator[tuple[str, Stamp] | None]:
         """Look for versions that were mended since the last scan; only files that changed since are looked up.
