@@ -11,6 +11,10 @@ from typing import Final
 _RIGHTS_TO_READ: Final = "give sortd the right to read it"
 _RIGHTS_TO_WRITE: Final = "give sortd the right to write there"
 _ROOM: Final = "make room there"
+_MORE_FILES: Final = (
+    "raise the limit on open files of this process (RLIMIT_NOFILE: LimitNOFILE= in its unit, ulimit -n in a shell)"
+)
+_MORE_FILES_OF_ALL: Final = "raise the limit on open files of the whole machine (sysctl fs.file-max)"
 _DISK: Final = "see whether its disk is mounted and well"
 
 _READING: Final[Mapping[int, str]] = {
@@ -18,6 +22,8 @@ _READING: Final[Mapping[int, str]] = {
     errno.EPERM: _RIGHTS_TO_READ,
     errno.ELOOP: "put a folder in the place of the symbolic link",
     errno.ENOTDIR: "put a folder there",
+    errno.EMFILE: _MORE_FILES,
+    errno.ENFILE: _MORE_FILES_OF_ALL,
 }
 
 _WRITING: Final[Mapping[int, str]] = {
@@ -25,6 +31,9 @@ _WRITING: Final[Mapping[int, str]] = {
     errno.EPERM: "see whether it is immutable (lsattr), or owned by another user in a folder with the sticky bit",
     errno.EROFS: "mount its disk for writing; a service needs it in ReadWritePaths=",
     errno.ENOSPC: _ROOM,
+    errno.EMFILE: _MORE_FILES,
+    errno.ENFILE: _MORE_FILES_OF_ALL,
+    errno.EISDIR: "move away the folder that stands in the place of the file",
     errno.EDQUOT: "make room there, or raise the quota",
     errno.EFBIG: "raise the limit on the size of files",
     errno.ELOOP: "put a folder in the place of the symbolic link",

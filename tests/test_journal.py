@@ -1,9 +1,12 @@
 """The journal: durable before and after, readable by others, and clear about what is wrong with it."""
 
 import os
+import resource
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -247,6 +250,104 @@ def test_a_journal_that_cannot_serve_says_so_and_is_not_touched(path: Path, dama
         Journal(path)
     assert str(path) in str(caught.value)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("forgery", "said"),
+    [
+        ("UPDATE moves SET progress = 'flown' WHERE token = 't1'", "record 2 says 'flown'"),
+        ("UPDATE members SET role = 'cousin' WHERE move = 2", "record 2 says 'cousin'"),
+        ("UPDATE members SET role = CAST(x'ff' AS TEXT) WHERE move = 2", "UTF-8"),
+    ],
+)
+def test_journal_unknown_words_are_refused_at_opening(path: Path, forgery: str, said: str) -> None:
+    """What a move cannot be recovered by is found before the first one, and the way out is the right one."""
+    with Journal(path) as journal:
+        filed(journal, "t0")
+        filed(journal, "t1")
+    _execute(path, forgery)
+    with pytest.raises(JournalError, match=f"the journal is damaged .*{said}.*move it aside") as caught:
+        Journal(path)
+    assert "room" not in str(caught.value)
+    with History.open(path) as history, pytest.raises(JournalError, match=said):
+        history.verify()
+
+
+@pytest.mark.parametrize(
+    ("forgery", "said"),
+    [
+        ("UPDATE moves SET reason = CAST(x'ff' AS TEXT)", "UTF-8"),
+        ("UPDATE moves SET ended_at = NULL", "record 1: it ended at no time"),
+        ("UPDATE members SET moved_size = NULL", "record 1: half a stamp"),
+        ("DELETE FROM members", "record 1: it names no image"),
+    ],
+)
+def test_history_forged_rows_are_journal_errors(path: Path, forgery: str, said: str) -> None:
+    """A row that no sortd writes is named, whoever asks for it."""
+    with Journal(path) as journal:
+        filed(journal, "t0")
+    _execute(path, forgery)
+    with Journal(path) as journal, pytest.raises(JournalError, match=f"the journal is damaged .*{said}"):
+        journal.history.moves(Selection())
+
+
+@pytest.mark.parametrize("value", ["many", "1e3", "9" * 30, "9" * 5000, ""])
+def test_history_number_that_is_none_is_a_journal_error(path: Path, value: str) -> None:
+    """A fact by which sortd counts is a number of 64 bits, or the journal is damaged."""
+    with Journal(path) as journal:
+        assert journal.history.number("generation") == 0
+        journal.note("generation", "7")
+        assert journal.history.number("generation") == 7
+        journal.note("generation", value)
+        with pytest.raises(JournalError, match=r"the journal is damaged .*the fact generation"):
+            journal.history.number("generation")
+
+
+def test_journal_locked_by_another_program_says_so(path: Path) -> None:
+    """Neither a full disk nor damage is told of, and once the lock is gone it is opened."""
+    with Journal(path) as journal:
+        filed(journal, "t0")
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(JournalError, match=r"journal\.db: another program keeps the journal locked; .*fuser"):
+            Journal(path)
+        other.execute("ROLLBACK")
+    with Journal(path) as journal:
+        assert len(journal.history.moves(Selection())) == 1
+
+
+@pytest.mark.parametrize(
+    ("instead", "said"),
+    [
+        (Path.mkdir, "Is a directory; .* move away the folder"),
+        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+    ],
+)
+def test_journal_that_cannot_be_opened_says_what_the_system_says(
+    path: Path, instead: Callable[[Path], None], said: str
+) -> None:
+    """SQLite only says that it is unable; the cause and the mend are the system's."""
+    path.parent.mkdir()
+    instead(path)
+    with pytest.raises(JournalError, match=said):
+        Journal(path)
+
+
+def test_journal_without_a_descriptor_left_names_the_limit(path: Path) -> None:
+    """Out of descriptors is told as that, with the limit to raise, and nothing of it is kept open."""
+    with Journal(path) as journal:
+        filed(journal, "t0")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = os.open("/", os.O_PATH)
+    os.close(spare)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 1, before[1]))
+    try:
+        with pytest.raises(JournalError, match=r"Too many open files; .*RLIMIT_NOFILE"):
+            Journal(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    with Journal(path) as journal:
+        assert len(journal.history.moves(Selection())) == 1
 
 
 def test_a_missing_journal_is_not_made_by_asking(path: Path) -> None:

@@ -22,6 +22,8 @@ def of(number: int, path: str = "/photos/Clases") -> OSError:
         (errno.EIO, "mounted and well"),
         (errno.ESTALE, "mounted and well"),
         (errno.ELOOP, "symbolic link"),
+        (errno.EMFILE, "RLIMIT_NOFILE"),
+        (errno.ENFILE, "fs.file-max"),
         (errno.E2BIG, "mounted and well"),
     ],
 )
@@ -44,6 +46,8 @@ def test_what_cannot_be_read_has_a_path_a_cause_and_a_mend(number: int, advice: 
         (errno.ENAMETOOLONG, "shorter"),
         (errno.EIO, "mounted and well"),
         (errno.ENOTCONN, "mounted and well"),
+        (errno.EMFILE, "RLIMIT_NOFILE"),
+        (errno.ENFILE, "fs.file-max"),
         (errno.EBUSY, ""),
     ],
 )

@@ -17,13 +17,14 @@ from sortd.journaling.records import (
     record_from,
     stamp_from,
 )
-from sortd.journaling.store import open_for_reading, translated
+from sortd.journaling.store import open_for_reading, translated, verify
 from sortd.messages import Stamp
 
 # Asked before every batch: the small index holds the unfinished ones only.
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
 _MEMBERS = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
 _CHUNK = 500
+_MOST_ROWS = 2**63 - 1  # SQLite counts no further
 # The plus keeps the planner from walking through the index of all moves that are done, which are nearly all there are,
 # see https://www.sqlite.org/optoverview.html#disqualifying_where_clause_terms_using_unary_
 _STANDING = "+progress = 'done' AND undone_by IS NULL AND outcome NOT IN ('undone', 'followed')"
@@ -76,7 +77,7 @@ class History:
         for condition, value in _conditions(selection):
             conditions.append(condition)
             values += value
-        limit = -1 if selection.limit is None else selection.limit
+        limit = -1 if selection.limit is None else min(selection.limit, _MOST_ROWS)
         return self._records(f"{' AND '.join(conditions)} ORDER BY moves.id DESC LIMIT ?", (*values, limit))
 
     def unfinished(self) -> list[Record]:
@@ -157,7 +158,8 @@ class History:
             JournalError: the journal cannot be read.
         """
         rows = self._rows("SELECT * FROM holds ORDER BY since")
-        return {os.fsdecode(row["path"]): _held_stamp(row) for row in rows}
+        with translated(self._path):
+            return {os.fsdecode(row["path"]): _held_stamp(row) for row in rows}
 
     def held_version(self, path: str) -> Stamp | None:
         """Return the version under a path, relative to the dataset, that is not to be moved; None: there is none.
@@ -166,7 +168,8 @@ class History:
             JournalError: the journal cannot be read.
         """
         rows = self._rows("SELECT * FROM holds WHERE path = ?", (os.fsencode(path),))
-        return _held_stamp(rows[0]) if rows else None
+        with translated(self._path):
+            return _held_stamp(rows[0]) if rows else None
 
     def counts(self) -> dict[str, int]:
         """Return how many moves ended with each outcome, those that were undone later included.
@@ -211,11 +214,37 @@ class History:
         rows = self._rows("SELECT value FROM facts WHERE key = ?", (key,))
         return rows[0]["value"] if rows else None
 
+    def number(self, key: str) -> int:
+        """Return the whole number that was noted under a key; 0 where nothing was.
+
+        Raises:
+            JournalError: the journal cannot be read, or holds no number there.
+        """
+        noted = self.fact(key)
+        if noted is None:
+            return 0
+        with translated(self._path):
+            try:
+                number = int(noted)
+            except ValueError:
+                number = 2**63
+            if abs(number) >= 2**63 - 1:
+                raise ValueError(f"the fact {key} is {noted[:40]!r}, which is no number of 64 bits")
+            return number
+
+    def verify(self) -> None:
+        """See that the whole journal can be understood.
+
+        Raises:
+            JournalError: it is damaged.
+        """
+        verify(self._connection, self._path)
+
     def _records(self, where: str, values: tuple[Any, ...]) -> list[Record]:
         with translated(self._path):
             rows = self._rows(f"SELECT moves.* FROM moves WHERE {where}", values)  # noqa: S608 - our own words only
             members = self._members([row["id"] for row in rows])
-            return [record_from(row, members[row["id"]]) for row in rows]
+            return [_record(row, members[row["id"]]) for row in rows]
 
     def _members(self, moves: list[int]) -> defaultdict[int, list[sqlite3.Row]]:
         found: defaultdict[int, list[sqlite3.Row]] = defaultdict(list)
@@ -228,6 +257,13 @@ class History:
     def _rows(self, statement: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
         with translated(self._path):
             return self._connection.execute(statement, values).fetchall()
+
+
+def _record(row: sqlite3.Row, members: list[sqlite3.Row]) -> Record:
+    try:
+        return record_from(row, members)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"record {row['id']}: {error}") from error
 
 
 def _held_stamp(row: sqlite3.Row) -> Stamp:

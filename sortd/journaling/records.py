@@ -128,8 +128,11 @@ def member_from(row: sqlite3.Row) -> Member:
 
     Raises:
         FolderNameError: a name in it would lead to another folder.
+        ValueError: it says something else that no sortd writes.
     """
     moved = (row["moved_device"], row["moved_inode"], row["moved_size"], row["moved_mtime_ns"])
+    if 0 < moved.count(None) < len(moved):
+        raise ValueError("half a stamp")
     final = os.fsdecode(row["final"])
     return Member(
         role=Role(row["role"]),
@@ -140,7 +143,7 @@ def member_from(row: sqlite3.Row) -> Member:
         body=row["body"],
         copy_inode=row["copy_inode"] % 2**64,
         final=checked_name(final) if final else "",
-        moved_stamp=None if moved[1] is None else stamp_from(moved),
+        moved_stamp=None if None in moved else stamp_from(moved),
     )
 
 
@@ -167,7 +170,12 @@ def record_from(row: sqlite3.Row, member_rows_of_it: list[sqlite3.Row]) -> Recor
 
     Raises:
         FolderNameError: a name or a folder in it is none that sortd moves files between.
+        ValueError, TypeError: it says something else that no sortd writes.
     """
+    if not any(one["position"] == 0 for one in member_rows_of_it):
+        raise ValueError("it names no image")
+    if row["progress"] == Progress.DONE and row["ended_at"] is None:
+        raise ValueError("it ended at no time")
     members = tuple(member_from(one) for one in member_rows_of_it if one["position"] < SPENT_FROM)
     spent = tuple(member_from(one) for one in member_rows_of_it if one["position"] >= SPENT_FROM)
     grounds = Grounds(

@@ -2,16 +2,22 @@
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sortd import mends
 from sortd.errors import JournalError
-from sortd.moving.relocation import FolderNameError
+from sortd.moving.relocation import Progress, Role
 
 APPLICATION = 0x736F7274  # "sort", in the header of the file
 VERSION = 1
-BUSY_SECONDS = 30.0
+
+BUSY_SECONDS = 5.0
+"""How long a commit waits for the lock of another connection: a copy's own commit waits for a slow disk, too."""
+
+OPENING_SECONDS = 0.5
+"""How long opening waits for such a lock: the daemon opens in its loop, and tries again soon."""
 
 SCHEMA = """
 CREATE TABLE moves (
@@ -82,27 +88,47 @@ LATER_INDICES = (
 )
 """Indices that the first journals of this version lack; whoever reads that version can live with them."""
 
+_KNOWN_WORDS = (
+    # The first condition is that of the index ``moves_by_progress``, which holds few.
+    ("SELECT id, progress FROM moves WHERE progress NOT IN ('done') AND progress NOT IN ({})", [*Progress]),
+    ("SELECT move, role FROM members WHERE role NOT IN ({})", [*Role]),
+)
+_RESTORE = (
+    "restore it, or move it aside with its -wal and -shm; the images are all in their folders, only history, holds and "
+    "undo begin anew"
+)
+_DISK = "see whether its disk is mounted and well"
+_MENDS = {
+    sqlite3.SQLITE_FULL: "make room on its disk",
+    sqlite3.SQLITE_READONLY: "give sortd the right to write it, its folder and its disk",
+    sqlite3.SQLITE_PERM: "give sortd the right to write it, its folder and its disk",
+    sqlite3.SQLITE_CANTOPEN: "see its folder and its disk",
+    sqlite3.SQLITE_IOERR: _DISK,
+    sqlite3.SQLITE_NOLFS: _DISK,
+    sqlite3.SQLITE_PROTOCOL: _DISK,
+    sqlite3.SQLITE_NOMEM: "free some memory",
+}
+"""By the primary result code, see https://www.sqlite.org/rescode.html; what is not among them is damage."""
+
 
 def open_for_writing(path: Path) -> sqlite3.Connection:
     """Open the journal, or make it, so that a commit survives a power cut.
 
     Raises:
-        JournalError: it cannot be opened, is damaged, is no journal, or is one of a newer sortd.
+        JournalError: it cannot be opened, is locked, is damaged, is no journal, or is one of a newer sortd.
     """
     with translated(path):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fresh = not path.exists()
-        # Python's own transactions are off: each begins and ends in ``committing``.
-        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
-    try:
-        with translated(path):
+
+        def prepare(connection: sqlite3.Connection) -> None:
             _prepare(connection, path)
             if fresh:
                 _sync_parents(path)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+            connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1e3:.0f}")
+
+        # Python's own transactions are off: each begins and ends in ``committing``.
+        return _opened(sqlite3.connect(path, timeout=OPENING_SECONDS, isolation_level=None), prepare)
 
 
 def open_beside(path: Path) -> sqlite3.Connection:
@@ -111,11 +137,13 @@ def open_beside(path: Path) -> sqlite3.Connection:
     Raises:
         JournalError: it cannot be opened.
     """
-    with translated(path):
-        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+
+    def prepare(connection: sqlite3.Connection) -> None:
         _make_durable(connection)
         connection.execute("PRAGMA wal_autocheckpoint = 0")
-        return connection
+
+    with translated(path):
+        return _opened(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None), prepare)
 
 
 def open_for_reading(path: Path) -> sqlite3.Connection:
@@ -126,34 +154,95 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
     """
     if not path.is_file():
         raise JournalError(f"{path}: there is no journal yet; it is made when sortd runs for the first time")
+
+    def prepare(connection: sqlite3.Connection) -> None:
+        _check_version(connection, path)
+
     with translated(path):
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", timeout=BUSY_SECONDS, uri=True)
+        uri = path.absolute().as_uri()
         try:
-            _check_version(connection, path)
+            return _opened(sqlite3.connect(f"{uri}?mode=ro", timeout=BUSY_SECONDS, uri=True), prepare)
         except sqlite3.OperationalError:
-            connection.close()
             # Nobody writes (no log beside it), and we may not make the shared memory that reading one takes.
             if Path(f"{path}-wal").exists():
                 raise
-            connection = sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)
-            _check_version(connection, path)
-        return connection
+            return _opened(sqlite3.connect(f"{uri}?immutable=1", uri=True), prepare)
+
+
+def _opened(connection: sqlite3.Connection, prepare: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
+    """Return a connection that was prepared; close it where that fails."""
+    try:
+        prepare(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """Say what SQLite or the disk refused as a ``JournalError`` that names the journal.
+    """Say what SQLite, the disk or the content refused as a ``JournalError`` that names the journal.
 
     Raises:
-        JournalError: in the place of every sqlite3.Error, OSError and FolderNameError.
+        JournalError: in the place of every sqlite3.Error and OSError, and of the ValueError, TypeError, LookupError or
+            OverflowError that rows raise which sortd did not write.
     """
     try:
         yield
-    except (sqlite3.Error, OSError, FolderNameError) as error:
-        raise JournalError(
-            f"{path}: the journal cannot be used: {error}; nothing is moved without it: see that its disk has room "
-            "and can be written, then start sortd again"
-        ) from error
+    except (sqlite3.Error, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
+        what, mend = _what_and_mend(error, path)
+        raise JournalError(f"{path}: {what}; nothing is moved without it: {mend}") from error
+
+
+def verify(connection: sqlite3.Connection, path: Path) -> None:
+    """See that the journal is whole, and that it says nothing about moves that this sortd cannot understand.
+
+    Raises:
+        JournalError: it is damaged.
+    """
+    with translated(path):
+        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise ValueError(verdict)
+        for question, words in _KNOWN_WORDS:
+            marks = ",".join("?" * len(words))
+            found = connection.execute(question.format(marks), words).fetchone()
+            if found is not None:
+                raise ValueError(f"record {found[0]} says {found[1]!r}")
+
+
+def _what_and_mend(error: Exception, path: Path) -> tuple[str, str]:
+    """Return what is wrong with the journal, and what to do about it."""
+    if isinstance(error, OSError):
+        return _refused(error)
+    number = getattr(error, "sqlite_errorcode", 0)
+    if number == sqlite3.SQLITE_READONLY_DBMOVED:
+        return "the journal was removed or replaced while it was open", "leave it to sortd while it runs"
+    if number & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+        return "another program keeps the journal locked", f"end that program (`fuser -v {path}` names it)"
+    if number & 0xFF == sqlite3.SQLITE_CANTOPEN and (refusal := _refusal_to_open(path)) is not None:
+        return _refused(refusal)
+    if number & 0xFF in _MENDS:
+        return f"the journal cannot be used: {error}", _MENDS[number & 0xFF]
+    return f"the journal is damaged ({error})", _RESTORE
+
+
+def _refused(error: OSError) -> tuple[str, str]:
+    return f"the journal cannot be opened: {error.strerror or error}", mends.to_write(error) or "see its disk"
+
+
+def _refusal_to_open(path: Path) -> OSError | None:
+    """Ask the system what SQLite keeps to itself: why a journal, or what SQLite opens beside it, cannot be opened."""
+    opened: list[int] = []
+    try:
+        opened.append(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+        opened.extend(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for _ in range(2))
+    except OSError as error:
+        return error
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+    return None
 
 
 @contextmanager
@@ -183,15 +272,10 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
             connection.execute(f"PRAGMA user_version = {VERSION}")
+    verify(connection, path)
     with committing(connection, path):
         for index in LATER_INDICES:
             connection.execute(index)
-    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if verdict != "ok":
-        raise JournalError(
-            f"{path}: the journal is damaged ({verdict}); move it and its -wal aside and start sortd again: the images "
-            "are all in their folders, only history and undo begin anew"
-        )
 
 
 def _make_durable(connection: sqlite3.Connection) -> None:

@@ -158,7 +158,7 @@ def looked_through_until(journal: Journal, fact: str, now_ns: int) -> int:
     Raises:
         JournalError: the journal cannot be read.
     """
-    noted = int(journal.history.fact(fact) or 0)
+    noted = journal.history.number(fact)
     return 0 if noted > now_ns else noted - CLOCK_SLACK_NS
 
 

@@ -142,7 +142,7 @@ class Site:
                 ask=ask,
                 metrics=metrics,
                 journal=held.journal,
-                last_generation=int(held.journal.history.fact(GENERATION_FACT) or 0),
+                last_generation=held.journal.history.number(GENERATION_FACT),
             )
             self._held[layout.name] = (held, opened.pop_all())
         dataset.outbox.tell_recovered(held.recovered)
