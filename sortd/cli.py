@@ -6,6 +6,7 @@ The one place with lazy imports, so that `--help`, `check`, `status`, `history` 
 import errno
 import json
 import os
+import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,6 +101,7 @@ def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = 
 
     config = load_config(path)
     logs.configure(config.log.format, config.log.level)
+    raise_descriptor_limit()
     Daemon(
         config,
         site=Site(config, load_encoder=load_encoder),
@@ -108,6 +110,12 @@ def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = 
         metrics=Metrics(),
         once=once,
     ).run()
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files as it may at all: each dataset takes eight, 1024 is the usual soft limit."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def rehearse(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | None" = None) -> None:

@@ -13,19 +13,19 @@ import os
 import queue
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from time import monotonic
 
 import structlog
 
 from sortd import __version__, logs
 from sortd.config import Config, restart_needed
-from sortd.errors import ConfigError, DestinationError, LayoutError, StoppedError
+from sortd.errors import AlreadyRunningError, ConfigError, DestinationError, LayoutError, StoppedError
 from sortd.layout import Area
 from sortd.metrics import Metrics
 from sortd.running.collection import Collection
 from sortd.running.control import answer, tell_put_back
-from sortd.running.copier import Copied, Copier, CopierDied
+from sortd.running.copier import Copied, Copier, CopierDied, CopyFailed
 from sortd.running.dataset import Dataset
 from sortd.running.requests import Requests
 from sortd.running.site import Site
@@ -33,7 +33,7 @@ from sortd.running.worker import Answer, Posted, Worker, WorkerDied, WorkerLoadi
 from sortd.sdnotify import Notifier
 from sortd.signals import Signalled, signals_posted
 from sortd.sorting.rounds import Rounds
-from sortd.status import Status, started_ticks
+from sortd.status import Status, read_status, started_ticks
 from sortd.watch import CHECK_SECONDS, Hint, HintsLost, Loss, Watcher
 
 STOP_SECONDS = 4.0
@@ -52,7 +52,7 @@ STATUS_SECONDS = 2.0
 METRICS_SECONDS = 15.0
 """How often the metrics file is written; Prometheus scrapes as often by default."""
 
-Message = Hint | HintsLost | Posted | Copied | CopierDied | Signalled
+Message = Hint | HintsLost | Posted | Copied | CopyFailed | CopierDied | Signalled
 
 
 class Daemon:
@@ -90,6 +90,7 @@ class Daemon:
         self._copier = Copier(self.inbox.put)
         self.collection = Collection(config, site=site, ask=self._worker.ask, copier=self._copier, metrics=metrics)
         self._watcher: Watcher | None = None
+        self._state_folder = site.state_folder
         self._status = Status(site.state_folder)
         self._requests = Requests(site.state_folder, report=self._hampered)
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -110,9 +111,10 @@ class Daemon:
         """Work until SIGTERM or SIGINT, or with ``once`` until nothing is left to do.
 
         Raises:
-            SortdError: what stopped it: the model, the layout, the journal.
+            SortdError: what stopped it: its state folder, the model; with ``once``, what held a dataset.
         """
         is_cut_short = False
+        self._require_to_be_alone()
         with signals_posted(self.inbox.put):
             try:
                 self._start()
@@ -123,6 +125,8 @@ class Daemon:
                 self._stop()
         if is_cut_short:
             raise StoppedError("stopped before all was done; nothing is half done, and the next run goes on from here")
+        if self._once and (held := self.collection.held_error) is not None:
+            raise held
         problems = [f"{dataset.name}: {dataset.problem}" for dataset in self.collection if dataset.problem]
         if self._once and problems:
             raise LayoutError("; ".join(problems))
@@ -140,12 +144,24 @@ class Daemon:
             self.collection.watch_with(self._watcher)
         self.collection.discover()
         if self._once and not self.datasets:
-            raise LayoutError(
+            raise self.collection.held_error or LayoutError(
                 f"{self.config.root} holds no dataset: a folder with a Clases/ in it; `sortd init DIR` makes one"
             )
         self._rounds.put_off("scan", monotonic() + self.config.rescan_seconds)
         if self.config.metrics.http_port is not None:
             self._closing.callback(self._metrics.serve(self.config.metrics.http_port))
+
+    def _require_to_be_alone(self) -> None:
+        """See that no other sortd works with this state folder on this root: its requests and status are its own.
+
+        Raises:
+            AlreadyRunningError: one does.
+        """
+        told = read_status(self._state_folder)
+        if told is None or not told["alive"] or told["pid"] == self._pid:
+            return
+        if told.get("root") == str(self.config.root):
+            raise AlreadyRunningError(f"another sortd works on {self.config.root} (pid {told['pid']}); stop it first")
 
     def _is_done(self) -> bool:
         if self._is_stopping:
@@ -182,10 +198,11 @@ class Daemon:
             self._take(message)
         now = monotonic()
         for dataset in self.collection:
-            dataset.tick(now)
-            dataset.continue_scan()
-            dataset.continue_looking()
-            dataset.flush()
+            with self.collection.isolated(dataset):
+                dataset.tick(now)
+                dataset.continue_scan()
+                dataset.continue_looking()
+                dataset.flush()
         self._periodic(now)
 
     def _messages(self) -> Iterator[Message]:
@@ -213,11 +230,11 @@ class Daemon:
                     self._metrics.watch_overflow()
                 self.collection.scan()
             case Answer(dataset=name):
-                if name in self.datasets:
-                    self.datasets[name].answer(message)
+                self.collection.tell(name, lambda dataset: dataset.answer(message))
             case Copied(dataset=name, orders=orders):
-                if name in self.datasets:
-                    tell_put_back(self.datasets[name], self.datasets[name].copied(orders))
+                self.collection.tell(name, lambda dataset: tell_put_back(dataset, dataset.copied(orders)))
+            case CopyFailed(dataset=name, error=refused):
+                self.collection.tell(name, lambda dataset: self.collection.hold(dataset, refused))
             case WorkerLoading(what=what):
                 self._loading = what
                 self._notifier.status(what)
@@ -259,6 +276,14 @@ class Daemon:
     def _gets_on(self, now: float) -> bool:
         busy_since = self._worker.busy_since
         return busy_since is None or now - busy_since < STUCK_SECONDS
+
+    def why_held(self, name: str) -> str | None:
+        """Say why a dataset is held; None: it is not."""
+        return self.collection.held[name].cause if name in self.collection.held else None
+
+    def answering(self, name: str) -> AbstractContextManager[None]:
+        """Do what was asked of a dataset; where its journal or disk fails, hold it, and raise that."""
+        return self.collection.answering(self.datasets[name])
 
     def show_life(self) -> None:
         """Feed the watchdog in the middle of a long turn that gets on."""
@@ -317,7 +342,10 @@ class Daemon:
             else [
                 {"root": status.root, "mode": status.mode.value, "why": status.why} for status in self._watcher.status()
             ],
-            "datasets": {name: dataset.facts() for name, dataset in sorted(self.datasets.items())},
+            "datasets": {
+                **{name: dataset.facts() for name, dataset in sorted(self.datasets.items())},
+                **{name: held.facts() for name, held in sorted(self.collection.held.items())},
+            },
         }
 
     # ------------------------------------------------------------ signals and reload
@@ -331,7 +359,8 @@ class Daemon:
             self._is_stopping = True
             self._copier.interrupt()
             for dataset in self.collection:
-                dataset.stop()
+                with self.collection.isolated(dataset):
+                    dataset.stop()
 
     def reload(self) -> None:
         """Read the configuration anew: parse, validate, swap; a bad file keeps the old one and says so."""

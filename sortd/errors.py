@@ -1,7 +1,7 @@
 """Every error that sortd raises on purpose, in three families: who must act?
 
 ``StartupError``: the operator, now. ``ImageError``: nobody, that image waits or is set aside and the rest goes on.
-``StorageError``: the disk or whoever owns it; the daemon stops or holds a dataset rather than guess.
+``StorageError``: the disk or whoever owns it; the daemon holds a dataset rather than guess.
 A message says what happened, to which path, and what to do.
 """
 
@@ -96,7 +96,7 @@ class StorageError(SortdError):
 
 
 class JournalError(StorageError):
-    """The journal cannot be written or read: nothing may move, so the daemon stops."""
+    """The journal of a dataset cannot be written or read: nothing of it may move until it was opened anew."""
 
 
 class DestinationError(StorageError):

@@ -32,9 +32,19 @@ class Metrics:
         self._overflows = Counter(
             "sortd_watch_overflows", "Times that the watcher lost hints and a scan had to heal it.", registry=registry
         )
+        self._held = Gauge(
+            "sortd_dataset_held",
+            "1 where a dataset is held by a fault of its folders, its journal or its disk, else 0.",
+            ("dataset",),
+            registry=registry,
+        )
         self._corrections = Counter(
             "sortd_corrections", "Images that the user moved elsewhere afterwards.", ("dataset",), registry=registry
         )
+
+    def held(self, dataset: str, *, is_held: bool) -> None:
+        """Note whether a dataset is held: nothing of it moves until its cause is gone."""
+        self._held.labels(_text(dataset)).set(int(is_held))
 
     def image(self, dataset: str, outcome: str) -> None:
         """Count an image whose way ended."""

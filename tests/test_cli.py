@@ -1,12 +1,14 @@
 """The command line as a whole: what there is, what it costs, and how it fails."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from sortd.cli import raise_descriptor_limit
 from sortd.commands.console import counted, megabytes, printable
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset
@@ -81,6 +83,17 @@ def test_what_answers_at_once_imports_nothing_slow(config: Path, arguments: tupl
     )
     told = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=True, cwd=ROOT)
     assert told.stderr.splitlines()[-1] == "[]"
+
+
+def test_raise_descriptor_limit_takes_what_the_process_may_have() -> None:
+    """The soft limit, 1024 most often, is raised to the hard one, and no further."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+    try:
+        raise_descriptor_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_errors_are_sentences(tmp_path: Path) -> None:

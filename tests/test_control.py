@@ -1,12 +1,13 @@
 """Control does in the daemon what undo, release and rebuild ask for, and tells the core before any watcher can."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from sortd.errors import DataError
+from sortd.errors import DataError, JournalError, StorageError
 from sortd.journaling.history import History
 from sortd.layout import Layout
 from sortd.messages import Event, ImageGone, ImageHeld, Released
@@ -58,6 +59,21 @@ class Daemon:
 
     datasets: Mapping[str, AtWork]
     signs_of_life: list[int] = field(default_factory=list)
+    held: Mapping[str, str] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+    def why_held(self, name: str) -> str | None:
+        """Say why one is not among the datasets."""
+        return self.held.get(name)
+
+    @contextmanager
+    def answering(self, name: str) -> Iterator[None]:
+        """Write down which one failed."""
+        try:
+            yield
+        except StorageError:
+            self.failed.append(name)
+            raise
 
     def show_life(self) -> None:
         """Count."""
@@ -155,6 +171,31 @@ def test_what_is_not_there_is_an_error(daemon: Daemon, dataset: AtWork, tmp_path
         answer(daemon, {"do": "undo", "datasets": moved, "dry_run": False})
     with pytest.raises(DataError, match="no record 99"):
         answer(daemon, undo(dataset, 99))
+
+
+def test_answer_about_a_held_dataset_says_why_it_is_held(daemon: Daemon) -> None:
+    """Whoever asks hears the cause, not that there is no such dataset."""
+    held = Daemon(daemon.datasets, held={"Bad": "its journal is damaged"})
+    with pytest.raises(StorageError, match="the dataset 'Bad' is held: its journal is damaged"):
+        answer(held, {"do": "rebuild", "datasets": ["Bad"], "force": False})
+
+
+@pytest.mark.parametrize("ask", ["undo", "release", "rebuild"])
+def test_answer_journal_that_fails_holds_its_dataset(
+    daemon: Daemon, dataset: AtWork, monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    """Whatever is asked: the daemon learns which dataset failed, and whoever asks learns why."""
+    journal = dataset.holding.journal
+    monkeypatch.setattr(dataset, "rebuild", lambda *, force: journal.note("forced", str(force)))
+    requests: dict[str, dict[str, object]] = {
+        "undo": undo(dataset, 1),
+        "release": {"do": "release", "datasets": None, "path": None},
+        "rebuild": {"do": "rebuild", "datasets": None, "force": True},
+    }
+    journal.close()
+    with pytest.raises(JournalError):
+        answer(daemon, requests[ask])
+    assert daemon.failed == ["Colours"]
 
 
 @pytest.mark.parametrize("request_", [{}, {"do": "dance"}, {"do": "undo"}, {"do": "rebuild", "datasets": "all"}])

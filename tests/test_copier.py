@@ -10,10 +10,10 @@ from sortd.errors import BusyError, JournalError
 from sortd.journal import Grounds
 from sortd.messages import Stamp
 from sortd.moving.relocation import Member, Relocation, Role
-from sortd.running.copier import Copied, Copier, CopierDied
+from sortd.running.copier import Copied, Copier, CopierDied, CopyFailed
 from sortd.running.relocating import Order
 
-Inbox = queue.SimpleQueue[Copied | CopierDied]
+Inbox = queue.SimpleQueue[Copied | CopyFailed | CopierDied]
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def order(name: str) -> Order:
     return Order(Relocation(name, "Images", "Dataset/cat", (member,)), Grounds("filed"))
 
 
-def name_of(message: Copied | CopierDied) -> str:
+def name_of(message: Copied | CopyFailed | CopierDied) -> str:
     """Return the name of the image that was copied."""
     assert isinstance(message, Copied)
     return message.orders[0].relocation.token
@@ -105,16 +105,29 @@ def test_a_stop_interrupts_every_seat(copier: Copier, inbox: Inbox) -> None:
     assert inbox.empty()
 
 
-def test_a_copier_that_dies_says_of_what(copier: Copier, inbox: Inbox) -> None:
-    """A journal that cannot be written stops the daemon: the loop raises what it hears."""
+def test_copier_failed_copy_is_told_and_the_others_go_on(copier: Copier, inbox: Inbox) -> None:
+    """A journal that cannot be written is told with its dataset; an image of another one is copied after it."""
+    refused = JournalError("the journal's disk is full")
 
     def job() -> Order:
-        raise JournalError("the journal's disk is full")
+        raise refused
+
+    copier.seat("Cats").submit(job)
+    copier.seat("Dogs").submit(lambda: order("b.jpg"))
+    assert inbox.get(timeout=60) == CopyFailed("Cats", refused)
+    assert name_of(inbox.get(timeout=60)) == "b.jpg"
+
+
+def test_a_copier_that_dies_says_of_what(copier: Copier, inbox: Inbox) -> None:
+    """The loop raises what ended the thread."""
+
+    def job() -> Order:
+        raise SystemExit
 
     copier.seat("Cats").submit(job)
     told = inbox.get(timeout=60)
     assert isinstance(told, CopierDied)
-    assert isinstance(told.error, JournalError)
+    assert isinstance(told.error, SystemExit)
 
 
 def test_without_a_copy_there_is_no_thread(inbox: Inbox) -> None:

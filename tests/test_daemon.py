@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sortd.layout import Layout
 from tests.command_line import sortd
 from tests.daemon_process import DaemonProcess, make_dataset, picture, running, tree
 
@@ -216,6 +217,7 @@ def test_a_second_start_on_the_same_data_is_refused(colours: Path, write_config:
     """Exit 75 and a sentence; the first goes on."""
     config = write_config()
     with running(config) as daemon:
+        daemon.wait_until(lambda: "pid" in sortd("status", "-c", config, "--json").facts, "the status")
         second = subprocess.run(
             [sys.executable, "-m", "tests.fast_sortd", "run", "-c", str(config)],
             cwd=REPOSITORY,
@@ -226,9 +228,58 @@ def test_a_second_start_on_the_same_data_is_refused(colours: Path, write_config:
         )
         assert second.returncode == 75
         assert "another sortd works on" in second.stderr
+        assert sortd("status", "-c", config, "--json").facts["pid"] == daemon.process.pid
         assert "Traceback" not in second.stderr
         picture("red", 1).save(colours / "Images" / "a.png")
         daemon.wait_for("image.filed")
+
+
+def test_run_dataset_with_a_damaged_journal_is_held_until_it_is_mended(
+    colours: Path, write_config: Write, tmp_path: Path
+) -> None:
+    """The others are served; log, status, check and metrics have the cause; once it is gone the dataset is taken up."""
+    bad = make_dataset(colours.parent, "Bad")
+    journal = Layout(bad).state_folder(tmp_path / "state") / "journal.sqlite"
+    journal.parent.mkdir(parents=True)
+    journal.write_bytes(b"garbage" * 1000)
+    picture("red", 1).save(bad / "Images" / "a.png")
+    picture("red", 2).save(colours / "Images" / "a.png")
+    config, metrics = write_config(metrics=f"{{textfile: {tmp_path}/sortd.prom}}"), tmp_path / "sortd.prom"
+    with running(config) as daemon:
+        line = daemon.wait_for("dataset.held", dataset="Bad", cause="journal")
+        assert f"{journal}: the journal is damaged" in line["error"]
+        assert "move it aside" in line["error"]
+        daemon.wait_for("image.filed", dataset="Colours")
+        daemon.wait_until(lambda: "Bad" in sortd("status", "-c", config, "--json").out, "the status")
+        facts = sortd("status", "-c", config, "--json").facts["datasets"]["Bad"]
+        assert (facts["problem"], facts["moving"]) == (line["error"], False)
+        assert facts["held_since"]
+        assert "nothing in it is moved" in sortd("status", "-c", config).out
+        checked = sortd("check", "-c", config)
+        assert checked.code == 78
+        assert f"is held, nothing in it is moved: {line['error']}" in checked.out
+        daemon.wait_until(
+            lambda: metrics.exists() and 'sortd_dataset_held{dataset="Bad"} 1.0' in metrics.read_text(), "the metrics"
+        )
+        assert sortd("rebuild", "Bad", "-c", config).err.startswith("the dataset 'Bad' is held: ")
+        journal.rename(tmp_path / "aside")
+        daemon.wait_for("image.filed", dataset="Bad")
+        assert daemon.stop() == 0
+        assert len(daemon.events("dataset.held")) == 1
+
+
+def test_once_dataset_that_is_held_ends_it_by_its_cause_after_the_others(
+    colours: Path, write_config: Write, tmp_path: Path
+) -> None:
+    """Images of the others are filed; the exit code is that of the storage, and the sentence says which dataset."""
+    bad = make_dataset(colours.parent, "Bad")
+    journal = Layout(bad).state_folder(tmp_path / "state") / "journal.sqlite"
+    journal.mkdir(parents=True)
+    picture("red", 2).save(colours / "Images" / "a.png")
+    with DaemonProcess(write_config(), "once") as daemon:
+        assert daemon.wait() == 74
+    assert list(tree(colours / "Dataset")) == ["red/a.png"]
+    assert any(line.startswith("sortd: Bad: ") and "Is a directory" in line for line in daemon.noise)
 
 
 def test_sigterm_under_work_ends_soon_with_nothing_half_done(colours: Path, write_config: Write) -> None:

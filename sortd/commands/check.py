@@ -17,6 +17,7 @@ from sortd.commands.check_folders import dataset_findings, overlap_findings, own
 from sortd.commands.check_references import DECODING_SECONDS, File, Reader, reference_findings
 from sortd.commands.check_running import (
     classifier_findings,
+    journal_findings,
     model_findings,
     named_dataset_findings,
     process_findings,
@@ -80,6 +81,7 @@ def check_site(config: Config, *, decoding_seconds: float = DECODING_SECONDS) ->
             own_config = config.dataset(layout.name)
             yield from _told(dataset_findings(layout))
             yield from _told(file_system_findings(layout))
+            yield from _told(journal_findings(config, layout))
             references = reference_findings(
                 layout, Mode(own_config.mode), known=known, decode=decode, look=look, decoding_seconds=decoding_seconds
             )

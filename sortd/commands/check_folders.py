@@ -43,11 +43,16 @@ def dataset_findings(layout: Layout) -> Iterator[Finding]:
     """Check one dataset's folders and the rights that sortd needs in them."""
     for area in Area:
         yield from _area_findings(layout, area)
-    if not layout.is_present:
+    if layout.marker.is_symlink():
+        yield error(Topic.FOLDERS, layout.marker, "is a symbolic link: nothing is moved", "put a folder in its place")
+    elif not layout.is_present:
         mend = f"it is made when sortd starts; to make it now: sortd init {layout.root}"
         yield note(Topic.FOLDERS, layout.marker, "is missing, by which sortd knows that the disk is mounted", mend)
     elif (refusal := _refusal_to_write(layout.marker)) is not None:
         yield error(Topic.FOLDERS, layout.marker, f"cannot be written: {refusal}", f"make it belong to {_who()}")
+    lock = layout.marker / "lock"
+    if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file()):
+        yield error(Topic.FOLDERS, lock, "is no regular file: nothing is moved", "remove it; sortd makes it anew")
     yield from _class_folder_findings(layout)
 
 

@@ -3,16 +3,19 @@
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sortd.commands.console import counted, megabytes
 from sortd.commands.finding import Finding, Topic, error, note, warning
+from sortd.commands.journals import JOURNAL_FILE
 from sortd.commands.promotion import compared, serving_facts, waiting_model
 from sortd.config import Config
 from sortd.encoding import models
 from sortd.encoding.model_folders import STRONGER
-from sortd.errors import ModelError, StartupError
+from sortd.errors import JournalError, ModelError, StartupError
+from sortd.journaling.history import History
 from sortd.layout import Layout
 from sortd.status import read_status
 
@@ -30,6 +33,8 @@ def process_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Find
     own = status["pid"] if status is not None and status["alive"] else None
     if own is not None:
         yield note(Topic.PROCESS, config.state_dir, f"sortd runs already (pid {own}); see `sortd status`")
+    if own is not None and status is not None:
+        yield from _held_findings(status)
     for layout in layouts:
         holder = lock_holder(layout.marker / "lock")
         if holder is not None and holder != own:
@@ -41,6 +46,28 @@ def process_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Find
         if owners:
             what = "this check ran as root, who may do everything; what it says of rights holds for root alone"
             yield note(Topic.PROCESS, "user", what, "run it as the user that sortd runs as: sudo -u USER sortd check")
+
+
+def _held_findings(status: Mapping[str, Any]) -> Iterator[Finding]:
+    """Tell which datasets the sortd that runs holds, and why."""
+    for name, facts in status.get("datasets", {}).items():
+        if facts.get("held_since"):
+            what = f"is held, nothing in it is moved: {facts['problem']}"
+            yield error(Topic.PROCESS, name, what, "sortd takes it up again by itself once this is mended")
+
+
+def journal_findings(config: Config, layout: Layout) -> Iterator[Finding]:
+    """Read a dataset's journal, all of it: what it cannot say keeps the dataset from being worked on."""
+    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
+    if not os.path.lexists(file):
+        return
+    try:
+        with History.open(file) as history:
+            history.verify()
+            history.unfinished()
+            history.held()
+    except JournalError as refusal:
+        yield error(Topic.PROCESS, layout.root, str(refusal))
 
 
 def model_findings(config: Config, *, packaged: Path = models.PACKAGED) -> Iterator[Finding]:

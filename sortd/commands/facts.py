@@ -130,10 +130,7 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
 
     print_line("")
     print_line(printable(name), style="bold")
-    if facts.get("problem"):
-        print_line(f"  problem   {printable(facts['problem'])}", style="bold red")
-    if facts.get("journal_problem"):
-        print_line(f"  problem   {printable(facts['journal_problem'])}", style="bold red")
+    _print_problems(facts)
     if facts["root"] is None:
         print_line("  folder    is gone or not mounted; this is from its journal")
     if facts.get("classes") is not None:
@@ -158,6 +155,18 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
             for label, right in facts["accuracy"].items()
         ]
         print_table(("class", "filed", "corrected", "right"), rows, right=("filed", "corrected", "right"))
+
+
+def _print_problems(facts: Mapping[str, Any]) -> None:
+    from sortd.moments import shown
+
+    for problem in {facts.get("problem"): None, facts.get("journal_problem"): None}:  # each once
+        if problem:
+            print_line(f"  problem   {printable(problem)}", style="bold red")
+    if facts.get("held_since"):
+        print_line(
+            f"  held      since {shown(facts['held_since'])}: nothing in it is moved; sortd tries again by itself"
+        )
 
 
 def _print_classifier(facts: Mapping[str, Any]) -> None:

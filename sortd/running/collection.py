@@ -1,16 +1,26 @@
-"""The collection: the datasets below one root, taken up when they appear and let go when they are gone."""
+"""The collection: the datasets below one root, taken up when they appear and let go when they are gone.
 
+A dataset that cannot be opened, or whose journal or disk fails while it is at work, is held: closed, so that nothing of
+it moves, and opened again, which recovers it like after a crash, as soon as that works. The others go on.
+"""
+
+import errno
 import os
+import resource
+import sqlite3
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR
+from time import monotonic
 
 import structlog
 
-from sortd import logs
+from sortd import logs, mends
 from sortd.config import Config
-from sortd.errors import LayoutError, StartupError
+from sortd.errors import AlreadyRunningError, JournalError, LayoutError, SortdError, StorageError
 from sortd.layout import Layout, find_datasets
 from sortd.messages import RebuildFailed
 from sortd.metrics import Metrics
@@ -20,27 +30,70 @@ from sortd.running.site import Site, sorter_settings, teaching_of
 from sortd.running.worker import Forget, Job
 from sortd.watch import Hint, Watcher
 
+OF_ONE_DATASET = (SortdError, OSError, sqlite3.Error)
+"""What a dataset's folders, journal and disk answer when they fail."""
+
+ATTEMPTS_SHARE = 10
+"""A dataset is opened again after so many times as long as the last attempt took: a long journal takes seconds."""
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
+"""How long one that failed at work is closed; the pause doubles where it fails again within the longest one."""
+
+SPARE_DESCRIPTORS = 256
+"""Left free by datasets, for decoders and moves: a batch of 64 moves opens each file of an image."""
+
+DESCRIPTORS_OF_A_DATASET = 12
+"""Two locks, three files of the journal, three of the watcher, and some more while it is opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Why nothing moves in a dataset, and when it is tried again."""
+
+    layout: Layout
+    error: Exception
+    cause: str
+    """In a sentence, with what to do."""
+    since: float
+    """Seconds since the epoch."""
+    retry_at: float
+    """Seconds of the monotonic clock."""
+    pause_seconds: float = 0.0
+
+    def facts(self) -> dict[str, object]:
+        """Return what ``sortd status`` shows of the dataset, as plain values."""
+        return {"problem": self.cause, "held_since": round(self.since, 3), "moving": False}
+
 
 class Collection:
     """Every dataset that sortd works on now, by name."""
 
     def __init__(
-        self, config: Config, *, site: Site, ask: Callable[[Job], None], copier: Copier, metrics: Metrics
+        self,
+        config: Config,
+        *,
+        site: Site,
+        ask: Callable[[Job], None],
+        copier: Copier,
+        metrics: Metrics,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         """Begin with none; ``discover`` finds them."""
-        self.config = config
+        self.config, self._clock = config, clock
         self.datasets: dict[str, Dataset] = {}
+        self.held: dict[str, Held] = {}
+        """Those that it should work on and cannot now."""
         self._site, self._ask, self._copier, self._metrics = site, ask, copier, metrics
         self._watcher: Watcher | None = None
         self._root_is_present = True
         self._began = False
         self._folders: dict[str, tuple[int, int]] = {}
-        self._refused: dict[str, str] = {}
+        self._taken_up_again: dict[str, tuple[Held, float]] = {}
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
     def __iter__(self) -> Iterator[Dataset]:
-        """Go through the datasets."""
-        return iter(self.datasets.values())
+        """Go through the datasets; one that is held meanwhile is no hindrance."""
+        return iter(list(self.datasets.values()))
 
     def watch_with(self, watcher: Watcher) -> None:
         """Let a watcher follow the root, and every dataset that is found from now on."""
@@ -51,9 +104,8 @@ class Collection:
         """Take up datasets that appeared; let one go only when its folder is gone, or another, and the root is there.
 
         Raises:
-            LayoutError: at the start, the root is missing or a dataset's folders cannot serve.
-            AlreadyRunningError: at the start, another sortd works on a dataset.
-            JournalError: a journal cannot be opened.
+            LayoutError: at the start, the root is missing.
+            AlreadyRunningError: at the start, another sortd works on every dataset.
         """
         try:
             found = {layout.name: layout for layout in find_datasets(self.config.root)}
@@ -66,7 +118,14 @@ class Collection:
         for name, layout in found.items():
             if name not in self.datasets:
                 self._take_up(layout)
+        if not self._began and not self.datasets:
+            self._refuse_a_second_sortd()
         self._began = True
+
+    def _refuse_a_second_sortd(self) -> None:
+        errors = [held.error for held in self.held.values()]
+        if errors and all(isinstance(error, AlreadyRunningError) for error in errors):
+            raise errors[0]
 
     def _departed(self, found: Mapping[str, Layout]) -> list[str]:
         """List the datasets whose folder is gone while the root is there, or was made anew with a Clases/ in it.
@@ -75,12 +134,13 @@ class Collection:
         name is none, nor is a disk that does not answer: what was there is awaited.
         """
         departed = []
-        for name, dataset in self.datasets.items():
+        known = {dataset.name: dataset.layout for dataset in self} | {n: held.layout for n, held in self.held.items()}
+        for name, layout in known.items():
             try:
-                folder = _folder_at(dataset.layout.root)
+                folder = _folder_at(layout.root)
             except OSError:
                 continue
-            is_another = folder != self._folders[name] and name in found
+            is_another = folder != self._folders.get(name, folder) and name in found
             if is_another or (folder is None and os.path.isdir(self.config.root)):
                 departed.append(name)
         return departed
@@ -92,10 +152,17 @@ class Collection:
             self._root_is_present = False
             self._log.error(logs.ROOT_ABSENT, error=str(error))
         for dataset in self:
-            dataset.receive(RebuildFailed(str(error), references_absent=True))
+            with self.isolated(dataset):
+                dataset.receive(RebuildFailed(str(error), references_absent=True))
+
+    # ------------------------------------------------------------ taking up, letting go, holding
 
     def _take_up(self, layout: Layout) -> None:
-        """Begin to work on a dataset; one that cannot serve stops the start, but not the others that run already."""
+        """Begin to work on a dataset; one that cannot serve is held, and is tried again when its time has come."""
+        name, began = layout.name, self._clock()
+        held = self.held.get(name)
+        if held is not None and began < held.retry_at:
+            return
         try:
             folder = _folder_at(layout.root)
         except OSError:
@@ -103,36 +170,114 @@ class Collection:
         if folder is None:
             return
         try:
-            seat = self._copier.seat(layout.name)
+            _require_descriptors()
+            seat = self._copier.seat(name)
             dataset = self._site.open(layout, self.config, ask=self._ask, seat=seat, metrics=self._metrics)
-        except StartupError as error:
-            if not self._began:
-                raise
-            if self._refused.get(layout.name) != str(error):
-                self._refused[layout.name] = str(error)
-                self._log.error(logs.DATASET_HELD, dataset=layout.name, cause="layout", error=str(error))
+            self.datasets[name], self._folders[name] = dataset, folder
+            if self._watcher is not None:
+                self._watcher.watch_dataset(os.fspath(layout.root))
+            self._site.begin(dataset)
+            dataset.scan_handled()
+        except Exception as error:  # noqa: BLE001 -- whatever is wrong with one dataset, the others are served
+            self._hold(layout, error, retry_at=self._clock() + ATTEMPTS_SHARE * (self._clock() - began))
             return
-        self._refused.pop(layout.name, None)
-        if self._watcher is not None:
-            self._watcher.watch_dataset(os.fspath(layout.root))
-        self.datasets[layout.name], self._folders[layout.name] = dataset, folder
-        self._site.begin(dataset)
-        dataset.scan_handled()
-        self._log.info(logs.DATASET_ADDED, dataset=layout.name, root=str(layout.root))
+        if held is not None:
+            self._taken_up_again[name] = self.held.pop(name), self._clock()
+        self._metrics.held(name, is_held=False)
+        self._log.info(logs.DATASET_ADDED, dataset=name, root=str(layout.root))
 
     def _let_go(self, name: str) -> None:
-        dataset = self.datasets.pop(name)
+        self._taken_up_again.pop(name, None)
+        self.held.pop(name, None)
+        dataset = self.datasets.get(name)
+        root = self.config.root / name if dataset is None else dataset.layout.root
+        self._forget(name, root)
+        if dataset is not None:
+            with suppress(*OF_ONE_DATASET):  # its journal may be gone with it
+                self._site.close(dataset)
+        self._metrics.held(name, is_held=False)
+        self._log.warning(logs.DATASET_GONE, dataset=name, root=str(root))
+
+    def _forget(self, name: str, root: Path) -> None:
+        if self.datasets.pop(name, None) is None:
+            return
+        self._folders.pop(name, None)
         if self._watcher is not None:
-            self._watcher.forget(os.fspath(dataset.layout.root))
+            self._watcher.forget(os.fspath(root))
         self._ask(Forget(name))
-        self._site.close(dataset)
-        self._log.warning(logs.DATASET_GONE, dataset=name, root=str(dataset.layout.root))
+
+    @contextmanager
+    def isolated(self, dataset: Dataset) -> Iterator[None]:
+        """Do what concerns one dataset; where that fails, hold it, so that the others are served."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 -- whatever is wrong with one dataset, the others are served
+            self.hold(dataset, error)
+
+    def tell(self, name: str, act: Callable[[Dataset], None]) -> None:
+        """Do something with the dataset that an answer is about, unless it was let go or held since."""
+        if (dataset := self.datasets.get(name)) is not None:
+            with self.isolated(dataset):
+                act(dataset)
+
+    @contextmanager
+    def answering(self, dataset: Dataset) -> Iterator[None]:
+        """Do what was asked of one dataset; where its journal or disk fails, hold it, and let whoever asked know.
+
+        Raises:
+            StorageError: it failed.
+        """
+        try:
+            yield
+        except (StorageError, OSError, sqlite3.Error) as error:
+            self.hold(dataset, error)
+            raise StorageError(_sentence(error)) from error
+
+    def hold(self, dataset: Dataset, error: Exception) -> None:
+        """Hold a dataset that failed at work: close it, and open it again after a pause, which recovers its moves."""
+        if self.datasets.get(dataset.name) is not dataset:
+            return
+        now = self._clock()
+        before, at = self._taken_up_again.pop(dataset.name, (None, now))
+        pause = FIRST_PAUSE_SECONDS
+        if before is not None and now - at < LONGEST_PAUSE_SECONDS:
+            self.held[dataset.name] = before
+            pause = min(max(FIRST_PAUSE_SECONDS, 2 * before.pause_seconds), LONGEST_PAUSE_SECONDS)
+        self._hold(dataset.layout, error, retry_at=now + pause, pause_seconds=pause)
+
+    def _hold(self, layout: Layout, error: Exception, *, retry_at: float, pause_seconds: float | None = None) -> None:
+        """Close a dataset and remember why; say so where the cause is another one than before."""
+        name, cause, before = layout.name, _sentence(error), self.held.get(layout.name)
+        self._forget(name, layout.root)
+        with suppress(*OF_ONE_DATASET):  # it was open in part, and what failed may fail to be closed, too
+            self._site.abandon(name)
+        if pause_seconds is None:
+            pause_seconds = 0.0 if before is None else before.pause_seconds
+        is_new = before is None or before.cause != cause
+        since = time.time() if before is None or is_new else before.since
+        self.held[name] = Held(layout, error, cause, since, retry_at, pause_seconds)
+        self._metrics.held(name, is_held=True)
+        if is_new:
+            trace = None if isinstance(error, OF_ONE_DATASET) else error
+            self._log.error(logs.DATASET_HELD, dataset=name, cause=_kind(error), error=cause, exc_info=trace)
+
+    @property
+    def held_error(self) -> SortdError | None:
+        """The error of the datasets that are held, with all their causes and the exit code of the first; None: none."""
+        errors = [held.error for _, held in sorted(self.held.items())]
+        if not errors:
+            return None
+        causes = "; ".join(f"{name}: {held.cause}" for name, held in sorted(self.held.items()))
+        return (type(errors[0]) if isinstance(errors[0], SortdError) else StorageError)(causes)
+
+    # ------------------------------------------------------------ what concerns several
 
     def hint(self, hint: Hint) -> None:
         """Hand a hint to the dataset that it is about; anything else may be a dataset that comes or goes."""
         for dataset in self:
             if dataset.layout.area_of(hint.path) is not None:
-                dataset.hint(hint)
+                with self.isolated(dataset):
+                    dataset.hint(hint)
                 return
         self.discover()
 
@@ -140,9 +285,10 @@ class Collection:
         """Look at everything anew: the truth, whatever was hinted or not."""
         self.discover()
         for dataset in self:
-            dataset.begin_scan()
-            dataset.compare_references()
-            dataset.scan_handled()
+            with self.isolated(dataset):
+                dataset.begin_scan()
+                dataset.compare_references()
+                dataset.scan_handled()
 
     def poll(self, roots: tuple[str, ...]) -> None:
         """Scan what cannot be watched; where the root itself is among it, new datasets are looked for."""
@@ -150,22 +296,64 @@ class Collection:
             self.discover()
         for dataset in self:
             if os.fspath(dataset.layout.root) in roots:
-                dataset.begin_scan()
-                dataset.compare_references()
+                with self.isolated(dataset):
+                    dataset.begin_scan()
+                    dataset.compare_references()
 
     def reload(self, config: Config) -> None:
         """Take a changed configuration over."""
         self.config = config
         for dataset in self:
             own = config.dataset(dataset.name)
-            dataset.reload(sorter_settings(own), teaching_of(own))
+            with self.isolated(dataset):
+                dataset.reload(sorter_settings(own), teaching_of(own))
 
     def close(self) -> None:
         """Finish the moves at hand and close every dataset, be it that the journal of one cannot be written."""
-        with ExitStack() as closing:
-            for dataset in self:
-                closing.callback(self._site.close, dataset)
-                closing.callback(dataset.flush)
+        for dataset in self:
+            with self.isolated(dataset):
+                dataset.flush()
+                self._site.close(dataset)
+
+
+def _sentence(error: Exception) -> str:
+    """Say what is wrong with a dataset, and what to do."""
+    if isinstance(error, OSError):
+        mend = mends.to_write(error)
+        return f"{error.filename or 'its disk'}: {error.strerror or error}" + (f"; {mend}" if mend else "")
+    if isinstance(error, SortdError):
+        return str(error)
+    return f"{type(error).__name__}: {error}; nobody foresaw this: please report it with the log"
+
+
+def _kind(error: Exception) -> str:
+    """Return what failed, in one word."""
+    match error:
+        case AlreadyRunningError():
+            return "locked"
+        case LayoutError():
+            return "layout"
+        case JournalError():
+            return "journal"
+        case SortdError() | OSError() | sqlite3.Error():
+            return "storage"
+        case _:
+            return "unforeseen"
+
+
+def _require_descriptors() -> None:
+    """See that another dataset leaves enough descriptors for moves and decoders.
+
+    Raises:
+        StorageError: it would not.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = min(SPARE_DESCRIPTORS, limit // 4)
+    if len(os.listdir("/proc/self/fd")) + DESCRIPTORS_OF_A_DATASET > limit - spare:
+        full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        raise StorageError(
+            f"no more datasets can be opened with a limit of {limit} open files a process; {mends.to_write(full)}"
+        )
 
 
 def _folder_at(path: Path) -> tuple[int, int] | None:

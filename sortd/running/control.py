@@ -5,11 +5,12 @@ The daemon calls ``answer`` from its loop, the thread that moves files; see ``re
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import structlog
 
-from sortd.errors import DataError
+from sortd.errors import DataError, StorageError
 from sortd.journaling.history import History
 from sortd.journaling.records import Record, Selection
 from sortd.layout import Layout
@@ -57,6 +58,12 @@ class DaemonAtWork(Protocol):
     def datasets(self) -> Mapping[str, DatasetAtWork]:
         """The datasets that it works on, by name."""
 
+    def why_held(self, name: str) -> str | None:
+        """Say why a dataset is held and not among them; None: it is not held."""
+
+    def answering(self, name: str) -> AbstractContextManager[None]:
+        """Do what was asked of a dataset; where its journal or disk fails, hold it, and raise that."""
+
     def show_life(self) -> None:
         """Feed the watchdog in the middle of a long answer: it waits for the disk, but gets on."""
 
@@ -67,17 +74,18 @@ def answer(daemon: DaemonAtWork, request: Request) -> Reply:
     Raises:
         RequestError: it asks for nothing that can be done.
         DataError: it names a dataset or a record that is not there.
-        JournalError: the journal cannot be written; the daemon must stop.
+        StorageError: the journal or the disk of a dataset failed, or holds it; the other ones go on.
     """
     match request:
         case {"do": "undo", "datasets": dict(datasets), "dry_run": bool(dry_run)}:
             return _undo(daemon, datasets, dry_run=dry_run)
         case {"do": "release", "datasets": list() | None as names, "path": str() | None as path}:
-            return {"released": {one.name: _release(one, path) for one in _chosen(daemon, names)}}
+            return {"released": {one.name: _release(daemon, one, path) for one in _chosen(daemon, names)}}
         case {"do": "rebuild", "datasets": list() | None as names, "force": bool(force)}:
             chosen = _chosen(daemon, names)
             for dataset in chosen:
-                dataset.rebuild(force=force)
+                with daemon.answering(dataset.name):
+                    dataset.rebuild(force=force)
             return {"rebuilding": [dataset.name for dataset in chosen]}
     raise RequestError(f"nothing is known of {request.get('do')!r} with {', '.join(sorted(request))}")
 
@@ -125,12 +133,13 @@ def _undo(daemon: DaemonAtWork, datasets: Mapping[str, Any], *, dry_run: bool) -
         (dataset,) = _chosen(daemon, [name])
         if os.path.realpath(wanted["root"]) != os.path.realpath(dataset.layout.root):
             raise DataError(f"the sortd that runs works on {dataset.layout.root}, not on {wanted['root']}")
-        told, waiting = put_back(
-            dataset.filing, dataset.history, wanted["records"], dry_run=dry_run, show_life=daemon.show_life
-        )
+        with daemon.answering(name):
+            told, waiting = put_back(
+                dataset.filing, dataset.history, wanted["records"], dry_run=dry_run, show_life=daemon.show_life
+            )
+            if not dry_run:
+                tell_put_back(dataset, told)
         later += waiting
-        if not dry_run:
-            tell_put_back(dataset, told)
         undone += [put_back_facts(name, dataset.layout, one) for one in told]
     return {"undone": undone, "later": later}
 
@@ -149,11 +158,12 @@ def tell_put_back(dataset: DatasetAtWork, told: Sequence[PutBack]) -> None:
         log.info(MOVE_UNDONE, path=was, destination=one.restored, reason=one.message)
 
 
-def _release(dataset: DatasetAtWork, path: str | None) -> int:
+def _release(daemon: DaemonAtWork, dataset: DatasetAtWork, path: str | None) -> int:
     if path is not None and not path.startswith(f"{dataset.layout.root}{os.sep}"):
         return 0
-    count = dataset.filing.release(path)
-    dataset.receive(Released(path))
+    with daemon.answering(dataset.name):
+        count = dataset.filing.release(path)
+        dataset.receive(Released(path))
     return count
 
 
@@ -162,6 +172,8 @@ def _chosen(daemon: DaemonAtWork, names: Sequence[str] | None) -> list[DatasetAt
         return list(daemon.datasets.values())
     missing = [name for name in names if name not in daemon.datasets]
     if missing:
+        if (cause := daemon.why_held(missing[0])) is not None:
+            raise StorageError(f"the dataset {missing[0]!r} is held: {cause}")
         there = ", ".join(sorted(daemon.datasets)) or "none"
         raise DataError(f"the sortd that runs has no dataset {missing[0]!r}; it has: {there}")
     return [daemon.datasets[name] for name in names]

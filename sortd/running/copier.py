@@ -23,6 +23,14 @@ class Copied:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyFailed:
+    """A copy ended by an error that is not about its file: its dataset's journal cannot be written, say."""
+
+    dataset: str
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
 class CopierDied:
     """The copier ended by an error; the loop raises it."""
 
@@ -69,7 +77,7 @@ class Seat:
 class Copier:
     """One named thread around a queue of copies; it starts with the first of them."""
 
-    def __init__(self, post: Callable[[Copied | CopierDied], None]) -> None:
+    def __init__(self, post: Callable[[Copied | CopyFailed | CopierDied], None]) -> None:
         """Prepare; what is done is told by ``post``."""
         self._post = post
         self._arriving: queue.SimpleQueue[_Errand | None] = queue.SimpleQueue()
@@ -126,8 +134,11 @@ class Copier:
     def _carry_out(self, errand: _Errand) -> None:
         self.in_hand = errand
         try:
-            order = errand.job()
+            ended: Copied | CopyFailed = Copied(errand.seat.dataset, (errand.job(),))
+        except Exception as error:  # noqa: BLE001 -- whatever is wrong with one dataset, the others' images are copied
+            ended = CopyFailed(errand.seat.dataset, error)
         finally:
             self.in_hand = None
             errand.done.set()
-        self._post(Copied(errand.seat.dataset, (order,)))
+        if isinstance(ended, Copied) or not errand.seat.is_left:
+            self._post(ended)

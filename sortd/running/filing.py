@@ -90,7 +90,7 @@ class Filing:
         ``end``, and asking again, with no move if need be, gives the next ones to it.
 
         Raises:
-            JournalError: the journal cannot be written; the daemon must stop, and recovers at its next start.
+            JournalError: it cannot be written; opening it anew recovers what was begun.
             ValueError: a path is not below the dataset.
         """
         answers: list[Answer] = []
@@ -103,7 +103,7 @@ class Filing:
         """Take note of what became of copies to another file system; return the answers that they were waited for.
 
         Raises:
-            JournalError: the journal cannot be written; the daemon must stop, and recovers at its next start.
+            JournalError: it cannot be written; opening it anew recovers what was begun.
         """
         self._relocator.end(orders)
         mine = [order for order in orders if order.relocation.token in self._moves]
@@ -175,7 +175,7 @@ class Filing:
         are given to ``submit`` like moves.
 
         Raises:
-            JournalError: the journal cannot be written; the daemon must stop, and recovers at its next start.
+            JournalError: it cannot be written; opening it anew recovers what was begun.
         """
         if (problem := self._absence()) is not None:
             return [PutBack(record, None, problem) for record in records]

@@ -60,7 +60,7 @@ class Outbox:
         """Carry out what was gathered, as one group; return what has ended, a line written about each.
 
         Raises:
-            JournalError: the journal cannot be written; the daemon must stop.
+            JournalError: it cannot be written; opening it anew recovers what was begun.
         """
         moves, self._moves = self._moves, []
         began = monotonic()
@@ -76,7 +76,7 @@ class Outbox:
         """Take note of copies to another file system that have ended; return what became of them.
 
         Raises:
-            JournalError: the journal cannot be written; the daemon must stop.
+            JournalError: it cannot be written; opening it anew recovers what was begun.
         """
         assert self._filing is not None
         heard: list[Heard | PutBack] = []
@@ -95,7 +95,7 @@ class Outbox:
         """Take a file that stays where it is in, as a move, if it is a companion of an image that has left before it.
 
         Raises:
-            JournalError: the journal cannot be read; the daemon must stop.
+            JournalError: it cannot be read.
         """
         if self._filing is None or leave.refusal is not Refusal.NOT_AN_IMAGE:
             return False

@@ -120,7 +120,7 @@ class Relocator:
         Relocations to another file system that ``submit`` does later are missing: they come to ``end``.
 
         Raises:
-            JournalError: the journal cannot be written; the daemon must stop, and recovers at its next start.
+            JournalError: it cannot be written; opening it anew recovers what was begun.
         """
         # A copy of a source whose move has not ended may stand already: moving it again would make a second one.
         unended = {_source_of(one) for one in (*self.recover(), *self._crossing.values()) if one.progress not in _ENDED}

@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sortd.errors import LayoutError, SortdError, StartupError, StorageError
+from sortd.errors import LayoutError, SortdError, StartupError
 from sortd.status import read_status
 
 FOLDER = "requests"
@@ -83,11 +83,7 @@ class Requests:
             ) from error
 
     def serve(self, answer: Callable[[Request], Reply]) -> int:
-        """Answer every request that waits; return how many did.
-
-        Raises:
-            StorageError: the journal cannot be written; whoever asked has been told.
-        """
+        """Answer every request that waits; return how many did."""
         waiting = sorted(self._folder.glob("*.request"), key=_age)
         for path in waiting:
             self._serve(path, answer)
@@ -103,7 +99,6 @@ class Requests:
             self._report(error)  # a disk that is read-only now: nobody asks the same twice, see ``expires_at``
 
     def _serve(self, path: Path, answer: Callable[[Request], Reply]) -> None:
-        stops: StorageError | None = None
         try:
             request = json.loads(path.read_text(encoding="utf-8"))
             if float(request["expires_at"]) < self._clock():
@@ -112,8 +107,6 @@ class Requests:
             reply = answer(request)
         except FileNotFoundError:
             return  # whoever asked has given up
-        except StorageError as error:
-            stops, reply = error, _refusal(error)
         except SortdError as error:
             reply = _refusal(error)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -123,8 +116,6 @@ class Requests:
             write_json(path.with_suffix(".answer"), reply)
         except OSError as error:
             self._report(error)
-        if stops is not None:
-            raise stops
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:

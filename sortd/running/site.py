@@ -173,6 +173,12 @@ class Site:
         with opened:
             held.journal.note(GENERATION_FACT, str(dataset.rebuilding.last_generation))
 
+    def abandon(self, name: str) -> None:
+        """Close a dataset's journal, if it is open, and give its locks back, with nothing written."""
+        if name in self._held:
+            _, opened = self._held.pop(name)
+            opened.close()
+
     # ------------------------------------------------------------ the model, in the worker's thread
 
     def load(self) -> tuple[Embedder, PrototypeStore, str]:
