@@ -123,10 +123,13 @@ def _file(path: str) -> Iterator[BinaryIO]:
         if error.errno in {errno.ELOOP, errno.ENXIO}:
             raise NotAnImageError("it is a link, a socket or a device") from error
         raise
-    with open(descriptor, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise NotAnImageError("it is no regular file")
-        yield file
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -20,7 +20,9 @@ _DISK: Final = "see whether its disk is mounted and well"
 _READING: Final[Mapping[int, str]] = {
     errno.EACCES: _RIGHTS_TO_READ,
     errno.EPERM: _RIGHTS_TO_READ,
-    errno.ELOOP: "put a folder in the place of the symbolic link",
+    errno.ELOOP: "put a real file or folder in the place of the symbolic link",
+    errno.EINVAL: "remove it, or put a regular file in its place",
+    errno.ENXIO: "remove it, or put a regular file in its place",
     errno.ENOTDIR: "put a folder there",
     errno.EMFILE: _MORE_FILES,
     errno.ENFILE: _MORE_FILES_OF_ALL,

@@ -11,7 +11,7 @@ import numpy as np
 
 from sortd import mends
 from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
-from sortd.decoding.files import OUR_OWN_TROUBLE
+from sortd.decoding.files import OUR_OWN_TROUBLE, read_regular
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
 from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build
 from sortd.running.embedding import Embedder
@@ -44,6 +44,8 @@ class ClassFolder:
     label: str
     files: tuple[tuple[str, Stamp], ...]
     descriptions: tuple[str, ...]
+    description_refusal: OSError | None = None
+    """Why the description file, which is there, cannot be read: the class does without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +83,11 @@ def read_descriptions(folder: str) -> tuple[str, ...]:
     Raises:
         OSError: the file is there and cannot be read.
     """
-    path = os.path.join(folder, DESCRIPTIONS_FILE)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        content = read_regular(os.path.join(folder, DESCRIPTIONS_FILE), DESCRIPTIONS_LIMIT_BYTES)
     except FileNotFoundError:
         return ()
-    with os.fdopen(descriptor, "rb") as file:
-        text = file.read(DESCRIPTIONS_LIMIT_BYTES).decode("utf-8-sig", "replace")
+    text = content.decode("utf-8-sig", "replace")
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
@@ -101,16 +101,17 @@ def class_folders(clases: Path, *, report: Callable[[OSError], None]) -> tuple[l
     folders = []
     for entry in entries:
         files = tuple((p, s) for p, s in scan(entry.path, report=report) if not p.endswith("/" + DESCRIPTIONS_FILE))
-        folders.append(ClassFolder(entry.name, tuple(sorted(files)), _descriptions(entry.path, report)))
+        folders.append(_described(entry, tuple(sorted(files))))
     return folders, misnamed
 
 
-def _descriptions(folder: str, report: Callable[[OSError], None]) -> tuple[str, ...]:
+def _described(entry: os.DirEntry[str], files: tuple[tuple[str, Stamp], ...]) -> ClassFolder:
     try:
-        return read_descriptions(folder)
+        return ClassFolder(entry.name, files, read_descriptions(entry.path))
     except OSError as error:
-        report(error)
-        return ()
+        if error.errno in OUR_OWN_TROUBLE:
+            raise
+        return ClassFolder(entry.name, files, (), error)
 
 
 def class_labels(clases: Path) -> tuple[str, ...]:
@@ -237,7 +238,7 @@ class References:
         """Return by label: rows by content, source by content; and what could not be read."""
         rows: dict[str, dict[str, FloatArray]] = {folder.label: {} for folder in folders}
         sources: dict[str, dict[str, str]] = {folder.label: {} for folder in folders}
-        refused: list[ImageRefused] = []
+        refused = [_undescribed(folder.description_refusal) for folder in folders if folder.description_refusal]
         files = [(folder.label, path, stamp) for folder in folders for path, stamp in folder.files]
         for label, path, stamp in [*files, *(c for c in corrections if c[0] in rows)]:
             answer = answers[path, stamp]
@@ -313,6 +314,12 @@ class References:
             encoder_id=embedder.encoder.encoder_id,
             fingerprint=fingerprint,
         )
+
+
+def _undescribed(error: OSError) -> ImageRefused:
+    """Say of a description file that its class does without."""
+    message = f"the class has no description: {error.strerror or error}; {mends.to_read(error)}"
+    return ImageRefused(error.filename, Stamp(0, 0, 0, 0), Refusal.DENIED, message)
 
 
 def class_texts(embedder: Embedder, sentences: Sequence[Sequence[str]]) -> FloatArray:

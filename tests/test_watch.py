@@ -373,6 +373,16 @@ def test_a_watch_that_the_kernel_dropped_is_noticed_by_the_canary(
     assert hears(heard, dataset / "Images", "healed.jpg")
 
 
+def test_canary_pipe_in_its_place_hangs_nothing(watcher: Watcher, dataset: Path) -> None:
+    """Whoever owns ``.sortd/`` may have put one there; the watch is held for well by its other signs."""
+    watcher.watch_dataset(dataset)
+    (dataset / ".sortd" / "canary").unlink(missing_ok=True)
+    os.mkfifo(dataset / ".sortd" / "canary")
+    for now in (0.0, 20.0, 40.0):
+        watcher.health(now)
+    assert [status.mode for status in watcher.status()] == [Mode.EVENTS]
+
+
 def test_the_canary_writes_nothing(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """It is opened and closed in .sortd/; no disk is woken, no folder of the user's touched, no hint posted."""
     watcher.watch_dataset(dataset)

@@ -4,12 +4,14 @@ import errno
 import os
 import queue
 import resource
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+import pytest
 from PIL import Image
 
 from sortd.cache import Cache
@@ -153,6 +155,50 @@ def test_references_that_are_absent_are_an_answer(tmp_path: Path) -> None:
         (quick,) = quick_images(tmp_path / "images", 1)
         worker.ask(EmbedJob("one", (quick,)))
         heard.wait_for(lambda: heard.paths("one") == [quick[0]])
+
+
+def bind(path: str) -> None:
+    """Make a socket."""
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(path)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        os.mkdir,
+        os.mkfifo,
+        lambda path: os.symlink("/etc/passwd", path),
+        lambda path: os.symlink(path, path),
+        bind,
+    ],
+    ids=["folder", "pipe", "link", "link loop", "socket"],
+)
+def test_rebuild_description_that_is_no_file_is_said_and_the_class_is_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put: Callable[[str], None]
+) -> None:
+    """Whatever stands there as ``class.txt``: it is named with its path, and no rebuild leaves a descriptor open."""
+    dataset = make_dataset(tmp_path)
+    monkeypatch.chdir(dataset / "Clases" / "red")  # the path of a socket must be short
+    put("class.txt")
+    job = RebuildJob("one", dataset / "Clases", TEACHING, 0)
+    with working(tmp_path) as (worker, heard):
+        worker.ask(job)
+        heard.wait_for(lambda: len(heard.answers) == 1)
+        for _ in range(3):
+            worker.ask(job)
+        heard.wait_for(lambda: len(heard.answers) == 4)
+        assert not [
+            name for name in os.listdir("/proc/self/fd") if "class.txt" in os.path.realpath(f"/proc/self/fd/{name}")
+        ]
+    for answer in heard.answers:
+        (built,) = answer.events
+        assert isinstance(built, PrototypesBuilt)
+        assert built.prototypes.labels == ("blue", "green", "red")
+        assert answer.rebuilt is not None
+        (refused,) = answer.rebuilt.refused
+        assert refused.path == str(dataset / "Clases" / "red" / "class.txt")
+        assert refused.message.startswith("the class has no description: ")
 
 
 def test_a_rebuild_without_descriptors_ends_the_worker_and_blames_no_reference(tmp_path: Path) -> None:

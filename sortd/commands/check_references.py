@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
+from sortd import mends
 from sortd.commands.check_folders import named
 from sortd.commands.console import counted, printable
 from sortd.commands.finding import Finding, Topic, error, note, warning
@@ -58,8 +59,8 @@ def reference_findings(
     except ReferencesAbsentError as absent:
         yield error(Topic.REFERENCES, clases, str(absent), "give sortd the right to read it, or mount its disk")
         return
-    for refusal in unreadable:
-        yield error(Topic.REFERENCES, refusal.filename, f"cannot be read: {refusal.strerror}", "mend its rights")
+    for refusal in [*unreadable, *(one.description_refusal for one in folders if one.description_refusal)]:
+        yield error(Topic.REFERENCES, refusal.filename, f"cannot be read: {refusal.strerror}", mends.to_read(refusal))
     yield from _name_findings(clases, folders, misnamed)
     contents = known([file for folder in folders for file in folder.files])
     # A note beside the images is no reference and does no harm.

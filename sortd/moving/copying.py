@@ -94,8 +94,11 @@ def content_of(folder: int, name: str) -> str:
         descriptor = os.open(name, FILE_FLAGS, dir_fd=folder)
     except FileNotFoundError:
         return ""
-    with open(descriptor, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(descriptor, "rb", closefd=False) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    finally:
+        os.close(descriptor)  # a folder cannot be made a file of, and would stay open
 
 
 def _copy_bytes(source: int, copy: int, size: int, interrupted: Callable[[], bool]) -> str:

@@ -70,8 +70,7 @@ class Corrections:
         if named is None or not named.grounds.content:
             return None
         try:
-            with open(os.open(path, FILE_FLAGS), "rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
+            content = _sha256_of(path)
         except OSError as error:
             self._report(error)
             return None
@@ -160,6 +159,15 @@ def looked_through_until(journal: Journal, fact: str, now_ns: int) -> int:
     """
     noted = journal.history.number(fact)
     return 0 if noted > now_ns else noted - CLOCK_SLACK_NS
+
+
+def _sha256_of(path: str) -> str:
+    descriptor = os.open(path, FILE_FLAGS)
+    try:
+        with open(descriptor, "rb", closefd=False) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    finally:
+        os.close(descriptor)  # a folder cannot be made a file of, and would stay open
 
 
 def _is_gone(path: str) -> bool:

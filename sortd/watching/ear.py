@@ -45,6 +45,8 @@ _EVENTS: list[type[FileSystemEvent]] = [
 ]
 _DEEP = ("Images", "Clases")  # must be watched at any depth
 _STANDARD = (*_DEEP, "Dataset", "Review", ".sortd")
+# A pipe under the name would hang the open for ever.
+_TOUCH_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _SPARE_DESCRIPTORS = 4  # an observer opens three; the constructor leaks the first where the others fail
 
 
@@ -236,7 +238,7 @@ def _identity(path: str) -> tuple[int, int] | None:
 def _touch(path: str) -> bool:
     """Raise a close-after-write event without writing; tell whether that was possible."""
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        os.close(os.open(path, _TOUCH_FLAGS, 0o600))
     except OSError:
         return False
     return True

@@ -25,11 +25,13 @@ TESTS = {
     "mover": (STEPS, "tests/test_mover.py", FILING),
     "moving/recovery": (STEPS, RECOVERY, FILING),
     "running/relocating": (STEPS, FILING),
+    "messages": (STEPS, "tests/test_mover.py", FILING),
     "moving/relocation": ("tests/test_journal.py", FILING),
     "moving/renaming": (STEPS, "tests/test_mover.py", RECOVERY, FILING),
     "running/undoing": (FILING,),
     "running/crossings": (FILING,),
     "running/outbox": ("tests/test_outbox.py",),
+    "running/collection": ("tests/test_collection.py",),
     "running/copier": ("tests/test_copier.py",),
     "running/holding": ("tests/test_holding.py",),
     "running/residence": ("tests/test_holding.py",),
@@ -104,9 +106,9 @@ REFUSALS = (
 )
 
 IDENTITIES = (
-    Mutant("moving/renaming", "(status.st_ino, status.st_size,", "(stamp.inode, status.st_size,"),
-    Mutant("moving/renaming", "(status.st_ino, status.st_size,", "(status.st_ino, stamp.size,"),
-    Mutant("moving/renaming", "status.st_mtime_ns) ==", "stamp.mtime_ns) =="),
+    Mutant("messages", "return (self.inode, self.size,", "return (other.inode, self.size,"),
+    Mutant("messages", "return (self.inode, self.size,", "return (self.inode, other.size,"),
+    Mutant("messages", "self.size, self.mtime_ns) ==", "self.size, other.mtime_ns) =="),
     Mutant("mover", "if not stat.S_ISREG(status.st_mode) or not is_version(status, member.stamp):", "if False:"),
     Mutant("mover", "if writer_of(file) is Writer.PRESENT:", "if False:"),
     Mutant("mover", "                _check_version(source, member, relocation.source)\n", "                pass\n"),
@@ -189,6 +191,12 @@ APART = (
     Mutant("running/latecomers", "since=self._clock() - LATE_SECONDS", "since=0.0"),
     Mutant("running/rejects", "return record if gone is None or gone.id < record.id else None", "return record"),
     Mutant("running/rejects", "            self._journal.follow(record, refused)\n", "            pass\n"),
+    Mutant("running/collection", "            self._site.abandon(name)\n", "            pass\n"),
+    Mutant(
+        "running/collection",
+        "            self.hold(dataset, error)\n\n    def tell",
+        "            pass\n\n    def tell",
+    ),
 )
 """What keeps two threads, two processes, two datasets or two images of one name apart."""
 
