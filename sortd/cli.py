@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from sortd import __version__
+from sortd import __version__, mends
 from sortd.commands import bench as cli_bench
 from sortd.commands import decisions as cli_decisions
 from sortd.commands import facts as cli_facts
@@ -35,6 +35,7 @@ burned 3 ms of processor time an image beside the forward; with this 0.1 ms (`be
 
 REFUSED = frozenset({
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE,
+    errno.ENFILE, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTCONN, errno.ENXIO,
 })  # fmt: skip
 """What a disk, its owner or a limit refuses: nobody's bug, so a sentence and not a traceback is due."""
 
@@ -251,7 +252,7 @@ def refusal(error: OSError) -> str:
     """Say what was refused, to which path, and what to do."""
     if error.filename is None:
         return f"what was to be written was refused: {error.strerror}; see that there is room where it goes"
-    mend = "see that its disk has room and is well"
+    mend = mends.to_write(error) or "see that its disk has room and is well"
     if isinstance(error, PermissionError):
         mend = "mend its rights, or ask as the user that sortd runs as"
     return f"{printable(os.fsdecode(error.filename))}: {error.strerror}; {mend}"

@@ -28,16 +28,19 @@ def moment(text: str, now: datetime) -> float:
         word = f"{now:%Y-%m-%d}T{word:0>5}"
     try:
         parsed = datetime.fromisoformat(word.upper())
-    except ValueError as error:
+        return (parsed if parsed.tzinfo is not None else parsed.astimezone()).timestamp()
+    except (ValueError, OverflowError, OSError) as error:
         raise ValueError(
             f"{text!r} is no moment: write 2026-03-01, '2026-03-01 14:30', 14:30, 2h, 3d or yesterday"
         ) from error
-    return (parsed if parsed.tzinfo is not None else parsed.astimezone()).timestamp()
 
 
 def shown(seconds: float) -> str:
-    """Return seconds since the epoch as local date and time."""
-    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    """Return seconds since the epoch as local date and time; the number where no calendar holds it."""
+    try:
+        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds:g} s"
 
 
 def duration(seconds: float) -> str:

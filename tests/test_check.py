@@ -17,7 +17,7 @@ from sortd.commands.check_running import lock_holder
 from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, load
 from sortd.journal import Journal
-from sortd.layout import Area, Layout
+from sortd.layout import MARKER, Area, Layout
 from sortd.prototypes import Calibration
 from sortd.running.holding import hold
 from sortd.watching import inotify
@@ -78,6 +78,37 @@ class TestWhole:
         findings = look()
         assert about(findings, Topic.REFERENCES, "red/class.txt", severity=Severity.ERROR)
         assert about(findings, Topic.CALIBRATION)
+
+    def test_check_link_loops_are_looked_at_like_other_links(self, site: Path, look: Check) -> None:
+        """One in each area, in a class, beside the datasets and in the marker: no traceback, and the rest is told."""
+        for folder in (
+            *(site / area.value for area in Area),
+            site / "Clases" / "red",
+            site,
+            site.parent,
+            site / MARKER,
+        ):
+            (folder / "loop").symlink_to("loop")
+        findings = look()
+        assert not [one for one in bad(findings) if one.severity is Severity.ERROR]
+        assert about(findings, Topic.CALIBRATION)
+
+    @pytest.mark.parametrize("name", [".sortd", ".sortd/lock"])
+    def test_check_link_in_the_place_of_what_is_sortds_is_an_error(self, site: Path, look: Check, name: str) -> None:
+        """It keeps the dataset from being worked on."""
+        (site / name).rename(site.parent / "aside") if (site / name).exists() else None
+        (site / name).symlink_to(site.parent / "aside")
+        (finding,) = about(look(), Topic.FOLDERS, str(site / name), severity=Severity.ERROR)
+        assert "nothing is moved" in finding.what
+
+    def test_check_damaged_journal_is_an_error_with_its_mend(self, site: Path, look: Check, tmp_path: Path) -> None:
+        """Before any sortd runs into it."""
+        with hold(Layout(site), tmp_path / "state") as holding:
+            journal = holding.journal.path
+            holding.journal.note("any", "fact")
+        assert not about(look(), Topic.PROCESS, "journal", severity=Severity.ERROR)
+        journal.write_bytes(b"garbage" * 1000)
+        assert about(look(), Topic.PROCESS, str(journal), "is damaged", "move it aside", severity=Severity.ERROR)
 
     @pytest.mark.usefixtures("site")
     def test_a_healthy_site_has_nothing_to_mend(self, look: Check) -> None:

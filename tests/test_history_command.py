@@ -1,7 +1,9 @@
 """History tells what was moved; undo takes it back without harm; release lets go; all with and without a daemon."""
 
 import os
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,15 @@ def run(site: Path, *arguments: object) -> Ran:
 def names(ran: Ran) -> list[str]:
     """Return the names of the files in a history, newest first."""
     return [Path(one["from"]).name for one in ran.facts]
+
+
+def damaged_journal(site: Path, name: str) -> None:
+    """Make a dataset whose journal is no database."""
+    dataset = make_dataset(site.parent, name)
+    journal = Layout(dataset).state_folder(site.parents[1] / "state") / "journal.sqlite"
+    journal.parent.mkdir(parents=True)
+    Layout(dataset).make()
+    journal.write_bytes(b"garbage" * 1000)
 
 
 def standing(site: Path) -> list[str]:
@@ -105,6 +116,22 @@ class TestHistory:
         ran = run(site, "history", "--json")
         assert len(ran.facts) == 5
         assert ran.facts[0]["to"] == "Rejected/x.png"
+
+    def test_history_journal_that_is_damaged_hides_no_other(self, site: Path) -> None:
+        """What the others say is shown, what is wrong with the one is said, and the exit code tells."""
+        damaged_journal(site, "Bad")
+        ran = run(site, "history", "--json")
+        assert ran.code == 74
+        assert len(ran.facts) == 5
+        assert "the journal is damaged" in ran.err
+
+    def test_history_row_without_a_score_is_shown(self, site: Path) -> None:
+        """Whatever is missing in a row, nobody gets a traceback."""
+        with closing(sqlite3.connect(journals(load(site.parents[1] / "config.yaml", {}))[0].file)) as connection:
+            connection.execute("UPDATE moves SET score = NULL, label = NULL, ended_at = 9e999")
+            connection.commit()
+        assert run(site, "history").out.count("Images/") == 5
+        assert run(site, "status").code == 0
 
 
 class TestUndo:
@@ -219,6 +246,15 @@ class TestRelease:
         """Neither nothing nor both."""
         assert run(site, "release").code == 2
         assert run(site, "release", "--all", site / "Images" / "a.png").code == 2
+
+    def test_release_dataset_that_cannot_be_opened_keeps_no_other_held(self, site: Path) -> None:
+        """The files of the others are let go, and what is wrong with the one is said."""
+        assert run(site, "undo", "--last", "1").code == 0
+        damaged_journal(site, "Bad")
+        ran = run(site, "release", "--all")
+        assert ran.code == 74
+        assert "the journal is damaged" in ran.err
+        assert run(site, "release", "--all", "--dataset", "Colours", "--json").facts["released"] == {"Colours": 0}
 
 
 class TestWhileRunning:

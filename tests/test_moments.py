@@ -4,7 +4,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from sortd.moments import duration, moment
+from sortd.moments import duration, moment, shown
 
 NOW = datetime(2026, 3, 15, 10, 30, tzinfo=timezone(timedelta(hours=1)))
 
@@ -39,7 +39,7 @@ def test_a_time_alone_is_of_today() -> None:
     assert moment("8:05", NOW) == expected
 
 
-@pytest.mark.parametrize("text", ["", "soon", "2026-13-01", "-2h", "25:00", "5 fortnights"])
+@pytest.mark.parametrize("text", ["", "soon", "2026-13-01", "-2h", "25:00", "5 fortnights", "0001-01-01"])
 def test_what_is_no_moment_is_refused_with_examples(text: str) -> None:
     """The message shows how to write one."""
     with pytest.raises(ValueError, match="is no moment: write 2026-03-01"):
@@ -52,3 +52,10 @@ def test_what_is_no_moment_is_refused_with_examples(text: str) -> None:
 def test_durations_have_two_units_at_most(seconds: float, words: str) -> None:
     """More would not be read."""
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize("seconds", [1e300, float("inf"), -1e18, float("nan")])
+def test_shown_time_of_no_calendar_is_a_number(seconds: float) -> None:
+    """A forged journal may say anything; nobody who asks for its history gets a traceback."""
+    assert shown(seconds) == f"{seconds:g} s"
+    assert shown(0.0).startswith("19")

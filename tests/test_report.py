@@ -17,7 +17,7 @@ from sortd.commands.examination import Examined, examine, taught
 from sortd.config import load
 from sortd.deciding.explanation import explain
 from sortd.decoding.thumbnails import thumbnail
-from sortd.errors import DataError, DestinationError
+from sortd.errors import DataError, DestinationError, JournalError
 from sortd.evaluate import evaluate
 from sortd.journal import Journal
 from sortd.journaling.records import Selection
@@ -278,3 +278,15 @@ class TestExamination:
         assert "there are: Empty" in sortd("eval", "Other", "-c", file).err
         with pytest.raises(DataError, match="holds no class folder"):
             list(examine(load(file, {"HOME": "/nonexistent"}), load_encoder=lambda _: FakeEncoder()))
+
+    def test_examine_dataset_that_cannot_be_judged_hides_no_other(self, tmp_path: Path) -> None:
+        """The others come first, whatever the names; then what is wrong with the one is raised."""
+        config = load(write_config(tmp_path, learn_from_corrections="true"), {"HOME": "/nonexistent"})
+        bad = Layout(make_dataset(tmp_path / "Data", "Bad")).state_folder(tmp_path / "state") / "journal.sqlite"
+        bad.parent.mkdir(parents=True)
+        bad.write_bytes(b"garbage" * 1000)
+        make_dataset(tmp_path / "Data", "Good")
+        told = examine(config, load_encoder=lambda _: FakeEncoder())
+        assert next(told).dataset == "Good"
+        with pytest.raises(JournalError, match="the journal is damaged"):
+            next(told)

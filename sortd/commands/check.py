@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from sortd import mends
 from sortd.cache import Cache
 from sortd.commands.backend import backend_findings
 from sortd.commands.check_calibration import calibration_findings
@@ -94,9 +95,11 @@ def _told(findings: Iterator[Finding]) -> Iterator[Finding]:
     """Yield some findings; what they may not look at is one more of them, and the others are told all the same."""
     try:
         yield from findings
-    except PermissionError as refusal:
-        what = f"cannot be looked at: {refusal.strerror}"
-        mend = "mend its rights, or check as the user that sortd runs as: sudo -u USER sortd check"
+    except OSError as refusal:
+        what = f"cannot be looked at: {refusal.strerror or refusal}"
+        mend = mends.to_read(refusal)
+        if isinstance(refusal, PermissionError):
+            mend = "mend its rights, or check as the user that sortd runs as: sudo -u USER sortd check"
         yield error(Topic.FOLDERS, refusal.filename, what, mend)
 
 

@@ -134,7 +134,7 @@ def _class_folder_findings(layout: Layout) -> Iterator[Finding]:
         for entry in _entries(layout.area(area)):
             if entry.name.startswith("."):
                 continue
-            if entry.is_symlink() and entry.is_dir() and area is not Area.IMAGES:
+            if entry.is_symlink() and os.path.isdir(entry.path) and area is not Area.IMAGES:
                 what = (
                     "is a symbolic link, so it is no class"
                     if area is Area.CLASES

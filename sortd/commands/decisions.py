@@ -129,12 +129,19 @@ def evaluate_with(
         SortdError: what stands in the way.
     """
     from sortd.commands.examination import examine
+    from sortd.errors import SortdError
 
     _see_that_it_fits(html)
     examined: dict[str, dict[str, Any]] = {}
+    refusal: SortdError | None = None
     with bar("loading the model") as tell:
-        for one in examine(load_config(config), dataset, load_encoder=load_encoder, tell=tell):
-            examined[one.dataset] = one.facts()
+        try:
+            for one in examine(load_config(config), dataset, load_encoder=load_encoder, tell=tell):
+                examined[one.dataset] = one.facts()
+        except SortdError as error:
+            if not examined:
+                raise
+            refusal = error
     if html is not None:
         from sortd.commands.evaluation_page import evaluation_page
         from sortd.report import write_page
@@ -146,6 +153,8 @@ def evaluate_with(
     else:
         for name, facts in examined.items():
             _print_evaluation(name, facts)
+    if refusal is not None:
+        raise refusal
 
 
 def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:

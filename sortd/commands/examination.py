@@ -12,12 +12,13 @@ from sortd.commands.promotion import serving_facts
 from sortd.config import Config
 from sortd.deciding.evaluation import EvaluationReport
 from sortd.encoder import Encoder
-from sortd.errors import DataError
+from sortd.errors import DataError, SortdError, StorageError
 from sortd.evaluate import evaluate
 from sortd.journaling.history import History
 from sortd.layout import Area, Layout, find_datasets
 from sortd.messages import ImageRefused
 from sortd.references import References, ReferencesAbsentError, Teaching
+from sortd.running.embedding import Embedder
 from sortd.running.site import Site, teaching_of
 from sortd.watching.scanning import stamp
 
@@ -58,24 +59,37 @@ def examine(
         tell: is told what is under way, how many references are read, and of how many.
 
     Raises:
-        DataError: there is no such dataset, or it holds nothing to learn from.
+        DataError: there is no such dataset, or one, told after the others, holds nothing to learn from.
+        JournalError: the journal of one, told after the others, cannot be read.
         ModelError: the model cannot be had.
     """
     chosen = _chosen(config, dataset)
     site = Site(config, load_encoder=load_encoder)
     try:
         embedder, _, _ = site.load()
+        refusal: SortdError | None = None
         for layout in chosen:
-            teaching = taught(config, layout)
-            reading = partial(tell, f"reading {layout.name}")
-            support, refused = References(layout.area(Area.CLASES)).support(embedder, teaching, tell=reading)
-            tell(f"judging {layout.name}", len(support.sources), len(support.sources))
-            report = evaluate(support, teaching.settings)
-            yield Examined(layout.name, layout.root, report, refused, serving_facts(config, layout))
-    except ReferencesAbsentError as error:
-        raise DataError(str(error)) from error
+            try:
+                examined = _examined(config, layout, embedder, tell)
+            except ReferencesAbsentError as error:
+                refusal = refusal or DataError(str(error))
+            except (DataError, StorageError) as error:
+                refusal = refusal or error
+            else:
+                yield examined
+        if refusal is not None:
+            raise refusal
     finally:
         site.unload()
+
+
+def _examined(config: Config, layout: Layout, embedder: Embedder, tell: Callable[[str, int, int], None]) -> Examined:
+    teaching = taught(config, layout)
+    reading = partial(tell, f"reading {layout.name}")
+    support, refused = References(layout.area(Area.CLASES)).support(embedder, teaching, tell=reading)
+    tell(f"judging {layout.name}", len(support.sources), len(support.sources))
+    report = evaluate(support, teaching.settings)
+    return Examined(layout.name, layout.root, report, refused, serving_facts(config, layout))
 
 
 def taught(config: Config, layout: Layout) -> Teaching:

@@ -23,9 +23,11 @@ from sortd.commands.console import (
     printable,
     say,
 )
+from sortd.errors import JournalError
 
 if TYPE_CHECKING:
     from sortd.commands.finding import Finding
+    from sortd.config import Config
 
 RESTING = {"abstained", "refused", "held"}
 """States of images that wait for nothing; they are told of as files in Review/ and as held."""
@@ -195,7 +197,7 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     """Tell what was moved where and why, newest first."""
     if outcome not in {None, "filed", "sent_to_review", "rejected", "undone"}:
         raise typer.BadParameter("must be filed, sent_to_review, rejected or undone", param_hint="--outcome")
-    records = _records(
+    records, refusal = _records(
         load_config(config),
         dataset=dataset,
         label=label,
@@ -208,7 +210,13 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     )
     if as_json:
         print_json(records)
-        return
+    else:
+        _print_records(records, limit)
+    if refusal is not None:
+        raise refusal
+
+
+def _print_records(records: Sequence[Mapping[str, Any]], limit: int) -> None:
     if sys.stdout.isatty():
         for record in records:
             _print_record(record)
@@ -230,7 +238,7 @@ def _columns(record: Mapping[str, Any]) -> tuple[object, ...]:
         record["outcome"].replace("_", " ") + (" (undone)" if record["undone_by"] else ""),
         _relative(record["from"]),
         _relative(record["to"]),
-        "" if record["margin"] is None else f"{record['score']:.3f}",
+        "" if record["score"] is None else f"{record['score']:.3f}",
         "" if record["margin"] is None else f"{record['margin']:.3f}",
         record["reason"],
         record["run"],
@@ -247,21 +255,33 @@ def _print_record(record: Mapping[str, Any]) -> None:
     print_line(printable(line), style=styles.get(outcome, ""))
 
 
-def _records(config: Any, *, dataset: str | None, path: Path | None, **conditions: Any) -> Sequence[dict[str, Any]]:  # noqa: ANN401 -- of Selection
-    """Return the records of all journals that were asked for as plain values, newest first."""
+def _records(
+    config: "Config",
+    *,
+    dataset: str | None,
+    path: Path | None,
+    **conditions: Any,  # noqa: ANN401 -- of Selection
+) -> tuple[Sequence[dict[str, Any]], JournalError | None]:
+    """Return the records of all journals that were asked for, newest first, and why one could not be read."""
     from sortd.commands.journals import journals, narrowed, record_facts
     from sortd.journaling.history import History
     from sortd.journaling.records import Selection
 
     dataset, relative = narrowed(config, dataset, path)
     records: list[dict[str, Any]] = []
+    refusal = None
     for place in journals(config, dataset):
-        if place.is_there:
+        if not place.is_there:
+            continue
+        try:
             with History.open(place.file) as history:
                 found_here = history.moves(Selection(path=relative, **conditions))
+        except JournalError as error:
+            refusal = refusal or error
+        else:
             records += [record_facts(place, record) for record in found_here]
     records.sort(key=lambda one: (one["at"], one["id"]), reverse=True)
-    return records[: conditions["limit"]]
+    return records[: conditions["limit"]], refusal
 
 
 def _relative(path: str) -> str:

@@ -182,7 +182,7 @@ def _release(config: "Config", path: Path | None, dataset: str | None) -> dict[s
         DataError: the path lies in no dataset, or nothing holds it.
     """
     from sortd.commands.journals import dataset_at, journals
-    from sortd.errors import DataError
+    from sortd.errors import DataError, SortdError
     from sortd.layout import Layout
     from sortd.running.holding import hold
     from sortd.running.requests import ask
@@ -199,10 +199,16 @@ def _release(config: "Config", path: Path | None, dataset: str | None) -> dict[s
         released: dict[str, int] = reply["released"]
         return released
     released = {}
+    refusal = None
     for place in journals(config, dataset):
         if place.is_there and place.root is not None:
-            with hold(Layout(place.root), config.state_dir) as holding:
-                released[place.dataset] = holding.filing.release(absolute)
+            try:
+                with hold(Layout(place.root), config.state_dir) as holding:
+                    released[place.dataset] = holding.filing.release(absolute)
+            except SortdError as error:  # of one dataset: the files of the others are released
+                refusal = refusal or error
+    if refusal is not None:
+        raise refusal
     if absolute is not None and not any(released.values()):
         raise DataError(f"{absolute} is not held")
     return released

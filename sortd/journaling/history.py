@@ -159,7 +159,7 @@ class History:
         """
         rows = self._rows("SELECT * FROM holds ORDER BY since")
         with translated(self._path):
-            return {os.fsdecode(row["path"]): _held_stamp(row) for row in rows}
+            return {_relative_path(row["path"]): _held_stamp(row) for row in rows}
 
     def held_version(self, path: str) -> Stamp | None:
         """Return the version under a path, relative to the dataset, that is not to be moved; None: there is none.
@@ -200,10 +200,11 @@ class History:
             JournalError: the journal cannot be read.
         """
         rows = self._rows("SELECT * FROM corrections ORDER BY at")
-        return [
-            (os.fsdecode(row["label"]), os.fsdecode(row["corrected"]), os.fsdecode(row["path"]), row["at"])
-            for row in rows
-        ]
+        with translated(self._path):
+            return [
+                (os.fsdecode(row["label"]), os.fsdecode(row["corrected"]), _relative_path(row["path"]), row["at"])
+                for row in rows
+            ]
 
     def fact(self, key: str) -> str | None:
         """Return what was noted under a key.
@@ -264,6 +265,14 @@ def _record(row: sqlite3.Row, members: list[sqlite3.Row]) -> Record:
         return record_from(row, members)
     except (ValueError, TypeError) as error:
         raise ValueError(f"record {row['id']}: {error}") from error
+
+
+def _relative_path(column: bytes) -> str:
+    """Return a path of a file below the dataset; a journal is a file too, and may say anything."""
+    path = os.fsdecode(column)
+    if "\0" in path or not {"", ".", ".."}.isdisjoint(path.split("/")):
+        raise ValueError(f"{path!r} is no path below the dataset")
+    return path
 
 
 def _held_stamp(row: sqlite3.Row) -> Stamp:
