@@ -6,16 +6,19 @@ import queue
 import resource
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
 from sortd.cache import Cache
 from sortd.decoding.decoders import DecoderPool
+from sortd.encoder import Encoder
 from sortd.images import Limits
 from sortd.messages import Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.prototypes import DecisionSettings, Mode
@@ -54,7 +57,7 @@ class Heard:
 
 
 @contextmanager
-def working(tmp_path: Path) -> Iterator[tuple[Worker, Heard]]:
+def working(tmp_path: Path, encoder: Encoder | None = None) -> Iterator[tuple[Worker, Heard]]:
     """Run a worker with one decoder and batches of four, on a fake encoder, and stop it at the end."""
     pool = DecoderPool(1, SEEN, Limits())
     cache = Cache(tmp_path / "cache.sqlite")
@@ -62,7 +65,7 @@ def working(tmp_path: Path) -> Iterator[tuple[Worker, Heard]]:
 
     def load() -> tuple[Embedder, PrototypeStore, str]:
         store = PrototypeStore(lambda _: None, lambda *_: None)
-        return Embedder(FakeEncoder(), pool, cache, batch_size=4), store, "fake"
+        return Embedder(encoder or FakeEncoder(), pool, cache, batch_size=4), store, "fake"
 
     def close() -> None:
         pool.close()
@@ -155,6 +158,29 @@ def test_references_that_are_absent_are_an_answer(tmp_path: Path) -> None:
         (quick,) = quick_images(tmp_path / "images", 1)
         worker.ask(EmbedJob("one", (quick,)))
         heard.wait_for(lambda: heard.paths("one") == [quick[0]])
+
+
+class OddEncoder(FakeEncoder):
+    """Stumbles over the name of one class."""
+
+    def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Embed texts, but for those that name the odd class."""
+        if any("odd" in text for text in texts):
+            raise OverflowError("too odd")
+        return super().encode_texts(texts)
+
+
+def test_rebuild_that_stumbles_is_a_failure_of_its_dataset_alone(tmp_path: Path) -> None:
+    """Whatever it is that was not foreseen: it is answered as failed, and another dataset is learnt after it."""
+    odd, other = make_dataset(tmp_path, "Odd"), make_dataset(tmp_path, "Other")
+    (odd / "Clases" / "red").rename(odd / "Clases" / "odd")
+    with working(tmp_path, OddEncoder()) as (worker, heard):
+        worker.ask(RebuildJob("odd", odd / "Clases", TEACHING, 0))
+        worker.ask(RebuildJob("other", other / "Clases", TEACHING, 0))
+        heard.wait_for(lambda: len(heard.answers) == 2)
+    (failed,), (built,) = (answer.events for answer in heard.answers)
+    assert failed == RebuildFailed("OverflowError: too odd")
+    assert isinstance(built, PrototypesBuilt)
 
 
 def bind(path: str) -> None:

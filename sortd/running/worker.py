@@ -112,6 +112,10 @@ class PrototypeStore:
         self.read, self.write = read, write
 
 
+ODD_REFERENCES = (SortdError, OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError)
+"""What a rebuild ends by where the references of one dataset are odd: the others are served."""
+
+
 class _StopAskedError(Exception):
     """The worker is to end: what is under way is left."""
 
@@ -236,7 +240,14 @@ class Worker:
     def _carry_out(self, lanes: Lanes, store: PrototypeStore, job: RebuildJob | Forget) -> None:
         match job:
             case RebuildJob():
-                self._rebuild(lanes, store, job)
+                try:
+                    self._rebuild(lanes, store, job)
+                except ModelError:
+                    raise  # not the references are to blame: nothing that this encoder answers can be trusted
+                except ODD_REFERENCES as error:
+                    if isinstance(error, OSError) and error.errno in OUR_OWN_TROUBLE:
+                        raise  # out of descriptors or memory, as it would be for any image: a new start has them again
+                    self._post(Answer(job.dataset, (RebuildFailed(f"{type(error).__name__}: {error}"),)))
             case Forget(dataset):
                 self._references.pop(dataset, None)
                 self._serving.pop(dataset, None)
@@ -267,13 +278,6 @@ class Worker:
         except ReferencesAbsentError as error:
             event: Event = RebuildFailed(str(error), references_absent=True)
             self._post(Answer(job.dataset, (event,), seconds=monotonic() - began))
-            return
-        except ModelError:
-            raise  # not the references are to blame: nothing that this encoder answers can be trusted
-        except (SortdError, OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in OUR_OWN_TROUBLE:
-                raise  # out of descriptors or memory, as it would be for any image: a new start has them again
-            self._post(Answer(job.dataset, (RebuildFailed(f"{type(error).__name__}: {error}"),)))
             return
         decider = self._appoint(lanes, job, rebuilt.prototypes.labels)  # a folder may have come or gone since
         refusal = None if previous is None or job.force else gate(previous, rebuilt.prototypes)
