@@ -28,6 +28,9 @@ DAY_SECONDS = 86_400
 BUSY_SECONDS = 5.0
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA}
 
+_OF_ODD_ROWS = (ValueError, TypeError, AttributeError, LookupError, OverflowError)
+"""What rows raise that sortd did not write: SQLite lets any column hold anything, also after a flipped bit."""
+
 _LOG = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
@@ -117,7 +120,7 @@ class Cache:
                 before = database.total_changes
                 with database:
                     answer = operation(database)
-            except sqlite3.Error as error:
+            except (sqlite3.Error, *_OF_ODD_ROWS) as error:
                 if not self._is_mended(error):
                     return otherwise
             except OSError as error:
@@ -129,10 +132,11 @@ class Cache:
                 return answer
         return otherwise
 
-    def _is_mended(self, error: sqlite3.Error) -> bool:
+    def _is_mended(self, error: Exception) -> bool:
         """Set a broken file aside, so that the operation can be tried on a new one; anything else is told and waits."""
         self.close()
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _BROKEN:
+        is_odd = isinstance(error, _OF_ODD_ROWS)
+        if not is_odd and getattr(error, "sqlite_errorcode", 0) & 0xFF not in _BROKEN:
             self._tell(f"the cache {self._path} cannot be used: {error}; working without it until it can")
             return False
         aside = self._path.with_name(self._path.name + ".broken")

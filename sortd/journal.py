@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from sortd.errors import JournalError
 from sortd.journaling.history import History
 from sortd.journaling.records import (
     UNDONE,
@@ -46,6 +47,7 @@ class Journal:
         self.run = run
         self.clock = clock
         self._connection = open_for_writing(path)
+        self._identity = _identity(path)
         self.history = History(self._connection, path)
 
     def beside(self) -> "Journal":
@@ -73,6 +75,15 @@ class Journal:
     def close(self) -> None:
         """Close the journal; doing it twice is no mistake."""
         self._connection.close()
+
+    def require_in_place(self) -> None:
+        """See that the file that is open is the one that stands there: what is written to another one is lost.
+
+        Raises:
+            JournalError: it was removed or replaced.
+        """
+        if _identity(self.path) != self._identity:
+            raise JournalError(f"{self.path}: the journal was removed or replaced while it was open; it is opened anew")
 
     def intend(self, orders: Sequence[tuple[Relocation, Grounds]]) -> None:
         """Write, in one durable commit, what is about to be done.
@@ -262,3 +273,11 @@ class Journal:
             "INSERT OR REPLACE INTO holds VALUES (?,?,?,?,?,?,?)",
             (os.fsencode(path), *stamp.columns, now, reason),
         )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

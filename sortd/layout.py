@@ -93,9 +93,17 @@ def find_datasets(root: Path) -> list[Layout]:
     """
     try:
         with os.scandir(root) as entries:
-            folders = [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
+            folders = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and _is_folder(entry)]
     except OSError as error:
         raise LayoutError(
             f"{root} cannot be listed: {error.strerror}; set root to the folder of your datasets"
         ) from error
     return [layout for folder in sorted(folders) if (layout := Layout(folder)).is_dataset]
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry is a folder; one that its disk says nothing about keeps no other from being found."""
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,35 @@ class TestDamage:
         assert cache.embeddings(known, ENCODER).keys() == known.keys() - {damaged}
         cache.remember_embeddings({damaged: known[damaged]}, ENCODER)
         assert cache.embeddings(known, ENCODER).keys() == known.keys()
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            "UPDATE contents SET content = 7",
+            "UPDATE contents SET path = NULL",
+            "UPDATE contents SET content = 'text'",
+            "UPDATE embeddings SET vector = 'text'",
+            "UPDATE embeddings SET vector = 7.5",
+            "UPDATE embeddings SET content = 'text'",
+        ],
+    )
+    def test_cache_row_of_another_type_ends_nothing(self, path: Path, reports: list[str], damage: str) -> None:
+        """A flipped bit makes a number of a text: as if it were not there, or the file is set aside."""
+        ((content, row),) = embeddings(1).items()
+        image = ("/in/a.jpg", Stamp(1, 2, 3, 4_000_000_000))
+        with Cache(path, report=reports.append) as cache:
+            cache.remember_contents({image: content})
+            cache.remember_embeddings({content: row}, ENCODER)
+        with closing(sqlite3.connect(path)) as database:
+            with suppress(sqlite3.IntegrityError):
+                database.execute(damage)
+            database.commit()
+        with Cache(path, report=reports.append) as cache:
+            assert cache.contents([image]) in ({}, {image: content})
+            found = cache.embeddings([content], ENCODER)
+            assert all(np.array_equal(known, row) for known in found.values())
+            cache.remember_contents({image: content})
+            assert cache.contents([image]) == {image: content}
 
     def test_a_row_under_another_key_is_not_believed(self, cache: Cache, path: Path) -> None:
         """The checksum covers the content's hash: an embedding that slipped to another image is no embedding of it."""

@@ -16,8 +16,9 @@ from structlog.testing import capture_logs
 
 from sortd.config import load
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, StorageError
+from sortd.journaling.history import History
 from sortd.layout import Layout
-from sortd.messages import Move, Outcome
+from sortd.messages import Move, Outcome, Stamp
 from sortd.metrics import Metrics
 from sortd.running.collection import (
     DESCRIPTORS_OF_A_DATASET,
@@ -33,6 +34,8 @@ from sortd.watching.scanning import stamp
 from tests.command_line import write_config
 from tests.daemon_process import make_dataset
 from tests.filed_images import file_images
+
+STAMP = Stamp(1, 2, 3, 4)
 
 
 @dataclass
@@ -325,6 +328,19 @@ def test_isolated_error_that_nobody_foresaw_holds_the_dataset_with_its_trace(pla
     assert (line["event"], line["cause"]) == ("dataset.held", "unforeseen")
     assert isinstance(line["exc_info"], ZeroDivisionError)
     assert set(place.collection.datasets) == {"Good"}
+
+
+@pytest.mark.parametrize("hurt", [Path.unlink, lambda path: shutil.rmtree(path.parent)])
+def test_discover_journal_that_was_removed_is_begun_anew(place: Place, hurt: Callable[[Path], None]) -> None:
+    """What is written to a file without a name is lost: the dataset is held, and taken up with a new journal."""
+    place.collection.discover()
+    hurt(place.journal("Bad"))
+    (line,) = place.held_lines()
+    assert "was removed or replaced while it was open" in line
+    assert place.held_lines() == []
+    place.collection.datasets["Bad"].filing.hold(str(place.layout("Bad").root / "Images" / "a.png"), STAMP, "undone")
+    with History.open(place.journal("Bad")) as history:
+        assert history.held() == {"Images/a.png": STAMP}
 
 
 def test_answering_journal_that_fails_is_told_and_held(place: Place) -> None:

@@ -115,6 +115,9 @@ class Collection:
         self._root_is_present = True
         for name in self._departed(found):
             self._let_go(name)
+        for dataset in self:
+            with self.isolated(dataset):
+                dataset.require_journal()
         for name, layout in found.items():
             if name not in self.datasets:
                 self._take_up(layout)

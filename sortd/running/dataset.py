@@ -107,6 +107,15 @@ class Dataset:
             self.receive(ReviewSeen(path, mark, generation))
         self.begin_scan()
 
+    def require_journal(self) -> None:
+        """See that its journal stands where it was opened.
+
+        Raises:
+            JournalError: it was removed or replaced.
+        """
+        if self._journal is not None:
+            self._journal.require_in_place()
+
     def tick(self, now: float) -> None:
         """Let the core act on deadlines that have passed."""
         deadline = self.sorter.next_deadline()
