@@ -20,7 +20,7 @@ import structlog
 
 from sortd import __version__, logs
 from sortd.config import Config, restart_needed
-from sortd.errors import AlreadyRunningError, ConfigError, DestinationError, LayoutError, StoppedError
+from sortd.errors import AlreadyRunningError, ConfigError, DestinationError, LayoutError, StartupError, StoppedError
 from sortd.layout import Area
 from sortd.metrics import Metrics
 from sortd.running.collection import Collection
@@ -157,7 +157,10 @@ class Daemon:
         Raises:
             AlreadyRunningError: one does.
         """
-        told = read_status(self._state_folder)
+        try:
+            told = read_status(self._state_folder)
+        except (StartupError, OSError):
+            return  # what cannot be read says of nobody; the lock of each dataset holds all the same
         if told is None or not told["alive"] or told["pid"] == self._pid:
             return
         if told.get("root") == str(self.config.root):

@@ -280,7 +280,7 @@ def _identity(folder: Path, said: Mapping[str, Any]) -> str:
 def _json_object(path: Path) -> Mapping[str, Any]:
     try:
         loaded = json.loads(_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is damaged ({error}): {_MEND}") from error
     if not isinstance(loaded, dict):
         raise ModelError(f"{path} is no JSON object: {_MEND}")

@@ -55,7 +55,7 @@ def read_promotion(state_folder: Path) -> Promotion | None:
         return None
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}; ask as the user that sortd runs as") from error
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ModelError(
             f"{file} is damaged ({error}): promote the model again, or take it back with `sortd models demote`"
         ) from error

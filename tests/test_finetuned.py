@@ -133,6 +133,7 @@ def change(file: Path, **values: Any) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda folder: folder.rename(folder.with_name("away")), "no fine-tuned model"),
     "no facts": (lambda folder: (folder / "sortd.json").unlink(), "sortd.json is missing"),
+    "nested": (lambda folder: (folder / "sortd.json").write_text("[" * 200_000), "sortd.json is damaged"),
     "no JSON": (lambda folder: (folder / "sortd.json").write_text("{"), "sortd.json is damaged"),
     "no object": (lambda folder: (folder / "sortd.json").write_text("[]"), "no JSON object"),
     "other format": (lambda folder: change(folder / "sortd.json", format=2), "format 2"),

@@ -111,6 +111,18 @@ def test_a_pointer_that_makes_no_sense_is_written_anew(layout: Layout, tmp_path:
     assert (layout.marker / "state").read_text().startswith(str(tmp_path / "state"))
 
 
+@pytest.mark.parametrize("text", ["[" * 200_000, "[]", "{}", '{"marker": "x", "root": 3}', '{"marker": 1e999}'])
+def test_owner_that_makes_no_sense_is_written_anew(layout: Layout, tmp_path: Path, text: str) -> None:
+    """What says whose a state folder is may be damaged like any file; the dataset is opened all the same."""
+    state = tmp_path / "state"
+    with hold(layout, state) as holding:
+        owner = holding.journal.path.parent / "dataset.json"
+    owner.write_text(text)
+    renamed = Layout(layout.root.with_name("Felines"))
+    layout.root.rename(renamed.root)
+    assert counts(renamed, state) == {}
+
+
 def test_a_state_folder_that_cannot_be_made_is_told(layout: Layout, tmp_path: Path) -> None:
     """With its path and what to do."""
     (tmp_path / "state").write_text("a file")

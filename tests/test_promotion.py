@@ -53,7 +53,7 @@ class TestFile:
         assert not remove_promotion(tmp_path / "state")
         assert read_promotion(tmp_path / "state") is None
 
-    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"folder": "/a"}', b"\xff\xfe"])
+    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"folder": "/a"}', b"\xff\xfe", b"[" * 200_000])
     def test_a_damaged_one_is_told_with_its_path(self, tmp_path: Path, content: bytes) -> None:
         """It is neither a promotion nor none."""
         (tmp_path / "classifier.json").write_bytes(content)

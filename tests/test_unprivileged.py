@@ -48,6 +48,21 @@ def drop(folder: Path, name: str, mode: int) -> Path:
     return hidden.rename(folder / name)
 
 
+def test_run_dataset_that_may_not_be_written_is_held_until_it_may(colours: Path, write_config: Write) -> None:
+    """Its folders cannot be made: that is said once, the others are served, and with the right it is taken up."""
+    bad = colours.parent / "Bad"
+    shutil.copytree(colours / "Clases", bad / "Clases")
+    bad.chmod(0o555)
+    with unprivileged(write_config()) as daemon:
+        line = daemon.wait_for("dataset.held", dataset="Bad")
+        assert "cannot be made: Permission denied" in line["error"]
+        drop(colours / "Images", "a.png", 0o644)
+        daemon.wait_for("image.filed", dataset="Colours")
+        bad.chmod(0o755)
+        daemon.wait_for("dataset.added", dataset="Bad")
+        assert len(daemon.events("dataset.held")) == 1
+
+
 def test_an_image_that_may_not_be_read_is_said_once_and_filed_when_it_may(colours: Path, write_config: Write) -> None:
     """It is tried after each scan: no stamp shows that its mode changed. The others go their way meanwhile."""
     inbox = colours / "Images"

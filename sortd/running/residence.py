@@ -64,7 +64,7 @@ def _former(layout: Layout, state: Path) -> Path | None:
         former = Path(named)
         owner = json.loads((former / OWNER_FILE).read_text(encoding="ascii"))
         marker, root = int(owner["marker"]), Path(owner["root"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # never written, or damaged: a journal of its own begins
     if former.parent.resolve() != state.resolve() or not (former / JOURNAL_FILE).is_file():
         return None

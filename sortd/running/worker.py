@@ -112,7 +112,9 @@ class PrototypeStore:
         self.read, self.write = read, write
 
 
-ODD_REFERENCES = (SortdError, OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError)
+ODD_REFERENCES = (
+    SortdError, OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError,
+)  # fmt: skip
 """What a rebuild ends by where the references of one dataset are odd: the others are served."""
 
 
