@@ -14,6 +14,7 @@ import pytest
 from sortd.errors import ChangedError
 from sortd.messages import Writer
 from sortd.mover import make_part, remove_spent
+from sortd.moving.copying import content_of
 from sortd.moving.relocation import Member, Relocation, Role
 from sortd.moving.renaming import (
     FOLDER_FLAGS,
@@ -131,6 +132,17 @@ def test_names_are_found_by_inode_visible_ones_first(tmp_path: Path, folder: int
     inodes = {name: os.stat(tmp_path / name).st_ino for name in (".hidden", "both", "other")}
     found = names_of(folder, [inodes[".hidden"], inodes["both"]])
     assert found == {inodes[".hidden"]: ".hidden", inodes["both"]: "both"}
+
+
+def test_content_of_a_folder_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    """Recovery looks again before each batch: what cannot be a file of ours is refused and closed."""
+    (tmp_path / "a.jpg").mkdir()
+    with Folders(tmp_path) as folders:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            with pytest.raises(IsADirectoryError):
+                content_of(folders.open(""), "a.jpg")
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_folders_are_opened_without_following_links(tmp_path: Path) -> None:
