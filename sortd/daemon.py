@@ -212,12 +212,12 @@ class Daemon:
                 if loss is Loss.OVERFLOWED:
                     self._metrics.watch_overflow()
                 self.collection.scan()
-            case Answer(dataset=name):
-                if name in self.datasets:
-                    self.datasets[name].answer(message)
-            case Copied(dataset=name, orders=orders):
-                if name in self.datasets:
-                    tell_put_back(self.datasets[name], self.datasets[name].copied(orders))
+            case Answer(dataset=identity):
+                if (dataset := self.collection.at_work(identity)) is not None:
+                    dataset.answer(message)
+            case Copied(dataset=identity, orders=orders):
+                if (dataset := self.collection.at_work(identity)) is not None:
+                    tell_put_back(dataset, dataset.copied(orders))
             case WorkerLoading(what=what):
                 self._loading = what
                 self._notifier.status(what)

@@ -15,7 +15,7 @@ from PIL import Image
 from sortd.cache import Cache
 from sortd.decoding.decoders import DecoderPool
 from sortd.images import Limits
-from sortd.messages import Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
+from sortd.messages import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.prototypes import DecisionSettings, Mode
 from sortd.references import Teaching
 from sortd.running.classifiers import Classifiers
@@ -46,7 +46,7 @@ class Heard:
 
     def paths(self, dataset: str) -> list[str]:
         """Name the images of a dataset that were answered, in order."""
-        events = [event for answer in self.answers if answer.dataset == dataset for event in answer.events]
+        events = [event for answer in self.answers if answer.dataset.name == dataset for event in answer.events]
         embedded = [image.path for event in events if isinstance(event, Embedded) for image in event.images]
         return embedded + [event.path for event in events if isinstance(event, ImageRefused)]
 
@@ -59,7 +59,7 @@ def working(tmp_path: Path) -> Iterator[tuple[Worker, Heard]]:
     heard = Heard()
 
     def load() -> tuple[Embedder, PrototypeStore, str]:
-        store = PrototypeStore(lambda _: None, lambda *_: None)
+        store = PrototypeStore(lambda _: None, lambda *_: None, lambda _: None)
         return Embedder(FakeEncoder(), pool, cache, batch_size=4), store, "fake"
 
     def close() -> None:
@@ -105,7 +105,7 @@ def test_answers_come_as_they_are_done(tmp_path: Path) -> None:
     """The images before a slow one are answered without it, though they were asked for together."""
     quick, slow = quick_images(tmp_path / "quick", 3), slow_image(tmp_path / "slow.png")
     with working(tmp_path) as (worker, heard):
-        worker.ask(EmbedJob("one", (*quick, slow)))
+        worker.ask(EmbedJob(DatasetId("one"), (*quick, slow)))
         heard.wait_for(lambda: len(heard.paths("one")) >= 3)
         assert sorted(heard.paths("one")) == [path for path, _ in quick]
         heard.wait_for(lambda: len(heard.paths("one")) == 4)
@@ -115,7 +115,7 @@ def test_a_stop_waits_for_no_decoding(tmp_path: Path) -> None:
     """What is under way is left, unanswered."""
     slow = [slow_image(tmp_path / f"{number}.png") for number in range(2)]
     with working(tmp_path) as (worker, heard):
-        worker.ask(EmbedJob("one", tuple(slow)))
+        worker.ask(EmbedJob(DatasetId("one"), tuple(slow)))
         assert worker.stop(PATIENCE_SECONDS)
         assert heard.posts.qsize() <= 1
 
@@ -125,11 +125,11 @@ def test_a_rebuild_does_not_hold_up_the_images_of_another_dataset(tmp_path: Path
     references = make_dataset(tmp_path / "Data", references=30)
     images = quick_images(tmp_path / "images", 4)
     with working(tmp_path) as (worker, heard):
-        worker.ask(RebuildJob("taught", references / "Clases", TEACHING, 0))
-        worker.ask(EmbedJob("other", tuple(images)))
-        heard.wait_for(lambda: any(answer.dataset == "taught" for answer in heard.answers))
+        worker.ask(RebuildJob(DatasetId("taught"), references / "Clases", TEACHING, 0, 1))
+        worker.ask(EmbedJob(DatasetId("other"), tuple(images)))
+        heard.wait_for(lambda: any(answer.dataset.name == "taught" for answer in heard.answers))
         assert len(heard.paths("other")) == 4
-        (built,) = [answer for answer in heard.answers if answer.dataset == "taught"]
+        (built,) = [answer for answer in heard.answers if answer.dataset.name == "taught"]
         assert [type(event) for event in built.events] == [PrototypesBuilt]
 
 
@@ -137,7 +137,7 @@ def test_a_stop_ends_a_rebuild_between_two_batches(tmp_path: Path) -> None:
     """Hundreds of new references do not keep sortd from stopping: the next start goes on from the cache."""
     references = make_dataset(tmp_path / "Data", references=200)
     with working(tmp_path) as (worker, heard):
-        worker.ask(RebuildJob("taught", references / "Clases", TEACHING, 0))
+        worker.ask(RebuildJob(DatasetId("taught"), references / "Clases", TEACHING, 0, 1))
         assert worker.stop(PATIENCE_SECONDS)
         assert heard.posts.qsize() == 0
 
@@ -145,13 +145,13 @@ def test_a_stop_ends_a_rebuild_between_two_batches(tmp_path: Path) -> None:
 def test_references_that_are_absent_are_an_answer(tmp_path: Path) -> None:
     """The worker goes on after it."""
     with working(tmp_path) as (worker, heard):
-        worker.ask(RebuildJob("none", tmp_path / "Clases", TEACHING, 0))
+        worker.ask(RebuildJob(DatasetId("none"), tmp_path / "Clases", TEACHING, 0, 1))
         heard.wait_for(lambda: bool(heard.answers))
         (event,) = heard.answers[0].events
         assert isinstance(event, RebuildFailed)
         assert event.references_absent
         (quick,) = quick_images(tmp_path / "images", 1)
-        worker.ask(EmbedJob("one", (quick,)))
+        worker.ask(EmbedJob(DatasetId("one"), (quick,)))
         heard.wait_for(lambda: heard.paths("one") == [quick[0]])
 
 
@@ -164,7 +164,7 @@ def test_a_rebuild_without_descriptors_ends_the_worker_and_blames_no_reference(t
         taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(spare)]
         resource.setrlimit(resource.RLIMIT_NOFILE, (spare, before[1]))
         try:
-            worker.ask(RebuildJob("one", dataset / "Clases", TEACHING, 0))
+            worker.ask(RebuildJob(DatasetId("one"), dataset / "Clases", TEACHING, 0, 1))
             posted = heard.posts.get(timeout=PATIENCE_SECONDS)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -1,5 +1,6 @@
 """What the journal can be asked, by sortd itself or by another process while it runs."""
 
+import json
 import os
 import sqlite3
 from collections import defaultdict
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from sortd.errors import JournalError
 from sortd.journaling.records import (
     Record,
     Selection,
@@ -20,6 +22,7 @@ from sortd.journaling.records import (
 )
 from sortd.journaling.store import open_for_reading, translated
 from sortd.messages import Stamp
+from sortd.sorting.guard import GuardState
 
 # Asked before every batch: the small index holds the unfinished ones only.
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
@@ -31,7 +34,17 @@ _STANDING = "+progress = 'done' AND undone_by IS NULL AND outcome NOT IN ('undon
 _NAMED = "moves.id IN (SELECT move FROM members WHERE {} IN ({}) AND position = 0) ORDER BY moves.id DESC LIMIT 1"
 _OF_STAMP = """moves.id IN (SELECT move FROM members WHERE moved_inode = ? AND position = 0
 AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT 1"""
+_MEND = "put a backup of it in its place, or move it away: a new one is begun"
 _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
+
+GENERATION_FACT = "generation"
+"""The last generation that served: numbers are never used again, even when the cache is lost."""
+
+GUARD_FACT = "guard"
+"""How the guard stands, as JSON: see ``GuardState``."""
+
+LONGEST_NUMBER = 15
+"""Digits; a journal is a file like others, and may hold anything."""
 
 
 class History:
@@ -211,6 +224,34 @@ class History:
         """
         rows = self._rows("SELECT value FROM facts WHERE key = ?", (key,))
         return rows[0]["value"] if rows else None
+
+    def last_generation(self) -> int:
+        """Return the last generation that served; 0: none did.
+
+        Raises:
+            JournalError: the journal cannot be read, or notes no number.
+        """
+        noted = self.fact(GENERATION_FACT) or "0"
+        if not (noted.isascii() and noted.isdigit() and len(noted) <= LONGEST_NUMBER):
+            raise JournalError(f"{self._path}: it notes the generation {noted!r}, which is no number; {_MEND}")
+        return int(noted)
+
+    def guard(self) -> GuardState:
+        """Return how the guard stood last; where no run has noted it, what served last is trusted.
+
+        Raises:
+            JournalError: the journal cannot be read, or notes nothing that makes sense.
+        """
+        noted = self.fact(GUARD_FACT)
+        if noted is None:
+            return GuardState(self.last_generation())
+        try:
+            match json.loads(noted):
+                case {"trusted": int(trusted), "held": int(held), "reason": str(reason)}:
+                    return GuardState(trusted, held, reason)
+        except (ValueError, RecursionError):
+            pass
+        raise JournalError(f"{self._path}: what it notes of the guard makes no sense: {noted[:100]!r}; {_MEND}")
 
     def _records(self, where: str, values: tuple[Any, ...]) -> list[Record]:
         with translated(self._path):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from stat import S_ISDIR
 
@@ -12,7 +13,7 @@ from sortd import logs
 from sortd.config import Config
 from sortd.errors import LayoutError, StartupError
 from sortd.layout import Layout, find_datasets
-from sortd.messages import RebuildFailed
+from sortd.messages import DatasetAbsent, DatasetId
 from sortd.metrics import Metrics
 from sortd.running.copier import Copier
 from sortd.running.dataset import Dataset
@@ -34,6 +35,7 @@ class Collection:
         self._watcher: Watcher | None = None
         self._root_is_present = True
         self._began = False
+        self._numbers = count(1)
         self._folders: dict[str, tuple[int, int]] = {}
         self._refused: dict[str, str] = {}
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -41,6 +43,11 @@ class Collection:
     def __iter__(self) -> Iterator[Dataset]:
         """Go through the datasets."""
         return iter(self.datasets.values())
+
+    def at_work(self, identity: DatasetId) -> Dataset | None:
+        """Return the dataset that an answer is about; None: it was let go since."""
+        dataset = self.datasets.get(identity.name)
+        return dataset if dataset is not None and dataset.identity == identity else None
 
     def watch_with(self, watcher: Watcher) -> None:
         """Let a watcher follow the root, and every dataset that is found from now on."""
@@ -61,20 +68,23 @@ class Collection:
             self._note_absent_root(error)
             return
         self._root_is_present = True
-        for name in self._departed(found):
-            self._let_go(name)
+        for name, is_replaced in self._departed(found).items():
+            self._let_go(name, is_replaced=is_replaced)
         for name, layout in found.items():
             if name not in self.datasets:
                 self._take_up(layout)
         self._began = True
 
-    def _departed(self, found: Mapping[str, Layout]) -> list[str]:
-        """List the datasets whose folder is gone while the root is there, or was made anew with a Clases/ in it.
+    def _departed(self, found: Mapping[str, Layout]) -> dict[str, bool]:
+        """Name the datasets whose folder is gone while the root is there, or is another one with a Clases/ in it.
 
         Whoever deletes a dataset and puts another one under its name has a new one. An empty mount point under that
         name is none, nor is a disk that does not answer: what was there is awaited.
+
+        Returns:
+            By name, whether another dataset stands there: a disk that was mounted again has only another device.
         """
-        departed = []
+        departed: dict[str, bool] = {}
         for name, dataset in self.datasets.items():
             try:
                 folder = _folder_at(dataset.layout.root)
@@ -82,7 +92,7 @@ class Collection:
                 continue
             is_another = folder != self._folders[name] and name in found
             if is_another or (folder is None and os.path.isdir(self.config.root)):
-                departed.append(name)
+                departed[name] = folder is not None and folder[1] != self._folders[name][1]
         return departed
 
     def _note_absent_root(self, error: LayoutError) -> None:
@@ -92,7 +102,7 @@ class Collection:
             self._root_is_present = False
             self._log.error(logs.ROOT_ABSENT, error=str(error))
         for dataset in self:
-            dataset.receive(RebuildFailed(str(error), references_absent=True))
+            dataset.receive(DatasetAbsent(str(error)))
 
     def _take_up(self, layout: Layout) -> None:
         """Begin to work on a dataset; one that cannot serve stops the start, but not the others that run already."""
@@ -103,7 +113,7 @@ class Collection:
         if folder is None:
             return
         try:
-            seat = self._copier.seat(layout.name)
+            seat = self._copier.seat(DatasetId(layout.name, next(self._numbers)))
             dataset = self._site.open(layout, self.config, ask=self._ask, seat=seat, metrics=self._metrics)
         except StartupError as error:
             if not self._began:
@@ -116,15 +126,15 @@ class Collection:
         if self._watcher is not None:
             self._watcher.watch_dataset(os.fspath(layout.root))
         self.datasets[layout.name], self._folders[layout.name] = dataset, folder
-        self._site.begin(dataset)
+        dataset.begin()
         dataset.scan_handled()
         self._log.info(logs.DATASET_ADDED, dataset=layout.name, root=str(layout.root))
 
-    def _let_go(self, name: str) -> None:
+    def _let_go(self, name: str, *, is_replaced: bool) -> None:
         dataset = self.datasets.pop(name)
         if self._watcher is not None:
             self._watcher.forget(os.fspath(dataset.layout.root))
-        self._ask(Forget(name))
+        self._ask(Forget(dataset.identity, is_replaced))
         self._site.close(dataset)
         self._log.warning(logs.DATASET_GONE, dataset=name, root=str(dataset.layout.root))
 
@@ -143,6 +153,7 @@ class Collection:
             dataset.begin_scan()
             dataset.compare_references()
             dataset.scan_handled()
+            dataset.scan_review()
 
     def poll(self, roots: tuple[str, ...]) -> None:
         """Scan what cannot be watched; where the root itself is among it, new datasets are looked for."""
@@ -152,6 +163,7 @@ class Collection:
             if os.fspath(dataset.layout.root) in roots:
                 dataset.begin_scan()
                 dataset.compare_references()
+                dataset.scan_review()
 
     def reload(self, config: Config) -> None:
         """Take a changed configuration over."""
