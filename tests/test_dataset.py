@@ -1,6 +1,7 @@
 """A dataset at work, with its real journal and mover, and a worker whose answers the test gives."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from time import monotonic
 import pytest
 from structlog.testing import capture_logs
 
-from sortd.config import DatasetConfig
+from sortd.config import DatasetConfig, load
 from sortd.journal import Journal
 from sortd.journaling.history import History
 from sortd.layout import Area, Layout
@@ -27,12 +28,16 @@ from sortd.messages import (
 )
 from sortd.metrics import Metrics
 from sortd.moving.renaming import stamp_of
+from sortd.running.collection import Collection
+from sortd.running.copier import Copier
 from sortd.running.dataset import Dataset
 from sortd.running.filing import Filing
-from sortd.running.site import teaching_of
-from sortd.running.worker import Answer, EmbedJob, Job, RebuildJob
+from sortd.running.site import Site, teaching_of
+from sortd.running.worker import Answer, EmbedJob, Forget, Job, RebuildJob
 from sortd.sorting.settings import SorterSettings
 from sortd.watch import Hint
+from tests.command_line import write_config
+from tests.daemon_process import make_dataset
 from tests.test_guard import near, prototypes
 
 STRANGERS = near(3, 40, 0.6)
@@ -338,3 +343,52 @@ def test_dataset_image_that_vanished_before_its_move_is_no_failure(tmp_path: Pat
         assert [(line["event"], line["log_level"], line["path"]) for line in lines] == [
             ("image.vanished", "info", str(image))
         ]
+
+
+@pytest.fixture
+def collection(tmp_path: Path) -> Iterator[tuple[Collection, list[Job]]]:
+    """The datasets below one root, none yet, and what they ask of a worker."""
+    (tmp_path / "Data").mkdir()
+    config = load(write_config(tmp_path), {"HOME": str(tmp_path)})
+    copier = Copier(lambda _: None)
+    asked: list[Job] = []
+    made = Collection(config, site=Site(config), ask=asked.append, copier=copier, metrics=Metrics())
+    yield made, asked
+    copier.stop()
+    made.close()
+
+
+def test_collection_answer_for_a_dataset_that_was_made_anew_is_not_its_own(
+    collection: tuple[Collection, list[Job]], tmp_path: Path
+) -> None:
+    """Each has an identity of its own, by which answers about its predecessor are known, prototypes among them."""
+    datasets, asked = collection
+    root = make_dataset(tmp_path / "Data", references=1)
+    datasets.discover()
+    first = datasets.datasets["Colours"].identity
+    assert datasets.at_work(first) is datasets.datasets["Colours"]
+    shutil.rmtree(root)
+    datasets.discover()
+    assert datasets.at_work(first) is None
+    make_dataset(tmp_path / "Data", references=1)
+    datasets.discover()
+    second = datasets.datasets["Colours"].identity
+    assert datasets.at_work(first) is None
+    assert datasets.at_work(second) is datasets.datasets["Colours"]
+    forgotten = [job for job in asked if isinstance(job, Forget)]
+    assert forgotten == [Forget(first, with_stored=True), Forget(first), Forget(second, with_stored=True)]
+
+
+def test_collection_dataset_that_was_away_keeps_what_is_stored_of_it(
+    collection: tuple[Collection, list[Job]], tmp_path: Path
+) -> None:
+    """It is the same one, marker and all: the reload gate has something to measure by."""
+    datasets, asked = collection
+    root = make_dataset(tmp_path / "Data", references=1)
+    datasets.discover()
+    root.rename(tmp_path / "away")
+    datasets.discover()
+    (tmp_path / "away").rename(root)
+    asked.clear()
+    datasets.discover()
+    assert not [job for job in asked if isinstance(job, Forget)]

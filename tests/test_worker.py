@@ -16,13 +16,23 @@ from sortd.cache import Cache
 from sortd.decoding.decoders import DecoderPool
 from sortd.images import Limits
 from sortd.messages import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
-from sortd.prototypes import DecisionSettings, Mode
+from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet
 from sortd.references import Teaching
 from sortd.running.classifiers import Classifiers
 from sortd.running.embedding import Embedder
-from sortd.running.worker import Answer, EmbedJob, Posted, PrototypeStore, RebuildJob, Worker, WorkerDied, WorkerReady
+from sortd.running.worker import (
+    Answer,
+    EmbedJob,
+    Forget,
+    Posted,
+    PrototypeStore,
+    RebuildJob,
+    Worker,
+    WorkerDied,
+    WorkerReady,
+)
 from sortd.watching.scanning import stamp
-from tests.daemon_process import PATIENCE_SECONDS, make_dataset, picture
+from tests.daemon_process import COLOURS, PATIENCE_SECONDS, make_dataset, picture, teach
 from tests.fake_encoder import SEEN, FakeEncoder
 
 TEACHING = Teaching(DecisionSettings(Mode.MAX, None))
@@ -52,14 +62,21 @@ class Heard:
 
 
 @contextmanager
-def working(tmp_path: Path) -> Iterator[tuple[Worker, Heard]]:
-    """Run a worker with one decoder and batches of four, on a fake encoder, and stop it at the end."""
+def working(tmp_path: Path, stored: dict[str, PrototypeSet] | None = None) -> Iterator[tuple[Worker, Heard]]:
+    """Run a worker with one decoder and batches of four, on a fake encoder, and stop it at the end.
+
+    ``stored`` is where its prototypes are kept, by name of the dataset; nothing is kept without it.
+    """
+    kept: dict[str, PrototypeSet] = {} if stored is None else stored
     pool = DecoderPool(1, SEEN, Limits())
     cache = Cache(tmp_path / "cache.sqlite")
     heard = Heard()
 
     def load() -> tuple[Embedder, PrototypeStore, str]:
-        store = PrototypeStore(lambda _: None, lambda *_: None, lambda _: None)
+        def forget(name: str) -> None:
+            kept.pop(name, None)
+
+        store = PrototypeStore(kept.get, (lambda *_: None) if stored is None else kept.__setitem__, forget)
         return Embedder(FakeEncoder(), pool, cache, batch_size=4), store, "fake"
 
     def close() -> None:
@@ -173,3 +190,40 @@ def test_a_rebuild_without_descriptors_ends_the_worker_and_blames_no_reference(t
     assert isinstance(posted, WorkerDied)
     assert isinstance(posted.error, OSError)
     assert posted.error.errno == errno.EMFILE
+
+
+def test_worker_dataset_made_anew_is_not_measured_by_its_predecessor(tmp_path: Path) -> None:
+    """A library that differs from the one that stood under its name is learnt, not kept out by the reload gate."""
+    stored: dict[str, PrototypeSet] = {}
+    dataset = make_dataset(tmp_path / "Data")
+    teach(dataset, references=12)
+    clases = dataset / "Clases"
+    best = Teaching(DecisionSettings(Mode.BEST, Abstain()))
+    first, second = DatasetId("Colours", 1), DatasetId("Colours", 2)
+    with working(tmp_path, stored) as (worker, heard):
+        worker.ask(RebuildJob(first, clases, best, 0, 1))
+        heard.wait_for(lambda: bool(heard.answers))
+        for index, folder in enumerate(COLOURS):  # many images of another class in each: it decides much worse
+            for number in range(16):
+                wrong = picture([*COLOURS][index - 1], 5000 + 100 * index + number, patches=40)
+                wrong.save(clases / folder / f"wrong{number}.png")
+        worker.ask(Forget(first))
+        worker.ask(Forget(second, with_stored=True))
+        worker.ask(RebuildJob(second, clases, best, 1, 1))
+        heard.wait_for(lambda: len(heard.answers) > 1)
+    (built,) = heard.answers[1].events
+    assert isinstance(built, PrototypesBuilt)
+    assert (heard.answers[1].dataset, built.prototypes.generation) == (second, 2)
+    assert stored["Colours"].fingerprint == built.prototypes.fingerprint
+
+
+def test_worker_answers_carry_the_dataset_and_the_rebuild_that_they_are_about(tmp_path: Path) -> None:
+    """Two datasets of one name are told apart, and so are two rebuilds, whether they end well or not."""
+    clases = make_dataset(tmp_path / "Data") / "Clases"
+    with working(tmp_path) as (worker, heard):
+        worker.ask(RebuildJob(DatasetId("Colours", 1), clases, TEACHING, 0, 7))
+        worker.ask(RebuildJob(DatasetId("Colours", 2), tmp_path / "absent", TEACHING, 0, 8))
+        heard.wait_for(lambda: len(heard.answers) > 1)
+    told = [(answer.dataset.number, event) for answer in heard.answers for event in answer.events]
+    assert [(number, event.job) for number, event in told if isinstance(event, PrototypesBuilt)] == [(1, 7)]
+    assert [(number, event.job) for number, event in told if isinstance(event, RebuildFailed)] == [(2, 8)]

@@ -37,6 +37,7 @@ class Collection:
         self._began = False
         self._numbers = count(1)
         self._folders: dict[str, tuple[int, int]] = {}
+        self._former: dict[str, int] = {}  # by name, the inode of a dataset's folder that was let go
         self._refused: dict[str, str] = {}
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -68,23 +69,20 @@ class Collection:
             self._note_absent_root(error)
             return
         self._root_is_present = True
-        for name, is_replaced in self._departed(found).items():
-            self._let_go(name, is_replaced=is_replaced)
+        for name in self._departed(found):
+            self._let_go(name)
         for name, layout in found.items():
             if name not in self.datasets:
                 self._take_up(layout)
         self._began = True
 
-    def _departed(self, found: Mapping[str, Layout]) -> dict[str, bool]:
-        """Name the datasets whose folder is gone while the root is there, or is another one with a Clases/ in it.
+    def _departed(self, found: Mapping[str, Layout]) -> list[str]:
+        """List the datasets whose folder is gone while the root is there, or was made anew with a Clases/ in it.
 
         Whoever deletes a dataset and puts another one under its name has a new one. An empty mount point under that
         name is none, nor is a disk that does not answer: what was there is awaited.
-
-        Returns:
-            By name, whether another dataset stands there: a disk that was mounted again has only another device.
         """
-        departed: dict[str, bool] = {}
+        departed = []
         for name, dataset in self.datasets.items():
             try:
                 folder = _folder_at(dataset.layout.root)
@@ -92,7 +90,7 @@ class Collection:
                 continue
             is_another = folder != self._folders[name] and name in found
             if is_another or (folder is None and os.path.isdir(self.config.root)):
-                departed[name] = folder is not None and folder[1] != self._folders[name][1]
+                departed.append(name)
         return departed
 
     def _note_absent_root(self, error: LayoutError) -> None:
@@ -112,6 +110,8 @@ class Collection:
             return  # its disk does not answer: it is looked for again
         if folder is None:
             return
+        # A disk that was mounted again has another device; a dataset that was made anew has no marker yet.
+        is_another = not layout.is_present or self._former.get(layout.name, folder[1]) != folder[1]
         try:
             seat = self._copier.seat(DatasetId(layout.name, next(self._numbers)))
             dataset = self._site.open(layout, self.config, ask=self._ask, seat=seat, metrics=self._metrics)
@@ -126,15 +126,18 @@ class Collection:
         if self._watcher is not None:
             self._watcher.watch_dataset(os.fspath(layout.root))
         self.datasets[layout.name], self._folders[layout.name] = dataset, folder
+        if is_another:
+            self._ask(Forget(dataset.identity, with_stored=True))
         dataset.begin()
         dataset.scan_handled()
         self._log.info(logs.DATASET_ADDED, dataset=layout.name, root=str(layout.root))
 
-    def _let_go(self, name: str, *, is_replaced: bool) -> None:
+    def _let_go(self, name: str) -> None:
         dataset = self.datasets.pop(name)
+        self._former[name] = self._folders[name][1]
         if self._watcher is not None:
             self._watcher.forget(os.fspath(dataset.layout.root))
-        self._ask(Forget(dataset.identity, is_replaced))
+        self._ask(Forget(dataset.identity))
         self._site.close(dataset)
         self._log.warning(logs.DATASET_GONE, dataset=name, root=str(dataset.layout.root))
 

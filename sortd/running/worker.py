@@ -67,8 +67,8 @@ class Forget:
     """A dataset is gone: drop what is remembered of its references."""
 
     dataset: DatasetId
-    is_replaced: bool = False
-    """Another one stands in its place: it is not to be measured by the stored prototypes of this one."""
+    with_stored: bool = False
+    """Also the prototypes that are stored by its name: they are those of another one, which stood in its place."""
 
 
 Job = EmbedJob | RebuildJob | Forget
@@ -250,11 +250,11 @@ class Worker:
         match job:
             case RebuildJob():
                 self._rebuild(lanes, store, job)
-            case Forget(dataset, is_replaced):
+            case Forget(dataset, with_stored):
                 self._references.pop(dataset, None)
                 self._serving.pop(dataset, None)
                 lanes.forget(dataset)  # a rebuild that was asked for before may have given it a model once more
-                if is_replaced:
+                if with_stored:
                     store.forget(dataset.name)
 
     def _deliver(self, dataset: DatasetId, encoder_id: str, answers: Sequence[EmbeddedImage | ImageRefused]) -> None:
