@@ -165,8 +165,10 @@ def test_control_release_of_a_held_dataset_says_so(daemon: Daemon, dataset: AtWo
 def test_a_path_of_another_dataset_releases_nothing(daemon: Daemon, dataset: AtWork) -> None:
     """Only the dataset that it lies in is asked."""
     elsewhere = {"do": "release", "datasets": None, "path": "/elsewhere/a.png"}
+    dataset.held_because = "all would go to review"
     assert answer(daemon, elsewhere) == {"released": {"Colours": 0}}
     assert dataset.told == []
+    assert dataset.held_because is not None
 
 
 def test_rebuild_is_passed_on(daemon: Daemon, dataset: AtWork) -> None:

@@ -203,6 +203,7 @@ def test_dataset_release_of_a_file_moves_nothing_that_the_guard_holds(held: Path
         for path in (None, str(held / "set" / "Images" / "7.png")):
             bench.dataset.receive(Released(path))
             bench.work()
+            assert bench.dataset.held_because is not None
         assert bench.count(Area.IMAGES) == 40
 
 
