@@ -260,6 +260,13 @@ class TestRelease:
         hold_dataset(site)
         assert run(site, "status", "--json").facts["datasets"]["Colours"]["problem"] == "all would go to review"
 
+    def test_check_tells_of_the_hold(self, site: Path) -> None:
+        """With what lets it go."""
+        hold_dataset(site)
+        (finding,) = [one for one in run(site, "check", "--json").facts["findings"] if "is held" in one["what"]]
+        assert "all would go to review" in finding["what"]
+        assert f"sortd release {site}" in finding["mend"]
+
     def test_it_wants_to_be_told_which(self, site: Path) -> None:
         """Neither nothing nor both."""
         assert run(site, "release").code == 2
