@@ -270,6 +270,26 @@ def test_dataset_absence_found_by_a_move_does_not_end_a_rebuild(tmp_path: Path) 
         assert bench.count(Area.IMAGES) == 0
 
 
+def test_dataset_force_outlives_a_rebuild_that_failed(tmp_path: Path) -> None:
+    """What somebody asked for is done by the rebuild that ends well, and by no later one."""
+    with run(tmp_path) as bench:
+        bench.serve(1)
+        bench.dataset.rebuild(force=True)
+        bench.work()
+        (job,) = bench.rebuilds
+        assert job.force
+        bench.asked.clear()
+        bench.dataset.answer(Answer(job.dataset, (RebuildFailed("the disk failed", job=job.job),)))
+        bench.dataset.receive(ReferencesTouched())
+        bench.work()
+        (again,) = bench.rebuilds
+        assert again.force
+        bench.serve(2)
+        bench.dataset.receive(ReferencesTouched())
+        bench.work()
+        assert [job.force for job in bench.rebuilds] == [False]
+
+
 def test_dataset_images_taken_out_of_review_are_forgotten(tmp_path: Path) -> None:
     """By a hint about each, or by the next look through Review/, and no failure is told of."""
     with run(tmp_path) as bench:

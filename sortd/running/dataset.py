@@ -211,6 +211,8 @@ class Dataset:
                     self.account.rebuilt(event.prototypes, answer.rebuilt, answer.seconds)
                 self.account.decided_by(event.finetuned, answer.refusal)
             elif isinstance(event, RebuildFailed):
+                if not event.is_lasting:
+                    self.rebuilding.renew_wishes()
                 self.account.rebuild_failed(event)
             elif isinstance(event, Embedded):
                 self.account.embedded(event)

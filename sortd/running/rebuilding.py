@@ -41,6 +41,7 @@ class Rebuilding:
         self._glance = Glance(os.fspath(self._clases), report)
         self._force = False
         self._afresh = False
+        self._ordered = (False, False)  # the wishes that the rebuild ordered last is to fulfil
 
     @property
     def is_comparing(self) -> bool:
@@ -67,6 +68,11 @@ class Rebuilding:
         """Take note of a generation that serves."""
         self.last_generation = max(self.last_generation, generation)
 
+    def renew_wishes(self) -> None:
+        """Let the next rebuild fulfil what the one ordered last was to: it failed, and is tried again."""
+        force, afresh = self._ordered
+        self._force, self._afresh = self._force or force, self._afresh or afresh
+
     def order(self, job: int, learnt: Learnt | None) -> RebuildJob:
         """Return the rebuild that is to be done now; wishes are fulfilled by it.
 
@@ -86,5 +92,6 @@ class Rebuilding:
             force=self._force,
             afresh=self._afresh,
         )
+        self._ordered = self._force, self._afresh
         self._force = self._afresh = False
         return order
