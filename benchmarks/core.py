@@ -159,8 +159,8 @@ class Drive:
         events: list[Event] = []
         while self._commands:
             match self._commands.popleft():
-                case Rebuild():
-                    events.append(PrototypesBuilt(prototypes()))
+                case Rebuild(job):
+                    events.append(PrototypesBuilt(prototypes(), job=job))
                     self._begin_scan(events)
                 case Scan():
                     self._begin_scan(events)

@@ -102,6 +102,10 @@ class Cache:
         """Return the prototypes that were remembered last under a key, or None."""
         return self._prototypes.read(key)
 
+    def forget_prototypes(self, key: str) -> None:
+        """Forget a dataset's prototypes: another dataset stands in its place."""
+        self._prototypes.remove(key)
+
     def remember_prototypes(self, key: str, prototypes: PrototypeSet) -> None:
         """Remember a dataset's prototypes in place of the ones before."""
         self._prototypes.write(key, prototypes)

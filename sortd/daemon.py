@@ -232,12 +232,12 @@ class Daemon:
                 if loss is Loss.OVERFLOWED:
                     self._metrics.watch_overflow()
                 self.collection.scan()
-            case Answer(dataset=name):
-                self.collection.tell(name, lambda dataset: dataset.answer(message))
-            case Copied(dataset=name, orders=orders):
-                self.collection.tell(name, lambda dataset: tell_put_back(dataset, dataset.copied(orders)))
-            case CopyFailed(dataset=name, error=refused):
-                self.collection.tell(name, lambda dataset: self.collection.hold(dataset, refused))
+            case Answer(dataset=identity):
+                self.collection.tell(identity, lambda dataset: dataset.answer(message))
+            case Copied(dataset=identity, orders=orders):
+                self.collection.tell(identity, lambda dataset: tell_put_back(dataset, dataset.copied(orders)))
+            case CopyFailed(dataset=identity, error=refused):
+                self.collection.tell(identity, lambda dataset: self.collection.hold(dataset, refused))
             case WorkerLoading(what=what):
                 self._loading = what
                 self._notifier.status(what)

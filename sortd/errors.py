@@ -99,6 +99,12 @@ class JournalError(StorageError):
     """The journal of a dataset cannot be written or read: nothing of it may move until it was opened anew."""
 
 
+class SourceError(StorageError):
+    """Nothing may be taken out of the folder of a file: that folder waits and is tried again."""
+
+    exit_code = 73
+
+
 class DestinationError(StorageError):
     """A destination refused the file: that dataset is held and tried again."""
 

@@ -1,14 +1,16 @@
 """The journal of one dataset: every relocation is written before it begins and after it has ended."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from sortd.errors import JournalError
-from sortd.journaling.history import History
+from sortd.journaling.history import GUARD_FACT, History
 from sortd.journaling.records import (
     UNDONE,
     Grounds,
@@ -21,6 +23,7 @@ from sortd.journaling.records import (
 from sortd.journaling.store import committing, open_beside, open_for_writing
 from sortd.messages import Stamp
 from sortd.moving.relocation import Progress, Relocation
+from sortd.sorting.guard import GuardState
 
 __all__ = ["UNDONE", "Grounds", "History", "Journal", "Record", "Selection"]
 
@@ -218,6 +221,14 @@ class Journal:
             self._connection.execute(
                 "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
             )
+
+    def note_guard(self, state: GuardState) -> None:
+        """Write down how the guard stands.
+
+        Raises:
+            JournalError: it could not be made durable; nothing may move meanwhile.
+        """
+        self.note(GUARD_FACT, json.dumps(asdict(state)))
 
     def _insert(self, relocation: Relocation, grounds: Grounds, now: float) -> None:
         cursor = self._connection.execute(

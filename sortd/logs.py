@@ -29,6 +29,7 @@ IMAGE_SENT_TO_REVIEW: Final = "image.sent_to_review"
 IMAGE_REJECTED: Final = "image.rejected"
 IMAGE_CORRECTED: Final = "image.corrected"
 IMAGE_LEFT: Final = "image.left"
+IMAGE_VANISHED: Final = "image.vanished"
 COMPANION_FOLLOWED: Final = "companion.followed"
 MOVE_FAILED: Final = "move.failed"
 MOVE_UNDONE: Final = "move.undone"
@@ -45,6 +46,7 @@ SCAN_UNREADABLE: Final = "scan.unreadable"
 WATCH_OVERFLOWED: Final = "watch.overflowed"
 WATCH_RESTARTED: Final = "watch.restarted"
 WATCH_DEGRADED: Final = "watch.degraded"
+BACKLOG_FULL: Final = "backlog.full"
 DATASET_ADDED: Final = "dataset.added"
 DATASET_GONE: Final = "dataset.gone"
 DATASET_HELD: Final = "dataset.held"
@@ -69,6 +71,7 @@ EVENTS: Final[Mapping[str, str]] = {
     IMAGE_REJECTED: "an image that cannot be decoded, or is over a limit, was moved to Rejected/",
     IMAGE_CORRECTED: "the user moved an image that sortd had put elsewhere",
     IMAGE_LEFT: "a file stays where it is: no image, or empty",
+    IMAGE_VANISHED: "an image was taken away before sortd moved it; nothing is to be done",
     COMPANION_FOLLOWED: "a sidecar or film came later than its image and was moved to it",
     MOVE_FAILED: "a move did not happen; the file is where it was",
     MOVE_UNDONE: "an image was taken back to where it came from",
@@ -85,6 +88,7 @@ EVENTS: Final[Mapping[str, str]] = {
     WATCH_OVERFLOWED: "more happened than the watcher could tell; a scan follows",
     WATCH_RESTARTED: "the watcher had died or gone deaf and hears again; a scan follows",
     WATCH_DEGRADED: "a root cannot be watched, or only in part; it is scanned more often",
+    BACKLOG_FULL: "Review/ holds more images than `backlog_limit`; the others are decided anew once there is room",
     DATASET_ADDED: "a dataset was taken up",
     DATASET_GONE: "a dataset's folder is gone; it was let go",
     DATASET_HELD: "nothing moves in a dataset until its cause is mended",

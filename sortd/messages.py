@@ -50,6 +50,14 @@ class Stamp:
         return (self.inode, self.size, self.mtime_ns) == (other.inode, other.size, other.mtime_ns)
 
 
+@dataclass(frozen=True, slots=True)
+class DatasetId:
+    """One dataset from when it is taken up until it is let go: another one of the same name has another number."""
+
+    name: str
+    number: int = 0
+
+
 class Fit(StrEnum):
     """How an image of any shape comes to the shape that an encoder sees."""
 
@@ -99,12 +107,13 @@ class Outcome(StrEnum):
 
 
 class MoveFailure(StrEnum):
-    """Why a move did not happen. The file is where it was."""
+    """Why a move did not happen. The file is where it was, unless it vanished."""
 
     CHANGED = "changed"  # another version stands under that name now
     VANISHED = "vanished"  # nothing stands under that name
     BUSY = "busy"  # a writer has it open
-    DESTINATION = "destination"  # no room, no rights, read-only: the dataset is held and tried again
+    DESTINATION = "destination"  # no room, no rights, read-only: this folder waits and is tried again
+    SOURCE = "source"  # nothing may be taken out of the folder in which it lies, which is tried again
 
 
 # ---------------------------------------------------------------- events: what the core is told
@@ -203,6 +212,7 @@ class PrototypesBuilt:
 
     prototypes: PrototypeSet
     finetuned: FinetunedClassifier | None = None
+    job: int = field(kw_only=True)  # of the ``Rebuild`` that it answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +225,14 @@ class RebuildFailed:
     message: str
     references_absent: bool = False
     is_lasting: bool = False
+    job: int = field(kw_only=True)  # of the ``Rebuild`` that it answers
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetAbsent:
+    """The dataset, or a disk of it, is not there: nothing moves until a rebuild that begins later ends well."""
+
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,19 +259,28 @@ class MoveFailed:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The operator lets a held file go (``path=None``: every one)."""
+    """The operator lets a held file go (``path=None``: every one); a dataset that the guard holds is held on."""
 
     path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
+class DatasetReleased:
+    """The operator has looked: a dataset that the guard holds is let go; files that are held stay so."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScanStarted:
-    """A scan of ``Images/`` begins; every file found follows as ``ImageSeen``."""
+    """A scan of ``Images/`` begins; every file found follows as ``ImageSeen``. Of ``Review/``: as ``ReviewSeen``."""
+
+    in_review: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ScanFinished:
-    """The scan that began last has named every file."""
+    """The scan that began last, of ``Images/`` or of ``Review/``, has named every file."""
+
+    in_review: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,9 +304,11 @@ Event = (
     | ImageRefused
     | PrototypesBuilt
     | RebuildFailed
+    | DatasetAbsent
     | Moved
     | MoveFailed
     | Released
+    | DatasetReleased
     | ScanStarted
     | ScanFinished
     | Tick
@@ -305,7 +334,9 @@ class Embed:
 
 @dataclass(frozen=True, slots=True)
 class Rebuild:
-    """Build the prototypes anew; answer ``PrototypesBuilt`` or ``RebuildFailed``."""
+    """Build the prototypes anew; answer ``PrototypesBuilt`` or ``RebuildFailed``, with this number."""
+
+    job: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +373,7 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Nothing moves in this dataset until somebody has looked and said so (``Released``); say why."""
+    """Nothing moves in this dataset until somebody has looked and said so (``DatasetReleased``); say why."""
 
     reason: str
 

@@ -1,5 +1,6 @@
 """The move of one version of a file, its companions with it, within one file system; it never overwrites."""
 
+import errno
 import os
 import secrets
 import stat
@@ -7,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from sortd.errors import BusyError, ChangedError, DestinationError, VanishedError
+from sortd.errors import BusyError, ChangedError, DestinationError, SourceError, VanishedError
 from sortd.messages import Stamp, Writer
 from sortd.moving.companions import companions_of
 from sortd.moving.copying import Copy, copy_to_part, remove_part, write_part
@@ -24,6 +25,7 @@ from sortd.moving.renaming import (
     writer_of,
 )
 
+NO_RIGHTS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 NO_STAMP = Stamp(0, 0, 0, 0)
 MOST_ATTEMPTS = 100_000
 _MOST_HINTS = 4096
@@ -194,6 +196,10 @@ class Mover:
             except FileExistsError:
                 self._take_back(done, destination)
                 return None
+            except OSError as error:
+                if error.errno in NO_RIGHTS:
+                    check_source(source, relocation.source)
+                raise
             done.append((*origin, final))
             status = look(destination, final)
             if member.leaves and (status is None or not is_version(status, member.stamp)):
@@ -262,6 +268,16 @@ def remove_spent(folders: Folders, relocation: Relocation) -> None:
 def done(relocation: Relocation) -> Relocation:
     """Return the relocation as ended well."""
     return replace(relocation, progress=Progress.DONE)
+
+
+def check_source(folder: int, place: str) -> None:
+    """See that files may be taken out of a folder: rename(2) and unlink(2) do not tell which folder refused.
+
+    Raises:
+        SourceError: they may not.
+    """
+    if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder, effective_ids=True):
+        raise SourceError(f"nothing may be removed from {place}; give sortd the right to write to that folder")
 
 
 def _check_version(folder: int, member: Member, place: str) -> None:

@@ -14,6 +14,8 @@ from sortd.deciding.classifier import Classifier, decide_by
 from sortd.deciding.finetuned_classifier import FinetunedClassifier
 from sortd.messages import (
     Command,
+    DatasetAbsent,
+    DatasetReleased,
     Embed,
     Embedded,
     EmbeddedImage,
@@ -41,12 +43,13 @@ from sortd.messages import (
     Scan,
     ScanFinished,
     ScanStarted,
+    Stamp,
     StopRequested,
     Tick,
 )
 from sortd.prototypes import Abstained, Decision, PrototypeSet
 from sortd.sorting.entry import Entry, State
-from sortd.sorting.guard import Guard
+from sortd.sorting.guard import Guard, GuardState
 from sortd.sorting.orders import SET_ASIDE, order_aside, order_for
 from sortd.sorting.pause import FolderPauses
 from sortd.sorting.rebuilds import Rebuilds
@@ -59,16 +62,17 @@ ROOM_FOR_A_SCAN = 1 / 8
 class Sorter:
     """The sans-IO core of one dataset."""
 
-    def __init__(self, settings: SorterSettings, *, served_generation: int = 0) -> None:
-        """Begin without prototypes, with a rebuild due at once; ``served_generation`` decided last, if any did."""
+    def __init__(self, settings: SorterSettings, *, guard: GuardState | None = None) -> None:
+        """Begin without prototypes, with a rebuild due at once, and the guard as the last run left it."""
         self._settings = settings
         self._backlog = Backlog(settle_seconds=settings.settle_seconds, limit=settings.backlog_limit)
         self.prototypes: PrototypeSet | None = None
         self.finetuned: FinetunedClassifier | None = None
         self.references_absent = False
         self._rebuilds = Rebuilds()
+        self._absent_in = 0  # the rebuild that ran, or had run last, when the dataset was found absent
         self._move_pauses = FolderPauses()
-        self.guard = Guard(settings.guard_images, served_generation=served_generation)
+        self.guard = Guard(settings.guard_images, guard or GuardState())
         self._stopping = False
 
     # ------------------------------------------------------------ questions
@@ -84,6 +88,7 @@ class Sorter:
         """Take over changed settings; the prototypes are built anew, since their settings may have changed too."""
         self._settings = settings
         self._backlog.configure(settle_seconds=settings.settle_seconds, limit=settings.backlog_limit)
+        self.guard.configure(settings.guard_images)
         self._touch(now)
 
     @property
@@ -115,6 +120,20 @@ class Sorter:
     def is_overflowed(self) -> bool:
         """Tell whether the scan under way, or a hint since, named more than fits: the rest is asked for in time."""
         return self._backlog.overflowed
+
+    @property
+    def is_review_full(self) -> bool:
+        """Tell whether an image in Review/ is not remembered for want of room; the next scan of it tries again."""
+        return self._backlog.is_review_full
+
+    @property
+    def has_room_in_review(self) -> bool:
+        """Tell whether one more image of Review/ would be remembered."""
+        return self._backlog.has_room_in_review
+
+    def knows(self, path: str) -> bool:
+        """Tell whether an image under this path is remembered."""
+        return self._backlog.get(path) is not None
 
     @property
     def is_drained(self) -> bool:
@@ -152,6 +171,7 @@ class Sorter:
         """Take in one fact; return what shall be done, in order."""
         commands = self._take(event, now)
         if not self._stopping:
+            self._try_places()
             commands += self._embed()
             if self._backlog.overflowed and self._backlog.waiting <= self._settings.backlog_limit * ROOM_FOR_A_SCAN:
                 self._backlog.overflowed = False
@@ -163,7 +183,7 @@ class Sorter:
             case ImageSeen(path, stamp, writer, closed, is_aside):
                 self._backlog.see(path, stamp, now, writer=writer, closed=closed, is_aside=is_aside)
             case ReviewSeen(path, stamp, generation):
-                self._backlog.rest_in_review(path, stamp, now, generation=generation)
+                self._rest_in_review(path, stamp, now, generation)
             case ImageHeld(path, stamp):
                 self._backlog.hold(path, stamp, now)
             case ImageGone(path):
@@ -180,19 +200,23 @@ class Sorter:
                 self._built(event)
             case RebuildFailed():
                 self._rebuild_failed(event, now)
+            case DatasetAbsent():
+                self._absent(now)
             case Moved():
                 self._moved(event, now)
             case MoveFailed():
                 return self._move_failed(event, now)
             case Released(path):
                 self._backlog.release(path, now)
+            case DatasetReleased():
                 self.guard.release()
                 self._resume()
-            case ScanStarted():
-                self._backlog.start_scan()
-            case ScanFinished():
-                self._backlog.retry_denied(now)
-                return [Inspect(path) for path in self._backlog.unseen_by_scan()]
+            case ScanStarted(in_review):
+                self._backlog.start_scan(in_review=in_review)
+            case ScanFinished(in_review):
+                if not in_review:
+                    self._backlog.retry_denied(now)
+                return [Inspect(path) for path in self._backlog.unseen_by_scan(in_review=in_review)]
             case Tick():
                 return self._tick(now)
             case StopRequested():
@@ -203,10 +227,9 @@ class Sorter:
         if self._stopping:
             return []
         commands: list[Command] = [Inspect(path) for path in self._backlog.due(now)]
-        if self._rebuilds.begin(now):
-            commands.append(Rebuild())
-        if self._move_pauses.are_over(now):
-            self._resume()
+        if (job := self._rebuilds.begin(now)) is not None:
+            commands.append(Rebuild(job))
+        self._move_pauses.end_due(now)
         return commands
 
     # ------------------------------------------------------------ references
@@ -215,22 +238,39 @@ class Sorter:
         self._rebuilds.touch(now, settle_seconds=self._settings.settle_seconds)
 
     def _built(self, event: PrototypesBuilt) -> None:
+        if not self._rebuilds.is_running(event.job):
+            return
         self._rebuilds.succeed()
-        self.references_absent = False
+        self.references_absent = event.job <= self._absent_in
+        served = self.classifier
         self.prototypes, self.finetuned = event.prototypes, event.finetuned
         classifier = event.finetuned or event.prototypes
         self.guard.serve(classifier)
-        self._backlog.reconsider(classifier.generation)
+        if served is None or served.generation != classifier.generation:
+            self._backlog.reconsider(classifier.generation)
         self._resume()
 
     def _rebuild_failed(self, event: RebuildFailed, now: float) -> None:
+        if not self._rebuilds.is_running(event.job):
+            return
         self._rebuilds.fail(now, is_lasting=event.is_lasting)
-        self.references_absent = event.references_absent
+        self.references_absent = event.references_absent or event.job <= self._absent_in
         self._resume()
+
+    def _absent(self, now: float) -> None:
+        self.references_absent = True
+        self._absent_in = self._rebuilds.job
+        self._rebuilds.retry(now)
 
     def _resume(self) -> None:
         if self._may_decide:
             self._backlog.resume()
+
+    def _try_places(self) -> None:
+        """Let one image try each folder whose pause is over: if it moves, those that wait for the folder follow."""
+        for place in self._backlog.places:
+            if self._may_decide and not self._move_pauses.holds(place):
+                self._backlog.try_place(place)
 
     # ------------------------------------------------------------ the way of one image
 
@@ -238,7 +278,7 @@ class Sorter:
         commands: list[Command] = []
         size = self._settings.batch_size
         while self._backlog.count(State.ENCODING) <= size * (self._settings.batches_in_flight - 1):
-            batch = self._backlog.take_batch(size)
+            batch = self._backlog.take_batch(size, is_paused=self._move_pauses.holds)
             if not batch:
                 break
             commands.append(Embed(tuple((entry.path, entry.stamp) for entry in batch)))
@@ -282,9 +322,10 @@ class Sorter:
         return self._ordered(entry, order_for(image, decision, classifier, settle_seconds=entry.settle_seconds))
 
     def _ordered(self, entry: Entry, move: Move) -> Move | None:
-        """Let an image move, unless its folder refuses for now: then it waits, and keeps no other from moving."""
-        if self._move_pauses.holds(move.folder):
-            self._backlog.embedded(entry)
+        """Let an image move, unless one of its folders refuses for now: then it waits, and keeps no other waiting."""
+        places = (move.folder, _folder_of(entry.path))
+        if refusing := [place for place in places if self._move_pauses.holds(place)]:
+            self._backlog.embedded(entry, refusing[0])
             return None
         self._backlog.moving(entry, move.folder)
         return move
@@ -317,23 +358,40 @@ class Sorter:
         return [move] if move else []
 
     def _moved(self, event: Moved, now: float) -> None:
-        entry = self._backlog.get(event.path)
-        folder, generation = (entry.folder, entry.generation) if entry else ("", 0)
-        self._move_pauses.clear(folder)
-        awaited = self._backlog.moved(event.path, event.stamp)
-        if awaited and event.outcome is Outcome.REVIEW:
-            self._backlog.rest_in_review(event.destination, event.moved_stamp, now, generation=generation)
+        entry = self._backlog.moved(event.path, event.stamp)
+        if entry is None:
+            return
+        for place in (entry.folder, _folder_of(entry.path)):
+            if self._move_pauses.clear(place):
+                self._backlog.wake(place)
+        if event.outcome is Outcome.REVIEW:
+            self._rest_in_review(event.destination, event.moved_stamp, now, entry.generation)
+
+    def _rest_in_review(self, path: str, stamp: Stamp, now: float, generation: int) -> None:
+        """Remember an image in Review/; one that an older generation could not decide is decided again at once."""
+        self._backlog.rest_in_review(path, stamp, now, generation=generation)
+        if self.classifier is not None:
+            self._backlog.reconsider_one(path, self.classifier.generation)
 
     def _move_failed(self, event: MoveFailed, now: float) -> list[Command]:
         entry = self._backlog.move_failed(event.path, event.stamp)
         if entry is None or self._stopping:
             return []
+        is_known = self._backlog.get(event.path) is entry and entry.state is State.EMBEDDED
         match event.failure:
-            case MoveFailure.VANISHED:
+            case MoveFailure.DESTINATION | MoveFailure.SOURCE as failure:
+                place = entry.folder if failure is MoveFailure.DESTINATION else _folder_of(entry.path)
+                self._move_pauses.begin(place, now)
+                if is_known:
+                    self._backlog.embedded(entry, place)
+            case MoveFailure.VANISHED if is_known:
                 self._backlog.forget(event.path)
-            case MoveFailure.DESTINATION:
-                self._move_pauses.begin(entry.folder, now)
-            case MoveFailure.CHANGED | MoveFailure.BUSY:
+            case MoveFailure.CHANGED | MoveFailure.BUSY if is_known:
                 self._backlog.settle_again(entry, now)
                 return [Inspect(event.path)]
         return []
+
+
+def _folder_of(path: str) -> str:
+    """Return the folder in which an image lies: an absolute path, which no folder of a move is."""
+    return path.rpartition("/")[0]

@@ -215,6 +215,20 @@ def make_dataset(root: Path, name: str = "Colours", references: int = 4) -> Path
     return dataset
 
 
+def teach(dataset: Path, references: int = 24) -> None:
+    """Give each class so many varied references that a calibration tells strangers from what is known."""
+    for index, colour in enumerate(COLOURS):
+        for number in range(references):
+            right = picture(colour, 1000 + 100 * index + number, patches=40)
+            right.save(dataset / "Clases" / colour / f"varied{number}.png")
+
+
+def draw_strangers(folder: Path, count: int) -> None:
+    """Put images, all different, into a folder that belong to none of the classes."""
+    for number in range(count):
+        Image.new("RGB", (24, 24), (230, 220, number % 256)).save(folder / f"stranger{number:03}.png", compress_level=1)
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Return every file below a folder with its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -71,7 +71,9 @@ class BacklogMachine(RuleBasedStateMachine):
             version, written_at = on_disk
             self.backlog.see(path, stamp(version), self.now, writer=writer, closed=False)
             entry = self.backlog.get(path)
-            assert entry is not None
+            if entry is None:
+                assert (path, stamp(version)) in self.moving
+                continue
             if entry.state is State.READY:
                 quiet = LEASELESS_QUIET_SECONDS if writer is Writer.UNKNOWN and not entry.closed else SETTLE
                 assert self.now - written_at >= quiet
@@ -87,7 +89,7 @@ class BacklogMachine(RuleBasedStateMachine):
             self.asked.append((entry.path, entry.stamp))
 
     @precondition(lambda self: self.asked)
-    @rule(data=st.data(), what=st.sampled_from(["embedded", "moving", "refused", "changed"]))
+    @rule(data=st.data(), what=st.sampled_from(["embedded", "waits", "moving", "refused", "changed"]))
     def an_answer_comes(self, data: st.DataObject, what: str) -> None:
         """An answer is taken only for the very version that is being encoded."""
         path, mark = self.asked.pop(data.draw(st.integers(0, len(self.asked) - 1)))
@@ -98,6 +100,8 @@ class BacklogMachine(RuleBasedStateMachine):
         match what:
             case "embedded":
                 self.backlog.embedded(entry)
+            case "waits":
+                self.backlog.embedded(entry, "Dataset/a")
             case "moving":
                 self.backlog.moving(entry, "Dataset/a")
                 self.moving.append((path, mark))
@@ -112,17 +116,49 @@ class BacklogMachine(RuleBasedStateMachine):
         """A move that was awaited ends in gone or in EMBEDDED, one that was not changes nothing."""
         path, mark = self.moving.pop(data.draw(st.integers(0, len(self.moving) - 1)))
         before = self.backlog.get(path)
-        if worked:
-            if self.backlog.moved(path, mark):
-                assert self.backlog.get(path) is None
-                self.disk.pop(path, None)
-        elif self.backlog.move_failed(path, mark) is None:
+        ended = self.backlog.moved(path, mark) if worked else self.backlog.move_failed(path, mark)
+        assert ended is not None
+        assert ended.stamp == mark
+        if worked and self.disk.get(path, (0, 0.0))[0] == mark.size:
+            self.disk.pop(path)
+        if worked or before is not None:
             assert before is self.backlog.get(path)
+
+    @rule(path=PATHS)
+    def a_move_that_nobody_awaits_ends(self, path: str) -> None:
+        """Nothing changes."""
+        assert self.backlog.moved(path, stamp(-1)) is None
+        assert self.backlog.move_failed(path, stamp(-1)) is None
+
+    @rule(path=PATHS)
+    def a_file_is_said_to_be_gone(self, path: str) -> None:
+        """It may be on its way to another file system, and its source removed."""
+        self.backlog.forget(path)
 
     @rule()
     def moving_is_allowed_again(self) -> None:
-        """Nothing stays EMBEDDED then."""
+        """Only what waits for a folder stays EMBEDDED then."""
         self.backlog.resume()
+        assert all(entry.place for entry in self.backlog.in_state(State.EMBEDDED))
+
+    @rule()
+    def a_folder_is_tried(self) -> None:
+        """At most one image at a time is on its way there."""
+        before = self.backlog.count(State.EMBEDDED)
+        self.backlog.try_place("Dataset/a")
+        self.backlog.try_place("Dataset/a")
+        assert before - self.backlog.count(State.EMBEDDED) in {0, 1}
+
+    @rule()
+    def a_folder_lets_all_in(self) -> None:
+        """Nothing waits for it any more."""
+        self.backlog.wake("Dataset/a")
+        assert "Dataset/a" not in self.backlog.places
+
+    @rule(generation=st.integers(1, 3))
+    def another_generation_decides(self, generation: int) -> None:
+        """Nothing stays EMBEDDED."""
+        self.backlog.reconsider(generation)
         assert self.backlog.count(State.EMBEDDED) == 0
 
     @rule(path=PATHS)
@@ -140,7 +176,9 @@ class BacklogMachine(RuleBasedStateMachine):
     def counts_agree(self) -> None:
         """The counts are those of the entries, and the waiting ones are bounded."""
         entries = [self.backlog.get(path) for path in [f"Images/{name}.png" for name in "abcdef"]]
-        known = [entry for entry in entries if entry is not None]
+        moving = self.backlog.in_state(State.MOVING)
+        known = [entry for entry in entries if entry is not None] + moving
+        assert sorted((entry.path, entry.stamp.size) for entry in moving) == sorted((p, s.size) for p, s in self.moving)
         for state in State:
             assert self.backlog.count(state) == sum(entry.state is state for entry in known)
         assert len(self.backlog) == len(known)

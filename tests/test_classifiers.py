@@ -14,7 +14,7 @@ from sortd.config import Config, load
 from sortd.encoder import Pixels, Rows
 from sortd.finetuned import FACTS_FILE, FinetunedFacts, read_facts
 from sortd.layout import Area, Layout
-from sortd.messages import Embedded, Move, PrototypesBuilt, RebuildFailed, Stamp
+from sortd.messages import DatasetId, Embedded, Move, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.promotion import Promotion, remove_promotion, write_promotion
 from sortd.running.classifiers import appointed
 from sortd.running.rehearsal import rehearse
@@ -86,7 +86,7 @@ class Bench:
     def job(self, dataset: str) -> RebuildJob:
         """Return a rebuild of a dataset."""
         clases = self.layout(dataset).area(Area.CLASES)
-        return RebuildJob(dataset, clases, teaching_of(self.config.dataset(dataset)), 0)
+        return RebuildJob(DatasetId(dataset), clases, teaching_of(self.config.dataset(dataset)), 0, 1)
 
     def rebuild(self, dataset: str) -> tuple[PrototypesBuilt, Answer]:
         """Ask for a rebuild and return what was built, and the whole answer."""
@@ -97,7 +97,7 @@ class Bench:
 
     def ask(self, dataset: str, colour: str, numbers: range) -> None:
         """Ask for the rows of new images."""
-        self.worker.ask(EmbedJob(dataset, self.draw(dataset, colour, numbers)))
+        self.worker.ask(EmbedJob(DatasetId(dataset), self.draw(dataset, colour, numbers)))
 
     def draw(self, dataset: str, colour: str, numbers: range) -> tuple[tuple[str, Stamp], ...]:
         """Put images into the inbox and return them with their stamps."""
@@ -115,7 +115,7 @@ class Bench:
         encoders: set[str] = set()
         while count > 0:
             answer = self.answer()
-            assert answer.dataset == dataset
+            assert answer.dataset == DatasetId(dataset)
             for event in answer.events:
                 assert isinstance(event, Embedded), event
                 encoders.add(event.encoder_id)
@@ -171,7 +171,7 @@ def test_neither_encoder_keeps_the_other_waiting(config: Config, vit: FinetunedF
         answered = {"First": 0, "Second": 0}
         while answered["Second"] < few:
             answer = bench.answer()
-            answered[answer.dataset] += sum(len(one.images) for one in answer.events if isinstance(one, Embedded))
+            answered[answer.dataset.name] += sum(len(one.images) for one in answer.events if isinstance(one, Embedded))
         assert answered["First"] < many
 
 
@@ -248,8 +248,8 @@ def test_a_dataset_that_comes_back_at_once_is_served(config: Config, vit: Finetu
         bench.demote("First")
         many = bench.draw("First", "red", range(200))
         bench.worker.ask(bench.job("Second"))  # while it is carried out, the two that follow are taken in
-        bench.worker.ask(Forget("First"))
-        bench.worker.ask(EmbedJob("First", many))
+        bench.worker.ask(Forget(DatasetId("First")))
+        bench.worker.ask(EmbedJob(DatasetId("First", 2), many))
         left = len(many)
         while left:
             left -= sum(len(one.images) for one in bench.answer().events if isinstance(one, Embedded))

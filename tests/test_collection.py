@@ -268,7 +268,7 @@ def test_isolated_journal_that_fails_in_the_middle_of_a_move_is_recovered_when_i
     assert (bad.layout.root / "Dataset" / "red" / "b.png").read_bytes() == b"image"
     assert list(place.collection) == [good]
     assert "fault" in place.collection.held["Bad"].cause
-    assert place.asked[-1] == Forget("Bad")
+    assert place.asked[-1] == Forget(bad.identity)
     with hold(place.layout("Bad"), place.folder / "other"):
         pass  # its locks were given back
     execute(place.journal("Bad"), "DROP TRIGGER fault")

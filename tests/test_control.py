@@ -28,6 +28,7 @@ class AtWork:
     told: list[Event] = field(default_factory=list)
     rebuilds: list[bool] = field(default_factory=list)
     name: str = "Colours"
+    held_because: str | None = None
 
     @property
     def layout(self) -> Layout:
@@ -47,6 +48,11 @@ class AtWork:
     def receive(self, event: Event) -> None:
         """Write it down."""
         self.told.append(event)
+
+    def release(self) -> str | None:
+        """Let the dataset go."""
+        reason, self.held_because = self.held_because, None
+        return reason
 
     def rebuild(self, *, force: bool) -> None:
         """Write it down."""
@@ -148,11 +154,37 @@ def test_release_reaches_journal_and_core(daemon: Daemon, dataset: AtWork) -> No
     assert dataset.filing.held() == {}
 
 
+def test_control_release_of_a_file_leaves_the_dataset_held(daemon: Daemon, dataset: AtWork) -> None:
+    """The reply says that nothing moves yet, and why."""
+    answer(daemon, undo(dataset, 1))
+    dataset.told.clear()
+    dataset.held_because = "all would go to review"
+    path = str(dataset.layout.root / "Images/a.png")
+    told = answer(daemon, {"do": "release", "datasets": None, "path": path})
+    assert told == {"released": {"Colours": 1}, "still_held": {"Colours": "all would go to review"}}
+    assert dataset.held_because is not None
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_control_release_of_a_held_dataset_says_so(daemon: Daemon, dataset: AtWork, *, whole: bool) -> None:
+    """By its folder it is let go alone, without a path with its held files."""
+    answer(daemon, undo(dataset, 1))
+    dataset.told.clear()
+    dataset.held_because = "all would go to review"
+    path = str(dataset.layout.root) if whole else None
+    told = answer(daemon, {"do": "release", "datasets": None, "path": path})
+    assert told == {"released": {"Colours": 0 if whole else 1}, "lifted": {"Colours": "all would go to review"}}
+    assert dataset.held_because is None
+    assert len(dataset.filing.held()) == (1 if whole else 0)
+
+
 def test_a_path_of_another_dataset_releases_nothing(daemon: Daemon, dataset: AtWork) -> None:
     """Only the dataset that it lies in is asked."""
     elsewhere = {"do": "release", "datasets": None, "path": "/elsewhere/a.png"}
+    dataset.held_because = "all would go to review"
     assert answer(daemon, elsewhere) == {"released": {"Colours": 0}}
     assert dataset.told == []
+    assert dataset.held_because is not None
 
 
 def test_rebuild_is_passed_on(daemon: Daemon, dataset: AtWork) -> None:

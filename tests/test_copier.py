@@ -8,7 +8,7 @@ import pytest
 
 from sortd.errors import BusyError, JournalError
 from sortd.journal import Grounds
-from sortd.messages import Stamp
+from sortd.messages import DatasetId, Stamp
 from sortd.moving.relocation import Member, Relocation, Role
 from sortd.running.copier import Copied, Copier, CopierDied, CopyFailed
 from sortd.running.relocating import Order
@@ -51,15 +51,15 @@ def test_a_copy_is_made_in_a_thread_of_its_own_and_told(copier: Copier, inbox: I
         threads.append(threading.current_thread().name)
         return asked
 
-    assert copier.seat("Cats").submit(job) == []
-    assert inbox.get(timeout=60) == Copied("Cats", (asked,))
+    assert copier.seat(DatasetId("Cats")).submit(job) == []
+    assert inbox.get(timeout=60) == Copied(DatasetId("Cats"), (asked,))
     assert threads == ["copier"]
 
 
 def test_datasets_take_turns(copier: Copier, inbox: Inbox) -> None:
     """A dump of a hundred films into one dataset makes another wait for one of them."""
     gate = threading.Event()
-    many, few = copier.seat("Many"), copier.seat("Few")
+    many, few = copier.seat(DatasetId("Many")), copier.seat(DatasetId("Few"))
 
     def first() -> Order:
         gate.wait(60)
@@ -78,7 +78,7 @@ def test_datasets_take_turns(copier: Copier, inbox: Inbox) -> None:
 def test_whoever_leaves_waits_for_the_copy_at_hand_and_for_no_other(copier: Copier, inbox: Inbox) -> None:
     """Afterwards its journal may be closed: nothing of it is under way; another dataset's copies go on."""
     begun = threading.Event()
-    going, staying = copier.seat("Going"), copier.seat("Staying")
+    going, staying = copier.seat(DatasetId("Going")), copier.seat(DatasetId("Staying"))
 
     def long() -> Order:
         begun.set()
@@ -98,7 +98,7 @@ def test_whoever_leaves_waits_for_the_copy_at_hand_and_for_no_other(copier: Copi
 
 def test_a_stop_interrupts_every_seat(copier: Copier, inbox: Inbox) -> None:
     """What comes later is answered at once, as interrupted, and starts no thread."""
-    seat = copier.seat("Cats")
+    seat = copier.seat(DatasetId("Cats"))
     copier.interrupt()
     (told,) = seat.submit(lambda: order("b.jpg").troubled(BusyError(str(seat.is_left))))
     assert str(told.trouble) == "True"
@@ -112,9 +112,9 @@ def test_copier_failed_copy_is_told_and_the_others_go_on(copier: Copier, inbox: 
     def job() -> Order:
         raise refused
 
-    copier.seat("Cats").submit(job)
-    copier.seat("Dogs").submit(lambda: order("b.jpg"))
-    assert inbox.get(timeout=60) == CopyFailed("Cats", refused)
+    copier.seat(DatasetId("Cats")).submit(job)
+    copier.seat(DatasetId("Dogs")).submit(lambda: order("b.jpg"))
+    assert inbox.get(timeout=60) == CopyFailed(DatasetId("Cats"), refused)
     assert name_of(inbox.get(timeout=60)) == "b.jpg"
 
 
@@ -124,7 +124,7 @@ def test_a_copier_that_dies_says_of_what(copier: Copier, inbox: Inbox) -> None:
     def job() -> Order:
         raise SystemExit
 
-    copier.seat("Cats").submit(job)
+    copier.seat(DatasetId("Cats")).submit(job)
     told = inbox.get(timeout=60)
     assert isinstance(told, CopierDied)
     assert isinstance(told.error, SystemExit)

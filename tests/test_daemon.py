@@ -12,7 +12,7 @@ import pytest
 
 from sortd.layout import Layout
 from tests.command_line import sortd
-from tests.daemon_process import DaemonProcess, make_dataset, picture, running, tree
+from tests.daemon_process import DaemonProcess, draw_strangers, make_dataset, picture, running, teach, tree
 
 Write = Callable[..., Path]
 
@@ -375,6 +375,60 @@ def test_a_dry_run_touches_nothing(colours: Path, write_config: Write, tmp_path:
     assert snapshot() == before
     assert "Dataset/green/a.png" in said
     assert not (colours / ".sortd").exists()
+
+
+def test_daemon_hold_of_the_guard_outlives_a_kill_and_ends_by_release_alone(colours: Path, write_config: Write) -> None:
+    """Held images stay where they are run after run, a dry run promises no move, and release tells what it did."""
+    teach(colours)
+    config = write_config(mode="best", abstain="{precision: 0.95}")
+    with DaemonProcess(config, "once") as daemon:
+        assert daemon.wait() == 0
+    picture("red", 4000, patches=40).save(colours / "Clases" / "red" / "another.png")
+    draw_strangers(colours / "Images", 220)
+    with running(config) as daemon:
+        daemon.wait_for("dataset.held")
+        assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+    with DaemonProcess(config, "once", "--dry-run") as daemon:
+        assert daemon.process.stdout is not None
+        assert "->" not in daemon.process.stdout.read()
+        assert daemon.wait() == 78
+        assert any("of 220 images would go to review" in line for line in daemon.noise)
+    with running(config) as daemon:
+        daemon.wait_for("dataset.held")
+        one = sortd("release", colours / "Images" / "stranger007.png", "-c", config)
+        assert (one.code, "is not held" in one.err) == (65, True)
+        daemon.send(signal.SIGHUP)
+        daemon.wait_for("prototypes.rebuilt", count=2)
+        assert not daemon.events("image.sent_to_review")
+        released = sortd("release", "--all", "-c", config)
+        assert "the hold of the whole dataset is lifted" in released.out
+        assert "nothing is held" not in released.err
+        daemon.wait_for("image.sent_to_review", count=220)
+        assert daemon.stop() == 0
+    assert len(tree(colours / "Review")) == 220
+
+
+def test_daemon_dry_run_tells_what_once_does(colours: Path, write_config: Write) -> None:
+    """Undone images that are held, and images in Review/ that are decided again, are told as they are treated."""
+    teach(colours)
+    config = write_config(mode="best", abstain="{precision: 0.95}")
+    draw_strangers(colours / "Images", 1)
+    picture("red", 5000, patches=40).save(colours / "Images" / "a.png")
+    with DaemonProcess(config, "once") as daemon:
+        assert daemon.wait() == 0
+        assert daemon.events("image.sent_to_review")
+    assert sortd("undo", colours / "Dataset" / "red" / "a.png", "-c", config).code == 0
+    config = write_config()
+    with DaemonProcess(config, "once", "--dry-run") as daemon:
+        assert daemon.process.stdout is not None
+        said = daemon.process.stdout.read()
+        assert daemon.wait() == 0
+    with DaemonProcess(config, "once") as daemon:
+        assert daemon.wait() == 0
+        done = [(line["path"], line["destination"]) for line in daemon.events("image.filed")]
+    assert [tuple(line.split("  ")[0].split(" -> ")) for line in said.splitlines()] == done
+    assert [Path(source).name for source, _ in done] == ["stranger000.png"]
+    assert (colours / "Images" / "a.png").exists()
 
 
 def test_a_correction_is_noticed_and_learnt(colours: Path, write_config: Write) -> None:

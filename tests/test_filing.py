@@ -768,6 +768,46 @@ class TestErrors:
         else:
             moved(filing, move)
 
+    @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+    @pytest.mark.parametrize("refusing", ["Images", "Dataset/cat", None])
+    def test_filing_folder_that_may_not_be_written_is_named(
+        self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch, number: int, refusing: str | None
+    ) -> None:
+        """A rename does not tell which of its folders refused, so both are asked; the other one is not blamed."""
+
+        def refuse_rename(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        def access(_: str, __: int, *, dir_fd: int, effective_ids: bool) -> bool:
+            assert effective_ids
+            return refusing is None or os.fstat(dir_fd).st_ino != (dataset.root / refusing).stat().st_ino
+
+        (dataset.root / "Dataset/cat").mkdir(parents=True)
+        filing = Filing(dataset.root, journal, mover=Mover(rename=refuse_rename))
+        path = dataset.put("Images/a.jpg")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "access", access)
+            (answer,) = filing.move_all([order(path)])
+        assert isinstance(answer, MoveFailed)
+        of_the_file = MoveFailure.BUSY if number == errno.EPERM else MoveFailure.DESTINATION
+        assert answer.failure is (MoveFailure.SOURCE if refusing == "Images" else of_the_file)
+        assert ("nothing may be removed from Images" in answer.message) == (refusing == "Images")
+
+    def test_filing_folder_that_may_not_be_read_is_a_source(
+        self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The companions of an image cannot be looked for: that says nothing about its class."""
+        path = dataset.put("Images/sub/a.jpg")
+
+        def refuse_to_list(*_: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr("sortd.running.filing.with_companions", refuse_to_list)
+        (answer,) = Filing(dataset.root, journal).move_all([order(path)])
+        assert isinstance(answer, MoveFailed)
+        assert answer.failure is MoveFailure.SOURCE
+        assert f"{path.parent}: Permission denied; give sortd the right to read it" in answer.message
+
     def test_a_source_whose_move_has_not_ended_is_not_moved_again(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -782,8 +822,9 @@ class TestErrors:
         move = order(dataset.put("Images/a.jpg"))
         with monkeypatch.context() as patch:
             patch.setattr("sortd.moving.crossing.rename_new", refuse)
-            for _ in range(3):
-                assert failure(filing, move) is MoveFailure.DESTINATION
+            failures = [failure(filing, move) for _ in range(3)]
+            # Only that image waits for the end of its move: no other is kept from its class.
+            assert failures == [MoveFailure.DESTINATION, MoveFailure.BUSY, MoveFailure.BUSY]
             assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Images/a.jpg"]
         assert [one.progress.value for one in filing.recover()] == ["done"]
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
@@ -851,7 +892,7 @@ class TestCrossing:
             (answer,) = filing.move_all([order(path)])
         os.close(folder)
         assert isinstance(answer, MoveFailed)
-        assert answer.failure is MoveFailure.DESTINATION
+        assert answer.failure is MoveFailure.SOURCE
         assert "nothing may be removed from Images" in answer.message
         assert dataset.tree() == {"Images/a.jpg": b"image"}
         moved(filing, order(path))
@@ -898,7 +939,7 @@ class TestCrossing:
         filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs))
         move = order(dataset.put("Images/a.jpg"))
         assert filing.move_all([move]) == []
-        assert failure(filing, move) is MoveFailure.DESTINATION
+        assert failure(filing, move) is MoveFailure.BUSY
         assert (filing.recover(), len(jobs)) == ([], 1)
         filing.end(elsewhere(jobs))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}

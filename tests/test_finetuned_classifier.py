@@ -12,7 +12,19 @@ from sortd.deciding.finetuned_classifier import (
     build_classifier,
     difference_of_labels,
 )
-from sortd.messages import Embed, Embedded, EmbeddedImage, Move, Outcome, PrototypesBuilt, ReviewSeen
+from sortd.messages import (
+    Command,
+    Embed,
+    Embedded,
+    EmbeddedImage,
+    Move,
+    Outcome,
+    PrototypesBuilt,
+    Rebuild,
+    ReferencesTouched,
+    ReviewSeen,
+    Tick,
+)
 from sortd.prototypes import Abstain, Abstained, Assigned
 from sortd.sorter import Sorter
 from tests.test_sorter import prototypes, ready_sorter, settle, stamp
@@ -134,10 +146,17 @@ def test_a_difference_of_classes_is_said_by_name() -> None:
 STAMP = stamp()
 
 
+def serve(sorter: Sorter, generation: int, made: FinetunedClassifier | None = None) -> list[Command]:
+    """Let another generation decide, and a model if one is given; return what the core asks for then."""
+    sorter.receive(ReferencesTouched(), 1)
+    (job,) = (one.job for one in sorter.receive(Tick(), 50) if isinstance(one, Rebuild))
+    return sorter.receive(PrototypesBuilt(prototypes(generation), made, job=job), 50)
+
+
 def deciding_sorter(made: FinetunedClassifier) -> Sorter:
     """Return a core on a fine-tuned model, with one image handed to the encoder."""
     sorter = ready_sorter()
-    sorter.receive(PrototypesBuilt(prototypes(made.generation), made), 1)
+    serve(sorter, made.generation, made)
     settle(sorter, "a.png", STAMP, 100)
     return sorter
 
@@ -159,7 +178,7 @@ def test_the_core_decides_by_the_model_and_names_it_in_the_order() -> None:
 def test_rows_of_the_model_are_never_taken_for_embeddings_after_a_demotion() -> None:
     """What was on its way when the classifier changed is embedded again by the one that serves now."""
     sorter = deciding_sorter(classifier(abstain=None))
-    sorter.receive(PrototypesBuilt(prototypes(5)), 150)
+    serve(sorter, 5)
     assert sorter.receive(answered([9.0, 0.0, 0.0]), 200) == [Embed((("a.png", STAMP),))]
 
 
@@ -168,7 +187,7 @@ def test_what_rests_in_review_is_decided_again_by_a_promoted_model() -> None:
     for row, folder in (([9.0, 0.0, 0.0], "Dataset/bolt"), ([0.0, 0.0, 0.0], None)):
         sorter = ready_sorter()
         sorter.receive(ReviewSeen("Review/torx/a.png", STAMP, generation=1), 1)
-        commands = sorter.receive(PrototypesBuilt(prototypes(2), classifier(generation=2)), 2)
+        commands = serve(sorter, 2, classifier(generation=2))
         assert commands == [Embed((("Review/torx/a.png", STAMP),))]
         image = EmbeddedImage("Review/torx/a.png", STAMP, np.asarray(row, np.float32), "00")
         moves = [one for one in sorter.receive(Embedded((image,), MODEL), 3) if isinstance(one, Move)]

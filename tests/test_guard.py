@@ -6,6 +6,7 @@ import pytest
 
 from sortd.messages import (
     Command,
+    DatasetReleased,
     Embed,
     Embedded,
     EmbeddedImage,
@@ -15,13 +16,13 @@ from sortd.messages import (
     PrototypesBuilt,
     Rebuild,
     ReferencesTouched,
-    Released,
     Stamp,
     Tick,
     Writer,
 )
 from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet, SupportSet, build
 from sortd.sorter import Sorter
+from sortd.sorting.guard import GuardState
 from sortd.sorting.settings import SorterSettings
 
 Rows = npt.NDArray[np.float32]
@@ -82,11 +83,11 @@ def answer(sorter: Sorter, commands: list[Command], known: dict[str, Rows], now:
 def changed() -> Sorter:
     """A core whose second generation was just built."""
     sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20))
-    assert sorter.receive(Tick(), 0) == [Rebuild()]
-    sorter.receive(PrototypesBuilt(prototypes(1)), 0)
+    assert sorter.receive(Tick(), 0) == [Rebuild(1)]
+    sorter.receive(PrototypesBuilt(prototypes(1), job=1), 0)
     sorter.receive(ReferencesTouched(), 1)
     sorter.receive(Tick(), 2)
-    sorter.receive(PrototypesBuilt(prototypes(2)), 3)
+    sorter.receive(PrototypesBuilt(prototypes(2), job=2), 3)
     return sorter
 
 
@@ -111,7 +112,7 @@ def test_a_batch_that_nothing_is_known_of_is_held_until_released(changed: Sorter
     assert "review" in told[0].reason
     assert not changed.may_move
     known = {f"10-{index}.png": row for index, row in enumerate(rows)}
-    moved = answer(changed, changed.receive(Released(), 20), known, 20)
+    moved = answer(changed, changed.receive(DatasetReleased(), 20), known, 20)
     assert len(moved) == 40
 
 
@@ -124,13 +125,13 @@ def test_the_first_generation_is_not_held() -> None:
     """Where nothing served before, there is no change to be wary of."""
     sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20))
     sorter.receive(Tick(), 0)
-    sorter.receive(PrototypesBuilt(prototypes(1)), 0)
+    sorter.receive(PrototypesBuilt(prototypes(1), job=1), 0)
     assert len(drop(sorter, near(3, 40, 0.6), 10)) == 40
 
 
 def test_a_change_while_stopped_is_a_change() -> None:
     """The generation that decided last is remembered over a restart."""
-    sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20), served_generation=1)
+    sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20), guard=GuardState(1))
     sorter.receive(Tick(), 0)
-    sorter.receive(PrototypesBuilt(prototypes(2)), 0)
+    sorter.receive(PrototypesBuilt(prototypes(2), job=1), 0)
     assert [type(command) for command in drop(sorter, near(3, 40, 0.6), 10)] == [Hold]

@@ -17,6 +17,7 @@ from sortd.mover import new_token
 from sortd.moving.relocation import Member, Relocation, Role
 from sortd.moving.renaming import stamp_of
 from sortd.running.holding import hold
+from sortd.sorting.guard import GuardState
 from tests.command_line import Ran, sortd, write_config
 from tests.daemon_process import DaemonProcess, make_dataset, picture, running, tree
 from tests.filed_images import file_images
@@ -232,6 +233,18 @@ class TestUndo:
         assert "first recovered 1 move that a crash had cut short" in ran.err
 
 
+def hold_dataset(site: Path) -> None:
+    """Let the journal say that the guard holds the dataset because of its second generation."""
+    with hold(Layout(site), site.parents[1] / "state") as holding:
+        holding.journal.note_guard(GuardState(1, 2, "all would go to review"))
+
+
+def guard_of(site: Path) -> GuardState:
+    """Return how the guard stands, by the journal."""
+    with hold(Layout(site), site.parents[1] / "state") as holding:
+        return holding.journal.history.guard()
+
+
 class TestRelease:
     """What release does where no sortd runs."""
 
@@ -241,6 +254,45 @@ class TestRelease:
         assert run(site, "release", site / "Images" / "a.png", "--json").facts == {"released": {"Colours": 1}}
         assert run(site, "release", site / "Images" / "a.png").code == 65
         assert run(site, "release", "--all", "--json").facts == {"released": {"Colours": 4}}
+
+    def test_release_of_a_file_leaves_a_held_dataset_held(self, site: Path) -> None:
+        """Nothing of it is let go with the file, and the answer says so."""
+        run(site, "undo", "--since", "1h")
+        hold_dataset(site)
+        ran = run(site, "release", site / "Images" / "a.png")
+        assert ran.out == "Colours: 1 held file released\n"
+        assert "Colours stays held as a whole, so nothing moves there yet: all would go to review" in ran.err
+        assert guard_of(site).reason
+
+    def test_release_of_a_dataset_leaves_held_files_held(self, site: Path) -> None:
+        """Whoever has looked at what the guard found has not asked for undone images to be filed again."""
+        run(site, "undo", "--since", "1h")
+        hold_dataset(site)
+        ran = run(site, "release", site)
+        assert "Colours: the hold of the whole dataset is lifted" in ran.out
+        assert "nothing is held" not in ran.err
+        assert guard_of(site) == GuardState(2)
+        assert run(site, "release", site).code == 65
+        assert run(site, "release", "--all", "--json").facts == {"released": {"Colours": 5}}
+
+    def test_release_of_all_says_both(self, site: Path) -> None:
+        """Held files, the hold of the dataset, and that nothing is held only where that is so."""
+        hold_dataset(site)
+        ran = run(site, "release", "--all", "--json")
+        assert ran.facts == {"released": {"Colours": 0}, "lifted": {"Colours": "all would go to review"}}
+        assert "nothing is held" in run(site, "release", "--all").err
+
+    def test_status_without_a_daemon_tells_of_the_hold(self, site: Path) -> None:
+        """However the run that began it ended."""
+        hold_dataset(site)
+        assert run(site, "status", "--json").facts["datasets"]["Colours"]["problem"] == "all would go to review"
+
+    def test_check_tells_of_the_hold(self, site: Path) -> None:
+        """With what lets it go."""
+        hold_dataset(site)
+        (finding,) = [one for one in run(site, "check", "--json").facts["findings"] if "is held" in one["what"]]
+        assert "all would go to review" in finding["what"]
+        assert f"sortd release {site}" in finding["mend"]
 
     def test_it_wants_to_be_told_which(self, site: Path) -> None:
         """Neither nothing nor both."""

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon_process import DaemonProcess, make_dataset, picture, running
+from tests.daemon_process import DaemonProcess, draw_strangers, make_dataset, picture, running, teach
 
 Write = Callable[..., Path]
 
@@ -25,9 +26,9 @@ def tiny_clip() -> str:
 
 
 @pytest.fixture
-def other_disk(colours: Path) -> Iterator[Path]:
-    """``Dataset/`` on a file system of its own."""
-    place = colours / "Dataset"
+def other_disk(colours: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """``Dataset/``, or the area that a test names, on a file system of its own."""
+    place = colours / getattr(request, "param", "Dataset")
     place.mkdir()
     if shutil.which("mount") is None:
         pytest.skip("there is no mount(8) here")
@@ -97,6 +98,23 @@ def test_images_are_copied_whole_and_undone_across_disks(colours: Path, write_co
     names = {path.name for path in (colours / "Dataset").rglob("*") if path.is_file()}
     assert names == {*(f"{number}.png" for number in range(90)), "0 (2).png", "7.png.xmp"}
     assert not any((colours / "Images").iterdir())
+
+
+@pytest.mark.parametrize("other_disk", ["Review"], indirect=True)
+@pytest.mark.usefixtures("other_disk")
+def test_daemon_decides_an_image_in_review_on_another_disk_again(colours: Path, write_config: Write) -> None:
+    """The source is seen to be gone before its copy has been told of; the image is not forgotten for that."""
+    teach(colours)
+    config = write_config(mode="best", abstain="{precision: 0.95}")
+    with running(config) as daemon:
+        draw_strangers(colours / "Images", 5)
+        daemon.wait_for("image.sent_to_review", count=5)
+        write_config()
+        daemon.send(signal.SIGHUP)
+        daemon.wait_for("image.filed", count=5)
+        assert daemon.stop() == 0
+    assert len([path for path in (colours / "Dataset").rglob("*") if path.is_file()]) == 5
+    assert not [path for path in (colours / "Review").rglob("*") if path.is_file()]
 
 
 def test_a_long_copy_holds_up_nobody_and_ends_at_once_at_a_stop(

@@ -63,8 +63,8 @@ def prototypes(generation: int = 1, encoder_id: str = ENCODER) -> PrototypeSet:
 def ready_sorter(**settings: object) -> Sorter:
     """Return a core that has its prototypes and nothing to do."""
     sorter = Sorter(SorterSettings(settle_seconds=10, **settings))  # type: ignore[arg-type]  # keywords of one test each
-    assert sorter.receive(Tick(), 0) == [Rebuild()]
-    assert sorter.receive(PrototypesBuilt(prototypes()), 0) == []
+    assert sorter.receive(Tick(), 0) == [Rebuild(1)]
+    assert sorter.receive(PrototypesBuilt(prototypes(), job=1), 0) == []
     return sorter
 
 
@@ -153,8 +153,8 @@ def test_embed_ahead_decide_late() -> None:
     sorter.receive(ReferencesTouched(), 105)
     assert settle(sorter, "a.png", mark, 100)[0] == Embed((("a.png", mark),))
     assert sorter.receive(embedded("a.png", mark), 112) == []
-    assert sorter.receive(Tick(), 115) == [Rebuild()]
-    assert sorter.receive(PrototypesBuilt(prototypes(2)), 116) == [Embed((("a.png", mark),))]
+    assert sorter.receive(Tick(), 115) == [Rebuild(2)]
+    assert sorter.receive(PrototypesBuilt(prototypes(2), job=2), 116) == [Embed((("a.png", mark),))]
     (move,) = sorter.receive(embedded("a.png", mark), 117)
     assert isinstance(move, Move)
     assert move.generation == 2
@@ -168,11 +168,11 @@ def test_a_bulk_copy_of_references_is_one_rebuild() -> None:
         if now < 130:
             assert sorter.receive(Tick(), now) == []
     assert sorter.next_deadline() == 130
-    assert sorter.receive(Tick(), 200) == [Rebuild()]
+    assert sorter.receive(Tick(), 200) == [Rebuild(2)]
     sorter.receive(ReferencesTouched(), 201)
     assert sorter.receive(Tick(), 230) == []
-    sorter.receive(PrototypesBuilt(prototypes(2)), 231)
-    assert sorter.receive(Tick(), 231) == [Rebuild()]
+    sorter.receive(PrototypesBuilt(prototypes(2), job=2), 231)
+    assert sorter.receive(Tick(), 231) == [Rebuild(3)]
 
 
 def test_absent_references_stop_the_moves_and_heal() -> None:
@@ -180,27 +180,27 @@ def test_absent_references_stop_the_moves_and_heal() -> None:
     sorter, mark = ready_sorter(), stamp()
     sorter.receive(ReferencesTouched(), 100)
     sorter.receive(Tick(), 110)
-    sorter.receive(RebuildFailed("Clases/ is gone", references_absent=True), 110)
+    sorter.receive(RebuildFailed("Clases/ is gone", references_absent=True, job=2), 110)
     sorter.receive(ImageSeen("a.png", mark), 200)
-    assert sorter.receive(Tick(), 210) == [Inspect("a.png"), Rebuild()]
+    assert sorter.receive(Tick(), 210) == [Inspect("a.png"), Rebuild(3)]
     assert sorter.receive(ImageSeen("a.png", mark, Writer.ABSENT), 210) == [Embed((("a.png", mark),))]
     assert sorter.receive(embedded("a.png", mark), 211) == []
-    sorter.receive(RebuildFailed("Clases/ is gone", references_absent=True), 212)
+    sorter.receive(RebuildFailed("Clases/ is gone", references_absent=True, job=3), 212)
     assert not sorter.is_drained
-    assert sorter.receive(Tick(), 214) == [Rebuild()]
-    assert Embed((("a.png", mark),)) in sorter.receive(PrototypesBuilt(prototypes(2)), 231)
+    assert sorter.receive(Tick(), 214) == [Rebuild(4)]
+    assert Embed((("a.png", mark),)) in sorter.receive(PrototypesBuilt(prototypes(2), job=4), 231)
 
 
 def test_a_failed_rebuild_keeps_the_last_good_prototypes() -> None:
     """A failure that is no absence goes on serving, and is tried again later each time."""
     sorter = ready_sorter()
     sorter.receive(ReferencesTouched(), 100)
-    assert sorter.receive(Tick(), 110) == [Rebuild()]
-    sorter.receive(RebuildFailed("the encoder failed"), 110)
+    assert sorter.receive(Tick(), 110) == [Rebuild(2)]
+    sorter.receive(RebuildFailed("the encoder failed", job=2), 110)
     assert sorter.may_move
     assert sorter.next_deadline() == 111
-    assert sorter.receive(Tick(), 111) == [Rebuild()]
-    sorter.receive(RebuildFailed("the encoder failed"), 112)
+    assert sorter.receive(Tick(), 111) == [Rebuild(3)]
+    sorter.receive(RebuildFailed("the encoder failed", job=3), 112)
     assert sorter.next_deadline() == 114
 
 
@@ -272,12 +272,12 @@ def test_a_folder_that_refuses_waits_longer_each_time_and_keeps_no_other_waiting
     for number, path in enumerate(("first.png", "second.png", "other.png")):
         settle(sorter, path, mark, 100 + 10 * number)
     now, pauses = 131.0, []
-    for _ in range(3):
-        (move,) = sorter.receive(embedded("first.png", mark), now)
+    for tried, waiting in (("first.png", "second.png"), ("first.png", "second.png"), ("second.png", "first.png")):
+        (move,) = sorter.receive(embedded(tried, mark), now)
         assert isinstance(move, Move)
         assert move.folder == "Dataset/cross"
-        sorter.receive(MoveFailed("first.png", mark, MoveFailure.DESTINATION, "not a directory"), now)
-        assert sorter.receive(embedded("second.png", mark), now) == []
+        sorter.receive(MoveFailed(tried, mark, MoveFailure.DESTINATION, "not a directory"), now)
+        assert sorter.receive(embedded(waiting, mark), now) == []
         deadline = sorter.next_deadline()
         assert deadline is not None
         pauses.append(deadline - now)
@@ -345,7 +345,7 @@ def test_an_abstained_image_is_decided_again_by_new_prototypes() -> None:
     assert sorter.is_drained
     sorter.receive(ReferencesTouched(), 200)
     sorter.receive(Tick(), 210)
-    answer = sorter.receive(PrototypesBuilt(prototypes(2)), 211)
+    answer = sorter.receive(PrototypesBuilt(prototypes(2), job=2), 211)
     assert answer == [Embed((("Review/cross/a.png", mark),))]
     (move,) = sorter.receive(embedded("Review/cross/a.png", mark), 212)
     assert isinstance(move, Move)

@@ -101,7 +101,9 @@ def test_an_inbox_that_may_not_be_written_keeps_its_images(colours: Path, write_
     image = drop(inbox, "a.png", 0o644)
     inbox.chmod(0o555)
     with unprivileged(write_config()) as daemon:
-        assert daemon.wait_for("move.failed", path=str(image))["failure"] == "destination"
+        line = daemon.wait_for("move.failed", path=str(image))
+        assert line["failure"] == "source"
+        assert "nothing may be removed from Images; give sortd the right to write to that folder" in line["error"]
         assert image.exists()
         inbox.chmod(0o755)
         daemon.wait_for("image.filed", path=str(image))

@@ -20,14 +20,24 @@ from sortd.cache import Cache
 from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder
 from sortd.images import Limits
-from sortd.messages import Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
-from sortd.prototypes import DecisionSettings, Mode
+from sortd.messages import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
+from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet
 from sortd.references import Teaching
 from sortd.running.classifiers import Classifiers
 from sortd.running.embedding import Embedder
-from sortd.running.worker import Answer, EmbedJob, Posted, PrototypeStore, RebuildJob, Worker, WorkerDied, WorkerReady
+from sortd.running.worker import (
+    Answer,
+    EmbedJob,
+    Forget,
+    Posted,
+    PrototypeStore,
+    RebuildJob,
+    Worker,
+    WorkerDied,
+    WorkerReady,
+)
 from sortd.watching.scanning import stamp
-from tests.daemon_process import PATIENCE_SECONDS, make_dataset, picture
+from tests.daemon_process import COLOURS, PATIENCE_SECONDS, make_dataset, picture, teach
 from tests.fake_encoder import SEEN, FakeEncoder
 
 TEACHING = Teaching(DecisionSettings(Mode.MAX, None))
@@ -51,20 +61,32 @@ class Heard:
 
     def paths(self, dataset: str) -> list[str]:
         """Name the images of a dataset that were answered, in order."""
-        events = [event for answer in self.answers if answer.dataset == dataset for event in answer.events]
+        events = [event for answer in self.answers if answer.dataset.name == dataset for event in answer.events]
         embedded = [image.path for event in events if isinstance(event, Embedded) for image in event.images]
         return embedded + [event.path for event in events if isinstance(event, ImageRefused)]
 
 
 @contextmanager
-def working(tmp_path: Path, encoder: Encoder | None = None) -> Iterator[tuple[Worker, Heard]]:
-    """Run a worker with one decoder and batches of four, on a fake encoder, and stop it at the end."""
+def working(
+    tmp_path: Path, encoder: Encoder | None = None, stored: dict[str, PrototypeSet] | None = None
+) -> Iterator[tuple[Worker, Heard]]:
+    """Run a worker with one decoder and batches of four, and stop it at the end.
+
+    Args:
+        tmp_path: where its cache lies.
+        encoder: a fake one by default.
+        stored: where its prototypes are kept, by name of the dataset; nothing is kept without it.
+    """
+    kept: dict[str, PrototypeSet] = {} if stored is None else stored
     pool = DecoderPool(1, SEEN, Limits())
     cache = Cache(tmp_path / "cache.sqlite")
     heard = Heard()
 
     def load() -> tuple[Embedder, PrototypeStore, str]:
-        store = PrototypeStore(lambda _: None, lambda *_: None)
+        def forget(name: str) -> None:
+            kept.pop(name, None)
+
+        store = PrototypeStore(kept.get, (lambda *_: None) if stored is None else kept.__setitem__, forget)
         return Embedder(encoder or FakeEncoder(), pool, cache, batch_size=4), store, "fake"
 
     def close() -> None:
@@ -110,7 +132,7 @@ def test_answers_come_as_they_are_done(tmp_path: Path) -> None:
     """The images before a slow one are answered without it, though they were asked for together."""
     quick, slow = quick_images(tmp_path / "quick", 3), slow_image(tmp_path / "slow.png")
     with working(tmp_path) as (worker, heard):
-        worker.ask(EmbedJob("one", (*quick, slow)))
+        worker.ask(EmbedJob(DatasetId("one"), (*quick, slow)))
         heard.wait_for(lambda: len(heard.paths("one")) >= 3)
         assert sorted(heard.paths("one")) == [path for path, _ in quick]
         heard.wait_for(lambda: len(heard.paths("one")) == 4)
@@ -120,7 +142,7 @@ def test_a_stop_waits_for_no_decoding(tmp_path: Path) -> None:
     """What is under way is left, unanswered."""
     slow = [slow_image(tmp_path / f"{number}.png") for number in range(2)]
     with working(tmp_path) as (worker, heard):
-        worker.ask(EmbedJob("one", tuple(slow)))
+        worker.ask(EmbedJob(DatasetId("one"), tuple(slow)))
         assert worker.stop(PATIENCE_SECONDS)
         assert heard.posts.qsize() <= 1
 
@@ -130,11 +152,11 @@ def test_a_rebuild_does_not_hold_up_the_images_of_another_dataset(tmp_path: Path
     references = make_dataset(tmp_path / "Data", references=30)
     images = quick_images(tmp_path / "images", 4)
     with working(tmp_path) as (worker, heard):
-        worker.ask(RebuildJob("taught", references / "Clases", TEACHING, 0))
-        worker.ask(EmbedJob("other", tuple(images)))
-        heard.wait_for(lambda: any(answer.dataset == "taught" for answer in heard.answers))
+        worker.ask(RebuildJob(DatasetId("taught"), references / "Clases", TEACHING, 0, 1))
+        worker.ask(EmbedJob(DatasetId("other"), tuple(images)))
+        heard.wait_for(lambda: any(answer.dataset.name == "taught" for answer in heard.answers))
         assert len(heard.paths("other")) == 4
-        (built,) = [answer for answer in heard.answers if answer.dataset == "taught"]
+        (built,) = [answer for answer in heard.answers if answer.dataset.name == "taught"]
         assert [type(event) for event in built.events] == [PrototypesBuilt]
 
 
@@ -142,7 +164,7 @@ def test_a_stop_ends_a_rebuild_between_two_batches(tmp_path: Path) -> None:
     """Hundreds of new references do not keep sortd from stopping: the next start goes on from the cache."""
     references = make_dataset(tmp_path / "Data", references=200)
     with working(tmp_path) as (worker, heard):
-        worker.ask(RebuildJob("taught", references / "Clases", TEACHING, 0))
+        worker.ask(RebuildJob(DatasetId("taught"), references / "Clases", TEACHING, 0, 1))
         assert worker.stop(PATIENCE_SECONDS)
         assert heard.posts.qsize() == 0
 
@@ -150,13 +172,13 @@ def test_a_stop_ends_a_rebuild_between_two_batches(tmp_path: Path) -> None:
 def test_references_that_are_absent_are_an_answer(tmp_path: Path) -> None:
     """The worker goes on after it."""
     with working(tmp_path) as (worker, heard):
-        worker.ask(RebuildJob("none", tmp_path / "Clases", TEACHING, 0))
+        worker.ask(RebuildJob(DatasetId("none"), tmp_path / "Clases", TEACHING, 0, 1))
         heard.wait_for(lambda: bool(heard.answers))
         (event,) = heard.answers[0].events
         assert isinstance(event, RebuildFailed)
         assert event.references_absent
         (quick,) = quick_images(tmp_path / "images", 1)
-        worker.ask(EmbedJob("one", (quick,)))
+        worker.ask(EmbedJob(DatasetId("one"), (quick,)))
         heard.wait_for(lambda: heard.paths("one") == [quick[0]])
 
 
@@ -175,11 +197,11 @@ def test_rebuild_that_stumbles_is_a_failure_of_its_dataset_alone(tmp_path: Path)
     odd, other = make_dataset(tmp_path, "Odd"), make_dataset(tmp_path, "Other")
     (odd / "Clases" / "red").rename(odd / "Clases" / "odd")
     with working(tmp_path, OddEncoder()) as (worker, heard):
-        worker.ask(RebuildJob("odd", odd / "Clases", TEACHING, 0))
-        worker.ask(RebuildJob("other", other / "Clases", TEACHING, 0))
+        worker.ask(RebuildJob(DatasetId("odd"), odd / "Clases", TEACHING, 0, 1))
+        worker.ask(RebuildJob(DatasetId("other"), other / "Clases", TEACHING, 0, 2))
         heard.wait_for(lambda: len(heard.answers) == 2)
     (failed,), (built,) = (answer.events for answer in heard.answers)
-    assert failed == RebuildFailed("OverflowError: too odd")
+    assert failed == RebuildFailed("OverflowError: too odd", job=1)
     assert isinstance(built, PrototypesBuilt)
 
 
@@ -207,7 +229,7 @@ def test_rebuild_description_that_is_no_file_is_said_and_the_class_is_learnt(
     dataset = make_dataset(tmp_path)
     monkeypatch.chdir(dataset / "Clases" / "red")  # the path of a socket must be short
     put("class.txt")
-    job = RebuildJob("one", dataset / "Clases", TEACHING, 0)
+    job = RebuildJob(DatasetId("one"), dataset / "Clases", TEACHING, 0, 1)
     with working(tmp_path) as (worker, heard):
         worker.ask(job)
         heard.wait_for(lambda: len(heard.answers) == 1)
@@ -236,7 +258,7 @@ def test_a_rebuild_without_descriptors_ends_the_worker_and_blames_no_reference(t
         taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(spare)]
         resource.setrlimit(resource.RLIMIT_NOFILE, (spare, before[1]))
         try:
-            worker.ask(RebuildJob("one", dataset / "Clases", TEACHING, 0))
+            worker.ask(RebuildJob(DatasetId("one"), dataset / "Clases", TEACHING, 0, 1))
             posted = heard.posts.get(timeout=PATIENCE_SECONDS)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
@@ -245,3 +267,40 @@ def test_a_rebuild_without_descriptors_ends_the_worker_and_blames_no_reference(t
     assert isinstance(posted, WorkerDied)
     assert isinstance(posted.error, OSError)
     assert posted.error.errno == errno.EMFILE
+
+
+def test_worker_dataset_made_anew_is_not_measured_by_its_predecessor(tmp_path: Path) -> None:
+    """A library that differs from the one that stood under its name is learnt, not kept out by the reload gate."""
+    stored: dict[str, PrototypeSet] = {}
+    dataset = make_dataset(tmp_path / "Data")
+    teach(dataset, references=12)
+    clases = dataset / "Clases"
+    best = Teaching(DecisionSettings(Mode.BEST, Abstain()))
+    first, second = DatasetId("Colours", 1), DatasetId("Colours", 2)
+    with working(tmp_path, stored=stored) as (worker, heard):
+        worker.ask(RebuildJob(first, clases, best, 0, 1))
+        heard.wait_for(lambda: bool(heard.answers))
+        for index, folder in enumerate(COLOURS):  # many images of another class in each: it decides much worse
+            for number in range(16):
+                wrong = picture([*COLOURS][index - 1], 5000 + 100 * index + number, patches=40)
+                wrong.save(clases / folder / f"wrong{number}.png")
+        worker.ask(Forget(first))
+        worker.ask(Forget(second, with_stored=True))
+        worker.ask(RebuildJob(second, clases, best, 1, 1))
+        heard.wait_for(lambda: len(heard.answers) > 1)
+    (built,) = heard.answers[1].events
+    assert isinstance(built, PrototypesBuilt)
+    assert (heard.answers[1].dataset, built.prototypes.generation) == (second, 2)
+    assert stored["Colours"].fingerprint == built.prototypes.fingerprint
+
+
+def test_worker_answers_carry_the_dataset_and_the_rebuild_that_they_are_about(tmp_path: Path) -> None:
+    """Two datasets of one name are told apart, and so are two rebuilds, whether they end well or not."""
+    clases = make_dataset(tmp_path / "Data") / "Clases"
+    with working(tmp_path) as (worker, heard):
+        worker.ask(RebuildJob(DatasetId("Colours", 1), clases, TEACHING, 0, 7))
+        worker.ask(RebuildJob(DatasetId("Colours", 2), tmp_path / "absent", TEACHING, 0, 8))
+        heard.wait_for(lambda: len(heard.answers) > 1)
+    told = [(answer.dataset.number, event) for answer in heard.answers for event in answer.events]
+    assert [(number, event.job) for number, event in told if isinstance(event, PrototypesBuilt)] == [(1, 7)]
+    assert [(number, event.job) for number, event in told if isinstance(event, RebuildFailed)] == [(2, 8)]

@@ -59,6 +59,14 @@ class PrototypeFiles:
                 beside.unlink(missing_ok=True)
             self._tell(f"the prototypes cannot be cached in {file}: {error.strerror}; the next start builds them anew")
 
+    def remove(self, key: str) -> None:
+        """Remove what was written; nothing written is no mistake."""
+        file = self._file(key)
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            self._tell(f"the cached prototypes {file} cannot be removed: {error.strerror}")
+
     def _file(self, key: str) -> Path:
         name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
         return self._folder / f"{name}.prototypes"

@@ -6,7 +6,7 @@ only read. Nothing here imports torch.
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from sortd import mends
@@ -23,11 +23,13 @@ from sortd.commands.check_running import (
     named_dataset_findings,
     process_findings,
 )
-from sortd.commands.finding import Finding, Topic, error
+from sortd.commands.finding import Finding, Topic, error, warning
+from sortd.commands.journals import JOURNAL_FILE
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config, load
-from sortd.errors import ConfigError, LayoutError
+from sortd.errors import ConfigError, JournalError, LayoutError
 from sortd.images import Limits, decode_file, look_at_file
+from sortd.journaling.history import History
 from sortd.layout import Layout, find_datasets
 from sortd.messages import Preprocessing
 from sortd.prototypes import Mode
@@ -89,6 +91,7 @@ def check_site(config: Config, *, decoding_seconds: float = DECODING_SECONDS) ->
             yield from _told(references)
             yield from _told(classifier_findings(config, layout))
             yield from _told(_calibrated(config, layout))
+            yield from _told(_held(config, layout))
 
 
 def _told(findings: Iterator[Finding]) -> Iterator[Finding]:
@@ -101,6 +104,17 @@ def _told(findings: Iterator[Finding]) -> Iterator[Finding]:
         if isinstance(refusal, PermissionError):
             mend = "mend its rights, or check as the user that sortd runs as: sudo -u USER sortd check"
         yield error(Topic.FOLDERS, refusal.filename, what, mend)
+
+
+def _held(config: Config, layout: Layout) -> Iterator[Finding]:
+    """Tell of a dataset that the guard holds, by its journal; whether that can be read is another question."""
+    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
+    if not file.is_file():
+        return
+    with suppress(JournalError), History.open(file) as history:
+        if reason := history.guard().reason:
+            mend = f"look at `sortd eval`, then `sortd release {layout.root}`"
+            yield warning(Topic.CALIBRATION, layout.root, f"is held, so that nothing moves: {reason}", mend)
 
 
 def _calibrated(config: Config, layout: Layout) -> Iterator[Finding]:

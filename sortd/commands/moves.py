@@ -3,6 +3,7 @@
 While a sortd runs they ask it, so that one process moves files; where none runs, they do it under the dataset's lock.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -155,63 +156,107 @@ def _print_undone(reply: Mapping[str, Any], *, dry_run: bool) -> None:
 
 
 def release(
-    path: Annotated[Path | None, typer.Argument(help="The held file.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="A held file, or the folder of a dataset that the guard holds.")
+    ] = None,
     config: ConfigOption = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every held file.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every held file, and every dataset that the guard holds.")
+    ] = False,
     dataset: DatasetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let files that are held (undone, or stopped by the guard) be decided and moved again."""
+    """Let files that an undo holds, and datasets that the guard holds, be decided and moved again."""
     if (path is None) != everything:
         raise typer.BadParameter("say which: a PATH, or --all")
     loaded = load_config(config)
-    released = _release(loaded, path, dataset)
+    reply = _release(loaded, path, dataset)
     if as_json:
-        print_json({"released": released})
+        print_json(reply)
     else:
-        for name, number in released.items():
-            print_line(f"{printable(name)}: {counted(number, 'held file')} released")
-        if not any(released.values()):
-            say("sortd: nothing is held")
+        _print_released(reply)
 
 
-def _release(config: "Config", path: Path | None, dataset: str | None) -> dict[str, int]:
+def _print_released(reply: Mapping[str, Any]) -> None:
+    released, lifted, still_held = (reply.get(key, {}) for key in ("released", "lifted", "still_held"))
+    for name, number in released.items():
+        print_line(f"{printable(name)}: {counted(number, 'held file')} released")
+    for name, reason in lifted.items():
+        print_line(f"{printable(name)}: the hold of the whole dataset is lifted, which was held because {reason}")
+    for name, reason in still_held.items():
+        say(f"sortd: {printable(name)} stays held as a whole, so nothing moves there yet: {reason}")
+    if not any(released.values()) and not lifted and not still_held:
+        say("sortd: nothing is held")
+
+
+def _release(config: "Config", path: Path | None, dataset: str | None) -> Mapping[str, Any]:
     """Ask the sortd that runs, or release here.
 
     Raises:
         DataError: the path lies in no dataset, or nothing holds it.
     """
-    from sortd.commands.journals import dataset_at, journals
-    from sortd.errors import DataError, SortdError
-    from sortd.layout import Layout
-    from sortd.running.holding import hold
+    from sortd.errors import DataError
     from sortd.running.requests import ask
 
     absolute = None
     if path is not None:
-        found = dataset_at(config, path)
-        if found is None:
-            raise DataError(f"{path} lies in no dataset below {config.root}")
-        dataset, absolute = found[0].name, f"{found[0].root}/{found[1]}"
+        dataset, absolute = _held_place(config, path)
     names = None if dataset is None else [dataset]
-    reply = ask(config.state_dir, {"do": "release", "datasets": names, "path": absolute})
-    if reply is not None:
-        released: dict[str, int] = reply["released"]
-        return released
-    released = {}
+    asked = ask(config.state_dir, {"do": "release", "datasets": names, "path": absolute})
+    reply = _release_here(config, dataset, absolute) if asked is None else asked
+    if absolute is not None and not any(reply["released"].values()) and not reply.get("lifted"):
+        raise DataError(f"{absolute} is not held")
+    return reply
+
+
+def _held_place(config: "Config", path: Path) -> tuple[str, str]:
+    """Return the dataset that a path is, or lies in, and the path as sortd spells it.
+
+    Raises:
+        DataError: it lies in no dataset.
+    """
+    from sortd.commands.journals import dataset_at
+    from sortd.errors import DataError
+    from sortd.layout import find_datasets
+
+    for layout in find_datasets(config.root):
+        if os.path.realpath(path) == os.path.realpath(layout.root):
+            return layout.name, os.fspath(layout.root)
+    found = dataset_at(config, path)
+    if found is None:
+        raise DataError(f"{path} lies in no dataset below {config.root}")
+    return found[0].name, f"{found[0].root}/{found[1]}"
+
+
+def _release_here(config: "Config", dataset: str | None, absolute: str | None) -> Mapping[str, Any]:
+    from sortd.commands.journals import journals
+    from sortd.errors import SortdError
+    from sortd.layout import Layout
+    from sortd.running.control import release_reply
+    from sortd.running.holding import hold
+
+    released: dict[str, int] = {}
+    lifted: dict[str, str] = {}
+    still_held: dict[str, str] = {}
     refusal = None
     for place in journals(config, dataset):
-        if place.is_there and place.root is not None:
-            try:
-                with hold(Layout(place.root), config.state_dir) as holding:
-                    released[place.dataset] = holding.filing.release(absolute)
-            except SortdError as error:  # of one dataset: the files of the others are released
-                refusal = refusal or error
+        if not place.is_there or place.root is None:
+            continue
+        is_whole = absolute == str(place.root)
+        try:
+            with hold(Layout(place.root), config.state_dir) as holding:
+                guard = holding.journal.history.guard()
+                released[place.dataset] = 0 if is_whole else holding.filing.release(absolute)
+                if guard.reason and (absolute is None or is_whole):
+                    holding.journal.note_guard(guard.released())
+                    lifted[place.dataset] = guard.reason
+                elif guard.reason:
+                    still_held[place.dataset] = guard.reason
+        except SortdError as error:  # of one dataset: the files of the others are released
+            refusal = refusal or error
     if refusal is not None:
         raise refusal
-    if absolute is not None and not any(released.values()):
-        raise DataError(f"{absolute} is not held")
-    return released
+    return release_reply(released, lifted, still_held)
 
 
 def rebuild(

@@ -60,7 +60,10 @@ def _dataset(config: Config, place: JournalPlace, live: dict[str, Any], *, is_al
         if not is_alive:  # the sortd that runs knows better, and Images/ may be large
             facts["in_images"] = _count(Layout(place.root), Area.IMAGES)
         facts["in_review"] = _count(Layout(place.root), Area.REVIEW)
-    return facts | _from_journal(place)
+    known = _from_journal(place)
+    if not is_alive and known.get("hold"):  # whatever the last run could write about it
+        facts["problem"] = known["hold"]
+    return facts | known
 
 
 def _from_journal(place: JournalPlace) -> dict[str, Any]:
@@ -72,6 +75,7 @@ def _from_journal(place: JournalPlace) -> dict[str, Any]:
             return {
                 "total": history.counts(),
                 "held": len(history.held()),
+                "hold": history.guard().reason or None,
                 "last_move_at": last[0].ended_at if last else None,
                 "accuracy": {
                     label: {"filed": filed, "corrected": corrected, "right": round(1 - corrected / filed, 4)}

@@ -1,5 +1,6 @@
 """What the journal can be asked, by sortd itself or by another process while it runs."""
 
+import json
 import os
 import sqlite3
 from collections import defaultdict
@@ -19,6 +20,7 @@ from sortd.journaling.records import (
 )
 from sortd.journaling.store import open_for_reading, translated, verify
 from sortd.messages import Stamp
+from sortd.sorting.guard import GuardState
 
 # Asked before every batch: the small index holds the unfinished ones only.
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
@@ -32,6 +34,12 @@ _NAMED = "moves.id IN (SELECT move FROM members WHERE {} IN ({}) AND position = 
 _OF_STAMP = """moves.id IN (SELECT move FROM members WHERE moved_inode = ? AND position = 0
 AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT 1"""
 _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
+
+GENERATION_FACT = "generation"
+"""The last generation that served: numbers are never used again, even when the cache is lost."""
+
+GUARD_FACT = "guard"
+"""How the guard stands, as JSON: see ``GuardState``."""
 
 
 class History:
@@ -240,6 +248,32 @@ class History:
             JournalError: it is damaged.
         """
         verify(self._connection, self._path)
+
+    def last_generation(self) -> int:
+        """Return the last generation that served; 0: none did.
+
+        Raises:
+            JournalError: the journal cannot be read, or notes no number.
+        """
+        return self.number(GENERATION_FACT)
+
+    def guard(self) -> GuardState:
+        """Return how the guard stood last; where no run has noted it, what served last is trusted.
+
+        Raises:
+            JournalError: the journal cannot be read, or notes nothing that makes sense.
+        """
+        noted = self.fact(GUARD_FACT)
+        if noted is None:
+            return GuardState(self.last_generation())
+        with translated(self._path):
+            try:
+                match json.loads(noted):
+                    case {"trusted": int(trusted), "held": int(held), "reason": str(reason)}:
+                        return GuardState(trusted, held, reason)
+            except RecursionError:
+                pass
+            raise ValueError(f"the fact {GUARD_FACT} is {noted[:100]!r}, which says nothing of a guard")
 
     def _records(self, where: str, values: tuple[Any, ...]) -> list[Record]:
         with translated(self._path):

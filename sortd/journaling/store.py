@@ -179,6 +179,24 @@ def _opened(connection: sqlite3.Connection, prepare: Callable[[sqlite3.Connectio
     return connection
 
 
+def copy_journal(path: Path, copy: Path) -> None:
+    """Copy a journal that another process may be writing, as it is at this moment.
+
+    Raises:
+        JournalError: it cannot be read, or the copy cannot be written.
+    """
+    reader = open_for_reading(path)
+    try:
+        with translated(copy):
+            writer = sqlite3.connect(copy)
+            try:
+                reader.backup(writer)
+            finally:
+                writer.close()
+    finally:
+        reader.close()
+
+
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
     """Say what SQLite, the disk or the content refused as a ``JournalError`` that names the journal.

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from sortd.errors import ChangedError, DestinationError, VanishedError
 from sortd.messages import Writer
-from sortd.mover import MOST_ATTEMPTS, make_part, remove_spent
+from sortd.mover import MOST_ATTEMPTS, check_source, make_part, remove_spent
 from sortd.moving.copying import Copy, content_of, copy_to_part, never, remove_part
 from sortd.moving.free_names import final_names
 from sortd.moving.relocation import Member, Progress, Relocation
@@ -45,12 +45,11 @@ def cross(
 
     Raises:
         OSError, JournalError: a disk refused; the caller recovers.
+        SourceError: nothing may be removed from the source folder.
         BusyError, ChangedError, VanishedError: the file cannot be had as it was meant; the caller recovers.
     """
     source, destination = folders.open(relocation.source), folders.make(relocation.destination)
-    if not os.access(".", os.W_OK | os.X_OK, dir_fd=source, effective_ids=True):
-        # Nothing could be taken away from there: copies would be made and withdrawn at every try, for months.
-        raise PermissionError(errno.EACCES, f"nothing may be removed from {relocation.source}")
+    check_source(source, relocation.source)  # else copies would be made and withdrawn at every try, for months
     sealed = _copy_all(source, destination, relocation, interrupted)
     advance(sealed)  # X5
     published = publish(destination, sealed, advance)

@@ -9,12 +9,14 @@ from sortd.deciding.finetuned_classifier import FinetunedClassifier
 from sortd.deciding.support import ClassifierKind
 from sortd.journaling.records import Record
 from sortd.logs import (
+    BACKLOG_FULL,
     CLASSIFIER_CHANGED,
     CLASSIFIER_REFUSED,
     DATASET_HELD,
     IMAGE_CORRECTED,
     IMAGE_EVENTS,
     IMAGE_LEFT,
+    IMAGE_VANISHED,
     MOVE_FAILED,
     MOVE_RECOVERED,
     PROTOTYPES_REBUILD_FAILED,
@@ -45,14 +47,17 @@ class Account:
         self.classifier: dict[str, object] = {"deciding": ClassifierKind.PROTOTYPES.value, "model_id": None}
         """What decides, and as ``refusal`` why a fine-tuned model that is wanted does not."""
         self._dataset, self._metrics = dataset, metrics
+        self._is_review_full = False
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger().bind(dataset=dataset)
 
     def moved(self, move: Move, result: Moved | MoveFailed, milliseconds: float) -> None:
         """Write the canonical line of an image's outcome; ``milliseconds`` is its share of its group's move."""
         if isinstance(result, MoveFailed):
-            # Whoever takes a file away while it is decided upon has done nothing wrong, and nothing is to be mended.
-            told = self._log.info if result.failure is MoveFailure.VANISHED else self._log.warning
-            told(MOVE_FAILED, path=result.path, failure=result.failure.value, error=result.message)
+            if result.failure is MoveFailure.VANISHED:
+                # Whoever takes a file away while it is decided upon has done nothing wrong.
+                self._log.info(IMAGE_VANISHED, path=result.path)
+                return
+            self._log.warning(MOVE_FAILED, path=result.path, failure=result.failure.value, error=result.message)
             return
         self._count(move.outcome.value)
         self._metrics.stage("settle", move.milliseconds.get("settle", 0.0) / 1e3)
@@ -168,9 +173,16 @@ class Account:
             }
         self._log.info(CLASSIFIER_CHANGED, **facts)
 
-    def held(self, reason: str) -> None:
+    def held(self, reason: str, root: Path) -> None:
         """Say that nothing moves until somebody has looked."""
-        self._log.error(DATASET_HELD, reason=reason, mend="look at `sortd eval`, then `sortd release --all`")
+        mend = f"look at `sortd eval`, then `sortd release {root}`, or `sortd release --all` for held files too"
+        self._log.error(DATASET_HELD, reason=reason, mend=mend)
+
+    def review_full(self, *, is_full: bool, is_all: bool = False) -> None:
+        """Say, once, that there is no room to remember all images of Review/; with ``is_all`` it was looked through."""
+        if is_full and not self._is_review_full:
+            self._log.warning(BACKLOG_FULL, area="Review", mend="sort them by hand, or raise backlog_limit")
+        self._is_review_full = is_full or (self._is_review_full and not is_all)
 
     def scanned(self) -> None:
         """Log that a scan of Images/ has ended."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from stat import S_ISDIR
 from time import monotonic
@@ -22,7 +23,7 @@ from sortd import logs, mends
 from sortd.config import Config
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, SortdError, StorageError
 from sortd.layout import Layout, find_datasets
-from sortd.messages import RebuildFailed
+from sortd.messages import DatasetAbsent, DatasetId
 from sortd.metrics import Metrics
 from sortd.running.copier import Copier
 from sortd.running.dataset import Dataset
@@ -87,13 +88,20 @@ class Collection:
         self._watcher: Watcher | None = None
         self._root_is_present = True
         self._began = False
+        self._numbers = count(1)
         self._folders: dict[str, tuple[int, int]] = {}
         self._taken_up_again: dict[str, tuple[Held, float]] = {}
+        self._former: dict[str, int] = {}  # by name, the inode of a dataset's folder that was let go
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
     def __iter__(self) -> Iterator[Dataset]:
         """Go through the datasets; one that is held meanwhile is no hindrance."""
         return iter(list(self.datasets.values()))
+
+    def at_work(self, identity: DatasetId) -> Dataset | None:
+        """Return the dataset that an answer is about; None: it was let go since."""
+        dataset = self.datasets.get(identity.name)
+        return dataset if dataset is not None and dataset.identity == identity else None
 
     def watch_with(self, watcher: Watcher) -> None:
         """Let a watcher follow the root, and every dataset that is found from now on."""
@@ -156,7 +164,7 @@ class Collection:
             self._log.error(logs.ROOT_ABSENT, error=str(error))
         for dataset in self:
             with self.isolated(dataset):
-                dataset.receive(RebuildFailed(str(error), references_absent=True))
+                dataset.receive(DatasetAbsent(str(error)))
 
     # ------------------------------------------------------------ taking up, letting go, holding
 
@@ -172,14 +180,18 @@ class Collection:
             return  # its disk does not answer: it is looked for again
         if folder is None:
             return
+        # A disk that was mounted again has another device; a dataset that was made anew has no marker yet.
+        is_another = not layout.is_present or self._former.get(layout.name, folder[1]) != folder[1]
         try:
             _require_descriptors()
-            seat = self._copier.seat(name)
+            seat = self._copier.seat(DatasetId(name, next(self._numbers)))
             dataset = self._site.open(layout, self.config, ask=self._ask, seat=seat, metrics=self._metrics)
             self.datasets[name], self._folders[name] = dataset, folder
             if self._watcher is not None:
                 self._watcher.watch_dataset(os.fspath(layout.root))
-            self._site.begin(dataset)
+            if is_another:
+                self._ask(Forget(dataset.identity, with_stored=True))
+            dataset.begin()
             dataset.scan_handled()
         except Exception as error:  # noqa: BLE001 -- whatever is wrong with one dataset, the others are served
             self._hold(layout, error, retry_at=self._clock() + ATTEMPTS_SHARE * (self._clock() - began))
@@ -192,22 +204,23 @@ class Collection:
     def _let_go(self, name: str) -> None:
         self._taken_up_again.pop(name, None)
         self.held.pop(name, None)
-        dataset = self.datasets.get(name)
-        root = self.config.root / name if dataset is None else dataset.layout.root
-        self._forget(name, root)
-        if dataset is not None:
-            with suppress(*OF_ONE_DATASET):  # its journal may be gone with it
-                self._site.close(dataset)
+        root = self.datasets[name].layout.root if name in self.datasets else self.config.root / name
+        if name in self._folders:
+            self._former[name] = self._folders[name][1]
+        self._forget(name)
         self._metrics.held(name, is_held=False)
         self._log.warning(logs.DATASET_GONE, dataset=name, root=str(root))
 
-    def _forget(self, name: str, root: Path) -> None:
-        if self.datasets.pop(name, None) is None:
+    def _forget(self, name: str) -> None:
+        """Work on a dataset no more, and close its journal."""
+        if (dataset := self.datasets.pop(name, None)) is None:
             return
         self._folders.pop(name, None)
         if self._watcher is not None:
-            self._watcher.forget(os.fspath(root))
-        self._ask(Forget(name))
+            self._watcher.forget(os.fspath(dataset.layout.root))
+        self._ask(Forget(dataset.identity))
+        with suppress(*OF_ONE_DATASET):  # what failed may fail to be closed, too; its journal may be gone with it
+            self._site.close(dataset)
 
     @contextmanager
     def isolated(self, dataset: Dataset) -> Iterator[None]:
@@ -217,9 +230,9 @@ class Collection:
         except Exception as error:  # noqa: BLE001 -- whatever is wrong with one dataset, the others are served
             self.hold(dataset, error)
 
-    def tell(self, name: str, act: Callable[[Dataset], None]) -> None:
+    def tell(self, identity: DatasetId, act: Callable[[Dataset], None]) -> None:
         """Do something with the dataset that an answer is about, unless it was let go or held since."""
-        if (dataset := self.datasets.get(name)) is not None:
+        if (dataset := self.at_work(identity)) is not None:
             with self.isolated(dataset):
                 act(dataset)
 
@@ -251,9 +264,7 @@ class Collection:
     def _hold(self, layout: Layout, error: Exception, *, retry_at: float, pause_seconds: float | None = None) -> None:
         """Close a dataset and remember why; say so where the cause is another one than before."""
         name, cause, before = layout.name, _sentence(error), self.held.get(layout.name)
-        self._forget(name, layout.root)
-        with suppress(*OF_ONE_DATASET):  # it was open in part, and what failed may fail to be closed, too
-            self._site.abandon(name)
+        self._forget(name)
         if pause_seconds is None:
             pause_seconds = 0.0 if before is None else before.pause_seconds
         is_new = before is None or before.cause != cause
@@ -292,6 +303,7 @@ class Collection:
                 dataset.begin_scan()
                 dataset.compare_references()
                 dataset.scan_handled()
+                dataset.scan_review()
 
     def poll(self, roots: tuple[str, ...]) -> None:
         """Scan what cannot be watched; where the root itself is among it, new datasets are looked for."""
@@ -302,6 +314,7 @@ class Collection:
                 with self.isolated(dataset):
                     dataset.begin_scan()
                     dataset.compare_references()
+                    dataset.scan_review()
 
     def reload(self, config: Config) -> None:
         """Take a changed configuration over."""

@@ -47,6 +47,13 @@ class DatasetAtWork(Protocol):
     def receive(self, event: Event) -> None:
         """Hand an event to its core."""
 
+    def release(self) -> str | None:
+        """Let the dataset go that the guard holds; return why it was held, None where it was not."""
+
+    @property
+    def held_because(self) -> str | None:
+        """Why the guard holds the dataset; None where it does not."""
+
     def rebuild(self, *, force: bool) -> None:
         """Build its prototypes anew; with ``force`` also where the reload gate would keep the old ones."""
 
@@ -80,7 +87,7 @@ def answer(daemon: DaemonAtWork, request: Request) -> Reply:
         case {"do": "undo", "datasets": dict(datasets), "dry_run": bool(dry_run)}:
             return _undo(daemon, datasets, dry_run=dry_run)
         case {"do": "release", "datasets": list() | None as names, "path": str() | None as path}:
-            return {"released": {one.name: _release(daemon, one, path) for one in _chosen(daemon, names)}}
+            return _release(daemon, _chosen(daemon, names), path)
         case {"do": "rebuild", "datasets": list() | None as names, "force": bool(force)}:
             chosen = _chosen(daemon, names)
             for dataset in chosen:
@@ -158,13 +165,30 @@ def tell_put_back(dataset: DatasetAtWork, told: Sequence[PutBack]) -> None:
         log.info(MOVE_UNDONE, path=was, destination=one.restored, reason=one.message)
 
 
-def _release(daemon: DaemonAtWork, dataset: DatasetAtWork, path: str | None) -> int:
-    if path is not None and not path.startswith(f"{dataset.layout.root}{os.sep}"):
-        return 0
-    with daemon.answering(dataset.name):
-        count = dataset.filing.release(path)
-        dataset.receive(Released(path))
-    return count
+def _release(daemon: DaemonAtWork, datasets: Sequence[DatasetAtWork], path: str | None) -> Reply:
+    """Let one held file go; or, by its folder, one dataset that the guard holds; or, without a path, all of both."""
+    released: dict[str, int] = {}
+    lifted: dict[str, str] = {}
+    still_held: dict[str, str] = {}
+    for dataset in datasets:
+        root = os.fspath(dataset.layout.root)
+        is_file = path is not None and path.startswith(f"{root}{os.sep}")
+        released[dataset.name] = 0
+        with daemon.answering(dataset.name):
+            if path is None or is_file:
+                released[dataset.name] = dataset.filing.release(path)
+                dataset.receive(Released(path))
+            if is_file and (reason := dataset.held_because) is not None:
+                still_held[dataset.name] = reason
+            elif path in {None, root} and (reason := dataset.release()) is not None:
+                lifted[dataset.name] = reason
+    return release_reply(released, lifted, still_held)
+
+
+def release_reply(released: Mapping[str, int], lifted: Mapping[str, str], still_held: Mapping[str, str]) -> Reply:
+    """Return what a release did: the held files by dataset, and why the guard held, or holds, which datasets."""
+    holds = {"lifted": lifted, "still_held": still_held}
+    return {"released": released, **{name: reasons for name, reasons in holds.items() if reasons}}
 
 
 def _chosen(daemon: DaemonAtWork, names: Sequence[str] | None) -> list[DatasetAtWork]:

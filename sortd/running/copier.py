@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from sortd.messages import DatasetId
 from sortd.running.relocating import Job, Order
 
 
@@ -18,7 +19,7 @@ from sortd.running.relocating import Job, Order
 class Copied:
     """What became of one copy of a dataset: for ``Filing.end``."""
 
-    dataset: str
+    dataset: DatasetId
     orders: tuple[Order, ...]
 
 
@@ -26,7 +27,7 @@ class Copied:
 class CopyFailed:
     """A copy ended by an error that is not about its file: its dataset's journal cannot be written, say."""
 
-    dataset: str
+    dataset: DatasetId
     error: Exception
 
 
@@ -47,7 +48,7 @@ class _Errand:
 class Seat:
     """One dataset's way to the copier."""
 
-    def __init__(self, dataset: str, copier: "Copier") -> None:
+    def __init__(self, dataset: DatasetId, copier: "Copier") -> None:
         """Sit down; see ``Copier.seat``."""
         self.dataset = dataset
         self._copier = copier
@@ -85,7 +86,7 @@ class Copier:
         self.in_hand: _Errand | None = None
         self.is_stopping = False
 
-    def seat(self, dataset: str) -> Seat:
+    def seat(self, dataset: DatasetId) -> Seat:
         """Return a dataset's way to this copier."""
         return Seat(dataset, self)
 

@@ -6,14 +6,17 @@ carried out here or handed to the worker. Moves are gathered and filed as one gr
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic, time_ns
 
 from sortd.journal import Journal
-from sortd.journaling.history import History
+from sortd.journaling.history import GENERATION_FACT, GUARD_FACT, History
 from sortd.layout import Area, Layout
 from sortd.messages import (
     Command,
+    DatasetAbsent,
+    DatasetId,
+    DatasetReleased,
     Embed,
     Embedded,
     Event,
@@ -53,9 +56,11 @@ from sortd.running.sweep import Sweep
 from sortd.running.undoing import PutBack
 from sortd.running.worker import Answer, EmbedJob, Job
 from sortd.sorter import Sorter
+from sortd.sorting.guard import GuardState
+from sortd.sorting.refusals import Refusals
 from sortd.sorting.settings import SorterSettings
 from sortd.watch import Hint
-from sortd.watching.scanning import is_below_temporary, scan, stamp
+from sortd.watching.scanning import is_below_temporary, stamp
 
 
 class Dataset:
@@ -63,6 +68,7 @@ class Dataset:
 
     def __init__(  # noqa: PLR0913 -- its collaborators, each named
         self,
+        identity: DatasetId,
         layout: Layout,
         settings: SorterSettings,
         teaching: Teaching,
@@ -72,14 +78,18 @@ class Dataset:
         ask: Callable[[Job], None],
         metrics: Metrics,
         last_generation: int,
+        guard: GuardState,
         needs_marker: bool = True,
     ) -> None:
         """Take the collaborators over; nothing is touched yet."""
+        self.identity = identity
         self.layout = layout
         self.name = layout.name
-        self.sorter = Sorter(settings, served_generation=last_generation)
+        self.sorter = Sorter(settings, guard=guard)
         self.account = Account(self.name, metrics)
-        self.rebuilding = Rebuilding(layout, teaching, last_generation=last_generation, report=self.account.unreadable)
+        self.rebuilding = Rebuilding(
+            identity, layout, teaching, last_generation=last_generation, report=self.account.unreadable
+        )
         self._mover, self._ask, self._journal = mover, ask, journal
         history = None if journal is None else journal.history
         self.outbox = Outbox(mover, self.account, history=history, root=layout.root)
@@ -87,6 +97,10 @@ class Dataset:
         self._patrol = None if journal is None else Patrol(layout, journal, self.account.unreadable)
         self._commands: deque[Command] = deque()
         self._sweep = Sweep(os.fspath(layout.area(Area.IMAGES)), self.account.unreadable)
+        self._review = Sweep(os.fspath(layout.area(Area.REVIEW)), self.account.unreadable)
+        self._foreign = Refusals()  # versions in Review/ that sortd did not put there
+        is_noted = journal is not None and journal.history.fact(GUARD_FACT) is not None
+        self._noted_guard, self._noted_generation = guard if is_noted else GuardState(), last_generation
 
     # ------------------------------------------------------------ what comes in
 
@@ -96,16 +110,39 @@ class Dataset:
         self._drain()
 
     def _drain(self) -> None:
+        self._write_down()
         while self._commands:
             self._carry_out(self._commands.popleft())
+        self.account.review_full(is_full=self.sorter.is_review_full)
 
-    def begin(self, held: Sequence[tuple[str, Stamp]], reviewed: Sequence[tuple[str, Stamp, int]]) -> None:
-        """Tell the core what the journal remembers, and begin the first scan."""
-        for path, mark in held:
-            self.receive(ImageHeld(path, mark))
-        for path, mark, generation in reviewed:
-            self.receive(ReviewSeen(path, mark, generation))
+    def _write_down(self) -> None:
+        """Note what must survive however this run ends, before anything that follows from it is done.
+
+        Raises:
+            JournalError: it could not be made durable; the daemon must stop.
+        """
+        if self._journal is None:
+            return
+        if self.rebuilding.last_generation != self._noted_generation:
+            self._journal.note(GENERATION_FACT, str(self.rebuilding.last_generation))
+            self._noted_generation = self.rebuilding.last_generation
+        if self.sorter.guard.state != self._noted_guard:
+            self._journal.note_guard(self.sorter.guard.state)
+            self._noted_guard = self.sorter.guard.state
+
+    def begin(self) -> None:
+        """Tell the core what the journal remembers, and begin the first scans.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        if self._journal is not None:
+            for path, mark in self._journal.history.held().items():
+                self.receive(ImageHeld(os.path.join(self.layout.root, path), mark))
+        if self.sorter.guard.reason is not None:
+            self.account.held(self.sorter.guard.reason, self.layout.root)
         self.begin_scan()
+        self.scan_review()
 
     def require_journal(self) -> None:
         """See that its journal stands where it was opened.
@@ -133,6 +170,12 @@ class Dataset:
             elif not is_below_temporary(hint.path, os.fspath(self.layout.area(Area.IMAGES))):
                 self._look(hint.path, closed=hint.closed)
                 self._drain()
+        elif area is Area.REVIEW:
+            if hint.directory:
+                self.scan_review()
+            elif self.sorter.knows(hint.path) and not os.path.lexists(hint.path):
+                self._look(hint.path, closed=hint.closed)
+                self._drain()
         elif area is not None and self._patrol is not None and not hint.directory:
             self._note(self._patrol.look(area, hint.path))
         elif area is Area.DATASET:
@@ -148,6 +191,7 @@ class Dataset:
         """Look at the next slice of what was handled, and of the references, where that is under way."""
         self._continue_comparing()
         self._continue_patrol()
+        self._continue_review()
 
     def _continue_patrol(self) -> None:
         if self._patrol is None or not self._patrol.is_under_way:
@@ -176,6 +220,8 @@ class Dataset:
                     self.account.rebuilt(event.prototypes, answer.rebuilt, answer.seconds)
                 self.account.decided_by(event.finetuned, answer.refusal)
             elif isinstance(event, RebuildFailed):
+                if not event.is_lasting:
+                    self.rebuilding.renew_wishes()
                 self.account.rebuild_failed(event)
             elif isinstance(event, Embedded):
                 self.account.embedded(event)
@@ -195,9 +241,9 @@ class Dataset:
 
     @property
     def has_more_to_look_at(self) -> bool:
-        """Tell whether a scan, a patrol or a look at the references has files left to look at."""
+        """Tell whether a scan, a patrol or a look at Review/ or the references has files left to look at."""
         is_patrolling = self._patrol is not None and self._patrol.is_under_way
-        return self.is_scanning or is_patrolling or self.rebuilding.is_comparing
+        return self.is_scanning or is_patrolling or self.rebuilding.is_comparing or self._review.is_under_way
 
     @property
     def is_drained(self) -> bool:
@@ -237,9 +283,40 @@ class Dataset:
             if self._sweep.is_wanted_again:
                 self.begin_scan()
 
-    def scan_review(self) -> Iterator[tuple[str, Stamp]]:
-        """Yield what stands in Review/, with its stamps."""
-        return scan(os.fspath(self.layout.area(Area.REVIEW)), report=self.account.unreadable)
+    def scan_review(self) -> None:
+        """Begin to look which images of Review/ are gone, and which are there of those that sortd put there."""
+        if self._journal is not None and self._review.begin():
+            self.receive(ScanStarted(in_review=True))
+
+    def _continue_review(self) -> None:
+        """Take the next slice of the look through Review/.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        if self._journal is None or not self._review.is_under_way:
+            return
+        for path, mark in self._review.take():
+            generation = self._generation_of(path, mark, self._journal.history)
+            if generation is not None:
+                self.receive(ReviewSeen(path, mark, generation))
+        if not self._review.is_under_way:
+            self.account.review_full(is_full=self.sorter.is_review_full, is_all=True)
+            self.receive(ScanFinished(in_review=True))
+            if self._review.is_wanted_again:
+                self.scan_review()
+
+    def _generation_of(self, path: str, mark: Stamp, history: History) -> int | None:
+        """Return the generation that could not decide an image in Review/; None: sortd did not put it there."""
+        if self._foreign.has(path, mark):
+            return None
+        if self.sorter.knows(path) or not self.sorter.has_room_in_review:
+            return 0  # the core notes that it was named, or that there is no room for it
+        record = history.last_known(mark)
+        if record is not None and os.path.join(self.layout.root, record.destination_path) == path:
+            return record.grounds.generation
+        self._foreign.note(path, mark)
+        return None
 
     # ------------------------------------------------------------ what goes out
 
@@ -248,9 +325,9 @@ class Dataset:
             case Inspect(path):
                 self._look(path, closed=False, inspect=True)
             case Embed(images):
-                self._ask(EmbedJob(self.name, images))
-            case Rebuild():
-                self._rebuild()
+                self._ask(EmbedJob(self.identity, images))
+            case Rebuild(job):
+                self._rebuild(job)
             case Scan():
                 self.begin_scan()
             case Move():
@@ -259,7 +336,7 @@ class Dataset:
                 if self.sorter.references_absent or not self.outbox.follow(command):
                     self._leave(command)
             case Hold(reason):
-                self.account.held(reason)
+                self.account.held(reason, self.layout.root)
 
     def _leave(self, leave: Leave) -> None:
         self.account.left(leave)
@@ -279,13 +356,13 @@ class Dataset:
         event = ImageGone(path) if mark is None else ImageSeen(path, mark, writer, closed)
         self._commands.extend(self.sorter.receive(event, monotonic()))
 
-    def _rebuild(self) -> None:
+    def _rebuild(self, job: int) -> None:
         if (problem := self._presence.problem()) is not None:
-            event = RebuildFailed(problem, references_absent=True)
+            event = RebuildFailed(problem, references_absent=True, job=job)
             self.account.rebuild_failed(event)
             self._commands.extend(self.sorter.receive(event, monotonic()))
             return
-        self._ask(self.rebuilding.order(None if self._patrol is None else self._patrol.learnt))
+        self._ask(self.rebuilding.order(job, None if self._patrol is None else self._patrol.learnt))
 
     def flush(self) -> None:
         """File the moves that were gathered, as one group, and log each."""
@@ -294,7 +371,7 @@ class Dataset:
         if (problem := self._presence.problem()) is not None:
             for failed in self.outbox.refuse(problem):
                 self.receive(failed)
-            self.receive(RebuildFailed(problem, references_absent=True))
+            self.receive(DatasetAbsent(problem))
             return
         for result in self.outbox.send():
             self.receive(result)
@@ -337,6 +414,18 @@ class Dataset:
         if force:
             self.rebuilding.force()
         self.receive(ReferencesTouched())
+
+    @property
+    def held_because(self) -> str | None:
+        """Why the guard holds the dataset; None where it does not."""
+        return self.sorter.guard.reason
+
+    def release(self) -> str | None:
+        """Let the dataset go that the guard holds; return why it was held, None where it was not."""
+        reason = self.sorter.guard.reason
+        if reason is not None:
+            self.receive(DatasetReleased())
+        return reason
 
     @property
     def problem(self) -> str | None:

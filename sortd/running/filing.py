@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sortd import mends
-from sortd.errors import BusyError, ChangedError, ImageError, VanishedError
+from sortd.errors import BusyError, ChangedError, ImageError, SourceError, VanishedError
 from sortd.journal import Grounds, Journal, Record
 from sortd.journaling.records import with_reason
 from sortd.layout import Layout
@@ -140,7 +140,10 @@ class Filing:
                     relocation = self._relocation(folders, move)
                 except FileNotFoundError:
                     answers.append(_failure(move, VanishedError("nothing stands there any more")))
-                except (ImageError, OSError, FolderNameError) as error:
+                except OSError as error:  # nothing but the folder that it lies in was looked at yet
+                    said = f"{os.path.dirname(move.path)}: {error.strerror}; {mends.to_read(error)}"
+                    answers.append(_failure(move, SourceError(said)))
+                except (ImageError, FolderNameError) as error:
                     answers.append(_failure(move, error))
                 else:
                     self._moves[relocation.token] = move
@@ -302,6 +305,8 @@ def _failure(move: Move, trouble: Exception, outcome: str = "") -> MoveFailed:
             failure = MoveFailure.CHANGED
         case BusyError():
             failure = MoveFailure.BUSY
+        case SourceError():
+            failure = MoveFailure.SOURCE
         case OSError() if trouble.errno in _OF_THE_FILE:
             failure = MoveFailure.BUSY
         case _:

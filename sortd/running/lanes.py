@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from sortd.layout import Layout
-from sortd.messages import EmbeddedImage, ImageRefused, Stamp
+from sortd.messages import DatasetId, EmbeddedImage, ImageRefused, Stamp
 from sortd.running.classifiers import Appointed, Classifiers
 from sortd.running.embedding import Attend, Embedder
 from sortd.running.pipeline import Lane
@@ -18,7 +18,7 @@ SHARED_WAIT_SECONDS = 0.01
 """How long a step waits for pixels at most while another encoder has work too: short beside the forward of a batch,
 and long enough that waiting costs next to nothing."""
 
-Deliver = Callable[[str, str, Sequence[EmbeddedImage | ImageRefused]], None]
+Deliver = Callable[[DatasetId, str, Sequence[EmbeddedImage | ImageRefused]], None]
 """Is given a dataset, the id of the encoder, and answers."""
 
 
@@ -29,8 +29,8 @@ class Lanes:
         """Begin with every dataset on the configured model, ``embedder``."""
         self.embedder = embedder
         self._classifiers, self._deliver = classifiers, deliver
-        self._lanes: dict[tuple[str, str], tuple[Embedder, Lane]] = {}  # by dataset and fine-tuned model
-        self._deciding: dict[str, str] = {}
+        self._lanes: dict[tuple[DatasetId, str], tuple[Embedder, Lane]] = {}  # by dataset and fine-tuned model
+        self._deciding: dict[DatasetId, str] = {}
         self._attend: tuple[Attend, int] | None = None
 
     def attend_with(self, attend: Callable[[], None], *, bell: int) -> None:
@@ -53,11 +53,11 @@ class Lanes:
             self._classifiers.loaded[found.model_id].attend_with(attend, bell=bell)
         return found
 
-    def decided_by(self, dataset: str) -> str:
+    def decided_by(self, dataset: DatasetId) -> str:
         """Return the fine-tuned model that a dataset's images go through; empty for none."""
         return self._deciding.get(dataset, "")
 
-    def switch(self, dataset: str, model_id: str) -> None:
+    def switch(self, dataset: DatasetId, model_id: str) -> None:
         """Let what is added from now on go through that fine-tuned model, or through the configured one if empty.
 
         What is under way comes out with the id of the old encoder, by which it is known.
@@ -74,7 +74,7 @@ class Lanes:
 
     # ------------------------------------------------------------ images
 
-    def add(self, dataset: str, images: Sequence[tuple[str, Stamp]]) -> None:
+    def add(self, dataset: DatasetId, images: Sequence[tuple[str, Stamp]]) -> None:
         """Put images on their way; those that are known are answered at once."""
         model_id = self.decided_by(dataset)
         embedder = self._classifiers.loaded[model_id] if model_id else self.embedder
@@ -83,7 +83,7 @@ class Lanes:
             self._lanes[dataset, model_id] = embedder, embedder.open_lane(deliver)
         embedder.add(self._lanes[dataset, model_id][1], images)
 
-    def forget(self, dataset: str) -> None:
+    def forget(self, dataset: DatasetId) -> None:
         """Drop a dataset that is gone, and what is left of its images."""
         for key in [key for key in self._lanes if key[0] == dataset]:
             embedder, lane = self._lanes.pop(key)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from sortd.layout import Area, Layout
-from sortd.messages import Stamp
+from sortd.messages import DatasetId, Stamp
 from sortd.references import Teaching
 from sortd.running.sweep import Glance
 from sortd.running.worker import RebuildJob
@@ -18,22 +18,30 @@ class Rebuilding:
     """Knows what a dataset is taught by, and orders its prototypes."""
 
     def __init__(
-        self, layout: Layout, teaching: Teaching, *, last_generation: int, report: Callable[[OSError], None]
+        self,
+        identity: DatasetId,
+        layout: Layout,
+        teaching: Teaching,
+        *,
+        last_generation: int,
+        report: Callable[[OSError], None],
     ) -> None:
         """Begin.
 
         Args:
-            layout: the dataset.
+            identity: by which the worker knows the dataset.
+            layout: its folders.
             teaching: what decides, beside the images, what the prototypes are.
             last_generation: the highest number that was ever used; none is used again.
             report: told what of ``Clases/`` cannot be looked at.
         """
         self.teaching = teaching
         self.last_generation = last_generation
-        self._name, self._clases = layout.name, layout.area(Area.CLASES)
+        self._identity, self._clases = identity, layout.area(Area.CLASES)
         self._glance = Glance(os.fspath(self._clases), report)
         self._force = False
         self._afresh = False
+        self._ordered = (False, False)  # the wishes that the rebuild ordered last is to fulfil
 
     @property
     def is_comparing(self) -> bool:
@@ -60,17 +68,30 @@ class Rebuilding:
         """Take note of a generation that serves."""
         self.last_generation = max(self.last_generation, generation)
 
-    def order(self, learnt: Learnt | None) -> RebuildJob:
+    def renew_wishes(self) -> None:
+        """Let the next rebuild fulfil what the one ordered last was to: it failed, and is tried again."""
+        force, afresh = self._ordered
+        self._force, self._afresh = self._force or force, self._afresh or afresh
+
+    def order(self, job: int, learnt: Learnt | None) -> RebuildJob:
         """Return the rebuild that is to be done now; wishes are fulfilled by it.
 
         Args:
+            job: its number, which the answer carries.
             learnt: asked where corrections teach; None: nothing is known of any.
         """
         teaching = self.teaching
         if learnt is not None and teaching.learns_from_corrections:
             teaching = replace(teaching, corrections=learnt())
-        job = RebuildJob(
-            self._name, self._clases, teaching, self.last_generation, force=self._force, afresh=self._afresh
+        order = RebuildJob(
+            self._identity,
+            self._clases,
+            teaching,
+            self.last_generation,
+            job,
+            force=self._force,
+            afresh=self._afresh,
         )
+        self._ordered = self._force, self._afresh
         self._force = self._afresh = False
-        return job
+        return order

@@ -4,15 +4,20 @@ import os
 import queue
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
 
+from sortd.commands.journals import JOURNAL_FILE
 from sortd.config import Config
 from sortd.errors import LayoutError
-from sortd.layout import find_datasets
-from sortd.messages import Move, Moved, MoveFailed
+from sortd.journal import Journal
+from sortd.journaling.store import copy_journal
+from sortd.layout import Layout, find_datasets
+from sortd.messages import DatasetId, Move, Moved, MoveFailed
 from sortd.metrics import Metrics
 from sortd.running.dataset import Dataset
+from sortd.running.residence import known_folder
 from sortd.running.site import LoadEncoder, Site, sorter_settings, teaching_of
 from sortd.running.worker import Answer, Posted, Worker, WorkerDied
 
@@ -40,37 +45,43 @@ class Pretence:
 def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = None) -> None:
     """Decide every image that waits and tell where it would go; nothing below the root or the state is written.
 
-    Embeddings go to a temporary cache, so that not even the cache is touched.
+    Embeddings go to a temporary cache, so that not even the cache is touched. Each journal is copied: what it remembers
+    holds here too, and what would be noted is noted in the copy.
 
     Raises:
-        LayoutError: there is no dataset, or one cannot be learnt from.
+        LayoutError: there is no dataset, or nothing may move in one.
         ModelError: the model cannot be had.
+        JournalError: a journal cannot be read.
     """
     layouts = find_datasets(config.root)
     if not layouts:
         raise LayoutError(f"{config.root} holds no dataset: a folder with a Clases/ in it; `sortd init DIR` makes one")
     inbox: queue.SimpleQueue[Posted] = queue.SimpleQueue()
-    with tempfile.TemporaryDirectory(prefix="sortd-") as folder:
+    with tempfile.TemporaryDirectory(prefix="sortd-") as folder, ExitStack() as journals:
         site = Site(config, load_encoder=load_encoder, scratch=Path(folder))
         worker = Worker(site.load, site.unload, inbox.put, site.classifiers)
-        datasets = {}
-        for layout in layouts:
-            own = config.dataset(layout.name)
-            datasets[layout.name] = Dataset(
+        datasets: dict[DatasetId, Dataset] = {}
+        for number, layout in enumerate(layouts):
+            own, identity = config.dataset(layout.name), DatasetId(layout.name, number)
+            journal = journals.enter_context(_copied(layout, config, Path(folder) / str(number)))
+            datasets[identity] = Dataset(
+                identity,
                 layout,
                 sorter_settings(own),
                 teaching_of(own),
                 mover=Pretence(layout.name, layout.root, tell),
                 ask=worker.ask,
                 metrics=Metrics(),
-                journal=None,
-                last_generation=0,
+                journal=journal,
+                last_generation=journal.history.last_generation(),
+                guard=journal.history.guard(),
                 needs_marker=False,
             )
         worker.start()
         try:
             for dataset in datasets.values():
-                dataset.begin((), ())
+                dataset.begin()
+                dataset.scan_handled()
             while not all(dataset.is_drained or dataset.is_stuck for dataset in datasets.values()):
                 _turn(inbox, datasets)
         finally:
@@ -80,10 +91,19 @@ def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
         raise LayoutError("; ".join(problems))
 
 
-def _turn(inbox: "queue.SimpleQueue[Posted]", datasets: dict[str, Dataset]) -> None:
+def _copied(layout: Layout, config: Config, folder: Path) -> Journal:
+    """Return a copy of a dataset's journal, in ``folder``; where it has none, an empty one."""
+    folder.mkdir()
+    file = known_folder(layout, config.state_dir) / JOURNAL_FILE
+    if file.is_file():
+        copy_journal(file, folder / JOURNAL_FILE)
+    return Journal(folder / JOURNAL_FILE)
+
+
+def _turn(inbox: "queue.SimpleQueue[Posted]", datasets: dict[DatasetId, Dataset]) -> None:
     deadlines = [d for dataset in datasets.values() if (d := dataset.sorter.next_deadline()) is not None]
-    scanning = any(dataset.is_scanning or dataset.has_moves for dataset in datasets.values())
-    patience = 0.0 if scanning else max(0.0, min(deadlines) - monotonic()) if deadlines else None
+    is_busy = any(dataset.has_more_to_look_at or dataset.has_moves for dataset in datasets.values())
+    patience = 0.0 if is_busy else max(0.0, min(deadlines) - monotonic()) if deadlines else None
     try:
         message = inbox.get(timeout=patience)
     except queue.Empty:
@@ -96,4 +116,5 @@ def _turn(inbox: "queue.SimpleQueue[Posted]", datasets: dict[str, Dataset]) -> N
     for dataset in datasets.values():
         dataset.tick(monotonic())
         dataset.continue_scan()
+        dataset.continue_looking()
         dataset.flush()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sortd.errors import BusyError, DestinationError, ImageError
+from sortd.errors import BusyError, DestinationError, ImageError, SourceError
 from sortd.journal import Grounds, Journal
 from sortd.mover import Mover, close_files, done, open_members, remove_spent, sync_files
 from sortd.moving.copying import never
@@ -23,7 +23,7 @@ SYNC_THREADS = 16
 """Files of a batch that are synced at the same time; the threads end with the batch."""
 
 _ENDED = frozenset({Progress.DONE, Progress.FAILED})
-_UNENDED = DestinationError("an earlier move of it has not ended: its disk refused; it is tried again")
+_UNENDED = BusyError("an earlier move of it has not ended yet; it is tried again")
 _INTERRUPTED = BusyError("sortd stops, or lets this dataset go: it is copied to its other file system later")
 
 
@@ -159,7 +159,7 @@ class Relocator:
         try:
             placed = self._mover.place(folders, order.relocation)
             remove_spent(folders, placed)
-        except (ImageError, OSError, DestinationError) as error:
+        except (ImageError, OSError, DestinationError, SourceError) as error:
             return order.troubled(error)
         return order.at(placed)
 
@@ -190,7 +190,7 @@ class Relocator:
             with Folders(self._root) as folders:
                 try:
                     return order.at(cross(folders, order.relocation, advance, self._interrupted))
-                except (ImageError, OSError, DestinationError) as error:
+                except (ImageError, OSError, DestinationError, SourceError) as error:
                     return order.at(_recovered(folders, reached, journal)).troubled(error)
         except OSError as error:
             return order.troubled(error)
@@ -234,12 +234,13 @@ def _ready(folders: Folders, orders: Iterable[Order], sync_threads: int) -> tupl
 def _synced(folders: Folders, orders: list[Order]) -> list[Order]:
     """Sync each folder once, all the destinations before any source: a new name must last before the old one goes."""
     for folder_of in (_destination, _source):
-        troubles: dict[str, OSError] = {}
+        troubles: dict[str, Exception] = {}
         for folder in sorted({folder_of(order) for order in orders if order.trouble is None}):
             try:
                 sync_folder(folders.open(folder))
             except OSError as error:
-                troubles[folder] = error
+                is_source = folder_of is _source
+                troubles[folder] = SourceError(f"{folder}: {error.strerror}") if is_source else error
         orders = [
             order.troubled(troubles[folder_of(order)])
             if order.trouble is None and folder_of(order) in troubles

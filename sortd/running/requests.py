@@ -6,8 +6,9 @@ Paths are as ``os.fsdecode`` gives them; bytes that are not UTF-8 travel as esca
 
     {"do": "undo", "datasets": {name: {"root": path, "records": [id of the journal]}}, "dry_run": bool}
         -> {"undone": [{"dataset", "id", "was", "restored", "message"}], "later": number}
-    {"do": "release", "datasets": [name] or null: all, "path": absolute path or null: every one}
-        -> {"released": {name: number}}
+    {"do": "release", "datasets": [name] or null: all, "path": absolute path of a file or a dataset, or null: every one}
+        -> {"released": {name: number of held files}, "lifted": {name: why the guard held it}, "still_held": the same};
+           the last two only where there are any
     {"do": "rebuild", "datasets": [name] or null: all, "force": bool}
         -> {"rebuilding": [name]}
     anything else, or what cannot be done

@@ -41,6 +41,13 @@ def settled_folder(layout: Layout, state: Path) -> Path:
     return folder
 
 
+def known_folder(layout: Layout, state: Path) -> Path:
+    """Return the state folder of a dataset as ``settled_folder`` would find it; nothing is made or renamed."""
+    folder = layout.state_folder(state)
+    is_begun = folder.is_dir() and any(folder.iterdir())
+    return folder if is_begun else _former(layout, state) or folder
+
+
 def write_down(layout: Layout, folder: Path) -> None:
     """Let the dataset and its state folder name each other; where they do already nothing is written to either disk.
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from sortd.cache import Cache
+from sortd.commands.stored import stored_prototypes
 from sortd.config import Config, DatasetConfig
 from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder
@@ -15,17 +16,16 @@ from sortd.encoding.models import locate
 from sortd.finetuned import FinetunedFacts
 from sortd.finetuned import load as load_finetuned
 from sortd.images import Jpeg, Limits
-from sortd.journaling.history import History
 from sortd.layout import Layout
-from sortd.messages import Preprocessing, Stamp
+from sortd.messages import DatasetId, Preprocessing
 from sortd.metrics import Metrics
-from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet
+from sortd.prototypes import Abstain, DecisionSettings, Mode
 from sortd.references import Teaching
 from sortd.running.classifiers import Classifiers, are_logits
 from sortd.running.copier import Seat
 from sortd.running.dataset import Dataset
 from sortd.running.embedding import Embedder
-from sortd.running.holding import Holding, hold
+from sortd.running.holding import hold
 from sortd.running.precision import load_encoder as serving_encoder
 from sortd.running.worker import Job, PrototypeStore
 from sortd.sorting.settings import SorterSettings
@@ -37,9 +37,6 @@ GUARD_IMAGES = 200
 
 MOST_DECODERS = 8
 """More processes than this are started only where the configuration asks for them: each takes some 40 MB."""
-
-GENERATION_FACT = "generation"
-"""The journal's note of the last generation that served: numbers are never used again, even when the cache is lost."""
 
 
 def sorter_settings(config: DatasetConfig) -> SorterSettings:
@@ -78,7 +75,7 @@ class Site:
             scratch: a folder for embeddings in place of the cache, which is only read then.
         """
         self._config = config
-        self._embeddings = scratch or config.cache_dir
+        self._embeddings, self._is_scratch = scratch or config.cache_dir, scratch is not None
         self._runs_on: list[str] = []
         self.attend: Callable[[str], None] = lambda _: None
         """Is told again and again what goes on while the model takes long to load."""
@@ -93,7 +90,7 @@ class Site:
             )
         )
         self._run = uuid.uuid4().hex[:8]
-        self._held: dict[str, tuple[Holding, ExitStack]] = {}
+        self._held: dict[DatasetId, ExitStack] = {}
         self._decoders: dict[tuple[Preprocessing, Jpeg], DecoderPool] = {}
         self._cache: Cache | None = None
         self.classifiers = Classifiers(
@@ -135,6 +132,7 @@ class Site:
             )
             opened.callback(seat.leave)  # before the journal is closed and the lock given back
             dataset = Dataset(
+                seat.dataset,
                 layout,
                 sorter_settings(own),
                 teaching_of(own),
@@ -142,41 +140,16 @@ class Site:
                 ask=ask,
                 metrics=metrics,
                 journal=held.journal,
-                last_generation=held.journal.history.number(GENERATION_FACT),
+                last_generation=held.journal.history.last_generation(),
+                guard=held.journal.history.guard(),
             )
-            self._held[layout.name] = (held, opened.pop_all())
+            self._held[dataset.identity] = opened.pop_all()
         dataset.outbox.tell_recovered(held.recovered)
         return dataset
 
-    def begin(self, dataset: Dataset) -> None:
-        """Tell a dataset's core what the journal remembers of held and undecided files."""
-        journal = self._held[dataset.name][0].journal
-        root = os.fspath(dataset.layout.root)
-        held = [(os.path.join(root, path), mark) for path, mark in journal.history.held().items()]
-        dataset.begin(held, self._reviewed(dataset, journal.history))
-
-    @staticmethod
-    def _reviewed(dataset: Dataset, history: History) -> list[tuple[str, Stamp, int]]:
-        """Return the images in Review/ that sortd itself put there and that nobody touched since."""
-        found = []
-        for path, mark in dataset.scan_review():
-            record = history.last_known(mark)
-            if record is not None and os.path.join(dataset.layout.root, record.destination_path) == path:
-                found.append((path, mark, record.grounds.generation))
-        return found
-
     def close(self, dataset: Dataset) -> None:
-        """Note the last generation, close the journal, give the lock back."""
-        if dataset.name not in self._held:
-            return
-        held, opened = self._held.pop(dataset.name)
-        with opened:
-            held.journal.note(GENERATION_FACT, str(dataset.rebuilding.last_generation))
-
-    def abandon(self, name: str) -> None:
-        """Close a dataset's journal, if it is open, and give its locks back, with nothing written."""
-        if name in self._held:
-            _, opened = self._held.pop(name)
+        """Close the journal, give the lock back."""
+        if (opened := self._held.pop(dataset.identity, None)) is not None:
             opened.close()
 
     # ------------------------------------------------------------ the model, in the worker's thread
@@ -192,19 +165,30 @@ class Site:
         decoders = self._pool(encoder.preprocessing, config.decoding.jpeg)
         self._cache = Cache(self._embeddings / "embeddings.sqlite", max_bytes=config.cache_megabytes * 1_000_000)
         embedder = Embedder(encoder, decoders, self._cache, batch_size=config.batch_size)
-        return embedder, self._store(self._cache, config.root), ", ".join([self._describe(config), *self._runs_on])
+        store = self._untouched_store() if self._is_scratch else self._store(self._cache, config.root)
+        return embedder, store, ", ".join([self._describe(config), *self._runs_on])
 
     @staticmethod
     def _store(cache: Cache, root: Path) -> PrototypeStore:
         """Return where the prototypes of each dataset are kept; two roots may share a cache and hold equal names."""
 
-        def read(dataset: str) -> PrototypeSet | None:
-            return cache.prototypes(Layout(root / dataset).key)
+        def key(dataset: str) -> str:
+            return Layout(root / dataset).key
 
-        def write(dataset: str, prototypes: PrototypeSet) -> None:
-            cache.remember_prototypes(Layout(root / dataset).key, prototypes)
+        return PrototypeStore(
+            read=lambda dataset: cache.prototypes(key(dataset)),
+            write=lambda dataset, prototypes: cache.remember_prototypes(key(dataset), prototypes),
+            forget=lambda dataset: cache.forget_prototypes(key(dataset)),
+        )
 
-        return PrototypeStore(read, write)
+    def _untouched_store(self) -> PrototypeStore:
+        """Return a store that reads what is kept and keeps nothing."""
+        config = self._config
+        return PrototypeStore(
+            read=lambda dataset: stored_prototypes(config, Layout(config.root / dataset)),
+            write=lambda _dataset, _prototypes: None,
+            forget=lambda _dataset: None,
+        )
 
     def _embed_with(self, encoder: Encoder, facts: FinetunedFacts) -> Embedder:
         """Return what embeds files by a fine-tuned model, decoded as they were for its training."""

@@ -21,7 +21,16 @@ from sortd.deciding.reload_gate import refuse_reload
 from sortd.decoding.files import OUR_OWN_TROUBLE
 from sortd.errors import ModelError, SortdError
 from sortd.layout import Layout
-from sortd.messages import Embedded, EmbeddedImage, Event, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
+from sortd.messages import (
+    DatasetId,
+    Embedded,
+    EmbeddedImage,
+    Event,
+    ImageRefused,
+    PrototypesBuilt,
+    RebuildFailed,
+    Stamp,
+)
 from sortd.prototypes import PrototypeSet
 from sortd.references import Rebuilt, References, ReferencesAbsentError, Teaching, class_labels
 from sortd.running.classifiers import Appointed, Classifiers
@@ -33,7 +42,7 @@ from sortd.running.lanes import Lanes
 class EmbedJob:
     """Embed these versions of these files for a dataset; answers come some at a time, as they are done."""
 
-    dataset: str
+    dataset: DatasetId
     images: tuple[tuple[str, Stamp], ...]
 
 
@@ -41,13 +50,14 @@ class EmbedJob:
 class RebuildJob:
     """Build a dataset's prototypes; ``generation`` is the last one that its journal knows.
 
-    ``afresh`` forgets what emptied classes held; ``force`` passes the reload gate.
+    ``afresh`` forgets what emptied classes held; ``force`` passes the reload gate. The answer carries ``job``.
     """
 
-    dataset: str
+    dataset: DatasetId
     clases: Path
     teaching: Teaching
     generation: int
+    job: int
     force: bool = False
     afresh: bool = False
 
@@ -56,7 +66,9 @@ class RebuildJob:
 class Forget:
     """A dataset is gone: drop what is remembered of its references."""
 
-    dataset: str
+    dataset: DatasetId
+    with_stored: bool = False
+    """Also the prototypes that are stored by its name: they are those of another one, which stood in its place."""
 
 
 Job = EmbedJob | RebuildJob | Forget
@@ -89,7 +101,7 @@ class WorkerDied:
 class Answer:
     """Events for one dataset's core, and what a rebuild has to tell the operator."""
 
-    dataset: str
+    dataset: DatasetId
     events: tuple[Event, ...]
     rebuilt: Rebuilt | None = None
     seconds: float = 0.0
@@ -107,9 +119,10 @@ class PrototypeStore:
         self,
         read: Callable[[str], PrototypeSet | None],
         write: Callable[[str, PrototypeSet], None],
+        forget: Callable[[str], None],
     ) -> None:
-        """Keep by the two functions given."""
-        self.read, self.write = read, write
+        """Keep by the three functions given, which are told a dataset's name."""
+        self.read, self.write, self.forget = read, write, forget
 
 
 ODD_REFERENCES = (
@@ -137,8 +150,8 @@ class Worker:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._later: deque[RebuildJob | Forget] = deque()
         self._thread = threading.Thread(target=self._run, name="worker")
-        self._references: dict[str, References] = {}
-        self._serving: dict[str, PrototypeSet] = {}
+        self._references: dict[DatasetId, References] = {}
+        self._serving: dict[DatasetId, PrototypeSet] = {}
         self._stopping = False
         self._bell: int | None = None
         self._waits_for = ""
@@ -249,13 +262,15 @@ class Worker:
                 except ODD_REFERENCES as error:
                     if isinstance(error, OSError) and error.errno in OUR_OWN_TROUBLE:
                         raise  # out of descriptors or memory, as it would be for any image: a new start has them again
-                    self._post(Answer(job.dataset, (RebuildFailed(f"{type(error).__name__}: {error}"),)))
-            case Forget(dataset):
+                    self._post(Answer(job.dataset, (RebuildFailed(f"{type(error).__name__}: {error}", job=job.job),)))
+            case Forget(dataset, with_stored):
                 self._references.pop(dataset, None)
                 self._serving.pop(dataset, None)
-                lanes.switch(dataset, "")  # a rebuild that was asked for before may have given it a model once more
+                lanes.forget(dataset)  # a rebuild that was asked for before may have given it a model once more
+                if with_stored:
+                    store.forget(dataset.name)
 
-    def _deliver(self, dataset: str, encoder_id: str, answers: Sequence[EmbeddedImage | ImageRefused]) -> None:
+    def _deliver(self, dataset: DatasetId, encoder_id: str, answers: Sequence[EmbeddedImage | ImageRefused]) -> None:
         refused = [answer for answer in answers if isinstance(answer, ImageRefused)]
         images = tuple(answer for answer in answers if isinstance(answer, EmbeddedImage))
         embedded = (Embedded(images, encoder_id),) if images else ()
@@ -266,7 +281,7 @@ class Worker:
         if job.afresh:
             self._references.pop(job.dataset, None)
         references = self._references.setdefault(job.dataset, References(job.clases))
-        previous = self._serving.get(job.dataset) or store.read(job.dataset)
+        previous = self._serving.get(job.dataset) or store.read(job.dataset.name)
         generation = 1 + max(job.generation, previous.generation if previous else 0)
         try:
             decider = self._appoint(lanes, job, class_labels(job.clases))
@@ -278,20 +293,20 @@ class Worker:
                 decided_by=decider.model_id,
             )
         except ReferencesAbsentError as error:
-            event: Event = RebuildFailed(str(error), references_absent=True)
+            event: Event = RebuildFailed(str(error), references_absent=True, job=job.job)
             self._post(Answer(job.dataset, (event,), seconds=monotonic() - began))
             return
         decider = self._appoint(lanes, job, rebuilt.prototypes.labels)  # a folder may have come or gone since
         refusal = None if previous is None or job.force else gate(previous, rebuilt.prototypes)
         if previous is not None and refusal is not None:
-            failed = self._kept(job.dataset, refusal)
+            failed = self._kept(job, refusal)
             if job.dataset in self._serving and decider.model_id != lanes.decided_by(job.dataset):
                 previous = replace(previous, generation=generation)  # another one decides, so all is decided anew
-                store.write(job.dataset, previous)
+                store.write(job.dataset.name, previous)
             self._serve_with(lanes, job, previous, decider, failed)
             return
         if rebuilt.changed:
-            store.write(job.dataset, rebuilt.prototypes)
+            store.write(job.dataset.name, rebuilt.prototypes)
         self._serve_with(lanes, job, rebuilt.prototypes, decider, rebuilt=rebuilt, seconds=monotonic() - began)
 
     def _serve_with(
@@ -308,7 +323,7 @@ class Worker:
         self._serving[job.dataset] = prototypes
         lanes.switch(job.dataset, decider.model_id)
         finetuned = decider.classifier(job.teaching.settings.abstain, generation=prototypes.generation)
-        built = PrototypesBuilt(prototypes, finetuned)
+        built = PrototypesBuilt(prototypes, finetuned, job=job.job)
         self._post(Answer(job.dataset, (built, *others), rebuilt, seconds, decider.refusal))
 
     @staticmethod
@@ -316,10 +331,12 @@ class Worker:
         return lanes.appoint(Layout(job.clases.parent), job.teaching.classifier, labels)
 
     @staticmethod
-    def _kept(dataset: str, refusal: str) -> RebuildFailed:
+    def _kept(job: RebuildJob, refusal: str) -> RebuildFailed:
         """Say why the old generation serves on, or serves at all after a start."""
-        message = f"{refusal}; the old prototypes stay: mend the references, or `sortd rebuild --force {dataset}`"
-        return RebuildFailed(message, is_lasting=True)
+        message = (
+            f"{refusal}; the old prototypes stay: mend the references, or `sortd rebuild --force {job.dataset.name}`"
+        )
+        return RebuildFailed(message, is_lasting=True, job=job.job)
 
 
 def gate(old: PrototypeSet, new: PrototypeSet) -> str | None:

@@ -25,6 +25,9 @@ class State(StrEnum):
 RESTING = frozenset({State.ABSTAINED, State.REFUSED, State.HELD})
 """States that an image leaves only when something else happens: they are no work."""
 
+ON_THE_WAY = frozenset({State.READY, State.ENCODING, State.MOVING})
+"""States of an image that is about to be moved, if nothing comes in between."""
+
 
 @dataclass(slots=True)
 class Entry:
@@ -47,6 +50,8 @@ class Entry:
     is_denied: bool = False  # refused for want of rights, which no stamp shows
     told: str = ""  # why this version was refused: said once
     folder: str = ""  # where it was last to be moved
+    place: str = ""  # the folder, of those that it is moved from and to, that refused and that it waits for
+    is_held: bool = False  # it was held while it moved
     failures: int = 0
     setbacks: int = 0  # how often this version settled and could not be taken
     scan: int = 0

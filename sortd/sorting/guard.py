@@ -7,6 +7,7 @@ A card full of pictures of one thing is no alarm: those are decided surely.
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from sortd.deciding.classifier import Classifier
 from sortd.prototypes import Assigned, Decision
@@ -20,30 +21,67 @@ ONE_CLASS = 0.9
 LESS_CONFIDENCE = 0.25
 """So much less than the accuracy among the references, on the mean, is unsure."""
 
+LESS_AFTER_A_HOLD = 10
+"""So many times fewer images are a large batch for the generation that follows one which was held."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuardState:
+    """What must be known of the guard after a restart, however the run before it ended."""
+
+    trusted: int = 0
+    """The last generation that decided without being held: the first one, one whose trial is over, or one released."""
+    held: int = 0
+    """A generation that was held and not released since; 0: none."""
+    reason: str = ""
+    """Why nothing moves, in a sentence; empty where another generation than the one that was held is to be tried."""
+
+    def released(self) -> "GuardState":
+        """Return the state after somebody has looked: what was held is let go; else nothing changes."""
+        return GuardState(self.held) if self.reason else self
+
 
 class Guard:
-    """Watches over the first large batch of each generation; ``images=0`` never minds."""
+    """Watches over the first large batch of each generation; ``images=0`` never minds.
 
-    def __init__(self, images: int, *, served_generation: int) -> None:
-        """Begin with the generation that decided last, 0 where none ever did."""
-        self.reason: str | None = None
-        """Why nothing may move, in a sentence; None while nothing is wrong."""
+    A generation is to be tried until its trial is over, be it over several runs. A hold is about one generation: it
+    lasts until it is released, and another generation has a trial of its own, for which fewer images are enough then.
+    """
+
+    def __init__(self, images: int, state: GuardState) -> None:
+        """Begin where the last run ended."""
+        self.state = state
+        """What is to be written down as soon as it changes."""
         self._images = images
-        self._generation = served_generation
-        self._is_armed = False
         self._classifier: Classifier | None = None
         self._trial: list[Decision] = []
 
+    @property
+    def reason(self) -> str | None:
+        """Why nothing may move, in a sentence; None while nothing is wrong."""
+        return self.state.reason or None
+
+    def configure(self, images: int) -> None:
+        """Take over how many images are a large batch, for the trials from now on; a hold stays."""
+        self._images = images
+
     def serve(self, classifier: Classifier) -> None:
         """Take over what decides from now on; a new generation is looked at, the first one is not."""
-        if classifier.generation != self._generation:
-            self._is_armed = self._generation > 0 and self._images > 0
-            self.reason, self._trial = None, []
-        self._generation, self._classifier = classifier.generation, classifier
+        generation, state = classifier.generation, self.state
+        if self._classifier is None or generation != self._classifier.generation:
+            self._trial = []
+        self._classifier = classifier
+        if state.held not in {0, generation}:
+            self.state = replace(state, reason="")
+        elif not state.trusted:
+            self.state = replace(state, trusted=generation)
 
     def wants(self, waiting: int) -> bool:
         """Tell whether decisions are to be tried before they count, with so many images waiting."""
-        return self._is_armed and (waiting >= self._images or bool(self._trial))
+        if self._classifier is None or self._classifier.generation == self.state.trusted or not self._images:
+            return False
+        enough = self._images // LESS_AFTER_A_HOLD if self.state.held else self._images
+        return waiting >= enough or bool(self._trial)
 
     def try_out(self, decisions: Sequence[Decision], *, left: int) -> bool:
         """Take decisions in; tell whether the trial is over, with ``reason`` as its verdict.
@@ -55,13 +93,14 @@ class Guard:
         self._trial.extend(decisions)
         if self._classifier is None or (len(self._trial) < self._images and left > 0):
             return False
-        self.reason = verdict(self._trial, self._classifier)
-        self._is_armed, self._trial = False, []
+        reason, generation = verdict(self._trial, self._classifier), self._classifier.generation
+        self._trial = []
+        self.state = GuardState(generation) if reason is None else GuardState(self.state.trusted, generation, reason)
         return True
 
     def release(self) -> None:
-        """Let everything move: somebody has looked."""
-        self.reason, self._is_armed, self._trial = None, False, []
+        """Let everything move that the guard holds: somebody has looked."""
+        self.state = self.state.released()
 
 
 def verdict(decisions: Sequence[Decision], classifier: Classifier) -> str | None:

@@ -36,7 +36,7 @@ class Pause:
 
 
 class FolderPauses:
-    """A pause for each folder that could not be moved into, so that one that refuses does not hold up the others."""
+    """A pause for each folder that could not be moved into, or out of, so that it does not hold up the others."""
 
     def __init__(self) -> None:
         """Begin with no folder that refuses."""
@@ -58,15 +58,20 @@ class FolderPauses:
         self._of.setdefault(folder, Pause()).begin(now)
 
     def holds(self, folder: str) -> bool:
-        """Tell whether nothing may move into this folder now."""
+        """Tell whether nothing may move into, or out of, this folder now."""
         return folder in self._of and self._of[folder].until is not None
 
-    def are_over(self, now: float) -> bool:
-        """Tell whether it is time to try some folder again, and if so let that one wait no more."""
-        over = [pause.is_over(now) for pause in self._of.values()]  # each is asked: asking is what ends it
-        return any(over)
+    def end_due(self, now: float) -> None:
+        """Let those folders be tried again whose time has come."""
+        for pause in self._of.values():
+            pause.is_over(now)
 
-    def clear(self, folder: str) -> None:
-        """Something was moved into this folder: its next failure waits a short time again."""
-        if not self.holds(folder):
-            self._of.pop(folder, None)
+    def clear(self, folder: str) -> bool:
+        """Something was moved into, or out of, this folder; tell whether it is open: no other move failed meanwhile.
+
+        Its next failure waits a short time again.
+        """
+        if self.holds(folder):
+            return False
+        self._of.pop(folder, None)
+        return True

@@ -13,6 +13,8 @@ class Rebuilds:
         """Begin with one that is due at once."""
         self._at: float | None = 0.0
         self._touched_since: float | None = None
+        self.job = 0
+        """The number of the one that was begun last."""
         self._is_running = False
         self._pause = Pause()
 
@@ -34,14 +36,19 @@ class Rebuilds:
         self._at = min(now + settle_seconds, latest)
         self._pause.clear()
 
-    def begin(self, now: float) -> bool:
-        """Tell whether one is to begin now; it runs then."""
+    def begin(self, now: float) -> int | None:
+        """Return the number of the one that is to begin now, and runs then; None: none is."""
         if self._pause.is_over(now):
             self._at = now
         if self._is_running or self._at is None or now < self._at:
-            return False
+            return None
         self._at, self._touched_since, self._is_running = None, None, True
-        return True
+        self.job += 1
+        return self.job
+
+    def is_running(self, job: int) -> bool:
+        """Tell whether that very one runs: an answer about another one is none."""
+        return self._is_running and job == self.job
 
     def succeed(self) -> None:
         """End the one that runs."""
@@ -52,4 +59,11 @@ class Rebuilds:
         """End the one that runs; it is tried again, later each time, unless only another change can help."""
         self._is_running = False
         if not is_lasting:
+            self._pause.begin(now)
+
+    def retry(self, now: float) -> None:
+        """Let another one follow: after the one that runs, where one does, or else later each time."""
+        if self._is_running:
+            self._at = now
+        else:
             self._pause.begin(now)

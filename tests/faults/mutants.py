@@ -18,6 +18,8 @@ REPOSITORY = Path(__file__).parents[2]
 STEPS = "tests/faults/test_steps.py"
 FILING = "tests/test_filing.py"
 RECOVERY = "tests/test_recovery.py"
+STATES = "tests/test_sorter_states.py"
+DATASET = "tests/test_dataset.py"
 TESTS = {
     "moving/copying": (STEPS, FILING),
     "moving/crossing": (STEPS, RECOVERY, FILING),
@@ -31,13 +33,19 @@ TESTS = {
     "running/undoing": (FILING,),
     "running/crossings": (FILING,),
     "running/outbox": ("tests/test_outbox.py",),
-    "running/collection": ("tests/test_collection.py",),
+    "running/collection": ("tests/test_collection.py", DATASET),
     "running/copier": ("tests/test_copier.py",),
     "running/holding": ("tests/test_holding.py",),
     "running/residence": ("tests/test_holding.py",),
     "running/presence": ("tests/test_presence.py",),
     "running/latecomers": (FILING,),
     "running/rejects": (FILING,),
+    "backlog": (STATES,),
+    "sorter": (STATES, DATASET),
+    "sorting/rebuilds": (STATES,),
+    "sorting/guard": ("tests/test_guard.py", DATASET),
+    "running/dataset": (DATASET,),
+    "running/control": ("tests/test_control.py",),
 }
 """Which tests are to notice, the quick ones first."""
 
@@ -191,7 +199,7 @@ APART = (
     Mutant("running/latecomers", "since=self._clock() - LATE_SECONDS", "since=0.0"),
     Mutant("running/rejects", "return record if gone is None or gone.id < record.id else None", "return record"),
     Mutant("running/rejects", "            self._journal.follow(record, refused)\n", "            pass\n"),
-    Mutant("running/collection", "            self._site.abandon(name)\n", "            pass\n"),
+    Mutant("running/collection", "            self._site.close(dataset)\n", "            pass\n"),
     Mutant(
         "running/collection",
         "            self.hold(dataset, error)\n\n    def tell",
@@ -200,7 +208,57 @@ APART = (
 )
 """What keeps two threads, two processes, two datasets or two images of one name apart."""
 
-ALL = SYNCS + REFUSALS + IDENTITIES + APART
+HOLDS = (
+    Mutant("running/dataset", "            self._journal.note_guard(self.sorter.guard.state)\n", ""),
+    Mutant("running/dataset", "        self._write_down()\n", ""),
+    Mutant(
+        "running/dataset",
+        "            self._journal.note(GENERATION_FACT, str(self.rebuilding.last_generation))\n",
+        "",
+    ),
+    Mutant("sorting/guard", '            self.state = replace(state, reason="")', "            pass"),
+    Mutant("sorting/guard", "if self.state.held else self._images", "if False else self._images"),
+    Mutant("sorting/guard", "return GuardState(self.held) if self.reason else self", "return self"),
+    Mutant("sorting/guard", "else GuardState(self.state.trusted, generation, reason)", "else GuardState(generation)"),
+    Mutant(
+        "sorter",
+        "                self._backlog.release(path, now)\n",
+        "                self._backlog.release(path, now); self.guard.release()\n",
+    ),
+    Mutant("running/control", "        elif path in {None, root} and (", "        elif ("),
+    Mutant("backlog", "        del self._entries[entry.path]\n        self._moving", "        self._moving"),
+    Mutant("backlog", "        if (path, stamp) in self._moving:\n", "        if False:\n"),
+    Mutant(
+        "backlog",
+        "        if path in self._entries:\n            self._leave(entry)",
+        "        if False:\n            self._leave(entry)",
+    ),
+    Mutant(
+        "sorter",
+        "        if not self._rebuilds.is_running(event.job):\n            return\n        self._rebuilds.succeed()",
+        "        self._rebuilds.succeed()",
+    ),
+    Mutant(
+        "sorter",
+        "        if not self._rebuilds.is_running(event.job):\n            return\n        self._rebuilds.fail(",
+        "        self._rebuilds.fail(",
+    ),
+    Mutant(
+        "sorter",
+        "        self.references_absent = event.job <= self._absent_in\n",
+        "        self.references_absent = False\n",
+    ),
+    Mutant("sorting/rebuilds", "return self._is_running and job == self.job", "return self._is_running"),
+    Mutant("running/collection", "and dataset.identity == identity else None", "else None"),
+    Mutant(
+        "running/collection",
+        "            self._ask(Forget(dataset.identity, with_stored=True))\n",
+        "            pass\n",
+    ),
+)
+"""What keeps a hold, a move under way and a rebuild from being ended by anything but what ends them."""
+
+ALL = SYNCS + REFUSALS + IDENTITIES + APART + HOLDS
 
 
 def copy_with(mutant: Mutant, place: Path) -> None:
