@@ -135,6 +135,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "running.account": (DRIVER, "drivers"),
     "running.collection": (DRIVER, "drivers"),
     "running.sweep": (DRIVER, "drivers"),
+    "running.inbox": (DRIVER, "drivers"),
     "running.corrections": (DRIVER, "drivers"),
     "running.patrol": (DRIVER, "drivers"),
     "running.presence": (DRIVER, "drivers"),

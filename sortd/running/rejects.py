@@ -25,6 +25,7 @@ class Rejects:
         """Watch over ``layout``; nothing is read yet."""
         self._folder = os.fspath(layout.area(Area.REJECTED))
         self._journal = journal
+        self.files_scanned = 0
 
     def look(self, path: str) -> Stamp | None:
         """Return the version that stands under a path in Rejected/, if it is another one than was set aside there.
@@ -59,6 +60,7 @@ class Rejects:
         try:
             with os.scandir(self._folder) as entries:
                 for entry in entries:
+                    self.files_scanned += 1
                     is_changed = not is_temporary(entry.name) and _changed_ns(entry) >= since
                     found = self.look(entry.path) if is_changed else None
                     yield None if found is None else (entry.path, found)

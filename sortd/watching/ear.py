@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from watchdog.events import (
@@ -180,7 +181,7 @@ class Ear:
                 if path == self._canary:
                     self._answered.set()
                 elif not is_below_temporary(path, self._root):
-                    self._post(Hint(path, hint.closed, hint.directory))
+                    self._post(Hint(path, hint.closed, hint.directory, monotonic()))
         except BaseException as error:  # noqa: BLE001 - whatever it is: kept, and told at the next check
             self.lost = f"a hint could not be handed on ({error!r})"
 
