@@ -166,6 +166,7 @@ class Daemon:
 
     def _stop(self) -> None:
         self._notifier.stopping()
+        self._requests.close()
         if self._watcher is not None:
             self._watcher.close()
         self._copier.interrupt()
@@ -195,6 +196,7 @@ class Daemon:
         _until_late(self._hint, self.inbox.hints())
         _until_late(self._move, self._in_turn())
         _until_late(self._look, self._in_turn())
+        self._requests.advance(lambda request: answer(self, request))
         self._served += 1
         self._periodic(monotonic())
         self._longest_turn_seconds = max(self._longest_turn_seconds, monotonic() - began)
@@ -216,7 +218,8 @@ class Daemon:
         dataset.continue_looking()
 
     def _patience(self, now: float) -> float:
-        if any(dataset.has_more_to_look_at or dataset.has_moves for dataset in self.collection):
+        has_more = any(dataset.has_more_to_look_at or dataset.has_moves for dataset in self.collection)
+        if has_more or self._requests.is_under_way:
             return 0.0
         deadlines = [dataset.next_deadline for dataset in self.collection]
         return max(0.0, min([*deadlines, self.collection.deadline, self._rounds.next_deadline()]) - now)
@@ -277,10 +280,6 @@ class Daemon:
     def _gets_on(self, now: float) -> bool:
         busy_since = self._worker.busy_since
         return busy_since is None or now - busy_since < STUCK_SECONDS
-
-    def show_life(self) -> None:
-        """Feed the watchdog in the middle of a long turn that gets on."""
-        self._ping(monotonic())
 
     def _write_status(self, *, running: bool) -> None:
         try:
@@ -345,7 +344,7 @@ class Daemon:
         if number == signal.SIGHUP:
             self.reload()
         elif number == signal.SIGUSR1:
-            self._requests.serve(lambda request: answer(self, request))
+            self._requests.take_in()
         elif number in {signal.SIGTERM, signal.SIGINT}:
             self._is_stopping = True
             self._copier.interrupt()
