@@ -158,11 +158,15 @@ class Ear:
             self._asked_at = now if _touch(self._canary) else None
         return None
 
-    def unwatched(self) -> list[str]:
-        """List the folders in Images/ and Clases/ that exist and are not watched, contrary to what was asked."""
+    def unwatched(self) -> Iterator[str | None]:
+        """Yield the folders in Images/ and Clases/ that exist and are not watched, contrary to what was asked.
+
+        None stands for each entry that was looked at: there may be a million.
+        """
         watched = inotify.watched_inodes(self._descriptors)
         deep = [path for name in _DEEP if os.path.isdir(path := os.path.join(self._root, name))]
-        return [below for path in deep for below in inotify.unwatched(path, watched)]
+        for path in deep:
+            yield from inotify.unwatched(path, watched)
 
     def _tracked(self) -> list[str]:
         return [self._root, *(os.path.join(self._root, name) for name in _STANDARD)]
