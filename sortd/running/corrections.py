@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from stat import S_ISDIR, S_ISREG
 
 from sortd.journal import Journal
+from sortd.journaling.history import History
 from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
@@ -150,14 +151,13 @@ class Corrections:
         """
         self._journal.note(SCANNED_FACT, str(now_ns))
 
-    def learnt(self) -> tuple[tuple[str, str, Stamp], ...]:
-        """Return every corrected image that still stands where the user put it: label, path, stamp."""
-        learnt = []
-        for _, corrected, relative, _ in self._journal.history.corrections():
-            path = os.path.join(self._layout.root, relative)
-            if (found := self._stamp(path)) is not None:
-                learnt.append((corrected, path, found))
-        return tuple(learnt)
+    def learnt(self) -> tuple[tuple[str, str], ...]:
+        """Return every correction: the label, and the path where the image stood then.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        return corrected_images(self._layout, self._journal.history)
 
     def _changed_since(self, since_ns: int) -> Iterator[str | None]:
         """Yield the path of each image that changed, and None for each that did not."""
@@ -209,6 +209,16 @@ def looked_through_until(journal: Journal, fact: str, now_ns: int) -> int:
     """
     noted = int(journal.history.fact(fact) or 0)
     return 0 if noted > now_ns else noted - CLOCK_SLACK_NS
+
+
+def corrected_images(layout: Layout, history: History) -> tuple[tuple[str, str], ...]:
+    """Return the label of each corrected image, and the path where it stood when it was noticed.
+
+    Raises:
+        JournalError: the journal cannot be read.
+    """
+    root = os.fspath(layout.root)
+    return tuple((label, os.path.join(root, path)) for _, label, path, _ in history.corrections())
 
 
 def _is_gone(path: str) -> bool:

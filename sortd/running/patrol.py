@@ -79,8 +79,8 @@ class Patrol:
         """Note that a file in Rejected/ was refused again; see ``Rejects.keep``."""
         self._rejects.keep(path, refused)
 
-    def learnt(self) -> tuple[tuple[str, str, Stamp], ...]:
-        """Return every corrected image that still stands where the user put it: label, path, stamp."""
+    def learnt(self) -> tuple[tuple[str, str], ...]:
+        """Return every correction: the label, and the path where the image stood then."""
         return self._corrections.learnt()
 
     @property

@@ -5,13 +5,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from sortd.layout import Area, Layout
-from sortd.messages import Stamp
 from sortd.references import Teaching
 from sortd.running.sweep import Glance
 from sortd.running.worker import RebuildJob
 
-Learnt = Callable[[], tuple[tuple[str, str, Stamp], ...]]
-"""Returns the images that the user put right: label, path, stamp."""
+Learnt = Callable[[], tuple[tuple[str, str], ...]]
+"""Returns the images that the user put right: label, path; the worker looks whether they still stand there."""
 
 
 class Rebuilding:
