@@ -6,7 +6,7 @@ carried out here or handed to the worker. Moves are gathered and filed as one gr
 
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import monotonic, time_ns
 
 from sortd.journal import Journal
@@ -57,7 +57,7 @@ from sortd.sorter import Sorter
 from sortd.sorting.rounds import Throttle
 from sortd.sorting.settings import SorterSettings
 from sortd.watch import Hint
-from sortd.watching.scanning import is_below_temporary, scan, stamp
+from sortd.watching.scanning import is_below_temporary, scan_steps, stamp
 
 
 class Dataset:
@@ -89,6 +89,7 @@ class Dataset:
         self._patrol = None if journal is None else Patrol(layout, journal, self.account.unreadable)
         self._commands: deque[Command] = deque()
         self._inspections: OrderedDict[str, None] = OrderedDict()
+        self._reviewed: Iterator[tuple[str, Stamp, int] | None] | None = None
         self._gone = Throttle(1.0)
         self._files_looked_at = 0
         self._sweep = Sweep(os.fspath(layout.area(Area.IMAGES)), self.account.unreadable)
@@ -104,16 +105,33 @@ class Dataset:
         while self._commands:
             self._carry_out(self._commands.popleft())
 
-    def begin(self, held: Sequence[tuple[str, Stamp]], reviewed: Sequence[tuple[str, Stamp, int]]) -> None:
-        """Tell the core what the journal remembers, and begin the first scan."""
+    def begin(self, held: Sequence[tuple[str, Stamp]], reviewed: Iterable[tuple[str, Stamp, int] | None] = ()) -> None:
+        """Tell the core what the journal remembers, slice by slice, then begin the first scan.
+
+        Args:
+            held: path and version of each file that is not to be moved.
+            reviewed: path, version and generation of each image that rests in Review/, None for whatever else was
+                looked at.
+        """
         for path, mark in held:
             self.receive(ImageHeld(path, mark))
-        for path, mark, generation in reviewed:
-            self.receive(ReviewSeen(path, mark, generation))
-        self.begin_scan()
+        self._reviewed = iter(reviewed)
+
+    def _recall(self, reviewed: Iterator[tuple[str, Stamp, int] | None]) -> None:
+        """Take the next slice of what rests in Review/; before the last nothing is decided, or it would be missed."""
+        found, is_last = next_slice(reviewed, SLICE)
+        for one in found:
+            if one is not None:
+                self.receive(ReviewSeen(*one))
+        if is_last:
+            self._reviewed = None
+            self.begin_scan()
 
     def tick(self, now: float) -> None:
         """Let the core act on deadlines that have passed, and take the next slice of the looks that it asked for."""
+        if self._reviewed is not None:
+            self._recall(self._reviewed)
+            return
         deadline = self.sorter.next_deadline()
         if deadline is not None and deadline <= now:
             self.receive(Tick())
@@ -207,14 +225,14 @@ class Dataset:
 
     @property
     def is_scanning(self) -> bool:
-        """Tell whether a scan is under way."""
-        return self._sweep.is_under_way
+        """Tell whether a scan of all of Images/ is under way, or is yet to begin at the start."""
+        return self._sweep.is_under_way or self._reviewed is not None
 
     @property
     def has_more_to_look_at(self) -> bool:
         """Tell whether a scan, a patrol or a look at the references has files left to look at."""
         is_patrolling = self._patrol is not None and self._patrol.is_under_way
-        is_looking = self._sweep.has_more or bool(self._inspections)
+        is_looking = self.is_scanning or self._sweep.has_more or bool(self._inspections)
         return is_looking or is_patrolling or self.rebuilding.is_comparing
 
     @property
@@ -278,9 +296,9 @@ class Dataset:
             self.receive(FoldersGone(gone))
         self._gone.end(monotonic())
 
-    def scan_review(self) -> Iterator[tuple[str, Stamp]]:
-        """Yield what stands in Review/, with its stamps."""
-        return scan(os.fspath(self.layout.area(Area.REVIEW)), report=self.account.unreadable)
+    def scan_review(self) -> Iterator[tuple[str, Stamp] | None]:
+        """Yield what stands in Review/, with its stamps, and None for whatever else was looked at."""
+        return scan_steps(os.fspath(self.layout.area(Area.REVIEW)), report=self.account.unreadable)
 
     # ------------------------------------------------------------ what goes out
 

@@ -70,7 +70,7 @@ def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
         worker.start()
         try:
             for dataset in datasets.values():
-                dataset.begin((), ())
+                dataset.begin(())
             while not all(dataset.is_drained or dataset.is_stuck for dataset in datasets.values()):
                 _turn(inbox, datasets)
         finally:
@@ -82,7 +82,7 @@ def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
 
 def _turn(inbox: "queue.SimpleQueue[Posted]", datasets: dict[str, Dataset]) -> None:
     deadlines = [d for dataset in datasets.values() if (d := dataset.sorter.next_deadline()) is not None]
-    scanning = any(dataset.is_scanning or dataset.has_moves for dataset in datasets.values())
+    scanning = any(dataset.has_more_to_look_at or dataset.has_moves for dataset in datasets.values())
     patience = 0.0 if scanning else max(0.0, min(deadlines) - monotonic()) if deadlines else None
     try:
         message = inbox.get(timeout=patience)

@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -156,14 +156,18 @@ class Site:
         dataset.begin(held, self._reviewed(dataset, journal.history))
 
     @staticmethod
-    def _reviewed(dataset: Dataset, history: History) -> list[tuple[str, Stamp, int]]:
-        """Return the images in Review/ that sortd itself put there and that nobody touched since."""
-        found = []
-        for path, mark in dataset.scan_review():
-            record = history.last_known(mark)
-            if record is not None and os.path.join(dataset.layout.root, record.destination_path) == path:
-                found.append((path, mark, record.grounds.generation))
-        return found
+    def _reviewed(dataset: Dataset, history: History) -> Iterator[tuple[str, Stamp, int] | None]:
+        """Yield the images in Review/ that sortd itself put there and that nobody touched since; None for others."""
+        for found in dataset.scan_review():
+            record = None if found is None else history.last_known(found[1])
+            if (
+                found is None
+                or record is None
+                or os.path.join(dataset.layout.root, record.destination_path) != found[0]
+            ):
+                yield None
+            else:
+                yield *found, record.grounds.generation
 
     def close(self, dataset: Dataset) -> None:
         """Note the last generation, close the journal, give the lock back."""
