@@ -4,7 +4,9 @@ import os
 import signal
 import threading
 
-from sortd.running.inbox import Inbox
+import pytest
+
+from sortd.running.inbox import MANY_HINTS, Inbox
 from sortd.running.worker import WorkerReady
 from sortd.signals import Signalled, signals_posted
 from sortd.watch import Hint, HintsLost, Loss
@@ -93,3 +95,30 @@ def test_inbox_wakes_for_each_kind() -> None:
         while not (heard := list(inbox.signals())):
             inbox.wait(PATIENCE_SECONDS)
     assert heard == [Signalled(signal.SIGHUP)]
+
+
+def test_inbox_hints_that_follow_on_others_are_gathered_and_nothing_else_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a storm a turn takes what came within a pause; an answer or a signal ends it at once."""
+    monkeypatch.setattr("sortd.running.inbox.GATHER_SECONDS", 10 * PATIENCE_SECONDS)
+    inbox = Inbox()
+    inbox.put(Hint("first"))
+    inbox.wait(PATIENCE_SECONDS)
+    assert len(list(inbox.hints())) == 1  # nothing preceded it
+    inbox.put(Hint("second"))
+
+    def put_two() -> None:
+        inbox.put(Hint("third"))
+        inbox.put(READY)
+
+    thread = threading.Thread(target=put_two)
+    thread.start()
+    inbox.wait(PATIENCE_SECONDS)
+    thread.join()
+    assert list(inbox.told()) == [READY]
+    assert [hint.path for hint in inbox.hints() if isinstance(hint, Hint)] == ["second", "third"]
+    for number in range(MANY_HINTS):
+        inbox.put(Hint(str(number)))
+    inbox.wait(PATIENCE_SECONDS)  # so many are work enough
+    assert len(list(inbox.hints())) == MANY_HINTS

@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import suppress
+from time import monotonic
 
 from sortd.running.copier import Copied, CopierDied
 from sortd.running.worker import Posted
@@ -19,6 +20,13 @@ from sortd.watch import Hint, HintsLost, Loss
 
 MOST_HINTS = 50_000
 """Paths that are kept until they are looked at: some 20 MB. The kernel queues 16,384 events by default."""
+
+GATHER_SECONDS = 0.02
+"""From one turn that looks for hints to the next, unless something else is to be done: in a storm each hint would be a
+turn, and a path that changes a thousand times a thousand looks."""
+
+MANY_HINTS = 1000
+"""So many hints are not waited with: they are a turn's work."""
 
 Told = Posted | Copied | CopierDied
 """What the worker and the copier tell; they have few jobs at a time, so there are few of these."""
@@ -37,6 +45,7 @@ class Inbox:
         self._arriving: queue.SimpleQueue[Told | None] = queue.SimpleQueue()  # None only wakes the loop
         self._hints: OrderedDict[tuple[str, bool], Hint] = OrderedDict()
         self._losses: dict[tuple[str, Loss], HintsLost] = {}
+        self._hints_taken_at = float("-inf")
         self._lock = threading.Lock()  # of hints and losses; a signal handler never takes it
 
     # ------------------------------------------------------------ from any thread
@@ -78,9 +87,18 @@ class Inbox:
     # ------------------------------------------------------------ from the loop
 
     def wait(self, seconds: float) -> None:
-        """Sleep until something is there to be taken, at most so long."""
-        if self._signals or self._told or self._hints or self._losses:
-            return
+        """Sleep until something is there to be taken, at most so long; hints that follow on others are gathered."""
+        if not (self._is_urgent or self._hints or self._losses):
+            self._receive(seconds)
+        until = self._hints_taken_at + GATHER_SECONDS
+        while 0 < len(self._hints) < MANY_HINTS and not self._is_urgent and (left := until - monotonic()) > 0:
+            self._receive(left)
+
+    @property
+    def _is_urgent(self) -> bool:
+        return bool(self._signals or self._told)
+
+    def _receive(self, seconds: float) -> None:
         with suppress(queue.Empty):
             self._take_in(self._arriving.get(timeout=seconds))
 
@@ -99,6 +117,7 @@ class Inbox:
 
     def hints(self) -> Iterator[Hint | HintsLost]:
         """Take losses and hints, oldest first; whoever stops between two finds the rest next time."""
+        self._hints_taken_at = monotonic()
         while (hint := self._next_hint()) is not None:
             yield hint
 

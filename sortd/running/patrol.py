@@ -26,7 +26,8 @@ MOST_WANTED = 20_000
 """Single files that are remembered as to be looked at; where more changed, everything is looked through."""
 
 PAUSE_SECONDS = 1.0
-"""Between two looks through everything that events asked for."""
+"""Between two looks that events asked for, through everything or at single files: most of what a storm of renames names
+is gone by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +57,14 @@ class Patrol:
         self._began_ns = 0
         self._wanted_at: int | None = None
         self._asked = Throttle(PAUSE_SECONDS)
+        self._asked_for_singles = Throttle(PAUSE_SECONDS)
         self._singles_looked_at = 0
 
     def want(self, area: Area, path: str) -> None:
-        """Let one file in Dataset/ or Rejected/ be looked at in the next slice."""
+        """Let one file in Dataset/ or Rejected/ be looked at: at once, or with all that are wanted after a pause."""
         if len(self._wanted) < MOST_WANTED:
             self._wanted[path] = area
+            self._asked_for_singles.ask()
         else:
             self._wanted.clear()
             self.ask()
@@ -72,8 +75,10 @@ class Patrol:
 
     @property
     def deadline(self) -> float:
-        """When what was asked for is to begin, on the clock; infinity where nobody asked."""
-        return float("inf") if self._looks is not None else self._asked.deadline
+        """When what was asked for is to begin, on the clock; infinity where nobody asked, or looks are under way."""
+        if self.is_under_way:
+            return float("inf")
+        return min(self._asked.deadline, self._asked_for_singles.deadline)
 
     def keep(self, path: str, refused: Stamp) -> None:
         """Note that a file in Rejected/ was refused again; see ``Rejects.keep``."""
@@ -91,7 +96,7 @@ class Patrol:
     @property
     def is_under_way(self) -> bool:
         """Tell whether files are left to look at."""
-        return self._looks is not None or self._singles is not None or bool(self._wanted)
+        return self._looks is not None or self._singles is not None
 
     def begin(self, now_ns: int) -> None:
         """Begin; where one is under way another one follows it, since it may have passed what happened just now.
@@ -107,7 +112,10 @@ class Patrol:
         self._looks = chain(self._corrections.scan(now_ns), self._mended(now_ns))
 
     def begin_asked(self) -> None:
-        """Begin what events asked for, where its time has come."""
+        """Begin what events asked for, where its time has come: files that they named, and a look through all."""
+        if self._singles is None and self._asked_for_singles.is_due(self._clock()):
+            self._asked_for_singles.begin(self._clock())
+            self._singles = self._look_at_wanted()
         if self._looks is None and self._asked.is_due(self._clock()):
             self.begin(time_ns())
 
@@ -122,12 +130,11 @@ class Patrol:
         Raises:
             JournalError: the journal cannot be read or written.
         """
-        if self._singles is None and self._wanted:
-            self._singles = self._look_at_wanted()
         if self._singles is not None:
             looks, is_last = next_slice(self._singles, SLICE, self._clock)
             if is_last:
                 self._singles = None
+                self._asked_for_singles.end(self._clock())
             return self._noticed(looks)
         if self._looks is None:
             return []

@@ -180,12 +180,13 @@ class Ear:
     def _hear(self, event: FileSystemEvent, real: str, shown: str) -> None:
         """Post the hints of one event; never raises, since that would end the dispatcher and with it all watching."""
         try:
-            for hint in _hints(event):
-                path = shown + hint.path.removeprefix(real)
+            closed = isinstance(event, FileClosedEvent)
+            for named in (event.src_path, event.dest_path):  # of a move both ends; nothing else has a destination
+                path = shown + os.fsdecode(named).removeprefix(real)
                 if path == self._canary:
                     self._answered.set()
-                elif not is_below_temporary(path, self._root):
-                    self._post(Hint(path, hint.closed, hint.directory, monotonic()))
+                elif named and not is_below_temporary(path, self._root):
+                    self._post(Hint(path, closed, event.is_directory, monotonic()))
         except BaseException as error:  # noqa: BLE001 - whatever it is: kept, and told at the next check
             self.lost = f"a hint could not be handed on ({error!r})"
 
@@ -199,14 +200,6 @@ class _Handler(FileSystemEventHandler):
     def dispatch(self, event: FileSystemEvent) -> None:
         """Hand on one event."""
         self._hear(event)
-
-
-def _hints(event: FileSystemEvent) -> Iterator[Hint]:
-    """One hint for each path that the event names; of a move, both ends."""
-    closed = isinstance(event, FileClosedEvent)
-    for path in (event.src_path, event.dest_path):
-        if path:
-            yield Hint(os.fsdecode(path), closed=closed, directory=event.is_directory)
 
 
 def _is_small(root: str, *, leave_out: frozenset[str], max_folders: int, max_entries: int) -> bool:
