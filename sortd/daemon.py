@@ -189,8 +189,8 @@ class Daemon:
     def _turn(self) -> None:
         self.inbox.wait(self._patience(monotonic()))
         began = monotonic()
-        for signalled in self.inbox.signals():
-            self._signalled(signalled.number)
+        for number in {signalled.number for signalled in self.inbox.signals()}:  # once, however often it was sent
+            self._signalled(number)
         self._ping(began)
         _until_late(self._take, self.inbox.told())
         _until_late(self._hint, self.inbox.hints())
