@@ -228,7 +228,7 @@ class Daemon:
         if isinstance(hint, Hint):
             self.collection.hint(hint)
             return
-        self._log.warning(f"watch.{hint.loss.value}", root=hint.root, why=hint.why)
+        self._log.warning(f"watch.{hint.loss.value}", root=hint.root or str(self.config.root), why=hint.why)
         if hint.loss is Loss.OVERFLOWED:
             self._metrics.watch_overflow()
         self.collection.lost(hint)

@@ -106,6 +106,10 @@ class Sorter:
         """Count the images that are work."""
         return self._backlog.waiting
 
+    def knows(self, path: str) -> bool:
+        """Tell whether an image is remembered, waiting or resting."""
+        return self._backlog.get(path) is not None
+
     def looks_soon_at(self, path: str, now: float) -> bool:
         """Tell whether an image settles and is to be looked at within the settle time, whatever happens to it."""
         return not self._stopping and self._backlog.is_due_soon(path, now)

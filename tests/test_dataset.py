@@ -14,6 +14,7 @@ from sortd.prototypes import DecisionSettings, Mode
 from sortd.references import Teaching
 from sortd.running.dataset import Dataset
 from sortd.running.holding import Holding, hold
+from sortd.running.presence import Presence
 from sortd.running.worker import Job, RebuildJob
 from sortd.sorting.settings import SorterSettings
 from sortd.watch import Hint
@@ -168,3 +169,46 @@ def test_dataset_what_rests_in_review_is_recalled_in_slices_before_anything_is_d
         assert dataset.sorter.counts["abstained"] == 25
         dataset.tick(0.0)
         assert [type(job) for job in asked] == [RebuildJob]
+
+
+def test_dataset_presence_is_asked_once_for_all_files_that_are_gone(
+    at_work: AtWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for each of ten thousand names that a storm of renames leaves behind, and not for names that nobody knows."""
+    hints = folder_of_images(at_work, "album", files=10)
+    at_work.looks_for(*hints)
+    for hint in hints[1:]:
+        os.unlink(hint.path)
+    asked: list[None] = []
+    problem = Presence.problem
+
+    def counted(presence: Presence) -> str | None:
+        asked.append(None)
+        return problem(presence)
+
+    monkeypatch.setattr(Presence, "problem", counted)
+    for hint in hints[1:]:
+        at_work.dataset.hint(Hint(hint.path, closed=True))
+        at_work.dataset.hint(Hint(f"{hint.path} unknown"))
+    at_work.turns()
+    assert len(asked) == 1
+    assert at_work.dataset.sorter.known == 0
+
+
+def test_dataset_files_of_a_dataset_that_is_away_are_not_forgotten(at_work: AtWork) -> None:
+    """Absent is not gone; a file that is back before it was told of is not forgotten either."""
+    hints = folder_of_images(at_work, "album", files=3)
+    at_work.looks_for(*hints)
+    away = at_work.root.rename(at_work.root.with_name("away"))
+    for hint in hints[1:]:
+        at_work.dataset.hint(Hint(hint.path, closed=True))
+    at_work.turns()
+    assert at_work.dataset.sorter.known == 3
+    away.rename(at_work.root)
+    first = Path(hints[1].path)
+    first.rename(first.with_name("aside.png"))
+    at_work.dataset.hint(Hint(hints[1].path, closed=True))
+    first.with_name("aside.png").rename(first)
+    at_work.dataset.hint(Hint(hints[1].path, closed=True))
+    at_work.turns()
+    assert at_work.dataset.sorter.known == 3

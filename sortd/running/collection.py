@@ -149,7 +149,7 @@ class Collection:
 
     def _name_in(self, path: str) -> str:
         """Return the first name of a path below the root."""
-        return path.removeprefix(f"{os.fspath(self.config.root)}{os.sep}").partition(os.sep)[0]
+        return path.removeprefix(os.path.join(self.config.root, "")).partition(os.sep)[0]
 
     def lost(self, lost: HintsLost) -> None:
         """Take note that hints about a dataset, or about anything below the root, were lost: a scan finds the rest."""

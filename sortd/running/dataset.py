@@ -89,6 +89,7 @@ class Dataset:
         self._patrol = None if journal is None else Patrol(layout, journal, self.account.unreadable)
         self._commands: deque[Command] = deque()
         self._inspections: OrderedDict[str, None] = OrderedDict()
+        self._missing: set[str] = set()
         self._reviewed: Iterator[tuple[str, Stamp, int] | None] | None = None
         self._gone = Throttle(1.0)
         self._files_looked_at = 0
@@ -129,6 +130,7 @@ class Dataset:
 
     def tick(self, now: float) -> None:
         """Let the core act on deadlines that have passed, and take the next slice of the looks that it asked for."""
+        self._tell_missing()
         if self._reviewed is not None:
             self._recall(self._reviewed)
             return
@@ -232,7 +234,7 @@ class Dataset:
     def has_more_to_look_at(self) -> bool:
         """Tell whether a scan, a patrol or a look at the references has files left to look at."""
         is_patrolling = self._patrol is not None and self._patrol.is_under_way
-        is_looking = self.is_scanning or self._sweep.has_more or bool(self._inspections)
+        is_looking = self.is_scanning or self._sweep.has_more or bool(self._inspections or self._missing)
         return is_looking or is_patrolling or self.rebuilding.is_comparing
 
     @property
@@ -332,12 +334,23 @@ class Dataset:
             self.account.unreadable(error)
             self._commands.extend(self.sorter.receive(LookRefused(path), monotonic()))
             return
-        self._files_looked_at += mark is not None
-        if mark is None and self._presence.problem() is not None:
-            return  # absent is not gone: what is known of it holds when it is back
-        writer = (writer_of(path) or Writer.UNKNOWN) if inspect and mark is not None else None
-        event = ImageGone(path) if mark is None else ImageSeen(path, mark, writer, closed, since=since)
-        self._commands.extend(self.sorter.receive(event, monotonic()))
+        if mark is None:
+            if self.sorter.knows(path):
+                self._missing.add(path)
+            return
+        self._files_looked_at += 1
+        self._missing.discard(path)
+        writer = (writer_of(path) or Writer.UNKNOWN) if inspect else None
+        seen = ImageSeen(path, mark, writer, closed, since=since)
+        self._commands.extend(self.sorter.receive(seen, monotonic()))
+
+    def _tell_missing(self) -> None:
+        """Let the core forget what was not there, unless all of it is away: asked once for all, after the looks."""
+        missing, self._missing = self._missing, set()
+        if missing and self._presence.problem() is None:
+            for path in missing:
+                self.receive(ImageGone(path))
+        # else: absent is not gone, and what is known of it holds when it is back
 
     def _rebuild(self) -> None:
         if (problem := self._presence.problem()) is not None:
