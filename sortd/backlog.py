@@ -101,7 +101,15 @@ class Backlog:
     # ------------------------------------------------------------ what was seen
 
     def see(
-        self, path: str, stamp: Stamp, now: float, *, writer: Writer | None, closed: bool, is_aside: bool = False
+        self,
+        path: str,
+        stamp: Stamp,
+        now: float,
+        *,
+        writer: Writer | None,
+        closed: bool,
+        is_aside: bool = False,
+        since: float | None = None,
     ) -> None:
         """Take in that ``path`` stands there with ``stamp``: the one way into SETTLING and on to READY."""
         if (path, stamp) in self._moving:
@@ -115,6 +123,7 @@ class Backlog:
                 self.overflowed = True
                 return
             entry = self._add(path, stamp, State.SETTLING, now)
+            entry.first_seen = now if since is None else min(since, now)
         elif entry.stamp != stamp:
             entry.told, entry.setbacks, entry.failures = "", 0, 0
             self._restart(entry, stamp, now)
@@ -142,6 +151,13 @@ class Backlog:
         if entry.heap_at is None or entry.recheck_at < entry.heap_at:
             entry.heap_at = entry.recheck_at
             heapq.heappush(self._heap, (entry.recheck_at, entry.path))
+
+    def is_due_soon(self, path: str, now: float) -> bool:
+        """Tell whether a settling image will be looked at within the settle time anyway."""
+        entry = self._entries.get(path)
+        if entry is None or entry.state is not State.SETTLING or entry.heap_at is None:
+            return False
+        return entry.recheck_at <= now + self._settle_seconds
 
     def due(self, now: float) -> Iterator[str]:
         """Yield the settling images whose time has come: each wants one look, which ``see`` takes in."""
@@ -195,6 +211,10 @@ class Backlog:
         entry = self._entries.pop(path, None)
         if entry is not None:
             self._leave(entry)
+
+    def resting_below(self, folders: frozenset[str]) -> list[str]:
+        """List the resting images that were seen in these folders, at any depth."""
+        return [e.path for e in self._entries.values() if e.state in RESTING and _is_below(e.path, folders)]
 
     def lose_sight(self, path: str) -> None:
         """Drop an image that settles but cannot be looked at: a scan finds it again. Others keep their state."""
@@ -402,7 +422,13 @@ class Backlog:
 
     def _make_ready(self, entry: Entry, now: float) -> None:
         entry.ready_at = now
-        self._queue(entry)
+        self._queue(entry, newest=entry.first_seen >= self._newest_ready)
+
+    @property
+    def _newest_ready(self) -> float:
+        """When the image at the newest end of the queue came."""
+        newest = self._entries.get(self._ready[-1][0]) if self._ready else None
+        return float("-inf") if newest is None else newest.first_seen
 
     def _queue(self, entry: Entry, *, newest: bool = True) -> None:
         self._ticket += 1
@@ -425,3 +451,13 @@ def _patience(setbacks: int) -> float:
     """Return how many seconds a version waits that could not be taken so many times."""
     first, longest = SETBACK_SECONDS
     return min(first * 2.0 ** min(setbacks - 1, 60), longest) if setbacks else 0.0
+
+
+def _is_below(path: str, folders: frozenset[str]) -> bool:
+    """Tell whether any folder that a path lies in is one of these."""
+    end = path.rfind("/")
+    while end > 0:
+        if path[:end] in folders:
+            return True
+        end = path.rfind("/", 0, end)
+    return False

@@ -2,7 +2,8 @@
 
 Four threads, named and joined: this one (cores, journals, moves), the watcher's (posts hints), the worker's (decodes,
 encodes, rebuilds) and, where images go to another file system, the copier's. They share this loop's inbox and frozen
-values. There is no polling: the loop sleeps until a message comes or the nearest deadline passes.
+values. There is no polling: the loop sleeps until a message comes or the nearest deadline passes. A turn is short,
+whatever was told: signals and the watchdog come first, then answers, hints, moves and looks, each for a bounded time.
 
     start   lock and recover each dataset; begin to load the model; watch; scan; READY when all is true
     stop    begin nothing new; finish the moves at hand, interrupt long copies; stop watcher, worker and copier; close
@@ -10,11 +11,11 @@ values. There is no polling: the loop sleeps until a message comes or the neares
 """
 
 import os
-import queue
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from time import monotonic
+from typing import TypeVar
 
 import structlog
 
@@ -27,11 +28,12 @@ from sortd.running.collection import Collection
 from sortd.running.control import answer, tell_put_back
 from sortd.running.copier import Copied, Copier, CopierDied, CopyFailed
 from sortd.running.dataset import Dataset
+from sortd.running.inbox import Inbox, Told
 from sortd.running.requests import Requests
 from sortd.running.site import Site
-from sortd.running.worker import Answer, Posted, Worker, WorkerDied, WorkerLoading, WorkerReady
+from sortd.running.worker import Answer, Worker, WorkerDied, WorkerLoading, WorkerReady
 from sortd.sdnotify import Notifier
-from sortd.signals import Signalled, signals_posted
+from sortd.signals import signals_posted
 from sortd.sorting.rounds import Rounds
 from sortd.status import Status, read_status, started_ticks
 from sortd.watch import CHECK_SECONDS, Hint, HintsLost, Loss, Watcher
@@ -52,7 +54,11 @@ STATUS_SECONDS = 2.0
 METRICS_SECONDS = 15.0
 """How often the metrics file is written; Prometheus scrapes as often by default."""
 
-Message = Hint | HintsLost | Posted | Copied | CopyFailed | CopierDied | Signalled
+TURN_SECONDS = 0.05
+"""How long each part of a turn (what was told, hints, moves, looks) may begin something new; the rest waits for the
+next turn, which heeds signals and feeds the watchdog first."""
+
+_T = TypeVar("_T")
 
 
 class Daemon:
@@ -79,7 +85,7 @@ class Daemon:
             once: stop when nothing is left to do.
         """
         self.config = config
-        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.inbox = Inbox()
         self.model: WorkerReady | None = None
         self._loading: str | None = None
         self.config_problem: str | None = None
@@ -98,6 +104,8 @@ class Daemon:
         self._is_ready = False
         self._is_stopping = False
         self._rounds = Rounds()
+        self._served = 0
+        self._longest_turn_seconds = 0.0
         self._closing = ExitStack()
 
     @property
@@ -115,7 +123,7 @@ class Daemon:
         """
         is_cut_short = False
         self._require_to_be_alone()
-        with signals_posted(self.inbox.put):
+        with signals_posted(self.inbox.put_signal):
             try:
                 self._start()
                 while not self._is_done():
@@ -177,6 +185,7 @@ class Daemon:
 
     def _stop(self) -> None:
         self._notifier.stopping()
+        self._requests.close()
         if self._watcher is not None:
             self._watcher.close()
         self._copier.interrupt()
@@ -197,43 +206,56 @@ class Daemon:
     # ------------------------------------------------------------ one turn
 
     def _turn(self) -> None:
-        for message in self._messages():
-            self._take(message)
-        now = monotonic()
-        for dataset in self.collection:
-            with self.collection.isolated(dataset):
-                dataset.tick(now)
-                dataset.continue_scan()
-                dataset.continue_looking()
-                dataset.flush()
-        self._periodic(now)
+        self.inbox.wait(self._patience(monotonic()))
+        began = monotonic()
+        for number in {signalled.number for signalled in self.inbox.signals()}:  # once, however often it was sent
+            self._signalled(number)
+        self._ping(began)
+        _until_late(self._take, self.inbox.told())
+        _until_late(self._hint, self.inbox.hints())
+        _until_late(self._move, self._in_turn())
+        _until_late(self._look, self._in_turn())
+        self._requests.advance(lambda request: answer(self, request))
+        self._served += 1
+        self._periodic(monotonic())
+        self._longest_turn_seconds = max(self._longest_turn_seconds, monotonic() - began)
 
-    def _messages(self) -> Iterator[Message]:
-        """Yield what has arrived, waiting for the first until the nearest deadline."""
-        try:
-            yield self.inbox.get(timeout=self._patience(monotonic()))
-            for _ in range(self.inbox.qsize()):
-                yield self.inbox.get_nowait()
-        except queue.Empty:
-            return
+    def _in_turn(self) -> Iterator[Dataset]:
+        """Go through the datasets, from another one on in each turn: not all of them may get theirs in it."""
+        datasets = list(self.collection)
+        first = self._served % max(1, len(datasets))
+        return iter([*datasets[first:], *datasets[:first]])
+
+    def _move(self, dataset: Dataset) -> None:
+        with self.collection.isolated(dataset):
+            dataset.tick(monotonic())
+            dataset.flush()
+
+    def _look(self, dataset: Dataset) -> None:
+        with self.collection.isolated(dataset):
+            dataset.continue_scan()
+            dataset.continue_looking()
 
     def _patience(self, now: float) -> float:
-        if any(dataset.has_more_to_look_at or dataset.has_moves for dataset in self.collection):
+        has_more = any(dataset.has_more_to_look_at or dataset.has_moves for dataset in self.collection)
+        if has_more or self._requests.is_under_way:
             return 0.0
-        deadlines = [d for dataset in self.collection if (d := dataset.sorter.next_deadline()) is not None]
-        return max(0.0, min([*deadlines, self._rounds.next_deadline()]) - now)
+        deadlines = [dataset.next_deadline for dataset in self.collection]
+        return max(0.0, min([*deadlines, self.collection.deadline, self._rounds.next_deadline()]) - now)
 
-    def _take(self, message: Message) -> None:  # noqa: C901 -- the table of messages: one arm each
-        match message:
-            case Hint():
-                self.collection.hint(message)
-            case HintsLost(root=root, why=why, loss=loss):
-                self._log.warning(f"watch.{loss.value}", root=root, why=why)
-                if loss is Loss.OVERFLOWED:
-                    self._metrics.watch_overflow()
-                self.collection.scan()
+    def _hint(self, hint: Hint | HintsLost) -> None:
+        if isinstance(hint, Hint):
+            self.collection.hint(hint)
+            return
+        self._log.warning(f"watch.{hint.loss.value}", root=hint.root or str(self.config.root), why=hint.why)
+        if hint.loss is Loss.OVERFLOWED:
+            self._metrics.watch_overflow()
+        self.collection.lost(hint)
+
+    def _take(self, told: Told) -> None:
+        match told:
             case Answer(dataset=identity):
-                self.collection.tell(identity, lambda dataset: dataset.answer(message))
+                self.collection.tell(identity, lambda dataset: dataset.answer(told))
             case Copied(dataset=identity, orders=orders):
                 self.collection.tell(identity, lambda dataset: tell_put_back(dataset, dataset.copied(orders)))
             case CopyFailed(dataset=identity, error=refused):
@@ -242,17 +264,16 @@ class Daemon:
                 self._loading = what
                 self._notifier.status(what)
             case WorkerReady():
-                self.model, self._loading = message, None
-                self._log.info(logs.MODEL_LOADED, model=message.description, encoder_id=message.encoder_id)
+                self.model, self._loading = told, None
+                self._log.info(logs.MODEL_LOADED, model=told.description, encoder_id=told.encoder_id)
             case WorkerDied(error=error) | CopierDied(error=error):
                 raise error
-            case Signalled(number=number):
-                self._signalled(number)
 
     # ------------------------------------------------------------ what comes round
 
     def _periodic(self, now: float) -> None:
         due = self._rounds.is_due
+        self.collection.catch_up()
         if due("scan", now, self.config.rescan_seconds):
             self.collection.scan()
         if self._watcher is not None and due("health", now, CHECK_SECONDS):
@@ -264,16 +285,15 @@ class Daemon:
             self._become_ready(self.model)
         if due("start", now, START_SECONDS / 3) and not self._is_ready and self._gets_on(now):
             self._notifier.extend(START_SECONDS)
-        if self._notifier.watchdog_seconds and due("ping", now, self._notifier.watchdog_seconds / 2):
-            self._ping(now)
         if due("status", now, STATUS_SECONDS):
             self._write_status(running=True)
         if due("metrics", now, METRICS_SECONDS):
             self._write_metrics()
 
     def _ping(self, now: float) -> None:
-        """Feed the watchdog, but only while the worker gets on: alive means working."""
-        if self._gets_on(now):
+        """Feed the watchdog, where it is time to, but only while the worker gets on: alive means working."""
+        seconds = self._notifier.watchdog_seconds
+        if seconds and self._rounds.is_due("ping", now, seconds / 2) and self._gets_on(now):
             self._notifier.watchdog()
 
     def _gets_on(self, now: float) -> bool:
@@ -287,10 +307,6 @@ class Daemon:
     def answering(self, name: str) -> AbstractContextManager[None]:
         """Do what was asked of a dataset; where its journal or disk fails, hold it, and raise that."""
         return self.collection.answering(self.datasets[name])
-
-    def show_life(self) -> None:
-        """Feed the watchdog in the middle of a long turn that gets on."""
-        self._ping(monotonic())
 
     def _write_status(self, *, running: bool) -> None:
         try:
@@ -340,6 +356,7 @@ class Daemon:
             "model": None if self.model is None else self.model.description,
             "encoder_id": None if self.model is None else self.model.encoder_id,
             "config_problem": self.config_problem,
+            "longest_turn_seconds": round(self._longest_turn_seconds, 3),
             "watching": []
             if self._watcher is None
             else [
@@ -357,7 +374,7 @@ class Daemon:
         if number == signal.SIGHUP:
             self.reload()
         elif number == signal.SIGUSR1:
-            self._requests.serve(lambda request: answer(self, request))
+            self._requests.take_in()
         elif number in {signal.SIGTERM, signal.SIGINT}:
             self._is_stopping = True
             self._copier.interrupt()
@@ -379,3 +396,12 @@ class Daemon:
             self.collection.reload(config)
             self._log.info(logs.CONFIG_RELOADED, restart_needed_for=waits)
         self._notifier.ready()
+
+
+def _until_late(do: Callable[[_T], None], each: Iterable[_T]) -> None:
+    """Do something with each, until none is left or this part of the turn is over."""
+    until = monotonic() + TURN_SECONDS
+    for one in each:
+        do(one)
+        if monotonic() >= until:
+            return

@@ -166,37 +166,27 @@ class Journal:
             return self._connection.execute("DELETE FROM holds WHERE path = ?", (os.fsencode(path),)).rowcount
 
     def record_correction(self, record: Record, corrected: str, path: str) -> bool:
-        """Note that the user moved a filed image to another class; back to the first one takes the note away.
-
-        Args:
-            record: the move that filed it.
-            corrected: the class in which it was found.
-            path: where it was found, relative to the dataset.
-
-        Returns:
-            Whether this was news.
+        """Do what ``record_corrections`` does for one.
 
         Raises:
             JournalError: it could not be made durable.
         """
-        label = record.grounds.label or ""
+        return self.record_corrections([(record, corrected, path)])[0]
+
+    def record_corrections(self, found: Sequence[tuple[Record, str, str]]) -> list[bool]:
+        """Note in one commit that the user moved filed images to other classes; back to the first takes the note away.
+
+        Args:
+            found: the move that filed each, the class in which it was found, and where, relative to the dataset.
+
+        Returns:
+            Whether each was news.
+
+        Raises:
+            JournalError: it could not be made durable.
+        """
         with committing(self._connection, self.path):
-            if corrected == label:
-                return self._connection.execute("DELETE FROM corrections WHERE move = ?", (record.id,)).rowcount > 0
-            done = self._connection.execute(
-                "INSERT INTO corrections VALUES (?,?,?,?,?,?) ON CONFLICT (move) DO UPDATE SET "
-                "corrected = excluded.corrected, path = excluded.path, at = excluded.at "
-                "WHERE corrected != excluded.corrected",
-                (
-                    record.id,
-                    os.fsencode(label),
-                    os.fsencode(corrected),
-                    os.fsencode(path),
-                    record.grounds.content,
-                    self.clock(),
-                ),
-            )
-            return done.rowcount > 0
+            return [self._record_correction(record, corrected, path) for record, corrected, path in found]
 
     def follow(self, record: Record, stamp: Stamp) -> None:
         """Note that another version of a record's image, of bytes not known, stands where it was put.
@@ -229,6 +219,25 @@ class Journal:
             JournalError: it could not be made durable; nothing may move meanwhile.
         """
         self.note(GUARD_FACT, json.dumps(asdict(state)))
+
+    def _record_correction(self, record: Record, corrected: str, path: str) -> bool:
+        label = record.grounds.label or ""
+        if corrected == label:
+            return self._connection.execute("DELETE FROM corrections WHERE move = ?", (record.id,)).rowcount > 0
+        done = self._connection.execute(
+            "INSERT INTO corrections VALUES (?,?,?,?,?,?) ON CONFLICT (move) DO UPDATE SET "
+            "corrected = excluded.corrected, path = excluded.path, at = excluded.at "
+            "WHERE corrected != excluded.corrected",
+            (
+                record.id,
+                os.fsencode(label),
+                os.fsencode(corrected),
+                os.fsencode(path),
+                record.grounds.content,
+                self.clock(),
+            ),
+        )
+        return done.rowcount > 0
 
     def _insert(self, relocation: Relocation, grounds: Grounds, now: float) -> None:
         cursor = self._connection.execute(

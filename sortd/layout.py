@@ -22,6 +22,9 @@ class Area(StrEnum):
     REJECTED = "Rejected"
 
 
+_AREAS = {area.value: area for area in Area}
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The folders of one dataset."""
@@ -82,7 +85,7 @@ class Layout:
         """Tell which of its folders a path lies in, or is; None: none of them."""
         prefix = os.fspath(self.root) + os.sep
         first = path.removeprefix(prefix).split(os.sep, 1)[0] if path.startswith(prefix) else ""
-        return Area(first) if first in {area.value for area in Area} else None
+        return _AREAS.get(first)
 
 
 def find_datasets(root: Path) -> list[Layout]:

@@ -124,7 +124,8 @@ class ImageSeen:
     """A file stands in ``Images/`` with this stamp; ``closed`` tells of a close after writing.
 
     ``writer`` is set in the answer to an ``Inspect``, and None in all others: nobody asked. With ``is_aside`` it stands
-    in ``Rejected/``, where sortd had put an older version of it.
+    in ``Rejected/``, where sortd had put an older version of it. ``since`` is when it came, on the clock of the core,
+    where an event told of it: files are looked at in another order than they came in.
     """
 
     path: str
@@ -132,6 +133,7 @@ class ImageSeen:
     writer: Writer | None = None
     closed: bool = False
     is_aside: bool = False
+    since: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,13 @@ class ImageGone:
     """Nothing stands under that name any more."""
 
     path: str
+
+
+@dataclass(frozen=True, slots=True)
+class FoldersGone:
+    """Nothing stands under the names of these folders any more, nor below them."""
+
+    folders: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +307,7 @@ Event = (
     | ReviewSeen
     | ImageHeld
     | ImageGone
+    | FoldersGone
     | LookRefused
     | ReferencesTouched
     | Embedded

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sortd.decoding.files import OUR_OWN_TROUBLE, read_regular
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
 from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build
 from sortd.running.embedding import Embedder
-from sortd.watching.scanning import scan
+from sortd.watching.scanning import scan, stamp
 
 STRANGERS_FOLDER = "_none"
 """A class folder of this name holds examples of what belongs to no class."""
@@ -56,7 +57,7 @@ class Teaching:
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     learns_from_corrections: bool = False
     classifier: str = "auto"  # auto, prototypes or finetuned: who is to decide, see ``running/classifiers.py``
-    corrections: tuple[tuple[str, str, Stamp], ...] = ()  # label, path, stamp: images placed by hand in Dataset/
+    corrections: tuple[tuple[str, str], ...] = ()  # label, path: images placed by hand in Dataset/
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +172,9 @@ class References:
         """
         folders, misnamed = self._folders()
         forwards = embedder.forwards
-        answers = self._embed(embedder, folders, teaching.corrections)
-        rows, contents, refused = self._sorted_out(folders, teaching.corrections, answers)
+        corrections = _standing(teaching.corrections)
+        answers = self._embed(embedder, folders, corrections)
+        rows, contents, refused = self._sorted_out(folders, corrections, answers)
         emptied = self._keep_emptied(contents, rows, {folder.label for folder in folders})
         fingerprint = self._fingerprint(contents, folders, teaching, embedder.encoder.encoder_id, decided_by)
         counts = {label: len(row) for label, row in contents.items()}
@@ -196,8 +198,9 @@ class References:
             ReferencesAbsentError: there is no class folder to learn from.
         """
         folders, _ = self._folders()
-        answers = self._embed(embedder, folders, teaching.corrections, tell)
-        rows, contents, refused = self._sorted_out(folders, teaching.corrections, answers)
+        corrections = _standing(teaching.corrections)
+        answers = self._embed(embedder, folders, corrections, tell)
+        rows, contents, refused = self._sorted_out(folders, corrections, answers)
         fingerprint = self._fingerprint(contents, folders, teaching, embedder.encoder.encoder_id)
         return self._support(embedder, rows, contents, folders, teaching, fingerprint), refused
 
@@ -239,9 +242,9 @@ class References:
         rows: dict[str, dict[str, FloatArray]] = {folder.label: {} for folder in folders}
         sources: dict[str, dict[str, str]] = {folder.label: {} for folder in folders}
         refused = [_undescribed(folder.description_refusal) for folder in folders if folder.description_refusal]
-        files = [(folder.label, path, stamp) for folder in folders for path, stamp in folder.files]
-        for label, path, stamp in [*files, *(c for c in corrections if c[0] in rows)]:
-            answer = answers[path, stamp]
+        files = [(folder.label, path, mark) for folder in folders for path, mark in folder.files]
+        for label, path, mark in [*files, *(c for c in corrections if c[0] in rows)]:
+            answer = answers[path, mark]
             if isinstance(answer, EmbeddedImage):
                 rows[label].setdefault(answer.content, answer.embedding)
                 sources[label].setdefault(answer.content, path)
@@ -320,6 +323,16 @@ def _undescribed(error: OSError) -> ImageRefused:
     """Say of a description file that its class does without."""
     message = f"the class has no description: {error.strerror or error}; {mends.to_read(error)}"
     return ImageRefused(error.filename, Stamp(0, 0, 0, 0), Refusal.DENIED, message)
+
+
+def _standing(corrections: Sequence[tuple[str, str]]) -> list[tuple[str, str, Stamp]]:
+    """Stamp the corrected images that still stand where the user put them; what cannot be looked at teaches nothing."""
+    found: list[tuple[str, str, Stamp]] = []
+    for label, path in corrections:
+        with suppress(OSError):
+            if (mark := stamp(path)) is not None:
+                found.append((label, path, mark))
+    return found
 
 
 def class_texts(embedder: Embedder, sentences: Sequence[Sequence[str]]) -> FloatArray:

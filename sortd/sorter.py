@@ -6,6 +6,7 @@ embedded but none is moved, so that every decision is made by the prototypes tha
 """
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from sortd.messages import (
     Embedded,
     EmbeddedImage,
     Event,
+    FoldersGone,
     Hold,
     ImageGone,
     ImageHeld,
@@ -57,6 +59,9 @@ from sortd.sorting.settings import SorterSettings
 
 ROOM_FOR_A_SCAN = 1 / 8
 """What did not fit is looked for when no more than this share of the backlog waits: a scan takes time, too."""
+
+MOST_LOOKS = 10_000
+"""Settling images that one ``Tick`` asks to be looked at; the next ones are due at once."""
 
 
 class Sorter:
@@ -105,6 +110,10 @@ class Sorter:
     def waiting(self) -> int:
         """Count the images that are work."""
         return self._backlog.waiting
+
+    def looks_soon_at(self, path: str, now: float) -> bool:
+        """Tell whether an image settles and is to be looked at within the settle time, whatever happens to it."""
+        return not self._stopping and self._backlog.is_due_soon(path, now)
 
     @property
     def is_rebuilding(self) -> bool:
@@ -178,16 +187,26 @@ class Sorter:
                 commands.append(Scan())
         return commands
 
-    def _take(self, event: Event, now: float) -> list[Command]:  # noqa: C901, PLR0912 -- the table of events: one arm each
+    def _take(self, event: Event, now: float) -> list[Command]:  # noqa: C901, PLR0911, PLR0912 -- the table of events: one arm each
         match event:
-            case ImageSeen(path, stamp, writer, closed, is_aside):
-                self._backlog.see(path, stamp, now, writer=writer, closed=closed, is_aside=is_aside)
+            case ImageSeen():
+                self._backlog.see(
+                    event.path,
+                    event.stamp,
+                    now,
+                    writer=event.writer,
+                    closed=event.closed,
+                    is_aside=event.is_aside,
+                    since=event.since,
+                )
             case ReviewSeen(path, stamp, generation):
                 self._rest_in_review(path, stamp, now, generation)
             case ImageHeld(path, stamp):
                 self._backlog.hold(path, stamp, now)
             case ImageGone(path):
                 self._backlog.forget(path)
+            case FoldersGone(folders):
+                return [Inspect(path) for path in self._backlog.resting_below(folders)]
             case LookRefused(path):
                 self._backlog.lose_sight(path)
             case ReferencesTouched():
@@ -226,7 +245,8 @@ class Sorter:
     def _tick(self, now: float) -> list[Command]:
         if self._stopping:
             return []
-        commands: list[Command] = [Inspect(path) for path in self._backlog.due(now)]
+        due = islice(self._backlog.due(now), MOST_LOOKS)
+        commands: list[Command] = [Inspect(path) for path in due]
         if (job := self._rebuilds.begin(now)) is not None:
             commands.append(Rebuild(job))
         self._move_pauses.end_due(now)

@@ -12,8 +12,9 @@ import errno
 import logging
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from watchdog.observers import Observer
@@ -45,6 +46,7 @@ CHECK_SECONDS = 2.0  # between two checks of health
 _CANARY_SECONDS = 15.0  # between two songs of the canary
 _ANSWER_SECONDS = 5.0  # until it must have been heard
 _COVERAGE_SECONDS = 300.0  # between two comparisons of what is watched with what is there
+_COVERAGE_ENTRIES = 20_000  # looked at in one check: some 20 ms, in which the loop does nothing else
 _FIRST_DELAY_SECONDS = 1.0
 _LAST_DELAY_SECONDS = 60.0
 
@@ -63,7 +65,9 @@ class _Watched:
     retry_at: float = float("-inf")
     delay_seconds: float = _FIRST_DELAY_SECONDS
     covered_at: float | None = None
-    suspects: frozenset[str] = frozenset()  # folders that were not watched at the check before
+    suspects: frozenset[str] = frozenset()  # folders that were not watched at the comparison before
+    coverage: Iterator[str | None] | None = None  # the comparison under way
+    missing: set[str] = field(default_factory=set)  # what it found so far
 
 
 class Watcher:
@@ -175,11 +179,18 @@ class Watcher:
 
     def _check_coverage(self, watched: _Watched, ear: Ear, now: float) -> None:
         """Compare the folders that are watched with those that are there; what is missing twice is no race."""
-        is_due = watched.covered_at is None or now - watched.covered_at >= _COVERAGE_SECONDS
-        if not (watched.is_dataset and (is_due or watched.suspects)):
-            return
-        missing = frozenset(ear.unwatched())
+        if watched.coverage is None:
+            is_due = watched.covered_at is None or now - watched.covered_at >= _COVERAGE_SECONDS
+            if not (watched.is_dataset and (is_due or watched.suspects)):
+                return
+            watched.coverage, watched.missing = ear.unwatched(), set()
+        looks = list(islice(watched.coverage, _COVERAGE_ENTRIES))
+        watched.missing.update(look for look in looks if look is not None)
+        if len(looks) == _COVERAGE_ENTRIES:
+            return  # the rest at the next check
+        missing = frozenset(watched.missing)
         confirmed, watched.suspects, watched.covered_at = missing & watched.suspects, missing, now
+        watched.coverage = None
         if confirmed:
             watched.suspects = frozenset()
             self._close_ear(watched)
@@ -191,7 +202,7 @@ class Watcher:
         was = watched.why
         if not self._open(watched) or watched.ear is None:
             return
-        missing = watched.ear.unwatched() if watched.is_dataset else []
+        missing = [below for below in watched.ear.unwatched() if below is not None] if watched.is_dataset else []
         if missing:
             limit = inotify.advice(OSError(errno.ENOSPC, ""), folders=len(missing))
             why = f"folders below {watched.root} are not watched, {min(missing)!r} among them: most likely {limit}"
@@ -215,7 +226,7 @@ class Watcher:
         except OSError as error:
             self._degrade(watched, Mode.POLLING, f"{watched.root} cannot be watched: {inotify.advice(error)}")
             return False
-        watched.mode, watched.why, watched.covered_at = Mode.EVENTS, "", None
+        watched.mode, watched.why, watched.covered_at, watched.coverage = Mode.EVENTS, "", None, None
         return True
 
     def _reason_to_poll(self, watched: _Watched) -> str | None:

@@ -245,3 +245,42 @@ def test_refusals_are_bounded_themselves() -> None:
     assert refusals.note("c", stamp(1))
     assert len(refusals) == 1
     assert [refusals.has(name, stamp(1)) for name in "abc"] == [False, False, True]
+
+
+def test_backlog_newest_by_arrival_is_taken_first_whenever_it_was_looked_at() -> None:
+    """An image that came after four thousand others passes them, though it was looked at before most of them."""
+    backlog = Backlog(settle_seconds=SETTLE, limit=10_000)
+    backlog.see("newest", stamp(1), 100.0, writer=None, closed=False, since=99.0)
+    for number in range(100):
+        backlog.see(f"older {number}", stamp(1), 101.0, writer=None, closed=False, since=90.0)
+    for path in list(backlog.due(200.0)):
+        backlog.see(path, stamp(1), 200.0, writer=Writer.ABSENT, closed=False)
+    assert [entry.path for entry in backlog.take_batch(1)] == ["newest"]
+
+
+def test_backlog_file_that_is_looked_at_soon_is_told_and_no_other() -> None:
+    """Not one that nobody knows, that waits long after setbacks, or that has settled."""
+    backlog = Backlog(settle_seconds=SETTLE, limit=10)
+    assert not backlog.is_due_soon("a", 0.0)
+    backlog.see("a", stamp(1), 0.0, writer=None, closed=False)
+    assert backlog.is_due_soon("a", 0.0)
+    (path,) = backlog.due(SETTLE)
+    assert not backlog.is_due_soon("a", SETTLE)
+    backlog.see(path, stamp(1), SETTLE, writer=Writer.ABSENT, closed=False)
+    assert not backlog.is_due_soon("a", SETTLE)
+    (entry,) = backlog.take_batch(1)
+    for _ in range(8):
+        backlog.settle_again(entry, SETTLE)
+    assert not backlog.is_due_soon("a", SETTLE)
+
+
+def test_backlog_resting_images_below_folders_are_listed() -> None:
+    """At any depth of one of the folders; not beside them, and not those that are work."""
+    backlog = Backlog(settle_seconds=SETTLE, limit=10)
+    for path in ("/Images/a/b/1.png", "/Images/a/2.png", "/Images/ab/3.png"):
+        backlog.hold(path, stamp(1), 0.0)
+    backlog.see("/Images/a/4.png", stamp(1), 0.0, writer=None, closed=False)
+    assert sorted(backlog.resting_below(frozenset({"/Images/a", "/Images/c"}))) == [
+        "/Images/a/2.png",
+        "/Images/a/b/1.png",
+    ]

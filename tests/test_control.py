@@ -1,6 +1,6 @@
 """Control does in the daemon what undo, release and rebuild ask for, and tells the core before any watcher can."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +11,10 @@ from sortd.errors import DataError, JournalError, StorageError
 from sortd.journaling.history import History
 from sortd.layout import Layout
 from sortd.messages import Event, ImageGone, ImageHeld, Released
-from sortd.running.control import answer
+from sortd.running.control import Steps, answer
 from sortd.running.filing import Filing
 from sortd.running.holding import Holding, hold
-from sortd.running.requests import RequestError
+from sortd.running.requests import Reply, RequestError
 from sortd.watching.scanning import stamp
 from tests.daemon_process import make_dataset
 from tests.filed_images import file_images
@@ -64,7 +64,6 @@ class Daemon:
     """As much of a daemon as control sees."""
 
     datasets: Mapping[str, AtWork]
-    signs_of_life: list[int] = field(default_factory=list)
     held: Mapping[str, str] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
@@ -80,10 +79,6 @@ class Daemon:
         except StorageError:
             self.failed.append(name)
             raise
-
-    def show_life(self) -> None:
-        """Count."""
-        self.signs_of_life.append(1)
 
 
 @pytest.fixture
@@ -101,6 +96,18 @@ def daemon(dataset: AtWork) -> Daemon:
     return Daemon({"Colours": dataset})
 
 
+def done(answered: Reply | Steps) -> Reply:
+    """Do all steps of an answer, as the loop does turn by turn."""
+    if not isinstance(answered, Generator):
+        return answered
+    while True:
+        try:
+            next(answered)
+        except StopIteration as ended:
+            reply: Reply = ended.value
+            return reply
+
+
 def undo(dataset: AtWork, *records: int, dry_run: bool = False) -> dict[str, object]:
     """Return a request to undo these records."""
     wanted = {"Colours": {"root": str(dataset.layout.root), "records": list(records)}}
@@ -110,7 +117,7 @@ def undo(dataset: AtWork, *records: int, dry_run: bool = False) -> dict[str, obj
 def test_an_undone_image_is_held_before_it_can_be_seen(daemon: Daemon, dataset: AtWork) -> None:
     """The core hears that the file left its class and that its new place is not work."""
     root = dataset.layout.root
-    reply = answer(daemon, undo(dataset, 1))
+    reply = done(answer(daemon, undo(dataset, 1)))
     (one,) = reply["undone"]
     assert (one["was"], one["restored"]) == (str(root / "Dataset/red/a.png"), str(root / "Images/a.png"))
     mark = stamp(str(root / "Images/a.png"))
@@ -118,17 +125,46 @@ def test_an_undone_image_is_held_before_it_can_be_seen(daemon: Daemon, dataset: 
     assert dataset.told == [ImageGone(str(root / "Dataset/red/a.png")), ImageHeld(str(root / "Images/a.png"), mark)]
 
 
-def test_a_long_undo_shows_that_it_gets_on(daemon: Daemon, dataset: AtWork, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The watchdog is fed after each chunk, newest first, and all of it is told in one answer."""
+def test_undo_of_many_is_done_in_steps_newest_first(
+    daemon: Daemon, dataset: AtWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop has a turn after each chunk, in which the core knows of it already; all of it is told in one answer."""
     monkeypatch.setattr("sortd.running.control.CHUNK", 1)
-    reply = answer(daemon, undo(dataset, 1, 2))
-    assert [one["id"] for one in reply["undone"]] == [2, 1]
-    assert len(daemon.signs_of_life) == 2
+    steps = answer(daemon, undo(dataset, 1, 2))
+    assert isinstance(steps, Generator)
+    next(steps)
+    assert [type(event) for event in dataset.told] == [ImageGone, ImageHeld]
+    assert (dataset.layout.root / "Dataset/red/a.png").exists()
+    next(steps)
+    with pytest.raises(StopIteration) as ended:
+        next(steps)
+    assert [one["id"] for one in ended.value.value["undone"]] == [2, 1]
+
+
+def test_undo_dataset_that_is_let_go_meanwhile_ends_it(dataset: AtWork, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its journal is closed by then; whoever asked is told how far it came."""
+    monkeypatch.setattr("sortd.running.control.CHUNK", 1)
+    datasets = {"Colours": dataset}
+    steps = answer(Daemon(datasets), undo(dataset, 1, 2))
+    assert isinstance(steps, Generator)
+    next(steps)
+    datasets.clear()
+    with pytest.raises(DataError, match="1 images were put back"):
+        next(steps)
+
+
+def test_undo_asks_the_journal_a_few_questions_for_many_records(daemon: Daemon, dataset: AtWork) -> None:
+    """Not one for each record and one for what followed each."""
+    asked: list[str] = []
+    dataset.history._connection.set_trace_callback(asked.append)
+    done(answer(daemon, undo(dataset, *[1, 2] * 500, dry_run=True)))
+    dataset.history._connection.set_trace_callback(None)
+    assert len([question for question in asked if "FROM moves" in question]) < 10
 
 
 def test_a_dry_run_tells_the_core_nothing(daemon: Daemon, dataset: AtWork) -> None:
     """Nothing happened that it could hear of."""
-    reply = answer(daemon, undo(dataset, 1, 2, dry_run=True))
+    reply = done(answer(daemon, undo(dataset, 1, 2, dry_run=True)))
     assert len(reply["undone"]) == 2
     assert dataset.told == []
     assert (dataset.layout.root / "Dataset/red/a.png").exists()
@@ -137,7 +173,7 @@ def test_a_dry_run_tells_the_core_nothing(daemon: Daemon, dataset: AtWork) -> No
 def test_what_stayed_is_not_told_as_moved(daemon: Daemon, dataset: AtWork) -> None:
     """A file that was changed since stays, and the reply says why."""
     (dataset.layout.root / "Dataset/red/a.png").write_bytes(b"retouched")
-    (one,) = answer(daemon, undo(dataset, 1))["undone"]
+    (one,) = done(answer(daemon, undo(dataset, 1)))["undone"]
     assert one["restored"] is None
     assert "changed since" in one["message"]
     assert dataset.told == []
@@ -145,7 +181,7 @@ def test_what_stayed_is_not_told_as_moved(daemon: Daemon, dataset: AtWork) -> No
 
 def test_release_reaches_journal_and_core(daemon: Daemon, dataset: AtWork) -> None:
     """A released file is forgotten by the journal's holds and set free in the core."""
-    answer(daemon, undo(dataset, 1, 2))
+    done(answer(daemon, undo(dataset, 1, 2)))
     dataset.told.clear()
     path = str(dataset.layout.root / "Images/a.png")
     assert answer(daemon, {"do": "release", "datasets": None, "path": path}) == {"released": {"Colours": 1}}
@@ -156,7 +192,7 @@ def test_release_reaches_journal_and_core(daemon: Daemon, dataset: AtWork) -> No
 
 def test_control_release_of_a_file_leaves_the_dataset_held(daemon: Daemon, dataset: AtWork) -> None:
     """The reply says that nothing moves yet, and why."""
-    answer(daemon, undo(dataset, 1))
+    done(answer(daemon, undo(dataset, 1)))
     dataset.told.clear()
     dataset.held_because = "all would go to review"
     path = str(dataset.layout.root / "Images/a.png")
@@ -168,7 +204,7 @@ def test_control_release_of_a_file_leaves_the_dataset_held(daemon: Daemon, datas
 @pytest.mark.parametrize("whole", [True, False])
 def test_control_release_of_a_held_dataset_says_so(daemon: Daemon, dataset: AtWork, *, whole: bool) -> None:
     """By its folder it is let go alone, without a path with its held files."""
-    answer(daemon, undo(dataset, 1))
+    done(answer(daemon, undo(dataset, 1)))
     dataset.told.clear()
     dataset.held_because = "all would go to review"
     path = str(dataset.layout.root) if whole else None
@@ -200,9 +236,11 @@ def test_what_is_not_there_is_an_error(daemon: Daemon, dataset: AtWork, tmp_path
         answer(daemon, {"do": "rebuild", "datasets": ["Other"], "force": False})
     moved = {"Colours": {"root": str(tmp_path), "records": [1]}}
     with pytest.raises(DataError, match="works on"):
-        answer(daemon, {"do": "undo", "datasets": moved, "dry_run": False})
+        done(answer(daemon, {"do": "undo", "datasets": moved, "dry_run": False}))
     with pytest.raises(DataError, match="no record 99"):
-        answer(daemon, undo(dataset, 99))
+        done(answer(daemon, undo(dataset, 99)))
+    with pytest.raises(DataError, match="no record"):
+        done(answer(daemon, undo(dataset, 1, 10**30)))
 
 
 def test_answer_about_a_held_dataset_says_why_it_is_held(daemon: Daemon) -> None:
@@ -226,7 +264,7 @@ def test_answer_journal_that_fails_holds_its_dataset(
     }
     journal.close()
     with pytest.raises(JournalError):
-        answer(daemon, requests[ask])
+        done(answer(daemon, requests[ask]))
     assert daemon.failed == ["Colours"]
 
 

@@ -20,7 +20,7 @@ from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import Mover
 from sortd.moving.renaming import look, rename_new, stamp_of
 from sortd.running.control import put_back
-from sortd.running.corrections import Corrections
+from sortd.running.corrections import Correction, Corrections
 from sortd.running.crossings import MOST_HANDED_OVER
 from sortd.running.filing import Filing
 from sortd.running.latecomers import LATE_SECONDS, Latecomers
@@ -463,6 +463,11 @@ class TestHolds:
         assert filing.release() == 1
 
 
+def looked(corrections: Corrections, path: Path) -> list[Correction]:
+    """Look at one file and record what was found."""
+    return corrections.record([found for found in corrections.look(str(path)) if found is not None])
+
+
 class TestCorrections:
     """The user puts right what sortd did."""
 
@@ -477,11 +482,11 @@ class TestCorrections:
         os.rename(dataset.root / "Dataset/cat/a.jpg", renamed)
         shutil.copyfile(dataset.root / "Dataset/cat/b.jpg", copied)
         corrections = Corrections(Layout(dataset.root), journal, refuse)
-        assert corrections.look(str(copied)) is None
+        assert looked(corrections, copied) == []
         (dataset.root / "Dataset/cat/b.jpg").unlink()
         for path in (renamed, copied):
-            assert corrections.look(str(path)) is not None
-            assert corrections.look(str(path)) is None
+            assert len(looked(corrections, path)) == 1
+            assert looked(corrections, path) == []
         assert {corrected for _, corrected, _, _ in journal.history.corrections()} == {"dog"}
 
     def test_what_stands_where_it_was_put_is_no_correction(
@@ -491,9 +496,9 @@ class TestCorrections:
         there = Path(moved(filing, order(dataset.put("Images/a.jpg", "a cat"), content=_hash("a cat"))))
         stranger = dataset.put("Dataset/dog/b.jpg", "unknown")
         corrections = Corrections(Layout(dataset.root), journal, refuse)
-        assert [corrections.look(str(path)) for path in (there, stranger)] == [None, None]
+        assert [looked(corrections, path) for path in (there, stranger)] == [[], []]
         there.unlink()
-        assert corrections.look(str(dataset.put("Dataset/dog/a.jpg", "a dog"))) is None
+        assert looked(corrections, dataset.put("Dataset/dog/a.jpg", "a dog")) == []
 
 
 class TestLateCompanions:
@@ -567,7 +572,7 @@ class TestLateCompanions:
         assert follow is not None
         moved(filing, follow)
         (image,) = journal.history.moves(Selection(outcome="filed"))
-        told, later = put_back(filing, journal.history, [image.id], dry_run=False)
+        ((told, later),) = put_back(filing, journal.history, [image.id], dry_run=False)
         assert ([one.message for one in told], later) == (["", ""], 0)
         assert dataset.tree() == {"Images/a.jpg": b"image", "Images/a.MOV": b"film"}
         assert len(filing.held()) == 2

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,11 @@ MOUNTS = r"""
 37 22 0:47 / /Users rw - fakeowner /run/host_mark/Users rw
 38 22 0:48 / /media/usb rw - fuseblk /dev/sdb1 rw
 """.lstrip()
+
+
+def named(steps: Iterable[str | None]) -> list[str]:
+    """Return the folders that are named among the steps of a walk."""
+    return [step for step in steps if step is not None]
 
 
 @pytest.fixture
@@ -98,8 +104,18 @@ def test_other_errors_speak_for_themselves() -> None:
 def test_nothing_is_claimed_where_inodes_do_not_tell(tmp_path: Path) -> None:
     """A folder that is not known to be watched itself says nothing about those below."""
     (tmp_path / "a").mkdir()
-    assert unwatched(os.fspath(tmp_path), frozenset()) == []
-    assert unwatched(os.fspath(tmp_path), frozenset({tmp_path.stat().st_ino})) == [os.fspath(tmp_path / "a")]
+    assert named(unwatched(os.fspath(tmp_path), frozenset())) == []
+    assert named(unwatched(os.fspath(tmp_path), frozenset({tmp_path.stat().st_ino}))) == [os.fspath(tmp_path / "a")]
+
+
+def test_unwatched_a_caller_may_stop_after_each_entry(tmp_path: Path) -> None:
+    """A million files in one folder are a million steps, so that the loop takes as many at a time as it wants."""
+    for number in range(50):
+        (tmp_path / f"{number}.png").touch()
+    (tmp_path / "a").mkdir()
+    steps = list(unwatched(os.fspath(tmp_path), frozenset({tmp_path.stat().st_ino})))
+    assert len(steps) > 50
+    assert named(steps) == [os.fspath(tmp_path / "a")]
 
 
 def test_a_closed_descriptor_watches_nothing() -> None:

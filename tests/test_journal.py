@@ -422,7 +422,9 @@ def test_what_is_asked_about_each_file_does_not_walk_through_the_journal(path: P
         assert history.last_moved("Images", ("a.jpg", "b.jpg"), since=0.0) is not None
         assert history.last_put("Dataset/cat", "a.jpg") is not None
         assert history.last_named("a.jpg", STAMP.size) is not None
-        assert history.followers("belongs to nothing") == []
+        assert history.followers(["belongs to nothing"]) == []
+        assert len(history.finished([1, 2])) == 1
+        assert history.missing([1, 2]) == [2]
         assert history.held_version("Images/a.jpg") is None
         history._connection.set_trace_callback(None)
         plans = [

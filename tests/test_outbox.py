@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from sortd.journal import Grounds, Journal
+from sortd.journal import Grounds, Journal, Selection
 from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.metrics import Metrics
 from sortd.mover import Mover
@@ -17,7 +17,7 @@ from sortd.moving.relocation import Member, Relocation, Role
 from sortd.running.account import Account
 from sortd.running.crossings import MOST_GUESSES, MOST_HANDED_OVER, Crossings
 from sortd.running.filing import Filing
-from sortd.running.outbox import Outbox
+from sortd.running.outbox import GROUP, Outbox
 from sortd.running.relocating import Job, Order
 from tests.filing_world import Dataset, order
 
@@ -78,7 +78,8 @@ def fill(outbox: Outbox, dataset: Dataset, count: int) -> list[Move]:
     assert outbox.send() == []
     for move in moves[1:]:
         outbox.add(move)
-    assert outbox.send() == []
+    for _ in range(-(-count // GROUP)):
+        assert outbox.send() == []
     return moves
 
 
@@ -216,3 +217,17 @@ def test_the_guesses_about_folders_are_bounded() -> None:
     for day in range(MOST_GUESSES + 10):
         crossings.learn(Move(f"/set/Images/{day}/a.jpg", Stamp(1, 2, 3, 4), "Dataset/cat", Outcome.FILED), crossed=True)
         assert len(crossings._crossed) <= MOST_GUESSES
+
+
+def test_outbox_more_moves_than_a_group_wait_for_the_next_turn(dataset: Dataset, journal: Journal) -> None:
+    """A turn of the loop is short, however many images were decided at once; the rest is due, and none is lost."""
+    outbox = Outbox(
+        Filing(dataset.root, journal), Account("Set", Metrics()), history=journal.history, root=dataset.root
+    )
+    for number in range(2 * GROUP + 1):
+        outbox.add(order(dataset.put(f"Images/{number}.jpg", str(number))))
+    groups = []
+    while outbox.is_due:
+        groups.append(len(outbox.send()))
+    assert groups == [GROUP, GROUP, 1]
+    assert len(journal.history.moves(Selection())) == 2 * GROUP + 1

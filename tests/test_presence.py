@@ -89,12 +89,12 @@ def test_nothing_is_put_back_into_a_mount_point(dataset: Dataset, journal: Journ
         assert filing.rehearse_undo(done(journal))[0].restored == f"{dataset.root}/Images/a.jpg"
     identifiers = [record.id for record in done(journal)]
     for is_dry in (True, False):
-        ((told,), later) = put_back(filing, journal.history, identifiers, dry_run=is_dry)
+        (((told,), later),) = put_back(filing, journal.history, identifiers, dry_run=is_dry)
         assert (told.restored, later) == (None, 0)
         assert "is the disk mounted" in told.message
     assert Path(filed).exists()
     with disk(dataset.root / "Images"):
-        ((told,), _) = put_back(filing, journal.history, identifiers, dry_run=False)
+        (((told,), _),) = put_back(filing, journal.history, identifiers, dry_run=False)
         assert told.restored == f"{dataset.root}/Images/a.jpg"
 
 

@@ -266,7 +266,7 @@ class TestExamination:
         config = load(write_config(tmp_path), {"HOME": "/nonexistent"})
         assert taught(config, Layout(dataset)).corrections == ()
         config = load(write_config(tmp_path, learn_from_corrections="true"), {"HOME": "/nonexistent"})
-        ((label, path, _),) = taught(config, Layout(dataset)).corrections
+        ((label, path),) = taught(config, Layout(dataset)).corrections
         assert (label, path) == ("blue", str(corrected))
 
     def test_what_cannot_be_judged_is_said(self, tmp_path: Path) -> None:

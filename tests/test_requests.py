@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -163,3 +163,51 @@ def test_only_the_daemons_user_may_ask(state: Path) -> None:
     """The folder is closed to others: whoever can ask can have files moved."""
     Requests(state, report=refuse).open()
     assert (state / "requests").stat().st_mode & 0o077 == 0
+
+
+def test_requests_long_answer_is_done_step_by_step(state: Path) -> None:
+    """Each step is one turn of the loop; what comes meanwhile waits for its end, and is not begun twice."""
+    requests = Requests(state, report=refuse)
+    requests.open()
+    steps: list[str] = []
+
+    def answer(request: Request) -> Generator[None, None, Reply]:
+        for step in range(3):
+            steps.append(f"{request['do']} {step}")
+            yield
+        return {"done": request["do"]}
+
+    write(state, "first", do="first")
+    requests.take_in()
+    requests.advance(answer)
+    assert steps == ["first 0"]
+    write(state, "second", do="second")
+    requests.take_in()
+    requests.take_in()
+    while requests.is_under_way:
+        requests.advance(answer)
+    assert steps == [f"{name} {step}" for name in ("first", "second") for step in range(3)]
+    assert json.loads((state / "requests" / "first.answer").read_text()) == {"done": "first"}
+    assert sorted(path.name for path in (state / "requests").iterdir()) == ["first.answer", "second.answer"]
+
+
+def test_requests_under_way_at_a_stop_are_answered_as_not_done(state: Path) -> None:
+    """Nobody waits for an answer that will not come: neither to what had begun nor to what waited."""
+    requests = Requests(state, report=refuse)
+    requests.open()
+
+    def answer(_: Request) -> Generator[None, None, Reply]:
+        yield
+        return {"done": "never"}
+
+    write(state, "begun", do="it")
+    requests.take_in()
+    requests.advance(answer)
+    write(state, "waits", do="it")
+    requests.take_in()
+    requests.close()
+    assert not requests.is_under_way
+    for name in ("begun", "waits"):
+        told = json.loads((state / "requests" / f"{name}.answer").read_text())
+        assert told["exit_code"] == 75
+        assert "ask again" in told["error"]

@@ -7,6 +7,7 @@ from sortd.messages import (
     Embed,
     Embedded,
     EmbeddedImage,
+    FoldersGone,
     ImageGone,
     ImageHeld,
     ImageRefused,
@@ -33,7 +34,7 @@ from sortd.messages import (
     Writer,
 )
 from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build
-from sortd.sorter import Sorter
+from sortd.sorter import MOST_LOOKS, Sorter
 from sortd.sorting.settings import SorterSettings
 
 ENCODER = "test-encoder"
@@ -433,3 +434,25 @@ def test_a_file_that_is_never_closed_does_not_keep_a_drain_from_ending() -> None
     assert sorter.is_drained
     sorter.receive(ImageSeen("open.png", stamp(2), closed=True), 111)
     assert not sorter.is_drained
+
+
+def test_sorter_images_due_at_once_are_looked_at_some_at_a_time() -> None:
+    """A hundred thousand files that came together do not make one tick last for seconds; the next tick is due."""
+    sorter = ready_sorter()
+    for number in range(MOST_LOOKS + 5):
+        sorter.receive(ImageSeen(f"{number}.png", stamp()), 100)
+    assert len(sorter.receive(Tick(), 110)) == MOST_LOOKS
+    deadline = sorter.next_deadline()
+    assert deadline is not None
+    assert deadline <= 110
+    assert len(sorter.receive(Tick(), 110)) == 5
+
+
+def test_sorter_folder_that_is_gone_has_what_rested_in_it_looked_at() -> None:
+    """What was held there is asked for, and forgotten once nothing stands there."""
+    sorter = ready_sorter()
+    sorter.receive(ImageHeld("/Images/a/1.png", stamp()), 100)
+    sorter.receive(ImageHeld("/Images/b/2.png", stamp()), 100)
+    assert sorter.receive(FoldersGone(frozenset({"/Images/a"})), 101) == [Inspect("/Images/a/1.png")]
+    sorter.receive(ImageGone("/Images/a/1.png"), 101)
+    assert sorter.known == 1

@@ -1,6 +1,5 @@
 """An examination: the references of datasets are read, embedded and evaluated, and nothing is moved or learnt."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,9 +17,9 @@ from sortd.journaling.history import History
 from sortd.layout import Area, Layout, find_datasets
 from sortd.messages import ImageRefused
 from sortd.references import References, ReferencesAbsentError, Teaching
+from sortd.running.corrections import corrected_images
 from sortd.running.embedding import Embedder
 from sortd.running.site import Site, teaching_of
-from sortd.watching.scanning import stamp
 
 LoadEncoder = Callable[[Config], Encoder]
 
@@ -103,9 +102,7 @@ def taught(config: Config, layout: Layout) -> Teaching:
     if not teaching.learns_from_corrections or not file.is_file():
         return teaching
     with History.open(file) as history:
-        corrected = [(label, os.path.join(layout.root, path)) for _, label, path, _ in history.corrections()]
-    stands = ((label, path, stamp(path)) for label, path in corrected)
-    return replace(teaching, corrections=tuple((label, path, mark) for label, path, mark in stands if mark is not None))
+        return replace(teaching, corrections=corrected_images(layout, history))
 
 
 def _chosen(config: Config, name: str | None) -> list[Layout]:

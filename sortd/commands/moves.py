@@ -127,8 +127,8 @@ def _undo_here(config: "Config", chosen: Chosen, *, dry_run: bool) -> Mapping[st
         layout = Layout(place.root)
         with look_at(layout, config.state_dir) if dry_run else hold(layout, config.state_dir) as holding:
             identifiers = [record.id for record in records]
-            told, _ = put_back(holding.filing, holding.journal.history, identifiers, dry_run=dry_run)
-            undone += [put_back_facts(place.dataset, layout, one) for one in told]
+            for told, _ in put_back(holding.filing, holding.journal.history, identifiers, dry_run=dry_run):
+                undone += [put_back_facts(place.dataset, layout, one) for one in told]
             recovered += len(holding.recovered)
     return {"undone": undone, "later": 0, "recovered": recovered}
 

@@ -4,10 +4,10 @@ import json
 import os
 import sqlite3
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from sortd.journaling.records import (
     Record,
@@ -27,6 +27,7 @@ _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress 
 _MEMBERS = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
 _CHUNK = 500
 _MOST_ROWS = 2**63 - 1  # SQLite counts no further
+_T = TypeVar("_T")
 # The plus keeps the planner from walking through the index of all moves that are done, which are nearly all there are,
 # see https://www.sqlite.org/optoverview.html#disqualifying_where_clause_terms_using_unary_
 _STANDING = "+progress = 'done' AND undone_by IS NULL AND outcome NOT IN ('undone', 'followed')"
@@ -150,14 +151,47 @@ class History:
         found = self._records(f"{_STANDING} AND moves.id IN ({put}) ORDER BY moves.id DESC LIMIT 1", values)
         return found[0] if found else None
 
-    def followers(self, reason: str) -> list[Record]:
-        """Return the moves of companions that came later than their image, for this reason, newest first.
+    def finished(self, identifiers: Sequence[int]) -> list[Record]:
+        """Return the finished moves of these numbers, newest first; those that are not there are missing.
 
         Raises:
             JournalError: the journal cannot be read.
         """
-        where = "+progress = 'done' AND outcome = 'followed' AND reason = ? AND undone_by IS NULL"
-        return self._records(f"{where} ORDER BY moves.id DESC", (plain(reason),))
+        found = [
+            record
+            for chunk in _chunks(identifiers)
+            for record in self._records(f"+progress = 'done' AND moves.id IN ({_marks(chunk)})", tuple(chunk))
+        ]
+        return sorted(found, key=lambda record: record.id, reverse=True)
+
+    def missing(self, identifiers: Sequence[int]) -> list[int]:
+        """Return the numbers among these that no finished move has.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        there: set[int] = set()
+        for chunk in _chunks([one for one in identifiers if isinstance(one, int) and 0 < one <= _MOST_ROWS]):
+            rows = self._rows(
+                f"SELECT id FROM moves WHERE +progress = 'done' AND id IN ({_marks(chunk)})",  # noqa: S608 - marks only
+                tuple(chunk),
+            )
+            there.update(row["id"] for row in rows)
+        return [identifier for identifier in identifiers if identifier not in there]
+
+    def followers(self, reasons: Sequence[str]) -> list[Record]:
+        """Return the moves of companions that came later than their image, for these reasons, newest first.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        where = "+progress = 'done' AND outcome = 'followed' AND undone_by IS NULL AND reason IN ({})"
+        found = [
+            record
+            for chunk in _chunks(reasons)
+            for record in self._records(where.format(_marks(chunk)), tuple(map(plain, chunk)))
+        ]
+        return sorted(found, key=lambda record: record.id, reverse=True)
 
     def held(self) -> dict[str, Stamp]:
         """Return the versions that are not to be moved, by path relative to the dataset.
@@ -283,9 +317,8 @@ class History:
 
     def _members(self, moves: list[int]) -> defaultdict[int, list[sqlite3.Row]]:
         found: defaultdict[int, list[sqlite3.Row]] = defaultdict(list)
-        for start in range(0, len(moves), _CHUNK):
-            chunk = moves[start : start + _CHUNK]
-            for row in self._rows(_MEMBERS.format(",".join("?" * len(chunk))), tuple(chunk)):
+        for chunk in _chunks(moves):
+            for row in self._rows(_MEMBERS.format(_marks(chunk)), tuple(chunk)):
                 found[row["move"]].append(row)
         return found
 
@@ -307,6 +340,16 @@ def _relative_path(column: bytes) -> str:
     if "\0" in path or not {"", ".", ".."}.isdisjoint(path.split("/")):
         raise ValueError(f"{path!r} is no path below the dataset")
     return path
+
+
+def _chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """Cut values into what one statement takes."""
+    return (values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK))
+
+
+def _marks(values: Sequence[object]) -> str:
+    """Return a question mark for each value."""
+    return ",".join("?" * len(values))
 
 
 def _held_stamp(row: sqlite3.Row) -> Stamp:

@@ -9,7 +9,7 @@ import os
 import resource
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -29,7 +29,14 @@ from sortd.running.copier import Copier
 from sortd.running.dataset import Dataset
 from sortd.running.site import Site, sorter_settings, teaching_of
 from sortd.running.worker import Forget, Job
-from sortd.watch import Hint, Watcher
+from sortd.sorting.rounds import Throttle
+from sortd.watch import Hint, HintsLost, Watcher
+
+DISCOVERY_PAUSE_SECONDS = 0.2
+"""Between two looks for datasets that hints asked for."""
+
+RECOVERY_PAUSE_SECONDS = 5.0
+"""Between two scans because hints were lost: in a storm they are lost again and again."""
 
 OF_ONE_DATASET = (SortdError, OSError, sqlite3.Error)
 """What a dataset's folders, journal and disk answer when they fail."""
@@ -92,6 +99,9 @@ class Collection:
         self._folders: dict[str, tuple[int, int]] = {}
         self._taken_up_again: dict[str, tuple[Held, float]] = {}
         self._former: dict[str, int] = {}  # by name, the inode of a dataset's folder that was let go
+        self._discovery = Throttle(DISCOVERY_PAUSE_SECONDS)
+        self._recovery = Throttle(RECOVERY_PAUSE_SECONDS)
+        self._lost: set[str] = set()  # names of the datasets about which hints were lost; "": any
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
     def __iter__(self) -> Iterator[Dataset]:
@@ -288,17 +298,50 @@ class Collection:
 
     def hint(self, hint: Hint) -> None:
         """Hand a hint to the dataset that it is about; anything else may be a dataset that comes or goes."""
-        for dataset in self:
-            if dataset.layout.area_of(hint.path) is not None:
-                with self.isolated(dataset):
-                    dataset.hint(hint)
-                return
-        self.discover()
+        dataset = self.datasets.get(self._name_in(hint.path))
+        if dataset is not None and dataset.layout.area_of(hint.path) is not None:
+            with self.isolated(dataset):
+                dataset.hint(hint)
+        else:
+            self._discovery.ask()
+
+    def _name_in(self, path: str) -> str:
+        """Return the first name of a path below the root."""
+        return path.removeprefix(os.path.join(self.config.root, "")).partition(os.sep)[0]
+
+    def lost(self, lost: HintsLost) -> None:
+        """Take note that hints about a dataset, or about anything below the root, were lost: a scan finds the rest."""
+        self._lost.add(self._name_in(lost.root) if lost.root else "")
+        self._recovery.ask()
+
+    @property
+    def deadline(self) -> float:
+        """When something is to be done here that a hint or its loss asked for; infinity: nothing."""
+        return min(self._discovery.deadline, self._recovery.deadline)
+
+    def catch_up(self) -> None:
+        """Do what hints and their loss asked for, once for all that did, and not again and again."""
+        if self._discovery.is_due(now := monotonic()):
+            self._discovery.begin(now)
+            self.discover()
+            self._discovery.end(monotonic())
+        if self._recovery.is_due(now):
+            self._recovery.begin(now)
+            lost, self._lost = self._lost, set()
+            if lost <= self.datasets.keys():
+                self._scan(lost)
+            else:
+                self.scan()
+            self._recovery.end(monotonic())
 
     def scan(self) -> None:
         """Look at everything anew: the truth, whatever was hinted or not."""
         self.discover()
-        for dataset in self:
+        self._scan(list(self.datasets))
+
+    def _scan(self, names: Iterable[str]) -> None:
+        for name in names:
+            dataset = self.datasets[name]
             with self.isolated(dataset):
                 dataset.begin_scan()
                 dataset.compare_references()

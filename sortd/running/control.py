@@ -4,7 +4,7 @@ The daemon calls ``answer`` from its loop, the thread that moves files; see ``re
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -12,7 +12,6 @@ import structlog
 
 from sortd.errors import DataError, StorageError
 from sortd.journaling.history import History
-from sortd.journaling.records import Record, Selection
 from sortd.layout import Layout
 from sortd.logs import MOVE_UNDONE
 from sortd.messages import Event, ImageGone, ImageHeld, Released
@@ -21,8 +20,11 @@ from sortd.running.latecomers import belongs_to
 from sortd.running.requests import Reply, Request, RequestError
 from sortd.running.undoing import PutBack
 
-CHUNK = 256
-"""Images that are put back between two signs of life: four batches of the journal, a few seconds on a slow disk."""
+CHUNK = 64
+"""Images that are put back in one turn of the loop: a batch of the journal."""
+
+Steps = Generator[None, None, Reply]
+"""An answer that takes long: does a step each time it is asked for the next one, and returns the reply in the end."""
 
 
 class DatasetAtWork(Protocol):
@@ -71,12 +73,9 @@ class DaemonAtWork(Protocol):
     def answering(self, name: str) -> AbstractContextManager[None]:
         """Do what was asked of a dataset; where its journal or disk fails, hold it, and raise that."""
 
-    def show_life(self) -> None:
-        """Feed the watchdog in the middle of a long answer: it waits for the disk, but gets on."""
 
-
-def answer(daemon: DaemonAtWork, request: Request) -> Reply:
-    """Do what a request asks for, and say what was done.
+def answer(daemon: DaemonAtWork, request: Request) -> Reply | Steps:
+    """Do what a request asks for, and say what was done; what takes long is returned to be done step by step.
 
     Raises:
         RequestError: it asks for nothing that can be done.
@@ -98,33 +97,30 @@ def answer(daemon: DaemonAtWork, request: Request) -> Reply:
 
 
 def put_back(
-    filing: Filing,
-    history: History,
-    identifiers: Sequence[int],
-    *,
-    dry_run: bool,
-    show_life: Callable[[], None] = lambda: None,
-) -> tuple[list[PutBack], int]:
-    """Undo the moves of these records, or say what would be; return what became of them, and how many end later.
+    filing: Filing, history: History, identifiers: Sequence[int], *, dry_run: bool
+) -> Iterator[tuple[list[PutBack], int]]:
+    """Undo the moves of these records, newest first, or say what would be: chunk by chunk, since it can take minutes.
 
-    A hundred thousand images that were filed wrongly take long: they go back chunk by chunk, newest first.
+    Yields:
+        What became of a chunk, and how many of it end later.
 
     Raises:
-        DataError: a record is not there.
+        DataError: a record is not there; nothing was undone.
         JournalError: the journal cannot be read or written.
     """
-    chosen = [_record(history, identifier) for identifier in identifiers]
-    known = {record.id for record in chosen}
-    late = [one for record in chosen for one in history.followers(belongs_to(record)) if one.id not in known]
-    # What followed an image goes back with it.
-    records = sorted([*chosen, *late], key=lambda record: record.id, reverse=True)
-    if dry_run:
-        return filing.rehearse_undo(records), 0
-    told: list[PutBack] = []
-    for start in range(0, len(records), CHUNK):
-        told += filing.undo(records[start : start + CHUNK])
-        show_life()
-    return told, len(records) - len(told)
+    if missing := history.missing(identifiers):
+        raise DataError(f"the journal has no record {missing[0]}")
+    newest_first = sorted(set(identifiers), reverse=True)
+    asked_for = set(newest_first)
+    foretold: set[str] = set()
+    for start in range(0, len(newest_first), CHUNK):
+        chosen = history.finished(newest_first[start : start + CHUNK])
+        late = history.followers([belongs_to(record) for record in chosen])
+        # What followed an image goes back with it.
+        followers = [one for one in late if one.id not in asked_for]
+        records = sorted([*chosen, *followers], key=lambda record: record.id, reverse=True)
+        told = filing.rehearse_undo(records, foretold) if dry_run else filing.undo(records)
+        yield told, len(records) - len(told)
 
 
 def put_back_facts(dataset: str, layout: Layout, one: PutBack) -> dict[str, Any]:
@@ -133,21 +129,27 @@ def put_back_facts(dataset: str, layout: Layout, one: PutBack) -> dict[str, Any]
     return {"dataset": dataset, "id": one.record.id, "was": was, "restored": one.restored, "message": one.message}
 
 
-def _undo(daemon: DaemonAtWork, datasets: Mapping[str, Any], *, dry_run: bool) -> Reply:
+def _undo(daemon: DaemonAtWork, datasets: Mapping[str, Any], *, dry_run: bool) -> Steps:
+    """Undo chunk by chunk; between two of them the loop has its turns, and a dataset may be let go."""
     undone: list[dict[str, Any]] = []
     later = 0
     for name, wanted in datasets.items():
         (dataset,) = _chosen(daemon, [name])
         if os.path.realpath(wanted["root"]) != os.path.realpath(dataset.layout.root):
             raise DataError(f"the sortd that runs works on {dataset.layout.root}, not on {wanted['root']}")
-        with daemon.answering(name):
-            told, waiting = put_back(
-                dataset.filing, dataset.history, wanted["records"], dry_run=dry_run, show_life=daemon.show_life
-            )
-            if not dry_run:
-                tell_put_back(dataset, told)
-        later += waiting
-        undone += [put_back_facts(name, dataset.layout, one) for one in told]
+        chunks = put_back(dataset.filing, dataset.history, wanted["records"], dry_run=dry_run)
+        while True:
+            with daemon.answering(name):
+                if (done := next(chunks, None)) is None:
+                    break
+                told, waiting = done
+                if not dry_run:
+                    tell_put_back(dataset, told)
+            later += waiting
+            undone += [put_back_facts(name, dataset.layout, one) for one in told]
+            yield
+            if daemon.datasets.get(name) is not dataset:
+                raise DataError(f"{name} was let go meanwhile: {len(undone)} images were put back before; ask again")
     return {"undone": undone, "later": later}
 
 
@@ -201,10 +203,3 @@ def _chosen(daemon: DaemonAtWork, names: Sequence[str] | None) -> list[DatasetAt
         there = ", ".join(sorted(daemon.datasets)) or "none"
         raise DataError(f"the sortd that runs has no dataset {missing[0]!r}; it has: {there}")
     return [daemon.datasets[name] for name in names]
-
-
-def _record(history: History, identifier: int) -> Record:
-    found = history.moves(Selection(id=identifier))
-    if not found:
-        raise DataError(f"the journal has no record {identifier}")
-    return found[0]

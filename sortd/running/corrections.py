@@ -4,13 +4,15 @@ A file that stands in ``Dataset/<class>/`` and that the journal knows, by inode 
 moved by a person: the best teaching there is. Nothing is written anywhere but in the journal.
 """
 
+import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from stat import S_ISDIR, S_ISREG
 
 from sortd.journal import Journal
+from sortd.journaling.history import History
 from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
@@ -24,6 +26,10 @@ CLOCK_SLACK_NS = 5_000_000_000
 """File systems stamp with a coarser clock than ours, and other machines with another one."""
 
 
+CHUNK_BYTES = 4 << 20
+"""Bytes of a file that are hashed between two chances to stop."""
+
+
 @dataclass(frozen=True, slots=True)
 class Correction:
     """An image that a person moved: from what sortd had decided to what it is."""
@@ -34,34 +40,65 @@ class Correction:
     was_filed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Misplaced:
+    """A file in Dataset/ that the journal knows at another place, where nothing stands any more."""
+
+    path: str
+    record: Record
+    relative: str
+
+    @property
+    def corrected(self) -> str:
+        """The class that it was found in."""
+        return self.relative.split("/")[1]
+
+
 class Corrections:
     """Notices corrections of one dataset and remembers them in its journal."""
 
     def __init__(self, layout: Layout, journal: Journal, report: Callable[[OSError], None]) -> None:
         """Watch over ``layout``; nothing is read yet. ``report`` is told what cannot be looked at."""
         self._layout, self._journal, self._report = layout, journal, report
+        self.files_scanned = 0
 
-    def look(self, path: str) -> Correction | None:
-        """Look at one file in Dataset/ and return the correction that it is, if it is one and is news.
+    def look(self, path: str) -> Iterator[Misplaced | None]:
+        """Look at one file in Dataset/; yield it if a person moved it there, and None while more is to be read of it.
 
         Raises:
-            JournalError: the journal cannot be read or written.
+            JournalError: the journal cannot be read.
         """
         relative = os.path.relpath(path, self._layout.root).split(os.sep)
         if len(relative) < 3 or relative[0] != Area.DATASET:  # noqa: PLR2004 -- area, class, file
-            return None
+            return
         found = self._stamp(path)
-        record = None if found is None else self._record(path, found)
+        record = None if found is None else (yield from self._record(path, found))
         if record is None or record.destination_path == "/".join(relative):
-            return None
-        if not _is_gone(os.path.join(self._layout.root, record.destination_path)):
-            return None  # a copy or a second link: the image still stands where sortd put it
-        label, corrected = record.grounds.label or "", relative[1]
-        if not self._journal.record_correction(record, corrected, "/".join(relative)) or corrected == label:
-            return None
-        return Correction(path, label, corrected, was_filed=record.destination_path.startswith(f"{Area.DATASET}/"))
+            return
+        if _is_gone(os.path.join(self._layout.root, record.destination_path)):
+            yield Misplaced(path, record, "/".join(relative))
+        # else it is a copy or a second link: the image still stands where sortd put it
 
-    def _record(self, path: str, found: Stamp) -> Record | None:
+    def record(self, misplaced: Sequence[Misplaced]) -> list[Correction]:
+        """Note in one commit what was found; return the corrections that are news.
+
+        Raises:
+            JournalError: the journal cannot be written.
+        """
+        found = [(one.record, one.corrected, one.relative) for one in misplaced]
+        news = self._journal.record_corrections(found) if found else []
+        return [
+            Correction(
+                one.path,
+                one.record.grounds.label or "",
+                one.corrected,
+                was_filed=one.record.destination_path.startswith(f"{Area.DATASET}/"),
+            )
+            for one, is_news in zip(misplaced, news, strict=True)
+            if is_news and one.corrected != (one.record.grounds.label or "")
+        ]
+
+    def _record(self, path: str, found: Stamp) -> Generator[None, None, Record | None]:
         """Return what put this very file into its place, or one of its name and bytes: it was copied and removed."""
         known = self._journal.history.last_known(found)
         if known is not None:
@@ -69,12 +106,16 @@ class Corrections:
         named = self._journal.history.last_named(os.path.basename(path), found.size)
         if named is None or not named.grounds.content:
             return None
+        content = hashlib.sha256()
         try:
-            content = _sha256_of(path)
+            with open(_open_regular(path), "rb") as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    content.update(chunk)
+                    yield None
         except OSError as error:
             self._report(error)
             return None
-        return named if content == named.grounds.content else None
+        return named if content.hexdigest() == named.grounds.content else None
 
     def _stamp(self, path: str) -> Stamp | None:
         try:
@@ -83,41 +124,53 @@ class Corrections:
             self._report(error)
             return None
 
-    def scan(self, now_ns: int) -> Iterator[Correction | None]:
-        """Look for what was corrected since the last scan: only folders and files that changed since are looked up.
+    def scan(self, now_ns: int) -> Iterator[Misplaced | None]:
+        """Look for what was moved since the last scan: only folders and files that changed since are looked up.
 
         A rename changes the folder's mtime and the file's ctime, see rename(2) and inode(7).
 
         Args:
             now_ns: nanoseconds since the epoch.
 
-        Yields:
-            A correction, or None for whatever else was looked at: whoever asks may stop between any two.
+        Returns:
+            Each file that a person moved, and None for whatever else was looked at: a caller may stop between any two.
 
         Raises:
-            JournalError: the journal cannot be read or written.
+            JournalError: the journal cannot be read.
         """
-        since = looked_through_until(self._journal, SCANNED_FACT, now_ns)
-        for path in self._changed_since(since):
-            yield None if path is None else self.look(path)
+        return self._scan_since(looked_through_until(self._journal, SCANNED_FACT, now_ns))
+
+    def _scan_since(self, since_ns: int) -> Iterator[Misplaced | None]:
+        for path in self._changed_since(since_ns):
+            if path is not None:
+                yield from self.look(path)
+            yield None
+
+    def note_scan(self, now_ns: int) -> None:
+        """Note that everything was looked through, once what was found is recorded.
+
+        Raises:
+            JournalError: the journal cannot be written.
+        """
         self._journal.note(SCANNED_FACT, str(now_ns))
 
-    def learnt(self) -> tuple[tuple[str, str, Stamp], ...]:
-        """Return every corrected image that still stands where the user put it: label, path, stamp."""
-        learnt = []
-        for _, corrected, relative, _ in self._journal.history.corrections():
-            path = os.path.join(self._layout.root, relative)
-            if (found := self._stamp(path)) is not None:
-                learnt.append((corrected, path, found))
-        return tuple(learnt)
+    def learnt(self) -> tuple[tuple[str, str], ...]:
+        """Return every correction: the label, and the path where the image stood then.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        return corrected_images(self._layout, self._journal.history)
 
     def _changed_since(self, since_ns: int) -> Iterator[str | None]:
         """Yield the path of each image that changed, and None for each that did not."""
         for folder in self._entries(self._layout.area(Area.DATASET)):
             found = self._status(folder)
+            yield None
             if found is None or not S_ISDIR(found.st_mode) or found.st_mtime_ns < since_ns:
                 continue
             for entry in self._entries(folder):
+                self.files_scanned += 1
                 found = None if is_temporary(entry.name) else self._status(entry)
                 is_changed = found is not None and S_ISREG(found.st_mode) and found.st_ctime_ns >= since_ns
                 yield entry.path if is_changed else None
@@ -161,13 +214,27 @@ def looked_through_until(journal: Journal, fact: str, now_ns: int) -> int:
     return 0 if noted > now_ns else noted - CLOCK_SLACK_NS
 
 
-def _sha256_of(path: str) -> str:
+def _open_regular(path: str) -> int:
+    """Open a file that may have become something else since it was looked at.
+
+    Raises:
+        OSError: it is no regular file any more, or cannot be opened.
+    """
     descriptor = os.open(path, FILE_FLAGS)
-    try:
-        with open(descriptor, "rb", closefd=False) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    finally:
-        os.close(descriptor)  # a folder cannot be made a file of, and would stay open
+    if S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)  # open() would not: a folder cannot be made a file of, and would stay open
+    raise OSError(errno.EINVAL, "it is no regular file", path)
+
+
+def corrected_images(layout: Layout, history: History) -> tuple[tuple[str, str], ...]:
+    """Return the label of each corrected image, and the path where it stood when it was noticed.
+
+    Raises:
+        JournalError: the journal cannot be read.
+    """
+    root = os.fspath(layout.root)
+    return tuple((label, os.path.join(root, path)) for _, label, path, _ in history.corrections())
 
 
 def _is_gone(path: str) -> bool:

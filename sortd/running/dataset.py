@@ -5,8 +5,8 @@ carried out here or handed to the worker. Moves are gathered and filed as one gr
 """
 
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
 from time import monotonic, time_ns
 
 from sortd.journal import Journal
@@ -20,6 +20,7 @@ from sortd.messages import (
     Embed,
     Embedded,
     Event,
+    FoldersGone,
     Hold,
     ImageGone,
     ImageHeld,
@@ -36,7 +37,6 @@ from sortd.messages import (
     Scan,
     ScanFinished,
     ScanStarted,
-    Stamp,
     StopRequested,
     Tick,
     Writer,
@@ -52,12 +52,13 @@ from sortd.running.patrol import Mended, Noticed, Patrol
 from sortd.running.presence import Presence
 from sortd.running.rebuilding import Rebuilding
 from sortd.running.relocating import Order
-from sortd.running.sweep import Sweep
+from sortd.running.review_scan import ReviewScan
+from sortd.running.sweep import SLICE, Sweep, next_slice
 from sortd.running.undoing import PutBack
 from sortd.running.worker import Answer, EmbedJob, Job
 from sortd.sorter import Sorter
 from sortd.sorting.guard import GuardState
-from sortd.sorting.refusals import Refusals
+from sortd.sorting.rounds import Throttle
 from sortd.sorting.settings import SorterSettings
 from sortd.watch import Hint
 from sortd.watching.scanning import is_below_temporary, stamp
@@ -96,9 +97,12 @@ class Dataset:
         self._presence = Presence(layout, journal, needs_marker=needs_marker)
         self._patrol = None if journal is None else Patrol(layout, journal, self.account.unreadable)
         self._commands: deque[Command] = deque()
+        self._inspections: OrderedDict[str, None] = OrderedDict()
+        self._missing: set[str] = set()
+        self._gone = Throttle(1.0)
+        self._files_looked_at = 0
         self._sweep = Sweep(os.fspath(layout.area(Area.IMAGES)), self.account.unreadable)
-        self._review = Sweep(os.fspath(layout.area(Area.REVIEW)), self.account.unreadable)
-        self._foreign = Refusals()  # versions in Review/ that sortd did not put there
+        self._review = None if history is None else ReviewScan(layout, history, self.account.unreadable)
         is_noted = journal is not None and journal.history.fact(GUARD_FACT) is not None
         self._noted_guard, self._noted_generation = guard if is_noted else GuardState(), last_generation
 
@@ -154,38 +158,58 @@ class Dataset:
             self._journal.require_in_place()
 
     def tick(self, now: float) -> None:
-        """Let the core act on deadlines that have passed."""
+        """Let the core act on deadlines that have passed, and take the next slice of the looks that it asked for."""
+        self._tell_missing()
         deadline = self.sorter.next_deadline()
         if deadline is not None and deadline <= now:
             self.receive(Tick())
+        next_slice(self._inspect(), SLICE)
+        self._drain()
+
+    def _inspect(self) -> Iterator[None]:
+        """Look at what the core asked for: newest first, every other the oldest, as images are encoded."""
+        while self._inspections:
+            path, _ = self._inspections.popitem(last=len(self._inspections) % 2 == 0)
+            self._look(path, closed=False, inspect=True)
+            yield None
 
     def hint(self, hint: Hint) -> None:
-        """Take a watcher's hint: look at what it names."""
+        """Take a watcher's hint: note what is to be looked at; a file in Images/ is looked at now."""
         area = self.layout.area_of(hint.path)
         if area is Area.CLASES:
             self.receive(ReferencesTouched())
         elif area is Area.IMAGES:
-            if hint.directory:
-                self.begin_scan()
-            elif not is_below_temporary(hint.path, os.fspath(self.layout.area(Area.IMAGES))):
-                self._look(hint.path, closed=hint.closed)
-                self._drain()
+            self._hint_inbox(hint)
         elif area is Area.REVIEW:
             if hint.directory:
-                self.scan_review()
+                if self._review is not None:
+                    self._review.asked.ask()
             elif self.sorter.knows(hint.path) and not os.path.lexists(hint.path):
                 self._look(hint.path, closed=hint.closed)
                 self._drain()
-        elif area is not None and self._patrol is not None and not hint.directory:
-            self._note(self._patrol.look(area, hint.path))
-        elif area is Area.DATASET:
-            self.scan_handled()
+        elif area in {Area.DATASET, Area.REJECTED} and self._patrol is not None:
+            if not hint.directory:
+                self._patrol.want(area, hint.path)
+            elif area is Area.DATASET:
+                self._patrol.ask()
+
+    def _hint_inbox(self, hint: Hint) -> None:
+        if is_below_temporary(hint.path, os.fspath(self.layout.area(Area.IMAGES))):
+            return
+        if hint.directory:
+            self._sweep.want(hint.path, hint.at)
+        elif hint.closed or not self._is_looked_at_soon(hint.path):
+            self._look(hint.path, closed=hint.closed, since=hint.at or None)
+            self._drain()
+
+    def _is_looked_at_soon(self, path: str) -> bool:
+        """Tell whether another look than this hint's will see what happened, within the settle time."""
+        return self.sorter.looks_soon_at(path, monotonic()) or self._sweep.will_list(os.path.dirname(path))
 
     def scan_handled(self) -> None:
         """Begin to look for what the user did since with images that were handled: moved to another class, mended."""
         if self._patrol is not None:
             self._patrol.begin(time_ns())
-            self._continue_patrol()
 
     def continue_looking(self) -> None:
         """Look at the next slice of what was handled, and of the references, where that is under way."""
@@ -194,7 +218,10 @@ class Dataset:
         self._continue_review()
 
     def _continue_patrol(self) -> None:
-        if self._patrol is None or not self._patrol.is_under_way:
+        if self._patrol is None:
+            return
+        self._patrol.begin_asked()
+        if not self._patrol.is_under_way:
             return
         if self._presence.problem() is not None:
             self._patrol.end()  # absent is not gone: all of it is looked at when it is back
@@ -202,7 +229,7 @@ class Dataset:
         for noticed in self._patrol.take():
             self._note(noticed)
 
-    def _note(self, noticed: Noticed | None) -> None:
+    def _note(self, noticed: Noticed) -> None:
         match noticed:
             case Mended(path, mark):
                 self.receive(ImageSeen(path, mark, is_aside=True))
@@ -236,14 +263,25 @@ class Dataset:
 
     @property
     def is_scanning(self) -> bool:
-        """Tell whether a scan is under way."""
+        """Tell whether a scan of all of Images/ is under way."""
         return self._sweep.is_under_way
 
     @property
     def has_more_to_look_at(self) -> bool:
         """Tell whether a scan, a patrol or a look at Review/ or the references has files left to look at."""
         is_patrolling = self._patrol is not None and self._patrol.is_under_way
-        return self.is_scanning or is_patrolling or self.rebuilding.is_comparing or self._review.is_under_way
+        is_looking = self.is_scanning or self._sweep.has_more or bool(self._inspections or self._missing)
+        is_reviewing = self._review is not None and self._review.is_under_way
+        return is_looking or is_patrolling or is_reviewing or self.rebuilding.is_comparing
+
+    @property
+    def next_deadline(self) -> float:
+        """When it has something to do though nothing was told; infinity where nothing waits for its time."""
+        core = self.sorter.next_deadline()
+        times = [] if core is None else [core]
+        times += [] if self._patrol is None else [self._patrol.deadline]
+        times += [] if self._review is None else [self._review.asked.deadline]
+        return min(times, default=float("inf"))
 
     @property
     def is_drained(self) -> bool:
@@ -263,67 +301,72 @@ class Dataset:
     def compare_references(self) -> None:
         """Begin to look whether Clases/ differs from what was last seen of it: a hint may have been lost."""
         self.rebuilding.compare()
-        self._continue_comparing()
 
     def _continue_comparing(self) -> None:
         if self.rebuilding.has_reason():
             self.receive(ReferencesTouched())
 
     def continue_scan(self) -> None:
-        """Take the next slice of the scan under way."""
-        if not self._sweep.is_under_way:
+        """Take the next slice of the scans under way: of folders that hints named, then of all of Images/."""
+        below = self._sweep.take_below()
+        self._files_looked_at += len(below)
+        for path, mark, since in below:
+            self.receive(ImageSeen(path, mark, since=since or None))
+        if self._sweep.is_under_way:
+            found = self._sweep.take()
+            self._files_looked_at += len(found)
+            for path, mark in found:
+                self.receive(ImageSeen(path, mark))
+            if self.sorter.is_overflowed:
+                self._sweep.end()
+            elif not self._sweep.is_under_way:
+                self.receive(ScanFinished())
+                self.account.scanned()
+        if self._sweep.is_wanted_again and not self._sweep.is_under_way:
+            self.begin_scan()
+        self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        """Let the core ask for what rested in folders that are gone, once for all that went within a second."""
+        if self._sweep.has_gone:
+            self._gone.ask()
+        if not self._gone.is_due(now := monotonic()):
             return
-        for path, mark in self._sweep.take():
-            self.receive(ImageSeen(path, mark))
-        if self.sorter.is_overflowed:
-            self._sweep.end()
-        elif not self._sweep.is_under_way:
-            self.receive(ScanFinished())
-            self.account.scanned()
-            if self._sweep.is_wanted_again:
-                self.begin_scan()
+        self._gone.begin(now)
+        gone = self._sweep.take_gone()
+        if self._presence.problem() is None:
+            self.receive(FoldersGone(gone))
+        self._gone.end(monotonic())
 
     def scan_review(self) -> None:
         """Begin to look which images of Review/ are gone, and which are there of those that sortd put there."""
-        if self._journal is not None and self._review.begin():
+        if self._review is not None and self._review.begin():
             self.receive(ScanStarted(in_review=True))
 
     def _continue_review(self) -> None:
-        """Take the next slice of the look through Review/.
+        """Take the next slice of the look through Review/, or begin one that hints asked for.
 
         Raises:
             JournalError: the journal cannot be read.
         """
-        if self._journal is None or not self._review.is_under_way:
+        if self._review is None:
             return
-        for path, mark in self._review.take():
-            generation = self._generation_of(path, mark, self._journal.history)
-            if generation is not None:
-                self.receive(ReviewSeen(path, mark, generation))
+        if self._review.asked.is_due(monotonic()):
+            self.scan_review()
+        if not self._review.is_under_way:
+            return
+        for path, mark, generation in self._review.take(self.sorter):
+            self.receive(ReviewSeen(path, mark, generation))
         if not self._review.is_under_way:
             self.account.review_full(is_full=self.sorter.is_review_full, is_all=True)
             self.receive(ScanFinished(in_review=True))
-            if self._review.is_wanted_again:
-                self.scan_review()
-
-    def _generation_of(self, path: str, mark: Stamp, history: History) -> int | None:
-        """Return the generation that could not decide an image in Review/; None: sortd did not put it there."""
-        if self._foreign.has(path, mark):
-            return None
-        if self.sorter.knows(path) or not self.sorter.has_room_in_review:
-            return 0  # the core notes that it was named, or that there is no room for it
-        record = history.last_known(mark)
-        if record is not None and os.path.join(self.layout.root, record.destination_path) == path:
-            return record.grounds.generation
-        self._foreign.note(path, mark)
-        return None
 
     # ------------------------------------------------------------ what goes out
 
     def _carry_out(self, command: Command) -> None:
         match command:
             case Inspect(path):
-                self._look(path, closed=False, inspect=True)
+                self._inspections[path] = None
             case Embed(images):
                 self._ask(EmbedJob(self.identity, images))
             case Rebuild(job):
@@ -343,18 +386,30 @@ class Dataset:
         if self._patrol is not None and leave.stamp is not None:
             self._patrol.keep(leave.path, leave.stamp)
 
-    def _look(self, path: str, *, closed: bool, inspect: bool = False) -> None:
+    def _look(self, path: str, *, closed: bool, inspect: bool = False, since: float | None = None) -> None:
         try:
             mark = stamp(path)
         except OSError as error:
             self.account.unreadable(error)
             self._commands.extend(self.sorter.receive(LookRefused(path), monotonic()))
             return
-        if mark is None and self._presence.problem() is not None:
-            return  # absent is not gone: what is known of it holds when it is back
-        writer = (writer_of(path) or Writer.UNKNOWN) if inspect and mark is not None else None
-        event = ImageGone(path) if mark is None else ImageSeen(path, mark, writer, closed)
-        self._commands.extend(self.sorter.receive(event, monotonic()))
+        if mark is None:
+            if self.sorter.knows(path):
+                self._missing.add(path)
+            return
+        self._files_looked_at += 1
+        self._missing.discard(path)
+        writer = (writer_of(path) or Writer.UNKNOWN) if inspect else None
+        seen = ImageSeen(path, mark, writer, closed, since=since)
+        self._commands.extend(self.sorter.receive(seen, monotonic()))
+
+    def _tell_missing(self) -> None:
+        """Let the core forget what was not there, unless all of it is away: asked once for all, after the looks."""
+        missing, self._missing = self._missing, set()
+        if missing and self._presence.problem() is None:
+            for path in missing:
+                self.receive(ImageGone(path))
+        # else: absent is not gone, and what is known of it holds when it is back
 
     def _rebuild(self, job: int) -> None:
         if (problem := self._presence.problem()) is not None:
@@ -432,8 +487,14 @@ class Dataset:
         """Why nothing moves, in a sentence; None while all is well."""
         return self.sorter.guard.reason or self.account.problem
 
+    @property
+    def files_looked_at(self) -> int:
+        """Count the looks at files in the folders of images since the start: by scans, for hints and to settle."""
+        return self._files_looked_at + (0 if self._patrol is None else self._patrol.files_looked_at)
+
     def facts(self) -> dict[str, object]:
         """Return what ``sortd status`` shows of this dataset, as plain values."""
-        return self.account.facts(
+        facts = self.account.facts(
             self.sorter, generation=self.rebuilding.last_generation, mode=self.rebuilding.teaching.settings.mode
         )
+        return {**facts, "files_looked_at": self.files_looked_at}

@@ -184,11 +184,16 @@ class Filing:
             return [PutBack(record, None, problem) for record in records]
         return self._undoing.undo(records)
 
-    def rehearse_undo(self, records: Sequence[Record]) -> list[PutBack]:
-        """Say what ``undo`` would do, without doing it."""
+    def rehearse_undo(self, records: Sequence[Record], back: set[str] | None = None) -> list[PutBack]:
+        """Say what ``undo`` would do, without doing it.
+
+        Args:
+            records: of the moves to be undone.
+            back: what would stand where it was again; where that is asked in parts, the same set for each.
+        """
         if (problem := self._absence()) is not None:
             return [PutBack(record, None, problem) for record in records]
-        return self._undoing.rehearse(records)
+        return self._undoing.rehearse(records, set() if back is None else back)
 
     def _absence(self) -> str | None:
         """Say which disk of the dataset is not there: into its mount point nothing may be put back."""

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from sortd.layout import Area, Layout
-from sortd.messages import DatasetId, Stamp
+from sortd.messages import DatasetId
 from sortd.references import Teaching
 from sortd.running.sweep import Glance
 from sortd.running.worker import RebuildJob
 
-Learnt = Callable[[], tuple[tuple[str, str, Stamp], ...]]
-"""Returns the images that the user put right: label, path, stamp."""
+Learnt = Callable[[], tuple[tuple[str, str], ...]]
+"""Returns the images that the user put right: label, path; the worker looks whether they still stand there."""
 
 
 class Rebuilding:

@@ -25,6 +25,7 @@ class Rejects:
         """Watch over ``layout``; nothing is read yet."""
         self._folder = os.fspath(layout.area(Area.REJECTED))
         self._journal = journal
+        self.files_scanned = 0
 
     def look(self, path: str) -> Stamp | None:
         """Return the version that stands under a path in Rejected/, if it is another one than was set aside there.
@@ -48,16 +49,19 @@ class Rejects:
         Args:
             now_ns: nanoseconds since the epoch.
 
-        Yields:
-            A path with the version there, or None for whatever else was looked at: whoever asks may stop in between.
+        Returns:
+            A path with the version there, or None for whatever else was looked at: a caller may stop between any two.
 
         Raises:
             JournalError: the journal cannot be read or written.
         """
-        since = looked_through_until(self._journal, SCANNED_FACT, now_ns)
+        return self._scan_since(looked_through_until(self._journal, SCANNED_FACT, now_ns), now_ns)
+
+    def _scan_since(self, since: int, now_ns: int) -> Iterator[tuple[str, Stamp] | None]:
         try:
             with os.scandir(self._folder) as entries:
                 for entry in entries:
+                    self.files_scanned += 1
                     is_changed = not is_temporary(entry.name) and _changed_ns(entry) >= since
                     found = self.look(entry.path) if is_changed else None
                     yield None if found is None else (entry.path, found)

@@ -25,11 +25,12 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sortd.errors import LayoutError, SortdError, StartupError
+from sortd.errors import LayoutError, SortdError, StartupError, StoppedError
 from sortd.status import read_status
 
 FOLDER = "requests"
@@ -41,6 +42,14 @@ FORGOTTEN_SECONDS = 600.0
 
 Request = Mapping[str, Any]
 Reply = Mapping[str, Any]
+Answering = Callable[[Request], Reply | Generator[None, None, Reply]]
+"""Answers a request at once, or returns the steps to an answer that takes long."""
+
+
+_STOPPED: Reply = {
+    "error": "sortd stops before all of it is done; nothing is half done: ask again",
+    "exit_code": StoppedError.exit_code,
+}
 
 
 class RequestError(ValueError):
@@ -67,6 +76,9 @@ class Requests:
             clock: seconds since the epoch.
         """
         self._folder, self._report, self._clock = state / FOLDER, report, clock
+        self._waiting: deque[Path] = deque()
+        self._at_hand: Path | None = None
+        self._steps: Generator[None, None, None] | None = None
 
     def open(self) -> None:
         """Make the folder, for the daemon's user alone, and forget what was asked of an earlier run.
@@ -83,15 +95,49 @@ class Requests:
                 f"{self._folder} cannot be used: {error.strerror}; mend its rights, or set state_dir"
             ) from error
 
-    def serve(self, answer: Callable[[Request], Reply]) -> int:
+    def serve(self, answer: Answering) -> int:
         """Answer every request that waits; return how many did."""
-        waiting = sorted(self._folder.glob("*.request"), key=_age)
-        for path in waiting:
-            self._serve(path, answer)
+        self.take_in()
+        waiting = len(self._waiting)
+        while self.is_under_way:
+            self.advance(answer)
+        return waiting
+
+    def take_in(self) -> None:
+        """Note which requests have come, for ``advance``; remove answers that nobody took."""
+        known = {self._at_hand, *self._waiting}
+        self._waiting += [path for path in sorted(self._folder.glob("*.request"), key=_age) if path not in known]
         for forgotten in self._folder.glob("*.answer"):
             if _age(forgotten) < 1e9 * (self._clock() - FORGOTTEN_SECONDS):
                 self._remove(forgotten)
-        return len(waiting)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Tell whether a request is not answered yet."""
+        return self._steps is not None or bool(self._waiting)
+
+    def advance(self, answer: Answering) -> None:
+        """Do the next step of the request at hand, or the first of the next one; the last step answers it."""
+        if self._steps is None:
+            if not self._waiting:
+                return
+            self._at_hand = self._waiting.popleft()
+            self._steps = self._serve(self._at_hand, answer)
+        try:
+            next(self._steps)
+        except StopIteration:
+            self._steps = self._at_hand = None
+        except BaseException:
+            self._steps = self._at_hand = None
+            raise
+
+    def close(self) -> None:
+        """Tell whoever waits that what they asked for is not done, or not to its end."""
+        if self._steps is not None:
+            self._steps.close()
+        self._steps = self._at_hand = None
+        while self._waiting:
+            self._answer(self._waiting.popleft(), _STOPPED)
 
     def _remove(self, path: Path) -> None:
         try:
@@ -99,19 +145,26 @@ class Requests:
         except OSError as error:
             self._report(error)  # a disk that is read-only now: nobody asks the same twice, see ``expires_at``
 
-    def _serve(self, path: Path, answer: Callable[[Request], Reply]) -> None:
+    def _serve(self, path: Path, answer: Answering) -> Generator[None, None, None]:
         try:
             request = json.loads(path.read_text(encoding="utf-8"))
             if float(request["expires_at"]) < self._clock():
                 self._remove(path)
                 return
-            reply = answer(request)
+            answered = answer(request)
+            reply = (yield from answered) if isinstance(answered, Generator) else answered
         except FileNotFoundError:
             return  # whoever asked has given up
+        except GeneratorExit:
+            self._answer(path, _STOPPED)
+            raise
         except SortdError as error:
             reply = _refusal(error)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reply = {"error": f"{path.name} is no request: {error}", "exit_code": 65}
+        self._answer(path, reply)
+
+    def _answer(self, path: Path, reply: Reply) -> None:
         self._remove(path)
         try:
             write_json(path.with_suffix(".answer"), reply)

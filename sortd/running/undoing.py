@@ -54,10 +54,14 @@ class Undoing:
         """Say what became of orders that have ended, in which ``undo`` had put its plans; others are not spoken of."""
         return [self._told(order) for order in orders if order.relocation.token in self._plans_made]
 
-    def rehearse(self, records: Sequence[Record]) -> list[PutBack]:
-        """Say what ``undo`` would do."""
+    def rehearse(self, records: Sequence[Record], back: set[str]) -> list[PutBack]:
+        """Say what ``undo`` would do.
+
+        Args:
+            records: of the moves to be undone.
+            back: where images would stand again, relative to the dataset; those of these records are added.
+        """
         foretold: list[PutBack] = []
-        back: set[str] = set()
         for plan in self._plans(records):
             record = plan.record
             if isinstance(plan, _Plan):

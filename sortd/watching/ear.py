@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from watchdog.events import (
@@ -159,11 +160,15 @@ class Ear:
             self._asked_at = now if _touch(self._canary) else None
         return None
 
-    def unwatched(self) -> list[str]:
-        """List the folders in Images/ and Clases/ that exist and are not watched, contrary to what was asked."""
+    def unwatched(self) -> Iterator[str | None]:
+        """Yield the folders in Images/ and Clases/ that exist and are not watched, contrary to what was asked.
+
+        None stands for each entry that was looked at: there may be a million.
+        """
         watched = inotify.watched_inodes(self._descriptors)
         deep = [path for name in _DEEP if os.path.isdir(path := os.path.join(self._root, name))]
-        return [below for path in deep for below in inotify.unwatched(path, watched)]
+        for path in deep:
+            yield from inotify.unwatched(path, watched)
 
     def _tracked(self) -> list[str]:
         return [self._root, *(os.path.join(self._root, name) for name in _STANDARD)]
@@ -177,12 +182,13 @@ class Ear:
     def _hear(self, event: FileSystemEvent, real: str, shown: str) -> None:
         """Post the hints of one event; never raises, since that would end the dispatcher and with it all watching."""
         try:
-            for hint in _hints(event):
-                path = shown + hint.path.removeprefix(real)
+            closed = isinstance(event, FileClosedEvent)
+            for named in (event.src_path, event.dest_path):  # of a move both ends; nothing else has a destination
+                path = shown + os.fsdecode(named).removeprefix(real)
                 if path == self._canary:
                     self._answered.set()
-                elif not is_below_temporary(path, self._root):
-                    self._post(Hint(path, hint.closed, hint.directory))
+                elif named and not is_below_temporary(path, self._root):
+                    self._post(Hint(path, closed, event.is_directory, monotonic()))
         except BaseException as error:  # noqa: BLE001 - whatever it is: kept, and told at the next check
             self.lost = f"a hint could not be handed on ({error!r})"
 
@@ -196,14 +202,6 @@ class _Handler(FileSystemEventHandler):
     def dispatch(self, event: FileSystemEvent) -> None:
         """Hand on one event."""
         self._hear(event)
-
-
-def _hints(event: FileSystemEvent) -> Iterator[Hint]:
-    """One hint for each path that the event names; of a move, both ends."""
-    closed = isinstance(event, FileClosedEvent)
-    for path in (event.src_path, event.dest_path):
-        if path:
-            yield Hint(os.fsdecode(path), closed=closed, directory=event.is_directory)
 
 
 def _is_small(root: str, *, leave_out: frozenset[str], max_folders: int, max_entries: int) -> bool:

@@ -1,6 +1,6 @@
 """What the watcher says: hints, hints that were lost, and how each root is followed. A part of the watch edge."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -12,11 +12,13 @@ class Hint:
         path: Absolute, as ``os.fsdecode`` gives it; nothing need stand there any more.
         closed: A writer closed the file: it may well be whole.
         directory: It is, or was, a folder: scan it.
+        at: When it was heard, in seconds of the monotonic clock; hints that differ in nothing else are equal.
     """
 
     path: str
     closed: bool = False
     directory: bool = False
+    at: float = field(default=0.0, compare=False)
 
 
 class Loss(StrEnum):

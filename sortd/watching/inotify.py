@@ -7,7 +7,7 @@ Everything is read from /proc; nothing here watches. A part of the watch edge: `
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 # Changes made by another machine, or by the host of a virtual one, raise no event here: inotify(7), "Limitations".
@@ -80,16 +80,19 @@ def watched_inodes(descriptors: Iterable[int]) -> frozenset[int]:
     return frozenset(found)
 
 
-def unwatched(folder: str, watched: frozenset[int]) -> list[str]:
-    """List the folders at and below ``folder`` that can be listed and yet are not watched.
+def unwatched(folder: str, watched: frozenset[int]) -> Iterator[str | None]:
+    """Yield the folders at and below ``folder`` that can be listed and yet are not watched, and None in between.
+
+    There is a None for each entry that was looked at: a caller may stop between any two.
 
     inotify_add_watch fails for a sub-folder (limit, rights, a race) without a word from watchdog; each file that is
     dropped there would wait for the next scan. Where the numbers of inodes do not tell, since the file system shows
     others than it uses (some overlays), nothing is claimed.
     """
     if _inode(folder) not in watched:
-        return []
-    return [below for below in _folders(folder) if _inode(below) not in watched]
+        return
+    for below in _folders(folder):
+        yield below if below is not None and _inode(below) not in watched else None
 
 
 def advice(error: OSError, *, folders: int | None = None, granted: Limits | None = None) -> str:
@@ -119,14 +122,17 @@ def advice(error: OSError, *, folders: int | None = None, granted: Limits | None
     return f"{os.strerror(error.errno)}" if error.errno else str(error)
 
 
-def _folders(folder: str) -> Iterable[str]:
-    """Walk the folders at and below ``folder`` that can be listed; links are not followed."""
+def _folders(folder: str) -> Iterator[str | None]:
+    """Yield the folders at and below ``folder`` that can be listed, None for each entry; links are not followed."""
     waiting = [folder]
     while waiting:
         current = waiting.pop()
         try:
             with os.scandir(current) as entries:
-                waiting.extend(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+                for entry in entries:
+                    yield None
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
         except OSError:  # vanished, or not ours to list: nothing below it can be handled anyway, and the scan says so
             continue
         yield current

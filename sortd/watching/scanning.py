@@ -8,9 +8,14 @@ of a cloud drive is not fetched by looking.
 import os
 import re
 import stat as mode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import lru_cache
 
 from sortd.messages import Stamp
+
+Listing = Callable[[str], AbstractContextManager[Iterable["os.DirEntry[str]"]]]
+"""Lists a folder; ``os.scandir`` does."""
 
 # A name that says "not done yet" by its ending.
 _UNFINISHED_SUFFIXES = (
@@ -77,7 +82,13 @@ def is_below_temporary(path: str, root: str) -> bool:
 
     Only what lies below ``root`` counts: a dataset may itself live in ``~/.local/share``.
     """
-    return any(is_temporary(name) for name in os.path.relpath(path, root).split(os.sep) if name != os.curdir)
+    folder, _, name = path.rpartition(os.sep)
+    return path != root and (is_temporary(name) or _is_folder_below_temporary(folder, root))
+
+
+@lru_cache(maxsize=1024)  # asked for each event of a storm, most of which are about a few folders
+def _is_folder_below_temporary(folder: str, root: str) -> bool:
+    return any(is_temporary(name) for name in os.path.relpath(folder, root).split(os.sep) if name != os.curdir)
 
 
 def stamp(path: str, *, stat: Callable[[str], os.stat_result] = os.lstat) -> Stamp | None:
@@ -100,7 +111,7 @@ def scan(
     folder: str,
     *,
     report: Callable[[OSError], None],
-    scandir: Callable[[str], "os._ScandirIterator[str]"] = os.scandir,
+    scandir: Listing = os.scandir,
 ) -> Iterator[tuple[str, Stamp]]:
     """Name every eligible regular file at any depth below ``folder``, lazily, in no order, with its stamp.
 
@@ -115,20 +126,30 @@ def scan(
     Yields:
         The path and the stamp of each file.
     """
+    return (found for found in scan_steps(folder, report=report, scandir=scandir) if found is not None)
+
+
+def scan_steps(
+    folder: str,
+    *,
+    report: Callable[[OSError], None],
+    scandir: Listing = os.scandir,
+) -> Iterator[tuple[str, Stamp] | None]:
+    """Scan like ``scan``, and yield None for whatever else was looked at: a caller may stop between any two."""
     waiting = [folder]
     while waiting:
         current = waiting.pop()
+        yield None
         try:
             with scandir(current) as entries:
                 for entry in entries:
                     if is_temporary(entry.name):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
+                        yield None
+                    elif entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
                     elif entry.is_file(follow_symlinks=False):
                         found = _look(entry, report)
-                        if found is not None:
-                            yield entry.path, found
+                        yield None if found is None else (entry.path, found)
         except (FileNotFoundError, NotADirectoryError) as error:
             if current == folder:
                 report(error)

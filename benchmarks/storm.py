@@ -1,0 +1,259 @@
+"""Storms of events against a real daemon: does it go on filing, feeding its watchdog and heeding its signals?
+
+    make       3,000 folders are made in Dataset/
+    move       400 folders of 10 images are moved into Images/
+    rename     10,000 renames in 8 seconds, in each of Images/, Clases/, Dataset/ and Review/
+
+Each storm meets a daemon of its own: the real command, loop, worker, moves and inotify, with the encoder of the tests.
+An image is dropped when the storm begins and another one when it has ended, and timed until it is filed; then the
+storm comes again, and SIGTERM in the midst of it. While Clases/ changes nothing moves, by design, so that only the
+second image counts there.
+The daemon feeds a watchdog, as under systemd, in every turn of its loop that comes ``PING_SECONDS`` after the last one:
+the longest time without, less that, is the longest gap between two turns. The status file tells the longest turn too.
+
+Exits with 1 where a floor is missed.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.daemon import processor_seconds
+from tests.daemon_process import DaemonProcess, make_dataset, picture
+
+PING_SECONDS = 0.05
+SETTLE_SECONDS = 1.0
+FLOORS = {
+    "longest_gap_seconds": 0.5,
+    "filed_beyond_settle_seconds": 2.0,
+    "stopped_after_seconds": 5.0,
+    "files_looked_at_per_file": 3.0,
+}
+
+Storm = Callable[[Path, Path, str], int]
+"""Makes a storm in a dataset, with a folder outside of it at hand and a name of its own; returns how often a file came
+into Images/."""
+
+
+class Watchdog:
+    """Stands in for systemd: takes the pings of a daemon and remembers when they came."""
+
+    def __init__(self, folder: Path) -> None:
+        """Begin to listen."""
+        self.pings: list[float] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(os.fspath(folder / "notify"))
+        self.environment = {
+            "NOTIFY_SOCKET": os.fspath(folder / "notify"),
+            "WATCHDOG_USEC": str(round(2e6 * PING_SECONDS)),
+        }
+        self._thread = threading.Thread(target=self._listen, name="watchdog")
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while message := self._socket.recv(4096):
+            if message == b"WATCHDOG=1":
+                self.pings.append(time.monotonic())
+
+    def longest_gap(self, began: float, ended: float) -> float:
+        """Return the longest time between two turns, in seconds, as far as the pings tell."""
+        times = [began, *(ping for ping in self.pings if began < ping < ended), ended]
+        gaps = [after - before for before, after in pairwise(times)]
+        return max(0.0, max(gaps) - PING_SECONDS)
+
+    def close(self) -> None:
+        """End the thread."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"", self.environment["NOTIFY_SOCKET"])
+        self._thread.join()
+        self._socket.close()
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[Watchdog]:
+    """Listen to a daemon for a while."""
+    watchdog = Watchdog(folder)
+    try:
+        yield watchdog
+    finally:
+        watchdog.close()
+
+
+# ------------------------------------------------------------ storms
+
+
+def make_folders(dataset: Path, _: Path, name: str, folders: int = 3000) -> int:
+    """Make folders in Dataset/."""
+    for number in range(folders):
+        (dataset / "Dataset" / f"{name} {number}").mkdir()
+    return 0
+
+
+def move_folders(dataset: Path, outside: Path, name: str, folders: int = 400, files: int = 10) -> int:
+    """Move folders of images into Images/."""
+    images = [picture("red", seed, (32, 32)) for seed in range(8)]
+    for folder in range(folders):
+        (outside / f"{name} {folder}").mkdir()
+        for file in range(files):
+            images[file % len(images)].save(outside / f"{name} {folder}" / f"{folder} {file}.png")
+    for folder in range(folders):
+        (outside / f"{name} {folder}").rename(dataset / "Images" / f"{name} {folder}")
+    return folders * files
+
+
+def rename_in(area: str, renames: int = 10_000, seconds: float = 8.0, files: int = 20) -> Storm:
+    """Return the storm that renames files of an area, and folders of it, evenly over the time."""
+
+    def storm(dataset: Path, _: Path, name: str) -> int:
+        folder = dataset / area / ("red" if area != "Images" else "album")
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [folder / f"{name} {number} 0.txt" for number in range(files)]
+        for path in names:
+            path.write_text("no image")
+        began = time.monotonic()
+        for count in range(renames):
+            number = count % files
+            names[number] = names[number].rename(names[number].with_name(f"{name} {number} {count}.txt"))
+            if (wait := began + seconds * count / renames - time.monotonic()) > 0:
+                time.sleep(wait)
+        return renames if area == "Images" else 0
+
+    return storm
+
+
+STORMS: dict[str, Storm] = {
+    "make": make_folders,
+    "move": move_folders,
+    **{f"rename {area}": rename_in(area) for area in ("Images", "Clases", "Dataset", "Review")},
+}
+
+
+# ------------------------------------------------------------ measuring
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """Return what the daemon tells of itself."""
+    facts: dict[str, Any] = json.loads((folder / "state" / "status.json").read_text(encoding="utf-8"))
+    return facts
+
+
+def drop(daemon: DaemonProcess, folder: Path, dataset: Path, name: str) -> float:
+    """Drop an image and return how many seconds beyond the settle time it took until it was filed."""
+    beside = folder / name
+    picture("green", 7, (64, 64)).save(beside)
+    dropped = time.monotonic()
+    path = beside.rename(dataset / "Images" / name)
+    daemon.wait_for("image.filed", path=os.fspath(path), seconds=300)
+    return time.monotonic() - dropped - SETTLE_SECONDS
+
+
+@contextmanager
+def under_way(storm: Callable[[], object]) -> Iterator[None]:
+    """Let a storm go on meanwhile, and wait for its end."""
+    thread = threading.Thread(target=storm, name="storm")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def write_config(folder: Path) -> Path:
+    """Write a configuration that keeps everything below one folder."""
+    config = folder / "config.yaml"
+    values = {
+        "root": folder / "Data",
+        "state_dir": folder / "state",
+        "cache_dir": folder / "cache",
+        "settle_seconds": SETTLE_SECONDS,
+        "mode": "max",
+        "abstain": "off",
+        "guard": "false",
+    }
+    config.write_text("".join(f"{key}: {value}\n" for key, value in values.items()), encoding="utf-8")
+    return config
+
+
+def measure(storm: Storm) -> dict[str, Any]:
+    """Let a storm meet a daemon."""
+    with tempfile.TemporaryDirectory(prefix="sortd-storm-") as name, watched(Path(name)) as watchdog:
+        folder = Path(name)
+        dataset, outside = make_dataset(folder / "Data"), folder / "outside"
+        outside.mkdir()
+        with DaemonProcess(write_config(folder), environment=watchdog.environment) as daemon:
+            daemon.wait_for("daemon.ready")
+            drop(daemon, folder, dataset, "first.png")
+            before = files_looked_at(folder)
+            came: list[int] = []
+            began, used = time.monotonic(), processor_seconds(daemon.process.pid)
+            with under_way(lambda: came.append(storm(dataset, outside, "first"))):
+                during = drop(daemon, folder, dataset, "during.png")
+            after = drop(daemon, folder, dataset, "after.png")
+            daemon.wait_for("image.filed", count=3 + (came[0] if storm is move_folders else 0), seconds=600)
+            ended, used = time.monotonic(), processor_seconds(daemon.process.pid) - used
+            time.sleep(2.5)  # the status file is written every two seconds
+            looked, told = files_looked_at(folder), status(folder).get("longest_turn_seconds")
+            with under_way(lambda: storm(dataset, outside, "second")):
+                time.sleep(0.5 if storm is not move_folders else 3.0)  # its images are made first
+                stopping = time.monotonic()
+                code = daemon.stop(signal.SIGTERM)
+                stopped = time.monotonic() - stopping
+        result: dict[str, Any] = {
+            "seconds": round(ended - began, 1),
+            "processor_seconds": round(used, 1),
+            "longest_gap_seconds": round(watchdog.longest_gap(began, ended), 3),
+            "longest_turn_seconds_told": told,
+            "filed_beyond_settle_seconds": round(after if storm is STORMS["rename Clases"] else max(during, after), 3),
+            "of_these_dropped": {"in_the_storm": round(during, 3), "after_it": round(after, 3)},
+            "stopped_after_seconds": round(stopped, 3),
+            "exit_code": code,
+        }
+        if looked is not None and before is not None and came[0]:
+            result |= {"files": came[0] + 2, "files_looked_at": looked - before}
+            result["files_looked_at_per_file"] = round((looked - before) / (came[0] + 2), 2)
+        return result
+
+
+def files_looked_at(folder: Path) -> int | None:
+    """Return how many looks at files the daemon counts."""
+    value = status(folder)["datasets"]["Colours"].get("files_looked_at")
+    return None if value is None else int(value)
+
+
+def main() -> int:
+    """Measure what is asked for and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=list(STORMS), help=", ".join(STORMS))
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    results = {}
+    for what in arguments.what:
+        results[what] = measure(STORMS[what])
+        if not arguments.json:
+            print(what, json.dumps(results[what]), flush=True)
+    missed = [
+        f"{what}: {figure} is {result[figure]}, at most {floor} is wanted"
+        for what, result in results.items()
+        for figure, floor in FLOORS.items()
+        if result.get(figure, 0.0) > floor
+    ]
+    if arguments.json:
+        print(json.dumps({"storms": results, "floors": FLOORS, "missed": missed}, indent=2))
+    else:
+        print("\n".join(missed) or "all floors are met")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
