@@ -39,7 +39,7 @@ LEAST_GAIN = 1.25
 """How many times as quick int8 must be for its files to be kept: less is not worth another set of embeddings."""
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
-EXTRA = "pip install 'sortd[onnx]' (packages onnxruntime and onnx)"
+EXTRA = "pip install 'sortd-images[onnx]' (packages onnxruntime and onnx)"
 ROOM = 1.25
 """Times the model's size in float32 that stays on the disk; a convolutional one takes twice that while it is made."""
 
