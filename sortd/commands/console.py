@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,9 @@ import typer
 
 if TYPE_CHECKING:
     from sortd.config import Config
+
+STANDARD_ERRORS = 1.96
+"""On either side of a mean: 95 % of a normal distribution lie within."""
 
 ConfigOption = Annotated[
     Path | None,
@@ -159,6 +163,24 @@ def counted(number: int, noun: str) -> str:
     """Return ``1 image``, ``2 images``."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
+
+
+def interval(right: int, judged: int) -> tuple[float, float]:
+    """Return between which shares the true one lies, with 95 % confidence, where so many of those judged are right.
+
+    Wilson (1927), "Probable inference, the law of succession, and statistical inference".
+    """
+    squared = STANDARD_ERRORS**2
+    share, whole = right / judged, judged + squared
+    centre = (right + squared / 2) / whole
+    half = STANDARD_ERRORS * sqrt(share * (1 - share) * judged + squared / 4) / whole
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def out_of(right: int, judged: int) -> str:
+    """Return ``26 of 37 (95 %: 54 to 82 %)``: how many, of how many, and what that says of the true share."""
+    low, high = interval(right, judged)
+    return f"{right:,} of {judged:,} (95 %: {100 * low:.0f} to {100 * high:.0f} %)"
 
 
 def megabytes(size_bytes: float) -> str:

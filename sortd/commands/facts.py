@@ -17,6 +17,7 @@ from sortd.commands.console import (
     counted,
     load_config,
     moment_option,
+    out_of,
     print_json,
     print_line,
     print_table,
@@ -153,11 +154,22 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
     if facts["held"]:
         print_line(f"  held      {counted(facts['held'], 'file')}; let them go: sortd release --all")
     if facts["accuracy"]:
-        rows = [
-            (label, right["filed"], right["corrected"], f"{100 * right['right']:.1f} %")
-            for label, right in facts["accuracy"].items()
-        ]
-        print_table(("class", "filed", "corrected", "right"), rows, right=("filed", "corrected", "right"))
+        _print_accuracy(facts["accuracy"])
+
+
+def _print_accuracy(accuracy: Mapping[str, Any]) -> None:
+    """Print by class what became of what was filed, and how much of it is known to be right."""
+    numbers = ("filed", "corrected", "undone")
+    rows = [(label, *(one[name] for name in numbers), _right(one)) for label, one in accuracy.items()]
+    print_table(("class", *numbers, "right"), rows, right=numbers)
+    if any(one["checked"] for one in accuracy.values()):
+        print_line("  right: of those filed before you last corrected or undid an image of the class")
+
+
+def _right(facts: Mapping[str, Any]) -> str:
+    """Return how many of a class's images were right, of those that a person has checked."""
+    checked = facts["checked"]
+    return out_of(checked - facts["corrected"] - facts["undone"], checked) if checked else "not checked"
 
 
 def _print_classifier(facts: Mapping[str, Any]) -> None:

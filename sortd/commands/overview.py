@@ -2,15 +2,17 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sortd.commands.console import interval
 from sortd.commands.journals import JournalPlace, journals
 from sortd.commands.promotion import serving_facts
 from sortd.config import Config
 from sortd.errors import JournalError
 from sortd.journaling.history import History
-from sortd.journaling.records import Selection
+from sortd.journaling.records import FiledImages, Selection
 from sortd.layout import Area, Layout
 from sortd.status import read_status
 from sortd.watching.scanning import scan
@@ -73,13 +75,17 @@ def _from_journal(place: JournalPlace) -> dict[str, Any]:
                 "total": history.counts(),
                 "held": len(history.held()),
                 "last_move_at": last[0].ended_at if last else None,
-                "accuracy": {
-                    label: {"filed": filed, "corrected": corrected, "right": round(1 - corrected / filed, 4)}
-                    for label, (filed, corrected) in history.accuracy().items()
-                },
+                "accuracy": {label: _filed_facts(filed) for label, filed in history.accuracy().items()},
             }
     except JournalError as error:
         return {"total": {}, "held": 0, "last_move_at": None, "accuracy": {}, "journal_problem": str(error)}
+
+
+def _filed_facts(filed: FiledImages) -> dict[str, Any]:
+    """Return a class's images as plain values; the share of right ones and its interval only where some are checked."""
+    bounds = None if not filed.checked else tuple(round(bound, 4) for bound in interval(filed.right, filed.checked))
+    share = None if not filed.checked else round(filed.right / filed.checked, 4)
+    return {**asdict(filed), "right": share, "interval": bounds}
 
 
 def _count(layout: Layout, area: Area) -> int | None:
