@@ -1,6 +1,7 @@
 """Explain says why an image goes where it goes, from what serves now, and changes nothing."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,13 +20,14 @@ from sortd.deciding.finetuned_explanation import explain_finetuned
 from sortd.errors import DataError, UnreadableError
 from sortd.finetuned import FinetunedFacts
 from sortd.layout import Layout
-from sortd.prototypes import Abstain, DecisionSettings, Mode, decide
+from sortd.prototypes import Abstain, DecisionSettings, Mode, build, decide
 from sortd.report import explain_page
 from sortd.running.classifiers import classifier_of
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset, picture, tree
 from tests.fake_encoder import SIDE, FakeEncoder
 from tests.filed_images import file_images
+from tests.made_features import Blobs, support_set
 from tests.prototype_maker import make_prototypes
 
 
@@ -110,6 +112,22 @@ class TestExplanation:
         passed = {threshold.name: threshold.passed for threshold in found.thresholds}
         assert not all(passed.values())
         assert any("not enough" in sentence for sentence in sentences(found))
+
+    def test_explanation_of_an_unsure_image_claims_no_share_of_right_ones(self) -> None:
+        """What is filed is told with how many it was judged on; what is not sure enough is not called right as well."""
+        index = np.arange(6).repeat(8)
+        support = support_set(Blobs(6, spread=1.2).draw(index), index)
+        prototypes = build(support, DecisionSettings(Mode.BEST, Abstain()), generation=1)
+        between = support.embeddings[0] + support.embeddings[8]
+        unsure, sure = (
+            explain(prototypes, between / np.linalg.norm(between)),
+            explain(prototypes, support.embeddings[0]),
+        )
+        assert (unsure.is_filed, sure.is_filed) == (False, True)
+        assert unsure.decision.precision is not None
+        assert not any("were right" in sentence for sentence in sentences(unsure))
+        (judged,) = [sentence for sentence in sentences(sure) if "were right" in sentence]
+        assert re.match(r"Of the \d+ references, each left out in turn, \d+% of those at least as sure", judged)
 
     def test_the_share_of_the_name_is_told(self, site: Path) -> None:
         """All of it in text mode, none in the modes that look at images alone."""
@@ -205,7 +223,7 @@ class TestFinetuned:
         assert [one["name"] for one in facts["thresholds"]] == ["confidence"]
         assert len(facts["neighbours"]) == 5
         assert {one["mode"] for one in facts["other_modes"]} == {mode.value for mode in Mode}
-        assert "Of the images that its training held out" in " ".join(facts["sentences"])
+        assert "images that its training held out" in " ".join(facts["sentences"])
         assert "What the prototypes" in explain_page(facts, now=datetime(2026, 1, 1, tzinfo=UTC))
         known = explain_image(config_of(site), tmp_path / "new.png", load_encoder=no_model)
         assert known.facts() == facts

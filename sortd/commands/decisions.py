@@ -164,13 +164,14 @@ def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
         (
             f"{one['mode']} (in force)" if one["mode"] == facts["mode"] else one["mode"],
             _share(one["distinct_accuracy"]),
+            one["distinct_judged"],
             _share(one["balanced_accuracy"]),
             _share(one["accuracy"]),
             one["judged"],
         )
         for one in facts["modes"]
     ]
-    columns: tuple[str, ...] = ("new images", "by class", "by image", "judged")
+    columns: tuple[str, ...] = ("new images", "of", "by class", "by image", "of all")
     print_table(("mode", *columns), modes, right=columns)
     print_line("")
     trades = [
@@ -191,13 +192,14 @@ def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
             one["label"],
             one["references"],
             _share(one["recall"]),
+            one["judged"],
             _share(one["precision"]),
             one["confused_with"],
             one["needs_images"],
         )
         for one in facts["class_reports"]
     ]
-    columns = ("images", "recognised", "own among taken")
+    columns = ("images", "recognised", "of", "own among taken")
     print_table(("class", *columns, "taken for", "needs images"), classes, right=columns)
     for kind in ("mislabelled", "duplicate", "outlier"):
         doubtful = [one for one in facts["suspects"] if one["kind"] == kind]

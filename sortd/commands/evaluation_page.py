@@ -79,6 +79,7 @@ def _dataset(name: str, facts: Mapping[str, Any], picture: Picture) -> dict[str,
         "root": printable(facts["root"]),
         "report": facts,
         "accuracy": None if mine is None else mine["distinct_accuracy"],
+        "judged": 0 if mine is None else mine["distinct_judged"],
         "sentences": sentences(facts),
         "modes": sorted(facts["modes"], key=lambda mode: -(mode["distinct_accuracy"] or 0.0)),
         "curve": None if mine is None else _curve(mine["curve"], facts["calibration"]),
@@ -112,8 +113,8 @@ def _curve(points: Sequence[Sequence[float]], calibration: Mapping[str, Any]) ->
     drawn = [place(share, precision) for _, share, precision in sorted(points, key=lambda point: point[1])]
     levels = [floor + index * step for index in range(round((1.0 - floor) / step) + 1)]
     now = None
-    if calibration["precision_expected"] is not None:
-        x, y = place(calibration["filed_expected"], calibration["precision_expected"])
+    if calibration["filed_expected"]:
+        x, y = place(calibration["filed_expected"], _precision_at(calibration["filed_expected"], points))
         now = {"x": x, "y": y, "text_y": y + NOW_BELOW if y + NOW_BELOW < _BOTTOM else y - NOW_ABOVE}
     return {
         "points": " ".join(f"{x},{y}" for x, y in drawn),
@@ -121,6 +122,16 @@ def _curve(points: Sequence[Sequence[float]], calibration: Mapping[str, Any]) ->
         "columns": [{"x": place(share / 100, 1.0)[0], "text": f"{share} %"} for share in range(0, 101, 20)],
         "now": now,
     }
+
+
+def _precision_at(filed: float, points: Sequence[Sequence[float]]) -> float:
+    """Return the precision that the curve has where so large a share is filed; straight between its points."""
+    ends = sorted((share, precision) for _, share, precision in points)
+    after = next((at for at, (share, _) in enumerate(ends) if share >= filed), len(ends) - 1)
+    if after == 0 or ends[after][0] <= filed:
+        return ends[after][1]
+    (left, low), (right, high) = ends[after - 1], ends[after]
+    return low + (high - low) * (filed - left) / (right - left)
 
 
 def _matrix(confusion: Sequence[Sequence[Any]]) -> dict[str, Any] | None:

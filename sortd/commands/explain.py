@@ -61,6 +61,7 @@ class Explained:
             "second_label": explanation.decision.second_label,
             "confidence": explanation.decision.confidence,
             "precision": explanation.decision.precision,
+            "held_out": explanation.held_out,
             "mode": explanation.mode,
             "classifier": "finetuned" if explanation.mode == "finetuned" else "prototypes",
             "refusal": self.refusal,

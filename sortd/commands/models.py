@@ -85,6 +85,7 @@ def _print_finetuned(datasets: Mapping[str, Any]) -> None:
             one.get("verdict") or "damaged",
             share(one.get("accuracy")),
             share(one.get("prototypes_accuracy")),
+            one.get("images"),
             one.get("base"),
             one["folder"],
         )
@@ -92,7 +93,7 @@ def _print_finetuned(datasets: Mapping[str, Any]) -> None:
         for one in facts["results"]
     ]
     if rows:
-        columns = ("right", "prototypes")
+        columns = ("right", "prototypes", "of")
         print_table(("", "dataset", "verdict", *columns, "base", "folder"), rows, right=columns)
 
 
@@ -159,7 +160,7 @@ def promote_model(
         kept = "`classifier: prototypes` in the configuration keeps it from deciding, set auto"
         print_line(f"{place} is promoted in {name}, but {kept}", style="bold yellow")
     right, other = share(facts["accuracy"]), share(facts["prototypes_accuracy"])
-    print_line(f"  {facts['verdict']}: {right} right, {other} by the prototypes' mode {facts['best_mode']}")
+    print_line(f"  {facts['verdict']}: of {facts['images']} images {right} right, {other} by mode {facts['best_mode']}")
     say(f"sortd: {facts['told']}")
 
 

@@ -84,6 +84,8 @@ class Explanation:
     generation: int
     encoder_id: str
     mode: str
+    held_out: int
+    """Images that were left out of what was learnt, by which ``decision.precision`` was judged."""
 
     @property
     def is_filed(self) -> bool:
@@ -114,6 +116,7 @@ def explain(prototypes: PrototypeSet, embedding: npt.ArrayLike) -> Explanation:
         generation=prototypes.generation,
         encoder_id=prototypes.encoder_id,
         mode=prototypes.settings.mode.value,
+        held_out=prototypes.calibration.held_out,
     )
 
 
@@ -127,7 +130,8 @@ def sentences(explanation: Explanation) -> list[str]:
     second = f", {decision.second_label} comes second" if decision.second_label is not None else ""
     said.append(f"{label} has a {unit} of {decision.score:.3f}{second}, {decision.margin:.3f} behind.")
     said += [_said(threshold) for threshold in explanation.thresholds]
-    if decision.precision is not None:
+    # Of what is not filed it would be beside the point: the share counts those that are much surer, too.
+    if decision.precision is not None and explanation.is_filed:
         said.append(_judged(explanation, decision.precision))
     if explanation.text_share > 0:
         said.append(f"The name {label!r} makes up {explanation.text_share:.0%} of its prototype, images the rest.")
@@ -148,9 +152,10 @@ def _verdict(explanation: Explanation, label: str) -> str:
 
 def _judged(explanation: Explanation, precision: float) -> str:
     if explanation.mode == ClassifierKind.FINETUNED.value:
-        return f"Of the images that its training held out, {precision:.0%} of those as sure as this were right."
-    share = f"{precision:.0%} of the references that were left out and as sure as this were right"
-    return f"Judged on the references alone, {share}."
+        judged = f"Of the {explanation.held_out:,} images that its training held out"
+    else:
+        judged = f"Of the {explanation.held_out:,} references, each left out in turn"
+    return f"{judged}, {precision:.0%} of those at least as sure as this were right."
 
 
 def _said(threshold: Threshold) -> str:
