@@ -6,8 +6,10 @@ The one place with lazy imports, so that `--help`, `check`, `status`, `history` 
 import errno
 import json
 import os
+import shlex
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -162,6 +164,7 @@ def init(
             why = "a class's name is a folder's: not empty, not hidden, without / and control characters"
             raise typer.BadParameter(f"{name!r} cannot be a class: {why}", param_hint="--class")
     layout = Layout(directory.absolute())
+    see_that_it_is_found(layout.root)
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -175,8 +178,59 @@ def init(
             folder.mkdir(exist_ok=True)
         except OSError as error:
             raise LayoutError(f"{folder} cannot be made: {error.strerror}; mend its rights or room") from error
-    typer.echo(f"{layout.root} is a dataset. Teach it: put images into {layout.area(Area.CLASES)}/<class>/")
-    typer.echo(f"Then drop images into {layout.area(Area.IMAGES)} and run sortd.")
+    root = printable(os.fspath(layout.root))
+    typer.echo(f"{root} is a dataset. Teach it: put images into {root}/{Area.CLASES}/<class>/")
+    typer.echo(f"Then drop images into {root}/{Area.IMAGES}/ and run")
+    for line in how_to_run(Path(os.path.realpath(layout.root)).parent):
+        typer.echo(line)
+
+
+def see_that_it_is_found(dataset: Path) -> None:
+    """Refuse a folder in which no sortd would see a dataset.
+
+    Raises:
+        LayoutError: it is hidden, or lies inside another dataset.
+    """
+    from sortd.errors import LayoutError
+    from sortd.layout import enclosing_dataset
+
+    real, around = Path(os.path.realpath(dataset)), enclosing_dataset(dataset)
+    if real.name.startswith(".") or real == real.parent:
+        raise LayoutError(f"{dataset} cannot be a dataset: sortd looks at folders below its root that are not hidden")
+    if around is not None:
+        beside = around.parent / dataset.name
+        raise LayoutError(f"{dataset} lies inside the dataset {around}, where no sortd would see it; make {beside}")
+
+
+def how_to_run(root: Path) -> Iterator[str]:
+    """Yield the command, indented, that runs sortd on the datasets below ``root``, and what makes it shorter."""
+    from sortd.config import find, load
+    from sortd.errors import ConfigError
+
+    file, command, mistakes = find(os.environ), f"{this_program()} run", ""
+    name = "config.yaml (config.example.yaml has every key)" if file is None else printable(os.path.abspath(file))
+    named = "" if file is None else f" -c {shlex.quote(os.path.abspath(file))}"
+    try:
+        is_known = file is not None and os.path.realpath(load(file, os.environ).root) == os.fspath(root)
+    except ConfigError as error:
+        is_known, mistakes = False, str(error)
+    if is_known:
+        yield f"    {command}{named}"
+        return
+    yield f"    SORTD_ROOT={shlex.quote(os.fspath(root))} {command}{named}"
+    yield f"With `root: {printable(os.fspath(root))}` in {name} no command needs SORTD_ROOT."
+    if mistakes:
+        yield f"That configuration is to be corrected first: {printable(mistakes)}"
+
+
+def this_program() -> str:
+    """Return how sortd was called, so that whoever copies it calls the same one."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m sortd"
+    found = shutil.which("sortd")
+    is_usual = called.name != "sortd" or (found is not None and os.path.realpath(found) == os.path.realpath(called))
+    return "sortd" if is_usual else shlex.quote(os.path.abspath(called))
 
 
 @app.command()

@@ -1,6 +1,8 @@
 """The command line as a whole: what there is, what it costs, and how it fails."""
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +153,104 @@ def test_init_says_why_a_folder_cannot_be_made(tmp_path: Path) -> None:
     for place, why in (("file", "is there but is no folder"), ("file/Garden", "cannot be made: Not a directory")):
         ran = sortd("init", tmp_path / place)
         assert (ran.code, why in ran.err) == (78, True)
+
+
+def command_of(out: str) -> str:
+    """Return the command that `sortd init` tells to run."""
+    (line,) = [line.strip() for line in out.splitlines() if line.startswith("    ")]
+    return line
+
+
+def test_init_ends_with_a_command_that_works(tmp_path: Path) -> None:
+    """That very command, called from anywhere, takes the dataset up."""
+    garden = tmp_path / "my pictures" / "Garden"
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    init = [sys.executable, "-m", "sortd", "init", str(garden), "--class", "roses", "--class", "tulips"]
+    made = subprocess.run(init, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    command = ["sh", "-c", f"exec env {command_of(made.stdout)}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as run:
+        assert run.stderr is not None
+        ends = {"dataset.added", "daemon.stopped"}
+        heard = next(line for line in map(json.loads, run.stderr) if line["event"] in ends)
+        run.terminate()
+        run.stderr.read()
+    assert (heard["event"], heard.get("root"), run.returncode) == ("dataset.added", str(garden), 0)
+
+
+@pytest.mark.parametrize("configured", ["nowhere", "here", "elsewhere"])
+def test_init_names_the_root_where_no_configuration_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configured: str
+) -> None:
+    """With a configuration for its root that one is named; with one for another root, or none, so is the root."""
+    site, here = tmp_path / "my pictures", tmp_path / "here"
+    here.mkdir()
+    if configured != "nowhere":
+        write_config(here, root=site if configured == "here" else tmp_path / "Data")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = shlex.split(command_of(sortd("init", site / "Garden").out))
+    environment = dict(word.split("=", 1) for word in words if word.startswith("SORTD_ROOT="))
+    assert (environment == {}) == (configured == "here")
+    assert ("-c" in words) == (configured != "nowhere")
+    arguments = words[words.index("run") + 1 :]
+    monkeypatch.chdir(tmp_path)
+    found = sortd("status", "--json", *arguments, environment=environment).facts["datasets"]
+    assert [one["root"] for one in found.values()] == [str(site / "Garden")]
+
+
+def test_init_names_the_mistakes_of_the_configuration_that_it_counts_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dataset is made all the same; what would refuse the next command is said now."""
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path, speed="fast")
+    ran = sortd("init", tmp_path / "Data" / "Garden")
+    assert ran.code == 0
+    assert "speed" in ran.out
+
+
+@pytest.mark.parametrize(
+    "place", ["Garden/Inner", "Garden/Images/Inner", "Garden/Clases/roses", ".Garden", "link/Inner"]
+)
+def test_init_makes_no_dataset_that_nobody_would_see(tmp_path: Path, place: str) -> None:
+    """Inside another one, through a link too, or hidden: it says where it would be seen, and makes nothing."""
+    (tmp_path / "Garden" / "Clases" / "roses").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "Garden")
+    before = sorted(tmp_path.rglob("*"))
+    ran = sortd("init", tmp_path / place)
+    assert ran.code == 78
+    assert (
+        ("not hidden" in ran.err) if place == ".Garden" else f"lies inside the dataset {tmp_path / 'Garden'}" in ran.err
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("inside", ["", "Clases/roses"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["run", "once", "once --dry-run", "status", "eval", "history", "undo --last 1", "release --all", "rebuild",
+     "explain config.yaml", "finetune Garden", "models", "models promote", "bench"],
+)  # fmt: skip
+def test_commands_on_a_root_that_is_a_dataset_say_so(tmp_path: Path, arguments: str, inside: str) -> None:
+    """Each says the same true sentence, what to set, and not to make another one in it."""
+    dataset = tmp_path / "Garden"
+    (dataset / "Clases" / "roses").mkdir(parents=True)
+    (dataset / "Images").mkdir()
+    file = write_config(tmp_path, root=dataset / inside)
+    ran = sortd(*arguments.split(), "-c", file)
+    assert ran.code == 78
+    assert ("is itself a dataset" in ran.err) if not inside else f"lies inside the dataset {dataset}" in ran.err
+    assert f"set `root` to {tmp_path}" in ran.err
+    assert "init" not in ran.err
+
+
+def test_a_root_with_datasets_that_is_one_itself_serves_them(tmp_path: Path) -> None:
+    """A folder named Clases beside datasets that run takes nothing away; `sortd check` says what is wrong."""
+    make_dataset(tmp_path / "Data")
+    (tmp_path / "Data" / "Clases").mkdir()
+    file = write_config(tmp_path)
+    assert list(sortd("status", "-c", file, "--json").facts["datasets"]) == ["Colours"]
+    assert "is itself a dataset" in sortd("check", "-c", file).out
 
 
 def test_status_names_its_configuration_and_a_missing_root(config: Path, tmp_path: Path) -> None:

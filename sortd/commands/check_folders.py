@@ -7,7 +7,7 @@ from itertools import permutations
 from pathlib import Path
 
 from sortd.commands.finding import Finding, Topic, error, note, warning
-from sortd.layout import Area, Layout
+from sortd.layout import Area, Layout, enclosing_dataset
 
 NAMED_AT_MOST = 5
 """How many paths one finding names before it only counts the rest."""
@@ -24,13 +24,14 @@ def root_findings(root: Path, layouts: Sequence[Layout]) -> Iterator[Finding]:
     if not os.access(root, os.R_OK | os.X_OK, effective_ids=True):
         yield error(Topic.FOLDERS, root, "cannot be listed", f"give {_who()} the rights to read and enter it")
         return
-    if Layout(root).is_dataset:
+    is_dataset, around = Layout(root).is_dataset, enclosing_dataset(root)
+    if is_dataset:
         mend = f"set `root` to {root.parent}"
         yield error(Topic.FOLDERS, root, "is itself a dataset; the root is the folder above the datasets", mend)
-    for above in Path(os.path.realpath(root)).parents:
-        if Layout(above).is_dataset and above != above.parent:
-            yield error(Topic.FOLDERS, root, f"lies inside the dataset {above}", "set `root` to a folder of its own")
-    if not layouts:
+    if around is not None:
+        mend = f"set `root` to {around.parent}, or to a folder outside of it"
+        yield error(Topic.FOLDERS, root, f"lies inside the dataset {around}", mend)
+    if not layouts and not is_dataset and around is None:
         mend = f"make one: sortd init {root}/NAME"
         yield warning(Topic.FOLDERS, root, "holds no dataset, which is a folder with a Clases/ in it", mend)
     for entry in os.scandir(root):

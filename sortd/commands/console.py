@@ -42,11 +42,16 @@ def load_config(path: Path | None) -> "Config":
     """Read the configuration named on the command line, or found where the README says.
 
     Raises:
-        ConfigError: it is missing or not valid.
+        ConfigError: it is missing or not valid, or its root is a dataset or lies in one.
     """
     from sortd.config import load
+    from sortd.errors import ConfigError
+    from sortd.layout import misplaced_root
 
-    return load(path, os.environ)
+    config = load(path, os.environ)
+    if (problem := misplaced_root(config.root)) is not None:
+        raise ConfigError(problem)
+    return config
 
 
 def print_json(facts: object) -> None:
