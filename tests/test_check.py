@@ -318,6 +318,15 @@ class TestReferences:
         assert about(findings, Topic.REFERENCES, "names cannot be classes: new\\nline")
         assert about(findings, Topic.REFERENCES, "look the same: Red, red")
 
+    def test_class_names_with_blanks_that_nobody_sees_are_told(self, site: Path, look: Check) -> None:
+        """In quotes; two that differ in blanks alone look the same, and blanks alone are no name."""
+        for name in ("a  b ", "a b", "  "):
+            (site / "Clases" / name).mkdir()
+        findings = look()
+        assert about(findings, Topic.REFERENCES, "blanks in their names", "'a  b '")
+        assert about(findings, Topic.REFERENCES, "look the same: 'a  b ', a b")
+        assert about(findings, Topic.REFERENCES, "names cannot be classes:   ")
+
     def test_no_class_at_all_is_an_error_of_data(self, tmp_path: Path, look: Check) -> None:
         """Nothing can be decided, and the exit code says that the data is at fault."""
         (tmp_path / "Data" / "Empty" / "Clases").mkdir(parents=True)

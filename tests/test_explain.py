@@ -13,7 +13,7 @@ from PIL import Image
 
 from sortd.cache import Cache
 from sortd.caching.stored_prototypes import PrototypeFiles
-from sortd.commands.explain import explain_image
+from sortd.commands.explain import Explained, explain_image
 from sortd.config import Config, load
 from sortd.deciding.explanation import Explanation, explain, sentences
 from sortd.deciding.finetuned_explanation import explain_finetuned
@@ -139,6 +139,16 @@ class TestExplanation:
         assert share(Mode.TEXT) == 1.0
         assert share(Mode.BEST) == share(Mode.MAX) == 0.0
         assert 0.0 <= share(Mode.MIXED) < 1.0
+
+    def test_class_names_with_blanks_are_told_in_quotes(self, site: Path, tmp_path: Path) -> None:
+        """Where a name ends is seen in sentences and on the page, which would make one blank of two."""
+        (site / "Clases" / "red").rename(site / "Clases" / "a  b ")
+        prototypes = make_prototypes(site, DecisionSettings(Mode.MAX, None))
+        found = explain(prototypes, embedded(site / "Clases" / "a  b " / "0.png"))
+        assert sentences(found)[0] == "It is filed into 'a  b '."
+        facts = Explained(str(tmp_path / "x.png"), "Colours", "", found, is_stored=True, records=()).facts()
+        assert facts["label"] == "a  b "
+        assert "filed into &#39;a  b &#39;" in explain_page(facts, now=datetime(2026, 1, 1, tzinfo=UTC))
 
     def test_no_class_is_no_crash(self, site: Path) -> None:
         """Without a class there is one sentence."""

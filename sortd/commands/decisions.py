@@ -213,7 +213,10 @@ def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
 
 
 def _doubt(suspect: Mapping[str, Any]) -> str:
-    label, other = printable(suspect["label"]), printable(suspect["other_label"] or "")
+    from sortd.deciding.prompts import written_name
+
+    label, other = written_name(suspect["label"]), written_name(suspect["other_label"] or "")
+    label, other = printable(label), printable(other)
     match suspect["kind"]:
         case "mislabelled":
             return f"in {label}, but looks like {other} ({suspect['score']:.0%})"

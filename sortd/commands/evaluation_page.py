@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from sortd.commands.console import printable
+from sortd.deciding.prompts import written_name
 from sortd.decoding.thumbnails import thumbnail
 from sortd.report import Picture, render
 
@@ -49,7 +50,7 @@ def sentences(facts: Mapping[str, Any]) -> list[str]:
     said += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in facts["advice"]["sentences"]]
     needy = [one for one in facts["class_reports"] if one["needs_images"]]
     if needy:
-        named = "; ".join(f"{printable(one['label'])}: {one['needs_images']}" for one in needy[:8])
+        named = "; ".join(f"{_shown(one['label'])}: {one['needs_images']}" for one in needy[:8])
         more = f"; and {len(needy) - 8} more" if len(needy) > 8 else ""  # noqa: PLR2004 -- as many as were named
         said.append(f"Add images to {len(needy)} of {facts['classes']} classes ({named}{more}).")
     if facts["is_labelled_enough"] is not None:
@@ -86,8 +87,8 @@ def _dataset(name: str, facts: Mapping[str, Any], picture: Picture) -> dict[str,
         "classes": [
             {
                 **one,
-                "label": printable(one["label"]),
-                "confused_with": one["confused_with"] and printable(one["confused_with"]),
+                "label": _shown(one["label"]),
+                "confused_with": one["confused_with"] and _shown(one["confused_with"]),
             }
             for one in sorted(facts["class_reports"], key=lambda one: (one["recall"] is None, one["recall"] or 0.0))
         ],
@@ -149,15 +150,20 @@ def _matrix(confusion: Sequence[Sequence[Any]]) -> dict[str, Any] | None:
         whole = sum(number for (row, _), number in counts.items() if row == own)
         cells = [
             {
-                "label": printable(taken),
+                "label": _shown(taken),
                 "number": counts.get((own, taken), 0),
                 "is_right": own == taken,
                 "strength": _strength(counts.get((own, taken), 0) / max(whole, 1)),
             }
             for taken in chosen
         ]
-        rows.append({"label": printable(own), "cells": cells})
-    return {"labels": [printable(label) for label in chosen], "rows": rows, "hidden": len(mistakes) - len(chosen)}
+        rows.append({"label": _shown(own), "cells": cells})
+    return {"labels": [_shown(label) for label in chosen], "rows": rows, "hidden": len(mistakes) - len(chosen)}
+
+
+def _shown(label: str) -> str:
+    """Return a class's name as a page can show it: HTML makes one blank of many."""
+    return printable(written_name(label))
 
 
 def _strength(share: float) -> float:
@@ -179,8 +185,8 @@ def _suspect(one: Mapping[str, Any], picture: Picture) -> dict[str, Any]:
     other = one["other_source"]
     return {
         "image": picture(one["source"]),
-        "label": printable(one["label"]),
-        "other_label": None if one["other_label"] is None else printable(one["other_label"]),
+        "label": _shown(one["label"]),
+        "other_label": None if one["other_label"] is None else _shown(one["other_label"]),
         "score": one["score"],
         "name": printable(os.path.basename(one["source"])),
         "other_name": None if other is None else printable(os.path.basename(other)),

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from sortd.deciding.decision import Abstained, Assigned, Decision, closeness, decide, judge, looks_of, stranger_shares
 from sortd.deciding.gaussian import MEAN_SHRINKAGE
+from sortd.deciding.prompts import written_name
 from sortd.deciding.support import ClassifierKind, Mode
 from sortd.prototypes import PrototypeSet
 
@@ -127,8 +128,8 @@ def sentences(explanation: Explanation) -> list[str]:
         return [f"It would stay undecided: {REASONS['no_classes']}."]
     said = [_verdict(explanation, label)]
     unit = "probability" if explanation.mode in PROBABLE else "cosine"
-    second = f", {decision.second_label} comes second" if decision.second_label is not None else ""
-    said.append(f"{label} has a {unit} of {decision.score:.3f}{second}, {decision.margin:.3f} behind.")
+    second = "" if decision.second_label is None else f", {written_name(decision.second_label)} comes second"
+    said.append(f"{written_name(label)} has a {unit} of {decision.score:.3f}{second}, {decision.margin:.3f} behind.")
     said += [_said(threshold) for threshold in explanation.thresholds]
     # Of what is not filed it would be beside the point: the share counts those that are much surer, too.
     if decision.precision is not None and explanation.is_filed:
@@ -146,8 +147,8 @@ def sentences(explanation: Explanation) -> list[str]:
 def _verdict(explanation: Explanation, label: str) -> str:
     if isinstance(explanation.decision, Abstained):
         why = REASONS.get(explanation.decision.reason, explanation.decision.reason)
-        return f"It goes to Review/{label}, the best guess: {why}."
-    return f"It is filed into {label}."
+        return f"It goes to Review/{written_name(label)}, the best guess: {why}."
+    return f"It is filed into {written_name(label)}."
 
 
 def _judged(explanation: Explanation, precision: float) -> str:
@@ -176,7 +177,11 @@ def _said(threshold: Threshold) -> str:
 
 def _others_said(explanation: Explanation, label: str) -> str:
     agreeing = [other.mode for other in explanation.others if other.label == label]
-    differing = [f"{other.mode} says {other.label}" for other in explanation.others if other.label not in {label, None}]
+    differing = [
+        f"{other.mode} says {written_name(other.label)}"
+        for other in explanation.others
+        if other.label is not None and other.label != label
+    ]
     parts = [f"{' and '.join(filter(None, [', '.join(agreeing[:-1]), agreeing[-1]]))} agree"] if agreeing else []
     return f"Of the other modes, {'; '.join([*parts, *differing])}." if parts or differing else "No other mode can say."
 
