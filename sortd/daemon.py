@@ -20,7 +20,7 @@ import structlog
 
 from sortd import __version__, logs
 from sortd.config import Config, restart_needed
-from sortd.errors import ConfigError, DestinationError, LayoutError, StoppedError
+from sortd.errors import ConfigError, DestinationError, LayoutError, SortdError, StoppedError
 from sortd.layout import Area
 from sortd.metrics import Metrics
 from sortd.running.collection import Collection
@@ -83,6 +83,7 @@ class Daemon:
         self.model: WorkerReady | None = None
         self._loading: str | None = None
         self.config_problem: str | None = None
+        self._ended_by: str | None = None
         self._reload, self._notifier, self._metrics = reload, notifier, metrics
         self._once = once
         self._worker = Worker(site.load, site.unload, self.inbox.put, site.classifiers)
@@ -96,6 +97,7 @@ class Daemon:
         self._pid = os.getpid()
         self._is_ready = False
         self._is_stopping = False
+        self._turned_at = monotonic()
         self._rounds = Rounds()
         self._closing = ExitStack()
 
@@ -119,6 +121,9 @@ class Daemon:
                 while not self._is_done():
                     self._turn()
                 is_cut_short = self._once and not self._is_drained()
+            except Exception as error:
+                self._ended_by = _reason(error)
+                raise
             finally:
                 self._stop()
         if is_cut_short:
@@ -145,7 +150,7 @@ class Daemon:
             )
         self._rounds.put_off("scan", monotonic() + self.config.rescan_seconds)
         if self.config.metrics.http_port is not None:
-            self._closing.callback(self._metrics.serve(self.config.metrics.http_port))
+            self._closing.callback(self._metrics.serve(self.config.metrics.http_port, problem=self._idle_because))
 
     def _is_done(self) -> bool:
         if self._is_stopping:
@@ -163,9 +168,14 @@ class Daemon:
         self._copier.interrupt()
         ended = self._worker.stop(STOP_SECONDS)
         self._copier.stop()
-        self.collection.close()
-        self._write_status(running=False)
-        self._closing.close()
+        try:
+            self.collection.close()
+        except Exception as error:
+            self._ended_by = self._ended_by or _reason(error)
+            raise
+        finally:
+            self._write_status(running=False)
+            self._closing.close()
         self._log.info(logs.DAEMON_STOPPED, worker_ended=ended, **self._totals())
 
     def _totals(self) -> dict[str, int]:
@@ -180,7 +190,7 @@ class Daemon:
     def _turn(self) -> None:
         for message in self._messages():
             self._take(message)
-        now = monotonic()
+        now = self._turned_at = monotonic()
         for dataset in self.collection:
             dataset.tick(now)
             dataset.continue_scan()
@@ -260,6 +270,17 @@ class Daemon:
         busy_since = self._worker.busy_since
         return busy_since is None or now - busy_since < STUCK_SECONDS
 
+    def _idle_because(self) -> str | None:
+        """Say why no image is handled now, for whoever asks after the health; asked from another thread."""
+        now = monotonic()
+        if self._is_stopping:
+            return "it is stopping"
+        if not self._gets_on(now):
+            return f"the worker has made no progress for {STUCK_SECONDS:.0f} s"
+        if now - self._turned_at > STUCK_SECONDS:
+            return f"the loop has not turned for {STUCK_SECONDS:.0f} s"
+        return None if self._is_ready else self._loading or "it is starting: the model or the references are not loaded"
+
     def show_life(self) -> None:
         """Feed the watchdog in the middle of a long turn that gets on."""
         self._ping(monotonic())
@@ -312,6 +333,7 @@ class Daemon:
             "model": None if self.model is None else self.model.description,
             "encoder_id": None if self.model is None else self.model.encoder_id,
             "config_problem": self.config_problem,
+            "ended_by": self._ended_by,
             "watching": []
             if self._watcher is None
             else [
@@ -347,3 +369,8 @@ class Daemon:
             self.collection.reload(config)
             self._log.info(logs.CONFIG_RELOADED, restart_needed_for=waits)
         self._notifier.ready()
+
+
+def _reason(error: Exception) -> str:
+    """Return what is said of an error that ends the run: its sentence, or what it is where nobody wrote one."""
+    return str(error) if isinstance(error, SortdError) else repr(error)

@@ -53,6 +53,12 @@ def test_every_command_has_help(command: str) -> None:
         assert "--config" in ran.out
 
 
+@pytest.mark.parametrize("arguments", [(), ("models",), ("models", "promote"), *((name,) for name in sorted(COMMANDS))])
+def test_help_names_no_type_behind_a_switch(arguments: tuple[str, ...]) -> None:
+    """Nothing may be written behind ``--json`` or ``--help``, so nothing is shown there."""
+    assert "bool" not in sortd(*arguments, "--help").out
+
+
 def test_help_names_them_all() -> None:
     """No command is hidden, and there is none that no test knows."""
     text = run("--help").stdout
@@ -128,9 +134,9 @@ def test_a_full_disk_behind_the_output_is_a_sentence(config: Path) -> None:
 
 
 def test_a_closed_output_is_taken_by_no_other_file(config: Path) -> None:
-    """With standard output closed nothing is printed into whatever file is opened next, and nothing breaks."""
+    """With standard output closed nothing is printed into whatever file is opened next, and the answer is the same."""
     command = f"exec {sys.executable} -m sortd status -c '{config}' >&- 2>&-"
-    assert subprocess.run(["sh", "-c", command], check=False, cwd=ROOT).returncode == 0
+    assert subprocess.run(["sh", "-c", command], check=False, cwd=ROOT).returncode == 75
 
 
 def test_the_version_is_told_both_ways() -> None:
@@ -138,7 +144,7 @@ def test_the_version_is_told_both_ways() -> None:
     assert sortd("--version").out == sortd("version").out != ""
 
 
-@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "x/../../../out", "..", "a\nb"])
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "x/../../../out", "..", "a\nb", "a  b ", " a", "a  b", " "])
 def test_init_makes_nothing_for_a_name_that_can_be_no_class(tmp_path: Path, name: str) -> None:
     """It says which one before anything is made; no name leads out of the dataset."""
     ran = sortd("init", tmp_path / "Garden", "--class", "roses", "--class", name)
@@ -355,3 +361,38 @@ def test_the_daemon_makes_the_threads_of_products_patient_before_they_are_there(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
         )
         assert told.stdout.split() == [wanted]
+
+
+def test_models_export_without_onnx_runtime_promises_nothing(
+    config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It sees what is missing before it says how long it will take."""
+    for missing in ("onnxruntime", "onnx"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, missing, None)
+            ran = sortd("models", "export", "-c", config)
+        assert (ran.code, "sortd-images[onnx]" in ran.err, caplog.messages) == (69, True, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mistake"),
+    [
+        (("run",), "speed: fast"),
+        (("once",), "root: /nowhere/at/all"),
+        (("run",), "state_dir: /dev/null/x"),
+        (("once", "--dry-run"), "root: ["),
+    ],
+)
+def test_every_line_of_a_log_in_json_is_json(tmp_path: Path, arguments: tuple[str, ...], mistake: str) -> None:
+    """The error that ends the run is in its last line, with the exit code, whatever was known of the configuration."""
+    make_dataset(tmp_path / "Data", references=1)
+    keys = {"root": tmp_path / "Data", "state_dir": tmp_path / "state", "cache_dir": tmp_path / "cache"}
+    key, _, value = mistake.partition(": ")
+    text = "".join(f"{name}: {wanted}\n" for name, wanted in {**keys, key: value}.items())
+    (tmp_path / "config.yaml").write_text(text)
+    command = [sys.executable, "-m", "tests.fast_sortd", *arguments, "-c", str(tmp_path / "config.yaml")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    *_, last = map(json.loads, ran.stderr.splitlines())
+    assert (last["event"], last["level"], last["exit_code"]) == ("daemon.failed", "error", ran.returncode)
+    assert ran.returncode in {69, 73, 74, 78}
+    assert last["error"]

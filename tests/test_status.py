@@ -65,9 +65,32 @@ def tell(site: Path, **facts: Any) -> None:
 
 def shown(site: Path) -> str:
     """Return what the command prints."""
-    ran = sortd("status", "-c", site.parents[1] / "config.yaml")
-    assert ran.code == 0
-    return ran.out
+    return sortd("status", "-c", site.parents[1] / "config.yaml").out
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_status_exits_by_whether_a_sortd_runs(site: Path, form: tuple[str, ...]) -> None:
+    """A script that asks whether it runs need not read the answer; one that starts up runs."""
+
+    def code() -> int:
+        return sortd("status", *form, "-c", site.parents[1] / "config.yaml").code
+
+    assert code() == 75
+    tell(site, ready=False)
+    assert code() == 0
+    tell(site)
+    assert code() == 0
+    tell(site, running=False)
+    assert code() == 75
+    tell(site, started_ticks=1)
+    assert code() == 75
+
+
+def test_status_of_a_run_that_an_error_ended_names_the_error(site: Path) -> None:
+    """What its last line on stderr said is in reach of whoever looks later."""
+    tell(site, running=False, ended_by="the journal is full")
+    assert facts_of(site)["ended"] == "failed"
+    assert "does not run: the journal is full; last heard of" in shown(site)
 
 
 def test_a_sortd_that_runs_is_told_of(site: Path) -> None:
@@ -117,7 +140,7 @@ def test_without_a_sortd_the_journals_tell(site: Path) -> None:
     assert facts_of(site)["ended"] == "stopped"
     tell(site, started_ticks=1)
     assert facts_of(site)["ended"] == "died"
-    assert "ended without a word" in shown(site)
+    assert "it was killed, or could not write down why" in shown(site)
     assert "generation 4, mode max" in shown(site)
 
 

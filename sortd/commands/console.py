@@ -3,7 +3,6 @@
 Facts are JSON where asked for, tables on a terminal, and lines of tab-separated columns everywhere else.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,9 +10,13 @@ from contextlib import contextmanager
 from datetime import datetime
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
+
+from sortd.console_line import readable_json
+from sortd.deciding.prompts import written_name
 
 if TYPE_CHECKING:
     from sortd.config import Config
@@ -38,6 +41,29 @@ UntilOption = Annotated[str | None, typer.Option("--until", help="Until then.")]
 DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Only this dataset.")]
 
 
+class Command(typer.core.TyperCommand):
+    """A command whose help names no type behind a switch: nothing may be written there."""
+
+    def get_params(self, ctx: Any) -> Any:  # noqa: ANN401 -- typer's own click, whose types it does not publish
+        """Return the parameters, the switches without a type."""
+        return _without_types(super().get_params(ctx))
+
+
+class Group(typer.core.TyperGroup):
+    """A group of commands with the same help."""
+
+    def get_params(self, ctx: Any) -> Any:  # noqa: ANN401 -- typer's own click, whose types it does not publish
+        """Return the parameters, the switches without a type."""
+        return _without_types(super().get_params(ctx))
+
+
+def _without_types(parameters: Any) -> Any:  # noqa: ANN401 -- typer's own click, whose types it does not publish
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+            parameter.metavar = ""
+    return parameters
+
+
 def load_config(path: Path | None) -> "Config":
     """Read the configuration named on the command line, or found where the README says.
 
@@ -56,7 +82,7 @@ def load_config(path: Path | None) -> "Config":
 
 def print_json(facts: object) -> None:
     """Print facts as JSON on stdout; bytes of names that are not UTF-8 come out as escapes of lone surrogates."""
-    typer.echo(json.dumps(facts, indent=2))
+    typer.echo(readable_json(facts, encoding=sys.stdout.encoding, indent=2))
 
 
 def printable(text: str) -> str:
@@ -94,6 +120,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, rig
         for row in (columns, *cells):
             typer.echo("\t".join(row))
         return
+    cells = [[written_name(cell) for cell in row] for row in cells]
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

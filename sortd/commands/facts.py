@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 RESTING = {"abstained", "refused", "held"}
 """States of images that wait for nothing; they are told of as files in Review/ and as held."""
 
+NOT_RUNNING = 75
+"""The exit code of ``status`` where no sortd runs, as of ``rebuild``: start one and try again."""
+
 MARKS = {"note": ("·", ""), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
 
 
@@ -71,7 +74,7 @@ def _print_finding(finding: "Finding") -> None:
 
 
 def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Tell whether sortd runs, with which model, what waits, and how often it was right."""
+    """Tell whether sortd runs (exit code 75: none does), with which model, what waits, and how often it was right."""
     from sortd.commands.overview import overview
     from sortd.config import find
 
@@ -80,7 +83,12 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     facts = {"config": None if file is None else os.path.abspath(file), **overview(loaded)}
     if as_json:
         print_json(facts)
-        return
+    else:
+        _print_status(facts)
+    raise typer.Exit(0 if facts["running"] else NOT_RUNNING)
+
+
+def _print_status(facts: Mapping[str, Any]) -> None:
     _print_run(facts)
     for name, dataset in facts["datasets"].items():
         _print_dataset(name, dataset)
@@ -102,8 +110,9 @@ def _print_run(facts: Mapping[str, Any]) -> None:
         print_line(f"sortd {facts['version']} {state}{age}, pid {facts['pid']}", style="bold green")
     else:
         when = f"; last heard of {shown(facts['written_at'])}" if facts.get("written_at") else ""
-        how = {"never ran": "has not run yet", "died": "does not run: it ended without a word"}
-        print_line(f"sortd {how.get(facts['ended'], 'does not run')}{when}", style="bold yellow")
+        died = "does not run: it was killed, or could not write down why it ended; its log may say (stderr, journalctl)"
+        how = {"never ran": "has not run yet", "died": died, "failed": f"does not run: {facts.get('ended_by')}"}
+        print_line(printable(f"sortd {how.get(facts['ended'], 'does not run')}{when}"), style="bold yellow")
     print_line(f"  config    {printable(facts['config'] or 'no file was found: all defaults')}")
     print_line(f"  state     {printable(facts['state_dir'])}")
     if facts.get("model"):

@@ -30,12 +30,23 @@ def overview(config: Config, *, status: Callable[[Path], dict[str, Any] | None] 
     is_alive = told is not None and told["alive"]
     run: dict[str, Any] = {
         "running": is_alive,
-        "ended": None if is_alive else "never ran" if told is None else "died" if told.get("running") else "stopped",
+        "ended": None if is_alive else _ended(told),
         "root": str(config.root),
         "state_dir": str(config.state_dir),
     }
     if told is not None:
-        kept = ("pid", "version", "model", "encoder_id", "ready", "loading", "config_problem", "watching", "written_at")
+        kept = (
+            "pid",
+            "version",
+            "model",
+            "encoder_id",
+            "ready",
+            "loading",
+            "config_problem",
+            "watching",
+            "written_at",
+            "ended_by",
+        )
         run |= {key: told.get(key) for key in kept}
         run["started_at"] = _started_at(told.get("started_ticks")) if is_alive else None
         run["other_root"] = told["root"] if told.get("root") not in {None, str(config.root)} else None
@@ -47,6 +58,15 @@ def overview(config: Config, *, status: Callable[[Path], dict[str, Any] | None] 
     }
     run["datasets"] = dict(sorted(run["datasets"].items()))
     return run
+
+
+def _ended(told: dict[str, Any] | None) -> str:
+    """Return how the last run ended, by what its status file says."""
+    if told is None:
+        return "never ran"
+    if told.get("running"):
+        return "died"
+    return "failed" if told.get("ended_by") else "stopped"
 
 
 def _dataset(config: Config, place: JournalPlace, live: dict[str, Any], *, is_alive: bool) -> dict[str, Any]:
