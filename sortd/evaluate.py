@@ -1,5 +1,6 @@
 """Evaluate a library on its own references: every mode by leave-one-out, doubtful references, and what to change."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -29,8 +30,13 @@ GROWTH = 0.03
 """Accuracy that doubling the references must still bring for more of them to be asked for."""
 
 
-def evaluate(support: SupportSet, settings: DecisionSettings | None = None) -> EvaluationReport:
-    """Return what leave-one-out tells of a support set under some settings.
+def evaluate(
+    support: SupportSet,
+    settings: DecisionSettings | None = None,
+    *,
+    keep: Callable[[PrototypeSet], None] = lambda _: None,
+) -> EvaluationReport:
+    """Return what leave-one-out tells of a support set under some settings; ``keep`` takes the prototypes of it.
 
     It is pure and takes seconds for 10,000 references. ``avg``, ``max``, ``mean`` and ``text`` are exact; ``best`` and
     ``mixed`` keep the centre and the scale of the space, and what was chosen on all references.
@@ -38,6 +44,7 @@ def evaluate(support: SupportSet, settings: DecisionSettings | None = None) -> E
     settings = DecisionSettings() if settings is None else settings
     support = _sorted(support)
     prototypes = build(support, settings, generation=0)
+    keep(prototypes)
     merged = merge(prototypes, support)
     judgements = _judgements(prototypes, support, merged)
     reports = tuple(_mode_report(mode, judgement, len(support.labels)) for mode, judgement in judgements.items())

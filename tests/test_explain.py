@@ -1,6 +1,7 @@
 """Explain says why an image goes where it goes, from what serves now, and changes nothing."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from sortd.layout import Layout
 from sortd.prototypes import Abstain, DecisionSettings, Mode, build, decide
 from sortd.report import explain_page
 from sortd.running.classifiers import classifier_of
+from sortd.status import Status, started_ticks
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset, picture, tree
 from tests.fake_encoder import SIDE, FakeEncoder
@@ -190,6 +192,19 @@ class TestImage:
         assert (explained.explanation.label, explained.is_stored) == ("green", False)
         assert "no sortd has stored them" in explained.sentences()[-1]
         assert "It is one of the references itself" in explained.sentences()[-2]
+
+    def test_image_is_decided_by_the_references_as_they_are_where_no_sortd_runs(
+        self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path
+    ) -> None:
+        """The next sortd would learn them first; one that runs decides by what it has."""
+        image = remembered(site / "Images" / "new.png")
+        (site / "Clases" / "red").rename(site / "Clases" / "scarlet")
+        explained = explain_image(config_of(site), image, load_encoder=lambda _: FakeEncoder())
+        assert (explained.explanation.label, explained.is_stored) == ("scarlet", False)
+        ticks = started_ticks(os.getpid())
+        Status(tmp_path / "state").write({"running": True, "pid": os.getpid(), "started_ticks": ticks})
+        explained = explain_image(config_of(site), image, load_encoder=no_model)
+        assert (explained.explanation.label, explained.is_stored) == ("red", True)
 
     def test_a_filed_image_tells_its_way(self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path) -> None:
         """What the journal knows of it comes along."""

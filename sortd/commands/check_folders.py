@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 
+from sortd.commands.console import counted
 from sortd.commands.finding import Finding, Topic, error, note, warning
 from sortd.layout import Area, Layout, enclosing_dataset
 
@@ -50,6 +51,7 @@ def dataset_findings(layout: Layout) -> Iterator[Finding]:
     elif (refusal := _refusal_to_write(layout.marker)) is not None:
         yield error(Topic.FOLDERS, layout.marker, f"cannot be written: {refusal}", f"make it belong to {_who()}")
     yield from _class_folder_findings(layout)
+    yield from _former_class_findings(layout)
 
 
 def overlap_findings(layouts: Sequence[Layout], others: Mapping[str, Path]) -> Iterator[Finding]:
@@ -140,6 +142,20 @@ def _class_folder_findings(layout: Layout) -> Iterator[Finding]:
             elif entry.is_dir(follow_symlinks=False):
                 wanted = os.R_OK | os.X_OK | (os.W_OK if area in _WRITTEN else 0)
                 yield from _right_findings(Path(entry.path), wanted)
+
+
+def _former_class_findings(layout: Layout) -> Iterator[Finding]:
+    """Name the folders that images were filed into, or are to be reviewed in, under a class that is no more."""
+    classes = {entry.name for entry in _entries(layout.area(Area.CLASES))}
+    for area in (Area.DATASET, Area.REVIEW) if classes else ():
+        for entry in _entries(layout.area(area)):
+            is_former = entry.is_dir(follow_symlinks=False) and entry.name not in classes and entry.name[0] != "."
+            if is_former and (
+                files := sum(1 for one in _entries(Path(entry.path)) if one.is_file(follow_symlinks=False))
+            ):
+                what = f"holds {counted(files, 'file')} of a class that Clases/ does not have (renamed or removed?)"
+                mend = f"rename it like its class, or make {layout.area(Area.CLASES)}/{entry.name}"
+                yield note(Topic.FOLDERS, entry.path, what, mend)
 
 
 def _nested(layout: Layout) -> Iterator[Finding]:

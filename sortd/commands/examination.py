@@ -9,6 +9,7 @@ from typing import Any
 
 from sortd.commands.journals import JOURNAL_FILE
 from sortd.commands.promotion import serving_facts
+from sortd.commands.stored import keep_evaluated
 from sortd.config import Config
 from sortd.deciding.evaluation import EvaluationReport
 from sortd.encoder import Encoder
@@ -70,7 +71,7 @@ def examine(
             reading = partial(tell, f"reading {layout.name}")
             support, refused = References(layout.area(Area.CLASES)).support(embedder, teaching, tell=reading)
             tell(f"judging {layout.name}", len(support.sources), len(support.sources))
-            report = evaluate(support, teaching.settings)
+            report = evaluate(support, teaching.settings, keep=partial(keep_evaluated, config, layout))
             yield Examined(layout.name, layout.root, report, refused, serving_facts(config, layout))
     except ReferencesAbsentError as error:
         raise DataError(str(error)) from error

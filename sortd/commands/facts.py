@@ -46,7 +46,7 @@ def check(
 ) -> None:
     """Look at configuration, folders, rights, disks, references and model, and say what to mend."""
     from sortd.commands.check import check as findings_of
-    from sortd.commands.finding import exit_code
+    from sortd.commands.finding import Topic, exit_code
 
     findings = []
     for finding in findings_of(config, os.environ, thorough=thorough):
@@ -60,6 +60,9 @@ def check(
         )
     elif any(counts.values()):
         print_line(", ".join(counted(number, word) for word, number in counts.items() if number), style="bold")
+    elif unknown := sum(1 for finding in findings if finding.topic is Topic.CALIBRATION and finding.mend):
+        what = "nothing is wrong, but what the references can honour is not known"
+        print_line(f"{what} of {counted(unknown, 'dataset')}", style="bold yellow")
     else:
         print_line("all is well", style="bold green")
     raise typer.Exit(exit_code(findings))
