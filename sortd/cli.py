@@ -4,11 +4,13 @@ The one place with lazy imports, so that `--help`, `check`, `status`, `history` 
 """
 
 import errno
-import json
 import os
 import resource
+import shlex
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -21,10 +23,12 @@ from sortd.commands import facts as cli_facts
 from sortd.commands import finetuning as cli_finetuning
 from sortd.commands import models as cli_models
 from sortd.commands import moves as cli_moves
-from sortd.commands.console import ConfigOption, JsonOption, counted, load_config, printable, say
+from sortd.commands.console import Command, ConfigOption, Group, JsonOption, counted, load_config, printable, say
+from sortd.console_line import readable_json
 from sortd.errors import SortdError
 
 if TYPE_CHECKING:
+    from sortd.logs import Format
     from sortd.messages import Move
     from sortd.running.site import LoadEncoder
 
@@ -44,6 +48,7 @@ STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 
 app = typer.Typer(
     name="sortd",
+    cls=Group,
     help="Files the images dropped into a folder into the classes that you teach it by example.",
     no_args_is_help=True,
     add_completion=False,
@@ -68,13 +73,13 @@ def options(
     """Files the images dropped into a folder into the classes that you teach it by example."""
 
 
-@app.command()
+@app.command(cls=Command)
 def run(config: ConfigOption = None) -> None:
     """Watch, and file what arrives, until stopped."""
     work(config, once=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def once(
     config: ConfigOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and touch nothing.")] = False,
@@ -100,6 +105,7 @@ def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = 
     from sortd.running.site import Site
     from sortd.sdnotify import Notifier
 
+    logs.configure(said_format())
     config = load_config(path)
     logs.configure(config.log.format, config.log.level)
     raise_descriptor_limit()
@@ -128,6 +134,7 @@ def rehearse(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | N
     from sortd import logs
     from sortd.running import rehearsal
 
+    logs.configure(said_format())
     config = load_config(path)
     logs.configure(config.log.format, "warning")
 
@@ -140,7 +147,8 @@ def rehearse(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | N
         told += 1
         facts: Mapping[str, Any] = {"dataset": dataset, "path": move.path, "destination": destination}
         if as_json:
-            typer.echo(json.dumps({**facts, "outcome": move.outcome.value, **decision_facts(move)}))
+            line = {**facts, "outcome": move.outcome.value, **decision_facts(move)}
+            typer.echo(readable_json(line, encoding=sys.stdout.encoding))
         else:
             why = decision_facts(move)
             shown = " ".join(
@@ -148,13 +156,23 @@ def rehearse(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | N
             )
             typer.echo(f"{printable(move.path)} -> {printable(destination)}  {shown}")
 
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not logs.is_json():
         say("sortd: loading the model, then deciding what waits; nothing is moved")
     rehearsal.rehearse(config, tell, load_encoder=load_encoder)
-    say(f"sortd: {counted(told, 'image')} would be moved; nothing was touched")
+    if not logs.is_json():
+        say(f"sortd: {counted(told, 'image')} would be moved; nothing was touched")
 
 
-@app.command()
+def said_format() -> "Format":
+    """Return the form of the log as far as it is known before the configuration is read: what refuses that is logged.
+
+    A configuration that cannot be read does not say; its variable may, and a stream that is no terminal has JSON.
+    """
+    named = os.environ.get("SORTD_LOG__FORMAT")
+    return "console" if named == "console" else "json" if named == "json" else "auto"
+
+
+@app.command(cls=Command)
 def init(
     directory: Annotated[Path, typer.Argument(help="The dataset's folder; it and what it lacks is made.")],
     classes: Annotated[
@@ -162,15 +180,19 @@ def init(
     ] = None,
 ) -> None:
     """Make the folders of a dataset, and its marker."""
+    from sortd.deciding.prompts import written_name
     from sortd.errors import LayoutError
     from sortd.layout import Area, Layout
     from sortd.references import is_class_name
 
     for name in classes or ():
-        if "/" in name or not is_class_name(name):
-            why = "a class's name is a folder's: not empty, not hidden, without / and control characters"
+        if "/" in name or not is_class_name(name) or written_name(name) != name:
+            why = (
+                "a class's name is a folder's: not empty, not hidden, without /, control characters and needless blanks"
+            )
             raise typer.BadParameter(f"{name!r} cannot be a class: {why}", param_hint="--class")
     layout = Layout(directory.absolute())
+    see_that_it_is_found(layout.root)
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -184,11 +206,62 @@ def init(
             folder.mkdir(exist_ok=True)
         except OSError as error:
             raise LayoutError(f"{folder} cannot be made: {error.strerror}; mend its rights or room") from error
-    typer.echo(f"{layout.root} is a dataset. Teach it: put images into {layout.area(Area.CLASES)}/<class>/")
-    typer.echo(f"Then drop images into {layout.area(Area.IMAGES)} and run sortd.")
+    root = printable(os.fspath(layout.root))
+    typer.echo(f"{root} is a dataset. Teach it: put images into {root}/{Area.CLASES}/<class>/")
+    typer.echo(f"Then drop images into {root}/{Area.IMAGES}/ and run")
+    for line in how_to_run(Path(os.path.realpath(layout.root)).parent):
+        typer.echo(line)
 
 
-@app.command()
+def see_that_it_is_found(dataset: Path) -> None:
+    """Refuse a folder in which no sortd would see a dataset.
+
+    Raises:
+        LayoutError: it is hidden, or lies inside another dataset.
+    """
+    from sortd.errors import LayoutError
+    from sortd.layout import enclosing_dataset
+
+    real, around = Path(os.path.realpath(dataset)), enclosing_dataset(dataset)
+    if real.name.startswith(".") or real == real.parent:
+        raise LayoutError(f"{dataset} cannot be a dataset: sortd looks at folders below its root that are not hidden")
+    if around is not None:
+        beside = around.parent / dataset.name
+        raise LayoutError(f"{dataset} lies inside the dataset {around}, where no sortd would see it; make {beside}")
+
+
+def how_to_run(root: Path) -> Iterator[str]:
+    """Yield the command, indented, that runs sortd on the datasets below ``root``, and what makes it shorter."""
+    from sortd.config import find, load
+    from sortd.errors import ConfigError
+
+    file, command, mistakes = find(os.environ), f"{this_program()} run", ""
+    name = "config.yaml (config.example.yaml has every key)" if file is None else printable(os.path.abspath(file))
+    named = "" if file is None else f" -c {shlex.quote(os.path.abspath(file))}"
+    try:
+        is_known = file is not None and os.path.realpath(load(file, os.environ).root) == os.fspath(root)
+    except ConfigError as error:
+        is_known, mistakes = False, str(error)
+    if is_known:
+        yield f"    {command}{named}"
+        return
+    yield f"    SORTD_ROOT={shlex.quote(os.fspath(root))} {command}{named}"
+    yield f"With `root: {printable(os.fspath(root))}` in {name} no command needs SORTD_ROOT."
+    if mistakes:
+        yield f"That configuration is to be corrected first: {printable(mistakes)}"
+
+
+def this_program() -> str:
+    """Return how sortd was called, so that whoever copies it calls the same one."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m sortd"
+    found = shutil.which("sortd")
+    is_usual = called.name != "sortd" or (found is not None and os.path.realpath(found) == os.path.realpath(called))
+    return "sortd" if is_usual else shlex.quote(os.path.abspath(called))
+
+
+@app.command(cls=Command)
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
@@ -204,31 +277,59 @@ for command in (
     cli_moves.rebuild,
     cli_bench.bench,
 ):
-    app.command()(command)
-app.command("eval")(cli_decisions.evaluate)
-app.command()(cli_finetuning.finetune)
+    app.command(cls=Command)(command)
+app.command("eval", cls=Command)(cli_decisions.evaluate)
+app.command(cls=Command)(cli_finetuning.finetune)
 app.add_typer(cli_models.models)
 
 
 def main() -> None:
     """Run the command line; translate errors into a sentence on stderr and an exit code (sysexits(3))."""
     open_missing_streams()
-    try:
+    with translated():
         app()
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Let what ends a command end the process: a sentence on stderr, or a line of the log where that is JSON."""
+    try:
+        yield
     except SortdError as error:
-        print(f"sortd: {error}", file=sys.stderr)
+        complain(str(error), error.exit_code)
         leave(error.exit_code)
     except BrokenPipeError:
         silence(sys.stdout)
         leave(0)
     except OSError as error:
         if error.errno not in REFUSED:
+            complain_of_a_fault(error)
             raise
         silence(sys.stdout)
-        print(f"sortd: {refusal(error)}", file=sys.stderr)
+        complain(refusal(error), REFUSED_CODE)
         leave(REFUSED_CODE)
     except SystemExit as stop:
         leave(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
+    except Exception as error:
+        complain_of_a_fault(error)
+        raise
+
+
+def complain(message: str, exit_code: int) -> None:
+    """Say what ended sortd, in the form that its stderr has."""
+    logs = sys.modules.get("sortd.logs")
+    if logs is not None and logs.is_json():
+        logs.say_failed(message, exit_code)
+    else:
+        print(f"sortd: {message}", file=sys.stderr)
+
+
+def complain_of_a_fault(error: Exception) -> None:
+    """Log an error that nobody expected where stderr is JSON, and end there; else Python's own traceback is due."""
+    logs = sys.modules.get("sortd.logs")
+    if logs is not None and logs.is_json():
+        logs.say_failed(repr(error), 1, error)
+        leave(1)
 
 
 def open_missing_streams() -> None:

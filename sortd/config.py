@@ -57,6 +57,12 @@ def _some(templates: tuple[str, ...]) -> tuple[str, ...]:
     return templates
 
 
+def _for_the_collector(path: Path) -> Path:
+    if path.suffix != ".prom":
+        raise ValueError(f"{path.name!r} does not end in .prom: the textfile collector reads no other file")
+    return path
+
+
 Template = Annotated[str, BeforeValidator(_with_a_place)]
 
 
@@ -94,7 +100,7 @@ class Log(_Frozen):
 class Metrics(_Frozen):
     """Where Prometheus finds the counts; nowhere unless said."""
 
-    textfile: Path | None = None
+    textfile: Annotated[Path, AfterValidator(_for_the_collector)] | None = None
     http_port: Annotated[int, Field(ge=1, le=65_535)] | None = None
 
 

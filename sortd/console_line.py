@@ -1,5 +1,6 @@
 """A console line: what somebody at a terminal reads of a log line; JSON, and the level debug, have all of it."""
 
+import json
 import os
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -64,3 +65,21 @@ def _why(line: Mapping[str, Any]) -> str:
 def _escaped(text: str) -> str:
     """Return a text that cannot paint or break a line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def readable_json(facts: object, *, encoding: str | None = "utf-8", **options: Any) -> str:  # noqa: ANN401 -- of json.dumps
+    """Return JSON in which letters of every language stand as they are, so that a name can be searched for.
+
+    Escaped are characters that cannot be seen, among them those that paint a terminal, and bytes that are no UTF-8.
+
+    Args:
+        facts: what to write.
+        encoding: of the stream; where it is not UTF-8, everything beyond ASCII is escaped.
+        options: of ``json.dumps``.
+    """
+    if (encoding or "utf-8").replace("-", "").lower() != "utf8":
+        return json.dumps(facts, **options)
+    text = json.dumps(facts, ensure_ascii=False, **options)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)

@@ -21,7 +21,15 @@ import structlog
 
 from sortd import __version__, logs
 from sortd.config import Config, restart_needed
-from sortd.errors import AlreadyRunningError, ConfigError, DestinationError, LayoutError, StartupError, StoppedError
+from sortd.errors import (
+    AlreadyRunningError,
+    ConfigError,
+    DestinationError,
+    LayoutError,
+    SortdError,
+    StartupError,
+    StoppedError,
+)
 from sortd.layout import Area
 from sortd.metrics import Metrics
 from sortd.running.collection import Collection
@@ -89,6 +97,7 @@ class Daemon:
         self.model: WorkerReady | None = None
         self._loading: str | None = None
         self.config_problem: str | None = None
+        self._ended_by: str | None = None
         self._reload, self._notifier, self._metrics = reload, notifier, metrics
         self._once = once
         self._worker = Worker(site.load, site.unload, self.inbox.put, site.classifiers)
@@ -103,6 +112,7 @@ class Daemon:
         self._pid = os.getpid()
         self._is_ready = False
         self._is_stopping = False
+        self._turned_at = monotonic()
         self._rounds = Rounds()
         self._served = 0
         self._longest_turn_seconds = 0.0
@@ -129,6 +139,9 @@ class Daemon:
                 while not self._is_done():
                     self._turn()
                 is_cut_short = self._once and not self._is_drained()
+            except Exception as error:
+                self._ended_by = _reason(error)
+                raise
             finally:
                 self._stop()
         if is_cut_short:
@@ -157,7 +170,7 @@ class Daemon:
             )
         self._rounds.put_off("scan", monotonic() + self.config.rescan_seconds)
         if self.config.metrics.http_port is not None:
-            self._closing.callback(self._metrics.serve(self.config.metrics.http_port))
+            self._closing.callback(self._metrics.serve(self.config.metrics.http_port, problem=self._idle_because))
 
     def _require_to_be_alone(self) -> None:
         """See that no other sortd works with this state folder on this root: its requests and status are its own.
@@ -191,9 +204,14 @@ class Daemon:
         self._copier.interrupt()
         ended = self._worker.stop(STOP_SECONDS)
         self._copier.stop()
-        self.collection.close()
-        self._write_status(running=False)
-        self._closing.close()
+        try:
+            self.collection.close()
+        except Exception as error:
+            self._ended_by = self._ended_by or _reason(error)
+            raise
+        finally:
+            self._write_status(running=False)
+            self._closing.close()
         self._log.info(logs.DAEMON_STOPPED, worker_ended=ended, **self._totals())
 
     def _totals(self) -> dict[str, int]:
@@ -207,7 +225,7 @@ class Daemon:
 
     def _turn(self) -> None:
         self.inbox.wait(self._patience(monotonic()))
-        began = monotonic()
+        began = self._turned_at = monotonic()
         for number in {signalled.number for signalled in self.inbox.signals()}:  # once, however often it was sent
             self._signalled(number)
         self._ping(began)
@@ -308,6 +326,17 @@ class Daemon:
         """Do what was asked of a dataset; where its journal or disk fails, hold it, and raise that."""
         return self.collection.answering(self.datasets[name])
 
+    def _idle_because(self) -> str | None:
+        """Say why no image is handled now, for whoever asks after the health; asked from another thread."""
+        now = monotonic()
+        if self._is_stopping:
+            return "it is stopping"
+        if not self._gets_on(now):
+            return f"the worker has made no progress for {STUCK_SECONDS:.0f} s"
+        if now - self._turned_at > STUCK_SECONDS:
+            return f"the loop has not turned for {STUCK_SECONDS:.0f} s"
+        return None if self._is_ready else self._loading or "it is starting: the model or the references are not loaded"
+
     def _write_status(self, *, running: bool) -> None:
         try:
             self._status.write(self.facts(running=running))
@@ -357,6 +386,7 @@ class Daemon:
             "encoder_id": None if self.model is None else self.model.encoder_id,
             "config_problem": self.config_problem,
             "longest_turn_seconds": round(self._longest_turn_seconds, 3),
+            "ended_by": self._ended_by,
             "watching": []
             if self._watcher is None
             else [
@@ -405,3 +435,8 @@ def _until_late(do: Callable[[_T], None], each: Iterable[_T]) -> None:
         do(one)
         if monotonic() >= until:
             return
+
+
+def _reason(error: Exception) -> str:
+    """Return what is said of an error that ends the run: its sentence, or what it is where nobody wrote one."""
+    return str(error) if isinstance(error, SortdError) else repr(error)

@@ -1,5 +1,6 @@
 """Evaluate a library on its own references: every mode by leave-one-out, doubtful references, and what to change."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -29,8 +30,13 @@ GROWTH = 0.03
 """Accuracy that doubling the references must still bring for more of them to be asked for."""
 
 
-def evaluate(support: SupportSet, settings: DecisionSettings | None = None) -> EvaluationReport:
-    """Return what leave-one-out tells of a support set under some settings.
+def evaluate(
+    support: SupportSet,
+    settings: DecisionSettings | None = None,
+    *,
+    keep: Callable[[PrototypeSet], None] = lambda _: None,
+) -> EvaluationReport:
+    """Return what leave-one-out tells of a support set under some settings; ``keep`` takes the prototypes of it.
 
     It is pure and takes seconds for 10,000 references. ``avg``, ``max``, ``mean`` and ``text`` are exact; ``best`` and
     ``mixed`` keep the centre and the scale of the space, and what was chosen on all references.
@@ -38,6 +44,7 @@ def evaluate(support: SupportSet, settings: DecisionSettings | None = None) -> E
     settings = DecisionSettings() if settings is None else settings
     support = _sorted(support)
     prototypes = build(support, settings, generation=0)
+    keep(prototypes)
     merged = merge(prototypes, support)
     judgements = _judgements(prototypes, support, merged)
     reports = tuple(_mode_report(mode, judgement, len(support.labels)) for mode, judgement in judgements.items())
@@ -45,7 +52,7 @@ def evaluate(support: SupportSet, settings: DecisionSettings | None = None) -> E
     mine = judgements.get(mode)
     half = _half_accuracy(support, replace(settings, abstain=None))
     whole = next((report.distinct_accuracy for report in reports if report.mode == mode.value), None)
-    trade_offs = _trade_offs(prototypes, merged, mine) if mine is not None else ()
+    trade_offs = _trade_offs(prototypes, merged, mine, settings.abstain) if mine is not None else ()
     return EvaluationReport(
         encoder_id=support.encoder_id,
         classes=len(support.labels),
@@ -60,7 +67,7 @@ def evaluate(support: SupportSet, settings: DecisionSettings | None = None) -> E
         half_accuracy=half,
         whole_accuracy=whole,
         is_labelled_enough=None if half is None or whole is None else whole - half < GROWTH,
-        advice=_advice(reports, trade_offs, settings, judgements),
+        advice=_advice(reports, trade_offs, settings),
         calibration=prototypes.calibration.to_json(),
     )
 
@@ -99,6 +106,7 @@ def _mode_report(mode: Mode, judgement: Judgement, classes: int) -> ModeReport:
         accuracy=float(right.mean()) if len(right) else None,
         balanced_accuracy=_weighted(right, weights),
         distinct_accuracy=_weighted(apart, distinct_weights),
+        distinct_judged=len(apart),
         curve=tuple(precision_curve(judgement.distinct_confidence, apart, distinct_weights)),
     )
 
@@ -124,6 +132,7 @@ def _class_reports(prototypes: PrototypeSet, merged: Merge, judgement: Judgement
                 references=int(prototypes.counts[index]),
                 distinct=int(merged.library.counts[index]),
                 recall=recall,
+                judged=int(judged[index]),
                 precision=float(right[index] / taken[index]) if taken[index] else None,
                 confused_with=prototypes.labels[int(np.bincount(wrong).argmax())] if len(wrong) else None,
                 needs_images=_need(int(merged.library.counts[index]), recall),
@@ -166,7 +175,9 @@ def _suspects(support: SupportSet, merged: Merge, judgement: Judgement | None) -
     )
 
 
-def _trade_offs(prototypes: PrototypeSet, merged: Merge, judgement: Judgement) -> tuple[TradeOff, ...]:
+def _trade_offs(
+    prototypes: PrototypeSet, merged: Merge, judgement: Judgement, abstain: Abstain | None
+) -> tuple[TradeOff, ...]:
     library = merged.library
     alone = np.flatnonzero(np.isin(merged.leaders, judgement.distinct_rows))
     evidence = Evidence(
@@ -181,7 +192,7 @@ def _trade_offs(prototypes: PrototypeSet, merged: Merge, judgement: Judgement) -
         classes=len(prototypes.labels),
     )
     found = []
-    for precision in PRECISIONS:
+    for precision in sorted({*PRECISIONS, *(() if abstain is None else (abstain.precision,))}):
         facts = calibrate_knowns(evidence, Abstain(precision=precision), np.zeros(0))
         if "filed_expected" in facts:
             found.append(
@@ -212,22 +223,25 @@ def _half_accuracy(support: SupportSet, settings: DecisionSettings) -> float | N
     return _weighted(right, balanced_weights(own, len(support.labels)))
 
 
-def _advice(
-    reports: tuple[ModeReport, ...],
-    trade_offs: tuple[TradeOff, ...],
-    settings: DecisionSettings,
-    judgements: dict[Mode, Judgement],
-) -> Advice:
+def _advice(reports: tuple[ModeReport, ...], trade_offs: tuple[TradeOff, ...], settings: DecisionSettings) -> Advice:
+    """Advise the mode in force unless another one decides more right by over a standard error: chance is no reason."""
     precision = settings.abstain.precision if settings.abstain is not None else Abstain().precision
-    known = {Mode(report.mode): report.distinct_accuracy for report in reports if report.distinct_accuracy is not None}
+    known = {Mode(one.mode): one for one in reports if one.distinct_accuracy is not None}
     if not known:
         return Advice(settings.mode.value, precision, ("no class has two images that differ: add some",))
-    top = max(known.values())
-    judged = max(len(judgement.distinct_own) for judgement in judgements.values())
+    accuracy = {mode: one.distinct_accuracy or 0.0 for mode, one in known.items()}
+    top, judged = max(accuracy.values()), max(one.distinct_judged for one in known.values())
     error = float(np.sqrt(max(top * (1.0 - top), 0.25 / judged) / judged))
-    mode = next(mode for mode in PREFERRED if mode in known and known[mode] >= top - error)
-    said = [f"use mode {mode.value}: it decides {known[mode]:.1%} of the references right, left out one by one"]
-    wanted = [one for one in trade_offs if one.precision == precision] or list(trade_offs[2:3])
+    mode = next(mode for mode in (settings.mode, *PREFERRED) if accuracy.get(mode, -1.0) >= top - error)
+    figures = f"{accuracy[mode]:.1%} of {known[mode].distinct_judged:,} references right, left out one by one"
+    if mode is settings.mode:
+        said = [f"keep mode {mode.value}: it decides {figures}, and no other mode is better by more than chance"]
+    else:
+        there = (
+            "" if settings.mode not in accuracy else f", where {settings.mode.value} has {accuracy[settings.mode]:.1%}"
+        )
+        said = [f"use mode {mode.value}: it decides {figures}{there}"]
+    wanted = [one for one in trade_offs if settings.abstain is not None and one.precision == precision]
     if wanted and wanted[0].filed < ENOUGH_FILED:
         said.append(f"precision {precision:g} files {wanted[0].filed:.0%} of known images: add references")
         enough = [one for one in trade_offs if one.filed >= ENOUGH_FILED]

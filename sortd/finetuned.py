@@ -259,7 +259,7 @@ def facts_json(facts: FinetunedFacts) -> str:
             "classes": [int(one) for one in facts.classes],
         },
     }
-    return json.dumps(said, indent=1) + "\n"
+    return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
 
 
 def sha256_of(path: Path) -> str:

@@ -115,6 +115,13 @@ def look_at_file(path: str, limits: Limits, *, jpeg: Jpeg = "draft") -> None:
         _check_size(image, limits, Preprocessing(1, 1, 1), jpeg)
 
 
+def upright_size(path: str, limits: Limits) -> tuple[int, int]:
+    """Return width and height of an image as people see it, from its header; raises what ``decode`` would."""
+    with _file(path) as file, _opened(file, limits, "full") as image, _translated():
+        turn, (width, height) = _turn_of(image), image.size
+        return (height, width) if turn in _ON_ITS_SIDE else (width, height)
+
+
 @contextmanager
 def _file(path: str) -> Iterator[BinaryIO]:
     try:
@@ -233,6 +240,10 @@ def _check_size(image: "ImageFile", limits: Limits, preprocessing: Preprocessing
     held = width * height if "progressive" in image.info else pixels
     file_size = 0 if image.fp is None else os.fstat(image.fp.fileno()).st_size
     return min(max(held, file_size // BYTES_OF_A_PIXEL), limits.max_pixels)
+
+
+_ON_ITS_SIDE = frozenset({2, 4, 5, 6})
+"""Values of ``Image.Transpose`` that exchange width and height."""
 
 
 def _turn_of(image: "ImageFile") -> "Image.Transpose | None":

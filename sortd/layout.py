@@ -110,3 +110,22 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return entry.is_dir(follow_symlinks=False)
     except OSError:
         return False
+
+
+def enclosing_dataset(folder: Path) -> Path | None:
+    """Return the dataset that a folder lies in, through whatever links; None: it lies in none."""
+    return next((above for above in Path(os.path.realpath(folder)).parents if Layout(above).is_dataset), None)
+
+
+def misplaced_root(root: Path) -> str | None:
+    """Say why no dataset can be found below ``root``, and what it should be; None where it may hold some, or does."""
+    around = root if Layout(root).is_dataset else enclosing_dataset(root)
+    if around is None:
+        return None
+    try:
+        if find_datasets(root):
+            return None
+    except LayoutError:
+        return None  # whoever lists it says why it cannot be
+    what = "is itself a dataset, which has a Clases/ in it" if around == root else f"lies inside the dataset {around}"
+    return f"{root} {what}: set `root` to {around.parent}, the folder that holds the datasets"

@@ -5,7 +5,6 @@ JSON object a line; where stderr is the journal's, with the ``<N>`` level prefix
 journal takes off again.
 """
 
-import json
 import logging
 import os
 import sys
@@ -18,7 +17,7 @@ from typing import Any, Final, Literal, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from sortd.console_line import PADDED, for_people
+from sortd.console_line import PADDED, for_people, readable_json
 from sortd.messages import Outcome
 
 Format = Literal["auto", "console", "json"]
@@ -63,6 +62,7 @@ DAEMON_STARTING: Final = "daemon.starting"
 DAEMON_READY: Final = "daemon.ready"
 DAEMON_HAMPERED: Final = "daemon.hampered"
 DAEMON_STOPPED: Final = "daemon.stopped"
+DAEMON_FAILED: Final = "daemon.failed"
 THREAD_DIED: Final = "thread.died"
 
 EVENTS: Final[Mapping[str, str]] = {
@@ -105,6 +105,7 @@ EVENTS: Final[Mapping[str, str]] = {
     DAEMON_READY: "every dataset was scanned and knows its prototypes, or why it has none",
     DAEMON_HAMPERED: "the status, the metrics or an answer could not be written; images are handled as ever",
     DAEMON_STOPPED: "sortd ends, with what it did",
+    DAEMON_FAILED: "an error ended sortd, or kept it from starting; the line has the exit code",
     THREAD_DIED: "a thread ended by an error",
 }
 """Every event and what it means, in the order of the README's table."""
@@ -221,14 +222,14 @@ def configure(
     )
     colours = is_terminal and not environ.get("NO_COLOR")
     is_journal = not is_console and _is_journal(stream, environ.get("JOURNAL_STREAM", ""))
-    handler = _Lines(stream)
+    handler = _Lines(stream, is_json=not is_console)
     handler.addFilter(limit.filter)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name, _tame],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *(_console(level, colours=colours) if is_console else _json(is_journal=is_journal)),
+                *(_console(level, colours=colours) if is_console else _json(stream.encoding, is_journal=is_journal)),
             ],
         )
     )
@@ -236,6 +237,16 @@ def configure(
     logging.getLogger("sortd").setLevel(level.upper())
     logging.captureWarnings(True)
     threading.excepthook = _log_dead_thread
+
+
+def is_json() -> bool:
+    """Tell whether ``configure`` was called and chose JSON: then nothing but JSON may be written to the stream."""
+    return any(isinstance(handler, _Lines) and handler.is_json for handler in logging.getLogger().handlers)
+
+
+def say_failed(message: str, exit_code: int, fault: BaseException | None = None) -> None:
+    """Write the last line of a run that an error ended, with its traceback where ``fault`` was not expected."""
+    structlog.get_logger("sortd").error(DAEMON_FAILED, error=message, exit_code=exit_code, exc_info=fault)
 
 
 def _console(level: Level, *, colours: bool) -> list[Processor]:
@@ -248,8 +259,8 @@ def _console(level: Level, *, colours: bool) -> list[Processor]:
     return [renderer] if level == "debug" else [shorten, renderer]
 
 
-def _json(*, is_journal: bool) -> list[Processor]:
-    render = structlog.processors.JSONRenderer(default=_plain)
+def _json(encoding: str | None, *, is_journal: bool) -> list[Processor]:
+    render = structlog.processors.JSONRenderer(serializer=readable_json, encoding=encoding, default=_plain)
     prefixed: Processor = lambda logger, method, line: f"<{_severity(line)}>{render(logger, method, line)!s}"  # noqa: E731
     return [structlog.processors.format_exc_info, _order, prefixed if is_journal else render]
 
@@ -313,6 +324,11 @@ def _log_dead_thread(died: threading.ExceptHookArgs) -> None:
 class _Lines(logging.StreamHandler[TextIO]):
     """Writes lines whatever is in them, and never raises into the program that logs."""
 
+    def __init__(self, stream: TextIO, *, is_json: bool) -> None:
+        """Write to a stream, as JSON or for people."""
+        super().__init__(stream)
+        self.is_json = is_json
+
     def format(self, record: logging.LogRecord) -> str:
         """Render, with what the stream's encoding lacks escaped."""
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
@@ -323,6 +339,6 @@ class _Lines(logging.StreamHandler[TextIO]):
         try:
             said = record.msg.get("event") if isinstance(record.msg, dict) else record.msg
             line = {"level": "error", "event": "log.failed", "line": str(said)[:200], "error": repr(sys.exc_info()[1])}
-            self.stream.write(json.dumps(line) + "\n")
+            self.stream.write(readable_json(line, encoding=self.stream.encoding) + "\n")
         except Exception:  # noqa: BLE001 - a value that cannot be shown, a stream that takes nothing: no way is left
             return

@@ -2,14 +2,31 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import ThreadingWSGIServer
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 # A packaged model decides in milliseconds, a large one on a loaded CPU in seconds; settling takes as long as a copy.
 _BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _READABLE_BY_ALL = 0o644
+
+
+HEALTH_PATH = "/healthz"
+
+
+class _Silent(WSGIRequestHandler):
+    """Answers without a line on stderr for each request."""
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the library's name
+        """Log nothing."""
 
 
 class Metrics:
@@ -93,13 +110,32 @@ class Metrics:
                 os.unlink(beside)
             raise
 
-    def serve(self, port: int, *, address: str = "127.0.0.1") -> Callable[[], None]:
+    def serve(
+        self, port: int, *, address: str = "127.0.0.1", problem: Callable[[], str | None] = lambda: None
+    ) -> Callable[[], None]:
         """Answer over HTTP on this machine, in a thread of its own, until the function returned is called.
+
+        Args:
+            port: on which to listen.
+            address: of this machine.
+            problem: asked, in that thread, for ``/healthz``: why sortd does no work, which is answered with 503, or
+                None, which is answered with 200. Any other path has the counts.
 
         Raises:
             OSError: The port is taken or not ours.
         """
-        server, thread = prometheus_client.start_http_server(port, address, self._registry)
+        counts: Callable[..., Iterable[bytes]] = prometheus_client.make_wsgi_app(self._registry)
+
+        def app(environ: "WSGIEnvironment", respond: "StartResponse") -> Iterable[bytes]:
+            if environ["PATH_INFO"] != HEALTH_PATH:
+                return counts(environ, respond)
+            said = problem()
+            respond("200 OK" if said is None else "503 Service Unavailable", [("Content-Type", "text/plain")])
+            return [f"{said or 'ok'}\n".encode("utf-8", "backslashreplace")]
+
+        server = make_server(address, port, app, ThreadingWSGIServer, handler_class=_Silent)
+        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+        thread.start()
 
         def close() -> None:
             server.shutdown()

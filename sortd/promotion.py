@@ -77,8 +77,8 @@ def write_promotion(state_folder: Path, promotion: Promotion) -> None:
     }
     try:
         state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with beside.open("w", encoding="utf-8") as written:
-            written.write(json.dumps(facts, indent=1) + "\n")
+        with beside.open("w", encoding="utf-8", errors="backslashreplace") as written:
+            written.write(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
             written.flush()
             os.fsync(written.fileno())
         beside.replace(file)

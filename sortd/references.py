@@ -74,8 +74,8 @@ class Rebuilt:
 
 
 def is_class_name(name: str) -> bool:
-    """Tell whether a folder's name can be a class: not hidden, no control character."""
-    return not name.startswith(".") and name.isprintable() and name not in {"", "..", "@eaDir"}
+    """Tell whether a folder's name can be a class: not hidden, not blank, no control character."""
+    return not name.startswith(".") and name.isprintable() and name.strip() not in {"", "..", "@eaDir"}
 
 
 def read_descriptions(folder: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import jinja2
 from sortd import __version__
 from sortd.commands.console import printable
 from sortd.deciding.explanation import PROBABLE
+from sortd.deciding.prompts import written_name
 from sortd.decoding.thumbnails import thumbnail
 from sortd.errors import DestinationError
 from sortd.moments import shown
@@ -104,7 +105,7 @@ def render(template: str, now: datetime, **values: Any) -> str:  # noqa: ANN401 
 
 
 def _shown(label: str | None) -> str | None:
-    return None if label is None else printable(label)
+    return None if label is None else printable(written_name(label))
 
 
 def _widths(scores: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:

@@ -31,8 +31,8 @@ class Status:
             return False
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".new")
-        text = json.dumps({**facts, "written_at": round(self._clock(), 3)}, indent=1)
-        beside.write_text(text + "\n", encoding="utf-8")
+        text = json.dumps({**facts, "written_at": round(self._clock(), 3)}, indent=1, ensure_ascii=False)
+        beside.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # a lone surrogate is escaped
         os.replace(beside, self._path)
         self._last = dict(facts)
         return True

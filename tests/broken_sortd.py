@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from sortd import cli
 from sortd.config import Config
-from sortd.errors import SortdError
 from tests.fake_encoder import FakeEncoder
 
 
@@ -42,17 +41,16 @@ class BrokenEncoder(FakeEncoder):
 
 
 def load_encoder(_: Config) -> BrokenEncoder:
-    """Return the encoder that breaks on demand."""
+    """Return the encoder that breaks on demand; where ``$LOAD_GATE`` names a FIFO, once somebody has opened that."""
+    if gate := os.environ.get("LOAD_GATE"):
+        Path(gate).read_bytes()
     return BrokenEncoder()
 
 
 def main() -> None:
     """Do what ``sortd run`` does."""
-    try:
+    with cli.translated():
         cli.work(Path(sys.argv[sys.argv.index("--config") + 1]), once=sys.argv[1] == "once", load_encoder=load_encoder)
-    except SortdError as error:
-        print(f"sortd: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

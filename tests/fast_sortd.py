@@ -1,12 +1,10 @@
 """sortd but for its model: the real command, loop, worker, decoders and moves, with the fake encoder of the tests."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from sortd import cli
 from sortd.config import Config
-from sortd.errors import SortdError
 from tests.fake_encoder import FakeEncoder
 
 
@@ -22,14 +20,11 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("-c", "--config", type=Path)
     arguments = parser.parse_args()
-    try:
+    with cli.translated():
         if arguments.dry_run:
             cli.rehearse(arguments.config, as_json=False, load_encoder=load_encoder)
         else:
             cli.work(arguments.config, once=arguments.command == "once", load_encoder=load_encoder)
-    except SortdError as error:
-        print(f"sortd: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

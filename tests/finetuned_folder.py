@@ -43,6 +43,7 @@ def write_folder(
     (folder / PROCESSOR_FILE).write_text(json.dumps({**PROCESSOR, "image_std": [0.5] * 3}))
     (folder / WEIGHTS_FILE).write_bytes(weights)
     comparison = {
+        "images": 40,
         "verdict": verdict,
         "finetuned_accuracy": 0.95,
         "best_mode_accuracy": 0.9,

@@ -10,18 +10,22 @@ from pathlib import Path
 
 import pytest
 
+from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.commands.check import check, check_site
 from sortd.commands.check_calibration import calibration_findings
 from sortd.commands.check_disks import clock_findings, file_system_findings, watching_findings
 from sortd.commands.check_running import lock_holder
+from sortd.commands.examination import examine
 from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, load
 from sortd.journal import Journal
 from sortd.layout import MARKER, Area, Layout
-from sortd.prototypes import Calibration
+from sortd.prototypes import Abstain, Calibration, DecisionSettings, Mode
 from sortd.running.holding import hold
 from sortd.watching import inotify
+from tests.command_line import sortd
 from tests.daemon_process import make_dataset, picture, tree
+from tests.fake_encoder import FakeEncoder
 from tests.prototype_maker import make_prototypes
 
 Findings = list[Finding]
@@ -252,6 +256,17 @@ class TestFolders:
         assert f"error {site / '.sortd'}" in told
         assert f"error {site / 'Clases'}" not in told
 
+    def test_folders_of_a_class_that_was_renamed_are_told(self, site: Path, look: Check) -> None:
+        """What was filed under the old name stays where no class is; an empty folder says nothing."""
+        for area, name in (("Dataset", "red"), ("Review", "red"), ("Dataset", "green"), ("Dataset", "mauve")):
+            (site / area / name).mkdir(parents=True)
+        for folder in ("Dataset/red", "Review/red", "Dataset/green"):
+            picture("red", 1).save(site / folder / "a.png")
+        assert not about(look(), Topic.FOLDERS, "Clases/ does not have")
+        (site / "Clases" / "red").rename(site / "Clases" / "scarlet")
+        told = about(look(), Topic.FOLDERS, "holds 1 file of a class that Clases/ does not have")
+        assert [one.subject for one in told] == [str(site / "Dataset" / "red"), str(site / "Review" / "red")]
+
 
 class TestDisks:
     """What is said about disks, clocks and watching."""
@@ -349,6 +364,15 @@ class TestReferences:
         assert about(findings, Topic.REFERENCES, "names cannot be classes: new\\nline")
         assert about(findings, Topic.REFERENCES, "look the same: Red, red")
 
+    def test_class_names_with_blanks_that_nobody_sees_are_told(self, site: Path, look: Check) -> None:
+        """In quotes; two that differ in blanks alone look the same, and blanks alone are no name."""
+        for name in ("a  b ", "a b", "  "):
+            (site / "Clases" / name).mkdir()
+        findings = look()
+        assert about(findings, Topic.REFERENCES, "blanks in their names", "'a  b '")
+        assert about(findings, Topic.REFERENCES, "look the same: 'a  b ', a b")
+        assert about(findings, Topic.REFERENCES, "names cannot be classes:   ")
+
     def test_no_class_at_all_is_an_error_of_data(self, tmp_path: Path, look: Check) -> None:
         """Nothing can be decided, and the exit code says that the data is at fault."""
         (tmp_path / "Data" / "Empty" / "Clases").mkdir(parents=True)
@@ -377,9 +401,64 @@ class TestCalibration:
         assert about(found, Topic.CALIBRATION, "90.0% of them right", severity=Severity.NOTE)
 
     @pytest.mark.usefixtures("site")
-    def test_a_dataset_that_was_never_learnt_says_so(self, look: Check) -> None:
-        """There is nothing to tell before the first run."""
+    def test_a_dataset_that_was_never_learnt_says_so(self, look: Check, tmp_path: Path) -> None:
+        """There is nothing to tell before the first run, so that all is well is not said either."""
         assert about(look(), Topic.CALIBRATION, "was not learnt yet")
+        ran = sortd("check", "-c", tmp_path / "config.yaml")
+        assert ran.code == 0
+        assert "what the references can honour is not known of 1 dataset" in ran.out
+        assert "all is well" not in ran.out
+
+    @pytest.mark.usefixtures("site")
+    def test_check_after_an_evaluation_tells_what_it_found_out(self, look: Check, tmp_path: Path) -> None:
+        """Where nothing would be filed both say so, and nobody says that it was not learnt."""
+        look()
+        config = load(tmp_path / "config.yaml", {"HOME": str(tmp_path)})
+        assert list(examine(config, load_encoder=lambda _: FakeEncoder()))
+        told = about(look(), Topic.CALIBRATION)
+        assert not about(told, Topic.CALIBRATION, "not learnt yet")
+        assert about(told, Topic.CALIBRATION, "the last `sortd eval`")
+
+    @pytest.mark.parametrize("change", ["added", "removed", "rewritten", "class", "renamed", "described", "settings"])
+    def test_check_after_a_change_asks_for_nothing_that_was_asked_before_it(
+        self, site: Path, look: Check, tmp_path: Path, change: str
+    ) -> None:
+        """What an older generation could honour says nothing of the references that stand there now."""
+        poor = Calibration(held_out=12, precision_expected=0.9, filed_expected=0.1, notes=("precision 0.99 is asked",))
+        files = PrototypeFiles(tmp_path / "cache" / "prototypes", pytest.fail)
+        settings = DecisionSettings(Mode.MAX, Abstain())
+        files.write(Layout(site).key, make_prototypes(site, settings, calibration=poor))
+        assert about(look(), Topic.CALIBRATION, "only 10% of known images", severity=Severity.WARNING)
+        red = site / "Clases" / "red"
+        match change:
+            case "added":
+                picture("red", 77).save(red / "more.png")
+            case "removed":
+                (red / "0.png").unlink()
+            case "rewritten":
+                picture("red", 78).save(red / "0.png")
+                os.utime(red / "0.png", ns=(2**62, 2**62))
+            case "class":
+                (site / "Clases" / "mauve").mkdir()
+            case "renamed":
+                red.rename(red.with_name("scarlet"))
+            case "described":
+                (red / "class.txt").write_text("something red")
+                os.utime(red / "class.txt", ns=(2**62, 2**62))
+        found = look("abstain: off\n" if change == "settings" else "")
+        (told,) = about(found, Topic.CALIBRATION)
+        what = "settings (mode or abstain)" if change == "settings" else "references"
+        assert told.what == f"the {what} have changed since generation 1, so what can be honoured is not known"
+
+    def test_check_of_files_that_teach_nothing_finds_no_change(self, site: Path, look: Check, tmp_path: Path) -> None:
+        """A note, a torn picture and a double of a reference leave what was learnt as it is."""
+        files = PrototypeFiles(tmp_path / "cache" / "prototypes", pytest.fail)
+        files.write(Layout(site).key, make_prototypes(site, DecisionSettings(Mode.MAX, Abstain())))
+        red = site / "Clases" / "red"
+        (red / "notes.txt").write_text("no image")
+        (red / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+        (red / "again.png").write_bytes((red / "0.png").read_bytes())
+        assert not about(look(), Topic.CALIBRATION, "have changed")
 
 
 class TestProcesses:

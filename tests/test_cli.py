@@ -1,7 +1,9 @@
 """The command line as a whole: what there is, what it costs, and how it fails."""
 
+import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,12 @@ def test_every_command_has_help(command: str) -> None:
     assert "Usage: " in ran.out
     if command not in {"init", "version"}:
         assert "--config" in ran.out
+
+
+@pytest.mark.parametrize("arguments", [(), ("models",), ("models", "promote"), *((name,) for name in sorted(COMMANDS))])
+def test_help_names_no_type_behind_a_switch(arguments: tuple[str, ...]) -> None:
+    """Nothing may be written behind ``--json`` or ``--help``, so nothing is shown there."""
+    assert "bool" not in sortd(*arguments, "--help").out
 
 
 def test_help_names_them_all() -> None:
@@ -139,9 +147,9 @@ def test_a_full_disk_behind_the_output_is_a_sentence(config: Path) -> None:
 
 
 def test_a_closed_output_is_taken_by_no_other_file(config: Path) -> None:
-    """With standard output closed nothing is printed into whatever file is opened next, and nothing breaks."""
+    """With standard output closed nothing is printed into whatever file is opened next, and the answer is the same."""
     command = f"exec {sys.executable} -m sortd status -c '{config}' >&- 2>&-"
-    assert subprocess.run(["sh", "-c", command], check=False, cwd=ROOT).returncode == 0
+    assert subprocess.run(["sh", "-c", command], check=False, cwd=ROOT).returncode == 75
 
 
 def test_the_version_is_told_both_ways() -> None:
@@ -149,7 +157,7 @@ def test_the_version_is_told_both_ways() -> None:
     assert sortd("--version").out == sortd("version").out != ""
 
 
-@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "x/../../../out", "..", "a\nb"])
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "x/../../../out", "..", "a\nb", "a  b ", " a", "a  b", " "])
 def test_init_makes_nothing_for_a_name_that_can_be_no_class(tmp_path: Path, name: str) -> None:
     """It says which one before anything is made; no name leads out of the dataset."""
     ran = sortd("init", tmp_path / "Garden", "--class", "roses", "--class", name)
@@ -164,6 +172,104 @@ def test_init_says_why_a_folder_cannot_be_made(tmp_path: Path) -> None:
     for place, why in (("file", "is there but is no folder"), ("file/Garden", "cannot be made: Not a directory")):
         ran = sortd("init", tmp_path / place)
         assert (ran.code, why in ran.err) == (78, True)
+
+
+def command_of(out: str) -> str:
+    """Return the command that `sortd init` tells to run."""
+    (line,) = [line.strip() for line in out.splitlines() if line.startswith("    ")]
+    return line
+
+
+def test_init_ends_with_a_command_that_works(tmp_path: Path) -> None:
+    """That very command, called from anywhere, takes the dataset up."""
+    garden = tmp_path / "my pictures" / "Garden"
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    init = [sys.executable, "-m", "sortd", "init", str(garden), "--class", "roses", "--class", "tulips"]
+    made = subprocess.run(init, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    command = ["sh", "-c", f"exec env {command_of(made.stdout)}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as run:
+        assert run.stderr is not None
+        ends = {"dataset.added", "daemon.stopped"}
+        heard = next(line for line in map(json.loads, run.stderr) if line["event"] in ends)
+        run.terminate()
+        run.stderr.read()
+    assert (heard["event"], heard.get("root"), run.returncode) == ("dataset.added", str(garden), 0)
+
+
+@pytest.mark.parametrize("configured", ["nowhere", "here", "elsewhere"])
+def test_init_names_the_root_where_no_configuration_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configured: str
+) -> None:
+    """With a configuration for its root that one is named; with one for another root, or none, so is the root."""
+    site, here = tmp_path / "my pictures", tmp_path / "here"
+    here.mkdir()
+    if configured != "nowhere":
+        write_config(here, root=site if configured == "here" else tmp_path / "Data")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = shlex.split(command_of(sortd("init", site / "Garden").out))
+    environment = dict(word.split("=", 1) for word in words if word.startswith("SORTD_ROOT="))
+    assert (environment == {}) == (configured == "here")
+    assert ("-c" in words) == (configured != "nowhere")
+    arguments = words[words.index("run") + 1 :]
+    monkeypatch.chdir(tmp_path)
+    found = sortd("status", "--json", *arguments, environment=environment).facts["datasets"]
+    assert [one["root"] for one in found.values()] == [str(site / "Garden")]
+
+
+def test_init_names_the_mistakes_of_the_configuration_that_it_counts_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dataset is made all the same; what would refuse the next command is said now."""
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path, speed="fast")
+    ran = sortd("init", tmp_path / "Data" / "Garden")
+    assert ran.code == 0
+    assert "speed" in ran.out
+
+
+@pytest.mark.parametrize(
+    "place", ["Garden/Inner", "Garden/Images/Inner", "Garden/Clases/roses", ".Garden", "link/Inner"]
+)
+def test_init_makes_no_dataset_that_nobody_would_see(tmp_path: Path, place: str) -> None:
+    """Inside another one, through a link too, or hidden: it says where it would be seen, and makes nothing."""
+    (tmp_path / "Garden" / "Clases" / "roses").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "Garden")
+    before = sorted(tmp_path.rglob("*"))
+    ran = sortd("init", tmp_path / place)
+    assert ran.code == 78
+    assert (
+        ("not hidden" in ran.err) if place == ".Garden" else f"lies inside the dataset {tmp_path / 'Garden'}" in ran.err
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("inside", ["", "Clases/roses"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["run", "once", "once --dry-run", "status", "eval", "history", "undo --last 1", "release --all", "rebuild",
+     "explain config.yaml", "finetune Garden", "models", "models promote", "bench"],
+)  # fmt: skip
+def test_commands_on_a_root_that_is_a_dataset_say_so(tmp_path: Path, arguments: str, inside: str) -> None:
+    """Each says the same true sentence, what to set, and not to make another one in it."""
+    dataset = tmp_path / "Garden"
+    (dataset / "Clases" / "roses").mkdir(parents=True)
+    (dataset / "Images").mkdir()
+    file = write_config(tmp_path, root=dataset / inside)
+    ran = sortd(*arguments.split(), "-c", file)
+    assert ran.code == 78
+    assert ("is itself a dataset" in ran.err) if not inside else f"lies inside the dataset {dataset}" in ran.err
+    assert f"set `root` to {tmp_path}" in ran.err
+    assert "init" not in ran.err
+
+
+def test_a_root_with_datasets_that_is_one_itself_serves_them(tmp_path: Path) -> None:
+    """A folder named Clases beside datasets that run takes nothing away; `sortd check` says what is wrong."""
+    make_dataset(tmp_path / "Data")
+    (tmp_path / "Data" / "Clases").mkdir()
+    file = write_config(tmp_path)
+    assert list(sortd("status", "-c", file, "--json").facts["datasets"]) == ["Colours"]
+    assert "is itself a dataset" in sortd("check", "-c", file).out
 
 
 def test_status_names_its_configuration_and_a_missing_root(config: Path, tmp_path: Path) -> None:
@@ -268,3 +374,38 @@ def test_the_daemon_makes_the_threads_of_products_patient_before_they_are_there(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
         )
         assert told.stdout.split() == [wanted]
+
+
+def test_models_export_without_onnx_runtime_promises_nothing(
+    config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It sees what is missing before it says how long it will take."""
+    for missing in ("onnxruntime", "onnx"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, missing, None)
+            ran = sortd("models", "export", "-c", config)
+        assert (ran.code, "sortd-images[onnx]" in ran.err, caplog.messages) == (69, True, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mistake"),
+    [
+        (("run",), "speed: fast"),
+        (("once",), "root: /nowhere/at/all"),
+        (("run",), "state_dir: /dev/null/x"),
+        (("once", "--dry-run"), "root: ["),
+    ],
+)
+def test_every_line_of_a_log_in_json_is_json(tmp_path: Path, arguments: tuple[str, ...], mistake: str) -> None:
+    """The error that ends the run is in its last line, with the exit code, whatever was known of the configuration."""
+    make_dataset(tmp_path / "Data", references=1)
+    keys = {"root": tmp_path / "Data", "state_dir": tmp_path / "state", "cache_dir": tmp_path / "cache"}
+    key, _, value = mistake.partition(": ")
+    text = "".join(f"{name}: {wanted}\n" for name, wanted in {**keys, key: value}.items())
+    (tmp_path / "config.yaml").write_text(text)
+    command = [sys.executable, "-m", "tests.fast_sortd", *arguments, "-c", str(tmp_path / "config.yaml")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    *_, last = map(json.loads, ran.stderr.splitlines())
+    assert (last["event"], last["level"], last["exit_code"]) == ("daemon.failed", "error", ran.returncode)
+    assert ran.returncode in {69, 73, 74, 78}
+    assert last["error"]

@@ -104,6 +104,16 @@ class TestValues:
         assert config.metrics.textfile == tmp_path / "m.prom"
         assert config.model == str(tmp_path / "clip")
 
+    @pytest.mark.parametrize("name", ["m.txt", "m", "m.prom.txt", "/run/sortd/.prom"])
+    def test_a_textfile_that_no_collector_reads_is_refused(
+        self, tmp_path: Path, environment: dict[str, str], name: str
+    ) -> None:
+        """The textfile collector reads *.prom alone: anything else would be written for nobody."""
+        (said,) = complaints(tmp_path, f"metrics: {{textfile: {name}}}", environment)
+        assert "does not end in .prom" in said
+        (said,) = complaints(tmp_path, "{}", environment | {"SORTD_METRICS__TEXTFILE": name})
+        assert "does not end in .prom" in said
+
     def test_a_model_is_a_folder_where_a_folder_is_there(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """Else it is a name: org/name looks like a path and is none."""
         (tmp_path / "models" / "mine").mkdir(parents=True)

@@ -3,8 +3,11 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -482,3 +485,30 @@ def test_a_ruined_library_does_not_replace_a_good_one_unless_forced(colours: Pat
         )
         assert forced.returncode == 0, forced.stderr
         daemon.wait_for("prototypes.rebuilt", references=96)
+
+
+def test_health_before_the_model_is_loaded_is_not_well(colours: Path, write_config: Write) -> None:
+    """Whoever balances by ``/healthz`` sends nothing to a sortd that cannot decide yet, and the word is there again."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    os.mkfifo(gate := colours.parent.parent / "gate")
+
+    def health() -> int:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=30.0) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as refused:
+            refused.close()
+            return refused.code
+        except urllib.error.URLError:
+            return 0  # it does not listen yet
+
+    environment = {"LOAD_GATE": str(gate), "BREAK_FILE": str(gate.with_name("break"))}
+    config = write_config(metrics=f"{{http_port: {port}}}")
+    with DaemonProcess(config, program="tests.broken_sortd", environment=environment) as daemon:
+        daemon.wait_until(lambda: health() == 503, "an answer while the model is not loaded")
+        assert not daemon.events("model.loaded")
+        gate.write_bytes(b"")
+        daemon.wait_for("daemon.ready")
+        assert health() == 200
+        assert daemon.stop() == 0

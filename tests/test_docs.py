@@ -5,7 +5,8 @@
 
 import ast
 import re
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sortd import cli, logs
 from tests.test_architecture import DRIVER, EDGE, FLOORS, THOUGHT, file_of
 
 REPOSITORY = Path(__file__).parents[1]
+DISTRIBUTION = "sortd-images"
 README = REPOSITORY / "README.md"
 FLOOR_NAMES = {THOUGHT: "thought", EDGE: "edge", DRIVER: "driver"}
 
@@ -98,6 +100,50 @@ def test_the_spanish_readme_says_no_less() -> None:
     ours = README.read_text(encoding="utf-8").split("## Commands")[1].split("\n## ")[0]
     theirs = spanish.read_text(encoding="utf-8").split("## Órdenes")[1].split("\n## ")[0]
     assert sorted(codes.findall(ours)) == sorted(codes.findall(theirs))
+
+
+def texts() -> Iterator[Path]:
+    """Yield every file of the repository that people read or that prints to them."""
+    for name in ("sortd", "docs", "systemd", "tests", "benchmarks", "training", "Data", ".ci"):
+        found = (path for path in sorted((REPOSITORY / name).rglob("*")) if "__pycache__" not in path.parts)
+        yield from (path for path in found if path.suffix in {".py", ".md", ".j2", ".html", ".service", ".yaml", ""})
+    yield from sorted(path for path in REPOSITORY.iterdir() if path.suffix in {".md", ".toml", ".txt", ".yaml"})
+    yield REPOSITORY / "Makefile"
+
+
+def test_texts_that_say_what_to_install_name_the_distribution() -> None:
+    """The name of the import belongs to another author's distribution on the package index."""
+    installer = r"(?:pip3?|pipx|uv|uvx|poetry|conda)\b.{0,40}?\b(?:install|add|run|download|uninstall)\b"
+    wrong = re.compile(
+        rf"{installer}[^#|;&\n]*?[\s'\"`](?:sortd)(?=[\s'\"`\[=<>~!.,;)]|$)"  # pip install sortd, 'sortd>=1'
+        r"|\bsortd\[[a-z,]+\]"  # sortd[onnx], in whatever command
+        r"|\b(?:re)?install (?:the )?sortd\b(?!-images)"
+    )
+    found = {
+        f"{path.relative_to(REPOSITORY)}: {match.group()}"
+        for path in texts()
+        if path.is_file() and path != Path(__file__)
+        for match in wrong.finditer(path.read_text(encoding="utf-8"))
+    }
+    assert found == set()
+    for command in (
+        "pip install " + "sortd",
+        "pipx install " + "'sortd[onnx]'",
+        "uv add " + "sortd==1",
+        "`pip install sortd`",
+    ):
+        assert wrong.search(command), command
+    assert not wrong.search("pip install --editable sortd-images")
+
+
+def test_project_is_called_otherwise_than_its_import() -> None:
+    """The distribution, its source archive and what it ships are named in one place."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["name"] == DISTRIBUTION
+    assert project["project"]["scripts"] == {"sortd": "sortd.cli:main"}
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["sortd"]}
+    # Without a list the source archive holds all that git does not ignore: what the tests open is in it.
+    assert "sdist" not in project["tool"]["hatch"]["build"]["targets"]
 
 
 def write_tables() -> None:

@@ -1,6 +1,7 @@
 """Evaluation: leave-one-out is what fitting again gives, and what is wrong with a library comes out."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from sortd.deciding.decision import judge
 from sortd.evaluate import evaluate
-from sortd.prototypes import DecisionSettings, Mode, SupportSet, build
+from sortd.prototypes import Abstain, DecisionSettings, Mode, SupportSet, build
 from tests.made_features import Blobs, load_world, support_set, unit, worlds
 
 OFF = DecisionSettings(abstain=None)
@@ -155,6 +156,34 @@ class TestReport:
         advice = evaluate(library(spread=0.5)).advice
         assert advice.mode == "mixed"
         assert "100.0%" in advice.sentences[0]
+
+    def test_advice_where_no_mode_is_better_keeps_the_one_in_force(self) -> None:
+        """A change that only chance speaks for is not advised, and every share comes with its count."""
+        advice = evaluate(library(spread=0.5), DecisionSettings(Mode.MEAN, Abstain())).advice
+        assert advice.mode == "mean"
+        assert advice.sentences[0].startswith("keep mode mean: it decides 100.0% of 62 references right")
+
+    def test_advice_where_another_mode_is_better_names_both(self) -> None:
+        """Names that say nothing are no way to decide; the mode in force is told with its own figure."""
+        blobs = Blobs(6, spread=0.5)
+        text, mean = blobs.names(noise=30.0)
+        index = np.arange(6).repeat(8)
+        support = support_set(blobs.draw(index), index, text=text, text_mean=mean)
+        report = evaluate(support, DecisionSettings(Mode.TEXT, Abstain()))
+        assert report.advice.mode == "mixed"
+        assert re.match(r"use mode mixed: .* of 46 references right.*, where text has \d", report.advice.sentences[0])
+
+    @pytest.mark.parametrize("precision", [0.93, 0.95])
+    def test_advice_on_a_precision_tells_the_share_of_that_precision(self, precision: float) -> None:
+        """The wanted one is among the trade-offs, so that no other's share is told for it."""
+        report = evaluate(library(each=5, spread=2.5), DecisionSettings(abstain=Abstain(precision=precision)))
+        (wanted,) = [one for one in report.trade_offs if one.precision == precision]
+        (said,) = [one for one in report.advice.sentences if one.startswith(f"precision {precision:g} files")]
+        assert f"files {wanted.filed:.0%} of" in said
+
+    def test_advice_without_abstaining_says_nothing_of_a_precision(self) -> None:
+        """Nothing is turned away, whatever the share above a confidence would be."""
+        assert len(evaluate(library(each=5, spread=2.5), OFF).advice.sentences) == 1
 
     @pytest.mark.parametrize("labels", [0, 1, 3])
     def test_a_library_without_references_is_reported(self, labels: int) -> None:

@@ -1,6 +1,8 @@
 """Explain says why an image goes where it goes, from what serves now, and changes nothing."""
 
 import hashlib
+import os
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,20 +14,22 @@ from PIL import Image
 
 from sortd.cache import Cache
 from sortd.caching.stored_prototypes import PrototypeFiles
-from sortd.commands.explain import explain_image
+from sortd.commands.explain import Explained, explain_image
 from sortd.config import Config, load
 from sortd.deciding.explanation import Explanation, explain, sentences
 from sortd.deciding.finetuned_explanation import explain_finetuned
 from sortd.errors import DataError, UnreadableError
 from sortd.finetuned import FinetunedFacts
 from sortd.layout import Layout
-from sortd.prototypes import Abstain, DecisionSettings, Mode, decide
+from sortd.prototypes import Abstain, DecisionSettings, Mode, build, decide
 from sortd.report import explain_page
 from sortd.running.classifiers import classifier_of
+from sortd.status import Status, started_ticks
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset, picture, tree
 from tests.fake_encoder import SIDE, FakeEncoder
 from tests.filed_images import file_images
+from tests.made_features import Blobs, support_set
 from tests.prototype_maker import make_prototypes
 
 
@@ -111,6 +115,22 @@ class TestExplanation:
         assert not all(passed.values())
         assert any("not enough" in sentence for sentence in sentences(found))
 
+    def test_explanation_of_an_unsure_image_claims_no_share_of_right_ones(self) -> None:
+        """What is filed is told with how many it was judged on; what is not sure enough is not called right as well."""
+        index = np.arange(6).repeat(8)
+        support = support_set(Blobs(6, spread=1.2).draw(index), index)
+        prototypes = build(support, DecisionSettings(Mode.BEST, Abstain()), generation=1)
+        between = support.embeddings[0] + support.embeddings[8]
+        unsure, sure = (
+            explain(prototypes, between / np.linalg.norm(between)),
+            explain(prototypes, support.embeddings[0]),
+        )
+        assert (unsure.is_filed, sure.is_filed) == (False, True)
+        assert unsure.decision.precision is not None
+        assert not any("were right" in sentence for sentence in sentences(unsure))
+        (judged,) = [sentence for sentence in sentences(sure) if "were right" in sentence]
+        assert re.match(r"Of the \d+ references, each left out in turn, \d+% of those at least as sure", judged)
+
     def test_the_share_of_the_name_is_told(self, site: Path) -> None:
         """All of it in text mode, none in the modes that look at images alone."""
         row = embedded(site / "Clases" / "red" / "0.png")
@@ -121,6 +141,16 @@ class TestExplanation:
         assert share(Mode.TEXT) == 1.0
         assert share(Mode.BEST) == share(Mode.MAX) == 0.0
         assert 0.0 <= share(Mode.MIXED) < 1.0
+
+    def test_class_names_with_blanks_are_told_in_quotes(self, site: Path, tmp_path: Path) -> None:
+        """Where a name ends is seen in sentences and on the page, which would make one blank of two."""
+        (site / "Clases" / "red").rename(site / "Clases" / "a  b ")
+        prototypes = make_prototypes(site, DecisionSettings(Mode.MAX, None))
+        found = explain(prototypes, embedded(site / "Clases" / "a  b " / "0.png"))
+        assert sentences(found)[0] == "It is filed into 'a  b '."
+        facts = Explained(str(tmp_path / "x.png"), "Colours", "", found, is_stored=True, records=()).facts()
+        assert facts["label"] == "a  b "
+        assert "filed into &#39;a  b &#39;" in explain_page(facts, now=datetime(2026, 1, 1, tzinfo=UTC))
 
     def test_no_class_is_no_crash(self, site: Path) -> None:
         """Without a class there is one sentence."""
@@ -162,6 +192,19 @@ class TestImage:
         assert (explained.explanation.label, explained.is_stored) == ("green", False)
         assert "no sortd has stored them" in explained.sentences()[-1]
         assert "It is one of the references itself" in explained.sentences()[-2]
+
+    def test_image_is_decided_by_the_references_as_they_are_where_no_sortd_runs(
+        self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path
+    ) -> None:
+        """The next sortd would learn them first; one that runs decides by what it has."""
+        image = remembered(site / "Images" / "new.png")
+        (site / "Clases" / "red").rename(site / "Clases" / "scarlet")
+        explained = explain_image(config_of(site), image, load_encoder=lambda _: FakeEncoder())
+        assert (explained.explanation.label, explained.is_stored) == ("scarlet", False)
+        ticks = started_ticks(os.getpid())
+        Status(tmp_path / "state").write({"running": True, "pid": os.getpid(), "started_ticks": ticks})
+        explained = explain_image(config_of(site), image, load_encoder=no_model)
+        assert (explained.explanation.label, explained.is_stored) == ("red", True)
 
     def test_a_filed_image_tells_its_way(self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path) -> None:
         """What the journal knows of it comes along."""
@@ -205,7 +248,7 @@ class TestFinetuned:
         assert [one["name"] for one in facts["thresholds"]] == ["confidence"]
         assert len(facts["neighbours"]) == 5
         assert {one["mode"] for one in facts["other_modes"]} == {mode.value for mode in Mode}
-        assert "Of the images that its training held out" in " ".join(facts["sentences"])
+        assert "images that its training held out" in " ".join(facts["sentences"])
         assert "What the prototypes" in explain_page(facts, now=datetime(2026, 1, 1, tzinfo=UTC))
         known = explain_image(config_of(site), tmp_path / "new.png", load_encoder=no_model)
         assert known.facts() == facts

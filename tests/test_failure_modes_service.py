@@ -75,8 +75,12 @@ class TestDying:
         with running(config, program="tests.broken_sortd", BREAK_FILE=str(break_file)) as daemon:
             break_file.write_text("raise")
             image = drop(colours / "Images", "red", "a.png")
-            assert daemon.wait() != 0
-            assert "CUDA error" in daemon.tail()
+            assert daemon.wait() == 1
+            (last,) = daemon.events("daemon.failed", exit_code=1)
+            assert "CUDA error" in last["error"]
+            assert "Traceback" in last["exception"]
+            assert not daemon.noise
+        assert "CUDA error" in status(config)["ended_by"]
         assert image.exists()
         break_file.unlink()
         with running(config, program="tests.broken_sortd", BREAK_FILE=str(break_file)) as daemon:
@@ -165,7 +169,7 @@ class TestConfiguration:
         drop(colours / "Images", "red", "a.png")
         with DaemonProcess(tmp_path / "nothing.yaml") as daemon:
             assert daemon.wait() == 78
-            assert "nothing.yaml: cannot be read" in "".join(daemon.noise)
+            assert "nothing.yaml: cannot be read" in daemon.wait_for("daemon.failed", exit_code=78)["error"]
         assert tree(colours / "Images")
 
 

@@ -333,6 +333,11 @@ class TestRejected:
         moved(filing, order(dataset.put(f"Images/{name}"), "Rejected", Outcome.REJECTED))
         assert json.loads((dataset.root / f"Rejected/{name}.reason.json").read_bytes())["name"] == name
 
+    def test_reason_of_a_name_with_accents_can_be_searched_for(self, dataset: Dataset, filing: Filing) -> None:
+        """The name stands in it as it is written."""
+        moved(filing, order(dataset.put("Images/año.jpg"), "Rejected", Outcome.REJECTED))
+        assert '"año.jpg"' in (dataset.root / "Rejected/año.jpg.reason.json").read_text("utf-8")
+
 
 class TestUndo:
     """Moves taken back."""

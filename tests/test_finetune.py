@@ -391,7 +391,7 @@ def test_signals_are_heard_between_steps_while_it_trains_and_at_once_before() ->
 
 def test_without_the_extra_the_command_to_install_it_is_said() -> None:
     """Nobody has to guess what ``No module named accelerate`` wants."""
-    with pytest.raises(ModelError, match=r"accelerate and matplotlib: pip install 'sortd\[train\]'"):
+    with pytest.raises(ModelError, match=r"accelerate and matplotlib: pip install 'sortd-images\[train\]'"):
         see_that_it_can_train(lambda _: None)
 
 

@@ -177,6 +177,12 @@ class TestUndo:
         }
         assert names(run(site, "history", "--json")) == ["x.png", "d.png", "c.png", "b.png", "a.png"]
 
+    def test_undo_that_puts_nothing_back_says_so(self, site: Path) -> None:
+        """Nothing is held then, and nothing is to be released."""
+        (site / "Dataset" / "red" / "a.png").unlink()
+        ran = run(site, "undo", site / "Dataset" / "red" / "a.png")
+        assert (ran.code, ran.err) == (65, "sortd: no image was put back\n")
+
     def test_nothing_is_overwritten(self, site: Path) -> None:
         """Where the old name is taken, another one is given, and both files are whole."""
         mine = (site / "Dataset" / "red" / "a.png").read_bytes()

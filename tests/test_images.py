@@ -102,7 +102,7 @@ class TestFormats:
         try:
             import pillow_heif  # noqa: F401
         except ImportError:
-            with pytest.raises(NotAnImageError, match=r"sortd\[heic\]"):
+            with pytest.raises(NotAnImageError, match=r"sortd-images\[heic\]"):
                 decoded(head + bytes(100))
         else:
             with pytest.raises(UnreadableError):

@@ -13,6 +13,7 @@ import pytest
 
 from sortd.errors import JournalError
 from sortd.journal import UNDONE, Grounds, History, Journal, Selection
+from sortd.journaling.records import FiledImages
 from sortd.messages import Stamp
 from sortd.moving.relocation import Member, Progress, Relocation, Role
 from sortd.prototypes import Abstained, Assigned, Mode
@@ -117,7 +118,7 @@ def test_names_and_classes_that_are_not_utf8_survive(path: Path) -> None:
         (record,) = journal.history.moves(Selection(label=label, path=f"Images/{name}"))
         assert record.grounds.label == label
         assert record.relocation.image.final == name
-        assert journal.history.accuracy() == {label: (1, 0)}
+        assert journal.history.accuracy() == {label: FiledImages(filed=1, checked=0, corrected=0, undone=0)}
 
 
 def test_decisions_become_grounds() -> None:
@@ -188,7 +189,7 @@ def test_an_undo_marks_what_it_undoes_and_holds_what_it_put_back(path: Path) -> 
         assert journal.history.moves(Selection(id=1))[0].undone_by == 2
         assert journal.history.last_known(STAMP) is None
         assert journal.history.held() == {"Images/a (2).jpg": STAMP}
-        assert journal.history.accuracy() == {}
+        assert journal.history.accuracy() == {"cat": FiledImages(filed=1, checked=1, corrected=0, undone=1)}
 
 
 def test_holds_are_kept_until_they_are_released_or_filed(path: Path) -> None:
@@ -214,10 +215,10 @@ def test_corrections_are_counted_once_for_each_image(path: Path) -> None:
         assert journal.record_correction(record, "dog", "Dataset/dog/a.jpg")
         assert not journal.record_correction(record, "dog", "Dataset/dog/a.jpg")
         assert journal.record_correction(record, "cow", "Dataset/cow/a.jpg")
-        assert journal.history.accuracy() == {"cat": (2, 1)}
+        assert journal.history.accuracy() == {"cat": FiledImages(filed=2, checked=2, corrected=1, undone=0)}
         assert [one[:3] for one in journal.history.corrections()] == [("cat", "cow", "Dataset/cow/a.jpg")]
         assert journal.record_correction(record, "cat", "Dataset/cat/a.jpg")
-        assert journal.history.accuracy() == {"cat": (2, 0)}
+        assert journal.history.accuracy() == {"cat": FiledImages(filed=2, checked=0, corrected=0, undone=0)}
 
 
 def test_facts_are_kept_and_replaced(path: Path) -> None:

@@ -333,3 +333,36 @@ def test_every_event_has_a_meaning_and_every_outcome_an_event() -> None:
     assert constants == set(logs.EVENTS)
     assert all(name.count(".") == 1 and meaning for name, meaning in logs.EVENTS.items())
     assert set(logs.IMAGE_EVENTS) == set(Outcome)
+
+
+class TestReadableJson:
+    """JSON that people search through."""
+
+    @pytest.mark.parametrize("name", ["año/ñandú.jpg", "日本語", "🦜", "Ж"])
+    def test_json_leaves_letters_as_they_are(self, name: str) -> None:
+        """Whoever looks for a name with grep finds it."""
+        assert console_line.readable_json({"path": name}) == f'{{"path": "{name}"}}'
+
+    @pytest.mark.parametrize(
+        "name", ["\x9b31m", "\u202egpj.exe", "a\u2028b", "caf\udce9", "\x7f", "\x85", "\U000e0041"]
+    )
+    def test_json_escapes_what_cannot_be_seen(self, name: str) -> None:
+        """No terminal is painted, no line broken, and the very name comes back."""
+        text = console_line.readable_json({"path": name})
+        assert text.isascii()
+        assert json.loads(text) == {"path": name}
+
+    def test_json_for_a_stream_of_few_letters_is_ascii(self) -> None:
+        """A parrot in Latin-1 would be an escape that JSON does not know."""
+        text = console_line.readable_json({"path": "é🦜"}, encoding="iso-8859-1", indent=2)
+        assert text.isascii()
+        assert json.loads(text) == {"path": "é🦜"}
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "iso-8859-1"])
+    def test_log_lines_are_json_in_every_encoding(self, encoding: str) -> None:
+        """Also of names that the stream has no letters for, and of bytes that are none."""
+        written = io.BytesIO()
+        logs.configure("json", "info", stream=io.TextIOWrapper(written, encoding, write_through=True), environ={})
+        structlog.get_logger("sortd.test").info("image.filed", path="é🦜\udce9")
+        assert json.loads(written.getvalue().decode(encoding))["path"] == "é🦜\udce9"
+        assert ("é".encode(encoding, "replace") in written.getvalue()) == (encoding == "utf-8")

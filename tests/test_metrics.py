@@ -94,6 +94,26 @@ def test_http_answers_on_this_machine_until_closed(metrics: Metrics) -> None:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=1.0)
 
 
+def test_health_is_what_the_daemon_says_of_itself(metrics: Metrics) -> None:
+    """With 503 and the reason while no image would be handled, with 200 else; the counts are there in any case."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    problems = ["loading the model", None]
+    close = metrics.serve(port, problem=lambda: problems[0])
+    try:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=30.0)
+        assert (refused.value.code, refused.value.read()) == (503, b"loading the model\n")
+        refused.value.close()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30.0) as counts:
+            assert b"sortd_backlog" in counts.read()
+        problems.pop(0)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=30.0) as answer:
+            assert (answer.status, answer.read()) == (200, b"ok\n")
+    finally:
+        close()
+
+
 def test_a_dataset_of_any_bytes_can_be_a_label(metrics: Metrics, tmp_path: Path) -> None:
     """A folder's name need not be UTF-8; the metrics must be."""
     metrics.image("caf\udce9", "filed")

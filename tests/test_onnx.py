@@ -432,7 +432,7 @@ class TestExports:
         command = [sys.executable, "-c", program, str(tiny_clip), str(cache)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         message, automatic = done.stdout.splitlines()
-        assert "pip install 'sortd[onnx]'" in message
+        assert "pip install 'sortd-images[onnx]'" in message
         assert automatic == "torch"
 
 

@@ -102,7 +102,7 @@ class TestPromote:
         weaker = result(config, "20260102T000000Z-0", verdict="weaker")
         refused = sortd("models", "promote", "-c", config)
         assert refused.code == 65
-        assert "95.0 % right against 90.0 % by mode mixed" in refused.err
+        assert "95.0 % of 40 images right against 90.0 % by mode mixed" in refused.err
         assert "--force" in refused.err
         before = read_promotion(state_folder(config))
         assert before is not None

@@ -93,13 +93,25 @@ def facts_of(folder: Path, **sizes: int) -> dict[str, Any]:
 class TestThumbnails:
     """Pictures in a page."""
 
-    def test_a_picture_becomes_a_small_square(self, tmp_path: Path) -> None:
-        """The middle of it, as JPEG, whatever it was."""
-        picture("red", 1, (300, 200)).save(tmp_path / "a.png")
+    @pytest.mark.parametrize(("size", "orientation", "small"), [
+        ((300, 200), 1, (64, 43)), ((200, 300), 1, (43, 64)), ((300, 200), 6, (43, 64)), ((900, 4), 1, (64, 1)),
+    ])  # fmt: skip
+    def test_thumbnail_of_a_picture_shows_all_of_it(
+        self, tmp_path: Path, size: tuple[int, int], orientation: int, small: tuple[int, int]
+    ) -> None:
+        """Upright and in its own shape: what is cut off may be what it is doubted for."""
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        drawn = picture("red", 1, size)
+        drawn.paste((0, 0, 255), (0, 0, size[0] // 8, size[1]))  # at one edge, which a square would cut off
+        drawn.save(tmp_path / "a.png", exif=exif)
         address = thumbnail(str(tmp_path / "a.png"), side_pixels=64)
         assert address is not None
-        with Image.open(BytesIO(base64.b64decode(address.removeprefix("data:image/jpeg;base64,")))) as small:
-            assert (small.format, small.size) == ("JPEG", (64, 64))
+        with Image.open(BytesIO(base64.b64decode(address.removeprefix("data:image/jpeg;base64,")))) as shown:
+            assert (shown.format, shown.size) == ("JPEG", small)
+            corner = shown.convert("RGB").getpixel((0, 0))
+        assert isinstance(corner, tuple)
+        assert corner[2] > corner[0]
 
     def test_what_is_no_picture_has_none(self, tmp_path: Path) -> None:
         """Missing, broken and foreign files leave a gap and no error."""
@@ -181,6 +193,22 @@ class TestEvaluationPage:
         """By name, and why."""
         facts = facts_of(tmp_path, references=2)
         assert any(sentence.startswith("Add images to 4 of 4 classes (class 0: ") for sentence in sentences(facts))
+
+    @pytest.mark.parametrize("filed", [0.02, 0.3, 0.75, 0.97, 1.0])
+    def test_curve_at_the_settings_in_force_is_met_by_its_point(self, tmp_path: Path, filed: float) -> None:
+        """The point says how much is filed now, and lies on the line whatever the shares behind it are."""
+        facts = facts_of(tmp_path)
+        calibration = {**facts["calibration"], "precision_expected": 0.5, "filed_expected": filed}
+        modes = [{**mode, "curve": [(0.9, 0.1, 1.0), (0.7, 0.6, 0.9), (0.5, 1.0, 0.7)]} for mode in facts["modes"]]
+        text = evaluation_page({"Noise": {**facts, "calibration": calibration, "modes": modes}}, now=NOW)
+        line = re.search(r'<polyline points="([^"]*)"', text)
+        point = re.search(r'<circle cx="([^"]*)" cy="([^"]*)"', text)
+        assert line is not None
+        assert point is not None
+        ends = [tuple(map(float, pair.split(","))) for pair in line[1].split()]
+        across, down = float(point[1]), float(point[2])
+        assert down == pytest.approx(np.interp(across, [x for x, _ in ends], [y for _, y in ends]), abs=0.2)
+        assert across == pytest.approx(56 + 564 * filed, abs=0.1)
 
     @pytest.mark.parametrize("expected", [0.95, 0.99])
     def test_the_word_at_the_settings_in_force_is_within_the_drawing(self, tmp_path: Path, expected: float) -> None:

@@ -65,9 +65,32 @@ def tell(site: Path, **facts: Any) -> None:
 
 def shown(site: Path) -> str:
     """Return what the command prints."""
-    ran = sortd("status", "-c", site.parents[1] / "config.yaml")
-    assert ran.code == 0
-    return ran.out
+    return sortd("status", "-c", site.parents[1] / "config.yaml").out
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_status_exits_by_whether_a_sortd_runs(site: Path, form: tuple[str, ...]) -> None:
+    """A script that asks whether it runs need not read the answer; one that starts up runs."""
+
+    def code() -> int:
+        return sortd("status", *form, "-c", site.parents[1] / "config.yaml").code
+
+    assert code() == 75
+    tell(site, ready=False)
+    assert code() == 0
+    tell(site)
+    assert code() == 0
+    tell(site, running=False)
+    assert code() == 75
+    tell(site, started_ticks=1)
+    assert code() == 75
+
+
+def test_status_of_a_run_that_an_error_ended_names_the_error(site: Path) -> None:
+    """What its last line on stderr said is in reach of whoever looks later."""
+    tell(site, running=False, ended_by="the journal is full")
+    assert facts_of(site)["ended"] == "failed"
+    assert "does not run: the journal is full; last heard of" in shown(site)
 
 
 def test_a_sortd_that_runs_is_told_of(site: Path) -> None:
@@ -85,12 +108,26 @@ def test_a_sortd_that_runs_is_told_of(site: Path) -> None:
     assert "generation 4, mode max" in lines
 
 
-def test_live_accuracy_comes_from_the_journal(site: Path) -> None:
-    """By class: how many were filed, how many the user put right."""
+def test_accuracy_of_a_class_that_nobody_checked_is_not_claimed(site: Path) -> None:
+    """Only where the user corrected an image is anything known, and then of how many it is known."""
     accuracy = facts_of(site)["datasets"]["Colours"]["accuracy"]
-    assert accuracy["red"] == {"filed": 2, "corrected": 1, "right": 0.5}
-    assert accuracy["blue"] == {"filed": 1, "corrected": 0, "right": 1.0}
-    assert "red\t2\t1\t50.0 %" in shown(site)
+    red = {"filed": 2, "checked": 2, "corrected": 1, "undone": 0, "right": 0.5, "interval": (0.0945, 0.9055)}
+    blue = {"filed": 1, "checked": 0, "corrected": 0, "undone": 0, "right": None, "interval": None}
+    assert accuracy == {"blue": blue, "red": red}
+    lines = shown(site)
+    assert "red\t2\t1\t0\t1 of 2 (95 %: 9 to 91 %)" in lines
+    assert "blue\t1\t0\t0\tnot checked" in lines
+
+
+def test_accuracy_counts_an_undone_image_and_not_what_came_later(site: Path) -> None:
+    """An undo says that the image was wrong there; images that were filed since then nobody has seen."""
+    assert sortd("undo", "--last", "1", "--dataset", "Colours", "-c", site.parents[1] / "config.yaml").code == 0
+    file_images(site, site.parents[1] / "state", {"d.png": "blue", "e.png": "green"}, run="second")
+    accuracy = facts_of(site)["datasets"]["Colours"]["accuracy"]
+    blue = {"filed": 2, "checked": 1, "corrected": 0, "undone": 1, "right": 0.0, "interval": (0.0, 0.7935)}
+    assert accuracy["blue"] == blue
+    assert accuracy["green"]["right"] is None
+    assert "blue\t2\t0\t1\t0 of 1 (95 %: 0 to 79 %)" in shown(site)
 
 
 def test_without_a_sortd_the_journals_tell(site: Path) -> None:
@@ -103,7 +140,7 @@ def test_without_a_sortd_the_journals_tell(site: Path) -> None:
     assert facts_of(site)["ended"] == "stopped"
     tell(site, started_ticks=1)
     assert facts_of(site)["ended"] == "died"
-    assert "ended without a word" in shown(site)
+    assert "it was killed, or could not write down why" in shown(site)
     assert "generation 4, mode max" in shown(site)
 
 

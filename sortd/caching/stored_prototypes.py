@@ -46,6 +46,13 @@ class PrototypeFiles:
             self._tell(f"the cached prototypes {file} do not serve ({error}); they are built anew")
         return None
 
+    def written_at_ns(self, key: str) -> int:
+        """Return when a key's prototypes were written, in nanoseconds since the epoch; 0 where there are none."""
+        try:
+            return self._file(key).stat().st_mtime_ns
+        except OSError:
+            return 0
+
     def write(self, key: str, prototypes: PrototypeSet) -> None:
         """Replace what was written before; a reader sees the one or the other."""
         file = self._file(key)

@@ -25,7 +25,7 @@ from sortd.commands.check_running import (
 )
 from sortd.commands.finding import Finding, Topic, error, warning
 from sortd.commands.journals import JOURNAL_FILE
-from sortd.commands.stored import stored_prototypes
+from sortd.commands.stored import changed_since, evaluated_prototypes, stored_prototypes
 from sortd.config import Config, load
 from sortd.errors import ConfigError, JournalError, LayoutError
 from sortd.images import Limits, decode_file, look_at_file
@@ -118,8 +118,13 @@ def _held(config: Config, layout: Layout) -> Iterator[Finding]:
 
 
 def _calibrated(config: Config, layout: Layout) -> Iterator[Finding]:
-    stored = stored_prototypes(config, layout)
-    yield from calibration_findings(layout, config.dataset(layout.name), stored)
+    served, evaluated = stored_prototypes(config, layout), evaluated_prototypes(config, layout)
+    changed = None if served is None else changed_since(config, layout, served)
+    if evaluated is not None and (served is None or changed is not None):
+        since = changed_since(config, layout, evaluated, evaluated=True)
+        if served is None or since is None:
+            served, changed = evaluated, since
+    yield from calibration_findings(layout, config.dataset(layout.name), served, changed=changed)
 
 
 def _readers(config: Config) -> tuple[Reader, Reader]:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 
+from sortd.commands.console import counted
 from sortd.commands.finding import Finding, Topic, error, note, warning
-from sortd.layout import Area, Layout
+from sortd.layout import Area, Layout, enclosing_dataset
 
 NAMED_AT_MOST = 5
 """How many paths one finding names before it only counts the rest."""
@@ -24,13 +25,14 @@ def root_findings(root: Path, layouts: Sequence[Layout]) -> Iterator[Finding]:
     if not os.access(root, os.R_OK | os.X_OK, effective_ids=True):
         yield error(Topic.FOLDERS, root, "cannot be listed", f"give {_who()} the rights to read and enter it")
         return
-    if Layout(root).is_dataset:
+    is_dataset, around = Layout(root).is_dataset, enclosing_dataset(root)
+    if is_dataset:
         mend = f"set `root` to {root.parent}"
         yield error(Topic.FOLDERS, root, "is itself a dataset; the root is the folder above the datasets", mend)
-    for above in Path(os.path.realpath(root)).parents:
-        if Layout(above).is_dataset and above != above.parent:
-            yield error(Topic.FOLDERS, root, f"lies inside the dataset {above}", "set `root` to a folder of its own")
-    if not layouts:
+    if around is not None:
+        mend = f"set `root` to {around.parent}, or to a folder outside of it"
+        yield error(Topic.FOLDERS, root, f"lies inside the dataset {around}", mend)
+    if not layouts and not is_dataset and around is None:
         mend = f"make one: sortd init {root}/NAME"
         yield warning(Topic.FOLDERS, root, "holds no dataset, which is a folder with a Clases/ in it", mend)
     for entry in os.scandir(root):
@@ -54,6 +56,7 @@ def dataset_findings(layout: Layout) -> Iterator[Finding]:
     if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file()):
         yield error(Topic.FOLDERS, lock, "is no regular file: nothing is moved", "remove it; sortd makes it anew")
     yield from _class_folder_findings(layout)
+    yield from _former_class_findings(layout)
 
 
 def overlap_findings(layouts: Sequence[Layout], others: Mapping[str, Path]) -> Iterator[Finding]:
@@ -144,6 +147,20 @@ def _class_folder_findings(layout: Layout) -> Iterator[Finding]:
             elif entry.is_dir(follow_symlinks=False):
                 wanted = os.R_OK | os.X_OK | (os.W_OK if area in _WRITTEN else 0)
                 yield from _right_findings(Path(entry.path), wanted)
+
+
+def _former_class_findings(layout: Layout) -> Iterator[Finding]:
+    """Name the folders that images were filed into, or are to be reviewed in, under a class that is no more."""
+    classes = {entry.name for entry in _entries(layout.area(Area.CLASES))}
+    for area in (Area.DATASET, Area.REVIEW) if classes else ():
+        for entry in _entries(layout.area(area)):
+            is_former = entry.is_dir(follow_symlinks=False) and entry.name not in classes and entry.name[0] != "."
+            if is_former and (
+                files := sum(1 for one in _entries(Path(entry.path)) if one.is_file(follow_symlinks=False))
+            ):
+                what = f"holds {counted(files, 'file')} of a class that Clases/ does not have (renamed or removed?)"
+                mend = f"rename it like its class, or make {layout.area(Area.CLASES)}/{entry.name}"
+                yield note(Topic.FOLDERS, entry.path, what, mend)
 
 
 def _nested(layout: Layout) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from sortd import mends
 from sortd.commands.check_folders import named
 from sortd.commands.console import counted, printable
 from sortd.commands.finding import Finding, Topic, error, note, warning
+from sortd.deciding.prompts import written_name
 from sortd.decoding.formats import HEAD_BYTES, looks_like_image
 from sortd.errors import ImageError
 from sortd.layout import Area, Layout
@@ -74,12 +75,16 @@ def _name_findings(clases: Path, folders: Sequence[ClassFolder], misnamed: Seque
     if misnamed:
         shown = named([printable(name) for name in misnamed])
         yield warning(Topic.REFERENCES, clases, f"holds folders whose names cannot be classes: {shown}", "rename them")
+    blanks = [written_name(folder.label) for folder in folders if written_name(folder.label) != folder.label]
+    if blanks:
+        what = f"holds classes with blanks in their names that nobody sees, at an end or two in a row: {named(blanks)}"
+        yield warning(Topic.REFERENCES, clases, what, "rename them; some file systems drop a blank at the end")
     alike = defaultdict(list)
     for folder in folders:
-        alike[unicodedata.normalize("NFC", folder.label).casefold()].append(folder.label)
+        alike[" ".join(unicodedata.normalize("NFC", folder.label).casefold().split())].append(folder.label)
     for labels in alike.values():
         if len(labels) > 1:
-            what = f"holds classes whose names look the same: {named(labels)}"
+            what = f"holds classes whose names look the same: {named([written_name(label) for label in labels])}"
             yield warning(Topic.REFERENCES, clases, what, "rename or merge them; on other systems they are one folder")
 
 

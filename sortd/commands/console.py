@@ -3,19 +3,26 @@
 Facts are JSON where asked for, tables on a terminal, and lines of tab-separated columns everywhere else.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
+
+from sortd.console_line import readable_json
+from sortd.deciding.prompts import written_name
 
 if TYPE_CHECKING:
     from sortd.config import Config
+
+STANDARD_ERRORS = 1.96
+"""On either side of a mean: 95 % of a normal distribution lie within."""
 
 ConfigOption = Annotated[
     Path | None,
@@ -34,20 +41,48 @@ UntilOption = Annotated[str | None, typer.Option("--until", help="Until then.")]
 DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Only this dataset.")]
 
 
+class Command(typer.core.TyperCommand):
+    """A command whose help names no type behind a switch: nothing may be written there."""
+
+    def get_params(self, ctx: Any) -> Any:  # noqa: ANN401 -- typer's own click, whose types it does not publish
+        """Return the parameters, the switches without a type."""
+        return _without_types(super().get_params(ctx))
+
+
+class Group(typer.core.TyperGroup):
+    """A group of commands with the same help."""
+
+    def get_params(self, ctx: Any) -> Any:  # noqa: ANN401 -- typer's own click, whose types it does not publish
+        """Return the parameters, the switches without a type."""
+        return _without_types(super().get_params(ctx))
+
+
+def _without_types(parameters: Any) -> Any:  # noqa: ANN401 -- typer's own click, whose types it does not publish
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+            parameter.metavar = ""
+    return parameters
+
+
 def load_config(path: Path | None) -> "Config":
     """Read the configuration named on the command line, or found where the README says.
 
     Raises:
-        ConfigError: it is missing or not valid.
+        ConfigError: it is missing or not valid, or its root is a dataset or lies in one.
     """
     from sortd.config import load
+    from sortd.errors import ConfigError
+    from sortd.layout import misplaced_root
 
-    return load(path, os.environ)
+    config = load(path, os.environ)
+    if (problem := misplaced_root(config.root)) is not None:
+        raise ConfigError(problem)
+    return config
 
 
 def print_json(facts: object) -> None:
     """Print facts as JSON on stdout; bytes of names that are not UTF-8 come out as escapes of lone surrogates."""
-    typer.echo(json.dumps(facts, indent=2))
+    typer.echo(readable_json(facts, encoding=sys.stdout.encoding, indent=2))
 
 
 def printable(text: str) -> str:
@@ -85,6 +120,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, rig
         for row in (columns, *cells):
             typer.echo("\t".join(row))
         return
+    cells = [[written_name(cell) for cell in row] for row in cells]
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -159,6 +195,24 @@ def counted(number: int, noun: str) -> str:
     """Return ``1 image``, ``2 images``."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
+
+
+def interval(right: int, judged: int) -> tuple[float, float]:
+    """Return between which shares the true one lies, with 95 % confidence, where so many of those judged are right.
+
+    Wilson (1927), "Probable inference, the law of succession, and statistical inference".
+    """
+    squared = STANDARD_ERRORS**2
+    share, whole = right / judged, judged + squared
+    centre = (right + squared / 2) / whole
+    half = STANDARD_ERRORS * sqrt(share * (1 - share) * judged + squared / 4) / whole
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def out_of(right: int, judged: int) -> str:
+    """Return ``26 of 37 (95 %: 54 to 82 %)``: how many, of how many, and what that says of the true share."""
+    low, high = interval(right, judged)
+    return f"{right:,} of {judged:,} (95 %: {100 * low:.0f} to {100 * high:.0f} %)"
 
 
 def megabytes(size_bytes: float) -> str:

@@ -173,13 +173,14 @@ def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
         (
             f"{one['mode']} (in force)" if one["mode"] == facts["mode"] else one["mode"],
             _share(one["distinct_accuracy"]),
+            one["distinct_judged"],
             _share(one["balanced_accuracy"]),
             _share(one["accuracy"]),
             one["judged"],
         )
         for one in facts["modes"]
     ]
-    columns: tuple[str, ...] = ("new images", "by class", "by image", "judged")
+    columns: tuple[str, ...] = ("new images", "of", "by class", "by image", "of all")
     print_table(("mode", *columns), modes, right=columns)
     print_line("")
     trades = [
@@ -200,13 +201,14 @@ def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
             one["label"],
             one["references"],
             _share(one["recall"]),
+            one["judged"],
             _share(one["precision"]),
             one["confused_with"],
             one["needs_images"],
         )
         for one in facts["class_reports"]
     ]
-    columns = ("images", "recognised", "own among taken")
+    columns = ("images", "recognised", "of", "own among taken")
     print_table(("class", *columns, "taken for", "needs images"), classes, right=columns)
     for kind in ("mislabelled", "duplicate", "outlier"):
         doubtful = [one for one in facts["suspects"] if one["kind"] == kind]
@@ -220,7 +222,10 @@ def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
 
 
 def _doubt(suspect: Mapping[str, Any]) -> str:
-    label, other = printable(suspect["label"]), printable(suspect["other_label"] or "")
+    from sortd.deciding.prompts import written_name
+
+    label, other = written_name(suspect["label"]), written_name(suspect["other_label"] or "")
+    label, other = printable(label), printable(other)
     match suspect["kind"]:
         case "mislabelled":
             return f"in {label}, but looks like {other} ({suspect['score']:.0%})"

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from sortd.commands.console import printable
+from sortd.deciding.prompts import written_name
 from sortd.decoding.thumbnails import thumbnail
 from sortd.report import Picture, render
 
@@ -49,7 +50,7 @@ def sentences(facts: Mapping[str, Any]) -> list[str]:
     said += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in facts["advice"]["sentences"]]
     needy = [one for one in facts["class_reports"] if one["needs_images"]]
     if needy:
-        named = "; ".join(f"{printable(one['label'])}: {one['needs_images']}" for one in needy[:8])
+        named = "; ".join(f"{_shown(one['label'])}: {one['needs_images']}" for one in needy[:8])
         more = f"; and {len(needy) - 8} more" if len(needy) > 8 else ""  # noqa: PLR2004 -- as many as were named
         said.append(f"Add images to {len(needy)} of {facts['classes']} classes ({named}{more}).")
     if facts["is_labelled_enough"] is not None:
@@ -79,14 +80,15 @@ def _dataset(name: str, facts: Mapping[str, Any], picture: Picture) -> dict[str,
         "root": printable(facts["root"]),
         "report": facts,
         "accuracy": None if mine is None else mine["distinct_accuracy"],
+        "judged": 0 if mine is None else mine["distinct_judged"],
         "sentences": sentences(facts),
         "modes": sorted(facts["modes"], key=lambda mode: -(mode["distinct_accuracy"] or 0.0)),
         "curve": None if mine is None else _curve(mine["curve"], facts["calibration"]),
         "classes": [
             {
                 **one,
-                "label": printable(one["label"]),
-                "confused_with": one["confused_with"] and printable(one["confused_with"]),
+                "label": _shown(one["label"]),
+                "confused_with": one["confused_with"] and _shown(one["confused_with"]),
             }
             for one in sorted(facts["class_reports"], key=lambda one: (one["recall"] is None, one["recall"] or 0.0))
         ],
@@ -112,8 +114,8 @@ def _curve(points: Sequence[Sequence[float]], calibration: Mapping[str, Any]) ->
     drawn = [place(share, precision) for _, share, precision in sorted(points, key=lambda point: point[1])]
     levels = [floor + index * step for index in range(round((1.0 - floor) / step) + 1)]
     now = None
-    if calibration["precision_expected"] is not None:
-        x, y = place(calibration["filed_expected"], calibration["precision_expected"])
+    if calibration["filed_expected"]:
+        x, y = place(calibration["filed_expected"], _precision_at(calibration["filed_expected"], points))
         now = {"x": x, "y": y, "text_y": y + NOW_BELOW if y + NOW_BELOW < _BOTTOM else y - NOW_ABOVE}
     return {
         "points": " ".join(f"{x},{y}" for x, y in drawn),
@@ -121,6 +123,16 @@ def _curve(points: Sequence[Sequence[float]], calibration: Mapping[str, Any]) ->
         "columns": [{"x": place(share / 100, 1.0)[0], "text": f"{share} %"} for share in range(0, 101, 20)],
         "now": now,
     }
+
+
+def _precision_at(filed: float, points: Sequence[Sequence[float]]) -> float:
+    """Return the precision that the curve has where so large a share is filed; straight between its points."""
+    ends = sorted((share, precision) for _, share, precision in points)
+    after = next((at for at, (share, _) in enumerate(ends) if share >= filed), len(ends) - 1)
+    if after == 0 or ends[after][0] <= filed:
+        return ends[after][1]
+    (left, low), (right, high) = ends[after - 1], ends[after]
+    return low + (high - low) * (filed - left) / (right - left)
 
 
 def _matrix(confusion: Sequence[Sequence[Any]]) -> dict[str, Any] | None:
@@ -138,15 +150,20 @@ def _matrix(confusion: Sequence[Sequence[Any]]) -> dict[str, Any] | None:
         whole = sum(number for (row, _), number in counts.items() if row == own)
         cells = [
             {
-                "label": printable(taken),
+                "label": _shown(taken),
                 "number": counts.get((own, taken), 0),
                 "is_right": own == taken,
                 "strength": _strength(counts.get((own, taken), 0) / max(whole, 1)),
             }
             for taken in chosen
         ]
-        rows.append({"label": printable(own), "cells": cells})
-    return {"labels": [printable(label) for label in chosen], "rows": rows, "hidden": len(mistakes) - len(chosen)}
+        rows.append({"label": _shown(own), "cells": cells})
+    return {"labels": [_shown(label) for label in chosen], "rows": rows, "hidden": len(mistakes) - len(chosen)}
+
+
+def _shown(label: str) -> str:
+    """Return a class's name as a page can show it: HTML makes one blank of many."""
+    return printable(written_name(label))
 
 
 def _strength(share: float) -> float:
@@ -168,8 +185,8 @@ def _suspect(one: Mapping[str, Any], picture: Picture) -> dict[str, Any]:
     other = one["other_source"]
     return {
         "image": picture(one["source"]),
-        "label": printable(one["label"]),
-        "other_label": None if one["other_label"] is None else printable(one["other_label"]),
+        "label": _shown(one["label"]),
+        "other_label": None if one["other_label"] is None else _shown(one["other_label"]),
         "score": one["score"],
         "name": printable(os.path.basename(one["source"])),
         "other_name": None if other is None else printable(os.path.basename(other)),

@@ -87,7 +87,7 @@ def _examined(config: Config, layout: Layout, embedder: Embedder, tell: Callable
     reading = partial(tell, f"reading {layout.name}")
     support, refused = References(layout.area(Area.CLASES)).support(embedder, teaching, tell=reading)
     tell(f"judging {layout.name}", len(support.sources), len(support.sources))
-    report = evaluate(support, teaching.settings)
+    report = evaluate(support, teaching.settings, keep=partial(keep_evaluated, config, layout))
     return Examined(layout.name, layout.root, report, refused, serving_facts(config, layout))
 
 

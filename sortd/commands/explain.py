@@ -11,7 +11,8 @@ from sortd.cache import Cache
 from sortd.commands.check import CACHE_FILE
 from sortd.commands.examination import taught
 from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
-from sortd.commands.stored import stored_prototypes
+from sortd.commands.promotion import serving_facts
+from sortd.commands.stored import SETTINGS, changed_since, stored_prototypes
 from sortd.config import Config
 from sortd.deciding.explanation import Explanation, explain, sentences
 from sortd.deciding.finetuned_explanation import explain_finetuned
@@ -26,6 +27,7 @@ from sortd.references import References, ReferencesAbsentError, class_labels
 from sortd.running.classifiers import Appointed, appointed
 from sortd.running.embedding import Embedder
 from sortd.running.site import Site, teaching_of
+from sortd.status import read_status
 from sortd.watching.scanning import stamp
 
 LoadEncoder = Callable[[Config], Encoder]
@@ -61,6 +63,7 @@ class Explained:
             "second_label": explanation.decision.second_label,
             "confidence": explanation.decision.confidence,
             "precision": explanation.decision.precision,
+            "held_out": explanation.held_out,
             "mode": explanation.mode,
             "classifier": "finetuned" if explanation.mode == "finetuned" else "prototypes",
             "refusal": self.refusal,
@@ -163,7 +166,7 @@ def _dataset(config: Config, path: Path, name: str | None) -> Layout:
 
 def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:
     """Return what the cache knows of these bytes, if that is enough; no model is loaded for it."""
-    prototypes = stored_prototypes(config, layout)
+    prototypes = _deciding(config, layout)
     file = config.cache_dir / CACHE_FILE
     if prototypes is None or not file.is_file():
         return None
@@ -183,7 +186,7 @@ def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_en
     try:
         embedder, _, _ = site.load()
         embedding = _row(embedder, image)
-        prototypes, wanted = stored_prototypes(config, layout), config.dataset(layout.name).classifier
+        prototypes, wanted = _deciding(config, layout), config.dataset(layout.name).classifier
         decider = site.classifiers.choose(layout, wanted, _labels(layout, prototypes))
         logits = None if decider.facts is None else _row(site.classifiers.loaded[decider.model_id], image)
         if prototypes is not None and prototypes.encoder_id == embedder.encoder.encoder_id:
@@ -195,6 +198,19 @@ def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_en
     finally:
         site.unload()
     return _Sight(decider, rebuilt.prototypes, is_stored=False, embedding=embedding, logits=logits)
+
+
+def _deciding(config: Config, layout: Layout) -> PrototypeSet | None:
+    """Return the prototypes that decide: those of the sortd that runs, or those that the next one would not replace.
+
+    Beside a fine-tuned model, which reads the settings itself, they only say what is near.
+    """
+    prototypes = stored_prototypes(config, layout)
+    changed = None if prototypes is None else changed_since(config, layout, prototypes)
+    if changed is None or (changed == SETTINGS and serving_facts(config, layout)["deciding"] == "finetuned"):
+        return prototypes
+    status = read_status(config.state_dir)
+    return prototypes if status is not None and status["alive"] else None
 
 
 def _labels(layout: Layout, prototypes: PrototypeSet | None) -> tuple[str, ...]:

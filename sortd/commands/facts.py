@@ -17,6 +17,7 @@ from sortd.commands.console import (
     counted,
     load_config,
     moment_option,
+    out_of,
     print_json,
     print_line,
     print_table,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 RESTING = {"abstained", "refused", "held"}
 """States of images that wait for nothing; they are told of as files in Review/ and as held."""
 
+NOT_RUNNING = 75
+"""The exit code of ``status`` where no sortd runs, as of ``rebuild``: start one and try again."""
+
 MARKS = {"note": ("·", ""), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
 
 
@@ -44,7 +48,7 @@ def check(
 ) -> None:
     """Look at configuration, folders, rights, disks, references and model, and say what to mend."""
     from sortd.commands.check import check as findings_of
-    from sortd.commands.finding import exit_code
+    from sortd.commands.finding import Topic, exit_code
 
     findings = []
     for finding in findings_of(config, os.environ, thorough=thorough):
@@ -58,6 +62,9 @@ def check(
         )
     elif any(counts.values()):
         print_line(", ".join(counted(number, word) for word, number in counts.items() if number), style="bold")
+    elif unknown := sum(1 for finding in findings if finding.topic is Topic.CALIBRATION and finding.mend):
+        what = "nothing is wrong, but what the references can honour is not known"
+        print_line(f"{what} of {counted(unknown, 'dataset')}", style="bold yellow")
     else:
         print_line("all is well", style="bold green")
     raise typer.Exit(exit_code(findings))
@@ -72,7 +79,7 @@ def _print_finding(finding: "Finding") -> None:
 
 
 def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Tell whether sortd runs, with which model, what waits, and how often it was right."""
+    """Tell whether sortd runs (exit code 75: none does), with which model, what waits, and how often it was right."""
     from sortd.commands.overview import overview
     from sortd.config import find
 
@@ -81,7 +88,12 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     facts = {"config": None if file is None else os.path.abspath(file), **overview(loaded)}
     if as_json:
         print_json(facts)
-        return
+    else:
+        _print_status(facts)
+    raise typer.Exit(0 if facts["running"] else NOT_RUNNING)
+
+
+def _print_status(facts: Mapping[str, Any]) -> None:
     _print_run(facts)
     for name, dataset in facts["datasets"].items():
         _print_dataset(name, dataset)
@@ -103,8 +115,9 @@ def _print_run(facts: Mapping[str, Any]) -> None:
         print_line(f"sortd {facts['version']} {state}{age}, pid {facts['pid']}", style="bold green")
     else:
         when = f"; last heard of {shown(facts['written_at'])}" if facts.get("written_at") else ""
-        how = {"never ran": "has not run yet", "died": "does not run: it ended without a word"}
-        print_line(f"sortd {how.get(facts['ended'], 'does not run')}{when}", style="bold yellow")
+        died = "does not run: it was killed, or could not write down why it ended; its log may say (stderr, journalctl)"
+        how = {"never ran": "has not run yet", "died": died, "failed": f"does not run: {facts.get('ended_by')}"}
+        print_line(printable(f"sortd {how.get(facts['ended'], 'does not run')}{when}"), style="bold yellow")
     print_line(f"  config    {printable(facts['config'] or 'no file was found: all defaults')}")
     print_line(f"  state     {printable(facts['state_dir'])}")
     if facts.get("model"):
@@ -152,11 +165,22 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
     if facts["held"]:
         print_line(f"  held      {counted(facts['held'], 'file')}; let them go: sortd release --all")
     if facts["accuracy"]:
-        rows = [
-            (label, right["filed"], right["corrected"], f"{100 * right['right']:.1f} %")
-            for label, right in facts["accuracy"].items()
-        ]
-        print_table(("class", "filed", "corrected", "right"), rows, right=("filed", "corrected", "right"))
+        _print_accuracy(facts["accuracy"])
+
+
+def _print_accuracy(accuracy: Mapping[str, Any]) -> None:
+    """Print by class what became of what was filed, and how much of it is known to be right."""
+    numbers = ("filed", "corrected", "undone")
+    rows = [(label, *(one[name] for name in numbers), _right(one)) for label, one in accuracy.items()]
+    print_table(("class", *numbers, "right"), rows, right=numbers)
+    if any(one["checked"] for one in accuracy.values()):
+        print_line("  right: of those filed before you last corrected or undid an image of the class")
+
+
+def _right(facts: Mapping[str, Any]) -> str:
+    """Return how many of a class's images were right, of those that a person has checked."""
+    checked = facts["checked"]
+    return out_of(checked - facts["corrected"] - facts["undone"], checked) if checked else "not checked"
 
 
 def _print_problems(facts: Mapping[str, Any]) -> None:

@@ -139,7 +139,7 @@ def see_that_it_can_train(find: Callable[[str], object | None] = find_spec) -> N
 
     missing = [name for name in ("accelerate", "matplotlib") if find(name) is None]
     if missing:
-        raise ModelError(f"fine-tuning needs {' and '.join(missing)}: pip install 'sortd[train]'")
+        raise ModelError(f"fine-tuning needs {' and '.join(missing)}: pip install 'sortd-images[train]'")
 
 
 def _layout(config: "Config", dataset: str) -> "Layout":

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from sortd.commands.console import (
+    Command,
     ConfigOption,
     DatasetOption,
+    Group,
     JsonOption,
     load_config,
     megabytes,
@@ -24,6 +26,7 @@ SAID = {"prototypes": "prototypes", "finetuned": "fine-tuned model"}
 
 models = typer.Typer(
     name="models",
+    cls=Group,
     help="Show which models are here and which decide; fetch, promote and demote.",
     invoke_without_command=True,
 )
@@ -36,7 +39,7 @@ def _models(context: typer.Context, config: ConfigOption = None, as_json: JsonOp
         list_models(config, as_json)
 
 
-@models.command("list")
+@models.command("list", cls=Command)
 def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Show which models are here, which one `model: auto` takes and why, and which classifier decides each dataset."""
     from sortd.commands.backend import backend_lines
@@ -85,6 +88,7 @@ def _print_finetuned(datasets: Mapping[str, Any]) -> None:
             one.get("verdict") or "damaged",
             share(one.get("accuracy")),
             share(one.get("prototypes_accuracy")),
+            one.get("images"),
             one.get("base"),
             one["folder"],
         )
@@ -92,11 +96,11 @@ def _print_finetuned(datasets: Mapping[str, Any]) -> None:
         for one in facts["results"]
     ]
     if rows:
-        columns = ("right", "prototypes")
+        columns = ("right", "prototypes", "of")
         print_table(("", "dataset", "verdict", *columns, "base", "folder"), rows, right=columns)
 
 
-@models.command("fetch")
+@models.command("fetch", cls=Command)
 def fetch_model(
     name: Annotated[str, typer.Argument(help="As the Hugging Face hub has it: clip-ViT-B-32.")],
     config: ConfigOption = None,
@@ -118,7 +122,7 @@ def fetch_model(
     print_line(how_to_use(name, use, loaded))
 
 
-@models.command("export")
+@models.command("export", cls=Command)
 def export_model(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Write the configured model for ONNX Runtime, which `backend: auto` takes from then on; needs the extra onnx."""
     from sortd.commands.backend import backend_facts, backend_lines
@@ -135,7 +139,7 @@ def export_model(config: ConfigOption = None, as_json: JsonOption = False) -> No
         print_line(printable(line))
 
 
-@models.command("promote")
+@models.command("promote", cls=Command)
 def promote_model(
     folder: Annotated[
         Path | None, typer.Argument(help="What `sortd finetune` wrote; without it the newest of the dataset.")
@@ -159,11 +163,11 @@ def promote_model(
         kept = "`classifier: prototypes` in the configuration keeps it from deciding, set auto"
         print_line(f"{place} is promoted in {name}, but {kept}", style="bold yellow")
     right, other = share(facts["accuracy"]), share(facts["prototypes_accuracy"])
-    print_line(f"  {facts['verdict']}: {right} right, {other} by the prototypes' mode {facts['best_mode']}")
+    print_line(f"  {facts['verdict']}: of {facts['images']} images {right} right, {other} by mode {facts['best_mode']}")
     say(f"sortd: {facts['told']}")
 
 
-@models.command("demote")
+@models.command("demote", cls=Command)
 def demote_model(config: ConfigOption = None, dataset: DatasetOption = None, as_json: JsonOption = False) -> None:
     """Let the prototypes decide a dataset's images again; the fine-tuned model's folder stays where it is."""
     from sortd.commands.promotion import demote

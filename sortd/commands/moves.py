@@ -147,6 +147,8 @@ def _print_undone(reply: Mapping[str, Any], *, dry_run: bool) -> None:
         say("sortd: there is nothing to undo")
     elif dry_run:
         say(f"sortd: {counted(done, 'image')} would be put back; nothing was touched")
+    elif not done:
+        say("sortd: no image was put back" + (" yet" if reply["later"] else ""))
     else:
         say(
             f"sortd: {counted(done, 'image')} put back, and held until they change or are released: sortd release --all"

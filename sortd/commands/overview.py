@@ -2,15 +2,17 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sortd.commands.console import interval
 from sortd.commands.journals import JournalPlace, journals
 from sortd.commands.promotion import serving_facts
 from sortd.config import Config
 from sortd.errors import JournalError
 from sortd.journaling.history import History
-from sortd.journaling.records import Selection
+from sortd.journaling.records import FiledImages, Selection
 from sortd.layout import Area, Layout
 from sortd.status import read_status
 from sortd.watching.scanning import scan
@@ -28,12 +30,23 @@ def overview(config: Config, *, status: Callable[[Path], dict[str, Any] | None] 
     is_alive = told is not None and told["alive"]
     run: dict[str, Any] = {
         "running": is_alive,
-        "ended": None if is_alive else "never ran" if told is None else "died" if told.get("running") else "stopped",
+        "ended": None if is_alive else _ended(told),
         "root": str(config.root),
         "state_dir": str(config.state_dir),
     }
     if told is not None:
-        kept = ("pid", "version", "model", "encoder_id", "ready", "loading", "config_problem", "watching", "written_at")
+        kept = (
+            "pid",
+            "version",
+            "model",
+            "encoder_id",
+            "ready",
+            "loading",
+            "config_problem",
+            "watching",
+            "written_at",
+            "ended_by",
+        )
         run |= {key: told.get(key) for key in kept}
         run["started_at"] = _started_at(told.get("started_ticks")) if is_alive else None
         run["other_root"] = told["root"] if told.get("root") not in {None, str(config.root)} else None
@@ -45,6 +58,15 @@ def overview(config: Config, *, status: Callable[[Path], dict[str, Any] | None] 
     }
     run["datasets"] = dict(sorted(run["datasets"].items()))
     return run
+
+
+def _ended(told: dict[str, Any] | None) -> str:
+    """Return how the last run ended, by what its status file says."""
+    if told is None:
+        return "never ran"
+    if told.get("running"):
+        return "died"
+    return "failed" if told.get("ended_by") else "stopped"
 
 
 def _dataset(config: Config, place: JournalPlace, live: dict[str, Any], *, is_alive: bool) -> dict[str, Any]:
@@ -77,13 +99,17 @@ def _from_journal(place: JournalPlace) -> dict[str, Any]:
                 "held": len(history.held()),
                 "hold": history.guard().reason or None,
                 "last_move_at": last[0].ended_at if last else None,
-                "accuracy": {
-                    label: {"filed": filed, "corrected": corrected, "right": round(1 - corrected / filed, 4)}
-                    for label, (filed, corrected) in history.accuracy().items()
-                },
+                "accuracy": {label: _filed_facts(filed) for label, filed in history.accuracy().items()},
             }
     except JournalError as error:
         return {"total": {}, "held": 0, "last_move_at": None, "accuracy": {}, "journal_problem": str(error)}
+
+
+def _filed_facts(filed: FiledImages) -> dict[str, Any]:
+    """Return a class's images as plain values; the share of right ones and its interval only where some are checked."""
+    bounds = None if not filed.checked else tuple(round(bound, 4) for bound in interval(filed.right, filed.checked))
+    share = None if not filed.checked else round(filed.right / filed.checked, 4)
+    return {**asdict(filed), "right": share, "interval": bounds}
 
 
 def _count(layout: Layout, area: Area) -> int | None:

@@ -173,6 +173,7 @@ def result_facts(facts: FinetunedFacts) -> dict[str, Any]:
         "verdict": facts.verdict,
         "accuracy": comparison.get("finetuned_accuracy"),
         "prototypes_accuracy": comparison.get("best_mode_accuracy"),
+        "images": comparison.get("images"),
         "best_mode": comparison.get("best_mode"),
         "problem": None,
     }
@@ -181,7 +182,8 @@ def result_facts(facts: FinetunedFacts) -> dict[str, Any]:
 def compared(facts: FinetunedFacts) -> str:
     """Say how a model did against the prototypes."""
     said = result_facts(facts)
-    return f"{share(said['accuracy'])} right against {share(said['prototypes_accuracy'])} by mode {said['best_mode']}"
+    ours, theirs = share(said["accuracy"]), share(said["prototypes_accuracy"])
+    return f"{ours} of {said['images']} images right against {theirs} by mode {said['best_mode']}"
 
 
 def share(value: float | None) -> str:

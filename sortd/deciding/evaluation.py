@@ -18,6 +18,8 @@ class ModeReport:
     """The same with every class counting once."""
     distinct_accuracy: float | None
     """Balanced, with all near-duplicates of a reference left out together: what new images can expect."""
+    distinct_judged: int
+    """References that it was judged on: near-duplicates count as one."""
     curve: tuple[tuple[float, float, float], ...]
     """Coverage against precision: (least confidence, share filed, precision)."""
 
@@ -32,6 +34,8 @@ class ClassReport:
     """References after near-duplicates became one."""
     recall: float | None
     """Share of its references that were recognised; None where none could be left out."""
+    judged: int
+    """References of it that could be left out."""
     precision: float | None
     """Share of its own among what was taken for it; None where nothing was."""
     confused_with: str | None

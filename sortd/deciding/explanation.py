@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from sortd.deciding.decision import Abstained, Assigned, Decision, closeness, decide, judge, looks_of, stranger_shares
 from sortd.deciding.gaussian import MEAN_SHRINKAGE
+from sortd.deciding.prompts import written_name
 from sortd.deciding.support import ClassifierKind, Mode
 from sortd.prototypes import PrototypeSet
 
@@ -84,6 +85,8 @@ class Explanation:
     generation: int
     encoder_id: str
     mode: str
+    held_out: int
+    """Images that were left out of what was learnt, by which ``decision.precision`` was judged."""
 
     @property
     def is_filed(self) -> bool:
@@ -114,6 +117,7 @@ def explain(prototypes: PrototypeSet, embedding: npt.ArrayLike) -> Explanation:
         generation=prototypes.generation,
         encoder_id=prototypes.encoder_id,
         mode=prototypes.settings.mode.value,
+        held_out=prototypes.calibration.held_out,
     )
 
 
@@ -124,10 +128,11 @@ def sentences(explanation: Explanation) -> list[str]:
         return [f"It would stay undecided: {REASONS['no_classes']}."]
     said = [_verdict(explanation, label)]
     unit = "probability" if explanation.mode in PROBABLE else "cosine"
-    second = f", {decision.second_label} comes second" if decision.second_label is not None else ""
-    said.append(f"{label} has a {unit} of {decision.score:.3f}{second}, {decision.margin:.3f} behind.")
+    second = "" if decision.second_label is None else f", {written_name(decision.second_label)} comes second"
+    said.append(f"{written_name(label)} has a {unit} of {decision.score:.3f}{second}, {decision.margin:.3f} behind.")
     said += [_said(threshold) for threshold in explanation.thresholds]
-    if decision.precision is not None:
+    # Of what is not filed it would be beside the point: the share counts those that are much surer, too.
+    if decision.precision is not None and explanation.is_filed:
         said.append(_judged(explanation, decision.precision))
     if explanation.text_share > 0:
         said.append(f"The name {label!r} makes up {explanation.text_share:.0%} of its prototype, images the rest.")
@@ -142,15 +147,16 @@ def sentences(explanation: Explanation) -> list[str]:
 def _verdict(explanation: Explanation, label: str) -> str:
     if isinstance(explanation.decision, Abstained):
         why = REASONS.get(explanation.decision.reason, explanation.decision.reason)
-        return f"It goes to Review/{label}, the best guess: {why}."
-    return f"It is filed into {label}."
+        return f"It goes to Review/{written_name(label)}, the best guess: {why}."
+    return f"It is filed into {written_name(label)}."
 
 
 def _judged(explanation: Explanation, precision: float) -> str:
     if explanation.mode == ClassifierKind.FINETUNED.value:
-        return f"Of the images that its training held out, {precision:.0%} of those as sure as this were right."
-    share = f"{precision:.0%} of the references that were left out and as sure as this were right"
-    return f"Judged on the references alone, {share}."
+        judged = f"Of the {explanation.held_out:,} images that its training held out"
+    else:
+        judged = f"Of the {explanation.held_out:,} references, each left out in turn"
+    return f"{judged}, {precision:.0%} of those at least as sure as this were right."
 
 
 def _said(threshold: Threshold) -> str:
@@ -171,7 +177,11 @@ def _said(threshold: Threshold) -> str:
 
 def _others_said(explanation: Explanation, label: str) -> str:
     agreeing = [other.mode for other in explanation.others if other.label == label]
-    differing = [f"{other.mode} says {other.label}" for other in explanation.others if other.label not in {label, None}]
+    differing = [
+        f"{other.mode} says {written_name(other.label)}"
+        for other in explanation.others
+        if other.label is not None and other.label != label
+    ]
     parts = [f"{' and '.join(filter(None, [', '.join(agreeing[:-1]), agreeing[-1]]))} agree"] if agreeing else []
     return f"Of the other modes, {'; '.join([*parts, *differing])}." if parts or differing else "No other mode can say."
 

@@ -45,6 +45,7 @@ def explain_finetuned(
         generation=classifier.generation,
         encoder_id=classifier.encoder_id,
         mode=ClassifierKind.FINETUNED.value,
+        held_out=classifier.calibration.held_out,
     )
 
 

@@ -27,6 +27,11 @@ def spoken_name(label: str) -> str:
     return " ".join(label.replace("_", " ").replace("-", " ").split())
 
 
+def written_name(label: str) -> str:
+    """Return a class's name as it is written in a sentence: in quotes where blanks would not be seen."""
+    return label if label == " ".join(label.split()) else f"'{label}'"
+
+
 def prompts(label: str, descriptions: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Return the sentences for one class: its own descriptions as they stand, or its name in each template."""
     if descriptions:

@@ -40,7 +40,7 @@ _BMP = Format("BMP", "PIL.BmpImagePlugin")
 _TIFF = Format("TIFF", "PIL.TiffImagePlugin")
 _WEBP = Format("WEBP", "PIL.WebPImagePlugin", "install a Pillow that was built with libwebp")
 _AVIF = Format("AVIF", "PIL.AvifImagePlugin", "install a Pillow that was built with libavif")
-_HEIF = Format("HEIF", "pillow_heif", "install sortd with its extra: pip install 'sortd[heic]'")
+_HEIF = Format("HEIF", "pillow_heif", "install its decoder: pip install 'sortd-images[heic]'")
 
 READABLE = "JPEG, PNG, GIF, BMP, WEBP, TIFF, AVIF and HEIC"
 

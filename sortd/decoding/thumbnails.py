@@ -1,31 +1,33 @@
-"""Thumbnails: small square pictures inside of a page, so that it is one file that can be sent or kept."""
+"""Thumbnails: small pictures inside of a page, so that it is one file that can be sent or kept."""
 
 import base64
 import io
 
 from sortd.errors import ImageError
-from sortd.images import Limits, decode_file
-from sortd.messages import Preprocessing
+from sortd.images import Limits, decode_file, upright_size
+from sortd.messages import Fit, Preprocessing
 
 SIDE_PIXELS = 160
 QUALITY = 80
 
 
 def thumbnail(path: str, *, side_pixels: int = SIDE_PIXELS, limits: Limits | None = None) -> str | None:
-    """Return the middle of a picture, upright, as the ``data:`` address of a JPEG; None where it cannot be shown.
-
-    It is the part that an encoder looks at, too.
+    """Return the whole picture, upright and small, as the ``data:`` address of a JPEG; None where it cannot be shown.
 
     Args:
         path: the image.
-        side_pixels: of the square.
+        side_pixels: of its longer side.
         limits: what is refused.
     """
     from PIL import Image
 
-    seen = Preprocessing(shortest_edge=side_pixels, crop_height=side_pixels, crop_width=side_pixels)
+    limits = limits or Limits()
     try:
-        pixels = decode_file(path, seen, limits or Limits())
+        width, height = upright_size(path, limits)
+        scale = side_pixels / max(width, height)
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        seen = Preprocessing(shortest_edge=side_pixels, crop_height=height, crop_width=width, fit=Fit.STRETCH)
+        pixels = decode_file(path, seen, limits)
     except (ImageError, OSError):
         return None  # the page says that it cannot be shown; what is wrong with it is told by `sortd check`
     buffer = io.BytesIO()

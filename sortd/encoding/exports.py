@@ -39,7 +39,7 @@ LEAST_GAIN = 1.25
 """How many times as quick int8 must be for its files to be kept: less is not worth another set of embeddings."""
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
-EXTRA = "pip install 'sortd[onnx]' (packages onnxruntime and onnx)"
+EXTRA = "pip install 'sortd-images[onnx]' (packages onnxruntime and onnx)"
 ROOM = 1.25
 """Times the model's size in float32 that stays on the disk; a convolutional one takes twice that while it is made."""
 
@@ -92,14 +92,33 @@ def identity(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path |
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def runtime_version() -> str:
-    """Return the version of ONNX Runtime.
+def see_that_it_is_installed() -> None:
+    """Refuse to go on without ONNX Runtime.
 
     Raises:
         ModelError: It is not installed.
     """
     if not is_installed():
         raise ModelError(f"`backend: onnx` needs ONNX Runtime, which is not installed: {EXTRA}")
+
+
+def see_that_it_can_export() -> None:
+    """Refuse to go on without what writes an export.
+
+    Raises:
+        ModelError: It is not installed.
+    """
+    if find_spec("onnx") is None:
+        raise ModelError(f"exporting a model to ONNX needs the package onnx, which is not installed: {EXTRA}")
+
+
+def runtime_version() -> str:
+    """Return the version of ONNX Runtime.
+
+    Raises:
+        ModelError: It is not installed.
+    """
+    see_that_it_is_installed()
     import onnxruntime
 
     return str(onnxruntime.__version__)
@@ -176,8 +195,7 @@ def make(
     from filelock import FileLock
 
     wanted = identity(model, words, cache_dir=cache_dir)
-    if find_spec("onnx") is None:
-        raise ModelError(f"exporting a model to ONNX needs the package onnx, which is not installed: {EXTRA}")
+    see_that_it_can_export()
     folder = folder_of(model, words, cache_dir=cache_dir)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -74,7 +74,7 @@ def complete(name: str, folder: Path) -> ModelFolder:
     """
     _refuse_closed(name, folder)
     if not folder.is_dir():
-        mend = "reinstall sortd" if name == "packaged" else "check `model:`, or set it to `packaged`"
+        mend = "reinstall sortd-images" if name == "packaged" else "check `model:`, or set it to `packaged`"
         raise ModelError(f"model {name!r}: there is no folder {folder}; {mend}")
     first = _first_module(name, folder)
     config = _json_object(first / "config.json", name)

@@ -21,7 +21,7 @@ def add_lora(module: "torch.nn.Module", rank: int) -> "torch.nn.Module":
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ModelError("--lora needs peft: pip install 'sortd[lora]'") from error
+        raise ModelError("--lora needs peft: pip install 'sortd-images[lora]'") from error
     from torch import nn
 
     head = head_of(module)

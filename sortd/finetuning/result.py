@@ -113,11 +113,11 @@ def clear(work: Path) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    file.write_text(text, "utf-8")
+    file.write_text(text, "utf-8", "backslashreplace")
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, indent=1) + "\n"
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def _make_durable(path: Path) -> None:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from sortd.journaling.records import (
+    FiledImages,
     Record,
     Selection,
     label_column,
@@ -41,6 +42,18 @@ GENERATION_FACT = "generation"
 
 GUARD_FACT = "guard"
 """How the guard stands, as JSON: see ``GuardState``."""
+# By class: an image is checked that was filed before the last one of its class was corrected or undone.
+_FILED = """WITH filed AS (
+    SELECT moves.label AS label, moves.ended_at AS ended_at, corrections.at AS corrected_at,
+        CASE WHEN corrections.move IS NULL THEN undo.ended_at END AS undone_at
+    FROM moves LEFT JOIN corrections ON corrections.move = moves.id LEFT JOIN moves AS undo ON undo.id = moves.undone_by
+    WHERE moves.progress = 'done' AND moves.outcome = 'filed'
+), looked AS (
+    SELECT label, max(coalesce(corrected_at, undone_at)) AS at FROM filed GROUP BY label
+)
+SELECT filed.label AS label, count(*) AS filed, count(corrected_at) AS corrected, count(undone_at) AS undone,
+    count(CASE WHEN filed.ended_at <= looked.at OR coalesce(corrected_at, undone_at) IS NOT NULL THEN 1 END) AS checked
+FROM filed JOIN looked ON looked.label IS filed.label GROUP BY filed.label ORDER BY filed.label"""
 
 
 class History:
@@ -222,18 +235,16 @@ class History:
         rows = self._rows("SELECT outcome, count(*) AS n FROM moves WHERE progress = 'done' GROUP BY outcome")
         return {row["outcome"]: row["n"] for row in rows}
 
-    def accuracy(self) -> dict[str, tuple[int, int]]:
-        """Return for each class how many images were filed into it, and how many of them the user has put right.
+    def accuracy(self) -> dict[str, FiledImages]:
+        """Return for each class what became of the images that were filed into it.
 
         Raises:
             JournalError: the journal cannot be read.
         """
-        rows = self._rows(
-            "SELECT moves.label AS label, count(*) AS filed, count(corrections.move) AS corrected FROM moves "
-            "LEFT JOIN corrections ON corrections.move = moves.id WHERE progress = 'done' AND outcome = 'filed' "
-            "AND undone_by IS NULL GROUP BY moves.label ORDER BY moves.label"
-        )
-        return {label_from(row["label"]) or "": (row["filed"], row["corrected"]) for row in rows}
+        return {
+            label_from(row["label"]) or "": FiledImages(row["filed"], row["checked"], row["corrected"], row["undone"])
+            for row in self._rows(_FILED)
+        }
 
     def corrections(self) -> list[tuple[str, str, str, float]]:
         """Return every correction as label, corrected label, path relative to the dataset, seconds since the epoch.

@@ -74,6 +74,27 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class FiledImages:
+    """What became of the images that were filed into one class, as far as a person has looked at them.
+
+    Whoever corrects or undoes an image of a class has looked at that class: what was filed into it until then counts as
+    checked, and as right unless it was corrected or undone.
+    """
+
+    filed: int
+    checked: int
+    corrected: int
+    """Moved to another class by hand."""
+    undone: int
+    """Taken back by ``sortd undo``."""
+
+    @property
+    def right(self) -> int:
+        """How many of those checked were neither corrected nor undone."""
+        return self.checked - self.corrected - self.undone
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
     """Which records are asked for; every condition that is given must hold, newest first."""
 

@@ -312,8 +312,8 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> int:
         raise JournalError(f"{path}: this is no journal of sortd; name another state_dir or move the file away")
     if version != VERSION:
         raise JournalError(
-            f"{path}: the journal has version {version}, this sortd writes version {VERSION}: install the sortd that "
-            "made it, or move it aside; the images are not touched"
+            f"{path}: the journal has version {version}, this sortd writes version {VERSION}: install the version "
+            "of sortd-images that made it, or move it aside; the images are not touched"
         )
     return int(version)
 

@@ -167,6 +167,7 @@ class Account:
                 "generation": finetuned.generation,
                 "classes": len(finetuned.labels),
                 "least_confidence": round(calibration.confidence, 4),
+                "held_out": calibration.held_out,
                 "precision_expected": calibration.precision_expected,
                 "filed_expected": calibration.filed_expected,
                 "notes": list(calibration.notes),

@@ -38,10 +38,12 @@ def export(config: Config, *, attend: Tell = lambda _: None) -> Exports:
     Raises:
         ModelError: it cannot be exported here.
     """
+    exports.see_that_it_is_installed()
     model, words = located(config)
-    found = exports.find(model, words, cache_dir=config.cache_dir) if exports.is_installed() else None
+    found = exports.find(model, words, cache_dir=config.cache_dir)
     if found is not None:
         return found
+    exports.see_that_it_can_export()
     about, began = export_seconds(model, words), monotonic()
     said: set[str] = set()
 

@@ -298,7 +298,8 @@ def _reason(move: Move, source: str, name: str) -> Member:
         "mtime_ns": move.stamp.mtime_ns,
         "content": move.content or None,
     }
-    body = json.dumps(facts, indent=2).encode() + b"\n"
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    body = text.encode("utf-8", "backslashreplace") + b"\n"  # bytes that are no UTF-8 become escapes
     return Member(Role.REASON, name, f"{name}.reason.json", NO_STAMP, body=body)
 
 

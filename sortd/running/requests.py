@@ -175,7 +175,8 @@ class Requests:
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
     """Write beside and rename, so that a reader never sees half."""
     beside = path.with_suffix(path.suffix + ".new")
-    beside.write_text(json.dumps(facts), encoding="utf-8")
+    text = json.dumps(facts, ensure_ascii=False)
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate is escaped
     os.replace(beside, path)
 
 
