@@ -32,6 +32,10 @@ def break_file(tmp_path: Path) -> Path:
     return tmp_path / "break"
 
 
+UNLIKE_REFERENCES = 1000
+"""From this seed on no picture is one of the references, whose content the cache knows: it waits for the encoder."""
+
+
 def drop(folder: Path, colour: str, name: str, seed: int = 1001) -> Path:
     """Write a picture of one colour into a folder."""
     picture(colour, seed).save(folder / name)
@@ -233,7 +237,7 @@ class TestFairness:
         with running(config, program="tests.broken_sortd", BREAK_FILE=str(break_file)) as daemon:
             break_file.write_text("wait")
             for number in range(200):
-                drop(colours / "Images", "red", f"old {number}.png", number)
+                drop(colours / "Images", "red", f"old {number}.png", UNLIKE_REFERENCES + number)
             daemon.wait_until(lambda: queued(config, "Colours") == 200, "the old ones wait for the encoder")
             new = drop(colours / "Images", "blue", "new.png")
             daemon.wait_until(lambda: queued(config, "Colours") == 201, "the new one waits for the encoder")
@@ -251,7 +255,7 @@ class TestFairness:
         with running(config, program="tests.broken_sortd", BREAK_FILE=str(break_file)) as daemon:
             break_file.write_text("wait")
             for number in range(200):
-                drop(colours / "Images", "red", f"{number}.png", number)
+                drop(colours / "Images", "red", f"{number}.png", UNLIKE_REFERENCES + number)
             daemon.wait_until(lambda: queued(config, "Colours") == 200, "the first dataset is busy")
             new = drop(second / "Images", "blue", "a.png")
             daemon.wait_until(lambda: queued(config, "Second") == 1, "the second one has an image")
