@@ -23,7 +23,8 @@ SYNC_THREADS = 16
 """Files of a batch that are synced at the same time; the threads end with the batch."""
 
 _ENDED = frozenset({Progress.DONE, Progress.FAILED})
-_UNENDED = BusyError("an earlier move of it has not ended yet; it is tried again")
+_UNENDED = DestinationError("an earlier move of it has not ended: its disk refused; it is tried again")
+_UNDER_WAY = BusyError("it, or an earlier version of it, is being copied to another file system")
 _INTERRUPTED = BusyError("sortd stops, or lets this dataset go: it is copied to its other file system later")
 
 
@@ -123,8 +124,14 @@ class Relocator:
             JournalError: it cannot be written; opening it anew recovers what was begun.
         """
         # A copy of a source whose move has not ended may stand already: moving it again would make a second one.
-        unended = {_source_of(one) for one in (*self.recover(), *self._crossing.values()) if one.progress not in _ENDED}
-        ended = [order.troubled(_UNENDED) for order in orders if _source_of(order.relocation) in unended]
+        unended: dict[tuple[str, str], Exception] = {
+            _source_of(one): _UNENDED for one in self.recover() if one.progress not in _ENDED
+        } | {_source_of(one): _UNDER_WAY for one in self._crossing.values()}
+        ended = [
+            order.troubled(unended[_source_of(order.relocation)])
+            for order in orders
+            if _source_of(order.relocation) in unended
+        ]
         free = [order for order in orders if _source_of(order.relocation) not in unended]
         for start in range(0, len(free), BATCH):
             of_batch, crossing = self._relocate_batch(free[start : start + BATCH])

@@ -178,7 +178,7 @@ APART = (
         "running/relocating", "        if self._interrupted():\n            return order.troubled(_INTERRUPTED)\n", ""
     ),
     Mutant("running/relocating", "[one for one in unfinished if one.token not in self._crossing]", "unfinished"),
-    Mutant("running/relocating", "(*self.recover(), *self._crossing.values())", "self.recover()"),
+    Mutant("running/relocating", " | {_source_of(one): _UNDER_WAY for one in self._crossing.values()}", ""),
     Mutant("running/crossings", "if crosses and room <= 0:", "if False:"),
     Mutant("running/outbox", "                heard += self._withdraw(answer.message)", "                pass"),
     Mutant("running/outbox", ", *self._withdraw(message)]", "]"),
