@@ -19,7 +19,7 @@ STEPS = "tests/faults/test_steps.py"
 FILING = "tests/test_filing.py"
 RECOVERY = "tests/test_recovery.py"
 TESTS = {
-    "moving/copying": (STEPS, FILING),
+    "moving/copying": ("tests/test_copying.py", STEPS, FILING),
     "moving/crossing": (STEPS, RECOVERY, FILING),
     "journaling/store": (STEPS, "tests/test_journal.py"),
     "mover": (STEPS, "tests/test_mover.py", FILING),
@@ -102,6 +102,16 @@ REFUSALS = (
     Mutant("moving/relocation", """part in {"", ".", ".."} or""", "False or"),
     Mutant("moving/relocation", 'if name in {"", ".", ".."} or "/" in name or', "if"),
 )
+
+RIGHTS = (
+    Mutant("moving/copying", "mode = stat.S_IMODE(mode) & 0o777", "mode = stat.S_IMODE(mode)"),
+    Mutant("moving/copying", 'if not any(name == "owner" or', "if not any("),
+    Mutant("moving/copying", "or name.startswith(_ACCESS_LISTS) for", "for"),
+    Mutant("moving/copying", "with_acl=not lost)", "with_acl=True)"),
+    Mutant("moving/copying", "if not name.startswith(kept):", "if False:"),
+    Mutant("moving/copying", "for owner in (status.st_uid, -1):", "for owner in (status.st_uid,):"),
+)
+"""What keeps a copy from giving rights that its source did not give."""
 
 IDENTITIES = (
     Mutant("moving/renaming", "(status.st_ino, status.st_size,", "(stamp.inode, status.st_size,"),
@@ -192,7 +202,7 @@ APART = (
 )
 """What keeps two threads, two processes, two datasets or two images of one name apart."""
 
-ALL = SYNCS + REFUSALS + IDENTITIES + APART
+ALL = SYNCS + REFUSALS + RIGHTS + IDENTITIES + APART
 
 
 def copy_with(mutant: Mutant, place: Path) -> None:
