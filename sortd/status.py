@@ -1,13 +1,13 @@
 """The status file: what a running sortd tells of itself, for ``sortd status``; written beside and renamed."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sortd.errors import StartupError
+from sortd.files import read_regular, write_atomic
 
 STATUS_FILE = "status.json"
 
@@ -30,10 +30,8 @@ class Status:
         if facts == self._last:
             return False
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_suffix(".new")
         text = json.dumps({**facts, "written_at": round(self._clock(), 3)}, indent=1)
-        beside.write_text(text + "\n", encoding="utf-8")
-        os.replace(beside, self._path)
+        write_atomic(self._path, (text + "\n").encode(), durable=False)
         self._last = dict(facts)
         return True
 
@@ -42,17 +40,19 @@ def read_status(state: Path) -> dict[str, Any] | None:
     """Return what the last running sortd told, with ``alive``: whether that process still is; None if none ever ran.
 
     Raises:
-        StartupError: whoever asks may not read the state directory.
+        StartupError: it cannot be read, for want of rights or since it is no file of sortd's.
     """
+    file = state / STATUS_FILE
     try:
-        facts: dict[str, Any] = json.loads((state / STATUS_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        facts = json.loads(read_regular(file))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
-    except PermissionError as error:
-        raise StartupError(
-            f"{state} cannot be read: {error.strerror}; ask as the user that sortd runs as, or as root"
-        ) from error
-    facts["alive"] = bool(facts.get("running")) and is_alive(int(facts.get("pid", 0)), facts.get("started_ticks"))
+    except OSError as error:
+        mend = "ask as the user that sortd runs as, or as root" if isinstance(error, PermissionError) else "remove it"
+        raise StartupError(f"{file} cannot be read: {error.strerror}; {mend}") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("pid", 0), int):
+        return None
+    facts["alive"] = bool(facts.get("running")) and is_alive(facts.get("pid", 0), facts.get("started_ticks"))
     return facts
 
 

@@ -202,9 +202,9 @@ def test_a_reload_takes_changes_and_refuses_mistakes(colours: Path, write_config
 
 def test_what_is_only_told_may_fail(colours: Path, write_config: Write, tmp_path: Path) -> None:
     """A status and metrics that cannot be written are said, and images are filed as ever."""
-    (tmp_path / "state" / "status.new").mkdir(parents=True)
+    (tmp_path / "state" / "status.json" / "in the way").mkdir(parents=True)
     with running(write_config(metrics=f"{{textfile: {tmp_path}/absent/sortd.prom}}")) as daemon:
-        daemon.wait_for("daemon.hampered", path=f"{tmp_path}/state/status.new")
+        daemon.wait_for("daemon.hampered", path=f"{tmp_path}/state/status.json")
         daemon.wait_until(lambda: len({line["path"] for line in daemon.events("daemon.hampered")}) > 1, "the metrics")
         picture("red", 1001).save(colours / "Images" / "a.png")
         daemon.wait_for("image.filed")

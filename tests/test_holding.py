@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from sortd.layout import Layout
 from sortd.messages import Move, Moved, Outcome
 from sortd.moving.renaming import stamp_of
 from sortd.running.holding import Holding, hold
+from tests.hostile_files import HOSTILE
 
 
 @pytest.fixture
@@ -111,6 +114,56 @@ def test_a_pointer_that_makes_no_sense_is_written_anew(layout: Layout, tmp_path:
     assert (layout.marker / "state").read_text().startswith(str(tmp_path / "state"))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in HOSTILE if kind != "folder"])
+def test_hold_with_hostile_pointer_replaces_it(layout: Layout, tmp_path: Path, kind: str) -> None:
+    """A pipe, a link or a huge file in the marker folder is neither waited for, read nor written through."""
+    HOSTILE[kind](layout.marker / "state")
+    assert counts(layout, tmp_path / "state") == {}
+    assert (layout.marker / "state").read_text().startswith(str(tmp_path / "state"))
+
+
+def test_hold_with_folder_as_pointer_is_refused(layout: Layout, tmp_path: Path) -> None:
+    """It may be somebody's; the message names it and what to do."""
+    (layout.marker / "state").mkdir()
+    with (
+        pytest.raises(LayoutError, match=r"\.sortd/state cannot be written.*move away"),
+        hold(layout, tmp_path / "state"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+@pytest.mark.parametrize("name", ["state", "state.new", "lock"])
+def test_hold_never_writes_through_a_link(
+    layout: Layout, tmp_path: Path, name: str, link: Callable[[Path, Path], None]
+) -> None:
+    """Whoever owns the marker folder cannot make sortd change a file elsewhere."""
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    link(precious, layout.marker / name)
+    with suppress(LayoutError), hold(layout, tmp_path / "state"):
+        pass
+    assert precious.read_bytes() == b"precious"
+
+
+def test_hold_with_linked_marker_is_refused(layout: Layout, tmp_path: Path) -> None:
+    """Nothing is made in the folder that the link names."""
+    layout.marker.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    layout.marker.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LayoutError, match="symbolic link"), hold(layout, tmp_path / "state"):
+        pass
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_hold_with_hostile_owner_file_begins_anew(layout: Layout, tmp_path: Path) -> None:
+    """A pointer may name any folder: a pipe in it is not waited for."""
+    (tmp_path / "theirs").mkdir()
+    os.mkfifo(tmp_path / "theirs" / "dataset.json")
+    (layout.marker / "state").write_text(str(tmp_path / "theirs"))
+    assert counts(layout, tmp_path / "state") == {}
+
+
 def test_a_state_folder_that_cannot_be_made_is_told(layout: Layout, tmp_path: Path) -> None:
     """With its path and what to do."""
     (tmp_path / "state").write_text("a file")
@@ -126,7 +179,6 @@ def test_a_start_writes_nothing_that_stands_there_already(layout: Layout, tmp_pa
     before = [os.stat(note) for note in notes]
     for note in notes:
         note.chmod(0o444)
-        note.with_suffix(".new").mkdir()  # nothing could be written beside it
     with hold(layout, state):
         pass
     assert [(one.st_ino, one.st_mtime_ns) for one in before] == [

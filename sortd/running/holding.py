@@ -65,6 +65,8 @@ def hold(
         LayoutError: it is not mounted, or its lock cannot be made.
         JournalError: its journal cannot be opened.
     """
+    if layout.marker.is_symlink():
+        raise LayoutError(f"{layout.marker} is a symbolic link: put a folder in its place (`sortd init {layout.root}`)")
     if not layout.is_present:
         raise LayoutError(f"{layout.marker} is missing: is the disk mounted? `sortd init {layout.root}` makes it anew")
     # The second lock holds where somebody deletes `.sortd/` and makes it anew, and the first one with it.
@@ -90,7 +92,9 @@ def _locked(folder: Path, layout: Layout) -> Iterator[None]:
             " names its state directory)"
         ) from error
     except OSError as error:
-        raise LayoutError(f"{folder}/lock cannot be made: {error.strerror}; mend its rights") from error
+        raise LayoutError(
+            f"{folder}/lock cannot be locked: {error.strerror}; mend its rights, or remove what stands under that name"
+        ) from error
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ FILING = "tests/test_filing.py"
 RECOVERY = "tests/test_recovery.py"
 TESTS = {
     "moving/copying": ("tests/test_copying.py", STEPS, FILING),
+    "files": ("tests/test_files.py",),
     "moving/crossing": (STEPS, RECOVERY, FILING),
     "journaling/store": (STEPS, "tests/test_journal.py"),
     "mover": (STEPS, "tests/test_mover.py", FILING),
@@ -89,6 +90,8 @@ SYNCS = (
         'connection.execute("PRAGMA synchronous = 1")',
     ),
     Mutant("journaling/store", "            os.fsync(descriptor)\n", "            pass\n"),
+    Mutant("files", "                if durable:\n                    os.fsync(descriptor)\n", ""),
+    Mutant("files", "        if durable:\n            _sync(place)\n", ""),
 )
 
 REFUSALS = (
@@ -98,6 +101,14 @@ REFUSALS = (
     Mutant("moving/renaming", "os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW |", "os.O_RDONLY | os.O_DIRECTORY |"),
     Mutant("moving/renaming", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK"),
     Mutant("moving/renaming", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NOFOLLOW"),
+    Mutant("files", "os.O_WRONLY | os.O_CREAT | os.O_EXCL |", "os.O_WRONLY | os.O_CREAT |"),
+    Mutant("files", "_READ_FLAGS if follow else _READ_FLAGS | os.O_NOFOLLOW", "_READ_FLAGS"),
+    Mutant("files", "os.O_RDONLY | os.O_NONBLOCK |", "os.O_RDONLY |"),
+    Mutant("files", "if not stat.S_ISREG(kind):", "if False:"),
+    Mutant("files", "file.read(limit + 1)", "file.read()"),
+    Mutant("files", "_FOLDER_FLAGS | os.O_NOFOLLOW)", "_FOLDER_FLAGS)"),
+    Mutant("files", "if folder is not None:", "if False:"),
+    Mutant("running/holding", "if layout.marker.is_symlink():", "if False:"),
     Mutant("moving/relocation", "if components[0] not in TOPS or", "if"),
     Mutant("moving/relocation", """part in {"", ".", ".."} or""", "False or"),
     Mutant("moving/relocation", 'if name in {"", ".", ".."} or "/" in name or', "if"),
@@ -191,7 +202,7 @@ APART = (
     Mutant("running/holding", "        held.enter_context(_locked(folder, layout))\n", ""),
     Mutant("running/holding", "        held.enter_context(_locked(layout.marker, layout))\n", ""),
     Mutant("running/residence", "own.st_ino == marker and not _is_elsewhere", "not _is_elsewhere"),
-    Mutant("running/residence", "if former.parent.resolve() != state.resolve() or not", "if not"),
+    Mutant("running/residence", "if os.path.realpath(former.parent) != os.path.realpath(state) or not", "if not"),
     Mutant("running/presence", "elif area.value in self._apart and _is_empty(folder):", "elif False:"),
     Mutant("running/presence", " and _is_empty(folder):", ":"),
     Mutant("running/latecomers", "if record is None or not self._stands(record):", "if record is None:"),
