@@ -180,6 +180,8 @@ class Daemon:
     def _turn(self) -> None:
         for message in self._messages():
             self._take(message)
+        if self._requests.is_due:
+            self._requests.serve(lambda request: answer(self, request))
         now = monotonic()
         for dataset in self.collection:
             dataset.tick(now)
@@ -198,7 +200,7 @@ class Daemon:
             return
 
     def _patience(self, now: float) -> float:
-        if any(dataset.has_more_to_look_at or dataset.has_moves for dataset in self.collection):
+        if self._requests.is_due or any(one.has_more_to_look_at or one.has_moves for one in self.collection):
             return 0.0
         deadlines = [d for dataset in self.collection if (d := dataset.sorter.next_deadline()) is not None]
         return max(0.0, min([*deadlines, self._rounds.next_deadline()]) - now)
@@ -326,7 +328,7 @@ class Daemon:
         if number == signal.SIGHUP:
             self.reload()
         elif number == signal.SIGUSR1:
-            self._requests.serve(lambda request: answer(self, request))
+            self._requests.wake()
         elif number in {signal.SIGTERM, signal.SIGINT}:
             self._is_stopping = True
             self._copier.interrupt()

@@ -1,6 +1,7 @@
 """The status file: what a running sortd tells of itself, for ``sortd status``; written beside and renamed."""
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +64,20 @@ def started_ticks(pid: int) -> int | None:
     except OSError:
         return None
     return int(stat.rpartition(")")[2].split()[19])
+
+
+def is_of_its_writer(state: Path, pid: int) -> bool:
+    """Tell whether a process belongs to whoever wrote the status file, or root did.
+
+    A user who may write that file must not have root signal the process of somebody else.
+    """
+    try:
+        writer = os.lstat(state / STATUS_FILE).st_uid
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return False
+    users = next((line.split()[1:] for line in lines if line.startswith("Uid:")), [])
+    return writer == 0 or str(writer) in users
 
 
 def is_alive(pid: int, ticks: int | None) -> bool:

@@ -157,6 +157,23 @@ def test_what_is_not_there_is_an_error(daemon: Daemon, dataset: AtWork, tmp_path
         answer(daemon, undo(dataset, 99))
 
 
+@pytest.mark.parametrize(
+    "records", [[10**30], [0], [-1], [[1]], ["1"], [1.0], [None], [True], {"1": 1}, "1", None, [1, 10**30]]
+)
+def test_undo_of_what_is_no_record_is_refused(daemon: Daemon, dataset: AtWork, records: object) -> None:
+    """Nothing is undone of a request of which a part makes no sense."""
+    wanted = {"Colours": {"root": str(dataset.layout.root), "records": records}}
+    with pytest.raises(RequestError):
+        answer(daemon, {"do": "undo", "datasets": wanted, "dry_run": False})
+    assert (dataset.layout.root / "Dataset/red/a.png").exists()
+
+
+def test_undo_of_a_record_named_twice_undoes_it_once(daemon: Daemon, dataset: AtWork) -> None:
+    """The second time there would be nothing to put back."""
+    reply = answer(daemon, undo(dataset, 1, 1))
+    assert [one["restored"] is not None for one in reply["undone"]] == [True]
+
+
 @pytest.mark.parametrize("request_", [{}, {"do": "dance"}, {"do": "undo"}, {"do": "rebuild", "datasets": "all"}])
 def test_nonsense_is_refused(daemon: Daemon, request_: dict[str, object]) -> None:
     """Only what is known is done."""

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon_process import DaemonProcess, make_dataset, picture, running, tree
+from sortd.running.requests import ask
+from tests.daemon_process import PATIENCE_SECONDS, DaemonProcess, make_dataset, picture, running, tree
+from tests.hostile_files import HOSTILE
 
 Write = Callable[..., Path]
 
@@ -208,6 +210,23 @@ def test_what_is_only_told_may_fail(colours: Path, write_config: Write, tmp_path
         daemon.wait_until(lambda: len({line["path"] for line in daemon.events("daemon.hampered")}) > 1, "the metrics")
         picture("red", 1001).save(colours / "Images" / "a.png")
         daemon.wait_for("image.filed")
+        assert daemon.stop() == 0
+
+
+def test_requests_of_any_kind_neither_stop_nor_hang_the_daemon(
+    colours: Path, write_config: Write, tmp_path: Path
+) -> None:
+    """What is behind them is answered, a stop is obeyed, and the next start works."""
+    config, state = write_config(), tmp_path / "state"
+    with running(config) as daemon:
+        for kind, make in HOSTILE.items():
+            make(state / "requests" / f"{kind}.request")
+        (state / "requests" / "deep.request").write_text("[" * 200_000)
+        daemon.send(signal.SIGUSR1)
+        request = {"do": "rebuild", "datasets": None, "force": False}
+        assert ask(state, request, seconds=PATIENCE_SECONDS) == {"rebuilding": [colours.name]}
+        assert daemon.stop() == 0
+    with running(config) as daemon:
         assert daemon.stop() == 0
 
 

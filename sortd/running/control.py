@@ -20,6 +20,9 @@ from sortd.running.latecomers import belongs_to
 from sortd.running.requests import Reply, Request, RequestError
 from sortd.running.undoing import PutBack
 
+LAST_RECORD = (1 << 63) - 1
+"""SQLite numbers records up to here."""
+
 CHUNK = 256
 """Images that are put back between two signs of life: four batches of the journal, a few seconds on a slow disk."""
 
@@ -79,7 +82,7 @@ def answer(daemon: DaemonAtWork, request: Request) -> Reply:
             for dataset in chosen:
                 dataset.rebuild(force=force)
             return {"rebuilding": [dataset.name for dataset in chosen]}
-    raise RequestError(f"nothing is known of {request.get('do')!r} with {', '.join(sorted(request))}")
+    raise RequestError(f"nothing is known of {request.get('do')!r:.100} with {', '.join(sorted(request))}")
 
 
 def put_back(
@@ -121,18 +124,31 @@ def put_back_facts(dataset: str, layout: Layout, one: PutBack) -> dict[str, Any]
 def _undo(daemon: DaemonAtWork, datasets: Mapping[str, Any], *, dry_run: bool) -> Reply:
     undone: list[dict[str, Any]] = []
     later = 0
-    for name, wanted in datasets.items():
+    for name, (root, records) in {name: _wanted(name, wanted) for name, wanted in datasets.items()}.items():
         (dataset,) = _chosen(daemon, [name])
-        if os.path.realpath(wanted["root"]) != os.path.realpath(dataset.layout.root):
-            raise DataError(f"the sortd that runs works on {dataset.layout.root}, not on {wanted['root']}")
-        told, waiting = put_back(
-            dataset.filing, dataset.history, wanted["records"], dry_run=dry_run, show_life=daemon.show_life
-        )
+        if os.path.realpath(root) != os.path.realpath(dataset.layout.root):
+            raise DataError(f"the sortd that runs works on {dataset.layout.root}, not on {root}")
+        told, waiting = put_back(dataset.filing, dataset.history, records, dry_run=dry_run, show_life=daemon.show_life)
         later += waiting
         if not dry_run:
             tell_put_back(dataset, told)
         undone += [put_back_facts(name, dataset.layout, one) for one in told]
     return {"undone": undone, "later": later}
+
+
+def _wanted(name: str, wanted: object) -> tuple[str, list[int]]:
+    """Return the root and the records, each once, of what is to be undone in a dataset.
+
+    Raises:
+        RequestError: there is no root, or what should be a record cannot be one.
+    """
+    match wanted:
+        case {"root": str(root), "records": list(records)}:
+            odd = [one for one in records if type(one) is not int or not 0 < one <= LAST_RECORD]
+            if odd:
+                raise RequestError(f"{odd[0]!r:.100} is no record of {name}")
+            return root, list(dict.fromkeys(records))
+    raise RequestError(f"what is to be undone in {name} is not said by root and records")
 
 
 def tell_put_back(dataset: DatasetAtWork, told: Sequence[PutBack]) -> None:

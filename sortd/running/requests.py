@@ -22,14 +22,18 @@ which was stopped in between does not begin to undo what nobody asks for any mor
 import json
 import os
 import signal
+import stat
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sortd.errors import LayoutError, SortdError, StartupError, StorageError
-from sortd.status import read_status
+from sortd.errors import JournalError, LayoutError, SortdError, StartupError
+from sortd.files import open_folder, read_regular, write_atomic
+from sortd.status import is_of_its_writer, read_status
 
 FOLDER = "requests"
 ANSWER_SECONDS = 30.0
@@ -37,6 +41,21 @@ ANSWER_SECONDS = 30.0
 
 FORGOTTEN_SECONDS = 600.0
 """An answer that nobody took for so long is removed: whoever asked was interrupted."""
+
+MOST_A_TURN = 8
+"""So many requests are answered before the loop looks at signals, images and the watchdog again."""
+
+MOST_LISTED = 10_000
+"""So many requests are remembered of one look at the folder."""
+
+MOST_BYTES = 8 << 20
+"""The size of a request to undo a million moves."""
+
+MOST_TOLD = 200
+"""So many characters of what is wrong with a request are told."""
+
+_NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What reading a file that is no request raises; numbers, nesting and types are whatever somebody wrote."""
 
 Request = Mapping[str, Any]
 Reply = Mapping[str, Any]
@@ -53,7 +72,11 @@ class NotRunningError(StartupError):
 
 
 class Requests:
-    """The daemon's side: takes requests in the order in which they came."""
+    """The daemon's side: takes requests in the order in which they came, so many a turn.
+
+    Whatever lies in the folder, it neither stops nor holds up the daemon: a file that is no request is answered with
+    what is wrong, and what cannot be removed is told once and left alone.
+    """
 
     def __init__(
         self, state: Path, *, report: Callable[[OSError], None], clock: Callable[[], float] = time.time
@@ -62,10 +85,13 @@ class Requests:
 
         Args:
             state: the state directory.
-            report: told what answer could not be written: what was asked for is done all the same.
+            report: told what could not be read, written or removed: what was asked for is done all the same.
             clock: seconds since the epoch.
         """
-        self._folder, self._report, self._clock = state / FOLDER, report, clock
+        self._path, self._report, self._clock = state / FOLDER, report, clock
+        self._left: set[str] = set()  # names that could not be removed
+        self._names: deque[str] = deque()  # found, and not answered yet
+        self._is_woken = False
 
     def open(self) -> None:
         """Make the folder, for the daemon's user alone, and forget what was asked of an earlier run.
@@ -74,64 +100,127 @@ class Requests:
             LayoutError: it cannot be made.
         """
         try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for path in self._folder.iterdir():
-                path.unlink(missing_ok=True)
+            self._path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with open_folder(self._path) as folder:
+                if stat.S_IMODE(os.fstat(folder).st_mode) & 0o077:
+                    os.fchmod(folder, 0o700)
+                for name in os.listdir(folder):
+                    self._remove(name, folder)
         except OSError as error:
             raise LayoutError(
-                f"{self._folder} cannot be used: {error.strerror}; mend its rights, or set state_dir"
+                f"{self._path} cannot be used: {error.strerror}; mend its rights, or set state_dir"
             ) from error
 
+    def wake(self) -> None:
+        """Note that somebody asked: ``serve`` is due."""
+        self._is_woken = True
+
+    @property
+    def is_due(self) -> bool:
+        """Tell whether requests may wait."""
+        return self._is_woken or bool(self._names)
+
     def serve(self, answer: Callable[[Request], Reply]) -> int:
-        """Answer every request that waits; return how many did.
+        """Answer requests, the oldest first, at most ``MOST_A_TURN``; return how many. ``is_due`` tells of more.
 
         Raises:
-            StorageError: the journal cannot be written; whoever asked has been told.
+            JournalError: the journal cannot be written; whoever asked has been told.
         """
-        waiting = sorted(self._folder.glob("*.request"), key=_age)
-        for path in waiting:
-            self._serve(path, answer)
-        for forgotten in self._folder.glob("*.answer"):
-            if _age(forgotten) < 1e9 * (self._clock() - FORGOTTEN_SECONDS):
-                self._remove(forgotten)
-        return len(waiting)
-
-    def _remove(self, path: Path) -> None:
+        number = 0
         try:
-            path.unlink(missing_ok=True)
+            with open_folder(self._path) as folder:
+                if not self._names:
+                    self._look(folder)
+                while self._names and number < MOST_A_TURN:
+                    self._serve(self._names.popleft(), folder, answer)
+                    number += 1
         except OSError as error:
-            self._report(error)  # a disk that is read-only now: nobody asks the same twice, see ``expires_at``
+            self._is_woken = False
+            self._report(error)
+        return number
 
-    def _serve(self, path: Path, answer: Callable[[Request], Reply]) -> None:
-        stops: StorageError | None = None
+    def _look(self, folder: int) -> None:
+        """Find the requests that wait, the oldest first; answers that nobody took are removed."""
+        found: list[tuple[int, str]] = []
+        forgotten = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name in self._left:
+                    continue
+                if entry.name.endswith(".request"):
+                    if len(found) < MOST_LISTED:
+                        found.append((_age(entry), entry.name))
+                elif _age(entry) < 1e9 * (self._clock() - FORGOTTEN_SECONDS):
+                    forgotten.append(entry.name)
+        for name in forgotten:
+            self._remove(name, folder)
+        self._names.extend(name for _, name in sorted(found))
+        self._is_woken = len(found) == MOST_LISTED
+
+    def _remove(self, name: str, folder: int) -> None:
         try:
-            request = json.loads(path.read_text(encoding="utf-8"))
+            os.unlink(name, dir_fd=folder)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._left.add(name)  # a folder, or a disk that is read-only now: nobody is answered twice
+            error.filename = os.fspath(self._path / name)
+            self._report(error)
+
+    def _serve(self, name: str, folder: int, answer: Callable[[Request], Reply]) -> None:
+        path = self._path / name
+        stops: JournalError | None = None
+        try:
+            request = _read(path, folder)
             if float(request["expires_at"]) < self._clock():
-                self._remove(path)
+                self._remove(name, folder)
                 return
             reply = answer(request)
         except FileNotFoundError:
             return  # whoever asked has given up
-        except StorageError as error:
+        except JournalError as error:
             stops, reply = error, _refusal(error)
         except SortdError as error:
             reply = _refusal(error)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reply = {"error": f"{path.name} is no request: {error}", "exit_code": 65}
-        self._remove(path)
+        except _NONSENSE as error:
+            reply = {"error": f"{name} is no request: {str(error)[:MOST_TOLD]}", "exit_code": 65}
+        except OSError as error:
+            self._report(error)
+            reply = {"error": f"{error.filename or name}: {error.strerror}; see the log of sortd", "exit_code": 74}
+        self._remove(name, folder)
         try:
-            write_json(path.with_suffix(".answer"), reply)
+            write_json(path.with_suffix(".answer"), reply, folder)
         except OSError as error:
             self._report(error)
         if stops is not None:
             raise stops
 
 
-def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write beside and rename, so that a reader never sees half."""
-    beside = path.with_suffix(path.suffix + ".new")
-    beside.write_text(json.dumps(facts), encoding="utf-8")
-    os.replace(beside, path)
+def _read(path: Path, folder: int) -> Request:
+    """Return what a file asks for.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        RequestError: it cannot be read, or is no mapping.
+    """
+    try:
+        request = json.loads(read_regular(path, limit=MOST_BYTES, folder=folder))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RequestError(f"it cannot be read: {error.strerror}") from error
+    if not isinstance(request, dict):
+        raise RequestError("it is no mapping")
+    return request
+
+
+def write_json(path: Path, facts: Mapping[str, Any], folder: int, *, mode: int | None = None) -> None:
+    """Write beside and rename, so that a reader never sees half.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_atomic(path, json.dumps(facts).encode(), folder=folder, mode=mode, durable=False)
 
 
 def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> dict[str, Any] | None:
@@ -144,19 +233,25 @@ def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> di
     status = read_status(state)
     if status is None or not status["alive"]:
         return None
+    if not is_of_its_writer(state, status["pid"]):
+        raise StartupError(f"{state} names process {status['pid']}, which is another user's; ask that user, or stop it")
     path = state / FOLDER / f"{uuid.uuid4().hex}.request"
     try:
-        write_json(path, {**request, "expires_at": time.time() + seconds})
-        os.kill(status["pid"], signal.SIGUSR1)
-        reply = _await(path.with_suffix(".answer"), status, seconds)
+        with open_folder(path.parent) as folder:
+            try:
+                # The daemon's user reads it whatever the umask of whoever asks; the folder is closed to all others.
+                write_json(path, {**request, "expires_at": time.time() + seconds}, folder, mode=0o644)
+                os.kill(status["pid"], signal.SIGUSR1)
+                reply = _await(path.with_suffix(".answer"), folder, status, seconds)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(path.name, dir_fd=folder)
     except ProcessLookupError:
         return None  # it ended just now
     except PermissionError as error:
         raise StartupError(f"sortd runs as another user ({error}); ask it as that user or as root") from error
     except OSError as error:
         raise StartupError(f"sortd (pid {status['pid']}) cannot be asked: {error}; see its log") from error
-    finally:
-        path.unlink(missing_ok=True)
     if "error" in reply:
         raise AnsweredError(str(reply["error"]), int(reply.get("exit_code", 70)))
     return reply
@@ -171,14 +266,18 @@ class AnsweredError(SortdError):
         self.exit_code = exit_code
 
 
-def _await(answer: Path, status: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def _await(answer: Path, folder: int, status: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if answer.exists():
-            reply: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-            answer.unlink()
+        try:
+            reply: dict[str, Any] = dict(json.loads(read_regular(answer, folder=folder)))
+        except FileNotFoundError:
+            time.sleep(0.02)
+        except _NONSENSE as error:
+            raise StartupError(f"{answer} is no answer of sortd's: {error}") from error
+        else:
+            os.unlink(answer.name, dir_fd=folder)
             return reply
-        time.sleep(0.02)
     raise StartupError(f"sortd (pid {status['pid']}) did not answer within {seconds:.0f} s; see its log")
 
 
@@ -186,9 +285,9 @@ def _refusal(error: SortdError) -> Reply:
     return {"error": str(error), "exit_code": error.exit_code}
 
 
-def _age(path: Path) -> int:
+def _age(entry: "os.DirEntry[str]") -> int:
     """Return when a file was written, in nanoseconds since the epoch; 0 for one that is gone by now."""
     try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
+        return entry.stat(follow_symlinks=False).st_mtime_ns
+    except OSError:
         return 0
