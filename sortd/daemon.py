@@ -240,6 +240,8 @@ class Daemon:
         if self._watcher is not None and due("health", now, CHECK_SECONDS):
             self._watcher.health(now)
             self.collection.discover()  # a folder that gets its Clases/ later than its name raises no event
+            for dataset in self.collection:
+                dataset.check_lock()
         if self._watcher is not None and due("poll", now, self.config.polling_seconds):
             self.collection.poll(self._watcher.polled())
         if not self._is_ready and self.model is not None and self._all_answered():

@@ -1,12 +1,13 @@
 """Control does in the daemon what undo, release and rebuild ask for, and tells the core before any watcher can."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from sortd.errors import DataError
+from sortd.errors import AlreadyRunningError, DataError
 from sortd.journaling.history import History
 from sortd.layout import Layout
 from sortd.messages import Event, ImageGone, ImageHeld, Released
@@ -42,6 +43,10 @@ class AtWork:
     def history(self) -> History:
         """What its journal can be asked."""
         return self.holding.journal.history
+
+    def lock_problem(self) -> str | None:
+        """Why another sortd has it now."""
+        return self.holding.lock_problem()
 
     def receive(self, event: Event) -> None:
         """Write it down."""
@@ -166,6 +171,17 @@ def test_undo_of_what_is_no_record_is_refused(daemon: Daemon, dataset: AtWork, r
     with pytest.raises(RequestError):
         answer(daemon, {"do": "undo", "datasets": wanted, "dry_run": False})
     assert (dataset.layout.root / "Dataset/red/a.png").exists()
+
+
+def test_undo_in_a_dataset_that_another_sortd_took_is_refused(daemon: Daemon, dataset: AtWork, tmp_path: Path) -> None:
+    """Two processes would move files; a dry run moves none."""
+    shutil.rmtree(dataset.layout.marker)
+    dataset.layout.make()
+    with hold(dataset.layout, tmp_path / "other"):
+        with pytest.raises(AlreadyRunningError, match="another sortd works on"):
+            answer(daemon, undo(dataset, 1))
+        assert len(answer(daemon, undo(dataset, 1, dry_run=True))["undone"]) == 1
+    assert len(answer(daemon, undo(dataset, 1))["undone"]) == 1
 
 
 def test_undo_of_a_record_named_twice_undoes_it_once(daemon: Daemon, dataset: AtWork) -> None:

@@ -213,6 +213,26 @@ def test_what_is_only_told_may_fail(colours: Path, write_config: Write, tmp_path
         assert daemon.stop() == 0
 
 
+def test_dataset_that_a_second_sortd_took_is_held_until_that_ends(
+    colours: Path, write_config: Write, tmp_path: Path
+) -> None:
+    """The marker is made anew under a sortd, and one with another state folder begins: only that one files."""
+    with running(write_config()) as first:
+        first.send(signal.SIGSTOP)  # or it would take the new lock before the second one does
+        shutil.rmtree(colours / ".sortd")
+        with running(write_config(state_dir=tmp_path / "other")) as second:
+            first.send(signal.SIGCONT)
+            assert "another sortd works on" in first.wait_for("prototypes.rebuild_failed")["error"]
+            picture("red", 1001).save(colours / "Images" / "a.png")
+            second.wait_for("image.filed", path=str(colours / "Images" / "a.png"))
+            assert second.stop() == 0
+        first.wait_for("prototypes.rebuilt", count=2)
+        picture("red", 1002).save(colours / "Images" / "b.png")
+        first.wait_for("image.filed", path=str(colours / "Images" / "b.png"))
+        assert first.stop() == 0
+        assert len(first.events("image.filed")) == 1
+
+
 def test_requests_of_any_kind_neither_stop_nor_hang_the_daemon(
     colours: Path, write_config: Write, tmp_path: Path
 ) -> None:

@@ -56,6 +56,45 @@ def test_a_marker_that_is_deleted_and_made_anew_lets_no_second_sortd_in(layout: 
             pass
 
 
+def test_lock_whose_marker_was_made_anew_is_taken_again(layout: Layout, tmp_path: Path) -> None:
+    """A user may delete the marker and make it anew; no sortd with another state directory gets in after that."""
+    with hold(layout, tmp_path / "state") as holding:
+        assert holding.lock_problem() is None
+        shutil.rmtree(layout.marker)
+        assert holding.lock_problem() is None  # the marker tells that itself
+        layout.make()
+        assert holding.lock_problem() is None
+        with pytest.raises(AlreadyRunningError), hold(layout, tmp_path / "other"):
+            pass
+    with hold(layout, tmp_path / "other"):
+        pass
+
+
+def test_lock_that_another_sortd_took_is_a_problem_until_that_ends(layout: Layout, tmp_path: Path) -> None:
+    """It is told as long as the other one works, also when the marker is touched again, and taken back then."""
+    with hold(layout, tmp_path / "state") as holding:
+        shutil.rmtree(layout.marker)
+        layout.make()
+        with hold(layout, tmp_path / "other"):
+            for _ in range(2):
+                assert "another sortd works on" in (holding.lock_problem() or "")
+        assert holding.lock_problem() is None
+        with pytest.raises(AlreadyRunningError), hold(layout, tmp_path / "other"):
+            pass
+
+
+def test_lock_file_that_was_replaced_is_taken_again(layout: Layout, tmp_path: Path) -> None:
+    """Also where the marker folder is the same one; what cannot be locked is a problem until it is removed."""
+    with hold(layout, tmp_path / "state") as holding:
+        (layout.marker / "lock").unlink()
+        (layout.marker / "lock").mkdir()
+        assert "cannot be locked" in (holding.lock_problem() or "")
+        (layout.marker / "lock").rmdir()
+        assert holding.lock_problem() is None
+        with pytest.raises(AlreadyRunningError), hold(layout, tmp_path / "other"):
+            pass
+
+
 def test_a_dataset_that_is_renamed_keeps_its_journal(layout: Layout, tmp_path: Path) -> None:
     """History, holds and what was undone do not depend on the name of the folder above."""
     state = tmp_path / "state"

@@ -48,6 +48,15 @@ def journal(dataset: Dataset) -> Iterator[Journal]:
         yield journal
 
 
+def test_presence_of_a_dataset_that_another_sortd_has_is_a_problem(dataset: Dataset, journal: Journal) -> None:
+    """Nothing is moved where two would move it."""
+    (dataset.root / ".sortd").mkdir()
+    said: list[str | None] = ["another sortd works on it", None]
+    presence = Presence(Layout(dataset.root), journal, lock_problem=said.pop)
+    assert presence.problem() is None
+    assert presence.problem() == "another sortd works on it"
+
+
 def test_without_its_marker_a_dataset_is_absent(dataset: Dataset, journal: Journal) -> None:
     """The sentence names the marker and what makes it; whoever only rehearses needs none."""
     presence = Presence(Layout(dataset.root), journal)

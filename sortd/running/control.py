@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from sortd.errors import DataError
+from sortd.errors import AlreadyRunningError, DataError
 from sortd.journaling.history import History
 from sortd.journaling.records import Record, Selection
 from sortd.layout import Layout
@@ -48,6 +48,9 @@ class DatasetAtWork(Protocol):
 
     def receive(self, event: Event) -> None:
         """Hand an event to its core."""
+
+    def lock_problem(self) -> str | None:
+        """Why another sortd has it now, in a sentence; None where none has."""
 
     def rebuild(self, *, force: bool) -> None:
         """Build its prototypes anew; with ``force`` also where the reload gate would keep the old ones."""
@@ -128,6 +131,8 @@ def _undo(daemon: DaemonAtWork, datasets: Mapping[str, Any], *, dry_run: bool) -
         (dataset,) = _chosen(daemon, [name])
         if os.path.realpath(root) != os.path.realpath(dataset.layout.root):
             raise DataError(f"the sortd that runs works on {dataset.layout.root}, not on {root}")
+        if (problem := dataset.lock_problem()) is not None and not dry_run:
+            raise AlreadyRunningError(problem)
         told, waiting = put_back(dataset.filing, dataset.history, records, dry_run=dry_run, show_life=daemon.show_life)
         later += waiting
         if not dry_run:

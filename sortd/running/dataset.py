@@ -73,6 +73,7 @@ class Dataset:
         metrics: Metrics,
         last_generation: int,
         needs_marker: bool = True,
+        lock_problem: Callable[[], str | None] = lambda: None,
     ) -> None:
         """Take the collaborators over; nothing is touched yet."""
         self.layout = layout
@@ -83,7 +84,8 @@ class Dataset:
         self._mover, self._ask, self._journal = mover, ask, journal
         history = None if journal is None else journal.history
         self.outbox = Outbox(mover, self.account, history=history, root=layout.root)
-        self._presence = Presence(layout, journal, needs_marker=needs_marker)
+        self._presence = Presence(layout, journal, needs_marker=needs_marker, lock_problem=lock_problem)
+        self._is_taken = False
         self._patrol = None if journal is None else Patrol(layout, journal, self.account.unreadable)
         self._commands: deque[Command] = deque()
         self._sweep = Sweep(os.fspath(layout.area(Area.IMAGES)), self.account.unreadable)
@@ -128,6 +130,23 @@ class Dataset:
             self._note(self._patrol.look(area, hint.path))
         elif area is Area.DATASET:
             self.scan_handled()
+
+    def check_lock(self) -> None:
+        """Hold the dataset while another sortd has its lock, and take it up again when that one has ended."""
+        problem = self.lock_problem()
+        if (problem is not None) == self._is_taken:
+            return
+        self._is_taken = problem is not None
+        if problem is None:
+            self.receive(ReferencesTouched())
+        else:
+            self._refuse(problem)
+
+    def _refuse(self, problem: str) -> None:
+        """Move nothing until a rebuild finds the problem gone; say so."""
+        event = RebuildFailed(problem, references_absent=True)
+        self.account.rebuild_failed(event)
+        self.receive(event)
 
     def scan_handled(self) -> None:
         """Begin to look for what the user did since with images that were handled: moved to another class, mended."""
@@ -303,6 +322,10 @@ class Dataset:
         self.receive(StopRequested())
         for failed in self.outbox.give_up():
             self.receive(failed)
+
+    def lock_problem(self) -> str | None:
+        """Why another sortd has the dataset now, in a sentence; None where none has."""
+        return self._presence.lock_problem()
 
     @property
     def is_stuck(self) -> bool:

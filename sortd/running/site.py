@@ -143,6 +143,7 @@ class Site:
                 metrics=metrics,
                 journal=held.journal,
                 last_generation=int(held.journal.history.fact(GENERATION_FACT) or 0),
+                lock_problem=held.lock_problem,
             )
             self._held[layout.name] = (held, opened.pop_all())
         dataset.outbox.tell_recovered(held.recovered)
