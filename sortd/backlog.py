@@ -16,6 +16,7 @@ in seconds of any monotonic clock.
 import heapq
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 from sortd.messages import Stamp, Writer
 from sortd.sorting.entry import RESTING, Entry, State
@@ -104,6 +105,8 @@ class Backlog:
                 self.overflowed = True
                 return
             entry = self._add(path, stamp, State.SETTLING, now)
+        elif entry.state is State.HELD and replace(entry.stamp, ctime_ns=0) == replace(stamp, ctime_ns=0):
+            entry.stamp = stamp  # new rights or links, or a hold of an earlier run, which does not tell of them
         elif entry.stamp != stamp:
             entry.told, entry.setbacks, entry.failures = "", 0, 0
             self._restart(entry, stamp, now)

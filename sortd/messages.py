@@ -5,7 +5,7 @@ them, so that names which are not UTF-8 survive. Times are seconds of a monotoni
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -25,6 +25,13 @@ class Stamp:
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int = 0
+    """When bytes, name, rights or links last changed; no program can set it. 0: not known, as in the journal."""
+
+    def agrees_with(self, other: "Stamp") -> bool:
+        """Tell whether both are one version, by all that both know."""
+        is_one = replace(self, ctime_ns=0) == replace(other, ctime_ns=0)
+        return is_one and (self.ctime_ns == other.ctime_ns or 0 in {self.ctime_ns, other.ctime_ns})
 
 
 class Fit(StrEnum):

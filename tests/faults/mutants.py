@@ -129,6 +129,8 @@ IDENTITIES = (
     Mutant("moving/renaming", "(status.st_ino, status.st_size,", "(status.st_ino, stamp.size,"),
     Mutant("moving/renaming", "status.st_mtime_ns) ==", "stamp.mtime_ns) =="),
     Mutant("mover", "if not stat.S_ISREG(status.st_mode) or not is_version(status, member.stamp):", "if False:"),
+    Mutant("mover", "if member.content and member.stamp.ctime_ns not in {0, status.st_ctime_ns} and", "if False and"),
+    Mutant("mover", "and _hash(file) != member.content:", ":"),
     Mutant("mover", "if writer_of(file) is Writer.PRESENT:", "if False:"),
     Mutant("mover", "                _check_version(source, member, relocation.source)\n", "                pass\n"),
     Mutant("mover", "if member.leaves and (status is None or not is_version(status, member.stamp)):", "if False:"),
