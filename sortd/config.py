@@ -16,6 +16,7 @@ from sortd.configuring import mistakes, sources, yaml_tree
 from sortd.configuring.sources import find
 from sortd.deciding.prompts import DEFAULT_TEMPLATES
 from sortd.errors import ConfigError
+from sortd.files import open_regular
 
 __all__ = ["Abstain", "Config", "DatasetConfig", "Decoding", "Log", "Metrics", "find", "load", "restart_needed"]
 
@@ -218,7 +219,7 @@ def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, obj
 
 def _content(file: Path) -> bytes:
     try:
-        with file.open("rb") as opened:
+        with os.fdopen(open_regular(file, follow=True), "rb") as opened:
             return opened.read(yaml_tree.MAX_BYTES + 1)
     except OSError as error:
         mend = "name a file that is there, or leave -c out for the defaults"

@@ -256,7 +256,7 @@ class Daemon:
 
     def _patience(self, now: float) -> float:
         has_more = any(dataset.has_more_to_look_at or dataset.has_moves for dataset in self.collection)
-        if has_more or self._requests.is_under_way:
+        if has_more or self._requests.is_due:
             return 0.0
         deadlines = [dataset.next_deadline for dataset in self.collection]
         return max(0.0, min([*deadlines, self.collection.deadline, self._rounds.next_deadline()]) - now)
@@ -297,6 +297,8 @@ class Daemon:
         if self._watcher is not None and due("health", now, CHECK_SECONDS):
             self._watcher.health(now)
             self.collection.discover()  # a folder that gets its Clases/ later than its name raises no event
+            for dataset in self.collection:
+                dataset.check_lock()
         if self._watcher is not None and due("poll", now, self.config.polling_seconds):
             self.collection.poll(self._watcher.polled())
         if not self._is_ready and self.model is not None and self._all_answered():
@@ -404,7 +406,7 @@ class Daemon:
         if number == signal.SIGHUP:
             self.reload()
         elif number == signal.SIGUSR1:
-            self._requests.take_in()
+            self._requests.wake()
         elif number in {signal.SIGTERM, signal.SIGINT}:
             self._is_stopping = True
             self._copier.interrupt()

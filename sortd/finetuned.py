@@ -7,6 +7,7 @@ when it is to serve. Logits come out uncalibrated: ``FinetunedFacts.probabilitie
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from sortd.deciding.confidence import Threshold, balanced_weights, choose_threshold, log_softmax
 from sortd.errors import ModelError
+from sortd.files import open_regular, read_regular
 from sortd.messages import Fit, Preprocessing
 
 if TYPE_CHECKING:
@@ -264,7 +266,7 @@ def facts_json(facts: FinetunedFacts) -> str:
 
 def sha256_of(path: Path) -> str:
     """Return the hexadecimal sha256 of a file's bytes."""
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path, follow=True), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -289,7 +291,7 @@ def _json_object(path: Path) -> Mapping[str, Any]:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path, follow=True)
     except FileNotFoundError as error:
         raise ModelError(f"the fine-tuned model in {path.parent} is incomplete, {path.name} is missing: {_MEND}") from (
             error

@@ -52,8 +52,9 @@ class Layout:
 
     @property
     def is_present(self) -> bool:
-        """Tell whether its marker is there: without it the disk is taken for not mounted."""
-        return os.path.isdir(self.marker)  # False too where the disk answers with an error: as good as absent
+        """Tell whether its marker is there, a real folder: without it the disk is taken for not mounted."""
+        # False too where the disk answers with an error: as good as absent.
+        return os.path.isdir(self.marker) and not os.path.islink(self.marker)
 
     @property
     def key(self) -> str:

@@ -5,7 +5,7 @@ them, so that names which are not UTF-8 survive. Times are seconds of a monotoni
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -34,11 +34,19 @@ class Stamp:
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int = 0
+    """When bytes, name, rights or links last changed; no program can set it. 0: not known, as in the journal."""
+
+    def agrees_with(self, other: "Stamp") -> bool:
+        """Tell whether both are one version, by all that both know."""
+        is_one = replace(self, ctime_ns=0) == replace(other, ctime_ns=0)
+        return is_one and (self.ctime_ns == other.ctime_ns or 0 in {self.ctime_ns, other.ctime_ns})
 
     def __post_init__(self) -> None:
-        """Bring the time into the range of 64 bits."""
-        if not -(2**63) <= self.mtime_ns < 2**63:
-            object.__setattr__(self, "mtime_ns", signed(self.mtime_ns))
+        """Bring the times into the range of 64 bits."""
+        for name in ("mtime_ns", "ctime_ns"):
+            if not -(2**63) <= getattr(self, name) < 2**63:
+                object.__setattr__(self, name, signed(getattr(self, name)))
 
     @property
     def columns(self) -> tuple[int, int, int, int]:

@@ -1,7 +1,5 @@
 """Metrics: what Prometheus is told, in a registry of sortd's own; by text file, or over HTTP on this machine alone."""
 
-import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -13,6 +11,8 @@ from prometheus_client.exposition import ThreadingWSGIServer
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+from sortd.files import write_atomic
 
 # A packaged model decides in milliseconds, a large one on a loaded CPU in seconds; settling takes as long as a copy.
 _BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -99,16 +99,7 @@ class Metrics:
         Raises:
             OSError: The folder is absent, full or not ours; the file before stays.
         """
-        beside = f"{path}.{os.getpid()}.part"  # not *.prom: the collector leaves it alone
-        try:
-            with open(beside, "w", encoding="utf-8") as file:
-                file.write(self.text())
-                os.fchmod(file.fileno(), _READABLE_BY_ALL)
-            os.replace(beside, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(beside)
-            raise
+        write_atomic(path, self.text().encode(), mode=_READABLE_BY_ALL, durable=False)
 
     def serve(
         self, port: int, *, address: str = "127.0.0.1", problem: Callable[[], str | None] = lambda: None

@@ -1,6 +1,7 @@
 """The move of one version of a file, its companions with it, within one file system; it never overwrites."""
 
 import errno
+import hashlib
 import os
 import secrets
 import stat
@@ -146,7 +147,15 @@ def _open_member(folder: int, member: Member, place: str, opened: list[int]) -> 
         raise ChangedError(f"{path}: another version stands there now")
     if writer_of(file) is Writer.PRESENT:
         raise BusyError(f"{path}: a program has it open for writing")
+    if member.content and member.stamp.ctime_ns not in {0, status.st_ctime_ns} and _hash(file) != member.content:
+        raise ChangedError(f"{path}: it was rewritten, and its time put back")
     start_writeback(file)
+
+
+def _hash(file: int) -> str:
+    """Return the sha256 of an open file's bytes, in hexadecimal."""
+    with open(file, "rb", closefd=False) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 class Mover:

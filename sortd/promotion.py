@@ -6,12 +6,12 @@ takes away. Without it the prototypes decide. The results of ``sortd finetune`` 
 
 import json
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sortd.errors import DestinationError, ModelError
+from sortd.files import read_regular, write_atomic
 from sortd.finetuned import FACTS_FILE
 
 PROMOTION_FILE = "classifier.json"
@@ -44,7 +44,7 @@ def read_promotion(state_folder: Path) -> Promotion | None:
     """
     file = state_folder / PROMOTION_FILE
     try:
-        facts: dict[str, Any] = json.loads(file.read_bytes())
+        facts: dict[str, Any] = json.loads(read_regular(file))
         return Promotion(
             folder=Path(str(facts["folder"])),
             model_id=str(facts["model_id"]),
@@ -68,7 +68,6 @@ def write_promotion(state_folder: Path, promotion: Promotion) -> None:
         DestinationError: the state folder cannot be written; the last promotion stands.
     """
     file = state_folder / PROMOTION_FILE
-    beside = file.with_name(f"{file.name}.{os.getpid()}.part")
     facts = {
         "folder": os.fspath(promotion.folder),
         "model_id": promotion.model_id,
@@ -77,15 +76,9 @@ def write_promotion(state_folder: Path, promotion: Promotion) -> None:
     }
     try:
         state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with beside.open("w", encoding="utf-8", errors="backslashreplace") as written:
-            written.write(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-            written.flush()
-            os.fsync(written.fileno())
-        beside.replace(file)
-        _sync(state_folder)
+        text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+        write_atomic(file, text.encode("utf-8", "backslashreplace"))  # a lone surrogate is escaped
     except OSError as error:
-        with suppress(OSError):  # whatever refused the writing may refuse this; no reader looks at it
-            beside.unlink(missing_ok=True)
         raise DestinationError(
             f"{file} cannot be written: {error.strerror}; make room, or promote as the user that sortd runs as"
         ) from error

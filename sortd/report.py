@@ -14,6 +14,7 @@ from sortd.deciding.explanation import PROBABLE
 from sortd.deciding.prompts import written_name
 from sortd.decoding.thumbnails import thumbnail
 from sortd.errors import DestinationError
+from sortd.files import write_atomic
 from sortd.moments import shown
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -83,10 +84,8 @@ def write_page(file: Path, page: str) -> None:
     Raises:
         DestinationError: it cannot be written there.
     """
-    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
-        beside.write_text(page, encoding="utf-8")
-        os.replace(beside, file)
+        write_atomic(file, page.encode(), durable=False)
     except OSError as error:
         raise DestinationError(f"{file} cannot be written: {error.strerror}; name another place with --html") from error
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sortd.errors import StartupError
+from sortd.files import read_regular, write_atomic
 
 STATUS_FILE = "status.json"
 
@@ -30,10 +31,8 @@ class Status:
         if facts == self._last:
             return False
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_suffix(".new")
-        text = json.dumps({**facts, "written_at": round(self._clock(), 3)}, indent=1, ensure_ascii=False)
-        beside.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # a lone surrogate is escaped
-        os.replace(beside, self._path)
+        text = json.dumps({**facts, "written_at": round(self._clock(), 3)}, indent=1, ensure_ascii=False) + "\n"
+        write_atomic(self._path, text.encode("utf-8", "backslashreplace"), durable=False)  # a lone surrogate is escaped
         self._last = dict(facts)
         return True
 
@@ -42,17 +41,19 @@ def read_status(state: Path) -> dict[str, Any] | None:
     """Return what the last running sortd told, with ``alive``: whether that process still is; None if none ever ran.
 
     Raises:
-        StartupError: whoever asks may not read the state directory.
+        StartupError: it cannot be read, for want of rights or since it is no file of sortd's.
     """
+    file = state / STATUS_FILE
     try:
-        facts: dict[str, Any] = json.loads((state / STATUS_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        facts = json.loads(read_regular(file))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
-    except PermissionError as error:
-        raise StartupError(
-            f"{state} cannot be read: {error.strerror}; ask as the user that sortd runs as, or as root"
-        ) from error
-    facts["alive"] = bool(facts.get("running")) and is_alive(int(facts.get("pid", 0)), facts.get("started_ticks"))
+    except OSError as error:
+        mend = "ask as the user that sortd runs as, or as root" if isinstance(error, PermissionError) else "remove it"
+        raise StartupError(f"{file} cannot be read: {error.strerror}; {mend}") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("pid", 0), int):
+        return None
+    facts["alive"] = bool(facts.get("running")) and is_alive(facts.get("pid", 0), facts.get("started_ticks"))
     return facts
 
 
@@ -63,6 +64,20 @@ def started_ticks(pid: int) -> int | None:
     except OSError:
         return None
     return int(stat.rpartition(")")[2].split()[19])
+
+
+def is_of_its_writer(state: Path, pid: int) -> bool:
+    """Tell whether a process belongs to whoever wrote the status file, or root did.
+
+    A user who may write that file must not have root signal the process of somebody else.
+    """
+    try:
+        writer = os.lstat(state / STATUS_FILE).st_uid
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return False
+    users = next((line.split()[1:] for line in lines if line.startswith("Uid:")), [])
+    return writer == 0 or str(writer) in users
 
 
 def is_alive(pid: int, ticks: int | None) -> bool:

@@ -284,3 +284,22 @@ def test_backlog_resting_images_below_folders_are_listed() -> None:
         "/Images/a/2.png",
         "/Images/a/b/1.png",
     ]
+
+
+def test_see_of_a_held_file_with_new_rights_or_links_keeps_it_held() -> None:
+    """A hold of the journal does not know when its file last changed, and a backup may add a link to it."""
+    backlog = Backlog(settle_seconds=SETTLE, limit=LIMIT)
+    backlog.hold("Images/a.png", Stamp(1, 2, 3, 4), 0.0)
+    for ctime_ns in (10, 11):
+        backlog.see("Images/a.png", Stamp(1, 2, 3, 4, ctime_ns), 1.0, writer=None, closed=True)
+        assert backlog.count(State.HELD) == 1
+    backlog.see("Images/a.png", Stamp(1, 2, 3, 5, 12), 2.0, writer=None, closed=True)
+    assert backlog.count(State.HELD) == 0
+
+
+def test_see_of_a_file_that_was_rewritten_settles_again() -> None:
+    """Its time of change alone tells."""
+    backlog = Backlog(settle_seconds=SETTLE, limit=LIMIT)
+    for now, ctime_ns in ((0.0, 10), (10.0, 11)):
+        backlog.see("Images/a.png", Stamp(1, 2, 3, 4, ctime_ns), now, writer=None, closed=False)
+    assert backlog.get("Images/a.png").still_since == 10.0  # type: ignore[union-attr]  # it was seen just now

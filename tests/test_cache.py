@@ -99,6 +99,29 @@ class TestWhatIsRemembered:
         assert np.array_equal(cache.embeddings([key], ENCODER)[key], row)
         assert np.array_equal(cache.embeddings([key], "another")[key], -row)
 
+    def test_content_of_a_rewrite_with_its_time_put_back_is_not_known(self, cache: Cache) -> None:
+        """Only the time of change tells; it counts where both sides know it."""
+        known, rewritten, unknown = (Stamp(1, 2, 3, 4_567, ctime_ns) for ctime_ns in (10, 11, 0))
+        cache.remember_contents({("/in/a.jpg", known): "ab" * 32})
+        images = [("/in/a.jpg", one) for one in (known, rewritten, unknown)]
+        assert cache.contents(images) == {images[0]: "ab" * 32, images[2]: "ab" * 32}
+
+    def test_cache_of_the_version_before_is_kept(self, path: Path, reports: list[str]) -> None:
+        """Its contents are believed, and new ones stand beside them with their time of change."""
+        with Cache(path) as cache:
+            cache.remember_embeddings(embeddings(2), ENCODER)
+            cache.remember_contents({("/in/a.jpg", STAMP): "ab" * 32})
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("ALTER TABLE contents DROP COLUMN ctime_ns")
+            database.execute("PRAGMA user_version = 1")
+        changed = Stamp(1, 2, 3, 4_567, 10)
+        with Cache(path, report=reports.append) as cache:
+            assert cache.facts().embeddings == 2
+            cache.remember_contents({("/in/b.jpg", changed): "cd" * 32})
+            images = [("/in/a.jpg", STAMP), ("/in/b.jpg", changed)]
+            assert cache.contents(images) == {images[0]: "ab" * 32, images[1]: "cd" * 32}
+        assert reports == []
+
     def test_a_content_is_known_by_the_stamp_of_its_file(self, cache: Cache) -> None:
         """An unchanged file, renamed or not, needs no second reading; a changed one does."""
         cache.remember_contents({("/in/a.jpg", STAMP): "ab" * 32})

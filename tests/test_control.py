@@ -1,13 +1,14 @@
 """Control does in the daemon what undo, release and rebuild ask for, and tells the core before any watcher can."""
 
+import shutil
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
-from sortd.errors import DataError, JournalError, StorageError
+from sortd.errors import AlreadyRunningError, DataError, JournalError, StorageError
 from sortd.journaling.history import History
 from sortd.layout import Layout
 from sortd.messages import Event, ImageGone, ImageHeld, Released
@@ -44,6 +45,10 @@ class AtWork:
     def history(self) -> History:
         """What its journal can be asked."""
         return self.holding.journal.history
+
+    def lock_problem(self) -> str | None:
+        """Why another sortd has it now."""
+        return self.holding.lock_problem()
 
     def receive(self, event: Event) -> None:
         """Write it down."""
@@ -122,7 +127,8 @@ def test_an_undone_image_is_held_before_it_can_be_seen(daemon: Daemon, dataset: 
     assert (one["was"], one["restored"]) == (str(root / "Dataset/red/a.png"), str(root / "Images/a.png"))
     mark = stamp(str(root / "Images/a.png"))
     assert mark is not None
-    assert dataset.told == [ImageGone(str(root / "Dataset/red/a.png")), ImageHeld(str(root / "Images/a.png"), mark)]
+    held = ImageHeld(str(root / "Images/a.png"), replace(mark, ctime_ns=0))  # the journal does not know that time
+    assert dataset.told == [ImageGone(str(root / "Dataset/red/a.png")), held]
 
 
 def test_undo_of_many_is_done_in_steps_newest_first(
@@ -240,7 +246,7 @@ def test_what_is_not_there_is_an_error(daemon: Daemon, dataset: AtWork, tmp_path
     with pytest.raises(DataError, match="no record 99"):
         done(answer(daemon, undo(dataset, 99)))
     with pytest.raises(DataError, match="no record"):
-        done(answer(daemon, undo(dataset, 1, 10**30)))
+        done(answer(daemon, undo(dataset, 1, 10**6)))
 
 
 def test_answer_about_a_held_dataset_says_why_it_is_held(daemon: Daemon) -> None:
@@ -266,6 +272,34 @@ def test_answer_journal_that_fails_holds_its_dataset(
     with pytest.raises(JournalError):
         done(answer(daemon, requests[ask]))
     assert daemon.failed == ["Colours"]
+
+
+@pytest.mark.parametrize(
+    "records", [[10**30], [0], [-1], [[1]], ["1"], [1.0], [None], [True], {"1": 1}, "1", None, [1, 10**30]]
+)
+def test_undo_of_what_is_no_record_is_refused(daemon: Daemon, dataset: AtWork, records: object) -> None:
+    """Nothing is undone of a request of which a part makes no sense."""
+    wanted = {"Colours": {"root": str(dataset.layout.root), "records": records}}
+    with pytest.raises(RequestError):
+        done(answer(daemon, {"do": "undo", "datasets": wanted, "dry_run": False}))
+    assert (dataset.layout.root / "Dataset/red/a.png").exists()
+
+
+def test_undo_in_a_dataset_that_another_sortd_took_is_refused(daemon: Daemon, dataset: AtWork, tmp_path: Path) -> None:
+    """Two processes would move files; a dry run moves none."""
+    shutil.rmtree(dataset.layout.marker)
+    dataset.layout.make()
+    with hold(dataset.layout, tmp_path / "other"):
+        with pytest.raises(AlreadyRunningError, match="another sortd works on"):
+            done(answer(daemon, undo(dataset, 1)))
+        assert len(done(answer(daemon, undo(dataset, 1, dry_run=True)))["undone"]) == 1
+    assert len(done(answer(daemon, undo(dataset, 1)))["undone"]) == 1
+
+
+def test_undo_of_a_record_named_twice_undoes_it_once(daemon: Daemon, dataset: AtWork) -> None:
+    """The second time there would be nothing to put back."""
+    reply = done(answer(daemon, undo(dataset, 1, 1)))
+    assert [one["restored"] is not None for one in reply["undone"]] == [True]
 
 
 @pytest.mark.parametrize("request_", [{}, {"do": "dance"}, {"do": "undo"}, {"do": "rebuild", "datasets": "all"}])

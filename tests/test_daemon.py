@@ -14,8 +14,19 @@ from pathlib import Path
 import pytest
 
 from sortd.layout import Layout
+from sortd.running.requests import ask
 from tests.command_line import sortd
-from tests.daemon_process import DaemonProcess, draw_strangers, make_dataset, picture, running, teach, tree
+from tests.daemon_process import (
+    PATIENCE_SECONDS,
+    DaemonProcess,
+    draw_strangers,
+    make_dataset,
+    picture,
+    running,
+    teach,
+    tree,
+)
+from tests.hostile_files import HOSTILE
 
 Write = Callable[..., Path]
 
@@ -207,12 +218,49 @@ def test_a_reload_takes_changes_and_refuses_mistakes(colours: Path, write_config
 
 def test_what_is_only_told_may_fail(colours: Path, write_config: Write, tmp_path: Path) -> None:
     """A status and metrics that cannot be written are said, and images are filed as ever."""
-    (tmp_path / "state" / "status.new").mkdir(parents=True)
+    (tmp_path / "state" / "status.json" / "in the way").mkdir(parents=True)
     with running(write_config(metrics=f"{{textfile: {tmp_path}/absent/sortd.prom}}")) as daemon:
-        daemon.wait_for("daemon.hampered", path=f"{tmp_path}/state/status.new")
+        daemon.wait_for("daemon.hampered", path=f"{tmp_path}/state/status.json")
         daemon.wait_until(lambda: len({line["path"] for line in daemon.events("daemon.hampered")}) > 1, "the metrics")
         picture("red", 1001).save(colours / "Images" / "a.png")
         daemon.wait_for("image.filed")
+        assert daemon.stop() == 0
+
+
+def test_dataset_that_a_second_sortd_took_is_held_until_that_ends(
+    colours: Path, write_config: Write, tmp_path: Path
+) -> None:
+    """The marker is made anew under a sortd, and one with another state folder begins: only that one files."""
+    with running(write_config()) as first:
+        first.send(signal.SIGSTOP)  # or it would take the new lock before the second one does
+        shutil.rmtree(colours / ".sortd")
+        with running(write_config(state_dir=tmp_path / "other")) as second:
+            first.send(signal.SIGCONT)
+            assert "another sortd works on" in first.wait_for("prototypes.rebuild_failed")["error"]
+            picture("red", 1001).save(colours / "Images" / "a.png")
+            second.wait_for("image.filed", path=str(colours / "Images" / "a.png"))
+            assert second.stop() == 0
+        first.wait_for("prototypes.rebuilt", count=2)
+        picture("red", 1002).save(colours / "Images" / "b.png")
+        first.wait_for("image.filed", path=str(colours / "Images" / "b.png"))
+        assert first.stop() == 0
+        assert len(first.events("image.filed")) == 1
+
+
+def test_requests_of_any_kind_neither_stop_nor_hang_the_daemon(
+    colours: Path, write_config: Write, tmp_path: Path
+) -> None:
+    """What is behind them is answered, a stop is obeyed, and the next start works."""
+    config, state = write_config(), tmp_path / "state"
+    with running(config) as daemon:
+        for kind, make in HOSTILE.items():
+            make(state / "requests" / f"{kind}.request")
+        (state / "requests" / "deep.request").write_text("[" * 200_000)
+        daemon.send(signal.SIGUSR1)
+        request = {"do": "rebuild", "datasets": None, "force": False}
+        assert ask(state, request, seconds=PATIENCE_SECONDS) == {"rebuilding": [colours.name]}
+        assert daemon.stop() == 0
+    with running(config) as daemon:
         assert daemon.stop() == 0
 
 

@@ -463,7 +463,9 @@ class TestHolds:
         stamp = stamp_of(os.stat(path))
         filing.hold(str(path), stamp, "guarded")
         filing.hold_all([(str(dataset.put("Images/b.jpg")), stamp)], "guarded")
-        assert filing.held() == {str(path): stamp, f"{dataset.root}/Images/b.jpg": stamp}
+        marks = {path: (mark.inode, mark.size, mark.mtime_ns) for path, mark in filing.held().items()}
+        mark = (stamp.inode, stamp.size, stamp.mtime_ns)
+        assert marks == {str(path): mark, f"{dataset.root}/Images/b.jpg": mark}
         assert filing.release(str(path)) == 1
         assert filing.release() == 1
 
@@ -649,6 +651,16 @@ class TestMended:
         assert list(rejects.scan(10**18)) == []
 
 
+def changed_in_place(path: Path, content: str, before: os.stat_result) -> None:
+    """Write other bytes of the same number into a file and put its time back, until the kernel's clock has ticked."""
+    while os.stat(path).st_ctime_ns == before.st_ctime_ns:
+        with path.open("r+") as file:
+            file.write(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = os.stat(path)
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+
+
 class TestErrors:
     """Disks that refuse."""
 
@@ -711,6 +723,18 @@ class TestErrors:
         mover = Mover(rename=lambda *names: renamed.append(names))
         assert failure(Filing(dataset.root, journal, mover=mover), order(path)) is MoveFailure.CHANGED
         assert renamed == []
+
+    def test_rewrite_with_its_time_put_back_is_not_moved(self, dataset: Dataset, filing: Filing) -> None:
+        """Of equal size, in place, under the same time: only the time of change shows that it was not looked at."""
+        path = dataset.put("Images/a.jpg", "decided")
+        meant, before = order(path, content=_hash("decided")), os.stat(path)
+        changed_in_place(path, "another", before)
+        assert failure(filing, meant) is MoveFailure.CHANGED
+        assert dataset.tree() == {"Images/a.jpg": b"another"}
+        changed_in_place(path, "decided", os.stat(path))
+        assert moved(filing, meant) == str(
+            dataset.root / "Dataset/cat/a.jpg"
+        )  # new rights or links change no bytes either
 
     def test_a_file_that_is_replaced_while_it_is_moved_is_given_back(self, dataset: Dataset, journal: Journal) -> None:
         """Another inode under the name at the last moment: neither is lost, neither is filed."""

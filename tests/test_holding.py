@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from sortd.layout import Layout
 from sortd.messages import Move, Moved, Outcome
 from sortd.moving.renaming import stamp_of
 from sortd.running.holding import Holding, hold
+from tests.hostile_files import HOSTILE
 
 
 @pytest.fixture
@@ -50,6 +53,45 @@ def test_a_marker_that_is_deleted_and_made_anew_lets_no_second_sortd_in(layout: 
         shutil.rmtree(layout.marker)
         layout.make()
         with pytest.raises(AlreadyRunningError, match="another sortd works on"), hold(layout, tmp_path / "state"):
+            pass
+
+
+def test_lock_whose_marker_was_made_anew_is_taken_again(layout: Layout, tmp_path: Path) -> None:
+    """A user may delete the marker and make it anew; no sortd with another state directory gets in after that."""
+    with hold(layout, tmp_path / "state") as holding:
+        assert holding.lock_problem() is None
+        shutil.rmtree(layout.marker)
+        assert holding.lock_problem() is None  # the marker tells that itself
+        layout.make()
+        assert holding.lock_problem() is None
+        with pytest.raises(AlreadyRunningError), hold(layout, tmp_path / "other"):
+            pass
+    with hold(layout, tmp_path / "other"):
+        pass
+
+
+def test_lock_that_another_sortd_took_is_a_problem_until_that_ends(layout: Layout, tmp_path: Path) -> None:
+    """It is told as long as the other one works, also when the marker is touched again, and taken back then."""
+    with hold(layout, tmp_path / "state") as holding:
+        shutil.rmtree(layout.marker)
+        layout.make()
+        with hold(layout, tmp_path / "other"):
+            for _ in range(2):
+                assert "another sortd works on" in (holding.lock_problem() or "")
+        assert holding.lock_problem() is None
+        with pytest.raises(AlreadyRunningError), hold(layout, tmp_path / "other"):
+            pass
+
+
+def test_lock_file_that_was_replaced_is_taken_again(layout: Layout, tmp_path: Path) -> None:
+    """Also where the marker folder is the same one; what cannot be locked is a problem until it is removed."""
+    with hold(layout, tmp_path / "state") as holding:
+        (layout.marker / "lock").unlink()
+        (layout.marker / "lock").mkdir()
+        assert "cannot be locked" in (holding.lock_problem() or "")
+        (layout.marker / "lock").rmdir()
+        assert holding.lock_problem() is None
+        with pytest.raises(AlreadyRunningError), hold(layout, tmp_path / "other"):
             pass
 
 
@@ -123,6 +165,56 @@ def test_owner_that_makes_no_sense_is_written_anew(layout: Layout, tmp_path: Pat
     assert counts(renamed, state) == {}
 
 
+@pytest.mark.parametrize("kind", [kind for kind in HOSTILE if kind != "folder"])
+def test_hold_with_hostile_pointer_replaces_it(layout: Layout, tmp_path: Path, kind: str) -> None:
+    """A pipe, a link or a huge file in the marker folder is neither waited for, read nor written through."""
+    HOSTILE[kind](layout.marker / "state")
+    assert counts(layout, tmp_path / "state") == {}
+    assert (layout.marker / "state").read_text().startswith(str(tmp_path / "state"))
+
+
+def test_hold_with_folder_as_pointer_is_refused(layout: Layout, tmp_path: Path) -> None:
+    """It may be somebody's; the message names it and what to do."""
+    (layout.marker / "state").mkdir()
+    with (
+        pytest.raises(LayoutError, match=r"\.sortd/state cannot be written.*move away"),
+        hold(layout, tmp_path / "state"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+@pytest.mark.parametrize("name", ["state", "state.new", "lock"])
+def test_hold_never_writes_through_a_link(
+    layout: Layout, tmp_path: Path, name: str, link: Callable[[Path, Path], None]
+) -> None:
+    """Whoever owns the marker folder cannot make sortd change a file elsewhere."""
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    link(precious, layout.marker / name)
+    with suppress(LayoutError), hold(layout, tmp_path / "state"):
+        pass
+    assert precious.read_bytes() == b"precious"
+
+
+def test_hold_with_linked_marker_is_refused(layout: Layout, tmp_path: Path) -> None:
+    """Nothing is made in the folder that the link names."""
+    layout.marker.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    layout.marker.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LayoutError, match="symbolic link"), hold(layout, tmp_path / "state"):
+        pass
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_hold_with_hostile_owner_file_begins_anew(layout: Layout, tmp_path: Path) -> None:
+    """A pointer may name any folder: a pipe in it is not waited for."""
+    (tmp_path / "theirs").mkdir()
+    os.mkfifo(tmp_path / "theirs" / "dataset.json")
+    (layout.marker / "state").write_text(str(tmp_path / "theirs"))
+    assert counts(layout, tmp_path / "state") == {}
+
+
 def test_a_state_folder_that_cannot_be_made_is_told(layout: Layout, tmp_path: Path) -> None:
     """With its path and what to do."""
     (tmp_path / "state").write_text("a file")
@@ -138,7 +230,6 @@ def test_a_start_writes_nothing_that_stands_there_already(layout: Layout, tmp_pa
     before = [os.stat(note) for note in notes]
     for note in notes:
         note.chmod(0o444)
-        note.with_suffix(".new").mkdir()  # nothing could be written beside it
     with hold(layout, state):
         pass
     assert [(one.st_ino, one.st_mtime_ns) for one in before] == [

@@ -119,3 +119,14 @@ def test_a_dataset_of_any_bytes_can_be_a_label(metrics: Metrics, tmp_path: Path)
     metrics.image("caf\udce9", "filed")
     metrics.write_textfile(os.fspath(tmp_path / "sortd.prom"))
     assert ("sortd_images_total", r"caf\udce9", "filed") in samples((tmp_path / "sortd.prom").read_text())
+
+
+def test_textfile_is_not_written_through_a_planted_link(tmp_path: Path) -> None:
+    """The collector's folder may be open to others; whatever they put there, only the file's name is replaced."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for name in ("sortd.prom", f"sortd.prom.{os.getpid()}.part"):
+        (tmp_path / name).symlink_to(precious)
+    Metrics().write_textfile(os.fspath(tmp_path / "sortd.prom"))
+    assert precious.read_text() == "precious"
+    assert not (tmp_path / "sortd.prom").is_symlink()

@@ -48,6 +48,15 @@ def journal(dataset: Dataset) -> Iterator[Journal]:
         yield journal
 
 
+def test_presence_of_a_dataset_that_another_sortd_has_is_a_problem(dataset: Dataset, journal: Journal) -> None:
+    """Nothing is moved where two would move it."""
+    (dataset.root / ".sortd").mkdir()
+    said: list[str | None] = ["another sortd works on it", None]
+    presence = Presence(Layout(dataset.root), journal, lock_problem=said.pop)
+    assert presence.problem() is None
+    assert presence.problem() == "another sortd works on it"
+
+
 def test_without_its_marker_a_dataset_is_absent(dataset: Dataset, journal: Journal) -> None:
     """The sentence names the marker and what makes it; whoever only rehearses needs none."""
     presence = Presence(Layout(dataset.root), journal)
@@ -107,7 +116,7 @@ def test_the_daemon_files_nothing_into_a_mount_point_and_heals(
     inbox, place = colours / "Images", colours / "Dataset"
     inbox.mkdir(exist_ok=True)
     config = write_config()
-    with disk(place), running(config) as daemon:
+    with disk(place), running(config, keeps_files=False) as daemon:
         picture("red", 1).save(inbox / "a.png")
         daemon.wait_for("image.filed")
         subprocess.run(["umount", "--lazy", str(place)], check=True)
@@ -117,7 +126,7 @@ def test_the_daemon_files_nothing_into_a_mount_point_and_heals(
         assert daemon.stop() == 0
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], check=True)
     assert tree(place) == {}
-    with running(config) as daemon:
+    with running(config, keeps_files=False) as daemon:
         assert tree(place) == {}
         assert set(tree(inbox)) == {"b.png"}
         with disk(place):

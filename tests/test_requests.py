@@ -5,16 +5,19 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sortd.errors import DataError, JournalError, StartupError
-from sortd.running.requests import AnsweredError, Reply, Request, Requests, ask
+from sortd.errors import DataError, DestinationError, JournalError, LayoutError, StartupError
+from sortd.running.requests import MOST_BYTES, AnsweredError, Reply, Request, Requests, ask
 from sortd.status import Status, started_ticks
+from tests.hostile_files import HOSTILE
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 def refuse(error: OSError) -> None:
@@ -35,8 +38,15 @@ def write(state: Path, name: str, **request: Any) -> None:
     (state / "requests" / f"{name}.request").write_text(json.dumps(facts), encoding="utf-8")
 
 
+def do_it(request: Request) -> Reply:
+    """Do what is asked, or fail if that is asked."""
+    if request["do"] == "fail":
+        raise DataError("no such thing")
+    return {"done": request["do"]}
+
+
 @contextmanager
-def served(state: Path) -> Iterator[list[Request]]:
+def served(state: Path, do: Callable[[Request], Reply] = do_it) -> Iterator[list[Request]]:
     """Serve requests of this process by a thread, woken by the signal as the daemon is."""
     requests, heard, woken, stop = Requests(state, report=refuse), [], threading.Event(), threading.Event()
     requests.open()
@@ -44,9 +54,7 @@ def served(state: Path) -> Iterator[list[Request]]:
 
     def answer(request: Request) -> Reply:
         heard.append(request)
-        if request["do"] == "fail":
-            raise DataError("no such thing")
-        return {"done": request["do"]}
+        return do(request)
 
     def serve() -> None:
         while not stop.is_set():
@@ -152,9 +160,9 @@ def test_an_answer_that_cannot_be_written_ends_nothing(state: Path) -> None:
     requests.open()
     for name in ("a", "b"):
         write(state, name, do="it")
-    (state / "requests" / "a.answer.new").mkdir()
+    (state / "requests" / "a.answer").mkdir()
     assert requests.serve(lambda request: {"done": request["do"]}) == 2
-    assert [Path(str(error.filename)).name for error in told] == ["a.answer.new"]
+    assert [Path(str(error.filename)).name for error in told] == ["a.answer"]
     assert (state / "requests" / "b.answer").exists()
     assert not list((state / "requests").glob("*.request"))
 
@@ -178,13 +186,12 @@ def test_requests_long_answer_is_done_step_by_step(state: Path) -> None:
         return {"done": request["do"]}
 
     write(state, "first", do="first")
-    requests.take_in()
+    requests.wake()
     requests.advance(answer)
     assert steps == ["first 0"]
     write(state, "second", do="second")
-    requests.take_in()
-    requests.take_in()
-    while requests.is_under_way:
+    requests.wake()
+    while requests.is_due:
         requests.advance(answer)
     assert steps == [f"{name} {step}" for name in ("first", "second") for step in range(3)]
     assert json.loads((state / "requests" / "first.answer").read_text()) == {"done": "first"}
@@ -201,13 +208,224 @@ def test_requests_under_way_at_a_stop_are_answered_as_not_done(state: Path) -> N
         return {"done": "never"}
 
     write(state, "begun", do="it")
-    requests.take_in()
+    requests.wake()
     requests.advance(answer)
     write(state, "waits", do="it")
-    requests.take_in()
+    requests.wake()
     requests.close()
-    assert not requests.is_under_way
+    assert not requests.is_due
     for name in ("begun", "waits"):
         told = json.loads((state / "requests" / f"{name}.answer").read_text())
         assert told["exit_code"] == 75
         assert "ask again" in told["error"]
+
+
+def no_answer(_: Request) -> Reply:
+    """Fail: nothing that makes sense was asked."""
+    raise AssertionError
+
+
+def answered(state: Path, name: str) -> dict[str, Any]:
+    """Return the answer to a request."""
+    reply: dict[str, Any] = json.loads((state / "requests" / f"{name}.answer").read_text(encoding="utf-8"))
+    return reply
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_serve_with_hostile_file_answers_and_goes_on(state: Path, kind: str) -> None:
+    """It is answered as no request, the ones behind it are served, and it is not looked at again."""
+    told: list[OSError] = []
+    requests = Requests(state, report=told.append)
+    requests.open()
+    HOSTILE[kind](state / "requests" / "a.request")
+    write(state, "b", do="it")
+    for _ in range(3):
+        requests.serve(lambda request: {"done": request["do"]})
+    assert "is no request" in answered(state, "a")["error"]
+    assert answered(state, "b") == {"done": "it"}
+    left = [] if kind != "folder" else [str(state / "requests" / "a.request")]
+    assert [error.filename for error in told] == left
+    assert [str(path) for path in (state / "requests").glob("*.request")] == left
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 200_000,
+        b'{"a":' * 200_000,
+        b"\xff\xfe\x00",
+        b"",
+        b"null",
+        b"[]",
+        b'"text"',
+        b'{"expires_at": 1e999999}',
+        b'{"expires_at": ' + b"9" * 400 + b"}",
+        b'{"expires_at": ' + b"9" * 5000 + b"}",
+        b'{"expires_at": []}',
+        b" " * (MOST_BYTES + 1),
+    ],
+    ids=lambda content: f"{content[:20]!r}, {len(content)} bytes",
+)
+def test_serve_with_nonsense_answers(state: Path, content: bytes) -> None:
+    """Depth, numbers, types, encoding and size are whatever somebody wrote; the answer is a short sentence."""
+    requests = Requests(state, report=refuse)
+    requests.open()
+    (state / "requests" / "a.request").write_bytes(content)
+    requests.serve(lambda request: {"done": request["do"]})
+    reply = answered(state, "a")
+    assert reply["exit_code"] == 65
+    assert len(reply["error"]) < 300
+
+
+@pytest.mark.parametrize(
+    "error", [OverflowError(), RecursionError(), OSError(5, "I/O error", "/x"), DestinationError("full")]
+)
+def test_serve_answers_what_cannot_be_done(state: Path, error: Exception) -> None:
+    """Only a journal that fails stops the daemon; whatever else comes of a request is an answer."""
+    told: list[OSError] = []
+    requests = Requests(state, report=told.append)
+    requests.open()
+    write(state, "a", do="it")
+
+    def answer(_: Request) -> Reply:
+        raise error
+
+    assert requests.serve(answer) == 1
+    assert answered(state, "a")["error"]
+    assert told == ([error] if isinstance(error, OSError) else [])
+
+
+def test_advance_answers_one_request_a_turn_the_oldest_first(state: Path) -> None:
+    """Thousands of requests do not keep the loop from its work, though nobody takes the answers."""
+    requests = Requests(state, report=refuse)
+    requests.open()
+    for number in range(25):
+        write(state, f"{number:03}", do=number)
+        os.utime(state / "requests" / f"{number:03}.request", ns=(number, number))
+    heard: list[int] = []
+
+    def answer(request: Request) -> Reply:
+        heard.append(request["do"])
+        return {}
+
+    requests.wake()
+    for turn in range(25):
+        assert requests.is_due
+        requests.advance(answer)
+        assert heard == list(range(turn + 1))
+    assert not requests.is_due
+
+
+def test_advance_request_that_comes_while_others_wait_is_answered(state: Path) -> None:
+    """A request that comes while others wait is not forgotten."""
+    requests = Requests(state, report=refuse)
+    requests.open()
+    for number in range(3):
+        write(state, str(number), do="it")
+    requests.wake()
+    requests.advance(lambda _: {})
+    write(state, "late", do="it")
+    requests.wake()
+    while requests.is_due:
+        requests.advance(lambda _: {})
+    assert answered(state, "late") == {}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_open_with_leftovers_of_any_kind_serves(state: Path, kind: str) -> None:
+    """What an earlier run left does not keep the next one from starting; what cannot be removed is told."""
+    (state / "requests").mkdir()
+    HOSTILE[kind](state / "requests" / "a.request")
+    told: list[OSError] = []
+    requests = Requests(state, report=told.append)
+    requests.open()
+    assert len(told) == (kind == "folder")
+    write(state, "b", do="it")
+    requests.serve(lambda request: {"done": request["do"]})
+    assert answered(state, "b") == {"done": "it"}
+
+
+def test_open_closes_a_folder_that_was_open_to_others(state: Path) -> None:
+    """Whoever may write there could have files moved; a link in its place is refused."""
+    (state / "requests").mkdir(mode=0o755)
+    Requests(state, report=refuse).open()
+    assert (state / "requests").stat().st_mode & 0o077 == 0
+    (state / "requests").rename(state / "aside")
+    (state / "requests").symlink_to("aside")
+    with pytest.raises(LayoutError, match="requests cannot be used"):
+        Requests(state, report=refuse).open()
+
+
+def test_serve_with_unreadable_request_answers(state: Path) -> None:
+    """A file that the daemon's user may not read, as one that root wrote under a umask of 077, is answered."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become somebody who may not read everything")
+    requests = Requests(state, report=refuse)
+    requests.open()
+    write(state, "a", do="it")
+    for path in (state, state / "requests"):
+        os.chown(path, 65_534, 65_534)
+    (state / "requests" / "a.request").chmod(0o600)
+    folder = os.open(state, os.O_RDONLY)
+    os.fchdir(folder)
+    os.close(folder)
+    os.seteuid(65_534)
+    try:
+        requests = Requests(Path(), report=refuse)
+        assert requests.serve(no_answer) == 1
+    finally:
+        os.seteuid(0)
+        os.chdir(REPOSITORY)
+    assert "Permission denied" in answered(state, "a")["error"]
+
+
+def test_ask_with_strict_umask_writes_what_the_daemon_can_read(state: Path) -> None:
+    """Root with a umask of 077 may ask a daemon of another user."""
+    modes: list[int] = []
+    before = os.umask(0o077)
+
+    def answer(_: Request) -> Reply:
+        modes.extend(path.stat().st_mode & 0o777 for path in (state / "requests").glob("*.request"))
+        return {}
+
+    try:
+        with served(state, answer):
+            ask(state, {"do": "it"})
+    finally:
+        os.umask(before)
+    assert modes == [0o644]
+
+
+@pytest.mark.timeout(60)
+def test_ask_with_hostile_answer_is_refused(state: Path) -> None:
+    """Root does not wait for a pipe that the daemon's user put there, nor read a file through a link."""
+    (state / "requests").mkdir()
+    before = signal.signal(signal.SIGUSR1, lambda *_: plant(state))
+    try:
+        with pytest.raises(StartupError, match="cannot be asked"):
+            ask(state, {"do": "it"}, seconds=30)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def plant(state: Path) -> None:
+    """Put a pipe in the place of each answer that is waited for."""
+    for path in (state / "requests").glob("*.request"):
+        os.mkfifo(path.with_suffix(".answer"))
+
+
+def test_ask_never_signals_a_process_of_another_user(state: Path) -> None:
+    """Whoever may write the status file could have root end any process by naming it there."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to give a file away")
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    os.chown(state / "status.json", 65_534, 65_534)
+    Requests(state, report=refuse).open()
+    try:
+        with pytest.raises(StartupError, match="another user's"):
+            ask(state, {"do": "it"}, seconds=0.1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == []

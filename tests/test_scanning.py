@@ -195,6 +195,18 @@ def test_a_scan_of_many_files_names_each_once(in_memory: Path) -> None:
     assert len(found) == len(set(found)) == 10_000
 
 
+def test_rewrite_with_its_time_put_back_has_another_stamp(tmp_path: Path) -> None:
+    """No program can set the time of change; until the kernel's clock ticks it is the same."""
+    path = tmp_path / "a.png"
+    path.write_text("decided")
+    before, known = os.stat(path), stamp(os.fspath(path))
+    while stamp(os.fspath(path)) == known:
+        with path.open("r+") as file:
+            file.write("another")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(path).st_mtime_ns == before.st_mtime_ns
+
+
 def test_nothing_and_no_regular_file_have_no_stamp(tmp_path: Path) -> None:
     """Only a regular file has a version."""
     (tmp_path / "folder").mkdir()

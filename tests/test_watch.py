@@ -407,6 +407,25 @@ def test_the_marker_is_never_made_by_the_watcher(watcher: Watcher, dataset: Path
     assert mode_of(watcher, dataset) is Mode.EVENTS
 
 
+@pytest.mark.timeout(60)
+def test_health_with_pipe_as_probe_file_waits_for_nobody(watcher: Watcher, dataset: Path) -> None:
+    """A pipe that nobody reads would hold the loop until somebody does."""
+    os.mkfifo(dataset / ".sortd" / "canary")
+    watcher.watch_dataset(dataset)
+    watcher.health(0.0)
+    assert mode_of(watcher, dataset) is Mode.EVENTS
+
+
+def test_health_with_linked_marker_makes_nothing_elsewhere(watcher: Watcher, dataset: Path, tmp_path: Path) -> None:
+    """The probe file is made in the dataset's own folder or nowhere."""
+    (tmp_path / "elsewhere").mkdir()
+    (dataset / ".sortd").rmdir()
+    (dataset / ".sortd").symlink_to(tmp_path / "elsewhere")
+    watcher.watch_dataset(dataset)
+    watcher.health(0.0)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_a_root_that_was_deleted_and_made_anew_is_watched_again(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """A gone root is waited for, told once, and taken up at the first check that finds it."""
     watcher.watch_dataset(dataset)

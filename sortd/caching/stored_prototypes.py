@@ -8,19 +8,19 @@ They are files and not rows, since those of 100,000 references are 200 MB, which
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sortd.files import read_regular, write_atomic
 from sortd.prototypes import PrototypeSet
 
 KIND = b"sortd prototypes "
 MAGIC = KIND + b"2"
 """What a file begins with: its number is raised when a prototype set has other arrays or facts than before."""
+MOST_BYTES = 4 << 30
 KINDS = "biufU"  # what an array may hold: numbers and text, no Python objects
 Array = np.ndarray[Any, Any]
 
@@ -36,7 +36,7 @@ class PrototypeFiles:
         """Return what was written last, or None where there is nothing or it is damaged."""
         file = self._file(key)
         try:
-            content = file.read_bytes()
+            content = read_regular(file, limit=MOST_BYTES)
             return PrototypeSet.from_arrays(*unpacked(content))
         except FileNotFoundError:
             return None
@@ -56,14 +56,10 @@ class PrototypeFiles:
     def write(self, key: str, prototypes: PrototypeSet) -> None:
         """Replace what was written before; a reader sees the one or the other."""
         file = self._file(key)
-        beside = file.with_name(f"{file.name}.{os.getpid()}.part")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(packed(*prototypes.to_arrays()))
-            beside.replace(file)
+            write_atomic(file, packed(*prototypes.to_arrays()), durable=False)
         except OSError as error:
-            with suppress(OSError):  # whatever refused the writing may refuse this; the file is no reader's
-                beside.unlink(missing_ok=True)
             self._tell(f"the prototypes cannot be cached in {file}: {error.strerror}; the next start builds them anew")
 
     def remove(self, key: str) -> None:

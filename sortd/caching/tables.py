@@ -11,7 +11,7 @@ import numpy as np
 
 from sortd.messages import FloatArray, Stamp
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PRUNED_SHARE = 0.2  # of the rows, the oldest: pruning is rare, and never far from the limit
 KEYS_A_QUERY = 500  # below SQLite's oldest limit on parameters
 
@@ -24,9 +24,12 @@ CREATE TABLE IF NOT EXISTS embeddings (
 CREATE INDEX IF NOT EXISTS embeddings_by_age ON embeddings (used_day);
 CREATE TABLE IF NOT EXISTS contents (
     inode INTEGER NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, device INTEGER NOT NULL,
-    path BLOB NOT NULL, content BLOB NOT NULL, PRIMARY KEY (inode, size, mtime_ns, device)
+    path BLOB NOT NULL, content BLOB NOT NULL, ctime_ns INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (inode, size, mtime_ns, device)
 ) WITHOUT ROWID;
 """
+
+_FROM_1 = "ALTER TABLE contents ADD COLUMN ctime_ns INTEGER NOT NULL DEFAULT 0;"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,9 @@ def prepare(database: sqlite3.Connection) -> None:
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version == SCHEMA_VERSION:
         return
+    if version == 1:  # its rows are believed as they were
+        database.executescript(f"BEGIN IMMEDIATE; {_FROM_1} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        return
     if version != 0:
         error = sqlite3.DatabaseError(f"made by another sortd, schema {version}")
         error.sqlite_errorcode = sqlite3.SQLITE_SCHEMA
@@ -61,11 +67,11 @@ def contents(database: sqlite3.Connection, images: Sequence[tuple[str, Stamp]]) 
 
     They carry no checksum: one that is damaged names a content that no embedding has.
     """
-    query = "SELECT path, content FROM contents WHERE inode = ? AND size = ? AND mtime_ns = ? AND device = ?"
+    query = "SELECT path, content, ctime_ns FROM contents WHERE inode = ? AND size = ? AND mtime_ns = ? AND device = ?"
     found = {}
     for path, stamp in images:
         row = database.execute(query, _key(stamp)).fetchone()
-        if row is not None and _is_the_same(path, stamp, row[0]):
+        if row is not None and _is_the_same(path, stamp, row[0], row[2]):
             found[path, stamp] = row[1].hex()
     return found
 
@@ -75,12 +81,15 @@ def _key(stamp: Stamp) -> tuple[int, int, int, int]:
     return inode, size, mtime_ns, device
 
 
-def _is_the_same(path: str, stamp: Stamp, known_path: bytes) -> bool:
-    """Tell whether a file known under another name is this one.
+def _is_the_same(path: str, stamp: Stamp, known_path: bytes, known_ctime_ns: int) -> bool:
+    """Tell whether what was known is this version.
 
-    A renamed file keeps its stamp. Another file with the same inode, size and mtime would need the same nanosecond,
-    which happens only where times are whole seconds: there the name must be the same as well.
+    A file that was renamed, or written with its old time put back, shows another time of change: it is read again.
+    Where that is not known, another file with the same inode, size and mtime would need the same nanosecond, which
+    happens only where times are whole seconds: there the name must be the same as well.
     """
+    if 0 not in {known_ctime_ns, stamp.ctime_ns} and known_ctime_ns != stamp.ctime_ns:
+        return False
     return bool(stamp.mtime_ns % 1_000_000_000) or os.fsencode(path) == known_path
 
 
@@ -114,8 +123,11 @@ def embeddings(
 
 def insert_contents(database: sqlite3.Connection, contents: Mapping[tuple[str, Stamp], str]) -> None:
     """Write what versions of files hold."""
-    rows = [(*_key(stamp), os.fsencode(path), bytes.fromhex(content)) for (path, stamp), content in contents.items()]
-    database.executemany("REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?)", rows)
+    rows = [
+        (*_key(stamp), os.fsencode(path), bytes.fromhex(content), stamp.ctime_ns)
+        for (path, stamp), content in contents.items()
+    ]
+    database.executemany("REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
 
 def insert_embeddings(

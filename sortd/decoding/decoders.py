@@ -327,7 +327,7 @@ class DecoderPool:
         path, stamp = job.path, job.stamp
         if status.st_nlink == 0:
             answer: Answer = ImageRefused(path, stamp, Refusal.VANISHED, "it was deleted while it was decoded")
-        elif stamp_of(status) != stamp:
+        elif not stamp_of(status).agrees_with(stamp):
             answer = ImageRefused(path, stamp, Refusal.CHANGED, "it was written to while it was decoded")
         elif result.refusal is not None or result.pixels is None:
             answer = ImageRefused(path, stamp, result.refusal or Refusal.UNREADABLE, result.message)

@@ -34,7 +34,7 @@ def read_regular(path: str, most_bytes: int) -> bytes:
 
 def stamp_of(status: os.stat_result) -> Stamp:
     """Return the stamp of an open file."""
-    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def open_version(path: str, stamp: Stamp, max_bytes: int) -> int | ImageRefused:
@@ -89,7 +89,7 @@ def _why_not_taken(path: str, descriptor: int, stamp: Stamp, max_bytes: int) -> 
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         return Refusal.NOT_AN_IMAGE, "it is no regular file"
-    if stamp_of(status) != stamp:
+    if not stamp_of(status).agrees_with(stamp):
         return Refusal.CHANGED, "another version stands there by now"
     head = os.pread(descriptor, HEAD_BYTES, 0)
     if not looks_like_image(path, head):

@@ -27,6 +27,7 @@ from sortd.encoding.manifest import Manifest, Precision, tower_file
 from sortd.encoding.model_folders import CODE_FREE, ModelFolder
 from sortd.encoding.onnx_int8 import weight_range
 from sortd.errors import ModelError
+from sortd.files import read_regular
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -156,7 +157,7 @@ def find(
         return None
     folder = folder_of(model, words, cache_dir=cache_dir)
     try:
-        manifest = Manifest.from_json((folder / MANIFEST).read_text("utf-8"))
+        manifest = Manifest.from_json(read_regular(folder / MANIFEST).decode())
         if manifest.identity != identity(model, words, cache_dir=cache_dir):
             return None
         files = {name: folder / name for name in manifest.checksums}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sortd.errors import ModelError
+from sortd.files import read_regular
 
 STRONGER = "clip-ViT-B-32"
 """What ``model: auto`` takes where it is in a local cache, and what is recommended."""
@@ -181,7 +182,7 @@ def _json_object(path: Path, name: str) -> Mapping[str, Any]:
 
 def _json(path: Path, name: str) -> object:
     try:
-        loaded: object = json.loads(path.read_text("utf-8"))
+        loaded: object = json.loads(read_regular(path, follow=True))
     except FileNotFoundError as error:
         raise ModelError(f"model {name!r} is incomplete: {path} is missing; fetch or copy it again, whole") from error
     except PermissionError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sortd.encoding.model_folders import CODE_FREE, STRONGER, ModelFolder, complete, first_line, vouch
 from sortd.errors import ModelError
+from sortd.files import open_regular, read_regular, write_atomic
 
 PACKAGED = Path(__file__).parents[1] / "model"
 FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
@@ -219,14 +220,14 @@ class _Hashes:
         self._changed = False
         if memory is not None:
             with suppress(OSError, ValueError):
-                loaded = json.loads(memory.read_text("utf-8"))
+                loaded = json.loads(read_regular(memory))
                 self._known = loaded if isinstance(loaded, dict) else {}
 
     def of(self, path: Path) -> str:
         facts = path.stat()
         key = f"{facts.st_dev}:{facts.st_ino}:{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"
         if key not in self._known:
-            with path.open("rb") as file:
+            with os.fdopen(open_regular(path, follow=True), "rb") as file:
                 self._known[key] = hashlib.file_digest(file, "sha256").hexdigest()
             self._changed = True
         return self._known[key]
@@ -234,11 +235,9 @@ class _Hashes:
     def save(self) -> None:
         if self._memory is None or not self._changed:
             return
-        beside = self._memory.with_name(f"{self._memory.name}.{os.getpid()}")
         with suppress(OSError):  # a full disk or a read-only cache: the next start hashes again
             self._memory.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(self._known), "utf-8")
-            beside.replace(self._memory)
+            write_atomic(self._memory, json.dumps(self._known).encode(), durable=False)
 
 
 # ---------------------------------------------------------------- where models lie

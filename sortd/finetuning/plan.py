@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.errors import DataError, DestinationError
+from sortd.files import write_atomic
 from sortd.finetuning.measures import Judged
 from sortd.finetuning.recipe import Recipe
 from sortd.finetuning.training import Lesson
@@ -85,9 +86,7 @@ def write_plan(plan: Plan, work: Path) -> None:
     }
     with writing(work):
         np.savez(work / ARRAYS_FILE, weights=plan.weights, **arrays)
-        beside = work / f"{PLAN_FILE}.part"
-        beside.write_text(json.dumps(said, indent=1) + "\n", "utf-8")
-        beside.replace(work / PLAN_FILE)
+        write_atomic(work / PLAN_FILE, (json.dumps(said, indent=1) + "\n").encode())
 
 
 def read_plan(work: Path) -> Plan:

@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sortd.errors import BusyError
@@ -12,6 +14,8 @@ from sortd.moving.renaming import FILE_FLAGS, start_writeback
 CHUNK_BYTES = 1 << 20
 WRITEBACK_BYTES = 64 << 20
 """After so much the disk is sent to work: one fsync of all of a long film could not be interrupted for minutes."""
+
+_USER_ATTRIBUTES, _ACCESS_LISTS = "user.", "system."
 
 _PART_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -164,30 +168,45 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def _copy_metadata(source: int, copy: int, status: os.stat_result) -> tuple[str, ...]:
-    """Give the copy owner, mode, attributes and times, in the order in which none undoes another."""
-    lost = []
+    """Give the copy owner, attributes, mode and times, in the order in which none undoes another.
+
+    The copy gives nobody a right that the source did not give: see ``_safe_mode``.
+    """
+    lost = _copy_owner(copy, status)
+    lost += _copy_attributes(source, copy, with_acl=not lost)
+    mode = _safe_mode(status.st_mode, lost)
     try:
-        os.fchown(copy, status.st_uid, status.st_gid)
+        os.fchmod(copy, mode)
     except OSError:
-        lost.append("owner")
-    lost += _copy_attributes(source, copy)
-    try:
-        os.fchmod(copy, status.st_mode & 0o7777)
-    except OSError:
+        lost.append("mode")
+    if mode != stat.S_IMODE(status.st_mode):
         lost.append("mode")
     try:
         os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
     except PermissionError:
         lost.append("mtime")
-    kept = os.fstat(copy)
-    if "mtime" not in lost and kept.st_mtime_ns != status.st_mtime_ns:
+    if os.fstat(copy).st_mtime_ns != status.st_mtime_ns:
         lost.append("mtime")
-    if "owner" not in lost and (kept.st_uid, kept.st_gid) != (status.st_uid, status.st_gid):
-        lost.append("owner")
-    return tuple(lost)
+    return tuple(dict.fromkeys(lost))
 
 
-def _copy_attributes(source: int, copy: int) -> list[str]:
+def _copy_owner(copy: int, status: os.stat_result) -> list[str]:
+    """Give the copy its source's owner and group, or at least the group; return ``owner`` if it has not both."""
+    for owner in (status.st_uid, -1):
+        with suppress(OSError):  # only root may give files away; what came of it is looked at
+            os.fchown(copy, owner, status.st_gid)
+            break
+    kept = os.fstat(copy)
+    return [] if (kept.st_uid, kept.st_gid) == (status.st_uid, status.st_gid) else ["owner"]
+
+
+def _copy_attributes(source: int, copy: int, *, with_acl: bool) -> list[str]:
+    """Copy what users may set; return the names of what was left behind.
+
+    ``security.*`` and ``trusted.*`` are left: file capabilities from a foreign disk would take effect on this one. An
+    access control list (``system.*``) is about an owner and a group, and is left where the copy has others.
+    """
+    kept = (_USER_ATTRIBUTES, _ACCESS_LISTS) if with_acl else (_USER_ATTRIBUTES,)
     try:
         names = os.listxattr(source)
     except OSError:
@@ -195,7 +214,23 @@ def _copy_attributes(source: int, copy: int) -> list[str]:
     lost = []
     for name in names:
         try:
+            if not name.startswith(kept):
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), name)
             os.setxattr(copy, name, os.getxattr(source, name))
         except OSError:
             lost.append(name)
     return lost
+
+
+def _safe_mode(mode: int, lost: Sequence[str]) -> int:
+    """Return the permissions of a copy, never wider than its source's and never with the bits 07000.
+
+    Setuid on a copy with another owner would let anybody run a stranger's program as that owner. Where owner or group
+    could not be kept, or an access list was left behind, other people are the group and the others than were meant:
+    both get only what the source gave to both.
+    """
+    mode = stat.S_IMODE(mode) & 0o777
+    if not any(name == "owner" or name.startswith(_ACCESS_LISTS) for name in lost):
+        return mode
+    both = mode >> 3 & mode & 0o007
+    return mode & 0o700 | both << 3 | both

@@ -100,11 +100,14 @@ def _leased(descriptor: int) -> Writer:
 
 def stamp_of(status: os.stat_result) -> Stamp:
     """Return the stamp of the version that was looked at."""
-    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def is_version(status: os.stat_result, stamp: Stamp) -> bool:
-    """Whether this is that version; the device does not count, its number changes when a disk is mounted again."""
+    """Whether this is that version; the device does not count, its number changes when a disk is mounted again.
+
+    Nor does the time of its last change, which every rename sets.
+    """
     return stamp_of(status).is_same_version(stamp)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from sortd.errors import DataError, StorageError
+from sortd.errors import AlreadyRunningError, DataError, StorageError
 from sortd.journaling.history import History
 from sortd.layout import Layout
 from sortd.logs import MOVE_UNDONE
@@ -19,6 +19,9 @@ from sortd.running.filing import Filing
 from sortd.running.latecomers import belongs_to
 from sortd.running.requests import Reply, Request, RequestError
 from sortd.running.undoing import PutBack
+
+LAST_RECORD = (1 << 63) - 1
+"""SQLite numbers records up to here."""
 
 CHUNK = 64
 """Images that are put back in one turn of the loop: a batch of the journal."""
@@ -55,6 +58,9 @@ class DatasetAtWork(Protocol):
     @property
     def held_because(self) -> str | None:
         """Why the guard holds the dataset; None where it does not."""
+
+    def lock_problem(self) -> str | None:
+        """Why another sortd has it now, in a sentence; None where none has."""
 
     def rebuild(self, *, force: bool) -> None:
         """Build its prototypes anew; with ``force`` also where the reload gate would keep the old ones."""
@@ -93,7 +99,7 @@ def answer(daemon: DaemonAtWork, request: Request) -> Reply | Steps:
                 with daemon.answering(dataset.name):
                     dataset.rebuild(force=force)
             return {"rebuilding": [dataset.name for dataset in chosen]}
-    raise RequestError(f"nothing is known of {request.get('do')!r} with {', '.join(sorted(request))}")
+    raise RequestError(f"nothing is known of {request.get('do')!r:.100} with {', '.join(sorted(request))}")
 
 
 def put_back(
@@ -133,11 +139,13 @@ def _undo(daemon: DaemonAtWork, datasets: Mapping[str, Any], *, dry_run: bool) -
     """Undo chunk by chunk; between two of them the loop has its turns, and a dataset may be let go."""
     undone: list[dict[str, Any]] = []
     later = 0
-    for name, wanted in datasets.items():
+    for name, (root, records) in {name: _wanted(name, wanted) for name, wanted in datasets.items()}.items():
         (dataset,) = _chosen(daemon, [name])
-        if os.path.realpath(wanted["root"]) != os.path.realpath(dataset.layout.root):
-            raise DataError(f"the sortd that runs works on {dataset.layout.root}, not on {wanted['root']}")
-        chunks = put_back(dataset.filing, dataset.history, wanted["records"], dry_run=dry_run)
+        if os.path.realpath(root) != os.path.realpath(dataset.layout.root):
+            raise DataError(f"the sortd that runs works on {dataset.layout.root}, not on {root}")
+        if (problem := dataset.lock_problem()) is not None and not dry_run:
+            raise AlreadyRunningError(problem)
+        chunks = put_back(dataset.filing, dataset.history, records, dry_run=dry_run)
         while True:
             with daemon.answering(name):
                 if (done := next(chunks, None)) is None:
@@ -151,6 +159,21 @@ def _undo(daemon: DaemonAtWork, datasets: Mapping[str, Any], *, dry_run: bool) -
             if daemon.datasets.get(name) is not dataset:
                 raise DataError(f"{name} was let go meanwhile: {len(undone)} images were put back before; ask again")
     return {"undone": undone, "later": later}
+
+
+def _wanted(name: str, wanted: object) -> tuple[str, list[int]]:
+    """Return the root and the records, each once, of what is to be undone in a dataset.
+
+    Raises:
+        RequestError: there is no root, or what should be a record cannot be one.
+    """
+    match wanted:
+        case {"root": str(root), "records": list(records)}:
+            odd = [one for one in records if type(one) is not int or not 0 < one <= LAST_RECORD]
+            if odd:
+                raise RequestError(f"{odd[0]!r:.100} is no record of {name}")
+            return root, list(dict.fromkeys(records))
+    raise RequestError(f"what is to be undone in {name} is not said by root and records")
 
 
 def tell_put_back(dataset: DatasetAtWork, told: Sequence[PutBack]) -> None:

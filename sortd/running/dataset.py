@@ -81,6 +81,7 @@ class Dataset:
         last_generation: int,
         guard: GuardState,
         needs_marker: bool = True,
+        lock_problem: Callable[[], str | None] = lambda: None,
     ) -> None:
         """Take the collaborators over; nothing is touched yet."""
         self.identity = identity
@@ -94,7 +95,8 @@ class Dataset:
         self._mover, self._ask, self._journal = mover, ask, journal
         history = None if journal is None else journal.history
         self.outbox = Outbox(mover, self.account, history=history, root=layout.root)
-        self._presence = Presence(layout, journal, needs_marker=needs_marker)
+        self._presence = Presence(layout, journal, needs_marker=needs_marker, lock_problem=lock_problem)
+        self._is_taken = False
         self._patrol = None if journal is None else Patrol(layout, journal, self.account.unreadable)
         self._commands: deque[Command] = deque()
         self._inspections: OrderedDict[str, None] = OrderedDict()
@@ -205,6 +207,16 @@ class Dataset:
     def _is_looked_at_soon(self, path: str) -> bool:
         """Tell whether another look than this hint's will see what happened, within the settle time."""
         return self.sorter.looks_soon_at(path, monotonic()) or self._sweep.will_list(os.path.dirname(path))
+
+    def check_lock(self) -> None:
+        """Hold the dataset while another sortd has its lock, and take it up again when that one has ended."""
+        problem = self.lock_problem()
+        if (problem is not None) == self._is_taken:
+            return
+        self._is_taken = problem is not None
+        if problem is not None:
+            self.account.rebuild_failed(RebuildFailed(problem, references_absent=True, job=0))
+        self.receive(ReferencesTouched() if problem is None else DatasetAbsent(problem))
 
     def scan_handled(self) -> None:
         """Begin to look for what the user did since with images that were handled: moved to another class, mended."""
@@ -444,6 +456,10 @@ class Dataset:
         self.receive(StopRequested())
         for failed in self.outbox.give_up():
             self.receive(failed)
+
+    def lock_problem(self) -> str | None:
+        """Why another sortd has the dataset now, in a sentence; None where none has."""
+        return self._presence.lock_problem()
 
     @property
     def is_stuck(self) -> bool:

@@ -9,6 +9,7 @@ Device numbers tell only that much here, and nothing about what can be renamed: 
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from sortd.journal import Journal
@@ -21,13 +22,27 @@ APART_FACT = "folders_apart"
 class Presence:
     """Whether a dataset is there; asked before each group of moves."""
 
-    def __init__(self, layout: Layout, journal: Journal | None, *, needs_marker: bool = True) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        journal: Journal | None,
+        *,
+        needs_marker: bool = True,
+        lock_problem: Callable[[], str | None] = lambda: None,
+    ) -> None:
         """Ask about ``layout``; without a journal, folders are taken for what they look like.
+
+        Args:
+            layout: the dataset.
+            journal: remembers which of its folders lay on disks of their own.
+            needs_marker: whether a dataset without a marker is absent.
+            lock_problem: says why another sortd has the dataset now, in a sentence; None where none has.
 
         Raises:
             JournalError: the journal cannot be read.
         """
         self._layout, self._journal, self._needs_marker = layout, journal, needs_marker
+        self.lock_problem = lock_problem
         noted = None if journal is None else journal.history.fact(APART_FACT)
         self._apart = frozenset((noted or "").split())
 
@@ -39,6 +54,8 @@ class Presence:
         """
         if self._needs_marker and not self._layout.is_present:
             return f"{self._layout.marker} is gone: is the disk mounted? `sortd init {self._layout.root}` makes it anew"
+        if (taken := self.lock_problem()) is not None:
+            return taken
         return None if self._journal is None else self._absent_folder(self._journal)
 
     def _absent_folder(self, journal: Journal) -> str | None:

@@ -23,15 +23,18 @@ which was stopped in between does not begin to undo what nobody asks for any mor
 import json
 import os
 import signal
+import stat
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sortd.errors import LayoutError, SortdError, StartupError, StoppedError
-from sortd.status import read_status
+from sortd.files import open_folder, read_regular, write_atomic
+from sortd.status import is_of_its_writer, read_status
 
 FOLDER = "requests"
 ANSWER_SECONDS = 30.0
@@ -40,11 +43,22 @@ ANSWER_SECONDS = 30.0
 FORGOTTEN_SECONDS = 600.0
 """An answer that nobody took for so long is removed: whoever asked was interrupted."""
 
+MOST_LISTED = 10_000
+"""So many requests are remembered of one look at the folder."""
+
+MOST_BYTES = 8 << 20
+"""The size of a request to undo a million moves."""
+
+MOST_TOLD = 200
+"""So many characters of what is wrong with a request are told."""
+
+_NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What reading a file that is no request raises; numbers, nesting and types are whatever somebody wrote."""
+
 Request = Mapping[str, Any]
 Reply = Mapping[str, Any]
 Answering = Callable[[Request], Reply | Generator[None, None, Reply]]
 """Answers a request at once, or returns the steps to an answer that takes long."""
-
 
 _STOPPED: Reply = {
     "error": "sortd stops before all of it is done; nothing is half done: ask again",
@@ -63,7 +77,11 @@ class NotRunningError(StartupError):
 
 
 class Requests:
-    """The daemon's side: takes requests in the order in which they came."""
+    """The daemon's side: takes requests in the order in which they came, one step of one of them a turn.
+
+    Whatever lies in the folder, it neither stops nor holds up the daemon: a file that is no request is answered with
+    what is wrong, and what cannot be removed is told once and left alone.
+    """
 
     def __init__(
         self, state: Path, *, report: Callable[[OSError], None], clock: Callable[[], float] = time.time
@@ -72,13 +90,15 @@ class Requests:
 
         Args:
             state: the state directory.
-            report: told what answer could not be written: what was asked for is done all the same.
+            report: told what could not be read, written or removed: what was asked for is done all the same.
             clock: seconds since the epoch.
         """
-        self._folder, self._report, self._clock = state / FOLDER, report, clock
-        self._waiting: deque[Path] = deque()
-        self._at_hand: Path | None = None
+        self._path, self._report, self._clock = state / FOLDER, report, clock
+        self._left: set[str] = set()  # names that could not be removed
+        self._names: deque[str] = deque()  # found, and not answered yet
         self._steps: Generator[None, None, None] | None = None
+        self._is_woken = False
+        self.answered = 0
 
     def open(self) -> None:
         """Make the folder, for the daemon's user alone, and forget what was asked of an earlier run.
@@ -87,97 +107,152 @@ class Requests:
             LayoutError: it cannot be made.
         """
         try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for path in self._folder.iterdir():
-                path.unlink(missing_ok=True)
+            self._path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with open_folder(self._path) as folder:
+                if stat.S_IMODE(os.fstat(folder).st_mode) & 0o077:
+                    os.fchmod(folder, 0o700)
+                for name in os.listdir(folder):
+                    self._remove(name, folder)
         except OSError as error:
             raise LayoutError(
-                f"{self._folder} cannot be used: {error.strerror}; mend its rights, or set state_dir"
+                f"{self._path} cannot be used: {error.strerror}; mend its rights, or set state_dir"
             ) from error
 
-    def serve(self, answer: Answering) -> int:
-        """Answer every request that waits; return how many did."""
-        self.take_in()
-        waiting = len(self._waiting)
-        while self.is_under_way:
-            self.advance(answer)
-        return waiting
-
-    def take_in(self) -> None:
-        """Note which requests have come, for ``advance``; remove answers that nobody took."""
-        known = {self._at_hand, *self._waiting}
-        self._waiting += [path for path in sorted(self._folder.glob("*.request"), key=_age) if path not in known]
-        for forgotten in self._folder.glob("*.answer"):
-            if _age(forgotten) < 1e9 * (self._clock() - FORGOTTEN_SECONDS):
-                self._remove(forgotten)
+    def wake(self) -> None:
+        """Note that somebody asked: ``advance`` is due."""
+        self._is_woken = True
 
     @property
-    def is_under_way(self) -> bool:
-        """Tell whether a request is not answered yet."""
-        return self._steps is not None or bool(self._waiting)
+    def is_due(self) -> bool:
+        """Tell whether a request is not answered yet, or requests may wait."""
+        return self._is_woken or self._steps is not None or bool(self._names)
 
     def advance(self, answer: Answering) -> None:
         """Do the next step of the request at hand, or the first of the next one; the last step answers it."""
-        if self._steps is None:
-            if not self._waiting:
-                return
-            self._at_hand = self._waiting.popleft()
-            self._steps = self._serve(self._at_hand, answer)
         try:
-            next(self._steps)
-        except StopIteration:
-            self._steps = self._at_hand = None
-        except BaseException:
-            self._steps = self._at_hand = None
-            raise
+            with open_folder(self._path) as folder:
+                if self._steps is None and not self._names and self._is_woken:
+                    self._look(folder)
+                if self._steps is None and self._names:
+                    self._steps = self._serve(self._names.popleft(), answer)
+        except OSError as error:
+            self._is_woken = False
+            self._report(error)
+        if self._steps is not None:
+            try:
+                next(self._steps)
+            except StopIteration:
+                self._steps = None
+            except BaseException:
+                self._steps = None
+                raise
+
+    def serve(self, answer: Answering) -> int:
+        """Answer every request that waits; return how many there were."""
+        self.wake()
+        before = self.answered
+        while self.is_due:
+            self.advance(answer)
+        return self.answered - before
 
     def close(self) -> None:
         """Tell whoever waits that what they asked for is not done, or not to its end."""
         if self._steps is not None:
             self._steps.close()
-        self._steps = self._at_hand = None
-        while self._waiting:
-            self._answer(self._waiting.popleft(), _STOPPED)
+            self._steps = None
+        with suppress(OSError), open_folder(self._path) as folder:
+            self._look(folder)
+        while self._names:
+            self._answer(self._names.popleft(), _STOPPED)
 
-    def _remove(self, path: Path) -> None:
+    def _look(self, folder: int) -> None:
+        """Find the requests that wait, the oldest first; answers that nobody took are removed."""
+        found: list[tuple[int, str]] = []
+        forgotten = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name in self._left:
+                    continue
+                if entry.name.endswith(".request"):
+                    if len(found) < MOST_LISTED:
+                        found.append((_age(entry), entry.name))
+                elif _age(entry) < 1e9 * (self._clock() - FORGOTTEN_SECONDS):
+                    forgotten.append(entry.name)
+        for name in forgotten:
+            self._remove(name, folder)
+        known = set(self._names)
+        self._names.extend(name for _, name in sorted(found) if name not in known)
+        self._is_woken = len(found) == MOST_LISTED
+
+    def _remove(self, name: str, folder: int) -> None:
         try:
-            path.unlink(missing_ok=True)
+            os.unlink(name, dir_fd=folder)
+        except FileNotFoundError:
+            return
         except OSError as error:
-            self._report(error)  # a disk that is read-only now: nobody asks the same twice, see ``expires_at``
+            self._left.add(name)  # a folder, or a disk that is read-only now: nobody is answered twice
+            error.filename = os.fspath(self._path / name)
+            self._report(error)
 
-    def _serve(self, path: Path, answer: Answering) -> Generator[None, None, None]:
+    def _serve(self, name: str, answer: Answering) -> Generator[None, None, None]:
         try:
-            request = json.loads(path.read_text(encoding="utf-8"))
-            if float(request["expires_at"]) < self._clock():
-                self._remove(path)
-                return
+            with open_folder(self._path) as folder:
+                request = _read(self._path / name, folder)
+                if float(request["expires_at"]) < self._clock():
+                    self._remove(name, folder)
+                    return
             answered = answer(request)
             reply = (yield from answered) if isinstance(answered, Generator) else answered
         except FileNotFoundError:
             return  # whoever asked has given up
         except GeneratorExit:
-            self._answer(path, _STOPPED)
+            self._answer(name, _STOPPED)
             raise
         except SortdError as error:
             reply = _refusal(error)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reply = {"error": f"{path.name} is no request: {error}", "exit_code": 65}
-        self._answer(path, reply)
+        except _NONSENSE as error:
+            reply = {"error": f"{name} is no request: {str(error)[:MOST_TOLD]}", "exit_code": 65}
+        except OSError as error:
+            self._report(error)
+            reply = {"error": f"{error.filename or name}: {error.strerror}; see the log of sortd", "exit_code": 74}
+        self._answer(name, reply)
 
-    def _answer(self, path: Path, reply: Reply) -> None:
-        self._remove(path)
+    def _answer(self, name: str, reply: Reply) -> None:
+        self.answered += 1
         try:
-            write_json(path.with_suffix(".answer"), reply)
+            with open_folder(self._path) as folder:
+                self._remove(name, folder)
+                write_json((self._path / name).with_suffix(".answer"), reply, folder)
         except OSError as error:
             self._report(error)
 
 
-def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write beside and rename, so that a reader never sees half."""
-    beside = path.with_suffix(path.suffix + ".new")
-    text = json.dumps(facts, ensure_ascii=False)
-    beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate is escaped
-    os.replace(beside, path)
+def _read(path: Path, folder: int) -> Request:
+    """Return what a file asks for.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        RequestError: it cannot be read, or is no mapping.
+    """
+    try:
+        request = json.loads(read_regular(path, limit=MOST_BYTES, folder=folder))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RequestError(f"it cannot be read: {error.strerror}") from error
+    if not isinstance(request, dict):
+        raise RequestError("it is no mapping")
+    return request
+
+
+def write_json(path: Path, facts: Mapping[str, Any], folder: int, *, mode: int | None = None) -> None:
+    """Write beside and rename, so that a reader never sees half.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace")  # a lone surrogate is escaped
+    write_atomic(path, text, folder=folder, mode=mode, durable=False)
 
 
 def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> dict[str, Any] | None:
@@ -190,19 +265,25 @@ def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> di
     status = read_status(state)
     if status is None or not status["alive"]:
         return None
+    if not is_of_its_writer(state, status["pid"]):
+        raise StartupError(f"{state} names process {status['pid']}, which is another user's; ask that user, or stop it")
     path = state / FOLDER / f"{uuid.uuid4().hex}.request"
     try:
-        write_json(path, {**request, "expires_at": time.time() + seconds})
-        os.kill(status["pid"], signal.SIGUSR1)
-        reply = _await(path.with_suffix(".answer"), status, seconds)
+        with open_folder(path.parent) as folder:
+            try:
+                # The daemon's user reads it whatever the umask of whoever asks; the folder is closed to all others.
+                write_json(path, {**request, "expires_at": time.time() + seconds}, folder, mode=0o644)
+                os.kill(status["pid"], signal.SIGUSR1)
+                reply = _await(path.with_suffix(".answer"), folder, status, seconds)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(path.name, dir_fd=folder)
     except ProcessLookupError:
         return None  # it ended just now
     except PermissionError as error:
         raise StartupError(f"sortd runs as another user ({error}); ask it as that user or as root") from error
     except OSError as error:
         raise StartupError(f"sortd (pid {status['pid']}) cannot be asked: {error}; see its log") from error
-    finally:
-        path.unlink(missing_ok=True)
     if "error" in reply:
         raise AnsweredError(str(reply["error"]), int(reply.get("exit_code", 70)))
     return reply
@@ -217,14 +298,18 @@ class AnsweredError(SortdError):
         self.exit_code = exit_code
 
 
-def _await(answer: Path, status: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def _await(answer: Path, folder: int, status: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if answer.exists():
-            reply: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-            answer.unlink()
+        try:
+            reply: dict[str, Any] = dict(json.loads(read_regular(answer, folder=folder)))
+        except FileNotFoundError:
+            time.sleep(0.02)
+        except _NONSENSE as error:
+            raise StartupError(f"{answer} is no answer of sortd's: {error}") from error
+        else:
+            os.unlink(answer.name, dir_fd=folder)
             return reply
-        time.sleep(0.02)
     raise StartupError(f"sortd (pid {status['pid']}) did not answer within {seconds:.0f} s; see its log")
 
 
@@ -232,9 +317,9 @@ def _refusal(error: SortdError) -> Reply:
     return {"error": str(error), "exit_code": error.exit_code}
 
 
-def _age(path: Path) -> int:
+def _age(entry: "os.DirEntry[str]") -> int:
     """Return when a file was written, in nanoseconds since the epoch; 0 for one that is gone by now."""
     try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
+        return entry.stat(follow_symlinks=False).st_mtime_ns
+    except OSError:
         return 0

@@ -6,16 +6,21 @@ filed, held and corrected does not depend on how the folder above is called.
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from sortd.commands.journals import JOURNAL_FILE
 from sortd.errors import LayoutError
+from sortd.files import open_folder, read_regular, write_atomic
 from sortd.layout import MARKER, Layout
 
 POINTER = "state"
 """In the marker folder: names the state folder, for people and for a dataset that was renamed."""
+
+POINTER_BYTES = 8192
+"""More than a path can have: whoever owns the dataset may have put anything under that name."""
 
 OWNER_FILE = "dataset.json"
 """In the state folder: whose it is, by path and by the inode of the marker folder."""
@@ -57,25 +62,30 @@ def write_down(layout: Layout, folder: Path) -> None:
         LayoutError: one of them cannot be written.
     """
     try:
-        owner = {"root": os.fspath(layout.root), "marker": layout.marker.stat().st_ino}
-        _write(layout.marker / POINTER, os.fsencode(folder) + b"\n")
+        with open_folder(layout.marker) as marker:
+            owner = {"root": os.fspath(layout.root), "marker": os.fstat(marker).st_ino}
+            _write(layout.marker / POINTER, os.fsencode(folder) + b"\n", marker)
         _write(folder / OWNER_FILE, json.dumps(owner).encode() + b"\n")
     except OSError as error:
-        raise LayoutError(f"{error.filename} cannot be written: {error.strerror}; mend its rights or room") from error
+        raise LayoutError(
+            f"{error.filename} cannot be written: {error.strerror}; mend its rights or room, or move away what "
+            "stands under its name"
+        ) from error
 
 
 def _former(layout: Layout, state: Path) -> Path | None:
     """Return the state folder that this very dataset had under another name."""
     try:
-        named = (layout.marker / POINTER).read_text(encoding="utf-8", errors="surrogateescape").strip()
+        with open_folder(layout.marker) as folder:
+            own = os.fstat(folder)
+            named = os.fsdecode(read_regular(layout.marker / POINTER, limit=POINTER_BYTES, folder=folder)).strip()
         former = Path(named)
-        owner = json.loads((former / OWNER_FILE).read_text(encoding="ascii"))
+        if os.path.realpath(former.parent) != os.path.realpath(state) or not (former / JOURNAL_FILE).is_file():
+            return None
+        owner = json.loads(read_regular(former / OWNER_FILE))
         marker, root = int(owner["marker"]), Path(owner["root"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # never written, or damaged: a journal of its own begins
-    if former.parent.resolve() != state.resolve() or not (former / JOURNAL_FILE).is_file():
-        return None
-    own = layout.marker.stat()
     return former if own.st_ino == marker and not _is_elsewhere(root, own) else None
 
 
@@ -106,13 +116,9 @@ def _rename(former: Path, folder: Path) -> None:
         lock.release()
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Give a file its content unless it has it, beside and then renamed: half of a path would name another folder."""
-    try:
-        if path.read_bytes() == content:
+def _write(path: Path, content: bytes, folder: int | None = None) -> None:
+    """Give a file its content unless it has it; whatever else stands under its name is replaced."""
+    with suppress(OSError):  # nothing there, or a link, a pipe or a large file that somebody put there
+        if read_regular(path, limit=len(content), folder=folder) == content:
             return
-    except FileNotFoundError:
-        pass
-    beside = path.with_suffix(".new")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    write_atomic(path, content, folder=folder)

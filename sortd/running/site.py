@@ -142,6 +142,7 @@ class Site:
                 journal=held.journal,
                 last_generation=held.journal.history.last_generation(),
                 guard=held.journal.history.guard(),
+                lock_problem=held.lock_problem,
             )
             self._held[dataset.identity] = opened.pop_all()
         dataset.outbox.tell_recovered(held.recovered)

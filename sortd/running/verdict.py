@@ -12,6 +12,7 @@ from typing import Any
 from sortd.deciding.agreement import Agreement, pooled
 from sortd.encoding.exports import Exports
 from sortd.encoding.manifest import Precision
+from sortd.files import read_regular, write_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def _figures(part: Agreement) -> dict[str, Any]:
 def read_verdict(exported: Exports, root: Path) -> Verdict | None:
     """Return the last verdict on the datasets below a root, or None where there is none that can be read."""
     try:
-        said = json.loads(_verdict_file(exported, root).read_text("utf-8"))
+        said = json.loads(read_regular(_verdict_file(exported, root)))
         datasets = {str(name): Agreement(**part) for name, part in said["datasets"].items()}
         return Verdict(str(said["fingerprint"]), said["refusal"], datasets)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -65,11 +66,9 @@ def read_verdict(exported: Exports, root: Path) -> Verdict | None:
 
 def write_verdict(exported: Exports, root: Path, verdict: Verdict) -> None:
     """Keep a verdict beside its export; what cannot be kept is found again at the next start."""
-    file = _verdict_file(exported, root)
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    text = json.dumps(asdict(verdict), indent=1) + "\n"
     with suppress(OSError):  # a full disk or a read-only cache: the next start judges again
-        beside.write_text(json.dumps(asdict(verdict), indent=1) + "\n", "utf-8")
-        beside.replace(file)
+        write_atomic(_verdict_file(exported, root), text.encode(), durable=False)
 
 
 def _verdict_file(exported: Exports, root: Path) -> Path:

@@ -27,6 +27,7 @@ from watchdog.events import (
 from watchdog.observers import Observer
 from watchdog.utils import BaseThread
 
+from sortd.files import open_folder
 from sortd.watching import inotify
 from sortd.watching.hints import Hint
 from sortd.watching.scanning import is_below_temporary
@@ -234,9 +235,15 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _touch(path: str) -> bool:
-    """Raise a close-after-write event without writing; tell whether that was possible."""
+    """Raise a close-after-write event without writing; tell whether that was possible.
+
+    Whoever owns the folder may have put a link in its place, or a pipe under the name, which is not waited for.
+    """
+    folder, name = os.path.split(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        os.close(os.open(path, _TOUCH_FLAGS, 0o600))
+        with open_folder(folder) as opened:
+            os.close(os.open(name, flags, 0o600, dir_fd=opened))
     except OSError:
         return False
     return True

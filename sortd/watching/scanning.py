@@ -170,4 +170,4 @@ def _look(entry: "os.DirEntry[str]", report: Callable[[OSError], None]) -> Stamp
 
 
 def _stamp_of(found: os.stat_result) -> Stamp:
-    return Stamp(device=found.st_dev, inode=found.st_ino, size=found.st_size, mtime_ns=found.st_mtime_ns)
+    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

@@ -21,7 +21,8 @@ RECOVERY = "tests/test_recovery.py"
 STATES = "tests/test_sorter_states.py"
 DATASET = "tests/test_dataset.py"
 TESTS = {
-    "moving/copying": (STEPS, FILING),
+    "moving/copying": ("tests/test_copying.py", STEPS, FILING),
+    "files": ("tests/test_files.py",),
     "moving/crossing": (STEPS, RECOVERY, FILING),
     "journaling/store": (STEPS, "tests/test_journal.py"),
     "mover": (STEPS, "tests/test_mover.py", FILING),
@@ -99,6 +100,8 @@ SYNCS = (
         'connection.execute("PRAGMA synchronous = 1")',
     ),
     Mutant("journaling/store", "            os.fsync(descriptor)\n", "            pass\n"),
+    Mutant("files", "                if durable:\n                    os.fsync(descriptor)\n", ""),
+    Mutant("files", "        if durable:\n            _sync(place)\n", ""),
 )
 
 REFUSALS = (
@@ -108,16 +111,36 @@ REFUSALS = (
     Mutant("moving/renaming", "os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW |", "os.O_RDONLY | os.O_DIRECTORY |"),
     Mutant("moving/renaming", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK"),
     Mutant("moving/renaming", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NOFOLLOW"),
+    Mutant("files", "os.O_WRONLY | os.O_CREAT | os.O_EXCL |", "os.O_WRONLY | os.O_CREAT |"),
+    Mutant("files", "_READ_FLAGS if follow else _READ_FLAGS | os.O_NOFOLLOW", "_READ_FLAGS"),
+    Mutant("files", "os.O_RDONLY | os.O_NONBLOCK |", "os.O_RDONLY |"),
+    Mutant("files", "if not stat.S_ISREG(kind):", "if False:"),
+    Mutant("files", "file.read(limit + 1)", "file.read()"),
+    Mutant("files", "_FOLDER_FLAGS | os.O_NOFOLLOW)", "_FOLDER_FLAGS)"),
+    Mutant("files", "if folder is not None:", "if False:"),
+    Mutant("running/holding", "if layout.marker.is_symlink():", "if False:"),
     Mutant("moving/relocation", "if components[0] not in TOPS or", "if"),
     Mutant("moving/relocation", """part in {"", ".", ".."} or""", "False or"),
     Mutant("moving/relocation", 'if name in {"", ".", ".."} or "/" in name or', "if"),
 )
+
+RIGHTS = (
+    Mutant("moving/copying", "mode = stat.S_IMODE(mode) & 0o777", "mode = stat.S_IMODE(mode)"),
+    Mutant("moving/copying", 'if not any(name == "owner" or', "if not any("),
+    Mutant("moving/copying", "or name.startswith(_ACCESS_LISTS) for", "for"),
+    Mutant("moving/copying", "with_acl=not lost)", "with_acl=True)"),
+    Mutant("moving/copying", "if not name.startswith(kept):", "if False:"),
+    Mutant("moving/copying", "for owner in (status.st_uid, -1):", "for owner in (status.st_uid,):"),
+)
+"""What keeps a copy from giving rights that its source did not give."""
 
 IDENTITIES = (
     Mutant("messages", "return (self.inode, self.size,", "return (other.inode, self.size,"),
     Mutant("messages", "return (self.inode, self.size,", "return (self.inode, other.size,"),
     Mutant("messages", "self.size, self.mtime_ns) ==", "self.size, other.mtime_ns) =="),
     Mutant("mover", "if not stat.S_ISREG(status.st_mode) or not is_version(status, member.stamp):", "if False:"),
+    Mutant("mover", "if member.content and member.stamp.ctime_ns not in {0, status.st_ctime_ns} and", "if False and"),
+    Mutant("mover", "and _hash(file) != member.content:", ":"),
     Mutant("mover", "if writer_of(file) is Writer.PRESENT:", "if False:"),
     Mutant("mover", "                _check_version(source, member, relocation.source)\n", "                pass\n"),
     Mutant("mover", "if member.leaves and (status is None or not is_version(status, member.stamp)):", "if False:"),
@@ -189,9 +212,17 @@ APART = (
         "                waiting = {seat: errands, **waiting}\n",
     ),
     Mutant("running/holding", "        held.enter_context(_locked(folder, layout))\n", ""),
-    Mutant("running/holding", "        held.enter_context(_locked(layout.marker, layout))\n", ""),
+    Mutant("running/holding", "        _lock(self._lock, self._layout)\n", ""),
+    Mutant("running/holding", "self._taken is not None and _identity(self._path) == self._taken", "True"),
+    Mutant(
+        "running/holding",
+        "        self.release()\n        try:\n            self._take()\n",
+        "        try:\n            pass\n",
+    ),
+    Mutant("running/holding", "tuple(filing.recover()), lock.problem)", "tuple(filing.recover()))"),
+    Mutant("running/presence", "if (taken := self.lock_problem()) is not None:", "if (taken := None) is not None:"),
     Mutant("running/residence", "own.st_ino == marker and not _is_elsewhere", "not _is_elsewhere"),
-    Mutant("running/residence", "if former.parent.resolve() != state.resolve() or not", "if not"),
+    Mutant("running/residence", "if os.path.realpath(former.parent) != os.path.realpath(state) or not", "if not"),
     Mutant("running/presence", "elif area.value in self._apart and _is_empty(folder):", "elif False:"),
     Mutant("running/presence", " and _is_empty(folder):", ":"),
     Mutant("running/latecomers", "if record is None or not self._stands(record):", "if record is None:"),
@@ -258,7 +289,7 @@ HOLDS = (
 )
 """What keeps a hold, a move under way and a rebuild from being ended by anything but what ends them."""
 
-ALL = SYNCS + REFUSALS + IDENTITIES + APART + HOLDS
+ALL = SYNCS + REFUSALS + RIGHTS + IDENTITIES + APART + HOLDS
 
 
 def copy_with(mutant: Mutant, place: Path) -> None:
