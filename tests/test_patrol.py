@@ -276,13 +276,21 @@ def test_companions_wait_while_a_person_moves_files(dataset: Dataset, journal: J
 def test_companions_of_another_image_stay(dataset: Dataset, journal: Journal, filing: Filing) -> None:
     """What an image that still stands there needs, and what stands beside a new file of the name, follows nobody."""
     image = put_group(dataset, filing)
-    dataset.put("Dataset/cat/IMG_1.png", "needs the film too")
+    for name in ("IMG_1.png", "IMG_1.xmp"):
+        dataset.put(f"Dataset/cat/{name}", "of another image, which needs the film too")
     (dataset.root / "Dataset/dog").mkdir()
-    image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
-    assert follow(Patrol(Layout(dataset.root), journal, refuse), filing) == 1
+    image = image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
+    patrol = Patrol(Layout(dataset.root), journal, refuse)
+    assert follow(patrol, filing) == 1
     assert sorted(dataset.tree()) == [
-        *("Dataset/cat/IMG_1.MOV", "Dataset/cat/IMG_1.png", "Dataset/dog/IMG_1.JPG", "Dataset/dog/IMG_1.JPG.xmp")
+        *("Dataset/cat/IMG_1.MOV", "Dataset/cat/IMG_1.png", "Dataset/cat/IMG_1.xmp"),
+        *("Dataset/dog/IMG_1.JPG", "Dataset/dog/IMG_1.JPG.xmp"),
     ]
+    (dataset.root / "Dataset/bird").mkdir()
+    image.rename(dataset.root / "Dataset/bird/IMG_1.JPG")
+    dataset.put("Dataset/dog/IMG_1.JPG", "another image in its place")
+    assert follow(patrol, filing) == 0
+    assert "Dataset/dog/IMG_1.JPG.xmp" in dataset.tree()
 
 
 def test_companions_follow_an_image_that_went_back_to_the_inbox(dataset: Dataset, filing: Filing) -> None:

@@ -15,6 +15,7 @@ from sortd.layout import Layout
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import NO_STAMP, Mover, new_token, with_companions
 from sortd.moving.copying import never
+from sortd.moving.listing import Listings
 from sortd.moving.relocation import FolderNameError, Member, Relocation, Role, checked_folder, checked_name
 from sortd.moving.renaming import Folders
 from sortd.running.crossings import MOST_HANDED_OVER, Crossings
@@ -32,7 +33,7 @@ _OF_THE_FILE = frozenset({errno.EPERM, errno.EINVAL, errno.EILSEQ, errno.ENAMETO
 class Filing:
     """Moves the files of one dataset; used in one thread, but for the jobs that it submits."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- its collaborators, each named
         self,
         dataset_root: Path,
         journal: Journal,
@@ -42,6 +43,7 @@ class Filing:
         interrupted: Callable[[], bool] = never,
         mover: Mover | None = None,
         sync_threads: int = SYNC_THREADS,
+        listings: Listings | None = None,
     ) -> None:
         """Begin; call ``recover`` before the first move.
 
@@ -54,6 +56,7 @@ class Filing:
             interrupted: asked by such a job between chunks; one that was interrupted begins anew later.
             mover: puts files in their place.
             sync_threads: files that are synced at the same time; with 1, no thread is made.
+            listings: what is in the folders.
         """
         self._root = dataset_root
         self._journal = journal
@@ -65,6 +68,7 @@ class Filing:
             interrupted=interrupted,
             mover=mover,
             sync_threads=sync_threads,
+            listings=listings,
         )
         self._undoing = Undoing(dataset_root, self._relocator)
         self._crossings = Crossings()

@@ -78,6 +78,7 @@ class Relocator:
         interrupted: Callable[[], bool] = never,
         mover: Mover | None = None,
         sync_threads: int = SYNC_THREADS,
+        listings: Listings | None = None,
     ) -> None:
         """Begin; see ``filing.Filing`` for the arguments."""
         self._root = root
@@ -86,7 +87,7 @@ class Relocator:
         self._interrupted = interrupted
         self._mover = mover or Mover()
         self._sync_threads = sync_threads
-        self.listings, self._listings_of_jobs = Listings(), Listings()
+        self.listings, self._listings_of_jobs = listings or Listings(), listings or Listings()
         # By token; handed to ``submit`` and not yet ended. Only the thread that owns this object touches it, so that
         # a relocation is never recovered here while it is carried out there.
         self._crossing: dict[str, Relocation] = {}
