@@ -224,17 +224,19 @@ def taken_names(folders: Folders, relocation: Relocation) -> Callable[[Sequence[
     """Return what tells whether one of the names for all members would join what stands in the destination already.
 
     The kernel refuses a name that is taken; here it is asked whether anything of its stem stands there: a sidecar
-    without its image must not become another image's. In Images/ that is not asked: what is put back there stood
-    beside the same files before.
+    without its image must not become another image's. In Rejected/ images of one stem may stand side by side, they are
+    told apart by their reasons. In Images/ nothing is asked: what is put back there stood beside the same files before.
 
     Raises:
         OSError: the destination cannot be read.
     """
-    if relocation.destination.partition("/")[0] == "Images":
+    top = relocation.destination.partition("/")[0]
+    if top == "Images":
         return lambda _: False
     there = folders.names(relocation.destination)
     own = tuple(member.wanted for member in relocation.members) if relocation.joins else ()
-    return lambda finals: tuple(finals) != own and any(map(there.is_taken, finals))
+    is_taken = there.has_relatives if top == "Rejected" else there.is_taken
+    return lambda finals: tuple(finals) != own and any(map(is_taken, finals))
 
 
 def make_parts(source: int, destination: int, relocation: Relocation) -> dict[int, Copy]:

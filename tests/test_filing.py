@@ -324,6 +324,17 @@ class TestCompanions:
             *("Dataset/cat/a (2).jpg.json", "Dataset/cat/a-edited (2).jpg", "Dataset/cat/a.jpg")
         ]
 
+    def test_rejected_image_stands_beside_no_strange_sidecar(self, dataset: Dataset, filing: Filing) -> None:
+        """Two images of one stem keep their names there, unless a sidecar would belong to both."""
+        for name in ("a.jpg", "a.png", "b.jpg", "b.xmp"):
+            dataset.put(f"Images/{name}", name)
+        dataset.put("Rejected/b.png", "another one")
+        orders = [order(dataset.root / f"Images/{name}", "Rejected", Outcome.REJECTED) for name in ("a.jpg", "a.png")]
+        filing.move_all([*orders, order(dataset.root / "Images/b.jpg", "Rejected", Outcome.REJECTED)])
+        assert sorted(dataset.tree()) == [
+            f"Rejected/{name}" for name in ("a.jpg", "a.png", "b (2).jpg", "b (2).xmp", "b.png")
+        ]
+
     def test_name_within_one_batch_is_taken_by_the_first(self, dataset: Dataset, filing: Filing) -> None:
         """Two cameras' images of one name in one batch: the second one's film does not become the first one's."""
         first, second = dataset.put("Images/a/IMG_1.JPG", "first"), dataset.put("Images/b/IMG_1.heic", "second")

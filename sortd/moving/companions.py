@@ -7,7 +7,6 @@ One that is named by the stem may belong to two images; see osxphotos issue 210.
 
 import os
 import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -258,8 +257,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def fold(name: str) -> str:
-    """Return a name as it is compared where neither letter case nor the way of writing an accent counts."""
-    return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
+    """Return a name as it is compared where letter case does not count."""
+    return name.casefold()
 
 
 def is_image(name: str) -> bool:

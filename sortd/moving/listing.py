@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 
-from sortd.moving.companions import base_of, fold, is_image, near, reach
+from sortd.moving.companions import base_of, claim_on, fold, is_image, near, reach
 
 _MARKS = "\0 (-.[_~"
 """What a stem may be followed by: an end, a suffix, a number, a mark of a duplicate, of an edit or of a conflict."""
@@ -50,6 +50,12 @@ class Names:
             if not (is_image(name) and is_image(other)) and (stem in reach(other) or stem_of_other in reached):
                 return True
         return False
+
+    def has_relatives(self, name: str) -> bool:
+        """Tell whether something stands there that would belong to a file of this name, or to which that would."""
+        own = fold(name)
+        folded = (fold(other) for other in self.near(name))
+        return any(claim_on(other, own) is not None or claim_on(own, other) is not None for other in folded)
 
     def add(self, name: str) -> None:
         """Take a name in that sortd gave."""

@@ -196,7 +196,7 @@ APART = (
     Mutant("running/presence", "elif area.value in self._apart and _is_empty(folder):", "elif False:"),
     Mutant("running/presence", " and _is_empty(folder):", ":"),
     Mutant("mover", "if not is_taken(names) and (placed", "if (placed"),
-    Mutant("mover", "any(map(there.is_taken, finals))", "there.is_taken(finals[0])"),
+    Mutant("mover", "any(map(is_taken, finals))", "is_taken(finals[0])"),
     Mutant("mover", "folders.note_move(", "(lambda *_: None)("),
     Mutant("moving/crossing", "        if is_taken(names):\n", "        if False:\n"),
     Mutant("moving/listing", "if stem_of_other == stem:", "if False:"),
