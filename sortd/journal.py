@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,7 @@ __all__ = ["UNDONE", "Grounds", "History", "Journal", "Record", "Selection"]
 
 _MOVE = """INSERT INTO moves (token, run, outcome, progress, source, destination, label, score, margin, second_label,
 mode, reason, generation, encoder_id, content, intended_at, undoes) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"""
+_FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 _MEMBER = "INSERT INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 
 
@@ -208,9 +209,16 @@ class Journal:
             JournalError: it could not be made durable.
         """
         with committing(self._connection, self.path):
-            self._connection.execute(
-                "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
-            )
+            self._connection.execute(_FACT, (key, value))
+
+    def note_all(self, facts: Mapping[str, str]) -> None:
+        """Keep facts under their keys, in one commit.
+
+        Raises:
+            JournalError: they could not be made durable.
+        """
+        with committing(self._connection, self.path):
+            self._connection.executemany(_FACT, facts.items())
 
     def note_guard(self, state: GuardState) -> None:
         """Write down how the guard stands.

@@ -46,21 +46,13 @@ def with_companions(folders: Folders, relocation: Relocation) -> Relocation:
     folder = folders.open(relocation.source)
     image = relocation.image.name
     found: dict[str, Stamp] = {}
-
-    def stands(name: str) -> bool:
+    for name in folders.names(relocation.source).near(image):
         status = look(folder, name)
-        if status is None or not stat.S_ISREG(status.st_mode):
-            return False
-        found[name] = stamp_of(status)
-        # Where case does not count, the image answers to both spellings of its name.
-        return name.casefold() != image.casefold() or name in os.listdir(folder)
-
-    companions = companions_of(image, stands)
-    if len({one.name.casefold() for one in companions}) < len(companions):
-        spelled = set(os.listdir(folder))
-        companions = tuple(one for one in companions if one.name in spelled)
+        if status is not None and stat.S_ISREG(status.st_mode):
+            found[name] = stamp_of(status)
     members = [
-        Member(Role.SHARED if one.shared else Role.COMPANION, one.name, one.name, found[one.name]) for one in companions
+        Member(Role.SHARED if one.shared else Role.COMPANION, one.name, one.name, found[one.name])
+        for one in companions_of(image, found)
     ]
     return replace(relocation, members=(*relocation.members, *members))
 
@@ -177,11 +169,16 @@ class Mover:
         source, destination = folders.open(relocation.source), folders.make(relocation.destination)
         make_parts(source, destination, relocation)
         key = (relocation.destination, relocation.image.wanted)
+        is_taken = taken_names(folders, relocation)
         attempt = 1
         while attempt < MOST_ATTEMPTS:
             names = final_names(relocation, attempt)
-            if (placed := self._try_names(source, destination, relocation, names)) is not None:
+            if not is_taken(names) and (placed := self._try_names(source, destination, relocation, names)) is not None:
                 self._remember(key, attempt)
+                for member, name in zip(relocation.members, names, strict=True):
+                    folders.note_move(
+                        relocation.source, member.name if member.leaves else "", relocation.destination, name
+                    )
                 return replace(relocation, members=placed)
             attempt = max(attempt + 1, self._next.get(key, 2))
         raise DestinationError(
@@ -230,6 +227,25 @@ class Mover:
             if len(self._next) >= _MOST_HINTS:
                 self._next.clear()
             self._next[key] = attempt + 1
+
+
+def taken_names(folders: Folders, relocation: Relocation) -> Callable[[Sequence[str]], bool]:
+    """Return what tells whether one of the names for all members would join what stands in the destination already.
+
+    The kernel refuses a name that is taken; here it is asked whether anything of its stem stands there: a sidecar
+    without its image must not become another image's. In Rejected/ images of one stem may stand side by side, they are
+    told apart by their reasons. In Images/ nothing is asked: what is put back there stood beside the same files before.
+
+    Raises:
+        OSError: the destination cannot be read.
+    """
+    top = relocation.destination.partition("/")[0]
+    if top == "Images":
+        return lambda _: False
+    there = folders.names(relocation.destination)
+    own = tuple(member.wanted for member in relocation.members) if relocation.joins else ()
+    is_taken = there.has_relatives if top == "Rejected" else there.is_taken
+    return lambda finals: tuple(finals) != own and any(map(is_taken, finals))
 
 
 def make_parts(source: int, destination: int, relocation: Relocation) -> dict[int, Copy]:

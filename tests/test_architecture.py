@@ -105,6 +105,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "mover": (EDGE, "mover"),
     "moving.renaming": (EDGE, "mover"),
     "moving.copying": (EDGE, "mover"),
+    "moving.listing": (EDGE, "mover"),
     "moving.crossing": (EDGE, "mover"),
     "moving.recovery": (EDGE, "mover"),
     "signals": (EDGE, "signals"),
@@ -211,7 +212,7 @@ FORBIDDEN_TO_THOUGHT = {
 }  # fmt: skip
 """What the core must not know: files, clocks, threads, logs, models, chance."""
 
-PURE_USES = {"moving.free_names": {"os"}}
+PURE_USES = {"moving.free_names": {"os"}, "moving.companions": {"os"}}
 """os.fsencode, os.fsdecode and os.path.splitext work on names and touch no file."""
 
 SLOW = {

@@ -299,6 +299,53 @@ class TestCompanions:
         moved(filing, order(dataset.put("Images/a.jpg")))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Dataset/cat/a.XMP": b"sidecar"}
 
+    @pytest.mark.parametrize(
+        "standing",
+        ["IMG_0001.xmp", "img_0001.mov", "IMG_0001.JPG.pp3", "IMG_0001.psd", "IMG_0001 (conflicted copy).xmp"],
+    )
+    def test_name_of_whose_stem_something_stands_is_taken(
+        self, dataset: Dataset, filing: Filing, standing: str
+    ) -> None:
+        """Somebody's edits, film or document without its image: the next camera's image does not stand beside them."""
+        dataset.put(f"Dataset/cat/{standing}", "another camera's")
+        moved(filing, order(dataset.put("Images/IMG_0001.JPG")))
+        assert dataset.tree() == {
+            f"Dataset/cat/{standing}": b"another camera's",
+            "Dataset/cat/IMG_0001 (2).JPG": b"image",
+        }
+
+    def test_name_of_a_group_is_free_for_every_member(self, dataset: Dataset, filing: Filing) -> None:
+        """A shared sidecar of another stem than the image's is not put beside an image that it would describe."""
+        for name in ("a.jpg.json", "a-edited.jpg"):
+            dataset.put(f"Images/{name}", name)
+        dataset.put("Dataset/cat/a.jpg", "another camera's")
+        moved(filing, order(dataset.root / "Images/a-edited.jpg"))
+        assert sorted(dataset.tree()) == [
+            *("Dataset/cat/a (2).jpg.json", "Dataset/cat/a-edited (2).jpg", "Dataset/cat/a.jpg")
+        ]
+
+    def test_rejected_image_stands_beside_no_strange_sidecar(self, dataset: Dataset, filing: Filing) -> None:
+        """Two images of one stem keep their names there, unless a sidecar would belong to both."""
+        for name in ("a.jpg", "a.png", "b.jpg", "b.xmp"):
+            dataset.put(f"Images/{name}", name)
+        dataset.put("Rejected/b.png", "another one")
+        orders = [order(dataset.root / f"Images/{name}", "Rejected", Outcome.REJECTED) for name in ("a.jpg", "a.png")]
+        filing.move_all([*orders, order(dataset.root / "Images/b.jpg", "Rejected", Outcome.REJECTED)])
+        assert sorted(dataset.tree()) == [
+            f"Rejected/{name}" for name in ("a.jpg", "a.png", "b (2).jpg", "b (2).xmp", "b.png")
+        ]
+
+    def test_name_within_one_batch_is_taken_by_the_first(self, dataset: Dataset, filing: Filing) -> None:
+        """Two cameras' images of one name in one batch: the second one's film does not become the first one's."""
+        first, second = dataset.put("Images/a/IMG_1.JPG", "first"), dataset.put("Images/b/IMG_1.heic", "second")
+        dataset.put("Images/b/IMG_1.mov", "the second one's film")
+        filing.move_all([order(first), order(second)])
+        assert dataset.tree() == {
+            "Dataset/cat/IMG_1.JPG": b"first",
+            "Dataset/cat/IMG_1 (2).heic": b"second",
+            "Dataset/cat/IMG_1 (2).mov": b"the second one's film",
+        }
+
     def test_links_and_folders_are_no_companions(self, dataset: Dataset, filing: Filing) -> None:
         """Only regular files travel."""
         dataset.put("Images/a.json/inside")
@@ -548,6 +595,53 @@ class TestLateCompanions:
         assert moved(filing, follow) == f"{dataset.root}/Dataset/cat/a (2).xmp"
         assert dataset.tree()["Dataset/cat/a.xmp"] == b"the user's"
 
+    def test_second_version_joins_no_other_image(self, dataset: Dataset, filing: Filing) -> None:
+        """Saved twice, it gets a name that is no other image's, and that no later image gets."""
+        first = order(dataset.put("Images/IMG_1.JPG", "the first camera's"))
+        moved(filing, first)
+        dataset.put("Dataset/cat/IMG_1 (2).JPG", "another camera's")
+        for version in ("one star", "five stars"):
+            follow = filing.late_companion(str(dataset.put("Images/IMG_1.xmp", version)))
+            assert follow is not None
+            moved(filing, follow)
+        moved(filing, order(dataset.put("Images/IMG_1.JPG", "the third camera's")))
+        assert dataset.tree() == {
+            "Dataset/cat/IMG_1.JPG": b"the first camera's",
+            "Dataset/cat/IMG_1.xmp": b"one star",
+            "Dataset/cat/IMG_1 (2).JPG": b"another camera's",
+            "Dataset/cat/IMG_1 (3).xmp": b"five stars",
+            "Dataset/cat/IMG_1 (4).JPG": b"the third camera's",
+        }
+
+    @pytest.mark.parametrize(
+        ("image", "late"),
+        [
+            ("IMG_0001.HEIC", "IMG_O0001.AAE"),
+            ("IMG_E0001.JPG", "IMG_0001.AAE"),
+            ("a(1).jpg", "a.jpg.supplemental-me(1).json"),
+            ("a-edited.jpg", "a.jpg.json"),
+            ("PXL_1.MP.jpg", "PXL_1.MP"),
+            ("PXL_1.RAW-01.COVER.jpg", "PXL_1.RAW-02.ORIGINAL.dng"),
+            (f"{'x' * 47}.jpg", f"{'x' * 46}.json"),
+            ("a.jpg", "a.Xmp"),
+            ("a.jpg", "a (conflicted copy 2025-04-10 093612).xmp"),
+            ("a.jpg", "a.txt"),
+        ],
+    )
+    def test_late_file_of_every_kind_of_rule_finds_its_image(
+        self, dataset: Dataset, filing: Filing, image: str, late: str
+    ) -> None:
+        """By the journal, and not while an image that it belongs to stands beside it."""
+        path = dataset.put(f"Images/{image}")
+        assert filing.awaits_image(str(dataset.put(f"Images/{late}", "late")))
+        (dataset.root / "Images" / late).rename(dataset.root / "late")
+        moved(filing, order(path))
+        (dataset.root / "late").rename(dataset.root / "Images" / late)
+        assert not filing.awaits_image(f"{dataset.root}/Images/{late}")
+        follow = filing.late_companion(f"{dataset.root}/Images/{late}")
+        assert follow is not None
+        assert moved(filing, follow) == f"{dataset.root}/Dataset/cat/{late}"
+
     def test_it_waits_for_an_image_that_is_here(self, dataset: Dataset, filing: Filing) -> None:
         """A new image of that name is its own: they leave together."""
         moved(filing, order(dataset.put("Images/a.jpg")))
@@ -559,7 +653,7 @@ class TestLateCompanions:
         there = Path(moved(filing, order(dataset.put("Images/a.jpg"))))
         assert filing.late_companion(str(dataset.put("Images/b.MOV", "film"))) is None
         assert filing.late_companion(str(dataset.put("Images/deep/a.MOV", "film"))) is None
-        assert filing.late_companion(str(dataset.put("Images/a.txt", "no companion"))) is None
+        assert filing.late_companion(str(dataset.put("Images/a.doc", "no companion"))) is None
         there.rename(there.with_name("moved on.jpg"))
         assert filing.late_companion(str(dataset.put("Images/a.MOV", "film"))) is None
 

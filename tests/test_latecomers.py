@@ -42,6 +42,42 @@ def test_a_film_that_comes_after_its_photo_follows_it(colours: Path, write_confi
     assert sorted(path.name for path in inbox.iterdir()) == ["other.mov"]
 
 
+def test_notes_that_wait_for_their_image_are_not_told_of(colours: Path, write_config: Write) -> None:
+    """Neither a line nor a count says that they were left; what belongs to no image here is told of."""
+    inbox, filed = colours / "Images", colours / "Dataset" / "red"
+    for name in ("a.txt", "a.png.Xmp", "a.png.supplemental-met.json", "b.txt"):
+        (inbox / name).write_text("a note")
+    (inbox / "a.json").touch()
+    drop(inbox, "a.png")
+    with running(write_config()) as daemon:
+        daemon.wait_for("image.filed", path=str(inbox / "a.png"))
+        daemon.wait_for("image.left", path=str(inbox / "b.txt"))
+        assert daemon.stop() == 0
+        assert [line["path"] for line in daemon.events("image.left")] == [str(inbox / "b.txt")]
+    assert {path.name for path in filed.iterdir()} == {
+        *("a.json", "a.png", "a.png.Xmp", "a.png.supplemental-met.json", "a.txt")
+    }
+
+
+def test_companions_follow_an_image_that_a_person_moves(colours: Path, write_config: Write) -> None:
+    """While sortd runs, and by the next run where it did not."""
+    inbox, red, blue = colours / "Images", colours / "Dataset" / "red", colours / "Dataset" / "blue"
+    blue.mkdir(parents=True)
+    (inbox / "a.mov").write_text("the film")
+    drop(inbox, "a.png")
+    with running(write_config()) as daemon:
+        daemon.wait_for("image.filed")
+        (red / "a.png").rename(blue / "a.png")
+        line = daemon.wait_for("companion.followed", path=str(red / "a.mov"))
+        assert line["destination"] == str(blue / "a.mov")
+        assert daemon.stop() == 0
+    (blue / "a.png").rename(red / "b.png")
+    with DaemonProcess(write_config(), "once") as again:
+        assert again.wait() == 0
+        assert again.events("companion.followed", destination=str(red / "b.mov"))
+    assert (red / "b.mov").read_text() == "the film"
+
+
 def test_a_rejected_image_that_is_mended_where_it_lies_is_filed(colours: Path, write_config: Write) -> None:
     """Heard of while sortd runs, found when it did not; each broken version is tried once; its reason goes with it."""
     inbox, rejected = colours / "Images", colours / "Rejected"

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from sortd.journal import Journal
+from sortd.journal import Journal, Selection
 from sortd.layout import Area, Layout
-from sortd.messages import Outcome
+from sortd.messages import Moved, Outcome
+from sortd.running.control import put_back
 from sortd.running.corrections import SCANNED_FACT, Correction
 from sortd.running.filing import Filing
-from sortd.running.patrol import SLICE, Mended, Noticed, Patrol
+from sortd.running.latecomers import images_apart
+from sortd.running.patrol import FOLLOW_NS, SLICE, Mended, Noticed, Patrol
 from tests.filing_world import Dataset, moved, order
 
 
@@ -152,6 +154,194 @@ def test_only_what_changed_since_is_looked_up(dataset: Dataset, journal: Journal
     correct(dataset, filing, "b.jpg")
     assert all_of(patrol, time.time_ns() + 3 * hour) == []  # it happened before the last look, as far as can be told
     assert [one.path.rpartition("/")[2] for one in all_of(patrol, time.time_ns())] == ["b.jpg"]
+
+
+def put_group(dataset: Dataset, filing: Filing, folder: str = "Dataset/cat", outcome: Outcome = Outcome.FILED) -> Path:
+    """Let sortd file an image with a sidecar and a film, and return where the image went."""
+    for name in ("IMG_1.JPG.xmp", "IMG_1.MOV"):
+        dataset.put(f"Images/{name}", f"{name} of the first")
+    return Path(moved(filing, order(dataset.put("Images/IMG_1.JPG", "the first"), folder, outcome)))
+
+
+def follow(patrol: Patrol, filing: Filing) -> int:
+    """Look through everything, and move what follows images that a person moved long enough ago; return how much."""
+    later = time.time_ns() + 2 * FOLLOW_NS
+    all_of(patrol, time.time_ns())
+    followers = filing.follow_images(patrol.take_moved(later))
+    return sum(isinstance(answer, Moved) for answer in filing.move_all(followers))
+
+
+@pytest.mark.parametrize(
+    ("filed", "outcome", "to"),
+    [
+        ("Dataset/cat", Outcome.FILED, "Dataset/dog/IMG_1.JPG"),
+        ("Dataset/cat", Outcome.FILED, "Dataset/dog/another name.JPG"),
+        ("Dataset/cat", Outcome.FILED, "Dataset/cat/another name.JPG"),
+        ("Review/cat", Outcome.REVIEW, "Dataset/cat/IMG_1.JPG"),
+        ("Review/cat", Outcome.REVIEW, "Review/dog/IMG_1.JPG"),
+        ("Dataset/cat", Outcome.FILED, "Review/dog/IMG_1.JPG"),
+        ("Rejected", Outcome.REJECTED, "Rejected/another name.JPG"),
+        ("Rejected", Outcome.REJECTED, "Dataset/cat/IMG_1.JPG"),
+    ],
+)
+def test_companions_of_an_image_that_a_person_moved_follow_it(
+    dataset: Dataset, journal: Journal, filing: Filing, filed: str, outcome: Outcome, to: str
+) -> None:
+    """From class to class, out of Review/, within Rejected/, under another name; what was edited since goes too."""
+    image = put_group(dataset, filing, filed, outcome)
+    dataset.put(f"{filed}/IMG_1.JPG.xmp", "edited since")
+    dataset.put(f"{filed}/IMG_1.JPG.pp3", "written since")
+    target = dataset.root / to
+    target.parent.mkdir(exist_ok=True, parents=True)
+    image.rename(target)
+    assert follow(Patrol(Layout(dataset.root), journal, refuse), filing) >= 3
+    stem = to.removesuffix(".JPG")
+    assert dataset.tree() == {
+        to: b"the first",
+        f"{stem}.JPG.xmp": b"edited since",
+        f"{stem}.JPG.pp3": b"written since",
+        f"{stem}.MOV": b"IMG_1.MOV of the first",
+    }
+    reason = dataset.root / f"{to}.reason.json"
+    assert reason.exists() == (outcome is Outcome.REJECTED and to.startswith("Rejected/"))
+    assert follow(Patrol(Layout(dataset.root), journal, refuse), filing) == 0
+
+
+def test_name_stays_taken_until_the_companions_have_followed(
+    dataset: Dataset, journal: Journal, filing: Filing
+) -> None:
+    """The next image of that name is not filed between them, and none of its companions goes with the first."""
+    image = put_group(dataset, filing)
+    (dataset.root / "Dataset/dog").mkdir()
+    image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
+    for name in ("IMG_1.JPG", "IMG_1.MOV"):
+        dataset.put(f"Images/{name}", f"{name} of the second")
+    moved(filing, order(dataset.root / "Images/IMG_1.JPG"))
+    assert follow(Patrol(Layout(dataset.root), journal, refuse), filing) == 2
+    assert dataset.tree() == {
+        "Dataset/cat/IMG_1 (2).JPG": b"IMG_1.JPG of the second",
+        "Dataset/cat/IMG_1 (2).MOV": b"IMG_1.MOV of the second",
+        "Dataset/dog/IMG_1.JPG": b"the first",
+        "Dataset/dog/IMG_1.JPG.xmp": b"IMG_1.JPG.xmp of the first",
+        "Dataset/dog/IMG_1.MOV": b"IMG_1.MOV of the first",
+    }
+
+
+def test_companions_follow_an_image_that_is_moved_again_and_back(
+    dataset: Dataset, journal: Journal, filing: Filing
+) -> None:
+    """The journal notes where the image was seen last, also once it is home again; then it is no correction."""
+    image = put_group(dataset, filing)
+    patrol = Patrol(Layout(dataset.root), journal, refuse)
+    for target in ("dog/IMG_1.JPG", "bird/b.JPG", "cat/IMG_1.JPG"):
+        (dataset.root / "Dataset" / target).parent.mkdir(exist_ok=True)
+        image = image.rename(dataset.root / "Dataset" / target)
+        assert follow(patrol, filing) == 2
+        assert {path.name for path in image.parent.iterdir()} == {
+            *(image.name, f"{image.stem}.MOV", f"{image.name}.xmp")
+        }
+    assert journal.history.corrections() == []
+
+
+def test_companions_that_could_not_follow_are_tried_again(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """One that is open in an editor, say: by the next look, also of the next start, and the name stays taken."""
+    image = put_group(dataset, filing)
+    (dataset.root / "Dataset/dog").mkdir()
+    image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
+    with (dataset.root / "Dataset/cat/IMG_1.JPG.xmp").open("r+b"):
+        assert follow(Patrol(Layout(dataset.root), journal, refuse), filing) == 1
+    moved(filing, order(dataset.put("Images/IMG_1.JPG", "the second")))
+    assert "Dataset/cat/IMG_1 (2).JPG" in dataset.tree()
+    assert follow(Patrol(Layout(dataset.root), journal, refuse), filing) == 1
+    assert "Dataset/dog/IMG_1.JPG.xmp" in dataset.tree()
+    assert images_apart(journal.history) != []
+    assert follow(Patrol(Layout(dataset.root), journal, refuse), filing) == 0
+    assert images_apart(journal.history) == []
+
+
+def test_companions_wait_while_a_person_moves_files(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """A file manager takes them along one after the other: what it moves itself is left to it."""
+    image = put_group(dataset, filing)
+    (dataset.root / "Dataset/dog").mkdir()
+    image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
+    patrol = Patrol(Layout(dataset.root), journal, refuse)
+    patrol.look(Area.DATASET, f"{dataset.root}/Dataset/dog/IMG_1.JPG")
+    changed_ns = (dataset.root / "Dataset/dog/IMG_1.JPG").stat().st_ctime_ns
+    assert patrol.take_moved(changed_ns + FOLLOW_NS // 2) == []
+    assert patrol.has_moved
+    assert len(patrol.take_moved(changed_ns + FOLLOW_NS)) == 1
+    assert not patrol.has_moved
+
+
+def test_companions_of_another_image_stay(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """What an image that still stands there needs, and what stands beside a new file of the name, follows nobody."""
+    image = put_group(dataset, filing)
+    for name in ("IMG_1.png", "IMG_1.xmp"):
+        dataset.put(f"Dataset/cat/{name}", "of another image, which needs the film too")
+    (dataset.root / "Dataset/dog").mkdir()
+    image = image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
+    patrol = Patrol(Layout(dataset.root), journal, refuse)
+    assert follow(patrol, filing) == 1
+    assert sorted(dataset.tree()) == [
+        *("Dataset/cat/IMG_1.MOV", "Dataset/cat/IMG_1.png", "Dataset/cat/IMG_1.xmp"),
+        *("Dataset/dog/IMG_1.JPG", "Dataset/dog/IMG_1.JPG.xmp"),
+    ]
+    (dataset.root / "Dataset/bird").mkdir()
+    image.rename(dataset.root / "Dataset/bird/IMG_1.JPG")
+    dataset.put("Dataset/dog/IMG_1.JPG", "another image in its place")
+    assert follow(patrol, filing) == 0
+    assert "Dataset/dog/IMG_1.JPG.xmp" in dataset.tree()
+
+
+def test_companions_follow_an_image_that_went_back_to_the_inbox(dataset: Dataset, filing: Filing) -> None:
+    """It is filed anew, and what the person left where it was filed first comes after it."""
+    image = put_group(dataset, filing, "Review/cat", Outcome.REVIEW)
+    image.rename(dataset.root / "Images/IMG_1.JPG")
+    (answer,) = filing.move_all([order(dataset.root / "Images/IMG_1.JPG", "Dataset/dog")])
+    assert isinstance(answer, Moved)
+    filing.move_all(filing.parted_companions(answer))
+    assert sorted(dataset.tree()) == [f"Dataset/dog/{name}" for name in ("IMG_1.JPG", "IMG_1.JPG.xmp", "IMG_1.MOV")]
+
+
+def test_undo_takes_no_companion_from_an_image_that_stays(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """An image that a person moved cannot be put back by its record, and then what followed it stays with it."""
+    image = put_group(dataset, filing)
+    late = filing.late_companion(str(dataset.put("Images/IMG_1.aae", "late")))
+    assert late is not None
+    moved(filing, late)
+    (dataset.root / "Dataset/dog").mkdir()
+    image = image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
+    assert follow(Patrol(Layout(dataset.root), journal, refuse), filing) == 3
+    before = dataset.tree()
+    (record,) = journal.history.moves(Selection(outcome="filed"))
+    told, _ = put_back(filing, journal.history, [record.id], dry_run=False)
+    assert [one.restored for one in told] == [None]
+    assert dataset.tree() == before
+
+
+def test_undo_puts_followers_back_beside_no_other_image(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """They go where they were left, each by its own record, unless an image of their name stands there now."""
+    image = put_group(dataset, filing)
+    (dataset.root / "Dataset/dog").mkdir()
+    image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
+    assert follow(Patrol(Layout(dataset.root), journal, refuse), filing) == 2
+    followed = [record.id for record in journal.history.moves(Selection(outcome="followed"))]
+    stranger = dataset.put("Dataset/cat/IMG_1.JPG", "another camera's")
+    told, _ = put_back(filing, journal.history, followed, dry_run=False)
+    assert [one.restored for one in told] == [None, None]
+    assert all("another image" in one.message for one in told)
+    stranger.unlink()
+    put_back(filing, journal.history, followed, dry_run=False)
+    assert sorted(dataset.tree()) == [*("Dataset/cat/IMG_1.JPG.xmp", "Dataset/cat/IMG_1.MOV", "Dataset/dog/IMG_1.JPG")]
+
+
+def test_companions_that_are_switched_off_stay_behind(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """Then they are files like others, and nothing is noted of them."""
+    image = put_group(dataset, filing)
+    (dataset.root / "Dataset/dog").mkdir()
+    image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
+    assert follow(Patrol(Layout(dataset.root), journal, refuse), Filing(dataset.root, journal, companions=False)) == 0
+    assert journal.history.facts_like("places:") == {}
 
 
 def test_what_cannot_be_looked_at_is_said_and_ends_nothing(dataset: Dataset, journal: Journal, filing: Filing) -> None:

@@ -90,13 +90,14 @@ def _brand_of(head: bytes) -> Format | None:
 def looks_like_image(name: str, head: bytes) -> bool:
     """Tell whether a file is to be treated as an image: by its name in any letter case, or by its content.
 
-    A camera's raw file is a TIFF by content and still none of ours: it is a companion of an image, or stays.
+    A camera's raw file is a TIFF by content and still none of ours: it is a companion of an image, or stays. So are
+    its thumbnail of a film (``.thm``) and what exiftool keeps of an image that it changes (``.jpg_original``).
 
     Args:
         name: the file's name or path.
         head: its first ``HEAD_BYTES`` bytes.
     """
     suffix = os.path.splitext(name)[1].lower()
-    if suffix in RAWS:
+    if suffix in RAWS or suffix == ".thm" or suffix.endswith("_original"):
         return False
     return suffix in SUFFIXES or format_of(head) is not None

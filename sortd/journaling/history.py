@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 _STANDING = "+progress = 'done' AND undone_by IS NULL AND outcome NOT IN ('undone', 'followed')"
 _NAMED = "moves.id IN (SELECT move FROM members WHERE {} IN ({}) AND position = 0) ORDER BY moves.id DESC LIMIT 1"
 _OF_STAMP = """moves.id IN (SELECT move FROM members WHERE moved_inode = ? AND position = 0
-AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT 1"""
+AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT ?"""
 _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
 
 GENERATION_FACT = "generation"
@@ -119,13 +119,20 @@ class History:
         Raises:
             JournalError: the journal cannot be read.
         """
-        if stamp is not None:
-            _, inode, size, mtime_ns = stamp.columns
-            if found := self._records(f"{_STANDING} AND {_OF_STAMP}", (inode, size, mtime_ns)):
-                return found[0]
+        if stamp is not None and (found := self.known(stamp, limit=1)):
+            return found[0]
         if content and (found := self._records(f"{_STANDING} AND {_OF_CONTENT}", (content,))):
             return found[0]
         return None
+
+    def known(self, stamp: Stamp, limit: int) -> list[Record]:
+        """Return the last moves that brought this very file to where sortd put it, newest first; see ``last_known``.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        _, inode, size, mtime_ns = stamp.columns
+        return self._records(f"{_STANDING} AND {_OF_STAMP}", (inode, size, mtime_ns, limit))
 
     def last_moved(self, folder: str, names: Sequence[str], *, since: float) -> Record | None:
         """Return the last move of an image with one of these names out of a folder, which was not undone.
@@ -142,6 +149,22 @@ class History:
         values = (os.fsencode(folder), since, *map(os.fsencode, names))
         found = self._records(f"{_STANDING} AND source = ? AND ended_at >= ? AND {named}", values)
         return found[0] if found else None
+
+    def moved_between(self, folder: str, first: str, beyond: str, *, since: float) -> list[Record]:
+        """Return the moves of images with a name in a range out of a folder, which were not undone, newest first.
+
+        Args:
+            folder: relative to the dataset.
+            first: the least name.
+            beyond: the least name that is beyond the range.
+            since: seconds since the epoch; moves that ended before do not count.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        named = "moves.id IN (SELECT move FROM members WHERE name >= ? AND name < ? AND position = 0)"
+        values = (os.fsencode(folder), since, os.fsencode(first), os.fsencode(beyond))
+        return self._records(f"{_STANDING} AND source = ? AND ended_at >= ? AND {named} ORDER BY moves.id DESC", values)
 
     def last_put(self, folder: str, name: str) -> Record | None:
         """Return the last move that put an image under this name into a folder, which was not undone.
@@ -319,6 +342,15 @@ class History:
             except RecursionError:
                 pass
             raise ValueError(f"the fact {GUARD_FACT} is {noted[:100]!r}, which says nothing of a guard")
+
+    def facts_like(self, start: str) -> dict[str, str]:
+        """Return what was noted under each key that begins so.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        rows = self._rows("SELECT key, value FROM facts WHERE key >= ? AND key < ?", (start, f"{start}\U0010ffff"))
+        return {row["key"]: row["value"] for row in rows}
 
     def _records(self, where: str, values: tuple[Any, ...]) -> list[Record]:
         with translated(self._path):

@@ -5,12 +5,12 @@ Errors are not mended here: whoever calls lets ``recovery.recover`` look at what
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sortd.errors import ChangedError, DestinationError, VanishedError
 from sortd.messages import Writer
-from sortd.mover import MOST_ATTEMPTS, check_source, make_part, remove_spent
+from sortd.mover import MOST_ATTEMPTS, check_source, make_part, remove_spent, taken_names
 from sortd.moving.copying import Copy, content_of, copy_to_part, never, remove_part
 from sortd.moving.free_names import final_names
 from sortd.moving.relocation import Member, Progress, Relocation
@@ -52,11 +52,15 @@ def cross(
     check_source(source, relocation.source)  # else copies would be made and withdrawn at every try, for months
     sealed = _copy_all(source, destination, relocation, interrupted)
     advance(sealed)  # X5
-    published = publish(destination, sealed, advance)
+    published = publish(destination, sealed, advance, taken_names(folders, sealed))
+    for member in published.members:
+        folders.note_move(relocation.source, member.name if member.leaves else "", relocation.destination, member.final)
     return finish(folders, published)
 
 
-def publish(destination: int, relocation: Relocation, advance: Advance) -> Relocation:
+def publish(
+    destination: int, relocation: Relocation, advance: Advance, is_taken: Callable[[Sequence[str]], bool]
+) -> Relocation:
     """Give every part its final name, none if one is taken, and make that durable (X6 to X8).
 
     Raises:
@@ -64,6 +68,8 @@ def publish(destination: int, relocation: Relocation, advance: Advance) -> Reloc
     """
     for attempt in range(1, MOST_ATTEMPTS):
         names = final_names(relocation, attempt)
+        if is_taken(names):
+            continue
         named = replace(
             relocation,
             members=tuple(replace(one, final=name) for one, name in zip(relocation.members, names, strict=True)),

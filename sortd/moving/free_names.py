@@ -2,30 +2,37 @@
 
 import os
 
+from sortd.moving.companions import fold, parts_beside, split_name
 from sortd.moving.relocation import LONGEST_NAME, Relocation, Role
-
-LONGEST_SUFFIX = 20
-"""Bytes; what follows the last dot counts as part of the stem from here on."""
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Return stem and suffix of a base name; the suffix has its dot."""
-    stem, suffix = os.path.splitext(name)
-    return (name, "") if len(os.fsencode(suffix)) > LONGEST_SUFFIX else (stem, suffix)
 
 
 def final_names(relocation: Relocation, attempt: int) -> tuple[str, ...]:
-    """Return a name for each member, all with the same stem; ``attempt`` counts from 1."""
+    """Return a name for each member, all with the same number; ``attempt`` counts from 1."""
     if attempt == 1:
         return tuple(_fitted(member.wanted) for member in relocation.members)
-    stem, _ = split_name(relocation.image.wanted)
-    ending = os.fsencode(f" ({attempt})")
-    tails = [os.fsencode(member.wanted.removeprefix(stem)) for member in relocation.members]
-    longest = max(len(tail) for tail, member in zip(tails, relocation.members, strict=True) if _sets_room(member.role))
-    rooms = [LONGEST_NAME - len(ending) - max(longest, len(tail)) for tail in tails]
-    return tuple(
-        os.fsdecode(cut(os.fsencode(stem), room) + ending + tail) for tail, room in zip(tails, rooms, strict=True)
+    image = relocation.image.wanted
+    stem, suffix = split_name(image)
+    number = os.fsencode(f" ({attempt})")
+    parts = [(stem, suffix), *(parts_beside(member.wanted, image) for member in relocation.members[1:])]
+    longest = max(
+        len(os.fsencode(tail))
+        for (base, tail), member in zip(parts, relocation.members, strict=True)
+        if base == stem and _sets_room(member.role)
     )
+    found: list[str] = []
+    for (base, tail), member in zip(parts, relocation.members, strict=True):
+        name = _numbered(base, number, tail, longest if base == stem else 0)
+        if fold(name) in {fold(other) for other in found}:
+            own_stem, own_suffix = split_name(member.wanted)  # the names of two members differ there at least
+            name = _numbered(own_stem, number, own_suffix, 0)
+        found.append(name)
+    return tuple(found)
+
+
+def _numbered(base: str, number: bytes, tail: str, longest: int) -> str:
+    ending = number + os.fsencode(tail)
+    room = LONGEST_NAME - len(number) - max(longest, len(ending) - len(number))
+    return os.fsdecode(cut(os.fsencode(base), room) + ending)
 
 
 def cut(name: bytes, room: int) -> bytes:

@@ -11,9 +11,10 @@ from itertools import chain
 
 from sortd.errors import ChangedError, DestinationError
 from sortd.mover import MOST_ATTEMPTS, make_part, remove_spent
+from sortd.moving.companions import split_name
 from sortd.moving.copying import content_of, remove_part
 from sortd.moving.crossing import Advance, finish, give_back, publish_part, seal_published
-from sortd.moving.free_names import final_names, split_name
+from sortd.moving.free_names import final_names
 from sortd.moving.relocation import Member, Progress, Relocation, Role
 from sortd.moving.renaming import Folders, is_version, look, names_of, rename_new, stamp_of, sync_folder
 

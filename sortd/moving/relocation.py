@@ -67,6 +67,7 @@ class Relocation:
     lost: tuple[str, ...] = ()  # metadata that could not be kept
     message: str = ""
     spent: tuple[Member, ...] = ()  # made by sortd in the source folder, of no use once the image is away
+    joins: bool = False  # its only member comes to its image: what of that image stands there is not in its way
 
     @property
     def image(self) -> Member:

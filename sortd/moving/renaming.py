@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from sortd.messages import Stamp, Writer
+from sortd.moving.listing import Listings, Names
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _RENAME_NOREPLACE = 1  # linux/fs.h
@@ -135,13 +136,19 @@ def names_of(folder: int, inodes: Iterable[int]) -> dict[int, str]:
 class Folders:
     """Descriptors of a dataset's folders, opened once for a batch; closing it closes them all."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, listings: Listings | None = None) -> None:
         """Open the dataset itself.
+
+        Args:
+            root: the dataset.
+            listings: of its folders, from earlier batches.
 
         Raises:
             OSError: it is not there.
         """
         self._stack = ExitStack()
+        self._listings = listings or Listings()
+        self._names: dict[str, Names] = {}
         self._open: dict[str, int] = {}
         self._open[""] = self._adopt(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
 
@@ -187,6 +194,23 @@ class Folders:
             os.fchown(made, owner.st_uid, owner.st_gid)
         sync_folder(parent)
         return made
+
+    def names(self, folder: str) -> Names:
+        """Return the names in a folder given relative to the dataset, which is listed once for this batch.
+
+        Raises:
+            OSError: it is not there, or cannot be read.
+        """
+        if folder not in self._names:
+            self._names[folder] = self._listings.names(self.open(folder))
+        return self._names[folder]
+
+    def note_move(self, source: str, name: str, destination: str, final: str) -> None:
+        """Let what was listed know of a name that a file left, and of the one that it got."""
+        if source in self._names:
+            self._names[source].discard(name)
+        if destination in self._names:
+            self._names[destination].add(final)
 
     def _adopt(self, descriptor: int) -> int:
         self._stack.callback(os.close, descriptor)

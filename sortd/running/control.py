@@ -12,7 +12,8 @@ import structlog
 
 from sortd.errors import AlreadyRunningError, DataError, StorageError
 from sortd.journaling.history import History
-from sortd.layout import Layout
+from sortd.journaling.records import Record
+from sortd.layout import Area, Layout
 from sortd.logs import MOVE_UNDONE
 from sortd.messages import Event, ImageGone, ImageHeld, Released
 from sortd.running.filing import Filing
@@ -122,11 +123,19 @@ def put_back(
     for start in range(0, len(newest_first), CHUNK):
         chosen = history.finished(newest_first[start : start + CHUNK])
         late = history.followers([belongs_to(record) for record in chosen])
-        # What followed an image goes back with it.
+        if late:
+            # What followed an image from the inbox goes back with it, and stays with one that cannot go back.
+            back = filing.rehearse_undo(chosen, set(foretold))
+            apart = {belongs_to(one.record) for one in back if one.restored is None}
+            late = [one for one in late if one.grounds.reason not in apart and _is_from_inbox(one)]
         followers = [one for one in late if one.id not in asked_for]
         records = sorted([*chosen, *followers], key=lambda record: record.id, reverse=True)
         told = filing.rehearse_undo(records, foretold) if dry_run else filing.undo(records)
         yield told, len(records) - len(told)
+
+
+def _is_from_inbox(record: Record) -> bool:
+    return record.relocation.source.partition("/")[0] == Area.IMAGES
 
 
 def put_back_facts(dataset: str, layout: Layout, one: PutBack) -> dict[str, Any]:

@@ -17,10 +17,13 @@ from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
 from sortd.moving.renaming import FILE_FLAGS
+from sortd.running.latecomers import PLACES_FACT, images_apart
 from sortd.watching.scanning import is_temporary, stamp
 
 SCANNED_FACT = "corrections_scanned_at"
 """The journal's note of when Dataset/ was last looked through, in nanoseconds since the epoch."""
+
+_HANDLED = frozenset({Area.DATASET.value, Area.REVIEW.value, Area.REJECTED.value})
 
 CLOCK_SLACK_NS = 5_000_000_000
 """File systems stamp with a coarser clock than ours, and other machines with another one."""
@@ -42,7 +45,7 @@ class Correction:
 
 @dataclass(frozen=True, slots=True)
 class Misplaced:
-    """A file in Dataset/ that the journal knows at another place, where nothing stands any more."""
+    """A handled image that the journal knows at another place, where nothing stands any more."""
 
     path: str
     record: Record
@@ -50,8 +53,9 @@ class Misplaced:
 
     @property
     def corrected(self) -> str:
-        """The class that it was found in."""
-        return self.relative.split("/")[1]
+        """The class that it was found in; the first one again for an image that is back in its place."""
+        is_home = self.relative == self.record.destination_path
+        return (self.record.grounds.label or "") if is_home else self.relative.split("/")[1]
 
 
 class Corrections:
@@ -61,23 +65,29 @@ class Corrections:
         """Watch over ``layout``; nothing is read yet. ``report`` is told what cannot be looked at."""
         self._layout, self._journal, self._report = layout, journal, report
         self.files_scanned = 0
+        self.moved: dict[int, tuple[Record, str]] = {}
+        """By record: images that a person moved, and where they are; whoever moves their companions takes them out."""
 
     def look(self, path: str) -> Iterator[Misplaced | None]:
-        """Look at one file in Dataset/; yield it if a person moved it there, and None while more is to be read of it.
+        """Look at a handled file; yield it if a person moved it there, and None while more is to be read of it.
 
         Raises:
             JournalError: the journal cannot be read.
         """
         relative = os.path.relpath(path, self._layout.root).split(os.sep)
-        if len(relative) < 3 or relative[0] != Area.DATASET:  # noqa: PLR2004 -- area, class, file
+        if len(relative) < (2 if relative[0] == Area.REJECTED else 3) or relative[0] not in _HANDLED:
             return
-        found = self._stamp(path)
+        found, place = self._stamp(path), "/".join(relative)
         record = None if found is None else (yield from self._record(path, found))
-        if record is None or record.destination_path == "/".join(relative):
-            return
-        if _is_gone(os.path.join(self._layout.root, record.destination_path)):
-            yield Misplaced(path, record, "/".join(relative))
-        # else it is a copy or a second link: the image still stands where sortd put it
+        if record is not None and self._was_moved(record, place):
+            yield Misplaced(path, record, place)
+
+    def _was_moved(self, record: Record, place: str) -> bool:
+        """Tell whether a person moved an image from where sortd had put it, be it there and back again."""
+        if record.destination_path == place:
+            return self._journal.history.fact(f"{PLACES_FACT}{record.id}") is not None
+        # Else it is a copy or a second link: the image still stands where sortd put it.
+        return _is_gone(os.path.join(self._layout.root, record.destination_path))
 
     def record(self, misplaced: Sequence[Misplaced]) -> list[Correction]:
         """Note in one commit what was found; return the corrections that are news.
@@ -85,6 +95,8 @@ class Corrections:
         Raises:
             JournalError: the journal cannot be written.
         """
+        self.moved |= {one.record.id: (one.record, one.relative) for one in misplaced}
+        misplaced = [one for one in misplaced if one.relative.startswith(f"{Area.DATASET}/")]
         found = [(one.record, one.corrected, one.relative) for one in misplaced]
         news = self._journal.record_corrections(found) if found else []
         return [
@@ -141,6 +153,8 @@ class Corrections:
         return self._scan_since(looked_through_until(self._journal, SCANNED_FACT, now_ns))
 
     def _scan_since(self, since_ns: int) -> Iterator[Misplaced | None]:
+        for place in images_apart(self._journal.history):
+            yield from self.look(os.path.join(self._layout.root, place))
         for path in self._changed_since(since_ns):
             if path is not None:
                 yield from self.look(path)
@@ -164,16 +178,20 @@ class Corrections:
 
     def _changed_since(self, since_ns: int) -> Iterator[str | None]:
         """Yield the path of each image that changed, and None for each that did not."""
-        for folder in self._entries(self._layout.area(Area.DATASET)):
-            found = self._status(folder)
-            yield None
-            if found is None or not S_ISDIR(found.st_mode) or found.st_mtime_ns < since_ns:
-                continue
-            for entry in self._entries(folder):
-                self.files_scanned += 1
-                found = None if is_temporary(entry.name) else self._status(entry)
-                is_changed = found is not None and S_ISREG(found.st_mode) and found.st_ctime_ns >= since_ns
-                yield entry.path if is_changed else None
+        for area in (Area.DATASET, Area.REVIEW):
+            for folder in self._entries(self._layout.area(area)):
+                found = self._status(folder)
+                yield None
+                if found is not None and S_ISDIR(found.st_mode) and found.st_mtime_ns >= since_ns:
+                    yield from self._changed_in(folder, since_ns)
+        yield from self._changed_in(self._layout.area(Area.REJECTED), since_ns)
+
+    def _changed_in(self, folder: "os.PathLike[str]", since_ns: int) -> Iterator[str | None]:
+        for entry in self._entries(folder):
+            self.files_scanned += 1
+            found = None if is_temporary(entry.name) else self._status(entry)
+            is_changed = found is not None and S_ISREG(found.st_mode) and found.st_ctime_ns >= since_ns
+            yield entry.path if is_changed else None
 
     def _entries(self, folder: "os.PathLike[str]") -> "Iterator[os.DirEntry[str]]":
         """List a folder; one that vanished meanwhile has nothing in it, and of one that cannot be read that is said."""

@@ -183,17 +183,23 @@ class Dataset:
         elif area is Area.IMAGES:
             self._hint_inbox(hint)
         elif area is Area.REVIEW:
-            if hint.directory:
-                if self._review is not None:
-                    self._review.asked.ask()
-            elif self.sorter.knows(hint.path) and not os.path.lexists(hint.path):
-                self._look(hint.path, closed=hint.closed)
-                self._drain()
+            self._hint_review(hint)
         elif area in {Area.DATASET, Area.REJECTED} and self._patrol is not None:
             if not hint.directory:
                 self._patrol.want(area, hint.path)
             elif area is Area.DATASET:
                 self._patrol.ask()
+
+    def _hint_review(self, hint: Hint) -> None:
+        if hint.directory:
+            if self._review is not None:
+                self._review.asked.ask()
+        elif os.path.lexists(hint.path):
+            if self._patrol is not None:
+                self._patrol.want(Area.REVIEW, hint.path)
+        elif self.sorter.knows(hint.path):
+            self._look(hint.path, closed=hint.closed)
+            self._drain()
 
     def _hint_inbox(self, hint: Hint) -> None:
         if is_below_temporary(hint.path, os.fspath(self.layout.area(Area.IMAGES))):
@@ -228,6 +234,8 @@ class Dataset:
         self._continue_comparing()
         self._continue_patrol()
         self._continue_review()
+        if self._patrol is not None and (moved := self._patrol.take_moved(time_ns())):
+            self.outbox.follow_images(moved)
 
     def _continue_patrol(self) -> None:
         if self._patrol is None:
@@ -298,7 +306,8 @@ class Dataset:
     @property
     def is_drained(self) -> bool:
         """Tell whether nothing is left to do until something else happens."""
-        return not (self.has_more_to_look_at or self.has_moves) and self.sorter.is_drained
+        waits = self._patrol is not None and self._patrol.has_moved
+        return not (waits or self.has_more_to_look_at or self.has_moves) and self.sorter.is_drained
 
     @property
     def has_moves(self) -> bool:
@@ -388,7 +397,9 @@ class Dataset:
             case Move():
                 self.outbox.add(command)
             case Leave():
-                if self.sorter.references_absent or not self.outbox.follow(command):
+                if not self.outbox.awaits_image(command) and (
+                    self.sorter.references_absent or not self.outbox.follow(command)
+                ):
                     self._leave(command)
             case Hold(reason):
                 self.account.held(reason, self.layout.root)

@@ -15,10 +15,11 @@ from sortd.layout import Layout
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import NO_STAMP, Mover, new_token, with_companions
 from sortd.moving.copying import never
+from sortd.moving.listing import Listings
 from sortd.moving.relocation import FolderNameError, Member, Relocation, Role, checked_folder, checked_name
 from sortd.moving.renaming import Folders
 from sortd.running.crossings import MOST_HANDED_OVER, Crossings
-from sortd.running.latecomers import Latecomers
+from sortd.running.latecomers import PLACES_FACT, Latecomers, places_of
 from sortd.running.presence import Presence
 from sortd.running.relocating import SYNC_THREADS, Order, Relocator, Submit, inline
 from sortd.running.undoing import PutBack, Undoing
@@ -32,7 +33,7 @@ _OF_THE_FILE = frozenset({errno.EPERM, errno.EINVAL, errno.EILSEQ, errno.ENAMETO
 class Filing:
     """Moves the files of one dataset; used in one thread, but for the jobs that it submits."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- its collaborators, each named
         self,
         dataset_root: Path,
         journal: Journal,
@@ -42,6 +43,7 @@ class Filing:
         interrupted: Callable[[], bool] = never,
         mover: Mover | None = None,
         sync_threads: int = SYNC_THREADS,
+        listings: Listings | None = None,
     ) -> None:
         """Begin; call ``recover`` before the first move.
 
@@ -54,6 +56,7 @@ class Filing:
             interrupted: asked by such a job between chunks; one that was interrupted begins anew later.
             mover: puts files in their place.
             sync_threads: files that are synced at the same time; with 1, no thread is made.
+            listings: what is in the folders.
         """
         self._root = dataset_root
         self._journal = journal
@@ -65,10 +68,11 @@ class Filing:
             interrupted=interrupted,
             mover=mover,
             sync_threads=sync_threads,
+            listings=listings,
         )
         self._undoing = Undoing(dataset_root, self._relocator)
         self._crossings = Crossings()
-        self._latecomers = Latecomers(dataset_root, journal.history, clock=journal.clock)
+        self._latecomers = Latecomers(dataset_root, journal.history, self._relocator.listings, clock=journal.clock)
         self._moves: dict[str, Move] = {}  # by token; not answered yet
         self._gives_up = False
 
@@ -131,7 +135,7 @@ class Filing:
         answers: list[Answer] = []
         ordered: list[Order] = []
         try:
-            folders = Folders(self._root)
+            folders = Folders(self._root, self._relocator.listings)
         except OSError as error:
             return [_failure(move, error) for move in moves]
         with folders:
@@ -170,6 +174,44 @@ class Filing:
             JournalError: the journal cannot be read.
         """
         return self._latecomers.left_by(path) if self._companions else []
+
+    def awaits_image(self, path: str) -> bool:
+        """Tell whether a file that is no image (an absolute path) goes with an image that stands beside it."""
+        return self._companions and self._latecomers.is_awaiting(path)
+
+    def follow_images(self, found: Sequence[tuple[Record, str]], former: Record | None = None) -> list[Move]:
+        """Return the moves of companions that stand where their images are no more; note where the images are.
+
+        Args:
+            found: what put each image into its place, and where it is now, relative to the dataset.
+            former: an earlier move of the one image.
+
+        Raises:
+            JournalError: the journal cannot be read or written.
+        """
+        orders: list[Move] = []
+        facts: dict[str, str] = {}
+        for record, place in found if self._companions else ():
+            left, places = self._latecomers.follow(record, place, former)
+            orders += left
+            if places != places_of(self._journal.history, record):
+                facts[f"{PLACES_FACT}{record.id}"] = json.dumps(places)
+        if facts:
+            self._journal.note_all(facts)
+        return orders
+
+    def parted_companions(self, moved: Moved) -> list[Move]:
+        """Return the moves of companions that a person left where an image had been, before it came back and moved.
+
+        Raises:
+            JournalError: the journal cannot be read or written.
+        """
+        path, place = self._relative(moved.path), self._relative(moved.destination)
+        earlier = [one for one in self._journal.history.known(moved.stamp, limit=2) if one.destination_path != place]
+        record = self._journal.history.last_known(moved.moved_stamp) if earlier else None
+        if record is None or earlier[0].destination_path == path:
+            return []  # it comes from the inbox, or from where sortd had put it, and its companions with it
+        return self.follow_images([(record, place)], earlier[0])
 
     def undo(self, records: Sequence[Record]) -> list[PutBack]:
         """Put the images of these records back where they were, newest first, and hold them there.
@@ -244,7 +286,9 @@ class Filing:
         wanted = checked_name(move.wanted or name)
         image = Member(Role.IMAGE, checked_name(name), wanted, move.stamp, content=move.content)
         relocation = Relocation(new_token(), checked_folder(source), checked_folder(move.folder), (image,))
-        if self._companions and move.outcome is not Outcome.FOLLOWED:
+        if move.outcome is Outcome.FOLLOWED:
+            relocation = replace(relocation, joins=True)
+        elif self._companions:
             relocation = with_companions(folders, relocation)
         if move.outcome is Outcome.REJECTED:
             relocation = relocation.with_member(_reason(move, source, name))

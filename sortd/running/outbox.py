@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Protocol
 
 from sortd.journaling.history import History
+from sortd.journaling.records import Record
 from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.moving.relocation import Progress, Relocation
 from sortd.running.account import Account
@@ -100,11 +101,24 @@ class Outbox:
         Raises:
             JournalError: it cannot be read.
         """
-        if self._filing is None or leave.refusal is not Refusal.NOT_AN_IMAGE:
+        if self._filing is None or leave.refusal not in {Refusal.NOT_AN_IMAGE, Refusal.EMPTY}:
             return False
         move = self._filing.late_companion(leave.path)
         self._add_new([] if move is None else [move])
         return move is not None
+
+    def awaits_image(self, leave: Leave) -> bool:
+        """Tell whether a file stays only until the image goes that it belongs to: nothing is to be said of it."""
+        return self._filing is not None and self._filing.awaits_image(leave.path)
+
+    def follow_images(self, found: Sequence[tuple[Record, str]]) -> None:
+        """Take the companions in that are to follow images which a person moved.
+
+        Raises:
+            JournalError: the journal cannot be read or written; the daemon must stop.
+        """
+        if self._filing is not None:
+            self._add_new(self._filing.follow_images(found))
 
     def _add_new(self, followers: Iterable[Move]) -> None:
         """Take companions in that are to follow, but for those that do so already: they are found in two ways."""
@@ -158,7 +172,11 @@ class Outbox:
         """
         move, began = self._taken(result)
         self._account.moved(move, result, 1e3 * (monotonic() - began if seconds is None else seconds))
-        return ImageGone(move.path) if move.outcome is Outcome.FOLLOWED else result
+        if move.outcome is Outcome.FOLLOWED:
+            return ImageGone(move.path)
+        if isinstance(result, Moved) and self._filing is not None:
+            self._add_new(self._filing.parted_companions(result))
+        return result
 
     def _taken(self, result: Result) -> tuple[Move, float]:
         key = (result.path, result.stamp)

@@ -5,13 +5,15 @@ the loop from its work for as long as the disk takes. Events only say what is wa
 is found in a slice is recorded in one commit.
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from time import monotonic, time_ns
 
 from sortd.journal import Journal
+from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
 from sortd.running.corrections import Correction, Corrections, Misplaced
@@ -28,6 +30,12 @@ MOST_WANTED = 20_000
 PAUSE_SECONDS = 1.0
 """Between two looks that events asked for, through everything or at single files: most of what a storm of renames names
 is gone by then."""
+
+MOST_FOLLOWED = 50
+"""Images whose companions are looked for in one turn of the loop."""
+
+FOLLOW_NS = 2 * 10**9
+"""How long after a person moved an image its companions are left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,7 @@ class Patrol:
     ) -> None:
         """Prepare; nothing is looked at yet. ``report`` is told what cannot be looked at."""
         self._corrections, self._rejects = Corrections(layout, journal, report), Rejects(layout, journal)
+        self._root = layout.root
         self._clock = clock
         self._wanted: OrderedDict[str, Area] = OrderedDict()
         self._singles: Iterator[_Look | None] | None = None
@@ -61,7 +70,7 @@ class Patrol:
         self._singles_looked_at = 0
 
     def want(self, area: Area, path: str) -> None:
-        """Let one file in Dataset/ or Rejected/ be looked at: at once, or with all that are wanted after a pause."""
+        """Let one handled file be looked at: at once, or with all that are wanted after a pause."""
         if len(self._wanted) < MOST_WANTED:
             self._wanted[path] = area
             self._asked_for_singles.ask()
@@ -79,6 +88,31 @@ class Patrol:
         if self.is_under_way:
             return float("inf")
         return min(self._asked.deadline, self._asked_for_singles.deadline)
+
+    @property
+    def has_moved(self) -> bool:
+        """Tell whether images were found that a person moved, and ``take_moved`` has not told of yet."""
+        return bool(self._corrections.moved)
+
+    def take_moved(self, now_ns: int) -> list[tuple[Record, str]]:
+        """Return images that a person moved: what had put each into its place, and where it is, as ``moved`` says.
+
+        One that was moved just now waits: a file manager takes its companions along one after the other.
+
+        Args:
+            now_ns: nanoseconds since the epoch.
+        """
+        taken = []
+        for record, place in list(islice(self._corrections.moved.values(), MOST_FOLLOWED)):
+            try:
+                changed_ns = os.lstat(self._root / place).st_ctime_ns
+            except OSError:
+                changed_ns = 0  # gone again
+            if 0 <= now_ns - changed_ns < FOLLOW_NS:
+                break
+            del self._corrections.moved[record.id]
+            taken += [(record, place)] if changed_ns else []
+        return taken
 
     def keep(self, path: str, refused: Stamp) -> None:
         """Note that a file in Rejected/ was refused again; see ``Rejects.keep``."""
@@ -162,10 +196,10 @@ class Patrol:
         while self._wanted:
             path, area = self._wanted.popitem(last=False)
             self._singles_looked_at += 1
-            if area is Area.DATASET:
-                yield from self._corrections.look(path)
-            elif area is Area.REJECTED and (found := self._rejects.look(path)) is not None:
+            if area is Area.REJECTED and (found := self._rejects.look(path)) is not None:
                 yield Mended(path, found)
+            else:
+                yield from self._corrections.look(path)
             yield None
 
     def _mended(self, now_ns: int) -> Iterator[Mended | None]:

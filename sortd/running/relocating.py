@@ -12,6 +12,7 @@ from sortd.journal import Grounds, Journal
 from sortd.mover import Mover, close_files, done, open_members, remove_spent, sync_files
 from sortd.moving.copying import never
 from sortd.moving.crossing import cross
+from sortd.moving.listing import Listings
 from sortd.moving.recovery import recover
 from sortd.moving.relocation import Progress, Relocation
 from sortd.moving.renaming import CANNOT_RENAME, Folders, sync_folder
@@ -78,6 +79,7 @@ class Relocator:
         interrupted: Callable[[], bool] = never,
         mover: Mover | None = None,
         sync_threads: int = SYNC_THREADS,
+        listings: Listings | None = None,
     ) -> None:
         """Begin; see ``filing.Filing`` for the arguments."""
         self._root = root
@@ -86,6 +88,7 @@ class Relocator:
         self._interrupted = interrupted
         self._mover = mover or Mover()
         self._sync_threads = sync_threads
+        self.listings, self._listings_of_jobs = listings or Listings(), listings or Listings()
         # By token; handed to ``submit`` and not yet ended. Only the thread that owns this object touches it, so that
         # a relocation is never recovered here while it is carried out there.
         self._crossing: dict[str, Relocation] = {}
@@ -147,7 +150,7 @@ class Relocator:
 
     def _relocate_batch(self, orders: Sequence[Order]) -> tuple[list[Order], list[Order]]:
         try:
-            folders = Folders(self._root)
+            folders = Folders(self._root, self.listings)
         except OSError as error:
             return [order.troubled(error) for order in orders], []
         with folders:
@@ -194,7 +197,7 @@ class Relocator:
             reached = relocation
 
         try:
-            with Folders(self._root) as folders:
+            with Folders(self._root, self._listings_of_jobs) as folders:
                 try:
                     return order.at(cross(folders, order.relocation, advance, self._interrupted))
                 except (ImageError, OSError, DestinationError, SourceError) as error:

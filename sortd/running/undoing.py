@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sortd.journal import UNDONE, Grounds, Record
-from sortd.messages import Stamp
+from sortd.messages import Outcome, Stamp
 from sortd.mover import new_token
+from sortd.moving.companions import owners_of
 from sortd.moving.copying import content_of
 from sortd.moving.relocation import Member, Relocation, Role
 from sortd.moving.renaming import Folders, is_version, look, stamp_of
@@ -114,9 +115,24 @@ def _plan(folders: Folders, record: Record) -> _Plan | PutBack:
         return PutBack(record, None, f"{record.destination_path}: undone already")
     try:
         folders.open(there.source.partition("/")[0])  # never made anew: without it, its disk is not mounted
+        if (stranger := _stranger(folders, record)) is not None:
+            said = f"{there.source}/{stranger} is another image, which it would stand beside; left where it is"
+            return PutBack(record, None, f"{record.destination_path}: {said}")
         return _plan_in(folders, folders.open(there.destination), record)
     except OSError as error:
         return PutBack(record, None, f"{record.destination_path}: {error.strerror}")
+
+
+def _stranger(folders: Folders, record: Record) -> str | None:
+    """Return the image to which a companion that followed its own would seem to belong where it came from."""
+    there = record.relocation
+    if record.grounds.outcome != Outcome.FOLLOWED or there.source.partition("/")[0] == "Images":
+        return None
+    try:
+        owners = owners_of(there.image.name, folders.names(there.source).near(there.image.name))
+    except FileNotFoundError:
+        return None  # it is made anew
+    return owners[0] if owners else None
 
 
 def _plan_in(folders: Folders, folder: int, record: Record) -> _Plan | PutBack:
@@ -137,7 +153,8 @@ def _plan_in(folders: Folders, folder: int, record: Record) -> _Plan | PutBack:
             back.append(_reversed(member, Role.COMPANION, stamp))
         else:
             left.append(member.final)
-    relocation = Relocation(new_token(), there.destination, there.source, tuple(back), spent=tuple(spent))
+    joins = record.grounds.outcome == Outcome.FOLLOWED  # what was left behind with it may stand there again
+    relocation = Relocation(new_token(), there.destination, there.source, tuple(back), spent=tuple(spent), joins=joins)
     message = f"left where they are, changed or gone: {', '.join(left)}" if left else ""
     return _Plan(record, relocation, message)
 

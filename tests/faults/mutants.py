@@ -20,6 +20,7 @@ FILING = "tests/test_filing.py"
 RECOVERY = "tests/test_recovery.py"
 STATES = "tests/test_sorter_states.py"
 DATASET = "tests/test_dataset.py"
+PATROL = "tests/test_patrol.py"
 TESTS = {
     "moving/copying": ("tests/test_copying.py", STEPS, FILING),
     "files": ("tests/test_files.py",),
@@ -31,7 +32,7 @@ TESTS = {
     "messages": (STEPS, "tests/test_mover.py", FILING),
     "moving/relocation": ("tests/test_journal.py", FILING),
     "moving/renaming": (STEPS, "tests/test_mover.py", RECOVERY, FILING),
-    "running/undoing": (FILING,),
+    "running/undoing": (PATROL, FILING),
     "running/crossings": (FILING,),
     "running/outbox": ("tests/test_outbox.py",),
     "running/collection": ("tests/test_collection.py", DATASET),
@@ -39,14 +40,16 @@ TESTS = {
     "running/holding": ("tests/test_holding.py",),
     "running/residence": ("tests/test_holding.py",),
     "running/presence": ("tests/test_presence.py",),
-    "running/latecomers": (FILING,),
+    "running/latecomers": (PATROL, FILING),
+    "running/patrol": (PATROL,),
+    "running/control": ("tests/test_control.py", PATROL, FILING),
+    "moving/listing": ("tests/test_listing.py", FILING),
     "running/rejects": (FILING,),
     "backlog": (STATES,),
     "sorter": (STATES, DATASET),
     "sorting/rebuilds": (STATES,),
     "sorting/guard": ("tests/test_guard.py", DATASET),
     "running/dataset": (DATASET,),
-    "running/control": ("tests/test_control.py",),
 }
 """Which tests are to notice, the quick ones first."""
 
@@ -146,9 +149,7 @@ IDENTITIES = (
     Mutant("mover", "if member.leaves and (status is None or not is_version(status, member.stamp)):", "if False:"),
     Mutant("mover", "        if not is_version(os.fstat(file), member.stamp):", "        if False:"),
     Mutant("mover", "if status is not None and is_version(status, member.stamp):", "if status is not None:"),
-    Mutant("mover", "if status is None or not stat.S_ISREG(status.st_mode):", "if status is None:"),
-    Mutant("mover", "name.casefold() != image.casefold() or name in os.listdir(folder)", "True"),
-    Mutant("mover", "if len({one.name.casefold() for one in companions}) < len(companions):", "if False:"),
+    Mutant("mover", "if status is not None and stat.S_ISREG(status.st_mode):", "if status is not None:"),
     Mutant(
         "moving/crossing",
         "if by_name is None or not is_version(by_name, member.stamp) or not is_version(os.fstat(file), member.stamp):",
@@ -225,9 +226,21 @@ APART = (
     Mutant("running/residence", "if os.path.realpath(former.parent) != os.path.realpath(state) or not", "if not"),
     Mutant("running/presence", "elif area.value in self._apart and _is_empty(folder):", "elif False:"),
     Mutant("running/presence", " and _is_empty(folder):", ":"),
-    Mutant("running/latecomers", "if record is None or not self._stands(record):", "if record is None:"),
-    Mutant("running/latecomers", "        if any(os.path.lexists(", "        if False and any(os.path.lexists("),
-    Mutant("running/latecomers", "since=self._clock() - LATE_SECONDS", "since=0.0"),
+    Mutant("mover", "if not is_taken(names) and (placed", "if (placed"),
+    Mutant("mover", "any(map(is_taken, finals))", "is_taken(finals[0])"),
+    Mutant("mover", "folders.note_move(", "(lambda *_: None)("),
+    Mutant("moving/crossing", "        if is_taken(names):\n", "        if False:\n"),
+    Mutant("moving/listing", "if stem_of_other == stem:", "if False:"),
+    Mutant("moving/listing", "if not (is_image(name) and is_image(other)) and (", "if False and ("),
+    Mutant("running/latecomers", "if not self._stands(record, place):", "if False:"),
+    Mutant("running/latecomers", " or self.is_awaiting(path):", ":"),
+    Mutant("running/latecomers", "since = self._clock() - LATE_SECONDS", "since = 0.0"),
+    Mutant("running/latecomers", 'if os.path.lexists(f"{self._root}/{former}"):', "if False:"),
+    Mutant("running/latecomers", " if not companion.shared]", "]"),
+    Mutant("running/latecomers", "                places.append(one)\n", "                pass\n"),
+    Mutant("running/patrol", "if 0 <= now_ns - changed_ns < FOLLOW_NS:", "if False:"),
+    Mutant("running/control", "        if record.id not in apart\n", ""),
+    Mutant("running/undoing", "if (stranger := _stranger(folders, record)) is not None:", "if (stranger := None):"),
     Mutant("running/rejects", "return record if gone is None or gone.id < record.id else None", "return record"),
     Mutant("running/rejects", "            self._journal.follow(record, refused)\n", "            pass\n"),
     Mutant("running/collection", "            self._site.close(dataset)\n", "            pass\n"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from sortd.journal import Journal, Selection
 from sortd.messages import Move, Outcome
 from sortd.mover import Mover
+from sortd.moving.listing import Listings, Names
 from sortd.moving.renaming import rename_new, stamp_of
 from sortd.running.filing import Answer, Filing
 
@@ -23,6 +24,20 @@ IMAGE_BYTES = 70_000
 def cannot_rename(*names: int | str) -> None:
     """Be a rename between file systems."""
     raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), *names[1:2])
+
+
+class OldListings(Listings):
+    """Listings from before the plot's files came into the destinations: the kernel alone refuses their names."""
+
+    def __init__(self, world: "World") -> None:
+        """Take the world whose standing files are not seen."""
+        super().__init__()
+        self._unseen = {str(world.root / path) for path in world.standing if not path.startswith("Images/")}
+
+    def names(self, folder: int) -> Names:
+        """Return the names in an open folder, but for those that stand there."""
+        path = os.readlink(f"/proc/self/fd/{folder}")
+        return Names(name for name in os.listdir(folder) if f"{path}/{name}" not in self._unseen)
 
 
 @dataclass(frozen=True)
@@ -43,8 +58,9 @@ class World:
     def filing(self, journal: Journal) -> Filing:
         """Return what moves files here."""
         mover = Mover(rename=cannot_rename if self.copies else rename_new)
+        listings = OldListings(self)
         # One thread: strace counts for each thread by itself, and the order of syncs would not be the same twice.
-        return Filing(self.root, journal, mover=mover, sync_threads=1)
+        return Filing(self.root, journal, mover=mover, sync_threads=1, listings=listings)
 
     def act(self) -> list[Answer]:
         """Do what the plot says; this is where faults strike."""
