@@ -81,6 +81,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "decoding.files": (EDGE, "images"),
     "decoding.formats": (EDGE, "images"),
     "decoding.pixels": (EDGE, "images"),
+    "decoding.png_chunks": (EDGE, "images"),
     "encoder": (EDGE, "encoder"),
     "encoding.models": (EDGE, "encoder"),
     "encoding.model_folders": (EDGE, "encoder"),
