@@ -45,6 +45,9 @@ __all__ = [
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3): RGB
 Jpeg = Literal["draft", "full"]
 
+DECODERS = 2
+"""Is raised when sortd decodes images that it refused before: those that it set aside are tried again then."""
+
 BYTES_OF_A_PIXEL = 4
 """What Pillow holds of a pixel that has colours."""
 
@@ -145,8 +148,8 @@ def load_decoders() -> list[str]:
 
 def upright_size(path: str, limits: Limits) -> tuple[int, int]:
     """Return width and height of an image as people see it, from its header; raises what ``decode`` would."""
-    with _file(path) as file, _opened(file, limits, "full") as image, _translated():
-        turn, (width, height) = _turn_of(image), image.size
+    with _file(path) as file, _opened(file, limits, "full") as opened, _translated(opened.format, limits):
+        turn, (width, height) = _turn_of(opened.image), opened.image.size
         return (height, width) if turn in _ON_ITS_SIDE else (width, height)
 
 

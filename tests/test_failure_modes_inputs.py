@@ -278,6 +278,18 @@ class TestPoison:
             picture("green", 1001).save(colours / "Images" / "a.png")
             daemon.wait_for("image.filed")
 
+    def test_an_image_over_a_limit_is_filed_once_the_limit_is_raised(self, colours: Path, write_config: Write) -> None:
+        """It went to Rejected/ for its pixels; the next start, with a higher limit, tries it there."""
+        picture("green", 1001, (100, 100)).save(colours / "Images" / "a.png")
+        with running(write_config(decoding="{max_pixels: 5000}")) as daemon:
+            assert "over the limit of 5,000; see decoding.max_pixels" in daemon.wait_for("image.rejected")["reason"]
+            assert daemon.stop() == 0
+        with running(write_config(decoding="{max_pixels: 10_000}")) as daemon:
+            daemon.wait_for("image.filed")
+            assert daemon.stop() == 0
+        assert list(tree(colours / "Dataset")) == ["green/a.png"]
+        assert not tree(colours / "Rejected")
+
     def test_hostile_images_harm_nobody(self, colours: Path, write_config: Write) -> None:
         """Hundreds of damaged images: each filed, set aside or left, the sound ones filed."""
         inbox = colours / "Images"

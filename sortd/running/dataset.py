@@ -6,7 +6,7 @@ carried out here or handed to the worker. Moves are gathered and filed as one gr
 
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic, time_ns
 
 from sortd.journal import Journal
@@ -81,8 +81,9 @@ class Dataset:
         last_generation: int,
         guard: GuardState,
         needs_marker: bool = True,
+        limits: Mapping[str, float] | None = None,
     ) -> None:
-        """Take the collaborators over; nothing is touched yet."""
+        """Take the collaborators over; nothing is touched yet. ``limits`` are those of decoding, see ``Rejects``."""
         self.identity = identity
         self.layout = layout
         self.name = layout.name
@@ -95,7 +96,7 @@ class Dataset:
         history = None if journal is None else journal.history
         self.outbox = Outbox(mover, self.account, history=history, root=layout.root)
         self._presence = Presence(layout, journal, needs_marker=needs_marker)
-        self._patrol = None if journal is None else Patrol(layout, journal, self.account.unreadable)
+        self._patrol = None if journal is None else Patrol(layout, journal, self.account.unreadable, limits=limits)
         self._commands: deque[Command] = deque()
         self._inspections: OrderedDict[str, None] = OrderedDict()
         self._missing: set[str] = set()
