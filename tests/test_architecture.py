@@ -13,6 +13,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     # floor 0: thought; knows no file, clock, thread, log or model
     "errors": (THOUGHT, "errors"),
     "mends": (THOUGHT, "mends"),
+    "deciding.steps": (THOUGHT, "prototypes"),
     "deciding.support": (THOUGHT, "prototypes"),
     "prototypes": (THOUGHT, "prototypes"),
     "messages": (THOUGHT, "messages"),
