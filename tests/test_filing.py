@@ -19,6 +19,7 @@ from sortd.journal import Journal, Selection
 from sortd.layout import Layout
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import Mover
+from sortd.moving import crossing as crossing_module
 from sortd.moving.renaming import look, rename_new, stamp_of
 from sortd.running.control import put_back
 from sortd.running.corrections import Correction, Corrections
@@ -599,6 +600,35 @@ class TestLateCompanions:
         assert filing.late_companion(film) is None
         filing.end(elsewhere(jobs))
         assert [(move.path, move.wanted) for move in filing.left_companions(str(path))] == [(film, "a.MOV")]
+
+
+class TestEqualNames:
+    """Cameras begin to count anew with every card."""
+
+    def test_many_equal_names_cost_two_attempts_each(
+        self, dataset: Dataset, filing: Filing, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On either side of a disk's border: the numbers that are taken are not tried again."""
+        attempts: list[str] = []
+
+        def noting(source: int, name: str, destination: int, final: str) -> None:
+            if final.startswith("a"):
+                attempts.append(final)
+            rename_new(source, name, destination, final)
+
+        monkeypatch.setattr(crossing_module, "rename_new", noting)
+        if filing._relocator._mover._rename is rename_new:
+            filing._relocator._mover._rename = noting
+        for number in range(40):
+            moved(filing, order(dataset.put(f"Images/{number}/a.jpg", str(number))))
+        assert dataset.tree() == {
+            "Dataset/cat/a.jpg": b"0",
+            **{f"Dataset/cat/a ({number + 1}).jpg": str(number).encode() for number in range(1, 40)},
+        }
+        assert len(attempts) <= 2 * 40
+        (dataset.root / "Dataset/cat/a.jpg").unlink()  # a name that is free again is taken first
+        moved(filing, order(dataset.put("Images/again/a.jpg", "again")))
+        assert dataset.tree()["Dataset/cat/a.jpg"] == b"again"
 
 
 class TestMended:
