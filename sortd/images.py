@@ -8,9 +8,10 @@ opaque image comes out bit for bit as from the image processors of transformers 
 import errno
 import importlib
 import os
+import re
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Literal
@@ -20,8 +21,9 @@ import numpy.typing as npt
 
 from sortd.decoding.endings import is_unfinished
 from sortd.decoding.files import open_file
-from sortd.decoding.formats import HEAD_BYTES, READABLE, SUFFIXES, Format, format_of, looks_like_image
+from sortd.decoding.formats import FORMATS, HEAD_BYTES, READABLE, SUFFIXES, Format, format_of, looks_like_image
 from sortd.decoding.pixels import fitted, least_side, opaque
+from sortd.decoding.png_chunks import picture_of
 from sortd.errors import CrowdedError, ImageError, NotAnImageError, TooLargeError, UnreadableError
 from sortd.messages import Preprocessing
 
@@ -43,10 +45,19 @@ __all__ = [
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3): RGB
 Jpeg = Literal["draft", "full"]
 
+DECODERS = 2
+"""Is raised when sortd decodes images that it refused before: those that it set aside are tried again then."""
+
 BYTES_OF_A_PIXEL = 4
 """What Pillow holds of a pixel that has colours."""
 
 _ORIENTATION = 0x0112
+
+_UNSUPPORTED = re.compile(
+    "unsupported|not (yet )?supported|unknown (?!data)|cannot handle|not implemented|no (codec|decod)|plugin|samples",
+    re.IGNORECASE,
+)
+"""What decoders say of an image that is not broken, but of a kind that they do not decode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +69,14 @@ class Limits:
     max_side: int = 40_000
     max_bytes: int = 500_000_000
 
-    @property
-    def memory_bytes(self) -> int:
-        """What decoding may take beside an idle process: a pixel takes 4 bytes, and a little is needed for the rest."""
-        return (BYTES_OF_A_PIXEL + 1) * self.max_pixels + 30_000_000
+    def memory_bytes(self, image_format: Format | None) -> int:
+        """Return what decoding may take beside an idle process, so that ``max_pixels`` pixels of the format fit.
+
+        Args:
+            image_format: None for the one that takes most.
+        """
+        asking = FORMATS if image_format is None else (image_format,)
+        return max(one.peak_bytes for one in asking) * self.max_pixels + 30_000_000
 
 
 def decode(
@@ -92,14 +107,15 @@ def decode(
         UnreadableError: no image, a broken one, or one that is not complete.
         OSError: with ``errno`` set: the disk could not be read. The image may be a good one.
     """
-    with _opened(file, limits, jpeg) as image, _translated():
-        pixels = _check_size(image, limits, preprocessing, jpeg)
+    with _opened(file, limits, jpeg) as opened, _translated(opened.format, limits):
+        image = opened.image
+        pixels = _check_size(opened, limits, preprocessing, jpeg)
         if room_pixels is not None and pixels > room_pixels:
             raise CrowdedError(pixels)
-        image.load()
+        loaded = _loaded(image)
         if image.format in {"JPEG", "MPO"} and image.mode == "CMYK" and "adobe" not in image.info:
-            image.info["jpeg_cmyk"] = "plain"  # Pillow takes every CMYK JPEG for Adobe's, which are inverted
-        upright = opaque(image, _turn_of(image), preprocessing)
+            loaded.info["jpeg_cmyk"] = "plain"  # Pillow takes every CMYK JPEG for Adobe's, which are inverted
+        upright = opaque(loaded, _turn_of(image), preprocessing)
         return np.array(fitted(upright, preprocessing).convert("RGB"))
 
 
@@ -111,14 +127,29 @@ def decode_file(path: str, preprocessing: Preprocessing, limits: Limits, *, jpeg
 
 def look_at_file(path: str, limits: Limits, *, jpeg: Jpeg = "draft") -> None:
     """Read an image's header alone; raises what ``decode`` would raise because of it."""
-    with _file(path) as file, _opened(file, limits, jpeg) as image, _translated():
-        _check_size(image, limits, Preprocessing(1, 1, 1), jpeg)
+    with _file(path) as file, _opened(file, limits, jpeg) as opened, _translated(opened.format, limits):
+        _check_size(opened, limits, Preprocessing(1, 1, 1), jpeg)
+
+
+def load_decoders() -> list[str]:
+    """Import the decoders of all formats, so that no image is the first that asks for one.
+
+    Returns:
+        For each format that cannot be decoded here, a sentence on it and on what to install.
+    """
+    missing = []
+    for image_format in FORMATS:
+        try:
+            _opener_of(image_format)
+        except NotAnImageError as error:
+            missing.append(str(error))
+    return missing
 
 
 def upright_size(path: str, limits: Limits) -> tuple[int, int]:
     """Return width and height of an image as people see it, from its header; raises what ``decode`` would."""
-    with _file(path) as file, _opened(file, limits, "full") as image, _translated():
-        turn, (width, height) = _turn_of(image), image.size
+    with _file(path) as file, _opened(file, limits, "full") as opened, _translated(opened.format, limits):
+        turn, (width, height) = _turn_of(opened.image), opened.image.size
         return (height, width) if turn in _ON_ITS_SIDE else (width, height)
 
 
@@ -139,8 +170,17 @@ def _file(path: str) -> Iterator[BinaryIO]:
         os.close(descriptor)
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An image whose header was read."""
+
+    image: "ImageFile"
+    format: Format
+    file_bytes: int
+
+
 @contextmanager
-def _opened(file: BinaryIO | int, limits: Limits, jpeg: Jpeg) -> Iterator["ImageFile"]:
+def _opened(file: BinaryIO | int, limits: Limits, jpeg: Jpeg) -> Iterator[_Opened]:
     """Open an image within the limits on bytes, by the one decoder that its beginning asks for."""
     with open(file if isinstance(file, int) else file.fileno(), "rb", closefd=False) as bytes_of_it:
         size = os.fstat(bytes_of_it.fileno()).st_size
@@ -150,32 +190,41 @@ def _opened(file: BinaryIO | int, limits: Limits, jpeg: Jpeg) -> Iterator["Image
         image_format = format_of(bytes_of_it.read(HEAD_BYTES))
         if image_format is None:
             raise UnreadableError(f"the content is no image that sortd reads: those are {READABLE}")
+        title = image_format.title
         if is_unfinished(bytes_of_it, image_format.name):
-            raise UnreadableError(f"the {image_format.name} data end in zeros: it was never written to its end")
-        _register(image_format)
-        bytes_of_it.seek(0)
+            raise UnreadableError(f"{title} is read, but this file is not complete: it was never written to its end")
+        opener = _opener_of(image_format)
+        content = picture_of(bytes_of_it) if image_format.name == "PNG" else bytes_of_it
+        content.seek(0)
         drafts = image_format.name == "JPEG" and jpeg == "draft"
         with _guarded(64 * limits.max_pixels if drafts else limits.max_pixels):
-            with _translated():
-                from PIL import Image
-
-                image = Image.open(bytes_of_it, formats=(image_format.name,))
+            with _translated(image_format, limits):
+                # Not by Image.open(), which says of any error in a header only that there was one.
+                image = opener(content, "")
             with image:
-                yield image
+                yield _Opened(image, image_format, size)
 
 
-def _register(image_format: Format) -> None:
+def _opener_of(image_format: Format) -> Callable[[BinaryIO, str], "ImageFile"]:
+    """Return what opens images of a format, with no threads: each of them takes address space by the gigabyte.
+
+    Raises:
+        NotAnImageError: there is none here.
+    """
     try:
         plugin = importlib.import_module(image_format.plugin)
     except ImportError as error:
-        raise NotAnImageError(f"{image_format.name} cannot be decoded here; {image_format.mend}") from error
-    if image_format.name == "HEIF":
-        plugin.register_heif_opener(thumbnails=False)
-        return
+        raise NotAnImageError(f"{image_format.title} cannot be decoded here; {image_format.mend}") from error
     from PIL import Image
 
+    if image_format.name == "HEIF":
+        plugin.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+    elif image_format.name == "AVIF":
+        vars(plugin)["DEFAULT_MAX_THREADS"] = 1
     if image_format.name not in Image.OPEN or not getattr(plugin, "SUPPORTED", True):
-        raise NotAnImageError(f"{image_format.name} cannot be decoded here; {image_format.mend}")
+        raise NotAnImageError(f"{image_format.title} cannot be decoded here; {image_format.mend}")
+    opener, _ = Image.OPEN[image_format.name]
+    return opener
 
 
 @contextmanager
@@ -195,10 +244,11 @@ def _guarded(max_pixels: int) -> Iterator[None]:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated(image_format: Format, limits: Limits) -> Iterator[None]:
     """Turn whatever a decoder raises over hostile bytes into the error of one image."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    title = image_format.title
     try:
         yield
     except ImageError:
@@ -206,23 +256,37 @@ def _translated() -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLargeError(f"it unpacks to too many pixels; see decoding.max_pixels ({error})") from error
     except MemoryError as error:
-        raise TooLargeError("decoding it takes more memory than a decoder may have; see decoding.max_pixels") from error
-    except UnidentifiedImageError as error:
-        raise UnreadableError("it begins like an image, but its header is broken") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise UnreadableError(f"it does not decode: {error}") from error
+        raise TooLargeError(_over_memory(image_format, limits)) from error
     except Exception as error:  # Pillow's decoders raise SyntaxError, KeyError, struct.error and more over broken bytes
-        raise UnreadableError(f"it does not decode: {type(error).__name__}: {error}") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        said = " ".join(f"{error}".split()) or type(error).__name__
+        if "memory" in said.lower():
+            raise TooLargeError(_over_memory(image_format, limits)) from error
+        if isinstance(error.__cause__ or error, KeyError):  # looked for among what Pillow can do
+            said = f"unknown value {said} in its header"
+        if _UNSUPPORTED.search(said):
+            raise UnreadableError(
+                f"{title} is read, but not this kind of {title} ({said}); save it in another way, for instance as PNG"
+            ) from error
+        raise UnreadableError(f"{title} is read, but this file is broken or not complete: {said}") from error
 
 
-def _check_size(image: "ImageFile", limits: Limits, preprocessing: Preprocessing, jpeg: Jpeg) -> int:
+def _over_memory(image_format: Format, limits: Limits) -> str:
+    megabytes = limits.memory_bytes(image_format) // 1_000_000
+    return (
+        f"decoding it takes more memory than the {megabytes:,} MB that one {image_format.title} may take here; "
+        "see decoding.max_pixels"
+    )
+
+
+def _check_size(opened: _Opened, limits: Limits, preprocessing: Preprocessing, jpeg: Jpeg) -> int:
     """Hold an image's sides and pixels against the limits, after JPEG's are chosen; return what it takes, in pixels.
 
     The coefficients of a progressive JPEG are all held until its last scan, at whatever scale it is decoded
     (libjpeg.txt, "Memory usage"), and some decoders hold the whole file.
     """
+    image = opened.image
     width, height = image.size
     if max(width, height) > limits.max_side:
         raise TooLargeError(
@@ -237,9 +301,26 @@ def _check_size(image: "ImageFile", limits: Limits, preprocessing: Preprocessing
         raise TooLargeError(
             f"{width:,} x {height:,} pixels are over the limit of {limits.max_pixels:,}; see decoding.max_pixels"
         )
-    held = width * height if "progressive" in image.info else pixels
-    file_size = 0 if image.fp is None else os.fstat(image.fp.fileno()).st_size
-    return min(max(held, file_size // BYTES_OF_A_PIXEL), limits.max_pixels)
+    held_bytes = 4 * width * height if "progressive" in image.info else opened.format.held_bytes * pixels
+    return min(max(held_bytes, opened.file_bytes) // BYTES_OF_A_PIXEL, limits.max_pixels)
+
+
+def _loaded(image: "ImageFile") -> "Image.Image":
+    """Load frame 0; of a WebP without libwebp's canvases beside it, which are twice as large as the image."""
+    from PIL import Image
+
+    decoder = getattr(image, "_decoder", None)
+    if image.format != "WEBP" or decoder is None:
+        image.load()
+        return image
+    frame = decoder.get_next()
+    del decoder
+    image._decoder = None  # type: ignore[attr-defined]  # noqa: SLF001 -- nothing public lets go of the canvases
+    if frame is None:
+        raise UnreadableError("WEBP is read, but this file is broken or not complete: its first frame does not decode")
+    if image.mode == "RGBA":
+        return Image.frombuffer("RGBA", image.size, frame[0], "raw", "RGBA", 0, 1)
+    return Image.frombytes("RGB", image.size, frame[0], "raw", "RGBX")
 
 
 _ON_ITS_SIDE = frozenset({2, 4, 5, 6})

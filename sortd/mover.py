@@ -5,7 +5,7 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -150,13 +150,40 @@ def _hash(file: int) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+class TakenNumbers:
+    """Remembers up to which number a name is taken, so that each of many equal names costs two attempts.
+
+    It only says where to begin: whether a name is free is found out by trying.
+    """
+
+    def __init__(self) -> None:
+        """Begin without any memory."""
+        self._next: dict[tuple[str, str], int] = {}
+
+    def attempts(self, relocation: Relocation) -> Iterator[int]:
+        """Yield the attempts to make, see ``final_names``: first without a number, then from the first free one on."""
+        yield 1
+        yield from range(self._next.get(_wanted(relocation), 2), MOST_ATTEMPTS)
+
+    def remember(self, relocation: Relocation, attempt: int) -> None:
+        """Note which attempt was the one that succeeded."""
+        if attempt > 1:
+            if len(self._next) >= _MOST_HINTS:
+                self._next.clear()
+            self._next[_wanted(relocation)] = attempt + 1
+
+
+def _wanted(relocation: Relocation) -> tuple[str, str]:
+    return relocation.destination, relocation.image.wanted
+
+
 class Mover:
-    """Puts relocations in their place; it remembers which numbers of a name are taken."""
+    """Puts relocations in their place."""
 
     def __init__(self, *, rename: Callable[[int, str, int, str], None] = rename_new) -> None:
-        """Begin without any memory."""
+        """Begin; nothing is known of which names are taken."""
         self._rename = rename
-        self._next: dict[tuple[str, str], int] = {}
+        self._numbers = TakenNumbers()
 
     def place(self, folders: Folders, relocation: Relocation) -> Relocation:
         """Rename every member into the destination folder; durable only once both folders are synced.
@@ -168,19 +195,16 @@ class Mover:
         """
         source, destination = folders.open(relocation.source), folders.make(relocation.destination)
         make_parts(source, destination, relocation)
-        key = (relocation.destination, relocation.image.wanted)
         is_taken = taken_names(folders, relocation)
-        attempt = 1
-        while attempt < MOST_ATTEMPTS:
+        for attempt in self._numbers.attempts(relocation):
             names = final_names(relocation, attempt)
             if not is_taken(names) and (placed := self._try_names(source, destination, relocation, names)) is not None:
-                self._remember(key, attempt)
+                self._numbers.remember(relocation, attempt)
                 for member, name in zip(relocation.members, names, strict=True):
                     folders.note_move(
                         relocation.source, member.name if member.leaves else "", relocation.destination, name
                     )
                 return replace(relocation, members=placed)
-            attempt = max(attempt + 1, self._next.get(key, 2))
         raise DestinationError(
             f"{relocation.destination}: no free name for {relocation.image.wanted!r} in {MOST_ATTEMPTS} attempts"
         )
@@ -221,12 +245,6 @@ class Mover:
                 self._rename(destination, final, folder, name)
             except FileExistsError as error:
                 raise ChangedError(f"{name}: its name was taken while it was moved") from error
-
-    def _remember(self, key: tuple[str, str], attempt: int) -> None:
-        if attempt > 1:
-            if len(self._next) >= _MOST_HINTS:
-                self._next.clear()
-            self._next[key] = attempt + 1
 
 
 def taken_names(folders: Folders, relocation: Relocation) -> Callable[[Sequence[str]], bool]:

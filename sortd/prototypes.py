@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sortd.deciding.blend import Blend, Library, fit_blends
+from sortd.deciding.blend import Blend, Library, blend_steps
 from sortd.deciding.calibration import Calibration, Evidence, calibrate_knowns, calibrate_strangers
-from sortd.deciding.confidence import balanced_weights, fit_temperature, log_softmax
+from sortd.deciding.confidence import balanced_weights, log_softmax, temperature_steps
 from sortd.deciding.decision import Abstained, Assigned, Decision, decide, scores
-from sortd.deciding.duplicates import merge_duplicates, unit
+from sortd.deciding.duplicates import merge_steps, unit
 from sortd.deciding.familiarity import Looks
 from sortd.deciding.gaussian import class_means
 from sortd.deciding.leaveoneout import background_distances, remoteness_left_out
-from sortd.deciding.plain import Plain, first_best, plain_held_out
+from sortd.deciding.plain import BLOCK, Plain, first_best, plain_held_out
 from sortd.deciding.prototype_set import PrototypeSet, Rule, Whitening
-from sortd.deciding.strangers import Strangers, leave_classes_out, nearest_cosines
+from sortd.deciding.steps import Steps, finish, parts
+from sortd.deciding.strangers import Strangers, nearest_cosine_steps, stranger_steps
 from sortd.deciding.support import Abstain, DecisionSettings, Mode, SupportSet
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "PrototypeSet",
     "SupportSet",
     "build",
+    "build_steps",
     "decide",
     "scores",
 ]
@@ -53,6 +55,11 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int) -
     Every rule is fitted, so that ``explain`` can say what each would have decided; only the mode of the settings is
     calibrated. It is a pure function: equal arguments give equal prototypes.
     """
+    return finish(build_steps(support, settings, generation=generation))
+
+
+def build_steps(support: SupportSet, settings: DecisionSettings, *, generation: int) -> Steps[PrototypeSet]:
+    """Take the steps to ``build``, which takes many seconds where there are a thousand classes."""
     order = np.argsort(support.classes, kind="stable")
     references, classes = support.embeddings[order], support.classes[order]
     counts = np.bincount(classes, minlength=len(support.labels)).astype(np.int64)
@@ -60,8 +67,9 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int) -
     matrix = unit(means)
     if support.text is not None:
         matrix[counts == 0] = support.text[counts == 0]
-    library = _library(support, references, classes)
-    blends = fit_blends(library) if len(references) else None
+    yield
+    library = yield from _library(support, references, classes)
+    blends = (yield from blend_steps(library)) if len(references) else None
     prototypes = PrototypeSet(
         labels=support.labels,
         matrix=matrix.astype(np.float32),
@@ -83,6 +91,7 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int) -
         confidence = settings.abstain.precision if settings.abstain is not None else 0.0
         return replace(prototypes, calibration=Calibration(confidence=confidence))
     best, mixed = blends
+    yield
     best_rule = _rule(best)
     prototypes = replace(
         prototypes,
@@ -90,11 +99,12 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int) -
         best=best_rule,
         mixed=best_rule if mixed is best else _rule(mixed),
     )
-    return _calibrate(prototypes, library, mixed if settings.mode is Mode.MIXED else best)
+    yield
+    return (yield from _calibrate(prototypes, library, mixed if settings.mode is Mode.MIXED else best))
 
 
-def _library(support: SupportSet, references: FloatArray, classes: IntArray) -> Library:
-    merged = merge_duplicates(unit(references.astype(np.float64)), classes)
+def _library(support: SupportSet, references: FloatArray, classes: IntArray) -> Steps[Library]:
+    merged = yield from merge_steps(unit(references.astype(np.float64)), classes)
     return Library(
         rows=merged.rows,
         classes=merged.classes,
@@ -137,13 +147,13 @@ def _rule(blend: Blend) -> Rule:
     )
 
 
-def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend) -> PrototypeSet:
+def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend) -> Steps[PrototypeSet]:
     """Return the prototypes with temperature, recall, gates and what the library can honour."""
     settings = prototypes.settings
     if settings.mode in {Mode.BEST, Mode.MIXED}:
-        evidence = _blend_evidence(library, blend)
+        evidence = yield from _blend_evidence(library, blend)
     else:
-        evidence, temperature = _plain_evidence(prototypes, library, blend)
+        evidence, temperature = yield from _plain_evidence(prototypes, library, blend)
         prototypes = replace(prototypes, temperature=temperature)
     own, right = evidence.own, evidence.best == evidence.own
     held = np.bincount(own, minlength=len(library.counts))
@@ -160,71 +170,82 @@ def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend) -> Prot
         calibration = Calibration(held_out=len(own), accuracy=accuracy, filed_expected=1.0, **facts)
         return replace(prototypes, calibration=calibration, recall=recall)
     null: Strangers | None = None
-    foreign = _foreign_cosines(library) if not right.any() else np.zeros(0)
+    foreign = (yield from _foreign_cosines(library)) if not right.any() else np.zeros(0)
     facts |= calibrate_knowns(evidence, settings.abstain, foreign)
     if settings.abstain.strangers != "auto":
-        null = leave_classes_out(library.rows, library.classes, library.counts)
+        null = yield from stranger_steps(library.rows, library.classes, library.counts)
         facts |= calibrate_strangers(null, settings.abstain.strangers, facts.get("notes", ()))
     return replace(prototypes, calibration=Calibration(**facts), recall=recall, null=null)
 
 
-def _blend_evidence(library: Library, blend: Blend) -> Evidence:
-    held = blend.held
-    probabilities = np.exp(log_softmax(blend.table))
-    best = first_best(blend.table) if len(held.own) else held.own
-    return Evidence(
-        own=held.own,
-        best=best,
-        confidence=probabilities[np.arange(len(best)), best],
-        looks=_looks(library, blend, best, with_typicality=True),
-        classes=len(library.counts),
-    )
+def _blend_evidence(library: Library, blend: Blend) -> Steps[Evidence]:
+    own = blend.held.own
+    best, confidence = yield from _surest(blend.table, 1.0)
+    looks = yield from _looks(library, blend, best, with_typicality=True)
+    return Evidence(own, best, confidence, looks, classes=len(library.counts))
 
 
-def _looks(library: Library, blend: Blend, best: IntArray, *, with_typicality: bool) -> Looks:
+def _surest(table: Array, temperature: float) -> Steps[tuple[IntArray, Array]]:
+    """Take the steps to the best class of each row (R, C) and its probability."""
+    best, confidence = np.empty(len(table), np.int64), np.empty(len(table))
+    for part in parts(*table.shape):
+        best[part] = first_best(table[part])
+        probabilities = np.exp(log_softmax(temperature * table[part]))
+        confidence[part] = probabilities[np.arange(len(probabilities)), best[part]]
+        yield
+    return best, confidence
+
+
+def _looks(library: Library, blend: Blend, best: IntArray, *, with_typicality: bool) -> Steps[Looks]:
     """Return the looks of the held-out references beside their best class (R,); typicality is known of blends only."""
     rows, classes, chosen = library.rows, library.classes, blend.held.chosen
     if np.count_nonzero(library.counts) < 2 or not len(chosen):  # noqa: PLR2004 - no centre between classes
-        return Looks(nearest_cosines(rows[chosen], best, rows, classes, chosen), None, None)
+        return Looks((yield from nearest_cosine_steps(rows[chosen], best, rows, classes, chosen)), None, None)
     if blend.refitted is not None:
         background = blend.refitted.background
         cosine, remoteness = blend.refitted.cosine[np.arange(len(best)), best], blend.refitted.remoteness
     else:
         placed = blend.space.place(rows)
+        yield
         background = background_distances(blend.gaussian, placed, blend.held) if with_typicality else np.zeros(0)
-        cosine = nearest_cosines(placed[chosen], best, placed, classes, chosen)
+        yield
+        cosine = yield from nearest_cosine_steps(placed[chosen], best, placed, classes, chosen)
         remoteness = remoteness_left_out(rows, classes, library.counts, chosen)
     return Looks(cosine, background - blend.distances if with_typicality else None, remoteness)
 
 
-def _plain_evidence(prototypes: PrototypeSet, library: Library, blend: Blend) -> tuple[Evidence, float]:
+def _plain_evidence(prototypes: PrototypeSet, library: Library, blend: Blend) -> Steps[tuple[Evidence, float]]:
     chosen = blend.held.chosen
     own = library.classes[chosen]
     means = class_means(library.rows, library.classes, library.counts)
     plain = Plain(library.rows, library.classes, library.counts, means, library.text)
-    table = plain_held_out(prototypes.settings.mode, chosen, plain)
-    judged = bool(len(own)) and bool(np.isfinite(table).any())
+    table = np.empty((len(chosen), len(library.counts)))
+    for part in parts(len(chosen), len(library.rows), BLOCK):  # as ``max`` does by itself: rounded the same
+        table[part] = plain_held_out(prototypes.settings.mode, chosen[part], plain)
+        yield
     temperature = TYPICAL_TEMPERATURE
-    best = first_best(table) if judged else own
+    judged = bool(len(own)) and bool(np.isfinite(table).any())
     if judged:
         weights = balanced_weights(own, len(library.counts))
-        temperature, _ = fit_temperature(table, own, weights, typical=TYPICAL_TEMPERATURE, spread=TEMPERATURE_SPREAD)
-    probabilities = np.exp(log_softmax(temperature * table))
-    evidence = Evidence(
-        own=own,
-        best=best,
-        confidence=probabilities[np.arange(len(best)), best],
-        looks=_looks(library, blend, best, with_typicality=False),
-        classes=len(library.counts),
-    )
-    return evidence, temperature
+        temperature, _ = yield from temperature_steps(
+            table, own, weights, typical=TYPICAL_TEMPERATURE, spread=TEMPERATURE_SPREAD
+        )
+    best, confidence = yield from _surest(table, temperature)
+    if not judged:
+        best = own
+    looks = yield from _looks(library, blend, best, with_typicality=False)
+    return Evidence(own, best, confidence, looks, classes=len(library.counts)), temperature
 
 
-def _foreign_cosines(library: Library) -> Array:
+def _foreign_cosines(library: Library) -> Steps[Array]:
     """Return (S,) cosine of references to the nearest one of another class."""
     sample = np.unique(np.linspace(0, len(library.rows) - 1, FOREIGN_SAMPLE).astype(np.int64))
     if np.count_nonzero(library.counts) < 2:  # noqa: PLR2004 - no other class
         return np.zeros(0)
-    similarities = library.rows[sample] @ library.rows.T
-    similarities[library.classes[sample][:, None] == library.classes] = -1.0
-    return np.asarray(similarities.max(axis=1), dtype=np.float64)
+    nearest = np.empty(len(sample))
+    for part in parts(len(sample), len(library.rows)):
+        similarities = library.rows[sample[part]] @ library.rows.T
+        similarities[library.classes[sample[part]][:, None] == library.classes] = -1.0
+        nearest[part] = similarities.max(axis=1)
+        yield
+    return nearest

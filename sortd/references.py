@@ -12,9 +12,10 @@ import numpy as np
 
 from sortd import mends
 from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
+from sortd.deciding.steps import finish
 from sortd.decoding.files import OUR_OWN_TROUBLE, read_regular
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
-from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build
+from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build_steps
 from sortd.running.embedding import Embedder
 from sortd.watching.scanning import scan, stamp
 
@@ -92,8 +93,12 @@ def read_descriptions(folder: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def class_folders(clases: Path, *, report: Callable[[OSError], None]) -> tuple[list[ClassFolder], list[str]]:
+def class_folders(
+    clases: Path, *, report: Callable[[OSError], None], between: Callable[[], None] = lambda: None
+) -> tuple[list[ClassFolder], list[str]]:
     """List the classes of a dataset, sorted by name, and the folder names that cannot be classes.
+
+    ``between`` is called after each class.
 
     Raises:
         ReferencesAbsentError: ``Clases/`` is missing or cannot be listed.
@@ -103,6 +108,7 @@ def class_folders(clases: Path, *, report: Callable[[OSError], None]) -> tuple[l
     for entry in entries:
         files = tuple((p, s) for p, s in scan(entry.path, report=report) if not p.endswith("/" + DESCRIPTIONS_FILE))
         folders.append(_described(entry, tuple(sorted(files))))
+        between()
     return folders, misnamed
 
 
@@ -170,7 +176,7 @@ class References:
         Raises:
             ReferencesAbsentError: there is no class folder to learn from.
         """
-        folders, misnamed = self._folders()
+        folders, misnamed = self._folders(embedder.give_way)
         forwards = embedder.forwards
         corrections = _standing(teaching.corrections)
         answers = self._embed(embedder, folders, corrections)
@@ -183,7 +189,8 @@ class References:
         if previous is not None and previous.fingerprint == fingerprint:
             return Rebuilt(previous, refused, emptied, tuple(misnamed), changed=False, references=counts)
         support = self._support(embedder, rows, contents, folders, teaching, fingerprint)
-        prototypes = build(support, teaching.settings, generation=generation)
+        steps = build_steps(support, teaching.settings, generation=generation)
+        prototypes = finish(steps, between=embedder.give_way)
         encoded = embedder.forwards - forwards
         return Rebuilt(prototypes, refused, emptied, tuple(misnamed), encoded=encoded, references=counts)
 
@@ -197,16 +204,16 @@ class References:
         Raises:
             ReferencesAbsentError: there is no class folder to learn from.
         """
-        folders, _ = self._folders()
+        folders, _ = self._folders(embedder.give_way)
         corrections = _standing(teaching.corrections)
         answers = self._embed(embedder, folders, corrections, tell)
         rows, contents, refused = self._sorted_out(folders, corrections, answers)
         fingerprint = self._fingerprint(contents, folders, teaching, embedder.encoder.encoder_id)
         return self._support(embedder, rows, contents, folders, teaching, fingerprint), refused
 
-    def _folders(self) -> tuple[list[ClassFolder], list[str]]:
+    def _folders(self, between: Callable[[], None]) -> tuple[list[ClassFolder], list[str]]:
         unreadable: list[OSError] = []
-        folders, misnamed = class_folders(self._clases, report=unreadable.append)
+        folders, misnamed = class_folders(self._clases, report=unreadable.append, between=between)
         if unreadable:
             error = unreadable[0]
             if error.errno in OUR_OWN_TROUBLE:

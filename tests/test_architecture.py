@@ -13,6 +13,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     # floor 0: thought; knows no file, clock, thread, log or model
     "errors": (THOUGHT, "errors"),
     "mends": (THOUGHT, "mends"),
+    "deciding.steps": (THOUGHT, "prototypes"),
     "deciding.support": (THOUGHT, "prototypes"),
     "prototypes": (THOUGHT, "prototypes"),
     "messages": (THOUGHT, "messages"),
@@ -82,6 +83,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "decoding.files": (EDGE, "images"),
     "decoding.formats": (EDGE, "images"),
     "decoding.pixels": (EDGE, "images"),
+    "decoding.png_chunks": (EDGE, "images"),
     "encoder": (EDGE, "encoder"),
     "encoding.models": (EDGE, "encoder"),
     "encoding.model_folders": (EDGE, "encoder"),

@@ -14,7 +14,7 @@ from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.commands.check import check, check_site
 from sortd.commands.check_calibration import calibration_findings
 from sortd.commands.check_disks import clock_findings, file_system_findings, watching_findings
-from sortd.commands.check_running import lock_holder
+from sortd.commands.check_running import decoder_findings, lock_holder
 from sortd.commands.examination import examine
 from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, load
@@ -71,6 +71,21 @@ def about(findings: Findings, topic: Topic, *words: str, severity: Severity | No
 def bad(findings: Findings) -> Findings:
     """Return what is worse than a note, but for the model, which a checkout may not have yet."""
     return [one for one in findings if one.severity is not Severity.NOTE and one.topic is not Topic.MODEL]
+
+
+class TestDecoders:
+    """Whether every format that sortd reads can be decoded here."""
+
+    def test_check_with_all_decoders_reports_nothing(self) -> None:
+        """All of them come with sortd."""
+        assert list(decoder_findings()) == []
+
+    def test_check_without_a_decoder_reports_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Photos that nothing can decode would stay in Images/ with no more than a line of the log."""
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)  # imports of it fail from now on
+        (finding,) = decoder_findings()
+        assert (finding.severity, finding.mend) == (Severity.ERROR, "install its decoder: pip install pillow-heif")
+        assert "HEIC cannot be decoded here" in finding.what
 
 
 class TestWhole:

@@ -3,20 +3,22 @@
 import os
 import signal
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
 from sortd.decoding.decoder_process import ROOM_UNASKED_PIXELS
 from sortd.decoding.decoders import Batch, DecodedImage, DecoderPool
+from sortd.decoding.formats import FORMATS
 from sortd.errors import CrowdedError
 from sortd.images import Limits, decode, decode_file
 from sortd.messages import ImageRefused, Preprocessing, Refusal
-from tests.bombs import one_bit_png, saved
-from tests.test_decoders import open_files, photo, stamped, warmed, while_stopped
+from tests.bombs import one_bit_png, png, saved
+from tests.test_decoders import memory_kb, open_files, photo, stamped, warmed, while_stopped
 
 SMALL = Preprocessing(64, 64, 64)
 WIDTH, HEIGHT = 3000, 2000
@@ -159,3 +161,96 @@ class TestWhatAnImageTakes:
         """A progressive JPEG over the limit on pixels, which its scale brings below it, gets all the room."""
         jpeg = saved(Image.new("L", (9000, 7000)), "JPEG", progressive=True)
         assert self.room_of(jpeg, tmp_path) == Limits().max_pixels
+
+
+def heif(image: Image.Image, **options: object) -> bytes:
+    """Encode an image as HEIC."""
+    pillow_heif.register_heif_opener()
+    return saved(image, "HEIF", enc_params={"preset": "ultrafast"}, **options)
+
+
+SIDE = 1500
+OVERHEAD_KB = 12_000
+"""What decoding takes beside what the pixels take."""
+SMOOTH = Image.merge("RGB", [Image.linear_gradient("L").resize((SIDE, SIDE)).rotate(90 * turn) for turn in range(3)])
+INKED, CLEAR = SMOOTH.convert("CMYK"), SMOOTH.convert("RGBA")
+CLEAR.putalpha(Image.radial_gradient("L").resize((SIDE, SIDE)))
+DEEP = Image.fromarray(np.add.outer(np.arange(SIDE), np.arange(SIDE)).astype(np.uint16) * 30)
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+KINDS: dict[str, Callable[[], bytes]] = {
+    "JPEG": lambda: saved(SMOOTH, "JPEG"),
+    "JPEG, progressive": lambda: saved(SMOOTH, "JPEG", progressive=True, subsampling=0),
+    "JPEG, inked, progressive, turned": lambda: saved(INKED, "JPEG", progressive=True, exif=TURNED.tobytes()),
+    "PNG": lambda: saved(SMOOTH, "PNG"),
+    "PNG, transparent, turned": lambda: saved(CLEAR, "PNG", exif=TURNED.tobytes()),
+    "PNG, palette, transparent": lambda: saved(SMOOTH.convert("P"), "PNG", transparency=0),
+    "PNG, 16 bits": lambda: saved(DEEP, "PNG"),
+    "PNG, 16 bits a channel": lambda: png(SIDE, SIDE, depth=16, channels=4),
+    "GIF": lambda: saved(SMOOTH, "GIF"),
+    "GIF, transparent": lambda: saved(SMOOTH.convert("P"), "GIF", transparency=0),
+    "BMP": lambda: saved(SMOOTH, "BMP"),
+    "BMP, transparent": lambda: saved(CLEAR, "BMP"),
+    "TIFF": lambda: saved(SMOOTH, "TIFF"),
+    "TIFF, packed, inked, turned": lambda: saved(INKED, "TIFF", compression="tiff_lzw", exif=TURNED.tobytes()),
+    "TIFF, in one strip": lambda: saved(CLEAR, "TIFF", compression="tiff_deflate", tiffinfo={278: SIDE}),
+    "TIFF, 16 bits": lambda: saved(DEEP, "TIFF", compression="tiff_lzw"),
+    "TIFF, floats": lambda: saved(Image.fromarray(np.asarray(DEEP).astype(np.float32)), "TIFF"),
+    "WEBP": lambda: saved(SMOOTH, "WEBP"),
+    "WEBP, lossless": lambda: saved(SMOOTH, "WEBP", lossless=True, method=0),
+    "WEBP, transparent, turned": lambda: saved(CLEAR, "WEBP", exif=TURNED.tobytes()),
+    "WEBP, animated": lambda: saved(SMOOTH, "WEBP", save_all=True, append_images=[CLEAR]),
+    "AVIF": lambda: saved(SMOOTH, "AVIF", speed=10),
+    "AVIF, 4:4:4, transparent": lambda: saved(CLEAR, "AVIF", speed=10, subsampling="4:4:4", exif=TURNED.tobytes()),
+    "AVIF, animated": lambda: saved(SMOOTH, "AVIF", speed=10, save_all=True, append_images=[CLEAR]),
+    "HEIC": lambda: heif(SMOOTH),
+    "HEIC, 4:4:4, transparent, turned": lambda: heif(CLEAR, chroma=444, exif=TURNED.tobytes()),
+    "HEIC, tiles": lambda: heif(SMOOTH, tile_size=256),
+    "HEIC, 10 bits": lambda: heif(DEEP),
+}
+
+
+@pytest.fixture(scope="module")
+def exact() -> Iterator[DecoderPool]:
+    """A process that decodes images of two megapixels, and none that is larger; every pixel of a JPEG."""
+    with DecoderPool(1, SMALL, Limits(max_pixels=SIDE * SIDE), timeout_seconds=60, jpeg="full") as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_of_max_pixels_fits_into_the_memory(exact: DecoderPool, tmp_path: Path, kind: str) -> None:
+    """What the limit on pixels allows, the limit on memory allows too, in every format and kind."""
+    path = tmp_path / "image"
+    path.write_bytes(KINDS[kind]())
+    (process_id,) = warmed(exact, tmp_path)
+    Path(f"/proc/{process_id}/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew, see proc(5)
+    idle = memory_kb(process_id, "VmRSS")
+    (answer,) = exact.decode_all(stamped(path))
+    assert isinstance(answer, DecodedImage), answer
+    allowed = next(one.peak_bytes for one in FORMATS if one.title == kind.split(",", maxsplit=1)[0])
+    assert memory_kb(process_id, "VmHWM") - idle < allowed * SIDE * SIDE / 1024 + OVERHEAD_KB
+    assert np.array_equal(answer.pixels, decode_file(os.fspath(path), SMALL, Limits(), jpeg="full"))
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF"])
+def test_decode_of_more_than_max_pixels_names_the_limit(exact: DecoderPool, tmp_path: Path, image_format: str) -> None:
+    """One row more is refused before anything is decoded, whatever the decoder would have said of it."""
+    larger = SMOOTH.resize((SIDE, SIDE + 2))
+    path = tmp_path / "image"
+    path.write_bytes(heif(larger) if image_format == "HEIF" else saved(larger, image_format))
+    (answer,) = exact.decode_all(stamped(path))
+    assert isinstance(answer, ImageRefused)
+    assert answer.refusal is Refusal.TOO_LARGE
+    assert "over the limit of 2,250,000; see decoding.max_pixels" in answer.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF"])
+def test_decode_of_the_default_max_pixels_fits_into_the_memory(tmp_path: Path, image_format: str) -> None:
+    """The photos of today's cameras, of 48 megapixels, are decoded with the limits that nobody changed."""
+    large = SMOOTH.resize((8000, 6000))
+    path = tmp_path / "image"
+    path.write_bytes(heif(large) if image_format == "HEIF" else saved(large, image_format))
+    with DecoderPool(1, SMALL, Limits(), timeout_seconds=60, jpeg="full") as pool:
+        (answer,) = pool.decode_all(stamped(path))
+    assert isinstance(answer, DecodedImage), answer

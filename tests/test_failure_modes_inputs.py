@@ -10,12 +10,14 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
+import pillow_heif
 import pytest
 from PIL import Image
 
 from tests.bombs import write_hostile_files
 from tests.daemon_process import COLOURS, picture, running, tree
 
+pillow_heif.register_heif_opener()
 Write = Callable[..., Path]
 
 
@@ -53,7 +55,7 @@ class TestKindsOfImages:
     """Whatever an image is made of, it is decided by what a person sees in it."""
 
     def test_every_mode_is_seen_in_its_colour(self, colours: Path, write_config: Write) -> None:
-        """Palette, transparent palette, alpha, CMYK and large or tiny pictures: each in the class of its colour."""
+        """Palette, alpha, CMYK, a telephone's HEIC and motion photo, large or tiny: each in the class of its colour."""
         inbox = colours / "Images"
         transparent = picture("red", 7).convert("P")
         transparent.info["transparency"] = 255
@@ -63,6 +65,10 @@ class TestKindsOfImages:
             "transparency.png": ("red", encoded(transparent, "PNG")),
             "alpha.png": ("blue", encoded(picture("blue", 1003).convert("RGBA"), "PNG")),
             "alpha.webp": ("green", encoded(picture("green", 1004).convert("RGBA"), "WEBP", lossless=True)),
+            "photo.HEIC": ("green", encoded(picture("green", 1008), "HEIF")),
+            "burst named.png": ("blue", encoded(picture("blue", 1009), "HEIF", tile_size=64)),
+            "photo.avif": ("red", encoded(picture("red", 1010), "AVIF")),
+            "motion.MP.jpg": ("blue", encoded(picture("blue", 1011), "JPEG", quality=95) + b"film" + bytes(4000)),
             "cmyk.jpg": ("red", encoded(picture("red", 1005).convert("CMYK"), "JPEG", quality=95)),
             "cmyk.tif": ("blue", encoded(picture("blue", 1006).convert("CMYK"), "TIFF")),
             "plain.bmp": ("green", encoded(picture("green", 1007), "BMP")),
@@ -139,22 +145,15 @@ class TestNames:
             daemon.wait_for("image.filed", count=len(dropped))
         assert tree(colours / "Dataset" / "green") == dropped
 
-    def test_a_format_that_cannot_be_decoded_here_is_left_with_what_to_install(
+    def test_a_broken_heic_is_set_aside_with_its_reason_whatever_its_name(
         self, colours: Path, write_config: Write
     ) -> None:
-        """A HEIC photo named .png: known by content, and not set aside as broken where only a decoder is missing."""
-        try:
-            import pillow_heif  # noqa: F401 -- where it is installed there is nothing to be left
-        except ImportError:
-            pass
-        else:
-            pytest.skip("HEIC can be decoded here")
+        """A broken HEIC photo named .png: known by content, and told that HEIC is read and the file is broken."""
         heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(2000)
         with running(write_config()) as daemon:
             (colours / "Images" / "IMG_0001.png").write_bytes(heic)
-            line = daemon.wait_for("image.left")
-            assert "HEIF cannot be decoded here" in line["reason"]
-        assert tree(colours / "Images") == {"IMG_0001.png": heic}
+            assert "HEIC is read, but this file is broken" in daemon.wait_for("image.rejected")["reason"]
+        assert tree(colours / "Rejected")["IMG_0001.png"] == heic
 
     def test_suffixes_are_read_in_any_case(self, colours: Path, write_config: Write) -> None:
         """Cameras write DSC_0001.JPG."""
@@ -278,6 +277,18 @@ class TestPoison:
             assert "too_large" in daemon.wait_for("image.rejected")["reason"]
             picture("green", 1001).save(colours / "Images" / "a.png")
             daemon.wait_for("image.filed")
+
+    def test_an_image_over_a_limit_is_filed_once_the_limit_is_raised(self, colours: Path, write_config: Write) -> None:
+        """It went to Rejected/ for its pixels; the next start, with a higher limit, tries it there."""
+        picture("green", 1001, (100, 100)).save(colours / "Images" / "a.png")
+        with running(write_config(decoding="{max_pixels: 5000}")) as daemon:
+            assert "over the limit of 5,000; see decoding.max_pixels" in daemon.wait_for("image.rejected")["reason"]
+            assert daemon.stop() == 0
+        with running(write_config(decoding="{max_pixels: 10_000}")) as daemon:
+            daemon.wait_for("image.filed")
+            assert daemon.stop() == 0
+        assert list(tree(colours / "Dataset")) == ["green/a.png"]
+        assert not tree(colours / "Rejected")
 
     def test_hostile_images_harm_nobody(self, colours: Path, write_config: Write) -> None:
         """Hundreds of damaged images: each filed, set aside or left, the sound ones filed."""

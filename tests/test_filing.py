@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,14 @@ from sortd.journal import Journal, Selection
 from sortd.layout import Layout
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import Mover
+from sortd.moving import crossing as crossing_module
 from sortd.moving.renaming import look, rename_new, stamp_of
 from sortd.running.control import put_back
 from sortd.running.corrections import Correction, Corrections
 from sortd.running.crossings import MOST_HANDED_OVER
 from sortd.running.filing import Filing
 from sortd.running.latecomers import LATE_SECONDS, Latecomers
-from sortd.running.rejects import Rejects
+from sortd.running.rejects import LIMITS_FACT, Rejects
 from sortd.running.relocating import Job, Order, Submit
 from sortd.running.undoing import PutBack
 from tests.filing_world import Dataset, done, failure, moved, order
@@ -696,6 +698,35 @@ class TestLateCompanions:
         assert [(move.path, move.wanted) for move in filing.left_companions(str(path))] == [(film, "a.MOV")]
 
 
+class TestEqualNames:
+    """Cameras begin to count anew with every card."""
+
+    def test_many_equal_names_cost_two_attempts_each(
+        self, dataset: Dataset, filing: Filing, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On either side of a disk's border: the numbers that are taken are not tried again."""
+        attempts: list[str] = []
+
+        def noting(source: int, name: str, destination: int, final: str) -> None:
+            if final.startswith("a"):
+                attempts.append(final)
+            rename_new(source, name, destination, final)
+
+        monkeypatch.setattr(crossing_module, "rename_new", noting)
+        if filing._relocator._mover._rename is rename_new:
+            filing._relocator._mover._rename = noting
+        for number in range(40):
+            moved(filing, order(dataset.put(f"Images/{number}/a.jpg", str(number))))
+        assert dataset.tree() == {
+            "Dataset/cat/a.jpg": b"0",
+            **{f"Dataset/cat/a ({number + 1}).jpg": str(number).encode() for number in range(1, 40)},
+        }
+        assert len(attempts) <= 2 * 40
+        (dataset.root / "Dataset/cat/a.jpg").unlink()  # a name that is free again is taken first
+        moved(filing, order(dataset.put("Images/again/a.jpg", "again")))
+        assert dataset.tree()["Dataset/cat/a.jpg"] == b"again"
+
+
 class TestMended:
     """Rejected images that somebody mends are filed from where they lie."""
 
@@ -726,6 +757,57 @@ class TestMended:
         assert rejects.look(str(path)) is None
         (told,) = filing.undo(done(journal))
         assert told.restored == f"{dataset.root}/Images/a.jpg"
+
+    @pytest.mark.parametrize(
+        ("raised", "tried"),
+        [
+            ({}, set()),
+            ({"max_pixels": 2_000}, {"large.jpg"}),
+            ({"timeout_seconds": 9}, {"slow.jpg"}),
+            ({"decoders": 2}, {"large.jpg", "slow.jpg", "broken.jpg"}),
+            ({"max_pixels": 10}, set()),
+        ],
+        ids=["nothing", "pixels", "time", "decoders", "lowered"],
+    )
+    def test_scan_after_a_limit_was_raised_tries_what_it_refused_once(
+        self, dataset: Dataset, journal: Journal, filing: Filing, raised: dict[str, float], tried: set[str]
+    ) -> None:
+        """Images that were refused for it are tried as they are, again after a crash, and no more once answered."""
+        limits = {"max_pixels": 1_000, "timeout_seconds": 5, "decoders": 1}
+        Layout(dataset.root).make()
+        assert not any(Rejects(Layout(dataset.root), journal, limits).scan(10**18))
+        for name, reason in (("large", "too_large: 1"), ("slow", "poison: 2"), ("broken", "unreadable: 3")):
+            move = replace(order(dataset.put(f"Images/{name}.jpg", name), "Rejected", Outcome.REJECTED), reason=reason)
+            moved(filing, move)
+        dataset.put("Rejected/own.jpg", "the user's")
+
+        def again(rejects: Rejects) -> dict[str, Stamp]:
+            return dict(one for one in rejects.scan(10**18 + 10**12) if one is not None)
+
+        assert not again(Rejects(Layout(dataset.root), journal, limits))
+        found = again(Rejects(Layout(dataset.root), journal, limits | raised))
+        assert {Path(path).name for path in found} == tried
+        rejects = Rejects(Layout(dataset.root), journal, limits | raised)
+        assert again(rejects) == found  # nothing was answered before the crash
+        assert not again(rejects)
+        for path, stamp in found.items():
+            rejects.keep(path, stamp)
+        assert not again(rejects)
+        assert not again(Rejects(Layout(dataset.root), journal, limits | raised))
+        lowered = {**limits, "max_pixels": 1}
+        assert not again(Rejects(Layout(dataset.root), journal, lowered))
+        assert "large.jpg" in {Path(path).name for path in again(Rejects(Layout(dataset.root), journal, limits))}
+
+    def test_scan_by_limits_that_nobody_noted_tries_all_of_them(
+        self, dataset: Dataset, journal: Journal, filing: Filing
+    ) -> None:
+        """A journal of an older sortd, or one whose note is damaged, does not say by which limits it was refused."""
+        move = order(dataset.put("Images/a.jpg", "large"), "Rejected", Outcome.REJECTED)
+        moved(filing, replace(move, reason="too_large: 1"))
+        for noted in (None, "[", "[]", '{"max_pixels": "many"}'):
+            if noted is not None:
+                journal.note(LIMITS_FACT, noted)
+            assert any(Rejects(Layout(dataset.root), journal, {"max_pixels": 5}).scan(10**18))
 
     def test_what_sortd_did_not_set_aside_is_left_alone(
         self, dataset: Dataset, journal: Journal, filing: Filing

@@ -4,13 +4,15 @@ import contextlib
 import io
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
-from PIL import Image, ImageFile, ImageOps, features
+from PIL import Image, ImageFile, ImageOps
 
 from sortd.decoding.formats import HEAD_BYTES, format_of
 from sortd.errors import ImageError, NotAnImageError, TooLargeError, UnreadableError
@@ -21,7 +23,8 @@ SMALL = Preprocessing(32, 32, 32)
 LIMITS = Limits()
 ORIENTATION = 0x0112
 LOSSLESS = ("PNG", "BMP", "TIFF", "WEBP")
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "AVIF", "HEIF")
+pillow_heif.register_heif_opener()
 
 
 def picture(width: int = 96, height: int = 64, seed: int = 0) -> Image.Image:
@@ -96,17 +99,30 @@ class TestFormats:
             assert np.array_equal(first, decode(file.fileno(), SMALL, LIMITS))
             assert not file.closed
 
-    def test_heic_without_its_decoder_stays_and_says_what_to_install(self) -> None:
-        """A telephone's photos are not thrown among the broken ones for want of an extra."""
-        head = struct.pack(">I4s4sI8s", 24, b"ftyp", b"heic", 0, b"mif1heic")
-        try:
-            import pillow_heif  # noqa: F401
-        except ImportError:
-            with pytest.raises(NotAnImageError, match=r"sortd-images\[heic\]"):
-                decoded(head + bytes(100))
-        else:
-            with pytest.raises(UnreadableError):
-                decoded(head + bytes(100))
+    def test_decode_heic_without_its_decoder_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A telephone's photos are not set aside as broken where the installation is."""
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)  # imports of it fail from now on
+        with pytest.raises(NotAnImageError, match="pip install pillow-heif"):
+            decoded(encode(picture(), "HEIF"))
+
+    def test_decode_heic_of_several_images_shows_the_primary_one(self) -> None:
+        """A burst is the picture that its file calls the primary one, wherever it stands among the others."""
+        several = pillow_heif.HeifFile()
+        for colour in ("red", "green", "blue"):
+            several.add_from_pillow(Image.new("RGB", (64, 64), colour))
+        target = io.BytesIO()
+        several.save(target, primary_index=1, quality=90)
+        assert near(decoded(target.getvalue()), np.full((32, 32, 3), (0, 128, 0), np.uint8), 6)
+
+    @pytest.mark.parametrize("options", [{"tile_size": 256}, {"chroma": 444}, {"quality": -1}])
+    def test_decode_heic_kinds_show_their_picture(self, options: dict[str, object]) -> None:
+        """Tiles, as an iPhone writes them, full chroma and lossless."""
+        assert near(decoded(encode(picture(600, 400), "HEIF", **options)), expected(picture(600, 400)), 6)
+
+    @pytest.mark.parametrize("image_format", ["AVIF", "HEIF"])
+    def test_decode_transparent_shows_white(self, image_format: str) -> None:
+        """An alpha channel of its own is laid over white as any other."""
+        assert decoded(encode(Image.new("RGBA", (64, 64), (0, 0, 0, 0)), image_format)).min() > 250
 
     @pytest.mark.parametrize(
         ("name", "head", "is_image"),
@@ -115,6 +131,7 @@ class TestFormats:
             ("A.JPEG", b"not at all", True),
             ("a.Tiff", b"", True),
             ("a.HEIC", b"", True),
+            ("a.HIF", b"", True),
             ("camera", b"\xff\xd8\xff\xe0", True),
             ("scan.dat", b"\x89PNG\r\n\x1a\n", True),
             ("a.txt", b"hello", False),
@@ -243,7 +260,7 @@ class TestUpright:
     """EXIF says which side is up."""
 
     @pytest.mark.parametrize("orientation", range(1, 9))
-    @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+    @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"])
     def test_all_eight_orientations_come_out_upright(self, orientation: int, image_format: str) -> None:
         """Stored turned and tagged so, an image decodes as it was before."""
         turns = {
@@ -259,8 +276,8 @@ class TestUpright:
         stored = upright.transpose(turns[orientation]) if orientation > 1 else upright
         exif = Image.Exif()
         exif[ORIENTATION] = orientation
-        content = encode(stored, image_format, exif=exif)
-        assert near(decoded(content), expected(upright), 0 if image_format in LOSSLESS else 4)
+        content = encode(stored, image_format, exif=exif.tobytes())
+        assert near(decoded(content), expected(upright), 0 if image_format in LOSSLESS else 6)
 
     @pytest.mark.parametrize("value", [0, 9, 65535])
     def test_an_orientation_that_does_not_exist_turns_nothing(self, value: int) -> None:
@@ -356,16 +373,18 @@ class TestSize:
         assert np.array_equal(bilinear, np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)))
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """Return one chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png_bomb(width: int, height: int) -> bytes:
     """Write a PNG of that size, black, one bit a pixel, in a few kilobytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     packer, row = zlib.compressobj(9), bytes(1 + (width + 7) // 8)
     rows = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    signature = b"\x89PNG\r\n\x1a\n"
+    return signature + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")
 
 
 class TestLimits:
@@ -444,7 +463,7 @@ class TestBroken:
             with pytest.raises(UnreadableError):
                 decoded(content[:cut])
 
-    @pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "PNG", "GIF"])
+    @pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "PNG", "GIF", "AVIF", "HEIF"])
     def test_laid_out_in_full_and_filled_in_part_it_is_refused(self, image_format: str) -> None:
         """A download that was given its full length first is half zeros; libjpeg would paint them grey."""
         content = encode(picture(300, 300), image_format)
@@ -457,6 +476,21 @@ class TestBroken:
         """Some cameras fill the last block of their card."""
         content = encode(picture(), "JPEG")
         assert near(decoded(content + bytes(5000)), decoded(content), 0)
+
+    def test_decode_tiles_missing_at_the_end_is_refused(self) -> None:
+        """Libheif leaves out the tiles of a HEIC that are not there, and shows the others."""
+        content = encode(picture(900, 600), "HEIF", tile_size=256)
+        for kept in (0.5, 0.9, 0.99):
+            with pytest.raises(UnreadableError, match="HEIC is read, but this file is not complete"):
+                decoded(content[: int(len(content) * kept)])
+            with pytest.raises(UnreadableError, match="HEIC is read, but this file is not complete"):
+                decoded(content[: int(len(content) * kept)] + bytes(len(content) - int(len(content) * kept)))
+
+    def test_decode_broken_heic_is_told_so(self) -> None:
+        """It says that the format is read and the file is broken, and not what to install."""
+        head = struct.pack(">I4s4sI8s", 24, b"ftyp", b"heic", 0, b"mif1heic")
+        with pytest.raises(UnreadableError, match="HEIC is read, but this file is broken"):
+            decoded(head + bytes(100))
 
     def test_random_damage_never_escapes_as_another_error(self) -> None:
         """Whatever Pillow raises over bytes that were hit by chance, it is an error of that image."""
@@ -475,6 +509,157 @@ class TestBroken:
         """Nothing, text, zeros, and a beginning without an end."""
         with pytest.raises(UnreadableError):
             decoded(content)
+
+
+class TestSound:
+    """What is odd about a file, and not about its picture, does not matter."""
+
+    TRAILERS = (
+        b"more",
+        bytes(5000),
+        bytes(600) + b"SEFH" + bytes(600),
+        b"\0\0\0\x18ftypmp42\0\0\0\0isommp42" + bytes(range(256)) * 40 + bytes(4000),
+        b"\0\0\0\x10mpvd" + bytes(8),
+        b"\xff\xd8\xff\xe0 a second image that was cut" + bytes(700),
+    )
+    """What telephones and programs append: text, padding, a maker's trailer, films, a second image."""
+
+    @pytest.mark.parametrize("image_format", FORMATS)
+    @pytest.mark.parametrize("trailer", TRAILERS, ids=["text", "zeros", "maker", "film", "box", "image"])
+    def test_decode_with_a_trailer_ignores_it(self, image_format: str, trailer: bytes) -> None:
+        """A motion photo is a JPEG or HEIC with a film behind its end; some of these end in zeros."""
+        content = encode(picture(200, 150), image_format)
+        assert near(decoded(content + trailer), decoded(content), 0)
+
+    @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF"])
+    def test_decode_cut_before_a_trailer_of_zeros_is_refused(self, image_format: str) -> None:
+        """An end marker inside of a thumbnail or a text is not the end of the picture."""
+        with_preview = encode(picture(64, 64), "JPEG")
+        options = {"exif": b"Exif\0\0" + with_preview} if image_format == "JPEG" else {"comment": b"; ;"}
+        content = encode(picture(300, 200), image_format, **({} if image_format == "PNG" else options))
+        with pytest.raises(UnreadableError, match="not complete"):
+            decoded(content[: int(len(content) * 0.7)] + bytes(5000))
+
+    @pytest.mark.parametrize("colour", ["black", "white", "red"])
+    @pytest.mark.parametrize("quality", [20, 75, 100])
+    def test_decode_webp_with_one_colour_below_is_no_hole(self, colour: str, quality: int) -> None:
+        """A lossy WebP whose lower part is uniform ends in hundreds of zeros, and is whole."""
+        image = Image.new("RGB", (1000, 1000), colour)
+        image.paste(picture(1000, 500))
+        target = io.BytesIO()
+        image.save(target, "WEBP", quality=quality, method=0)
+        assert near(decoded(target.getvalue()), expected(image), 6)
+
+    @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"tEXt", b"iCCP", b"eXIf", b"prVt"])
+    def test_decode_png_with_a_wrong_checksum_drops_the_chunk(self, kind: bytes) -> None:
+        """An ancillary chunk that is damaged is not the picture."""
+        content = encode(picture(), "PNG")
+        damaged = png_chunk(kind, b"Comment\0\0" + zlib.compress(b"x"))[:-4] + b"\0\0\0\0"
+        assert near(decoded(content[:33] + damaged + content[33:]), expected(picture()), 0)
+
+    @pytest.mark.parametrize("behind", [True, False])
+    @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"tEXt", b"iCCP"])
+    def test_decode_png_with_a_long_text_drops_it(self, kind: bytes, *, behind: bool) -> None:
+        """Programs write megabytes of settings beside a picture, before or behind it."""
+        text = b"workflow\0" + {b"zTXt": b"\0", b"iTXt": b"\1\0\0\0", b"tEXt": b"", b"iCCP": b"\0"}[kind]
+        unpacked = b"{settings}" * 700_000
+        chunk = png_chunk(kind, text + (unpacked if kind == b"tEXt" else zlib.compress(unpacked)))
+        content = encode(picture(), "PNG")
+        at = -12 if behind else 33
+        assert near(decoded(content[:at] + chunk + content[at:]), expected(picture()), 0)
+
+    @pytest.mark.parametrize("kind", [b"IHDR", b"PLTE"])
+    def test_decode_png_with_a_wrong_checksum_of_the_picture_is_refused(self, kind: bytes) -> None:
+        """What the picture is made of must be right."""
+        content = bytearray(encode(picture().convert("P"), "PNG"))
+        at = content.index(kind)
+        content[at + 4 + int.from_bytes(content[at - 4 : at], "big")] ^= 0xFF
+        with pytest.raises(UnreadableError, match="checksum"):
+            decoded(bytes(content))
+
+    def test_decode_png_turned_by_a_text_is_upright(self) -> None:
+        """ImageMagick and Adobe write the orientation into texts."""
+        upright = picture(96, 64)
+        stored = upright.transpose(Image.Transpose.ROTATE_90)
+        xmp = b'XML:com.adobe.xmp\0\0\0\0\0<rdf tiff:Orientation="6"/>'
+        content = encode(stored, "PNG")
+        assert near(decoded(content[:33] + png_chunk(b"iTXt", xmp) + content[33:]), expected(upright), 0)
+
+    def test_decode_float_with_infinite_values_shows_the_others(self) -> None:
+        """A map of depths has places that are infinitely far away."""
+        values = np.full((64, 64), 0.75, np.float32)
+        values[:8, :8] = np.inf
+        assert np.median(decoded(encode(Image.fromarray(values), "TIFF"))) == 191
+
+
+class TestUnsupported:
+    """What is not broken, and of a kind that is not decoded, is not called broken."""
+
+    @staticmethod
+    def tiff(*tags: tuple[int, int]) -> bytes:
+        """Write a TIFF of 8 x 8 pixels, each 4 bytes in 3 channels, with these tags beside the usual ones."""
+        usual = {256: 8, 257: 8, 258: 32, 259: 1, 262: 2, 273: 8, 277: 3, 278: 8, 279: 768} | dict(tags)
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(usual.items()))
+        pixels = bytes(768)
+        directory = struct.pack("<H", len(usual)) + entries + bytes(4)
+        return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + directory
+
+    @staticmethod
+    def bmp(bits: int, compression: int) -> bytes:
+        """Write a BMP of 8 x 8 pixels of that kind."""
+        header = struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, bits, compression, 256, 0, 0, 0, 0)
+        return b"BM" + struct.pack("<IHHI", 54 + 256, 0, 0, 54) + header + bytes(256)
+
+    @pytest.mark.parametrize(
+        ("content", "title"),
+        [
+            (tiff((339, 3)), "TIFF"),
+            (tiff((258, 64), (277, 1), (262, 1), (339, 3)), "TIFF"),
+            (tiff((259, 34_887), (258, 8)), "TIFF"),
+            (tiff((259, 65_000), (258, 8)), "TIFF"),
+            (tiff((262, 32_803), (258, 16)), "TIFF"),
+            (tiff((258, 8), (277, 12)), "TIFF"),
+            (bmp(3, 0), "BMP"),
+            (bmp(24, 4), "BMP"),
+            (bmp(24, 9), "BMP"),
+        ],
+        ids=[
+            "float RGB",
+            "double",
+            "LERC",
+            "no such compression",
+            "colour filter",
+            "12 channels",
+            "3 bits",
+            "JPEG in BMP",
+            "9",
+        ],
+    )
+    def test_decode_a_kind_that_is_not_supported_says_so(self, content: bytes, title: str) -> None:
+        """The reason names the kind, and what can be done."""
+        with pytest.raises(UnreadableError, match=rf"{title} is read, but not this kind of {title} \(.+\); save it"):
+            decoded(content)
+
+    def test_decode_a_twelve_bit_jpeg_says_that_it_is_not_supported(self) -> None:
+        """Medical devices write them."""
+        content = bytearray(encode(picture(), "JPEG"))
+        content[content.index(b"\xff\xc0") + 4] = 12
+        with pytest.raises(UnreadableError, match="not this kind of JPEG"):
+            decoded(bytes(content))
+
+    def test_decode_another_codec_in_heif_says_that_it_is_not_supported(self) -> None:
+        """VVC, JPEG 2000 or uncompressed: the container is known, the codec is not."""
+        content = encode(picture(), "HEIF").replace(b"hvc1", b"vvc1").replace(b"hvcC", b"vvcC")
+        with pytest.raises(UnreadableError, match="not this kind of HEIC"):
+            decoded(content)
+
+    @pytest.mark.parametrize("image_format", FORMATS)
+    def test_decode_cut_is_not_called_unsupported(self, image_format: str) -> None:
+        """A broken file is broken."""
+        content = encode(picture(200, 150), image_format)
+        for cut in np.linspace(40, len(content) * 0.97, 20).astype(int):
+            with pytest.raises(UnreadableError, match=r"not complete|no image that sortd"):
+                decoded(content[:cut])
 
 
 class TestFiles:

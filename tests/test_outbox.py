@@ -14,6 +14,7 @@ from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailur
 from sortd.metrics import Metrics
 from sortd.mover import Mover
 from sortd.moving.relocation import Member, Relocation, Role
+from sortd.running import crossings
 from sortd.running.account import Account
 from sortd.running.crossings import MOST_GUESSES, MOST_HANDED_OVER, Crossings
 from sortd.running.filing import Filing
@@ -209,6 +210,66 @@ def test_two_copies_are_told_of() -> None:
         ("info", None),
         ("warning", "kept in Images too"),
     ]
+
+
+def between(folder: str, number: int, destination: str = "Dataset") -> Move:
+    """Return a move from a folder of Images/."""
+    path = f"/set/Images/{folder}/{number}.jpg"
+    return Move(path, Stamp(1, number, 3, 4), f"{destination}/cat", Outcome.FILED)
+
+
+def test_admit_after_a_finished_copy_looks_at_one_move_of_a_hundred_thousand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A camera dump waits for weeks: what one copy costs must not grow with what waits behind it."""
+    looked_at = 0
+    pair_of = crossings._pair
+
+    def counting(move: Move) -> tuple[str, str]:
+        nonlocal looked_at
+        looked_at += 1
+        return pair_of(move)
+
+    waiting = Crossings()
+    waiting.learn(between("a", 0), crossed=True)
+    monkeypatch.setattr(crossings, "_pair", counting)
+    moves = [between("a", number) for number in range(100_000)]
+    assert waiting.admit(moves, 0) == moves[:MOST_HANDED_OVER]
+    assert looked_at == len(moves)
+    for number in range(MOST_HANDED_OVER, MOST_HANDED_OVER + 100):
+        assert waiting.admit((), MOST_HANDED_OVER - 1) == [moves[number]]
+        waiting.learn(moves[number], crossed=True)
+        assert waiting.admit((), MOST_HANDED_OVER) == []
+    assert looked_at == len(moves) + 100
+    assert waiting.waiting == len(moves) - MOST_HANDED_OVER - 100
+
+
+def test_admit_of_several_pairs_of_disks_takes_turns() -> None:
+    """No pair waits for the other's last; a pair that turns out to be renamed waits for nothing any more."""
+    waiting = Crossings(most=4)
+    for folder in "ab":
+        waiting.learn(between(folder, 0), crossed=True)
+    first, second = ([between(folder, number) for number in range(6)] for folder in "ab")
+    other = between("c", 0)
+    assert waiting.admit([*first, *second, other], 0) == [other, first[0], second[0], first[1], second[1]]
+    assert waiting.admit((), 2) == [first[2], second[2]]
+    waiting.learn(second[0], crossed=False)
+    assert waiting.waiting == 6
+    assert waiting.admit((), 4) == second[3:]
+    assert waiting.admit((), 4) == []
+    assert list(waiting.give_up()) == first[3:]
+    assert waiting.waiting == 0
+    assert list(waiting.give_up()) == []
+
+
+def test_the_guesses_that_are_forgotten_leave_waiting_what_waits() -> None:
+    """To forget them all must not hand a hundred thousand copies over at once."""
+    waiting = Crossings(most=1)
+    waiting.learn(between("a", 0), crossed=True)
+    moves = [between("a", number) for number in range(3)]
+    assert waiting.admit(moves, 0) == moves[:1]
+    for number in range(MOST_GUESSES + 1):
+        waiting.learn(between(f"b{number}", 0), crossed=True)
+    assert waiting.admit((), 1) == []
+    assert waiting.admit((), 0) == moves[1:2]
 
 
 def test_the_guesses_about_folders_are_bounded() -> None:

@@ -1,13 +1,17 @@
 """Building prototypes and deciding: every library has an answer, and the answer is a good one."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from sortd.deciding import steps
 from sortd.deciding.decision import judge
+from sortd.deciding.duplicates import merge_duplicates
+from sortd.deciding.steps import finish, parts
 from sortd.prototypes import (
     Abstain,
     Abstained,
@@ -17,6 +21,7 @@ from sortd.prototypes import (
     PrototypeSet,
     SupportSet,
     build,
+    build_steps,
     decide,
     scores,
 )
@@ -34,12 +39,66 @@ def right_share(support: SupportSet, mode: Mode, queries: Array, labels: npt.Arr
     )
 
 
+def named(decision: Assigned | Abstained) -> tuple[str | None, str | None]:
+    """Return the class of a decision, and why it was not filed."""
+    return (decision.label, None) if isinstance(decision, Assigned) else (decision.best_label, decision.reason)
+
+
 def world(classes: int = 6, each: int = 6, **shape: float) -> tuple[SupportSet, Array, npt.NDArray[np.int64]]:
     """Return a support set of blobs, and queries with their classes."""
     blobs = Blobs(classes, **shape)  # type: ignore[arg-type]
     index = np.repeat(np.arange(classes), each)
     queries = np.repeat(np.arange(classes), 20)
     return support_set(blobs.draw(index), index), blobs.draw(queries), queries
+
+
+class TestSteps:
+    """A library of a thousand classes takes many seconds, in which its worker has something else to do."""
+
+    @pytest.mark.parametrize("mode", list(Mode))
+    @pytest.mark.parametrize("abstain", [None, Abstain(), Abstain(strangers=0.1)], ids=["off", "knowns", "strangers"])
+    def test_build_in_small_steps_makes_the_same_prototypes(
+        self, monkeypatch: pytest.MonkeyPatch, mode: Mode, abstain: Abstain | None
+    ) -> None:
+        """However small the steps are, nothing but the rounding of the last digit may differ."""
+        blobs = Blobs(20)
+        index = np.repeat(np.arange(20), 8)
+        text, text_mean = blobs.names(0.5)
+        support = support_set(blobs.draw(index), index, text=text, text_mean=text_mean)
+        settings = DecisionSettings(mode, abstain)
+        whole = build(support, settings, generation=3)
+        monkeypatch.setattr(steps, "CELLS", 400)
+        taken = 0
+
+        def count() -> None:
+            nonlocal taken
+            taken += 1
+
+        small = finish(build_steps(support, settings, generation=3), between=count)
+        assert taken > 7 * 4 * len(index) * 20 / 400  # the tables of seven weights of the names, four times each
+        for (name, array), other in zip(whole.to_arrays()[0].items(), small.to_arrays()[0].values(), strict=True):
+            assert np.allclose(array, other, rtol=1e-6, atol=1e-9, equal_nan=True), name
+        queries = blobs.draw(np.arange(20))
+        assert [named(one) for one in decide(whole, queries)] == [named(one) for one in decide(small, queries)]
+
+    def test_build_step_computes_no_more_than_some_cells(self) -> None:
+        """No table of many classes, or of many references in one class, is computed at a stretch."""
+        for rows, columns in ((4_000, 1_000), (20_000, 20_000), (3, 5_000_000), (0, 7), (7, 0)):
+            taken = list(parts(rows, columns))
+            assert [row for part in taken for row in range(rows)[part]] == list(range(rows))
+            assert all((part.stop - part.start) * columns <= max(steps.CELLS, columns) for part in taken)
+
+    def test_merge_of_many_references_in_a_class_holds_no_square_of_them(self) -> None:
+        """Twenty thousand photos in one folder would have taken three gigabytes."""
+        blobs = Blobs(1, width=8)
+        rows = blobs.draw(np.zeros(5_000, np.int64)).astype(np.float64)
+        tracemalloc.start()
+        try:
+            merge_duplicates(rows, np.zeros(5_000, np.int64))
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 5_000 * 5_000 * 8 / 4
 
 
 class TestEveryLibraryHasAnAnswer:

@@ -5,9 +5,10 @@ import os
 import queue
 import resource
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,14 +18,15 @@ import pytest
 from PIL import Image
 
 from sortd.cache import Cache
+from sortd.deciding.steps import Steps
 from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder
 from sortd.images import Limits
-from sortd.messages import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
-from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet
+from sortd.messages import DatasetId, Embedded, FloatArray, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
+from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet, build_steps
 from sortd.references import Teaching
 from sortd.running.classifiers import Classifiers
-from sortd.running.embedding import Embedder
+from sortd.running.embedding import TEXTS_AT_ONCE, Embedder
 from sortd.running.worker import (
     Answer,
     EmbedJob,
@@ -158,6 +160,78 @@ def test_a_rebuild_does_not_hold_up_the_images_of_another_dataset(tmp_path: Path
         assert len(heard.paths("other")) == 4
         (built,) = [answer for answer in heard.answers if answer.dataset.name == "taught"]
         assert [type(event) for event in built.events] == [PrototypesBuilt]
+
+
+def test_rebuild_while_it_computes_lets_images_pass_and_shows_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images that arrive while prototypes are computed are answered before those are there; the watchdog is fed."""
+    dataset = make_dataset(tmp_path / "Data")
+    (image,) = quick_images(tmp_path / "images", 1)
+    asked: list[Worker] = []
+    progress: list[float | None] = []
+
+    def until_the_image_is_answered(*given: object, **named: object) -> Steps[PrototypeSet]:
+        """Take the steps, but ask for an image after the first one, and yield until it was answered."""
+        steps = build_steps(*given, **named)  # type: ignore[arg-type]  # handed through
+        yield next(steps)
+        asked[0].ask(EmbedJob(DatasetId("other"), (image,)))
+        while not heard.paths("other"):
+            with suppress(queue.Empty):
+                answer = heard.posts.get_nowait()
+                assert isinstance(answer, Answer)
+                heard.answers.append(answer)
+            progress.append(asked[0].busy_since)
+            yield
+        return (yield from steps)
+
+    monkeypatch.setattr("sortd.references.build_steps", until_the_image_is_answered)
+    with working(tmp_path) as (worker, heard):
+        asked.append(worker)
+        worker.ask(RebuildJob(DatasetId("taught"), dataset / "Clases", TEACHING, 0, 1))
+        heard.wait_for(lambda: any(answer.dataset.name == "taught" for answer in heard.answers))
+    assert [answer.dataset.name for answer in heard.answers] == ["other", "taught"]
+    assert len(progress) == len(set(progress)) > 0
+
+
+def test_a_stop_ends_a_rebuild_while_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the prototypes take, a stop waits for no more than one step."""
+    dataset = make_dataset(tmp_path / "Data")
+    began = threading.Event()
+
+    def for_ever(*_: object, **__: object) -> Steps[PrototypeSet]:
+        while True:
+            began.set()
+            yield
+
+    monkeypatch.setattr("sortd.references.build_steps", for_ever)
+    with working(tmp_path) as (worker, heard):
+        worker.ask(RebuildJob(DatasetId("taught"), dataset / "Clases", TEACHING, 0, 1))
+        assert began.wait(PATIENCE_SECONDS)
+        assert worker.stop(PATIENCE_SECONDS)
+        assert heard.posts.qsize() == 0
+
+
+def test_names_of_many_classes_are_encoded_some_at_a_time(tmp_path: Path) -> None:
+    """Between them other images have their turn, and each text is encoded once."""
+    batches: list[int] = []
+    turns: list[None] = []
+
+    class Counting(FakeEncoder):
+        def encode_texts(self, texts: Sequence[str]) -> FloatArray:
+            batches.append(len(texts))
+            return FakeEncoder.encode_texts(self, texts)
+
+    with DecoderPool(0, SEEN, Limits()) as pool, Cache(tmp_path / "cache.sqlite") as cache:
+        embedder = Embedder(Counting(), pool, cache)
+        embedder.attend_with(lambda: turns.append(None), bell=None)
+        texts = [f"a photo of {number}" for number in range(3 * TEXTS_AT_ONCE + 1)]
+        rows = embedder.embed_texts([*texts, *texts])
+        assert batches == [TEXTS_AT_ONCE] * 3 + [1]
+        assert len(turns) >= 4
+        assert np.array_equal(rows, np.concatenate([FakeEncoder().encode_texts(texts)] * 2))
+        embedder.embed_texts(texts)
+        assert len(batches) == 4
 
 
 def test_a_stop_ends_a_rebuild_between_two_batches(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from sortd.commands.check_folders import dataset_findings, overlap_findings, own
 from sortd.commands.check_references import DECODING_SECONDS, File, Reader, reference_findings
 from sortd.commands.check_running import (
     classifier_findings,
+    decoder_findings,
     journal_findings,
     model_findings,
     named_dataset_findings,
@@ -72,6 +73,7 @@ def check_site(config: Config, *, decoding_seconds: float = DECODING_SECONDS) ->
     yield from _told(overlap_findings(layouts, own))
     yield from _told(process_findings(config, layouts))
     yield from _told(model_findings(config))
+    yield from decoder_findings()
     yield from _told(backend_findings(config))
     yield from _told(watching_findings(layouts, config.polling))
     yield from clock_findings()

@@ -15,6 +15,7 @@ from sortd.config import Config
 from sortd.encoding import models
 from sortd.encoding.model_folders import STRONGER
 from sortd.errors import JournalError, ModelError, StartupError
+from sortd.images import load_decoders
 from sortd.journaling.history import History
 from sortd.layout import Layout
 from sortd.status import read_status
@@ -68,6 +69,13 @@ def journal_findings(config: Config, layout: Layout) -> Iterator[Finding]:
             history.held()
     except JournalError as refusal:
         yield error(Topic.PROCESS, layout.root, str(refusal))
+
+
+def decoder_findings() -> Iterator[Finding]:
+    """Name the image formats that cannot be decoded here: their images would stay in Images/."""
+    for missing in load_decoders():
+        what, _, mend = missing.partition("; ")
+        yield error(Topic.MACHINE, "decoding", what, mend)
 
 
 def model_findings(config: Config, *, packaged: Path = models.PACKAGED) -> Iterator[Finding]:

@@ -1,16 +1,33 @@
 """The rules ``best`` and ``mixed``: a Gaussian and a kernel over the references, weighed by leave-one-out."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from sortd.deciding.confidence import balanced_weights, fit_temperature
-from sortd.deciding.gaussian import Gaussian, Space, fit_gaussian, fit_space, shrink_means, squared_distances
+from sortd.deciding.confidence import balanced_weights, temperature_steps
+from sortd.deciding.gaussian import (
+    Gaussian,
+    Space,
+    class_means,
+    fit_space,
+    gaussian_steps,
+    shrink_means,
+    squared_distances,
+)
 from sortd.deciding.kernel import Kernel, kernel_scores, make_kernel
-from sortd.deciding.leaveoneout import LARGEST_ROWS, HeldOut, choose_held_out, gaussian_table, hold_out, kernel_table
-from sortd.deciding.refitting import REFIT_UP_TO, Refitted, refit_tables
-from sortd.deciding.text_prototypes import Names, place_names, placed_means
+from sortd.deciding.leaveoneout import (
+    LARGEST_ROWS,
+    HeldOut,
+    choose_held_out,
+    gaussian_table,
+    hold_out,
+    kernel_table_steps,
+)
+from sortd.deciding.refitting import REFIT_UP_TO, Refitted, refit_steps
+from sortd.deciding.steps import Steps, finish, parts
+from sortd.deciding.text_prototypes import Names, place_names
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -95,53 +112,98 @@ class _Trial:
 class _Fitter:
     """One library's fit, with the tables for any weight of the names."""
 
-    def __init__(self, library: Library, largest: int) -> None:
+    def __init__(self, library: Library) -> None:
         self.library = library
-        rows, classes, counts = library.rows, library.classes, library.counts
-        self.space = fit_space(rows, classes, counts)
-        self.gaussian = fit_gaussian(self.space.place(rows), classes, counts)
         self.names: Names | None = None
         self.named: Array | None = None
+        self.refitted: Refitted | None = None
+
+    def fit(self, largest: int) -> Steps[None]:
+        """Take the steps to all that does not depend on the weight of the names."""
+        library = self.library
+        rows, classes, counts = library.rows, library.classes, library.counts
+        self.present = counts > 0
+        self.space = fit_space(rows, classes, counts)
+        yield
+        placed = self.space.place(rows)
+        yield
+        self.gaussian = yield from gaussian_steps(placed, classes, counts)
         if library.text is not None:
-            means = placed_means(self.space, rows, classes, counts)
+            means = class_means(placed, classes, counts)
             self.names = place_names(self.space, library.text, library.text_mean, means, counts)
             self.named = self.names.rows @ self.gaussian.whitener
+            yield
         self.held = hold_out(self.gaussian, choose_held_out(counts, classes, largest=largest))
-
-        own = self.held.own
-        self.row_weights = balanced_weights(own, len(counts))
-        self.refitted: Refitted | None = None
+        self.row_weights = balanced_weights(self.held.own, len(counts))
+        yield
         if len(rows) <= REFIT_UP_TO:
             text = None if library.text is None else (library.text, library.text_mean)
             weights = (0.0,) if text is None else (0.0, *TEXT_WEIGHTS)
-            self.refitted = refit_tables(rows, classes, counts, self.held.chosen, text, weights)
+            self.refitted = yield from refit_steps(rows, classes, counts, self.held.chosen, text, weights)
             self.kernel_table = self.refitted.kernel
         else:
-            self.kernel_table = kernel_table(self.gaussian, self.held, make_kernel(self.gaussian))
+            self.kernel_table = yield from kernel_table_steps(self.gaussian, self.held, make_kernel(self.gaussian))
+        self.kernel_gaps = yield from self._gaps(self.kernel_table)
 
-    def try_weight(self, weight: float) -> _Trial:
-        """Return leave-one-out with this weight of the names: by refitting where that is cheap, else by algebra."""
-        present = self.gaussian.counts > 0
-        if self.refitted is not None:
-            table = self.refitted.gaussian[weight]
-        else:
-            named = self.named if weight else None
-            shrunk = shrink_means(self.gaussian, named, weight)
-            table = gaussian_table(self.gaussian, self.held, shrunk, named, weight)
+    @property
+    def parts(self) -> Iterator[slice]:
+        """The rows of the tables, some at a time."""
+        return parts(len(self.held.own), len(self.present))
+
+    def _gaps(self, table: Array) -> Steps[Array]:
+        """Take the steps to how far the best score of each row lies above the middle one (R,)."""
+        gaps = np.empty(len(table))
+        for part in self.parts:
+            scores = table[part][:, self.present]
+            if scores.size:
+                gaps[part] = scores.max(axis=1) - np.median(scores, axis=1)
+            yield
+        return gaps
+
+    def _table(self, weight: float) -> Steps[Array]:
+        """Take the steps to the Gaussian's scores (R, C): by refitting where that was cheap, else by algebra."""
+        table = np.empty((len(self.held.own), len(self.present)))
+        named = self.named if weight else None
+        shrunk = shrink_means(self.gaussian, named, weight)
+        for part in self.parts:
+            if self.refitted is not None:
+                table[part] = self.refitted.gaussian[weight][part]
+            else:
+                table[part] = gaussian_table(self.gaussian, self.held, shrunk, named, weight, part)
+            yield
+        return table
+
+    def try_weight(self, weight: float) -> Steps[_Trial]:
+        """Take the steps to leave-one-out with this weight of the names."""
         own, weights = self.held.own, self.row_weights
-        scale = _scale(table[:, present]) / _scale(self.kernel_table[:, present])
-        share = _choose_share(table, scale * self.kernel_table, present, own, weights)
-        blended = np.where(present, table + share * scale * self.kernel_table, -np.inf)
+        table = yield from self._table(weight)
+        gaps = yield from self._gaps(table)
+        scale = _scale(gaps) / _scale(self.kernel_gaps)
+        chosen = np.empty((len(SHARES), len(own)), np.int64)
+        for part in self.parts:
+            kernel = scale * self.kernel_table[part]
+            for at, share in enumerate(SHARES):
+                chosen[at, part] = np.where(self.present, table[part] + share * kernel, -np.inf).argmax(axis=1)
+            yield
+        share = _choose_share(chosen == own, weights)
+        best, distances = np.empty(len(own), np.int64), np.empty(len(own))
+        for part in self.parts:
+            blended = np.where(self.present, table[part] + share * scale * self.kernel_table[part], -np.inf)
+            best[part] = blended.argmax(axis=1)
+            distances[part] = -2.0 * table[part][np.arange(len(blended)), best[part]]
+            table[part] = blended
+            yield
         typical = TYPICAL_DIMENSIONS / self.gaussian.ambient / (1.0 + share)
-        factor, losses = fit_temperature(blended, own, weights, typical=typical, spread=TEMPERATURE_SPREAD)
-        best = blended.argmax(axis=1)
+        factor, losses = yield from temperature_steps(table, own, weights, typical=typical, spread=TEMPERATURE_SPREAD)
+        table *= factor
+        yield
         return _Trial(
             text_weight=weight,
             share=share,
             gaussian_weight=factor,
             kernel_weight=factor * share * scale,
-            table=factor * blended,
-            distances=-2.0 * table[np.arange(len(best)), best],
+            table=table,
+            distances=distances,
             losses=losses * weights,
             right=weights * (best == own),
         )
@@ -152,20 +214,30 @@ def fit_blends(library: Library, *, largest: int = LARGEST_ROWS) -> tuple[Blend,
 
     At most ``largest`` references are left out, evenly from all classes.
     """
-    fitter = _Fitter(library, largest)
-    present = library.counts > 0
+    return finish(blend_steps(library, largest=largest))
+
+
+def blend_steps(library: Library, *, largest: int = LARGEST_ROWS) -> Steps[tuple[Blend, Blend]]:
+    """Take the steps to ``fit_blends``."""
+    fitter = _Fitter(library)
+    yield from fitter.fit(largest)
+    present = fitter.present
     has_voice = fitter.names is not None and fitter.names.evidence >= LEAST_EVIDENCE
     if not len(fitter.held.own) or present.sum() < 2:  # noqa: PLR2004 - nothing to choose between
         trial = _untried(fitter, 0.0)
         best = _assemble(fitter, present, trial)
         return best, _assemble(fitter, present | True, _untried(fitter, UNTRIED_WEIGHT)) if has_voice else best
-    alone = fitter.try_weight(0.0)
+    alone = yield from fitter.try_weight(0.0)
     best = _assemble(fitter, present, alone)
+    yield
     if not has_voice:
         return best, best
-    trials = [fitter.try_weight(weight) for weight in TEXT_WEIGHTS]
-    better = [trial for trial in trials if _is_better(alone, trial)]
-    return best, _assemble(fitter, present | True, min([alone, *better], key=lambda trial: float(trial.losses.sum())))
+    chosen = alone
+    for weight in TEXT_WEIGHTS:
+        trial = yield from fitter.try_weight(weight)
+        if _is_better(alone, trial) and float(trial.losses.sum()) < float(chosen.losses.sum()):
+            chosen = trial
+    return best, _assemble(fitter, present | True, chosen)
 
 
 def _untried(fitter: _Fitter, weight: float) -> _Trial:
@@ -207,19 +279,18 @@ def _assemble(fitter: _Fitter, competes: npt.NDArray[np.bool_], trial: _Trial) -
     )
 
 
-def _choose_share(table: Array, kernel: Array, present: npt.NDArray[np.bool_], own: IntArray, weights: Array) -> float:
-    """Return the smallest share whose accuracy is within a standard error of the best share's."""
-    rights = [weights * (np.where(present, table + share * kernel, -np.inf).argmax(axis=1) == own) for share in SHARES]
+def _choose_share(right: npt.NDArray[np.bool_], weights: Array) -> float:
+    """Return the smallest share whose accuracy is within a standard error of the best share's; ``right`` is (S, R)."""
+    rights = [weights * row for row in right]
     best = max(rights, key=np.sum)
-    for share, right in zip(SHARES, rights, strict=True):
-        lost = best - right
+    for share, right_ones in zip(SHARES, rights, strict=True):
+        lost = best - right_ones
         if float(lost.mean()) <= float(lost.std()) / np.sqrt(len(lost)):
             return share
     return SHARES[-1]
 
 
-def _scale(table: Array) -> float:
-    gaps = table.max(axis=1) - np.median(table, axis=1)
+def _scale(gaps: Array) -> float:
     return max(float(np.median(gaps)), 1e-9)
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sortd.deciding.steps import Steps, finish, parts
+
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -51,12 +53,20 @@ def fit_temperature(
         typical: the factor that is assumed before seeing anything.
         spread: standard deviation of its logarithm.
     """
-    rows = np.arange(len(table))
-    mine = table[rows, own]
+    return finish(temperature_steps(table, own, weights, typical=typical, spread=spread))
+
+
+def temperature_steps(
+    table: Array, own: IntArray, weights: Array, *, typical: float, spread: float
+) -> Steps[tuple[float, Array]]:
+    """Take the steps to ``fit_temperature``."""
+    mine = table[np.arange(len(table)), own]
     examined = table
     if table.shape[1] > EXAMINED:
-        examined = np.partition(table, table.shape[1] - EXAMINED, axis=1)[:, -EXAMINED:]
-        examined = np.column_stack([examined, mine])
+        examined = np.empty((len(table), EXAMINED + 1))
+        for part in parts(*table.shape):
+            examined[part, :-1] = np.partition(table[part], table.shape[1] - EXAMINED, axis=1)[:, -EXAMINED:]
+            yield
         examined[:, -1] = np.where(mine >= examined[:, :-1].min(axis=1), -np.inf, mine)
     top = examined.max(axis=1, keepdims=True)
     gaps, behind = examined - top, mine - top[:, 0]
@@ -67,6 +77,7 @@ def fit_temperature(
         cost = float(losses @ weights) + 0.5 * step * step
         if best is None or cost < best[0]:
             best = (cost, factor, losses)
+        yield
     assert best is not None
     return best[1], best[2]
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sortd.deciding.steps import Steps, finish, parts
+
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
@@ -50,21 +52,29 @@ def merge_duplicates(embeddings: Array, classes: IntArray) -> Merged:
         embeddings: float64 (N, d), unit rows.
         classes: int64 (N,).
     """
+    return finish(merge_steps(embeddings, classes))
+
+
+def merge_steps(embeddings: Array, classes: IntArray) -> Steps[Merged]:
+    """Take the steps to ``merge_duplicates``."""
     limit = 1.0 - max(duplicate_distance(embeddings), ROUNDING)
     group = np.empty(len(embeddings), dtype=np.int64)
     leaders: list[int] = []
     order = np.argsort(classes, kind="stable")
     starts = np.flatnonzero(np.diff(classes[order], prepend=-1))
     for members in np.split(order, starts[1:]):
-        similarities = embeddings[members] @ embeddings[members].T
         waiting = np.ones(len(members), dtype=bool)
-        for position in range(len(members)):
-            if waiting[position]:
-                joined = waiting & (similarities[position] >= limit)
-                joined[position] = True
-                group[members[joined]] = len(leaders)
-                waiting &= ~joined
-                leaders.append(int(members[position]))
+        for part in parts(len(members), len(members)):
+            asking = part.start + np.flatnonzero(waiting[part])
+            similarities = embeddings[members[asking]] @ embeddings[members].T
+            for position, row in zip(asking, similarities, strict=True):
+                if waiting[position]:
+                    joined = waiting & (row >= limit)
+                    joined[position] = True
+                    group[members[joined]] = len(leaders)
+                    waiting &= ~joined
+                    leaders.append(int(members[position]))
+            yield
     sums = np.zeros((len(leaders), embeddings.shape[1]))
     np.add.at(sums, group, embeddings)
     return Merged(rows=unit(sums), classes=classes[np.array(leaders, dtype=np.int64)], group=group)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.deciding.duplicates import unit
+from sortd.deciding.steps import Steps, finish
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -110,11 +111,24 @@ def fit_gaussian(
     The covariance within classes is shrunk to the isotropic one with as many pseudo-observations as there are
     dimensions (``ambient``, by default r); without any degree of freedom it is isotropic.
     """
+    return finish(gaussian_steps(placed, classes, counts, ambient=ambient, with_background=with_background))
+
+
+def gaussian_steps(
+    placed: Array,
+    classes: IntArray,
+    counts: IntArray,
+    *,
+    ambient: int | None = None,
+    with_background: bool = True,
+) -> Steps[Gaussian]:
+    """Take the steps to ``fit_gaussian``."""
     width = placed.shape[1] if ambient is None else ambient
     present = np.flatnonzero(counts)
     means = class_means(placed, classes, counts)
     middle = means[present].mean(axis=0) if present.size else np.zeros(placed.shape[1])
     residuals = placed - means[classes]
+    yield
     freedom = int(len(placed) - present.size)
     between = means[present] - middle
     spread = between.T @ between / max(present.size - 1, 1)
@@ -124,13 +138,16 @@ def fit_gaussian(
     else:
         within = np.zeros_like(spread)
         typical = (1.0 - float(middle @ middle)) / width
+    yield
     whitener = _whitener(within, typical, freedom, width)
+    yield
     total = within + spread
     background = (
         _whitener(total, float(np.trace(total)) / width, len(placed), width)
         if with_background
         else np.zeros_like(total)
     )
+    yield
     return Gaussian(
         whitener=whitener,
         rows=placed @ whitener,

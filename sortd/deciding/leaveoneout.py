@@ -13,6 +13,7 @@ import numpy.typing as npt
 from sortd.deciding.duplicates import unit
 from sortd.deciding.gaussian import MEAN_SHRINKAGE, Gaussian, class_means, inverse_spreads, squared_distances
 from sortd.deciding.kernel import Kernel, finish_votes, votes
+from sortd.deciding.steps import Steps, finish
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -73,7 +74,12 @@ def hold_out(gaussian: Gaussian, chosen: IntArray) -> HeldOut:
 
 
 def gaussian_table(
-    gaussian: Gaussian, held: HeldOut, shrunk: Array, named: Array | None = None, weight: float = 0.0
+    gaussian: Gaussian,
+    held: HeldOut,
+    shrunk: Array,
+    named: Array | None = None,
+    weight: float = 0.0,
+    part: slice = slice(None),
 ) -> Array:
     """Return (R, C) leave-one-out Gaussian scores, minus half of the squared distance.
 
@@ -83,38 +89,46 @@ def gaussian_table(
         shrunk: whitened (C, d) means from ``shrink_means`` with the same names and weight.
         named: whitened (C, d) prototypes of the names, or None.
         weight: how many references a name counts as.
+        part: which of the R rows are wanted.
     """
-    rows, own, residuals = gaussian.rows[held.chosen], held.own, held.residuals
+    rows, own, residuals = gaussian.rows[held.chosen[part]], held.own[part], held.residuals[part]
+    gain, mean_step = held.gain[part], held.mean_step[part]
     weight = 0.0 if named is None else weight
     pull = MEAN_SHRINKAGE / (gaussian.counts + MEAN_SHRINKAGE + weight)
     pull = np.where(gaussian.counts > 0, pull, 0.0)
     along = np.einsum("ij,ij->i", rows, residuals)[:, None] - residuals @ shrunk.T
     norms = np.square(residuals).sum(axis=1)
-    shift = held.mean_step[:, None] * pull
+    shift = mean_step[:, None] * pull
     distances = squared_distances(rows, shrunk) - 2.0 * shift * along + np.square(shift) * norms[:, None]
     along -= shift * norms[:, None]
-    distances += held.gain[:, None] * np.square(along)
+    distances += gain[:, None] * np.square(along)
     others = gaussian.counts[own].astype(np.float64)[:, None] - 1.0
     rest = others * gaussian.means[own] - residuals  # (n - 1) times the mean of the others
-    middle = gaussian.middle + held.mean_step[:, None] * residuals
+    middle = gaussian.middle + mean_step[:, None] * residuals
     mine = rest + MEAN_SHRINKAGE * middle
     if named is not None and weight:
         mine += weight * named[own]
     difference = rows - mine / (others + MEAN_SHRINKAGE + weight)
     kept = np.einsum("ij,ij->i", difference, residuals)
-    distances[np.arange(len(own)), own] = np.square(difference).sum(axis=1) + held.gain * np.square(kept)
+    distances[np.arange(len(own)), own] = np.square(difference).sum(axis=1) + gain * np.square(kept)
     return np.asarray(-0.5 * held.factor * distances, dtype=np.float64)
 
 
 def kernel_table(gaussian: Gaussian, held: HeldOut, kernel: Kernel) -> Array:
     """Return (R, C) leave-one-out kernel scores."""
+    return finish(kernel_table_steps(gaussian, held, kernel))
+
+
+def kernel_table_steps(gaussian: Gaussian, held: HeldOut, kernel: Kernel) -> Steps[Array]:
+    """Take the steps to ``kernel_table``."""
     result = np.empty((len(held.chosen), len(gaussian.counts)))
     voters = gaussian.rows[kernel.chosen].astype(np.float32)
     norms = np.square(voters).sum(axis=1)
     size = max(16, BLOCK // max(len(voters), 1))
     for start in range(0, len(held.chosen), size):
         part = slice(start, start + size)
-        result[part] = _kernel_block(gaussian, held, kernel, part, voters, norms)
+        result[part] = yield from _kernel_block(gaussian, held, kernel, part, voters, norms)
+        yield
     return result
 
 
@@ -168,14 +182,17 @@ def _kernel_block(
     part: slice,
     voters: npt.NDArray[np.float32],
     norms: npt.NDArray[np.float32],
-) -> Array:
+) -> Steps[Array]:
     rows = gaussian.rows[held.chosen[part]].astype(np.float32)
     residuals, gain = held.residuals[part].astype(np.float32), held.gain[part].astype(np.float32)[:, None]
     along = residuals @ voters.T
+    yield
     mine = np.einsum("ij,ij->i", rows, residuals)[:, None]
     products = rows @ voters.T + gain * mine * along
+    yield
     lengths = np.sqrt(np.square(rows).sum(axis=1)[:, None] + gain * np.square(mine))
     cosines = products / (lengths * np.sqrt(norms + gain * np.square(along)))
+    yield
     itself = held.chosen[part][:, None] == kernel.chosen
     cosines[itself] = -np.inf
     counts = np.tile(kernel.counts, (len(rows), 1))

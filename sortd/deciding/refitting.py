@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from sortd.deciding.gaussian import fit_gaussian, fit_space, shrink_means, squared_distances
 from sortd.deciding.kernel import kernel_scores, make_kernel
+from sortd.deciding.steps import Steps, finish
 from sortd.deciding.strangers import nearest_cosines
 from sortd.deciding.text_prototypes import place_names, placed_means
 
@@ -54,6 +55,18 @@ def refit_tables(
         text: unit rows (C, d) of the names with the mean of generic nouns, or None.
         weights: how many references a name may count as.
     """
+    return finish(refit_steps(rows, classes, counts, chosen, text, weights))
+
+
+def refit_steps(
+    rows: Array,
+    classes: IntArray,
+    counts: IntArray,
+    chosen: IntArray,
+    text: tuple[Array, Array | None] | None,
+    weights: tuple[float, ...],
+) -> Steps[Refitted]:
+    """Take the steps to ``refit_tables``, one for each reference that is left out."""
     gaussian_rows = {weight: np.empty((len(chosen), len(counts))) for weight in weights}
     kernel_rows, cosines = np.empty((len(chosen), len(counts))), np.empty((len(chosen), len(counts)))
     background, remoteness = np.empty(len(chosen)), np.empty(len(chosen))
@@ -80,6 +93,7 @@ def refit_tables(
         remoteness[index] = space.remoteness(rows[left_out : left_out + 1])[0]
         asking = np.broadcast_to(placed[left_out], (len(counts), placed.shape[1]))
         cosines[index] = nearest_cosines(asking, np.arange(len(counts)), placed[others], classes[others])
+        yield
     return Refitted(gaussian_rows, kernel_rows, background, remoteness, cosines)
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sortd.deciding.gaussian import fit_gaussian, fit_space, shrink_means, squared_distances
+from sortd.deciding.gaussian import fit_space, gaussian_steps, shrink_means, squared_distances
+from sortd.deciding.steps import Steps, finish, parts
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -59,6 +60,11 @@ def leave_classes_out(rows: Array, classes: IntArray, counts: IntArray) -> Stran
         classes: int64 (N,).
         counts: int64 (C,).
     """
+    return finish(stranger_steps(rows, classes, counts))
+
+
+def stranger_steps(rows: Array, classes: IntArray, counts: IntArray) -> Steps[Strangers]:
+    """Take the steps to ``leave_classes_out``."""
     present = np.flatnonzero(counts)
     if present.size < 3:  # noqa: PLR2004 - one to leave out, two to choose between
         empty = np.zeros(0)
@@ -66,8 +72,10 @@ def leave_classes_out(rows: Array, classes: IntArray, counts: IntArray) -> Stran
     rows, classes, counts = _thin(rows, classes, counts)
     folds = np.full(len(counts), -1)
     folds[present] = np.random.default_rng(0).permutation(present.size) % min(FOLDS, present.size)
-    parts = [_fold(rows, classes, counts, folds == fold) for fold in range(int(folds.max()) + 1)]
-    typicality, margin, cosine, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
+    scored = []
+    for fold in range(int(folds.max()) + 1):
+        scored.append((yield from _fold(rows, classes, counts, folds == fold)))  # noqa: PERF401 -- no comprehension can yield
+    typicality, margin, cosine, weights = (np.concatenate(column) for column in zip(*scored, strict=True))
     likeness = -np.log(_share(typicality, typicality, weights)) - np.log(_share(margin, margin, weights))
     likeness[_share(cosine, cosine, weights) > COSINE_GATE] = 0.0
     return Strangers(typicality, margin, cosine, likeness, weights, int(present.size))
@@ -75,12 +83,12 @@ def leave_classes_out(rows: Array, classes: IntArray, counts: IntArray) -> Stran
 
 def _fold(
     rows: Array, classes: IntArray, counts: IntArray, left_out: npt.NDArray[np.bool_]
-) -> tuple[Array, Array, Array, Array]:
+) -> Steps[tuple[Array, Array, Array, Array]]:
     gone = left_out[classes]
     index = np.cumsum(~left_out) - 1
     kept_rows, kept_classes, kept_counts = rows[~gone], index[classes[~gone]], counts[~left_out]
     space = fit_space(kept_rows, kept_classes, kept_counts)
-    gaussian = fit_gaussian(space.place(kept_rows), kept_classes, kept_counts)
+    gaussian = yield from gaussian_steps(space.place(kept_rows), kept_classes, kept_counts)
     placed = space.place(rows[gone])
     distances = squared_distances(placed @ gaussian.whitener, shrink_means(gaussian))
     distances[:, kept_counts == 0] = np.inf
@@ -88,7 +96,8 @@ def _fold(
     two = np.partition(distances, 1, axis=1)
     offsets = placed @ gaussian.background - gaussian.background_middle
     background = np.square(offsets).sum(axis=1)
-    cosines = nearest_cosines(rows[gone], best, kept_rows, kept_classes)
+    yield
+    cosines = yield from nearest_cosine_steps(rows[gone], best, kept_rows, kept_classes)
     return background - two[:, 0], two[:, 1] - two[:, 0], cosines, 1.0 / counts[classes[gone]]
 
 
@@ -114,11 +123,29 @@ def nearest_cosines(
         centred: for rows that were not centred, (B,) what is taken from each query's products and (N,) by what each
             row's are divided.
     """
+    steps = nearest_cosine_steps(queries, best, rows, classes, itself, neighbours=neighbours, centred=centred)
+    return finish(steps)
+
+
+def nearest_cosine_steps(
+    queries: npt.NDArray[np.floating],
+    best: IntArray,
+    rows: npt.NDArray[np.floating],
+    classes: IntArray,
+    itself: IntArray | None = None,
+    *,
+    neighbours: int = NEIGHBOURS,
+    centred: tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]] | None = None,
+) -> Steps[Array]:
+    """Take the steps to ``nearest_cosines``."""
     result = np.full(len(queries), -1.0)
     for index in np.unique(best):
         start, stop = np.searchsorted(classes, [index, index + 1])
-        if stop > start:
-            asking = np.flatnonzero(best == index)
+        if stop <= start:
+            continue
+        of_class = np.flatnonzero(best == index)
+        for part in parts(len(of_class), int(stop - start)):
+            asking = of_class[part]
             similarities = queries[asking] @ rows[start:stop].T
             if centred is not None:
                 shift, lengths = centred[0][asking][:, None], np.maximum(centred[1][start:stop], LEAST_LENGTH)
@@ -131,6 +158,7 @@ def nearest_cosines(
             used = (asked < known[:, None]) & (asked >= known[:, None] - neighbours)
             mean = np.where(used, similarities, 0.0).sum(axis=1) / np.maximum(used.sum(axis=1), 1)
             result[asking] = np.where(known > 0, mean, -1.0)
+            yield
     return result
 
 

@@ -38,6 +38,10 @@ START_SECONDS = 60.0
 GRACE_SECONDS = 5.0
 """The process ends itself at the time limit; so long after it, it is ended from here."""
 
+_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "4000000", "MALLOC_TRIM_THRESHOLD_": "4000000"}
+"""One heap, and what is free goes back: else glibc keeps 64 MB for each thread and as much that was freed, which counts
+against the memory that an image may take (mallopt(3))."""
+
 _KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PYTHONHASHSEED", "COVERAGE_PROCESS_START")
 
 Job = TypeVar("Job")
@@ -251,4 +255,5 @@ def _environment() -> dict[str, str]:
     """Hand on where modules are found and little else: no secrets, and one thread."""
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    return {**kept, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    one_thread = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    return {**kept, "PYTHONPATH": path, **one_thread, **_MALLOC}

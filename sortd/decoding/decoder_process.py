@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Final
 
+from sortd.decoding.formats import HEAD_BYTES, format_of
 from sortd.errors import CrowdedError, NotAnImageError, TooLargeError, UnreadableError
-from sortd.images import Jpeg, Limits, Pixels, decode
+from sortd.images import Jpeg, Limits, Pixels, decode, load_decoders
 from sortd.messages import Fit, Preprocessing, Refusal
 
 REQUEST = struct.Struct("<IQ")
@@ -134,25 +135,25 @@ def main(argument: str, control_descriptor: int, memory_descriptor: int) -> None
     order = Order.from_argument(argument)
     with socket.socket(fileno=control_descriptor) as control, mmap.mmap(memory_descriptor, 0) as memory:
         os.close(memory_descriptor)
-        from PIL import JpegImagePlugin, PngImagePlugin  # noqa: F401 -- loaded before the first image asks for them
-
-        _renounce(order.limits)
+        load_decoders()
+        in_use = _renounce(order.limits)
         control.send(REPLY.pack(READY_SLOT, DECODED, b"", 0.0, 0, 0, b""))
         while received := _receive(control):
             slot, room_pixels, descriptor = received
             try:
+                _limit_memory(descriptor, order, in_use)
                 reply = _serve(slot, descriptor, room_pixels, memory, order)
             finally:
                 os.close(descriptor)
             control.send(reply)
 
 
-def _renounce(limits: Limits) -> None:
-    """Give up what decoding does not need."""
+def _renounce(limits: Limits) -> int:
+    """Give up what decoding does not need; return the address space that the process has in use, in bytes."""
     with open("/proc/self/statm", encoding="ascii") as pages:
         in_use = int(pages.read().split()[0]) * resource.getpagesize()
     for what, most in (
-        (resource.RLIMIT_AS, in_use + limits.memory_bytes),
+        (resource.RLIMIT_AS, in_use + limits.memory_bytes(None)),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, _OPEN_FILES),
@@ -161,6 +162,15 @@ def _renounce(limits: Limits) -> None:
         least = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(what, (least, least))
     ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    return in_use
+
+
+def _limit_memory(descriptor: int, order: Order, in_use: int) -> None:
+    """Allow what an image of its format may take, and no more; a file that cannot be read says so later."""
+    with contextlib.suppress(OSError):
+        most = in_use + order.limits.memory_bytes(format_of(os.pread(descriptor, HEAD_BYTES, 0)))
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (min(most, hard), hard))
 
 
 def _receive(control: socket.socket) -> tuple[int, int, int] | None:

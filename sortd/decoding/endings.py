@@ -1,21 +1,40 @@
 """Was a file written to its end? Some writers lay a file out in full and fill it bit by bit; a lost one leaves zeros.
 
-libjpeg paints the rest grey, libwebp black, zlib may make rows of anything, and none of them minds. In uncompressed
-formats (BMP, most TIFF) zeros are black and nothing can be told.
+libjpeg paints the rest grey, libwebp black, libde265 and dav1d make a picture of anything, libheif leaves out tiles
+that are not there, and none reports it. In uncompressed formats (BMP, most TIFF) zeros are black: nothing can be told.
+What stands behind the end of the picture (the film of a motion photo, a maker's trailer, padding) does not matter.
 """
 
 import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
 
+from sortd.decoding.png_chunks import chunks_of
+
 ZERO_TAIL_BYTES = 512
-"""So many zeros at the end are no accident of compressed data."""
+"""So many zeros at the end of a file are no accident of compressed data."""
 
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
-"""What stands last in a whole file; zeros behind it are padding."""
+_HOLLOW_BYTES = 64
+"""So many zeros at the end of the compressed data of one image are none, either."""
 
-_WEBP_IMAGE_CHUNKS = {b"VP8 ", b"VP8L", b"ALPH", b"ANMF"}
-_WEBP_ZEROS = 64
 _BLOCK_BYTES = 1 << 15
+
+_JPEG_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+"""A marker, after any fill bytes; not a byte of 255 among the data (255, 0), nor a restart."""
+_JPEG_EOI = 0xD9
+
+_WEBP_IMAGE_CHUNKS = frozenset({b"VP8 ", b"VP8L", b"ANMF"})
+_MACROBLOCK_PIXELS = 256
+"""A block of a lossy WebP that looks like those around it takes up to a byte of zeros."""
+
+_BOX_HEAD_BYTES = 8
+_WIDE_VERSION = {b"infe": 3, b"iloc": 2}
+"""From this version of a box on the numbers of items have four bytes, before it two."""
+_MOST_META_BYTES = 1 << 22
+_MOST_PARTS = 100_000
+_CODED_ITEMS = frozenset({b"hvc1", b"av01", b"avc1", b"vvc1", b"jpeg"})
+"""Items of an ISO image file (ISO/IEC 23008-12) that hold compressed pixels: an image, a tile, an alpha channel."""
 
 
 def is_unfinished(file: BinaryIO, format_name: str) -> bool:
@@ -23,37 +42,231 @@ def is_unfinished(file: BinaryIO, format_name: str) -> bool:
     size = os.fstat(file.fileno()).st_size
     if format_name == "WEBP":
         return _has_hollow_chunk(file, size)
-    if format_name not in _ENDS:
+    if format_name in {"AVIF", "HEIF"}:
+        return _lacks_items(file, size)
+    if format_name not in _HAS_END:
         return False
-    zeros, filled = _zero_tail(file, size)
-    return zeros >= ZERO_TAIL_BYTES and not filled.endswith(_ENDS[format_name])
+    return _ends_in_zeros(file, size) and not _HAS_END[format_name](file, size)
 
 
-def _zero_tail(file: BinaryIO, size: int) -> tuple[int, bytes]:
-    """Return how many zeros a file ends in, and some of what stands before them."""
-    end = size
-    while end > 0:
-        start = max(0, end - _BLOCK_BYTES)
-        file.seek(start)
-        filled = file.read(end - start).rstrip(b"\0")
-        if filled:
-            return size - start - len(filled), filled
-        end = start
-    return size, b""
+def _ends_in_zeros(file: BinaryIO, size: int) -> bool:
+    file.seek(max(0, size - ZERO_TAIL_BYTES))
+    return not any(file.read(ZERO_TAIL_BYTES))
+
+
+# ------------------------------------------------------------ formats that say where they end
+
+
+def _jpeg_has_end(file: BinaryIO, size: int) -> bool:
+    """Walk from marker to marker (ITU-T T.81, annex B): the end of a thumbnail lies inside of a segment."""
+    at: int | None = 2
+    while at is not None and (at := _next_marker(file, at)) is not None and at + 4 <= size + 2:
+        file.seek(at)
+        head = file.read(4)
+        if head[1] == _JPEG_EOI:
+            return True
+        at += 2 + int.from_bytes(head[2:], "big")
+    return False
+
+
+def _next_marker(file: BinaryIO, at: int) -> int | None:
+    """Return where the next marker stands, its last byte of 255; None where there is none."""
+    file.seek(at)
+    block = b""
+    while more := file.read(_BLOCK_BYTES):
+        kept = len(block)
+        block += more
+        found = _JPEG_MARKER.search(block)
+        if found:
+            return at - kept + found.end() - 2
+        at += len(more)
+        block = block[-1:]
+    return None
+
+
+def _png_has_end(file: BinaryIO, size: int) -> bool:
+    return any(chunk.kind == b"IEND" and chunk.end <= size for chunk in chunks_of(file, size))
+
+
+def _gif_has_end(file: BinaryIO, size: int) -> bool:
+    """Walk from block to block (the specification GIF89a, appendix A)."""
+    file.seek(10)
+    at = 13 + _gif_table_bytes(file.read(1))
+    while at < size:
+        file.seek(at)
+        head = file.read(10)
+        if head[:1] == b";":
+            return True
+        if head[:1] == b"!":
+            at += 2
+        elif head[:1] == b",":
+            at += 11 + _gif_table_bytes(head[9:])
+        else:
+            return False
+        file.seek(at)
+        while length := file.read(1):
+            at += 1 + length[0]
+            if length == b"\0":
+                break
+            file.seek(at)
+    return False
+
+
+def _gif_table_bytes(packed: bytes) -> int:
+    """Return the size of the colour table that a packed field announces."""
+    return 3 << ((packed[0] & 7) + 1) if packed and packed[0] & 0x80 else 0
+
+
+_HAS_END: Mapping[str, Callable[[BinaryIO, int], bool]] = {
+    "JPEG": _jpeg_has_end,
+    "PNG": _png_has_end,
+    "GIF": _gif_has_end,
+}
+
+
+# ------------------------------------------------------------ formats that say how long their parts are
 
 
 def _has_hollow_chunk(file: BinaryIO, size: int) -> bool:
     """Tell whether a chunk of a RIFF file is missing, or one that holds the image ends in zeros."""
+    file.seek(4)
+    whole = min(size, 8 + int.from_bytes(file.read(4), "little"))
     at = 12
-    while at + 8 <= size:
+    while at + 8 <= whole:
         file.seek(at)
         head = file.read(8)
         kind, end = head[:4], at + 8 + int.from_bytes(head[4:], "little")
         if kind == bytes(4):
             return True
-        if kind in _WEBP_IMAGE_CHUNKS and end - at - 8 >= _WEBP_ZEROS and end <= size:
-            file.seek(end - _WEBP_ZEROS)
-            if not any(file.read(_WEBP_ZEROS)):
-                return True
+        if (
+            kind in _WEBP_IMAGE_CHUNKS
+            and end <= size
+            and _is_hollow(file, at + 8, end, _most_zeros(kind, file.read(16)))
+        ):
+            return True
         at = end + end % 2
     return False
+
+
+def _most_zeros(kind: bytes, head: bytes) -> int:
+    """Return how many zeros a WebP image may end in, where its lower part is all of one colour."""
+    if kind == b"VP8L":
+        return _HOLLOW_BYTES
+    if kind == b"VP8 ":  # RFC 6386, 9.1
+        width, height = (int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (6, 8))
+    else:
+        width, height = (1 + int.from_bytes(head[at : at + 3], "little") for at in (6, 9))
+    return max(_HOLLOW_BYTES, width * height // _MACROBLOCK_PIXELS)
+
+
+def _is_hollow(file: BinaryIO, start: int, end: int, zeros: int = _HOLLOW_BYTES) -> bool:
+    if end - start < zeros:
+        return False
+    file.seek(end - zeros)
+    return not any(file.read(zeros))
+
+
+def _lacks_items(file: BinaryIO, size: int) -> bool:
+    """Tell whether compressed pixels of an ISO image file are missing, or end in zeros.
+
+    What is not understood is left to the decoder.
+    """
+    meta = next((box for box in _boxes_of_file(file, size) if box[0] == b"meta"), None)
+    if meta is None:
+        return False
+    _, start, end = meta
+    if end > size:
+        return True
+    if end - start > _MOST_META_BYTES:
+        return False
+    file.seek(start)
+    content = file.read(end - start)
+    parts = dict(_boxes(content, 4))
+    try:
+        coded = _coded_items(parts.get(b"iinf", b""))
+        extents = [extent for item, extent in _extents(parts.get(b"iloc", b"")) if item in coded]
+    except (IndexError, ValueError):
+        return False
+    return any(stop > size or _is_hollow(file, begin, stop) for begin, stop in extents)
+
+
+def _boxes_of_file(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield kind, start of the content and end of each box of a file (ISO/IEC 14496-12, 4.2)."""
+    at = 0
+    while at + 8 <= size:
+        file.seek(at)
+        head = file.read(16)
+        length, begins = int.from_bytes(head[:4], "big"), at + 8
+        if length == 1:
+            length, begins = int.from_bytes(head[8:], "big"), at + 16
+        end = size if length == 0 else at + length
+        if end < begins:
+            return
+        yield head[4:8], begins, end
+        at = end
+
+
+def _boxes(content: bytes, at: int) -> Iterator[tuple[bytes, bytes]]:
+    """Yield kind and content of each box within a box, from ``at`` on."""
+    while at + 8 <= len(content):
+        length = int.from_bytes(content[at : at + 4], "big")
+        if length < _BOX_HEAD_BYTES:
+            return
+        yield content[at + 4 : at + 8], content[at + 8 : at + length]
+        at += length
+
+
+class _Reader:
+    """Whole numbers from bytes, one behind the other."""
+
+    def __init__(self, content: bytes, at: int) -> None:
+        self._content, self._at = content, at
+
+    def number(self, length: int) -> int:
+        """Return the next number of so many bytes; raises IndexError behind the end."""
+        self._at += length
+        if self._at > len(self._content):
+            raise IndexError(self._at)
+        return int.from_bytes(self._content[self._at - length : self._at], "big")
+
+
+def _coded_items(information: bytes) -> set[int]:
+    """Return the numbers of the items that hold compressed pixels, by an ``iinf`` box."""
+    found = set()
+    for kind, entry in _boxes(information, 8 if information[:1] == b"\1" else 6):
+        if kind != b"infe" or entry[:1] not in {b"\2", b"\3"}:
+            continue
+        length = 4 if entry[0] == _WIDE_VERSION[kind] else 2
+        if entry[6 + length : 10 + length] in _CODED_ITEMS:
+            found.add(int.from_bytes(entry[4 : 4 + length], "big"))
+    return found
+
+
+def _extents(locations: bytes) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Yield each item's number with where in the file its parts begin and end, by an ``iloc`` box.
+
+    Raises:
+        IndexError: The box ends before that.
+        ValueError: It has more parts than any image.
+    """
+    most_left = _MOST_PARTS
+    read = _Reader(locations, 0).number
+    version = read(4) >> 24
+    sizes = read(2)
+    offset, length, base, index = sizes >> 12, sizes >> 8 & 15, sizes >> 4 & 15, sizes & 15 if version else 0
+    wide = 4 if version == _WIDE_VERSION[b"iloc"] else 2
+    for _ in range(read(wide)):
+        item = read(wide)
+        in_file = version == 0 or read(2) & 15 == 0
+        is_here = read(2) == 0 and in_file
+        begins = read(base)
+        parts = read(2)
+        most_left -= parts
+        if most_left < 0:
+            raise ValueError("too many parts")
+        for _ in range(parts):
+            read(index)
+            start = begins + read(offset)
+            extent = read(length)
+            if is_here and extent:
+                yield item, (start, start + extent)

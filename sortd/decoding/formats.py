@@ -13,7 +13,7 @@ from sortd.moving.companions import RAWS
 SUFFIXES = frozenset(
     {
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff"),
-        *(".avif", ".heic", ".heif"),
+        *(".avif", ".heic", ".heif", ".hif"),
     }
 )
 """What says image in a name, in lower case."""
@@ -31,16 +31,34 @@ class Format:
     """The module that registers it: imported one at a time, so that the others never see a byte."""
     mend: str = ""
     """How to come to a decoder, where this Python may have none."""
+    held_bytes: int = 4
+    """What decoding usually holds for each pixel; Pillow's own image takes 4."""
+    peak_bytes: int = 12
+    """What decoding may take for each pixel at most, in the most costly kind of this format."""
+
+    @property
+    def title(self) -> str:
+        """The name that people know it by."""
+        return "HEIC" if self.name == "HEIF" else self.name
 
 
 _JPEG = Format("JPEG", "PIL.JpegImagePlugin")
 _PNG = Format("PNG", "PIL.PngImagePlugin")
 _GIF = Format("GIF", "PIL.GifImagePlugin")
 _BMP = Format("BMP", "PIL.BmpImagePlugin")
-_TIFF = Format("TIFF", "PIL.TiffImagePlugin")
-_WEBP = Format("WEBP", "PIL.WebPImagePlugin", "install a Pillow that was built with libwebp")
-_AVIF = Format("AVIF", "PIL.AvifImagePlugin", "install a Pillow that was built with libavif")
-_HEIF = Format("HEIF", "pillow_heif", "install its decoder: pip install 'sortd-images[heic]'")
+# A strip may be the whole image, in 16 bits a channel, beside the file itself, which libtiff maps.
+_TIFF = Format("TIFF", "PIL.TiffImagePlugin", peak_bytes=20)
+# Two canvases of WebPAnimDecoder and a copy of one, beside all of the file, twice.
+_WEBP = Format(
+    "WEBP", "PIL.WebPImagePlugin", "install a Pillow that was built with libwebp", held_bytes=12, peak_bytes=20
+)
+# The planes in up to 16 bits a channel, once more for a grid or a rotation, RGB, a copy of it, and the image.
+_AVIF = Format(
+    "AVIF", "PIL.AvifImagePlugin", "install a Pillow that was built with libavif", held_bytes=12, peak_bytes=28
+)
+_HEIF = Format("HEIF", "pillow_heif", "install its decoder: pip install pillow-heif", held_bytes=12, peak_bytes=28)
+
+FORMATS = (_JPEG, _PNG, _GIF, _BMP, _TIFF, _WEBP, _AVIF, _HEIF)
 
 READABLE = "JPEG, PNG, GIF, BMP, WEBP, TIFF, AVIF and HEIC"
 
@@ -57,7 +75,7 @@ _BEGINNINGS: Mapping[bytes, Format] = {
 
 _BRANDS: Mapping[bytes, Format] = {
     **dict.fromkeys((b"avif", b"avis"), _AVIF),
-    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), _HEIF),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), _HEIF),
 }
 """Brands of an ISO base media file that say still image; ``mif1`` and ``msf1`` leave it to the brands that follow."""
 

@@ -38,21 +38,26 @@ def opaque(image: "Image.Image", turn: "Image.Transpose | None", preprocessing: 
         turn: what makes it upright.
         preprocessing: how small a large image may be made on the way.
     """
-    from PIL import Image
-
     if _is_plain(image) and turn is None:
         return image
     shallow = _eight_bits(image)
     factor = min(image.size) // least_side(preprocessing)
     if image.width * image.height < COMPACT_FROM_PIXELS or factor < AMPLE:
-        small = _over_white(shallow)
-    else:
-        rows = max(1, _STRIP_ROWS // factor) * factor
-        small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
-        for top in range(0, image.height, rows):
-            strip = shallow.crop((0, top, image.width, min(top + rows, image.height)))
-            small.paste(_over_white(strip).reduce(factor), (0, top // factor))
+        factor = 1
+    small = shallow if factor == 1 and _is_plain(shallow) else _by_strips(shallow, factor)
     return small if turn is None else small.transpose(turn)
+
+
+def _by_strips(image: "Image.Image", factor: int) -> "Image.Image":
+    """Make an image opaque and smaller by a whole factor; only the result is held whole beside the image."""
+    from PIL import Image
+
+    rows = max(1, _STRIP_ROWS // factor) * factor
+    small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for top in range(0, image.height, rows):
+        strip = _over_white(image.crop((0, top, image.width, min(top + rows, image.height))))
+        small.paste(strip if factor == 1 else strip.reduce(factor), (0, top // factor))
+    return small
 
 
 def _is_plain(image: "Image.Image") -> bool:
@@ -92,7 +97,9 @@ def _eight_bits(image: "Image.Image") -> "Image.Image":
         for top in range(0, image.height, _STRIP_ROWS):
             rows = slice(top, min(top + _STRIP_ROWS, image.height))
             strip = np.asarray(image.crop((0, rows.start, image.width, rows.stop))) if whole is None else whole[rows]
-            yield rows, strip.astype(np.float64)
+            values = strip.astype(np.float64)
+            values[~np.isfinite(values)] = np.nan
+            yield rows, values
 
     low, high = (0.0, 65_535.0) if whole is not None else _range_of(image.mode, strips())
     scale = 255 / (high - low) if high > low else 0.0
@@ -105,8 +112,6 @@ def _range_of(mode: str, strips: Iterator[tuple[slice, npt.NDArray[np.float64]]]
     """Return the values that stand for black and for white."""
     ends = [(float(np.nanmin(strip)), float(np.nanmax(strip))) for _, strip in strips if not np.isnan(strip).all()]
     low, high = min((low for low, _ in ends), default=0.0), max((high for _, high in ends), default=0.0)
-    if not np.isfinite([low, high]).all():
-        raise ValueError("its values are not finite")
     usual = 1.0 if mode == "F" else 65_535.0
     return (0.0, usual) if low >= 0 and high <= usual else (low, high)
 

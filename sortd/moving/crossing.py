@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from sortd.errors import ChangedError, DestinationError, VanishedError
 from sortd.messages import Writer
-from sortd.mover import MOST_ATTEMPTS, check_source, make_part, remove_spent, taken_names
+from sortd.mover import MOST_ATTEMPTS, TakenNumbers, check_source, make_part, remove_spent, taken_names
 from sortd.moving.copying import Copy, content_of, copy_to_part, never, remove_part
 from sortd.moving.free_names import final_names
 from sortd.moving.relocation import Member, Progress, Relocation
@@ -33,7 +33,12 @@ _CANNOT_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK
 
 
 def cross(
-    folders: Folders, relocation: Relocation, advance: Advance, interrupted: Callable[[], bool] = never
+    folders: Folders,
+    relocation: Relocation,
+    advance: Advance,
+    interrupted: Callable[[], bool] = never,
+    *,
+    numbers: TakenNumbers,
 ) -> Relocation:
     """Bring a relocation to another file system; the journal holds it as intended already (X1).
 
@@ -42,6 +47,7 @@ def cross(
         relocation: in progress INTENDED.
         advance: makes its progress durable.
         interrupted: asked between chunks of a copy.
+        numbers: what earlier ones have found taken.
 
     Raises:
         OSError, JournalError: a disk refused; the caller recovers.
@@ -52,21 +58,25 @@ def cross(
     check_source(source, relocation.source)  # else copies would be made and withdrawn at every try, for months
     sealed = _copy_all(source, destination, relocation, interrupted)
     advance(sealed)  # X5
-    published = publish(destination, sealed, advance, taken_names(folders, sealed))
+    published = publish(destination, sealed, advance, taken_names(folders, sealed), numbers)
     for member in published.members:
         folders.note_move(relocation.source, member.name if member.leaves else "", relocation.destination, member.final)
     return finish(folders, published)
 
 
 def publish(
-    destination: int, relocation: Relocation, advance: Advance, is_taken: Callable[[Sequence[str]], bool]
+    destination: int,
+    relocation: Relocation,
+    advance: Advance,
+    is_taken: Callable[[Sequence[str]], bool],
+    numbers: TakenNumbers,
 ) -> Relocation:
     """Give every part its final name, none if one is taken, and make that durable (X6 to X8).
 
     Raises:
         OSError, JournalError: the caller recovers.
     """
-    for attempt in range(1, MOST_ATTEMPTS):
+    for attempt in numbers.attempts(relocation):
         names = final_names(relocation, attempt)
         if is_taken(names):
             continue
@@ -75,6 +85,7 @@ def publish(
             members=tuple(replace(one, final=name) for one, name in zip(relocation.members, names, strict=True)),
         )
         if _publish_all(destination, named, advance):
+            numbers.remember(relocation, attempt)
             return seal_published(destination, named, advance)
     raise DestinationError(f"{relocation.destination}: no free name for {relocation.image.wanted!r}")
 

@@ -6,7 +6,7 @@ carried out here or handed to the worker. Moves are gathered and filed as one gr
 
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic, time_ns
 
 from sortd.journal import Journal
@@ -82,8 +82,9 @@ class Dataset:
         guard: GuardState,
         needs_marker: bool = True,
         lock_problem: Callable[[], str | None] = lambda: None,
+        limits: Mapping[str, float] | None = None,
     ) -> None:
-        """Take the collaborators over; nothing is touched yet."""
+        """Take the collaborators over; nothing is touched yet. ``limits`` are those of decoding, see ``Rejects``."""
         self.identity = identity
         self.layout = layout
         self.name = layout.name
@@ -97,7 +98,7 @@ class Dataset:
         self.outbox = Outbox(mover, self.account, history=history, root=layout.root)
         self._presence = Presence(layout, journal, needs_marker=needs_marker, lock_problem=lock_problem)
         self._is_taken = False
-        self._patrol = None if journal is None else Patrol(layout, journal, self.account.unreadable)
+        self._patrol = None if journal is None else Patrol(layout, journal, self.account.unreadable, limits=limits)
         self._commands: deque[Command] = deque()
         self._inspections: OrderedDict[str, None] = OrderedDict()
         self._missing: set[str] = set()

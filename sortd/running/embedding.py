@@ -17,6 +17,11 @@ from sortd.running.pipeline import Deliver, Lane, Pipeline
 UNIT_TOLERANCE = 1e-2
 """How far from one the length of an embedding may be: half precision errs by a tenth of that."""
 
+AT_ONCE = 1_000
+"""Files that are looked up in the cache in one step."""
+
+TEXTS_AT_ONCE = 64
+"""Texts that are encoded in one step: a thousand classes have eight thousand, which take a minute."""
 
 Attend = Callable[[], float | None]
 """Is called between two steps; returns how many seconds the next one may wait at most, None: as long as need be."""
@@ -57,7 +62,7 @@ class Embedder:
     # ------------------------------------------------------------ images
 
     def embed(self, images: Sequence[tuple[str, Stamp]]) -> Iterator[EmbeddedImage | ImageRefused]:
-        """Yield exactly one answer for each image, known ones first, in no other order.
+        """Yield exactly one answer for each image, in no order.
 
         Images of other lanes go on meanwhile, a turn each.
 
@@ -68,7 +73,9 @@ class Embedder:
         lane = self.open_lane(answers.extend)
         left = len(images)
         try:
-            self.add(lane, images)
+            for start in range(0, len(images), AT_ONCE):
+                self.add(lane, images[start : start + AT_ONCE])
+                self.give_way()
             while True:
                 while answers:
                     left -= 1
@@ -78,6 +85,12 @@ class Embedder:
                 self.advance(at_most_seconds=self._attend())
         finally:
             self.close_lane(lane)
+
+    def give_way(self) -> None:
+        """Attend, and take one step with the images of all lanes, if there are any, without waiting for pixels."""
+        self._attend()
+        if self.has_work:
+            self.advance(at_most_seconds=0.0)
 
     def open_lane(self, deliver: Deliver) -> Lane:
         """Return a lane for images that are embedded while others are; answers go to ``deliver``, some at a time."""
@@ -145,11 +158,14 @@ class Embedder:
         keys = [hashlib.sha256(b"text\0" + text.encode("utf-8", "surrogateescape")).hexdigest() for text in texts]
         rows = self._cache.embeddings(set(keys), self.encoder.encoder_id)
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in rows}
-        if missing:
-            encoded = self.encoder.encode_texts(list(missing.values()))
-            new = dict(zip(missing, self._sound(encoded), strict=True))
+        unknown = list(missing)
+        for start in range(0, len(unknown), TEXTS_AT_ONCE):
+            some = unknown[start : start + TEXTS_AT_ONCE]
+            encoded = self.encoder.encode_texts([missing[key] for key in some])
+            new = dict(zip(some, self._sound(encoded), strict=True))
             self._cache.remember_embeddings(new, self.encoder.encoder_id)
             rows.update(new)
+            self.give_way()
         return np.stack([rows[key] for key in keys])
 
     def _sound(self, rows: FloatArray) -> FloatArray:

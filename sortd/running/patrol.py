@@ -7,7 +7,7 @@ is found in a slice is recorded in one commit.
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from time import monotonic, time_ns
@@ -40,7 +40,7 @@ FOLLOW_NS = 2 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class Mended:
-    """An image in Rejected/ that shows another version than was set aside."""
+    """An image in Rejected/ that is to be tried again: another version than was set aside, or a limit was raised."""
 
     path: str
     stamp: Stamp
@@ -54,10 +54,24 @@ class Patrol:
     """Notices what the user did with the handled images of one dataset; one look through them at a time."""
 
     def __init__(
-        self, layout: Layout, journal: Journal, report: Callable[[OSError], None], *, clock: Clock = monotonic
+        self,
+        layout: Layout,
+        journal: Journal,
+        report: Callable[[OSError], None],
+        *,
+        clock: Clock = monotonic,
+        limits: Mapping[str, float] | None = None,
     ) -> None:
-        """Prepare; nothing is looked at yet. ``report`` is told what cannot be looked at."""
-        self._corrections, self._rejects = Corrections(layout, journal, report), Rejects(layout, journal)
+        """Prepare; nothing is looked at yet.
+
+        Args:
+            layout: the dataset's.
+            journal: the dataset's.
+            report: is told what cannot be looked at.
+            clock: tells seconds.
+            limits: by which images are refused; see ``Rejects``.
+        """
+        self._corrections, self._rejects = Corrections(layout, journal, report), Rejects(layout, journal, limits)
         self._root = layout.root
         self._clock = clock
         self._wanted: OrderedDict[str, Area] = OrderedDict()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sortd.errors import BusyError, DestinationError, ImageError, SourceError
 from sortd.journal import Grounds, Journal
-from sortd.mover import Mover, close_files, done, open_members, remove_spent, sync_files
+from sortd.mover import Mover, TakenNumbers, close_files, done, open_members, remove_spent, sync_files
 from sortd.moving.copying import never
 from sortd.moving.crossing import cross
 from sortd.moving.listing import Listings
@@ -89,6 +89,7 @@ class Relocator:
         self._mover = mover or Mover()
         self._sync_threads = sync_threads
         self.listings, self._listings_of_jobs = listings or Listings(), listings or Listings()
+        self._numbers = TakenNumbers()  # of the jobs alone: the mover, in another thread, has its own
         # By token; handed to ``submit`` and not yet ended. Only the thread that owns this object touches it, so that
         # a relocation is never recovered here while it is carried out there.
         self._crossing: dict[str, Relocation] = {}
@@ -199,7 +200,7 @@ class Relocator:
         try:
             with Folders(self._root, self._listings_of_jobs) as folders:
                 try:
-                    return order.at(cross(folders, order.relocation, advance, self._interrupted))
+                    return order.at(cross(folders, order.relocation, advance, self._interrupted, numbers=self._numbers))
                 except (ImageError, OSError, DestinationError, SourceError) as error:
                     return order.at(_recovered(folders, reached, journal)).troubled(error)
         except OSError as error:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from sortd.cache import Cache
 from sortd.commands.stored import stored_prototypes
-from sortd.config import Config, DatasetConfig
+from sortd.config import Config, DatasetConfig, Decoding
 from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder
 from sortd.encoding.model_folders import STRONGER
 from sortd.encoding.models import locate
 from sortd.finetuned import FinetunedFacts
 from sortd.finetuned import load as load_finetuned
-from sortd.images import Jpeg, Limits
+from sortd.images import DECODERS, Jpeg, Limits
 from sortd.layout import Layout
 from sortd.messages import DatasetId, Preprocessing
 from sortd.metrics import Metrics
@@ -61,6 +61,12 @@ def teaching_of(config: DatasetConfig) -> Teaching:
         learns_from_corrections=config.learn_from_corrections,
         classifier=config.classifier,
     )
+
+
+def limits_of(decoding: Decoding) -> dict[str, float]:
+    """Return by what images are refused, so that a higher value refuses fewer; see ``Rejects``."""
+    numbers = decoding.model_dump(include={"max_pixels", "max_side_pixels", "max_bytes", "timeout_seconds"})
+    return {**numbers, "draft": int(decoding.jpeg == "draft"), "decoders": DECODERS}
 
 
 class Site:
@@ -143,6 +149,7 @@ class Site:
                 last_generation=held.journal.history.last_generation(),
                 guard=held.journal.history.guard(),
                 lock_problem=held.lock_problem,
+                limits=limits_of(self._config.decoding),
             )
             self._held[dataset.identity] = opened.pop_all()
         dataset.outbox.tell_recovered(held.recovered)
