@@ -281,6 +281,7 @@ def test_once_dataset_that_is_held_ends_it_by_its_cause_after_the_others(
     picture("red", 2).save(colours / "Images" / "a.png")
     with DaemonProcess(write_config(), "once") as daemon:
         assert daemon.wait() == 74
+        journal.rmdir()
     assert list(tree(colours / "Dataset")) == ["red/a.png"]
     assert any(line.startswith("sortd: Bad: ") and "Is a directory" in line for line in daemon.noise)
 
