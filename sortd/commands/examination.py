@@ -8,6 +8,7 @@ from typing import Any
 
 from sortd.commands.journals import JOURNAL_FILE
 from sortd.commands.promotion import serving_facts
+from sortd.commands.stored import keep_evaluated
 from sortd.config import Config
 from sortd.deciding.evaluation import EvaluationReport
 from sortd.encoder import Encoder
