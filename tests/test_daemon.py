@@ -331,7 +331,9 @@ def test_once_dataset_that_is_held_ends_it_by_its_cause_after_the_others(
         assert daemon.wait() == 74
         journal.rmdir()
     assert list(tree(colours / "Dataset")) == ["red/a.png"]
-    assert any(line.startswith("sortd: Bad: ") and "Is a directory" in line for line in daemon.noise)
+    (line,) = daemon.events("daemon.failed", exit_code=74)
+    assert line["error"].startswith("Bad: ")
+    assert "Is a directory" in line["error"]
 
 
 def test_sigterm_under_work_ends_soon_with_nothing_half_done(colours: Path, write_config: Write) -> None:
