@@ -14,6 +14,7 @@ from sortd import mends
 from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.decoding.files import OUR_OWN_TROUBLE, read_regular
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
+from sortd.names import rule_for_folder
 from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build
 from sortd.running.embedding import Embedder
 from sortd.watching.scanning import scan, stamp
@@ -74,8 +75,8 @@ class Rebuilt:
 
 
 def is_class_name(name: str) -> bool:
-    """Tell whether a folder's name can be a class: not hidden, no control character."""
-    return not name.startswith(".") and name.isprintable() and name not in {"", "..", "@eaDir"}
+    """Tell whether a folder's name can be a class: not hidden, no system folder, no control character."""
+    return bool(name) and name.isprintable() and rule_for_folder(name) is None
 
 
 def read_descriptions(folder: str) -> tuple[str, ...]:
@@ -133,7 +134,7 @@ def _class_entries(clases: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
         if error.errno in OUR_OWN_TROUBLE:
             raise
         raise ReferencesAbsentError(f"{clases} cannot be listed: {error.strerror}") from error
-    seen = [entry for entry in found if not entry.name.startswith(".")]
+    seen = [entry for entry in found if rule_for_folder(entry.name) is None]
     return [e for e in seen if is_class_name(e.name)], [e.name for e in seen if not is_class_name(e.name)]
 
 

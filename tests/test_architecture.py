@@ -13,6 +13,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     # floor 0: thought; knows no file, clock, thread, log or model
     "errors": (THOUGHT, "errors"),
     "mends": (THOUGHT, "mends"),
+    "names": (THOUGHT, "names"),
     "deciding.support": (THOUGHT, "prototypes"),
     "prototypes": (THOUGHT, "prototypes"),
     "messages": (THOUGHT, "messages"),
@@ -130,6 +131,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "running.latecomers": (DRIVER, "drivers"),
     "running.rejects": (DRIVER, "drivers"),
     "running.review_scan": (DRIVER, "drivers"),
+    "running.left_files": (DRIVER, "drivers"),
     "running.outbox": (DRIVER, "drivers"),
     "running.classifiers": (DRIVER, "drivers"),
     "running.lanes": (DRIVER, "drivers"),

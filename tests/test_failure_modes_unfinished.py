@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sortd.names import rule_for
 from tests.daemon_process import DaemonProcess, picture, running, tree
 
 Write = Callable[..., Path]
@@ -158,11 +159,9 @@ class TestFilesThatAreNotThereYet:
         ],
     )
     def test_unfinished_names_are_told_by_their_ending(self, unfinished: str, finished: str) -> None:
-        """The names under which browsers, rsync, scp and sync clients write; ``test_scanning.py`` has all of them."""
-        from sortd.watching.scanning import is_temporary
-
-        assert is_temporary(unfinished)
-        assert not is_temporary(finished)
+        """The names under which browsers, rsync, scp and sync clients write; ``test_names.py`` has all of them."""
+        assert rule_for(unfinished) is not None
+        assert rule_for(finished) is None
 
     def test_an_upload_under_a_temporary_name_is_filed_when_it_is_renamed(
         self, colours: Path, write_config: Write

@@ -30,10 +30,14 @@ from sortd.logs import (
 from sortd.messages import Embedded, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, RebuildFailed
 from sortd.metrics import Metrics
 from sortd.moving.relocation import Relocation
+from sortd.names import Why
 from sortd.prototypes import Abstained, Assigned, Mode, PrototypeSet
 from sortd.references import Rebuilt
 from sortd.running.corrections import Correction
 from sortd.sorter import Sorter
+
+REMEMBERED = 100_000
+"""Paths of which it is remembered that they were told of; beyond, they are told of again."""
 
 
 class Account:
@@ -48,6 +52,7 @@ class Account:
         """What decides, and as ``refusal`` why a fine-tuned model that is wanted does not."""
         self._dataset, self._metrics = dataset, metrics
         self._is_review_full = False
+        self._told_of: set[int] = set()
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger().bind(dataset=dataset)
 
     def moved(self, move: Move, result: Moved | MoveFailed, milliseconds: float) -> None:
@@ -101,6 +106,19 @@ class Account:
         """Say that a file stays where it is."""
         self._count("left")
         self._log.info(IMAGE_LEFT, path=leave.path, refusal=leave.refusal.value, reason=leave.message)
+
+    def stays(self, path: str, why: Why) -> None:
+        """Say that something in the inbox is not looked at; once for each path and reason."""
+        if self.has_told(path, why):
+            return
+        if len(self._told_of) >= REMEMBERED:
+            self._told_of.clear()
+        self._told_of.add(hash((path, why.reason)))
+        self._log.info(IMAGE_LEFT, path=path, refusal=why.reason.value, reason=why.message)
+
+    def has_told(self, path: str, why: Why) -> bool:
+        """Tell whether this was said of a path before."""
+        return hash((path, why.reason)) in self._told_of
 
     def corrected(self, correction: Correction) -> None:
         """Say that the user moved an image to another class than sortd had decided."""

@@ -11,8 +11,9 @@ from sortd.journal import Journal
 from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
+from sortd.names import rule_for
 from sortd.running.corrections import looked_through_until
-from sortd.watching.scanning import is_temporary, stamp
+from sortd.watching.scanning import stamp
 
 SCANNED_FACT = "rejects_scanned_at"
 """The journal's note of when Rejected/ was last looked through, in nanoseconds since the epoch."""
@@ -62,7 +63,7 @@ class Rejects:
             with os.scandir(self._folder) as entries:
                 for entry in entries:
                     self.files_scanned += 1
-                    is_changed = not is_temporary(entry.name) and _changed_ns(entry) >= since
+                    is_changed = rule_for(entry.name) is None and _changed_ns(entry) >= since
                     found = self.look(entry.path) if is_changed else None
                     yield None if found is None else (entry.path, found)
         except OSError:
