@@ -34,6 +34,8 @@ SETBACK_SECONDS = (1.0, 300.0)
 """First and longest wait of a version that settled and could not be taken for a reason of its own (it is immutable,
 say, or changes whenever it is opened); it doubles between, so that months of trying cost next to nothing."""
 
+_NOT_YET = frozenset({Writer.PRESENT, Writer.UNFINISHED})
+
 STALE_TICKETS = 1000
 """So many places in the queue may be of images that are not there any more, beside as many as are."""
 
@@ -135,13 +137,16 @@ class Backlog:
 
     def _settle(self, entry: Entry, now: float, writer: Writer | None) -> None:
         """Only a look that asked for a writer makes an image ready; all others set when to look."""
+        if entry.is_unfinished and writer not in {None, Writer.UNFINISHED}:
+            entry.is_unfinished, entry.still_since = False, now  # the last bytes may have come just now
         quiet = self._settle_seconds
         if writer is Writer.UNKNOWN and not entry.closed:
             quiet = max(quiet, LEASELESS_QUIET_SECONDS)
         due = entry.still_since + max(quiet, _patience(entry.setbacks))
         if writer is not None:
-            self._note_writer(entry, present=writer is Writer.PRESENT or entry.setbacks > 1)
-        if writer is Writer.PRESENT:
+            entry.is_unfinished = writer is Writer.UNFINISHED
+            self._note_writer(entry, present=writer in _NOT_YET or entry.setbacks > 1)
+        if writer in _NOT_YET:
             still = now - entry.still_since
             due = now + min(max(self._settle_seconds, still / 2), BUSY_RECHECK_SECONDS)
         elif writer is not None and now >= due:

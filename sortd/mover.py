@@ -24,6 +24,7 @@ from sortd.moving.renaming import (
     start_writeback,
     writer_of,
 )
+from sortd.names import CONTROLS
 
 NO_RIGHTS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 NO_STAMP = Stamp(0, 0, 0, 0)
@@ -50,6 +51,8 @@ def with_companions(folders: Folders, relocation: Relocation) -> Relocation:
         status = look(folder, name)
         if status is None or not stat.S_ISREG(status.st_mode):
             return False
+        if _is_unfinished(folder, name):
+            return False
         found[name] = stamp_of(status)
         # Where case does not count, the image answers to both spellings of its name.
         return name.casefold() != image.casefold() or name in os.listdir(folder)
@@ -62,6 +65,11 @@ def with_companions(folders: Folders, relocation: Relocation) -> Relocation:
         Member(Role.SHARED if one.shared else Role.COMPANION, one.name, one.name, found[one.name]) for one in companions
     ]
     return replace(relocation, members=(*relocation.members, *members))
+
+
+def _is_unfinished(folder: int, name: str) -> bool:
+    """Tell whether a file beside this one says that it is not whole: then it follows its image later."""
+    return any(look(folder, name + rule.ending) is not None for rule in CONTROLS)
 
 
 def open_members(folders: Folders, relocation: Relocation) -> list[int]:

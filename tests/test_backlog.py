@@ -77,7 +77,7 @@ class BacklogMachine(RuleBasedStateMachine):
             if entry.state is State.READY:
                 quiet = LEASELESS_QUIET_SECONDS if writer is Writer.UNKNOWN and not entry.closed else SETTLE
                 assert self.now - written_at >= quiet
-                assert writer is not Writer.PRESENT
+                assert writer not in {Writer.PRESENT, Writer.UNFINISHED}
 
     @rule(size=st.integers(1, 5))
     def a_batch_is_taken(self, size: int) -> None:
@@ -284,3 +284,22 @@ def test_backlog_resting_images_below_folders_are_listed() -> None:
         "/Images/a/2.png",
         "/Images/a/b/1.png",
     ]
+
+
+def test_backlog_unfinished_file_settles_anew_when_it_is_finished() -> None:
+    """As long as a file beside it says so it waits, and is no work; then it must hold still for its time again."""
+    backlog = Backlog(settle_seconds=SETTLE, limit=LIMIT)
+    backlog.see("a.png", stamp(1), 0.0, writer=None, closed=True)
+    now = 100.0
+    assert list(backlog.due(now)) == ["a.png"]
+    backlog.see("a.png", stamp(1), now, writer=Writer.UNFINISHED, closed=False)
+    assert (backlog.count(State.SETTLING), backlog.busy, backlog.waiting) == (1, 1, 1)
+    deadline = backlog.next_deadline()
+    assert deadline is not None
+    assert now < deadline <= now + 30.0
+    assert list(backlog.due(deadline)) == ["a.png"]
+    backlog.see("a.png", stamp(1), deadline, writer=Writer.ABSENT, closed=False)
+    assert (backlog.count(State.SETTLING), backlog.busy) == (1, 0)
+    assert backlog.next_deadline() == deadline + SETTLE
+    backlog.see("a.png", stamp(1), deadline + SETTLE, writer=Writer.ABSENT, closed=False)
+    assert backlog.count(State.READY) == 1

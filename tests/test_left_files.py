@@ -109,6 +109,33 @@ def test_dataset_file_that_is_left_out_is_logged_once(world: World, reason: str,
     assert not world.embedded()
 
 
+def test_dataset_unfinished_download_waits_until_its_control_file_is_gone(world: World) -> None:
+    """An image of full size with holes is not looked into while its control file stands beside it."""
+    image, control = world.root / "Images" / "a.png", world.root / "Images" / "a.png.aria2"
+    image.write_bytes(b"\x89PNG" + bytes(5000))
+    control.touch()
+    with capture_logs() as lines:
+        world.scan()
+        world.hint(image)
+        world.hint(control)
+    assert not world.embedded()
+    assert [line["refusal"] for line in lines if line.get("path") == str(image)] == ["unfinished"]
+    assert world.dataset.sorter.is_drained or world.dataset.sorter.is_rebuilding
+    control.unlink()
+    world.hint(control)
+    assert world.embedded() == {"a.png"}
+
+
+def test_dataset_unfinished_download_of_a_folder_waits(world: World) -> None:
+    """A torrent has one control file beside its folder, for all files in it."""
+    folder = world.root / "Images" / "holiday"
+    (folder / "day").mkdir(parents=True)
+    (folder / "day" / "a.png").write_bytes(b"\x89PNG")
+    (world.root / "Images" / "holiday.aria2").touch()
+    world.scan()
+    assert not world.embedded()
+
+
 def test_left_files_that_are_renamed_soon_are_not_told_of(tmp_path: Path) -> None:
     """Many programs write under a hidden name and rename: that is no line in the log."""
     hidden, stays = tmp_path / "Images" / ".a.png", tmp_path / "Images" / ".b.png"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sortd.names import Reason, Why, rule_for_folder
-from sortd.watching.scanning import scan, scan_steps, stamp, why_left
+from sortd.names import CONTROLS, Reason, Rule, Why, rule_for_folder
+from sortd.watching.scanning import scan, scan_steps, stamp, why_left, why_unfinished
 
 
 def never(error: OSError) -> None:
@@ -66,6 +66,30 @@ def test_scan_of_class_folders_takes_any_class_name(tmp_path: Path) -> None:
         (tmp_path / path).touch()
     found = scan(os.fspath(tmp_path), report=never, rule_at_top=rule_for_folder)
     assert {os.path.relpath(path, tmp_path) for path, _ in found} == {"engine.part/a.jpg", "x~/b.jpg"}
+
+
+@pytest.mark.parametrize("rule", CONTROLS, ids=[rule.pattern for rule in CONTROLS])
+def test_why_unfinished_with_a_control_file_beside_names_it(tmp_path: Path, rule: Rule) -> None:
+    """Of a file, and of each file in a folder that is being downloaded as a whole; no longer when it is gone."""
+    album = tmp_path / "Images" / "album"
+    album.mkdir(parents=True)
+    (album / "a.jpg").touch()
+    assert why_unfinished(os.fspath(album / "a.jpg"), os.fspath(tmp_path)) is None
+    for control in (album / f"a.jpg{rule.ending}", album.with_name(f"album{rule.ending}")):
+        control.touch()
+        why = why_left(os.fspath(album / "a.jpg"), os.fspath(tmp_path))
+        assert why is not None
+        assert why.reason is Reason.UNFINISHED
+        assert f"{rule.program} has not finished it: {control} stands beside it" in why.message
+        control.unlink()
+    assert why_left(os.fspath(album / "a.jpg"), os.fspath(tmp_path)) is None
+
+
+def test_why_unfinished_of_the_longest_name_is_none(tmp_path: Path) -> None:
+    """No control file can stand beside a name that leaves no room for its ending."""
+    path = tmp_path / ("a" * 251 + ".jpg")
+    path.touch()
+    assert why_unfinished(os.fspath(path), os.fspath(tmp_path)) is None
 
 
 def test_why_left_says_what_is_in_the_way(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from sortd.messages import Writer
 from sortd.moving.renaming import writer_of
 from sortd.names import Why, rule_below
 from sortd.running.account import Account
-from sortd.watching.scanning import why_left
+from sortd.watching.scanning import why_left, why_unfinished
 
 LEFT_SECONDS = 5.0
 """So long a file must have had a name that is not looked at before it is told of: most are renamed by then."""
@@ -47,8 +47,12 @@ class LeftFiles:
         return True
 
     def writer_of(self, path: str) -> Writer:
-        """Tell whether a file that has held still may be taken for finished."""
-        return writer_of(path)
+        """Tell whether a file that has held still may be taken for finished; say so of one that is not."""
+        why = why_unfinished(path, self._root)
+        if why is None:
+            return writer_of(path)
+        self._account.stays(path, why)
+        return Writer.UNFINISHED
 
     def note(self, path: str, why: Why | None = None) -> None:
         """Take note of a path, if it was not told of before for this reason."""

@@ -42,6 +42,7 @@ class Entry:
     recheck_at: float = 0.0
     closed: bool = False
     busy: bool = False
+    is_unfinished: bool = False  # a file beside it said so when it was last asked for
     heap_at: float | None = None
     ticket: int = 0
     generation: int = 0

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from sortd.messages import Stamp
-from sortd.names import Reason, Rule, Why, rule_below, rule_for
+from sortd.names import CONTROLS, Reason, Rule, Why, rule_below, rule_for
 
 Listing = Callable[[str], AbstractContextManager[Iterable["os.DirEntry[str]"]]]
 """Lists a folder; ``os.scandir`` does."""
@@ -127,8 +127,23 @@ def why_left(path: str, root: str) -> Why | None:
     elif not (mode.S_ISREG(found.st_mode) or mode.S_ISDIR(found.st_mode)):
         return _SPECIAL
     if why is None:
-        return None
+        return why_unfinished(path, root)
     return why if place == path else replace(why, message=f"it lies in {place}: {why.message}")
+
+
+def why_unfinished(path: str, root: str) -> Why | None:
+    """Return which file says that ``path``, or a folder between it and ``root``, is not whole yet; None: none does.
+
+    A program that writes into a file of its final name and size keeps beside it what is missing; of a download of many
+    files, beside their folder.
+    """
+    while len(path) > len(root):
+        for rule in CONTROLS:
+            if os.path.lexists(path + rule.ending):
+                message = f"{rule.program} has not finished it: {path}{rule.ending} stands beside it"
+                return Why(Reason.UNFINISHED, f"{message}; it is looked at again when that is gone")
+        path = os.path.dirname(path)
+    return None
 
 
 def _link_above(path: str, root: str) -> str | None:

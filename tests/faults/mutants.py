@@ -124,6 +124,7 @@ IDENTITIES = (
     Mutant("mover", "        if not is_version(os.fstat(file), member.stamp):", "        if False:"),
     Mutant("mover", "if status is not None and is_version(status, member.stamp):", "if status is not None:"),
     Mutant("mover", "if status is None or not stat.S_ISREG(status.st_mode):", "if status is None:"),
+    Mutant("mover", "if _is_unfinished(folder, name):", "if False:"),
     Mutant("mover", "name.casefold() != image.casefold() or name in os.listdir(folder)", "True"),
     Mutant("mover", "if len({one.name.casefold() for one in companions}) < len(companions):", "if False:"),
     Mutant(
