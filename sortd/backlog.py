@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain
 
-from sortd.messages import Stamp, Writer
+from sortd.messages import Refusal, Stamp, Writer
 from sortd.sorting.entry import ON_THE_WAY, RESTING, Entry, State
 from sortd.sorting.refusals import Refusals
 
@@ -285,22 +285,22 @@ class Backlog:
         del self._entries[entry.path]
         self._moving[entry.path, entry.stamp] = entry
 
-    def refuse(self, entry: Entry, message: str, *, is_denied: bool) -> bool:
+    def refuse(self, entry: Entry, refusal: Refusal, message: str) -> bool:
         """ENCODING -> REFUSED: it stays where it is until it changes; tell whether this is to be said.
 
         What could not be read for want of rights is tried again after each scan: no stamp shows that rights changed.
         """
         if self._counts[State.REFUSED] >= self._limit:
             self.forget(entry.path)
-            return self._refusals.note(entry.path, entry.stamp, message if is_denied else "")
+            return self._refusals.note(entry.path, entry.stamp, message if refusal is Refusal.DENIED else "")
         self._go(entry, State.REFUSED)
-        is_news, entry.told, entry.is_denied = entry.told != message, message, is_denied
+        is_news, entry.told, entry.refusal = entry.told != message, message, refusal
         return is_news
 
     def retry_denied(self, now: float) -> None:
         """REFUSED -> SETTLING for all that could not be read for want of rights."""
         for entry in self.in_state(State.REFUSED):
-            if entry.is_denied:
+            if entry.refusal is Refusal.DENIED:
                 self._restart(entry, entry.stamp, now)
 
     def abstain_again(self, entry: Entry, *, generation: int) -> None:

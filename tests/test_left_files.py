@@ -10,14 +10,15 @@ from structlog.testing import capture_logs
 
 from sortd.deciding.support import DecisionSettings
 from sortd.layout import Layout
-from sortd.messages import DatasetId
+from sortd.messages import DatasetId, ImageRefused, Refusal
 from sortd.metrics import Metrics
+from sortd.moving.renaming import stamp_of
 from sortd.references import Teaching
 from sortd.running.account import Account
 from sortd.running.dataset import Dataset
 from sortd.running.left_files import LEFT_SECONDS, LeftFiles
 from sortd.running.rehearsal import Pretence
-from sortd.running.worker import EmbedJob, Job
+from sortd.running.worker import Answer, EmbedJob, Job
 from sortd.sorting.guard import GuardState
 from sortd.sorting.settings import SorterSettings
 from sortd.watch import Hint
@@ -107,6 +108,20 @@ def test_dataset_file_that_is_left_out_is_logged_once(world: World, reason: str,
     assert [(line["path"], line["refusal"], line["log_level"]) for line in left] == [(str(path), reason, "info")]
     assert left[0]["reason"]
     assert not world.embedded()
+
+
+def test_dataset_facts_of_files_that_were_looked_into_are_of_those_that_stand_there(world: World) -> None:
+    """What is no image is counted and listed while it stands in the inbox, with what was said of it."""
+    path = world.root / "Images" / "notes.txt"
+    path.touch()
+    world.scan()
+    refused = ImageRefused(str(path), stamp_of(path.lstat()), Refusal.NOT_AN_IMAGE, "it is a text")
+    world.dataset.answer(Answer(DatasetId("Cars"), (refused,)))
+    file = {"path": str(path), "reason": "not_an_image", "message": "it is a text"}
+    assert world.dataset.facts()["left"] == {"reasons": {"not_an_image": 1}, "files": [file]}
+    path.unlink()
+    world.hint(path)
+    assert world.dataset.facts()["left"] == {"reasons": {}, "files": []}
 
 
 def test_dataset_unfinished_download_waits_until_its_control_file_is_gone(world: World) -> None:

@@ -1,5 +1,7 @@
 """The account that sortd gives of one dataset: its log lines, its counts, and what ``sortd status`` shows."""
 
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import structlog
@@ -38,6 +40,9 @@ from sortd.sorter import Sorter
 
 REMEMBERED = 100_000
 """Paths of which it is remembered that they were told of; beyond, they are told of again."""
+
+LISTED = 1_000
+"""Files that the status lists; of all of them the reasons are counted."""
 
 
 class Account:
@@ -231,11 +236,21 @@ class Account:
             "references": 0 if prototypes is None else int(prototypes.counts.sum()),
             "mode": mode.value,
             "classifier": self.classifier,
+            "left": _left(sorter),
         }
 
     def _count(self, outcome: str) -> None:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
         self._metrics.image(self._dataset, outcome)
+
+
+def _left(sorter: Sorter) -> dict[str, object]:
+    """Count the files of the inbox that were looked at and stay where they are by reason, and list them."""
+    refused = [entry for entry in sorter.refused if not (entry.is_aside or entry.in_review)]
+    files = [
+        {"path": entry.path, "reason": str(entry.refusal), "message": entry.told} for entry in islice(refused, LISTED)
+    ]
+    return {"reasons": dict(Counter(str(entry.refusal) for entry in refused)), "files": files}
 
 
 def decision_facts(move: Move) -> dict[str, object]:
