@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sortd import mends
 from sortd.errors import StartupError
 
 STATUS_FILE = "status.json"
@@ -42,7 +43,7 @@ def read_status(state: Path) -> dict[str, Any] | None:
     """Return what the last running sortd told, with ``alive``: whether that process still is; None if none ever ran.
 
     Raises:
-        StartupError: whoever asks may not read the state directory.
+        StartupError: the state directory cannot be read.
     """
     try:
         facts: dict[str, Any] = json.loads((state / STATUS_FILE).read_text(encoding="utf-8"))
@@ -52,6 +53,8 @@ def read_status(state: Path) -> dict[str, Any] | None:
         raise StartupError(
             f"{state} cannot be read: {error.strerror}; ask as the user that sortd runs as, or as root"
         ) from error
+    except OSError as error:
+        raise StartupError(mends.unreadable(error)) from error
     facts["alive"] = bool(facts.get("running")) and is_alive(int(facts.get("pid", 0)), facts.get("started_ticks"))
     return facts
 
