@@ -263,6 +263,11 @@ def rule_for_folder(name: str) -> Rule | None:
     return rule if rule.reason is Reason.SYSTEM and "*" not in rule.pattern else None
 
 
+def owner_of(path: str) -> str | None:
+    """Return the file or folder that a control file of this name is about; None: it is no control file."""
+    return next((path.removesuffix(rule.ending) for rule in CONTROLS if path.endswith(rule.ending)), None)
+
+
 def rule_below(path: str, root: str) -> tuple[str, Rule] | None:
     """Return the first folder between a dataset and a path, or the path itself, that is not looked at, and why.
 

@@ -17,7 +17,7 @@ from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Sta
 from sortd.names import rule_for_folder
 from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build
 from sortd.running.embedding import Embedder
-from sortd.watching.scanning import scan, stamp
+from sortd.watching.scanning import stamp, whole_files
 
 STRANGERS_FOLDER = "_none"
 """A class folder of this name holds examples of what belongs to no class."""
@@ -102,7 +102,8 @@ def class_folders(clases: Path, *, report: Callable[[OSError], None]) -> tuple[l
     entries, misnamed = _class_entries(clases)
     folders = []
     for entry in entries:
-        files = tuple((p, s) for p, s in scan(entry.path, report=report) if not p.endswith("/" + DESCRIPTIONS_FILE))
+        found = whole_files(entry.path, report=report)
+        files = tuple((path, mark) for path, mark in found if os.path.basename(path) != DESCRIPTIONS_FILE)
         folders.append(_described(entry, tuple(sorted(files))))
     return folders, misnamed
 

@@ -338,6 +338,19 @@ class TestReferences:
         assert finding.severity is Severity.WARNING
         assert finding.subject.endswith("red/torn.png")
 
+    def test_check_of_references_that_are_left_out_names_them(self, site: Path, look: Check) -> None:
+        """A linked, a hidden and an unfinished reference teach nothing, and nobody would notice otherwise."""
+        red = site / "Clases" / "red"
+        (red / "link.png").symlink_to(red / "0.png")
+        for name in (".facebook_1.jpg", "half.png.part", "Thumbs.db"):
+            (red / name).touch()
+        found = {one.what for one in about(look(), Topic.REFERENCES, "not learnt", severity=Severity.WARNING)}
+        assert found == {
+            "leaves 1 entry out, not learnt (symbolic link): red/link.png",
+            "leaves 1 entry out, not learnt (hidden): red/.facebook_1.jpg",
+            "leaves 1 entry out, not learnt (unfinished): red/half.png.part",
+        }
+
     def test_few_and_no_images_are_told_by_class(self, site: Path, look: Check) -> None:
         """Classes without images and with too few are listed by name, and what that means under the mode."""
         (site / "Clases" / "empty").mkdir()

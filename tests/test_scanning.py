@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sortd.names import CONTROLS, Reason, Rule, Why, rule_for_folder
-from sortd.watching.scanning import scan, scan_steps, stamp, why_left, why_unfinished
+from sortd.watching.scanning import scan, scan_steps, stamp, whole_files, why_left, why_unfinished
 
 
 def never(error: OSError) -> None:
@@ -83,6 +83,15 @@ def test_why_unfinished_with_a_control_file_beside_names_it(tmp_path: Path, rule
         assert f"{rule.program} has not finished it: {control} stands beside it" in why.message
         control.unlink()
     assert why_left(os.fspath(album / "a.jpg"), os.fspath(tmp_path)) is None
+
+
+def test_whole_files_leave_out_what_a_control_file_is_about(tmp_path: Path) -> None:
+    """The file beside it, and each file in the folder beside it; not a file whose name merely begins so."""
+    for path in ("a.jpg", "a.jpg.aria2", "b.jpg", "album/c.jpg", "album.aria2", "album 2/d.jpg"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    found = {os.path.relpath(path, tmp_path) for path, _ in whole_files(os.fspath(tmp_path), report=never)}
+    assert found == {"b.jpg", "album 2/d.jpg"}
 
 
 def test_why_unfinished_of_the_longest_name_is_none(tmp_path: Path) -> None:

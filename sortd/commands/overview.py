@@ -16,10 +16,10 @@ from sortd.journaling.history import History
 from sortd.journaling.records import Selection
 from sortd.layout import Area, Layout
 from sortd.moving.renaming import is_version
-from sortd.names import CONTROLS, Reason, Why, rule_below, rule_for_folder
+from sortd.names import Reason, Why, owner_of, rule_below, rule_for_folder
 from sortd.running.account import LISTED
 from sortd.status import read_status
-from sortd.watching.scanning import scan, scan_steps, why_unfinished
+from sortd.watching.scanning import scan, scan_all, why_unfinished
 
 Row = dict[str, str]
 """One file or folder that stays in Images/: ``path``, ``reason`` and ``message``."""
@@ -101,10 +101,11 @@ def _look_through(layout: Layout) -> tuple[int | None, list[Row]]:
     images, root = os.fspath(layout.area(Area.IMAGES)), os.fspath(layout.root)
     refused: list[OSError] = []
     count, rows, owners = 0, [], set()
-    for path, found in (step for step in scan_steps(images, report=refused.append) if step is not None):
+    for path, found in scan_all(images, report=refused.append):
         if isinstance(found, Why):
             rows.append(_row(path, found.reason, found.message))
-            owners |= {path.removesuffix(rule.ending) for rule in CONTROLS if path.endswith(rule.ending)}
+            if (owner := owner_of(path)) is not None:
+                owners.add(owner)
         else:
             count += 1
     for owner in sorted(owners):

@@ -27,7 +27,7 @@ from watchdog.events import (
 from watchdog.observers import Observer
 from watchdog.utils import BaseThread
 
-from sortd.names import Reason, rule_below
+from sortd.names import Reason, owner_of, rule_below
 from sortd.watching import inotify
 from sortd.watching.hints import Hint
 
@@ -218,7 +218,7 @@ def hint_about(path: str, root: str, *, is_folder: bool) -> str | None:
     if place != path or rule.reason is Reason.SYSTEM:
         return None
     if rule.is_control:
-        return path.removesuffix(rule.ending)
+        return owner_of(path)
     return None if is_folder or rule.reason is Reason.UNFINISHED else path
 
 

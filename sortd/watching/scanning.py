@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from sortd.messages import Stamp
-from sortd.names import CONTROLS, Reason, Rule, Why, rule_below, rule_for
+from sortd.names import CONTROLS, Reason, Rule, Why, owner_of, rule_below, rule_for
 
 Listing = Callable[[str], AbstractContextManager[Iterable["os.DirEntry[str]"]]]
 """Lists a folder; ``os.scandir`` does."""
@@ -48,9 +48,21 @@ def scan(
 
     Takes what ``scan_steps`` takes, and leaves out what that gives a reason for.
     """
-    for step in scan_steps(folder, report=report, rule_at_top=rule_at_top, scandir=scandir):
-        if step is not None and isinstance(step[1], Stamp):
-            yield step[0], step[1]
+    for path, found in scan_all(folder, report=report, rule_at_top=rule_at_top, scandir=scandir):
+        if isinstance(found, Stamp):
+            yield path, found
+
+
+def scan_all(
+    folder: str,
+    *,
+    report: Callable[[OSError], None],
+    rule_at_top: Callable[[str], Rule | None] = rule_for,
+    scandir: Listing = os.scandir,
+) -> Iterator[tuple[str, Stamp | Why]]:
+    """Scan like ``scan``, and name what is left out, too, with the reason."""
+    steps = scan_steps(folder, report=report, rule_at_top=rule_at_top, scandir=scandir)
+    return (step for step in steps if step is not None)
 
 
 def scan_steps(
@@ -101,6 +113,21 @@ def scan_steps(
         except OSError as error:
             error.filename = error.filename or current  # readdir(3) does not know what it lists
             report(error)
+
+
+def whole_files(folder: str, *, report: Callable[[OSError], None]) -> list[tuple[str, Stamp]]:
+    """List what ``scan`` names, but for what a control file beside it, or beside its folder, says is unfinished.
+
+    For folders whose files are few enough to be held at once.
+    """
+    files, owners = [], set()
+    for path, found in scan_all(folder, report=report):
+        if isinstance(found, Stamp):
+            files.append((path, found))
+        elif (owner := owner_of(path)) is not None:
+            owners.add(owner)
+    above = tuple(f"{owner}/" for owner in owners)
+    return [(path, mark) for path, mark in files if not (path in owners or path.startswith(above))]
 
 
 def why_left(path: str, root: str) -> Why | None:
