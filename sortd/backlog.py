@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 
-from sortd.messages import Stamp, Writer
+from sortd.messages import Refusal, Stamp, Writer
 from sortd.sorting.entry import ON_THE_WAY, RESTING, Entry, State
 from sortd.sorting.refusals import Refusals
 
@@ -34,6 +34,8 @@ BUSY_RECHECK_SECONDS = 30.0
 SETBACK_SECONDS = (1.0, 300.0)
 """First and longest wait of a version that settled and could not be taken for a reason of its own (it is immutable,
 say, or changes whenever it is opened); it doubles between, so that months of trying cost next to nothing."""
+
+_NOT_YET = frozenset({Writer.PRESENT, Writer.UNFINISHED})
 
 STALE_TICKETS = 1000
 """So many places in the queue may be of images that are not there any more, beside as many as are."""
@@ -138,13 +140,16 @@ class Backlog:
 
     def _settle(self, entry: Entry, now: float, writer: Writer | None) -> None:
         """Only a look that asked for a writer makes an image ready; all others set when to look."""
+        if entry.is_unfinished and writer not in {None, Writer.UNFINISHED}:
+            entry.is_unfinished, entry.still_since = False, now  # the last bytes may have come just now
         quiet = self._settle_seconds
         if writer is Writer.UNKNOWN and not entry.closed:
             quiet = max(quiet, LEASELESS_QUIET_SECONDS)
         due = entry.still_since + max(quiet, _patience(entry.setbacks))
         if writer is not None:
-            self._note_writer(entry, present=writer is Writer.PRESENT or entry.setbacks > 1)
-        if writer is Writer.PRESENT:
+            entry.is_unfinished = writer is Writer.UNFINISHED
+            self._note_writer(entry, present=writer in _NOT_YET or entry.setbacks > 1)
+        if writer in _NOT_YET:
             still = now - entry.still_since
             due = now + min(max(self._settle_seconds, still / 2), BUSY_RECHECK_SECONDS)
         elif writer is not None and now >= due:
@@ -283,22 +288,22 @@ class Backlog:
         del self._entries[entry.path]
         self._moving[entry.path, entry.stamp] = entry
 
-    def refuse(self, entry: Entry, message: str, *, is_denied: bool) -> bool:
+    def refuse(self, entry: Entry, refusal: Refusal, message: str) -> bool:
         """ENCODING -> REFUSED: it stays where it is until it changes; tell whether this is to be said.
 
         What could not be read for want of rights is tried again after each scan: no stamp shows that rights changed.
         """
         if self._counts[State.REFUSED] >= self._limit:
             self.forget(entry.path)
-            return self._refusals.note(entry.path, entry.stamp, message if is_denied else "")
+            return self._refusals.note(entry.path, entry.stamp, message if refusal is Refusal.DENIED else "")
         self._go(entry, State.REFUSED)
-        is_news, entry.told, entry.is_denied = entry.told != message, message, is_denied
+        is_news, entry.told, entry.refusal = entry.told != message, message, refusal
         return is_news
 
     def retry_denied(self, now: float) -> None:
         """REFUSED -> SETTLING for all that could not be read for want of rights."""
         for entry in self.in_state(State.REFUSED):
-            if entry.is_denied:
+            if entry.refusal is Refusal.DENIED:
                 self._restart(entry, entry.stamp, now)
 
     def abstain_again(self, entry: Entry, *, generation: int) -> None:

@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from sortd.errors import LayoutError
+from sortd.names import rule_for_folder
 
 MARKER = ".sortd"
 """The folder by which a dataset is known to be mounted; its lock and the pointer to its state live in it."""
@@ -97,7 +98,9 @@ def find_datasets(root: Path) -> list[Layout]:
     """
     try:
         with os.scandir(root) as entries:
-            folders = [Path(entry.path) for entry in entries if not entry.name.startswith(".") and _is_folder(entry)]
+            folders = [
+                Path(entry.path) for entry in entries if rule_for_folder(entry.name) is None and _is_folder(entry)
+            ]
     except OSError as error:
         raise LayoutError(
             f"{root} cannot be listed: {error.strerror}; set root to the folder of your datasets"

@@ -70,7 +70,7 @@ EVENTS: Final[Mapping[str, str]] = {
     IMAGE_SENT_TO_REVIEW: "sortd would not decide alone; the image was moved to Review/<best guess>",
     IMAGE_REJECTED: "an image that cannot be decoded, or is over a limit, was moved to Rejected/",
     IMAGE_CORRECTED: "the user moved an image that sortd had put elsewhere",
-    IMAGE_LEFT: "a file stays where it is: no image, or empty",
+    IMAGE_LEFT: "a file or folder stays where it is: no image, empty, unfinished, hidden, a link; the line says why",
     IMAGE_VANISHED: "an image was taken away before sortd moved it; nothing is to be done",
     COMPANION_FOLLOWED: "a sidecar or film came later than its image and was moved to it",
     MOVE_FAILED: "a move did not happen; the file is where it was",

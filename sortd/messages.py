@@ -90,6 +90,7 @@ class Writer(StrEnum):
     ABSENT = "absent"
     PRESENT = "present"
     UNKNOWN = "unknown"  # no lease to be had: not our file, or a network file system
+    UNFINISHED = "unfinished"  # a file beside it says that a program has not finished it, open or not
 
 
 class Refusal(StrEnum):

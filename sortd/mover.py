@@ -25,6 +25,7 @@ from sortd.moving.renaming import (
     start_writeback,
     writer_of,
 )
+from sortd.names import CONTROLS
 
 NO_RIGHTS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 NO_STAMP = Stamp(0, 0, 0, 0)
@@ -48,13 +49,18 @@ def with_companions(folders: Folders, relocation: Relocation) -> Relocation:
     found: dict[str, Stamp] = {}
     for name in folders.names(relocation.source).near(image):
         status = look(folder, name)
-        if status is not None and stat.S_ISREG(status.st_mode):
+        if status is not None and stat.S_ISREG(status.st_mode) and not _is_unfinished(folder, name):
             found[name] = stamp_of(status)
     members = [
         Member(Role.SHARED if one.shared else Role.COMPANION, one.name, one.name, found[one.name])
         for one in companions_of(image, found)
     ]
     return replace(relocation, members=(*relocation.members, *members))
+
+
+def _is_unfinished(folder: int, name: str) -> bool:
+    """Tell whether a file beside this one says that it is not whole: then it follows its image later."""
+    return any(look(folder, name + rule.ending) is not None for rule in CONTROLS)
 
 
 def open_members(folders: Folders, relocation: Relocation) -> list[int]:

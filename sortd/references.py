@@ -15,9 +15,10 @@ from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.deciding.steps import finish
 from sortd.decoding.files import OUR_OWN_TROUBLE, read_regular
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
+from sortd.names import rule_for_folder
 from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build_steps
 from sortd.running.embedding import Embedder
-from sortd.watching.scanning import scan, stamp
+from sortd.watching.scanning import stamp, whole_files
 
 STRANGERS_FOLDER = "_none"
 """A class folder of this name holds examples of what belongs to no class."""
@@ -75,8 +76,8 @@ class Rebuilt:
 
 
 def is_class_name(name: str) -> bool:
-    """Tell whether a folder's name can be a class: not hidden, not blank, no control character."""
-    return not name.startswith(".") and name.isprintable() and name.strip() not in {"", "..", "@eaDir"}
+    """Tell whether a folder's name can be a class: not hidden, no system folder, not blank, no control character."""
+    return name.isprintable() and name.strip() not in {"", ".."} and rule_for_folder(name) is None
 
 
 def read_descriptions(folder: str) -> tuple[str, ...]:
@@ -106,7 +107,8 @@ def class_folders(
     entries, misnamed = _class_entries(clases)
     folders = []
     for entry in entries:
-        files = tuple((p, s) for p, s in scan(entry.path, report=report) if not p.endswith("/" + DESCRIPTIONS_FILE))
+        found = whole_files(entry.path, report=report)
+        files = tuple((path, mark) for path, mark in found if os.path.basename(path) != DESCRIPTIONS_FILE)
         folders.append(_described(entry, tuple(sorted(files))))
         between()
     return folders, misnamed
@@ -139,7 +141,7 @@ def _class_entries(clases: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
         if error.errno in OUR_OWN_TROUBLE:
             raise
         raise ReferencesAbsentError(f"{clases} cannot be listed: {error.strerror}") from error
-    seen = [entry for entry in found if not entry.name.startswith(".")]
+    seen = [entry for entry in found if rule_for_folder(entry.name) is None]
     return [e for e in seen if is_class_name(e.name)], [e.name for e in seen if not is_class_name(e.name)]
 
 

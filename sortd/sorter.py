@@ -107,6 +107,11 @@ class Sorter:
         return {state.value: self._backlog.count(state) for state in State}
 
     @property
+    def refused(self) -> list[Entry]:
+        """List the images that stay where they are, each with the reason; beyond the limit of the backlog not all."""
+        return self._backlog.in_state(State.REFUSED)
+
+    @property
     def waiting(self) -> int:
         """Count the images that are work."""
         return self._backlog.waiting
@@ -364,7 +369,7 @@ class Sorter:
             case refusal if refusal in SET_ASIDE and self._is_set_aside(entry):
                 return self._set_aside(event, entry)
             case refusal:
-                is_news = self._backlog.refuse(entry, event.message, is_denied=refusal is Refusal.DENIED)
+                is_news = self._backlog.refuse(entry, refusal, event.message)
                 return [Leave(event.path, refusal, event.message, event.stamp)] if is_news else []
 
     def _is_set_aside(self, entry: Entry) -> bool:

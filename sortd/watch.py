@@ -22,7 +22,7 @@ from watchdog.observers import Observer
 from sortd.watching import inotify
 from sortd.watching.ear import Ear, Place, places_of_dataset
 from sortd.watching.hints import Hint, HintsLost, Loss, Mode, WatchStatus
-from sortd.watching.scanning import is_temporary, scan, stamp
+from sortd.watching.scanning import scan, stamp
 
 if TYPE_CHECKING:
     from watchdog.observers import ObserverType
@@ -35,7 +35,6 @@ __all__ = [
     "Polling",
     "WatchStatus",
     "Watcher",
-    "is_temporary",
     "scan",
     "stamp",
 ]

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sortd.backlog import LEASELESS_QUIET_SECONDS, SETBACK_SECONDS, STALE_TICKETS, Backlog
-from sortd.messages import Stamp, Writer
+from sortd.messages import Refusal, Stamp, Writer
 from sortd.sorting.entry import RESTING, State
 from sortd.sorting.refusals import Refusals
 
@@ -77,7 +77,7 @@ class BacklogMachine(RuleBasedStateMachine):
             if entry.state is State.READY:
                 quiet = LEASELESS_QUIET_SECONDS if writer is Writer.UNKNOWN and not entry.closed else SETTLE
                 assert self.now - written_at >= quiet
-                assert writer is not Writer.PRESENT
+                assert writer not in {Writer.PRESENT, Writer.UNFINISHED}
 
     @rule(size=st.integers(1, 5))
     def a_batch_is_taken(self, size: int) -> None:
@@ -106,7 +106,7 @@ class BacklogMachine(RuleBasedStateMachine):
                 self.backlog.moving(entry, "Dataset/a")
                 self.moving.append((path, mark))
             case "refused":
-                self.backlog.refuse(entry, "broken", is_denied=False)
+                self.backlog.refuse(entry, Refusal.UNREADABLE, "broken")
             case "changed":
                 self.backlog.settle_again(entry, self.now)
 
@@ -210,11 +210,11 @@ def test_a_file_that_is_written_to_for_months_leaves_no_trace_in_the_queue() -> 
     assert [entry.path for entry in backlog.take_batch(4)] == ["changes.png", "waits.png"]
 
 
-def refused(backlog: Backlog, path: str, mark: Stamp, now: float, *, is_denied: bool = False) -> bool:
+def refused(backlog: Backlog, path: str, mark: Stamp, now: float, refusal: Refusal = Refusal.NOT_AN_IMAGE) -> bool:
     """Bring a file to its refusal; tell whether that is news."""
     backlog.see(path, mark, now, writer=Writer.ABSENT, closed=True)
     (entry,) = backlog.take_batch(1)
-    return backlog.refuse(entry, "no image", is_denied=is_denied)
+    return backlog.refuse(entry, refusal, "no image")
 
 
 def test_more_that_is_refused_than_there_is_room_for_is_remembered_in_few_bytes() -> None:
@@ -235,7 +235,7 @@ def test_what_may_not_be_read_is_tried_again_even_without_room_for_it() -> None:
     """Its stamp would not show that it may be read now; it is told once all the same."""
     backlog = Backlog(settle_seconds=0.0, limit=1)
     assert refused(backlog, "a.txt", stamp(1), 0.0)
-    assert [refused(backlog, "b.png", stamp(1), now, is_denied=True) for now in (0.0, 1.0, 2.0)] == [True, False, False]
+    assert [refused(backlog, "b.png", stamp(1), now, Refusal.DENIED) for now in (0.0, 1.0, 2.0)] == [True, False, False]
 
 
 def test_refusals_are_bounded_themselves() -> None:
@@ -303,3 +303,22 @@ def test_see_of_a_file_that_was_rewritten_settles_again() -> None:
     for now, ctime_ns in ((0.0, 10), (10.0, 11)):
         backlog.see("Images/a.png", Stamp(1, 2, 3, 4, ctime_ns), now, writer=None, closed=False)
     assert backlog.get("Images/a.png").still_since == 10.0  # type: ignore[union-attr]  # it was seen just now
+
+
+def test_backlog_unfinished_file_settles_anew_when_it_is_finished() -> None:
+    """As long as a file beside it says so it waits, and is no work; then it must hold still for its time again."""
+    backlog = Backlog(settle_seconds=SETTLE, limit=LIMIT)
+    backlog.see("a.png", stamp(1), 0.0, writer=None, closed=True)
+    now = 100.0
+    assert list(backlog.due(now)) == ["a.png"]
+    backlog.see("a.png", stamp(1), now, writer=Writer.UNFINISHED, closed=False)
+    assert (backlog.count(State.SETTLING), backlog.busy, backlog.waiting) == (1, 1, 1)
+    deadline = backlog.next_deadline()
+    assert deadline is not None
+    assert now < deadline <= now + 30.0
+    assert list(backlog.due(deadline)) == ["a.png"]
+    backlog.see("a.png", stamp(1), deadline, writer=Writer.ABSENT, closed=False)
+    assert (backlog.count(State.SETTLING), backlog.busy) == (1, 0)
+    assert backlog.next_deadline() == deadline + SETTLE
+    backlog.see("a.png", stamp(1), deadline + SETTLE, writer=Writer.ABSENT, closed=False)
+    assert backlog.count(State.READY) == 1

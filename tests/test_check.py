@@ -161,6 +161,31 @@ class TestWhole:
         """Settings for a dataset that is not there name the one that may be meant."""
         assert about(look("datasets: {Colors: {mode: avg}}\n"), Topic.CONFIGURATION, "did you mean Colours?")
 
+    @pytest.mark.parametrize(
+        "place",
+        [
+            *("Data", "Data/loop", "Data/Colours/Images", "Data/Colours/Images/loop", "Data/Colours/Images/sub/loop"),
+            *("Data/Colours/Clases", "Data/Colours/Clases/loop", "Data/Colours/Clases/red/loop.png"),
+            *("Data/Colours/Dataset", "Data/Colours/Dataset/loop", "Data/Colours/Review/loop", "Data/Colours/Rejected"),
+            *("Data/Colours/.sortd", "Data/Colours/.sortd/lock", "Data/Colours/Clases/red/class.txt"),
+            *("state", "state/journal", "cache", "cache/embeddings.sqlite", "cache/prototypes", "metrics"),
+        ],
+    )
+    def test_check_with_a_link_loop_anywhere_goes_on_to_its_end(
+        self, site: Path, look: Check, tmp_path: Path, place: str
+    ) -> None:
+        """A link to itself is one finding, or none; every other check is made."""
+        path = tmp_path / place
+        if path.is_dir():
+            path.rename(tmp_path / "moved away")
+        path.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(path.name)
+        findings = look("metrics: {textfile: metrics/sortd.prom}\n")
+        assert about(findings, Topic.MACHINE) or about(findings, Topic.MODEL)
+        assert about(findings, Topic.CONFIGURATION) == []
+        assert not Layout(site).is_dataset or about(findings, Topic.REFERENCES)
+
     def test_exit_codes_follow_what_is_wrong(self) -> None:
         """78 for folders and configuration, 69 for the model alone, 65 for references alone, 0 for warnings."""
         wrong = error(Topic.FOLDERS, "a", "b")
@@ -342,6 +367,19 @@ class TestReferences:
         (finding,) = bad(look())
         assert finding.severity is Severity.WARNING
         assert finding.subject.endswith("red/torn.png")
+
+    def test_check_of_references_that_are_left_out_names_them(self, site: Path, look: Check) -> None:
+        """A linked, a hidden and an unfinished reference teach nothing, and nobody would notice otherwise."""
+        red = site / "Clases" / "red"
+        (red / "link.png").symlink_to(red / "0.png")
+        for name in (".facebook_1.jpg", "half.png.part", "Thumbs.db"):
+            (red / name).touch()
+        found = {one.what for one in about(look(), Topic.REFERENCES, "not learnt", severity=Severity.WARNING)}
+        assert found == {
+            "leaves 1 entry out, not learnt (symbolic link): red/link.png",
+            "leaves 1 entry out, not learnt (hidden): red/.facebook_1.jpg",
+            "leaves 1 entry out, not learnt (unfinished): red/half.png.part",
+        }
 
     def test_few_and_no_images_are_told_by_class(self, site: Path, look: Check) -> None:
         """Classes without images and with too few are listed by name, and what that means under the mode."""

@@ -20,7 +20,9 @@ from sortd.deciding.explanation import Explanation, explain, sentences
 from sortd.deciding.finetuned_explanation import explain_finetuned
 from sortd.errors import DataError, UnreadableError
 from sortd.finetuned import FinetunedFacts
+from sortd.journal import Journal
 from sortd.layout import Layout
+from sortd.moving.renaming import stamp_of
 from sortd.prototypes import Abstain, DecisionSettings, Mode, build, decide
 from sortd.report import explain_page
 from sortd.running.classifiers import classifier_of
@@ -168,6 +170,56 @@ class TestImage:
         assert explained.is_stored
         assert explained.facts()["label"] == "red"
         assert explained.facts()["generation"] == 1
+
+    @pytest.mark.parametrize(
+        ("name", "reason"), [(".facebook_1.png", "hidden"), ("mine.png~", "backup"), ("2019.temp/a.png", "unfinished")]
+    )
+    def test_explain_image_that_stays_in_the_inbox_says_so_first(
+        self, site: Path, remembered: Callable[[Path], Path], name: str, reason: str
+    ) -> None:
+        """It is not filed, whatever would be decided; in another folder, and when it may be filed, nothing is said."""
+        plain = remembered(site / "Images" / "new.png")
+        assert explain_image(config_of(site), plain, load_encoder=no_model).facts()["outcome"] == "filed"
+        image = site / "Images" / name
+        image.parent.mkdir(exist_ok=True)
+        plain.rename(image)
+        explained = explain_image(config_of(site), image, load_encoder=no_model)
+        facts = explained.facts()
+        assert (facts["outcome"], facts["left"]["reason"]) == ("left", reason)
+        first, second, *_ = explained.sentences()
+        assert first.startswith("It stays in Images/: ")
+        assert second == "Without that, it would be filed into red."
+        assert "stays in Images/" in explain_page(facts, now=datetime.now(UTC))
+
+    def test_explain_image_with_a_control_file_beside_waits(
+        self, site: Path, remembered: Callable[[Path], Path]
+    ) -> None:
+        """A download that stopped is told from a whole image."""
+        image = remembered(site / "Images" / "new.png")
+        image.with_name("new.png.aria2").touch()
+        first = explain_image(config_of(site), image, load_encoder=no_model).sentences()[0]
+        assert "aria2 has not finished it" in first
+
+    def test_explain_image_that_is_held_says_so(self, site: Path, remembered: Callable[[Path], Path]) -> None:
+        """It was undone and waits for its release."""
+        image = remembered(site / "Images" / "new.png")
+        with Journal(Layout(site).state_folder(site.parents[1] / "state") / "journal.sqlite") as journal:
+            journal.hold("Images/new.png", stamp_of(image.lstat()), "undone")
+        facts = explain_image(config_of(site), image, load_encoder=no_model).facts()
+        assert (facts["outcome"], facts["left"]["reason"]) == ("left", "held")
+
+    def test_explain_image_that_is_a_link_names_it(self, site: Path, tmp_path: Path) -> None:
+        """It is there, and no folder, but it is not followed; nor is a linked folder."""
+        for link in (site / "Images" / "link.png", tmp_path / "link.png"):
+            link.symlink_to(site / "Clases" / "red" / "0.png")
+            with pytest.raises(DataError, match="symbolic link"):
+                explain_image(config_of(site), link, load_encoder=no_model)
+
+    def test_explain_image_that_cannot_be_read_and_stays_says_why_it_stays(self, site: Path) -> None:
+        """Half a download is no broken image."""
+        (site / "Images" / "a.png.part").write_bytes(b"\x89PNG\r\n\x1a\n")
+        with pytest.raises(UnreadableError, match=r"stays in Images/: .*\(\*\.part\)"):
+            explain_image(config_of(site), site / "Images" / "a.png.part", load_encoder=lambda _: FakeEncoder())
 
     def test_it_changes_nothing(self, site: Path, remembered: Callable[[Path], Path]) -> None:
         """No file of the dataset, and no record of the journal."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sortd.names import rule_for
 from tests.daemon_process import DaemonProcess, picture, running, tree
 
 Write = Callable[..., Path]
@@ -158,11 +159,9 @@ class TestFilesThatAreNotThereYet:
         ],
     )
     def test_unfinished_names_are_told_by_their_ending(self, unfinished: str, finished: str) -> None:
-        """The names under which browsers, rsync, scp and sync clients write; ``test_scanning.py`` has all of them."""
-        from sortd.watching.scanning import is_temporary
-
-        assert is_temporary(unfinished)
-        assert not is_temporary(finished)
+        """The names under which browsers, rsync, scp and sync clients write; ``test_names.py`` has all of them."""
+        assert rule_for(unfinished) is not None
+        assert rule_for(finished) is None
 
     def test_an_upload_under_a_temporary_name_is_filed_when_it_is_renamed(
         self, colours: Path, write_config: Write
@@ -176,6 +175,27 @@ class TestFilesThatAreNotThereYet:
             for name, final in [(".a.png.x7Gh2k", "a.png"), ("b.png.part", "b.png"), ("c.png.tmp", "c.png")]:
                 (colours / "Images" / name).rename(colours / "Images" / final)
             daemon.wait_for("image.filed", count=4)
+
+    @pytest.mark.parametrize("control", ["photo.bmp.aria2", "photo.bmp.lftp-pget-status", "photo.bmp.st"])
+    def test_daemon_files_a_stopped_download_only_when_its_control_file_is_gone(
+        self, colours: Path, write_config: Write, control: str
+    ) -> None:
+        """Laid out in full, 60 % zeros, closed: it waits, the log says for what, and what is whole then is filed."""
+        whole = image_bytes("red", "BMP")
+        image = colours / "Images" / "photo.bmp"
+        (colours / "Images" / control).touch()
+        image.write_bytes(whole[: len(whole) // 5] + bytes(3 * len(whole) // 5) + whole[-(len(whole) // 5) :])
+        with running(write_config()) as daemon:
+            drop_beside(colours / "Images", daemon)
+            line = daemon.wait_for("image.left", path=str(image))
+            assert line["refusal"] == "unfinished"
+            assert control in line["reason"]
+            image.write_bytes(whole)
+            (colours / "Images" / control).unlink()
+            filed = daemon.wait_for("image.filed", path=str(image))
+            assert len(daemon.events("image.filed")) == 2
+            assert daemon.stop() == 0
+        assert Path(filed["destination"]).read_bytes() == whole
 
     def test_a_file_that_vanishes_is_forgotten_without_a_word(self, colours: Path, write_config: Write) -> None:
         """Deleted while it settles: no error, no retry, the rest goes on."""

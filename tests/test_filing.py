@@ -287,6 +287,18 @@ class TestCompanions:
         moved(filing, order(path))
         assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Dataset/cat/a.xmp"]
 
+    def test_filing_of_an_image_leaves_an_unfinished_film(self, dataset: Dataset, filing: Filing) -> None:
+        """A download goes on where its control file is; the film follows by the journal when it is whole."""
+        for name in ("a.xmp", "a.MOV", "a.MOV.aria2"):
+            dataset.put(f"Images/{name}")
+        moved(filing, order(dataset.put("Images/a.jpg")))
+        assert sorted(dataset.tree()) == [
+            "Dataset/cat/a.jpg",
+            "Dataset/cat/a.xmp",
+            "Images/a.MOV",
+            "Images/a.MOV.aria2",
+        ]
+
     def test_one_file_with_two_spellings_is_one(
         self, dataset: Dataset, filing: Filing, monkeypatch: pytest.MonkeyPatch
     ) -> None:

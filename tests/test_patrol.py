@@ -121,6 +121,15 @@ def test_a_large_folder_is_looked_through_in_slices(dataset: Dataset, journal: J
     assert [one.path for one in noticed] == [str(corrected)]
 
 
+def test_patrol_correction_is_noticed_by_what_is_a_class(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    """A move into ``engine.part`` is one; into the waste of a server, or into a hidden folder, is none."""
+    corrected = correct(dataset, filing, "a.jpg", "engine.part")
+    thrown_away = [correct(dataset, filing, "b.jpg", "#recycle"), correct(dataset, filing, "c.jpg", ".old")]
+    patrol = Patrol(Layout(dataset.root), journal, refuse, clock=Clock())
+    assert [one.path for one in all_of(patrol, time.time_ns())] == [str(corrected)]
+    assert [look(patrol, Area.DATASET, path) for path in thrown_away] == [[], []]
+
+
 def test_what_is_wanted_while_one_is_under_way_follows_it(dataset: Dataset, journal: Journal, filing: Filing) -> None:
     """A correction in a folder that was passed already is noticed by the one that follows."""
     correct(dataset, filing, "a.jpg")

@@ -9,48 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sortd.watching.scanning import is_below_temporary, is_temporary, scan, stamp
-
-UNFINISHED = [
-    "IMG_1.jpg.crdownload",
-    "Unconfirmed 8123.crdownload",
-    "IMG_1.jpg.part",
-    "IMG_1.JPG.PART",
-    "IMG_1.jpg.partial",
-    "IMG_1.jpg.download",
-    "IMG_1.jpg.filepart",
-    "IMG_1.jpg.tmp",
-    "IMG_1.jpg.!ut",
-    "~$report.jpg",
-    ".syncthing.IMG_1.jpg.tmp",
-    "~syncthing~IMG_1.jpg.tmp",
-    ".IMG_1.jpg.Xk3d9Q",
-    ".~tmp~",
-    "._IMG_1.jpg",
-    ".DS_Store",
-    "Thumbs.db",
-    "Desktop.ini",
-    "@eaDir",
-    ".stfolder",
-    "sedAb3x9Z",
-    "IMG_1.jpg~",
-    ".sortd-4f2a.part",
-    ".nfs0000000000000123",
-    "$RECYCLE.BIN",
-]
-FINISHED = [
-    "IMG_1.jpg",
-    "part.jpg",
-    "sedan.jpg",
-    "sediment1",
-    "download",
-    "tmp.png",
-    "a~b.jpg",
-    "ñandú (2).JPEG",
-    "no suffix",
-    "x.jpg.partly",
-    "caf\udce9.jpg",
-]
+from sortd.names import CONTROLS, Reason, Rule, Why, rule_for_folder
+from sortd.watching.scanning import scan, scan_steps, stamp, whole_files, why_left, why_unfinished
 
 
 def never(error: OSError) -> None:
@@ -61,31 +21,6 @@ def never(error: OSError) -> None:
 def names(folder: Path) -> set[str]:
     """Return what a scan finds, relative to the folder."""
     return {os.path.relpath(path, folder) for path, _ in scan(os.fspath(folder), report=never)}
-
-
-@pytest.mark.parametrize("name", UNFINISHED)
-def test_what_programs_write_for_themselves_is_left_out(tmp_path: Path, name: str) -> None:
-    """Neither a file nor a folder of such a name is the user's until it is renamed."""
-    (tmp_path / name).touch()
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / name).mkdir()
-    (tmp_path / "sub" / name / "inside.jpg").touch()
-    assert is_temporary(name)
-    assert names(tmp_path) == set()
-
-
-@pytest.mark.parametrize("name", FINISHED)
-def test_what_only_looks_similar_is_the_users(tmp_path: Path, name: str) -> None:
-    """A name that merely contains such a word is found."""
-    (tmp_path / name).touch()
-    assert names(tmp_path) == {name}
-
-
-def test_only_names_below_the_root_count() -> None:
-    """A dataset may live in a hidden folder; a hidden folder in a dataset is left out."""
-    assert not is_below_temporary("/home/eva/.local/Data/Tornillos/Images/a.jpg", "/home/eva/.local/Data/Tornillos")
-    assert is_below_temporary("/Data/Tornillos/Images/.up/a.jpg", "/Data/Tornillos")
-    assert not is_below_temporary("/Data/Tornillos", "/Data/Tornillos")
 
 
 def test_a_scan_finds_regular_files_at_any_depth_and_nothing_else(tmp_path: Path) -> None:
@@ -102,6 +37,96 @@ def test_a_scan_finds_regular_files_at_any_depth_and_nothing_else(tmp_path: Path
     (folder / "loop").symlink_to(folder)
     os.mkfifo(folder / "pipe.jpg")
     assert names(folder) == {"1.jpg", "a/2.jpg", "a/b/c/3.jpg", "a/notes.txt"}
+
+
+def test_scan_steps_name_what_is_no_file_with_the_reason(tmp_path: Path) -> None:
+    """A link, a pipe, a hidden file and an unfinished folder are each told of once."""
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "link.jpg").symlink_to("a.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / ".facebook_1.jpg").touch()
+    (tmp_path / "2019.temp").mkdir()
+    for number in range(3):
+        (tmp_path / "2019.temp" / f"{number}.jpg").touch()
+    steps = [step for step in scan_steps(os.fspath(tmp_path), report=never) if step is not None]
+    assert {os.path.basename(path): found.reason for path, found in steps if isinstance(found, Why)} == {
+        "link.jpg": Reason.SYMBOLIC_LINK,
+        "loop.jpg": Reason.SYMBOLIC_LINK,
+        "pipe.jpg": Reason.SPECIAL_FILE,
+        ".facebook_1.jpg": Reason.HIDDEN,
+        "2019.temp": Reason.UNFINISHED,
+    }
+
+
+def test_scan_of_class_folders_takes_any_class_name(tmp_path: Path) -> None:
+    """A class may be called what a program calls its unfinished files; inside of it the rules hold again."""
+    for path in ("engine.part/a.jpg", "x~/b.jpg", "engine.part/c.jpg.part", "@eaDir/d.jpg", "x~/sub.tmp/e.jpg"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    found = scan(os.fspath(tmp_path), report=never, rule_at_top=rule_for_folder)
+    assert {os.path.relpath(path, tmp_path) for path, _ in found} == {"engine.part/a.jpg", "x~/b.jpg"}
+
+
+@pytest.mark.parametrize("rule", CONTROLS, ids=[rule.pattern for rule in CONTROLS])
+def test_why_unfinished_with_a_control_file_beside_names_it(tmp_path: Path, rule: Rule) -> None:
+    """Of a file, and of each file in a folder that is being downloaded as a whole; no longer when it is gone."""
+    album = tmp_path / "Images" / "album"
+    album.mkdir(parents=True)
+    (album / "a.jpg").touch()
+    assert why_unfinished(os.fspath(album / "a.jpg"), os.fspath(tmp_path)) is None
+    for control in (album / f"a.jpg{rule.ending}", album.with_name(f"album{rule.ending}")):
+        control.touch()
+        why = why_left(os.fspath(album / "a.jpg"), os.fspath(tmp_path))
+        assert why is not None
+        assert why.reason is Reason.UNFINISHED
+        assert f"{rule.program} has not finished it: {control} stands beside it" in why.message
+        control.unlink()
+    assert why_left(os.fspath(album / "a.jpg"), os.fspath(tmp_path)) is None
+
+
+def test_whole_files_leave_out_what_a_control_file_is_about(tmp_path: Path) -> None:
+    """The file beside it, and each file in the folder beside it; not a file whose name merely begins so."""
+    for path in ("a.jpg", "a.jpg.aria2", "b.jpg", "album/c.jpg", "album.aria2", "album 2/d.jpg"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    found = {os.path.relpath(path, tmp_path) for path, _ in whole_files(os.fspath(tmp_path), report=never)}
+    assert found == {"b.jpg", "album 2/d.jpg"}
+
+
+def test_why_unfinished_of_the_longest_name_is_none(tmp_path: Path) -> None:
+    """No control file can stand beside a name that leaves no room for its ending."""
+    path = tmp_path / ("a" * 251 + ".jpg")
+    path.touch()
+    assert why_unfinished(os.fspath(path), os.fspath(tmp_path)) is None
+
+
+def test_why_left_says_what_is_in_the_way(tmp_path: Path) -> None:
+    """Of the file itself, and of the folder above it that is the reason."""
+    images = tmp_path / "Images"
+    for path in ("a.jpg", ".hidden/b.jpg", "real/c.jpg"):
+        (images / path).parent.mkdir(parents=True, exist_ok=True)
+        (images / path).touch()
+    (images / "link.jpg").symlink_to("a.jpg")
+    (images / "linked").symlink_to("real")
+    os.mkfifo(images / "pipe")
+
+    def reason(name: str) -> tuple[Reason, str] | None:
+        why = why_left(os.fspath(images / name), os.fspath(tmp_path))
+        return None if why is None else (why.reason, why.message)
+
+    assert reason("a.jpg") is reason("real") is reason("gone.jpg") is reason("a.jpg/below") is None
+    for name, expected, place in [
+        ("link.jpg", Reason.SYMBOLIC_LINK, ""),
+        ("linked/c.jpg", Reason.SYMBOLIC_LINK, f"it lies in {images / 'linked'}: "),
+        ("pipe", Reason.SPECIAL_FILE, ""),
+        (".hidden", Reason.HIDDEN, "its name begins with a dot"),
+        (".hidden/b.jpg", Reason.HIDDEN, f"it lies in {images / '.hidden'}: "),
+    ]:
+        found = reason(name)
+        assert found is not None
+        assert found[0] is expected
+        assert found[1].startswith(place)
 
 
 def test_a_scan_gives_the_stamp_that_a_look_gives(tmp_path: Path) -> None:

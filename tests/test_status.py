@@ -1,6 +1,7 @@
 """Status tells of the sortd that runs, and of the journals whether or not one runs."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sortd.config import load
 from sortd.journal import Journal
 from sortd.journaling.records import Selection
 from sortd.layout import Layout
+from sortd.moving.renaming import stamp_of
 from sortd.status import Status, is_alive, read_status, started_ticks
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset
@@ -158,6 +160,75 @@ def test_files_in_the_inbox_are_counted_where_none_runs(site: Path) -> None:
     facts = facts_of(site)["datasets"]["Colours"]
     assert (facts["in_images"], facts["in_review"]) == (1, 1)
     assert "waiting   1 file in Images/" in shown(site)
+
+
+def leave(site: Path) -> dict[str, str]:
+    """Put into Images/ what is not handled; return the reasons by path."""
+    images = site / "Images"
+    (images / "link.png").symlink_to("/nowhere")
+    (images / "loop.png").symlink_to("loop.png")
+    os.mkfifo(images / "pipe.png")
+    for name in (".facebook_1.jpg", "mine~", "a.png.part", "b.png", "b.png.aria2", "Thumbs.db", "ordinary.png"):
+        (images / name).touch()
+    (images / "2019.temp").mkdir()
+    (images / "2019.temp" / "c.png").touch()
+    reasons = {
+        "symbolic_link": ("link.png", "loop.png"),
+        "special_file": ("pipe.png",),
+        "hidden": (".facebook_1.jpg",),
+        "backup": ("mine~",),
+        "system": ("Thumbs.db",),
+        "unfinished": ("a.png.part", "b.png", "b.png.aria2", "2019.temp"),
+    }
+    return {str(images / name): reason for reason, names in reasons.items() for name in names}
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_status_of_what_stays_in_images_counts_and_lists_it(site: Path, *, runs: bool) -> None:
+    """By reason, from a look at what is there now, whether or not a sortd runs."""
+    if runs:
+        tell(site)
+    expected = leave(site)
+    facts = facts_of(site)["datasets"]["Colours"]
+    assert {row["path"]: row["reason"] for row in facts["left"]["files"]} == expected
+    assert facts["left"]["total"] == len(expected)
+    assert facts["left"]["reasons"]["unfinished"] == 4
+    assert all(row["message"] for row in facts["left"]["files"])
+    assert facts["in_images"] == 1
+    assert "left      in Images/: 1 backup, 1 hidden, 1 special file, 2 symbolic link, 1 system, 4 unfinished" in shown(
+        site
+    )
+    shutil.rmtree(site / "Images")
+    (site / "Images").mkdir()
+    assert facts_of(site)["datasets"]["Colours"]["left"] == {"total": 0, "reasons": {}, "files": []}
+
+
+def test_status_of_files_that_were_looked_into_lists_them_once(site: Path) -> None:
+    """What the running sortd found to be no image is counted with the rest; a file is counted for one reason."""
+    notes, half = str(site / "Images" / "notes.txt"), str(site / "Images" / "half.png")
+    for path in (notes, half, f"{half}.aria2"):
+        Path(path).touch()
+    files = [
+        {"path": notes, "reason": "not_an_image", "message": "no"},
+        {"path": half, "reason": "empty", "message": ""},
+    ]
+    told = {"images": {}, "left": {"reasons": {"not_an_image": 1, "empty": 1}, "files": files}}
+    tell(site, datasets={"Colours": told})
+    left = facts_of(site)["datasets"]["Colours"]["left"]
+    assert left["reasons"] == {"not_an_image": 1, "unfinished": 2}
+    assert sorted(row["path"] for row in left["files"]) == [half, f"{half}.aria2", notes]
+
+
+def test_status_of_a_held_file_lists_it_while_it_stands_there(site: Path) -> None:
+    """An undone image stays, and is no longer told of when somebody took it away."""
+    image = site / "Images" / "undone.png"
+    image.touch()
+    with Journal(Layout(site).state_folder(site.parents[1] / "state") / "journal.sqlite") as journal:
+        journal.hold("Images/undone.png", stamp_of(image.lstat()), "undone")
+    left = facts_of(site)["datasets"]["Colours"]["left"]
+    assert [(row["path"], row["reason"]) for row in left["files"]] == [(str(image), "held")]
+    image.unlink()
+    assert facts_of(site)["datasets"]["Colours"]["left"]["total"] == 0
 
 
 def test_a_dataset_that_is_gone_is_told_from_its_journal(site: Path) -> None:

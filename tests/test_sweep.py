@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sortd.names import rule_for_folder
 from sortd.running.sweep import SLICE, Glance, Sweep
 
 
@@ -161,6 +162,24 @@ def test_a_glance_tells_what_differs_with_its_last_slice(large: Path) -> None:
     (large / "1" / "renamed.png").unlink()
     assert looks(glance) == [False, True]
     assert not glance.differs()
+
+
+def test_sweep_of_class_folders_takes_any_class_name(tmp_path: Path) -> None:
+    """What was put into ``Review/engine.part`` is decided again like the rest."""
+    (tmp_path / "engine.part").mkdir()
+    (tmp_path / "engine.part" / "a.png").touch()
+    sweep = Sweep(os.fspath(tmp_path), refuse, rule_at_top=rule_for_folder)
+    sweep.begin()
+    assert [path for path, _ in sweep.take()] == [os.fspath(tmp_path / "engine.part" / "a.png")]
+
+
+def test_glance_sees_a_class_with_the_name_of_an_unfinished_file(tmp_path: Path) -> None:
+    """Its references are learnt, so a change of theirs is no less a reason to learn."""
+    (tmp_path / "engine.part").mkdir()
+    glance = Glance(os.fspath(tmp_path), refuse)
+    assert looks(glance) == [False]
+    (tmp_path / "engine.part" / "0.png").touch()
+    assert looks(glance) == [True]
 
 
 def test_a_glance_that_is_under_way_goes_on(large: Path) -> None:

@@ -148,6 +148,37 @@ def test_any_appearance_is_a_hint(watcher: Watcher, heard: Heard, dataset: Path,
     assert not {path for path in heard.paths() if "crdownload" in path or ".rsynced" in path}
 
 
+def test_watcher_class_with_the_name_of_an_unfinished_file_is_heard(
+    watcher: Watcher, heard: Heard, dataset: Path
+) -> None:
+    """What is learnt is watched, and so is where it is filed."""
+    for folder in ("Clases/engine.part", "Dataset/door.lock", "Review/x~"):
+        (dataset / folder).mkdir()
+    watcher.watch_dataset(dataset)
+    for folder in ("Clases/engine.part", "Dataset/door.lock", "Review/x~"):
+        assert hears(heard, dataset / folder, "a.jpg")
+
+
+def test_watcher_control_file_that_goes_is_a_hint_at_its_file(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+    """The download is whole then; of the control file itself, and of other unfinished files, nothing is said."""
+    images = dataset / "Images"
+    (images / "a.jpg.aria2").touch()
+    (images / "b.jpg.part").touch()
+    watcher.watch_dataset(dataset)
+    (images / "b.jpg.part").unlink()
+    (images / "a.jpg.aria2").unlink()
+    assert heard.of(images / "a.jpg")
+    assert heard.paths() <= {os.fspath(images), os.fspath(images / "a.jpg")}
+
+
+def test_watcher_file_that_a_person_may_miss_is_a_hint(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+    """A hidden photo, a backup: the log is to say that they stay."""
+    watcher.watch_dataset(dataset)
+    images = dataset / "Images"
+    for name in (".facebook_1.jpg", "mine~"):
+        assert hears(heard, images, name)
+
+
 def test_what_goes_is_hinted_at(watcher: Watcher, heard: Heard, dataset: Path, tmp_path: Path) -> None:
     """A file deleted, and one taken away, are looked for and found gone."""
     for name in ("deleted.jpg", "taken.jpg"):

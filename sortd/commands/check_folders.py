@@ -9,6 +9,7 @@ from pathlib import Path
 from sortd.commands.console import counted
 from sortd.commands.finding import Finding, Topic, error, note, warning
 from sortd.layout import Area, Layout, enclosing_dataset
+from sortd.names import rule_for_folder
 
 NAMED_AT_MOST = 5
 """How many paths one finding names before it only counts the rest."""
@@ -135,7 +136,7 @@ def _class_folder_findings(layout: Layout) -> Iterator[Finding]:
     """Check the folders one level down: classes, and the folders that are filed into or taken from."""
     for area in (Area.CLASES, Area.DATASET, Area.REVIEW, Area.IMAGES):
         for entry in _entries(layout.area(area)):
-            if entry.name.startswith("."):
+            if rule_for_folder(entry.name) is not None:
                 continue
             if entry.is_symlink() and os.path.isdir(entry.path) and area is not Area.IMAGES:
                 what = (

@@ -17,8 +17,10 @@ from sortd.decoding.formats import HEAD_BYTES, looks_like_image
 from sortd.errors import ImageError
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
+from sortd.names import Reason, Why, rule_for_folder
 from sortd.prototypes import Mode
 from sortd.references import STRANGERS_FOLDER, ClassFolder, ReferencesAbsentError, class_folders
+from sortd.watching.scanning import scan_all
 
 FEW = 4
 """With fewer references than this, each further one is worth several points of accuracy: see docs/decisions.md."""
@@ -63,6 +65,7 @@ def reference_findings(
     for refusal in [*unreadable, *(one.description_refusal for one in folders if one.description_refusal)]:
         yield error(Topic.REFERENCES, refusal.filename, f"cannot be read: {refusal.strerror}", mends.to_read(refusal))
     yield from _name_findings(clases, folders, misnamed)
+    yield from _left_out_findings(clases)
     contents = known([file for folder in folders for file in folder.files])
     # A note beside the images is no reference and does no harm.
     folders = [replace(one, files=tuple(f for f in one.files if f in contents or _is_image(f[0]))) for one in folders]
@@ -86,6 +89,18 @@ def _name_findings(clases: Path, folders: Sequence[ClassFolder], misnamed: Seque
         if len(labels) > 1:
             what = f"holds classes whose names look the same: {named([written_name(label) for label in labels])}"
             yield warning(Topic.REFERENCES, clases, what, "rename or merge them; on other systems they are one folder")
+
+
+def _left_out_findings(clases: Path) -> Iterator[Finding]:
+    """Name what lies in the class folders and is not learnt: links, hidden files, what a program has not finished."""
+    left: dict[Reason, list[tuple[str, Why]]] = defaultdict(list)
+    for path, found in scan_all(str(clases), report=lambda _: None, rule_at_top=rule_for_folder):
+        if isinstance(found, Why) and found.reason is not Reason.SYSTEM and Path(path).parent != clases:
+            left[found.reason].append((path, found))
+    for reason, files in left.items():
+        shown = named([printable(str(Path(path).relative_to(clases))) for path, _ in sorted(files)])
+        what = f"leaves {counted(len(files), 'entry')} out, not learnt ({reason.value.replace('_', ' ')}): {shown}"
+        yield warning(Topic.REFERENCES, clases, what, files[0][1].message)
 
 
 def _reading_findings(

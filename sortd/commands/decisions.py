@@ -85,7 +85,8 @@ def _print_explained(explained: "Explained") -> None:
     explanation = explained.explanation
     print_line(printable(explained.path), style="bold")
     first, *rest = explained.sentences()
-    print_line(printable(first), style="bold green" if explanation.is_filed else "bold yellow")
+    is_filed = explanation.is_filed and explained.left is None
+    print_line(printable(first), style="bold green" if is_filed else "bold yellow")
     for sentence in rest:
         print_line(printable(sentence))
     print_line("")

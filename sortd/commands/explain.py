@@ -22,13 +22,15 @@ from sortd.journaling.history import History
 from sortd.journaling.records import Selection
 from sortd.layout import Area, Layout, find_datasets
 from sortd.messages import EmbeddedImage, FloatArray, Stamp
+from sortd.moving.renaming import is_version
+from sortd.names import Reason, Why
 from sortd.prototypes import PrototypeSet
 from sortd.references import References, ReferencesAbsentError, class_labels
 from sortd.running.classifiers import Appointed, appointed
 from sortd.running.embedding import Embedder
 from sortd.running.site import Site, teaching_of
 from sortd.status import read_status
-from sortd.watching.scanning import stamp
+from sortd.watching.scanning import stamp, why_left
 
 LoadEncoder = Callable[[Config], Encoder]
 
@@ -47,6 +49,8 @@ class Explained:
     """What the journal says of this very file, or of these bytes, newest first."""
     refusal: str | None = None
     """Why a fine-tuned model that is wanted does not decide, in a sentence."""
+    left: Why | None = None
+    """Why it stays in Images/, whatever would be decided; None: it does not, or lies elsewhere."""
 
     def facts(self) -> dict[str, Any]:
         """Return it all as plain values."""
@@ -55,7 +59,8 @@ class Explained:
             "path": self.path,
             "dataset": self.dataset,
             "content": self.content,
-            "outcome": "filed" if explanation.is_filed else "sent_to_review",
+            "outcome": "left" if self.left else "filed" if explanation.is_filed else "sent_to_review",
+            "left": None if self.left is None else {"reason": str(self.left.reason), "message": self.left.message},
             "label": explanation.label,
             "reason": getattr(explanation.decision, "reason", ""),
             "score": explanation.decision.score,
@@ -81,6 +86,8 @@ class Explained:
     def sentences(self) -> list[str]:
         """Say it in sentences."""
         said = sentences(self.explanation)
+        if self.left is not None:
+            said[:1] = [f"It stays in Images/: {self.left.message}.", f"Without that, it would {self._fate}."]
         if self.refusal is not None:
             said.append(
                 f"The prototypes decide, since the fine-tuned model that is wanted does not serve: {self.refusal}."
@@ -90,6 +97,12 @@ class Explained:
         if not self.is_stored:
             said.append("The references were learnt for this answer alone: no sortd has stored them as they are now.")
         return said
+
+    @property
+    def _fate(self) -> str:
+        if self.explanation.label is None:
+            return "stay undecided"
+        return ("be filed into " if self.explanation.is_filed else "go to Review/") + self.explanation.label
 
 
 def explain_image(
@@ -112,12 +125,21 @@ def explain_image(
     """
     absolute = os.path.abspath(path)
     mark = stamp(absolute)
+    left = _why_left(config, path)
+    if mark is None and (left is not None or os.path.islink(absolute)):
+        why = "it is a symbolic link; name the file itself" if left is None else f"it stays in Images/: {left.message}"
+        raise DataError(f"{absolute}: {why}")
     if mark is None:
         raise DataError(f"{absolute}: there is no such file, or it is a folder; name an image")
     layout = _dataset(config, path, dataset)
     with open(absolute, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    sight = _remembered(config, layout, content) or _looked_at(config, layout, (absolute, mark), load_encoder)
+    try:
+        sight = _remembered(config, layout, content) or _looked_at(config, layout, (absolute, mark), load_encoder)
+    except UnreadableError as error:
+        if left is None:
+            raise
+        raise UnreadableError(f"{absolute} stays in Images/: {left.message}") from error
     return Explained(
         path=absolute,
         dataset=layout.name,
@@ -126,7 +148,25 @@ def explain_image(
         is_stored=sight.is_stored,
         records=tuple(_records(config, layout, mark, content)),
         refusal=sight.decider.refusal,
+        left=left,
     )
+
+
+def _why_left(config: Config, path: Path) -> Why | None:
+    """Return why a file in the Images/ of a dataset is not handled there; None: it is, or lies elsewhere."""
+    found = dataset_at(config, path)
+    if found is None or not found[1].startswith(f"{Area.IMAGES.value}/"):
+        return None
+    layout, relative = found
+    here = os.path.join(layout.root, relative)
+    (place,) = [one for one in journals(config, layout.name) if one.root == layout.root]
+    if (why := why_left(here, os.fspath(layout.root))) is not None or not place.is_there:
+        return why
+    with History.open(place.file) as history:
+        held = history.held_version(relative)
+    if held is None or not is_version(os.lstat(here), held):
+        return None
+    return Why(Reason.HELD, f"it is held until it changes or is released: sortd release {here}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -162,8 +162,7 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
     print_line(f"  so far    {total or 'nothing moved'}{last}")
     if facts.get("in_review"):
         print_line(f"  review    {counted(facts['in_review'], 'file')} in Review/")
-    if facts["held"]:
-        print_line(f"  held      {counted(facts['held'], 'file')}; let them go: sortd release --all")
+    _print_left(facts)
     if facts["accuracy"]:
         _print_accuracy(facts["accuracy"])
 
@@ -193,6 +192,16 @@ def _print_problems(facts: Mapping[str, Any]) -> None:
         print_line(
             f"  held      since {shown(facts['held_since'])}: nothing in it is moved; sortd tries again by itself"
         )
+
+
+def _print_left(facts: Mapping[str, Any]) -> None:
+    """Say how many files stay in Images/ and why, and how to let go those that are held."""
+    reasons = (facts.get("left") or {}).get("reasons", {})
+    if reasons:
+        counts = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in reasons.items())
+        print_line(f"  left      in Images/: {counts}; their paths: sortd status --json")
+    if facts["held"]:
+        print_line(f"  held      {counted(facts['held'], 'file')}; let them go: sortd release --all")
 
 
 def _print_classifier(facts: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from sortd.errors import DataError, ModelError
 from sortd.images import SUFFIXES
 from sortd.layout import Area, find_datasets
 from sortd.messages import EmbeddedImage
+from sortd.names import CLASS_AREAS, rule_for, rule_for_folder
 from sortd.running.site import LoadEncoder, Site
 from sortd.watching.scanning import scan
 
@@ -216,7 +217,8 @@ def draw(config: Config, folder: Path | None, images: int) -> list[File]:
         places = [layout.area(area) for area in areas for layout in find_datasets(config.root)]
     found: list[File] = []
     for place in places:
-        listed = islice(scan(os.fspath(place), report=lambda _: None), LOOKED_THROUGH)
+        judge = rule_for_folder if place.name in CLASS_AREAS else rule_for
+        listed = islice(scan(os.fspath(place), report=lambda _: None, rule_at_top=judge), LOOKED_THROUGH)
         found += [file for file in listed if os.path.splitext(file[0])[1].lower() in SUFFIXES]
         if len(found) >= images:
             break

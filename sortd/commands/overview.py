@@ -1,11 +1,14 @@
 """The overview that ``sortd status`` shows: what the running sortd tells, and what the journals know in any case."""
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sortd import mends
 from sortd.commands.console import interval
 from sortd.commands.journals import JournalPlace, journals
 from sortd.commands.promotion import serving_facts
@@ -14,8 +17,14 @@ from sortd.errors import JournalError
 from sortd.journaling.history import History
 from sortd.journaling.records import FiledImages, Selection
 from sortd.layout import Area, Layout
+from sortd.moving.renaming import is_version
+from sortd.names import Reason, Why, owner_of, rule_below, rule_for_folder
+from sortd.running.account import LISTED
 from sortd.status import read_status
-from sortd.watching.scanning import scan
+from sortd.watching.scanning import scan, scan_all, why_unfinished
+
+Row = dict[str, str]
+"""One file or folder that stays in Images/: ``path``, ``reason`` and ``message``."""
 
 NOT_KNOWN = {"deciding": "prototypes", "model_id": None, "refusal": None}
 """Who decides a dataset that is gone: nobody, but its journal is told of in the same words."""
@@ -78,14 +87,15 @@ def _dataset(config: Config, place: JournalPlace, live: dict[str, Any], *, is_al
         facts |= live
     else:
         facts |= {key: live[key] for key in ("problem", "generation", "classes", "references", "mode") if key in live}
+    facts |= _from_journal(place)
     if place.root is not None:
-        if not is_alive:  # the sortd that runs knows better, and Images/ may be large
-            facts["in_images"] = _count(Layout(place.root), Area.IMAGES)
-        facts["in_review"] = _count(Layout(place.root), Area.REVIEW)
-    known = _from_journal(place)
-    if not is_alive and known.get("hold"):  # whatever the last run could write about it
-        facts["problem"] = known["hold"]
-    return facts | known
+        layout = Layout(place.root)
+        facts["in_images"], left = _look_through(layout)
+        facts["left"] = _left([*left, *(_held(place) if facts["held"] else ())], facts.get("left"))
+        facts["in_review"] = _count_review(layout)
+    if not is_alive and facts.get("hold"):  # whatever the last run could write about it
+        facts["problem"] = facts["hold"]
+    return facts
 
 
 def _from_journal(place: JournalPlace) -> dict[str, Any]:
@@ -112,10 +122,64 @@ def _filed_facts(filed: FiledImages) -> dict[str, Any]:
     return {**asdict(filed), "right": share, "interval": bounds}
 
 
-def _count(layout: Layout, area: Area) -> int | None:
-    """Count the files of an area; None where it cannot be listed."""
+def _look_through(layout: Layout) -> tuple[int | None, list[Row]]:
+    """Count the files of Images/ that are to be handled, None where it cannot be listed, and list what stays in it."""
+    images, root = os.fspath(layout.area(Area.IMAGES)), os.fspath(layout.root)
     refused: list[OSError] = []
-    count = sum(1 for _ in scan(os.fspath(layout.area(area)), report=refused.append))
+    count, rows, owners = 0, [], set()
+    for path, found in scan_all(images, report=refused.append):
+        if isinstance(found, Why):
+            rows.append(_row(path, found.reason, found.message))
+            if (owner := owner_of(path)) is not None:
+                owners.add(owner)
+        else:
+            count += 1
+    for owner in sorted(owners):
+        why = why_unfinished(owner, root) if os.path.lexists(owner) and not rule_below(owner, root) else None
+        if why is not None:
+            rows.append(_row(owner, why.reason, why.message))
+            count -= os.path.isfile(owner)
+    rows += [_row(error.filename, "unreadable", mends.unreadable(error)) for error in refused]
+    is_listed = images not in {error.filename for error in refused}
+    return count if is_listed else None, rows
+
+
+def _held(place: JournalPlace) -> Iterator[Row]:
+    """Yield the files of a dataset that are held and stand where they were when that was said."""
+    with suppress(JournalError), History.open(place.file) as history:
+        for relative, mark in history.held().items():
+            path = f"{place.root}/{relative}"
+            with suppress(OSError):
+                if is_version(os.lstat(path), mark):
+                    yield _row(path, Reason.HELD, "it is held until it changes or is released: sortd release PATH")
+
+
+def _left(rows: Sequence[Row], live: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Put together what stays in Images/: what was seen just now, and what the running sortd has looked into.
+
+    Args:
+        rows: what was seen.
+        live: what the running sortd tells, see ``running/account.py``.
+    """
+    seen = {row["path"] for row in rows}
+    looked_into: list[Row] = [] if live is None else live["files"]
+    reasons = Counter(row["reason"] for row in rows)
+    reasons.update({} if live is None else live["reasons"])
+    reasons.subtract(row["reason"] for row in looked_into if row["path"] in seen)
+    files = [*rows, *(row for row in looked_into if row["path"] not in seen)]
+    counted = {reason: count for reason, count in sorted(reasons.items()) if count > 0}
+    return {"total": sum(counted.values()), "reasons": counted, "files": files[:LISTED]}
+
+
+def _row(path: str, reason: str, message: str) -> Row:
+    return {"path": path, "reason": str(reason), "message": message}
+
+
+def _count_review(layout: Layout) -> int | None:
+    """Count the files in Review/; None where it cannot be listed."""
+    refused: list[OSError] = []
+    review = os.fspath(layout.area(Area.REVIEW))
+    count = sum(1 for _ in scan(review, report=refused.append, rule_at_top=rule_for_folder))
     return None if refused else count
 
 

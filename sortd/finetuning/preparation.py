@@ -22,6 +22,7 @@ from sortd.finetuning.split import Split, split_by_group
 from sortd.images import Limits
 from sortd.layout import Area, Layout
 from sortd.messages import Preprocessing, Stamp
+from sortd.references import class_labels
 from sortd.running.site import Site
 
 LARGER = 1.25
@@ -187,7 +188,7 @@ def _notes(rows: Sequence[dict[str, Any]], layout: Layout, photos: Photos, test:
     unjudged = [str(row["label"]) for row in rows if not row["test"]]
     if unjudged:
         notes.append(f"trained on but judged by nothing, having too few images that differ: {', '.join(unjudged)}")
-    taught = _class_names(layout)
+    taught = set(class_labels(layout.area(Area.CLASES)))
     nameless, foreign = sorted(taught - set(photos.labels)), sorted(set(photos.labels) - taught)
     if nameless:
         notes.append(
@@ -199,11 +200,3 @@ def _notes(rows: Sequence[dict[str, Any]], layout: Layout, photos: Photos, test:
     if test < FEWEST_JUDGES:
         notes.append(f"only {test} test images: the figures are rough")
     return notes
-
-
-def _class_names(layout: Layout) -> set[str]:
-    clases = layout.area(Area.CLASES)
-    with os.scandir(clases) as entries:
-        return {
-            one.name for one in entries if one.is_dir(follow_symlinks=False) and not one.name.startswith(("_", "."))
-        }

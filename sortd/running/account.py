@@ -1,5 +1,7 @@
 """The account that sortd gives of one dataset: its log lines, its counts, and what ``sortd status`` shows."""
 
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import structlog
@@ -30,10 +32,17 @@ from sortd.logs import (
 from sortd.messages import Embedded, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, RebuildFailed
 from sortd.metrics import Metrics
 from sortd.moving.relocation import Relocation
+from sortd.names import Why
 from sortd.prototypes import Abstained, Assigned, Mode, PrototypeSet
 from sortd.references import Rebuilt
 from sortd.running.corrections import Correction
 from sortd.sorter import Sorter
+
+REMEMBERED = 100_000
+"""Paths of which it is remembered that they were told of; beyond, they are told of again."""
+
+LISTED = 1_000
+"""Files that the status lists; of all of them the reasons are counted."""
 
 
 class Account:
@@ -48,6 +57,7 @@ class Account:
         """What decides, and as ``refusal`` why a fine-tuned model that is wanted does not."""
         self._dataset, self._metrics = dataset, metrics
         self._is_review_full = False
+        self._told_of: set[int] = set()
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger().bind(dataset=dataset)
 
     def moved(self, move: Move, result: Moved | MoveFailed, milliseconds: float) -> None:
@@ -101,6 +111,19 @@ class Account:
         """Say that a file stays where it is."""
         self._count("left")
         self._log.info(IMAGE_LEFT, path=leave.path, refusal=leave.refusal.value, reason=leave.message)
+
+    def stays(self, path: str, why: Why) -> None:
+        """Say that something in the inbox is not looked at; once for each path and reason."""
+        if self.has_told(path, why):
+            return
+        if len(self._told_of) >= REMEMBERED:
+            self._told_of.clear()
+        self._told_of.add(hash((path, why.reason)))
+        self._log.info(IMAGE_LEFT, path=path, refusal=why.reason.value, reason=why.message)
+
+    def has_told(self, path: str, why: Why) -> bool:
+        """Tell whether this was said of a path before."""
+        return hash((path, why.reason)) in self._told_of
 
     def corrected(self, correction: Correction) -> None:
         """Say that the user moved an image to another class than sortd had decided."""
@@ -214,11 +237,21 @@ class Account:
             "references": 0 if prototypes is None else int(prototypes.counts.sum()),
             "mode": mode.value,
             "classifier": self.classifier,
+            "left": _left(sorter),
         }
 
     def _count(self, outcome: str) -> None:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
         self._metrics.image(self._dataset, outcome)
+
+
+def _left(sorter: Sorter) -> dict[str, object]:
+    """Count the files of the inbox that were looked at and stay where they are by reason, and list them."""
+    refused = [entry for entry in sorter.refused if not (entry.is_aside or entry.in_review)]
+    files = [
+        {"path": entry.path, "reason": str(entry.refusal), "message": entry.told} for entry in islice(refused, LISTED)
+    ]
+    return {"reasons": dict(Counter(str(entry.refusal) for entry in refused)), "files": files}
 
 
 def decision_facts(move: Move) -> dict[str, object]:

@@ -372,6 +372,7 @@ class Collection:
         for dataset in self:
             with self.isolated(dataset):
                 dataset.flush()
+                dataset.left_files.tell(at_once=True)
                 self._site.close(dataset)
 
 

@@ -17,8 +17,9 @@ from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
 from sortd.moving.renaming import FILE_FLAGS
+from sortd.names import rule_below, rule_for, rule_for_folder
 from sortd.running.latecomers import PLACES_FACT, images_apart
-from sortd.watching.scanning import is_temporary, stamp
+from sortd.watching.scanning import stamp
 
 SCANNED_FACT = "corrections_scanned_at"
 """The journal's note of when Dataset/ was last looked through, in nanoseconds since the epoch."""
@@ -75,7 +76,8 @@ class Corrections:
             JournalError: the journal cannot be read.
         """
         relative = os.path.relpath(path, self._layout.root).split(os.sep)
-        if len(relative) < (2 if relative[0] == Area.REJECTED else 3) or relative[0] not in _HANDLED:
+        is_elsewhere = len(relative) < (2 if relative[0] == Area.REJECTED else 3) or relative[0] not in _HANDLED
+        if is_elsewhere or rule_below(path, os.fspath(self._layout.root)) is not None:
             return
         found, place = self._stamp(path), "/".join(relative)
         record = None if found is None else (yield from self._record(path, found))
@@ -180,7 +182,7 @@ class Corrections:
         """Yield the path of each image that changed, and None for each that did not."""
         for area in (Area.DATASET, Area.REVIEW):
             for folder in self._entries(self._layout.area(area)):
-                found = self._status(folder)
+                found = None if rule_for_folder(folder.name) else self._status(folder)
                 yield None
                 if found is not None and S_ISDIR(found.st_mode) and found.st_mtime_ns >= since_ns:
                     yield from self._changed_in(folder, since_ns)
@@ -189,7 +191,7 @@ class Corrections:
     def _changed_in(self, folder: "os.PathLike[str]", since_ns: int) -> Iterator[str | None]:
         for entry in self._entries(folder):
             self.files_scanned += 1
-            found = None if is_temporary(entry.name) else self._status(entry)
+            found = None if rule_for(entry.name) else self._status(entry)
             is_changed = found is not None and S_ISREG(found.st_mode) and found.st_ctime_ns >= since_ns
             yield entry.path if is_changed else None
 

@@ -39,14 +39,13 @@ from sortd.messages import (
     ScanStarted,
     StopRequested,
     Tick,
-    Writer,
 )
 from sortd.metrics import Metrics
-from sortd.moving.renaming import writer_of
 from sortd.references import Teaching
 from sortd.running.account import Account
 from sortd.running.corrections import Correction
 from sortd.running.filing import Filing
+from sortd.running.left_files import LeftFiles
 from sortd.running.outbox import Mover, Outbox
 from sortd.running.patrol import Mended, Noticed, Patrol
 from sortd.running.presence import Presence
@@ -61,7 +60,7 @@ from sortd.sorting.guard import GuardState
 from sortd.sorting.rounds import Throttle
 from sortd.sorting.settings import SorterSettings
 from sortd.watch import Hint
-from sortd.watching.scanning import is_below_temporary, stamp
+from sortd.watching.scanning import stamp
 
 
 class Dataset:
@@ -104,7 +103,8 @@ class Dataset:
         self._missing: set[str] = set()
         self._gone = Throttle(1.0)
         self._files_looked_at = 0
-        self._sweep = Sweep(os.fspath(layout.area(Area.IMAGES)), self.account.unreadable)
+        self.left_files = LeftFiles(os.fspath(layout.root), self.account)
+        self._sweep = Sweep(os.fspath(layout.area(Area.IMAGES)), self.account.unreadable, left=self.left_files.note)
         self._review = None if history is None else ReviewScan(layout, history, self.account.unreadable)
         is_noted = journal is not None and journal.history.fact(GUARD_FACT) is not None
         self._noted_guard, self._noted_generation = guard if is_noted else GuardState(), last_generation
@@ -168,6 +168,7 @@ class Dataset:
             self.receive(Tick())
         next_slice(self._inspect(), SLICE)
         self._drain()
+        self.left_files.tell()
 
     def _inspect(self) -> Iterator[None]:
         """Look at what the core asked for: newest first, every other the oldest, as images are encoded."""
@@ -203,7 +204,7 @@ class Dataset:
             self._drain()
 
     def _hint_inbox(self, hint: Hint) -> None:
-        if is_below_temporary(hint.path, os.fspath(self.layout.area(Area.IMAGES))):
+        if self.left_files.takes(hint.path):
             return
         if hint.directory:
             self._sweep.want(hint.path, hint.at)
@@ -299,7 +300,7 @@ class Dataset:
     def next_deadline(self) -> float:
         """When it has something to do though nothing was told; infinity where nothing waits for its time."""
         core = self.sorter.next_deadline()
-        times = [] if core is None else [core]
+        times = [self.left_files.deadline] if core is None else [self.left_files.deadline, core]
         times += [] if self._patrol is None else [self._patrol.deadline]
         times += [] if self._review is None else [self._review.asked.deadline]
         return min(times, default=float("inf"))
@@ -420,20 +421,19 @@ class Dataset:
         if mark is None:
             if self.sorter.knows(path):
                 self._missing.add(path)
+            self.left_files.note(path)
             return
         self._files_looked_at += 1
         self._missing.discard(path)
-        writer = (writer_of(path) or Writer.UNKNOWN) if inspect else None
-        seen = ImageSeen(path, mark, writer, closed, since=since)
-        self._commands.extend(self.sorter.receive(seen, monotonic()))
+        writer = self.left_files.writer_of(path) if inspect else None
+        self._commands.extend(self.sorter.receive(ImageSeen(path, mark, writer, closed, since=since), monotonic()))
 
     def _tell_missing(self) -> None:
         """Let the core forget what was not there, unless all of it is away: asked once for all, after the looks."""
         missing, self._missing = self._missing, set()
-        if missing and self._presence.problem() is None:
+        if missing and self._presence.problem() is None:  # else: absent is not gone, and what is known of it holds
             for path in missing:
                 self.receive(ImageGone(path))
-        # else: absent is not gone, and what is known of it holds when it is back
 
     def _rebuild(self, job: int) -> None:
         if (problem := self._presence.problem()) is not None:

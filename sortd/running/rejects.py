@@ -14,8 +14,9 @@ from sortd.journal import Journal
 from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.messages import Refusal, Stamp
+from sortd.names import rule_for
 from sortd.running.corrections import looked_through_until
-from sortd.watching.scanning import is_temporary, stamp
+from sortd.watching.scanning import stamp
 
 SCANNED_FACT = "rejects_scanned_at"
 """The journal's note of when Rejected/ was last looked through, in nanoseconds since the epoch."""
@@ -87,7 +88,7 @@ class Rejects:
             with os.scandir(self._folder) as entries:
                 for entry in entries:
                     self.files_scanned += 1
-                    if is_temporary(entry.name):
+                    if rule_for(entry.name) is not None:
                         yield None
                         continue
                     found = self.look(entry.path) if _changed_ns(entry) >= since else None

@@ -8,6 +8,7 @@ from typing import Protocol
 from sortd.journaling.history import History
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
+from sortd.names import rule_for_folder
 from sortd.running.sweep import Sweep
 from sortd.sorting.refusals import Refusals
 from sortd.sorting.rounds import Throttle
@@ -39,7 +40,7 @@ class ReviewScan:
             report: told what cannot be looked at.
         """
         self._root, self._history = layout.root, history
-        self._sweep = Sweep(os.fspath(layout.area(Area.REVIEW)), report)
+        self._sweep = Sweep(os.fspath(layout.area(Area.REVIEW)), report, rule_at_top=rule_for_folder)
         self._foreign = Refusals()  # versions that sortd did not put there
         self.asked = Throttle(1.0)
 

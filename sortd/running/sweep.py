@@ -6,13 +6,14 @@ listed already and has not changed since is not listed again.
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from stat import S_ISDIR
 from time import monotonic
 from typing import TypeVar
 
 from sortd.messages import Stamp
+from sortd.names import Rule, Why, rule_for, rule_for_folder
 from sortd.watching.scanning import scan_steps
 
 SLICE = 2000
@@ -25,6 +26,7 @@ MOST_FOLDERS = 20_000
 """Folders of which it is remembered that they are to be scanned, or how they looked when they were."""
 
 Clock = Callable[[], float]
+Step = tuple[str, Stamp | Why] | None
 Found = tuple[str, Stamp]
 FoundBelow = tuple[str, Stamp, float]
 _T = TypeVar("_T")
@@ -50,10 +52,27 @@ def next_slice(looks: Iterator[_T], most: int, clock: Clock = monotonic) -> tupl
 class Sweep:
     """The scans of one folder, and of folders below it alone, that are under way."""
 
-    def __init__(self, folder: str, report: Callable[[OSError], None], *, clock: Clock = monotonic) -> None:
-        """Prepare to scan ``folder``; ``report`` is told what cannot be looked at."""
+    def __init__(
+        self,
+        folder: str,
+        report: Callable[[OSError], None],
+        *,
+        left: Callable[[str, Why], None] = lambda *_: None,
+        rule_at_top: Callable[[str], Rule | None] = rule_for,
+        clock: Clock = monotonic,
+    ) -> None:
+        """Prepare to scan ``folder``.
+
+        Args:
+            folder: its path.
+            report: told what cannot be looked at.
+            left: told what is left out, and why.
+            rule_at_top: judges the folders directly in ``folder``; ``rule_for_folder`` where they are classes.
+            clock: seconds.
+        """
         self._folder, self._report, self._clock = folder, report, clock
-        self._found: Iterator[Found | None] | None = None
+        self._left, self._rule_at_top = left, rule_at_top
+        self._found: Iterator[Step] | None = None
         self._is_wanted_again = False
         self._wanted: OrderedDict[str, float] = OrderedDict()
         self._below: Iterator[FoundBelow | None] | None = None
@@ -75,7 +94,7 @@ class Sweep:
         if self._found is not None:
             self._is_wanted_again = True
             return False
-        self._found = scan_steps(self._folder, report=self._report)
+        self._found = scan_steps(self._folder, report=self._report, rule_at_top=self._rule_at_top)
         self._is_wanted_again = False
         self._wanted.clear()
         self._listed.clear()
@@ -115,7 +134,16 @@ class Sweep:
         taken, is_last = next_slice(self._found, most, self._clock)
         if is_last:
             self._found = None
-        return [found for found in taken if found is not None]
+        return list(self._files_of(taken))
+
+    def _files_of(self, steps: Iterable[Step]) -> Iterator[Found]:
+        """Yield the files among what was looked at, and tell of what is left out."""
+        for step in steps:
+            match step:
+                case (path, Stamp() as mark):
+                    yield path, mark
+                case (path, Why() as why):
+                    self._left(path, why)
 
     def take_below(self) -> list[FoundBelow]:
         """Take the next slice of the folders that were wanted: path, stamp, and when the folder was asked for."""
@@ -146,8 +174,8 @@ class Sweep:
     def _scans_below(self) -> Iterator[FoundBelow | None]:
         while self._wanted:
             folder, at = self._wanted.popitem(last=False)
-            for found in scan_steps(folder, report=self._report_below, scandir=self._list_changed):
-                yield None if found is None else (*found, at)
+            for step in scan_steps(folder, report=self._report_below, scandir=self._list_changed):
+                yield next(((*found, at) for found in self._files_of((step,))), None)
 
     def _report_below(self, error: OSError) -> None:
         """Take note of a folder that is gone, which is no trouble; tell of any other."""
@@ -173,12 +201,12 @@ class Sweep:
 
 
 class Glance:
-    """A look at all of a folder, slice by slice, to tell whether it differs from the last one."""
+    """A look at all of a folder of classes, slice by slice, to tell whether it differs from the last one."""
 
     def __init__(self, folder: str, report: Callable[[OSError], None], *, clock: Clock = monotonic) -> None:
         """Prepare to look at ``folder``; ``report`` is told what cannot be looked at."""
         self._folder, self._report, self._clock = folder, report, clock
-        self._found: Iterator[Found | None] | None = None
+        self._found: Iterator[Step] | None = None
         self._sum = 0
         self._seen: int | None = None
 
@@ -190,7 +218,8 @@ class Glance:
     def begin(self) -> None:
         """Begin, unless one is under way: what it has passed already the next one sees."""
         if self._found is None:
-            self._found, self._sum = scan_steps(self._folder, report=self._report), 0
+            self._found = scan_steps(self._folder, report=self._report, rule_at_top=rule_for_folder)
+            self._sum = 0
 
     def differs(self) -> bool:
         """Look at the next slice; with the last, tell whether other versions stand there than at the last look.
@@ -200,7 +229,7 @@ class Glance:
         if self._found is None:
             return False
         taken, is_last = next_slice(self._found, SLICE, self._clock)
-        found = (one for one in taken if one is not None)
+        found = (step for step in taken if step is not None and isinstance(step[1], Stamp))
         self._sum = (self._sum + sum(map(hash, found))) % 2**64  # in whatever order they are named
         if not is_last:
             return False

@@ -6,7 +6,7 @@ Which states follow which is the backlog's to say, see ``backlog.py``.
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sortd.messages import Stamp
+from sortd.messages import Refusal, Stamp
 
 
 class State(StrEnum):
@@ -42,12 +42,13 @@ class Entry:
     recheck_at: float = 0.0
     closed: bool = False
     busy: bool = False
+    is_unfinished: bool = False  # a file beside it said so when it was last asked for
     heap_at: float | None = None
     ticket: int = 0
     generation: int = 0
     in_review: bool = False
     is_aside: bool = False  # it stands in Rejected/ already
-    is_denied: bool = False  # refused for want of rights, which no stamp shows
+    refusal: Refusal | None = None  # why it stays where it is
     told: str = ""  # why this version was refused: said once
     folder: str = ""  # where it was last to be moved
     place: str = ""  # the folder, of those that it is moved from and to, that refused and that it waits for

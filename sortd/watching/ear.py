@@ -28,9 +28,9 @@ from watchdog.observers import Observer
 from watchdog.utils import BaseThread
 
 from sortd.files import open_folder
+from sortd.names import Reason, owner_of, rule_below
 from sortd.watching import inotify
 from sortd.watching.hints import Hint
-from sortd.watching.scanning import is_below_temporary
 
 if TYPE_CHECKING:
     from watchdog.observers import ObserverType
@@ -90,7 +90,7 @@ class Ear:
         """Open it.
 
         Args:
-            root: The folder whose hints these are; hidden and temporary names below it are not hinted at.
+            root: The folder whose hints these are; of what a rule leaves out below it, few are posted (``hint_about``).
             places: What to watch of it.
             post: Told each hint, in a thread of the observer's.
             make_observer: Makes the observer.
@@ -188,8 +188,8 @@ class Ear:
                 path = shown + os.fsdecode(named).removeprefix(real)
                 if path == self._canary:
                     self._answered.set()
-                elif named and not is_below_temporary(path, self._root):
-                    self._post(Hint(path, closed, event.is_directory, monotonic()))
+                elif named and (about := hint_about(path, self._root, is_folder=event.is_directory)) is not None:
+                    self._post(Hint(about, closed, event.is_directory, monotonic()))
         except BaseException as error:  # noqa: BLE001 - whatever it is: kept, and told at the next check
             self.lost = f"a hint could not be handed on ({error!r})"
 
@@ -203,6 +203,24 @@ class _Handler(FileSystemEventHandler):
     def dispatch(self, event: FileSystemEvent) -> None:
         """Hand on one event."""
         self._hear(event)
+
+
+def hint_about(path: str, root: str, *, is_folder: bool) -> str | None:
+    """Return what a hint at a path is about; None: nobody wants to hear of it.
+
+    What programs have in the works, and what they keep for themselves, comes by the hundred and is left to the scan; so
+    is a folder, which may be renamed when all is in it. A control file that goes makes its file whole, so that is what
+    the hint is about.
+    """
+    left = rule_below(path, root)
+    if left is None:
+        return path
+    place, rule = left
+    if place != path or rule.reason is Reason.SYSTEM:
+        return None
+    if rule.is_control:
+        return owner_of(path)
+    return None if is_folder or rule.reason is Reason.UNFINISHED else path
 
 
 def _is_small(root: str, *, leave_out: frozenset[str], max_folders: int, max_entries: int) -> bool:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from sortd.names import rule_below
+
 # Changes made by another machine, or by the host of a virtual one, raise no event here: inotify(7), "Limitations".
 _BLIND_FILE_SYSTEMS = frozenset(
     {
@@ -92,7 +94,8 @@ def unwatched(folder: str, watched: frozenset[int]) -> Iterator[str | None]:
     if _inode(folder) not in watched:
         return
     for below in _folders(folder):
-        yield below if below is not None and _inode(below) not in watched else None
+        is_missed = below is not None and _inode(below) not in watched and not _is_left_out(below, folder)
+        yield below if is_missed else None
 
 
 def advice(error: OSError, *, folders: int | None = None, granted: Limits | None = None) -> str:
@@ -136,6 +139,10 @@ def _folders(folder: str) -> Iterator[str | None]:
         except OSError:  # vanished, or not ours to list: nothing below it can be handled anyway, and the scan says so
             continue
         yield current
+
+
+def _is_left_out(path: str, folder: str) -> bool:
+    return rule_below(path, os.path.dirname(folder)) is not None
 
 
 def _inode(path: str) -> int | None:

@@ -149,7 +149,12 @@ IDENTITIES = (
     Mutant("mover", "if member.leaves and (status is None or not is_version(status, member.stamp)):", "if False:"),
     Mutant("mover", "        if not is_version(os.fstat(file), member.stamp):", "        if False:"),
     Mutant("mover", "if status is not None and is_version(status, member.stamp):", "if status is not None:"),
-    Mutant("mover", "if status is not None and stat.S_ISREG(status.st_mode):", "if status is not None:"),
+    Mutant(
+        "mover",
+        "if status is not None and stat.S_ISREG(status.st_mode) and not _is_unfinished(folder, name):",
+        "if status is not None and not _is_unfinished(folder, name):",
+    ),
+    Mutant("mover", " and not _is_unfinished(folder, name):", ":"),
     Mutant(
         "moving/crossing",
         "if by_name is None or not is_version(by_name, member.stamp) or not is_version(os.fstat(file), member.stamp):",

@@ -1,0 +1,171 @@
+"""What lies in Images/ and is not handled, or not yet: what a dataset looks at, asks for and says of it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from structlog.testing import capture_logs
+
+from sortd.deciding.support import DecisionSettings
+from sortd.layout import Layout
+from sortd.messages import DatasetId, ImageRefused, Refusal
+from sortd.metrics import Metrics
+from sortd.moving.renaming import stamp_of
+from sortd.references import Teaching
+from sortd.running.account import Account
+from sortd.running.dataset import Dataset
+from sortd.running.left_files import LEFT_SECONDS, LeftFiles
+from sortd.running.rehearsal import Pretence
+from sortd.running.worker import Answer, EmbedJob, Job
+from sortd.sorting.guard import GuardState
+from sortd.sorting.settings import SorterSettings
+from sortd.watch import Hint
+from sortd.watching.ear import hint_about
+
+
+class World:
+    """A dataset that settles at once, and what was asked of its worker."""
+
+    def __init__(self, root: Path) -> None:
+        """Make the folders of a dataset below ``root``."""
+        self.root = root
+        self.asked: list[Job] = []
+        (root / "Clases" / "red").mkdir(parents=True)
+        Layout(root).make()
+        self.dataset = Dataset(
+            DatasetId("Cars"),
+            Layout(root),
+            SorterSettings(settle_seconds=0.0),
+            Teaching(DecisionSettings()),
+            mover=Pretence("Cars", root, lambda *_: None),
+            ask=self.asked.append,
+            metrics=Metrics(),
+            journal=None,
+            last_generation=0,
+            guard=GuardState(),
+        )
+
+    def scan(self) -> None:
+        """Carry out a whole scan, and all looks that are due."""
+        self.dataset.begin_scan()
+        while self.dataset.is_scanning:
+            self.dataset.continue_scan()
+        self.pass_time()
+
+    def hint(self, path: Path) -> None:
+        """Hand on what the watcher would say of a path."""
+        about = hint_about(os.fspath(path), os.fspath(self.root), is_folder=path.is_dir())
+        if about is not None:
+            self.dataset.hint(Hint(about, closed=False, directory=path.is_dir()))
+        self.pass_time()
+
+    def pass_time(self) -> None:
+        """Let what is due be done, and what is left out be told of."""
+        self.dataset.tick(monotonic())
+        self.dataset.left_files.tell(at_once=True)
+
+    def embedded(self) -> set[str]:
+        """Return the names of the images that were to be embedded."""
+        return {os.path.basename(path) for job in self.asked if isinstance(job, EmbedJob) for path, _ in job.images}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """An empty dataset."""
+    return World(tmp_path / "Cars")
+
+
+LEFT: dict[str, Callable[[Path], None]] = {
+    "symbolic_link": lambda path: path.symlink_to("/nowhere"),
+    "special_file": os.mkfifo,
+    "hidden": Path.touch,
+    "unfinished": Path.mkdir,
+    "backup": Path.touch,
+}
+NAMES = {
+    "symbolic_link": "link.png",
+    "special_file": "pipe.png",
+    "hidden": ".facebook_1.jpg",
+    "unfinished": "2019.temp",
+    "backup": "mine~",
+}
+
+
+@pytest.mark.parametrize(
+    ("reason", "how"),
+    [*((reason, "scan") for reason in LEFT), *((reason, "hint") for reason in LEFT if reason != "unfinished")],
+)
+def test_dataset_file_that_is_left_out_is_logged_once(world: World, reason: str, how: str) -> None:
+    """Whether a scan or the watcher names it: one line at level info, with the path and the reason."""
+    path = world.root / "Images" / NAMES[reason]
+    LEFT[reason](path)
+    with capture_logs() as lines:
+        for _ in range(2):
+            world.scan() if how == "scan" else world.hint(path)
+    left = [line for line in lines if line["event"] == "image.left"]
+    assert [(line["path"], line["refusal"], line["log_level"]) for line in left] == [(str(path), reason, "info")]
+    assert left[0]["reason"]
+    assert not world.embedded()
+
+
+def test_dataset_facts_of_files_that_were_looked_into_are_of_those_that_stand_there(world: World) -> None:
+    """What is no image is counted and listed while it stands in the inbox, with what was said of it."""
+    path = world.root / "Images" / "notes.txt"
+    path.touch()
+    world.scan()
+    refused = ImageRefused(str(path), stamp_of(path.lstat()), Refusal.NOT_AN_IMAGE, "it is a text")
+    world.dataset.answer(Answer(DatasetId("Cars"), (refused,)))
+    file = {"path": str(path), "reason": "not_an_image", "message": "it is a text"}
+    assert world.dataset.facts()["left"] == {"reasons": {"not_an_image": 1}, "files": [file]}
+    path.unlink()
+    world.hint(path)
+    assert world.dataset.facts()["left"] == {"reasons": {}, "files": []}
+
+
+def test_dataset_unfinished_download_waits_until_its_control_file_is_gone(world: World) -> None:
+    """An image of full size with holes is not looked into while its control file stands beside it."""
+    image, control = world.root / "Images" / "a.png", world.root / "Images" / "a.png.aria2"
+    image.write_bytes(b"\x89PNG" + bytes(5000))
+    control.touch()
+    with capture_logs() as lines:
+        world.scan()
+        world.hint(image)
+        world.hint(control)
+    assert not world.embedded()
+    assert [line["refusal"] for line in lines if line.get("path") == str(image)] == ["unfinished"]
+    assert world.dataset.sorter.is_drained or world.dataset.sorter.is_rebuilding
+    control.unlink()
+    world.hint(control)
+    assert world.embedded() == {"a.png"}
+
+
+def test_dataset_unfinished_download_of_a_folder_waits(world: World) -> None:
+    """A torrent has one control file beside its folder, for all files in it."""
+    folder = world.root / "Images" / "holiday"
+    (folder / "day").mkdir(parents=True)
+    (folder / "day" / "a.png").write_bytes(b"\x89PNG")
+    (world.root / "Images" / "holiday.aria2").touch()
+    world.scan()
+    assert not world.embedded()
+
+
+def test_left_files_that_are_renamed_soon_are_not_told_of(tmp_path: Path) -> None:
+    """Many programs write under a hidden name and rename: that is no line in the log."""
+    hidden, stays = tmp_path / "Images" / ".a.png", tmp_path / "Images" / ".b.png"
+    hidden.parent.mkdir()
+    now = [100.0]
+    with capture_logs() as lines:
+        left = LeftFiles(str(tmp_path), Account("Cars", Metrics()), clock=lambda: now[0])
+        assert left.deadline == float("inf")
+        for path in (hidden, stays):
+            path.touch()
+            assert left.takes(str(path))
+        left.tell()
+        assert left.deadline == 100.0 + LEFT_SECONDS
+        assert not lines
+        hidden.rename(hidden.with_name("a.png"))
+        now[0] += LEFT_SECONDS
+        left.tell()
+    assert [line["path"] for line in lines] == [str(stays)]
