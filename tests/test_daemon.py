@@ -446,7 +446,7 @@ def test_daemon_hold_of_the_guard_outlives_a_kill_and_ends_by_release_alone(colo
         assert daemon.process.stdout is not None
         assert "->" not in daemon.process.stdout.read()
         assert daemon.wait() == 78
-        assert any("images would go to review" in line for line in daemon.noise)
+        assert "images would go to review" in daemon.tail()
     with running(config) as daemon:
         daemon.wait_for("dataset.held")
         one = sortd("release", colours / "Images" / "stranger007.png", "-c", config)
