@@ -135,6 +135,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "running.latecomers": (DRIVER, "drivers"),
     "running.rejects": (DRIVER, "drivers"),
     "running.review_scan": (DRIVER, "drivers"),
+    "running.looks": (DRIVER, "drivers"),
     "running.left_files": (DRIVER, "drivers"),
     "running.outbox": (DRIVER, "drivers"),
     "running.classifiers": (DRIVER, "drivers"),

@@ -139,7 +139,7 @@ def test_dataset_files_that_settle_at_once_are_looked_at_in_slices(
     at_work: AtWork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A turn looks at no more than a slice of them, and none is left out."""
-    monkeypatch.setattr("sortd.running.dataset.SLICE", 10)
+    monkeypatch.setattr("sortd.running.looks.SLICE", 10)
     for hint in folder_of_images(at_work, "album", files=35):
         at_work.dataset.hint(hint)
     at_work.turns()

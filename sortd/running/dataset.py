@@ -5,8 +5,8 @@ carried out here or handed to the worker. Moves are gathered and filed as one gr
 """
 
 import os
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic, time_ns
 
 from sortd.journal import Journal
@@ -27,7 +27,6 @@ from sortd.messages import (
     ImageSeen,
     Inspect,
     Leave,
-    LookRefused,
     Move,
     PrototypesBuilt,
     Rebuild,
@@ -46,13 +45,14 @@ from sortd.running.account import Account
 from sortd.running.corrections import Correction
 from sortd.running.filing import Filing
 from sortd.running.left_files import LeftFiles
+from sortd.running.looks import Looks
 from sortd.running.outbox import Mover, Outbox
 from sortd.running.patrol import Mended, Noticed, Patrol
 from sortd.running.presence import Presence
 from sortd.running.rebuilding import Rebuilding
 from sortd.running.relocating import Order
 from sortd.running.review_scan import ReviewScan
-from sortd.running.sweep import SLICE, Sweep, next_slice
+from sortd.running.sweep import Sweep
 from sortd.running.undoing import PutBack
 from sortd.running.worker import Answer, EmbedJob, Job
 from sortd.sorter import Sorter
@@ -60,7 +60,6 @@ from sortd.sorting.guard import GuardState
 from sortd.sorting.rounds import Throttle
 from sortd.sorting.settings import SorterSettings
 from sortd.watch import Hint
-from sortd.watching.scanning import stamp
 
 
 class Dataset:
@@ -99,22 +98,22 @@ class Dataset:
         self._is_taken = False
         self._patrol = None if journal is None else Patrol(layout, journal, self.account.unreadable, limits=limits)
         self._commands: deque[Command] = deque()
-        self._inspections: OrderedDict[str, None] = OrderedDict()
-        self._missing: set[str] = set()
         self._gone = Throttle(1.0)
-        self._files_looked_at = 0
         self.left_files = LeftFiles(os.fspath(layout.root), self.account)
+        self._looks = Looks(self._tell, self.sorter.knows, self.left_files, self.account.unreadable)
         self._sweep = Sweep(os.fspath(layout.area(Area.IMAGES)), self.account.unreadable, left=self.left_files.note)
         self._review = None if history is None else ReviewScan(layout, history, self.account.unreadable)
         is_noted = journal is not None and journal.history.fact(GUARD_FACT) is not None
         self._noted_guard, self._noted_generation = guard if is_noted else GuardState(), last_generation
 
-    # ------------------------------------------------------------ what comes in
-
     def receive(self, event: Event) -> None:
         """Hand one event to the core and carry out what it asks for; moves wait for ``flush``."""
-        self._commands.extend(self.sorter.receive(event, monotonic()))
+        self._tell(event)
         self._drain()
+
+    def _tell(self, event: Event) -> None:
+        """Hand one event to the core; what it asks for is carried out with the next event."""
+        self._commands.extend(self.sorter.receive(event, monotonic()))
 
     def _drain(self) -> None:
         self._write_down()
@@ -166,16 +165,9 @@ class Dataset:
         deadline = self.sorter.next_deadline()
         if deadline is not None and deadline <= now:
             self.receive(Tick())
-        next_slice(self._inspect(), SLICE)
+        self._looks.take()
         self._drain()
         self.left_files.tell()
-
-    def _inspect(self) -> Iterator[None]:
-        """Look at what the core asked for: newest first, every other the oldest, as images are encoded."""
-        while self._inspections:
-            path, _ = self._inspections.popitem(last=len(self._inspections) % 2 == 0)
-            self._look(path, closed=False, inspect=True)
-            yield None
 
     def hint(self, hint: Hint) -> None:
         """Take a watcher's hint: note what is to be looked at; a file in Images/ is looked at now."""
@@ -200,7 +192,7 @@ class Dataset:
             if self._patrol is not None:
                 self._patrol.want(Area.REVIEW, hint.path)
         elif self.sorter.knows(hint.path):
-            self._look(hint.path, closed=hint.closed)
+            self._looks.look(hint.path, closed=hint.closed)
             self._drain()
 
     def _hint_inbox(self, hint: Hint) -> None:
@@ -208,13 +200,12 @@ class Dataset:
             return
         if hint.directory:
             self._sweep.want(hint.path, hint.at)
-        elif hint.closed or not self._is_looked_at_soon(hint.path):
-            self._look(hint.path, closed=hint.closed, since=hint.at or None)
+        # Unless another look than this hint's will see what happened, within the settle time:
+        elif hint.closed or not (
+            self.sorter.looks_soon_at(hint.path, monotonic()) or self._sweep.will_list(os.path.dirname(hint.path))
+        ):
+            self._looks.look(hint.path, closed=hint.closed, since=hint.at or None)
             self._drain()
-
-    def _is_looked_at_soon(self, path: str) -> bool:
-        """Tell whether another look than this hint's will see what happened, within the settle time."""
-        return self.sorter.looks_soon_at(path, monotonic()) or self._sweep.will_list(os.path.dirname(path))
 
     def check_lock(self) -> None:
         """Hold the dataset while another sortd has its lock, and take it up again when that one has ended."""
@@ -281,8 +272,6 @@ class Dataset:
         self.rebuilding.reload(teaching)
         self.sorter.configure(settings, monotonic())
 
-    # ------------------------------------------------------------ scans
-
     @property
     def is_scanning(self) -> bool:
         """Tell whether a scan of all of Images/ is under way."""
@@ -292,7 +281,7 @@ class Dataset:
     def has_more_to_look_at(self) -> bool:
         """Tell whether a scan, a patrol or a look at Review/ or the references has files left to look at."""
         is_patrolling = self._patrol is not None and self._patrol.is_under_way
-        is_looking = self.is_scanning or self._sweep.has_more or bool(self._inspections or self._missing)
+        is_looking = self.is_scanning or self._sweep.has_more or self._looks.has_more
         is_reviewing = self._review is not None and self._review.is_under_way
         return is_looking or is_patrolling or is_reviewing or self.rebuilding.is_comparing
 
@@ -332,12 +321,12 @@ class Dataset:
     def continue_scan(self) -> None:
         """Take the next slice of the scans under way: of folders that hints named, then of all of Images/."""
         below = self._sweep.take_below()
-        self._files_looked_at += len(below)
+        self._looks.count += len(below)
         for path, mark, since in below:
             self.receive(ImageSeen(path, mark, since=since or None))
         if self._sweep.is_under_way:
             found = self._sweep.take()
-            self._files_looked_at += len(found)
+            self._looks.count += len(found)
             for path, mark in found:
                 self.receive(ImageSeen(path, mark))
             if self.sorter.is_overflowed:
@@ -384,12 +373,10 @@ class Dataset:
             self.account.review_full(is_full=self.sorter.is_review_full, is_all=True)
             self.receive(ScanFinished(in_review=True))
 
-    # ------------------------------------------------------------ what goes out
-
     def _carry_out(self, command: Command) -> None:
         match command:
             case Inspect(path):
-                self._inspections[path] = None
+                self._looks.want(path)
             case Embed(images):
                 self._ask(EmbedJob(self.identity, images))
             case Rebuild(job):
@@ -411,26 +398,9 @@ class Dataset:
         if self._patrol is not None and leave.stamp is not None:
             self._patrol.keep(leave.path, leave.stamp)
 
-    def _look(self, path: str, *, closed: bool, inspect: bool = False, since: float | None = None) -> None:
-        try:
-            mark = stamp(path)
-        except OSError as error:
-            self.account.unreadable(error)
-            self._commands.extend(self.sorter.receive(LookRefused(path), monotonic()))
-            return
-        if mark is None:
-            if self.sorter.knows(path):
-                self._missing.add(path)
-            self.left_files.note(path)
-            return
-        self._files_looked_at += 1
-        self._missing.discard(path)
-        writer = self.left_files.writer_of(path) if inspect else None
-        self._commands.extend(self.sorter.receive(ImageSeen(path, mark, writer, closed, since=since), monotonic()))
-
     def _tell_missing(self) -> None:
         """Let the core forget what was not there, unless all of it is away: asked once for all, after the looks."""
-        missing, self._missing = self._missing, set()
+        missing = self._looks.take_missing()
         if missing and self._presence.problem() is None:  # else: absent is not gone, and what is known of it holds
             for path in missing:
                 self.receive(ImageGone(path))
@@ -439,7 +409,7 @@ class Dataset:
         if (problem := self._presence.problem()) is not None:
             event = RebuildFailed(problem, references_absent=True, job=job)
             self.account.rebuild_failed(event)
-            self._commands.extend(self.sorter.receive(event, monotonic()))
+            self._tell(event)
             return
         self._ask(self.rebuilding.order(job, None if self._patrol is None else self._patrol.learnt))
 
@@ -457,11 +427,13 @@ class Dataset:
 
     def copied(self, orders: Sequence[Order]) -> list[PutBack]:
         """Take note of copies to another file system that have ended; return what was undone by them."""
-        ended = self.outbox.end(orders)
-        for result in ended:
-            if not isinstance(result, PutBack):
+        put_back: list[PutBack] = []
+        for result in self.outbox.end(orders):
+            if isinstance(result, PutBack):
+                put_back.append(result)
+            else:
                 self.receive(result)
-        return [result for result in ended if isinstance(result, PutBack)]
+        return put_back
 
     def stop(self) -> None:
         """Begin nothing new; what is on its way to the disk is finished, but for long copies."""
@@ -505,8 +477,7 @@ class Dataset:
 
     def release(self) -> str | None:
         """Let the dataset go that the guard holds; return why it was held, None where it was not."""
-        reason = self.sorter.guard.reason
-        if reason is not None:
+        if (reason := self.sorter.guard.reason) is not None:
             self.receive(DatasetReleased())
         return reason
 
@@ -518,7 +489,7 @@ class Dataset:
     @property
     def files_looked_at(self) -> int:
         """Count the looks at files in the folders of images since the start: by scans, for hints and to settle."""
-        return self._files_looked_at + (0 if self._patrol is None else self._patrol.files_looked_at)
+        return self._looks.count + (0 if self._patrol is None else self._patrol.files_looked_at)
 
     def facts(self) -> dict[str, object]:
         """Return what ``sortd status`` shows of this dataset, as plain values."""
