@@ -265,7 +265,9 @@ def test_companions_wait_while_a_person_moves_files(dataset: Dataset, journal: J
     (dataset.root / "Dataset/dog").mkdir()
     image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
     patrol = Patrol(Layout(dataset.root), journal, refuse)
-    patrol.look(Area.DATASET, f"{dataset.root}/Dataset/dog/IMG_1.JPG")
+    patrol.want(Area.DATASET, f"{dataset.root}/Dataset/dog/IMG_1.JPG")
+    patrol.begin_asked()
+    rest_of(patrol)
     changed_ns = (dataset.root / "Dataset/dog/IMG_1.JPG").stat().st_ctime_ns
     assert patrol.take_moved(changed_ns + FOLLOW_NS // 2) == []
     assert patrol.has_moved
@@ -314,7 +316,7 @@ def test_undo_takes_no_companion_from_an_image_that_stays(dataset: Dataset, jour
     assert follow(Patrol(Layout(dataset.root), journal, refuse), filing) == 3
     before = dataset.tree()
     (record,) = journal.history.moves(Selection(outcome="filed"))
-    told, _ = put_back(filing, journal.history, [record.id], dry_run=False)
+    ((told, _),) = put_back(filing, journal.history, [record.id], dry_run=False)
     assert [one.restored for one in told] == [None]
     assert dataset.tree() == before
 
@@ -327,11 +329,11 @@ def test_undo_puts_followers_back_beside_no_other_image(dataset: Dataset, journa
     assert follow(Patrol(Layout(dataset.root), journal, refuse), filing) == 2
     followed = [record.id for record in journal.history.moves(Selection(outcome="followed"))]
     stranger = dataset.put("Dataset/cat/IMG_1.JPG", "another camera's")
-    told, _ = put_back(filing, journal.history, followed, dry_run=False)
+    ((told, _),) = put_back(filing, journal.history, followed, dry_run=False)
     assert [one.restored for one in told] == [None, None]
     assert all("another image" in one.message for one in told)
     stranger.unlink()
-    put_back(filing, journal.history, followed, dry_run=False)
+    assert len(list(put_back(filing, journal.history, followed, dry_run=False))) == 1
     assert sorted(dataset.tree()) == [*("Dataset/cat/IMG_1.JPG.xmp", "Dataset/cat/IMG_1.MOV", "Dataset/dog/IMG_1.JPG")]
 
 

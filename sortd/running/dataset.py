@@ -180,24 +180,14 @@ class Dataset:
             self.receive(ReferencesTouched())
         elif area is Area.IMAGES:
             self._hint_inbox(hint)
-        elif area is Area.REVIEW:
-            self._hint_review(hint)
-        elif area in {Area.DATASET, Area.REJECTED} and self._patrol is not None:
+        elif area is not None and self._patrol is not None and self._review is not None:
             if not hint.directory:
                 self._patrol.want(area, hint.path)
-            elif area is Area.DATASET:
-                self._patrol.ask()
-
-    def _hint_review(self, hint: Hint) -> None:
-        if hint.directory:
-            if self._review is not None:
-                self._review.asked.ask()
-        elif os.path.lexists(hint.path):
-            if self._patrol is not None:
-                self._patrol.want(Area.REVIEW, hint.path)
-        elif self.sorter.knows(hint.path):
-            self._look(hint.path, closed=hint.closed)
-            self._drain()
+                if area is Area.REVIEW and self.sorter.knows(hint.path) and not os.path.lexists(hint.path):
+                    self._look(hint.path, closed=hint.closed)
+                    self._drain()
+            elif area is not Area.REJECTED:
+                (self._review.asked if area is Area.REVIEW else self._patrol).ask()
 
     def _hint_inbox(self, hint: Hint) -> None:
         if is_below_temporary(hint.path, os.fspath(self.layout.area(Area.IMAGES))):
@@ -385,9 +375,8 @@ class Dataset:
             case Move():
                 self.outbox.add(command)
             case Leave():
-                if not self.outbox.awaits_image(command) and (
-                    self.sorter.references_absent or not self.outbox.follow(command)
-                ):
+                stays = self.sorter.references_absent or not self.outbox.follow(command)
+                if stays and not self.outbox.awaits_image(command):
                     self._leave(command)
             case Hold(reason):
                 self.account.held(reason, self.layout.root)
