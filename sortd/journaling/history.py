@@ -343,13 +343,14 @@ class History:
                 pass
             raise ValueError(f"the fact {GUARD_FACT} is {noted[:100]!r}, which says nothing of a guard")
 
-    def facts_like(self, start: str) -> dict[str, str]:
-        """Return what was noted under each key that begins so.
+    def facts_like(self, start: str, part: str = "") -> dict[str, str]:
+        """Return what was noted under each key that begins so, where this is a part of it.
 
         Raises:
             JournalError: the journal cannot be read.
         """
-        rows = self._rows("SELECT key, value FROM facts WHERE key >= ? AND key < ?", (start, f"{start}\U0010ffff"))
+        statement = "SELECT key, value FROM facts WHERE key >= ? AND key < ? AND instr(value, ?)"
+        rows = self._rows(statement, (start, f"{start}\U0010ffff", part))
         return {row["key"]: row["value"] for row in rows}
 
     def _records(self, where: str, values: tuple[Any, ...]) -> list[Record]:

@@ -178,7 +178,7 @@ class Dataset:
             self._hint_inbox(hint)
         elif area is Area.REVIEW:
             self._hint_review(hint)
-        elif area in {Area.DATASET, Area.REJECTED} and self._patrol is not None:
+        elif area is not None and self._patrol is not None:
             if not hint.directory:
                 self._patrol.want(area, hint.path)
             elif area is Area.DATASET:
@@ -386,9 +386,8 @@ class Dataset:
             case Move():
                 self.outbox.add(command)
             case Leave():
-                if not self.outbox.awaits_image(command) and (
-                    self.sorter.references_absent or not self.outbox.follow(command)
-                ):
+                stays = self.sorter.references_absent or not self.outbox.follow(command)
+                if stays and not self.outbox.awaits_image(command):
                     self._leave(command)
             case Hold(reason):
                 self.account.held(reason, self.layout.root)

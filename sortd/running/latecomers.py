@@ -185,7 +185,7 @@ def images_apart(history: History) -> list[str]:
     Raises:
         JournalError: the journal cannot be read.
     """
-    noted = map(_places, history.facts_like(PLACES_FACT).values())
+    noted = map(_places, history.facts_like(PLACES_FACT, '", "').values())
     return [places[0] for places in noted if len(places) > 1]
 
 

@@ -245,7 +245,7 @@ APART = (
     Mutant("running/latecomers", " if not companion.shared]", "]"),
     Mutant("running/latecomers", "                places.append(one)\n", "                pass\n"),
     Mutant("running/patrol", "if 0 <= now_ns - changed_ns < FOLLOW_NS:", "if False:"),
-    Mutant("running/control", "        if record.id not in apart\n", ""),
+    Mutant("running/control", "if one.grounds.reason not in apart and ", "if "),
     Mutant("running/undoing", "if (stranger := _stranger(folders, record)) is not None:", "if (stranger := None):"),
     Mutant("running/rejects", "return record if gone is None or gone.id < record.id else None", "return record"),
     Mutant("running/rejects", "            self._journal.follow(record, refused)\n", "            pass\n"),
