@@ -152,7 +152,7 @@ def test_what_a_kill_interrupted_is_taken_up_at_the_next_start(
     with running(config) as daemon:
         picture_of_it, film = drop_long(colours / "Images")
         daemon.wait_until(lambda: bool(parts(other_disk)), "the copy is under way")
-        daemon.process.kill()
+        daemon.send(signal.SIGKILL)
         daemon.wait()
     left = parts(other_disk)
     assert left
