@@ -13,7 +13,8 @@ import numpy as np
 from sortd import mends
 from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.deciding.steps import finish
-from sortd.decoding.files import OUR_OWN_TROUBLE, read_regular
+from sortd.decoding.files import OUR_OWN_TROUBLE
+from sortd.files import open_regular
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
 from sortd.names import rule_for_folder
 from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build_steps
@@ -87,7 +88,8 @@ def read_descriptions(folder: str) -> tuple[str, ...]:
         OSError: the file is there and cannot be read.
     """
     try:
-        content = read_regular(os.path.join(folder, DESCRIPTIONS_FILE), DESCRIPTIONS_LIMIT_BYTES)
+        with open(open_regular(os.path.join(folder, DESCRIPTIONS_FILE)), "rb") as file:
+            content = file.read(DESCRIPTIONS_LIMIT_BYTES)
     except FileNotFoundError:
         return ()
     text = content.decode("utf-8-sig", "replace")

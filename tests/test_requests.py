@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -429,3 +430,17 @@ def test_ask_never_signals_a_process_of_another_user(state: Path) -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert heard == []
+
+
+@pytest.mark.timeout(60)
+def test_advance_without_its_folder_comes_to_an_end(state: Path) -> None:
+    """Requests that were found before somebody removed the folder are forgotten: the loop may sleep."""
+    requests = Requests(state, report=lambda _: None)
+    requests.open()
+    for name in ("a", "b", "c"):
+        write(state, name, do="it")
+    requests.wake()
+    requests.advance(lambda _: {})
+    shutil.rmtree(state / "requests")
+    while requests.is_due:
+        requests.advance(no_answer)

@@ -16,22 +16,6 @@ def open_file(path: str) -> int:
     return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def read_regular(path: str, most_bytes: int) -> bytes:
-    """Return the first bytes of a regular file; no link is followed and no pipe is waited for.
-
-    Raises:
-        OSError: it is absent, no regular file, or cannot be read; ``filename`` is the path.
-    """
-    descriptor = open_file(path)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", path)
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read(most_bytes)
-    finally:
-        os.close(descriptor)
-
-
 def stamp_of(status: os.stat_result) -> Stamp:
     """Return the stamp of an open file."""
     return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from sortd.errors import BusyError
-from sortd.moving.renaming import FILE_FLAGS, start_writeback
+from sortd.files import open_regular
+from sortd.moving.renaming import start_writeback
 
 CHUNK_BYTES = 1 << 20
 WRITEBACK_BYTES = 64 << 20
@@ -95,7 +96,7 @@ def content_of(folder: int, name: str) -> str:
         OSError: it cannot be read.
     """
     try:
-        descriptor = os.open(name, FILE_FLAGS, dir_fd=folder)
+        descriptor = open_regular(name, folder=folder)
     except FileNotFoundError:
         return ""
     try:

@@ -4,19 +4,18 @@ A file that stands in ``Dataset/<class>/`` and that the journal knows, by inode 
 moved by a person: the best teaching there is. Nothing is written anywhere but in the journal.
 """
 
-import errno
 import hashlib
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from stat import S_ISDIR, S_ISREG
 
+from sortd.files import open_regular
 from sortd.journal import Journal
 from sortd.journaling.history import History
 from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
-from sortd.moving.renaming import FILE_FLAGS
 from sortd.names import rule_below, rule_for, rule_for_folder
 from sortd.running.latecomers import PLACES_FACT, images_apart
 from sortd.watching.scanning import stamp
@@ -122,7 +121,7 @@ class Corrections:
             return None
         content = hashlib.sha256()
         try:
-            with open(_open_regular(path), "rb") as file:
+            with open(open_regular(path), "rb") as file:
                 while chunk := file.read(CHUNK_BYTES):
                     content.update(chunk)
                     yield None
@@ -232,19 +231,6 @@ def looked_through_until(journal: Journal, fact: str, now_ns: int) -> int:
     """
     noted = journal.history.number(fact)
     return 0 if noted > now_ns else noted - CLOCK_SLACK_NS
-
-
-def _open_regular(path: str) -> int:
-    """Open a file that may have become something else since it was looked at.
-
-    Raises:
-        OSError: it is no regular file any more, or cannot be opened.
-    """
-    descriptor = os.open(path, FILE_FLAGS)
-    if S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)  # open() would not: a folder cannot be made a file of, and would stay open
-    raise OSError(errno.EINVAL, "it is no regular file", path)
 
 
 def corrected_images(layout: Layout, history: History) -> tuple[tuple[str, str], ...]:

@@ -130,14 +130,14 @@ class Requests:
     def advance(self, answer: Answering) -> None:
         """Do the next step of the request at hand, or the first of the next one; the last step answers it."""
         try:
-            with open_folder(self._path) as folder:
-                if self._steps is None and not self._names and self._is_woken:
+            if self._steps is None and not self._names and self._is_woken:
+                with open_folder(self._path) as folder:
                     self._look(folder)
-                if self._steps is None and self._names:
-                    self._steps = self._serve(self._names.popleft(), answer)
         except OSError as error:
             self._is_woken = False
             self._report(error)
+        if self._steps is None and self._names:
+            self._steps = self._serve(self._names.popleft(), answer)
         if self._steps is not None:
             try:
                 next(self._steps)
