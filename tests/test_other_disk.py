@@ -1,4 +1,4 @@
-"""A real sortd whose Dataset/ lies on another file system: long copies hold up nobody and end at once at a stop."""
+"""A real sortd with folders on another file system: long copies hold up nobody and end at once at a stop."""
 
 import contextlib
 import os
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon_process import DaemonProcess, draw_strangers, make_dataset, picture, running, teach
+from tests.command_line import sortd
+from tests.daemon_process import DaemonProcess, draw_strangers, make_dataset, picture, running, teach, tree
 
 Write = Callable[..., Path]
 
@@ -29,7 +30,7 @@ def tiny_clip() -> str:
 def other_disk(colours: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """``Dataset/``, or the area that a test names, on a file system of its own."""
     place = colours / getattr(request, "param", "Dataset")
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     if shutil.which("mount") is None:
         pytest.skip("there is no mount(8) here")
     done = subprocess.run(
@@ -98,6 +99,38 @@ def test_images_are_copied_whole_and_undone_across_disks(colours: Path, write_co
     names = {path.name for path in (colours / "Dataset").rglob("*") if path.is_file()}
     assert names == {*(f"{number}.png" for number in range(90)), "0 (2).png", "7.png.xmp"}
     assert not any((colours / "Images").iterdir())
+
+
+@pytest.mark.parametrize("other_disk", ["Images", "Dataset", "Review", "Rejected"], indirect=True)
+@pytest.mark.usefixtures("other_disk")
+def test_daemon_with_any_folder_on_another_disk_moves_and_undoes_all_kinds(
+    colours: Path, write_config: Write, tmp_path: Path
+) -> None:
+    """Filed, sent to Review/ and rejected, with a companion, and put back: whichever folder has a disk of its own."""
+    teach(colours)
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "a.png.xmp").write_text("note")
+    broken = drop(made, "a.png").read_bytes()[:2000]
+    (made / "broken.png").write_bytes(broken)
+    draw_strangers(made, 2)
+    config = write_config(mode="best", abstain="{precision: 0.95}")
+    with running(config) as daemon:
+        for path in sorted(made.iterdir(), key=lambda path: path.suffix != ".xmp"):
+            shutil.copy(path, colours / "Images")
+        for event, count in (("image.filed", 1), ("image.sent_to_review", 2), ("image.rejected", 1)):
+            daemon.wait_for(event, count=count)
+        assert tree(colours / "Images") == {}
+        moved = {folder: tree(colours / folder) for folder in ("Dataset", "Review", "Rejected")}
+        assert moved["Dataset"] == {f"red/{name}": (made / name).read_bytes() for name in ("a.png", "a.png.xmp")}
+        assert sorted(moved["Review"].values()) == sorted(path.read_bytes() for path in made.glob("stranger*"))
+        assert sorted(moved["Rejected"]) == ["broken.png", "broken.png.reason.json"]
+        assert sortd("undo", "--last", "4", "-c", config).code == 0
+        daemon.wait_for("move.undone", count=4)
+        assert daemon.stop() == 0
+        assert daemon.events("move.failed") == []
+    assert tree(colours / "Images") == tree(made)
+    assert not any(tree(colours / folder) for folder in ("Dataset", "Review", "Rejected"))
 
 
 @pytest.mark.parametrize("other_disk", ["Review"], indirect=True)

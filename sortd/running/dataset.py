@@ -83,9 +83,7 @@ class Dataset:
         limits: Mapping[str, float] | None = None,
     ) -> None:
         """Take the collaborators over; nothing is touched yet. ``limits`` are those of decoding, see ``Rejects``."""
-        self.identity = identity
-        self.layout = layout
-        self.name = layout.name
+        self.identity, self.layout, self.name = identity, layout, layout.name
         self.sorter = Sorter(settings, guard=guard)
         self.account = Account(self.name, metrics)
         self.rebuilding = Rebuilding(
