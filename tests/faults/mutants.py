@@ -249,7 +249,11 @@ APART = (
     Mutant("running/undoing", "if (stranger := _stranger(folders, record)) is not None:", "if (stranger := None):"),
     Mutant("running/rejects", "return record if gone is None or gone.id < record.id else None", "return record"),
     Mutant("running/rejects", "            self._journal.follow(record, refused)\n", "            pass\n"),
-    Mutant("running/collection", "            self._site.close(dataset)\n", "            pass\n"),
+    Mutant(
+        "running/collection",
+        "            self._site.close(dataset)\n\n    @contextmanager",
+        "            pass\n\n    @contextmanager",
+    ),
     Mutant(
         "running/collection",
         "            self.hold(dataset, error)\n\n    def tell",
