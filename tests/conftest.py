@@ -2,8 +2,9 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,24 @@ from tests.tiny_clip import build_tiny_clip
 def pytest_xdist_auto_num_workers() -> int:
     """Return how many processes run the tests: one more than there are processors, since many tests wait."""
     return len(os.sched_getaffinity(0)) + 1
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, dict[str, Any] | None, dict[str, Any] | None]:
+    """Send reports between processes without lone surrogates, which names that are no UTF-8 bring into them."""
+    report = yield
+    return None if report is None else {key: _sendable(value) for key, value in report.items()}
+
+
+def _sendable(value: Any) -> Any:
+    match value:
+        case str():
+            return value.encode("utf-8", "backslashreplace").decode("utf-8")
+        case dict():
+            return {_sendable(key): _sendable(one) for key, one in value.items()}
+        case list() | tuple():
+            return type(value)(map(_sendable, value))
+    return value
 
 
 @pytest.fixture(scope="session")
