@@ -207,6 +207,9 @@ class TestImage:
             journal.hold("Images/new.png", stamp_of(image.lstat()), "undone")
         facts = explain_image(config_of(site), image, load_encoder=no_model).facts()
         assert (facts["outcome"], facts["left"]["reason"]) == ("left", "held")
+        image.unlink()
+        with pytest.raises(DataError, match="no such file"):
+            explain_image(config_of(site), image, load_encoder=no_model)
 
     def test_explain_image_that_is_a_link_names_it(self, site: Path, tmp_path: Path) -> None:
         """It is there, and no folder, but it is not followed; nor is a linked folder."""

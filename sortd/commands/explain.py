@@ -164,7 +164,7 @@ def _why_left(config: Config, path: Path) -> Why | None:
         return why
     with History.open(place.file) as history:
         held = history.held_version(relative)
-    if held is None or not is_version(os.lstat(here), held):
+    if held is None or not os.path.lexists(here) or not is_version(os.lstat(here), held):
         return None
     return Why(Reason.HELD, f"it is held until it changes or is released: sortd release {here}")
 
