@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +86,8 @@ def test_a_class_folder_that_may_not_be_read_ends_nothing(colours: Path, write_c
     """Corrections in it are not seen, which is said; images of other classes are filed, at the start and later."""
     secret = colours / "Dataset" / "green"
     secret.mkdir(parents=True)
+    later = time.time() + 3600
+    os.utime(secret, (later, later))  # changed, whenever a scan looks at it
     secret.chmod(0)
     inbox = colours / "Images"
     with unprivileged(write_config(rescan_seconds=1)) as daemon:
