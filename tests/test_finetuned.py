@@ -49,7 +49,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         metrics={"comparison": {"verdict": "level"}},
     )
     (folder / "metrics.json").write_text(json.dumps(facts.metrics), "utf-8")
-    (folder / "sortd.json").write_text(facts_json(facts), "utf-8")
+    (folder / "sortd.json").write_text(facts_json(facts), "utf-8", "backslashreplace")
     return folder
 
 
