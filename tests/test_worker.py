@@ -31,6 +31,7 @@ from sortd.running.worker import (
     Answer,
     EmbedJob,
     Forget,
+    Job,
     Posted,
     PrototypeStore,
     RebuildJob,
@@ -70,7 +71,11 @@ class Heard:
 
 @contextmanager
 def working(
-    tmp_path: Path, encoder: Encoder | None = None, stored: dict[str, PrototypeSet] | None = None
+    tmp_path: Path,
+    encoder: Encoder | None = None,
+    stored: dict[str, PrototypeSet] | None = None,
+    *,
+    first: Sequence[Job] = (),
 ) -> Iterator[tuple[Worker, Heard]]:
     """Run a worker with one decoder and batches of four, and stop it at the end.
 
@@ -78,6 +83,7 @@ def working(
         tmp_path: where its cache lies.
         encoder: a fake one by default.
         stored: where its prototypes are kept, by name of the dataset; nothing is kept without it.
+        first: what it is asked while it still loads.
     """
     kept: dict[str, PrototypeSet] = {} if stored is None else stored
     pool = DecoderPool(1, SEEN, Limits())
@@ -97,12 +103,23 @@ def working(
 
     nobody = Classifiers(tmp_path / "state", load=_nothing, embed_with=_nothing)
     worker = Worker(load, close, heard.posts.put, nobody)
+    for job in first:
+        worker.ask(job)
     worker.start()
     try:
         assert isinstance(heard.posts.get(timeout=PATIENCE_SECONDS), WorkerReady)
         yield worker, heard
     finally:
         assert worker.stop(PATIENCE_SECONDS)
+
+
+def test_worker_image_of_a_dataset_that_begins_is_embedded_though_the_model_loads_long(tmp_path: Path) -> None:
+    """To forget what is stored under the dataset's name is asked first, and must not take its first images along."""
+    picture("red", 1).save(tmp_path / "a.png")
+    image, new = stamped(tmp_path / "a.png"), DatasetId("new", 2)
+    asked = (Forget(new, with_stored=True), EmbedJob(new, (image,)))
+    with working(tmp_path, first=asked) as (_, heard):
+        heard.wait_for(lambda: heard.paths("new") == [image[0]])
 
 
 def _nothing(*_: object) -> NoReturn:

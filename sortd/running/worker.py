@@ -248,8 +248,9 @@ class Worker:
                 lanes.add(dataset, images)
             case RebuildJob():
                 self._later.append(job)
-            case Forget(dataset):
-                lanes.forget(dataset)
+            case Forget(dataset, with_stored):
+                if not with_stored:
+                    lanes.forget(dataset)
                 self._later.append(job)
 
     def _carry_out(self, lanes: Lanes, store: PrototypeStore, job: RebuildJob | Forget) -> None:
@@ -264,11 +265,12 @@ class Worker:
                         raise  # out of descriptors or memory, as it would be for any image: a new start has them again
                     self._post(Answer(job.dataset, (RebuildFailed(f"{type(error).__name__}: {error}", job=job.job),)))
             case Forget(dataset, with_stored):
+                if with_stored:  # it begins: images of it may wait already, and nothing else is known of it
+                    store.forget(dataset.name)
+                    return
                 self._references.pop(dataset, None)
                 self._serving.pop(dataset, None)
                 lanes.forget(dataset)  # a rebuild that was asked for before may have given it a model once more
-                if with_stored:
-                    store.forget(dataset.name)
 
     def _deliver(self, dataset: DatasetId, encoder_id: str, answers: Sequence[EmbeddedImage | ImageRefused]) -> None:
         refused = [answer for answer in answers if isinstance(answer, ImageRefused)]
