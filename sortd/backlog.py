@@ -17,7 +17,6 @@ only there. Nothing here knows a clock: ``now`` is handed in, in seconds of any 
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import chain
 
 from sortd.messages import Refusal, Stamp, Writer
@@ -127,7 +126,7 @@ class Backlog:
                 return
             entry = self._add(path, stamp, State.SETTLING, now)
             entry.first_seen = now if since is None else min(since, now)
-        elif entry.state is State.HELD and replace(entry.stamp, ctime_ns=0) == replace(stamp, ctime_ns=0):
+        elif entry.state is State.HELD and entry.stamp.is_same_version(stamp):
             entry.stamp = stamp  # new rights or links, or a hold of an earlier run, which does not tell of them
         elif entry.stamp != stamp:
             entry.told, entry.setbacks, entry.failures = "", 0, 0

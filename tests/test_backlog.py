@@ -293,7 +293,9 @@ def test_see_of_a_held_file_with_new_rights_or_links_keeps_it_held() -> None:
     for ctime_ns in (10, 11):
         backlog.see("Images/a.png", Stamp(1, 2, 3, 4, ctime_ns), 1.0, writer=None, closed=True)
         assert backlog.count(State.HELD) == 1
-    backlog.see("Images/a.png", Stamp(1, 2, 3, 5, 12), 2.0, writer=None, closed=True)
+    backlog.see("Images/a.png", Stamp(7, 2, 3, 4, 12), 2.0, writer=None, closed=True)
+    assert backlog.count(State.HELD) == 1  # its disk was mounted again, under another number
+    backlog.see("Images/a.png", Stamp(1, 2, 3, 5, 12), 3.0, writer=None, closed=True)
     assert backlog.count(State.HELD) == 0
 
 
