@@ -298,7 +298,8 @@ class Daemon:
             self._watcher.health(now)
             self.collection.discover()  # a folder that gets its Clases/ later than its name raises no event
             for dataset in self.collection:
-                dataset.check_lock()
+                with self.collection.isolated(dataset):
+                    dataset.check_lock()
         if self._watcher is not None and due("poll", now, self.config.polling_seconds):
             self.collection.poll(self._watcher.polled())
         if not self._is_ready and self.model is not None and self._all_answered():
@@ -409,6 +410,7 @@ class Daemon:
             self._requests.wake()
         elif number in {signal.SIGTERM, signal.SIGINT}:
             self._is_stopping = True
+            self.collection.stop()
             self._copier.interrupt()
             for dataset in self.collection:
                 with self.collection.isolated(dataset):

@@ -94,7 +94,7 @@ class Collection:
         self._site, self._ask, self._copier, self._metrics = site, ask, copier, metrics
         self._watcher: Watcher | None = None
         self._root_is_present = True
-        self._began = False
+        self._began = self._is_stopping = False
         self._numbers = count(1)
         self._folders: dict[str, tuple[int, int]] = {}
         self._taken_up_again: dict[str, tuple[Held, float]] = {}
@@ -182,7 +182,7 @@ class Collection:
         """Begin to work on a dataset; one that cannot serve is held, and is tried again when its time has come."""
         name, began = layout.name, self._clock()
         held = self.held.get(name)
-        if held is not None and began < held.retry_at:
+        if self._is_stopping or (held is not None and began < held.retry_at):
             return
         try:
             folder = _folder_at(layout.root)
@@ -366,6 +366,10 @@ class Collection:
             own = config.dataset(dataset.name)
             with self.isolated(dataset):
                 dataset.reload(sorter_settings(own), teaching_of(own))
+
+    def stop(self) -> None:
+        """Take up no dataset any more: it would never hear that the daemon stops."""
+        self._is_stopping = True
 
     def close(self) -> None:
         """Finish the moves at hand and close every dataset, be it that the journal of one cannot be written."""
