@@ -138,7 +138,7 @@ class DaemonProcess:
             self.process.kill()
             self.wait()
             return
-        if self.process.poll() is None:
+        if self.process.poll() is None and not self._was_killed:
             code = self.stop()
             assert code == 0, f"exit {code}; log:\n{self.tail()}"
         self.wait()

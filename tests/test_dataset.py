@@ -231,6 +231,15 @@ def test_dataset_generation_is_noted_when_it_is_taken_into_service(tmp_path: Pat
             assert history.guard().trusted == 1
 
 
+def test_dataset_that_is_held_is_not_stuck_before_its_references_were_looked_at(held: Path) -> None:
+    """They may have been mended since: another generation is tried, and ``once`` does not end before."""
+    with run(held) as bench:
+        assert bench.dataset.held_because is not None
+        assert not bench.dataset.is_stuck
+        bench.serve(2)
+        assert bench.dataset.is_stuck
+
+
 def test_dataset_first_generation_is_never_held(tmp_path: Path) -> None:
     """Also after a kill: there was nothing before it that it could be worse than."""
     with run(tmp_path) as bench:
@@ -399,6 +408,16 @@ def test_collection_answer_for_a_dataset_that_was_made_anew_is_not_its_own(
     assert datasets.at_work(second) is datasets.datasets["Colours"]
     forgotten = [job for job in asked if isinstance(job, Forget)]
     assert forgotten == [Forget(first, with_stored=True), Forget(first), Forget(second, with_stored=True)]
+
+
+def test_collection_that_stops_takes_up_no_dataset(collection: tuple[Collection, list[Job]], tmp_path: Path) -> None:
+    """It would never hear that the daemon stops, and would keep it from ending."""
+    datasets, _ = collection
+    datasets.discover()
+    datasets.stop()
+    make_dataset(tmp_path / "Data", references=1)
+    datasets.discover()
+    assert list(datasets) == []
 
 
 def test_collection_dataset_that_was_away_keeps_what_is_stored_of_it(

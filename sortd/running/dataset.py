@@ -446,8 +446,9 @@ class Dataset:
     def is_stuck(self) -> bool:
         """Tell whether nothing will move until somebody mends the references."""
         core = self.sorter
-        is_blocked = core.prototypes is None or core.references_absent or core.guard.reason is not None
-        return self.problem is not None and is_blocked
+        if self.account.problem is not None and (core.prototypes is None or core.references_absent):
+            return True
+        return core.guard.reason is not None and not core.is_rebuilding
 
     @property
     def filing(self) -> Filing:

@@ -123,7 +123,7 @@ class Patrol:
             except OSError:
                 changed_ns = 0  # gone again
             if 0 <= now_ns - changed_ns < FOLLOW_NS:
-                break
+                continue
             del self._corrections.moved[record.id]
             taken += [(record, place)] if changed_ns else []
         return taken

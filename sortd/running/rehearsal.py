@@ -21,6 +21,9 @@ from sortd.running.residence import known_folder
 from sortd.running.site import LoadEncoder, Site, sorter_settings, teaching_of
 from sortd.running.worker import Answer, Posted, Worker, WorkerDied
 
+LOOK_SECONDS = 1.0
+"""The longest pause between two turns: what waits for a file of a person's to be left alone has no deadline."""
+
 Tell = Callable[[str, Move, str], None]
 """Hears of each move: dataset, move, destination."""
 
@@ -103,7 +106,7 @@ def _copied(layout: Layout, config: Config, folder: Path) -> Journal:
 def _turn(inbox: "queue.SimpleQueue[Posted]", datasets: dict[DatasetId, Dataset]) -> None:
     deadlines = [d for dataset in datasets.values() if (d := dataset.sorter.next_deadline()) is not None]
     is_busy = any(dataset.has_more_to_look_at or dataset.has_moves for dataset in datasets.values())
-    patience = 0.0 if is_busy else max(0.0, min(deadlines) - monotonic()) if deadlines else None
+    patience = 0.0 if is_busy else max(0.0, min([*deadlines, monotonic() + LOOK_SECONDS]) - monotonic())
     try:
         message = inbox.get(timeout=patience)
     except queue.Empty:
