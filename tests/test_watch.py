@@ -816,3 +816,11 @@ def test_every_test_that_the_document_names_is_here() -> None:
     named = set(re.findall(r"`(test_\w+)`", document))
     assert len(named) >= 20
     assert named <= set(globals())
+
+
+def test_ear_event_that_comes_while_watching_stops_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """Watchdog tells of it at level error; whatever else it tells of is kept."""
+    logger = logging.getLogger("watchdog.observers.inotify")
+    logger.error("InotifyEmitter.queue_events() called when the thread is inactive")
+    logger.error("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]

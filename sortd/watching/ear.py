@@ -6,6 +6,7 @@ is renamed, unmounted, mounted over or made anew is watched no more without a wo
 that may not be read counts as watched; a start that fails leaves threads and descriptors behind.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -50,6 +51,11 @@ _STANDARD = (*_DEEP, "Dataset", "Review", ".sortd")
 # A pipe under the name would hang the open for ever.
 _TOUCH_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _SPARE_DESCRIPTORS = 4  # an observer opens three; the constructor leaks the first where the others fail
+
+# An event that comes while the observer stops is told as an error, and is none: nobody listens any more.
+logging.getLogger("watchdog.observers.inotify").addFilter(
+    lambda record: "thread is inactive" not in record.getMessage()
+)
 
 
 @dataclass(frozen=True, slots=True)
