@@ -166,14 +166,6 @@ class Journal:
                 return self._connection.execute("DELETE FROM holds").rowcount
             return self._connection.execute("DELETE FROM holds WHERE path = ?", (os.fsencode(path),)).rowcount
 
-    def record_correction(self, record: Record, corrected: str, path: str) -> bool:
-        """Do what ``record_corrections`` does for one.
-
-        Raises:
-            JournalError: it could not be made durable.
-        """
-        return self.record_corrections([(record, corrected, path)])[0]
-
     def record_corrections(self, found: Sequence[tuple[Record, str, str]]) -> list[bool]:
         """Note in one commit that the user moved filed images to other classes; back to the first takes the note away.
 

@@ -212,12 +212,12 @@ def test_corrections_are_counted_once_for_each_image(path: Path) -> None:
         filed(journal, "t", content="c")
         filed(journal, "u", name="b.jpg")
         record = journal.history.moves(Selection(id=1))[0]
-        assert journal.record_correction(record, "dog", "Dataset/dog/a.jpg")
-        assert not journal.record_correction(record, "dog", "Dataset/dog/a.jpg")
-        assert journal.record_correction(record, "cow", "Dataset/cow/a.jpg")
+        assert journal.record_corrections([(record, "dog", "Dataset/dog/a.jpg")]) == [True]
+        assert journal.record_corrections([(record, "dog", "Dataset/dog/a.jpg")]) == [False]
+        assert journal.record_corrections([(record, "cow", "Dataset/cow/a.jpg")]) == [True]
         assert journal.history.accuracy() == {"cat": FiledImages(filed=2, checked=2, corrected=1, undone=0)}
         assert [one[:3] for one in journal.history.corrections()] == [("cat", "cow", "Dataset/cow/a.jpg")]
-        assert journal.record_correction(record, "cat", "Dataset/cat/a.jpg")
+        assert journal.record_corrections([(record, "cat", "Dataset/cat/a.jpg")]) == [True]
         assert journal.history.accuracy() == {"cat": FiledImages(filed=2, checked=0, corrected=0, undone=0)}
 
 

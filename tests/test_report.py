@@ -290,7 +290,7 @@ class TestExamination:
         corrected = Path(filed).rename(dataset / "Dataset" / "blue" / "a.png")
         with Journal(Layout(dataset).state_folder(tmp_path / "state") / "journal.sqlite") as journal:
             (record,) = journal.history.moves(Selection())
-            journal.record_correction(record, "blue", "Dataset/blue/a.png")
+            journal.record_corrections([(record, "blue", "Dataset/blue/a.png")])
         config = load(write_config(tmp_path), {"HOME": "/nonexistent"})
         assert taught(config, Layout(dataset)).corrections == ()
         config = load(write_config(tmp_path, learn_from_corrections="true"), {"HOME": "/nonexistent"})

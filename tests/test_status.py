@@ -28,7 +28,7 @@ def site(tmp_path: Path) -> Path:
     file_images(dataset, tmp_path / "state", {"a.png": "red", "b.png": "red", "c.png": "blue"})
     with Journal(Layout(dataset).state_folder(tmp_path / "state") / "journal.sqlite") as journal:
         (record, *_) = journal.history.moves(Selection(label="red"))
-        journal.record_correction(record, "green", "Dataset/green/b.png")
+        journal.record_corrections([(record, "green", "Dataset/green/b.png")])
     return dataset
 
 
