@@ -118,7 +118,7 @@ def write_hostile_files(folder: Path) -> list[Path]:
     chance = random.Random(1)  # noqa: S311 - the same files each time
     sound = []
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"):
-        image = Image.effect_noise((60, 40), 80).convert("RGB")
+        image = Image.frombytes("RGB", (60, 40), chance.randbytes(60 * 40 * 3))
         whole = saved(image, kind)
         sound.append(folder / f"sound.{kind.lower()}")
         sound[-1].write_bytes(whole)
@@ -136,6 +136,7 @@ def write_hostile_files(folder: Path) -> list[Path]:
         (folder / name).write_bytes(content)
     for number in range(20):
         (folder / f"words {number}.jpg").write_bytes(chance.randbytes(50 * number) + b"no image")
+    (folder / "words without a name of an image").write_bytes(b"no image")
     if CORPUS.is_file():
         with lzma.open(CORPUS) as packed, tarfile.open(fileobj=packed) as archive:
             archive.extractall(folder / "corpus", filter="data")

@@ -251,7 +251,7 @@ class TestFilesThatChange:
                     daemon.wait_until(lambda: not path.exists(), "the name is free")
                 elif number % 3 == 1:
                     drop_beside(colours / "Images", daemon)
-            daemon.wait_until(lambda: not tree(colours / "Images"), "the last one filed")
+            daemon.wait_until(lambda: not os.listdir(colours / "Images"), "the last one filed")
             assert daemon.stop() == 0
             lines = len(daemon.events("image.filed"))
         filed = list(tree(colours / "Dataset").values())
