@@ -1,6 +1,8 @@
 """A real sortd in a process of its own, on a temporary tree: started, listened to, signalled and waited for."""
 
+import atexit
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -18,6 +20,7 @@ from PIL import Image
 
 from sortd.journaling.history import History
 from sortd.journaling.records import Selection
+from tests.launcher import MODULES, LaunchedProcess, Launcher
 
 PATIENCE_SECONDS = 120.0
 """How long a test waits for what must happen; machines under load are slow, and a failure is rare."""
@@ -54,16 +57,7 @@ class DaemonProcess:
         self.lines: list[dict[str, Any]] = []
         self.noise: list[str] = []
         self._heard = threading.Condition()
-        self.process = subprocess.Popen(
-            [*under, sys.executable, "-m", program, *(arguments or ("run",)), "--config", str(config)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="surrogateescape",
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, "SORTD_LOG__FORMAT": "json", "OMP_NUM_THREADS": "1", **(environment or {})},
-        )
+        self.process = _start(program, [*(arguments or ("run",)), "--config", str(config)], environment or {}, under)
         self._ears = threading.Thread(target=self._listen, name="ears")
         self._ears.start()
 
@@ -166,6 +160,32 @@ def check_journals(folder: Path, *, keeps_files: bool, may_be_open: bool) -> Non
             and record.destination_path not in sources
         ]
         assert not lost, f"{journal}: {lost}"
+
+
+@functools.cache
+def _launcher() -> Launcher:
+    launcher = Launcher()
+    atexit.register(launcher.close)
+    return launcher
+
+
+def _start(
+    program: str, arguments: Sequence[str], changes: Mapping[str, str], under: Sequence[str]
+) -> LaunchedProcess | subprocess.Popen[str]:
+    environment = {**os.environ, "SORTD_LOG__FORMAT": "json", "OMP_NUM_THREADS": "1", **changes}
+    environment.setdefault("SORTD_DECODING__WORKERS", "1")  # each takes as long to start as all else that is forked
+    if program in MODULES and not under and all(name.startswith(("SORTD_", "BREAK_")) for name in changes):
+        return _launcher().start(program, arguments, environment)
+    return subprocess.Popen(
+        [*under, sys.executable, "-m", program, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="surrogateescape",
+        cwd=Path(__file__).parents[1],
+        env=environment,
+    )
 
 
 @contextmanager
