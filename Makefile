@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-repeat lint bench faults powercuts mutants soak overflow hostile slow clean
+.PHONY: help setup run test test-repeat slow lint bench faults powercuts mutants soak overflow hostile long clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -41,6 +41,9 @@ test: setup ## run the tests
 
 test-repeat: setup ## run the tests 20 times on a bare clone, ten of them beside four busy loops (hours)
 	$(BIN)/python -m tests.repeat
+
+slow: setup ## run the tests that take long by computing: a training, an export, thousands of files
+	$(BIN)/python -m pytest -m slow --numprocesses auto --dist worksteal
 
 lint: setup ## format and types, as the tests check them
 	$(BIN)/ruff format --check .
@@ -70,8 +73,8 @@ overflow: setup ## 50,000 files arrive while sortd is stopped by SIGSTOP
 hostile: setup ## images that are made to harm, and the memory that they take
 	$(BIN)/python -m tests.faults.hostile
 
-slow: setup ## the slow tests: shorter forms of the runs above
-	$(BIN)/python -m pytest -m slow --timeout 3600
+long: setup ## shorter forms of the seven runs above as tests (an hour)
+	$(BIN)/python -m pytest -m long --timeout 3600
 
 clean: ## remove the virtual environment and caches; your data stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

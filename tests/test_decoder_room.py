@@ -217,6 +217,7 @@ def exact() -> Iterator[DecoderPool]:
         yield pool
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_decode_of_max_pixels_fits_into_the_memory(exact: DecoderPool, tmp_path: Path, kind: str) -> None:
     """What the limit on pixels allows, the limit on memory allows too, in every format and kind."""

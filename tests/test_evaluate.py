@@ -47,6 +47,7 @@ def library(classes: int = 8, each: int = 8, spread: float = 1.6) -> SupportSet:
 class TestModes:
     """Accuracy of every mode."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("mode", [Mode.AVG, Mode.MAX, Mode.MEAN])
     def test_plain_modes_are_exact(self, mode: Mode) -> None:
         """The accuracy is that of brute force, to the last reference."""

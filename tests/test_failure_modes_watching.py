@@ -63,6 +63,7 @@ def held(dataset: Path) -> int:
 class TestLostHints:
     """The watcher is deaf, or was for a while."""
 
+    @pytest.mark.slow
     def test_what_a_flood_of_twenty_thousand_files_hides_is_filed(self, colours: Path, write_config: Write) -> None:
         """More happens than the kernel queues while sortd is stopped: that is told, and a scan finds what was lost."""
         if int(QUEUE_LIMIT.read_text()) >= 20_000:

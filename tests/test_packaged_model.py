@@ -52,6 +52,7 @@ def test_no_file_names_a_path_of_the_machine_that_trained_it() -> None:
         assert not re.search(r"/(work|tmp|home|root|Users)/", file.read_text(encoding="utf-8")), file.name
 
 
+@pytest.mark.slow
 def test_it_loads_with_the_network_off_and_without_remote_code() -> None:
     """A fresh interpreter told to stay offline loads it and embeds a word and a picture."""
     program = (

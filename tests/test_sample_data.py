@@ -60,6 +60,7 @@ def test_the_references_are_those_that_the_script_draws(tmp_path: Path) -> None:
         assert np.abs(ours - kept).mean() < 3
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_bytes(batch: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     """Two machines with the same libraries sort the same images."""
     draw("incoming", "--dataset", tmp_path)
@@ -98,6 +99,7 @@ def test_names_do_not_tell(batch: tuple[Path, dict[str, str]]) -> None:
     assert sum(first == second for first, second in pairwise(labels)) < 20
 
 
+@pytest.mark.slow
 def test_what_was_drawn_before_is_left_alone(batch: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     """A second `make run` brings no second copy, sorted or not, unless it is asked to."""
     dataset = tmp_path / "Tornillos"
@@ -116,6 +118,7 @@ def test_what_was_drawn_before_is_left_alone(batch: tuple[Path, dict[str, str]],
     assert contents(CLASSES) == before
 
 
+@pytest.mark.slow
 def test_colours_do_not_tell_the_kinds_apart_and_shapes_do(tmp_path: Path) -> None:
     """With five references a class, a histogram and a thumbnail stay below half; the recess's outline is easy."""
     draw("references", "--into", tmp_path, "--each", 14, "--seed", 3)

@@ -165,6 +165,7 @@ class TestCheckpoint:
         assert saved.progress == first
 
 
+@pytest.mark.slow
 def test_the_smoke_run_trains_end_to_end_and_writes_a_folder_that_loads_offline(tmp_path: Path) -> None:
     """Made-up data in, a folder out that plain sentence-transformers reads; figures and curves beside it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

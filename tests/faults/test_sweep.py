@@ -47,7 +47,7 @@ def test_each_mutant_has_its_place() -> None:
     assert misplaced == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_thousand_faults_lose_nothing(tmp_path: Path) -> None:
     """All grounds, single and double faults."""
     found = found_by("sweep", "--thin", "9", "--doubles", "25", "--disk", str(tmp_path))
@@ -55,7 +55,7 @@ def test_two_thousand_faults_lose_nothing(tmp_path: Path) -> None:
     assert found["runs"] >= 2000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_hundred_power_cuts_lose_nothing() -> None:
     """Two file systems, alone and across, any subset of the disks synced first."""
     found = found_by("powercuts")
@@ -63,7 +63,7 @@ def test_four_hundred_power_cuts_lose_nothing() -> None:
     assert found["cuts"] >= 400
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_brought_while_sortd_is_killed_comes_out_once(tmp_path: Path) -> None:
     """Four writers, all the ways in which files come, kill -9 all the time; then one daemon that does not grow."""
     found = found_by("soak", "--files", "5000", "--folder", str(tmp_path))
@@ -72,14 +72,14 @@ def test_what_is_brought_while_sortd_is_killed_comes_out_once(tmp_path: Path) ->
     assert not any(gauge["grew"] for gauge in found["growth"].values()), found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fifty_thousand_files_that_the_kernel_has_no_room_for_are_filed(tmp_path: Path) -> None:
     """They arrive while the daemon is stopped; the overflow is told, and the next scan finds each."""
     found = found_by("overflow", "--folder", str(tmp_path))
     assert (found["left"], found["lost"], found["doubled"], found["exit"]) == (0, 0, 0, 0), found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_images_that_are_made_to_harm_do_none(tmp_path: Path) -> None:
     """Every one has its outcome, no process dies, and none takes more than 300 MB over what it held while idle."""
     found = found_by("hostile", "--folder", str(tmp_path))
