@@ -9,8 +9,8 @@ are followed, each from a file that appears to the line in the log that tells it
     references   a file in Clases/<class>/ to ``prototypes.rebuilt``
 
 Counted is every function of sortd that any thread calls between the two (sys.setprofile), and every statement that
-SQLite executes (its trace callback). What the decoding process runs is not counted; the periodic work of an idle daemon
-that falls into the time is.
+SQLite executes (its trace callback) but BEGIN and COMMIT. What the decoding process runs is not counted; the periodic
+work of an idle daemon that falls into the time is.
 """
 
 import argparse
@@ -56,7 +56,7 @@ class Recorder:
         return connection
 
     def _note(self, statement: str) -> None:
-        if self.is_on:
+        if self.is_on and statement.split(maxsplit=1)[0] not in {"BEGIN", "COMMIT"}:
             self.statements.append(statement)
 
     def follow(self, start: Callable[[], object], is_over: Callable[[], bool]) -> dict[str, Any]:
