@@ -7,9 +7,16 @@ from typing import Any
 
 from sortd.config import Config
 from sortd.errors import DataError, LayoutError, ModelError, StartupError
-from sortd.finetuned import FinetunedFacts, read_facts
+from sortd.finetuned import (
+    FinetunedFacts,
+    Promotion,
+    read_facts,
+    read_promotion,
+    remove_promotion,
+    results,
+    write_promotion,
+)
 from sortd.layout import Area, Layout, find_datasets
-from sortd.promotion import Promotion, read_promotion, remove_promotion, results, write_promotion
 from sortd.references import ReferencesAbsentError, class_labels
 from sortd.running.classifiers import appointed, unfit
 from sortd.running.requests import AnsweredError, ask
@@ -201,7 +208,7 @@ def dataset_named(config: Config, name: str | None) -> Layout:
     layouts: Mapping[str, Layout] = {layout.name: layout for layout in find_datasets(config.root)}
     if name is None and len(layouts) == 1:
         return next(iter(layouts.values()))
-    there = ", ".join(layouts) or "none"
+    there = ", ".join(layouts) or "none; `sortd init DIR` makes one"
     if name is None:
         raise DataError(f"say which dataset: --dataset NAME; there are: {there}")
     if name not in layouts:

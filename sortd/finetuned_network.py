@@ -1,11 +1,5 @@
-"""The network of a fine-tuned model: pixels to logits, for any image classifier of transformers and for CLIP towers.
+"""The network of a fine-tuned model: pixels to logits, for any image classifier of transformers and for CLIP towers."""
 
-A CLIP of two separate models (``vision-text-dual-encoder``, as the packaged one is) has no classifier class of its own
-in transformers: its vision model, its projection and a linear head are put together here, under the model type
-``sortd-tower``. Everything else goes through ``AutoModelForImageClassification``.
-"""
-
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +7,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from sortd.encoding.model_folders import first_line
 from sortd.encoding.normalisation import normalisation
 from sortd.errors import ModelError
+from sortd.finetuned import (
+    CONFIG_FILE,
+    FACTS_FILE,
+    MEND,
+    PROCESSOR_FILE,
+    WEIGHTS_FILE,
+    FinetunedFacts,
+    json_object,
+    read_facts,
+    sha256_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -23,17 +29,14 @@ FloatArray = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 
 TOWER = "sortd-tower"
-"""The ``model_type`` in the configuration of a vision tower with a linear head."""
-
+"""``model_type`` of a vision tower of a dual encoder with a linear head, for which transformers has no class."""
 MAP = "map"
-"""In ``features`` of such a configuration: the mean of the convolutions' last map stands beside the embedding. It knows
-textures and colours that the embedding, made to be like words, has let go."""
-
+"""In ``features`` of such a configuration: the mean of the last convolutional map is concatenated to the embedding. It
+holds textures and colours that the embedding, which was aligned with texts, does not."""
 SHORTEST = 1e-6
-"""Embeddings shorter than this are not scaled up to length one."""
-
-# What third-party loaders raise on a folder that is damaged or not what it says; each of them means the same to us.
+"""Smallest norm by which embeddings are divided."""
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+"""What torch and transformers raise on a folder that is damaged or does not agree with itself."""
 
 
 class Network:
@@ -49,14 +52,14 @@ class Network:
 
     @property
     def classes(self) -> int:
-        """How many logits it gives."""
+        """The number of logits."""
         return int(head_of(self.module).out_features)
 
     def values(self, pixels: "torch.Tensor") -> "torch.Tensor":
         """Return normalised float32 (B, 3, H, W) of uint8 or float (B, 3, H, W), on the network's device."""
         import torch
 
-        planes = pixels.to(self.device).to(torch.float32, memory_format=torch.channels_last)  # convolutions like it
+        planes = pixels.to(self.device).to(torch.float32, memory_format=torch.channels_last)  # faster convolutions
         return planes * self._scale - self._shift
 
     def logits(self, pixels: Pixels) -> FloatArray:
@@ -71,25 +74,72 @@ class Network:
             return np.asarray(answer.float().cpu().numpy(), dtype=np.float32)
 
 
-def load_network(folder: Path, *, device: str = "auto", threads: int | None = None) -> Network:
-    """Load the network of a folder that ``sortd finetune`` wrote.
+class FinetunedModel:
+    """A loaded fine-tuned network. One thread at a time."""
+
+    def __init__(self, facts: FinetunedFacts, network: Network) -> None:
+        """Take over a network whose weights are those of the facts."""
+        self.facts = facts
+        self.preprocessing = facts.preprocessing
+        self._network = network
+
+    def logits(self, pixels: Pixels) -> FloatArray:
+        """Return uncalibrated logits, float32 (B, classes), of RGB pixels uint8 (B, H, W, 3).
+
+        Raises:
+            ValueError: the pixels are not of the size that ``preprocessing`` names.
+            ModelError: a logit is no number.
+        """
+        height, width = self.preprocessing.crop_height, self.preprocessing.crop_width
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != (height, width, 3):
+            raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (B, {height}, {width}, 3)")
+        answer = self._network.logits(pixels)
+        if not bool(np.isfinite(answer).all()):
+            raise ModelError(
+                f"the fine-tuned model in {self.facts.folder} answers with no number: the device may be in a bad "
+                "state; start again with `device: cpu`, and if that does not help, run `sortd finetune` anew"
+            )
+        return answer
+
+
+def load_finetuned(folder: Path, *, device: str = "auto", threads: int | None = None) -> FinetunedModel:
+    """Load a fine-tuned model from its folder: safetensors only, no code of the folder's own, no network access.
+
+    Args:
+        folder: as ``sortd finetune`` wrote it.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        threads: threads of a forward pass; None or 0 leaves it to torch.
 
     Raises:
-        ModelError: it does not load, lacks weights, or the device cannot be used.
+        ModelError: see ``read_facts``; or the weights are not those that were written, or do not load.
     """
+    facts = read_facts(folder)
+    wanted = json_object(folder / FACTS_FILE)["weights"]["sha256"]
+    try:
+        if sha256_of(folder / WEIGHTS_FILE) != wanted:
+            raise ModelError(f"{folder / WEIGHTS_FILE} is not what was written (its sha256 differs): {MEND}")
+    except OSError as error:
+        raise ModelError(f"{folder / WEIGHTS_FILE} cannot be read: {error.strerror}; look at its disk") from error
     import torch
 
     if threads:
         torch.set_num_threads(threads)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    processor = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
+    config = json_object(folder / CONFIG_FILE)
     module = build_tower(config) if config.get("model_type") == TOWER else build_classifier(folder)
-    load_weights(module, folder / "model.safetensors")
-    return Network(module, processor, device_of(device))
+    load_weights(module, folder / WEIGHTS_FILE)
+    network = Network(module, json_object(folder / PROCESSOR_FILE), device_of(device))
+    if network.classes != len(facts.labels):
+        raise ModelError(
+            f"the network in {folder} has {network.classes} classes and {FACTS_FILE} names {len(facts.labels)}: {MEND}"
+        )
+    model = FinetunedModel(facts, network)
+    shape = (1, model.preprocessing.crop_height, model.preprocessing.crop_width, 3)
+    model.logits(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))  # it fails here, if at all
+    return model
 
 
 def build_tower(config: Mapping[str, Any]) -> "torch.nn.Module":
-    """Return a vision tower with a projection and a linear head over unit embeddings, its weights made up.
+    """Return a vision tower with a projection and a linear head over unit embeddings, with random weights.
 
     Args:
         config: ``vision_config``, ``projection_dim``, ``features`` and ``id2label``, as in the folder's config.json.
@@ -101,11 +151,11 @@ def build_tower(config: Mapping[str, Any]) -> "torch.nn.Module":
     vision = dict(config["vision_config"])
     vision_config = AutoConfig.for_model(vision.pop("model_type"), **vision)
     width, classes = int(config["projection_dim"]), len(config["id2label"])
-    reads_map = MAP in config["features"]
-    map_width = int(vision_config.backbone_config.hidden_sizes[-1]) if reads_map else 0
+    uses_map = MAP in config["features"]
+    map_width = int(vision_config.backbone_config.hidden_sizes[-1]) if uses_map else 0
 
     class Tower(nn.Module):
-        """``get_image_features`` of the dual encoder to unit length, maybe the last map too, and a linear layer."""
+        """``get_image_features`` of the dual encoder, normalised, the last map too if wanted, and a linear layer."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -113,7 +163,7 @@ def build_tower(config: Mapping[str, Any]) -> "torch.nn.Module":
             self.visual_projection = nn.Linear(vision_config.hidden_size, width, bias=False)
             self.classifier = nn.Linear(width + map_width, classes)
             self._maps: list[torch.Tensor] = []
-            if reads_map:  # the tower does not hand its last map out
+            if uses_map:  # the tower does not return its last map
                 self.vision_model.embeddings.backbone.register_forward_hook(self._keep_map)
 
         def _keep_map(self, _module: nn.Module, _given: object, output: Any) -> None:  # noqa: ANN401 - of transformers
@@ -132,7 +182,11 @@ def build_tower(config: Mapping[str, Any]) -> "torch.nn.Module":
 
 
 def build_classifier(folder: Path) -> "torch.nn.Module":
-    """Return the image classifier that a folder's config.json describes, its weights made up."""
+    """Return the image classifier that a folder's config.json describes, with random weights.
+
+    Raises:
+        ModelError: transformers does not know it.
+    """
     from transformers import AutoConfig, AutoModelForImageClassification
 
     try:
@@ -140,13 +194,13 @@ def build_classifier(folder: Path) -> "torch.nn.Module":
         module: torch.nn.Module = AutoModelForImageClassification.from_config(config)
     except LOADING_ERRORS as error:
         raise ModelError(
-            f"{folder / 'config.json'} describes no image classifier that this transformers knows: {_first_line(error)}"
+            f"{folder / CONFIG_FILE} describes no image classifier that this transformers knows: {first_line(error)}"
         ) from error
     return module
 
 
 def load_weights(module: "torch.nn.Module", file: Path) -> None:
-    """Put every weight of a safetensors file into a module that has exactly these.
+    """Load every weight of a safetensors file into a module that has exactly these.
 
     Raises:
         ModelError: the file is damaged, or lacks weights or has others.
@@ -157,16 +211,14 @@ def load_weights(module: "torch.nn.Module", file: Path) -> None:
     try:
         module.load_state_dict(load_file(file), strict=True)
     except (*LOADING_ERRORS, SafetensorError) as error:
-        raise ModelError(
-            f"{file} does not load: {_first_line(error)}; copy the folder again, whole, or run `sortd finetune` anew"
-        ) from error
+        raise ModelError(f"{file} does not load: {first_line(error)}; {MEND}") from error
 
 
 def head_of(module: "torch.nn.Module") -> "torch.nn.Linear":
-    """Return the linear layer that gives the logits: the last one of a classifier.
+    """Return the linear layer that gives the logits: the last one of ``classifier``.
 
     Raises:
-        ModelError: the module ends in no linear layer.
+        ModelError: there is none.
     """
     from torch import nn
 
@@ -180,8 +232,8 @@ def head_of(module: "torch.nn.Module") -> "torch.nn.Linear":
     return linear[-1]
 
 
-def logits_of(output: Any) -> "torch.Tensor":  # noqa: ANN401 - what transformers' classifiers return has no types
-    """Return the logits of what a network answered."""
+def logits_of(output: Any) -> "torch.Tensor":  # noqa: ANN401 - the outputs of transformers have no types
+    """Return the logits of a network's output."""
     answer: torch.Tensor = getattr(output, "logits", output)
     return answer
 
@@ -201,10 +253,6 @@ def device_of(device: str) -> "torch.device":
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
-            f"device {device!r} cannot be used: {_first_line(error)}; set `device: auto` or `cpu`"
+            f"device {device!r} cannot be used: {first_line(error)}; set `device: auto` or `cpu`"
         ) from error
     return chosen
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
