@@ -156,14 +156,10 @@ def _check(facts: FinetunedFacts, weights_bytes: int) -> None:
 def facts_json(facts: FinetunedFacts) -> str:
     """Return the content of ``sortd.json``; weights, configuration and processor must be in the folder already."""
     weights = facts.folder / WEIGHTS_FILE
+    plain = ("dataset", "labels", "temperature", "base", "created", "decoding")
     said = {
         "format": FORMAT,
-        "dataset": facts.dataset,
-        "labels": list(facts.labels),
-        "temperature": facts.temperature,
-        "base": facts.base,
-        "created": facts.created,
-        "decoding": facts.decoding,
+        **{key: getattr(facts, key) for key in plain},
         "preprocessing": asdict(facts.preprocessing),
         "weights": {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)},
         "held_out": {

@@ -70,8 +70,8 @@ class Network:
             return np.empty((0, self.classes), np.float32)
         with torch.inference_mode():
             planes = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(0, 3, 1, 2)
-            answer = logits_of(self.module(pixel_values=self.values(planes)))
-            return np.asarray(answer.float().cpu().numpy(), dtype=np.float32)
+            output = self.module(pixel_values=self.values(planes))
+            return np.asarray(getattr(output, "logits", output).float().cpu().numpy(), dtype=np.float32)
 
 
 class FinetunedModel:
@@ -230,12 +230,6 @@ def head_of(module: "torch.nn.Module") -> "torch.nn.Linear":
             "another base"
         )
     return linear[-1]
-
-
-def logits_of(output: Any) -> "torch.Tensor":  # noqa: ANN401 - the outputs of transformers have no types
-    """Return the logits of a network's output."""
-    answer: torch.Tensor = getattr(output, "logits", output)
-    return answer
 
 
 def device_of(device: str) -> "torch.device":

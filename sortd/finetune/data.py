@@ -82,12 +82,7 @@ class Photos:
 
 
 def find_candidates(layout: Layout, source: Source, state: Path) -> tuple[list[Candidate], list[Candidate]]:
-    """Return the files of a dataset's classes, and those of ``Clases/_none``.
-
-    Args:
-        layout: the dataset.
-        source: which of its folders are read.
-        state: the state directory with the dataset's journal.
+    """Return the files of a dataset's classes, and those of ``Clases/_none``; ``state`` is the state directory.
 
     Raises:
         DataError: a folder cannot be read.
@@ -224,9 +219,7 @@ def split_photos(photos: Photos, recipe: Recipe) -> Split:
 def near_duplicate_groups(embeddings: FloatArray, classes: IntArray) -> IntArray:
     """Return int64 (N,): the group of each image; images that a chain of near-duplicates joins are in one group.
 
-    Args:
-        embeddings: float32 (N, d), unit rows.
-        classes: int64 (N,); a group may hold images of several.
+    ``embeddings`` are unit rows, float32 (N, d). A group may hold images of several classes.
     """
     groups = np.zeros(len(embeddings), np.int64)
     largest = np.maximum(2, LARGEST_SHARE * np.bincount(classes))
@@ -314,13 +307,13 @@ def _take(free: list[IntArray], wanted: int, *, most: int) -> list[IntArray]:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What one classifier says of the test images, and of strangers where there are any."""
+    """What one classifier says of N test images, and of S images of no class."""
 
     name: str
     probabilities: Array
     """float64 (N, C)."""
     strangers: Array
-    """float64 (S,): the top probability of images of no class."""
+    """float64 (S,): top probabilities."""
 
     @property
     def best(self) -> IntArray:

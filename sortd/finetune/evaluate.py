@@ -40,11 +40,7 @@ def baseline_predictions(
 ) -> list[Predictions]:
     """Return what each mode says of the test images; all others are its references, validation included.
 
-    Args:
-        photos: the images and their embeddings.
-        split: their parts.
-        named: see ``embed_names``; without it ``text`` is left out and ``mixed`` is ``best``.
-        encoder_id: of the encoder.
+    Without ``named`` (see ``embed_names``) ``text`` is left out and ``mixed`` is ``best``.
     """
     references = np.sort(np.concatenate([split.train, split.validation]))
     support = SupportSet(
@@ -170,13 +166,8 @@ def compare(
     """Return the comparison of the prototypes' modes with a fine-tuned model on the same images, as plain values.
 
     The verdict is by McNemar's exact test against the most accurate mode; without a significant difference it is
-    ``level``. That mode is chosen on the test images themselves, which favours the prototypes, if anything.
-
-    Args:
-        baselines: one for each mode.
-        model: the fine-tuned model's.
-        own: int64 (N,): the right classes of the test images.
-        labels: the names of the classes.
+    ``level``. That mode is chosen on the test images themselves, which favours the prototypes, if anything. ``own`` are
+    the right classes, int64 (N,).
     """
     found = {one.name: metrics_of(one, own, labels) for one in baselines}
     mine = metrics_of(model, own, labels)
@@ -200,13 +191,7 @@ def compare(
 
 
 def metrics_of(predictions: Predictions, own: IntArray, labels: Sequence[str]) -> dict[str, Any]:
-    """Return the metrics of a classifier as plain values, shares between 0 and 1.
-
-    Args:
-        predictions: of the classifier.
-        own: int64 (N,): the right classes.
-        labels: the C names.
-    """
+    """Return the metrics of a classifier as plain values, shares between 0 and 1; ``own`` are the right classes."""
     best, confidence = predictions.best, predictions.probabilities.max(axis=1)
     right = best == own
     classes = [row for row in class_metrics(confusion_matrix(best, own, len(labels)), labels) if row["images"]]
@@ -271,10 +256,9 @@ def open_set(known: Array, strangers: Array) -> dict[str, Any] | None:
 
 
 def mcnemar(first: BoolArray, second: BoolArray) -> dict[str, Any]:
-    """Return McNemar's exact test of two classifiers on the same images.
+    """Return McNemar's exact test of two classifiers on the same images (Fagerland et al. 2013).
 
-    Two-sided binomial test of the images that only one of the two gets right, which under no difference fall to each
-    with probability one half (McNemar 1947; exact form as in Fagerland et al. 2013).
+    It is the two-sided binomial test of the images that only one of the two gets right.
     """
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
     differing, fewer = only_first + only_second, min(only_first, only_second)

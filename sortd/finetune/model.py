@@ -59,11 +59,7 @@ class Base:
 
 
 def find_base(name: str, *, cache_dir: Path | None = None) -> tuple[str, Path]:
-    """Return which base a name means on this machine, and the folder of its network.
-
-    Args:
-        name: ``auto``, ``packaged``, a name of the hub, or a folder.
-        cache_dir: sortd's cache, in which ``sortd models fetch`` puts models.
+    """Return which base is meant by ``auto``, ``packaged``, a name of the hub or a folder, and its network's folder.
 
     Raises:
         ModelError: it is not here.
@@ -91,12 +87,12 @@ def find_base(name: str, *, cache_dir: Path | None = None) -> tuple[str, Path]:
 
 
 def load_base(name: str, labels: Sequence[str], *, cache_dir: Path | None = None, side: int | None = None) -> Base:
-    """Load a base from this disk with a head for some classes.
+    """Load a base (see ``find_base``) from this disk with a head for some classes.
 
     Args:
-        name: see ``find_base``.
+        name: of the base.
         labels: the classes, in the order of the logits.
-        cache_dir: see ``find_base``.
+        cache_dir: sortd's cache, in which ``sortd models fetch`` puts models.
         side: side of the input in pixels; None: the base's own. Convolutional towers alone take another.
 
     Raises:
@@ -258,7 +254,7 @@ def init_head(network: Network, train: TrainDataset, validation: TrainDataset, r
         network: its head is overwritten.
         train: the training images, larger than the network's input.
         validation: fits the factor by which log likelihoods become logits.
-        recipe: how far the random view is from its image.
+        recipe: of the random view.
     """
     import torch
 
@@ -318,9 +314,9 @@ def gaussian_head(features: Array, classes: IntArray, weights: Array, *, count: 
 
 
 def temperature_of(logits: FloatArray, own: IntArray) -> float:
-    """Return the temperature at which the softmax of logits (V, C) is the likeliest for the right classes (V,).
+    """Return the temperature (Guo et al. 2017) at which logits (V, C) make the right classes (V,) the likeliest.
 
-    Temperature scaling (Guo et al. 2017) with a log-normal prior around 1, for small validation sets.
+    A log-normal prior around 1 serves small validation sets.
     """
     table = logits.astype(np.float64)
     weights = balanced_weights(own, table.shape[1])
@@ -380,12 +376,6 @@ def add_lora(module: "torch.nn.Module", rank: int) -> "torch.nn.Module":
     return added
 
 
-def merge_lora(module: "torch.nn.Module") -> "torch.nn.Module":
-    """Return the network with its low-rank additions merged into its layers."""
-    merged: torch.nn.Module = module.merge_and_unload()  # type: ignore[operator]  # a method that peft added
-    return merged
-
-
 def weights_of(module: "torch.nn.Module") -> "dict[str, torch.Tensor]":
     """Return a copy of all weights and statistics, on the CPU."""
     return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
@@ -399,8 +389,6 @@ def average_with_start(
     score: Callable[[FloatArray], float],
 ) -> tuple[float, dict[str, float]]:
     """Load the best average of the start and the module's own weights into the module (WiSE-FT, Wortsman et al. 2022).
-
-    Between pretrained and fine-tuned weights there is often a point that keeps what both know.
 
     Args:
         module: fine-tuned.

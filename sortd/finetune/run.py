@@ -17,26 +17,9 @@ from sortd.config import Config
 from sortd.decoding.decoders import DecodedImage, DecoderPool
 from sortd.encoder import Encoder
 from sortd.errors import AlreadyRunningError, DataError
-from sortd.finetune.data import (
-    PARTS,
-    PLACED,
-    PLAN_FILE,
-    START_FILE,
-    ImageFile,
-    Photos,
-    Plan,
-    Split,
-    dataset_of,
-    find_candidates,
-    gather,
-    pixels_file,
-    read_plan,
-    split_photos,
-    write_plan,
-    writing,
-)
+from sortd.finetune import data
 from sortd.finetune.evaluate import baseline_predictions, embed_names, evaluate_model
-from sortd.finetune.model import add_lora, find_base, init_head, load_base, merge_lora, weights_of
+from sortd.finetune.model import add_lora, find_base, init_head, load_base, weights_of
 from sortd.finetune.recipe import Observer, TrainingRequest
 from sortd.finetune.report import publish, save_tensors, write_result
 from sortd.finetune.train import TrainSettings, make_model, train, training_arguments
@@ -69,7 +52,7 @@ def unfinished_of(request: TrainingRequest, state: Path) -> Path:
         DataError: there is none.
     """
     folder = request.layout.state_folder(state) / RESULTS_FOLDER
-    found = sorted(path for path in folder.glob(f"*{UNFINISHED}") if (path / PLAN_FILE).is_file())
+    found = sorted(path for path in folder.glob(f"*{UNFINISHED}") if (path / data.PLAN_FILE).is_file())
     if not found:
         raise DataError(f"there is no unfinished training in {folder} to resume; run it without --resume")
     return found[-1].with_name(found[-1].name.removesuffix(UNFINISHED))
@@ -92,12 +75,12 @@ def finetune(
         config: where everything is; the baseline is made with its encoder.
         output: the folder to be; the work folder stands beside it.
         now: the time.
-        resume: resume from the newest checkpoint.
-        load_encoder: loads the encoder in place of the configured model.
+        resume: whether to resume from the newest checkpoint.
+        load_encoder: loads another encoder than the configured one.
         observer: its callbacks.
 
     Returns:
-        The facts of the folder that was written; None in a process that is not the first of its training.
+        The facts of the written folder; None in a process that is not the first of its training.
 
     Raises:
         DataError: the dataset cannot be trained on, or there is nothing to resume.
@@ -106,38 +89,41 @@ def finetune(
         StoppedError: it was asked to stop; it can be resumed.
         StorageError: the disk is full.
     """
+    from accelerate import PartialState
+
     began, observer = time.monotonic(), observer or Observer()
     work = output.with_name(output.name + UNFINISHED)
     if output.exists():
         raise DataError(f"{output} is there already; choose another place with --output")
-    context = DistributedContext(config.device)
-    device, is_first = context.device.type, context.is_first
-    training_arguments(TrainSettings(request.recipe, work, device, extra=request.extra), images=1)  # fails early
+    device = device_of(config.device)
+    training_arguments(TrainSettings(request.recipe, work, device.type, extra=request.extra), images=1)  # fails early
+    processes = PartialState(cpu=device.type == "cpu")  # of this training; usually it is one
+    is_first = processes.is_main_process
     with _working_in(work, resume=resume) if is_first else nullcontext():
         if is_first and not resume:
             stamp = f"{now:%Y-%m-%dT%H:%M:%SZ}"
             prepare(request, config, work, created=stamp, load_encoder=load_encoder, tell=observer.finished)
-        context.wait()
-        plan = read_plan(work)
+        processes.wait_for_everyone()
+        plan = data.read_plan(work)
         if config.threads:
             import torch
 
             torch.set_num_threads(config.threads)
         base = load_base(plan.base, plan.labels, cache_dir=config.cache_dir, side=plan.side)
-        network = Network(base.module, base.processor, context.device)
-        if is_first and not (work / START_FILE).is_file():
+        network = Network(base.module, base.processor, device)
+        if is_first and not (work / data.START_FILE).is_file():
             _write_start(network, plan, work)
             observer.finished("fitting the head")
-        context.wait()
-        load_weights(network.module, work / START_FILE)
+        processes.wait_for_everyone()
+        load_weights(network.module, work / data.START_FILE)
         start = weights_of(network.module)
-        settings = TrainSettings(plan.recipe, work, device, resume, plan.extra, observer)
+        settings = TrainSettings(plan.recipe, work, device.type, resume, plan.extra, observer)
         trained = _train_network(network, plan, work, settings)
         if not is_first:
             return None
         observer.finished("training")
         beside = work / "result"
-        with writing(work):
+        with data.writing(work):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir()
         facts, table = evaluate_model(network, start, plan, work, beside)
@@ -145,26 +131,9 @@ def finetune(
         facts = replace(facts, metrics={**facts.metrics, **trained, "seconds": seconds})
         write_result(facts, table, network.module, base.config, base.processor)
         facts = publish(beside, output)
-        with writing(work):
+        with data.writing(work):
             shutil.rmtree(work)
         return facts
-
-
-class DistributedContext:
-    """The processes of one training, as ``torchrun`` or ``accelerate launch`` start them; usually it is one."""
-
-    def __init__(self, device: str) -> None:
-        """Read from the environment whether there are others."""
-        self._is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-        self.is_first = self._is_alone or os.environ.get("RANK", "0") == "0"
-        self.device = device_of(device)
-
-    def wait(self) -> None:
-        """Wait until every process has come this far."""
-        if not self._is_alone:
-            from accelerate import PartialState
-
-            PartialState(cpu=self.device.type == "cpu").wait_for_everyone()
 
 
 @contextmanager
@@ -175,11 +144,11 @@ def _working_in(work: Path, *, resume: bool) -> Iterator[None]:
         AlreadyRunningError: another process trains there.
         DataError: there is nothing to resume, or an unfinished training.
     """
-    if resume and not (work / PLAN_FILE).is_file():
+    if resume and not (work / data.PLAN_FILE).is_file():
         raise DataError(f"there is no unfinished training in {work} to resume; run it without --resume")
-    if not resume and (work / PLAN_FILE).is_file():
+    if not resume and (work / data.PLAN_FILE).is_file():
         raise DataError(f"{work} holds an unfinished training; go on with it by --resume, or remove it")
-    with writing(work):
+    with data.writing(work):
         work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / "lock")
     try:
@@ -189,30 +158,30 @@ def _working_in(work: Path, *, resume: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        if not (work / PLAN_FILE).is_file():
+        if not (work / data.PLAN_FILE).is_file():
             shutil.rmtree(work, ignore_errors=True)
         lock.release()
 
 
-def _write_start(network: Network, plan: Plan, work: Path) -> None:
+def _write_start(network: Network, plan: data.Plan, work: Path) -> None:
     """Fit the head and write the weights: a resumed run averages with the same."""
-    init_head(network, dataset_of(plan, work, "train"), dataset_of(plan, work, "validation"), plan.recipe)
-    beside = work / f"{START_FILE}.part"
+    init_head(network, data.dataset_of(plan, work, "train"), data.dataset_of(plan, work, "validation"), plan.recipe)
+    beside = work / f"{data.START_FILE}.part"
     save_tensors(network.module.state_dict(), beside)
-    with writing(work):
-        beside.replace(work / START_FILE)
+    with data.writing(work):
+        beside.replace(work / data.START_FILE)
 
 
-def _train_network(network: Network, plan: Plan, work: Path, settings: TrainSettings) -> dict[str, Any]:
+def _train_network(network: Network, plan: data.Plan, work: Path, settings: TrainSettings) -> dict[str, Any]:
     """Train the network in place; see ``train``."""
-    dataset, rank = dataset_of(plan, work, "train"), plan.recipe.lora_rank
+    dataset, rank = data.dataset_of(plan, work, "train"), plan.recipe.lora_rank
     if rank is not None:
         network.module = add_lora(network.module, rank)
     size = (plan.preprocessing.crop_height, plan.preprocessing.crop_width)
     model = make_model(network, size, dataset, plan.recipe)
-    trained = train(model, dataset, dataset_of(plan, work, "validation"), settings)
+    trained = train(model, dataset, data.dataset_of(plan, work, "validation"), settings)
     if rank is not None:
-        network.module = merge_lora(network.module)
+        network.module = network.module.merge_and_unload()  # type: ignore[operator]  # a method that peft added
     network.module.eval()
     return trained
 
@@ -238,20 +207,20 @@ def prepare(
     """
     layout, recipe = request.layout, request.recipe
     find_base(request.base, cache_dir=config.cache_dir)  # a missing one fails before minutes of reading
-    known, strangers = find_candidates(layout, request.source, config.state_dir)
+    known, strangers = data.find_candidates(layout, request.source, config.state_dir)
     site = Site(config, load_encoder=load_encoder)
     try:
         embedder, _, _ = site.load()
-        photos = gather(known, strangers, embedder)
+        photos = data.gather(known, strangers, embedder)
         tell("reading the photos")
-        split = split_photos(photos, recipe)
+        split = data.split_photos(photos, recipe)
         named = embed_names(layout, photos.labels, config.dataset(layout.name).prompts, embedder)
         baselines = baseline_predictions(photos, split, named, embedder.encoder.encoder_id)
     finally:
         site.unload()
     tell("evaluating the prototypes")
     base = load_base(request.base, photos.labels, cache_dir=config.cache_dir, side=request.side)
-    plan = Plan(
+    plan = data.Plan(
         dataset=layout.name,
         labels=photos.labels,
         base=base.name,
@@ -263,16 +232,16 @@ def prepare(
         preprocessing=base.preprocessing,
         source=enlarged(base.preprocessing),
         data=_described(photos, split, request),
-        classes={part: photos.classes[getattr(split, part)] for part in PARTS},
+        classes={part: photos.classes[getattr(split, part)] for part in data.PARTS},
         weights=photos.weights[split.train].astype(np.float32),
         baselines=tuple(baselines),
     )
-    for part in PARTS:
+    for part in data.PARTS:
         files = [photos.files[index] for index in getattr(split, part)]
-        _decode(files, plan.size_of(part), config, pixels_file(work, part))
-    _decode(photos.stranger_files, plan.preprocessing, config, pixels_file(work, "strangers"))
+        _decode(files, plan.size_of(part), config, data.pixels_file(work, part))
+    _decode(photos.stranger_files, plan.preprocessing, config, data.pixels_file(work, "strangers"))
     tell("decoding the photos")
-    write_plan(plan, work)
+    data.write_plan(plan, work)
 
 
 def enlarged(seen: Preprocessing) -> Preprocessing:
@@ -281,14 +250,14 @@ def enlarged(seen: Preprocessing) -> Preprocessing:
     return replace(seen, shortest_edge=max(edge, height, width), crop_height=height, crop_width=width)
 
 
-def _decode(files: Sequence[ImageFile], size: Preprocessing, config: Config, target: Path) -> None:
+def _decode(files: Sequence[data.ImageFile], size: Preprocessing, config: Config, target: Path) -> None:
     """Decode files into one file of pixels, in their order."""
     said = config.decoding
     limits = Limits(max_pixels=said.max_pixels, max_side=said.max_side_pixels, max_bytes=said.max_bytes)
     workers = said.workers or max(1, min(8, os.cpu_count() or 1))
     places = {file: index for index, file in enumerate(files)}
     each = size.crop_height * size.crop_width * 3
-    with writing(target.parent), open(target, "wb") as file:
+    with data.writing(target.parent), open(target, "wb") as file:
         if not files:
             return
         with DecoderPool(workers, size, limits, timeout_seconds=said.timeout_seconds, jpeg=said.jpeg) as pool:
@@ -299,17 +268,17 @@ def _decode(files: Sequence[ImageFile], size: Preprocessing, config: Config, tar
                 file.write(answer.pixels.tobytes())
 
 
-def _described(photos: Photos, split: Split, request: TrainingRequest) -> dict[str, Any]:
+def _described(photos: data.Photos, split: data.Split, request: TrainingRequest) -> dict[str, Any]:
     """Return what the result tells of its data."""
     rows: list[dict[str, Any]] = [{"label": label, "images": number} for label, number in photos.counts.items()]
-    for part in PARTS:
+    for part in data.PARTS:
         held = np.bincount(photos.classes[getattr(split, part)], minlength=len(rows))
         for row, number in zip(rows, held.tolist(), strict=True):
             row[part] = number
     return {
         "source": request.source.value,
         "images": len(photos.files),
-        "filed": int((photos.weights != PLACED).sum()),
+        "filed": int((photos.weights != data.PLACED).sum()),
         "strangers": len(photos.stranger_files),
         "classes": rows,
         "left_out": list(photos.left_out),

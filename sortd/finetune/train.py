@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sortd.deciding.confidence import log_softmax
 from sortd.errors import ConfigError, DestinationError
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import CLASSIFIER_RATE, Observer, Recipe, StoppedError, TrainingProgress
 from sortd.finetuned import FloatArray, IntArray
-from sortd.finetuned_network import Network, head_of, logits_of
+from sortd.finetuned_network import Network, head_of
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +120,7 @@ def training_arguments(settings: TrainSettings, *, images: int) -> Any:  # noqa:
     epochs = recipe.epochs_for(images, images_per_step=recipe.batch_size * processes)
     steps = math.ceil(images / (recipe.batch_size * processes)) * epochs
     interval = max(1, math.ceil(steps / recipe.evaluations))
-    takes_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and has_amx()
+    takes_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and _has_amx()
     said: dict[str, object] = {
         "label_names": "labels",
         "output_dir": os.fspath(settings.folder),
@@ -172,7 +173,7 @@ def training_arguments(settings: TrainSettings, *, images: int) -> Any:  # noqa:
     return arguments
 
 
-def has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def _has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Tell whether the processor has AMX, which multiplies bfloat16 several times as fast as float32."""
     try:
         return "amx_bf16" in cpuinfo.read_text("utf-8", "replace")
@@ -182,8 +183,7 @@ def has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 def score_of(logits: FloatArray, own: IntArray) -> dict[str, float]:
     """Return accuracy, balanced accuracy, log loss, and the ``score`` by which checkpoints are compared."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    logs = log_softmax(logits.astype(np.float64))
     right = logits.argmax(axis=1) == own
     balanced = float(np.mean([right[own == label].mean() for label in np.unique(own)]))
     loss = float(-logs[np.arange(len(own)), own].mean())
@@ -242,11 +242,7 @@ def make_model(network: Network, size: tuple[int, int], dataset: TrainDataset, r
 
     Its batch norms keep their statistics: those of a few images are worse than those of many.
 
-    Args:
-        network: its weights are trained.
-        size: height and width of its input.
-        dataset: the training images, by which classes are weighted.
-        recipe: augmentation, label smoothing and balance.
+    Classes are weighted by their images in ``dataset``; ``size`` is height and width of the network's input.
     """
     import torch
     from torch import nn
@@ -275,7 +271,8 @@ def make_model(network: Network, size: tuple[int, int], dataset: TrainDataset, r
                 planes = pixels.permute(0, 3, 1, 2)
                 seen = random_views(planes, size, recipe) if self.training else plain_views(planes, size)
                 values = network.values(seen)
-            logits = logits_of(self.module(pixel_values=values)).float()
+            output = self.module(pixel_values=values)
+            logits = getattr(output, "logits", output).float()
             smoothing = recipe.label_smoothing if self.training else 0.0
             losses = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
             shares = weights * self.get_buffer("class_weights")[labels]
@@ -311,13 +308,7 @@ def parameter_groups(module: "torch.nn.Module", recipe: Recipe, *, learning_rate
 def random_views(pixels: "torch.Tensor", size: tuple[int, int], recipe: Recipe) -> "torch.Tensor":
     """Return a random crop of each image, flipped and with other colours at random, by torch's own generator.
 
-    Args:
-        pixels: uint8 (B, 3, h, w).
-        size: height and width of a crop.
-        recipe: how far a view may be from its image.
-
-    Returns:
-        float32 (B, 3, height, width), 0 to 255.
+    ``pixels`` are uint8 (B, 3, h, w), and what is returned is float32 (B, 3, height, width), 0 to 255.
     """
     import torch
     from torch.nn import functional
