@@ -21,7 +21,7 @@ import numpy as np
 
 from sortd.config import Config, load
 from sortd.finetune.recipe import Recipe, TrainingRequest
-from sortd.finetune.run import finetune
+from sortd.finetune.run import run_finetuning
 from sortd.layout import Layout
 
 TEST, VALIDATION = 0.3, 0.1
@@ -62,7 +62,7 @@ def measure(folders: list[Path], arguments: argparse.Namespace) -> Iterator[dict
                 copy_dataset(folder, [other for other in folders if other != folder], config.root)
             recipe = Recipe(test=TEST, validation=VALIDATION, seed=seed, **changes)
             request = TrainingRequest(layout, base=arguments.base, side=arguments.side, recipe=recipe)
-            facts = finetune(request, config, root / f"{folder.name}-{seed}", now=datetime.now(UTC))
+            facts = run_finetuning(request, config, root / f"{folder.name}-{seed}", now=datetime.now(UTC))
             assert facts is not None
             compared = facts.metrics["comparison"]
             modes = {mode: 100 * row["accuracy"] for mode, row in compared["prototypes"].items()}

@@ -24,7 +24,7 @@ from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import Recipe
 from sortd.finetune.run import enlarged
 from sortd.finetune.train import TrainSettings, make_model, train
-from sortd.finetuned_network import Network, device_of
+from sortd.finetuned_network import Network, torch_device
 from sortd.images import Limits
 from sortd.messages import Fit, Preprocessing
 from sortd.watching.scanning import stamp
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    device = device_of(arguments.device)
+    device = torch_device(arguments.device)
     with tempfile.TemporaryDirectory(prefix="finetuning-") as place:
         files = draw_photos(Path(place), arguments.images)
         plain = plain_loop(files, arguments, device)

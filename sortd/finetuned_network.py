@@ -125,9 +125,9 @@ def load_finetuned(folder: Path, *, device: str = "auto", threads: int | None = 
     if threads:
         torch.set_num_threads(threads)
     config = json_object(folder / CONFIG_FILE)
-    module = build_tower(config) if config.get("model_type") == TOWER else build_classifier(folder)
+    module = build_tower(config) if config.get("model_type") == TOWER else build_image_classifier(folder)
     load_weights(module, folder / WEIGHTS_FILE)
-    network = Network(module, json_object(folder / PROCESSOR_FILE), device_of(device))
+    network = Network(module, json_object(folder / PROCESSOR_FILE), torch_device(device))
     if network.classes != len(facts.labels):
         raise ModelError(
             f"the network in {folder} has {network.classes} classes and {FACTS_FILE} names {len(facts.labels)}: {MEND}"
@@ -181,7 +181,7 @@ def build_tower(config: Mapping[str, Any]) -> "torch.nn.Module":
     return Tower()
 
 
-def build_classifier(folder: Path) -> "torch.nn.Module":
+def build_image_classifier(folder: Path) -> "torch.nn.Module":
     """Return the image classifier that a folder's config.json describes, with random weights.
 
     Raises:
@@ -232,7 +232,7 @@ def head_of(module: "torch.nn.Module") -> "torch.nn.Linear":
     return linear[-1]
 
 
-def device_of(device: str) -> "torch.device":
+def torch_device(device: str) -> "torch.device":
     """Return the device that a configuration means.
 
     Raises:

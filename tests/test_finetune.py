@@ -20,8 +20,8 @@ from sortd.commands.finetuning import observing, require_training_packages
 from sortd.config import Config, load
 from sortd.errors import AlreadyRunningError, ConfigError, DataError, DestinationError, ModelError
 from sortd.finetune.data import PLAN_FILE, find_candidates, pixels_file
-from sortd.finetune.recipe import Observer, Recipe, Source, StoppedError, TrainingProgress, TrainingRequest
-from sortd.finetune.run import finetune, output_of, prepare, unfinished_of
+from sortd.finetune.recipe import Observer, Recipe, Source, TrainingProgress, TrainingRequest, TrainingStoppedError
+from sortd.finetune.run import output_of, prepare_training, run_finetuning, unfinished_of
 from sortd.finetune.train import newest_checkpoint
 from sortd.finetuned import UNFINISHED, FinetunedFacts, calibrated, read_facts
 from sortd.finetuned_network import load_finetuned
@@ -85,7 +85,7 @@ def request_for(config: Config, base: Path, **changes: Any) -> TrainingRequest:
 def trained(config: Config, request: TrainingRequest, name: str = "result", **options: Any) -> FinetunedFacts:
     """Fine-tune into the state folder."""
     output = config.state_dir / name
-    facts = finetune(request, config, output, now=NOW, load_encoder=lambda _: FakeEncoder(), **options)
+    facts = run_finetuning(request, config, output, now=NOW, load_encoder=lambda _: FakeEncoder(), **options)
     assert facts is not None
     return facts
 
@@ -179,7 +179,7 @@ def test_a_seed_gives_the_same_metrics_and_a_stopped_training_ends_like_one_that
 
     seen: list[int] = []
     half = Observer(progress=lambda now: seen.append(now.step), is_asked_to_stop=lambda: len(seen) >= 8)
-    with pytest.raises(StoppedError, match="stopped at step"):
+    with pytest.raises(TrainingStoppedError, match="stopped at step"):
         trained(config, request, "third", observer=half)
     assert not (config.state_dir / "third").exists()
     work = config.state_dir / f"third{UNFINISHED}"
@@ -279,7 +279,7 @@ def test_a_full_disk_while_it_is_prepared_is_a_clear_error(tmp_path: Path, vit: 
     work.mkdir()
     pixels_file(work, "train").symlink_to("/dev/full")
     with pytest.raises(DestinationError, match="No space left"):
-        prepare(request_for(config, vit), config, work, created="", load_encoder=lambda _: FakeEncoder())
+        prepare_training(request_for(config, vit), config, work, created="", load_encoder=lambda _: FakeEncoder())
     assert not (work / PLAN_FILE).exists()
 
 

@@ -11,7 +11,7 @@ import pytest
 from sortd import finetuned
 from sortd.errors import ModelError
 from sortd.finetuned import FinetunedFacts, calibrated, facts_json, read_facts
-from sortd.finetuned_network import build_classifier, load_finetuned
+from sortd.finetuned_network import build_image_classifier, load_finetuned
 from sortd.messages import Fit, Preprocessing
 from tests.tiny_vit import SIDE, build_tiny_vit
 
@@ -31,7 +31,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["label2id"] = {label: index for index, label in enumerate(LABELS)}
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     torch.manual_seed(0)
-    save_file(build_classifier(folder).state_dict(), folder / "model.safetensors")
+    save_file(build_image_classifier(folder).state_dict(), folder / "model.safetensors")
     confidence = np.linspace(0.4, 1.0, 60)
     facts = FinetunedFacts(
         folder=folder,

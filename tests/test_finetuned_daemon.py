@@ -10,7 +10,7 @@ import pytest
 
 from sortd.config import load
 from sortd.finetune.recipe import Recipe, TrainingRequest
-from sortd.finetune.run import finetune, output_of
+from sortd.finetune.run import output_of, run_finetuning
 from sortd.finetuned import WEIGHTS_FILE, FinetunedFacts
 from sortd.layout import Layout
 from tests.command_line import sortd
@@ -45,7 +45,7 @@ def test_what_was_trained_is_promoted_files_and_is_demoted(colours: Path, write_
     recipe = Recipe(epochs=3, batch_size=8, learning_rate=1e-3, evaluations=2, test=0.25, validation=0.25)
     request = TrainingRequest(Layout(colours), base=str(build_tiny_vit(tmp_path / "base")), recipe=recipe)
     output = output_of(request, loaded.state_dir, NOW)
-    trained = finetune(request, loaded, output, now=NOW, load_encoder=lambda _: FakeEncoder())
+    trained = run_finetuning(request, loaded, output, now=NOW, load_encoder=lambda _: FakeEncoder())
     assert trained is not None
     with running(config, program="sortd") as daemon:
         assert daemon.wait_for("image.filed", path=drop(colours, "red", 1))["mode"] == "max"

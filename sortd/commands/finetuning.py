@@ -24,7 +24,7 @@ from sortd.commands.console import (
     say,
 )
 from sortd.errors import ModelError
-from sortd.finetune.recipe import Observer, Recipe, Source, StoppedError, TrainingProgress, TrainingRequest
+from sortd.finetune.recipe import Observer, Recipe, Source, TrainingProgress, TrainingRequest, TrainingStoppedError
 from sortd.signals import Signalled, signals_posted
 
 if TYPE_CHECKING:
@@ -100,11 +100,11 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
         )
     with observing() as observer:
         try:
-            facts = run.finetune(request, loaded, place, now=now, resume=resume, observer=observer)
-        except StoppedError as error:
+            facts = run.run_finetuning(request, loaded, place, now=now, resume=resume, observer=observer)
+        except TrainingStoppedError as error:
             said = [f"--config {config}"] * (config is not None) + [f"--output {output}"] * (output is not None)
             again = " ".join(["sortd finetune", dataset, *said, "--resume"])
-            raise StoppedError(f"{error}; go on with `{again}`") from error
+            raise TrainingStoppedError(f"{error}; go on with `{again}`") from error
     if facts is not None:
         _print_result(facts, place, as_json=as_json)
 

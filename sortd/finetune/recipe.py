@@ -106,7 +106,7 @@ class Observer:
     """Asked after each step."""
 
 
-class StoppedError(StartupError):
+class TrainingStoppedError(StartupError):
     """Training was interrupted; its checkpoint is whole and it can be resumed."""
 
     exit_code = 130

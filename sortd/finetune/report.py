@@ -81,7 +81,7 @@ def save_tensors(tensors: "Mapping[str, torch.Tensor]", file: Path) -> None:
         ) from error
 
 
-def publish(folder: Path, output: Path) -> FinetunedFacts:
+def publish_result(folder: Path, output: Path) -> FinetunedFacts:
     """Rename a complete folder to its name, durably, and return its facts as any reader finds them.
 
     Raises:

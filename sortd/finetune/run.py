@@ -21,10 +21,10 @@ from sortd.finetune import data
 from sortd.finetune.evaluate import baseline_predictions, embed_names, evaluate_model
 from sortd.finetune.model import add_lora, find_base, init_head, load_base, weights_of
 from sortd.finetune.recipe import Observer, TrainingRequest
-from sortd.finetune.report import publish, save_tensors, write_result
+from sortd.finetune.report import publish_result, save_tensors, write_result
 from sortd.finetune.train import TrainSettings, make_model, train, training_arguments
 from sortd.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts
-from sortd.finetuned_network import Network, device_of, load_weights
+from sortd.finetuned_network import Network, load_weights, torch_device
 from sortd.images import Limits
 from sortd.layout import Area, Layout
 from sortd.messages import Preprocessing
@@ -58,7 +58,7 @@ def unfinished_of(request: TrainingRequest, state: Path) -> Path:
     return found[-1].with_name(found[-1].name.removesuffix(UNFINISHED))
 
 
-def finetune(
+def run_finetuning(
     request: TrainingRequest,
     config: Config,
     output: Path,
@@ -86,7 +86,7 @@ def finetune(
         DataError: the dataset cannot be trained on, or there is nothing to resume.
         ConfigError: the request sets what the Trainer does not take.
         ModelError: the encoder or the base cannot be had.
-        StoppedError: it was asked to stop; it can be resumed.
+        TrainingStoppedError: it was asked to stop; it can be resumed.
         StorageError: the disk is full.
     """
     from accelerate import PartialState
@@ -95,14 +95,14 @@ def finetune(
     work = output.with_name(output.name + UNFINISHED)
     if output.exists():
         raise DataError(f"{output} is there already; choose another place with --output")
-    device = device_of(config.device)
+    device = torch_device(config.device)
     training_arguments(TrainSettings(request.recipe, work, device.type, extra=request.extra), images=1)  # fails early
     processes = PartialState(cpu=device.type == "cpu")  # of this training; usually it is one
     is_first = processes.is_main_process
     with _working_in(work, resume=resume) if is_first else nullcontext():
         if is_first and not resume:
             stamp = f"{now:%Y-%m-%dT%H:%M:%SZ}"
-            prepare(request, config, work, created=stamp, load_encoder=load_encoder, tell=observer.finished)
+            prepare_training(request, config, work, created=stamp, load_encoder=load_encoder, tell=observer.finished)
         processes.wait_for_everyone()
         plan = data.read_plan(work)
         if config.threads:
@@ -130,7 +130,7 @@ def finetune(
         seconds = round(time.monotonic() - began, 1)
         facts = replace(facts, metrics={**facts.metrics, **trained, "seconds": seconds})
         write_result(facts, table, network.module, base.config, base.processor)
-        facts = publish(beside, output)
+        facts = publish_result(beside, output)
         with data.writing(work):
             shutil.rmtree(work)
         return facts
@@ -189,7 +189,7 @@ def _train_network(network: Network, plan: data.Plan, work: Path, settings: Trai
 # ---------------------------------------------------------------- the preparation
 
 
-def prepare(
+def prepare_training(
     request: TrainingRequest,
     config: Config,
     work: Path,

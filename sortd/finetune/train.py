@@ -20,7 +20,7 @@ import numpy as np
 from sortd.deciding.confidence import log_softmax
 from sortd.errors import ConfigError, DestinationError
 from sortd.finetune.data import TrainDataset
-from sortd.finetune.recipe import CLASSIFIER_RATE, Observer, Recipe, StoppedError, TrainingProgress
+from sortd.finetune.recipe import CLASSIFIER_RATE, Observer, Recipe, TrainingProgress, TrainingStoppedError
 from sortd.finetuned import FloatArray, IntArray
 from sortd.finetuned_network import Network, head_of
 
@@ -69,7 +69,7 @@ def train(
         ``best_step``, the step of that checkpoint or None, and ``log``, the Trainer's rows.
 
     Raises:
-        StoppedError: it was asked to stop; a checkpoint was written.
+        TrainingStoppedError: it was asked to stop; a checkpoint was written.
         DestinationError: a checkpoint could not be written.
         ConfigError: see ``training_arguments``.
     """
@@ -102,7 +102,7 @@ def train(
         ) from error
     state = trainer.state
     if settings.observer.is_asked_to_stop():
-        raise StoppedError(f"stopped at step {state.global_step} of {state.max_steps}; its checkpoint is whole")
+        raise TrainingStoppedError(f"stopped at step {state.global_step} of {state.max_steps}; its checkpoint is whole")
     return {"best_step": state.best_global_step, "log": list(state.log_history)}
 
 
