@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 
 from sortd.config import Config, load
-from sortd.finetune import finetune
-from sortd.finetuning.preparation import Order
-from sortd.finetuning.recipe import Recipe
+from sortd.finetune.recipe import Recipe, TrainingRequest
+from sortd.finetune.run import run_finetuning
 from sortd.layout import Layout
 
 TEST, VALIDATION = 0.3, 0.1
@@ -62,8 +61,8 @@ def measure(folders: list[Path], arguments: argparse.Namespace) -> Iterator[dict
             if not layout.is_dataset:
                 copy_dataset(folder, [other for other in folders if other != folder], config.root)
             recipe = Recipe(test=TEST, validation=VALIDATION, seed=seed, **changes)
-            order = Order(layout, base=arguments.base, side=arguments.side, recipe=recipe)
-            facts = finetune(order, config, root / f"{folder.name}-{seed}", now=datetime.now(UTC))
+            request = TrainingRequest(layout, base=arguments.base, side=arguments.side, recipe=recipe)
+            facts = run_finetuning(request, config, root / f"{folder.name}-{seed}", now=datetime.now(UTC))
             assert facts is not None
             compared = facts.metrics["comparison"]
             modes = {mode: 100 * row["accuracy"] for mode, row in compared["prototypes"].items()}

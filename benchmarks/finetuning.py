@@ -20,11 +20,11 @@ import numpy as np
 from PIL import Image
 
 from sortd.decoding.decoders import DecodedImage, DecoderPool
-from sortd.finetuning.network import Network, device_of
-from sortd.finetuning.preparation import enlarged
-from sortd.finetuning.recipe import Recipe
-from sortd.finetuning.trainee import make_trainee
-from sortd.finetuning.training import Lesson, Schedule, train
+from sortd.finetune.data import TrainDataset
+from sortd.finetune.recipe import Recipe
+from sortd.finetune.run import enlarged
+from sortd.finetune.train import TrainSettings, make_model, train
+from sortd.finetuned_network import Network, torch_device
 from sortd.images import Limits
 from sortd.messages import Fit, Preprocessing
 from sortd.watching.scanning import stamp
@@ -81,12 +81,9 @@ def plain_loop(files: list[Path], arguments: argparse.Namespace, device: "torch.
 
 def own_training(files: list[Path], arguments: argparse.Namespace, device: "torch.device", work: Path) -> float:
     """Train as ``sortd finetune`` does, decoding included; return images a second."""
-    import torch
-
     recipe = Recipe(epochs=arguments.epochs, batch_size=arguments.batch, evaluations=1)
     seen = Preprocessing(224, 224, 224, 2, Fit.STRETCH)
     network = Network(vision_transformer(small=arguments.small), PROCESSOR, device)
-    trainee = make_trainee(network, (224, 224), torch.ones(CLASSES), recipe)
     began = time.perf_counter()
     large = enlarged(seen)
     pixels = np.empty((len(files), large.crop_height, large.crop_width, 3), np.uint8)
@@ -95,9 +92,10 @@ def own_training(files: list[Path], arguments: argparse.Namespace, device: "torc
         for index, answer in enumerate(pool.decode_all(stamped)):
             assert isinstance(answer, DecodedImage)
             pixels[index] = answer.pixels
-    lesson = Lesson(pixels, np.arange(len(files)) % CLASSES, np.ones(len(files), np.float32))
-    glance = Lesson(pixels[:CLASSES, :224, :224], np.arange(CLASSES), np.ones(CLASSES, np.float32))
-    train(trainee, lesson, glance, Schedule(recipe, work, device.type, extra=("save_only_model=true",)))
+    dataset = TrainDataset(pixels, np.arange(len(files)) % CLASSES, np.ones(len(files), np.float32))
+    validation = TrainDataset(pixels[:CLASSES, :224, :224], np.arange(CLASSES), np.ones(CLASSES, np.float32))
+    model = make_model(network, (224, 224), dataset, recipe)
+    train(model, dataset, validation, TrainSettings(recipe, work, device.type, extra=("save_only_model=true",)))
     settle(device)
     return float(arguments.epochs * len(files) / (time.perf_counter() - began))
 
@@ -121,7 +119,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    device = device_of(arguments.device)
+    device = torch_device(arguments.device)
     with tempfile.TemporaryDirectory(prefix="finetuning-") as place:
         files = draw_photos(Path(place), arguments.images)
         plain = plain_loop(files, arguments, device)

@@ -75,7 +75,7 @@ def make_vit(folder: Path, labels: Sequence[str] = tuple(COLOURS)) -> FinetunedF
     from safetensors.torch import save
     from transformers import ViTConfig, ViTForImageClassification
 
-    from sortd.finetuning.gaussian_head import gaussian_head
+    from sortd.finetune.model import gaussian_head
 
     config = ViTConfig(
         hidden_size=24,

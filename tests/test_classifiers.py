@@ -12,10 +12,9 @@ import pytest
 
 from sortd.config import Config, load
 from sortd.encoder import Pixels, Rows
-from sortd.finetuned import FACTS_FILE, FinetunedFacts, read_facts
+from sortd.finetuned import FACTS_FILE, FinetunedFacts, Promotion, read_facts, remove_promotion, write_promotion
 from sortd.layout import Area, Layout
 from sortd.messages import DatasetId, Embedded, Move, PrototypesBuilt, RebuildFailed, Stamp
-from sortd.promotion import Promotion, remove_promotion, write_promotion
 from sortd.running.classifiers import appointed
 from sortd.running.rehearsal import rehearse
 from sortd.running.site import Site, teaching_of

@@ -16,20 +16,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sortd.commands.finetuning import observing, see_that_it_can_train
+from sortd.commands.finetuning import observing, require_training_packages
 from sortd.config import Config, load
 from sortd.errors import AlreadyRunningError, ConfigError, DataError, DestinationError, ModelError
-from sortd.finetune import finetune, output_of, unfinished_of
-from sortd.finetuned import FinetunedFacts, read_facts
-from sortd.finetuned import load as load_model
-from sortd.finetuning.photos import Source, find_candidates
-from sortd.finetuning.plan import PLAN_FILE, pixels_file
-from sortd.finetuning.preparation import Order, prepare
-from sortd.finetuning.recipe import Recipe
-from sortd.finetuning.training import Observer, Progress, StoppedError, newest_checkpoint
+from sortd.finetune.data import PLAN_FILE, find_candidates, pixels_file
+from sortd.finetune.recipe import Observer, Recipe, Source, TrainingProgress, TrainingRequest, TrainingStoppedError
+from sortd.finetune.run import output_of, prepare_training, run_finetuning, unfinished_of
+from sortd.finetune.train import newest_checkpoint
+from sortd.finetuned import UNFINISHED, FinetunedFacts, calibrated, read_facts
+from sortd.finetuned_network import load_finetuned
 from sortd.images import Limits, decode_file
 from sortd.layout import Layout
-from sortd.promotion import UNFINISHED
 from tests.command_line import sortd
 from tests.fake_encoder import FakeEncoder
 from tests.filed_images import file_images
@@ -79,16 +76,16 @@ def configured(folder: Path) -> Config:
     return load(file, {"HOME": str(folder)})
 
 
-def order_of(config: Config, base: Path, **changes: Any) -> Order:
-    """Return an order for the made dataset."""
+def request_for(config: Config, base: Path, **changes: Any) -> TrainingRequest:
+    """Return a request for the made dataset."""
     recipe = replace(QUICK, **{key: changes.pop(key) for key in list(changes) if hasattr(QUICK, key)})
-    return Order(Layout(config.root / "Shapes"), base=str(base), recipe=recipe, **changes)
+    return TrainingRequest(Layout(config.root / "Shapes"), base=str(base), recipe=recipe, **changes)
 
 
-def trained(config: Config, order: Order, name: str = "result", **options: Any) -> FinetunedFacts:
+def trained(config: Config, request: TrainingRequest, name: str = "result", **options: Any) -> FinetunedFacts:
     """Fine-tune into the state folder."""
     output = config.state_dir / name
-    facts = finetune(order, config, output, now=NOW, load_encoder=lambda _: FakeEncoder(), **options)
+    facts = run_finetuning(request, config, output, now=NOW, load_encoder=lambda _: FakeEncoder(), **options)
     assert facts is not None
     return facts
 
@@ -103,7 +100,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, vit: Path) -> tuple[Config, 
     shutil.copy(dataset / "Clases" / "red" / "0-1.png", dataset / "Clases" / "green" / "same.png")
     (dataset / "Clases" / "named only").mkdir()
     make_photos(config.root, {"_none": 5}, seed=9)
-    return config, trained(config, order_of(config, vit))
+    return config, trained(config, request_for(config, vit))
 
 
 def test_the_result_is_whole_and_nothing_else_is_left(whole: tuple[Config, FinetunedFacts]) -> None:
@@ -151,10 +148,10 @@ def test_unreadable_and_contradictory_photos_are_named_and_skipped(whole: tuple[
 def test_the_written_model_decides_as_it_was_judged(whole: tuple[Config, FinetunedFacts]) -> None:
     """Loaded from its folder, and given photos as sortd decodes them, it is as right as its metrics say."""
     config, facts = whole
-    model = load_model(facts.folder, device="cpu")
+    model = load_finetuned(facts.folder, device="cpu")
     files = sorted((config.root / "Shapes" / "Clases").glob("*/0-*.png"))
     pixels = np.stack([decode_file(str(path), model.preprocessing, Limits()) for path in files])
-    found = model.facts.probabilities(model.logits(pixels)).argmax(axis=1)
+    found = calibrated(model.logits(pixels), model.facts.temperature).argmax(axis=1)
     right = np.mean([facts.labels[best] == path.parent.name for best, path in zip(found, files, strict=True)])
     assert right > facts.metrics["comparison"]["finetuned_accuracy"] - 0.15
     assert len(facts.confidence) == facts.metrics["comparison"]["images"] + sum(
@@ -176,14 +173,14 @@ def test_a_seed_gives_the_same_metrics_and_a_stopped_training_ends_like_one_that
     """Twice the same figures; asked to stop at half, it leaves a checkpoint, and resumed it is within a point."""
     config = configured(tmp_path)
     make_photos(config.root, COUNTS)
-    order = order_of(config, vit)
-    first = trained(config, order, "first")
-    assert figures(trained(config, order, "second")) == figures(first)
+    request = request_for(config, vit)
+    first = trained(config, request, "first")
+    assert figures(trained(config, request, "second")) == figures(first)
 
     seen: list[int] = []
     half = Observer(progress=lambda now: seen.append(now.step), is_asked_to_stop=lambda: len(seen) >= 8)
-    with pytest.raises(StoppedError, match="stopped at step"):
-        trained(config, order, "third", observer=half)
+    with pytest.raises(TrainingStoppedError, match="stopped at step"):
+        trained(config, request, "third", observer=half)
     assert not (config.state_dir / "third").exists()
     work = config.state_dir / f"third{UNFINISHED}"
     begun = newest_checkpoint(work)
@@ -194,7 +191,7 @@ def test_a_seed_gives_the_same_metrics_and_a_stopped_training_ends_like_one_that
     (cut / "trainer_state.json").unlink()
     shutil.rmtree(config.root)  # the plan is all that it needs
     (config.root / "Shapes" / "Clases").mkdir(parents=True)
-    resumed = trained(config, order, "third", resume=True)
+    resumed = trained(config, request, "third", resume=True)
     assert abs(accuracy(resumed) - accuracy(first)) <= 0.01
     assert resumed.metrics["validation"] == pytest.approx(first.metrics["validation"], abs=0.02)
 
@@ -214,8 +211,8 @@ def test_a_clip_is_a_base_too(tmp_path: Path, tower: Tower, layout: Placed, kind
     config = configured(tmp_path)
     make_photos(config.root, COUNTS)
     base = build_tiny_clip(tmp_path / "clip", tower=tower, layout=layout)
-    facts = trained(config, order_of(config, base, epochs=1))
-    model = load_model(facts.folder, device="cpu")
+    facts = trained(config, request_for(config, base, epochs=1))
+    model = load_finetuned(facts.folder, device="cpu")
     assert json.loads((facts.folder / "config.json").read_text("utf-8"))["model_type"] == kind
     seen = model.preprocessing
     assert model.logits(np.zeros((2, seen.crop_height, seen.crop_width, 3), np.uint8)).shape == (2, 3)
@@ -225,20 +222,20 @@ def test_the_packaged_tower_sees_more_than_it_was_taught_on(tmp_path: Path) -> N
     """``auto`` without the ViT is the packaged tower, at one and a half times its size, with its last map."""
     config = configured(tmp_path)
     make_photos(config.root, COUNTS)
-    facts = trained(config, order_of(config, Path("auto"), epochs=1, evaluations=1))
+    facts = trained(config, request_for(config, Path("auto"), epochs=1, evaluations=1))
     said = json.loads((facts.folder / "config.json").read_text("utf-8"))
     assert facts.base == "packaged"
     assert said["features"] == ["embedding", "map"]
     assert said["vision_config"]["image_size"] == facts.preprocessing.crop_height == 96
-    assert load_model(facts.folder, device="cpu").facts.model_id == facts.model_id
+    assert load_finetuned(facts.folder, device="cpu").facts.model_id == facts.model_id
 
 
 def test_low_rank_additions_end_in_the_weights(tmp_path: Path, vit: Path) -> None:
     """A model that was trained by LoRA is written whole: its folder needs no peft."""
     config = configured(tmp_path)
     make_photos(config.root, COUNTS)
-    facts = trained(config, order_of(config, vit, epochs=1, lora_rank=2))
-    assert load_model(facts.folder, device="cpu").facts.labels == tuple(sorted(COUNTS))
+    facts = trained(config, request_for(config, vit, epochs=1, lora_rank=2))
+    assert load_finetuned(facts.folder, device="cpu").facts.labels == tuple(sorted(COUNTS))
 
 
 def test_what_sortd_filed_counts_half_and_judges_nothing(tmp_path: Path, vit: Path) -> None:
@@ -250,7 +247,7 @@ def test_what_sortd_filed_counts_half_and_judges_nothing(tmp_path: Path, vit: Pa
     known, _ = find_candidates(Layout(dataset), Source.DATASET, config.state_dir)
     halved = {one.path for one in known if not one.is_placed}
     assert halved == set(filed[1:])
-    facts = trained(config, order_of(config, vit, epochs=1, source=Source.DATASET))
+    facts = trained(config, request_for(config, vit, epochs=1, source=Source.DATASET))
     assert facts.metrics["data"]["filed"] == 9
     green = next(row for row in facts.metrics["classes"] if row["label"] == "green")
     assert green["train"] >= 9
@@ -262,16 +259,16 @@ def test_a_full_disk_in_the_middle_of_training_loses_nothing(tmp_path: Path, vit
     make_photos(config.root, COUNTS)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(_: Progress) -> None:
+    def fill(_: TrainingProgress) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # larger files fail, as all do on a full disk
 
     try:
         with pytest.raises(DestinationError, match="cannot be written"):
-            trained(config, order_of(config, vit), observer=Observer(progress=fill))
+            trained(config, request_for(config, vit), observer=Observer(progress=fill))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (config.state_dir / "result").exists()
-    assert trained(config, order_of(config, vit), resume=True).labels == tuple(sorted(COUNTS))
+    assert trained(config, request_for(config, vit), resume=True).labels == tuple(sorted(COUNTS))
 
 
 def test_a_full_disk_while_it_is_prepared_is_a_clear_error(tmp_path: Path, vit: Path) -> None:
@@ -282,7 +279,7 @@ def test_a_full_disk_while_it_is_prepared_is_a_clear_error(tmp_path: Path, vit: 
     work.mkdir()
     pixels_file(work, "train").symlink_to("/dev/full")
     with pytest.raises(DestinationError, match="No space left"):
-        prepare(order_of(config, vit), config, work, created="", load_encoder=lambda _: FakeEncoder())
+        prepare_training(request_for(config, vit), config, work, created="", load_encoder=lambda _: FakeEncoder())
     assert not (work / PLAN_FILE).exists()
 
 
@@ -303,7 +300,7 @@ def test_data_that_cannot_be_trained_on_is_a_clear_error(tmp_path: Path, vit: Pa
     make, said = BAD_DATA[bad]
     make(config.root / "Shapes" / "Clases")
     with pytest.raises(DataError, match=said):
-        trained(config, order_of(config, vit))
+        trained(config, request_for(config, vit))
     assert not list(config.state_dir.glob("result*"))
 
 
@@ -313,25 +310,25 @@ def test_what_stands_in_the_way_is_a_clear_error(tmp_path: Path, vit: Path) -> N
 
     config = configured(tmp_path)
     make_photos(config.root, COUNTS)
-    order = order_of(config, vit)
+    request = request_for(config, vit)
     with pytest.raises(ModelError, match="sortd models fetch some/vit"):
-        trained(config, replace(order, base="some/vit"))
+        trained(config, replace(request, base="some/vit"))
     with pytest.raises(ModelError, match="takes images of 32 pixels"):
-        trained(config, replace(order, side=64))
+        trained(config, replace(request, side=64))
     with pytest.raises(DataError, match="no unfinished"):
-        trained(config, order, resume=True)
+        trained(config, request, resume=True)
     with pytest.raises(DataError, match="no unfinished"):
-        unfinished_of(order, config.state_dir)
+        unfinished_of(request, config.state_dir)
     (config.state_dir / "taken").mkdir(parents=True)
     with pytest.raises(DataError, match="is there already"):
-        trained(config, order, "taken")
+        trained(config, request, "taken")
     work = config.state_dir / f"result{UNFINISHED}"
     work.mkdir()
     with FileLock(work / "lock"), pytest.raises(AlreadyRunningError):
-        trained(config, order)
+        trained(config, request)
     for pair, said in {"nothing=1": "NAME=VALUE", "seed=1": "sortd's own", "max_steps=few": "does not take"}.items():
         with pytest.raises(ConfigError, match=f"--set {pair}.*{said}"):
-            trained(config, replace(order, extra=(pair,)))
+            trained(config, replace(request, extra=(pair,)))
 
 
 def test_the_command_prints_its_facts(tmp_path: Path, vit: Path, write_config: Callable[..., Path]) -> None:
@@ -381,7 +378,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(
 def test_signals_are_heard_between_steps_while_it_trains_and_at_once_before() -> None:
     """While a step runs SIGTERM waits for its end; before training there is nothing to lose by ending."""
     with observing() as observer:
-        observer.progress(Progress(1, 10, 0.1))
+        observer.progress(TrainingProgress(1, 10))
         assert not observer.is_asked_to_stop()
         signal.raise_signal(signal.SIGTERM)
         assert observer.is_asked_to_stop()
@@ -392,10 +389,10 @@ def test_signals_are_heard_between_steps_while_it_trains_and_at_once_before() ->
 def test_without_the_extra_the_command_to_install_it_is_said() -> None:
     """Nobody has to guess what ``No module named accelerate`` wants."""
     with pytest.raises(ModelError, match=r"accelerate and matplotlib: pip install 'sortd-images\[train\]'"):
-        see_that_it_can_train(lambda _: None)
+        require_training_packages(lambda _: None)
 
 
 def test_results_are_named_by_time_and_seed(tmp_path: Path) -> None:
     """Two trainings of one second with two seeds do not meet."""
-    order = Order(Layout(tmp_path / "Shapes"), recipe=Recipe(seed=7))
-    assert output_of(order, tmp_path, NOW).name == "20260301T120000Z-7"
+    request = TrainingRequest(Layout(tmp_path / "Shapes"), recipe=Recipe(seed=7))
+    assert output_of(request, tmp_path, NOW).name == "20260301T120000Z-7"

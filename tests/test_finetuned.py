@@ -10,8 +10,8 @@ import pytest
 
 from sortd import finetuned
 from sortd.errors import ModelError
-from sortd.finetuned import FinetunedFacts, facts_json, load, read_facts
-from sortd.finetuning.network import build_classifier
+from sortd.finetuned import FinetunedFacts, calibrated, facts_json, read_facts
+from sortd.finetuned_network import build_image_classifier, load_finetuned
 from sortd.messages import Fit, Preprocessing
 from tests.tiny_vit import SIDE, build_tiny_vit
 
@@ -31,7 +31,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["label2id"] = {label: index for index, label in enumerate(LABELS)}
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     torch.manual_seed(0)
-    save_file(build_classifier(folder).state_dict(), folder / "model.safetensors")
+    save_file(build_image_classifier(folder).state_dict(), folder / "model.safetensors")
     confidence = np.linspace(0.4, 1.0, 60)
     facts = FinetunedFacts(
         folder=folder,
@@ -87,7 +87,7 @@ def test_a_loaded_model_gives_the_logits_of_its_network(written: Path) -> None:
     """Logits are those of the module on pixels normalised by the processor, in float32."""
     import torch
 
-    model = load(written, device="cpu")
+    model = load_finetuned(written, device="cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (5, SIDE, SIDE, 3), dtype=np.uint8)
     with torch.inference_mode():
         values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 / 0.5 - 1
@@ -100,19 +100,11 @@ def test_a_loaded_model_gives_the_logits_of_its_network(written: Path) -> None:
         model.logits(pixels[:, :-1])
 
 
-def test_probabilities_are_softened_by_the_temperature(written: Path) -> None:
+def test_probabilities_are_softened_by_the_temperature() -> None:
     """Logits are divided by it, and rows sum to one."""
     logits = np.array([[3.0, 0.0, -3.0]], np.float32)
     expected = np.exp(logits / 1.5) / np.exp(logits / 1.5).sum()
-    assert np.allclose(read_facts(written).probabilities(logits), expected)
-
-
-def test_the_threshold_rises_with_the_precision_that_is_wanted(written: Path) -> None:
-    """Images below 0.6 were wrong: a precision that allows them lies lower than one that does not."""
-    facts = read_facts(written)
-    low, high = facts.threshold(0.6).confidence, facts.threshold(0.95).confidence
-    assert low < high
-    assert high > 0.6
+    assert np.allclose(calibrated(logits, 1.5), expected)
 
 
 def test_what_decides_is_part_of_the_identity(copied: Path) -> None:
@@ -173,14 +165,14 @@ def test_weights_that_were_changed_are_refused(copied: Path) -> None:
     file.write_bytes(held)
     assert read_facts(copied)
     with pytest.raises(ModelError, match="is not what was written"):
-        load(copied, device="cpu")
+        load_finetuned(copied, device="cpu")
 
 
 def test_weights_of_another_network_are_refused(copied: Path) -> None:
     """A whole file that does not fit the configuration is said to be that."""
     change(copied / "config.json", hidden_size=64)
     with pytest.raises(ModelError, match="does not load"):
-        load(copied, device="cpu")
+        load_finetuned(copied, device="cpu")
 
 
 def test_a_network_that_answers_with_no_number_is_refused_at_the_start(copied: Path) -> None:
@@ -195,4 +187,4 @@ def test_a_network_that_answers_with_no_number_is_refused_at_the_start(copied: P
     weights = {"bytes": file.stat().st_size, "sha256": finetuned.sha256_of(file)}
     change(copied / "sortd.json", weights=weights)
     with pytest.raises(ModelError, match="no number"):
-        load(copied, device="cpu")
+        load_finetuned(copied, device="cpu")

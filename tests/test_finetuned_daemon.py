@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from sortd.config import load
-from sortd.finetune import finetune, output_of
+from sortd.finetune.recipe import Recipe, TrainingRequest
+from sortd.finetune.run import output_of, run_finetuning
 from sortd.finetuned import WEIGHTS_FILE, FinetunedFacts
-from sortd.finetuning.preparation import Order
-from sortd.finetuning.recipe import Recipe
 from sortd.layout import Layout
 from tests.command_line import sortd
 from tests.daemon_process import COLOURS, DaemonProcess, picture, running
@@ -44,9 +43,9 @@ def test_what_was_trained_is_promoted_files_and_is_demoted(colours: Path, write_
     config = write_config(device="cpu")
     loaded = load(config, {"HOME": str(tmp_path)})
     recipe = Recipe(epochs=3, batch_size=8, learning_rate=1e-3, evaluations=2, test=0.25, validation=0.25)
-    order = Order(Layout(colours), base=str(build_tiny_vit(tmp_path / "base")), recipe=recipe)
-    output = output_of(order, loaded.state_dir, NOW)
-    trained = finetune(order, loaded, output, now=NOW, load_encoder=lambda _: FakeEncoder())
+    request = TrainingRequest(Layout(colours), base=str(build_tiny_vit(tmp_path / "base")), recipe=recipe)
+    output = output_of(request, loaded.state_dir, NOW)
+    trained = run_finetuning(request, loaded, output, now=NOW, load_encoder=lambda _: FakeEncoder())
     assert trained is not None
     with running(config, program="sortd") as daemon:
         assert daemon.wait_for("image.filed", path=drop(colours, "red", 1))["mode"] == "max"

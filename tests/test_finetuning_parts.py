@@ -1,15 +1,21 @@
-"""The parts of fine-tuning that think: groups, splits, the Gaussian head, measures and verdicts."""
+"""The parts of fine-tuning that think: groups, splits, the Gaussian head, metrics and verdicts."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sortd.finetuning.gaussian_head import gaussian_head
-from sortd.finetuning.groups import near_duplicate_groups
-from sortd.finetuning.measures import Judged, calibration_error, confusion, figures, mcnemar, open_set, per_class
-from sortd.finetuning.split import split_by_group
-from sortd.finetuning.verdict import compare
+from sortd.finetune.data import Predictions, near_duplicate_groups, split_by_group
+from sortd.finetune.evaluate import (
+    calibration_error,
+    class_metrics,
+    compare,
+    confusion_matrix,
+    mcnemar,
+    metrics_of,
+    open_set,
+)
+from sortd.finetune.model import gaussian_head
 
 
 def unit_rows(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
@@ -148,32 +154,33 @@ def test_open_set_figures_compare_known_with_strangers() -> None:
     assert open_set(known, np.zeros(0)) is None
 
 
-def judged(name: str, best: np.ndarray, *, classes: int = 2) -> Judged:
+def predictions(name: str, best: np.ndarray, *, classes: int = 2) -> Predictions:
     """Return a classifier that is 90 % sure of each of its answers."""
     probabilities = np.full((len(best), classes), 0.1 / (classes - 1))
     probabilities[np.arange(len(best)), best] = 0.9
-    return Judged(name, probabilities, np.zeros(0))
+    return Predictions(name, probabilities, np.zeros(0))
 
 
-def test_figures_count_classes_alike_where_they_say_so() -> None:
+def test_metrics_count_classes_alike_where_they_say_so() -> None:
     """Accuracy counts images; balanced accuracy and macro F1 count classes."""
     own = np.array([0] * 8 + [1] * 2)
-    found = figures(judged("all zero", np.zeros(10, np.int64)), own, ("a", "b"))
+    found = metrics_of(predictions("all zero", np.zeros(10, np.int64)), own, ("a", "b"))
     assert found["accuracy"] == pytest.approx(0.8)
     assert found["balanced_accuracy"] == pytest.approx(0.5)
     assert found["macro_f1"] == pytest.approx((16 / 18) / 2)
-    assert per_class(np.zeros(10, np.int64), own, ("a", "b"))[1]["precision"] is None
-    assert confusion(np.zeros(10, np.int64), own, 2).tolist() == [[8, 0], [2, 0]]
+    table = confusion_matrix(np.zeros(10, np.int64), own, 2)
+    assert table.tolist() == [[8, 0], [2, 0]]
+    assert class_metrics(table, ("a", "b"))[1]["precision"] is None
 
 
 @pytest.mark.parametrize(("mistakes", "verdict"), [(0, "stronger"), (18, "level"), (40, "weaker")])
 def test_the_verdict_is_what_the_paired_test_tells_apart(mistakes: int, verdict: str) -> None:
     """Against a mode with twenty mistakes: none is stronger, about as many is level, twice as many is weaker."""
     own = np.zeros(100, np.int64)
-    champion = judged("max", (np.arange(100) < 20).astype(np.int64))
-    worse = judged("avg", (np.arange(100) < 60).astype(np.int64))
-    challenger = judged("finetuned", (np.arange(100) >= 100 - mistakes).astype(np.int64))
-    found = compare([worse, champion], challenger, own, ("a", "b"))
+    baseline = predictions("max", (np.arange(100) < 20).astype(np.int64))
+    worse = predictions("avg", (np.arange(100) < 60).astype(np.int64))
+    challenger = predictions("finetuned", (np.arange(100) >= 100 - mistakes).astype(np.int64))
+    found = compare([worse, baseline], challenger, own, ("a", "b"))
     assert found["verdict"] == verdict
     assert (found["best_mode"], found["best_mode_accuracy"]) == ("max", 0.8)
     assert set(found["prototypes"]) == {"max", "avg"}

@@ -11,9 +11,15 @@ from sortd.commands.evaluation_page import sentences
 from sortd.commands.examination import examine
 from sortd.config import load
 from sortd.errors import DestinationError, ModelError
-from sortd.finetuned import WEIGHTS_FILE
+from sortd.finetuned import (
+    WEIGHTS_FILE,
+    Promotion,
+    read_promotion,
+    remove_promotion,
+    results,
+    write_promotion,
+)
 from sortd.layout import Layout
-from sortd.promotion import Promotion, read_promotion, remove_promotion, results, write_promotion
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset
 from tests.fake_encoder import FakeEncoder

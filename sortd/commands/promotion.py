@@ -1,15 +1,15 @@
-"""Promotions: which fine-tuned models a dataset has, which one decides, and how one is put to work or taken back."""
+"""Promotion: which fine-tuned models a dataset has, which one decides, and how one is promoted or demoted."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sortd import finetuned
 from sortd.config import Config
 from sortd.errors import DataError, LayoutError, ModelError, StartupError
-from sortd.finetuned import FinetunedFacts, read_facts
+from sortd.finetuned import FinetunedFacts, read_facts, results
 from sortd.layout import Area, Layout, find_datasets
-from sortd.promotion import Promotion, read_promotion, remove_promotion, results, write_promotion
 from sortd.references import ReferencesAbsentError, class_labels
 from sortd.running.classifiers import appointed, unfit
 from sortd.running.requests import AnsweredError, ask
@@ -17,18 +17,13 @@ from sortd.running.site import teaching_of
 
 
 def promote(
-    config: Config,
-    dataset: str | None,
-    folder: Path | None,
-    *,
-    force: bool,
-    clock: Callable[[], float] = time.time,
+    config: Config, dataset: str | None, folder: Path | None, *, force: bool, clock: Callable[[], float] = time.time
 ) -> dict[str, Any]:
-    """Make a fine-tuned model a dataset's classifier, tell the sortd that runs, and return what was done.
+    """Make a fine-tuned model a dataset's classifier, notify the running sortd, and return what was done.
 
     Args:
         config: where everything is.
-        dataset: which dataset; None: the only one.
+        dataset: its name; None: the only one.
         folder: what ``sortd finetune`` wrote; None: the newest result of the dataset.
         force: promote a model that is weaker than the prototypes, too.
         clock: seconds since the epoch.
@@ -40,7 +35,13 @@ def promote(
     """
     layout = dataset_named(config, dataset)
     state_folder = layout.state_folder(config.state_dir)
-    facts = read_facts(_result(state_folder, layout) if folder is None else folder.absolute())
+    found = results(state_folder) if folder is None else [folder.absolute()]
+    if not found:
+        raise DataError(
+            f"{layout.name} has no fine-tuned model in {state_folder}: `sortd finetune {layout.name}` makes one, or "
+            "name the folder of one"
+        )
+    facts = read_facts(found[0])
     try:
         refusal = unfit(facts, class_labels(layout.area(Area.CLASES)), dataset=layout.name)
     except ReferencesAbsentError as error:
@@ -52,50 +53,42 @@ def promote(
             f"{facts.folder} is weaker than the prototypes on images that neither had seen ({compared(facts)}): "
             "fine-tune with more images, or promote it all the same with --force"
         )
-    write_promotion(state_folder, Promotion(facts.folder, facts.model_id, facts.verdict, clock()))
+    promotion = finetuned.Promotion(facts.folder, facts.model_id, facts.verdict, clock())
+    finetuned.write_promotion(state_folder, promotion)
     wanted = config.dataset(layout.name).classifier
-    return {
-        "dataset": layout.name,
-        **result_facts(facts),
-        "classifier": wanted,
-        "serves": wanted != "prototypes",
-        "told": _tell(config, layout),
-    }
+    own = {"dataset": layout.name, "classifier": wanted, "serves": wanted != "prototypes"}
+    return {**own, **result_facts(facts), "told": _notify(config, layout)}
 
 
 def demote(config: Config, dataset: str | None) -> dict[str, Any]:
-    """Let the prototypes of a dataset decide again, tell the sortd that runs, and return what was done.
+    """Let the prototypes of a dataset decide again, notify the running sortd, and return what was done.
 
     Raises:
         DataError: there is no such dataset.
         DestinationError: the state folder cannot be written.
     """
     layout = dataset_named(config, dataset)
-    was_promoted = remove_promotion(layout.state_folder(config.state_dir))
-    return {
-        "dataset": layout.name,
-        "demoted": was_promoted,
-        "told": _tell(config, layout) if was_promoted else None,
-    }
+    was_promoted = finetuned.remove_promotion(layout.state_folder(config.state_dir))
+    told = _notify(config, layout) if was_promoted else None
+    return {"dataset": layout.name, "demoted": was_promoted, "told": told}
 
 
 def finetuned_list(config: Config) -> dict[str, Any]:
     """Return, for each dataset, its fine-tuned models, newest first, and which one decides, as plain values.
 
     Raises:
-        StartupError: whoever asks may not read the state directory.
+        StartupError: the user may not read the state directory.
     """
     try:
         layouts = find_datasets(config.root)
     except LayoutError:
         return {}  # not mounted: there is nothing to decide
-    return {layout.name: _finetuned(config, layout) for layout in layouts}
+    return {layout.name: _models_of(config, layout) for layout in layouts}
 
 
-def _finetuned(config: Config, layout: Layout) -> dict[str, Any]:
-    state_folder = layout.state_folder(config.state_dir)
+def _models_of(config: Config, layout: Layout) -> dict[str, Any]:
     serving = serving_facts(config, layout)
-    folders = results(state_folder)
+    folders = results(layout.state_folder(config.state_dir))
     if serving["folder"] is not None and Path(serving["folder"]) not in folders:
         folders.append(Path(serving["folder"]))
     rows = []
@@ -113,19 +106,13 @@ def serving_facts(config: Config, layout: Layout) -> dict[str, Any]:
     """Return which classifier is to decide a dataset and why, as plain values; no model is loaded.
 
     ``deciding`` is ``prototypes`` or ``finetuned``, ``refusal`` says why a model that is wanted does not serve, and
-    ``expected`` what the images that were held out of its training foretell under the settings of the dataset.
+    ``expected`` what the held-out images of its training foretell under the settings of the dataset.
     """
     own = config.dataset(layout.name)
-    facts: dict[str, Any] = {
-        "classifier": own.classifier,
-        "deciding": "prototypes",
-        "folder": None,
-        "model_id": None,
-        "refusal": None,
-        "expected": None,
-    }
+    facts: dict[str, Any] = {"classifier": own.classifier, "deciding": "prototypes"}
+    facts |= dict.fromkeys(("folder", "model_id", "refusal", "expected"))
     try:
-        promotion = read_promotion(layout.state_folder(config.state_dir))
+        promotion = finetuned.read_promotion(layout.state_folder(config.state_dir))
         if promotion is not None:
             facts |= {"folder": str(promotion.folder), "model_id": promotion.model_id}
         elif own.classifier != "finetuned":
@@ -155,14 +142,14 @@ def waiting_model(config: Config, layout: Layout) -> FinetunedFacts | None:
         facts = read_facts(found[0]) if found else None
         labels = class_labels(layout.area(Area.CLASES))
     except (ModelError, ReferencesAbsentError):
-        return None  # damaged, or not mounted: whoever promotes it is told
+        return None  # damaged, or not mounted: ``promote`` says so
     if facts is None or facts.verdict != "stronger" or unfit(facts, labels, dataset=layout.name) is not None:
         return None
     return facts
 
 
 def result_facts(facts: FinetunedFacts) -> dict[str, Any]:
-    """Return what is told of one fine-tuned model, as plain values."""
+    """Return the facts of one fine-tuned model as plain values."""
     comparison = facts.metrics["comparison"]
     return {
         "folder": str(facts.folder),
@@ -180,7 +167,7 @@ def result_facts(facts: FinetunedFacts) -> dict[str, Any]:
 
 
 def compared(facts: FinetunedFacts) -> str:
-    """Say how a model did against the prototypes."""
+    """Return the accuracies of a model and of the prototypes in words."""
     said = result_facts(facts)
     ours, theirs = share(said["accuracy"]), share(said["prototypes_accuracy"])
     return f"{ours} of {said['images']} images right against {theirs} by mode {said['best_mode']}"
@@ -198,10 +185,10 @@ def dataset_named(config: Config, name: str | None) -> Layout:
         DataError: there is none of that name, or not exactly one.
         LayoutError: the root cannot be listed.
     """
-    layouts: Mapping[str, Layout] = {layout.name: layout for layout in find_datasets(config.root)}
+    layouts = {layout.name: layout for layout in find_datasets(config.root)}
     if name is None and len(layouts) == 1:
         return next(iter(layouts.values()))
-    there = ", ".join(layouts) or "none"
+    there = ", ".join(layouts) or "none; `sortd init DIR` makes one"
     if name is None:
         raise DataError(f"say which dataset: --dataset NAME; there are: {there}")
     if name not in layouts:
@@ -209,18 +196,8 @@ def dataset_named(config: Config, name: str | None) -> Layout:
     return layouts[name]
 
 
-def _result(state_folder: Path, layout: Layout) -> Path:
-    found = results(state_folder)
-    if not found:
-        raise DataError(
-            f"{layout.name} has no fine-tuned model in {state_folder}: `sortd finetune {layout.name}` makes one, or "
-            "name the folder of one"
-        )
-    return found[0]
-
-
-def _tell(config: Config, layout: Layout) -> str:
-    """Ask the sortd that runs to look at its classifiers anew; say in a sentence what comes of it."""
+def _notify(config: Config, layout: Layout) -> str:
+    """Ask the running sortd to read its classifiers again; return the outcome in a sentence."""
     try:
         reply = ask(config.state_dir, {"do": "rebuild", "datasets": [layout.name], "force": False})
     except (AnsweredError, StartupError) as error:  # it is written down: the next reload or start takes it up

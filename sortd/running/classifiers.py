@@ -19,10 +19,10 @@ from sortd.deciding.finetuned_classifier import (
 from sortd.deciding.support import Abstain
 from sortd.encoder import Encoder, Pixels, Rows
 from sortd.errors import ModelError
-from sortd.finetuned import FinetunedFacts, FinetunedModel, read_facts
+from sortd.finetuned import FinetunedFacts, read_facts, read_promotion
+from sortd.finetuned_network import FinetunedModel
 from sortd.layout import Layout
 from sortd.messages import Preprocessing
-from sortd.promotion import read_promotion
 from sortd.running.embedding import Embedder
 
 

@@ -14,7 +14,7 @@ from sortd.encoder import Encoder
 from sortd.encoding.model_folders import STRONGER
 from sortd.encoding.models import locate
 from sortd.finetuned import FinetunedFacts
-from sortd.finetuned import load as load_finetuned
+from sortd.finetuned_network import load_finetuned
 from sortd.images import DECODERS, Jpeg, Limits
 from sortd.layout import Layout
 from sortd.messages import DatasetId, Preprocessing

@@ -1,0 +1,465 @@
+"""The data of a fine-tuning: the labelled images, their split, and the plan on the disk that a training reads.
+
+An image weighs 1 where a person placed it: in ``Clases/``, or in ``Dataset/`` other than where sortd filed it. What
+sortd filed into ``Dataset/`` and nobody moved weighs 0.5 and is not used for evaluation, which would measure how far
+the model agrees with the prototypes.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sortd import mends
+from sortd.commands.journals import JOURNAL_FILE
+from sortd.deciding.duplicates import ROUNDING, duplicate_distance
+from sortd.errors import DataError, DestinationError
+from sortd.files import write_atomic
+from sortd.finetune.recipe import Recipe, Source
+from sortd.finetuned import Array, BoolArray, FloatArray, IntArray, preprocessing_from
+from sortd.finetuned_network import Pixels
+from sortd.journaling.history import History
+from sortd.layout import Area, Layout
+from sortd.messages import EmbeddedImage, ImageRefused, Outcome, Preprocessing, Refusal, Stamp
+from sortd.references import STRANGERS_FOLDER, ReferencesAbsentError, class_folders
+from sortd.running.embedding import Embedder
+
+PLACED, FILED = 1.0, 0.5
+"""The weight of an image that a person placed, and of one that sortd filed."""
+LARGEST_SHARE = 0.25
+"""A group of near-duplicates with more than this share of a class is no burst of one scene, but a class whose images
+are all alike to the encoder: it is divided by half the distance, again and again, down to copies."""
+ROWS_AT_ONCE = 1024
+PARTS = ("train", "validation", "test")
+PLAN_FILE, ARRAYS_FILE, START_FILE = "plan.json", "plan.npz", "start.safetensors"
+
+ImageFile = tuple[str, Stamp]
+
+
+# ---------------------------------------------------------------- the images
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A file that may be an image of a class."""
+
+    path: str
+    stamp: Stamp
+    label: str
+    is_placed: bool = True
+    """Whether a person placed it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Photos:
+    """The N images of a dataset's C classes, each content once."""
+
+    labels: tuple[str, ...]
+    files: tuple[ImageFile, ...]
+    classes: IntArray
+    """int64 (N,)."""
+    weights: Array
+    """float64 (N,): ``PLACED`` or ``FILED``."""
+    embeddings: FloatArray
+    """float32 (N, d), by the encoder of the prototypes."""
+    strangers: FloatArray
+    """float32 (S, d): embeddings of images of no class."""
+    stranger_files: tuple[ImageFile, ...]
+    left_out: tuple[Mapping[str, str], ...]
+    """``path`` and ``why`` of files that are not trained on."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of images of each class."""
+        held = np.bincount(self.classes, minlength=len(self.labels))
+        return dict(zip(self.labels, held.tolist(), strict=True))
+
+
+def find_candidates(layout: Layout, source: Source, state: Path) -> tuple[list[Candidate], list[Candidate]]:
+    """Return the files of a dataset's classes, and those of ``Clases/_none``; ``state`` is the state directory.
+
+    Raises:
+        DataError: a folder cannot be read.
+        JournalError: the journal cannot be read.
+    """
+    found: list[Candidate] = []
+    for area in source.areas:
+        unreadable: list[OSError] = []
+        try:
+            folders, _ = class_folders(layout.area(area), report=unreadable.append)
+        except ReferencesAbsentError as error:
+            raise DataError(f"{error}; choose other folders with --from, or mend it") from error
+        if unreadable:
+            raise DataError(mends.unreadable(unreadable[0]))
+        files = [Candidate(path, stamp, one.label) for one in folders for path, stamp in one.files]
+        found += _with_origin(layout, files, state) if area is Area.DATASET else files
+    known = [one for one in found if one.label != STRANGERS_FOLDER]
+    return known, [one for one in found if one.label == STRANGERS_FOLDER]
+
+
+def _with_origin(layout: Layout, candidates: list[Candidate], state: Path) -> list[Candidate]:
+    """Return files of ``Dataset/`` with ``is_placed`` as the journal tells."""
+    journal = layout.state_folder(state) / JOURNAL_FILE
+    if not journal.is_file():
+        return candidates
+    with History.open(journal) as history:
+        records = [history.last_known(one.stamp) for one in candidates]
+    return [
+        replace(
+            one,
+            is_placed=record is None
+            or record.grounds.outcome != Outcome.FILED.value
+            or os.path.join(layout.root, record.destination_path) != one.path,
+        )
+        for one, record in zip(candidates, records, strict=True)
+    ]
+
+
+def gather(candidates: Sequence[Candidate], strangers: Sequence[Candidate], embedder: Embedder) -> Photos:
+    """Read and embed every file once, and return the images that can be trained on.
+
+    Raises:
+        DataError: fewer than two classes have an image.
+    """
+    files = sorted({(one.path, one.stamp) for one in (*candidates, *strangers)}, key=lambda file: file[0])
+    answers = {(one.path, one.stamp): one for one in embedder.embed(files)}
+    kept, left_out = _deduplicated(candidates, answers)
+    labels = tuple(sorted({one.label for one, _ in kept}))
+    if len(labels) < 2:  # noqa: PLR2004 - a choice
+        raise DataError(_lacking(labels, len(candidates), left_out))
+    found = (answers[one.path, one.stamp] for one in strangers)
+    odd = {image.content: image for image in found if isinstance(image, EmbeddedImage)}.values()
+    none = np.zeros((0, embedder.encoder.dimensions), np.float32)
+    return Photos(
+        labels=labels,
+        files=tuple((one.path, one.stamp) for one, _ in kept),
+        classes=np.array([labels.index(one.label) for one, _ in kept], np.int64),
+        weights=np.array([PLACED if one.is_placed else FILED for one, _ in kept]),
+        embeddings=np.stack([image.embedding for _, image in kept]),
+        strangers=np.stack([image.embedding for image in odd]) if odd else none,
+        stranger_files=tuple((image.path, image.stamp) for image in odd),
+        left_out=tuple(left_out),
+    )
+
+
+def _deduplicated(
+    candidates: Sequence[Candidate], answers: Mapping[ImageFile, EmbeddedImage | ImageRefused]
+) -> tuple[list[tuple[Candidate, EmbeddedImage]], list[dict[str, str]]]:
+    """Return each content once, and what is left out: unreadable files, and contents that lie in two classes."""
+    left_out: list[dict[str, str]] = []
+    by_content: defaultdict[str, list[tuple[Candidate, EmbeddedImage]]] = defaultdict(list)
+    for one in candidates:
+        answer = answers[one.path, one.stamp]
+        if isinstance(answer, EmbeddedImage):
+            by_content[answer.content].append((one, answer))
+        elif answer.refusal not in {Refusal.NOT_AN_IMAGE, Refusal.VANISHED}:
+            left_out.append({"path": one.path, "why": answer.message})
+    kept = []
+    for same in by_content.values():
+        placed = [pair for pair in same if pair[0].is_placed] or same
+        labels = {one.label for one, _ in placed}
+        if len(labels) == 1:
+            kept.append(placed[0])
+            continue
+        for one, _ in placed:
+            others = ", ".join(sorted(labels - {one.label}))
+            left_out.append({"path": one.path, "why": f"the same image is in {others} too"})
+    return sorted(kept, key=lambda pair: (pair[0].label, pair[0].path)), left_out
+
+
+def _lacking(labels: Sequence[str], files: int, left_out: Sequence[Mapping[str, str]]) -> str:
+    skipped = ""
+    if left_out:
+        skipped = f" ({len(left_out)} were left out, the first is {left_out[0]['path']}: {left_out[0]['why']})"
+    if labels:
+        return f"only the class {labels[0]!r} has images{skipped}; a classifier needs two classes: fill a second folder"
+    state = f"none of the {files} files is an image that can be read{skipped}" if files else "there is no image"
+    return f"{state}; put images into the class folders, Clases/<class>/, of two classes or more"
+
+
+# ---------------------------------------------------------------- the split
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Three disjoint sets of image indices, int64 and ascending."""
+
+    train: IntArray
+    validation: IntArray
+    """Chooses the checkpoint, the averaging and the temperature."""
+    test: IntArray
+    """For evaluation; nothing is chosen by it."""
+
+
+def split_photos(photos: Photos, recipe: Recipe) -> Split:
+    """Return the split of photos; near-duplicates are in one part.
+
+    Raises:
+        DataError: there are too few images for a test or a validation of two classes.
+    """
+    groups = near_duplicate_groups(photos.embeddings, photos.classes)
+    shares = {"test": recipe.test, "validation": recipe.validation}
+    split = split_by_group(photos.classes, groups, photos.weights == PLACED, **shares, seed=recipe.seed)
+    for part in shares:
+        if len(np.unique(photos.classes[getattr(split, part)])) < 2:  # noqa: PLR2004 - one class cannot be confused
+            few = ", ".join(f"{label} {number}" for label, number in photos.counts.items())
+            raise DataError(
+                f"too few images that differ and that a person placed to hold some back for {part} ({few}): "
+                "fine-tuning needs three or more of two classes at least; with so few, the prototypes decide better"
+            )
+    return split
+
+
+def near_duplicate_groups(embeddings: FloatArray, classes: IntArray) -> IntArray:
+    """Return int64 (N,): the group of each image; images that a chain of near-duplicates joins are in one group.
+
+    ``embeddings`` are unit rows, float32 (N, d). A group may hold images of several classes.
+    """
+    groups = np.zeros(len(embeddings), np.int64)
+    largest = np.maximum(2, LARGEST_SHARE * np.bincount(classes))
+    distance = max(duplicate_distance(embeddings.astype(np.float64)), ROUNDING)
+    waiting, found = [(np.arange(len(embeddings)), distance)], 0
+    while waiting:
+        members, limit = waiting.pop()
+        parts = _components(embeddings[members], limit)
+        for part in np.unique(parts):
+            chosen = members[parts == part]
+            if len(chosen) > largest[classes[chosen]].max() and limit > ROUNDING:
+                waiting.append((chosen, max(limit / 2, ROUNDING)))
+            else:
+                groups[chosen], found = found, found + 1
+    return groups
+
+
+def _components(rows: FloatArray, limit: float) -> IntArray:
+    """Return int64 (N,): the lowest index of each row's component; rows within ``limit`` (cosine) are joined."""
+    labels = np.arange(len(rows))
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        near = rows[start : start + ROWS_AT_ONCE] @ rows.T >= np.float32(1.0 - limit)
+        first, second = np.nonzero(near)
+        first += start
+        while True:
+            target = np.arange(len(rows))  # the lowest label that each label is joined to
+            lower = np.minimum(labels[first], labels[second])
+            for ends in (first, second):
+                np.minimum.at(target, labels[ends], lower)
+            while not np.array_equal(target, target[target]):
+                target = target[target]
+            if np.array_equal(labels, target[labels]):
+                break
+            labels = target[labels]
+    return labels
+
+
+def split_by_group(
+    classes: IntArray, groups: IntArray, may_evaluate: BoolArray, *, test: float, validation: float, seed: int
+) -> Split:
+    """Divide images by class, whole groups at a time.
+
+    A class of one group is in ``train`` alone; one of two gives one to ``test``. Groups with images of several classes,
+    or with one that may not evaluate, are in ``train``.
+
+    Args:
+        classes: int64 (N,).
+        groups: int64 (N,): near-duplicates.
+        may_evaluate: (N,): whether a person gave the label.
+        test: share of each class.
+        validation: share of each class.
+        seed: equal seeds give equal splits.
+    """
+    dice = np.random.default_rng(seed)
+    side = np.zeros(len(classes), np.int64)  # 0 train, 1 validation, 2 test
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes == label)
+        of_class = dice.permutation(np.unique(groups[members]))
+        whole = [np.flatnonzero(groups == group) for group in of_class]
+        free = [group for group in whole if (classes[group] == label).all() and may_evaluate[group].all()]
+        spare = len(of_class) - 1  # one group at least is trained on
+        for number, share in ((2, test), (1, validation)):
+            taken = _take(free, round(share * len(members)), most=spare) if share > 0 else []
+            side[[index for group in taken for index in group]] = number
+            spare -= len(taken)
+            free = [group for group in free if side[group[0]] == 0]
+    return Split(*(np.flatnonzero(side == number) for number in (0, 1, 2)))
+
+
+def _take(free: list[IntArray], wanted: int, *, most: int) -> list[IntArray]:
+    """Return groups of about ``wanted`` images in all, at most ``most``, and one group at least where there is one."""
+    taken: list[IntArray] = []
+    images = 0
+    for group in free:
+        if len(taken) >= most or images >= wanted:
+            break
+        if images + len(group) - wanted <= wanted - images:  # the excess is no larger than the deficit was
+            taken.append(group)
+            images += len(group)
+    return taken or sorted(free, key=len)[: min(1, most)]
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What one classifier says of N test images, and of S images of no class."""
+
+    name: str
+    probabilities: Array
+    """float64 (N, C)."""
+    strangers: Array
+    """float64 (S,): top probabilities."""
+
+    @property
+    def best(self) -> IntArray:
+        """int64 (N,): the class of each image."""
+        return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainDataset:
+    """Images with their classes and weights, as torch's loader reads them."""
+
+    pixels: Pixels
+    """uint8 (N, h, w, 3), maybe mapped from a file."""
+    classes: IntArray
+    weights: FloatArray
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.classes)
+
+    def __getitems__(self, indices: Sequence[int]) -> "TrainDataset":
+        """Return some of the images at once."""
+        return TrainDataset(self.pixels[indices], self.classes[indices], self.weights[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All that a training needs, whatever becomes of the dataset meanwhile; it is kept in the work folder.
+
+    The pixels lie beside it in files of their own. The processes of one training (``torchrun``) read them too.
+    """
+
+    dataset: str
+    labels: tuple[str, ...]
+    base: str
+    side: int | None
+    recipe: Recipe
+    extra: tuple[str, ...]
+    created: str
+    decoding: str
+    preprocessing: Preprocessing
+    source: Preprocessing
+    """The size at which training images are kept: larger than the network's input, so that views can be cropped."""
+    data: Mapping[str, Any]
+    """Counts, what was left out, and notes for the user, as plain values."""
+    classes: Mapping[str, IntArray]
+    """int64 (N,) for each of ``PARTS``."""
+    weights: FloatArray
+    """float32 (N,) of the training images."""
+    baselines: tuple[Predictions, ...]
+    """What each mode of the prototypes says of the test images."""
+
+    def size_of(self, part: str) -> Preprocessing:
+        """Return the size at which the images of a part are kept."""
+        return self.source if part == "train" else self.preprocessing
+
+
+def write_plan(plan: Plan, work: Path) -> None:
+    """Write a plan whose pixels are there already; ``plan.json`` is written last and makes it complete.
+
+    Raises:
+        DestinationError: the disk is full, or not to be written.
+    """
+    arrays: dict[str, Any] = {f"classes_{part}": plan.classes[part] for part in PARTS}
+    arrays |= {f"champion_{one.name}": one.probabilities for one in plan.baselines}
+    arrays |= {f"strangers_{one.name}": one.strangers for one in plan.baselines}
+    said = {key: value for key, value in asdict(plan).items() if key not in {"classes", "weights", "baselines"}}
+    said["modes"] = [one.name for one in plan.baselines]
+    with writing(work):
+        np.savez(work / ARRAYS_FILE, weights=plan.weights, **arrays)
+        write_atomic(work / PLAN_FILE, (json.dumps(said, indent=1) + "\n").encode())
+
+
+def read_plan(work: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        DataError: it is not complete.
+    """
+    try:
+        said = json.loads((work / PLAN_FILE).read_text("utf-8"))
+        with np.load(work / ARRAYS_FILE, allow_pickle=False) as held:
+            arrays = dict(held)
+        modes = said.pop("modes")
+        said |= {key: tuple(said[key]) for key in ("labels", "extra")}
+        said |= {key: preprocessing_from(said[key]) for key in ("preprocessing", "source")}
+        said["recipe"] = Recipe(**said["recipe"])
+        return Plan(
+            **said,
+            classes={part: arrays[f"classes_{part}"] for part in PARTS},
+            weights=arrays["weights"],
+            baselines=tuple(Predictions(m, arrays[f"champion_{m}"], arrays[f"strangers_{m}"]) for m in modes),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{work} holds no whole training to resume ({error}); remove it, and run `sortd finetune` without --resume"
+        ) from error
+
+
+def dataset_of(plan: Plan, work: Path, part: str) -> TrainDataset:
+    """Return the images of a part with their classes; the pixels are mapped from their file.
+
+    Raises:
+        DataError: the pixels are not there in full.
+    """
+    classes = plan.classes[part]
+    weights = plan.weights if part == "train" else np.ones(len(classes), np.float32)
+    return TrainDataset(read_pixels(plan, work, part), classes, weights)
+
+
+def read_pixels(plan: Plan, work: Path, part: str) -> Pixels:
+    """Return uint8 (N, h, w, 3), mapped from the file of a part or of ``strangers``.
+
+    Raises:
+        DataError: the file is missing or has another size.
+    """
+    size, file = plan.size_of(part), pixels_file(work, part)
+    shape = (size.crop_height, size.crop_width, 3)
+    try:
+        images = file.stat().st_size // int(np.prod(shape))
+        if part in plan.classes and images != len(plan.classes[part]):
+            raise DataError(f"{file} is not whole; run `sortd finetune` without --resume")
+        if not images:
+            return np.zeros((0, *shape), np.uint8)
+        return np.memmap(file, np.uint8, mode="r", shape=(images, *shape))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read ({error}); run `sortd finetune` without --resume") from error
+
+
+def pixels_file(work: Path, part: str) -> Path:
+    """Return the file of a part's pixels: bytes, one image after the other."""
+    return work / f"{part}.pixels"
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn errors of the disk into ``DestinationError`` with the path.
+
+    Raises:
+        DestinationError: the disk is full, or not to be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = os.fspath(error.filename or folder)
+        raise DestinationError(
+            f"{where} cannot be written: {error.strerror or error}; make room or mend its rights, or choose another "
+            "place with --output"
+        ) from error

@@ -1,0 +1,418 @@
+"""The model before and after training: the base on this disk, its initial head, LoRA layers, averaged weights."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sortd.deciding.confidence import balanced_weights, fit_temperature
+from sortd.deciding.gaussian import MEAN_SHRINKAGE, PSEUDO_ROWS
+from sortd.encoding import models
+from sortd.encoding.model_folders import CODE_FREE, first_line
+from sortd.encoding.torch_encoder import preprocessing_of
+from sortd.errors import ModelError
+from sortd.finetune.data import TrainDataset
+from sortd.finetune.recipe import CLASSIFIER_RATE, TOWER_RATE, Recipe
+from sortd.finetune.train import plain_views, random_views
+from sortd.finetuned import Array, FloatArray, IntArray
+from sortd.finetuned_network import LOADING_ERRORS, MAP, TOWER, Network, Pixels, build_tower, head_of
+from sortd.messages import Fit, Preprocessing
+
+if TYPE_CHECKING:
+    import torch
+
+VIT = "google/vit-base-patch16-224-in21k"
+"""The base that ``auto`` takes where it is in a local cache."""
+DUAL = "vision-text-dual-encoder"
+SCALE_UP = 1.5
+"""Input size of a convolutional tower as a multiple of its pretraining size: such a tower takes other sizes, and small
+details become visible."""
+STEP_PIXELS = 16
+BATCH = 64
+TYPICAL_FACTOR, FACTOR_SPREAD = 1.0, 0.7
+"""Prior of the factor for logits: its median, and the standard deviation of its logarithm."""
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""Shares of the fine-tuned weights that are tried; the first of equally good ones is taken."""
+LORA_ALPHA = 2
+"""``lora_alpha`` as a multiple of the rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A network to fine-tune, in evaluation mode, with a random head."""
+
+    name: str
+    module: "torch.nn.Module"
+    config: Mapping[str, Any]
+    """The content of config.json."""
+    processor: Mapping[str, Any]
+    """The content of preprocessor_config.json."""
+    preprocessing: Preprocessing
+    learning_rate: float
+
+
+# ---------------------------------------------------------------- the base
+
+
+def find_base(name: str, *, cache_dir: Path | None = None) -> tuple[str, Path]:
+    """Return which base is meant by ``auto``, ``packaged``, a name of the hub or a folder, and its network's folder.
+
+    Raises:
+        ModelError: it is not here.
+    """
+    if name == "auto":
+        name = "packaged" if models.snapshot_of(VIT, cache_dir=cache_dir) is None else VIT
+    folder: Path | None = Path(name).expanduser()
+    if name == "packaged":
+        folder = models.PACKAGED
+    elif Path(name).expanduser().is_dir() or name.startswith(("/", ".", "~")):
+        name = os.path.abspath(Path(name).expanduser())  # a training may be resumed from another folder
+    else:
+        folder = models.snapshot_of(name, cache_dir=cache_dir)
+    if folder is None:
+        raise ModelError(
+            f"base {name!r} is not on this machine, and sortd downloads nothing by itself: run `sortd models fetch "
+            f"{name}` where there is a network, or copy its folder here and give the path, or take `--base packaged`"
+        )
+    within = sorted(folder.glob("0_*/config.json"))  # sentence-transformers' older layout: 0_CLIPModel
+    if (folder / "config.json").is_file():
+        return name, folder
+    if not within:
+        raise ModelError(f"base {name!r}: {folder} holds no config.json; give the folder of a transformers model")
+    return name, within[0].parent
+
+
+def load_base(name: str, labels: Sequence[str], *, cache_dir: Path | None = None, side: int | None = None) -> Base:
+    """Load a base (see ``find_base``) from this disk with a head for some classes.
+
+    Args:
+        name: of the base.
+        labels: the classes, in the order of the logits.
+        cache_dir: sortd's cache, in which ``sortd models fetch`` puts models.
+        side: side of the input in pixels; None: the base's own. Convolutional towers alone take another.
+
+    Raises:
+        ModelError: it is not here, is no image classifier, or cannot see images of that size.
+    """
+    found, folder = find_base(name, cache_dir=cache_dir)
+    config = _json(folder / "config.json", found)
+    if not any(path.is_file() for path in folder.glob(f"*{CODE_FREE}")):
+        raise ModelError(
+            f"base {found!r} in {folder} has no {CODE_FREE} weights, and sortd loads no other kind: `sortd models "
+            "fetch` converts them, or save the model again with transformers"
+        )
+    processor = _processor(folder, found)
+    names = {
+        "id2label": {str(index): label for index, label in enumerate(labels)},
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+    if config.get("model_type") == DUAL:
+        return _load_tower(found, folder, config, processor, names, side)
+    return _load_classifier(found, folder, processor, names, side)
+
+
+def _load_tower(
+    name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    processor: dict[str, Any],
+    names: Mapping[str, Any],
+    side: int | None,
+) -> Base:
+    """Load the vision tower of a dual encoder, such as the packaged model; convolutional ones get a larger input."""
+    from safetensors.torch import load_file
+
+    vision = dict(config["vision_config"])
+    pretrained, is_hybrid = int(vision["image_size"]), bool(vision.get("is_hybrid"))
+    chosen = side or (round(SCALE_UP * pretrained / STEP_PIXELS) * STEP_PIXELS if is_hybrid else pretrained)
+    if chosen != pretrained and (not is_hybrid or chosen % STEP_PIXELS):
+        mend = f"choose a multiple of {STEP_PIXELS}" if is_hybrid else f"it takes {pretrained}; leave --side out"
+        raise ModelError(f"base {name!r} cannot see images of {chosen} pixels: {mend}")
+    vision["image_size"] = chosen
+    if "backbone_featmap_shape" in vision:
+        vision["backbone_featmap_shape"] = [*vision["backbone_featmap_shape"][:2], *2 * [chosen // STEP_PIXELS]]
+    own = {
+        "architectures": ["SortdTower"],
+        "model_type": TOWER,
+        "projection_dim": int(config["projection_dim"]),
+        "features": ["embedding", MAP] if is_hybrid else ["embedding"],
+        "vision_config": vision,
+        **names,
+    }
+    module = build_tower(own)
+    try:
+        weights = {
+            key: value.float()
+            for file in sorted(folder.glob(f"*{CODE_FREE}"))
+            for key, value in load_file(file).items()
+            if key.startswith(("vision_model.", "visual_projection."))
+        }
+        if chosen != pretrained:
+            _resize_positions(weights, chosen // STEP_PIXELS)
+        lacking, unknown = module.load_state_dict(weights, strict=False)
+    except LOADING_ERRORS as error:
+        raise ModelError(
+            f"base {name!r} in {folder} does not load: {first_line(error)}; copy it again, whole"
+        ) from error
+    missing = [key for key in lacking if not key.startswith("classifier.")]
+    if missing or unknown:
+        raise ModelError(f"base {name!r} in {folder} lacks or has too many weights ({(missing + unknown)[0]})")
+    size = {"size": {"height": chosen, "width": chosen}, "do_resize": True, "do_center_crop": False}
+    kept = {key: value for key, value in processor.items() if key not in {"crop_size", "processor_class"}}
+    preprocessing = Preprocessing(chosen, chosen, chosen, int(processor.get("resample", 3)), Fit.STRETCH)
+    rate = TOWER_RATE if is_hybrid else CLASSIFIER_RATE
+    return Base(
+        name, module.eval(), own, kept | size | {"image_processor_type": "ViTImageProcessor"}, preprocessing, rate
+    )
+
+
+def _resize_positions(weights: "dict[str, torch.Tensor]", places: int) -> None:
+    """Interpolate the position embeddings to another number of places a side (Dosovitskiy et al. 2021, 3.2)."""
+    from torch.nn import functional
+
+    key = next(key for key in weights if key.endswith("position_embeddings"))
+    own, grid = weights[key][:, :1], weights[key][:, 1:]
+    before = round(grid.shape[1] ** 0.5)
+    planes = grid.reshape(1, before, before, -1).permute(0, 3, 1, 2)
+    planes = functional.interpolate(planes, size=(places, places), mode="bilinear")
+    weights[key] = functional.pad(planes.flatten(2).transpose(1, 2), (0, 0, 1, 0))
+    weights[key][:, :1] = own
+
+
+def _load_classifier(
+    name: str, folder: Path, processor: Mapping[str, Any], names: Mapping[str, Any], side: int | None
+) -> Base:
+    """Load any other image classifier of transformers."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageClassification
+    from transformers.utils import logging
+
+    preprocessing = preprocessing_of(processor)
+    if side not in {None, preprocessing.crop_height}:
+        raise ModelError(f"base {name!r} takes images of {preprocessing.crop_height} pixels; leave --side out")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn that the head is new
+    logging.disable_progress_bar()
+    try:
+        module = AutoModelForImageClassification.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            num_labels=len(names["id2label"]),
+            **names,
+        )
+    except (*LOADING_ERRORS, SafetensorError) as error:
+        raise ModelError(
+            f"base {name!r} in {folder} cannot be loaded as an image classifier: {first_line(error)}; choose a model "
+            "that transformers' AutoModelForImageClassification takes"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    module.float().eval()
+    head_of(module)
+    config = json.loads(module.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)  # a path of this machine
+    return Base(name, module, config, processor, preprocessing, CLASSIFIER_RATE)
+
+
+def _processor(folder: Path, name: str) -> dict[str, Any]:
+    """Return the image processor's settings; transformers 5 writes them into those of the whole processor."""
+    joint = folder / "processor_config.json"
+    if not (folder / "preprocessor_config.json").is_file() and joint.is_file():
+        held = _json(joint, name).get("image_processor")
+        if isinstance(held, dict):
+            return held
+    return _json(folder / "preprocessor_config.json", name)
+
+
+def _json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"base {name!r}: cannot read {path}: {first_line(error)}; copy the model again") from error
+    if not isinstance(loaded, dict):
+        raise ModelError(f"base {name!r}: {path} is no JSON object; copy the model again")
+    return loaded
+
+
+# ---------------------------------------------------------------- the head
+
+
+def init_head(network: Network, train: TrainDataset, validation: TrainDataset, recipe: Recipe) -> None:
+    """Initialise a network's head by the Gaussian rule over frozen features of its training images.
+
+    It is the first half of "linear probing, then fine-tuning" (Kumar et al. 2022): a random head would destroy
+    pretrained features in the first steps. The closed form costs a few forward passes.
+
+    Args:
+        network: its head is overwritten.
+        train: the training images, larger than the network's input.
+        validation: fits the factor by which log likelihoods become logits.
+        recipe: of the random view.
+    """
+    import torch
+
+    size = (validation.pixels.shape[1], validation.pixels.shape[2])
+    views: list[Callable[[torch.Tensor], torch.Tensor]] = [lambda pixels: plain_views(pixels, size)]
+    if recipe.flips:
+        views.append(lambda pixels: plain_views(pixels, size).flip(-1))
+    views.append(lambda pixels: random_views(pixels, size, recipe))
+    torch.manual_seed(recipe.seed)
+    rows = np.concatenate([_features(network, train.pixels, view) for view in views]).astype(np.float64)
+    classes, weights = np.tile(train.classes, len(views)), np.tile(train.weights, len(views)).astype(np.float64)
+    weight, bias = gaussian_head(rows, classes, weights / len(views), count=network.classes)
+    held = _features(network, validation.pixels, views[0]).astype(np.float64) @ weight.T + bias
+    factor = 1.0 / temperature_of(held.astype(np.float32), validation.classes)
+    head = head_of(network.module)
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(factor * weight))
+        if head.bias is not None:
+            head.bias.copy_(torch.from_numpy(factor * bias))
+
+
+def gaussian_head(features: Array, classes: IntArray, weights: Array, *, count: int) -> tuple[Array, Array]:
+    """Return the weight (C, d) and the bias (C,) of a linear layer that gives log likelihoods but for a constant.
+
+    Classes share one covariance, shrunk to the isotropic one, and class means are shrunk to the common mean. It is the
+    rule of docs/decisions.md, section "best", without the scaling of rows to unit length, which is not linear.
+
+    Args:
+        features: float64 (N, d).
+        classes: int64 (N,); a class without any image has the common mean.
+        weights: (N,): how much each image counts against others of its class; 1 is a whole one.
+        count: C.
+    """
+    held = np.bincount(classes, weights=weights, minlength=count)
+    present = held > 0
+    means = np.zeros((count, features.shape[1]))
+    np.add.at(means, classes, weights[:, None] * features)
+    means[present] /= held[present, None]
+    center = means[present].mean(axis=0)
+    means[~present] = center
+    shares = weights / held[classes] / present.sum()
+    variance = shares @ np.square(features - center)
+    typical = max(float(variance.mean()), 1e-12)
+    steady = (len(features) * variance + PSEUDO_ROWS * typical) / (len(features) + PSEUDO_ROWS)
+    scale = 1.0 / np.sqrt(steady)
+    residuals = (features - means[classes]) * scale
+    freedom, width = float(weights.sum() - present.sum()), features.shape[1]
+    within = (residuals * weights[:, None]).T @ residuals / max(freedom, 1.0)
+    share = width / (width + max(freedom, 0.0))
+    shrunk = (1.0 - share) * within
+    shrunk[np.diag_indices(width)] += share * max(float(np.trace(within)) / width, 1e-6)
+    drawn = (means - center) * scale * (held / (held + MEAN_SHRINKAGE))[:, None]
+    weight = np.linalg.solve(shrunk, drawn.T).T
+    bias = -0.5 * np.einsum("cd,cd->c", weight, drawn)
+    weight = weight * scale
+    return weight, bias - weight @ center
+
+
+def temperature_of(logits: FloatArray, own: IntArray) -> float:
+    """Return the temperature (Guo et al. 2017) at which logits (V, C) make the right classes (V,) the likeliest.
+
+    A log-normal prior around 1 serves small validation sets.
+    """
+    table = logits.astype(np.float64)
+    weights = balanced_weights(own, table.shape[1])
+    factor, _ = fit_temperature(table, own, weights, typical=TYPICAL_FACTOR, spread=FACTOR_SPREAD)
+    return 1.0 / factor
+
+
+def logits_in_batches(network: Network, pixels: Pixels) -> FloatArray:
+    """Return float32 (N, C) logits of images uint8 (N, H, W, 3) that are mapped from a file."""
+    found = [network.logits(np.asarray(part)) for part in _batches(pixels)]
+    return np.concatenate(found) if found else np.zeros((0, network.classes), np.float32)
+
+
+def _features(network: Network, pixels: Pixels, view: "Callable[[torch.Tensor], torch.Tensor]") -> FloatArray:
+    """Return float32 (N, d): the input of the head for a view of each image."""
+    import torch
+
+    seen: list[torch.Tensor] = []
+    hook = head_of(network.module).register_forward_pre_hook(lambda _, given: seen.append(given[0].float().cpu()))
+    try:
+        with torch.inference_mode():
+            for part in _batches(pixels):
+                planes = torch.from_numpy(np.array(part)).permute(0, 3, 1, 2).to(network.device)
+                network.module(pixel_values=network.values(view(planes)))
+    finally:
+        hook.remove()
+    return np.asarray(torch.cat(seen).numpy(), dtype=np.float32)
+
+
+def _batches(pixels: Pixels) -> Iterator[Pixels]:
+    return (pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH))
+
+
+# ---------------------------------------------------------------- LoRA, and the average with the start
+
+
+def add_lora(module: "torch.nn.Module", rank: int) -> "torch.nn.Module":
+    """Return the module with low-rank additions to its linear layers; they and the head alone are trained.
+
+    Raises:
+        ModelError: peft is not installed, or the network has no linear layer but its head.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ModelError("--lora needs peft: pip install 'sortd-images[lora]'") from error
+    from torch import nn
+
+    head = head_of(module)
+    names = {one: name for name, one in module.named_modules() if isinstance(one, nn.Linear)}
+    name_of_head = names.pop(head)
+    if not names:
+        raise ModelError(f"a {type(module).__name__} has no linear layer but its head; leave --lora out")
+    targets = list(names.values())
+    config = LoraConfig(r=rank, lora_alpha=LORA_ALPHA * rank, target_modules=targets, modules_to_save=[name_of_head])
+    added: torch.nn.Module = get_peft_model(module, config)
+    return added
+
+
+def weights_of(module: "torch.nn.Module") -> "dict[str, torch.Tensor]":
+    """Return a copy of all weights and statistics, on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+
+def average_with_start(
+    module: "torch.nn.Module",
+    start: "Mapping[str, torch.Tensor]",
+    *,
+    logits: Callable[[], FloatArray],
+    score: Callable[[FloatArray], float],
+) -> tuple[float, dict[str, float]]:
+    """Load the best average of the start and the module's own weights into the module (WiSE-FT, Wortsman et al. 2022).
+
+    Args:
+        module: fine-tuned.
+        start: its weights before.
+        logits: returns the module's logits of the validation images.
+        score: of logits; higher is better.
+
+    Returns:
+        The chosen share of the fine-tuned weights, and the score of each share by its name.
+    """
+    end = weights_of(module)
+
+    def put(share: float) -> None:
+        module.load_state_dict(
+            {
+                name: value.lerp(end[name], share) if value.is_floating_point() else end[name]
+                for name, value in start.items()
+            }
+        )
+
+    found: dict[float, float] = {}
+    for share in SHARES:
+        put(share)
+        found[share] = score(logits())
+    best = max(SHARES, key=lambda share: found[share])
+    put(best)
+    return best, {f"{share:g}": value for share, value in found.items()}

@@ -1,0 +1,347 @@
+"""Training by ``transformers.Trainer`` with the recipe's optimizer, augmentation and loss; it can be stopped.
+
+Resuming, mixed precision, and several GPUs by ``torchrun`` or ``accelerate launch`` are the Trainer's own.
+"""
+
+import io
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sortd.deciding.confidence import log_softmax
+from sortd.errors import ConfigError, DestinationError
+from sortd.finetune.data import TrainDataset
+from sortd.finetune.recipe import CLASSIFIER_RATE, Observer, Recipe, TrainingProgress, TrainingStoppedError
+from sortd.finetuned import FloatArray, IntArray
+from sortd.finetuned_network import Network, head_of
+
+if TYPE_CHECKING:
+    import torch
+
+RESERVED = frozenset({"label_names", "label_smoothing_factor", "optim", "output_dir", "remove_unused_columns", "seed"})
+"""TrainingArguments that ``--set`` may not change: an option of sortd does it, or the training relies on it."""
+BETA2 = 0.99
+"""AdamW's second beta: runs of a few hundred steps are too short for the usual 0.999."""
+CHECKPOINTS = 2
+"""Checkpoints that are kept: the best and the newest."""
+STATE_FILE = "trainer_state.json"
+"""The last file that the Trainer writes: a checkpoint that has it is complete."""
+DISK_ERRORS = ("os error", "PytorchStreamWriter", "unexpected pos")
+"""In the errors of safetensors and ``torch.save`` on a full disk, which are no ``OSError``."""
+ACCURACY_WEIGHT = 0.5
+"""Weight of the balanced accuracy against the log loss in the score of a checkpoint. The first is what is wanted, the
+second is finer where validation images are few."""
+LARGEST_STRETCH = 4 / 3
+"""Largest aspect ratio of a crop, as in torchvision's RandomResizedCrop."""
+_BLOCK = re.compile(r"^(.*?\.\d+)\.")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The settings of a training."""
+
+    recipe: Recipe
+    folder: Path
+    """For checkpoints."""
+    device: str
+    """``cpu``, ``cuda`` or ``mps``."""
+    resume: bool = False
+    extra: Sequence[str] = ()
+    """``NAME=VALUE`` of transformers' TrainingArguments, in place of the recipe's."""
+    observer: Observer = field(default_factory=Observer)
+
+
+def train(
+    model: "torch.nn.Module", dataset: TrainDataset, validation: TrainDataset, settings: TrainSettings
+) -> dict[str, Any]:
+    """Train a model (see ``make_model``) in place; the weights of the best checkpoint are loaded into it.
+
+    Returns:
+        ``best_step``, the step of that checkpoint or None, and ``log``, the Trainer's rows.
+
+    Raises:
+        TrainingStoppedError: it was asked to stop; a checkpoint was written.
+        DestinationError: a checkpoint could not be written.
+        ConfigError: see ``training_arguments``.
+    """
+    import torch
+    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
+
+    arguments = training_arguments(settings, images=len(dataset))
+    recipe = replace(settings.recipe, weight_decay=arguments.weight_decay)
+    groups = parameter_groups(model.get_submodule("module"), recipe, learning_rate=arguments.learning_rate)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        eval_dataset=validation,
+        data_collator=_collate,
+        compute_metrics=lambda found: score_of(found.predictions, found.label_ids),
+        callbacks=[EarlyStoppingCallback(recipe.patience), _listener(settings.observer)],
+        optimizers=(torch.optim.AdamW(groups, betas=(arguments.adam_beta1, arguments.adam_beta2)), None),
+    )
+    trainer.remove_callback(PrinterCallback)  # stdout is for facts
+    newest = newest_checkpoint(settings.folder) if settings.resume else None
+    try:
+        trainer.train(resume_from_checkpoint=None if newest is None else os.fspath(newest))
+    except Exception as error:
+        if not isinstance(error, OSError) and not any(sign in str(error) for sign in DISK_ERRORS):
+            raise
+        raise DestinationError(
+            f"{settings.folder} cannot be written ({getattr(error, 'strerror', None) or error}); make room there, and "
+            "add --resume: the checkpoints before are whole"
+        ) from error
+    state = trainer.state
+    if settings.observer.is_asked_to_stop():
+        raise TrainingStoppedError(f"stopped at step {state.global_step} of {state.max_steps}; its checkpoint is whole")
+    return {"best_step": state.best_global_step, "log": list(state.log_history)}
+
+
+def training_arguments(settings: TrainSettings, *, images: int) -> Any:  # noqa: ANN401 - transformers has no types
+    """Return the TrainingArguments of a training on so many images.
+
+    Raises:
+        ConfigError: ``extra`` names no TrainingArguments or reserved ones, or has a value that they cannot have.
+    """
+    import torch
+    from transformers import HfArgumentParser, TrainingArguments
+
+    recipe, device = settings.recipe, settings.device
+    processes = max(1, int(os.environ.get("WORLD_SIZE", "1")))
+    epochs = recipe.epochs_for(images, images_per_step=recipe.batch_size * processes)
+    steps = math.ceil(images / (recipe.batch_size * processes)) * epochs
+    interval = max(1, math.ceil(steps / recipe.evaluations))
+    takes_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and _has_amx()
+    said: dict[str, object] = {
+        "label_names": "labels",
+        "output_dir": os.fspath(settings.folder),
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": recipe.batch_size,
+        "per_device_eval_batch_size": 2 * recipe.batch_size,
+        "learning_rate": recipe.learning_rate or CLASSIFIER_RATE,
+        "weight_decay": recipe.weight_decay,
+        "adam_beta2": BETA2,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": recipe.warmup,  # below 1 it is a share
+        "seed": recipe.seed,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "logging_strategy": "steps",
+        "eval_steps": interval,
+        "save_steps": interval,
+        "logging_steps": max(1, interval // 4),
+        "save_total_limit": CHECKPOINTS,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_score",
+        "greater_is_better": True,
+        "restore_callback_states_from_checkpoint": True,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": device == "cpu",
+        "dataloader_pin_memory": device == "cuda",
+        "log_level": "error",
+        "bf16": takes_bf16,
+        "fp16": device == "cuda" and not takes_bf16,
+    }
+    if device == "cpu" and processes > 1:
+        said["ddp_backend"] = "gloo"
+    given = [part for name, value in said.items() for part in (f"--{name}", str(value))]
+    for pair in settings.extra:
+        name, equals, value = pair.partition("=")
+        if not equals or name not in TrainingArguments.__dataclass_fields__:
+            raise ConfigError(f"--set {pair}: it must be NAME=VALUE with a NAME of transformers' TrainingArguments")
+        if name in RESERVED:
+            raise ConfigError(f"--set {pair}: {name} is sortd's own to set; see `sortd finetune --help`")
+        given += [f"--{name}", value]
+    usage = io.StringIO()
+    try:
+        with redirect_stderr(usage):  # argparse prints two hundred lines before its error
+            (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(given)
+    except (SystemExit, ValueError) as error:
+        why = (usage.getvalue().strip().splitlines() or [str(error)])[-1]
+        raise ConfigError(f"--set {' '.join(settings.extra)}: transformers does not take it: {why}") from error
+    return arguments
+
+
+def _has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Tell whether the processor has AMX, which multiplies bfloat16 several times as fast as float32."""
+    try:
+        return "amx_bf16" in cpuinfo.read_text("utf-8", "replace")
+    except OSError:
+        return False
+
+
+def score_of(logits: FloatArray, own: IntArray) -> dict[str, float]:
+    """Return accuracy, balanced accuracy, log loss, and the ``score`` by which checkpoints are compared."""
+    logs = log_softmax(logits.astype(np.float64))
+    right = logits.argmax(axis=1) == own
+    balanced = float(np.mean([right[own == label].mean() for label in np.unique(own)]))
+    loss = float(-logs[np.arange(len(own)), own].mean())
+    score = ACCURACY_WEIGHT * balanced - (1 - ACCURACY_WEIGHT) * loss / float(np.log(max(logits.shape[1], 2)))
+    return {"accuracy": float(right.mean()), "balanced_accuracy": balanced, "log_loss": loss, "score": score}
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint, and remove newer ones that are not complete."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            if isinstance(json.loads((path / STATE_FILE).read_text("utf-8")), dict):
+                return path
+        except (OSError, ValueError):
+            pass
+        shutil.rmtree(path, ignore_errors=True)  # another process of the training may do the same
+    return None
+
+
+def _collate(chosen: TrainDataset) -> "dict[str, torch.Tensor]":
+    """Return the arguments of the model; ``chosen`` is a copy, whose memory the tensors share."""
+    import torch
+
+    return {
+        "pixels": torch.from_numpy(np.asarray(chosen.pixels)),
+        "labels": torch.from_numpy(chosen.classes),
+        "weights": torch.from_numpy(chosen.weights),
+    }
+
+
+def _listener(observer: Observer) -> Any:  # noqa: ANN401 - transformers has no types
+    """Return the callback that reports progress, and that ends training after a step when asked to."""
+    from transformers import TrainerCallback
+
+    class Listener(TrainerCallback):  # type: ignore[misc]  # transformers has no types; it wants this class inherited
+        """Calls the observer."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401, ARG002 - theirs
+            observer.progress(TrainingProgress(state.global_step, state.max_steps))
+            if observer.is_asked_to_stop():
+                control.should_save = control.should_training_stop = True
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ANN401, ARG002 - theirs
+            accuracy = (given.get("metrics") or {}).get("eval_accuracy")
+            observer.progress(TrainingProgress(state.global_step, state.max_steps, accuracy))
+
+    return Listener()
+
+
+# ---------------------------------------------------------------- the model, as the Trainer wants it
+
+
+def make_model(network: Network, size: tuple[int, int], dataset: TrainDataset, recipe: Recipe) -> "torch.nn.Module":
+    """Return the module that is trained: augmentation, normalisation, network, and the weighted loss.
+
+    Its batch norms keep their statistics: those of a few images are worse than those of many.
+
+    Classes are weighted by their images in ``dataset``; ``size`` is height and width of the network's input.
+    """
+    import torch
+    from torch import nn
+
+    held = np.bincount(dataset.classes, weights=dataset.weights, minlength=network.classes)
+    rarity = np.where(held > 0, np.maximum(held, 1e-6), 1.0) ** -recipe.balance
+    class_weights = torch.from_numpy(rarity * held.sum() / (rarity * held).sum()).float()  # 1 for an image on average
+
+    class ModelWithLoss(nn.Module):
+        """Raw pixels, uint8 (B, h, w, 3), to a loss."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = network.module
+            self.register_buffer("class_weights", class_weights, persistent=False)
+
+        def train(self, mode: bool = True) -> "ModelWithLoss":  # noqa: FBT001 - torch's own signature
+            super().train(mode)
+            for one in self.module.modules():
+                if isinstance(one, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - the one name for all of them
+                    one.eval()
+            return self
+
+        def forward(self, pixels: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+            with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+                planes = pixels.permute(0, 3, 1, 2)
+                seen = random_views(planes, size, recipe) if self.training else plain_views(planes, size)
+                values = network.values(seen)
+            output = self.module(pixel_values=values)
+            logits = getattr(output, "logits", output).float()
+            smoothing = recipe.label_smoothing if self.training else 0.0
+            losses = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+            shares = weights * self.get_buffer("class_weights")[labels]
+            return {"loss": (losses * shares).sum() / shares.sum().clamp(min=1e-6), "logits": logits}
+
+    return ModelWithLoss()
+
+
+def parameter_groups(module: "torch.nn.Module", recipe: Recipe, *, learning_rate: float) -> list[dict[str, Any]]:
+    """Return AdamW's groups: layer-wise rates, and no decay of biases and norms.
+
+    Every new numbered block (``encoder.layer.3``, ``stages.1``) is one layer deeper; a parameter without a number
+    belongs to the block before it.
+    """
+    head = {id(parameter) for parameter in head_of(module).parameters()}
+    named = [(name, one) for name, one in module.named_parameters() if one.requires_grad]
+    depths: dict[str, int] = {}
+    blocks: set[str] = set()
+    for name, _ in named:
+        if found := _BLOCK.match(name):
+            blocks.add(found.group(1))
+        depths[name] = len(blocks)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in named:
+        above = 0 if id(parameter) in head else len(blocks) + 1 - depths[name]
+        rate = learning_rate * recipe.layer_decay**above
+        decay = recipe.weight_decay if parameter.ndim > 1 and id(parameter) not in head else 0.0
+        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def random_views(pixels: "torch.Tensor", size: tuple[int, int], recipe: Recipe) -> "torch.Tensor":
+    """Return a random crop of each image, flipped and with other colours at random, by torch's own generator.
+
+    ``pixels`` are uint8 (B, 3, h, w), and what is returned is float32 (B, 3, height, width), 0 to 255.
+    """
+    import torch
+    from torch.nn import functional
+
+    planes, count = pixels.float(), len(pixels)
+
+    def uniform(low: float, high: float) -> "torch.Tensor":
+        return torch.empty(count, device=planes.device).uniform_(low, high)
+
+    area = uniform(recipe.smallest_area, 1.0)
+    stretch = uniform(-math.log(LARGEST_STRETCH), math.log(LARGEST_STRETCH)).exp()
+    width, height = (area * stretch).sqrt().clamp(max=1), (area / stretch).sqrt().clamp(max=1)
+    turn = torch.where(uniform(0, 1) < (0.5 if recipe.flips else 0.0), -1.0, 1.0)
+    affine = torch.zeros(count, 2, 3, device=planes.device)
+    affine[:, 0, 0], affine[:, 0, 2] = width * turn, uniform(-1, 1) * (1 - width)
+    affine[:, 1, 1], affine[:, 1, 2] = height, uniform(-1, 1) * (1 - height)
+    grid = functional.affine_grid(affine, [count, 3, *size], align_corners=False)
+    planes = functional.grid_sample(planes, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    brightness, contrast, saturation = (
+        uniform(1 - recipe.jitter, 1 + recipe.jitter).view(-1, 1, 1, 1) for _ in range(3)
+    )
+    planes = planes * brightness
+    middle = planes.mean(dim=(1, 2, 3), keepdim=True)
+    planes = (planes - middle) * contrast + middle
+    grey = planes.mean(dim=1, keepdim=True)
+    return ((planes - grey) * saturation + grey).clamp(0, 255)
+
+
+def plain_views(pixels: "torch.Tensor", size: tuple[int, int]) -> "torch.Tensor":
+    """Return images (uint8 (B, 3, h, w)) resized to height and width; float32, 0 to 255."""
+    from torch.nn import functional
+
+    planes = pixels.float()
+    if tuple(planes.shape[-2:]) == size:
+        return planes
+    return functional.interpolate(planes, size=size, mode="bicubic", antialias=True).clamp(0, 255)

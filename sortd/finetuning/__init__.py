@@ -1,1 +1,0 @@
-"""Parts of fine-tuning: data and split, training, comparison, and what the result folder shows."""
