@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from sortd.decoding.decoders import DecodedImage, DecoderPool
 from sortd.finetuning.network import Network, device_of
 from sortd.finetuning.preparation import enlarged
 from sortd.finetuning.recipe import Recipe
 from sortd.finetuning.trainee import make_trainee
 from sortd.finetuning.training import Lesson, Schedule, train
-from sortd.images import Limits
+from sortd.images.decode import Limits
+from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.messages import Fit, Preprocessing
 from sortd.watching.scanning import stamp
 

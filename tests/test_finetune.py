@@ -27,7 +27,7 @@ from sortd.finetuning.plan import PLAN_FILE, pixels_file
 from sortd.finetuning.preparation import Order, prepare
 from sortd.finetuning.recipe import Recipe
 from sortd.finetuning.training import Observer, Progress, StoppedError, newest_checkpoint
-from sortd.images import Limits, decode_file
+from sortd.images.decode import Limits, decode_file
 from sortd.layout import Layout
 from sortd.promotion import UNFINISHED
 from tests.command_line import sortd

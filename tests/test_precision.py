@@ -17,7 +17,6 @@ from structlog.testing import capture_logs
 from sortd import config as configuration
 from sortd import logs
 from sortd.config import Config
-from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder
 from sortd.encoding import exports, models
 from sortd.encoding.export_process import Request, Tell
@@ -26,7 +25,8 @@ from sortd.encoding.manifest import Manifest, Precision
 from sortd.encoding.onnx_encoder import OnnxEncoder
 from sortd.encoding.onnx_int8 import quantize
 from sortd.errors import ModelError
-from sortd.images import Limits
+from sortd.images.decode import Limits
+from sortd.images.pool import DecoderPool
 from sortd.references import ClassFolder
 from sortd.running.comparison import LARGEST_CLASS, LARGEST_SAMPLE, sample
 from sortd.running.precision import load_encoder

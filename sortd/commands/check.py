@@ -29,7 +29,7 @@ from sortd.commands.journals import JOURNAL_FILE
 from sortd.commands.stored import changed_since, evaluated_prototypes, stored_prototypes
 from sortd.config import Config, load
 from sortd.errors import ConfigError, JournalError, LayoutError
-from sortd.images import Limits, decode_file, look_at_file
+from sortd.images.decode import Limits, decode_file, look_at_file
 from sortd.journaling.history import History
 from sortd.layout import Layout, find_datasets
 from sortd.messages import Preprocessing

@@ -15,7 +15,7 @@ from sortd.config import Config
 from sortd.encoding import models
 from sortd.encoding.model_folders import STRONGER
 from sortd.errors import JournalError, ModelError, StartupError
-from sortd.images import load_decoders
+from sortd.images.decode import load_decoders
 from sortd.journaling.history import History
 from sortd.layout import Layout
 from sortd.status import read_status

@@ -22,7 +22,7 @@ from sortd.encoding.manifest import Precision
 from sortd.encoding.onnx_encoder import OnnxEncoder
 from sortd.encoding.torch_encoder import TorchEncoder
 from sortd.errors import DataError, ModelError
-from sortd.images import SUFFIXES
+from sortd.images.formats import SUFFIXES
 from sortd.layout import Area, find_datasets
 from sortd.messages import EmbeddedImage
 from sortd.names import CLASS_AREAS, rule_for, rule_for_folder

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from sortd.config import Config
-from sortd.decoding.decoders import DecodedImage, DecoderPool
 from sortd.encoder import Encoder
 from sortd.errors import DataError
 from sortd.finetuning.base import find_base, load_base
@@ -19,7 +18,8 @@ from sortd.finetuning.photos import PLACED, Photos, Source, find_candidates, gat
 from sortd.finetuning.plan import Plan, pixels_file, write_plan, writing
 from sortd.finetuning.recipe import Recipe
 from sortd.finetuning.split import Split, split_by_group
-from sortd.images import Limits
+from sortd.images.decode import Limits
+from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.layout import Area, Layout
 from sortd.messages import Preprocessing, Stamp
 from sortd.references import class_labels

@@ -21,14 +21,14 @@ from sortd import logs
 from sortd.cache import Cache
 from sortd.config import Config, DatasetConfig
 from sortd.deciding.agreement import FEWEST_FILED, LEAST_COSINE, LEAST_SAME, Agreement, agreement, refuse_quick
-from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder
 from sortd.encoding.export_process import Tell, is_awaited
 from sortd.encoding.exports import Exports
 from sortd.encoding.manifest import Precision
 from sortd.encoding.onnx_encoder import OnnxEncoder, give_memory_back
 from sortd.errors import LayoutError, ModelError
-from sortd.images import Jpeg
+from sortd.images.decode import Jpeg
+from sortd.images.pool import DecoderPool
 from sortd.layout import Area, find_datasets
 from sortd.messages import Preprocessing
 from sortd.prototypes import SupportSet

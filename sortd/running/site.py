@@ -9,13 +9,13 @@ from pathlib import Path
 from sortd.cache import Cache
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config, DatasetConfig, Decoding
-from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder
 from sortd.encoding.model_folders import STRONGER
 from sortd.encoding.models import locate
 from sortd.finetuned import FinetunedFacts
 from sortd.finetuned import load as load_finetuned
-from sortd.images import DECODERS, Jpeg, Limits
+from sortd.images.decode import DECODERS, Jpeg, Limits
+from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
 from sortd.messages import DatasetId, Preprocessing
 from sortd.metrics import Metrics
