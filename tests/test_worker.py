@@ -19,7 +19,7 @@ from PIL import Image
 
 from sortd.cache import Cache
 from sortd.deciding.steps import Steps
-from sortd.encoder import Encoder
+from sortd.encoder.base import Encoder
 from sortd.images.decode import Limits
 from sortd.images.pool import DecoderPool
 from sortd.messages import DatasetId, Embedded, FloatArray, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp

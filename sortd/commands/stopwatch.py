@@ -12,7 +12,7 @@ import numpy as np
 
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config
-from sortd.encoder import Encoder
+from sortd.encoder.base import Encoder
 from sortd.errors import DataError, LayoutError
 from sortd.images.decode import Limits, Pixels
 from sortd.images.pool import DecodedImage, DecoderPool

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sortd.encoding import models
-from sortd.encoding.model_folders import CODE_FREE, first_line
-from sortd.encoding.torch_encoder import preprocessing_of
+from sortd.encoder import models
+from sortd.encoder.models import CODE_FREE, first_line
+from sortd.encoder.preprocessing import preprocessing_of
 from sortd.errors import ModelError
 from sortd.finetuning.network import LOADING_ERRORS, MAP, TOWER, build_tower, head_of
 from sortd.finetuning.recipe import CLASSIFIER_RATE, TOWER_RATE

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from sortd.encoding.normalisation import normalisation
+from sortd.encoder.preprocessing import normalisation
 from sortd.errors import ModelError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sortd.config import Config
-from sortd.encoder import Encoder
+from sortd.encoder.base import Encoder
 from sortd.errors import DataError
 from sortd.finetuning.base import find_base, load_base
 from sortd.finetuning.champion import embed_names, judge_by_prototypes
