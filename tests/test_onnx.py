@@ -20,7 +20,6 @@ from sortd.encoder import export as onnx_export
 from sortd.encoder import models
 from sortd.encoder import onnx_encoder as exports
 from sortd.encoder.backends import choose, load, torch_can_use_gpu
-from sortd.encoder.export import Request, Tell
 from sortd.encoder.models import ModelFolder
 from sortd.encoder.onnx_encoder import (
     Exports,
@@ -55,9 +54,9 @@ def lowest_cosine(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32])
     return float((left * right).sum(axis=1).min())
 
 
-def never(request: Request, _: Tell) -> None:
+def never(into: Path) -> None:
     """Nothing is to be exported."""
-    raise AssertionError(request)
+    raise AssertionError(into)
 
 
 def open_export(exported: Exports, precision: Precision = Precision.FP32, **settings: Any) -> OnnxEncoder:
@@ -233,20 +232,20 @@ class TestExports:
             case "garbage":
                 manifest.write_text('{"identity": []}')
         assert exports.find(copied.model, None, cache_dir=tmp_path) is None
-        again: list[Request] = []
+        again: list[Path] = []
 
-        def put_back(request: Request, _: Tell) -> None:
-            again.append(request)
+        def put_back(into: Path) -> None:
+            again.append(into)
             made = dict.fromkeys(("image.onnx", "text.onnx"), b"made again")
             for name, content in made.items():
-                (request.into / name).write_bytes(content)
-            sums = models.checksums([request.into / name for name in made])
+                (into / name).write_bytes(content)
+            sums = models.checksums([into / name for name in made])
             fresh = replace(
                 copied.manifest,
-                identity=request.identity,
+                identity=exports.identity(copied.model, None, cache_dir=tmp_path),
                 checksums={path.name: checksum for path, checksum in sums.items()},
             )
-            (request.into / exports.MANIFEST).write_text(fresh.to_json())
+            (into / exports.MANIFEST).write_bytes(exports.MANIFESTS.dump_json(fresh))
 
         made = onnx_export.make(copied.model, None, cache_dir=tmp_path, write=put_back)
         assert len(again) == 1
@@ -267,7 +266,7 @@ class TestExports:
     ) -> None:
         """The range of the weights stands in the manifest and is held against the processor that loads them."""
         manifest = replace(copied.manifest, weight_range=made_for)
-        (copied.folder / exports.MANIFEST).write_text(manifest.to_json())
+        (copied.folder / exports.MANIFEST).write_bytes(exports.MANIFESTS.dump_json(manifest))
         assert (exports.find(copied.model, None, cache_dir=tmp_path, largest=here) is not None) == serves
 
     def test_a_failed_export_says_why_and_leaves_the_old_one(self, copied: Exports, tmp_path: Path) -> None:
@@ -283,12 +282,12 @@ class TestExports:
 
     def test_two_at_once_make_one(self, exported: Exports, tmp_path: Path) -> None:
         """The second waits, says so, and takes what the first made."""
-        made: list[Request] = []
+        made: list[Path] = []
         both_began = threading.Barrier(2)
 
-        def copy_it(request: Request, _: Tell) -> None:
-            made.append(request)
-            shutil.copytree(exported.folder, request.into, dirs_exist_ok=True)
+        def copy_it(into: Path) -> None:
+            made.append(into)
+            shutil.copytree(exported.folder, into, dirs_exist_ok=True)
 
         def tell(what: str) -> None:
             assert "waiting for whoever exports the same model" in what
@@ -310,10 +309,10 @@ class TestExports:
             place.mkdir(parents=True)
             (place / "image.onnx").write_bytes(b"half")
 
-        def copy_it(request: Request, _: Tell) -> None:
-            assert request.into not in left
+        def copy_it(into: Path) -> None:
+            assert into not in left
             assert not any(place.exists() for place in left)
-            shutil.copytree(exported.folder, request.into, dirs_exist_ok=True)
+            shutil.copytree(exported.folder, into, dirs_exist_ok=True)
 
         onnx_export.make(exported.model, None, cache_dir=tmp_path, write=copy_it)
         assert [path.name for path in (tmp_path / "onnx").iterdir() if path.is_dir()] == [folder.name]
@@ -338,11 +337,10 @@ class TestExports:
 
     def test_a_full_disk_is_noticed_before_the_work(self, clip: ModelFolder, tmp_path: Path) -> None:
         """Not after a minute of it."""
-        request = Request(clip, None, "", tmp_path / "new.part", 1.0)
         plenty = SimpleNamespace(free=10 * clip.size_bytes)
-        onnx_export._check_room(request, usage=lambda _: plenty)
-        with pytest.raises(ModelError, match=r"takes at least 0 MB in .*, where 0 MB are free; make room there"):
-            onnx_export._check_room(request, usage=lambda _: SimpleNamespace(free=clip.size_bytes // 2))
+        onnx_export.check_room(clip, None, tmp_path, usage=lambda _: plenty)
+        with pytest.raises(ModelError, match=r"takes up to 1 MB in .*, where 0 MB are free; make room there"):
+            onnx_export.check_room(clip, None, tmp_path, usage=lambda _: SimpleNamespace(free=clip.size_bytes))
 
     def test_an_export_with_other_rows_is_refused(self, copied: Exports) -> None:
         """Held against torch before anything is kept."""

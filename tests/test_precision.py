@@ -19,7 +19,7 @@ from sortd.encoder import onnx_encoder as exports
 from sortd.encoder.backends import load_serving
 from sortd.encoder.base import Encoder
 from sortd.encoder.export import make as make_export
-from sortd.encoder.onnx_encoder import Exports, Manifest, OnnxEncoder, Precision, read_verdict
+from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision, read_verdict
 from sortd.encoder.quantize import quantize
 from sortd.errors import ModelError
 from sortd.references import ClassFolder
@@ -88,10 +88,10 @@ def spoil_int8(found: Exports) -> None:
 
 def vouch_for(found: Exports, tower: Path) -> None:
     """Write a tower as it is now into the manifest."""
-    manifest = Manifest.from_json((found.folder / exports.MANIFEST).read_text())
+    manifest = exports.MANIFESTS.validate_json((found.folder / exports.MANIFEST).read_bytes())
     sums = {**manifest.checksums, tower.name: models.checksums([tower])[tower]}
     fresh = replace(manifest, checksums=sums)
-    (found.folder / exports.MANIFEST).write_text(fresh.to_json())
+    (found.folder / exports.MANIFEST).write_bytes(exports.MANIFESTS.dump_json(fresh))
 
 
 def damage(found: Exports, precision: Precision) -> None:

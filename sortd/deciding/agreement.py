@@ -36,22 +36,14 @@ do, with 95 % confidence: here a tenth (Hanley & Lippman-Hand, If nothing goes w
 class Agreement:
     """What a comparison found for one dataset, or for several together."""
 
-    references: int
-    """Rows that were compared."""
-    judged: int
-    """References that could be left out and decided: those of classes with two that differ, or all of them by name."""
-    filed: int
-    """Of these, the ones that the exact rows are sure enough of to file."""
-    same: int
-    """Of the filed, those to which the quick rows give the same label."""
-    right_exact: int
-    """Of the judged, those that the exact rows decide right."""
-    right_quick: int
-    """Of the judged, those that the quick rows decide right."""
-    cosines: float
-    """Sum of the cosines between the two rows of each reference."""
-    lowest_cosine: float
-    """The least of them; 1 where there is none."""
+    references: int  # rows that were compared
+    judged: int  # references that could be left out and decided: of classes with two that differ, or by name
+    filed: int  # of the judged, those that the exact rows are sure enough of to file
+    same: int  # of the filed, those to which the quick rows give the same label
+    right_exact: int  # of the judged, those that the exact rows decide right
+    right_quick: int  # of the judged, those that the quick rows decide right
+    cosines: float  # sum of the cosines between the two rows of each reference
+    lowest_cosine: float  # the least of them; 1 where there is none
 
     @property
     def share(self) -> float | None:

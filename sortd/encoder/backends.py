@@ -61,7 +61,7 @@ def choose(
         model: the CLIP.
         words: another model for words, or None.
         device: as configured.
-        cache_dir: where exports lie; None: nowhere, so ``auto`` means torch.
+        cache_dir: where exports lie; with None ``auto`` means torch.
         torch: its version; None asks.
         is_there: tells whether the file of a GPU is there.
 

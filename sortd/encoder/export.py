@@ -9,14 +9,13 @@ The exporter is the one by tracing (``dynamo=False``): the newer one needs the p
 """
 
 import logging
-import math
 import os
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sortd.encoder.base import Pixels, Rows, unit
-from sortd.encoder.models import CODE_FREE, ModelFolder, checksums, first_line
+from sortd.encoder.models import ModelFolder, checksums, first_line
 from sortd.encoder.onnx_encoder import (
     EXTRA,
     MANIFEST,
+    MANIFESTS,
     OPSET,
     TOKENIZER,
     Exports,
@@ -54,29 +54,14 @@ LEAST_COSINE = 0.9999
 """Between a row of torch and of its float32 export: what differs is the order of additions."""
 LEAST_GAIN = 1.25
 """How many times as quick int8 must be for its files to be kept: less is not worth another set of embeddings."""
-ROOM = 1.25
-"""Times the model's size in float32 that stays on the disk; a convolutional one takes twice that while it is made."""
+ROOM = 2.5
+"""Times the model's size that an export takes: weights stored in half of float32, or a convolutional network."""
 FULL_BYTES = 1_000_000
 """A disk with less free than this is full: the files of an export are larger."""
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 TRIAL_TEXTS = ("a photo of a screw", "x", "itap of a " + "very " * 90 + "large thing", "ñandú ü 漢字", "two words")
 TIMED_RUNS = 5
 CALIBRATION_IMAGES = 64
-
-Tell = Callable[[str], None]
-"""Is told the step that begins, in a few words."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is to be exported, and how."""
-
-    model: ModelFolder
-    words: ModelFolder | None
-    identity: str
-    into: Path
-    """An empty folder."""
-    least_gain: float
 
 
 def make(
@@ -85,10 +70,10 @@ def make(
     *,
     cache_dir: Path,
     least_gain: float = LEAST_GAIN,
-    tell: Tell = lambda _: None,
-    write: Callable[[Request, Tell], None] | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+    write: Callable[[Path], None] | None = None,
 ) -> Exports:
-    """Export a model unless a sound export stands; another process that does so is awaited.
+    """Export a model, and maybe another for words, unless a sound export stands.
 
     Args:
         model: the CLIP.
@@ -96,16 +81,15 @@ def make(
         cache_dir: sortd's cache.
         least_gain: how many times as quick int8 must be to be kept.
         tell: hears each step as it begins.
-        write: writes the files; ``write_export`` unless said.
+        write: writes the files into an empty folder; ``write_export`` unless said.
 
     Raises:
         ModelError: the extra is not installed, the model cannot be exported faithfully, or there is no room.
     """
     from filelock import FileLock
 
-    wanted = identity(model, words, cache_dir=cache_dir)
+    identity(model, words, cache_dir=cache_dir)  # refuses where ONNX Runtime is missing, before anything is written
     folder = folder_of(model, words, cache_dir=cache_dir)
-    into = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         tell("waiting for whoever exports the same model")
@@ -114,7 +98,9 @@ def make(
             if made is None:
                 if find_spec("onnx") is None:
                     raise ModelError(f"exporting a model to ONNX needs the package onnx, not installed here: {EXTRA}")
-                _replace(folder, Request(model, words, wanted, into, least_gain), tell, write or write_export)
+                check_room(model, words, folder.parent)
+                writing = partial(write_export, model, words, cache_dir=cache_dir, least_gain=least_gain, tell=tell)
+                _replace(folder, model.name, write or writing)
                 made = find(model, words, cache_dir=cache_dir)
     except OSError as error:
         raise ModelError(
@@ -126,31 +112,39 @@ def make(
     return made
 
 
-def _replace(folder: Path, request: Request, tell: Tell, write: Callable[[Request, Tell], None]) -> None:
-    aside = folder.with_name(f"{folder.name}.old")
+def _replace(folder: Path, name: str, write: Callable[[Path], None]) -> None:
+    """Write an export beside its folder, and put it in the folder's place when it is whole and on the disk."""
+    into, aside = folder.with_name(f"{folder.name}.{os.getpid()}.part"), folder.with_name(f"{folder.name}.old")
     for left_over in (*folder.parent.glob(f"{folder.name}.*part"), aside):  # by processes that were killed
         shutil.rmtree(left_over, ignore_errors=True)
-    _check_room(request)
-    request.into.mkdir()
+    into.mkdir()
+    before = logging.root.manager.disable
     try:
-        before = logging.root.manager.disable
         logging.disable(logging.WARNING)  # exporters warn of much that the trials below judge
         try:
-            write(request, tell)
+            write(into)
         except Exception as error:  # exporters raise anything; whoever asked wants one line, not a trace
             raise ModelError(
-                f"cannot export {request.model.name!r} to ONNX: {complaint(error, request.into)}; or set "
-                f"`backend: torch`"
+                f"cannot export {name!r} to ONNX: {complaint(error, into)}; or set `backend: torch`"
             ) from error
-        finally:
-            logging.disable(before)
-        _make_durable(request.into)
+        # Its files are on the disk before the folder gets its name: their sums are remembered by stamp from then on.
+        for path in (*into.iterdir(), into):
+            _sync(path)
         with suppress(FileNotFoundError):
             folder.rename(aside)
-        request.into.rename(folder)
+        into.rename(folder)
     finally:
-        shutil.rmtree(request.into, ignore_errors=True)
+        logging.disable(before)
+        shutil.rmtree(into, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def complaint(error: Exception, into: Path, *, usage: Callable[[Path], Any] = shutil.disk_usage) -> str:
@@ -164,52 +158,35 @@ def complaint(error: Exception, into: Path, *, usage: Callable[[Path], Any] = sh
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _check_room(request: Request, *, usage: Callable[[Path], Any] = shutil.disk_usage) -> None:
+def check_room(
+    model: ModelFolder, words: ModelFolder | None, place: Path, *, usage: Callable[[Path], Any] = shutil.disk_usage
+) -> None:
     """Raise ModelError before a minute of work that would end on a full disk."""
-    place = request.into.parent
-    room = ROOM * sum(_float32_bytes(part) for part in (request.model, request.words) if part is not None)
+    room = ROOM * (model.size_bytes + (words.size_bytes if words is not None else 0))
     free = usage(place).free
     if free < room:
         raise ModelError(
-            f"cannot export {request.model.name!r} to ONNX: that takes at least {room / 1e6:.0f} MB in {place}, where "
+            f"cannot export {model.name!r} to ONNX: that takes up to {room / 1e6:.0f} MB in {place}, where "
             f"{free / 1e6:.0f} MB are free; make room there, or set `cache_dir` to another disk"
         )
 
 
-def _float32_bytes(model: ModelFolder) -> int:
-    """Return what a model's weights take in float32, in which an export is written; many are stored in half of that."""
-    from safetensors import SafetensorError, safe_open
-
-    size = 0
-    for path in model.files:
-        if path.suffix == CODE_FREE:
-            try:
-                with safe_open(path, "np") as file:
-                    size += sum(4 * math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-            except SafetensorError:  # damaged: whoever loads it says so
-                size += path.stat().st_size
-    return size
-
-
-def _make_durable(folder: Path) -> None:
-    """Bring files to the disk before their folder gets its name: their sums are remembered by stamp from then on."""
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def write_export(request: Request, tell: Tell) -> None:
+def write_export(
+    model: ModelFolder,
+    words: ModelFolder | None,
+    into: Path,
+    *,
+    cache_dir: Path,
+    least_gain: float,
+    tell: Callable[[str], None],
+) -> None:
     """Write the files of an export into an empty folder.
 
     Raises:
         ModelError: the model does not load, or its export does not give its rows.
     """
-    into = request.into
     tell("step 1 of 5, loading it in torch")
-    encoder = TorchEncoder(request.model, request.words, device="cpu", cache_dir=None, threads=None, decoding="draft")
+    encoder = TorchEncoder(model, words, device="cpu", cache_dir=None, threads=None, decoding="draft")
     tell("step 2 of 5, writing its text tower")
     text = _export_text(encoder, into)
     tell("step 3 of 5, writing its vision tower")
@@ -218,10 +195,10 @@ def write_export(request: Request, tell: Tell) -> None:
     _try_images(encoder, into)
     _try_texts(encoder, into, text)
     tell("step 5 of 5, trying it in int8")
-    gain = _reduce(into, request.least_gain, encoder.preprocessing)
+    gain = _reduce(into, least_gain, encoder.preprocessing)
     files = sorted(path for path in into.iterdir() if path.name != MANIFEST)
     manifest = Manifest(
-        identity=request.identity,
+        identity=identity(model, words, cache_dir=cache_dir),
         dimensions=encoder.dimensions,
         preprocessing=encoder.preprocessing,
         text=text,
@@ -230,7 +207,7 @@ def write_export(request: Request, tell: Tell) -> None:
         checksums={path.name: checksum for path, checksum in checksums(files).items()},
         made_with={name: version(name) for name in ("onnx", "torch", "transformers", "sentence-transformers")},
     )
-    (into / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    (into / MANIFEST).write_bytes(MANIFESTS.dump_json(manifest, indent=1))
 
 
 # ---------------------------------------------------------------- towers

@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from sortd.encoder import models
 from sortd.encoder.base import Pixels, Rows, check_pixels, unit, writable
@@ -32,7 +33,7 @@ from sortd.encoder.models import ModelFolder, first_line
 from sortd.encoder.quantize import weight_range
 from sortd.errors import ModelError
 from sortd.files import read_regular, write_atomic
-from sortd.messages import Fit, Preprocessing
+from sortd.messages import Preprocessing
 
 FORMAT = 1
 """Raised when the same model would be exported in another way than before."""
@@ -82,22 +83,9 @@ class Manifest:
     made_with: Mapping[str, str] = field(default_factory=dict)
     """Versions, for people."""
 
-    def to_json(self) -> str:
-        """Return it as JSON."""
-        return json.dumps(asdict(self), indent=1) + "\n"
 
-    @classmethod
-    def from_json(cls, text: str) -> "Manifest":
-        """Return what ``to_json`` wrote; raise ValueError where it is something else."""
-        try:
-            said: dict[str, Any] = json.loads(text)
-            seen, words = said.pop("preprocessing"), said.pop("text")
-            preprocessing = Preprocessing(**{**seen, "fit": Fit(seen["fit"])})
-            return cls(
-                preprocessing=preprocessing, text=TextInputs(**{**words, "names": tuple(words["names"])}), **said
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"no manifest of an export: {error}") from error
+MANIFESTS = TypeAdapter(Manifest)
+"""Reads (``validate_json``, which raises ValueError) and writes (``dump_json``) a manifest."""
 
 
 def tower_file(name: str, precision: Precision) -> str:
@@ -182,13 +170,7 @@ def find(
     """Return the exports of a model, or None where there are none that serve as they are.
 
     Exports made on another machine (a moved disk, a shared cache) serve if this processor multiplies their weights
-    without overflow.
-
-    Args:
-        model: the image model.
-        words: the text model, where it is another.
-        cache_dir: the folder of the cache.
-        largest: the largest quantized weight that this processor multiplies; None asks ``weight_range``.
+    without overflow: ``largest`` is the largest quantized weight that it can; None asks ``weight_range``.
 
     Raises:
         ModelError: ONNX Runtime is not installed.
@@ -197,7 +179,7 @@ def find(
         return None
     folder = folder_of(model, words, cache_dir=cache_dir)
     try:
-        manifest = Manifest.from_json(read_regular(folder / MANIFEST).decode())
+        manifest = MANIFESTS.validate_json(read_regular(folder / MANIFEST))
         if manifest.identity != identity(model, words, cache_dir=cache_dir):
             return None
         files = {name: folder / name for name in manifest.checksums}
@@ -316,15 +298,7 @@ class OnnxEncoder:
         threads: int | None = None,
         decoding: str = "draft",
     ) -> None:
-        """Open the vision tower.
-
-        Args:
-            exports: the files, sound.
-            precision: which of them.
-            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-            cache_dir: where the hashes of weights are kept.
-            threads: how many threads a forward may use; None or 0 takes as many as there are cores for this process.
-            decoding: how the pixels that will come were decoded.
+        """Open the vision tower; the arguments are those of ``backends.load``.
 
         Raises:
             ModelError: there is no such precision or device, or ONNX Runtime does not take the files.
