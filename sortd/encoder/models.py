@@ -71,12 +71,12 @@ def locate(
         ModelError: it is not here, incomplete, or no CLIP that sortd can load; the message says what to do.
     """
     if model == "packaged":
-        return vouch("packaged", packaged)
+        return verify("packaged", packaged)
     if model == "auto":
         stronger = _snapshot(STRONGER, _hub_caches(cache_dir, environment))
-        return vouch("packaged", packaged) if stronger is None else vouch(STRONGER, stronger)
+        return verify("packaged", packaged) if stronger is None else verify(STRONGER, stronger)
     if _names_a_path(model):
-        return vouch(model, Path(model).expanduser())
+        return verify(model, Path(model).expanduser())
     snapshot = _snapshot(model, _hub_caches(cache_dir, environment))
     if snapshot is None:
         raise ModelError(
@@ -84,7 +84,7 @@ def locate(
             f"run `sortd models fetch {model}` where there is a network, or copy the model's folder here and set "
             f"`model:` to its path, or set `model: packaged`"
         )
-    return vouch(model, snapshot)
+    return verify(model, snapshot)
 
 
 def locate_text(
@@ -116,7 +116,7 @@ def available(
     found: dict[str, ModelFolder] = {}
     for name, folder in snapshots:
         with suppress(ModelError):
-            found.setdefault(name, vouch(name, folder))
+            found.setdefault(name, verify(name, folder))
     return tuple(found.values())
 
 
@@ -164,11 +164,11 @@ def _snapshots(caches: list[Path]) -> Iterator[tuple[str, Path]]:
 # ------------------------------------------------------------ what a folder holds
 
 
-def vouch(name: str, folder: Path) -> ModelFolder:
+def verify(name: str, folder: Path) -> ModelFolder:
     """Make sure that a folder holds a CLIP: two towers into one space.
 
     Raises:
-        ModelError: It holds something else, said by name, or nothing whole.
+        ModelError: it holds something else, or nothing whole.
     """
     model, use = complete(name, folder), use_of(name, folder)
     if use is not Use.CLIP:
@@ -198,7 +198,7 @@ def complete(name: str, folder: Path) -> ModelFolder:
     """Make sure that a folder holds a sentence-transformers or transformers model, whole and without code.
 
     Raises:
-        ModelError: What is missing, or in which form its weights are.
+        ModelError: something is missing, or its weights are in a form that sortd does not load.
     """
     _refuse_closed(name, folder)
     if not folder.is_dir():
@@ -357,17 +357,14 @@ def _checksum(path: Path, known: dict[str, str]) -> str:
 
 
 def fetch(name: str, *, cache_dir: Path | None = None) -> Path:
-    """Download a model from the hub: the one thing in sortd that does; a bar is drawn on a terminal only.
+    """Download a model, a CLIP or a text model, from the hub and return its folder; a bar is drawn on a terminal only.
 
     Args:
         name: as the hub has it; without a slash, one of the sentence-transformers organisation.
         cache_dir: sortd's cache, to hold it in its ``models`` folder; else the hub client's own cache.
 
-    Returns:
-        The folder, complete. It may hold a CLIP or a text model.
-
     Raises:
-        ModelError: No such model, no network, no room, or weights in no form that sortd loads.
+        ModelError: no such model, no network, no room, or weights in no form that sortd loads.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled
