@@ -43,8 +43,8 @@ from benchmarks.workload import (
     torch_forward,
     write_config,
 )
-from sortd.decoding.decoders import DecodedImage, DecoderPool
-from sortd.images import Jpeg, Limits
+from sortd.images.decode import Jpeg, Limits
+from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.messages import Preprocessing
 from sortd.watching.scanning import scan
 

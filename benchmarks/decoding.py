@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sortd.decoding.decoders import DecodedImage, DecoderPool
-from sortd.decoding.files import stamp_of
-from sortd.images import Jpeg, Limits
+from sortd.images.decode import Jpeg, Limits
+from sortd.images.formats import stamp_of
+from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.messages import Preprocessing, Stamp
 
 TICKS = os.sysconf("SC_CLK_TCK")

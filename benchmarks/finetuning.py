@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from sortd.decoding.decoders import DecodedImage, DecoderPool
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import Recipe
 from sortd.finetune.run import enlarged
 from sortd.finetune.train import TrainSettings, make_model, train
 from sortd.finetuned_network import Network, torch_device
-from sortd.images import Limits
+from sortd.images.decode import Limits
+from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.messages import Fit, Preprocessing
 from sortd.watching.scanning import stamp
 

@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from sortd.deciding.decision import judge
 from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
-from sortd.encoder import Encoder, load
-from sortd.images import Limits, decode_file
+from sortd.encoder.backends import load
+from sortd.encoder.base import Encoder
+from sortd.images.decode import Limits, decode_file
 from sortd.prototypes import DecisionSettings, Mode, SupportSet, build
 
 Rows = npt.NDArray[np.float32]

@@ -25,8 +25,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from sortd.cache import Cache
-from sortd.decoding.decoders import DecoderPool
-from sortd.images import Limits
+from sortd.images.decode import Limits
+from sortd.images.pool import DecoderPool
 from sortd.messages import Preprocessing
 from sortd.prototypes import Abstain, DecisionSettings, Mode, SupportSet, build, decide
 from sortd.references import References, Teaching

@@ -26,7 +26,8 @@ from benchmarks.photos import embed_folder
 from sortd.deciding.decision import judge, looks_of
 from sortd.deciding.familiarity import log_odds
 from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
-from sortd.encoder import Encoder, load
+from sortd.encoder.backends import load
+from sortd.encoder.base import Encoder
 from sortd.prototypes import Abstain, Assigned, DecisionSettings, PrototypeSet, SupportSet, build, decide
 
 Array = npt.NDArray[np.float64]

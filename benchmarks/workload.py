@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.encoder import build_reference
-from sortd.encoding.torch_encoder import PATIENT_THREADS
+from sortd.encoder.torch_encoder import PATIENT_THREADS
 
 os.environ.setdefault(*PATIENT_THREADS)  # what sortd is held against has the same threads
 
@@ -230,7 +230,7 @@ def torch_forward(model: Path) -> Callable[[int], object]:
 
 def onnx_forward(model: Path, cache: Path) -> Callable[[int], object]:
     """Return the forward of the int8 image tower by ONNX Runtime, on pixels that are ready."""
-    from sortd.encoder import load
+    from sortd.encoder.backends import load
 
     encoder = load(str(model), backend="onnx-int8", cache_dir=cache)
     seen = encoder.preprocessing

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from sortd.encoding.model_folders import first_line
-from sortd.encoding.normalisation import normalisation
+from sortd.encoder.models import first_line
+from sortd.encoder.preprocessing import normalisation
 from sortd.errors import ModelError
 from sortd.finetuned import (
     CONFIG_FILE,

@@ -52,10 +52,6 @@ DATASET_HELD: Final = "dataset.held"
 ROOT_ABSENT: Final = "root.absent"
 CONFIG_RELOADED: Final = "config.reloaded"
 CONFIG_REFUSED: Final = "config.refused"
-MODEL_EXPORTING: Final = "model.exporting"
-MODEL_EXPORTED: Final = "model.exported"
-MODEL_JUDGING: Final = "model.judging"
-MODEL_JUDGED: Final = "model.judged"
 MODEL_FELL_BACK: Final = "model.fell_back"
 MODEL_LOADED: Final = "model.loaded"
 DAEMON_STARTING: Final = "daemon.starting"
@@ -95,10 +91,6 @@ EVENTS: Final[Mapping[str, str]] = {
     ROOT_ABSENT: "the folder that holds the datasets is not there",
     CONFIG_RELOADED: "a changed configuration is in force",
     CONFIG_REFUSED: "a changed configuration is not valid; the one before stays in force",
-    MODEL_EXPORTING: "the model is being written for ONNX Runtime, once; the line says which step, and about how long",
-    MODEL_EXPORTED: "the model was written for ONNX Runtime, in float32 and, where that is quicker, int8",
-    MODEL_JUDGING: "int8 is being held against float32, on how many references; once for each set of references",
-    MODEL_JUDGED: "int8 was held against float32 on the references; the line says what serves, and why",
     MODEL_FELL_BACK: "what was wanted to run the model cannot; something slower does",
     MODEL_LOADED: "the encoder is ready",
     DAEMON_STARTING: "sortd begins",

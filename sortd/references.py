@@ -13,8 +13,8 @@ import numpy as np
 from sortd import mends
 from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.deciding.steps import finish
-from sortd.decoding.files import OUR_OWN_TROUBLE
 from sortd.files import open_regular
+from sortd.images.formats import OUR_OWN_TROUBLE
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
 from sortd.names import rule_for_folder
 from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build_steps

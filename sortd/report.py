@@ -12,9 +12,9 @@ from sortd import __version__
 from sortd.commands.console import printable
 from sortd.deciding.explanation import PROBABLE
 from sortd.deciding.prompts import written_name
-from sortd.decoding.thumbnails import thumbnail
 from sortd.errors import DestinationError
 from sortd.files import write_atomic
+from sortd.images.decode import thumbnail
 from sortd.moments import shown
 
 TEMPLATES = Path(__file__).parent / "templates"

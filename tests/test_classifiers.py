@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sortd.config import Config, load
-from sortd.encoder import Pixels, Rows
+from sortd.encoder.base import Pixels, Rows
 from sortd.finetuned import FACTS_FILE, FinetunedFacts, Promotion, read_facts, remove_promotion, write_promotion
 from sortd.layout import Area, Layout
 from sortd.messages import DatasetId, Embedded, Move, PrototypesBuilt, RebuildFailed, Stamp

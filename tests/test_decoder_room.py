@@ -11,11 +11,11 @@ import pillow_heif
 import pytest
 from PIL import Image
 
-from sortd.decoding.decoder_process import ROOM_UNASKED_PIXELS
-from sortd.decoding.decoders import Batch, DecodedImage, DecoderPool
-from sortd.decoding.formats import FORMATS
 from sortd.errors import CrowdedError
-from sortd.images import Limits, decode, decode_file
+from sortd.images.decode import Limits, decode, decode_file
+from sortd.images.decoder_process import ROOM_UNASKED_PIXELS
+from sortd.images.formats import FORMATS
+from sortd.images.pool import Batch, DecodedImage, DecoderPool
 from sortd.messages import ImageRefused, Preprocessing, Refusal
 from tests.bombs import one_bit_png, png, saved
 from tests.test_decoders import memory_kb, open_files, photo, stamped, warmed, while_stopped
@@ -40,7 +40,7 @@ def taken_by_turns(pool: DecoderPool, batch: Batch) -> Iterator[int]:
     """Decode a batch, and yield what its large images have been given whenever the processes have been fed."""
     while batch.waiting or batch.unanswered:
         pool.feed(batch)
-        yield sum(job.wanted_pixels for handle in pool._handles for job in handle.jobs)
+        yield sum(job.wanted_pixels for handle in pool._decoders for job in handle.jobs)
         pool.collect(None)
 
 
@@ -75,18 +75,18 @@ def test_small_images_go_on_while_a_large_one_waits(mixed: list[Path], tmp_path:
         warmed(pool, tmp_path)
         batch = Batch(deque(stamped(*[path for path in mixed if "large" in path.name])))
         until_a_large_one_is_given(pool, batch)
-        (busy,) = [handle for handle in pool._handles if any(job.wanted_pixels for job in handle.jobs)]
-        os.kill(busy.process_id, signal.SIGSTOP)
+        (busy,) = [handle for handle in pool._decoders if any(job.wanted_pixels for job in handle.jobs)]
+        os.kill(busy.process.pid, signal.SIGSTOP)
         small = Batch(deque(stamped(*[path for path in mixed if "small" in path.name])))
-        (free,) = [handle for handle in pool._handles if handle is not busy]
+        (free,) = [handle for handle in pool._decoders if handle is not busy]
         before = len(batch.answers)
         pool.feed(small)
-        while free.load:
+        while free.jobs:
             pool.collect(None)
             pool.feed(small)
         assert {type(answer) for answer in small.answers} == {DecodedImage}
         assert len(batch.answers) == before
-        os.kill(busy.process_id, signal.SIGCONT)
+        os.kill(busy.process.pid, signal.SIGCONT)
         while batch.unanswered or batch.waiting or small.unanswered or small.waiting:
             pool.feed(batch)
             pool.feed(small)

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sortd.decoding import decoder_handle
-from sortd.decoding.decoders import DecodedImage, DecoderPool
-from sortd.decoding.files import _why_not_opened
 from sortd.errors import StartupError
-from sortd.images import Limits, decode_file
+from sortd.images import pool as pool_module
+from sortd.images.decode import Limits, decode_file
+from sortd.images.formats import _why_not_opened
+from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
 from tests.bombs import CORPUS, gif, one_bit_png, png, png_with_text, saved, write_hostile_files
 
@@ -116,7 +116,7 @@ class TestAnswers:
         answers = pool.decode_all(stamped(*paths))
         next(answers)
         taken_in = len(answers.gi_frame.f_locals["batch"].answers)  # type: ignore[attr-defined]  # it is a generator
-        sockets = [handle.descriptors[0] for handle in pool._handles]
+        sockets = [handle.descriptors[0] for handle in pool._decoders]
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and sum(map(waiting, sockets)) + taken_in < 15:
             time.sleep(0.01)
@@ -296,9 +296,9 @@ class TestRefusals:
         path = photo(tmp_path / "a.png")
         code = (
             "import os, resource, sys\n"
-            "from sortd.decoding.decoders import DecoderPool\n"
-            "from sortd.decoding.files import stamp_of\n"
-            "from sortd.images import Limits\n"
+            "from sortd.images.pool import DecoderPool\n"
+            "from sortd.images.formats import stamp_of\n"
+            "from sortd.images.decode import Limits\n"
             "from sortd.messages import Preprocessing\n"
             "path = sys.argv[1]\n"
             "pool = DecoderPool(0, Preprocessing(8, 8, 8), Limits())\n"
@@ -408,8 +408,8 @@ class TestProcesses:
         """Nobody is left to close the pool: the socket is closed for it."""
         code = (
             "import os, signal\n"
-            "from sortd.decoding.decoders import DecoderPool\n"
-            "from sortd.images import Limits\n"
+            "from sortd.images.pool import DecoderPool\n"
+            "from sortd.images.decode import Limits\n"
             "from sortd.messages import Preprocessing\n"
             "pool = DecoderPool(1, Preprocessing(8, 8, 8), Limits())\n"
             "print(pool.process_ids[0], flush=True)\n"
@@ -435,7 +435,7 @@ class TestProcesses:
             f"s = socket.socket(fileno=int(sys.argv[1])); {speak}; s.recv(9)"
         )
         monkeypatch.setattr(
-            decoder_handle, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
+            pool_module, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
         )
         path = photo(tmp_path / "a.png")
         with DecoderPool(1, SMALL, Limits()) as pool, pytest.raises(StartupError, match=r"up: .*no such thing"):
@@ -460,7 +460,7 @@ class TestProcesses:
             "reply = struct.Struct('<IB32sdQH400s'); s.send(reply.pack(0xFFFFFFFF, 0, b'', 0, 0, 0, b''))\n" + lie
         )
         monkeypatch.setattr(
-            decoder_handle, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
+            pool_module, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
         )
         with DecoderPool(1, SMALL, Limits()) as pool:
             assert refusal_of(only(pool, photo(tmp_path / "a.png"))) is Refusal.POISON
@@ -564,7 +564,7 @@ class TestHostile:
 def warmed(pool: DecoderPool, folder: Path) -> tuple[int, ...]:
     """Wait until every process of a pool has decoded something; return their numbers."""
     paths = [photo(folder / f"warm-{number}.png", number) for number in range(4 * len(pool.process_ids))]
-    while not all(handle.is_ready for handle in pool._handles):
+    while not all(handle.is_ready for handle in pool._decoders):
         assert {type(answer) for answer in pool.decode_all(stamped(*paths))} == {DecodedImage}
     for path in paths:
         path.unlink()

@@ -16,9 +16,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from sortd.encoder import Encoder, load, probe
-from sortd.encoding import models
-from sortd.encoding.torch_encoder import preprocessing_of
+from sortd.encoder import models
+from sortd.encoder.backends import load
+from sortd.encoder.base import Encoder, probe
+from sortd.encoder.preprocessing import preprocessing_of
 from sortd.errors import ModelError
 from sortd.messages import Fit, Preprocessing
 from tests.fake_encoder import FakeEncoder
@@ -417,7 +418,7 @@ class TestOffline:
 
     def test_an_absent_model_is_told_in_two_seconds(self, tmp_path: Path) -> None:
         """From a cold start, before torch is imported."""
-        program = "from sortd.encoder import load; load('clip-ViT-L-14')"
+        program = "from sortd.encoder.backends import load; load('clip-ViT-L-14')"
         done = subprocess.run(
             [sys.executable, "-c", program],
             env={**os.environ, "HOME": str(tmp_path), "HF_HOME": str(tmp_path)},
@@ -427,9 +428,7 @@ class TestOffline:
 
     def test_importing_it_imports_no_torch(self) -> None:
         """Nor any of its kin: the command line imports this module."""
-        program = (
-            "import sys, sortd.encoder, sortd.encoding.models; print({'torch', 'transformers'} & set(sys.modules))"
-        )
+        program = "import sys, sortd.encoder.backends; print({'torch', 'transformers'} & set(sys.modules))"
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "set()"
 

@@ -25,7 +25,7 @@ from sortd.finetune.run import output_of, prepare_training, run_finetuning, unfi
 from sortd.finetune.train import newest_checkpoint
 from sortd.finetuned import UNFINISHED, FinetunedFacts, calibrated, read_facts
 from sortd.finetuned_network import load_finetuned
-from sortd.images import Limits, decode_file
+from sortd.images.decode import Limits, decode_file
 from sortd.layout import Layout
 from tests.command_line import sortd
 from tests.fake_encoder import FakeEncoder

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from sortd.encoding import models
-from sortd.encoding.model_folders import ModelFolder, vouch
+from sortd.encoder import models
+from sortd.encoder.models import ModelFolder, verify
 from sortd.errors import ModelError
 from tests.command_line import write_config
 
@@ -143,19 +143,19 @@ class TestRefusals:
     def test_what_is_no_clip(self, tmp_path: Path, config: object, complaint: str) -> None:
         """Said by the name of its architecture."""
         with pytest.raises(ModelError, match=complaint):
-            vouch("mine", write_model(tmp_path / "m", config))
+            verify("mine", write_model(tmp_path / "m", config))
 
     @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", "model.ckpt", "weights.pkl"])
     def test_weights_that_can_run_code(self, tmp_path: Path, weights: str) -> None:
         """A pickle is refused by its name, with the way to make it safetensors."""
         with pytest.raises(ModelError, match=rf"only as {weights}.*can run code.*save it again"):
-            vouch("mine", write_model(tmp_path / "m", weights=weights))
+            verify("mine", write_model(tmp_path / "m", weights=weights))
 
     def test_safetensors_beside_a_pickle_serve(self, tmp_path: Path) -> None:
         """Many published models hold both; the pickle is not touched and is no part of the identity."""
         folder = write_model(tmp_path / "m")
         (folder / "0_CLIPModel" / "pytorch_model.bin").write_bytes(b"x")
-        assert not any(path.suffix == ".bin" for path in vouch("mine", folder).files)
+        assert not any(path.suffix == ".bin" for path in verify("mine", folder).files)
 
     def test_a_dense_layer_that_is_a_pickle(self, tmp_path: Path) -> None:
         """Every module is looked at, not only the first."""
@@ -166,7 +166,7 @@ class TestRefusals:
         rows.append({"path": "1_Dense", "type": "sentence_transformers.models.Dense"})
         (folder / "modules.json").write_text(json.dumps(rows))
         with pytest.raises(ModelError, match=r"1_Dense has its weights only as pytorch_model\.bin"):
-            vouch("mine", folder)
+            verify("mine", folder)
 
     @pytest.mark.parametrize(
         ("modules", "complaint"),
@@ -185,27 +185,27 @@ class TestRefusals:
         folder = write_model(tmp_path / "m")
         (folder / "modules.json").write_text(json.dumps(modules))
         with pytest.raises(ModelError, match=complaint):
-            vouch("mine", folder)
+            verify("mine", folder)
 
     def test_what_is_missing(self, tmp_path: Path) -> None:
         """A half-copied folder is told as such, with the file that is not there."""
         empty = tmp_path / "empty"
         empty.mkdir()
         with pytest.raises(ModelError, match=r"neither modules\.json nor config\.json"):
-            vouch("mine", empty)
+            verify("mine", empty)
         with pytest.raises(ModelError, match="has no weights"):
-            vouch("mine", write_model(tmp_path / "a", weights=""))
+            verify("mine", write_model(tmp_path / "a", weights=""))
         folder = write_model(tmp_path / "b")
         (folder / "0_CLIPModel" / "config.json").unlink()
         with pytest.raises(ModelError, match=r"incomplete: .*config\.json is missing"):
-            vouch("mine", folder)
+            verify("mine", folder)
         (folder / "0_CLIPModel" / "config.json").write_text("{")
         with pytest.raises(ModelError, match=r"cannot read .*config\.json"):
-            vouch("mine", folder)
+            verify("mine", folder)
         adapter = write_model(tmp_path / "c")
         (adapter / "0_CLIPModel" / "adapter_config.json").write_text("{}")
         with pytest.raises(ModelError, match="is an adapter"):
-            vouch("mine", adapter)
+            verify("mine", adapter)
 
     def test_a_blob_that_is_gone(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """A link of the hub's cache that leads nowhere is no weights."""
@@ -245,10 +245,10 @@ class TestRights:
         os.seteuid(65_534)
         try:
             with pytest.raises(ModelError, match=rf"user 65534.*may not {verb} {at}.*chmod"):
-                vouch("clip", folder)
+                verify("clip", folder)
         finally:
             os.seteuid(0)
-        vouch("clip", folder)
+        verify("clip", folder)
 
 
 class TestTextModels:
@@ -274,11 +274,7 @@ class TestAvailable:
         put_in_cache(cache, "openai/clip-vit-large-patch14")
         put_in_cache(cache, "google/vit-base-patch16-224", VIT)
         listed = models.available(environment=environment, packaged=packaged)
-        assert {(row.name, row.automatic) for row in listed} == {
-            ("packaged", False),
-            ("clip-ViT-B-32", True),
-            ("openai/clip-vit-large-patch14", False),
-        }
+        assert {row.name for row in listed} == {"packaged", "clip-ViT-B-32", "openai/clip-vit-large-patch14"}
         assert all(row.size_bytes > 0 and row.kind == "clip" for row in listed)
 
     def test_without_any_the_list_is_empty(self, tmp_path: Path, environment: dict[str, str]) -> None:
@@ -291,22 +287,22 @@ class TestDigest:
 
     def test_a_copy_under_another_name_is_the_same_model(self, tmp_path: Path) -> None:
         """Neither name nor place nor model card is part of it."""
-        first = vouch("a", write_model(tmp_path / "a"))
+        first = verify("a", write_model(tmp_path / "a"))
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         (tmp_path / "b" / "README.md").write_text("another card")
-        assert models.digest(first) == models.digest(vouch("b", tmp_path / "b"))
+        assert models.digest(first) == models.digest(verify("b", tmp_path / "b"))
 
     @pytest.mark.parametrize("file", ["modules.json", "0_CLIPModel/config.json", "0_CLIPModel/model.safetensors"])
     def test_any_change_of_content_is_another_model(self, tmp_path: Path, file: str) -> None:
         """Old embeddings must not serve a new model, though its name stays."""
-        before = models.digest(vouch("a", write_model(tmp_path / "a")))
+        before = models.digest(verify("a", write_model(tmp_path / "a")))
         path = tmp_path / "a" / file
         path.write_bytes(path.read_bytes() + b" ")
-        assert models.digest(vouch("a", tmp_path / "a")) != before
+        assert models.digest(verify("a", tmp_path / "a")) != before
 
     def test_hashes_are_remembered_by_stamp(self, tmp_path: Path) -> None:
         """Half a gigabyte is read once; a changed file is read again; a damaged memory only costs time."""
-        model = vouch("a", write_model(tmp_path / "a"))
+        model = verify("a", write_model(tmp_path / "a"))
         weights = tmp_path / "a/0_CLIPModel/model.safetensors"
         before = models.digest(model, cache_dir=tmp_path / "cache")
         memory = tmp_path / "cache/model-hashes.json"
@@ -322,7 +318,7 @@ class TestDigest:
 
     def test_a_memory_that_cannot_be_written_is_done_without(self, tmp_path: Path) -> None:
         """The identity is right all the same."""
-        model = vouch("a", write_model(tmp_path / "a"))
+        model = verify("a", write_model(tmp_path / "a"))
         (tmp_path / "cache").write_text("in the way")
         assert models.digest(model, cache_dir=tmp_path / "cache") == models.digest(model)
 
@@ -406,7 +402,7 @@ class TestFetch:
 import sys
 from pathlib import Path
 from sortd.errors import ModelError
-from sortd.encoding.models import fetch
+from sortd.encoder.models import fetch
 try:
     print(fetch(sys.argv[1], cache_dir=Path(sys.argv[2])))
 except ModelError as error:

@@ -1,7 +1,6 @@
 """ONNX Runtime gives torch's rows without torch, from exports that are checked, and in int8 row by row."""
 
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -17,16 +16,20 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from sortd.encoder import load
-from sortd.encoding import exports, models, onnx_export
-from sortd.encoding.backends import choose
-from sortd.encoding.export_process import STEPS, Request, Tell, heard, run_child
-from sortd.encoding.exports import Exports
-from sortd.encoding.manifest import Precision
-from sortd.encoding.model_folders import ModelFolder
-from sortd.encoding.onnx_encoder import OnnxEncoder
-from sortd.encoding.onnx_int8 import FULL_RANGE, REDUCED_RANGE, quantize, weight_range
-from sortd.encoding.providers import attempts, can_use_gpu, name_of, torch_can_use_gpu
+from sortd.encoder import export as onnx_export
+from sortd.encoder import models
+from sortd.encoder import onnx_encoder as exports
+from sortd.encoder.backends import choose, load, torch_can_use_gpu
+from sortd.encoder.models import ModelFolder
+from sortd.encoder.onnx_encoder import (
+    Exports,
+    OnnxEncoder,
+    Precision,
+    attempts,
+    can_use_gpu,
+    name_of,
+)
+from sortd.encoder.quantize import FULL_RANGE, REDUCED_RANGE, quantize, weight_range
 from sortd.errors import ModelError
 from tests.tiny_clip import DIMENSIONS, SIDE, Tower, build_tiny_clip
 from tests.tiny_words import build_roberta_words, build_tiny_words
@@ -51,14 +54,9 @@ def lowest_cosine(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32])
     return float((left * right).sum(axis=1).min())
 
 
-def here(request: Request, tell: Tell) -> None:
-    """Export in this process, which has torch already: the same work without another interpreter's start."""
-    onnx_export.export(request, tell)
-
-
-def never(request: Request, _: Tell) -> None:
+def never(into: Path) -> None:
     """Nothing is to be exported."""
-    raise AssertionError(request)
+    raise AssertionError(into)
 
 
 def open_export(exported: Exports, precision: Precision = Precision.FP32, **settings: Any) -> OnnxEncoder:
@@ -80,8 +78,8 @@ def clip(tiny_clip: Path) -> ModelFolder:
 
 @pytest.fixture(scope="module")
 def exported(clip: ModelFolder, cache: Path) -> Exports:
-    """Its exports, made as sortd makes them, by a child; int8 is kept though it does not pay at this size."""
-    return exports.make(clip, None, cache_dir=cache, least_gain=0.0)
+    """Its exports, made as sortd makes them; int8 is kept though it does not pay at this size."""
+    return onnx_export.make(clip, None, cache_dir=cache, least_gain=0.0)
 
 
 @pytest.fixture
@@ -110,7 +108,7 @@ class TestRows:
     def test_the_packaged_model_too(self, cache: Path) -> None:
         """What ships is a convolutional network beside a BERT; in int8 its convolutions are as well."""
         model = models.locate("packaged")
-        made = exports.make(model, None, cache_dir=cache, least_gain=0.0, run=here)
+        made = onnx_export.make(model, None, cache_dir=cache, least_gain=0.0)
         onnx, quick = open_export(made), open_export(made, Precision.INT8)
         torch = load("packaged", backend="torch")
         seen = pixels(3, torch.preprocessing.crop_height)
@@ -133,7 +131,7 @@ class TestRows:
             case _:
                 other = build_roberta_words(tmp_path / "words")
         words = models.locate_text(str(other))
-        onnx = open_export(exports.make(clip, words, cache_dir=tmp_path / "cache", run=here))
+        onnx = open_export(onnx_export.make(clip, words, cache_dir=tmp_path / "cache"))
         torch = load(str(clip.folder), text_model=str(other), backend="torch")
         texts = [*TEXTS, "a b " * 50]
         assert lowest_cosine(torch.encode_texts(texts), onnx.encode_texts(texts)) > EXACT
@@ -177,7 +175,7 @@ class TestRows:
 def test_torch_is_never_imported(exported: Exports, cache: Path, tiny_clip: Path) -> None:
     """Nor anything that would: a process that loads and encodes by ONNX Runtime knows none of them."""
     program = (
-        "import sys; from pathlib import Path; import numpy as np; from sortd.encoder import load\n"
+        "import sys; from pathlib import Path; import numpy as np; from sortd.encoder.backends import load\n"
         "encoder = load(sys.argv[1], backend=sys.argv[3], cache_dir=Path(sys.argv[2]))\n"
         f"encoder.encode_images(np.zeros((2, {SIDE}, {SIDE}, 3), np.uint8)); encoder.encode_texts(['a photo'])\n"
         "slow = {'torch', 'transformers', 'sentence_transformers', 'sklearn', 'scipy', 'onnx', 'huggingface_hub'}\n"
@@ -196,7 +194,7 @@ class TestExports:
     def test_what_stands_is_found_and_not_made_again(self, exported: Exports, cache: Path) -> None:
         """By content: the model's folder may have another name."""
         assert exports.find(exported.model, None, cache_dir=cache) == exported
-        assert exports.make(exported.model, None, cache_dir=cache, run=never) == exported
+        assert onnx_export.make(exported.model, None, cache_dir=cache, write=never) == exported
         assert exported.precisions == (Precision.FP32, Precision.INT8)
         assert not list(cache.glob("onnx/*.part"))
         assert not list(cache.glob("onnx/*.old"))
@@ -234,22 +232,22 @@ class TestExports:
             case "garbage":
                 manifest.write_text('{"identity": []}')
         assert exports.find(copied.model, None, cache_dir=tmp_path) is None
-        again: list[Request] = []
+        again: list[Path] = []
 
-        def put_back(request: Request, _: Tell) -> None:
-            again.append(request)
+        def put_back(into: Path) -> None:
+            again.append(into)
             made = dict.fromkeys(("image.onnx", "text.onnx"), b"made again")
             for name, content in made.items():
-                (request.into / name).write_bytes(content)
-            sums = models.checksums([request.into / name for name in made])
+                (into / name).write_bytes(content)
+            sums = models.checksums([into / name for name in made])
             fresh = replace(
                 copied.manifest,
-                identity=request.identity,
+                identity=exports.identity(copied.model, None, cache_dir=tmp_path),
                 checksums={path.name: checksum for path, checksum in sums.items()},
             )
-            (request.into / exports.MANIFEST).write_text(fresh.to_json())
+            (into / exports.MANIFEST).write_bytes(exports.MANIFESTS.dump_json(fresh))
 
-        made = exports.make(copied.model, None, cache_dir=tmp_path, run=put_back)
+        made = onnx_export.make(copied.model, None, cache_dir=tmp_path, write=put_back)
         assert len(again) == 1
         assert made.tower("image", Precision.FP32).read_bytes() == b"made again"
         assert sorted(path.name for path in made.folder.iterdir()) == ["image.onnx", "manifest.json", "text.onnx"]
@@ -268,78 +266,38 @@ class TestExports:
     ) -> None:
         """The range of the weights stands in the manifest and is held against the processor that loads them."""
         manifest = replace(copied.manifest, weight_range=made_for)
-        (copied.folder / exports.MANIFEST).write_text(manifest.to_json())
+        (copied.folder / exports.MANIFEST).write_bytes(exports.MANIFESTS.dump_json(manifest))
         assert (exports.find(copied.model, None, cache_dir=tmp_path, largest=here) is not None) == serves
 
     def test_a_failed_export_says_why_and_leaves_the_old_one(self, copied: Exports, tmp_path: Path) -> None:
-        """The child's last words are the message; nothing half-made stands."""
+        """What went wrong is the message; nothing half-made stands."""
         spoilt = tmp_path / "spoilt"
         shutil.copytree(copied.model.folder, spoilt)
         (spoilt / "model.safetensors").write_bytes(b"\x00\xff" * 5000)
         model = models.locate(str(spoilt))
         with pytest.raises(ModelError, match=r"cannot export .*does not load.*set `backend: torch`"):
-            exports.make(model, None, cache_dir=tmp_path)
+            onnx_export.make(model, None, cache_dir=tmp_path)
         assert exports.find(copied.model, None, cache_dir=tmp_path) == copied
         assert [path.suffix for path in (tmp_path / "onnx").iterdir() if path.is_dir()] == [""]
 
-    def test_the_end_of_the_program_ends_a_child(self) -> None:
-        """A thread that waits for an export would keep the interpreter from ending."""
-        program = (
-            "import subprocess, threading; from sortd.encoding.export_process import heard\n"
-            "from sortd.errors import ModelError\n"
-            "child = subprocess.Popen(['sleep', '1000'], stderr=subprocess.PIPE, text=True)\n"
-            "def wait():\n"
-            "    try: heard(child, 'some model', lambda _: None)\n"
-            "    except ModelError as error: print(error, child.wait())\n"
-            "threading.Thread(target=wait).start()"
-        )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-        assert done.stdout == "exporting 'some model' to ONNX was given up, for sortd was stopped -9\n"
-
-    def test_each_step_is_told_while_it_goes_on(self) -> None:
-        """By what the child writes; other things that libraries write to its stdout are passed over."""
-        program = f"import os, sys; print({STEPS[2]!r}, flush=True); print('noise', flush=True); os.read(0, 1)"
-        reader, writer = os.pipe()
-        told: list[str] = []
-
-        def tell(step: str) -> None:
-            told.append(step)
-            if STEPS[2] in step:
-                os.write(writer, b"x")
-
-        with os.fdopen(reader), os.fdopen(writer, "wb"):
-            child = subprocess.Popen(
-                [sys.executable, "-c", program], stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            with child:
-                assert heard(child, "some model", tell) == ""
-        assert told[-1] == f"step 3 of 5, {STEPS[2]}"
-
-    def test_it_goes_through_every_step(self, clip: ModelFolder, tmp_path: Path) -> None:
-        """Whoever waits is told five of them, in order."""
-        told: list[str] = []
-        exports.make(clip, None, cache_dir=tmp_path, tell=told.append, run=here)
-        assert told == list(STEPS)
-
     def test_two_at_once_make_one(self, exported: Exports, tmp_path: Path) -> None:
         """The second waits, says so, and takes what the first made."""
-        made: list[Request] = []
-        waits = threading.Event()
+        made: list[Path] = []
+        both_began = threading.Barrier(2)
 
-        def copy_it(request: Request, _: Tell) -> None:
-            made.append(request)
-            assert waits.wait(60)
-            shutil.copytree(exported.folder, request.into, dirs_exist_ok=True)
-
-        def make(tell: Tell) -> Exports:
-            return exports.make(exported.model, None, cache_dir=tmp_path, tell=tell, run=copy_it)
+        def copy_it(into: Path) -> None:
+            made.append(into)
+            shutil.copytree(exported.folder, into, dirs_exist_ok=True)
 
         def tell(what: str) -> None:
-            assert "waiting for another process" in what
-            waits.set()
+            assert "waiting for whoever exports the same model" in what
+            both_began.wait(60)
+
+        def make() -> Exports:
+            return onnx_export.make(exported.model, None, cache_dir=tmp_path, tell=tell, write=copy_it)
 
         with ThreadPoolExecutor(2) as threads:
-            first, second = [threads.submit(make, tell) for _ in range(2)]
+            first, second = [threads.submit(make) for _ in range(2)]
             assert first.result(60) == second.result(60)
         assert len(made) == 1
 
@@ -351,12 +309,12 @@ class TestExports:
             place.mkdir(parents=True)
             (place / "image.onnx").write_bytes(b"half")
 
-        def copy_it(request: Request, _: Tell) -> None:
-            assert request.into not in left
+        def copy_it(into: Path) -> None:
+            assert into not in left
             assert not any(place.exists() for place in left)
-            shutil.copytree(exported.folder, request.into, dirs_exist_ok=True)
+            shutil.copytree(exported.folder, into, dirs_exist_ok=True)
 
-        exports.make(exported.model, None, cache_dir=tmp_path, run=copy_it)
+        onnx_export.make(exported.model, None, cache_dir=tmp_path, write=copy_it)
         assert [path.name for path in (tmp_path / "onnx").iterdir() if path.is_dir()] == [folder.name]
 
     def test_a_disk_that_takes_no_more_is_said_as_such(self, clip: ModelFolder, tmp_path: Path) -> None:
@@ -365,7 +323,7 @@ class TestExports:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
         try:
             with pytest.raises(ModelError, match=rf"{tmp_path}.*: File too large; make room there; or set `backend"):
-                exports.make(clip, None, cache_dir=tmp_path)
+                onnx_export.make(clip, None, cache_dir=tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert not [path for path in (tmp_path / "onnx").iterdir() if path.is_dir()]
@@ -379,21 +337,14 @@ class TestExports:
 
     def test_a_full_disk_is_noticed_before_the_work(self, clip: ModelFolder, tmp_path: Path) -> None:
         """Not after a minute of it."""
-        request = Request(clip, None, "", tmp_path / "new.part", 1.0)
         plenty = SimpleNamespace(free=10 * clip.size_bytes)
-        exports._see_that_there_is_room(request, usage=lambda _: plenty)
-        with pytest.raises(ModelError, match=r"takes at least 0 MB in .*, where 0 MB are free; make room there"):
-            exports._see_that_there_is_room(request, usage=lambda _: SimpleNamespace(free=clip.size_bytes // 2))
-
-    def test_a_child_that_the_kernel_killed(self, clip: ModelFolder, tmp_path: Path) -> None:
-        """Most likely memory ran out, which is said."""
-        command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
-        with pytest.raises(ModelError, match="was killed, as the kernel does when memory runs out"):
-            run_child(Request(clip, None, "", tmp_path, 1.0), lambda _: None, command=command)
+        onnx_export.check_room(clip, None, tmp_path, usage=lambda _: plenty)
+        with pytest.raises(ModelError, match=r"takes up to 1 MB in .*, where 0 MB are free; make room there"):
+            onnx_export.check_room(clip, None, tmp_path, usage=lambda _: SimpleNamespace(free=clip.size_bytes))
 
     def test_an_export_with_other_rows_is_refused(self, copied: Exports) -> None:
         """Held against torch before anything is kept."""
-        from sortd.encoding.torch_encoder import TorchEncoder
+        from sortd.encoder.torch_encoder import TorchEncoder
 
         encoder = TorchEncoder(copied.model, None, device="cpu", cache_dir=None, threads=1, decoding="draft")
         onnx_export._try_images(encoder, copied.folder)
@@ -422,8 +373,8 @@ class TestExports:
         """Asked for by name it is an error; `auto` takes torch."""
         program = (
             "import sys; sys.modules['onnxruntime'] = None\n"
-            "from pathlib import Path; from sortd.encoder import load; from sortd.errors import ModelError\n"
-            "from sortd.encoding import models; from sortd.encoding.backends import choose\n"
+            "from pathlib import Path; from sortd.encoder.backends import load; from sortd.errors import ModelError\n"
+            "from sortd.encoder import models; from sortd.encoder.backends import choose\n"
             "try: load(sys.argv[1], backend='onnx', cache_dir=Path(sys.argv[2]))\n"
             "except ModelError as error: print(error)\n"
             "model = models.locate(sys.argv[1])\n"
@@ -548,7 +499,7 @@ class TestQuantization:
         """
         from onnx.reference import ReferenceEvaluator
 
-        from sortd.encoding.onnx_encoder import open_tower
+        from sortd.encoder.onnx_encoder import open_tower
 
         quick = graph.with_name("quick.onnx")
         assert quantize(graph, quick, largest=largest) == 2

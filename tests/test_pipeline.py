@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from sortd.cache import Cache
-from sortd.decoding.decoders import DecodedImage, DecoderPool
-from sortd.images import Limits
+from sortd.images.decode import Limits
+from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.messages import EmbeddedImage, ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.running.embedding import Embedder
 from sortd.running.pipeline import Pipeline

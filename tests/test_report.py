@@ -16,9 +16,9 @@ from sortd.commands.evaluation_page import evaluation_page, sentences
 from sortd.commands.examination import Examined, examine, taught
 from sortd.config import load
 from sortd.deciding.explanation import explain
-from sortd.decoding.thumbnails import thumbnail
 from sortd.errors import DataError, DestinationError, JournalError
 from sortd.evaluate import evaluate
+from sortd.images.decode import thumbnail
 from sortd.journal import Journal
 from sortd.journaling.records import Selection
 from sortd.layout import Layout

@@ -19,9 +19,9 @@ from PIL import Image
 
 from sortd.cache import Cache
 from sortd.deciding.steps import Steps
-from sortd.decoding.decoders import DecoderPool
-from sortd.encoder import Encoder
-from sortd.images import Limits
+from sortd.encoder.base import Encoder
+from sortd.images.decode import Limits
+from sortd.images.pool import DecoderPool
 from sortd.messages import DatasetId, Embedded, FloatArray, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet, build_steps
 from sortd.references import Teaching

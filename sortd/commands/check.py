@@ -11,7 +11,6 @@ from pathlib import Path
 
 from sortd import mends
 from sortd.cache import Cache
-from sortd.commands.backend import backend_findings
 from sortd.commands.check_calibration import calibration_findings
 from sortd.commands.check_disks import clock_findings, file_system_findings, room_findings, watching_findings
 from sortd.commands.check_folders import dataset_findings, overlap_findings, own_folder_findings, root_findings
@@ -26,10 +25,11 @@ from sortd.commands.check_running import (
 )
 from sortd.commands.finding import Finding, Topic, error, warning
 from sortd.commands.journals import JOURNAL_FILE
+from sortd.commands.model_facts import backend_findings
 from sortd.commands.stored import changed_since, evaluated_prototypes, stored_prototypes
 from sortd.config import Config, load
 from sortd.errors import ConfigError, JournalError, LayoutError
-from sortd.images import Limits, decode_file, look_at_file
+from sortd.images.decode import Limits, decode_file, look_at_file
 from sortd.journaling.history import History
 from sortd.layout import Layout, find_datasets
 from sortd.messages import Preprocessing

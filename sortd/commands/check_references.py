@@ -13,8 +13,8 @@ from sortd.commands.check_folders import named
 from sortd.commands.console import counted, printable
 from sortd.commands.finding import Finding, Topic, error, note, warning
 from sortd.deciding.prompts import written_name
-from sortd.decoding.formats import HEAD_BYTES, looks_like_image
 from sortd.errors import ImageError
+from sortd.images.formats import HEAD_BYTES, looks_like_image
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
 from sortd.names import Reason, Why, rule_for_folder

@@ -12,10 +12,10 @@ from sortd.commands.finding import Finding, Topic, error, note, warning
 from sortd.commands.journals import JOURNAL_FILE
 from sortd.commands.promotion import compared, serving_facts, waiting_model
 from sortd.config import Config
-from sortd.encoding import models
-from sortd.encoding.model_folders import STRONGER
+from sortd.encoder import models
+from sortd.encoder.models import STRONGER
 from sortd.errors import JournalError, ModelError, StartupError
-from sortd.images import load_decoders
+from sortd.images.decode import load_decoders
 from sortd.journaling.history import History
 from sortd.layout import Layout
 from sortd.status import read_status

@@ -9,7 +9,7 @@ from typing import Any
 
 from sortd.commands.console import printable
 from sortd.deciding.prompts import written_name
-from sortd.decoding.thumbnails import thumbnail
+from sortd.images.decode import thumbnail
 from sortd.report import Picture, render
 
 MATRIX_CLASSES = 30

@@ -11,7 +11,7 @@ from sortd.commands.promotion import serving_facts
 from sortd.commands.stored import keep_evaluated
 from sortd.config import Config
 from sortd.deciding.evaluation import EvaluationReport
-from sortd.encoder import Encoder
+from sortd.encoder.base import Encoder
 from sortd.errors import DataError, SortdError, StorageError
 from sortd.evaluate import evaluate
 from sortd.journaling.history import History

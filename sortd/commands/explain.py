@@ -16,7 +16,7 @@ from sortd.commands.stored import SETTINGS, changed_since, stored_prototypes
 from sortd.config import Config
 from sortd.deciding.explanation import Explanation, explain, sentences
 from sortd.deciding.finetuned_explanation import explain_finetuned
-from sortd.encoder import Encoder
+from sortd.encoder.base import Encoder
 from sortd.errors import DataError, UnreadableError
 from sortd.journaling.history import History
 from sortd.journaling.records import Selection

@@ -13,16 +13,14 @@ from time import perf_counter
 from typing import Any
 
 from sortd.commands import stopwatch
-from sortd.commands.backend import backend_facts
+from sortd.commands.model_facts import backend_facts
 from sortd.commands.stopwatch import File
 from sortd.config import Config
-from sortd.encoder import Encoder
-from sortd.encoding.exports import EXTRA
-from sortd.encoding.manifest import Precision
-from sortd.encoding.onnx_encoder import OnnxEncoder
-from sortd.encoding.torch_encoder import TorchEncoder
+from sortd.encoder.base import Encoder
+from sortd.encoder.onnx_encoder import EXTRA, OnnxEncoder, Precision
+from sortd.encoder.torch_encoder import TorchEncoder
 from sortd.errors import DataError, ModelError
-from sortd.images import SUFFIXES
+from sortd.images.formats import SUFFIXES
 from sortd.layout import Area, find_datasets
 from sortd.messages import EmbeddedImage
 from sortd.names import CLASS_AREAS, rule_for, rule_for_folder
@@ -251,7 +249,7 @@ def _int8_refusal(facts: Mapping[str, Any]) -> str | None:
     if facts["export"] is None or Precision.INT8.value not in facts["export"]["precisions"]:
         return None
     if facts["agreement"] is None:
-        return "it has not been held against fp32 on your references yet, which the next `sortd run` does"
+        return "it has not been held against fp32 on your references yet; `sortd models export` does it"
     refusal: str | None = facts["agreement"]["refusal"]
     return refusal
 
@@ -278,12 +276,6 @@ def with_backend(config: Config, backend: str) -> Encoder:
     Raises:
         ModelError: it cannot be had.
     """
-    from sortd.encoding import exports
-    from sortd.running.exporting import located
-    from sortd.running.precision import load_on
+    from sortd.encoder.backends import load_on
 
-    if backend != "torch":
-        model, words = located(config)
-        if exports.find(model, words, cache_dir=config.cache_dir) is None:
-            raise ModelError(f"{model.name} has not been exported to ONNX; `sortd models export` does it")
     return load_on(config, backend)

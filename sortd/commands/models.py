@@ -42,8 +42,7 @@ def _models(context: typer.Context, config: ConfigOption = None, as_json: JsonOp
 @models.command("list", cls=Command)
 def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Show which models are here, which one `model: auto` takes and why, and which classifier decides each dataset."""
-    from sortd.commands.backend import backend_lines
-    from sortd.commands.model_list import model_list
+    from sortd.commands.model_facts import backend_lines, model_list
 
     facts = model_list(load_config(config))
     if as_json:
@@ -107,9 +106,8 @@ def fetch_model(
     as_json: JsonOption = False,
 ) -> None:
     """Download a model into sortd's cache: the only thing in sortd that uses the network."""
-    from sortd.commands.model_list import how_to_use
-    from sortd.encoding.model_folders import use_of
-    from sortd.encoding.models import fetch
+    from sortd.commands.model_facts import how_to_use
+    from sortd.encoder.models import fetch, use_of
 
     loaded = load_config(config)
     say(f"sortd: fetching {name}")
@@ -124,13 +122,13 @@ def fetch_model(
 
 @models.command("export", cls=Command)
 def export_model(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Write the configured model for ONNX Runtime, which `backend: auto` takes from then on; needs the extra onnx."""
-    from sortd.commands.backend import backend_facts, backend_lines
-    from sortd.running.exporting import export
+    """Write the configured model for ONNX Runtime, and hold int8 against your references; needs the extra onnx."""
+    from sortd.commands.export import export
+    from sortd.commands.model_facts import backend_facts, backend_lines
 
     loaded = load_config(config)
     with under_way("exporting the model") as tell:
-        export(loaded, attend=tell)
+        export(loaded, tell=tell)
     facts = backend_facts(loaded)
     if as_json:
         print_json(facts)

@@ -12,10 +12,10 @@ import numpy as np
 
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config
-from sortd.decoding.decoders import DecodedImage, DecoderPool
-from sortd.encoder import Encoder
+from sortd.encoder.base import Encoder
 from sortd.errors import DataError, LayoutError
-from sortd.images import Limits, Pixels
+from sortd.images.decode import Limits, Pixels
+from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.layout import Area, Layout, find_datasets
 from sortd.messages import EmbeddedImage, FloatArray, Move, Outcome, Stamp
 from sortd.prototypes import PrototypeSet, decide

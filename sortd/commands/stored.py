@@ -11,7 +11,7 @@ from pathlib import Path
 from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.config import Config, DatasetConfig
 from sortd.errors import ImageError
-from sortd.images import Limits, look_at_file
+from sortd.images.decode import Limits, look_at_file
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
 from sortd.prototypes import PrototypeSet

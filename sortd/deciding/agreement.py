@@ -1,14 +1,14 @@
 """Agreement: do quick, rounded embeddings file a user's own references as the exact ones do?
 
 Each reference is left out and decided by the others, once in the space of the exact rows and once in that of the quick
-ones; the two are never mixed. What counts is the label of those that the exact rows are sure enough of to file, under
-the settings in force: that is where images go without anybody looking. What would go to Review is a toss between two
-classes that any rounding turns over, and counts only where nothing ever goes to Review (``abstain: off``). How far the
-rows themselves moved counts too, for it tells of damage before labels do.
+ones. Counted are the labels of those that the exact rows are sure enough of to file, under the settings in force: that
+is where images go without anybody looking. Between two classes that are nearly equal any rounding decides, and such
+images go to Review, so they count with ``abstain: off`` alone. How far the rows moved counts too: damage shows there.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,22 +36,14 @@ do, with 95 % confidence: here a tenth (Hanley & Lippman-Hand, If nothing goes w
 class Agreement:
     """What a comparison found for one dataset, or for several together."""
 
-    references: int
-    """Rows that were compared."""
-    judged: int
-    """References that could be left out and decided: those of classes with two that differ, or all of them by name."""
-    filed: int
-    """Of these, the ones that the exact rows are sure enough of to file."""
-    same: int
-    """Of the filed, those to which the quick rows give the same label."""
-    right_exact: int
-    """Of the judged, those that the exact rows decide right."""
-    right_quick: int
-    """Of the judged, those that the quick rows decide right."""
-    cosines: float
-    """Sum of the cosines between the two rows of each reference."""
-    lowest_cosine: float
-    """The least of them; 1 where there is none."""
+    references: int  # rows that were compared
+    judged: int  # references that could be left out and decided: of classes with two that differ, or by name
+    filed: int  # of the judged, those that the exact rows are sure enough of to file
+    same: int  # of the filed, those to which the quick rows give the same label
+    right_exact: int  # of the judged, those that the exact rows decide right
+    right_quick: int  # of the judged, those that the quick rows decide right
+    cosines: float  # sum of the cosines between the two rows of each reference
+    lowest_cosine: float  # the least of them; 1 where there is none
 
     @property
     def share(self) -> float | None:
@@ -65,12 +57,7 @@ class Agreement:
 
 
 def agreement(exact: SupportSet, quick: SupportSet, settings: DecisionSettings) -> Agreement:
-    """Compare two support sets of the same references, made by two encoders.
-
-    Args:
-        exact: the rows to be held to.
-        quick: the rows that want to serve, of the same images in the same order.
-        settings: how the dataset decides, and when it abstains.
+    """Compare two support sets, made by two encoders of the same references in the same order.
 
     Raises:
         ValueError: they are not of the same references.
@@ -97,16 +84,27 @@ def agreement(exact: SupportSet, quick: SupportSet, settings: DecisionSettings) 
 
 def pooled(parts: Mapping[str, Agreement]) -> Agreement:
     """Return what several datasets say together."""
-    return Agreement(
-        references=sum(part.references for part in parts.values()),
-        judged=sum(part.judged for part in parts.values()),
-        filed=sum(part.filed for part in parts.values()),
-        same=sum(part.same for part in parts.values()),
-        right_exact=sum(part.right_exact for part in parts.values()),
-        right_quick=sum(part.right_quick for part in parts.values()),
-        cosines=sum(part.cosines for part in parts.values()),
-        lowest_cosine=min((part.lowest_cosine for part in parts.values()), default=1.0),
-    )
+    sums = {name: sum(getattr(part, name) for part in parts.values()) for name in Agreement.__slots__}
+    return Agreement(**sums | {"lowest_cosine": min((part.lowest_cosine for part in parts.values()), default=1.0)})
+
+
+def figures(parts: Mapping[str, Agreement]) -> dict[str, Any]:
+    """Return several datasets together, and each by itself, as plain values."""
+    return {**_figures(pooled(parts)), "datasets": {name: _figures(part) for name, part in sorted(parts.items())}}
+
+
+def _figures(part: Agreement) -> dict[str, Any]:
+    return {
+        "references": part.references,
+        "judged": part.judged,
+        "right_fp32": part.right_exact,
+        "right_int8": part.right_quick,
+        "filed": part.filed,
+        "same": part.same,
+        "share": None if part.share is None else round(part.share, 4),
+        "mean_cosine": None if part.mean_cosine is None else round(part.mean_cosine, 5),
+        "lowest_cosine": round(part.lowest_cosine, 5),
+    }
 
 
 def refuse_quick(parts: Mapping[str, Agreement]) -> str | None:

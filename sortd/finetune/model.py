@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sortd.encoder import models
 from sortd.deciding.confidence import balanced_weights, fit_temperature
 from sortd.deciding.gaussian import MEAN_SHRINKAGE, PSEUDO_ROWS
-from sortd.encoding import models
-from sortd.encoding.model_folders import CODE_FREE, first_line
-from sortd.encoding.torch_encoder import preprocessing_of
+from sortd.encoder.models import CODE_FREE, first_line
+from sortd.encoder.preprocessing import preprocessing_of
 from sortd.errors import ModelError
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import CLASSIFIER_RATE, TOWER_RATE, Recipe

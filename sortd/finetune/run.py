@@ -14,8 +14,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from sortd.config import Config
-from sortd.decoding.decoders import DecodedImage, DecoderPool
-from sortd.encoder import Encoder
+from sortd.encoder.base import Encoder
 from sortd.errors import AlreadyRunningError, DataError
 from sortd.finetune import data
 from sortd.finetune.evaluate import baseline_predictions, embed_names, evaluate_model
@@ -25,7 +24,8 @@ from sortd.finetune.report import publish_result, save_tensors, write_result
 from sortd.finetune.train import TrainSettings, make_model, train, training_arguments
 from sortd.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts
 from sortd.finetuned_network import Network, load_weights, torch_device
-from sortd.images import Limits
+from sortd.images.decode import Limits
+from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.layout import Area, Layout
 from sortd.messages import Preprocessing
 from sortd.references import class_labels

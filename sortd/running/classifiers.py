@@ -17,7 +17,7 @@ from sortd.deciding.finetuned_classifier import (
     difference_of_labels,
 )
 from sortd.deciding.support import Abstain
-from sortd.encoder import Encoder, Pixels, Rows
+from sortd.encoder.base import Encoder, Pixels, Rows
 from sortd.errors import ModelError
 from sortd.finetuned import FinetunedFacts, read_facts, read_promotion
 from sortd.finetuned_network import FinetunedModel

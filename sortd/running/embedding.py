@@ -8,9 +8,9 @@ from time import perf_counter
 import numpy as np
 
 from sortd.cache import Cache
-from sortd.decoding.decoders import DecodedImage, DecoderPool
-from sortd.encoder import Encoder
+from sortd.encoder.base import Encoder
 from sortd.errors import ModelError
+from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Stamp
 from sortd.running.pipeline import Deliver, Lane, Pipeline
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
-from sortd.decoding.decoders import Batch, DecodedImage, DecoderPool
+from sortd.images.pool import Batch, DecodedImage, DecoderPool
 from sortd.messages import EmbeddedImage, ImageRefused, Stamp
 
 PATIENCE_SECONDS = 0.2

@@ -4,18 +4,19 @@ import os
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from sortd.cache import Cache
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config, DatasetConfig, Decoding
-from sortd.decoding.decoders import DecoderPool
-from sortd.encoder import Encoder
-from sortd.encoding.model_folders import STRONGER
-from sortd.encoding.models import locate
+from sortd.encoder.backends import load_serving
+from sortd.encoder.base import Encoder
+from sortd.encoder.models import STRONGER, locate
 from sortd.finetuned import FinetunedFacts
 from sortd.finetuned_network import load_finetuned
-from sortd.images import DECODERS, Jpeg, Limits
+from sortd.images.decode import DECODERS, Jpeg, Limits
+from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
 from sortd.messages import DatasetId, Preprocessing
 from sortd.metrics import Metrics
@@ -26,7 +27,6 @@ from sortd.running.copier import Seat
 from sortd.running.dataset import Dataset
 from sortd.running.embedding import Embedder
 from sortd.running.holding import hold
-from sortd.running.precision import load_encoder as serving_encoder
 from sortd.running.worker import Job, PrototypeStore
 from sortd.sorting.settings import SorterSettings
 
@@ -84,17 +84,8 @@ class Site:
         self._embeddings, self._is_scratch = scratch or config.cache_dir, scratch is not None
         self._runs_on: list[str] = []
         self.attend: Callable[[str], None] = lambda _: None
-        """Is told again and again what goes on while the model takes long to load."""
-        self._load_encoder = load_encoder or (
-            lambda config: serving_encoder(
-                config,
-                pool=self._pool,
-                teaching_of=teaching_of,
-                tell=self._runs_on.append,
-                attend=self.attend,
-                may_prepare=scratch is None,
-            )
-        )
+        """Is told what goes on when the model begins to load."""
+        self._load_encoder = load_encoder or partial(load_serving, tell=self._runs_on.append)
         self._run = uuid.uuid4().hex[:8]
         self._held: dict[DatasetId, ExitStack] = {}
         self._decoders: dict[tuple[Preprocessing, Jpeg], DecoderPool] = {}
@@ -169,6 +160,7 @@ class Site:
             ModelError: the model cannot be had.
         """
         config = self._config
+        self.attend(f"loading {config.model}")
         encoder = self._load_encoder(config)
         decoders = self._pool(encoder.preprocessing, config.decoding.jpeg)
         self._cache = Cache(self._embeddings / "embeddings.sqlite", max_bytes=config.cache_megabytes * 1_000_000)

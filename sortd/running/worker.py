@@ -18,8 +18,8 @@ from pathlib import Path
 from time import monotonic
 
 from sortd.deciding.reload_gate import refuse_reload
-from sortd.decoding.files import OUR_OWN_TROUBLE
 from sortd.errors import ModelError, SortdError
+from sortd.images.formats import OUR_OWN_TROUBLE
 from sortd.layout import Layout
 from sortd.messages import (
     DatasetId,

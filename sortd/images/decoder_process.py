@@ -1,9 +1,8 @@
-"""The process that decodes: the one place where hostile bytes are read, and what little it can do.
+"""The process that decodes: the one place where hostile bytes are read, with as few rights as it needs.
 
-It is started by ``decoders.py`` as ``python -P -m sortd.decoding.decoder_process``, gets descriptors of files
-over a socket, puts pixels into memory that it shares with the daemon, and answers each with a packet of fixed size. It
-can write no file, open few, and take no more memory or time than it was given; a decoder that runs amok ends this
-process alone.
+``pool.py`` starts it as ``python -P -m sortd.images.decoder_process``. It gets descriptors of files over a socket, puts
+pixels into memory that it shares with the daemon, and answers each file with a packet of fixed size. It can write no
+file, open few, and take no more memory or time than it was given; a decoder that crashes ends this process alone.
 """
 
 import contextlib
@@ -21,33 +20,22 @@ from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Final
 
-from sortd.decoding.formats import HEAD_BYTES, format_of
 from sortd.errors import CrowdedError, NotAnImageError, TooLargeError, UnreadableError
-from sortd.images import Jpeg, Limits, Pixels, decode, load_decoders
+from sortd.images.decode import Jpeg, Limits, Pixels, decode, load_decoders
+from sortd.images.formats import HEAD_BYTES, format_of
 from sortd.messages import Fit, Preprocessing, Refusal
 
 REQUEST = struct.Struct("<IQ")
 """A slot of the shared memory, and the room that decoding may take, in pixels; the file's descriptor comes along."""
-
 REPLY = struct.Struct("<IB32sdQH400s")
 """Slot, status, sha256 of the content, seconds, room wanted in pixels, length of the message, message (UTF-8)."""
-
-READY_SLOT = 0xFFFF_FFFF
-"""The slot of the first packet, which says that the process is up."""
-
-DECODED = 0
-"""The status of an image whose pixels lie in their slot; others stand for refusals, in this order."""
-
-CROWDED = 0xFF
-"""The status of an image that takes more room than it was given: it is to be given again, with what it wants."""
-
+READY_SLOT = 0xFFFF_FFFF  # of the first packet, which says that the process has started
+DECODED = 0  # status of an image whose pixels lie in their slot; 1 and up stand for refusals, in this order
 REFUSALS: Final = (Refusal.UNREADABLE, Refusal.TOO_LARGE, Refusal.NOT_AN_IMAGE, Refusal.DENIED)
-
+CROWDED = 0xFF  # status of an image that takes more room than it was given: it is to be given again with that
 MESSAGE_BYTES = 400
-
 SLOTS = 32
 """Images that one process may have decoded, or have waiting, while nobody fetches them: all of a forward."""
-
 ROOM_UNASKED_PIXELS = 4_000_000
 """So much decoding may take without asking: most photos, which JPEG can decode at a smaller scale, take less."""
 
@@ -105,9 +93,7 @@ def decode_content(descriptor: int, order: Order, *, room_pixels: int | None = N
 
 def _decoded(descriptor: int, order: Order, room_pixels: int | None) -> Result:
     try:
-        return Result(
-            "", decode(descriptor, order.preprocessing, order.limits, jpeg=order.jpeg, room_pixels=room_pixels)
-        )
+        pixels = decode(descriptor, order.preprocessing, order.limits, jpeg=order.jpeg, room_pixels=room_pixels)
     except CrowdedError as error:
         return Result("", wanted_pixels=error.pixels)
     except TooLargeError as error:
@@ -116,6 +102,7 @@ def _decoded(descriptor: int, order: Order, room_pixels: int | None) -> Result:
         return Result("", None, Refusal.NOT_AN_IMAGE, str(error))
     except UnreadableError as error:
         return Result("", None, Refusal.UNREADABLE, str(error))
+    return Result("", pixels)
 
 
 def hash_content(descriptor: int) -> str:

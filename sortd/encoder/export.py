@@ -1,34 +1,49 @@
-"""The export of a model to ONNX, in a process of its own: ``python -m sortd.encoding.onnx_export REQUEST``.
+"""The export of a model to ONNX: both towers traced by torch, held against its rows, and put into the cache whole.
 
-This is the one place where torch and ONNX meet; ``export_process.py`` starts it, ``exports.py`` says what it writes.
 Each tower is traced with what is left of its preprocessing inside, then held against torch on images and texts of
-several batch sizes and lengths, since a trace can silently keep the size that it was made with.
+several batch sizes and lengths, since a trace can silently keep the size that it was made with. Where int8 is quicker
+on this machine, both towers are written in int8 too. The files are made in a folder beside, which is renamed when it is
+whole. This is the one module in which torch and ONNX meet.
 
 The exporter is the one by tracing (``dynamo=False``): the newer one needs the package onnxscript.
 """
 
-import json
 import logging
+import os
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sortd.encoding.export_process import STEPS, Request, Tell
-from sortd.encoding.exports import MANIFEST, OPSET, TOKENIZER
-from sortd.encoding.manifest import Manifest, Precision, TextInputs, tower_file
-from sortd.encoding.model_folders import first_line
-from sortd.encoding.models import checksums
-from sortd.encoding.onnx_encoder import open_tower, text_inputs
-from sortd.encoding.onnx_int8 import convolutions, quantize, quantize_convolutions, weight_range
-from sortd.encoding.rows import Pixels, Rows, unit
-from sortd.encoding.torch_encoder import TorchEncoder
+from sortd.encoder.base import Pixels, Rows, unit
+from sortd.encoder.models import ModelFolder, checksums, first_line
+from sortd.encoder.onnx_encoder import (
+    EXTRA,
+    MANIFEST,
+    MANIFESTS,
+    OPSET,
+    TOKENIZER,
+    Exports,
+    Manifest,
+    Precision,
+    TextInputs,
+    find,
+    folder_of,
+    identity,
+    open_tower,
+    text_inputs,
+    tower_file,
+)
+from sortd.encoder.quantize import convolutions, photographic_noise, quantize, quantize_convolutions, weight_range
+from sortd.encoder.torch_encoder import TorchEncoder
 from sortd.errors import ModelError
 from sortd.messages import Preprocessing
 
@@ -37,30 +52,105 @@ if TYPE_CHECKING:
 
 LEAST_COSINE = 0.9999
 """Between a row of torch and of its float32 export: what differs is the order of additions."""
+LEAST_GAIN = 1.25
+"""How many times as quick int8 must be for its files to be kept: less is not worth another set of embeddings."""
+ROOM = 2.5
+"""Times the model's size that an export takes: weights stored in half of float32, or a convolutional network."""
+FULL_BYTES = 1_000_000
+"""A disk with less free than this is full: the files of an export are larger."""
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 TRIAL_TEXTS = ("a photo of a screw", "x", "itap of a " + "very " * 90 + "large thing", "ñandú ü 漢字", "two words")
 TIMED_RUNS = 5
-FULL_BYTES = 1_000_000
-"""A disk with less free than this is full: the files of an export are larger."""
 CALIBRATION_IMAGES = 64
 
 
-def main(argument: str) -> int:
-    """Export as asked; what goes wrong is the last line on stderr."""
-    logging.disable(logging.WARNING)
+def make(
+    model: ModelFolder,
+    words: ModelFolder | None,
+    *,
+    cache_dir: Path,
+    least_gain: float = LEAST_GAIN,
+    tell: Callable[[str], None] = lambda _: None,
+    write: Callable[[Path], None] | None = None,
+) -> Exports:
+    """Export a model, and maybe another for words, unless a sound export stands.
+
+    Args:
+        model: the CLIP.
+        words: another model for words, or None.
+        cache_dir: sortd's cache.
+        least_gain: how many times as quick int8 must be to be kept.
+        tell: hears each step as it begins.
+        write: writes the files into an empty folder; ``write_export`` unless said.
+
+    Raises:
+        ModelError: the extra is not installed, the model cannot be exported faithfully, or there is no room.
+    """
+    from filelock import FileLock
+
+    identity(model, words, cache_dir=cache_dir)  # refuses where ONNX Runtime is missing, before anything is written
+    folder = folder_of(model, words, cache_dir=cache_dir)
     try:
-        export(Request.from_json(argument), lambda step: print(step, flush=True))
-    except ModelError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except Exception as error:  # noqa: BLE001 -- exporters raise anything; whoever asked wants one line, not a trace
-        print(complaint(error, Path(json.loads(argument)["into"])), file=sys.stderr)
-        return 1
-    return 0
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tell("waiting for whoever exports the same model")
+        with FileLock(f"{folder}.lock"):
+            made = find(model, words, cache_dir=cache_dir)
+            if made is None:
+                if find_spec("onnx") is None:
+                    raise ModelError(f"exporting a model to ONNX needs the package onnx, not installed here: {EXTRA}")
+                check_room(model, words, folder.parent)
+                writing = partial(write_export, model, words, cache_dir=cache_dir, least_gain=least_gain, tell=tell)
+                _replace(folder, model.name, write or writing)
+                made = find(model, words, cache_dir=cache_dir)
+    except OSError as error:
+        raise ModelError(
+            f"cannot export {model.name!r} to {folder}: {error.strerror or error}; sortd has to be able to write "
+            f"there, or set `cache_dir`"
+        ) from error
+    if made is None:
+        raise ModelError(f"the export of {model.name!r} in {folder} changed as soon as it was made; check that disk")
+    return made
+
+
+def _replace(folder: Path, name: str, write: Callable[[Path], None]) -> None:
+    """Write an export beside its folder, and put it in the folder's place when it is whole and on the disk."""
+    into, aside = folder.with_name(f"{folder.name}.{os.getpid()}.part"), folder.with_name(f"{folder.name}.old")
+    for left_over in (*folder.parent.glob(f"{folder.name}.*part"), aside):  # by processes that were killed
+        shutil.rmtree(left_over, ignore_errors=True)
+    into.mkdir()
+    before = logging.root.manager.disable
+    try:
+        logging.disable(logging.WARNING)  # exporters warn of much that the trials below judge
+        try:
+            write(into)
+        except Exception as error:  # exporters raise anything; whoever asked wants one line, not a trace
+            raise ModelError(
+                f"cannot export {name!r} to ONNX: {complaint(error, into)}; or set `backend: torch`"
+            ) from error
+        # Its files are on the disk before the folder gets its name: their sums are remembered by stamp from then on.
+        for path in (*into.iterdir(), into):
+            _sync(path)
+        with suppress(FileNotFoundError):
+            folder.rename(aside)
+        into.rename(folder)
+    finally:
+        logging.disable(before)
+        shutil.rmtree(into, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def complaint(error: Exception, into: Path, *, usage: Callable[[Path], Any] = shutil.disk_usage) -> str:
     """Return in a line what went wrong; libraries that write past a full disk complain of what they read later."""
+    if isinstance(error, ModelError):
+        return str(error)
     if isinstance(error, OSError):
         return f"{error.filename or into}: {error.strerror or error}; make room there"
     if usage(into).free < FULL_BYTES:
@@ -68,38 +158,56 @@ def complaint(error: Exception, into: Path, *, usage: Callable[[Path], Any] = sh
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def export(request: Request, tell: Tell) -> None:
-    """Write the exports that ``exports.make`` asks for, and tell each of ``STEPS`` as it begins.
+def check_room(
+    model: ModelFolder, words: ModelFolder | None, place: Path, *, usage: Callable[[Path], Any] = shutil.disk_usage
+) -> None:
+    """Raise ModelError before a minute of work that would end on a full disk."""
+    room = ROOM * (model.size_bytes + (words.size_bytes if words is not None else 0))
+    free = usage(place).free
+    if free < room:
+        raise ModelError(
+            f"cannot export {model.name!r} to ONNX: that takes up to {room / 1e6:.0f} MB in {place}, where "
+            f"{free / 1e6:.0f} MB are free; make room there, or set `cache_dir` to another disk"
+        )
+
+
+def write_export(
+    model: ModelFolder,
+    words: ModelFolder | None,
+    into: Path,
+    *,
+    cache_dir: Path,
+    least_gain: float,
+    tell: Callable[[str], None],
+) -> None:
+    """Write the files of an export into an empty folder.
 
     Raises:
-        ModelError: The model does not load, or its export does not give its rows.
+        ModelError: the model does not load, or its export does not give its rows.
     """
-    into, steps = request.into, iter(STEPS)
-    tell(next(steps))
-    torch_encoder = TorchEncoder(
-        request.model, request.words, device="cpu", cache_dir=None, threads=None, decoding="draft"
-    )
-    tell(next(steps))
-    text = _export_text(torch_encoder, into)
-    tell(next(steps))
-    _export_image(torch_encoder, into)
-    tell(next(steps))
-    _try_images(torch_encoder, into)
-    _try_texts(torch_encoder, into, text)
-    tell(next(steps))
-    gain = _reduce(into, request.least_gain, torch_encoder.preprocessing)
+    tell("step 1 of 5, loading it in torch")
+    encoder = TorchEncoder(model, words, device="cpu", cache_dir=None, threads=None, decoding="draft")
+    tell("step 2 of 5, writing its text tower")
+    text = _export_text(encoder, into)
+    tell("step 3 of 5, writing its vision tower")
+    _export_image(encoder, into)
+    tell("step 4 of 5, holding both against torch")
+    _try_images(encoder, into)
+    _try_texts(encoder, into, text)
+    tell("step 5 of 5, trying it in int8")
+    gain = _reduce(into, least_gain, encoder.preprocessing)
     files = sorted(path for path in into.iterdir() if path.name != MANIFEST)
     manifest = Manifest(
-        identity=request.identity,
-        dimensions=torch_encoder.dimensions,
-        preprocessing=torch_encoder.preprocessing,
+        identity=identity(model, words, cache_dir=cache_dir),
+        dimensions=encoder.dimensions,
+        preprocessing=encoder.preprocessing,
         text=text,
         gain=gain,
         weight_range=weight_range(),
         checksums={path.name: checksum for path, checksum in checksums(files).items()},
         made_with={name: version(name) for name in ("onnx", "torch", "transformers", "sentence-transformers")},
     )
-    (into / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    (into / MANIFEST).write_bytes(MANIFESTS.dump_json(manifest, indent=1))
 
 
 # ---------------------------------------------------------------- towers
@@ -273,27 +381,6 @@ def _candidates(exact: Path, seen: Preprocessing) -> Iterator[Path]:
         yield candidate
 
 
-def photographic_noise(seen: Preprocessing, count: int) -> Pixels:
-    """Return images, uint8 (count, H, W, 3), that move a network's activations about as far as photographs do.
-
-    Noise whose amplitude falls with frequency as that of natural scenes does, by a power around 1 (Field, Relations
-    between the statistics of natural images and the response properties of cortical cells, 1987), in mixed colours, of
-    any brightness and contrast.
-    """
-    chance = np.random.default_rng(0)
-    height, width = seen.crop_height, seen.crop_width
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :])
-    frequency[0, 0] = 1 / max(height, width)
-    images = np.empty((count, height, width, 3), np.uint8)
-    for image in images:
-        waves = chance.normal(size=(height, width, 3)) + 1j * chance.normal(size=(height, width, 3))
-        plain = np.fft.ifft2(waves / frequency[:, :, None] ** chance.uniform(0.5, 2.0), axes=(0, 1)).real
-        mixed = plain @ (np.eye(3) + chance.uniform(-0.5, 1.0, (3, 3)))
-        scaled = (mixed - mixed.mean()) / mixed.std() * chance.uniform(10, 90)
-        image[:] = np.clip(scaled + chance.uniform(30, 225) + chance.uniform(-40, 40, 3), 0, 255)
-    return images
-
-
 def _seconds(tower: Any, inputs: dict[str, Any], clock: Callable[[], float] = time.process_time) -> float:  # noqa: ANN401
     """Return the shortest of some runs, in seconds of the processor, which other programs do not lengthen much."""
     tower.run(None, inputs)
@@ -303,7 +390,3 @@ def _seconds(tower: Any, inputs: dict[str, Any], clock: Callable[[], float] = ti
         tower.run(None, inputs)
         took.append(clock() - began)
     return max(min(took), 1e-9)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

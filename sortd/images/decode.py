@@ -1,12 +1,14 @@
 """Bytes to upright RGB at the very size that an encoder sees, within limits on what may be asked of the machine.
 
-The way of one image: its format told by content, its size held against the limits, frame 0 decoded (JPEG at the scale
+The steps of one image: its format told by content, its size held against the limits, frame 0 decoded (JPEG at the scale
 that is needed), made opaque over white, eight bits deep, upright by EXIF, resized and cropped. Decoded in full, an
 opaque image comes out bit for bit as from the image processors of transformers that work by Pillow.
 """
 
+import base64
 import errno
 import importlib
+import io
 import os
 import re
 import stat
@@ -19,40 +21,35 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
-from sortd.decoding.endings import is_unfinished
-from sortd.decoding.files import open_file
-from sortd.decoding.formats import FORMATS, HEAD_BYTES, READABLE, SUFFIXES, Format, format_of, looks_like_image
-from sortd.decoding.pixels import fitted, least_side, opaque
-from sortd.decoding.png_chunks import picture_of
 from sortd.errors import CrowdedError, ImageError, NotAnImageError, TooLargeError, UnreadableError
-from sortd.messages import Preprocessing
+from sortd.images.formats import FORMATS, HEAD_BYTES, READABLE, Format, format_of, open_file
+from sortd.images.structure import is_truncated, png_picture
+from sortd.messages import Fit, Preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image
     from PIL.ImageFile import ImageFile
-
-__all__ = [
-    "SUFFIXES",
-    "Jpeg",
-    "Limits",
-    "Pixels",
-    "decode",
-    "decode_file",
-    "look_at_file",
-    "looks_like_image",
-]
 
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3): RGB
 Jpeg = Literal["draft", "full"]
 
 DECODERS = 2
 """Is raised when sortd decodes images that it refused before: those that it set aside are tried again then."""
-
 BYTES_OF_A_PIXEL = 4
-"""What Pillow holds of a pixel that has colours."""
+"""Memory that Pillow holds for a pixel that has colours."""
+AMPLE = 2
+"""An image is decoded and compacted to no less than so many times the size that is wanted; the resize does the rest."""
+COMPACT_FROM_PIXELS = 16_000_000
+"""Larger images that must be turned or recoloured are made smaller on the way, a strip at a time."""
+LONGEST_EXACT = 50
+"""Of longer images (as a ratio of sides) only the part that stays is resized: the whole could fill the memory."""
+THUMBNAIL_PIXELS = 160
+THUMBNAIL_QUALITY = 80
 
+_STRIP_ROWS = 128
 _ORIENTATION = 0x0112
-
+_ON_ITS_SIDE = frozenset({2, 4, 5, 6})
+"""Values of ``Image.Transpose`` that exchange width and height."""
 _UNSUPPORTED = re.compile(
     "unsupported|not (yet )?supported|unknown (?!data)|cannot handle|not implemented|no (codec|decod)|plugin|samples",
     re.IGNORECASE,
@@ -73,7 +70,7 @@ class Limits:
         """Return what decoding may take beside an idle process, so that ``max_pixels`` pixels of the format fit.
 
         Args:
-            image_format: None for the one that takes most.
+            image_format: None takes the most costly one.
         """
         asking = FORMATS if image_format is None else (image_format,)
         return max(one.peak_bytes for one in asking) * self.max_pixels + 30_000_000
@@ -90,12 +87,11 @@ def decode(
     """Decode frame 0 of an image as the encoder sees it.
 
     Args:
-        file: an open file or its descriptor; read from its beginning, left open. Never a path: what Pillow does with
-            one depends on the suffix.
+        file: an open file or its descriptor; read from its beginning, left open.
         preprocessing: the size, and the way to it.
         limits: what is refused.
         jpeg: ``draft`` decodes JPEG at a half, a quarter or an eighth where that is ample, ``full`` every pixel.
-        room_pixels: what it may take in memory, as pixels that are held at a time; None: what ``limits`` allow.
+        room_pixels: pixels that it may hold in memory at a time; None: what ``limits`` allow.
 
     Returns:
         uint8 (crop_height, crop_width, 3), C-contiguous.
@@ -105,7 +101,7 @@ def decode(
         NotAnImageError: sortd has no decoder for it here; the message says how to come to one.
         TooLargeError: over a limit, or over the memory that the process may have.
         UnreadableError: no image, a broken one, or one that is not complete.
-        OSError: with ``errno`` set: the disk could not be read. The image may be a good one.
+        OSError: the disk could not be read (``errno`` is set); the image may be a good one.
     """
     with _opened(file, limits, jpeg) as opened, _translated(opened.format, limits):
         image = opened.image
@@ -115,8 +111,8 @@ def decode(
         loaded = _loaded(image)
         if image.format in {"JPEG", "MPO"} and image.mode == "CMYK" and "adobe" not in image.info:
             loaded.info["jpeg_cmyk"] = "plain"  # Pillow takes every CMYK JPEG for Adobe's, which are inverted
-        upright = opaque(loaded, _turn_of(image), preprocessing)
-        return np.array(fitted(upright, preprocessing).convert("RGB"))
+        upright = _opaque(loaded, _turn_of(image), preprocessing)
+        return np.array(_fitted(upright, preprocessing).convert("RGB"))
 
 
 def decode_file(path: str, preprocessing: Preprocessing, limits: Limits, *, jpeg: Jpeg = "draft") -> Pixels:
@@ -132,11 +128,7 @@ def look_at_file(path: str, limits: Limits, *, jpeg: Jpeg = "draft") -> None:
 
 
 def load_decoders() -> list[str]:
-    """Import the decoders of all formats, so that no image is the first that asks for one.
-
-    Returns:
-        For each format that cannot be decoded here, a sentence on it and on what to install.
-    """
+    """Import the decoders of all formats; return what to install for each format that cannot be decoded here."""
     missing = []
     for image_format in FORMATS:
         try:
@@ -146,8 +138,32 @@ def load_decoders() -> list[str]:
     return missing
 
 
-def upright_size(path: str, limits: Limits) -> tuple[int, int]:
-    """Return width and height of an image as people see it, from its header; raises what ``decode`` would."""
+def thumbnail(path: str, *, side_pixels: int = THUMBNAIL_PIXELS, limits: Limits | None = None) -> str | None:
+    """Return the whole picture, upright and small, as the ``data:`` address of a JPEG; None where it is not readable.
+
+    Args:
+        path: the image.
+        side_pixels: length of its longer side.
+        limits: what is refused.
+    """
+    from PIL import Image
+
+    limits = limits or Limits()
+    try:
+        width, height = _upright_size(path, limits)
+        scale = side_pixels / max(width, height)
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        seen = Preprocessing(shortest_edge=side_pixels, crop_height=height, crop_width=width, fit=Fit.STRETCH)
+        pixels = decode_file(path, seen, limits)
+    except (ImageError, OSError):
+        return None  # `sortd check` says what is wrong with it
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _upright_size(path: str, limits: Limits) -> tuple[int, int]:
+    """Return width and height of an image as people see it, from its header."""
     with _file(path) as file, _opened(file, limits, "full") as opened, _translated(opened.format, limits):
         turn, (width, height) = _turn_of(opened.image), opened.image.size
         return (height, width) if turn in _ON_ITS_SIDE else (width, height)
@@ -191,10 +207,10 @@ def _opened(file: BinaryIO | int, limits: Limits, jpeg: Jpeg) -> Iterator[_Opene
         if image_format is None:
             raise UnreadableError(f"the content is no image that sortd reads: those are {READABLE}")
         title = image_format.title
-        if is_unfinished(bytes_of_it, image_format.name):
+        if is_truncated(bytes_of_it, image_format.name):
             raise UnreadableError(f"{title} is read, but this file is not complete: it was never written to its end")
         opener = _opener_of(image_format)
-        content = picture_of(bytes_of_it) if image_format.name == "PNG" else bytes_of_it
+        content = png_picture(bytes_of_it) if image_format.name == "PNG" else bytes_of_it
         content.seek(0)
         drafts = image_format.name == "JPEG" and jpeg == "draft"
         with _guarded(64 * limits.max_pixels if drafts else limits.max_pixels):
@@ -294,7 +310,7 @@ def _check_size(opened: _Opened, limits: Limits, preprocessing: Preprocessing, j
             "see decoding.max_side_pixels"
         )
     if image.format in {"JPEG", "MPO"} and jpeg == "draft":
-        wanted = least_side(preprocessing)
+        wanted = _least_side(preprocessing)
         image.draft(None, (wanted, wanted))
     pixels = image.width * image.height
     if pixels > limits.max_pixels:
@@ -323,10 +339,6 @@ def _loaded(image: "ImageFile") -> "Image.Image":
     return Image.frombytes("RGB", image.size, frame[0], "raw", "RGBX")
 
 
-_ON_ITS_SIDE = frozenset({2, 4, 5, 6})
-"""Values of ``Image.Transpose`` that exchange width and height."""
-
-
 def _turn_of(image: "ImageFile") -> "Image.Transpose | None":
     """Return what makes an image upright; None where it is, or where its EXIF is broken and says nothing."""
     from PIL import Image
@@ -344,3 +356,123 @@ def _turn_of(image: "ImageFile") -> "Image.Transpose | None":
         return turns.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # noqa: BLE001 -- a picture is as good as it was without its EXIF, and broken EXIF raises anything
         return None
+
+
+# ------------------------------------------------------------ to opaque RGB at the size that is seen
+
+
+def _least_side(preprocessing: Preprocessing) -> int:
+    """Return the shorter side, in pixels, below which an image is not to be decoded or compacted."""
+    if preprocessing.fit is Fit.STRETCH:
+        return AMPLE * max(preprocessing.crop_height, preprocessing.crop_width)
+    return AMPLE * preprocessing.shortest_edge
+
+
+def _opaque(image: "Image.Image", turn: "Image.Transpose | None", preprocessing: Preprocessing) -> "Image.Image":
+    """Make an image opaque (over white), eight bits deep and upright; its mode is ``L`` or ``RGB`` then.
+
+    Args:
+        image: loaded, of any mode.
+        turn: what makes it upright.
+        preprocessing: how small a large image may be made on the way.
+    """
+    if _is_plain(image) and turn is None:
+        return image
+    shallow = _eight_bits(image)
+    factor = min(image.size) // _least_side(preprocessing)
+    if image.width * image.height < COMPACT_FROM_PIXELS or factor < AMPLE:
+        factor = 1
+    small = shallow if factor == 1 and _is_plain(shallow) else _by_strips(shallow, factor)
+    return small if turn is None else small.transpose(turn)
+
+
+def _by_strips(image: "Image.Image", factor: int) -> "Image.Image":
+    """Make an image opaque and smaller by a whole factor; only the result is held whole beside the image."""
+    from PIL import Image
+
+    rows = max(1, _STRIP_ROWS // factor) * factor
+    small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for top in range(0, image.height, rows):
+        strip = _over_white(image.crop((0, top, image.width, min(top + rows, image.height))))
+        small.paste(strip if factor == 1 else strip.reduce(factor), (0, top // factor))
+    return small
+
+
+def _is_plain(image: "Image.Image") -> bool:
+    return image.mode in {"L", "RGB"} and not image.has_transparency_data
+
+
+def _over_white(image: "Image.Image") -> "Image.Image":
+    """Return an image of mode ``L`` or ``RGB``: what is transparent shows white."""
+    from PIL import Image, ImageChops
+
+    if _is_plain(image):
+        return image
+    if image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, coloured).convert("RGB")
+    if image.mode == "CMYK" and image.info.get("jpeg_cmyk") == "plain":
+        return ImageChops.invert(image).convert("RGB")
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _eight_bits(image: "Image.Image") -> "Image.Image":
+    """Scale grey of 16 or 32 bits, or of floats, to ``L``; Pillow's own conversion would cut it off at 255.
+
+    16 bits are scaled by their whole range. Wider ones have no range that all writers agree on: what lies within 16
+    bits, or within 0 to 1 for floats, is taken to be meant so, anything else is stretched from its ends to 0 and 255.
+    """
+    from PIL import Image
+
+    if not image.mode.startswith(("I", "F")):
+        return image
+    # Of the 16-bit modes only the native one can be cropped; their values take little room anyway.
+    whole = np.asarray(image) if ";" in image.mode else None
+    grey = np.empty((image.height, image.width), np.uint8)
+
+    def strips() -> Iterator[tuple[slice, npt.NDArray[np.float64]]]:
+        for top in range(0, image.height, _STRIP_ROWS):
+            rows = slice(top, min(top + _STRIP_ROWS, image.height))
+            strip = np.asarray(image.crop((0, rows.start, image.width, rows.stop))) if whole is None else whole[rows]
+            values = strip.astype(np.float64)
+            values[~np.isfinite(values)] = np.nan
+            yield rows, values
+
+    low, high = (0.0, 65_535.0) if whole is not None else _range_of(image.mode, strips())
+    scale = 255 / (high - low) if high > low else 0.0
+    for rows, strip in strips():
+        grey[rows] = np.rint((np.nan_to_num(strip, nan=low) - low) * scale)
+    return Image.fromarray(grey)
+
+
+def _range_of(mode: str, strips: Iterator[tuple[slice, npt.NDArray[np.float64]]]) -> tuple[float, float]:
+    """Return the values that stand for black and for white."""
+    ends = [(float(np.nanmin(strip)), float(np.nanmax(strip))) for _, strip in strips if not np.isnan(strip).all()]
+    low, high = min((low for low, _ in ends), default=0.0), max((high for _, high in ends), default=0.0)
+    usual = 1.0 if mode == "F" else 65_535.0
+    return (0.0, usual) if low >= 0 and high <= usual else (low, high)
+
+
+def _fitted(image: "Image.Image", preprocessing: Preprocessing) -> "Image.Image":
+    """Resize and crop an image as the image processors of transformers do that work by Pillow.
+
+    The longer side is truncated and the crop's corner floored as in ``get_resize_output_image_size`` and
+    ``center_crop`` of transformers/image_transforms.py; what a crop lacks is black, as there.
+    """
+    from PIL import Image
+
+    resample = Image.Resampling(preprocessing.resample)
+    crop_width, crop_height = preprocessing.crop_width, preprocessing.crop_height
+    if preprocessing.fit is Fit.STRETCH:
+        return image.resize((crop_width, crop_height), resample)
+    edge = preprocessing.shortest_edge
+    short, long = sorted(image.size)
+    long_after = int(edge * long / short)
+    width, height = (edge, long_after) if image.width <= image.height else (long_after, edge)
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    if long > LONGEST_EXACT * short:
+        scale = short / edge
+        box = (left * scale, top * scale, (left + crop_width) * scale, (top + crop_height) * scale)
+        return image.resize((crop_width, crop_height), resample, box=box)
+    return image.resize((width, height), resample).crop((left, top, left + crop_width, top + crop_height))

@@ -2,9 +2,8 @@
 
 Each output column of a weight matrix gets its own scale, and each row of an activation (a token of an image) gets its
 own scale while it is computed, both symmetric: ``y = (x_q - 128) w_q * row_scale * column_scale``. The dynamic
-quantization of ONNX Runtime's tools takes one scale for a whole batch instead, so that an image's embedding depends on
-its company, and one token with a huge activation takes the steps from all others; scales by token are what keeps
-transformers whole in eight bits (Yao et al., ZeroQuant, 2022; Dettmers et al., LLM.int8(), 2022).
+quantization of ONNX Runtime's tools takes one scale for a whole batch, so that an image's embedding depends on the
+images beside it. Scales by token are from Yao et al., ZeroQuant, 2022, and Dettmers et al., LLM.int8(), 2022.
 
 Activations of a convolution have no rows. Their range is found on trial images and fixed, which is ONNX Runtime's
 static quantization, and does not let images depend on each other either.
@@ -18,7 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sortd.encoding.rows import Pixels
+from sortd.encoder.base import Pixels
+from sortd.messages import Preprocessing
 
 FULL_RANGE = 127
 """The largest weight in eight signed bits."""
@@ -116,6 +116,27 @@ def quantize_convolutions(source: Path, target: Path, images: Pixels, *, largest
         weight_type=QuantType.QInt8,
         op_types_to_quantize=["Conv"],
     )
+
+
+def photographic_noise(seen: Preprocessing, count: int) -> Pixels:
+    """Return images, uint8 (count, H, W, 3), that move a network's activations about as far as photographs do.
+
+    Noise whose amplitude falls with frequency as that of natural scenes does, by a power around 1 (Field, Relations
+    between the statistics of natural images and the response properties of cortical cells, 1987), in mixed colours, of
+    any brightness and contrast.
+    """
+    chance = np.random.default_rng(0)
+    height, width = seen.crop_height, seen.crop_width
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :])
+    frequency[0, 0] = 1 / max(height, width)
+    images = np.empty((count, height, width, 3), np.uint8)
+    for image in images:
+        waves = chance.normal(size=(height, width, 3)) + 1j * chance.normal(size=(height, width, 3))
+        plain = np.fft.ifft2(waves / frequency[:, :, None] ** chance.uniform(0.5, 2.0), axes=(0, 1)).real
+        mixed = plain @ (np.eye(3) + chance.uniform(-0.5, 1.0, (3, 3)))
+        scaled = (mixed - mixed.mean()) / mixed.std() * chance.uniform(10, 90)
+        image[:] = np.clip(scaled + chance.uniform(30, 225) + chance.uniform(-40, 40, 3), 0, 255)
+    return images
 
 
 # onnx publishes types for its protocol buffers that mypy cannot follow here, hence Any from here to the end.

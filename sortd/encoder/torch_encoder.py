@@ -1,23 +1,22 @@
 """A CLIP run by sentence-transformers on torch.
 
 Images come in at the size that the model sees, so what is left of its own image processor is one multiplication and
-one subtraction for a whole batch. ``preprocessing_of`` derives that size, and refuses what it cannot reproduce.
+one subtraction for a whole batch.
 """
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sortd.encoding import models
-from sortd.encoding.model_folders import CODE_FREE, ModelFolder, first_line
-from sortd.encoding.normalisation import normalisation
-from sortd.encoding.rows import Pixels, Rows, check_pixels, unit, writable
+from sortd.encoder import models
+from sortd.encoder.base import Pixels, Rows, check_pixels, unit, writable
+from sortd.encoder.models import CODE_FREE, ModelFolder, first_line
+from sortd.encoder.preprocessing import normalisation, preprocessing_of
 from sortd.errors import ModelError
-from sortd.messages import Fit, Preprocessing
 
 if TYPE_CHECKING:
     import torch
@@ -26,53 +25,7 @@ PATIENT_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
 """Read by OpenMP when torch is loaded: threads that spin at each barrier burn the cores that decode. Beside busy
 decoders a forward of 16 took 0.6 of the time without spinning, one of a lone image 0.3 (OpenMP 5.2, 21.7)."""
 
-_CONVNEXT_STRETCHES_FROM = 384
 _NO_LIMIT = 10**9  # tokens: transformers says 1e30 for a tokenizer that does not know how much its network reads
-_UNKNOWN_STEPS = {
-    "do_pad",
-    "do_flip_channel_order",
-    "do_image_splitting",
-    "do_thumbnail",
-    "do_align_long_axis",
-    "do_reduce_labels",
-    "include_top",
-}
-
-
-def preprocessing_of(processor: Mapping[str, Any]) -> Preprocessing:
-    """Derive the size that a model sees from its image processor's settings (``to_dict()`` of transformers).
-
-    Raises:
-        ModelError: A step that sortd does not do, by name.
-    """
-    kind = processor.get("image_processor_type", "image processor")
-    if not processor.get("do_resize", True):
-        raise ModelError(f"the {kind} of this model takes images of any size, which cannot go in one batch")
-    for step in _UNKNOWN_STEPS & {key for key, value in processor.items() if value}:
-        raise ModelError(f"the {kind} of this model asks for {step}, which sortd cannot do; choose another model")
-    if processor.get("do_convert_rgb") is False or processor.get("rescale_offset"):
-        raise ModelError(f"the {kind} of this model does not take plain RGB; choose another model")
-    size, crop = _sides(processor, "size"), _sides(processor, "crop_size")
-    crop = crop if processor.get("do_center_crop") else {}
-    resample = int(processor.get("resample", 3))
-    share = processor.get("crop_pct")  # ConvNeXt's own way to say a crop; from 384 pixels up it stretches
-    match size:
-        case {"height": int(height), "width": int(width)} if crop in ({}, size):
-            return Preprocessing(min(height, width), height, width, resample, Fit.STRETCH)
-        case {"shortest_edge": int(edge)} if share and edge >= _CONVNEXT_STRETCHES_FROM:
-            return Preprocessing(edge, edge, edge, resample, Fit.STRETCH)
-        case {"shortest_edge": int(edge)} if share:
-            return Preprocessing(int(edge / share), edge, edge, resample)
-        case {"shortest_edge": int(edge)} if crop.keys() == {"height", "width"} and edge >= max(crop.values()):
-            return Preprocessing(edge, crop["height"], crop["width"], resample)
-    raise ModelError(
-        f"the {kind} of this model resizes to {size} and crops to {crop or 'nothing'}, which sortd cannot do; "
-        f"choose a model that sees one fixed size"
-    )
-
-
-def _sides(processor: Mapping[str, Any], key: str) -> dict[str, int]:
-    return {name: side for name, side in dict(processor.get(key) or {}).items() if side is not None}
 
 
 class TorchEncoder:
@@ -93,7 +46,7 @@ class TorchEncoder:
         threads: int | None,
         decoding: str,
     ) -> None:
-        """Load; see ``encoder.load``."""
+        """Load; see ``backends.load``."""
         os.environ.setdefault(*PATIENT_THREADS)
         import torch
 

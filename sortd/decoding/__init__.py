@@ -1,1 +1,0 @@
-"""Parts of image reading: formats, pixels, and the processes that decode what strangers wrote."""

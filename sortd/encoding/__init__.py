@@ -1,1 +1,0 @@
-"""Parts of the encoder: finding models, and running them."""

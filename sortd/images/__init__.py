@@ -1,0 +1,1 @@
+"""Reading of images: formats, decoding, and the processes that decode."""
