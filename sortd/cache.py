@@ -15,10 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from sortd.arrays import FloatArray
 from sortd.caching import tables
 from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.caching.tables import CacheFacts
-from sortd.messages import FloatArray, Stamp
+from sortd.messages import Stamp
 from sortd.prototypes import PrototypeSet
 
 MAX_BYTES = 1_000_000_000

@@ -10,13 +10,14 @@ from typing import Protocol
 
 import numpy as np
 
+from sortd.arrays import Pixels
 from sortd.encoding import models
 from sortd.encoding.backends import choose
 from sortd.encoding.exports import Exports, find, make
 from sortd.encoding.manifest import Precision
 from sortd.encoding.model_folders import ModelFolder
 from sortd.encoding.onnx_encoder import OnnxEncoder
-from sortd.encoding.rows import BROKEN, Pixels, Rows
+from sortd.encoding.rows import BROKEN, Rows
 from sortd.errors import ModelError
 from sortd.messages import Preprocessing
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from sortd.arrays import Array
 from sortd.deciding.calibration import Evidence, calibrate_knowns
 from sortd.deciding.confidence import balanced_weights, precision_curve
 from sortd.deciding.duplicates import duplicate_distance, unit
@@ -15,9 +16,6 @@ from sortd.deciding.held_out import Judgement, Merge, fit_wide, judge_blend, jud
 from sortd.deciding.strangers import nearest_cosines
 from sortd.deciding.suspects import find_doubles, find_mislabelled, find_outliers
 from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet, SupportSet, build, decide
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 PREFERRED = (Mode.MIXED, Mode.BEST, Mode.MEAN, Mode.MAX, Mode.AVG, Mode.TEXT)
 """Among modes that do equally well the first is advised."""

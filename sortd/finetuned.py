@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import Array, BoolArray, FloatArray, IntArray, Pixels
 from sortd.deciding.confidence import Threshold, balanced_weights, choose_threshold, log_softmax
 from sortd.errors import ModelError
 from sortd.files import open_regular, read_regular
@@ -24,11 +24,6 @@ from sortd.messages import Fit, Preprocessing
 if TYPE_CHECKING:
     from sortd.finetuning.network import Network
 
-Array = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 
 FACTS_FILE = "sortd.json"
 CONFIG_FILE = "config.json"

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import Pixels
 from sortd.decoding.endings import is_unfinished
 from sortd.decoding.files import open_file
 from sortd.decoding.formats import FORMATS, HEAD_BYTES, READABLE, SUFFIXES, Format, format_of, looks_like_image
@@ -42,7 +42,6 @@ __all__ = [
     "looks_like_image",
 ]
 
-Pixels = npt.NDArray[np.uint8]  # (height, width, 3): RGB
 Jpeg = Literal["draft", "full"]
 
 DECODERS = 2

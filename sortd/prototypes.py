@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import Array, FloatArray, IntArray
 from sortd.deciding.blend import Blend, Library, blend_steps
 from sortd.deciding.calibration import Calibration, Evidence, calibrate_knowns, calibrate_strangers
 from sortd.deciding.confidence import balanced_weights, log_softmax, temperature_steps
@@ -39,9 +39,6 @@ __all__ = [
     "scores",
 ]
 
-Array = npt.NDArray[np.float64]
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 TYPICAL_TEMPERATURE = 50.0
 """Factor from cosines to log probabilities before any reference says better; CLIP itself was trained with 100."""

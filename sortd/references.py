@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from sortd import mends
+from sortd.arrays import FloatArray
 from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.deciding.steps import finish
 from sortd.decoding.files import OUR_OWN_TROUBLE
 from sortd.files import open_regular
-from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
+from sortd.messages import EmbeddedImage, ImageRefused, Refusal, Stamp
 from sortd.names import rule_for_folder
 from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build_steps
 from sortd.running.embedding import Embedder

@@ -11,6 +11,7 @@ THOUGHT, EDGE, DRIVER = 0, 1, 2
 
 FLOORS: dict[str, tuple[int, str]] = {
     # floor 0: thought; knows no file, clock, thread, log or model
+    "arrays": (THOUGHT, "arrays"),
     "errors": (THOUGHT, "errors"),
     "mends": (THOUGHT, "mends"),
     "deciding.steps": (THOUGHT, "prototypes"),

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sortd.arrays import FloatArray
 from sortd.cache import Cache
 from sortd.caching.stored_prototypes import MAGIC, packed
-from sortd.messages import FloatArray, Stamp
+from sortd.messages import Stamp
 from sortd.prototypes import DecisionSettings, PrototypeSet, SupportSet, build
 
 ENCODER = "clip-512-torch-0"

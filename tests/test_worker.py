@@ -17,12 +17,13 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from sortd.arrays import FloatArray
 from sortd.cache import Cache
 from sortd.deciding.steps import Steps
 from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder
 from sortd.images import Limits
-from sortd.messages import DatasetId, Embedded, FloatArray, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
+from sortd.messages import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet, build_steps
 from sortd.references import Teaching
 from sortd.running.classifiers import Classifiers

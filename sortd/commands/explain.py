@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sortd.arrays import FloatArray
 from sortd.cache import Cache
 from sortd.commands.check import CACHE_FILE
 from sortd.commands.examination import taught
@@ -21,7 +22,7 @@ from sortd.errors import DataError, UnreadableError
 from sortd.journaling.history import History
 from sortd.journaling.records import Selection
 from sortd.layout import Area, Layout, find_datasets
-from sortd.messages import EmbeddedImage, FloatArray, Stamp
+from sortd.messages import EmbeddedImage, Stamp
 from sortd.moving.renaming import is_version
 from sortd.names import Reason, Why
 from sortd.prototypes import PrototypeSet

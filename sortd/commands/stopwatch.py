@@ -10,14 +10,15 @@ from time import perf_counter
 
 import numpy as np
 
+from sortd.arrays import FloatArray, Pixels
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config
 from sortd.decoding.decoders import DecodedImage, DecoderPool
 from sortd.encoder import Encoder
 from sortd.errors import DataError, LayoutError
-from sortd.images import Limits, Pixels
+from sortd.images import Limits
 from sortd.layout import Area, Layout, find_datasets
-from sortd.messages import EmbeddedImage, FloatArray, Move, Outcome, Stamp
+from sortd.messages import EmbeddedImage, Move, Outcome, Stamp
 from sortd.prototypes import PrototypeSet, decide
 from sortd.running.embedding import Embedder
 from sortd.running.holding import hold

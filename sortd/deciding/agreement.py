@@ -11,12 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from sortd.deciding.held_out import Judgement, fit_wide, judge_blend, judge_plain, merge
 from sortd.prototypes import DecisionSettings, Mode, SupportSet, build
-
-IntArray = npt.NDArray[np.int64]
 
 LEAST_SAME = 0.99
 """Share of the filed references that both must give one label. MLPerf holds a quantized classifier to 99 % of the exact

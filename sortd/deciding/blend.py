@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sortd.arrays import Array, IntArray
 from sortd.deciding.confidence import balanced_weights, temperature_steps
 from sortd.deciding.gaussian import (
     Gaussian,
@@ -28,9 +29,6 @@ from sortd.deciding.leaveoneout import (
 from sortd.deciding.refitting import REFIT_UP_TO, Refitted, refit_steps
 from sortd.deciding.steps import Steps, finish, parts
 from sortd.deciding.text_prototypes import Names, place_names
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """How much the kernel may weigh against the Gaussian: little, unless leave-one-out says more by a standard error.

@@ -3,16 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from sortd.arrays import Array, IntArray
 from sortd.deciding.confidence import balanced_weights, choose_threshold, precision_curve
 from sortd.deciding.familiarity import Gate, Looks, foreign_gate, known_gate
 from sortd.deciding.strangers import Strangers
 from sortd.deciding.support import Abstain
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 CAUTIOUS_CLASSES = 20
 """With this many classes the cut for strangers is made at half of the share in force: strangers differ by class, and

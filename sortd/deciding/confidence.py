@@ -3,13 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import Array, BoolArray, IntArray
 from sortd.deciding.steps import Steps, finish, parts
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 EXAMINED = 32
 """Best scores of a row that enter its normaliser while temperatures are tried; the rest weighs nothing."""

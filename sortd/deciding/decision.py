@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from sortd.arrays import Array, IntArray
 from sortd.deciding.confidence import log_softmax
 from sortd.deciding.duplicates import unit
 from sortd.deciding.familiarity import Gate, Looks
@@ -16,8 +17,6 @@ from sortd.deciding.prototype_set import PrototypeSet, Rule, Whitening
 from sortd.deciding.strangers import nearest_cosines
 from sortd.deciding.support import ClassifierKind, Mode
 
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 DecidedBy = Mode | Literal[ClassifierKind.FINETUNED]
 """The rule over prototypes that decided, or that a fine-tuned model did."""
 

@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import Array, IntArray
 from sortd.deciding.steps import Steps, finish, parts
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 LARGEST_DISTANCE = 0.05
 """Cosine distance within which two references of one class can count as one. On CLIP ViT-B/32 features of four public

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
+from sortd.arrays import Array, BoolArray
+
 Moments = tuple[float, float]
 """Mean and spread of one respect among known images."""
 

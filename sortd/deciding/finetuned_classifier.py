@@ -13,14 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sortd.arrays import Array, BoolArray, IntArray
 from sortd.deciding.calibration import Calibration
 from sortd.deciding.confidence import balanced_weights, choose_threshold, log_softmax, precision_curve
 from sortd.deciding.decision import Abstained, Assigned, Decision, check_embeddings
 from sortd.deciding.support import Abstain, ClassifierKind
-
-Array = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
 NAMES_SAID = 5
 """Of classes that differ, how many a sentence names."""

@@ -6,13 +6,10 @@ Formulas and evidence: docs/decisions.md, section "best".
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import Array, IntArray
 from sortd.deciding.duplicates import unit
 from sortd.deciding.steps import Steps, finish
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 PSEUDO_ROWS = 5.0
 """Rows of equal variance that steady the variance of each dimension while references are few."""

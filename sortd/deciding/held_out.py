@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import Array, IntArray
 from sortd.deciding.blend import Blend, Library, fit_blends
 from sortd.deciding.confidence import balanced_weights, fit_temperature, log_softmax
 from sortd.deciding.decision import judge
@@ -14,9 +14,6 @@ from sortd.deciding.leaveoneout import LARGEST_TABLE, choose_held_out
 from sortd.deciding.plain import Plain, first_best, plain_held_out
 from sortd.deciding.support import Mode, SupportSet
 from sortd.prototypes import TEMPERATURE_SPREAD, TYPICAL_TEMPERATURE, PrototypeSet
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 LARGEST_ROWS = 20_000
 

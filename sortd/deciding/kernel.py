@@ -6,12 +6,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from sortd.arrays import Array, FloatArray, IntArray
 from sortd.deciding.duplicates import unit
 from sortd.deciding.gaussian import Gaussian
-
-Array = npt.NDArray[np.float64]
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 SHARPNESS = 10.0
 """beta: how fast a reference loses its say with the whitened cosine distance."""

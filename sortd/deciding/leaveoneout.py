@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sortd.arrays import Array, IntArray
 from sortd.deciding.duplicates import unit
 from sortd.deciding.gaussian import MEAN_SHRINKAGE, Gaussian, class_means, inverse_spreads, squared_distances
 from sortd.deciding.kernel import Kernel, finish_votes, votes
 from sortd.deciding.steps import Steps, finish
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 LARGEST_ROWS = 4000
 LARGEST_TABLE = 20_000_000

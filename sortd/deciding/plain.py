@@ -6,11 +6,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from sortd.arrays import Array, IntArray
 from sortd.deciding.duplicates import unit
 from sortd.deciding.support import Mode
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 BLOCK = 8_000_000
 ROUNDING = 1e-5

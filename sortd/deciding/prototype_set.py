@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sortd.arrays import Array, FloatArray, IntArray
 from sortd.deciding.calibration import Calibration
 from sortd.deciding.gaussian import squared_norms
 from sortd.deciding.kernel import Kernel
@@ -14,9 +15,6 @@ from sortd.deciding.plain import Plain
 from sortd.deciding.strangers import Strangers
 from sortd.deciding.support import Abstain, DecisionSettings, Mode
 
-Array = npt.NDArray[np.float64]
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 

@@ -3,16 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import Array, IntArray
 from sortd.deciding.gaussian import fit_gaussian, fit_space, shrink_means, squared_distances
 from sortd.deciding.kernel import kernel_scores, make_kernel
 from sortd.deciding.steps import Steps, finish
 from sortd.deciding.strangers import nearest_cosines
 from sortd.deciding.text_prototypes import place_names, placed_means
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 REFIT_UP_TO = 64
 """References up to which each one is left out by fitting again; 64 fits take a quarter of a second."""

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sortd.arrays import Array, IntArray
 from sortd.deciding.gaussian import fit_space, gaussian_steps, shrink_means, squared_distances
 from sortd.deciding.steps import Steps, finish, parts
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 FOLDS = 10
 COSINE_GATE = 0.15

@@ -5,10 +5,8 @@ from enum import StrEnum
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
+from sortd.arrays import FloatArray, IntArray
 
 
 class Mode(StrEnum):

@@ -1,13 +1,10 @@
 """Suspects: references that may be in the wrong class, in two classes, or in none."""
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import Array, IntArray
 from sortd.deciding.evaluation import Suspect
 from sortd.deciding.support import SupportSet
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 SURE = 0.9
 """Probability of another class from which a reference counts as mislabelled."""

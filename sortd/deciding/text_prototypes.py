@@ -3,13 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import Array, IntArray
 from sortd.deciding.duplicates import unit
 from sortd.deciding.gaussian import Space, class_means
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 LEAST_SPREAD = 0.1
 """Spread of the cosine of unrelated directions that is assumed at least, about one over the root of 100 dimensions."""

@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Final
 
+from sortd.arrays import Pixels
 from sortd.decoding.formats import HEAD_BYTES, format_of
 from sortd.errors import CrowdedError, NotAnImageError, TooLargeError, UnreadableError
-from sortd.images import Jpeg, Limits, Pixels, decode, load_decoders
+from sortd.images import Jpeg, Limits, decode, load_decoders
 from sortd.messages import Fit, Preprocessing, Refusal
 
 REQUEST = struct.Struct("<IQ")

@@ -17,11 +17,12 @@ from time import monotonic, perf_counter
 from types import TracebackType
 from typing import Self
 
+from sortd.arrays import Pixels
 from sortd.decoding.decoder_handle import DecoderHandle, DecoderLostError
 from sortd.decoding.decoder_process import Order, Result, decode_content
 from sortd.decoding.files import open_version, stamp_of
 from sortd.errors import StartupError
-from sortd.images import Jpeg, Limits, Pixels
+from sortd.images import Jpeg, Limits
 from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
 
 POISON_KEPT = 10_000

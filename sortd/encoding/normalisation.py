@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float32]
+from sortd.arrays import FloatArray
 
 CHANNELS = 3
 EIGHT_BITS = 1 / 255

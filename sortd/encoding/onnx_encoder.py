@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sortd.arrays import Pixels
 from sortd.encoding import models
 from sortd.encoding.exports import FORMAT, TOKENIZER, Exports
 from sortd.encoding.manifest import Precision, TextInputs, tower_file
 from sortd.encoding.model_folders import first_line
 from sortd.encoding.providers import attempts, name_of
-from sortd.encoding.rows import Pixels, Rows, check_pixels, unit, writable
+from sortd.encoding.rows import Rows, check_pixels, unit, writable
 from sortd.errors import ModelError
 
 IMAGES_A_RUN = 8

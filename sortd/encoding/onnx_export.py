@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sortd.arrays import Pixels
 from sortd.encoding.export_process import STEPS, Request, Tell
 from sortd.encoding.exports import MANIFEST, OPSET, TOKENIZER
 from sortd.encoding.manifest import Manifest, Precision, TextInputs, tower_file
@@ -27,7 +28,7 @@ from sortd.encoding.model_folders import first_line
 from sortd.encoding.models import checksums
 from sortd.encoding.onnx_encoder import open_tower, text_inputs
 from sortd.encoding.onnx_int8 import convolutions, quantize, quantize_convolutions, weight_range
-from sortd.encoding.rows import Pixels, Rows, unit
+from sortd.encoding.rows import Rows, unit
 from sortd.encoding.torch_encoder import TorchEncoder
 from sortd.errors import ModelError
 from sortd.messages import Preprocessing

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sortd.encoding.rows import Pixels
+from sortd.arrays import Pixels
 
 FULL_RANGE = 127
 """The largest weight in eight signed bits."""

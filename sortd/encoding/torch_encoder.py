@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sortd.arrays import Pixels
 from sortd.encoding import models
 from sortd.encoding.model_folders import CODE_FREE, ModelFolder, first_line
 from sortd.encoding.normalisation import normalisation
-from sortd.encoding.rows import Pixels, Rows, check_pixels, unit, writable
+from sortd.encoding.rows import Rows, check_pixels, unit, writable
 from sortd.errors import ModelError
 from sortd.messages import Fit, Preprocessing
 

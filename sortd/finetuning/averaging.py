@@ -7,13 +7,11 @@ the two there is often a point that knows both.
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+from sortd.arrays import FloatArray
 
 if TYPE_CHECKING:
     import torch
 
-FloatArray = npt.NDArray[np.float32]
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Shares of the fine-tuned weights that are tried; of equally good ones the first is taken."""

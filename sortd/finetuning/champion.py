@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from sortd import mends
+from sortd.arrays import FloatArray
 from sortd.deciding.decision import judge
 from sortd.deciding.prompts import GENERIC_NOUNS, prompts
 from sortd.errors import ModelError
@@ -13,7 +14,6 @@ from sortd.finetuning.measures import Judged
 from sortd.finetuning.photos import Photos
 from sortd.finetuning.split import Split
 from sortd.layout import Area, Layout
-from sortd.messages import FloatArray
 from sortd.prototypes import DecisionSettings, Mode, SupportSet, build
 from sortd.references import class_texts, read_descriptions
 from sortd.running.embedding import Embedder

@@ -5,12 +5,9 @@ linear: classes share one covariance, shrunk to the isotropic one, and class mea
 """
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import Array, IntArray
 from sortd.deciding.gaussian import MEAN_SHRINKAGE, PSEUDO_ROWS
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 def gaussian_head(features: Array, classes: IntArray, weights: Array, *, count: int) -> tuple[Array, Array]:

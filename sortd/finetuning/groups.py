@@ -1,13 +1,9 @@
 """Groups of near-duplicates: images that must stay on one side of a split, so that no test is a memory."""
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import FloatArray, IntArray
 from sortd.deciding.duplicates import ROUNDING, duplicate_distance
-
-Array = npt.NDArray[np.float64]
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 LARGEST_SHARE = 0.25
 """A group of more than this share of a class is no burst of one scene but a class that the encoder sees as one: it is

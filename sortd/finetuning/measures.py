@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
+from sortd.arrays import Array, BoolArray, IntArray
 
 BINS = 15
 """Bins of equal width of the expected calibration error, as Guo et al. (2017) have them."""

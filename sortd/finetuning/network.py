@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import FloatArray, Pixels
 from sortd.encoding.normalisation import normalisation
 from sortd.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
 
-FloatArray = npt.NDArray[np.float32]
-Pixels = npt.NDArray[np.uint8]
 
 TOWER = "sortd-tower"
 """The ``model_type`` in the configuration of a vision tower with a linear head."""

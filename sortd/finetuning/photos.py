@@ -13,20 +13,16 @@ from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from sortd import mends
+from sortd.arrays import Array, FloatArray, IntArray
 from sortd.commands.journals import JOURNAL_FILE
 from sortd.errors import DataError
 from sortd.journaling.history import History
 from sortd.layout import Area, Layout
-from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Outcome, Refusal, Stamp
+from sortd.messages import EmbeddedImage, ImageRefused, Outcome, Refusal, Stamp
 from sortd.references import STRANGERS_FOLDER, ReferencesAbsentError, class_folders
 from sortd.running.embedding import Embedder
-
-Array = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
 PLACED, FILED = 1.0, 0.5
 """How much an image counts that a person placed, and one that sortd filed and nobody took away again."""

@@ -13,19 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import FloatArray, IntArray, Pixels
 from sortd.errors import DataError, DestinationError
 from sortd.files import write_atomic
 from sortd.finetuning.measures import Judged
 from sortd.finetuning.recipe import Recipe
 from sortd.finetuning.training import Lesson
 from sortd.messages import Fit, Preprocessing
-
-Array = npt.NDArray[np.float64]
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 
 PLAN_FILE, ARRAYS_FILE, START_FILE = "plan.json", "plan.npz", "start.safetensors"
 PARTS = ("train", "validation", "test", "strangers")

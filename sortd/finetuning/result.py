@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sortd.arrays import IntArray
 from sortd.errors import DestinationError
 from sortd.finetuned import (
     CARD_FILE,
@@ -22,7 +23,6 @@ from sortd.finetuned import (
     read_facts,
 )
 from sortd.finetuning.card import model_card
-from sortd.finetuning.measures import IntArray
 from sortd.finetuning.pictures import draw_confusion, draw_curves
 from sortd.finetuning.plan import writing
 

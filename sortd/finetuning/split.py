@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
+from sortd.arrays import BoolArray, IntArray
 
 
 @dataclass(frozen=True, eq=False)

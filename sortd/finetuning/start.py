@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from sortd.arrays import FloatArray, Pixels
 from sortd.deciding.confidence import balanced_weights, fit_temperature
 from sortd.finetuning.gaussian_head import gaussian_head
 from sortd.finetuning.network import Network, head_of
@@ -20,9 +21,6 @@ from sortd.finetuning.views import plain_views, random_views
 if TYPE_CHECKING:
     import torch
 
-Array = npt.NDArray[np.float64]
-FloatArray = npt.NDArray[np.float32]
-Pixels = npt.NDArray[np.uint8]
 
 RANDOM_VIEWS = 1
 """Beside the plain and the flipped one."""

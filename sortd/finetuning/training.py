@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from sortd.arrays import FloatArray, IntArray, Pixels
 from sortd.errors import DestinationError, StartupError
 from sortd.finetuning.arguments import steps_of, training_arguments
 from sortd.finetuning.recipe import Recipe
@@ -23,9 +24,6 @@ from sortd.finetuning.trainee import parameter_groups
 if TYPE_CHECKING:
     import torch
 
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 
 STATE_FILE = "trainer_state.json"
 """The Trainer writes it last: a checkpoint that has it is whole."""

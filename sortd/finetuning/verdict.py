@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
-from sortd.finetuning.measures import IntArray, Judged, figures, mcnemar
+from sortd.arrays import IntArray
+from sortd.finetuning.measures import Judged, figures, mcnemar
 
 SIGNIFICANT = 0.05
 """A difference that chance brings about more seldom than this is taken for one."""
