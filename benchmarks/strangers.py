@@ -23,11 +23,13 @@ import numpy.typing as npt
 
 from benchmarks.decisions import Features, read, support_of
 from benchmarks.photos import embed_folder
-from sortd.deciding.decision import judge, looks_of
-from sortd.deciding.familiarity import log_odds
-from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
+from sortd.classify.build import build
+from sortd.classify.decide import decide, judge, looks_of
+from sortd.classify.open_set import log_odds
+from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
+from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.types import Abstain, Assigned, DecisionSettings, SupportSet
 from sortd.encoder import Encoder, load
-from sortd.prototypes import Abstain, Assigned, DecisionSettings, PrototypeSet, SupportSet, build, decide
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.float32]

@@ -19,8 +19,8 @@ from sortd.arrays import FloatArray
 from sortd.caching import tables
 from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.caching.tables import CacheFacts
+from sortd.classify.prototypes import PrototypeSet
 from sortd.messages import Stamp
-from sortd.prototypes import PrototypeSet
 
 MAX_BYTES = 1_000_000_000
 """About 450,000 embeddings of 512 dimensions."""

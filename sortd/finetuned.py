@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray, Pixels
-from sortd.deciding.confidence import Threshold, balanced_weights, choose_threshold, log_softmax
+from sortd.classify.calibration import Threshold, balanced_weights, choose_threshold, log_softmax
 from sortd.errors import ModelError
 from sortd.files import open_regular, read_regular
 from sortd.messages import Fit, Preprocessing

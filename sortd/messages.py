@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from sortd.arrays import FloatArray
-from sortd.deciding.finetuned_classifier import FinetunedClassifier
-from sortd.prototypes import Decision, PrototypeSet
+from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
+from sortd.classify.types import Decision
 
 
 def signed(number: int) -> int:

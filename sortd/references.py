@@ -12,13 +12,14 @@ import numpy as np
 
 from sortd import mends
 from sortd.arrays import FloatArray
-from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
-from sortd.deciding.steps import finish
+from sortd.classify.build import build
+from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
+from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.types import DecisionSettings, Mode, SupportSet
 from sortd.decoding.files import OUR_OWN_TROUBLE
 from sortd.files import open_regular
 from sortd.messages import EmbeddedImage, ImageRefused, Refusal, Stamp
 from sortd.names import rule_for_folder
-from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build_steps
 from sortd.running.embedding import Embedder
 from sortd.watching.scanning import stamp, whole_files
 
@@ -194,8 +195,7 @@ class References:
         if previous is not None and previous.fingerprint == fingerprint:
             return Rebuilt(previous, refused, emptied, tuple(misnamed), changed=False, references=counts)
         support = self._support(embedder, rows, contents, folders, teaching, fingerprint)
-        steps = build_steps(support, teaching.settings, generation=generation)
-        prototypes = finish(steps, between=embedder.give_way)
+        prototypes = build(support, teaching.settings, generation=generation, pause=embedder.give_way)
         encoded = embedder.forwards - forwards
         return Rebuilt(prototypes, refused, emptied, tuple(misnamed), encoded=encoded, references=counts)
 

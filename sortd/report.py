@@ -9,9 +9,9 @@ from typing import Any
 import jinja2
 
 from sortd import __version__
+from sortd.classify.prompts import written_name
+from sortd.classify.types import PROBABLE
 from sortd.commands.console import printable
-from sortd.deciding.explanation import PROBABLE
-from sortd.deciding.prompts import written_name
 from sortd.decoding.thumbnails import thumbnail
 from sortd.errors import DestinationError
 from sortd.files import write_atomic

@@ -6,15 +6,16 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from sortd.deciding.decision import judge, looks_of
-from sortd.deciding.duplicates import unit as exact_unit
-from sortd.deciding.explanation import explain
-from sortd.deciding.familiarity import Gate, Looks, foreign_gate, known_gate, log_share
-from sortd.deciding.gaussian import fit_gaussian, fit_space
-from sortd.deciding.leaveoneout import remoteness_left_out
-from sortd.deciding.refitting import REFIT_UP_TO, refit_tables
-from sortd.deciding.strangers import nearest_cosines
-from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, build
+from sortd.classify.build import build
+from sortd.classify.decide import judge, looks_of
+from sortd.classify.explain import explain
+from sortd.classify.gaussian import fit_gaussian, fit_space
+from sortd.classify.leave_one_out import REFIT_UP_TO, refit_tables, remoteness_left_out
+from sortd.classify.library import Library
+from sortd.classify.library import unit as exact_unit
+from sortd.classify.open_set import Gate, Looks, foreign_gate, known_gate, log_share, nearest_cosines
+from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.types import DecisionSettings, Mode
 from tests.made_features import Array, Blobs, support_set, unit
 
 GATE = Gate(-1.0, cosine=(0.5, 0.1), typicality=(10.0, 4.0), remoteness=(2.0, 0.5), odds=(3.0, 1.0))
@@ -131,7 +132,7 @@ class TestLeavingOut:
         index = np.repeat(np.arange(4), 4)
         rows, counts = Blobs(4).draw(index).astype(np.float64), np.full(4, 4)
         assert len(rows) <= REFIT_UP_TO
-        found = refit_tables(rows, index, counts, np.arange(len(rows)), None, (0.0,))
+        found = refit_tables(Library(rows, index, counts), np.arange(len(rows)), (0.0,))
         at, others = 5, np.arange(len(rows)) != 5
         fewer = np.array([4, 3, 4, 4])
         space = fit_space(rows[others], index[others], fewer)

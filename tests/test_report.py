@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sortd.classify.evaluate import evaluate
+from sortd.classify.explain import explain
+from sortd.classify.types import SupportSet
 from sortd.commands.evaluation_page import evaluation_page, sentences
 from sortd.commands.examination import Examined, examine, taught
 from sortd.config import load
-from sortd.deciding.explanation import explain
 from sortd.decoding.thumbnails import thumbnail
 from sortd.errors import DataError, DestinationError, JournalError
-from sortd.evaluate import evaluate
 from sortd.journal import Journal
 from sortd.journaling.records import Selection
 from sortd.layout import Layout
-from sortd.prototypes import SupportSet
 from sortd.report import explain_page, see_that_a_page_fits, write_page
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset, picture

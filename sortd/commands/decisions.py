@@ -223,7 +223,7 @@ def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
 
 
 def _doubt(suspect: Mapping[str, Any]) -> str:
-    from sortd.deciding.prompts import written_name
+    from sortd.classify.prompts import written_name
 
     label, other = written_name(suspect["label"]), written_name(suspect["other_label"] or "")
     label, other = printable(label), printable(other)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from sortd.classify.prompts import written_name
 from sortd.commands.console import printable
-from sortd.deciding.prompts import written_name
 from sortd.decoding.thumbnails import thumbnail
 from sortd.report import Picture, render
 

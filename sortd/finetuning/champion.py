@@ -7,14 +7,15 @@ import numpy as np
 
 from sortd import mends
 from sortd.arrays import FloatArray
-from sortd.deciding.decision import judge
-from sortd.deciding.prompts import GENERIC_NOUNS, prompts
+from sortd.classify.build import build
+from sortd.classify.decide import judge
+from sortd.classify.prompts import GENERIC_NOUNS, prompts
+from sortd.classify.types import DecisionSettings, Mode, SupportSet
 from sortd.errors import ModelError
 from sortd.finetuning.measures import Judged
 from sortd.finetuning.photos import Photos
 from sortd.finetuning.split import Split
 from sortd.layout import Area, Layout
-from sortd.prototypes import DecisionSettings, Mode, SupportSet, build
 from sortd.references import class_texts, read_descriptions
 from sortd.running.embedding import Embedder
 

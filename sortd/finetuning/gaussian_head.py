@@ -7,7 +7,7 @@ linear: classes share one covariance, shrunk to the isotropic one, and class mea
 import numpy as np
 
 from sortd.arrays import Array, IntArray
-from sortd.deciding.gaussian import MEAN_SHRINKAGE, PSEUDO_ROWS
+from sortd.classify.gaussian import MEAN_SHRINKAGE, PSEUDO_ROWS
 
 
 def gaussian_head(features: Array, classes: IntArray, weights: Array, *, count: int) -> tuple[Array, Array]:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sortd.arrays import FloatArray, IntArray
-from sortd.deciding.duplicates import ROUNDING, duplicate_distance
+from sortd.classify.library import ROUNDING, duplicate_distance
 
 LARGEST_SHARE = 0.25
 """A group of more than this share of a class is no burst of one scene but a class that the encoder sees as one: it is

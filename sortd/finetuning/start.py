@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.arrays import FloatArray, Pixels
-from sortd.deciding.confidence import balanced_weights, fit_temperature
+from sortd.classify.calibration import balanced_weights, fit_temperature
 from sortd.finetuning.gaussian_head import gaussian_head
 from sortd.finetuning.network import Network, head_of
 from sortd.finetuning.recipe import Recipe

@@ -10,13 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sortd.deciding.finetuned_classifier import (
-    FinetunedClassifier,
-    HeldOutOutcomes,
-    build_classifier,
-    difference_of_labels,
-)
-from sortd.deciding.support import Abstain
+from sortd.classify.calibration import HeldOutOutcomes
+from sortd.classify.prototypes import FinetunedClassifier, build_classifier, difference_of_labels
+from sortd.classify.types import Abstain
 from sortd.encoder import Encoder, Pixels, Rows
 from sortd.errors import ModelError
 from sortd.finetuned import FinetunedFacts, FinetunedModel, read_facts

@@ -1,6 +1,6 @@
 """The comparison: int8 is held against float32 on the user's own references, and what that gives is remembered.
 
-The references of all datasets (an even sample of many) are embedded by both and compared: ``deciding/agreement.py``
+The references of all datasets (an even sample of many) are embedded by both and compared: ``classify/held_out.py``
 says how. The verdict is kept beside the export under what it was found on, so that a start with the same references
 costs one look at the folders. What is taught while sortd runs counts at the next start.
 """
@@ -19,8 +19,9 @@ from typing import Any
 
 from sortd import logs
 from sortd.cache import Cache
+from sortd.classify.held_out import FEWEST_FILED, LEAST_COSINE, LEAST_SAME, Agreement, agreement, refuse_quick
+from sortd.classify.types import SupportSet
 from sortd.config import Config, DatasetConfig
-from sortd.deciding.agreement import FEWEST_FILED, LEAST_COSINE, LEAST_SAME, Agreement, agreement, refuse_quick
 from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder
 from sortd.encoding.export_process import Tell, is_awaited
@@ -31,7 +32,6 @@ from sortd.errors import LayoutError, ModelError
 from sortd.images import Jpeg
 from sortd.layout import Area, find_datasets
 from sortd.messages import Preprocessing
-from sortd.prototypes import SupportSet
 from sortd.references import STRANGERS_FOLDER, ClassFolder, References, ReferencesAbsentError, Teaching, class_folders
 from sortd.running.embedding import Embedder
 from sortd.running.exporting import note, warn

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 
 from sortd import logs
+from sortd.classify.held_out import pooled
 from sortd.config import Config, DatasetConfig
-from sortd.deciding.agreement import pooled
 from sortd.encoder import Encoder, load
 from sortd.encoding import exports
 from sortd.encoding.backends import choose

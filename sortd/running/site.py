@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from sortd.cache import Cache
+from sortd.classify.types import Abstain, DecisionSettings, Mode
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config, DatasetConfig, Decoding
 from sortd.decoding.decoders import DecoderPool
@@ -19,7 +20,6 @@ from sortd.images import DECODERS, Jpeg, Limits
 from sortd.layout import Layout
 from sortd.messages import DatasetId, Preprocessing
 from sortd.metrics import Metrics
-from sortd.prototypes import Abstain, DecisionSettings, Mode
 from sortd.references import Teaching
 from sortd.running.classifiers import Classifiers, are_logits
 from sortd.running.copier import Seat

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sortd.deciding.agreement import Agreement, pooled
+from sortd.classify.held_out import Agreement, pooled
 from sortd.encoding.exports import Exports
 from sortd.encoding.manifest import Precision
 from sortd.files import read_regular, write_atomic
