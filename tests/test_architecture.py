@@ -172,7 +172,6 @@ FLOORS: dict[str, tuple[int, str]] = {
     "commands.explain": (DRIVER, "drivers"),
     "commands.examination": (DRIVER, "drivers"),
     "report": (DRIVER, "drivers"),
-    "commands.evaluation_page": (DRIVER, "drivers"),
     "finetune": (DRIVER, "drivers"),
     "commands.finetuning": (DRIVER, "drivers"),
     "finetuning.arguments": (DRIVER, "drivers"),

@@ -231,7 +231,7 @@ def _need(distinct: int, recall: float | None) -> str | None:
     if distinct < FEW:
         return f"it has {distinct} that differ" if distinct > 1 else "it has one"
     if recall is not None and recall < LOW_RECALL:
-        return f"only {recall:.0%} of its own are recognised"
+        return f"recall is only {recall:.0%}"
     return None
 
 

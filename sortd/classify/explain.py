@@ -265,10 +265,8 @@ def _check_sentence(check: Check) -> str:
         case "confidence":
             return f"Its confidence is {check.value:.3f}; at least {check.asked:.3f} is asked: {verb}."
         case "familiarity":
-            return (
-                f"It looks as familiar as {check.value:+.2f} on a scale where known images have 0 on average; "
-                f"at least {check.asked:+.2f} is asked: {verb}."
-            )
+            scale = "known images have 0 on average"
+            return f"Its familiarity is {check.value:+.2f} ({scale}); at least {check.asked:+.2f} is asked: {verb}."
     return (
         f"{check.value:.1%} of images of no class would look as much like one; "
         f"at most {check.asked:.1%} may be filed: {verb}."
