@@ -24,7 +24,7 @@ import numpy.typing as npt
 from benchmarks.decisions import Features, read, support_of
 from benchmarks.photos import embed_folder
 from sortd.classify.build import build
-from sortd.classify.decide import decide, judge, looks_of
+from sortd.classify.decide import decide, judge, open_set_scores
 from sortd.classify.open_set import log_odds
 from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.classify.prototypes import PrototypeSet
@@ -136,7 +136,7 @@ def respects(prototypes: PrototypeSet, rows: Rows) -> tuple[dict[str, Array], In
     assert gate is not None
     queries = rows.astype(np.float64)
     judged = judge(prototypes, queries, prototypes.settings.mode)
-    looks = looks_of(prototypes, queries, judged, gate)
+    looks = open_set_scores(prototypes, queries, judged, gate)
     confidence = judged.probabilities[np.arange(len(queries)), judged.best]
     found = {
         "familiarity": gate.familiarity(looks, confidence),

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sortd.arrays import Array, IntArray
 from sortd.classify.blend import fit_blends
 from sortd.classify.gaussian import fit_gaussian, fit_space, place_names, shrink_means, squared_distances
 from sortd.classify.kernel import (
@@ -23,9 +24,6 @@ from sortd.classify.leave_one_out import choose_held_out, gaussian_table, hold_o
 from sortd.classify.library import Library, class_means, make_library
 from sortd.classify.types import Mode
 from tests.made_features import Blobs, unit
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 def plain_of(rows: npt.NDArray[np.float32], classes: IntArray, count: int) -> Plain:

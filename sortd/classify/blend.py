@@ -7,7 +7,7 @@ import numpy as np
 
 from sortd.arrays import Array, BoolArray
 from sortd.classify.calibration import balanced_weights, fit_temperature
-from sortd.classify.gaussian import Gaussian, Names, Space, fit_gaussian, fit_space, place_names, shrink_means
+from sortd.classify.gaussian import Gaussian, PlacedNames, Space, fit_gaussian, fit_space, place_names, shrink_means
 from sortd.classify.kernel import Kernel, make_kernel
 from sortd.classify.leave_one_out import (
     LARGEST_ROWS,
@@ -39,13 +39,13 @@ LEAST_EVIDENCE = 2.0
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
+class LibraryFit:
     """All of a library's fit that does not depend on the weight of the names; R references are held out."""
 
     present: BoolArray  # (C,): classes with a reference
     space: Space
     gaussian: Gaussian
-    names: Names | None
+    names: PlacedNames | None
     named: Array | None  # (C, d): the names, whitened
     held: HeldOut
     row_weights: Array  # (R,), every class counting once
@@ -77,7 +77,7 @@ class Trial:
 class Blend:
     """A fitted rule with its leave-one-out table."""
 
-    fit: Fit
+    fit: LibraryFit
     trial: Trial
     kernel: Kernel
     shrunk: Array  # (C, d) whitened means
@@ -107,7 +107,7 @@ def fit_blends(library: Library, *, largest: int = LARGEST_ROWS, pause: Pause = 
     return best, _assemble(fit, fit.present | True, chosen)
 
 
-def _fit(library: Library, largest: int, pause: Pause) -> Fit:
+def _fit(library: Library, largest: int, pause: Pause) -> LibraryFit:
     rows, classes, counts = library.rows, library.classes, library.counts
     present = counts > 0
     space = fit_space(rows, classes, counts)
@@ -115,7 +115,7 @@ def _fit(library: Library, largest: int, pause: Pause) -> Fit:
     placed = space.place(rows)
     pause()
     gaussian = fit_gaussian(placed, classes, counts, pause=pause)
-    names: Names | None = None
+    names: PlacedNames | None = None
     if library.text is not None:
         names = place_names(space, library.text, library.text_mean, class_means(placed, classes, counts), counts)
     named = None if names is None else names.rows @ gaussian.whitener
@@ -128,7 +128,7 @@ def _fit(library: Library, largest: int, pause: Pause) -> Fit:
         table = refitted.kernel
     else:
         table = kernel_table(gaussian, held, make_kernel(gaussian), pause=pause)
-    return Fit(
+    return LibraryFit(
         present=present,
         space=space,
         gaussian=gaussian,
@@ -153,7 +153,7 @@ def _gaps(table: Array, present: BoolArray, pause: Pause) -> Array:
     return gaps
 
 
-def _gaussian_table(fit: Fit, weight: float, pause: Pause) -> Array:
+def _gaussian_table(fit: LibraryFit, weight: float, pause: Pause) -> Array:
     """Return the Gaussian's scores (R, C): by refitting where that was done, else by algebra."""
     table = np.empty((len(fit.held.own), len(fit.present)))
     named = fit.named if weight else None
@@ -167,7 +167,7 @@ def _gaussian_table(fit: Fit, weight: float, pause: Pause) -> Array:
     return table
 
 
-def _try_weight(fit: Fit, weight: float, pause: Pause) -> Trial:
+def _try_weight(fit: LibraryFit, weight: float, pause: Pause) -> Trial:
     """Return leave-one-out with this weight of the names."""
     own, weights, present = fit.held.own, fit.row_weights, fit.present
     table = _gaussian_table(fit, weight, pause)
@@ -202,7 +202,7 @@ def _try_weight(fit: Fit, weight: float, pause: Pause) -> Trial:
     )
 
 
-def _untried(fit: Fit, weight: float) -> Trial:
+def _untried(fit: LibraryFit, weight: float) -> Trial:
     """Return what is assumed where nothing can be left out."""
     rows = len(fit.held.own)
     return Trial(
@@ -217,7 +217,7 @@ def _untried(fit: Fit, weight: float) -> Trial:
     )
 
 
-def _assemble(fit: Fit, competes: BoolArray, trial: Trial) -> Blend:
+def _assemble(fit: LibraryFit, competes: BoolArray, trial: Trial) -> Blend:
     named = fit.named if competes.all() else None
     shrunk = shrink_means(fit.gaussian, named, trial.text_weight)
     if named is not None:

@@ -19,9 +19,9 @@ from sortd.classify.calibration import (
 )
 from sortd.classify.kernel import BLOCK, Plain, plain_held_out
 from sortd.classify.leave_one_out import background_distances, remoteness_left_out
-from sortd.classify.library import Library, Pause, class_means, count_classes, make_library, no_pause, parts, unit
-from sortd.classify.open_set import Looks, leave_classes_out, nearest_cosines
-from sortd.classify.prototypes import PrototypeSet, Rule, Whitening
+from sortd.classify.library import Library, Pause, class_means, count_classes, make_library, no_pause, parts, unit_rows
+from sortd.classify.open_set import OpenSetScores, leave_classes_out, nearest_cosines
+from sortd.classify.prototypes import BlendRule, PrototypeSet, Whitening
 from sortd.classify.types import BLENDED, DecisionSettings, Mode, SupportSet
 
 TYPICAL_TEMPERATURE = 50.0
@@ -41,7 +41,7 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int, p
     references, classes = support.embeddings[order], support.classes[order]
     counts = count_classes(classes, len(support.labels))
     means = class_means(references.astype(np.float64), classes, counts)
-    matrix = unit(means)
+    matrix = unit_rows(means)
     if support.text is not None:
         matrix[counts == 0] = support.text[counts == 0]
     pause()
@@ -90,14 +90,14 @@ def _whitening(blend: Blend, references: FloatArray, strangers: FloatArray) -> W
         kernel_rows=blend.kernel.rows,
         kernel_classes=blend.kernel.classes,
         kernel_counts=blend.kernel.counts,
-        strangers=unit(placed).astype(np.float32),
+        strangers=unit_rows(placed).astype(np.float32),
         remoteness=space.remoteness(references.astype(np.float64)).astype(np.float32),
     )
 
 
-def _rule(blend: Blend) -> Rule:
+def _rule(blend: Blend) -> BlendRule:
     named, trial = blend.kernel.named, blend.trial
-    return Rule(
+    return BlendRule(
         shrunk=blend.shrunk,
         named=np.zeros((0, blend.shrunk.shape[1]), np.float32) if named is None else named,
         competes=blend.competes,
@@ -128,9 +128,9 @@ def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend, pause: 
         accuracy = balanced_accuracy(right, own, classes)
         calibration = Calibration(held_out=len(own), accuracy=accuracy, filed_expected=1.0, **facts)
         return replace(prototypes, calibration=calibration, recall=recall)
-    looks = _looks(library, blend, best, pause, with_typicality=settings.mode in BLENDED)
+    open_set = _open_set_scores(library, blend, best, pause, with_typicality=settings.mode in BLENDED)
     facts |= calibrate_knowns(
-        HeldOutOutcomes(confidence, right, own, looks),
+        HeldOutOutcomes(confidence, right, own, open_set),
         settings.abstain.precision,
         classes=classes,
         foreign_cosines=np.zeros(0) if right.any() else _foreign_cosines(library, pause),
@@ -171,12 +171,14 @@ def plain_temperature(table: Array, own: IntArray, *, pause: Pause = no_pause) -
     return fit_temperature(table, own, weights, **prior, pause=pause)[0]
 
 
-def _looks(library: Library, blend: Blend, best: IntArray, pause: Pause, *, with_typicality: bool) -> Looks:
-    """Return the looks of the held-out references beside their best class (R,); typicality is known of blends only."""
+def _open_set_scores(
+    library: Library, blend: Blend, best: IntArray, pause: Pause, *, with_typicality: bool
+) -> OpenSetScores:
+    """Return the open-set scores of the held-out references (R,); typicality is known of blends only."""
     rows, classes, fit = library.rows, library.classes, blend.fit
     chosen = fit.held.chosen
     if np.count_nonzero(library.counts) < 2 or not len(chosen):  # noqa: PLR2004 - no centre between classes
-        return Looks(nearest_cosines(rows[chosen], best, rows, classes, chosen, pause=pause), None, None)
+        return OpenSetScores(nearest_cosines(rows[chosen], best, rows, classes, chosen, pause=pause), None, None)
     if fit.refitted is not None:
         background = fit.refitted.background
         cosine, remoteness = fit.refitted.cosine[np.arange(len(best)), best], fit.refitted.remoteness
@@ -187,7 +189,7 @@ def _looks(library: Library, blend: Blend, best: IntArray, pause: Pause, *, with
         pause()
         cosine = nearest_cosines(placed[chosen], best, placed, classes, chosen, pause=pause)
         remoteness = remoteness_left_out(rows, classes, library.counts, chosen)
-    return Looks(cosine, background - blend.trial.distances if with_typicality else None, remoteness)
+    return OpenSetScores(cosine, background - blend.trial.distances if with_typicality else None, remoteness)
 
 
 def _foreign_cosines(library: Library, pause: Pause) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 from sortd.arrays import Array, BoolArray, IntArray
 from sortd.classify.kernel import first_best
 from sortd.classify.library import Pause, no_pause, parts
-from sortd.classify.open_set import Gate, Looks, Strangers, foreign_gate, known_gate
+from sortd.classify.open_set import Gate, OpenSetScores, Strangers, foreign_gate, known_gate
 from sortd.classify.types import Abstain
 
 EXAMINED = 32
@@ -84,7 +84,7 @@ class HeldOutOutcomes:
     confidence: Array  # (R,): the calibrated probability of the class that it chose
     right: BoolArray  # (R,): whether that was the right class
     own: IntArray  # (R,): the right class, an index into the labels
-    looks: Looks | None = None  # None for a fine-tuned model
+    open_set: OpenSetScores | None = None  # None for a fine-tuned model
 
     def __post_init__(self) -> None:
         """Check lengths and ranges."""
@@ -222,21 +222,21 @@ def calibrate_knowns(
             image is right.
         nothing_held_out: the note where R is 0.
     """
-    own, right, confidence, looks = outcomes.own, outcomes.right, outcomes.confidence, outcomes.looks
+    own, right, confidence, open_set = outcomes.own, outcomes.right, outcomes.confidence, outcomes.open_set
     count, weights = len(own), balanced_weights(own, classes)
     threshold = choose_threshold(confidence, right, weights, precision)
     gate = None
-    if looks is not None and right.any():
-        gate = known_gate(looks, confidence, right, least_confidence=threshold.confidence, classes=classes)
+    if open_set is not None and right.any():
+        gate = known_gate(open_set, confidence, right, least_confidence=threshold.confidence, classes=classes)
     elif len(foreign_cosines):
         gate = foreign_gate(foreign_cosines)
     facts: dict[str, Any] = {"held_out": count, "precision_wanted": precision, "gate": gate}
     if not count:
         return {**facts, "confidence": precision, "notes": (f"{nothing_held_out}, so nothing vouches for a precision",)}
     filed = confidence >= threshold.confidence
-    if gate is not None and looks is not None:
-        filed &= gate.familiarity(looks, confidence) >= gate.least
-    held_out = "references" if looks is not None else "held-out images"
+    if gate is not None and open_set is not None:
+        filed &= gate.familiarity(open_set, confidence) >= gate.least
+    held_out = "references" if open_set is not None else "held-out images"
     attainable = f"{count} {held_out} can vouch for {threshold.attainable:.3f} at most"
     return {
         **facts,

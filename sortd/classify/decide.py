@@ -10,9 +10,9 @@ from sortd.arrays import Array, BoolArray, IntArray
 from sortd.classify.calibration import log_softmax
 from sortd.classify.gaussian import squared_distances
 from sortd.classify.kernel import first_best, kernel_scores, plain_scores
-from sortd.classify.library import unit
-from sortd.classify.open_set import Gate, Looks, nearest_cosines
-from sortd.classify.prototypes import Classifier, FinetunedClassifier, PrototypeSet, Rule, Whitening
+from sortd.classify.library import unit_rows
+from sortd.classify.open_set import Gate, OpenSetScores, nearest_cosines
+from sortd.classify.prototypes import BlendRule, Classifier, FinetunedClassifier, PrototypeSet, Whitening
 from sortd.classify.types import BLENDED, Abstained, Assigned, ClassifierKind, Decision, Mode
 
 FEWEST_FOR_ONE_CLASS = 4
@@ -20,7 +20,7 @@ FEWEST_FOR_ONE_CLASS = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class ScoredBatch:
     """A batch under one rule: arrays over B images and C classes; the last three are of best and mixed only."""
 
     scores: Array  # (B, C): cosines or log probabilities, -inf for a class that cannot be chosen
@@ -94,7 +94,7 @@ def check_embeddings(embeddings: npt.ArrayLike, width: int) -> Array:
     return queries
 
 
-def judge(prototypes: PrototypeSet, queries: Array, mode: Mode) -> Judged:
+def judge(prototypes: PrototypeSet, queries: Array, mode: Mode) -> ScoredBatch:
     """Return scores and probabilities of a checked batch (B, d) under any rule."""
     rule = prototypes.mixed if mode is Mode.MIXED else prototypes.best
     if mode in BLENDED and prototypes.whitening is not None and rule is not None:
@@ -103,10 +103,10 @@ def judge(prototypes: PrototypeSet, queries: Array, mode: Mode) -> Judged:
         mode = Mode.TEXT if mode is Mode.MIXED else Mode.MEAN
     table = plain_scores(mode, queries, prototypes.plain)
     probabilities = np.exp(log_softmax(prototypes.temperature * table))
-    return Judged(table, probabilities, first_best(table))
+    return ScoredBatch(table, probabilities, first_best(table))
 
 
-def _judge_blend(whitening: Whitening, rule: Rule, queries: Array) -> Judged:
+def _judge_blend(whitening: Whitening, rule: BlendRule, queries: Array) -> ScoredBatch:
     placed = whitening.space.place(queries)
     whitened = placed @ whitening.whitener
     distances = squared_distances(whitened, rule.shrunk, rule.shrunk_norms)
@@ -116,28 +116,28 @@ def _judge_blend(whitening: Whitening, rule: Rule, queries: Array) -> Judged:
     logits[:, ~rule.competes] = -np.inf
     distances[:, ~rule.competes] = np.inf
     table = log_softmax(logits)
-    return Judged(table, np.exp(table), first_best(table), whitened, distances, placed)
+    return ScoredBatch(table, np.exp(table), first_best(table), whitened, distances, placed)
 
 
-def familiarity(prototypes: PrototypeSet, queries: Array, judged: Judged) -> Array | None:
+def familiarity(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch) -> Array | None:
     """Return (B,) the familiarity that the gate is asked for, or None without a gate.
 
-    Images below the least confidence are asked for their looks alone.
+    Images below the least confidence are asked for their open-set scores alone.
     """
     gate = prototypes.calibration.gate
     if gate is None:
         return None
-    looks, confidence = looks_of(prototypes, queries, judged, gate), judged.confidence
+    open_set, confidence = open_set_scores(prototypes, queries, judged, gate), judged.confidence
     is_unsure = confidence < prototypes.calibration.confidence
-    return np.where(is_unsure, gate.familiarity(looks, None), gate.familiarity(looks, confidence))
+    return np.where(is_unsure, gate.familiarity(open_set, None), gate.familiarity(open_set, confidence))
 
 
-def looks_of(prototypes: PrototypeSet, queries: Array, judged: Judged, gate: Gate) -> Looks:
+def open_set_scores(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch, gate: Gate) -> OpenSetScores:
     """Return what the gate asks of a batch: the cosine to the nearest references, typicality and remoteness."""
     relative = _typicality(prototypes, queries, judged) if gate.typicality is not None else None
     whitening = prototypes.whitening
     if gate.remoteness is None or whitening is None:
-        return Looks(_closeness(prototypes, queries, judged), relative, None)
+        return OpenSetScores(_closeness(prototypes, queries, judged), relative, None)
     placed = whitening.space.place(queries) if judged.placed is None else judged.placed
     directions = (placed * whitening.scale).astype(np.float32)  # instead of placing all references
     cosine = nearest_cosines(
@@ -147,10 +147,10 @@ def looks_of(prototypes: PrototypeSet, queries: Array, judged: Judged, gate: Gat
         prototypes.classes,
         centred=(directions @ whitening.center.astype(np.float32), whitening.remoteness),
     )
-    return Looks(cosine, relative, whitening.space.remoteness(queries))
+    return OpenSetScores(cosine, relative, whitening.space.remoteness(queries))
 
 
-def stranger_shares(prototypes: PrototypeSet, queries: Array, judged: Judged) -> Array | None:
+def stranger_shares(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch) -> Array | None:
     """Return (B,) the share of strangers that would look as much like a class, or None where that is not asked.
 
     Zeros where no class was left out.
@@ -169,13 +169,13 @@ def stranger_shares(prototypes: PrototypeSet, queries: Array, judged: Judged) ->
     return null.shares(relative, two[:, 1] - two[:, 0], _closeness(prototypes, queries, judged))
 
 
-def _closeness(prototypes: PrototypeSet, queries: Array, judged: Judged) -> Array:
+def _closeness(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch) -> Array:
     """Return (B,) cosine of each query to the nearest references of its best class; -1 for a name only."""
-    directions = unit(queries).astype(np.float32)
+    directions = unit_rows(queries).astype(np.float32)
     return nearest_cosines(directions, judged.best, prototypes.references, prototypes.classes)
 
 
-def _typicality(prototypes: PrototypeSet, queries: Array, judged: Judged) -> Array | None:
+def _typicality(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch) -> Array | None:
     """Return (B,) relative Mahalanobis distance: how much nearer the best class is than images at large, or None."""
     whitening = prototypes.whitening
     if whitening is None or judged.distances is None:
@@ -186,16 +186,16 @@ def _typicality(prototypes: PrototypeSet, queries: Array, judged: Judged) -> Arr
     return np.asarray(np.square(offsets).sum(axis=1) - nearest, dtype=np.float64)
 
 
-def _nearer_to_strangers(whitening: Whitening, queries: Array, judged: Judged) -> BoolArray:
+def _nearer_to_strangers(whitening: Whitening, queries: Array, judged: ScoredBatch) -> BoolArray:
     whitened = judged.whitened
     if whitened is None:
         whitened = whitening.space.place(queries) @ whitening.whitener
-    rows = unit(whitened).astype(np.float32)
+    rows = unit_rows(whitened).astype(np.float32)
     known = nearest_cosines(rows, judged.best, whitening.kernel_rows, whitening.kernel_classes, neighbours=1)
     return np.asarray((rows @ whitening.strangers.T).max(axis=1) >= known, dtype=np.bool_)
 
 
-def _reasons(prototypes: PrototypeSet, queries: Array, judged: Judged) -> list[str | None]:
+def _reasons(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch) -> list[str | None]:
     """Return for each image why it is not filed, the first of the reasons; None where it is."""
     facts = prototypes.calibration
     reasons = np.full(len(queries), None, dtype=object)
@@ -218,7 +218,7 @@ def _reasons(prototypes: PrototypeSet, queries: Array, judged: Judged) -> list[s
     return list(reasons)
 
 
-def _decision(prototypes: PrototypeSet, judged: Judged, at: int, reason: str | None) -> Decision:
+def _decision(prototypes: PrototypeSet, judged: ScoredBatch, at: int, reason: str | None) -> Decision:
     mode = prototypes.settings.mode
     if reason == "no_classes":
         return Abstained(reason, None, 0.0, 0.0, None, mode)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sortd.arrays import Array, IntArray
+from sortd.arrays import IntArray
 from sortd.classify.build import build
 from sortd.classify.calibration import (
     HeldOutOutcomes,
@@ -17,8 +17,8 @@ from sortd.classify.calibration import (
 )
 from sortd.classify.decide import decide
 from sortd.classify.held_out import Judgement, fit_wide, judge_blend, judge_plain, merge_references
-from sortd.classify.library import Library, duplicate_distance, parts, unit
-from sortd.classify.open_set import Looks, nearest_cosines
+from sortd.classify.library import Library, duplicate_distance, parts, unit_rows
+from sortd.classify.open_set import OpenSetScores, nearest_cosines
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
 
@@ -266,7 +266,7 @@ def _suspects(support: SupportSet, library: Library, judgement: Judgement) -> tu
 
 def _doubles(support: SupportSet) -> list[tuple[float, int, int]]:
     """Return pairs of references in two classes within the distance of near-duplicates, after minus their cosine."""
-    least = np.float32(1.0 - duplicate_distance(unit(support.embeddings.astype(np.float64))))
+    least = np.float32(1.0 - duplicate_distance(unit_rows(support.embeddings.astype(np.float64))))
     rows, classes = support.embeddings.astype(np.float32), support.classes
     found: list[tuple[float, int, int]] = []
     for part in parts(len(rows), len(rows), BLOCK):
@@ -295,15 +295,15 @@ def _outliers(library: Library) -> list[tuple[float, int]]:
 def _trade_offs(library: Library, judgement: Judgement, abstain: Abstain | None) -> tuple[TradeOff, ...]:
     own, best = judgement.distinct_own, judgement.distinct_best
     alone = np.flatnonzero(np.isin(library.leaders, judgement.distinct_rows))
-    looks = Looks(nearest_cosines(library.rows[alone], best, library.rows, library.classes, alone), None, None)
-    outcomes = HeldOutOutcomes(judgement.distinct_confidence, best == own, own, looks)
+    cosine = nearest_cosines(library.rows[alone], best, library.rows, library.classes, alone)
+    outcomes = HeldOutOutcomes(judgement.distinct_confidence, best == own, own, OpenSetScores(cosine, None, None))
     if not len(own):
         return ()
     found = []
     for precision in sorted({*PRECISIONS, *(() if abstain is None else (abstain.precision,))}):
-        none: Array = np.zeros(0)
-        classes = len(library.counts)
-        facts = calibrate_knowns(outcomes, precision, classes=classes, foreign_cosines=none, nothing_held_out="")
+        facts = calibrate_knowns(
+            outcomes, precision, classes=len(library.counts), foreign_cosines=np.zeros(0), nothing_held_out=""
+        )
         found.append(TradeOff(precision, facts["filed_expected"], facts["precision_expected"], not facts["notes"]))
     return tuple(found)
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from sortd.arrays import Array
 from sortd.classify.decide import (
-    Judged,
+    ScoredBatch,
     class_probabilities,
     decide,
     decide_rows,
@@ -172,7 +172,9 @@ def explain_finetuned(
     )
 
 
-def _scores(prototypes: PrototypeSet, judged: Judged, similarities: npt.NDArray[np.floating]) -> tuple[ClassScore, ...]:
+def _scores(
+    prototypes: PrototypeSet, judged: ScoredBatch, similarities: npt.NDArray[np.floating]
+) -> tuple[ClassScore, ...]:
     nearest = np.full(len(prototypes.labels), -np.inf)
     np.maximum.at(nearest, prototypes.classes, similarities)
     row = judged.scores[0]
@@ -188,7 +190,7 @@ def _scores(prototypes: PrototypeSet, judged: Judged, similarities: npt.NDArray[
     )
 
 
-def _checks(prototypes: PrototypeSet, row: Array, judged: Judged) -> tuple[Check, ...]:
+def _checks(prototypes: PrototypeSet, row: Array, judged: ScoredBatch) -> tuple[Check, ...]:
     abstain, facts = prototypes.settings.abstain, prototypes.calibration
     if abstain is None:
         return ()
@@ -219,7 +221,7 @@ def _text_share(prototypes: PrototypeSet, label: str | None) -> float:
     return 0.0
 
 
-def _other(prototypes: PrototypeSet, mode: Mode, judged: Judged) -> OtherMode:
+def _other(prototypes: PrototypeSet, mode: Mode, judged: ScoredBatch) -> OtherMode:
     row, shown = judged.scores[0], judged.shown[0]
     best, *others = np.argsort(-row, kind="stable").tolist()
     if not np.isfinite(row[best]):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sortd.arrays import Array, IntArray
-from sortd.classify.library import Pause, class_means, no_pause, unit
+from sortd.classify.library import Pause, class_means, no_pause, unit_rows
 
 PSEUDO_ROWS = 5.0
 """Rows of equal variance added to the variance of each dimension while references are few."""
@@ -27,7 +27,7 @@ class Space:
 
     def place(self, embeddings: Array) -> Array:
         """Return unit rows (B, d) of embeddings (B, d) in this space."""
-        return unit((embeddings - self.center) * self.scale)
+        return unit_rows((embeddings - self.center) * self.scale)
 
     def remoteness(self, embeddings: Array) -> Array:
         """Return (B,) distance of embeddings (B, d) to the centre, before they are scaled to unit length."""
@@ -51,7 +51,7 @@ class Gaussian:
 
 
 @dataclass(frozen=True, eq=False)
-class Names:
+class PlacedNames:
     """What the names say, in the placed space of the images."""
 
     rows: Array  # (C, d): the common mean plus rho times the centred name
@@ -157,7 +157,7 @@ def _whitener(covariance: Array, typical: float, freedom: int, width: int) -> Ar
     return np.asarray(np.linalg.inv(lower).T, dtype=np.float64)
 
 
-def place_names(space: Space, text: Array, text_mean: Array | None, means: Array, counts: IntArray) -> Names:
+def place_names(space: Space, text: Array, text_mean: Array | None, means: Array, counts: IntArray) -> PlacedNames:
     """Return the names placed among the images.
 
     Either side is centred by itself, which closes the gap between text and images; ``rho`` is the least-squares slope
@@ -171,23 +171,23 @@ def place_names(space: Space, text: Array, text_mean: Array | None, means: Array
         counts: (C,) references of each class.
     """
     generic = text.mean(axis=0) if text_mean is None else text_mean
-    directions = unit((text - generic) * space.scale)
+    directions = unit_rows((text - generic) * space.scale)
     directions = directions - directions.mean(axis=0)
     present = np.flatnonzero(counts)
     if present.size < 2:  # noqa: PLR2004 - no direction between classes to compare with
         middle = means[present].mean(axis=0) if present.size else np.zeros(text.shape[1])
-        return Names(rows=middle + directions, gain=1.0, evidence=0.0)
+        return PlacedNames(rows=middle + directions, gain=1.0, evidence=0.0)
     middle = means[present].mean(axis=0)
     offsets = means[present] - middle
     known = directions[present] - directions[present].mean(axis=0)
     strength = max(float(np.square(known).sum()), 1e-12)
     gain = max(float((offsets * known).sum()) / strength, 0.0)
-    return Names(rows=middle + gain * directions, gain=gain, evidence=_evidence(offsets, known))
+    return PlacedNames(rows=middle + gain * directions, gain=gain, evidence=_evidence(offsets, known))
 
 
 def _evidence(offsets: Array, names: Array) -> float:
     size = len(offsets)
-    cosines = unit(offsets) @ unit(names).T
+    cosines = unit_rows(offsets) @ unit_rows(names).T
     mine = float(np.trace(cosines)) / size
     theirs = (cosines.sum() - np.trace(cosines)) / (size * (size - 1))
     others = cosines[~np.eye(size, dtype=bool)]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from sortd.arrays import Array, FloatArray, IntArray
 from sortd.classify.gaussian import Gaussian
-from sortd.classify.library import count_classes, unit
+from sortd.classify.library import count_classes, unit_rows
 from sortd.classify.types import Mode
 
 BLOCK = 8_000_000
@@ -36,7 +36,7 @@ class Plain:
     @cached_property
     def directions(self) -> Array:
         """(C, d): the means at unit length."""
-        return unit(self.means)
+        return unit_rows(self.means)
 
 
 def plain_scores(mode: Mode, queries: Array, plain: Plain) -> Array:
@@ -66,7 +66,7 @@ def plain_held_out(mode: Mode, chosen: IntArray, plain: Plain) -> Array:
         return result
     others = plain.counts[own] - 1
     sums = plain.means[own] * plain.counts[own][:, None] - queries
-    rest = sums / np.maximum(others, 1)[:, None] if mode is Mode.AVG else unit(sums)
+    rest = sums / np.maximum(others, 1)[:, None] if mode is Mode.AVG else unit_rows(sums)
     result[np.arange(len(own)), own] = np.where(others > 0, np.einsum("ij,ij->i", queries, rest), -np.inf)
     return result
 
@@ -123,11 +123,11 @@ def make_kernel(gaussian: Gaussian, named: Array | None = None) -> Kernel:
     chosen = choose_rows(gaussian.classes, gaussian.counts)
     classes = gaussian.classes[chosen]
     return Kernel(
-        rows=unit(gaussian.rows[chosen]).astype(np.float32),
+        rows=unit_rows(gaussian.rows[chosen]).astype(np.float32),
         chosen=chosen,
         classes=classes,
         counts=count_classes(classes, len(gaussian.counts)),
-        named=None if named is None else unit(named).astype(np.float32),
+        named=None if named is None else unit_rows(named).astype(np.float32),
     )
 
 
@@ -155,7 +155,7 @@ def _most_of_a_class(counts: IntArray) -> int:
 
 def kernel_scores(whitened: Array, kernel: Kernel) -> Array:
     """Return (B, C) log mean votes over beta, for whitened rows (B, d); very low where nobody votes."""
-    rows = unit(whitened).astype(np.float32)
+    rows = unit_rows(whitened).astype(np.float32)
     summed = votes(rows @ kernel.rows.T, kernel)
     return finish_votes(summed, np.broadcast_to(kernel.counts, summed.shape), rows, kernel)
 

@@ -22,7 +22,7 @@ from sortd.classify.gaussian import (
     squared_distances,
 )
 from sortd.classify.kernel import Kernel, finish_votes, kernel_scores, make_kernel, votes
-from sortd.classify.library import Library, Pause, class_means, no_pause, unit
+from sortd.classify.library import Library, Pause, class_means, no_pause, unit_rows
 from sortd.classify.open_set import nearest_cosines
 
 LARGEST_ROWS = 4000
@@ -139,7 +139,7 @@ def kernel_table(gaussian: Gaussian, held: HeldOut, kernel: Kernel, *, pause: Pa
         cosines[itself] = -np.inf
         counts = np.tile(kernel.counts, (len(rows), 1))
         counts[np.arange(len(rows)), held.own[part]] -= itself.any(axis=1)
-        asking = unit(rows.astype(np.float64)).astype(np.float32)
+        asking = unit_rows(rows.astype(np.float64)).astype(np.float32)
         result[part] = finish_votes(votes(cosines, kernel), counts, asking, kernel)
         pause()
     return result

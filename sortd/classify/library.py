@@ -34,7 +34,7 @@ def parts(rows: int, columns: int, cells: int | None = None) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
-def unit(rows: Array) -> Array:
+def unit_rows(rows: Array) -> Array:
     """Return rows (…, d) scaled to unit length; a zero row stays zero."""
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
     return np.asarray(rows / np.maximum(norms, 1e-12), dtype=np.float64)
@@ -86,13 +86,13 @@ def make_library(
     Each reference joins the first earlier one of its class within the distance, so that a chain of frames does not
     collapse as a whole.
     """
-    rows = unit(references.astype(np.float64))
+    rows = unit_rows(references.astype(np.float64))
     group, leaders = _groups(rows, classes, 1.0 - max(duplicate_distance(rows), ROUNDING), pause)
     sums = np.zeros((len(leaders), rows.shape[1]))
     np.add.at(sums, group, rows)
     merged = classes[np.array(leaders, dtype=np.int64)]
     return Library(
-        rows=unit(sums),
+        rows=unit_rows(sums),
         classes=merged,
         counts=count_classes(merged, labels),
         text=None if text is None else text.astype(np.float64),

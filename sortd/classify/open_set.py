@@ -50,7 +50,7 @@ NEIGHBOURS = 3
 
 
 @dataclass(frozen=True, eq=False)
-class Looks:
+class OpenSetScores:
     """The familiarity statistics of B images, each beside its best class."""
 
     cosine: Array  # to the nearest references: in the standardised space where remoteness is known, else of embeddings
@@ -76,20 +76,20 @@ class Gate:
         fields: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in facts.items()}
         return cls(**fields)
 
-    def familiarity(self, looks: Looks, confidence: Array | None) -> Array:
+    def familiarity(self, open_set: OpenSetScores, confidence: Array | None) -> Array:
         """Return (B,) how familiar images look: 0 as known images on average, negative if less so.
 
         Each statistic adds the logarithm of the share of known images that look less familiar in it (Fisher's method).
 
         Args:
-            looks: of B images.
-            confidence: (B,) probability of the best class, or None to judge by looks alone.
+            open_set: of B images.
+            confidence: (B,) probability of the best class, or None to judge by the other scores alone.
         """
-        total = log_share(looks.cosine, self.cosine)
-        if self.typicality is not None and looks.typicality is not None:
-            total = total + log_share(looks.typicality, self.typicality)
-        if self.remoteness is not None and looks.remoteness is not None:
-            less = log_share(-looks.remoteness, (-self.remoteness[0], self.remoteness[1]))
+        total = log_share(open_set.cosine, self.cosine)
+        if self.typicality is not None and open_set.typicality is not None:
+            total = total + log_share(open_set.typicality, self.typicality)
+        if self.remoteness is not None and open_set.remoteness is not None:
+            less = log_share(-open_set.remoteness, (-self.remoteness[0], self.remoteness[1]))
             total = total + self.share_of_remoteness * less
         if self.odds is not None:
             odds = np.full(len(total), self.odds[0]) if confidence is None else log_odds(confidence)
@@ -107,11 +107,13 @@ def log_odds(confidence: Array) -> Array:
     return np.asarray(np.log(np.maximum(confidence, 1e-12) / (1.0 - confidence + 1e-4)), dtype=np.float64)
 
 
-def known_gate(looks: Looks, confidence: Array, right: BoolArray, *, least_confidence: float, classes: int) -> Gate:
+def known_gate(
+    open_set: OpenSetScores, confidence: Array, right: BoolArray, *, least_confidence: float, classes: int
+) -> Gate:
     """Return a gate that all but few of the known images which would be filed pass.
 
     Args:
-        looks: of the R references, each left out.
+        open_set: of the R references, each left out.
         confidence: (R,) probability of the best class.
         right: (R,) whether the best class is the right one; at least once.
         least_confidence: of a filed image.
@@ -121,21 +123,21 @@ def known_gate(looks: Looks, confidence: Array, right: BoolArray, *, least_confi
     filed = filed if filed.any() else right
     gate = Gate(
         least=0.0,
-        cosine=_moments(looks.cosine[right], LEAST_COSINE_SPREAD),
-        typicality=None if looks.typicality is None else _relative_moments(looks.typicality[right]),
-        remoteness=None if looks.remoteness is None else _relative_moments(looks.remoteness[right]),
+        cosine=_moments(open_set.cosine[right], LEAST_COSINE_SPREAD),
+        typicality=None if open_set.typicality is None else _relative_moments(open_set.typicality[right]),
+        remoteness=None if open_set.remoteness is None else _relative_moments(open_set.remoteness[right]),
         odds=_moments(log_odds(confidence[right]), LEAST_ODDS_SPREAD),
         share_of_remoteness=float(np.sqrt(min(1.0, FEW_CLASSES / max(classes, 1)))),
     )
-    gate = replace(gate, whole=_moments(gate.familiarity(looks, confidence)[right], LEAST_WHOLE_SPREAD))
-    return replace(gate, least=_low(gate.familiarity(looks, confidence)[filed]))
+    gate = replace(gate, whole=_moments(gate.familiarity(open_set, confidence)[right], LEAST_WHOLE_SPREAD))
+    return replace(gate, least=_low(gate.familiarity(open_set, confidence)[filed]))
 
 
 def foreign_gate(cosines: Array) -> Gate:
     """Return the gate where no class has two images, from the cosine (N,) to the nearest image of another class."""
     gate = Gate(0.0, cosine=(0.0, 1.0), typicality=None, remoteness=None, odds=None)
-    looks = Looks(np.quantile(cosines, [STRANGER_QUANTILE]), None, None)
-    return replace(gate, least=float(gate.familiarity(looks, None)[0]))
+    open_set = OpenSetScores(np.quantile(cosines, [STRANGER_QUANTILE]), None, None)
+    return replace(gate, least=float(gate.familiarity(open_set, None)[0]))
 
 
 def _moments(values: Array, least: float) -> Moments:

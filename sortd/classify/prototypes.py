@@ -41,7 +41,7 @@ class Whitening:
 
 
 @dataclass(frozen=True, eq=False)
-class Rule:
+class BlendRule:
     """What tells ``best`` and ``mixed`` apart within one whitening."""
 
     shrunk: Array  # (C, d): whitened class means, shrunk to the common mean
@@ -68,7 +68,7 @@ class Rule:
 
 
 _OWN_ARRAYS = ("matrix", "means", "counts", "references", "classes", "text", "recall")
-_PARTS = {"whitening": Whitening, "best": Rule, "mixed": Rule, "null": Strangers}
+_PARTS = {"whitening": Whitening, "best": BlendRule, "mixed": BlendRule, "null": Strangers}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +91,8 @@ class PrototypeSet:
     temperature: float  # factor from a plain rule's cosines to log probabilities
     recall: Array  # (C,): leave-one-out recall of each class, NaN where none could be left out
     whitening: Whitening | None = None
-    best: Rule | None = None
-    mixed: Rule | None = None
+    best: BlendRule | None = None
+    mixed: BlendRule | None = None
     null: Strangers | None = None  # strangers by leaving classes out, where the setting is a number
 
     @cached_property
