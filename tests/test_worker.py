@@ -191,7 +191,6 @@ def test_rebuild_while_it_computes_lets_images_pass_and_shows_progress(
     progress: list[float | None] = []
 
     def until_the_image_is_answered(*given: Any, pause: Callable[[], None], **named: Any) -> PrototypeSet:
-        """Build, but ask for an image first, and pause until it was answered."""
         asked[0].ask(EmbedJob(DatasetId("other"), (image,)))
         while not heard.paths("other"):
             with suppress(queue.Empty):
