@@ -25,7 +25,10 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
-from sortd.deciding.classifier import Classifier, decide_by
+from sortd.classify.build import build
+from sortd.classify.decide import decide_by
+from sortd.classify.prototypes import Classifier, PrototypeSet
+from sortd.classify.types import Decision, DecisionSettings, Mode, SupportSet
 from sortd.messages import (
     Command,
     Embed,
@@ -46,7 +49,6 @@ from sortd.messages import (
     Tick,
     Writer,
 )
-from sortd.prototypes import Decision, DecisionSettings, Mode, PrototypeSet, SupportSet, build
 from sortd.running.sweep import SLICE
 from sortd.sorter import Sorter
 from sortd.sorting.settings import SorterSettings

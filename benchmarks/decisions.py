@@ -24,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import numpy.typing as npt
 
-from sortd.deciding.decision import judge
-from sortd.prototypes import Abstain, Assigned, DecisionSettings, Mode, PrototypeSet, SupportSet, build, decide
+from sortd.classify.build import build
+from sortd.classify.decide import decide, judge
+from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.types import Abstain, Assigned, DecisionSettings, Mode, SupportSet
 
 Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sortd.deciding.decision import judge
-from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
+from sortd.classify.build import build
+from sortd.classify.decide import judge
+from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
+from sortd.classify.types import DecisionSettings, Mode, SupportSet
 from sortd.encoder.backends import load
 from sortd.encoder.base import Encoder
 from sortd.images.decode import Limits, decode_file
-from sortd.prototypes import DecisionSettings, Mode, SupportSet, build
 
 Rows = npt.NDArray[np.float32]
 BATCH = 64

@@ -25,10 +25,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from sortd.cache import Cache
+from sortd.classify.build import build
+from sortd.classify.decide import decide
+from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
 from sortd.images.decode import Limits
 from sortd.images.pool import DecoderPool
 from sortd.messages import Preprocessing
-from sortd.prototypes import Abstain, DecisionSettings, Mode, SupportSet, build, decide
 from sortd.references import References, Teaching
 from sortd.running.embedding import Embedder
 

@@ -23,12 +23,14 @@ import numpy.typing as npt
 
 from benchmarks.decisions import Features, read, support_of
 from benchmarks.photos import embed_folder
-from sortd.deciding.decision import judge, looks_of
-from sortd.deciding.familiarity import log_odds
-from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
+from sortd.classify.build import build
+from sortd.classify.decide import decide, judge, open_set_scores
+from sortd.classify.open_set import log_odds
+from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
+from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.types import Abstain, Assigned, DecisionSettings, SupportSet
 from sortd.encoder.backends import load
 from sortd.encoder.base import Encoder
-from sortd.prototypes import Abstain, Assigned, DecisionSettings, PrototypeSet, SupportSet, build, decide
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.float32]
@@ -135,7 +137,7 @@ def respects(prototypes: PrototypeSet, rows: Rows) -> tuple[dict[str, Array], In
     assert gate is not None
     queries = rows.astype(np.float64)
     judged = judge(prototypes, queries, prototypes.settings.mode)
-    looks = looks_of(prototypes, queries, judged, gate)
+    looks = open_set_scores(prototypes, queries, judged, gate)
     confidence = judged.probabilities[np.arange(len(queries)), judged.best]
     found = {
         "familiarity": gate.familiarity(looks, confidence),

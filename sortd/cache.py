@@ -15,11 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from sortd.arrays import FloatArray
 from sortd.caching import tables
 from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.caching.tables import CacheFacts
-from sortd.messages import FloatArray, Stamp
-from sortd.prototypes import PrototypeSet
+from sortd.classify.prototypes import PrototypeSet
+from sortd.messages import Stamp
 
 MAX_BYTES = 1_000_000_000
 """About 450,000 embeddings of 512 dimensions."""

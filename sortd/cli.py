@@ -180,7 +180,7 @@ def init(
     ] = None,
 ) -> None:
     """Make the folders of a dataset, and its marker."""
-    from sortd.deciding.prompts import written_name
+    from sortd.classify.prompts import written_name
     from sortd.errors import LayoutError
     from sortd.layout import Area, Layout
     from sortd.references import is_class_name

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from sortd.classify.prompts import DEFAULT_TEMPLATES
 from sortd.configuring import mistakes, sources, yaml_tree
 from sortd.configuring.sources import find
-from sortd.deciding.prompts import DEFAULT_TEMPLATES
 from sortd.errors import ConfigError
 from sortd.files import open_regular
 

@@ -14,17 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from sortd.deciding.confidence import log_softmax
+from sortd.arrays import Array, BoolArray, FloatArray, IntArray
+from sortd.classify.calibration import log_softmax
 from sortd.errors import DestinationError, ModelError
 from sortd.files import open_regular, read_regular, write_atomic
 from sortd.messages import Fit, Preprocessing
-
-Array = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 FACTS_FILE = "sortd.json"
 CONFIG_FILE = "config.json"

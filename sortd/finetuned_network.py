@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import FloatArray, Pixels
 from sortd.encoder.models import first_line
 from sortd.encoder.preprocessing import normalisation
 from sortd.errors import ModelError
@@ -25,8 +25,6 @@ from sortd.finetuned import (
 if TYPE_CHECKING:
     import torch
 
-FloatArray = npt.NDArray[np.float32]
-Pixels = npt.NDArray[np.uint8]
 
 TOWER = "sortd-tower"
 """``model_type`` of a vision tower of a dual encoder with a linear head, for which transformers has no class."""

@@ -8,13 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-import numpy as np
-import numpy.typing as npt
-
-from sortd.deciding.finetuned_classifier import FinetunedClassifier
-from sortd.prototypes import Decision, PrototypeSet
-
-FloatArray = npt.NDArray[np.float32]
+from sortd.arrays import FloatArray
+from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
+from sortd.classify.types import Decision
 
 
 def signed(number: int) -> int:

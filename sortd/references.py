@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from sortd import mends
-from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
-from sortd.deciding.steps import finish
+from sortd.arrays import FloatArray
+from sortd.classify.build import build
+from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
+from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.types import DecisionSettings, Mode, SupportSet
 from sortd.files import open_regular
 from sortd.images.formats import OUR_OWN_TROUBLE
-from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
+from sortd.messages import EmbeddedImage, ImageRefused, Refusal, Stamp
 from sortd.names import rule_for_folder
-from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build_steps
 from sortd.running.embedding import Embedder
 from sortd.watching.scanning import stamp, whole_files
 
@@ -153,11 +155,10 @@ class References:
     def __init__(
         self, clases: Path, *, choose: Callable[[Sequence[ClassFolder]], Sequence[ClassFolder]] | None = None
     ) -> None:
-        """Watch over ``clases``, or what ``choose`` leaves of its classes; nothing is read yet."""
+        """Take the references in ``clases``, or what ``choose`` leaves of its classes; nothing is read yet."""
         self._clases = clases
         self._choose = choose or (lambda folders: folders)
-        self._contents: dict[str, dict[str, str]] = {}
-        self._kept_rows: dict[str, FloatArray] = {}
+        self._held: _Held = {}
 
     def rebuild(
         self,
@@ -180,40 +181,35 @@ class References:
         Raises:
             ReferencesAbsentError: there is no class folder to learn from.
         """
-        folders, misnamed = self._folders(embedder.give_way)
         forwards = embedder.forwards
-        corrections = _standing(teaching.corrections)
-        answers = self._embed(embedder, folders, corrections)
-        rows, contents, refused = self._sorted_out(folders, corrections, answers)
-        emptied = self._keep_emptied(contents, rows, {folder.label for folder in folders})
-        fingerprint = self._fingerprint(contents, folders, teaching, embedder.encoder.encoder_id, decided_by)
-        counts = {label: len(row) for label, row in contents.items()}
-        self._contents = contents
-        self._kept_rows = {content: row for label in rows for content, row in rows[label].items()}
+        folders, misnamed = self._folders(embedder.give_way)
+        held, refused = _read(embedder, folders, teaching.corrections)
+        emptied = tuple(label for label in sorted(held) if not held[label] and self._held.get(label))
+        held |= {label: self._held[label] for label in emptied}  # absent is not empty
+        self._held = held
+        counts = {label: len(one) for label, one in held.items()}
+        fingerprint = _fingerprint(held, folders, teaching, embedder.encoder.encoder_id, decided_by)
         if previous is not None and previous.fingerprint == fingerprint:
             return Rebuilt(previous, refused, emptied, tuple(misnamed), changed=False, references=counts)
-        support = self._support(embedder, rows, contents, folders, teaching, fingerprint)
-        steps = build_steps(support, teaching.settings, generation=generation)
-        prototypes = finish(steps, between=embedder.give_way)
+        support = _support(embedder, held, folders, teaching, fingerprint)
+        prototypes = build(support, teaching.settings, generation=generation, pause=embedder.give_way)
         encoded = embedder.forwards - forwards
         return Rebuilt(prototypes, refused, emptied, tuple(misnamed), encoded=encoded, references=counts)
 
     def support(
         self, embedder: Embedder, teaching: Teaching, *, tell: Callable[[int, int], None] = lambda *_: None
     ) -> tuple[SupportSet, tuple[ImageRefused, ...]]:
-        """Read the folder and return what it teaches, and what could not be read; for whoever evaluates it.
+        """Read the folder and return its support set, and what could not be read; for an evaluation.
 
-        ``tell`` hears after each image how many are read, and of how many.
+        ``tell`` is called after each image with how many are read, and of how many.
 
         Raises:
             ReferencesAbsentError: there is no class folder to learn from.
         """
         folders, _ = self._folders(embedder.give_way)
-        corrections = _standing(teaching.corrections)
-        answers = self._embed(embedder, folders, corrections, tell)
-        rows, contents, refused = self._sorted_out(folders, corrections, answers)
-        fingerprint = self._fingerprint(contents, folders, teaching, embedder.encoder.encoder_id)
-        return self._support(embedder, rows, contents, folders, teaching, fingerprint), refused
+        held, refused = _read(embedder, folders, teaching.corrections, tell)
+        fingerprint = _fingerprint(held, folders, teaching, embedder.encoder.encoder_id)
+        return _support(embedder, held, folders, teaching, fingerprint), refused
 
     def _folders(self, between: Callable[[], None]) -> tuple[list[ClassFolder], list[str]]:
         unreadable: list[OSError] = []
@@ -229,121 +225,84 @@ class References:
             )
         return list(self._choose(folders)), misnamed
 
-    @staticmethod
-    def _embed(
-        embedder: Embedder,
-        folders: Sequence[ClassFolder],
-        corrections: Sequence[tuple[str, str, Stamp]],
-        tell: Callable[[int, int], None] = lambda *_: None,
-    ) -> dict[tuple[str, Stamp], EmbeddedImage | ImageRefused]:
-        images = [file for folder in folders for file in folder.files] + [(p, s) for _, p, s in corrections]
-        answers: dict[tuple[str, Stamp], EmbeddedImage | ImageRefused] = {}
-        for number, answer in enumerate(embedder.embed(images), 1):
-            answers[answer.path, answer.stamp] = answer
-            tell(number, len(images))
-        return answers
 
-    @staticmethod
-    def _sorted_out(
-        folders: Sequence[ClassFolder],
-        corrections: Sequence[tuple[str, str, Stamp]],
-        answers: Mapping[tuple[str, Stamp], EmbeddedImage | ImageRefused],
-    ) -> tuple[dict[str, dict[str, FloatArray]], dict[str, dict[str, str]], tuple[ImageRefused, ...]]:
-        """Return by label: rows by content, source by content; and what could not be read."""
-        rows: dict[str, dict[str, FloatArray]] = {folder.label: {} for folder in folders}
-        sources: dict[str, dict[str, str]] = {folder.label: {} for folder in folders}
-        refused = [_undescribed(folder.description_refusal) for folder in folders if folder.description_refusal]
-        files = [(folder.label, path, mark) for folder in folders for path, mark in folder.files]
-        for label, path, mark in [*files, *(c for c in corrections if c[0] in rows)]:
-            answer = answers[path, mark]
-            if isinstance(answer, EmbeddedImage):
-                rows[label].setdefault(answer.content, answer.embedding)
-                sources[label].setdefault(answer.content, path)
-            elif answer.refusal not in {Refusal.NOT_AN_IMAGE, Refusal.VANISHED}:
-                refused.append(answer)
-        return rows, sources, tuple(refused)
-
-    def _keep_emptied(
-        self, contents: dict[str, dict[str, str]], rows: dict[str, dict[str, FloatArray]], present: set[str]
-    ) -> tuple[str, ...]:
-        """Give a class that is there but was emptied while running what it held before: absent is not empty."""
-        emptied = [label for label in sorted(present) if not contents[label] and self._contents.get(label)]
-        for label in emptied:
-            contents[label] = dict(self._contents[label])
-            rows[label] = {content: self._kept_rows[content] for content in contents[label]}
-        return tuple(emptied)
-
-    @staticmethod
-    def _fingerprint(
-        contents: Mapping[str, Mapping[str, str]],
-        folders: Sequence[ClassFolder],
-        teaching: Teaching,
-        encoder_id: str,
-        decided_by: str = "",
-    ) -> str:
-        """Identify contents, descriptions, templates, settings, encoder and whoever decides: equal means the same."""
-        abstain = teaching.settings.abstain
-        facts = {
-            "version": SHAPE_VERSION,
-            "encoder": encoder_id,
-            "mode": teaching.settings.mode.value,
-            "abstain": None if abstain is None else [abstain.precision, abstain.strangers],
-            "templates": teaching.templates,
-            "classes": {label: sorted(held) for label, held in contents.items()},
-            "descriptions": {folder.label: folder.descriptions for folder in folders},
-        }
-        if decided_by:
-            facts["decided_by"] = decided_by
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-    @staticmethod
-    def _support(
-        embedder: Embedder,
-        rows: Mapping[str, Mapping[str, FloatArray]],
-        sources: Mapping[str, Mapping[str, str]],
-        folders: Sequence[ClassFolder],
-        teaching: Teaching,
-        fingerprint: str,
-    ) -> SupportSet:
-        labels = tuple(folder.label for folder in folders if folder.label != STRANGERS_FOLDER)
-        dimensions = embedder.encoder.dimensions
-        none = np.zeros((0, dimensions), np.float32)
-        stacked = [row for label in labels for row in rows[label].values()]
-        strangers = list(rows.get(STRANGERS_FOLDER, {}).values())
-        text, text_mean = None, None
-        wants_text = teaching.settings.mode in {Mode.TEXT, Mode.MIXED} or len(labels) <= TEXT_CLASSES_LIMIT
-        if embedder.encoder.has_text and wants_text:
-            named = {folder.label: prompts(folder.label, folder.descriptions, teaching.templates) for folder in folders}
-            text = class_texts(embedder, [named[label] for label in labels])
-            generic = [prompt for noun in GENERIC_NOUNS for prompt in prompts(noun, (), teaching.templates)]
-            text_mean = embedder.embed_texts(generic).mean(axis=0).astype(np.float32)
-        return SupportSet(
-            labels=labels,
-            embeddings=np.stack(stacked) if stacked else none,
-            classes=np.repeat(np.arange(len(labels)), [len(rows[label]) for label in labels]),
-            sources=tuple(path for label in labels for path in sources[label].values()),
-            text=text,
-            text_mean=text_mean,
-            strangers=np.stack(strangers) if strangers else none,
-            encoder_id=embedder.encoder.encoder_id,
-            fingerprint=fingerprint,
-        )
+_Held = dict[str, dict[str, tuple[str, FloatArray]]]
+"""By label and content: the path of a reference and its row."""
 
 
-def _undescribed(error: OSError) -> ImageRefused:
-    """Say of a description file that its class does without."""
-    message = f"the class has no description: {error.strerror or error}; {mends.to_read(error)}"
-    return ImageRefused(error.filename, Stamp(0, 0, 0, 0), Refusal.DENIED, message)
-
-
-def _standing(corrections: Sequence[tuple[str, str]]) -> list[tuple[str, str, Stamp]]:
-    """Stamp the corrected images that still stand where the user put them; what cannot be looked at teaches nothing."""
-    found: list[tuple[str, str, Stamp]] = []
+def _read(
+    embedder: Embedder,
+    folders: Sequence[ClassFolder],
+    corrections: Sequence[tuple[str, str]],
+    tell: Callable[[int, int], None] = lambda *_: None,
+) -> tuple[_Held, tuple[ImageRefused, ...]]:
+    """Embed the references and the corrected images that are still where the user put them."""
+    held: _Held = {folder.label: {} for folder in folders}
+    refused = [_undescribed(folder.description_refusal) for folder in folders if folder.description_refusal]
+    files = [(folder.label, path, mark) for folder in folders for path, mark in folder.files]
     for label, path in corrections:
         with suppress(OSError):
             if (mark := stamp(path)) is not None:
-                found.append((label, path, mark))
-    return found
+                files.append((label, path, mark))
+    answers: dict[tuple[str, Stamp], EmbeddedImage | ImageRefused] = {}
+    for number, answer in enumerate(embedder.embed([(path, mark) for _, path, mark in files]), 1):
+        answers[answer.path, answer.stamp] = answer
+        tell(number, len(files))
+    for label, path, mark in files:
+        answer = answers[path, mark]
+        if label not in held:
+            continue
+        if isinstance(answer, EmbeddedImage):
+            held[label].setdefault(answer.content, (path, answer.embedding))
+        elif answer.refusal not in {Refusal.NOT_AN_IMAGE, Refusal.VANISHED}:
+            refused.append(answer)
+    return held, tuple(refused)
+
+
+def _fingerprint(
+    held: _Held, folders: Sequence[ClassFolder], teaching: Teaching, encoder_id: str, decided_by: str = ""
+) -> str:
+    """Return the identity of contents, descriptions, templates, settings, encoder and the deciding model."""
+    abstain = teaching.settings.abstain
+    facts = {
+        "version": SHAPE_VERSION,
+        "encoder": encoder_id,
+        "mode": teaching.settings.mode.value,
+        "abstain": None if abstain is None else [abstain.precision, abstain.strangers],
+        "templates": teaching.templates,
+        "classes": {label: sorted(contents) for label, contents in held.items()},
+        "descriptions": {folder.label: folder.descriptions for folder in folders},
+    }
+    if decided_by:
+        facts["decided_by"] = decided_by
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _support(
+    embedder: Embedder, held: _Held, folders: Sequence[ClassFolder], teaching: Teaching, fingerprint: str
+) -> SupportSet:
+    labels = tuple(folder.label for folder in folders if folder.label != STRANGERS_FOLDER)
+    none = np.zeros((0, embedder.encoder.dimensions), np.float32)
+    references = [one for label in labels for one in held[label].values()]
+    strangers = [row for _, row in held.get(STRANGERS_FOLDER, {}).values()]
+    text, text_mean = None, None
+    wants_text = teaching.settings.mode in {Mode.TEXT, Mode.MIXED} or len(labels) <= TEXT_CLASSES_LIMIT
+    if embedder.encoder.has_text and wants_text:
+        named = {folder.label: prompts(folder.label, folder.descriptions, teaching.templates) for folder in folders}
+        text = class_texts(embedder, [named[label] for label in labels])
+        generic = [prompt for noun in GENERIC_NOUNS for prompt in prompts(noun, (), teaching.templates)]
+        text_mean = embedder.embed_texts(generic).mean(axis=0).astype(np.float32)
+    return SupportSet(
+        labels=labels,
+        embeddings=np.stack([row for _, row in references]) if references else none,
+        classes=np.repeat(np.arange(len(labels)), [len(held[label]) for label in labels]),
+        sources=tuple(path for path, _ in references),
+        text=text,
+        text_mean=text_mean,
+        strangers=np.stack(strangers) if strangers else none,
+        encoder_id=embedder.encoder.encoder_id,
+        fingerprint=fingerprint,
+    )
 
 
 def class_texts(embedder: Embedder, sentences: Sequence[Sequence[str]]) -> FloatArray:
@@ -353,3 +312,9 @@ def class_texts(embedder: Embedder, sentences: Sequence[Sequence[str]]) -> Float
     means = np.stack([part.mean(axis=0) for part in np.split(rows, ends[:-1])])
     lengths = np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
     return np.asarray(means / lengths, dtype=np.float32)
+
+
+def _undescribed(error: OSError) -> ImageRefused:
+    """Return the refusal of a description file, which its class does without."""
+    message = f"the class has no description: {error.strerror or error}; {mends.to_read(error)}"
+    return ImageRefused(error.filename, Stamp(0, 0, 0, 0), Refusal.DENIED, message)

@@ -11,8 +11,9 @@ from itertools import islice
 import numpy as np
 
 from sortd.backlog import Backlog
-from sortd.deciding.classifier import Classifier, decide_by
-from sortd.deciding.finetuned_classifier import FinetunedClassifier
+from sortd.classify.decide import decide_by
+from sortd.classify.prototypes import Classifier, FinetunedClassifier, PrototypeSet
+from sortd.classify.types import Abstained, Decision
 from sortd.messages import (
     Command,
     DatasetAbsent,
@@ -49,7 +50,6 @@ from sortd.messages import (
     StopRequested,
     Tick,
 )
-from sortd.prototypes import Abstained, Decision, PrototypeSet
 from sortd.sorting.entry import Entry, State
 from sortd.sorting.guard import Guard, GuardState
 from sortd.sorting.orders import SET_ASIDE, order_aside, order_for

@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
+from sortd.classify.types import Assigned, Mode
 from sortd.journal import Journal
 from sortd.layout import Layout
 from sortd.messages import Move, Moved, Outcome
-from sortd.prototypes import Assigned, Mode
 from sortd.running.filing import Filing
 from sortd.watching.scanning import stamp
 from tests.daemon_process import picture

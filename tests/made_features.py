@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sortd.prototypes import SupportSet
+from sortd.classify.types import SupportSet
 
 Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sortd.prototypes import DecisionSettings, PrototypeSet, SupportSet, build
+from sortd.classify.build import build
+from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.types import DecisionSettings, SupportSet
 from tests.fake_encoder import SIDE, FakeEncoder
 
 

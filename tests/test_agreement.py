@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sortd.deciding.agreement import FEWEST_FILED, agreement, pooled, refuse_quick
-from sortd.prototypes import Abstain, DecisionSettings, Mode, SupportSet
+from sortd.classify.held_out import FEWEST_FILED, agreement, pooled, refuse_quick
+from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
 from tests.made_features import Array, Blobs, support_set, unit
 
 BLOBS = Blobs(8, spread=0.6)

@@ -13,10 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sortd.arrays import FloatArray
 from sortd.cache import Cache
 from sortd.caching.stored_prototypes import MAGIC, packed
-from sortd.messages import FloatArray, Stamp
-from sortd.prototypes import DecisionSettings, PrototypeSet, SupportSet, build
+from sortd.classify.build import build
+from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.types import DecisionSettings, SupportSet
+from sortd.messages import Stamp
 
 ENCODER = "clip-512-torch-0"
 STAMP = Stamp(device=1, inode=2, size=3, mtime_ns=4_000_000_005)

@@ -5,11 +5,18 @@ import json
 import numpy as np
 import pytest
 
-from sortd.deciding.calibration import Calibration
-from sortd.deciding.confidence import balanced_weights, choose_threshold, fit_temperature, log_softmax, precision_curve
-from sortd.deciding.familiarity import log_odds
-from sortd.deciding.strangers import leave_classes_out, nearest_cosines
-from sortd.prototypes import Abstain, Abstained, Assigned, DecisionSettings, Mode, SupportSet, build, decide
+from sortd.classify.build import build
+from sortd.classify.calibration import (
+    Calibration,
+    balanced_weights,
+    choose_threshold,
+    fit_temperature,
+    log_softmax,
+    precision_curve,
+)
+from sortd.classify.decide import decide
+from sortd.classify.open_set import leave_classes_out, log_odds, nearest_cosines
+from sortd.classify.types import Abstain, Abstained, Assigned, DecisionSettings, Mode, SupportSet
 from tests.made_features import Array, Blobs, load_world, support_set, unit, worlds
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from sortd.caching.stored_prototypes import PrototypeFiles
+from sortd.classify.calibration import Calibration
+from sortd.classify.types import Abstain, DecisionSettings, Mode
 from sortd.commands.check import check, check_site
 from sortd.commands.check_calibration import calibration_findings
 from sortd.commands.check_disks import clock_findings, file_system_findings, watching_findings
@@ -21,7 +23,6 @@ from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, n
 from sortd.config import Config, load
 from sortd.journal import Journal
 from sortd.layout import MARKER, Area, Layout
-from sortd.prototypes import Abstain, Calibration, DecisionSettings, Mode
 from sortd.running.holding import hold
 from sortd.watching import inotify
 from tests.command_line import sortd

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from sortd.arrays import Pixels
 from sortd.config import Config, load
-from sortd.encoder.base import Pixels, Rows
+from sortd.encoder.base import Rows
 from sortd.finetuned import FACTS_FILE, FinetunedFacts, Promotion, read_facts, remove_promotion, write_promotion
 from sortd.layout import Area, Layout
 from sortd.messages import DatasetId, Embedded, Move, PrototypesBuilt, RebuildFailed, Stamp

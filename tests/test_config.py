@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from sortd.classify.types import Abstain as DecidingAbstain
+from sortd.classify.types import DecisionSettings, Mode
 from sortd.config import (
     LIVE_KEYS,
     Abstain,
@@ -26,8 +28,6 @@ from sortd.config import (
 )
 from sortd.configuring import sources, yaml_tree
 from sortd.errors import ConfigError
-from sortd.prototypes import Abstain as DecidingAbstain
-from sortd.prototypes import DecisionSettings, Mode
 
 EXAMPLE = Path(__file__).parents[1] / "config.example.yaml"
 KEYS = {key for key in sources.keys_of(Config) if sources.ANY not in key}

@@ -10,6 +10,7 @@ from time import monotonic
 import pytest
 from structlog.testing import capture_logs
 
+from sortd.arrays import FloatArray
 from sortd.config import DatasetConfig, load
 from sortd.journal import Journal
 from sortd.journaling.history import History
@@ -18,7 +19,6 @@ from sortd.messages import (
     DatasetId,
     Embedded,
     EmbeddedImage,
-    FloatArray,
     Move,
     Outcome,
     PrototypesBuilt,

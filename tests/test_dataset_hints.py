@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from sortd.classify.types import DecisionSettings, Mode
 from sortd.layout import Layout
 from sortd.messages import DatasetId, ImageHeld, Inspect
 from sortd.metrics import Metrics
-from sortd.prototypes import DecisionSettings, Mode
 from sortd.references import Teaching
 from sortd.running.dataset import Dataset
 from sortd.running.holding import Holding, hold

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sortd.deciding.decision import judge
-from sortd.evaluate import evaluate
-from sortd.prototypes import Abstain, DecisionSettings, Mode, SupportSet, build
+from sortd.classify.build import build
+from sortd.classify.decide import judge
+from sortd.classify.evaluate import evaluate
+from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
 from tests.made_features import Blobs, load_world, support_set, unit, worlds
 
 OFF = DecisionSettings(abstain=None)

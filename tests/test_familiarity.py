@@ -6,26 +6,26 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from sortd.deciding.decision import judge, looks_of
-from sortd.deciding.duplicates import unit as exact_unit
-from sortd.deciding.explanation import explain
-from sortd.deciding.familiarity import Gate, Looks, foreign_gate, known_gate, log_share
-from sortd.deciding.gaussian import fit_gaussian, fit_space
-from sortd.deciding.leaveoneout import remoteness_left_out
-from sortd.deciding.refitting import REFIT_UP_TO, refit_tables
-from sortd.deciding.strangers import nearest_cosines
-from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, build
+from sortd.classify.build import build
+from sortd.classify.decide import judge, open_set_scores
+from sortd.classify.explain import explain
+from sortd.classify.gaussian import fit_gaussian, fit_space
+from sortd.classify.leave_one_out import REFIT_UP_TO, refit_tables, remoteness_left_out
+from sortd.classify.library import Library, unit_rows
+from sortd.classify.open_set import Gate, OpenSetScores, foreign_gate, known_gate, log_share, nearest_cosines
+from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.types import DecisionSettings, Mode
 from tests.made_features import Array, Blobs, support_set, unit
 
 GATE = Gate(-1.0, cosine=(0.5, 0.1), typicality=(10.0, 4.0), remoteness=(2.0, 0.5), odds=(3.0, 1.0))
 
 
-def looks(cosine: float = 0.5, typicality: float = 10.0, remoteness: float = 2.0) -> Looks:
+def looks(cosine: float = 0.5, typicality: float = 10.0, remoteness: float = 2.0) -> OpenSetScores:
     """Return the looks of one image, by default those of a known one on average."""
-    return Looks(np.array([cosine]), np.array([typicality]), np.array([remoteness]))
+    return OpenSetScores(np.array([cosine]), np.array([typicality]), np.array([remoteness]))
 
 
-def familiarity(one: Looks, confidence: float | None = None) -> float:
+def familiarity(one: OpenSetScores, confidence: float | None = None) -> float:
     """Return how familiar one image looks."""
     return float(GATE.familiarity(one, None if confidence is None else np.array([confidence]))[0])
 
@@ -81,8 +81,10 @@ class TestTheGate:
         """On images like those that it was made from, with many of them and, on average, with few."""
         generator = np.random.default_rng(0)
 
-        def drawn(size: int) -> Looks:
-            return Looks(*(generator.normal(mean, spread, size) for mean, spread in ((0.5, 0.1), (10, 4), (2, 0.5))))
+        def drawn(size: int) -> OpenSetScores:
+            return OpenSetScores(
+                *(generator.normal(mean, spread, size) for mean, spread in ((0.5, 0.1), (10, 4), (2, 0.5)))
+            )
 
         refused = []
         for _ in range(40):
@@ -108,7 +110,7 @@ class TestTheGate:
     def test_without_pairs_the_cosine_decides(self) -> None:
         """A quarter of what images of other classes reach is asked."""
         gate = foreign_gate(np.linspace(0.0, 1.0, 101))
-        bare = Looks(np.array([0.24, 0.26]), None, None)
+        bare = OpenSetScores(np.array([0.24, 0.26]), None, None)
         assert (gate.familiarity(bare, None) >= gate.least).tolist() == [False, True]
 
 
@@ -131,7 +133,7 @@ class TestLeavingOut:
         index = np.repeat(np.arange(4), 4)
         rows, counts = Blobs(4).draw(index).astype(np.float64), np.full(4, 4)
         assert len(rows) <= REFIT_UP_TO
-        found = refit_tables(rows, index, counts, np.arange(len(rows)), None, (0.0,))
+        found = refit_tables(Library(rows, index, counts), np.arange(len(rows)), (0.0,))
         at, others = 5, np.arange(len(rows)) != 5
         fewer = np.array([4, 3, 4, 4])
         space = fit_space(rows[others], index[others], fewer)
@@ -154,10 +156,10 @@ class TestDecisions:
         assert prototypes.calibration.gate is not None
         queries = Blobs(6, seed=3).draw([0, 1, 2]).astype(np.float64)
         judged = judge(prototypes, queries, Mode.MIXED)
-        found = looks_of(prototypes, queries, judged, prototypes.calibration.gate)
+        found = open_set_scores(prototypes, queries, judged, prototypes.calibration.gate)
         rows = (prototypes.references - prototypes.whitening.center) * prototypes.whitening.scale
-        placed = exact_unit((queries - prototypes.whitening.center) * prototypes.whitening.scale)
-        wanted = nearest_cosines(placed, judged.best, exact_unit(rows), prototypes.classes)
+        placed = unit_rows((queries - prototypes.whitening.center) * prototypes.whitening.scale)
+        wanted = nearest_cosines(placed, judged.best, unit_rows(rows), prototypes.classes)
         np.testing.assert_allclose(found.cosine, wanted, atol=1e-5)
 
     @pytest.mark.parametrize("mode", [Mode.AVG, Mode.MAX, Mode.MEAN, Mode.BEST, Mode.MIXED])

@@ -5,13 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sortd.deciding.classifier import decide_by
-from sortd.deciding.finetuned_classifier import (
-    FinetunedClassifier,
-    HeldOutOutcomes,
-    build_classifier,
-    difference_of_labels,
-)
+from sortd.classify.calibration import HeldOutOutcomes
+from sortd.classify.decide import decide_by
+from sortd.classify.prototypes import FinetunedClassifier, build_classifier, difference_of_labels
+from sortd.classify.types import Abstain, Abstained, Assigned
 from sortd.messages import (
     Command,
     Embed,
@@ -25,7 +22,6 @@ from sortd.messages import (
     ReviewSeen,
     Tick,
 )
-from sortd.prototypes import Abstain, Abstained, Assigned
 from sortd.sorter import Sorter
 from tests.test_sorter import prototypes, ready_sorter, settle, stamp
 

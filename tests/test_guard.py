@@ -4,6 +4,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from sortd.classify.build import build
+from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
 from sortd.messages import (
     Command,
     DatasetReleased,
@@ -20,7 +23,6 @@ from sortd.messages import (
     Tick,
     Writer,
 )
-from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet, SupportSet, build
 from sortd.sorter import Sorter
 from sortd.sorting.guard import GuardState
 from sortd.sorting.settings import SorterSettings

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from sortd.classify.types import Abstained, Assigned, Mode
 from sortd.errors import JournalError
 from sortd.journal import UNDONE, Grounds, History, Journal, Selection
 from sortd.journaling.records import FiledImages
 from sortd.messages import Stamp
 from sortd.moving.relocation import Member, Progress, Relocation, Role
-from sortd.prototypes import Abstained, Assigned, Mode
 from tests.filing_world import Clock
 
 STAMP = Stamp(1, 2**63 + 5, 3, 4)

@@ -8,7 +8,7 @@ from time import monotonic
 import pytest
 from structlog.testing import capture_logs
 
-from sortd.deciding.support import DecisionSettings
+from sortd.classify.types import DecisionSettings
 from sortd.layout import Layout
 from sortd.messages import DatasetId, ImageRefused, Refusal
 from sortd.metrics import Metrics

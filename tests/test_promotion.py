@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from sortd.commands.evaluation_page import sentences
 from sortd.commands.examination import examine
 from sortd.config import load
 from sortd.errors import DestinationError, ModelError
@@ -20,6 +19,7 @@ from sortd.finetuned import (
     write_promotion,
 )
 from sortd.layout import Layout
+from sortd.report import evaluation_sentences
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset
 from tests.fake_encoder import FakeEncoder
@@ -207,4 +207,4 @@ class TestTold:
         (examined,) = examine(loaded, load_encoder=lambda _: FakeEncoder())
         facts = examined.facts()
         assert set(facts["serving"]["expected"]) == {"held_out", "least_confidence", "filed", "right", "notes"}
-        assert sentences(facts)[0].startswith("A fine-tuned model decides (finetuned-3-torch-")
+        assert evaluation_sentences(facts)[0].startswith("A fine-tuned model decides (finetuned-3-torch-")

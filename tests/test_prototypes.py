@@ -8,23 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from sortd.deciding import steps
-from sortd.deciding.decision import judge
-from sortd.deciding.duplicates import merge_duplicates
-from sortd.deciding.steps import finish, parts
-from sortd.prototypes import (
-    Abstain,
-    Abstained,
-    Assigned,
-    DecisionSettings,
-    Mode,
-    PrototypeSet,
-    SupportSet,
-    build,
-    build_steps,
-    decide,
-    scores,
-)
+from sortd.classify import library
+from sortd.classify.build import build
+from sortd.classify.decide import decide, judge, scores
+from sortd.classify.library import make_library, parts
+from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.types import Abstain, Abstained, Assigned, DecisionSettings, Mode, SupportSet
 from tests.made_features import NAMES, Array, Blobs, load_world, support_set, unit, worlds
 
 OFF = DecisionSettings(abstain=None)
@@ -67,14 +56,14 @@ class TestSteps:
         support = support_set(blobs.draw(index), index, text=text, text_mean=text_mean)
         settings = DecisionSettings(mode, abstain)
         whole = build(support, settings, generation=3)
-        monkeypatch.setattr(steps, "CELLS", 400)
+        monkeypatch.setattr(library, "CELLS", 400)
         taken = 0
 
         def count() -> None:
             nonlocal taken
             taken += 1
 
-        small = finish(build_steps(support, settings, generation=3), between=count)
+        small = build(support, settings, generation=3, pause=count)
         assert taken > 7 * 4 * len(index) * 20 / 400  # the tables of seven weights of the names, four times each
         for (name, array), other in zip(whole.to_arrays()[0].items(), small.to_arrays()[0].values(), strict=True):
             assert np.allclose(array, other, rtol=1e-6, atol=1e-9, equal_nan=True), name
@@ -86,15 +75,15 @@ class TestSteps:
         for rows, columns in ((4_000, 1_000), (20_000, 20_000), (3, 5_000_000), (0, 7), (7, 0)):
             taken = list(parts(rows, columns))
             assert [row for part in taken for row in range(rows)[part]] == list(range(rows))
-            assert all((part.stop - part.start) * columns <= max(steps.CELLS, columns) for part in taken)
+            assert all((part.stop - part.start) * columns <= max(library.CELLS, columns) for part in taken)
 
     def test_merge_of_many_references_in_a_class_holds_no_square_of_them(self) -> None:
         """Twenty thousand photos in one folder would have taken three gigabytes."""
         blobs = Blobs(1, width=8)
-        rows = blobs.draw(np.zeros(5_000, np.int64)).astype(np.float64)
+        rows = blobs.draw(np.zeros(5_000, np.int64))
         tracemalloc.start()
         try:
-            merge_duplicates(rows, np.zeros(5_000, np.int64))
+            make_library(rows, np.zeros(5_000, np.int64), 1)
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

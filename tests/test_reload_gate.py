@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from sortd.deciding.reload_gate import refuse_reload, shared_recalls
-from sortd.prototypes import Abstain, DecisionSettings, PrototypeSet, build
+from sortd.classify.build import build
+from sortd.classify.held_out import refuse_reload, shared_recalls
+from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.types import Abstain, DecisionSettings
 from tests.made_features import Array, Blobs, IntArray, support_set
 
 BLOBS = Blobs(10, spread=0.8)

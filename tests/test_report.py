@@ -12,18 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sortd.commands.evaluation_page import evaluation_page, sentences
+from sortd.classify.evaluate import evaluate
+from sortd.classify.explain import explain
+from sortd.classify.types import SupportSet
 from sortd.commands.examination import Examined, examine, taught
 from sortd.config import load
-from sortd.deciding.explanation import explain
 from sortd.errors import DataError, DestinationError, JournalError
-from sortd.evaluate import evaluate
 from sortd.images.decode import thumbnail
 from sortd.journal import Journal
 from sortd.journaling.records import Selection
 from sortd.layout import Layout
-from sortd.prototypes import SupportSet
-from sortd.report import explain_page, see_that_a_page_fits, write_page
+from sortd.report import evaluation_page, evaluation_sentences, explain_page, see_that_a_page_fits, write_page
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset, picture
 from tests.fake_encoder import FakeEncoder
@@ -165,7 +164,7 @@ class TestEvaluationPage:
         facts = facts_of(tmp_path)
         text = evaluation_page({"Noise": facts}, now=NOW)
         page = Page(text)
-        for title in ("What to do", "The modes", "The classes", "What is taken for what", "References worth a look"):
+        for title in ("What to do", "The modes", "The classes", "Confusion matrix", "References worth a look"):
             assert title in page.text
         assert facts["advice"]["mode"] in page.text
         assert re.search(r'<polyline points="[\d., ]+"', text)
@@ -192,7 +191,9 @@ class TestEvaluationPage:
     def test_it_says_which_classes_need_images(self, tmp_path: Path) -> None:
         """By name, and why."""
         facts = facts_of(tmp_path, references=2)
-        assert any(sentence.startswith("Add images to 4 of 4 classes (class 0: ") for sentence in sentences(facts))
+        assert any(
+            sentence.startswith("Add images to 4 of 4 classes (class 0: ") for sentence in evaluation_sentences(facts)
+        )
 
     @pytest.mark.parametrize("filed", [0.02, 0.3, 0.75, 0.97, 1.0])
     def test_curve_at_the_settings_in_force_is_met_by_its_point(self, tmp_path: Path, filed: float) -> None:

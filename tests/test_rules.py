@@ -6,18 +6,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sortd.deciding.blend import Library, fit_blends
-from sortd.deciding.duplicates import merge_duplicates
-from sortd.deciding.gaussian import fit_gaussian, fit_space, shrink_means, squared_distances
-from sortd.deciding.kernel import LARGEST, SHARPNESS, choose_rows, kernel_scores, make_kernel
-from sortd.deciding.leaveoneout import choose_held_out, gaussian_table, hold_out, kernel_table
-from sortd.deciding.plain import Plain, first_best, plain_held_out, plain_scores
-from sortd.deciding.support import Mode
-from sortd.deciding.text_prototypes import place_names, placed_means
+from sortd.arrays import Array, IntArray
+from sortd.classify.blend import fit_blends
+from sortd.classify.gaussian import fit_gaussian, fit_space, place_names, shrink_means, squared_distances
+from sortd.classify.kernel import (
+    LARGEST,
+    SHARPNESS,
+    Plain,
+    choose_rows,
+    first_best,
+    kernel_scores,
+    make_kernel,
+    plain_held_out,
+    plain_scores,
+)
+from sortd.classify.leave_one_out import choose_held_out, gaussian_table, hold_out, kernel_table
+from sortd.classify.library import Library, class_means, make_library
+from sortd.classify.types import Mode
 from tests.made_features import Blobs, unit
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 def plain_of(rows: npt.NDArray[np.float32], classes: IntArray, count: int) -> Plain:
@@ -195,7 +201,7 @@ class TestNames:
         counts = np.bincount(classes)
         space = fit_space(rows, classes, counts)
         text, mean = blobs.names(noise=0.5)
-        means = placed_means(space, rows, classes, counts)
+        means = class_means(space.place(rows), classes, counts)
         names = place_names(space, text.astype(np.float64), mean.astype(np.float64), means, counts)
         assert squared_distances(means, names.rows).argmin(axis=1).tolist() == list(range(9))
         assert names.evidence > 5
@@ -210,7 +216,7 @@ class TestNames:
             rows, counts = blobs.draw(classes).astype(np.float64), np.full(9, 4)
             space = fit_space(rows, classes, counts)
             text = unit(np.random.default_rng(seed + 100).standard_normal((9, 48))).astype(np.float64)
-            means = placed_means(space, rows, classes, counts)
+            means = class_means(space.place(rows), classes, counts)
             strengths.append(place_names(space, text, None, means, counts).evidence)
         assert np.mean(np.array(strengths) >= 2.0) <= 0.1
 
@@ -224,25 +230,23 @@ class TestDuplicates:
         classes = np.repeat(np.arange(3), 5)
         rows = blobs.draw(classes)
         burst = unit(rows[0] + 0.01 * np.random.default_rng(0).standard_normal((10, 64)) / 8)
-        merged = merge_duplicates(
-            np.concatenate([rows, burst]).astype(np.float64), np.concatenate([classes, np.zeros(10, np.int64)])
-        )
+        merged = make_library(np.concatenate([rows, burst]), np.concatenate([classes, np.zeros(10, np.int64)]), 3)
         assert len(merged.rows) == 15
         assert np.unique(merged.group[[0, *range(15, 25)]]).size == 1
         assert (np.diff(merged.classes) >= 0).all()
 
     def test_the_same_picture_in_two_classes_stays_in_both(self) -> None:
         """Only what the user put into one class is one piece of evidence."""
-        rows = np.tile(Blobs(1, width=32).draw([0]), (4, 1)).astype(np.float64)
-        assert merge_duplicates(rows, np.array([0, 0, 1, 1])).classes.tolist() == [0, 1]
+        rows = np.tile(Blobs(1, width=32).draw([0]), (4, 1))
+        assert make_library(rows, np.array([0, 0, 1, 1]), 2).classes.tolist() == [0, 1]
 
     @settings(max_examples=30, deadline=None)
     @given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
     def test_every_reference_goes_into_a_row_of_its_class(self, labels: list[int]) -> None:
         """Whatever the order of classes, the group of a reference has its class."""
         classes = np.array(labels, dtype=np.int64)
-        rows = Blobs(5, width=8, spread=0.1).draw(classes).astype(np.float64)
-        merged = merge_duplicates(rows, classes)
+        rows = Blobs(5, width=8, spread=0.1).draw(classes)
+        merged = make_library(rows, classes, 5)
         assert (merged.classes[merged.group] == classes).all()
         np.testing.assert_allclose(np.linalg.norm(merged.rows, axis=1), 1.0)
 
@@ -256,7 +260,7 @@ class TestBlend:
         clouds = np.arange(40).repeat(6)
         library = Library(blobs.draw(clouds).astype(np.float64), np.sort(clouds // 5), np.full(8, 30))
         best, _ = fit_blends(library)
-        assert best.share > 0.25
+        assert best.trial.share > 0.25
 
     def test_refitting_and_algebra_agree(self) -> None:
         """One library just small enough for brute force, and one just too large, judge the references alike."""
@@ -265,5 +269,5 @@ class TestBlend:
             classes = np.repeat(np.arange(8), each)
             rows, counts = placed_world(classes, seed=5)
             best, _ = fit_blends(Library(rows, classes, counts))
-            accuracies.append(float((best.table.argmax(axis=1) == best.held.own).mean()))
+            accuracies.append(float((best.trial.table.argmax(axis=1) == best.fit.held.own).mean()))
         assert abs(accuracies[0] - accuracies[1]) < 0.08

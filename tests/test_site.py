@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sortd.cache import Cache
-from sortd.prototypes import DecisionSettings, Mode
+from sortd.classify.types import DecisionSettings, Mode
 from sortd.running.site import Site
 from tests.daemon_process import make_dataset
 from tests.prototype_maker import make_prototypes

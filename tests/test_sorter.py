@@ -2,6 +2,9 @@
 
 import numpy as np
 
+from sortd.classify.build import build
+from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.types import DecisionSettings, Mode, SupportSet
 from sortd.messages import (
     Command,
     Embed,
@@ -33,7 +36,6 @@ from sortd.messages import (
     Tick,
     Writer,
 )
-from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build
 from sortd.sorter import MOST_LOOKS, Sorter
 from sortd.sorting.settings import SorterSettings
 

@@ -10,20 +10,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from sortd.arrays import FloatArray
 from sortd.cache import Cache
-from sortd.deciding.steps import Steps
+from sortd.classify.build import build
+from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.types import Abstain, DecisionSettings, Mode
 from sortd.encoder.base import Encoder
 from sortd.images.decode import Limits
 from sortd.images.pool import DecoderPool
-from sortd.messages import DatasetId, Embedded, FloatArray, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
-from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet, build_steps
+from sortd.messages import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.references import Teaching
 from sortd.running.classifiers import Classifiers
 from sortd.running.embedding import TEXTS_AT_ONCE, Embedder
@@ -188,10 +190,7 @@ def test_rebuild_while_it_computes_lets_images_pass_and_shows_progress(
     asked: list[Worker] = []
     progress: list[float | None] = []
 
-    def until_the_image_is_answered(*given: object, **named: object) -> Steps[PrototypeSet]:
-        """Take the steps, but ask for an image after the first one, and yield until it was answered."""
-        steps = build_steps(*given, **named)  # type: ignore[arg-type]  # handed through
-        yield next(steps)
+    def until_the_image_is_answered(*given: Any, pause: Callable[[], None], **named: Any) -> PrototypeSet:
         asked[0].ask(EmbedJob(DatasetId("other"), (image,)))
         while not heard.paths("other"):
             with suppress(queue.Empty):
@@ -199,10 +198,10 @@ def test_rebuild_while_it_computes_lets_images_pass_and_shows_progress(
                 assert isinstance(answer, Answer)
                 heard.answers.append(answer)
             progress.append(asked[0].busy_since)
-            yield
-        return (yield from steps)
+            pause()
+        return build(*given, pause=pause, **named)
 
-    monkeypatch.setattr("sortd.references.build_steps", until_the_image_is_answered)
+    monkeypatch.setattr("sortd.references.build", until_the_image_is_answered)
     with working(tmp_path) as (worker, heard):
         asked.append(worker)
         worker.ask(RebuildJob(DatasetId("taught"), dataset / "Clases", TEACHING, 0, 1))
@@ -216,12 +215,12 @@ def test_a_stop_ends_a_rebuild_while_it_computes(tmp_path: Path, monkeypatch: py
     dataset = make_dataset(tmp_path / "Data")
     began = threading.Event()
 
-    def for_ever(*_: object, **__: object) -> Steps[PrototypeSet]:
+    def for_ever(*_: object, pause: Callable[[], None], **__: object) -> PrototypeSet:
         while True:
             began.set()
-            yield
+            pause()
 
-    monkeypatch.setattr("sortd.references.build_steps", for_ever)
+    monkeypatch.setattr("sortd.references.build", for_ever)
     with working(tmp_path) as (worker, heard):
         worker.ask(RebuildJob(DatasetId("taught"), dataset / "Clases", TEACHING, 0, 1))
         assert began.wait(PATIENCE_SECONDS)

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from sortd.classify.prototypes import PrototypeSet
 from sortd.files import read_regular, write_atomic
-from sortd.prototypes import PrototypeSet
 
 KIND = b"sortd prototypes "
 MAGIC = KIND + b"2"

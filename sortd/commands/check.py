@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sortd import mends
 from sortd.cache import Cache
+from sortd.classify.types import Mode
 from sortd.commands.check_calibration import calibration_findings
 from sortd.commands.check_disks import clock_findings, file_system_findings, room_findings, watching_findings
 from sortd.commands.check_folders import dataset_findings, overlap_findings, own_folder_findings, root_findings
@@ -33,7 +34,6 @@ from sortd.images.decode import Limits, decode_file, look_at_file
 from sortd.journaling.history import History
 from sortd.layout import Layout, find_datasets
 from sortd.messages import Preprocessing
-from sortd.prototypes import Mode
 
 CACHE_FILE = "embeddings.sqlite"
 SIDE_PIXELS = 224

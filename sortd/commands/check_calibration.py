@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
+from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.console import counted
 from sortd.commands.finding import Finding, Topic, note, warning
 from sortd.commands.stored import SETTINGS, settings_differ
 from sortd.config import DatasetConfig
 from sortd.layout import Area, Layout
-from sortd.prototypes import PrototypeSet
 
 LOW_SHARE_FILED = 0.5
 """A sorter that sends more than this to review is not used."""

@@ -9,16 +9,16 @@ from pathlib import Path
 from time import perf_counter
 
 from sortd import mends
+from sortd.classify.prompts import written_name
+from sortd.classify.types import Mode
 from sortd.commands.check_folders import named
 from sortd.commands.console import counted, printable
 from sortd.commands.finding import Finding, Topic, error, note, warning
-from sortd.deciding.prompts import written_name
 from sortd.errors import ImageError
 from sortd.images.formats import HEAD_BYTES, looks_like_image
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
 from sortd.names import Reason, Why, rule_for_folder
-from sortd.prototypes import Mode
 from sortd.references import STRANGERS_FOLDER, ClassFolder, ReferencesAbsentError, class_folders
 from sortd.watching.scanning import scan_all
 

@@ -1,6 +1,6 @@
 """The commands about decisions: ``explain`` says why an image goes where it goes, ``eval`` how good the classes are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,10 +23,29 @@ from sortd.commands.console import (
 )
 
 if TYPE_CHECKING:
-    from sortd.commands.explain import Explained, LoadEncoder
+    from sortd.commands.explain import Explained
 
 CLASSES_SHOWN = 10
 SUSPECTS_SHOWN = 5
+MODE_COLUMNS = {
+    "mode": "mode",
+    "new images": "distinct_accuracy",
+    "of": "distinct_judged",
+    "by class": "balanced_accuracy",
+    "by image": "accuracy",
+    "of all": "judged",
+}
+TRADE_COLUMNS = {"precision wanted": "precision", "filed": "filed", "of these right": "expected", "": "note"}
+CLASS_COLUMNS = {
+    "class": "label",
+    "images": "references",
+    "recall": "recall",
+    "of": "judged",
+    "precision": "precision",
+    "confused with": "confused_with",
+    "needs images": "needs_images",
+}
+TEXTS = {"mode", "label", "note", "confused_with", "needs_images"}
 
 HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write a page with pictures to this file.")]
 
@@ -39,28 +58,11 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Say why an image is filed where it is filed, or why it is not."""
-    explain_with(image, config, dataset, html=html, as_json=as_json)
-
-
-def explain_with(
-    image: Path,
-    config: Path | None,
-    dataset: str | None,
-    *,
-    html: Path | None,
-    as_json: bool,
-    load_encoder: "LoadEncoder | None" = None,
-) -> None:
-    """Explain; ``load_encoder`` stands in for the configured model.
-
-    Raises:
-        SortdError: what stands in the way.
-    """
     from sortd.commands.explain import explain_image
 
     _see_that_it_fits(html)
     with progress("looking at the image"):
-        explained = explain_image(load_config(config), image, dataset, load_encoder=load_encoder)
+        explained = explain_image(load_config(config), image, dataset)
     if html is not None:
         from sortd.report import explain_page, write_page
 
@@ -113,22 +115,6 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Judge the references by themselves: which mode is best, which classes need images, which images are doubtful."""
-    evaluate_with(dataset, config, html=html, as_json=as_json)
-
-
-def evaluate_with(
-    dataset: str | None,
-    config: Path | None,
-    *,
-    html: Path | None,
-    as_json: bool,
-    load_encoder: "LoadEncoder | None" = None,
-) -> None:
-    """Evaluate; ``load_encoder`` stands in for the configured model.
-
-    Raises:
-        SortdError: what stands in the way.
-    """
     from sortd.commands.examination import examine
     from sortd.errors import SortdError
 
@@ -137,15 +123,14 @@ def evaluate_with(
     refusal: SortdError | None = None
     with bar("loading the model") as tell:
         try:
-            for one in examine(load_config(config), dataset, load_encoder=load_encoder, tell=tell):
+            for one in examine(load_config(config), dataset, tell=tell):
                 examined[one.dataset] = one.facts()
         except SortdError as error:
             if not examined:
                 raise
             refusal = error
     if html is not None:
-        from sortd.commands.evaluation_page import evaluation_page
-        from sortd.report import write_page
+        from sortd.report import evaluation_page, write_page
 
         write_page(html, evaluation_page(examined, now=datetime.now().astimezone()))
         say(f"sortd: the page is in {html}")
@@ -159,58 +144,29 @@ def evaluate_with(
 
 
 def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
-    from sortd.commands.evaluation_page import sentences
+    from sortd.report import evaluation_sentences
 
     print_line(
         f"{printable(name)}: {counted(facts['classes'], 'class')}, {counted(facts['references'], 'reference')}",
         style="bold",
     )
-    for sentence in sentences(facts):
+    for sentence in evaluation_sentences(facts):
         print_line(printable(sentence))
     for text in facts["calibration"]["notes"]:
         print_line(f"cannot be honoured: {text}", style="yellow")
     print_line("")
     modes = [
-        (
-            f"{one['mode']} (in force)" if one["mode"] == facts["mode"] else one["mode"],
-            _share(one["distinct_accuracy"]),
-            one["distinct_judged"],
-            _share(one["balanced_accuracy"]),
-            _share(one["accuracy"]),
-            one["judged"],
-        )
+        {**one, "mode": f"{one['mode']} (in force)" if one["mode"] == facts["mode"] else one["mode"]}
         for one in facts["modes"]
     ]
-    columns: tuple[str, ...] = ("new images", "of", "by class", "by image", "of all")
-    print_table(("mode", *columns), modes, right=columns)
-    print_line("")
+    _print_facts(modes, MODE_COLUMNS)
     trades = [
-        (
-            one["precision"],
-            _share(one["filed"]),
-            _share(one["expected"]),
-            "" if one["is_attained"] else "too few references",
-        )
+        {**one, "precision": str(one["precision"]), "note": "" if one["is_attained"] else "too few references"}
         for one in facts["trade_offs"]
     ]
     if trades:
-        columns = ("precision wanted", "filed", "of these right")
-        print_table((*columns, ""), trades, right=columns)
-        print_line("")
-    classes = [
-        (
-            one["label"],
-            one["references"],
-            _share(one["recall"]),
-            one["judged"],
-            _share(one["precision"]),
-            one["confused_with"],
-            one["needs_images"],
-        )
-        for one in facts["class_reports"]
-    ]
-    columns = ("images", "recognised", "of", "own among taken")
-    print_table(("class", *columns, "taken for", "needs images"), classes, right=columns)
+        _print_facts(trades, TRADE_COLUMNS)
+    _print_facts(facts["class_reports"], CLASS_COLUMNS)
     for kind in ("mislabelled", "duplicate", "outlier"):
         doubtful = [one for one in facts["suspects"] if one["kind"] == kind]
         for one in doubtful[:SUSPECTS_SHOWN]:
@@ -223,10 +179,9 @@ def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
 
 
 def _doubt(suspect: Mapping[str, Any]) -> str:
-    from sortd.deciding.prompts import written_name
+    from sortd.classify.prompts import written_name
 
-    label, other = written_name(suspect["label"]), written_name(suspect["other_label"] or "")
-    label, other = printable(label), printable(other)
+    label, other = (printable(written_name(suspect[key] or "")) for key in ("label", "other_label"))
     match suspect["kind"]:
         case "mislabelled":
             return f"in {label}, but looks like {other} ({suspect['score']:.0%})"
@@ -235,5 +190,11 @@ def _doubt(suspect: Mapping[str, Any]) -> str:
     return f"in {label}, but unlike the rest of it ({suspect['score']:.2f})"
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
+def _print_facts(facts: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    """Print a table with the facts of these keys by column; floats are shares."""
+    rows = [
+        [f"{100 * one[key]:.1f} %" if isinstance(one[key], float) else one[key] for key in columns.values()]
+        for one in facts
+    ]
+    print_table(tuple(columns), rows, right=[column for column, key in columns.items() if key not in TEXTS])
+    print_line("")

@@ -6,14 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sortd.classify.evaluate import EvaluationReport, evaluate
 from sortd.commands.journals import JOURNAL_FILE
 from sortd.commands.promotion import serving_facts
 from sortd.commands.stored import keep_evaluated
 from sortd.config import Config
-from sortd.deciding.evaluation import EvaluationReport
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, SortdError, StorageError
-from sortd.evaluate import evaluate
 from sortd.journaling.history import History
 from sortd.layout import Area, Layout, find_datasets
 from sortd.messages import ImageRefused

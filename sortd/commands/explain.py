@@ -7,24 +7,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sortd.arrays import FloatArray
 from sortd.cache import Cache
+from sortd.classify.explain import Explanation, explain, explain_finetuned, sentences
+from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.check import CACHE_FILE
 from sortd.commands.examination import taught
 from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
 from sortd.commands.promotion import serving_facts
 from sortd.commands.stored import SETTINGS, changed_since, stored_prototypes
 from sortd.config import Config
-from sortd.deciding.explanation import Explanation, explain, sentences
-from sortd.deciding.finetuned_explanation import explain_finetuned
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, UnreadableError
 from sortd.journaling.history import History
 from sortd.journaling.records import Selection
 from sortd.layout import Area, Layout, find_datasets
-from sortd.messages import EmbeddedImage, FloatArray, Stamp
+from sortd.messages import EmbeddedImage, Stamp
 from sortd.moving.renaming import is_version
 from sortd.names import Reason, Why
-from sortd.prototypes import PrototypeSet
 from sortd.references import References, ReferencesAbsentError, class_labels
 from sortd.running.classifiers import Appointed, appointed
 from sortd.running.embedding import Embedder

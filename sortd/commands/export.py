@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from sortd.classify.held_out import LEAST_COSINE, agreement, agreement_figures, refuse_quick
+from sortd.classify.types import SupportSet
 from sortd.commands.console import counted
 from sortd.commands.examination import taught
 from sortd.config import Config
-from sortd.deciding.agreement import LEAST_COSINE, agreement, figures, refuse_quick
 from sortd.encoder.backends import located
 from sortd.encoder.export import CALIBRATION_IMAGES, make
 from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision, write_verdict
 from sortd.encoder.quantize import photographic_noise
 from sortd.errors import LayoutError, ModelError
 from sortd.layout import Area, Layout, find_datasets
-from sortd.prototypes import SupportSet
 from sortd.references import STRANGERS_FOLDER, ClassFolder, References, ReferencesAbsentError
 from sortd.running.site import Site
 
@@ -77,7 +77,7 @@ def judge(config: Config, exported: Exports, tell: Tell) -> dict[str, Any]:
         "serves": (Precision.FP32 if refusal else Precision.INT8).value,
         "refusal": refusal,
         "probe_cosine": probes,
-        **figures(parts),
+        **agreement_figures(parts),
     }
 
 

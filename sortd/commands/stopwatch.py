@@ -10,15 +10,17 @@ from time import perf_counter
 
 import numpy as np
 
+from sortd.arrays import FloatArray, Pixels
+from sortd.classify.decide import decide
+from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, LayoutError
-from sortd.images.decode import Limits, Pixels
+from sortd.images.decode import Limits
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.layout import Area, Layout, find_datasets
-from sortd.messages import EmbeddedImage, FloatArray, Move, Outcome, Stamp
-from sortd.prototypes import PrototypeSet, decide
+from sortd.messages import EmbeddedImage, Move, Outcome, Stamp
 from sortd.running.embedding import Embedder
 from sortd.running.holding import hold
 from sortd.watching.scanning import stamp

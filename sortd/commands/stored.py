@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from sortd.caching.stored_prototypes import PrototypeFiles
+from sortd.classify.prototypes import PrototypeSet
 from sortd.config import Config, DatasetConfig
 from sortd.errors import ImageError
 from sortd.images.decode import Limits, look_at_file
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
-from sortd.prototypes import PrototypeSet
 from sortd.references import DESCRIPTIONS_FILE, STRANGERS_FOLDER, ReferencesAbsentError, class_folders
 
 PROTOTYPES_FOLDER = "prototypes"

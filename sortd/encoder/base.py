@@ -6,10 +6,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sortd.arrays import Pixels
 from sortd.errors import ModelError
 from sortd.messages import Preprocessing
 
-Pixels = npt.NDArray[np.uint8]  # (images, height, width, 3): RGB
 Rows = npt.NDArray[np.float32]  # (images or texts, dimensions): each of length 1
 
 SHORTEST_ROW = 1e-6  # a shorter row has no direction

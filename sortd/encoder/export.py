@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sortd.encoder.base import Pixels, Rows, unit
+from sortd.arrays import Pixels
+from sortd.encoder.base import Rows, unit
 from sortd.encoder.models import ModelFolder, checksums, first_line
 from sortd.encoder.onnx_encoder import (
     EXTRA,

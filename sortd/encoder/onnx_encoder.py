@@ -27,8 +27,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
+from sortd.arrays import Pixels
 from sortd.encoder import models
-from sortd.encoder.base import Pixels, Rows, check_pixels, unit, writable
+from sortd.encoder.base import Rows, check_pixels, unit, writable
 from sortd.encoder.models import ModelFolder, first_line
 from sortd.encoder.quantize import weight_range
 from sortd.errors import ModelError

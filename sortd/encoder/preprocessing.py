@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from sortd.arrays import FloatArray
 from sortd.errors import ModelError
 from sortd.messages import Fit, Preprocessing
-
-FloatArray = npt.NDArray[np.float32]
 
 CHANNELS = 3
 EIGHT_BITS = 1 / 255

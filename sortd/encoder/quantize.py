@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sortd.encoder.base import Pixels
+from sortd.arrays import Pixels
 from sortd.messages import Preprocessing
 
 FULL_RANGE = 127

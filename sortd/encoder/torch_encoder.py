@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sortd.arrays import Pixels
 from sortd.encoder import models
-from sortd.encoder.base import Pixels, Rows, check_pixels, unit, writable
+from sortd.encoder.base import Rows, check_pixels, unit, writable
 from sortd.encoder.models import CODE_FREE, ModelFolder, first_line
 from sortd.encoder.preprocessing import normalisation, preprocessing_of
 from sortd.errors import ModelError

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from sortd import mends
+from sortd.arrays import Array, BoolArray, FloatArray, IntArray, Pixels
+from sortd.classify.library import ROUNDING, duplicate_distance
 from sortd.commands.journals import JOURNAL_FILE
-from sortd.deciding.duplicates import ROUNDING, duplicate_distance
 from sortd.errors import DataError, DestinationError
 from sortd.files import write_atomic
 from sortd.finetune.recipe import Recipe, Source
-from sortd.finetuned import Array, BoolArray, FloatArray, IntArray, preprocessing_from
-from sortd.finetuned_network import Pixels
+from sortd.finetuned import preprocessing_from
 from sortd.journaling.history import History
 from sortd.layout import Area, Layout
 from sortd.messages import EmbeddedImage, ImageRefused, Outcome, Preprocessing, Refusal, Stamp

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sortd import __version__, mends
-from sortd.deciding.decision import judge
-from sortd.deciding.prompts import GENERIC_NOUNS, prompts
+from sortd.arrays import Array, BoolArray, FloatArray, IntArray
+from sortd.classify.build import build
+from sortd.classify.decide import judge
+from sortd.classify.prompts import GENERIC_NOUNS, prompts
+from sortd.classify.types import DecisionSettings, Mode, SupportSet
 from sortd.errors import ModelError
 from sortd.finetune.data import Photos, Plan, Predictions, Split, dataset_of, read_pixels
 from sortd.finetune.model import average_with_start, logits_in_batches, temperature_of
 from sortd.finetune.train import score_of
-from sortd.finetuned import Array, BoolArray, FinetunedFacts, FloatArray, IntArray, calibrated
+from sortd.finetuned import FinetunedFacts, calibrated
 from sortd.finetuned_network import Network
 from sortd.layout import Area, Layout
-from sortd.prototypes import DecisionSettings, Mode, SupportSet, build
 from sortd.references import class_texts, read_descriptions
 from sortd.running.embedding import Embedder
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sortd.arrays import Array, FloatArray, IntArray, Pixels
+from sortd.classify.calibration import balanced_weights, fit_temperature
+from sortd.classify.gaussian import MEAN_SHRINKAGE, PSEUDO_ROWS
 from sortd.encoder import models
-from sortd.deciding.confidence import balanced_weights, fit_temperature
-from sortd.deciding.gaussian import MEAN_SHRINKAGE, PSEUDO_ROWS
 from sortd.encoder.models import CODE_FREE, first_line
 from sortd.encoder.preprocessing import preprocessing_of
 from sortd.errors import ModelError
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import CLASSIFIER_RATE, TOWER_RATE, Recipe
 from sortd.finetune.train import plain_views, random_views
-from sortd.finetuned import Array, FloatArray, IntArray
-from sortd.finetuned_network import LOADING_ERRORS, MAP, TOWER, Network, Pixels, build_tower, head_of
+from sortd.finetuned_network import LOADING_ERRORS, MAP, TOWER, Network, build_tower, head_of
 from sortd.messages import Fit, Preprocessing
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sortd.arrays import IntArray
 from sortd.errors import DestinationError
 from sortd.finetune.data import writing
 from sortd.finetuned import (
@@ -14,7 +15,6 @@ from sortd.finetuned import (
     PROCESSOR_FILE,
     WEIGHTS_FILE,
     FinetunedFacts,
-    IntArray,
     facts_json,
     read_facts,
     sync,

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sortd.deciding.confidence import log_softmax
+from sortd.arrays import FloatArray, IntArray
+from sortd.classify.calibration import log_softmax
 from sortd.errors import ConfigError, DestinationError
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import CLASSIFIER_RATE, Observer, Recipe, TrainingProgress, TrainingStoppedError
-from sortd.finetuned import FloatArray, IntArray
 from sortd.finetuned_network import Network, head_of
 
 if TYPE_CHECKING:

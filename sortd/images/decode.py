@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
+from sortd.arrays import Pixels
 from sortd.errors import CrowdedError, ImageError, NotAnImageError, TooLargeError, UnreadableError
 from sortd.images.formats import FORMATS, HEAD_BYTES, READABLE, Format, format_of, open_file
 from sortd.images.structure import is_truncated, png_picture
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from PIL.ImageFile import ImageFile
 
-Pixels = npt.NDArray[np.uint8]  # (height, width, 3): RGB
 Jpeg = Literal["draft", "full"]
 
 DECODERS = 2

@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Final
 
+from sortd.arrays import Pixels
 from sortd.errors import CrowdedError, NotAnImageError, TooLargeError, UnreadableError
-from sortd.images.decode import Jpeg, Limits, Pixels, decode, load_decoders
+from sortd.images.decode import Jpeg, Limits, decode, load_decoders
 from sortd.images.formats import HEAD_BYTES, format_of
 from sortd.messages import Fit, Preprocessing, Refusal
 

@@ -25,8 +25,9 @@ from typing import Self
 
 import numpy as np
 
+from sortd.arrays import Pixels
 from sortd.errors import StartupError
-from sortd.images.decode import Jpeg, Limits, Pixels
+from sortd.images.decode import Jpeg, Limits
 from sortd.images.decoder_process import (
     CROWDED,
     DECODED,

@@ -5,9 +5,9 @@ import sqlite3
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sortd.classify.types import Abstained, Assigned, Decision
 from sortd.messages import Stamp, signed
 from sortd.moving.relocation import Member, Progress, Relocation, Role, checked_folder, checked_name
-from sortd.prototypes import Abstained, Assigned, Decision
 
 UNDONE = "undone"
 """Outcome of a relocation that takes another one back."""

@@ -7,8 +7,8 @@ from pathlib import Path
 import structlog
 
 from sortd import mends
-from sortd.deciding.finetuned_classifier import FinetunedClassifier
-from sortd.deciding.support import ClassifierKind
+from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
+from sortd.classify.types import Abstained, Assigned, ClassifierKind, Mode
 from sortd.journaling.records import Record
 from sortd.logs import (
     BACKLOG_FULL,
@@ -33,7 +33,6 @@ from sortd.messages import Embedded, Leave, Move, Moved, MoveFailed, MoveFailure
 from sortd.metrics import Metrics
 from sortd.moving.relocation import Relocation
 from sortd.names import Why
-from sortd.prototypes import Abstained, Assigned, Mode, PrototypeSet
 from sortd.references import Rebuilt
 from sortd.running.corrections import Correction
 from sortd.sorter import Sorter

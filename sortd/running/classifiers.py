@@ -10,14 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sortd.deciding.finetuned_classifier import (
-    FinetunedClassifier,
-    HeldOutOutcomes,
-    build_classifier,
-    difference_of_labels,
-)
-from sortd.deciding.support import Abstain
-from sortd.encoder.base import Encoder, Pixels, Rows
+from sortd.arrays import Pixels
+from sortd.classify.calibration import HeldOutOutcomes
+from sortd.classify.prototypes import FinetunedClassifier, build_classifier, difference_of_labels
+from sortd.classify.types import Abstain
+from sortd.encoder.base import Encoder, Rows
 from sortd.errors import ModelError
 from sortd.finetuned import FinetunedFacts, read_facts, read_promotion
 from sortd.finetuned_network import FinetunedModel

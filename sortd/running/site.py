@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from sortd.cache import Cache
+from sortd.classify.types import Abstain, DecisionSettings, Mode
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config, DatasetConfig, Decoding
 from sortd.encoder.backends import load_serving
@@ -20,7 +21,6 @@ from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
 from sortd.messages import DatasetId, Preprocessing
 from sortd.metrics import Metrics
-from sortd.prototypes import Abstain, DecisionSettings, Mode
 from sortd.references import Teaching
 from sortd.running.classifiers import Classifiers, are_logits
 from sortd.running.copier import Seat

@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from time import monotonic
 
-from sortd.deciding.reload_gate import refuse_reload
+from sortd.classify.held_out import refuse_reload
+from sortd.classify.prototypes import PrototypeSet
 from sortd.errors import ModelError, SortdError
 from sortd.images.formats import OUR_OWN_TROUBLE
 from sortd.layout import Layout
@@ -31,7 +32,6 @@ from sortd.messages import (
     RebuildFailed,
     Stamp,
 )
-from sortd.prototypes import PrototypeSet
 from sortd.references import Rebuilt, References, ReferencesAbsentError, Teaching, class_labels
 from sortd.running.classifiers import Appointed, Classifiers
 from sortd.running.embedding import Embedder

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sortd.deciding.classifier import Classifier
-from sortd.prototypes import Assigned, Decision
+from sortd.classify.prototypes import Classifier
+from sortd.classify.types import Assigned, Decision
 
 MORE_ABSTENTIONS = 0.5
 """So much more of all images than foretold is too much; holiday pictures hold strangers, so a little is no sign."""

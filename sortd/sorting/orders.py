@@ -1,8 +1,8 @@
 """Orders: a decision, or a refusal, becomes the move that carries it out and all that its log line will want."""
 
-from sortd.deciding.classifier import Classifier
+from sortd.classify.prototypes import Classifier
+from sortd.classify.types import Abstained, Assigned, Decision
 from sortd.messages import EmbeddedImage, ImageRefused, Move, Outcome, Refusal
-from sortd.prototypes import Abstained, Assigned, Decision
 
 NO_GUESS = "_none"
 """The folder in Review/ for images that not even a guess is made about."""

@@ -1,77 +1,62 @@
 """The Gaussian of a library: a centred, standardised, whitened space in which classes are points.
 
-Formulas and evidence: docs/decisions.md, section "best".
+Formulas and evidence: docs/decisions.md, sections "best" and "mixed".
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from sortd.deciding.duplicates import unit
-from sortd.deciding.steps import Steps, finish
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from sortd.arrays import Array, IntArray
+from sortd.classify.library import Pause, class_means, no_pause, unit_rows
 
 PSEUDO_ROWS = 5.0
-"""Rows of equal variance that steady the variance of each dimension while references are few."""
+"""Rows of equal variance added to the variance of each dimension while references are few."""
 MEAN_SHRINKAGE = 1.0
 """kappa: the common mean counts as this many references of each class."""
+LEAST_SPREAD = 0.1
+"""Least spread assumed for the cosine of unrelated directions, about one over the root of 100 dimensions."""
 
 
 @dataclass(frozen=True, eq=False)
 class Space:
     """Where embeddings are centred and every dimension has the same spread."""
 
-    center: Array
-    """float64 (d,): the class-balanced mean; zero with a single class."""
-    scale: Array
-    """float64 (d,): one over the class-balanced standard deviation of each dimension."""
+    center: Array  # (d,): the class-balanced mean; zero with a single class
+    scale: Array  # (d,): one over the class-balanced standard deviation of each dimension
 
     def place(self, embeddings: Array) -> Array:
         """Return unit rows (B, d) of embeddings (B, d) in this space."""
-        return unit((embeddings - self.center) * self.scale)
+        return unit_rows((embeddings - self.center) * self.scale)
 
     def remoteness(self, embeddings: Array) -> Array:
-        """Return (B,) distance of embeddings (B, d) to the centre, which placing them forgets."""
+        """Return (B,) distance of embeddings (B, d) to the centre, before they are scaled to unit length."""
         return np.asarray(np.linalg.norm((embeddings - self.center) * self.scale, axis=1), dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """Classes with a common covariance, in whitened coordinates; arrays are float64."""
+    """Classes with a common covariance, in whitened coordinates."""
 
-    whitener: Array
-    """(d, d): placed rows times this have unit covariance within their class."""
-    rows: Array
-    """(N, d): the whitened references."""
-    classes: IntArray
-    """(N,): their classes."""
-    counts: IntArray
-    """(C,): references of each class; 0 is allowed."""
-    means: Array
-    """(C, d): whitened class means; zero where there is no reference."""
-    middle: Array
-    """(d,): the whitened mean of class means."""
-    freedom: int
-    """Degrees of freedom of the covariance."""
-    ambient: int
-    """Dimensions of the embedding, which can be more than the coordinates used."""
-    background: Array
-    """(d, d): whitener of all images whatever their class."""
-    background_middle: Array
-    """(d,): the mean of class means in background coordinates."""
+    whitener: Array  # (d, d): placed rows times this have unit covariance within their class
+    rows: Array  # (N, d): the whitened references
+    classes: IntArray  # (N,)
+    counts: IntArray  # (C,): references of each class; 0 is allowed
+    means: Array  # (C, d): whitened class means; zero where there is no reference
+    middle: Array  # (d,): the whitened mean of class means
+    freedom: int  # degrees of freedom of the covariance
+    ambient: int  # dimensions of the embedding, which can be more than the coordinates used
+    background: Array  # (d, d): whitener of all images whatever their class
+    background_middle: Array  # (d,): the mean of class means in background coordinates
 
 
-def class_means(rows: Array, classes: IntArray, counts: IntArray) -> Array:
-    """Return (C, d) means of rows sorted by class; zero for a class without rows."""
-    result = np.zeros((len(counts), rows.shape[1]))
-    present = np.flatnonzero(counts)
-    if present.size:
-        starts = np.searchsorted(classes, present)
-        result[present] = np.add.reduceat(rows, starts, axis=0) / counts[present][:, None]
-    return result
+@dataclass(frozen=True, eq=False)
+class PlacedNames:
+    """What the names say, in the placed space of the images."""
+
+    rows: Array  # (C, d): the common mean plus rho times the centred name
+    gain: float  # rho: the slope of class means on names; near zero where the names tell nothing
+    evidence: float  # by how many standard errors a class agrees better with its own name than with the others'
 
 
 def fit_space(rows: Array, classes: IntArray, counts: IntArray) -> Space:
@@ -87,48 +72,26 @@ def fit_space(rows: Array, classes: IntArray, counts: IntArray) -> Space:
 
 
 def inverse_spreads(variance: Array, rows: int) -> Array:
-    """Return (..., d): the typical variance over that of each dimension, steadied by pseudo-rows.
-
-    Args:
-        variance: float64 (..., d), not negative but for rounding.
-        rows: how many rows it was computed from.
-    """
+    """Return (..., d): the mean variance over that of each dimension (..., d), of so many rows and PSEUDO_ROWS."""
     typical = np.maximum(variance.mean(axis=-1, keepdims=True), 1e-12)
     steady = (rows * np.maximum(variance, 0.0) + PSEUDO_ROWS * typical) / (rows + PSEUDO_ROWS)
     return np.asarray(typical / steady, dtype=np.float64)
 
 
 def fit_gaussian(
-    placed: Array,
-    classes: IntArray,
-    counts: IntArray,
-    *,
-    ambient: int | None = None,
-    with_background: bool = True,
+    placed: Array, classes: IntArray, counts: IntArray, *, ambient: int | None = None, pause: Pause = no_pause
 ) -> Gaussian:
     """Return the Gaussian of placed unit rows (N, r).
 
     The covariance within classes is shrunk to the isotropic one with as many pseudo-observations as there are
     dimensions (``ambient``, by default r); without any degree of freedom it is isotropic.
     """
-    return finish(gaussian_steps(placed, classes, counts, ambient=ambient, with_background=with_background))
-
-
-def gaussian_steps(
-    placed: Array,
-    classes: IntArray,
-    counts: IntArray,
-    *,
-    ambient: int | None = None,
-    with_background: bool = True,
-) -> Steps[Gaussian]:
-    """Take the steps to ``fit_gaussian``."""
     width = placed.shape[1] if ambient is None else ambient
     present = np.flatnonzero(counts)
     means = class_means(placed, classes, counts)
     middle = means[present].mean(axis=0) if present.size else np.zeros(placed.shape[1])
     residuals = placed - means[classes]
-    yield
+    pause()
     freedom = int(len(placed) - present.size)
     between = means[present] - middle
     spread = between.T @ between / max(present.size - 1, 1)
@@ -138,16 +101,12 @@ def gaussian_steps(
     else:
         within = np.zeros_like(spread)
         typical = (1.0 - float(middle @ middle)) / width
-    yield
+    pause()
     whitener = _whitener(within, typical, freedom, width)
-    yield
+    pause()
     total = within + spread
-    background = (
-        _whitener(total, float(np.trace(total)) / width, len(placed), width)
-        if with_background
-        else np.zeros_like(total)
-    )
-    yield
+    background = _whitener(total, float(np.trace(total)) / width, len(placed), width)
+    pause()
     return Gaussian(
         whitener=whitener,
         rows=placed @ whitener,
@@ -179,13 +138,7 @@ def shrink_means(gaussian: Gaussian, named: Array | None = None, weight: float =
 
 
 def squared_distances(left: Array, right: Array, right_norms: Array | None = None) -> Array:
-    """Return (B, C) squared Euclidean distances of rows (B, d) and (C, d).
-
-    Args:
-        left: (B, d).
-        right: (C, d).
-        right_norms: (C,) squared lengths of ``right``, where they are at hand; see ``squared_norms``.
-    """
+    """Return (B, C) squared distances of rows (B, d) and (C, d); ``right_norms`` (C,) are squared lengths, if known."""
     products = left @ right.T
     norms = squared_norms(right) if right_norms is None else right_norms
     return np.asarray(np.square(left).sum(axis=1)[:, None] - 2.0 * products + norms, dtype=np.float64)
@@ -202,3 +155,41 @@ def _whitener(covariance: Array, typical: float, freedom: int, width: int) -> Ar
     shrunk[np.diag_indices_from(shrunk)] += share * max(typical, 1e-9)
     lower = np.linalg.cholesky(shrunk)
     return np.asarray(np.linalg.inv(lower).T, dtype=np.float64)
+
+
+def place_names(space: Space, text: Array, text_mean: Array | None, means: Array, counts: IntArray) -> PlacedNames:
+    """Return the names placed among the images.
+
+    Either side is centred by itself, which closes the gap between text and images; ``rho`` is the least-squares slope
+    of the centred class means on the centred names.
+
+    Args:
+        space: the space of the images.
+        text: (C, d) unit rows.
+        text_mean: (d,) mean of generic nouns, or None to use the mean of the names.
+        means: (C, d) means of placed rows of each class.
+        counts: (C,) references of each class.
+    """
+    generic = text.mean(axis=0) if text_mean is None else text_mean
+    directions = unit_rows((text - generic) * space.scale)
+    directions = directions - directions.mean(axis=0)
+    present = np.flatnonzero(counts)
+    if present.size < 2:  # noqa: PLR2004 - no direction between classes to compare with
+        middle = means[present].mean(axis=0) if present.size else np.zeros(text.shape[1])
+        return PlacedNames(rows=middle + directions, gain=1.0, evidence=0.0)
+    middle = means[present].mean(axis=0)
+    offsets = means[present] - middle
+    known = directions[present] - directions[present].mean(axis=0)
+    strength = max(float(np.square(known).sum()), 1e-12)
+    gain = max(float((offsets * known).sum()) / strength, 0.0)
+    return PlacedNames(rows=middle + gain * directions, gain=gain, evidence=_evidence(offsets, known))
+
+
+def _evidence(offsets: Array, names: Array) -> float:
+    size = len(offsets)
+    cosines = unit_rows(offsets) @ unit_rows(names).T
+    mine = float(np.trace(cosines)) / size
+    theirs = (cosines.sum() - np.trace(cosines)) / (size * (size - 1))
+    others = cosines[~np.eye(size, dtype=bool)]
+    spread = max(float(others.std()), LEAST_SPREAD)
+    return float((mine - theirs) / (spread * size / (size - 1) / np.sqrt(size - 1)))

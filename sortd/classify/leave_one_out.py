@@ -1,44 +1,47 @@
-"""Leave-one-out: what each reference would have scored had it not been there, without refitting for each.
+"""Leave-one-out: what each reference would score had it not been there.
 
 Removing reference i of class c changes the class mean by -u/(n-1), the common mean by -u/(C(n-1)) and the shrunk
 covariance A, up to a factor, by the rank one matrix r u u' with u = z - M_c and r = n / ((n-1)(d + dof)). So by
-Sherman and Morrison every distance follows from products that are at hand. Centre and scale stay as they are.
+Sherman and Morrison every distance follows from products that are at hand. Centre and scale stay as they are. A handful
+of references, for which that is too rough, are left out by fitting again.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from sortd.deciding.duplicates import unit
-from sortd.deciding.gaussian import MEAN_SHRINKAGE, Gaussian, class_means, inverse_spreads, squared_distances
-from sortd.deciding.kernel import Kernel, finish_votes, votes
-from sortd.deciding.steps import Steps, finish
-
-Array = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from sortd.arrays import Array, IntArray
+from sortd.classify.gaussian import (
+    MEAN_SHRINKAGE,
+    Gaussian,
+    fit_gaussian,
+    fit_space,
+    inverse_spreads,
+    place_names,
+    shrink_means,
+    squared_distances,
+)
+from sortd.classify.kernel import Kernel, finish_votes, kernel_scores, make_kernel, votes
+from sortd.classify.library import Library, Pause, class_means, no_pause, unit_rows
+from sortd.classify.open_set import nearest_cosines
 
 LARGEST_ROWS = 4000
 LARGEST_TABLE = 20_000_000
 BLOCK = 4_000_000
+REFIT_UP_TO = 64
+"""References up to which each one is left out by fitting again; 64 fits take a quarter of a second."""
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Removal of chosen references, one at a time; arrays are float64 over the R chosen rows."""
+    """Removal of R chosen references, one at a time."""
 
-    chosen: IntArray
-    """(R,): rows of the Gaussian."""
-    own: IntArray
-    """(R,): their classes."""
-    residuals: Array
-    """(R, d): u, the whitened difference to the class mean."""
-    gain: Array
-    """(R,): tau = r / (1 - r |u|^2)."""
-    factor: float
-    """What the precision grows by for the lost observation."""
-    mean_step: Array
-    """(R,): the common mean moves by this times u."""
+    chosen: IntArray  # (R,): rows of the Gaussian
+    own: IntArray  # (R,): their classes
+    residuals: Array  # (R, d): u, the whitened difference to the class mean
+    gain: Array  # (R,): tau = r / (1 - r |u|^2)
+    factor: float  # what the precision grows by for the lost observation
+    mean_step: Array  # (R,): the common mean moves by this times u
 
 
 def choose_held_out(counts: IntArray, classes: IntArray, *, largest: int = LARGEST_ROWS) -> IntArray:
@@ -114,21 +117,31 @@ def gaussian_table(
     return np.asarray(-0.5 * held.factor * distances, dtype=np.float64)
 
 
-def kernel_table(gaussian: Gaussian, held: HeldOut, kernel: Kernel) -> Array:
+def kernel_table(gaussian: Gaussian, held: HeldOut, kernel: Kernel, *, pause: Pause = no_pause) -> Array:
     """Return (R, C) leave-one-out kernel scores."""
-    return finish(kernel_table_steps(gaussian, held, kernel))
-
-
-def kernel_table_steps(gaussian: Gaussian, held: HeldOut, kernel: Kernel) -> Steps[Array]:
-    """Take the steps to ``kernel_table``."""
     result = np.empty((len(held.chosen), len(gaussian.counts)))
     voters = gaussian.rows[kernel.chosen].astype(np.float32)
     norms = np.square(voters).sum(axis=1)
     size = max(16, BLOCK // max(len(voters), 1))
     for start in range(0, len(held.chosen), size):
         part = slice(start, start + size)
-        result[part] = yield from _kernel_block(gaussian, held, kernel, part, voters, norms)
-        yield
+        rows = gaussian.rows[held.chosen[part]].astype(np.float32)
+        residuals, gain = held.residuals[part].astype(np.float32), held.gain[part].astype(np.float32)[:, None]
+        along = residuals @ voters.T
+        pause()
+        mine = np.einsum("ij,ij->i", rows, residuals)[:, None]
+        products = rows @ voters.T + gain * mine * along
+        pause()
+        lengths = np.sqrt(np.square(rows).sum(axis=1)[:, None] + gain * np.square(mine))
+        cosines = products / (lengths * np.sqrt(norms + gain * np.square(along)))
+        pause()
+        itself = held.chosen[part][:, None] == kernel.chosen
+        cosines[itself] = -np.inf
+        counts = np.tile(kernel.counts, (len(rows), 1))
+        counts[np.arange(len(rows)), held.own[part]] -= itself.any(axis=1)
+        asking = unit_rows(rows.astype(np.float64)).astype(np.float32)
+        result[part] = finish_votes(votes(cosines, kernel), counts, asking, kernel)
+        pause()
     return result
 
 
@@ -137,7 +150,7 @@ def background_distances(gaussian: Gaussian, placed: Array, held: HeldOut) -> Ar
 
     Args:
         gaussian: the fit with every reference.
-        placed: float64 (N, d), every placed row, sorted by class.
+        placed: (N, d), every placed row, sorted by class.
         held: the removals; of the total covariance only the part within classes is corrected.
     """
     offsets = placed[held.chosen] @ gaussian.background - gaussian.background_middle
@@ -154,47 +167,76 @@ def background_distances(gaussian: Gaussian, placed: Array, held: HeldOut) -> Ar
 def remoteness_left_out(rows: Array, classes: IntArray, counts: IntArray, chosen: IntArray) -> Array:
     """Return (R,) distance of each chosen reference to the centre of a space that was fitted without it.
 
-    Centre and spread change by what the class's mean and mean square change; between the two changes the product,
-    which is of second order, is left out.
+    The product of the changes of centre and spread, which is of second order, is left out.
 
     Args:
-        rows: float64 (N, d), unit rows, sorted by class.
-        classes: int64 (N,), ascending.
-        counts: int64 (C,), of at least two classes with a row.
-        chosen: int64 (R,): rows of classes with two or more.
+        rows: (N, d), unit rows, sorted by class.
+        classes: (N,), ascending.
+        counts: (C,), of at least two classes with a row.
+        chosen: (R,): rows of classes with two or more.
     """
     present = np.flatnonzero(counts)
     means = class_means(rows, classes, counts)
     center = means[present].mean(axis=0)
     squares = class_means(np.square(rows - center), classes, counts)
     own = classes[chosen]
-    parts = present.size * (counts[own] - 1.0)[:, None]
+    shares = present.size * (counts[own] - 1.0)[:, None]
     offsets = rows[chosen] - center
-    variance = squares[present].mean(axis=0) + (squares[own] - np.square(offsets)) / parts
-    offsets += (rows[chosen] - means[own]) / parts
+    variance = squares[present].mean(axis=0) + (squares[own] - np.square(offsets)) / shares
+    offsets += (rows[chosen] - means[own]) / shares
     return np.asarray(np.sqrt((np.square(offsets) * inverse_spreads(variance, len(rows) - 1)).sum(axis=1)))
 
 
-def _kernel_block(
-    gaussian: Gaussian,
-    held: HeldOut,
-    kernel: Kernel,
-    part: slice,
-    voters: npt.NDArray[np.float32],
-    norms: npt.NDArray[np.float32],
-) -> Steps[Array]:
-    rows = gaussian.rows[held.chosen[part]].astype(np.float32)
-    residuals, gain = held.residuals[part].astype(np.float32), held.gain[part].astype(np.float32)[:, None]
-    along = residuals @ voters.T
-    yield
-    mine = np.einsum("ij,ij->i", rows, residuals)[:, None]
-    products = rows @ voters.T + gain * mine * along
-    yield
-    lengths = np.sqrt(np.square(rows).sum(axis=1)[:, None] + gain * np.square(mine))
-    cosines = products / (lengths * np.sqrt(norms + gain * np.square(along)))
-    yield
-    itself = held.chosen[part][:, None] == kernel.chosen
-    cosines[itself] = -np.inf
-    counts = np.tile(kernel.counts, (len(rows), 1))
-    counts[np.arange(len(rows)), held.own[part]] -= itself.any(axis=1)
-    return finish_votes(votes(cosines, kernel), counts, unit(rows.astype(np.float64)).astype(np.float32), kernel)
+@dataclass(frozen=True, eq=False)
+class Refitted:
+    """What the R references that were left out scored."""
+
+    gaussian: dict[float, Array]  # (R, C) by the weight of the names: minus half of the squared distance
+    kernel: Array  # (R, C)
+    background: Array  # (R,): squared distance to the Gaussian of all images
+    remoteness: Array  # (R,): distance to the centre of the library
+    cosine: Array  # (R, C): to the nearest references of each class, in the standardised space
+
+
+def refit_tables(
+    library: Library, chosen: IntArray, weights: tuple[float, ...], *, pause: Pause = no_pause
+) -> Refitted:
+    """Return leave-one-out scores of R chosen rows by fitting again, under each weight of the names.
+
+    All rows are turned into their own span first (the triangle of their Gram matrix), so that each fit costs the cube
+    of the number of rows and not of the dimensions.
+    """
+    rows, classes, counts = library.rows, library.classes, library.counts
+    shape = (len(chosen), len(counts))
+    tables = {weight: np.empty(shape) for weight in weights}
+    result = Refitted(tables, np.empty(shape), np.empty(len(chosen)), np.empty(len(chosen)), np.empty(shape))
+    for index, left_out in enumerate(chosen):
+        others = np.arange(len(rows)) != left_out
+        fewer = counts.copy()
+        fewer[classes[left_out]] -= 1
+        space = fit_space(rows[others], classes[others], fewer)
+        placed = space.place(rows)
+        named: Array | None = None
+        if library.text is not None:
+            means = class_means(space.place(rows[others]), classes[others], fewer)
+            named = place_names(space, library.text, library.text_mean, means, fewer).rows
+        turned = _span(placed if named is None else np.concatenate([placed, named]))
+        gaussian = fit_gaussian(turned[: len(rows)][others], classes[others], fewer, ambient=rows.shape[1])
+        names = None if named is None else turned[len(rows) :] @ gaussian.whitener
+        query = turned[left_out : left_out + 1] @ gaussian.whitener
+        for weight in weights:
+            tables[weight][index] = -0.5 * squared_distances(query, shrink_means(gaussian, names, weight))[0]
+        result.kernel[index] = kernel_scores(query, make_kernel(gaussian))[0]
+        offset = turned[left_out] @ gaussian.background - gaussian.background_middle
+        result.background[index] = np.square(offset).sum()
+        result.remoteness[index] = space.remoteness(rows[left_out : left_out + 1])[0]
+        asking = np.broadcast_to(placed[left_out], (len(counts), placed.shape[1]))
+        result.cosine[index] = nearest_cosines(asking, np.arange(len(counts)), placed[others], classes[others])
+        pause()
+    return result
+
+
+def _span(rows: Array) -> Array:
+    products = rows @ rows.T
+    products[np.diag_indices_from(products)] += 1e-9
+    return np.asarray(np.linalg.cholesky(products), dtype=np.float64)

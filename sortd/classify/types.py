@@ -1,14 +1,12 @@
-"""The support set: what the user taught, as arrays, and the settings by which it decides."""
+"""The types of the classifier's interface: settings, the support set and decisions."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
+from sortd.arrays import FloatArray, IntArray
 
 
 class Mode(StrEnum):
@@ -18,7 +16,7 @@ class Mode(StrEnum):
     MAX = "max"  # largest cosine to a reference of a class
     MEAN = "mean"  # cosine to the unit mean of the references
     TEXT = "text"  # cosine to the prototype of the class's name
-    BEST = "best"  # whitened Gaussians or kernels over the references, chosen on the references
+    BEST = "best"  # whitened Gaussians and kernels over the references
     MIXED = "mixed"  # best, with the class's name as the prior mean
 
 
@@ -29,21 +27,25 @@ class ClassifierKind(StrEnum):
     FINETUNED = "finetuned"  # by the logits of a model that was trained on the dataset's own folders
 
 
+BLENDED = frozenset({Mode.BEST, Mode.MIXED})
+PROBABLE = frozenset({Mode.BEST, Mode.MIXED, ClassifierKind.FINETUNED})
+"""What scores by probabilities; all others score by cosines."""
+DecidedBy = Mode | Literal[ClassifierKind.FINETUNED]
+
+
 @dataclass(frozen=True)
 class Abstain:
-    """How sure a decision must be before an image is filed."""
+    """How sure a decision must be before an image is filed.
 
-    precision: float = 0.95
-    """The wanted share of right ones among the filed images of known classes, in (0, 1)."""
-    strangers: float | Literal["auto"] = "auto"
-    """``auto``: gates that known images pass; a number: the share of images of no class that may be filed."""
+    Raises:
+        ValueError: a share lies outside of (0, 1).
+    """
+
+    precision: float = 0.95  # the wanted share of right ones among the filed images of known classes, in (0, 1)
+    strangers: float | Literal["auto"] = "auto"  # auto: gates; a number: the share of images of no class to be filed
 
     def __post_init__(self) -> None:
-        """Refuse shares outside of (0, 1).
-
-        Raises:
-            ValueError: a share is no share.
-        """
+        """Check the shares."""
         if not 0.0 < self.precision < 1.0:
             raise ValueError(f"abstain.precision is {self.precision}, but must lie between 0 and 1")
         if isinstance(self.strangers, str):
@@ -61,6 +63,46 @@ class DecisionSettings:
     abstain: Abstain | None = Abstain()
 
 
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """The image belongs to ``label``."""
+
+    label: str
+    score: float  # the cosine of the rule; for best, mixed and a fine-tuned model the probability of the class
+    margin: float  # the score less the second one's
+    second_label: str | None
+    mode: DecidedBy
+    confidence: float = 1.0  # probability of the class among the known ones
+    precision: float | None = None  # share of right ones among held-out images at least as sure; None: not calibrated
+
+    @property
+    def best_label(self) -> str:
+        """The label."""
+        return self.label
+
+
+@dataclass(frozen=True, slots=True)
+class Abstained:
+    """Not sure enough to file.
+
+    ``reason`` is one of: ``no_classes``, ``name_only`` (the best class has no reference), ``too_few`` (one class with
+    too few references), ``stranger`` (as much like what belongs nowhere), ``typicality`` (unlike all references of the
+    best class), ``margin`` (another class is too near).
+    """
+
+    reason: str
+    best_label: str | None
+    score: float
+    margin: float
+    second_label: str | None
+    mode: DecidedBy
+    confidence: float = 0.0
+    precision: float | None = None
+
+
+Decision = Assigned | Abstained
+
+
 @dataclass(frozen=True, eq=False)
 class SupportSet:
     """Every reference of a dataset; a class may have images, a name, or both.
@@ -69,27 +111,18 @@ class SupportSet:
         ValueError: an array has a wrong shape, an index out of range, or a value that is not finite.
     """
 
-    labels: tuple[str, ...]
-    """The C class names, sorted; a class may have no reference."""
-    embeddings: FloatArray
-    """float32 (N, d), unit rows."""
-    classes: IntArray
-    """int64 (N,), indices into ``labels``."""
-    sources: tuple[str, ...]
-    """N paths, for reports."""
-    text: FloatArray | None
-    """float32 (C, d) unit rows: the prototype of each class's name; or None."""
-    text_mean: FloatArray | None
-    """float32 (d,): the mean text embedding of a fixed list of generic nouns, not of unit length; or None."""
-    strangers: FloatArray
-    """float32 (M, d): examples of what belongs to no class; M may be 0."""
-    encoder_id: str
-    """The encoder that made every row above."""
-    fingerprint: str
-    """Identity of contents, encoder and settings."""
+    labels: tuple[str, ...]  # the C class names, sorted; a class may have no reference
+    embeddings: FloatArray  # (N, d), unit rows
+    classes: IntArray  # (N,), indices into labels
+    sources: tuple[str, ...]  # N paths, for reports
+    text: FloatArray | None  # (C, d) unit rows: the prototype of each class's name
+    text_mean: FloatArray | None  # (d,): the mean embedding of a fixed list of generic nouns, not of unit length
+    strangers: FloatArray  # (M, d): examples of what belongs to no class; M may be 0
+    encoder_id: str  # the encoder that made every row above
+    fingerprint: str  # identity of contents, encoder and settings
 
     def __post_init__(self) -> None:
-        """Check shapes, ranges and finiteness, so that nothing below has to."""
+        """Check shapes, ranges and finiteness."""
         if self.embeddings.ndim != 2:  # noqa: PLR2004 - a matrix
             raise ValueError(f"reference embeddings have shape {self.embeddings.shape}, not (N, d)")
         count, width = self.embeddings.shape

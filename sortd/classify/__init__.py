@@ -1,0 +1,1 @@
+"""Few-shot classification on embeddings: pure numpy, see docs/decisions.md."""

@@ -1,0 +1,206 @@
+"""Build: a support set becomes a prototype set, calibrated on its references alone."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from sortd.arrays import Array, FloatArray, IntArray
+from sortd.classify.blend import Blend, fit_blends
+from sortd.classify.calibration import (
+    Calibration,
+    HeldOutOutcomes,
+    balanced_accuracy,
+    balanced_weights,
+    calibrate_knowns,
+    calibrate_strangers,
+    fit_temperature,
+    surest,
+)
+from sortd.classify.kernel import BLOCK, Plain, plain_held_out
+from sortd.classify.leave_one_out import background_distances, remoteness_left_out
+from sortd.classify.library import Library, Pause, class_means, count_classes, make_library, no_pause, parts, unit_rows
+from sortd.classify.open_set import OpenSetScores, leave_classes_out, nearest_cosines
+from sortd.classify.prototypes import BlendRule, PrototypeSet, Whitening
+from sortd.classify.types import BLENDED, DecisionSettings, Mode, SupportSet
+
+TYPICAL_TEMPERATURE = 50.0
+"""Factor from cosines to log probabilities before any reference says better; CLIP itself was trained with 100."""
+TEMPERATURE_SPREAD = 1.0
+FOREIGN_SAMPLE = 2000
+
+
+def build(support: SupportSet, settings: DecisionSettings, *, generation: int, pause: Pause = no_pause) -> PrototypeSet:
+    """Return the prototypes of a support set.
+
+    Every rule is fitted, so that ``explain`` can say what each would have decided; only the mode of the settings is
+    calibrated. It is a pure function: equal arguments give equal prototypes. ``pause`` is called between its parts,
+    for with a thousand classes it takes many seconds.
+    """
+    order = np.argsort(support.classes, kind="stable")
+    references, classes = support.embeddings[order], support.classes[order]
+    counts = count_classes(classes, len(support.labels))
+    means = class_means(references.astype(np.float64), classes, counts)
+    matrix = unit_rows(means)
+    if support.text is not None:
+        matrix[counts == 0] = support.text[counts == 0]
+    pause()
+    library = make_library(references, classes, len(counts), support.text, support.text_mean, pause=pause)
+    prototypes = PrototypeSet(
+        labels=support.labels,
+        matrix=matrix.astype(np.float32),
+        means=means,
+        counts=counts,
+        generation=generation,
+        encoder_id=support.encoder_id,
+        fingerprint=support.fingerprint,
+        settings=settings,
+        calibration=Calibration(confidence=settings.abstain.precision if settings.abstain is not None else 0.0),
+        sources=tuple(support.sources[index] for index in order),
+        references=references.astype(np.float32),
+        classes=classes,
+        text=np.zeros((0, references.shape[1]), np.float32) if support.text is None else support.text,
+        temperature=TYPICAL_TEMPERATURE,
+        recall=np.full(len(support.labels), np.nan),
+    )
+    if not len(references):
+        return prototypes
+    best, mixed = fit_blends(library, pause=pause)
+    pause()
+    best_rule = _rule(best)
+    prototypes = replace(
+        prototypes,
+        whitening=_whitening(best, references, support.strangers),
+        best=best_rule,
+        mixed=best_rule if mixed is best else _rule(mixed),
+    )
+    pause()
+    return _calibrate(prototypes, library, mixed if settings.mode is Mode.MIXED else best, pause)
+
+
+def _whitening(blend: Blend, references: FloatArray, strangers: FloatArray) -> Whitening:
+    gaussian, space = blend.fit.gaussian, blend.fit.space
+    placed = space.place(strangers.astype(np.float64)) @ gaussian.whitener
+    return Whitening(
+        center=space.center,
+        scale=space.scale,
+        whitener=gaussian.whitener,
+        background=gaussian.background,
+        background_middle=gaussian.background_middle,
+        kernel_rows=blend.kernel.rows,
+        kernel_classes=blend.kernel.classes,
+        kernel_counts=blend.kernel.counts,
+        strangers=unit_rows(placed).astype(np.float32),
+        remoteness=space.remoteness(references.astype(np.float64)).astype(np.float32),
+    )
+
+
+def _rule(blend: Blend) -> BlendRule:
+    named, trial = blend.kernel.named, blend.trial
+    return BlendRule(
+        shrunk=blend.shrunk,
+        named=np.zeros((0, blend.shrunk.shape[1]), np.float32) if named is None else named,
+        competes=blend.competes,
+        text_weight=trial.text_weight,
+        gaussian_weight=trial.gaussian_weight,
+        kernel_weight=trial.kernel_weight,
+    )
+
+
+def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend, pause: Pause) -> PrototypeSet:
+    """Return the prototypes with temperature, recall, gates and what the library can prove."""
+    settings, classes, own = prototypes.settings, len(library.counts), blend.fit.held.own
+    if settings.mode in BLENDED:
+        best, confidence = surest(blend.trial.table, 1.0, pause=pause)
+    else:
+        best, confidence, temperature = _plain_decisions(settings.mode, library, blend, pause)
+        prototypes = replace(prototypes, temperature=temperature)
+    right = best == own
+    with np.errstate(invalid="ignore"):
+        recall = np.bincount(own, weights=right, minlength=classes) / np.bincount(own, minlength=classes)
+    names = blend.fit.names
+    facts: dict[str, Any] = {
+        "text_weight": blend.trial.text_weight,
+        "text_evidence": None if names is None else names.evidence,
+        "kernel_share": blend.trial.share,
+    }
+    if settings.abstain is None:
+        accuracy = balanced_accuracy(right, own, classes)
+        calibration = Calibration(held_out=len(own), accuracy=accuracy, filed_expected=1.0, **facts)
+        return replace(prototypes, calibration=calibration, recall=recall)
+    open_set = _open_set_scores(library, blend, best, pause, with_typicality=settings.mode in BLENDED)
+    facts |= calibrate_knowns(
+        HeldOutOutcomes(confidence, right, own, open_set),
+        settings.abstain.precision,
+        classes=classes,
+        foreign_cosines=np.zeros(0) if right.any() else _foreign_cosines(library, pause),
+        nothing_held_out="no class has two images that differ",
+    )
+    if settings.abstain.strangers != "auto":
+        null = leave_classes_out(library.rows, library.classes, library.counts, pause=pause)
+        facts |= calibrate_strangers(null, settings.abstain.strangers, facts["notes"])
+        prototypes = replace(prototypes, null=null)
+    return replace(prototypes, calibration=Calibration(**facts), recall=recall)
+
+
+def _plain_decisions(mode: Mode, library: Library, blend: Blend, pause: Pause) -> tuple[IntArray, Array, float]:
+    """Return (R,) the best class of each held-out row under a plain mode, its probability, and the temperature."""
+    chosen, own = blend.fit.held.chosen, blend.fit.held.own
+    means = class_means(library.rows, library.classes, library.counts)
+    plain = Plain(library.rows, library.classes, library.counts, means, library.text)
+    table = np.empty((len(chosen), len(library.counts)))
+    for part in parts(len(chosen), len(library.rows), BLOCK):  # as ``max`` does by itself: rounded the same
+        table[part] = plain_held_out(mode, chosen[part], plain)
+        pause()
+    temperature = plain_temperature(table, own, pause=pause)
+    best, confidence = surest(table, temperature, pause=pause)
+    return best if is_judged(table) else own, confidence, temperature
+
+
+def is_judged(table: Array) -> bool:
+    """Return whether a table (R, C) has any score."""
+    return bool(len(table)) and bool(np.isfinite(table).any())
+
+
+def plain_temperature(table: Array, own: IntArray, *, pause: Pause = no_pause) -> float:
+    """Return the factor from the cosines (R, C) of held-out references to log probabilities."""
+    if not is_judged(table):
+        return TYPICAL_TEMPERATURE
+    weights = balanced_weights(own, table.shape[1])
+    prior = {"typical": TYPICAL_TEMPERATURE, "spread": TEMPERATURE_SPREAD}
+    return fit_temperature(table, own, weights, **prior, pause=pause)[0]
+
+
+def _open_set_scores(
+    library: Library, blend: Blend, best: IntArray, pause: Pause, *, with_typicality: bool
+) -> OpenSetScores:
+    """Return the open-set scores of the held-out references (R,); typicality is known of blends only."""
+    rows, classes, fit = library.rows, library.classes, blend.fit
+    chosen = fit.held.chosen
+    if np.count_nonzero(library.counts) < 2 or not len(chosen):  # noqa: PLR2004 - no centre between classes
+        return OpenSetScores(nearest_cosines(rows[chosen], best, rows, classes, chosen, pause=pause), None, None)
+    if fit.refitted is not None:
+        background = fit.refitted.background
+        cosine, remoteness = fit.refitted.cosine[np.arange(len(best)), best], fit.refitted.remoteness
+    else:
+        placed = fit.space.place(rows)
+        pause()
+        background = background_distances(fit.gaussian, placed, fit.held) if with_typicality else np.zeros(0)
+        pause()
+        cosine = nearest_cosines(placed[chosen], best, placed, classes, chosen, pause=pause)
+        remoteness = remoteness_left_out(rows, classes, library.counts, chosen)
+    return OpenSetScores(cosine, background - blend.trial.distances if with_typicality else None, remoteness)
+
+
+def _foreign_cosines(library: Library, pause: Pause) -> Array:
+    """Return (S,) cosine of references to the nearest one of another class."""
+    if np.count_nonzero(library.counts) < 2:  # noqa: PLR2004 - no other class
+        return np.zeros(0)
+    sample = np.unique(np.linspace(0, len(library.rows) - 1, FOREIGN_SAMPLE).astype(np.int64))
+    nearest = np.empty(len(sample))
+    for part in parts(len(sample), len(library.rows)):
+        similarities = library.rows[sample[part]] @ library.rows.T
+        similarities[library.classes[sample[part]][:, None] == library.classes] = -1.0
+        nearest[part] = similarities.max(axis=1)
+        pause()
+    return nearest

@@ -1,0 +1,181 @@
+"""The plain rules (avg, max, mean, text) and the whitened kernel: what compares an image with single references."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from sortd.arrays import Array, FloatArray, IntArray
+from sortd.classify.gaussian import Gaussian
+from sortd.classify.library import count_classes, unit_rows
+from sortd.classify.types import Mode
+
+BLOCK = 8_000_000
+ROUNDING_OF_SINGLE = 1e-5
+"""More than single precision can be wrong by in a cosine."""
+SHARPNESS = 10.0
+"""beta: how fast the weight of a reference falls with the whitened cosine distance."""
+LARGEST = 6000
+"""References that the kernel keeps; more cost time at every decision and add little."""
+FEWEST_OF_A_CLASS = 4
+TINY = 1e-30
+
+
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """What the plain rules compare with."""
+
+    rows: npt.NDArray[np.floating]  # (N, d), the references, sorted by class; float32 as they came, or float64
+    classes: IntArray  # (N,), ascending
+    counts: IntArray  # (C,)
+    means: Array  # (C, d)
+    text: Array | None  # (C, d)
+
+    @cached_property
+    def directions(self) -> Array:
+        """(C, d): the means at unit length."""
+        return unit_rows(self.means)
+
+
+def plain_scores(mode: Mode, queries: Array, plain: Plain) -> Array:
+    """Return (B, C) cosine scores of queries (B, d); -inf where a class has nothing to be compared with.
+
+    ``max`` is computed in single precision; rows where two classes come near each other are computed again in double,
+    so that the class is that of a plain loop.
+    """
+    if mode is Mode.TEXT:
+        if plain.text is None:
+            return np.full((len(queries), len(plain.counts)), -np.inf)
+        return np.asarray(queries @ plain.text.T, dtype=np.float64)
+    if mode is Mode.MAX:
+        return _largest(queries, plain)
+    result = queries @ (plain.means if mode is Mode.AVG else plain.directions).T
+    result[:, plain.counts == 0] = -np.inf
+    return np.asarray(result, dtype=np.float64)
+
+
+def plain_held_out(mode: Mode, chosen: IntArray, plain: Plain) -> Array:
+    """Return (R, C) scores of chosen references, each exactly as if it had not been there."""
+    queries, own = plain.rows[chosen].astype(np.float64), plain.classes[chosen]
+    if mode is Mode.MAX:
+        return _largest(queries, plain, chosen)
+    result = plain_scores(mode, queries, plain)
+    if mode is Mode.TEXT:
+        return result
+    others = plain.counts[own] - 1
+    sums = plain.means[own] * plain.counts[own][:, None] - queries
+    rest = sums / np.maximum(others, 1)[:, None] if mode is Mode.AVG else unit_rows(sums)
+    result[np.arange(len(own)), own] = np.where(others > 0, np.einsum("ij,ij->i", queries, rest), -np.inf)
+    return result
+
+
+def _largest(queries: Array, plain: Plain, itself: IntArray | None = None) -> Array:
+    """Return (B, C) largest cosines, of queries that are references without themselves."""
+    result = np.full((len(queries), len(plain.counts)), -np.inf)
+    present = np.flatnonzero(plain.counts)
+    if not present.size:
+        return result
+    starts = np.searchsorted(plain.classes, present)
+    single = plain.rows.astype(np.float32, copy=False)
+    size = max(1, BLOCK // len(single))
+    for start in range(0, len(queries), size):
+        part = slice(start, start + size)
+        products = queries[part].astype(np.float32) @ single.T
+        if itself is not None:
+            products[np.arange(len(products)), itself[part]] = -np.inf
+        result[part, present] = np.maximum.reduceat(products, starts, axis=1)
+    top = result.max(axis=1, keepdims=True)
+    rivals = result >= top - ROUNDING_OF_SINGLE * np.maximum(np.abs(top), 1.0)
+    for at in np.flatnonzero(rivals.sum(axis=1) > 1):
+        for index in np.flatnonzero(rivals[at]):
+            members = np.arange(*np.searchsorted(plain.classes, [index, index + 1]))
+            if itself is not None:
+                members = members[members != itself[at]]
+            exact = plain.rows[members].astype(np.float64) @ queries[at]
+            result[at, index] = float(exact.max(initial=-np.inf))
+    return result
+
+
+def first_best(scores: Array, *, tolerance: float = 1e-12) -> IntArray:
+    """Return (B,) the first class whose score is the highest, as a loop over classes finds it.
+
+    A matrix product may round equal columns differently; within the tolerance they are equal.
+    """
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.argmax(scores >= scores.max(axis=1, keepdims=True) - tolerance, axis=1), dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """The references that vote, sorted by class."""
+
+    rows: FloatArray  # (R, d): whitened unit rows
+    chosen: IntArray  # (R,): which row of the Gaussian each one is, ascending by class
+    classes: IntArray  # (R,), ascending
+    counts: IntArray  # (C,): voters of each class
+    named: FloatArray | None  # (C, d): whitened unit names, which vote for classes without a reference
+
+
+def make_kernel(gaussian: Gaussian, named: Array | None = None) -> Kernel:
+    """Return the kernel over the references of a Gaussian; names (C, d) vote for classes that have none."""
+    chosen = choose_rows(gaussian.classes, gaussian.counts)
+    classes = gaussian.classes[chosen]
+    return Kernel(
+        rows=unit_rows(gaussian.rows[chosen]).astype(np.float32),
+        chosen=chosen,
+        classes=classes,
+        counts=count_classes(classes, len(gaussian.counts)),
+        named=None if named is None else unit_rows(named).astype(np.float32),
+    )
+
+
+def choose_rows(classes: IntArray, counts: IntArray) -> IntArray:
+    """Return indices of the references that vote: all of them, or evenly spread ones of each large class."""
+    order = np.argsort(classes, kind="stable").astype(np.int64)
+    if len(classes) <= LARGEST:
+        return order
+    limit = _most_of_a_class(counts)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    spread = [
+        np.unique(np.linspace(start, stop - 1, min(limit, stop - start)).astype(np.int64))
+        for start, stop in pairwise(starts)
+        if stop > start
+    ]
+    return order[np.concatenate(spread)]
+
+
+def _most_of_a_class(counts: IntArray) -> int:
+    for limit in range(int(counts.max()), FEWEST_OF_A_CLASS, -1):
+        if int(np.minimum(counts, limit).sum()) <= LARGEST:
+            return limit
+    return FEWEST_OF_A_CLASS
+
+
+def kernel_scores(whitened: Array, kernel: Kernel) -> Array:
+    """Return (B, C) log mean votes over beta, for whitened rows (B, d); very low where nobody votes."""
+    rows = unit_rows(whitened).astype(np.float32)
+    summed = votes(rows @ kernel.rows.T, kernel)
+    return finish_votes(summed, np.broadcast_to(kernel.counts, summed.shape), rows, kernel)
+
+
+def votes(cosines: npt.NDArray[np.floating], kernel: Kernel) -> Array:
+    """Return (B, C) sums of exp(-beta (1 - cosine)) over the references of each class."""
+    weights = np.exp(SHARPNESS * (cosines - np.float32(1.0)))
+    result = np.zeros((len(cosines), len(kernel.counts)))
+    present = np.flatnonzero(kernel.counts)
+    if present.size:
+        starts = np.searchsorted(kernel.classes, present)
+        result[:, present] = np.add.reduceat(weights, starts, axis=1)
+    return result
+
+
+def finish_votes(summed: Array, counts: npt.NDArray[np.generic], rows: FloatArray, kernel: Kernel) -> Array:
+    """Return log mean votes over beta, after the names have voted too; ``counts`` is (B, C)."""
+    total = np.asarray(counts, dtype=np.float64)
+    silent = kernel.counts == 0
+    if kernel.named is not None and silent.any():
+        summed[:, silent] = np.exp(SHARPNESS * (rows @ kernel.named[silent].T - np.float32(1.0)))
+    mean = np.maximum(summed / np.maximum(total, 1.0), TINY)
+    return np.asarray(np.log(mean) / SHARPNESS, dtype=np.float64)

@@ -1,0 +1,299 @@
+"""The open-set statistics: does an image belong to any class? A familiarity gate, and strangers by leaving classes out.
+
+Formulas and evidence: docs/decisions.md, section "Abstaining".
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sortd.arrays import Array, BoolArray, IntArray
+from sortd.classify.gaussian import fit_gaussian, fit_space, shrink_means, squared_distances
+from sortd.classify.library import Pause, no_pause, parts
+
+Moments = tuple[float, float]
+"""Mean and spread of one statistic among known images."""
+Rows = npt.NDArray[np.floating]
+
+KNOWN_REFUSED = 0.10
+"""Share of known images that the gate may refuse; many of them are too near to another class anyway."""
+FEW_CLASSES = 5
+"""With more classes than this the remoteness weighs less, by the root of their number: they fill the space around the
+centre, so that a stranger is less and less often far from it."""
+SHARE_OF_ODDS = 0.5
+"""Weight of the log odds in the familiarity: strangers are mostly less sure, but not always."""
+LEAST_COSINE_SPREAD = 0.01
+LEAST_ODDS_SPREAD = 1.0
+"""Least spreads assumed: where all references are alike, or certain, a little less so is nothing strange."""
+LEAST_RELATIVE_SPREAD = 0.03
+"""The same for typicality and remoteness, in parts of their mean; real libraries have 0.1 to 0.5."""
+LEAST_WHOLE_SPREAD = 1.0
+FEW = 20
+"""Held-out references below which a quantile means little, and that of a normal distribution is the gate. The least
+value seen, of a dozen, filed 72 % of known images and 22 % of near strangers where this files 68 and 14."""
+NORMAL_QUANTILE = -1.2816
+"""Standard deviations below which a normal distribution has the share that may be refused."""
+STRANGER_QUANTILE = 0.25
+"""Without any class of two images the cosine gate is this quantile of what images of other classes reach."""
+LOGISTIC = 1.702
+"""With its argument times this the logistic function is the normal distribution within 0.01 (Camilli 1994)."""
+FOLDS = 10
+COSINE_GATE = 0.15
+"""A stranger counts as like a class only if its cosine is among this top share of the strangers' (decision-rules)."""
+LARGEST_LIBRARY = 6000
+LEAST_LENGTH = 1e-6
+"""A row that is the centre itself has no direction."""
+NEIGHBOURS = 3
+"""References of a class that an image is compared with; more than one, so that one odd reference proves little."""
+
+
+@dataclass(frozen=True, eq=False)
+class OpenSetScores:
+    """The familiarity statistics of B images, each beside its best class."""
+
+    cosine: Array  # to the nearest references: in the standardised space where remoteness is known, else of embeddings
+    typicality: Array | None  # relative Mahalanobis distance: how much nearer the best class is than images at large
+    remoteness: Array | None  # distance to the centre of the library, in the standardised space
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How familiar an image must look: each statistic in spreads of what known images have; None where not known."""
+
+    least: float  # least familiarity of a filed image
+    cosine: Moments
+    typicality: Moments | None
+    remoteness: Moments | None
+    odds: Moments | None  # of the log odds of the class
+    share_of_remoteness: float = 1.0  # weight of the remoteness
+    whole: Moments = (0.0, 1.0)  # of all statistics together
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> "Gate":
+        """Return the gate of a mapping of its fields, also after JSON has made lists of the pairs."""
+        fields: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in facts.items()}
+        return cls(**fields)
+
+    def familiarity(self, open_set: OpenSetScores, confidence: Array | None) -> Array:
+        """Return (B,) how familiar images look: 0 as known images on average, negative if less so.
+
+        Each statistic adds the logarithm of the share of known images that look less familiar in it (Fisher's method).
+
+        Args:
+            open_set: of B images.
+            confidence: (B,) probability of the best class, or None to judge by the other scores alone.
+        """
+        total = log_share(open_set.cosine, self.cosine)
+        if self.typicality is not None and open_set.typicality is not None:
+            total = total + log_share(open_set.typicality, self.typicality)
+        if self.remoteness is not None and open_set.remoteness is not None:
+            less = log_share(-open_set.remoteness, (-self.remoteness[0], self.remoteness[1]))
+            total = total + self.share_of_remoteness * less
+        if self.odds is not None:
+            odds = np.full(len(total), self.odds[0]) if confidence is None else log_odds(confidence)
+            total = total + SHARE_OF_ODDS * log_share(odds, self.odds)
+        return np.asarray((total - self.whole[0]) / self.whole[1], dtype=np.float64)
+
+
+def log_share(values: Array, moments: Moments) -> Array:
+    """Return (B,) log of the share of known images that have less, by a logistic distribution of these moments."""
+    return np.asarray(-np.logaddexp(0.0, -LOGISTIC * (values - moments[0]) / moments[1]), dtype=np.float64)
+
+
+def log_odds(confidence: Array) -> Array:
+    """Return log odds of probabilities, bounded above where more certainty means nothing."""
+    return np.asarray(np.log(np.maximum(confidence, 1e-12) / (1.0 - confidence + 1e-4)), dtype=np.float64)
+
+
+def known_gate(
+    open_set: OpenSetScores, confidence: Array, right: BoolArray, *, least_confidence: float, classes: int
+) -> Gate:
+    """Return a gate that all but few of the known images which would be filed pass.
+
+    Args:
+        open_set: of the R references, each left out.
+        confidence: (R,) probability of the best class.
+        right: (R,) whether the best class is the right one; at least once.
+        least_confidence: of a filed image.
+        classes: how many there are.
+    """
+    filed = right & (confidence >= least_confidence)
+    filed = filed if filed.any() else right
+    gate = Gate(
+        least=0.0,
+        cosine=_moments(open_set.cosine[right], LEAST_COSINE_SPREAD),
+        typicality=None if open_set.typicality is None else _relative_moments(open_set.typicality[right]),
+        remoteness=None if open_set.remoteness is None else _relative_moments(open_set.remoteness[right]),
+        odds=_moments(log_odds(confidence[right]), LEAST_ODDS_SPREAD),
+        share_of_remoteness=float(np.sqrt(min(1.0, FEW_CLASSES / max(classes, 1)))),
+    )
+    gate = replace(gate, whole=_moments(gate.familiarity(open_set, confidence)[right], LEAST_WHOLE_SPREAD))
+    return replace(gate, least=_low(gate.familiarity(open_set, confidence)[filed]))
+
+
+def foreign_gate(cosines: Array) -> Gate:
+    """Return the gate where no class has two images, from the cosine (N,) to the nearest image of another class."""
+    gate = Gate(0.0, cosine=(0.0, 1.0), typicality=None, remoteness=None, odds=None)
+    open_set = OpenSetScores(np.quantile(cosines, [STRANGER_QUANTILE]), None, None)
+    return replace(gate, least=float(gate.familiarity(open_set, None)[0]))
+
+
+def _moments(values: Array, least: float) -> Moments:
+    return float(values.mean()), max(float(values.std()), least)
+
+
+def _relative_moments(values: Array) -> Moments:
+    return _moments(values, max(LEAST_RELATIVE_SPREAD * abs(float(values.mean())), 1e-6))
+
+
+def _low(values: Array) -> float:
+    if len(values) < FEW:
+        return float(values.mean() + NORMAL_QUANTILE * values.std())
+    return float(np.quantile(values, KNOWN_REFUSED))
+
+
+@dataclass(frozen=True, eq=False)
+class Strangers:
+    """Scores of S left-out references against the classes that stayed, with weights."""
+
+    typicality: Array
+    margin: Array
+    cosine: Array
+    likeness: Array  # the three in one: how much like a class each one looks
+    weights: Array
+    classes: int  # how many classes were left out: they, not their images, are what varies between strangers
+
+    @property
+    def attainable(self) -> float:
+        """The smallest share of strangers that these can prove."""
+        if not len(self.weights):
+            return 1.0
+        return max(1.0 / (self.classes + 1.0), 2.0 / (len(self.weights) + 1.0))
+
+    def shares(self, typicality: Array, margin: Array, cosine: Array) -> Array:
+        """Return (B,) the share of strangers that look as much like a class as each image does."""
+        return _share(self.likeness_of(typicality, margin, cosine), self.likeness, self.weights)
+
+    def likeness_of(self, typicality: Array, margin: Array, cosine: Array) -> Array:
+        """Return (B,) how much like a class images look: minus the log shares, or 0 below the cosine gate."""
+        likeness = -np.log(_share(typicality, self.typicality, self.weights))
+        likeness -= np.log(_share(margin, self.margin, self.weights))
+        likeness[_share(cosine, self.cosine, self.weights) > COSINE_GATE] = 0.0
+        return likeness
+
+
+def leave_classes_out(rows: Array, classes: IntArray, counts: IntArray, *, pause: Pause = no_pause) -> Strangers:
+    """Return the scores of references whose class was taken away before fitting.
+
+    Classes are dealt into at most ten folds; each fold is left out whole and everything is fitted again. Every class
+    weighs the same.
+
+    Args:
+        rows: (N, d), unit rows without near-duplicates, sorted by class.
+        classes: (N,).
+        counts: (C,).
+        pause: called between the parts.
+    """
+    present = np.flatnonzero(counts)
+    if present.size < 3:  # noqa: PLR2004 - one to leave out, two to choose between
+        empty = np.zeros(0)
+        return Strangers(empty, empty, empty, empty, empty, 0)
+    rows, classes, counts = _thin(rows, classes, counts)
+    folds = np.full(len(counts), -1)
+    folds[present] = np.random.default_rng(0).permutation(present.size) % min(FOLDS, present.size)
+    scored = [_fold(rows, classes, counts, folds == fold, pause) for fold in range(int(folds.max()) + 1)]
+    typicality, margin, cosine, weights = (np.concatenate(column) for column in zip(*scored, strict=True))
+    null = Strangers(typicality, margin, cosine, np.zeros(0), weights, int(present.size))
+    return replace(null, likeness=null.likeness_of(typicality, margin, cosine))
+
+
+def _fold(
+    rows: Array, classes: IntArray, counts: IntArray, left_out: BoolArray, pause: Pause
+) -> tuple[Array, Array, Array, Array]:
+    gone = left_out[classes]
+    index = np.cumsum(~left_out) - 1
+    kept_rows, kept_classes, kept_counts = rows[~gone], index[classes[~gone]], counts[~left_out]
+    space = fit_space(kept_rows, kept_classes, kept_counts)
+    gaussian = fit_gaussian(space.place(kept_rows), kept_classes, kept_counts, pause=pause)
+    placed = space.place(rows[gone])
+    distances = squared_distances(placed @ gaussian.whitener, shrink_means(gaussian))
+    distances[:, kept_counts == 0] = np.inf
+    best = distances.argmin(axis=1)
+    two = np.partition(distances, 1, axis=1)
+    offsets = placed @ gaussian.background - gaussian.background_middle
+    background = np.square(offsets).sum(axis=1)
+    pause()
+    cosines = nearest_cosines(rows[gone], best, kept_rows, kept_classes, pause=pause)
+    return background - two[:, 0], two[:, 1] - two[:, 0], cosines, 1.0 / counts[classes[gone]]
+
+
+def nearest_cosines(  # noqa: PLR0913 -- all but four are seldom given
+    queries: Rows,
+    best: IntArray,
+    rows: Rows,
+    classes: IntArray,
+    itself: IntArray | None = None,
+    *,
+    neighbours: int = NEIGHBOURS,
+    centred: tuple[Rows, Rows] | None = None,
+    pause: Pause = no_pause,
+) -> Array:
+    """Return (B,) the mean cosine of each query to the nearest rows of its best class; -1 for a class without rows.
+
+    Args:
+        queries: (B, d) unit rows.
+        best: (B,) the class of each query.
+        rows: (N, d) unit rows, sorted by class.
+        classes: (N,), ascending.
+        itself: (B,) the row that each query is and must not be compared with; or None.
+        neighbours: how many rows enter the mean, where the class has as many.
+        centred: for rows that were not centred, (B,) what is taken from each query's products and (N,) by what each
+            row's are divided.
+        pause: called between the parts.
+    """
+    result = np.full(len(queries), -1.0)
+    for index in np.unique(best):
+        start, stop = np.searchsorted(classes, [index, index + 1])
+        if stop <= start:
+            continue
+        of_class = np.flatnonzero(best == index)
+        for part in parts(len(of_class), int(stop - start)):
+            asking = of_class[part]
+            similarities = queries[asking] @ rows[start:stop].T
+            if centred is not None:
+                shift, lengths = centred[0][asking][:, None], np.maximum(centred[1][start:stop], LEAST_LENGTH)
+                similarities = np.clip((similarities - shift) / lengths, -1.0, 1.0)
+            if itself is not None:
+                similarities[itself[asking][:, None] == np.arange(start, stop)] = np.nan
+            similarities.sort(axis=1)  # what is not a number comes last
+            known = np.isfinite(similarities).sum(axis=1)
+            asked = np.arange(similarities.shape[1])
+            used = (asked < known[:, None]) & (asked >= known[:, None] - neighbours)
+            mean = np.where(used, similarities, 0.0).sum(axis=1) / np.maximum(used.sum(axis=1), 1)
+            result[asking] = np.where(known > 0, mean, -1.0)
+            pause()
+    return result
+
+
+def _thin(rows: Array, classes: IntArray, counts: IntArray) -> tuple[Array, IntArray, IntArray]:
+    if len(rows) <= LARGEST_LIBRARY:
+        return rows, classes, counts
+    order = np.argsort(classes, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    rank = np.arange(len(rows)) - starts[classes[order]]
+    limit = max(2, LARGEST_LIBRARY // int(np.count_nonzero(counts)))
+    kept = order[rank < limit]
+    return rows[kept], classes[kept], np.minimum(counts, limit)
+
+
+def _share(values: Array, null: Array, weights: Array) -> Array:
+    mean = float(weights.mean())
+    if len(values) == 1:  # one decision: no need to sort what one pass compares
+        reached = np.asarray([float(weights @ (null >= values[0]))])
+    else:
+        order = np.argsort(null)
+        above = np.concatenate([np.cumsum(weights[order][::-1])[::-1], [0.0]])
+        reached = above[np.searchsorted(null[order], values, side="left")]
+    return np.asarray((reached + mean) / (float(weights.sum()) + mean), dtype=np.float64)
