@@ -318,7 +318,7 @@ def daemon(sortd: Sortd, mask: Mask) -> tuple[Facts, str]:
             _wait_for(log, event)
         facts = {
             "status": _json(sortd("status", "--json", config=sortd.config), shape),
-            "second once": _answer(sortd("once", config=sortd.config)),
+            "second once": mask(_answer(sortd("once", config=sortd.config))),
             "rebuild": _json(sortd("rebuild", "--json", config=sortd.config), mask),
             "release": _json(sortd("release", "--all", "--json", config=sortd.config), mask),
             "undo": _json(sortd("undo", "--last", "1", "--dry-run", "--json", config=sortd.config), shape),

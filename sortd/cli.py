@@ -17,13 +17,23 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from sortd import __version__, mends
-from sortd.commands import bench as cli_bench
 from sortd.commands import decisions as cli_decisions
 from sortd.commands import facts as cli_facts
 from sortd.commands import finetuning as cli_finetuning
 from sortd.commands import models as cli_models
 from sortd.commands import moves as cli_moves
-from sortd.commands.console import Command, ConfigOption, Group, JsonOption, counted, load_config, printable, say
+from sortd.commands.console import (
+    Command,
+    ConfigOption,
+    Group,
+    JsonOption,
+    counted,
+    load_config,
+    print_json,
+    printable,
+    say,
+    under_way,
+)
 from sortd.console_line import readable_json
 from sortd.errors import SortdError
 
@@ -261,6 +271,24 @@ def this_program() -> str:
     return "sortd" if is_usual else shlex.quote(os.path.abspath(called))
 
 
+def bench(
+    folder: Annotated[Path | None, typer.Argument(help="Whose images serve; without it those of the datasets.")] = None,
+    config: ConfigOption = None,
+    images: Annotated[int, typer.Option(min=4, max=10_000, help="How many images, at most.")] = 96,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure images per second and milliseconds by stage on this machine; moves no file, takes under a minute."""
+    from sortd.commands.bench import measure, print_measured
+
+    loaded = load_config(config)
+    with under_way("measuring") as tell:
+        measured = measure(loaded, folder, images=images, tell=tell)
+    if as_json:
+        print_json(measured)
+    else:
+        print_measured(measured)
+
+
 @app.command(cls=Command)
 def version() -> None:
     """Print the version."""
@@ -275,7 +303,7 @@ for command in (
     cli_moves.undo,
     cli_moves.release,
     cli_moves.rebuild,
-    cli_bench.bench,
+    bench,
 ):
     app.command(cls=Command)(command)
 app.command("eval", cls=Command)(cli_decisions.evaluate)

@@ -161,8 +161,6 @@ FLOORS: dict[str, tuple[int, str]] = {
     "evaluate": (DRIVER, "drivers"),
     "cli": (DRIVER, "drivers"),
     "commands.bench": (DRIVER, "drivers"),
-    "commands.measurement": (DRIVER, "drivers"),
-    "commands.stopwatch": (DRIVER, "drivers"),
     "commands.decisions": (DRIVER, "drivers"),
     "commands.facts": (DRIVER, "drivers"),
     "commands.models": (DRIVER, "drivers"),
