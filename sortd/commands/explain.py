@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sortd.cache import Cache
-from sortd.commands.check import CACHE_FILE
+from sortd.commands.check_references import CACHE_FILE
 from sortd.commands.examination import taught
 from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
 from sortd.commands.promotion import serving_facts

@@ -47,7 +47,7 @@ def check(
     ] = False,
 ) -> None:
     """Look at configuration, folders, rights, disks, references and model, and say what to mend."""
-    from sortd.commands.check import check as findings_of
+    from sortd.commands.check import findings as findings_of
     from sortd.commands.finding import Topic, exit_code
 
     findings = []
