@@ -34,8 +34,8 @@ from sortd.commands.console import (
     say,
     under_way,
 )
-from sortd.console_line import readable_json
 from sortd.errors import SortdError
+from sortd.files import readable_json
 
 if TYPE_CHECKING:
     from sortd.logs import Format

@@ -70,7 +70,6 @@ FLOORS: dict[str, tuple[int, str]] = {
     "configuring.mistakes": (EDGE, "config"),
     "configuring.yaml_tree": (EDGE, "config"),
     "logs": (EDGE, "logs"),
-    "console_line": (EDGE, "logs"),
     "watch": (EDGE, "watch"),
     "watching.ear": (EDGE, "watch"),
     "watching.hints": (EDGE, "watch"),

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from sortd.console_line import readable_json
 from sortd.deciding.prompts import written_name
+from sortd.files import readable_json
 
 if TYPE_CHECKING:
     from sortd.config import Config
