@@ -66,8 +66,6 @@ FLOORS: dict[str, tuple[int, str]] = {
     # floor 1: edges; one outside thing each
     "files": (EDGE, "files"),
     "config": (EDGE, "config"),
-    "configuring.sources": (EDGE, "config"),
-    "configuring.mistakes": (EDGE, "config"),
     "configuring.yaml_tree": (EDGE, "config"),
     "logs": (EDGE, "logs"),
     "watch": (EDGE, "watch"),
