@@ -111,7 +111,6 @@ FLOORS: dict[str, tuple[int, str]] = {
     "signals": (EDGE, "signals"),
     "sdnotify": (EDGE, "sdnotify"),
     "decoding.thumbnails": (EDGE, "images"),
-    "moments": (EDGE, "moments"),
     "metrics": (EDGE, "metrics"),
     "layout": (EDGE, "layout"),
     "finetuned": (EDGE, "finetuned"),

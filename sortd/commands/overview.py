@@ -1,4 +1,4 @@
-"""The overview that ``sortd status`` shows: what the running sortd tells, and what the journals know in any case."""
+"""Gather what ``sortd status`` shows: the status file of the sortd that runs, the journals, and the folders."""
 
 import os
 from collections import Counter
@@ -26,6 +26,9 @@ from sortd.watching.scanning import scan, scan_all, why_unfinished
 Row = dict[str, str]
 """One file or folder that stays in Images/: ``path``, ``reason`` and ``message``."""
 
+STATUS_KEYS = (
+    "pid", "version", "model", "encoder_id", "ready", "loading", "config_problem", "watching", "written_at", "ended_by",
+)  # fmt: skip
 NOT_KNOWN = {"deciding": "prototypes", "model_id": None, "refusal": None}
 """Who decides a dataset that is gone: nobody, but its journal is told of in the same words."""
 
@@ -44,29 +47,16 @@ def overview(config: Config, *, status: Callable[[Path], dict[str, Any] | None] 
         "state_dir": str(config.state_dir),
     }
     if told is not None:
-        kept = (
-            "pid",
-            "version",
-            "model",
-            "encoder_id",
-            "ready",
-            "loading",
-            "config_problem",
-            "watching",
-            "written_at",
-            "ended_by",
-        )
-        run |= {key: told.get(key) for key in kept}
+        run |= {key: told.get(key) for key in STATUS_KEYS}
         run["started_at"] = _started_at(told.get("started_ticks")) if is_alive else None
         run["other_root"] = told["root"] if told.get("root") not in {None, str(config.root)} else None
     live = (told or {}).get("datasets", {})
     places = [place for place in journals(config) if place.root is not None or place.is_there]
-    run["datasets"] = {
+    datasets = {
         place.dataset: _dataset(config, place, live.get(place.dataset, {}), is_alive=bool(is_alive))
         for place in reversed(places)
     }
-    run["datasets"] = dict(sorted(run["datasets"].items()))
-    return run
+    return run | {"datasets": dict(sorted(datasets.items()))}
 
 
 def _ended(told: dict[str, Any] | None) -> str:
@@ -99,8 +89,9 @@ def _dataset(config: Config, place: JournalPlace, live: dict[str, Any], *, is_al
 
 
 def _from_journal(place: JournalPlace) -> dict[str, Any]:
+    nothing: dict[str, Any] = {"total": {}, "held": 0, "last_move_at": None, "accuracy": {}}
     if not place.is_there:
-        return {"total": {}, "held": 0, "last_move_at": None, "accuracy": {}}
+        return nothing
     try:
         with History.open(place.file) as history:
             last = history.moves(Selection(limit=1))
@@ -112,14 +103,15 @@ def _from_journal(place: JournalPlace) -> dict[str, Any]:
                 "accuracy": {label: _filed_facts(filed) for label, filed in history.accuracy().items()},
             }
     except JournalError as error:
-        return {"total": {}, "held": 0, "last_move_at": None, "accuracy": {}, "journal_problem": str(error)}
+        return nothing | {"journal_problem": str(error)}
 
 
 def _filed_facts(filed: FiledImages) -> dict[str, Any]:
     """Return a class's images as plain values; the share of right ones and its interval only where some are checked."""
-    bounds = None if not filed.checked else tuple(round(bound, 4) for bound in interval(filed.right, filed.checked))
-    share = None if not filed.checked else round(filed.right / filed.checked, 4)
-    return {**asdict(filed), "right": share, "interval": bounds}
+    if not filed.checked:
+        return {**asdict(filed), "right": None, "interval": None}
+    bounds = tuple(round(bound, 4) for bound in interval(filed.right, filed.checked))
+    return {**asdict(filed), "right": round(filed.right / filed.checked, 4), "interval": bounds}
 
 
 def _look_through(layout: Layout) -> tuple[int | None, list[Row]]:
