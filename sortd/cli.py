@@ -9,7 +9,7 @@ import resource
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -136,35 +136,30 @@ def raise_descriptor_limit() -> None:
 
 
 def rehearse(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | None" = None) -> None:
-    """Say what would happen; ``load_encoder`` stands in for the configured model.
+    """Say what ``once`` would do; ``load_encoder`` stands in for the configured model.
 
     Raises:
         SortdError: what stopped it.
     """
     from sortd import logs
     from sortd.running import rehearsal
+    from sortd.running.account import decision_facts
 
     logs.configure(said_format())
     config = load_config(path)
     logs.configure(config.log.format, "warning")
-
     told = 0
 
     def tell(dataset: str, move: "Move", destination: str) -> None:
         nonlocal told
-        from sortd.running.account import decision_facts
-
         told += 1
-        facts: Mapping[str, Any] = {"dataset": dataset, "path": move.path, "destination": destination}
+        why = decision_facts(move)
         if as_json:
-            line = {**facts, "outcome": move.outcome.value, **decision_facts(move)}
-            typer.echo(readable_json(line, encoding=sys.stdout.encoding))
-        else:
-            why = decision_facts(move)
-            shown = " ".join(
-                f"{key}={why[key]}" for key in ("score", "margin", "second_label", "reason") if why.get(key)
-            )
-            typer.echo(f"{printable(move.path)} -> {printable(destination)}  {shown}")
+            place = {"dataset": dataset, "path": move.path, "destination": destination, "outcome": move.outcome.value}
+            typer.echo(readable_json({**place, **why}, encoding=sys.stdout.encoding))
+            return
+        shown = [f"{key}={why[key]}" for key in ("score", "margin", "second_label", "reason") if why.get(key)]
+        typer.echo(f"{printable(move.path)} -> {printable(destination)}  {' '.join(shown)}")
 
     if sys.stderr.isatty() and not logs.is_json():
         say("sortd: loading the model, then deciding what waits; nothing is moved")
@@ -174,10 +169,7 @@ def rehearse(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | N
 
 
 def said_format() -> "Format":
-    """Return the form of the log as far as it is known before the configuration is read: what refuses that is logged.
-
-    A configuration that cannot be read does not say; its variable may, and a stream that is no terminal has JSON.
-    """
+    """Return the form of the log while the configuration is read, whose refusal is logged too."""
     named = os.environ.get("SORTD_LOG__FORMAT")
     return "console" if named == "console" else "json" if named == "json" else "auto"
 
@@ -192,7 +184,7 @@ def init(
     """Make the folders of a dataset, and its marker."""
     from sortd.deciding.prompts import written_name
     from sortd.errors import LayoutError
-    from sortd.layout import Area, Layout
+    from sortd.layout import Area, Layout, enclosing_dataset
     from sortd.references import is_class_name
 
     for name in classes or ():
@@ -202,42 +194,29 @@ def init(
             )
             raise typer.BadParameter(f"{name!r} cannot be a class: {why}", param_hint="--class")
     layout = Layout(directory.absolute())
-    see_that_it_is_found(layout.root)
+    real, around = Path(os.path.realpath(layout.root)), enclosing_dataset(layout.root)
+    if real.name.startswith(".") or real == real.parent:
+        raise LayoutError(
+            f"{layout.root} cannot be a dataset: sortd looks at folders below its root that are not hidden"
+        )
+    if around is not None:
+        beside = around.parent / layout.name
+        raise LayoutError(f"{layout.root} lies inside the dataset {around}, where no sortd would see it; make {beside}")
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
+        layout.make()
+        for name in classes or ():
+            (layout.area(Area.CLASES) / name).mkdir(exist_ok=True)
     except FileExistsError as error:
-        raise LayoutError(f"{layout.root} is there but is no folder; move it away, or name another") from error
+        raise LayoutError(f"{error.filename} is there but is no folder; move it away, or name another") from error
     except OSError as error:
-        raise LayoutError(f"{layout.root} cannot be made: {error.strerror}; mend its rights or name another") from error
-    layout.make()
-    for name in classes or ():
-        folder = layout.area(Area.CLASES) / name
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise LayoutError(f"{folder} cannot be made: {error.strerror}; mend its rights or room") from error
+        mend = "mend its rights or room, or name another"
+        raise LayoutError(f"{error.filename} cannot be made: {error.strerror}; {mend}") from error
     root = printable(os.fspath(layout.root))
     typer.echo(f"{root} is a dataset. Teach it: put images into {root}/{Area.CLASES}/<class>/")
     typer.echo(f"Then drop images into {root}/{Area.IMAGES}/ and run")
-    for line in how_to_run(Path(os.path.realpath(layout.root)).parent):
+    for line in how_to_run(real.parent):
         typer.echo(line)
-
-
-def see_that_it_is_found(dataset: Path) -> None:
-    """Refuse a folder in which no sortd would see a dataset.
-
-    Raises:
-        LayoutError: it is hidden, or lies inside another dataset.
-    """
-    from sortd.errors import LayoutError
-    from sortd.layout import enclosing_dataset
-
-    real, around = Path(os.path.realpath(dataset)), enclosing_dataset(dataset)
-    if real.name.startswith(".") or real == real.parent:
-        raise LayoutError(f"{dataset} cannot be a dataset: sortd looks at folders below its root that are not hidden")
-    if around is not None:
-        beside = around.parent / dataset.name
-        raise LayoutError(f"{dataset} lies inside the dataset {around}, where no sortd would see it; make {beside}")
 
 
 def how_to_run(root: Path) -> Iterator[str]:
@@ -246,23 +225,23 @@ def how_to_run(root: Path) -> Iterator[str]:
     from sortd.errors import ConfigError
 
     file, command, mistakes = find(os.environ), f"{this_program()} run", ""
+    if file is not None:
+        command += f" -c {shlex.quote(os.path.abspath(file))}"
+        try:
+            if os.path.realpath(load(file, os.environ).root) == os.fspath(root):
+                yield f"    {command}"
+                return
+        except ConfigError as error:
+            mistakes = str(error)
     name = "config.yaml (config.example.yaml has every key)" if file is None else printable(os.path.abspath(file))
-    named = "" if file is None else f" -c {shlex.quote(os.path.abspath(file))}"
-    try:
-        is_known = file is not None and os.path.realpath(load(file, os.environ).root) == os.fspath(root)
-    except ConfigError as error:
-        is_known, mistakes = False, str(error)
-    if is_known:
-        yield f"    {command}{named}"
-        return
-    yield f"    SORTD_ROOT={shlex.quote(os.fspath(root))} {command}{named}"
+    yield f"    SORTD_ROOT={shlex.quote(os.fspath(root))} {command}"
     yield f"With `root: {printable(os.fspath(root))}` in {name} no command needs SORTD_ROOT."
     if mistakes:
         yield f"That configuration is to be corrected first: {printable(mistakes)}"
 
 
 def this_program() -> str:
-    """Return how sortd was called, so that whoever copies it calls the same one."""
+    """Return how sortd was called, so that the command that is shown calls the same one."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{shlex.quote(sys.executable)} -m sortd"
@@ -331,7 +310,7 @@ def translated() -> Iterator[None]:
         leave(0)
     except OSError as error:
         if error.errno not in REFUSED:
-            complain_of_a_fault(error)
+            complain_of_fault(error)
             raise
         silence(sys.stdout)
         complain(refusal(error), REFUSED_CODE)
@@ -339,32 +318,33 @@ def translated() -> Iterator[None]:
     except SystemExit as stop:
         leave(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
     except Exception as error:
-        complain_of_a_fault(error)
+        complain_of_fault(error)
         raise
 
 
 def complain(message: str, exit_code: int) -> None:
     """Say what ended sortd, in the form that its stderr has."""
-    logs = sys.modules.get("sortd.logs")
-    if logs is not None and logs.is_json():
+    if (logs := json_logs()) is not None:
         logs.say_failed(message, exit_code)
     else:
         print(f"sortd: {message}", file=sys.stderr)
 
 
-def complain_of_a_fault(error: Exception) -> None:
-    """Log an error that nobody expected where stderr is JSON, and end there; else Python's own traceback is due."""
-    logs = sys.modules.get("sortd.logs")
-    if logs is not None and logs.is_json():
+def complain_of_fault(error: Exception) -> None:
+    """Log an unexpected error where stderr is JSON, and end there; elsewhere Python prints its traceback."""
+    if (logs := json_logs()) is not None:
         logs.say_failed(repr(error), 1, error)
         leave(1)
 
 
-def open_missing_streams() -> None:
-    """Put /dev/null where standard input, output or error is closed.
+def json_logs() -> Any:  # noqa: ANN401 -- a module that is imported only where logs are written
+    """Return ``sortd.logs`` where it writes JSON on stderr, else None."""
+    logs = sys.modules.get("sortd.logs")
+    return logs if logs is not None and logs.is_json() else None
 
-    The next file opened, the journal say, would take its number, and whatever is printed be written into that file.
-    """
+
+def open_missing_streams() -> None:
+    """Put /dev/null where standard input, output or error is closed: the next file opened would take its number."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STANDARD_ERROR:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

@@ -212,7 +212,7 @@ def _release(config: "Config", path: Path | None, dataset: str | None) -> Mappin
 
 
 def _held_place(config: "Config", path: Path) -> tuple[str, str]:
-    """Return the dataset that a path is, or lies in, and the path as sortd spells it.
+    """Return the name of the dataset that a path is, or lies in, and the path below the dataset's own spelling.
 
     Raises:
         DataError: it lies in no dataset.
