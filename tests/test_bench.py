@@ -38,7 +38,6 @@ def test_the_packaged_model_is_measured_and_nothing_is_touched(colours: Path, wr
     assert facts["files"] == 6
     stages = facts["stages"]
     assert all(stages[name] > 0 for name in ("decode", "encode", "encode_alone", "move"))
-    assert stages["decide"] is None
     bound = 1e3 / (stages["encode"] + stages["decode"] / facts["cores"])
     if facts["device"] == "cpu":
         assert facts["bound_per_second"] == pytest.approx(bound)
@@ -54,7 +53,7 @@ def test_it_prints_a_table_of_stages(colours: Path, write_config: Write, capsys:
     said = capsys.readouterr().out
     assert "images a second" in said.splitlines()[0]
     assert [line.split("\t")[0] for line in said.splitlines() if line.count("\t") == 2][1:] == [
-        *("decode", "encode", "encode alone", "decide", "move")
+        *("decode", "encode", "encode alone", "move")
     ]
     assert "limit" in said
 

@@ -19,17 +19,15 @@ import numpy as np
 
 from sortd.commands.backend import backend_facts
 from sortd.commands.console import counted, megabytes, print_line, print_table, printable
-from sortd.commands.stored import stored_prototypes
 from sortd.config import Config
 from sortd.decoding.decoders import DecodedImage, DecoderPool
 from sortd.encoder import Encoder
 from sortd.encoding import exports
-from sortd.errors import DataError, LayoutError, ModelError
+from sortd.errors import DataError, ModelError
 from sortd.images import SUFFIXES, Limits, Pixels
 from sortd.layout import Area, Layout, find_datasets
-from sortd.messages import EmbeddedImage, FloatArray, Move, Outcome, Stamp
+from sortd.messages import EmbeddedImage, Move, Outcome, Stamp
 from sortd.names import CLASS_AREAS, rule_for, rule_for_folder
-from sortd.prototypes import decide
 from sortd.running.exporting import located
 from sortd.running.holding import hold
 from sortd.running.precision import load_on
@@ -95,11 +93,10 @@ def measure(
             first = len(files) // 6  # before the time is taken, so that the decoders have started
             warm = [one for one in embedder.embed(files[:first]) if isinstance(one, EmbeddedImage)]
             began, timed = perf_counter(), files[first:][: max(8, int(bound * PIPELINE_SECONDS))]
-            rows = [one.embedding for one in embedder.embed(timed) if isinstance(one, EmbeddedImage)]
-            embedded = len(rows) / (perf_counter() - began)
-            if not rows:
+            done = [one for one in embedder.embed(timed) if isinstance(one, EmbeddedImage)]
+            embedded = len(done) / (perf_counter() - began)
+            if not done:
                 raise DataError(f"none of {len(timed)} images can be decoded; `sortd check` says more")
-            decided = _decide_milliseconds(config, encoder, np.stack(rows))
         finally:
             site.unload()
         tell("moving copies")
@@ -123,7 +120,7 @@ def measure(
         "onnx_hint": None if backend["export"] else " and ".join([*missing, "`sortd models export`"]),
         "device": _device(encoder),
         "cores": cores,
-        "files": len(warm) + len(rows),
+        "files": len(warm) + len(done),
         "megabytes": statistics.fmean(mark.size for _, mark in files) / 1e6,
         "load_seconds": load_seconds,
         "best_batch": best,
@@ -131,11 +128,10 @@ def measure(
             "decode": decode,
             "encode": forward[best],
             "encode_alone": forward[1],
-            "decide": decided,
             "move": moved,
         },
         "embedded_per_second": embedded,
-        "filed_per_second": 1.0 / (1.0 / embedded + 1e-3 * ((decided or 0.0) + (moved or 0.0))),
+        "filed_per_second": 1.0 / (1.0 / embedded + 1e-3 * (moved or 0.0)),
         "bound_per_second": bound,
         "share_of_bound": round(embedded / bound, 3),
         "limit": "decode" if decode / cores > forward[best] else "forward",
@@ -211,7 +207,6 @@ def print_measured(facts: Mapping[str, Any]) -> None:
         "decode": "reading and hashing included; one process, as many work as there are cores",
         "encode": f"at its best batch, {facts['best_batch']}",
         "encode_alone": "one image by itself",
-        "decide": "by the prototypes that serve" if stages["decide"] else "no prototypes of this model yet",
         "move": "copies in a scratch folder, journal and all",
     }
     rows = [
@@ -261,22 +256,6 @@ def _forward_milliseconds(encoder: Encoder, pixels: Pixels, *, most: int) -> dic
             encoder.encode_images(batch)
             times[size].append(1e3 * (perf_counter() - began) / size)
     return {size: statistics.median(taken) for size, taken in times.items()}
-
-
-def _decide_milliseconds(config: Config, encoder: Encoder, rows: FloatArray) -> float | None:
-    """Time decisions by the largest prototypes of this encoder; None where there are none."""
-    kept = []
-    with suppress(LayoutError):  # a folder of images can be measured without datasets
-        kept = [stored_prototypes(config, layout) for layout in find_datasets(config.root)]
-    fitting = [one for one in kept if one is not None and one.encoder_id == encoder.encoder_id]
-    if not fitting:
-        return None
-    largest, batch, times = max(fitting, key=lambda one: len(one.references)), rows[: config.batch_size], []
-    for _ in range(10):
-        began = perf_counter()
-        decide(largest, batch)
-        times.append(1e3 * (perf_counter() - began) / len(batch))
-    return statistics.median(times)
 
 
 def _move_milliseconds(scratch: Path, files: Sequence[File]) -> float | None:
