@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from sortd import __version__, mends
+from sortd import __version__, errors
 from sortd.commands import decisions as cli_decisions
 from sortd.commands import facts as cli_facts
 from sortd.commands import finetuning as cli_finetuning
@@ -361,7 +361,7 @@ def refusal(error: OSError) -> str:
     """Say what was refused, to which path, and what to do."""
     if error.filename is None:
         return f"what was to be written was refused: {error.strerror}; see that there is room where it goes"
-    mend = mends.to_write(error) or "see that its disk has room and is well"
+    mend = errors.advice_for_write(error) or "see that its disk has room and is well"
     if isinstance(error, PermissionError):
         mend = "mend its rights, or ask as the user that sortd runs as"
     return f"{printable(os.fsdecode(error.filename))}: {error.strerror}; {mend}"

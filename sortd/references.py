@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sortd import mends
+from sortd import errors
 from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.deciding.steps import finish
 from sortd.decoding.files import OUR_OWN_TROUBLE
@@ -222,7 +222,7 @@ class References:
             error = unreadable[0]
             if error.errno in OUR_OWN_TROUBLE:
                 raise error
-            raise ReferencesAbsentError(mends.unreadable(error))
+            raise ReferencesAbsentError(errors.unreadable(error))
         if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:
             raise ReferencesAbsentError(
                 f"{self._clases} holds no class folder: make one for each class, with images in it"
@@ -332,7 +332,7 @@ class References:
 
 def _undescribed(error: OSError) -> ImageRefused:
     """Say of a description file that its class does without."""
-    message = f"the class has no description: {error.strerror or error}; {mends.to_read(error)}"
+    message = f"the class has no description: {error.strerror or error}; {errors.advice_for(error)}"
     return ImageRefused(error.filename, Stamp(0, 0, 0, 0), Refusal.DENIED, message)
 
 

@@ -12,7 +12,6 @@ THOUGHT, EDGE, DRIVER = 0, 1, 2
 FLOORS: dict[str, tuple[int, str]] = {
     # floor 0: thought; knows no file, clock, thread, log or model
     "errors": (THOUGHT, "errors"),
-    "mends": (THOUGHT, "mends"),
     "deciding.steps": (THOUGHT, "prototypes"),
     "names": (THOUGHT, "names"),
     "deciding.support": (THOUGHT, "prototypes"),

@@ -17,7 +17,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Final
 
-from sortd import mends
+from sortd import errors
 from sortd.commands.backend import backend_findings
 from sortd.commands.check_references import (
     DECODING_SECONDS,
@@ -88,7 +88,7 @@ def site_findings(config: Config, *, decoding_seconds: float = DECODING_SECONDS)
         try:
             yield from found
         except OSError as refusal:
-            mend = mends.to_read(refusal)
+            mend = errors.advice_for(refusal)
             if isinstance(refusal, PermissionError):
                 mend = "mend its rights, or check as the user that sortd runs as: sudo -u USER sortd check"
             what = f"cannot be looked at: {refusal.strerror or refusal}"

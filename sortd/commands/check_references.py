@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
-from sortd import mends
+from sortd import errors
 from sortd.cache import Cache
 from sortd.commands.console import counted, printable
 from sortd.commands.finding import Finding, Topic, error, note, warning
@@ -63,7 +63,9 @@ def reference_findings(
         yield error(Topic.REFERENCES, clases, str(absent), "give sortd the right to read it, or mount its disk")
         return
     for refusal in [*unreadable, *(one.description_refusal for one in folders if one.description_refusal)]:
-        yield error(Topic.REFERENCES, refusal.filename, f"cannot be read: {refusal.strerror}", mends.to_read(refusal))
+        yield error(
+            Topic.REFERENCES, refusal.filename, f"cannot be read: {refusal.strerror}", errors.advice_for(refusal)
+        )
     yield from _name_findings(clases, [folder.label for folder in folders], misnamed)
     yield from _left_out_findings(clases)
     contents = _known_contents(config, [file for folder in folders for file in folder.files])

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sortd import mends
+from sortd import errors
 from sortd.commands.console import interval
 from sortd.commands.journals import JournalPlace, journals
 from sortd.commands.promotion import serving_facts
@@ -131,7 +131,7 @@ def _look_through(layout: Layout) -> tuple[int | None, list[Row]]:
         if why is not None:
             rows.append(_row(owner, why.reason, why.message))
             count -= os.path.isfile(owner)
-    rows += [_row(error.filename, "unreadable", mends.unreadable(error)) for error in refused]
+    rows += [_row(error.filename, "unreadable", errors.unreadable(error)) for error in refused]
     is_listed = images not in {error.filename for error in refused}
     return count if is_listed else None, rows
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sortd import mends
+from sortd import errors
 from sortd.deciding.decision import judge
 from sortd.deciding.prompts import GENERIC_NOUNS, prompts
 from sortd.errors import ModelError
@@ -78,4 +78,4 @@ def _descriptions(folder: Path) -> tuple[str, ...]:
     except NotADirectoryError:
         return ()
     except OSError as error:
-        raise ModelError(mends.unreadable(error)) from error
+        raise ModelError(errors.unreadable(error)) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sortd import mends
+from sortd import errors
 from sortd.commands.journals import JOURNAL_FILE
 from sortd.errors import DataError
 from sortd.journaling.history import History
@@ -115,7 +115,7 @@ def find_candidates(layout: Layout, source: Source, state: Path) -> tuple[list[C
         except ReferencesAbsentError as error:
             raise DataError(f"{error}; choose other folders with --from, or mend it") from error
         if unreadable:
-            raise DataError(mends.unreadable(unreadable[0]))
+            raise DataError(errors.unreadable(unreadable[0]))
         files = [(path, stamp, one.label) for one in folders for path, stamp in one.files]
         placed = _placed(layout, files, state) if area is Area.DATASET else [True] * len(files)
         found += [Candidate(*file, is_placed) for file, is_placed in zip(files, placed, strict=True)]
