@@ -18,17 +18,19 @@ import typer
 
 from sortd import __version__, errors
 from sortd.commands import decisions as cli_decisions
-from sortd.commands import facts as cli_facts
 from sortd.commands import finetuning as cli_finetuning
 from sortd.commands import models as cli_models
-from sortd.commands import moves as cli_moves
 from sortd.commands.console import (
     Command,
     ConfigOption,
+    DatasetOption,
     Group,
     JsonOption,
+    SinceOption,
+    UntilOption,
     counted,
     load_config,
+    moment_option,
     print_json,
     printable,
     say,
@@ -250,6 +252,109 @@ def this_program() -> str:
     return "sortd" if is_usual else shlex.quote(os.path.abspath(called))
 
 
+def check(
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Decode every reference, however long it takes.")
+    ] = False,
+) -> None:
+    """Look at configuration, folders, rights, disks, references and model, and say what to mend."""
+    from sortd.commands.facts import show_check
+
+    raise typer.Exit(show_check(config, as_json=as_json, thorough=thorough))
+
+
+def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Tell whether sortd runs (exit code 75: none does), with which model, what waits, and how often it was right."""
+    from sortd.commands.facts import show_status
+
+    raise typer.Exit(show_status(config, as_json=as_json))
+
+
+def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
+    config: ConfigOption = None,
+    dataset: DatasetOption = None,
+    label: Annotated[str | None, typer.Option("--label", help="Only this class.")] = None,
+    outcome: Annotated[
+        str | None, typer.Option("--outcome", help="Only filed, sent_to_review, rejected or undone.")
+    ] = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    run: Annotated[str | None, typer.Option("--run", help="Only this run of sortd.")] = None,
+    path: Annotated[Path | None, typer.Option("--path", help="Only this file: where it was or went.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Show the newest N moves (0: all).")] = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what was moved where and why, newest first."""
+    from sortd.commands.facts import show_history
+
+    if outcome not in {None, "filed", "sent_to_review", "rejected", "undone"}:
+        raise typer.BadParameter("must be filed, sent_to_review, rejected or undone", param_hint="--outcome")
+    begin, end = moment_option("--since", since), moment_option("--until", until)
+    chosen = {"label": label, "outcome": outcome, "run": run, "since": begin, "until": end}
+    show_history(config, dataset=dataset, file=path, limit=limit, as_json=as_json, **chosen)
+
+
+def undo(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
+    path: Annotated[
+        Path | None, typer.Argument(help="A file where sortd put it, or the place that it came from.")
+    ] = None,
+    config: ConfigOption = None,
+    last: Annotated[int | None, typer.Option("--last", min=1, help="The last so many moves.")] = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    run: Annotated[str | None, typer.Option("--run", help="All of one run; `sortd history` names the runs.")] = None,
+    dataset: DatasetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and touch nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Put images back to where they were, and hold them there until they change or are released."""
+    from sortd.commands.moves import undo_moves
+
+    ways = [path is not None, last is not None, since is not None or until is not None, run is not None]
+    if sum(ways) == 0:
+        raise typer.BadParameter("say what: a PATH, --last N, --since or --until, or --run")
+    if sum(ways) > 1 and (path is not None or last is not None):
+        raise typer.BadParameter("a PATH and --last stand alone; --since, --until and --run go together")
+    times = {"since": moment_option("--since", since), "until": moment_option("--until", until)}
+    code = undo_moves(config, path, last=last, dataset=dataset, dry_run=dry_run, as_json=as_json, run=run, **times)
+    raise typer.Exit(code)
+
+
+def release(
+    path: Annotated[
+        Path | None, typer.Argument(help="A held file, or the folder of a dataset that the guard holds.")
+    ] = None,
+    config: ConfigOption = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every held file, and every dataset that the guard holds.")
+    ] = False,
+    dataset: DatasetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let files that an undo holds, and datasets that the guard holds, be decided and moved again."""
+    from sortd.commands.moves import release_files
+
+    if (path is None) != everything:
+        raise typer.BadParameter("say which: a PATH, or --all")
+    release_files(config, path, dataset=dataset, as_json=as_json)
+
+
+def rebuild(
+    dataset: Annotated[str | None, typer.Argument(help="Only this dataset.")] = None,
+    config: ConfigOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Take the new prototypes even where they look worse than the old ones.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Let the sortd that runs learn its classes anew."""
+    from sortd.commands.moves import ask_to_rebuild
+
+    ask_to_rebuild(config, dataset, force=force, as_json=as_json)
+
+
 def bench(
     folder: Annotated[Path | None, typer.Argument(help="Whose images serve; without it those of the datasets.")] = None,
     config: ConfigOption = None,
@@ -275,13 +380,13 @@ def version() -> None:
 
 
 for command in (
-    cli_facts.check,
-    cli_facts.status,
+    check,
+    status,
     cli_decisions.explain,
-    cli_facts.history,
-    cli_moves.undo,
-    cli_moves.release,
-    cli_moves.rebuild,
+    history,
+    undo,
+    release,
+    rebuild,
     bench,
 ):
     app.command(cls=Command)(command)

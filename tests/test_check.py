@@ -12,8 +12,14 @@ from pathlib import Path
 import pytest
 
 from sortd.caching.stored_prototypes import PrototypeFiles
-from sortd.commands import check
-from sortd.commands.check import lock_holder, machine_findings, move_findings, site_findings, watching_findings
+from sortd.commands.check import (
+    check_all,
+    lock_holder,
+    machine_findings,
+    move_findings,
+    site_findings,
+    watching_findings,
+)
 from sortd.commands.check_references import calibration_findings
 from sortd.commands.examination import examine
 from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
@@ -47,7 +53,7 @@ def look(tmp_path: Path) -> Check:
     def look(text: str = "", *, environment: Mapping[str, str] | None = None) -> Findings:
         file = tmp_path / "config.yaml"
         file.write_text(f"root: Data\nstate_dir: state\ncache_dir: cache\nmode: max\n{text}", encoding="utf-8")
-        return list(check.findings(file, {"HOME": str(tmp_path), **(environment or {})}))
+        return list(check_all(file, {"HOME": str(tmp_path), **(environment or {})}))
 
     return look
 

@@ -58,7 +58,7 @@ READ_AND_ENTER = os.R_OK | os.X_OK
 Rename = Callable[[int, str, int, str], None]
 
 
-def findings(path: Path | None, environment: Mapping[str, str], *, thorough: bool = False) -> Iterator[Finding]:
+def check_all(path: Path | None, environment: Mapping[str, str], *, thorough: bool = False) -> Iterator[Finding]:
     """Yield the mistakes of a configuration, or what is found about all that a valid one points at.
 
     Args:

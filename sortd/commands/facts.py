@@ -6,21 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
-
+from sortd.commands.check import check_all
 from sortd.commands.console import (
-    ConfigOption,
-    DatasetOption,
-    JsonOption,
-    SinceOption,
-    UntilOption,
     counted,
     format_duration,
     format_time,
     load_config,
-    moment_option,
     out_of,
     print_json,
     print_line,
@@ -28,11 +21,13 @@ from sortd.commands.console import (
     printable,
     say,
 )
+from sortd.commands.finding import Finding, Topic, exit_code
+from sortd.commands.journals import journals, narrowed, record_facts
+from sortd.commands.overview import overview
+from sortd.config import find
 from sortd.errors import JournalError
-
-if TYPE_CHECKING:
-    from sortd.commands.finding import Finding
-    from sortd.config import Config
+from sortd.journaling.history import History
+from sortd.journaling.records import Selection
 
 RESTING = {"abstained", "refused", "held"}
 """States of images that wait for nothing; they are told of as files in Review/ and as held."""
@@ -44,19 +39,10 @@ STYLES = {"sent to review": "yellow", "rejected": "red", "undone": "cyan"}
 MARKS = {"note": ("·", ""), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
 
 
-def check(
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-    thorough: Annotated[
-        bool, typer.Option("--thorough", help="Decode every reference, however long it takes.")
-    ] = False,
-) -> None:
-    """Look at configuration, folders, rights, disks, references and model, and say what to mend."""
-    from sortd.commands.check import findings as findings_of
-    from sortd.commands.finding import Topic, exit_code
-
+def show_check(config: Path | None, *, as_json: bool, thorough: bool) -> int:
+    """Print what the checks find, as soon as each does, and return the exit code."""
     findings = []
-    for finding in findings_of(config, os.environ, thorough=thorough):
+    for finding in check_all(config, os.environ, thorough=thorough):
         findings.append(finding)
         if not as_json:
             _print_finding(finding)
@@ -72,10 +58,10 @@ def check(
         print_line(f"{what} of {counted(unknown, 'dataset')}", style="bold yellow")
     else:
         print_line("all is well", style="bold green")
-    raise typer.Exit(exit_code(findings))
+    return exit_code(findings)
 
 
-def _print_finding(finding: "Finding") -> None:
+def _print_finding(finding: Finding) -> None:
     mark, style = MARKS[finding.severity.value]
     print_line(f"{mark} {finding.severity.value}: {printable(finding.subject)}", style=style)
     print_line(f"    {printable(finding.what)}")
@@ -83,19 +69,16 @@ def _print_finding(finding: "Finding") -> None:
         print_line(f"    -> {printable(finding.mend)}", style="green")
 
 
-def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Tell whether sortd runs (exit code 75: none does), with which model, what waits, and how often it was right."""
-    from sortd.commands.overview import overview
-    from sortd.config import find
-
-    loaded = load_config(config)
-    file = config or find(os.environ)
-    facts = {"config": None if file is None else os.path.abspath(file), **overview(loaded)}
+def show_status(path: Path | None, *, as_json: bool) -> int:
+    """Print the overview, and return the exit code: 75 where no sortd runs."""
+    config = load_config(path)
+    file = path or find(os.environ)
+    facts = {"config": None if file is None else os.path.abspath(file), **overview(config)}
     if as_json:
         print_json(facts)
     else:
         _print_status(facts)
-    raise typer.Exit(0 if facts["running"] else NOT_RUNNING)
+    return 0 if facts["running"] else NOT_RUNNING
 
 
 def _print_status(facts: Mapping[str, Any]) -> None:
@@ -208,34 +191,34 @@ def _print_accuracy(accuracy: Mapping[str, Any]) -> None:
         print_line("  right: of those filed before you last corrected or undid an image of the class")
 
 
-def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
-    config: ConfigOption = None,
-    dataset: DatasetOption = None,
-    label: Annotated[str | None, typer.Option("--label", help="Only this class.")] = None,
-    outcome: Annotated[
-        str | None, typer.Option("--outcome", help="Only filed, sent_to_review, rejected or undone.")
-    ] = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
-    run: Annotated[str | None, typer.Option("--run", help="Only this run of sortd.")] = None,
-    path: Annotated[Path | None, typer.Option("--path", help="Only this file: where it was or went.")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=0, help="Show the newest N moves (0: all).")] = 50,
-    as_json: JsonOption = False,
+def show_history(
+    path: Path | None,
+    *,
+    dataset: str | None,
+    file: Path | None,
+    limit: int,
+    as_json: bool,
+    **conditions: Any,  # noqa: ANN401 -- of Selection
 ) -> None:
-    """Tell what was moved where and why, newest first."""
-    if outcome not in {None, "filed", "sent_to_review", "rejected", "undone"}:
-        raise typer.BadParameter("must be filed, sent_to_review, rejected or undone", param_hint="--outcome")
-    records, refusal = _records(
-        load_config(config),
-        dataset=dataset,
-        label=label,
-        outcome=outcome,
-        since=moment_option("--since", since),
-        until=moment_option("--until", until),
-        run=run,
-        path=path,
-        limit=limit or None,
-    )
+    """Print the records that meet the conditions, newest first.
+
+    Raises:
+        JournalError: one journal cannot be read; the records of the others are printed before.
+    """
+    config, refusal, records = load_config(path), None, list[dict[str, Any]]()
+    dataset, relative = narrowed(config, dataset, file)
+    for place in journals(config, dataset):
+        if not place.is_there:
+            continue
+        try:
+            with History.open(place.file) as history:
+                found = history.moves(Selection(path=relative, limit=limit or None, **conditions))
+        except JournalError as error:
+            refusal = refusal or error
+        else:
+            records += [record_facts(place, record) for record in found]
+    records.sort(key=lambda one: (one["at"], one["id"]), reverse=True)
+    records = records[: limit or None]
     if as_json:
         print_json(records)
     else:
@@ -277,35 +260,6 @@ def _columns(record: Mapping[str, Any]) -> tuple[str, ...]:
         record["reason"] or "",
         record["run"],
     )
-
-
-def _records(
-    config: "Config",
-    *,
-    dataset: str | None,
-    path: Path | None,
-    **conditions: Any,  # noqa: ANN401 -- of Selection
-) -> tuple[Sequence[dict[str, Any]], JournalError | None]:
-    """Return the records of all journals that were asked for, newest first, and why one could not be read."""
-    from sortd.commands.journals import journals, narrowed, record_facts
-    from sortd.journaling.history import History
-    from sortd.journaling.records import Selection
-
-    dataset, relative = narrowed(config, dataset, path)
-    records: list[dict[str, Any]] = []
-    refusal = None
-    for place in journals(config, dataset):
-        if not place.is_there:
-            continue
-        try:
-            with History.open(place.file) as history:
-                found_here = history.moves(Selection(path=relative, **conditions))
-        except JournalError as error:
-            refusal = refusal or error
-        else:
-            records += [record_facts(place, record) for record in found_here]
-    records.sort(key=lambda one: (one["at"], one["id"]), reverse=True)
-    return records[: conditions["limit"]], refusal
 
 
 def _relative(path: str) -> str:
