@@ -179,9 +179,7 @@ def said_format() -> "Format":
 @app.command(cls=Command)
 def init(
     directory: Annotated[Path, typer.Argument(help="The dataset's folder; it and what it lacks is made.")],
-    classes: Annotated[
-        list[str] | None, typer.Option("--class", help="Make a folder for this class; repeatable.")
-    ] = None,
+    classes: Annotated[list[str] | None, typer.Option("--class", help="Make this class's folder; repeatable.")] = None,
 ) -> None:
     """Make the folders of a dataset, and its marker."""
     from sortd.deciding.prompts import written_name
@@ -255,9 +253,7 @@ def this_program() -> str:
 def check(
     config: ConfigOption = None,
     as_json: JsonOption = False,
-    thorough: Annotated[
-        bool, typer.Option("--thorough", help="Decode every reference, however long it takes.")
-    ] = False,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Decode every reference; may take long.")] = False,
 ) -> None:
     """Look at configuration, folders, rights, disks, references and model, and say what to mend."""
     from sortd.commands.facts import show_check
@@ -276,9 +272,7 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     config: ConfigOption = None,
     dataset: DatasetOption = None,
     label: Annotated[str | None, typer.Option("--label", help="Only this class.")] = None,
-    outcome: Annotated[
-        str | None, typer.Option("--outcome", help="Only filed, sent_to_review, rejected or undone.")
-    ] = None,
+    outcome: Annotated[str | None, typer.Option(help="Only filed, sent_to_review, rejected or undone.")] = None,
     since: SinceOption = None,
     until: UntilOption = None,
     run: Annotated[str | None, typer.Option("--run", help="Only this run of sortd.")] = None,
@@ -297,11 +291,9 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
 
 
 def undo(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
-    path: Annotated[
-        Path | None, typer.Argument(help="A file where sortd put it, or the place that it came from.")
-    ] = None,
+    path: Annotated[Path | None, typer.Argument(help="Where sortd put a file, or where it came from.")] = None,
     config: ConfigOption = None,
-    last: Annotated[int | None, typer.Option("--last", min=1, help="The last so many moves.")] = None,
+    last: Annotated[int | None, typer.Option("--last", min=1, help="The newest N moves.")] = None,
     since: SinceOption = None,
     until: UntilOption = None,
     run: Annotated[str | None, typer.Option("--run", help="All of one run; `sortd history` names the runs.")] = None,
@@ -323,13 +315,9 @@ def undo(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
 
 
 def release(
-    path: Annotated[
-        Path | None, typer.Argument(help="A held file, or the folder of a dataset that the guard holds.")
-    ] = None,
+    path: Annotated[Path | None, typer.Argument(help="A held file, or the folder of a held dataset.")] = None,
     config: ConfigOption = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Every held file, and every dataset that the guard holds.")
-    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Every held file and every held dataset.")] = False,
     dataset: DatasetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -344,9 +332,7 @@ def release(
 def rebuild(
     dataset: Annotated[str | None, typer.Argument(help="Only this dataset.")] = None,
     config: ConfigOption = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Take the new prototypes even where they look worse than the old ones.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Use the new prototypes even if they look worse.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Let the sortd that runs learn its classes anew."""

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -77,33 +77,42 @@ def _dataset(config: Config, place: JournalPlace, live: dict[str, Any], *, is_al
         facts |= live
     else:
         facts |= {key: live[key] for key in ("problem", "generation", "classes", "references", "mode") if key in live}
-    facts |= _from_journal(place)
+    journal, held = _from_journal(place)
+    facts |= journal
     if place.root is not None:
         layout = Layout(place.root)
         facts["in_images"], left = _look_through(layout)
-        facts["left"] = _left([*left, *(_held(place) if facts["held"] else ())], facts.get("left"))
+        facts["left"] = _left([*left, *held], facts.get("left"))
         facts["in_review"] = _count_review(layout)
     if not is_alive and facts.get("hold"):  # whatever the last run could write about it
         facts["problem"] = facts["hold"]
     return facts
 
 
-def _from_journal(place: JournalPlace) -> dict[str, Any]:
-    nothing: dict[str, Any] = {"total": {}, "held": 0, "last_move_at": None, "accuracy": {}}
+def _from_journal(place: JournalPlace) -> tuple[dict[str, Any], list[Row]]:
+    """Return what a journal knows, and the held files that stand where they were when they were held."""
+    facts: dict[str, Any] = {"total": {}, "held": 0, "last_move_at": None, "accuracy": {}}
     if not place.is_there:
-        return nothing
+        return facts, []
     try:
         with History.open(place.file) as history:
-            last = history.moves(Selection(limit=1))
-            return {
+            last, held = history.moves(Selection(limit=1)), history.held()
+            facts = {
                 "total": history.counts(),
-                "held": len(history.held()),
+                "held": len(held),
                 "hold": history.guard().reason or None,
                 "last_move_at": last[0].ended_at if last else None,
                 "accuracy": {label: _filed_facts(filed) for label, filed in history.accuracy().items()},
             }
     except JournalError as error:
-        return nothing | {"journal_problem": str(error)}
+        return facts | {"journal_problem": str(error)}, []
+    rows = []
+    for relative, mark in held.items():
+        path = f"{place.root}/{relative}"
+        with suppress(OSError):
+            if is_version(os.lstat(path), mark):
+                rows.append(_row(path, Reason.HELD, "it is held until it changes or is released: sortd release PATH"))
+    return facts, rows
 
 
 def _filed_facts(filed: FiledImages) -> dict[str, Any]:
@@ -136,23 +145,8 @@ def _look_through(layout: Layout) -> tuple[int | None, list[Row]]:
     return count if is_listed else None, rows
 
 
-def _held(place: JournalPlace) -> Iterator[Row]:
-    """Yield the files of a dataset that are held and stand where they were when that was said."""
-    with suppress(JournalError), History.open(place.file) as history:
-        for relative, mark in history.held().items():
-            path = f"{place.root}/{relative}"
-            with suppress(OSError):
-                if is_version(os.lstat(path), mark):
-                    yield _row(path, Reason.HELD, "it is held until it changes or is released: sortd release PATH")
-
-
 def _left(rows: Sequence[Row], live: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Put together what stays in Images/: what was seen just now, and what the running sortd has looked into.
-
-    Args:
-        rows: what was seen.
-        live: what the running sortd tells, see ``running/account.py``.
-    """
+    """Count by reason what stays in Images/: the rows seen just now, and those in the status of the sortd that runs."""
     seen = {row["path"] for row in rows}
     looked_into: list[Row] = [] if live is None else live["files"]
     reasons = Counter(row["reason"] for row in rows)
