@@ -40,7 +40,7 @@ from sortd.errors import SortdError
 from sortd.files import readable_json
 
 if TYPE_CHECKING:
-    from sortd.logs import Format
+    from sortd.logs import LogFormat
     from sortd.messages import Move
     from sortd.running.site import LoadEncoder
 
@@ -99,7 +99,7 @@ def once(
 ) -> None:
     """File what is there now, and stop."""
     if dry_run:
-        rehearse(config, as_json=as_json)
+        print_dry_run(config, as_json=as_json)
     else:
         work(config, once=True)
 
@@ -137,7 +137,7 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def rehearse(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | None" = None) -> None:
+def print_dry_run(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | None" = None) -> None:
     """Say what ``once`` would do; ``load_encoder`` stands in for the configured model.
 
     Raises:
@@ -170,7 +170,7 @@ def rehearse(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | N
         say(f"sortd: {counted(told, 'image')} would be moved; nothing was touched")
 
 
-def said_format() -> "Format":
+def said_format() -> "LogFormat":
     """Return the form of the log while the configuration is read, whose refusal is logged too."""
     named = os.environ.get("SORTD_LOG__FORMAT")
     return "console" if named == "console" else "json" if named == "json" else "auto"
@@ -384,12 +384,12 @@ app.add_typer(cli_models.models)
 def main() -> None:
     """Run the command line; translate errors into a sentence on stderr and an exit code (sysexits(3))."""
     open_missing_streams()
-    with translated():
+    with ending_by_errors():
         app()
 
 
 @contextmanager
-def translated() -> Iterator[None]:
+def ending_by_errors() -> Iterator[None]:
     """Let what ends a command end the process: a sentence on stderr, or a line of the log where that is JSON."""
     try:
         yield

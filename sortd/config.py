@@ -74,7 +74,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
-class Abstain(_Frozen):
+class AbstainConfig(_Frozen):
     """How sure a decision must be before an image is filed."""
 
     precision: Share = 0.95
@@ -99,7 +99,7 @@ class Log(_Frozen):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class Metrics(_Frozen):
+class MetricsConfig(_Frozen):
     """Where Prometheus finds the counts; nowhere unless said."""
 
     textfile: Annotated[Path, AfterValidator(_for_the_collector)] | None = None
@@ -110,7 +110,7 @@ class DatasetConfig(_Frozen):
     """What may differ from dataset to dataset."""
 
     mode: ModeName = "mixed"
-    abstain: Annotated[Abstain | None, BeforeValidator(_not_off)] = Abstain()
+    abstain: Annotated[AbstainConfig | None, BeforeValidator(_not_off)] = AbstainConfig()
     classifier: Literal["auto", "prototypes", "finetuned"] = "auto"
     prompts: Annotated[tuple[Template, ...], AfterValidator(_some)] = DEFAULT_TEMPLATES
     learn_from_corrections: bool = False
@@ -143,7 +143,7 @@ class Config(DatasetConfig):
     polling_seconds: Annotated[float, Field(ge=0.5, le=86_400, allow_inf_nan=False)] = 5.0
     decoding: Decoding = Decoding()
     log: Log = Log()
-    metrics: Metrics = Metrics()
+    metrics: MetricsConfig = MetricsConfig()
 
     def dataset(self, name: str) -> DatasetConfig:
         """Return what holds for a dataset: its own words over those for all, key by key."""
@@ -153,7 +153,7 @@ class Config(DatasetConfig):
             return DatasetConfig.model_construct(**everyone)
         said = {key: getattr(own, key) for key in own.model_fields_set}
         both = own.abstain, self.abstain
-        if "abstain" in said and isinstance(both[0], Abstain) and isinstance(both[1], Abstain):
+        if "abstain" in said and isinstance(both[0], AbstainConfig) and isinstance(both[1], AbstainConfig):
             ours = {key: getattr(both[0], key) for key in both[0].model_fields_set}
             said["abstain"] = both[1].model_copy(update=ours)
         return DatasetConfig.model_construct(**(everyone | said))
@@ -163,10 +163,10 @@ LIVE_KEYS = frozenset(DatasetConfig.model_fields) | {"datasets", "rescan_seconds
 """What a running sortd takes over on reload; all else waits for a restart."""
 
 _GROUPS: Final[Mapping[str, type[BaseModel]]] = {
-    "abstain": Abstain,
+    "abstain": AbstainConfig,
     "decoding": Decoding,
     "log": Log,
-    "metrics": Metrics,
+    "metrics": MetricsConfig,
 }
 _MAY_BE_EMPTY = {"state_dir", "cache_dir", "text_model", "datasets", "log", "metrics", "decoding"}
 
@@ -240,7 +240,7 @@ def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, obj
 def _content(file: Path) -> bytes:
     try:
         with os.fdopen(open_regular(file, follow=True), "rb") as opened:
-            return opened.read(yaml_tree.MAX_BYTES + 1)
+            return opened.read(yaml_tree.MAX_YAML_BYTES + 1)
     except OSError as error:
         mend = "name a file that is there, or leave -c out for the defaults"
         if isinstance(error, PermissionError):

@@ -20,7 +20,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from sortd.files import readable_json
 from sortd.messages import Outcome
 
-Format = Literal["auto", "console", "json"]
+LogFormat = Literal["auto", "console", "json"]
 Level = Literal["debug", "info", "warning", "error"]
 
 IMAGE_FILED: Final = "image.filed"
@@ -79,7 +79,7 @@ PADDED = 22
 _UNSAID = ("encoder_id",)
 """Long, and the same in every line until the next start: ``model.loaded`` says it once."""
 
-REASONS = {
+SHORT_REASONS = {
     "no_classes": "no class to choose from",
     "name_only": "the class is known by its name alone",
     "too_few": "too few references",
@@ -151,7 +151,7 @@ class RateLimit:
 
 
 def configure(
-    format: Format = "auto",  # noqa: A002 - the configuration's own word
+    format: LogFormat = "auto",  # noqa: A002 - the configuration's own word
     level: Level = "info",
     *,
     stream: TextIO | None = None,
@@ -263,7 +263,7 @@ def _why(line: Mapping[str, Any]) -> str:
     if score is not None and margin is not None and second is not None:
         said.append(f"then {second} {score - margin:.3f}")
     if line.get("reason"):
-        said.append(REASONS.get(line["reason"], str(line["reason"])))
+        said.append(SHORT_REASONS.get(line["reason"], str(line["reason"])))
     return ", ".join(said)
 
 

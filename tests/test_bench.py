@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sortd.commands import bench
-from sortd.commands.bench import advice, draw, measure, print_measured
+from sortd.commands.bench import backend_advice, draw, measure, print_measured
 from sortd.config import Config, load
 from sortd.errors import DataError, ModelError
 from tests.command_line import sortd
@@ -78,7 +78,7 @@ def advised(
 ) -> list[str]:
     """Return the advice for these backends."""
     facts = {"backends": backends, "limit": limit, "device": device, "int8_refusal": refusal, "onnx_hint": hint}
-    return [*advice(facts)]
+    return [*backend_advice(facts)]
 
 
 def backend(name: str, images_per_second: float, *, serves: bool = False) -> Facts:

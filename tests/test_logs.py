@@ -280,7 +280,7 @@ def test_a_console_says_a_new_name_and_the_reason_not_to_file(log: structlog.std
 
 def test_every_reason_is_said_in_words() -> None:
     """A reason that a decision can have and that no console could say would come out as a word of the code."""
-    assert set(logs.REASONS) == set(explanation.REASONS)
+    assert set(logs.SHORT_REASONS) == set(explanation.REASONS)
 
 
 def test_a_console_leaves_nothing_out_at_level_debug(log: structlog.stdlib.BoundLogger) -> None:

@@ -47,7 +47,7 @@ PIPELINE_SECONDS = 15.0
 LARGEST_BATCH = 128
 MOVED_AT_MOST = 32
 
-File = tuple[str, Stamp]
+_File = tuple[str, Stamp]
 LoadOther = Callable[[Config, str], Encoder]
 
 
@@ -137,10 +137,10 @@ def measure(
         "limit": "decode" if decode / cores > forward[best] else "forward",
         "backends": sorted(backends, key=lambda one: one["encode"]),
     }
-    return facts | {"advice": [*advice(facts)]}
+    return facts | {"advice": [*backend_advice(facts)]}
 
 
-def draw(config: Config, folder: Path | None, images: int) -> list[File]:
+def draw(config: Config, folder: Path | None, images: int) -> list[_File]:
     """Draw images from a folder or the datasets: first of Images/, then Clases/, Dataset/ and Review/.
 
     Raises:
@@ -149,7 +149,7 @@ def draw(config: Config, folder: Path | None, images: int) -> list[File]:
     areas = (Area.IMAGES, Area.CLASES, Area.DATASET, Area.REVIEW)
     layouts = find_datasets(config.root) if folder is None else []
     places = [layout.area(area) for area in areas for layout in layouts] if folder is None else [folder.absolute()]
-    found: list[File] = []
+    found: list[_File] = []
     for place in places:
         rule = rule_for_folder if place.name in CLASS_AREAS else rule_for
         listed = islice(scan(os.fspath(place), report=lambda _: None, rule_at_top=rule), LISTED_AT_MOST)
@@ -161,7 +161,7 @@ def draw(config: Config, folder: Path | None, images: int) -> list[File]:
     return random.Random(0).sample(sorted(found), min(images, len(found)))  # noqa: S311 -- a sample, no secret
 
 
-def advice(facts: Mapping[str, Any]) -> Iterator[str]:
+def backend_advice(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield which backend to choose, and what limits."""
     serving = next(one for one in facts["backends"] if one["serves"])
 
@@ -227,7 +227,7 @@ def print_measured(facts: Mapping[str, Any]) -> None:
 # ---------------------------------------------------------------- stages, in milliseconds an image
 
 
-def _decode(config: Config, encoder: Encoder, files: Sequence[File]) -> tuple[float, Pixels]:
+def _decode(config: Config, encoder: Encoder, files: Sequence[_File]) -> tuple[float, Pixels]:
     """Return what one process takes, hashing included, and pixels (B, height, width, 3)."""
     decoding, decoded = config.decoding, list[DecodedImage]()
     limits = Limits(max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes)
@@ -258,7 +258,7 @@ def _forward_milliseconds(encoder: Encoder, pixels: Pixels, *, most: int) -> dic
     return {size: statistics.median(taken) for size, taken in times.items()}
 
 
-def _move_milliseconds(scratch: Path, files: Sequence[File]) -> float | None:
+def _move_milliseconds(scratch: Path, files: Sequence[_File]) -> float | None:
     """Time moves of copies within a scratch dataset, with its journal, as one group."""
     layout = Layout(scratch / "Data" / "bench")
     layout.root.mkdir(parents=True)

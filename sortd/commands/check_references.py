@@ -27,7 +27,7 @@ from sortd.prototypes import PrototypeSet
 from sortd.references import STRANGERS_FOLDER, ClassFolder, ReferencesAbsentError, class_folders
 from sortd.watching.scanning import scan_all
 
-FEW = 4
+FEW_REFERENCES = 4
 """With fewer references than this, each further one is worth several points of accuracy: see docs/decisions.md."""
 
 FEW_STRANGERS = 8
@@ -37,12 +37,12 @@ LOW_SHARE_FILED = 0.5
 DECODING_SECONDS = 0.2
 """How long references are decoded whole; then only their headers are read, so that a check stays quick."""
 
-SIDE_PIXELS = 224
+CHECKED_PIXELS = 224
 """What most encoders see: references are decoded as far as it takes to come to this size."""
 
 CACHE_FILE = "embeddings.sqlite"
 
-File = tuple[str, Stamp]
+_File = tuple[str, Stamp]
 
 
 def reference_findings(
@@ -77,7 +77,7 @@ def reference_findings(
     yield from _twin_findings(clases, folders, contents)
 
 
-def _known_contents(config: Config, files: Sequence[File]) -> Mapping[File, str]:
+def _known_contents(config: Config, files: Sequence[_File]) -> Mapping[_File, str]:
     """Return the content (hexadecimal sha256) of the files that were read before; no cache is made for it."""
     file = config.cache_dir / CACHE_FILE
     if not os.path.isfile(file):  # False too where it may not be looked at, which another finding says
@@ -116,12 +116,12 @@ def _left_out_findings(clases: Path) -> Iterator[Finding]:
 
 
 def _reading_findings(
-    config: Config, clases: Path, files: Sequence[File], contents: Mapping[File, str], decoding_seconds: float
+    config: Config, clases: Path, files: Sequence[_File], contents: Mapping[_File, str], decoding_seconds: float
 ) -> Iterator[Finding]:
     """Read every reference that was not read before, as thoroughly as the time allows."""
     allowed = config.decoding
     limits = Limits(max_pixels=allowed.max_pixels, max_side=allowed.max_side_pixels, max_bytes=allowed.max_bytes)
-    seen = Preprocessing(shortest_edge=SIDE_PIXELS, crop_height=SIDE_PIXELS, crop_width=SIDE_PIXELS)
+    seen = Preprocessing(shortest_edge=CHECKED_PIXELS, crop_height=CHECKED_PIXELS, crop_width=CHECKED_PIXELS)
     fresh = [path for path, mark in files if (path, mark) not in contents]
     began, decoded = perf_counter(), 0
     for path in fresh:
@@ -169,15 +169,17 @@ def _count_findings(clases: Path, counts: dict[str, int], mode: str) -> Iterator
             "add images, or set `mode: mixed`, which knows classes by name too",
         )
         yield tell(Topic.REFERENCES, clases, f"{counted(len(empty), 'class')} {effect}: {_named(empty)}", mend)
-    few = [f"{label} ({count})" for label, count in counts.items() if 0 < count < FEW]
+    few = [f"{label} ({count})" for label, count in counts.items() if 0 < count < FEW_REFERENCES]
     if few and mode != "text":
-        what = f"{counted(len(few), 'class')} with fewer than {FEW} images: {_named(few)}"
-        yield warning(Topic.REFERENCES, clases, what, f"add at least {FEW} varied images per class, ideally 16")
+        what = f"{counted(len(few), 'class')} with fewer than {FEW_REFERENCES} images: {_named(few)}"
+        yield warning(
+            Topic.REFERENCES, clases, what, f"add at least {FEW_REFERENCES} varied images per class, ideally 16"
+        )
 
 
-def _twin_findings(clases: Path, folders: Sequence[ClassFolder], contents: Mapping[File, str]) -> Iterator[Finding]:
+def _twin_findings(clases: Path, folders: Sequence[ClassFolder], contents: Mapping[_File, str]) -> Iterator[Finding]:
     """Find one image in two classes; only files of one size can be equal, so few have to be read."""
-    by_size: dict[int, list[tuple[str, File]]] = defaultdict(list)
+    by_size: dict[int, list[tuple[str, _File]]] = defaultdict(list)
     for folder in folders:
         for file in folder.files:
             by_size[file[1].size].append((folder.label, file))

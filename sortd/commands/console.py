@@ -22,7 +22,7 @@ from sortd.files import readable_json
 if TYPE_CHECKING:
     from sortd.config import Config
 
-STANDARD_ERRORS = 1.96
+ERRORS_OF_95_PERCENT = 1.96
 """On either side of a mean: 95 % of a normal distribution lie within."""
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|hours?|d|days?|w|weeks?)(?:\s+ago)?")
@@ -238,10 +238,10 @@ def interval(right: int, judged: int) -> tuple[float, float]:
 
     Wilson (1927), "Probable inference, the law of succession, and statistical inference".
     """
-    squared = STANDARD_ERRORS**2
+    squared = ERRORS_OF_95_PERCENT**2
     share, whole = right / judged, judged + squared
     centre = (right + squared / 2) / whole
-    half = STANDARD_ERRORS * sqrt(share * (1 - share) * judged + squared / 4) / whole
+    half = ERRORS_OF_95_PERCENT * sqrt(share * (1 - share) * judged + squared / 4) / whole
     return max(0.0, centre - half), min(1.0, centre + half)
 
 

@@ -29,7 +29,7 @@ from sortd.errors import JournalError
 from sortd.journaling.history import History
 from sortd.journaling.records import Selection
 
-RESTING = {"abstained", "refused", "held"}
+AT_REST = {"abstained", "refused", "held"}
 """States of images that wait for nothing; they are told of as files in Review/ and as held."""
 
 NOT_RUNNING = 75
@@ -161,7 +161,7 @@ def _print_state(facts: Mapping[str, Any]) -> None:
 def _print_counts(facts: Mapping[str, Any]) -> None:
     """Print how many files wait, were moved, or stay where they are."""
     images = facts.get("images") or {}
-    waiting = [f"{number:,} {word}" for word, number in images.items() if number and word not in RESTING]
+    waiting = [f"{number:,} {word}" for word, number in images.items() if number and word not in AT_REST]
     if not images and facts.get("in_images"):
         waiting = [f"{counted(facts['in_images'], 'file')} in Images/"]
     if waiting:
