@@ -1,6 +1,6 @@
 """The command line: arguments in, exit codes out; facts on stdout, messages on stderr.
 
-The one place with lazy imports, so that `--help`, `check`, `status`, `history` and `undo` never import torch.
+Commands are imported when they run, so that `--help`, `check`, `status`, `history` and `undo` never import torch.
 """
 
 import errno
@@ -45,9 +45,8 @@ if TYPE_CHECKING:
     from sortd.running.site import LoadEncoder
 
 PATIENT_PRODUCTS = ("OPENBLAS_THREAD_TIMEOUT", "20")
-"""Read by the OpenBLAS in numpy when it is loaded: the binary logarithm of the clock cycles that its threads spin for
-after each product (26 if not set). A decision is one small product a batch, and the threads that spun for the next one
-burned 3 ms of processor time an image beside the forward; with this 0.1 ms (`benchmarks.efficiency`, two cores)."""
+"""Binary logarithm of the cycles that threads of OpenBLAS spin after a product (26 if not set). Spinning took 3 ms of
+processor time an image, with this 0.1 ms (`benchmarks.efficiency`, two cores)."""
 
 REFUSED = frozenset({
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE,

@@ -103,13 +103,7 @@ class RateLimit:
     def __init__(
         self, lines_per_minute: int, *, clock: Callable[[], float] = time.monotonic, max_causes: int = 1_000
     ) -> None:
-        """Begin with nothing counted.
-
-        Args:
-            lines_per_minute: of one event and cause.
-            clock: seconds, monotonic.
-            max_causes: how many are counted at a time; beyond, counting begins anew.
-        """
+        """Count ``max_causes`` at a time; beyond that, counting begins anew."""
         self._limit, self._clock, self._max_causes = lines_per_minute, clock, max_causes
         self._windows: dict[tuple[str, ...], tuple[float, int]] = {}
 
@@ -158,15 +152,10 @@ def configure(
     environ: Mapping[str, str] = os.environ,
     lines_per_minute: int = 20,
 ) -> None:
-    """Send every log line of the process to ``stream``; may be called again, the last call holds.
+    """Send every log line of the process to ``stream`` (default: stderr); the last call holds.
 
-    Args:
-        format: ``console`` for people, ``json`` for programs, ``auto`` by whether the stream is a terminal.
-        level: The least level of sortd's own lines. Other libraries are heard from ``warning`` on, or from ``info``
-            where this is ``debug``.
-        stream: Where to; standard error if not given.
-        environ: Where ``JOURNAL_STREAM`` and ``NO_COLOR`` are looked up.
-        lines_per_minute: See ``RateLimit``.
+    ``auto`` is ``console`` on a terminal, else ``json``. ``level`` is that of sortd's own lines; of other libraries
+    ``info`` passes where it is ``debug``, else ``warning``. ``JOURNAL_STREAM`` and ``NO_COLOR`` are looked up.
     """
     stream = stream or sys.stderr
     is_terminal = stream.isatty()
@@ -232,12 +221,7 @@ def render_console(line: MutableMapping[str, Any], *, after_event: str = "") -> 
 
     ``image.filed  Tornillos: Images/a.jpg -> Dataset/hex/  0.998, then cross 0.001``
 
-    Args:
-        line: event and fields, as the log has them.
-        after_event: what ends the emphasis of the event's name where there are colours.
-
-    Returns:
-        A line with fewer fields; control characters of names are escaped in the sentence.
+    ``after_event`` ends the emphasis of the event's name where there are colours.
     """
     path, destination = line.get("path"), line.get("destination")
     if not (isinstance(path, str) and isinstance(destination, str)) or "exception" in line or "exc_info" in line:

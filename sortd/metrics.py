@@ -95,13 +95,10 @@ class Metrics:
     def serve(
         self, port: int, *, address: str = "127.0.0.1", problem: Callable[[], str | None] = lambda: None
     ) -> Callable[[], None]:
-        """Answer over HTTP on this machine, in a thread of its own, until the function returned is called.
+        """Answer over HTTP in a thread of its own until the function returned is called.
 
-        Args:
-            port: on which to listen.
-            address: of this machine.
-            problem: asked, in that thread, for ``/healthz``: why sortd does no work, which is answered with 503, or
-                None, which is answered with 200. Any other path has the counts.
+        ``problem`` is called in that thread for ``/healthz`` and says why sortd does no work (503), or None (200). Any
+        other path has the counts.
 
         Raises:
             OSError: The port is taken or not ours.

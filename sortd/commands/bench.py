@@ -62,13 +62,8 @@ def measure(
 ) -> dict[str, Any]:
     """Return the milliseconds of each stage, the images a second, and the advice, as plain values.
 
-    Args:
-        config: the model, the backend, the decoding, and where the datasets are.
-        folder: whose images are used; None: those of the datasets.
-        images: how many are drawn at most.
-        load_encoder: stands in for the configured model.
-        load_other: stands in for the configured model on another backend.
-        tell: hears which stage begins.
+    At most ``images`` are drawn from ``folder`` or else from the datasets. ``load_encoder`` and ``load_other`` stand in
+    for the configured model, and for it on another backend.
 
     Raises:
         DataError: there is no image, or none can be decoded.

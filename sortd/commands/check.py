@@ -59,13 +59,7 @@ Rename = Callable[[int, str, int, str], None]
 
 
 def check_all(path: Path | None, environment: Mapping[str, str], *, thorough: bool = False) -> Iterator[Finding]:
-    """Yield the mistakes of a configuration, or what is found about all that a valid one points at.
-
-    Args:
-        path: the configuration's file, or None to search for one.
-        environment: where variables are looked up.
-        thorough: decode every reference, however long that takes.
-    """
+    """Yield the mistakes of a configuration, or what is found about all that a valid one points at."""
     try:
         config = load(path, environment)
     except ConfigError as mistakes:

@@ -48,13 +48,7 @@ _File = tuple[str, Stamp]
 def reference_findings(
     config: Config, layout: Layout, *, decoding_seconds: float = DECODING_SECONDS
 ) -> Iterator[Finding]:
-    """Check what stands in a dataset's ``Clases/``.
-
-    Args:
-        config: how it decides, and within which limits images are decoded.
-        layout: the dataset.
-        decoding_seconds: how long whole images are decoded before headers have to do.
-    """
+    """Check what stands in a dataset's ``Clases/``; whole images are decoded for ``decoding_seconds``, then headers."""
     clases = layout.area(Area.CLASES)
     unreadable: list[OSError] = []
     try:
@@ -240,13 +234,9 @@ def stored_calibration_findings(config: Config, layout: Layout) -> Iterator[Find
 def calibration_findings(
     layout: Layout, config: DatasetConfig, prototypes: PrototypeSet | None, *, changed: str | None = None
 ) -> Iterator[Finding]:
-    """Tell what the library can honour of the settings.
+    """Tell what the library can honour of the settings, by the prototypes that were learnt last, if any.
 
-    Args:
-        layout: the dataset.
-        config: its settings, as they are now.
-        prototypes: what was learnt last; None: nothing ever was.
-        changed: what is other than it was then: what was found out holds no longer.
+    ``changed`` names what has changed since, so that their calibration no longer holds.
     """
     to_learn = "sortd eval tells it now; a sortd that runs, or starts, learns it by itself"
     if prototypes is None:

@@ -109,13 +109,7 @@ def print_line(text: str, *, style: str = "") -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
-    """Print rows under a header.
-
-    Args:
-        columns: the names of the columns.
-        rows: as many cells each; None is an empty one.
-        right: the columns that hold numbers.
-    """
+    """Print rows under a header; ``right`` names the columns that hold numbers."""
     cells = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in (columns, *cells):
@@ -234,10 +228,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def interval(right: int, judged: int) -> tuple[float, float]:
-    """Return between which shares the true one lies, with 95 % confidence, where so many of those judged are right.
-
-    Wilson (1927), "Probable inference, the law of succession, and statistical inference".
-    """
+    """Return the 95 % interval of the true share of right ones: Wilson (1927), "Probable inference"."""
     squared = ERRORS_OF_95_PERCENT**2
     share, whole = right / judged, judged + squared
     centre = (right + squared / 2) / whole

@@ -89,7 +89,6 @@ def _undo(config: Config, chosen: Chosen, *, dry_run: bool) -> Mapping[str, Any]
 
 
 def _undo_here(config: Config, chosen: Chosen, *, dry_run: bool) -> Mapping[str, Any]:
-
     undone: list[dict[str, Any]] = []
     recovered = 0
     for place, records in chosen:
@@ -113,16 +112,15 @@ def _print_undone(reply: Mapping[str, Any], *, dry_run: bool) -> None:
         rest = f"  ({printable(one['message'])})" if one["message"] else ""
         print_line(f"{printable(one['was'])} -> {printable(one['restored'])}{rest}")
     done = sum(1 for one in reply["undone"] if one["restored"] is not None)
+    images = counted(done, "image")
     if not reply["undone"] and not reply["later"]:
         say("sortd: there is nothing to undo")
     elif dry_run:
-        say(f"sortd: {counted(done, 'image')} would be put back; nothing was touched")
+        say(f"sortd: {images} would be put back; nothing was touched")
     elif not done:
         say("sortd: no image was put back" + (" yet" if reply["later"] else ""))
     else:
-        say(
-            f"sortd: {counted(done, 'image')} put back, and held until they change or are released: sortd release --all"
-        )
+        say(f"sortd: {images} put back, and held until they change or are released: sortd release --all")
     if reply["later"]:
         say(f"sortd: {counted(reply['later'], 'image')} more are being copied back from another file system")
 
@@ -181,7 +179,7 @@ def _held_place(config: Config, path: Path) -> tuple[str, str]:
 
 
 def _release_here(config: Config, dataset: str | None, absolute: str | None) -> Mapping[str, Any]:
-
+    """Release under the lock of each dataset; what one of them refuses is raised after the others."""
     released: dict[str, int] = {}
     lifted: dict[str, str] = {}
     still_held: dict[str, str] = {}
@@ -212,15 +210,13 @@ def ask_to_rebuild(path: Path | None, dataset: str | None, *, force: bool, as_js
     Raises:
         NotRunningError: none runs.
     """
-    loaded = load_config(path)
-    names = None if dataset is None else [dataset]
-    reply = ask(loaded.state_dir, {"do": "rebuild", "datasets": names, "force": force})
+    asked = {"do": "rebuild", "datasets": None if dataset is None else [dataset], "force": force}
+    reply = ask(load_config(path).state_dir, asked)
     if reply is None:
         raise NotRunningError("no sortd runs; it learns its classes when it starts: sortd run, or sortd once")
     if as_json:
         print_json(reply)
     else:
-        print_line(
-            f"being built anew: {', '.join(map(printable, reply['rebuilding'])) or 'nothing, there is no dataset'}"
-        )
+        names = ", ".join(map(printable, reply["rebuilding"]))
+        print_line(f"being built anew: {names or 'nothing, there is no dataset'}")
         say("sortd: see how it went in `sortd status` or the log (prototypes.rebuilt)")
