@@ -364,16 +364,7 @@ def version() -> None:
     typer.echo(__version__)
 
 
-for command in (
-    check,
-    status,
-    cli_decisions.explain,
-    history,
-    undo,
-    release,
-    rebuild,
-    bench,
-):
+for command in (check, status, cli_decisions.explain, history, undo, release, rebuild, bench):
     app.command(cls=Command)(command)
 app.command("eval", cls=Command)(cli_decisions.evaluate)
 app.command(cls=Command)(cli_finetuning.finetune)
