@@ -5,11 +5,13 @@ or read into memory. What is written is whole or not there, whatever ends the pr
 """
 
 import errno
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 MOST_BYTES = 64 << 20
 """The most that a file of settings, facts or a model's configuration may have."""
@@ -150,3 +152,21 @@ def _sync(folder: int) -> None:
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
             raise
+
+
+def readable_json(facts: object, *, encoding: str | None = "utf-8", **options: Any) -> str:  # noqa: ANN401 -- of json.dumps
+    """Return JSON in which letters of every language stand as they are, so that a name can be searched for.
+
+    Escaped are characters that cannot be seen, among them those that paint a terminal, and bytes that are no UTF-8.
+
+    Args:
+        facts: what to write.
+        encoding: of the stream; where it is not UTF-8, everything beyond ASCII is escaped.
+        options: of ``json.dumps``.
+    """
+    if (encoding or "utf-8").replace("-", "").lower() != "utf8":
+        return json.dumps(facts, **options)
+    text = json.dumps(facts, ensure_ascii=False, **options)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)

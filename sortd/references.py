@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sortd import mends
+from sortd import errors
 from sortd.arrays import FloatArray
 from sortd.classify.build import build
 from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
@@ -218,7 +218,7 @@ class References:
             error = unreadable[0]
             if error.errno in OUR_OWN_TROUBLE:
                 raise error
-            raise ReferencesAbsentError(mends.unreadable(error))
+            raise ReferencesAbsentError(errors.unreadable(error))
         if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:
             raise ReferencesAbsentError(
                 f"{self._clases} holds no class folder: make one for each class, with images in it"
@@ -316,5 +316,5 @@ def class_texts(embedder: Embedder, sentences: Sequence[Sequence[str]]) -> Float
 
 def _undescribed(error: OSError) -> ImageRefused:
     """Return the refusal of a description file, which its class does without."""
-    message = f"the class has no description: {error.strerror or error}; {mends.to_read(error)}"
+    message = f"the class has no description: {error.strerror or error}; {errors.advice_for(error)}"
     return ImageRefused(error.filename, Stamp(0, 0, 0, 0), Refusal.DENIED, message)

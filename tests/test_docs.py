@@ -22,12 +22,6 @@ README = REPOSITORY / "README.md"
 FLOOR_NAMES = {THOUGHT: "thought", EDGE: "edge", DRIVER: "driver"}
 
 
-def events_table() -> str:
-    """Return the table of log events."""
-    rows = [f"| `{event}` | {meaning} |" for event, meaning in logs.EVENTS.items()]
-    return "\n".join(["| event | meaning |", "|---|---|", *rows])
-
-
 def modules_table() -> str:
     """Return the table of modules, floor by floor, by the first sentence of their docstrings."""
     rows = []
@@ -38,7 +32,7 @@ def modules_table() -> str:
     return "\n".join(["| floor | module | what it is |", "|---|---|---|", *rows])
 
 
-TABLES = {"events": (README, events_table), "modules": (REPOSITORY / "docs" / "architecture.md", modules_table)}
+TABLES = {"modules": (REPOSITORY / "docs" / "architecture.md", modules_table)}
 """The document that holds each table, and what it must say."""
 
 
@@ -54,6 +48,16 @@ def test_the_tables_of_the_documents_are_those_of_the_code(name: str) -> None:
     found = marked(name).search(document.read_text(encoding="utf-8"))
     assert found is not None
     assert found.group(2).strip() == table()
+
+
+EVENTS = {value for name, value in vars(logs).items() if name.isupper() and isinstance(value, str)}
+
+
+def test_the_readme_says_what_every_event_means() -> None:
+    """A line of the log is looked up there."""
+    found = marked("events").search(README.read_text(encoding="utf-8"))
+    assert found is not None
+    assert {*re.findall(r"^\| `([a-z_.]+)` \| \S", found.group(2), re.MULTILINE)} == EVENTS
 
 
 def commands() -> Mapping[str, object]:
@@ -95,7 +99,7 @@ def first_cells(document: Path) -> set[str]:
 def test_the_spanish_readme_says_no_less() -> None:
     """Folders, modes, commands, troubles and exit codes of the README stand in the Spanish one; events need not."""
     spanish = REPOSITORY / "README.es.md"
-    assert first_cells(README) - set(logs.EVENTS) - first_cells(spanish) == set()
+    assert first_cells(README) - EVENTS - first_cells(spanish) == set()
     codes = re.compile(r"\b(?:2|65|69|73|74|75|78|130)\b")
     ours = README.read_text(encoding="utf-8").split("## Commands")[1].split("\n## ")[0]
     theirs = spanish.read_text(encoding="utf-8").split("## Órdenes")[1].split("\n## ")[0]

@@ -11,7 +11,7 @@ from sortd.arrays import FloatArray
 from sortd.cache import Cache
 from sortd.classify.explain import Explanation, explain, explain_finetuned, sentences
 from sortd.classify.prototypes import PrototypeSet
-from sortd.commands.check import CACHE_FILE
+from sortd.commands.check_references import CACHE_FILE
 from sortd.commands.examination import taught
 from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
 from sortd.commands.promotion import serving_facts

@@ -13,7 +13,7 @@ import yaml
 Value: TypeAlias = "str | list[Value] | dict[str, Value] | None"
 Path: TypeAlias = tuple[str | int, ...]
 
-MAX_BYTES = 64 * 1024  # some 2,000 lines; PyYAML reads about 200 KB a second
+MAX_YAML_BYTES = 64 * 1024  # some 2,000 lines; PyYAML reads about 200 KB a second
 MAX_VALUES = 20_000  # what aliases may expand to
 MAX_DEPTH = 20
 
@@ -82,8 +82,10 @@ def parse(content: bytes) -> Tree:
 
 
 def _text(content: bytes) -> str:
-    if len(content) > MAX_BYTES:
-        raise _MalformedError(f"has {len(content):,} bytes, more than the {MAX_BYTES:,} that a configuration may have")
+    if len(content) > MAX_YAML_BYTES:
+        raise _MalformedError(
+            f"has {len(content):,} bytes, more than the {MAX_YAML_BYTES:,} that a configuration may have"
+        )
     if not content.strip():
         raise _MalformedError("is empty, as a file is that somebody failed to write; put `root:` in it or remove it")
     try:

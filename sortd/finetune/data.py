@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sortd import mends
+from sortd import errors
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray, Pixels
 from sortd.classify.library import ROUNDING, duplicate_distance
 from sortd.commands.journals import JOURNAL_FILE
@@ -96,7 +96,7 @@ def find_candidates(layout: Layout, source: Source, state: Path) -> tuple[list[C
         except ReferencesAbsentError as error:
             raise DataError(f"{error}; choose other folders with --from, or mend it") from error
         if unreadable:
-            raise DataError(mends.unreadable(unreadable[0]))
+            raise DataError(errors.unreadable(unreadable[0]))
         files = [Candidate(path, stamp, one.label) for one in folders for path, stamp in one.files]
         found += _with_origin(layout, files, state) if area is Area.DATASET else files
     known = [one for one in found if one.label != STRANGERS_FOLDER]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sortd import __version__, mends
+from sortd import __version__, errors
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray
 from sortd.classify.build import build
 from sortd.classify.decide import judge
@@ -85,7 +85,7 @@ def embed_names(
         except NotADirectoryError:
             descriptions = ()
         except OSError as error:
-            raise ModelError(mends.unreadable(error)) from error
+            raise ModelError(errors.unreadable(error)) from error
         sentences.append(prompts(label, descriptions, tuple(templates)))
     generic = [prompt for noun in GENERIC_NOUNS for prompt in prompts(noun, (), tuple(templates))]
     return class_texts(embedder, sentences), embedder.embed_texts(generic).mean(axis=0).astype(np.float32)

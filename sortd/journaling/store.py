@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sortd import mends
+from sortd import errors
 from sortd.errors import JournalError
 from sortd.moving.relocation import Progress, Role
 
@@ -246,7 +246,7 @@ def _what_and_mend(error: Exception, path: Path) -> tuple[str, str]:
 
 
 def _refused(error: OSError) -> tuple[str, str]:
-    return f"the journal cannot be opened: {error.strerror or error}", mends.to_write(error) or "see its disk"
+    return f"the journal cannot be opened: {error.strerror or error}", errors.advice_for_write(error) or "see its disk"
 
 
 def _refusal_to_open(path: Path) -> OSError | None:

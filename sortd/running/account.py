@@ -6,7 +6,7 @@ from pathlib import Path
 
 import structlog
 
-from sortd import mends
+from sortd import errors
 from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
 from sortd.classify.types import Abstained, Assigned, ClassifierKind, Mode
 from sortd.journaling.records import Record
@@ -143,7 +143,7 @@ class Account:
 
     def unreadable(self, error: OSError) -> None:
         """Say that a scan could not look at something."""
-        self._log.warning(SCAN_UNREADABLE, path=error.filename, error=error.strerror, mend=mends.to_read(error))
+        self._log.warning(SCAN_UNREADABLE, path=error.filename, error=error.strerror, mend=errors.advice_for(error))
 
     def rebuilt(self, prototypes: PrototypeSet, rebuilt: Rebuilt, seconds: float) -> None:
         """Say what the new prototypes were built from and what was wrong with the references."""

@@ -19,7 +19,7 @@ from time import monotonic
 
 import structlog
 
-from sortd import logs, mends
+from sortd import errors, logs
 from sortd.config import Config
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, SortdError, StorageError
 from sortd.layout import Layout, find_datasets
@@ -383,7 +383,7 @@ class Collection:
 def _sentence(error: Exception) -> str:
     """Say what is wrong with a dataset, and what to do."""
     if isinstance(error, OSError):
-        mend = mends.to_write(error)
+        mend = errors.advice_for_write(error)
         return f"{error.filename or 'its disk'}: {error.strerror or error}" + (f"; {mend}" if mend else "")
     if isinstance(error, SortdError):
         return str(error)
@@ -415,9 +415,8 @@ def _require_descriptors() -> None:
     spare = min(SPARE_DESCRIPTORS, limit // 4)
     if len(os.listdir("/proc/self/fd")) + DESCRIPTORS_OF_A_DATASET > limit - spare:
         full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        raise StorageError(
-            f"no more datasets can be opened with a limit of {limit} open files a process; {mends.to_write(full)}"
-        )
+        advice = errors.advice_for_write(full)
+        raise StorageError(f"no more datasets can be opened with a limit of {limit} open files a process; {advice}")
 
 
 def _folder_at(path: Path) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sortd import mends
+from sortd import errors
 from sortd.errors import BusyError, ChangedError, ImageError, SourceError, VanishedError
 from sortd.journal import Grounds, Journal, Record
 from sortd.journaling.records import with_reason
@@ -145,7 +145,7 @@ class Filing:
                 except FileNotFoundError:
                     answers.append(_failure(move, VanishedError("nothing stands there any more")))
                 except OSError as error:  # nothing but the folder that it lies in was looked at yet
-                    said = f"{os.path.dirname(move.path)}: {error.strerror}; {mends.to_read(error)}"
+                    said = f"{os.path.dirname(move.path)}: {error.strerror}; {errors.advice_for(error)}"
                     answers.append(_failure(move, SourceError(said)))
                 except (ImageError, FolderNameError) as error:
                     answers.append(_failure(move, error))
@@ -362,6 +362,6 @@ def _failure(move: Move, trouble: Exception, outcome: str = "") -> MoveFailed:
         case _:
             failure = MoveFailure.DESTINATION
     said = trouble.strerror if isinstance(trouble, OSError) and trouble.strerror else str(trouble)
-    mend = mends.to_write(trouble) if isinstance(trouble, OSError) else ""
+    mend = errors.advice_for_write(trouble) if isinstance(trouble, OSError) else ""
     then = (f" ({outcome})" if outcome not in said else "") + (f"; {mend}" if mend else "")
     return MoveFailed(move.path, move.stamp, failure, f"{move.path} -> {move.folder}: {said}{then}")

@@ -4,7 +4,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from sortd.moments import duration, moment, shown
+from sortd.commands.console import format_duration, format_time, parse_time
 
 NOW = datetime(2026, 3, 15, 10, 30, tzinfo=timezone(timedelta(hours=1)))
 
@@ -23,27 +23,27 @@ NOW = datetime(2026, 3, 15, 10, 30, tzinfo=timezone(timedelta(hours=1)))
 )
 def test_ages_and_days_count_back_from_now(text: str, ago: timedelta) -> None:
     """An age is subtracted; today and yesterday begin at midnight where the user is."""
-    assert moment(text, NOW) == (NOW - ago).timestamp()
+    assert parse_time(text, NOW) == (NOW - ago).timestamp()
 
 
 def test_dates_and_times_are_local_unless_they_say_otherwise() -> None:
     """A zone that is written counts; without one the machine's does."""
-    assert moment("2026-03-15T10:30+01:00", NOW) == NOW.timestamp()
-    assert moment("2026-03-01", NOW) == datetime(2026, 3, 1).astimezone().timestamp()
-    assert moment("2026-03-01 14:30", NOW) == datetime(2026, 3, 1, 14, 30).astimezone().timestamp()
+    assert parse_time("2026-03-15T10:30+01:00", NOW) == NOW.timestamp()
+    assert parse_time("2026-03-01", NOW) == datetime(2026, 3, 1).astimezone().timestamp()
+    assert parse_time("2026-03-01 14:30", NOW) == datetime(2026, 3, 1, 14, 30).astimezone().timestamp()
 
 
 def test_a_time_alone_is_of_today() -> None:
     """``8:05`` means this morning."""
     expected = datetime(2026, 3, 15, 8, 5).astimezone().timestamp()
-    assert moment("8:05", NOW) == expected
+    assert parse_time("8:05", NOW) == expected
 
 
 @pytest.mark.parametrize("text", ["", "soon", "2026-13-01", "-2h", "25:00", "5 fortnights", "0001-01-01"])
 def test_what_is_no_moment_is_refused_with_examples(text: str) -> None:
     """The message shows how to write one."""
     with pytest.raises(ValueError, match="is no moment: write 2026-03-01"):
-        moment(text, NOW)
+        parse_time(text, NOW)
 
 
 @pytest.mark.parametrize(
@@ -51,11 +51,11 @@ def test_what_is_no_moment_is_refused_with_examples(text: str) -> None:
 )
 def test_durations_have_two_units_at_most(seconds: float, words: str) -> None:
     """More would not be read."""
-    assert duration(seconds) == words
+    assert format_duration(seconds) == words
 
 
 @pytest.mark.parametrize("seconds", [1e300, float("inf"), -1e18, float("nan")])
 def test_shown_time_of_no_calendar_is_a_number(seconds: float) -> None:
     """A forged journal may say anything; nobody who asks for its history gets a traceback."""
-    assert shown(seconds) == f"{seconds:g} s"
-    assert shown(0.0).startswith("19")
+    assert format_time(seconds) == f"{seconds:g} s"
+    assert format_time(0.0).startswith("19")

@@ -1,11 +1,11 @@
-"""Mends: every error of a disk that sortd can meet is followed by something that a person can do."""
+"""Every error of the system that sortd can meet is followed by what a person can do about it."""
 
 import errno
 import os
 
 import pytest
 
-from sortd import mends
+from sortd import errors
 
 
 def of(number: int, path: str = "/photos/Clases") -> OSError:
@@ -29,7 +29,7 @@ def of(number: int, path: str = "/photos/Clases") -> OSError:
 )
 def test_what_cannot_be_read_has_a_path_a_cause_and_a_mend(number: int, advice: str) -> None:
     """A right that is wanted and a disk that is gone are mended differently."""
-    said = mends.unreadable(of(number))
+    said = errors.unreadable(of(number))
     assert said.startswith(f"/photos/Clases cannot be read: {os.strerror(number)}; ")
     assert advice in said
 
@@ -53,11 +53,11 @@ def test_what_cannot_be_read_has_a_path_a_cause_and_a_mend(number: int, advice: 
 )
 def test_what_cannot_be_written_has_a_mend_where_there_is_one(number: int, advice: str) -> None:
     """Nobody is told to do what would not help."""
-    assert advice in mends.to_write(of(number))
-    assert bool(mends.to_write(of(number))) == bool(advice)
+    assert advice in errors.advice_for_write(of(number))
+    assert bool(errors.advice_for_write(of(number))) == bool(advice)
 
 
 def test_an_error_without_a_number_is_told_all_the_same() -> None:
     """A library may raise one."""
-    assert mends.to_write(OSError("no number")) == ""
-    assert mends.to_read(OSError("no number"))
+    assert errors.advice_for_write(OSError("no number")) == ""
+    assert errors.advice_for(OSError("no number"))
