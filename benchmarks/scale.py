@@ -24,13 +24,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sortd.cache import Cache
 from sortd.decoding.decoders import DecoderPool
 from sortd.images import Limits
 from sortd.messages import Preprocessing
 from sortd.prototypes import Abstain, DecisionSettings, Mode, SupportSet, build, decide
 from sortd.references import References, Teaching
 from sortd.running.embedding import Embedder
+from sortd.store.cache import Cache
 
 DIMENSIONS = 512
 SIDE = 16

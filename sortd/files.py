@@ -1,15 +1,18 @@
-"""Small files of sortd's own, read and written where other people may own the folder.
+"""Small files of sortd's own, read and written where other people may own the folder; what tells versions apart.
 
 A link, a pipe or a huge file that somebody put under the name of such a file must not be written through, waited for
 or read into memory. What is written is whole or not there, whatever ends the process.
 """
 
 import errno
+import hashlib
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+
+from sortd.messages import Stamp
 
 MOST_BYTES = 64 << 20
 """The most that a file of settings, facts or a model's configuration may have."""
@@ -114,7 +117,7 @@ def write_atomic(
                 os.unlink(beside, dir_fd=place)
             raise
         if durable:
-            _sync(place)
+            sync_folder(place)
 
 
 def _name(path: Name, folder: int | None) -> str:
@@ -144,9 +147,34 @@ def _naming(path: Name) -> Iterator[None]:
         raise
 
 
-def _sync(folder: int) -> None:
+def sync_folder(folder: int) -> None:
+    """Make the names in an open folder survive a power cut, where its file system can be asked to.
+
+    Raises:
+        OSError: the disk refused.
+    """
     try:
         os.fsync(folder)
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
             raise
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """Return the stamp of the version that was looked at."""
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def sha256_of(file: int) -> str:
+    """Return the sha256 of an open file's bytes from its position on, in hexadecimal; the file stays open."""
+    with open(file, "rb", closefd=False) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def identity_of(path: Name) -> tuple[int, int] | None:
+    """Return device and inode of what stands under a path, a link not followed; None where nothing can be seen."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

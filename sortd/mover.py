@@ -14,7 +14,6 @@ from sortd.messages import Stamp, Writer
 from sortd.moving.companions import companions_of
 from sortd.moving.copying import Copy, copy_to_part, remove_part, write_part
 from sortd.moving.free_names import final_names
-from sortd.moving.relocation import Member, Progress, Relocation, Role
 from sortd.moving.renaming import (
     FILE_FLAGS,
     Folders,
@@ -26,6 +25,7 @@ from sortd.moving.renaming import (
     writer_of,
 )
 from sortd.names import CONTROLS
+from sortd.store.records import MoveFile, MoveRecord, Progress, Role
 
 NO_RIGHTS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 NO_STAMP = Stamp(0, 0, 0, 0)
@@ -38,7 +38,7 @@ def new_token() -> str:
     return secrets.token_hex(8)
 
 
-def with_companions(folders: Folders, relocation: Relocation) -> Relocation:
+def with_companions(folders: Folders, relocation: MoveRecord) -> MoveRecord:
     """Return a relocation together with the companions that stand beside its image now.
 
     Raises:
@@ -52,7 +52,7 @@ def with_companions(folders: Folders, relocation: Relocation) -> Relocation:
         if status is not None and stat.S_ISREG(status.st_mode) and not _is_unfinished(folder, name):
             found[name] = stamp_of(status)
     members = [
-        Member(Role.SHARED if one.shared else Role.COMPANION, one.name, one.name, found[one.name])
+        MoveFile(Role.SHARED if one.shared else Role.COMPANION, one.name, one.name, found[one.name])
         for one in companions_of(image, found)
     ]
     return replace(relocation, members=(*relocation.members, *members))
@@ -63,7 +63,7 @@ def _is_unfinished(folder: int, name: str) -> bool:
     return any(look(folder, name + rule.ending) is not None for rule in CONTROLS)
 
 
-def open_members(folders: Folders, relocation: Relocation) -> list[int]:
+def open_members(folders: Folders, relocation: MoveRecord) -> list[int]:
     """Open every member that exists already and see that it is the version meant and that nobody writes it.
 
     Returns:
@@ -127,7 +127,7 @@ def _sync_file(file: int) -> OSError | None:
     return None
 
 
-def _open_member(folder: int, member: Member, place: str, opened: list[int]) -> None:
+def _open_member(folder: int, member: MoveFile, place: str, opened: list[int]) -> None:
     path = f"{place}/{member.name}"
     try:
         file = os.open(member.name, FILE_FLAGS, dir_fd=folder)
@@ -166,12 +166,12 @@ class TakenNumbers:
         """Begin without any memory."""
         self._next: dict[tuple[str, str], int] = {}
 
-    def attempts(self, relocation: Relocation) -> Iterator[int]:
+    def attempts(self, relocation: MoveRecord) -> Iterator[int]:
         """Yield the attempts to make, see ``final_names``: first without a number, then from the first free one on."""
         yield 1
         yield from range(self._next.get(_wanted(relocation), 2), MOST_ATTEMPTS)
 
-    def remember(self, relocation: Relocation, attempt: int) -> None:
+    def remember(self, relocation: MoveRecord, attempt: int) -> None:
         """Note which attempt was the one that succeeded."""
         if attempt > 1:
             if len(self._next) >= _MOST_HINTS:
@@ -179,7 +179,7 @@ class TakenNumbers:
             self._next[_wanted(relocation)] = attempt + 1
 
 
-def _wanted(relocation: Relocation) -> tuple[str, str]:
+def _wanted(relocation: MoveRecord) -> tuple[str, str]:
     return relocation.destination, relocation.image.wanted
 
 
@@ -191,7 +191,7 @@ class Mover:
         self._rename = rename
         self._numbers = TakenNumbers()
 
-    def place(self, folders: Folders, relocation: Relocation) -> Relocation:
+    def place(self, folders: Folders, relocation: MoveRecord) -> MoveRecord:
         """Rename every member into the destination folder; durable only once both folders are synced.
 
         Raises:
@@ -216,10 +216,10 @@ class Mover:
         )
 
     def _try_names(
-        self, source: int, destination: int, relocation: Relocation, names: tuple[str, ...]
-    ) -> tuple[Member, ...] | None:
+        self, source: int, destination: int, relocation: MoveRecord, names: tuple[str, ...]
+    ) -> tuple[MoveFile, ...] | None:
         """Rename all members to these names, or none of them because one is taken."""
-        placed: list[Member] = []
+        placed: list[MoveFile] = []
         order = sorted(range(len(names)), key=lambda position: not relocation.members[position].leaves)
         done: list[tuple[int, str, str]] = []
         for position in order:
@@ -253,7 +253,7 @@ class Mover:
                 raise ChangedError(f"{name}: its name was taken while it was moved") from error
 
 
-def taken_names(folders: Folders, relocation: Relocation) -> Callable[[Sequence[str]], bool]:
+def taken_names(folders: Folders, relocation: MoveRecord) -> Callable[[Sequence[str]], bool]:
     """Return what tells whether one of the names for all members would join what stands in the destination already.
 
     The kernel refuses a name that is taken; here it is asked whether anything of its stem stands there: a sidecar
@@ -272,7 +272,7 @@ def taken_names(folders: Folders, relocation: Relocation) -> Callable[[Sequence[
     return lambda finals: tuple(finals) != own and any(map(is_taken, finals))
 
 
-def make_parts(source: int, destination: int, relocation: Relocation) -> dict[int, Copy]:
+def make_parts(source: int, destination: int, relocation: MoveRecord) -> dict[int, Copy]:
     """Make, durably and under hidden names, the members that do not leave the source: copies and reasons.
 
     Raises:
@@ -286,7 +286,7 @@ def make_parts(source: int, destination: int, relocation: Relocation) -> dict[in
     }
 
 
-def make_part(source: int, destination: int, relocation: Relocation, position: int) -> Copy:
+def make_part(source: int, destination: int, relocation: MoveRecord, position: int) -> Copy:
     """Make one member's part; see ``make_parts``."""
     member, part = relocation.members[position], relocation.part_name(position)
     remove_part(destination, part)
@@ -301,20 +301,20 @@ def make_part(source: int, destination: int, relocation: Relocation, position: i
         os.close(file)
 
 
-def remove_spent(folders: Folders, relocation: Relocation) -> None:
+def remove_obsolete(folders: Folders, relocation: MoveRecord) -> None:
     """Remove what sortd itself once made beside an image that is put back; what was changed since is kept.
 
     Raises:
         OSError: the disk refused.
     """
     folder = folders.open(relocation.source)
-    for member in relocation.spent:
+    for member in relocation.obsolete:
         status = look(folder, member.name)
         if status is not None and is_version(status, member.stamp):
             os.unlink(member.name, dir_fd=folder)
 
 
-def done(relocation: Relocation) -> Relocation:
+def done(relocation: MoveRecord) -> MoveRecord:
     """Return the relocation as ended well."""
     return replace(relocation, progress=Progress.DONE)
 
@@ -329,7 +329,7 @@ def check_source(folder: int, place: str) -> None:
         raise SourceError(f"nothing may be removed from {place}; give sortd the right to write to that folder")
 
 
-def _check_version(folder: int, member: Member, place: str) -> None:
+def _check_version(folder: int, member: MoveFile, place: str) -> None:
     status = look(folder, member.name)
     if status is None:
         raise VanishedError(f"{place}/{member.name}: nothing stands there any more")

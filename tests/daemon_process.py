@@ -16,8 +16,8 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from sortd.journaling.history import History
-from sortd.journaling.records import Selection
+from sortd.store.history import History
+from sortd.store.records import Selection
 
 PATIENCE_SECONDS = 120.0
 """How long a test waits for what must happen; machines under load are slow, and a failure is rare."""

@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-from sortd.journal import Journal
 from sortd.layout import Layout
 from sortd.messages import Move, Moved, Outcome
 from sortd.prototypes import Assigned, Mode
 from sortd.running.filing import Filing
+from sortd.store.journal import Journal
 from sortd.watching.scanning import stamp
 from tests.daemon_process import picture
 

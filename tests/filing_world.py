@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from sortd.journal import Journal, Record, Selection
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome
 from sortd.moving.renaming import stamp_of
 from sortd.running.filing import Filing
+from sortd.store.journal import Journal
+from sortd.store.records import Record, Selection
 
 
 @dataclass

@@ -24,7 +24,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "commands.finding": (THOUGHT, "finding"),
     "deciding.prompts": (THOUGHT, "prompts"),
     "moving.companions": (THOUGHT, "companions"),
-    "moving.relocation": (THOUGHT, "relocation"),
+    "store.records": (THOUGHT, "records"),
     "sorting.pause": (THOUGHT, "sorter"),
     "sorting.rebuilds": (THOUGHT, "sorter"),
     "sorting.guard": (THOUGHT, "sorter"),
@@ -98,13 +98,10 @@ FLOORS: dict[str, tuple[int, str]] = {
     "encoding.onnx_encoder": (EDGE, "encoder"),
     "encoding.onnx_export": (EDGE, "encoder"),
     "encoding.onnx_int8": (EDGE, "encoder"),
-    "cache": (EDGE, "cache"),
-    "caching.tables": (EDGE, "cache"),
-    "caching.stored_prototypes": (EDGE, "cache"),
-    "journal": (EDGE, "journal"),
-    "journaling.history": (EDGE, "journal"),
-    "journaling.records": (EDGE, "journal"),
-    "journaling.store": (EDGE, "journal"),
+    "store.cache": (EDGE, "cache"),
+    "store.journal": (EDGE, "journal"),
+    "store.history": (EDGE, "journal"),
+    "store.database": (EDGE, "journal"),
     "mover": (EDGE, "mover"),
     "moving.renaming": (EDGE, "mover"),
     "moving.copying": (EDGE, "mover"),
@@ -217,7 +214,7 @@ FORBIDDEN_TO_THOUGHT = {
 }  # fmt: skip
 """What the core must not know: files, clocks, threads, logs, models, chance."""
 
-PURE_USES = {"moving.free_names": {"os"}, "moving.companions": {"os"}}
+PURE_USES = {"moving.free_names": {"os"}, "moving.companions": {"os"}, "store.records": {"os"}}
 """os.fsencode, os.fsdecode and os.path.splitext work on names and touch no file."""
 
 SLOW = {

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sortd.cache import Cache
-from sortd.caching.stored_prototypes import MAGIC, packed
 from sortd.messages import FloatArray, Stamp
 from sortd.prototypes import DecisionSettings, PrototypeSet, SupportSet, build
+from sortd.store.cache import MAGIC, Cache, packed
 
 ENCODER = "clip-512-torch-0"
 STAMP = Stamp(device=1, inode=2, size=3, mtime_ns=4_000_000_005)
@@ -476,8 +475,7 @@ def test_another_process_reads_and_writes_meanwhile(cache: Cache, path: Path, re
 import sys
 from pathlib import Path
 from tests.test_cache import ENCODER, embeddings
-from sortd.cache import Cache
-from sortd.caching.stored_prototypes import packed
+from sortd.store.cache import Cache, packed
 with Cache(Path(sys.argv[1])) as cache:
     for key, row in embeddings(200, seed=1).items():
         cache.remember_embeddings({key: row}, ENCODER)

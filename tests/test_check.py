@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.commands.check import check, check_site
 from sortd.commands.check_calibration import calibration_findings
 from sortd.commands.check_disks import clock_findings, file_system_findings, watching_findings
@@ -19,10 +18,11 @@ from sortd.commands.check_running import decoder_findings, lock_holder
 from sortd.commands.examination import examine
 from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, load
-from sortd.journal import Journal
 from sortd.layout import MARKER, Area, Layout
 from sortd.prototypes import Abstain, Calibration, DecisionSettings, Mode
 from sortd.running.holding import hold
+from sortd.store.cache import PrototypeFiles
+from sortd.store.journal import Journal
 from sortd.watching import inotify
 from tests.command_line import sortd
 from tests.daemon_process import make_dataset, picture, tree

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from sortd.errors import JournalError
-from sortd.journal import Journal, Selection
 from sortd.layout import Layout
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import Mover
@@ -25,10 +24,12 @@ from sortd.running.control import put_back
 from sortd.running.corrections import Correction, Corrections
 from sortd.running.crossings import MOST_HANDED_OVER
 from sortd.running.filing import Filing
-from sortd.running.latecomers import LATE_SECONDS, Latecomers
+from sortd.running.latecomers import LATE_SECONDS, LateCompanions
 from sortd.running.rejects import LIMITS_FACT, Rejects
 from sortd.running.relocating import Job, Order, Submit
-from sortd.running.undoing import PutBack
+from sortd.running.undoing import UndoResult
+from sortd.store.journal import Journal
+from sortd.store.records import Selection
 from tests.filing_world import Dataset, done, failure, moved, order
 
 
@@ -679,7 +680,7 @@ class TestLateCompanions:
         film = str(dataset.put("Images/a.MOV", "film"))
         (ended,) = [record.ended_at or 0.0 for record in done(journal)]
         for later, is_found in ((LATE_SECONDS - 1, True), (LATE_SECONDS + 1, False)):
-            found = Latecomers(dataset.root, journal.history, clock=lambda now=ended + later: now).order_for(film)  # type: ignore[misc]
+            found = LateCompanions(dataset.root, journal.history, clock=lambda now=ended + later: now).order_for(film)  # type: ignore[misc]
             assert (found is not None) == is_found
 
     def test_it_is_undone_with_its_image(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
@@ -1214,7 +1215,7 @@ class TestCrossing:
         filing.end(elsewhere(jobs))
         assert filing.undo(done(journal)) == []
         (told,) = filing.end(elsewhere(jobs))
-        assert isinstance(told, PutBack)
+        assert isinstance(told, UndoResult)
         assert told.restored == f"{dataset.root}/Images/a.jpg"
         assert list(filing.held()) == [told.restored]
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from sortd.journal import Grounds, Journal, Selection
 from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.metrics import Metrics
 from sortd.mover import Mover
-from sortd.moving.relocation import Member, Relocation, Role
 from sortd.running import crossings
 from sortd.running.account import Account
 from sortd.running.crossings import MOST_GUESSES, MOST_HANDED_OVER, Crossings
 from sortd.running.filing import Filing
 from sortd.running.outbox import GROUP, Outbox
 from sortd.running.relocating import Job, Order
+from sortd.store.journal import Journal
+from sortd.store.records import MoveFile, MoveReason, MoveRecord, Role, Selection
 from tests.filing_world import Dataset, order
 
 
@@ -183,10 +183,10 @@ def test_only_what_is_no_image_can_be_a_companion(dataset: Dataset, outbox: Outb
 def test_what_a_recovery_could_not_put_right_is_told(dataset: Dataset, journal: Journal, outbox: Outbox) -> None:
     """A source that is gone and a copy that may be torn: its hidden name is in the log; of the others no word."""
     gone, standing = (
-        Relocation(token * 16, "Images", "Dataset/cat", (Member(Role.IMAGE, name, name, Stamp(1, 2, 3, 4)),))
+        MoveRecord(token * 16, "Images", "Dataset/cat", (MoveFile(Role.IMAGE, name, name, Stamp(1, 2, 3, 4)),))
         for token, name in (("0", "gone.jpg"), ("1", "standing.jpg"))
     )
-    journal.intend([(gone, Grounds("filed")), (standing, Grounds("filed"))])
+    journal.intend([(gone, MoveReason("filed")), (standing, MoveReason("filed"))])
     dataset.put("Images/standing.jpg")
     for one in (gone, standing):
         dataset.put(f"Dataset/cat/{one.part_name(0)}", "to")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from sortd.journal import Journal, Selection
 from sortd.layout import Area, Layout
 from sortd.messages import Moved, Outcome
 from sortd.running.control import put_back
@@ -20,6 +19,8 @@ from sortd.running.corrections import SCANNED_FACT, Correction
 from sortd.running.filing import Filing
 from sortd.running.latecomers import images_apart
 from sortd.running.patrol import FOLLOW_NS, SLICE, Mended, Noticed, Patrol
+from sortd.store.journal import Journal
+from sortd.store.records import Selection
 from tests.filing_world import Dataset, moved, order
 
 

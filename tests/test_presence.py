@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from sortd.journal import Journal
 from sortd.layout import Layout
 from sortd.running.control import put_back
 from sortd.running.filing import Filing
 from sortd.running.presence import APART_FACT, Presence
+from sortd.store.journal import Journal
 from tests.daemon_process import picture, running, tree
 from tests.filing_world import Dataset, done, moved, order
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from sortd.journal import Grounds, Journal, Selection
 from sortd.messages import Stamp
-from sortd.moving.relocation import Member, Progress, Relocation, Role
 from sortd.moving.renaming import stamp_of
 from sortd.running.filing import Filing
+from sortd.store.journal import Journal
+from sortd.store.records import MoveFile, MoveReason, MoveRecord, Progress, Role, Selection
 from tests.filing_world import Dataset
 
 TOKEN = "0123456789abcdef"  # noqa: S105 - a relocation's
@@ -41,13 +41,13 @@ class Crash:
     def __init__(self, dataset: Dataset, journal: Journal, *names: str, progress: Progress = Progress.INTENDED) -> None:
         """Put files into Images/ and let a move of them be under way."""
         self.dataset, self.journal = dataset, journal
-        members: list[Member] = []
+        members: list[MoveFile] = []
         for name in names or ("a.jpg",):
             path = dataset.put(f"Images/{name}", name)
             content = hashlib.sha256(name.encode()).hexdigest()
             role = Role.COMPANION if members else Role.IMAGE
-            members.append(Member(role, name, name, stamp_of(os.stat(path)), content=content))
-        self.relocation = Relocation(TOKEN, "Images", "Dataset/cat", tuple(members), progress)
+            members.append(MoveFile(role, name, name, stamp_of(os.stat(path)), content=content))
+        self.relocation = MoveRecord(TOKEN, "Images", "Dataset/cat", tuple(members), progress)
 
     def copied(self, name: str, position: int = 0, content: str = "") -> Path:
         """Put a copy of a member into the class folder, as the sealed one."""
@@ -63,9 +63,9 @@ class Crash:
         members = (replace(one, final=name) for one, name in zip(self.relocation.members, finals, strict=True))
         self.relocation = replace(self.relocation, members=tuple(members))
 
-    def recover(self) -> Relocation:
+    def recover(self) -> MoveRecord:
         """Start again, twice: the second time there is nothing to do."""
-        self.journal.intend([(self.relocation, Grounds("filed"))])
+        self.journal.intend([(self.relocation, MoveReason("filed"))])
         (ended,) = Filing(self.dataset.root, self.journal).recover()
         tree = self.dataset.tree()
         again = Filing(self.dataset.root, self.journal).recover()
@@ -204,8 +204,8 @@ class TestIntended:
         """A shared sidecar's copy finds its name taken meanwhile: it gets its own number; made already, it is kept."""
         crash = Crash(dataset, journal)
         shared = dataset.put("Images/a.xmp", "shared")
-        member = Member(Role.SHARED, "a.xmp", "a.xmp", stamp_of(os.stat(shared)))
-        reason = Member(Role.REASON, "a.jpg", "a.jpg.reason.json", Stamp(0, 0, 0, 0), body=b"{}")
+        member = MoveFile(Role.SHARED, "a.xmp", "a.xmp", stamp_of(os.stat(shared)))
+        reason = MoveFile(Role.REASON, "a.jpg", "a.jpg.reason.json", Stamp(0, 0, 0, 0), body=b"{}")
         crash.relocation = crash.relocation.with_member(member).with_member(reason)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         dataset.put("Dataset/cat/a.xmp", "the user's")
@@ -224,7 +224,7 @@ class TestIntended:
         """It is no longer the one that belonged to this image."""
         crash = Crash(dataset, journal)
         shared = dataset.put("Images/a.xmp", "shared")
-        member = Member(Role.SHARED, "a.xmp", "a.xmp", stamp_of(os.stat(shared)))
+        member = MoveFile(Role.SHARED, "a.xmp", "a.xmp", stamp_of(os.stat(shared)))
         crash.relocation = crash.relocation.with_member(member)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         dataset.put("Images/a.xmp", "changed")

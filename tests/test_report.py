@@ -19,11 +19,11 @@ from sortd.deciding.explanation import explain
 from sortd.decoding.thumbnails import thumbnail
 from sortd.errors import DataError, DestinationError, JournalError
 from sortd.evaluate import evaluate
-from sortd.journal import Journal
-from sortd.journaling.records import Selection
 from sortd.layout import Layout
 from sortd.prototypes import SupportSet
 from sortd.report import explain_page, see_that_a_page_fits, write_page
+from sortd.store.journal import Journal
+from sortd.store.records import Selection
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset, picture
 from tests.fake_encoder import FakeEncoder

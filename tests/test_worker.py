@@ -17,7 +17,6 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from sortd.cache import Cache
 from sortd.deciding.steps import Steps
 from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder
@@ -39,6 +38,7 @@ from sortd.running.worker import (
     WorkerDied,
     WorkerReady,
 )
+from sortd.store.cache import Cache
 from sortd.watching.scanning import stamp
 from tests.daemon_process import COLOURS, PATIENCE_SECONDS, make_dataset, picture, teach
 from tests.fake_encoder import SEEN, FakeEncoder

@@ -10,7 +10,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from sortd import mends
-from sortd.cache import Cache
 from sortd.commands.backend import backend_findings
 from sortd.commands.check_calibration import calibration_findings
 from sortd.commands.check_disks import clock_findings, file_system_findings, room_findings, watching_findings
@@ -30,10 +29,11 @@ from sortd.commands.stored import changed_since, evaluated_prototypes, stored_pr
 from sortd.config import Config, load
 from sortd.errors import ConfigError, JournalError, LayoutError
 from sortd.images import Limits, decode_file, look_at_file
-from sortd.journaling.history import History
 from sortd.layout import Layout, find_datasets
 from sortd.messages import Preprocessing
 from sortd.prototypes import Mode
+from sortd.store.cache import Cache
+from sortd.store.history import History
 
 CACHE_FILE = "embeddings.sqlite"
 SIDE_PIXELS = 224

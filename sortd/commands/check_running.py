@@ -16,9 +16,9 @@ from sortd.encoding import models
 from sortd.encoding.model_folders import STRONGER
 from sortd.errors import JournalError, ModelError, StartupError
 from sortd.images import load_decoders
-from sortd.journaling.history import History
 from sortd.layout import Layout
 from sortd.status import read_status
+from sortd.store.history import History
 
 _LOCK = re.compile(r"^\d+: \S+\s+\S+\s+WRITE\s+(\d+) [0-9a-f]+:[0-9a-f]+:(\d+) ")
 """A line of /proc/locks, see proc(5): number, kind, advisory, access, pid, device:inode, range."""

@@ -14,13 +14,13 @@ from sortd.deciding.evaluation import EvaluationReport
 from sortd.encoder import Encoder
 from sortd.errors import DataError, SortdError, StorageError
 from sortd.evaluate import evaluate
-from sortd.journaling.history import History
 from sortd.layout import Area, Layout, find_datasets
 from sortd.messages import ImageRefused
 from sortd.references import References, ReferencesAbsentError, Teaching
 from sortd.running.corrections import corrected_images
 from sortd.running.embedding import Embedder
 from sortd.running.site import Site, teaching_of
+from sortd.store.history import History
 
 LoadEncoder = Callable[[Config], Encoder]
 

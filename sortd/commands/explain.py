@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sortd.cache import Cache
 from sortd.commands.check import CACHE_FILE
 from sortd.commands.examination import taught
 from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
@@ -18,8 +17,6 @@ from sortd.deciding.explanation import Explanation, explain, sentences
 from sortd.deciding.finetuned_explanation import explain_finetuned
 from sortd.encoder import Encoder
 from sortd.errors import DataError, UnreadableError
-from sortd.journaling.history import History
-from sortd.journaling.records import Selection
 from sortd.layout import Area, Layout, find_datasets
 from sortd.messages import EmbeddedImage, FloatArray, Stamp
 from sortd.moving.renaming import is_version
@@ -30,6 +27,9 @@ from sortd.running.classifiers import Appointed, appointed
 from sortd.running.embedding import Embedder
 from sortd.running.site import Site, teaching_of
 from sortd.status import read_status
+from sortd.store.cache import Cache
+from sortd.store.history import History
+from sortd.store.records import Selection
 from sortd.watching.scanning import stamp, why_left
 
 LoadEncoder = Callable[[Config], Encoder]

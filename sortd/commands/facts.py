@@ -297,8 +297,8 @@ def _records(
 ) -> tuple[Sequence[dict[str, Any]], JournalError | None]:
     """Return the records of all journals that were asked for, newest first, and why one could not be read."""
     from sortd.commands.journals import journals, narrowed, record_facts
-    from sortd.journaling.history import History
-    from sortd.journaling.records import Selection
+    from sortd.store.history import History
+    from sortd.store.records import Selection
 
     dataset, relative = narrowed(config, dataset, path)
     records: list[dict[str, Any]] = []

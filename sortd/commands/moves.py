@@ -28,7 +28,7 @@ from sortd.commands.console import (
 if TYPE_CHECKING:
     from sortd.commands.journals import JournalPlace
     from sortd.config import Config
-    from sortd.journaling.records import Record
+    from sortd.store.records import Record
 
 SECONDS_FOR_EACH = 0.05
 """How much longer than usual an asker waits for each file that is to be put back."""
@@ -82,8 +82,8 @@ def _undoable(
     """
     from sortd.commands.journals import journals, narrowed
     from sortd.errors import DataError
-    from sortd.journaling.history import History
-    from sortd.journaling.records import Selection
+    from sortd.store.history import History
+    from sortd.store.records import Selection
 
     dataset, relative = narrowed(config, dataset, path)
     records: list[tuple[JournalPlace, Record]] = []

@@ -10,10 +10,9 @@ from dataclasses import replace
 
 from sortd.errors import ChangedError, DestinationError, VanishedError
 from sortd.messages import Writer
-from sortd.mover import MOST_ATTEMPTS, TakenNumbers, check_source, make_part, remove_spent, taken_names
+from sortd.mover import MOST_ATTEMPTS, TakenNumbers, check_source, make_part, remove_obsolete, taken_names
 from sortd.moving.copying import Copy, content_of, copy_to_part, never, remove_part
 from sortd.moving.free_names import final_names
-from sortd.moving.relocation import Member, Progress, Relocation
 from sortd.moving.renaming import (
     FILE_FLAGS,
     Folders,
@@ -24,8 +23,9 @@ from sortd.moving.renaming import (
     sync_folder,
     writer_of,
 )
+from sortd.store.records import MoveFile, MoveRecord, Progress
 
-Advance = Callable[[Relocation], None]
+Advance = Callable[[MoveRecord], None]
 """Writes durably how far a relocation has come (``Journal.advance``)."""
 
 _CANNOT_REFUSE = frozenset({errno.EINVAL, errno.ENOSYS})
@@ -34,12 +34,12 @@ _CANNOT_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK
 
 def cross(
     folders: Folders,
-    relocation: Relocation,
+    relocation: MoveRecord,
     advance: Advance,
     interrupted: Callable[[], bool] = never,
     *,
     numbers: TakenNumbers,
-) -> Relocation:
+) -> MoveRecord:
     """Bring a relocation to another file system; the journal holds it as intended already (X1).
 
     Args:
@@ -66,11 +66,11 @@ def cross(
 
 def publish(
     destination: int,
-    relocation: Relocation,
+    relocation: MoveRecord,
     advance: Advance,
     is_taken: Callable[[Sequence[str]], bool],
     numbers: TakenNumbers,
-) -> Relocation:
+) -> MoveRecord:
     """Give every part its final name, none if one is taken, and make that durable (X6 to X8).
 
     Raises:
@@ -90,7 +90,7 @@ def publish(
     raise DestinationError(f"{relocation.destination}: no free name for {relocation.image.wanted!r}")
 
 
-def seal_published(destination: int, relocation: Relocation, advance: Advance) -> Relocation:
+def seal_published(destination: int, relocation: MoveRecord, advance: Advance) -> MoveRecord:
     """Sync the published names and write that they stand (X7, X8); only then may the sources go."""
     sync_folder(destination)
     published = replace(
@@ -102,7 +102,7 @@ def seal_published(destination: int, relocation: Relocation, advance: Advance) -
     return published
 
 
-def finish(folders: Folders, relocation: Relocation) -> Relocation:
+def finish(folders: Folders, relocation: MoveRecord) -> MoveRecord:
     """Remove the sources of published copies (X9 to X11); doing it again is no mistake.
 
     A source that is no longer the version copied, that is being written, or whose copy is gone, is kept: two
@@ -117,7 +117,7 @@ def finish(folders: Folders, relocation: Relocation) -> Relocation:
         for position, member in enumerate(relocation.members)
         if member.leaves and not _remove_source(source, destination, relocation, position)
     ]
-    remove_spent(folders, relocation)
+    remove_obsolete(folders, relocation)
     sync_folder(source)
     message = (
         f"kept in {relocation.source} too, it changed meanwhile: {', '.join(kept)}" if kept else relocation.message
@@ -166,7 +166,7 @@ def publish_part(destination: int, part: str, final: str, note: Callable[[], Non
     os.rename(part, final, src_dir_fd=destination, dst_dir_fd=destination)
 
 
-def copy_stands(destination: int, member: Member, name: str) -> bool:
+def copy_stands(destination: int, member: MoveFile, name: str) -> bool:
     """Whether the sealed copy of a member stands under a name, by inode or, where these do not last, by content."""
     status = look(destination, name)
     if status is None or status.st_size != _size(member):
@@ -174,7 +174,7 @@ def copy_stands(destination: int, member: Member, name: str) -> bool:
     return status.st_ino == member.copy_inode or content_of(destination, name) == member.content
 
 
-def give_back(folder: int, taken: str, relocation: Relocation, position: int) -> None:
+def give_back(folder: int, taken: str, relocation: MoveRecord, position: int) -> None:
     """Give a file in a folder its own name back, or else the next free one.
 
     Raises:
@@ -189,7 +189,7 @@ def give_back(folder: int, taken: str, relocation: Relocation, position: int) ->
         return
 
 
-def _copy_all(source: int, destination: int, relocation: Relocation, interrupted: Callable[[], bool]) -> Relocation:
+def _copy_all(source: int, destination: int, relocation: MoveRecord, interrupted: Callable[[], bool]) -> MoveRecord:
     members, lost = [], set(relocation.lost)
     for position, member in enumerate(relocation.members):
         if member.leaves:
@@ -202,7 +202,7 @@ def _copy_all(source: int, destination: int, relocation: Relocation, interrupted
 
 
 def _copy_source(
-    source: int, destination: int, relocation: Relocation, position: int, interrupted: Callable[[], bool]
+    source: int, destination: int, relocation: MoveRecord, position: int, interrupted: Callable[[], bool]
 ) -> Copy:
     member, part = relocation.members[position], relocation.part_name(position)
     path = f"{relocation.source}/{member.name}"
@@ -223,7 +223,7 @@ def _copy_source(
     return copy
 
 
-def _publish_all(destination: int, relocation: Relocation, advance: Advance) -> bool:
+def _publish_all(destination: int, relocation: MoveRecord, advance: Advance) -> bool:
     done: list[tuple[str, str]] = []
     for position, member in enumerate(relocation.members):
         part = relocation.part_name(position)
@@ -237,8 +237,8 @@ def _publish_all(destination: int, relocation: Relocation, advance: Advance) -> 
     return True
 
 
-def _remove_source(source: int, destination: int, relocation: Relocation, position: int) -> bool:
-    member, taken = relocation.members[position], relocation.taken_name(position)
+def _remove_source(source: int, destination: int, relocation: MoveRecord, position: int) -> bool:
+    member, taken = relocation.members[position], relocation.tombstone(position)
     standing = look(source, member.name)
     if standing is not None and look(source, taken) is None:
         if not is_version(standing, member.stamp) or not copy_stands(destination, member, member.final):
@@ -276,10 +276,10 @@ def _is_written(folder: int, name: str) -> bool:
         os.close(file)
 
 
-def _with_moved_stamp(destination: int, member: Member) -> Member:
+def _with_moved_stamp(destination: int, member: MoveFile) -> MoveFile:
     status = look(destination, member.final)
     return member if status is None else replace(member, moved_stamp=stamp_of(status))
 
 
-def _size(member: Member) -> int:
+def _size(member: MoveFile) -> int:
     return len(member.body) if member.body else member.stamp.size

@@ -3,10 +3,10 @@
 import os
 
 from sortd.moving.companions import fold, parts_beside, split_name
-from sortd.moving.relocation import LONGEST_NAME, Relocation, Role
+from sortd.store.records import LONGEST_NAME, MoveRecord, Role
 
 
-def final_names(relocation: Relocation, attempt: int) -> tuple[str, ...]:
+def final_names(relocation: MoveRecord, attempt: int) -> tuple[str, ...]:
     """Return a name for each member, all with the same number; ``attempt`` counts from 1."""
     if attempt == 1:
         return tuple(_fitted(member.wanted) for member in relocation.members)

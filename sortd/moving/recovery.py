@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from sortd.errors import ChangedError, DestinationError
-from sortd.mover import MOST_ATTEMPTS, make_part, remove_spent
+from sortd.mover import MOST_ATTEMPTS, make_part, remove_obsolete
 from sortd.moving.companions import split_name
 from sortd.moving.copying import content_of, remove_part
 from sortd.moving.crossing import Advance, finish, give_back, publish_part, seal_published
 from sortd.moving.free_names import final_names
-from sortd.moving.relocation import Member, Progress, Relocation, Role
 from sortd.moving.renaming import Folders, is_version, look, names_of, rename_new, stamp_of, sync_folder
+from sortd.store.records import MoveFile, MoveRecord, Progress, Role
 
 _NUMBERED = re.compile(r" \((\d+)\)$")
 
@@ -29,7 +29,7 @@ class _Places:
     destination: int
 
 
-def recover(folders: Folders, relocation: Relocation, advance: Advance) -> Relocation:
+def recover(folders: Folders, relocation: MoveRecord, advance: Advance) -> MoveRecord:
     """Bring a relocation that did not end to its end, or back to its beginning.
 
     Returns:
@@ -54,7 +54,7 @@ def recover(folders: Folders, relocation: Relocation, advance: Advance) -> Reloc
 # ---------------------------------------------------------------- intended: renames, or copies that count for nothing
 
 
-def _recover_intended(folders: Folders, places: _Places, relocation: Relocation) -> Relocation:
+def _recover_intended(folders: Folders, places: _Places, relocation: MoveRecord) -> MoveRecord:
     _give_back_taken(places, relocation)
     moved = _moved_members(places, relocation)
     leaving = [position for position, member in enumerate(relocation.members) if member.leaves]
@@ -68,15 +68,15 @@ def _recover_intended(folders: Folders, places: _Places, relocation: Relocation)
     return _drop_copies(places, relocation)
 
 
-def _give_back_taken(places: _Places, relocation: Relocation) -> None:
+def _give_back_taken(places: _Places, relocation: MoveRecord) -> None:
     """End a bringing back that was itself cut short."""
     for position in range(len(relocation.members)):
-        taken = relocation.taken_name(position)
+        taken = relocation.tombstone(position)
         if places.source != -1 and look(places.source, taken) is not None:
             give_back(places.source, taken, relocation, position)
 
 
-def _moved_members(places: _Places, relocation: Relocation) -> dict[int, str]:
+def _moved_members(places: _Places, relocation: MoveRecord) -> dict[int, str]:
     """Return the names in the destination of the files that were renamed, by position."""
     if places.destination == -1:
         return {}
@@ -94,10 +94,10 @@ def _moved_members(places: _Places, relocation: Relocation) -> dict[int, str]:
     return moved
 
 
-def _complete(folders: Folders, places: _Places, relocation: Relocation, moved: dict[int, str]) -> Relocation:
+def _complete(folders: Folders, places: _Places, relocation: MoveRecord, moved: dict[int, str]) -> MoveRecord:
     """Every file has been renamed: make what belongs beside them and let it all be durable."""
     names = _names_beside(relocation, moved[0])
-    members: list[Member] = []
+    members: list[MoveFile] = []
     for position, member in enumerate(relocation.members):
         if position in moved:
             members.append(_settled(places.destination, member, moved[position]))
@@ -105,12 +105,12 @@ def _complete(folders: Folders, places: _Places, relocation: Relocation, moved: 
             members.append(_settled(places.destination, member, final))
     sync_folder(places.destination)
     if places.source != -1:
-        remove_spent(folders, relocation)
+        remove_obsolete(folders, relocation)
         sync_folder(places.source)
     return replace(relocation, members=tuple(members), progress=Progress.DONE)
 
 
-def _names_beside(relocation: Relocation, image_name: str) -> tuple[str, ...]:
+def _names_beside(relocation: MoveRecord, image_name: str) -> tuple[str, ...]:
     """Return the names that go with the one that the image got."""
     numbered = _NUMBERED.search(split_name(image_name)[0])
     attempt = int(numbered[1]) if numbered else 1
@@ -118,7 +118,7 @@ def _names_beside(relocation: Relocation, image_name: str) -> tuple[str, ...]:
     return names if names[0] == image_name else final_names(relocation, 1)
 
 
-def _made(places: _Places, relocation: Relocation, position: int, name: str) -> str:
+def _made(places: _Places, relocation: MoveRecord, position: int, name: str) -> str:
     """Return the name under which a copy or a reason stands, after making it where it is missing; else nothing."""
     member, part = relocation.members[position], relocation.part_name(position)
     if member.role is Role.REASON:
@@ -137,7 +137,7 @@ def _made(places: _Places, relocation: Relocation, position: int, name: str) -> 
     return _publish_anywhere(places.destination, relocation, position, name)
 
 
-def _bring_back(places: _Places, relocation: Relocation, moved: dict[int, str]) -> Relocation:
+def _bring_back(places: _Places, relocation: MoveRecord, moved: dict[int, str]) -> MoveRecord:
     if places.source == -1:
         return relocation
     for position, final in moved.items():
@@ -145,7 +145,7 @@ def _bring_back(places: _Places, relocation: Relocation, moved: dict[int, str]) 
             rename_new(places.destination, final, places.source, relocation.members[position].name)
         except FileExistsError:
             # Its name was taken meanwhile: by way of a name that nobody else has to the next free one.
-            taken = relocation.taken_name(position)
+            taken = relocation.tombstone(position)
             rename_new(places.destination, final, places.source, taken)
             give_back(places.source, taken, relocation, position)
     for position, member in enumerate(relocation.members):
@@ -156,7 +156,7 @@ def _bring_back(places: _Places, relocation: Relocation, moved: dict[int, str]) 
     return relocation.failed("taken back: not every file of the image could be moved")
 
 
-def _drop_copies(places: _Places, relocation: Relocation) -> Relocation:
+def _drop_copies(places: _Places, relocation: MoveRecord) -> MoveRecord:
     """Nothing was renamed: remove the copies whose sources stand, and save those whose sources do not."""
     nothing = relocation.failed("nothing had been moved")
     if places.destination == -1:
@@ -185,7 +185,7 @@ def _drop_copies(places: _Places, relocation: Relocation) -> Relocation:
 # ---------------------------------------------------------------- publishing: whole copies, known by inode and hash
 
 
-def _recover_publishing(folders: Folders, places: _Places, relocation: Relocation, advance: Advance) -> Relocation:
+def _recover_publishing(folders: Folders, places: _Places, relocation: MoveRecord, advance: Advance) -> MoveRecord:
     if -1 in {places.source, places.destination}:
         return relocation
     destination = places.destination
@@ -203,7 +203,7 @@ def _recover_publishing(folders: Folders, places: _Places, relocation: Relocatio
     return finish(folders, seal_published(destination, replace(relocation, members=members), advance))
 
 
-def _recover_published(folders: Folders, places: _Places, relocation: Relocation, advance: Advance) -> Relocation:
+def _recover_published(folders: Folders, places: _Places, relocation: MoveRecord, advance: Advance) -> MoveRecord:
     if -1 in {places.source, places.destination}:
         return relocation
     try:
@@ -218,13 +218,13 @@ def _recover_published(folders: Folders, places: _Places, relocation: Relocation
     return _unpublish(places.destination, sealed, _published(places.destination, sealed))
 
 
-def _all_stand(places: _Places, relocation: Relocation) -> bool:
+def _all_stand(places: _Places, relocation: MoveRecord) -> bool:
     return all(
         _stands(places, relocation, position) for position, member in enumerate(relocation.members) if member.leaves
     )
 
 
-def _published(destination: int, relocation: Relocation) -> dict[int, str]:
+def _published(destination: int, relocation: MoveRecord) -> dict[int, str]:
     """Return the names under which sealed copies are visible.
 
     An equal file of the user's is none of ours: only the inode tells, or a name that the journal holds because the
@@ -240,14 +240,14 @@ def _published(destination: int, relocation: Relocation) -> dict[int, str]:
     return finals
 
 
-def _remove_placeholders(destination: int, relocation: Relocation, finals: dict[int, str]) -> None:
+def _remove_placeholders(destination: int, relocation: MoveRecord, finals: dict[int, str]) -> None:
     for position, member in enumerate(relocation.members):
         status = look(destination, member.final) if member.final and position not in finals else None
         if status is not None and status.st_size == 0 and look(destination, relocation.part_name(position)):
             os.unlink(member.final, dir_fd=destination)
 
 
-def _unpublish(destination: int, relocation: Relocation, finals: dict[int, str]) -> Relocation:
+def _unpublish(destination: int, relocation: MoveRecord, finals: dict[int, str]) -> MoveRecord:
     """Every source stands: remove the copies, which are ours."""
     for position, name in finals.items():
         os.unlink(name, dir_fd=destination)
@@ -258,7 +258,7 @@ def _unpublish(destination: int, relocation: Relocation, finals: dict[int, str])
     return relocation.failed("its copies were removed, the files are where they were")
 
 
-def _publish_rest(destination: int, relocation: Relocation, finals: dict[int, str]) -> dict[int, str]:
+def _publish_rest(destination: int, relocation: MoveRecord, finals: dict[int, str]) -> dict[int, str]:
     """A source is gone: what copies are whole become visible."""
     beside = _names_beside(relocation, finals[0]) if 0 in finals else final_names(relocation, 1)
     return {
@@ -268,7 +268,7 @@ def _publish_rest(destination: int, relocation: Relocation, finals: dict[int, st
     }
 
 
-def _publish_anywhere(destination: int, relocation: Relocation, position: int, name: str) -> str:
+def _publish_anywhere(destination: int, relocation: MoveRecord, position: int, name: str) -> str:
     """Publish one part under this name, or under the next free one of its own."""
     part = relocation.part_name(position)
     names = (final_names(relocation, attempt)[position] for attempt in range(1, MOST_ATTEMPTS))
@@ -281,12 +281,12 @@ def _publish_anywhere(destination: int, relocation: Relocation, position: int, n
     raise DestinationError(f"{relocation.destination}: no free name for {name!r}")
 
 
-def _settled(destination: int, member: Member, final: str) -> Member:
+def _settled(destination: int, member: MoveFile, final: str) -> MoveFile:
     status = look(destination, final)
     return replace(member, final=final, moved_stamp=None if status is None else stamp_of(status))
 
 
-def _stands(places: _Places, relocation: Relocation, position: int) -> bool:
+def _stands(places: _Places, relocation: MoveRecord, position: int) -> bool:
     member = relocation.members[position]
     status = None if places.source == -1 else look(places.source, member.name)
     return status is not None and is_version(status, member.stamp)

@@ -18,7 +18,6 @@ from time import monotonic
 from typing import Any
 
 from sortd import logs
-from sortd.cache import Cache
 from sortd.config import Config, DatasetConfig
 from sortd.deciding.agreement import FEWEST_FILED, LEAST_COSINE, LEAST_SAME, Agreement, agreement, refuse_quick
 from sortd.decoding.decoders import DecoderPool
@@ -36,6 +35,7 @@ from sortd.references import STRANGERS_FOLDER, ClassFolder, References, Referenc
 from sortd.running.embedding import Embedder
 from sortd.running.exporting import note, warn
 from sortd.running.verdict import Verdict, read_verdict, write_verdict
+from sortd.store.cache import Cache
 
 LARGEST_SAMPLE = 1000
 """References that are compared: with so many, a share of 0.99 is known to 0.003, and a first start waits no longer."""

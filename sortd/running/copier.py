@@ -32,14 +32,16 @@ class CopyFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class CopierDied:
+class CopyQueueDied:
     """The copier ended by an error; the loop raises it."""
 
     error: BaseException
 
 
 @dataclass(frozen=True, slots=True)
-class _Errand:
+class CopyTask:
+    """One copy that waits for its turn."""
+
     seat: "Seat"
     job: Job
     done: threading.Event = field(default_factory=threading.Event)
@@ -48,8 +50,8 @@ class _Errand:
 class Seat:
     """One dataset's way to the copier."""
 
-    def __init__(self, dataset: DatasetId, copier: "Copier") -> None:
-        """Sit down; see ``Copier.seat``."""
+    def __init__(self, dataset: DatasetId, copier: "CopyQueue") -> None:
+        """Sit down; see ``CopyQueue.seat``."""
         self.dataset = dataset
         self._copier = copier
         self._is_left = False
@@ -58,7 +60,7 @@ class Seat:
         """Queue a copy; its order comes as ``Copied``. At a stop it is asked at once, and answers as interrupted."""
         if self._copier.is_stopping:
             return [job()]
-        self._copier.queue(_Errand(self, job))
+        self._copier.queue(CopyTask(self, job))
         return []
 
     @property
@@ -75,22 +77,22 @@ class Seat:
             errand.done.wait()
 
 
-class Copier:
+class CopyQueue:
     """One named thread around a queue of copies; it starts with the first of them."""
 
-    def __init__(self, post: Callable[[Copied | CopyFailed | CopierDied], None]) -> None:
+    def __init__(self, post: Callable[[Copied | CopyFailed | CopyQueueDied], None]) -> None:
         """Prepare; what is done is told by ``post``."""
         self._post = post
-        self._arriving: queue.SimpleQueue[_Errand | None] = queue.SimpleQueue()
+        self._arriving: queue.SimpleQueue[CopyTask | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self.in_hand: _Errand | None = None
+        self.in_hand: CopyTask | None = None
         self.is_stopping = False
 
     def seat(self, dataset: DatasetId) -> Seat:
         """Return a dataset's way to this copier."""
         return Seat(dataset, self)
 
-    def queue(self, errand: _Errand) -> None:
+    def queue(self, errand: CopyTask) -> None:
         """Take an errand in; used by seats."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="copier")
@@ -112,10 +114,10 @@ class Copier:
         try:
             self._serve()
         except BaseException as error:  # noqa: BLE001 -- whatever ends this thread, the loop must hear of it and raise it
-            self._post(CopierDied(error))
+            self._post(CopyQueueDied(error))
 
     def _serve(self) -> None:
-        waiting: dict[Seat, deque[_Errand]] = {}
+        waiting: dict[Seat, deque[CopyTask]] = {}
         while self._take_in(waiting):
             seat = next(iter(waiting))  # the one that waited longest since its last turn
             errands = waiting.pop(seat)
@@ -123,7 +125,7 @@ class Copier:
             if errands:
                 waiting[seat] = errands
 
-    def _take_in(self, waiting: dict[Seat, deque[_Errand]]) -> bool:
+    def _take_in(self, waiting: dict[Seat, deque[CopyTask]]) -> bool:
         """Sort what has arrived by seats, waiting for it where there is nothing else to do; False: stop."""
         while not waiting or not self._arriving.empty():
             errand = self._arriving.get()
@@ -132,7 +134,7 @@ class Copier:
             waiting.setdefault(errand.seat, deque()).append(errand)
         return True
 
-    def _carry_out(self, errand: _Errand) -> None:
+    def _carry_out(self, errand: CopyTask) -> None:
         self.in_hand = errand
         try:
             ended: Copied | CopyFailed = Copied(errand.seat.dataset, (errand.job(),))

@@ -9,8 +9,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic, time_ns
 
-from sortd.journal import Journal
-from sortd.journaling.history import GENERATION_FACT, GUARD_FACT, History
 from sortd.layout import Area, Layout
 from sortd.messages import (
     Command,
@@ -53,12 +51,14 @@ from sortd.running.rebuilding import Rebuilding
 from sortd.running.relocating import Order
 from sortd.running.review_scan import ReviewScan
 from sortd.running.sweep import Sweep
-from sortd.running.undoing import PutBack
+from sortd.running.undoing import UndoResult
 from sortd.running.worker import Answer, EmbedJob, Job
 from sortd.sorter import Sorter
 from sortd.sorting.guard import GuardState
 from sortd.sorting.rounds import Throttle
 from sortd.sorting.settings import SorterSettings
+from sortd.store.history import GENERATION_FACT, GUARD_FACT, History
+from sortd.store.journal import Journal
 from sortd.watch import Hint
 
 
@@ -422,11 +422,11 @@ class Dataset:
         for result in self.outbox.send():
             self.receive(result)
 
-    def copied(self, orders: Sequence[Order]) -> list[PutBack]:
+    def copied(self, orders: Sequence[Order]) -> list[UndoResult]:
         """Take note of copies to another file system that have ended; return what was undone by them."""
-        put_back: list[PutBack] = []
+        put_back: list[UndoResult] = []
         for result in self.outbox.end(orders):
-            if isinstance(result, PutBack):
+            if isinstance(result, UndoResult):
                 put_back.append(result)
             else:
                 self.receive(result)

@@ -7,12 +7,12 @@ from time import perf_counter
 
 import numpy as np
 
-from sortd.cache import Cache
 from sortd.decoding.decoders import DecodedImage, DecoderPool
 from sortd.encoder import Encoder
 from sortd.errors import ModelError
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Stamp
 from sortd.running.pipeline import Deliver, Lane, Pipeline
+from sortd.store.cache import Cache
 
 UNIT_TOLERANCE = 1e-2
 """How far from one the length of an embedding may be: half precision errs by a tenth of that."""

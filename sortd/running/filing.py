@@ -9,20 +9,28 @@ from pathlib import Path
 
 from sortd import mends
 from sortd.errors import BusyError, ChangedError, ImageError, SourceError, VanishedError
-from sortd.journal import Grounds, Journal, Record
-from sortd.journaling.records import with_reason
 from sortd.layout import Layout
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import NO_STAMP, Mover, new_token, with_companions
 from sortd.moving.copying import never
 from sortd.moving.listing import Listings
-from sortd.moving.relocation import FolderNameError, Member, Relocation, Role, checked_folder, checked_name
 from sortd.moving.renaming import Folders
 from sortd.running.crossings import MOST_HANDED_OVER, Crossings
-from sortd.running.latecomers import PLACES_FACT, Latecomers, places_of
+from sortd.running.latecomers import PLACES_FACT, LateCompanions, places_of
 from sortd.running.presence import Presence
 from sortd.running.relocating import SYNC_THREADS, Order, Relocator, Submit, inline
-from sortd.running.undoing import PutBack, Undoing
+from sortd.running.undoing import Undoing, UndoResult
+from sortd.store.journal import Journal
+from sortd.store.records import (
+    FolderNameError,
+    MoveFile,
+    MoveReason,
+    MoveRecord,
+    Record,
+    Role,
+    checked_folder,
+    checked_name,
+)
 
 Answer = Moved | MoveFailed
 
@@ -72,11 +80,11 @@ class Filing:
         )
         self._undoing = Undoing(dataset_root, self._relocator)
         self._crossings = Crossings()
-        self._latecomers = Latecomers(dataset_root, journal.history, self._relocator.listings, clock=journal.clock)
+        self._latecomers = LateCompanions(dataset_root, journal.history, self._relocator.listings, clock=journal.clock)
         self._moves: dict[str, Move] = {}  # by token; not answered yet
         self._gives_up = False
 
-    def recover(self) -> list[Relocation]:
+    def recover(self) -> list[MoveRecord]:
         """Bring every relocation that did not end to its end or its beginning; doing it again is no mistake.
 
         Returns:
@@ -103,7 +111,7 @@ class Filing:
             moves = ()
         return [*answers, *self.give_up()] if self._gives_up else answers
 
-    def end(self, orders: Sequence[Order]) -> list[Answer | PutBack]:
+    def end(self, orders: Sequence[Order]) -> list[Answer | UndoResult]:
         """Take note of what became of copies to another file system; return the answers that they were waited for.
 
         Raises:
@@ -213,7 +221,7 @@ class Filing:
             return []  # it comes from the inbox, or from where sortd had put it, and its companions with it
         return self.follow_images([(record, place)], earlier[0])
 
-    def undo(self, records: Sequence[Record]) -> list[PutBack]:
+    def undo(self, records: Sequence[Record]) -> list[UndoResult]:
         """Put the images of these records back where they were, newest first, and hold them there.
 
         Nothing is overwritten: where the old name is taken, another free one is given. Images on another file system
@@ -223,10 +231,10 @@ class Filing:
             JournalError: it cannot be written; opening it anew recovers what was begun.
         """
         if (problem := self._absence()) is not None:
-            return [PutBack(record, None, problem) for record in records]
+            return [UndoResult(record, None, problem) for record in records]
         return self._undoing.undo(records)
 
-    def rehearse_undo(self, records: Sequence[Record], back: set[str] | None = None) -> list[PutBack]:
+    def rehearse_undo(self, records: Sequence[Record], back: set[str] | None = None) -> list[UndoResult]:
         """Say what ``undo`` would do, without doing it.
 
         Args:
@@ -234,7 +242,7 @@ class Filing:
             back: what would stand where it was again; where that is asked in parts, the same set for each.
         """
         if (problem := self._absence()) is not None:
-            return [PutBack(record, None, problem) for record in records]
+            return [UndoResult(record, None, problem) for record in records]
         return self._undoing.rehearse(records, set() if back is None else back)
 
     def _absence(self) -> str | None:
@@ -281,11 +289,11 @@ class Filing:
         """
         return self._journal.history.held_version(self._relative(path))
 
-    def _relocation(self, folders: Folders, move: Move) -> Relocation:
+    def _relocation(self, folders: Folders, move: Move) -> MoveRecord:
         source, _, name = self._relative(move.path).rpartition("/")
         wanted = checked_name(move.wanted or name)
-        image = Member(Role.IMAGE, checked_name(name), wanted, move.stamp, content=move.content)
-        relocation = Relocation(new_token(), checked_folder(source), checked_folder(move.folder), (image,))
+        image = MoveFile(Role.IMAGE, checked_name(name), wanted, move.stamp, content=move.content)
+        relocation = MoveRecord(new_token(), checked_folder(source), checked_folder(move.folder), (image,))
         if move.outcome is Outcome.FOLLOWED:
             relocation = replace(relocation, joins=True)
         elif self._companions:
@@ -294,18 +302,18 @@ class Filing:
             relocation = relocation.with_member(_reason(move, source, name))
         return self._without_old_reason(relocation)
 
-    def _without_old_reason(self, relocation: Relocation) -> Relocation:
+    def _without_old_reason(self, relocation: MoveRecord) -> MoveRecord:
         """Let the reason that sortd wrote beside a rejected image go, once that image was mended and leaves."""
         if relocation.source != "Rejected":
             return relocation
         record = self._journal.history.last_put(relocation.source, relocation.image.name)
         reasons = () if record is None else record.relocation.members
-        spent = tuple(
+        obsolete = tuple(
             replace(member, name=member.final, stamp=member.moved_stamp)
             for member in reasons
             if member.role is Role.REASON and member.moved_stamp is not None
         )
-        return replace(relocation, spent=spent)
+        return replace(relocation, obsolete=obsolete)
 
     def _relative(self, path: str) -> str:
         root = f"{os.fspath(self._root)}/"
@@ -322,17 +330,18 @@ class Filing:
         return _failure(move, order.trouble or OSError(relocation.message), relocation.message)
 
 
-def _grounds(move: Move) -> Grounds:
-    return with_reason(
-        Grounds.of(move.decision, move.outcome.value),
-        reason=move.reason,
+def _grounds(move: Move) -> MoveReason:
+    decided = MoveReason.of(move.decision, move.outcome.value)
+    return replace(
+        decided,
+        reason=move.reason or decided.reason,
         generation=move.generation,
         encoder_id=move.encoder_id,
         content=move.content,
     )
 
 
-def _reason(move: Move, source: str, name: str) -> Member:
+def _reason(move: Move, source: str, name: str) -> MoveFile:
     """Return the file that says why an image was set aside."""
     facts = {
         "name": name,
@@ -344,7 +353,7 @@ def _reason(move: Move, source: str, name: str) -> Member:
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False)
     body = text.encode("utf-8", "backslashreplace") + b"\n"  # bytes that are no UTF-8 become escapes
-    return Member(Role.REASON, name, f"{name}.reason.json", NO_STAMP, body=body)
+    return MoveFile(Role.REASON, name, f"{name}.reason.json", NO_STAMP, body=body)
 
 
 def _failure(move: Move, trouble: Exception, outcome: str = "") -> MoveFailed:

@@ -10,13 +10,13 @@ from filelock import FileLock, Timeout
 
 from sortd.commands.journals import JOURNAL_FILE
 from sortd.errors import AlreadyRunningError, LayoutError
-from sortd.journal import Journal
 from sortd.layout import Layout
 from sortd.moving.copying import never
-from sortd.moving.relocation import Relocation
 from sortd.running.filing import Filing
 from sortd.running.relocating import Submit, inline
 from sortd.running.residence import settled_folder, write_down
+from sortd.store.journal import Journal
+from sortd.store.records import MoveRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Holding:
     layout: Layout
     journal: Journal
     filing: Filing
-    recovered: tuple[Relocation, ...] = ()  # what a crash had left open, as it is now
+    recovered: tuple[MoveRecord, ...] = ()  # what a crash had left open, as it is now
     lock_problem: Callable[[], str | None] = lambda: None  # why another sortd works here now; see MarkerLock
 
 

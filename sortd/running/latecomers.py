@@ -15,13 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sortd.journaling.history import History
-from sortd.journaling.records import Record
 from sortd.messages import Move, Outcome
 from sortd.moving.companions import claim_on, claims, companions_of, name_beside, owners_of, starts_of_images
 from sortd.moving.listing import Listings
-from sortd.moving.relocation import LONGEST_NAME, FolderNameError, Role, checked_folder
 from sortd.moving.renaming import Folders, is_version, look, stamp_of
+from sortd.store.history import History
+from sortd.store.records import LONGEST_NAME, FolderNameError, Record, Role, checked_folder
 
 LATE_SECONDS = 86_400.0
 """How long after its image a companion may come: uploads over a weak line take hours, a card is full after weeks."""
@@ -30,7 +29,7 @@ PLACES_FACT = "places:"
 """Followed by a record's number: a list in JSON, where its image was seen last and where companions may stand still."""
 
 
-class Latecomers:
+class LateCompanions:
     """Finds where files that are no images belong, in one dataset."""
 
     def __init__(

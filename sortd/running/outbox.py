@@ -10,14 +10,13 @@ from pathlib import Path
 from time import monotonic
 from typing import Protocol
 
-from sortd.journaling.history import History
-from sortd.journaling.records import Record
 from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
-from sortd.moving.relocation import Progress, Relocation
 from sortd.running.account import Account
 from sortd.running.filing import Filing
 from sortd.running.relocating import Order
-from sortd.running.undoing import PutBack
+from sortd.running.undoing import UndoResult
+from sortd.store.history import History
+from sortd.store.records import MoveRecord, Progress, Record
 
 GROUP = 32
 """Moves of one turn of the loop: on a busy disk each takes some five milliseconds, in which nothing else happens."""
@@ -27,7 +26,7 @@ Heard = Result | ImageGone
 
 
 class Mover(Protocol):
-    """Whatever carries out moves: ``Filing`` does, ``Pretence`` only says what it would do."""
+    """Whatever carries out moves: ``Filing`` does, ``DryRunMover`` only says what it would do."""
 
     def move_all(self, moves: Sequence[Move]) -> list[Result]:
         """Carry out a group of moves; answer those that have ended."""
@@ -76,16 +75,16 @@ class Outbox:
         share = (monotonic() - began) / max(1, len(results))
         return [self._told(result, share) for result in results]
 
-    def end(self, orders: Sequence[Order]) -> list[Heard | PutBack]:
+    def end(self, orders: Sequence[Order]) -> list[Heard | UndoResult]:
         """Take note of copies to another file system that have ended; return what became of them.
 
         Raises:
             JournalError: it cannot be written; opening it anew recovers what was begun.
         """
         assert self._filing is not None
-        heard: list[Heard | PutBack] = []
+        heard: list[Heard | UndoResult] = []
         for answer in self._filing.end(orders):
-            if isinstance(answer, PutBack):
+            if isinstance(answer, UndoResult):
                 heard.append(answer)
                 continue
             heard.append(self._told(answer, None))
@@ -139,7 +138,7 @@ class Outbox:
             self._taken(result)
         return list(given_up)
 
-    def tell_recovered(self, relocations: Iterable[Relocation]) -> None:
+    def tell_recovered(self, relocations: Iterable[MoveRecord]) -> None:
         """Write the lines of images whose moves had been cut short, by a crash or a disk, and have ended now.
 
         Of those that were taken back nothing is to be said, unless the image is not where it was: whoever looks for it

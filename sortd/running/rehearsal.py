@@ -11,8 +11,6 @@ from time import monotonic
 from sortd.commands.journals import JOURNAL_FILE
 from sortd.config import Config
 from sortd.errors import LayoutError
-from sortd.journal import Journal
-from sortd.journaling.store import copy_journal
 from sortd.layout import Layout, find_datasets
 from sortd.messages import DatasetId, Move, Moved, MoveFailed
 from sortd.metrics import Metrics
@@ -20,6 +18,8 @@ from sortd.running.dataset import Dataset
 from sortd.running.residence import known_folder
 from sortd.running.site import LoadEncoder, Site, sorter_settings, teaching_of
 from sortd.running.worker import Answer, Posted, Worker, WorkerDied
+from sortd.store.database import copy_journal
+from sortd.store.journal import Journal
 
 LOOK_SECONDS = 1.0
 """The longest pause between two turns: what waits for a file of a person's to be left alone has no deadline."""
@@ -28,7 +28,7 @@ Tell = Callable[[str, Move, str], None]
 """Hears of each move: dataset, move, destination."""
 
 
-class Pretence:
+class DryRunMover:
     """Carries out no move, but tells of each where the image would stand if that name is free."""
 
     def __init__(self, name: str, root: Path, tell: Tell) -> None:
@@ -72,7 +72,7 @@ def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
                 layout,
                 sorter_settings(own),
                 teaching_of(own),
-                mover=Pretence(layout.name, layout.root, tell),
+                mover=DryRunMover(layout.name, layout.root, tell),
                 ask=worker.ask,
                 metrics=Metrics(),
                 journal=journal,

@@ -10,12 +10,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 
-from sortd.journal import Journal
-from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.messages import Refusal, Stamp
 from sortd.names import rule_for
 from sortd.running.corrections import looked_through_until
+from sortd.store.journal import Journal
+from sortd.store.records import Record
 from sortd.watching.scanning import stamp
 
 SCANNED_FACT = "rejects_scanned_at"

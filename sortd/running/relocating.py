@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sortd.errors import BusyError, DestinationError, ImageError, SourceError
-from sortd.journal import Grounds, Journal
-from sortd.mover import Mover, TakenNumbers, close_files, done, open_members, remove_spent, sync_files
+from sortd.mover import Mover, TakenNumbers, close_files, done, open_members, remove_obsolete, sync_files
 from sortd.moving.copying import never
 from sortd.moving.crossing import cross
 from sortd.moving.listing import Listings
 from sortd.moving.recovery import recover
-from sortd.moving.relocation import Progress, Relocation
 from sortd.moving.renaming import CANNOT_RENAME, Folders, sync_folder
+from sortd.store.journal import Journal
+from sortd.store.records import MoveReason, MoveRecord, Progress
 
 BATCH = 64
 """Relocations that share commits and syncs; each holds a descriptor or a few until its bytes are synced."""
@@ -33,11 +33,11 @@ _INTERRUPTED = BusyError("sortd stops, or lets this dataset go: it is copied to 
 class Order:
     """A relocation on its way: why, and what went wrong if something did."""
 
-    relocation: Relocation
-    grounds: Grounds
+    relocation: MoveRecord
+    grounds: MoveReason
     trouble: Exception | None = None
 
-    def at(self, relocation: Relocation) -> "Order":
+    def at(self, relocation: MoveRecord) -> "Order":
         """Return the order with its relocation further on."""
         return replace(self, relocation=relocation)
 
@@ -92,14 +92,14 @@ class Relocator:
         self._numbers = TakenNumbers()  # of the jobs alone: the mover, in another thread, has its own
         # By token; handed to ``submit`` and not yet ended. Only the thread that owns this object touches it, so that
         # a relocation is never recovered here while it is carried out there.
-        self._crossing: dict[str, Relocation] = {}
+        self._crossing: dict[str, MoveRecord] = {}
 
     @property
     def crossing(self) -> int:
         """How many relocations were handed to ``submit`` and have not come to ``end``."""
         return len(self._crossing)
 
-    def recover(self) -> list[Relocation]:
+    def recover(self) -> list[MoveRecord]:
         """Bring every relocation that did not end to its end or its beginning; doing it again is no mistake.
 
         Returns:
@@ -169,7 +169,7 @@ class Relocator:
     def _placed(self, folders: Folders, order: Order) -> Order:
         try:
             placed = self._mover.place(folders, order.relocation)
-            remove_spent(folders, placed)
+            remove_obsolete(folders, placed)
         except (ImageError, OSError, DestinationError, SourceError) as error:
             return order.troubled(error)
         return order.at(placed)
@@ -192,7 +192,7 @@ class Relocator:
     def _crossed(self, order: Order, journal: Journal) -> Order:
         reached = order.relocation
 
-        def advance(relocation: Relocation) -> None:
+        def advance(relocation: MoveRecord) -> None:
             nonlocal reached
             journal.advance(relocation)
             reached = relocation
@@ -207,11 +207,11 @@ class Relocator:
             return order.troubled(error)
 
 
-def _source_of(relocation: Relocation) -> tuple[str, str]:
+def _source_of(relocation: MoveRecord) -> tuple[str, str]:
     return relocation.source, relocation.image.name
 
 
-def _recovered(folders: Folders, relocation: Relocation, journal: Journal) -> Relocation:
+def _recovered(folders: Folders, relocation: MoveRecord, journal: Journal) -> MoveRecord:
     try:
         return recover(folders, relocation, journal.advance)
     except (ImageError, DestinationError, OSError):

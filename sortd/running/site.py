@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from sortd.cache import Cache
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config, DatasetConfig, Decoding
 from sortd.decoding.decoders import DecoderPool
@@ -29,6 +28,7 @@ from sortd.running.holding import hold
 from sortd.running.precision import load_encoder as serving_encoder
 from sortd.running.worker import Job, PrototypeStore
 from sortd.sorting.settings import SorterSettings
+from sortd.store.cache import Cache
 
 LoadEncoder = Callable[[Config], Encoder]
 

@@ -25,12 +25,12 @@ TESTS = {
     "moving/copying": ("tests/test_copying.py", STEPS, FILING),
     "files": ("tests/test_files.py",),
     "moving/crossing": (STEPS, RECOVERY, FILING),
-    "journaling/store": (STEPS, "tests/test_journal.py"),
+    "store/database": (STEPS, "tests/test_journal.py"),
     "mover": (STEPS, "tests/test_mover.py", FILING),
     "moving/recovery": (STEPS, RECOVERY, FILING),
     "running/relocating": (STEPS, FILING),
     "messages": (STEPS, "tests/test_mover.py", FILING),
-    "moving/relocation": ("tests/test_journal.py", FILING),
+    "store/records": ("tests/test_journal.py", FILING),
     "moving/renaming": (STEPS, "tests/test_mover.py", RECOVERY, FILING),
     "running/undoing": (PATROL, FILING),
     "running/crossings": (FILING,),
@@ -88,7 +88,7 @@ SYNCS = (
         "    sync_folder(places.destination)\n    if places.source != -1:",
         "    if places.source != -1:",
     ),
-    Mutant("moving/recovery", "        remove_spent(folders, relocation)\n        sync_folder(places.source)\n", ""),
+    Mutant("moving/recovery", "        remove_obsolete(folders, relocation)\n        sync_folder(places.source)\n", ""),
     Mutant("moving/recovery", "    sync_folder(places.source)\n    sync_folder(places.destination)\n", ""),
     Mutant(
         "moving/recovery", "    sync_folder(places.source)\n    sync_folder(places.dest", "    sync_folder(places.dest"
@@ -98,11 +98,11 @@ SYNCS = (
         "moving/recovery", "    sync_folder(destination)\n    return relocation.failed", "    return relocation.failed"
     ),
     Mutant(
-        "journaling/store",
+        "store/database",
         'connection.execute("PRAGMA synchronous = FULL")',
         'connection.execute("PRAGMA synchronous = 1")',
     ),
-    Mutant("journaling/store", "            os.fsync(descriptor)\n", "            pass\n"),
+    Mutant("store/database", "            os.fsync(descriptor)\n", "            pass\n"),
     Mutant("files", "                if durable:\n                    os.fsync(descriptor)\n", ""),
     Mutant("files", "        if durable:\n            _sync(place)\n", ""),
 )
@@ -122,9 +122,9 @@ REFUSALS = (
     Mutant("files", "_FOLDER_FLAGS | os.O_NOFOLLOW)", "_FOLDER_FLAGS)"),
     Mutant("files", "if folder is not None:", "if False:"),
     Mutant("running/holding", "if layout.marker.is_symlink():", "if False:"),
-    Mutant("moving/relocation", "if components[0] not in TOPS or", "if"),
-    Mutant("moving/relocation", """part in {"", ".", ".."} or""", "False or"),
-    Mutant("moving/relocation", 'if name in {"", ".", ".."} or "/" in name or', "if"),
+    Mutant("store/records", "if components[0] not in TOPS or", "if"),
+    Mutant("store/records", """part in {"", ".", ".."} or""", "False or"),
+    Mutant("store/records", 'if name in {"", ".", ".."} or "/" in name or', "if"),
 )
 
 RIGHTS = (

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sortd.journal import Journal, Selection
 from sortd.messages import Move, Outcome
 from sortd.mover import Mover
 from sortd.moving.listing import Listings, Names
 from sortd.moving.renaming import rename_new, stamp_of
 from sortd.running.filing import Answer, Filing
+from sortd.store.journal import Journal
+from sortd.store.records import Selection
 
 IMAGE_BYTES = 70_000
 """More than one page and less than a chunk; a hole of 1 MiB lies in one image."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sortd import mends
 from sortd.errors import JournalError
-from sortd.moving.relocation import Progress, Role
+from sortd.store.records import Progress, Role
 
 APPLICATION = 0x736F7274  # "sort", in the header of the file
 VERSION = 1
@@ -213,11 +213,7 @@ def translated(path: Path) -> Iterator[None]:
 
 
 def verify(connection: sqlite3.Connection, path: Path) -> None:
-    """See that the journal is whole, and that it says nothing about moves that this sortd cannot understand.
-
-    Raises:
-        JournalError: it is damaged.
-    """
+    """See that the journal is whole, and that it says nothing about moves that this sortd cannot understand."""
     with translated(path):
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
