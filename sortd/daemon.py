@@ -32,9 +32,9 @@ from sortd.errors import (
 )
 from sortd.layout import Area
 from sortd.metrics import Metrics
+from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
 from sortd.running.collection import Collection
 from sortd.running.control import answer, tell_put_back
-from sortd.running.copier import Copied, CopyFailed, CopyQueue, CopyQueueDied
 from sortd.running.dataset import Dataset
 from sortd.running.inbox import Inbox, Told
 from sortd.running.requests import Requests

@@ -56,7 +56,6 @@ FLOORS: dict[str, tuple[int, str]] = {
     "deciding.classifier": (THOUGHT, "prototypes"),
     "deciding.finetuned_explanation": (THOUGHT, "prototypes"),
     "encoding.normalisation": (THOUGHT, "normalisation"),
-    "moving.free_names": (THOUGHT, "relocation"),
     "finetuning.groups": (THOUGHT, "split"),
     "finetuning.split": (THOUGHT, "split"),
     "finetuning.gaussian_head": (THOUGHT, "gaussian_head"),
@@ -102,12 +101,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "store.journal": (EDGE, "journal"),
     "store.history": (EDGE, "journal"),
     "store.database": (EDGE, "journal"),
-    "mover": (EDGE, "mover"),
-    "moving.renaming": (EDGE, "mover"),
-    "moving.copying": (EDGE, "mover"),
-    "moving.listing": (EDGE, "mover"),
-    "moving.crossing": (EDGE, "mover"),
-    "moving.recovery": (EDGE, "mover"),
+    "moving.fs": (EDGE, "mover"),
     "signals": (EDGE, "signals"),
     "sdnotify": (EDGE, "sdnotify"),
     "decoding.thumbnails": (EDGE, "images"),
@@ -123,13 +117,14 @@ FLOORS: dict[str, tuple[int, str]] = {
     "running.pipeline": (DRIVER, "drivers"),
     "references": (DRIVER, "drivers"),
     "running.worker": (DRIVER, "drivers"),
-    "running.filing": (DRIVER, "drivers"),
-    "running.relocating": (DRIVER, "drivers"),
-    "running.undoing": (DRIVER, "drivers"),
-    "running.crossings": (DRIVER, "drivers"),
-    "running.copier": (DRIVER, "drivers"),
-    "running.residence": (DRIVER, "drivers"),
-    "running.latecomers": (DRIVER, "drivers"),
+    "moving.plan": (DRIVER, "drivers"),
+    "moving.parts": (DRIVER, "drivers"),
+    "moving.rename": (DRIVER, "drivers"),
+    "moving.copy": (DRIVER, "drivers"),
+    "moving.copy_queue": (DRIVER, "drivers"),
+    "moving.recovery": (DRIVER, "drivers"),
+    "moving.undo": (DRIVER, "drivers"),
+    "moving.mover": (DRIVER, "drivers"),
     "running.rejects": (DRIVER, "drivers"),
     "running.review_scan": (DRIVER, "drivers"),
     "running.looks": (DRIVER, "drivers"),
@@ -214,7 +209,7 @@ FORBIDDEN_TO_THOUGHT = {
 }  # fmt: skip
 """What the core must not know: files, clocks, threads, logs, models, chance."""
 
-PURE_USES = {"moving.free_names": {"os"}, "moving.companions": {"os"}, "store.records": {"os"}}
+PURE_USES = {"moving.companions": {"os"}, "store.records": {"os"}}
 """os.fsencode, os.fsdecode and os.path.splitext work on names and touch no file."""
 
 SLOW = {

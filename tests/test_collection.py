@@ -19,13 +19,13 @@ from sortd.errors import AlreadyRunningError, JournalError, LayoutError, Storage
 from sortd.layout import Layout
 from sortd.messages import Move, Outcome, Stamp
 from sortd.metrics import Metrics
+from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
 from sortd.running.collection import (
     DESCRIPTORS_OF_A_DATASET,
     FIRST_PAUSE_SECONDS,
     LONGEST_PAUSE_SECONDS,
     Collection,
 )
-from sortd.running.copier import Copied, CopyFailed, CopyQueue, CopyQueueDied
 from sortd.running.holding import hold
 from sortd.running.site import Site
 from sortd.running.worker import Forget, Job

@@ -8,8 +8,7 @@ import pytest
 
 from sortd.errors import BusyError, JournalError
 from sortd.messages import DatasetId, Stamp
-from sortd.running.copier import Copied, CopyFailed, CopyQueue, CopyQueueDied
-from sortd.running.relocating import Order
+from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied, Order
 from sortd.store.records import MoveFile, MoveReason, MoveRecord, Role
 
 Inbox = queue.SimpleQueue[Copied | CopyFailed | CopyQueueDied]

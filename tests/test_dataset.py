@@ -11,6 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from sortd.config import DatasetConfig, load
+from sortd.files import stamp_of
 from sortd.layout import Area, Layout
 from sortd.messages import (
     DatasetId,
@@ -25,11 +26,10 @@ from sortd.messages import (
     Released,
 )
 from sortd.metrics import Metrics
-from sortd.moving.renaming import stamp_of
+from sortd.moving.copy_queue import CopyQueue
+from sortd.moving.mover import Mover
 from sortd.running.collection import Collection
-from sortd.running.copier import CopyQueue
 from sortd.running.dataset import Dataset
-from sortd.running.filing import Filing
 from sortd.running.site import Site, teaching_of
 from sortd.running.worker import Answer, EmbedJob, Forget, Job, RebuildJob
 from sortd.sorting.settings import SorterSettings
@@ -62,7 +62,7 @@ class Bench:
             self.layout,
             SorterSettings(settle_seconds=0, guard_images=20, backlog_limit=limit),
             teaching_of(DatasetConfig()),
-            mover=Filing(self.layout.root, self.journal),
+            mover=Mover(self.layout.root, self.journal),
             ask=self.asked.append,
             journal=self.journal,
             metrics=Metrics(),

@@ -17,9 +17,9 @@ from sortd.config import Config, load
 from sortd.deciding.explanation import Explanation, explain, sentences
 from sortd.deciding.finetuned_explanation import explain_finetuned
 from sortd.errors import DataError, UnreadableError
+from sortd.files import stamp_of
 from sortd.finetuned import FinetunedFacts
 from sortd.layout import Layout
-from sortd.moving.renaming import stamp_of
 from sortd.prototypes import Abstain, DecisionSettings, Mode, build, decide
 from sortd.report import explain_page
 from sortd.running.classifiers import classifier_of

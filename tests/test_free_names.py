@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sortd.messages import Stamp
-from sortd.moving.free_names import cut, final_names
+from sortd.moving.plan import cut, final_names
 from sortd.store.records import MoveFile, MoveRecord, Role
 
 NO_STAMP = Stamp(0, 0, 0, 0)

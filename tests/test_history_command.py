@@ -10,9 +10,9 @@ import pytest
 
 from sortd.commands.journals import journals
 from sortd.config import load
+from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.mover import new_token
-from sortd.moving.renaming import stamp_of
+from sortd.moving.plan import new_token
 from sortd.running.holding import hold
 from sortd.sorting.guard import GuardState
 from sortd.store.history import History

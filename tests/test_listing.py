@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.moving.listing import FRESH_NAMES, SECONDS_A_NAME, Listings, Names
-from sortd.moving.renaming import FOLDER_FLAGS
+from sortd.moving.fs import FOLDER_FLAGS, FRESH_NAMES, SECONDS_A_NAME, Listings, Names
 
 
 def test_names_near_a_file_are_found_by_how_they_begin() -> None:
@@ -112,7 +111,7 @@ def test_listings_read_a_large_folder_once_for_many_batches(tmp_path: Path) -> N
 
 def test_listings_keep_a_bounded_number_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder that was asked for least lately is forgotten."""
-    monkeypatch.setattr("sortd.moving.listing.MOST_KEPT", 2 * (FRESH_NAMES + 1))
+    monkeypatch.setattr("sortd.moving.fs.MOST_KEPT", 2 * (FRESH_NAMES + 1))
     listings, folders = Listings(clock=lambda: 0.0), [tmp_path / name for name in "abc"]
     for folder in folders:
         folder.mkdir()

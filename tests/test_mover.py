@@ -12,20 +12,10 @@ from pathlib import Path
 import pytest
 
 from sortd.errors import ChangedError
+from sortd.files import stamp_of, sync_folder
 from sortd.messages import Writer
-from sortd.mover import make_part, remove_obsolete
-from sortd.moving.copying import content_of
-from sortd.moving.renaming import (
-    FOLDER_FLAGS,
-    Folders,
-    is_version,
-    look,
-    names_of,
-    rename_new,
-    stamp_of,
-    sync_folder,
-    writer_of,
-)
+from sortd.moving.fs import FOLDER_FLAGS, Folders, is_version, look, names_of, rename_new, writer_of
+from sortd.moving.parts import content_of, make_part, remove_obsolete
 from sortd.store.records import MoveFile, MoveRecord, Role
 
 
@@ -86,7 +76,7 @@ def test_a_writer_of_what_cannot_be_opened_is_unknown(tmp_path: Path) -> None:
 def test_a_lease_that_is_broken_does_not_kill(tmp_path: Path) -> None:
     """Who opens the file for writing while the lease is held makes the kernel signal us: that is ignored."""
     program = (
-        "import fcntl, os, subprocess, sys, sortd.moving.renaming as renaming\n"
+        "import fcntl, os, subprocess, sys, sortd.moving.fs as renaming\n"
         "setlease = fcntl.fcntl\n"
         "def slow(fd, command, *rest):\n"
         "    answer = setlease(fd, command, *rest)\n"

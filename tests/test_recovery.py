@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sortd.files import stamp_of
 from sortd.messages import Stamp
-from sortd.moving.renaming import stamp_of
-from sortd.running.filing import Filing
+from sortd.moving.mover import Mover
 from sortd.store.journal import Journal
 from sortd.store.records import MoveFile, MoveReason, MoveRecord, Progress, Role, Selection
 from tests.filing_world import Dataset
@@ -66,9 +66,9 @@ class Crash:
     def recover(self) -> MoveRecord:
         """Start again, twice: the second time there is nothing to do."""
         self.journal.intend([(self.relocation, MoveReason("filed"))])
-        (ended,) = Filing(self.dataset.root, self.journal).recover()
+        (ended,) = Mover(self.dataset.root, self.journal).recover()
         tree = self.dataset.tree()
-        again = Filing(self.dataset.root, self.journal).recover()
+        again = Mover(self.dataset.root, self.journal).recover()
         assert again == [] or again[0].progress not in {Progress.DONE, Progress.FAILED}
         assert self.dataset.tree() == tree
         return ended
@@ -190,7 +190,7 @@ class TestIntended:
         os.rename(dataset.root / "Dataset", dataset.folder / "unplugged")
         assert crash.recover().progress is Progress.INTENDED
         os.rename(dataset.folder / "unplugged", dataset.root / "Dataset")
-        (ended,) = Filing(dataset.root, journal).recover()
+        (ended,) = Mover(dataset.root, journal).recover()
         assert ended.progress is Progress.DONE
 
     def test_a_dataset_that_is_not_there_keeps_them_open_too(self, dataset: Dataset, journal: Journal) -> None:
@@ -375,7 +375,7 @@ class TestPublished:
             raise AssertionError(names)
 
         dataset.put(whose, "changed by now")
-        monkeypatch.setattr("sortd.moving.crossing._take", taken)
+        monkeypatch.setattr("sortd.moving.copy._take", taken)
         assert crash.recover().progress is Progress.DONE
         assert len(dataset.tree()) == 2
 
@@ -395,7 +395,7 @@ class TestPublished:
         crash.named("a.jpg", "a.xmp")
         if is_gone:
             (dataset.root / "Images/a.jpg").unlink()
-        monkeypatch.setattr("sortd.moving.crossing._take", refuse)
+        monkeypatch.setattr("sortd.moving.copy._take", refuse)
         ended = crash.recover()
         if is_gone:
             assert ended.progress is Progress.PUBLISHED

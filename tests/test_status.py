@@ -10,8 +10,8 @@ import pytest
 
 from sortd.commands.overview import overview
 from sortd.config import load
+from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.moving.renaming import stamp_of
 from sortd.status import Status, is_alive, read_status, started_ticks
 from sortd.store.journal import Journal
 from sortd.store.records import Selection

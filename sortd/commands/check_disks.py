@@ -11,7 +11,7 @@ from sortd.commands.console import counted, megabytes
 from sortd.commands.finding import Finding, Topic, error, note, warning
 from sortd.layout import Area, Layout
 from sortd.messages import Writer
-from sortd.moving.renaming import CANNOT_RENAME, rename_new, writer_of
+from sortd.moving.fs import CANNOT_RENAME, rename_new, writer_of
 from sortd.watching import inotify
 
 LITTLE_ROOM_BYTES = 1_000_000_000

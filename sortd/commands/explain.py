@@ -19,7 +19,7 @@ from sortd.encoder import Encoder
 from sortd.errors import DataError, UnreadableError
 from sortd.layout import Area, Layout, find_datasets
 from sortd.messages import EmbeddedImage, FloatArray, Stamp
-from sortd.moving.renaming import is_version
+from sortd.moving.fs import is_version
 from sortd.names import Reason, Why
 from sortd.prototypes import PrototypeSet
 from sortd.references import References, ReferencesAbsentError, class_labels

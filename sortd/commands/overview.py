@@ -15,7 +15,7 @@ from sortd.commands.promotion import serving_facts
 from sortd.config import Config
 from sortd.errors import JournalError
 from sortd.layout import Area, Layout
-from sortd.moving.renaming import is_version
+from sortd.moving.fs import is_version
 from sortd.names import Reason, Why, owner_of, rule_below, rule_for_folder
 from sortd.running.account import LISTED
 from sortd.status import read_status

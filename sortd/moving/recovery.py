@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from sortd.errors import ChangedError, DestinationError
-from sortd.mover import MOST_ATTEMPTS, make_part, remove_obsolete
+from sortd.files import sync_folder
 from sortd.moving.companions import split_name
-from sortd.moving.copying import content_of, remove_part
-from sortd.moving.crossing import Advance, finish, give_back, publish_part, seal_published
-from sortd.moving.free_names import final_names
-from sortd.moving.renaming import Folders, is_version, look, names_of, rename_new, stamp_of, sync_folder
+from sortd.moving.copy import Advance, finish, give_back, publish_part, seal_published, settled
+from sortd.moving.fs import Folders, is_version, look, names_of, rename_new
+from sortd.moving.parts import content_of, make_part, remove_obsolete, remove_part
+from sortd.moving.plan import MOST_ATTEMPTS, final_names
 from sortd.store.records import MoveFile, MoveRecord, Progress, Role
 
 _NUMBERED = re.compile(r" \((\d+)\)$")
@@ -100,9 +100,9 @@ def _complete(folders: Folders, places: _Places, relocation: MoveRecord, moved: 
     members: list[MoveFile] = []
     for position, member in enumerate(relocation.members):
         if position in moved:
-            members.append(_settled(places.destination, member, moved[position]))
+            members.append(settled(places.destination, member, moved[position]))
         elif not member.leaves and (final := _made(places, relocation, position, names[position])):
-            members.append(_settled(places.destination, member, final))
+            members.append(settled(places.destination, member, final))
     sync_folder(places.destination)
     if places.source != -1:
         remove_obsolete(folders, relocation)
@@ -170,7 +170,7 @@ def _drop_copies(places: _Places, relocation: MoveRecord) -> MoveRecord:
             remove_part(places.destination, part)
         elif member.content and content_of(places.destination, part) == member.content:
             final = _publish_anywhere(places.destination, relocation, position, member.wanted)
-            saved.append(_settled(places.destination, member, final))
+            saved.append(settled(places.destination, member, final))
         else:
             unproven.append(part)
     sync_folder(places.destination)
@@ -279,11 +279,6 @@ def _publish_anywhere(destination: int, relocation: MoveRecord, position: int, n
             continue
         return candidate
     raise DestinationError(f"{relocation.destination}: no free name for {name!r}")
-
-
-def _settled(destination: int, member: MoveFile, final: str) -> MoveFile:
-    status = look(destination, final)
-    return replace(member, final=final, moved_stamp=None if status is None else stamp_of(status))
 
 
 def _stands(places: _Places, relocation: MoveRecord, position: int) -> bool:

@@ -14,10 +14,10 @@ from sortd.errors import AlreadyRunningError, DataError, StorageError
 from sortd.layout import Area, Layout
 from sortd.logs import MOVE_UNDONE
 from sortd.messages import Event, ImageGone, ImageHeld, Released
-from sortd.running.filing import Filing
-from sortd.running.latecomers import belongs_to
+from sortd.moving.mover import Mover
+from sortd.moving.plan import belongs_to
+from sortd.moving.undo import UndoResult
 from sortd.running.requests import Reply, Request, RequestError
-from sortd.running.undoing import UndoResult
 from sortd.store.history import History
 from sortd.store.records import Record
 
@@ -43,7 +43,7 @@ class DatasetAtWork(Protocol):
         """Its folders."""
 
     @property
-    def filing(self) -> Filing:
+    def filing(self) -> Mover:
         """What moves its files."""
 
     @property
@@ -104,7 +104,7 @@ def answer(daemon: DaemonAtWork, request: Request) -> Reply | Steps:
 
 
 def put_back(
-    filing: Filing, history: History, identifiers: Sequence[int], *, dry_run: bool
+    filing: Mover, history: History, identifiers: Sequence[int], *, dry_run: bool
 ) -> Iterator[tuple[list[UndoResult], int]]:
     """Undo the moves of these records, newest first, or say what would be: chunk by chunk, since it can take minutes.
 

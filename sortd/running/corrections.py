@@ -13,8 +13,8 @@ from stat import S_ISDIR, S_ISREG
 from sortd.files import open_regular
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
+from sortd.moving.plan import PLACES_FACT, images_apart
 from sortd.names import rule_below, rule_for, rule_for_folder
-from sortd.running.latecomers import PLACES_FACT, images_apart
 from sortd.store.history import History
 from sortd.store.journal import Journal
 from sortd.store.records import Record

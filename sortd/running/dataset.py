@@ -38,20 +38,20 @@ from sortd.messages import (
     Tick,
 )
 from sortd.metrics import Metrics
+from sortd.moving.copy_queue import Order
+from sortd.moving.mover import Mover
+from sortd.moving.undo import UndoResult
 from sortd.references import Teaching
 from sortd.running.account import Account
 from sortd.running.corrections import Correction
-from sortd.running.filing import Filing
 from sortd.running.left_files import LeftFiles
 from sortd.running.looks import Looks
-from sortd.running.outbox import Mover, Outbox
+from sortd.running.outbox import DryRunMover, Outbox
 from sortd.running.patrol import Mended, Noticed, Patrol
 from sortd.running.presence import Presence
 from sortd.running.rebuilding import Rebuilding
-from sortd.running.relocating import Order
 from sortd.running.review_scan import ReviewScan
 from sortd.running.sweep import Sweep
-from sortd.running.undoing import UndoResult
 from sortd.running.worker import Answer, EmbedJob, Job
 from sortd.sorter import Sorter
 from sortd.sorting.guard import GuardState
@@ -72,7 +72,7 @@ class Dataset:
         settings: SorterSettings,
         teaching: Teaching,
         *,
-        mover: Mover,
+        mover: Mover | DryRunMover,
         journal: Journal | None,
         ask: Callable[[Job], None],
         metrics: Metrics,
@@ -451,9 +451,9 @@ class Dataset:
         return core.guard.reason is not None and not core.is_rebuilding
 
     @property
-    def filing(self) -> Filing:
+    def filing(self) -> Mover:
         """What moves its files; a rehearsal has none."""
-        assert isinstance(self._mover, Filing)
+        assert isinstance(self._mover, Mover)
         return self._mover
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from time import monotonic
 
-from sortd.running.copier import Copied, CopyFailed, CopyQueueDied
+from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueueDied
 from sortd.running.worker import Posted
 from sortd.signals import Signalled
 from sortd.watch import Hint, HintsLost, Loss

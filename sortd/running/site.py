@@ -18,10 +18,10 @@ from sortd.images import DECODERS, Jpeg, Limits
 from sortd.layout import Layout
 from sortd.messages import DatasetId, Preprocessing
 from sortd.metrics import Metrics
+from sortd.moving.copy_queue import Seat
 from sortd.prototypes import Abstain, DecisionSettings, Mode
 from sortd.references import Teaching
 from sortd.running.classifiers import Classifiers, are_logits
-from sortd.running.copier import Seat
 from sortd.running.dataset import Dataset
 from sortd.running.embedding import Embedder
 from sortd.running.holding import hold

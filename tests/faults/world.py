@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sortd.files import stamp_of
 from sortd.messages import Move, Outcome
-from sortd.mover import Mover
-from sortd.moving.listing import Listings, Names
-from sortd.moving.renaming import rename_new, stamp_of
-from sortd.running.filing import Answer, Filing
+from sortd.moving.fs import Listings, Names, rename_new
+from sortd.moving.mover import Answer, Mover
 from sortd.store.journal import Journal
 from sortd.store.records import Selection
 
@@ -56,12 +55,11 @@ class World:
         """Open the journal."""
         return Journal(self.state / "journal.db", clock=lambda: 1.0, run="faults")
 
-    def filing(self, journal: Journal) -> Filing:
+    def filing(self, journal: Journal) -> Mover:
         """Return what moves files here."""
-        mover = Mover(rename=cannot_rename if self.copies else rename_new)
-        listings = OldListings(self)
+        rename = cannot_rename if self.copies else rename_new
         # One thread: strace counts for each thread by itself, and the order of syncs would not be the same twice.
-        return Filing(self.root, journal, mover=mover, sync_threads=1, listings=listings)
+        return Mover(self.root, journal, rename=rename, sync_threads=1, listings=OldListings(self))
 
     def act(self) -> list[Answer]:
         """Do what the plot says; this is where faults strike."""

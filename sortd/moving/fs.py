@@ -1,18 +1,23 @@
-"""The system calls that Python lacks, and descriptors of folders in which no symbolic link was followed."""
+"""The system calls that Python lacks, folders by descriptor in which no link was followed, and the names in them."""
 
 import ctypes
 import errno
 import fcntl
 import os
+import re
 import signal
-from collections.abc import Iterable
+import time
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
+from sortd.errors import SourceError
+from sortd.files import stamp_of, sync_folder
 from sortd.messages import Stamp, Writer
-from sortd.moving.listing import Listings, Names
+from sortd.moving.companions import base_of, claim_on, fold, is_image, near, reach
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _RENAME_NOREPLACE = 1  # linux/fs.h
@@ -21,11 +26,23 @@ _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 CANNOT_RENAME = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS})
 """What a rename between file systems, or on one that knows no RENAME_NOREPLACE, answers. Only trying tells."""
 
-_CANNOT_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
-
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: a FIFO under an image's name would hang the open for ever.
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+_MARKS = "\0 (-.[_~"
+"""What a stem may be followed by: an end, a suffix, a number, a mark of a duplicate, of an edit or of a conflict."""
+
+_NUMBER = re.compile(r" ?\(\d+\)")
+
+FRESH_NAMES = 1000
+"""Folders of no more names than this are listed for every batch: that takes a millisecond."""
+
+SECONDS_A_NAME = 1e-4
+"""How long the listing of a larger folder serves, for each name in it: that is a hundred times what it takes."""
+
+MOST_KEPT = 300_000
+"""Names that are kept between two batches, in all folders together: some 40 MB."""
 
 
 def rename_new(source_folder: int, source: str, destination_folder: int, destination: str) -> None:
@@ -53,19 +70,6 @@ def start_writeback(file: int) -> None:
     """Begin to write the file's bytes to the disk; a promise of nothing, the fsync that follows is shorter for it."""
     if hasattr(_LIBC, "sync_file_range"):
         _LIBC.sync_file_range(file, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
-
-
-def sync_folder(folder: int) -> None:
-    """Make the names in a folder survive a power cut, where its file system can be asked to.
-
-    Raises:
-        OSError: the disk refused.
-    """
-    try:
-        os.fsync(folder)
-    except OSError as error:
-        if error.errno not in _CANNOT_SYNC:
-            raise
 
 
 def writer_of(file: int | str) -> Writer:
@@ -99,11 +103,6 @@ def _leased(descriptor: int) -> Writer:
     return Writer.ABSENT
 
 
-def stamp_of(status: os.stat_result) -> Stamp:
-    """Return the stamp of the version that was looked at."""
-    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
 def is_version(status: os.stat_result, stamp: Stamp) -> bool:
     """Whether this is that version; the device does not count, its number changes when a disk is mounted again.
 
@@ -122,6 +121,16 @@ def look(folder: int, name: str) -> os.stat_result | None:
         raise
 
 
+def check_source(folder: int, place: str) -> None:
+    """See that files may be taken out of a folder: rename(2) and unlink(2) do not tell which folder refused.
+
+    Raises:
+        SourceError: they may not.
+    """
+    if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder, effective_ids=True):
+        raise SourceError(f"nothing may be removed from {place}; give sortd the right to write to that folder")
+
+
 def names_of(folder: int, inodes: Iterable[int]) -> dict[int, str]:
     """Return a name for each of these inodes that has one in the folder, visible names before hidden ones."""
     wanted = set(inodes)
@@ -131,6 +140,98 @@ def names_of(folder: int, inodes: Iterable[int]) -> dict[int, str]:
             if entry.inode() in wanted and found.get(entry.inode(), ".").startswith("."):
                 found[entry.inode()] = entry.name
     return found
+
+
+class Names:
+    """The visible names in one folder, as they were when it was listed and as sortd changed them since."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """Take the names of a folder."""
+        self._keys = sorted(_key(name) for name in names if not name.startswith("."))
+
+    def __len__(self) -> int:
+        """Count them."""
+        return len(self._keys)
+
+    def near(self, name: str) -> list[str]:
+        """Return the names of all that may belong to the same image as a file, itself included if it is there."""
+        return list(dict.fromkeys(found for start, whole in near(name) for found in self._from(start, whole=whole)))
+
+    def is_taken(self, name: str) -> bool:
+        """Tell whether something stands there that shares a name's stem, or would belong to it, or it to that."""
+        stem = fold(base_of(name))
+        reached = reach(name)
+        for other in self.near(name):
+            stem_of_other = fold(base_of(other))
+            if stem_of_other == stem:
+                return True
+            if not (is_image(name) and is_image(other)) and (stem in reach(other) or stem_of_other in reached):
+                return True
+        return False
+
+    def has_relatives(self, name: str) -> bool:
+        """Tell whether something stands there that would belong to a file of this name, or to which that would."""
+        own = fold(name)
+        folded = (fold(other) for other in self.near(name))
+        return any(claim_on(other, own) is not None or claim_on(own, other) is not None for other in folded)
+
+    def add(self, name: str) -> None:
+        """Take a name in that sortd gave."""
+        insort(self._keys, _key(name))
+
+    def discard(self, name: str) -> None:
+        """Forget a name that sortd took away."""
+        at = bisect_left(self._keys, _key(name))
+        if at < len(self._keys) and self._keys[at] == _key(name):
+            del self._keys[at]
+
+    def _from(self, start: str, *, whole: bool) -> Iterator[str]:
+        """Yield the names with this folded beginning; of a whole stem, those that are not of its next number."""
+        for mark in _MARKS if whole else ("",):
+            begun = start + mark
+            for at in range(bisect_left(self._keys, begun), len(self._keys)):
+                key = self._keys[at]
+                if not key.startswith(begun):
+                    break
+                if not (whole and _NUMBER.match(key, len(start))):
+                    yield key.partition("\0")[2]
+
+
+def _key(name: str) -> str:
+    return f"{fold(name)}\0{name}"
+
+
+class Listings:
+    """The listings of folders that serve for a while: a large one is not read for each image that comes into it.
+
+    What somebody else puts into a large folder meanwhile is not seen; no file is overwritten for that, and a companion
+    that is missed follows its image later.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin with nothing listed; ``clock`` gives seconds."""
+        self._clock = clock
+        self._kept: OrderedDict[tuple[int, int], tuple[float, Names]] = OrderedDict()
+
+    def names(self, folder: int) -> Names:
+        """Return the names in an open folder.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        status = os.fstat(folder)
+        key, now = (status.st_dev, status.st_ino), self._clock()
+        listed_at, names = self._kept.get(key, (0.0, None))
+        if names is not None and now - listed_at < SECONDS_A_NAME * len(names):
+            self._kept.move_to_end(key)
+            return names
+        names = Names(os.listdir(folder))
+        self._kept.pop(key, None)
+        if len(names) > FRESH_NAMES:
+            self._kept[key] = (now, names)
+            while sum(len(kept) for _, kept in self._kept.values()) > MOST_KEPT:
+                self._kept.popitem(last=False)
+        return names
 
 
 class Folders:
@@ -156,9 +257,7 @@ class Folders:
         """Return itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close every descriptor."""
         self._stack.close()
 

@@ -5,24 +5,15 @@ Errors are not mended here: whoever calls lets ``recovery.recover`` look at what
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
-from sortd.errors import ChangedError, DestinationError, VanishedError
+from sortd.errors import ChangedError, VanishedError
+from sortd.files import stamp_of, sync_folder
 from sortd.messages import Writer
-from sortd.mover import MOST_ATTEMPTS, TakenNumbers, check_source, make_part, remove_obsolete, taken_names
-from sortd.moving.copying import Copy, content_of, copy_to_part, never, remove_part
-from sortd.moving.free_names import final_names
-from sortd.moving.renaming import (
-    FILE_FLAGS,
-    Folders,
-    is_version,
-    look,
-    rename_new,
-    stamp_of,
-    sync_folder,
-    writer_of,
-)
+from sortd.moving.fs import FILE_FLAGS, Folders, check_source, is_version, look, rename_new, writer_of
+from sortd.moving.parts import Copy, content_of, copy_to_part, make_part, never, remove_obsolete, remove_part
+from sortd.moving.plan import MOST_ATTEMPTS, FreeNames, final_names
 from sortd.store.records import MoveFile, MoveRecord, Progress
 
 Advance = Callable[[MoveRecord], None]
@@ -38,56 +29,34 @@ def cross(
     advance: Advance,
     interrupted: Callable[[], bool] = never,
     *,
-    numbers: TakenNumbers,
+    names: FreeNames,
 ) -> MoveRecord:
-    """Bring a relocation to another file system; the journal holds it as intended already (X1).
+    """Move to another file system; the journal holds the move as intended already (X1).
 
     Args:
         folders: the dataset's.
-        relocation: in progress INTENDED.
+        relocation: the move, in progress INTENDED.
         advance: makes its progress durable.
         interrupted: asked between chunks of a copy.
-        numbers: what earlier ones have found taken.
+        names: what earlier ones have found taken.
 
     Raises:
         OSError, JournalError: a disk refused; the caller recovers.
         SourceError: nothing may be removed from the source folder.
+        DestinationError: no name is free; the caller recovers.
         BusyError, ChangedError, VanishedError: the file cannot be had as it was meant; the caller recovers.
     """
     source, destination = folders.open(relocation.source), folders.make(relocation.destination)
     check_source(source, relocation.source)  # else copies would be made and withdrawn at every try, for months
     sealed = _copy_all(source, destination, relocation, interrupted)
     advance(sealed)  # X5
-    published = publish(destination, sealed, advance, taken_names(folders, sealed), numbers)
-    for member in published.members:
-        folders.note_move(relocation.source, member.name if member.leaves else "", relocation.destination, member.final)
-    return finish(folders, published)
-
-
-def publish(
-    destination: int,
-    relocation: MoveRecord,
-    advance: Advance,
-    is_taken: Callable[[Sequence[str]], bool],
-    numbers: TakenNumbers,
-) -> MoveRecord:
-    """Give every part its final name, none if one is taken, and make that durable (X6 to X8).
-
-    Raises:
-        OSError, JournalError: the caller recovers.
-    """
-    for attempt in numbers.attempts(relocation):
-        names = final_names(relocation, attempt)
-        if is_taken(names):
-            continue
-        named = replace(
-            relocation,
-            members=tuple(replace(one, final=name) for one, name in zip(relocation.members, names, strict=True)),
-        )
-        if _publish_all(destination, named, advance):
-            numbers.remember(relocation, attempt)
-            return seal_published(destination, named, advance)
-    raise DestinationError(f"{relocation.destination}: no free name for {relocation.image.wanted!r}")
+    for attempt, finals in names.candidates(folders, sealed):
+        members = tuple(replace(one, final=final) for one, final in zip(sealed.members, finals, strict=True))
+        named = replace(sealed, members=members)
+        if _publish_all(destination, named, advance):  # X6
+            names.remember(folders, named, attempt, finals)
+            return finish(folders, seal_published(destination, named, advance))
+    raise AssertionError("candidates end by an error")
 
 
 def seal_published(destination: int, relocation: MoveRecord, advance: Advance) -> MoveRecord:
@@ -96,7 +65,7 @@ def seal_published(destination: int, relocation: MoveRecord, advance: Advance) -
     published = replace(
         relocation,
         progress=Progress.PUBLISHED,
-        members=tuple(_with_moved_stamp(destination, member) for member in relocation.members),
+        members=tuple(settled(destination, member, member.final) for member in relocation.members),
     )
     advance(published)
     return published
@@ -123,6 +92,12 @@ def finish(folders: Folders, relocation: MoveRecord) -> MoveRecord:
         f"kept in {relocation.source} too, it changed meanwhile: {', '.join(kept)}" if kept else relocation.message
     )
     return replace(relocation, progress=Progress.DONE, message=message)
+
+
+def settled(destination: int, member: MoveFile, final: str) -> MoveFile:
+    """Return a file of a move under the name that it got, with the version that stands there."""
+    status = look(destination, final)
+    return replace(member, final=final, moved_stamp=None if status is None else stamp_of(status))
 
 
 def publish_part(destination: int, part: str, final: str, note: Callable[[], None]) -> None:
@@ -169,7 +144,8 @@ def publish_part(destination: int, part: str, final: str, note: Callable[[], Non
 def copy_stands(destination: int, member: MoveFile, name: str) -> bool:
     """Whether the sealed copy of a member stands under a name, by inode or, where these do not last, by content."""
     status = look(destination, name)
-    if status is None or status.st_size != _size(member):
+    size = len(member.body) if member.body else member.stamp.size
+    if status is None or status.st_size != size:
         return False
     return status.st_ino == member.copy_inode or content_of(destination, name) == member.content
 
@@ -274,12 +250,3 @@ def _is_written(folder: int, name: str) -> bool:
         return writer_of(file) is Writer.PRESENT
     finally:
         os.close(file)
-
-
-def _with_moved_stamp(destination: int, member: MoveFile) -> MoveFile:
-    status = look(destination, member.final)
-    return member if status is None else replace(member, moved_stamp=stamp_of(status))
-
-
-def _size(member: MoveFile) -> int:
-    return len(member.body) if member.body else member.stamp.size
