@@ -14,8 +14,7 @@ from contextlib import contextmanager, suppress
 
 from sortd.messages import Stamp
 
-MOST_BYTES = 64 << 20
-"""The most that a file of settings, facts or a model's configuration may have."""
+MOST_BYTES = 64 << 20  # the most that a file of settings, facts or a model's configuration may have
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -158,6 +157,19 @@ def sync_folder(folder: int) -> None:
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
             raise
+
+
+def sync_folder_at(path: Name) -> None:
+    """Make the names in a folder survive a power cut.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    descriptor = os.open(path, _FOLDER_FLAGS)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def stamp_of(status: os.stat_result) -> Stamp:

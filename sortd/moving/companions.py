@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-LONGEST_SUFFIX = 20
-"""Bytes; what follows the last dot counts as part of the stem from here on."""
+LONGEST_SUFFIX = 20  # bytes; what follows the last dot counts as part of the stem from here on
 
 IMAGES = frozenset(
     {
@@ -27,8 +26,7 @@ RAWS = (
 FILMS = (".mov", ".mp4", ".m4v", ".avi", ".3gp", ".mpg", ".mp", ".mv")
 
 _SUPPLEMENTAL = "supplemental-metadata"
-_CUT = 46
-"""Characters that Google Takeout leaves of a sidecar's name, before ``(1)`` and ``.json``."""
+_CUT = 46  # characters that Google Takeout leaves of a sidecar's name, before (1) and .json
 
 _EDITED = "edited|effects|smile|mix|bearbeitet|modifié|modificato|edytowane|bewerkt|編集済み|ha editado|editado|editat"
 _STEM, _SUFFIX, _NUMBER = r"(?P<stem>.+)", r"(?P<suffix>\.[^.]{1,20}?)", r"(?P<number>\(\d+\))"

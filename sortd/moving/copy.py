@@ -5,19 +5,18 @@ Errors are not mended here: whoever calls lets ``recovery.recover`` look at what
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from sortd.errors import ChangedError, VanishedError
+from sortd.errors import ChangedError, DestinationError, VanishedError
 from sortd.files import stamp_of, sync_folder
 from sortd.messages import Writer
 from sortd.moving.fs import FILE_FLAGS, Folders, check_source, is_version, look, rename_new, writer_of
 from sortd.moving.parts import Copy, content_of, copy_to_part, make_part, never, remove_obsolete, remove_part
-from sortd.moving.plan import MOST_ATTEMPTS, FreeNames, final_names
+from sortd.moving.plan import FreeNames, names_of_one
 from sortd.store.records import MoveFile, MoveRecord, Progress
 
-Advance = Callable[[MoveRecord], None]
-"""Writes durably how far a relocation has come (``Journal.advance``)."""
+Advance = Callable[[MoveRecord], None]  # writes durably how far a relocation has come (Journal.advance)
 
 _CANNOT_REFUSE = frozenset({errno.EINVAL, errno.ENOSYS})
 _CANNOT_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
@@ -38,7 +37,7 @@ def cross(
         relocation: the move, in progress INTENDED.
         advance: makes its progress durable.
         interrupted: asked between chunks of a copy.
-        names: what earlier ones have found taken.
+        names: what earlier moves have found taken.
 
     Raises:
         OSError, JournalError: a disk refused; the caller recovers.
@@ -76,9 +75,6 @@ def finish(folders: Folders, relocation: MoveRecord) -> MoveRecord:
 
     A source that is no longer the version copied, that is being written, or whose copy is gone, is kept: two
     copies are better than none.
-
-    Raises:
-        OSError: the caller recovers.
     """
     source, destination = folders.open(relocation.source), folders.open(relocation.destination)
     kept = [
@@ -107,12 +103,10 @@ def publish_part(destination: int, part: str, final: str, note: Callable[[], Non
         destination: descriptor of the folder.
         part: present name.
         final: wanted name.
-        note: called before an empty placeholder is made under the final name, for file systems that can neither
-            refuse to overwrite nor link (exFAT by FUSE); see docs/durability.md.
+        note: called before an empty placeholder is made, where renames can overwrite and nothing can be linked (exFAT).
 
     Raises:
         FileExistsError: the name is taken.
-        OSError: the disk refused.
         ChangedError: the placeholder was replaced by somebody else's file.
     """
     try:
@@ -150,19 +144,25 @@ def copy_stands(destination: int, member: MoveFile, name: str) -> bool:
     return status.st_ino == member.copy_inode or content_of(destination, name) == member.content
 
 
-def give_back(folder: int, taken: str, relocation: MoveRecord, position: int) -> None:
-    """Give a file in a folder its own name back, or else the next free one.
+def publish_anywhere(folder: int, hidden: str, names: Iterable[str]) -> str:
+    """Give a hidden file the first of these names that is free, and return it.
 
     Raises:
-        OSError: the disk refused.
+        DestinationError: none is.
     """
-    original = replace(relocation, members=tuple(replace(member, wanted=member.name) for member in relocation.members))
-    for attempt in range(1, MOST_ATTEMPTS):
+    for name in names:
         try:
-            publish_part(folder, taken, final_names(original, attempt)[position], lambda: None)
+            publish_part(folder, hidden, name, lambda: None)
         except FileExistsError:
             continue
-        return
+        return name
+    raise DestinationError(f"no name is free for {hidden}")
+
+
+def give_back(folder: int, taken: str, relocation: MoveRecord, position: int) -> None:
+    """Give a file in a folder its own name back, or else the next free one."""
+    original = replace(relocation, members=tuple(replace(member, wanted=member.name) for member in relocation.members))
+    publish_anywhere(folder, taken, names_of_one(original, position))
 
 
 def _copy_all(source: int, destination: int, relocation: MoveRecord, interrupted: Callable[[], bool]) -> MoveRecord:

@@ -15,11 +15,8 @@ from itertools import chain
 from sortd.messages import DatasetId, Move
 from sortd.store.records import MoveReason, MoveRecord, Progress
 
-MOST_HANDED_OVER = 64
-"""Copies of one dataset that are under way or queued: like a batch of renames."""
-
-MOST_GUESSES = 4096
-"""Pairs of folders that are remembered: a camera's card has a folder for each day, and months pass."""
+MOST_HANDED_OVER = 64  # copies of one dataset that are under way or queued: like a batch of renames
+MOST_GUESSES = 4096  # pairs of folders that are remembered: a camera's card has a folder for each day, and months pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,13 +189,10 @@ class CopyAdmission:
     def __init__(self, most: int = MOST_HANDED_OVER) -> None:
         """Begin without any guess."""
         self._most = most
-        self._waiting: dict[tuple[str, str], deque[Move]] = {}
-        """By pair of folders, the one first whose turn is next."""
-        self._renamed: deque[Move] = deque()
-        """Those that waited because of a guess that was wrong."""
+        self._waiting: dict[tuple[str, str], deque[Move]] = {}  # by pair of folders, the one first whose turn is next
+        self._renamed: deque[Move] = deque()  # those that waited because of a guess that was wrong
         self._crossed: set[tuple[str, str]] = set()
-        self._count = 0
-        """How many moves wait for a copy to end."""
+        self._count = 0  # how many moves wait for a copy to end
 
     @property
     def waiting(self) -> int:

@@ -1,4 +1,7 @@
-"""The system calls that Python lacks, folders by descriptor in which no link was followed, and the names in them."""
+"""The system calls that Python lacks, folders by descriptor in which no link was followed, and the names in them.
+
+Everything here raises OSError where a disk or its rights refuse.
+"""
 
 import ctypes
 import errno
@@ -35,14 +38,12 @@ _MARKS = "\0 (-.[_~"
 
 _NUMBER = re.compile(r" ?\(\d+\)")
 
-FRESH_NAMES = 1000
-"""Folders of no more names than this are listed for every batch: that takes a millisecond."""
+FRESH_NAMES = 1000  # folders of no more names than this are listed for every batch: that takes a millisecond
 
 SECONDS_A_NAME = 1e-4
 """How long the listing of a larger folder serves, for each name in it: that is a hundred times what it takes."""
 
-MOST_KEPT = 300_000
-"""Names that are kept between two batches, in all folders together: some 40 MB."""
+MOST_KEPT = 300_000  # names that are kept between two batches, in all folders together: some 40 MB
 
 
 def rename_new(source_folder: int, source: str, destination_folder: int, destination: str) -> None:
@@ -55,11 +56,7 @@ def rename_new(source_folder: int, source: str, destination_folder: int, destina
     if not hasattr(_LIBC, "renameat2"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), source, None, destination)
     answer = _LIBC.renameat2(
-        source_folder,
-        os.fsencode(source),
-        destination_folder,
-        os.fsencode(destination),
-        _RENAME_NOREPLACE,
+        source_folder, os.fsencode(source), destination_folder, os.fsencode(destination), _RENAME_NOREPLACE
     )
     if answer != 0:
         number = ctypes.get_errno()
@@ -214,11 +211,7 @@ class Listings:
         self._kept: OrderedDict[tuple[int, int], tuple[float, Names]] = OrderedDict()
 
     def names(self, folder: int) -> Names:
-        """Return the names in an open folder.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """Return the names in an open folder."""
         status = os.fstat(folder)
         key, now = (status.st_dev, status.st_ino), self._clock()
         listed_at, names = self._kept.get(key, (0.0, None))
@@ -238,15 +231,7 @@ class Folders:
     """Descriptors of a dataset's folders, opened once for a batch; closing it closes them all."""
 
     def __init__(self, root: Path, listings: Listings | None = None) -> None:
-        """Open the dataset itself.
-
-        Args:
-            root: the dataset.
-            listings: of its folders, from earlier batches.
-
-        Raises:
-            OSError: it is not there.
-        """
+        """Open the dataset itself; ``listings`` are of its folders, from earlier batches."""
         self._stack = ExitStack()
         self._listings = listings or Listings()
         self._names: dict[str, Names] = {}
@@ -262,22 +247,14 @@ class Folders:
         self._stack.close()
 
     def open(self, folder: str) -> int:
-        """Return a descriptor of a folder given relative to the dataset; no component may be a symbolic link.
-
-        Raises:
-            OSError: it is not there, or a component is no folder.
-        """
+        """Return a descriptor of a folder given relative to the dataset; no component may be a symbolic link."""
         if folder not in self._open:
             parent, _, name = folder.rpartition("/")
             self._open[folder] = self._adopt(os.open(name, FOLDER_FLAGS, dir_fd=self.open(parent)))
         return self._open[folder]
 
     def make(self, folder: str) -> int:
-        """Like ``open``; what is missing is made, durably, and belongs to whom its parent belongs to.
-
-        Raises:
-            OSError: it cannot be made, or a component is no folder.
-        """
+        """Like ``open``; what is missing is made, durably, and belongs to whom its parent belongs to."""
         try:
             return self.open(folder)
         except FileNotFoundError:
@@ -295,11 +272,7 @@ class Folders:
         return made
 
     def names(self, folder: str) -> Names:
-        """Return the names in a folder given relative to the dataset, which is listed once for this batch.
-
-        Raises:
-            OSError: it is not there, or cannot be read.
-        """
+        """Return the names in a folder given relative to the dataset, which is listed once for this batch."""
         if folder not in self._names:
             self._names[folder] = self._listings.names(self.open(folder))
         return self._names[folder]

@@ -9,17 +9,11 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 from sortd import mends
-from sortd.errors import (
-    BusyError,
-    ChangedError,
-    DestinationError,
-    ImageError,
-    SourceError,
-    VanishedError,
-)
+from sortd.errors import BusyError, ChangedError, DestinationError, ImageError, SourceError, VanishedError
 from sortd.files import sync_folder
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.moving.copy import cross
@@ -45,15 +39,19 @@ from sortd.store.records import (
 
 Answer = Moved | MoveFailed
 
-BATCH = 64
-"""Moves that share commits and syncs; each holds a descriptor or a few until its bytes are synced."""
+BATCH = 64  # moves that share commits and syncs; each holds a descriptor or a few until its bytes are synced
+SYNC_THREADS = 16  # files of a batch that are synced at the same time; the threads end with the batch
 
-SYNC_THREADS = 16
-"""Files of a batch that are synced at the same time; the threads end with the batch."""
-
+_destination, _source = attrgetter("destination"), attrgetter("source")
 _OF_THE_FILE = frozenset({errno.EPERM, errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG})
 """What a disk answers about one file: it is immutable, or its name cannot be written there. The others go on."""
 
+_FAILURES = {
+    VanishedError: MoveFailure.VANISHED,
+    ChangedError: MoveFailure.CHANGED,
+    BusyError: MoveFailure.BUSY,
+    SourceError: MoveFailure.SOURCE,
+}
 _ENDED = frozenset({Progress.DONE, Progress.FAILED})
 _UNENDED = DestinationError("an earlier move of it has not ended: its disk refused; it is tried again")
 _UNDER_WAY = BusyError("it, or an earlier version of it, is being copied to another file system")
@@ -149,10 +147,7 @@ class Mover:
         return self._admission.waiting > 0 and len(self._copying) < MOST_HANDED_OVER
 
     def give_up(self) -> list[Answer]:
-        """Take up no more copies: answer what waits for one, and from now on what would have to wait.
-
-        Copies that are under way are interrupted by whoever runs them.
-        """
+        """Take up no more copies: answer what waits for one, and from now on what would have to wait."""
         self._gives_up = True
         return [_failure(move, _STOPPED) for move in self.withdraw()]
 
@@ -418,14 +413,14 @@ def _synced(folders: Folders, orders: list[Order]) -> list[Order]:
     """Sync each folder once, all the destinations before any source: a new name must last before the old one goes."""
     for folder_of in (_destination, _source):
         troubles: dict[str, Exception] = {}
-        for folder in sorted({folder_of(order) for order in orders if order.trouble is None}):
+        for folder in sorted({folder_of(order.relocation) for order in orders if order.trouble is None}):
             try:
                 sync_folder(folders.open(folder))
             except OSError as error:
-                is_source = folder_of is _source
-                troubles[folder] = SourceError(f"{folder}: {error.strerror}") if is_source else error
+                troubles[folder] = error if folder_of is _destination else SourceError(f"{folder}: {error.strerror}")
         orders = [
-            order if order.trouble is not None else order.troubled(troubles.get(folder_of(order))) for order in orders
+            order if order.trouble is not None else order.troubled(troubles.get(folder_of(order.relocation)))
+            for order in orders
         ]
     return orders
 
@@ -434,14 +429,6 @@ def _ended(folders: Folders, order: Order, journal: Journal) -> Order:
     if order.trouble is None:
         return order.at(replace(order.relocation, progress=Progress.DONE))
     return order.at(_recovered(folders, order.relocation, journal))
-
-
-def _destination(order: Order) -> str:
-    return order.relocation.destination
-
-
-def _source(order: Order) -> str:
-    return order.relocation.source
 
 
 def _must_cross(order: Order) -> bool:
@@ -475,19 +462,10 @@ def _reason_file(move: Move, source: str, name: str) -> MoveFile:
 
 
 def _failure(move: Move, trouble: Exception, outcome: str = "") -> MoveFailed:
-    match trouble:
-        case VanishedError():
-            failure = MoveFailure.VANISHED
-        case ChangedError():
-            failure = MoveFailure.CHANGED
-        case BusyError():
-            failure = MoveFailure.BUSY
-        case SourceError():
-            failure = MoveFailure.SOURCE
-        case OSError() if trouble.errno in _OF_THE_FILE:
-            failure = MoveFailure.BUSY
-        case _:
-            failure = MoveFailure.DESTINATION
+    kinds = (kind for error, kind in _FAILURES.items() if isinstance(trouble, error))
+    failure = next(kinds, MoveFailure.DESTINATION)
+    if isinstance(trouble, OSError) and trouble.errno in _OF_THE_FILE:
+        failure = MoveFailure.BUSY
     said = trouble.strerror if isinstance(trouble, OSError) and trouble.strerror else str(trouble)
     mend = mends.to_write(trouble) if isinstance(trouble, OSError) else ""
     then = (f" ({outcome})" if outcome not in said else "") + (f"; {mend}" if mend else "")

@@ -1,4 +1,7 @@
-"""Parts: whole, durable copies under hidden names, with all of a file that their folder's file system can keep."""
+"""Parts: whole, durable copies under hidden names, with all of a file that their folder's file system can keep.
+
+Everything here raises OSError where a disk refuses.
+"""
 
 import errno
 import hashlib
@@ -46,11 +49,7 @@ def copy_to_part(source: int, folder: int, part: str, interrupted: Callable[[], 
         source: descriptor, opened for reading.
         folder: descriptor of the destination folder.
         part: name of the part; it must be free.
-        interrupted: asked between chunks.
-
-    Raises:
-        BusyError: interrupted.
-        OSError: a disk refused.
+        interrupted: asked between chunks; BusyError is raised when it says so.
     """
     before = os.fstat(source)
     copy = os.open(part, _PART_FLAGS, 0o600, dir_fd=folder)
@@ -64,11 +63,7 @@ def copy_to_part(source: int, folder: int, part: str, interrupted: Callable[[], 
 
 
 def write_part(folder: int, part: str, body: bytes) -> Copy:
-    """Write bytes of our own into a new part and sync it.
-
-    Raises:
-        OSError: the disk refused.
-    """
+    """Write bytes of our own into a new part and sync it."""
     descriptor = os.open(part, _PART_FLAGS, 0o666, dir_fd=folder)
     try:
         _write(descriptor, body)
@@ -79,11 +74,7 @@ def write_part(folder: int, part: str, body: bytes) -> Copy:
 
 
 def remove_part(folder: int, part: str) -> None:
-    """Remove a part if it is there.
-
-    Raises:
-        OSError: the disk refused.
-    """
+    """Remove a part if it is there."""
     try:
         os.unlink(part, dir_fd=folder)
     except FileNotFoundError:
@@ -94,7 +85,6 @@ def make_part(source: int, destination: int, relocation: MoveRecord, position: i
     """Make, durably and under a hidden name, one file that does not leave the source: a copy or a reason.
 
     Raises:
-        OSError: a disk refused.
         ChangedError: a shared companion is no longer the version meant.
     """
     member, part = relocation.members[position], relocation.part_name(position)
@@ -111,11 +101,7 @@ def make_part(source: int, destination: int, relocation: MoveRecord, position: i
 
 
 def remove_obsolete(folders: Folders, relocation: MoveRecord) -> None:
-    """Remove what sortd itself once made beside an image that is put back; what was changed since is kept.
-
-    Raises:
-        OSError: the disk refused.
-    """
+    """Remove what sortd itself once made beside an image that is put back; what was changed since is kept."""
     folder = folders.open(relocation.source)
     for member in relocation.obsolete:
         status = look(folder, member.name)
@@ -124,11 +110,7 @@ def remove_obsolete(folders: Folders, relocation: MoveRecord) -> None:
 
 
 def content_of(folder: int, name: str) -> str:
-    """Return the sha256 of a file's bytes, in hexadecimal; the empty string if it is not there.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return the sha256 of a file's bytes, in hexadecimal; the empty string if it is not there."""
     try:
         descriptor = open_regular(name, folder=folder)
     except FileNotFoundError:

@@ -35,18 +35,9 @@ from sortd.moving.fs import Folders, Listings, is_version, look
 from sortd.names import CONTROLS
 from sortd.store.history import History
 from sortd.store.journal import Journal
-from sortd.store.records import (
-    LONGEST_NAME,
-    FolderNameError,
-    MoveFile,
-    MoveRecord,
-    Record,
-    Role,
-    checked_folder,
-)
+from sortd.store.records import LONGEST_NAME, FolderNameError, MoveFile, MoveRecord, Record, Role, checked_folder
 
-MOST_ATTEMPTS = 100_000
-"""Names that are tried for one image."""
+MOST_ATTEMPTS = 100_000  # names that are tried for one image
 
 _MOST_HINTS = 4096
 
@@ -63,11 +54,7 @@ def new_token() -> str:
 
 
 def with_companions(folders: Folders, move: MoveRecord) -> MoveRecord:
-    """Return a move together with the companions that stand beside its image now.
-
-    Raises:
-        OSError: the source folder cannot be read.
-    """
+    """Return a move together with the companions that stand beside its image now."""
     folder = folders.open(move.source)
     image = move.image.name
     found: dict[str, Stamp] = {}
@@ -108,6 +95,11 @@ def final_names(move: MoveRecord, attempt: int) -> tuple[str, ...]:
             name = _numbered(own_stem, number, own_suffix, 0)
         found.append(name)
     return tuple(found)
+
+
+def names_of_one(move: MoveRecord, position: int) -> Iterator[str]:
+    """Yield the names that one file of a move tries."""
+    return (final_names(move, attempt)[position] for attempt in range(1, MOST_ATTEMPTS))
 
 
 def _numbered(base: str, number: bytes, tail: str, longest: int) -> str:
@@ -202,14 +194,7 @@ class LateCompanions:
     def __init__(
         self, root: Path, journal: Journal, listings: Listings | None = None, *, are_companions_moved: bool = True
     ) -> None:
-        """Begin.
-
-        Args:
-            root: the dataset, as its paths are spelled in the moves.
-            journal: this dataset's.
-            listings: of its folders.
-            are_companions_moved: whether companions go with their images at all.
-        """
+        """Begin; see ``Mover`` for the arguments."""
         self._root, self._journal, self._history = os.fspath(root), journal, journal.history
         self._listings, self._is_active = listings or Listings(), are_companions_moved
 

@@ -9,13 +9,13 @@ import re
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from sortd.errors import ChangedError, DestinationError
+from sortd.errors import ChangedError
 from sortd.files import sync_folder
 from sortd.moving.companions import split_name
-from sortd.moving.copy import Advance, finish, give_back, publish_part, seal_published, settled
+from sortd.moving.copy import Advance, finish, give_back, publish_anywhere, seal_published, settled
 from sortd.moving.fs import Folders, is_version, look, names_of, rename_new
 from sortd.moving.parts import content_of, make_part, remove_obsolete, remove_part
-from sortd.moving.plan import MOST_ATTEMPTS, final_names
+from sortd.moving.plan import MOST_ATTEMPTS, final_names, names_of_one
 from sortd.store.records import MoveFile, MoveRecord, Progress, Role
 
 _NUMBERED = re.compile(r" \((\d+)\)$")
@@ -134,7 +134,7 @@ def _made(places: _Places, relocation: MoveRecord, position: int, name: str) -> 
         # The user has taken or rewritten the shared file: it is no longer the one that belongs to this image.
         remove_part(places.destination, part)
         return ""
-    return _publish_anywhere(places.destination, relocation, position, name)
+    return publish_anywhere(places.destination, part, chain((name,), names_of_one(relocation, position)))
 
 
 def _bring_back(places: _Places, relocation: MoveRecord, moved: dict[int, str]) -> MoveRecord:
@@ -169,7 +169,8 @@ def _drop_copies(places: _Places, relocation: MoveRecord) -> MoveRecord:
         if not member.leaves or look(places.source, member.name) is not None:
             remove_part(places.destination, part)
         elif member.content and content_of(places.destination, part) == member.content:
-            final = _publish_anywhere(places.destination, relocation, position, member.wanted)
+            names = chain((member.wanted,), names_of_one(relocation, position))
+            final = publish_anywhere(places.destination, part, names)
             saved.append(settled(places.destination, member, final))
         else:
             unproven.append(part)
@@ -261,24 +262,13 @@ def _unpublish(destination: int, relocation: MoveRecord, finals: dict[int, str])
 def _publish_rest(destination: int, relocation: MoveRecord, finals: dict[int, str]) -> dict[int, str]:
     """A source is gone: what copies are whole become visible."""
     beside = _names_beside(relocation, finals[0]) if 0 in finals else final_names(relocation, 1)
-    return {
-        position: _publish_anywhere(destination, relocation, position, beside[position])
-        for position, member in enumerate(relocation.members)
-        if position not in finals and content_of(destination, relocation.part_name(position)) == member.content
-    }
-
-
-def _publish_anywhere(destination: int, relocation: MoveRecord, position: int, name: str) -> str:
-    """Publish one part under this name, or under the next free one of its own."""
-    part = relocation.part_name(position)
-    names = (final_names(relocation, attempt)[position] for attempt in range(1, MOST_ATTEMPTS))
-    for candidate in chain((name,), names):
-        try:
-            publish_part(destination, part, candidate, lambda: None)
-        except FileExistsError:
-            continue
-        return candidate
-    raise DestinationError(f"{relocation.destination}: no free name for {name!r}")
+    published = {}
+    for position, member in enumerate(relocation.members):
+        part = relocation.part_name(position)
+        if position not in finals and content_of(destination, part) == member.content:
+            names = chain((beside[position],), names_of_one(relocation, position))
+            published[position] = publish_anywhere(destination, part, names)
+    return published
 
 
 def _stands(places: _Places, relocation: MoveRecord, position: int) -> bool:

@@ -29,6 +29,7 @@ def open_members(folders: Folders, relocation: MoveRecord) -> list[int]:
         VanishedError, ChangedError, BusyError: it is not so, or it cannot be opened.
     """
     opened: list[int] = []
+    path = f"{relocation.source}/{relocation.image.name}"
     try:
         folder = folders.open(relocation.source)
         for member in relocation.members:
@@ -36,12 +37,10 @@ def open_members(folders: Folders, relocation: MoveRecord) -> list[int]:
                 _open_member(folder, member, relocation.source, opened)
     except FileNotFoundError as error:
         close_files(opened)
-        raise VanishedError(f"{relocation.source}/{relocation.image.name}: nothing stands there any more") from error
+        raise VanishedError(f"{path}: nothing stands there any more") from error
     except OSError as error:
         close_files(opened)
-        raise BusyError(
-            f"{relocation.source}/{relocation.image.name}: cannot be opened now: {error.strerror}"
-        ) from error
+        raise BusyError(f"{path}: cannot be opened now: {error.strerror}") from error
     except BaseException:
         close_files(opened)
         raise
@@ -54,33 +53,30 @@ def sync_files(files: Sequence[int], threads: int) -> dict[int, OSError]:
     One sync waits for one flush of the disk's cache, but syncs at the same time share it: 64 small files took 1 to 2
     seconds one after the other and 0.1 to 0.4 in 16 threads, on a busy disk.
 
-    Args:
-        files: descriptors.
-        threads: how many syncs are under way at the same time; with 1, no thread is made.
-
     Returns:
         What the disk refused, by descriptor; the bytes of these are unknown.
     """
+    troubles: dict[int, OSError] = {}
+
+    def sync(file: int) -> None:
+        try:
+            os.fsync(file)
+        except OSError as error:
+            troubles[file] = error
+
     if threads == 1 or len(files) == 1:
-        troubles = [_sync_file(file) for file in files]
+        for file in files:
+            sync(file)
     else:
         with ThreadPoolExecutor(threads, thread_name_prefix="sync") as pool:
-            troubles = list(pool.map(_sync_file, files))
-    return {file: trouble for file, trouble in zip(files, troubles, strict=True) if trouble is not None}
+            list(pool.map(sync, files))
+    return troubles
 
 
 def close_files(files: Iterable[int]) -> None:
     """Close descriptors."""
     for file in files:
         os.close(file)
-
-
-def _sync_file(file: int) -> OSError | None:
-    try:
-        os.fsync(file)
-    except OSError as error:
-        return error
-    return None
 
 
 def _open_member(folder: int, member: MoveFile, place: str, opened: list[int]) -> None:

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from sortd.commands.journals import JOURNAL_FILE
 from sortd.errors import AlreadyRunningError, LayoutError
-from sortd.files import identity_of, open_folder, read_regular, write_atomic
+from sortd.files import identity_of, open_folder, read_regular, sync_folder_at, write_atomic
 from sortd.layout import MARKER, Layout
 from sortd.moving.copy_queue import Submit
 from sortd.moving.mover import Mover
@@ -25,14 +25,9 @@ from sortd.running.presence import Presence
 from sortd.store.journal import Journal
 from sortd.store.records import MoveRecord
 
-POINTER = "state"
-"""In the marker folder: names the state folder, for people and for a dataset that was renamed."""
-
-POINTER_BYTES = 8192
-"""More than a path can have: whoever owns the dataset may have put anything under that name."""
-
-OWNER_FILE = "dataset.json"
-"""In the state folder: whose it is, by path and by the inode of the marker folder."""
+POINTER = "state"  # in the marker folder: names the state folder, for people and for a dataset that was renamed
+POINTER_BYTES = 8192  # more than a path can have: whoever owns the dataset may have put anything under that name
+OWNER_FILE = "dataset.json"  # in the state folder: whose it is, by path and by the inode of the marker folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +45,7 @@ class MarkerLock:
     """The lock in the marker folder, which somebody may delete, and make anew, while a sortd works."""
 
     def __init__(self, layout: Layout) -> None:
-        """Take it.
-
-        Raises:
-            AlreadyRunningError: another process has it.
-            LayoutError: it cannot be locked.
-        """
+        """Take it; see ``_lock`` for what that raises."""
         self._layout, self._path = layout, layout.marker / "lock"
         self._lock = FileLock(self._path, timeout=0)
         self._taken: tuple[int, int] | None = None
@@ -131,7 +121,9 @@ def hold(
         lock = MarkerLock(layout)
         held.callback(lock.release)
         folder = settled_folder(layout, state)
-        held.enter_context(_locked(folder, layout))
+        second = FileLock(folder / "lock", timeout=0)
+        _lock(second, layout)
+        held.callback(second.release)
         write_down(layout, folder)
         journal = held.enter_context(Journal(folder / JOURNAL_FILE, run=run or uuid.uuid4().hex[:8]))
         filing = Mover(
@@ -148,17 +140,6 @@ def hold(
 def _absence_of(layout: Layout, journal: Journal) -> Callable[[], str | None]:
     """Return what says which disk of a dataset is not there."""
     return lambda: Presence(layout, journal, needs_marker=False).problem()
-
-
-@contextmanager
-def _locked(folder: Path, layout: Layout) -> Iterator[None]:
-    """Hold the lock in a folder; nobody waits for it."""
-    lock = FileLock(folder / "lock", timeout=0)
-    _lock(lock, layout)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _lock(lock: FileLock, layout: Layout) -> None:
@@ -259,20 +240,9 @@ def _is_elsewhere(root: Path, own: os.stat_result) -> bool:
 
 def _rename(former: Path, folder: Path) -> None:
     """Give a state folder its new name, unless a sortd works in it."""
-    lock = FileLock(former / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        return
-    try:
+    with suppress(Timeout), FileLock(former / "lock", timeout=0):
         os.rename(former, folder)
-        descriptor = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    finally:
-        lock.release()
+        sync_folder_at(folder.parent)
 
 
 def _write(path: Path, content: bytes, folder: int | None = None) -> None:

@@ -20,8 +20,7 @@ from sortd.store.records import MoveRecord, Progress, Record
 GROUP = 32
 """Moves of one turn of the loop: on a busy disk each takes some five milliseconds, in which nothing else happens."""
 
-Tell = Callable[[str, Move, str], None]
-"""Hears of each move: dataset, move, destination."""
+Tell = Callable[[str, Move, str], None]  # hears of each move: dataset, move, destination
 
 Result = Moved | MoveFailed
 Heard = Result | ImageGone
@@ -48,14 +47,7 @@ class Outbox:
     """Carries out the moves of one dataset and writes a line about each."""
 
     def __init__(self, mover: Mover | DryRunMover, account: Account, *, history: History | None, root: Path) -> None:
-        """Begin with nothing to move.
-
-        Args:
-            mover: carries the moves out.
-            account: writes the lines.
-            history: what the journal can be asked; a dry run has none.
-            root: the dataset's folder.
-        """
+        """Begin with nothing to move; ``account`` writes the lines, a dry run has no ``history``."""
         self._mover, self._account, self._history, self._root = mover, account, history, root
         self._real = mover if isinstance(mover, Mover) else None
         self._moves: list[Move] = []
@@ -99,7 +91,7 @@ class Outbox:
         return heard
 
     def follow(self, leave: Leave) -> bool:
-        """Take in the move of a file that stays, if it is a companion of an image that has left before it; tell whether."""
+        """Take in the move of a file that stays, if it is a companion of an image that left before it; tell whether."""
         if self._real is None or leave.refusal not in {Refusal.NOT_AN_IMAGE, Refusal.EMPTY}:
             return False
         move = self._real.late.move_for(leave.path)

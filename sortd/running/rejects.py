@@ -4,6 +4,7 @@ Whether one changed is told by the journal, which holds the version that was set
 takes its place, so that each is tried once, whatever happens in between. What sortd did not put there is left alone.
 
 What was set aside because of a limit is tried once more, as it is, where that limit was raised since.
+What reads or writes the journal raises JournalError where that fails.
 """
 
 import json
@@ -44,17 +45,11 @@ class Rejects:
         self._journal = journal
         self.files_scanned = 0
         self._limits = limits or {}
-        self._tried: set[str] = set()
-        """Names that were found to be tried again because of a limit."""
-        self._unanswered: set[str] = set()
-        """Those of them that were not refused again, and have not left, yet."""
+        self._tried: set[str] = set()  # names that were found to be tried again because of a limit
+        self._unanswered: set[str] = set()  # those of them that were not refused again, and have not left, yet
 
     def look(self, path: str) -> Stamp | None:
-        """Return the version that stands under a path in Rejected/, if it is another one than was set aside there.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return the version that stands under a path in Rejected/, if it is another one than was set aside there."""
         record = self._record(path)
         known = None if record is None else record.relocation.image.moved_stamp
         try:
@@ -75,9 +70,6 @@ class Rejects:
 
         Returns:
             A path with the version there, or None for whatever else was looked at: a caller may stop between any two.
-
-        Raises:
-            JournalError: the journal cannot be read or written.
         """
         return self._scan_since(looked_through_until(self._journal, SCANNED_FACT, now_ns), now_ns)
 
@@ -138,11 +130,7 @@ class Rejects:
         return found
 
     def keep(self, path: str, refused: Stamp) -> None:
-        """Note that this version of a file in Rejected/ was refused again, and is not to be tried any more.
-
-        Raises:
-            JournalError: it could not be made durable.
-        """
+        """Note that this version of a file in Rejected/ was refused again, and is not to be tried any more."""
         self._unanswered.discard(os.path.basename(path))
         record = self._record(path)
         if record is not None:

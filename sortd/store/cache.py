@@ -26,8 +26,7 @@ from sortd.files import identity_of, read_regular, write_atomic
 from sortd.messages import FloatArray, Stamp
 from sortd.prototypes import PrototypeSet
 
-MAX_BYTES = 1_000_000_000
-"""About 450,000 embeddings of 512 dimensions."""
+MAX_BYTES = 1_000_000_000  # about 450,000 embeddings of 512 dimensions
 
 DAY_SECONDS = 86_400
 BUSY_SECONDS = 5.0
@@ -121,21 +120,80 @@ class Cache:
     # ------------------------------------------------------------ what is remembered
 
     def contents(self, images: Sequence[tuple[str, Stamp]]) -> dict[tuple[str, Stamp], str]:
-        """Return the content (hexadecimal sha256) of each of these versions of files that was read before."""
-        return self._run(lambda database: _contents(database, images), {})
+        """Return the content (hexadecimal sha256) of each of these versions of files that was read before.
+
+        They carry no checksum: one that is damaged names a content that no embedding has.
+        """
+        query = "SELECT path, content, ctime_ns FROM contents WHERE (inode, size, mtime_ns, device) = (?, ?, ?, ?)"
+
+        def read(database: sqlite3.Connection) -> dict[tuple[str, Stamp], str]:
+            found = {}
+            for path, stamp in images:
+                row = database.execute(query, _key(stamp)).fetchone()
+                if row is not None and _is_the_same(path, stamp, row[0], row[2]):
+                    found[path, stamp] = row[1].hex()
+            return found
+
+        return self._run(read, {})
 
     def remember_contents(self, contents: Mapping[tuple[str, Stamp], str]) -> None:
         """Remember what these versions of files hold, as hexadecimal sha256."""
-        self._run(lambda database: _insert_contents(database, contents), None)
+        insert = "REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?, ?)"
+
+        def write(database: sqlite3.Connection) -> None:
+            rows = [
+                (*_key(stamp), os.fsencode(path), bytes.fromhex(content), stamp.ctime_ns)
+                for (path, stamp), content in contents.items()
+            ]
+            database.executemany(insert, rows)
+
+        self._run(write, None)
 
     def embeddings(self, contents: Collection[str], encoder_id: str) -> dict[str, FloatArray]:
-        """Return the known embeddings, float32 (d,) each and read-only, by content, of one encoder."""
-        return self._run(lambda database: _embeddings(database, contents, encoder_id, self._today()), {})
+        """Return the known embeddings, float32 (d,) each and read-only, by content, of one encoder.
+
+        Those whose checksums do not fit are left out; of the others it is noted that they were used today.
+        """
+        today = self._today()
+
+        def read(database: sqlite3.Connection) -> dict[str, FloatArray]:
+            encoder = _number(database, encoder_id)
+            found: dict[str, FloatArray] = {}
+            stale = []
+            wanted = [bytes.fromhex(content) for content in contents] if encoder else []
+            for start in range(0, len(wanted), KEYS_A_QUERY):
+                for key, vector, checksum, used_day in _rows_of(
+                    database, encoder, wanted[start : start + KEYS_A_QUERY]
+                ):
+                    if checksum != _checksum(encoder_id, key, vector):
+                        continue  # as if it were not there: it is computed again and written over
+                    found[key.hex()] = np.frombuffer(vector, "<f4")
+                    if used_day != today:
+                        stale.append((today, encoder, key))
+            if stale:
+                # A reader on a read-only or full disk still gets its rows; only their age is not noted.
+                with suppress(sqlite3.OperationalError):
+                    database.executemany("UPDATE embeddings SET used_day = ? WHERE encoder = ? AND content = ?", stale)
+            return found
+
+        return self._run(read, {})
 
     def remember_embeddings(self, embeddings: Mapping[str, FloatArray], encoder_id: str) -> None:
         """Remember embeddings by content (hexadecimal sha256); beyond the size limit the oldest rows go."""
-        today, limit = self._today(), self._max_bytes
-        self._run(lambda database: _insert_embeddings(database, embeddings, encoder_id, today, limit), None)
+        today = self._today()
+
+        def write(database: sqlite3.Connection) -> None:
+            database.execute("INSERT OR IGNORE INTO encoders (encoder_id) VALUES (?)", (encoder_id,))
+            encoder = _number(database, encoder_id)
+            rows = []
+            for content, embedding in embeddings.items():
+                key, vector = bytes.fromhex(content), np.ascontiguousarray(embedding, "<f4").tobytes()
+                rows.append((encoder, key, vector, _checksum(encoder_id, key, vector), today))
+            database.executemany("REPLACE INTO embeddings VALUES (?, ?, ?, ?, ?)", rows)
+            if _size(database) > self._max_bytes:
+                _prune(database)
+
+        self._run(write, None)
 
     def prototypes(self, key: str) -> PrototypeSet | None:
         """Return the prototypes that were remembered last under a key, or None."""
@@ -151,7 +209,13 @@ class Cache:
 
     def facts(self) -> CacheFacts:
         """Return what the cache holds."""
-        return self._run(_facts, CacheFacts(0, 0, 0))
+
+        def read(database: sqlite3.Connection) -> CacheFacts:
+            (embeddings,) = database.execute("SELECT count(*) FROM embeddings").fetchone()
+            (contents,) = database.execute("SELECT count(*) FROM contents").fetchone()
+            return CacheFacts(embeddings, contents, _size(database))
+
+        return self._run(read, CacheFacts(0, 0, 0))
 
     # ------------------------------------------------------------ one operation
 
@@ -221,7 +285,7 @@ def _prepare(database: sqlite3.Connection) -> None:
     """Make the tables where there are none.
 
     Raises:
-        sqlite3.Error: The file is broken, or of another version (code SQLITE_SCHEMA).
+        sqlite3.Error: the file is broken, or of another version (code SQLITE_SCHEMA).
     """
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = NORMAL")
@@ -236,20 +300,6 @@ def _prepare(database: sqlite3.Connection) -> None:
         error.sqlite_errorcode = sqlite3.SQLITE_SCHEMA
         raise error
     database.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-
-
-def _contents(database: sqlite3.Connection, images: Sequence[tuple[str, Stamp]]) -> dict[tuple[str, Stamp], str]:
-    """Return the known contents, as hexadecimal sha256.
-
-    They carry no checksum: one that is damaged names a content that no embedding has.
-    """
-    query = "SELECT path, content, ctime_ns FROM contents WHERE inode = ? AND size = ? AND mtime_ns = ? AND device = ?"
-    found = {}
-    for path, stamp in images:
-        row = database.execute(query, _key(stamp)).fetchone()
-        if row is not None and _is_the_same(path, stamp, row[0], row[2]):
-            found[path, stamp] = row[1].hex()
-    return found
 
 
 def _key(stamp: Stamp) -> tuple[int, int, int, int]:
@@ -269,56 +319,10 @@ def _is_the_same(path: str, stamp: Stamp, known_path: bytes, known_ctime_ns: int
     return bool(stamp.mtime_ns % 1_000_000_000) or os.fsencode(path) == known_path
 
 
-def _embeddings(
-    database: sqlite3.Connection, contents: Collection[str], encoder_id: str, today: int
-) -> dict[str, FloatArray]:
-    """Return the known embeddings of one encoder whose checksums fit, and note that they were used today."""
-    encoder = _number(database, encoder_id)
-    found: dict[str, FloatArray] = {}
-    stale = []
-    wanted = [bytes.fromhex(content) for content in contents] if encoder else []
-    for start in range(0, len(wanted), KEYS_A_QUERY):
-        keys = wanted[start : start + KEYS_A_QUERY]
-        marks = ",".join("?" * len(keys))
-        rows = database.execute(
-            f"SELECT content, vector, checksum, used_day FROM embeddings WHERE encoder = ? AND content IN ({marks})",  # noqa: S608 - question marks only
-            (encoder, *keys),
-        )
-        for key, vector, checksum, used_day in rows:
-            if checksum != _checksum(encoder_id, key, vector):
-                continue  # as if it were not there: it is computed again and written over
-            found[key.hex()] = np.frombuffer(vector, "<f4")
-            if used_day != today:
-                stale.append((today, encoder, key))
-    if stale:
-        # A reader on a read-only or full disk still gets its rows; only their age is not noted.
-        with suppress(sqlite3.OperationalError):
-            database.executemany("UPDATE embeddings SET used_day = ? WHERE encoder = ? AND content = ?", stale)
-    return found
-
-
-def _insert_contents(database: sqlite3.Connection, contents: Mapping[tuple[str, Stamp], str]) -> None:
-    """Write what versions of files hold."""
-    rows = [
-        (*_key(stamp), os.fsencode(path), bytes.fromhex(content), stamp.ctime_ns)
-        for (path, stamp), content in contents.items()
-    ]
-    database.executemany("REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-
-
-def _insert_embeddings(
-    database: sqlite3.Connection, embeddings: Mapping[str, FloatArray], encoder_id: str, today: int, max_bytes: int
-) -> None:
-    """Write embeddings, and let old ones go where the tables outgrow ``max_bytes``."""
-    database.execute("INSERT OR IGNORE INTO encoders (encoder_id) VALUES (?)", (encoder_id,))
-    encoder = _number(database, encoder_id)
-    rows = []
-    for content, embedding in embeddings.items():
-        key, vector = bytes.fromhex(content), np.ascontiguousarray(embedding, "<f4").tobytes()
-        rows.append((encoder, key, vector, _checksum(encoder_id, key, vector), today))
-    database.executemany("REPLACE INTO embeddings VALUES (?, ?, ?, ?, ?)", rows)
-    if _size(database) > max_bytes:
-        _prune(database)
+def _rows_of(database: sqlite3.Connection, encoder: int, keys: Sequence[bytes]) -> sqlite3.Cursor:
+    marks = ",".join("?" * len(keys))
+    query = f"SELECT content, vector, checksum, used_day FROM embeddings WHERE encoder = ? AND content IN ({marks})"  # noqa: S608 - question marks only
+    return database.execute(query, (encoder, *keys))
 
 
 def _prune(database: sqlite3.Connection) -> None:
@@ -342,13 +346,6 @@ def _size(database: sqlite3.Connection) -> int:
         database.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "freelist_count", "page_size")
     )
     return int((pages - free) * size)
-
-
-def _facts(database: sqlite3.Connection) -> CacheFacts:
-    """Return what the tables hold."""
-    (embeddings,) = database.execute("SELECT count(*) FROM embeddings").fetchone()
-    (contents,) = database.execute("SELECT count(*) FROM contents").fetchone()
-    return CacheFacts(embeddings, contents, _size(database))
 
 
 def _checksum(encoder_id: str, content: bytes, vector: bytes) -> int:

@@ -11,16 +11,7 @@ from typing import Any, Self, TypeVar
 from sortd.messages import Stamp
 from sortd.sorting.guard import GuardState
 from sortd.store.database import open_for_reading, translated, verify
-from sortd.store.records import (
-    FiledImages,
-    Record,
-    Selection,
-    label_column,
-    label_from,
-    plain,
-    record_from,
-    stamp_from,
-)
+from sortd.store.records import FiledImages, Record, Selection, label_column, label_from, plain, record_from, stamp_from
 
 # Asked before every batch: the small index holds the unfinished ones only.
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
@@ -39,8 +30,7 @@ _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content !
 GENERATION_FACT = "generation"
 """The last generation that served: numbers are never used again, even when the cache is lost."""
 
-GUARD_FACT = "guard"
-"""How the guard stands, as JSON: see ``GuardState``."""
+GUARD_FACT = "guard"  # how the guard stands, as JSON: see GuardState
 # By class: an image is checked that was filed before the last one of its class was corrected or undone.
 _FILED = """WITH filed AS (
     SELECT moves.label AS label, moves.ended_at AS ended_at, corrections.at AS corrected_at,
@@ -151,12 +141,7 @@ class History:
 
     def finished(self, identifiers: Sequence[int]) -> list[Record]:
         """Return the finished moves of these numbers, newest first; those that are not there are missing."""
-        found = [
-            record
-            for chunk in _chunks(identifiers)
-            for record in self._records(f"+progress = 'done' AND moves.id IN ({_marks(chunk)})", tuple(chunk))
-        ]
-        return sorted(found, key=lambda record: record.id, reverse=True)
+        return self._among("+progress = 'done' AND moves.id IN ({})", identifiers)
 
     def missing(self, identifiers: Sequence[int]) -> list[int]:
         """Return the numbers among these that no finished move has."""
@@ -172,12 +157,7 @@ class History:
     def followers(self, reasons: Sequence[str]) -> list[Record]:
         """Return the moves of companions that came later than their image, for these reasons, newest first."""
         where = "+progress = 'done' AND outcome = 'followed' AND undone_by IS NULL AND reason IN ({})"
-        found = [
-            record
-            for chunk in _chunks(reasons)
-            for record in self._records(where.format(_marks(chunk)), tuple(map(plain, chunk)))
-        ]
-        return sorted(found, key=lambda record: record.id, reverse=True)
+        return self._among(where, [plain(reason) for reason in reasons])
 
     def held(self) -> dict[str, Stamp]:
         """Return the versions that are not to be moved, by path relative to the dataset."""
@@ -263,6 +243,12 @@ class History:
         """Return the newest move that was not undone and for which a condition holds."""
         found = self._records(f"{_STANDING} AND {where}", values)
         return found[0] if found else None
+
+    def _among(self, where: str, values: Sequence[Any]) -> list[Record]:
+        """Return the records for which a condition holds with one of many values, newest first."""
+        chunks = list(_chunks(values))
+        found = [record for chunk in chunks for record in self._records(where.format(_marks(chunk)), tuple(chunk))]
+        return sorted(found, key=lambda record: record.id, reverse=True)
 
     def _records(self, where: str, values: tuple[Any, ...]) -> list[Record]:
         with translated(self._path):

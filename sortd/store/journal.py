@@ -225,6 +225,5 @@ class Journal:
 
     def _hold(self, path: str, stamp: Stamp, reason: str, now: float) -> None:
         self._connection.execute(
-            "INSERT OR REPLACE INTO holds VALUES (?,?,?,?,?,?,?)",
-            (os.fsencode(path), *stamp.columns, now, reason),
+            "INSERT OR REPLACE INTO holds VALUES (?,?,?,?,?,?,?)", (os.fsencode(path), *stamp.columns, now, reason)
         )

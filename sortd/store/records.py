@@ -14,17 +14,13 @@ from sortd.prototypes import Abstained, Assigned, Decision
 if TYPE_CHECKING:
     import sqlite3
 
-UNDONE = "undone"
-"""Outcome of a move that takes another one back."""
-
-OBSOLETE_FROM = 1_000_000
-"""Positions from here on are of ``MoveRecord.obsolete``."""
+UNDONE = "undone"  # outcome of a move that takes another one back
+OBSOLETE_FROM = 1_000_000  # positions from here on are of MoveRecord.obsolete
 
 TOPS = frozenset({"Images", "Dataset", "Review", "Rejected"})
 """The only folders of a dataset between which sortd moves anything."""
 
-LONGEST_NAME = 255
-"""Bytes in one name, not characters, on every file system that sortd was tried on."""
+LONGEST_NAME = 255  # bytes in one name, not characters, on every file system that sortd was tried on
 
 
 class Role(StrEnum):
@@ -205,10 +201,8 @@ class FiledImages:
 
     filed: int
     checked: int
-    corrected: int
-    """Moved to another class by hand."""
-    undone: int
-    """Taken back by ``sortd undo``."""
+    corrected: int  # moved to another class by hand
+    undone: int  # taken back by sortd undo
 
     @property
     def right(self) -> int:

@@ -97,13 +97,14 @@ SYNCS = (
         'connection.execute("PRAGMA synchronous = FULL")',
         'connection.execute("PRAGMA synchronous = 1")',
     ),
-    Mutant("store/database", "            os.fsync(descriptor)\n", "            pass\n"),
+    Mutant("store/database", "                    sync_folder_at(folder)\n", "                    pass\n"),
     Mutant("files", "                if durable:\n                    os.fsync(descriptor)\n", ""),
+    Mutant("files", "        os.fsync(descriptor)\n    finally:", "        pass\n    finally:"),
     Mutant("files", "        if durable:\n            sync_folder(place)\n", ""),
 )
 
 REFUSALS = (
-    Mutant("moving/fs", "        _RENAME_NOREPLACE,\n", "        0,\n"),
+    Mutant("moving/fs", "os.fsencode(destination), _RENAME_NOREPLACE", "os.fsencode(destination), 0"),
     Mutant("moving/parts", "os.O_WRONLY | os.O_CREAT | os.O_EXCL |", "os.O_WRONLY | os.O_CREAT |"),
     Mutant("moving/copy", "os.O_WRONLY | os.O_CREAT | os.O_EXCL |", "os.O_WRONLY | os.O_CREAT |"),
     Mutant("moving/fs", "os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW |", "os.O_RDONLY | os.O_DIRECTORY |"),
@@ -219,7 +220,7 @@ APART = (
         "                    waiting[seat] = tasks\n",
         "                    waiting = {seat: tasks, **waiting}\n",
     ),
-    Mutant("running/holding", "        held.enter_context(_locked(folder, layout))\n", ""),
+    Mutant("running/holding", "        _lock(second, layout)\n", ""),
     Mutant("running/holding", "        _lock(self._lock, self._layout)\n", ""),
     Mutant("running/holding", "self._taken is not None and identity_of(self._path) == self._taken", "True"),
     Mutant(
