@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from sortd.decoding.decoders import DecodedImage, DecoderPool
-from sortd.decoding.files import stamp_of
+from sortd.files import stamp_of
 from sortd.images import Jpeg, Limits
 from sortd.messages import Preprocessing, Stamp
 

@@ -177,9 +177,14 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def sha256_of(file: int) -> str:
-    """Return the sha256 of an open file's bytes from its position on, in hexadecimal; the file stays open."""
-    with open(file, "rb", closefd=False) as opened:
+def sha256_of(file: int | Name) -> str:
+    """Return the sha256, in hexadecimal, of a regular file's bytes, or of an open file's, which stays open.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    descriptor = file if isinstance(file, int) else open_regular(file, follow=True)
+    with open(descriptor, "rb", closefd=descriptor != file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 

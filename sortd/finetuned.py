@@ -7,7 +7,6 @@ when it is to serve. Logits come out uncalibrated: ``FinetunedFacts.probabilitie
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from sortd.deciding.confidence import Threshold, balanced_weights, choose_threshold, log_softmax
 from sortd.errors import ModelError
-from sortd.files import open_regular, read_regular
+from sortd.files import read_regular, sha256_of
 from sortd.messages import Fit, Preprocessing
 
 if TYPE_CHECKING:
@@ -262,12 +261,6 @@ def facts_json(facts: FinetunedFacts) -> str:
         },
     }
     return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file's bytes."""
-    with os.fdopen(open_regular(path, follow=True), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _identity(folder: Path, said: Mapping[str, Any]) -> str:

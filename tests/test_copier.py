@@ -8,7 +8,7 @@ import pytest
 
 from sortd.errors import BusyError, JournalError
 from sortd.messages import DatasetId, Stamp
-from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied, Order
+from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied, MoveOrder
 from sortd.store.records import MoveFile, MoveReason, MoveRecord, Role
 
 Inbox = queue.SimpleQueue[Copied | CopyFailed | CopyQueueDied]
@@ -28,10 +28,10 @@ def copier(inbox: Inbox) -> Iterator[CopyQueue]:
     made.stop()
 
 
-def order(name: str) -> Order:
+def order(name: str) -> MoveOrder:
     """Return an order for an image of that name."""
     member = MoveFile(Role.IMAGE, name, name, Stamp(1, 2, 3, 4))
-    return Order(MoveRecord(name, "Images", "Dataset/cat", (member,)), MoveReason("filed"))
+    return MoveOrder(MoveRecord(name, "Images", "Dataset/cat", (member,)), MoveReason("filed"))
 
 
 def name_of(message: Copied | CopyFailed | CopyQueueDied) -> str:
@@ -45,7 +45,7 @@ def test_a_copy_is_made_in_a_thread_of_its_own_and_told(copier: CopyQueue, inbox
     threads: list[str] = []
     asked = order("a.jpg")
 
-    def job() -> Order:
+    def job() -> MoveOrder:
         threads.append(threading.current_thread().name)
         return asked
 
@@ -59,7 +59,7 @@ def test_datasets_take_turns(copier: CopyQueue, inbox: Inbox) -> None:
     gate = threading.Event()
     many, few = copier.seat(DatasetId("Many")), copier.seat(DatasetId("Few"))
 
-    def first() -> Order:
+    def first() -> MoveOrder:
         gate.wait(60)
         return order("many 0")
 
@@ -78,7 +78,7 @@ def test_whoever_leaves_waits_for_the_copy_at_hand_and_for_no_other(copier: Copy
     begun = threading.Event()
     going, staying = copier.seat(DatasetId("Going")), copier.seat(DatasetId("Staying"))
 
-    def long() -> Order:
+    def long() -> MoveOrder:
         begun.set()
         while not going.is_left:
             pass
@@ -107,7 +107,7 @@ def test_copier_failed_copy_is_told_and_the_others_go_on(copier: CopyQueue, inbo
     """A journal that cannot be written is told with its dataset; an image of another one is copied after it."""
     refused = JournalError("the journal's disk is full")
 
-    def job() -> Order:
+    def job() -> MoveOrder:
         raise refused
 
     copier.seat(DatasetId("Cats")).submit(job)
@@ -119,7 +119,7 @@ def test_copier_failed_copy_is_told_and_the_others_go_on(copier: CopyQueue, inbo
 def test_a_copier_that_dies_says_of_what(copier: CopyQueue, inbox: Inbox) -> None:
     """The loop raises what ended the thread."""
 
-    def job() -> Order:
+    def job() -> MoveOrder:
         raise SystemExit
 
     copier.seat(DatasetId("Cats")).submit(job)

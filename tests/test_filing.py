@@ -19,7 +19,7 @@ from sortd.files import stamp_of
 from sortd.layout import Layout
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.moving import copy as crossing_module
-from sortd.moving.copy_queue import MOST_HANDED_OVER, Job, Order, Submit
+from sortd.moving.copy_queue import MOST_HANDED_OVER, CopyJob, MoveOrder, Submit
 from sortd.moving.fs import look, rename_new
 from sortd.moving.mover import Mover
 from sortd.moving.plan import LATE_SECONDS, LateCompanions
@@ -699,7 +699,7 @@ class TestLateCompanions:
 
     def test_what_comes_while_its_image_is_copied_is_found_after_it(self, dataset: Dataset, journal: Journal) -> None:
         """The image stood there when its film came; now it is gone, and the film follows."""
-        jobs: list[Job] = []
+        jobs: list[CopyJob] = []
         filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
         path = dataset.put("Images/a.jpg")
         filing.move_all([order(path)])
@@ -1143,7 +1143,7 @@ class TestCrossing:
 
     def test_copies_run_where_they_are_submitted(self, dataset: Dataset, journal: Journal) -> None:
         """Other moves are answered at once; a copy made in another thread is answered when it comes to its end."""
-        jobs: list[Job] = []
+        jobs: list[CopyJob] = []
         filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
         assert filing.move_all([order(dataset.put("Images/a.jpg"))]) == []
         assert filing.recover() == []
@@ -1155,7 +1155,7 @@ class TestCrossing:
         self, dataset: Dataset, journal: Journal
     ) -> None:
         """What the other thread is about is left to it, whatever is asked meanwhile and however often."""
-        jobs: list[Job] = []
+        jobs: list[CopyJob] = []
         filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
         move = order(dataset.put("Images/a.jpg"))
         assert filing.move_all([move]) == []
@@ -1166,7 +1166,7 @@ class TestCrossing:
 
     def test_an_interrupted_copy_is_taken_up_by_recovery(self, dataset: Dataset, journal: Journal) -> None:
         """A job that begins after the stop touches nothing: its intent is recovered like after a crash."""
-        jobs: list[Job] = []
+        jobs: list[CopyJob] = []
         filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs), interrupted=lambda: True)
         assert filing.move_all([order(dataset.put("Images/a.jpg"))]) == []
         (answer,) = filing.end(elsewhere(jobs))
@@ -1178,7 +1178,7 @@ class TestCrossing:
 
     def test_few_copies_are_handed_over_at_a_time(self, dataset: Dataset, journal: Journal) -> None:
         """The journal holds no thousands of intents; the others follow as copies end, and none is forgotten."""
-        jobs: list[Job] = []
+        jobs: list[CopyJob] = []
         filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
         filing.move_all([order(dataset.put("Images/first.jpg"))])
         answers = filing.move_all([order(dataset.put(f"Images/{number}.jpg")) for number in range(100)])
@@ -1192,7 +1192,7 @@ class TestCrossing:
 
     def test_what_waits_for_a_copy_is_given_up_at_a_stop(self, dataset: Dataset, journal: Journal) -> None:
         """Nothing was written about it: it is answered at once and stands where it was."""
-        jobs: list[Job] = []
+        jobs: list[CopyJob] = []
         filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
         filing.move_all([order(dataset.put("Images/first.jpg"))])
         filing.move_all([order(dataset.put(f"Images/{number}.jpg")) for number in range(100)])
@@ -1203,7 +1203,7 @@ class TestCrossing:
 
     def test_an_undo_across_disks_ends_where_it_is_submitted(self, dataset: Dataset, journal: Journal) -> None:
         """The answer comes later, and says what it would have said at once; the image is held."""
-        jobs: list[Job] = []
+        jobs: list[CopyJob] = []
         filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
         filing.move_all([order(dataset.put("Images/a.jpg"))])
         filing.end(elsewhere(jobs))
@@ -1350,19 +1350,19 @@ def test_four_movers_racing_for_equal_names_lose_nothing(tmp_path: Path) -> None
     assert content == sorted(f"{number} {one}" for number in range(4) for one in range(100))
 
 
-def later(jobs: list[Job]) -> Submit:
+def later(jobs: list[CopyJob]) -> Submit:
     """Keep jobs for later."""
 
-    def submit(job: Job) -> list[Order]:
+    def submit(job: CopyJob) -> list[MoveOrder]:
         jobs.append(job)
         return []
 
     return submit
 
 
-def elsewhere(jobs: list[Job]) -> list[Order]:
+def elsewhere(jobs: list[CopyJob]) -> list[MoveOrder]:
     """Run all jobs that were kept in another thread."""
-    orders: list[Order] = []
+    orders: list[MoveOrder] = []
     kept = list(jobs)
     jobs.clear()
     thread = threading.Thread(target=lambda: orders.extend(job() for job in kept))

@@ -16,7 +16,7 @@ from sortd.messages import Stamp
 from sortd.prototypes import Abstained, Assigned, Mode
 from sortd.store.history import History
 from sortd.store.journal import Journal
-from sortd.store.records import UNDONE, FiledImages, MoveFile, MoveReason, MoveRecord, Progress, Role, Selection
+from sortd.store.records import UNDONE, FiledImages, MoveFile, MoveProgress, MoveReason, MoveRecord, Role, Selection
 from tests.filing_world import Clock
 
 STAMP = Stamp(1, 2**63 + 5, 3, 4)
@@ -38,7 +38,7 @@ def filed(journal: Journal, token: str, label: str = "cat", content: str = "", n
     """Write one whole move."""
     one = relocation(token, name, label)
     journal.intend([(one, MoveReason("filed", label, 0.9, 0.2, "dog", "mixed", content=content))])
-    journal.settle([relocation(token, name, label, progress=Progress.DONE)])
+    journal.settle([relocation(token, name, label, progress=MoveProgress.DONE)])
 
 
 def test_a_move_is_told_with_all_that_was_written(path: Path) -> None:
@@ -46,10 +46,10 @@ def test_a_move_is_told_with_all_that_was_written(path: Path) -> None:
     grounds = MoveReason("filed", "cat", 0.9, 0.2, "dog", "mixed", "why", 7, "clip", "ab" * 32)
     with Journal(path, clock=Clock(), run="first") as journal:
         journal.intend([(relocation("t"), grounds)])
-        journal.settle([relocation("t", progress=Progress.DONE, lost=("owner", "mtime"), message="said")])
+        journal.settle([relocation("t", progress=MoveProgress.DONE, lost=("owner", "mtime"), message="said")])
         (record,) = journal.history.moves(Selection())
     assert record.grounds == grounds
-    assert record.relocation == relocation("t", progress=Progress.DONE, lost=("owner", "mtime"), message="said")
+    assert record.relocation == relocation("t", progress=MoveProgress.DONE, lost=("owner", "mtime"), message="said")
     assert (record.run, record.intended_at, record.ended_at, record.undone_by) == ("first", 1, 2, None)
     assert (record.source_path, record.destination_path) == ("Images/a.jpg", "Dataset/cat/a.jpg")
 
@@ -66,7 +66,7 @@ def test_an_intent_without_an_outcome_is_unfinished_after_a_crash(path: Path) ->
     with Journal(path) as journal:
         (record,) = journal.history.unfinished()
     assert record.relocation == relocation("t")
-    assert record.relocation.progress is Progress.INTENDED
+    assert record.relocation.progress is MoveProgress.INTENDED
 
 
 def test_what_was_taken_back_leaves_no_record(path: Path) -> None:
@@ -81,9 +81,9 @@ def test_progress_is_durable_and_never_written_back_by_settling(path: Path) -> N
     """A relocation that is settled while it is still under way keeps what ``advance`` wrote."""
     with Journal(path) as journal:
         journal.intend([(relocation("t"), MoveReason("filed"))])
-        journal.advance(relocation("t", progress=Progress.PUBLISHING))
+        journal.advance(relocation("t", progress=MoveProgress.PUBLISHING))
         journal.settle([relocation("t")])
-        assert journal.history.unfinished()[0].relocation.progress is Progress.PUBLISHING
+        assert journal.history.unfinished()[0].relocation.progress is MoveProgress.PUBLISHING
 
 
 def test_history_is_filtered_by_everything_it_is_asked_by(path: Path) -> None:
@@ -115,7 +115,7 @@ def test_names_and_classes_that_are_not_utf8_survive(path: Path) -> None:
     name, label = os.fsdecode(b"caf\xe9\n.jpg"), os.fsdecode(b"ni\xf1o")
     with Journal(path) as journal:
         journal.intend([(relocation("t", name, label), MoveReason("filed", label, reason=label))])
-        journal.settle([relocation("t", name, label, progress=Progress.DONE, message=name)])
+        journal.settle([relocation("t", name, label, progress=MoveProgress.DONE, message=name)])
         (record,) = journal.history.moves(Selection(label=label, path=f"Images/{name}"))
         assert record.grounds.label == label
         assert record.relocation.image.final == name
@@ -161,7 +161,7 @@ def test_a_second_thread_writes_beside_the_first(path: Path) -> None:
     with Journal(path, run="first") as journal:
         journal.intend([(relocation("t"), MoveReason("filed"))])
         with journal.beside() as other:
-            other.settle([relocation("t", progress=Progress.DONE)])
+            other.settle([relocation("t", progress=MoveProgress.DONE)])
         assert journal.history.counts() == {"filed": 1}
 
 
@@ -187,7 +187,7 @@ def test_an_undo_marks_what_it_undoes_and_holds_what_it_put_back(path: Path) -> 
         member = MoveFile(Role.IMAGE, "a.jpg", "a.jpg", STAMP, final="a (2).jpg", moved_stamp=STAMP)
         back = MoveRecord("u", "Dataset/cat", "Images", (member,))
         journal.intend([(back, MoveReason(UNDONE, undoes=1))])
-        journal.settle([MoveRecord("u", "Dataset/cat", "Images", (member,), Progress.DONE)])
+        journal.settle([MoveRecord("u", "Dataset/cat", "Images", (member,), MoveProgress.DONE)])
         assert journal.history.moves(Selection(undoable=True)) == []
         assert journal.history.moves(Selection(id=1))[0].undone_by == 2
         assert journal.history.last_known(STAMP) is None
@@ -423,7 +423,7 @@ def test_what_is_asked_about_each_file_does_not_walk_through_the_journal(path: P
         history._connection.set_trace_callback(asked.append)
         assert history.last_known(STAMP) is not None
         assert history.last_known(None, "abc") is not None
-        assert history.last_moved("Images", ("a.jpg", "b.jpg"), since=0.0) is not None
+        assert history.last_moved("Images", "a.jpg") is not None
         assert history.last_put("Dataset/cat", "a.jpg") is not None
         assert history.last_named("a.jpg", STAMP.size) is not None
         assert history.followers(["belongs to nothing"]) == []

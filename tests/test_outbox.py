@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.metrics import Metrics
 from sortd.moving import copy_queue
-from sortd.moving.copy_queue import MOST_GUESSES, MOST_HANDED_OVER, CopyAdmission, Job, Order
+from sortd.moving.copy_queue import MOST_GUESSES, MOST_HANDED_OVER, CopyAdmission, CopyJob, MoveOrder
 from sortd.moving.mover import Mover
 from sortd.running.account import Account
 from sortd.running.outbox import GROUP, Outbox
@@ -31,14 +31,14 @@ class Copies:
 
     def __init__(self) -> None:
         """Begin with none."""
-        self.jobs: list[Job] = []
+        self.jobs: list[CopyJob] = []
 
-    def submit(self, job: Job) -> list[Order]:
+    def submit(self, job: CopyJob) -> list[MoveOrder]:
         """Keep a job for later."""
         self.jobs.append(job)
         return []
 
-    def run(self, count: int) -> list[Order]:
+    def run(self, count: int) -> list[MoveOrder]:
         """Run the first so many."""
         now, self.jobs = self.jobs[:count], self.jobs[count:]
         return [job() for job in now]

@@ -19,8 +19,9 @@ from typing import Self
 
 from sortd.decoding.decoder_handle import DecoderHandle, DecoderLostError
 from sortd.decoding.decoder_process import Order, Result, decode_content
-from sortd.decoding.files import open_version, stamp_of
+from sortd.decoding.files import open_version
 from sortd.errors import StartupError
+from sortd.files import stamp_of
 from sortd.images import Jpeg, Limits, Pixels
 from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
 

@@ -5,6 +5,7 @@ import os
 import stat
 
 from sortd.decoding.formats import HEAD_BYTES, looks_like_image
+from sortd.files import stamp_of
 from sortd.messages import ImageRefused, Refusal, Stamp
 
 OUR_OWN_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
@@ -14,11 +15,6 @@ OUR_OWN_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 def open_file(path: str) -> int:
     """Open a file for reading without following a link or waiting for a pipe's writer; returns the descriptor."""
     return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-
-
-def stamp_of(status: os.stat_result) -> Stamp:
-    """Return the stamp of an open file."""
-    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def open_version(path: str, stamp: Stamp, max_bytes: int) -> int | ImageRefused:

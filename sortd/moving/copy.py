@@ -14,7 +14,7 @@ from sortd.messages import Writer
 from sortd.moving.fs import FILE_FLAGS, Folders, check_source, is_version, look, rename_new, writer_of
 from sortd.moving.parts import Copy, content_of, copy_to_part, make_part, never, remove_obsolete, remove_part
 from sortd.moving.plan import FreeNames, names_of_one
-from sortd.store.records import MoveFile, MoveRecord, Progress
+from sortd.store.records import MoveFile, MoveProgress, MoveRecord
 
 Advance = Callable[[MoveRecord], None]  # writes durably how far a relocation has come (Journal.advance)
 
@@ -54,7 +54,7 @@ def cross(
         named = replace(sealed, members=members)
         if _publish_all(destination, named, advance):  # X6
             names.remember(folders, named, attempt, finals)
-            return finish(folders, seal_published(destination, named, advance))
+            return remove_sources(folders, seal_published(destination, named, advance))
     raise AssertionError("candidates end by an error")
 
 
@@ -63,14 +63,14 @@ def seal_published(destination: int, relocation: MoveRecord, advance: Advance) -
     sync_folder(destination)
     published = replace(
         relocation,
-        progress=Progress.PUBLISHED,
+        progress=MoveProgress.PUBLISHED,
         members=tuple(settled(destination, member, member.final) for member in relocation.members),
     )
     advance(published)
     return published
 
 
-def finish(folders: Folders, relocation: MoveRecord) -> MoveRecord:
+def remove_sources(folders: Folders, relocation: MoveRecord) -> MoveRecord:
     """Remove the sources of published copies (X9 to X11); doing it again is no mistake.
 
     A source that is no longer the version copied, that is being written, or whose copy is gone, is kept: two
@@ -87,7 +87,7 @@ def finish(folders: Folders, relocation: MoveRecord) -> MoveRecord:
     message = (
         f"kept in {relocation.source} too, it changed meanwhile: {', '.join(kept)}" if kept else relocation.message
     )
-    return replace(relocation, progress=Progress.DONE, message=message)
+    return replace(relocation, progress=MoveProgress.DONE, message=message)
 
 
 def settled(destination: int, member: MoveFile, final: str) -> MoveFile:
@@ -174,7 +174,7 @@ def _copy_all(source: int, destination: int, relocation: MoveRecord, interrupted
             copy = make_part(source, destination, relocation, position)
         lost.update(copy.lost)
         members.append(replace(member, copy_inode=copy.inode, content=copy.content))
-    return replace(relocation, members=tuple(members), lost=tuple(sorted(lost)), progress=Progress.PUBLISHING)
+    return replace(relocation, members=tuple(members), lost=tuple(sorted(lost)), progress=MoveProgress.PUBLISHING)
 
 
 def _copy_source(

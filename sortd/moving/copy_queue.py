@@ -13,38 +13,38 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from sortd.messages import DatasetId, Move
-from sortd.store.records import MoveReason, MoveRecord, Progress
+from sortd.store.records import MoveProgress, MoveReason, MoveRecord
 
 MOST_HANDED_OVER = 64  # copies of one dataset that are under way or queued: like a batch of renames
 MOST_GUESSES = 4096  # pairs of folders that are remembered: a camera's card has a folder for each day, and months pass
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class MoveOrder:
     """A move on its way: why, and what went wrong if something did."""
 
     relocation: MoveRecord
     grounds: MoveReason
     trouble: Exception | None = None
 
-    def at(self, relocation: MoveRecord) -> "Order":
+    def at(self, relocation: MoveRecord) -> "MoveOrder":
         """Return the order with its move further on."""
         return replace(self, relocation=relocation)
 
-    def troubled(self, trouble: Exception | None) -> "Order":
+    def troubled(self, trouble: Exception | None) -> "MoveOrder":
         """Return the order with what went wrong; None: it begins anew."""
         return replace(self, trouble=trouble)
 
     @property
     def is_done(self) -> bool:
         """Whether its image stands durably where it was to go."""
-        return self.relocation.progress is Progress.DONE and self.relocation.image.moved_stamp is not None
+        return self.relocation.progress is MoveProgress.DONE and self.relocation.image.moved_stamp is not None
 
 
-Job = Callable[[], Order]
+CopyJob = Callable[[], MoveOrder]
 """One copy to another file system: to be run once, in any thread; what it returns goes to ``Mover.end``."""
 
-Submit = Callable[[Job], list[Order]]
+Submit = Callable[[CopyJob], list[MoveOrder]]
 """Takes a job that can be long; returns its order if it was run at once, and nothing if it is run later."""
 
 
@@ -53,7 +53,7 @@ class Copied:
     """What became of one copy of a dataset: for ``Mover.end``."""
 
     dataset: DatasetId
-    orders: tuple[Order, ...]
+    orders: tuple[MoveOrder, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class CopyTask:
     """One copy that waits for its turn."""
 
     seat: "Seat"
-    job: Job
+    job: CopyJob
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -89,7 +89,7 @@ class Seat:
         self._copies = copies
         self._is_left = False
 
-    def submit(self, job: Job) -> list[Order]:
+    def submit(self, job: CopyJob) -> list[MoveOrder]:
         """Queue a copy; its order comes as ``Copied``. At a stop it is asked at once, and answers as interrupted."""
         if self._copies.is_stopping:
             return [job()]

@@ -139,7 +139,7 @@ def names_of(folder: int, inodes: Iterable[int]) -> dict[int, str]:
     return found
 
 
-class Names:
+class FolderNames:
     """The visible names in one folder, as they were when it was listed and as sortd changed them since."""
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -208,9 +208,9 @@ class Listings:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Begin with nothing listed; ``clock`` gives seconds."""
         self._clock = clock
-        self._kept: OrderedDict[tuple[int, int], tuple[float, Names]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], tuple[float, FolderNames]] = OrderedDict()
 
-    def names(self, folder: int) -> Names:
+    def names(self, folder: int) -> FolderNames:
         """Return the names in an open folder."""
         status = os.fstat(folder)
         key, now = (status.st_dev, status.st_ino), self._clock()
@@ -218,7 +218,7 @@ class Listings:
         if names is not None and now - listed_at < SECONDS_A_NAME * len(names):
             self._kept.move_to_end(key)
             return names
-        names = Names(os.listdir(folder))
+        names = FolderNames(os.listdir(folder))
         self._kept.pop(key, None)
         if len(names) > FRESH_NAMES:
             self._kept[key] = (now, names)
@@ -234,7 +234,7 @@ class Folders:
         """Open the dataset itself; ``listings`` are of its folders, from earlier batches."""
         self._stack = ExitStack()
         self._listings = listings or Listings()
-        self._names: dict[str, Names] = {}
+        self._names: dict[str, FolderNames] = {}
         self._open: dict[str, int] = {}
         self._open[""] = self._adopt(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
 
@@ -271,7 +271,7 @@ class Folders:
         sync_folder(parent)
         return made
 
-    def names(self, folder: str) -> Names:
+    def names(self, folder: str) -> FolderNames:
         """Return the names in a folder given relative to the dataset, which is listed once for this batch."""
         if folder not in self._names:
             self._names[folder] = self._listings.names(self.open(folder))

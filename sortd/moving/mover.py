@@ -17,7 +17,7 @@ from sortd.errors import BusyError, ChangedError, DestinationError, ImageError, 
 from sortd.files import sync_folder
 from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.moving.copy import cross
-from sortd.moving.copy_queue import MOST_HANDED_OVER, CopyAdmission, Order, Submit
+from sortd.moving.copy_queue import MOST_HANDED_OVER, CopyAdmission, MoveOrder, Submit
 from sortd.moving.fs import CANNOT_RENAME, Folders, Listings, rename_new
 from sortd.moving.parts import never, remove_obsolete
 from sortd.moving.plan import FreeNames, LateCompanions, new_token, with_companions
@@ -28,16 +28,16 @@ from sortd.store.journal import Journal
 from sortd.store.records import (
     FolderNameError,
     MoveFile,
+    MoveProgress,
     MoveReason,
     MoveRecord,
-    Progress,
     Record,
     Role,
     checked_folder,
     checked_name,
 )
 
-Answer = Moved | MoveFailed
+MoveAnswer = Moved | MoveFailed
 
 BATCH = 64  # moves that share commits and syncs; each holds a descriptor or a few until its bytes are synced
 SYNC_THREADS = 16  # files of a batch that are synced at the same time; the threads end with the batch
@@ -52,7 +52,7 @@ _FAILURES = {
     BusyError: MoveFailure.BUSY,
     SourceError: MoveFailure.SOURCE,
 }
-_ENDED = frozenset({Progress.DONE, Progress.FAILED})
+_ENDED = frozenset({MoveProgress.DONE, MoveProgress.FAILED})
 _UNENDED = DestinationError("an earlier move of it has not ended: its disk refused; it is tried again")
 _UNDER_WAY = BusyError("it, or an earlier version of it, is being copied to another file system")
 _INTERRUPTED = BusyError("sortd stops, or lets this dataset go: it is copied to its other file system later")
@@ -120,7 +120,7 @@ class Mover:
             self._journal.settle(waiting)
         return waiting
 
-    def move_all(self, moves: Sequence[Move]) -> list[Answer]:
+    def move_all(self, moves: Sequence[Move]) -> list[MoveAnswer]:
         """Move these versions of these files, companions with them; durable when it returns.
 
         Images that must go to another file system are given to ``submit``, so many at a time; their answers come from
@@ -129,13 +129,13 @@ class Mover:
         Raises:
             ValueError: a path is not below the dataset.
         """
-        answers: list[Answer] = []
+        answers: list[MoveAnswer] = []
         while admitted := self._admission.admit(moves, len(self._copying)):
             answers += self._move(admitted)
             moves = ()
         return [*answers, *self.give_up()] if self._gives_up else answers
 
-    def end(self, orders: Sequence[Order]) -> list[Answer | UndoResult]:
+    def end(self, orders: Sequence[MoveOrder]) -> list[MoveAnswer | UndoResult]:
         """Take note of what became of copies to another file system; return the answers that they were waited for."""
         self._end(orders)
         mine = [order for order in orders if order.relocation.token in self._moves]
@@ -146,7 +146,7 @@ class Mover:
         """Whether moves wait that ``move_all`` would take up now."""
         return self._admission.waiting > 0 and len(self._copying) < MOST_HANDED_OVER
 
-    def give_up(self) -> list[Answer]:
+    def give_up(self) -> list[MoveAnswer]:
         """Take up no more copies: answer what waits for one, and from now on what would have to wait."""
         self._gives_up = True
         return [_failure(move, _STOPPED) for move in self.withdraw()]
@@ -174,7 +174,7 @@ class Mover:
             if not made:
                 return told + refused
             self._undos |= {plan.relocation.token: plan for plan in made}
-            told += self._undone(self._relocate([Order(plan.relocation, plan.grounds) for plan in made]))
+            told += self._undone(self._relocate([MoveOrder(plan.relocation, plan.grounds) for plan in made]))
             # An image that went on from Review/ stands where its first move put it once the second is undone.
             waiting = [one.record for one in refused]
 
@@ -207,9 +207,9 @@ class Mover:
 
     # ------------------------------------------------------------ from a move to its record, and to its answer
 
-    def _move(self, moves: Sequence[Move]) -> list[Answer]:
-        answers: list[Answer] = []
-        ordered: list[Order] = []
+    def _move(self, moves: Sequence[Move]) -> list[MoveAnswer]:
+        answers: list[MoveAnswer] = []
+        ordered: list[MoveOrder] = []
         try:
             folders = Folders(self._root, self._listings)
         except OSError as error:
@@ -227,7 +227,7 @@ class Mover:
                     answers.append(_failure(move, error))
                 else:
                     self._moves[relocation.token] = move
-                    ordered.append(Order(relocation, _grounds(move)))
+                    ordered.append(MoveOrder(relocation, _grounds(move)))
         ended = self._relocate(ordered)
         by_token = {order.relocation.token: order for order in ended}
         for token in (order.relocation.token for order in ordered):
@@ -263,7 +263,7 @@ class Mover:
             raise ValueError(f"{path}: it is not below the dataset {self._root}")
         return path.removeprefix(root)
 
-    def _answer(self, order: Order) -> Answer:
+    def _answer(self, order: MoveOrder) -> MoveAnswer:
         move, relocation = self._moves.pop(order.relocation.token), order.relocation
         moved_stamp = relocation.image.moved_stamp
         if order.is_done and moved_stamp is not None:
@@ -271,7 +271,7 @@ class Mover:
             return Moved(move.path, move.stamp, destination, move.outcome, moved_stamp, relocation.message)
         return _failure(move, order.trouble or OSError(relocation.message), relocation.message)
 
-    def _undone(self, orders: Iterable[Order]) -> list[UndoResult]:
+    def _undone(self, orders: Iterable[MoveOrder]) -> list[UndoResult]:
         """Say what became of orders in which ``undo`` had put its plans; others are not spoken of."""
         told = []
         for order in orders:
@@ -285,7 +285,7 @@ class Mover:
 
     # ------------------------------------------------------------ a batch
 
-    def _relocate(self, orders: Sequence[Order]) -> list[Order]:
+    def _relocate(self, orders: Sequence[MoveOrder]) -> list[MoveOrder]:
         """Carry out orders, which are in progress INTENDED; those that are returned have ended, durably.
 
         Moves to another file system that ``submit`` does later are missing: they come to ``end``.
@@ -307,7 +307,7 @@ class Mover:
                 ended += self._submit_copy(order.troubled(None))
         return ended
 
-    def _relocate_batch(self, orders: Sequence[Order]) -> tuple[list[Order], list[Order]]:
+    def _relocate_batch(self, orders: Sequence[MoveOrder]) -> tuple[list[MoveOrder], list[MoveOrder]]:
         """Return the orders that have ended, and those that must be copied."""
         try:
             folders = Folders(self._root, self._listings)
@@ -325,7 +325,7 @@ class Mover:
             self._journal.settle(order.relocation for order in ended)
         return refused + ended, crossing
 
-    def _placed(self, folders: Folders, order: Order) -> Order:
+    def _placed(self, folders: Folders, order: MoveOrder) -> MoveOrder:
         try:
             placed = self._renamer.place(folders, order.relocation)
             remove_obsolete(folders, placed)
@@ -335,18 +335,18 @@ class Mover:
 
     # ------------------------------------------------------------ copies to another file system
 
-    def _submit_copy(self, order: Order) -> list[Order]:
+    def _submit_copy(self, order: MoveOrder) -> list[MoveOrder]:
         self._copying[order.relocation.token] = order.relocation
         ended = self._submit(lambda: self._copy(order))
         self._end(ended)
         return ended
 
-    def _end(self, orders: Iterable[Order]) -> None:
+    def _end(self, orders: Iterable[MoveOrder]) -> None:
         """Take note that submitted orders were run: what of them is still open is recovered like after a crash."""
         for order in orders:
             self._copying.pop(order.relocation.token, None)
 
-    def _copy(self, order: Order) -> Order:
+    def _copy(self, order: MoveOrder) -> MoveOrder:
         """Copy to another file system, in whatever thread ``submit`` chose, with a connection of its own."""
         if self._interrupted():
             return order.troubled(_INTERRUPTED)
@@ -355,7 +355,7 @@ class Mover:
             journal.settle([ended.relocation])
         return ended
 
-    def _copied(self, order: Order, journal: Journal) -> Order:
+    def _copied(self, order: MoveOrder, journal: Journal) -> MoveOrder:
         reached = order.relocation
 
         def advance(relocation: MoveRecord) -> None:
@@ -385,11 +385,11 @@ def _recovered(folders: Folders, relocation: MoveRecord, journal: Journal) -> Mo
         return relocation  # still open: tried again before the next batch and at the next start
 
 
-def _ready(folders: Folders, orders: Iterable[Order], sync_threads: int) -> tuple[list[Order], list[Order]]:
+def _ready(folders: Folders, orders: Iterable[MoveOrder], sync_threads: int) -> tuple[list[MoveOrder], list[MoveOrder]]:
     """Look at the files and make their bytes durable, before anything is written or renamed."""
-    opened: list[tuple[Order, list[int]]] = []
-    ready: list[Order] = []
-    refused: list[Order] = []
+    opened: list[tuple[MoveOrder, list[int]]] = []
+    ready: list[MoveOrder] = []
+    refused: list[MoveOrder] = []
     for order in orders:
         try:
             opened.append((order, open_members(folders, order.relocation)))
@@ -409,7 +409,7 @@ def _ready(folders: Folders, orders: Iterable[Order], sync_threads: int) -> tupl
     return ready, refused
 
 
-def _synced(folders: Folders, orders: list[Order]) -> list[Order]:
+def _synced(folders: Folders, orders: list[MoveOrder]) -> list[MoveOrder]:
     """Sync each folder once, all the destinations before any source: a new name must last before the old one goes."""
     for folder_of in (_destination, _source):
         troubles: dict[str, Exception] = {}
@@ -425,13 +425,13 @@ def _synced(folders: Folders, orders: list[Order]) -> list[Order]:
     return orders
 
 
-def _ended(folders: Folders, order: Order, journal: Journal) -> Order:
+def _ended(folders: Folders, order: MoveOrder, journal: Journal) -> MoveOrder:
     if order.trouble is None:
-        return order.at(replace(order.relocation, progress=Progress.DONE))
+        return order.at(replace(order.relocation, progress=MoveProgress.DONE))
     return order.at(_recovered(folders, order.relocation, journal))
 
 
-def _must_cross(order: Order) -> bool:
+def _must_cross(order: MoveOrder) -> bool:
     return isinstance(order.trouble, OSError) and order.trouble.errno in CANNOT_RENAME
 
 

@@ -12,11 +12,11 @@ from itertools import chain
 from sortd.errors import ChangedError
 from sortd.files import sync_folder
 from sortd.moving.companions import split_name
-from sortd.moving.copy import Advance, finish, give_back, publish_anywhere, seal_published, settled
+from sortd.moving.copy import Advance, give_back, publish_anywhere, remove_sources, seal_published, settled
 from sortd.moving.fs import Folders, is_version, look, names_of, rename_new
 from sortd.moving.parts import content_of, make_part, remove_obsolete, remove_part
 from sortd.moving.plan import MOST_ATTEMPTS, final_names, names_of_one
-from sortd.store.records import MoveFile, MoveRecord, Progress, Role
+from sortd.store.records import MoveFile, MoveProgress, MoveRecord, Role
 
 _NUMBERED = re.compile(r" \((\d+)\)$")
 
@@ -41,11 +41,11 @@ def recover(folders: Folders, relocation: MoveRecord, advance: Advance) -> MoveR
     """
     places = _Places(_open_or_absent(folders, relocation.source), _open_or_absent(folders, relocation.destination))
     match relocation.progress:
-        case Progress.INTENDED:
+        case MoveProgress.INTENDED:
             return _recover_intended(folders, places, relocation)
-        case Progress.PUBLISHING:
+        case MoveProgress.PUBLISHING:
             return _recover_publishing(folders, places, relocation, advance)
-        case Progress.PUBLISHED:
+        case MoveProgress.PUBLISHED:
             return _recover_published(folders, places, relocation, advance)
         case _:
             return relocation
@@ -107,7 +107,7 @@ def _complete(folders: Folders, places: _Places, relocation: MoveRecord, moved: 
     if places.source != -1:
         remove_obsolete(folders, relocation)
         sync_folder(places.source)
-    return replace(relocation, members=tuple(members), progress=Progress.DONE)
+    return replace(relocation, members=tuple(members), progress=MoveProgress.DONE)
 
 
 def _names_beside(relocation: MoveRecord, image_name: str) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ def _drop_copies(places: _Places, relocation: MoveRecord) -> MoveRecord:
     sync_folder(places.destination)
     if saved:
         message = "the source was gone, its copy was whole"
-        return replace(relocation, members=tuple(saved), progress=Progress.DONE, message=message)
+        return replace(relocation, members=tuple(saved), progress=MoveProgress.DONE, message=message)
     if unproven:
         return relocation.failed(f"the source is gone, its copy cannot be proven whole: kept as {', '.join(unproven)}")
     return nothing
@@ -201,20 +201,20 @@ def _recover_publishing(folders: Folders, places: _Places, relocation: MoveRecor
     for position in finals:
         remove_part(destination, relocation.part_name(position))
     members = tuple(replace(relocation.members[position], final=finals[position]) for position in sorted(finals))
-    return finish(folders, seal_published(destination, replace(relocation, members=members), advance))
+    return remove_sources(folders, seal_published(destination, replace(relocation, members=members), advance))
 
 
 def _recover_published(folders: Folders, places: _Places, relocation: MoveRecord, advance: Advance) -> MoveRecord:
     if -1 in {places.source, places.destination}:
         return relocation
     try:
-        return finish(folders, relocation)
+        return remove_sources(folders, relocation)
     except PermissionError:
         if not _all_stand(places, relocation):
             raise
     # The sources may not be removed (immutable, another owner's in a sticky folder): the copies go instead, or the
     # images would be copied again and again. Step back first, so that a crash in between is one of that step.
-    sealed = replace(relocation, progress=Progress.PUBLISHING)
+    sealed = replace(relocation, progress=MoveProgress.PUBLISHING)
     advance(sealed)
     return _unpublish(places.destination, sealed, _published(places.destination, sealed))
 

@@ -38,7 +38,7 @@ from sortd.messages import (
     Tick,
 )
 from sortd.metrics import Metrics
-from sortd.moving.copy_queue import Order
+from sortd.moving.copy_queue import MoveOrder
 from sortd.moving.mover import Mover
 from sortd.moving.undo import UndoResult
 from sortd.references import Teaching
@@ -422,7 +422,7 @@ class Dataset:
         for result in self.outbox.send():
             self.receive(result)
 
-    def copied(self, orders: Sequence[Order]) -> list[UndoResult]:
+    def copied(self, orders: Sequence[MoveOrder]) -> list[UndoResult]:
         """Take note of copies to another file system that have ended; return what was undone by them."""
         put_back: list[UndoResult] = []
         for result in self.outbox.end(orders):

@@ -10,20 +10,20 @@ from pathlib import Path
 from time import monotonic
 
 from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
-from sortd.moving.copy_queue import Order
-from sortd.moving.mover import Mover
+from sortd.moving.copy_queue import MoveOrder
+from sortd.moving.mover import MoveAnswer, Mover
 from sortd.moving.undo import UndoResult
 from sortd.running.account import Account
 from sortd.store.history import History
-from sortd.store.records import MoveRecord, Progress, Record
+from sortd.store.records import MoveProgress, MoveRecord, Record
 
 GROUP = 32
 """Moves of one turn of the loop: on a busy disk each takes some five milliseconds, in which nothing else happens."""
 
 Tell = Callable[[str, Move, str], None]  # hears of each move: dataset, move, destination
 
-Result = Moved | MoveFailed
-Heard = Result | ImageGone
+
+Heard = MoveAnswer | ImageGone
 
 
 class DryRunMover:
@@ -75,7 +75,7 @@ class Outbox:
         share = (monotonic() - began) / max(1, len(results))
         return [self._told(result, share) for result in results]
 
-    def end(self, orders: Sequence[Order]) -> list[Heard | UndoResult]:
+    def end(self, orders: Sequence[MoveOrder]) -> list[Heard | UndoResult]:
         """Take note of copies to another file system that have ended; return what became of them."""
         assert self._real is not None
         heard: list[Heard | UndoResult] = []
@@ -114,14 +114,14 @@ class Outbox:
             if (move.path, move.stamp) not in gathered and (move.path, move.stamp) not in self._asked:
                 self._moves.append(move)
 
-    def refuse(self, message: str) -> list[Result]:
+    def refuse(self, message: str) -> list[MoveAnswer]:
         """Answer what was gathered, or waits for a copy to end, as failed: the dataset is not there."""
         moves, self._moves = self._moves, []
         return [*(_failed(move, message) for move in moves), *self._withdraw(message)]
 
-    def give_up(self) -> list[Result]:
+    def give_up(self) -> list[MoveAnswer]:
         """Answer what waits for a copy to another file system: sortd stops. The next start moves it."""
-        given_up: Sequence[Result] = () if self._real is None else self._real.give_up()
+        given_up: Sequence[MoveAnswer] = () if self._real is None else self._real.give_up()
         for result in given_up:
             self._taken(result)
         return list(given_up)
@@ -135,24 +135,24 @@ class Outbox:
         for relocation in moves:
             if self._history is None:
                 return
-            if relocation.progress is Progress.DONE:
+            if relocation.progress is MoveProgress.DONE:
                 mark = relocation.image.moved_stamp
                 record = None if mark is None else self._history.last_known(mark)
                 if record is not None:
                     self._account.recovered(record, self._root)
-            elif relocation.progress is Progress.FAILED:
+            elif relocation.progress is MoveProgress.FAILED:
                 place = self._root / relocation.source / relocation.image.name
                 if not os.path.lexists(place):
                     self._account.taken_back(relocation, self._root)
 
-    def _withdraw(self, message: str) -> list[Result]:
+    def _withdraw(self, message: str) -> list[MoveAnswer]:
         """Answer what waits for a copy to end as failed, without a line for each: the core asks for it again."""
         withdrawn = [] if self._real is None else [_failed(move, message) for move in self._real.withdraw()]
         for result in withdrawn:
             self._taken(result)
         return withdrawn
 
-    def _told(self, result: Result, seconds: float | None) -> Heard:
+    def _told(self, result: MoveAnswer, seconds: float | None) -> Heard:
         """Write the line of a result; return what the core is to hear of it.
 
         It never asked for a companion to follow: one that did is gone, one that could not is found by the next scan.
@@ -165,7 +165,7 @@ class Outbox:
             self._add_new(self._real.late.parted_from(result))
         return result
 
-    def _taken(self, result: Result) -> tuple[Move, float]:
+    def _taken(self, result: MoveAnswer) -> tuple[Move, float]:
         key = (result.path, result.stamp)
         asked = self._asked[key]
         taken = asked.popleft()
@@ -174,5 +174,5 @@ class Outbox:
         return taken
 
 
-def _failed(move: Move, message: str) -> Result:
+def _failed(move: Move, message: str) -> MoveAnswer:
     return MoveFailed(move.path, move.stamp, MoveFailure.DESTINATION, message)

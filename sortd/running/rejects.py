@@ -144,7 +144,7 @@ class Rejects:
         record = history.last_put(Area.REJECTED.value, name)
         if record is None:
             return None
-        gone = history.last_moved(Area.REJECTED.value, (name,), since=0.0)
+        gone = history.last_moved(Area.REJECTED.value, name)
         return record if gone is None or gone.id < record.id else None  # else that one has left, and this is another
 
 

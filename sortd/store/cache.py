@@ -29,7 +29,7 @@ from sortd.prototypes import PrototypeSet
 MAX_BYTES = 1_000_000_000  # about 450,000 embeddings of 512 dimensions
 
 DAY_SECONDS = 86_400
-BUSY_SECONDS = 5.0
+_BUSY_SECONDS = 5.0
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA}
 
 _OF_ODD_ROWS = (ValueError, TypeError, AttributeError, LookupError, OverflowError)
@@ -37,7 +37,7 @@ _OF_ODD_ROWS = (ValueError, TypeError, AttributeError, LookupError, OverflowErro
 
 _LOG = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
+_Answer = TypeVar("_Answer")
 
 SCHEMA_VERSION = 2
 PRUNED_SHARE = 0.2  # of the rows, the oldest: pruning is rare, and never far from the limit
@@ -219,7 +219,7 @@ class Cache:
 
     # ------------------------------------------------------------ one operation
 
-    def _run(self, operation: Callable[[sqlite3.Connection], Answer], otherwise: Answer) -> Answer:
+    def _run(self, operation: Callable[[sqlite3.Connection], _Answer], otherwise: _Answer) -> _Answer:
         """Do one operation in a transaction; where the file does not let us, answer ``otherwise`` and go on."""
         for _ in range(2):
             try:
@@ -265,7 +265,7 @@ class Cache:
             return self._database
         self.close()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        database = sqlite3.connect(self._path, timeout=BUSY_SECONDS)
+        database = sqlite3.connect(self._path, timeout=_BUSY_SECONDS)
         try:
             _prepare(database)
         except sqlite3.Error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sortd import mends
 from sortd.errors import JournalError
 from sortd.files import sync_folder_at
-from sortd.store.records import Progress, Role
+from sortd.store.records import MoveProgress, Role
 
 APPLICATION = 0x736F7274  # "sort", in the header of the file
 VERSION = 1
@@ -90,7 +90,7 @@ LATER_INDICES = (
 
 _KNOWN_WORDS = (
     # The first condition is that of the index ``moves_by_progress``, which holds few.
-    ("SELECT id, progress FROM moves WHERE progress NOT IN ('done') AND progress NOT IN ({})", [*Progress]),
+    ("SELECT id, progress FROM moves WHERE progress NOT IN ('done') AND progress NOT IN ({})", [*MoveProgress]),
     ("SELECT move, role FROM members WHERE role NOT IN ({})", [*Role]),
 )
 _RESTORE = (

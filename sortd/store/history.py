@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 # The plus keeps the planner from walking through the index of all moves that are done, which are nearly all there are,
 # see https://www.sqlite.org/optoverview.html#disqualifying_where_clause_terms_using_unary_
 _STANDING = "+progress = 'done' AND undone_by IS NULL AND outcome NOT IN ('undone', 'followed')"
-_NAMED = "moves.id IN (SELECT move FROM members WHERE {} IN ({}) AND position = 0) ORDER BY moves.id DESC LIMIT 1"
+_NAMED = "moves.id IN (SELECT move FROM members WHERE {} = ? AND position = 0) ORDER BY moves.id DESC LIMIT 1"
 _OF_STAMP = """moves.id IN (SELECT move FROM members WHERE moved_inode = ? AND position = 0
 AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT ?"""
 _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
@@ -104,17 +104,10 @@ class History:
         _, inode, size, mtime_ns = stamp.columns
         return self._records(f"{_STANDING} AND {_OF_STAMP}", (inode, size, mtime_ns, limit))
 
-    def last_moved(self, folder: str, names: Sequence[str], *, since: float) -> Record | None:
-        """Return the last move of an image with one of these names out of a folder, which was not undone.
-
-        Args:
-            folder: relative to the dataset.
-            names: base names.
-            since: seconds since the epoch; moves that ended before do not count.
-        """
-        named = _NAMED.format("name", ",".join("?" * len(names)))
-        values = (os.fsencode(folder), since, *map(os.fsencode, names))
-        return self._first(f"source = ? AND ended_at >= ? AND {named}", values)
+    def last_moved(self, folder: str, name: str) -> Record | None:
+        """Return the last move of an image with this name out of a folder, which was not undone."""
+        values = (os.fsencode(folder), os.fsencode(name))
+        return self._first(f"source = ? AND {_NAMED.format('name')}", values)
 
     def moved_between(self, folder: str, first: str, beyond: str, *, since: float) -> list[Record]:
         """Return the moves of images with a name in a range out of a folder, which were not undone, newest first.
@@ -132,7 +125,7 @@ class History:
     def last_put(self, folder: str, name: str) -> Record | None:
         """Return the last move that put an image under this name into a folder, which was not undone."""
         values = (os.fsencode(folder), os.fsencode(name))
-        return self._first(f"destination = ? AND {_NAMED.format('final', '?')}", values)
+        return self._first(f"destination = ? AND {_NAMED.format('final')}", values)
 
     def last_named(self, name: str, size: int) -> Record | None:
         """Return the last move that gave an image of so many bytes this name, wherever, and was not undone."""

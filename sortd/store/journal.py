@@ -17,7 +17,7 @@ from sortd.messages import Stamp
 from sortd.sorting.guard import GuardState
 from sortd.store.database import committing, open_beside, open_for_writing
 from sortd.store.history import GUARD_FACT, History
-from sortd.store.records import UNDONE, MoveReason, MoveRecord, Progress, Record, label_column, member_rows, plain
+from sortd.store.records import UNDONE, MoveProgress, MoveReason, MoveRecord, Record, label_column, member_rows, plain
 
 _MOVE = """INSERT INTO moves (token, run, outcome, progress, source, destination, label, score, margin, second_label,
 mode, reason, generation, encoder_id, content, intended_at, undoes) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"""
@@ -97,9 +97,9 @@ class Journal:
         with committing(self._connection, self.path):
             for relocation in relocations:
                 match relocation.progress:
-                    case Progress.FAILED:
+                    case MoveProgress.FAILED:
                         self._connection.execute("DELETE FROM moves WHERE token = ?", (relocation.token,))
-                    case Progress.DONE:
+                    case MoveProgress.DONE:
                         self._update(relocation, now)
                         source = os.fsencode(f"{relocation.source}/{relocation.image.name}")
                         self._connection.execute("DELETE FROM holds WHERE path = ?", (source,))
@@ -154,8 +154,7 @@ class Journal:
 
     def note(self, key: str, value: str) -> None:
         """Keep a fact under a key, in the place of what stood there."""
-        with committing(self._connection, self.path):
-            self._connection.execute(_FACT, (key, value))
+        self.note_all({key: value})
 
     def note_all(self, facts: Mapping[str, str]) -> None:
         """Keep facts under their keys, in one commit."""

@@ -32,7 +32,7 @@ class Role(StrEnum):
     REASON = "reason"  # made by sortd, beside an image that it set aside
 
 
-class Progress(StrEnum):
+class MoveProgress(StrEnum):
     """How far a move has come; each word is durable before the next step begins."""
 
     INTENDED = "intended"  # any of its members may have been renamed; no copy counts for anything
@@ -70,7 +70,7 @@ class MoveRecord:
     source: str  # folder, relative to the dataset
     destination: str
     members: tuple[MoveFile, ...]
-    progress: Progress = Progress.INTENDED
+    progress: MoveProgress = MoveProgress.INTENDED
     lost: tuple[str, ...] = ()  # metadata that could not be kept
     message: str = ""
     obsolete: tuple[MoveFile, ...] = ()  # made by sortd in the source folder, of no use once the image is away
@@ -95,7 +95,7 @@ class MoveRecord:
 
     def failed(self, message: str) -> Self:
         """Return the same move, taken back."""
-        return replace(self, progress=Progress.FAILED, message=message)
+        return replace(self, progress=MoveProgress.FAILED, message=message)
 
 
 class FolderNameError(ValueError):
@@ -285,14 +285,14 @@ def record_from(row: "sqlite3.Row", members: "list[sqlite3.Row]") -> Record:
 def _record_from(row: "sqlite3.Row", members: "list[sqlite3.Row]") -> Record:
     if not any(one["position"] == 0 for one in members):
         raise ValueError("it names no image")
-    if row["progress"] == Progress.DONE and row["ended_at"] is None:
+    if row["progress"] == MoveProgress.DONE and row["ended_at"] is None:
         raise ValueError("it ended at no time")
     relocation = MoveRecord(
         token=row["token"],
         source=checked_folder(os.fsdecode(row["source"])),
         destination=checked_folder(os.fsdecode(row["destination"])),
         members=tuple(_member_from(one) for one in members if one["position"] < OBSOLETE_FROM),
-        progress=Progress(row["progress"]),
+        progress=MoveProgress(row["progress"]),
         lost=tuple(row["lost"].split("\n")) if row["lost"] else (),
         message=row["message"],
         obsolete=tuple(_member_from(one) for one in members if one["position"] >= OBSOLETE_FROM),

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from sortd.files import stamp_of
 from sortd.messages import Move, Outcome
-from sortd.moving.fs import Listings, Names, rename_new
-from sortd.moving.mover import Answer, Mover
+from sortd.moving.fs import FolderNames, Listings, rename_new
+from sortd.moving.mover import MoveAnswer, Mover
 from sortd.store.journal import Journal
 from sortd.store.records import Selection
 
@@ -34,10 +34,10 @@ class OldListings(Listings):
         super().__init__()
         self._unseen = {str(world.root / path) for path in world.standing if not path.startswith("Images/")}
 
-    def names(self, folder: int) -> Names:
+    def names(self, folder: int) -> FolderNames:
         """Return the names in an open folder, but for those that stand there."""
         path = os.readlink(f"/proc/self/fd/{folder}")
-        return Names(name for name in os.listdir(folder) if f"{path}/{name}" not in self._unseen)
+        return FolderNames(name for name in os.listdir(folder) if f"{path}/{name}" not in self._unseen)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class World:
         # One thread: strace counts for each thread by itself, and the order of syncs would not be the same twice.
         return Mover(self.root, journal, rename=rename, sync_threads=1, listings=OldListings(self))
 
-    def act(self) -> list[Answer]:
+    def act(self) -> list[MoveAnswer]:
         """Do what the plot says; this is where faults strike."""
         with self.journal() as journal:
             filing = self.filing(journal)
