@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Flag, auto
 from functools import lru_cache
 
 LONGEST_SUFFIX = 20  # bytes; what follows the last dot counts as part of the stem from here on
@@ -35,6 +36,17 @@ _SUPPLEMENT = "(?:" + "|".join(_SUPPLEMENTAL[:length] for length in range(len(_S
 _RAW = "(?:" + "|".join(suffix[1:] for suffix in RAWS) + ")"
 
 
+class Kind(Flag):
+    """What a file is to its image."""
+
+    NOTE = 0
+    PAIR = auto()  # a film or a raw: no note about an image but a part of it
+    GUESS = auto()  # an image that another naming gives the file to has it alone
+
+
+PAIR, GUESS = Kind.PAIR, Kind.GUESS
+
+
 @dataclass(frozen=True, slots=True)
 class Naming:
     """One way in which a program names what belongs to an image."""
@@ -43,14 +55,13 @@ class Naming:
     pattern: str  # of the whole name, letter case aside; ``stem``, ``suffix`` and ``number`` are those of the image
     example: tuple[str, str]  # image, companion
     source: str
-    is_pair: bool = False  # a film or a raw: no note about an image but a part of it
+    kind: Kind = Kind.NOTE
     stem: str = r"\g<stem>"  # what the pattern says of the image's stem
     image: str = ""  # the only images that it is for, where they count under another name
     counts_as: str = ""
-    yields: bool = False  # an image that another naming gives the file to has it alone
 
 
-NAMINGS = (
+NAMINGS = (  # GPTH: GooglePhotosTakeoutHelper
     Naming(
         "Lightroom, Camera Raw", rf"{_STEM}\.(?:xmp|acr)", ("a.jpg", "a.xmp"), "Adobe, Metadata basics: XMP sidecars"
     ),
@@ -63,7 +74,7 @@ NAMINGS = (
         rf"{_STEM}_\d\d{_SUFFIX}\.xmp",
         ("a.jpg", "a_01.jpg.xmp"),
         "darktable manual, sidecar files: duplicates are basename_nn.ext.xmp",
-        yields=True,
+        GUESS,
     ),
     Naming("digiKam", rf"{_STEM}{_SUFFIX}\.xmp", ("a.tif", "a.tif.xmp"), "KDE bugs 264007 and 278935, digiKam PR 6"),
     Naming("RawTherapee", rf"{_STEM}{_SUFFIX}\.pp3", ("a.jpg", "a.jpg.pp3"), "rawtherapee(1), -s"),
@@ -80,14 +91,14 @@ NAMINGS = (
     Naming("exiv2, exiftool", rf"{_STEM}\.(?:exv|mie|exif)", ("a.jpg", "a.exv"), "exiftool, metadata sidecar files"),
     Naming("exiftool", rf"{_STEM}{_SUFFIX}_original", ("a.jpg", "a.jpg_original"), "exiftool, -overwrite_original"),
     Naming("iOS", rf"{_STEM}\.aae", ("IMG_0001.HEIC", "IMG_0001.AAE"), "elodie issue 341, osxphotos PR 1113"),
-    Naming("iOS", rf"{_STEM}_O\.aae", ("IMG_0001.HEIC", "IMG_0001_O.AAE"), "makelive issue 36", yields=True),
+    Naming("iOS", rf"{_STEM}_O\.aae", ("IMG_0001.HEIC", "IMG_0001_O.AAE"), "makelive issue 36", GUESS),
     Naming(
         "iOS",
         r"IMG_[EO](?P<n>\d{4}.*)\.(?:aae|mov)",
         ("IMG_0001.HEIC", "IMG_O0001.AAE"),
         "osxphotos issue 2043: the original's adjustments",
+        GUESS,
         stem=r"IMG_\g<n>",
-        yields=True,
     ),
     Naming(
         "iOS",
@@ -97,34 +108,19 @@ NAMINGS = (
         image=r"(IMG_)E(\d{4}.*)",
         counts_as=r"\1\2",
     ),
-    Naming(
-        "iOS Live Photo", rf"{_STEM}\.(?:mov|mp4)", ("IMG_0001.HEIC", "IMG_0001.mov"), "immich issue 4209", is_pair=True
-    ),
+    Naming("iOS Live Photo", rf"{_STEM}\.(?:mov|mp4)", ("IMG_0001.HEIC", "IMG_0001.mov"), "immich issue 4209", PAIR),
     Naming(
         "iCloud Photos Downloader",
         rf"{_STEM}_HEVC\.mov",
         ("IMG_0001.HEIC", "IMG_0001_HEVC.MOV"),
         "icloud_photos_downloader issues 1043 and 1065",
-        is_pair=True,
-        yields=True,
+        PAIR | GUESS,
     ),
+    Naming("Samsung", rf"{_STEM}\.(?:mp4|dng)", ("20240101_120000.jpg", "20240101_120000.dng"), "Expert RAW", PAIR),
     Naming(
-        "Samsung", rf"{_STEM}\.(?:mp4|dng)", ("20240101_120000.jpg", "20240101_120000.dng"), "Expert RAW", is_pair=True
+        "cameras, RAW+JPEG", rf"{_STEM}\.{_RAW}", ("DSC_0001.JPG", "DSC_0001.NEF"), "Exif DCF 2.0: DCF objects", PAIR
     ),
-    Naming(
-        "cameras, RAW+JPEG",
-        rf"{_STEM}\.{_RAW}",
-        ("DSC_0001.JPG", "DSC_0001.NEF"),
-        "Exif DCF 2.0: DCF objects",
-        is_pair=True,
-    ),
-    Naming(
-        "cameras",
-        rf"{_STEM}\.(?:m4v|avi|3gp|mpg)",
-        ("DSC_0001.JPG", "DSC_0001.AVI"),
-        "DCF 2.0: DCF objects",
-        is_pair=True,
-    ),
+    Naming("cameras", rf"{_STEM}\.(?:m4v|avi|3gp|mpg)", ("DSC_0001.JPG", "DSC_0001.AVI"), "DCF 2.0: DCF objects", PAIR),
     Naming(
         "cameras", rf"{_STEM}\.(?:thm|wav)", ("DSC_0001.JPG", "DSC_0001.WAV"), "DCF 2.0: thumbnails; Nikon, voice memos"
     ),
@@ -133,36 +129,24 @@ NAMINGS = (
         r"SND_(?P<n>\d{4}.*)\.wav",
         ("IMG_0001.JPG", "SND_0001.WAV"),
         "Canon, sound memos",
+        GUESS,
         stem=r"IMG_\g<n>",
-        yields=True,
     ),
-    Naming(
-        "Google Pixel",
-        rf"{_STEM}\.(?:mp|mv)(?:~\d+)?",
-        ("PXL_1.MP.jpg", "PXL_1.MP"),
-        "GooglePhotosTakeoutHelper issue 381",
-        is_pair=True,
-    ),
-    Naming(
-        "Google Pixel",
-        rf"{_STEM}\.(?:mp|mv)(?:~\d+)?",
-        ("PXL_1.MP~2.jpg", "PXL_1.MP~2"),
-        "GooglePhotosTakeoutHelper PR 384",
-        is_pair=True,
-    ),
+    Naming("Google Pixel", rf"{_STEM}\.(?:mp|mv)(?:~\d+)?", ("PXL_1.MP.jpg", "PXL_1.MP"), "GPTH issue 381", PAIR),
+    Naming("Google Pixel", rf"{_STEM}\.(?:mp|mv)(?:~\d+)?", ("PXL_1.MP~2.jpg", "PXL_1.MP~2"), "GPTH PR 384", PAIR),
     Naming(
         "Google Pixel",
         rf"{_STEM}\.(?:mp4|dng)",
         ("PXL_1.MP.jpg", "PXL_1.dng"),
         "memories issue 927: motion photo and raw",
-        is_pair=True,
+        PAIR,
     ),
     Naming(
         "Google Pixel",
         rf"{_STEM}\.dng",
         ("PXL_1.RAW-01.MP.COVER.jpg", "PXL_1.RAW-02.ORIGINAL.dng"),
         "Pixel Camera help, RAW+JPEG",
-        is_pair=True,
+        PAIR,
         image=r"(.+\.RAW-)01(.*?)(?:\.MP)?\.COVER(\.[^.]+)",
         counts_as=r"\g<1>02\2.ORIGINAL\3",
     ),
@@ -170,7 +154,7 @@ NAMINGS = (
         "Google Takeout",
         rf"{_TITLE}(?:\.{_SUPPLEMENT})?\.json",
         ("a.jpg", "a.jpg.supplemental-metadata.json"),
-        "ente PR 4956, GooglePhotosTakeoutHelper PR 449: any beginning of the word",
+        "ente PR 4956, GPTH PR 449: any beginning of the word",
     ),
     Naming("Google Takeout", rf"{_STEM}\.json", ("a.jpg", "a.json"), "google-photos-exif: sidecars without the suffix"),
     Naming(
@@ -183,8 +167,8 @@ NAMINGS = (
         "Google Takeout",
         rf"(?P<cut>.{{{_CUT}}}){_NUMBER}?\.json",
         ("Urlaub in Knaufspesch in der Schneifel (38).JPG", "Urlaub in Knaufspesch in der Schneifel (38).JP.json"),
-        "GooglePhotosTakeoutHelper issue 8, memories issue 1559: 51 characters with .json",
-        yields=True,
+        "GPTH issue 8, memories issue 1559: 51 characters with .json",
+        GUESS,
     ),
     Naming(
         "Google Takeout",
@@ -304,7 +288,7 @@ def claims(name: str) -> tuple[Claim, ...]:
 def _claims(name: str, *, yields: bool) -> Iterable[Claim]:
     for pattern, namings in _COMPILED:
         if (match := pattern.fullmatch(name)) is not None:
-            yield from (_claim(naming, match, yields=yields or naming.yields) for naming in namings)
+            yield from (_claim(naming, match, yields=yields or GUESS in naming.kind) for naming in namings)
 
 
 def _claim(naming: Naming, match: re.Match[str], *, yields: bool) -> Claim:
@@ -317,7 +301,12 @@ def _claim(naming: Naming, match: re.Match[str], *, yields: bool) -> Claim:
     is_of_pair = suffix is not None and suffix.lower() in _PAIRS
     suffix = None if is_of_pair else suffix
     return Claim(
-        naming, match.expand(naming.stem) + number, suffix, number, is_pair=naming.is_pair or is_of_pair, yields=yields
+        naming,
+        match.expand(naming.stem) + number,
+        suffix,
+        number,
+        is_pair=is_of_pair or PAIR in naming.kind,
+        yields=yields,
     )
 
 

@@ -16,7 +16,7 @@ from sortd.moving.parts import Copy, content_of, copy_to_part, make_part, never,
 from sortd.moving.plan import FreeNames, names_of_one
 from sortd.store.records import MoveFile, MoveProgress, MoveRecord
 
-Advance = Callable[[MoveRecord], None]  # writes durably how far a relocation has come (Journal.advance)
+Advance = Callable[[MoveRecord], None]  # writes durably how far a move has come (Journal.advance)
 
 _CANNOT_REFUSE = frozenset({errno.EINVAL, errno.ENOSYS})
 _CANNOT_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})

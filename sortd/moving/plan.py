@@ -241,8 +241,12 @@ class LateCompanions:
         facts: dict[str, str] = {}
         for record, place in found if self._is_active else ():
             noted = places_of(self._history, record)
-            left, places = self._follow(record, place, former)
-            moves += left
+            known = noted if former is None else noted + places_of(self._history, former)
+            places = [place]
+            for one in dict.fromkeys(known):
+                if one != place and (left := self._left_at(one, place, record)):
+                    moves += left
+                    places.append(one)
             if places != noted:
                 facts[f"{PLACES_FACT}{record.id}"] = json.dumps(places)
         if facts:
@@ -262,19 +266,6 @@ class LateCompanions:
         """Return folder, relative to the dataset, and name of a file."""
         folder, _, name = path.removeprefix(f"{self._root}/").rpartition("/")
         return folder, name
-
-    def _follow(self, record: Record, place: str, former: Record | None) -> tuple[list[Move], list[str]]:
-        """Return the moves that bring the companions of an image to where it stands now, and its places from now on."""
-        known = places_of(self._history, record)
-        if former is not None:
-            known += places_of(self._history, former)
-        moves: list[Move] = []
-        places = [place]
-        for one in dict.fromkeys(known):
-            if one != place and (left := self._left_at(one, place, record)):
-                moves += left
-                places.append(one)
-        return moves, places
 
     def _left_at(self, former: str, place: str, record: Record) -> list[Move]:
         folder, _, name = former.rpartition("/")

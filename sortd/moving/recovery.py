@@ -1,4 +1,4 @@
-"""What becomes of a relocation that did not end: one way for errors and crashes, by looking at what stands where.
+"""What becomes of a move that did not end: one way for errors and crashes, by looking at what stands where.
 
 Nothing is removed here unless the same bytes are known to stand elsewhere; doing it all again is no mistake.
 """
@@ -23,18 +23,18 @@ _NUMBERED = re.compile(r" \((\d+)\)$")
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """The two folders of a relocation as they are now; a folder that is gone is -1."""
+    """The two folders of a move as they are now; a folder that is gone is -1."""
 
     source: int
     destination: int
 
 
 def recover(folders: Folders, relocation: MoveRecord, advance: Advance) -> MoveRecord:
-    """Bring a relocation that did not end to its end, or back to its beginning.
+    """Bring a move that did not end to its end, or back to its beginning.
 
     Returns:
-        It, with progress DONE, FAILED (every member is in the source folder), or unchanged where a folder that must
-        be looked at is not there: a disk that is not mounted keeps its relocations open.
+        It, with progress DONE, FAILED (every file is in the source folder), or unchanged where a folder that must
+        be looked at is not there: a disk that is not mounted keeps its moves open.
 
     Raises:
         OSError, JournalError: a disk refused; it stays open.

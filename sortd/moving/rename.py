@@ -20,7 +20,7 @@ NO_STAMP = Stamp(0, 0, 0, 0)
 
 
 def open_members(folders: Folders, relocation: MoveRecord) -> list[int]:
-    """Open every member that exists already and see that it is the version meant and that nobody writes it.
+    """Open every file of a move that exists already and see that it is the version meant and that nobody writes it.
 
     Returns:
         Descriptors; the caller syncs and closes them.

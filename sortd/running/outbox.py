@@ -21,8 +21,6 @@ GROUP = 32
 """Moves of one turn of the loop: on a busy disk each takes some five milliseconds, in which nothing else happens."""
 
 Tell = Callable[[str, Move, str], None]  # hears of each move: dataset, move, destination
-
-
 Heard = MoveAnswer | ImageGone
 
 

@@ -52,13 +52,10 @@ class Rejects:
         """Return the version that stands under a path in Rejected/, if it is another one than was set aside there."""
         record = self._record(path)
         known = None if record is None else record.relocation.image.moved_stamp
-        try:
-            found = stamp(path)
-        except OSError:
-            return None  # the next scan looks again
-        if known is None or found is None:
+        found = _version_at(path)
+        if known is None or found is None or found.is_same_version(known):
             return None
-        return None if found.is_same_version(known) else found
+        return found
 
     def scan(self, now_ns: int) -> Iterator[tuple[str, Stamp] | None]:
         """Look for versions that were mended since the last scan; only files that changed since are looked up.
@@ -120,11 +117,7 @@ class Rejects:
         record = self._record(entry.path)
         if record is None or record.grounds.reason.partition(":")[0] not in allowed:
             return None
-        try:
-            found = stamp(entry.path)
-        except OSError:
-            return None
-        if found is not None:
+        if (found := _version_at(entry.path)) is not None:
             self._tried.add(entry.name)
             self._unanswered.add(entry.name)
         return found
@@ -146,6 +139,14 @@ class Rejects:
             return None
         gone = history.last_moved(Area.REJECTED.value, name)
         return record if gone is None or gone.id < record.id else None  # else that one has left, and this is another
+
+
+def _version_at(path: str) -> Stamp | None:
+    """Return the version that stands under a path; None where it cannot be seen: the next scan looks again."""
+    try:
+        return stamp(path)
+    except OSError:
+        return None
 
 
 def _changed_ns(entry: "os.DirEntry[str]") -> int:

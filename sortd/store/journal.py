@@ -17,10 +17,8 @@ from sortd.messages import Stamp
 from sortd.sorting.guard import GuardState
 from sortd.store.database import committing, open_beside, open_for_writing
 from sortd.store.history import GUARD_FACT, History
-from sortd.store.records import UNDONE, MoveProgress, MoveReason, MoveRecord, Record, label_column, member_rows, plain
+from sortd.store.records import UNDONE, MoveProgress, MoveReason, MoveRecord, Record, member_rows, plain
 
-_MOVE = """INSERT INTO moves (token, run, outcome, progress, source, destination, label, score, margin, second_label,
-mode, reason, generation, encoder_id, content, intended_at, undoes) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"""
 _FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 _MEMBER = "INSERT INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 
@@ -178,29 +176,18 @@ class Journal:
         return done.rowcount > 0
 
     def _insert(self, relocation: MoveRecord, grounds: MoveReason, now: float) -> None:
-        cursor = self._connection.execute(
-            _MOVE,
-            (
-                relocation.token,
-                self.run,
-                grounds.outcome,
-                relocation.progress.value,
-                os.fsencode(relocation.source),
-                os.fsencode(relocation.destination),
-                label_column(grounds.label),
-                grounds.score,
-                grounds.margin,
-                label_column(grounds.second_label),
-                grounds.mode,
-                plain(grounds.reason),
-                grounds.generation,
-                grounds.encoder_id,
-                grounds.content,
-                now,
-                grounds.undoes,
-            ),
-        )
-        move = cursor.lastrowid or 0
+        columns = {
+            "token": relocation.token,
+            "run": self.run,
+            "progress": relocation.progress.value,
+            "source": os.fsencode(relocation.source),
+            "destination": os.fsencode(relocation.destination),
+            "intended_at": now,
+            **grounds.columns,
+        }
+        marks = ",".join("?" * len(columns))
+        insert = f"INSERT INTO moves ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608 - names of columns only
+        move = self._connection.execute(insert, tuple(columns.values())).lastrowid or 0
         self._connection.executemany(_MEMBER, member_rows(move, relocation))
 
     def _update(self, relocation: MoveRecord, ended_at: float | None) -> None:

@@ -4,7 +4,7 @@ A journal is a file too: what it names is checked like any other input before so
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
@@ -167,6 +167,12 @@ class MoveReason:
             decision.reason if isinstance(decision, Abstained) else "",
         )
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What the journal keeps of it, by column; a class as its folder's bytes, which need not be UTF-8."""
+        labels = {"label": label_column(self.label), "second_label": label_column(self.second_label)}
+        return {**asdict(self), **labels, "reason": plain(self.reason)}
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -297,12 +303,9 @@ def _record_from(row: "sqlite3.Row", members: "list[sqlite3.Row]") -> Record:
         message=row["message"],
         obsolete=tuple(_member_from(one) for one in members if one["position"] >= OBSOLETE_FROM),
     )
-    same = ("outcome", "score", "margin", "mode", "reason", "generation", "encoder_id", "content", "undoes")
-    grounds = MoveReason(
-        label=label_from(row["label"]),
-        second_label=label_from(row["second_label"]),
-        **{column: row[column] for column in same},
-    )
+    columns = {field.name: row[field.name] for field in fields(MoveReason)}
+    labels = {"label": label_from(row["label"]), "second_label": label_from(row["second_label"])}
+    grounds = MoveReason(**{**columns, **labels})
     return Record(row["id"], row["run"], grounds, relocation, row["intended_at"], row["ended_at"], row["undone_by"])
 
 
