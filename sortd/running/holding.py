@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from sortd.commands.journals import JOURNAL_FILE
 from sortd.errors import AlreadyRunningError, LayoutError
 from sortd.files import identity_of, open_folder, read_regular, sync_folder_at, write_atomic
-from sortd.layout import MARKER, Layout
+from sortd.layout import Layout
 from sortd.moving.copy_queue import Submit
 from sortd.moving.mover import Mover
 from sortd.moving.parts import never
@@ -27,7 +27,7 @@ from sortd.store.records import MoveRecord
 
 POINTER = "state"  # in the marker folder: names the state folder, for people and for a dataset that was renamed
 POINTER_BYTES = 8192  # more than a path can have: whoever owns the dataset may have put anything under that name
-OWNER_FILE = "dataset.json"  # in the state folder: whose it is, by path and by the inode of the marker folder
+OWNER_FILE = "dataset.json"  # in the state folder: whose it is, by path, and by device and inode of the marker folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +169,8 @@ def _lock(lock: FileLock, layout: Layout) -> None:
 def settled_folder(layout: Layout, state: Path) -> Path:
     """Return the state folder of a dataset, which is there then; the one that it had under another name is renamed.
 
-    Only a folder that was renamed is known again, by the inode of its marker: a copy of a dataset has a journal of its
-    own, and so has one on another disk.
+    Only a folder that was renamed is known again, by device and inode of its marker: a copy of a dataset has a journal
+    of its own, and so has one on another disk.
 
     Raises:
         LayoutError: it cannot be made.
@@ -203,7 +203,8 @@ def write_down(layout: Layout, folder: Path) -> None:
     """
     try:
         with open_folder(layout.marker) as marker:
-            owner = {"root": os.fspath(layout.root), "marker": os.fstat(marker).st_ino}
+            own = os.fstat(marker)
+            owner = {"root": os.fspath(layout.root), "device": own.st_dev, "marker": own.st_ino}
             _write(layout.marker / POINTER, os.fsencode(folder) + b"\n", marker)
         _write(folder / OWNER_FILE, json.dumps(owner).encode() + b"\n")
     except OSError as error:
@@ -223,19 +224,10 @@ def _former(layout: Layout, state: Path) -> Path | None:
         if os.path.realpath(former.parent) != os.path.realpath(state) or not (former / JOURNAL_FILE).is_file():
             return None
         owner = json.loads(read_regular(former / OWNER_FILE))
-        marker, root = int(owner["marker"]), Path(owner["root"])
+        is_own = (owner["device"], owner["marker"]) == (own.st_dev, own.st_ino)
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # never written, or damaged: a journal of its own begins
-    return former if own.st_ino == marker and not _is_elsewhere(root, own) else None
-
-
-def _is_elsewhere(root: Path, own: os.stat_result) -> bool:
-    """Whether another dataset stands where the former one stood: two disks may use one inode number."""
-    try:
-        there = (root / MARKER).stat()
-    except OSError:
-        return False
-    return (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino)
+    return former if is_own else None
 
 
 def _rename(former: Path, folder: Path) -> None:

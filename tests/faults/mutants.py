@@ -230,7 +230,16 @@ APART = (
     ),
     Mutant("running/holding", "tuple(filing.recover()), lock.problem)", "tuple(filing.recover()))"),
     Mutant("running/presence", "if (taken := self.lock_problem()) is not None:", "if (taken := None) is not None:"),
-    Mutant("running/holding", "own.st_ino == marker and not _is_elsewhere", "not _is_elsewhere"),
+    Mutant(
+        "running/holding",
+        '(owner["device"], owner["marker"]) == (own.st_dev, own.st_ino)',
+        'owner["device"] == own.st_dev',
+    ),
+    Mutant(
+        "running/holding",
+        '(owner["device"], owner["marker"]) == (own.st_dev, own.st_ino)',
+        'owner["marker"] == own.st_ino',
+    ),
     Mutant("running/holding", "if os.path.realpath(former.parent) != os.path.realpath(state) or not", "if not"),
     Mutant("running/presence", "elif area.value in self._apart and _is_empty(folder):", "elif False:"),
     Mutant("running/presence", " and _is_empty(folder):", ":"),
