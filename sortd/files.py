@@ -188,10 +188,10 @@ def sha256_of(file: int | Name) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def identity_of(path: Name) -> tuple[int, int] | None:
-    """Return device and inode of what stands under a path, a link not followed; None where nothing can be seen."""
+def identity_of(path: Name, *, follow: bool = True) -> tuple[int, int] | None:
+    """Return device and inode of what stands under a path; None where nothing can be seen."""
     try:
-        found = os.lstat(path)
+        found = os.stat(path, follow_symlinks=follow)
     except OSError:
         return None
     return found.st_dev, found.st_ino

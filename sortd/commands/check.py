@@ -24,12 +24,11 @@ from sortd.commands.check_running import (
     process_findings,
 )
 from sortd.commands.finding import Finding, Topic, error, warning
-from sortd.commands.journals import JOURNAL_FILE
 from sortd.commands.stored import changed_since, evaluated_prototypes, stored_prototypes
 from sortd.config import Config, load
 from sortd.errors import ConfigError, JournalError, LayoutError
 from sortd.images import Limits, decode_file, look_at_file
-from sortd.layout import Layout, find_datasets
+from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.messages import Preprocessing
 from sortd.prototypes import Mode
 from sortd.store.cache import Cache

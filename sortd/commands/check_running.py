@@ -9,14 +9,13 @@ from typing import Any
 
 from sortd.commands.console import counted, megabytes
 from sortd.commands.finding import Finding, Topic, error, note, warning
-from sortd.commands.journals import JOURNAL_FILE
 from sortd.commands.promotion import compared, serving_facts, waiting_model
 from sortd.config import Config
 from sortd.encoding import models
 from sortd.encoding.model_folders import STRONGER
 from sortd.errors import JournalError, ModelError, StartupError
 from sortd.images import load_decoders
-from sortd.layout import Layout
+from sortd.layout import JOURNAL_FILE, Layout
 from sortd.status import read_status
 from sortd.store.history import History
 

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sortd.commands.journals import JOURNAL_FILE
 from sortd.commands.promotion import serving_facts
 from sortd.commands.stored import keep_evaluated
 from sortd.config import Config
@@ -14,7 +13,7 @@ from sortd.deciding.evaluation import EvaluationReport
 from sortd.encoder import Encoder
 from sortd.errors import DataError, SortdError, StorageError
 from sortd.evaluate import evaluate
-from sortd.layout import Area, Layout, find_datasets
+from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
 from sortd.messages import ImageRefused
 from sortd.references import References, ReferencesAbsentError, Teaching
 from sortd.running.corrections import corrected_images

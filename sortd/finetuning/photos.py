@@ -16,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd import mends
-from sortd.commands.journals import JOURNAL_FILE
 from sortd.errors import DataError
-from sortd.layout import Area, Layout
+from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Outcome, Refusal, Stamp
 from sortd.references import STRANGERS_FOLDER, ReferencesAbsentError, class_folders
 from sortd.running.embedding import Embedder

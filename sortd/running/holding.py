@@ -14,10 +14,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sortd.commands.journals import JOURNAL_FILE
 from sortd.errors import AlreadyRunningError, LayoutError
 from sortd.files import identity_of, open_folder, read_regular, sync_folder_at, write_atomic
-from sortd.layout import Layout
+from sortd.layout import JOURNAL_FILE, Layout
 from sortd.moving.copy_queue import Submit
 from sortd.moving.mover import Mover
 from sortd.moving.parts import never
@@ -56,7 +55,7 @@ class MarkerLock:
 
         Where the one that was taken is not there any more, the one that is there is taken in its place.
         """
-        is_ours = self._taken is not None and identity_of(self._path) == self._taken
+        is_ours = self._taken is not None and identity_of(self._path, follow=False) == self._taken
         if is_ours or not self._layout.is_present:
             return None
         self.release()
@@ -73,7 +72,7 @@ class MarkerLock:
 
     def _take(self) -> None:
         _lock(self._lock, self._layout)
-        self._taken = identity_of(self._path)
+        self._taken = identity_of(self._path, follow=False)
 
 
 @contextmanager

@@ -6,10 +6,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
 
-from sortd.commands.journals import JOURNAL_FILE
 from sortd.config import Config
 from sortd.errors import LayoutError
-from sortd.layout import Layout, find_datasets
+from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.messages import DatasetId
 from sortd.metrics import Metrics
 from sortd.running.dataset import Dataset

@@ -222,7 +222,9 @@ APART = (
     ),
     Mutant("running/holding", "        _lock(second, layout)\n", ""),
     Mutant("running/holding", "        _lock(self._lock, self._layout)\n", ""),
-    Mutant("running/holding", "self._taken is not None and identity_of(self._path) == self._taken", "True"),
+    Mutant(
+        "running/holding", "self._taken is not None and identity_of(self._path, follow=False) == self._taken", "True"
+    ),
     Mutant(
         "running/holding",
         "        self.release()\n        try:\n            self._take()\n",
