@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sortd.files import stamp_of
 from sortd.images.decode import Jpeg, Limits
-from sortd.images.formats import stamp_of
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.messages import Preprocessing, Stamp
 

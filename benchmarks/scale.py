@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sortd.cache import Cache
 from sortd.classify.build import build
 from sortd.classify.decide import decide
 from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
@@ -33,6 +32,7 @@ from sortd.images.pool import DecoderPool
 from sortd.messages import Preprocessing
 from sortd.references import References, Teaching
 from sortd.running.embedding import Embedder
+from sortd.store.cache import Cache
 
 DIMENSIONS = 512
 SIDE = 16

@@ -32,9 +32,9 @@ from sortd.errors import (
 )
 from sortd.layout import Area
 from sortd.metrics import Metrics
+from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
 from sortd.running.collection import Collection
 from sortd.running.control import answer, tell_put_back
-from sortd.running.copier import Copied, Copier, CopierDied, CopyFailed
 from sortd.running.dataset import Dataset
 from sortd.running.inbox import Inbox, Told
 from sortd.running.requests import Requests
@@ -102,7 +102,7 @@ class Daemon:
         self._once = once
         self._worker = Worker(site.load, site.unload, self.inbox.put, site.classifiers)
         site.attend = self._worker.loading
-        self._copier = Copier(self.inbox.put)
+        self._copier = CopyQueue(self.inbox.put)
         self.collection = Collection(config, site=site, ask=self._worker.ask, copier=self._copier, metrics=metrics)
         self._watcher: Watcher | None = None
         self._state_folder = site.state_folder
@@ -284,7 +284,7 @@ class Daemon:
             case WorkerReady():
                 self.model, self._loading = told, None
                 self._log.info(logs.MODEL_LOADED, model=told.description, encoder_id=told.encoder_id)
-            case WorkerDied(error=error) | CopierDied(error=error):
+            case WorkerDied(error=error) | CopyQueueDied(error=error):
                 raise error
 
     # ------------------------------------------------------------ what comes round

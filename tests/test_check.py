@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.classify.calibration import Calibration
 from sortd.classify.types import Abstain, DecisionSettings, Mode
 from sortd.commands.check import (
@@ -26,9 +25,10 @@ from sortd.commands.check_references import calibration_findings
 from sortd.commands.examination import examine
 from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, load
-from sortd.journal import Journal
 from sortd.layout import MARKER, Area, Layout
 from sortd.running.holding import hold
+from sortd.store.cache import PrototypeFiles
+from sortd.store.journal import Journal
 from sortd.watching import inotify
 from tests.command_line import sortd
 from tests.daemon_process import make_dataset, picture, tree

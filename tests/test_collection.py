@@ -16,20 +16,20 @@ from structlog.testing import capture_logs
 
 from sortd.config import load
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, StorageError
-from sortd.journaling.history import History
 from sortd.layout import Layout
 from sortd.messages import Move, Outcome, Stamp
 from sortd.metrics import Metrics
+from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
 from sortd.running.collection import (
     DESCRIPTORS_OF_A_DATASET,
     FIRST_PAUSE_SECONDS,
     LONGEST_PAUSE_SECONDS,
     Collection,
 )
-from sortd.running.copier import Copied, Copier, CopierDied, CopyFailed
 from sortd.running.holding import hold
 from sortd.running.site import Site
 from sortd.running.worker import Forget, Job
+from sortd.store.history import History
 from sortd.watching.scanning import stamp
 from tests.command_line import write_config
 from tests.daemon_process import make_dataset
@@ -46,7 +46,7 @@ class Place:
     now: float = 1000.0
     asked: list[Job] = field(default_factory=list)
     metrics: Metrics = field(default_factory=Metrics)
-    posted: queue.SimpleQueue[Copied | CopyFailed | CopierDied] = field(default_factory=queue.SimpleQueue)
+    posted: queue.SimpleQueue[Copied | CopyFailed | CopyQueueDied] = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
         """Make the collection; nothing is looked at yet."""
@@ -55,7 +55,7 @@ class Place:
             config,
             site=Site(config),
             ask=self.asked.append,
-            copier=Copier(self.posted.put),
+            copier=CopyQueue(self.posted.put),
             metrics=self.metrics,
             clock=lambda: self.now,
         )

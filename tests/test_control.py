@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from sortd.errors import AlreadyRunningError, DataError, JournalError, StorageError
-from sortd.journaling.history import History
 from sortd.layout import Layout
 from sortd.messages import Event, ImageGone, ImageHeld, Released
+from sortd.moving.mover import Mover
 from sortd.running.control import Steps, answer
-from sortd.running.filing import Filing
 from sortd.running.holding import Holding, hold
 from sortd.running.requests import Reply, RequestError
+from sortd.store.history import History
 from sortd.watching.scanning import stamp
 from tests.daemon_process import make_dataset
 from tests.filed_images import file_images
@@ -37,7 +37,7 @@ class AtWork:
         return self.holding.layout
 
     @property
-    def filing(self) -> Filing:
+    def filing(self) -> Mover:
         """What moves its files."""
         return self.holding.filing
 

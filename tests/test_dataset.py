@@ -12,8 +12,7 @@ from structlog.testing import capture_logs
 
 from sortd.arrays import FloatArray
 from sortd.config import DatasetConfig, load
-from sortd.journal import Journal
-from sortd.journaling.history import History
+from sortd.files import stamp_of
 from sortd.layout import Area, Layout
 from sortd.messages import (
     DatasetId,
@@ -27,14 +26,15 @@ from sortd.messages import (
     Released,
 )
 from sortd.metrics import Metrics
-from sortd.moving.renaming import stamp_of
+from sortd.moving.copy_queue import CopyQueue
+from sortd.moving.mover import Mover
 from sortd.running.collection import Collection
-from sortd.running.copier import Copier
 from sortd.running.dataset import Dataset
-from sortd.running.filing import Filing
 from sortd.running.site import Site, teaching_of
 from sortd.running.worker import Answer, EmbedJob, Forget, Job, RebuildJob
 from sortd.sorting.settings import SorterSettings
+from sortd.store.history import History
+from sortd.store.journal import Journal
 from sortd.watch import Hint
 from tests.command_line import write_config
 from tests.daemon_process import make_dataset
@@ -62,7 +62,7 @@ class Bench:
             self.layout,
             SorterSettings(settle_seconds=0, guard_images=20, backlog_limit=limit),
             teaching_of(DatasetConfig()),
-            mover=Filing(self.layout.root, self.journal),
+            mover=Mover(self.layout.root, self.journal),
             ask=self.asked.append,
             journal=self.journal,
             metrics=Metrics(),
@@ -381,7 +381,7 @@ def collection(tmp_path: Path) -> Iterator[tuple[Collection, list[Job]]]:
     """The datasets below one root, none yet, and what they ask of a worker."""
     (tmp_path / "Data").mkdir()
     config = load(write_config(tmp_path), {"HOME": str(tmp_path)})
-    copier = Copier(lambda _: None)
+    copier = CopyQueue(lambda _: None)
     asked: list[Job] = []
     made = Collection(config, site=Site(config), ask=asked.append, copier=copier, metrics=Metrics())
     yield made, asked

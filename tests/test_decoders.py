@@ -297,7 +297,7 @@ class TestRefusals:
         code = (
             "import os, resource, sys\n"
             "from sortd.images.pool import DecoderPool\n"
-            "from sortd.images.formats import stamp_of\n"
+            "from sortd.files import stamp_of\n"
             "from sortd.images.decode import Limits\n"
             "from sortd.messages import Preprocessing\n"
             "path = sys.argv[1]\n"

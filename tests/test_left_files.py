@@ -9,15 +9,15 @@ import pytest
 from structlog.testing import capture_logs
 
 from sortd.classify.types import DecisionSettings
+from sortd.files import stamp_of
 from sortd.layout import Layout
 from sortd.messages import DatasetId, ImageRefused, Refusal
 from sortd.metrics import Metrics
-from sortd.moving.renaming import stamp_of
 from sortd.references import Teaching
 from sortd.running.account import Account
 from sortd.running.dataset import Dataset
 from sortd.running.left_files import LEFT_SECONDS, LeftFiles
-from sortd.running.rehearsal import Pretence
+from sortd.running.outbox import DryRunMover
 from sortd.running.worker import Answer, EmbedJob, Job
 from sortd.sorting.guard import GuardState
 from sortd.sorting.settings import SorterSettings
@@ -39,7 +39,7 @@ class World:
             Layout(root),
             SorterSettings(settle_seconds=0.0),
             Teaching(DecisionSettings()),
-            mover=Pretence("Cars", root, lambda *_: None),
+            mover=DryRunMover("Cars", root, lambda *_: None),
             ask=self.asked.append,
             metrics=Metrics(),
             journal=None,

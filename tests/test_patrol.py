@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from sortd.journal import Journal, Selection
 from sortd.layout import Area, Layout
 from sortd.messages import Moved, Outcome
+from sortd.moving.mover import Mover
+from sortd.moving.plan import images_apart
 from sortd.running.control import put_back
 from sortd.running.corrections import SCANNED_FACT, Correction
-from sortd.running.filing import Filing
-from sortd.running.latecomers import images_apart
 from sortd.running.patrol import FOLLOW_NS, SLICE, Mended, Noticed, Patrol
+from sortd.store.journal import Journal
+from sortd.store.records import Selection
 from tests.filing_world import Dataset, moved, order
 
 
@@ -44,12 +45,12 @@ def journal(dataset: Dataset) -> Iterator[Journal]:
 
 
 @pytest.fixture
-def filing(dataset: Dataset, journal: Journal) -> Filing:
+def filing(dataset: Dataset, journal: Journal) -> Mover:
     """What moves its files."""
-    return Filing(dataset.root, journal)
+    return Mover(dataset.root, journal)
 
 
-def correct(dataset: Dataset, filing: Filing, name: str, label: str = "dog") -> Path:
+def correct(dataset: Dataset, filing: Mover, name: str, label: str = "dog") -> Path:
     """Let sortd file an image as a cat, and move it to another class as the user does."""
     filed = Path(moved(filing, order(dataset.put(f"Images/{name}", name))))
     target = dataset.root / "Dataset" / label / name
@@ -105,7 +106,7 @@ def unprivileged() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_a_large_folder_is_looked_through_in_slices(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_a_large_folder_is_looked_through_in_slices(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """No turn looks at more than a slice, between two of them others have theirs, and nothing is left out."""
     corrected = correct(dataset, filing, "a.jpg")
     for number in range(2 * SLICE):
@@ -121,7 +122,7 @@ def test_a_large_folder_is_looked_through_in_slices(dataset: Dataset, journal: J
     assert [one.path for one in noticed] == [str(corrected)]
 
 
-def test_patrol_correction_is_noticed_by_what_is_a_class(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_patrol_correction_is_noticed_by_what_is_a_class(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """A move into ``engine.part`` is one; into the waste of a server, or into a hidden folder, is none."""
     corrected = correct(dataset, filing, "a.jpg", "engine.part")
     thrown_away = [correct(dataset, filing, "b.jpg", "#recycle"), correct(dataset, filing, "c.jpg", ".old")]
@@ -130,7 +131,7 @@ def test_patrol_correction_is_noticed_by_what_is_a_class(dataset: Dataset, journ
     assert [look(patrol, Area.DATASET, path) for path in thrown_away] == [[], []]
 
 
-def test_what_is_wanted_while_one_is_under_way_follows_it(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_what_is_wanted_while_one_is_under_way_follows_it(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """A correction in a folder that was passed already is noticed by the one that follows."""
     correct(dataset, filing, "a.jpg")
     patrol = Patrol(Layout(dataset.root), journal, refuse, clock=Clock())
@@ -143,7 +144,7 @@ def test_what_is_wanted_while_one_is_under_way_follows_it(dataset: Dataset, jour
     assert not patrol.is_under_way
 
 
-def test_one_that_was_ended_is_begun_where_it_began(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_one_that_was_ended_is_begun_where_it_began(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """Nothing is noted as looked at by it."""
     correct(dataset, filing, "a.jpg")
     patrol = Patrol(Layout(dataset.root), journal, refuse, clock=Clock())
@@ -154,7 +155,7 @@ def test_one_that_was_ended_is_begun_where_it_began(dataset: Dataset, journal: J
     assert len(all_of(patrol, time.time_ns())) == 1
 
 
-def test_only_what_changed_since_is_looked_up(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_only_what_changed_since_is_looked_up(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """And all of it where the clock was set back since: nothing is known of when it happened."""
     correct(dataset, filing, "a.jpg")
     patrol = Patrol(Layout(dataset.root), journal, refuse, clock=Clock())
@@ -165,18 +166,18 @@ def test_only_what_changed_since_is_looked_up(dataset: Dataset, journal: Journal
     assert [one.path.rpartition("/")[2] for one in all_of(patrol, time.time_ns())] == ["b.jpg"]
 
 
-def put_group(dataset: Dataset, filing: Filing, folder: str = "Dataset/cat", outcome: Outcome = Outcome.FILED) -> Path:
+def put_group(dataset: Dataset, filing: Mover, folder: str = "Dataset/cat", outcome: Outcome = Outcome.FILED) -> Path:
     """Let sortd file an image with a sidecar and a film, and return where the image went."""
     for name in ("IMG_1.JPG.xmp", "IMG_1.MOV"):
         dataset.put(f"Images/{name}", f"{name} of the first")
     return Path(moved(filing, order(dataset.put("Images/IMG_1.JPG", "the first"), folder, outcome)))
 
 
-def follow(patrol: Patrol, filing: Filing) -> int:
+def follow(patrol: Patrol, filing: Mover) -> int:
     """Look through everything, and move what follows images that a person moved long enough ago; return how much."""
     later = time.time_ns() + 2 * FOLLOW_NS
     all_of(patrol, time.time_ns())
-    followers = filing.follow_images(patrol.take_moved(later))
+    followers = filing.late.follow_images(patrol.take_moved(later))
     return sum(isinstance(answer, Moved) for answer in filing.move_all(followers))
 
 
@@ -194,7 +195,7 @@ def follow(patrol: Patrol, filing: Filing) -> int:
     ],
 )
 def test_companions_of_an_image_that_a_person_moved_follow_it(
-    dataset: Dataset, journal: Journal, filing: Filing, filed: str, outcome: Outcome, to: str
+    dataset: Dataset, journal: Journal, filing: Mover, filed: str, outcome: Outcome, to: str
 ) -> None:
     """From class to class, out of Review/, within Rejected/, under another name; what was edited since goes too."""
     image = put_group(dataset, filing, filed, outcome)
@@ -216,9 +217,7 @@ def test_companions_of_an_image_that_a_person_moved_follow_it(
     assert follow(Patrol(Layout(dataset.root), journal, refuse), filing) == 0
 
 
-def test_name_stays_taken_until_the_companions_have_followed(
-    dataset: Dataset, journal: Journal, filing: Filing
-) -> None:
+def test_name_stays_taken_until_the_companions_have_followed(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """The next image of that name is not filed between them, and none of its companions goes with the first."""
     image = put_group(dataset, filing)
     (dataset.root / "Dataset/dog").mkdir()
@@ -237,7 +236,7 @@ def test_name_stays_taken_until_the_companions_have_followed(
 
 
 def test_companions_follow_an_image_that_is_moved_again_and_back(
-    dataset: Dataset, journal: Journal, filing: Filing
+    dataset: Dataset, journal: Journal, filing: Mover
 ) -> None:
     """The journal notes where the image was seen last, also once it is home again; then it is no correction."""
     image = put_group(dataset, filing)
@@ -252,7 +251,7 @@ def test_companions_follow_an_image_that_is_moved_again_and_back(
     assert journal.history.corrections() == []
 
 
-def test_companions_that_could_not_follow_are_tried_again(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_companions_that_could_not_follow_are_tried_again(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """One that is open in an editor, say: by the next look, also of the next start, and the name stays taken."""
     image = put_group(dataset, filing)
     (dataset.root / "Dataset/dog").mkdir()
@@ -268,7 +267,7 @@ def test_companions_that_could_not_follow_are_tried_again(dataset: Dataset, jour
     assert images_apart(journal.history) == []
 
 
-def test_companions_wait_while_a_person_moves_files(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_companions_wait_while_a_person_moves_files(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """A file manager takes them along one after the other: what it moves itself is left to it."""
     image = put_group(dataset, filing)
     (dataset.root / "Dataset/dog").mkdir()
@@ -284,7 +283,7 @@ def test_companions_wait_while_a_person_moves_files(dataset: Dataset, journal: J
     assert not patrol.has_moved
 
 
-def test_companions_of_another_image_stay(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_companions_of_another_image_stay(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """What an image that still stands there needs, and what stands beside a new file of the name, follows nobody."""
     image = put_group(dataset, filing)
     for name in ("IMG_1.png", "IMG_1.xmp"):
@@ -304,20 +303,20 @@ def test_companions_of_another_image_stay(dataset: Dataset, journal: Journal, fi
     assert "Dataset/dog/IMG_1.JPG.xmp" in dataset.tree()
 
 
-def test_companions_follow_an_image_that_went_back_to_the_inbox(dataset: Dataset, filing: Filing) -> None:
+def test_companions_follow_an_image_that_went_back_to_the_inbox(dataset: Dataset, filing: Mover) -> None:
     """It is filed anew, and what the person left where it was filed first comes after it."""
     image = put_group(dataset, filing, "Review/cat", Outcome.REVIEW)
     image.rename(dataset.root / "Images/IMG_1.JPG")
     (answer,) = filing.move_all([order(dataset.root / "Images/IMG_1.JPG", "Dataset/dog")])
     assert isinstance(answer, Moved)
-    filing.move_all(filing.parted_companions(answer))
+    filing.move_all(filing.late.parted_from(answer))
     assert sorted(dataset.tree()) == [f"Dataset/dog/{name}" for name in ("IMG_1.JPG", "IMG_1.JPG.xmp", "IMG_1.MOV")]
 
 
-def test_undo_takes_no_companion_from_an_image_that_stays(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_undo_takes_no_companion_from_an_image_that_stays(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """An image that a person moved cannot be put back by its record, and then what followed it stays with it."""
     image = put_group(dataset, filing)
-    late = filing.late_companion(str(dataset.put("Images/IMG_1.aae", "late")))
+    late = filing.late.move_for(str(dataset.put("Images/IMG_1.aae", "late")))
     assert late is not None
     moved(filing, late)
     (dataset.root / "Dataset/dog").mkdir()
@@ -330,7 +329,7 @@ def test_undo_takes_no_companion_from_an_image_that_stays(dataset: Dataset, jour
     assert dataset.tree() == before
 
 
-def test_undo_puts_followers_back_beside_no_other_image(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_undo_puts_followers_back_beside_no_other_image(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """They go where they were left, each by its own record, unless an image of their name stands there now."""
     image = put_group(dataset, filing)
     (dataset.root / "Dataset/dog").mkdir()
@@ -346,16 +345,16 @@ def test_undo_puts_followers_back_beside_no_other_image(dataset: Dataset, journa
     assert sorted(dataset.tree()) == [*("Dataset/cat/IMG_1.JPG.xmp", "Dataset/cat/IMG_1.MOV", "Dataset/dog/IMG_1.JPG")]
 
 
-def test_companions_that_are_switched_off_stay_behind(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_companions_that_are_switched_off_stay_behind(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """Then they are files like others, and nothing is noted of them."""
     image = put_group(dataset, filing)
     (dataset.root / "Dataset/dog").mkdir()
     image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
-    assert follow(Patrol(Layout(dataset.root), journal, refuse), Filing(dataset.root, journal, companions=False)) == 0
+    assert follow(Patrol(Layout(dataset.root), journal, refuse), Mover(dataset.root, journal, companions=False)) == 0
     assert journal.history.facts_like("places:") == {}
 
 
-def test_what_cannot_be_looked_at_is_said_and_ends_nothing(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_what_cannot_be_looked_at_is_said_and_ends_nothing(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """A class folder, an image's folder and a place in the journal that sortd may not read: the others are noticed."""
     corrected = correct(dataset, filing, "a.jpg")
     secret = correct(dataset, filing, "b.jpg", "secret")
@@ -372,7 +371,7 @@ def test_what_cannot_be_looked_at_is_said_and_ends_nothing(dataset: Dataset, jou
     assert {error.filename for error in told} == {str(secret), str(secret.parent)}
 
 
-def test_a_copy_of_what_may_still_stand_is_no_correction(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_a_copy_of_what_may_still_stand_is_no_correction(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """Where the place of the image itself cannot be looked at, nothing is learnt from a second link."""
     filed = Path(moved(filing, order(dataset.put("Images/a.jpg"))))
     (dataset.root / "Dataset/dog").mkdir()
@@ -387,7 +386,7 @@ def test_a_copy_of_what_may_still_stand_is_no_correction(dataset: Dataset, journ
     assert [type(one) for one in look(patrol, Area.DATASET, link)] == [Correction]
 
 
-def test_mended_images_are_noticed_too(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_mended_images_are_noticed_too(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """By a look at one, and by the patrol; Review/ is nobody's concern here."""
     path = Path(moved(filing, order(dataset.put("Images/a.jpg"), "Rejected", Outcome.REJECTED)))
     patrol = Patrol(Layout(dataset.root), journal, refuse, clock=Clock())
@@ -399,7 +398,7 @@ def test_mended_images_are_noticed_too(dataset: Dataset, journal: Journal, filin
 
 
 def test_patrol_corrections_of_a_slice_are_recorded_in_one_commit(
-    dataset: Dataset, journal: Journal, filing: Filing
+    dataset: Dataset, journal: Journal, filing: Mover
 ) -> None:
     """Hundreds of images that are moved to another class at once are no hundreds of synced commits."""
     corrected = [correct(dataset, filing, f"{number}.jpg") for number in range(20)]
@@ -415,7 +414,7 @@ def test_patrol_corrections_of_a_slice_are_recorded_in_one_commit(
     assert statements.count("COMMIT") == 1
 
 
-def test_patrol_events_in_a_storm_ask_for_one_look(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_patrol_events_in_a_storm_ask_for_one_look(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """Three thousand folders that are made are one look through all; the next one waits for the pause."""
     clock = Clock()
     patrol = Patrol(Layout(dataset.root), journal, refuse, clock=clock)
@@ -435,7 +434,7 @@ def test_patrol_events_in_a_storm_ask_for_one_look(dataset: Dataset, journal: Jo
 
 
 def test_patrol_more_files_than_are_remembered_are_found_by_a_look_at_all(
-    dataset: Dataset, journal: Journal, filing: Filing, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, journal: Journal, filing: Mover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What hints name is bounded, and nothing of it is lost."""
     monkeypatch.setattr("sortd.running.patrol.MOST_WANTED", 3)
@@ -447,7 +446,7 @@ def test_patrol_more_files_than_are_remembered_are_found_by_a_look_at_all(
 
 
 def test_patrol_a_large_file_is_compared_in_chunks(
-    dataset: Dataset, journal: Journal, filing: Filing, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, journal: Journal, filing: Mover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that was copied to another class and removed is known by its bytes, which are not read in one slice."""
     monkeypatch.setattr("sortd.running.corrections.CHUNK_BYTES", 1)
@@ -465,7 +464,7 @@ def test_patrol_a_large_file_is_compared_in_chunks(
 
 
 def test_patrol_files_in_a_storm_are_looked_at_together_after_a_pause(
-    dataset: Dataset, journal: Journal, filing: Filing
+    dataset: Dataset, journal: Journal, filing: Mover
 ) -> None:
     """A file that is renamed again and again is looked at where it is in the end, not at each name that it had."""
     clock = Clock()

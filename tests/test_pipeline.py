@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sortd.cache import Cache
 from sortd.images.decode import Limits
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.messages import EmbeddedImage, ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.running.embedding import Embedder
 from sortd.running.pipeline import Pipeline
+from sortd.store.cache import Cache
 from sortd.watching.scanning import stamp
 from tests.fake_encoder import SEEN, FakeEncoder
 

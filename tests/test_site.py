@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from sortd.cache import Cache
 from sortd.classify.types import DecisionSettings, Mode
 from sortd.running.site import Site
+from sortd.store.cache import Cache
 from tests.daemon_process import make_dataset
 from tests.prototype_maker import make_prototypes
 

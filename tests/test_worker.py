@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 from sortd.arrays import FloatArray
-from sortd.cache import Cache
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import Abstain, DecisionSettings, Mode
@@ -41,6 +40,7 @@ from sortd.running.worker import (
     WorkerDied,
     WorkerReady,
 )
+from sortd.store.cache import Cache
 from sortd.watching.scanning import stamp
 from tests.daemon_process import COLOURS, PATIENCE_SECONDS, make_dataset, picture, teach
 from tests.fake_encoder import SEEN, FakeEncoder

@@ -26,19 +26,18 @@ from sortd.commands.check_references import (
 )
 from sortd.commands.console import counted, megabytes
 from sortd.commands.finding import Finding, Topic, error, note, warning
-from sortd.commands.journals import JOURNAL_FILE
 from sortd.commands.model_facts import backend_findings
 from sortd.config import Config, load
 from sortd.encoder import models
 from sortd.encoder.models import STRONGER
 from sortd.errors import ConfigError, JournalError, LayoutError, ModelError, StartupError
 from sortd.images.decode import load_decoders
-from sortd.journaling.history import History
-from sortd.layout import Area, Layout, enclosing_dataset, find_datasets
+from sortd.layout import JOURNAL_FILE, Area, Layout, enclosing_dataset, find_datasets
 from sortd.messages import Writer
-from sortd.moving.renaming import CANNOT_RENAME, Folders, rename_new, writer_of
+from sortd.moving.fs import CANNOT_RENAME, Folders, rename_new, writer_of
 from sortd.names import rule_for_folder
 from sortd.status import read_status
+from sortd.store.history import History
 from sortd.watching import inotify
 
 LITTLE_ROOM_BYTES = 1_000_000_000

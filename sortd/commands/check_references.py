@@ -10,7 +10,6 @@ from pathlib import Path
 from time import perf_counter
 
 from sortd import errors
-from sortd.cache import Cache
 from sortd.classify.prompts import written_name
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.console import counted, printable
@@ -25,6 +24,7 @@ from sortd.layout import Area, Layout
 from sortd.messages import Preprocessing, Stamp
 from sortd.names import Reason, Why, rule_for_folder
 from sortd.references import STRANGERS_FOLDER, ClassFolder, ReferencesAbsentError, class_folders
+from sortd.store.cache import Cache
 from sortd.watching.scanning import scan_all
 
 FEW_REFERENCES = 4

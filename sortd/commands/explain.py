@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from sortd.arrays import FloatArray
-from sortd.cache import Cache
 from sortd.classify.explain import Explanation, explain, explain_finetuned, sentences
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.check_references import CACHE_FILE
@@ -19,17 +18,18 @@ from sortd.commands.stored import SETTINGS, changed_since, stored_prototypes
 from sortd.config import Config
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, UnreadableError
-from sortd.journaling.history import History
-from sortd.journaling.records import Selection
 from sortd.layout import Area, Layout, find_datasets
 from sortd.messages import EmbeddedImage, Stamp
-from sortd.moving.renaming import is_version
+from sortd.moving.fs import is_version
 from sortd.names import Reason, Why
 from sortd.references import References, ReferencesAbsentError, class_labels
 from sortd.running.classifiers import Appointed, appointed
 from sortd.running.embedding import Embedder
 from sortd.running.site import Site, teaching_of
 from sortd.status import read_status
+from sortd.store.cache import Cache
+from sortd.store.history import History
+from sortd.store.records import Selection
 from sortd.watching.scanning import stamp, why_left
 
 LoadEncoder = Callable[[Config], Encoder]

@@ -26,8 +26,8 @@ from sortd.commands.journals import journals, narrowed, record_facts
 from sortd.commands.overview import overview
 from sortd.config import find
 from sortd.errors import JournalError
-from sortd.journaling.history import History
-from sortd.journaling.records import Selection
+from sortd.store.history import History
+from sortd.store.records import Selection
 
 AT_REST = {"abstained", "refused", "held"}
 """States of images that wait for nothing; they are told of as files in Review/ and as held."""

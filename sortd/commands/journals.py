@@ -7,11 +7,9 @@ from pathlib import Path
 
 from sortd.config import Config
 from sortd.errors import DataError, LayoutError, StartupError
-from sortd.journaling.records import Record
-from sortd.layout import Layout, find_datasets
-from sortd.moving.relocation import Role
+from sortd.layout import JOURNAL_FILE, Layout, find_datasets
+from sortd.store.records import Record, Role
 
-JOURNAL_FILE = "journal.sqlite"
 _STATE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
 """How ``Layout.state_folder`` names it."""
 

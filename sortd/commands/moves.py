@@ -12,12 +12,12 @@ from sortd.commands.console import counted, load_config, print_json, print_line,
 from sortd.commands.journals import JournalPlace, dataset_at, journals, narrowed
 from sortd.config import Config
 from sortd.errors import DataError, SortdError
-from sortd.journaling.history import History
-from sortd.journaling.records import Record, Selection
 from sortd.layout import Layout, find_datasets
 from sortd.running.control import put_back, put_back_facts, release_reply
 from sortd.running.holding import hold, look_at
 from sortd.running.requests import ANSWER_SECONDS, NotRunningError, ask
+from sortd.store.history import History
+from sortd.store.records import Record, Selection
 
 SECONDS_FOR_EACH = 0.05
 """How much longer than usual an asker waits for each file that is to be put back."""

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sortd.files import stamp_of
 from sortd.messages import ImageRefused, Refusal, Stamp
 from sortd.moving.companions import RAWS
 
@@ -126,11 +127,6 @@ def looks_like_image(name: str, head: bytes) -> bool:
 def open_file(path: str) -> int:
     """Open a file for reading without following a link or waiting for a pipe's writer; return the descriptor."""
     return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-
-
-def stamp_of(status: os.stat_result) -> Stamp:
-    """Return the stamp of an open file."""
-    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def open_version(path: str, stamp: Stamp, max_bytes: int) -> int | ImageRefused:

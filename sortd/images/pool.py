@@ -27,6 +27,7 @@ import numpy as np
 
 from sortd.arrays import Pixels
 from sortd.errors import StartupError
+from sortd.files import stamp_of
 from sortd.images.decode import Jpeg, Limits
 from sortd.images.decoder_process import (
     CROWDED,
@@ -41,7 +42,7 @@ from sortd.images.decoder_process import (
     Result,
     decode_content,
 )
-from sortd.images.formats import open_version, stamp_of
+from sortd.images.formats import open_version
 from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
 
 POISON_KEPT = 10_000  # versions of files that are remembered as having ended a process

@@ -9,10 +9,10 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Flag, auto
 from functools import lru_cache
 
-LONGEST_SUFFIX = 20
-"""Bytes; what follows the last dot counts as part of the stem from here on."""
+LONGEST_SUFFIX = 20  # bytes; what follows the last dot counts as part of the stem from here on
 
 IMAGES = frozenset(
     {
@@ -27,8 +27,7 @@ RAWS = (
 FILMS = (".mov", ".mp4", ".m4v", ".avi", ".3gp", ".mpg", ".mp", ".mv")
 
 _SUPPLEMENTAL = "supplemental-metadata"
-_CUT = 46
-"""Characters that Google Takeout leaves of a sidecar's name, before ``(1)`` and ``.json``."""
+_CUT = 46  # characters that Google Takeout leaves of a sidecar's name, before (1) and .json
 
 _EDITED = "edited|effects|smile|mix|bearbeitet|modifié|modificato|edytowane|bewerkt|編集済み|ha editado|editado|editat"
 _STEM, _SUFFIX, _NUMBER = r"(?P<stem>.+)", r"(?P<suffix>\.[^.]{1,20}?)", r"(?P<number>\(\d+\))"
@@ -37,55 +36,71 @@ _SUPPLEMENT = "(?:" + "|".join(_SUPPLEMENTAL[:length] for length in range(len(_S
 _RAW = "(?:" + "|".join(suffix[1:] for suffix in RAWS) + ")"
 
 
+class Kind(Flag):
+    """What a file is to its image."""
+
+    NOTE = 0
+    PAIR = auto()  # a film or a raw: no note about an image but a part of it
+    GUESS = auto()  # an image that another naming gives the file to has it alone
+
+
+PAIR, GUESS = Kind.PAIR, Kind.GUESS
+
+
 @dataclass(frozen=True, slots=True)
-class Rule:
+class Naming:
     """One way in which a program names what belongs to an image."""
 
     program: str
     pattern: str  # of the whole name, letter case aside; ``stem``, ``suffix`` and ``number`` are those of the image
     example: tuple[str, str]  # image, companion
     source: str
-    is_pair: bool = False  # a film or a raw: no note about an image but a part of it
+    kind: Kind = Kind.NOTE
     stem: str = r"\g<stem>"  # what the pattern says of the image's stem
     image: str = ""  # the only images that it is for, where they count under another name
     counts_as: str = ""
-    yields: bool = False  # an image that another rule gives the file to has it alone
 
 
-RULES = (
-    Rule("Lightroom, Camera Raw", rf"{_STEM}\.(?:xmp|acr)", ("a.jpg", "a.xmp"), "Adobe, Metadata basics: XMP sidecars"),
-    Rule("Lightroom, Camera Raw", rf"{_STEM}\.(?:xmp|acr)", ("a.jpg", "a.acr"), "Adobe, Camera Raw 16: .acr sidecars"),
-    Rule("darktable", rf"{_STEM}{_SUFFIX}\.xmp", ("a.jpg", "a.jpg.xmp"), "darktable manual, sidecar files"),
-    Rule(
+NAMINGS = (  # GPTH: GooglePhotosTakeoutHelper
+    Naming(
+        "Lightroom, Camera Raw", rf"{_STEM}\.(?:xmp|acr)", ("a.jpg", "a.xmp"), "Adobe, Metadata basics: XMP sidecars"
+    ),
+    Naming(
+        "Lightroom, Camera Raw", rf"{_STEM}\.(?:xmp|acr)", ("a.jpg", "a.acr"), "Adobe, Camera Raw 16: .acr sidecars"
+    ),
+    Naming("darktable", rf"{_STEM}{_SUFFIX}\.xmp", ("a.jpg", "a.jpg.xmp"), "darktable manual, sidecar files"),
+    Naming(
         "darktable",
         rf"{_STEM}_\d\d{_SUFFIX}\.xmp",
         ("a.jpg", "a_01.jpg.xmp"),
         "darktable manual, sidecar files: duplicates are basename_nn.ext.xmp",
-        yields=True,
+        GUESS,
     ),
-    Rule("digiKam", rf"{_STEM}{_SUFFIX}\.xmp", ("a.tif", "a.tif.xmp"), "KDE bugs 264007 and 278935, digiKam PR 6"),
-    Rule("RawTherapee", rf"{_STEM}{_SUFFIX}\.pp3", ("a.jpg", "a.jpg.pp3"), "rawtherapee(1), -s"),
-    Rule("RawTherapee", rf"{_STEM}{_SUFFIX}\.out\.pp3", ("a.jpg", "a.jpg.out.pp3"), "RawPedia, sidecar files"),
-    Rule("RawTherapee", rf"{_STEM}\.pp3", ("a.jpg", "a.pp3"), "rawtherapee(1), -p: a profile saved beside the image"),
-    Rule("ART", rf"{_STEM}{_SUFFIX}\.arp", ("a.tif", "a.tif.arp"), "ART manual, sidecar files"),
-    Rule("DxO PhotoLab", rf"{_STEM}{_SUFFIX}\.dop", ("a.jpg", "a.jpg.dop"), "DxO PhotoLab user guide, sidecar files"),
-    Rule("ON1 Photo RAW", rf"{_STEM}\.on1", ("a.jpg", "a.on1"), "ON1 Photo RAW user guide, sidecar files"),
-    Rule("Capture One", rf"{_STEM}{_SUFFIX}\.co[spf]", ("a.jpg", "a.jpg.cos"), "Capture One, sessions: settings files"),
-    Rule("Nikon NX Studio", rf"{_STEM}{_SUFFIX}\.nksc", ("a.jpg", "a.jpg.nksc"), "NX Studio help, adjustment files"),
-    Rule("Canon DPP", rf"{_STEM}\.(?:vrd|dr4)", ("a.jpg", "a.vrd"), "exiftool, metadata sidecar files"),
-    Rule("exiv2, exiftool", rf"{_STEM}\.(?:exv|mie|exif)", ("a.jpg", "a.exv"), "exiftool, metadata sidecar files"),
-    Rule("exiftool", rf"{_STEM}{_SUFFIX}_original", ("a.jpg", "a.jpg_original"), "exiftool, -overwrite_original"),
-    Rule("iOS", rf"{_STEM}\.aae", ("IMG_0001.HEIC", "IMG_0001.AAE"), "elodie issue 341, osxphotos PR 1113"),
-    Rule("iOS", rf"{_STEM}_O\.aae", ("IMG_0001.HEIC", "IMG_0001_O.AAE"), "makelive issue 36", yields=True),
-    Rule(
+    Naming("digiKam", rf"{_STEM}{_SUFFIX}\.xmp", ("a.tif", "a.tif.xmp"), "KDE bugs 264007 and 278935, digiKam PR 6"),
+    Naming("RawTherapee", rf"{_STEM}{_SUFFIX}\.pp3", ("a.jpg", "a.jpg.pp3"), "rawtherapee(1), -s"),
+    Naming("RawTherapee", rf"{_STEM}{_SUFFIX}\.out\.pp3", ("a.jpg", "a.jpg.out.pp3"), "RawPedia, sidecar files"),
+    Naming("RawTherapee", rf"{_STEM}\.pp3", ("a.jpg", "a.pp3"), "rawtherapee(1), -p: a profile saved beside the image"),
+    Naming("ART", rf"{_STEM}{_SUFFIX}\.arp", ("a.tif", "a.tif.arp"), "ART manual, sidecar files"),
+    Naming("DxO PhotoLab", rf"{_STEM}{_SUFFIX}\.dop", ("a.jpg", "a.jpg.dop"), "DxO PhotoLab user guide, sidecar files"),
+    Naming("ON1 Photo RAW", rf"{_STEM}\.on1", ("a.jpg", "a.on1"), "ON1 Photo RAW user guide, sidecar files"),
+    Naming(
+        "Capture One", rf"{_STEM}{_SUFFIX}\.co[spf]", ("a.jpg", "a.jpg.cos"), "Capture One, sessions: settings files"
+    ),
+    Naming("Nikon NX Studio", rf"{_STEM}{_SUFFIX}\.nksc", ("a.jpg", "a.jpg.nksc"), "NX Studio help, adjustment files"),
+    Naming("Canon DPP", rf"{_STEM}\.(?:vrd|dr4)", ("a.jpg", "a.vrd"), "exiftool, metadata sidecar files"),
+    Naming("exiv2, exiftool", rf"{_STEM}\.(?:exv|mie|exif)", ("a.jpg", "a.exv"), "exiftool, metadata sidecar files"),
+    Naming("exiftool", rf"{_STEM}{_SUFFIX}_original", ("a.jpg", "a.jpg_original"), "exiftool, -overwrite_original"),
+    Naming("iOS", rf"{_STEM}\.aae", ("IMG_0001.HEIC", "IMG_0001.AAE"), "elodie issue 341, osxphotos PR 1113"),
+    Naming("iOS", rf"{_STEM}_O\.aae", ("IMG_0001.HEIC", "IMG_0001_O.AAE"), "makelive issue 36", GUESS),
+    Naming(
         "iOS",
         r"IMG_[EO](?P<n>\d{4}.*)\.(?:aae|mov)",
         ("IMG_0001.HEIC", "IMG_O0001.AAE"),
         "osxphotos issue 2043: the original's adjustments",
+        GUESS,
         stem=r"IMG_\g<n>",
-        yields=True,
     ),
-    Rule(
+    Naming(
         "iOS",
         rf"{_STEM}\.aae",
         ("IMG_E0001.JPG", "IMG_0001.AAE"),
@@ -93,96 +108,69 @@ RULES = (
         image=r"(IMG_)E(\d{4}.*)",
         counts_as=r"\1\2",
     ),
-    Rule(
-        "iOS Live Photo", rf"{_STEM}\.(?:mov|mp4)", ("IMG_0001.HEIC", "IMG_0001.mov"), "immich issue 4209", is_pair=True
-    ),
-    Rule(
+    Naming("iOS Live Photo", rf"{_STEM}\.(?:mov|mp4)", ("IMG_0001.HEIC", "IMG_0001.mov"), "immich issue 4209", PAIR),
+    Naming(
         "iCloud Photos Downloader",
         rf"{_STEM}_HEVC\.mov",
         ("IMG_0001.HEIC", "IMG_0001_HEVC.MOV"),
         "icloud_photos_downloader issues 1043 and 1065",
-        is_pair=True,
-        yields=True,
+        PAIR | GUESS,
     ),
-    Rule(
-        "Samsung", rf"{_STEM}\.(?:mp4|dng)", ("20240101_120000.jpg", "20240101_120000.dng"), "Expert RAW", is_pair=True
+    Naming("Samsung", rf"{_STEM}\.(?:mp4|dng)", ("20240101_120000.jpg", "20240101_120000.dng"), "Expert RAW", PAIR),
+    Naming(
+        "cameras, RAW+JPEG", rf"{_STEM}\.{_RAW}", ("DSC_0001.JPG", "DSC_0001.NEF"), "Exif DCF 2.0: DCF objects", PAIR
     ),
-    Rule(
-        "cameras, RAW+JPEG",
-        rf"{_STEM}\.{_RAW}",
-        ("DSC_0001.JPG", "DSC_0001.NEF"),
-        "Exif DCF 2.0: DCF objects",
-        is_pair=True,
-    ),
-    Rule(
-        "cameras",
-        rf"{_STEM}\.(?:m4v|avi|3gp|mpg)",
-        ("DSC_0001.JPG", "DSC_0001.AVI"),
-        "DCF 2.0: DCF objects",
-        is_pair=True,
-    ),
-    Rule(
+    Naming("cameras", rf"{_STEM}\.(?:m4v|avi|3gp|mpg)", ("DSC_0001.JPG", "DSC_0001.AVI"), "DCF 2.0: DCF objects", PAIR),
+    Naming(
         "cameras", rf"{_STEM}\.(?:thm|wav)", ("DSC_0001.JPG", "DSC_0001.WAV"), "DCF 2.0: thumbnails; Nikon, voice memos"
     ),
-    Rule(
+    Naming(
         "Canon PowerShot",
         r"SND_(?P<n>\d{4}.*)\.wav",
         ("IMG_0001.JPG", "SND_0001.WAV"),
         "Canon, sound memos",
+        GUESS,
         stem=r"IMG_\g<n>",
-        yields=True,
     ),
-    Rule(
-        "Google Pixel",
-        rf"{_STEM}\.(?:mp|mv)(?:~\d+)?",
-        ("PXL_1.MP.jpg", "PXL_1.MP"),
-        "GooglePhotosTakeoutHelper issue 381",
-        is_pair=True,
-    ),
-    Rule(
-        "Google Pixel",
-        rf"{_STEM}\.(?:mp|mv)(?:~\d+)?",
-        ("PXL_1.MP~2.jpg", "PXL_1.MP~2"),
-        "GooglePhotosTakeoutHelper PR 384",
-        is_pair=True,
-    ),
-    Rule(
+    Naming("Google Pixel", rf"{_STEM}\.(?:mp|mv)(?:~\d+)?", ("PXL_1.MP.jpg", "PXL_1.MP"), "GPTH issue 381", PAIR),
+    Naming("Google Pixel", rf"{_STEM}\.(?:mp|mv)(?:~\d+)?", ("PXL_1.MP~2.jpg", "PXL_1.MP~2"), "GPTH PR 384", PAIR),
+    Naming(
         "Google Pixel",
         rf"{_STEM}\.(?:mp4|dng)",
         ("PXL_1.MP.jpg", "PXL_1.dng"),
         "memories issue 927: motion photo and raw",
-        is_pair=True,
+        PAIR,
     ),
-    Rule(
+    Naming(
         "Google Pixel",
         rf"{_STEM}\.dng",
         ("PXL_1.RAW-01.MP.COVER.jpg", "PXL_1.RAW-02.ORIGINAL.dng"),
         "Pixel Camera help, RAW+JPEG",
-        is_pair=True,
+        PAIR,
         image=r"(.+\.RAW-)01(.*?)(?:\.MP)?\.COVER(\.[^.]+)",
         counts_as=r"\g<1>02\2.ORIGINAL\3",
     ),
-    Rule(
+    Naming(
         "Google Takeout",
         rf"{_TITLE}(?:\.{_SUPPLEMENT})?\.json",
         ("a.jpg", "a.jpg.supplemental-metadata.json"),
-        "ente PR 4956, GooglePhotosTakeoutHelper PR 449: any beginning of the word",
+        "ente PR 4956, GPTH PR 449: any beginning of the word",
     ),
-    Rule("Google Takeout", rf"{_STEM}\.json", ("a.jpg", "a.json"), "google-photos-exif: sidecars without the suffix"),
-    Rule(
+    Naming("Google Takeout", rf"{_STEM}\.json", ("a.jpg", "a.json"), "google-photos-exif: sidecars without the suffix"),
+    Naming(
         "Google Takeout",
         rf"{_TITLE}(?:\.{_SUPPLEMENT})?{_NUMBER}\.json",
         ("a(1).jpg", "a.jpg.supplemental-metadata(1).json"),
         "ente PR 4956, google-takeout-fixer issue 1: the number stands last",
     ),
-    Rule(
+    Naming(
         "Google Takeout",
         rf"(?P<cut>.{{{_CUT}}}){_NUMBER}?\.json",
         ("Urlaub in Knaufspesch in der Schneifel (38).JPG", "Urlaub in Knaufspesch in der Schneifel (38).JP.json"),
-        "GooglePhotosTakeoutHelper issue 8, memories issue 1559: 51 characters with .json",
-        yields=True,
+        "GPTH issue 8, memories issue 1559: 51 characters with .json",
+        GUESS,
     ),
-    Rule(
+    Naming(
         "Google Takeout",
         rf"{_TITLE}(?:\.{_SUPPLEMENT})?{_NUMBER}?\.json",
         ("a-edited.jpg", "a.jpg.json"),
@@ -190,14 +178,14 @@ RULES = (
         image=rf"(.+)-(?:{_EDITED})((?: ?\(\d+\))*\.[^.]+)",
         counts_as=r"\1\2",
     ),
-    Rule("labels, notes", rf"{_STEM}\.(?:txt|xml|json)", ("a.jpg", "a.txt"), "labelImg, LabelMe: a file by the stem"),
-    Rule(
+    Naming("labels, notes", rf"{_STEM}\.(?:txt|xml|json)", ("a.jpg", "a.txt"), "labelImg, LabelMe: a file by the stem"),
+    Naming(
         "downloaders, notes",
         rf"{_STEM}{_SUFFIX}\.(?:txt|xml|json|wav|thm|aae|on1|acr)",
         ("a.jpg", "a.jpg.txt"),
         "gallery-dl, post-processor metadata: a file by the whole name",
     ),
-    Rule("instaloader", rf"{_STEM}\.json\.xz", ("a.jpg", "a.json.xz"), "instaloader, metadata files"),
+    Naming("instaloader", rf"{_STEM}\.json\.xz", ("a.jpg", "a.json.xz"), "instaloader, metadata files"),
 )
 
 _CONFLICT = re.compile(
@@ -213,11 +201,11 @@ _CONFLICT = re.compile(
 """What synchronisers put into the name of a second version: no part of the name that it is a version of."""
 
 _COMPILED = tuple(
-    (re.compile(pattern, re.IGNORECASE), tuple(rule for rule in RULES if rule.pattern == pattern))
-    for pattern in dict.fromkeys(rule.pattern for rule in RULES)
+    (re.compile(pattern, re.IGNORECASE), tuple(naming for naming in NAMINGS if naming.pattern == pattern))
+    for pattern in dict.fromkeys(naming.pattern for naming in NAMINGS)
 )
-_IMAGE_PATTERNS = {rule.image: re.compile(rule.image, re.IGNORECASE) for rule in RULES if rule.image}
-_OF_SOME_IMAGES = tuple(rule for rule in RULES if rule.image)
+_IMAGE_PATTERNS = {naming.image: re.compile(naming.image, re.IGNORECASE) for naming in NAMINGS if naming.image}
+_OF_SOME_IMAGES = tuple(naming for naming in NAMINGS if naming.image)
 _PAIRS = frozenset({*FILMS, *RAWS})
 _COMPOUND = re.compile(r"\.(?:MP|MV)(?:~\d+)?$|(?:\.MP)?\.COVER$|\.ORIGINAL$", re.IGNORECASE)
 _OF_CHAIN = frozenset({*(one[1:] for one in (*IMAGES, *RAWS, *FILMS)), "cover", "original", "out", "reason", "json"})
@@ -236,9 +224,9 @@ class Companion:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a file's name says of its image, by one rule."""
+    """What a file's name says of its image, by one naming."""
 
-    rule: Rule
+    naming: Naming
     stem: str
     suffix: str | None  # None: an image of any
     number: str = ""  # stands in the image's stem too
@@ -298,22 +286,27 @@ def claims(name: str) -> tuple[Claim, ...]:
 
 
 def _claims(name: str, *, yields: bool) -> Iterable[Claim]:
-    for pattern, rules in _COMPILED:
+    for pattern, namings in _COMPILED:
         if (match := pattern.fullmatch(name)) is not None:
-            yield from (_claim(rule, match, yields=yields or rule.yields) for rule in rules)
+            yield from (_claim(naming, match, yields=yields or GUESS in naming.kind) for naming in namings)
 
 
-def _claim(rule: Rule, match: re.Match[str], *, yields: bool) -> Claim:
+def _claim(naming: Naming, match: re.Match[str], *, yields: bool) -> Claim:
     groups = match.groupdict()
     number = groups.get("number") or ""
     if "cut" in groups:
-        return Claim(rule, groups["cut"], None, number, is_cut=True, yields=yields)
+        return Claim(naming, groups["cut"], None, number, is_cut=True, yields=yields)
     suffix = groups.get("suffix")
     # A note about a film or a raw goes where that goes, which is with any image of the stem.
     is_of_pair = suffix is not None and suffix.lower() in _PAIRS
     suffix = None if is_of_pair else suffix
     return Claim(
-        rule, match.expand(rule.stem) + number, suffix, number, is_pair=rule.is_pair or is_of_pair, yields=yields
+        naming,
+        match.expand(naming.stem) + number,
+        suffix,
+        number,
+        is_pair=is_of_pair or PAIR in naming.kind,
+        yields=yields,
     )
 
 
@@ -329,7 +322,7 @@ def _fits(claim: Claim, image: str) -> bool:
         return (stem.removesuffix(claim.number) + suffix if claim.number else image).startswith(claim.stem) and (
             stem.endswith(claim.number) and len(image) > _CUT + len(claim.number)
         )
-    named = _counted_as(claim.rule, image)
+    named = _counted_as(claim.naming, image)
     if named is None:
         return False
     stem, suffix = os.path.splitext(named)
@@ -338,11 +331,11 @@ def _fits(claim: Claim, image: str) -> bool:
     return claim.suffix is None or suffix.lower() == claim.suffix.lower()
 
 
-def _counted_as(rule: Rule, image: str) -> str | None:
-    if not rule.image:
+def _counted_as(naming: Naming, image: str) -> str | None:
+    if not naming.image:
         return image
-    match = _IMAGE_PATTERNS[rule.image].fullmatch(image)
-    return None if match is None else match.expand(rule.counts_as)
+    match = _IMAGE_PATTERNS[naming.image].fullmatch(image)
+    return None if match is None else match.expand(naming.counts_as)
 
 
 def companions_of(image: str, beside: Iterable[str]) -> tuple[Companion, ...]:
@@ -400,7 +393,7 @@ def reach(name: str) -> frozenset[str]:
     found = {base_of(name)}
     if not is_image(name):
         return frozenset(fold(stem) for stem in (*found, *(base_of(claim.stem) for claim in claims(name))))
-    found |= {base_of(counted) for rule in _OF_SOME_IMAGES if (counted := _counted_as(rule, name)) is not None}
+    found |= {base_of(counted) for naming in _OF_SOME_IMAGES if (counted := _counted_as(naming, name)) is not None}
     if len(name) > _CUT:
         stem, suffix = os.path.splitext(name)
         found |= {name[:_CUT], (re.sub(r"\(\d+\)$", "", stem) + suffix)[:_CUT]}

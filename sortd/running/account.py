@@ -9,7 +9,6 @@ import structlog
 from sortd import errors
 from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
 from sortd.classify.types import Abstained, Assigned, ClassifierKind, Mode
-from sortd.journaling.records import Record
 from sortd.logs import (
     BACKLOG_FULL,
     CLASSIFIER_CHANGED,
@@ -31,11 +30,11 @@ from sortd.logs import (
 )
 from sortd.messages import Embedded, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, RebuildFailed
 from sortd.metrics import Metrics
-from sortd.moving.relocation import Relocation
 from sortd.names import Why
 from sortd.references import Rebuilt
 from sortd.running.corrections import Correction
 from sortd.sorter import Sorter
+from sortd.store.records import MoveRecord, Record
 
 REMEMBERED = 100_000
 """Paths of which it is remembered that they were told of; beyond, they are told of again."""
@@ -101,7 +100,7 @@ class Account:
             **{name: fact for name, fact in facts.items() if fact is not None},
         )
 
-    def taken_back(self, relocation: Relocation, root: Path) -> None:
+    def taken_back(self, relocation: MoveRecord, root: Path) -> None:
         """Say that a move which had been cut short was taken back, and yet its image is not where it was."""
         path = str(root / relocation.source / relocation.image.name)
         self._log.warning(MOVE_FAILED, path=path, failure="recovery", error=relocation.message)

@@ -25,7 +25,7 @@ from sortd.errors import AlreadyRunningError, JournalError, LayoutError, SortdEr
 from sortd.layout import Layout, find_datasets
 from sortd.messages import DatasetAbsent, DatasetId
 from sortd.metrics import Metrics
-from sortd.running.copier import Copier
+from sortd.moving.copy_queue import CopyQueue
 from sortd.running.dataset import Dataset
 from sortd.running.site import Site, sorter_settings, teaching_of
 from sortd.running.worker import Forget, Job
@@ -82,7 +82,7 @@ class Collection:
         *,
         site: Site,
         ask: Callable[[Job], None],
-        copier: Copier,
+        copier: CopyQueue,
         metrics: Metrics,
         clock: Callable[[], float] = monotonic,
     ) -> None:

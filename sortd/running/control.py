@@ -11,15 +11,15 @@ from typing import Any, Protocol
 import structlog
 
 from sortd.errors import AlreadyRunningError, DataError, StorageError
-from sortd.journaling.history import History
-from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.logs import MOVE_UNDONE
 from sortd.messages import Event, ImageGone, ImageHeld, Released
-from sortd.running.filing import Filing
-from sortd.running.latecomers import belongs_to
+from sortd.moving.mover import Mover
+from sortd.moving.plan import belongs_to
+from sortd.moving.undo import UndoResult
 from sortd.running.requests import Reply, Request, RequestError
-from sortd.running.undoing import PutBack
+from sortd.store.history import History
+from sortd.store.records import Record
 
 LAST_RECORD = (1 << 63) - 1
 """SQLite numbers records up to here."""
@@ -43,7 +43,7 @@ class DatasetAtWork(Protocol):
         """Its folders."""
 
     @property
-    def filing(self) -> Filing:
+    def filing(self) -> Mover:
         """What moves its files."""
 
     @property
@@ -104,8 +104,8 @@ def answer(daemon: DaemonAtWork, request: Request) -> Reply | Steps:
 
 
 def put_back(
-    filing: Filing, history: History, identifiers: Sequence[int], *, dry_run: bool
-) -> Iterator[tuple[list[PutBack], int]]:
+    filing: Mover, history: History, identifiers: Sequence[int], *, dry_run: bool
+) -> Iterator[tuple[list[UndoResult], int]]:
     """Undo the moves of these records, newest first, or say what would be: chunk by chunk, since it can take minutes.
 
     Yields:
@@ -138,7 +138,7 @@ def _is_from_inbox(record: Record) -> bool:
     return record.relocation.source.partition("/")[0] == Area.IMAGES
 
 
-def put_back_facts(dataset: str, layout: Layout, one: PutBack) -> dict[str, Any]:
+def put_back_facts(dataset: str, layout: Layout, one: UndoResult) -> dict[str, Any]:
     """Return what became of an undo as plain values."""
     was = os.path.join(layout.root, one.record.destination_path)
     return {"dataset": dataset, "id": one.record.id, "was": was, "restored": one.restored, "message": one.message}
@@ -185,7 +185,7 @@ def _wanted(name: str, wanted: object) -> tuple[str, list[int]]:
     raise RequestError(f"what is to be undone in {name} is not said by root and records")
 
 
-def tell_put_back(dataset: DatasetAtWork, told: Sequence[PutBack]) -> None:
+def tell_put_back(dataset: DatasetAtWork, told: Sequence[UndoResult]) -> None:
     """Tell the core which files are to rest where they are, before a watcher's hint makes them work again."""
     log = structlog.get_logger().bind(dataset=dataset.name)
     for one in told:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from stat import S_ISDIR, S_ISREG
 
 from sortd.files import open_regular
-from sortd.journal import Journal
-from sortd.journaling.history import History
-from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
+from sortd.moving.plan import PLACES_FACT, images_apart
 from sortd.names import rule_below, rule_for, rule_for_folder
-from sortd.running.latecomers import PLACES_FACT, images_apart
+from sortd.store.history import History
+from sortd.store.journal import Journal
+from sortd.store.records import Record
 from sortd.watching.scanning import stamp
 
 SCANNED_FACT = "corrections_scanned_at"

@@ -9,8 +9,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic, time_ns
 
-from sortd.journal import Journal
-from sortd.journaling.history import GENERATION_FACT, GUARD_FACT, History
 from sortd.layout import Area, Layout
 from sortd.messages import (
     Command,
@@ -40,25 +38,27 @@ from sortd.messages import (
     Tick,
 )
 from sortd.metrics import Metrics
+from sortd.moving.copy_queue import MoveOrder
+from sortd.moving.mover import Mover
+from sortd.moving.undo import UndoResult
 from sortd.references import Teaching
 from sortd.running.account import Account
 from sortd.running.corrections import Correction
-from sortd.running.filing import Filing
 from sortd.running.left_files import LeftFiles
 from sortd.running.looks import Looks
-from sortd.running.outbox import Mover, Outbox
+from sortd.running.outbox import DryRunMover, Outbox
 from sortd.running.patrol import Mended, Noticed, Patrol
 from sortd.running.presence import Presence
 from sortd.running.rebuilding import Rebuilding
-from sortd.running.relocating import Order
 from sortd.running.review_scan import ReviewScan
 from sortd.running.sweep import Sweep
-from sortd.running.undoing import PutBack
 from sortd.running.worker import Answer, EmbedJob, Job
 from sortd.sorter import Sorter
 from sortd.sorting.guard import GuardState
 from sortd.sorting.rounds import Throttle
 from sortd.sorting.settings import SorterSettings
+from sortd.store.history import GENERATION_FACT, GUARD_FACT, History
+from sortd.store.journal import Journal
 from sortd.watch import Hint
 
 
@@ -72,7 +72,7 @@ class Dataset:
         settings: SorterSettings,
         teaching: Teaching,
         *,
-        mover: Mover,
+        mover: Mover | DryRunMover,
         journal: Journal | None,
         ask: Callable[[Job], None],
         metrics: Metrics,
@@ -422,11 +422,11 @@ class Dataset:
         for result in self.outbox.send():
             self.receive(result)
 
-    def copied(self, orders: Sequence[Order]) -> list[PutBack]:
+    def copied(self, orders: Sequence[MoveOrder]) -> list[UndoResult]:
         """Take note of copies to another file system that have ended; return what was undone by them."""
-        put_back: list[PutBack] = []
+        put_back: list[UndoResult] = []
         for result in self.outbox.end(orders):
-            if isinstance(result, PutBack):
+            if isinstance(result, UndoResult):
                 put_back.append(result)
             else:
                 self.receive(result)
@@ -451,9 +451,9 @@ class Dataset:
         return core.guard.reason is not None and not core.is_rebuilding
 
     @property
-    def filing(self) -> Filing:
+    def filing(self) -> Mover:
         """What moves its files; a rehearsal has none."""
-        assert isinstance(self._mover, Filing)
+        assert isinstance(self._mover, Mover)
         return self._mover
 
     @property

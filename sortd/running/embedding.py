@@ -8,12 +8,12 @@ from time import perf_counter
 import numpy as np
 
 from sortd.arrays import FloatArray
-from sortd.cache import Cache
 from sortd.encoder.base import Encoder
 from sortd.errors import ModelError
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.messages import EmbeddedImage, ImageRefused, Stamp
 from sortd.running.pipeline import Deliver, Lane, Pipeline
+from sortd.store.cache import Cache
 
 UNIT_TOLERANCE = 1e-2
 """How far from one the length of an embedding may be: half precision errs by a tenth of that."""

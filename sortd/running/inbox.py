@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from time import monotonic
 
-from sortd.running.copier import Copied, CopierDied, CopyFailed
+from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueueDied
 from sortd.running.worker import Posted
 from sortd.signals import Signalled
 from sortd.watch import Hint, HintsLost, Loss
@@ -28,7 +28,7 @@ turn, and a path that changes a thousand times a thousand looks."""
 MANY_HINTS = 1000
 """So many hints are not waited with: they are a turn's work."""
 
-Told = Posted | Copied | CopyFailed | CopierDied
+Told = Posted | Copied | CopyFailed | CopyQueueDied
 """What the worker and the copier tell; they have few jobs at a time, so there are few of these."""
 
 Message = Told | Hint | HintsLost

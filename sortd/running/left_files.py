@@ -5,7 +5,7 @@ from itertools import islice
 from time import monotonic
 
 from sortd.messages import Writer
-from sortd.moving.renaming import writer_of
+from sortd.moving.fs import writer_of
 from sortd.names import Why, rule_below
 from sortd.running.account import Account
 from sortd.watching.scanning import why_left, why_unfinished

@@ -5,48 +5,49 @@ One pair of directory syncs for fifty moves is eighty times as fast as one for e
 
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import monotonic
-from typing import Protocol
 
-from sortd.journaling.history import History
-from sortd.journaling.records import Record
 from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
-from sortd.moving.relocation import Progress, Relocation
+from sortd.moving.copy_queue import MoveOrder
+from sortd.moving.mover import MoveAnswer, Mover
+from sortd.moving.undo import UndoResult
 from sortd.running.account import Account
-from sortd.running.filing import Filing
-from sortd.running.relocating import Order
-from sortd.running.undoing import PutBack
+from sortd.store.history import History
+from sortd.store.records import MoveProgress, MoveRecord, Record
 
 GROUP = 32
 """Moves of one turn of the loop: on a busy disk each takes some five milliseconds, in which nothing else happens."""
 
-Result = Moved | MoveFailed
-Heard = Result | ImageGone
+Tell = Callable[[str, Move, str], None]  # hears of each move: dataset, move, destination
+Heard = MoveAnswer | ImageGone
 
 
-class Mover(Protocol):
-    """Whatever carries out moves: ``Filing`` does, ``Pretence`` only says what it would do."""
+class DryRunMover:
+    """Carries out no move, but tells of each where the image would stand if that name is free."""
 
-    def move_all(self, moves: Sequence[Move]) -> list[Result]:
-        """Carry out a group of moves; answer those that have ended."""
+    def __init__(self, name: str, root: Path, tell: Tell) -> None:
+        """Pretend for the dataset at ``root``."""
+        self._name, self._root, self._tell = name, root, tell
+
+    def move_all(self, moves: Sequence[Move]) -> list[Moved | MoveFailed]:
+        """Answer each move as done."""
+        done: list[Moved | MoveFailed] = []
+        for move in moves:
+            destination = os.path.join(self._root, move.folder, os.path.basename(move.path))
+            self._tell(self._name, move, destination)
+            done.append(Moved(move.path, move.stamp, destination, move.outcome, move.stamp))
+        return done
 
 
 class Outbox:
     """Carries out the moves of one dataset and writes a line about each."""
 
-    def __init__(self, mover: Mover, account: Account, *, history: History | None, root: Path) -> None:
-        """Begin with nothing to move.
-
-        Args:
-            mover: carries the moves out.
-            account: writes the lines.
-            history: what the journal can be asked; a rehearsal has none.
-            root: the dataset's folder.
-        """
+    def __init__(self, mover: Mover | DryRunMover, account: Account, *, history: History | None, root: Path) -> None:
+        """Begin with nothing to move; ``account`` writes the lines, a dry run has no ``history``."""
         self._mover, self._account, self._history, self._root = mover, account, history, root
-        self._filing = mover if isinstance(mover, Filing) else None
+        self._real = mover if isinstance(mover, Mover) else None
         self._moves: list[Move] = []
         # Sent and not answered yet, and since when; one version can be asked for again before it was answered.
         self._asked: dict[tuple[str, Stamp], deque[tuple[Move, float]]] = {}
@@ -58,67 +59,51 @@ class Outbox:
     @property
     def is_due(self) -> bool:
         """Whether there is something to send: moves that were gathered, or some that waited for a copy to end."""
-        return bool(self._moves) or (self._filing is not None and self._filing.can_go_on)
+        return bool(self._moves) or (self._real is not None and self._real.can_go_on)
 
     def send(self) -> list[Heard]:
-        """Carry out the next group of what was gathered; return what has ended, a line written about each.
-
-        Raises:
-            JournalError: it cannot be written; opening it anew recovers what was begun.
-        """
+        """Carry out the next group of what was gathered; return what has ended, a line written about each."""
         moves, self._moves = self._moves[:GROUP], self._moves[GROUP:]
         began = monotonic()
         for move in moves:
             self._asked.setdefault((move.path, move.stamp), deque()).append((move, began))
-        if self._filing is not None:
-            self.tell_recovered(self._filing.recover())
+        if self._real is not None:
+            self.tell_recovered(self._real.recover())
         results = self._mover.move_all(moves)
         share = (monotonic() - began) / max(1, len(results))
         return [self._told(result, share) for result in results]
 
-    def end(self, orders: Sequence[Order]) -> list[Heard | PutBack]:
-        """Take note of copies to another file system that have ended; return what became of them.
-
-        Raises:
-            JournalError: it cannot be written; opening it anew recovers what was begun.
-        """
-        assert self._filing is not None
-        heard: list[Heard | PutBack] = []
-        for answer in self._filing.end(orders):
-            if isinstance(answer, PutBack):
+    def end(self, orders: Sequence[MoveOrder]) -> list[Heard | UndoResult]:
+        """Take note of copies to another file system that have ended; return what became of them."""
+        assert self._real is not None
+        heard: list[Heard | UndoResult] = []
+        for answer in self._real.end(orders):
+            if isinstance(answer, UndoResult):
                 heard.append(answer)
                 continue
             heard.append(self._told(answer, None))
             if isinstance(answer, Moved):
-                self._add_new(self._filing.left_companions(answer.path))
+                self._add_new(self._real.late.left_by(answer.path))
             elif answer.failure is MoveFailure.DESTINATION:
                 heard += self._withdraw(answer.message)  # a full disk is not asked again for each that waits
         return heard
 
     def follow(self, leave: Leave) -> bool:
-        """Take a file that stays where it is in, as a move, if it is a companion of an image that has left before it.
-
-        Raises:
-            JournalError: it cannot be read.
-        """
-        if self._filing is None or leave.refusal not in {Refusal.NOT_AN_IMAGE, Refusal.EMPTY}:
+        """Take in the move of a file that stays, if it is a companion of an image that left before it; tell whether."""
+        if self._real is None or leave.refusal not in {Refusal.NOT_AN_IMAGE, Refusal.EMPTY}:
             return False
-        move = self._filing.late_companion(leave.path)
+        move = self._real.late.move_for(leave.path)
         self._add_new([] if move is None else [move])
         return move is not None
 
     def awaits_image(self, leave: Leave) -> bool:
         """Tell whether a file stays only until the image goes that it belongs to: nothing is to be said of it."""
-        return self._filing is not None and self._filing.awaits_image(leave.path)
+        return self._real is not None and self._real.late.awaits_image(leave.path)
 
     def follow_images(self, found: Sequence[tuple[Record, str]]) -> None:
-        """Take the companions in that are to follow images which a person moved.
-
-        Raises:
-            JournalError: the journal cannot be read or written; the daemon must stop.
-        """
-        if self._filing is not None:
-            self._add_new(self._filing.follow_images(found))
+        """Take the companions in that are to follow images which a person moved."""
+        if self._real is not None:
+            self._add_new(self._real.late.follow_images(found))
 
     def _add_new(self, followers: Iterable[Move]) -> None:
         """Take companions in that are to follow, but for those that do so already: they are found in two ways."""
@@ -127,45 +112,45 @@ class Outbox:
             if (move.path, move.stamp) not in gathered and (move.path, move.stamp) not in self._asked:
                 self._moves.append(move)
 
-    def refuse(self, message: str) -> list[Result]:
+    def refuse(self, message: str) -> list[MoveAnswer]:
         """Answer what was gathered, or waits for a copy to end, as failed: the dataset is not there."""
         moves, self._moves = self._moves, []
         return [*(_failed(move, message) for move in moves), *self._withdraw(message)]
 
-    def give_up(self) -> list[Result]:
+    def give_up(self) -> list[MoveAnswer]:
         """Answer what waits for a copy to another file system: sortd stops. The next start moves it."""
-        given_up: Sequence[Result] = () if self._filing is None else self._filing.give_up()
+        given_up: Sequence[MoveAnswer] = () if self._real is None else self._real.give_up()
         for result in given_up:
             self._taken(result)
         return list(given_up)
 
-    def tell_recovered(self, relocations: Iterable[Relocation]) -> None:
+    def tell_recovered(self, moves: Iterable[MoveRecord]) -> None:
         """Write the lines of images whose moves had been cut short, by a crash or a disk, and have ended now.
 
         Of those that were taken back nothing is to be said, unless the image is not where it was: whoever looks for it
         is told what is known, the hidden name of a copy that cannot be proven whole, say.
         """
-        for relocation in relocations:
+        for relocation in moves:
             if self._history is None:
                 return
-            if relocation.progress is Progress.DONE:
+            if relocation.progress is MoveProgress.DONE:
                 mark = relocation.image.moved_stamp
                 record = None if mark is None else self._history.last_known(mark)
                 if record is not None:
                     self._account.recovered(record, self._root)
-            elif relocation.progress is Progress.FAILED:
+            elif relocation.progress is MoveProgress.FAILED:
                 place = self._root / relocation.source / relocation.image.name
                 if not os.path.lexists(place):
                     self._account.taken_back(relocation, self._root)
 
-    def _withdraw(self, message: str) -> list[Result]:
+    def _withdraw(self, message: str) -> list[MoveAnswer]:
         """Answer what waits for a copy to end as failed, without a line for each: the core asks for it again."""
-        withdrawn = [] if self._filing is None else [_failed(move, message) for move in self._filing.withdraw()]
+        withdrawn = [] if self._real is None else [_failed(move, message) for move in self._real.withdraw()]
         for result in withdrawn:
             self._taken(result)
         return withdrawn
 
-    def _told(self, result: Result, seconds: float | None) -> Heard:
+    def _told(self, result: MoveAnswer, seconds: float | None) -> Heard:
         """Write the line of a result; return what the core is to hear of it.
 
         It never asked for a companion to follow: one that did is gone, one that could not is found by the next scan.
@@ -174,11 +159,11 @@ class Outbox:
         self._account.moved(move, result, 1e3 * (monotonic() - began if seconds is None else seconds))
         if move.outcome is Outcome.FOLLOWED:
             return ImageGone(move.path)
-        if isinstance(result, Moved) and self._filing is not None:
-            self._add_new(self._filing.parted_companions(result))
+        if isinstance(result, Moved) and self._real is not None:
+            self._add_new(self._real.late.parted_from(result))
         return result
 
-    def _taken(self, result: Result) -> tuple[Move, float]:
+    def _taken(self, result: MoveAnswer) -> tuple[Move, float]:
         key = (result.path, result.stamp)
         asked = self._asked[key]
         taken = asked.popleft()
@@ -187,5 +172,5 @@ class Outbox:
         return taken
 
 
-def _failed(move: Move, message: str) -> Result:
+def _failed(move: Move, message: str) -> MoveAnswer:
     return MoveFailed(move.path, move.stamp, MoveFailure.DESTINATION, message)

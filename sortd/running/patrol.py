@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from time import monotonic, time_ns
 
-from sortd.journal import Journal
-from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
 from sortd.running.corrections import Correction, Corrections, Misplaced
 from sortd.running.rejects import Rejects
 from sortd.running.sweep import Clock, next_slice
 from sortd.sorting.rounds import Throttle
+from sortd.store.journal import Journal
+from sortd.store.records import Record
 
 SLICE = 500
 """Files looked at in one turn of the loop, at most: two milliseconds where none changed."""

@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from sortd.journal import Journal
 from sortd.layout import Area, Layout
+from sortd.store.journal import Journal
 
 APART_FACT = "folders_apart"
 """The journal's note of the folders that were seen on a file system of their own, by name, a space between."""

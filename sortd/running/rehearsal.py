@@ -1,48 +1,26 @@
 """A rehearsal: what ``once`` would do, by the same core, worker and rules, with every hand that writes taken off."""
 
-import os
 import queue
 import tempfile
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
 
-from sortd.commands.journals import JOURNAL_FILE
 from sortd.config import Config
 from sortd.errors import LayoutError
-from sortd.journal import Journal
-from sortd.journaling.store import copy_journal
-from sortd.layout import Layout, find_datasets
-from sortd.messages import DatasetId, Move, Moved, MoveFailed
+from sortd.layout import JOURNAL_FILE, Layout, find_datasets
+from sortd.messages import DatasetId
 from sortd.metrics import Metrics
 from sortd.running.dataset import Dataset
-from sortd.running.residence import known_folder
+from sortd.running.holding import known_folder
+from sortd.running.outbox import DryRunMover, Tell
 from sortd.running.site import LoadEncoder, Site, sorter_settings, teaching_of
 from sortd.running.worker import Answer, Posted, Worker, WorkerDied
+from sortd.store.database import copy_journal
+from sortd.store.journal import Journal
 
 LOOK_SECONDS = 1.0
 """The longest pause between two turns: what waits for a file of a person's to be left alone has no deadline."""
-
-Tell = Callable[[str, Move, str], None]
-"""Hears of each move: dataset, move, destination."""
-
-
-class Pretence:
-    """Carries out no move, but tells of each where the image would stand if that name is free."""
-
-    def __init__(self, name: str, root: Path, tell: Tell) -> None:
-        """Pretend for the dataset at ``root``."""
-        self._name, self._root, self._tell = name, root, tell
-
-    def move_all(self, moves: Sequence[Move]) -> list[Moved | MoveFailed]:
-        """Answer each move as done."""
-        done: list[Moved | MoveFailed] = []
-        for move in moves:
-            destination = os.path.join(self._root, move.folder, os.path.basename(move.path))
-            self._tell(self._name, move, destination)
-            done.append(Moved(move.path, move.stamp, destination, move.outcome, move.stamp))
-        return done
 
 
 def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = None) -> None:
@@ -72,7 +50,7 @@ def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
                 layout,
                 sorter_settings(own),
                 teaching_of(own),
-                mover=Pretence(layout.name, layout.root, tell),
+                mover=DryRunMover(layout.name, layout.root, tell),
                 ask=worker.ask,
                 metrics=Metrics(),
                 journal=journal,

@@ -4,18 +4,19 @@ Whether one changed is told by the journal, which holds the version that was set
 takes its place, so that each is tried once, whatever happens in between. What sortd did not put there is left alone.
 
 What was set aside because of a limit is tried once more, as it is, where that limit was raised since.
+What reads or writes the journal raises JournalError where that fails.
 """
 
 import json
 import os
 from collections.abc import Iterator, Mapping
 
-from sortd.journal import Journal
-from sortd.journaling.records import Record
 from sortd.layout import Area, Layout
 from sortd.messages import Refusal, Stamp
 from sortd.names import rule_for
 from sortd.running.corrections import looked_through_until
+from sortd.store.journal import Journal
+from sortd.store.records import Record
 from sortd.watching.scanning import stamp
 
 SCANNED_FACT = "rejects_scanned_at"
@@ -44,26 +45,17 @@ class Rejects:
         self._journal = journal
         self.files_scanned = 0
         self._limits = limits or {}
-        self._tried: set[str] = set()
-        """Names that were found to be tried again because of a limit."""
-        self._unanswered: set[str] = set()
-        """Those of them that were not refused again, and have not left, yet."""
+        self._tried: set[str] = set()  # names that were found to be tried again because of a limit
+        self._unanswered: set[str] = set()  # those of them that were not refused again, and have not left, yet
 
     def look(self, path: str) -> Stamp | None:
-        """Return the version that stands under a path in Rejected/, if it is another one than was set aside there.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return the version that stands under a path in Rejected/, if it is another one than was set aside there."""
         record = self._record(path)
         known = None if record is None else record.relocation.image.moved_stamp
-        try:
-            found = stamp(path)
-        except OSError:
-            return None  # the next scan looks again
-        if known is None or found is None:
+        found = _version_at(path)
+        if known is None or found is None or found.is_same_version(known):
             return None
-        return None if found.is_same_version(known) else found
+        return found
 
     def scan(self, now_ns: int) -> Iterator[tuple[str, Stamp] | None]:
         """Look for versions that were mended since the last scan; only files that changed since are looked up.
@@ -75,9 +67,6 @@ class Rejects:
 
         Returns:
             A path with the version there, or None for whatever else was looked at: a caller may stop between any two.
-
-        Raises:
-            JournalError: the journal cannot be read or written.
         """
         return self._scan_since(looked_through_until(self._journal, SCANNED_FACT, now_ns), now_ns)
 
@@ -128,21 +117,13 @@ class Rejects:
         record = self._record(entry.path)
         if record is None or record.grounds.reason.partition(":")[0] not in allowed:
             return None
-        try:
-            found = stamp(entry.path)
-        except OSError:
-            return None
-        if found is not None:
+        if (found := _version_at(entry.path)) is not None:
             self._tried.add(entry.name)
             self._unanswered.add(entry.name)
         return found
 
     def keep(self, path: str, refused: Stamp) -> None:
-        """Note that this version of a file in Rejected/ was refused again, and is not to be tried any more.
-
-        Raises:
-            JournalError: it could not be made durable.
-        """
+        """Note that this version of a file in Rejected/ was refused again, and is not to be tried any more."""
         self._unanswered.discard(os.path.basename(path))
         record = self._record(path)
         if record is not None:
@@ -156,8 +137,16 @@ class Rejects:
         record = history.last_put(Area.REJECTED.value, name)
         if record is None:
             return None
-        gone = history.last_moved(Area.REJECTED.value, (name,), since=0.0)
+        gone = history.last_moved(Area.REJECTED.value, name)
         return record if gone is None or gone.id < record.id else None  # else that one has left, and this is another
+
+
+def _version_at(path: str) -> Stamp | None:
+    """Return the version that stands under a path; None where it cannot be seen: the next scan looks again."""
+    try:
+        return stamp(path)
+    except OSError:
+        return None
 
 
 def _changed_ns(entry: "os.DirEntry[str]") -> int:

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Protocol
 
-from sortd.journaling.history import History
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
 from sortd.names import rule_for_folder
 from sortd.running.sweep import Sweep
 from sortd.sorting.refusals import Refusals
 from sortd.sorting.rounds import Throttle
+from sortd.store.history import History
 
 SLICE = 200
 """Images looked at in one turn of the loop: each costs a question to the journal, some 0.1 ms."""

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from sortd.cache import Cache
 from sortd.classify.types import Abstain, DecisionSettings, Mode
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config, DatasetConfig, Decoding
@@ -21,14 +20,15 @@ from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
 from sortd.messages import DatasetId, Preprocessing
 from sortd.metrics import Metrics
+from sortd.moving.copy_queue import Seat
 from sortd.references import Teaching
 from sortd.running.classifiers import Classifiers, are_logits
-from sortd.running.copier import Seat
 from sortd.running.dataset import Dataset
 from sortd.running.embedding import Embedder
 from sortd.running.holding import hold
 from sortd.running.worker import Job, PrototypeStore
 from sortd.sorting.settings import SorterSettings
+from sortd.store.cache import Cache
 
 LoadEncoder = Callable[[Config], Encoder]
 

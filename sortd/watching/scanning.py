@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
+from sortd.files import stamp_of
 from sortd.messages import Stamp
 from sortd.names import CONTROLS, Reason, Rule, Why, owner_of, rule_below, rule_for
 
@@ -34,7 +35,7 @@ def stamp(path: str, *, stat: Callable[[str], os.stat_result] = os.lstat) -> Sta
         found = stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return _stamp_of(found) if mode.S_ISREG(found.st_mode) else None
+    return stamp_of(found) if mode.S_ISREG(found.st_mode) else None
 
 
 def scan(
@@ -185,13 +186,9 @@ def _link_above(path: str, root: str) -> str | None:
 def _look(entry: "os.DirEntry[str]", report: Callable[[OSError], None]) -> Stamp | None:
     """Stamp one entry; ``None`` where it vanished since the listing."""
     try:
-        return _stamp_of(entry.stat(follow_symlinks=False))
+        return stamp_of(entry.stat(follow_symlinks=False))
     except FileNotFoundError:
         return None
     except OSError as error:
         report(error)
         return None
-
-
-def _stamp_of(found: os.stat_result) -> Stamp:
-    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

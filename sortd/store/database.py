@@ -3,12 +3,13 @@
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from sortd import errors
 from sortd.errors import JournalError
-from sortd.moving.relocation import Progress, Role
+from sortd.files import sync_folder_at
+from sortd.store.records import MoveProgress, Role
 
 APPLICATION = 0x736F7274  # "sort", in the header of the file
 VERSION = 1
@@ -16,8 +17,7 @@ VERSION = 1
 BUSY_SECONDS = 5.0
 """How long a commit waits for the lock of another connection: a copy's own commit waits for a slow disk, too."""
 
-OPENING_SECONDS = 0.5
-"""How long opening waits for such a lock: the daemon opens in its loop, and tries again soon."""
+OPENING_SECONDS = 0.5  # how long opening waits for such a lock: the daemon opens in its loop, and tries again soon
 
 SCHEMA = """
 CREATE TABLE moves (
@@ -90,7 +90,7 @@ LATER_INDICES = (
 
 _KNOWN_WORDS = (
     # The first condition is that of the index ``moves_by_progress``, which holds few.
-    ("SELECT id, progress FROM moves WHERE progress NOT IN ('done') AND progress NOT IN ({})", [*Progress]),
+    ("SELECT id, progress FROM moves WHERE progress NOT IN ('done') AND progress NOT IN ({})", [*MoveProgress]),
     ("SELECT move, role FROM members WHERE role NOT IN ({})", [*Role]),
 )
 _RESTORE = (
@@ -124,7 +124,8 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
         def prepare(connection: sqlite3.Connection) -> None:
             _prepare(connection, path)
             if fresh:
-                _sync_parents(path)
+                for folder in (path.parent, path.parent.parent):
+                    sync_folder_at(folder)
             connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1e3:.0f}")
 
         # Python's own transactions are off: each begins and ends in ``committing``.
@@ -154,22 +155,20 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
     """
     if not path.is_file():
         raise JournalError(f"{path}: there is no journal yet; it is made when sortd runs for the first time")
-
-    def prepare(connection: sqlite3.Connection) -> None:
-        _check_version(connection, path)
-
     with translated(path):
         uri = path.absolute().as_uri()
         try:
-            return _opened(sqlite3.connect(f"{uri}?mode=ro", timeout=BUSY_SECONDS, uri=True), prepare)
+            reader = sqlite3.connect(f"{uri}?mode=ro", timeout=BUSY_SECONDS, uri=True)
+            return _opened(reader, lambda connection: _check_version(connection, path))
         except sqlite3.OperationalError:
             # Nobody writes (no log beside it), and we may not make the shared memory that reading one takes.
             if Path(f"{path}-wal").exists():
                 raise
-            return _opened(sqlite3.connect(f"{uri}?immutable=1", uri=True), prepare)
+            reader = sqlite3.connect(f"{uri}?immutable=1", uri=True)
+            return _opened(reader, lambda connection: _check_version(connection, path))
 
 
-def _opened(connection: sqlite3.Connection, prepare: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
+def _opened(connection: sqlite3.Connection, prepare: Callable[[sqlite3.Connection], object]) -> sqlite3.Connection:
     """Return a connection that was prepared; close it where that fails."""
     try:
         prepare(connection)
@@ -185,16 +184,8 @@ def copy_journal(path: Path, copy: Path) -> None:
     Raises:
         JournalError: it cannot be read, or the copy cannot be written.
     """
-    reader = open_for_reading(path)
-    try:
-        with translated(copy):
-            writer = sqlite3.connect(copy)
-            try:
-                reader.backup(writer)
-            finally:
-                writer.close()
-    finally:
-        reader.close()
+    with closing(open_for_reading(path)) as reader, translated(copy), closing(sqlite3.connect(copy)) as writer:
+        reader.backup(writer)
 
 
 @contextmanager
@@ -202,8 +193,7 @@ def translated(path: Path) -> Iterator[None]:
     """Say what SQLite, the disk or the content refused as a ``JournalError`` that names the journal.
 
     Raises:
-        JournalError: in the place of every sqlite3.Error and OSError, and of the ValueError, TypeError, LookupError or
-            OverflowError that rows raise which sortd did not write.
+        JournalError: in place of these errors, also of those that rows raise which sortd did not write.
     """
     try:
         yield
@@ -213,11 +203,7 @@ def translated(path: Path) -> Iterator[None]:
 
 
 def verify(connection: sqlite3.Connection, path: Path) -> None:
-    """See that the journal is whole, and that it says nothing about moves that this sortd cannot understand.
-
-    Raises:
-        JournalError: it is damaged.
-    """
+    """See that the journal is whole, and that it says nothing about moves that this sortd cannot understand."""
     with translated(path):
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
@@ -316,12 +302,3 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> int:
             "of sortd-images that made it, or move it aside; the images are not touched"
         )
     return int(version)
-
-
-def _sync_parents(path: Path) -> None:
-    for folder in (path.parent, path.parent.parent):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -5,28 +5,18 @@ Errors are not mended here: whoever calls lets ``recovery.recover`` look at what
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from sortd.errors import ChangedError, DestinationError, VanishedError
+from sortd.files import stamp_of, sync_folder
 from sortd.messages import Writer
-from sortd.mover import MOST_ATTEMPTS, TakenNumbers, check_source, make_part, remove_spent, taken_names
-from sortd.moving.copying import Copy, content_of, copy_to_part, never, remove_part
-from sortd.moving.free_names import final_names
-from sortd.moving.relocation import Member, Progress, Relocation
-from sortd.moving.renaming import (
-    FILE_FLAGS,
-    Folders,
-    is_version,
-    look,
-    rename_new,
-    stamp_of,
-    sync_folder,
-    writer_of,
-)
+from sortd.moving.fs import FILE_FLAGS, Folders, check_source, is_version, look, rename_new, writer_of
+from sortd.moving.parts import Copy, content_of, copy_to_part, make_part, never, remove_obsolete, remove_part
+from sortd.moving.plan import FreeNames, names_of_one
+from sortd.store.records import MoveFile, MoveProgress, MoveRecord
 
-Advance = Callable[[Relocation], None]
-"""Writes durably how far a relocation has come (``Journal.advance``)."""
+Advance = Callable[[MoveRecord], None]  # writes durably how far a move has come (Journal.advance)
 
 _CANNOT_REFUSE = frozenset({errno.EINVAL, errno.ENOSYS})
 _CANNOT_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
@@ -34,82 +24,57 @@ _CANNOT_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK
 
 def cross(
     folders: Folders,
-    relocation: Relocation,
+    relocation: MoveRecord,
     advance: Advance,
     interrupted: Callable[[], bool] = never,
     *,
-    numbers: TakenNumbers,
-) -> Relocation:
-    """Bring a relocation to another file system; the journal holds it as intended already (X1).
+    names: FreeNames,
+) -> MoveRecord:
+    """Move to another file system; the journal holds the move as intended already (X1).
 
     Args:
         folders: the dataset's.
-        relocation: in progress INTENDED.
+        relocation: the move, in progress INTENDED.
         advance: makes its progress durable.
         interrupted: asked between chunks of a copy.
-        numbers: what earlier ones have found taken.
+        names: what earlier moves have found taken.
 
     Raises:
         OSError, JournalError: a disk refused; the caller recovers.
         SourceError: nothing may be removed from the source folder.
+        DestinationError: no name is free; the caller recovers.
         BusyError, ChangedError, VanishedError: the file cannot be had as it was meant; the caller recovers.
     """
     source, destination = folders.open(relocation.source), folders.make(relocation.destination)
     check_source(source, relocation.source)  # else copies would be made and withdrawn at every try, for months
     sealed = _copy_all(source, destination, relocation, interrupted)
     advance(sealed)  # X5
-    published = publish(destination, sealed, advance, taken_names(folders, sealed), numbers)
-    for member in published.members:
-        folders.note_move(relocation.source, member.name if member.leaves else "", relocation.destination, member.final)
-    return finish(folders, published)
+    for attempt, finals in names.candidates(folders, sealed):
+        members = tuple(replace(one, final=final) for one, final in zip(sealed.members, finals, strict=True))
+        named = replace(sealed, members=members)
+        if _publish_all(destination, named, advance):  # X6
+            names.remember(folders, named, attempt, finals)
+            return remove_sources(folders, seal_published(destination, named, advance))
+    raise AssertionError("candidates end by an error")
 
 
-def publish(
-    destination: int,
-    relocation: Relocation,
-    advance: Advance,
-    is_taken: Callable[[Sequence[str]], bool],
-    numbers: TakenNumbers,
-) -> Relocation:
-    """Give every part its final name, none if one is taken, and make that durable (X6 to X8).
-
-    Raises:
-        OSError, JournalError: the caller recovers.
-    """
-    for attempt in numbers.attempts(relocation):
-        names = final_names(relocation, attempt)
-        if is_taken(names):
-            continue
-        named = replace(
-            relocation,
-            members=tuple(replace(one, final=name) for one, name in zip(relocation.members, names, strict=True)),
-        )
-        if _publish_all(destination, named, advance):
-            numbers.remember(relocation, attempt)
-            return seal_published(destination, named, advance)
-    raise DestinationError(f"{relocation.destination}: no free name for {relocation.image.wanted!r}")
-
-
-def seal_published(destination: int, relocation: Relocation, advance: Advance) -> Relocation:
+def seal_published(destination: int, relocation: MoveRecord, advance: Advance) -> MoveRecord:
     """Sync the published names and write that they stand (X7, X8); only then may the sources go."""
     sync_folder(destination)
     published = replace(
         relocation,
-        progress=Progress.PUBLISHED,
-        members=tuple(_with_moved_stamp(destination, member) for member in relocation.members),
+        progress=MoveProgress.PUBLISHED,
+        members=tuple(settled(destination, member, member.final) for member in relocation.members),
     )
     advance(published)
     return published
 
 
-def finish(folders: Folders, relocation: Relocation) -> Relocation:
+def remove_sources(folders: Folders, relocation: MoveRecord) -> MoveRecord:
     """Remove the sources of published copies (X9 to X11); doing it again is no mistake.
 
     A source that is no longer the version copied, that is being written, or whose copy is gone, is kept: two
     copies are better than none.
-
-    Raises:
-        OSError: the caller recovers.
     """
     source, destination = folders.open(relocation.source), folders.open(relocation.destination)
     kept = [
@@ -117,12 +82,18 @@ def finish(folders: Folders, relocation: Relocation) -> Relocation:
         for position, member in enumerate(relocation.members)
         if member.leaves and not _remove_source(source, destination, relocation, position)
     ]
-    remove_spent(folders, relocation)
+    remove_obsolete(folders, relocation)
     sync_folder(source)
     message = (
         f"kept in {relocation.source} too, it changed meanwhile: {', '.join(kept)}" if kept else relocation.message
     )
-    return replace(relocation, progress=Progress.DONE, message=message)
+    return replace(relocation, progress=MoveProgress.DONE, message=message)
+
+
+def settled(destination: int, member: MoveFile, final: str) -> MoveFile:
+    """Return a file of a move under the name that it got, with the version that stands there."""
+    status = look(destination, final)
+    return replace(member, final=final, moved_stamp=None if status is None else stamp_of(status))
 
 
 def publish_part(destination: int, part: str, final: str, note: Callable[[], None]) -> None:
@@ -132,12 +103,10 @@ def publish_part(destination: int, part: str, final: str, note: Callable[[], Non
         destination: descriptor of the folder.
         part: present name.
         final: wanted name.
-        note: called before an empty placeholder is made under the final name, for file systems that can neither
-            refuse to overwrite nor link (exFAT by FUSE); see docs/durability.md.
+        note: called before an empty placeholder is made, where renames can overwrite and nothing can be linked (exFAT).
 
     Raises:
         FileExistsError: the name is taken.
-        OSError: the disk refused.
         ChangedError: the placeholder was replaced by somebody else's file.
     """
     try:
@@ -166,30 +135,37 @@ def publish_part(destination: int, part: str, final: str, note: Callable[[], Non
     os.rename(part, final, src_dir_fd=destination, dst_dir_fd=destination)
 
 
-def copy_stands(destination: int, member: Member, name: str) -> bool:
+def copy_stands(destination: int, member: MoveFile, name: str) -> bool:
     """Whether the sealed copy of a member stands under a name, by inode or, where these do not last, by content."""
     status = look(destination, name)
-    if status is None or status.st_size != _size(member):
+    size = len(member.body) if member.body else member.stamp.size
+    if status is None or status.st_size != size:
         return False
     return status.st_ino == member.copy_inode or content_of(destination, name) == member.content
 
 
-def give_back(folder: int, taken: str, relocation: Relocation, position: int) -> None:
-    """Give a file in a folder its own name back, or else the next free one.
+def publish_anywhere(folder: int, hidden: str, names: Iterable[str]) -> str:
+    """Give a hidden file the first of these names that is free, and return it.
 
     Raises:
-        OSError: the disk refused.
+        DestinationError: none is.
     """
-    original = replace(relocation, members=tuple(replace(member, wanted=member.name) for member in relocation.members))
-    for attempt in range(1, MOST_ATTEMPTS):
+    for name in names:
         try:
-            publish_part(folder, taken, final_names(original, attempt)[position], lambda: None)
+            publish_part(folder, hidden, name, lambda: None)
         except FileExistsError:
             continue
-        return
+        return name
+    raise DestinationError(f"no name is free for {hidden}")
 
 
-def _copy_all(source: int, destination: int, relocation: Relocation, interrupted: Callable[[], bool]) -> Relocation:
+def give_back(folder: int, taken: str, relocation: MoveRecord, position: int) -> None:
+    """Give a file in a folder its own name back, or else the next free one."""
+    original = replace(relocation, members=tuple(replace(member, wanted=member.name) for member in relocation.members))
+    publish_anywhere(folder, taken, names_of_one(original, position))
+
+
+def _copy_all(source: int, destination: int, relocation: MoveRecord, interrupted: Callable[[], bool]) -> MoveRecord:
     members, lost = [], set(relocation.lost)
     for position, member in enumerate(relocation.members):
         if member.leaves:
@@ -198,11 +174,11 @@ def _copy_all(source: int, destination: int, relocation: Relocation, interrupted
             copy = make_part(source, destination, relocation, position)
         lost.update(copy.lost)
         members.append(replace(member, copy_inode=copy.inode, content=copy.content))
-    return replace(relocation, members=tuple(members), lost=tuple(sorted(lost)), progress=Progress.PUBLISHING)
+    return replace(relocation, members=tuple(members), lost=tuple(sorted(lost)), progress=MoveProgress.PUBLISHING)
 
 
 def _copy_source(
-    source: int, destination: int, relocation: Relocation, position: int, interrupted: Callable[[], bool]
+    source: int, destination: int, relocation: MoveRecord, position: int, interrupted: Callable[[], bool]
 ) -> Copy:
     member, part = relocation.members[position], relocation.part_name(position)
     path = f"{relocation.source}/{member.name}"
@@ -223,7 +199,7 @@ def _copy_source(
     return copy
 
 
-def _publish_all(destination: int, relocation: Relocation, advance: Advance) -> bool:
+def _publish_all(destination: int, relocation: MoveRecord, advance: Advance) -> bool:
     done: list[tuple[str, str]] = []
     for position, member in enumerate(relocation.members):
         part = relocation.part_name(position)
@@ -237,8 +213,8 @@ def _publish_all(destination: int, relocation: Relocation, advance: Advance) -> 
     return True
 
 
-def _remove_source(source: int, destination: int, relocation: Relocation, position: int) -> bool:
-    member, taken = relocation.members[position], relocation.taken_name(position)
+def _remove_source(source: int, destination: int, relocation: MoveRecord, position: int) -> bool:
+    member, taken = relocation.members[position], relocation.tombstone(position)
     standing = look(source, member.name)
     if standing is not None and look(source, taken) is None:
         if not is_version(standing, member.stamp) or not copy_stands(destination, member, member.final):
@@ -274,12 +250,3 @@ def _is_written(folder: int, name: str) -> bool:
         return writer_of(file) is Writer.PRESENT
     finally:
         os.close(file)
-
-
-def _with_moved_stamp(destination: int, member: Member) -> Member:
-    status = look(destination, member.final)
-    return member if status is None else replace(member, moved_stamp=stamp_of(status))
-
-
-def _size(member: Member) -> int:
-    return len(member.body) if member.body else member.stamp.size

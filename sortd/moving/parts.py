@@ -1,4 +1,7 @@
-"""One whole, durable copy of a file under a name that nobody sees, with all that its new home can keep of it."""
+"""Parts: whole, durable copies under hidden names, with all of a file that their folder's file system can keep.
+
+Everything here raises OSError where a disk refuses.
+"""
 
 import errno
 import hashlib
@@ -8,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from sortd.errors import BusyError
-from sortd.files import open_regular
-from sortd.moving.renaming import start_writeback
+from sortd.errors import BusyError, ChangedError
+from sortd.files import open_regular, sha256_of
+from sortd.moving.fs import FILE_FLAGS, Folders, is_version, look, start_writeback
+from sortd.store.records import MoveRecord, Role
 
 CHUNK_BYTES = 1 << 20
 WRITEBACK_BYTES = 64 << 20
@@ -45,11 +49,7 @@ def copy_to_part(source: int, folder: int, part: str, interrupted: Callable[[], 
         source: descriptor, opened for reading.
         folder: descriptor of the destination folder.
         part: name of the part; it must be free.
-        interrupted: asked between chunks.
-
-    Raises:
-        BusyError: interrupted.
-        OSError: a disk refused.
+        interrupted: asked between chunks; BusyError is raised when it says so.
     """
     before = os.fstat(source)
     copy = os.open(part, _PART_FLAGS, 0o600, dir_fd=folder)
@@ -63,11 +63,7 @@ def copy_to_part(source: int, folder: int, part: str, interrupted: Callable[[], 
 
 
 def write_part(folder: int, part: str, body: bytes) -> Copy:
-    """Write bytes of our own into a new part and sync it.
-
-    Raises:
-        OSError: the disk refused.
-    """
+    """Write bytes of our own into a new part and sync it."""
     descriptor = os.open(part, _PART_FLAGS, 0o666, dir_fd=folder)
     try:
         _write(descriptor, body)
@@ -78,30 +74,49 @@ def write_part(folder: int, part: str, body: bytes) -> Copy:
 
 
 def remove_part(folder: int, part: str) -> None:
-    """Remove a part if it is there.
-
-    Raises:
-        OSError: the disk refused.
-    """
+    """Remove a part if it is there."""
     try:
         os.unlink(part, dir_fd=folder)
     except FileNotFoundError:
         return
 
 
-def content_of(folder: int, name: str) -> str:
-    """Return the sha256 of a file's bytes, in hexadecimal; the empty string if it is not there.
+def make_part(source: int, destination: int, relocation: MoveRecord, position: int) -> Copy:
+    """Make, durably and under a hidden name, one file that does not leave the source: a copy or a reason.
 
     Raises:
-        OSError: it cannot be read.
+        ChangedError: a shared companion is no longer the version meant.
     """
+    member, part = relocation.members[position], relocation.part_name(position)
+    remove_part(destination, part)
+    if member.role is Role.REASON:
+        return write_part(destination, part, member.body)
+    file = os.open(member.name, FILE_FLAGS, dir_fd=source)
+    try:
+        if not is_version(os.fstat(file), member.stamp):
+            raise ChangedError(f"{relocation.source}/{member.name}: another version stands there now")
+        return copy_to_part(file, destination, part)
+    finally:
+        os.close(file)
+
+
+def remove_obsolete(folders: Folders, relocation: MoveRecord) -> None:
+    """Remove what sortd itself once made beside an image that is put back; what was changed since is kept."""
+    folder = folders.open(relocation.source)
+    for member in relocation.obsolete:
+        status = look(folder, member.name)
+        if status is not None and is_version(status, member.stamp):
+            os.unlink(member.name, dir_fd=folder)
+
+
+def content_of(folder: int, name: str) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal; the empty string if it is not there."""
     try:
         descriptor = open_regular(name, folder=folder)
     except FileNotFoundError:
         return ""
     try:
-        with open(descriptor, "rb", closefd=False) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(descriptor)
     finally:
         os.close(descriptor)  # a folder cannot be made a file of, and would stay open
 

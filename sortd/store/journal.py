@@ -1,4 +1,7 @@
-"""The journal of one dataset: every relocation is written before it begins and after it has ended."""
+"""The journal of one dataset: every move is written before it begins and after it has ended.
+
+What changes the journal raises JournalError where that could not be made durable; what follows may not be begun then.
+"""
 
 import json
 import os
@@ -6,29 +9,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from sortd.errors import JournalError
-from sortd.journaling.history import GUARD_FACT, History
-from sortd.journaling.records import (
-    UNDONE,
-    Grounds,
-    Record,
-    Selection,
-    label_column,
-    member_rows,
-    plain,
-)
-from sortd.journaling.store import committing, open_beside, open_for_writing
+from sortd.files import identity_of
 from sortd.messages import Stamp
-from sortd.moving.relocation import Progress, Relocation
 from sortd.sorting.guard import GuardState
+from sortd.store.database import committing, open_beside, open_for_writing
+from sortd.store.history import GUARD_FACT, History
+from sortd.store.records import UNDONE, MoveProgress, MoveReason, MoveRecord, Record, member_rows, plain
 
-__all__ = ["UNDONE", "Grounds", "History", "Journal", "Record", "Selection"]
-
-_MOVE = """INSERT INTO moves (token, run, outcome, progress, source, destination, label, score, margin, second_label,
-mode, reason, generation, encoder_id, content, intended_at, undoes) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"""
 _FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 _MEMBER = "INSERT INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 
@@ -51,15 +41,11 @@ class Journal:
         self.run = run
         self.clock = clock
         self._connection = open_for_writing(path)
-        self._identity = _identity(path)
+        self._identity = identity_of(path)
         self.history = History(self._connection, path)
 
     def beside(self) -> "Journal":
-        """Return the same journal for the thread that calls, which closes it.
-
-        Raises:
-            JournalError: it cannot be opened.
-        """
+        """Return the same journal for the thread that calls, which closes it."""
         other = object.__new__(Journal)
         other.path, other.run, other.clock = self.path, self.run, self.clock
         other._connection = open_beside(self.path)
@@ -70,9 +56,7 @@ class Journal:
         """Return itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the journal."""
         self.close()
 
@@ -86,47 +70,37 @@ class Journal:
         Raises:
             JournalError: it was removed or replaced.
         """
-        if _identity(self.path) != self._identity:
+        if identity_of(self.path) != self._identity:
             raise JournalError(f"{self.path}: the journal was removed or replaced while it was open; it is opened anew")
 
-    def intend(self, orders: Sequence[tuple[Relocation, Grounds]]) -> None:
-        """Write, in one durable commit, what is about to be done.
-
-        Raises:
-            JournalError: it could not be made durable; nothing of it may be begun.
-        """
+    def intend(self, orders: Sequence[tuple[MoveRecord, MoveReason]]) -> None:
+        """Write, in one durable commit, what is about to be done."""
         now = self.clock()
         with committing(self._connection, self.path):
             for relocation, grounds in orders:
                 self._insert(relocation, grounds, now)
 
-    def advance(self, relocation: Relocation) -> None:
-        """Write durably how far a relocation has come.
-
-        Raises:
-            JournalError: it could not be made durable; the next step may not be begun.
-        """
+    def advance(self, relocation: MoveRecord) -> None:
+        """Write durably how far a move has come."""
         with committing(self._connection, self.path):
             self._update(relocation, None)
 
-    def settle(self, relocations: Iterable[Relocation]) -> None:
-        """Write, in one durable commit, how relocations ended; those that are still under way are left open.
+    def settle(self, relocations: Iterable[MoveRecord]) -> None:
+        """Write, in one durable commit, how moves ended; those that are still under way are left open.
 
-        A relocation that was taken back leaves no record: nothing happened. One that undid another holds what it put
+        A move that was taken back leaves no record: nothing happened. One that undid another holds what it put
         back, or it would be filed again at once.
-
-        Raises:
-            JournalError: it could not be made durable.
         """
         now = self.clock()
         with committing(self._connection, self.path):
             for relocation in relocations:
                 match relocation.progress:
-                    case Progress.FAILED:
+                    case MoveProgress.FAILED:
                         self._connection.execute("DELETE FROM moves WHERE token = ?", (relocation.token,))
-                    case Progress.DONE:
+                    case MoveProgress.DONE:
                         self._update(relocation, now)
-                        self._unhold(relocation)
+                        source = os.fsencode(f"{relocation.source}/{relocation.image.name}")
+                        self._connection.execute("DELETE FROM holds WHERE path = ?", (source,))
                         self._finish_undo(relocation, now)
                     case _:  # its progress stands in the journal already
                         continue
@@ -138,29 +112,18 @@ class Journal:
             path: relative to the dataset.
             stamp: the version; another one under the same name is not held.
             reason: one word for whoever asks.
-
-        Raises:
-            JournalError: it could not be made durable.
         """
         self.hold_all([(path, stamp)], reason)
 
     def hold_all(self, versions: Iterable[tuple[str, Stamp]], reason: str) -> None:
-        """Note in one commit that these versions are not to be moved.
-
-        Raises:
-            JournalError: it could not be made durable.
-        """
+        """Note in one commit that these versions are not to be moved."""
         now = self.clock()
         with committing(self._connection, self.path):
             for path, stamp in versions:
                 self._hold(path, stamp, reason, now)
 
     def release(self, path: str | None = None) -> int:
-        """Let one held path go, or every one; return how many there were.
-
-        Raises:
-            JournalError: it could not be made durable.
-        """
+        """Let one held path go, or every one; return how many there were."""
         with committing(self._connection, self.path):
             if path is None:
                 return self._connection.execute("DELETE FROM holds").rowcount
@@ -174,19 +137,12 @@ class Journal:
 
         Returns:
             Whether each was news.
-
-        Raises:
-            JournalError: it could not be made durable.
         """
         with committing(self._connection, self.path):
             return [self._record_correction(record, corrected, path) for record, corrected, path in found]
 
     def follow(self, record: Record, stamp: Stamp) -> None:
-        """Note that another version of a record's image, of bytes not known, stands where it was put.
-
-        Raises:
-            JournalError: it could not be made durable.
-        """
+        """Note that another version of a record's image, of bytes not known, stands where it was put."""
         with committing(self._connection, self.path):
             self._connection.execute(
                 "UPDATE members SET moved_device = ?, moved_inode = ?, moved_size = ?, moved_mtime_ns = ?, "
@@ -195,29 +151,16 @@ class Journal:
             )
 
     def note(self, key: str, value: str) -> None:
-        """Keep a fact under a key, in the place of what stood there.
-
-        Raises:
-            JournalError: it could not be made durable.
-        """
-        with committing(self._connection, self.path):
-            self._connection.execute(_FACT, (key, value))
+        """Keep a fact under a key, in the place of what stood there."""
+        self.note_all({key: value})
 
     def note_all(self, facts: Mapping[str, str]) -> None:
-        """Keep facts under their keys, in one commit.
-
-        Raises:
-            JournalError: they could not be made durable.
-        """
+        """Keep facts under their keys, in one commit."""
         with committing(self._connection, self.path):
             self._connection.executemany(_FACT, facts.items())
 
     def note_guard(self, state: GuardState) -> None:
-        """Write down how the guard stands.
-
-        Raises:
-            JournalError: it could not be made durable; nothing may move meanwhile.
-        """
+        """Write down how the guard stands."""
         self.note(GUARD_FACT, json.dumps(asdict(state)))
 
     def _record_correction(self, record: Record, corrected: str, path: str) -> bool:
@@ -228,44 +171,26 @@ class Journal:
             "INSERT INTO corrections VALUES (?,?,?,?,?,?) ON CONFLICT (move) DO UPDATE SET "
             "corrected = excluded.corrected, path = excluded.path, at = excluded.at "
             "WHERE corrected != excluded.corrected",
-            (
-                record.id,
-                os.fsencode(label),
-                os.fsencode(corrected),
-                os.fsencode(path),
-                record.grounds.content,
-                self.clock(),
-            ),
+            (record.id, *map(os.fsencode, (label, corrected, path)), record.grounds.content, self.clock()),
         )
         return done.rowcount > 0
 
-    def _insert(self, relocation: Relocation, grounds: Grounds, now: float) -> None:
-        cursor = self._connection.execute(
-            _MOVE,
-            (
-                relocation.token,
-                self.run,
-                grounds.outcome,
-                relocation.progress.value,
-                os.fsencode(relocation.source),
-                os.fsencode(relocation.destination),
-                label_column(grounds.label),
-                grounds.score,
-                grounds.margin,
-                label_column(grounds.second_label),
-                grounds.mode,
-                plain(grounds.reason),
-                grounds.generation,
-                grounds.encoder_id,
-                grounds.content,
-                now,
-                grounds.undoes,
-            ),
-        )
-        move = cursor.lastrowid or 0
+    def _insert(self, relocation: MoveRecord, grounds: MoveReason, now: float) -> None:
+        columns = {
+            "token": relocation.token,
+            "run": self.run,
+            "progress": relocation.progress.value,
+            "source": os.fsencode(relocation.source),
+            "destination": os.fsencode(relocation.destination),
+            "intended_at": now,
+            **grounds.columns,
+        }
+        marks = ",".join("?" * len(columns))
+        insert = f"INSERT INTO moves ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608 - names of columns only
+        move = self._connection.execute(insert, tuple(columns.values())).lastrowid or 0
         self._connection.executemany(_MEMBER, member_rows(move, relocation))
 
-    def _update(self, relocation: Relocation, ended_at: float | None) -> None:
+    def _update(self, relocation: MoveRecord, ended_at: float | None) -> None:
         (move,) = self._connection.execute("SELECT id FROM moves WHERE token = ?", (relocation.token,)).fetchone()
         self._connection.execute(
             "UPDATE moves SET progress = ?, lost = ?, message = ?, ended_at = ? WHERE id = ?",
@@ -274,7 +199,7 @@ class Journal:
         self._connection.execute("DELETE FROM members WHERE move = ?", (move,))
         self._connection.executemany(_MEMBER, member_rows(move, relocation))
 
-    def _finish_undo(self, relocation: Relocation, now: float) -> None:
+    def _finish_undo(self, relocation: MoveRecord, now: float) -> None:
         move, outcome, undoes = self._connection.execute(
             "SELECT id, outcome, undoes FROM moves WHERE token = ?", (relocation.token,)
         ).fetchone()
@@ -284,20 +209,7 @@ class Journal:
         self._connection.execute("UPDATE moves SET undone_by = ? WHERE id = ?", (move, undoes))
         self._hold(f"{relocation.destination}/{image.final}", image.moved_stamp, UNDONE, now)
 
-    def _unhold(self, relocation: Relocation) -> None:
-        path = os.fsencode(f"{relocation.source}/{relocation.image.name}")
-        self._connection.execute("DELETE FROM holds WHERE path = ?", (path,))
-
     def _hold(self, path: str, stamp: Stamp, reason: str, now: float) -> None:
         self._connection.execute(
-            "INSERT OR REPLACE INTO holds VALUES (?,?,?,?,?,?,?)",
-            (os.fsencode(path), *stamp.columns, now, reason),
+            "INSERT OR REPLACE INTO holds VALUES (?,?,?,?,?,?,?)", (os.fsencode(path), *stamp.columns, now, reason)
         )
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino

@@ -1,4 +1,4 @@
-"""What the journal can be asked, by sortd itself or by another process while it runs."""
+"""Questions to a journal, by sortd itself or by another process while it runs."""
 
 import json
 import os
@@ -6,22 +6,12 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sortd.journaling.records import (
-    FiledImages,
-    Record,
-    Selection,
-    label_column,
-    label_from,
-    plain,
-    record_from,
-    stamp_from,
-)
-from sortd.journaling.store import open_for_reading, translated, verify
 from sortd.messages import Stamp
 from sortd.sorting.guard import GuardState
+from sortd.store.database import open_for_reading, translated, verify
+from sortd.store.records import FiledImages, Record, Selection, label_column, label_from, plain, record_from, stamp_from
 
 # Asked before every batch: the small index holds the unfinished ones only.
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
@@ -32,7 +22,7 @@ _T = TypeVar("_T")
 # The plus keeps the planner from walking through the index of all moves that are done, which are nearly all there are,
 # see https://www.sqlite.org/optoverview.html#disqualifying_where_clause_terms_using_unary_
 _STANDING = "+progress = 'done' AND undone_by IS NULL AND outcome NOT IN ('undone', 'followed')"
-_NAMED = "moves.id IN (SELECT move FROM members WHERE {} IN ({}) AND position = 0) ORDER BY moves.id DESC LIMIT 1"
+_NAMED = "moves.id IN (SELECT move FROM members WHERE {} = ? AND position = 0) ORDER BY moves.id DESC LIMIT 1"
 _OF_STAMP = """moves.id IN (SELECT move FROM members WHERE moved_inode = ? AND position = 0
 AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT ?"""
 _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
@@ -40,8 +30,7 @@ _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content !
 GENERATION_FACT = "generation"
 """The last generation that served: numbers are never used again, even when the cache is lost."""
 
-GUARD_FACT = "guard"
-"""How the guard stands, as JSON: see ``GuardState``."""
+GUARD_FACT = "guard"  # how the guard stands, as JSON: see GuardState
 # By class: an image is checked that was filed before the last one of its class was corrected or undone.
 _FILED = """WITH filed AS (
     SELECT moves.label AS label, moves.ended_at AS ended_at, corrections.at AS corrected_at,
@@ -57,7 +46,7 @@ FROM filed JOIN looked ON looked.label IS filed.label GROUP BY filed.label ORDER
 
 
 class History:
-    """Questions to one dataset's journal; none of them changes it."""
+    """Questions to one dataset's journal; none changes it, and each raises JournalError if it cannot be read."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         """Ask through a connection that is open already."""
@@ -78,9 +67,7 @@ class History:
         """Return itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the connection."""
         self.close()
 
@@ -89,11 +76,7 @@ class History:
         self._connection.close()
 
     def moves(self, selection: Selection) -> list[Record]:
-        """Return the finished moves that were asked for, newest first.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return the finished moves that were asked for, newest first."""
         conditions = ["+progress = 'done'"]  # the newest fifty of a million are read, not the million sorted
         values: list[Any] = []
         for condition, value in _conditions(selection):
@@ -103,11 +86,7 @@ class History:
         return self._records(f"{' AND '.join(conditions)} ORDER BY moves.id DESC LIMIT ?", (*values, limit))
 
     def unfinished(self) -> list[Record]:
-        """Return the moves that were intended and never ended, oldest first.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return the moves that were intended and never ended, oldest first."""
         return self._records(f"moves.id IN ({_UNFINISHED}) ORDER BY moves.id", ())
 
     def last_known(self, stamp: Stamp | None = None, content: str = "") -> Record | None:
@@ -115,40 +94,20 @@ class History:
 
         A move that was undone does not count. The device is not compared: its number changes when a disk is mounted
         again.
-
-        Raises:
-            JournalError: the journal cannot be read.
         """
         if stamp is not None and (found := self.known(stamp, limit=1)):
             return found[0]
-        if content and (found := self._records(f"{_STANDING} AND {_OF_CONTENT}", (content,))):
-            return found[0]
-        return None
+        return self._first(_OF_CONTENT, (content,)) if content else None
 
     def known(self, stamp: Stamp, limit: int) -> list[Record]:
-        """Return the last moves that brought this very file to where sortd put it, newest first; see ``last_known``.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return the last moves that brought this very file to where sortd put it, newest first; see ``last_known``."""
         _, inode, size, mtime_ns = stamp.columns
         return self._records(f"{_STANDING} AND {_OF_STAMP}", (inode, size, mtime_ns, limit))
 
-    def last_moved(self, folder: str, names: Sequence[str], *, since: float) -> Record | None:
-        """Return the last move of an image with one of these names out of a folder, which was not undone.
-
-        Args:
-            folder: relative to the dataset.
-            names: base names.
-            since: seconds since the epoch; moves that ended before do not count.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
-        named = _NAMED.format("name", ",".join("?" * len(names)))
-        values = (os.fsencode(folder), since, *map(os.fsencode, names))
-        found = self._records(f"{_STANDING} AND source = ? AND ended_at >= ? AND {named}", values)
-        return found[0] if found else None
+    def last_moved(self, folder: str, name: str) -> Record | None:
+        """Return the last move of an image with this name out of a folder, which was not undone."""
+        values = (os.fsencode(folder), os.fsencode(name))
+        return self._first(f"source = ? AND {_NAMED.format('name')}", values)
 
     def moved_between(self, folder: str, first: str, beyond: str, *, since: float) -> list[Record]:
         """Return the moves of images with a name in a range out of a folder, which were not undone, newest first.
@@ -158,54 +117,27 @@ class History:
             first: the least name.
             beyond: the least name that is beyond the range.
             since: seconds since the epoch; moves that ended before do not count.
-
-        Raises:
-            JournalError: the journal cannot be read.
         """
         named = "moves.id IN (SELECT move FROM members WHERE name >= ? AND name < ? AND position = 0)"
         values = (os.fsencode(folder), since, os.fsencode(first), os.fsencode(beyond))
         return self._records(f"{_STANDING} AND source = ? AND ended_at >= ? AND {named} ORDER BY moves.id DESC", values)
 
     def last_put(self, folder: str, name: str) -> Record | None:
-        """Return the last move that put an image under this name into a folder, which was not undone.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return the last move that put an image under this name into a folder, which was not undone."""
         values = (os.fsencode(folder), os.fsencode(name))
-        found = self._records(f"{_STANDING} AND destination = ? AND {_NAMED.format('final', '?')}", values)
-        return found[0] if found else None
+        return self._first(f"destination = ? AND {_NAMED.format('final')}", values)
 
     def last_named(self, name: str, size: int) -> Record | None:
-        """Return the last move that gave an image of so many bytes this name, wherever, and was not undone.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return the last move that gave an image of so many bytes this name, wherever, and was not undone."""
         put = "SELECT move FROM members WHERE final = ? AND moved_size = ? AND position = 0"
-        values = (os.fsencode(name), size)
-        found = self._records(f"{_STANDING} AND moves.id IN ({put}) ORDER BY moves.id DESC LIMIT 1", values)
-        return found[0] if found else None
+        return self._first(f"moves.id IN ({put}) ORDER BY moves.id DESC LIMIT 1", (os.fsencode(name), size))
 
     def finished(self, identifiers: Sequence[int]) -> list[Record]:
-        """Return the finished moves of these numbers, newest first; those that are not there are missing.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
-        found = [
-            record
-            for chunk in _chunks(identifiers)
-            for record in self._records(f"+progress = 'done' AND moves.id IN ({_marks(chunk)})", tuple(chunk))
-        ]
-        return sorted(found, key=lambda record: record.id, reverse=True)
+        """Return the finished moves of these numbers, newest first; those that are not there are missing."""
+        return self._among("+progress = 'done' AND moves.id IN ({})", identifiers)
 
     def missing(self, identifiers: Sequence[int]) -> list[int]:
-        """Return the numbers among these that no finished move has.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return the numbers among these that no finished move has."""
         there: set[int] = set()
         for chunk in _chunks([one for one in identifiers if isinstance(one, int) and 0 < one <= _MOST_ROWS]):
             rows = self._rows(
@@ -216,65 +148,36 @@ class History:
         return [identifier for identifier in identifiers if identifier not in there]
 
     def followers(self, reasons: Sequence[str]) -> list[Record]:
-        """Return the moves of companions that came later than their image, for these reasons, newest first.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return the moves of companions that came later than their image, for these reasons, newest first."""
         where = "+progress = 'done' AND outcome = 'followed' AND undone_by IS NULL AND reason IN ({})"
-        found = [
-            record
-            for chunk in _chunks(reasons)
-            for record in self._records(where.format(_marks(chunk)), tuple(map(plain, chunk)))
-        ]
-        return sorted(found, key=lambda record: record.id, reverse=True)
+        return self._among(where, [plain(reason) for reason in reasons])
 
     def held(self) -> dict[str, Stamp]:
-        """Return the versions that are not to be moved, by path relative to the dataset.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return the versions that are not to be moved, by path relative to the dataset."""
         rows = self._rows("SELECT * FROM holds ORDER BY since")
         with translated(self._path):
             return {_relative_path(row["path"]): _held_stamp(row) for row in rows}
 
     def held_version(self, path: str) -> Stamp | None:
-        """Return the version under a path, relative to the dataset, that is not to be moved; None: there is none.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return the version under a path, relative to the dataset, that is not to be moved; None: there is none."""
         rows = self._rows("SELECT * FROM holds WHERE path = ?", (os.fsencode(path),))
         with translated(self._path):
             return _held_stamp(rows[0]) if rows else None
 
     def counts(self) -> dict[str, int]:
-        """Return how many moves ended with each outcome, those that were undone later included.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return how many moves ended with each outcome, those that were undone later included."""
         rows = self._rows("SELECT outcome, count(*) AS n FROM moves WHERE progress = 'done' GROUP BY outcome")
         return {row["outcome"]: row["n"] for row in rows}
 
     def accuracy(self) -> dict[str, FiledImages]:
-        """Return for each class what became of the images that were filed into it.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return for each class what became of the images that were filed into it."""
         return {
             label_from(row["label"]) or "": FiledImages(row["filed"], row["checked"], row["corrected"], row["undone"])
             for row in self._rows(_FILED)
         }
 
     def corrections(self) -> list[tuple[str, str, str, float]]:
-        """Return every correction as label, corrected label, path relative to the dataset, seconds since the epoch.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return every correction as label, corrected label, path relative to the dataset, seconds since the epoch."""
         rows = self._rows("SELECT * FROM corrections ORDER BY at")
         with translated(self._path):
             return [
@@ -283,20 +186,12 @@ class History:
             ]
 
     def fact(self, key: str) -> str | None:
-        """Return what was noted under a key.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return what was noted under a key."""
         rows = self._rows("SELECT value FROM facts WHERE key = ?", (key,))
         return rows[0]["value"] if rows else None
 
     def number(self, key: str) -> int:
-        """Return the whole number that was noted under a key; 0 where nothing was.
-
-        Raises:
-            JournalError: the journal cannot be read, or holds no number there.
-        """
+        """Return the whole number that was noted under a key; 0 where nothing was."""
         noted = self.fact(key)
         if noted is None:
             return 0
@@ -310,27 +205,15 @@ class History:
             return number
 
     def verify(self) -> None:
-        """See that the whole journal can be understood.
-
-        Raises:
-            JournalError: it is damaged.
-        """
+        """See that the whole journal can be understood."""
         verify(self._connection, self._path)
 
     def last_generation(self) -> int:
-        """Return the last generation that served; 0: none did.
-
-        Raises:
-            JournalError: the journal cannot be read, or notes no number.
-        """
+        """Return the last generation that served; 0: none did."""
         return self.number(GENERATION_FACT)
 
     def guard(self) -> GuardState:
-        """Return how the guard stood last; where no run has noted it, what served last is trusted.
-
-        Raises:
-            JournalError: the journal cannot be read, or notes nothing that makes sense.
-        """
+        """Return how the guard stood last; where no run has noted it, what served last is trusted."""
         noted = self.fact(GUARD_FACT)
         if noted is None:
             return GuardState(self.last_generation())
@@ -344,20 +227,27 @@ class History:
             raise ValueError(f"the fact {GUARD_FACT} is {noted[:100]!r}, which says nothing of a guard")
 
     def facts_like(self, start: str, part: str = "") -> dict[str, str]:
-        """Return what was noted under each key that begins so, where this is a part of it.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Return what was noted under each key that begins so, where this is a part of it."""
         statement = "SELECT key, value FROM facts WHERE key >= ? AND key < ? AND instr(value, ?)"
         rows = self._rows(statement, (start, f"{start}\U0010ffff", part))
         return {row["key"]: row["value"] for row in rows}
+
+    def _first(self, where: str, values: tuple[Any, ...]) -> Record | None:
+        """Return the newest move that was not undone and for which a condition holds."""
+        found = self._records(f"{_STANDING} AND {where}", values)
+        return found[0] if found else None
+
+    def _among(self, where: str, values: Sequence[Any]) -> list[Record]:
+        """Return the records for which a condition holds with one of many values, newest first."""
+        chunks = list(_chunks(values))
+        found = [record for chunk in chunks for record in self._records(where.format(_marks(chunk)), tuple(chunk))]
+        return sorted(found, key=lambda record: record.id, reverse=True)
 
     def _records(self, where: str, values: tuple[Any, ...]) -> list[Record]:
         with translated(self._path):
             rows = self._rows(f"SELECT moves.* FROM moves WHERE {where}", values)  # noqa: S608 - our own words only
             members = self._members([row["id"] for row in rows])
-            return [_record(row, members[row["id"]]) for row in rows]
+            return [record_from(row, members[row["id"]]) for row in rows]
 
     def _members(self, moves: list[int]) -> defaultdict[int, list[sqlite3.Row]]:
         found: defaultdict[int, list[sqlite3.Row]] = defaultdict(list)
@@ -369,13 +259,6 @@ class History:
     def _rows(self, statement: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
         with translated(self._path):
             return self._connection.execute(statement, values).fetchall()
-
-
-def _record(row: sqlite3.Row, members: list[sqlite3.Row]) -> Record:
-    try:
-        return record_from(row, members)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"record {row['id']}: {error}") from error
 
 
 def _relative_path(column: bytes) -> str:
