@@ -109,6 +109,8 @@ class Mover:
         Returns:
             What was found open, as it is now; one that is still open waits for a disk.
         """
+        if self._journal.open_tokens <= self._copying.keys():
+            return []
         unfinished = [record.relocation for record in self._journal.history.unfinished()]
         waiting = [one for one in unfinished if one.token not in self._copying]
         if waiting:

@@ -13,7 +13,7 @@ from sortd.sorting.guard import GuardState
 from sortd.store.database import open_for_reading, translated, verify
 from sortd.store.records import FiledImages, Record, Selection, label_column, label_from, plain, record_from, stamp_from
 
-# Asked before every batch: the small index holds the unfinished ones only.
+# The small index holds the unfinished ones only.
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
 _MEMBERS = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
 _CHUNK = 500
@@ -88,6 +88,10 @@ class History:
     def unfinished(self) -> list[Record]:
         """Return the moves that were intended and never ended, oldest first."""
         return self._records(f"moves.id IN ({_UNFINISHED}) ORDER BY moves.id", ())
+
+    def open_tokens(self) -> set[str]:
+        """Return the tokens of the moves that were intended and never ended."""
+        return {row["token"] for row in self._rows(f"SELECT token FROM moves WHERE id IN ({_UNFINISHED})")}  # noqa: S608
 
     def last_known(self, stamp: Stamp | None = None, content: str = "") -> Record | None:
         """Return the last move that brought this very file, or else these bytes, to where sortd put it.

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
@@ -43,12 +44,19 @@ class Journal:
         self._connection = open_for_writing(path)
         self._identity = identity_of(path)
         self.history = History(self._connection, path)
+        self._open = self.history.open_tokens()
+
+    @property
+    def open_tokens(self) -> AbstractSet[str]:
+        """Return the tokens of the moves that have not ended."""
+        return self._open
 
     def beside(self) -> "Journal":
         """Return the same journal for the thread that calls, which closes it."""
         other = object.__new__(Journal)
         other.path, other.run, other.clock = self.path, self.run, self.clock
         other._connection = open_beside(self.path)
+        other._open = set()  # intending and settling is for the first alone
         other.history = History(other._connection, self.path)
         return other
 
@@ -76,6 +84,7 @@ class Journal:
     def intend(self, orders: Sequence[tuple[MoveRecord, MoveReason]]) -> None:
         """Write, in one durable commit, what is about to be done."""
         now = self.clock()
+        self._open |= {relocation.token for relocation, _ in orders}
         with committing(self._connection, self.path):
             for relocation, grounds in orders:
                 self._insert(relocation, grounds, now)
@@ -92,18 +101,22 @@ class Journal:
         back, or it would be filed again at once.
         """
         now = self.clock()
+        ended = set()
         with committing(self._connection, self.path):
             for relocation in relocations:
                 match relocation.progress:
                     case MoveProgress.FAILED:
                         self._connection.execute("DELETE FROM moves WHERE token = ?", (relocation.token,))
                     case MoveProgress.DONE:
-                        self._update(relocation, now)
+                        move, outcome, undoes = self._update(relocation, now)
                         source = os.fsencode(f"{relocation.source}/{relocation.image.name}")
                         self._connection.execute("DELETE FROM holds WHERE path = ?", (source,))
-                        self._finish_undo(relocation, now)
+                        if outcome == UNDONE:
+                            self._finish_undo(relocation, move, undoes, now)
                     case _:  # its progress stands in the journal already
                         continue
+                ended.add(relocation.token)
+        self._open -= ended
 
     def hold(self, path: str, stamp: Stamp, reason: str) -> None:
         """Note that this version is not to be moved.
@@ -190,21 +203,21 @@ class Journal:
         move = self._connection.execute(insert, tuple(columns.values())).lastrowid or 0
         self._connection.executemany(_MEMBER, member_rows(move, relocation))
 
-    def _update(self, relocation: MoveRecord, ended_at: float | None) -> None:
-        (move,) = self._connection.execute("SELECT id FROM moves WHERE token = ?", (relocation.token,)).fetchone()
-        self._connection.execute(
-            "UPDATE moves SET progress = ?, lost = ?, message = ?, ended_at = ? WHERE id = ?",
-            (relocation.progress.value, plain("\n".join(relocation.lost)), plain(relocation.message), ended_at, move),
-        )
+    def _update(self, relocation: MoveRecord, ended_at: float | None) -> tuple[int, str, int | None]:
+        """Write how far a move has come; return its id, its outcome and the id of the move that it undoes."""
+        lost, message = plain("\n".join(relocation.lost)), plain(relocation.message)
+        ((move, outcome, undoes),) = self._connection.execute(
+            "UPDATE moves SET progress = ?, lost = ?, message = ?, ended_at = ? WHERE token = ? "
+            "RETURNING id, outcome, undoes",
+            (relocation.progress.value, lost, message, ended_at, relocation.token),
+        ).fetchall()
         self._connection.execute("DELETE FROM members WHERE move = ?", (move,))
         self._connection.executemany(_MEMBER, member_rows(move, relocation))
+        return move, outcome, undoes
 
-    def _finish_undo(self, relocation: MoveRecord, now: float) -> None:
-        move, outcome, undoes = self._connection.execute(
-            "SELECT id, outcome, undoes FROM moves WHERE token = ?", (relocation.token,)
-        ).fetchone()
+    def _finish_undo(self, relocation: MoveRecord, move: int, undoes: int | None, now: float) -> None:
         image = relocation.image
-        if outcome != UNDONE or image.moved_stamp is None:
+        if image.moved_stamp is None:
             return
         self._connection.execute("UPDATE moves SET undone_by = ? WHERE id = ?", (move, undoes))
         self._hold(f"{relocation.destination}/{image.final}", image.moved_stamp, UNDONE, now)
