@@ -44,9 +44,9 @@ from benchmarks.workload import (
     write_config,
 )
 from sortd.decoding.decoders import DecodedImage, DecoderPool
+from sortd.events import Preprocessing
 from sortd.images import Jpeg, Limits
-from sortd.messages import Preprocessing
-from sortd.watching.scanning import scan
+from sortd.watch.scan import scan
 
 FLOORS = {"torch": 4.0, "onnx": 6.0}
 """Times the script's images per second."""

@@ -25,8 +25,9 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
+from sortd.core.sorter import Sorter, SorterSettings
 from sortd.deciding.classifier import Classifier, decide_by
-from sortd.messages import (
+from sortd.events import (
     Command,
     Embed,
     Embedded,
@@ -47,10 +48,7 @@ from sortd.messages import (
     Writer,
 )
 from sortd.prototypes import Decision, DecisionSettings, Mode, PrototypeSet, SupportSet, build
-from sortd.running.sweep import SLICE
-from sortd.sorter import Sorter
-from sortd.sorting.settings import SorterSettings
-from sortd.watching.scanning import scan
+from sortd.watch.scan import SLICE, scan
 
 MOST_MICROSECONDS = 80.0
 MOST_KNOWN = 100_000
@@ -136,7 +134,7 @@ class Drive:
         while self.filed < self.inbox.files:
             self._carry_out()
             self._scan_on()
-            self.most_known = max(self.most_known, self.sorter.known)
+            self.most_known = max(self.most_known, len(self.sorter.images))
             deadline = self.sorter.next_deadline()
             if not self._commands and self._found is None and deadline is not None:
                 self.now = max(self.now, deadline)
@@ -149,7 +147,7 @@ class Drive:
             return
         numbers = list(islice(self._found, SLICE))
         self.tell([ImageSeen(self.inbox.path(number), self.inbox.stamp(number)) for number in numbers])
-        if self.sorter.is_overflowed:  # what is left of it does not fit either: another scan finds it
+        if self.sorter.images.overflowed:  # what is left of it does not fit either: another scan finds it
             self._found = None
         elif len(numbers) < SLICE:
             self._found = None
@@ -204,7 +202,7 @@ def measure_core(images: int, limit: int) -> dict[str, Any]:
     """File so many images through a core and say what each part of them cost."""
     drive = Drive(images, limit)
     marks, memory, began = [0.0], [resident_mebibytes()], time.perf_counter()
-    with mock.patch("sortd.sorter.decide_by", drive.decide):
+    with mock.patch("sortd.core.sorter.decide_by", drive.decide):
         for filed in drive.run():
             if filed * QUARTERS >= images * len(marks):
                 marks.append(drive.core_seconds - drive.decision_seconds)

@@ -22,8 +22,8 @@ from PIL import Image
 
 from sortd.decoding.decoders import DecodedImage, DecoderPool
 from sortd.decoding.files import stamp_of
+from sortd.events import Preprocessing, Stamp
 from sortd.images import Jpeg, Limits
-from sortd.messages import Preprocessing, Stamp
 
 TICKS = os.sysconf("SC_CLK_TCK")
 SEEN = Preprocessing(224, 224, 224)

@@ -20,14 +20,14 @@ import numpy as np
 from PIL import Image
 
 from sortd.decoding.decoders import DecodedImage, DecoderPool
+from sortd.events import Fit, Preprocessing
 from sortd.finetuning.network import Network, device_of
 from sortd.finetuning.preparation import enlarged
 from sortd.finetuning.recipe import Recipe
 from sortd.finetuning.trainee import make_trainee
 from sortd.finetuning.training import Lesson, Schedule, train
 from sortd.images import Limits
-from sortd.messages import Fit, Preprocessing
-from sortd.watching.scanning import stamp
+from sortd.watch.scan import stamp
 
 if TYPE_CHECKING:
     import torch

@@ -25,12 +25,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from sortd.cache import Cache
+from sortd.daemon.embedder import Embedder
 from sortd.decoding.decoders import DecoderPool
+from sortd.events import Preprocessing
 from sortd.images import Limits
-from sortd.messages import Preprocessing
 from sortd.prototypes import Abstain, DecisionSettings, Mode, SupportSet, build, decide
 from sortd.references import References, Teaching
-from sortd.running.embedding import Embedder
 
 DIMENSIONS = 512
 SIDE = 16

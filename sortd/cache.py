@@ -18,7 +18,7 @@ from typing import Self, TypeVar
 from sortd.caching import tables
 from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.caching.tables import CacheFacts
-from sortd.messages import FloatArray, Stamp
+from sortd.events import FloatArray, Stamp
 from sortd.prototypes import PrototypeSet
 
 MAX_BYTES = 1_000_000_000

@@ -28,9 +28,9 @@ from sortd.console_line import readable_json
 from sortd.errors import SortdError
 
 if TYPE_CHECKING:
+    from sortd.daemon.resources import LoadEncoder
+    from sortd.events import Move
     from sortd.logs import Format
-    from sortd.messages import Move
-    from sortd.running.site import LoadEncoder
 
 PATIENT_PRODUCTS = ("OPENBLAS_THREAD_TIMEOUT", "20")
 """Read by the OpenBLAS in numpy when it is loaded: the binary logarithm of the clock cycles that its threads spin for
@@ -100,10 +100,10 @@ def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = 
     """
     os.environ.setdefault(*PATIENT_PRODUCTS)
     from sortd import logs
-    from sortd.daemon import Daemon
+    from sortd.daemon.daemon import Daemon
+    from sortd.daemon.resources import Site
     from sortd.metrics import Metrics
-    from sortd.running.site import Site
-    from sortd.sdnotify import Notifier
+    from sortd.systemd import Notifier
 
     logs.configure(said_format())
     config = load_config(path)
@@ -111,7 +111,7 @@ def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = 
     raise_descriptor_limit()
     Daemon(
         config,
-        site=Site(config, load_encoder=load_encoder),
+        resources=Site(config, load_encoder=load_encoder),
         reload=lambda: load_config(path),
         notifier=Notifier(os.environ),
         metrics=Metrics(),
@@ -142,7 +142,7 @@ def rehearse(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | N
 
     def tell(dataset: str, move: "Move", destination: str) -> None:
         nonlocal told
-        from sortd.running.account import decision_facts
+        from sortd.daemon.dataset_log import decision_facts
 
         told += 1
         facts: Mapping[str, Any] = {"dataset": dataset, "path": move.path, "destination": destination}

@@ -18,7 +18,7 @@ from sortd.encoding.model_folders import ModelFolder
 from sortd.encoding.onnx_encoder import OnnxEncoder
 from sortd.encoding.rows import BROKEN, Pixels, Rows
 from sortd.errors import ModelError
-from sortd.messages import Preprocessing
+from sortd.events import Preprocessing
 
 __all__ = ["Encoder", "Pixels", "Rows", "load", "probe"]
 

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from sortd.deciding.confidence import Threshold, balanced_weights, choose_threshold, log_softmax
 from sortd.errors import ModelError
+from sortd.events import Fit, Preprocessing
 from sortd.files import open_regular, read_regular
-from sortd.messages import Fit, Preprocessing
 
 if TYPE_CHECKING:
     from sortd.finetuning.network import Network

@@ -25,7 +25,7 @@ from sortd.decoding.formats import FORMATS, HEAD_BYTES, READABLE, SUFFIXES, Form
 from sortd.decoding.pixels import fitted, least_side, opaque
 from sortd.decoding.png_chunks import picture_of
 from sortd.errors import CrowdedError, ImageError, NotAnImageError, TooLargeError, UnreadableError
-from sortd.messages import Preprocessing
+from sortd.events import Preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image

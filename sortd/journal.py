@@ -9,7 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from sortd.core.guard import GuardState
 from sortd.errors import JournalError
+from sortd.events import Stamp
 from sortd.journaling.history import GUARD_FACT, History
 from sortd.journaling.records import (
     UNDONE,
@@ -21,9 +23,7 @@ from sortd.journaling.records import (
     plain,
 )
 from sortd.journaling.store import committing, open_beside, open_for_writing
-from sortd.messages import Stamp
 from sortd.moving.relocation import Progress, Relocation
-from sortd.sorting.guard import GuardState
 
 __all__ = ["UNDONE", "Grounds", "History", "Journal", "Record", "Selection"]
 

@@ -18,7 +18,7 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from sortd.console_line import PADDED, for_people, readable_json
-from sortd.messages import Outcome
+from sortd.events import Outcome
 
 Format = Literal["auto", "console", "json"]
 Level = Literal["debug", "info", "warning", "error"]

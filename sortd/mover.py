@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from sortd.errors import BusyError, ChangedError, DestinationError, SourceError, VanishedError
-from sortd.messages import Stamp, Writer
+from sortd.events import Stamp, Writer
 from sortd.moving.companions import companions_of
 from sortd.moving.copying import Copy, copy_to_part, remove_part, write_part
 from sortd.moving.free_names import final_names

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from sortd import mends
+from sortd.daemon.embedder import Embedder
 from sortd.deciding.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.deciding.steps import finish
 from sortd.decoding.files import OUR_OWN_TROUBLE
+from sortd.events import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
 from sortd.files import open_regular
-from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Refusal, Stamp
 from sortd.names import rule_for_folder
 from sortd.prototypes import DecisionSettings, Mode, PrototypeSet, SupportSet, build_steps
-from sortd.running.embedding import Embedder
-from sortd.watching.scanning import stamp, whole_files
+from sortd.watch.scan import stamp, whole_files
 
 STRANGERS_FOLDER = "_none"
 """A class folder of this name holds examples of what belongs to no class."""
@@ -59,7 +59,7 @@ class Teaching:
     settings: DecisionSettings
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     learns_from_corrections: bool = False
-    classifier: str = "auto"  # auto, prototypes or finetuned: who is to decide, see ``running/classifiers.py``
+    classifier: str = "auto"  # auto, prototypes or finetuned: who is to decide, see ``daemon/classifiers.py``
     corrections: tuple[tuple[str, str], ...] = ()  # label, path: images placed by hand in Dataset/
 
 

@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
+from sortd.events import Move, Moved, Outcome
 from sortd.journal import Journal
 from sortd.layout import Layout
-from sortd.messages import Move, Moved, Outcome
 from sortd.prototypes import Assigned, Mode
 from sortd.running.filing import Filing
-from sortd.watching.scanning import stamp
+from sortd.watch.scan import stamp
 from tests.daemon_process import picture
 
 

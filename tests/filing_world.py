@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from sortd.events import Move, Moved, MoveFailed, MoveFailure, Outcome
 from sortd.journal import Journal, Record, Selection
-from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome
 from sortd.moving.renaming import stamp_of
 from sortd.running.filing import Filing
 

@@ -15,7 +15,7 @@ import pytest
 
 from sortd.cache import Cache
 from sortd.caching.stored_prototypes import MAGIC, packed
-from sortd.messages import FloatArray, Stamp
+from sortd.events import FloatArray, Stamp
 from sortd.prototypes import DecisionSettings, PrototypeSet, SupportSet, build
 
 ENCODER = "clip-512-torch-0"

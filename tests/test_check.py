@@ -23,7 +23,7 @@ from sortd.journal import Journal
 from sortd.layout import MARKER, Area, Layout
 from sortd.prototypes import Abstain, Calibration, DecisionSettings, Mode
 from sortd.running.holding import hold
-from sortd.watching import inotify
+from sortd.watch import inotify
 from tests.command_line import sortd
 from tests.daemon_process import make_dataset, picture, tree
 from tests.fake_encoder import FakeEncoder

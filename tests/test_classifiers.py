@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from sortd.config import Config, load
+from sortd.daemon.classifiers import appointed
+from sortd.daemon.resources import Site, teaching_of
+from sortd.daemon.worker import Answer, EmbedJob, Forget, Posted, RebuildJob, Worker, WorkerDied
 from sortd.encoder import Pixels, Rows
+from sortd.events import DatasetId, Embedded, Move, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.finetuned import FACTS_FILE, FinetunedFacts, read_facts
 from sortd.layout import Area, Layout
-from sortd.messages import DatasetId, Embedded, Move, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.promotion import Promotion, remove_promotion, write_promotion
-from sortd.running.classifiers import appointed
 from sortd.running.rehearsal import rehearse
-from sortd.running.site import Site, teaching_of
-from sortd.running.worker import Answer, EmbedJob, Forget, Posted, RebuildJob, Worker, WorkerDied
-from sortd.watching.scanning import stamp
+from sortd.watch.scan import stamp
 from tests.command_line import write_config
 from tests.daemon_process import COLOURS, make_dataset, picture
 from tests.fake_encoder import FakeEncoder

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from sortd.errors import BusyError, JournalError
+from sortd.events import DatasetId, Stamp
 from sortd.journal import Grounds
-from sortd.messages import DatasetId, Stamp
 from sortd.moving.relocation import Member, Relocation, Role
 from sortd.running.copier import Copied, Copier, CopierDied, CopyFailed
 from sortd.running.relocating import Order

@@ -15,8 +15,8 @@ from sortd.decoding.decoder_process import ROOM_UNASKED_PIXELS
 from sortd.decoding.decoders import Batch, DecodedImage, DecoderPool
 from sortd.decoding.formats import FORMATS
 from sortd.errors import CrowdedError
+from sortd.events import ImageRefused, Preprocessing, Refusal
 from sortd.images import Limits, decode, decode_file
-from sortd.messages import ImageRefused, Preprocessing, Refusal
 from tests.bombs import one_bit_png, png, saved
 from tests.test_decoders import memory_kb, open_files, photo, stamped, warmed, while_stopped
 

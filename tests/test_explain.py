@@ -16,6 +16,7 @@ from sortd.cache import Cache
 from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.commands.explain import Explained, explain_image
 from sortd.config import Config, load
+from sortd.daemon.classifiers import classifier_of
 from sortd.deciding.explanation import Explanation, explain, sentences
 from sortd.deciding.finetuned_explanation import explain_finetuned
 from sortd.errors import DataError, UnreadableError
@@ -25,7 +26,6 @@ from sortd.layout import Layout
 from sortd.moving.renaming import stamp_of
 from sortd.prototypes import Abstain, DecisionSettings, Mode, build, decide
 from sortd.report import explain_page
-from sortd.running.classifiers import classifier_of
 from sortd.status import Status, started_ticks
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset, picture, tree

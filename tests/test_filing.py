@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from sortd.daemon.control import put_back
+from sortd.daemon.corrections import Correction, Corrections
 from sortd.errors import JournalError
+from sortd.events import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.journal import Journal, Selection
 from sortd.layout import Layout
-from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import Mover
 from sortd.moving import crossing as crossing_module
 from sortd.moving.renaming import look, rename_new, stamp_of
-from sortd.running.control import put_back
-from sortd.running.corrections import Correction, Corrections
 from sortd.running.crossings import MOST_HANDED_OVER
 from sortd.running.filing import Filing
 from sortd.running.latecomers import LATE_SECONDS, Latecomers

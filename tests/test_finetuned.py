@@ -10,9 +10,9 @@ import pytest
 
 from sortd import finetuned
 from sortd.errors import ModelError
+from sortd.events import Fit, Preprocessing
 from sortd.finetuned import FinetunedFacts, facts_json, load, read_facts
 from sortd.finetuning.network import build_classifier
-from sortd.messages import Fit, Preprocessing
 from tests.tiny_vit import SIDE, build_tiny_vit
 
 LABELS = ("cats", "dogs", "weißes \udcff")

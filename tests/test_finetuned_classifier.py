@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sortd.core.sorter import Sorter
 from sortd.deciding.classifier import decide_by
 from sortd.deciding.finetuned_classifier import (
     FinetunedClassifier,
@@ -12,7 +13,7 @@ from sortd.deciding.finetuned_classifier import (
     build_classifier,
     difference_of_labels,
 )
-from sortd.messages import (
+from sortd.events import (
     Command,
     Embed,
     Embedded,
@@ -26,7 +27,6 @@ from sortd.messages import (
     Tick,
 )
 from sortd.prototypes import Abstain, Abstained, Assigned
-from sortd.sorter import Sorter
 from tests.test_sorter import prototypes, ready_sorter, settle, stamp
 
 LABELS = ("bolt", "nut", "screw")

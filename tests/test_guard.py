@@ -4,7 +4,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from sortd.messages import (
+from sortd.core.guard import GuardState
+from sortd.core.sorter import Sorter, SorterSettings
+from sortd.events import (
     Command,
     DatasetReleased,
     Embed,
@@ -21,9 +23,6 @@ from sortd.messages import (
     Writer,
 )
 from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet, SupportSet, build
-from sortd.sorter import Sorter
-from sortd.sorting.guard import GuardState
-from sortd.sorting.settings import SorterSettings
 
 Rows = npt.NDArray[np.float32]
 

@@ -10,6 +10,7 @@ import pytest
 
 from sortd.commands.journals import journals
 from sortd.config import load
+from sortd.core.guard import GuardState
 from sortd.journal import Grounds
 from sortd.journaling.history import History
 from sortd.layout import Layout
@@ -17,7 +18,6 @@ from sortd.mover import new_token
 from sortd.moving.relocation import Member, Relocation, Role
 from sortd.moving.renaming import stamp_of
 from sortd.running.holding import hold
-from sortd.sorting.guard import GuardState
 from tests.command_line import Ran, sortd, write_config
 from tests.daemon_process import DaemonProcess, make_dataset, picture, running, tree
 from tests.filed_images import file_images

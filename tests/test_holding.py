@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sortd.errors import AlreadyRunningError, LayoutError
+from sortd.events import Move, Moved, Outcome
 from sortd.layout import Layout
-from sortd.messages import Move, Moved, Outcome
 from sortd.moving.renaming import stamp_of
 from sortd.running.holding import Holding, hold
 from tests.hostile_files import HOSTILE

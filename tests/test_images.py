@@ -16,8 +16,8 @@ from PIL import Image, ImageFile, ImageOps
 
 from sortd.decoding.formats import HEAD_BYTES, format_of
 from sortd.errors import ImageError, NotAnImageError, TooLargeError, UnreadableError
+from sortd.events import Fit, Preprocessing
 from sortd.images import Limits, Pixels, decode, decode_file, look_at_file, looks_like_image
-from sortd.messages import Fit, Preprocessing
 
 SMALL = Preprocessing(32, 32, 32)
 LIMITS = Limits()

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from sortd.errors import JournalError
+from sortd.events import Stamp
 from sortd.journal import UNDONE, Grounds, History, Journal, Selection
 from sortd.journaling.records import FiledImages
-from sortd.messages import Stamp
 from sortd.moving.relocation import Member, Progress, Relocation, Role
 from sortd.prototypes import Abstained, Assigned, Mode
 from tests.filing_world import Clock

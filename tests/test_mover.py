@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sortd.errors import ChangedError
-from sortd.messages import Writer
+from sortd.events import Writer
 from sortd.mover import make_part, remove_spent
 from sortd.moving.copying import content_of
 from sortd.moving.relocation import Member, Relocation, Role

@@ -10,12 +10,11 @@ import pytest
 from PIL import Image
 
 from sortd.cache import Cache
+from sortd.daemon.embedder import Embedder, Pipeline
 from sortd.decoding.decoders import DecodedImage, DecoderPool
+from sortd.events import EmbeddedImage, ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.images import Limits
-from sortd.messages import EmbeddedImage, ImageRefused, Preprocessing, Refusal, Stamp
-from sortd.running.embedding import Embedder
-from sortd.running.pipeline import Pipeline
-from sortd.watching.scanning import stamp
+from sortd.watch.scan import stamp
 from tests.fake_encoder import SEEN, FakeEncoder
 
 SMALL = Preprocessing(16, 16, 16)

@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 from sortd import config as configuration
 from sortd import logs
 from sortd.config import Config
+from sortd.daemon.resources import teaching_of
 from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder
 from sortd.encoding import exports, models
@@ -30,7 +31,6 @@ from sortd.images import Limits
 from sortd.references import ClassFolder
 from sortd.running.comparison import LARGEST_CLASS, LARGEST_SAMPLE, sample
 from sortd.running.precision import load_encoder
-from sortd.running.site import teaching_of
 from sortd.running.verdict import read_verdict
 from tests.command_line import sortd
 from tests.daemon_process import PATIENCE_SECONDS, DaemonProcess, make_dataset, picture, tree
@@ -282,7 +282,7 @@ class TestSample:
     @staticmethod
     def folders(classes: int, each: int) -> list[ClassFolder]:
         """Classes of so many files, and one of strangers."""
-        from sortd.messages import Stamp
+        from sortd.events import Stamp
 
         files = tuple((f"{number:05d}.png", Stamp(1, number, 1, 1)) for number in range(each))
         return [ClassFolder(label, files, ()) for label in ("_none", *(f"c{one:05d}" for one in range(classes)))]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sortd.daemon.control import put_back
 from sortd.journal import Journal
 from sortd.layout import Layout
-from sortd.running.control import put_back
 from sortd.running.filing import Filing
 from sortd.running.presence import APART_FACT, Presence
 from tests.daemon_process import picture, running, tree

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sortd.events import Stamp
 from sortd.journal import Grounds, Journal, Selection
-from sortd.messages import Stamp
 from sortd.moving.relocation import Member, Progress, Relocation, Role
 from sortd.moving.renaming import stamp_of
 from sortd.running.filing import Filing

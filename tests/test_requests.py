@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from sortd.daemon.control import MOST_BYTES, AnsweredError, Reply, Request, Requests, ask
 from sortd.errors import DataError, DestinationError, JournalError, LayoutError, StartupError
-from sortd.running.requests import MOST_BYTES, AnsweredError, Reply, Request, Requests, ask
 from sortd.status import Status, started_ticks
 from tests.hostile_files import HOSTILE
 

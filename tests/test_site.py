@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from sortd.cache import Cache
+from sortd.daemon.resources import Site
 from sortd.prototypes import DecisionSettings, Mode
-from sortd.running.site import Site
 from tests.daemon_process import make_dataset
 from tests.prototype_maker import make_prototypes
 

@@ -18,16 +18,9 @@ import pytest
 from PIL import Image
 
 from sortd.cache import Cache
-from sortd.deciding.steps import Steps
-from sortd.decoding.decoders import DecoderPool
-from sortd.encoder import Encoder
-from sortd.images import Limits
-from sortd.messages import DatasetId, Embedded, FloatArray, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
-from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet, build_steps
-from sortd.references import Teaching
-from sortd.running.classifiers import Classifiers
-from sortd.running.embedding import TEXTS_AT_ONCE, Embedder
-from sortd.running.worker import (
+from sortd.daemon.classifiers import Classifiers
+from sortd.daemon.embedder import TEXTS_AT_ONCE, Embedder
+from sortd.daemon.worker import (
     Answer,
     EmbedJob,
     Forget,
@@ -39,7 +32,14 @@ from sortd.running.worker import (
     WorkerDied,
     WorkerReady,
 )
-from sortd.watching.scanning import stamp
+from sortd.deciding.steps import Steps
+from sortd.decoding.decoders import DecoderPool
+from sortd.encoder import Encoder
+from sortd.events import DatasetId, Embedded, FloatArray, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
+from sortd.images import Limits
+from sortd.prototypes import Abstain, DecisionSettings, Mode, PrototypeSet, build_steps
+from sortd.references import Teaching
+from sortd.watch.scan import stamp
 from tests.daemon_process import COLOURS, PATIENCE_SECONDS, make_dataset, picture, teach
 from tests.fake_encoder import SEEN, FakeEncoder
 

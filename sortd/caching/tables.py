@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sortd.messages import FloatArray, Stamp
+from sortd.events import FloatArray, Stamp
 
 SCHEMA_VERSION = 2
 PRUNED_SHARE = 0.2  # of the rows, the oldest: pruning is rare, and never far from the limit

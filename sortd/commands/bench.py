@@ -21,7 +21,7 @@ from sortd.commands.console import (
 
 if TYPE_CHECKING:
     from sortd.commands.measurement import Backend, LoadOther, Measurement
-    from sortd.running.site import LoadEncoder
+    from sortd.daemon.resources import LoadEncoder
 
 INT8 = "onnx-int8"
 BACKENDS = (INT8, "onnx", "torch")

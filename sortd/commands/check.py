@@ -29,10 +29,10 @@ from sortd.commands.journals import JOURNAL_FILE
 from sortd.commands.stored import changed_since, evaluated_prototypes, stored_prototypes
 from sortd.config import Config, load
 from sortd.errors import ConfigError, JournalError, LayoutError
+from sortd.events import Preprocessing
 from sortd.images import Limits, decode_file, look_at_file
 from sortd.journaling.history import History
 from sortd.layout import Layout, find_datasets
-from sortd.messages import Preprocessing
 from sortd.prototypes import Mode
 
 CACHE_FILE = "embeddings.sqlite"

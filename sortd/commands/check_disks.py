@@ -9,10 +9,10 @@ from pathlib import Path
 
 from sortd.commands.console import counted, megabytes
 from sortd.commands.finding import Finding, Topic, error, note, warning
+from sortd.events import Writer
 from sortd.layout import Area, Layout
-from sortd.messages import Writer
 from sortd.moving.renaming import CANNOT_RENAME, rename_new, writer_of
-from sortd.watching import inotify
+from sortd.watch import inotify
 
 LITTLE_ROOM_BYTES = 1_000_000_000
 NO_ROOM_BYTES = 50_000_000

@@ -15,12 +15,12 @@ from sortd.commands.finding import Finding, Topic, error, note, warning
 from sortd.deciding.prompts import written_name
 from sortd.decoding.formats import HEAD_BYTES, looks_like_image
 from sortd.errors import ImageError
+from sortd.events import Stamp
 from sortd.layout import Area, Layout
-from sortd.messages import Stamp
 from sortd.names import Reason, Why, rule_for_folder
 from sortd.prototypes import Mode
 from sortd.references import STRANGERS_FOLDER, ClassFolder, ReferencesAbsentError, class_folders
-from sortd.watching.scanning import scan_all
+from sortd.watch.scan import scan_all
 
 FEW = 4
 """With fewer references than this, each further one is worth several points of accuracy: see docs/decisions.md."""

@@ -10,17 +10,17 @@ from sortd.commands.journals import JOURNAL_FILE
 from sortd.commands.promotion import serving_facts
 from sortd.commands.stored import keep_evaluated
 from sortd.config import Config
+from sortd.daemon.corrections import corrected_images
+from sortd.daemon.embedder import Embedder
+from sortd.daemon.resources import Site, teaching_of
 from sortd.deciding.evaluation import EvaluationReport
 from sortd.encoder import Encoder
 from sortd.errors import DataError, SortdError, StorageError
 from sortd.evaluate import evaluate
+from sortd.events import ImageRefused
 from sortd.journaling.history import History
 from sortd.layout import Area, Layout, find_datasets
-from sortd.messages import ImageRefused
 from sortd.references import References, ReferencesAbsentError, Teaching
-from sortd.running.corrections import corrected_images
-from sortd.running.embedding import Embedder
-from sortd.running.site import Site, teaching_of
 
 LoadEncoder = Callable[[Config], Encoder]
 

@@ -14,23 +14,23 @@ from sortd.commands.journals import JournalPlace, dataset_at, journals, record_f
 from sortd.commands.promotion import serving_facts
 from sortd.commands.stored import SETTINGS, changed_since, stored_prototypes
 from sortd.config import Config
+from sortd.daemon.classifiers import Appointed, appointed
+from sortd.daemon.embedder import Embedder
+from sortd.daemon.resources import Site, teaching_of
 from sortd.deciding.explanation import Explanation, explain, sentences
 from sortd.deciding.finetuned_explanation import explain_finetuned
 from sortd.encoder import Encoder
 from sortd.errors import DataError, UnreadableError
+from sortd.events import EmbeddedImage, FloatArray, Stamp
 from sortd.journaling.history import History
 from sortd.journaling.records import Selection
 from sortd.layout import Area, Layout, find_datasets
-from sortd.messages import EmbeddedImage, FloatArray, Stamp
 from sortd.moving.renaming import is_version
 from sortd.names import Reason, Why
 from sortd.prototypes import PrototypeSet
 from sortd.references import References, ReferencesAbsentError, class_labels
-from sortd.running.classifiers import Appointed, appointed
-from sortd.running.embedding import Embedder
-from sortd.running.site import Site, teaching_of
 from sortd.status import read_status
-from sortd.watching.scanning import stamp, why_left
+from sortd.watch.scan import stamp, why_left
 
 LoadEncoder = Callable[[Config], Encoder]
 

@@ -189,7 +189,7 @@ def observing() -> "Iterator[Observer]":
     from rich.progress import Progress as Bar
 
     from sortd.finetuning.training import Observer
-    from sortd.signals import Signalled, signals_posted
+    from sortd.systemd import Signalled, signals_posted
 
     heard: list[Signalled] = []
     bar = Bar(

@@ -16,18 +16,18 @@ from sortd.commands import stopwatch
 from sortd.commands.backend import backend_facts
 from sortd.commands.stopwatch import File
 from sortd.config import Config
+from sortd.daemon.resources import LoadEncoder, Site
 from sortd.encoder import Encoder
 from sortd.encoding.exports import EXTRA
 from sortd.encoding.manifest import Precision
 from sortd.encoding.onnx_encoder import OnnxEncoder
 from sortd.encoding.torch_encoder import TorchEncoder
 from sortd.errors import DataError, ModelError
+from sortd.events import EmbeddedImage
 from sortd.images import SUFFIXES
 from sortd.layout import Area, find_datasets
-from sortd.messages import EmbeddedImage
 from sortd.names import CLASS_AREAS, rule_for, rule_for_folder
-from sortd.running.site import LoadEncoder, Site
-from sortd.watching.scanning import scan
+from sortd.watch.scan import scan
 
 LOOKED_THROUGH = 20_000
 """Files that are listed before some are drawn: a folder of millions is not walked for it."""

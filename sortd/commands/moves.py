@@ -103,7 +103,7 @@ def _undoable(
 
 def _undo(config: "Config", chosen: Chosen, *, dry_run: bool) -> Mapping[str, Any]:
     """Ask the sortd that runs, or undo it here."""
-    from sortd.running.requests import ANSWER_SECONDS, ask
+    from sortd.daemon.control import ANSWER_SECONDS, ask
 
     wanted = {
         place.dataset: {"root": str(place.root), "records": [record.id for record in records]}
@@ -116,8 +116,8 @@ def _undo(config: "Config", chosen: Chosen, *, dry_run: bool) -> Mapping[str, An
 
 
 def _undo_here(config: "Config", chosen: Chosen, *, dry_run: bool) -> Mapping[str, Any]:
+    from sortd.daemon.control import put_back, put_back_facts
     from sortd.layout import Layout
-    from sortd.running.control import put_back, put_back_facts
     from sortd.running.holding import hold, look_at
 
     undone: list[dict[str, Any]] = []
@@ -197,8 +197,8 @@ def _release(config: "Config", path: Path | None, dataset: str | None) -> Mappin
     Raises:
         DataError: the path lies in no dataset, or nothing holds it.
     """
+    from sortd.daemon.control import ask
     from sortd.errors import DataError
-    from sortd.running.requests import ask
 
     absolute = None
     if path is not None:
@@ -232,9 +232,9 @@ def _held_place(config: "Config", path: Path) -> tuple[str, str]:
 
 def _release_here(config: "Config", dataset: str | None, absolute: str | None) -> Mapping[str, Any]:
     from sortd.commands.journals import journals
+    from sortd.daemon.control import release_reply
     from sortd.errors import SortdError
     from sortd.layout import Layout
-    from sortd.running.control import release_reply
     from sortd.running.holding import hold
 
     released: dict[str, int] = {}
@@ -270,7 +270,7 @@ def rebuild(
     as_json: JsonOption = False,
 ) -> None:
     """Let the sortd that runs learn its classes anew."""
-    from sortd.running.requests import NotRunningError, ask
+    from sortd.daemon.control import NotRunningError, ask
 
     loaded = load_config(config)
     names = None if dataset is None else [dataset]

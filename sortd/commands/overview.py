@@ -13,15 +13,15 @@ from sortd.commands.console import interval
 from sortd.commands.journals import JournalPlace, journals
 from sortd.commands.promotion import serving_facts
 from sortd.config import Config
+from sortd.daemon.dataset_log import LISTED
 from sortd.errors import JournalError
 from sortd.journaling.history import History
 from sortd.journaling.records import FiledImages, Selection
 from sortd.layout import Area, Layout
 from sortd.moving.renaming import is_version
 from sortd.names import Reason, Why, owner_of, rule_below, rule_for_folder
-from sortd.running.account import LISTED
 from sortd.status import read_status
-from sortd.watching.scanning import scan, scan_all, why_unfinished
+from sortd.watch.scan import scan, scan_all, why_unfinished
 
 Row = dict[str, str]
 """One file or folder that stays in Images/: ``path``, ``reason`` and ``message``."""
@@ -159,7 +159,7 @@ def _left(rows: Sequence[Row], live: Mapping[str, Any] | None) -> dict[str, Any]
 
     Args:
         rows: what was seen.
-        live: what the running sortd tells, see ``running/account.py``.
+        live: what the running sortd tells, see ``daemon/dataset_log.py``.
     """
     seen = {row["path"] for row in rows}
     looked_into: list[Row] = [] if live is None else live["files"]

@@ -12,16 +12,16 @@ import numpy as np
 
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config
+from sortd.daemon.embedder import Embedder
 from sortd.decoding.decoders import DecodedImage, DecoderPool
 from sortd.encoder import Encoder
 from sortd.errors import DataError, LayoutError
+from sortd.events import EmbeddedImage, FloatArray, Move, Outcome, Stamp
 from sortd.images import Limits, Pixels
 from sortd.layout import Area, Layout, find_datasets
-from sortd.messages import EmbeddedImage, FloatArray, Move, Outcome, Stamp
 from sortd.prototypes import PrototypeSet, decide
-from sortd.running.embedding import Embedder
 from sortd.running.holding import hold
-from sortd.watching.scanning import stamp
+from sortd.watch.scan import stamp
 
 FORWARD_SECONDS = 6.0
 DECODE_SECONDS = 6.0

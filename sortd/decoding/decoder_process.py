@@ -23,8 +23,8 @@ from typing import Final
 
 from sortd.decoding.formats import HEAD_BYTES, format_of
 from sortd.errors import CrowdedError, NotAnImageError, TooLargeError, UnreadableError
+from sortd.events import Fit, Preprocessing, Refusal
 from sortd.images import Jpeg, Limits, Pixels, decode, load_decoders
-from sortd.messages import Fit, Preprocessing, Refusal
 
 REQUEST = struct.Struct("<IQ")
 """A slot of the shared memory, and the room that decoding may take, in pixels; the file's descriptor comes along."""

@@ -21,8 +21,8 @@ from sortd.decoding.decoder_handle import DecoderHandle, DecoderLostError
 from sortd.decoding.decoder_process import Order, Result, decode_content
 from sortd.decoding.files import open_version, stamp_of
 from sortd.errors import StartupError
+from sortd.events import ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.images import Jpeg, Limits, Pixels
-from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
 
 POISON_KEPT = 10_000
 """How many versions of files are remembered as having ended a process."""

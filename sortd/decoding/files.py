@@ -5,7 +5,7 @@ import os
 import stat
 
 from sortd.decoding.formats import HEAD_BYTES, looks_like_image
-from sortd.messages import ImageRefused, Refusal, Stamp
+from sortd.events import ImageRefused, Refusal, Stamp
 
 OUR_OWN_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """What the kernel answers when this process or the machine has run out of something: no file is to blame for it."""

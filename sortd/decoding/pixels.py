@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from sortd.messages import Fit, Preprocessing
+from sortd.events import Fit, Preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image

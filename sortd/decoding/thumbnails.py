@@ -4,8 +4,8 @@ import base64
 import io
 
 from sortd.errors import ImageError
+from sortd.events import Fit, Preprocessing
 from sortd.images import Limits, decode_file, upright_size
-from sortd.messages import Fit, Preprocessing
 
 SIDE_PIXELS = 160
 QUALITY = 80

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from sortd.messages import Fit, Preprocessing
+from sortd.events import Fit, Preprocessing
 
 
 class Precision(StrEnum):

@@ -30,7 +30,7 @@ from sortd.encoding.onnx_int8 import convolutions, quantize, quantize_convolutio
 from sortd.encoding.rows import Pixels, Rows, unit
 from sortd.encoding.torch_encoder import TorchEncoder
 from sortd.errors import ModelError
-from sortd.messages import Preprocessing
+from sortd.events import Preprocessing
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.errors import ModelError
-from sortd.messages import Preprocessing
+from sortd.events import Preprocessing
 
 Pixels = npt.NDArray[np.uint8]  # (images, height, width, 3): RGB
 Rows = npt.NDArray[np.float32]  # (images or texts, dimensions): each of length 1

@@ -17,7 +17,7 @@ from sortd.encoding.model_folders import CODE_FREE, ModelFolder, first_line
 from sortd.encoding.normalisation import normalisation
 from sortd.encoding.rows import Pixels, Rows, check_pixels, unit, writable
 from sortd.errors import ModelError
-from sortd.messages import Fit, Preprocessing
+from sortd.events import Fit, Preprocessing
 
 if TYPE_CHECKING:
     import torch

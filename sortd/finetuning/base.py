@@ -11,9 +11,9 @@ from sortd.encoding import models
 from sortd.encoding.model_folders import CODE_FREE, first_line
 from sortd.encoding.torch_encoder import preprocessing_of
 from sortd.errors import ModelError
+from sortd.events import Fit, Preprocessing
 from sortd.finetuning.network import LOADING_ERRORS, MAP, TOWER, build_tower, head_of
 from sortd.finetuning.recipe import CLASSIFIER_RATE, TOWER_RATE
-from sortd.messages import Fit, Preprocessing
 
 if TYPE_CHECKING:
     import torch

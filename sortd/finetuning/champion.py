@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 
 from sortd import mends
+from sortd.daemon.embedder import Embedder
 from sortd.deciding.decision import judge
 from sortd.deciding.prompts import GENERIC_NOUNS, prompts
 from sortd.errors import ModelError
+from sortd.events import FloatArray
 from sortd.finetuning.measures import Judged
 from sortd.finetuning.photos import Photos
 from sortd.finetuning.split import Split
 from sortd.layout import Area, Layout
-from sortd.messages import FloatArray
 from sortd.prototypes import DecisionSettings, Mode, SupportSet, build
 from sortd.references import class_texts, read_descriptions
-from sortd.running.embedding import Embedder
 
 
 def judge_by_prototypes(

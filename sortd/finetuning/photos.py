@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 from sortd import mends
 from sortd.commands.journals import JOURNAL_FILE
+from sortd.daemon.embedder import Embedder
 from sortd.errors import DataError
+from sortd.events import EmbeddedImage, FloatArray, ImageRefused, Outcome, Refusal, Stamp
 from sortd.journaling.history import History
 from sortd.layout import Area, Layout
-from sortd.messages import EmbeddedImage, FloatArray, ImageRefused, Outcome, Refusal, Stamp
 from sortd.references import STRANGERS_FOLDER, ReferencesAbsentError, class_folders
-from sortd.running.embedding import Embedder
 
 Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.errors import DataError, DestinationError
+from sortd.events import Fit, Preprocessing
 from sortd.files import write_atomic
 from sortd.finetuning.measures import Judged
 from sortd.finetuning.recipe import Recipe
 from sortd.finetuning.training import Lesson
-from sortd.messages import Fit, Preprocessing
 
 Array = npt.NDArray[np.float64]
 FloatArray = npt.NDArray[np.float32]

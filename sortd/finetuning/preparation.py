@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from sortd.config import Config
+from sortd.daemon.resources import Site
 from sortd.decoding.decoders import DecodedImage, DecoderPool
 from sortd.encoder import Encoder
 from sortd.errors import DataError
+from sortd.events import Preprocessing, Stamp
 from sortd.finetuning.base import find_base, load_base
 from sortd.finetuning.champion import embed_names, judge_by_prototypes
 from sortd.finetuning.groups import near_duplicate_groups
@@ -21,9 +23,7 @@ from sortd.finetuning.recipe import Recipe
 from sortd.finetuning.split import Split, split_by_group
 from sortd.images import Limits
 from sortd.layout import Area, Layout
-from sortd.messages import Preprocessing, Stamp
 from sortd.references import class_labels
-from sortd.running.site import Site
 
 LARGER = 1.25
 """Training images are kept so much larger than what the network sees, so that a crop of them is no blur."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from sortd.core.guard import GuardState
+from sortd.events import Stamp
 from sortd.journaling.records import (
     FiledImages,
     Record,
@@ -20,8 +22,6 @@ from sortd.journaling.records import (
     stamp_from,
 )
 from sortd.journaling.store import open_for_reading, translated, verify
-from sortd.messages import Stamp
-from sortd.sorting.guard import GuardState
 
 # Asked before every batch: the small index holds the unfinished ones only.
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"

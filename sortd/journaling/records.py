@@ -5,7 +5,7 @@ import sqlite3
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sortd.messages import Stamp, signed
+from sortd.events import Stamp, signed
 from sortd.moving.relocation import Member, Progress, Relocation, Role, checked_folder, checked_name
 from sortd.prototypes import Abstained, Assigned, Decision
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sortd.errors import ChangedError, DestinationError, VanishedError
-from sortd.messages import Writer
+from sortd.events import Writer
 from sortd.mover import MOST_ATTEMPTS, TakenNumbers, check_source, make_part, remove_spent, taken_names
 from sortd.moving.copying import Copy, content_of, copy_to_part, never, remove_part
 from sortd.moving.free_names import final_names

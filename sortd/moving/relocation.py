@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
 
-from sortd.messages import Stamp
+from sortd.events import Stamp
 
 TOPS = frozenset({"Images", "Dataset", "Review", "Rejected"})
 """The only folders of a dataset between which sortd moves anything."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sortd.messages import Stamp, Writer
+from sortd.events import Stamp, Writer
 from sortd.moving.listing import Listings, Names
 
 _LIBC = ctypes.CDLL(None, use_errno=True)

@@ -20,6 +20,7 @@ from typing import Any
 from sortd import logs
 from sortd.cache import Cache
 from sortd.config import Config, DatasetConfig
+from sortd.daemon.embedder import Embedder
 from sortd.deciding.agreement import FEWEST_FILED, LEAST_COSINE, LEAST_SAME, Agreement, agreement, refuse_quick
 from sortd.decoding.decoders import DecoderPool
 from sortd.encoder import Encoder
@@ -28,12 +29,11 @@ from sortd.encoding.exports import Exports
 from sortd.encoding.manifest import Precision
 from sortd.encoding.onnx_encoder import OnnxEncoder, give_memory_back
 from sortd.errors import LayoutError, ModelError
+from sortd.events import Preprocessing
 from sortd.images import Jpeg
 from sortd.layout import Area, find_datasets
-from sortd.messages import Preprocessing
 from sortd.prototypes import SupportSet
 from sortd.references import STRANGERS_FOLDER, ClassFolder, References, ReferencesAbsentError, Teaching, class_folders
-from sortd.running.embedding import Embedder
 from sortd.running.exporting import note, warn
 from sortd.running.verdict import Verdict, read_verdict, write_verdict
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sortd.messages import DatasetId
+from sortd.events import DatasetId
 from sortd.running.relocating import Job, Order
 
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from sortd.messages import Move
+from sortd.events import Move
 
 MOST_HANDED_OVER = 64
 """Copies of one dataset that are under way or queued: like a batch of renames."""

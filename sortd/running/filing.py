@@ -9,10 +9,10 @@ from pathlib import Path
 
 from sortd import mends
 from sortd.errors import BusyError, ChangedError, ImageError, SourceError, VanishedError
+from sortd.events import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.journal import Grounds, Journal, Record
 from sortd.journaling.records import with_reason
 from sortd.layout import Layout
-from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.mover import NO_STAMP, Mover, new_token, with_companions
 from sortd.moving.copying import never
 from sortd.moving.listing import Listings

@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from sortd.events import Move, Outcome
 from sortd.journaling.history import History
 from sortd.journaling.records import Record
-from sortd.messages import Move, Outcome
 from sortd.moving.companions import claim_on, claims, companions_of, name_beside, owners_of, starts_of_images
 from sortd.moving.listing import Listings
 from sortd.moving.relocation import LONGEST_NAME, FolderNameError, Role, checked_folder

@@ -10,11 +10,11 @@ from pathlib import Path
 from time import monotonic
 from typing import Protocol
 
+from sortd.daemon.dataset_log import DatasetLog
+from sortd.events import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.journaling.history import History
 from sortd.journaling.records import Record
-from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.moving.relocation import Progress, Relocation
-from sortd.running.account import Account
 from sortd.running.filing import Filing
 from sortd.running.relocating import Order
 from sortd.running.undoing import PutBack
@@ -36,7 +36,7 @@ class Mover(Protocol):
 class Outbox:
     """Carries out the moves of one dataset and writes a line about each."""
 
-    def __init__(self, mover: Mover, account: Account, *, history: History | None, root: Path) -> None:
+    def __init__(self, mover: Mover, account: DatasetLog, *, history: History | None, root: Path) -> None:
         """Begin with nothing to move.
 
         Args:

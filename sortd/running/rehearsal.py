@@ -10,16 +10,16 @@ from time import monotonic
 
 from sortd.commands.journals import JOURNAL_FILE
 from sortd.config import Config
+from sortd.daemon.dataset import Dataset
+from sortd.daemon.resources import LoadEncoder, Site, sorter_settings, teaching_of
+from sortd.daemon.worker import Answer, Posted, Worker, WorkerDied
 from sortd.errors import LayoutError
+from sortd.events import DatasetId, Move, Moved, MoveFailed
 from sortd.journal import Journal
 from sortd.journaling.store import copy_journal
 from sortd.layout import Layout, find_datasets
-from sortd.messages import DatasetId, Move, Moved, MoveFailed
 from sortd.metrics import Metrics
-from sortd.running.dataset import Dataset
 from sortd.running.residence import known_folder
-from sortd.running.site import LoadEncoder, Site, sorter_settings, teaching_of
-from sortd.running.worker import Answer, Posted, Worker, WorkerDied
 
 LOOK_SECONDS = 1.0
 """The longest pause between two turns: what waits for a file of a person's to be left alone has no deadline."""

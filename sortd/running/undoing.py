@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sortd.events import Outcome, Stamp
 from sortd.journal import UNDONE, Grounds, Record
-from sortd.messages import Outcome, Stamp
 from sortd.mover import new_token
 from sortd.moving.companions import owners_of
 from sortd.moving.copying import content_of

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sortd.events import Move, Outcome
 from sortd.journal import Journal, Selection
-from sortd.messages import Move, Outcome
 from sortd.mover import Mover
 from sortd.moving.listing import Listings, Names
 from sortd.moving.renaming import rename_new, stamp_of

@@ -1,0 +1,326 @@
+"""Files to embeddings: what the cache knows is taken from it, the rest is decoded, encoded and remembered."""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import monotonic, perf_counter
+
+import numpy as np
+
+from sortd.cache import Cache
+from sortd.decoding.decoders import Batch, DecodedImage, DecoderPool
+from sortd.encoder import Encoder
+from sortd.errors import ModelError
+from sortd.events import EmbeddedImage, FloatArray, ImageRefused, Stamp
+
+PATIENCE_SECONDS = 0.2
+"""How long a decoded image waits for company while others are being decoded; a lone one does not wait. Meanwhile the
+decoders have the processor, so that only the latency is paid, and that is less than what a forward of thirty takes."""
+
+BATCHES_ON_THE_WAY = 2
+"""One that is encoded or about to be, and one that is decoded meanwhile."""
+
+Deliver = Callable[[Sequence[EmbeddedImage | ImageRefused]], None]
+Encode = Callable[[Sequence[DecodedImage]], list[EmbeddedImage]]
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """The images of one asker: of a dataset's inbox, or of its references."""
+
+    deliver: Deliver
+    """Is given answers, some at a time, one for each image that was added."""
+    waiting: deque[tuple[str, Stamp]] = field(default_factory=deque)
+    batch: Batch = field(default_factory=Batch)
+
+
+class Pipeline:
+    """Lanes, decoders and an encoder; used by one thread, which calls ``advance`` while there is work."""
+
+    def __init__(self, decoders: DecoderPool, encode: Encode, *, batch_size: int) -> None:
+        """Begin empty; ``encode`` embeds up to ``batch_size`` decoded images at once."""
+        self._decoders, self._encode, self._batch_size = decoders, encode, batch_size
+        self._lanes: deque[Lane] = deque()
+        self._decoded: deque[tuple[Lane, DecodedImage]] = deque()
+        self._decoded_since = 0.0
+        self._on_the_way = 0
+
+    def open_lane(self, deliver: Deliver) -> Lane:
+        """Return a new lane, whose answers go to ``deliver``."""
+        lane = Lane(deliver)
+        self._lanes.append(lane)
+        return lane
+
+    def close_lane(self, lane: Lane) -> None:
+        """Drop a lane and what is left of its images: nothing more is delivered."""
+        self._take_in()
+        self._on_the_way -= len(lane.batch.waiting) + lane.batch.unanswered
+        kept = deque(pair for pair in self._decoded if pair[0] is not lane)
+        self._on_the_way -= len(self._decoded) - len(kept)
+        self._decoded = kept
+        self._decoders.drop(lane.batch)
+        self._lanes.remove(lane)
+
+    def add(self, lane: Lane, images: Iterable[tuple[str, Stamp]]) -> None:
+        """Put images at the end of a lane."""
+        lane.waiting.extend(images)
+
+    @property
+    def has_work(self) -> bool:
+        """Is any image without its answer?"""
+        return self._on_the_way > 0 or any(lane.waiting for lane in self._lanes)
+
+    def advance(self, *, bell: int | None = None, at_most_seconds: float | None = None) -> None:
+        """Take one step: wait for pixels if need be, and encode a batch if one is due.
+
+        Args:
+            bell: a descriptor that ends the wait as soon as it can be read.
+            at_most_seconds: how long to wait at most: there is work elsewhere; None: as long as need be.
+
+        Raises:
+            StartupError: the decoding processes do not come up.
+            OSError: this process is out of descriptors or memory.
+        """
+        self._feed()
+        self._take_in()
+        if not self._is_due(monotonic()):
+            waits = [seconds for seconds in (self._patience(monotonic()), at_most_seconds) if seconds is not None]
+            self._decoders.collect(min(waits, default=None), bell=bell)
+            self._take_in()
+            self._feed()
+        if self._is_due(monotonic()):
+            self._encode_batch()
+
+    # ------------------------------------------------------------ to the decoders
+
+    def _feed(self) -> None:
+        """Let as much be on its way as two batches and the processes hold, taking from the lanes in turn."""
+        for lane in self._lanes:
+            if lane.batch.waiting or lane.batch.unanswered:
+                self._decoders.feed(lane.batch)  # what a process that died has left, too
+        most = max(BATCHES_ON_THE_WAY * self._batch_size, 2 * self._decoders.workers)
+        idle = 0
+        while self._on_the_way < most and idle < len(self._lanes):
+            lane = self._lanes[0]
+            self._lanes.rotate(-1)
+            if not lane.waiting:
+                idle += 1
+                continue
+            idle = 0
+            lane.batch.waiting.append(lane.waiting.popleft())
+            self._on_the_way += 1
+            self._decoders.feed(lane.batch)
+
+    # ------------------------------------------------------------ from the decoders
+
+    def _take_in(self) -> None:
+        """Deliver refusals at once, and keep pixels for the next forward."""
+        for lane in list(self._lanes):
+            refused: list[ImageRefused] = []
+            while lane.batch.answers:
+                answer = lane.batch.answers.popleft()
+                if isinstance(answer, ImageRefused):
+                    refused.append(answer)
+                    continue
+                if not self._decoded:
+                    self._decoded_since = monotonic()
+                self._decoded.append((lane, answer))
+            if refused:
+                self._on_the_way -= len(refused)
+                lane.deliver(refused)
+
+    def _is_due(self, now: float) -> bool:
+        """Is there a full batch, or one that nothing more will join in time?"""
+        if not self._decoded:
+            return False
+        is_all = len(self._decoded) == self._on_the_way and not any(lane.waiting for lane in self._lanes)
+        return is_all or len(self._decoded) >= self._batch_size or now >= self._decoded_since + PATIENCE_SECONDS
+
+    def _patience(self, now: float) -> float | None:
+        return max(0.0, self._decoded_since + PATIENCE_SECONDS - now) if self._decoded else None
+
+    def _encode_batch(self) -> None:
+        """Encode what is decoded; the processes have been given what they decode meanwhile."""
+        taken = [self._decoded.popleft() for _ in range(min(self._batch_size, len(self._decoded)))]
+        self._decoded_since = monotonic()
+        self._on_the_way -= len(taken)
+        self._feed()
+        answers = self._encode([image for _, image in taken])
+        by_lane: dict[int, tuple[Lane, list[EmbeddedImage | ImageRefused]]] = {}
+        for (lane, _), answer in zip(taken, answers, strict=True):
+            by_lane.setdefault(id(lane), (lane, []))[1].append(answer)
+        for lane, own in by_lane.values():
+            lane.deliver(own)
+
+
+UNIT_TOLERANCE = 1e-2
+"""How far from one the length of an embedding may be: half precision errs by a tenth of that."""
+
+AT_ONCE = 1_000
+"""Files that are looked up in the cache in one step."""
+
+TEXTS_AT_ONCE = 64
+"""Texts that are encoded in one step: a thousand classes have eight thousand, which take a minute."""
+
+Attend = Callable[[], float | None]
+"""Is called between two steps; returns how many seconds the next one may wait at most, None: as long as need be."""
+
+
+def are_of_unit_length(rows: FloatArray) -> bool:
+    """Tell whether rows (B, d) are embeddings: a device in a bad state answers zeros or no numbers at all."""
+    lengths = np.linalg.norm(rows, axis=1)
+    return bool((np.abs(lengths - 1) < UNIT_TOLERANCE).all())  # false for what is no number, too
+
+
+class Embedder:
+    """Embeds files and texts with one encoder; used by one thread, the worker."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoders: DecoderPool,
+        cache: Cache,
+        *,
+        batch_size: int = 32,
+        are_sound: Callable[[FloatArray], bool] = are_of_unit_length,
+    ) -> None:
+        """Take the parts over; whoever made them closes them. Rows that are not sound are not remembered."""
+        self.encoder = encoder
+        self._cache = cache
+        self._are_sound = are_sound
+        self._pipeline = Pipeline(decoders, self._encode, batch_size=batch_size)
+        self._attend: Attend = _attend_to_nothing
+        self._bell: int | None = None
+        self.forwards = 0
+        """Image batches that went through the encoder: what a cache hit saves."""
+
+    def attend_with(self, attend: Attend, *, bell: int | None) -> None:
+        """Let ``embed`` call ``attend`` between two steps, and wait no longer than until a ``bell`` can be read."""
+        self._attend, self._bell = attend, bell
+
+    # ------------------------------------------------------------ images
+
+    def embed(self, images: Sequence[tuple[str, Stamp]]) -> Iterator[EmbeddedImage | ImageRefused]:
+        """Yield exactly one answer for each image, in no order.
+
+        Images of other lanes go on meanwhile, a turn each.
+
+        Args:
+            images: paths with the stamps of the versions that are meant.
+        """
+        answers: deque[EmbeddedImage | ImageRefused] = deque()
+        lane = self.open_lane(answers.extend)
+        left = len(images)
+        try:
+            for start in range(0, len(images), AT_ONCE):
+                self.add(lane, images[start : start + AT_ONCE])
+                self.give_way()
+            while True:
+                while answers:
+                    left -= 1
+                    yield answers.popleft()
+                if not left:
+                    return
+                self.advance(at_most_seconds=self._attend())
+        finally:
+            self.close_lane(lane)
+
+    def give_way(self) -> None:
+        """Attend, and take one step with the images of all lanes, if there are any, without waiting for pixels."""
+        self._attend()
+        if self.has_work:
+            self.advance(at_most_seconds=0.0)
+
+    def open_lane(self, deliver: Deliver) -> Lane:
+        """Return a lane for images that are embedded while others are; answers go to ``deliver``, some at a time."""
+        return self._pipeline.open_lane(deliver)
+
+    def close_lane(self, lane: Lane) -> None:
+        """Drop what is left of a lane; nothing more is delivered."""
+        self._pipeline.close_lane(lane)
+
+    def add(self, lane: Lane, images: Sequence[tuple[str, Stamp]]) -> None:
+        """Answer at once for those images that are known, and put the others into a lane."""
+        contents = self._cache.contents(images)
+        rows = self._cache.embeddings(set(contents.values()), self.encoder.encoder_id)
+        known: list[EmbeddedImage] = []
+        unknown: list[tuple[str, Stamp]] = []
+        for path, stamp in images:
+            content = contents.get((path, stamp), "")
+            if content in rows:
+                known.append(EmbeddedImage(path, stamp, rows[content], content))
+            else:
+                unknown.append((path, stamp))
+        if known:
+            lane.deliver(known)
+        self._pipeline.add(lane, unknown)
+
+    @property
+    def has_work(self) -> bool:
+        """Is any image of any lane without its answer?"""
+        return self._pipeline.has_work
+
+    def advance(self, *, at_most_seconds: float | None = None) -> None:
+        """Take one step with the images of all lanes; see ``Pipeline.advance``."""
+        self._pipeline.advance(bell=self._bell, at_most_seconds=at_most_seconds)
+
+    def _encode(self, batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
+        """Encode one batch, equal contents once; a content that is known under another name is not encoded."""
+        rows = self._cache.embeddings({image.content for image in batch}, self.encoder.encoder_id)
+        fresh = {image.content: image.pixels for image in batch if image.content not in rows}
+        seconds = 0.0
+        if fresh:
+            began = perf_counter()
+            encoded = self.encoder.encode_images(np.stack(list(fresh.values())))
+            seconds = (perf_counter() - began) / len(fresh)
+            self.forwards += 1
+            new = dict(zip(fresh, self._sound(encoded), strict=True))
+            self._cache.remember_embeddings(new, self.encoder.encoder_id)
+            rows.update(new)
+        self._cache.remember_contents({(image.path, image.stamp): image.content for image in batch})
+        return [
+            EmbeddedImage(
+                image.path,
+                image.stamp,
+                rows[image.content],
+                image.content,
+                decode_seconds=image.decode_seconds,
+                encode_seconds=seconds if image.content in fresh else 0.0,
+            )
+            for image in batch
+        ]
+
+    # ------------------------------------------------------------ words
+
+    def embed_texts(self, texts: Sequence[str]) -> FloatArray:
+        """Return float32 (T, d) unit rows, one for each text; each text is encoded once in the cache's life."""
+        keys = [hashlib.sha256(b"text\0" + text.encode("utf-8", "surrogateescape")).hexdigest() for text in texts]
+        rows = self._cache.embeddings(set(keys), self.encoder.encoder_id)
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in rows}
+        unknown = list(missing)
+        for start in range(0, len(unknown), TEXTS_AT_ONCE):
+            some = unknown[start : start + TEXTS_AT_ONCE]
+            encoded = self.encoder.encode_texts([missing[key] for key in some])
+            new = dict(zip(some, self._sound(encoded), strict=True))
+            self._cache.remember_embeddings(new, self.encoder.encoder_id)
+            rows.update(new)
+            self.give_way()
+        return np.stack([rows[key] for key in keys])
+
+    def _sound(self, rows: FloatArray) -> FloatArray:
+        """Return the rows, which must be sound.
+
+        Raises:
+            ModelError: they are not; nothing of the batch is remembered.
+        """
+        if not self._are_sound(rows):
+            raise ModelError(
+                f"the encoder {self.encoder.encoder_id} answered with embeddings that are none: its device may be in a "
+                "bad state; start sortd again, with `device: cpu` if that does not help"
+            )
+        return rows
+
+
+def _attend_to_nothing() -> None:
+    """Stand in for a worker where there is none."""
