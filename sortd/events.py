@@ -1,7 +1,7 @@
 """The facts that cross between the core and the edges: stamps, events and commands, all frozen.
 
-Events go into the core, commands come out (see ``sorter.py``). Paths are absolute ``str`` as ``os.fsdecode`` gives
-them, so that names which are not UTF-8 survive. Times are seconds of a monotonic clock, handed in, never read here.
+Events go into the core, commands come out (see ``core/sorter.py``). Paths are absolute ``str`` as ``os.fsdecode`` gives
+them. Times are seconds of a monotonic clock.
 """
 
 from collections.abc import Mapping
@@ -132,9 +132,8 @@ class MoveFailure(StrEnum):
 class ImageSeen:
     """A file stands in ``Images/`` with this stamp; ``closed`` tells of a close after writing.
 
-    ``writer`` is set in the answer to an ``Inspect``, and None in all others: nobody asked. With ``is_aside`` it stands
-    in ``Rejected/``, where sortd had put an older version of it. ``since`` is when it came, on the clock of the core,
-    where an event told of it: files are looked at in another order than they came in.
+    ``writer`` is set in the answer to an ``Inspect`` alone. With ``is_aside`` it stands in ``Rejected/``, where
+    sortd had put an older version of it. ``since`` is when it came, where an event told of it.
     """
 
     path: str
@@ -205,10 +204,7 @@ class EmbeddedImage:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Images that the worker has embedded: some of those that it was asked for, as they come.
-
-    Those that it could not embed are answered each by an ``ImageRefused``.
-    """
+    """Images that the worker has embedded: some of those that it was asked for, as they come."""
 
     images: tuple[EmbeddedImage, ...]
     encoder_id: str
@@ -311,28 +307,10 @@ class StopRequested:
     """Begin nothing new; what is on its way to the disk is finished."""
 
 
-Event = (
-    ImageSeen
-    | ReviewSeen
-    | ImageHeld
-    | ImageGone
-    | FoldersGone
-    | LookRefused
-    | ReferencesTouched
-    | Embedded
-    | ImageRefused
-    | PrototypesBuilt
-    | RebuildFailed
-    | DatasetAbsent
-    | Moved
-    | MoveFailed
-    | Released
-    | DatasetReleased
-    | ScanStarted
-    | ScanFinished
-    | Tick
-    | StopRequested
-)
+OfImages = ImageSeen | ReviewSeen | ImageHeld | ImageGone | FoldersGone | LookRefused | Released | Moved | MoveFailed
+OfWorker = Embedded | ImageRefused | PrototypesBuilt | RebuildFailed
+OfDataset = ReferencesTouched | DatasetAbsent | DatasetReleased | ScanStarted | ScanFinished | Tick | StopRequested
+Event = OfImages | OfWorker | OfDataset
 
 # ---------------------------------------------------------------- commands: what the core asks for
 

@@ -1,4 +1,4 @@
-"""Signals become messages, so that what they ask for happens between two turns of the loop and not inside of one."""
+"""The service manager: signals as messages, and what systemd is told over NOTIFY_SOCKET, see sd_notify(3)."""
 
 import os
 import signal
@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-STOP = frozenset({signal.SIGTERM, signal.SIGINT})
-"""Ask for an orderly end; the second one acts as it does in any program."""
-
+STOP = frozenset({signal.SIGTERM, signal.SIGINT})  # ask for an orderly end; the second one acts as in any program
 HEARD = (*STOP, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -48,12 +46,7 @@ class Notifier:
     """Speaks to the service manager that started this process."""
 
     def __init__(self, environ: Mapping[str, str] = os.environ, *, process: int | None = None) -> None:
-        """Find out whether there is a manager, and how often it wants to hear that work goes on.
-
-        Args:
-            environ: where NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID are looked up.
-            process: our identifier, if not the real one.
-        """
+        """Read NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID; without the first nothing is ever sent."""
         address = environ.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address  # @ stands for an abstract socket
         is_meant = environ.get("WATCHDOG_PID", str(process or os.getpid())) == str(process or os.getpid())

@@ -1,8 +1,7 @@
 """The guard: after a change of prototypes, a large batch is decided on trial before any of it moves.
 
-A library that was spoilt, or another encoder, shows in the pattern of decisions: far more abstentions than the
-references foretold, or nearly everything in one class and unsurely so. Then nothing moves until somebody looks.
-A card full of pictures of one thing is no alarm: those are decided surely.
+Nothing moves until somebody looks where there are far more abstentions than the references foretell, or nearly
+everything goes to one class with low confidence.
 """
 
 from collections import Counter
@@ -12,17 +11,10 @@ from dataclasses import dataclass, replace
 from sortd.deciding.classifier import Classifier
 from sortd.prototypes import Assigned, Decision
 
-MORE_ABSTENTIONS = 0.5
-"""So much more of all images than foretold is too much; holiday pictures hold strangers, so a little is no sign."""
-
-ONE_CLASS = 0.9
-"""A share of the assigned in one class from which it is asked how sure they are."""
-
-LESS_CONFIDENCE = 0.25
-"""So much less than the accuracy among the references, on the mean, is unsure."""
-
-LESS_AFTER_A_HOLD = 10
-"""So many times fewer images are a large batch for the generation that follows one which was held."""
+MORE_ABSTENTIONS = 0.5  # of all images than expected are too many; some strangers are no sign
+ONE_CLASS = 0.9  # share of the assigned in one class from which their confidence is looked at
+LESS_CONFIDENCE = 0.25  # than the accuracy among the references, on the mean, is unsure
+LESS_AFTER_A_HOLD = 10  # times fewer images are a large batch for the generation that follows one which was held
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +34,10 @@ class GuardState:
 
 
 class Guard:
-    """Watches over the first large batch of each generation; ``images=0`` never minds.
+    """Watches over the first large batch of each generation; with ``images=0`` over none.
 
-    A generation is to be tried until its trial is over, be it over several runs. A hold is about one generation: it
-    lasts until it is released, and another generation has a trial of its own, for which fewer images are enough then.
+    A hold is about one generation: it lasts until it is released, and another generation has a trial of its own, for
+    which fewer images are enough then.
     """
 
     def __init__(self, images: int, state: GuardState) -> None:

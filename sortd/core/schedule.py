@@ -3,17 +3,10 @@
 All times are seconds of the caller's monotonic clock.
 """
 
-RETRY_SECONDS = (1.0, 60.0)
-"""First and longest wait before what failed is tried again; it doubles between."""
-
-LASTING_TRIES = 4
-"""What failed so often, over seven seconds, is not over soon: whoever waits for the end of the work waits no more."""
-
-REBUILD_PATIENCE = 30.0
-"""A stream of changes in Clases/ puts a rebuild off for at most this many seconds."""
-
-RESTS = 9.0
-"""A throttled task rests for so many times as long as it took: it takes at most a tenth of the time."""
+RETRY_SECONDS = (1.0, 60.0)  # first and longest wait before what failed is tried again; it doubles between
+LASTING_TRIES = 4  # what failed so often, over seven seconds, is not over soon
+REBUILD_PATIENCE = 30.0  # seconds that a stream of changes in Clases/ puts a rebuild off for, at most
+RESTS = 9.0  # a throttled task rests for so many times as long as it took
 
 
 def doubled_seconds(times: int, seconds: tuple[float, float] = RETRY_SECONDS) -> float:
@@ -80,10 +73,7 @@ class FolderBackoffs:
             one.is_over(now)
 
     def clear(self, folder: str) -> bool:
-        """Note that something was moved into, or out of, this folder; tell whether it is open.
-
-        It is not where another move failed meanwhile. Its next failure waits a short time again.
-        """
+        """Note that a move into, or out of, this folder worked; tell whether no other failed meanwhile."""
         if self.holds(folder):
             return False
         self._of.pop(folder, None)
@@ -180,11 +170,7 @@ class Throttle:
     """A task that events ask for: done once for all that asked, at once the first time, then with pauses between."""
 
     def __init__(self, pause_seconds: float) -> None:
-        """Begin with nothing asked for.
-
-        Args:
-            pause_seconds: from the end of one to the begin of the next, at least; longer where it took long.
-        """
+        """Begin with nothing asked for; ``pause_seconds`` is the least time between two, longer where one took long."""
         self._pause_seconds = pause_seconds
         self._is_asked = False
         self._not_before = float("-inf")

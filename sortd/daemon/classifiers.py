@@ -1,7 +1,6 @@
-"""The fine-tuned models that datasets were given: which one is to decide, whether it may, and loaded once for all.
+"""The fine-tuned models of datasets: which one is to decide, whether it may, and loaded once for all.
 
-What is promoted is read anew at every rebuild, so a start, a reload, a promotion and a change in ``Clases/`` all come
-to the same place. A model that may not decide is refused with a sentence, and the prototypes serve on.
+What is promoted is read anew at every rebuild. Where a model may not decide, the prototypes do.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -57,7 +56,7 @@ def classifier_of(facts: FinetunedFacts, abstain: Abstain | None, *, generation:
 
 
 def appointed(layout: Layout, state: Path, wanted: str, labels: Sequence[str]) -> Appointed:
-    """Return what is to decide a dataset, by what is written down; no model is loaded and torch is not imported.
+    """Return what is to decide a dataset, by what is written down in ``state``; no model is loaded.
 
     Args:
         layout: the dataset.
@@ -70,7 +69,9 @@ def appointed(layout: Layout, state: Path, wanted: str, labels: Sequence[str]) -
     try:
         promotion = read_promotion(layout.state_folder(state))
         if promotion is None:
-            return Appointed(refusal=_nothing_promoted(layout) if wanted == "finetuned" else None)
+            mend = f"`sortd finetune {layout.name}`, then `sortd models promote --dataset {layout.name}`"
+            refusal = f"`classifier: finetuned` is set, but no model is promoted: {mend}"
+            return Appointed(refusal=refusal if wanted == "finetuned" else None)
         facts = read_facts(promotion.folder)
     except ModelError as error:
         return Appointed(refusal=str(error))
@@ -91,13 +92,6 @@ def unfit(facts: FinetunedFacts, labels: Sequence[str], *, dataset: str) -> str 
     return (
         f"the fine-tuned model in {facts.folder} does not fit {dataset}: {difference}; "
         f"`sortd finetune {dataset}` trains another"
-    )
-
-
-def _nothing_promoted(layout: Layout) -> str:
-    return (
-        "`classifier: finetuned` is set, but no model is promoted: "
-        f"`sortd finetune {layout.name}`, then `sortd models promote --dataset {layout.name}`"
     )
 
 
@@ -132,7 +126,7 @@ def are_logits(rows: Rows) -> bool:
 
 
 def probe_logits(encoder: Encoder) -> None:
-    """See that a fine-tuned model answers with sense: better here than on somebody's image.
+    """See that a fine-tuned model answers with logits.
 
     Raises:
         ModelError: it does not.
@@ -146,18 +140,15 @@ def probe_logits(encoder: Encoder) -> None:
         )
 
 
+# What torch and transformers raise where a network and its configuration do not agree, or where memory is short.
 BROKEN_NETWORK = (OSError, ValueError, TypeError, RuntimeError, MemoryError)
-"""What torch and transformers raise where a network and its configuration do not agree, or where memory is short."""
 
 LoadModel = Callable[[Path], FinetunedModel]
 EmbedWith = Callable[[Encoder, FinetunedFacts], Embedder]
 
 
 class Classifiers:
-    """The fine-tuned models in memory; used by one thread, the worker.
-
-    A model is loaded for the first dataset that wants it and shared with the others.
-    """
+    """The fine-tuned models in memory, each shared by its datasets; used by one thread, the worker."""
 
     def __init__(self, state: Path, *, load: LoadModel, embed_with: EmbedWith) -> None:
         """Begin with none.
@@ -195,5 +186,5 @@ class Classifiers:
     def retain(self, wanted: Collection[str]) -> None:
         """Let go of the models that nobody wants and that have nothing left to do."""
         for model_id, embedder in list(self._loaded.items()):
-            if model_id not in wanted and not embedder.has_work:
+            if model_id not in wanted and not embedder.pipeline.has_work:
                 del self._loaded[model_id]

@@ -55,20 +55,11 @@ from sortd.running.undoing import PutBack
 from sortd.status import is_of_its_writer, read_status
 
 FOLDER = "requests"
-ANSWER_SECONDS = 30.0
-"""How long an asker waits, unless it knows that it asks for much."""
-
-FORGOTTEN_SECONDS = 600.0
-"""An answer that nobody took for so long is removed: whoever asked was interrupted."""
-
-MOST_LISTED = 10_000
-"""So many requests are remembered of one look at the folder."""
-
-MOST_BYTES = 8 << 20
-"""The size of a request to undo a million moves."""
-
-MOST_TOLD = 200
-"""So many characters of what is wrong with a request are told."""
+ANSWER_SECONDS = 30.0  # that an asker waits, unless it knows that it asks for much
+FORGOTTEN_SECONDS = 600.0  # after which an answer that nobody took is removed
+MOST_LISTED = 10_000  # requests that are remembered of one look at the folder
+MOST_BYTES = 8 << 20  # of a request to undo a million moves
+MOST_TOLD = 200  # characters of what is wrong with a request that are told
 
 _NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What reading a file that is no request raises; numbers, nesting and types are whatever somebody wrote."""
@@ -338,11 +329,8 @@ def _age(entry: "os.DirEntry[str]") -> int:
         return 0
 
 
-LAST_RECORD = (1 << 63) - 1
-"""SQLite numbers records up to here."""
-
-CHUNK = 64
-"""Images that are put back in one turn of the loop: a batch of the journal."""
+LAST_RECORD = (1 << 63) - 1  # SQLite numbers records up to here
+CHUNK = 64  # images that are put back in one turn of the loop: a batch of the journal
 
 
 def answer(datasets: Datasets, request: Request) -> Reply | Steps:

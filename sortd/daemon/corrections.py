@@ -29,23 +29,12 @@ from sortd.watch.scan import Clock, IncrementalScan, looked_at_until, scan_steps
 SCANNED_FACT = "corrections_scanned_at"
 """The journal's note of when Dataset/ was last looked through, in nanoseconds since the epoch."""
 
-CHUNK_BYTES = 4 << 20
-"""Bytes of a file that are hashed between two chances to stop."""
-
-HANDLED_SLICE = 500
-"""Files looked at in one turn of the loop, at most: two milliseconds where none changed."""
-
-MOST_WANTED = 20_000
-"""Single files that are remembered as to be looked at; where more changed, everything is looked through."""
-
-PAUSE_SECONDS = 1.0
-"""Between two looks that events asked for: most of what a storm of renames names is gone by then."""
-
-MOST_FOLLOWED = 50
-"""Images whose companions are looked for in one turn of the loop."""
-
-FOLLOW_NS = 2 * 10**9
-"""How long after a person moved an image its companions are left alone."""
+CHUNK_BYTES = 4 << 20  # of a file that are hashed between two chances to stop
+HANDLED_SLICE = 500  # files looked at in one turn of the loop, at most: two milliseconds where none changed
+MOST_WANTED = 20_000  # single files to be looked at; where more changed, everything is looked through
+PAUSE_SECONDS = 1.0  # between two looks that events asked for: much of what a storm of renames names is gone by then
+MOST_FOLLOWED = 50  # images whose companions are looked for in one turn of the loop
+FOLLOW_NS = 2 * 10**9  # after a person moved an image, in which its companions are left alone
 
 _HANDLED = frozenset({Area.DATASET.value, Area.REVIEW.value, Area.REJECTED.value})
 
@@ -160,15 +149,10 @@ class Corrections:
         return named if content.hexdigest() == named.grounds.content else None
 
     def scan(self, now_ns: int) -> Iterator[Misplaced | None]:
-        """Look for what was moved since the last scan: only folders and files that changed since are looked up.
+        """Yield each file that a person moved since the last scan, and None for whatever else was looked at.
 
-        A rename changes the folder's mtime and the file's ctime, see rename(2) and inode(7).
-
-        Args:
-            now_ns: nanoseconds since the epoch.
-
-        Returns:
-            Each file that a person moved, and None for whatever else was looked at: a caller may stop between any two.
+        Only folders and files that changed since are looked up: a rename changes the folder's mtime and the file's
+        ctime, see rename(2) and inode(7). ``now_ns`` is in nanoseconds since the epoch.
 
         Raises:
             JournalError: the journal cannot be read.
@@ -182,14 +166,6 @@ class Corrections:
             if path is not None:
                 yield from self.look(path)
             yield None
-
-    def note_scan(self, now_ns: int) -> None:
-        """Note that everything was looked through, once what was found is recorded.
-
-        Raises:
-            JournalError: the journal cannot be written.
-        """
-        self._journal.note(SCANNED_FACT, str(now_ns))
 
     def _changed_since(self, since_ns: int) -> Iterator[str | None]:
         """Yield the path of each image that changed, and None for whatever else was looked at."""
@@ -228,15 +204,7 @@ class CorrectionScanner:
         clock: Clock = monotonic,
         limits: Mapping[str, float] | None = None,
     ) -> None:
-        """Prepare; nothing is looked at yet.
-
-        Args:
-            layout: the dataset's.
-            journal: the dataset's.
-            report: is told what cannot be looked at.
-            clock: tells seconds.
-            limits: by which images are refused; see ``Rejects``.
-        """
+        """Prepare; ``report`` is told what cannot be looked at, ``limits`` are for ``Rejects``."""
         self._corrections, self._rejects = Corrections(layout, journal, report), Rejects(layout, journal, limits)
         self._layout, self._journal, self._clock = layout, journal, clock
         self._wanted: OrderedDict[str, Area] = OrderedDict()
@@ -281,9 +249,6 @@ class CorrectionScanner:
         """Return images that a person moved: what had put each into its place, and where it is, as ``moved`` says.
 
         One that was moved just now waits: a file manager takes its companions along one after the other.
-
-        Args:
-            now_ns: nanoseconds since the epoch.
         """
         taken = []
         for record, place in list(islice(self._corrections.moved.values(), MOST_FOLLOWED)):
@@ -317,9 +282,6 @@ class CorrectionScanner:
 
     def begin(self, now_ns: int) -> None:
         """Begin; where one is under way another one follows it, since it may have passed what happened just now.
-
-        Args:
-            now_ns: nanoseconds since the epoch.
 
         Raises:
             JournalError: the journal cannot be read.
@@ -361,7 +323,7 @@ class CorrectionScanner:
             return []
         noticed = self._noticed(self._all.take())
         if not self._all.is_under_way:
-            self._corrections.note_scan(self._began_ns)
+            self._journal.note(SCANNED_FACT, str(self._began_ns))  # once what was found is recorded
             again, self._wanted_at = self._wanted_at, None
             self._asked.end(self._clock())
             if again is not None:

@@ -46,8 +46,9 @@ from sortd.systemd import Notifier, signals_posted
 from sortd.watch.observer import FileEvent
 from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, Watcher
 
-STOP_SECONDS = 4.0
-"""How long the worker may take to end its forward when the daemon stops."""
+STOP_SECONDS = 4.0  # the worker may take to end its forward when the daemon stops
+STATUS_SECONDS = 2.0  # between two writes of the status file
+METRICS_SECONDS = 15.0  # between two writes of the metrics file; Prometheus scrapes as often by default
 
 STUCK_SECONDS = 300.0
 """A worker that made no progress for so long is stuck: the watchdog is not fed any more, and systemd restarts us."""
@@ -56,15 +57,8 @@ START_SECONDS = 120.0
 """For so long a start may last yet, told anew while the worker gets on: an export of the model, or the first look at
 thousands of references, can take longer than ``TimeoutStartSec=`` of the unit."""
 
-STATUS_SECONDS = 2.0
-"""The shortest pause between two writes of the status file."""
-
-METRICS_SECONDS = 15.0
-"""How often the metrics file is written; Prometheus scrapes as often by default."""
-
 TURN_SECONDS = 0.05
-"""How long each part of a turn (what was told, hints, moves, looks) may begin something new; the rest waits for the
-next turn, which heeds signals and feeds the watchdog first."""
+"""How long each part of a turn (answers, file events, moves, looks) may begin something new."""
 
 _T = TypeVar("_T")
 
@@ -212,8 +206,6 @@ class Daemon:
     def _totals(self) -> dict[str, int]:
         return dict(sum((Counter(dataset.log.outcomes) for dataset in self.datasets), Counter()))
 
-    # ------------------------------------------------------------ one turn
-
     def _turn(self) -> None:
         self.inbox.wait(self._patience(monotonic()))
         began = self._turned_at = monotonic()
@@ -329,7 +321,7 @@ class Daemon:
 
     def _write_metrics(self) -> None:
         for dataset in self.datasets:
-            dataset.log.waiting(dataset.sorter.images.waiting)
+            self._metrics.backlog(dataset.name, dataset.sorter.images.waiting)
         if self.config.metrics.textfile is None:
             return
         try:
@@ -381,8 +373,6 @@ class Daemon:
                 **{name: held.facts() for name, held in sorted(self.datasets.held.items())},
             },
         }
-
-    # ------------------------------------------------------------ signals and reload
 
     def _signalled(self, number: int) -> None:
         if number == signal.SIGHUP:

@@ -1,4 +1,4 @@
-"""The account that sortd gives of one dataset: its log lines, its counts, and what ``sortd status`` shows."""
+"""The log lines and the counts of one dataset, and what ``sortd status`` shows of it."""
 
 from collections import Counter
 from itertools import islice
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import structlog
 
-from sortd import mends
+from sortd import logs, mends
 from sortd.core.sorter import Sorter
 from sortd.core.state import State
 from sortd.daemon.corrections import Correction
@@ -14,36 +14,15 @@ from sortd.deciding.finetuned_classifier import FinetunedClassifier
 from sortd.deciding.support import ClassifierKind
 from sortd.events import Embedded, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, RebuildFailed
 from sortd.journaling.records import Record
-from sortd.logs import (
-    BACKLOG_FULL,
-    CLASSIFIER_CHANGED,
-    CLASSIFIER_REFUSED,
-    DATASET_HELD,
-    IMAGE_CORRECTED,
-    IMAGE_EVENTS,
-    IMAGE_LEFT,
-    IMAGE_VANISHED,
-    MOVE_FAILED,
-    MOVE_RECOVERED,
-    PROTOTYPES_REBUILD_FAILED,
-    PROTOTYPES_REBUILT,
-    REFERENCES_EMPTIED,
-    REFERENCES_MISNAMED,
-    REFERENCES_UNREADABLE,
-    SCAN_FINISHED,
-    SCAN_UNREADABLE,
-)
 from sortd.metrics import Metrics
 from sortd.moving.relocation import Relocation
 from sortd.names import Why
 from sortd.prototypes import Abstained, Assigned, Mode, PrototypeSet
 from sortd.references import Rebuilt
 
-REMEMBERED = 100_000
-"""Paths of which it is remembered that they were told of; beyond, they are told of again."""
+REMEMBERED = 100_000  # paths that were told of; beyond, they are told of again
 
-LISTED = 1_000
-"""Files that the status lists; of all of them the reasons are counted."""
+LISTED = 1_000  # files that the status lists; of all of them the reasons are counted
 
 
 class DatasetLog:
@@ -66,9 +45,9 @@ class DatasetLog:
         if isinstance(result, MoveFailed):
             if result.failure is MoveFailure.VANISHED:
                 # Whoever takes a file away while it is decided upon has done nothing wrong.
-                self._log.info(IMAGE_VANISHED, path=result.path)
+                self._log.info(logs.IMAGE_VANISHED, path=result.path)
                 return
-            self._log.warning(MOVE_FAILED, path=result.path, failure=result.failure.value, error=result.message)
+            self._log.warning(logs.MOVE_FAILED, path=result.path, failure=result.failure.value, error=result.message)
             return
         self._count(move.outcome.value)
         self._metrics.stage("settle", move.milliseconds.get("settle", 0.0) / 1e3)
@@ -78,26 +57,19 @@ class DatasetLog:
         if result.note:  # two copies, say, where one could not be removed: somebody should know
             facts["note"] = result.note
         level = self._log.warning if move.outcome is Outcome.REJECTED or result.note else self._log.info
-        level(IMAGE_EVENTS[move.outcome], **facts, **times)
+        level(logs.IMAGE_EVENTS[move.outcome], **facts, **times)
 
     def recovered(self, record: Record, root: Path) -> None:
         """Write the line of an image whose move had been cut short; it says what the line of the move would have."""
         grounds = record.grounds
         self._count(grounds.outcome)
-        facts = {
-            "outcome": grounds.outcome,
-            "label": grounds.label,
-            "reason": grounds.reason or None,
-            "score": None if grounds.score is None else round(grounds.score, 4),
-            "margin": None if grounds.margin is None else round(grounds.margin, 4),
-            "second_label": grounds.second_label,
-            "mode": grounds.mode,
-            "generation": grounds.generation or None,
-            "encoder_id": grounds.encoder_id or None,
-            "note": record.relocation.message or None,
-        }
+        names = ("outcome", "label", "reason", "second_label", "mode", "generation", "encoder_id")
+        facts: dict[str, object] = {name: getattr(grounds, name) or None for name in names}
+        facts["score"] = None if grounds.score is None else round(grounds.score, 4)
+        facts["margin"] = None if grounds.margin is None else round(grounds.margin, 4)
+        facts["note"] = record.relocation.message or None
         self._log.warning(
-            MOVE_RECOVERED,
+            logs.MOVE_RECOVERED,
             path=str(root / record.source_path),
             destination=str(root / record.destination_path),
             **{name: fact for name, fact in facts.items() if fact is not None},
@@ -106,12 +78,12 @@ class DatasetLog:
     def taken_back(self, relocation: Relocation, root: Path) -> None:
         """Say that a move which had been cut short was taken back, and yet its image is not where it was."""
         path = str(root / relocation.source / relocation.image.name)
-        self._log.warning(MOVE_FAILED, path=path, failure="recovery", error=relocation.message)
+        self._log.warning(logs.MOVE_FAILED, path=path, failure="recovery", error=relocation.message)
 
     def left(self, leave: Leave) -> None:
         """Say that a file stays where it is."""
         self._count("left")
-        self._log.info(IMAGE_LEFT, path=leave.path, refusal=leave.refusal.value, reason=leave.message)
+        self._log.info(logs.IMAGE_LEFT, path=leave.path, refusal=leave.refusal.value, reason=leave.message)
 
     def stays(self, path: str, why: Why) -> None:
         """Say that something in the inbox is not looked at; once for each path and reason."""
@@ -120,7 +92,7 @@ class DatasetLog:
         if len(self._told_of) >= REMEMBERED:
             self._told_of.clear()
         self._told_of.add(hash((path, why.reason)))
-        self._log.info(IMAGE_LEFT, path=path, refusal=why.reason.value, reason=why.message)
+        self._log.info(logs.IMAGE_LEFT, path=path, refusal=why.reason.value, reason=why.message)
 
     def has_told(self, path: str, why: Why) -> bool:
         """Tell whether this was said of a path before."""
@@ -130,7 +102,7 @@ class DatasetLog:
         """Say that the user moved an image to another class than sortd had decided."""
         self._metrics.correction(self._dataset)
         self._log.info(
-            IMAGE_CORRECTED, path=correction.path, label=correction.label, corrected_label=correction.corrected
+            logs.IMAGE_CORRECTED, path=correction.path, label=correction.label, corrected_label=correction.corrected
         )
 
     def embedded(self, event: Embedded) -> None:
@@ -139,26 +111,24 @@ class DatasetLog:
             self._metrics.stage("decode", image.decode_seconds)
             self._metrics.stage("encode", image.encode_seconds)
 
-    def waiting(self, images: int) -> None:
-        """Tell how many images wait now."""
-        self._metrics.backlog(self._dataset, images)
-
     def unreadable(self, error: OSError) -> None:
         """Say that a scan could not look at something."""
-        self._log.warning(SCAN_UNREADABLE, path=error.filename, error=error.strerror, mend=mends.to_read(error))
+        self._log.warning(logs.SCAN_UNREADABLE, path=error.filename, error=error.strerror, mend=mends.to_read(error))
 
     def rebuilt(self, prototypes: PrototypeSet, rebuilt: Rebuilt, seconds: float) -> None:
         """Say what the new prototypes were built from and what was wrong with the references."""
         self.problem = None
         self._metrics.generation(self._dataset, prototypes.generation)
         for refusal in rebuilt.refused:
-            self._log.warning(REFERENCES_UNREADABLE, path=refusal.path, reason=refusal.message)
+            self._log.warning(logs.REFERENCES_UNREADABLE, path=refusal.path, reason=refusal.message)
         if rebuilt.emptied:
-            self._log.warning(REFERENCES_EMPTIED, classes=list(rebuilt.emptied), mend="remove the folder, or reload")
+            self._log.warning(
+                logs.REFERENCES_EMPTIED, classes=list(rebuilt.emptied), mend="remove the folder, or reload"
+            )
         if rebuilt.misnamed:
-            self._log.warning(REFERENCES_MISNAMED, folders=list(rebuilt.misnamed), mend="use printable names")
+            self._log.warning(logs.REFERENCES_MISNAMED, folders=list(rebuilt.misnamed), mend="use printable names")
         self._log.info(
-            PROTOTYPES_REBUILT,
+            logs.PROTOTYPES_REBUILT,
             generation=prototypes.generation,
             changed=rebuilt.changed,
             classes=len(prototypes.labels),
@@ -170,18 +140,13 @@ class DatasetLog:
         )
 
     def decided_by(self, finetuned: FinetunedClassifier | None, refusal: str | None) -> None:
-        """Say what decides from now on where that is another one, and why a model that is wanted does not; once each.
-
-        Args:
-            finetuned: the model that decides; None: the prototypes do.
-            refusal: why a fine-tuned model does not serve, in a sentence.
-        """
+        """Say once what decides from now on (None: the prototypes), and why a model that is wanted does not."""
         before = self.classifier
         kind = ClassifierKind.PROTOTYPES if finetuned is None else ClassifierKind.FINETUNED
         model_id = None if finetuned is None else finetuned.encoder_id
         self.classifier = {"deciding": kind.value, "model_id": model_id, "refusal": refusal}
         if refusal is not None and refusal != before.get("refusal"):
-            self._log.error(CLASSIFIER_REFUSED, error=refusal, classifier=kind.value)
+            self._log.error(logs.CLASSIFIER_REFUSED, error=refusal, classifier=kind.value)
         if model_id == before["model_id"]:
             return
         facts: dict[str, object] = {"classifier": kind.value, "model_id": model_id}
@@ -196,37 +161,31 @@ class DatasetLog:
                 "filed_expected": calibration.filed_expected,
                 "notes": list(calibration.notes),
             }
-        self._log.info(CLASSIFIER_CHANGED, **facts)
+        self._log.info(logs.CLASSIFIER_CHANGED, **facts)
 
     def held(self, reason: str, root: Path) -> None:
         """Say that nothing moves until somebody has looked."""
         mend = f"look at `sortd eval`, then `sortd release {root}`, or `sortd release --all` for held files too"
-        self._log.error(DATASET_HELD, reason=reason, mend=mend)
+        self._log.error(logs.DATASET_HELD, reason=reason, mend=mend)
 
     def review_full(self, *, is_full: bool, is_all: bool = False) -> None:
         """Say, once, that there is no room to remember all images of Review/; with ``is_all`` it was looked through."""
         if is_full and not self._is_review_full:
-            self._log.warning(BACKLOG_FULL, area="Review", mend="sort them by hand, or raise backlog_limit")
+            self._log.warning(logs.BACKLOG_FULL, area="Review", mend="sort them by hand, or raise backlog_limit")
         self._is_review_full = is_full or (self._is_review_full and not is_all)
 
     def scanned(self) -> None:
         """Log that a scan of Images/ has ended."""
-        self._log.debug(SCAN_FINISHED)
+        self._log.debug(logs.SCAN_FINISHED)
 
     def rebuild_failed(self, event: RebuildFailed) -> None:
         """Say why the last good prototypes stay; the same reason once."""
         if self.problem != event.message:
-            self._log.error(PROTOTYPES_REBUILD_FAILED, error=event.message, moving=not event.references_absent)
+            self._log.error(logs.PROTOTYPES_REBUILD_FAILED, error=event.message, moving=not event.references_absent)
         self.problem = event.message
 
     def facts(self, sorter: Sorter, *, generation: int, mode: Mode) -> dict[str, object]:
-        """Return what ``sortd status`` shows of the dataset, as plain values.
-
-        Args:
-            sorter: its core, which knows what waits.
-            generation: of its prototypes; the last one that was used.
-            mode: by which it decides.
-        """
+        """Return what ``sortd status`` shows of the dataset, as plain values; ``generation`` is the last one used."""
         prototypes = sorter.prototypes
         return {
             "problem": sorter.guard.reason or self.problem,

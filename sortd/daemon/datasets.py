@@ -33,23 +33,15 @@ from sortd.running.copier import Copier
 from sortd.watch.observer import FileEvent
 from sortd.watch.watcher import EventsDropped, Watcher
 
-DISCOVERY_PAUSE_SECONDS = 0.2
-"""Between two looks for datasets that events asked for."""
+DISCOVERY_PAUSE_SECONDS = 0.2  # between two looks for datasets that events asked for
+RECOVERY_PAUSE_SECONDS = 5.0  # between two scans because events were dropped, as in a storm again and again
 
-RECOVERY_PAUSE_SECONDS = 5.0
-"""Between two scans because events were dropped: in a storm they are dropped again and again."""
+OF_ONE_DATASET = (SortdError, OSError, sqlite3.Error)  # what a dataset's folders, journal and disk raise
 
-OF_ONE_DATASET = (SortdError, OSError, sqlite3.Error)
-"""What a dataset's folders, journal and disk raise when they fail."""
+ATTEMPTS_SHARE = 10  # a dataset is opened again after so many times as long as the last attempt took
 
-ATTEMPTS_SHARE = 10
-"""A dataset is opened again after so many times as long as the last attempt took: a long journal takes seconds."""
-
-SPARE_DESCRIPTORS = 256
-"""Left free by datasets, for decoders and moves: a batch of 64 moves opens each file of an image."""
-
-DESCRIPTORS_OF_A_DATASET = 12
-"""Two locks, three files of the journal, three of the watcher, and some more while it is opened."""
+SPARE_DESCRIPTORS = 256  # left free by datasets, for decoders and moves, which open each file of 64 images
+DESCRIPTORS_OF_A_DATASET = 12  # two locks, three files of the journal, three of the watcher, some while it is opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +130,11 @@ class Datasets:
         for name, layout in found.items():
             if name not in self.by_name:
                 self._take_up(layout)
-        if not self._began and not self.by_name:
-            self._refuse_a_second_sortd()
-        self._began = True
-
-    def _refuse_a_second_sortd(self) -> None:
         errors = [held.error for held in self.held.values()]
-        if errors and all(isinstance(error, AlreadyRunningError) for error in errors):
+        is_second = errors and all(isinstance(error, AlreadyRunningError) for error in errors)
+        if is_second and not self._began and not self.by_name:
             raise errors[0]
+        self._began = True
 
     def _departed(self, found: Mapping[str, Layout]) -> list[str]:
         """List the datasets whose folder is gone while the root is there, or was made anew with a Clases/ in it.
@@ -174,8 +163,6 @@ class Datasets:
         for dataset in self:
             with self.isolated(dataset):
                 dataset.receive(DatasetAbsent(str(error)))
-
-    # ------------------------------------------------------------ taking up, letting go, holding
 
     def _take_up(self, layout: Layout) -> None:
         """Begin to work on a dataset; one that cannot serve is held, and is tried again when its time has come."""
@@ -292,8 +279,6 @@ class Datasets:
             return None
         causes = "; ".join(f"{name}: {held.cause}" for name, held in sorted(self.held.items()))
         return (type(errors[0]) if isinstance(errors[0], SortdError) else StorageError)(causes)
-
-    # ------------------------------------------------------------ what concerns several
 
     def file_event(self, event: FileEvent) -> None:
         """Hand an event to the dataset that it is about; anything else may be a dataset that comes or goes."""

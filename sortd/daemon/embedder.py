@@ -15,18 +15,16 @@ from sortd.errors import ModelError
 from sortd.events import EmbeddedImage, FloatArray, ImageRefused, Stamp
 
 PATIENCE_SECONDS = 0.2
-"""How long a decoded image waits for company while others are being decoded; a lone one does not wait. Meanwhile the
-decoders have the processor, so that only the latency is paid, and that is less than what a forward of thirty takes."""
+"""How long a decoded image waits for others that are being decoded, to be encoded with them: less than a forward."""
 
-BATCHES_ON_THE_WAY = 2
-"""One that is encoded or about to be, and one that is decoded meanwhile."""
+BATCHES_ON_THE_WAY = 2  # one that is encoded or about to be, and one that is decoded meanwhile
 
 Deliver = Callable[[Sequence[EmbeddedImage | ImageRefused]], None]
 Encode = Callable[[Sequence[DecodedImage]], list[EmbeddedImage]]
 
 
 @dataclass(slots=True, eq=False)
-class Lane:
+class EncoderQueue:
     """The images of one asker: of a dataset's inbox, or of its references."""
 
     deliver: Deliver
@@ -36,40 +34,45 @@ class Lane:
 
 
 class Pipeline:
-    """Lanes, decoders and an encoder; used by one thread, which calls ``advance`` while there is work."""
+    """Images of several queues on their way to their embeddings; one thread calls ``advance`` while there is work.
+
+    The decoders are given work before a forward begins and are asked after it has ended, so they decode while the
+    encoder computes. What is on its way is bounded; queues take turns, an image each, so that a full one keeps none
+    waiting.
+    """
 
     def __init__(self, decoders: DecoderPool, encode: Encode, *, batch_size: int) -> None:
         """Begin empty; ``encode`` embeds up to ``batch_size`` decoded images at once."""
         self._decoders, self._encode, self._batch_size = decoders, encode, batch_size
-        self._lanes: deque[Lane] = deque()
-        self._decoded: deque[tuple[Lane, DecodedImage]] = deque()
+        self._queues: deque[EncoderQueue] = deque()
+        self._decoded: deque[tuple[EncoderQueue, DecodedImage]] = deque()
         self._decoded_since = 0.0
         self._on_the_way = 0
 
-    def open_lane(self, deliver: Deliver) -> Lane:
-        """Return a new lane, whose answers go to ``deliver``."""
-        lane = Lane(deliver)
-        self._lanes.append(lane)
-        return lane
+    def open(self, deliver: Deliver) -> EncoderQueue:
+        """Return a new queue, whose answers go to ``deliver``."""
+        queue = EncoderQueue(deliver)
+        self._queues.append(queue)
+        return queue
 
-    def close_lane(self, lane: Lane) -> None:
-        """Drop a lane and what is left of its images: nothing more is delivered."""
+    def close(self, queue: EncoderQueue) -> None:
+        """Drop a queue and what is left of its images: nothing more is delivered."""
         self._take_in()
-        self._on_the_way -= len(lane.batch.waiting) + lane.batch.unanswered
-        kept = deque(pair for pair in self._decoded if pair[0] is not lane)
+        self._on_the_way -= len(queue.batch.waiting) + queue.batch.unanswered
+        kept = deque(pair for pair in self._decoded if pair[0] is not queue)
         self._on_the_way -= len(self._decoded) - len(kept)
         self._decoded = kept
-        self._decoders.drop(lane.batch)
-        self._lanes.remove(lane)
+        self._decoders.drop(queue.batch)
+        self._queues.remove(queue)
 
-    def add(self, lane: Lane, images: Iterable[tuple[str, Stamp]]) -> None:
-        """Put images at the end of a lane."""
-        lane.waiting.extend(images)
+    def add(self, queue: EncoderQueue, images: Iterable[tuple[str, Stamp]]) -> None:
+        """Put images at the end of a queue."""
+        queue.waiting.extend(images)
 
     @property
     def has_work(self) -> bool:
         """Is any image without its answer?"""
-        return self._on_the_way > 0 or any(lane.waiting for lane in self._lanes)
+        return self._on_the_way > 0 or any(queue.waiting for queue in self._queues)
 
     def advance(self, *, bell: int | None = None, at_most_seconds: float | None = None) -> None:
         """Take one step: wait for pixels if need be, and encode a batch if one is due.
@@ -92,49 +95,45 @@ class Pipeline:
         if self._is_due(monotonic()):
             self._encode_batch()
 
-    # ------------------------------------------------------------ to the decoders
-
     def _feed(self) -> None:
-        """Let as much be on its way as two batches and the processes hold, taking from the lanes in turn."""
-        for lane in self._lanes:
-            if lane.batch.waiting or lane.batch.unanswered:
-                self._decoders.feed(lane.batch)  # what a process that died has left, too
+        """Let as much be on its way as two batches and the processes hold, taking from the queues in turn."""
+        for queue in self._queues:
+            if queue.batch.waiting or queue.batch.unanswered:
+                self._decoders.feed(queue.batch)  # what a process that died has left, too
         most = max(BATCHES_ON_THE_WAY * self._batch_size, 2 * self._decoders.workers)
         idle = 0
-        while self._on_the_way < most and idle < len(self._lanes):
-            lane = self._lanes[0]
-            self._lanes.rotate(-1)
-            if not lane.waiting:
+        while self._on_the_way < most and idle < len(self._queues):
+            queue = self._queues[0]
+            self._queues.rotate(-1)
+            if not queue.waiting:
                 idle += 1
                 continue
             idle = 0
-            lane.batch.waiting.append(lane.waiting.popleft())
+            queue.batch.waiting.append(queue.waiting.popleft())
             self._on_the_way += 1
-            self._decoders.feed(lane.batch)
-
-    # ------------------------------------------------------------ from the decoders
+            self._decoders.feed(queue.batch)
 
     def _take_in(self) -> None:
         """Deliver refusals at once, and keep pixels for the next forward."""
-        for lane in list(self._lanes):
+        for queue in list(self._queues):
             refused: list[ImageRefused] = []
-            while lane.batch.answers:
-                answer = lane.batch.answers.popleft()
+            while queue.batch.answers:
+                answer = queue.batch.answers.popleft()
                 if isinstance(answer, ImageRefused):
                     refused.append(answer)
                     continue
                 if not self._decoded:
                     self._decoded_since = monotonic()
-                self._decoded.append((lane, answer))
+                self._decoded.append((queue, answer))
             if refused:
                 self._on_the_way -= len(refused)
-                lane.deliver(refused)
+                queue.deliver(refused)
 
     def _is_due(self, now: float) -> bool:
         """Is there a full batch, or one that nothing more will join in time?"""
         if not self._decoded:
             return False
-        is_all = len(self._decoded) == self._on_the_way and not any(lane.waiting for lane in self._lanes)
+        is_all = len(self._decoded) == self._on_the_way and not any(queue.waiting for queue in self._queues)
         return is_all or len(self._decoded) >= self._batch_size or now >= self._decoded_since + PATIENCE_SECONDS
 
     def _patience(self, now: float) -> float | None:
@@ -147,21 +146,16 @@ class Pipeline:
         self._on_the_way -= len(taken)
         self._feed()
         answers = self._encode([image for _, image in taken])
-        by_lane: dict[int, tuple[Lane, list[EmbeddedImage | ImageRefused]]] = {}
-        for (lane, _), answer in zip(taken, answers, strict=True):
-            by_lane.setdefault(id(lane), (lane, []))[1].append(answer)
-        for lane, own in by_lane.values():
-            lane.deliver(own)
+        by_queue: dict[int, tuple[EncoderQueue, list[EmbeddedImage | ImageRefused]]] = {}
+        for (queue, _), answer in zip(taken, answers, strict=True):
+            by_queue.setdefault(id(queue), (queue, []))[1].append(answer)
+        for queue, own in by_queue.values():
+            queue.deliver(own)
 
 
-UNIT_TOLERANCE = 1e-2
-"""How far from one the length of an embedding may be: half precision errs by a tenth of that."""
-
-AT_ONCE = 1_000
-"""Files that are looked up in the cache in one step."""
-
-TEXTS_AT_ONCE = 64
-"""Texts that are encoded in one step: a thousand classes have eight thousand, which take a minute."""
+UNIT_TOLERANCE = 1e-2  # by which the length of an embedding may differ from one: half precision errs by a tenth of that
+AT_ONCE = 1_000  # files that are looked up in the cache in one step
+TEXTS_AT_ONCE = 64  # texts that are encoded in one step: a thousand classes have eight thousand, which take a minute
 
 Attend = Callable[[], float | None]
 """Is called between two steps; returns how many seconds the next one may wait at most, None: as long as need be."""
@@ -189,8 +183,9 @@ class Embedder:
         self.encoder = encoder
         self._cache = cache
         self._are_sound = are_sound
-        self._pipeline = Pipeline(decoders, self._encode, batch_size=batch_size)
-        self._attend: Attend = _attend_to_nothing
+        self.pipeline = Pipeline(decoders, self._encode, batch_size=batch_size)
+        """Where images that are not known wait for their embeddings, in queues."""
+        self._attend: Attend = _nothing
         self._bell: int | None = None
         self.forwards = 0
         """Image batches that went through the encoder: what a cache hit saves."""
@@ -199,22 +194,18 @@ class Embedder:
         """Let ``embed`` call ``attend`` between two steps, and wait no longer than until a ``bell`` can be read."""
         self._attend, self._bell = attend, bell
 
-    # ------------------------------------------------------------ images
-
     def embed(self, images: Sequence[tuple[str, Stamp]]) -> Iterator[EmbeddedImage | ImageRefused]:
-        """Yield exactly one answer for each image, in no order.
-
-        Images of other lanes go on meanwhile, a turn each.
+        """Yield exactly one answer for each image, in no order; images of other queues go on meanwhile, a turn each.
 
         Args:
             images: paths with the stamps of the versions that are meant.
         """
         answers: deque[EmbeddedImage | ImageRefused] = deque()
-        lane = self.open_lane(answers.extend)
+        queue = self.pipeline.open(answers.extend)
         left = len(images)
         try:
             for start in range(0, len(images), AT_ONCE):
-                self.add(lane, images[start : start + AT_ONCE])
+                self.add(queue, images[start : start + AT_ONCE])
                 self.give_way()
             while True:
                 while answers:
@@ -224,24 +215,16 @@ class Embedder:
                     return
                 self.advance(at_most_seconds=self._attend())
         finally:
-            self.close_lane(lane)
+            self.pipeline.close(queue)
 
     def give_way(self) -> None:
-        """Attend, and take one step with the images of all lanes, if there are any, without waiting for pixels."""
+        """Attend, and take one step with the images of all queues, if there are any, without waiting for pixels."""
         self._attend()
-        if self.has_work:
+        if self.pipeline.has_work:
             self.advance(at_most_seconds=0.0)
 
-    def open_lane(self, deliver: Deliver) -> Lane:
-        """Return a lane for images that are embedded while others are; answers go to ``deliver``, some at a time."""
-        return self._pipeline.open_lane(deliver)
-
-    def close_lane(self, lane: Lane) -> None:
-        """Drop what is left of a lane; nothing more is delivered."""
-        self._pipeline.close_lane(lane)
-
-    def add(self, lane: Lane, images: Sequence[tuple[str, Stamp]]) -> None:
-        """Answer at once for those images that are known, and put the others into a lane."""
+    def add(self, queue: EncoderQueue, images: Sequence[tuple[str, Stamp]]) -> None:
+        """Answer at once for those images that are known, and put the others into a queue."""
         contents = self._cache.contents(images)
         rows = self._cache.embeddings(set(contents.values()), self.encoder.encoder_id)
         known: list[EmbeddedImage] = []
@@ -253,17 +236,12 @@ class Embedder:
             else:
                 unknown.append((path, stamp))
         if known:
-            lane.deliver(known)
-        self._pipeline.add(lane, unknown)
-
-    @property
-    def has_work(self) -> bool:
-        """Is any image of any lane without its answer?"""
-        return self._pipeline.has_work
+            queue.deliver(known)
+        self.pipeline.add(queue, unknown)
 
     def advance(self, *, at_most_seconds: float | None = None) -> None:
-        """Take one step with the images of all lanes; see ``Pipeline.advance``."""
-        self._pipeline.advance(bell=self._bell, at_most_seconds=at_most_seconds)
+        """Take one step with the images of all queues; see ``Pipeline.advance``."""
+        self.pipeline.advance(bell=self._bell, at_most_seconds=at_most_seconds)
 
     def _encode(self, batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
         """Encode one batch, equal contents once; a content that is known under another name is not encoded."""
@@ -290,8 +268,6 @@ class Embedder:
             )
             for image in batch
         ]
-
-    # ------------------------------------------------------------ words
 
     def embed_texts(self, texts: Sequence[str]) -> FloatArray:
         """Return float32 (T, d) unit rows, one for each text; each text is encoded once in the cache's life."""
@@ -322,5 +298,5 @@ class Embedder:
         return rows
 
 
-def _attend_to_nothing() -> None:
+def _nothing() -> None:
     """Stand in for a worker where there is none."""

@@ -1,4 +1,4 @@
-"""The site: where sortd works. It locks, recovers and opens datasets, and loads the model with what it needs."""
+"""The resources of a run: datasets, locked, recovered and opened; and the model with what it needs."""
 
 import os
 import uuid
@@ -32,11 +32,8 @@ from sortd.running.precision import load_encoder as serving_encoder
 
 LoadEncoder = Callable[[Config], Encoder]
 
-GUARD_IMAGES = 200
-"""From so many images on, the first batch of a new generation is tried before it moves."""
-
-MOST_DECODERS = 8
-"""More processes than this are started only where the configuration asks for them: each takes some 40 MB."""
+GUARD_IMAGES = 200  # from so many on, the first batch of a new generation is tried before it moves
+MOST_DECODERS = 8  # processes of some 40 MB each, unless the configuration asks for more
 
 
 def sorter_settings(config: DatasetConfig) -> SorterSettings:
@@ -67,6 +64,10 @@ def limits_of(decoding: Decoding) -> dict[str, float]:
     """Return by what images are refused, so that a higher value refuses fewer; see ``Rejects``."""
     numbers = decoding.model_dump(include={"max_pixels", "max_side_pixels", "max_bytes", "timeout_seconds"})
     return {**numbers, "draft": int(decoding.jpeg == "draft"), "decoders": DECODERS}
+
+
+def _nothing(*_: object) -> None:
+    """Keep nothing."""
 
 
 class Site:
@@ -110,8 +111,6 @@ class Site:
     def state_folder(self) -> Path:
         """The state directory."""
         return self._config.state_dir
-
-    # ------------------------------------------------------------ datasets
 
     def open(
         self, layout: Layout, config: Config, *, ask: Callable[[Job], None], seat: Seat, metrics: Metrics
@@ -160,8 +159,6 @@ class Site:
         if (opened := self._held.pop(dataset.identity, None)) is not None:
             opened.close()
 
-    # ------------------------------------------------------------ the model, in the worker's thread
-
     def load(self) -> tuple[Embedder, PrototypeStore, str]:
         """Load the configured model, warm its decoders, open the cache.
 
@@ -173,29 +170,21 @@ class Site:
         decoders = self._pool(encoder.preprocessing, config.decoding.jpeg)
         self._cache = Cache(self._embeddings / "embeddings.sqlite", max_bytes=config.cache_megabytes * 1_000_000)
         embedder = Embedder(encoder, decoders, self._cache, batch_size=config.batch_size)
-        store = self._untouched_store() if self._is_scratch else self._store(self._cache, config.root)
-        return embedder, store, ", ".join([self._describe(config), *self._runs_on])
+        return embedder, self._store(self._cache), ", ".join([self._describe(config), *self._runs_on])
 
-    @staticmethod
-    def _store(cache: Cache, root: Path) -> PrototypeStore:
-        """Return where the prototypes of each dataset are kept; two roots may share a cache and hold equal names."""
-
-        def key(dataset: str) -> str:
-            return Layout(root / dataset).key
-
-        return PrototypeStore(
-            read=lambda dataset: cache.prototypes(key(dataset)),
-            write=lambda dataset, prototypes: cache.remember_prototypes(key(dataset), prototypes),
-            forget=lambda dataset: cache.forget_prototypes(key(dataset)),
-        )
-
-    def _untouched_store(self) -> PrototypeStore:
-        """Return a store that reads what is kept and keeps nothing."""
+    def _store(self, cache: Cache) -> PrototypeStore:
+        """Return where the prototypes of each dataset are kept; of a scratch they are only read."""
         config = self._config
+
+        def layout(dataset: str) -> Layout:
+            return Layout(config.root / dataset)
+
+        if self._is_scratch:
+            return PrototypeStore(lambda dataset: stored_prototypes(config, layout(dataset)), _nothing, _nothing)
         return PrototypeStore(
-            read=lambda dataset: stored_prototypes(config, Layout(config.root / dataset)),
-            write=lambda _dataset, _prototypes: None,
-            forget=lambda _dataset: None,
+            read=lambda dataset: cache.prototypes(layout(dataset).key),
+            write=lambda dataset, prototypes: cache.remember_prototypes(layout(dataset).key, prototypes),
+            forget=lambda dataset: cache.forget_prototypes(layout(dataset).key),
         )
 
     def _embed_with(self, encoder: Encoder, facts: FinetunedFacts) -> Embedder:

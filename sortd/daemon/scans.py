@@ -20,17 +20,10 @@ from sortd.running.presence import Presence
 from sortd.watch.observer import FileEvent
 from sortd.watch.scan import FolderScans, IncrementalScan, scan_steps, stamp, why_left, why_unfinished
 
-LEFT_SECONDS = 5.0
-"""So long a file must have had a name that is not looked at before it is told of: most are renamed by then."""
-
-TOLD_SLICE = 500
-"""Files that are told of in one turn of the loop."""
-
-MOST_LEFT = 100_000
-"""Files that wait to be told of; the next scan finds the others."""
-
-REVIEW_SLICE = 200
-"""Images of Review/ looked at in one turn of the loop: each costs a question to the journal, some 0.1 ms."""
+LEFT_SECONDS = 5.0  # in which a file may be renamed before it is told of that its name is not looked at
+TOLD_SLICE = 500  # files that are told of in one turn of the loop
+MOST_LEFT = 100_000  # files that wait to be told of; the next scan finds the others
+REVIEW_SLICE = 200  # images of Review/ looked at in one turn: each costs a question to the journal, some 0.1 ms
 
 
 class LeftFiles:
@@ -96,16 +89,7 @@ class DatasetScans:
         history: History,
         presence: Presence,
     ) -> None:
-        """Prepare; nothing is looked at yet.
-
-        Args:
-            layout: the dataset's folders.
-            sorter: its core: asked what it remembers.
-            receive: hands an event to the core and carries out what that asks for.
-            log: told what cannot be looked at and what stays in Images/.
-            history: what its journal can be asked.
-            presence: asked before anything is taken for gone.
-        """
+        """Prepare; ``receive`` hands an event to the core and carries out what that asks for."""
         self._root, self._sorter, self._receive, self._log = layout.root, sorter, receive, log
         self._history, self._presence = history, presence
         self.left_files = LeftFiles(os.fspath(layout.root), log)

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
+from typing import NamedTuple
 
 from sortd.daemon.classifiers import Appointed, Classifiers
-from sortd.daemon.embedder import Attend, Embedder, Lane
+from sortd.daemon.embedder import Attend, Embedder, EncoderQueue
 from sortd.deciding.reload_gate import refuse_reload
 from sortd.decoding.files import OUR_OWN_TROUBLE
 from sortd.errors import ModelError, SortdError
@@ -44,14 +45,14 @@ DeliverTo = Callable[[DatasetId, str, Sequence[EmbeddedImage | ImageRefused]], N
 """Is given a dataset, the id of the encoder, and answers."""
 
 
-class Lanes:
+class EncoderQueues:
     """Which encoder each dataset's images go through, and how far they are; used by one thread, the worker."""
 
     def __init__(self, embedder: Embedder, classifiers: Classifiers, deliver: DeliverTo) -> None:
         """Begin with every dataset on the configured model, ``embedder``."""
         self.embedder = embedder
         self._classifiers, self._deliver = classifiers, deliver
-        self._lanes: dict[tuple[DatasetId, str], tuple[Embedder, Lane]] = {}  # by dataset and fine-tuned model
+        self._queues: dict[tuple[DatasetId, str], tuple[Embedder, EncoderQueue]] = {}  # by dataset and fine-tuned model
         self._deciding: dict[DatasetId, str] = {}
         self._attend: tuple[Attend, int] | None = None
 
@@ -64,8 +65,6 @@ class Lanes:
 
         self._attend = attend_to_all, bell
         self.embedder.attend_with(attend_to_all, bell=bell)
-
-    # ------------------------------------------------------------ which encoder
 
     def appoint(self, layout: Layout, wanted: str, labels: Sequence[str]) -> Appointed:
         """Return what is to decide a dataset, its model loaded; it embeds from the next ``switch`` on."""
@@ -88,50 +87,48 @@ class Lanes:
         self._retain()
 
     def _retain(self) -> None:
-        """Let go of models that no dataset is on, and of their lanes."""
+        """Let go of models that no dataset is on, and of their queues."""
         self._classifiers.retain(set(self._deciding.values()))
-        for key in [key for key in self._lanes if key[1] and key[1] not in self._classifiers.loaded]:
-            embedder, lane = self._lanes.pop(key)
-            embedder.close_lane(lane)
-
-    # ------------------------------------------------------------ images
+        for key in [key for key in self._queues if key[1] and key[1] not in self._classifiers.loaded]:
+            embedder, queue = self._queues.pop(key)
+            embedder.pipeline.close(queue)
 
     def add(self, dataset: DatasetId, images: Sequence[tuple[str, Stamp]]) -> None:
         """Put images on their way; those that are known are answered at once."""
         model_id = self.decided_by(dataset)
         embedder = self._classifiers.loaded[model_id] if model_id else self.embedder
-        if (dataset, model_id) not in self._lanes:
+        if (dataset, model_id) not in self._queues:
             deliver = partial(self._deliver, dataset, embedder.encoder.encoder_id)
-            self._lanes[dataset, model_id] = embedder, embedder.open_lane(deliver)
-        embedder.add(self._lanes[dataset, model_id][1], images)
+            self._queues[dataset, model_id] = embedder, embedder.pipeline.open(deliver)
+        embedder.add(self._queues[dataset, model_id][1], images)
 
     def forget(self, dataset: DatasetId) -> None:
         """Drop a dataset that is gone, and what is left of its images."""
-        for key in [key for key in self._lanes if key[0] == dataset]:
-            embedder, lane = self._lanes.pop(key)
-            embedder.close_lane(lane)
+        for key in [key for key in self._queues if key[0] == dataset]:
+            embedder, queue = self._queues.pop(key)
+            embedder.pipeline.close(queue)
         self._deciding.pop(dataset, None)
         self._retain()
-
-    # ------------------------------------------------------------ turns
 
     @property
     def has_work(self) -> bool:
         """Is any image without its answer?"""
-        return self.embedder.has_work or any(one.has_work for one in self._classifiers.loaded.values())
+        return self.embedder.pipeline.has_work or any(
+            one.pipeline.has_work for one in self._classifiers.loaded.values()
+        )
 
     def advance(self) -> None:
         """Take one step with every encoder that has work."""
         wait_seconds = self._advance_finetuned()
-        if self.embedder.has_work:
+        if self.embedder.pipeline.has_work:
             self.embedder.advance(at_most_seconds=wait_seconds)
         if self._classifiers.loaded.keys() - set(self._deciding.values()):
             self._retain()  # what another took over from may have ended just now
 
     def _advance_finetuned(self) -> float | None:
         """Take one step with every fine-tuned model that has work; return how long the next step may wait."""
-        busy = [one for one in self._classifiers.loaded.values() if one.has_work]
-        is_alone = len(busy) == 1 and not self.embedder.has_work
+        busy = [one for one in self._classifiers.loaded.values() if one.pipeline.has_work]
+        is_alone = len(busy) == 1 and not self.embedder.pipeline.has_work
         for one in busy:
             one.advance(at_most_seconds=None if is_alone else SHARED_WAIT_SECONDS)
         return SHARED_WAIT_SECONDS if busy else None
@@ -211,17 +208,12 @@ class Answer:
 Posted = WorkerLoading | WorkerReady | WorkerDied | Answer
 
 
-class PrototypeStore:
-    """Where the last prototypes of each dataset are kept between runs; see ``cache.py``."""
+class PrototypeStore(NamedTuple):
+    """How the last prototypes of each dataset, by its name, are kept between runs; see ``cache.py``."""
 
-    def __init__(
-        self,
-        read: Callable[[str], PrototypeSet | None],
-        write: Callable[[str, PrototypeSet], None],
-        forget: Callable[[str], None],
-    ) -> None:
-        """Keep by the three functions given, which are told a dataset's name."""
-        self.read, self.write, self.forget = read, write, forget
+    read: Callable[[str], PrototypeSet | None]
+    write: Callable[[str, PrototypeSet], None]
+    forget: Callable[[str], None]
 
 
 ODD_REFERENCES = (
@@ -252,20 +244,20 @@ class Worker:
         self._references: dict[DatasetId, References] = {}
         self._serving: dict[DatasetId, PrototypeSet] = {}
         self._stopping = False
-        self._bell: int | None = None
+        self._wake_descriptor: int | None = None
         self._waits_for = ""
         self.busy_since: float | None = None
         """When the job at hand made its last progress, on the monotonic clock; None while idle."""
 
     def start(self) -> None:
         """Start the thread."""
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread.start()
 
     def ask(self, job: Job) -> None:
         """Queue one job; answers come by ``post``."""
         self._jobs.put(job)
-        self._ring()
+        self._wake()
 
     def loading(self, what: str) -> None:
         """Hear from what loads the model, in the thread, that it gets on with something that takes long."""
@@ -278,20 +270,20 @@ class Worker:
         """End after the forward at hand, leaving what is queued; tell whether the thread ended in time."""
         self._stopping = True
         self._jobs.put(None)
-        self._ring()
+        self._wake()
         if self._thread.ident is not None:
             self._thread.join(timeout_seconds)
         if self._thread.is_alive():
             return False
-        if self._bell is not None:
-            os.close(self._bell)
-            self._bell = None
+        if self._wake_descriptor is not None:
+            os.close(self._wake_descriptor)
+            self._wake_descriptor = None
         return True
 
-    def _ring(self) -> None:
+    def _wake(self) -> None:
         """Wake the worker where it waits for pixels."""
-        if self._bell is not None:
-            os.eventfd_write(self._bell, 1)
+        if self._wake_descriptor is not None:
+            os.eventfd_write(self._wake_descriptor, 1)
 
     # ------------------------------------------------------------ in the thread
 
@@ -309,54 +301,54 @@ class Worker:
         began = monotonic()
         self.busy_since = began
         embedder, store, description = self._load()
-        lanes = Lanes(embedder, self._classifiers, self._deliver)
-        attend = partial(self._attend, lanes)
-        assert self._bell is not None
-        lanes.attend_with(attend, bell=self._bell)
+        queues = EncoderQueues(embedder, self._classifiers, self._deliver)
+        attend = partial(self._attend, queues)
+        assert self._wake_descriptor is not None
+        queues.attend_with(attend, bell=self._wake_descriptor)
         self._post(WorkerReady(embedder.encoder.encoder_id, description, monotonic() - began))
         while True:
-            if not (self._later or lanes.has_work):
+            if not (self._later or queues.has_work):
                 self.busy_since = None
-                self._take(lanes, self._jobs.get())
+                self._take(queues, self._jobs.get())
             attend()
             if self._later:
-                self._carry_out(lanes, store, self._later.popleft())
-            elif lanes.has_work:
-                lanes.advance()
+                self._carry_out(queues, store, self._later.popleft())
+            elif queues.has_work:
+                queues.advance()
 
-    def _attend(self, lanes: Lanes) -> None:
+    def _attend(self, queues: EncoderQueues) -> None:
         """Take in what is asked, without waiting; called between two steps of whatever is under way.
 
         Raises:
             _StopAskedError: nothing more is to be done.
         """
         self.busy_since = monotonic()
-        assert self._bell is not None
+        assert self._wake_descriptor is not None
         with suppress(BlockingIOError):
-            os.eventfd_read(self._bell)
+            os.eventfd_read(self._wake_descriptor)
         with suppress(queue.Empty):
             while not self._stopping:
-                self._take(lanes, self._jobs.get_nowait())
+                self._take(queues, self._jobs.get_nowait())
         if self._stopping:
             raise _StopAskedError
 
-    def _take(self, lanes: Lanes, job: Job | None) -> None:
+    def _take(self, queues: EncoderQueues, job: Job | None) -> None:
         """Put images on their way at once, and the rest to what is to be done in order."""
         match job:
             case EmbedJob(dataset, images):
-                lanes.add(dataset, images)
+                queues.add(dataset, images)
             case RebuildJob():
                 self._later.append(job)
             case Forget(dataset, with_stored):
                 if not with_stored:
-                    lanes.forget(dataset)
+                    queues.forget(dataset)
                 self._later.append(job)
 
-    def _carry_out(self, lanes: Lanes, store: PrototypeStore, job: RebuildJob | Forget) -> None:
+    def _carry_out(self, queues: EncoderQueues, store: PrototypeStore, job: RebuildJob | Forget) -> None:
         match job:
             case RebuildJob():
                 try:
-                    self._rebuild(lanes, store, job)
+                    self._rebuild(queues, store, job)
                 except ModelError:
                     raise  # not the references are to blame: nothing that this encoder answers can be trusted
                 except ODD_REFERENCES as error:
@@ -369,7 +361,7 @@ class Worker:
                     return
                 self._references.pop(dataset, None)
                 self._serving.pop(dataset, None)
-                lanes.forget(dataset)  # a rebuild that was asked for before may have given it a model once more
+                queues.forget(dataset)  # a rebuild that was asked for before may have given it a model once more
 
     def _deliver(self, dataset: DatasetId, encoder_id: str, answers: Sequence[EmbeddedImage | ImageRefused]) -> None:
         refused = [answer for answer in answers if isinstance(answer, ImageRefused)]
@@ -377,7 +369,7 @@ class Worker:
         embedded = (Embedded(images, encoder_id),) if images else ()
         self._post(Answer(dataset, (*refused, *embedded)))
 
-    def _rebuild(self, lanes: Lanes, store: PrototypeStore, job: RebuildJob) -> None:
+    def _rebuild(self, queues: EncoderQueues, store: PrototypeStore, job: RebuildJob) -> None:
         began = monotonic()
         if job.afresh:
             self._references.pop(job.dataset, None)
@@ -385,34 +377,38 @@ class Worker:
         previous = self._serving.get(job.dataset) or store.read(job.dataset.name)
         generation = 1 + max(job.generation, previous.generation if previous else 0)
         try:
-            decider = self._appoint(lanes, job, class_labels(job.clases))
+            decider = self._appoint(queues, job, class_labels(job.clases))
             rebuilt = references.rebuild(
-                lanes.embedder,
+                queues.embedder,
                 job.teaching,
                 previous=previous,
                 generation=generation,
                 decided_by=decider.model_id,
             )
         except ReferencesAbsentError as error:
-            event: Event = RebuildFailed(str(error), references_absent=True, job=job.job)
+            event = RebuildFailed(str(error), references_absent=True, job=job.job)
             self._post(Answer(job.dataset, (event,), seconds=monotonic() - began))
             return
-        decider = self._appoint(lanes, job, rebuilt.prototypes.labels)  # a folder may have come or gone since
-        refusal = None if previous is None or job.force else gate(previous, rebuilt.prototypes)
+        decider = self._appoint(queues, job, rebuilt.prototypes.labels)  # a folder may have come or gone since
+        refusal = None
+        # A class that was removed is obeyed whatever it costs.
+        if previous is not None and not job.force and set(previous.labels) <= set(rebuilt.prototypes.labels):
+            refusal = refuse_reload(previous, rebuilt.prototypes)
         if previous is not None and refusal is not None:
-            failed = self._kept(job, refusal)
-            if job.dataset in self._serving and decider.model_id != lanes.decided_by(job.dataset):
+            mend = f"mend the references, or `sortd rebuild --force {job.dataset.name}`"
+            failed = RebuildFailed(f"{refusal}; the old prototypes stay: {mend}", is_lasting=True, job=job.job)
+            if job.dataset in self._serving and decider.model_id != queues.decided_by(job.dataset):
                 previous = replace(previous, generation=generation)  # another one decides, so all is decided anew
                 store.write(job.dataset.name, previous)
-            self._serve_with(lanes, job, previous, decider, failed)
+            self._serve_with(queues, job, previous, decider, failed)
             return
         if rebuilt.changed:
             store.write(job.dataset.name, rebuilt.prototypes)
-        self._serve_with(lanes, job, rebuilt.prototypes, decider, rebuilt=rebuilt, seconds=monotonic() - began)
+        self._serve_with(queues, job, rebuilt.prototypes, decider, rebuilt=rebuilt, seconds=monotonic() - began)
 
     def _serve_with(
         self,
-        lanes: Lanes,
+        queues: EncoderQueues,
         job: RebuildJob,
         prototypes: PrototypeSet,
         decider: Appointed,
@@ -422,24 +418,11 @@ class Worker:
     ) -> None:
         """Let these prototypes, or the model that is to decide in their place, serve from now on."""
         self._serving[job.dataset] = prototypes
-        lanes.switch(job.dataset, decider.model_id)
+        queues.switch(job.dataset, decider.model_id)
         finetuned = decider.classifier(job.teaching.settings.abstain, generation=prototypes.generation)
         built = PrototypesBuilt(prototypes, finetuned, job=job.job)
         self._post(Answer(job.dataset, (built, *others), rebuilt, seconds, decider.refusal))
 
     @staticmethod
-    def _appoint(lanes: Lanes, job: RebuildJob, labels: Sequence[str]) -> Appointed:
-        return lanes.appoint(Layout(job.clases.parent), job.teaching.classifier, labels)
-
-    @staticmethod
-    def _kept(job: RebuildJob, refusal: str) -> RebuildFailed:
-        """Say why the old generation serves on, or serves at all after a start."""
-        message = (
-            f"{refusal}; the old prototypes stay: mend the references, or `sortd rebuild --force {job.dataset.name}`"
-        )
-        return RebuildFailed(message, is_lasting=True, job=job.job)
-
-
-def gate(old: PrototypeSet, new: PrototypeSet) -> str | None:
-    """Return why the old generation should stay; a class that was removed is obeyed whatever it costs."""
-    return refuse_reload(old, new) if set(old.labels) <= set(new.labels) else None
+    def _appoint(queues: EncoderQueues, job: RebuildJob, labels: Sequence[str]) -> Appointed:
+        return queues.appoint(Layout(job.clases.parent), job.teaching.classifier, labels)

@@ -24,10 +24,7 @@ _SPECIAL = Why(Reason.SPECIAL_FILE, "it is no regular file but a pipe, a socket 
 
 
 def stamp(path: str, *, stat: Callable[[str], os.stat_result] = os.lstat) -> Stamp | None:
-    """Stamp the version of the file that stands at ``path`` now.
-
-    Returns:
-        The stamp, or ``None`` where nothing stands there or what does is no regular file (a link, a folder, a pipe).
+    """Return the stamp of the file at ``path``; ``None`` where nothing stands there, or no regular file.
 
     Raises:
         OSError: The disk or the rights refused the look; nothing is known about the file then.
@@ -68,19 +65,17 @@ def scan_steps(
 ) -> Iterator[tuple[str, Stamp | Why] | None]:
     """Name everything that stands below ``folder``, at any depth, lazily and in no order, but for ordinary folders.
 
-    What a rule of ``names.py`` leaves out, and what is no regular file, comes with the reason; a folder that is left
-    out comes once for all that is in it. No symbolic link is followed below ``folder``; nothing is opened.
+    A folder that is left out comes once for all that is in it. No symbolic link is followed; nothing is opened.
 
     Args:
         folder: Where to look; an absolute path.
         report: Told why a folder or file (``error.filename``) could not be looked at. ``folder`` itself is told of
-            even when it is only absent: absent is not empty. A folder below that vanishes meanwhile is not.
+            even when it is only absent; a folder below that vanishes meanwhile is not.
         rule_at_top: Judges the folders directly in ``folder``; ``rule_for_folder`` where they are classes.
         scandir: How a folder is listed.
 
     Yields:
-        The path, and the stamp of a file or why it is left out; None for whatever else was looked at: a caller may stop
-        between any two.
+        The path, and the stamp of a file or why it is left out; None for whatever else was looked at.
     """
     waiting = [folder]
     while waiting:
@@ -110,10 +105,7 @@ def scan_steps(
 
 
 def whole_files(folder: str, *, report: Callable[[OSError], None]) -> list[tuple[str, Stamp]]:
-    """List what ``scan`` names, but for what a control file beside it, or beside its folder, says is unfinished.
-
-    For folders whose files are few enough to be held at once.
-    """
+    """List what ``scan`` names, but for what a control file beside it, or beside its folder, says is unfinished."""
     files, owners = [], set()
     for path, found in scan_all(folder, report=report):
         if isinstance(found, Stamp):
@@ -125,11 +117,7 @@ def whole_files(folder: str, *, report: Callable[[OSError], None]) -> list[tuple
 
 
 def why_left(path: str, root: str) -> Why | None:
-    """Return why what stands at ``path`` is not looked at, from a look at the disk; None: it is, or nothing is there.
-
-    Args:
-        path: Of a file or folder in a dataset; absolute.
-        root: The dataset.
+    """Return why what stands at ``path`` in the dataset at ``root`` is not looked at; None: it is, or nothing is there.
 
     Raises:
         OSError: The disk or the rights refused the look.
@@ -153,11 +141,7 @@ def why_left(path: str, root: str) -> Why | None:
 
 
 def why_unfinished(path: str, root: str) -> Why | None:
-    """Return which file says that ``path``, or a folder between it and ``root``, is not whole yet; None: none does.
-
-    A program that writes into a file of its final name and size keeps beside it what is missing; of a download of many
-    files, beside their folder.
-    """
+    """Return which control file says that ``path``, or a folder between it and ``root``, is not whole yet; or None."""
     while len(path) > len(root):
         for rule in CONTROLS:
             if os.path.lexists(path + rule.ending):
@@ -191,17 +175,10 @@ def _stamp_of(found: os.stat_result) -> Stamp:
     return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-SLICE = 2000
-"""Files taken in one turn of the loop, at most: about ten milliseconds."""
-
-SLICE_SECONDS = 0.02
-"""How long one slice may take: a disk that must be read, or is across a network, answers fewer looks."""
-
-MOST_FOLDERS = 20_000
-"""Folders of which it is remembered that they are to be scanned, or how they looked when they were."""
-
-CLOCK_SLACK_NS = 5_000_000_000
-"""File systems stamp with a coarser clock than ours, and other machines with another one."""
+SLICE = 2000  # files taken in one turn of the loop, at most: about ten milliseconds
+SLICE_SECONDS = 0.02  # that one slice may take: a disk across a network answers fewer looks
+MOST_FOLDERS = 20_000  # of which it is remembered that they are to be scanned, or how they looked when they were
+CLOCK_SLACK_NS = 5_000_000_000  # file systems and other machines stamp with other clocks than ours
 
 Clock = Callable[[], float]
 _T = TypeVar("_T")
@@ -269,14 +246,7 @@ class FolderScans:
         left: Callable[[str, Why], None] = lambda *_: None,
         clock: Clock = monotonic,
     ) -> None:
-        """Prepare to scan ``folder``.
-
-        Args:
-            folder: its path.
-            report: told what cannot be looked at.
-            left: told what is left out, and why.
-            clock: seconds.
-        """
+        """Prepare to scan ``folder``; ``report`` is told what cannot be looked at, ``left`` what is left out."""
         self._folder, self._report, self._left = folder, report, left
         self.whole = IncrementalScan(lambda: scan_steps(folder, report=report), clock=clock)
         """The scan of the whole folder."""
@@ -301,12 +271,7 @@ class FolderScans:
         return True
 
     def want(self, folder: str, at: float = 0.0) -> None:
-        """Scan a folder below, at any depth of it, before the rest; nothing happens where it is about to be.
-
-        Args:
-            folder: its path.
-            at: when it was asked for; ``take_below`` tells it with what is found there.
-        """
+        """Scan a folder below, at any depth of it, before the rest; ``take_below`` gives ``at`` with what it finds."""
         if folder == self._folder or len(self._wanted) >= MOST_FOLDERS:
             self.whole.is_wanted_again = True
             self._wanted.clear()
@@ -403,7 +368,6 @@ class FolderComparison:
 def looked_at_until(noted_ns: int, now_ns: int) -> int:
     """Return from when on changes may not have been looked at yet, by the noted time of the last scan.
 
-    Where the clock was set back since, nothing is known of what happened in between: all of it is to be looked at. Both
-    times, and the result, are nanoseconds since the epoch.
+    All times are nanoseconds since the epoch. Where the clock was set back since, that is the beginning.
     """
     return 0 if noted_ns > now_ns else noted_ns - CLOCK_SLACK_NS
