@@ -5,9 +5,15 @@ from pathlib import Path
 from sortd.cache import Cache
 from sortd.config import Config
 from sortd.daemon.resources import Site
+from sortd.daemon.worker import PrototypeStore
 from sortd.prototypes import DecisionSettings, Mode
 from tests.daemon_process import make_dataset
 from tests.prototype_maker import make_prototypes
+
+
+def store(cache: Cache, root: Path) -> PrototypeStore:
+    """Return where the prototypes of the datasets below a root are kept."""
+    return Site(Config(root=root, state_dir=root / "state", cache_dir=root / "cache"))._store(cache)
 
 
 def test_two_roots_that_share_a_cache_have_prototypes_of_their_own(tmp_path: Path) -> None:
@@ -16,8 +22,8 @@ def test_two_roots_that_share_a_cache_have_prototypes_of_their_own(tmp_path: Pat
     prototypes = make_prototypes(make_dataset(here), DecisionSettings(Mode.MAX, None))
     make_dataset(there)
     with Cache(tmp_path / "cache" / "embeddings.sqlite") as cache:
-        Site(Config(root=here))._store(cache).write("Colours", prototypes)
-        assert Site(Config(root=there))._store(cache).read("Colours") is None
-        found = Site(Config(root=here))._store(cache).read("Colours")
+        store(cache, here).write("Colours", prototypes)
+        assert store(cache, there).read("Colours") is None
+        found = store(cache, here).read("Colours")
     assert found is not None
     assert found.fingerprint == prototypes.fingerprint

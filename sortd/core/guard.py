@@ -78,9 +78,7 @@ class Guard:
     def try_out(self, decisions: Sequence[Decision], *, left: int) -> bool:
         """Take decisions in; tell whether the trial is over, with ``reason`` as its verdict.
 
-        Args:
-            decisions: what the new generation makes of some images.
-            left: images that are still to be decided; with none left the trial ends early.
+        With no images ``left`` to be decided the trial ends early.
         """
         self._trial.extend(decisions)
         if self._classifier is None or (len(self._trial) < self._images and left > 0):

@@ -60,11 +60,7 @@ def order_for(
         content=image.content,
         encoder_id=classifier.encoder_id,
         generation=classifier.generation,
-        milliseconds={
-            "settle": round(1e3 * settle_seconds, 1),
-            "decode": round(1e3 * image.decode_seconds, 1),
-            "encode": round(1e3 * image.encode_seconds, 1),
-        },
+        milliseconds=_milliseconds(settle=settle_seconds, decode=image.decode_seconds, encode=image.encode_seconds),
     )
 
 
@@ -76,8 +72,12 @@ def order_aside(refused: events.ImageRefused, *, settle_seconds: float) -> event
         folder="Rejected",
         outcome=events.Outcome.REJECTED,
         reason=f"{refused.refusal.value}: {refused.message}",
-        milliseconds={"settle": round(1e3 * settle_seconds, 1)},
+        milliseconds=_milliseconds(settle=settle_seconds),
     )
+
+
+def _milliseconds(**seconds: float) -> dict[str, float]:
+    return {stage: round(1e3 * value, 1) for stage, value in seconds.items()}
 
 
 ROOM_FOR_A_SCAN = 1 / 8

@@ -58,11 +58,8 @@ def classifier_of(facts: FinetunedFacts, abstain: Abstain | None, *, generation:
 def appointed(layout: Layout, state: Path, wanted: str, labels: Sequence[str]) -> Appointed:
     """Return what is to decide a dataset, by what is written down in ``state``; no model is loaded.
 
-    Args:
-        layout: the dataset.
-        state: the state directory.
-        wanted: the configured ``classifier``: ``auto``, ``prototypes`` or ``finetuned``.
-        labels: the class folders in ``Clases/``.
+    ``wanted`` is the configured ``classifier``: ``auto``, ``prototypes`` or ``finetuned``; ``labels`` are the folders
+    in ``Clases/``.
     """
     if wanted == "prototypes":
         return Appointed()
@@ -70,8 +67,8 @@ def appointed(layout: Layout, state: Path, wanted: str, labels: Sequence[str]) -
         promotion = read_promotion(layout.state_folder(state))
         if promotion is None:
             mend = f"`sortd finetune {layout.name}`, then `sortd models promote --dataset {layout.name}`"
-            refusal = f"`classifier: finetuned` is set, but no model is promoted: {mend}"
-            return Appointed(refusal=refusal if wanted == "finetuned" else None)
+            missing = f"`classifier: finetuned` is set, but no model is promoted: {mend}"
+            return Appointed(refusal=missing if wanted == "finetuned" else None)
         facts = read_facts(promotion.folder)
     except ModelError as error:
         return Appointed(refusal=str(error))
@@ -151,13 +148,7 @@ class Classifiers:
     """The fine-tuned models in memory, each shared by its datasets; used by one thread, the worker."""
 
     def __init__(self, state: Path, *, load: LoadModel, embed_with: EmbedWith) -> None:
-        """Begin with none.
-
-        Args:
-            state: the state directory, where promotions are written down.
-            load: loads a model from its folder; raises ``ModelError``.
-            embed_with: makes what embeds files by an encoder, with the decoding that the model was trained with.
-        """
+        """Begin with none; promotions are written down in ``state``, and ``load`` may raise ``ModelError``."""
         self._state, self._load, self._embed_with = state, load, embed_with
         self._loaded: dict[str, Embedder] = {}
 

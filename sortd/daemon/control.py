@@ -33,17 +33,9 @@ from typing import Any
 
 import structlog
 
+from sortd import errors
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.datasets import Datasets
-from sortd.errors import (
-    AlreadyRunningError,
-    DataError,
-    LayoutError,
-    SortdError,
-    StartupError,
-    StoppedError,
-    StorageError,
-)
 from sortd.events import ImageGone, ImageHeld, Released
 from sortd.files import open_folder, read_regular, write_atomic
 from sortd.journaling.history import History
@@ -74,7 +66,7 @@ Answering = Callable[[Request], Reply | Steps]
 
 _STOPPED: Reply = {
     "error": "sortd stops before all of it is done; nothing is half done: ask again",
-    "exit_code": StoppedError.exit_code,
+    "exit_code": errors.StoppedError.exit_code,
 }
 
 
@@ -82,7 +74,7 @@ class RequestError(ValueError):
     """A request that makes no sense."""
 
 
-class NotRunningError(StartupError):
+class NotRunningError(errors.StartupError):
     """No sortd runs that could be asked."""
 
     exit_code = 75
@@ -122,7 +114,7 @@ class Requests:
                 for name in os.listdir(folder):
                     self._remove(name, folder)
         except OSError as error:
-            raise LayoutError(
+            raise errors.LayoutError(
                 f"{self._path} cannot be used: {error.strerror}; mend its rights, or set state_dir"
             ) from error
 
@@ -216,7 +208,7 @@ class Requests:
         except GeneratorExit:
             self._answer(name, _STOPPED)
             raise
-        except SortdError as error:
+        except errors.SortdError as error:
             reply = {"error": str(error), "exit_code": error.exit_code}
         except _NONSENSE as error:
             reply = {"error": f"{name} is no request: {str(error)[:MOST_TOLD]}", "exit_code": 65}
@@ -274,7 +266,9 @@ def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> di
     if status is None or not status["alive"]:
         return None
     if not is_of_its_writer(state, status["pid"]):
-        raise StartupError(f"{state} names process {status['pid']}, which is another user's; ask that user, or stop it")
+        raise errors.StartupError(
+            f"{state} names process {status['pid']}, which is another user's; ask that user, or stop it"
+        )
     path = state / FOLDER / f"{uuid.uuid4().hex}.request"
     try:
         with open_folder(path.parent) as folder:
@@ -289,15 +283,15 @@ def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> di
     except ProcessLookupError:
         return None  # it ended just now
     except PermissionError as error:
-        raise StartupError(f"sortd runs as another user ({error}); ask it as that user or as root") from error
+        raise errors.StartupError(f"sortd runs as another user ({error}); ask it as that user or as root") from error
     except OSError as error:
-        raise StartupError(f"sortd (pid {status['pid']}) cannot be asked: {error}; see its log") from error
+        raise errors.StartupError(f"sortd (pid {status['pid']}) cannot be asked: {error}; see its log") from error
     if "error" in reply:
         raise AnsweredError(str(reply["error"]), int(reply.get("exit_code", 70)))
     return reply
 
 
-class AnsweredError(SortdError):
+class AnsweredError(errors.SortdError):
     """The daemon said no, and why."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -314,11 +308,11 @@ def _await(answer: Path, folder: int, status: Mapping[str, Any], seconds: float)
         except FileNotFoundError:
             time.sleep(0.02)
         except _NONSENSE as error:
-            raise StartupError(f"{answer} is no answer of sortd's: {error}") from error
+            raise errors.StartupError(f"{answer} is no answer of sortd's: {error}") from error
         else:
             os.unlink(answer.name, dir_fd=folder)
             return reply
-    raise StartupError(f"sortd (pid {status['pid']}) did not answer within {seconds:.0f} s; see its log")
+    raise errors.StartupError(f"sortd (pid {status['pid']}) did not answer within {seconds:.0f} s; see its log")
 
 
 def _age(entry: "os.DirEntry[str]") -> int:
@@ -368,7 +362,7 @@ def put_back(
         JournalError: the journal cannot be read or written.
     """
     if missing := history.missing(identifiers):
-        raise DataError(f"the journal has no record {missing[0]}")
+        raise errors.DataError(f"the journal has no record {missing[0]}")
     newest_first = sorted(set(identifiers), reverse=True)
     asked_for = set(newest_first)
     foretold: set[str] = set()
@@ -400,9 +394,9 @@ def _undo(datasets: Datasets, wanted: Mapping[str, Any], *, dry_run: bool) -> St
     for name, (root, records) in {name: _wanted(name, one) for name, one in wanted.items()}.items():
         (dataset,) = _chosen(datasets, [name])
         if os.path.realpath(root) != os.path.realpath(dataset.layout.root):
-            raise DataError(f"the sortd that runs works on {dataset.layout.root}, not on {root}")
+            raise errors.DataError(f"the sortd that runs works on {dataset.layout.root}, not on {root}")
         if (problem := dataset.lock_problem()) is not None and not dry_run:
-            raise AlreadyRunningError(problem)
+            raise errors.AlreadyRunningError(problem)
         chunks = put_back(dataset.filing, dataset.history, records, dry_run=dry_run)
         while True:
             with datasets.answering(dataset):
@@ -415,7 +409,9 @@ def _undo(datasets: Datasets, wanted: Mapping[str, Any], *, dry_run: bool) -> St
             undone += [put_back_facts(name, dataset.layout, one) for one in told]
             yield
             if datasets.by_name.get(name) is not dataset:
-                raise DataError(f"{name} was let go meanwhile: {len(undone)} images were put back before; ask again")
+                raise errors.DataError(
+                    f"{name} was let go meanwhile: {len(undone)} images were put back before; ask again"
+                )
     return {"undone": undone, "later": later}
 
 
@@ -479,8 +475,8 @@ def _chosen(datasets: Datasets, names: Sequence[str] | None) -> list[Dataset]:
         return list(datasets)
     for name in names:
         if name in datasets.held:
-            raise StorageError(f"the dataset {name!r} is held: {datasets.held[name].cause}")
+            raise errors.StorageError(f"the dataset {name!r} is held: {datasets.held[name].cause}")
         if name not in datasets.by_name:
             there = ", ".join(sorted(datasets.by_name)) or "none"
-            raise DataError(f"the sortd that runs has no dataset {name!r}; it has: {there}")
+            raise errors.DataError(f"the sortd that runs has no dataset {name!r}; it has: {there}")
     return [datasets.by_name[name] for name in names]

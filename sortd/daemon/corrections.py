@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from time import monotonic, time_ns
 
 from sortd.core.schedule import Throttle
@@ -72,126 +72,6 @@ class Misplaced:
         return (self.record.grounds.label or "") if is_home else self.relative.split("/")[1]
 
 
-class Corrections:
-    """Notices corrections of one dataset and remembers them in its journal."""
-
-    def __init__(self, layout: Layout, journal: Journal, report: Callable[[OSError], None]) -> None:
-        """Watch over ``layout``; nothing is read yet. ``report`` is told what cannot be looked at."""
-        self._layout, self._journal, self._report = layout, journal, report
-        self.files_scanned = 0
-        self.moved: dict[int, tuple[Record, str]] = {}
-        """By record: images that a person moved, and where they are; whoever moves their companions takes them out."""
-
-    def look(self, path: str) -> Iterator[Misplaced | None]:
-        """Look at a handled file; yield it if a person moved it there, and None while more is to be read of it.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
-        relative = os.path.relpath(path, self._layout.root).split(os.sep)
-        is_elsewhere = len(relative) < (2 if relative[0] == Area.REJECTED else 3) or relative[0] not in _HANDLED
-        if is_elsewhere or rule_below(path, os.fspath(self._layout.root)) is not None:
-            return
-        try:
-            found = stamp(path)
-        except OSError as error:
-            self._report(error)
-            return
-        record, place = None if found is None else (yield from self._record(path, found)), "/".join(relative)
-        if record is not None and self._was_moved(record, place):
-            yield Misplaced(path, record, place)
-
-    def _was_moved(self, record: Record, place: str) -> bool:
-        """Tell whether a person moved an image from where sortd had put it, be it there and back again."""
-        if record.destination_path == place:
-            return self._journal.history.fact(f"{PLACES_FACT}{record.id}") is not None
-        try:
-            os.lstat(os.path.join(self._layout.root, record.destination_path))
-        except (FileNotFoundError, NotADirectoryError):
-            return True
-        except OSError:
-            return False  # a disk that does not answer says nothing
-        return False  # a copy or a second link: the image still stands where sortd put it
-
-    def record(self, misplaced: Sequence[Misplaced]) -> list[Correction]:
-        """Note in one commit what was found; return the corrections that are news.
-
-        Raises:
-            JournalError: the journal cannot be written.
-        """
-        self.moved |= {one.record.id: (one.record, one.relative) for one in misplaced}
-        misplaced = [one for one in misplaced if one.relative.startswith(f"{Area.DATASET}/")]
-        found = [(one.record, one.corrected, one.relative) for one in misplaced]
-        news = self._journal.record_corrections(found) if found else []
-        return [
-            Correction(one.path, label, one.corrected, one.record.destination_path.startswith(f"{Area.DATASET}/"))
-            for one, is_news in zip(misplaced, news, strict=True)
-            if is_news and one.corrected != (label := one.record.grounds.label or "")
-        ]
-
-    def _record(self, path: str, found: Stamp) -> Generator[None, None, Record | None]:
-        """Return what put this very file into its place, or one of its name and bytes: it was copied and removed."""
-        known = self._journal.history.last_known(found)
-        if known is not None:
-            return known
-        named = self._journal.history.last_named(os.path.basename(path), found.size)
-        if named is None or not named.grounds.content:
-            return None
-        content = hashlib.sha256()
-        try:
-            with open(open_regular(path), "rb") as file:
-                while chunk := file.read(CHUNK_BYTES):
-                    content.update(chunk)
-                    yield None
-        except OSError as error:
-            self._report(error)
-            return None
-        return named if content.hexdigest() == named.grounds.content else None
-
-    def scan(self, now_ns: int) -> Iterator[Misplaced | None]:
-        """Yield each file that a person moved since the last scan, and None for whatever else was looked at.
-
-        Only folders and files that changed since are looked up: a rename changes the folder's mtime and the file's
-        ctime, see rename(2) and inode(7). ``now_ns`` is in nanoseconds since the epoch.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
-        return self._scan_since(looked_at_until(self._journal.history.number(SCANNED_FACT), now_ns))
-
-    def _scan_since(self, since_ns: int) -> Iterator[Misplaced | None]:
-        for place in images_apart(self._journal.history):
-            yield from self.look(os.path.join(self._layout.root, place))
-        for path in self._changed_since(since_ns):
-            if path is not None:
-                yield from self.look(path)
-            yield None
-
-    def _changed_since(self, since_ns: int) -> Iterator[str | None]:
-        """Yield the path of each image that changed, and None for whatever else was looked at."""
-        areas = [os.fspath(self._layout.area(area)) for area in (Area.DATASET, Area.REVIEW, Area.REJECTED)]
-
-        def listed(folder: str) -> AbstractContextManager[Iterator["os.DirEntry[str]"]]:
-            if folder in areas[:2]:
-                return os.scandir(folder)
-            if folder not in areas and os.lstat(folder).st_mtime_ns < since_ns:
-                return nullcontext(iter(()))
-            return _files_in(folder)
-
-        def report(error: OSError) -> None:
-            if not isinstance(error, FileNotFoundError | NotADirectoryError):
-                self._report(error)
-
-        for area in areas:
-            for step in scan_steps(area, report=report, rule_at_top=rule_for_folder, scandir=listed):
-                match step:
-                    case (path, Stamp(ctime_ns=changed_ns)):
-                        self.files_scanned += 1
-                        yield path if changed_ns >= since_ns else None
-                    case _:
-                        yield None
-
-
 class CorrectionScanner:
     """Notices what the user did with the handled images of one dataset; one look through them at a time."""
 
@@ -205,8 +85,9 @@ class CorrectionScanner:
         limits: Mapping[str, float] | None = None,
     ) -> None:
         """Prepare; ``report`` is told what cannot be looked at, ``limits`` are for ``Rejects``."""
-        self._corrections, self._rejects = Corrections(layout, journal, report), Rejects(layout, journal, limits)
-        self._layout, self._journal, self._clock = layout, journal, clock
+        self._layout, self._journal, self._report, self._clock = layout, journal, report, clock
+        self._rejects = Rejects(layout, journal, limits)
+        self._moved: dict[int, tuple[Record, str]] = {}  # by record: images that a person moved, and where they are
         self._wanted: OrderedDict[str, Area] = OrderedDict()
         self._singles: IncrementalScan[Misplaced | Mended] = IncrementalScan(
             self._look_at_wanted, most=HANDLED_SLICE, clock=clock
@@ -218,7 +99,7 @@ class CorrectionScanner:
         self._wanted_at: int | None = None
         self._asked = Throttle(PAUSE_SECONDS)
         self._asked_for_singles = Throttle(PAUSE_SECONDS)
-        self._singles_looked_at = 0
+        self._looked_at = 0
 
     def want(self, area: Area, path: str) -> None:
         """Let one handled file be looked at: at once, or with all that are wanted after a pause."""
@@ -243,7 +124,7 @@ class CorrectionScanner:
     @property
     def has_moved(self) -> bool:
         """Tell whether images were found that a person moved, and ``take_moved`` has not told of yet."""
-        return bool(self._corrections.moved)
+        return bool(self._moved)
 
     def take_moved(self, now_ns: int) -> list[tuple[Record, str]]:
         """Return images that a person moved: what had put each into its place, and where it is, as ``moved`` says.
@@ -251,14 +132,14 @@ class CorrectionScanner:
         One that was moved just now waits: a file manager takes its companions along one after the other.
         """
         taken = []
-        for record, place in list(islice(self._corrections.moved.values(), MOST_FOLLOWED)):
+        for record, place in list(islice(self._moved.values(), MOST_FOLLOWED)):
             try:
                 changed_ns = os.lstat(self._layout.root / place).st_ctime_ns
             except OSError:
                 changed_ns = 0  # gone again
             if 0 <= now_ns - changed_ns < FOLLOW_NS:
                 continue
-            del self._corrections.moved[record.id]
+            del self._moved[record.id]
             taken += [(record, place)] if changed_ns else []
         return taken
 
@@ -273,7 +154,7 @@ class CorrectionScanner:
     @property
     def files_looked_at(self) -> int:
         """Count the files that were looked at since the start."""
-        return self._singles_looked_at + self._corrections.files_scanned + self._rejects.files_scanned
+        return self._looked_at + self._rejects.files_scanned
 
     @property
     def is_under_way(self) -> bool:
@@ -332,21 +213,121 @@ class CorrectionScanner:
 
     def _noticed(self, looks: list[Misplaced | Mended]) -> list[Correction | Mended]:
         misplaced = [look for look in looks if isinstance(look, Misplaced)]
-        return [*self._corrections.record(misplaced), *(look for look in looks if isinstance(look, Mended))]
+        return [*self.record(misplaced), *(look for look in looks if isinstance(look, Mended))]
 
     def _look_at_wanted(self) -> Iterator[Misplaced | Mended | None]:
         while self._wanted:
             path, area = self._wanted.popitem(last=False)
-            self._singles_looked_at += 1
+            self._looked_at += 1
             if area is Area.REJECTED and (found := self._rejects.look(path)) is not None:
                 yield Mended(path, found)
             else:
-                yield from self._corrections.look(path)
+                yield from self.look(path)
             yield None
 
     def _look_at_all(self) -> Iterator[Misplaced | Mended | None]:
-        mended = self._rejects.scan(self._began_ns)
-        return chain(self._corrections.scan(self._began_ns), (None if one is None else Mended(*one) for one in mended))
+        since_ns = looked_at_until(self._journal.history.number(SCANNED_FACT), self._began_ns)
+        for place in images_apart(self._journal.history):
+            yield from self.look(os.path.join(self._layout.root, place))
+        for path in self._changed_since(since_ns):
+            if path is not None:
+                yield from self.look(path)
+            yield None
+        for mended in self._rejects.scan(self._began_ns):
+            yield None if mended is None else Mended(*mended)
+
+    def look(self, path: str) -> Iterator[Misplaced | None]:
+        """Look at a handled file; yield it if a person moved it there, and None while more is to be read of it.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        relative = os.path.relpath(path, self._layout.root).split(os.sep)
+        is_elsewhere = len(relative) < (2 if relative[0] == Area.REJECTED else 3) or relative[0] not in _HANDLED
+        if is_elsewhere or rule_below(path, os.fspath(self._layout.root)) is not None:
+            return
+        try:
+            found = stamp(path)
+        except OSError as error:
+            self._report(error)
+            return
+        record, place = None if found is None else (yield from self._record(path, found)), "/".join(relative)
+        if record is not None and self._was_moved(record, place):
+            yield Misplaced(path, record, place)
+
+    def _was_moved(self, record: Record, place: str) -> bool:
+        """Tell whether a person moved an image from where sortd had put it, be it there and back again."""
+        if record.destination_path == place:
+            return self._journal.history.fact(f"{PLACES_FACT}{record.id}") is not None
+        try:
+            os.lstat(os.path.join(self._layout.root, record.destination_path))
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            return False  # a disk that does not answer says nothing
+        return False  # a copy or a second link: the image still stands where sortd put it
+
+    def record(self, misplaced: Sequence[Misplaced]) -> list[Correction]:
+        """Note in one commit what was found; return the corrections that are news.
+
+        Raises:
+            JournalError: the journal cannot be written.
+        """
+        self._moved |= {one.record.id: (one.record, one.relative) for one in misplaced}
+        misplaced = [one for one in misplaced if one.relative.startswith(f"{Area.DATASET}/")]
+        found = [(one.record, one.corrected, one.relative) for one in misplaced]
+        news = self._journal.record_corrections(found) if found else []
+        return [
+            Correction(one.path, label, one.corrected, one.record.destination_path.startswith(f"{Area.DATASET}/"))
+            for one, is_news in zip(misplaced, news, strict=True)
+            if is_news and one.corrected != (label := one.record.grounds.label or "")
+        ]
+
+    def _record(self, path: str, found: Stamp) -> Generator[None, None, Record | None]:
+        """Return what put this very file into its place, or one of its name and bytes: it was copied and removed."""
+        known = self._journal.history.last_known(found)
+        if known is not None:
+            return known
+        named = self._journal.history.last_named(os.path.basename(path), found.size)
+        if named is None or not named.grounds.content:
+            return None
+        content = hashlib.sha256()
+        try:
+            with open(open_regular(path), "rb") as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    content.update(chunk)
+                    yield None
+        except OSError as error:
+            self._report(error)
+            return None
+        return named if content.hexdigest() == named.grounds.content else None
+
+    def _changed_since(self, since_ns: int) -> Iterator[str | None]:
+        """Yield the path of each image that changed, and None for whatever else was looked at.
+
+        A rename changes the folder's mtime and the file's ctime, see rename(2) and inode(7).
+        """
+        areas = [os.fspath(self._layout.area(area)) for area in (Area.DATASET, Area.REVIEW, Area.REJECTED)]
+
+        def listed(folder: str) -> AbstractContextManager[Iterator["os.DirEntry[str]"]]:
+            if folder in areas[:2]:
+                return os.scandir(folder)
+            if folder not in areas and os.lstat(folder).st_mtime_ns < since_ns:
+                return nullcontext(iter(()))
+            return _files_in(folder)
+
+        def report(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                self._report(error)
+
+        for area in areas:
+            for step in scan_steps(area, report=report, rule_at_top=rule_for_folder, scandir=listed):
+                match step:
+                    case (path, Stamp(ctime_ns=changed_ns)):
+                        self._looked_at += 1
+                        yield path if changed_ns >= since_ns else None
+                    case _:
+                        yield None
 
 
 @contextmanager

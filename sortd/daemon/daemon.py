@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import structlog
 
-from sortd import __version__, logs
+from sortd import __version__, errors, logs
 from sortd.config import Config, restart_needed
 from sortd.core.schedule import PeriodicTimer
 from sortd.daemon.control import Requests, answer, tell_put_back
@@ -29,15 +29,6 @@ from sortd.daemon.datasets import Datasets
 from sortd.daemon.inbox import Inbox, Told
 from sortd.daemon.resources import Site
 from sortd.daemon.worker import Answer, Worker, WorkerDied, WorkerLoading, WorkerReady
-from sortd.errors import (
-    AlreadyRunningError,
-    ConfigError,
-    DestinationError,
-    LayoutError,
-    SortdError,
-    StartupError,
-    StoppedError,
-)
 from sortd.layout import Area
 from sortd.metrics import Metrics
 from sortd.running.copier import Copied, Copier, CopierDied, CopyFailed
@@ -78,13 +69,7 @@ class Daemon:
     ) -> None:
         """Take the collaborators over; nothing is touched before ``run``.
 
-        Args:
-            config: what to do, valid.
-            resources: opens datasets and loads the model.
-            reload: reads the configuration anew; raises ``ConfigError``.
-            notifier: speaks to systemd.
-            metrics: counts.
-            once: stop when nothing is left to do.
+        ``reload`` reads the configuration anew, or raises ``ConfigError``; with ``once`` it stops when nothing is left.
         """
         self.config = config
         self.inbox = Inbox()
@@ -134,16 +119,20 @@ class Daemon:
             finally:
                 self._stop()
         if is_cut_short:
-            raise StoppedError("stopped before all was done; nothing is half done, and the next run goes on from here")
+            raise errors.StoppedError(
+                "stopped before all was done; nothing is half done, and the next run goes on from here"
+            )
         if self._once and (held := self.datasets.held_error) is not None:
             raise held
         problems = [f"{dataset.name}: {dataset.problem}" for dataset in self.datasets if dataset.problem]
         if self._once and problems:
-            raise LayoutError("; ".join(problems))
+            raise errors.LayoutError("; ".join(problems))
         refused = {dataset.name: count for dataset in self.datasets if (count := dataset.sorter.refused_by_disks)}
         if self._once and refused:
             counted = ", ".join(f"{count} in {name}" for name, count in refused.items())
-            raise DestinationError(f"images that could not be moved stay where they were: {counted}; the log says why")
+            raise errors.DestinationError(
+                f"images that could not be moved stay where they were: {counted}; the log says why"
+            )
 
     def _start(self) -> None:
         self._log.info(logs.DAEMON_STARTING, root=str(self.config.root), model=self.config.model)
@@ -154,7 +143,7 @@ class Daemon:
             self.datasets.watch_with(self._watcher)
         self.datasets.discover()
         if self._once and not self.datasets.by_name:
-            raise self.datasets.held_error or LayoutError(
+            raise self.datasets.held_error or errors.LayoutError(
                 f"{self.config.root} holds no dataset: a folder with a Clases/ in it; `sortd init DIR` makes one"
             )
         self._timer.put_off("scan", monotonic() + self.config.rescan_seconds)
@@ -169,12 +158,14 @@ class Daemon:
         """
         try:
             told = read_status(self._state_folder)
-        except (StartupError, OSError):
+        except (errors.StartupError, OSError):
             return  # what cannot be read says of nobody; the lock of each dataset holds all the same
         if told is None or not told["alive"] or told["pid"] == self._pid:
             return
         if told.get("root") == str(self.config.root):
-            raise AlreadyRunningError(f"another sortd works on {self.config.root} (pid {told['pid']}); stop it first")
+            raise errors.AlreadyRunningError(
+                f"another sortd works on {self.config.root} (pid {told['pid']}); stop it first"
+            )
 
     def _is_done(self) -> bool:
         if self._is_stopping:
@@ -392,7 +383,7 @@ class Daemon:
         self._notifier.reloading()
         try:
             config = self._reload()
-        except ConfigError as error:
+        except errors.ConfigError as error:
             self.config_problem = str(error)
             self._log.error(logs.CONFIG_REFUSED, error=str(error))
         else:
@@ -414,4 +405,4 @@ def _until_late(do: Callable[[_T], None], each: Iterable[_T]) -> None:
 
 def _reason(error: Exception) -> str:
     """Return what is said of an error that ends the run: its sentence, or what it is where nobody wrote one."""
-    return str(error) if isinstance(error, SortdError) else repr(error)
+    return str(error) if isinstance(error, errors.SortdError) else repr(error)

@@ -77,9 +77,7 @@ class Pipeline:
     def advance(self, *, bell: int | None = None, at_most_seconds: float | None = None) -> None:
         """Take one step: wait for pixels if need be, and encode a batch if one is due.
 
-        Args:
-            bell: a descriptor that ends the wait as soon as it can be read.
-            at_most_seconds: how long to wait at most: there is work elsewhere; None: as long as need be.
+        The wait ends when the descriptor ``bell`` can be read, and after ``at_most_seconds``.
 
         Raises:
             StartupError: the decoding processes do not come up.
@@ -195,11 +193,7 @@ class Embedder:
         self._attend, self._bell = attend, bell
 
     def embed(self, images: Sequence[tuple[str, Stamp]]) -> Iterator[EmbeddedImage | ImageRefused]:
-        """Yield exactly one answer for each image, in no order; images of other queues go on meanwhile, a turn each.
-
-        Args:
-            images: paths with the stamps of the versions that are meant.
-        """
+        """Yield exactly one answer for each image, in no order; images of other queues go on meanwhile, a turn each."""
         answers: deque[EmbeddedImage | ImageRefused] = deque()
         queue = self.pipeline.open(answers.extend)
         left = len(images)

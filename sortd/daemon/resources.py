@@ -76,10 +76,8 @@ class Site:
     def __init__(self, config: Config, *, load_encoder: LoadEncoder | None = None, scratch: Path | None = None) -> None:
         """Prepare; nothing is touched before ``open`` and ``load``.
 
-        Args:
-            config: what to do.
-            load_encoder: stands in for the configured model.
-            scratch: a folder for embeddings in place of the cache, which is only read then.
+        ``load_encoder`` stands in for the configured model; ``scratch`` is a folder for embeddings in place of the
+        cache, of which only prototypes are read then.
         """
         self._config = config
         self._embeddings, self._is_scratch = scratch or config.cache_dir, scratch is not None

@@ -153,13 +153,9 @@ class DatasetScans:
             yield None
 
     def look(self, path: str, *, closed: bool, inspect: bool = False, since: float | None = None) -> None:
-        """Look at one file and tell the core of it.
+        """Look at one file and tell the core of it; with ``inspect`` also whether a writer has it open.
 
-        Args:
-            path: the file.
-            closed: whether a writer has just closed it.
-            inspect: whether to look for a writer that has it open.
-            since: when it came, on the monotonic clock, where that is known.
+        ``closed``: a writer has just closed it; ``since``: when it came, on the monotonic clock.
         """
         try:
             mark = stamp(path)

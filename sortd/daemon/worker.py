@@ -1,9 +1,9 @@
 """The worker: the one thread that decodes, encodes, and builds prototypes, for all datasets.
 
-It loads the model itself, so that loading overlaps the first scan, and shares nothing with the loop but queues of
-frozen values. The images of all datasets, and the references of one that is built anew, go through one pipeline for
-each encoder, which take turns; what is asked meanwhile is taken in between two steps. A job that fails is answered as
-failed; anything that the worker did not foresee ends it, and the loop raises what it died of.
+It loads the model itself and shares nothing with the loop but queues of frozen values. The images of all datasets, and
+the references of one that is built anew, go through one pipeline for each encoder, which take turns; what is asked
+meanwhile is taken in between two steps. A job that fails is answered as failed; any other error ends the worker, and
+the loop raises it.
 """
 
 import os
@@ -37,9 +37,7 @@ from sortd.layout import Layout
 from sortd.prototypes import PrototypeSet
 from sortd.references import Rebuilt, References, ReferencesAbsentError, Teaching, class_labels
 
-SHARED_WAIT_SECONDS = 0.01
-"""How long a step waits for pixels at most while another encoder has work too: short beside the forward of a batch,
-and long enough that waiting costs next to nothing."""
+SHARED_WAIT_SECONDS = 0.01  # that a step waits for pixels at most while another encoder has work too
 
 DeliverTo = Callable[[DatasetId, str, Sequence[EmbeddedImage | ImageRefused]], None]
 """Is given a dataset, the id of the encoder, and answers."""

@@ -1,7 +1,6 @@
 """How far inotify sees on this machine: where it is blind, what the kernel grants, which folders it does not watch.
 
-Everything is read from /proc; nothing here watches. A part of the watch edge: ``watch.py`` alone builds on it, and
-``sortd check`` and ``sortd status`` ask it what to tell.
+Everything is read from /proc; nothing here watches. ``sortd check`` and ``sortd status`` use it, too.
 """
 
 import errno
@@ -83,17 +82,14 @@ def watched_inodes(descriptors: Iterable[int]) -> frozenset[int]:
 
 
 def unwatched(folder: str, watched: frozenset[int]) -> Iterator[str | None]:
-    """Yield the folders at and below ``folder`` that can be listed and yet are not watched, and None in between.
+    """Yield the folders at and below ``folder`` that can be listed and are not watched, and None for each entry.
 
-    There is a None for each entry that was looked at: a caller may stop between any two.
-
-    inotify_add_watch fails for a sub-folder (limit, rights, a race) without a word from watchdog; each file that is
-    dropped there would wait for the next scan. Where the numbers of inodes do not tell, since the file system shows
-    others than it uses (some overlays), nothing is claimed.
+    inotify_add_watch fails for a sub-folder (limit, rights, a race) without a word from watchdog. Where the file system
+    shows other numbers of inodes than it uses (some overlays), nothing is claimed.
     """
     if _inode(folder) not in watched:
         return
-    for below in _folders(folder):
+    for below in folders_of(folder):
         is_missed = below is not None and _inode(below) not in watched and not _is_left_out(below, folder)
         yield below if is_missed else None
 
@@ -101,12 +97,7 @@ def unwatched(folder: str, watched: frozenset[int]) -> Iterator[str | None]:
 def advice(error: OSError, *, folders: int | None = None, granted: Limits | None = None) -> str:
     """Say in a sentence what stopped inotify and which setting mends it.
 
-    The kernel's own words mislead: "No space left on device" is the limit of watches, not a full disk.
-
-    Args:
-        error: What inotify_init or inotify_add_watch answered.
-        folders: How many folders are to be watched, where known.
-        granted: The limits in force; read where not given.
+    "No space left on device" is the limit of watches, not a full disk. ``folders`` are to be watched, where known.
     """
     granted = granted or limits()
     if error.errno == errno.ENOSPC:
@@ -125,7 +116,7 @@ def advice(error: OSError, *, folders: int | None = None, granted: Limits | None
     return f"{os.strerror(error.errno)}" if error.errno else str(error)
 
 
-def _folders(folder: str) -> Iterator[str | None]:
+def folders_of(folder: str, *, leave_out: frozenset[str] = frozenset()) -> Iterator[str | None]:
     """Yield the folders at and below ``folder`` that can be listed, None for each entry; links are not followed."""
     waiting = [folder]
     while waiting:
@@ -134,7 +125,7 @@ def _folders(folder: str) -> Iterator[str | None]:
             with os.scandir(current) as entries:
                 for entry in entries:
                     yield None
-                    if entry.is_dir(follow_symlinks=False):
+                    if entry.is_dir(follow_symlinks=False) and entry.path not in leave_out:
                         waiting.append(entry.path)
         except OSError:  # vanished, or not ours to list: nothing below it can be handled anyway, and the scan says so
             continue

@@ -97,13 +97,7 @@ class RootObserver:
         *,
         make_observer: "ObserverType" = Observer,
     ) -> None:
-        """Open it.
-
-        Args:
-            root: The folder whose events these are; ``path_meant`` says which are posted.
-            places: What to watch of it.
-            post: Told each event, in a thread of the observer's.
-            make_observer: Makes the observer.
+        """Open it; ``post`` is called in a thread of the observer's for each event that ``path_meant`` lets through.
 
         Raises:
             OSError: The watch cannot be had; nothing is left behind.
@@ -171,10 +165,7 @@ class RootObserver:
         return None
 
     def unwatched(self) -> Iterator[str | None]:
-        """Yield the folders in Images/ and Clases/ that exist and are not watched, contrary to what was asked.
-
-        None stands for each entry that was looked at: there may be a million.
-        """
+        """Yield the folders in Images/ and Clases/ that exist and are not watched; None for each entry looked at."""
         watched = inotify.watched_inodes(self._descriptors)
         for name in _DEEP:
             if os.path.isdir(path := os.path.join(self._root, name)):
@@ -214,8 +205,7 @@ class _Handler(watchdog_events.FileSystemEventHandler):
 def path_meant(path: str, root: str, *, is_folder: bool) -> str | None:
     """Return the path to be looked at for an event at ``path``; None: it is left to the scan.
 
-    What programs have in the works, and what they keep for themselves, comes by the hundred; a folder may be renamed
-    when all is in it. A control file that goes makes its file whole, so that is the path.
+    A control file that goes makes its file whole, so that is the path.
     """
     left = rule_below(path, root)
     if left is None:
@@ -230,20 +220,12 @@ def path_meant(path: str, root: str, *, is_folder: bool) -> str | None:
 
 def _is_small(root: str, *, leave_out: frozenset[str], max_folders: int, max_entries: int) -> bool:
     """Tell whether the tree is small enough to watch whole; gives up the walk as soon as it is not."""
-    folders, entries, waiting = 0, 0, [root]
-    while waiting:
-        folders += 1
-        try:
-            with os.scandir(waiting.pop()) as found:
-                for entry in found:
-                    entries += 1
-                    if folders > max_folders or entries > max_entries:
-                        return False
-                    if entry.is_dir(follow_symlinks=False) and entry.path not in leave_out:
-                        waiting.append(entry.path)
-        except OSError:  # vanished, or not ours to list: then it is not watched either
-            continue
-    return folders <= max_folders
+    folders = entries = 0
+    for folder in inotify.folders_of(root, leave_out=leave_out):
+        folders, entries = folders + (folder is not None), entries + (folder is None)
+        if folders > max_folders or entries > max_entries:
+            return False
+    return True
 
 
 def _identity(path: str) -> tuple[int, int] | None:
@@ -256,10 +238,7 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _touch(path: str) -> bool:
-    """Raise a close-after-write event without writing; tell whether that was possible.
-
-    Whoever owns the folder may have put a link in its place, or a pipe under the name, which is not waited for.
-    """
+    """Raise a close-after-write event without writing; tell whether that was possible."""
     folder, name = os.path.split(path)
     try:
         with open_folder(folder) as opened:
