@@ -98,10 +98,10 @@ def verdict(decisions: Sequence[Decision], classifier: Classifier) -> str | None
     assigned = [decision for decision in decisions if isinstance(decision, Assigned)]
     abstained = 1 - len(assigned) / max(len(decisions), 1)
     filed = classifier.calibration.filed_expected
-    foretold = 0.0 if filed is None else 1 - filed
-    if abstained - foretold > MORE_ABSTENTIONS:
+    expected = 0.0 if filed is None else 1 - filed
+    if abstained - expected > MORE_ABSTENTIONS:
         count = len(decisions)
-        return f"{abstained:.0%} of {count} images would go to review, where the references foretell {foretold:.0%}"
+        return f"{abstained:.0%} of {count} images would go to review, where the references foretell {expected:.0%}"
     accuracy = classifier.calibration.accuracy
     if not assigned or accuracy is None or len(classifier.labels) < 3:  # noqa: PLR2004 -- of two classes one is the larger
         return None

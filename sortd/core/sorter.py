@@ -81,7 +81,7 @@ def _milliseconds(**seconds: float) -> dict[str, float]:
 
 
 ROOM_FOR_A_SCAN = 1 / 8
-"""What did not fit is looked for when no more than this share of the backlog waits: a scan takes time, too."""
+"""What did not fit is looked for when no more than this share of ``backlog_limit`` waits: a scan takes time, too."""
 
 MOST_LOOKS = 10_000
 """Settling images that one ``Tick`` asks to be looked at; the next ones are due at once."""
@@ -278,33 +278,33 @@ class Sorter:
             batch = self.images.take_batch(size, is_paused=self._move_pauses.holds)
             if not batch:
                 break
-            commands.append(events.Embed(tuple((entry.path, entry.stamp) for entry in batch)))
+            commands.append(events.Embed(tuple((image.path, image.stamp) for image in batch)))
         return commands
 
     def _embedded(self, event: events.Embedded) -> list[events.Command]:
-        answered = [(image, self.images.answered(image.path, image.stamp)) for image in event.images]
-        known = [(image, entry) for image, entry in answered if entry is not None]
+        answered = [(answer, self.images.answered(answer.path, answer.stamp)) for answer in event.images]
+        known = [(answer, image) for answer, image in answered if image is not None]
         if not known:
             return []
         classifier = self.classifier
         if classifier is None or not self._may_decide or classifier.encoder_id != event.encoder_id:
-            for _, entry in known:
-                self.images.embedded(entry)
+            for _, image in known:
+                self.images.embedded(image)
             self._resume()  # rows of an encoder that another has taken over from since: embedded again by that one
             return []
-        decisions = decide_by(classifier, np.stack([image.embedding for image, _ in known]))
+        decisions = decide_by(classifier, np.stack([answer.embedding for answer, _ in known]))
         if self.guard.wants(self.images.waiting):
-            return self._try_out([entry for _, entry in known], decisions)
+            return self._try_out([image for _, image in known], decisions)
         moves = [
-            self._decided(image, entry, decision, classifier)
-            for (image, entry), decision in zip(known, decisions, strict=True)
+            self._decided(answer, image, decision, classifier)
+            for (answer, image), decision in zip(known, decisions, strict=True)
         ]
         return [move for move in moves if move is not None]
 
-    def _try_out(self, entries: Sequence[Image], decisions: Sequence[Decision]) -> list[events.Command]:
+    def _try_out(self, images: Sequence[Image], decisions: Sequence[Decision]) -> list[events.Command]:
         """Decide without moving; when the trial is over all of it is decided again, from cached embeddings."""
-        for entry in entries:
-            self.images.embedded(entry)
+        for image in images:
+            self.images.embedded(image)
         waits = self.images.counts[State.EMBEDDED] + self.images.busy
         if not self.guard.try_out(decisions, left=self.images.waiting - waits):
             return []
@@ -312,59 +312,59 @@ class Sorter:
         return [events.Hold(self.guard.reason)] if self.guard.reason is not None else []
 
     def _decided(
-        self, image: events.EmbeddedImage, entry: Image, decision: Decision, classifier: Classifier
+        self, answer: events.EmbeddedImage, image: Image, decision: Decision, classifier: Classifier
     ) -> events.Move | None:
-        if isinstance(decision, Abstained) and entry.in_review:
-            self.images.abstain_again(entry, generation=classifier.generation)
+        if isinstance(decision, Abstained) and image.in_review:
+            self.images.abstain_again(image, generation=classifier.generation)
             return None
-        entry.generation = classifier.generation
-        return self._ordered(entry, order_for(image, decision, classifier, settle_seconds=entry.settle_seconds))
+        image.generation = classifier.generation
+        return self._ordered(image, order_for(answer, decision, classifier, settle_seconds=image.settle_seconds))
 
-    def _ordered(self, entry: Image, move: events.Move) -> events.Move | None:
+    def _ordered(self, image: Image, move: events.Move) -> events.Move | None:
         """Let an image move, unless one of its folders refuses for now: then it waits, and keeps no other waiting."""
-        places = (move.folder, _folder_of(entry.path))
+        places = (move.folder, _folder_of(image.path))
         if refusing := [place for place in places if self._move_pauses.holds(place)]:
-            self.images.embedded(entry, refusing[0])
+            self.images.embedded(image, refusing[0])
             return None
-        self.images.moving(entry, move.folder)
+        self.images.moving(image, move.folder)
         return move
 
     def _refused(self, event: events.ImageRefused, now: float) -> list[events.Command]:
-        entry = self.images.answered(event.path, event.stamp)
-        if entry is None:
+        image = self.images.answered(event.path, event.stamp)
+        if image is None:
             return []
         match event.refusal:
             case events.Refusal.VANISHED:
                 self.images.forget(event.path)
                 return []
             case events.Refusal.CHANGED:
-                self.images.settle_again(entry, now)
+                self.images.settle_again(image, now)
                 return [events.Inspect(event.path)]
-            case refusal if refusal in SET_ASIDE and self._is_set_aside(entry):
-                return self._set_aside(event, entry)
+            case refusal if refusal in SET_ASIDE and self._is_set_aside(image):
+                return self._set_aside(event, image)
             case refusal:
-                is_news = self.images.refuse(entry, refusal, event.message)
+                is_news = self.images.refuse(image, refusal, event.message)
                 return [events.Leave(event.path, refusal, event.message, event.stamp)] if is_news else []
 
-    def _is_set_aside(self, entry: Image) -> bool:
-        return self._settings.set_rejected_aside and not (entry.in_review or entry.is_aside)
+    def _is_set_aside(self, image: Image) -> bool:
+        return self._settings.set_rejected_aside and not (image.in_review or image.is_aside)
 
-    def _set_aside(self, event: events.ImageRefused, entry: Image) -> list[events.Command]:
+    def _set_aside(self, event: events.ImageRefused, image: Image) -> list[events.Command]:
         if self.references_absent or self._stopping:
-            self.images.embedded(entry)
+            self.images.embedded(image)
             return []
-        move = self._ordered(entry, order_aside(event, settle_seconds=entry.settle_seconds))
+        move = self._ordered(image, order_aside(event, settle_seconds=image.settle_seconds))
         return [move] if move else []
 
     def _moved(self, event: events.Moved, now: float) -> None:
-        entry = self.images.moved(event.path, event.stamp)
-        if entry is None:
+        image = self.images.moved(event.path, event.stamp)
+        if image is None:
             return
-        for place in (entry.folder, _folder_of(entry.path)):
+        for place in (image.folder, _folder_of(image.path)):
             if self._move_pauses.clear(place):
                 self.images.wake(place)
         if event.outcome is events.Outcome.REVIEW:
-            self._rest_in_review(event.destination, event.moved_stamp, now, entry.generation)
+            self._rest_in_review(event.destination, event.moved_stamp, now, image.generation)
 
     def _rest_in_review(self, path: str, stamp: events.Stamp, now: float, generation: int) -> None:
         """Remember an image in Review/; one that an older generation could not decide is decided again at once."""
@@ -373,20 +373,20 @@ class Sorter:
             self.images.reconsider_one(path, self.classifier.generation)
 
     def _move_failed(self, event: events.MoveFailed, now: float) -> list[events.Command]:
-        entry = self.images.move_failed(event.path, event.stamp)
-        if entry is None or self._stopping:
+        image = self.images.move_failed(event.path, event.stamp)
+        if image is None or self._stopping:
             return []
-        is_known = self.images.get(event.path) is entry and entry.state is State.EMBEDDED
+        is_known = self.images.get(event.path) is image and image.state is State.EMBEDDED
         match event.failure:
             case events.MoveFailure.DESTINATION | events.MoveFailure.SOURCE as failure:
-                place = entry.folder if failure is events.MoveFailure.DESTINATION else _folder_of(entry.path)
+                place = image.folder if failure is events.MoveFailure.DESTINATION else _folder_of(image.path)
                 self._move_pauses.begin(place, now)
                 if is_known:
-                    self.images.embedded(entry, place)
+                    self.images.embedded(image, place)
             case events.MoveFailure.VANISHED if is_known:
                 self.images.forget(event.path)
             case events.MoveFailure.CHANGED | events.MoveFailure.BUSY if is_known:
-                self.images.settle_again(entry, now)
+                self.images.settle_again(image, now)
                 return [events.Inspect(event.path)]
         return []
 

@@ -98,7 +98,6 @@ class Requests:
         self._names: deque[str] = deque()  # found, and not answered yet
         self._steps: Generator[None, None, None] | None = None
         self._is_woken = False
-        self.answered = 0
 
     def open(self) -> None:
         """Make the folder, for the daemon's user alone, and forget what was asked of an earlier run.
@@ -146,14 +145,6 @@ class Requests:
             except BaseException:
                 self._steps = None
                 raise
-
-    def serve(self, answer: Answering) -> int:
-        """Answer every request that waits; return how many there were."""
-        self.wake()
-        before = self.answered
-        while self.is_due:
-            self.advance(answer)
-        return self.answered - before
 
     def close(self) -> None:
         """Tell whoever waits that what they asked for is not done, or not to its end."""
@@ -218,7 +209,6 @@ class Requests:
         self._answer(name, reply)
 
     def _answer(self, name: str, reply: Reply) -> None:
-        self.answered += 1
         try:
             with open_folder(self._path) as folder:
                 self._remove(name, folder)
@@ -431,7 +421,7 @@ def _wanted(name: str, wanted: object) -> tuple[str, list[int]]:
 
 
 def tell_put_back(dataset: Dataset, told: Sequence[PutBack]) -> None:
-    """Tell the core which files are to rest where they are, before a watcher's hint makes them work again."""
+    """Tell the core which files are to rest where they are, before a file event makes them work again."""
     log = structlog.get_logger().bind(dataset=dataset.name)
     for one in told:
         was = os.path.join(dataset.layout.root, one.record.destination_path)

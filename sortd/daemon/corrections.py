@@ -95,7 +95,8 @@ class CorrectionScanner:
         self._all: IncrementalScan[Misplaced | Mended] = IncrementalScan(
             self._look_at_all, most=HANDLED_SLICE, clock=clock
         )
-        self._began_ns = 0
+        self._began_ns = self._since_ns = 0
+        self._mended: Iterator[tuple[str, Stamp] | None] = iter(())
         self._wanted_at: int | None = None
         self._asked = Throttle(PAUSE_SECONDS)
         self._asked_for_singles = Throttle(PAUSE_SECONDS)
@@ -172,6 +173,8 @@ class CorrectionScanner:
             return
         self._asked.begin(self._clock())
         self._began_ns = now_ns
+        self._since_ns = looked_at_until(self._journal.history.number(SCANNED_FACT), now_ns)
+        self._mended = self._rejects.scan(now_ns)
         self._all.begin()
 
     def begin_asked(self) -> None:
@@ -226,14 +229,13 @@ class CorrectionScanner:
             yield None
 
     def _look_at_all(self) -> Iterator[Misplaced | Mended | None]:
-        since_ns = looked_at_until(self._journal.history.number(SCANNED_FACT), self._began_ns)
         for place in images_apart(self._journal.history):
             yield from self.look(os.path.join(self._layout.root, place))
-        for path in self._changed_since(since_ns):
+        for path in self._changed_since(self._since_ns):
             if path is not None:
                 yield from self.look(path)
             yield None
-        for mended in self._rejects.scan(self._began_ns):
+        for mended in self._mended:
             yield None if mended is None else Mended(*mended)
 
     def look(self, path: str) -> Iterator[Misplaced | None]:

@@ -92,7 +92,7 @@ class Datasets:
         self._former: dict[str, int] = {}  # by name, the inode of a dataset's folder that was let go
         self._discovery = Throttle(DISCOVERY_PAUSE_SECONDS)
         self._recovery = Throttle(RECOVERY_PAUSE_SECONDS)
-        self._lost: set[str] = set()  # names of the datasets about which hints were lost; "": any
+        self._lost: set[str] = set()  # names of the datasets of which events were dropped; "": any
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
     def __iter__(self) -> Iterator[Dataset]:

@@ -221,17 +221,10 @@ class Embedder:
         """Answer at once for those images that are known, and put the others into a queue."""
         contents = self._cache.contents(images)
         rows = self._cache.embeddings(set(contents.values()), self.encoder.encoder_id)
-        known: list[EmbeddedImage] = []
-        unknown: list[tuple[str, Stamp]] = []
-        for path, stamp in images:
-            content = contents.get((path, stamp), "")
-            if content in rows:
-                known.append(EmbeddedImage(path, stamp, rows[content], content))
-            else:
-                unknown.append((path, stamp))
+        known = [image for image in images if contents.get(image, "") in rows]
         if known:
-            queue.deliver(known)
-        self.pipeline.add(queue, unknown)
+            queue.deliver([EmbeddedImage(*image, rows[contents[image]], contents[image]) for image in known])
+        self.pipeline.add(queue, [image for image in images if contents.get(image, "") not in rows])
 
     def advance(self, *, at_most_seconds: float | None = None) -> None:
         """Take one step with the images of all queues; see ``Pipeline.advance``."""
@@ -247,9 +240,7 @@ class Embedder:
             encoded = self.encoder.encode_images(np.stack(list(fresh.values())))
             seconds = (perf_counter() - began) / len(fresh)
             self.forwards += 1
-            new = dict(zip(fresh, self._sound(encoded), strict=True))
-            self._cache.remember_embeddings(new, self.encoder.encoder_id)
-            rows.update(new)
+            rows.update(self._remembered(fresh, encoded))
         self._cache.remember_contents({(image.path, image.stamp): image.content for image in batch})
         return [
             EmbeddedImage(
@@ -267,19 +258,16 @@ class Embedder:
         """Return float32 (T, d) unit rows, one for each text; each text is encoded once in the cache's life."""
         keys = [hashlib.sha256(b"text\0" + text.encode("utf-8", "surrogateescape")).hexdigest() for text in texts]
         rows = self._cache.embeddings(set(keys), self.encoder.encoder_id)
-        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in rows}
-        unknown = list(missing)
-        for start in range(0, len(unknown), TEXTS_AT_ONCE):
-            some = unknown[start : start + TEXTS_AT_ONCE]
-            encoded = self.encoder.encode_texts([missing[key] for key in some])
-            new = dict(zip(some, self._sound(encoded), strict=True))
-            self._cache.remember_embeddings(new, self.encoder.encoder_id)
-            rows.update(new)
+        missing = list({key: text for key, text in zip(keys, texts, strict=True) if key not in rows}.items())
+        for start in range(0, len(missing), TEXTS_AT_ONCE):
+            some, unknown = zip(*missing[start : start + TEXTS_AT_ONCE], strict=True)
+            encoded = self.encoder.encode_texts(unknown)
+            rows.update(self._remembered(some, encoded))
             self.give_way()
         return np.stack([rows[key] for key in keys])
 
-    def _sound(self, rows: FloatArray) -> FloatArray:
-        """Return the rows, which must be sound.
+    def _remembered(self, contents: Iterable[str], rows: FloatArray) -> dict[str, FloatArray]:
+        """Remember rows, which must be sound, and return them by content.
 
         Raises:
             ModelError: they are not; nothing of the batch is remembered.
@@ -289,7 +277,9 @@ class Embedder:
                 f"the encoder {self.encoder.encoder_id} answered with embeddings that are none: its device may be in a "
                 "bad state; start sortd again, with `device: cpu` if that does not help"
             )
-        return rows
+        new = dict(zip(contents, rows, strict=True))
+        self._cache.remember_embeddings(new, self.encoder.encoder_id)
+        return new
 
 
 def _nothing() -> None:

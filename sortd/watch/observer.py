@@ -55,7 +55,7 @@ class FileEvent:
         path: Absolute, as ``os.fsdecode`` gives it; nothing need stand there any more.
         closed: A writer closed the file: it may well be whole.
         directory: It is, or was, a folder: scan it.
-        at: When it was heard, in seconds of the monotonic clock; events that differ in nothing else are equal.
+        at: When it came, in seconds of the monotonic clock; events that differ in nothing else are equal.
     """
 
     path: str
