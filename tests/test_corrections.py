@@ -71,7 +71,7 @@ class Clock:
 def look(scanner: CorrectionScanner, area: Area, path: Path) -> list[Correction | Mended]:
     """Let a patrol look at one file, whatever pause it is in."""
     scanner.want(area, os.fspath(path))
-    clock = scanner._clock
+    clock = scanner._all._clock
     assert isinstance(clock, Clock)
     clock.now = max(clock.now, scanner.deadline)
     scanner.begin_asked()

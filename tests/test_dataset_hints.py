@@ -152,7 +152,7 @@ def test_dataset_files_that_settle_at_once_are_looked_at_in_slices(at_work: AtWo
 
 def test_dataset_review_is_looked_through_in_slices(at_work: AtWork) -> None:
     """Each image costs a question to the journal: a hundred thousand are not asked in one turn."""
-    at_work.dataset.scans._review.most = 10
+    at_work.dataset.scans.review.most = 10
     review = at_work.root / "Review" / "red"
     review.mkdir()
     for number in range(25):

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from itertools import islice
 from time import monotonic, time_ns
 
-from sortd.core.schedule import Throttle
 from sortd.events import Stamp
 from sortd.files import open_regular
 from sortd.journal import Journal
@@ -85,42 +84,40 @@ class CorrectionScanner:
         limits: Mapping[str, float] | None = None,
     ) -> None:
         """Prepare; ``report`` is told what cannot be looked at, ``limits`` are for ``Rejects``."""
-        self._layout, self._journal, self._report, self._clock = layout, journal, report, clock
+        self._layout, self._journal, self._report = layout, journal, report
         self._rejects = Rejects(layout, journal, limits)
         self._moved: dict[int, tuple[Record, str]] = {}  # by record: images that a person moved, and where they are
         self._wanted: OrderedDict[str, Area] = OrderedDict()
         self._singles: IncrementalScan[Misplaced | Mended] = IncrementalScan(
-            self._look_at_wanted, most=HANDLED_SLICE, clock=clock
+            self._look_at_wanted, most=HANDLED_SLICE, pause_seconds=PAUSE_SECONDS, clock=clock
         )
         self._all: IncrementalScan[Misplaced | Mended] = IncrementalScan(
-            self._look_at_all, most=HANDLED_SLICE, clock=clock
+            self._look_at_all, most=HANDLED_SLICE, pause_seconds=PAUSE_SECONDS, clock=clock
         )
         self._began_ns = self._since_ns = 0
         self._mended: Iterator[tuple[str, Stamp] | None] = iter(())
         self._wanted_at: int | None = None
-        self._asked = Throttle(PAUSE_SECONDS)
-        self._asked_for_singles = Throttle(PAUSE_SECONDS)
         self._looked_at = 0
 
     def want(self, area: Area, path: str) -> None:
         """Let one handled file be looked at: at once, or with all that are wanted after a pause."""
         if len(self._wanted) < MOST_WANTED:
             self._wanted[path] = area
-            self._asked_for_singles.ask()
+            self._singles.asked.ask()
         else:
             self._wanted.clear()
             self.ask()
 
     def ask(self) -> None:
         """Let everything be looked through, once for all that ask: soon, but not again and again."""
-        self._asked.ask()
+        self._all.asked.ask()
 
     @property
     def deadline(self) -> float:
         """When what was asked for is to begin, on the clock; infinity where nobody asked, or looks are under way."""
         if self.is_under_way:
             return float("inf")
-        return min(self._asked.deadline, self._asked_for_singles.deadline)
+        return min(self._all.asked.deadline, self._singles.asked.deadline)
 
     @property
     def has_moved(self) -> bool:
@@ -171,7 +168,6 @@ class CorrectionScanner:
         if self._all.is_under_way:
             self._wanted_at = now_ns
             return
-        self._asked.begin(self._clock())
         self._began_ns = now_ns
         self._since_ns = looked_at_until(self._journal.history.number(SCANNED_FACT), now_ns)
         self._mended = self._rejects.scan(now_ns)
@@ -179,10 +175,9 @@ class CorrectionScanner:
 
     def begin_asked(self) -> None:
         """Begin what events asked for, where its time has come: files that they named, and a look through all."""
-        if not self._singles.is_under_way and self._asked_for_singles.is_due(self._clock()):
-            self._asked_for_singles.begin(self._clock())
+        if self._singles.is_due:
             self._singles.begin()
-        if not self._all.is_under_way and self._asked.is_due(self._clock()):
+        if self._all.is_due:
             self.begin(time_ns())
 
     def end(self) -> None:
@@ -199,17 +194,13 @@ class CorrectionScanner:
             JournalError: the journal cannot be read or written.
         """
         if self._singles.is_under_way:
-            looks = self._singles.take()
-            if not self._singles.is_under_way:
-                self._asked_for_singles.end(self._clock())
-            return self._noticed(looks)
+            return self._noticed(self._singles.take())
         if not self._all.is_under_way:
             return []
         noticed = self._noticed(self._all.take())
         if not self._all.is_under_way:
             self._journal.note(SCANNED_FACT, str(self._began_ns))  # once what was found is recorded
             again, self._wanted_at = self._wanted_at, None
-            self._asked.end(self._clock())
             if again is not None:
                 self.begin(again)
         return noticed

@@ -170,7 +170,7 @@ class Dataset:
             case Area.IMAGES:
                 self.scans.event_in_inbox(event)
             case Area.REVIEW if event.directory:
-                self.scans.review_asked.ask()
+                self.scans.review.asked.ask()
             case Area.REVIEW if not os.path.lexists(event.path):
                 if event.path in self.sorter.images:
                     self.scans.look(event.path, closed=event.closed)

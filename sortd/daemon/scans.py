@@ -99,10 +99,11 @@ class DatasetScans:
         self._looks: IncrementalScan[None] = IncrementalScan(self._look_at_wanted)
         self._missing: set[str] = set()
         review = os.fspath(layout.area(Area.REVIEW))
-        self._review = IncrementalScan(
-            lambda: scan_steps(review, report=log.unreadable, rule_at_top=rule_for_folder), most=REVIEW_SLICE
+        self.review = IncrementalScan(
+            lambda: scan_steps(review, report=log.unreadable, rule_at_top=rule_for_folder),
+            most=REVIEW_SLICE,
+            pause_seconds=1.0,
         )
-        self.review_asked = Throttle(1.0)
         self._foreign = Refusals()  # versions in Review/ that sortd did not put there
         self.count = 0
         """Files that were looked at since the start."""
@@ -115,12 +116,12 @@ class DatasetScans:
     @property
     def has_more(self) -> bool:
         """Tell whether there is something left to look at, or to be told of as missing."""
-        return self._inbox.has_more or self._review.is_under_way or bool(self._wanted or self._missing)
+        return self._inbox.has_more or self.review.is_under_way or bool(self._wanted or self._missing)
 
     @property
     def deadline(self) -> float:
         """When there is something to do though nothing was told; infinity where nothing waits for its time."""
-        return min(self.left_files.deadline, self.review_asked.deadline)
+        return min(self.left_files.deadline, self.review.asked.deadline)
 
     # ------------------------------------------------------------ single files
 
@@ -223,11 +224,10 @@ class DatasetScans:
 
     def begin_review(self) -> None:
         """Begin to look which images of Review/ are gone, and which are there of those that sortd put there."""
-        if self._review.begin():
-            self.review_asked.begin(monotonic())
+        if self.review.begin():
             self._receive(events.ScanStarted(in_review=True))
         else:
-            self.review_asked.ask()
+            self.review.asked.ask()
 
     def continue_review(self) -> None:
         """Take the next slice of the look through Review/, or begin one that events asked for.
@@ -235,15 +235,14 @@ class DatasetScans:
         Raises:
             JournalError: the journal cannot be read.
         """
-        if self.review_asked.is_due(monotonic()):
+        if self.review.is_due:
             self.begin_review()
-        if not self._review.is_under_way:
+        if not self.review.is_under_way:
             return
-        for path, found in self._review.take():
+        for path, found in self.review.take():
             if isinstance(found, Stamp) and (generation := self._generation_of(path, found)) is not None:
                 self._receive(events.ReviewSeen(path, found, generation))
-        if not self._review.is_under_way:
-            self.review_asked.end(monotonic())
+        if not self.review.is_under_way:
             self._log.review_full(is_full=self._sorter.images.is_review_full, is_all=True)
             self._receive(events.ScanFinished(in_review=True))
 

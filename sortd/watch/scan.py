@@ -13,6 +13,7 @@ from dataclasses import replace
 from time import monotonic
 from typing import Generic, TypeVar
 
+from sortd.core.schedule import Throttle
 from sortd.events import Stamp
 from sortd.names import CONTROLS, Reason, Rule, Why, owner_of, rule_below, rule_for, rule_for_folder
 
@@ -188,17 +189,25 @@ class IncrementalScan(Generic[_T]):
     """One scan at a time, taken slice by slice, so that a million files do not keep the loop from its work."""
 
     def __init__(
-        self, looks: Callable[[], Iterator[_T | None]], *, most: int = SLICE, clock: Clock = monotonic
+        self,
+        looks: Callable[[], Iterator[_T | None]],
+        *,
+        most: int = SLICE,
+        pause_seconds: float = 0.0,
+        clock: Clock = monotonic,
     ) -> None:
         """Prepare; nothing is looked at yet.
 
         Args:
             looks: begins a scan: what it finds, and None for whatever else it looks at.
             most: looks in one slice, at most.
+            pause_seconds: between two scans that were asked for, at least.
             clock: seconds; what is left after ``SLICE_SECONDS`` waits for another slice.
         """
         self.most = most
         self._looks, self._clock = looks, clock
+        self.asked = Throttle(pause_seconds)
+        """Whether a scan is asked for; whoever takes the slices begins it when ``is_due``."""
         self._under_way: Iterator[_T | None] | None = None
         self.is_wanted_again = False
         """Whether another scan was asked for while this one was under way."""
@@ -208,10 +217,16 @@ class IncrementalScan(Generic[_T]):
         """Tell whether there is more to look at."""
         return self._under_way is not None
 
+    @property
+    def is_due(self) -> bool:
+        """Tell whether a scan that was asked for is to begin."""
+        return self._under_way is None and self.asked.is_due(self._clock())
+
     def begin(self) -> bool:
         """Begin, and tell so; where a scan is under way another one is to follow it instead."""
         self.is_wanted_again = self.is_under_way
         if self._under_way is None:
+            self.asked.begin(self._clock())
             self._under_way = self._looks()
         return not self.is_wanted_again
 
@@ -223,7 +238,9 @@ class IncrementalScan(Generic[_T]):
                 found.append(look)
             if count >= self.most or self._clock() >= until:
                 return found
-        self._under_way = None
+        if self._under_way is not None:
+            self._under_way = None
+            self.asked.end(self._clock())
         return found
 
     def end(self) -> None:
