@@ -369,58 +369,42 @@ class Worker:
 
     def _rebuild(self, queues: EncoderQueues, store: PrototypeStore, job: RebuildJob) -> None:
         began = monotonic()
+        name, appoint = job.dataset.name, partial(queues.appoint, Layout(job.clases.parent), job.teaching.classifier)
         if job.afresh:
             self._references.pop(job.dataset, None)
         references = self._references.setdefault(job.dataset, References(job.clases))
-        previous = self._serving.get(job.dataset) or store.read(job.dataset.name)
+        previous = self._serving.get(job.dataset) or store.read(name)
         generation = 1 + max(job.generation, previous.generation if previous else 0)
         try:
-            decider = self._appoint(queues, job, class_labels(job.clases))
-            rebuilt = references.rebuild(
-                queues.embedder,
-                job.teaching,
-                previous=previous,
-                generation=generation,
-                decided_by=decider.model_id,
+            decider = appoint(class_labels(job.clases))
+            done = references.rebuild(
+                queues.embedder, job.teaching, previous=previous, generation=generation, decided_by=decider.model_id
             )
         except ReferencesAbsentError as error:
             event = RebuildFailed(str(error), references_absent=True, job=job.job)
             self._post(Answer(job.dataset, (event,), seconds=monotonic() - began))
             return
-        decider = self._appoint(queues, job, rebuilt.prototypes.labels)  # a folder may have come or gone since
-        refusal = None
-        # A class that was removed is obeyed whatever it costs.
-        if previous is not None and not job.force and set(previous.labels) <= set(rebuilt.prototypes.labels):
-            refusal = refuse_reload(previous, rebuilt.prototypes)
-        if previous is not None and refusal is not None:
-            mend = f"mend the references, or `sortd rebuild --force {job.dataset.name}`"
-            failed = RebuildFailed(f"{refusal}; the old prototypes stay: {mend}", is_lasting=True, job=job.job)
+        prototypes = done.prototypes
+        rebuilt: Rebuilt | None = done
+        decider = appoint(prototypes.labels)  # a folder may have come or gone since
+        failed: tuple[RebuildFailed, ...] = ()
+        if previous is not None and not job.force and (refusal := gate(previous, prototypes)) is not None:
+            mend = f"mend the references, or `sortd rebuild --force {name}`"
+            failed = (RebuildFailed(f"{refusal}; the old prototypes stay: {mend}", is_lasting=True, job=job.job),)
+            prototypes, rebuilt = previous, None
             if job.dataset in self._serving and decider.model_id != queues.decided_by(job.dataset):
-                previous = replace(previous, generation=generation)  # another one decides, so all is decided anew
-                store.write(job.dataset.name, previous)
-            self._serve_with(queues, job, previous, decider, failed)
-            return
-        if rebuilt.changed:
-            store.write(job.dataset.name, rebuilt.prototypes)
-        self._serve_with(queues, job, rebuilt.prototypes, decider, rebuilt=rebuilt, seconds=monotonic() - began)
-
-    def _serve_with(
-        self,
-        queues: EncoderQueues,
-        job: RebuildJob,
-        prototypes: PrototypeSet,
-        decider: Appointed,
-        *others: Event,
-        rebuilt: Rebuilt | None = None,
-        seconds: float = 0.0,
-    ) -> None:
-        """Let these prototypes, or the model that is to decide in their place, serve from now on."""
+                prototypes = replace(previous, generation=generation)  # another one decides, so all is decided anew
+                store.write(name, prototypes)
+        elif done.changed:
+            store.write(name, prototypes)
         self._serving[job.dataset] = prototypes
         queues.switch(job.dataset, decider.model_id)
         finetuned = decider.classifier(job.teaching.settings.abstain, generation=prototypes.generation)
         built = PrototypesBuilt(prototypes, finetuned, job=job.job)
-        self._post(Answer(job.dataset, (built, *others), rebuilt, seconds, decider.refusal))
+        seconds = monotonic() - began if rebuilt else 0.0
+        self._post(Answer(job.dataset, (built, *failed), rebuilt, seconds, decider.refusal))
 
-    @staticmethod
-    def _appoint(queues: EncoderQueues, job: RebuildJob, labels: Sequence[str]) -> Appointed:
-        return queues.appoint(Layout(job.clases.parent), job.teaching.classifier, labels)
+
+def gate(old: PrototypeSet, new: PrototypeSet) -> str | None:
+    """Return why the old generation should stay; a class that was removed is obeyed whatever it costs."""
+    return refuse_reload(old, new) if set(old.labels) <= set(new.labels) else None
