@@ -23,8 +23,7 @@ class GuardState:
 
     trusted: int = 0
     """The last generation that decided without being held: the first one, one whose trial is over, or one released."""
-    held: int = 0
-    """A generation that was held and not released since; 0: none."""
+    held: int = 0  # a generation that was held and not released since; 0: none
     reason: str = ""
     """Why nothing moves, in a sentence; empty where another generation than the one that was held is to be tried."""
 
@@ -42,8 +41,7 @@ class Guard:
 
     def __init__(self, images: int, state: GuardState) -> None:
         """Begin where the last run ended."""
-        self.state = state
-        """What is to be written down as soon as it changes."""
+        self.state = state  # what is to be written down as soon as it changes
         self._images = images
         self._classifier: Classifier | None = None
         self._trial: list[Decision] = []

@@ -87,8 +87,7 @@ class RebuildSchedule:
         """Begin with one that is due at once."""
         self._at: float | None = 0.0
         self._touched_since: float | None = None
-        self.job = 0
-        """The number of the one that was begun last."""
+        self.job = 0  # the number of the one that was begun last
         self._is_running = False
         self._backoff = Backoff()
 

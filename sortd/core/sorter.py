@@ -27,15 +27,13 @@ class SorterSettings:
     settle_seconds: float = 1.0
     batch_size: int = 16
     """Images that are asked for at once: half of what goes through the model, so that the newest never wait long."""
-    batches_in_flight: int = 3
-    """One that is encoded, one that is decoded meanwhile, and one on its way back."""
+    batches_in_flight: int = 3  # one that is encoded, one that is decoded meanwhile, and one on its way back
     backlog_limit: int = 100_000
     set_rejected_aside: bool = True
     guard_images: int = 200
 
 
-NO_GUESS = "_none"
-"""The folder in Review/ for images that not even a guess is made about."""
+NO_GUESS = "_none"  # the folder in Review/ for images that not even a guess is made about
 
 SET_ASIDE = frozenset({events.Refusal.UNREADABLE, events.Refusal.TOO_LARGE, events.Refusal.POISON})
 """Refusals of images that are complete and will not get better by themselves: they go to Rejected/."""
@@ -83,8 +81,7 @@ def _milliseconds(**seconds: float) -> dict[str, float]:
 ROOM_FOR_A_SCAN = 1 / 8
 """What did not fit is looked for when no more than this share of ``backlog_limit`` waits: a scan takes time, too."""
 
-MOST_LOOKS = 10_000
-"""Settling images that one ``Tick`` asks to be looked at; the next ones are due at once."""
+MOST_LOOKS = 10_000  # settling images that one ``Tick`` asks to be looked at; the next ones are due at once
 
 
 class Sorter:

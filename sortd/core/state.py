@@ -137,8 +137,7 @@ class Images:
         self._refusals = Refusals()
         self._ticket = 0
         self._scans = {False: 0, True: 0}  # of Images/, of Review/
-        self.busy = 0
-        """Settling images that cannot be taken, since a writer has them open, say; maybe for ever."""
+        self.busy = 0  # settling images that cannot be taken, since a writer has them open, say; maybe for ever
         self.overflowed = False
         """Whether the scan under way, or an event since, named more than fits: the rest is asked for in time."""
         self.is_review_full = False

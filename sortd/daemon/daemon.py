@@ -48,8 +48,7 @@ START_SECONDS = 120.0
 """For so long a start may last yet, told anew while the worker gets on: an export of the model, or the first look at
 thousands of references, can take longer than ``TimeoutStartSec=`` of the unit."""
 
-TURN_SECONDS = 0.05
-"""How long each part of a turn (answers, file events, moves, looks) may begin something new."""
+TURN_SECONDS = 0.05  # how long each part of a turn (answers, file events, moves, looks) may begin something new
 
 _T = TypeVar("_T")
 

@@ -50,14 +50,10 @@ class Held:
 
     layout: Layout
     error: Exception
-    cause: str
-    """In a sentence, with what to do."""
-    since: float
-    """Seconds since the epoch."""
-    retry_at: float
-    """Seconds of the monotonic clock."""
-    failures: int = 0
-    """How often it failed at work, each time soon after it was opened again."""
+    cause: str  # in a sentence, with what to do
+    since: float  # seconds since the epoch
+    retry_at: float  # seconds of the monotonic clock
+    failures: int = 0  # how often it failed at work, each time soon after it was opened again
 
     def facts(self) -> dict[str, object]:
         """Return what ``sortd status`` shows of the dataset, as plain values."""
@@ -80,8 +76,7 @@ class Datasets:
         """Begin with none; ``discover`` finds them."""
         self.config, self._clock = config, clock
         self.by_name: dict[str, Dataset] = {}
-        self.held: dict[str, Held] = {}
-        """Those that it should work on and cannot now."""
+        self.held: dict[str, Held] = {}  # those that it should work on and cannot now
         self._resources, self._ask, self._copier, self._metrics = resources, ask, copier, metrics
         self._watcher: Watcher | None = None
         self._root_is_present = True

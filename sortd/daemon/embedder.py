@@ -27,8 +27,7 @@ Encode = Callable[[Sequence[DecodedImage]], list[EmbeddedImage]]
 class EncoderQueue:
     """The images of one asker: of a dataset's inbox, or of its references."""
 
-    deliver: Deliver
-    """Is given answers, some at a time, one for each image that was added."""
+    deliver: Deliver  # is given answers, some at a time, one for each image that was added
     waiting: deque[tuple[str, Stamp]] = field(default_factory=deque)
     batch: Batch = field(default_factory=Batch)
 
@@ -185,8 +184,7 @@ class Embedder:
         """Where images that are not known wait for their embeddings, in queues."""
         self._attend: Attend = _nothing
         self._bell: int | None = None
-        self.forwards = 0
-        """Image batches that went through the encoder: what a cache hit saves."""
+        self.forwards = 0  # image batches that went through the encoder: what a cache hit saves
 
     def attend_with(self, attend: Attend, *, bell: int | None) -> None:
         """Let ``embed`` call ``attend`` between two steps, and wait no longer than until a ``bell`` can be read."""

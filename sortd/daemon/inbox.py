@@ -25,8 +25,7 @@ GATHER_SECONDS = 0.02
 """From one turn that takes file events to the next, unless something else is to be done: in a storm each event would be
 a turn, and a path that changes a thousand times a thousand looks."""
 
-MANY_EVENTS = 1000
-"""So many events are not waited with: they are a turn's work."""
+MANY_EVENTS = 1000  # so many events are not waited with: they are a turn's work
 
 Told = Posted | Copied | CopyFailed | CopierDied
 """What the worker and the copier tell; they have few jobs at a time, so there are few of these."""

@@ -105,8 +105,7 @@ class DatasetScans:
             pause_seconds=1.0,
         )
         self._foreign = Refusals()  # versions in Review/ that sortd did not put there
-        self.count = 0
-        """Files that were looked at since the start."""
+        self.count = 0  # files that were looked at since the start
 
     @property
     def is_under_way(self) -> bool:

@@ -17,8 +17,7 @@ from sortd.core.schedule import Throttle
 from sortd.events import Stamp
 from sortd.names import CONTROLS, Reason, Rule, Why, owner_of, rule_below, rule_for, rule_for_folder
 
-Listing = Callable[[str], AbstractContextManager[Iterable["os.DirEntry[str]"]]]
-"""Lists a folder; ``os.scandir`` does."""
+Listing = Callable[[str], AbstractContextManager[Iterable["os.DirEntry[str]"]]]  # lists a folder; ``os.scandir`` does
 
 _LINK = Why(Reason.SYMBOLIC_LINK, "it is a symbolic link, which is not followed; put the file itself in its place")
 _SPECIAL = Why(Reason.SPECIAL_FILE, "it is no regular file but a pipe, a socket or a device")
@@ -209,8 +208,7 @@ class IncrementalScan(Generic[_T]):
         self.asked = Throttle(pause_seconds)
         """Whether a scan is asked for; whoever takes the slices begins it when ``is_due``."""
         self._under_way: Iterator[_T | None] | None = None
-        self.is_wanted_again = False
-        """Whether another scan was asked for while this one was under way."""
+        self.is_wanted_again = False  # whether another scan was asked for while this one was under way
 
     @property
     def is_under_way(self) -> bool:
