@@ -79,7 +79,7 @@ class Daemon:
         self._reload, self._notifier, self._metrics = reload, notifier, metrics
         self._once = once
         self._worker = Worker(resources.load, resources.unload, self.inbox.put, resources.classifiers)
-        resources.attend = self._worker.loading
+        resources.on_progress = self._worker.loading
         self._copier = Copier(self.inbox.put)
         self.datasets = Datasets(
             config, resources=resources, ask=self._worker.ask, copier=self._copier, metrics=metrics

@@ -82,7 +82,7 @@ class Site:
         self._config = config
         self._embeddings, self._is_scratch = scratch or config.cache_dir, scratch is not None
         self._runs_on: list[str] = []
-        self.attend: Callable[[str], None] = lambda _: None
+        self.on_progress: Callable[[str], None] = lambda _: None
         """Is told again and again what goes on while the model takes long to load."""
         self._load_encoder = load_encoder or (
             lambda config: serving_encoder(
@@ -90,7 +90,7 @@ class Site:
                 pool=self._pool,
                 teaching_of=teaching_of,
                 tell=self._runs_on.append,
-                attend=self.attend,
+                attend=self.on_progress,
                 may_prepare=scratch is None,
             )
         )
