@@ -40,9 +40,9 @@ from sortd.errors import SortdError
 from sortd.files import readable_json
 
 if TYPE_CHECKING:
+    from sortd.daemon.resources import LoadEncoder
+    from sortd.events import Move
     from sortd.logs import LogFormat
-    from sortd.messages import Move
-    from sortd.running.site import LoadEncoder
 
 PATIENT_PRODUCTS = ("OPENBLAS_THREAD_TIMEOUT", "20")
 """Binary logarithm of the cycles that threads of OpenBLAS spin after a product (26 if not set). Spinning took 3 ms of
@@ -111,10 +111,10 @@ def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = 
     """
     os.environ.setdefault(*PATIENT_PRODUCTS)
     from sortd import logs
-    from sortd.daemon import Daemon
+    from sortd.daemon.daemon import Daemon
+    from sortd.daemon.resources import Resources
     from sortd.metrics import Metrics
-    from sortd.running.site import Site
-    from sortd.sdnotify import Notifier
+    from sortd.systemd import Notifier
 
     logs.configure(said_format())
     config = load_config(path)
@@ -122,7 +122,7 @@ def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = 
     raise_descriptor_limit()
     Daemon(
         config,
-        site=Site(config, load_encoder=load_encoder),
+        resources=Resources(config, load_encoder=load_encoder),
         reload=lambda: load_config(path),
         notifier=Notifier(os.environ),
         metrics=Metrics(),
@@ -143,8 +143,8 @@ def print_dry_run(path: Path | None, *, as_json: bool, load_encoder: "LoadEncode
         SortdError: what stopped it.
     """
     from sortd import logs
+    from sortd.daemon.dataset_log import decision_facts
     from sortd.running import rehearsal
-    from sortd.running.account import decision_facts
 
     logs.configure(said_format())
     config = load_config(path)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from sortd.messages import Stamp
+from sortd.events import Stamp
 
 MOST_BYTES = 64 << 20  # the most that a file of settings, facts or a model's configuration may have
 

@@ -18,8 +18,8 @@ import numpy as np
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray
 from sortd.classify.calibration import log_softmax
 from sortd.errors import DestinationError, ModelError
+from sortd.events import Fit, Preprocessing
 from sortd.files import read_regular, sha256_of, write_atomic
-from sortd.messages import Fit, Preprocessing
 
 FACTS_FILE = "sortd.json"
 CONFIG_FILE = "config.json"

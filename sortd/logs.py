@@ -17,8 +17,8 @@ from typing import Any, Final, Literal, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from sortd.events import Outcome
 from sortd.files import readable_json
-from sortd.messages import Outcome
 
 LogFormat = Literal["auto", "console", "json"]
 Level = Literal["debug", "info", "warning", "error"]

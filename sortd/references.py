@@ -16,12 +16,12 @@ from sortd.classify.build import build
 from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import DecisionSettings, Mode, SupportSet
+from sortd.daemon.embedder import Embedder
+from sortd.events import EmbeddedImage, ImageRefused, Refusal, Stamp
 from sortd.files import open_regular
 from sortd.images.formats import OUR_OWN_TROUBLE
-from sortd.messages import EmbeddedImage, ImageRefused, Refusal, Stamp
 from sortd.names import rule_for_folder
-from sortd.running.embedding import Embedder
-from sortd.watching.scanning import stamp, whole_files
+from sortd.watch.scan import stamp, whole_files
 
 STRANGERS_FOLDER = "_none"
 """A class folder of this name holds examples of what belongs to no class."""
@@ -61,7 +61,7 @@ class Teaching:
     settings: DecisionSettings
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     learns_from_corrections: bool = False
-    classifier: str = "auto"  # auto, prototypes or finetuned: who is to decide, see ``running/classifiers.py``
+    classifier: str = "auto"  # auto, prototypes or finetuned: who is to decide, see ``daemon/classifiers.py``
     corrections: tuple[tuple[str, str], ...] = ()  # label, path: images placed by hand in Dataset/
 
 

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 from sortd.classify.types import Assigned, Mode
+from sortd.events import Move, Moved, Outcome
 from sortd.layout import Layout
-from sortd.messages import Move, Moved, Outcome
 from sortd.moving.mover import Mover
 from sortd.store.journal import Journal
-from sortd.watching.scanning import stamp
+from sortd.watch.scan import stamp
 from tests.daemon_process import picture
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from sortd.events import Move, Moved, MoveFailed, MoveFailure, Outcome
 from sortd.files import stamp_of
-from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome
 from sortd.moving.mover import Mover
 from sortd.store.journal import Journal
 from sortd.store.records import Record, Selection

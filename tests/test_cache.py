@@ -17,7 +17,7 @@ from sortd.arrays import FloatArray
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import DecisionSettings, SupportSet
-from sortd.messages import Stamp
+from sortd.events import Stamp
 from sortd.store.cache import MAGIC, Cache, packed
 
 ENCODER = "clip-512-torch-0"

@@ -29,7 +29,7 @@ from sortd.layout import MARKER, Area, Layout
 from sortd.running.holding import hold
 from sortd.store.cache import PrototypeFiles
 from sortd.store.journal import Journal
-from sortd.watching import inotify
+from sortd.watch import inotify
 from tests.command_line import sortd
 from tests.daemon_process import make_dataset, picture, tree
 from tests.fake_encoder import FakeEncoder

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from sortd.errors import BusyError, JournalError
-from sortd.messages import DatasetId, Stamp
+from sortd.events import DatasetId, Stamp
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied, MoveOrder
 from sortd.store.records import MoveFile, MoveReason, MoveRecord, Role
 

@@ -18,12 +18,12 @@ from sortd.classify.explain import Explanation, explain, explain_finetuned, sent
 from sortd.classify.types import Abstain, DecisionSettings, Mode
 from sortd.commands.explain import Explained, explain_image
 from sortd.config import Config, load
+from sortd.daemon.classifiers import classifier_of
 from sortd.errors import DataError, UnreadableError
 from sortd.files import stamp_of
 from sortd.finetuned import FinetunedFacts
 from sortd.layout import Layout
 from sortd.report import explain_page
-from sortd.running.classifiers import classifier_of
 from sortd.status import Status, started_ticks
 from sortd.store.cache import Cache, PrototypeFiles
 from sortd.store.journal import Journal

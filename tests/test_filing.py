@@ -14,18 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from sortd.daemon.control import put_back
+from sortd.daemon.corrections import Correction, CorrectionScanner
 from sortd.errors import JournalError
+from sortd.events import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.moving import copy as crossing_module
 from sortd.moving.copy_queue import MOST_HANDED_OVER, CopyJob, MoveOrder, Submit
 from sortd.moving.fs import look, rename_new
 from sortd.moving.mover import Mover
 from sortd.moving.plan import LATE_SECONDS, LateCompanions
 from sortd.moving.undo import UndoResult
-from sortd.running.control import put_back
-from sortd.running.corrections import Correction, Corrections
 from sortd.running.rejects import LIMITS_FACT, Rejects
 from sortd.store.journal import Journal
 from sortd.store.records import Selection
@@ -531,7 +531,7 @@ class TestHolds:
         assert filing.release() == 1
 
 
-def looked(corrections: Corrections, path: Path) -> list[Correction]:
+def looked(corrections: CorrectionScanner, path: Path) -> list[Correction]:
     """Look at one file and record what was found."""
     return corrections.record([found for found in corrections.look(str(path)) if found is not None])
 
@@ -547,7 +547,7 @@ class TestCorrections:
         renamed, copied = dataset.root / "Dataset/dog/new name.jpg", dataset.root / "Dataset/dog/b.jpg"
         os.rename(dataset.root / "Dataset/cat/a.jpg", renamed)
         shutil.copyfile(dataset.root / "Dataset/cat/b.jpg", copied)
-        corrections = Corrections(Layout(dataset.root), journal, refuse)
+        corrections = CorrectionScanner(Layout(dataset.root), journal, refuse)
         assert looked(corrections, copied) == []
         (dataset.root / "Dataset/cat/b.jpg").unlink()
         for path in (renamed, copied):
@@ -561,7 +561,7 @@ class TestCorrections:
         """Nor is a stranger's file, be it of the same name and size."""
         there = Path(moved(filing, order(dataset.put("Images/a.jpg", "a cat"), content=_hash("a cat"))))
         stranger = dataset.put("Dataset/dog/b.jpg", "unknown")
-        corrections = Corrections(Layout(dataset.root), journal, refuse)
+        corrections = CorrectionScanner(Layout(dataset.root), journal, refuse)
         assert [looked(corrections, path) for path in (there, stranger)] == [[], []]
         there.unlink()
         assert looked(corrections, dataset.put("Dataset/dog/a.jpg", "a dog")) == []

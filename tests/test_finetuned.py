@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from sortd.errors import ModelError
+from sortd.events import Fit, Preprocessing
 from sortd.files import sha256_of
 from sortd.finetuned import FinetunedFacts, calibrated, facts_json, read_facts
 from sortd.finetuned_network import build_image_classifier, load_finetuned
-from sortd.messages import Fit, Preprocessing
 from tests.tiny_vit import SIDE, build_tiny_vit
 
 LABELS = ("cats", "dogs", "weißes \udcff")

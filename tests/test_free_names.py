@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sortd.messages import Stamp
+from sortd.events import Stamp
 from sortd.moving.plan import cut, final_names
 from sortd.store.records import MoveFile, MoveRecord, Role
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from sortd.errors import AlreadyRunningError, LayoutError
+from sortd.events import Move, Moved, Outcome
 from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.messages import Move, Moved, Outcome
 from sortd.running.holding import Holding, hold
 from tests.hostile_files import HOSTILE
 

@@ -13,7 +13,7 @@ import pytest
 
 from sortd.classify.types import Abstained, Assigned, Mode
 from sortd.errors import JournalError
-from sortd.messages import Stamp
+from sortd.events import Stamp
 from sortd.store.history import History
 from sortd.store.journal import Journal
 from sortd.store.records import UNDONE, FiledImages, MoveFile, MoveProgress, MoveReason, MoveRecord, Role, Selection

@@ -19,7 +19,7 @@ import structlog
 
 from sortd import files, logs
 from sortd.classify import explain
-from sortd.messages import Outcome
+from sortd.events import Outcome
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def stream() -> io.StringIO:
 @pytest.fixture
 def log() -> structlog.stdlib.BoundLogger:
     """A logger of sortd's."""
-    logger: structlog.stdlib.BoundLogger = structlog.get_logger("sortd.running.dataset")
+    logger: structlog.stdlib.BoundLogger = structlog.get_logger("sortd.daemon.dataset")
     return logger
 
 
@@ -115,12 +115,12 @@ def test_levels_hold_for_sortd_and_for_others_apart() -> None:
     """Debug is ours alone: other libraries are then heard from info on."""
     stream = io.StringIO()
     logs.configure("json", "debug", stream=stream, environ={})
-    structlog.get_logger("sortd.sorter").debug("fine")
+    structlog.get_logger("sortd.core.sorter").debug("fine")
     logging.getLogger("filelock").debug("too fine")
     logging.getLogger("filelock").info("lock taken")
     assert [line["event"] for line in lines(stream)] == ["fine", "lock taken"]
     logs.configure("json", "error", stream=stream, environ={})
-    structlog.get_logger("sortd.sorter").warning("hidden")
+    structlog.get_logger("sortd.core.sorter").warning("hidden")
     assert len(lines(stream)) == 2
 
 
@@ -164,7 +164,7 @@ def test_a_full_disk_or_a_closed_pipe_does_no_harm() -> None:
     """What standard error cannot take is not worth dying for."""
     with open("/dev/full", "w") as full:
         logs.configure("json", stream=full, environ={})
-        structlog.get_logger("sortd.daemon").info(logs.DAEMON_READY)
+        structlog.get_logger("sortd.daemon.daemon").info(logs.DAEMON_READY)
         logging.getLogger().handlers.clear()
         with pytest.raises(OSError, match="No space left"):
             full.flush()
@@ -219,7 +219,7 @@ def test_a_terminal_gets_lines_for_people_in_colour_unless_refused() -> None:
         ours, theirs = pty.openpty()
         with open(theirs, "w") as terminal:
             logs.configure("auto", stream=terminal, environ=environment)
-            structlog.get_logger("sortd.daemon").info(logs.DAEMON_READY, datasets=["Tornillos"])
+            structlog.get_logger("sortd.daemon.daemon").info(logs.DAEMON_READY, datasets=["Tornillos"])
             logging.getLogger().handlers.clear()
             terminal.flush()
             text = os.read(ours, 4096).decode()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from sortd.errors import ChangedError
+from sortd.events import Writer
 from sortd.files import stamp_of, sync_folder
-from sortd.messages import Writer
 from sortd.moving.fs import FOLDER_FLAGS, Folders, is_version, look, names_of, rename_new, writer_of
 from sortd.moving.parts import content_of, make_part, remove_obsolete
 from sortd.store.records import MoveFile, MoveRecord, Role

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
+from sortd.daemon.dataset_log import DatasetLog
+from sortd.events import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.metrics import Metrics
 from sortd.moving import copy_queue
 from sortd.moving.copy_queue import MOST_GUESSES, MOST_HANDED_OVER, CopyAdmission, CopyJob, MoveOrder
 from sortd.moving.mover import Mover
-from sortd.running.account import Account
 from sortd.running.outbox import GROUP, Outbox
 from sortd.store.journal import Journal
 from sortd.store.records import MoveFile, MoveReason, MoveRecord, Role, Selection
@@ -67,7 +67,7 @@ def copies() -> Copies:
 def outbox(dataset: Dataset, journal: Journal, copies: Copies) -> Outbox:
     """An outbox whose every move is a copy."""
     filing = Mover(dataset.root, journal, rename=crossing, submit=copies.submit)
-    return Outbox(filing, Account("Set", Metrics()), history=journal.history, root=dataset.root)
+    return Outbox(filing, DatasetLog("Set", Metrics()), history=journal.history, root=dataset.root)
 
 
 def fill(outbox: Outbox, dataset: Dataset, count: int) -> list[Move]:
@@ -203,7 +203,7 @@ def test_two_copies_are_told_of() -> None:
     moved = Moved(move.path, move.stamp, "/set/Rejected/a.jpg", move.outcome, move.stamp)
     with capture_logs() as lines:
         for note in ("", "kept in Images too"):
-            Account("Set", Metrics()).moved(move, replace(moved, note=note), 1.0)
+            DatasetLog("Set", Metrics()).moved(move, replace(moved, note=note), 1.0)
     assert [(line["log_level"], line.get("note")) for line in lines] == [
         ("info", None),
         ("warning", "kept in Images too"),
@@ -280,7 +280,9 @@ def test_the_guesses_about_folders_are_bounded() -> None:
 
 def test_outbox_more_moves_than_a_group_wait_for_the_next_turn(dataset: Dataset, journal: Journal) -> None:
     """A turn of the loop is short, however many images were decided at once; the rest is due, and none is lost."""
-    outbox = Outbox(Mover(dataset.root, journal), Account("Set", Metrics()), history=journal.history, root=dataset.root)
+    outbox = Outbox(
+        Mover(dataset.root, journal), DatasetLog("Set", Metrics()), history=journal.history, root=dataset.root
+    )
     for number in range(2 * GROUP + 1):
         outbox.add(order(dataset.put(f"Images/{number}.jpg", str(number))))
     groups = []

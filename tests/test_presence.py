@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sortd.daemon.control import put_back
 from sortd.layout import Layout
 from sortd.moving.mover import Mover
-from sortd.running.control import put_back
 from sortd.running.presence import APART_FACT, Presence
 from sortd.store.journal import Journal
 from tests.daemon_process import picture, running, tree

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sortd.events import Stamp
 from sortd.files import stamp_of
-from sortd.messages import Stamp
 from sortd.moving.mover import Mover
 from sortd.store.journal import Journal
 from sortd.store.records import MoveFile, MoveProgress, MoveReason, MoveRecord, Role, Selection

@@ -21,19 +21,19 @@ from sortd.arrays import Pixels
 from sortd.commands.console import counted, megabytes, print_line, print_table, printable
 from sortd.commands.model_facts import backend_facts
 from sortd.config import Config
+from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.encoder import onnx_encoder
 from sortd.encoder.backends import load_on, located
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, ModelError
+from sortd.events import EmbeddedImage, Move, Outcome, Stamp
 from sortd.images.decode import Limits
 from sortd.images.formats import SUFFIXES
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.layout import Area, Layout, find_datasets
-from sortd.messages import EmbeddedImage, Move, Outcome, Stamp
 from sortd.names import CLASS_AREAS, rule_for, rule_for_folder
 from sortd.running.holding import hold
-from sortd.running.site import LoadEncoder, Site
-from sortd.watching.scanning import scan, stamp
+from sortd.watch.scan import scan, stamp
 
 INT8 = "onnx-int8"
 BACKENDS = (INT8, "onnx", "torch")
@@ -74,7 +74,7 @@ def measure(
     most = min(config.batch_size, LARGEST_BATCH)
     with _scratch(config) as scratch:
         tell("loading the model")
-        began, site = perf_counter(), Site(config, load_encoder=load_encoder, scratch=scratch)
+        began, site = perf_counter(), Resources(config, load_encoder=load_encoder, scratch=scratch)
         try:
             embedder, _, description = site.load()
             load_seconds = perf_counter() - began

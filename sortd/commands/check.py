@@ -31,14 +31,14 @@ from sortd.config import Config, load
 from sortd.encoder import models
 from sortd.encoder.models import STRONGER
 from sortd.errors import ConfigError, JournalError, LayoutError, ModelError, StartupError
+from sortd.events import Writer
 from sortd.images.decode import load_decoders
 from sortd.layout import JOURNAL_FILE, Area, Layout, enclosing_dataset, find_datasets
-from sortd.messages import Writer
 from sortd.moving.fs import CANNOT_RENAME, Folders, rename_new, writer_of
 from sortd.names import rule_for_folder
 from sortd.status import read_status
 from sortd.store.history import History
-from sortd.watching import inotify
+from sortd.watch import inotify
 
 LITTLE_ROOM_BYTES = 1_000_000_000
 NO_ROOM_BYTES = 50_000_000

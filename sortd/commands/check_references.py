@@ -18,14 +18,14 @@ from sortd.commands.promotion import compared, serving_facts, waiting_model
 from sortd.commands.stored import SETTINGS, changed_since, evaluated_prototypes, settings_differ, stored_prototypes
 from sortd.config import Config, DatasetConfig
 from sortd.errors import ImageError
+from sortd.events import Preprocessing, Stamp
 from sortd.images.decode import Limits, decode_file, look_at_file
 from sortd.images.formats import HEAD_BYTES, looks_like_image
 from sortd.layout import Area, Layout
-from sortd.messages import Preprocessing, Stamp
 from sortd.names import Reason, Why, rule_for_folder
 from sortd.references import STRANGERS_FOLDER, ClassFolder, ReferencesAbsentError, class_folders
 from sortd.store.cache import Cache
-from sortd.watching.scanning import scan_all
+from sortd.watch.scan import scan_all
 
 FEW_REFERENCES = 4
 """With fewer references than this, each further one is worth several points of accuracy: see docs/decisions.md."""

@@ -17,6 +17,7 @@ from sortd.classify.types import SupportSet
 from sortd.commands.console import counted
 from sortd.commands.examination import taught
 from sortd.config import Config
+from sortd.daemon.resources import Resources
 from sortd.encoder.backends import located
 from sortd.encoder.export import CALIBRATION_IMAGES, make
 from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision, write_verdict
@@ -24,7 +25,6 @@ from sortd.encoder.quantize import photographic_noise
 from sortd.errors import LayoutError, ModelError
 from sortd.layout import Area, Layout, find_datasets
 from sortd.references import STRANGERS_FOLDER, ClassFolder, References, ReferencesAbsentError
-from sortd.running.site import Site
 
 LARGEST_SAMPLE = 1000
 """References that are compared: with so many, a share of 0.99 is known to 0.003."""
@@ -92,7 +92,7 @@ def _answers(config: Config, exported: Exports, precision: Precision, layouts: S
         decoding=config.decoding.jpeg,
     )
     probes = encoder.encode_images(photographic_noise(encoder.preprocessing, CALIBRATION_IMAGES))
-    site = Site(config, load_encoder=lambda _: encoder)
+    site = Resources(config, load_encoder=lambda _: encoder)
     supports: dict[str, SupportSet] = {}
     try:
         embedder, _, _ = site.load()

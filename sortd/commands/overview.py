@@ -13,15 +13,15 @@ from sortd.commands.console import interval
 from sortd.commands.journals import JournalPlace, journals
 from sortd.commands.promotion import serving_facts
 from sortd.config import Config
+from sortd.daemon.dataset_log import LISTED
 from sortd.errors import JournalError
 from sortd.layout import Area, Layout
 from sortd.moving.fs import is_version
 from sortd.names import Reason, Why, owner_of, rule_below, rule_for_folder
-from sortd.running.account import LISTED
 from sortd.status import read_status
 from sortd.store.history import History
 from sortd.store.records import FiledImages, Selection
-from sortd.watching.scanning import scan, scan_all, why_unfinished
+from sortd.watch.scan import scan, scan_all, why_unfinished
 
 Row = dict[str, str]
 """One file or folder that stays in Images/: ``path``, ``reason`` and ``message``."""

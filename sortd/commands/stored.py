@@ -11,9 +11,9 @@ from pathlib import Path
 from sortd.classify.prototypes import PrototypeSet
 from sortd.config import Config, DatasetConfig
 from sortd.errors import ImageError
+from sortd.events import Stamp
 from sortd.images.decode import Limits, look_at_file
 from sortd.layout import Area, Layout
-from sortd.messages import Stamp
 from sortd.references import DESCRIPTIONS_FILE, STRANGERS_FOLDER, ReferencesAbsentError, class_folders
 from sortd.store.cache import PrototypeFiles
 

@@ -33,8 +33,8 @@ from sortd.encoder.base import Rows, check_pixels, unit, writable
 from sortd.encoder.models import ModelFolder, first_line
 from sortd.encoder.quantize import weight_range
 from sortd.errors import ModelError
+from sortd.events import Preprocessing
 from sortd.files import read_regular, write_atomic
-from sortd.messages import Preprocessing
 
 FORMAT = 1
 """Raised when the same model would be exported in another way than before."""

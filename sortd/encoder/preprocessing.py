@@ -7,7 +7,7 @@ import numpy as np
 
 from sortd.arrays import FloatArray
 from sortd.errors import ModelError
-from sortd.messages import Fit, Preprocessing
+from sortd.events import Fit, Preprocessing
 
 CHANNELS = 3
 EIGHT_BITS = 1 / 255

@@ -14,6 +14,7 @@ from sortd.classify.build import build
 from sortd.classify.decide import judge
 from sortd.classify.prompts import GENERIC_NOUNS, prompts
 from sortd.classify.types import DecisionSettings, Mode, SupportSet
+from sortd.daemon.embedder import Embedder
 from sortd.errors import ModelError
 from sortd.finetune.data import Photos, Plan, Predictions, Split, dataset_of, read_pixels
 from sortd.finetune.model import average_with_start, logits_in_batches, temperature_of
@@ -22,7 +23,6 @@ from sortd.finetuned import FinetunedFacts, calibrated
 from sortd.finetuned_network import Network
 from sortd.layout import Area, Layout
 from sortd.references import class_texts, read_descriptions
-from sortd.running.embedding import Embedder
 
 if TYPE_CHECKING:
     import torch

@@ -22,9 +22,9 @@ from typing import Final
 
 from sortd.arrays import Pixels
 from sortd.errors import CrowdedError, NotAnImageError, TooLargeError, UnreadableError
+from sortd.events import Fit, Preprocessing, Refusal
 from sortd.images.decode import Jpeg, Limits, decode, load_decoders
 from sortd.images.formats import HEAD_BYTES, format_of
-from sortd.messages import Fit, Preprocessing, Refusal
 
 REQUEST = struct.Struct("<IQ")
 """A slot of the shared memory, and the room that decoding may take, in pixels; the file's descriptor comes along."""

@@ -27,6 +27,7 @@ import numpy as np
 
 from sortd.arrays import Pixels
 from sortd.errors import StartupError
+from sortd.events import ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.files import stamp_of
 from sortd.images.decode import Jpeg, Limits
 from sortd.images.decoder_process import (
@@ -43,7 +44,6 @@ from sortd.images.decoder_process import (
     decode_content,
 )
 from sortd.images.formats import open_version
-from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
 
 POISON_KEPT = 10_000  # versions of files that are remembered as having ended a process
 STARTS = 3  # processes in a row that did not start; after them no other is tried

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from sortd.errors import ChangedError, DestinationError, VanishedError
+from sortd.events import Writer
 from sortd.files import stamp_of, sync_folder
-from sortd.messages import Writer
 from sortd.moving.fs import FILE_FLAGS, Folders, check_source, is_version, look, rename_new, writer_of
 from sortd.moving.parts import Copy, content_of, copy_to_part, make_part, never, remove_obsolete, remove_part
 from sortd.moving.plan import FreeNames, names_of_one

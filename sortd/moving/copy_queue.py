@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
-from sortd.messages import DatasetId, Move
+from sortd.events import DatasetId, Move
 from sortd.store.records import MoveProgress, MoveReason, MoveRecord
 
 MOST_HANDED_OVER = 64  # copies of one dataset that are under way or queued: like a batch of renames

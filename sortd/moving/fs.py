@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Self
 
 from sortd.errors import SourceError
+from sortd.events import Stamp, Writer
 from sortd.files import stamp_of, sync_folder
-from sortd.messages import Stamp, Writer
 from sortd.moving.companions import base_of, claim_on, fold, is_image, near, reach
 
 _LIBC = ctypes.CDLL(None, use_errno=True)

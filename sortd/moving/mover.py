@@ -14,8 +14,8 @@ from pathlib import Path
 
 from sortd import errors
 from sortd.errors import BusyError, ChangedError, DestinationError, ImageError, SourceError, VanishedError
+from sortd.events import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.files import sync_folder
-from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.moving.copy import cross
 from sortd.moving.copy_queue import MOST_HANDED_OVER, CopyAdmission, MoveOrder, Submit
 from sortd.moving.fs import CANNOT_RENAME, Folders, Listings, rename_new

@@ -18,8 +18,8 @@ from itertools import chain
 from pathlib import Path
 
 from sortd.errors import DestinationError
+from sortd.events import Move, Moved, Outcome, Stamp
 from sortd.files import stamp_of
-from sortd.messages import Move, Moved, Outcome, Stamp
 from sortd.moving.companions import (
     claim_on,
     claims,

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from sortd.errors import BusyError, ChangedError, VanishedError
+from sortd.events import Stamp, Writer
 from sortd.files import sha256_of, stamp_of
-from sortd.messages import Stamp, Writer
 from sortd.moving.fs import FILE_FLAGS, Folders, check_source, is_version, look, rename_new, start_writeback, writer_of
 from sortd.moving.parts import make_part
 from sortd.moving.plan import FreeNames

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import monotonic
 
-from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
+from sortd.daemon.dataset_log import DatasetLog
+from sortd.events import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.moving.copy_queue import MoveOrder
 from sortd.moving.mover import MoveAnswer, Mover
 from sortd.moving.undo import UndoResult
-from sortd.running.account import Account
 from sortd.store.history import History
 from sortd.store.records import MoveProgress, MoveRecord, Record
 
@@ -44,7 +44,7 @@ class DryRunMover:
 class Outbox:
     """Carries out the moves of one dataset and writes a line about each."""
 
-    def __init__(self, mover: Mover | DryRunMover, account: Account, *, history: History | None, root: Path) -> None:
+    def __init__(self, mover: Mover | DryRunMover, account: DatasetLog, *, history: History | None, root: Path) -> None:
         """Begin with nothing to move; ``account`` writes the lines, a dry run has no ``history``."""
         self._mover, self._account, self._history, self._root = mover, account, history, root
         self._real = mover if isinstance(mover, Mover) else None

@@ -1,11 +1,9 @@
 """The presence of a dataset: is it there with all its disks, or does a mount point only look like an empty folder?
 
-The marker tells whether the dataset itself is mounted. A folder of it may lie on a disk of its own, and no marker of
-ours lies there: into the mount point of a Dataset/ that is not mounted images could be filed as ever, and nobody would
-see them any more once it is. So the journal remembers which folders lay on another file system than the dataset; one
-that is empty and lies on the dataset's own now is taken for absent until its disk is back, or something stands in it.
-
-Device numbers tell only that much here, and nothing about what can be renamed: see docs/durability.md.
+The marker tells whether the dataset itself is mounted. A folder of it may lie on a disk of its own, without marker:
+images filed into its mount point while it is not mounted would be hidden once it is. So the journal remembers which
+folders lay on another file system than the dataset; one that is empty and lies on the dataset's own now is taken for
+absent until its disk is back, or something stands in it.
 """
 
 import os

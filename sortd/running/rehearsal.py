@@ -7,15 +7,15 @@ from pathlib import Path
 from time import monotonic
 
 from sortd.config import Config
+from sortd.daemon.dataset import Dataset
+from sortd.daemon.resources import LoadEncoder, Resources, sorter_settings, teaching_of
+from sortd.daemon.worker import Answer, Posted, Worker, WorkerDied
 from sortd.errors import LayoutError
+from sortd.events import DatasetId
 from sortd.layout import JOURNAL_FILE, Layout, find_datasets
-from sortd.messages import DatasetId
 from sortd.metrics import Metrics
-from sortd.running.dataset import Dataset
 from sortd.running.holding import known_folder
 from sortd.running.outbox import DryRunMover, Tell
-from sortd.running.site import LoadEncoder, Site, sorter_settings, teaching_of
-from sortd.running.worker import Answer, Posted, Worker, WorkerDied
 from sortd.store.database import copy_journal
 from sortd.store.journal import Journal
 
@@ -39,7 +39,7 @@ def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
         raise LayoutError(f"{config.root} holds no dataset: a folder with a Clases/ in it; `sortd init DIR` makes one")
     inbox: queue.SimpleQueue[Posted] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="sortd-") as folder, ExitStack() as journals:
-        site = Site(config, load_encoder=load_encoder, scratch=Path(folder))
+        site = Resources(config, load_encoder=load_encoder, scratch=Path(folder))
         worker = Worker(site.load, site.unload, inbox.put, site.classifiers)
         datasets: dict[DatasetId, Dataset] = {}
         for number, layout in enumerate(layouts):

@@ -11,13 +11,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 
+from sortd.events import Refusal, Stamp
 from sortd.layout import Area, Layout
-from sortd.messages import Refusal, Stamp
 from sortd.names import rule_for
-from sortd.running.corrections import looked_through_until
 from sortd.store.journal import Journal
 from sortd.store.records import Record
-from sortd.watching.scanning import stamp
+from sortd.watch.scan import looked_at_until, stamp
 
 SCANNED_FACT = "rejects_scanned_at"
 """The journal's note of when Rejected/ was last looked through, in nanoseconds since the epoch."""
@@ -68,7 +67,7 @@ class Rejects:
         Returns:
             A path with the version there, or None for whatever else was looked at: a caller may stop between any two.
         """
-        return self._scan_since(looked_through_until(self._journal, SCANNED_FACT, now_ns), now_ns)
+        return self._scan_since(looked_at_until(self._journal.history.number(SCANNED_FACT), now_ns), now_ns)
 
     def _scan_since(self, since: int, now_ns: int) -> Iterator[tuple[str, Stamp] | None]:
         allowed = self._refusals_to_try()

@@ -24,8 +24,8 @@ import numpy as np
 
 from sortd.arrays import FloatArray
 from sortd.classify.prototypes import PrototypeSet
+from sortd.events import Stamp
 from sortd.files import identity_of, read_regular, write_atomic
-from sortd.messages import Stamp
 
 MAX_BYTES = 1_000_000_000  # about 450,000 embeddings of 512 dimensions
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from sortd.messages import Stamp
-from sortd.sorting.guard import GuardState
+from sortd.core.guard import GuardState
+from sortd.events import Stamp
 from sortd.store.database import open_for_reading, translated, verify
 from sortd.store.records import FiledImages, Record, Selection, label_column, label_from, plain, record_from, stamp_from
 

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
+from sortd.core.guard import GuardState
 from sortd.errors import JournalError
+from sortd.events import Stamp
 from sortd.files import identity_of
-from sortd.messages import Stamp
-from sortd.sorting.guard import GuardState
 from sortd.store.database import committing, open_beside, open_for_writing
 from sortd.store.history import GUARD_FACT, History
 from sortd.store.records import UNDONE, MoveProgress, MoveReason, MoveRecord, Record, member_rows, plain

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
 from sortd.classify.types import Abstained, Assigned, Decision
-from sortd.messages import Stamp, signed
+from sortd.events import Stamp, signed
 
 if TYPE_CHECKING:
     import sqlite3

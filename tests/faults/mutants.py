@@ -20,10 +20,10 @@ FILING = "tests/test_filing.py"
 RECOVERY = "tests/test_recovery.py"
 STATES = "tests/test_sorter_states.py"
 DATASET = "tests/test_dataset.py"
-PATROL = "tests/test_patrol.py"
+PATROL = "tests/test_corrections.py"
 TESTS = {
     "files": ("tests/test_files.py", "tests/test_mover.py", STEPS),
-    "messages": (STEPS, "tests/test_mover.py", FILING),
+    "events": (STEPS, "tests/test_mover.py", FILING),
     "store/database": (STEPS, "tests/test_journal.py"),
     "store/records": ("tests/test_journal.py", FILING),
     "moving/fs": (STEPS, "tests/test_mover.py", "tests/test_listing.py", RECOVERY, FILING),
@@ -36,17 +36,17 @@ TESTS = {
     "moving/mover": (STEPS, FILING),
     "moving/undo": (PATROL, FILING),
     "running/outbox": ("tests/test_outbox.py",),
-    "running/collection": ("tests/test_collection.py", DATASET),
+    "daemon/datasets": ("tests/test_collection.py", DATASET),
     "running/holding": ("tests/test_holding.py",),
     "running/presence": ("tests/test_presence.py",),
-    "running/patrol": (PATROL,),
-    "running/control": ("tests/test_control.py", PATROL, FILING),
+    "daemon/corrections": (PATROL,),
+    "daemon/control": ("tests/test_control.py", PATROL, FILING),
     "running/rejects": (FILING,),
-    "backlog": (STATES,),
-    "sorter": (STATES, DATASET),
-    "sorting/rebuilds": (STATES,),
-    "sorting/guard": ("tests/test_guard.py", DATASET),
-    "running/dataset": (DATASET,),
+    "core/state": (STATES,),
+    "core/sorter": (STATES, DATASET),
+    "core/schedule": (STATES,),
+    "core/guard": ("tests/test_guard.py", DATASET),
+    "daemon/dataset": (DATASET,),
 }
 """Which tests are to notice, the quick ones first."""
 
@@ -134,9 +134,9 @@ RIGHTS = (
 """What keeps a copy from giving rights that its source did not give."""
 
 IDENTITIES = (
-    Mutant("messages", "return (self.inode, self.size,", "return (other.inode, self.size,"),
-    Mutant("messages", "return (self.inode, self.size,", "return (self.inode, other.size,"),
-    Mutant("messages", "self.size, self.mtime_ns) ==", "self.size, other.mtime_ns) =="),
+    Mutant("events", "return (self.inode, self.size,", "return (other.inode, self.size,"),
+    Mutant("events", "return (self.inode, self.size,", "return (self.inode, other.size,"),
+    Mutant("events", "self.size, self.mtime_ns) ==", "self.size, other.mtime_ns) =="),
     Mutant(
         "moving/rename", "if not stat.S_ISREG(status.st_mode) or not is_version(status, member.stamp):", "if False:"
     ),
@@ -256,18 +256,18 @@ APART = (
     Mutant("moving/plan", 'if os.path.lexists(f"{self._root}/{former}"):', "if False:"),
     Mutant("moving/plan", " if not companion.shared]", "]"),
     Mutant("moving/plan", "                places.append(one)\n", "                pass\n"),
-    Mutant("running/patrol", "if 0 <= now_ns - changed_ns < FOLLOW_NS:", "if False:"),
-    Mutant("running/control", "if one.grounds.reason not in apart and ", "if "),
+    Mutant("daemon/corrections", "if 0 <= now_ns - changed_ns < FOLLOW_NS:", "if False:"),
+    Mutant("daemon/control", "if one.grounds.reason not in apart and ", "if "),
     Mutant("moving/undo", "if (stranger := _stranger(folders, record)) is not None:", "if (stranger := None):"),
     Mutant("running/rejects", "return record if gone is None or gone.id < record.id else None", "return record"),
     Mutant("running/rejects", "            self._journal.follow(record, refused)\n", "            pass\n"),
     Mutant(
-        "running/collection",
-        "            self._site.close(dataset)\n\n    @contextmanager",
+        "daemon/datasets",
+        "            self._resources.close(dataset)\n\n    @contextmanager",
         "            pass\n\n    @contextmanager",
     ),
     Mutant(
-        "running/collection",
+        "daemon/datasets",
         "            self.hold(dataset, error)\n\n    def tell",
         "            pass\n\n    def tell",
     ),
@@ -275,49 +275,49 @@ APART = (
 """What keeps two threads, two processes, two datasets or two images of one name apart."""
 
 HOLDS = (
-    Mutant("running/dataset", "            self._journal.note_guard(self.sorter.guard.state)\n", ""),
-    Mutant("running/dataset", "        self._write_down()\n", ""),
+    Mutant("daemon/dataset", "            self._journal.note_guard(self.sorter.guard.state)\n", ""),
+    Mutant("daemon/dataset", "        self._write_down()\n", ""),
     Mutant(
-        "running/dataset",
+        "daemon/dataset",
         "            self._journal.note(GENERATION_FACT, str(self.rebuilding.last_generation))\n",
         "",
     ),
-    Mutant("sorting/guard", '            self.state = replace(state, reason="")', "            pass"),
-    Mutant("sorting/guard", "if self.state.held else self._images", "if False else self._images"),
-    Mutant("sorting/guard", "return GuardState(self.held) if self.reason else self", "return self"),
-    Mutant("sorting/guard", "else GuardState(self.state.trusted, generation, reason)", "else GuardState(generation)"),
+    Mutant("core/guard", '            self.state = replace(state, reason="")', "            pass"),
+    Mutant("core/guard", "if self.state.held else self._images", "if False else self._images"),
+    Mutant("core/guard", "return GuardState(self.held) if self.reason else self", "return self"),
+    Mutant("core/guard", "else GuardState(self.state.trusted, generation, reason)", "else GuardState(generation)"),
     Mutant(
-        "sorter",
-        "                self._backlog.release(path, now)\n",
-        "                self._backlog.release(path, now); self.guard.release()\n",
+        "core/sorter",
+        "                self.images.release(path, now)\n",
+        "                self.images.release(path, now); self.guard.release()\n",
     ),
-    Mutant("running/control", "        elif path in {None, root} and (", "        elif ("),
-    Mutant("backlog", "        del self._entries[entry.path]\n        self._moving", "        self._moving"),
-    Mutant("backlog", "        if (path, stamp) in self._moving:\n", "        if False:\n"),
+    Mutant("daemon/control", "        elif path in {None, root} and (", "        elif ("),
+    Mutant("core/state", "        del self._images[image.path]\n        self._moving", "        self._moving"),
+    Mutant("core/state", "        if (path, stamp) in self._moving:\n", "        if False:\n"),
     Mutant(
-        "backlog",
-        "        if path in self._entries:\n            self._leave(entry)",
-        "        if False:\n            self._leave(entry)",
+        "core/state",
+        "        if path in self._images:\n            self._leave(image)",
+        "        if False:\n            self._leave(image)",
     ),
     Mutant(
-        "sorter",
+        "core/sorter",
         "        if not self._rebuilds.is_running(event.job):\n            return\n        self._rebuilds.succeed()",
         "        self._rebuilds.succeed()",
     ),
     Mutant(
-        "sorter",
+        "core/sorter",
         "        if not self._rebuilds.is_running(event.job):\n            return\n        self._rebuilds.fail(",
         "        self._rebuilds.fail(",
     ),
     Mutant(
-        "sorter",
+        "core/sorter",
         "        self.references_absent = event.job <= self._absent_in\n",
         "        self.references_absent = False\n",
     ),
-    Mutant("sorting/rebuilds", "return self._is_running and job == self.job", "return self._is_running"),
-    Mutant("running/collection", "and dataset.identity == identity else None", "else None"),
+    Mutant("core/schedule", "return self._is_running and job == self.job", "return self._is_running"),
+    Mutant("daemon/datasets", "and dataset.identity == identity else None", "else None"),
     Mutant(
-        "running/collection",
+        "daemon/datasets",
         "            self._ask(Forget(dataset.identity, with_stored=True))\n",
         "            pass\n",
     ),

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sortd.events import Move, Outcome
 from sortd.files import stamp_of
-from sortd.messages import Move, Outcome
 from sortd.moving.fs import FolderNames, Listings, rename_new
 from sortd.moving.mover import MoveAnswer, Mover
 from sortd.store.journal import Journal
