@@ -14,8 +14,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from sortd import config_yaml
 from sortd.classify.prompts import DEFAULT_TEMPLATES
-from sortd.configuring import yaml_tree
 from sortd.errors import ConfigError
 from sortd.files import open_regular
 
@@ -195,7 +195,7 @@ def load(path: Path | None, environment: Mapping[str, str]) -> Config:
         ConfigError: all that is wrong, a line each: ``file:line:column: key: message``.
     """
     file = find(environment) if path is None else path
-    tree = yaml_tree.Tree() if file is None else yaml_tree.parse(_content(file))
+    tree = config_yaml.Tree() if file is None else config_yaml.parse(_content(file))
     base = Path.cwd() if file is None else Path(os.path.abspath(file)).parent
     values = tree.value if isinstance(tree.value, dict) else {}
     if tree.value is not None and not isinstance(tree.value, dict):
@@ -240,7 +240,7 @@ def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, obj
 def _content(file: Path) -> bytes:
     try:
         with os.fdopen(open_regular(file, follow=True), "rb") as opened:
-            return opened.read(yaml_tree.MAX_YAML_BYTES + 1)
+            return opened.read(config_yaml.MAX_YAML_BYTES + 1)
     except OSError as error:
         mend = "name a file that is there, or leave -c out for the defaults"
         if isinstance(error, PermissionError):
@@ -248,7 +248,7 @@ def _content(file: Path) -> bytes:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}; {mend}") from error
 
 
-def _drop_empty(values: dict[str, Any], tree: yaml_tree.Tree, above: yaml_tree.Path = ()) -> None:
+def _drop_empty(values: dict[str, Any], tree: config_yaml.Tree, above: config_yaml.Path = ()) -> None:
     """Take away keys without a value; only where that means the default is it no mistake."""
     for key, value in list(values.items()):
         path = (*above, key)
@@ -331,9 +331,9 @@ def _variables(environment: Mapping[str, str]) -> tuple[dict[str, Any], dict[str
         if _generic(path) not in KEYS:
             wrong[name] = "unknown variable"
             continue
-        value: yaml_tree.Value = environment[name]
+        value: config_yaml.Value = environment[name]
         if environment[name].lstrip()[:1] in {"[", "{"}:
-            tree = yaml_tree.parse(environment[name].encode("utf-8", "surrogateescape"))
+            tree = config_yaml.parse(environment[name].encode("utf-8", "surrogateescape"))
             if tree.mistakes:
                 wrong[name] = tree.mistakes[0].message
                 continue
@@ -397,7 +397,7 @@ _WANTED = {
 _GROUP_WANTED = {"model_type", "model_attributes_type", "dict_type", "mapping_type"}
 
 
-def _lines(file: Path | None, tree: yaml_tree.Tree, wrong: Mapping[str, str]) -> list[str]:
+def _lines(file: Path | None, tree: config_yaml.Tree, wrong: Mapping[str, str]) -> list[str]:
     """Return a line for each mistake in the file, in its order, then one for each in a variable."""
     known = [variable_name(key) for key in KEYS if ANY not in key]
     found = []

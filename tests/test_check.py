@@ -25,8 +25,8 @@ from sortd.commands.check_references import calibration_findings
 from sortd.commands.examination import examine
 from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, load
+from sortd.daemon.dataset_lock import hold
 from sortd.layout import MARKER, Area, Layout
-from sortd.running.holding import hold
 from sortd.store.cache import PrototypeFiles
 from sortd.store.journal import Journal
 from sortd.watch import inotify

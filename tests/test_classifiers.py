@@ -13,13 +13,13 @@ import pytest
 from sortd.arrays import Pixels
 from sortd.config import Config, load
 from sortd.daemon.classifiers import appointed
+from sortd.daemon.dry_run import rehearse
 from sortd.daemon.resources import Resources, teaching_of
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Posted, RebuildJob, Worker, WorkerDied
 from sortd.encoder.base import Rows
 from sortd.events import DatasetId, Embedded, Move, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.finetuned import FACTS_FILE, FinetunedFacts, Promotion, read_facts, remove_promotion, write_promotion
 from sortd.layout import Area, Layout
-from sortd.running.rehearsal import rehearse
 from sortd.watch.scan import stamp
 from tests.command_line import write_config
 from tests.daemon_process import COLOURS, make_dataset, picture

@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 
 from sortd.config import load
 from sortd.core.schedule import RETRY_SECONDS
+from sortd.daemon.dataset_lock import hold
 from sortd.daemon.datasets import (
     DESCRIPTORS_OF_A_DATASET,
     Datasets,
@@ -27,7 +28,6 @@ from sortd.events import Move, Outcome, Stamp
 from sortd.layout import Layout
 from sortd.metrics import Metrics
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
-from sortd.running.holding import hold
 from sortd.store.history import History
 from sortd.watch.scan import stamp
 from tests.command_line import write_config

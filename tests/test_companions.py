@@ -2,7 +2,7 @@
 
 import pytest
 
-from sortd.moving.companions import (
+from sortd.companions import (
     NAMINGS,
     Companion,
     Naming,

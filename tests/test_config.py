@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from sortd import config_yaml
 from sortd.classify.types import Abstain, DecisionSettings, Mode
 from sortd.config import (
     ANY,
@@ -28,7 +29,6 @@ from sortd.config import (
     variable_name,
 )
 from sortd.config import KEYS as ALL_KEYS
-from sortd.configuring import yaml_tree
 from sortd.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[1] / "config.example.yaml"
@@ -317,13 +317,13 @@ class TestHostileFiles:
     @given(st.binary(max_size=300))
     def test_random_bytes_are_read_or_refused(self, content: bytes) -> None:
         """Parsing ends with a tree, whose mistakes say what was wrong with its form."""
-        tree = yaml_tree.parse(content)
+        tree = config_yaml.parse(content)
         assert all(mistake.message and mistake.line >= 1 and mistake.column >= 1 for mistake in tree.mistakes)
 
     @given(st.text(alphabet="abcmode: {}[]&*!|>'\"\n\t-?,#%@`~", max_size=60))
     def test_random_yaml_is_read_or_refused(self, text: str) -> None:
         """Whatever the scanner meets, only values and mistakes come out."""
-        tree = yaml_tree.parse(text.encode())
+        tree = config_yaml.parse(text.encode())
         assert all(mistake.line >= 1 and mistake.column >= 1 for mistake in tree.mistakes)
 
 

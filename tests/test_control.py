@@ -11,12 +11,12 @@ import pytest
 
 from sortd.daemon import control
 from sortd.daemon.control import Reply, Request, RequestError, Steps
+from sortd.daemon.dataset_lock import Holding, hold
 from sortd.daemon.datasets import Datasets, Held
 from sortd.errors import AlreadyRunningError, DataError, JournalError, StorageError
 from sortd.events import Event, ImageGone, ImageHeld, Released
 from sortd.layout import Layout
 from sortd.moving.mover import Mover
-from sortd.running.holding import Holding, hold
 from sortd.store.history import History
 from sortd.watch.scan import stamp
 from tests.daemon_process import make_dataset

@@ -11,13 +11,13 @@ from sortd.classify.types import DecisionSettings, Mode
 from sortd.core.guard import GuardState
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
+from sortd.daemon.dataset_lock import Holding, hold
+from sortd.daemon.presence import Presence
 from sortd.daemon.worker import Job
 from sortd.events import DatasetId, ImageHeld, Inspect
 from sortd.layout import Layout
 from sortd.metrics import Metrics
 from sortd.references import Teaching
-from sortd.running.holding import Holding, hold
-from sortd.running.presence import Presence
 from sortd.watch.observer import FileEvent
 from sortd.watch.scan import stamp
 from tests.daemon_process import make_dataset

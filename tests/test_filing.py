@@ -16,6 +16,7 @@ import pytest
 
 from sortd.daemon.control import put_back
 from sortd.daemon.corrections import Correction, CorrectionScanner
+from sortd.daemon.rejected import LIMITS_FACT, Rejects
 from sortd.errors import JournalError
 from sortd.events import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.files import stamp_of
@@ -26,7 +27,6 @@ from sortd.moving.fs import look, rename_new
 from sortd.moving.mover import Mover
 from sortd.moving.plan import LATE_SECONDS, LateCompanions
 from sortd.moving.undo import UndoResult
-from sortd.running.rejects import LIMITS_FACT, Rejects
 from sortd.store.journal import Journal
 from sortd.store.records import Selection
 from tests.filing_world import Dataset, done, failure, moved, order

@@ -11,10 +11,10 @@ import pytest
 from sortd.commands.journals import journals
 from sortd.config import load
 from sortd.core.guard import GuardState
+from sortd.daemon.dataset_lock import hold
 from sortd.files import stamp_of
 from sortd.layout import Layout
 from sortd.moving.plan import new_token
-from sortd.running.holding import hold
 from sortd.store.history import History
 from sortd.store.records import MoveFile, MoveReason, MoveRecord, Role
 from tests.command_line import Ran, sortd, write_config

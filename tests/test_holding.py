@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from sortd.daemon.dataset_lock import Holding, hold
 from sortd.errors import AlreadyRunningError, LayoutError
 from sortd.events import Move, Moved, Outcome
 from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.running.holding import Holding, hold
 from tests.hostile_files import HOSTILE
 
 

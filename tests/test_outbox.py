@@ -10,12 +10,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from sortd.daemon.dataset_log import DatasetLog
+from sortd.daemon.move_queue import GROUP, Outbox
 from sortd.events import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.metrics import Metrics
 from sortd.moving import copy_queue
 from sortd.moving.copy_queue import MOST_GUESSES, MOST_HANDED_OVER, CopyAdmission, CopyJob, MoveOrder
 from sortd.moving.mover import Mover
-from sortd.running.outbox import GROUP, Outbox
 from sortd.store.journal import Journal
 from sortd.store.records import MoveFile, MoveReason, MoveRecord, Role, Selection
 from tests.filing_world import Dataset, order

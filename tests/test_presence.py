@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from sortd.daemon.control import put_back
+from sortd.daemon.presence import APART_FACT, Presence
 from sortd.layout import Layout
 from sortd.moving.mover import Mover
-from sortd.running.presence import APART_FACT, Presence
 from sortd.store.journal import Journal
 from tests.daemon_process import picture, running, tree
 from tests.filing_world import Dataset, done, moved, order

@@ -21,6 +21,7 @@ from sortd.arrays import Pixels
 from sortd.commands.console import counted, megabytes, print_line, print_table, printable
 from sortd.commands.model_facts import backend_facts
 from sortd.config import Config
+from sortd.daemon.dataset_lock import hold
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.encoder import onnx_encoder
 from sortd.encoder.backends import load_on, located
@@ -32,7 +33,6 @@ from sortd.images.formats import SUFFIXES
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.layout import Area, Layout, find_datasets
 from sortd.names import CLASS_AREAS, rule_for, rule_for_folder
-from sortd.running.holding import hold
 from sortd.watch.scan import scan, stamp
 
 INT8 = "onnx-int8"

@@ -12,9 +12,9 @@ from sortd.commands.console import counted, load_config, print_json, print_line,
 from sortd.commands.journals import JournalPlace, dataset_at, journals, narrowed
 from sortd.config import Config
 from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, put_back, put_back_facts, release_reply
+from sortd.daemon.dataset_lock import hold, look_at
 from sortd.errors import DataError, SortdError
 from sortd.layout import Layout, find_datasets
-from sortd.running.holding import hold, look_at
 from sortd.store.history import History
 from sortd.store.records import Record, Selection
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from itertools import islice
 from time import monotonic, time_ns
 
+from sortd.daemon.rejected import Rejects
 from sortd.events import Stamp
 from sortd.files import open_regular
 from sortd.layout import Area, Layout
 from sortd.moving.plan import PLACES_FACT, images_apart
 from sortd.names import rule_below, rule_for_folder
-from sortd.running.rejects import Rejects
 from sortd.store.history import History
 from sortd.store.journal import Journal
 from sortd.store.records import Record

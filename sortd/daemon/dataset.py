@@ -16,6 +16,8 @@ from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
 from sortd.daemon.corrections import Correction, CorrectionScanner, Mended
 from sortd.daemon.dataset_log import DatasetLog
+from sortd.daemon.move_queue import DryRunMover, Outbox
+from sortd.daemon.presence import Presence
 from sortd.daemon.scans import DatasetScans
 from sortd.daemon.worker import Answer, EmbedJob, Job, RebuildJob
 from sortd.events import DatasetId
@@ -25,8 +27,6 @@ from sortd.moving.copy_queue import MoveOrder
 from sortd.moving.mover import Mover
 from sortd.moving.undo import UndoResult
 from sortd.references import Teaching
-from sortd.running.outbox import DryRunMover, Outbox
-from sortd.running.presence import Presence
 from sortd.store.history import GENERATION_FACT, GUARD_FACT, History
 from sortd.store.journal import Journal
 from sortd.watch.observer import FileEvent

@@ -13,6 +13,7 @@ from sortd.config import Config, DatasetConfig, Decoding
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.classifiers import Classifiers, are_logits
 from sortd.daemon.dataset import Dataset
+from sortd.daemon.dataset_lock import hold
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.worker import Job, PrototypeStore
 from sortd.encoder.backends import load_serving
@@ -27,7 +28,6 @@ from sortd.layout import Layout
 from sortd.metrics import Metrics
 from sortd.moving.copy_queue import Seat
 from sortd.references import Teaching
-from sortd.running.holding import hold
 from sortd.store.cache import Cache
 
 LoadEncoder = Callable[[Config], Encoder]

@@ -11,11 +11,11 @@ from sortd.core.schedule import Throttle
 from sortd.core.sorter import Sorter
 from sortd.core.state import Refusals
 from sortd.daemon.dataset_log import DatasetLog
+from sortd.daemon.presence import Presence
 from sortd.events import Stamp, Writer
 from sortd.layout import Area, Layout
 from sortd.moving.fs import writer_of
 from sortd.names import Why, rule_below, rule_for_folder
-from sortd.running.presence import Presence
 from sortd.store.history import History
 from sortd.watch.observer import FileEvent
 from sortd.watch.scan import FolderScans, IncrementalScan, scan_steps, stamp, why_left, why_unfinished

@@ -17,10 +17,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
+from sortd.companions import base_of, claim_on, fold, is_image, near, reach
 from sortd.errors import SourceError
 from sortd.events import Stamp, Writer
 from sortd.files import stamp_of, sync_folder
-from sortd.moving.companions import base_of, claim_on, fold, is_image, near, reach
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _RENAME_NOREPLACE = 1  # linux/fs.h

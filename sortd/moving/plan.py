@@ -17,10 +17,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from sortd.errors import DestinationError
-from sortd.events import Move, Moved, Outcome, Stamp
-from sortd.files import stamp_of
-from sortd.moving.companions import (
+from sortd.companions import (
     claim_on,
     claims,
     companions_of,
@@ -31,6 +28,9 @@ from sortd.moving.companions import (
     split_name,
     starts_of_images,
 )
+from sortd.errors import DestinationError
+from sortd.events import Move, Moved, Outcome, Stamp
+from sortd.files import stamp_of
 from sortd.moving.fs import Folders, Listings, is_version, look
 from sortd.names import CONTROLS
 from sortd.store.history import History

@@ -9,9 +9,9 @@ import re
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from sortd.companions import split_name
 from sortd.errors import ChangedError
 from sortd.files import sync_folder
-from sortd.moving.companions import split_name
 from sortd.moving.copy import Advance, give_back, publish_anywhere, remove_sources, seal_published, settled
 from sortd.moving.fs import Folders, is_version, look, names_of, rename_new
 from sortd.moving.parts import content_of, make_part, remove_obsolete, remove_part

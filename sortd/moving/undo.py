@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sortd.companions import owners_of
 from sortd.events import Outcome, Stamp
 from sortd.files import stamp_of
-from sortd.moving.companions import owners_of
 from sortd.moving.fs import Folders, is_version, look
 from sortd.moving.parts import content_of
 from sortd.moving.plan import new_token

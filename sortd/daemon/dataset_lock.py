@@ -14,13 +14,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from sortd.daemon.presence import Presence
 from sortd.errors import AlreadyRunningError, LayoutError
 from sortd.files import identity_of, open_folder, read_regular, sync_folder_at, write_atomic
 from sortd.layout import JOURNAL_FILE, Layout
 from sortd.moving.copy_queue import Submit
 from sortd.moving.mover import Mover
 from sortd.moving.parts import never
-from sortd.running.presence import Presence
 from sortd.store.journal import Journal
 from sortd.store.records import MoveRecord
 

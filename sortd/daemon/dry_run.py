@@ -8,14 +8,14 @@ from time import monotonic
 
 from sortd.config import Config
 from sortd.daemon.dataset import Dataset
+from sortd.daemon.dataset_lock import known_folder
+from sortd.daemon.move_queue import DryRunMover, Tell
 from sortd.daemon.resources import LoadEncoder, Resources, sorter_settings, teaching_of
 from sortd.daemon.worker import Answer, Posted, Worker, WorkerDied
 from sortd.errors import LayoutError
 from sortd.events import DatasetId
 from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.metrics import Metrics
-from sortd.running.holding import known_folder
-from sortd.running.outbox import DryRunMover, Tell
 from sortd.store.database import copy_journal
 from sortd.store.journal import Journal
 
