@@ -7,10 +7,12 @@ them. Times are seconds of a monotonic clock.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from sortd.arrays import FloatArray
-from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
-from sortd.classify.types import Decision
+if TYPE_CHECKING:  # numpy takes a tenth of a second, which commands that only read the configuration need not wait
+    from sortd.arrays import FloatArray
+    from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
+    from sortd.classify.types import Decision
 
 
 def signed(number: int) -> int:
@@ -192,7 +194,7 @@ class EmbeddedImage:
 
     path: str
     stamp: Stamp
-    embedding: FloatArray
+    embedding: "FloatArray"
     content: str  # hexadecimal sha256 of the bytes
     decode_seconds: float = 0.0
     encode_seconds: float = 0.0
@@ -220,8 +222,8 @@ class ImageRefused:
 class PrototypesBuilt:
     """A rebuild ended well; the core swaps one reference. Where ``finetuned`` is given, that decides instead."""
 
-    prototypes: PrototypeSet
-    finetuned: FinetunedClassifier | None = None
+    prototypes: "PrototypeSet"
+    finetuned: "FinetunedClassifier | None" = None
     job: int = field(kw_only=True)  # of the ``Rebuild`` that it answers
 
 
@@ -345,7 +347,7 @@ class Move:
     stamp: Stamp
     folder: str  # relative to the dataset: "Dataset/<class>", "Review/<class>" or "Rejected"
     outcome: Outcome
-    decision: Decision | None = None  # None where the image was refused
+    decision: "Decision | None" = None  # None where the image was refused
     reason: str = ""  # of an abstention or a refusal
     content: str = ""  # hexadecimal sha256, where it is known
     encoder_id: str = ""
