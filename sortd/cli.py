@@ -9,7 +9,7 @@ import resource
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -267,19 +267,20 @@ def version() -> None:
     typer.echo(__version__)
 
 
-for command in (
-    cli_facts.check,
-    cli_facts.status,
-    cli_decisions.explain,
-    cli_facts.history,
-    cli_moves.undo,
-    cli_moves.release,
-    cli_moves.rebuild,
-    cli_bench.bench,
-):
-    app.command(cls=Command)(command)
-app.command("eval", cls=Command)(cli_decisions.evaluate)
-app.command(cls=Command)(cli_finetuning.finetune)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "check": cli_facts.check,
+    "status": cli_facts.status,
+    "explain": cli_decisions.explain_command,
+    "history": cli_facts.history,
+    "undo": cli_moves.undo,
+    "release": cli_moves.release,
+    "rebuild": cli_moves.rebuild,
+    "bench": cli_bench.bench,
+    "eval": cli_decisions.evaluate_command,
+    "finetune": cli_finetuning.finetune,
+}
+for name, command in COMMANDS.items():
+    app.command(name, cls=Command)(command)
 app.add_typer(cli_models.models)
 
 

@@ -34,7 +34,7 @@ RESULTS_FOLDER = "finetuned"
 UNFINISHED = ".unfinished"
 """Suffix of the folder that a training works in."""
 
-MEND = "copy the folder again, whole, or run `sortd finetune` anew"
+REPAIR_ADVICE = "copy the folder again, whole, or run `sortd finetune` anew"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +114,7 @@ def read_facts(folder: Path) -> FinetunedFacts:
         )
         _check(facts, int(said["weights"]["bytes"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{folder / FACTS_FILE} is damaged ({error}): {MEND}") from error
+        raise ModelError(f"{folder / FACTS_FILE} is damaged ({error}): {REPAIR_ADVICE}") from error
     return facts
 
 
@@ -145,7 +145,7 @@ def _check(facts: FinetunedFacts, weights_bytes: int) -> None:
     size = weights.stat().st_size if weights.is_file() else None
     if size != weights_bytes:
         state = "is missing" if size is None else f"has {size:,} bytes instead of {weights_bytes:,}"
-        raise ModelError(f"{weights} {state}: {MEND}")
+        raise ModelError(f"{weights} {state}: {REPAIR_ADVICE}")
 
 
 def facts_json(facts: FinetunedFacts) -> str:
@@ -196,9 +196,9 @@ def json_object(path: Path) -> Mapping[str, Any]:
     try:
         loaded = json.loads(_bytes(path))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is damaged ({error}): {MEND}") from error
+        raise ModelError(f"{path} is damaged ({error}): {REPAIR_ADVICE}") from error
     if not isinstance(loaded, dict):
-        raise ModelError(f"{path} is no JSON object: {MEND}")
+        raise ModelError(f"{path} is no JSON object: {REPAIR_ADVICE}")
     return loaded
 
 
@@ -207,7 +207,7 @@ def _bytes(path: Path) -> bytes:
         return read_regular(path, follow=True)
     except FileNotFoundError as error:
         where = f"the fine-tuned model in {path.parent}"
-        raise ModelError(f"{where} is incomplete, {path.name} is missing: {MEND}") from error
+        raise ModelError(f"{where} is incomplete, {path.name} is missing: {REPAIR_ADVICE}") from error
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}; look at its disk and rights") from error
 
@@ -298,7 +298,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def results(state_folder: Path) -> list[Path]:
+def finetuning_results(state_folder: Path) -> list[Path]:
     """Return the folders of a dataset's finished fine-tunings, the newest first: their names begin with the time."""
     found = [facts.parent for facts in (state_folder / RESULTS_FOLDER).glob(f"*/{FACTS_FILE}")]
     finished = (folder for folder in found if not folder.name.endswith(UNFINISHED))

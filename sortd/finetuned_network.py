@@ -13,8 +13,8 @@ from sortd.errors import ModelError
 from sortd.finetuned import (
     CONFIG_FILE,
     FACTS_FILE,
-    MEND,
     PROCESSOR_FILE,
+    REPAIR_ADVICE,
     WEIGHTS_FILE,
     FinetunedFacts,
     json_object,
@@ -115,7 +115,7 @@ def load_finetuned(folder: Path, *, device: str = "auto", threads: int | None = 
     wanted = json_object(folder / FACTS_FILE)["weights"]["sha256"]
     try:
         if sha256_of(folder / WEIGHTS_FILE) != wanted:
-            raise ModelError(f"{folder / WEIGHTS_FILE} is not what was written (its sha256 differs): {MEND}")
+            raise ModelError(f"{folder / WEIGHTS_FILE} is not what was written (its sha256 differs): {REPAIR_ADVICE}")
     except OSError as error:
         raise ModelError(f"{folder / WEIGHTS_FILE} cannot be read: {error.strerror}; look at its disk") from error
     import torch
@@ -128,7 +128,8 @@ def load_finetuned(folder: Path, *, device: str = "auto", threads: int | None = 
     network = Network(module, json_object(folder / PROCESSOR_FILE), torch_device(device))
     if network.classes != len(facts.labels):
         raise ModelError(
-            f"the network in {folder} has {network.classes} classes and {FACTS_FILE} names {len(facts.labels)}: {MEND}"
+            f"the network in {folder} has {network.classes} classes and {FACTS_FILE} names "
+            f"{len(facts.labels)}: {REPAIR_ADVICE}"
         )
     model = FinetunedModel(facts, network)
     shape = (1, model.preprocessing.crop_height, model.preprocessing.crop_width, 3)
@@ -209,7 +210,7 @@ def load_weights(module: "torch.nn.Module", file: Path) -> None:
     try:
         module.load_state_dict(load_file(file), strict=True)
     except (*LOADING_ERRORS, SafetensorError) as error:
-        raise ModelError(f"{file} does not load: {first_line(error)}; {MEND}") from error
+        raise ModelError(f"{file} does not load: {first_line(error)}; {REPAIR_ADVICE}") from error
 
 
 def head_of(module: "torch.nn.Module") -> "torch.nn.Linear":

@@ -12,7 +12,7 @@ import jinja2
 
 from sortd import __version__
 from sortd.classify.prompts import written_name
-from sortd.classify.types import PROBABLE
+from sortd.classify.types import PROBABILISTIC
 from sortd.commands.console import printable
 from sortd.errors import DestinationError
 from sortd.files import write_atomic
@@ -45,7 +45,7 @@ Picture = Callable[[str], str | None]
 
 
 def explain_page(facts: Mapping[str, Any], *, now: datetime, picture: Picture = thumbnail) -> str:
-    """Return the page of one explanation, see ``explain.Explained.facts``."""
+    """Return the page of one explanation, see ``explain.ImageExplanation.facts``."""
     scores = facts["scores"][:CLASSES_AT_MOST]
     return render(
         "explain.html",
@@ -54,7 +54,7 @@ def explain_page(facts: Mapping[str, Any], *, now: datetime, picture: Picture = 
         name=_file_name(facts["path"]),
         path=printable(facts["path"]),
         image=thumbnail(facts["path"], side_pixels=LARGE_SIDE_PIXELS),
-        unit="probability" if facts["mode"] in PROBABLE else "cosine",
+        unit="probability" if facts["mode"] in PROBABILISTIC else "cosine",
         scores=[{**one, "label": _shown(one["label"]), "width": width} for one, width in _widths(scores)],
         hidden=len(facts["scores"]) - len(scores),
         neighbours=[
@@ -75,7 +75,7 @@ def explain_page(facts: Mapping[str, Any], *, now: datetime, picture: Picture = 
     )
 
 
-def see_that_a_page_fits(file: Path) -> None:
+def check_page_path(file: Path) -> None:
     """Refuse a place that no page can be written to, before the long work that the page is about.
 
     Raises:
@@ -131,7 +131,7 @@ def _widths(scores: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any]
 
 
 def evaluation_page(examined: Mapping[str, Mapping[str, Any]], *, now: datetime, picture: Picture = thumbnail) -> str:
-    """Return the page for datasets by name, see ``examination.Examined.facts``."""
+    """Return the page for datasets by name, see ``examination.DatasetEvaluation.facts``."""
     return render(
         "evaluation.html",
         now,

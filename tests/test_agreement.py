@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sortd.classify.held_out import FEWEST_FILED, agreement, pooled, refuse_quick
-from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
 from tests.made_features import Array, Blobs, support_set, unit
 
 BLOBS = Blobs(8, spread=0.6)
@@ -29,7 +29,7 @@ def test_rows_that_barely_moved_pass(mode: Mode) -> None:
     for settings in (
         DecisionSettings(mode),
         DecisionSettings(mode, abstain=None),
-        DecisionSettings(mode, Abstain(0.5)),
+        DecisionSettings(mode, AbstainSettings(0.5)),
     ):
         found = agreement(EXACT, moved(EXACT, 0.01), settings)
         assert (found.references, found.judged, found.same) == (80, 80, 80)

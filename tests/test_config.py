@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from sortd.classify.types import Abstain as DecidingAbstain
-from sortd.classify.types import DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.config import (
     LIVE_KEYS,
     Abstain,
@@ -476,8 +475,8 @@ def test_modes_and_defaults_are_those_of_the_decisions() -> None:
     assert DatasetConfig().mode == DecisionSettings().mode
     assert DatasetConfig().abstain is not None
     assert Abstain().model_dump() == {
-        "precision": DecidingAbstain().precision,
-        "strangers": DecidingAbstain().strangers,
+        "precision": AbstainSettings().precision,
+        "strangers": AbstainSettings().strangers,
     }
 
 

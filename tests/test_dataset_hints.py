@@ -11,7 +11,7 @@ from sortd.classify.types import DecisionSettings, Mode
 from sortd.layout import Layout
 from sortd.messages import DatasetId, ImageHeld, Inspect
 from sortd.metrics import Metrics
-from sortd.references import Teaching
+from sortd.references import ReferenceSettings
 from sortd.running.dataset import Dataset
 from sortd.running.holding import Holding, hold
 from sortd.running.presence import Presence
@@ -57,7 +57,7 @@ def new_dataset(layout: Layout, holding: Holding, asked: list[Job]) -> Dataset:
         DatasetId(layout.name, 1),
         layout,
         SorterSettings(settle_seconds=3600),
-        Teaching(DecisionSettings(Mode.MAX, None)),
+        ReferenceSettings(DecisionSettings(Mode.MAX, None)),
         mover=holding.filing,
         journal=holding.journal,
         ask=asked.append,

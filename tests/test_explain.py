@@ -16,9 +16,9 @@ from sortd.cache import Cache
 from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.classify.build import build
 from sortd.classify.decide import decide
-from sortd.classify.explain import Explanation, explain, explain_finetuned, sentences
-from sortd.classify.types import Abstain, DecisionSettings, Mode
-from sortd.commands.explain import Explained, explain_image
+from sortd.classify.explain import Explanation, explain, explain_finetuned, explanation_sentences
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
+from sortd.commands.explain import ImageExplanation, explain_image
 from sortd.config import Config, load
 from sortd.errors import DataError, UnreadableError
 from sortd.finetuned import FinetunedFacts
@@ -87,7 +87,7 @@ class TestExplanation:
     def test_it_agrees_with_the_decision(self, site: Path, tmp_path: Path, mode: Mode) -> None:
         """Label, score and margin are those of ``decide``, in every mode."""
         picture("green", 5).save(tmp_path / "one.png")
-        prototypes = make_prototypes(site, DecisionSettings(mode, Abstain()))
+        prototypes = make_prototypes(site, DecisionSettings(mode, AbstainSettings()))
         row = embedded(tmp_path / "one.png")
         (decision,) = decide(prototypes, row[None])
         found = explain(prototypes, row)
@@ -113,16 +113,16 @@ class TestExplanation:
         between = embedded(site / "Clases" / "red" / "0.png") + embedded(site / "Clases" / "blue" / "0.png")
         found = explain(make_prototypes(site), between / np.linalg.norm(between))
         assert not found.is_filed
-        assert sentences(found)[0].startswith("It goes to Review/")
+        assert explanation_sentences(found)[0].startswith("It goes to Review/")
         passed = {threshold.name: threshold.passed for threshold in found.thresholds}
         assert not all(passed.values())
-        assert any("not enough" in sentence for sentence in sentences(found))
+        assert any("not enough" in sentence for sentence in explanation_sentences(found))
 
     def test_explanation_of_an_unsure_image_claims_no_share_of_right_ones(self) -> None:
         """What is filed is told with how many it was judged on; what is not sure enough is not called right as well."""
         index = np.arange(6).repeat(8)
         support = support_set(Blobs(6, spread=1.2).draw(index), index)
-        prototypes = build(support, DecisionSettings(Mode.BEST, Abstain()), generation=1)
+        prototypes = build(support, DecisionSettings(Mode.BEST, AbstainSettings()), generation=1)
         between = support.embeddings[0] + support.embeddings[8]
         unsure, sure = (
             explain(prototypes, between / np.linalg.norm(between)),
@@ -130,8 +130,8 @@ class TestExplanation:
         )
         assert (unsure.is_filed, sure.is_filed) == (False, True)
         assert unsure.decision.precision is not None
-        assert not any("were right" in sentence for sentence in sentences(unsure))
-        (judged,) = [sentence for sentence in sentences(sure) if "were right" in sentence]
+        assert not any("were right" in sentence for sentence in explanation_sentences(unsure))
+        (judged,) = [sentence for sentence in explanation_sentences(sure) if "were right" in sentence]
         assert re.match(r"Of the \d+ references, each left out in turn, \d+% of those at least as sure", judged)
 
     def test_the_share_of_the_name_is_told(self, site: Path) -> None:
@@ -150,15 +150,15 @@ class TestExplanation:
         (site / "Clases" / "red").rename(site / "Clases" / "a  b ")
         prototypes = make_prototypes(site, DecisionSettings(Mode.MAX, None))
         found = explain(prototypes, embedded(site / "Clases" / "a  b " / "0.png"))
-        assert sentences(found)[0] == "It is filed into 'a  b '."
-        facts = Explained(str(tmp_path / "x.png"), "Colours", "", found, is_stored=True, records=()).facts()
+        assert explanation_sentences(found)[0] == "It is filed into 'a  b '."
+        facts = ImageExplanation(str(tmp_path / "x.png"), "Colours", "", found, is_stored=True, records=()).facts()
         assert facts["label"] == "a  b "
         assert "filed into &#39;a  b &#39;" in explain_page(facts, now=datetime(2026, 1, 1, tzinfo=UTC))
 
     def test_no_class_is_no_crash(self, site: Path) -> None:
         """Without a class there is one sentence."""
         found: Explanation = explain(make_prototypes(site, DecisionSettings(Mode.MAX, None)), np.ones(48) / 48**0.5)
-        assert sentences(found)
+        assert explanation_sentences(found)
 
 
 class TestImage:
@@ -315,7 +315,7 @@ class TestFinetuned:
         prototypes = make_prototypes(site, DecisionSettings(Mode.MAX, None))
         found = explain_finetuned(classifier, np.array([3.0, 0.0, 0.0]), prototypes=prototypes, embedding=None)
         assert (found.label, found.neighbours, found.others) == (vit.labels[0], (), ())
-        assert not any("other modes" in sentence for sentence in sentences(found))
+        assert not any("other modes" in sentence for sentence in explanation_sentences(found))
 
     def test_a_model_that_does_not_serve_is_told_of(self, site: Path, vit: FinetunedFacts, tmp_path: Path) -> None:
         """The prototypes explain, and the reason is among the sentences."""

@@ -7,8 +7,8 @@ import pytest
 
 from sortd.classify.calibration import HeldOutOutcomes
 from sortd.classify.decide import decide_by
-from sortd.classify.prototypes import FinetunedClassifier, build_classifier, difference_of_labels
-from sortd.classify.types import Abstain, Abstained, Assigned
+from sortd.classify.prototypes import FinetunedClassifier, build_classifier, describe_label_mismatch
+from sortd.classify.types import Abstained, AbstainSettings, Assigned
 from sortd.messages import (
     Command,
     Embed,
@@ -27,7 +27,7 @@ from tests.test_sorter import prototypes, ready_sorter, settle, stamp
 
 LABELS = ("bolt", "nut", "screw")
 MODEL = "finetuned-3-torch-0123"
-SURE = Abstain()
+SURE = AbstainSettings()
 
 
 def outcomes(count: int = 200, *, wrong_below: float = 0.8) -> HeldOutOutcomes:
@@ -38,7 +38,7 @@ def outcomes(count: int = 200, *, wrong_below: float = 0.8) -> HeldOutOutcomes:
 
 
 def classifier(
-    abstain: Abstain | None = SURE, held_out: HeldOutOutcomes | None = None, *, generation: int = 4
+    abstain: AbstainSettings | None = SURE, held_out: HeldOutOutcomes | None = None, *, generation: int = 4
 ) -> FinetunedClassifier:
     """Return a classifier of three classes with temperature 2."""
     return build_classifier(
@@ -64,7 +64,7 @@ def test_the_probability_is_the_softmax_of_the_row_over_the_temperature() -> Non
 
 def test_it_abstains_below_the_confidence_that_held_out_images_vouch_for() -> None:
     """The threshold lies where the wanted precision is reached: all above are filed, all below go to review."""
-    made = classifier(Abstain(precision=0.95))
+    made = classifier(AbstainSettings(precision=0.95))
     least = made.calibration.confidence
     assert 0.6 < least < 0.85
     sure, unsure = (2.0 * np.log([[p, (1 - p) / 2, (1 - p) / 2]]) for p in (least + 0.01, least - 0.01))
@@ -76,7 +76,7 @@ def test_it_abstains_below_the_confidence_that_held_out_images_vouch_for() -> No
 
 def test_a_higher_precision_asks_for_more_confidence() -> None:
     """Whoever wants fewer errors gets fewer images filed."""
-    low, high = (classifier(Abstain(precision=wanted)).calibration for wanted in (0.8, 0.97))
+    low, high = (classifier(AbstainSettings(precision=wanted)).calibration for wanted in (0.8, 0.97))
     assert low.confidence < high.confidence
     assert low.filed_expected is not None
     assert high.filed_expected is not None
@@ -86,14 +86,14 @@ def test_a_higher_precision_asks_for_more_confidence() -> None:
 def test_what_cannot_be_vouched_for_is_said() -> None:
     """Few or bad outcomes, none at all, and a share of strangers are each answered with a sentence."""
     random = HeldOutOutcomes(np.linspace(0.3, 1.0, 60), np.arange(60) % 2 == 0, np.arange(60) % 3)
-    assert "can vouch for" in classifier(Abstain(precision=0.99), random).calibration.notes[0]
+    assert "can vouch for" in classifier(AbstainSettings(precision=0.99), random).calibration.notes[0]
     none = HeldOutOutcomes(np.zeros(0), np.zeros(0, bool), np.zeros(0, np.int64))
-    empty = classifier(Abstain(precision=0.9), none).calibration
+    empty = classifier(AbstainSettings(precision=0.9), none).calibration
     assert (empty.confidence, empty.notes) == (
         0.9,
         ("the training held no image out, so nothing vouches for a precision",),
     )
-    assert "promises no share" in classifier(Abstain(strangers=0.05)).calibration.notes[-1]
+    assert "promises no share" in classifier(AbstainSettings(strangers=0.05)).calibration.notes[-1]
 
 
 def test_abstain_off_files_everything() -> None:
@@ -132,11 +132,11 @@ def test_outcomes_and_classifiers_are_valid_once_built() -> None:
 
 def test_a_difference_of_classes_is_said_by_name() -> None:
     """What was added and what was removed, so a renamed class is both; the order does not count."""
-    assert difference_of_labels(("b", "a"), ("a", "b")) is None
-    assert difference_of_labels(("a", "b"), ("a", "b", "c")) == "Clases/ has 'c', which the model does not know"
-    said = difference_of_labels(("a", "b"), ("a", "c"))
+    assert describe_label_mismatch(("b", "a"), ("a", "b")) is None
+    assert describe_label_mismatch(("a", "b"), ("a", "b", "c")) == "Clases/ has 'c', which the model does not know"
+    said = describe_label_mismatch(("a", "b"), ("a", "c"))
     assert said == "Clases/ has 'c', which the model does not know; the model knows 'b', which Clases/ has not"
-    assert "'e' and 3 more, which" in str(difference_of_labels(("x",), ("x", *"abcdefgh")))
+    assert "'e' and 3 more, which" in str(describe_label_mismatch(("x",), ("x", *"abcdefgh")))
 
 
 STAMP = stamp()

@@ -13,7 +13,7 @@ from sortd.layout import Layout
 from sortd.messages import DatasetId, ImageRefused, Refusal
 from sortd.metrics import Metrics
 from sortd.moving.renaming import stamp_of
-from sortd.references import Teaching
+from sortd.references import ReferenceSettings
 from sortd.running.account import Account
 from sortd.running.dataset import Dataset
 from sortd.running.left_files import LEFT_SECONDS, LeftFiles
@@ -38,7 +38,7 @@ class World:
             DatasetId("Cars"),
             Layout(root),
             SorterSettings(settle_seconds=0.0),
-            Teaching(DecisionSettings()),
+            ReferenceSettings(DecisionSettings()),
             mover=Pretence("Cars", root, lambda *_: None),
             ask=self.asked.append,
             metrics=Metrics(),

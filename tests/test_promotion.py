@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from sortd.commands.examination import examine
+from sortd.commands.examination import evaluate_datasets
 from sortd.config import load
 from sortd.errors import DestinationError, ModelError
 from sortd.finetuned import (
     WEIGHTS_FILE,
     Promotion,
+    finetuning_results,
     read_promotion,
     remove_promotion,
-    results,
     write_promotion,
 )
 from sortd.layout import Layout
@@ -78,7 +78,7 @@ class TestFile:
         old, new = result(config, "20260101T000000Z-0"), result(config, "20260102T000000Z-0")
         result(config, "20260103T000000Z-0.unfinished")
         (state_folder(config) / "finetuned" / "20260104T000000Z-0").mkdir()
-        assert results(state_folder(config)) == [new, old]
+        assert finetuning_results(state_folder(config)) == [new, old]
 
 
 class TestPromote:
@@ -204,7 +204,7 @@ class TestTold:
         shutil.copytree(result(config, "20260101T000000Z-0"), config.parent / "elsewhere")
         sortd("models", "promote", config.parent / "elsewhere", "-c", config)
         loaded = load(config, {"HOME": str(config.parent)})
-        (examined,) = examine(loaded, load_encoder=lambda _: FakeEncoder())
+        (examined,) = evaluate_datasets(loaded, load_encoder=lambda _: FakeEncoder())
         facts = examined.facts()
         assert set(facts["serving"]["expected"]) == {"held_out", "least_confidence", "filed", "right", "notes"}
         assert evaluation_sentences(facts)[0].startswith("A fine-tuned model decides (finetuned-3-torch-")

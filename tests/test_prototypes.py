@@ -10,10 +10,10 @@ import pytest
 
 from sortd.classify import library
 from sortd.classify.build import build
-from sortd.classify.decide import decide, judge, scores
+from sortd.classify.decide import decide, score_batch, scores
 from sortd.classify.library import make_library, parts
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import Abstain, Abstained, Assigned, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import Abstained, AbstainSettings, Assigned, DecisionSettings, Mode, SupportSet
 from tests.made_features import NAMES, Array, Blobs, load_world, support_set, unit, worlds
 
 OFF = DecisionSettings(abstain=None)
@@ -45,9 +45,11 @@ class TestSteps:
     """A library of a thousand classes takes many seconds, in which its worker has something else to do."""
 
     @pytest.mark.parametrize("mode", list(Mode))
-    @pytest.mark.parametrize("abstain", [None, Abstain(), Abstain(strangers=0.1)], ids=["off", "knowns", "strangers"])
+    @pytest.mark.parametrize(
+        "abstain", [None, AbstainSettings(), AbstainSettings(strangers=0.1)], ids=["off", "knowns", "strangers"]
+    )
     def test_build_in_small_steps_makes_the_same_prototypes(
-        self, monkeypatch: pytest.MonkeyPatch, mode: Mode, abstain: Abstain | None
+        self, monkeypatch: pytest.MonkeyPatch, mode: Mode, abstain: AbstainSettings | None
     ) -> None:
         """However small the steps are, nothing but the rounding of the last digit may differ."""
         blobs = Blobs(20)
@@ -205,7 +207,7 @@ class TestWhatIsRefused:
     def test_settings_that_are_no_shares_are_refused(self, settings: dict[str, float]) -> None:
         """The message names the key."""
         with pytest.raises(ValueError, match=f"abstain.{next(iter(settings))}"):
-            Abstain(**settings)
+            AbstainSettings(**settings)
 
 
 class TestDecisions:
@@ -242,7 +244,7 @@ class TestDecisions:
             assert alone.score == pytest.approx(together.score, abs=1e-5)
 
     @pytest.mark.parametrize(
-        "settings", [OFF, DecisionSettings(), DecisionSettings(Mode.MAX, Abstain(0.9, strangers=0.1))]
+        "settings", [OFF, DecisionSettings(), DecisionSettings(Mode.MAX, AbstainSettings(0.9, strangers=0.1))]
     )
     def test_a_set_survives_the_cache(self, settings: DecisionSettings) -> None:
         """Arrays and JSON make the same set again: equal decisions, equal facts."""
@@ -314,7 +316,9 @@ class TestMixed:
         support = support_set(blobs.draw(index), index, text=noise)
         prototypes = build(support, OFF, generation=1)
         queries = blobs.draw(np.repeat(np.arange(20), 10)).astype(np.float64)
-        assert (judge(prototypes, queries, Mode.MIXED).best == judge(prototypes, queries, Mode.BEST).best).all()
+        assert (
+            score_batch(prototypes, queries, Mode.MIXED).best == score_batch(prototypes, queries, Mode.BEST).best
+        ).all()
 
     def test_a_class_with_a_name_only_competes(self) -> None:
         """Its images find it, are not filed by themselves, and are filed when abstaining is off."""
@@ -353,7 +357,7 @@ class TestWorlds:
         prototypes = build(support, OFF, generation=1)
         asked = queries[::4].astype(np.float64)
         right = {
-            mode: (judge(prototypes, asked, mode).best == labels[::4]).mean()
+            mode: (score_batch(prototypes, asked, mode).best == labels[::4]).mean()
             for mode in (Mode.AVG, Mode.MAX, Mode.BEST)
         }
         assert right[Mode.BEST] > max(right[Mode.AVG], right[Mode.MAX]) + 0.02
@@ -364,7 +368,7 @@ class TestWorlds:
         for name in worlds(*NAMES):
             support, queries, labels = load_world(name, 4)
             prototypes = build(support, OFF, generation=1)
-            shares.append((judge(prototypes, queries.astype(np.float64), Mode.BEST).best == labels).mean())
+            shares.append((score_batch(prototypes, queries.astype(np.float64), Mode.BEST).best == labels).mean())
         assert np.mean(shares) > 0.72
 
     @pytest.mark.parametrize("name", worlds("caltech101", "ucf101"))
@@ -376,7 +380,9 @@ class TestWorlds:
         mixed = support_set(support.embeddings[kept], dealt[support.classes[kept]] // 5)
         prototypes = build(mixed, OFF, generation=1)
         right = {
-            mode: (judge(prototypes, queries[asked].astype(np.float64), mode).best == dealt[labels[asked]] // 5).mean()
+            mode: (
+                score_batch(prototypes, queries[asked].astype(np.float64), mode).best == dealt[labels[asked]] // 5
+            ).mean()
             for mode in (Mode.MAX, Mode.BEST)
         }
         assert right[Mode.BEST] >= right[Mode.MAX]

@@ -7,7 +7,7 @@ import numpy as np
 from sortd.classify.build import build
 from sortd.classify.held_out import refuse_reload, shared_recalls
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import Abstain, DecisionSettings
+from sortd.classify.types import AbstainSettings, DecisionSettings
 from tests.made_features import Array, Blobs, IntArray, support_set
 
 BLOBS = Blobs(10, spread=0.8)
@@ -60,7 +60,7 @@ def test_another_encoder_is_not_compared() -> None:
 def test_other_settings_are_not_compared() -> None:
     """A stricter precision sends more to review, as was asked."""
     support = support_set(ROWS, CLASSES)
-    assert refuse_reload(OLD, build(support, DecisionSettings(abstain=Abstain(0.999)), generation=2)) is None
+    assert refuse_reload(OLD, build(support, DecisionSettings(abstain=AbstainSettings(0.999)), generation=2)) is None
 
 
 def test_doubled_abstentions_are_refused() -> None:

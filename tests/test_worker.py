@@ -21,12 +21,12 @@ from sortd.arrays import FloatArray
 from sortd.cache import Cache
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import Abstain, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.encoder.base import Encoder
 from sortd.images.decode import Limits
 from sortd.images.pool import DecoderPool
 from sortd.messages import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
-from sortd.references import Teaching
+from sortd.references import ReferenceSettings
 from sortd.running.classifiers import Classifiers
 from sortd.running.embedding import TEXTS_AT_ONCE, Embedder
 from sortd.running.worker import (
@@ -45,7 +45,7 @@ from sortd.watching.scanning import stamp
 from tests.daemon_process import COLOURS, PATIENCE_SECONDS, make_dataset, picture, teach
 from tests.fake_encoder import SEEN, FakeEncoder
 
-TEACHING = Teaching(DecisionSettings(Mode.MAX, None))
+TEACHING = ReferenceSettings(DecisionSettings(Mode.MAX, None))
 
 
 class Heard:
@@ -365,7 +365,7 @@ def test_worker_dataset_made_anew_is_not_measured_by_its_predecessor(tmp_path: P
     dataset = make_dataset(tmp_path / "Data")
     teach(dataset, references=12)
     clases = dataset / "Clases"
-    best = Teaching(DecisionSettings(Mode.BEST, Abstain()))
+    best = ReferenceSettings(DecisionSettings(Mode.BEST, AbstainSettings()))
     first, second = DatasetId("Colours", 1), DatasetId("Colours", 2)
     with working(tmp_path, stored=stored) as (worker, heard):
         worker.ask(RebuildJob(first, clases, best, 0, 1))

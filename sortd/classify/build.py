@@ -15,7 +15,7 @@ from sortd.classify.calibration import (
     calibrate_knowns,
     calibrate_strangers,
     fit_temperature,
-    surest,
+    top_classes,
 )
 from sortd.classify.kernel import BLOCK, Plain, plain_held_out
 from sortd.classify.leave_one_out import background_distances, remoteness_left_out
@@ -111,7 +111,7 @@ def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend, pause: 
     """Return the prototypes with temperature, recall, gates and what the library can prove."""
     settings, classes, own = prototypes.settings, len(library.counts), blend.fit.held.own
     if settings.mode in BLENDED:
-        best, confidence = surest(blend.trial.table, 1.0, pause=pause)
+        best, confidence = top_classes(blend.trial.table, 1.0, pause=pause)
     else:
         best, confidence, temperature = _plain_decisions(settings.mode, library, blend, pause)
         prototypes = replace(prototypes, temperature=temperature)
@@ -153,7 +153,7 @@ def _plain_decisions(mode: Mode, library: Library, blend: Blend, pause: Pause) -
         table[part] = plain_held_out(mode, chosen[part], plain)
         pause()
     temperature = plain_temperature(table, own, pause=pause)
-    best, confidence = surest(table, temperature, pause=pause)
+    best, confidence = top_classes(table, temperature, pause=pause)
     return best if is_judged(table) else own, confidence, temperature
 
 

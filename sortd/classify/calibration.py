@@ -9,7 +9,7 @@ from sortd.arrays import Array, BoolArray, IntArray
 from sortd.classify.kernel import first_best
 from sortd.classify.library import Pause, no_pause, parts
 from sortd.classify.open_set import Gate, OpenSetScores, Strangers, foreign_gate, known_gate
-from sortd.classify.types import Abstain
+from sortd.classify.types import AbstainSettings
 
 EXAMINED = 32
 """Best scores of a row that enter its normaliser while temperatures are tried; the rest weighs nothing."""
@@ -106,7 +106,7 @@ def log_softmax(logits: Array) -> Array:
     return np.asarray(shifted - np.log(np.where(total > 0.0, total, 1.0)), dtype=np.float64)
 
 
-def surest(table: Array, temperature: float, *, pause: Pause = no_pause) -> tuple[IntArray, Array]:
+def top_classes(table: Array, temperature: float, *, pause: Pause = no_pause) -> tuple[IntArray, Array]:
     """Return (R,) the best class of each row of scores (R, C), and its probability."""
     best, confidence = np.empty(len(table), np.int64), np.empty(len(table))
     for part in parts(*table.shape):
@@ -265,7 +265,7 @@ def calibrate_strangers(null: Strangers, wanted: float, notes: tuple[str, ...]) 
     }
 
 
-def calibrate_outcomes(outcomes: HeldOutOutcomes, abstain: Abstain | None, *, classes: int) -> Calibration:
+def calibrate_outcomes(outcomes: HeldOutOutcomes, abstain: AbstainSettings | None, *, classes: int) -> Calibration:
     """Return the calibration of a fine-tuned model by the images that its training held out.
 
     Args:

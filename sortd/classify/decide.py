@@ -62,7 +62,7 @@ def decide(prototypes: PrototypeSet, embeddings: npt.ArrayLike) -> list[Decision
     mode = prototypes.settings.mode
     if not len(prototypes.labels) or not len(queries):
         return [Abstained("no_classes", None, 0.0, 0.0, None, mode) for _ in queries]
-    judged = judge(prototypes, queries, mode)
+    judged = score_batch(prototypes, queries, mode)
     reasons = _reasons(prototypes, queries, judged)
     return [_decision(prototypes, judged, at, reason) for at, reason in enumerate(reasons)]
 
@@ -76,7 +76,7 @@ def scores(prototypes: PrototypeSet, embeddings: npt.ArrayLike) -> Array:
     queries = check_embeddings(embeddings, prototypes.matrix.shape[1])
     if not len(prototypes.labels):
         return np.zeros((len(queries), 0))
-    return judge(prototypes, queries, prototypes.settings.mode).shown
+    return score_batch(prototypes, queries, prototypes.settings.mode).shown
 
 
 def check_embeddings(embeddings: npt.ArrayLike, width: int) -> Array:
@@ -94,7 +94,7 @@ def check_embeddings(embeddings: npt.ArrayLike, width: int) -> Array:
     return queries
 
 
-def judge(prototypes: PrototypeSet, queries: Array, mode: Mode) -> ScoredBatch:
+def score_batch(prototypes: PrototypeSet, queries: Array, mode: Mode) -> ScoredBatch:
     """Return scores and probabilities of a checked batch (B, d) under any rule."""
     rule = prototypes.mixed if mode is Mode.MIXED else prototypes.best
     if mode in BLENDED and prototypes.whitening is not None and rule is not None:

@@ -16,11 +16,11 @@ from sortd.classify.calibration import (
     precision_curve,
 )
 from sortd.classify.decide import decide
-from sortd.classify.held_out import Judgement, fit_wide, judge_blend, judge_plain, merge_references
+from sortd.classify.held_out import LeaveOneOutResult, fit_wide, leave_out_blend, leave_out_plain, merge_references
 from sortd.classify.library import Library, duplicate_distance, parts, unit_rows
 from sortd.classify.open_set import OpenSetScores, nearest_cosines
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
 
 PREFERRED = (Mode.MIXED, Mode.BEST, Mode.MEAN, Mode.MAX, Mode.AVG, Mode.TEXT)
 """Among modes that do equally well the first is advised."""
@@ -172,19 +172,19 @@ def _part(support: SupportSet, rows: IntArray) -> SupportSet:
     return replace(support, embeddings=support.embeddings[rows], classes=support.classes[rows], sources=sources)
 
 
-def _judgements(prototypes: PrototypeSet, support: SupportSet, library: Library) -> dict[Mode, Judgement]:
+def _judgements(prototypes: PrototypeSet, support: SupportSet, library: Library) -> dict[Mode, LeaveOneOutResult]:
     if not len(support.sources):
         return {}
     plain = [Mode.AVG, Mode.MAX, Mode.MEAN] + ([Mode.TEXT] if support.text is not None else [])
-    found = {mode: judge_plain(mode, prototypes, library) for mode in plain}
+    found = {mode: leave_out_plain(mode, prototypes, library) for mode in plain}
     best, mixed = fit_wide(library)
-    found[Mode.BEST] = judge_blend(Mode.BEST, prototypes, library, best)
+    found[Mode.BEST] = leave_out_blend(Mode.BEST, prototypes, library, best)
     same = mixed is best
-    found[Mode.MIXED] = found[Mode.BEST] if same else judge_blend(Mode.MIXED, prototypes, library, mixed)
+    found[Mode.MIXED] = found[Mode.BEST] if same else leave_out_blend(Mode.MIXED, prototypes, library, mixed)
     return found
 
 
-def _mode_report(mode: Mode, judgement: Judgement, classes: int) -> ModeReport:
+def _mode_report(mode: Mode, judgement: LeaveOneOutResult, classes: int) -> ModeReport:
     right = judgement.best == judgement.own
     apart = judgement.distinct_best == judgement.distinct_own
     weights = balanced_weights(judgement.distinct_own, classes)
@@ -200,7 +200,9 @@ def _mode_report(mode: Mode, judgement: Judgement, classes: int) -> ModeReport:
     )
 
 
-def _class_reports(prototypes: PrototypeSet, library: Library, judgement: Judgement | None) -> tuple[ClassReport, ...]:
+def _class_reports(
+    prototypes: PrototypeSet, library: Library, judgement: LeaveOneOutResult | None
+) -> tuple[ClassReport, ...]:
     count = len(prototypes.labels)
     empty = np.zeros(0, np.int64)
     own, best = (empty, empty) if judgement is None else (judgement.own, judgement.best)
@@ -235,14 +237,14 @@ def _need(distinct: int, recall: float | None) -> str | None:
     return None
 
 
-def _confusion(labels: tuple[str, ...], judgement: Judgement) -> tuple[tuple[str, str, int], ...]:
+def _confusion(labels: tuple[str, ...], judgement: LeaveOneOutResult) -> tuple[tuple[str, str, int], ...]:
     pairs, numbers = np.unique(np.column_stack([judgement.own, judgement.best]), axis=0, return_counts=True)
     found = [(int(own), int(best), int(number)) for (own, best), number in zip(pairs, numbers, strict=True)]
     found.sort(key=lambda entry: (entry[0] == entry[1], -entry[2], entry[:2]))
     return tuple((labels[own], labels[best], number) for own, best, number in found)
 
 
-def _suspects(support: SupportSet, library: Library, judgement: Judgement) -> tuple[Suspect, ...]:
+def _suspects(support: SupportSet, library: Library, judgement: LeaveOneOutResult) -> tuple[Suspect, ...]:
     """Return references that another class claims, that are in two classes, or that are far from their class."""
 
     def suspect(kind: str, row: int, score: float, other: int | None = None, source: str | None = None) -> Suspect:
@@ -292,7 +294,9 @@ def _outliers(library: Library) -> list[tuple[float, int]]:
     return far
 
 
-def _trade_offs(library: Library, judgement: Judgement, abstain: Abstain | None) -> tuple[TradeOff, ...]:
+def _trade_offs(
+    library: Library, judgement: LeaveOneOutResult, abstain: AbstainSettings | None
+) -> tuple[TradeOff, ...]:
     own, best = judgement.distinct_own, judgement.distinct_best
     alone = np.flatnonzero(np.isin(library.leaders, judgement.distinct_rows))
     cosine = nearest_cosines(library.rows[alone], best, library.rows, library.classes, alone)
@@ -324,7 +328,7 @@ def _half_accuracy(support: SupportSet, settings: DecisionSettings) -> float | N
 
 def _advice(reports: tuple[ModeReport, ...], trade_offs: tuple[TradeOff, ...], settings: DecisionSettings) -> Advice:
     """Advise the mode in force unless another one decides more right by over a standard error."""
-    precision = settings.abstain.precision if settings.abstain is not None else Abstain().precision
+    precision = settings.abstain.precision if settings.abstain is not None else AbstainSettings().precision
     known = {Mode(one.mode): one for one in reports if one.distinct_accuracy is not None}
     if not known:
         return Advice(settings.mode.value, precision, ("no class has two images that differ: add some",))

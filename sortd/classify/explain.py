@@ -12,13 +12,13 @@ from sortd.classify.decide import (
     decide,
     decide_rows,
     familiarity,
-    judge,
+    score_batch,
     stranger_shares,
 )
 from sortd.classify.gaussian import MEAN_SHRINKAGE
 from sortd.classify.prompts import written_name
 from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
-from sortd.classify.types import PROBABLE, Abstained, Assigned, ClassifierKind, Decision, Mode
+from sortd.classify.types import PROBABILISTIC, Abstained, Assigned, ClassifierKind, Decision, Mode
 
 NEIGHBOURS_SHOWN = 5
 
@@ -105,7 +105,7 @@ def explain(prototypes: PrototypeSet, embedding: npt.ArrayLike) -> Explanation:
     """
     row = np.asarray(embedding, np.float64)[None]
     (decision,) = decide(prototypes, row)
-    judged = {mode: judge(prototypes, row, mode) for mode in Mode} if prototypes.labels else {}
+    judged = {mode: score_batch(prototypes, row, mode) for mode in Mode} if prototypes.labels else {}
     mode = prototypes.settings.mode
     similarities = prototypes.references @ row[0].astype(np.float32)
     nearest = np.argsort(-similarities, kind="stable")[:NEIGHBOURS_SHOWN]
@@ -230,7 +230,7 @@ def _other(prototypes: PrototypeSet, mode: Mode, judged: ScoredBatch) -> OtherMo
     return OtherMode(mode.value, prototypes.labels[best], float(shown[best]), float(shown[best]) - second)
 
 
-def sentences(explanation: Explanation) -> list[str]:
+def explanation_sentences(explanation: Explanation) -> list[str]:
     """Return the explanation in sentences, the decision first."""
     decision, label = explanation.decision, explanation.label
     if label is None:
@@ -241,7 +241,7 @@ def sentences(explanation: Explanation) -> list[str]:
         said = [f"It goes to Review/{name}, the best guess: {why}."]
     else:
         said = [f"It is filed into {name}."]
-    unit = "probability" if explanation.mode in PROBABLE else "cosine"
+    unit = "probability" if explanation.mode in PROBABILISTIC else "cosine"
     second = "" if decision.second_label is None else f", {written_name(decision.second_label)} comes second"
     said.append(f"{name} has a {unit} of {decision.score:.3f}{second}, {decision.margin:.3f} behind.")
     said += [_check_sentence(check) for check in explanation.thresholds]

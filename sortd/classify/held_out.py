@@ -12,8 +12,8 @@ import numpy as np
 from sortd.arrays import Array, IntArray
 from sortd.classify.blend import Blend, fit_blends
 from sortd.classify.build import build, plain_temperature
-from sortd.classify.calibration import surest
-from sortd.classify.decide import judge
+from sortd.classify.calibration import top_classes
+from sortd.classify.decide import score_batch
 from sortd.classify.kernel import Plain, plain_held_out
 from sortd.classify.leave_one_out import LARGEST_TABLE, choose_held_out
 from sortd.classify.library import Library, class_means, make_library, parts
@@ -44,7 +44,7 @@ MORE_ABSTENTIONS = 0.10
 
 
 @dataclass(frozen=True, eq=False)
-class Judgement:
+class LeaveOneOutResult:
     """What one mode takes references for: R left out by themselves, and S left out with their near-duplicates."""
 
     judged: IntArray  # (R,) references, in the order of the prototype set
@@ -68,7 +68,7 @@ def fit_wide(library: Library) -> tuple[Blend, Blend]:
     return fit_blends(library, largest=LARGEST_ROWS)
 
 
-def judge_plain(mode: Mode, prototypes: PrototypeSet, library: Library) -> Judgement:
+def leave_out_plain(mode: Mode, prototypes: PrototypeSet, library: Library) -> LeaveOneOutResult:
     """Return what avg, max, mean or text make of the references, exactly."""
     plain = prototypes.plain
     sample = choose_held_out(plain.counts, plain.classes)
@@ -81,7 +81,7 @@ def judge_plain(mode: Mode, prototypes: PrototypeSet, library: Library) -> Judge
         means = class_means(library.rows, library.classes, library.counts)
         distinct = Plain(library.rows, library.classes, library.counts, means, plain.text)
         distinct_best, distinct_confidence = _plain_decisions(mode, distinct, apart, temperature)
-    return Judgement(
+    return LeaveOneOutResult(
         judged=judged,
         own=plain.classes[judged],
         best=best,
@@ -96,18 +96,18 @@ def judge_plain(mode: Mode, prototypes: PrototypeSet, library: Library) -> Judge
 def _plain_decisions(mode: Mode, plain: Plain, chosen: IntArray, temperature: float) -> tuple[IntArray, Array]:
     best, confidence = np.zeros(len(chosen), np.int64), np.zeros(len(chosen))
     for part in parts(len(chosen), len(plain.counts), LARGEST_TABLE):
-        best[part], confidence[part] = surest(plain_held_out(mode, chosen[part], plain), temperature)
+        best[part], confidence[part] = top_classes(plain_held_out(mode, chosen[part], plain), temperature)
     return best, confidence
 
 
-def judge_blend(mode: Mode, prototypes: PrototypeSet, library: Library, blend: Blend) -> Judgement:
+def leave_out_blend(mode: Mode, prototypes: PrototypeSet, library: Library, blend: Blend) -> LeaveOneOutResult:
     """Return what best or mixed make of the references.
 
     A reference with near-duplicates in its class is judged with them in place when it is left out by itself, which is
     what the whole rule does; all others by leave-one-out.
     """
     held = blend.fit.held
-    best, confidence = surest(blend.trial.table, 1.0) if len(held.own) else (held.own, np.zeros(0))
+    best, confidence = top_classes(blend.trial.table, 1.0) if len(held.own) else (held.own, np.zeros(0))
     size = np.bincount(library.group, minlength=len(library.rows))
     at_row = np.full(len(library.rows), -1)
     at_row[held.chosen] = np.arange(len(held.chosen))
@@ -119,9 +119,9 @@ def judge_blend(mode: Mode, prototypes: PrototypeSet, library: Library, blend: B
     whole_confidence = np.append(confidence, 0.0)[position[judged]]
     doubles = np.flatnonzero(is_double[judged])
     if len(doubles):
-        seen = judge(prototypes, prototypes.references[judged[doubles]].astype(np.float64), mode)
+        seen = score_batch(prototypes, prototypes.references[judged[doubles]].astype(np.float64), mode)
         whole_best[doubles], whole_confidence[doubles] = seen.best, seen.confidence
-    return Judgement(
+    return LeaveOneOutResult(
         judged=judged,
         own=prototypes.classes[judged],
         best=whole_best,
@@ -193,16 +193,16 @@ def agreement(exact: SupportSet, quick: SupportSet, settings: DecisionSettings) 
     )
 
 
-def _judged(support: SupportSet, settings: DecisionSettings) -> tuple[Judgement, float]:
+def _judged(support: SupportSet, settings: DecisionSettings) -> tuple[LeaveOneOutResult, float]:
     """Return what each reference is taken for when it is left out, and the least confidence of a filed one."""
     prototypes = build(support, settings, generation=0)
     library = merge_references(prototypes, support)
     mode = Mode.MEAN if settings.mode is Mode.TEXT and support.text is None else settings.mode
     if mode in BLENDED:
         best, mixed = fit_wide(library)
-        found = judge_blend(mode, prototypes, library, best if mode is Mode.BEST else mixed)
+        found = leave_out_blend(mode, prototypes, library, best if mode is Mode.BEST else mixed)
     else:
-        found = judge_plain(mode, prototypes, library)
+        found = leave_out_plain(mode, prototypes, library)
     return found, prototypes.calibration.confidence
 
 

@@ -156,11 +156,11 @@ def _most_of_a_class(counts: IntArray) -> int:
 def kernel_scores(whitened: Array, kernel: Kernel) -> Array:
     """Return (B, C) log mean votes over beta, for whitened rows (B, d); very low where nobody votes."""
     rows = unit_rows(whitened).astype(np.float32)
-    summed = votes(rows @ kernel.rows.T, kernel)
-    return finish_votes(summed, np.broadcast_to(kernel.counts, summed.shape), rows, kernel)
+    summed = kernel_sums(rows @ kernel.rows.T, kernel)
+    return log_kernel_means(summed, np.broadcast_to(kernel.counts, summed.shape), rows, kernel)
 
 
-def votes(cosines: npt.NDArray[np.floating], kernel: Kernel) -> Array:
+def kernel_sums(cosines: npt.NDArray[np.floating], kernel: Kernel) -> Array:
     """Return (B, C) sums of exp(-beta (1 - cosine)) over the references of each class."""
     weights = np.exp(SHARPNESS * (cosines - np.float32(1.0)))
     result = np.zeros((len(cosines), len(kernel.counts)))
@@ -171,7 +171,7 @@ def votes(cosines: npt.NDArray[np.floating], kernel: Kernel) -> Array:
     return result
 
 
-def finish_votes(summed: Array, counts: npt.NDArray[np.generic], rows: FloatArray, kernel: Kernel) -> Array:
+def log_kernel_means(summed: Array, counts: npt.NDArray[np.generic], rows: FloatArray, kernel: Kernel) -> Array:
     """Return log mean votes over beta, after the names have voted too; ``counts`` is (B, C)."""
     total = np.asarray(counts, dtype=np.float64)
     silent = kernel.counts == 0

@@ -21,7 +21,7 @@ from sortd.classify.gaussian import (
     shrink_means,
     squared_distances,
 )
-from sortd.classify.kernel import Kernel, finish_votes, kernel_scores, make_kernel, votes
+from sortd.classify.kernel import Kernel, kernel_scores, kernel_sums, log_kernel_means, make_kernel
 from sortd.classify.library import Library, Pause, class_means, no_pause, unit_rows
 from sortd.classify.open_set import nearest_cosines
 
@@ -140,7 +140,7 @@ def kernel_table(gaussian: Gaussian, held: HeldOut, kernel: Kernel, *, pause: Pa
         counts = np.tile(kernel.counts, (len(rows), 1))
         counts[np.arange(len(rows)), held.own[part]] -= itself.any(axis=1)
         asking = unit_rows(rows.astype(np.float64)).astype(np.float32)
-        result[part] = finish_votes(votes(cosines, kernel), counts, asking, kernel)
+        result[part] = log_kernel_means(kernel_sums(cosines, kernel), counts, asking, kernel)
         pause()
     return result
 

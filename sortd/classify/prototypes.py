@@ -12,7 +12,7 @@ from sortd.classify.calibration import Calibration, HeldOutOutcomes, calibrate_o
 from sortd.classify.gaussian import Space, squared_norms
 from sortd.classify.kernel import Kernel, Plain
 from sortd.classify.open_set import Strangers
-from sortd.classify.types import Abstain, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 NAMES_SAID = 5
@@ -147,7 +147,7 @@ class PrototypeSet:
             generation=metadata["generation"],
             encoder_id=metadata["encoder_id"],
             fingerprint=metadata["fingerprint"],
-            settings=DecisionSettings(Mode(metadata["mode"]), None if abstain is None else Abstain(**abstain)),
+            settings=DecisionSettings(Mode(metadata["mode"]), None if abstain is None else AbstainSettings(**abstain)),
             calibration=Calibration.from_json(metadata["calibration"]),
             sources=tuple(metadata["sources"]),
             temperature=metadata["numbers"]["temperature"],
@@ -168,7 +168,7 @@ class FinetunedClassifier:
     encoder_id: str  # the model's identity, by which its rows are cached and its decisions logged
     generation: int
     calibration: Calibration
-    abstain: Abstain | None  # None files everything
+    abstain: AbstainSettings | None  # None files everything
 
     def __post_init__(self) -> None:
         """Check temperature and labels."""
@@ -192,7 +192,7 @@ def build_classifier(
     temperature: float,
     encoder_id: str,
     outcomes: HeldOutOutcomes,
-    abstain: Abstain | None,
+    abstain: AbstainSettings | None,
     generation: int,
 ) -> FinetunedClassifier:
     """Return a fine-tuned classifier that abstains as the held-out outcomes and the settings ask.
@@ -204,7 +204,7 @@ def build_classifier(
     return FinetunedClassifier(tuple(labels), temperature, encoder_id, generation, calibration, abstain)
 
 
-def difference_of_labels(known: Sequence[str], present: Sequence[str]) -> str | None:
+def describe_label_mismatch(known: Sequence[str], present: Sequence[str]) -> str | None:
     """Return how the labels of a model differ from the class folders that are present, or None where they do not."""
     added, removed = sorted(set(present) - set(known)), sorted(set(known) - set(present))
     said = []

@@ -28,13 +28,13 @@ class ClassifierKind(StrEnum):
 
 
 BLENDED = frozenset({Mode.BEST, Mode.MIXED})
-PROBABLE = frozenset({Mode.BEST, Mode.MIXED, ClassifierKind.FINETUNED})
+PROBABILISTIC = frozenset({Mode.BEST, Mode.MIXED, ClassifierKind.FINETUNED})
 """What scores by probabilities; all others score by cosines."""
 DecidedBy = Mode | Literal[ClassifierKind.FINETUNED]
 
 
 @dataclass(frozen=True)
-class Abstain:
+class AbstainSettings:
     """How sure a decision must be before an image is filed.
 
     Raises:
@@ -60,7 +60,7 @@ class DecisionSettings:
     """By which rule to score and when to abstain; ``abstain=None`` files everything."""
 
     mode: Mode = Mode.MIXED
-    abstain: Abstain | None = Abstain()
+    abstain: AbstainSettings | None = AbstainSettings()
 
 
 @dataclass(frozen=True, slots=True)

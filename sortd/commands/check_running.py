@@ -10,7 +10,7 @@ from typing import Any
 from sortd.commands.console import counted, megabytes
 from sortd.commands.finding import Finding, Topic, error, note, warning
 from sortd.commands.journals import JOURNAL_FILE
-from sortd.commands.promotion import compared, serving_facts, waiting_model
+from sortd.commands.promotion import accuracy_comparison, promotable_model, serving_facts
 from sortd.config import Config
 from sortd.encoder import models
 from sortd.encoder.models import STRONGER
@@ -118,8 +118,8 @@ def classifier_findings(config: Config, layout: Layout) -> Iterator[Finding]:
     elif serving["folder"] is not None:
         what = f"the prototypes decide {layout.name}, though the model in {serving['folder']} was promoted"
         yield note(Topic.MODEL, subject, what, "set `classifier: auto` to let it decide")
-    elif (waiting := waiting_model(config, layout)) is not None:
-        what = f"the prototypes decide {layout.name}, and a fine-tuned model is stronger ({compared(waiting)})"
+    elif (model := promotable_model(config, layout)) is not None:
+        what = f"the prototypes decide {layout.name}, and a fine-tuned model is stronger ({accuracy_comparison(model)})"
         yield note(Topic.MODEL, subject, what, f"sortd models promote --dataset {layout.name}")
 
 

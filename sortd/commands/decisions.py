@@ -23,7 +23,10 @@ from sortd.commands.console import (
 )
 
 if TYPE_CHECKING:
-    from sortd.commands.explain import Explained
+    pass
+
+if TYPE_CHECKING:
+    from sortd.commands.explain import ImageExplanation
 
 CLASSES_SHOWN = 10
 SUSPECTS_SHOWN = 5
@@ -50,7 +53,7 @@ TEXTS = {"mode", "label", "note", "confused_with", "needs_images"}
 HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write a page with pictures to this file.")]
 
 
-def explain(
+def explain_command(
     image: Annotated[Path, typer.Argument(help="The image; it may lie anywhere.")],
     config: ConfigOption = None,
     dataset: DatasetOption = None,
@@ -76,12 +79,12 @@ def explain(
 
 def _see_that_it_fits(html: Path | None) -> None:
     if html is not None:
-        from sortd.report import see_that_a_page_fits
+        from sortd.report import check_page_path
 
-        see_that_a_page_fits(html)
+        check_page_path(html)
 
 
-def _print_explained(explained: "Explained") -> None:
+def _print_explained(explained: "ImageExplanation") -> None:
     from sortd.moments import shown
 
     explanation = explained.explanation
@@ -108,14 +111,14 @@ def _print_explained(explained: "Explained") -> None:
         print_line(f"{shown(record['at'])} {done}: {printable(record['from'])} -> {printable(record['to'])}")
 
 
-def evaluate(
+def evaluate_command(
     dataset: Annotated[str | None, typer.Argument(help="Only this dataset.")] = None,
     config: ConfigOption = None,
     html: HtmlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Judge the references by themselves: which mode is best, which classes need images, which images are doubtful."""
-    from sortd.commands.examination import examine
+    from sortd.commands.examination import evaluate_datasets
     from sortd.errors import SortdError
 
     _see_that_it_fits(html)
@@ -123,7 +126,7 @@ def evaluate(
     refusal: SortdError | None = None
     with bar("loading the model") as tell:
         try:
-            for one in examine(load_config(config), dataset, tell=tell):
+            for one in evaluate_datasets(load_config(config), dataset, tell=tell):
                 examined[one.dataset] = one.facts()
         except SortdError as error:
             if not examined:

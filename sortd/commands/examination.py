@@ -16,7 +16,7 @@ from sortd.errors import DataError, SortdError, StorageError
 from sortd.journaling.history import History
 from sortd.layout import Area, Layout, find_datasets
 from sortd.messages import ImageRefused
-from sortd.references import References, ReferencesAbsentError, Teaching
+from sortd.references import References, ReferencesAbsentError, ReferenceSettings
 from sortd.running.corrections import corrected_images
 from sortd.running.embedding import Embedder
 from sortd.running.site import Site, teaching_of
@@ -25,7 +25,7 @@ LoadEncoder = Callable[[Config], Encoder]
 
 
 @dataclass(frozen=True, slots=True)
-class Examined:
+class DatasetEvaluation:
     """One dataset and what its references are worth."""
 
     dataset: str
@@ -42,13 +42,13 @@ class Examined:
         return {"root": str(self.root), **self.report.to_json(), "unreadable": unreadable, "serving": self.serving}
 
 
-def examine(
+def evaluate_datasets(
     config: Config,
     dataset: str | None = None,
     *,
     load_encoder: LoadEncoder | None = None,
     tell: Callable[[str, int, int], None] = lambda *_: None,
-) -> Iterator[Examined]:
+) -> Iterator[DatasetEvaluation]:
     """Evaluate one dataset, or all of them, each under its own settings.
 
     Args:
@@ -82,16 +82,18 @@ def examine(
         site.unload()
 
 
-def _examined(config: Config, layout: Layout, embedder: Embedder, tell: Callable[[str, int, int], None]) -> Examined:
-    teaching = taught(config, layout)
+def _examined(
+    config: Config, layout: Layout, embedder: Embedder, tell: Callable[[str, int, int], None]
+) -> DatasetEvaluation:
+    teaching = settings_with_corrections(config, layout)
     reading = partial(tell, f"reading {layout.name}")
     support, refused = References(layout.area(Area.CLASES)).support(embedder, teaching, tell=reading)
     tell(f"judging {layout.name}", len(support.sources), len(support.sources))
     report = evaluate(support, teaching.settings, keep=partial(keep_evaluated, config, layout))
-    return Examined(layout.name, layout.root, report, refused, serving_facts(config, layout))
+    return DatasetEvaluation(layout.name, layout.root, report, refused, serving_facts(config, layout))
 
 
-def taught(config: Config, layout: Layout) -> Teaching:
+def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettings:
     """Return what decides, beside the images in ``Clases/``, on a dataset's prototypes: settings and corrections.
 
     Raises:

@@ -9,10 +9,10 @@ from typing import Any
 
 from sortd.arrays import FloatArray
 from sortd.cache import Cache
-from sortd.classify.explain import Explanation, explain, explain_finetuned, sentences
+from sortd.classify.explain import Explanation, explain, explain_finetuned, explanation_sentences
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.check import CACHE_FILE
-from sortd.commands.examination import taught
+from sortd.commands.examination import settings_with_corrections
 from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
 from sortd.commands.promotion import serving_facts
 from sortd.commands.stored import SETTINGS, changed_since, stored_prototypes
@@ -36,7 +36,7 @@ LoadEncoder = Callable[[Config], Encoder]
 
 
 @dataclass(frozen=True, slots=True)
-class Explained:
+class ImageExplanation:
     """An image, what is decided on it and why, and what happened to it before."""
 
     path: str
@@ -85,7 +85,7 @@ class Explained:
 
     def sentences(self) -> list[str]:
         """Say it in sentences."""
-        said = sentences(self.explanation)
+        said = explanation_sentences(self.explanation)
         if self.left is not None:
             said[:1] = [f"It stays in Images/: {self.left.message}.", f"Without that, it would {self._fate}."]
         if self.refusal is not None:
@@ -107,7 +107,7 @@ class Explained:
 
 def explain_image(
     config: Config, path: Path, dataset: str | None = None, *, load_encoder: LoadEncoder | None = None
-) -> Explained:
+) -> ImageExplanation:
     """Explain how an image is decided, by the prototypes that serve now.
 
     A model is loaded only for an image that was never embedded, or where no prototypes are stored.
@@ -140,7 +140,7 @@ def explain_image(
         if left is None:
             raise
         raise UnreadableError(f"{absolute} stays in Images/: {left.message}") from error
-    return Explained(
+    return ImageExplanation(
         path=absolute,
         dataset=layout.name,
         content=content,
@@ -232,7 +232,7 @@ def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_en
         if prototypes is not None and prototypes.encoder_id == embedder.encoder.encoder_id:
             return _Sight(decider, prototypes, is_stored=True, embedding=embedding, logits=logits)
         references = References(layout.area(Area.CLASES))
-        rebuilt = references.rebuild(embedder, taught(config, layout), previous=None, generation=0)
+        rebuilt = references.rebuild(embedder, settings_with_corrections(config, layout), previous=None, generation=0)
     except ReferencesAbsentError as error:
         raise DataError(str(error)) from error
     finally:

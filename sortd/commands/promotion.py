@@ -8,7 +8,7 @@ from typing import Any
 from sortd import finetuned
 from sortd.config import Config
 from sortd.errors import DataError, LayoutError, ModelError, StartupError
-from sortd.finetuned import FinetunedFacts, read_facts, results
+from sortd.finetuned import FinetunedFacts, finetuning_results, read_facts
 from sortd.layout import Area, Layout, find_datasets
 from sortd.references import ReferencesAbsentError, class_labels
 from sortd.running.classifiers import appointed, unfit
@@ -35,7 +35,7 @@ def promote(
     """
     layout = dataset_named(config, dataset)
     state_folder = layout.state_folder(config.state_dir)
-    found = results(state_folder) if folder is None else [folder.absolute()]
+    found = finetuning_results(state_folder) if folder is None else [folder.absolute()]
     if not found:
         raise DataError(
             f"{layout.name} has no fine-tuned model in {state_folder}: `sortd finetune {layout.name}` makes one, or "
@@ -50,8 +50,8 @@ def promote(
         raise DataError(refusal)
     if facts.verdict == "weaker" and not force:
         raise DataError(
-            f"{facts.folder} is weaker than the prototypes on images that neither had seen ({compared(facts)}): "
-            "fine-tune with more images, or promote it all the same with --force"
+            f"{facts.folder} is weaker than the prototypes on images that neither had seen "
+            f"({accuracy_comparison(facts)}): fine-tune with more images, or promote it all the same with --force"
         )
     promotion = finetuned.Promotion(facts.folder, facts.model_id, facts.verdict, clock())
     finetuned.write_promotion(state_folder, promotion)
@@ -73,7 +73,7 @@ def demote(config: Config, dataset: str | None) -> dict[str, Any]:
     return {"dataset": layout.name, "demoted": was_promoted, "told": told}
 
 
-def finetuned_list(config: Config) -> dict[str, Any]:
+def list_finetuned_models(config: Config) -> dict[str, Any]:
     """Return, for each dataset, its fine-tuned models, newest first, and which one decides, as plain values.
 
     Raises:
@@ -88,7 +88,7 @@ def finetuned_list(config: Config) -> dict[str, Any]:
 
 def _models_of(config: Config, layout: Layout) -> dict[str, Any]:
     serving = serving_facts(config, layout)
-    folders = results(layout.state_folder(config.state_dir))
+    folders = finetuning_results(layout.state_folder(config.state_dir))
     if serving["folder"] is not None and Path(serving["folder"]) not in folders:
         folders.append(Path(serving["folder"]))
     rows = []
@@ -135,9 +135,9 @@ def serving_facts(config: Config, layout: Layout) -> dict[str, Any]:
     return {**facts, "refusal": found.refusal}
 
 
-def waiting_model(config: Config, layout: Layout) -> FinetunedFacts | None:
+def promotable_model(config: Config, layout: Layout) -> FinetunedFacts | None:
     """Return the newest result of a dataset if it is stronger than the prototypes and could be promoted, else None."""
-    found = results(layout.state_folder(config.state_dir))
+    found = finetuning_results(layout.state_folder(config.state_dir))
     try:
         facts = read_facts(found[0]) if found else None
         labels = class_labels(layout.area(Area.CLASES))
@@ -166,7 +166,7 @@ def result_facts(facts: FinetunedFacts) -> dict[str, Any]:
     }
 
 
-def compared(facts: FinetunedFacts) -> str:
+def accuracy_comparison(facts: FinetunedFacts) -> str:
     """Return the accuracies of a model and of the prototypes in words."""
     said = result_facts(facts)
     ours, theirs = share(said["accuracy"]), share(said["prototypes_accuracy"])

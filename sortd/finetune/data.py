@@ -382,7 +382,7 @@ def write_plan(plan: Plan, work: Path) -> None:
     arrays |= {f"strangers_{one.name}": one.strangers for one in plan.baselines}
     said = {key: value for key, value in asdict(plan).items() if key not in {"classes", "weights", "baselines"}}
     said["modes"] = [one.name for one in plan.baselines]
-    with writing(work):
+    with disk_errors_translated(work):
         np.savez(work / ARRAYS_FILE, weights=plan.weights, **arrays)
         write_atomic(work / PLAN_FILE, (json.dumps(said, indent=1) + "\n").encode())
 
@@ -449,7 +449,7 @@ def pixels_file(work: Path, part: str) -> Path:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def disk_errors_translated(folder: Path) -> Iterator[None]:
     """Turn errors of the disk into ``DestinationError`` with the path.
 
     Raises:

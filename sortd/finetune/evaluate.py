@@ -11,7 +11,7 @@ import numpy as np
 from sortd import __version__, mends
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray
 from sortd.classify.build import build
-from sortd.classify.decide import judge
+from sortd.classify.decide import score_batch
 from sortd.classify.prompts import GENERIC_NOUNS, prompts
 from sortd.classify.types import DecisionSettings, Mode, SupportSet
 from sortd.errors import ModelError
@@ -62,8 +62,8 @@ def baseline_predictions(
         if mode is Mode.TEXT and named is None:
             continue
         prototypes = build(support, DecisionSettings(mode=mode, abstain=None), generation=1)
-        known = judge(prototypes, queries, mode).probabilities
-        strangers = judge(prototypes, odd, mode).probabilities.max(axis=1) if len(odd) else np.zeros(0)
+        known = score_batch(prototypes, queries, mode).probabilities
+        strangers = score_batch(prototypes, odd, mode).probabilities.max(axis=1) if len(odd) else np.zeros(0)
         found.append(Predictions(mode.value, known, strangers))
     return found
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sortd.arrays import IntArray
 from sortd.errors import DestinationError
-from sortd.finetune.data import writing
+from sortd.finetune.data import disk_errors_translated
 from sortd.finetuned import (
     CONFIG_FILE,
     FACTS_FILE,
@@ -51,7 +51,7 @@ def write_result(
         DestinationError: the disk is full, or not to be written.
     """
     folder, metrics = facts.folder, facts.metrics
-    with writing(folder):
+    with disk_errors_translated(folder):
         for name, value in ((CONFIG_FILE, config), (PROCESSOR_FILE, processor), (METRICS_FILE, metrics)):
             _write(folder / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
         save_tensors(module.state_dict(), folder / WEIGHTS_FILE)
@@ -89,7 +89,7 @@ def publish_result(folder: Path, output: Path) -> FinetunedFacts:
         ModelError: what was written does not read back.
     """
     read_facts(folder)
-    with writing(output.parent):
+    with disk_errors_translated(output.parent):
         for path in (*folder.iterdir(), folder):
             sync(path)
         if output.exists():

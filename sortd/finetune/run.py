@@ -123,7 +123,7 @@ def run_finetuning(
             return None
         observer.finished("training")
         beside = work / "result"
-        with data.writing(work):
+        with data.disk_errors_translated(work):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir()
         facts, table = evaluate_model(network, start, plan, work, beside)
@@ -131,7 +131,7 @@ def run_finetuning(
         facts = replace(facts, metrics={**facts.metrics, **trained, "seconds": seconds})
         write_result(facts, table, network.module, base.config, base.processor)
         facts = publish_result(beside, output)
-        with data.writing(work):
+        with data.disk_errors_translated(work):
             shutil.rmtree(work)
         return facts
 
@@ -148,7 +148,7 @@ def _working_in(work: Path, *, resume: bool) -> Iterator[None]:
         raise DataError(f"there is no unfinished training in {work} to resume; run it without --resume")
     if not resume and (work / data.PLAN_FILE).is_file():
         raise DataError(f"{work} holds an unfinished training; go on with it by --resume, or remove it")
-    with data.writing(work):
+    with data.disk_errors_translated(work):
         work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / "lock")
     try:
@@ -168,7 +168,7 @@ def _write_start(network: Network, plan: data.Plan, work: Path) -> None:
     init_head(network, data.dataset_of(plan, work, "train"), data.dataset_of(plan, work, "validation"), plan.recipe)
     beside = work / f"{data.START_FILE}.part"
     save_tensors(network.module.state_dict(), beside)
-    with data.writing(work):
+    with data.disk_errors_translated(work):
         beside.replace(work / data.START_FILE)
 
 
@@ -257,7 +257,7 @@ def _decode(files: Sequence[data.ImageFile], size: Preprocessing, config: Config
     workers = said.workers or max(1, min(8, os.cpu_count() or 1))
     places = {file: index for index, file in enumerate(files)}
     each = size.crop_height * size.crop_width * 3
-    with data.writing(target.parent), open(target, "wb") as file:
+    with data.disk_errors_translated(target.parent), open(target, "wb") as file:
         if not files:
             return
         with DecoderPool(workers, size, limits, timeout_seconds=said.timeout_seconds, jpeg=said.jpeg) as pool:

@@ -40,7 +40,7 @@ from sortd.messages import (
     Tick,
 )
 from sortd.metrics import Metrics
-from sortd.references import Teaching
+from sortd.references import ReferenceSettings
 from sortd.running.account import Account
 from sortd.running.corrections import Correction
 from sortd.running.filing import Filing
@@ -70,7 +70,7 @@ class Dataset:
         identity: DatasetId,
         layout: Layout,
         settings: SorterSettings,
-        teaching: Teaching,
+        teaching: ReferenceSettings,
         *,
         mover: Mover,
         journal: Journal | None,
@@ -265,7 +265,7 @@ class Dataset:
                 self.account.embedded(event)
             self.receive(event)
 
-    def reload(self, settings: SorterSettings, teaching: Teaching) -> None:
+    def reload(self, settings: SorterSettings, teaching: ReferenceSettings) -> None:
         """Take changed settings over."""
         self.rebuilding.reload(teaching)
         self.sorter.configure(settings, monotonic())

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from sortd.layout import Area, Layout
 from sortd.messages import DatasetId
-from sortd.references import Teaching
+from sortd.references import ReferenceSettings
 from sortd.running.sweep import Glance
 from sortd.running.worker import RebuildJob
 
@@ -21,7 +21,7 @@ class Rebuilding:
         self,
         identity: DatasetId,
         layout: Layout,
-        teaching: Teaching,
+        teaching: ReferenceSettings,
         *,
         last_generation: int,
         report: Callable[[OSError], None],
@@ -60,7 +60,7 @@ class Rebuilding:
         """Let the next rebuild pass the reload gate."""
         self._force = True
 
-    def reload(self, teaching: Teaching) -> None:
+    def reload(self, teaching: ReferenceSettings) -> None:
         """Take another teaching over; the next rebuild forgets what emptied classes held."""
         self.teaching, self._afresh = teaching, True
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from sortd.cache import Cache
-from sortd.classify.types import Abstain, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config, DatasetConfig, Decoding
 from sortd.encoder.backends import load_serving
@@ -21,7 +21,7 @@ from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
 from sortd.messages import DatasetId, Preprocessing
 from sortd.metrics import Metrics
-from sortd.references import Teaching
+from sortd.references import ReferenceSettings
 from sortd.running.classifiers import Classifiers, are_logits
 from sortd.running.copier import Seat
 from sortd.running.dataset import Dataset
@@ -50,12 +50,12 @@ def sorter_settings(config: DatasetConfig) -> SorterSettings:
     )
 
 
-def teaching_of(config: DatasetConfig) -> Teaching:
+def teaching_of(config: DatasetConfig) -> ReferenceSettings:
     """Return the part of a dataset's configuration that its prototypes depend on."""
     abstain = None
     if config.abstain is not None:
-        abstain = Abstain(precision=config.abstain.precision, strangers=config.abstain.strangers)
-    return Teaching(
+        abstain = AbstainSettings(precision=config.abstain.precision, strangers=config.abstain.strangers)
+    return ReferenceSettings(
         settings=DecisionSettings(mode=Mode(config.mode), abstain=abstain),
         templates=tuple(config.prompts),
         learns_from_corrections=config.learn_from_corrections,

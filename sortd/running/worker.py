@@ -32,7 +32,7 @@ from sortd.messages import (
     RebuildFailed,
     Stamp,
 )
-from sortd.references import Rebuilt, References, ReferencesAbsentError, Teaching, class_labels
+from sortd.references import Rebuilt, References, ReferencesAbsentError, ReferenceSettings, class_labels
 from sortd.running.classifiers import Appointed, Classifiers
 from sortd.running.embedding import Embedder
 from sortd.running.lanes import Lanes
@@ -55,7 +55,7 @@ class RebuildJob:
 
     dataset: DatasetId
     clases: Path
-    teaching: Teaching
+    teaching: ReferenceSettings
     generation: int
     job: int
     force: bool = False
