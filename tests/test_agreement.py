@@ -45,7 +45,7 @@ def test_labels_that_differ_are_refused() -> None:
     assert (found.right_exact, found.right_quick) == (80, 77)
     said = refuse_quick({"Screws": replace(found, cosines=80.0)})
     assert said is not None
-    assert "3 of the 80 references of Screws that are filed would go elsewhere: 96.2% alike" in said
+    assert "3 of the 80 filed references of Screws get another label: 96.2% equal" in said
 
 
 def test_rows_that_moved_far_are_refused_though_labels_agree() -> None:
@@ -55,7 +55,7 @@ def test_rows_that_moved_far_are_refused_though_labels_agree() -> None:
     )
     found = agreement(apart, moved(apart, 0.3), DecisionSettings(Mode.AVG, abstain=None))
     assert found.share == 1
-    assert "moved too far: mean cosine 0.95" in (refuse_quick({"Screws": found}) or "")
+    assert "differ: mean cosine 0.95" in (refuse_quick({"Screws": found}) or "")
 
 
 def test_rows_that_are_no_numbers_are_refused() -> None:
@@ -74,7 +74,7 @@ def test_too_few_references_tell_nothing() -> None:
         assert found.judged == judged
         said = refuse_quick({"Screws": found})
         assert said is not None
-        assert said.startswith(f"{judged} references that are left out and filed")
+        assert said.startswith(f"only {judged} left-out references are filed")
         assert str(FEWEST_FILED) in said
     assert refuse_quick({}) is not None
 
@@ -88,10 +88,10 @@ def test_small_datasets_count_together_and_none_is_outvoted() -> None:
     many = replace(found, references=5000, judged=5000, filed=5000, same=5000, cosines=5000.0)
     said = refuse_quick({"Screws": many, "Coins": replace(found, same=19)})
     assert said is not None
-    assert "of Coins that are filed would go elsewhere" in said
+    assert "filed references of Coins get another label" in said
 
 
 def test_other_references_are_not_compared() -> None:
     """A file that changed between the two makes other sets of them."""
-    with pytest.raises(ValueError, match="hold other references"):
+    with pytest.raises(ValueError, match="have different references"):
         agreement(EXACT, replace(EXACT, sources=(*EXACT.sources[:-1], "another.png")), DecisionSettings())

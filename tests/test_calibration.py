@@ -147,12 +147,12 @@ class TestKnownImages:
         assert filed == sorted(filed, reverse=True)
 
     def test_without_two_images_in_any_class_it_says_so(self) -> None:
-        """Nothing can be left out, so nothing vouches for a precision."""
+        """Nothing can be left out, so no precision can be estimated."""
         blobs = Blobs(5)
         facts = build(support_set(blobs.draw(range(5)), range(5)), DecisionSettings(), generation=1).calibration
         assert facts.held_out == 0
         assert facts.precision_attainable is None
-        assert "no class has two images" in facts.notes[0]
+        assert "no class has two different images" in facts.notes[0]
 
 
 class TestStrangers:
@@ -185,8 +185,8 @@ class TestStrangers:
         own = blobs.draw([3] * 50)
         assert filed_share(support, own) > 0.6
 
-    def test_few_classes_cannot_vouch_for_a_small_share(self) -> None:
-        """Five classes are told what they can honour, which is then in force."""
+    def test_strangers_few_classes_do_not_reach_a_small_share(self) -> None:
+        """With five classes the attainable share is used, and a note says so."""
         blobs = Blobs(5)
         index = np.repeat(np.arange(5), 8)
         facts = build(
@@ -196,7 +196,7 @@ class TestStrangers:
         ).calibration
         assert facts.strangers_attainable == pytest.approx(1 / 6)
         assert facts.strangers_used == facts.strangers_attainable
-        assert any("strangers 0.01 is asked" in note for note in facts.notes)
+        assert any("strangers 0.01 is not reached" in note for note in facts.notes)
 
     @pytest.mark.parametrize("classes", [1, 2])
     def test_too_few_classes_to_leave_any_out(self, classes: int) -> None:

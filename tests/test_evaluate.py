@@ -89,7 +89,7 @@ class TestModes:
         report = evaluate(support_set(blobs.draw([0, 1, 1, 2, 2]), [0, 1, 1, 2, 2]))
         assert {one.judged for one in report.modes} == {4}
         assert report.class_reports[0].recall is None
-        assert report.class_reports[0].needs_images == "it has one"
+        assert report.class_reports[0].needs_images == "only one image"
 
 
 class TestSuspects:
@@ -163,7 +163,7 @@ class TestReport:
         """A change that only chance speaks for is not advised, and every share comes with its count."""
         advice = evaluate(library(spread=0.5), DecisionSettings(Mode.MEAN, AbstainSettings())).advice
         assert advice.mode == "mean"
-        assert advice.sentences[0].startswith("keep mode mean: it decides 100.0% of 62 references right")
+        assert advice.sentences[0].startswith("keep mode mean: leave-one-out accuracy 100.0% on 62 references")
 
     def test_advice_where_another_mode_is_better_names_both(self) -> None:
         """Names that say nothing are no way to decide; the mode in force is told with its own figure."""
@@ -173,7 +173,7 @@ class TestReport:
         support = support_set(blobs.draw(index), index, text=text, text_mean=mean)
         report = evaluate(support, DecisionSettings(Mode.TEXT, AbstainSettings()))
         assert report.advice.mode == "mixed"
-        assert re.match(r"use mode mixed: .* of 46 references right.*, where text has \d", report.advice.sentences[0])
+        assert re.match(r"use mode mixed: .* on 46 references.*, text: \d", report.advice.sentences[0])
 
     @pytest.mark.parametrize("precision", [0.93, 0.95])
     def test_advice_on_a_precision_tells_the_share_of_that_precision(self, precision: float) -> None:
@@ -192,7 +192,7 @@ class TestReport:
         """There is nothing to judge, and it says what to do."""
         report = evaluate(support_set(np.zeros((0, 16), np.float32), [], labels=labels))
         assert report.modes == ()
-        assert "add some" in report.advice.sentences[0]
+        assert "add images" in report.advice.sentences[0]
 
     def test_one_class_is_reported(self) -> None:
         """Everything is right when there is one class."""

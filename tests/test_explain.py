@@ -113,10 +113,10 @@ class TestExplanation:
         between = embedded(site / "Clases" / "red" / "0.png") + embedded(site / "Clases" / "blue" / "0.png")
         found = explain(make_prototypes(site), between / np.linalg.norm(between))
         assert not found.is_filed
-        assert explanation_sentences(found)[0].startswith("It goes to Review/")
+        assert explanation_sentences(found)[0].startswith("It is sent to Review/")
         passed = {threshold.name: threshold.passed for threshold in found.thresholds}
         assert not all(passed.values())
-        assert any("not enough" in sentence for sentence in explanation_sentences(found))
+        assert any("not passed" in sentence for sentence in explanation_sentences(found))
 
     def test_explanation_of_an_unsure_image_claims_no_share_of_right_ones(self) -> None:
         """What is filed is told with how many it was judged on; what is not sure enough is not called right as well."""
@@ -130,9 +130,9 @@ class TestExplanation:
         )
         assert (unsure.is_filed, sure.is_filed) == (False, True)
         assert unsure.decision.precision is not None
-        assert not any("were right" in sentence for sentence in explanation_sentences(unsure))
-        (judged,) = [sentence for sentence in explanation_sentences(sure) if "were right" in sentence]
-        assert re.match(r"Of the \d+ references, each left out in turn, \d+% of those at least as sure", judged)
+        assert not any("Precision" in sentence for sentence in explanation_sentences(unsure))
+        (judged,) = [sentence for sentence in explanation_sentences(sure) if "Precision" in sentence]
+        assert re.search(r"\d+% \(estimated on \d+ references, each left out in turn\)", judged)
 
     def test_the_share_of_the_name_is_told(self, site: Path) -> None:
         """All of it in text mode, none in the modes that look at images alone."""
@@ -304,7 +304,7 @@ class TestFinetuned:
         assert [one["name"] for one in facts["thresholds"]] == ["confidence"]
         assert len(facts["neighbours"]) == 5
         assert {one["mode"] for one in facts["other_modes"]} == {mode.value for mode in Mode}
-        assert "images that its training held out" in " ".join(facts["sentences"])
+        assert "held-out images" in " ".join(facts["sentences"])
         assert "What the prototypes" in explain_page(facts, now=datetime(2026, 1, 1, tzinfo=UTC))
         known = explain_image(config_of(site), tmp_path / "new.png", load_encoder=no_model)
         assert known.facts() == facts

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sortd.classify.calibration import HeldOutOutcomes
+from sortd.classify.calibration import HeldOutOutcomes, calibrate_outcomes
 from sortd.classify.decide import decide_by
-from sortd.classify.prototypes import FinetunedClassifier, build_classifier, describe_label_mismatch
+from sortd.classify.prototypes import FinetunedClassifier, describe_label_mismatch
 from sortd.classify.types import Abstained, AbstainSettings, Assigned
 from sortd.messages import (
     Command,
@@ -41,14 +41,8 @@ def classifier(
     abstain: AbstainSettings | None = SURE, held_out: HeldOutOutcomes | None = None, *, generation: int = 4
 ) -> FinetunedClassifier:
     """Return a classifier of three classes with temperature 2."""
-    return build_classifier(
-        LABELS,
-        temperature=2.0,
-        encoder_id=MODEL,
-        outcomes=held_out or outcomes(),
-        abstain=abstain,
-        generation=generation,
-    )
+    calibration = calibrate_outcomes(held_out or outcomes(), abstain, classes=len(LABELS))
+    return FinetunedClassifier(LABELS, 2.0, MODEL, generation, calibration, abstain)
 
 
 def test_the_probability_is_the_softmax_of_the_row_over_the_temperature() -> None:
@@ -86,14 +80,14 @@ def test_a_higher_precision_asks_for_more_confidence() -> None:
 def test_what_cannot_be_vouched_for_is_said() -> None:
     """Few or bad outcomes, none at all, and a share of strangers are each answered with a sentence."""
     random = HeldOutOutcomes(np.linspace(0.3, 1.0, 60), np.arange(60) % 2 == 0, np.arange(60) % 3)
-    assert "can vouch for" in classifier(AbstainSettings(precision=0.99), random).calibration.notes[0]
+    assert "is not reached" in classifier(AbstainSettings(precision=0.99), random).calibration.notes[0]
     none = HeldOutOutcomes(np.zeros(0), np.zeros(0, bool), np.zeros(0, np.int64))
     empty = classifier(AbstainSettings(precision=0.9), none).calibration
     assert (empty.confidence, empty.notes) == (
         0.9,
-        ("the training held no image out, so nothing vouches for a precision",),
+        ("the training has no held-out image, so no precision can be estimated",),
     )
-    assert "promises no share" in classifier(AbstainSettings(strangers=0.05)).calibration.notes[-1]
+    assert "has no effect" in classifier(AbstainSettings(strangers=0.05)).calibration.notes[-1]
 
 
 def test_abstain_off_files_everything() -> None:
@@ -113,7 +107,7 @@ def test_equal_outcomes_of_an_uneven_split_weigh_by_class() -> None:
 @pytest.mark.parametrize("rows", [np.zeros((1, 4)), np.zeros(3), np.full((1, 3), np.nan)])
 def test_rows_that_cannot_be_logits_are_refused(rows: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> None:
     """Another width, no matrix, or no numbers: an error, not a decision."""
-    with pytest.raises(ValueError, match=r"embedding"):
+    with pytest.raises(ValueError, match="row"):
         decide_by(classifier(), rows)
 
 
@@ -135,7 +129,7 @@ def test_a_difference_of_classes_is_said_by_name() -> None:
     assert describe_label_mismatch(("b", "a"), ("a", "b")) is None
     assert describe_label_mismatch(("a", "b"), ("a", "b", "c")) == "Clases/ has 'c', which the model does not know"
     said = describe_label_mismatch(("a", "b"), ("a", "c"))
-    assert said == "Clases/ has 'c', which the model does not know; the model knows 'b', which Clases/ has not"
+    assert said == "Clases/ has 'c', which the model does not know; the model knows 'b', which Clases/ does not have"
     assert "'e' and 3 more, which" in str(describe_label_mismatch(("x",), ("x", *"abcdefgh")))
 
 

@@ -229,7 +229,7 @@ class TestEvaluationPage:
     def test_nothing_to_judge_is_no_crash(self, tmp_path: Path) -> None:
         """One image a class: there is nothing to leave out, and the page says what is missing."""
         facts = facts_of(tmp_path, references=1)
-        assert "add some" in Page(evaluation_page({"Noise": facts}, now=NOW)).text
+        assert "add images" in Page(evaluation_page({"Noise": facts}, now=NOW)).text
 
     def test_it_is_written_at_once(self, tmp_path: Path) -> None:
         """A page that cannot be written is an error with its path, and no half is left."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from sortd.arrays import Pixels
-from sortd.classify.calibration import HeldOutOutcomes
-from sortd.classify.prototypes import FinetunedClassifier, build_classifier, describe_label_mismatch
+from sortd.classify.calibration import HeldOutOutcomes, calibrate_outcomes
+from sortd.classify.prototypes import FinetunedClassifier, describe_label_mismatch
 from sortd.classify.types import AbstainSettings
 from sortd.encoder.base import Encoder, Rows
 from sortd.errors import ModelError
@@ -43,14 +43,9 @@ class Appointed:
 
 def classifier_of(facts: FinetunedFacts, abstain: AbstainSettings | None, *, generation: int) -> FinetunedClassifier:
     """Return the classifier that a model's facts make under these settings."""
-    return build_classifier(
-        facts.labels,
-        temperature=facts.temperature,
-        encoder_id=facts.model_id,
-        outcomes=HeldOutOutcomes(np.clip(facts.confidence, 0.0, 1.0), facts.is_right, facts.classes),
-        abstain=abstain,
-        generation=generation,
-    )
+    outcomes = HeldOutOutcomes(np.clip(facts.confidence, 0.0, 1.0), facts.is_right, facts.classes)
+    calibration = calibrate_outcomes(outcomes, abstain, classes=len(facts.labels))
+    return FinetunedClassifier(facts.labels, facts.temperature, facts.model_id, generation, calibration, abstain)
 
 
 def appointed(layout: Layout, state: Path, wanted: str, labels: Sequence[str]) -> Appointed:
