@@ -189,7 +189,7 @@ class TestImage:
         assert (facts["outcome"], facts["left"]["reason"]) == ("left", reason)
         first, second, *_ = explained.sentences()
         assert first.startswith("It stays in Images/: ")
-        assert second == "Without that, it would be filed into red."
+        assert second == "Otherwise it would be filed into red."
         assert "stays in Images/" in explain_page(facts, now=datetime.now(UTC))
 
     def test_explain_image_with_a_control_file_beside_waits(
@@ -246,8 +246,8 @@ class TestImage:
         image = site / "Clases" / "green" / "1.png"
         explained = explain_image(config_of(site), image, load_encoder=lambda _: FakeEncoder())
         assert (explained.explanation.label, explained.is_stored) == ("green", False)
-        assert "no sortd has stored them" in explained.sentences()[-1]
-        assert "It is one of the references itself" in explained.sentences()[-2]
+        assert "none are stored" in explained.sentences()[-1]
+        assert "The image is itself a reference" in explained.sentences()[-2]
 
     def test_image_is_decided_by_the_references_as_they_are_where_no_sortd_runs(
         self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path
@@ -278,7 +278,7 @@ class TestImage:
             explain_image(config, site / "Images" / "gone.png")
         with pytest.raises(DataError, match="no dataset 'Other'"):
             explain_image(config, tmp_path / "one.png", "Other")
-        with pytest.raises(UnreadableError, match="would not be decided"):
+        with pytest.raises(UnreadableError, match="cannot be decided"):
             explain_image(config, tmp_path / "notes.txt", load_encoder=lambda _: FakeEncoder())
         make_dataset(tmp_path / "Data", "Second", references=1)
         with pytest.raises(DataError, match=r"--dataset Colours\|Second"):
@@ -305,7 +305,7 @@ class TestFinetuned:
         assert len(facts["neighbours"]) == 5
         assert {one["mode"] for one in facts["other_modes"]} == {mode.value for mode in Mode}
         assert "held-out images" in " ".join(facts["sentences"])
-        assert "What the prototypes" in explain_page(facts, now=datetime(2026, 1, 1, tzinfo=UTC))
+        assert "Modes of the prototypes" in explain_page(facts, now=datetime(2026, 1, 1, tzinfo=UTC))
         known = explain_image(config_of(site), tmp_path / "new.png", load_encoder=no_model)
         assert known.facts() == facts
 

@@ -137,7 +137,7 @@ class TestExplainPage:
         page = Page(explain_page(self.facts(dataset), now=NOW))
         assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
         assert len(page.addresses) == 5
-        assert "The nearest references" in page.text
+        assert "Nearest references" in page.text
         assert "cannot be shown" in page.text  # the image itself is not there
 
     def test_names_cannot_speak_html(self, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ class TestEvaluationPage:
         facts = facts_of(tmp_path)
         text = evaluation_page({"Noise": facts}, now=NOW)
         page = Page(text)
-        for title in ("What to do", "The modes", "The classes", "Confusion matrix", "References worth a look"):
+        for title in ("Advice", "Modes", "Classes", "Confusion matrix", "Suspect references"):
             assert title in page.text
         assert facts["advice"]["mode"] in page.text
         assert re.search(r'<polyline points="[\d., ]+"', text)
@@ -179,7 +179,7 @@ class TestEvaluationPage:
     def test_a_large_matrix_keeps_the_worst(self, tmp_path: Path) -> None:
         """With many classes those with the most mistakes are shown, and how many are not."""
         text = evaluation_page({"Noise": facts_of(tmp_path, classes=40, references=4)}, now=NOW)
-        assert "the 10 classes with the fewest mistakes are not shown" in Page(text).text
+        assert "10 classes with fewer errors are not shown" in Page(text).text
 
     def test_doubles_are_shown_side_by_side(self, tmp_path: Path) -> None:
         """The two pictures of a pair stand together."""
@@ -245,7 +245,7 @@ class TestEvaluationPage:
         check_page_path(tmp_path / "a.html")
         for place, why in (
             (tmp_path, "is a folder"),
-            (tmp_path / "no" / "a", "no is no"),
+            (tmp_path / "no" / "a", "no is not a folder"),
             (tmp_path / "file" / "a", "file is"),
         ):
             with pytest.raises(DestinationError, match=why):
@@ -265,7 +265,7 @@ class TestExamination:
         config = load(write_config(tmp_path), {"HOME": str(tmp_path)})
         list(evaluate_datasets(config, load_encoder=lambda _: FakeEncoder(), tell=lambda *now: told.append(now)))
         assert told[0][0].startswith("reading ")
-        assert told[-1][0].startswith("judging ")
+        assert told[-1][0].startswith("evaluating ")
         numbers = [done for what, done, _ in told if what.startswith("reading ")]
         assert numbers == list(range(1, told[0][2] + 1))
 
@@ -305,7 +305,7 @@ class TestExamination:
         assert sortd("eval", "-c", file).code == 65
         (tmp_path / "Data" / "Empty" / "Clases").mkdir(parents=True)
         assert "there are: Empty" in sortd("eval", "Other", "-c", file).err
-        with pytest.raises(DataError, match="holds no class folder"):
+        with pytest.raises(DataError, match="has no class folder"):
             list(evaluate_datasets(load(file, {"HOME": "/nonexistent"}), load_encoder=lambda _: FakeEncoder()))
 
     def test_examine_dataset_that_cannot_be_judged_hides_no_other(self, tmp_path: Path) -> None:

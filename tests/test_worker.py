@@ -336,7 +336,7 @@ def test_rebuild_description_that_is_no_file_is_said_and_the_class_is_learnt(
         assert answer.rebuilt is not None
         (refused,) = answer.rebuilt.refused
         assert refused.path == str(dataset / "Clases" / "red" / "class.txt")
-        assert refused.message.startswith("the class has no description: ")
+        assert refused.message.startswith("the description of the class cannot be read: ")
 
 
 def test_a_rebuild_without_descriptors_ends_the_worker_and_blames_no_reference(tmp_path: Path) -> None:

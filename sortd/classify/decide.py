@@ -50,11 +50,7 @@ class ScoredBatch:
 
 
 def decide_by(classifier: Classifier, rows: npt.ArrayLike) -> list[Decision]:
-    """Return one decision for each row: embeddings (B, d) for prototypes, logits (B, C) for a fine-tuned model.
-
-    Raises:
-        ValueError: rows of another shape, or a value that is not finite.
-    """
+    """Return one decision for each row of embeddings (B, d) or logits (B, C); raise as ``decide``."""
     if isinstance(classifier, PrototypeSet):
         return decide(classifier, rows)
     batch, calibration = score_logits(classifier, rows), classifier.calibration
@@ -67,11 +63,7 @@ def decide_by(classifier: Classifier, rows: npt.ArrayLike) -> list[Decision]:
 
 
 def decide(prototypes: PrototypeSet, embeddings: npt.ArrayLike) -> list[Decision]:
-    """Return one decision for each row of ``embeddings`` (B, d).
-
-    Raises:
-        ValueError: embeddings of another shape, or a value that is not finite.
-    """
+    """Return one decision for each embedding (B, d); raise ValueError for another shape or non-finite values."""
     queries = _checked(embeddings, prototypes.matrix.shape[1])
     mode = prototypes.settings.mode
     if not len(prototypes.labels) or not len(queries):
@@ -104,11 +96,7 @@ def score_batch(prototypes: PrototypeSet, queries: Array, mode: Mode) -> ScoredB
 
 
 def score_logits(classifier: FinetunedClassifier, rows: npt.ArrayLike) -> ScoredBatch:
-    """Return the probabilities of logits (B, C) as a batch.
-
-    Raises:
-        ValueError: rows of another shape, or a value that is not finite.
-    """
+    """Return the probabilities of logits (B, C); raise as ``decide``."""
     logits = _checked(rows, len(classifier.labels))
     probabilities = np.asarray(np.exp(log_softmax(logits / classifier.temperature)), dtype=np.float64)
     return ScoredBatch(probabilities, probabilities, probabilities, probabilities.argmax(axis=1))

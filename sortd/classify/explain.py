@@ -99,11 +99,7 @@ class Explanation:
 
 
 def explain(prototypes: PrototypeSet, embedding: npt.ArrayLike) -> Explanation:
-    """Return the explanation of the decision on one unit embedding (d,).
-
-    Raises:
-        ValueError: another shape, or a value that is not finite.
-    """
+    """Return the explanation of the decision on one unit embedding (d,); raise as ``decide``."""
     row = np.asarray(embedding, np.float64)[None]
     (decision,) = decide(prototypes, row)
     judged = {mode: score_batch(prototypes, row, mode) for mode in Mode} if prototypes.labels else {}
@@ -137,9 +133,6 @@ def explain_finetuned(
     """Return the explanation of the decision on one row of logits (C,).
 
     ``prototypes`` are those of the same dataset; with ``embedding`` (d,), neighbours and modes are explained too.
-
-    Raises:
-        ValueError: another shape, or a value that is not finite.
     """
     logits = np.asarray(row, np.float64)[None]
     (decision,) = decide_by(classifier, logits)
