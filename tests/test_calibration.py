@@ -189,11 +189,8 @@ class TestStrangers:
         """With five classes the attainable share is used, and a note says so."""
         blobs = Blobs(5)
         index = np.repeat(np.arange(5), 8)
-        facts = build(
-            support_set(blobs.draw(index), index),
-            DecisionSettings(abstain=AbstainSettings(strangers=0.01)),
-            generation=1,
-        ).calibration
+        settings = DecisionSettings(abstain=AbstainSettings(strangers=0.01))
+        facts = build(support_set(blobs.draw(index), index), settings, generation=1).calibration
         assert facts.strangers_attainable == pytest.approx(1 / 6)
         assert facts.strangers_used == facts.strangers_attainable
         assert any("strangers 0.01 is not reached" in note for note in facts.notes)
