@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.classify.build import build
-from sortd.classify.decide import judge
+from sortd.classify.decide import score_batch
 from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.classify.types import DecisionSettings, Mode, SupportSet
 from sortd.encoder.backends import load
@@ -60,7 +60,7 @@ def measure(encoder: Encoder, folder: Path, *, references: int, draws: int = 5) 
         )
         prototypes = build(support, DecisionSettings(abstain=None), generation=1)
         for mode in Mode:
-            best = judge(prototypes, rows[queries].astype(np.float64), mode).best
+            best = score_batch(prototypes, rows[queries].astype(np.float64), mode).best
             right[mode].append(100 * float((best == classes[queries]).mean()))
     return {mode.value: round(float(np.mean(values)), 2) for mode, values in right.items()}
 

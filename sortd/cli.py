@@ -9,7 +9,7 @@ import resource
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -364,10 +364,20 @@ def version() -> None:
     typer.echo(__version__)
 
 
-for command in (check, status, cli_decisions.explain, history, undo, release, rebuild, bench):
-    app.command(cls=Command)(command)
-app.command("eval", cls=Command)(cli_decisions.evaluate)
-app.command(cls=Command)(cli_finetuning.finetune)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "check": check,
+    "status": status,
+    "explain": cli_decisions.explain_command,
+    "history": history,
+    "undo": undo,
+    "release": release,
+    "rebuild": rebuild,
+    "bench": bench,
+    "eval": cli_decisions.evaluate_command,
+    "finetune": cli_finetuning.finetune,
+}
+for name, command in COMMANDS.items():
+    app.command(name, cls=Command)(command)
 app.add_typer(cli_models.models)
 
 

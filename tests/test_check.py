@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sortd.classify.calibration import Calibration
-from sortd.classify.types import Abstain, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.commands.check import (
     check_all,
     lock_holder,
@@ -22,7 +22,7 @@ from sortd.commands.check import (
     watching_findings,
 )
 from sortd.commands.check_references import calibration_findings
-from sortd.commands.examination import examine
+from sortd.commands.examination import evaluate_datasets
 from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, load
 from sortd.daemon.dataset_lock import hold
@@ -477,7 +477,7 @@ class TestCalibration:
         """Where nothing would be filed both say so, and nobody says that it was not learnt."""
         look()
         config = load(tmp_path / "config.yaml", {"HOME": str(tmp_path)})
-        assert list(examine(config, load_encoder=lambda _: FakeEncoder()))
+        assert list(evaluate_datasets(config, load_encoder=lambda _: FakeEncoder()))
         told = about(look(), Topic.CALIBRATION)
         assert not about(told, Topic.CALIBRATION, "not learnt yet")
         assert about(told, Topic.CALIBRATION, "the last `sortd eval`")
@@ -489,7 +489,7 @@ class TestCalibration:
         """What an older generation could honour says nothing of the references that stand there now."""
         poor = Calibration(held_out=12, precision_expected=0.9, filed_expected=0.1, notes=("precision 0.99 is asked",))
         files = PrototypeFiles(tmp_path / "cache" / "prototypes", pytest.fail)
-        settings = DecisionSettings(Mode.MAX, Abstain())
+        settings = DecisionSettings(Mode.MAX, AbstainSettings())
         files.write(Layout(site).key, make_prototypes(site, settings, calibration=poor))
         assert about(look(), Topic.CALIBRATION, "only 10% of known images", severity=Severity.WARNING)
         red = site / "Clases" / "red"
@@ -516,7 +516,7 @@ class TestCalibration:
     def test_check_of_files_that_teach_nothing_finds_no_change(self, site: Path, look: Check, tmp_path: Path) -> None:
         """A note, a torn picture and a double of a reference leave what was learnt as it is."""
         files = PrototypeFiles(tmp_path / "cache" / "prototypes", pytest.fail)
-        files.write(Layout(site).key, make_prototypes(site, DecisionSettings(Mode.MAX, Abstain())))
+        files.write(Layout(site).key, make_prototypes(site, DecisionSettings(Mode.MAX, AbstainSettings())))
         red = site / "Clases" / "red"
         (red / "notes.txt").write_text("no image")
         (red / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")

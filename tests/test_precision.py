@@ -122,9 +122,9 @@ class TestVerdict:
         """Nothing can be told from twelve; with more, `sortd models export` judges again."""
         dataset = make_dataset(tmp_path / "Data", references=4)
         world = World(make_config())
-        assert "12 references that are left out and filed by the others are too few" in world.judge()["refusal"]
+        assert "only 12 left-out references are filed" in world.judge()["refusal"]
         assert "-onnx-fp32-" in world.load().encoder_id
-        assert "int8 does not serve: 12 references" in world.told[0]
+        assert "int8 does not serve: only 12 left-out" in world.told[0]
         shutil.rmtree(dataset)
         make_dataset(tmp_path / "Data", references=12)
         assert world.judge()["serves"] == "int8"

@@ -20,7 +20,7 @@ from PIL import Image
 from sortd.arrays import FloatArray
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import Abstain, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.daemon.classifiers import Classifiers
 from sortd.daemon.embedder import TEXTS_AT_ONCE, Embedder
 from sortd.daemon.worker import (
@@ -39,13 +39,13 @@ from sortd.encoder.base import Encoder
 from sortd.events import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.images.decode import Limits
 from sortd.images.pool import DecoderPool
-from sortd.references import Teaching
+from sortd.references import ReferenceSettings
 from sortd.store.cache import Cache
 from sortd.watch.scan import stamp
 from tests.daemon_process import COLOURS, PATIENCE_SECONDS, make_dataset, picture, teach
 from tests.fake_encoder import SEEN, FakeEncoder
 
-TEACHING = Teaching(DecisionSettings(Mode.MAX, None))
+TEACHING = ReferenceSettings(DecisionSettings(Mode.MAX, None))
 
 
 class Heard:
@@ -336,7 +336,7 @@ def test_rebuild_description_that_is_no_file_is_said_and_the_class_is_learnt(
         assert answer.rebuilt is not None
         (refused,) = answer.rebuilt.refused
         assert refused.path == str(dataset / "Clases" / "red" / "class.txt")
-        assert refused.message.startswith("the class has no description: ")
+        assert refused.message.startswith("the description of the class cannot be read: ")
 
 
 def test_a_rebuild_without_descriptors_ends_the_worker_and_blames_no_reference(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_worker_dataset_made_anew_is_not_measured_by_its_predecessor(tmp_path: P
     dataset = make_dataset(tmp_path / "Data")
     teach(dataset, references=12)
     clases = dataset / "Clases"
-    best = Teaching(DecisionSettings(Mode.BEST, Abstain()))
+    best = ReferenceSettings(DecisionSettings(Mode.BEST, AbstainSettings()))
     first, second = DatasetId("Colours", 1), DatasetId("Colours", 2)
     with working(tmp_path, stored=stored) as (worker, heard):
         worker.ask(RebuildJob(first, clases, best, 0, 1))

@@ -14,7 +14,7 @@ from sortd.classify.prompts import written_name
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.console import counted, printable
 from sortd.commands.finding import Finding, Topic, error, note, warning
-from sortd.commands.promotion import compared, serving_facts, waiting_model
+from sortd.commands.promotion import accuracy_comparison, promotable_model, serving_facts
 from sortd.commands.stored import SETTINGS, changed_since, evaluated_prototypes, settings_differ, stored_prototypes
 from sortd.config import Config, DatasetConfig
 from sortd.errors import ImageError
@@ -288,6 +288,6 @@ def classifier_findings(config: Config, layout: Layout) -> Iterator[Finding]:
     elif serving["folder"] is not None:
         what = f"{prototypes}, though the model in {serving['folder']} was promoted"
         yield note(Topic.MODEL, subject, what, "set `classifier: auto` to let it decide")
-    elif (waiting := waiting_model(config, layout)) is not None:
-        what = f"{prototypes}, and a fine-tuned model is stronger ({compared(waiting)})"
+    elif (waiting := promotable_model(config, layout)) is not None:
+        what = f"{prototypes}, and a fine-tuned model is stronger ({accuracy_comparison(waiting)})"
         yield note(Topic.MODEL, subject, what, f"sortd models promote --dataset {layout.name}")

@@ -15,7 +15,7 @@ import numpy as np
 from sortd.classify.held_out import LEAST_COSINE, agreement, agreement_figures, refuse_quick
 from sortd.classify.types import SupportSet
 from sortd.commands.console import counted
-from sortd.commands.examination import taught
+from sortd.commands.examination import settings_with_corrections
 from sortd.config import Config
 from sortd.daemon.resources import Resources
 from sortd.encoder.backends import located
@@ -66,7 +66,7 @@ def judge(config: Config, exported: Exports, tell: Tell) -> dict[str, Any]:
         exact, exact_probes = _answers(config, exported, Precision.FP32, layouts, tell)
         quick, quick_probes = _answers(config, exported, Precision.INT8, layouts, tell)
         probes = float((exact_probes * quick_probes).sum(axis=1).mean())
-        settings = {layout.name: taught(config, layout).settings for layout in layouts}
+        settings = {layout.name: settings_with_corrections(config, layout).settings for layout in layouts}
         parts = {name: agreement(exact[name], quick[name], settings[name]) for name in exact.keys() & quick.keys()}
         refusal = refuse_quick(parts)
         if not probes >= LEAST_COSINE:  # no number is not enough either
@@ -100,7 +100,9 @@ def _answers(config: Config, exported: Exports, precision: Precision, layouts: S
             hear = partial(_tell_progress, tell, f"judging int8: {layout.name} in {precision}")
             with suppress(ReferencesAbsentError):
                 references = References(layout.area(Area.CLASES), choose=sample)
-                supports[layout.name], _ = references.support(embedder, taught(config, layout), tell=hear)
+                supports[layout.name], _ = references.support(
+                    embedder, settings_with_corrections(config, layout), tell=hear
+                )
     finally:
         site.unload()
     return supports, np.asarray(probes)

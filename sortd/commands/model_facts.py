@@ -6,7 +6,7 @@ from typing import Any
 
 from sortd.commands.console import megabytes
 from sortd.commands.finding import Finding, Topic, error, note, warning
-from sortd.commands.promotion import finetuned_list
+from sortd.commands.promotion import list_finetuned_models
 from sortd.config import Config
 from sortd.encoder import models
 from sortd.encoder.backends import choose, located
@@ -43,7 +43,7 @@ def model_list(config: Config) -> dict[str, Any]:
         "advice": _advice(config.model, chosen),
         "backend": backend_facts(config),
         "running": running,
-        "datasets": finetuned_list(config),
+        "datasets": list_finetuned_models(config),
     }
 
 

@@ -1,7 +1,4 @@
-"""The stored prototypes: what each dataset decided with last, and whether that is what stands in ``Clases/`` now.
-
-``sortd eval`` keeps what it learnt beside them, for ``sortd check``; nothing decides by that.
-"""
+"""The stored prototypes of datasets, and those of the last ``sortd eval``, which only ``sortd check`` uses."""
 
 import hashlib
 import os
@@ -25,81 +22,69 @@ SETTINGS = "settings (mode or abstain)"
 def stored_prototypes(
     config: Config, layout: Layout, *, report: Callable[[str], None] = lambda _: None
 ) -> PrototypeSet | None:
-    """Return the prototypes that a dataset was served with last, or None.
-
-    Args:
-        config: where the cache is.
-        layout: the dataset.
-        report: is told what is damaged.
-    """
+    """Return the last prototypes of a dataset, or None; call ``report`` with a message about damaged files."""
     return _files(config, report).read(layout.key)
 
 
 def evaluated_prototypes(config: Config, layout: Layout) -> PrototypeSet | None:
-    """Return what ``sortd eval`` learnt of a dataset last, or None."""
+    """Return the prototypes of the last ``sortd eval`` of a dataset, or None."""
     return _files(config).read(f"{layout.key}/{EVALUATED}")
 
 
 def keep_evaluated(config: Config, layout: Layout, prototypes: PrototypeSet) -> None:
-    """Keep what ``sortd eval`` learnt of a dataset; a cache that cannot be written keeps nothing."""
+    """Store the prototypes of ``sortd eval``, if the cache is writable."""
     _files(config).write(f"{layout.key}/{EVALUATED}", prototypes)
 
 
 def changed_since(config: Config, layout: Layout, prototypes: PrototypeSet, *, evaluated: bool = False) -> str | None:
-    """Say what is other than it was when prototypes were learnt, ``settings`` or ``references``; None: nothing is.
+    """Return what changed since the prototypes were built, SETTINGS or ``references``, or None.
 
-    Args:
-        config: the settings now.
-        layout: the dataset.
-        prototypes: what was learnt.
-        evaluated: by ``sortd eval``, not by a sortd that serves.
+    ``evaluated``: the prototypes are those of ``sortd eval``.
     """
     if settings_differ(config.dataset(layout.name), prototypes):
         return SETTINGS
-    learnt_at = _files(config).written_at_ns(f"{layout.key}/{EVALUATED}" if evaluated else layout.key)
-    return "references" if _references_differ(layout, prototypes, learnt_at) else None
+    built_at = _files(config).written_at_ns(f"{layout.key}/{EVALUATED}" if evaluated else layout.key)
+    return "references" if _references_differ(layout, prototypes, built_at) else None
 
 
 def settings_differ(config: DatasetConfig, prototypes: PrototypeSet) -> bool:
-    """Tell whether a dataset's settings are others than those that prototypes were learnt under."""
-    then, now = prototypes.settings.abstain, config.abstain
-    asked = None if now is None else (now.precision, now.strangers)
-    return (config.mode, asked) != (
-        prototypes.settings.mode.value,
-        None if then is None else (then.precision, then.strangers),
+    """Return whether mode or abstain of a dataset differ from those of its prototypes."""
+    old, new = (
+        None if one is None else (one.precision, one.strangers) for one in (prototypes.settings.abstain, config.abstain)
     )
+    return (config.mode, new) != (prototypes.settings.mode.value, old)
 
 
-def _references_differ(layout: Layout, prototypes: PrototypeSet, learnt_at_ns: int) -> bool:
-    """Tell whether a class, or an image that can be read, came, went or was written since."""
+def _references_differ(layout: Layout, prototypes: PrototypeSet, built_at_ns: int) -> bool:
+    """Return whether a class or a readable image was added, removed or modified since."""
     try:
         folders, _ = class_folders(layout.area(Area.CLASES), report=lambda _: None)
     except ReferencesAbsentError:
-        return False  # absent is not changed: its own finding says so
+        return False  # reported by another check
     classes = [folder for folder in folders if folder.label != STRANGERS_FOLDER]
     if tuple(folder.label for folder in classes) != prototypes.labels:
         return True
     files = {path: (folder.label, mark) for folder in classes for path, mark in folder.files}
     clases = os.fspath(layout.area(Area.CLASES))
-    learnt = {path for path in prototypes.sources if path.startswith(f"{clases}/")}  # corrections stand in Dataset/
+    known = {path for path in prototypes.sources if path.startswith(f"{clases}/")}  # corrections are in Dataset/
     strangers = [mark for folder in folders if folder.label == STRANGERS_FOLDER for _, mark in folder.files]
-    marks = [*strangers, *(files[path][1] for path in learnt & files.keys())]
+    marks = [*strangers, *(files[path][1] for path in known & files.keys())]
     described = (Path(clases, folder.label, DESCRIPTIONS_FILE) for folder in classes if folder.descriptions)
     return (
-        not learnt <= files.keys()
-        or any(mark.mtime_ns > learnt_at_ns for mark in marks)
-        or any(file.stat().st_mtime_ns > learnt_at_ns for file in described)
-        or any(_is_news(path, files, learnt) for path in files.keys() - learnt)
+        not known <= files.keys()
+        or any(mark.mtime_ns > built_at_ns for mark in marks)
+        or any(file.stat().st_mtime_ns > built_at_ns for file in described)
+        or any(_is_new(path, files, known) for path in files.keys() - known)
     )
 
 
-def _is_news(path: str, files: Mapping[str, tuple[str, Stamp]], learnt: Collection[str]) -> bool:
-    """Tell whether a file that was not learnt is an image that can be read, and no double of one that was."""
+def _is_new(path: str, files: Mapping[str, tuple[str, Stamp]], known: Collection[str]) -> bool:
+    """Return whether an unknown file is a readable image and not a copy of a known one."""
     label, mark = files[path]
-    twins = [other for other in learnt if files[other][0] == label and files[other][1].size == mark.size]
+    copies = [other for other in known if files[other][0] == label and files[other][1].size == mark.size]
     try:
         look_at_file(path, Limits())
-        return all(_content(other) != _content(path) for other in twins)
+        return all(_content(other) != _content(path) for other in copies)
     except (ImageError, OSError):
         return False
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from sortd.classify.types import Abstain, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.commands.stored import stored_prototypes
 from sortd.config import Config, DatasetConfig, Decoding
 from sortd.core.sorter import SorterSettings
@@ -27,7 +27,7 @@ from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
 from sortd.metrics import Metrics
 from sortd.moving.copy_queue import Seat
-from sortd.references import Teaching
+from sortd.references import ReferenceSettings
 from sortd.store.cache import Cache
 
 LoadEncoder = Callable[[Config], Encoder]
@@ -47,12 +47,12 @@ def sorter_settings(config: DatasetConfig) -> SorterSettings:
     )
 
 
-def teaching_of(config: DatasetConfig) -> Teaching:
+def teaching_of(config: DatasetConfig) -> ReferenceSettings:
     """Return the part of a dataset's configuration that its prototypes depend on."""
     abstain = None
     if config.abstain is not None:
-        abstain = Abstain(precision=config.abstain.precision, strangers=config.abstain.strangers)
-    return Teaching(
+        abstain = AbstainSettings(precision=config.abstain.precision, strangers=config.abstain.strangers)
+    return ReferenceSettings(
         settings=DecisionSettings(mode=Mode(config.mode), abstain=abstain),
         templates=tuple(config.prompts),
         learns_from_corrections=config.learn_from_corrections,

@@ -35,7 +35,7 @@ from sortd.events import (
 )
 from sortd.images.formats import OUR_OWN_TROUBLE
 from sortd.layout import Layout
-from sortd.references import Rebuilt, References, ReferencesAbsentError, Teaching, class_labels
+from sortd.references import Rebuilt, References, ReferencesAbsentError, ReferenceSettings, class_labels
 
 SHARED_WAIT_SECONDS = 0.01  # that a step waits for pixels at most while another encoder has work too
 
@@ -149,7 +149,7 @@ class RebuildJob:
 
     dataset: DatasetId
     clases: Path
-    teaching: Teaching
+    teaching: ReferenceSettings
     generation: int
     job: int
     force: bool = False
