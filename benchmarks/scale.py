@@ -28,7 +28,7 @@ from sortd.cache import Cache
 from sortd.classify.build import build
 from sortd.classify.decide import decide
 from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
-from sortd.images.decode import Limits
+from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecoderPool
 from sortd.messages import Preprocessing
 from sortd.references import References, Teaching
@@ -82,7 +82,7 @@ def measure_rebuild(folder: Path, references: int) -> dict[str, Any]:
         write_reference(clases, number)
     encoder, teaching = CountingEncoder(), Teaching(DecisionSettings(Mode.BEST, Abstain(0.95, "auto")))
     facts: dict[str, Any] = {"references": references, "floor_forwards": MOST_FORWARDS}
-    with DecoderPool(2, encoder.preprocessing, Limits()) as pool, Cache(folder / "embeddings.sqlite") as cache:
+    with DecoderPool(2, encoder.preprocessing, DecodeLimits()) as pool, Cache(folder / "embeddings.sqlite") as cache:
         embedder, read = Embedder(encoder, pool, cache), References(clases)
         previous = None
         for generation, name in enumerate(("first", "one_more", "no_change"), 1):

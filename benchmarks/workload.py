@@ -230,9 +230,9 @@ def torch_forward(model: Path) -> Callable[[int], object]:
 
 def onnx_forward(model: Path, cache: Path) -> Callable[[int], object]:
     """Return the forward of the int8 image tower by ONNX Runtime, on pixels that are ready."""
-    from sortd.encoder.backends import load
+    from sortd.encoder.backends import load_encoder
 
-    encoder = load(str(model), backend="onnx-int8", cache_dir=cache)
+    encoder = load_encoder(str(model), backend="onnx-int8", cache_dir=cache)
     seen = encoder.preprocessing
     shape = (max(BATCHES), seen.crop_height, seen.crop_width, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)

@@ -5,11 +5,14 @@ or read into memory. What is written is whole or not there, whatever ends the pr
 """
 
 import errno
+import hashlib
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+
+from sortd.messages import Stamp
 
 MOST_BYTES = 64 << 20
 """The most that a file of settings, facts or a model's configuration may have."""
@@ -150,3 +153,19 @@ def _sync(folder: int) -> None:
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
             raise
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """Return the stamp of the version that was looked at."""
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def sha256_of(file: int | Name) -> str:
+    """Return the sha256, in hexadecimal, of a regular file's bytes, or of an open file's, which stays open.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    descriptor = file if isinstance(file, int) else open_regular(file, follow=True)
+    with open(descriptor, "rb", closefd=descriptor != file) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from sortd.errors import CrowdedError
-from sortd.images.decode import Limits, decode, decode_file
-from sortd.images.decoder_process import ROOM_UNASKED_PIXELS
+from sortd.images.decode import DecodeLimits, decode_file, decode_image
+from sortd.images.decoder_process import DEFAULT_BUDGET_PIXELS
 from sortd.images.formats import FORMATS
 from sortd.images.pool import Batch, DecodedImage, DecoderPool
 from sortd.messages import ImageRefused, Preprocessing, Refusal
@@ -56,7 +56,7 @@ def test_large_images_share_the_room_of_the_greatest_that_is_allowed(
     mixed: list[Path], tmp_path: Path, at_a_time: int
 ) -> None:
     """As many as fit are decoded at a time, and never more; every image comes out as it would alone."""
-    batch, limits = Batch(deque(stamped(*mixed))), Limits(max_pixels=at_a_time * PIXELS + 1)
+    batch, limits = Batch(deque(stamped(*mixed))), DecodeLimits(max_pixels=at_a_time * PIXELS + 1)
     with DecoderPool(3, SMALL, limits) as pool:
         warmed(pool, tmp_path)
         assert max(taken_by_turns(pool, batch)) == at_a_time * PIXELS
@@ -70,7 +70,7 @@ def test_large_images_share_the_room_of_the_greatest_that_is_allowed(
 
 def test_small_images_go_on_while_a_large_one_waits(mixed: list[Path], tmp_path: Path) -> None:
     """While the one process that has a large image does not end it, all small ones are answered by the other."""
-    limits = Limits(max_pixels=PIXELS)
+    limits = DecodeLimits(max_pixels=PIXELS)
     with DecoderPool(2, SMALL, limits) as pool:
         warmed(pool, tmp_path)
         batch = Batch(deque(stamped(*[path for path in mixed if "large" in path.name])))
@@ -100,7 +100,7 @@ def test_a_large_image_that_ends_its_process_is_poison_and_the_next_one_is_decod
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for path in paths:
         path.write_bytes(one_bit_png(WIDTH, HEIGHT))
-    with DecoderPool(1, SMALL, Limits(max_pixels=PIXELS), kills=1) as pool:
+    with DecoderPool(1, SMALL, DecodeLimits(max_pixels=PIXELS), kills=1) as pool:
         (process_id,) = warmed(pool, tmp_path)
         batch = Batch(deque(stamped(paths[0])))
         until_a_large_one_is_given(pool, batch)
@@ -116,7 +116,7 @@ def test_a_large_image_that_ends_its_process_is_poison_and_the_next_one_is_decod
 
 def test_large_images_that_nobody_wants_any_more_are_closed(mixed: list[Path], tmp_path: Path) -> None:
     """They wait for nothing, and hold no file open."""
-    with DecoderPool(1, SMALL, Limits(max_pixels=PIXELS)) as pool:
+    with DecoderPool(1, SMALL, DecodeLimits(max_pixels=PIXELS)) as pool:
         warmed(pool, tmp_path)
         before = open_files()
         batch = Batch(deque(stamped(*[path for path in mixed if "large" in path.name])))
@@ -139,14 +139,14 @@ class TestWhatAnImageTakes:
         path = folder / "image"
         path.write_bytes(content)
         with path.open("rb") as file, pytest.raises(CrowdedError) as raised:
-            decode(file, preprocessing, Limits(), room_pixels=0)
+            decode_image(file, preprocessing, DecodeLimits(), room_pixels=0)
         return raised.value.pixels
 
     def test_a_photo_takes_what_it_is_decoded_at(self, tmp_path: Path) -> None:
         """A JPEG of twelve megapixels is decoded at an eighth of its sides, and asks for nothing."""
         jpeg = saved(Image.new("RGB", (4000, 3000)), "JPEG")
         assert self.room_of(jpeg, tmp_path) == 500 * 375
-        assert ROOM_UNASKED_PIXELS > 500 * 375
+        assert DEFAULT_BUDGET_PIXELS > 500 * 375
 
     def test_a_progressive_one_takes_all_its_coefficients(self, tmp_path: Path) -> None:
         """They are held until the last scan, at whatever scale it is decoded."""
@@ -160,7 +160,7 @@ class TestWhatAnImageTakes:
     def test_no_image_takes_more_than_there_is(self, tmp_path: Path) -> None:
         """A progressive JPEG over the limit on pixels, which its scale brings below it, gets all the room."""
         jpeg = saved(Image.new("L", (9000, 7000)), "JPEG", progressive=True)
-        assert self.room_of(jpeg, tmp_path) == Limits().max_pixels
+        assert self.room_of(jpeg, tmp_path) == DecodeLimits().max_pixels
 
 
 def heif(image: Image.Image, **options: object) -> bytes:
@@ -213,7 +213,7 @@ KINDS: dict[str, Callable[[], bytes]] = {
 @pytest.fixture(scope="module")
 def exact() -> Iterator[DecoderPool]:
     """A process that decodes images of two megapixels, and none that is larger; every pixel of a JPEG."""
-    with DecoderPool(1, SMALL, Limits(max_pixels=SIDE * SIDE), timeout_seconds=60, jpeg="full") as pool:
+    with DecoderPool(1, SMALL, DecodeLimits(max_pixels=SIDE * SIDE), timeout_seconds=60, jpeg="full") as pool:
         yield pool
 
 
@@ -230,7 +230,7 @@ def test_decode_of_max_pixels_fits_into_the_memory(exact: DecoderPool, tmp_path:
     assert isinstance(answer, DecodedImage), answer
     allowed = next(one.peak_bytes for one in FORMATS if one.title == kind.split(",", maxsplit=1)[0])
     assert memory_kb(process_id, "VmHWM") - idle < allowed * SIDE * SIDE / 1024 + OVERHEAD_KB
-    assert np.array_equal(answer.pixels, decode_file(os.fspath(path), SMALL, Limits(), jpeg="full"))
+    assert np.array_equal(answer.pixels, decode_file(os.fspath(path), SMALL, DecodeLimits(), jpeg="full"))
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF"])
@@ -252,6 +252,6 @@ def test_decode_of_the_default_max_pixels_fits_into_the_memory(tmp_path: Path, i
     large = SMOOTH.resize((8000, 6000))
     path = tmp_path / "image"
     path.write_bytes(heif(large) if image_format == "HEIF" else saved(large, image_format))
-    with DecoderPool(1, SMALL, Limits(), timeout_seconds=60, jpeg="full") as pool:
+    with DecoderPool(1, SMALL, DecodeLimits(), timeout_seconds=60, jpeg="full") as pool:
         (answer,) = pool.decode_all(stamped(path))
     assert isinstance(answer, DecodedImage), answer

@@ -20,7 +20,7 @@ from PIL import Image
 
 from sortd.errors import StartupError
 from sortd.images import pool as pool_module
-from sortd.images.decode import Limits, decode_file
+from sortd.images.decode import DecodeLimits, decode_file
 from sortd.images.formats import _why_not_opened
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
@@ -34,7 +34,7 @@ CEILING_KB = 300_000
 @pytest.fixture(scope="module")
 def pool() -> Iterator[DecoderPool]:
     """Two processes with the usual limits, for tests that do not wear them out."""
-    with DecoderPool(2, SMALL, Limits(), timeout_seconds=30) as pool:
+    with DecoderPool(2, SMALL, DecodeLimits(), timeout_seconds=30) as pool:
         yield pool
 
 
@@ -94,7 +94,7 @@ class TestAnswers:
         for path in paths:
             answer = answers[os.fspath(path)]
             assert isinstance(answer, DecodedImage)
-            assert np.array_equal(answer.pixels, decode_file(os.fspath(path), SMALL, Limits()))
+            assert np.array_equal(answer.pixels, decode_file(os.fspath(path), SMALL, DecodeLimits()))
             assert answer.content == sha256(path.read_bytes()).hexdigest()
             assert answer.stamp == stamp(path)
             assert answer.decode_seconds > 0
@@ -152,7 +152,7 @@ class TestAnswers:
         bad.write_bytes(good.read_bytes()[:-100])
         (tmp_path / "c.txt").write_text("no image")
         files = stamped(good, bad, tmp_path / "c.txt")
-        with DecoderPool(0, SMALL, Limits()) as here:
+        with DecoderPool(0, SMALL, DecodeLimits()) as here:
             assert here.process_ids == ()
             ours = {answer.path: answer for answer in here.decode_all(files)}
         theirs = {answer.path: answer for answer in pool.decode_all(files)}
@@ -193,7 +193,7 @@ class TestRefusals:
     def test_a_file_that_is_written_to_while_it_is_decoded(self, tmp_path: Path) -> None:
         """Its pixels belong to no version: nothing is answered but that it changed."""
         path = photo(tmp_path / "a.png")
-        with DecoderPool(1, SMALL, Limits()) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             (process_id,) = warmed(pool, tmp_path)
 
             def write_and_go_on() -> None:
@@ -207,7 +207,7 @@ class TestRefusals:
     def test_a_file_that_is_deleted_while_it_is_decoded(self, tmp_path: Path) -> None:
         """There is nothing left to file."""
         path = photo(tmp_path / "a.png")
-        with DecoderPool(1, SMALL, Limits()) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             (process_id,) = warmed(pool, tmp_path)
 
             def delete_and_go_on() -> None:
@@ -281,7 +281,7 @@ class TestRefusals:
         assert refusal_of(only(pool, tmp_path / "cut.png")) is Refusal.UNREADABLE
         assert refusal_of(only(pool, tmp_path / "fake.jpg")) is Refusal.UNREADABLE
         assert refusal_of(only(pool, tmp_path / "bomb.png")) is Refusal.TOO_LARGE
-        with DecoderPool(1, SMALL, Limits(max_bytes=1000)) as strict:
+        with DecoderPool(1, SMALL, DecodeLimits(max_bytes=1000)) as strict:
             (tmp_path / "many.png").write_bytes(good + bytes(2000))
             assert refusal_of(only(strict, tmp_path / "many.png")) is Refusal.TOO_LARGE
 
@@ -297,11 +297,11 @@ class TestRefusals:
         code = (
             "import os, resource, sys\n"
             "from sortd.images.pool import DecoderPool\n"
-            "from sortd.images.formats import stamp_of\n"
-            "from sortd.images.decode import Limits\n"
+            "from sortd.files import stamp_of\n"
+            "from sortd.images.decode import DecodeLimits\n"
             "from sortd.messages import Preprocessing\n"
             "path = sys.argv[1]\n"
-            "pool = DecoderPool(0, Preprocessing(8, 8, 8), Limits())\n"
+            "pool = DecoderPool(0, Preprocessing(8, 8, 8), DecodeLimits())\n"
             "stamp = stamp_of(os.stat(path))\n"
             "resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) - 1, 4096))\n"
             "try:\n    print(list(pool.decode_all([(path, stamp)])))\n"
@@ -319,7 +319,7 @@ class TestProcesses:
     def test_a_process_that_is_killed_costs_no_image(self, tmp_path: Path) -> None:
         """The out-of-memory killer strikes once: every image is decoded all the same, by another process."""
         paths = [photo(tmp_path / f"{number}.png", number) for number in range(20)]
-        with DecoderPool(1, SMALL, Limits()) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             (process_id,) = warmed(pool, tmp_path)
             with while_stopped(process_id, lambda: os.kill(process_id, signal.SIGKILL)):
                 answers = list(pool.decode_all(stamped(*paths)))
@@ -329,7 +329,7 @@ class TestProcesses:
 
     def test_a_process_that_died_while_idle_is_replaced(self, tmp_path: Path) -> None:
         """No image is blamed for it."""
-        with DecoderPool(1, SMALL, Limits(), kills=1) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits(), kills=1) as pool:
             (process_id,) = warmed(pool, tmp_path)
             os.kill(process_id, signal.SIGKILL)
             os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOWAIT)
@@ -338,7 +338,7 @@ class TestProcesses:
     def test_an_image_that_ends_processes_is_poison_until_it_changes(self, tmp_path: Path) -> None:
         """It is not tried again as it is; those behind it are decoded."""
         path, behind = photo(tmp_path / "a.png"), photo(tmp_path / "b.png")
-        with DecoderPool(1, SMALL, Limits(), kills=1) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits(), kills=1) as pool:
             (process_id,) = warmed(pool, tmp_path)
             with while_stopped(process_id, lambda: os.kill(process_id, signal.SIGSEGV), also=signal.SIGCONT):
                 answers = {answer.path: answer for answer in pool.decode_all(stamped(path, behind))}
@@ -355,7 +355,7 @@ class TestProcesses:
         """It is given its time twice; the daemon waits no longer, and says for how long it did."""
         slow = tmp_path / "slow.png"
         slow.write_bytes(png(7000, 7000, depth=16, channels=4))
-        with DecoderPool(1, SMALL, Limits(), timeout_seconds=0.1) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits(), timeout_seconds=0.1) as pool:
             answer = only(pool, slow)
             assert refusal_of(answer) is Refusal.POISON
             assert "longer than 0.1 s" in getattr(answer, "message", "")
@@ -364,7 +364,7 @@ class TestProcesses:
     def test_a_process_that_hangs_is_ended_from_outside(self, tmp_path: Path) -> None:
         """One that cannot even hear its own alarm is killed a little later."""
         path = photo(tmp_path / "a.png")
-        with DecoderPool(1, SMALL, Limits(), timeout_seconds=0.1, kills=1) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits(), timeout_seconds=0.1, kills=1) as pool:
             (process_id,) = warmed(pool, tmp_path)
             os.kill(process_id, signal.SIGSTOP)
             answer = only(pool, path)
@@ -373,7 +373,7 @@ class TestProcesses:
 
     def test_the_process_gives_up_what_it_does_not_need(self, tmp_path: Path) -> None:
         """It may write no file, leave no core, open few files, and gain no rights; its memory has an end."""
-        with DecoderPool(1, SMALL, Limits(max_pixels=1_000_000)) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits(max_pixels=1_000_000)) as pool:
             (process_id,) = warmed(pool, tmp_path)
             lines = Path(f"/proc/{process_id}/limits").read_text(encoding="ascii").splitlines()
             limits = {line[:26].strip(): line[26:].split()[0] for line in lines}
@@ -386,7 +386,7 @@ class TestProcesses:
 
     def test_the_process_loads_no_torch_and_inherits_no_file(self, tmp_path: Path) -> None:
         """It is up in a moment, and what the daemon has open is not its business."""
-        with (tmp_path / "journal").open("wb") as file, DecoderPool(1, SMALL, Limits()) as pool:
+        with (tmp_path / "journal").open("wb") as file, DecoderPool(1, SMALL, DecodeLimits()) as pool:
             os.set_inheritable(file.fileno(), True)
             (process_id,) = warmed(pool, tmp_path)
             loaded = Path(f"/proc/{process_id}/maps").read_text(encoding="utf-8")
@@ -397,7 +397,7 @@ class TestProcesses:
 
     def test_the_daemons_signals_do_not_end_the_processes(self, tmp_path: Path) -> None:
         """The whole of a unit gets SIGTERM when it is stopped; what is under way is decoded to its end."""
-        with DecoderPool(1, SMALL, Limits()) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             (process_id,) = warmed(pool, tmp_path)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 os.kill(process_id, number)
@@ -409,9 +409,9 @@ class TestProcesses:
         code = (
             "import os, signal\n"
             "from sortd.images.pool import DecoderPool\n"
-            "from sortd.images.decode import Limits\n"
+            "from sortd.images.decode import DecodeLimits\n"
             "from sortd.messages import Preprocessing\n"
-            "pool = DecoderPool(1, Preprocessing(8, 8, 8), Limits())\n"
+            "pool = DecoderPool(1, Preprocessing(8, 8, 8), DecodeLimits())\n"
             "print(pool.process_ids[0], flush=True)\n"
             "os.kill(os.getpid(), signal.SIGKILL)\n"
         )
@@ -438,7 +438,7 @@ class TestProcesses:
             pool_module, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
         )
         path = photo(tmp_path / "a.png")
-        with DecoderPool(1, SMALL, Limits()) as pool, pytest.raises(StartupError, match=r"up: .*no such thing"):
+        with DecoderPool(1, SMALL, DecodeLimits()) as pool, pytest.raises(StartupError, match=r"up: .*no such thing"):
             list(pool.decode_all(stamped(path)))
 
     @pytest.mark.parametrize(
@@ -462,12 +462,12 @@ class TestProcesses:
         monkeypatch.setattr(
             pool_module, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
         )
-        with DecoderPool(1, SMALL, Limits()) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             assert refusal_of(only(pool, photo(tmp_path / "a.png"))) is Refusal.POISON
 
     def test_the_shared_memory_cannot_be_shrunk(self, tmp_path: Path) -> None:
         """A process that could would have the daemon killed by the next look at it."""
-        with DecoderPool(1, SMALL, Limits()) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             (process_id,) = warmed(pool, tmp_path)
             held = [entry.path for entry in os.scandir(f"/proc/{process_id}/fd")]
             (entry,) = [path for path in held if "sortd-pixels" in os.readlink(path)]
@@ -483,7 +483,7 @@ class TestProcesses:
         paths = stamped(*[photo(tmp_path / f"{number}.jpg", number, (600, 400)) for number in range(30)])
         before = open_files(), threading.active_count()
         for _ in range(3):
-            pool = DecoderPool(2, SMALL, Limits())
+            pool = DecoderPool(2, SMALL, DecodeLimits())
             answers = pool.decode_all(paths)
             next(answers)
             process_ids = pool.process_ids
@@ -494,7 +494,7 @@ class TestProcesses:
                 list(answers)
             with pytest.raises(ValueError, match="closed"):
                 list(pool.decode_all(paths))
-            DecoderPool(1, SMALL, Limits()).close()
+            DecoderPool(1, SMALL, DecodeLimits()).close()
         assert (open_files(), threading.active_count()) == before
 
 
@@ -522,7 +522,7 @@ class TestHostile:
         for name, content in bombs.items():
             (tmp_path / name).write_bytes(content)
         good = photo(tmp_path / "good.png")
-        with DecoderPool(1, SMALL, Limits(), timeout_seconds=60) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits(), timeout_seconds=60) as pool:
             (process_id,) = warmed(pool, tmp_path)
             idle = memory_kb(process_id, "VmRSS")
             answers = {
@@ -542,7 +542,7 @@ class TestHostile:
         sound = write_hostile_files(tmp_path)
         files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
         before = {path: sha256(path.read_bytes()).digest() for path in files}
-        with DecoderPool(2, SMALL, Limits(), timeout_seconds=20) as pool:
+        with DecoderPool(2, SMALL, DecodeLimits(), timeout_seconds=20) as pool:
             process_ids = warmed(pool, tmp_path)
             idle = {process_id: memory_kb(process_id, "VmRSS") for process_id in process_ids}
             answers = list(pool.decode_all(stamped(*files)))

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sortd.encoder import models
-from sortd.encoder.backends import load
+from sortd.encoder.backends import load_encoder
 from sortd.encoder.base import Encoder, probe
 from sortd.encoder.preprocessing import preprocessing_of
 from sortd.errors import ModelError
@@ -97,7 +97,7 @@ class TestAgreement:
         self, folders: dict[tuple[Tower, Layout], Path], shape: tuple[Tower, Layout]
     ) -> None:
         """Every shape of model folder, images of many sizes, texts too long and in other scripts."""
-        encoder = load(str(folders[shape]))
+        encoder = load_encoder(str(folders[shape]))
         images = pictures()
         rows = encoder.encode_images(batch(encoder, images))
         words = encoder.encode_texts(TEXTS)
@@ -112,7 +112,7 @@ class TestAgreement:
         """What ships is embedded as its own library would."""
         if not models.PACKAGED.is_dir():
             pytest.skip("the packaged model is not in this checkout")
-        encoder = load("packaged")
+        encoder = load_encoder("packaged")
         images = pictures(3)
         rows = encoder.encode_images(batch(encoder, images))
         assert np.abs(rows - reference(models.PACKAGED, images)).max() < TOLERANCE
@@ -136,7 +136,7 @@ class TestAgreement:
         config = json.loads(file.read_text())
         config["image_processor"] |= processor
         file.write_text(json.dumps(config))
-        encoder = load(str(copied))
+        encoder = load_encoder(str(copied))
         images = pictures(3)
         rows = encoder.encode_images(batch(encoder, images))
         assert np.abs(rows - reference(copied, images)).max() < TOLERANCE
@@ -150,14 +150,14 @@ class TestAgreement:
         save_file(half, file, {"format": "pt"})
         config.write_text(config.read_text().replace('"float32"', '"float16"'))
         assert '"float16"' in config.read_text()
-        encoder = load(str(copied))
+        encoder = load_encoder(str(copied))
         images = pictures(3)
         rows = encoder.encode_images(batch(encoder, images))
         assert np.abs(rows - reference(copied, images)).max() < 1e-6
 
     def test_a_row_does_not_depend_on_its_batch(self, clip: Path) -> None:
         """An image alone and among others is the same image."""
-        encoder = load(str(clip))
+        encoder = load_encoder(str(clip))
         pixels = batch(encoder, pictures())
         together = encoder.encode_images(pixels)
         alone = np.concatenate([encoder.encode_images(pixels[i : i + 1]) for i in range(len(pixels))])
@@ -165,13 +165,13 @@ class TestAgreement:
 
     def test_empty_batches_are_answered(self, clip: Path) -> None:
         """With no row, but of the right width."""
-        encoder = load(str(clip))
+        encoder = load_encoder(str(clip))
         assert encoder.encode_images(np.empty((0, SIDE, SIDE, 3), np.uint8)).shape == (0, DIMENSIONS)
         assert encoder.encode_texts([]).shape == (0, DIMENSIONS)
 
     def test_pixels_that_others_own_are_left_alone(self, clip: Path) -> None:
         """A read-only, strided view is taken as it is."""
-        encoder = load(str(clip))
+        encoder = load_encoder(str(clip))
         pixels = batch(encoder, pictures(4))[::2]
         pixels.flags.writeable = False
         before = pixels.copy()
@@ -186,11 +186,11 @@ class TestAgreement:
     def test_pixels_of_another_size_or_type_are_no_input(self, clip: Path, pixels: Any) -> None:
         """A mistake of the caller is said as such, with both shapes."""
         with pytest.raises(ValueError, match="not uint8"):
-            load(str(clip)).encode_images(pixels)
+            load_encoder(str(clip)).encode_images(pixels)
 
     def test_a_name_that_is_no_utf8_is_embedded(self, clip: Path) -> None:
         """Class folders may be called anything."""
-        assert np.isfinite(load(str(clip)).encode_texts([os.fsdecode(b"torn\xffillo")])).all()
+        assert np.isfinite(load_encoder(str(clip)).encode_texts([os.fsdecode(b"torn\xffillo")])).all()
 
 
 class TestIdentity:
@@ -198,32 +198,32 @@ class TestIdentity:
 
     def test_a_copy_under_another_name_has_the_same(self, clip: Path, copied: Path) -> None:
         """Nothing is embedded anew because a folder was renamed."""
-        assert load(str(clip)).encoder_id == load(str(copied)).encoder_id
+        assert load_encoder(str(clip)).encoder_id == load_encoder(str(copied)).encoder_id
 
     def test_other_weights_have_another(self, clip: Path, tmp_path: Path) -> None:
         """Though everything else is the same."""
         other = build_tiny_clip(tmp_path / "other", seed=1)
-        assert load(str(clip)).encoder_id != load(str(other)).encoder_id
+        assert load_encoder(str(clip)).encoder_id != load_encoder(str(other)).encoder_id
 
     def test_another_preprocessing_has_another(self, clip: Path, copied: Path) -> None:
         """The same weights on other pixels are another encoder."""
         file = copied / "processor_config.json"
         file.write_text(file.read_text().replace("0.48145466", "0.5"))
-        assert load(str(clip)).encoder_id != load(str(copied)).encoder_id
+        assert load_encoder(str(clip)).encoder_id != load_encoder(str(copied)).encoder_id
 
     def test_another_decoding_has_another(self, clip: Path) -> None:
         """Pixels of a JPEG decoded at an eighth are not quite those of it decoded in full."""
-        assert load(str(clip)).encoder_id == load(str(clip), decoding="draft").encoder_id
-        assert load(str(clip)).encoder_id != load(str(clip), decoding="full").encoder_id
+        assert load_encoder(str(clip)).encoder_id == load_encoder(str(clip), decoding="draft").encoder_id
+        assert load_encoder(str(clip)).encoder_id != load_encoder(str(clip), decoding="full").encoder_id
 
     def test_a_text_model_is_part_of_it(self, clip: Path, folders: dict[tuple[Tower, Layout], Path]) -> None:
         """Words embedded by another model are other words."""
         words = folders[Tower.DUAL, Layout.CURRENT]
-        encoder = load(str(clip), text_model=str(words))
-        assert encoder.encoder_id != load(str(clip)).encoder_id
+        encoder = load_encoder(str(clip), text_model=str(words))
+        assert encoder.encoder_id != load_encoder(str(clip)).encoder_id
         assert np.abs(encoder.encode_texts(TEXTS) - reference(words, TEXTS)).max() < TOLERANCE
         pixels = batch(encoder, pictures(2))
-        assert np.allclose(encoder.encode_images(pixels), load(str(clip)).encode_images(pixels), atol=1e-6)
+        assert np.allclose(encoder.encode_images(pixels), load_encoder(str(clip)).encode_images(pixels), atol=1e-6)
 
 
 class TestWords:
@@ -233,13 +233,13 @@ class TestWords:
         """What the network cannot read is cut, as it is where the tokenizer knows better."""
         knows = build_tiny_clip(tmp_path / "knows", 0, Tower.DUAL)
         ignorant = without_limit(build_tiny_clip(tmp_path / "ignorant", 0, Tower.DUAL))
-        encoder = load(str(ignorant))
-        assert np.array_equal(encoder.encode_texts(TEXTS), load(str(knows)).encode_texts(TEXTS))
+        encoder = load_encoder(str(ignorant))
+        assert np.array_equal(encoder.encode_texts(TEXTS), load_encoder(str(knows)).encode_texts(TEXTS))
 
     def test_places_that_are_no_tokens(self, clip: Path, tmp_path: Path) -> None:
         """RoBERTa and its kin count from behind their padding, so two places fewer than their table has."""
         words = build_roberta_words(tmp_path / "words")
-        encoder = load(str(clip), text_model=str(words))
+        encoder = load_encoder(str(clip), text_model=str(words))
         exact = "a b " * (PLACES // 2 - 2)  # with the marks of begin and end, as many tokens as can be read
         cut, whole = encoder.encode_texts([exact + "c d e f", exact])
         assert np.allclose(whole, reference(words, [exact])[0], atol=TOLERANCE)
@@ -248,10 +248,10 @@ class TestWords:
     def test_a_text_model_of_several_modules(self, clip: Path, tmp_path: Path) -> None:
         """As the published one for fifty languages: tokens, their mean, and a layer into the space of the images."""
         words = build_tiny_words(tmp_path / "words")
-        encoder = load(str(clip), text_model=str(words))
+        encoder = load_encoder(str(clip), text_model=str(words))
         texts = ["una foto de un tornillo", "x", "a " * 200, "ñandú ü"]
         assert np.abs(encoder.encode_texts(texts) - reference(words, texts)).max() < TOLERANCE
-        assert encoder.encoder_id != load(str(clip)).encoder_id
+        assert encoder.encoder_id != load_encoder(str(clip)).encoder_id
 
 
 class TestRefusals:
@@ -298,7 +298,7 @@ class TestRefusals:
         del weights["visual_projection.weight"]
         save_file(weights, file, {"format": "pt"})
         with pytest.raises(ModelError, match=r"holds [\d,]+ of the [\d,]+ numbers"):
-            load(str(copied))
+            load_encoder(str(copied))
 
     @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "config", "tokenizer", "unknown type"])
     def test_a_damaged_folder(self, copied: Path, damage: str) -> None:
@@ -318,7 +318,7 @@ class TestRefusals:
             case "unknown type":
                 config.write_text(config.read_text().replace('"clip"', '"no_such_type"'))
         with pytest.raises(ModelError, match=f"{copied}.*fetch or copy it again"):
-            load(str(copied))
+            load_encoder(str(copied))
 
     @pytest.mark.parametrize(
         ("settings", "complaint"),
@@ -337,7 +337,7 @@ class TestRefusals:
         file = copied / "sentence_bert_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | settings))
         with pytest.raises(ModelError, match=f"is no CLIP: {complaint}"):
-            load(str(copied))
+            load_encoder(str(copied))
 
     def test_weights_that_are_not_numbers(self, copied: Path) -> None:
         """Found by the probe: nobody files images by NaN."""
@@ -348,20 +348,20 @@ class TestRefusals:
         weights["visual_projection.weight"][:] = np.nan
         save_file(weights, file, {"format": "pt"})
         with pytest.raises(ModelError, match="answered with no number"):
-            load(str(copied))
+            load_encoder(str(copied))
 
     def test_a_text_model_of_another_width(self, clip: Path, tmp_path: Path) -> None:
         """The two do not share a space."""
         narrow = build_tiny_clip(tmp_path / "narrow", dimensions=16)
         with pytest.raises(ModelError, match=r"has 16 dimensions and .* has 24: they do not share a space"):
-            load(str(clip), text_model=str(narrow))
+            load_encoder(str(clip), text_model=str(narrow))
 
     def test_a_backend_or_device_that_is_not_here(self, clip: Path) -> None:
         """By name, with what to set instead."""
         with pytest.raises(ModelError, match="backend 'tensorflow' is not in this sortd"):
-            load(str(clip), backend="tensorflow")
+            load_encoder(str(clip), backend="tensorflow")
         with pytest.raises(ModelError, match="device 'cuda:77' cannot be used"):
-            load(str(clip), device="cuda:77")
+            load_encoder(str(clip), device="cuda:77")
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,12 +413,12 @@ class TestOffline:
             raise OSError("no network in this test")
 
         monkeypatch.setattr(socket.socket, "connect", refuse)
-        load(str(clip)).encode_texts(["a photo"])
+        load_encoder(str(clip)).encode_texts(["a photo"])
         assert tried == []
 
     def test_an_absent_model_is_told_in_two_seconds(self, tmp_path: Path) -> None:
         """From a cold start, before torch is imported."""
-        program = "from sortd.encoder.backends import load; load('clip-ViT-L-14')"
+        program = "from sortd.encoder.backends import load_encoder; load_encoder('clip-ViT-L-14')"
         done = subprocess.run(
             [sys.executable, "-c", program],
             env={**os.environ, "HOME": str(tmp_path), "HF_HOME": str(tmp_path)},

@@ -16,12 +16,12 @@ from PIL import Image, ImageFile, ImageOps
 
 from sortd.arrays import Pixels
 from sortd.errors import ImageError, NotAnImageError, TooLargeError, UnreadableError
-from sortd.images.decode import Limits, decode, decode_file, look_at_file
+from sortd.images.decode import DecodeLimits, check_header, decode_file, decode_image
 from sortd.images.formats import HEAD_BYTES, format_of, looks_like_image
 from sortd.messages import Fit, Preprocessing
 
 SMALL = Preprocessing(32, 32, 32)
-LIMITS = Limits()
+LIMITS = DecodeLimits()
 ORIENTATION = 0x0112
 LOSSLESS = ("PNG", "BMP", "TIFF", "WEBP")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "AVIF", "HEIF")
@@ -44,10 +44,12 @@ def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
     return target.getvalue()
 
 
-def decoded(content: bytes, preprocessing: Preprocessing = SMALL, limits: Limits = LIMITS, **how: object) -> Pixels:
+def decoded(
+    content: bytes, preprocessing: Preprocessing = SMALL, limits: DecodeLimits = LIMITS, **how: object
+) -> Pixels:
     """Decode bytes as a file."""
     with memory_file(content) as file:
-        return decode(file, preprocessing, limits, **how)  # type: ignore[arg-type]  # jpeg=
+        return decode_image(file, preprocessing, limits, **how)  # type: ignore[arg-type]  # jpeg=
 
 
 def memory_file(content: bytes) -> io.BufferedRandom:
@@ -96,8 +98,8 @@ class TestFormats:
         """Both are read from their beginning, and left open."""
         with memory_file(encode(picture(), "PNG")) as file:
             file.seek(7)
-            first = decode(file, SMALL, LIMITS)
-            assert np.array_equal(first, decode(file.fileno(), SMALL, LIMITS))
+            first = decode_image(file, SMALL, LIMITS)
+            assert np.array_equal(first, decode_image(file.fileno(), SMALL, LIMITS))
             assert not file.closed
 
     def test_decode_heic_without_its_decoder_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,7 +412,7 @@ class TestLimits:
     def test_too_many_bytes_are_refused(self) -> None:
         """A file that is too large is not even opened by a decoder."""
         with pytest.raises(TooLargeError, match="bytes"):
-            decoded(encode(picture(), "BMP"), limits=Limits(max_bytes=1000))
+            decoded(encode(picture(), "BMP"), limits=DecodeLimits(max_bytes=1000))
 
     def test_a_telephones_hundred_megapixels_pass_where_draft_makes_few_of_them(self) -> None:
         """The limit is on what is decoded: a JPEG of 108 million pixels takes as little as one of 2."""
@@ -503,7 +505,7 @@ class TestBroken:
                 for place in random.integers(8, len(content), 6):
                     damaged[place] = random.integers(256)
                 with contextlib.suppress(ImageError):
-                    decoded(bytes(damaged), limits=Limits(max_pixels=4_000_000))
+                    decoded(bytes(damaged), limits=DecodeLimits(max_pixels=4_000_000))
 
     @pytest.mark.parametrize("content", [b"", b"\xff", b"hello, this is no image", bytes(1000), b"\xff\xd8\xff" * 50])
     def test_what_is_no_image_is_refused(self, content: bytes) -> None:
@@ -673,7 +675,7 @@ class TestFiles:
         path.write_bytes(content)
         assert near(decode_file(os.fspath(path), SMALL, LIMITS), expected(picture()), 0)
         path.write_bytes(content[:-300])
-        look_at_file(os.fspath(path), LIMITS)
+        check_header(os.fspath(path), LIMITS)
         with pytest.raises(UnreadableError):
             decode_file(os.fspath(path), SMALL, LIMITS)
 
@@ -688,7 +690,7 @@ class TestFiles:
     def test_a_file_that_is_gone_is_an_error_of_the_disk(self, tmp_path: Path) -> None:
         """The caller hears which."""
         with pytest.raises(FileNotFoundError):
-            look_at_file(os.fspath(tmp_path / "gone.jpg"), LIMITS)
+            check_header(os.fspath(tmp_path / "gone.jpg"), LIMITS)
 
 
 def test_pillow_agrees_on_which_side_is_up() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from sortd.encoder import models
-from sortd.encoder.models import ModelFolder, verify
+from sortd.encoder.models import ModelFolder, verify_clip
 from sortd.errors import ModelError
 from tests.command_line import write_config
 
@@ -72,10 +72,10 @@ class TestLocate:
         self, tmp_path: Path, environment: dict[str, str], packaged: Path
     ) -> None:
         """Nobody has to change the configuration after fetching."""
-        assert models.locate("auto", environment=environment, packaged=packaged).name == "packaged"
+        assert models.locate_clip("auto", environment=environment, packaged=packaged).name == "packaged"
         cache = tmp_path / "home/.cache/huggingface/hub"
         snapshot = put_in_cache(cache, "sentence-transformers/clip-ViT-B-32")
-        found = models.locate("auto", environment=environment, packaged=packaged)
+        found = models.locate_clip("auto", environment=environment, packaged=packaged)
         assert (found.name, found.folder) == ("clip-ViT-B-32", snapshot)
 
     @pytest.mark.parametrize(
@@ -94,22 +94,22 @@ class TestLocate:
         """Its variables are honoured without importing it."""
         put_in_cache(tmp_path / "elsewhere" / below, "openai/clip-vit-base-patch32")
         environment[variable] = str(tmp_path / "elsewhere")
-        found = models.locate("openai/clip-vit-base-patch32", environment=environment)
+        found = models.locate_clip("openai/clip-vit-base-patch32", environment=environment)
         assert found.kind == "clip"
 
     def test_our_own_cache_is_searched_first(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """What `sortd models fetch` brought for a service lies there."""
         ours = put_in_cache(tmp_path / "cache/models", "sentence-transformers/clip-ViT-B-32")
         put_in_cache(tmp_path / "home/.cache/huggingface/hub", "sentence-transformers/clip-ViT-B-32")
-        found = models.locate("clip-ViT-B-32", cache_dir=tmp_path / "cache", environment=environment)
+        found = models.locate_clip("clip-ViT-B-32", cache_dir=tmp_path / "cache", environment=environment)
         assert found.folder == ours
 
     def test_a_folder_is_taken_as_it_is(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """With modules.json or, from transformers alone, without."""
         folder = write_model(tmp_path / "clip")
-        assert models.locate(str(folder), environment=environment).folder == folder
+        assert models.locate_clip(str(folder), environment=environment).folder == folder
         plain = folder / "0_CLIPModel"
-        assert models.locate(str(plain), environment=environment).folder == plain
+        assert models.locate_clip(str(plain), environment=environment).folder == plain
 
     def test_a_model_that_is_not_here_says_what_to_do_at_once(
         self, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
@@ -118,7 +118,7 @@ class TestLocate:
         asked: list[object] = []
         monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: asked.append(arguments))
         with pytest.raises(ModelError) as caught:
-            models.locate("clip-ViT-L-14", environment=environment)
+            models.locate_clip("clip-ViT-L-14", environment=environment)
         assert asked == []
         for part in ("clip-ViT-L-14", "sortd models fetch clip-ViT-L-14", "copy the model's folder", "packaged"):
             assert part in str(caught.value)
@@ -126,7 +126,7 @@ class TestLocate:
     def test_a_folder_that_is_not_there_is_named(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """A path never becomes a name to look up."""
         with pytest.raises(ModelError, match=r"there is no folder .*/nowhere"):
-            models.locate(str(tmp_path / "nowhere"), environment=environment)
+            models.locate_clip(str(tmp_path / "nowhere"), environment=environment)
 
 
 class TestRefusals:
@@ -143,19 +143,19 @@ class TestRefusals:
     def test_what_is_no_clip(self, tmp_path: Path, config: object, complaint: str) -> None:
         """Said by the name of its architecture."""
         with pytest.raises(ModelError, match=complaint):
-            verify("mine", write_model(tmp_path / "m", config))
+            verify_clip("mine", write_model(tmp_path / "m", config))
 
     @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", "model.ckpt", "weights.pkl"])
     def test_weights_that_can_run_code(self, tmp_path: Path, weights: str) -> None:
         """A pickle is refused by its name, with the way to make it safetensors."""
         with pytest.raises(ModelError, match=rf"only as {weights}.*can run code.*save it again"):
-            verify("mine", write_model(tmp_path / "m", weights=weights))
+            verify_clip("mine", write_model(tmp_path / "m", weights=weights))
 
     def test_safetensors_beside_a_pickle_serve(self, tmp_path: Path) -> None:
         """Many published models hold both; the pickle is not touched and is no part of the identity."""
         folder = write_model(tmp_path / "m")
         (folder / "0_CLIPModel" / "pytorch_model.bin").write_bytes(b"x")
-        assert not any(path.suffix == ".bin" for path in verify("mine", folder).files)
+        assert not any(path.suffix == ".bin" for path in verify_clip("mine", folder).files)
 
     def test_a_dense_layer_that_is_a_pickle(self, tmp_path: Path) -> None:
         """Every module is looked at, not only the first."""
@@ -166,7 +166,7 @@ class TestRefusals:
         rows.append({"path": "1_Dense", "type": "sentence_transformers.models.Dense"})
         (folder / "modules.json").write_text(json.dumps(rows))
         with pytest.raises(ModelError, match=r"1_Dense has its weights only as pytorch_model\.bin"):
-            verify("mine", folder)
+            verify_clip("mine", folder)
 
     @pytest.mark.parametrize(
         ("modules", "complaint"),
@@ -185,27 +185,27 @@ class TestRefusals:
         folder = write_model(tmp_path / "m")
         (folder / "modules.json").write_text(json.dumps(modules))
         with pytest.raises(ModelError, match=complaint):
-            verify("mine", folder)
+            verify_clip("mine", folder)
 
     def test_what_is_missing(self, tmp_path: Path) -> None:
         """A half-copied folder is told as such, with the file that is not there."""
         empty = tmp_path / "empty"
         empty.mkdir()
         with pytest.raises(ModelError, match=r"neither modules\.json nor config\.json"):
-            verify("mine", empty)
+            verify_clip("mine", empty)
         with pytest.raises(ModelError, match="has no weights"):
-            verify("mine", write_model(tmp_path / "a", weights=""))
+            verify_clip("mine", write_model(tmp_path / "a", weights=""))
         folder = write_model(tmp_path / "b")
         (folder / "0_CLIPModel" / "config.json").unlink()
         with pytest.raises(ModelError, match=r"incomplete: .*config\.json is missing"):
-            verify("mine", folder)
+            verify_clip("mine", folder)
         (folder / "0_CLIPModel" / "config.json").write_text("{")
         with pytest.raises(ModelError, match=r"cannot read .*config\.json"):
-            verify("mine", folder)
+            verify_clip("mine", folder)
         adapter = write_model(tmp_path / "c")
         (adapter / "0_CLIPModel" / "adapter_config.json").write_text("{}")
         with pytest.raises(ModelError, match="is an adapter"):
-            verify("mine", adapter)
+            verify_clip("mine", adapter)
 
     def test_a_blob_that_is_gone(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """A link of the hub's cache that leads nowhere is no weights."""
@@ -213,7 +213,7 @@ class TestRefusals:
         put_in_cache(cache, "org/clip")
         (cache / "models--org--clip" / "blobs" / "abc").unlink()
         with pytest.raises(ModelError, match="has no weights"):
-            models.locate("org/clip", cache_dir=tmp_path / "cache", environment=environment)
+            models.locate_clip("org/clip", cache_dir=tmp_path / "cache", environment=environment)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as somebody who has no rights")
@@ -245,10 +245,10 @@ class TestRights:
         os.seteuid(65_534)
         try:
             with pytest.raises(ModelError, match=rf"user 65534.*may not {verb} {at}.*chmod"):
-                verify("clip", folder)
+                verify_clip("clip", folder)
         finally:
             os.seteuid(0)
-        verify("clip", folder)
+        verify_clip("clip", folder)
 
 
 class TestTextModels:
@@ -287,22 +287,22 @@ class TestDigest:
 
     def test_a_copy_under_another_name_is_the_same_model(self, tmp_path: Path) -> None:
         """Neither name nor place nor model card is part of it."""
-        first = verify("a", write_model(tmp_path / "a"))
+        first = verify_clip("a", write_model(tmp_path / "a"))
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         (tmp_path / "b" / "README.md").write_text("another card")
-        assert models.digest(first) == models.digest(verify("b", tmp_path / "b"))
+        assert models.digest(first) == models.digest(verify_clip("b", tmp_path / "b"))
 
     @pytest.mark.parametrize("file", ["modules.json", "0_CLIPModel/config.json", "0_CLIPModel/model.safetensors"])
     def test_any_change_of_content_is_another_model(self, tmp_path: Path, file: str) -> None:
         """Old embeddings must not serve a new model, though its name stays."""
-        before = models.digest(verify("a", write_model(tmp_path / "a")))
+        before = models.digest(verify_clip("a", write_model(tmp_path / "a")))
         path = tmp_path / "a" / file
         path.write_bytes(path.read_bytes() + b" ")
-        assert models.digest(verify("a", tmp_path / "a")) != before
+        assert models.digest(verify_clip("a", tmp_path / "a")) != before
 
     def test_hashes_are_remembered_by_stamp(self, tmp_path: Path) -> None:
         """Half a gigabyte is read once; a changed file is read again; a damaged memory only costs time."""
-        model = verify("a", write_model(tmp_path / "a"))
+        model = verify_clip("a", write_model(tmp_path / "a"))
         weights = tmp_path / "a/0_CLIPModel/model.safetensors"
         before = models.digest(model, cache_dir=tmp_path / "cache")
         memory = tmp_path / "cache/model-hashes.json"
@@ -318,7 +318,7 @@ class TestDigest:
 
     def test_a_memory_that_cannot_be_written_is_done_without(self, tmp_path: Path) -> None:
         """The identity is right all the same."""
-        model = verify("a", write_model(tmp_path / "a"))
+        model = verify_clip("a", write_model(tmp_path / "a"))
         (tmp_path / "cache").write_text("in the way")
         assert models.digest(model, cache_dir=tmp_path / "cache") == models.digest(model)
 
@@ -429,7 +429,7 @@ except ModelError as error:
         done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "%|" not in done.stderr
-        found = models.locate("tiny", cache_dir=tmp_path / "cache", environment=environment)
+        found = models.locate_clip("tiny", cache_dir=tmp_path / "cache", environment=environment)
         assert str(found.folder) == done.stdout.strip()
         names = {path.name for path in found.folder.rglob("*") if path.is_file()}
         assert names == {"modules.json", "config.json", "model.safetensors"}
@@ -469,7 +469,7 @@ except ModelError as error:
         torch.save({"a": shared, "b": shared.T}, folder / "0_CLIPModel/pytorch_model.bin")
         done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
         assert done.returncode == 0, done.stdout + done.stderr
-        found = models.locate("tiny", cache_dir=tmp_path / "cache", environment=environment)
+        found = models.locate_clip("tiny", cache_dir=tmp_path / "cache", environment=environment)
         tensors = load_file(found.folder / "0_CLIPModel/model.safetensors")
         assert torch.equal(tensors["a"], shared)
         assert torch.equal(tensors["b"], shared.T)
@@ -519,6 +519,6 @@ def test_the_packaged_model_is_a_clip() -> None:
     """What ships loads by the same rules as any other."""
     if not models.PACKAGED.is_dir():
         pytest.skip("the packaged model is not in this checkout")
-    found = models.locate("packaged")
+    found = models.locate_clip("packaged")
     assert isinstance(found, ModelFolder)
     assert found.size_bytes < 31_000_000

@@ -19,15 +19,15 @@ import pytest
 from sortd.encoder import export as onnx_export
 from sortd.encoder import models
 from sortd.encoder import onnx_encoder as exports
-from sortd.encoder.backends import choose, load, torch_can_use_gpu
+from sortd.encoder.backends import choose_backend, load_encoder, torch_can_use_gpu
 from sortd.encoder.models import ModelFolder
 from sortd.encoder.onnx_encoder import (
     Exports,
     OnnxEncoder,
     Precision,
-    attempts,
     can_use_gpu,
-    name_of,
+    device_name,
+    provider_attempts,
 )
 from sortd.encoder.quantize import FULL_RANGE, REDUCED_RANGE, quantize, weight_range
 from sortd.errors import ModelError
@@ -73,20 +73,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clip(tiny_clip: Path) -> ModelFolder:
     """The tiny model."""
-    return models.locate(str(tiny_clip))
+    return models.locate_clip(str(tiny_clip))
 
 
 @pytest.fixture(scope="module")
 def exported(clip: ModelFolder, cache: Path) -> Exports:
     """Its exports, made as sortd makes them; int8 is kept though it does not pay at this size."""
-    return onnx_export.make(clip, None, cache_dir=cache, least_gain=0.0)
+    return onnx_export.make_exports(clip, None, cache_dir=cache, least_gain=0.0)
 
 
 @pytest.fixture
 def copied(exported: Exports, tmp_path: Path) -> Exports:
     """The exports in a cache that a test may spoil."""
     shutil.copytree(exported.folder, tmp_path / "onnx" / exported.folder.name)
-    found = exports.find(exported.model, None, cache_dir=tmp_path)
+    found = exports.find_exports(exported.model, None, cache_dir=tmp_path)
     assert found is not None
     return found
 
@@ -96,7 +96,7 @@ class TestRows:
 
     def test_float32_gives_torchs_rows(self, exported: Exports, tiny_clip: Path) -> None:
         """Images one, few and more than a run takes; texts short, long and in other scripts."""
-        torch, onnx = load(str(tiny_clip), backend="torch"), open_export(exported)
+        torch, onnx = load_encoder(str(tiny_clip), backend="torch"), open_export(exported)
         for count in (1, 3, 19):
             seen = pixels(count)
             assert lowest_cosine(torch.encode_images(seen), onnx.encode_images(seen)) > EXACT
@@ -107,10 +107,10 @@ class TestRows:
 
     def test_the_packaged_model_too(self, cache: Path) -> None:
         """What ships is a convolutional network beside a BERT; in int8 its convolutions are as well."""
-        model = models.locate("packaged")
-        made = onnx_export.make(model, None, cache_dir=cache, least_gain=0.0)
+        model = models.locate_clip("packaged")
+        made = onnx_export.make_exports(model, None, cache_dir=cache, least_gain=0.0)
         onnx, quick = open_export(made), open_export(made, Precision.INT8)
-        torch = load("packaged", backend="torch")
+        torch = load_encoder("packaged", backend="torch")
         seen = pixels(3, torch.preprocessing.crop_height)
         assert lowest_cosine(torch.encode_images(seen), onnx.encode_images(seen)) > EXACT
         assert lowest_cosine(torch.encode_texts(TEXTS), onnx.encode_texts(TEXTS)) > EXACT
@@ -131,8 +131,8 @@ class TestRows:
             case _:
                 other = build_roberta_words(tmp_path / "words")
         words = models.locate_text(str(other))
-        onnx = open_export(onnx_export.make(clip, words, cache_dir=tmp_path / "cache"))
-        torch = load(str(clip.folder), text_model=str(other), backend="torch")
+        onnx = open_export(onnx_export.make_exports(clip, words, cache_dir=tmp_path / "cache"))
+        torch = load_encoder(str(clip.folder), text_model=str(other), backend="torch")
         texts = [*TEXTS, "a b " * 50]
         assert lowest_cosine(torch.encode_texts(texts), onnx.encode_texts(texts)) > EXACT
         assert lowest_cosine(torch.encode_images(pixels(2)), onnx.encode_images(pixels(2))) > EXACT
@@ -175,8 +175,8 @@ class TestRows:
 def test_torch_is_never_imported(exported: Exports, cache: Path, tiny_clip: Path) -> None:
     """Nor anything that would: a process that loads and encodes by ONNX Runtime knows none of them."""
     program = (
-        "import sys; from pathlib import Path; import numpy as np; from sortd.encoder.backends import load\n"
-        "encoder = load(sys.argv[1], backend=sys.argv[3], cache_dir=Path(sys.argv[2]))\n"
+        "import sys; from pathlib import Path; import numpy as np; from sortd.encoder.backends import load_encoder\n"
+        "encoder = load_encoder(sys.argv[1], backend=sys.argv[3], cache_dir=Path(sys.argv[2]))\n"
         f"encoder.encode_images(np.zeros((2, {SIDE}, {SIDE}, 3), np.uint8)); encoder.encode_texts(['a photo'])\n"
         "slow = {'torch', 'transformers', 'sentence_transformers', 'sklearn', 'scipy', 'onnx', 'huggingface_hub'}\n"
         "print(encoder.encoder_id, sorted(slow & set(sys.modules)))"
@@ -193,8 +193,8 @@ class TestExports:
 
     def test_what_stands_is_found_and_not_made_again(self, exported: Exports, cache: Path) -> None:
         """By content: the model's folder may have another name."""
-        assert exports.find(exported.model, None, cache_dir=cache) == exported
-        assert onnx_export.make(exported.model, None, cache_dir=cache, write=never) == exported
+        assert exports.find_exports(exported.model, None, cache_dir=cache) == exported
+        assert onnx_export.make_exports(exported.model, None, cache_dir=cache, write=never) == exported
         assert exported.precisions == (Precision.FP32, Precision.INT8)
         assert not list(cache.glob("onnx/*.part"))
         assert not list(cache.glob("onnx/*.old"))
@@ -202,14 +202,14 @@ class TestExports:
     def test_it_is_of_the_models_content(self, exported: Exports, cache: Path, tmp_path: Path) -> None:
         """A copy under another name is the same model; one whose configuration changed was never exported."""
         place = Path(shutil.copytree(exported.model.folder, tmp_path / "copy"))
-        copy = exports.find(models.locate(str(place)), None, cache_dir=cache)
+        copy = exports.find_exports(models.locate_clip(str(place)), None, cache_dir=cache)
         assert copy is not None
         assert copy.folder == exported.folder
         config = place / "config.json"
         config.write_text(config.read_text() + "\n")
-        changed = models.locate(str(place))
-        assert exports.find(changed, None, cache_dir=cache) is None
-        assert choose("auto", changed, None, device="cpu", cache_dir=cache).name == "torch"
+        changed = models.locate_clip(str(place))
+        assert exports.find_exports(changed, None, cache_dir=cache) is None
+        assert choose_backend("auto", changed, None, device="cpu", cache_dir=cache).name == "torch"
 
     @pytest.mark.parametrize("damage", ["a byte", "cut", "gone", "old", "no manifest", "garbage"])
     def test_a_damaged_or_old_one_is_made_again(self, copied: Exports, tmp_path: Path, damage: str) -> None:
@@ -231,7 +231,7 @@ class TestExports:
                 manifest.unlink()
             case "garbage":
                 manifest.write_text('{"identity": []}')
-        assert exports.find(copied.model, None, cache_dir=tmp_path) is None
+        assert exports.find_exports(copied.model, None, cache_dir=tmp_path) is None
         again: list[Path] = []
 
         def put_back(into: Path) -> None:
@@ -242,12 +242,12 @@ class TestExports:
             sums = models.checksums([into / name for name in made])
             fresh = replace(
                 copied.manifest,
-                identity=exports.identity(copied.model, None, cache_dir=tmp_path),
+                identity=exports.export_identity(copied.model, None, cache_dir=tmp_path),
                 checksums={path.name: checksum for path, checksum in sums.items()},
             )
             (into / exports.MANIFEST).write_bytes(exports.MANIFESTS.dump_json(fresh))
 
-        made = onnx_export.make(copied.model, None, cache_dir=tmp_path, write=put_back)
+        made = onnx_export.make_exports(copied.model, None, cache_dir=tmp_path, write=put_back)
         assert len(again) == 1
         assert made.tower("image", Precision.FP32).read_bytes() == b"made again"
         assert sorted(path.name for path in made.folder.iterdir()) == ["image.onnx", "manifest.json", "text.onnx"]
@@ -267,17 +267,17 @@ class TestExports:
         """The range of the weights stands in the manifest and is held against the processor that loads them."""
         manifest = replace(copied.manifest, weight_range=made_for)
         (copied.folder / exports.MANIFEST).write_bytes(exports.MANIFESTS.dump_json(manifest))
-        assert (exports.find(copied.model, None, cache_dir=tmp_path, largest=here) is not None) == serves
+        assert (exports.find_exports(copied.model, None, cache_dir=tmp_path, largest=here) is not None) == serves
 
     def test_a_failed_export_says_why_and_leaves_the_old_one(self, copied: Exports, tmp_path: Path) -> None:
         """What went wrong is the message; nothing half-made stands."""
         spoilt = tmp_path / "spoilt"
         shutil.copytree(copied.model.folder, spoilt)
         (spoilt / "model.safetensors").write_bytes(b"\x00\xff" * 5000)
-        model = models.locate(str(spoilt))
+        model = models.locate_clip(str(spoilt))
         with pytest.raises(ModelError, match=r"cannot export .*does not load.*set `backend: torch`"):
-            onnx_export.make(model, None, cache_dir=tmp_path)
-        assert exports.find(copied.model, None, cache_dir=tmp_path) == copied
+            onnx_export.make_exports(model, None, cache_dir=tmp_path)
+        assert exports.find_exports(copied.model, None, cache_dir=tmp_path) == copied
         assert [path.suffix for path in (tmp_path / "onnx").iterdir() if path.is_dir()] == [""]
 
     def test_two_at_once_make_one(self, exported: Exports, tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ class TestExports:
             both_began.wait(60)
 
         def make() -> Exports:
-            return onnx_export.make(exported.model, None, cache_dir=tmp_path, tell=tell, write=copy_it)
+            return onnx_export.make_exports(exported.model, None, cache_dir=tmp_path, tell=tell, write=copy_it)
 
         with ThreadPoolExecutor(2) as threads:
             first, second = [threads.submit(make) for _ in range(2)]
@@ -303,7 +303,7 @@ class TestExports:
 
     def test_what_a_killed_process_left_is_in_nobodys_way(self, exported: Exports, tmp_path: Path) -> None:
         """Its folder goes, and the next export has one of its own: a child that lives on does not write into it."""
-        folder = exports.folder_of(exported.model, None, cache_dir=tmp_path)
+        folder = exports.export_folder(exported.model, None, cache_dir=tmp_path)
         left = [folder.with_name(f"{folder.name}.{name}") for name in ("123.part", "part")]
         for place in left:
             place.mkdir(parents=True)
@@ -314,7 +314,7 @@ class TestExports:
             assert not any(place.exists() for place in left)
             shutil.copytree(exported.folder, into, dirs_exist_ok=True)
 
-        onnx_export.make(exported.model, None, cache_dir=tmp_path, write=copy_it)
+        onnx_export.make_exports(exported.model, None, cache_dir=tmp_path, write=copy_it)
         assert [path.name for path in (tmp_path / "onnx").iterdir() if path.is_dir()] == [folder.name]
 
     def test_a_disk_that_takes_no_more_is_said_as_such(self, clip: ModelFolder, tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ class TestExports:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
         try:
             with pytest.raises(ModelError, match=rf"{tmp_path}.*: File too large; make room there; or set `backend"):
-                onnx_export.make(clip, None, cache_dir=tmp_path)
+                onnx_export.make_exports(clip, None, cache_dir=tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert not [path for path in (tmp_path / "onnx").iterdir() if path.is_dir()]
@@ -331,8 +331,8 @@ class TestExports:
     def test_a_library_that_wrote_past_the_end_of_a_disk(self, tmp_path: Path) -> None:
         """What it complains of afterwards is not what is wrong."""
         error = ValueError("Wire format was corrupt")
-        assert onnx_export.complaint(error, tmp_path) == "ValueError: Wire format was corrupt"
-        full = onnx_export.complaint(error, tmp_path, usage=lambda _: SimpleNamespace(free=4096))
+        assert onnx_export.describe_failure(error, tmp_path) == "ValueError: Wire format was corrupt"
+        full = onnx_export.describe_failure(error, tmp_path, usage=lambda _: SimpleNamespace(free=4096))
         assert full == f"{tmp_path}: the disk is full; make room there"
 
     def test_a_full_disk_is_noticed_before_the_work(self, clip: ModelFolder, tmp_path: Path) -> None:
@@ -373,12 +373,12 @@ class TestExports:
         """Asked for by name it is an error; `auto` takes torch."""
         program = (
             "import sys; sys.modules['onnxruntime'] = None\n"
-            "from pathlib import Path; from sortd.encoder.backends import load; from sortd.errors import ModelError\n"
-            "from sortd.encoder import models; from sortd.encoder.backends import choose\n"
-            "try: load(sys.argv[1], backend='onnx', cache_dir=Path(sys.argv[2]))\n"
+            "from pathlib import Path; from sortd.encoder.backends import choose_backend, load_encoder\n"
+            "from sortd.encoder import models; from sortd.errors import ModelError\n"
+            "try: load_encoder(sys.argv[1], backend='onnx', cache_dir=Path(sys.argv[2]))\n"
             "except ModelError as error: print(error)\n"
-            "model = models.locate(sys.argv[1])\n"
-            "print(choose('auto', model, None, device='cpu', cache_dir=Path(sys.argv[2])).name)"
+            "model = models.locate_clip(sys.argv[1])\n"
+            "print(choose_backend('auto', model, None, device='cpu', cache_dir=Path(sys.argv[2])).name)"
         )
         command = [sys.executable, "-c", program, str(tiny_clip), str(cache)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
@@ -410,7 +410,7 @@ class TestBackends:
         if can_use_gpu(exports.available_providers(), is_there=lambda _: True):
             pytest.skip("this ONNX Runtime has CUDA")
         backend, device, machine = wanted
-        chosen = choose(
+        chosen = choose_backend(
             backend, exported.model, None, device=device, cache_dir=cache,
             torch="2.13.0+cpu" if machine == "torch without CUDA" else "2.13.0",
             is_there=lambda _: machine != "no GPU",
@@ -420,9 +420,9 @@ class TestBackends:
 
     def test_without_an_export_auto_takes_torch(self, clip: ModelFolder, tmp_path: Path) -> None:
         """Nobody asked for an export yet."""
-        chosen = choose("auto", clip, None, device="cpu", cache_dir=tmp_path)
+        chosen = choose_backend("auto", clip, None, device="cpu", cache_dir=tmp_path)
         assert (chosen.name, "sortd models export" in chosen.why) == ("torch", True)
-        assert choose("auto", clip, None, device="cpu", cache_dir=None).name == "torch"
+        assert choose_backend("auto", clip, None, device="cpu", cache_dir=None).name == "torch"
 
     @pytest.mark.parametrize(
         ("device", "built", "there", "expected"),
@@ -440,8 +440,8 @@ class TestBackends:
     ) -> None:
         """A build for CUDA on a machine without a card is no GPU; one that is asked for by name is never passed by."""
         available = [f"{built}ExecutionProvider", "CPUExecutionProvider"]
-        ways = attempts(device, available, is_there=lambda path: str(path) == there)
-        assert [name_of([way[0] if isinstance(way[0], str) else way[0][0]]) for way in ways] == expected
+        ways = provider_attempts(device, available, is_there=lambda path: str(path) == there)
+        assert [device_name([way[0] if isinstance(way[0], str) else way[0][0]]) for way in ways] == expected
         assert all(way[-1] == "CPUExecutionProvider" for way in ways)
         if device == "cuda:1":
             assert ways[0][0][1]["device_id"] == 1
@@ -449,7 +449,7 @@ class TestBackends:
     def test_it_says_what_it_runs_on(self, exported: Exports, tiny_clip: Path) -> None:
         """By what ONNX Runtime took, not by what was asked for."""
         assert open_export(exported, device="cpu").runs_on == "CPU"
-        torch = load(str(tiny_clip), backend="torch", device="cpu")
+        torch = load_encoder(str(tiny_clip), backend="torch", device="cpu")
         assert (getattr(torch, "runs_on", None), torch_can_use_gpu(torch="2.13.0+cpu")) == ("CPU", False)
 
     @pytest.mark.parametrize(("device", "complaint"), [("cuda:1", "has no CUDA"), ("mps", "is torch's")])

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sortd.cache import Cache
-from sortd.images.decode import Limits
+from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.messages import EmbeddedImage, ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.running.embedding import Embedder
@@ -25,7 +25,7 @@ File = tuple[str, Stamp]
 @pytest.fixture(scope="module")
 def pool() -> Iterator[DecoderPool]:
     """Two processes, warm."""
-    with DecoderPool(2, SMALL, Limits(), timeout_seconds=30) as pool:
+    with DecoderPool(2, SMALL, DecodeLimits(), timeout_seconds=30) as pool:
         yield pool
 
 
@@ -168,7 +168,7 @@ def test_the_bell_ends_a_wait_for_pixels(pool: DecoderPool, tmp_path: Path) -> N
 
 def test_embedding_references_lets_other_lanes_go_on(tmp_path: Path) -> None:
     """While one caller embeds many files, an image of another lane gets its answer, and `attend` is called between."""
-    with DecoderPool(1, SEEN, Limits()) as decoders, Cache(tmp_path / "cache.sqlite") as cache:
+    with DecoderPool(1, SEEN, DecodeLimits()) as decoders, Cache(tmp_path / "cache.sqlite") as cache:
         embedder = Embedder(FakeEncoder(), decoders, cache, batch_size=4)
         others: list[EmbeddedImage | ImageRefused] = []
         lane = embedder.open_lane(others.extend)

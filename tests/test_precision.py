@@ -16,9 +16,9 @@ from sortd.commands.export import LARGEST_CLASS, LARGEST_SAMPLE, export, sample
 from sortd.config import Config
 from sortd.encoder import models
 from sortd.encoder import onnx_encoder as exports
-from sortd.encoder.backends import load_serving
+from sortd.encoder.backends import load_fastest
 from sortd.encoder.base import Encoder
-from sortd.encoder.export import make as make_export
+from sortd.encoder.export import make_exports
 from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision, read_verdict
 from sortd.encoder.quantize import quantize
 from sortd.errors import ModelError
@@ -33,7 +33,7 @@ pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 def exported(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the exports of the tiny model, int8 among them."""
     cache = tmp_path_factory.mktemp("exported")
-    make_export(models.locate(str(tiny_clip)), None, cache_dir=cache, least_gain=0.0)
+    make_exports(models.locate_clip(str(tiny_clip)), None, cache_dir=cache, least_gain=0.0)
     return cache
 
 
@@ -61,7 +61,7 @@ class World:
     def load(self) -> Encoder:
         """Load what serves."""
         with capture_logs() as lines:
-            encoder = load_serving(self.config, tell=self.told.append)
+            encoder = load_fastest(self.config, tell=self.told.append)
         self.lines += lines
         return encoder
 
@@ -74,7 +74,7 @@ class World:
 
     def exports(self) -> Exports:
         """The exports that stand."""
-        found = exports.find(models.locate(self.config.model), None, cache_dir=self.config.cache_dir)
+        found = exports.find_exports(models.locate_clip(self.config.model), None, cache_dir=self.config.cache_dir)
         assert found is not None
         return found
 

@@ -30,7 +30,7 @@ from sortd.commands.model_facts import backend_findings
 from sortd.commands.stored import changed_since, evaluated_prototypes, stored_prototypes
 from sortd.config import Config, load
 from sortd.errors import ConfigError, JournalError, LayoutError
-from sortd.images.decode import Limits, decode_file, look_at_file
+from sortd.images.decode import DecodeLimits, check_header, decode_file
 from sortd.journaling.history import History
 from sortd.layout import Layout, find_datasets
 from sortd.messages import Preprocessing
@@ -132,14 +132,14 @@ def _calibrated(config: Config, layout: Layout) -> Iterator[Finding]:
 def _readers(config: Config) -> tuple[Reader, Reader]:
     """Return what decodes a whole reference, and what looks at its header alone, under the configured limits."""
     allowed = config.decoding
-    limits = Limits(max_pixels=allowed.max_pixels, max_side=allowed.max_side_pixels, max_bytes=allowed.max_bytes)
+    limits = DecodeLimits(max_pixels=allowed.max_pixels, max_side=allowed.max_side_pixels, max_bytes=allowed.max_bytes)
     seen = Preprocessing(shortest_edge=SIDE_PIXELS, crop_height=SIDE_PIXELS, crop_width=SIDE_PIXELS)
 
     def decode(path: str) -> None:
         decode_file(path, seen, limits)
 
     def look(path: str) -> None:
-        look_at_file(path, limits)
+        check_header(path, limits)
 
     return decode, look
 

@@ -81,7 +81,7 @@ def decoder_findings() -> Iterator[Finding]:
 def model_findings(config: Config, *, packaged: Path = models.PACKAGED) -> Iterator[Finding]:
     """Tell which model would be used, or how to get the one that is wanted."""
     try:
-        model = models.locate(config.model, cache_dir=config.cache_dir, packaged=packaged)
+        model = models.locate_clip(config.model, cache_dir=config.cache_dir, packaged=packaged)
     except ModelError as refusal:
         yield error(Topic.MODEL, f"model: {config.model}", str(refusal))
         return

@@ -17,8 +17,8 @@ from sortd.classify.types import SupportSet
 from sortd.commands.console import counted
 from sortd.commands.examination import taught
 from sortd.config import Config
-from sortd.encoder.backends import located
-from sortd.encoder.export import CALIBRATION_IMAGES, make
+from sortd.encoder.backends import locate_models
+from sortd.encoder.export import CALIBRATION_IMAGES, make_exports
 from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision, write_verdict
 from sortd.encoder.quantize import photographic_noise
 from sortd.errors import LayoutError, ModelError
@@ -46,17 +46,17 @@ def export(config: Config, *, tell: Tell = lambda _: None) -> None:
         ModelError: it cannot be exported here.
         StorageError: the verdict cannot be written down.
     """
-    model, words = located(config)
-    made = make(model, words, cache_dir=config.cache_dir, tell=tell)
+    model, words = locate_models(config)
+    made = make_exports(model, words, cache_dir=config.cache_dir, tell=tell)
     if Precision.INT8 in made.precisions:
-        facts = judge(config, made, tell)
+        facts = judge_int8(config, made, tell)
         try:
             write_verdict(made, config.root, facts)
         except OSError as error:
             raise ModelError(f"{error.filename}: {error.strerror}; the verdict on int8 cannot be kept there") from error
 
 
-def judge(config: Config, exported: Exports, tell: Tell) -> dict[str, Any]:
+def judge_int8(config: Config, exported: Exports, tell: Tell) -> dict[str, Any]:
     """Hold int8 against float32; return whether it may serve, and the figures, as plain values."""
     layouts: list[Layout] = []
     with suppress(LayoutError):  # the root is not there: there is no reference

@@ -276,6 +276,6 @@ def with_backend(config: Config, backend: str) -> Encoder:
     Raises:
         ModelError: it cannot be had.
     """
-    from sortd.encoder.backends import load_on
+    from sortd.encoder.backends import load_with_backend
 
-    return load_on(config, backend)
+    return load_with_backend(config, backend)

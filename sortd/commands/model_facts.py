@@ -9,9 +9,9 @@ from sortd.commands.finding import Finding, Topic, error, note, warning
 from sortd.commands.promotion import finetuned_list
 from sortd.config import Config
 from sortd.encoder import models
-from sortd.encoder.backends import choose, located
+from sortd.encoder.backends import choose_backend, locate_models
 from sortd.encoder.models import STRONGER, ModelFolder, Use
-from sortd.encoder.onnx_encoder import Exports, find, is_installed, read_verdict
+from sortd.encoder.onnx_encoder import Exports, find_exports, is_installed, read_verdict
 from sortd.errors import ModelError
 from sortd.status import read_status
 
@@ -24,7 +24,7 @@ def model_list(config: Config) -> dict[str, Any]:
     found = {model.folder: model for model in models.available(cache_dir=config.cache_dir)}
     problem, chosen = None, None
     try:
-        chosen = models.locate(config.model, cache_dir=config.cache_dir)
+        chosen = models.locate_clip(config.model, cache_dir=config.cache_dir)
         found.setdefault(chosen.folder, chosen)
     except ModelError as refusal:
         problem = str(refusal)
@@ -113,14 +113,14 @@ def backend_facts(config: Config) -> dict[str, Any]:
         "agreement": None,
     }
     try:
-        model, words = located(config)
+        model, words = locate_models(config)
     except ModelError:  # whoever shows this says so of the model
         return facts
     try:
-        found = find(model, words, cache_dir=config.cache_dir) if is_installed() else None
+        found = find_exports(model, words, cache_dir=config.cache_dir) if is_installed() else None
         if found is not None:
             facts |= {"export": _export_facts(found), "agreement": read_verdict(found, config.root)}
-        chosen = choose(config.backend, model, words, device=config.device, cache_dir=config.cache_dir)
+        chosen = choose_backend(config.backend, model, words, device=config.device, cache_dir=config.cache_dir)
         facts |= {"name": chosen.name, "why": chosen.why}
     except ModelError as refusal:
         facts["problem"] = str(refusal)

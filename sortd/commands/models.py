@@ -107,12 +107,12 @@ def fetch_model(
 ) -> None:
     """Download a model into sortd's cache: the only thing in sortd that uses the network."""
     from sortd.commands.model_facts import how_to_use
-    from sortd.encoder.models import fetch, use_of
+    from sortd.encoder.models import fetch, model_use
 
     loaded = load_config(config)
     say(f"sortd: fetching {name}")
     folder = fetch(name, cache_dir=loaded.cache_dir)
-    use = use_of(name, folder)
+    use = model_use(name, folder)
     if as_json:
         print_json({"name": name, "folder": str(folder), "use": use.value})
         return

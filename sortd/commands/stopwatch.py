@@ -17,7 +17,7 @@ from sortd.commands.stored import stored_prototypes
 from sortd.config import Config
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, LayoutError
-from sortd.images.decode import Limits
+from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.layout import Area, Layout, find_datasets
 from sortd.messages import EmbeddedImage, Move, Outcome, Stamp
@@ -55,7 +55,9 @@ def decode(config: Config, encoder: Encoder, files: Sequence[File]) -> tuple[flo
         DataError: none of the files can be decoded.
     """
     decoding, decoded = config.decoding, list[DecodedImage]()
-    limits = Limits(max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes)
+    limits = DecodeLimits(
+        max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes
+    )
     with DecoderPool(1, encoder.preprocessing, limits, decoding.timeout_seconds, jpeg=decoding.jpeg) as pool:
         list(pool.decode_all(files[:1]))  # it has started now
         until = perf_counter() + DECODE_SECONDS

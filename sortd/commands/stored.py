@@ -12,7 +12,7 @@ from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.classify.prototypes import PrototypeSet
 from sortd.config import Config, DatasetConfig
 from sortd.errors import ImageError
-from sortd.images.decode import Limits, look_at_file
+from sortd.images.decode import DecodeLimits, check_header
 from sortd.layout import Area, Layout
 from sortd.messages import Stamp
 from sortd.references import DESCRIPTIONS_FILE, STRANGERS_FOLDER, ReferencesAbsentError, class_folders
@@ -98,7 +98,7 @@ def _is_news(path: str, files: Mapping[str, tuple[str, Stamp]], learnt: Collecti
     label, mark = files[path]
     twins = [other for other in learnt if files[other][0] == label and files[other][1].size == mark.size]
     try:
-        look_at_file(path, Limits())
+        check_header(path, DecodeLimits())
         return all(_content(other) != _content(path) for other in twins)
     except (ImageError, OSError):
         return False

@@ -26,8 +26,8 @@ from sortd.encoder.onnx_encoder import (
     Precision,
     available_providers,
     can_use_gpu,
-    find,
-    has_any,
+    find_exports,
+    has_exports,
     is_installed,
     read_verdict,
 )
@@ -37,14 +37,14 @@ EXPORT_IT = "`sortd models export` makes it"
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class BackendChoice:
     """What is to run a model, and why, in a clause that can follow a colon."""
 
     name: Literal["torch", "onnx"]
     why: str
 
 
-def choose(
+def choose_backend(
     backend: str,
     model: ModelFolder,
     words: ModelFolder | None,
@@ -53,7 +53,7 @@ def choose(
     cache_dir: Path | None,
     torch: str | None = None,
     is_there: Callable[[Path], bool] = Path.exists,
-) -> Chosen:
+) -> BackendChoice:
     """Return what a configured backend means for a model on this machine, without importing torch.
 
     Args:
@@ -70,18 +70,18 @@ def choose(
     """
     match backend:
         case "torch":
-            return Chosen("torch", "`backend: torch` says so")
+            return BackendChoice("torch", "`backend: torch` says so")
         case "onnx":
             available_providers()
-            return Chosen("onnx", "`backend: onnx` says so")
+            return BackendChoice("onnx", "`backend: onnx` says so")
         case "auto" if not is_installed():
-            return Chosen("torch", f"ONNX Runtime, which is quicker and lighter, is not installed: {EXTRA}")
-        case "auto" if cache_dir is None or not has_any(model, words, cache_dir=cache_dir):
-            return Chosen("torch", "this model has not been exported to ONNX; `sortd models export` does it")
+            return BackendChoice("torch", f"ONNX Runtime, which is quicker and lighter, is not installed: {EXTRA}")
+        case "auto" if cache_dir is None or not has_exports(model, words, cache_dir=cache_dir):
+            return BackendChoice("torch", "this model has not been exported to ONNX; `sortd models export` does it")
         case "auto" if _only_torch_can_use(device, torch, is_there):
-            return Chosen("torch", "this ONNX Runtime cannot use the device, torch can")
+            return BackendChoice("torch", "this ONNX Runtime cannot use the device, torch can")
         case "auto":
-            return Chosen("onnx", "this model has been exported before")
+            return BackendChoice("onnx", "this model has been exported before")
     raise ModelError(f"backend {backend!r} is not in this sortd; set `backend: auto`, `torch` or `onnx`")
 
 
@@ -105,7 +105,7 @@ def torch_can_use_gpu(*, torch: str | None = None, is_there: Callable[[Path], bo
     return not built.endswith("+cpu") and any(is_there(gpu.device) for gpu in GPUS)
 
 
-def load(
+def load_encoder(
     model: str,
     *,
     text_model: str | None = None,
@@ -131,13 +131,13 @@ def load(
     Raises:
         ModelError: it cannot be had, is no CLIP, needs preprocessing that sortd does not do, or answers garbage.
     """
-    folder = models.locate(model, cache_dir=cache_dir)
+    folder = models.locate_clip(model, cache_dir=cache_dir)
     words = None if text_model is None else models.locate_text(text_model, cache_dir=cache_dir)
     kind, _, rounded = backend.partition("-")
-    chosen = choose(kind, folder, words, device=device, cache_dir=cache_dir)
+    chosen = choose_backend(kind, folder, words, device=device, cache_dir=cache_dir)
     exported = None
     if chosen.name == "onnx" and cache_dir is not None:
-        exported = find(folder, words, cache_dir=cache_dir)
+        exported = find_exports(folder, words, cache_dir=cache_dir)
     if exported is None and kind == "onnx":
         raise ModelError(f"there is no export of {folder.name!r} to ONNX that serves: {EXPORT_IT}")
     encoder: Encoder
@@ -158,16 +158,16 @@ def load(
 # ------------------------------------------------------------ what a configuration means
 
 
-def located(config: Config) -> tuple[ModelFolder, ModelFolder | None]:
+def locate_models(config: Config) -> tuple[ModelFolder, ModelFolder | None]:
     """Return the configured model, and the one for words where that is another; raises ModelError."""
-    model = models.locate(config.model, cache_dir=config.cache_dir)
+    model = models.locate_clip(config.model, cache_dir=config.cache_dir)
     words = None if config.text_model is None else models.locate_text(config.text_model, cache_dir=config.cache_dir)
     return model, words
 
 
-def load_on(config: Config, backend: str) -> Encoder:
+def load_with_backend(config: Config, backend: str) -> Encoder:
     """Load the configured model on a backend; raises ModelError."""
-    return load(
+    return load_encoder(
         config.model,
         text_model=config.text_model,
         backend=backend,
@@ -178,7 +178,7 @@ def load_on(config: Config, backend: str) -> Encoder:
     )
 
 
-def load_serving(config: Config, *, tell: Callable[[str], None]) -> Encoder:
+def load_fastest(config: Config, *, tell: Callable[[str], None]) -> Encoder:
     """Load the quickest of what the configuration allows and is ready: nothing is exported or judged here.
 
     int8 serves where the verdict beside its export says so. What does not run falls back, with a warning: int8 to
@@ -191,13 +191,13 @@ def load_serving(config: Config, *, tell: Callable[[str], None]) -> Encoder:
     Raises:
         ModelError: the model cannot be had.
     """
-    model, words = located(config)
-    chosen = choose(config.backend, model, words, device=config.device, cache_dir=config.cache_dir)
+    model, words = locate_models(config)
+    chosen = choose_backend(config.backend, model, words, device=config.device, cache_dir=config.cache_dir)
     if chosen.name == "torch":
         tell(f"torch; {chosen.why}" if config.backend == "auto" and is_installed() else "torch")
-        return load_on(config, "torch")
+        return load_with_backend(config, "torch")
     try:
-        exported = find(model, words, cache_dir=config.cache_dir)
+        exported = find_exports(model, words, cache_dir=config.cache_dir)
         if exported is not None:
             return _load_exported(config, exported, tell)
         problem = f"the export to ONNX is missing, damaged or old; {EXPORT_IT}"
@@ -207,13 +207,13 @@ def load_serving(config: Config, *, tell: Callable[[str], None]) -> Encoder:
         problem = str(error)
     _fell_back("onnx", "torch", problem)
     tell(f"torch; {problem}")
-    return load_on(config, "torch")
+    return load_with_backend(config, "torch")
 
 
 def _load_exported(config: Config, exported: Exports, tell: Callable[[str], None]) -> Encoder:
     """Load the quickest that ONNX Runtime may serve with; raise ModelError where not even float32 loads."""
     if config.device != "cpu" and can_use_gpu(available_providers()):
-        exact = load_on(config, "onnx")
+        exact = load_with_backend(config, "onnx")
         if isinstance(exact, OnnxEncoder) and exact.runs_on != "CPU":
             tell(f"onnx fp32 on {exact.runs_on}")
             return exact
@@ -225,7 +225,7 @@ def _load_exported(config: Config, exported: Exports, tell: Callable[[str], None
         refusal = "not judged on these datasets; `sortd models export` does it" if verdict is None else None
         if verdict is not None and (refusal := verdict["refusal"]) is None:
             try:
-                encoder = load_on(config, "onnx-int8")
+                encoder = load_with_backend(config, "onnx-int8")
             except ModelError as error:
                 _fell_back("onnx int8", "onnx fp32", str(error))
                 refusal = str(error)
@@ -233,7 +233,7 @@ def _load_exported(config: Config, exported: Exports, tell: Callable[[str], None
                 tell(f"onnx int8; {verdict['same']} of {verdict['filed']} references filed as by fp32")
                 return encoder
         reason = f"int8 does not serve: {refusal}"
-    encoder = load_on(config, "onnx")
+    encoder = load_with_backend(config, "onnx")
     tell(f"onnx fp32; {reason}")
     return encoder
 

@@ -53,7 +53,7 @@ def check_pixels(pixels: Pixels, seen: Preprocessing) -> None:
         )
 
 
-def unit(rows: Rows, encoder_id: str) -> Rows:
+def normalise_rows(rows: Rows, encoder_id: str) -> Rows:
     """Return (B, d) float32 rows of a model at length 1.
 
     Raises:
@@ -66,7 +66,7 @@ def unit(rows: Rows, encoder_id: str) -> Rows:
     return scaled
 
 
-def writable(text: str) -> str:
+def valid_utf8(text: str) -> str:
     """Return a text that every tokenizer takes: the names of folders may hold bytes that are no UTF-8."""
     return text.encode("utf-8", "replace").decode("utf-8")
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sortd.arrays import Pixels
-from sortd.encoder.base import Rows, unit
+from sortd.encoder.base import Rows, normalise_rows
 from sortd.encoder.models import ModelFolder, checksums, first_line
 from sortd.encoder.onnx_encoder import (
     EXTRA,
@@ -36,9 +36,9 @@ from sortd.encoder.onnx_encoder import (
     Manifest,
     Precision,
     TextInputs,
-    find,
-    folder_of,
-    identity,
+    export_folder,
+    export_identity,
+    find_exports,
     open_tower,
     text_inputs,
     tower_file,
@@ -65,7 +65,7 @@ TIMED_RUNS = 5
 CALIBRATION_IMAGES = 64
 
 
-def make(
+def make_exports(
     model: ModelFolder,
     words: ModelFolder | None,
     *,
@@ -89,20 +89,20 @@ def make(
     """
     from filelock import FileLock
 
-    identity(model, words, cache_dir=cache_dir)  # refuses where ONNX Runtime is missing, before anything is written
-    folder = folder_of(model, words, cache_dir=cache_dir)
+    export_identity(model, words, cache_dir=cache_dir)  # raises where ONNX Runtime is missing
+    folder = export_folder(model, words, cache_dir=cache_dir)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         tell("waiting for whoever exports the same model")
         with FileLock(f"{folder}.lock"):
-            made = find(model, words, cache_dir=cache_dir)
+            made = find_exports(model, words, cache_dir=cache_dir)
             if made is None:
                 if find_spec("onnx") is None:
                     raise ModelError(f"exporting a model to ONNX needs the package onnx, not installed here: {EXTRA}")
                 check_room(model, words, folder.parent)
                 writing = partial(write_export, model, words, cache_dir=cache_dir, least_gain=least_gain, tell=tell)
                 _replace(folder, model.name, write or writing)
-                made = find(model, words, cache_dir=cache_dir)
+                made = find_exports(model, words, cache_dir=cache_dir)
     except OSError as error:
         raise ModelError(
             f"cannot export {model.name!r} to {folder}: {error.strerror or error}; sortd has to be able to write "
@@ -126,7 +126,7 @@ def _replace(folder: Path, name: str, write: Callable[[Path], None]) -> None:
             write(into)
         except Exception as error:  # exporters raise anything; whoever asked wants one line, not a trace
             raise ModelError(
-                f"cannot export {name!r} to ONNX: {complaint(error, into)}; or set `backend: torch`"
+                f"cannot export {name!r} to ONNX: {describe_failure(error, into)}; or set `backend: torch`"
             ) from error
         # Its files are on the disk before the folder gets its name: their sums are remembered by stamp from then on.
         for path in (*into.iterdir(), into):
@@ -148,7 +148,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def complaint(error: Exception, into: Path, *, usage: Callable[[Path], Any] = shutil.disk_usage) -> str:
+def describe_failure(error: Exception, into: Path, *, usage: Callable[[Path], Any] = shutil.disk_usage) -> str:
     """Return in a line what went wrong; libraries that write past a full disk complain of what they read later."""
     if isinstance(error, ModelError):
         return str(error)
@@ -199,7 +199,7 @@ def write_export(
     gain = _reduce(into, least_gain, encoder.preprocessing)
     files = sorted(path for path in into.iterdir() if path.name != MANIFEST)
     manifest = Manifest(
-        identity=identity(model, words, cache_dir=cache_dir),
+        identity=export_identity(model, words, cache_dir=cache_dir),
         dimensions=encoder.dimensions,
         preprocessing=encoder.preprocessing,
         text=text,
@@ -325,7 +325,7 @@ def _try_images(encoder: TorchEncoder, into: Path) -> None:
     for count in (1, 5):
         pixels = _trial_images(encoder.preprocessing, count)
         (rows,) = tower.run(None, {"pixels": pixels})
-        _compare(encoder.encode_images(pixels), unit(rows, "image.onnx"), f"{count} images")
+        _compare(encoder.encode_images(pixels), normalise_rows(rows, "image.onnx"), f"{count} images")
 
 
 def _try_texts(encoder: TorchEncoder, into: Path, text: TextInputs) -> None:
@@ -335,7 +335,7 @@ def _try_texts(encoder: TorchEncoder, into: Path, text: TextInputs) -> None:
     tower = open_tower(into / tower_file("text", Precision.FP32))
     for texts in ([TRIAL_TEXTS[0]], list(TRIAL_TEXTS)):
         (rows,) = tower.run(None, text_inputs(tokenizer.encode_batch(texts), text))
-        _compare(encoder.encode_texts(texts), unit(rows, "text.onnx"), f"{len(texts)} texts")
+        _compare(encoder.encode_texts(texts), normalise_rows(rows, "text.onnx"), f"{len(texts)} texts")
 
 
 def _compare(wanted: Rows, got: Rows, what: str) -> None:

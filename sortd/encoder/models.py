@@ -51,7 +51,7 @@ class ModelFolder:
 # ------------------------------------------------------------ finding
 
 
-def locate(
+def locate_clip(
     model: str,
     *,
     cache_dir: Path | None = None,
@@ -71,12 +71,12 @@ def locate(
         ModelError: it is not here, incomplete, or no CLIP that sortd can load; the message says what to do.
     """
     if model == "packaged":
-        return verify("packaged", packaged)
+        return verify_clip("packaged", packaged)
     if model == "auto":
         stronger = _snapshot(STRONGER, _hub_caches(cache_dir, environment))
-        return verify("packaged", packaged) if stronger is None else verify(STRONGER, stronger)
+        return verify_clip("packaged", packaged) if stronger is None else verify_clip(STRONGER, stronger)
     if _names_a_path(model):
-        return verify(model, Path(model).expanduser())
+        return verify_clip(model, Path(model).expanduser())
     snapshot = _snapshot(model, _hub_caches(cache_dir, environment))
     if snapshot is None:
         raise ModelError(
@@ -84,7 +84,7 @@ def locate(
             f"run `sortd models fetch {model}` where there is a network, or copy the model's folder here and set "
             f"`model:` to its path, or set `model: packaged`"
         )
-    return verify(model, snapshot)
+    return verify_clip(model, snapshot)
 
 
 def locate_text(
@@ -98,10 +98,10 @@ def locate_text(
             f"text model {model!r} is not on this machine: run `sortd models fetch {model}` where there is a "
             f"network, or copy its folder here and set `text_model:` to its path"
         )
-    return complete(model, folder)
+    return verify_folder(model, folder)
 
 
-def snapshot_of(
+def find_snapshot(
     name: str, *, cache_dir: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> Path | None:
     """Return the folder of any model of the hub in a local cache; None where it is in none."""
@@ -116,7 +116,7 @@ def available(
     found: dict[str, ModelFolder] = {}
     for name, folder in snapshots:
         with suppress(ModelError):
-            found.setdefault(name, verify(name, folder))
+            found.setdefault(name, verify_clip(name, folder))
     return tuple(found.values())
 
 
@@ -164,13 +164,13 @@ def _snapshots(caches: list[Path]) -> Iterator[tuple[str, Path]]:
 # ------------------------------------------------------------ what a folder holds
 
 
-def verify(name: str, folder: Path) -> ModelFolder:
+def verify_clip(name: str, folder: Path) -> ModelFolder:
     """Make sure that a folder holds a CLIP: two towers into one space.
 
     Raises:
         ModelError: it holds something else, or nothing whole.
     """
-    model, use = complete(name, folder), use_of(name, folder)
+    model, use = verify_folder(name, folder), model_use(name, folder)
     if use is not Use.CLIP:
         config = _json_object(_module_folders(name, folder)[0] / "config.json", name)
         lacks = "sees images but has no text tower" if use is Use.IMAGES else "reads text but sees no images"
@@ -182,7 +182,7 @@ def verify(name: str, folder: Path) -> ModelFolder:
     return model
 
 
-def use_of(name: str, folder: Path) -> Use:
+def model_use(name: str, folder: Path) -> Use:
     """Return what a complete model folder is for, by its configuration.
 
     Raises:
@@ -194,7 +194,7 @@ def use_of(name: str, folder: Path) -> Use:
     return Use.IMAGES if {"image_size", "num_channels", "patch_size"} & config.keys() else Use.WORDS
 
 
-def complete(name: str, folder: Path) -> ModelFolder:
+def verify_folder(name: str, folder: Path) -> ModelFolder:
     """Make sure that a folder holds a sentence-transformers or transformers model, whole and without code.
 
     Raises:
@@ -393,7 +393,7 @@ def fetch(name: str, *, cache_dir: Path | None = None) -> Path:
         ) from error
     for path in pickles:
         _convert(name, folder / path)
-    return complete(name, folder).folder
+    return verify_folder(name, folder).folder
 
 
 def _is_the_only_form(path: str, offered: Sequence[str]) -> bool:

@@ -29,7 +29,7 @@ from pydantic import TypeAdapter
 
 from sortd.arrays import Pixels
 from sortd.encoder import models
-from sortd.encoder.base import Rows, check_pixels, unit, writable
+from sortd.encoder.base import Rows, check_pixels, normalise_rows, valid_utf8
 from sortd.encoder.models import ModelFolder, first_line
 from sortd.encoder.quantize import weight_range
 from sortd.errors import ModelError
@@ -140,32 +140,32 @@ def available_providers() -> list[str]:
     return list(onnxruntime.get_available_providers())
 
 
-def content_of(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path | None) -> list[str]:
+def content_digests(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path | None) -> list[str]:
     """Return the digests of a model and of the other one for words, if any."""
     return [models.digest(part, cache_dir=cache_dir) for part in (model, words) if part is not None]
 
 
-def identity(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path | None) -> str:
+def export_identity(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path | None) -> str:
     """Return a hash of what an export is made of; raise ModelError where ONNX Runtime is not installed."""
     available_providers()
     import onnxruntime
 
-    facts = (content_of(model, words, cache_dir=cache_dir), FORMAT, OPSET, str(onnxruntime.__version__))
+    facts = (content_digests(model, words, cache_dir=cache_dir), FORMAT, OPSET, str(onnxruntime.__version__))
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def folder_of(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path) -> Path:
+def export_folder(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path) -> Path:
     """Return where a model's exports lie, whether there are any or not."""
-    content = content_of(model, words, cache_dir=cache_dir)
+    content = content_digests(model, words, cache_dir=cache_dir)
     return cache_dir / "onnx" / hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
-def has_any(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path) -> bool:
+def has_exports(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path) -> bool:
     """Tell whether a model was exported before, soundly or not; where nothing ever was, no weight is hashed."""
-    return (cache_dir / "onnx").is_dir() and folder_of(model, words, cache_dir=cache_dir).is_dir()
+    return (cache_dir / "onnx").is_dir() and export_folder(model, words, cache_dir=cache_dir).is_dir()
 
 
-def find(
+def find_exports(
     model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path, largest: int | None = None
 ) -> Exports | None:
     """Return the exports of a model, or None where there are none that serve as they are.
@@ -176,12 +176,12 @@ def find(
     Raises:
         ModelError: ONNX Runtime is not installed.
     """
-    if not has_any(model, words, cache_dir=cache_dir):
+    if not has_exports(model, words, cache_dir=cache_dir):
         return None
-    folder = folder_of(model, words, cache_dir=cache_dir)
+    folder = export_folder(model, words, cache_dir=cache_dir)
     try:
         manifest = MANIFESTS.validate_json(read_regular(folder / MANIFEST))
-        if manifest.identity != identity(model, words, cache_dir=cache_dir):
+        if manifest.identity != export_identity(model, words, cache_dir=cache_dir):
             return None
         files = {name: folder / name for name in manifest.checksums}
         sums = models.checksums(files.values(), cache_dir=cache_dir)
@@ -244,7 +244,7 @@ GPUS = (
 )
 
 
-def attempts(
+def provider_attempts(
     device: str, available: Sequence[str], *, is_there: Callable[[Path], bool] = Path.exists
 ) -> list[list[Any]]:
     """Return which providers to open a graph with (``providers`` of ``InferenceSession``), best first.
@@ -271,7 +271,7 @@ def attempts(
     return on_gpu if kind == "cuda" else [*on_gpu, [CPU]]
 
 
-def name_of(providers: Sequence[str]) -> str:
+def device_name(providers: Sequence[str]) -> str:
     """Return the common name of the best of the providers that a session has: ``CPU``, ``CUDA``, ``ROCm``."""
     return next((gpu.name for gpu in GPUS if gpu.provider in providers), "CPU")
 
@@ -313,7 +313,7 @@ class OnnxEncoder:
         self._exports, self._device, self._threads = exports, device, threads
         manifest = exports.manifest
         self.dimensions, self.preprocessing = manifest.dimensions, manifest.preprocessing
-        content = content_of(exports.model, exports.words, cache_dir=cache_dir)
+        content = content_digests(exports.model, exports.words, cache_dir=cache_dir)
         # What was rounded, and by which ranges, may come out another way when an export is made again.
         files = [tower_file(tower, precision) for tower in ("image", "text") if precision is Precision.INT8]
         rounded = [manifest.checksums[file] for file in files]
@@ -321,7 +321,7 @@ class OnnxEncoder:
         whole = hashlib.sha256(repr(facts).encode()).hexdigest()
         self.encoder_id = f"{exports.model.kind}-{self.dimensions}-onnx-{precision}-{whole[:16]}"
         self._images = self._open("image")
-        self.runs_on = name_of(self._images.get_providers())
+        self.runs_on = device_name(self._images.get_providers())
         """``CPU``, ``CUDA`` or ``ROCm``."""
 
     def encode_images(self, pixels: Pixels) -> Rows:
@@ -332,7 +332,7 @@ class OnnxEncoder:
         whole = np.ascontiguousarray(pixels)
         parts = (whole[start : start + IMAGES_A_RUN] for start in range(0, len(whole), IMAGES_A_RUN))
         rows = [_run(self._images, {"pixels": part}, self.encoder_id) for part in parts]
-        return unit(np.concatenate(rows), self.encoder_id)
+        return normalise_rows(np.concatenate(rows), self.encoder_id)
 
     def encode_texts(self, texts: Sequence[str]) -> Rows:
         """See ``Encoder``; a text longer than the model reads is cut at its end."""
@@ -342,7 +342,7 @@ class OnnxEncoder:
 
         tokenizer = Tokenizer.from_file(str(self._exports.folder / TOKENIZER))
         tower = self._open("text")
-        encoded = tokenizer.encode_batch([writable(text) for text in texts])
+        encoded = tokenizer.encode_batch([valid_utf8(text) for text in texts])
         order = np.argsort([len(one.ids) for one in encoded], kind="stable")  # like lengths together: less padding
         rows = np.empty((len(texts), self.dimensions), np.float32)
         for start in range(0, len(order), TEXTS_A_RUN):
@@ -351,7 +351,7 @@ class OnnxEncoder:
             rows[chosen] = _run(tower, inputs, self.encoder_id)
         del tower
         give_memory_back()
-        return unit(rows, self.encoder_id)
+        return normalise_rows(rows, self.encoder_id)
 
     def _open(self, tower: str) -> Any:  # noqa: ANN401 -- ONNX Runtime publishes no types
         file = self._exports.tower(tower, self.precision)
@@ -376,7 +376,7 @@ def open_tower(file: Path, *, device: str = "cpu", threads: int | None = None) -
     # A plan of the memory for each batch size that ever came would be kept for good.
     options.enable_mem_pattern = False
     options.log_severity_level = 3
-    ways = attempts(device, onnxruntime.get_available_providers())
+    ways = provider_attempts(device, onnxruntime.get_available_providers())
     for way in ways:
         try:
             opened = onnxruntime.InferenceSession(str(file), options, providers=way, enable_fallback=0)
@@ -388,7 +388,7 @@ def open_tower(file: Path, *, device: str = "cpu", threads: int | None = None) -
                 f"export`, or set `backend: torch`"
             ) from error
         break
-    if device.startswith("cuda") and name_of(opened.get_providers()) == "CPU":  # it only warns, and takes the CPU
+    if device.startswith("cuda") and device_name(opened.get_providers()) == "CPU":  # it only warns, and takes the CPU
         raise ModelError(
             f"device {device!r} cannot be used by ONNX Runtime: its CUDA libraries, or the driver, do not load; set "
             f"`backend: torch` or `device: cpu`"

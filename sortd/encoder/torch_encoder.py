@@ -14,7 +14,7 @@ import numpy as np
 
 from sortd.arrays import Pixels
 from sortd.encoder import models
-from sortd.encoder.base import Rows, check_pixels, unit, writable
+from sortd.encoder.base import Rows, check_pixels, normalise_rows, valid_utf8
 from sortd.encoder.models import CODE_FREE, ModelFolder, first_line
 from sortd.encoder.preprocessing import normalisation, preprocessing_of
 from sortd.errors import ModelError
@@ -88,14 +88,14 @@ class TorchEncoder:
             planes = interleaved.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
             values = planes.mul_(self.scale).sub_(self.shift)
             output = self.clip({"pixel_values": values, "modality": "image"})["sentence_embedding"]
-            return unit(output.to(torch.float32).cpu().numpy(), self.encoder_id)
+            return normalise_rows(output.to(torch.float32).cpu().numpy(), self.encoder_id)
 
     def encode_texts(self, texts: Sequence[str]) -> Rows:
         """See ``Encoder``; a text longer than the model reads is cut at its end."""
         if not texts:
             return np.empty((0, self.dimensions), np.float32)
-        output = self.words.encode([writable(text) for text in texts], convert_to_numpy=True, show_progress_bar=False)
-        return unit(np.asarray(output, np.float32), self.encoder_id)
+        output = self.words.encode([valid_utf8(text) for text in texts], convert_to_numpy=True, show_progress_bar=False)
+        return normalise_rows(np.asarray(output, np.float32), self.encoder_id)
 
 
 def _device(device: str) -> "torch.device":

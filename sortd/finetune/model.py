@@ -65,14 +65,14 @@ def find_base(name: str, *, cache_dir: Path | None = None) -> tuple[str, Path]:
         ModelError: it is not here.
     """
     if name == "auto":
-        name = "packaged" if models.snapshot_of(VIT, cache_dir=cache_dir) is None else VIT
+        name = "packaged" if models.find_snapshot(VIT, cache_dir=cache_dir) is None else VIT
     folder: Path | None = Path(name).expanduser()
     if name == "packaged":
         folder = models.PACKAGED
     elif Path(name).expanduser().is_dir() or name.startswith(("/", ".", "~")):
         name = os.path.abspath(Path(name).expanduser())  # a training may be resumed from another folder
     else:
-        folder = models.snapshot_of(name, cache_dir=cache_dir)
+        folder = models.find_snapshot(name, cache_dir=cache_dir)
     if folder is None:
         raise ModelError(
             f"base {name!r} is not on this machine, and sortd downloads nothing by itself: run `sortd models fetch "

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Jpeg = Literal["draft", "full"]
 
-DECODERS = 2
+DECODER_VERSION = 2
 """Is raised when sortd decodes images that it refused before: those that it set aside are tried again then."""
 BYTES_OF_A_PIXEL = 4
 """Memory that Pillow holds for a pixel that has colours."""
@@ -58,7 +58,7 @@ _UNSUPPORTED = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class DecodeLimits:
     """What one image may cost; more is refused before it is decoded."""
 
     max_pixels: int = 50_000_000
@@ -76,10 +76,10 @@ class Limits:
         return max(one.peak_bytes for one in asking) * self.max_pixels + 30_000_000
 
 
-def decode(
+def decode_image(
     file: BinaryIO | int,
     preprocessing: Preprocessing,
-    limits: Limits,
+    limits: DecodeLimits,
     *,
     jpeg: Jpeg = "draft",
     room_pixels: int | None = None,
@@ -115,13 +115,13 @@ def decode(
         return np.array(_fitted(upright, preprocessing).convert("RGB"))
 
 
-def decode_file(path: str, preprocessing: Preprocessing, limits: Limits, *, jpeg: Jpeg = "draft") -> Pixels:
+def decode_file(path: str, preprocessing: Preprocessing, limits: DecodeLimits, *, jpeg: Jpeg = "draft") -> Pixels:
     """Decode an image by its path; see ``decode`` for what is returned and raised."""
     with _file(path) as file:
-        return decode(file, preprocessing, limits, jpeg=jpeg)
+        return decode_image(file, preprocessing, limits, jpeg=jpeg)
 
 
-def look_at_file(path: str, limits: Limits, *, jpeg: Jpeg = "draft") -> None:
+def check_header(path: str, limits: DecodeLimits, *, jpeg: Jpeg = "draft") -> None:
     """Read an image's header alone; raises what ``decode`` would raise because of it."""
     with _file(path) as file, _opened(file, limits, jpeg) as opened, _translated(opened.format, limits):
         _check_size(opened, limits, Preprocessing(1, 1, 1), jpeg)
@@ -138,7 +138,7 @@ def load_decoders() -> list[str]:
     return missing
 
 
-def thumbnail(path: str, *, side_pixels: int = THUMBNAIL_PIXELS, limits: Limits | None = None) -> str | None:
+def thumbnail(path: str, *, side_pixels: int = THUMBNAIL_PIXELS, limits: DecodeLimits | None = None) -> str | None:
     """Return the whole picture, upright and small, as the ``data:`` address of a JPEG; None where it is not readable.
 
     Args:
@@ -148,7 +148,7 @@ def thumbnail(path: str, *, side_pixels: int = THUMBNAIL_PIXELS, limits: Limits 
     """
     from PIL import Image
 
-    limits = limits or Limits()
+    limits = limits or DecodeLimits()
     try:
         width, height = _upright_size(path, limits)
         scale = side_pixels / max(width, height)
@@ -162,7 +162,7 @@ def thumbnail(path: str, *, side_pixels: int = THUMBNAIL_PIXELS, limits: Limits 
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def _upright_size(path: str, limits: Limits) -> tuple[int, int]:
+def _upright_size(path: str, limits: DecodeLimits) -> tuple[int, int]:
     """Return width and height of an image as people see it, from its header."""
     with _file(path) as file, _opened(file, limits, "full") as opened, _translated(opened.format, limits):
         turn, (width, height) = _turn_of(opened.image), opened.image.size
@@ -196,7 +196,7 @@ class _Opened:
 
 
 @contextmanager
-def _opened(file: BinaryIO | int, limits: Limits, jpeg: Jpeg) -> Iterator[_Opened]:
+def _opened(file: BinaryIO | int, limits: DecodeLimits, jpeg: Jpeg) -> Iterator[_Opened]:
     """Open an image within the limits on bytes, by the one decoder that its beginning asks for."""
     with open(file if isinstance(file, int) else file.fileno(), "rb", closefd=False) as bytes_of_it:
         size = os.fstat(bytes_of_it.fileno()).st_size
@@ -260,7 +260,7 @@ def _guarded(max_pixels: int) -> Iterator[None]:
 
 
 @contextmanager
-def _translated(image_format: Format, limits: Limits) -> Iterator[None]:
+def _translated(image_format: Format, limits: DecodeLimits) -> Iterator[None]:
     """Turn whatever a decoder raises over hostile bytes into the error of one image."""
     from PIL import Image
 
@@ -288,7 +288,7 @@ def _translated(image_format: Format, limits: Limits) -> Iterator[None]:
         raise UnreadableError(f"{title} is read, but this file is broken or not complete: {said}") from error
 
 
-def _over_memory(image_format: Format, limits: Limits) -> str:
+def _over_memory(image_format: Format, limits: DecodeLimits) -> str:
     megabytes = limits.memory_bytes(image_format) // 1_000_000
     return (
         f"decoding it takes more memory than the {megabytes:,} MB that one {image_format.title} may take here; "
@@ -296,7 +296,7 @@ def _over_memory(image_format: Format, limits: Limits) -> str:
     )
 
 
-def _check_size(opened: _Opened, limits: Limits, preprocessing: Preprocessing, jpeg: Jpeg) -> int:
+def _check_size(opened: _Opened, limits: DecodeLimits, preprocessing: Preprocessing, jpeg: Jpeg) -> int:
     """Hold an image's sides and pixels against the limits, after JPEG's are chosen; return what it takes, in pixels.
 
     The coefficients of a progressive JPEG are all held until its last scan, at whatever scale it is decoded

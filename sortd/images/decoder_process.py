@@ -22,7 +22,7 @@ from typing import Final
 
 from sortd.arrays import Pixels
 from sortd.errors import CrowdedError, NotAnImageError, TooLargeError, UnreadableError
-from sortd.images.decode import Jpeg, Limits, decode, load_decoders
+from sortd.images.decode import DecodeLimits, Jpeg, decode_image, load_decoders
 from sortd.images.formats import HEAD_BYTES, format_of
 from sortd.messages import Fit, Preprocessing, Refusal
 
@@ -37,7 +37,7 @@ CROWDED = 0xFF  # status of an image that takes more room than it was given: it 
 MESSAGE_BYTES = 400
 SLOTS = 32
 """Images that one process may have decoded, or have waiting, while nobody fetches them: all of a forward."""
-ROOM_UNASKED_PIXELS = 4_000_000
+DEFAULT_BUDGET_PIXELS = 4_000_000
 """So much decoding may take without asking: most photos, which JPEG can decode at a smaller scale, take less."""
 
 _CHUNK_BYTES = 1 << 20
@@ -46,11 +46,11 @@ _PR_SET_NO_NEW_PRIVS = 38
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class DecodeSettings:
     """How images are to be decoded, and in what time."""
 
     preprocessing: Preprocessing
-    limits: Limits
+    limits: DecodeLimits
     jpeg: Jpeg
     timeout_seconds: float
 
@@ -64,16 +64,16 @@ class Order:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def from_argument(argument: str) -> "Order":
+    def from_argument(argument: str) -> "DecodeSettings":
         """Read what ``to_argument`` wrote."""
         given = json.loads(argument)
         fields = given["preprocessing"]
         preprocessing = Preprocessing(**{**fields, "fit": Fit(fields["fit"])})
-        return Order(preprocessing, Limits(**given["limits"]), given["jpeg"], given["timeout_seconds"])
+        return DecodeSettings(preprocessing, DecodeLimits(**given["limits"]), given["jpeg"], given["timeout_seconds"])
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class DecodeResult:
     """What became of one file: pixels, uint8 (height, width, 3), or a refusal with its message, or more room wanted."""
 
     content: str  # hexadecimal sha256, "" where the file could not be read
@@ -83,27 +83,27 @@ class Result:
     wanted_pixels: int = 0
 
 
-def decode_content(descriptor: int, order: Order, *, room_pixels: int | None = None) -> Result:
+def decode_content(descriptor: int, order: DecodeSettings, *, room_pixels: int | None = None) -> DecodeResult:
     """Decode and hash an open file, if it takes no more than the room that it is given; None: whatever it takes."""
     try:
         result = _decoded(descriptor, order, room_pixels)
         return result if result.wanted_pixels else replace(result, content=hash_content(descriptor))
     except OSError as error:
-        return Result("", None, Refusal.DENIED, f"the disk cannot be read: {error.strerror}; look at its health")
+        return DecodeResult("", None, Refusal.DENIED, f"the disk cannot be read: {error.strerror}; look at its health")
 
 
-def _decoded(descriptor: int, order: Order, room_pixels: int | None) -> Result:
+def _decoded(descriptor: int, order: DecodeSettings, room_pixels: int | None) -> DecodeResult:
     try:
-        pixels = decode(descriptor, order.preprocessing, order.limits, jpeg=order.jpeg, room_pixels=room_pixels)
+        pixels = decode_image(descriptor, order.preprocessing, order.limits, jpeg=order.jpeg, room_pixels=room_pixels)
     except CrowdedError as error:
-        return Result("", wanted_pixels=error.pixels)
+        return DecodeResult("", wanted_pixels=error.pixels)
     except TooLargeError as error:
-        return Result("", None, Refusal.TOO_LARGE, str(error))
+        return DecodeResult("", None, Refusal.TOO_LARGE, str(error))
     except NotAnImageError as error:
-        return Result("", None, Refusal.NOT_AN_IMAGE, str(error))
+        return DecodeResult("", None, Refusal.NOT_AN_IMAGE, str(error))
     except UnreadableError as error:
-        return Result("", None, Refusal.UNREADABLE, str(error))
-    return Result("", pixels)
+        return DecodeResult("", None, Refusal.UNREADABLE, str(error))
+    return DecodeResult("", pixels)
 
 
 def hash_content(descriptor: int) -> str:
@@ -115,12 +115,12 @@ def hash_content(descriptor: int) -> str:
     return digest.hexdigest()
 
 
-def main(argument: str, control_descriptor: int, memory_descriptor: int) -> None:
+def run_decoder(argument: str, control_descriptor: int, memory_descriptor: int) -> None:
     """Decode what comes over the socket until it is closed."""
     # The daemon's signals are the daemon's: it ends this process by closing the socket.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    order = Order.from_argument(argument)
+    order = DecodeSettings.from_argument(argument)
     with socket.socket(fileno=control_descriptor) as control, mmap.mmap(memory_descriptor, 0) as memory:
         os.close(memory_descriptor)
         load_decoders()
@@ -136,7 +136,7 @@ def main(argument: str, control_descriptor: int, memory_descriptor: int) -> None
             control.send(reply)
 
 
-def _renounce(limits: Limits) -> int:
+def _renounce(limits: DecodeLimits) -> int:
     """Give up what decoding does not need; return the address space that the process has in use, in bytes."""
     with open("/proc/self/statm", encoding="ascii") as pages:
         in_use = int(pages.read().split()[0]) * resource.getpagesize()
@@ -153,7 +153,7 @@ def _renounce(limits: Limits) -> int:
     return in_use
 
 
-def _limit_memory(descriptor: int, order: Order, in_use: int) -> None:
+def _limit_memory(descriptor: int, order: DecodeSettings, in_use: int) -> None:
     """Allow what an image of its format may take, and no more; a file that cannot be read says so later."""
     with contextlib.suppress(OSError):
         most = in_use + order.limits.memory_bytes(format_of(os.pread(descriptor, HEAD_BYTES, 0)))
@@ -169,7 +169,7 @@ def _receive(control: socket.socket) -> tuple[int, int, int] | None:
     return slot, room_pixels, descriptors[0]
 
 
-def _serve(slot: int, descriptor: int, room_pixels: int, memory: mmap.mmap, order: Order) -> bytes:
+def _serve(slot: int, descriptor: int, room_pixels: int, memory: mmap.mmap, order: DecodeSettings) -> bytes:
     """Decode one file into its slot and write the reply; where it takes too long, the alarm ends this process."""
     began = perf_counter()
     signal.setitimer(signal.ITIMER_REAL, order.timeout_seconds)
@@ -190,4 +190,4 @@ def _serve(slot: int, descriptor: int, room_pixels: int, memory: mmap.mmap, orde
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the daemon is gone: so are we
-        main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+        run_decoder(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sortd.files import stamp_of
 from sortd.messages import ImageRefused, Refusal, Stamp
 from sortd.moving.companions import RAWS
 
@@ -24,7 +25,7 @@ SUFFIXES = frozenset(
 HEAD_BYTES = 64
 """As much of a file's beginning as its format can be told by."""
 
-OUR_OWN_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+RESOURCE_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """This process or the machine has run out of something: no file is to blame for it."""
 
 
@@ -128,11 +129,6 @@ def open_file(path: str) -> int:
     return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def stamp_of(status: os.stat_result) -> Stamp:
-    """Return the stamp of an open file."""
-    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
 def open_version(path: str, stamp: Stamp, max_bytes: int) -> int | ImageRefused:
     """Open a file that looks like an image and is the version meant; return its descriptor, or the refusal.
 
@@ -166,7 +162,7 @@ def _why_not_opened(error: OSError) -> tuple[Refusal, str]:
             return Refusal.NOT_AN_IMAGE, "it is a socket or a device"
         case errno.EACCES | errno.EPERM:
             return Refusal.DENIED, "sortd has no right to read it; grant it, for instance by chmod g+r"
-        case number if number in OUR_OWN_TROUBLE:
+        case number if number in RESOURCE_ERRORS:
             raise error
         case _:
             return Refusal.DENIED, f"it cannot be opened: {error.strerror}; look at its disk"

@@ -27,21 +27,22 @@ import numpy as np
 
 from sortd.arrays import Pixels
 from sortd.errors import StartupError
-from sortd.images.decode import Jpeg, Limits
+from sortd.files import stamp_of
+from sortd.images.decode import DecodeLimits, Jpeg
 from sortd.images.decoder_process import (
     CROWDED,
     DECODED,
+    DEFAULT_BUDGET_PIXELS,
     READY_SLOT,
     REFUSALS,
     REPLY,
     REQUEST,
-    ROOM_UNASKED_PIXELS,
     SLOTS,
-    Order,
-    Result,
+    DecodeResult,
+    DecodeSettings,
     decode_content,
 )
-from sortd.images.formats import open_version, stamp_of
+from sortd.images.formats import open_version
 from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
 
 POISON_KEPT = 10_000  # versions of files that are remembered as having ended a process
@@ -118,7 +119,7 @@ class _LostError(Exception):
 class _Decoder:
     """One decoding process; jobs are answered in the order in which they were given."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: DecodeSettings) -> None:
         """Start the process; it says by itself when it is ready."""
         self._order = order
         self.jobs: deque[_Job] = deque()
@@ -175,7 +176,7 @@ class _Decoder:
     def give(self, job: _Job) -> None:
         """Hand over an open file, which the caller closes; raise _LostError where the process is gone."""
         slot = self._free[-1]
-        request = REQUEST.pack(slot, job.wanted_pixels or ROOM_UNASKED_PIXELS)
+        request = REQUEST.pack(slot, job.wanted_pixels or DEFAULT_BUDGET_PIXELS)
         try:
             socket.send_fds(self._control, [request], [job.descriptor])
         except OSError as error:
@@ -184,7 +185,7 @@ class _Decoder:
         job.slot, job.since = slot, monotonic()
         self.jobs.append(job)
 
-    def answers(self) -> Iterator[tuple[_Job, Result, float]]:
+    def answers(self) -> Iterator[tuple[_Job, DecodeResult, float]]:
         """Yield the answers that are there, with the seconds that each took; raise _LostError where it cannot serve."""
         self._keep_noise()
         while True:
@@ -198,7 +199,7 @@ class _Decoder:
         if self.seconds_left() < 0:
             raise _LostError("over its time")
 
-    def _understood(self, reply: bytes) -> Iterator[tuple[_Job, Result, float]]:
+    def _understood(self, reply: bytes) -> Iterator[tuple[_Job, DecodeResult, float]]:
         if len(reply) != REPLY.size:
             raise _LostError("its end of the socket is closed" if not reply else "a reply of another size")
         slot, status, digest, seconds, wanted_pixels, length, message = REPLY.unpack(reply)
@@ -215,13 +216,13 @@ class _Decoder:
         self._free.append(slot)
         self._restart_clock()
         if status == CROWDED:
-            result = Result("", wanted_pixels=wanted_pixels)
+            result = DecodeResult("", wanted_pixels=wanted_pixels)
         elif status == DECODED:
             size, seen = self._order.pixel_bytes, self._order.preprocessing
             pixels = np.frombuffer(self._memory[slot * size : (slot + 1) * size], np.uint8)
-            result = Result(digest.hex(), pixels.reshape(seen.crop_height, seen.crop_width, 3))
+            result = DecodeResult(digest.hex(), pixels.reshape(seen.crop_height, seen.crop_width, 3))
         else:
-            result = Result(digest.hex(), None, REFUSALS[status - 1], message[:length].decode("utf-8", "replace"))
+            result = DecodeResult(digest.hex(), None, REFUSALS[status - 1], message[:length].decode("utf-8", "replace"))
         yield job, result, seconds
 
     def _restart_clock(self) -> None:
@@ -254,7 +255,7 @@ class _Decoder:
         return jobs, f"{account}; it said: {said[-300:]}" if said else account
 
 
-def _command(order: Order, control: int, memory: int) -> list[str]:
+def _command(order: DecodeSettings, control: int, memory: int) -> list[str]:
     # -P: whatever lies in the working directory is not imported.
     module = ("-P", "-m", "sortd.images.decoder_process")
     return [sys.executable, *module, order.to_argument(), str(control), str(memory)]
@@ -274,7 +275,7 @@ class DecoderPool:
         self,
         workers: int,
         preprocessing: Preprocessing,
-        limits: Limits,
+        limits: DecodeLimits,
         timeout_seconds: float = 20.0,
         *,
         jpeg: Jpeg = "draft",
@@ -290,7 +291,7 @@ class DecoderPool:
             jpeg: see ``decode.decode``.
             kills: how often one version of a file may end its process before it is poison.
         """
-        self._order = Order(preprocessing, limits, jpeg, timeout_seconds)
+        self._order = DecodeSettings(preprocessing, limits, jpeg, timeout_seconds)
         self._most_kills = kills
         self._kills: dict[Stamp, int] = {}
         self._again: deque[_Job] = deque()
@@ -477,9 +478,9 @@ class DecoderPool:
         if kills < self._most_kills:
             self._put_back(job)
             return
-        self._settle(job, Result("", None, Refusal.POISON, f"decoding it failed {kills} times: {account}"), 0.0)
+        self._settle(job, DecodeResult("", None, Refusal.POISON, f"decoding it failed {kills} times: {account}"), 0.0)
 
-    def _settle(self, job: _Job, result: Result, seconds: float) -> None:
+    def _settle(self, job: _Job, result: DecodeResult, seconds: float) -> None:
         """Answer for a file, if it still is the version that was asked for, and close it."""
         if not job.batch.is_wanted:
             return
