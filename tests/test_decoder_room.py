@@ -40,7 +40,7 @@ def taken_by_turns(pool: DecoderPool, batch: Batch) -> Iterator[int]:
     """Decode a batch, and yield what its large images have been given whenever the processes have been fed."""
     while batch.waiting or batch.unanswered:
         pool.feed(batch)
-        yield sum(job.wanted_pixels for handle in pool._decoders for job in handle.jobs)
+        yield sum(job.needed_pixels for handle in pool._decoders for job in handle.jobs)
         pool.collect(None)
 
 
@@ -75,7 +75,7 @@ def test_small_images_go_on_while_a_large_one_waits(mixed: list[Path], tmp_path:
         warmed(pool, tmp_path)
         batch = Batch(deque(stamped(*[path for path in mixed if "large" in path.name])))
         until_a_large_one_is_given(pool, batch)
-        (busy,) = [handle for handle in pool._decoders if any(job.wanted_pixels for job in handle.jobs)]
+        (busy,) = [handle for handle in pool._decoders if any(job.needed_pixels for job in handle.jobs)]
         os.kill(busy.process.pid, signal.SIGSTOP)
         small = Batch(deque(stamped(*[path for path in mixed if "small" in path.name])))
         (free,) = [handle for handle in pool._decoders if handle is not busy]
@@ -139,7 +139,7 @@ class TestWhatAnImageTakes:
         path = folder / "image"
         path.write_bytes(content)
         with path.open("rb") as file, pytest.raises(CrowdedError) as raised:
-            decode_image(file, preprocessing, DecodeLimits(), room_pixels=0)
+            decode_image(file, preprocessing, DecodeLimits(), budget_pixels=0)
         return raised.value.pixels
 
     def test_a_photo_takes_what_it_is_decoded_at(self, tmp_path: Path) -> None:

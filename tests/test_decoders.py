@@ -21,7 +21,7 @@ from PIL import Image
 from sortd.errors import StartupError
 from sortd.images import pool as pool_module
 from sortd.images.decode import DecodeLimits, decode_file
-from sortd.images.formats import _why_not_opened
+from sortd.images.formats import _refusal_of
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
 from tests.bombs import CORPUS, gif, one_bit_png, png, png_with_text, saved, write_hostile_files
@@ -252,14 +252,14 @@ class TestRefusals:
             (errno.EPERM, Refusal.DENIED, "chmod"),
             (errno.EIO, Refusal.DENIED, "disk"),
             (errno.ESTALE, Refusal.DENIED, "disk"),
-            (errno.ENOENT, Refusal.VANISHED, "nothing"),
+            (errno.ENOENT, Refusal.VANISHED, "does not exist"),
             (errno.ELOOP, Refusal.NOT_AN_IMAGE, "link"),
             (errno.ENXIO, Refusal.NOT_AN_IMAGE, "socket"),
         ],
     )
     def test_what_cannot_be_opened_says_how_to_mend_it(self, number: int, refusal: Refusal, mend: str) -> None:
         """It may be a good image: it is not set aside for want of a right, or for a disk that fails."""
-        told, message = _why_not_opened(OSError(number, os.strerror(number)))
+        told, message = _refusal_of(OSError(number, os.strerror(number)))
         assert told is refusal
         assert mend in message
 
@@ -438,7 +438,7 @@ class TestProcesses:
             pool_module, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
         )
         path = photo(tmp_path / "a.png")
-        with DecoderPool(1, SMALL, DecodeLimits()) as pool, pytest.raises(StartupError, match=r"up: .*no such thing"):
+        with DecoderPool(1, SMALL, DecodeLimits()) as pool, pytest.raises(StartupError, match=r"do not start: .*no such thing"):
             list(pool.decode_all(stamped(path)))
 
     @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ class TestFormats:
     def test_other_formats_never_reach_a_decoder(self, image_format: str) -> None:
         """An EPS named holiday.jpg would start Ghostscript; off the list means refused."""
         image = picture().convert("1" if image_format == "MSP" else "RGB")
-        with pytest.raises(UnreadableError, match="no image that sortd reads"):
+        with pytest.raises(UnreadableError, match="not an image in a supported format"):
             decoded(encode(image, image_format))
 
     def test_a_descriptor_and_a_file_give_the_same(self) -> None:
@@ -484,15 +484,15 @@ class TestBroken:
         """Libheif leaves out the tiles of a HEIC that are not there, and shows the others."""
         content = encode(picture(900, 600), "HEIF", tile_size=256)
         for kept in (0.5, 0.9, 0.99):
-            with pytest.raises(UnreadableError, match="HEIC is read, but this file is not complete"):
+            with pytest.raises(UnreadableError, match="incomplete HEIC file"):
                 decoded(content[: int(len(content) * kept)])
-            with pytest.raises(UnreadableError, match="HEIC is read, but this file is not complete"):
+            with pytest.raises(UnreadableError, match="incomplete HEIC file"):
                 decoded(content[: int(len(content) * kept)] + bytes(len(content) - int(len(content) * kept)))
 
     def test_decode_broken_heic_is_told_so(self) -> None:
         """It says that the format is read and the file is broken, and not what to install."""
         head = struct.pack(">I4s4sI8s", 24, b"ftyp", b"heic", 0, b"mif1heic")
-        with pytest.raises(UnreadableError, match="HEIC is read, but this file is broken"):
+        with pytest.raises(UnreadableError, match="broken or incomplete HEIC file"):
             decoded(head + bytes(100))
 
     def test_random_damage_never_escapes_as_another_error(self) -> None:
@@ -540,7 +540,7 @@ class TestSound:
         with_preview = encode(picture(64, 64), "JPEG")
         options = {"exif": b"Exif\0\0" + with_preview} if image_format == "JPEG" else {"comment": b"; ;"}
         content = encode(picture(300, 200), image_format, **({} if image_format == "PNG" else options))
-        with pytest.raises(UnreadableError, match="not complete"):
+        with pytest.raises(UnreadableError, match=r"^incomplete"):
             decoded(content[: int(len(content) * 0.7)] + bytes(5000))
 
     @pytest.mark.parametrize("colour", ["black", "white", "red"])
@@ -640,20 +640,20 @@ class TestUnsupported:
     )
     def test_decode_a_kind_that_is_not_supported_says_so(self, content: bytes, title: str) -> None:
         """The reason names the kind, and what can be done."""
-        with pytest.raises(UnreadableError, match=rf"{title} is read, but not this kind of {title} \(.+\); save it"):
+        with pytest.raises(UnreadableError, match=rf"unsupported kind of {title} \(.+\); save it"):
             decoded(content)
 
     def test_decode_a_twelve_bit_jpeg_says_that_it_is_not_supported(self) -> None:
         """Medical devices write them."""
         content = bytearray(encode(picture(), "JPEG"))
         content[content.index(b"\xff\xc0") + 4] = 12
-        with pytest.raises(UnreadableError, match="not this kind of JPEG"):
+        with pytest.raises(UnreadableError, match="unsupported kind of JPEG"):
             decoded(bytes(content))
 
     def test_decode_another_codec_in_heif_says_that_it_is_not_supported(self) -> None:
         """VVC, JPEG 2000 or uncompressed: the container is known, the codec is not."""
         content = encode(picture(), "HEIF").replace(b"hvc1", b"vvc1").replace(b"hvcC", b"vvcC")
-        with pytest.raises(UnreadableError, match="not this kind of HEIC"):
+        with pytest.raises(UnreadableError, match="unsupported kind of HEIC"):
             decoded(content)
 
     @pytest.mark.parametrize("image_format", FORMATS)
@@ -661,7 +661,7 @@ class TestUnsupported:
         """A broken file is broken."""
         content = encode(picture(200, 150), image_format)
         for cut in np.linspace(40, len(content) * 0.97, 20).astype(int):
-            with pytest.raises(UnreadableError, match=r"not complete|no image that sortd"):
+            with pytest.raises(UnreadableError, match=r"incomplete|not an image"):
                 decoded(content[:cut])
 
 
