@@ -21,9 +21,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.encoder import build_reference
-from sortd.encoder.torch_encoder import PATIENT_THREADS
+from sortd.encoder.torch_encoder import PASSIVE_WAIT
 
-os.environ.setdefault(*PATIENT_THREADS)  # what sortd is held against has the same threads
+os.environ.setdefault(*PASSIVE_WAIT)  # the baseline waits as sortd does
 
 REPOSITORY = Path(__file__).parents[1]
 SCALES = ((6, 55.0), (24, 35.0), (96, 20.0), (384, 12.0))

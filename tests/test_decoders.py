@@ -438,7 +438,10 @@ class TestProcesses:
             pool_module, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
         )
         path = photo(tmp_path / "a.png")
-        with DecoderPool(1, SMALL, DecodeLimits()) as pool, pytest.raises(StartupError, match=r"do not start: .*no such thing"):
+        with (
+            DecoderPool(1, SMALL, DecodeLimits()) as pool,
+            pytest.raises(StartupError, match=r"start: .*no such thing"),
+        ):
             list(pool.decode_all(stamped(path)))
 
     @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ class TestLocate:
 
     def test_a_folder_that_is_not_there_is_named(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """A path never becomes a name to look up."""
-        with pytest.raises(ModelError, match=r"there is no folder .*/nowhere"):
+        with pytest.raises(ModelError, match=r"the folder .*/nowhere does not exist"):
             models.locate_clip(str(tmp_path / "nowhere"), environment=environment)
 
 
@@ -135,9 +135,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("config", "complaint"),
         [
-            (VIT, r"is no CLIP: it is a ViTModel \(vit\), which sees images but has no text tower"),
-            (BERT, r"is no CLIP: it is a BertModel \(bert\), which reads text but sees no images"),
-            ([], "is no JSON object"),
+            (VIT, r"is not a CLIP: it is a ViTModel \(vit\), which has no text tower"),
+            (BERT, r"is not a CLIP: it is a BertModel \(bert\), which has no image tower"),
+            ([], "is not a JSON object"),
         ],
     )
     def test_what_is_no_clip(self, tmp_path: Path, config: object, complaint: str) -> None:
@@ -171,13 +171,13 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("modules", "complaint"),
         [
-            ([{"path": "", "type": "custom_clip.Model"}], r"code of its own \(custom_clip.Model\)"),
+            ([{"path": "", "type": "custom_clip.Model"}], r"its own code \(custom_clip.Model\)"),
             ([{"path": "", "type": "sentence_transformers.models.Router"}], "first module is a Router"),
-            ([{"path": "../../etc", "type": "sentence_transformers.models.Transformer"}], "outside of its folder"),
-            ([{"path": "/etc", "type": "sentence_transformers.models.Transformer"}], "outside of its folder"),
-            ({}, "no list of modules"),
-            ([], "no list of modules"),
-            (["x"], "no list of modules"),
+            ([{"path": "../../etc", "type": "sentence_transformers.models.Transformer"}], "outside its folder"),
+            ([{"path": "/etc", "type": "sentence_transformers.models.Transformer"}], "outside its folder"),
+            ({}, "not a list of modules"),
+            ([], "not a list of modules"),
+            (["x"], "not a list of modules"),
         ],
     )
     def test_modules_that_are_not_one_transformer(self, tmp_path: Path, modules: object, complaint: str) -> None:
@@ -437,7 +437,7 @@ except ModelError as error:
     @pytest.mark.parametrize(
         ("config", "said"),
         [
-            (CLIP, "to use it: `model: tiny`"),
+            (CLIP, "to use it, set `model: tiny`"),
             ({"model_type": "vit", "image_size": 224}, "`sortd finetune DATASET --base tiny`"),
             ({"model_type": "distilbert", "vocab_size": 9}, "`text_model: tiny`"),
         ],
@@ -483,7 +483,7 @@ except ModelError as error:
         torch.save({"a": _Touch(str(tmp_path / "owned"))}, folder / "0_CLIPModel/pytorch_model.bin")
         done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
         assert done.returncode == 69, done.stderr
-        assert "holds something else than weights, and was not run" in done.stdout
+        assert "holds something other than weights, and was not run" in done.stdout
         assert not (tmp_path / "owned").exists()
 
     def test_weights_in_no_form_that_we_read_are_refused(self, hub: tuple[str, Path], tmp_path: Path) -> None:

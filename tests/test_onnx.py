@@ -79,7 +79,7 @@ def clip(tiny_clip: Path) -> ModelFolder:
 @pytest.fixture(scope="module")
 def exported(clip: ModelFolder, cache: Path) -> Exports:
     """Its exports, made as sortd makes them; int8 is kept though it does not pay at this size."""
-    return onnx_export.make_exports(clip, None, cache_dir=cache, least_gain=0.0)
+    return onnx_export.make_exports(clip, None, cache_dir=cache, min_gain=0.0)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ class TestRows:
     def test_the_packaged_model_too(self, cache: Path) -> None:
         """What ships is a convolutional network beside a BERT; in int8 its convolutions are as well."""
         model = models.locate_clip("packaged")
-        made = onnx_export.make_exports(model, None, cache_dir=cache, least_gain=0.0)
+        made = onnx_export.make_exports(model, None, cache_dir=cache, min_gain=0.0)
         onnx, quick = open_export(made), open_export(made, Precision.INT8)
         torch = load_encoder("packaged", backend="torch")
         seen = pixels(3, torch.preprocessing.crop_height)
@@ -290,11 +290,11 @@ class TestExports:
             shutil.copytree(exported.folder, into, dirs_exist_ok=True)
 
         def tell(what: str) -> None:
-            assert "waiting for whoever exports the same model" in what
+            assert "waiting for another export of the same model" in what
             both_began.wait(60)
 
         def make() -> Exports:
-            return onnx_export.make_exports(exported.model, None, cache_dir=tmp_path, tell=tell, write=copy_it)
+            return onnx_export.make_exports(exported.model, None, cache_dir=tmp_path, on_progress=tell, write=copy_it)
 
         with ThreadPoolExecutor(2) as threads:
             first, second = [threads.submit(make) for _ in range(2)]
@@ -338,29 +338,29 @@ class TestExports:
     def test_a_full_disk_is_noticed_before_the_work(self, clip: ModelFolder, tmp_path: Path) -> None:
         """Not after a minute of it."""
         plenty = SimpleNamespace(free=10 * clip.size_bytes)
-        onnx_export.check_room(clip, None, tmp_path, usage=lambda _: plenty)
-        with pytest.raises(ModelError, match=r"takes up to 1 MB in .*, where 0 MB are free; make room there"):
-            onnx_export.check_room(clip, None, tmp_path, usage=lambda _: SimpleNamespace(free=clip.size_bytes))
+        onnx_export.check_disk_space(clip, None, tmp_path, usage=lambda _: plenty)
+        with pytest.raises(ModelError, match=r"it takes up to 1 MB in .*, where 0 MB are free; make room there"):
+            onnx_export.check_disk_space(clip, None, tmp_path, usage=lambda _: SimpleNamespace(free=clip.size_bytes))
 
     def test_an_export_with_other_rows_is_refused(self, copied: Exports) -> None:
         """Held against torch before anything is kept."""
         from sortd.encoder.torch_encoder import TorchEncoder
 
         encoder = TorchEncoder(copied.model, None, device="cpu", cache_dir=None, threads=1, decoding="draft")
-        onnx_export._try_images(encoder, copied.folder)
+        onnx_export._compare_images(encoder, copied.folder)
         encoder.shift += 1.0
         with pytest.raises(ModelError, match="gives other rows than torch for 1 images"):
-            onnx_export._try_images(encoder, copied.folder)
+            onnx_export._compare_images(encoder, copied.folder)
 
     def test_int8_that_gains_too_little_is_not_kept(self, copied: Exports) -> None:
         """And says so to whoever asks for it."""
-        assert onnx_export._reduce(copied.folder, 1e6, copied.manifest.preprocessing) < 1e6
+        assert onnx_export._quantize_towers(copied.folder, 1e6, copied.manifest.preprocessing) < 1e6
         assert not copied.tower("image", Precision.INT8).exists()
         sums = {name: one for name, one in copied.manifest.checksums.items() if "int8" not in name}
         manifest = replace(copied.manifest, gain=1.1, checksums=sums)
         without = Exports(copied.folder, copied.model, None, manifest)
         assert without.precisions == (Precision.FP32,)
-        with pytest.raises(ModelError, match=r"has no int8 export: int8 was 1\.10 times as quick"):
+        with pytest.raises(ModelError, match=r"has no int8 export, since int8 was only 1\.10 times"):
             open_export(without, Precision.INT8)
 
     def test_a_file_that_onnx_runtime_does_not_take(self, copied: Exports) -> None:
@@ -393,14 +393,14 @@ class TestBackends:
     @pytest.mark.parametrize(
         ("wanted", "expected"),
         [
-            (("torch", "auto", "no GPU"), ("torch", "says so")),
-            (("onnx", "auto", "a GPU"), ("onnx", "says so")),
+            (("torch", "auto", "no GPU"), ("torch", "is configured")),
+            (("onnx", "auto", "a GPU"), ("onnx", "is configured")),
             (("auto", "auto", "no GPU"), ("onnx", "exported before")),
             (("auto", "cpu", "a GPU"), ("onnx", "exported before")),
-            (("auto", "auto", "a GPU"), ("torch", "cannot use the device")),
+            (("auto", "auto", "a GPU"), ("torch", "this ONNX Runtime cannot")),
             (("auto", "auto", "torch without CUDA"), ("onnx", "exported before")),
-            (("auto", "cuda", "no GPU"), ("torch", "cannot use the device")),
-            (("auto", "mps", "no GPU"), ("torch", "cannot use the device")),
+            (("auto", "cuda", "no GPU"), ("torch", "this ONNX Runtime cannot")),
+            (("auto", "mps", "no GPU"), ("torch", "this ONNX Runtime cannot")),
         ],
     )
     def test_with_an_export(
@@ -452,7 +452,7 @@ class TestBackends:
         torch = load_encoder(str(tiny_clip), backend="torch", device="cpu")
         assert (getattr(torch, "runs_on", None), torch_can_use_gpu(torch="2.13.0+cpu")) == ("CPU", False)
 
-    @pytest.mark.parametrize(("device", "complaint"), [("cuda:1", "has no CUDA"), ("mps", "is torch's")])
+    @pytest.mark.parametrize(("device", "complaint"), [("cuda:1", "has no CUDA"), ("mps", "works only with torch")])
     def test_a_device_that_it_cannot_use(self, exported: Exports, device: str, complaint: str) -> None:
         """By name, with what to set instead."""
         with pytest.raises(ModelError, match=complaint):

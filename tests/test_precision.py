@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from sortd import config as configuration
 from sortd import logs
-from sortd.commands.export import LARGEST_CLASS, LARGEST_SAMPLE, export, sample
+from sortd.commands.export import MAX_PER_CLASS, MAX_REFERENCES, export, sample
 from sortd.config import Config
 from sortd.encoder import models
 from sortd.encoder import onnx_encoder as exports
@@ -33,7 +33,7 @@ pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 def exported(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the exports of the tiny model, int8 among them."""
     cache = tmp_path_factory.mktemp("exported")
-    make_exports(models.locate_clip(str(tiny_clip)), None, cache_dir=cache, least_gain=0.0)
+    make_exports(models.locate_clip(str(tiny_clip)), None, cache_dir=cache, min_gain=0.0)
     return cache
 
 
@@ -61,7 +61,7 @@ class World:
     def load(self) -> Encoder:
         """Load what serves."""
         with capture_logs() as lines:
-            encoder = load_fastest(self.config, tell=self.told.append)
+            encoder = load_fastest(self.config, report=self.told.append)
         self.lines += lines
         return encoder
 
@@ -124,7 +124,7 @@ class TestVerdict:
         world = World(make_config())
         assert "12 references that are left out and filed by the others are too few" in world.judge()["refusal"]
         assert "-onnx-fp32-" in world.load().encoder_id
-        assert "int8 does not serve: 12 references" in world.told[0]
+        assert "int8 is not used: 12 references" in world.told[0]
         shutil.rmtree(dataset)
         make_dataset(tmp_path / "Data", references=12)
         assert world.judge()["serves"] == "int8"
@@ -145,7 +145,7 @@ class TestVerdict:
         spoil_int8(world.exports())
         assert read_verdict(world.exports(), world.config.root) is None
         assert "-onnx-fp32-" in world.load().encoder_id
-        assert "moved too far" in world.judge()["refusal"]
+        assert "synthetic images differ" in world.judge()["refusal"]
         assert "-onnx-fp32-" in world.load().encoder_id
 
     def test_int8_that_does_not_run_is_refused(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
@@ -153,7 +153,7 @@ class TestVerdict:
         make_dataset(tmp_path / "Data", references=12)
         world = World(make_config())
         damage(world.exports(), Precision.INT8)
-        assert "could not be held against fp32: ONNX Runtime does not open" in world.judge()["refusal"]
+        assert "could not be compared with fp32: ONNX Runtime does not open" in world.judge()["refusal"]
 
     def test_a_damaged_verdict_is_none(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
         """float32 serves; a verdict speaks for one root alone."""
@@ -166,7 +166,7 @@ class TestVerdict:
             file.write_text(damaged)
             assert read_verdict(world.exports(), world.config.root) is None
         assert "-onnx-fp32-" in world.load().encoder_id
-        assert "not judged on these datasets; `sortd models export` does it" in world.told[-1]
+        assert "not compared on these datasets; run `sortd models export`" in world.told[-1]
 
     def test_a_start_takes_what_is_ready(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
         """It writes nothing: no verdict means float32, no export means torch with a warning."""
@@ -182,7 +182,7 @@ class TestVerdict:
             assert "-torch-" in world.load().encoder_id
             line = world.lines.pop()
             assert (line["event"], line["backend"], line["log_level"]) == (logs.MODEL_FELL_BACK, "torch", "warning")
-            assert "`sortd models export` makes it" in line["error"]
+            assert "run `sortd models export`" in line["error"]
             shutil.rmtree(tmp_path / "cache")
 
 
@@ -225,7 +225,7 @@ class TestBackend:
         damage(world.exports(), Precision.INT8)
         exports.write_verdict(world.exports(), world.config.root, verdict)
         assert "-onnx-fp32-" in world.load().encoder_id
-        assert "int8 does not serve: ONNX Runtime does not open" in world.told[-1]
+        assert "int8 is not used: ONNX Runtime does not open" in world.told[-1]
         damage(world.exports(), Precision.FP32)
         assert "-torch-" in world.load().encoder_id
         fallen = [line["backend"] for line in world.lines if line["event"] == logs.MODEL_FELL_BACK]
@@ -266,8 +266,8 @@ class TestSample:
     def test_a_large_one_is_thinned(self, classes: int, each: int) -> None:
         """To a size that a start can wait for, with classes that keep enough to be left out."""
         chosen = sample(self.folders(classes, each))
-        assert sum(len(folder.files) for folder in chosen) <= LARGEST_SAMPLE
-        assert {len(folder.files) for folder in chosen} == {min(each, LARGEST_CLASS)}
+        assert sum(len(folder.files) for folder in chosen) <= MAX_REFERENCES
+        assert {len(folder.files) for folder in chosen} == {min(each, MAX_PER_CLASS)}
         assert len({folder.label for folder in chosen}) >= min(classes, 33)
 
 
@@ -316,11 +316,11 @@ def test_commands_keep_their_facts_on_stdout_alone(
     facts = sortd("models", "export", "-c", config, "--json").facts
     assert (facts["name"], facts["export"]["precisions"]) == ("onnx", ["fp32", "int8"])
     assert (facts["agreement"]["serves"], facts["agreement"]["filed"]) == ("fp32", 12)
-    assert "fp32 serves and int8 does not: 12 references" in sortd("models", "-c", config).out
-    assert "fp32 serves and int8 does not" in sortd("check", "-c", config, "--json").out
+    assert "fp32 is used, not int8: 12 references" in sortd("models", "-c", config).out
+    assert "fp32 is used, not int8" in sortd("check", "-c", config, "--json").out
     shutil.rmtree(tmp_path / "cache" / "onnx")
     ran = sortd("eval", "-c", config, "--json")
     assert ran.facts["datasets"]["Colours"]["encoder_id"].count("-torch-") == 1
     assert "model.fell_back: the export to ONNX is missing" in caplog.text
     assert "sortd models export" in sortd("check", "-c", config, "--json").out
-    assert "It is run by torch: the export to ONNX is missing" in sortd("models", "-c", config).out
+    assert "Backend: torch, since the export to ONNX is missing" in sortd("models", "-c", config).out

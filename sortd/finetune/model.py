@@ -13,7 +13,7 @@ from sortd.arrays import Array, FloatArray, IntArray, Pixels
 from sortd.classify.calibration import balanced_weights, fit_temperature
 from sortd.classify.gaussian import MEAN_SHRINKAGE, PSEUDO_ROWS
 from sortd.encoder import models
-from sortd.encoder.models import CODE_FREE, first_line
+from sortd.encoder.models import SAFETENSORS, first_line
 from sortd.encoder.preprocessing import preprocessing_of
 from sortd.errors import ModelError
 from sortd.finetune.data import TrainDataset
@@ -100,9 +100,9 @@ def load_base(name: str, labels: Sequence[str], *, cache_dir: Path | None = None
     """
     found, folder = find_base(name, cache_dir=cache_dir)
     config = _json(folder / "config.json", found)
-    if not any(path.is_file() for path in folder.glob(f"*{CODE_FREE}")):
+    if not any(path.is_file() for path in folder.glob(f"*{SAFETENSORS}")):
         raise ModelError(
-            f"base {found!r} in {folder} has no {CODE_FREE} weights, and sortd loads no other kind: `sortd models "
+            f"base {found!r} in {folder} has no {SAFETENSORS} weights, and sortd loads no other kind: `sortd models "
             "fetch` converts them, or save the model again with transformers"
         )
     processor = _processor(folder, found)
@@ -147,7 +147,7 @@ def _load_tower(
     try:
         weights = {
             key: value.float()
-            for file in sorted(folder.glob(f"*{CODE_FREE}"))
+            for file in sorted(folder.glob(f"*{SAFETENSORS}"))
             for key, value in load_file(file).items()
             if key.startswith(("vision_model.", "visual_projection."))
         }

@@ -85,7 +85,7 @@ class Site:
         self._runs_on: list[str] = []
         self.attend: Callable[[str], None] = lambda _: None
         """Is told what goes on when the model begins to load."""
-        self._load_encoder = load_encoder or partial(load_fastest, tell=self._runs_on.append)
+        self._load_encoder = load_encoder or partial(load_fastest, report=self._runs_on.append)
         self._run = uuid.uuid4().hex[:8]
         self._held: dict[DatasetId, ExitStack] = {}
         self._decoders: dict[tuple[Preprocessing, Jpeg], DecoderPool] = {}
