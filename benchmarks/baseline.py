@@ -43,10 +43,10 @@ from benchmarks.workload import (
     torch_forward,
     write_config,
 )
+from sortd.events import Preprocessing
 from sortd.images.decode import DecodeLimits, Jpeg
 from sortd.images.pool import DecodedImage, DecoderPool
-from sortd.messages import Preprocessing
-from sortd.watching.scanning import scan
+from sortd.watch.scan import scan
 
 FLOORS = {"torch": 4.0, "onnx": 6.0}
 """Times the script's images per second."""

@@ -29,7 +29,8 @@ from sortd.classify.build import build
 from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import Classifier, PrototypeSet
 from sortd.classify.types import Decision, DecisionSettings, Mode, SupportSet
-from sortd.messages import (
+from sortd.core.sorter import Sorter, SorterSettings
+from sortd.events import (
     Command,
     Embed,
     Embedded,
@@ -49,10 +50,7 @@ from sortd.messages import (
     Tick,
     Writer,
 )
-from sortd.running.sweep import SLICE
-from sortd.sorter import Sorter
-from sortd.sorting.settings import SorterSettings
-from sortd.watching.scanning import scan
+from sortd.watch.scan import SLICE, scan
 
 MOST_MICROSECONDS = 80.0
 MOST_KNOWN = 100_000
@@ -138,7 +136,7 @@ class Drive:
         while self.filed < self.inbox.files:
             self._carry_out()
             self._scan_on()
-            self.most_known = max(self.most_known, self.sorter.known)
+            self.most_known = max(self.most_known, len(self.sorter.images))
             deadline = self.sorter.next_deadline()
             if not self._commands and self._found is None and deadline is not None:
                 self.now = max(self.now, deadline)
@@ -151,7 +149,7 @@ class Drive:
             return
         numbers = list(islice(self._found, SLICE))
         self.tell([ImageSeen(self.inbox.path(number), self.inbox.stamp(number)) for number in numbers])
-        if self.sorter.is_overflowed:  # what is left of it does not fit either: another scan finds it
+        if self.sorter.images.overflowed:  # what is left of it does not fit either: another scan finds it
             self._found = None
         elif len(numbers) < SLICE:
             self._found = None
@@ -206,7 +204,7 @@ def measure_core(images: int, limit: int) -> dict[str, Any]:
     """File so many images through a core and say what each part of them cost."""
     drive = Drive(images, limit)
     marks, memory, began = [0.0], [resident_mebibytes()], time.perf_counter()
-    with mock.patch("sortd.sorter.decide_by", drive.decide):
+    with mock.patch("sortd.core.sorter.decide_by", drive.decide):
         for filed in drive.run():
             if filed * QUARTERS >= images * len(marks):
                 marks.append(drive.core_seconds - drive.decision_seconds)

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sortd.events import Preprocessing, Stamp
 from sortd.files import stamp_of
 from sortd.images.decode import DecodeLimits, Jpeg
 from sortd.images.pool import DecodedImage, DecoderPool
-from sortd.messages import Preprocessing, Stamp
 
 TICKS = os.sysconf("SC_CLK_TCK")
 SEEN = Preprocessing(224, 224, 224)

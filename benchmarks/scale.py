@@ -24,15 +24,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sortd.cache import Cache
 from sortd.classify.build import build
 from sortd.classify.decide import decide
 from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
+from sortd.daemon.embedder import Embedder
+from sortd.events import Preprocessing
 from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecoderPool
-from sortd.messages import Preprocessing
 from sortd.references import References, Teaching
-from sortd.running.embedding import Embedder
+from sortd.store.cache import Cache
 
 DIMENSIONS = 512
 SIDE = 16

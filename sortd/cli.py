@@ -1,6 +1,6 @@
 """The command line: arguments in, exit codes out; facts on stdout, messages on stderr.
 
-The one place with lazy imports, so that `--help`, `check`, `status`, `history` and `undo` never import torch.
+Commands are imported when they run, so that `--help`, `check`, `status`, `history` and `undo` never import torch.
 """
 
 import errno
@@ -9,33 +9,44 @@ import resource
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from sortd import __version__, mends
-from sortd.commands import bench as cli_bench
+from sortd import __version__, errors
 from sortd.commands import decisions as cli_decisions
-from sortd.commands import facts as cli_facts
 from sortd.commands import finetuning as cli_finetuning
 from sortd.commands import models as cli_models
-from sortd.commands import moves as cli_moves
-from sortd.commands.console import Command, ConfigOption, Group, JsonOption, counted, load_config, printable, say
-from sortd.console_line import readable_json
+from sortd.commands.console import (
+    Command,
+    ConfigOption,
+    DatasetOption,
+    Group,
+    JsonOption,
+    SinceOption,
+    UntilOption,
+    counted,
+    load_config,
+    moment_option,
+    print_json,
+    printable,
+    say,
+    under_way,
+)
 from sortd.errors import SortdError
+from sortd.files import readable_json
 
 if TYPE_CHECKING:
-    from sortd.logs import Format
-    from sortd.messages import Move
-    from sortd.running.site import LoadEncoder
+    from sortd.daemon.resources import LoadEncoder
+    from sortd.events import Move
+    from sortd.logs import LogFormat
 
 PATIENT_PRODUCTS = ("OPENBLAS_THREAD_TIMEOUT", "20")
-"""Read by the OpenBLAS in numpy when it is loaded: the binary logarithm of the clock cycles that its threads spin for
-after each product (26 if not set). A decision is one small product a batch, and the threads that spun for the next one
-burned 3 ms of processor time an image beside the forward; with this 0.1 ms (`benchmarks.efficiency`, two cores)."""
+"""Binary logarithm of the cycles that threads of OpenBLAS spin after a product (26 if not set). Spinning took 3 ms of
+processor time an image, with this 0.1 ms (`benchmarks.efficiency`, two cores)."""
 
 REFUSED = frozenset({
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE,
@@ -87,7 +98,7 @@ def once(
 ) -> None:
     """File what is there now, and stop."""
     if dry_run:
-        rehearse(config, as_json=as_json)
+        print_dry_run(config, as_json=as_json)
     else:
         work(config, once=True)
 
@@ -100,10 +111,10 @@ def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = 
     """
     os.environ.setdefault(*PATIENT_PRODUCTS)
     from sortd import logs
-    from sortd.daemon import Daemon
+    from sortd.daemon.daemon import Daemon
+    from sortd.daemon.resources import Resources
     from sortd.metrics import Metrics
-    from sortd.running.site import Site
-    from sortd.sdnotify import Notifier
+    from sortd.systemd import Notifier
 
     logs.configure(said_format())
     config = load_config(path)
@@ -111,7 +122,7 @@ def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = 
     raise_descriptor_limit()
     Daemon(
         config,
-        site=Site(config, load_encoder=load_encoder),
+        resources=Resources(config, load_encoder=load_encoder),
         reload=lambda: load_config(path),
         notifier=Notifier(os.environ),
         metrics=Metrics(),
@@ -125,49 +136,41 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def rehearse(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | None" = None) -> None:
-    """Say what would happen; ``load_encoder`` stands in for the configured model.
+def print_dry_run(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | None" = None) -> None:
+    """Say what ``once`` would do; ``load_encoder`` stands in for the configured model.
 
     Raises:
         SortdError: what stopped it.
     """
     from sortd import logs
-    from sortd.running import rehearsal
+    from sortd.daemon import dry_run
+    from sortd.daemon.dataset_log import decision_facts
 
     logs.configure(said_format())
     config = load_config(path)
     logs.configure(config.log.format, "warning")
-
     told = 0
 
     def tell(dataset: str, move: "Move", destination: str) -> None:
         nonlocal told
-        from sortd.running.account import decision_facts
-
         told += 1
-        facts: Mapping[str, Any] = {"dataset": dataset, "path": move.path, "destination": destination}
+        why = decision_facts(move)
         if as_json:
-            line = {**facts, "outcome": move.outcome.value, **decision_facts(move)}
-            typer.echo(readable_json(line, encoding=sys.stdout.encoding))
-        else:
-            why = decision_facts(move)
-            shown = " ".join(
-                f"{key}={why[key]}" for key in ("score", "margin", "second_label", "reason") if why.get(key)
-            )
-            typer.echo(f"{printable(move.path)} -> {printable(destination)}  {shown}")
+            place = {"dataset": dataset, "path": move.path, "destination": destination, "outcome": move.outcome.value}
+            typer.echo(readable_json({**place, **why}, encoding=sys.stdout.encoding))
+            return
+        shown = [f"{key}={why[key]}" for key in ("score", "margin", "second_label", "reason") if why.get(key)]
+        typer.echo(f"{printable(move.path)} -> {printable(destination)}  {' '.join(shown)}")
 
     if sys.stderr.isatty() and not logs.is_json():
         say("sortd: loading the model, then deciding what waits; nothing is moved")
-    rehearsal.rehearse(config, tell, load_encoder=load_encoder)
+    dry_run.rehearse(config, tell, load_encoder=load_encoder)
     if not logs.is_json():
         say(f"sortd: {counted(told, 'image')} would be moved; nothing was touched")
 
 
-def said_format() -> "Format":
-    """Return the form of the log as far as it is known before the configuration is read: what refuses that is logged.
-
-    A configuration that cannot be read does not say; its variable may, and a stream that is no terminal has JSON.
-    """
+def said_format() -> "LogFormat":
+    """Return the form of the log while the configuration is read, whose refusal is logged too."""
     named = os.environ.get("SORTD_LOG__FORMAT")
     return "console" if named == "console" else "json" if named == "json" else "auto"
 
@@ -175,14 +178,12 @@ def said_format() -> "Format":
 @app.command(cls=Command)
 def init(
     directory: Annotated[Path, typer.Argument(help="The dataset's folder; it and what it lacks is made.")],
-    classes: Annotated[
-        list[str] | None, typer.Option("--class", help="Make a folder for this class; repeatable.")
-    ] = None,
+    classes: Annotated[list[str] | None, typer.Option("--class", help="Make this class's folder; repeatable.")] = None,
 ) -> None:
     """Make the folders of a dataset, and its marker."""
     from sortd.classify.prompts import written_name
     from sortd.errors import LayoutError
-    from sortd.layout import Area, Layout
+    from sortd.layout import Area, Layout, enclosing_dataset
     from sortd.references import is_class_name
 
     for name in classes or ():
@@ -192,42 +193,29 @@ def init(
             )
             raise typer.BadParameter(f"{name!r} cannot be a class: {why}", param_hint="--class")
     layout = Layout(directory.absolute())
-    see_that_it_is_found(layout.root)
+    real, around = Path(os.path.realpath(layout.root)), enclosing_dataset(layout.root)
+    if real.name.startswith(".") or real == real.parent:
+        raise LayoutError(
+            f"{layout.root} cannot be a dataset: sortd looks at folders below its root that are not hidden"
+        )
+    if around is not None:
+        beside = around.parent / layout.name
+        raise LayoutError(f"{layout.root} lies inside the dataset {around}, where no sortd would see it; make {beside}")
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
+        layout.make()
+        for name in classes or ():
+            (layout.area(Area.CLASES) / name).mkdir(exist_ok=True)
     except FileExistsError as error:
-        raise LayoutError(f"{layout.root} is there but is no folder; move it away, or name another") from error
+        raise LayoutError(f"{error.filename} is there but is no folder; move it away, or name another") from error
     except OSError as error:
-        raise LayoutError(f"{layout.root} cannot be made: {error.strerror}; mend its rights or name another") from error
-    layout.make()
-    for name in classes or ():
-        folder = layout.area(Area.CLASES) / name
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise LayoutError(f"{folder} cannot be made: {error.strerror}; mend its rights or room") from error
+        mend = "mend its rights or room, or name another"
+        raise LayoutError(f"{error.filename} cannot be made: {error.strerror}; {mend}") from error
     root = printable(os.fspath(layout.root))
     typer.echo(f"{root} is a dataset. Teach it: put images into {root}/{Area.CLASES}/<class>/")
     typer.echo(f"Then drop images into {root}/{Area.IMAGES}/ and run")
-    for line in how_to_run(Path(os.path.realpath(layout.root)).parent):
+    for line in how_to_run(real.parent):
         typer.echo(line)
-
-
-def see_that_it_is_found(dataset: Path) -> None:
-    """Refuse a folder in which no sortd would see a dataset.
-
-    Raises:
-        LayoutError: it is hidden, or lies inside another dataset.
-    """
-    from sortd.errors import LayoutError
-    from sortd.layout import enclosing_dataset
-
-    real, around = Path(os.path.realpath(dataset)), enclosing_dataset(dataset)
-    if real.name.startswith(".") or real == real.parent:
-        raise LayoutError(f"{dataset} cannot be a dataset: sortd looks at folders below its root that are not hidden")
-    if around is not None:
-        beside = around.parent / dataset.name
-        raise LayoutError(f"{dataset} lies inside the dataset {around}, where no sortd would see it; make {beside}")
 
 
 def how_to_run(root: Path) -> Iterator[str]:
@@ -236,23 +224,23 @@ def how_to_run(root: Path) -> Iterator[str]:
     from sortd.errors import ConfigError
 
     file, command, mistakes = find(os.environ), f"{this_program()} run", ""
+    if file is not None:
+        command += f" -c {shlex.quote(os.path.abspath(file))}"
+        try:
+            if os.path.realpath(load(file, os.environ).root) == os.fspath(root):
+                yield f"    {command}"
+                return
+        except ConfigError as error:
+            mistakes = str(error)
     name = "config.yaml (config.example.yaml has every key)" if file is None else printable(os.path.abspath(file))
-    named = "" if file is None else f" -c {shlex.quote(os.path.abspath(file))}"
-    try:
-        is_known = file is not None and os.path.realpath(load(file, os.environ).root) == os.fspath(root)
-    except ConfigError as error:
-        is_known, mistakes = False, str(error)
-    if is_known:
-        yield f"    {command}{named}"
-        return
-    yield f"    SORTD_ROOT={shlex.quote(os.fspath(root))} {command}{named}"
+    yield f"    SORTD_ROOT={shlex.quote(os.fspath(root))} {command}"
     yield f"With `root: {printable(os.fspath(root))}` in {name} no command needs SORTD_ROOT."
     if mistakes:
         yield f"That configuration is to be corrected first: {printable(mistakes)}"
 
 
 def this_program() -> str:
-    """Return how sortd was called, so that whoever copies it calls the same one."""
+    """Return how sortd was called, so that the command that is shown calls the same one."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{shlex.quote(sys.executable)} -m sortd"
@@ -261,22 +249,122 @@ def this_program() -> str:
     return "sortd" if is_usual else shlex.quote(os.path.abspath(called))
 
 
+def check(
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Decode every reference; may take long.")] = False,
+) -> None:
+    """Look at configuration, folders, rights, disks, references and model, and say what to mend."""
+    from sortd.commands.facts import show_check
+
+    raise typer.Exit(show_check(config, as_json=as_json, thorough=thorough))
+
+
+def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Tell whether sortd runs (exit code 75: none does), with which model, what waits, and how often it was right."""
+    from sortd.commands.facts import show_status
+
+    raise typer.Exit(show_status(config, as_json=as_json))
+
+
+def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
+    config: ConfigOption = None,
+    dataset: DatasetOption = None,
+    label: Annotated[str | None, typer.Option("--label", help="Only this class.")] = None,
+    outcome: Annotated[str | None, typer.Option(help="Only filed, sent_to_review, rejected or undone.")] = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    run: Annotated[str | None, typer.Option("--run", help="Only this run of sortd.")] = None,
+    path: Annotated[Path | None, typer.Option("--path", help="Only this file: where it was or went.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Show the newest N moves (0: all).")] = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what was moved where and why, newest first."""
+    from sortd.commands.facts import show_history
+
+    if outcome not in {None, "filed", "sent_to_review", "rejected", "undone"}:
+        raise typer.BadParameter("must be filed, sent_to_review, rejected or undone", param_hint="--outcome")
+    begin, end = moment_option("--since", since), moment_option("--until", until)
+    chosen = {"label": label, "outcome": outcome, "run": run, "since": begin, "until": end}
+    show_history(config, dataset=dataset, file=path, limit=limit, as_json=as_json, **chosen)
+
+
+def undo(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
+    path: Annotated[Path | None, typer.Argument(help="Where sortd put a file, or where it came from.")] = None,
+    config: ConfigOption = None,
+    last: Annotated[int | None, typer.Option("--last", min=1, help="The newest N moves.")] = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    run: Annotated[str | None, typer.Option("--run", help="All of one run; `sortd history` names the runs.")] = None,
+    dataset: DatasetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and touch nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Put images back to where they were, and hold them there until they change or are released."""
+    from sortd.commands.moves import undo_moves
+
+    ways = [path is not None, last is not None, since is not None or until is not None, run is not None]
+    if sum(ways) == 0:
+        raise typer.BadParameter("say what: a PATH, --last N, --since or --until, or --run")
+    if sum(ways) > 1 and (path is not None or last is not None):
+        raise typer.BadParameter("a PATH and --last stand alone; --since, --until and --run go together")
+    times = {"since": moment_option("--since", since), "until": moment_option("--until", until)}
+    code = undo_moves(config, path, last=last, dataset=dataset, dry_run=dry_run, as_json=as_json, run=run, **times)
+    raise typer.Exit(code)
+
+
+def release(
+    path: Annotated[Path | None, typer.Argument(help="A held file, or the folder of a held dataset.")] = None,
+    config: ConfigOption = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every held file and every held dataset.")] = False,
+    dataset: DatasetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let files that an undo holds, and datasets that the guard holds, be decided and moved again."""
+    from sortd.commands.moves import release_files
+
+    if (path is None) != everything:
+        raise typer.BadParameter("say which: a PATH, or --all")
+    release_files(config, path, dataset=dataset, as_json=as_json)
+
+
+def rebuild(
+    dataset: Annotated[str | None, typer.Argument(help="Only this dataset.")] = None,
+    config: ConfigOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Use the new prototypes even if they look worse.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Let the sortd that runs learn its classes anew."""
+    from sortd.commands.moves import ask_to_rebuild
+
+    ask_to_rebuild(config, dataset, force=force, as_json=as_json)
+
+
+def bench(
+    folder: Annotated[Path | None, typer.Argument(help="Whose images serve; without it those of the datasets.")] = None,
+    config: ConfigOption = None,
+    images: Annotated[int, typer.Option(min=4, max=10_000, help="How many images, at most.")] = 96,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure images per second and milliseconds by stage on this machine; moves no file, takes under a minute."""
+    from sortd.commands.bench import measure, print_measured
+
+    loaded = load_config(config)
+    with under_way("measuring") as tell:
+        measured = measure(loaded, folder, images=images, tell=tell)
+    if as_json:
+        print_json(measured)
+    else:
+        print_measured(measured)
+
+
 @app.command(cls=Command)
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
 
 
-for command in (
-    cli_facts.check,
-    cli_facts.status,
-    cli_decisions.explain,
-    cli_facts.history,
-    cli_moves.undo,
-    cli_moves.release,
-    cli_moves.rebuild,
-    cli_bench.bench,
-):
+for command in (check, status, cli_decisions.explain, history, undo, release, rebuild, bench):
     app.command(cls=Command)(command)
 app.command("eval", cls=Command)(cli_decisions.evaluate)
 app.command(cls=Command)(cli_finetuning.finetune)
@@ -286,12 +374,12 @@ app.add_typer(cli_models.models)
 def main() -> None:
     """Run the command line; translate errors into a sentence on stderr and an exit code (sysexits(3))."""
     open_missing_streams()
-    with translated():
+    with ending_by_errors():
         app()
 
 
 @contextmanager
-def translated() -> Iterator[None]:
+def ending_by_errors() -> Iterator[None]:
     """Let what ends a command end the process: a sentence on stderr, or a line of the log where that is JSON."""
     try:
         yield
@@ -303,7 +391,7 @@ def translated() -> Iterator[None]:
         leave(0)
     except OSError as error:
         if error.errno not in REFUSED:
-            complain_of_a_fault(error)
+            complain_of_fault(error)
             raise
         silence(sys.stdout)
         complain(refusal(error), REFUSED_CODE)
@@ -311,32 +399,33 @@ def translated() -> Iterator[None]:
     except SystemExit as stop:
         leave(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
     except Exception as error:
-        complain_of_a_fault(error)
+        complain_of_fault(error)
         raise
 
 
 def complain(message: str, exit_code: int) -> None:
     """Say what ended sortd, in the form that its stderr has."""
-    logs = sys.modules.get("sortd.logs")
-    if logs is not None and logs.is_json():
+    if (logs := json_logs()) is not None:
         logs.say_failed(message, exit_code)
     else:
         print(f"sortd: {message}", file=sys.stderr)
 
 
-def complain_of_a_fault(error: Exception) -> None:
-    """Log an error that nobody expected where stderr is JSON, and end there; else Python's own traceback is due."""
-    logs = sys.modules.get("sortd.logs")
-    if logs is not None and logs.is_json():
+def complain_of_fault(error: Exception) -> None:
+    """Log an unexpected error where stderr is JSON, and end there; elsewhere Python prints its traceback."""
+    if (logs := json_logs()) is not None:
         logs.say_failed(repr(error), 1, error)
         leave(1)
 
 
-def open_missing_streams() -> None:
-    """Put /dev/null where standard input, output or error is closed.
+def json_logs() -> Any:  # noqa: ANN401 -- a module that is imported only where logs are written
+    """Return ``sortd.logs`` where it writes JSON on stderr, else None."""
+    logs = sys.modules.get("sortd.logs")
+    return logs if logs is not None and logs.is_json() else None
 
-    The next file opened, the journal say, would take its number, and whatever is printed be written into that file.
-    """
+
+def open_missing_streams() -> None:
+    """Put /dev/null where standard input, output or error is closed: the next file opened would take its number."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STANDARD_ERROR:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -353,7 +442,7 @@ def refusal(error: OSError) -> str:
     """Say what was refused, to which path, and what to do."""
     if error.filename is None:
         return f"what was to be written was refused: {error.strerror}; see that there is room where it goes"
-    mend = mends.to_write(error) or "see that its disk has room and is well"
+    mend = errors.advice_for_write(error) or "see that its disk has room and is well"
     if isinstance(error, PermissionError):
         mend = "mend its rights, or ask as the user that sortd runs as"
     return f"{printable(os.fsdecode(error.filename))}: {error.strerror}; {mend}"

@@ -2,8 +2,12 @@
 
 ``StartupError``: the operator, now. ``ImageError``: nobody, that image waits or is set aside and the rest goes on.
 ``StorageError``: the disk or whoever owns it; the daemon holds a dataset rather than guess.
-A message says what happened, to which path, and what to do.
+A message says what happened, to which path, and what to do; ``advice_for`` knows that for errors of the system.
 """
+
+import errno
+from collections.abc import Mapping
+from typing import Final
 
 
 class SortdError(Exception):
@@ -109,3 +113,62 @@ class DestinationError(StorageError):
     """A destination refused the file: that dataset is held and tried again."""
 
     exit_code = 73
+
+
+# ---------------------------------------------------------------- advice: see errno(3), open(2), rename(2), write(2)
+
+_RIGHTS_TO_READ: Final = "give sortd the right to read it"
+_RIGHTS_TO_WRITE: Final = "give sortd the right to write there"
+_ROOM: Final = "make room there"
+_MORE_FILES: Final = (
+    "raise the limit on open files of this process (RLIMIT_NOFILE: LimitNOFILE= in its unit, ulimit -n in a shell)"
+)
+_MORE_FILES_OF_ALL: Final = "raise the limit on open files of the whole machine (sysctl fs.file-max)"
+_DISK: Final = "see whether its disk is mounted and well"
+
+_READING: Final[Mapping[int, str]] = {
+    errno.EACCES: _RIGHTS_TO_READ,
+    errno.EPERM: _RIGHTS_TO_READ,
+    errno.ELOOP: "put a real file or folder in the place of the symbolic link",
+    errno.EINVAL: "remove it, or put a regular file in its place",
+    errno.ENXIO: "remove it, or put a regular file in its place",
+    errno.ENOTDIR: "put a folder there",
+    errno.EMFILE: _MORE_FILES,
+    errno.ENFILE: _MORE_FILES_OF_ALL,
+}
+
+_WRITING: Final[Mapping[int, str]] = {
+    errno.EACCES: _RIGHTS_TO_WRITE,
+    errno.EPERM: "see whether it is immutable (lsattr), or owned by another user in a folder with the sticky bit",
+    errno.EROFS: "mount its disk for writing; a service needs it in ReadWritePaths=",
+    errno.ENOSPC: _ROOM,
+    errno.EMFILE: _MORE_FILES,
+    errno.ENFILE: _MORE_FILES_OF_ALL,
+    errno.EISDIR: "move away the folder that stands in the place of the file",
+    errno.EDQUOT: "make room there, or raise the quota",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.ELOOP: "put a folder in the place of the symbolic link",
+    errno.ENOTDIR: "move away the file that stands in the place of the folder",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.EILSEQ: "give it a name that its disk can write",
+    errno.EINVAL: "give it a name that its disk can write",
+}
+
+_OF_A_DISK: Final = frozenset({errno.EIO, errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ESTALE})
+"""Errors of a disk that fails, was taken out, or whose server is gone."""
+
+
+def advice_for(error: OSError) -> str:
+    """Return what to do about a file or folder that could not be read; never empty."""
+    return _READING.get(error.errno or 0, _DISK)
+
+
+def advice_for_write(error: OSError) -> str:
+    """Return what to do about a file or folder that could not be written; empty where the error says it all."""
+    number = error.errno or 0
+    return _WRITING.get(number, _DISK if number in _OF_A_DISK else "")
+
+
+def unreadable(error: OSError) -> str:
+    """Say which path could not be read, why, and what to do."""
+    return f"{error.filename} cannot be read: {error.strerror or error}; {advice_for(error)}"

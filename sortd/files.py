@@ -1,4 +1,4 @@
-"""Small files of sortd's own, read and written where other people may own the folder.
+"""Small files of sortd's own, read and written where other people may own the folder; what tells versions apart.
 
 A link, a pipe or a huge file that somebody put under the name of such a file must not be written through, waited for
 or read into memory. What is written is whole or not there, whatever ends the process.
@@ -6,16 +6,17 @@ or read into memory. What is written is whole or not there, whatever ends the pr
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
-from sortd.messages import Stamp
+from sortd.events import Stamp
 
-MOST_BYTES = 64 << 20
-"""The most that a file of settings, facts or a model's configuration may have."""
+MOST_BYTES = 64 << 20  # the most that a file of settings, facts or a model's configuration may have
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -117,7 +118,7 @@ def write_atomic(
                 os.unlink(beside, dir_fd=place)
             raise
         if durable:
-            _sync(place)
+            sync_folder(place)
 
 
 def _name(path: Name, folder: int | None) -> str:
@@ -147,12 +148,48 @@ def _naming(path: Name) -> Iterator[None]:
         raise
 
 
-def _sync(folder: int) -> None:
+def sync_folder(folder: int) -> None:
+    """Make the names in an open folder survive a power cut, where its file system can be asked to.
+
+    Raises:
+        OSError: the disk refused.
+    """
     try:
         os.fsync(folder)
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
             raise
+
+
+def readable_json(facts: object, *, encoding: str | None = "utf-8", **options: Any) -> str:  # noqa: ANN401 -- of json.dumps
+    """Return JSON in which letters of every language stand as they are, so that a name can be searched for.
+
+    Escaped are characters that cannot be seen, among them those that paint a terminal, and bytes that are no UTF-8.
+
+    Args:
+        facts: what to write.
+        encoding: of the stream; where it is not UTF-8, everything beyond ASCII is escaped.
+        options: of ``json.dumps``.
+    """
+    if (encoding or "utf-8").replace("-", "").lower() != "utf8":
+        return json.dumps(facts, **options)
+    text = json.dumps(facts, ensure_ascii=False, **options)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def sync_folder_at(path: Name) -> None:
+    """Make the names in a folder survive a power cut.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    descriptor = os.open(path, _FOLDER_FLAGS)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
@@ -169,3 +206,12 @@ def sha256_of(file: int | Name) -> str:
     descriptor = file if isinstance(file, int) else open_regular(file, follow=True)
     with open(descriptor, "rb", closefd=descriptor != file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def identity_of(path: Name, *, follow: bool = True) -> tuple[int, int] | None:
+    """Return device and inode of what stands under a path; None where nothing can be seen."""
+    try:
+        found = os.stat(path, follow_symlinks=follow)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

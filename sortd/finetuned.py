@@ -18,8 +18,8 @@ import numpy as np
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray
 from sortd.classify.calibration import log_softmax
 from sortd.errors import DestinationError, ModelError
-from sortd.files import open_regular, read_regular, write_atomic
-from sortd.messages import Fit, Preprocessing
+from sortd.events import Fit, Preprocessing
+from sortd.files import read_regular, sha256_of, write_atomic
 
 FACTS_FILE = "sortd.json"
 CONFIG_FILE = "config.json"
@@ -170,12 +170,6 @@ def preprocessing_from(said: Mapping[str, Any]) -> Preprocessing:
     """Return a preprocessing from its fields as JSON holds them."""
     numbers = {key: int(value) for key, value in said.items() if key != "fit"}
     return Preprocessing(**numbers, fit=Fit(said["fit"]))
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file's bytes."""
-    with os.fdopen(open_regular(path, follow=True), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _model_id(folder: Path, said: Mapping[str, Any]) -> str:

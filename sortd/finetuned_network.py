@@ -10,6 +10,7 @@ from sortd.arrays import FloatArray, Pixels
 from sortd.encoder.models import first_line
 from sortd.encoder.preprocessing import normalisation
 from sortd.errors import ModelError
+from sortd.files import sha256_of
 from sortd.finetuned import (
     CONFIG_FILE,
     FACTS_FILE,
@@ -19,7 +20,6 @@ from sortd.finetuned import (
     FinetunedFacts,
     json_object,
     read_facts,
-    sha256_of,
 )
 
 if TYPE_CHECKING:

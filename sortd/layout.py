@@ -9,6 +9,8 @@ from pathlib import Path
 from sortd.errors import LayoutError
 from sortd.names import rule_for_folder
 
+JOURNAL_FILE = "journal.sqlite"  # in the state folder of a dataset
+
 MARKER = ".sortd"
 """The folder by which a dataset is known to be mounted; its lock and the pointer to its state live in it."""
 

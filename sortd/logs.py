@@ -1,8 +1,8 @@
-"""Logs: event names, and one stream on stderr for sortd's lines, other libraries' lines and Python's warnings.
+"""Event names, and one stream on stderr for sortd's lines, other libraries' lines and Python's warnings.
 
-On a terminal they are lines for people, shortened unless the level is debug (see ``console_line``), anywhere else one
-JSON object a line; where stderr is the journal's, with the ``<N>`` level prefix of sd-daemon(3) before it, which the
-journal takes off again.
+The README says what each event means. On a terminal lines are shortened for people unless the level is debug (see
+``render_console``); anywhere else each is one JSON object, after the ``<N>`` level prefix of sd-daemon(3) where stderr
+is the journal's.
 """
 
 import logging
@@ -17,10 +17,10 @@ from typing import Any, Final, Literal, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from sortd.console_line import PADDED, for_people, readable_json
-from sortd.messages import Outcome
+from sortd.events import Outcome
+from sortd.files import readable_json
 
-Format = Literal["auto", "console", "json"]
+LogFormat = Literal["auto", "console", "json"]
 Level = Literal["debug", "info", "warning", "error"]
 
 IMAGE_FILED: Final = "image.filed"
@@ -61,47 +61,6 @@ DAEMON_STOPPED: Final = "daemon.stopped"
 DAEMON_FAILED: Final = "daemon.failed"
 THREAD_DIED: Final = "thread.died"
 
-EVENTS: Final[Mapping[str, str]] = {
-    IMAGE_FILED: "an image was moved to Dataset/<label>",
-    IMAGE_SENT_TO_REVIEW: "sortd would not decide alone; the image was moved to Review/<best guess>",
-    IMAGE_REJECTED: "an image that cannot be decoded, or is over a limit, was moved to Rejected/",
-    IMAGE_CORRECTED: "the user moved an image that sortd had put elsewhere",
-    IMAGE_LEFT: "a file or folder stays where it is: no image, empty, unfinished, hidden, a link; the line says why",
-    IMAGE_VANISHED: "an image was taken away before sortd moved it; nothing is to be done",
-    COMPANION_FOLLOWED: "a sidecar or film came later than its image and was moved to it",
-    MOVE_FAILED: "a move did not happen; the file is where it was",
-    MOVE_UNDONE: "an image was taken back to where it came from",
-    MOVE_RECOVERED: "a move that a crash had interrupted was brought to its end",
-    PROTOTYPES_REBUILT: "new prototypes decide from now on",
-    PROTOTYPES_REBUILD_FAILED: "the last good prototypes stay",
-    CLASSIFIER_CHANGED: "a fine-tuned model decides from now on, or the prototypes do again",
-    CLASSIFIER_REFUSED: "a fine-tuned model does not serve: other classes, or damaged; the prototypes serve on",
-    REFERENCES_UNREADABLE: "a reference image cannot be read; the others count",
-    REFERENCES_EMPTIED: "a class folder was emptied while running; its prototype stays until reload",
-    REFERENCES_MISNAMED: "a class folder has a name that cannot be a class",
-    SCAN_FINISHED: "every file in Images/ was looked at (level debug)",
-    SCAN_UNREADABLE: "a folder or file could not be looked at",
-    WATCH_OVERFLOWED: "more happened than the watcher could tell; a scan follows",
-    WATCH_RESTARTED: "the watcher had died or gone deaf and hears again; a scan follows",
-    WATCH_DEGRADED: "a root cannot be watched, or only in part; it is scanned more often",
-    BACKLOG_FULL: "Review/ holds more images than `backlog_limit`; the others are decided anew once there is room",
-    DATASET_ADDED: "a dataset was taken up",
-    DATASET_GONE: "a dataset's folder is gone; it was let go",
-    DATASET_HELD: "nothing moves in a dataset until its cause is mended",
-    ROOT_ABSENT: "the folder that holds the datasets is not there",
-    CONFIG_RELOADED: "a changed configuration is in force",
-    CONFIG_REFUSED: "a changed configuration is not valid; the one before stays in force",
-    MODEL_FELL_BACK: "what was wanted to run the model cannot; something slower does",
-    MODEL_LOADED: "the encoder is ready",
-    DAEMON_STARTING: "sortd begins",
-    DAEMON_READY: "every dataset was scanned and knows its prototypes, or why it has none",
-    DAEMON_HAMPERED: "the status, the metrics or an answer could not be written; images are handled as ever",
-    DAEMON_STOPPED: "sortd ends, with what it did",
-    DAEMON_FAILED: "an error ended sortd, or kept it from starting; the line has the exit code",
-    THREAD_DIED: "a thread ended by an error",
-}
-"""Every event and what it means, in the order of the README's table."""
-
 IMAGE_EVENTS: Final[Mapping[Outcome, str]] = {
     Outcome.FILED: IMAGE_FILED,
     Outcome.REVIEW: IMAGE_SENT_TO_REVIEW,
@@ -110,11 +69,24 @@ IMAGE_EVENTS: Final[Mapping[Outcome, str]] = {
 }
 """The event of the canonical line for each way that a move can go."""
 
-# syslog(3) severities by the names of stdlib levels.
-_SEVERITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+PADDED = 22
+"""Columns that an event takes: the longest that is frequent, ``image.sent_to_review``, and a space."""
+
+_UNSAID = ("encoder_id",)
+"""Long, and the same in every line until the next start: ``model.loaded`` says it once."""
+
+SHORT_REASONS = {
+    "no_classes": "no class to choose from",
+    "name_only": "the class is known by its name alone",
+    "too_few": "too few references",
+    "stranger": "looks like what belongs to no class",
+    "typicality": "unlike the references",
+    "margin": "another class is too near",
+}
+"""Why an image is sent to Review/, in few words; ``sortd explain`` says it in a sentence."""
+
+_SEVERITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}  # of syslog(3), by level
 _CAUSES = ("dataset", "cause", "refusal", "failure", "root", "loss")  # few values each, unlike a path or a message
-
-
 _WINDOW_SECONDS = 60.0
 
 
@@ -127,13 +99,7 @@ class RateLimit:
     def __init__(
         self, lines_per_minute: int, *, clock: Callable[[], float] = time.monotonic, max_causes: int = 1_000
     ) -> None:
-        """Begin with nothing counted.
-
-        Args:
-            lines_per_minute: of one event and cause.
-            clock: seconds, monotonic.
-            max_causes: how many are counted at a time; beyond, counting begins anew.
-        """
+        """Count ``max_causes`` at a time; beyond that, counting begins anew."""
         self._limit, self._clock, self._max_causes = lines_per_minute, clock, max_causes
         self._windows: dict[tuple[str, ...], tuple[float, int]] = {}
 
@@ -175,22 +141,17 @@ class RateLimit:
 
 
 def configure(
-    format: Format = "auto",  # noqa: A002 - the configuration's own word
+    format: LogFormat = "auto",  # noqa: A002 - the configuration's own word
     level: Level = "info",
     *,
     stream: TextIO | None = None,
     environ: Mapping[str, str] = os.environ,
     lines_per_minute: int = 20,
 ) -> None:
-    """Send every log line of the process to ``stream``; may be called again, the last call holds.
+    """Send every log line of the process to ``stream`` (default: stderr); the last call holds.
 
-    Args:
-        format: ``console`` for people, ``json`` for programs, ``auto`` by whether the stream is a terminal.
-        level: The least level of sortd's own lines. Other libraries are heard from ``warning`` on, or from ``info``
-            where this is ``debug``.
-        stream: Where to; standard error if not given.
-        environ: Where ``JOURNAL_STREAM`` and ``NO_COLOR`` are looked up.
-        lines_per_minute: See ``RateLimit``.
+    ``auto`` is ``console`` on a terminal, else ``json``. ``level`` is that of sortd's own lines; of other libraries
+    ``info`` passes where it is ``debug``, else ``warning``. ``JOURNAL_STREAM`` and ``NO_COLOR`` are looked up.
     """
     stream = stream or sys.stderr
     is_terminal = stream.isatty()
@@ -247,38 +208,75 @@ def _console(level: Level, *, colours: bool) -> list[Processor]:
         colors=colours, exception_formatter=plain, pad_event_to=PADDED, sort_keys=False
     )
     after_event = structlog.dev.RESET_ALL if colours else ""
-    shorten: Processor = lambda _logger, _method, line: for_people(line, after_event=after_event)  # noqa: E731
+    shorten: Processor = lambda _logger, _method, line: render_console(line, after_event=after_event)  # noqa: E731
     return [renderer] if level == "debug" else [shorten, renderer]
+
+
+def render_console(line: MutableMapping[str, Any], *, after_event: str = "") -> MutableMapping[str, Any]:
+    """Shorten a line: a move becomes one sentence, any other line loses what it repeats.
+
+    ``image.filed  Tornillos: Images/a.jpg -> Dataset/hex/  0.998, then cross 0.001``
+
+    ``after_event`` ends the emphasis of the event's name where there are colours.
+    """
+    path, destination = line.get("path"), line.get("destination")
+    if not (isinstance(path, str) and isinstance(destination, str)) or "exception" in line or "exc_info" in line:
+        return {name: value for name, value in line.items() if name not in _UNSAID}
+    sentence = f"{line.get('dataset', '')}: {_way(path, destination)}  {_why(line)}".rstrip()
+    event = f"{line['event']!s:<{PADDED}}{after_event} {_escaped(sentence)}"
+    kept = {name: line[name] for name in ("timestamp", "level", "suppressed") if name in line}
+    return {**kept, "event": event}
+
+
+def _way(path: str, destination: str) -> str:
+    """Return both paths below their common folder; the name a second time only if it is another."""
+    common = os.path.commonpath([path, destination])
+    source, target = os.path.relpath(path, common), os.path.relpath(destination, common)
+    folder, name = os.path.split(target)
+    return f"{source} -> {f'{folder}/' if name == os.path.basename(path) and folder else target}"
+
+
+def _why(line: Mapping[str, Any]) -> str:
+    """Return how sure it was, the class that came second with its score, and the reason not to file."""
+    score, margin, second = (line.get(name) for name in ("score", "margin", "second_label"))
+    said = [] if score is None else [f"{score:.3f}"]
+    if score is not None and margin is not None and second is not None:
+        said.append(f"then {second} {score - margin:.3f}")
+    if line.get("reason"):
+        said.append(SHORT_REASONS.get(line["reason"], str(line["reason"])))
+    return ", ".join(said)
+
+
+def _escaped(text: str) -> str:
+    """Return a text that cannot paint or break a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _json(encoding: str | None, *, is_journal: bool) -> list[Processor]:
     render = structlog.processors.JSONRenderer(serializer=readable_json, encoding=encoding, default=_plain)
-    prefixed: Processor = lambda logger, method, line: f"<{_severity(line)}>{render(logger, method, line)!s}"  # noqa: E731
+
+    def prefixed(logger: WrappedLogger, method: str, line: EventDict) -> str:
+        severity = _SEVERITIES.get(str(line.get("level")), _SEVERITIES["info"])
+        return f"<{severity}>{render(logger, method, line)!s}"
+
     return [structlog.processors.format_exc_info, _order, prefixed if is_journal else render]
 
 
 def _order(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
     """Put what the eye looks for first, and add the bytes of names that are not UTF-8, which JSON cannot carry."""
     first = {name: line.pop(name) for name in ("timestamp", "level", "event") if name in line}
-    raw = {f"{name}_hex": os.fsencode(value).hex() for name, value in line.items() if _has_raw_bytes(value)}
+    raw = {
+        f"{name}_hex": os.fsencode(value).hex()
+        for name, value in line.items()
+        if isinstance(value, str) and any("\udc80" <= character <= "\udcff" for character in value)
+    }
     return {**first, **line, **raw}
-
-
-def _has_raw_bytes(value: object) -> bool:
-    return isinstance(value, str) and any("\udc80" <= character <= "\udcff" for character in value)
 
 
 def _tame(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
     """Escape control characters in another library's message: it may carry the name of a hostile file."""
-    message = str(line.get("event", ""))
-    line["event"] = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in message
-    )
+    line["event"] = _escaped(str(line.get("event", "")))
     return line
-
-
-def _severity(line: MutableMapping[str, Any]) -> int:
-    return _SEVERITIES.get(str(line.get("level")), _SEVERITIES["info"])
 
 
 def _plain(value: object) -> object:

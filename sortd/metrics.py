@@ -1,4 +1,4 @@
-"""Metrics: what Prometheus is told, in a registry of sortd's own; by text file, or over HTTP on this machine alone."""
+"""Counts for Prometheus in a registry of sortd's own, by text file or over HTTP on this machine alone."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -17,8 +17,6 @@ from sortd.files import write_atomic
 # A packaged model decides in milliseconds, a large one on a loaded CPU in seconds; settling takes as long as a copy.
 _BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _READABLE_BY_ALL = 0o644
-
-
 HEALTH_PATH = "/healthz"
 
 
@@ -35,28 +33,23 @@ class Metrics:
     def __init__(self) -> None:
         """Begin at zero."""
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # their moment of birth is noise
-        self._registry = registry = CollectorRegistry()
-        self._images = Counter(
-            "sortd_images", "Images whose way ended, by outcome.", ("dataset", "outcome"), registry=registry
-        )
+        self._registry = own = CollectorRegistry()
+        by = ("dataset",)
+        images = "Images whose way ended, by outcome."
+        held = "1 where a dataset is held by a fault of its folders, its journal or its disk, else 0."
+        lost = "Times that the watcher lost hints and a scan had to heal it."
+        self._images = Counter("sortd_images", images, (*by, "outcome"), registry=own)
         self._seconds = Histogram(
-            "sortd_image_seconds", "Time that images spent in a stage.", ("stage",), registry=registry, buckets=_BUCKETS
+            "sortd_image_seconds", "Time that images spent in a stage.", ("stage",), registry=own, buckets=_BUCKETS
         )
-        self._backlog = Gauge("sortd_backlog", "Images that wait.", ("dataset",), registry=registry)
+        self._backlog = Gauge("sortd_backlog", "Images that wait.", by, registry=own)
         self._generation = Gauge(
-            "sortd_prototypes_generation", "Generation of the prototypes in force.", ("dataset",), registry=registry
+            "sortd_prototypes_generation", "Generation of the prototypes in force.", by, registry=own
         )
-        self._overflows = Counter(
-            "sortd_watch_overflows", "Times that the watcher lost hints and a scan had to heal it.", registry=registry
-        )
-        self._held = Gauge(
-            "sortd_dataset_held",
-            "1 where a dataset is held by a fault of its folders, its journal or its disk, else 0.",
-            ("dataset",),
-            registry=registry,
-        )
+        self._overflows = Counter("sortd_watch_overflows", lost, registry=own)
+        self._held = Gauge("sortd_dataset_held", held, by, registry=own)
         self._corrections = Counter(
-            "sortd_corrections", "Images that the user moved elsewhere afterwards.", ("dataset",), registry=registry
+            "sortd_corrections", "Images that the user moved elsewhere afterwards.", by, registry=own
         )
 
     def held(self, dataset: str, *, is_held: bool) -> None:
@@ -92,9 +85,7 @@ class Metrics:
         return prometheus_client.generate_latest(self._registry).decode()
 
     def write_textfile(self, path: str) -> None:
-        """Write everything for node_exporter's textfile collector: beside, then renamed, so that no half is read.
-
-        The collector is another user and counts are no secret, so anybody may read the file whatever our umask.
+        """Write everything for node_exporter's textfile collector, which is another user, as a whole.
 
         Raises:
             OSError: The folder is absent, full or not ours; the file before stays.
@@ -104,13 +95,10 @@ class Metrics:
     def serve(
         self, port: int, *, address: str = "127.0.0.1", problem: Callable[[], str | None] = lambda: None
     ) -> Callable[[], None]:
-        """Answer over HTTP on this machine, in a thread of its own, until the function returned is called.
+        """Answer over HTTP in a thread of its own until the function returned is called.
 
-        Args:
-            port: on which to listen.
-            address: of this machine.
-            problem: asked, in that thread, for ``/healthz``: why sortd does no work, which is answered with 503, or
-                None, which is answered with 200. Any other path has the counts.
+        ``problem`` is called in that thread for ``/healthz`` and says why sortd does no work (503), or None (200). Any
+        other path has the counts.
 
         Raises:
             OSError: The port is taken or not ours.

@@ -40,15 +40,13 @@ class Rule:
     """One program's way of naming what is not the user's finished file."""
 
     program: str
-    pattern: str
-    """A glob, in lower case, for names in any letter case; where there is a ``regex`` only for people to read."""
+    pattern: str  # A glob, in lower case, for names in any letter case; where there is a regex only for people to read
     example: str
     source: str
     reason: Reason = Reason.UNFINISHED
     is_control: bool = False
     """The file describes another one, which has this name without the ending and is unfinished as long as it stands."""
-    regex: str = ""
-    """For names that a glob does not tell apart; letter case counts."""
+    regex: str = ""  # for names that a glob does not tell apart; letter case counts
 
     def matches(self, name: str) -> bool:
         """Tell whether a name is of this kind."""

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
-from sortd import mends
+from sortd import errors
 from sortd.arrays import FloatArray
 from sortd.classify.build import build
 from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import DecisionSettings, Mode, SupportSet
+from sortd.daemon.embedder import Embedder
+from sortd.events import EmbeddedImage, ImageRefused, Refusal, Stamp
 from sortd.files import open_regular
 from sortd.images.formats import RESOURCE_ERRORS
-from sortd.messages import EmbeddedImage, ImageRefused, Refusal, Stamp
 from sortd.names import rule_for_folder
-from sortd.running.embedding import Embedder
-from sortd.watching.scanning import stamp, whole_files
+from sortd.watch.scan import stamp, whole_files
 
 STRANGERS_FOLDER = "_none"
 """A class folder of this name holds examples of what belongs to no class."""
@@ -61,7 +61,7 @@ class Teaching:
     settings: DecisionSettings
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     learns_from_corrections: bool = False
-    classifier: str = "auto"  # auto, prototypes or finetuned: who is to decide, see ``running/classifiers.py``
+    classifier: str = "auto"  # auto, prototypes or finetuned: who is to decide, see ``daemon/classifiers.py``
     corrections: tuple[tuple[str, str], ...] = ()  # label, path: images placed by hand in Dataset/
 
 
@@ -218,7 +218,7 @@ class References:
             error = unreadable[0]
             if error.errno in RESOURCE_ERRORS:
                 raise error
-            raise ReferencesAbsentError(mends.unreadable(error))
+            raise ReferencesAbsentError(errors.unreadable(error))
         if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:
             raise ReferencesAbsentError(
                 f"{self._clases} holds no class folder: make one for each class, with images in it"
@@ -316,5 +316,5 @@ def class_texts(embedder: Embedder, sentences: Sequence[Sequence[str]]) -> Float
 
 def _undescribed(error: OSError) -> ImageRefused:
     """Return the refusal of a description file, which its class does without."""
-    message = f"the class has no description: {error.strerror or error}; {mends.to_read(error)}"
+    message = f"the class has no description: {error.strerror or error}; {errors.advice_for(error)}"
     return ImageRefused(error.filename, Stamp(0, 0, 0, 0), Refusal.DENIED, message)

@@ -13,11 +13,10 @@ import jinja2
 from sortd import __version__
 from sortd.classify.prompts import written_name
 from sortd.classify.types import PROBABLE
-from sortd.commands.console import printable
+from sortd.commands.console import format_time, printable
 from sortd.errors import DestinationError
 from sortd.files import write_atomic
 from sortd.images.decode import thumbnail
-from sortd.moments import shown
 
 TEMPLATES = Path(__file__).parent / "templates"
 CLASSES_AT_MOST = 40
@@ -63,7 +62,7 @@ def explain_page(facts: Mapping[str, Any], *, now: datetime, picture: Picture = 
         ],
         history=[
             {
-                "when": shown(one["at"]),
+                "when": format_time(one["at"]),
                 "outcome": one["outcome"].replace("_", " "),
                 "label": _shown(one["label"]),
                 "undone": one["undone_by"] is not None,

@@ -18,8 +18,8 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from sortd.journaling.history import History
-from sortd.journaling.records import Selection
+from sortd.store.history import History
+from sortd.store.records import Selection
 from tests.launcher import MODULES, LaunchedProcess, Launcher
 
 PATIENCE_SECONDS = 120.0

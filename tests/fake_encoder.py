@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sortd.messages import Preprocessing
+from sortd.events import Preprocessing
 
 GRID = 4  # regions along each side
 SIDE = 16  # pixels

@@ -20,9 +20,9 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("-c", "--config", type=Path)
     arguments = parser.parse_args()
-    with cli.translated():
+    with cli.ending_by_errors():
         if arguments.dry_run:
-            cli.rehearse(arguments.config, as_json=False, load_encoder=load_encoder)
+            cli.print_dry_run(arguments.config, as_json=False, load_encoder=load_encoder)
         else:
             cli.work(arguments.config, once=arguments.command == "once", load_encoder=load_encoder)
 

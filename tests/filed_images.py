@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 from sortd.classify.types import Assigned, Mode
-from sortd.journal import Journal
+from sortd.events import Move, Moved, Outcome
 from sortd.layout import Layout
-from sortd.messages import Move, Moved, Outcome
-from sortd.running.filing import Filing
-from sortd.watching.scanning import stamp
+from sortd.moving.mover import Mover
+from sortd.store.journal import Journal
+from sortd.watch.scan import stamp
 from tests.daemon_process import picture
 
 
@@ -37,6 +37,6 @@ def file_images(dataset: Path, state: Path, labels: dict[str, str], *, run: str 
             folder = f"Dataset/{label}"
             moves.append(Move(str(path), mark, folder, Outcome.FILED, decision, generation=3, encoder_id="fake-48"))
     with Journal(layout.state_folder(state) / "journal.sqlite", run=run) as journal:
-        answers = Filing(dataset, journal).move_all(moves)
+        answers = Mover(dataset, journal).move_all(moves)
     assert all(isinstance(answer, Moved) for answer in answers)
     return [answer.destination for answer in answers if isinstance(answer, Moved)]

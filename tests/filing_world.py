@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from sortd.journal import Journal, Record, Selection
-from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome
-from sortd.moving.renaming import stamp_of
-from sortd.running.filing import Filing
+from sortd.events import Move, Moved, MoveFailed, MoveFailure, Outcome
+from sortd.files import stamp_of
+from sortd.moving.mover import Mover
+from sortd.store.journal import Journal
+from sortd.store.records import Record, Selection
 
 
 @dataclass
@@ -68,14 +69,14 @@ def order(path: Path, folder: str = "Dataset/cat", outcome: Outcome = Outcome.FI
     return Move(str(path), stamp_of(os.lstat(path)), folder, outcome, content=content)
 
 
-def moved(filing: Filing, move: Move) -> str:
+def moved(filing: Mover, move: Move) -> str:
     """Carry out one move that must succeed; return where it went, relative to the dataset's folder."""
     (answer,) = filing.move_all([move])
     assert isinstance(answer, Moved), answer
     return answer.destination
 
 
-def failure(filing: Filing, move: Move) -> MoveFailure:
+def failure(filing: Mover, move: Move) -> MoveFailure:
     """Carry out one move that must fail; return why."""
     (answer,) = filing.move_all([move])
     assert isinstance(answer, MoveFailed), answer

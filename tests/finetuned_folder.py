@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sortd.events import Fit, Preprocessing
 from sortd.finetuned import (
     CONFIG_FILE,
     FACTS_FILE,
@@ -19,7 +20,6 @@ from sortd.finetuned import (
     facts_json,
     read_facts,
 )
-from sortd.messages import Fit, Preprocessing
 from tests.daemon_process import COLOURS, picture
 
 SIDE = 32

@@ -1,292 +1,128 @@
-"""The floors of the house, as data: imports point down, and edges do not know each other."""
+"""The structure of the package: layers (import-linter, contracts in pyproject.toml), sizes, names and imports.
+
+``python -m tests.test_architecture`` prints the figures.
+"""
 
 import ast
+import json
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
-PACKAGE = Path(__file__).parents[1] / "sortd"
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "sortd"
+MOST_LINES, FEWEST_LINES = 500, 60
+"""Of a module."""
 
-THOUGHT, EDGE, DRIVER = 0, 1, 2
-
-FLOORS: dict[str, tuple[int, str]] = {
-    # floor 0: thought; knows no file, clock, thread, log or model
-    "arrays": (THOUGHT, "arrays"),
-    "errors": (THOUGHT, "errors"),
-    "mends": (THOUGHT, "mends"),
-    "names": (THOUGHT, "names"),
-    "classify.types": (THOUGHT, "classify"),
-    "classify.prompts": (THOUGHT, "prompts"),
-    "classify.library": (THOUGHT, "classify"),
-    "classify.gaussian": (THOUGHT, "classify"),
-    "classify.kernel": (THOUGHT, "classify"),
-    "classify.open_set": (THOUGHT, "classify"),
-    "classify.calibration": (THOUGHT, "classify"),
-    "classify.leave_one_out": (THOUGHT, "classify"),
-    "classify.blend": (THOUGHT, "classify"),
-    "classify.prototypes": (THOUGHT, "classify"),
-    "classify.build": (THOUGHT, "classify"),
-    "classify.decide": (THOUGHT, "classify"),
-    "classify.explain": (THOUGHT, "classify"),
-    "classify.held_out": (THOUGHT, "classify"),
-    "classify.evaluate": (THOUGHT, "classify"),
-    "messages": (THOUGHT, "messages"),
-    "backlog": (THOUGHT, "backlog"),
-    "sorter": (THOUGHT, "sorter"),
-    "commands.finding": (THOUGHT, "finding"),
-    "moving.companions": (THOUGHT, "companions"),
-    "moving.relocation": (THOUGHT, "relocation"),
-    "sorting.pause": (THOUGHT, "sorter"),
-    "sorting.rebuilds": (THOUGHT, "sorter"),
-    "sorting.guard": (THOUGHT, "sorter"),
-    "sorting.orders": (THOUGHT, "sorter"),
-    "sorting.rounds": (THOUGHT, "rounds"),
-    "sorting.settings": (THOUGHT, "sorter"),
-    "sorting.entry": (THOUGHT, "backlog"),
-    "sorting.refusals": (THOUGHT, "backlog"),
-    "deciding.decision": (THOUGHT, "prototypes"),
-    "deciding.prototype_set": (THOUGHT, "prototypes"),
-    "deciding.plain": (THOUGHT, "prototypes"),
-    "deciding.blend": (THOUGHT, "prototypes"),
-    "deciding.gaussian": (THOUGHT, "prototypes"),
-    "deciding.kernel": (THOUGHT, "prototypes"),
-    "deciding.text_prototypes": (THOUGHT, "prototypes"),
-    "deciding.duplicates": (THOUGHT, "prototypes"),
-    "deciding.leaveoneout": (THOUGHT, "prototypes"),
-    "deciding.refitting": (THOUGHT, "prototypes"),
-    "deciding.confidence": (THOUGHT, "prototypes"),
-    "deciding.calibration": (THOUGHT, "prototypes"),
-    "deciding.familiarity": (THOUGHT, "prototypes"),
-    "deciding.strangers": (THOUGHT, "prototypes"),
-    "deciding.reload_gate": (THOUGHT, "prototypes"),
-    "deciding.held_out": (THOUGHT, "prototypes"),
-    "deciding.agreement": (THOUGHT, "prototypes"),
-    "deciding.evaluation": (THOUGHT, "prototypes"),
-    "deciding.suspects": (THOUGHT, "prototypes"),
-    "deciding.finetuned_classifier": (THOUGHT, "prototypes"),
-    "deciding.classifier": (THOUGHT, "prototypes"),
-    "deciding.finetuned_explanation": (THOUGHT, "prototypes"),
-    "encoder.preprocessing": (THOUGHT, "preprocessing"),
-    "encoding.normalisation": (THOUGHT, "normalisation"),
-    "moving.free_names": (THOUGHT, "relocation"),
-    # floor 1: edges; one outside thing each
-    "files": (EDGE, "files"),
-    "config": (EDGE, "config"),
-    "configuring.sources": (EDGE, "config"),
-    "configuring.mistakes": (EDGE, "config"),
-    "configuring.yaml_tree": (EDGE, "config"),
-    "logs": (EDGE, "logs"),
-    "console_line": (EDGE, "logs"),
-    "watch": (EDGE, "watch"),
-    "watching.ear": (EDGE, "watch"),
-    "watching.hints": (EDGE, "watch"),
-    "watching.inotify": (EDGE, "watch"),
-    "watching.scanning": (EDGE, "watch"),
-    "images.decode": (EDGE, "images"),
-    "images.pool": (EDGE, "images"),
-    "images.decoder_process": (EDGE, "images"),
-    "images.formats": (EDGE, "images"),
-    "images.structure": (EDGE, "images"),
-    "encoder.base": (EDGE, "encoder"),
-    "encoder.models": (EDGE, "encoder"),
-    "encoder.torch_encoder": (EDGE, "encoder"),
-    "encoder.onnx_encoder": (EDGE, "encoder"),
-    "encoder.export": (EDGE, "encoder"),
-    "encoder.quantize": (EDGE, "encoder"),
-    "cache": (EDGE, "cache"),
-    "caching.tables": (EDGE, "cache"),
-    "caching.stored_prototypes": (EDGE, "cache"),
-    "journal": (EDGE, "journal"),
-    "journaling.history": (EDGE, "journal"),
-    "journaling.records": (EDGE, "journal"),
-    "journaling.store": (EDGE, "journal"),
-    "mover": (EDGE, "mover"),
-    "moving.renaming": (EDGE, "mover"),
-    "moving.copying": (EDGE, "mover"),
-    "moving.listing": (EDGE, "mover"),
-    "moving.crossing": (EDGE, "mover"),
-    "moving.recovery": (EDGE, "mover"),
-    "signals": (EDGE, "signals"),
-    "sdnotify": (EDGE, "sdnotify"),
-    "moments": (EDGE, "moments"),
-    "metrics": (EDGE, "metrics"),
-    "layout": (EDGE, "layout"),
-    "finetuned": (EDGE, "encoder"),
-    "finetuned_network": (EDGE, "encoder"),
-    "status": (EDGE, "status"),
-    # floor 2: drivers; they join edges to the core
-    "running.embedding": (DRIVER, "drivers"),
-    "running.pipeline": (DRIVER, "drivers"),
-    "references": (DRIVER, "drivers"),
-    "running.worker": (DRIVER, "drivers"),
-    "running.filing": (DRIVER, "drivers"),
-    "running.relocating": (DRIVER, "drivers"),
-    "running.undoing": (DRIVER, "drivers"),
-    "running.crossings": (DRIVER, "drivers"),
-    "running.copier": (DRIVER, "drivers"),
-    "running.residence": (DRIVER, "drivers"),
-    "running.latecomers": (DRIVER, "drivers"),
-    "running.rejects": (DRIVER, "drivers"),
-    "running.review_scan": (DRIVER, "drivers"),
-    "running.looks": (DRIVER, "drivers"),
-    "running.left_files": (DRIVER, "drivers"),
-    "running.outbox": (DRIVER, "drivers"),
-    "running.classifiers": (DRIVER, "drivers"),
-    "running.lanes": (DRIVER, "drivers"),
-    "running.account": (DRIVER, "drivers"),
-    "running.collection": (DRIVER, "drivers"),
-    "running.sweep": (DRIVER, "drivers"),
-    "running.inbox": (DRIVER, "drivers"),
-    "running.corrections": (DRIVER, "drivers"),
-    "running.patrol": (DRIVER, "drivers"),
-    "running.presence": (DRIVER, "drivers"),
-    "running.rebuilding": (DRIVER, "drivers"),
-    "running.dataset": (DRIVER, "drivers"),
-    "running.site": (DRIVER, "drivers"),
-    "daemon": (DRIVER, "drivers"),
-    "running.rehearsal": (DRIVER, "drivers"),
-    "running.requests": (DRIVER, "drivers"),
-    "running.control": (DRIVER, "drivers"),
-    "cli": (DRIVER, "drivers"),
-    "commands.bench": (DRIVER, "drivers"),
-    "commands.measurement": (DRIVER, "drivers"),
-    "commands.stopwatch": (DRIVER, "drivers"),
-    "commands.decisions": (DRIVER, "drivers"),
-    "commands.facts": (DRIVER, "drivers"),
-    "encoder.backends": (DRIVER, "drivers"),
-    "commands.models": (DRIVER, "drivers"),
-    "commands.model_facts": (DRIVER, "drivers"),
-    "commands.export": (DRIVER, "drivers"),
-    "commands.moves": (DRIVER, "drivers"),
-    "commands.console": (DRIVER, "drivers"),
-    "commands.check": (DRIVER, "drivers"),
-    "commands.check_calibration": (DRIVER, "drivers"),
-    "commands.check_disks": (DRIVER, "drivers"),
-    "commands.check_folders": (DRIVER, "drivers"),
-    "commands.check_references": (DRIVER, "drivers"),
-    "commands.check_running": (DRIVER, "drivers"),
-    "commands.stored": (DRIVER, "drivers"),
-    "commands.overview": (DRIVER, "drivers"),
-    "commands.journals": (DRIVER, "drivers"),
-    "running.holding": (DRIVER, "drivers"),
-    "commands.promotion": (DRIVER, "drivers"),
-    "commands.explain": (DRIVER, "drivers"),
-    "commands.examination": (DRIVER, "drivers"),
-    "report": (DRIVER, "drivers"),
-    "commands.evaluation_page": (DRIVER, "drivers"),
-    "finetune.data": (DRIVER, "drivers"),
-    "finetune.evaluate": (DRIVER, "drivers"),
-    "finetune.model": (DRIVER, "drivers"),
-    "finetune.recipe": (DRIVER, "drivers"),
-    "finetune.report": (DRIVER, "drivers"),
-    "finetune.run": (DRIVER, "drivers"),
-    "finetune.train": (DRIVER, "drivers"),
-    "finetune": (DRIVER, "drivers"),
-    "commands.finetuning": (DRIVER, "drivers"),
-}
-"""Module: its floor, and the noun that it is a part of. Modules of one noun may know each other."""
-
-FOR_ALL_EDGES = {"files"}
-"""What every edge may use: how sortd's own small files are read and written."""
-
-ENTRY_POINTS = {"__init__", "__main__"}
-
-FORBIDDEN_TO_THOUGHT = {
+PURE = ("core", "classify")
+FORBIDDEN_TO_PURE = {
     "os", "io", "time", "datetime", "threading", "queue", "subprocess", "socket", "logging", "structlog", "sqlite3",
     "random", "tempfile", "shutil", "torch", "PIL", "watchdog", "sentence_transformers", "transformers", "sklearn",
 }  # fmt: skip
-"""What the core must not know: files, clocks, threads, logs, models, chance."""
-
-PURE_USES = {"moving.free_names": {"os"}, "moving.companions": {"os"}}
-"""os.fsencode, os.fsdecode and os.path.splitext work on names and touch no file."""
+"""What pure packages must not import: files, clocks, threads, logs, models, randomness."""
 
 SLOW = {
     "torch", "transformers", "sentence_transformers", "sklearn", "onnxruntime", "onnx", "tokenizers", "matplotlib",
-    "accelerate",
+    "accelerate", "peft", "safetensors",
 }  # fmt: skip
-"""Nothing slow at import: these are imported inside functions only."""
+"""Libraries that take long to import: imported inside of functions only, so that light commands start at once."""
 
-MODULES = sorted(
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    for path in PACKAGE.rglob("*.py")
-    if path.stem not in ENTRY_POINTS
-)
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def file_of(module: str) -> Path:
-    """Return the file of a module, which is named from the package on."""
-    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+def name_of(module: Path) -> str:
+    """Return the path of a module in the package."""
+    return module.relative_to(PACKAGE).as_posix()
 
 
-def imports_of(module: str, *, top_level_only: bool) -> set[str]:
-    """Return the dotted names that a module imports, outside of ``if TYPE_CHECKING``."""
-    tree = ast.parse(file_of(module).read_text(encoding="utf-8"))
+def imported(module: Path, *, top_level_only: bool) -> set[str]:
+    """Return the top-level packages that a module imports."""
     found: set[str] = set()
 
-    def visit(node: ast.AST, *, inside: bool) -> None:
+    def visit(node: ast.AST) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
                 continue
-            if isinstance(child, ast.Import) and not (inside and top_level_only):
-                found.update(alias.name for alias in child.names)
-            elif isinstance(child, ast.ImportFrom) and child.module and not (inside and top_level_only):
-                found.add(child.module)
-                if child.module.split(".")[0] == "sortd":
-                    found.update(f"{child.module}.{alias.name}" for alias in child.names)
-            visit(child, inside=inside or isinstance(child, ast.FunctionDef | ast.Lambda))
+            if isinstance(child, ast.Import):
+                found.update(alias.name.split(".")[0] for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.module:
+                found.add(child.module.split(".")[0])
+            if not (top_level_only and isinstance(child, ast.FunctionDef | ast.Lambda)):
+                visit(child)
 
-    visit(tree, inside=False)
+    visit(ast.parse(module.read_text(encoding="utf-8")))
     return found
 
 
-def test_every_module_has_a_floor() -> None:
-    """A new module is given its place on purpose, and a deleted one gives it back."""
-    assert set(MODULES) == set(FLOORS)
-
-
-@pytest.mark.parametrize("module", [name for name in MODULES if name in FLOORS])
-def test_imports_point_down(module: str) -> None:
-    """No module imports from a higher floor, and no edge imports another edge."""
-    floor, noun = FLOORS[module]
-    for name in imports_of(module, top_level_only=False):
-        package, _, imported = name.partition(".")
-        if package != "sortd" or not imported or imported.startswith("__"):
-            continue
-        target = next((name for name in (imported, imported.rpartition(".")[0]) if name in FLOORS), None)
-        if target is None:
-            assert (PACKAGE / imported.replace(".", "/")).is_dir(), f"{module} imports {name}, which has no floor"
-            continue
-        other_floor, other_noun = FLOORS[target]
-        assert other_floor <= floor, f"{module} imports {target}, which stands above it"
-        sideways = other_floor == floor == EDGE and other_noun != noun and target not in FOR_ALL_EDGES
-        assert not sideways, f"{module} and {target} are different edges: let a driver join them"
-
-
-@pytest.mark.parametrize("module", [name for name, (floor, _) in FLOORS.items() if floor == THOUGHT])
-def test_the_core_knows_no_outside(module: str) -> None:
-    """Thought is pure: no file, clock, thread, log, model or chance."""
-    tops = {name.split(".")[0] for name in imports_of(module, top_level_only=False)}
-    assert not tops & (FORBIDDEN_TO_THOUGHT - PURE_USES.get(module, set()))
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_nothing_slow_is_imported_at_the_top(module: str) -> None:
-    """The command line answers at once because torch and its kin are imported where they are used."""
-    tops = {name.split(".")[0] for name in imports_of(module, top_level_only=True)}
-    assert not tops & SLOW
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_reads_in_one_sitting(module: str) -> None:
-    """At most 500 lines, and a docstring that says what its noun is."""
-    text = file_of(module).read_text(encoding="utf-8")
-    assert ast.get_docstring(ast.parse(text))
-    assert len(text.splitlines()) <= 500
-
-
-def test_nothing_is_pickled() -> None:
-    """No module of the package unpickles anything: a cache or a model file must not run code."""
+def names_defined_twice() -> dict[str, list[str]]:
+    """Return the public classes and functions that several modules define, with those modules."""
+    where = defaultdict(list)
     for module in MODULES:
-        tops = {name.split(".")[0] for name in imports_of(module, top_level_only=False)}
-        assert not tops & {"pickle", "joblib", "shelve", "marshal", "dill", "cloudpickle"}, module
-        assert "allow_pickle=True" not in file_of(module).read_text(encoding="utf-8"), module
+        for node in ast.parse(module.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                where[node.name].append(name_of(module))
+    return {name: modules for name, modules in sorted(where.items()) if len(modules) > 1}
+
+
+def lines_of(module: Path) -> int:
+    """Return how many lines a module has."""
+    return len(module.read_text(encoding="utf-8").splitlines())
+
+
+def test_layers_are_kept() -> None:
+    """Imports point down the layers, and packages of one layer do not import each other."""
+    assert lint_imports(config_filename=str(REPOSITORY / "pyproject.toml"), no_cache=True) == EXIT_STATUS_SUCCESS
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_module_has_a_docstring_and_no_more_than_500_lines(module: Path) -> None:
+    """A module is small enough to be read at once, and says what it is."""
+    assert ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))
+    assert lines_of(module) <= MOST_LINES
+
+
+@pytest.mark.parametrize("module", [path for path in MODULES if name_of(path).split("/")[0] in PURE], ids=name_of)
+def test_pure_module_imports_nothing_impure(module: Path) -> None:
+    """The core and the classifiers know no file, clock, thread, log or model."""
+    assert not imported(module, top_level_only=False) & FORBIDDEN_TO_PURE
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_module_imports_nothing_slow_at_its_top(module: Path) -> None:
+    """Heavy libraries are imported where they are used."""
+    assert not imported(module, top_level_only=True) & SLOW
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_module_unpickles_nothing(module: Path) -> None:
+    """A cache or a model file must not run code."""
+    pickles = {"pickle", "joblib", "shelve", "marshal", "dill", "cloudpickle"}
+    assert not imported(module, top_level_only=False) & pickles
+    assert "allow_pickle=True" not in module.read_text(encoding="utf-8")
+
+
+def test_public_names_are_defined_once() -> None:
+    """A public class or function has a name of its own."""
+    assert names_defined_twice() == {}
+
+
+def main() -> None:
+    """Print the figures of the package as JSON."""
+    sizes = {name_of(module): lines_of(module) for module in MODULES}
+    small = sorted(name for name, lines in sizes.items() if lines < FEWEST_LINES and not name.endswith("__init__.py"))
+    figures = {
+        "modules": len(sizes),
+        "modules_without_init": sum(not name.endswith("__init__.py") for name in sizes),
+        "lines": sum(sizes.values()),
+        "lines_of_tests": sum(map(lines_of, (REPOSITORY / "tests").rglob("*.py"))),
+        "largest": dict(sorted(sizes.items(), key=lambda item: -item[1])[:8]),
+        "under_60_lines": small,
+        "defined_twice": names_defined_twice(),
+    }
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

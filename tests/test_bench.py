@@ -1,14 +1,13 @@
 """``sortd bench``: figures of the user's own machine and images, and not one file of theirs moved."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sortd.commands import stopwatch
-from sortd.commands.bench import advice, bench_with
-from sortd.commands.measurement import Backend, Measurement, Stages, draw, measure
+from sortd.commands import bench
+from sortd.commands.bench import backend_advice, draw, measure, print_measured
 from sortd.config import Config, load
 from sortd.errors import DataError, ModelError
 from tests.command_line import sortd
@@ -16,12 +15,12 @@ from tests.daemon_process import picture, tree
 from tests.fake_encoder import FakeEncoder
 
 Write = Callable[..., Path]
+Facts = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopwatch, "FORWARD_SECONDS", 0.0)
-    monkeypatch.setattr(stopwatch, "DECODE_SECONDS", 0.0)
+    monkeypatch.setattr(bench, "STAGE_SECONDS", 0.0)
 
 
 def _never(_: Config, backend: str) -> FakeEncoder:
@@ -38,8 +37,7 @@ def test_the_packaged_model_is_measured_and_nothing_is_touched(colours: Path, wr
     assert tree(colours) == before
     assert facts["files"] == 6
     stages = facts["stages"]
-    assert all(stages[name] > 0 for name in ("read", "decode", "encode", "encode_alone", "move"))
-    assert stages["decide"] is None
+    assert all(stages[name] > 0 for name in ("decode", "encode", "encode_alone", "move"))
     bound = 1e3 / (stages["encode"] + stages["decode"] / facts["cores"])
     if facts["device"] == "cpu":
         assert facts["bound_per_second"] == pytest.approx(bound)
@@ -50,18 +48,12 @@ def test_the_packaged_model_is_measured_and_nothing_is_touched(colours: Path, wr
 def test_it_prints_a_table_of_stages(colours: Path, write_config: Write, capsys: pytest.CaptureFixture[str]) -> None:
     """A person reads images a second first, then each stage, then the backends, then what to change."""
     del colours
-    bench_with(
-        None,
-        write_config(),
-        images=4,
-        as_json=False,
-        load_encoder=lambda _: FakeEncoder(),
-        load_other=_never,
-    )
+    config = load(write_config(), {})
+    print_measured(measure(config, None, images=4, load_encoder=lambda _: FakeEncoder(), load_other=_never))
     said = capsys.readouterr().out
     assert "images a second" in said.splitlines()[0]
     assert [line.split("\t")[0] for line in said.splitlines() if line.count("\t") == 2][1:] == [
-        *("read", "decode", "encode", "encode alone", "decide", "move")
+        *("decode", "encode", "encode alone", "move")
     ]
     assert "limit" in said
 
@@ -76,70 +68,54 @@ def test_images_come_from_the_folder_that_is_named(tmp_path: Path, write_config:
         picture("red", number).save(tmp_path / "album" / f"{number}.png")
     (tmp_path / "album" / "notes.txt").write_text("no image")
     measured = measure(config, tmp_path / "album", images=10, load_encoder=lambda _: FakeEncoder(), load_other=_never)
-    assert measured.files == 4
+    assert measured["files"] == 4
     assert len(list((tmp_path / "album").iterdir())) == 5
     assert list(tmp_path.rglob(".sortd-bench-*")) == []
 
 
-def measured(
-    *backends: Backend,
-    limit: str = "forward",
-    device: str = "cpu",
-    refusal: str | None = None,
-    hint: str | None = None,
-) -> Measurement:
-    """Return a measurement with these backends."""
-    return Measurement(
-        model="clip",
-        encoder_id="clip",
-        configured="auto",
-        int8_refusal=refusal,
-        onnx_hint=hint,
-        device=device,
-        cores=2,
-        files=10,
-        megabytes=1.0,
-        load_seconds=1.0,
-        best_batch=8,
-        stages=Stages(1.0, 60.0, 40.0, 50.0, 0.1, 2.0),
-        embedded_per_second=13.0,
-        filed_per_second=12.0,
-        bound_per_second=14.0,
-        limit=limit,
-        backends=backends,
-    )
+def advised(
+    *backends: Facts, limit: str = "forward", device: str = "cpu", refusal: str | None = None, hint: str | None = None
+) -> list[str]:
+    """Return the advice for these backends."""
+    facts = {"backends": backends, "limit": limit, "device": device, "int8_refusal": refusal, "onnx_hint": hint}
+    return [*backend_advice(facts)]
 
 
-TORCH = Backend("torch", "clip-torch-1", 40.0, 14.0, serves=True)
-INT8 = Backend("onnx-int8", "clip-onnx-int8-1", 15.0, 22.0, serves=False)
-FP32 = Backend("onnx", "clip-onnx-fp32-1", 30.0, 18.0, serves=False)
+def backend(name: str, images_per_second: float, *, serves: bool = False) -> Facts:
+    """Return what was measured of one backend."""
+    return {"backend": name, "images_per_second": images_per_second, "serves": serves}
+
+
+TORCH = backend("torch", 14.0, serves=True)
+INT8 = backend("onnx-int8", 22.0)
+FP32 = backend("onnx", 18.0)
 
 
 def test_the_advice_names_the_backend_that_would_file_most() -> None:
     """It is one that is faster by more than chance; where decoding limits, a faster model is not praised."""
-    first, second = advice(measured(INT8, TORCH))
+    first, second = advised(INT8, TORCH)
     assert first == "set `backend: onnx`: onnx-int8 could file 1.6 times as many images a second"
     assert "forward limits" in second
-    as_fast = Backend("onnx", "clip-onnx-fp32-1", 39.0, 14.3, serves=False)
-    assert advice(measured(as_fast, TORCH))[0].startswith("keep the backend: torch")
-    assert advice(measured(TORCH, limit="decode"))[-1].startswith("decoding limits")
+    as_fast = backend("onnx", 14.3)
+    assert advised(as_fast, TORCH)[0].startswith("keep the backend: torch")
+    assert advised(TORCH, limit="decode")[-1].startswith("decoding limits")
 
 
 def test_the_advice_is_one_that_can_be_followed() -> None:
     """Nobody is sent to int8 where it was refused, nor to a backend that serves already."""
-    first, second, _ = advice(measured(INT8, FP32, TORCH, refusal="12 references are too few"))
+    first, second, _ = advised(INT8, FP32, TORCH, refusal="12 references are too few")
     assert first == "set `backend: onnx`: onnx could file 1.3 times as many images a second"
     assert second == "onnx-int8 could file 1.6 times as many, but does not serve: 12 references are too few"
-    serving = replace(FP32, serves=True)
-    first, second, _ = advice(measured(INT8, serving, replace(TORCH, serves=False), refusal="not judged yet"))
+    serving = FP32 | {"serves": True}
+    first, second, _ = advised(INT8, serving, TORCH | {"serves": False}, refusal="not judged yet")
     assert first.startswith("keep the backend: onnx")
     assert "1.2 times as many, but does not serve: not judged yet" in second
-    first, _ = advice(measured(INT8, serving))
+    first, _ = advised(INT8, serving)
     assert first.startswith("start sortd again: onnx-int8 may serve")
 
 
 def test_where_only_torch_is_ready_it_says_what_brings_the_other() -> None:
     """With a GPU that torch runs on there is nothing to bring."""
     hint = "`sortd models export`"
-    assert hint in advice(measured(TORCH, hint=hint))[1]
-    assert not any(hint in sentence for sentence in advice(measured(TORCH, hint=hint, device="cuda")))
+    assert hint in advised(TORCH, hint=hint)[1]
+    assert not any(hint in sentence for sentence in advised(TORCH, hint=hint, device="cuda"))

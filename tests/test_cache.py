@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 
 from sortd.arrays import FloatArray
-from sortd.cache import Cache
-from sortd.caching.stored_prototypes import MAGIC, packed
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import DecisionSettings, SupportSet
-from sortd.messages import Stamp
+from sortd.events import Stamp
+from sortd.store.cache import MAGIC, Cache, packed
 
 ENCODER = "clip-512-torch-0"
 STAMP = Stamp(device=1, inode=2, size=3, mtime_ns=4_000_000_005)
@@ -479,8 +478,7 @@ def test_another_process_reads_and_writes_meanwhile(cache: Cache, path: Path, re
 import sys
 from pathlib import Path
 from tests.test_cache import ENCODER, embeddings
-from sortd.cache import Cache
-from sortd.caching.stored_prototypes import packed
+from sortd.store.cache import Cache, packed
 with Cache(Path(sys.argv[1])) as cache:
     for key, row in embeddings(200, seed=1).items():
         cache.remember_embeddings({key: row}, ENCODER)

@@ -11,20 +11,25 @@ from pathlib import Path
 
 import pytest
 
-from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.classify.calibration import Calibration
 from sortd.classify.types import Abstain, DecisionSettings, Mode
-from sortd.commands.check import check, check_site
-from sortd.commands.check_calibration import calibration_findings
-from sortd.commands.check_disks import clock_findings, file_system_findings, watching_findings
-from sortd.commands.check_running import decoder_findings, lock_holder
+from sortd.commands.check import (
+    check_all,
+    lock_holder,
+    machine_findings,
+    move_findings,
+    site_findings,
+    watching_findings,
+)
+from sortd.commands.check_references import calibration_findings
 from sortd.commands.examination import examine
 from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, load
-from sortd.journal import Journal
+from sortd.daemon.dataset_lock import hold
 from sortd.layout import MARKER, Area, Layout
-from sortd.running.holding import hold
-from sortd.watching import inotify
+from sortd.store.cache import PrototypeFiles
+from sortd.store.journal import Journal
+from sortd.watch import inotify
 from tests.command_line import sortd
 from tests.daemon_process import make_dataset, picture, tree
 from tests.fake_encoder import FakeEncoder
@@ -49,7 +54,7 @@ def look(tmp_path: Path) -> Check:
     def look(text: str = "", *, environment: Mapping[str, str] | None = None) -> Findings:
         file = tmp_path / "config.yaml"
         file.write_text(f"root: Data\nstate_dir: state\ncache_dir: cache\nmode: max\n{text}", encoding="utf-8")
-        return list(check(file, {"HOME": str(tmp_path), **(environment or {})}))
+        return list(check_all(file, {"HOME": str(tmp_path), **(environment or {})}))
 
     return look
 
@@ -80,12 +85,12 @@ class TestDecoders:
 
     def test_check_with_all_decoders_reports_nothing(self) -> None:
         """All of them come with sortd."""
-        assert list(decoder_findings()) == []
+        assert list(machine_findings(config_of(Path("/")), [])) == []
 
     def test_check_without_a_decoder_reports_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Photos that nothing can decode would stay in Images/ with no more than a line of the log."""
         monkeypatch.setitem(sys.modules, "pillow_heif", None)  # imports of it fail from now on
-        (finding,) = decoder_findings()
+        (finding,) = machine_findings(config_of(Path("/")), [])
         assert (finding.severity, finding.mend) == (Severity.ERROR, "install its decoder: pip install pillow-heif")
         assert "HEIC cannot be decoded here" in finding.what
 
@@ -278,9 +283,12 @@ class TestFolders:
                 folder.chmod(folder.stat().st_mode | 0o055)
         (site / "Clases" / "red").chmod(0o700)
         code = (
-            "import os, sys; from pathlib import Path; from sortd.commands.check_folders import dataset_findings\n"
+            "import os, sys; from pathlib import Path\n"
+            "from sortd.commands.check import class_folder_findings, folder_findings\n"
             "from sortd.layout import Layout; os.setuid(65534)\n"
-            "for one in dataset_findings(Layout(Path(sys.argv[1]))): print(one.severity.value, one.subject)"
+            "layout = Layout(Path(sys.argv[1]))\n"
+            "for check in (folder_findings, class_folder_findings):\n"
+            "    for one in check(None, layout): print(one.severity.value, one.subject)"
         )
         told = subprocess.run(
             [sys.executable, "-c", code, str(site)],
@@ -309,18 +317,18 @@ class TestFolders:
 class TestDisks:
     """What is said about disks, clocks and watching."""
 
-    def test_a_refused_rename_tells_what_follows(self, site: Path) -> None:
+    def test_a_refused_rename_tells_what_follows(self, site: Path, tmp_path: Path) -> None:
         """Where a rename between the folders is refused, moves are copies: slower, and needing room."""
 
         def refuse(*_: object) -> None:
             raise OSError(18, "Invalid cross-device link")
 
-        (finding,) = file_system_findings(Layout(site), rename=refuse)
+        (finding,) = move_findings(config_of(tmp_path), Layout(site), rename=refuse)
         assert "Dataset/, Review/, Rejected/ is refused" in finding.what
         assert finding.severity is Severity.NOTE
         assert list((site / "Images").iterdir()) == []
 
-    def test_a_real_mount_is_found_out(self, site: Path) -> None:
+    def test_a_real_mount_is_found_out(self, site: Path, tmp_path: Path) -> None:
         """Dataset/ on another file system is found by the rename that fails, whatever st_dev says."""
         if (
             os.geteuid() != 0
@@ -328,29 +336,33 @@ class TestDisks:
         ):
             pytest.skip("mounting is not allowed here")
         try:
-            (finding,) = file_system_findings(Layout(site))
+            (finding,) = move_findings(config_of(tmp_path), Layout(site))
             assert "into Dataset/ is refused" in finding.what
         finally:
             subprocess.run(["umount", site / "Dataset"], check=True)
 
-    def test_a_wrong_clock_is_told(self) -> None:
+    def test_a_wrong_clock_is_told(self, tmp_path: Path) -> None:
         """History and undo by time would lie."""
-        assert [one.severity for one in clock_findings(clock=lambda: 0.0)] == [Severity.WARNING]
-        assert list(clock_findings(clock=lambda: 1.8e9)) == []
+        assert [one.severity for one in machine_findings(config_of(tmp_path), [], clock=lambda: 0.0)] == [
+            Severity.WARNING
+        ]
+        assert list(machine_findings(config_of(tmp_path), [], clock=lambda: 1.8e9)) == []
 
-    def test_too_few_watches_name_the_setting(self, site: Path) -> None:
+    def test_too_few_watches_name_the_setting(self, site: Path, tmp_path: Path) -> None:
         """More folders than watches is an error that names the sysctl; more than half of them a warning."""
 
         def watched(granted: int) -> Findings:
-            return list(watching_findings([Layout(site)], "auto", granted=inotify.Limits(granted, 128, 16384)))
+            limits = inotify.Limits(granted, 128, 16384)
+            return list(watching_findings(config_of(tmp_path), [Layout(site)], granted=limits))
 
         assert about(watched(2), Topic.WATCHING, "sysctl -w fs.inotify.max_user_watches", severity=Severity.ERROR)
         assert about(watched(12), Topic.WATCHING, severity=Severity.WARNING)
         assert watched(1000) == []
 
-    def test_polling_is_told(self, site: Path) -> None:
+    def test_polling_is_told(self, site: Path, tmp_path: Path) -> None:
         """Whoever is polled should know, since it is slower."""
-        (finding,) = watching_findings([Layout(site)], "always", granted=inotify.Limits(1, 1, 1))
+        polled = config_of(tmp_path).model_copy(update={"polling": "always"})
+        (finding,) = watching_findings(polled, [Layout(site)], granted=inotify.Limits(1, 1, 1))
         assert "is polled" in finding.what
 
 
@@ -435,7 +447,7 @@ class TestReferences:
     @pytest.mark.usefixtures("site")
     def test_many_references_are_looked_at_by_their_headers(self, tmp_path: Path) -> None:
         """With no time for decoding, headers have to do, and the check says so."""
-        findings = list(check_site(config_of(tmp_path), decoding_seconds=0.0))
+        findings = list(site_findings(config_of(tmp_path), decoding_seconds=0.0))
         assert about(findings, Topic.REFERENCES, "of 12 the headers read")
 
 

@@ -12,15 +12,15 @@ import pytest
 
 from sortd.arrays import Pixels
 from sortd.config import Config, load
+from sortd.daemon.classifiers import appointed
+from sortd.daemon.dry_run import rehearse
+from sortd.daemon.resources import Resources, teaching_of
+from sortd.daemon.worker import Answer, EmbedJob, Forget, Posted, RebuildJob, Worker, WorkerDied
 from sortd.encoder.base import Rows
+from sortd.events import DatasetId, Embedded, Move, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.finetuned import FACTS_FILE, FinetunedFacts, Promotion, read_facts, remove_promotion, write_promotion
 from sortd.layout import Area, Layout
-from sortd.messages import DatasetId, Embedded, Move, PrototypesBuilt, RebuildFailed, Stamp
-from sortd.running.classifiers import appointed
-from sortd.running.rehearsal import rehearse
-from sortd.running.site import Site, teaching_of
-from sortd.running.worker import Answer, EmbedJob, Forget, Posted, RebuildJob, Worker, WorkerDied
-from sortd.watching.scanning import stamp
+from sortd.watch.scan import stamp
 from tests.command_line import write_config
 from tests.daemon_process import COLOURS, make_dataset, picture
 from tests.fake_encoder import FakeEncoder
@@ -65,7 +65,7 @@ class Bench:
         """Start it."""
         self.config = config
         self.encoder = CountingEncoder()
-        self.site = Site(config, load_encoder=lambda _: self.encoder)
+        self.site = Resources(config, load_encoder=lambda _: self.encoder)
         self.inbox: queue.SimpleQueue[Posted] = queue.SimpleQueue()
         self.worker = Worker(self.site.load, self.site.unload, self.inbox.put, self.site.classifiers)
         self.worker.start()

@@ -1,4 +1,4 @@
-"""The collection: what is wrong with one dataset is held with its cause, and the others are served."""
+"""Datasets: what is wrong with one dataset is held with its cause, and the others are served."""
 
 import os
 import queue
@@ -15,22 +15,21 @@ import pytest
 from structlog.testing import capture_logs
 
 from sortd.config import load
-from sortd.errors import AlreadyRunningError, JournalError, LayoutError, StorageError
-from sortd.journaling.history import History
-from sortd.layout import Layout
-from sortd.messages import Move, Outcome, Stamp
-from sortd.metrics import Metrics
-from sortd.running.collection import (
+from sortd.core.schedule import RETRY_SECONDS
+from sortd.daemon.dataset_lock import hold
+from sortd.daemon.datasets import (
     DESCRIPTORS_OF_A_DATASET,
-    FIRST_PAUSE_SECONDS,
-    LONGEST_PAUSE_SECONDS,
-    Collection,
+    Datasets,
 )
-from sortd.running.copier import Copied, Copier, CopierDied, CopyFailed
-from sortd.running.holding import hold
-from sortd.running.site import Site
-from sortd.running.worker import Forget, Job
-from sortd.watching.scanning import stamp
+from sortd.daemon.resources import Resources
+from sortd.daemon.worker import Forget, Job
+from sortd.errors import AlreadyRunningError, JournalError, LayoutError, StorageError
+from sortd.events import Move, Outcome, Stamp
+from sortd.layout import Layout
+from sortd.metrics import Metrics
+from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
+from sortd.store.history import History
+from sortd.watch.scan import stamp
 from tests.command_line import write_config
 from tests.daemon_process import make_dataset
 from tests.filed_images import file_images
@@ -46,16 +45,16 @@ class Place:
     now: float = 1000.0
     asked: list[Job] = field(default_factory=list)
     metrics: Metrics = field(default_factory=Metrics)
-    posted: queue.SimpleQueue[Copied | CopyFailed | CopierDied] = field(default_factory=queue.SimpleQueue)
+    posted: queue.SimpleQueue[Copied | CopyFailed | CopyQueueDied] = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
         """Make the collection; nothing is looked at yet."""
         config = load(write_config(self.folder), {})
-        self.collection = Collection(
+        self.collection = Datasets(
             config,
-            site=Site(config),
+            resources=Resources(config),
             ask=self.asked.append,
-            copier=Copier(self.posted.put),
+            copier=CopyQueue(self.posted.put),
             metrics=self.metrics,
             clock=lambda: self.now,
         )
@@ -77,7 +76,7 @@ class Place:
         """Look for datasets again and again; return what was logged of those that are held."""
         with capture_logs() as lines:
             for _ in range(rounds):
-                self.now += LONGEST_PAUSE_SECONDS
+                self.now += RETRY_SECONDS[1]
                 self.collection.discover()
         return [f"{line['dataset']}: {line['error']}" for line in lines if line["event"] == "dataset.held"]
 
@@ -195,7 +194,7 @@ def test_discover_dataset_that_cannot_be_opened_is_held_and_the_rest_is_served(
     """At the start: its cause is said once, in the log, the status and the metrics; mended, it is taken up."""
     mend = damage(place)
     (line,) = place.held_lines(rounds=3)
-    assert set(place.collection.datasets) == {"Good"}
+    assert set(place.collection.by_name) == {"Good"}
     assert re.search(f"^Bad: .*({said})", line)
     facts = place.collection.held["Bad"].facts()
     assert line == f"Bad: {facts['problem']}"
@@ -204,7 +203,7 @@ def test_discover_dataset_that_cannot_be_opened_is_held_and_the_rest_is_served(
     assert 'sortd_dataset_held{dataset="Good"} 0.0' in place.metrics.text()
     mend()
     assert place.held_lines() == []
-    assert set(place.collection.datasets) == {"Bad", "Good"}
+    assert set(place.collection.by_name) == {"Bad", "Good"}
     assert not place.collection.held
     assert 'sortd_dataset_held{dataset="Bad"} 0.0' in place.metrics.text()
     with pytest.raises(AlreadyRunningError), hold(place.layout("Bad"), place.state):
@@ -256,7 +255,7 @@ def test_held_error_has_all_causes_and_the_exit_code_of_the_first(place: Place) 
 def test_isolated_journal_that_fails_in_the_middle_of_a_move_is_recovered_when_it_is_opened_anew(place: Place) -> None:
     """The image was renamed and its end could not be written: the dataset is held, the other one served, none lost."""
     place.collection.discover()
-    bad, good = place.collection.datasets["Bad"], place.collection.datasets["Good"]
+    bad, good = place.collection.by_name["Bad"], place.collection.by_name["Good"]
     path = bad.layout.root / "Images" / "b.png"
     path.write_bytes(b"image")
     mark = stamp(str(path))
@@ -273,7 +272,7 @@ def test_isolated_journal_that_fails_in_the_middle_of_a_move_is_recovered_when_i
         pass  # its locks were given back
     execute(place.journal("Bad"), "DROP TRIGGER fault")
     assert place.held_lines() == []
-    history = place.collection.datasets["Bad"].history
+    history = place.collection.by_name["Bad"].history
     assert history.unfinished() == []
     assert history.counts() == {"filed": 2}
 
@@ -287,13 +286,13 @@ def test_discover_more_datasets_than_descriptors_allow_are_held_and_the_rest_is_
     resource.setrlimit(resource.RLIMIT_NOFILE, (enough_for_two, before[1]))
     try:
         lines = place.held_lines(rounds=2)
-        assert {"Bad", "Good"} <= set(place.collection.datasets)
+        assert {"Bad", "Good"} <= set(place.collection.by_name)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert len(lines) == len(place.collection.held) == 6 - len(place.collection.datasets) > 0
+    assert len(lines) == len(place.collection.held) == 6 - len(place.collection.by_name) > 0
     assert all(f"a limit of {enough_for_two} open files" in line and "RLIMIT_NOFILE" in line for line in lines)
     assert place.held_lines() == []
-    assert len(place.collection.datasets) == 6
+    assert len(place.collection.by_name) == 6
 
 
 def test_hold_that_fails_again_and_again_waits_longer_and_is_said_once(place: Place) -> None:
@@ -303,31 +302,31 @@ def test_hold_that_fails_again_and_again_waits_longer_and_is_said_once(place: Pl
     pauses: list[float] = []
     with capture_logs() as lines:
         for _ in range(9):
-            with place.collection.isolated(place.collection.datasets["Bad"]):
+            with place.collection.isolated(place.collection.by_name["Bad"]):
                 raise fault
             pauses.append(place.collection.held["Bad"].retry_at - place.now)
             place.collection.discover()
             assert "Bad" in place.collection.held
             place.now = place.collection.held["Bad"].retry_at
             place.collection.discover()
-    assert pauses == [min(FIRST_PAUSE_SECONDS * 2**number, LONGEST_PAUSE_SECONDS) for number in range(9)]
+    assert pauses == [min(RETRY_SECONDS[0] * 2**number, RETRY_SECONDS[1]) for number in range(9)]
     assert len([line for line in lines if line["event"] == "dataset.held"]) == 1
-    place.now += 2 * LONGEST_PAUSE_SECONDS
-    with capture_logs() as lines, place.collection.isolated(place.collection.datasets["Bad"]):
+    place.now += 2 * RETRY_SECONDS[1]
+    with capture_logs() as lines, place.collection.isolated(place.collection.by_name["Bad"]):
         raise fault
-    assert place.collection.held["Bad"].retry_at - place.now == FIRST_PAUSE_SECONDS
+    assert place.collection.held["Bad"].retry_at - place.now == RETRY_SECONDS[0]
     assert [line["event"] for line in lines] == ["dataset.held"]
 
 
 def test_isolated_error_that_nobody_foresaw_holds_the_dataset_with_its_trace(place: Place) -> None:
     """A fault of sortd's own, over one dataset, keeps the others from nothing, and can be reported."""
     place.collection.discover()
-    with capture_logs() as lines, place.collection.isolated(place.collection.datasets["Bad"]):
+    with capture_logs() as lines, place.collection.isolated(place.collection.by_name["Bad"]):
         raise ZeroDivisionError("by zero")
     (line,) = lines
     assert (line["event"], line["cause"]) == ("dataset.held", "unforeseen")
     assert isinstance(line["exc_info"], ZeroDivisionError)
-    assert set(place.collection.datasets) == {"Good"}
+    assert set(place.collection.by_name) == {"Good"}
 
 
 @pytest.mark.parametrize("hurt", [Path.unlink, lambda path: shutil.rmtree(path.parent)])
@@ -338,7 +337,7 @@ def test_discover_journal_that_was_removed_is_begun_anew(place: Place, hurt: Cal
     (line,) = place.held_lines()
     assert "was removed or replaced while it was open" in line
     assert place.held_lines() == []
-    place.collection.datasets["Bad"].filing.hold(str(place.layout("Bad").root / "Images" / "a.png"), STAMP, "undone")
+    place.collection.by_name["Bad"].filing.hold(str(place.layout("Bad").root / "Images" / "a.png"), STAMP, "undone")
     with History.open(place.journal("Bad")) as history:
         assert history.held() == {"Images/a.png": STAMP}
 
@@ -346,7 +345,7 @@ def test_discover_journal_that_was_removed_is_begun_anew(place: Place, hurt: Cal
 def test_answering_journal_that_fails_is_told_and_held(place: Place) -> None:
     """Whoever asked hears of it, and the dataset is held."""
     place.collection.discover()
-    bad = place.collection.datasets["Bad"]
+    bad = place.collection.by_name["Bad"]
     execute(place.journal("Bad"), "DROP TABLE holds")
     with pytest.raises(StorageError, match="the journal is damaged"), place.collection.answering(bad):
         bad.filing.release()

@@ -2,10 +2,10 @@
 
 import pytest
 
-from sortd.moving.companions import (
-    RULES,
+from sortd.companions import (
+    NAMINGS,
     Companion,
-    Rule,
+    Naming,
     claim_on,
     claims,
     companions_of,
@@ -31,24 +31,24 @@ def mixed(name: str) -> str:
     return stem + dot + suffix.capitalize()
 
 
-every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.program}: {rule.example[1]}")
+every_rule = pytest.mark.parametrize("rule", NAMINGS, ids=lambda rule: f"{rule.program}: {rule.example[1]}")
 
 
 class TestTable:
     """Each row of the table, by its own example."""
 
     @every_rule
-    def test_rule_example_travels_with_its_image(self, rule: Rule) -> None:
+    def test_rule_example_travels_with_its_image(self, rule: Naming) -> None:
         """The file of the example belongs to its image by this very rule, whatever the letter case of its suffix."""
         image, companion = rule.example
         assert found(image, companion) == {companion: False}
         assert found(image, mixed(companion)) == {mixed(companion): False}
-        alone = [claim for claim in claims(companion) if claim.rule == rule]
+        alone = [claim for claim in claims(companion) if claim.naming == rule]
         assert len(alone) == 1
         assert owners_of(companion, [image, "other.jpg"]) == (image,)
 
     @every_rule
-    def test_rule_example_is_no_companion_of_another_image(self, rule: Rule) -> None:
+    def test_rule_example_is_no_companion_of_another_image(self, rule: Naming) -> None:
         """Neither of an image with a longer or a shorter stem nor of one that it does not name at all."""
         image, companion = rule.example
         stem, suffix = split_name(image)
@@ -62,7 +62,7 @@ class TestTable:
             assert found(other, companion) == {}, other
 
     @every_rule
-    def test_rule_example_is_found_without_reading_all_names(self, rule: Rule) -> None:
+    def test_rule_example_is_found_without_reading_all_names(self, rule: Naming) -> None:
         """Image and companion are looked for by how their names begin, in a folder and in the journal."""
         image, companion = rule.example
         assert any(fold(companion).startswith(start) for start, _ in near(image))
@@ -70,7 +70,7 @@ class TestTable:
         assert any(first <= image < beyond for first, beyond in starts_of_images(companion))
 
     @every_rule
-    def test_rule_example_belongs_to_its_image_under_a_number(self, rule: Rule) -> None:
+    def test_rule_example_belongs_to_its_image_under_a_number(self, rule: Naming) -> None:
         """A name that is taken gives both of them a number, and they still belong together; so after a renaming."""
         image, companion = rule.example
         stem, suffix = split_name(image)
@@ -80,7 +80,7 @@ class TestTable:
         assert claim_on(name_beside(companion, image, f"new{suffix}"), f"new{suffix}") is not None
 
     @every_rule
-    def test_rule_names_program_and_source(self, rule: Rule) -> None:
+    def test_rule_names_program_and_source(self, rule: Naming) -> None:
         """Whoever doubts a row can look it up."""
         assert rule.program
         assert rule.source

@@ -12,25 +12,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from sortd.classify.types import Abstain as DecidingAbstain
-from sortd.classify.types import DecisionSettings, Mode
+from sortd import config_yaml
+from sortd.classify.types import Abstain, DecisionSettings, Mode
 from sortd.config import (
+    ANY,
     LIVE_KEYS,
-    Abstain,
+    AbstainConfig,
     Config,
     DatasetConfig,
     Decoding,
     Log,
-    Metrics,
+    MetricsConfig,
     ModeName,
     load,
     restart_needed,
+    variable_name,
 )
-from sortd.configuring import sources, yaml_tree
+from sortd.config import KEYS as ALL_KEYS
 from sortd.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[1] / "config.example.yaml"
-KEYS = {key for key in sources.keys_of(Config) if sources.ANY not in key}
+KEYS = {key for key in ALL_KEYS if ANY not in key}
 PLACES = ("root", "state_dir", "cache_dir")  # without a default of their own: they follow the file and the environment
 
 
@@ -61,7 +63,7 @@ class TestValues:
         """A file of comments is a configuration: data beside it, state and cache where XDG has them."""
         config = read(tmp_path, "# nothing yet\n", environment)
         home = tmp_path / "home"
-        assert (config.root, config.mode, config.abstain) == (tmp_path / "Data", "mixed", Abstain())
+        assert (config.root, config.mode, config.abstain) == (tmp_path / "Data", "mixed", AbstainConfig())
         assert config.state_dir == home / ".local/state/sortd"
         assert config.cache_dir == home / ".cache/sortd"
 
@@ -152,7 +154,7 @@ class TestValues:
         """An anchor written once may stand for several datasets."""
         text = "datasets:\n  A: &strict {abstain: {precision: 0.99}}\n  B: *strict\n"
         config = read(tmp_path, text, environment)
-        assert config.dataset("B").abstain == Abstain(precision=0.99)
+        assert config.dataset("B").abstain == AbstainConfig(precision=0.99)
 
 
 class TestDatasets:
@@ -174,7 +176,7 @@ datasets:
   C:
 """
         config = read(tmp_path, text, environment)
-        assert config.dataset("A").abstain == Abstain(precision=0.99, strangers=0.05)
+        assert config.dataset("A").abstain == AbstainConfig(precision=0.99, strangers=0.05)
         assert config.dataset("A").mode == "best"
         assert (config.dataset("B").mode, config.dataset("B").abstain) == ("avg", None)
         assert config.dataset("C") == config.dataset("unnamed")
@@ -182,7 +184,7 @@ datasets:
     def test_a_dataset_can_abstain_where_the_others_do_not(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """Its missing keys are the defaults then."""
         config = read(tmp_path, "abstain: off\ndatasets: {A: {abstain: {strangers: 0.1}}}", environment)
-        assert config.dataset("A").abstain == Abstain(precision=0.95, strangers=0.1)
+        assert config.dataset("A").abstain == AbstainConfig(precision=0.95, strangers=0.1)
 
     def test_what_holds_for_the_program_cannot_differ(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """One model serves all datasets."""
@@ -315,13 +317,13 @@ class TestHostileFiles:
     @given(st.binary(max_size=300))
     def test_random_bytes_are_read_or_refused(self, content: bytes) -> None:
         """Parsing ends with a tree, whose mistakes say what was wrong with its form."""
-        tree = yaml_tree.parse(content)
+        tree = config_yaml.parse(content)
         assert all(mistake.message and mistake.line >= 1 and mistake.column >= 1 for mistake in tree.mistakes)
 
     @given(st.text(alphabet="abcmode: {}[]&*!|>'\"\n\t-?,#%@`~", max_size=60))
     def test_random_yaml_is_read_or_refused(self, text: str) -> None:
         """Whatever the scanner meets, only values and mistakes come out."""
-        tree = yaml_tree.parse(text.encode())
+        tree = config_yaml.parse(text.encode())
         assert all(mistake.line >= 1 and mistake.column >= 1 for mistake in tree.mistakes)
 
 
@@ -342,9 +344,9 @@ class TestVariables:
         }
         config = read(tmp_path, "model: auto\nsettle_seconds: 9\nabstain: {strangers: 0.1}\n", environment)
         assert (config.model, config.settle_seconds, config.prompts) == ("packaged", 2.5, ("una foto de {}",))
-        assert config.abstain == Abstain(precision=0.9, strangers=0.1)
+        assert config.abstain == AbstainConfig(precision=0.9, strangers=0.1)
         own = config.dataset("Tornillos")
-        assert (own.mode, own.abstain) == ("max", Abstain(precision=0.9, strangers=0.2))
+        assert (own.mode, own.abstain) == ("max", AbstainConfig(precision=0.9, strangers=0.2))
         assert config.metrics.http_port == 9100
         assert config.companions
 
@@ -352,7 +354,7 @@ class TestVariables:
         """A whole group may be replaced by a word, and a word by a group."""
         assert read(tmp_path, "abstain: {precision: 0.9}", environment | {"SORTD_ABSTAIN": "off"}).abstain is None
         config = read(tmp_path, "abstain: off", environment | {"SORTD_ABSTAIN__PRECISION": "0.8"})
-        assert config.abstain == Abstain(precision=0.8)
+        assert config.abstain == AbstainConfig(precision=0.8)
 
     def test_their_paths_are_relative_to_where_one_stands(
         self, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
@@ -384,10 +386,9 @@ class TestVariables:
 
     def test_every_key_has_a_variable_of_its_own(self) -> None:
         """Two keys under one variable would set each other."""
-        keys = sources.keys_of(Config)
-        assert len({sources.variable_name(key) for key in keys}) == len(keys)
-        assert ("abstain", "precision") in keys
-        assert ("datasets", "*", "abstain", "strangers") in keys
+        assert len({variable_name(key) for key in ALL_KEYS}) == len(ALL_KEYS)
+        assert ("abstain", "precision") in ALL_KEYS
+        assert ("datasets", "*", "abstain", "strangers") in ALL_KEYS
 
 
 class TestSearch:
@@ -475,13 +476,13 @@ def test_modes_and_defaults_are_those_of_the_decisions() -> None:
     assert set(get_args(ModeName)) == {mode.value for mode in Mode}
     assert DatasetConfig().mode == DecisionSettings().mode
     assert DatasetConfig().abstain is not None
-    assert Abstain().model_dump() == {
-        "precision": DecidingAbstain().precision,
-        "strangers": DecidingAbstain().strangers,
+    assert AbstainConfig().model_dump() == {
+        "precision": Abstain().precision,
+        "strangers": Abstain().strangers,
     }
 
 
-@pytest.mark.parametrize("model", [Abstain, Config, DatasetConfig, Decoding, Log, Metrics])
+@pytest.mark.parametrize("model", [AbstainConfig, Config, DatasetConfig, Decoding, Log, MetricsConfig])
 def test_defaults_are_valid(model: type[BaseModel]) -> None:
     """Defaults are taken unseen by pydantic; each one passes its own check."""
     places: dict[str, Any] = dict.fromkeys(PLACES, "/x") if model is Config else {}

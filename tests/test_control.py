@@ -5,18 +5,20 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from sortd.daemon import control
+from sortd.daemon.control import Reply, Request, RequestError, Steps
+from sortd.daemon.dataset_lock import Holding, hold
+from sortd.daemon.datasets import Datasets, Held
 from sortd.errors import AlreadyRunningError, DataError, JournalError, StorageError
-from sortd.journaling.history import History
+from sortd.events import Event, ImageGone, ImageHeld, Released
 from sortd.layout import Layout
-from sortd.messages import Event, ImageGone, ImageHeld, Released
-from sortd.running.control import Steps, answer
-from sortd.running.filing import Filing
-from sortd.running.holding import Holding, hold
-from sortd.running.requests import Reply, RequestError
-from sortd.watching.scanning import stamp
+from sortd.moving.mover import Mover
+from sortd.store.history import History
+from sortd.watch.scan import stamp
 from tests.daemon_process import make_dataset
 from tests.filed_images import file_images
 
@@ -37,7 +39,7 @@ class AtWork:
         return self.holding.layout
 
     @property
-    def filing(self) -> Filing:
+    def filing(self) -> Mover:
         """What moves its files."""
         return self.holding.filing
 
@@ -66,24 +68,29 @@ class AtWork:
 
 @dataclass(frozen=True)
 class Daemon:
-    """As much of a daemon as control sees."""
+    """As much of the datasets of a daemon as control sees."""
 
-    datasets: Mapping[str, AtWork]
-    held: Mapping[str, str] = field(default_factory=dict)
+    by_name: Mapping[str, AtWork]
+    held: Mapping[str, Held] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
-    def why_held(self, name: str) -> str | None:
-        """Say why one is not among the datasets."""
-        return self.held.get(name)
+    def __iter__(self) -> Iterator[AtWork]:
+        """Go through them."""
+        return iter(self.by_name.values())
 
     @contextmanager
-    def answering(self, name: str) -> Iterator[None]:
+    def answering(self, dataset: AtWork) -> Iterator[None]:
         """Write down which one failed."""
         try:
             yield
         except StorageError:
-            self.failed.append(name)
+            self.failed.append(dataset.name)
             raise
+
+
+def answer(daemon: Daemon, request: Request) -> Reply | Steps:
+    """Let control answer a request."""
+    return control.answer(cast(Datasets, daemon), request)
 
 
 @pytest.fixture
@@ -135,7 +142,7 @@ def test_undo_of_many_is_done_in_steps_newest_first(
     daemon: Daemon, dataset: AtWork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop has a turn after each chunk, in which the core knows of it already; all of it is told in one answer."""
-    monkeypatch.setattr("sortd.running.control.CHUNK", 1)
+    monkeypatch.setattr("sortd.daemon.control.CHUNK", 1)
     steps = answer(daemon, undo(dataset, 1, 2))
     assert isinstance(steps, Generator)
     next(steps)
@@ -149,7 +156,7 @@ def test_undo_of_many_is_done_in_steps_newest_first(
 
 def test_undo_dataset_that_is_let_go_meanwhile_ends_it(dataset: AtWork, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its journal is closed by then; whoever asked is told how far it came."""
-    monkeypatch.setattr("sortd.running.control.CHUNK", 1)
+    monkeypatch.setattr("sortd.daemon.control.CHUNK", 1)
     datasets = {"Colours": dataset}
     steps = answer(Daemon(datasets), undo(dataset, 1, 2))
     assert isinstance(steps, Generator)
@@ -251,7 +258,8 @@ def test_what_is_not_there_is_an_error(daemon: Daemon, dataset: AtWork, tmp_path
 
 def test_answer_about_a_held_dataset_says_why_it_is_held(daemon: Daemon) -> None:
     """Whoever asks hears the cause, not that there is no such dataset."""
-    held = Daemon(daemon.datasets, held={"Bad": "its journal is damaged"})
+    layout = Layout(Path("Bad"))
+    held = Daemon(daemon.by_name, held={"Bad": Held(layout, JournalError(), "its journal is damaged", 0.0, 0.0)})
     with pytest.raises(StorageError, match="the dataset 'Bad' is held: its journal is damaged"):
         answer(held, {"do": "rebuild", "datasets": ["Bad"], "force": False})
 

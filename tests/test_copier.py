@@ -7,13 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from sortd.errors import BusyError, JournalError
-from sortd.journal import Grounds
-from sortd.messages import DatasetId, Stamp
-from sortd.moving.relocation import Member, Relocation, Role
-from sortd.running.copier import Copied, Copier, CopierDied, CopyFailed
-from sortd.running.relocating import Order
+from sortd.events import DatasetId, Stamp
+from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied, MoveOrder
+from sortd.store.records import MoveFile, MoveReason, MoveRecord, Role
 
-Inbox = queue.SimpleQueue[Copied | CopyFailed | CopierDied]
+Inbox = queue.SimpleQueue[Copied | CopyFailed | CopyQueueDied]
 
 
 @pytest.fixture
@@ -23,31 +21,31 @@ def inbox() -> Inbox:
 
 
 @pytest.fixture
-def copier(inbox: Inbox) -> Iterator[Copier]:
+def copier(inbox: Inbox) -> Iterator[CopyQueue]:
     """A copier that is stopped in the end."""
-    made = Copier(inbox.put)
+    made = CopyQueue(inbox.put)
     yield made
     made.stop()
 
 
-def order(name: str) -> Order:
+def order(name: str) -> MoveOrder:
     """Return an order for an image of that name."""
-    member = Member(Role.IMAGE, name, name, Stamp(1, 2, 3, 4))
-    return Order(Relocation(name, "Images", "Dataset/cat", (member,)), Grounds("filed"))
+    member = MoveFile(Role.IMAGE, name, name, Stamp(1, 2, 3, 4))
+    return MoveOrder(MoveRecord(name, "Images", "Dataset/cat", (member,)), MoveReason("filed"))
 
 
-def name_of(message: Copied | CopyFailed | CopierDied) -> str:
+def name_of(message: Copied | CopyFailed | CopyQueueDied) -> str:
     """Return the name of the image that was copied."""
     assert isinstance(message, Copied)
     return message.orders[0].relocation.token
 
 
-def test_a_copy_is_made_in_a_thread_of_its_own_and_told(copier: Copier, inbox: Inbox) -> None:
+def test_a_copy_is_made_in_a_thread_of_its_own_and_told(copier: CopyQueue, inbox: Inbox) -> None:
     """Nothing is answered at once; the thread has a name, and the dataset's stands in what it tells."""
     threads: list[str] = []
     asked = order("a.jpg")
 
-    def job() -> Order:
+    def job() -> MoveOrder:
         threads.append(threading.current_thread().name)
         return asked
 
@@ -56,12 +54,12 @@ def test_a_copy_is_made_in_a_thread_of_its_own_and_told(copier: Copier, inbox: I
     assert threads == ["copier"]
 
 
-def test_datasets_take_turns(copier: Copier, inbox: Inbox) -> None:
+def test_datasets_take_turns(copier: CopyQueue, inbox: Inbox) -> None:
     """A dump of a hundred films into one dataset makes another wait for one of them."""
     gate = threading.Event()
     many, few = copier.seat(DatasetId("Many")), copier.seat(DatasetId("Few"))
 
-    def first() -> Order:
+    def first() -> MoveOrder:
         gate.wait(60)
         return order("many 0")
 
@@ -75,12 +73,12 @@ def test_datasets_take_turns(copier: Copier, inbox: Inbox) -> None:
     assert [name for name in told if name != "few"] == [f"many {number}" for number in range(100)]
 
 
-def test_whoever_leaves_waits_for_the_copy_at_hand_and_for_no_other(copier: Copier, inbox: Inbox) -> None:
+def test_whoever_leaves_waits_for_the_copy_at_hand_and_for_no_other(copier: CopyQueue, inbox: Inbox) -> None:
     """Afterwards its journal may be closed: nothing of it is under way; another dataset's copies go on."""
     begun = threading.Event()
     going, staying = copier.seat(DatasetId("Going")), copier.seat(DatasetId("Staying"))
 
-    def long() -> Order:
+    def long() -> MoveOrder:
         begun.set()
         while not going.is_left:
             pass
@@ -96,7 +94,7 @@ def test_whoever_leaves_waits_for_the_copy_at_hand_and_for_no_other(copier: Copi
     staying.leave()
 
 
-def test_a_stop_interrupts_every_seat(copier: Copier, inbox: Inbox) -> None:
+def test_a_stop_interrupts_every_seat(copier: CopyQueue, inbox: Inbox) -> None:
     """What comes later is answered at once, as interrupted, and starts no thread."""
     seat = copier.seat(DatasetId("Cats"))
     copier.interrupt()
@@ -105,11 +103,11 @@ def test_a_stop_interrupts_every_seat(copier: Copier, inbox: Inbox) -> None:
     assert inbox.empty()
 
 
-def test_copier_failed_copy_is_told_and_the_others_go_on(copier: Copier, inbox: Inbox) -> None:
+def test_copier_failed_copy_is_told_and_the_others_go_on(copier: CopyQueue, inbox: Inbox) -> None:
     """A journal that cannot be written is told with its dataset; an image of another one is copied after it."""
     refused = JournalError("the journal's disk is full")
 
-    def job() -> Order:
+    def job() -> MoveOrder:
         raise refused
 
     copier.seat(DatasetId("Cats")).submit(job)
@@ -118,21 +116,21 @@ def test_copier_failed_copy_is_told_and_the_others_go_on(copier: Copier, inbox: 
     assert name_of(inbox.get(timeout=60)) == "b.jpg"
 
 
-def test_a_copier_that_dies_says_of_what(copier: Copier, inbox: Inbox) -> None:
+def test_a_copier_that_dies_says_of_what(copier: CopyQueue, inbox: Inbox) -> None:
     """The loop raises what ended the thread."""
 
-    def job() -> Order:
+    def job() -> MoveOrder:
         raise SystemExit
 
     copier.seat(DatasetId("Cats")).submit(job)
     told = inbox.get(timeout=60)
-    assert isinstance(told, CopierDied)
+    assert isinstance(told, CopyQueueDied)
     assert isinstance(told.error, SystemExit)
 
 
 def test_without_a_copy_there_is_no_thread(inbox: Inbox) -> None:
     """Whoever has one disk runs three threads; stopping twice is no mistake."""
-    copier = Copier(inbox.put)
+    copier = CopyQueue(inbox.put)
     copier.stop()
     copier.stop()
     assert "copier" not in {thread.name for thread in threading.enumerate()}

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from sortd.daemon.control import ask
 from sortd.layout import Layout
-from sortd.running.requests import ask
 from tests.command_line import sortd
 from tests.daemon_process import (
     PATIENCE_SECONDS,

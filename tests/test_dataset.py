@@ -12,10 +12,13 @@ from structlog.testing import capture_logs
 
 from sortd.arrays import FloatArray
 from sortd.config import DatasetConfig, load
-from sortd.journal import Journal
-from sortd.journaling.history import History
-from sortd.layout import Area, Layout
-from sortd.messages import (
+from sortd.core.sorter import SorterSettings
+from sortd.core.state import State
+from sortd.daemon.dataset import Dataset
+from sortd.daemon.datasets import Datasets
+from sortd.daemon.resources import Resources, teaching_of
+from sortd.daemon.worker import Answer, EmbedJob, Forget, Job, RebuildJob
+from sortd.events import (
     DatasetId,
     Embedded,
     EmbeddedImage,
@@ -26,16 +29,14 @@ from sortd.messages import (
     ReferencesTouched,
     Released,
 )
+from sortd.files import stamp_of
+from sortd.layout import Area, Layout
 from sortd.metrics import Metrics
-from sortd.moving.renaming import stamp_of
-from sortd.running.collection import Collection
-from sortd.running.copier import Copier
-from sortd.running.dataset import Dataset
-from sortd.running.filing import Filing
-from sortd.running.site import Site, teaching_of
-from sortd.running.worker import Answer, EmbedJob, Forget, Job, RebuildJob
-from sortd.sorting.settings import SorterSettings
-from sortd.watch import Hint
+from sortd.moving.copy_queue import CopyQueue
+from sortd.moving.mover import Mover
+from sortd.store.history import History
+from sortd.store.journal import Journal
+from sortd.watch.observer import FileEvent
 from tests.command_line import write_config
 from tests.daemon_process import make_dataset
 from tests.test_guard import near, prototypes
@@ -62,7 +63,7 @@ class Bench:
             self.layout,
             SorterSettings(settle_seconds=0, guard_images=20, backlog_limit=limit),
             teaching_of(DatasetConfig()),
-            mover=Filing(self.layout.root, self.journal),
+            mover=Mover(self.layout.root, self.journal),
             ask=self.asked.append,
             journal=self.journal,
             metrics=Metrics(),
@@ -306,18 +307,18 @@ def test_dataset_images_taken_out_of_review_are_forgotten(tmp_path: Path) -> Non
         bench.drop(STRANGERS[:6])
         bench.work()
         standing = sorted(path for path in bench.layout.area(Area.REVIEW).rglob("*.png"))
-        assert bench.dataset.sorter.counts["abstained"] == 6
+        assert bench.dataset.sorter.images.counts[State.REVIEWED] == 6
         with capture_logs() as lines:
             for path in standing[:2]:
                 path.unlink()
-                bench.dataset.hint(Hint(str(path)))
+                bench.dataset.file_event(FileEvent(str(path)))
             bench.work()
-            assert bench.dataset.sorter.counts["abstained"] == 4
+            assert bench.dataset.sorter.images.counts[State.REVIEWED] == 4
             for path in standing[2:5]:
                 path.unlink()
-            bench.dataset.scan_review()
+            bench.dataset.scans.begin_review()
             bench.work()
-            assert bench.dataset.sorter.counts["abstained"] == 1
+            assert bench.dataset.sorter.images.counts[State.REVIEWED] == 1
             bench.serve(2)
         assert [line for line in lines if line["event"] == "move.failed"] == []
 
@@ -331,19 +332,19 @@ def test_dataset_review_beyond_the_backlog_is_told_and_taken_up_later(tmp_path: 
             bench.work()
             bench.drop(STRANGERS[4:6], "more")
             bench.work()
-            bench.dataset.scan_review()
+            bench.dataset.scans.begin_review()
             bench.work()
         assert [line["event"] for line in lines].count("backlog.full") == 1
         standing = sorted(path for path in bench.layout.area(Area.REVIEW).rglob("*.png"))
-        known = [path for path in standing if bench.dataset.sorter.knows(str(path))]
+        known = [path for path in standing if str(path) in bench.dataset.sorter.images]
         assert (len(standing), len(known)) == (6, 4)
         for path in known[:2]:
             path.unlink()
-        bench.dataset.scan_review()
+        bench.dataset.scans.begin_review()
         bench.work()
-        bench.dataset.scan_review()
+        bench.dataset.scans.begin_review()
         bench.work()
-        assert all(bench.dataset.sorter.knows(str(path)) for path in standing if path not in known[:2])
+        assert all(str(path) in bench.dataset.sorter.images for path in standing if path not in known[:2])
 
 
 def test_dataset_images_in_review_are_decided_again_after_a_restart(tmp_path: Path) -> None:
@@ -377,40 +378,40 @@ def test_dataset_image_that_vanished_before_its_move_is_no_failure(tmp_path: Pat
 
 
 @pytest.fixture
-def collection(tmp_path: Path) -> Iterator[tuple[Collection, list[Job]]]:
+def collection(tmp_path: Path) -> Iterator[tuple[Datasets, list[Job]]]:
     """The datasets below one root, none yet, and what they ask of a worker."""
     (tmp_path / "Data").mkdir()
     config = load(write_config(tmp_path), {"HOME": str(tmp_path)})
-    copier = Copier(lambda _: None)
+    copier = CopyQueue(lambda _: None)
     asked: list[Job] = []
-    made = Collection(config, site=Site(config), ask=asked.append, copier=copier, metrics=Metrics())
+    made = Datasets(config, resources=Resources(config), ask=asked.append, copier=copier, metrics=Metrics())
     yield made, asked
     copier.stop()
     made.close()
 
 
 def test_collection_answer_for_a_dataset_that_was_made_anew_is_not_its_own(
-    collection: tuple[Collection, list[Job]], tmp_path: Path
+    collection: tuple[Datasets, list[Job]], tmp_path: Path
 ) -> None:
     """Each has an identity of its own, by which answers about its predecessor are known, prototypes among them."""
     datasets, asked = collection
     root = make_dataset(tmp_path / "Data", references=1)
     datasets.discover()
-    first = datasets.datasets["Colours"].identity
-    assert datasets.at_work(first) is datasets.datasets["Colours"]
+    first = datasets.by_name["Colours"].identity
+    assert datasets.at_work(first) is datasets.by_name["Colours"]
     shutil.rmtree(root)
     datasets.discover()
     assert datasets.at_work(first) is None
     make_dataset(tmp_path / "Data", references=1)
     datasets.discover()
-    second = datasets.datasets["Colours"].identity
+    second = datasets.by_name["Colours"].identity
     assert datasets.at_work(first) is None
-    assert datasets.at_work(second) is datasets.datasets["Colours"]
+    assert datasets.at_work(second) is datasets.by_name["Colours"]
     forgotten = [job for job in asked if isinstance(job, Forget)]
     assert forgotten == [Forget(first, with_stored=True), Forget(first), Forget(second, with_stored=True)]
 
 
-def test_collection_that_stops_takes_up_no_dataset(collection: tuple[Collection, list[Job]], tmp_path: Path) -> None:
+def test_collection_that_stops_takes_up_no_dataset(collection: tuple[Datasets, list[Job]], tmp_path: Path) -> None:
     """It would never hear that the daemon stops, and would keep it from ending."""
     datasets, _ = collection
     datasets.discover()
@@ -421,7 +422,7 @@ def test_collection_that_stops_takes_up_no_dataset(collection: tuple[Collection,
 
 
 def test_collection_dataset_that_was_away_keeps_what_is_stored_of_it(
-    collection: tuple[Collection, list[Job]], tmp_path: Path
+    collection: tuple[Datasets, list[Job]], tmp_path: Path
 ) -> None:
     """It is the same one, marker and all: the reload gate has something to measure by."""
     datasets, asked = collection

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 
 from sortd.classify.types import DecisionSettings, Mode
+from sortd.core.guard import GuardState
+from sortd.core.sorter import SorterSettings
+from sortd.daemon.dataset import Dataset
+from sortd.daemon.dataset_lock import Holding, hold
+from sortd.daemon.presence import Presence
+from sortd.daemon.worker import Job
+from sortd.events import DatasetId, ImageHeld, Inspect
 from sortd.layout import Layout
-from sortd.messages import DatasetId, ImageHeld, Inspect
 from sortd.metrics import Metrics
 from sortd.references import Teaching
-from sortd.running.dataset import Dataset
-from sortd.running.holding import Holding, hold
-from sortd.running.presence import Presence
-from sortd.running.worker import Job
-from sortd.sorting.guard import GuardState
-from sortd.sorting.settings import SorterSettings
-from sortd.watch import Hint
-from sortd.watching.scanning import stamp
+from sortd.watch.observer import FileEvent
+from sortd.watch.scan import stamp
 from tests.daemon_process import make_dataset
 
 
@@ -42,11 +42,11 @@ class AtWork:
             self.dataset.continue_scan()
             self.dataset.continue_looking()
 
-    def looks_for(self, *hints: Hint) -> int:
+    def looks_for(self, *hints: FileEvent) -> int:
         """Return how many files it looks at for some hints that came together."""
         before = self.dataset.files_looked_at
         for hint in hints:
-            self.dataset.hint(hint)
+            self.dataset.file_event(hint)
         self.turns()
         return self.dataset.files_looked_at - before
 
@@ -80,38 +80,38 @@ def at_work(tmp_path: Path) -> Iterator[AtWork]:
         yield at_work
 
 
-def folder_of_images(at_work: AtWork, name: str, files: int = 10) -> list[Hint]:
+def folder_of_images(at_work: AtWork, name: str, files: int = 10) -> list[FileEvent]:
     """Make a folder in Images/; return the hints that moving it in would raise."""
     folder = at_work.root / "Images" / name
     folder.mkdir(parents=True)
     paths = [folder / f"{number}.png" for number in range(files)]
     for path in paths:
         path.write_bytes(b"an image")
-    return [Hint(os.fspath(folder), directory=True), *(Hint(os.fspath(path)) for path in paths)]
+    return [FileEvent(os.fspath(folder), directory=True), *(FileEvent(os.fspath(path)) for path in paths)]
 
 
 def test_dataset_moved_in_folders_cost_a_look_at_each_of_their_files(at_work: AtWork) -> None:
     """Not a scan of Images/ for each folder, nor a look for each of the hints that follow; nobody is left out."""
     hints = [hint for number in range(40) for hint in folder_of_images(at_work, str(number))]
     assert at_work.looks_for(*hints) == 400
-    assert at_work.dataset.sorter.waiting == 400
+    assert at_work.dataset.sorter.images.waiting == 400
     assert at_work.looks_for(*folder_of_images(at_work, "later")) == 10
-    assert at_work.dataset.sorter.waiting == 410
+    assert at_work.dataset.sorter.images.waiting == 410
 
 
 def test_dataset_hints_about_the_inbox_itself_scan_all_of_it(at_work: AtWork) -> None:
     """It was made anew, say."""
     folder_of_images(at_work, "unheard of")
-    assert at_work.looks_for(Hint(os.fspath(at_work.root / "Images"), directory=True)) == 10
+    assert at_work.looks_for(FileEvent(os.fspath(at_work.root / "Images"), directory=True)) == 10
 
 
 def test_dataset_closed_file_is_looked_at_at_once(at_work: AtWork) -> None:
     """A close after writing sets the time from which it must hold still, and cannot wait for the look that is due."""
     path = at_work.root / "Images" / "a.png"
     path.write_bytes(b"an image")
-    assert at_work.looks_for(Hint(os.fspath(path))) == 1
-    assert at_work.looks_for(Hint(os.fspath(path))) == 0
-    assert at_work.looks_for(Hint(os.fspath(path), closed=True)) == 1
+    assert at_work.looks_for(FileEvent(os.fspath(path))) == 1
+    assert at_work.looks_for(FileEvent(os.fspath(path))) == 0
+    assert at_work.looks_for(FileEvent(os.fspath(path), closed=True)) == 1
 
 
 def test_dataset_what_rested_in_a_folder_that_is_gone_is_forgotten(at_work: AtWork) -> None:
@@ -123,27 +123,25 @@ def test_dataset_what_rested_in_a_folder_that_is_gone_is_forgotten(at_work: AtWo
         at_work.dataset.receive(ImageHeld(hint.path, mark))
     (at_work.root / "Images" / "album").rename(at_work.root / "aside")
     at_work.looks_for(hints[0])
-    assert at_work.dataset.sorter.known == 0
+    assert len(at_work.dataset.sorter.images) == 0
 
 
 def test_dataset_storm_in_filed_folders_is_a_look_and_a_commit_or_two(at_work: AtWork) -> None:
     """Three thousand folders that are made in Dataset/ begin one look through it, which is noted once."""
     statements: list[str] = []
     at_work.holding.journal._connection.set_trace_callback(statements.append)
-    at_work.looks_for(*(Hint(f"{at_work.root}/Dataset/{number}", directory=True) for number in range(3000)))
+    at_work.looks_for(*(FileEvent(f"{at_work.root}/Dataset/{number}", directory=True) for number in range(3000)))
     at_work.holding.journal._connection.set_trace_callback(None)
     assert statements.count("COMMIT") < 5
 
 
-def test_dataset_files_that_settle_at_once_are_looked_at_in_slices(
-    at_work: AtWork, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dataset_files_that_settle_at_once_are_looked_at_in_slices(at_work: AtWork) -> None:
     """A turn looks at no more than a slice of them, and none is left out."""
-    monkeypatch.setattr("sortd.running.looks.SLICE", 10)
+    at_work.dataset.scans._looks.most = 10
     for hint in folder_of_images(at_work, "album", files=35):
-        at_work.dataset.hint(hint)
+        at_work.dataset.file_event(hint)
     at_work.turns()
-    for path in list(at_work.dataset.sorter._backlog._entries):
+    for path in list(at_work.dataset.sorter.images._images):
         at_work.dataset._carry_out(Inspect(path))
     before = at_work.dataset.files_looked_at
     at_work.dataset.tick(0.0)
@@ -152,14 +150,14 @@ def test_dataset_files_that_settle_at_once_are_looked_at_in_slices(
     assert at_work.dataset.files_looked_at - before == 35
 
 
-def test_dataset_review_is_looked_through_in_slices(at_work: AtWork, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dataset_review_is_looked_through_in_slices(at_work: AtWork) -> None:
     """Each image costs a question to the journal: a hundred thousand are not asked in one turn."""
-    monkeypatch.setattr("sortd.running.review_scan.SLICE", 10)
+    at_work.dataset.scans.review.most = 10
     review = at_work.root / "Review" / "red"
     review.mkdir()
     for number in range(25):
         (review / f"{number}.png").write_bytes(b"an image")
-    at_work.dataset.scan_review()
+    at_work.dataset.scans.begin_review()
     turns = 0
     while at_work.dataset.has_more_to_look_at:
         at_work.dataset.continue_looking()
@@ -184,11 +182,11 @@ def test_dataset_presence_is_asked_once_for_all_files_that_are_gone(
 
     monkeypatch.setattr(Presence, "problem", counted)
     for hint in hints[1:]:
-        at_work.dataset.hint(Hint(hint.path, closed=True))
-        at_work.dataset.hint(Hint(f"{hint.path} unknown"))
+        at_work.dataset.file_event(FileEvent(hint.path, closed=True))
+        at_work.dataset.file_event(FileEvent(f"{hint.path} unknown"))
     at_work.turns()
     assert len(asked) == 1
-    assert at_work.dataset.sorter.known == 0
+    assert len(at_work.dataset.sorter.images) == 0
 
 
 def test_dataset_files_of_a_dataset_that_is_away_are_not_forgotten(at_work: AtWork) -> None:
@@ -197,14 +195,14 @@ def test_dataset_files_of_a_dataset_that_is_away_are_not_forgotten(at_work: AtWo
     at_work.looks_for(*hints)
     away = at_work.root.rename(at_work.root.with_name("away"))
     for hint in hints[1:]:
-        at_work.dataset.hint(Hint(hint.path, closed=True))
+        at_work.dataset.file_event(FileEvent(hint.path, closed=True))
     at_work.turns()
-    assert at_work.dataset.sorter.known == 3
+    assert len(at_work.dataset.sorter.images) == 3
     away.rename(at_work.root)
     first = Path(hints[1].path)
     first.rename(first.with_name("aside.png"))
-    at_work.dataset.hint(Hint(hints[1].path, closed=True))
+    at_work.dataset.file_event(FileEvent(hints[1].path, closed=True))
     first.with_name("aside.png").rename(first)
-    at_work.dataset.hint(Hint(hints[1].path, closed=True))
+    at_work.dataset.file_event(FileEvent(hints[1].path, closed=True))
     at_work.turns()
-    assert at_work.dataset.sorter.known == 3
+    assert len(at_work.dataset.sorter.images) == 3

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from sortd.errors import CrowdedError
+from sortd.events import ImageRefused, Preprocessing, Refusal
 from sortd.images.decode import DecodeLimits, decode_file, decode_image
 from sortd.images.decoder_process import DEFAULT_BUDGET_PIXELS
 from sortd.images.formats import FORMATS
 from sortd.images.pool import Batch, DecodedImage, DecoderPool
-from sortd.messages import ImageRefused, Preprocessing, Refusal
 from tests.bombs import one_bit_png, png, saved
 from tests.test_decoders import memory_kb, open_files, photo, stamped, warmed, while_stopped
 

@@ -19,11 +19,11 @@ import pytest
 from PIL import Image
 
 from sortd.errors import StartupError
+from sortd.events import ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.images import pool as pool_module
 from sortd.images.decode import DecodeLimits, decode_file
 from sortd.images.formats import _refusal_of
 from sortd.images.pool import DecodedImage, DecoderPool
-from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
 from tests.bombs import CORPUS, gif, one_bit_png, png, png_with_text, saved, write_hostile_files
 
 SMALL = Preprocessing(64, 64, 64)
@@ -299,7 +299,7 @@ class TestRefusals:
             "from sortd.images.pool import DecoderPool\n"
             "from sortd.files import stamp_of\n"
             "from sortd.images.decode import DecodeLimits\n"
-            "from sortd.messages import Preprocessing\n"
+            "from sortd.events import Preprocessing\n"
             "path = sys.argv[1]\n"
             "pool = DecoderPool(0, Preprocessing(8, 8, 8), DecodeLimits())\n"
             "stamp = stamp_of(os.stat(path))\n"
@@ -410,7 +410,7 @@ class TestProcesses:
             "import os, signal\n"
             "from sortd.images.pool import DecoderPool\n"
             "from sortd.images.decode import DecodeLimits\n"
-            "from sortd.messages import Preprocessing\n"
+            "from sortd.events import Preprocessing\n"
             "pool = DecoderPool(1, Preprocessing(8, 8, 8), DecodeLimits())\n"
             "print(pool.process_ids[0], flush=True)\n"
             "os.kill(os.getpid(), signal.SIGKILL)\n"

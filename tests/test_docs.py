@@ -1,9 +1,5 @@
-"""What the documents say is what the code does: tables, options and links are compared, and can be written anew.
+"""What the documents say is what the code does: events, commands, options, exit codes and links are compared."""
 
-``python -m tests.test_docs`` rewrites the tables between the markers.
-"""
-
-import ast
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -14,32 +10,10 @@ import typer
 import typer.core
 
 from sortd import cli, logs
-from tests.test_architecture import DRIVER, EDGE, FLOORS, THOUGHT, file_of
 
 REPOSITORY = Path(__file__).parents[1]
 DISTRIBUTION = "sortd-images"
 README = REPOSITORY / "README.md"
-FLOOR_NAMES = {THOUGHT: "thought", EDGE: "edge", DRIVER: "driver"}
-
-
-def events_table() -> str:
-    """Return the table of log events."""
-    rows = [f"| `{event}` | {meaning} |" for event, meaning in logs.EVENTS.items()]
-    return "\n".join(["| event | meaning |", "|---|---|", *rows])
-
-
-def modules_table() -> str:
-    """Return the table of modules, floor by floor, by the first sentence of their docstrings."""
-    rows = []
-    for module, (floor, _) in sorted(FLOORS.items(), key=lambda item: (item[1][0], item[0])):
-        docstring = ast.get_docstring(ast.parse(file_of(module).read_text(encoding="utf-8"))) or ""
-        sentence = " ".join(docstring.split("\n\n")[0].split())
-        rows.append(f"| {FLOOR_NAMES[floor]} | `{module.replace('.', '/')}.py` | {sentence} |")
-    return "\n".join(["| floor | module | what it is |", "|---|---|---|", *rows])
-
-
-TABLES = {"events": (README, events_table), "modules": (REPOSITORY / "docs" / "architecture.md", modules_table)}
-"""The document that holds each table, and what it must say."""
 
 
 def marked(name: str) -> re.Pattern[str]:
@@ -47,13 +21,14 @@ def marked(name: str) -> re.Pattern[str]:
     return re.compile(rf"(<!-- {name}:[^\n]*-->\n)(.*?)(<!-- /{name} -->)", re.DOTALL)
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_the_tables_of_the_documents_are_those_of_the_code(name: str) -> None:
-    """Run ``python -m tests.test_docs`` when this fails."""
-    document, table = TABLES[name]
-    found = marked(name).search(document.read_text(encoding="utf-8"))
+EVENTS = {value for name, value in vars(logs).items() if name.isupper() and isinstance(value, str)}
+
+
+def test_the_readme_says_what_every_event_means() -> None:
+    """A line of the log is looked up there."""
+    found = marked("events").search(README.read_text(encoding="utf-8"))
     assert found is not None
-    assert found.group(2).strip() == table()
+    assert {*re.findall(r"^\| `([a-z_.]+)` \| \S", found.group(2), re.MULTILINE)} == EVENTS
 
 
 def commands() -> Mapping[str, object]:
@@ -95,7 +70,7 @@ def first_cells(document: Path) -> set[str]:
 def test_the_spanish_readme_says_no_less() -> None:
     """Folders, modes, commands, troubles and exit codes of the README stand in the Spanish one; events need not."""
     spanish = REPOSITORY / "README.es.md"
-    assert first_cells(README) - set(logs.EVENTS) - first_cells(spanish) == set()
+    assert first_cells(README) - EVENTS - first_cells(spanish) == set()
     codes = re.compile(r"\b(?:2|65|69|73|74|75|78|130)\b")
     ours = README.read_text(encoding="utf-8").split("## Commands")[1].split("\n## ")[0]
     theirs = spanish.read_text(encoding="utf-8").split("## Órdenes")[1].split("\n## ")[0]
@@ -144,16 +119,3 @@ def test_project_is_called_otherwise_than_its_import() -> None:
     assert project["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["sortd"]}
     # Without a list the source archive holds all that git does not ignore: what the tests open is in it.
     assert "sdist" not in project["tool"]["hatch"]["build"]["targets"]
-
-
-def write_tables() -> None:
-    """Write every table anew, between its marks."""
-    for name, (document, table) in TABLES.items():
-        text = document.read_text(encoding="utf-8")
-        found = marked(name).search(text)
-        assert found is not None
-        document.write_text(f"{text[: found.start(2)]}{table()}\n{text[found.end(2) :]}", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write_tables()

@@ -21,7 +21,7 @@ from sortd.encoder.backends import load_encoder
 from sortd.encoder.base import Encoder, probe
 from sortd.encoder.preprocessing import preprocessing_of
 from sortd.errors import ModelError
-from sortd.messages import Fit, Preprocessing
+from sortd.events import Fit, Preprocessing
 from tests.fake_encoder import FakeEncoder
 from tests.tiny_clip import DIMENSIONS, SIDE, Layout, Tower, build_tiny_clip
 from tests.tiny_words import PLACES, build_roberta_words, build_tiny_words, without_limit

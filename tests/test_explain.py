@@ -12,22 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sortd.cache import Cache
-from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.classify.build import build
 from sortd.classify.decide import decide
 from sortd.classify.explain import Explanation, explain, explain_finetuned, sentences
 from sortd.classify.types import Abstain, DecisionSettings, Mode
 from sortd.commands.explain import Explained, explain_image
 from sortd.config import Config, load
+from sortd.daemon.classifiers import classifier_of
 from sortd.errors import DataError, UnreadableError
+from sortd.files import stamp_of
 from sortd.finetuned import FinetunedFacts
-from sortd.journal import Journal
 from sortd.layout import Layout
-from sortd.moving.renaming import stamp_of
 from sortd.report import explain_page
-from sortd.running.classifiers import classifier_of
 from sortd.status import Status, started_ticks
+from sortd.store.cache import Cache, PrototypeFiles
+from sortd.store.journal import Journal
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset, picture, tree
 from tests.fake_encoder import SIDE, FakeEncoder

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from sortd.commands.journals import JOURNAL_FILE
-from sortd.journaling.history import History
-from sortd.layout import Layout
+from sortd.layout import JOURNAL_FILE, Layout
+from sortd.store.history import History
 from tests.daemon_process import COLOURS, exchange, make_dataset, picture, running, tree
 
 Write = Callable[..., Path]

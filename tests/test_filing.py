@@ -1,4 +1,4 @@
-"""Filing: moves that never overwrite, take companions along, are told truly, and can be undone."""
+"""Mover: moves that never overwrite, take companions along, are told truly, and can be undone."""
 
 import errno
 import hashlib
@@ -14,21 +14,21 @@ from pathlib import Path
 
 import pytest
 
+from sortd.daemon.control import put_back
+from sortd.daemon.corrections import Correction, CorrectionScanner
+from sortd.daemon.rejected import LIMITS_FACT, Rejects
 from sortd.errors import JournalError
-from sortd.journal import Journal, Selection
+from sortd.events import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
+from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.messages import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
-from sortd.mover import Mover
-from sortd.moving import crossing as crossing_module
-from sortd.moving.renaming import look, rename_new, stamp_of
-from sortd.running.control import put_back
-from sortd.running.corrections import Correction, Corrections
-from sortd.running.crossings import MOST_HANDED_OVER
-from sortd.running.filing import Filing
-from sortd.running.latecomers import LATE_SECONDS, Latecomers
-from sortd.running.rejects import LIMITS_FACT, Rejects
-from sortd.running.relocating import Job, Order, Submit
-from sortd.running.undoing import PutBack
+from sortd.moving import copy as crossing_module
+from sortd.moving.copy_queue import MOST_HANDED_OVER, CopyJob, MoveOrder, Submit
+from sortd.moving.fs import look, rename_new
+from sortd.moving.mover import Mover
+from sortd.moving.plan import LATE_SECONDS, LateCompanions
+from sortd.moving.undo import UndoResult
+from sortd.store.journal import Journal
+from sortd.store.records import Selection
 from tests.filing_world import Dataset, done, failure, moved, order
 
 
@@ -56,13 +56,13 @@ def refuse(error: OSError) -> None:
 
 
 @pytest.fixture(params=["renamed", "copied"])
-def filing(request: pytest.FixtureRequest, dataset: Dataset, journal: Journal) -> Filing:
+def filing(request: pytest.FixtureRequest, dataset: Dataset, journal: Journal) -> Mover:
     """What moves files, within a file system or across."""
     rename = rename_new if request.param == "renamed" else crossing
-    return Filing(dataset.root, journal, mover=Mover(rename=rename))
+    return Mover(dataset.root, journal, rename=rename)
 
 
-def test_an_image_is_filed_durably_and_told(dataset: Dataset, journal: Journal, filing: Filing) -> None:
+def test_an_image_is_filed_durably_and_told(dataset: Dataset, journal: Journal, filing: Mover) -> None:
     """It stands in its class byte for byte, the answer says where and which version, the journal says why."""
     path = dataset.put("Images/a.jpg")
     move = order(path)
@@ -77,7 +77,7 @@ def test_an_image_is_filed_durably_and_told(dataset: Dataset, journal: Journal, 
 
 @pytest.mark.parametrize("seconds", [15_000_000_000, -62_135_596_800])
 def test_filing_times_beyond_64_bits_of_nanoseconds_move_and_come_back(
-    dataset: Dataset, journal: Journal, filing: Filing, seconds: int
+    dataset: Dataset, journal: Journal, filing: Mover, seconds: int
 ) -> None:
     """An image and its sidecar of the year 2445 or 1 are moved, known again by the journal, held and undone."""
     path, sidecar = dataset.put("Images/a.jpg"), dataset.put("Images/a.xmp", "notes")
@@ -97,7 +97,7 @@ def test_filing_times_beyond_64_bits_of_nanoseconds_move_and_come_back(
     assert os.stat(path).st_mtime_ns == before
 
 
-def test_a_taken_name_gets_a_number(dataset: Dataset, filing: Filing) -> None:
+def test_a_taken_name_gets_a_number(dataset: Dataset, filing: Mover) -> None:
     """Neither a file nor a folder of that name is touched; the next free number is taken."""
     dataset.put("Dataset/cat/a.jpg", "first")
     dataset.put("Dataset/cat/a (2).jpg/inside", "a folder named like the file")
@@ -111,14 +111,14 @@ def test_a_taken_name_gets_a_number(dataset: Dataset, filing: Filing) -> None:
     }
 
 
-def test_an_equal_file_at_the_destination_is_not_taken_for_ours(dataset: Dataset, filing: Filing) -> None:
+def test_an_equal_file_at_the_destination_is_not_taken_for_ours(dataset: Dataset, filing: Mover) -> None:
     """The same bytes under the same name are still somebody else's file: both are kept."""
     dataset.put("Dataset/cat/a.jpg", "same")
     moved(filing, order(dataset.put("Images/a.jpg", "same")))
     assert dataset.tree() == {"Dataset/cat/a.jpg": b"same", "Dataset/cat/a (2).jpg": b"same"}
 
 
-def test_a_second_link_of_the_same_file_counts_as_a_taken_name(dataset: Dataset, filing: Filing) -> None:
+def test_a_second_link_of_the_same_file_counts_as_a_taken_name(dataset: Dataset, filing: Mover) -> None:
     """A rename onto a link of itself does nothing and says it did; ours goes on to a free name."""
     path = dataset.put("Images/a.jpg")
     (dataset.root / "Dataset/cat").mkdir(parents=True)
@@ -127,7 +127,7 @@ def test_a_second_link_of_the_same_file_counts_as_a_taken_name(dataset: Dataset,
     assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Dataset/cat/a (2).jpg": b"image"}
 
 
-def test_many_equal_names_are_all_kept(dataset: Dataset, filing: Filing) -> None:
+def test_many_equal_names_are_all_kept(dataset: Dataset, filing: Mover) -> None:
     """Sub-folders of Images/ land flat; every file keeps its own number."""
     moves = [order(dataset.put(f"Images/{number}/a.jpg", f"{number}")) for number in range(70)]
     assert all(isinstance(answer, Moved) for answer in filing.move_all(moves))
@@ -136,7 +136,7 @@ def test_many_equal_names_are_all_kept(dataset: Dataset, filing: Filing) -> None
     assert sorted(dataset.tree().values()) == sorted(f"{number}".encode() for number in range(70))
 
 
-def test_a_free_name_is_used_again_after_it_was_taken(dataset: Dataset, filing: Filing) -> None:
+def test_a_free_name_is_used_again_after_it_was_taken(dataset: Dataset, filing: Mover) -> None:
     """What the mover remembers about numbers never keeps it from the plain name."""
     for _ in range(3):
         moved(filing, order(dataset.put("Images/a.jpg")))
@@ -147,7 +147,7 @@ def test_a_free_name_is_used_again_after_it_was_taken(dataset: Dataset, filing: 
 @pytest.mark.parametrize(
     "name", ["€" * 83 + "aa.jpg", "new\nline.jpg", os.fsdecode(b"caf\xe9.jpg"), " .jpg", "a (2).jpg", "-rf"]
 )
-def test_strange_names_are_kept(dataset: Dataset, journal: Journal, filing: Filing, name: str) -> None:
+def test_strange_names_are_kept(dataset: Dataset, journal: Journal, filing: Mover, name: str) -> None:
     """255 bytes, newlines, bytes that are no text; twice, so that a number has to fit as well."""
     for content in ("first", "second"):
         moved(filing, order(dataset.put(f"Images/{name}", content)))
@@ -156,7 +156,7 @@ def test_strange_names_are_kept(dataset: Dataset, journal: Journal, filing: Fili
     assert {record.source_path for record in done(journal)} == {f"Images/{name}"}
 
 
-def test_what_is_no_longer_there_is_told_and_spoils_nothing(dataset: Dataset, filing: Filing) -> None:
+def test_what_is_no_longer_there_is_told_and_spoils_nothing(dataset: Dataset, filing: Mover) -> None:
     """A vanished, a changed, a replaced, a written and a good file in one batch: each is told for itself."""
     paths = {name: dataset.put(f"Images/{name}.jpg", name) for name in ("gone", "changed", "replaced", "busy", "good")}
     moves = [order(path) for path in paths.values()]
@@ -182,7 +182,7 @@ def test_what_is_no_longer_there_is_told_and_spoils_nothing(dataset: Dataset, fi
     }
 
 
-def test_special_files_and_links_are_never_moved(dataset: Dataset, filing: Filing) -> None:
+def test_special_files_and_links_are_never_moved(dataset: Dataset, filing: Mover) -> None:
     """A link, a FIFO and a folder under an image's name stay, and nothing hangs."""
     images = dataset.root / "Images"
     (images / "link.jpg").symlink_to("/etc/passwd")
@@ -194,7 +194,7 @@ def test_special_files_and_links_are_never_moved(dataset: Dataset, filing: Filin
     assert not os.path.exists(dataset.root / "Dataset/cat/link.jpg")
 
 
-def test_a_class_folder_that_is_a_link_is_refused(dataset: Dataset, filing: Filing, tmp_path: Path) -> None:
+def test_a_class_folder_that_is_a_link_is_refused(dataset: Dataset, filing: Mover, tmp_path: Path) -> None:
     """Nothing is written through a symbolic link; the image stays."""
     (tmp_path / "outside").mkdir()
     (dataset.root / "Dataset").mkdir()
@@ -207,21 +207,21 @@ def test_a_class_folder_that_is_a_link_is_refused(dataset: Dataset, filing: Fili
 @pytest.mark.parametrize(
     "folder", ["Clases/cat", "../cat", "/etc", "Dataset/../Clases", "Dataset/.cat", "Dataset/a\nb"]
 )
-def test_a_folder_that_is_none_of_ours_is_refused(dataset: Dataset, filing: Filing, folder: str) -> None:
+def test_a_folder_that_is_none_of_ours_is_refused(dataset: Dataset, filing: Mover, folder: str) -> None:
     """Only the four folders are written to, and no class hides or has control characters."""
     path = dataset.put("Images/a.jpg")
     assert failure(filing, order(path, folder)) is MoveFailure.DESTINATION
     assert dataset.tree() == {"Images/a.jpg": b"image"}
 
 
-def test_a_path_outside_the_dataset_is_a_mistake_of_the_caller(dataset: Dataset, filing: Filing) -> None:
+def test_a_path_outside_the_dataset_is_a_mistake_of_the_caller(dataset: Dataset, filing: Mover) -> None:
     """It is no file's fault, and is not told as one."""
     with pytest.raises(ValueError, match="not below the dataset"):
         filing.move_all([Move("/etc/passwd", Stamp(1, 2, 3, 4), "Dataset/cat", Outcome.FILED)])
     assert dataset.tree() == {}
 
 
-def test_a_dataset_that_is_gone_refuses_the_move(dataset: Dataset, filing: Filing) -> None:
+def test_a_dataset_that_is_gone_refuses_the_move(dataset: Dataset, filing: Mover) -> None:
     """An unmounted dataset is not made anew."""
     move = order(dataset.put("Images/a.jpg"))
     os.rename(dataset.root, dataset.folder / "elsewhere")
@@ -229,7 +229,7 @@ def test_a_dataset_that_is_gone_refuses_the_move(dataset: Dataset, filing: Filin
     assert not dataset.root.exists()
 
 
-def test_a_full_destination_takes_nothing_and_keeps_all(dataset: Dataset, filing: Filing) -> None:
+def test_a_full_destination_takes_nothing_and_keeps_all(dataset: Dataset, filing: Mover) -> None:
     """A name that the file system cannot make holds the dataset; the image is where it was, nothing half is left."""
     os.makedirs(dataset.root / "Dataset")
     (dataset.root / "Dataset/cat").write_text("a file where the class folder should be")
@@ -241,7 +241,7 @@ def test_a_full_destination_takes_nothing_and_keeps_all(dataset: Dataset, filing
 
 
 def test_an_image_from_review_is_filed_like_one_from_the_inbox(
-    dataset: Dataset, journal: Journal, filing: Filing
+    dataset: Dataset, journal: Journal, filing: Mover
 ) -> None:
     """What waited in Review/ goes on from there."""
     review = moved(filing, order(dataset.put("Images/sub/a.jpg"), "Review/dog", Outcome.REVIEW))
@@ -253,7 +253,7 @@ def test_an_image_from_review_is_filed_like_one_from_the_inbox(
 class TestCompanions:
     """Sidecars, films and raws go where their image goes."""
 
-    def test_they_travel_and_are_renamed_to_match(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    def test_they_travel_and_are_renamed_to_match(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
         """One name that is taken, be it a companion's, gives all of them the next number."""
         for name in ("a.jpg", "a.xmp", "a.jpg.json", "a.MOV"):
             dataset.put(f"Images/{name}", name)
@@ -268,7 +268,7 @@ class TestCompanions:
         }
         assert len(done(journal)[0].relocation.members) == 4
 
-    def test_a_shared_sidecar_is_copied_until_the_last_image_leaves(self, dataset: Dataset, filing: Filing) -> None:
+    def test_a_shared_sidecar_is_copied_until_the_last_image_leaves(self, dataset: Dataset, filing: Mover) -> None:
         """The first image gets a copy with all its times, the second takes the file itself."""
         for name in ("a.jpg", "a.png", "a.xmp"):
             dataset.put(f"Images/{name}", name)
@@ -280,7 +280,7 @@ class TestCompanions:
         assert dataset.tree()["Dataset/dog/a.xmp"] == dataset.tree()["Dataset/cat/a.xmp"] == b"a.xmp"
         assert os.listdir(dataset.root / "Images") == []
 
-    def test_a_companion_that_is_being_written_keeps_its_image_back(self, dataset: Dataset, filing: Filing) -> None:
+    def test_a_companion_that_is_being_written_keeps_its_image_back(self, dataset: Dataset, filing: Mover) -> None:
         """All of them go, or none."""
         path = dataset.put("Images/a.jpg")
         with dataset.put("Images/a.xmp").open("r+b"):
@@ -289,7 +289,7 @@ class TestCompanions:
         moved(filing, order(path))
         assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Dataset/cat/a.xmp"]
 
-    def test_filing_of_an_image_leaves_an_unfinished_film(self, dataset: Dataset, filing: Filing) -> None:
+    def test_filing_of_an_image_leaves_an_unfinished_film(self, dataset: Dataset, filing: Mover) -> None:
         """A download goes on where its control file is; the film follows by the journal when it is whole."""
         for name in ("a.xmp", "a.MOV", "a.MOV.aria2"):
             dataset.put(f"Images/{name}")
@@ -302,7 +302,7 @@ class TestCompanions:
         ]
 
     def test_one_file_with_two_spellings_is_one(
-        self, dataset: Dataset, filing: Filing, monkeypatch: pytest.MonkeyPatch
+        self, dataset: Dataset, filing: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Where case does not count, a sidecar answers to a.xmp and to a.XMP, and the image to both of its own."""
 
@@ -310,7 +310,7 @@ class TestCompanions:
             names = {one.casefold(): one for one in os.listdir(folder)}
             return look(folder, names.get(name.casefold(), name))
 
-        monkeypatch.setattr("sortd.mover.look", any_case)
+        monkeypatch.setattr("sortd.moving.rename.look", any_case)
         dataset.put("Images/a.XMP", "sidecar")
         moved(filing, order(dataset.put("Images/a.jpg")))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Dataset/cat/a.XMP": b"sidecar"}
@@ -319,9 +319,7 @@ class TestCompanions:
         "standing",
         ["IMG_0001.xmp", "img_0001.mov", "IMG_0001.JPG.pp3", "IMG_0001.psd", "IMG_0001 (conflicted copy).xmp"],
     )
-    def test_name_of_whose_stem_something_stands_is_taken(
-        self, dataset: Dataset, filing: Filing, standing: str
-    ) -> None:
+    def test_name_of_whose_stem_something_stands_is_taken(self, dataset: Dataset, filing: Mover, standing: str) -> None:
         """Somebody's edits, film or document without its image: the next camera's image does not stand beside them."""
         dataset.put(f"Dataset/cat/{standing}", "another camera's")
         moved(filing, order(dataset.put("Images/IMG_0001.JPG")))
@@ -330,7 +328,7 @@ class TestCompanions:
             "Dataset/cat/IMG_0001 (2).JPG": b"image",
         }
 
-    def test_name_of_a_group_is_free_for_every_member(self, dataset: Dataset, filing: Filing) -> None:
+    def test_name_of_a_group_is_free_for_every_member(self, dataset: Dataset, filing: Mover) -> None:
         """A shared sidecar of another stem than the image's is not put beside an image that it would describe."""
         for name in ("a.jpg.json", "a-edited.jpg"):
             dataset.put(f"Images/{name}", name)
@@ -340,7 +338,7 @@ class TestCompanions:
             *("Dataset/cat/a (2).jpg.json", "Dataset/cat/a-edited (2).jpg", "Dataset/cat/a.jpg")
         ]
 
-    def test_rejected_image_stands_beside_no_strange_sidecar(self, dataset: Dataset, filing: Filing) -> None:
+    def test_rejected_image_stands_beside_no_strange_sidecar(self, dataset: Dataset, filing: Mover) -> None:
         """Two images of one stem keep their names there, unless a sidecar would belong to both."""
         for name in ("a.jpg", "a.png", "b.jpg", "b.xmp"):
             dataset.put(f"Images/{name}", name)
@@ -351,7 +349,7 @@ class TestCompanions:
             f"Rejected/{name}" for name in ("a.jpg", "a.png", "b (2).jpg", "b (2).xmp", "b.png")
         ]
 
-    def test_name_within_one_batch_is_taken_by_the_first(self, dataset: Dataset, filing: Filing) -> None:
+    def test_name_within_one_batch_is_taken_by_the_first(self, dataset: Dataset, filing: Mover) -> None:
         """Two cameras' images of one name in one batch: the second one's film does not become the first one's."""
         first, second = dataset.put("Images/a/IMG_1.JPG", "first"), dataset.put("Images/b/IMG_1.heic", "second")
         dataset.put("Images/b/IMG_1.mov", "the second one's film")
@@ -362,7 +360,7 @@ class TestCompanions:
             "Dataset/cat/IMG_1 (2).mov": b"the second one's film",
         }
 
-    def test_links_and_folders_are_no_companions(self, dataset: Dataset, filing: Filing) -> None:
+    def test_links_and_folders_are_no_companions(self, dataset: Dataset, filing: Mover) -> None:
         """Only regular files travel."""
         dataset.put("Images/a.json/inside")
         (dataset.root / "Images/a.xmp").symlink_to("/etc/passwd")
@@ -372,14 +370,14 @@ class TestCompanions:
     def test_they_can_be_switched_off(self, dataset: Dataset, journal: Journal) -> None:
         """Then every file is for itself."""
         dataset.put("Images/a.xmp")
-        moved(Filing(dataset.root, journal, companions=False), order(dataset.put("Images/a.jpg")))
+        moved(Mover(dataset.root, journal, companions=False), order(dataset.put("Images/a.jpg")))
         assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Images/a.xmp"]
 
 
 class TestRejected:
     """Images that are set aside say why."""
 
-    def test_the_reason_stands_beside_it(self, dataset: Dataset, filing: Filing) -> None:
+    def test_the_reason_stands_beside_it(self, dataset: Dataset, filing: Mover) -> None:
         """As JSON, with the number of the image where it had to take one."""
         for _ in range(2):
             path = dataset.put("Images/a.jpg", "half an ima")
@@ -390,13 +388,13 @@ class TestRejected:
         said = json.loads((dataset.root / "Rejected/a.jpg.reason.json").read_text())
         assert (said["name"], said["from"], said["reason"]) == ("a.jpg", "Images", "truncated: 11 bytes")
 
-    def test_a_name_that_is_no_text_can_be_told(self, dataset: Dataset, filing: Filing) -> None:
+    def test_a_name_that_is_no_text_can_be_told(self, dataset: Dataset, filing: Mover) -> None:
         """The reason is valid JSON whatever the name is."""
         name = os.fsdecode(b"caf\xe9.jpg")
         moved(filing, order(dataset.put(f"Images/{name}"), "Rejected", Outcome.REJECTED))
         assert json.loads((dataset.root / f"Rejected/{name}.reason.json").read_bytes())["name"] == name
 
-    def test_reason_of_a_name_with_accents_can_be_searched_for(self, dataset: Dataset, filing: Filing) -> None:
+    def test_reason_of_a_name_with_accents_can_be_searched_for(self, dataset: Dataset, filing: Mover) -> None:
         """The name stands in it as it is written."""
         moved(filing, order(dataset.put("Images/año.jpg"), "Rejected", Outcome.REJECTED))
         assert '"año.jpg"' in (dataset.root / "Rejected/año.jpg.reason.json").read_text("utf-8")
@@ -406,7 +404,7 @@ class TestUndo:
     """Moves taken back."""
 
     def test_everything_goes_back_to_where_it_was_and_is_held(
-        self, dataset: Dataset, journal: Journal, filing: Filing
+        self, dataset: Dataset, journal: Journal, filing: Mover
     ) -> None:
         """Image, companions, shared sidecars and reasons: the folder is as before, and the image is held."""
         for name in ("sub/a.jpg", "sub/a.jpg.xmp", "b.jpg", "b.png", "b.xmp"):
@@ -426,7 +424,7 @@ class TestUndo:
         assert set(filing.held()) == {one.restored for one in told}
         assert {one.outcome for one in (record.grounds for record in done(journal)[:2])} == {"undone"}
 
-    def test_rehearsing_touches_nothing(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    def test_rehearsing_touches_nothing(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
         """Neither files nor journal."""
         moved(filing, order(dataset.put("Images/a.jpg")))
         before = dataset.tree()
@@ -436,7 +434,7 @@ class TestUndo:
         assert filing.held() == {}
         assert len(done(journal)) == 1
 
-    def test_nothing_is_overwritten(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    def test_nothing_is_overwritten(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
         """A new file under the old name stays; the old one gets a free name, and that one is held."""
         moved(filing, order(dataset.put("Images/a.jpg", "old")))
         dataset.put("Images/a.jpg", "new")
@@ -445,7 +443,7 @@ class TestUndo:
         assert list(filing.held()) == [told.restored] == [f"{dataset.root}/Images/a (2).jpg"]
 
     def test_what_cannot_be_put_back_is_said_with_its_reason(
-        self, dataset: Dataset, journal: Journal, filing: Filing
+        self, dataset: Dataset, journal: Journal, filing: Mover
     ) -> None:
         """Removed, changed and undone already: each says so, and the good one goes back."""
         moves = {name: order(dataset.put(f"Images/{name}.jpg", name)) for name in ("gone", "edited", "twice", "good")}
@@ -460,7 +458,7 @@ class TestUndo:
         assert told["good"].restored == f"{dataset.root}/Images/good.jpg"
         assert [told[name].restored for name in ("gone", "edited", "twice")] == [None] * 3
 
-    def test_an_undo_is_not_undone_but_released(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    def test_an_undo_is_not_undone_but_released(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
         """And it is said what to do."""
         moved(filing, order(dataset.put("Images/a.jpg")))
         filing.undo(done(journal))
@@ -470,7 +468,7 @@ class TestUndo:
         assert dataset.tree() == {"Images/a.jpg": b"image"}
 
     def test_a_disk_that_does_not_answer_is_said_and_the_others_go_back(
-        self, dataset: Dataset, journal: Journal, filing: Filing, monkeypatch: pytest.MonkeyPatch
+        self, dataset: Dataset, journal: Journal, filing: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An image that cannot be looked at, on a network disk that is stale, say, ends no undo and no daemon."""
         for name in ("a.jpg", "b.jpg"):
@@ -481,13 +479,13 @@ class TestUndo:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
             return look(folder, name)
 
-        monkeypatch.setattr("sortd.running.undoing.look", look_stale)
+        monkeypatch.setattr("sortd.moving.undo.look", look_stale)
         told = {Path(one.record.source_path).name: one for one in filing.undo(done(journal))}
         assert "Stale" in told["a.jpg"].message
         assert (told["a.jpg"].restored, told["b.jpg"].restored) == (None, f"{dataset.root}/Images/b.jpg")
 
     def test_a_companion_that_changed_stays_and_is_named(
-        self, dataset: Dataset, journal: Journal, filing: Filing
+        self, dataset: Dataset, journal: Journal, filing: Mover
     ) -> None:
         """The image goes back without what the user has worked on since."""
         dataset.put("Images/a.xmp", "one star")
@@ -497,7 +495,7 @@ class TestUndo:
         assert "a.xmp" in told.message
         assert dataset.tree() == {"Images/a.jpg": b"image", "Dataset/cat/a.xmp": b"five stars"}
 
-    def test_a_chain_of_moves_is_taken_back_in_one_go(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    def test_a_chain_of_moves_is_taken_back_in_one_go(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
         """From Dataset/ by way of Review/ to Images/, foretold as it is done."""
         review = moved(filing, order(dataset.put("Images/a.jpg"), "Review/dog", Outcome.REVIEW))
         moved(filing, order(Path(review)))
@@ -508,7 +506,7 @@ class TestUndo:
         assert dataset.tree() == {"Images/a.jpg": b"image"}
         assert list(filing.held()) == [f"{dataset.root}/Images/a.jpg"]
 
-    def test_an_inbox_that_is_gone_is_not_made_anew(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    def test_an_inbox_that_is_gone_is_not_made_anew(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
         """Without Images/ its disk is not mounted: nothing is put below."""
         moved(filing, order(dataset.put("Images/a.jpg")))
         (dataset.root / "Images").rmdir()
@@ -520,12 +518,12 @@ class TestUndo:
 class TestHolds:
     """Versions that are not to be moved."""
 
-    def test_holds_are_told_by_absolute_path(self, dataset: Dataset, filing: Filing) -> None:
+    def test_holds_are_told_by_absolute_path(self, dataset: Dataset, filing: Mover) -> None:
         """They are set and released as the daemon names files."""
         path = dataset.put("Images/a.jpg")
         stamp = stamp_of(os.stat(path))
         filing.hold(str(path), stamp, "guarded")
-        filing.hold_all([(str(dataset.put("Images/b.jpg")), stamp)], "guarded")
+        filing.hold(str(dataset.put("Images/b.jpg")), stamp, "guarded")
         marks = {path: (mark.inode, mark.size, mark.mtime_ns) for path, mark in filing.held().items()}
         mark = (stamp.inode, stamp.size, stamp.mtime_ns)
         assert marks == {str(path): mark, f"{dataset.root}/Images/b.jpg": mark}
@@ -533,7 +531,7 @@ class TestHolds:
         assert filing.release() == 1
 
 
-def looked(corrections: Corrections, path: Path) -> list[Correction]:
+def looked(corrections: CorrectionScanner, path: Path) -> list[Correction]:
     """Look at one file and record what was found."""
     return corrections.record([found for found in corrections.look(str(path)) if found is not None])
 
@@ -541,9 +539,7 @@ def looked(corrections: Corrections, path: Path) -> list[Correction]:
 class TestCorrections:
     """The user puts right what sortd did."""
 
-    def test_a_file_that_the_user_moved_is_known_again(
-        self, dataset: Dataset, journal: Journal, filing: Filing
-    ) -> None:
+    def test_a_file_that_the_user_moved_is_known_again(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
         """By its inode, or by its name and content where it was copied and removed; once. A mere copy says nothing."""
         for name in ("a.jpg", "b.jpg"):
             moved(filing, order(dataset.put(f"Images/{name}", name), content=_hash(name)))
@@ -551,7 +547,7 @@ class TestCorrections:
         renamed, copied = dataset.root / "Dataset/dog/new name.jpg", dataset.root / "Dataset/dog/b.jpg"
         os.rename(dataset.root / "Dataset/cat/a.jpg", renamed)
         shutil.copyfile(dataset.root / "Dataset/cat/b.jpg", copied)
-        corrections = Corrections(Layout(dataset.root), journal, refuse)
+        corrections = CorrectionScanner(Layout(dataset.root), journal, refuse)
         assert looked(corrections, copied) == []
         (dataset.root / "Dataset/cat/b.jpg").unlink()
         for path in (renamed, copied):
@@ -560,12 +556,12 @@ class TestCorrections:
         assert {corrected for _, corrected, _, _ in journal.history.corrections()} == {"dog"}
 
     def test_what_stands_where_it_was_put_is_no_correction(
-        self, dataset: Dataset, journal: Journal, filing: Filing
+        self, dataset: Dataset, journal: Journal, filing: Mover
     ) -> None:
         """Nor is a stranger's file, be it of the same name and size."""
         there = Path(moved(filing, order(dataset.put("Images/a.jpg", "a cat"), content=_hash("a cat"))))
         stranger = dataset.put("Dataset/dog/b.jpg", "unknown")
-        corrections = Corrections(Layout(dataset.root), journal, refuse)
+        corrections = CorrectionScanner(Layout(dataset.root), journal, refuse)
         assert [looked(corrections, path) for path in (there, stranger)] == [[], []]
         there.unlink()
         assert looked(corrections, dataset.put("Dataset/dog/a.jpg", "a dog")) == []
@@ -585,39 +581,39 @@ class TestLateCompanions:
         ],
     )
     def test_it_goes_where_its_image_went(
-        self, dataset: Dataset, journal: Journal, filing: Filing, late: str, final: str
+        self, dataset: Dataset, journal: Journal, filing: Mover, late: str, final: str
     ) -> None:
         """Under the name that fits, journaled like any move."""
         moved(filing, order(dataset.put("Images/a.jpg")))
-        follow = filing.late_companion(str(dataset.put(f"Images/{late}", "late")))
+        follow = filing.late.move_for(str(dataset.put(f"Images/{late}", "late")))
         assert follow is not None
         assert moved(filing, follow) == f"{dataset.root}/Dataset/cat/{final}"
         assert journal.history.counts() == {"filed": 1, "followed": 1}
 
-    def test_it_takes_the_number_of_its_image(self, dataset: Dataset, filing: Filing) -> None:
+    def test_it_takes_the_number_of_its_image(self, dataset: Dataset, filing: Mover) -> None:
         """An image that got another name has its film beside it under that name."""
         dataset.put("Dataset/cat/a.jpg", "another")
         moved(filing, order(dataset.put("Images/a.jpg")))
-        follow = filing.late_companion(str(dataset.put("Images/a.MOV", "film")))
+        follow = filing.late.move_for(str(dataset.put("Images/a.MOV", "film")))
         assert follow is not None
         assert moved(filing, follow) == f"{dataset.root}/Dataset/cat/a (2).MOV"
 
-    def test_it_overwrites_nothing(self, dataset: Dataset, filing: Filing) -> None:
+    def test_it_overwrites_nothing(self, dataset: Dataset, filing: Mover) -> None:
         """Where its name is taken it gets another one, beside its image all the same."""
         moved(filing, order(dataset.put("Images/a.jpg")))
         dataset.put("Dataset/cat/a.xmp", "the user's")
-        follow = filing.late_companion(str(dataset.put("Images/a.xmp", "late")))
+        follow = filing.late.move_for(str(dataset.put("Images/a.xmp", "late")))
         assert follow is not None
         assert moved(filing, follow) == f"{dataset.root}/Dataset/cat/a (2).xmp"
         assert dataset.tree()["Dataset/cat/a.xmp"] == b"the user's"
 
-    def test_second_version_joins_no_other_image(self, dataset: Dataset, filing: Filing) -> None:
+    def test_second_version_joins_no_other_image(self, dataset: Dataset, filing: Mover) -> None:
         """Saved twice, it gets a name that is no other image's, and that no later image gets."""
         first = order(dataset.put("Images/IMG_1.JPG", "the first camera's"))
         moved(filing, first)
         dataset.put("Dataset/cat/IMG_1 (2).JPG", "another camera's")
         for version in ("one star", "five stars"):
-            follow = filing.late_companion(str(dataset.put("Images/IMG_1.xmp", version)))
+            follow = filing.late.move_for(str(dataset.put("Images/IMG_1.xmp", version)))
             assert follow is not None
             moved(filing, follow)
         moved(filing, order(dataset.put("Images/IMG_1.JPG", "the third camera's")))
@@ -645,47 +641,48 @@ class TestLateCompanions:
         ],
     )
     def test_late_file_of_every_kind_of_rule_finds_its_image(
-        self, dataset: Dataset, filing: Filing, image: str, late: str
+        self, dataset: Dataset, filing: Mover, image: str, late: str
     ) -> None:
         """By the journal, and not while an image that it belongs to stands beside it."""
         path = dataset.put(f"Images/{image}")
-        assert filing.awaits_image(str(dataset.put(f"Images/{late}", "late")))
+        assert filing.late.awaits_image(str(dataset.put(f"Images/{late}", "late")))
         (dataset.root / "Images" / late).rename(dataset.root / "late")
         moved(filing, order(path))
         (dataset.root / "late").rename(dataset.root / "Images" / late)
-        assert not filing.awaits_image(f"{dataset.root}/Images/{late}")
-        follow = filing.late_companion(f"{dataset.root}/Images/{late}")
+        assert not filing.late.awaits_image(f"{dataset.root}/Images/{late}")
+        follow = filing.late.move_for(f"{dataset.root}/Images/{late}")
         assert follow is not None
         assert moved(filing, follow) == f"{dataset.root}/Dataset/cat/{late}"
 
-    def test_it_waits_for_an_image_that_is_here(self, dataset: Dataset, filing: Filing) -> None:
+    def test_it_waits_for_an_image_that_is_here(self, dataset: Dataset, filing: Mover) -> None:
         """A new image of that name is its own: they leave together."""
         moved(filing, order(dataset.put("Images/a.jpg")))
         dataset.put("Images/a.jpg", "another")
-        assert filing.late_companion(str(dataset.put("Images/a.MOV", "film"))) is None
+        assert filing.late.move_for(str(dataset.put("Images/a.MOV", "film"))) is None
 
-    def test_it_stays_without_an_image(self, dataset: Dataset, filing: Filing) -> None:
+    def test_it_stays_without_an_image(self, dataset: Dataset, filing: Mover) -> None:
         """What belongs to nobody, to an image of another folder, or to one that the user moved on, is left alone."""
         there = Path(moved(filing, order(dataset.put("Images/a.jpg"))))
-        assert filing.late_companion(str(dataset.put("Images/b.MOV", "film"))) is None
-        assert filing.late_companion(str(dataset.put("Images/deep/a.MOV", "film"))) is None
-        assert filing.late_companion(str(dataset.put("Images/a.doc", "no companion"))) is None
+        assert filing.late.move_for(str(dataset.put("Images/b.MOV", "film"))) is None
+        assert filing.late.move_for(str(dataset.put("Images/deep/a.MOV", "film"))) is None
+        assert filing.late.move_for(str(dataset.put("Images/a.doc", "no companion"))) is None
         there.rename(there.with_name("moved on.jpg"))
-        assert filing.late_companion(str(dataset.put("Images/a.MOV", "film"))) is None
+        assert filing.late.move_for(str(dataset.put("Images/a.MOV", "film"))) is None
 
-    def test_an_image_of_long_ago_is_not_its_own(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    def test_an_image_of_long_ago_is_not_its_own(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
         """A camera uses its names again."""
         moved(filing, order(dataset.put("Images/a.jpg")))
         film = str(dataset.put("Images/a.MOV", "film"))
         (ended,) = [record.ended_at or 0.0 for record in done(journal)]
         for later, is_found in ((LATE_SECONDS - 1, True), (LATE_SECONDS + 1, False)):
-            found = Latecomers(dataset.root, journal.history, clock=lambda now=ended + later: now).order_for(film)  # type: ignore[misc]
+            journal.clock = lambda now=ended + later: now  # type: ignore[misc]
+            found = LateCompanions(dataset.root, journal).move_for(film)
             assert (found is not None) == is_found
 
-    def test_it_is_undone_with_its_image(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    def test_it_is_undone_with_its_image(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
         """Whoever takes the image back wants its film back, too."""
         moved(filing, order(dataset.put("Images/a.jpg")))
-        follow = filing.late_companion(str(dataset.put("Images/a.MOV", "film")))
+        follow = filing.late.move_for(str(dataset.put("Images/a.MOV", "film")))
         assert follow is not None
         moved(filing, follow)
         (image,) = journal.history.moves(Selection(outcome="filed"))
@@ -696,27 +693,27 @@ class TestLateCompanions:
 
     def test_companions_that_are_switched_off_follow_nothing(self, dataset: Dataset, journal: Journal) -> None:
         """Then they are files like others."""
-        filing = Filing(dataset.root, journal, companions=False)
+        filing = Mover(dataset.root, journal, companions=False)
         moved(filing, order(dataset.put("Images/a.jpg")))
-        assert filing.late_companion(str(dataset.put("Images/a.MOV", "film"))) is None
+        assert filing.late.move_for(str(dataset.put("Images/a.MOV", "film"))) is None
 
     def test_what_comes_while_its_image_is_copied_is_found_after_it(self, dataset: Dataset, journal: Journal) -> None:
         """The image stood there when its film came; now it is gone, and the film follows."""
-        jobs: list[Job] = []
-        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs))
+        jobs: list[CopyJob] = []
+        filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
         path = dataset.put("Images/a.jpg")
         filing.move_all([order(path)])
         film = str(dataset.put("Images/a.MOV", "film"))
-        assert filing.late_companion(film) is None
+        assert filing.late.move_for(film) is None
         filing.end(elsewhere(jobs))
-        assert [(move.path, move.wanted) for move in filing.left_companions(str(path))] == [(film, "a.MOV")]
+        assert [(move.path, move.wanted) for move in filing.late.left_by(str(path))] == [(film, "a.MOV")]
 
 
 class TestEqualNames:
     """Cameras begin to count anew with every card."""
 
     def test_many_equal_names_cost_two_attempts_each(
-        self, dataset: Dataset, filing: Filing, monkeypatch: pytest.MonkeyPatch
+        self, dataset: Dataset, filing: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """On either side of a disk's border: the numbers that are taken are not tried again."""
         attempts: list[str] = []
@@ -727,8 +724,8 @@ class TestEqualNames:
             rename_new(source, name, destination, final)
 
         monkeypatch.setattr(crossing_module, "rename_new", noting)
-        if filing._relocator._mover._rename is rename_new:
-            filing._relocator._mover._rename = noting
+        if filing._renamer._rename is rename_new:
+            filing._renamer._rename = noting
         for number in range(40):
             moved(filing, order(dataset.put(f"Images/{number}/a.jpg", str(number))))
         assert dataset.tree() == {
@@ -744,7 +741,7 @@ class TestEqualNames:
 class TestMended:
     """Rejected images that somebody mends are filed from where they lie."""
 
-    def test_the_reason_goes_when_the_image_leaves(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    def test_the_reason_goes_when_the_image_leaves(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
         """It says nothing about the mended image; a reason that the user wrote upon is kept."""
         for name in ("a.jpg", "b.jpg"):
             moved(filing, order(dataset.put(f"Images/{name}", "broken"), "Rejected", Outcome.REJECTED))
@@ -758,7 +755,7 @@ class TestMended:
         assert sorted(path.name for path in (dataset.root / "Rejected").iterdir()) == ["b.jpg.reason.json"]
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"mended", "Dataset/cat/b.jpg": b"mended"}
 
-    def test_each_version_is_tried_once(self, dataset: Dataset, journal: Journal, filing: Filing) -> None:
+    def test_each_version_is_tried_once(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
         """One that was refused again is not tried at the next scan or start; it can still be undone."""
         moved(filing, order(dataset.put("Images/a.jpg", "broken"), "Rejected", Outcome.REJECTED))
         path = dataset.root / "Rejected/a.jpg"
@@ -784,7 +781,7 @@ class TestMended:
         ids=["nothing", "pixels", "time", "decoders", "lowered"],
     )
     def test_scan_after_a_limit_was_raised_tries_what_it_refused_once(
-        self, dataset: Dataset, journal: Journal, filing: Filing, raised: dict[str, float], tried: set[str]
+        self, dataset: Dataset, journal: Journal, filing: Mover, raised: dict[str, float], tried: set[str]
     ) -> None:
         """Images that were refused for it are tried as they are, again after a crash, and no more once answered."""
         limits = {"max_pixels": 1_000, "timeout_seconds": 5, "decoders": 1}
@@ -813,7 +810,7 @@ class TestMended:
         assert "large.jpg" in {Path(path).name for path in again(Rejects(Layout(dataset.root), journal, limits))}
 
     def test_scan_by_limits_that_nobody_noted_tries_all_of_them(
-        self, dataset: Dataset, journal: Journal, filing: Filing
+        self, dataset: Dataset, journal: Journal, filing: Mover
     ) -> None:
         """A journal of an older sortd, or one whose note is damaged, does not say by which limits it was refused."""
         move = order(dataset.put("Images/a.jpg", "large"), "Rejected", Outcome.REJECTED)
@@ -824,7 +821,7 @@ class TestMended:
             assert any(Rejects(Layout(dataset.root), journal, {"max_pixels": 5}).scan(10**18))
 
     def test_what_sortd_did_not_set_aside_is_left_alone(
-        self, dataset: Dataset, journal: Journal, filing: Filing
+        self, dataset: Dataset, journal: Journal, filing: Mover
     ) -> None:
         """The user's own file in Rejected/, a reason, a folder, a link; and nothing is noted about them."""
         moved(filing, order(dataset.put("Images/a.jpg", "broken"), "Rejected", Outcome.REJECTED))
@@ -855,7 +852,7 @@ class TestErrors:
     """Disks that refuse."""
 
     def test_a_journal_that_cannot_be_written_moves_nothing(
-        self, dataset: Dataset, journal: Journal, filing: Filing
+        self, dataset: Dataset, journal: Journal, filing: Mover
     ) -> None:
         """The error goes up, so that the daemon stops; the files are where they were."""
         moves = [order(dataset.put(f"Images/{'n' * 200}{number}.jpg")) for number in range(60)]
@@ -874,11 +871,11 @@ class TestErrors:
             dataset.put(f"Images/{name}", name)
         before, move = dataset.tree(), order(dataset.root / "Images/a.jpg")
         for count in range(3):
-            refusing = Filing(dataset.root, journal, mover=Mover(rename=_refusing(number, after=count)))
+            refusing = Mover(dataset.root, journal, rename=_refusing(number, after=count))
             assert failure(refusing, move) is MoveFailure.DESTINATION
             assert dataset.tree() == before
             assert journal.history.unfinished() == []
-        moved(Filing(dataset.root, journal), move)
+        moved(Mover(dataset.root, journal), move)
 
     def test_a_file_whose_bytes_cannot_be_synced_is_not_moved(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
@@ -893,7 +890,7 @@ class TestErrors:
             fsync(descriptor)
 
         monkeypatch.setattr(os, "fsync", refuse)
-        answers = Filing(dataset.root, journal).move_all([order(path) for path in paths])
+        answers = Mover(dataset.root, journal).move_all([order(path) for path in paths])
         failed = [Path(answer.path).name for answer in answers if isinstance(answer, MoveFailed)]
         assert failed == ["7.jpg", "31.jpg"]
         assert sorted(os.listdir(dataset.root / "Images")) == ["31.jpg", "7.jpg"]
@@ -910,11 +907,11 @@ class TestErrors:
             path.write_text("changed")
 
         monkeypatch.setattr(journal, "intend", change)
-        mover = Mover(rename=lambda *names: renamed.append(names))
-        assert failure(Filing(dataset.root, journal, mover=mover), order(path)) is MoveFailure.CHANGED
+        mover = Mover(dataset.root, journal, rename=lambda *names: renamed.append(names))
+        assert failure(mover, order(path)) is MoveFailure.CHANGED
         assert renamed == []
 
-    def test_rewrite_with_its_time_put_back_is_not_moved(self, dataset: Dataset, filing: Filing) -> None:
+    def test_rewrite_with_its_time_put_back_is_not_moved(self, dataset: Dataset, filing: Mover) -> None:
         """Of equal size, in place, under the same time: only the time of change shows that it was not looked at."""
         path = dataset.put("Images/a.jpg", "decided")
         meant, before = order(path, content=_hash("decided")), os.stat(path)
@@ -935,7 +932,7 @@ class TestErrors:
                 os.rename(other, path)
             rename_new(source, name, destination, final)
 
-        assert failure(Filing(dataset.root, journal, mover=Mover(rename=rename)), order(path)) is MoveFailure.CHANGED
+        assert failure(Mover(dataset.root, journal, rename=rename), order(path)) is MoveFailure.CHANGED
         assert dataset.tree() == {"Images/a.jpg": b"another"}
 
     def test_what_could_not_be_settled_is_settled_before_the_next_move(
@@ -951,7 +948,7 @@ class TestErrors:
             fsync(descriptor)
 
         monkeypatch.setattr(os, "fsync", refuse)
-        filing = Filing(dataset.root, journal)
+        filing = Mover(dataset.root, journal)
         assert failure(filing, order(dataset.put("Images/a.jpg"))) is MoveFailure.DESTINATION
         assert len(journal.history.unfinished()) == 1
         refused["now"] = False
@@ -976,11 +973,11 @@ class TestErrors:
                 raise PermissionError(errno.EPERM, "Operation not permitted")
             unlink(path, dir_fd=dir_fd)
 
-        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing))
+        filing = Mover(dataset.root, journal, rename=crossing)
         move = order(dataset.put("Images/a.jpg"))
         with monkeypatch.context() as patch:
-            patch.setattr("sortd.moving.crossing.rename_new", refuse)
-            patch.setattr("sortd.moving.crossing.os.unlink", keep)
+            patch.setattr("sortd.moving.copy.rename_new", refuse)
+            patch.setattr("sortd.moving.copy.os.unlink", keep)
             failures = [failure(filing, move) for _ in range(3)]
             if not is_taken:
                 assert failures == [MoveFailure.BUSY] * 3
@@ -1007,7 +1004,7 @@ class TestErrors:
             return refusing is None or os.fstat(dir_fd).st_ino != (dataset.root / refusing).stat().st_ino
 
         (dataset.root / "Dataset/cat").mkdir(parents=True)
-        filing = Filing(dataset.root, journal, mover=Mover(rename=refuse_rename))
+        filing = Mover(dataset.root, journal, rename=refuse_rename)
         path = dataset.put("Images/a.jpg")
         with monkeypatch.context() as patch:
             patch.setattr(os, "access", access)
@@ -1026,8 +1023,8 @@ class TestErrors:
         def refuse_to_list(*_: object) -> None:
             raise PermissionError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr("sortd.running.filing.with_companions", refuse_to_list)
-        (answer,) = Filing(dataset.root, journal).move_all([order(path)])
+        monkeypatch.setattr("sortd.moving.mover.with_companions", refuse_to_list)
+        (answer,) = Mover(dataset.root, journal).move_all([order(path)])
         assert isinstance(answer, MoveFailed)
         assert answer.failure is MoveFailure.SOURCE
         assert f"{path.parent}: Permission denied; give sortd the right to read it" in answer.message
@@ -1042,10 +1039,10 @@ class TestErrors:
                 raise OSError(errno.EIO, "Input/output error")
             rename_new(source, name, destination, final)
 
-        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing))
+        filing = Mover(dataset.root, journal, rename=crossing)
         move = order(dataset.put("Images/a.jpg"))
         with monkeypatch.context() as patch:
-            patch.setattr("sortd.moving.crossing.rename_new", refuse)
+            patch.setattr("sortd.moving.copy.rename_new", refuse)
             for _ in range(3):
                 assert failure(filing, move) is MoveFailure.DESTINATION
             assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Images/a.jpg"]
@@ -1057,11 +1054,11 @@ class TestCrossing:
     """Copies to another file system."""
 
     @pytest.fixture
-    def filing(self, dataset: Dataset, journal: Journal) -> Filing:
+    def filing(self, dataset: Dataset, journal: Journal) -> Mover:
         """A filing whose renames all fail as between file systems."""
-        return Filing(dataset.root, journal, mover=Mover(rename=crossing))
+        return Mover(dataset.root, journal, rename=crossing)
 
-    def test_times_mode_owner_and_attributes_are_kept(self, dataset: Dataset, filing: Filing) -> None:
+    def test_times_mode_owner_and_attributes_are_kept(self, dataset: Dataset, filing: Mover) -> None:
         """To the nanosecond, where the file system can."""
         path = dataset.put("Images/a.jpg")
         os.setxattr(path, "user.note", b"kept")
@@ -1076,7 +1073,7 @@ class TestCrossing:
         assert after.st_mtime_ns == before.st_mtime_ns
         assert os.getxattr(there, "user.note") == b"kept"
 
-    def test_holes_are_kept(self, dataset: Dataset, filing: Filing) -> None:
+    def test_holes_are_kept(self, dataset: Dataset, filing: Mover) -> None:
         """A sparse file does not fill the disk, and its bytes are the same."""
         path = dataset.root / "Images/a.jpg"
         with path.open("wb") as file:
@@ -1089,7 +1086,7 @@ class TestCrossing:
         assert os.stat(there).st_blocks <= blocks + 16
         assert Path(there).read_bytes() == content
 
-    def test_the_bytes_must_be_those_that_were_looked_at(self, dataset: Dataset, filing: Filing) -> None:
+    def test_the_bytes_must_be_those_that_were_looked_at(self, dataset: Dataset, filing: Mover) -> None:
         """A copy whose hash is not the decoder's is thrown away."""
         path = dataset.put("Images/a.jpg")
         assert failure(filing, order(path, content="0" * 64)) is MoveFailure.CHANGED
@@ -1100,7 +1097,7 @@ class TestCrossing:
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A folder that is read-only, or another's: no copy is made, only to be withdrawn, at every try for months."""
-        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing))
+        filing = Mover(dataset.root, journal, rename=crossing)
         path = dataset.put("Images/a.jpg")
 
         def refuse_to_write(name: str, mode: int, *, dir_fd: int, effective_ids: bool) -> bool:
@@ -1111,7 +1108,7 @@ class TestCrossing:
         folder = os.open(path.parent, os.O_RDONLY)
         with monkeypatch.context() as patch:
             patch.setattr(os, "access", refuse_to_write)
-            patch.setattr("sortd.moving.crossing.copy_to_part", refuse)
+            patch.setattr("sortd.moving.copy.copy_to_part", refuse)
             (answer,) = filing.move_all([order(path)])
         os.close(folder)
         assert isinstance(answer, MoveFailed)
@@ -1126,7 +1123,7 @@ class TestCrossing:
         with path.open("r+b") as file:
             file.write(b"x" * (3 << 20))
         asked = iter([False, False, True])
-        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), interrupted=lambda: next(asked))
+        filing = Mover(dataset.root, journal, rename=crossing, interrupted=lambda: next(asked))
         assert failure(filing, order(path)) is MoveFailure.BUSY
         assert list(dataset.tree()) == ["Images/a.jpg"]
         assert journal.history.unfinished() == []
@@ -1140,14 +1137,14 @@ class TestCrossing:
                 file.write(b"more")
             return False
 
-        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), interrupted=append)
+        filing = Mover(dataset.root, journal, rename=crossing, interrupted=append)
         assert failure(filing, order(path)) is MoveFailure.CHANGED
         assert list(dataset.tree()) == ["Images/a.jpg"]
 
     def test_copies_run_where_they_are_submitted(self, dataset: Dataset, journal: Journal) -> None:
         """Other moves are answered at once; a copy made in another thread is answered when it comes to its end."""
-        jobs: list[Job] = []
-        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs))
+        jobs: list[CopyJob] = []
+        filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
         assert filing.move_all([order(dataset.put("Images/a.jpg"))]) == []
         assert filing.recover() == []
         assert [type(answer) for answer in filing.end(elsewhere(jobs))] == [Moved]
@@ -1158,8 +1155,8 @@ class TestCrossing:
         self, dataset: Dataset, journal: Journal
     ) -> None:
         """What the other thread is about is left to it, whatever is asked meanwhile and however often."""
-        jobs: list[Job] = []
-        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs))
+        jobs: list[CopyJob] = []
+        filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
         move = order(dataset.put("Images/a.jpg"))
         assert filing.move_all([move]) == []
         assert failure(filing, move) is MoveFailure.BUSY
@@ -1169,10 +1166,8 @@ class TestCrossing:
 
     def test_an_interrupted_copy_is_taken_up_by_recovery(self, dataset: Dataset, journal: Journal) -> None:
         """A job that begins after the stop touches nothing: its intent is recovered like after a crash."""
-        jobs: list[Job] = []
-        filing = Filing(
-            dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs), interrupted=lambda: True
-        )
+        jobs: list[CopyJob] = []
+        filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs), interrupted=lambda: True)
         assert filing.move_all([order(dataset.put("Images/a.jpg"))]) == []
         (answer,) = filing.end(elsewhere(jobs))
         assert isinstance(answer, MoveFailed)
@@ -1183,8 +1178,8 @@ class TestCrossing:
 
     def test_few_copies_are_handed_over_at_a_time(self, dataset: Dataset, journal: Journal) -> None:
         """The journal holds no thousands of intents; the others follow as copies end, and none is forgotten."""
-        jobs: list[Job] = []
-        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs))
+        jobs: list[CopyJob] = []
+        filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
         filing.move_all([order(dataset.put("Images/first.jpg"))])
         answers = filing.move_all([order(dataset.put(f"Images/{number}.jpg")) for number in range(100)])
         assert (answers, len(jobs), filing.can_go_on) == ([], MOST_HANDED_OVER, False)
@@ -1197,8 +1192,8 @@ class TestCrossing:
 
     def test_what_waits_for_a_copy_is_given_up_at_a_stop(self, dataset: Dataset, journal: Journal) -> None:
         """Nothing was written about it: it is answered at once and stands where it was."""
-        jobs: list[Job] = []
-        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs))
+        jobs: list[CopyJob] = []
+        filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
         filing.move_all([order(dataset.put("Images/first.jpg"))])
         filing.move_all([order(dataset.put(f"Images/{number}.jpg")) for number in range(100)])
         given_up = filing.give_up()
@@ -1208,13 +1203,13 @@ class TestCrossing:
 
     def test_an_undo_across_disks_ends_where_it_is_submitted(self, dataset: Dataset, journal: Journal) -> None:
         """The answer comes later, and says what it would have said at once; the image is held."""
-        jobs: list[Job] = []
-        filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=later(jobs))
+        jobs: list[CopyJob] = []
+        filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
         filing.move_all([order(dataset.put("Images/a.jpg"))])
         filing.end(elsewhere(jobs))
         assert filing.undo(done(journal)) == []
         (told,) = filing.end(elsewhere(jobs))
-        assert isinstance(told, PutBack)
+        assert isinstance(told, UndoResult)
         assert told.restored == f"{dataset.root}/Images/a.jpg"
         assert list(filing.held()) == [told.restored]
 
@@ -1231,8 +1226,8 @@ class TestCrossing:
                     file.write(b" and more")
             rename(source, name, destination, final)
 
-        monkeypatch.setattr("sortd.moving.crossing.rename_new", append)
-        (answer,) = Filing(dataset.root, journal, mover=Mover(rename=crossing)).move_all([order(path)])
+        monkeypatch.setattr("sortd.moving.copy.rename_new", append)
+        (answer,) = Mover(dataset.root, journal, rename=crossing).move_all([order(path)])
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Images/a.jpg": b"image and more"}
         assert isinstance(answer, Moved)
         assert "kept in Images too" in answer.note == done(journal)[0].relocation.message
@@ -1249,13 +1244,13 @@ class TestCrossing:
                 (dataset.root / "Dataset/cat/a.jpg").unlink()
             rename(source, name, destination, final)
 
-        monkeypatch.setattr("sortd.moving.crossing.rename_new", remove)
-        Filing(dataset.root, journal, mover=Mover(rename=crossing)).move_all([order(path)])
+        monkeypatch.setattr("sortd.moving.copy.rename_new", remove)
+        Mover(dataset.root, journal, rename=crossing).move_all([order(path)])
         assert dataset.tree() == {"Images/a.jpg": b"image"}
 
     @pytest.mark.parametrize("cannot_link", [False, True])
     def test_file_systems_that_cannot_refuse_still_do_not_overwrite(
-        self, dataset: Dataset, filing: Filing, monkeypatch: pytest.MonkeyPatch, *, cannot_link: bool
+        self, dataset: Dataset, filing: Mover, monkeypatch: pytest.MonkeyPatch, *, cannot_link: bool
     ) -> None:
         """Without RENAME_NOREPLACE by link, and without links by a placeholder: a taken name is taken."""
 
@@ -1267,9 +1262,9 @@ class TestCrossing:
         def link(*_: object, **__: object) -> None:
             raise PermissionError(errno.EPERM, "Operation not permitted")
 
-        monkeypatch.setattr("sortd.moving.crossing.rename_new", refuse)
+        monkeypatch.setattr("sortd.moving.copy.rename_new", refuse)
         if cannot_link:
-            monkeypatch.setattr("sortd.moving.crossing.os.link", link)
+            monkeypatch.setattr("sortd.moving.copy.os.link", link)
         dataset.put("Dataset/cat/a.jpg", "first")
         moved(filing, order(dataset.put("Images/a.jpg", "second")))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"first", "Dataset/cat/a (2).jpg": b"second"}
@@ -1279,17 +1274,17 @@ class TestPlaceholders:
     """File systems that can neither refuse to overwrite nor link."""
 
     @pytest.fixture
-    def filing(self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> Filing:
+    def filing(self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> Mover:
         """A filing on one of them."""
 
         def refuse(*names: int | str) -> None:
             raise OSError(errno.EINVAL, "Invalid argument", *names[1:2])
 
-        monkeypatch.setattr("sortd.moving.crossing.rename_new", refuse)
-        return Filing(dataset.root, journal, mover=Mover(rename=crossing))
+        monkeypatch.setattr("sortd.moving.copy.rename_new", refuse)
+        return Mover(dataset.root, journal, rename=crossing)
 
     def test_a_name_that_is_taken_at_the_last_moment_is_taken(
-        self, dataset: Dataset, filing: Filing, monkeypatch: pytest.MonkeyPatch
+        self, dataset: Dataset, filing: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The placeholder is made only where nothing is."""
 
@@ -1297,12 +1292,12 @@ class TestPlaceholders:
             dataset.put("Dataset/cat/a.jpg", "the user's")
             raise PermissionError(errno.EPERM, "Operation not permitted")
 
-        monkeypatch.setattr("sortd.moving.crossing.os.link", link)
+        monkeypatch.setattr("sortd.moving.copy.os.link", link)
         moved(filing, order(dataset.put("Images/a.jpg")))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"the user's", "Dataset/cat/a (2).jpg": b"image"}
 
     def test_a_placeholder_that_somebody_replaces_is_his(
-        self, dataset: Dataset, filing: Filing, monkeypatch: pytest.MonkeyPatch
+        self, dataset: Dataset, filing: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Only our own empty file is renamed over."""
 
@@ -1315,8 +1310,8 @@ class TestPlaceholders:
                 dataset.put("Dataset/cat/a.jpg", "the user's")
             return look(folder, name)
 
-        monkeypatch.setattr("sortd.moving.crossing.os.link", link)
-        monkeypatch.setattr("sortd.moving.crossing.look", replaced)
+        monkeypatch.setattr("sortd.moving.copy.os.link", link)
+        monkeypatch.setattr("sortd.moving.copy.look", replaced)
         assert failure(filing, order(dataset.put("Images/a.jpg"))) is MoveFailure.CHANGED
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"the user's", "Images/a.jpg": b"image"}
 
@@ -1327,12 +1322,12 @@ def test_four_movers_racing_for_equal_names_lose_nothing(tmp_path: Path) -> None
     shared = tmp_path / "shared"
     shared.mkdir()
     program = (
-        "import sys; from pathlib import Path; from sortd.running.filing import Filing\n"
+        "import sys; from pathlib import Path; from sortd.moving.mover import Mover\n"
         "from tests.filing_world import *\n"
         "dataset = Dataset(Path(sys.argv[1]))\n"
         "with dataset.journal() as journal:\n"
         "    moves = [order(path) for path in sorted((dataset.root / 'Images').rglob('*.jpg'))]\n"
-        "    answers = Filing(dataset.root, journal).move_all(moves)\n"
+        "    answers = Mover(dataset.root, journal).move_all(moves)\n"
         "    assert all(isinstance(answer, Moved) for answer in answers), answers\n"
     )
     for number, dataset in enumerate(datasets):
@@ -1355,19 +1350,19 @@ def test_four_movers_racing_for_equal_names_lose_nothing(tmp_path: Path) -> None
     assert content == sorted(f"{number} {one}" for number in range(4) for one in range(100))
 
 
-def later(jobs: list[Job]) -> Submit:
+def later(jobs: list[CopyJob]) -> Submit:
     """Keep jobs for later."""
 
-    def submit(job: Job) -> list[Order]:
+    def submit(job: CopyJob) -> list[MoveOrder]:
         jobs.append(job)
         return []
 
     return submit
 
 
-def elsewhere(jobs: list[Job]) -> list[Order]:
+def elsewhere(jobs: list[CopyJob]) -> list[MoveOrder]:
     """Run all jobs that were kept in another thread."""
-    orders: list[Order] = []
+    orders: list[MoveOrder] = []
     kept = list(jobs)
     jobs.clear()
     thread = threading.Thread(target=lambda: orders.extend(job() for job in kept))

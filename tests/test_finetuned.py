@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sortd import finetuned
 from sortd.errors import ModelError
+from sortd.events import Fit, Preprocessing
+from sortd.files import sha256_of
 from sortd.finetuned import FinetunedFacts, calibrated, facts_json, read_facts
 from sortd.finetuned_network import build_image_classifier, load_finetuned
-from sortd.messages import Fit, Preprocessing
 from tests.tiny_vit import SIDE, build_tiny_vit
 
 LABELS = ("cats", "dogs", "weißes \udcff")
@@ -184,7 +184,7 @@ def test_a_network_that_answers_with_no_number_is_refused_at_the_start(copied: P
     tensors = load_file(file)
     tensors["classifier.bias"] = torch.full_like(tensors["classifier.bias"], float("nan"))
     save_file(tensors, file)
-    weights = {"bytes": file.stat().st_size, "sha256": finetuned.sha256_of(file)}
+    weights = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     change(copied / "sortd.json", weights=weights)
     with pytest.raises(ModelError, match="no number"):
         load_finetuned(copied, device="cpu")

@@ -9,7 +9,8 @@ from sortd.classify.calibration import HeldOutOutcomes
 from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import FinetunedClassifier, build_classifier, difference_of_labels
 from sortd.classify.types import Abstain, Abstained, Assigned
-from sortd.messages import (
+from sortd.core.sorter import Sorter
+from sortd.events import (
     Command,
     Embed,
     Embedded,
@@ -22,7 +23,6 @@ from sortd.messages import (
     ReviewSeen,
     Tick,
 )
-from sortd.sorter import Sorter
 from tests.test_sorter import prototypes, ready_sorter, settle, stamp
 
 LABELS = ("bolt", "nut", "screw")

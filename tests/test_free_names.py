@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sortd.messages import Stamp
-from sortd.moving.free_names import cut, final_names
-from sortd.moving.relocation import Member, Relocation, Role
+from sortd.events import Stamp
+from sortd.moving.plan import cut, final_names
+from sortd.store.records import MoveFile, MoveRecord, Role
 
 NO_STAMP = Stamp(0, 0, 0, 0)
 
 
 def names(attempt: int, image: str, *others: str) -> list[str]:
     """Return the names of an attempt for an image and its companions."""
-    members = [Member(Role.COMPANION, other, other, NO_STAMP) for other in others]
-    image_member = Member(Role.IMAGE, image, image, NO_STAMP)
-    reason = Member(Role.REASON, image, f"{image}.reason.json", NO_STAMP)
-    return list(final_names(Relocation("t", "Images", "Rejected", (image_member, *members, reason)), attempt))
+    members = [MoveFile(Role.COMPANION, other, other, NO_STAMP) for other in others]
+    image_member = MoveFile(Role.IMAGE, image, image, NO_STAMP)
+    reason = MoveFile(Role.REASON, image, f"{image}.reason.json", NO_STAMP)
+    return list(final_names(MoveRecord("t", "Images", "Rejected", (image_member, *members, reason)), attempt))
 
 
 def test_the_first_name_is_the_own_one() -> None:

@@ -7,7 +7,9 @@ import pytest
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
-from sortd.messages import (
+from sortd.core.guard import GuardState
+from sortd.core.sorter import Sorter, SorterSettings
+from sortd.events import (
     Command,
     DatasetReleased,
     Embed,
@@ -23,9 +25,6 @@ from sortd.messages import (
     Tick,
     Writer,
 )
-from sortd.sorter import Sorter
-from sortd.sorting.guard import GuardState
-from sortd.sorting.settings import SorterSettings
 
 Rows = npt.NDArray[np.float32]
 

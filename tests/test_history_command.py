@@ -10,14 +10,13 @@ import pytest
 
 from sortd.commands.journals import journals
 from sortd.config import load
-from sortd.journal import Grounds
-from sortd.journaling.history import History
+from sortd.core.guard import GuardState
+from sortd.daemon.dataset_lock import hold
+from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.mover import new_token
-from sortd.moving.relocation import Member, Relocation, Role
-from sortd.moving.renaming import stamp_of
-from sortd.running.holding import hold
-from sortd.sorting.guard import GuardState
+from sortd.moving.plan import new_token
+from sortd.store.history import History
+from sortd.store.records import MoveFile, MoveReason, MoveRecord, Role
 from tests.command_line import Ran, sortd, write_config
 from tests.daemon_process import DaemonProcess, make_dataset, picture, running, tree
 from tests.filed_images import file_images
@@ -230,9 +229,9 @@ class TestUndo:
         with hold(Layout(site), site.parents[1] / "state") as holding:
             path = site / "Images" / "new.png"
             path.write_bytes(b"an image")
-            member = Member(Role.IMAGE, "new.png", "new.png", stamp_of(path.stat()))
-            relocation = Relocation(new_token(), "Images", "Dataset/red", (member,))
-            holding.journal.intend([(relocation, Grounds("filed", "red"))])
+            member = MoveFile(Role.IMAGE, "new.png", "new.png", stamp_of(path.stat()))
+            relocation = MoveRecord(new_token(), "Images", "Dataset/red", (member,))
+            holding.journal.intend([(relocation, MoveReason("filed", "red"))])
             path.rename(site / "Dataset" / "red" / "new.png")
         ran = run(site, "undo", "--last", "1")
         assert ran.code == 0

@@ -1,5 +1,6 @@
 """Holding: one sortd for each dataset, whatever becomes of its marker, and one journal, whatever it is called."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -8,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from sortd.daemon.dataset_lock import Holding, hold
 from sortd.errors import AlreadyRunningError, LayoutError
+from sortd.events import Move, Moved, Outcome
+from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.messages import Move, Moved, Outcome
-from sortd.moving.renaming import stamp_of
-from sortd.running.holding import Holding, hold
 from tests.hostile_files import HOSTILE
 
 
@@ -122,8 +123,11 @@ def test_a_copy_of_a_dataset_has_a_journal_of_its_own(layout: Layout, tmp_path: 
     assert counts(other, state) == {}
 
 
-def test_a_renamed_dataset_whose_old_name_is_in_use_takes_nothing_from_that(layout: Layout, tmp_path: Path) -> None:
-    """A new dataset under the old name has taken the folder of that name over; each goes its own way from there."""
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_renamed_dataset_whose_old_name_is_in_use_shares_nothing(
+    layout: Layout, tmp_path: Path, *, is_first: bool
+) -> None:
+    """The journal is of one of them: of the renamed one, unless the new one took the folder of its name over before."""
     state = tmp_path / "state"
     with hold(layout, state) as holding:
         file_one(holding)
@@ -131,8 +135,22 @@ def test_a_renamed_dataset_whose_old_name_is_in_use_takes_nothing_from_that(layo
     layout.root.rename(renamed.root)
     layout.root.mkdir()
     layout.make()
+    first, second = (renamed, layout) if is_first else (layout, renamed)
+    assert counts(first, state) == {"filed": 1}
+    assert counts(second, state) == {}
+
+
+def test_a_renamed_dataset_on_another_device_has_a_journal_of_its_own(layout: Layout, tmp_path: Path) -> None:
+    """Two disks may use one inode number."""
+    state = tmp_path / "state"
+    with hold(layout, state) as holding:
+        file_one(holding)
+        owner = holding.journal.path.parent / "dataset.json"
+    facts = json.loads(owner.read_text())
+    owner.write_text(json.dumps({**facts, "device": facts["device"] + 1}))
+    renamed = Layout(layout.root.with_name("Felines"))
+    layout.root.rename(renamed.root)
     assert counts(renamed, state) == {}
-    assert counts(layout, state) == {"filed": 1}
 
 
 def test_another_state_directory_keeps_its_journals(layout: Layout, tmp_path: Path) -> None:

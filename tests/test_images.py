@@ -16,9 +16,9 @@ from PIL import Image, ImageFile, ImageOps
 
 from sortd.arrays import Pixels
 from sortd.errors import ImageError, NotAnImageError, TooLargeError, UnreadableError
+from sortd.events import Fit, Preprocessing
 from sortd.images.decode import DecodeLimits, check_header, decode_file, decode_image
 from sortd.images.formats import HEAD_BYTES, format_of, looks_like_image
-from sortd.messages import Fit, Preprocessing
 
 SMALL = Preprocessing(32, 32, 32)
 LIMITS = DecodeLimits()

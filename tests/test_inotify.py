@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.watching.inotify import (
+from sortd.watch.inotify import (
     Limits,
     advice,
     file_system_of,

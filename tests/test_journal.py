@@ -13,19 +13,19 @@ import pytest
 
 from sortd.classify.types import Abstained, Assigned, Mode
 from sortd.errors import JournalError
-from sortd.journal import UNDONE, Grounds, History, Journal, Selection
-from sortd.journaling.records import FiledImages
-from sortd.messages import Stamp
-from sortd.moving.relocation import Member, Progress, Relocation, Role
+from sortd.events import Stamp
+from sortd.store.history import History
+from sortd.store.journal import Journal
+from sortd.store.records import UNDONE, FiledImages, MoveFile, MoveProgress, MoveReason, MoveRecord, Role, Selection
 from tests.filing_world import Clock
 
 STAMP = Stamp(1, 2**63 + 5, 3, 4)
 
 
-def relocation(token: str, name: str = "a.jpg", label: str = "cat", **changes: object) -> Relocation:
+def relocation(token: str, name: str = "a.jpg", label: str = "cat", **changes: object) -> MoveRecord:
     """Return a relocation from Images/ to a class."""
-    member = Member(Role.IMAGE, name, name, STAMP, final=name, moved_stamp=STAMP)
-    return Relocation(token, "Images", f"Dataset/{label}", (member,), **changes)  # type: ignore[arg-type]
+    member = MoveFile(Role.IMAGE, name, name, STAMP, final=name, moved_stamp=STAMP)
+    return MoveRecord(token, "Images", f"Dataset/{label}", (member,), **changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -37,19 +37,19 @@ def path(tmp_path: Path) -> Path:
 def filed(journal: Journal, token: str, label: str = "cat", content: str = "", name: str = "a.jpg") -> None:
     """Write one whole move."""
     one = relocation(token, name, label)
-    journal.intend([(one, Grounds("filed", label, 0.9, 0.2, "dog", "mixed", content=content))])
-    journal.settle([relocation(token, name, label, progress=Progress.DONE)])
+    journal.intend([(one, MoveReason("filed", label, 0.9, 0.2, "dog", "mixed", content=content))])
+    journal.settle([relocation(token, name, label, progress=MoveProgress.DONE)])
 
 
 def test_a_move_is_told_with_all_that_was_written(path: Path) -> None:
     """What intent and outcome said comes back word for word, inode numbers of 64 bits included."""
-    grounds = Grounds("filed", "cat", 0.9, 0.2, "dog", "mixed", "why", 7, "clip", "ab" * 32)
+    grounds = MoveReason("filed", "cat", 0.9, 0.2, "dog", "mixed", "why", 7, "clip", "ab" * 32)
     with Journal(path, clock=Clock(), run="first") as journal:
         journal.intend([(relocation("t"), grounds)])
-        journal.settle([relocation("t", progress=Progress.DONE, lost=("owner", "mtime"), message="said")])
+        journal.settle([relocation("t", progress=MoveProgress.DONE, lost=("owner", "mtime"), message="said")])
         (record,) = journal.history.moves(Selection())
     assert record.grounds == grounds
-    assert record.relocation == relocation("t", progress=Progress.DONE, lost=("owner", "mtime"), message="said")
+    assert record.relocation == relocation("t", progress=MoveProgress.DONE, lost=("owner", "mtime"), message="said")
     assert (record.run, record.intended_at, record.ended_at, record.undone_by) == ("first", 1, 2, None)
     assert (record.source_path, record.destination_path) == ("Images/a.jpg", "Dataset/cat/a.jpg")
 
@@ -57,21 +57,22 @@ def test_a_move_is_told_with_all_that_was_written(path: Path) -> None:
 def test_an_intent_without_an_outcome_is_unfinished_after_a_crash(path: Path) -> None:
     """A process that dies between the two leaves the intent for the next one to find."""
     program = (
-        "import os, sys; from pathlib import Path; from sortd.journal import Journal, Grounds\n"
+        "import os, sys; from pathlib import Path; from sortd.store.journal import Journal\n"
+        "from sortd.store.records import MoveReason\n"
         "from tests.test_journal import relocation\n"
-        "Journal(Path(sys.argv[1])).intend([(relocation('t'), Grounds('filed'))]); os._exit(9)"
+        "Journal(Path(sys.argv[1])).intend([(relocation('t'), MoveReason('filed'))]); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", program, path], check=False).returncode == 9
     with Journal(path) as journal:
         (record,) = journal.history.unfinished()
     assert record.relocation == relocation("t")
-    assert record.relocation.progress is Progress.INTENDED
+    assert record.relocation.progress is MoveProgress.INTENDED
 
 
 def test_what_was_taken_back_leaves_no_record(path: Path) -> None:
     """A move that failed is no history."""
     with Journal(path) as journal:
-        journal.intend([(relocation("t"), Grounds("filed"))])
+        journal.intend([(relocation("t"), MoveReason("filed"))])
         journal.settle([relocation("t").failed("no room")])
         assert journal.history.unfinished() == journal.history.moves(Selection()) == []
 
@@ -79,10 +80,10 @@ def test_what_was_taken_back_leaves_no_record(path: Path) -> None:
 def test_progress_is_durable_and_never_written_back_by_settling(path: Path) -> None:
     """A relocation that is settled while it is still under way keeps what ``advance`` wrote."""
     with Journal(path) as journal:
-        journal.intend([(relocation("t"), Grounds("filed"))])
-        journal.advance(relocation("t", progress=Progress.PUBLISHING))
+        journal.intend([(relocation("t"), MoveReason("filed"))])
+        journal.advance(relocation("t", progress=MoveProgress.PUBLISHING))
         journal.settle([relocation("t")])
-        assert journal.history.unfinished()[0].relocation.progress is Progress.PUBLISHING
+        assert journal.history.unfinished()[0].relocation.progress is MoveProgress.PUBLISHING
 
 
 def test_history_is_filtered_by_everything_it_is_asked_by(path: Path) -> None:
@@ -113,8 +114,8 @@ def test_names_and_classes_that_are_not_utf8_survive(path: Path) -> None:
     """Bytes that are no text come back as the same bytes, in names, folders and classes."""
     name, label = os.fsdecode(b"caf\xe9\n.jpg"), os.fsdecode(b"ni\xf1o")
     with Journal(path) as journal:
-        journal.intend([(relocation("t", name, label), Grounds("filed", label, reason=label))])
-        journal.settle([relocation("t", name, label, progress=Progress.DONE, message=name)])
+        journal.intend([(relocation("t", name, label), MoveReason("filed", label, reason=label))])
+        journal.settle([relocation("t", name, label, progress=MoveProgress.DONE, message=name)])
         (record,) = journal.history.moves(Selection(label=label, path=f"Images/{name}"))
         assert record.grounds.label == label
         assert record.relocation.image.final == name
@@ -125,9 +126,11 @@ def test_decisions_become_grounds() -> None:
     """A filed image is told with its class, an abstention with its best guess and its reason."""
     assigned = Assigned("cat", 0.9, 0.2, "dog", Mode.MIXED)
     abstained = Abstained("far", "cat", 0.4, 0.1, None, Mode.MIXED)
-    assert Grounds.of(assigned, "filed") == Grounds("filed", "cat", 0.9, 0.2, "dog", "mixed")
-    assert Grounds.of(abstained, "sent_to_review") == Grounds("sent_to_review", "cat", 0.4, 0.1, None, "mixed", "far")
-    assert Grounds.of(None, "rejected") == Grounds("rejected")
+    assert MoveReason.of(assigned, "filed") == MoveReason("filed", "cat", 0.9, 0.2, "dog", "mixed")
+    assert MoveReason.of(abstained, "sent_to_review") == MoveReason(
+        "sent_to_review", "cat", 0.4, 0.1, None, "mixed", "far"
+    )
+    assert MoveReason.of(None, "rejected") == MoveReason("rejected")
 
 
 def test_another_process_reads_while_this_one_writes(path: Path) -> None:
@@ -156,9 +159,9 @@ def test_a_journal_at_rest_is_read_without_the_right_to_write(path: Path) -> Non
 def test_a_second_thread_writes_beside_the_first(path: Path) -> None:
     """A connection beside the first sees and writes the same journal."""
     with Journal(path, run="first") as journal:
-        journal.intend([(relocation("t"), Grounds("filed"))])
+        journal.intend([(relocation("t"), MoveReason("filed"))])
         with journal.beside() as other:
-            other.settle([relocation("t", progress=Progress.DONE)])
+            other.settle([relocation("t", progress=MoveProgress.DONE)])
         assert journal.history.counts() == {"filed": 1}
 
 
@@ -181,10 +184,10 @@ def test_an_undo_marks_what_it_undoes_and_holds_what_it_put_back(path: Path) -> 
     """The record is no longer undoable nor known, and the version is held under its restored path."""
     with Journal(path) as journal:
         filed(journal, "t")
-        member = Member(Role.IMAGE, "a.jpg", "a.jpg", STAMP, final="a (2).jpg", moved_stamp=STAMP)
-        back = Relocation("u", "Dataset/cat", "Images", (member,))
-        journal.intend([(back, Grounds(UNDONE, undoes=1))])
-        journal.settle([Relocation("u", "Dataset/cat", "Images", (member,), Progress.DONE)])
+        member = MoveFile(Role.IMAGE, "a.jpg", "a.jpg", STAMP, final="a (2).jpg", moved_stamp=STAMP)
+        back = MoveRecord("u", "Dataset/cat", "Images", (member,))
+        journal.intend([(back, MoveReason(UNDONE, undoes=1))])
+        journal.settle([MoveRecord("u", "Dataset/cat", "Images", (member,), MoveProgress.DONE)])
         assert journal.history.moves(Selection(undoable=True)) == []
         assert journal.history.moves(Selection(id=1))[0].undone_by == 2
         assert journal.history.last_known(STAMP) is None
@@ -374,7 +377,7 @@ def test_a_journal_that_cannot_be_written_stops_everything(path: Path) -> None:
 def test_a_forged_folder_is_refused(path: Path, column: str, value: bytes) -> None:
     """A journal that names a folder outside the four is not acted on."""
     with Journal(path) as journal:
-        journal.intend([(relocation("t"), Grounds("filed"))])
+        journal.intend([(relocation("t"), MoveReason("filed"))])
     _execute(path, f"UPDATE moves SET {column} = ?", value)  # noqa: S608 - our own words
     with Journal(path) as journal, pytest.raises(JournalError, match="no folder that sortd moves"):
         journal.history.unfinished()
@@ -384,7 +387,7 @@ def test_a_forged_folder_is_refused(path: Path, column: str, value: bytes) -> No
 def test_a_forged_name_is_refused(path: Path, name: bytes) -> None:
     """A journal that names a file in another folder is not acted on."""
     with Journal(path) as journal:
-        journal.intend([(relocation("t"), Grounds("filed"))])
+        journal.intend([(relocation("t"), MoveReason("filed"))])
     _execute(path, "UPDATE members SET name = ?", name)
     with Journal(path) as journal, pytest.raises(JournalError, match="no name of a file"):
         journal.history.unfinished()
@@ -420,7 +423,7 @@ def test_what_is_asked_about_each_file_does_not_walk_through_the_journal(path: P
         history._connection.set_trace_callback(asked.append)
         assert history.last_known(STAMP) is not None
         assert history.last_known(None, "abc") is not None
-        assert history.last_moved("Images", ("a.jpg", "b.jpg"), since=0.0) is not None
+        assert history.last_moved("Images", "a.jpg") is not None
         assert history.last_put("Dataset/cat", "a.jpg") is not None
         assert history.last_named("a.jpg", STAMP.size) is not None
         assert history.followers(["belongs to nothing"]) == []

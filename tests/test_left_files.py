@@ -1,7 +1,7 @@
 """What lies in Images/ and is not handled, or not yet: what a dataset looks at, asks for and says of it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
 
@@ -9,26 +9,26 @@ import pytest
 from structlog.testing import capture_logs
 
 from sortd.classify.types import DecisionSettings
+from sortd.core.guard import GuardState
+from sortd.core.sorter import SorterSettings
+from sortd.daemon.dataset import Dataset
+from sortd.daemon.dataset_log import DatasetLog
+from sortd.daemon.move_queue import DryRunMover
+from sortd.daemon.scans import LEFT_SECONDS, LeftFiles
+from sortd.daemon.worker import Answer, EmbedJob, Job
+from sortd.events import DatasetId, ImageRefused, Refusal
+from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.messages import DatasetId, ImageRefused, Refusal
 from sortd.metrics import Metrics
-from sortd.moving.renaming import stamp_of
 from sortd.references import Teaching
-from sortd.running.account import Account
-from sortd.running.dataset import Dataset
-from sortd.running.left_files import LEFT_SECONDS, LeftFiles
-from sortd.running.rehearsal import Pretence
-from sortd.running.worker import Answer, EmbedJob, Job
-from sortd.sorting.guard import GuardState
-from sortd.sorting.settings import SorterSettings
-from sortd.watch import Hint
-from sortd.watching.ear import hint_about
+from sortd.store.journal import Journal
+from sortd.watch.observer import FileEvent, path_meant
 
 
 class World:
     """A dataset that settles at once, and what was asked of its worker."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, journal: Journal) -> None:
         """Make the folders of a dataset below ``root``."""
         self.root = root
         self.asked: list[Job] = []
@@ -39,10 +39,10 @@ class World:
             Layout(root),
             SorterSettings(settle_seconds=0.0),
             Teaching(DecisionSettings()),
-            mover=Pretence("Cars", root, lambda *_: None),
+            mover=DryRunMover("Cars", root, lambda *_: None),
             ask=self.asked.append,
             metrics=Metrics(),
-            journal=None,
+            journal=journal,
             last_generation=0,
             guard=GuardState(),
         )
@@ -56,15 +56,15 @@ class World:
 
     def hint(self, path: Path) -> None:
         """Hand on what the watcher would say of a path."""
-        about = hint_about(os.fspath(path), os.fspath(self.root), is_folder=path.is_dir())
+        about = path_meant(os.fspath(path), os.fspath(self.root), is_folder=path.is_dir())
         if about is not None:
-            self.dataset.hint(Hint(about, closed=False, directory=path.is_dir()))
+            self.dataset.file_event(FileEvent(about, closed=False, directory=path.is_dir()))
         self.pass_time()
 
     def pass_time(self) -> None:
         """Let what is due be done, and what is left out be told of."""
         self.dataset.tick(monotonic())
-        self.dataset.left_files.tell(at_once=True)
+        self.dataset.scans.left_files.tell(at_once=True)
 
     def embedded(self) -> set[str]:
         """Return the names of the images that were to be embedded."""
@@ -72,9 +72,10 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
+def world(tmp_path: Path) -> Iterator[World]:
     """An empty dataset."""
-    return World(tmp_path / "Cars")
+    with Journal(tmp_path / "journal.sqlite", run="run") as journal:
+        yield World(tmp_path / "Cars", journal)
 
 
 LEFT: dict[str, Callable[[Path], None]] = {
@@ -157,7 +158,7 @@ def test_left_files_that_are_renamed_soon_are_not_told_of(tmp_path: Path) -> Non
     hidden.parent.mkdir()
     now = [100.0]
     with capture_logs() as lines:
-        left = LeftFiles(str(tmp_path), Account("Cars", Metrics()), clock=lambda: now[0])
+        left = LeftFiles(str(tmp_path), DatasetLog("Cars", Metrics()), clock=lambda: now[0])
         assert left.deadline == float("inf")
         for path in (hidden, stays):
             path.touch()

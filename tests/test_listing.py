@@ -5,21 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from sortd.moving.listing import FRESH_NAMES, SECONDS_A_NAME, Listings, Names
-from sortd.moving.renaming import FOLDER_FLAGS
+from sortd.moving.fs import FOLDER_FLAGS, FRESH_NAMES, SECONDS_A_NAME, FolderNames, Listings
 
 
 def test_names_near_a_file_are_found_by_how_they_begin() -> None:
     """Letter case does not count; hidden names are not there."""
-    names = Names(["IMG_1.JPG", "img_1.xmp", "IMG_1.jpg.json", "IMG_2.xmp", ".IMG_1.jpg.swp", "IMG_12.xmp"])
+    names = FolderNames(["IMG_1.JPG", "img_1.xmp", "IMG_1.jpg.json", "IMG_2.xmp", ".IMG_1.jpg.swp", "IMG_12.xmp"])
     assert {"IMG_1.JPG", "img_1.xmp", "IMG_1.jpg.json"} <= set(names.near("IMG_1.JPG"))
     assert not {"IMG_2.xmp", ".IMG_1.jpg.swp"} & set(names.near("IMG_1.JPG"))
-    assert Names(["x", "straße.xmp", "STRASSE.xmp"]).near("STRASSE.jpg") == ["STRASSE.xmp", "straße.xmp"]
+    assert FolderNames(["x", "straße.xmp", "STRASSE.xmp"]).near("STRASSE.jpg") == ["STRASSE.xmp", "straße.xmp"]
 
 
 def test_names_know_what_was_added_and_discarded() -> None:
     """A name that is discarded is gone, one spelled otherwise is not, and one that never was there is no mistake."""
-    names = Names(["a.xmp", "A.xmp"])
+    names = FolderNames(["a.xmp", "A.xmp"])
     names.discard("a.xmp")
     names.discard("nothing")
     assert names.near("a.jpg") == ["A.xmp"]
@@ -37,13 +36,13 @@ def test_names_know_what_was_added_and_discarded() -> None:
 )
 def test_is_taken_holds_a_name_whose_stem_stands_there(standing: str) -> None:
     """Anything of the stem, with whatever suffix and letter case: an image would stand beside another's edits."""
-    assert Names([standing]).is_taken("IMG_1.JPG")
+    assert FolderNames([standing]).is_taken("IMG_1.JPG")
 
 
 @pytest.mark.parametrize("standing", ["IMG_10.xmp", "IMG_1.b.jpg", "IMG_1 (2).JPG", "IMG_1-edited.jpg", "AIMG_1.xmp"])
 def test_is_taken_lets_other_stems_stand(standing: str) -> None:
     """A longer stem, another number, the edited version: none of them is in the way."""
-    assert not Names([standing]).is_taken("IMG_1.JPG")
+    assert not FolderNames([standing]).is_taken("IMG_1.JPG")
 
 
 @pytest.mark.parametrize(
@@ -64,23 +63,23 @@ def test_is_taken_lets_other_stems_stand(standing: str) -> None:
 )
 def test_is_taken_holds_what_another_rule_would_join(standing: str, coming: str) -> None:
     """A companion is not put where it would be taken for another image's, nor an image beside such a companion."""
-    assert Names([standing]).is_taken(coming)
+    assert FolderNames([standing]).is_taken(coming)
 
 
 def test_has_relatives_tells_what_would_belong_to_the_file_or_it_to_that() -> None:
     """A sidecar without its image, and an image beside a sidecar that comes; not two images and their own sidecars."""
-    assert Names(["A.XMP"]).has_relatives("a.jpg")
-    assert Names(["A.jpg"]).has_relatives("a.xmp")
-    assert not Names(["a.png", "a.png.xmp", "a.png.reason.json", "b.xmp"]).has_relatives("a.jpg")
+    assert FolderNames(["A.XMP"]).has_relatives("a.jpg")
+    assert FolderNames(["A.jpg"]).has_relatives("a.xmp")
+    assert not FolderNames(["a.png", "a.png.xmp", "a.png.reason.json", "b.xmp"]).has_relatives("a.jpg")
 
 
 def test_is_taken_knows_every_number_of_a_name() -> None:
     """The next free number is free of everything of its stem."""
-    names = Names(["a.jpg", "a (2).xmp", "A (3).Mov"])
+    names = FolderNames(["a.jpg", "a (2).xmp", "A (3).Mov"])
     assert [number for number in range(2, 6) if not names.is_taken(f"a ({number}).jpg")] == [4, 5]
 
 
-def listed(folder: Path, listings: Listings) -> Names:
+def listed(folder: Path, listings: Listings) -> FolderNames:
     """Return the names in a folder by these listings."""
     descriptor = os.open(folder, FOLDER_FLAGS)
     try:
@@ -112,7 +111,7 @@ def test_listings_read_a_large_folder_once_for_many_batches(tmp_path: Path) -> N
 
 def test_listings_keep_a_bounded_number_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder that was asked for least lately is forgotten."""
-    monkeypatch.setattr("sortd.moving.listing.MOST_KEPT", 2 * (FRESH_NAMES + 1))
+    monkeypatch.setattr("sortd.moving.fs.MOST_KEPT", 2 * (FRESH_NAMES + 1))
     listings, folders = Listings(clock=lambda: 0.0), [tmp_path / name for name in "abc"]
     for folder in folders:
         folder.mkdir()

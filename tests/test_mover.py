@@ -12,21 +12,11 @@ from pathlib import Path
 import pytest
 
 from sortd.errors import ChangedError
-from sortd.messages import Writer
-from sortd.mover import make_part, remove_spent
-from sortd.moving.copying import content_of
-from sortd.moving.relocation import Member, Relocation, Role
-from sortd.moving.renaming import (
-    FOLDER_FLAGS,
-    Folders,
-    is_version,
-    look,
-    names_of,
-    rename_new,
-    stamp_of,
-    sync_folder,
-    writer_of,
-)
+from sortd.events import Writer
+from sortd.files import stamp_of, sync_folder
+from sortd.moving.fs import FOLDER_FLAGS, Folders, is_version, look, names_of, rename_new, writer_of
+from sortd.moving.parts import content_of, make_part, remove_obsolete
+from sortd.store.records import MoveFile, MoveRecord, Role
 
 
 @pytest.fixture
@@ -86,7 +76,7 @@ def test_a_writer_of_what_cannot_be_opened_is_unknown(tmp_path: Path) -> None:
 def test_a_lease_that_is_broken_does_not_kill(tmp_path: Path) -> None:
     """Who opens the file for writing while the lease is held makes the kernel signal us: that is ignored."""
     program = (
-        "import fcntl, os, subprocess, sys, sortd.moving.renaming as renaming\n"
+        "import fcntl, os, subprocess, sys, sortd.moving.fs as renaming\n"
         "setlease = fcntl.fcntl\n"
         "def slow(fd, command, *rest):\n"
         "    answer = setlease(fd, command, *rest)\n"
@@ -197,12 +187,12 @@ def test_what_sortd_made_is_removed_only_as_it_made_it(tmp_path: Path) -> None:
     members = []
     for name in ("kept.json", "gone.json", "vanished.json"):
         (rejected / name).write_text("{}")
-        members.append(Member(Role.REASON, name, name, stamp_of(os.stat(rejected / name))))
+        members.append(MoveFile(Role.REASON, name, name, stamp_of(os.stat(rejected / name))))
     (rejected / "kept.json").write_text("{my own words}")
     (rejected / "vanished.json").unlink()
-    image = Member(Role.IMAGE, "a.jpg", "a.jpg", members[0].stamp)
+    image = MoveFile(Role.IMAGE, "a.jpg", "a.jpg", members[0].stamp)
     with Folders(tmp_path) as folders:
-        remove_spent(folders, Relocation("t", "Rejected", "Images", (image,), spent=tuple(members)))
+        remove_obsolete(folders, MoveRecord("t", "Rejected", "Images", (image,), obsolete=tuple(members)))
     assert os.listdir(rejected) == ["kept.json"]
 
 
@@ -210,9 +200,9 @@ def test_a_shared_sidecar_that_changed_is_not_copied(tmp_path: Path, folder: int
     """It may belong to another image by now; nothing is made of it."""
     sidecar = tmp_path / "a.xmp"
     sidecar.write_text("seen")
-    member = Member(Role.SHARED, "a.xmp", "a.xmp", stamp_of(sidecar.stat()))
+    member = MoveFile(Role.SHARED, "a.xmp", "a.xmp", stamp_of(sidecar.stat()))
     sidecar.write_text("changed since")
-    relocation = Relocation("0" * 16, "Images", "Dataset/cat", (member,))
+    relocation = MoveRecord("0" * 16, "Images", "Dataset/cat", (member,))
     with pytest.raises(ChangedError, match=r"Images/a\.xmp"):
         make_part(folder, folder, relocation, 0)
     assert os.listdir(tmp_path) == ["a.xmp"]

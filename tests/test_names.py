@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sortd.names import CONTROLS, RULES, Reason, Rule, rule_below, rule_for, rule_for_folder
-from sortd.watching.scanning import scan, scan_steps
+from sortd.watch.scan import scan, scan_steps
 from tests.test_scanning import never
 
 ORDINARY = [

@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from sortd.journal import Grounds, Journal, Selection
-from sortd.messages import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
+from sortd.daemon.dataset_log import DatasetLog
+from sortd.daemon.move_queue import GROUP, Outbox
+from sortd.events import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.metrics import Metrics
-from sortd.mover import Mover
-from sortd.moving.relocation import Member, Relocation, Role
-from sortd.running import crossings
-from sortd.running.account import Account
-from sortd.running.crossings import MOST_GUESSES, MOST_HANDED_OVER, Crossings
-from sortd.running.filing import Filing
-from sortd.running.outbox import GROUP, Outbox
-from sortd.running.relocating import Job, Order
+from sortd.moving import copy_queue
+from sortd.moving.copy_queue import MOST_GUESSES, MOST_HANDED_OVER, CopyAdmission, CopyJob, MoveOrder
+from sortd.moving.mover import Mover
+from sortd.store.journal import Journal
+from sortd.store.records import MoveFile, MoveReason, MoveRecord, Role, Selection
 from tests.filing_world import Dataset, order
 
 
@@ -33,14 +31,14 @@ class Copies:
 
     def __init__(self) -> None:
         """Begin with none."""
-        self.jobs: list[Job] = []
+        self.jobs: list[CopyJob] = []
 
-    def submit(self, job: Job) -> list[Order]:
+    def submit(self, job: CopyJob) -> list[MoveOrder]:
         """Keep a job for later."""
         self.jobs.append(job)
         return []
 
-    def run(self, count: int) -> list[Order]:
+    def run(self, count: int) -> list[MoveOrder]:
         """Run the first so many."""
         now, self.jobs = self.jobs[:count], self.jobs[count:]
         return [job() for job in now]
@@ -68,8 +66,8 @@ def copies() -> Copies:
 @pytest.fixture
 def outbox(dataset: Dataset, journal: Journal, copies: Copies) -> Outbox:
     """An outbox whose every move is a copy."""
-    filing = Filing(dataset.root, journal, mover=Mover(rename=crossing), submit=copies.submit)
-    return Outbox(filing, Account("Set", Metrics()), history=journal.history, root=dataset.root)
+    filing = Mover(dataset.root, journal, rename=crossing, submit=copies.submit)
+    return Outbox(filing, DatasetLog("Set", Metrics()), history=journal.history, root=dataset.root)
 
 
 def fill(outbox: Outbox, dataset: Dataset, count: int) -> list[Move]:
@@ -183,10 +181,10 @@ def test_only_what_is_no_image_can_be_a_companion(dataset: Dataset, outbox: Outb
 def test_what_a_recovery_could_not_put_right_is_told(dataset: Dataset, journal: Journal, outbox: Outbox) -> None:
     """A source that is gone and a copy that may be torn: its hidden name is in the log; of the others no word."""
     gone, standing = (
-        Relocation(token * 16, "Images", "Dataset/cat", (Member(Role.IMAGE, name, name, Stamp(1, 2, 3, 4)),))
+        MoveRecord(token * 16, "Images", "Dataset/cat", (MoveFile(Role.IMAGE, name, name, Stamp(1, 2, 3, 4)),))
         for token, name in (("0", "gone.jpg"), ("1", "standing.jpg"))
     )
-    journal.intend([(gone, Grounds("filed")), (standing, Grounds("filed"))])
+    journal.intend([(gone, MoveReason("filed")), (standing, MoveReason("filed"))])
     dataset.put("Images/standing.jpg")
     for one in (gone, standing):
         dataset.put(f"Dataset/cat/{one.part_name(0)}", "to")
@@ -205,7 +203,7 @@ def test_two_copies_are_told_of() -> None:
     moved = Moved(move.path, move.stamp, "/set/Rejected/a.jpg", move.outcome, move.stamp)
     with capture_logs() as lines:
         for note in ("", "kept in Images too"):
-            Account("Set", Metrics()).moved(move, replace(moved, note=note), 1.0)
+            DatasetLog("Set", Metrics()).moved(move, replace(moved, note=note), 1.0)
     assert [(line["log_level"], line.get("note")) for line in lines] == [
         ("info", None),
         ("warning", "kept in Images too"),
@@ -221,16 +219,16 @@ def between(folder: str, number: int, destination: str = "Dataset") -> Move:
 def test_admit_after_a_finished_copy_looks_at_one_move_of_a_hundred_thousand(monkeypatch: pytest.MonkeyPatch) -> None:
     """A camera dump waits for weeks: what one copy costs must not grow with what waits behind it."""
     looked_at = 0
-    pair_of = crossings._pair
+    pair_of = copy_queue._pair
 
     def counting(move: Move) -> tuple[str, str]:
         nonlocal looked_at
         looked_at += 1
         return pair_of(move)
 
-    waiting = Crossings()
+    waiting = CopyAdmission()
     waiting.learn(between("a", 0), crossed=True)
-    monkeypatch.setattr(crossings, "_pair", counting)
+    monkeypatch.setattr(copy_queue, "_pair", counting)
     moves = [between("a", number) for number in range(100_000)]
     assert waiting.admit(moves, 0) == moves[:MOST_HANDED_OVER]
     assert looked_at == len(moves)
@@ -244,7 +242,7 @@ def test_admit_after_a_finished_copy_looks_at_one_move_of_a_hundred_thousand(mon
 
 def test_admit_of_several_pairs_of_disks_takes_turns() -> None:
     """No pair waits for the other's last; a pair that turns out to be renamed waits for nothing any more."""
-    waiting = Crossings(most=4)
+    waiting = CopyAdmission(most=4)
     for folder in "ab":
         waiting.learn(between(folder, 0), crossed=True)
     first, second = ([between(folder, number) for number in range(6)] for folder in "ab")
@@ -262,7 +260,7 @@ def test_admit_of_several_pairs_of_disks_takes_turns() -> None:
 
 def test_the_guesses_that_are_forgotten_leave_waiting_what_waits() -> None:
     """To forget them all must not hand a hundred thousand copies over at once."""
-    waiting = Crossings(most=1)
+    waiting = CopyAdmission(most=1)
     waiting.learn(between("a", 0), crossed=True)
     moves = [between("a", number) for number in range(3)]
     assert waiting.admit(moves, 0) == moves[:1]
@@ -274,7 +272,7 @@ def test_the_guesses_that_are_forgotten_leave_waiting_what_waits() -> None:
 
 def test_the_guesses_about_folders_are_bounded() -> None:
     """A folder a day for years: all guesses are forgotten at once, and made again by trying."""
-    crossings = Crossings()
+    crossings = CopyAdmission()
     for day in range(MOST_GUESSES + 10):
         crossings.learn(Move(f"/set/Images/{day}/a.jpg", Stamp(1, 2, 3, 4), "Dataset/cat", Outcome.FILED), crossed=True)
         assert len(crossings._crossed) <= MOST_GUESSES
@@ -283,7 +281,7 @@ def test_the_guesses_about_folders_are_bounded() -> None:
 def test_outbox_more_moves_than_a_group_wait_for_the_next_turn(dataset: Dataset, journal: Journal) -> None:
     """A turn of the loop is short, however many images were decided at once; the rest is due, and none is lost."""
     outbox = Outbox(
-        Filing(dataset.root, journal), Account("Set", Metrics()), history=journal.history, root=dataset.root
+        Mover(dataset.root, journal), DatasetLog("Set", Metrics()), history=journal.history, root=dataset.root
     )
     for number in range(2 * GROUP + 1):
         outbox.add(order(dataset.put(f"Images/{number}.jpg", str(number))))

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sortd.cache import Cache
+from sortd.daemon.embedder import Embedder, Pipeline
+from sortd.events import EmbeddedImage, ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecodedImage, DecoderPool
-from sortd.messages import EmbeddedImage, ImageRefused, Preprocessing, Refusal, Stamp
-from sortd.running.embedding import Embedder
-from sortd.running.pipeline import Pipeline
-from sortd.watching.scanning import stamp
+from sortd.store.cache import Cache
+from sortd.watch.scan import stamp
 from tests.fake_encoder import SEEN, FakeEncoder
 
 SMALL = Preprocessing(16, 16, 16)
@@ -74,9 +73,7 @@ def test_every_image_gets_one_answer_in_batches_that_are_full(pool: DecoderPool,
     broken.write_bytes(Path(files[0][0]).read_bytes()[:60])
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=10)
-    pipeline.add(
-        pipeline.open_lane(recording.answers.extend), [*files[:20], (str(broken), _stamp(broken)), *files[20:]]
-    )
+    pipeline.add(pipeline.open(recording.answers.extend), [*files[:20], (str(broken), _stamp(broken)), *files[20:]])
     drain(pipeline)
     assert sorted(answer.path for answer in recording.answers) == sorted([*(path for path, _ in files), str(broken)])
     assert [a.refusal for a in recording.answers if isinstance(a, ImageRefused)] == [Refusal.UNREADABLE]
@@ -88,7 +85,7 @@ def test_a_lone_image_does_not_wait_for_company(pool: DecoderPool, tmp_path: Pat
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=32)
     (file,) = pictures(tmp_path, 1)
-    pipeline.add(pipeline.open_lane(recording.answers.extend), [file])
+    pipeline.add(pipeline.open(recording.answers.extend), [file])
     pipeline.advance()
     assert recording.batches == [[file[0]]]
 
@@ -98,9 +95,9 @@ def test_lanes_take_turns(pool: DecoderPool, tmp_path: Path) -> None:
     many, one = pictures(tmp_path / "many", 60), pictures(tmp_path / "one", 1, seed=1)
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=4)
-    pipeline.add(pipeline.open_lane(recording.answers.extend), many)
+    pipeline.add(pipeline.open(recording.answers.extend), many)
     pipeline.advance()
-    pipeline.add(pipeline.open_lane(recording.answers.extend), one)
+    pipeline.add(pipeline.open(recording.answers.extend), one)
     drain(pipeline)
     assert [answer.path for answer in recording.answers].index(one[0][0]) < 20
 
@@ -109,7 +106,7 @@ def test_what_is_on_its_way_is_bounded(pool: DecoderPool, tmp_path: Path) -> Non
     """Two batches are decoded or being decoded, however many wait: no more files are open."""
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=4)
-    lane = pipeline.open_lane(recording.answers.extend)
+    lane = pipeline.open(recording.answers.extend)
     pipeline.add(lane, pictures(tmp_path, 60))
     pipeline.advance()
     left = len(lane.waiting)
@@ -127,7 +124,7 @@ def test_the_processes_have_work_while_the_encoder_computes(pool: DecoderPool, t
         return recording.encode(batch)
 
     pipeline = Pipeline(pool, encode, batch_size=4)
-    lane = pipeline.open_lane(recording.answers.extend)
+    lane = pipeline.open(recording.answers.extend)
     pipeline.add(lane, pictures(tmp_path, 16))
     drain(pipeline)
     assert given[0] >= 4
@@ -139,11 +136,11 @@ def test_a_lane_that_is_closed_leaves_nothing_behind(pool: DecoderPool, tmp_path
     before = len(os.listdir("/proc/self/fd"))
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=4)
-    lane = pipeline.open_lane(lambda _: None)
+    lane = pipeline.open(lambda _: None)
     pipeline.add(lane, dropped)
-    pipeline.add(pipeline.open_lane(recording.answers.extend), kept)
+    pipeline.add(pipeline.open(recording.answers.extend), kept)
     pipeline.advance()
-    pipeline.close_lane(lane)
+    pipeline.close(lane)
     drain(pipeline)
     assert sorted(answer.path for answer in recording.answers) == [path for path, _ in kept]
     assert len(os.listdir("/proc/self/fd")) == before
@@ -155,7 +152,7 @@ def test_the_bell_ends_a_wait_for_pixels(pool: DecoderPool, tmp_path: Path) -> N
     Image.fromarray(np.zeros((3000, 3000, 3), np.uint8)).save(slow)
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=4)
-    pipeline.add(pipeline.open_lane(recording.answers.extend), [(str(slow), _stamp(slow))])
+    pipeline.add(pipeline.open(recording.answers.extend), [(str(slow), _stamp(slow))])
     bell = os.eventfd(1)
     try:
         pipeline.advance(bell=bell)
@@ -171,7 +168,7 @@ def test_embedding_references_lets_other_lanes_go_on(tmp_path: Path) -> None:
     with DecoderPool(1, SEEN, DecodeLimits()) as decoders, Cache(tmp_path / "cache.sqlite") as cache:
         embedder = Embedder(FakeEncoder(), decoders, cache, batch_size=4)
         others: list[EmbeddedImage | ImageRefused] = []
-        lane = embedder.open_lane(others.extend)
+        lane = embedder.pipeline.open(others.extend)
         (one,) = pictures(tmp_path / "one", 1, seed=1)
         attended: list[str] = []
 
@@ -190,7 +187,7 @@ def test_embedding_references_lets_other_lanes_go_on(tmp_path: Path) -> None:
         assert len(answers) == 40
         assert len(others) == 1
         assert answers[-1][1] == 1
-        assert not embedder.has_work
+        assert not embedder.pipeline.has_work
         forwards = embedder.forwards
         assert len(list(embedder.embed([one]))) == 1
         assert embedder.forwards == forwards

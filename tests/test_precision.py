@@ -253,7 +253,7 @@ class TestSample:
     @staticmethod
     def folders(classes: int, each: int) -> list[ClassFolder]:
         """Classes of so many files, and one of strangers."""
-        from sortd.messages import Stamp
+        from sortd.events import Stamp
 
         files = tuple((f"{number:05d}.png", Stamp(1, number, 1, 1)) for number in range(each))
         return [ClassFolder(label, files, ()) for label in ("_none", *(f"c{one:05d}" for one in range(classes)))]

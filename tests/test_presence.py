@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from sortd.journal import Journal
+from sortd.daemon.control import put_back
+from sortd.daemon.presence import APART_FACT, Presence
 from sortd.layout import Layout
-from sortd.running.control import put_back
-from sortd.running.filing import Filing
-from sortd.running.presence import APART_FACT, Presence
+from sortd.moving.mover import Mover
+from sortd.store.journal import Journal
 from tests.daemon_process import picture, running, tree
 from tests.filing_world import Dataset, done, moved, order
 
@@ -92,7 +92,8 @@ def test_a_disk_that_is_not_mounted_is_remembered_and_missed(dataset: Dataset, j
 def test_nothing_is_put_back_into_a_mount_point(dataset: Dataset, journal: Journal) -> None:
     """An inbox whose disk is away: the undo says so, and works when the disk is back."""
     (dataset.root / "Images").rmdir()
-    filing = Filing(dataset.root, journal)
+    absence = lambda: Presence(Layout(dataset.root), journal, needs_marker=False).problem()  # noqa: E731
+    filing = Mover(dataset.root, journal, absence=absence)
     with disk(dataset.root / "Images"):
         filed = moved(filing, order(dataset.put("Images/a.jpg")))
         assert filing.rehearse_undo(done(journal))[0].restored == f"{dataset.root}/Images/a.jpg"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from sortd.journal import Grounds, Journal, Selection
-from sortd.messages import Stamp
-from sortd.moving.relocation import Member, Progress, Relocation, Role
-from sortd.moving.renaming import stamp_of
-from sortd.running.filing import Filing
+from sortd.events import Stamp
+from sortd.files import stamp_of
+from sortd.moving.mover import Mover
+from sortd.store.journal import Journal
+from sortd.store.records import MoveFile, MoveProgress, MoveReason, MoveRecord, Role, Selection
 from tests.filing_world import Dataset
 
 TOKEN = "0123456789abcdef"  # noqa: S105 - a relocation's
@@ -38,16 +38,18 @@ def journal(dataset: Dataset) -> Iterator[Journal]:
 class Crash:
     """A relocation that was cut short, and the next start."""
 
-    def __init__(self, dataset: Dataset, journal: Journal, *names: str, progress: Progress = Progress.INTENDED) -> None:
+    def __init__(
+        self, dataset: Dataset, journal: Journal, *names: str, progress: MoveProgress = MoveProgress.INTENDED
+    ) -> None:
         """Put files into Images/ and let a move of them be under way."""
         self.dataset, self.journal = dataset, journal
-        members: list[Member] = []
+        members: list[MoveFile] = []
         for name in names or ("a.jpg",):
             path = dataset.put(f"Images/{name}", name)
             content = hashlib.sha256(name.encode()).hexdigest()
             role = Role.COMPANION if members else Role.IMAGE
-            members.append(Member(role, name, name, stamp_of(os.stat(path)), content=content))
-        self.relocation = Relocation(TOKEN, "Images", "Dataset/cat", tuple(members), progress)
+            members.append(MoveFile(role, name, name, stamp_of(os.stat(path)), content=content))
+        self.relocation = MoveRecord(TOKEN, "Images", "Dataset/cat", tuple(members), progress)
 
     def copied(self, name: str, position: int = 0, content: str = "") -> Path:
         """Put a copy of a member into the class folder, as the sealed one."""
@@ -63,13 +65,13 @@ class Crash:
         members = (replace(one, final=name) for one, name in zip(self.relocation.members, finals, strict=True))
         self.relocation = replace(self.relocation, members=tuple(members))
 
-    def recover(self) -> Relocation:
+    def recover(self) -> MoveRecord:
         """Start again, twice: the second time there is nothing to do."""
-        self.journal.intend([(self.relocation, Grounds("filed"))])
-        (ended,) = Filing(self.dataset.root, self.journal).recover()
+        self.journal.intend([(self.relocation, MoveReason("filed"))])
+        (ended,) = Mover(self.dataset.root, self.journal).recover()
         tree = self.dataset.tree()
-        again = Filing(self.dataset.root, self.journal).recover()
-        assert again == [] or again[0].progress not in {Progress.DONE, Progress.FAILED}
+        again = Mover(self.dataset.root, self.journal).recover()
+        assert again == [] or again[0].progress not in {MoveProgress.DONE, MoveProgress.FAILED}
         assert self.dataset.tree() == tree
         return ended
 
@@ -87,7 +89,7 @@ class TestIntended:
         crash = Crash(dataset, journal)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a (7).jpg")
         dataset.put("Images/a.jpg", "new")
-        assert crash.recover().progress is Progress.DONE
+        assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Images/a.jpg": b"new", "Dataset/cat/a (7).jpg": b"a.jpg"}
         assert crash.told == ["Dataset/cat/a (7).jpg"]
 
@@ -95,7 +97,7 @@ class TestIntended:
         """A link of the same file in the class, which is the user's, does not deceive."""
         crash = Crash(dataset, journal)
         os.link(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
-        assert crash.recover().progress is Progress.FAILED
+        assert crash.recover().progress is MoveProgress.FAILED
         assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Dataset/cat/a.jpg": b"a.jpg"}
         assert crash.told == []
 
@@ -104,7 +106,7 @@ class TestIntended:
         crash = Crash(dataset, journal)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         dataset.put("Dataset/cat/a.jpg", "edited")
-        assert crash.recover().progress is Progress.FAILED
+        assert crash.recover().progress is MoveProgress.FAILED
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"edited"}
 
     def test_a_torn_group_goes_back(self, dataset: Dataset, journal: Journal) -> None:
@@ -112,7 +114,7 @@ class TestIntended:
         crash = Crash(dataset, journal, "a.jpg", "a.xmp")
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         dataset.put("Images/a.jpg", "new")
-        assert crash.recover().progress is Progress.FAILED
+        assert crash.recover().progress is MoveProgress.FAILED
         assert dataset.tree() == {"Images/a.jpg": b"new", "Images/a (2).jpg": b"a.jpg", "Images/a.xmp": b"a.xmp"}
 
     def test_a_group_whose_companion_the_user_took_is_done(self, dataset: Dataset, journal: Journal) -> None:
@@ -120,7 +122,7 @@ class TestIntended:
         crash = Crash(dataset, journal, "a.jpg", "a.xmp")
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         (dataset.root / "Images/a.xmp").unlink()
-        assert crash.recover().progress is Progress.DONE
+        assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg"}
 
     def test_a_bringing_back_that_was_cut_short_is_ended(self, dataset: Dataset, journal: Journal) -> None:
@@ -128,7 +130,7 @@ class TestIntended:
         crash = Crash(dataset, journal)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
         dataset.put("Images/a.jpg", "new")
-        assert crash.recover().progress is Progress.FAILED
+        assert crash.recover().progress is MoveProgress.FAILED
         assert dataset.tree() == {"Images/a.jpg": b"new", "Images/a (2).jpg": b"a.jpg"}
 
     @pytest.mark.parametrize("source", ["a.jpg", "another version by now"])
@@ -138,7 +140,7 @@ class TestIntended:
         dataset.put(f"Dataset/cat/{PART}", "a.j")
         if source != "a.jpg":
             dataset.put("Images/a.jpg", source)
-        assert crash.recover().progress is Progress.FAILED
+        assert crash.recover().progress is MoveProgress.FAILED
         assert dataset.tree() == {"Images/a.jpg": source.encode()}
 
     def test_the_only_copy_is_saved(self, dataset: Dataset, journal: Journal) -> None:
@@ -147,7 +149,7 @@ class TestIntended:
         (dataset.root / "Images/a.jpg").unlink()
         dataset.put(f"Dataset/cat/{PART}", "a.jpg")
         dataset.put("Dataset/cat/a.jpg", "another")
-        assert crash.recover().progress is Progress.DONE
+        assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"another", "Dataset/cat/a (2).jpg": b"a.jpg"}
         assert crash.told == ["Dataset/cat/a (2).jpg"]
 
@@ -163,7 +165,7 @@ class TestIntended:
         (dataset.root / "Images/a.jpg").unlink()
         dataset.put(f"Dataset/cat/{PART}", "a.j")
         ended = crash.recover()
-        assert ended.progress is Progress.FAILED
+        assert ended.progress is MoveProgress.FAILED
         assert PART in ended.message
         assert dataset.tree() == {f"Dataset/cat/{PART}": b"a.j"}
 
@@ -171,7 +173,7 @@ class TestIntended:
         """Everything is in the inbox, so nothing happened."""
         crash = Crash(dataset, journal)
         (dataset.root / "Dataset/cat").rmdir()
-        assert crash.recover().progress is Progress.FAILED
+        assert crash.recover().progress is MoveProgress.FAILED
 
     def test_a_source_folder_that_the_user_removed_is_no_obstacle(self, dataset: Dataset, journal: Journal) -> None:
         """The image stands in its class: that is all there is to it."""
@@ -181,37 +183,37 @@ class TestIntended:
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         (dataset.root / "Images/sub/b.jpg").unlink()
         (dataset.root / "Images/sub").rmdir()
-        assert crash.recover().progress is Progress.DONE
+        assert crash.recover().progress is MoveProgress.DONE
 
     def test_a_disk_that_is_not_there_keeps_its_relocations_open(self, dataset: Dataset, journal: Journal) -> None:
         """Neither end can be told from here; once it is back, it is."""
         crash = Crash(dataset, journal)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         os.rename(dataset.root / "Dataset", dataset.folder / "unplugged")
-        assert crash.recover().progress is Progress.INTENDED
+        assert crash.recover().progress is MoveProgress.INTENDED
         os.rename(dataset.folder / "unplugged", dataset.root / "Dataset")
-        (ended,) = Filing(dataset.root, journal).recover()
-        assert ended.progress is Progress.DONE
+        (ended,) = Mover(dataset.root, journal).recover()
+        assert ended.progress is MoveProgress.DONE
 
     def test_a_dataset_that_is_not_there_keeps_them_open_too(self, dataset: Dataset, journal: Journal) -> None:
         """Nothing is made in its place."""
         crash = Crash(dataset, journal)
         os.rename(dataset.root, dataset.folder / "unplugged")
-        assert crash.recover().progress is Progress.INTENDED
+        assert crash.recover().progress is MoveProgress.INTENDED
         assert not dataset.root.exists()
 
     def test_what_is_made_beside_never_overwrites(self, dataset: Dataset, journal: Journal) -> None:
         """A shared sidecar's copy finds its name taken meanwhile: it gets its own number; made already, it is kept."""
         crash = Crash(dataset, journal)
         shared = dataset.put("Images/a.xmp", "shared")
-        member = Member(Role.SHARED, "a.xmp", "a.xmp", stamp_of(os.stat(shared)))
-        reason = Member(Role.REASON, "a.jpg", "a.jpg.reason.json", Stamp(0, 0, 0, 0), body=b"{}")
+        member = MoveFile(Role.SHARED, "a.xmp", "a.xmp", stamp_of(os.stat(shared)))
+        reason = MoveFile(Role.REASON, "a.jpg", "a.jpg.reason.json", Stamp(0, 0, 0, 0), body=b"{}")
         crash.relocation = crash.relocation.with_member(member).with_member(reason)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         dataset.put("Dataset/cat/a.xmp", "the user's")
         made = dataset.put("Dataset/cat/a.jpg.reason.json", "{}")
         inode = os.stat(made).st_ino
-        assert crash.recover().progress is Progress.DONE
+        assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {
             "Images/a.xmp": b"shared",
             "Dataset/cat/a.jpg": b"a.jpg",
@@ -224,12 +226,12 @@ class TestIntended:
         """It is no longer the one that belonged to this image."""
         crash = Crash(dataset, journal)
         shared = dataset.put("Images/a.xmp", "shared")
-        member = Member(Role.SHARED, "a.xmp", "a.xmp", stamp_of(os.stat(shared)))
+        member = MoveFile(Role.SHARED, "a.xmp", "a.xmp", stamp_of(os.stat(shared)))
         crash.relocation = crash.relocation.with_member(member)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         dataset.put("Images/a.xmp", "changed")
         dataset.put(f"Dataset/cat/.sortd-{TOKEN}.1.part", "sha")
-        assert crash.recover().progress is Progress.DONE
+        assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Images/a.xmp": b"changed", "Dataset/cat/a.jpg": b"a.jpg"}
 
 
@@ -238,73 +240,73 @@ class TestPublishing:
 
     def test_a_copy_that_was_not_published_goes_if_its_source_stands(self, dataset: Dataset, journal: Journal) -> None:
         """An equal file of the user's under the wanted name is none of ours, and is not touched."""
-        crash = Crash(dataset, journal, progress=Progress.PUBLISHING)
+        crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied(PART)
         theirs = dataset.put("Dataset/cat/a.jpg", "a.jpg")
         inode = os.stat(theirs).st_ino
-        assert crash.recover().progress is Progress.FAILED
+        assert crash.recover().progress is MoveProgress.FAILED
         assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Dataset/cat/a.jpg": b"a.jpg"}
         assert os.stat(theirs).st_ino == inode
 
     def test_a_published_copy_is_gone_on_with(self, dataset: Dataset, journal: Journal) -> None:
         """Whatever name it got."""
-        crash = Crash(dataset, journal, progress=Progress.PUBLISHING)
+        crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied("a (3).jpg")
-        assert crash.recover().progress is Progress.DONE
+        assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Dataset/cat/a (3).jpg": b"a.jpg"}
         assert crash.told == ["Dataset/cat/a (3).jpg"]
 
     def test_a_published_copy_that_the_user_changed_is_his(self, dataset: Dataset, journal: Journal) -> None:
         """It is no copy of the source any more: both are kept."""
-        crash = Crash(dataset, journal, progress=Progress.PUBLISHING)
+        crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied("a.jpg", content="A.JPG")
-        assert crash.recover().progress is Progress.FAILED
+        assert crash.recover().progress is MoveProgress.FAILED
         assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Dataset/cat/a.jpg": b"A.JPG"}
 
     def test_the_only_copy_is_saved(self, dataset: Dataset, journal: Journal) -> None:
         """The source is gone: the part is published and told."""
-        crash = Crash(dataset, journal, progress=Progress.PUBLISHING)
+        crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied(PART)
         dataset.put("Dataset/cat/a.jpg", "another")
         (dataset.root / "Images/a.jpg").unlink()
-        assert crash.recover().progress is Progress.DONE
+        assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"another", "Dataset/cat/a (2).jpg": b"a.jpg"}
 
     def test_a_torn_copy_is_never_shown(self, dataset: Dataset, journal: Journal) -> None:
         """Its hash does not fit and its source is gone: it is kept as it is, and said."""
-        crash = Crash(dataset, journal, progress=Progress.PUBLISHING)
+        crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied(PART, content="a.jp\0")
         (dataset.root / "Images/a.jpg").unlink()
         ended = crash.recover()
-        assert ended.progress is Progress.FAILED
+        assert ended.progress is MoveProgress.FAILED
         assert "its copy is gone" in ended.message
         assert dataset.tree() == {f"Dataset/cat/{PART}": b"a.jp\0"}
 
     def test_a_half_published_group_is_withdrawn_if_all_sources_stand(self, dataset: Dataset, journal: Journal) -> None:
         """All of them, or none."""
-        crash = Crash(dataset, journal, "a.jpg", "a.xmp", progress=Progress.PUBLISHING)
+        crash = Crash(dataset, journal, "a.jpg", "a.xmp", progress=MoveProgress.PUBLISHING)
         crash.copied("a.jpg")
         crash.copied(f".sortd-{TOKEN}.1.part", 1)
-        assert crash.recover().progress is Progress.FAILED
+        assert crash.recover().progress is MoveProgress.FAILED
         assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Images/a.xmp": b"a.xmp"}
 
     def test_a_half_published_group_goes_on_if_a_source_is_gone(self, dataset: Dataset, journal: Journal) -> None:
         """The companion's only copy must not be removed, so the whole group is published under one number."""
-        crash = Crash(dataset, journal, "a.jpg", "a.xmp", progress=Progress.PUBLISHING)
+        crash = Crash(dataset, journal, "a.jpg", "a.xmp", progress=MoveProgress.PUBLISHING)
         crash.copied("a (2).jpg")
         crash.copied(f".sortd-{TOKEN}.1.part", 1)
         (dataset.root / "Images/a.xmp").unlink()
-        assert crash.recover().progress is Progress.DONE
+        assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Dataset/cat/a (2).jpg": b"a.jpg", "Dataset/cat/a (2).xmp": b"a.xmp"}
 
     @pytest.mark.parametrize("content", ["", "somebody else's"])
     def test_an_empty_placeholder_of_ours_is_removed(self, dataset: Dataset, journal: Journal, content: str) -> None:
         """Under the name that the journal holds, and only if it has no bytes to lose."""
-        crash = Crash(dataset, journal, progress=Progress.PUBLISHING)
+        crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied(PART)
         crash.named("a.jpg")
         dataset.put("Dataset/cat/a.jpg", content)
-        assert crash.recover().progress is Progress.FAILED
+        assert crash.recover().progress is MoveProgress.FAILED
         expected = {"Images/a.jpg": b"a.jpg"} | ({"Dataset/cat/a.jpg": content.encode()} if content else {})
         assert dataset.tree() == expected
 
@@ -312,11 +314,11 @@ class TestPublishing:
         self, dataset: Dataset, journal: Journal
     ) -> None:
         """On such a file system the journal holds the name."""
-        crash = Crash(dataset, journal, progress=Progress.PUBLISHING)
+        crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied("a.jpg")
         member = replace(crash.relocation.image, copy_inode=1, final="a.jpg")
         crash.relocation = replace(crash.relocation, members=(member,))
-        assert crash.recover().progress is Progress.DONE
+        assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg"}
 
 
@@ -326,7 +328,7 @@ class TestPublished:
     @pytest.fixture
     def crash(self, dataset: Dataset, journal: Journal) -> Crash:
         """A copy that stands in its class."""
-        crash = Crash(dataset, journal, progress=Progress.PUBLISHED)
+        crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHED)
         crash.copied("a.jpg")
         crash.named("a.jpg")
         return crash
@@ -334,7 +336,7 @@ class TestPublished:
     def test_the_source_is_removed(self, crash: Crash, dataset: Dataset) -> None:
         """Under its own name or the one that sortd took it by."""
         os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
-        assert crash.recover().progress is Progress.DONE
+        assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg"}
 
     @pytest.mark.parametrize("is_taken", [False, True])
@@ -345,7 +347,7 @@ class TestPublished:
             os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
         dataset.put(f"Images/{name}", "more")
         ended = crash.recover()
-        assert ended.progress is Progress.DONE
+        assert ended.progress is MoveProgress.DONE
         assert "kept in Images too" in ended.message
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg", "Images/a.jpg": b"more"}
 
@@ -375,8 +377,8 @@ class TestPublished:
             raise AssertionError(names)
 
         dataset.put(whose, "changed by now")
-        monkeypatch.setattr("sortd.moving.crossing._take", taken)
-        assert crash.recover().progress is Progress.DONE
+        monkeypatch.setattr("sortd.moving.copy._take", taken)
+        assert crash.recover().progress is MoveProgress.DONE
         assert len(dataset.tree()) == 2
 
     @pytest.mark.parametrize("is_gone", [False, True])
@@ -389,19 +391,19 @@ class TestPublished:
             if name == "a.xmp":
                 raise PermissionError(1, "Operation not permitted")
 
-        crash = Crash(dataset, journal, "a.jpg", "a.xmp", progress=Progress.PUBLISHED)
+        crash = Crash(dataset, journal, "a.jpg", "a.xmp", progress=MoveProgress.PUBLISHED)
         crash.copied("a.jpg")
         crash.copied("a.xmp", 1)
         crash.named("a.jpg", "a.xmp")
         if is_gone:
             (dataset.root / "Images/a.jpg").unlink()
-        monkeypatch.setattr("sortd.moving.crossing._take", refuse)
+        monkeypatch.setattr("sortd.moving.copy._take", refuse)
         ended = crash.recover()
         if is_gone:
-            assert ended.progress is Progress.PUBLISHED
+            assert ended.progress is MoveProgress.PUBLISHED
             assert dataset.tree()["Dataset/cat/a.jpg"] == b"a.jpg"
         else:
-            assert ended.progress is Progress.FAILED
+            assert ended.progress is MoveProgress.FAILED
             assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Images/a.xmp": b"a.xmp"}
 
     def test_a_taken_source_that_is_being_written_is_given_back(self, crash: Crash, dataset: Dataset) -> None:
@@ -416,5 +418,5 @@ class TestPublished:
         """The source was taken; the user has put another image there."""
         os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
         dataset.put("Images/a.jpg", "new")
-        assert crash.recover().progress is Progress.DONE
+        assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg", "Images/a.jpg": b"new"}

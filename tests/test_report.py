@@ -19,10 +19,10 @@ from sortd.commands.examination import Examined, examine, taught
 from sortd.config import load
 from sortd.errors import DataError, DestinationError, JournalError
 from sortd.images.decode import thumbnail
-from sortd.journal import Journal
-from sortd.journaling.records import Selection
 from sortd.layout import Layout
 from sortd.report import evaluation_page, evaluation_sentences, explain_page, see_that_a_page_fits, write_page
+from sortd.store.journal import Journal
+from sortd.store.records import Selection
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset, picture
 from tests.fake_encoder import FakeEncoder

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from sortd.daemon.control import MOST_BYTES, AnsweredError, Answering, Reply, Request, Requests, ask
 from sortd.errors import DataError, DestinationError, JournalError, LayoutError, StartupError
-from sortd.running.requests import MOST_BYTES, AnsweredError, Reply, Request, Requests, ask
 from sortd.status import Status, started_ticks
 from tests.hostile_files import HOSTILE
 
@@ -39,6 +39,15 @@ def write(state: Path, name: str, **request: Any) -> None:
     (state / "requests" / f"{name}.request").write_text(json.dumps(facts), encoding="utf-8")
 
 
+def serve(requests: Requests, answer: Answering) -> int:
+    """Answer every request that waits; return how many there were."""
+    before = len(list(requests._path.glob("*.answer")))
+    requests.wake()
+    while requests.is_due:
+        requests.advance(answer)
+    return len(list(requests._path.glob("*.answer"))) - before
+
+
 def do_it(request: Request) -> Reply:
     """Do what is asked, or fail if that is asked."""
     if request["do"] == "fail":
@@ -57,13 +66,13 @@ def served(state: Path, do: Callable[[Request], Reply] = do_it) -> Iterator[list
         heard.append(request)
         return do(request)
 
-    def serve() -> None:
+    def serve_in_turn() -> None:
         while not stop.is_set():
             if woken.wait(0.05):
                 woken.clear()
-                requests.serve(answer)
+                serve(requests, answer)
 
-    thread = threading.Thread(target=serve)
+    thread = threading.Thread(target=serve_in_turn)
     thread.start()
     try:
         yield heard
@@ -112,7 +121,7 @@ def test_what_nobody_waits_for_is_not_done(state: Path) -> None:
     requests, heard = Requests(state, report=refuse), list[Request]()
     requests.open()
     write(state, "late", do="it", expires_at=time.time() - 1)
-    requests.serve(lambda request: heard.append(request) or {})  # type: ignore[func-returns-value]  # a list tells nothing
+    serve(requests, lambda request: heard.append(request) or {})  # type: ignore[func-returns-value]  # a list tells nothing
     assert heard == []
     assert list((state / "requests").iterdir()) == []
 
@@ -123,7 +132,7 @@ def test_nonsense_is_answered_as_nonsense(state: Path) -> None:
     requests.open()
     (state / "requests" / "a.request").write_text("{", encoding="utf-8")
     write(state, "b", do="it")
-    assert requests.serve(lambda request: {"done": request["do"]}) == 2
+    assert serve(requests, lambda request: {"done": request["do"]}) == 2
     assert "is no request" in json.loads((state / "requests" / "a.answer").read_text(encoding="utf-8"))["error"]
     assert json.loads((state / "requests" / "b.answer").read_text(encoding="utf-8")) == {"done": "it"}
 
@@ -137,7 +146,7 @@ def test_requests_broken_journal_is_answered(state: Path) -> None:
     def answer(_: Request) -> Reply:
         raise JournalError("the disk is gone")
 
-    assert requests.serve(answer) == 1
+    assert serve(requests, answer) == 1
     reply = json.loads((state / "requests" / "a.answer").read_text(encoding="utf-8"))
     assert reply == {"error": "the disk is gone", "exit_code": 74}
 
@@ -150,7 +159,7 @@ def test_the_past_is_forgotten(state: Path) -> None:
     Requests(state, report=refuse).open()
     assert list((state / "requests").iterdir()) == []
     (state / "requests" / "left.answer").write_text("{}", encoding="utf-8")
-    requests.serve(lambda _: {})
+    serve(requests, lambda _: {})
     assert list((state / "requests").iterdir()) == []
 
 
@@ -162,7 +171,7 @@ def test_an_answer_that_cannot_be_written_ends_nothing(state: Path) -> None:
     for name in ("a", "b"):
         write(state, name, do="it")
     (state / "requests" / "a.answer").mkdir()
-    assert requests.serve(lambda request: {"done": request["do"]}) == 2
+    serve(requests, lambda request: {"done": request["do"]})
     assert [Path(str(error.filename)).name for error in told] == ["a.answer"]
     assert (state / "requests" / "b.answer").exists()
     assert not list((state / "requests").glob("*.request"))
@@ -242,7 +251,7 @@ def test_serve_with_hostile_file_answers_and_goes_on(state: Path, kind: str) -> 
     HOSTILE[kind](state / "requests" / "a.request")
     write(state, "b", do="it")
     for _ in range(3):
-        requests.serve(lambda request: {"done": request["do"]})
+        serve(requests, lambda request: {"done": request["do"]})
     assert "is no request" in answered(state, "a")["error"]
     assert answered(state, "b") == {"done": "it"}
     left = [] if kind != "folder" else [str(state / "requests" / "a.request")]
@@ -273,7 +282,7 @@ def test_serve_with_nonsense_answers(state: Path, content: bytes) -> None:
     requests = Requests(state, report=refuse)
     requests.open()
     (state / "requests" / "a.request").write_bytes(content)
-    requests.serve(lambda request: {"done": request["do"]})
+    serve(requests, lambda request: {"done": request["do"]})
     reply = answered(state, "a")
     assert reply["exit_code"] == 65
     assert len(reply["error"]) < 300
@@ -292,7 +301,7 @@ def test_serve_answers_what_cannot_be_done(state: Path, error: Exception) -> Non
     def answer(_: Request) -> Reply:
         raise error
 
-    assert requests.serve(answer) == 1
+    assert serve(requests, answer) == 1
     assert answered(state, "a")["error"]
     assert told == ([error] if isinstance(error, OSError) else [])
 
@@ -343,7 +352,7 @@ def test_open_with_leftovers_of_any_kind_serves(state: Path, kind: str) -> None:
     requests.open()
     assert len(told) == (kind == "folder")
     write(state, "b", do="it")
-    requests.serve(lambda request: {"done": request["do"]})
+    serve(requests, lambda request: {"done": request["do"]})
     assert answered(state, "b") == {"done": "it"}
 
 
@@ -374,7 +383,7 @@ def test_serve_with_unreadable_request_answers(state: Path) -> None:
     os.seteuid(65_534)
     try:
         requests = Requests(Path(), report=refuse)
-        assert requests.serve(no_answer) == 1
+        assert serve(requests, no_answer) == 1
     finally:
         os.seteuid(0)
         os.chdir(REPOSITORY)

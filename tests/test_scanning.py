@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sortd.names import CONTROLS, Reason, Rule, Why, rule_for_folder
-from sortd.watching.scanning import scan, scan_steps, stamp, whole_files, why_left, why_unfinished
+from sortd.watch.scan import scan, scan_steps, stamp, whole_files, why_left, why_unfinished
 
 
 def never(error: OSError) -> None:

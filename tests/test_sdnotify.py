@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.sdnotify import Notifier
+from sortd.systemd import Notifier
 
 
 @pytest.fixture(params=["path", "abstract"])

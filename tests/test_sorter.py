@@ -5,7 +5,9 @@ import numpy as np
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import DecisionSettings, Mode, SupportSet
-from sortd.messages import (
+from sortd.core.sorter import MOST_LOOKS, Sorter, SorterSettings
+from sortd.core.state import State
+from sortd.events import (
     Command,
     Embed,
     Embedded,
@@ -36,8 +38,6 @@ from sortd.messages import (
     Tick,
     Writer,
 )
-from sortd.sorter import MOST_LOOKS, Sorter
-from sortd.sorting.settings import SorterSettings
 
 ENCODER = "test-encoder"
 
@@ -213,7 +213,7 @@ def test_a_late_answer_about_an_older_version_is_dropped() -> None:
     settle(sorter, "a.png", mark, 100)
     sorter.receive(ImageSeen("a.png", stamp(2)), 111)
     assert sorter.receive(embedded("a.png", mark), 112) == []
-    assert sorter.counts["settling"] == 1
+    assert sorter.images.counts[State.SETTLING] == 1
 
 
 def test_embeddings_of_another_encoder_never_meet_the_prototypes() -> None:
@@ -235,9 +235,9 @@ def test_a_broken_image_is_set_aside_and_a_stranger_file_left() -> None:
     answer = sorter.receive(ImageRefused("b.txt", stamp(), Refusal.NOT_AN_IMAGE, "text"), 211)
     assert answer == [Leave("b.txt", Refusal.NOT_AN_IMAGE, "text", stamp())]
     assert sorter.receive(ImageSeen("b.txt", stamp()), 300) == []
-    assert sorter.counts["refused"] == 1
+    assert sorter.images.counts[State.REFUSED] == 1
     sorter.receive(ImageSeen("b.txt", stamp(2)), 400)
-    assert sorter.counts["settling"] == 1
+    assert sorter.images.counts[State.SETTLING] == 1
 
 
 def test_what_could_not_be_read_for_want_of_rights_is_tried_after_each_scan_and_told_once() -> None:
@@ -251,9 +251,9 @@ def test_what_could_not_be_read_for_want_of_rights_is_tried_after_each_scan_and_
         sorter.receive(ImageSeen("a.png", mark), now)
         sorter.receive(ScanFinished(), now)
         settle(sorter, "a.png", mark, now)
-        assert sorter.counts["encoding"] == 1
+        assert sorter.images.counts[State.ENCODING] == 1
         assert sorter.receive(denied, now + 11) == []
-    assert sorter.counts["refused"] == 1
+    assert sorter.images.counts[State.REFUSED] == 1
 
 
 def test_a_rejected_image_that_was_mended_is_decided_and_a_broken_one_stays() -> None:
@@ -344,7 +344,7 @@ def test_an_abstained_image_is_decided_again_by_new_prototypes() -> None:
     settle(sorter, "Images/a.png", mark, 100)
     sorter.receive(embedded("Images/a.png", mark), 111)
     sorter.receive(Moved("Images/a.png", mark, "Review/cross/a.png", Outcome.REVIEW, mark), 112)
-    assert sorter.counts["abstained"] == 1
+    assert sorter.images.counts[State.REVIEWED] == 1
     assert sorter.is_drained
     sorter.receive(ReferencesTouched(), 200)
     sorter.receive(Tick(), 210)
@@ -365,7 +365,7 @@ def test_a_held_file_rests_until_it_changes_or_is_released() -> None:
     assert sorter.receive(Tick(), 112) == [Inspect("a.png")]
     sorter.receive(ImageHeld("a.png", mark), 113)
     sorter.receive(ImageSeen("a.png", stamp(2)), 114)
-    assert sorter.counts["settling"] == 1
+    assert sorter.images.counts[State.SETTLING] == 1
 
 
 def test_newest_first_but_the_oldest_are_not_starved() -> None:
@@ -384,7 +384,7 @@ def test_the_backlog_is_bounded_and_a_scan_finds_the_rest() -> None:
     sorter = ready_sorter(backlog_limit=4)
     for index in range(10):
         sorter.receive(ImageSeen(f"{index}.png", stamp(inode=index)), 100)
-    assert sorter.waiting == 4
+    assert sorter.images.waiting == 4
     answers = [sorter.receive(ImageGone(f"{index}.png"), 101) for index in range(4)]
     assert [Scan()] in answers
     assert answers.count([Scan()]) == 1
@@ -396,10 +396,10 @@ def test_what_a_full_backlog_has_no_room_for_is_no_reason_to_scan_on() -> None:
     sorter.receive(ScanStarted(), 100)
     for index in (0, 1, 0, 1):
         sorter.receive(ImageSeen(f"{index}.png", stamp(inode=index)), 100)
-        assert not sorter.is_overflowed
+        assert not sorter.images.overflowed
     sorter.receive(ImageSeen("2.png", stamp(inode=2)), 100)
-    assert sorter.is_overflowed
-    assert sorter.known == 2
+    assert sorter.images.overflowed
+    assert len(sorter.images) == 2
 
 
 def test_a_scan_asks_after_resting_images_that_it_did_not_name() -> None:
@@ -457,4 +457,4 @@ def test_sorter_folder_that_is_gone_has_what_rested_in_it_looked_at() -> None:
     sorter.receive(ImageHeld("/Images/b/2.png", stamp()), 100)
     assert sorter.receive(FoldersGone(frozenset({"/Images/a"})), 101) == [Inspect("/Images/a/1.png")]
     sorter.receive(ImageGone("/Images/a/1.png"), 101)
-    assert sorter.known == 1
+    assert len(sorter.images) == 1

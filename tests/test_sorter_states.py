@@ -8,7 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sortd.messages import (
+from sortd.core.sorter import Sorter, SorterSettings
+from sortd.core.state import State
+from sortd.events import (
     Command,
     DatasetAbsent,
     DatasetReleased,
@@ -36,9 +38,6 @@ from sortd.messages import (
     Tick,
     Writer,
 )
-from sortd.sorter import Sorter
-from sortd.sorting.entry import State
-from sortd.sorting.settings import SorterSettings
 from tests.test_sorter import embedded, prototypes, ready_sorter, settle, stamp
 
 
@@ -75,9 +74,9 @@ def test_sorter_whatever_is_seen_during_a_move_keeps_waiting_for_its_answer(even
     settle(sorter, "Images/a.png", mark, 100)
     sorter.receive(embedded("Images/a.png", mark), 111)
     sorter.receive(event, 112)
-    assert sorter.counts["moving"] == 1
+    assert sorter.images.counts[State.MOVING] == 1
     sorter.receive(Moved("Images/a.png", mark, "Review/cross/a.png", Outcome.REVIEW, stamp(9)), 113)
-    assert (sorter.counts["moving"], sorter.counts["abstained"]) == (0, 1)
+    assert (sorter.images.counts[State.MOVING], sorter.images.counts[State.REVIEWED]) == (0, 1)
     assert "Review/cross/a.png" in paths(rebuild(sorter, 2, 200))
 
 
@@ -102,7 +101,7 @@ def test_sorter_a_failed_move_of_a_version_that_was_replaced_leaves_the_new_one(
     sorter.receive(embedded("a.png", stamp()), 111)
     sorter.receive(ImageSeen("a.png", stamp(2)), 112)
     assert sorter.receive(MoveFailed("a.png", stamp(), failure, ""), 113) == []
-    assert (sorter.known, sorter.counts["settling"]) == (1, 1)
+    assert (len(sorter.images), sorter.images.counts[State.SETTLING]) == (1, 1)
 
 
 def test_sorter_an_image_held_during_its_move_rests_if_the_move_fails() -> None:
@@ -112,7 +111,7 @@ def test_sorter_an_image_held_during_its_move_rests_if_the_move_fails() -> None:
     sorter.receive(embedded("a.png", stamp()), 111)
     sorter.receive(ImageHeld("a.png", stamp()), 112)
     sorter.receive(MoveFailed("a.png", stamp(), MoveFailure.BUSY, ""), 113)
-    assert sorter.counts["held"] == 1
+    assert sorter.images.counts[State.HELD] == 1
 
 
 def test_sorter_an_image_put_into_review_after_a_rebuild_is_decided_again_at_once() -> None:
@@ -139,7 +138,7 @@ def refused(count: int, failure: MoveFailure = MoveFailure.DESTINATION) -> Sorte
     sorter.receive(MoveFailed("Images/0.png", stamp(), failure, ""), 200)
     for number in range(1, count):
         assert sorter.receive(embedded(f"Images/{number}.png", stamp()), 200) == []
-    assert sorter.counts["embedded"] == count
+    assert sorter.images.counts[State.EMBEDDED] == count
     return sorter
 
 
@@ -183,7 +182,7 @@ def test_sorter_images_that_were_woken_and_whose_folder_refuses_again_are_not_em
     sorter.receive(Moved(woken[1], stamp(), "there", Outcome.FILED, stamp()), 202)
     for other in woken[2:]:
         assert sorter.receive(embedded(other, stamp()), 202) == []
-    assert sorter.counts["embedded"] == 48
+    assert sorter.images.counts[State.EMBEDDED] == 48
 
 
 def test_sorter_another_generation_decides_all_that_wait_for_a_folder_again() -> None:
@@ -278,18 +277,18 @@ def test_sorter_images_taken_out_of_review_make_room_for_others() -> None:
     sorter = ready_sorter(backlog_limit=2)
     for name in "abc":
         sorter.receive(ReviewSeen(f"Review/{name}.png", stamp(), 1), 100)
-    assert (sorter.counts["abstained"], sorter.is_review_full) == (2, True)
+    assert (sorter.images.counts[State.REVIEWED], sorter.images.is_review_full) == (2, True)
     sorter.receive(ScanStarted(in_review=True), 200)
     for name in "bc":
         sorter.receive(ReviewSeen(f"Review/{name}.png", stamp(), 1), 200)
-    assert sorter.is_review_full
+    assert sorter.images.is_review_full
     assert sorter.receive(ScanFinished(in_review=True), 200) == [Inspect("Review/a.png")]
     sorter.receive(ImageGone("Review/a.png"), 200)
-    assert not sorter.knows("Review/a.png")
+    assert "Review/a.png" not in sorter.images
     sorter.receive(ScanStarted(in_review=True), 300)
     for name in "bc":
         sorter.receive(ReviewSeen(f"Review/{name}.png", stamp(), 1), 300)
-    assert not sorter.is_review_full
+    assert not sorter.images.is_review_full
     assert sorter.receive(ScanFinished(in_review=True), 300) == []
 
 
@@ -465,14 +464,14 @@ class SorterMachine(RuleBasedStateMachine):
     @invariant()
     def no_image_leaves_moving_without_an_answer(self) -> None:
         """What moves is what was asked for and not answered."""
-        moving = sorted((entry.path, entry.stamp.size) for entry in self.sorter._backlog.in_state(State.MOVING))
+        moving = sorted((entry.path, entry.stamp.size) for entry in self.sorter.images.in_state(State.MOVING))
         assert moving == sorted((one.path, one.stamp.size) for one in self.moving)
 
     @invariant()
     def no_image_is_in_two_states(self) -> None:
         """Each known version is counted once."""
-        assert sum(self.sorter.counts.values()) == self.sorter.known
-        entries = [entry for state in State for entry in self.sorter._backlog.in_state(state)]
+        assert sum(self.sorter.images.counts.values()) == len(self.sorter.images)
+        entries = [entry for state in State for entry in self.sorter.images.in_state(state)]
         assert len({(entry.path, entry.stamp) for entry in entries}) == len(entries)
 
     @invariant()
@@ -483,8 +482,8 @@ class SorterMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_waits_for_ever(self) -> None:
         """An image that was decided and may not move has a deadline, an image on its way, or a rebuild to wait for."""
-        if self.sorter.counts["embedded"] and self.may_move:
-            on_the_way = self.encoding or self.moving or self.sorter.counts["ready"]
+        if self.sorter.images.counts[State.EMBEDDED] and self.may_move:
+            on_the_way = self.encoding or self.moving or self.sorter.images.counts[State.READY]
             assert on_the_way or self.sorter.next_deadline() is not None
 
 

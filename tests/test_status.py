@@ -10,11 +10,11 @@ import pytest
 
 from sortd.commands.overview import overview
 from sortd.config import load
-from sortd.journal import Journal
-from sortd.journaling.records import Selection
+from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.moving.renaming import stamp_of
 from sortd.status import Status, is_alive, read_status, started_ticks
+from sortd.store.journal import Journal
+from sortd.store.records import Selection
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset
 from tests.filed_images import file_images

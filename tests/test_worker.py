@@ -18,18 +18,12 @@ import pytest
 from PIL import Image
 
 from sortd.arrays import FloatArray
-from sortd.cache import Cache
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import Abstain, DecisionSettings, Mode
-from sortd.encoder.base import Encoder
-from sortd.images.decode import DecodeLimits
-from sortd.images.pool import DecoderPool
-from sortd.messages import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
-from sortd.references import Teaching
-from sortd.running.classifiers import Classifiers
-from sortd.running.embedding import TEXTS_AT_ONCE, Embedder
-from sortd.running.worker import (
+from sortd.daemon.classifiers import Classifiers
+from sortd.daemon.embedder import TEXTS_AT_ONCE, Embedder
+from sortd.daemon.worker import (
     Answer,
     EmbedJob,
     Forget,
@@ -41,7 +35,13 @@ from sortd.running.worker import (
     WorkerDied,
     WorkerReady,
 )
-from sortd.watching.scanning import stamp
+from sortd.encoder.base import Encoder
+from sortd.events import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
+from sortd.images.decode import DecodeLimits
+from sortd.images.pool import DecoderPool
+from sortd.references import Teaching
+from sortd.store.cache import Cache
+from sortd.watch.scan import stamp
 from tests.daemon_process import COLOURS, PATIENCE_SECONDS, make_dataset, picture, teach
 from tests.fake_encoder import SEEN, FakeEncoder
 

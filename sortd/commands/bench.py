@@ -1,173 +1,323 @@
-"""The command ``bench``: how fast the user's own machine, model and images are, and what to change."""
+"""Measure how fast this machine, model and images are, stage by stage, and advise on the backend.
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+Images are decoded and encoded in memory; moves are timed on copies in a scratch folder.
+"""
+
+import os
+import random
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from time import perf_counter
+from typing import Any
 
-import typer
+import numpy as np
 
-from sortd.commands.console import (
-    ConfigOption,
-    JsonOption,
-    counted,
-    load_config,
-    megabytes,
-    print_json,
-    print_line,
-    print_table,
-    printable,
-)
-
-if TYPE_CHECKING:
-    from sortd.commands.measurement import Backend, LoadOther, Measurement
-    from sortd.running.site import LoadEncoder
+from sortd.arrays import Pixels
+from sortd.commands.console import counted, megabytes, print_line, print_table, printable
+from sortd.commands.model_facts import backend_facts
+from sortd.config import Config
+from sortd.daemon.dataset_lock import hold
+from sortd.daemon.resources import LoadEncoder, Resources
+from sortd.encoder import onnx_encoder
+from sortd.encoder.backends import load_with_backend, locate_models
+from sortd.encoder.base import Encoder
+from sortd.errors import DataError, ModelError
+from sortd.events import EmbeddedImage, Move, Outcome, Stamp
+from sortd.images.decode import DecodeLimits
+from sortd.images.formats import SUFFIXES
+from sortd.images.pool import DecodedImage, DecoderPool
+from sortd.layout import Area, Layout, find_datasets
+from sortd.names import CLASS_AREAS, rule_for, rule_for_folder
+from sortd.watch.scan import scan, stamp
 
 INT8 = "onnx-int8"
 BACKENDS = (INT8, "onnx", "torch")
-STEPS = 9
-"""What the bar counts to: the stages, and the backends that are compared."""
-
 WORTH_A_CHANGE = 1.1
-"""Times the images per second from which another backend is worth a line."""
+"""Times the images a second from which another backend is recommended."""
+
+LISTED_AT_MOST = 20_000
+STAGE_SECONDS = 6.0
+"""How long decoding and each backend's forward are measured, about."""
+
+PIPELINE_SECONDS = 15.0
+LARGEST_BATCH = 128
+MOVED_AT_MOST = 32
+
+_File = tuple[str, Stamp]
+LoadOther = Callable[[Config, str], Encoder]
 
 
-def bench(
-    folder: Annotated[Path | None, typer.Argument(help="Whose images serve; without it those of the datasets.")] = None,
-    config: ConfigOption = None,
-    images: Annotated[int, typer.Option(min=4, max=10_000, help="How many images, at most.")] = 96,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure images per second and milliseconds by stage on this machine; moves no file, takes under a minute."""
-    bench_with(folder, config, images=images, as_json=as_json)
-
-
-def bench_with(
+def measure(
+    config: Config,
     folder: Path | None,
-    config: Path | None,
     *,
     images: int,
-    as_json: bool,
-    load_encoder: "LoadEncoder | None" = None,
-    load_other: "LoadOther | None" = None,
-) -> None:
-    """Measure; ``load_encoder`` and ``load_other`` stand in for the configured model.
+    load_encoder: LoadEncoder | None = None,
+    load_other: LoadOther | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Return the milliseconds of each stage, the images a second, and the advice, as plain values.
+
+    At most ``images`` are drawn from ``folder`` or else from the datasets. ``load_encoder`` and ``load_other`` stand in
+    for the configured model, and for it on another backend.
 
     Raises:
-        SortdError: what stands in the way.
+        DataError: there is no image, or none can be decoded.
+        ModelError: the model cannot be had.
     """
-    from sortd.commands.measurement import measure
+    files, cores = draw(config, folder, images), len(os.sched_getaffinity(0))
+    most = min(config.batch_size, LARGEST_BATCH)
+    with _scratch(config) as scratch:
+        tell("loading the model")
+        began, site = perf_counter(), Resources(config, load_encoder=load_encoder, scratch=scratch)
+        try:
+            embedder, _, description = site.load()
+            load_seconds = perf_counter() - began
+            encoder = embedder.encoder
+            tell("decoding")
+            decode, pixels = _decode(config, encoder, files)
+            tell("encoding")
+            forward = _forward_milliseconds(encoder, pixels, most=most)
+            best = min(forward, key=lambda size: forward[size])
+            bound = _bound(decode, forward[best], cores, encoder)
+            tell("decoding and encoding at once")
+            first = len(files) // 6  # before the time is taken, so that the decoders have started
+            warm = [one for one in embedder.embed(files[:first]) if isinstance(one, EmbeddedImage)]
+            began, timed = perf_counter(), files[first:][: max(8, int(bound * PIPELINE_SECONDS))]
+            done = [one for one in embedder.embed(timed) if isinstance(one, EmbeddedImage)]
+            embedded = len(done) / (perf_counter() - began)
+            if not done:
+                raise DataError(f"none of {len(timed)} images can be decoded; `sortd check` says more")
+        finally:
+            site.unload()
+        tell("moving copies")
+        moved = _move_milliseconds(scratch, sorted(files, key=lambda file: file[1].size)[:MOVED_AT_MOST])
+    own = "torch" if "-onnx-" not in encoder.encoder_id else INT8 if f"-{INT8}-" in encoder.encoder_id else "onnx"
+    backends = [_backend(own, encoder, forward[best], bound, serves=True)]
+    for name in BACKENDS:
+        with suppress(ModelError):  # what is not here is not recommended
+            if name != own:
+                tell(f"encoding by {name}")
+                other = (load_other or _with_backend)(config, name)
+                taken = min(_forward_milliseconds(other, pixels, most=most).values())
+                backends.append(_backend(name, other, taken, _bound(decode, taken, cores, other), serves=False))
+    backend = backend_facts(config)
+    missing = [] if backend["is_installed"] else [onnx_encoder.EXTRA]
+    facts = {
+        "model": description,
+        "encoder_id": encoder.encoder_id,
+        "configured": config.backend,
+        "int8_refusal": _int8_refusal(backend),
+        "onnx_hint": None if backend["export"] else " and ".join([*missing, "`sortd models export`"]),
+        "device": _device(encoder),
+        "cores": cores,
+        "files": len(warm) + len(done),
+        "megabytes": statistics.fmean(mark.size for _, mark in files) / 1e6,
+        "load_seconds": load_seconds,
+        "best_batch": best,
+        "stages": {
+            "decode": decode,
+            "encode": forward[best],
+            "encode_alone": forward[1],
+            "move": moved,
+        },
+        "embedded_per_second": embedded,
+        "filed_per_second": 1.0 / (1.0 / embedded + 1e-3 * (moved or 0.0)),
+        "bound_per_second": bound,
+        "share_of_bound": round(embedded / bound, 3),
+        "limit": "decode" if decode / cores > forward[best] else "forward",
+        "backends": sorted(backends, key=lambda one: one["encode"]),
+    }
+    return facts | {"advice": [*backend_advice(facts)]}
 
-    loaded = load_config(config)
-    with _bar() as tell:
-        measured = measure(
-            loaded,
-            folder,
-            images=images,
-            others=BACKENDS,
-            load_encoder=load_encoder,
-            load_other=load_other,
-            tell=tell,
-        )
-    if as_json:
-        print_json(measured.facts() | {"advice": advice(measured)})
+
+def draw(config: Config, folder: Path | None, images: int) -> list[_File]:
+    """Draw images from a folder or the datasets: first of Images/, then Clases/, Dataset/ and Review/.
+
+    Raises:
+        DataError: there is none.
+    """
+    areas = (Area.IMAGES, Area.CLASES, Area.DATASET, Area.REVIEW)
+    layouts = find_datasets(config.root) if folder is None else []
+    places = [layout.area(area) for area in areas for layout in layouts] if folder is None else [folder.absolute()]
+    found: list[_File] = []
+    for place in places:
+        rule = rule_for_folder if place.name in CLASS_AREAS else rule_for
+        listed = islice(scan(os.fspath(place), report=lambda _: None, rule_at_top=rule), LISTED_AT_MOST)
+        found += [file for file in listed if os.path.splitext(file[0])[1].lower() in SUFFIXES]
+        if len(found) >= images:
+            break
+    if not found:
+        raise DataError(f"there is no image in {folder or config.root}: name a folder of images, `sortd bench FOLDER`")
+    return random.Random(0).sample(sorted(found), min(images, len(found)))  # noqa: S311 -- a sample, no secret
+
+
+def backend_advice(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which backend to choose, and what limits."""
+    serving = next(one for one in facts["backends"] if one["serves"])
+
+    def times(one: Mapping[str, Any]) -> float:
+        return float(one["images_per_second"] / serving["images_per_second"])
+
+    refusal = facts["int8_refusal"]
+    allowed = [one for one in facts["backends"] if one["backend"] != INT8 or one["serves"] or not refusal]
+    best = max(allowed, key=times)
+    name = best["backend"].partition("-")[0]
+    if times(best) < WORTH_A_CHANGE:
+        yield f"keep the backend: {serving['backend']} is as fast as any that may serve here"
+    elif name == serving["backend"].partition("-")[0]:  # its precision is chosen at a start
+        yield f"start sortd again: {best['backend']} may serve, and could file {times(best):.1f} times as many images"
     else:
-        _print(measured)
+        yield f"set `backend: {name}`: {best['backend']} could file {times(best):.1f} times as many images a second"
+    for one in facts["backends"]:
+        if one not in allowed and times(one) >= WORTH_A_CHANGE * times(best):
+            yield f"{one['backend']} could file {times(one):.1f} times as many, but does not serve: {refusal}"
+    if facts["onnx_hint"] and serving["backend"] == "torch" and facts["device"] == "cpu":
+        yield f"only torch is ready here; ONNX Runtime may be faster: {facts['onnx_hint']}, then measure again"
+    if facts["limit"] == "decode":
+        yield "decoding limits: more processor cores help, a faster model does not"
+    elif facts["device"] == "cpu":
+        yield "the model's forward limits: a faster backend, a smaller model or a GPU helps"
+    else:
+        yield "the model's forward limits: a smaller model helps, more processor cores do not"
+
+
+def print_measured(facts: Mapping[str, Any]) -> None:
+    """Print the figures and the advice for people."""
+    second, stages = facts["embedded_per_second"], facts["stages"]
+    speed = f"{facts['filed_per_second']:.1f} images a second on {facts['device']}, {counted(facts['cores'], 'core')}"
+    print_line(speed, style="bold green")
+    print_line(f"model: {printable(facts['model'])}")
+    print_line(
+        f"decoding and encoding: {second:.1f} a second, {facts['share_of_bound']:.0%} of what forward and decoding"
+        f" alone would allow ({facts['bound_per_second']:.1f})"
+    )
+    size = megabytes(facts["megabytes"] * 1e6)
+    print_line(f"measured on {counted(facts['files'], 'image')} of {size} on the mean\n")
+    notes = {
+        "decode": "reading and hashing included; one process, as many work as there are cores",
+        "encode": f"at its best batch, {facts['best_batch']}",
+        "encode_alone": "one image by itself",
+        "move": "copies in a scratch folder, journal and all",
+    }
+    rows = [
+        (name.replace("_", " "), "" if stages[name] is None else f"{stages[name]:.2f}", said)
+        for name, said in notes.items()
+    ]
+    print_table(("stage", "ms an image", ""), rows, right=("ms an image",))
+    print_line("")
+    backends = [
+        ("->" if one["serves"] else "", one["backend"], f"{one['encode']:.2f}", f"{one['images_per_second']:.1f}")
+        for one in facts["backends"]
+    ]
+    columns = ("", "backend", "ms an image", "at most a second")
+    print_table(columns, backends, right=columns[2:])
+    print_line("\n" + "\n".join(facts["advice"]))
+
+
+# ---------------------------------------------------------------- stages, in milliseconds an image
+
+
+def _decode(config: Config, encoder: Encoder, files: Sequence[_File]) -> tuple[float, Pixels]:
+    """Return what one process takes, hashing included, and pixels (B, height, width, 3)."""
+    decoding, decoded = config.decoding, list[DecodedImage]()
+    limits = DecodeLimits(
+        max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes
+    )
+    with DecoderPool(1, encoder.preprocessing, limits, decoding.timeout_seconds, jpeg=decoding.jpeg) as pool:
+        list(pool.decode_all(files[:1]))  # it has started now
+        until = perf_counter() + STAGE_SECONDS
+        for answer in pool.decode_all(files):
+            if isinstance(answer, DecodedImage):
+                decoded.append(answer)
+            if perf_counter() > until and len(decoded) > 3:  # noqa: PLR2004 -- a mean of a few at least
+                break
+    if not decoded:
+        raise DataError(f"none of {len(files)} images can be decoded; `sortd check` says more")
+    return 1e3 * statistics.fmean(one.decode_seconds for one in decoded), np.stack([one.pixels for one in decoded])
+
+
+def _forward_milliseconds(encoder: Encoder, pixels: Pixels, *, most: int) -> dict[int, float]:
+    """Return the medians by batch size, measured in turn."""
+    batches = {size: np.resize(pixels, (size, *pixels.shape[1:])) for size in sorted({1, min(8, most), most})}
+    times: dict[int, list[float]] = {size: [] for size in batches}
+    encoder.encode_images(batches[most])
+    until = perf_counter() + STAGE_SECONDS
+    while len(times[most]) < 3 or perf_counter() < until:  # noqa: PLR2004 -- for a median
+        for size, batch in batches.items():
+            began = perf_counter()
+            encoder.encode_images(batch)
+            times[size].append(1e3 * (perf_counter() - began) / size)
+    return {size: statistics.median(taken) for size, taken in times.items()}
+
+
+def _move_milliseconds(scratch: Path, files: Sequence[_File]) -> float | None:
+    """Time moves of copies within a scratch dataset, with its journal, as one group."""
+    layout = Layout(scratch / "Data" / "bench")
+    layout.root.mkdir(parents=True)
+    layout.make()
+    moves = []
+    for number, (path, _) in enumerate(files):
+        copy = os.fspath(layout.area(Area.IMAGES) / f"{number}{os.path.splitext(path)[1]}")
+        with suppress(FileNotFoundError):
+            shutil.copyfile(path, copy)
+            with open(copy, "rb") as file:
+                os.fsync(file.fileno())  # images are on the disk long before they are moved
+        if (mark := stamp(copy)) is not None:
+            moves.append(Move(copy, mark, "Dataset/bench", Outcome.FILED))
+    with hold(layout, scratch / "state", run="bench") as held:
+        began = perf_counter()
+        held.filing.move_all(moves)
+        return 1e3 * (perf_counter() - began) / len(moves) if moves else None
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[str], None]]:
-    """Show on a terminal how far the measurement is; its stages are told as they begin."""
-    import sys
-
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True, highlight=False), transient=True) as bar:
-        task = bar.add_task("", total=STEPS)
-
-        def tell(stage: str) -> None:
-            bar.update(task, description=stage, advance=1)
-
-        yield tell
+def _scratch(config: Config) -> Iterator[Path]:
+    """Make a hidden folder on the disk of the datasets, and remove it with all in it."""
+    state, root = config.state_dir, config.root
+    place = state if state.is_dir() and root.is_dir() and state.stat().st_dev == root.stat().st_dev else root
+    is_writable = place.is_dir() and os.access(place, os.W_OK)
+    with tempfile.TemporaryDirectory(prefix=".sortd-bench-", dir=place if is_writable else None) as name:
+        yield Path(name)
 
 
-def advice(measured: "Measurement") -> list[str]:
-    """Return what to change, the greatest gain first, as sentences."""
-    return [*_backend_advice(measured), _limit_advice(measured)]
+# ---------------------------------------------------------------- backends
 
 
-def _backend_advice(measured: "Measurement") -> "Iterator[str]":
-    """Say which backend to choose: the quickest of those that may serve, and what keeps a quicker one from it."""
-    serving = next(one for one in measured.backends if one.serves)
-
-    def times(one: "Backend") -> float:
-        return one.images_per_second / serving.images_per_second
-
-    may_serve = [one for one in measured.backends if one.backend != INT8 or one.serves or not measured.int8_refusal]
-    best = max(may_serve, key=times)
-    name = best.backend.partition("-")[0]
-    if times(best) < WORTH_A_CHANGE:
-        yield f"keep the backend: {serving.backend} is as fast as any that may serve here"
-    elif name == serving.backend.partition("-")[0]:  # the backend is right, its precision is found out at a start
-        yield f"start sortd again: {best.backend} may serve, and could file {times(best):.1f} times as many images"
-    else:
-        yield f"set `backend: {name}`: {best.backend} could file {times(best):.1f} times as many images a second"
-    quicker = [one for one in measured.backends if one not in may_serve and times(one) >= WORTH_A_CHANGE * times(best)]
-    for one in quicker:
-        yield f"{one.backend} could file {times(one):.1f} times as many, but does not serve: {measured.int8_refusal}"
-    if measured.onnx_hint and serving.backend == "torch" and measured.device == "cpu":
-        yield f"only torch is ready here; ONNX Runtime may be faster: {measured.onnx_hint}, then measure again"
+def _backend(name: str, encoder: Encoder, encode: float, bound: float, *, serves: bool) -> dict[str, Any]:
+    figures = {"encode": encode, "images_per_second": bound}
+    return {"backend": name, "encoder_id": encoder.encoder_id, **figures, "serves": serves}
 
 
-def _limit_advice(measured: "Measurement") -> str:
-    """Say what takes the larger share of the time, and what would help."""
-    if measured.limit == "decode":
-        return "decoding limits: more processor cores help, a faster model does not"
-    if measured.device == "cpu":
-        return "the model's forward limits: a faster backend, a smaller model or a GPU helps"
-    return "the model's forward limits: a smaller model helps, more processor cores do not"
+def _bound(decode: float, forward: float, cores: int, encoder: Encoder) -> float:
+    """Return images a second if only these milliseconds counted: in turn on one processor, side by side on two."""
+    on_cores = decode / cores
+    return 1e3 / (forward + on_cores if _device(encoder) == "cpu" else max(forward, on_cores))
 
 
-def _print(measured: "Measurement") -> None:
-    stages = measured.stages
-    print_line(
-        f"{measured.filed_per_second:.1f} images a second on {measured.device}, {counted(measured.cores, 'core')}",
-        style="bold green",
-    )
-    print_line(f"model: {printable(measured.model)}")
-    share = measured.embedded_per_second / measured.bound_per_second
-    print_line(
-        f"decoding and encoding: {measured.embedded_per_second:.1f} a second, {share:.0%} of what forward and decoding"
-        f" alone would allow ({measured.bound_per_second:.1f})"
-    )
-    print_line(f"measured on {counted(measured.files, 'image')} of {megabytes(measured.megabytes * 1e6)} on the mean")
-    print_line("")
-    rows = (
-        ("read", stages.read, "from the disk"),
-        ("decode", stages.decode, "one process; as many work as there are cores"),
-        ("encode", stages.encode, f"at its best batch, {measured.best_batch}"),
-        ("encode alone", stages.encode_alone, "one image by itself"),
-        (
-            "decide",
-            stages.decide,
-            "by the prototypes that serve" if stages.decide else "no prototypes of this model yet",
-        ),
-        ("move", stages.move, "copies in a scratch folder, journal and all"),
-    )
-    shown = [(name, "" if value is None else f"{value:.2f}", what) for name, value, what in rows]
-    print_table(("stage", "ms an image", ""), shown, right=("ms an image",))
-    print_line("")
-    columns = ("ms an image", "at most a second")
-    backends = [
-        ("->" if one.serves else "", one.backend, f"{one.encode:.2f}", f"{one.images_per_second:.1f}")
-        for one in measured.backends
-    ]
-    print_table(("", "backend", *columns), backends, right=columns)
-    print_line("")
-    for sentence in advice(measured):
-        print_line(sentence)
+def _device(encoder: Encoder) -> str:
+    return str(getattr(encoder, "runs_on", "cpu")).lower()
+
+
+def _int8_refusal(backend: Mapping[str, Any]) -> str | None:
+    """Return why int8 may not serve; None where it may, or has not been exported."""
+    if backend["export"] is None or "int8" not in backend["export"]["precisions"]:
+        return None
+    if backend["agreement"] is None:
+        return "it has not been compared with fp32 on your references yet: run `sortd models export`"
+    refusal: str | None = backend["agreement"]["refusal"]
+    return refusal
+
+
+def _with_backend(config: Config, backend: str) -> Encoder:
+    """Load the configured model on a backend that is ready; nothing is exported for it."""
+    if backend != "torch":
+        model, words = locate_models(config)
+        if onnx_encoder.find_exports(model, words, cache_dir=config.cache_dir) is None:
+            raise ModelError(f"{model.name} has not been exported to ONNX; `sortd models export` does it")
+    return load_with_backend(config, backend)

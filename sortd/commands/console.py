@@ -1,13 +1,14 @@
-"""The console: how the command line reads its options, shows facts on stdout and says things on stderr.
+"""What the commands share: options, times and sizes in words, facts on stdout and messages on stderr.
 
 Facts are JSON where asked for, tables on a terminal, and lines of tab-separated columns everywhere else.
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,13 +17,16 @@ import typer
 import typer.core
 
 from sortd.classify.prompts import written_name
-from sortd.console_line import readable_json
+from sortd.files import readable_json
 
 if TYPE_CHECKING:
     from sortd.config import Config
 
-STANDARD_ERRORS = 1.96
+ERRORS_OF_95_PERCENT = 1.96
 """On either side of a mean: 95 % of a normal distribution lie within."""
+
+_AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|hours?|d|days?|w|weeks?)(?:\s+ago)?")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 ConfigOption = Annotated[
     Path | None,
@@ -41,27 +45,24 @@ UntilOption = Annotated[str | None, typer.Option("--until", help="Until then.")]
 DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Only this dataset.")]
 
 
-class Command(typer.core.TyperCommand):
-    """A command whose help names no type behind a switch: nothing may be written there."""
+class _FlagsWithoutType:
+    """Names no type behind a flag in the help: no value may follow it."""
 
     def get_params(self, ctx: Any) -> Any:  # noqa: ANN401 -- typer's own click, whose types it does not publish
-        """Return the parameters, the switches without a type."""
-        return _without_types(super().get_params(ctx))
+        """Return the parameters, the flags without a type."""
+        parameters = super().get_params(ctx)  # type: ignore[misc]  # of the class beside it
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+                parameter.metavar = ""
+        return parameters
 
 
-class Group(typer.core.TyperGroup):
-    """A group of commands with the same help."""
-
-    def get_params(self, ctx: Any) -> Any:  # noqa: ANN401 -- typer's own click, whose types it does not publish
-        """Return the parameters, the switches without a type."""
-        return _without_types(super().get_params(ctx))
+class Command(_FlagsWithoutType, typer.core.TyperCommand):
+    """A command of sortd."""
 
 
-def _without_types(parameters: Any) -> Any:  # noqa: ANN401 -- typer's own click, whose types it does not publish
-    for parameter in parameters:
-        if getattr(parameter, "is_flag", False) and parameter.metavar is None:
-            parameter.metavar = ""
-    return parameters
+class Group(_FlagsWithoutType, typer.core.TyperGroup):
+    """A group of commands of sortd."""
 
 
 def load_config(path: Path | None) -> "Config":
@@ -108,13 +109,7 @@ def print_line(text: str, *, style: str = "") -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
-    """Print rows under a header.
-
-    Args:
-        columns: the names of the columns.
-        rows: as many cells each; None is an empty one.
-        right: the columns that hold numbers.
-    """
+    """Print rows under a header; ``right`` names the columns that hold numbers."""
     cells = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in (columns, *cells):
@@ -134,36 +129,67 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, rig
 
 
 def moment_option(name: str, text: str | None) -> float | None:
-    """Return an option's moment in seconds since the epoch.
+    """Return the time that an option gives, in seconds since the epoch.
 
     Raises:
         typer.BadParameter: it is none.
     """
-    from sortd.moments import moment
-
-    if text is None:
-        return None
     try:
-        return moment(text, datetime.now().astimezone())
+        return None if text is None else parse_time(text, datetime.now().astimezone())
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=name) from error
 
 
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[str], None]]:
-    """Show on a terminal that something long is under way; whoever does it tells what is done."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
+def parse_time(text: str, now: datetime) -> float:
+    """Return a time as seconds since the epoch.
 
-    with Console(stderr=True, highlight=False).status(what) as status:
-        yield lambda done: status.update(f"{what}: {printable(done)} done")
+    Args:
+        text: ``2026-03-01``, ``2026-03-01 14:30``, ``14:30``, ``2h``, ``3d``, ``today`` or ``yesterday``, in local time
+            unless it has a zone (``2026-03-01T14:30+02:00``).
+        now: the present, aware of its time zone.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    word = text.strip().lower()
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    if word in {"now", "today", "yesterday"}:
+        return {"now": now, "today": midnight, "yesterday": midnight - timedelta(days=1)}[word].timestamp()
+    if (age := _AGE.fullmatch(word)) is not None:
+        return now.timestamp() - float(age[1]) * _SECONDS[age[2][0]]
+    if re.fullmatch(r"\d{1,2}:\d\d(:\d\d)?", word):
+        word = f"{now:%Y-%m-%d}T{word:0>5}"
+    try:
+        parsed = datetime.fromisoformat(word.upper())
+        return (parsed if parsed.tzinfo is not None else parsed.astimezone()).timestamp()
+    except (ValueError, OverflowError, OSError) as error:
+        raise ValueError(
+            f"{text!r} is no moment: write 2026-03-01, '2026-03-01 14:30', 14:30, 2h, 3d or yesterday"
+        ) from error
+
+
+def format_time(seconds: float) -> str:
+    """Return seconds since the epoch as local date and time; the number where it is out of range."""
+    try:
+        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds:g} s"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a length of time in its two largest units."""
+    whole = max(0, int(seconds))
+    parts: list[str] = []
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        if whole >= size and len(parts) < 2:  # noqa: PLR2004 -- two units say enough
+            parts.append(f"{whole // size} {unit}")
+            whole %= size
+    return " ".join(parts) or "0 s"
 
 
 @contextmanager
 def under_way(what: str) -> Iterator[Callable[[str], None]]:
-    """Show on a terminal what is under way, as whoever does it tells again and again; elsewhere nothing."""
+    """Show a spinner on a terminal and yield what changes its text; elsewhere nothing."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -174,11 +200,15 @@ def under_way(what: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar with the time left on a terminal, elsewhere nothing; nothing may be printed meanwhile.
+def progress(what: str) -> Iterator[Callable[[str], None]]:
+    """Show a spinner on a terminal and yield what tells it which part is done."""
+    with under_way(what) as tell:
+        yield lambda done: tell(f"{what}: {done} done")
 
-    Whoever does the work tells what it is at, how many are done, and of how many.
-    """
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar with the time left on a terminal, elsewhere nothing; yield what takes a text, done and total."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -198,14 +228,11 @@ def counted(number: int, noun: str) -> str:
 
 
 def interval(right: int, judged: int) -> tuple[float, float]:
-    """Return between which shares the true one lies, with 95 % confidence, where so many of those judged are right.
-
-    Wilson (1927), "Probable inference, the law of succession, and statistical inference".
-    """
-    squared = STANDARD_ERRORS**2
+    """Return the 95 % interval of the true share of right ones: Wilson (1927), "Probable inference"."""
+    squared = ERRORS_OF_95_PERCENT**2
     share, whole = right / judged, judged + squared
     centre = (right + squared / 2) / whole
-    half = STANDARD_ERRORS * sqrt(share * (1 - share) * judged + squared / 4) / whole
+    half = ERRORS_OF_95_PERCENT * sqrt(share * (1 - share) * judged + squared / 4) / whole
     return max(0.0, centre - half), min(1.0, centre + half)
 
 

@@ -13,6 +13,7 @@ from sortd.commands.console import (
     JsonOption,
     bar,
     counted,
+    format_time,
     load_config,
     print_json,
     print_line,
@@ -82,8 +83,6 @@ def _see_that_it_fits(html: Path | None) -> None:
 
 
 def _print_explained(explained: "Explained") -> None:
-    from sortd.moments import shown
-
     explanation = explained.explanation
     print_line(printable(explained.path), style="bold")
     first, *rest = explained.sentences()
@@ -105,7 +104,7 @@ def _print_explained(explained: "Explained") -> None:
     print_table(("nearest references", "cosine", "file"), near, right=("cosine",))
     for record in explained.records:
         done = record["outcome"].replace("_", " ")
-        print_line(f"{shown(record['at'])} {done}: {printable(record['from'])} -> {printable(record['to'])}")
+        print_line(f"{format_time(record['at'])} {done}: {printable(record['from'])} -> {printable(record['to'])}")
 
 
 def evaluate(

@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from sortd.classify.evaluate import EvaluationReport, evaluate
-from sortd.commands.journals import JOURNAL_FILE
 from sortd.commands.promotion import serving_facts
 from sortd.commands.stored import keep_evaluated
 from sortd.config import Config
+from sortd.daemon.corrections import corrected_images
+from sortd.daemon.embedder import Embedder
+from sortd.daemon.resources import Resources, teaching_of
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, SortdError, StorageError
-from sortd.journaling.history import History
-from sortd.layout import Area, Layout, find_datasets
-from sortd.messages import ImageRefused
+from sortd.events import ImageRefused
+from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
 from sortd.references import References, ReferencesAbsentError, Teaching
-from sortd.running.corrections import corrected_images
-from sortd.running.embedding import Embedder
-from sortd.running.site import Site, teaching_of
+from sortd.store.history import History
 
 LoadEncoder = Callable[[Config], Encoder]
 
@@ -63,7 +62,7 @@ def examine(
         ModelError: the model cannot be had.
     """
     chosen = _chosen(config, dataset)
-    site = Site(config, load_encoder=load_encoder)
+    site = Resources(config, load_encoder=load_encoder)
     try:
         embedder, _, _ = site.load()
         refusal: SortdError | None = None

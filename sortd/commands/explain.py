@@ -8,29 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from sortd.arrays import FloatArray
-from sortd.cache import Cache
 from sortd.classify.explain import Explanation, explain, explain_finetuned, sentences
 from sortd.classify.prototypes import PrototypeSet
-from sortd.commands.check import CACHE_FILE
+from sortd.commands.check_references import CACHE_FILE
 from sortd.commands.examination import taught
 from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
 from sortd.commands.promotion import serving_facts
 from sortd.commands.stored import SETTINGS, changed_since, stored_prototypes
 from sortd.config import Config
+from sortd.daemon.classifiers import Appointed, appointed
+from sortd.daemon.embedder import Embedder
+from sortd.daemon.resources import Resources, teaching_of
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, UnreadableError
-from sortd.journaling.history import History
-from sortd.journaling.records import Selection
+from sortd.events import EmbeddedImage, Stamp
 from sortd.layout import Area, Layout, find_datasets
-from sortd.messages import EmbeddedImage, Stamp
-from sortd.moving.renaming import is_version
+from sortd.moving.fs import is_version
 from sortd.names import Reason, Why
 from sortd.references import References, ReferencesAbsentError, class_labels
-from sortd.running.classifiers import Appointed, appointed
-from sortd.running.embedding import Embedder
-from sortd.running.site import Site, teaching_of
 from sortd.status import read_status
-from sortd.watching.scanning import stamp, why_left
+from sortd.store.cache import Cache
+from sortd.store.history import History
+from sortd.store.records import Selection
+from sortd.watch.scan import stamp, why_left
 
 LoadEncoder = Callable[[Config], Encoder]
 
@@ -222,7 +222,7 @@ def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:
 
 def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_encoder: LoadEncoder | None) -> _Sight:
     """Look at the image with the models, and learn the references where what is stored is of no use with them."""
-    site = Site(config, load_encoder=load_encoder)
+    site = Resources(config, load_encoder=load_encoder)
     try:
         embedder, _, _ = site.load()
         embedding = _row(embedder, image)

@@ -16,6 +16,7 @@ from sortd.classify.types import SupportSet
 from sortd.commands.console import counted
 from sortd.commands.examination import taught
 from sortd.config import Config
+from sortd.daemon.resources import Resources
 from sortd.encoder.backends import locate_models
 from sortd.encoder.export import CALIBRATION_IMAGES, Progress, make_exports
 from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision, write_verdict
@@ -23,7 +24,6 @@ from sortd.encoder.quantize import photographic_noise
 from sortd.errors import LayoutError, ModelError
 from sortd.layout import Area, Layout, find_datasets
 from sortd.references import STRANGERS_FOLDER, ClassFolder, References, ReferencesAbsentError
-from sortd.running.site import Site
 
 MAX_REFERENCES = 1000  # that are compared; with so many, a share of 0.99 has a standard error of 0.003
 MAX_PER_CLASS = 20  # of these; a sample of few classes would make the comparison too easy
@@ -83,17 +83,17 @@ def _embed(
         decoding=config.decoding.jpeg,
     )
     probes = encoder.encode_images(photographic_noise(encoder.preprocessing, CALIBRATION_IMAGES))
-    site = Site(config, load_encoder=lambda _: encoder)
+    resources = Resources(config, load_encoder=lambda _: encoder)
     supports: dict[str, SupportSet] = {}
     try:
-        embedder, _, _ = site.load()
+        embedder, _, _ = resources.load()
         for layout in layouts:
             report = _counter(on_progress, f"comparing int8: {layout.name} in {precision}")
             with suppress(ReferencesAbsentError):
                 references = References(layout.area(Area.CLASES), choose=sample)
                 supports[layout.name], _ = references.support(embedder, taught(config, layout), tell=report)
     finally:
-        site.unload()
+        resources.unload()
     return supports, np.asarray(probes)
 
 

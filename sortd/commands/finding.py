@@ -1,4 +1,4 @@
-"""A finding of ``sortd check``: what is so, where, how bad it is, and how to mend it."""
+"""What ``sortd check`` finds: a fact about a subject, its severity, and what to do about it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

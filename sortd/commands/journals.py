@@ -1,18 +1,15 @@
-"""The journals of a site: which datasets have one, where it lies, and what its records look like as plain values."""
+"""Find the journals of all datasets, also of those that are gone, and return their records as plain values."""
 
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sortd.config import Config
 from sortd.errors import DataError, LayoutError, StartupError
-from sortd.journaling.records import Record
-from sortd.layout import Layout, find_datasets
-from sortd.moving.relocation import Role
+from sortd.layout import JOURNAL_FILE, Layout, find_datasets
+from sortd.store.records import Record, Role
 
-JOURNAL_FILE = "journal.sqlite"
 _STATE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
 """How ``Layout.state_folder`` names it."""
 
@@ -46,7 +43,12 @@ def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
     except LayoutError:
         layouts = []  # not mounted: the journals can tell their history all the same
     places = [JournalPlace(one.name, one.root, one.state_folder(config.state_dir) / JOURNAL_FILE) for one in layouts]
-    places += _left_over(config.state_dir, {place.file for place in places})
+    known = {place.file for place in places}
+    places += [
+        JournalPlace(named[1], None, file)
+        for file in sorted(config.state_dir.glob(f"*/{JOURNAL_FILE}"))
+        if file not in known and (named := _STATE_FOLDER.fullmatch(file.parent.name))
+    ]
     if dataset is None:
         return places
     chosen = [place for place in places if place.dataset == dataset]
@@ -63,11 +65,9 @@ def dataset_at(config: Config, path: Path) -> tuple[Layout, str] | None:
         LayoutError: the root cannot be listed.
     """
     absolute = os.path.abspath(path)
+    unlinked = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
     for layout in find_datasets(config.root):
-        for spelled in (
-            absolute,
-            os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute)),
-        ):
+        for spelled in (absolute, unlinked):
             for root in (os.fspath(layout.root), os.path.realpath(layout.root)):
                 if spelled.startswith(root + os.sep):
                     return layout, spelled.removeprefix(root + os.sep)
@@ -78,6 +78,7 @@ def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
     """Return a record as plain values, its paths absolute where the dataset is there."""
     grounds, image = record.grounds, record.relocation.image
     others = [member for member in record.relocation.members if member.role is not Role.IMAGE]
+    root = "" if place.root is None else f"{place.root}/"
     return {
         "id": record.id,
         "dataset": place.dataset,
@@ -85,8 +86,8 @@ def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
         "at": record.ended_at,
         "outcome": grounds.outcome,
         "label": grounds.label,
-        "from": _full(place.root, record.source_path),
-        "to": _full(place.root, record.destination_path),
+        "from": f"{root}{record.source_path}",
+        "to": f"{root}{record.destination_path}",
         "size": image.stamp.size,
         "companions": [member.final or member.name for member in others],
         "score": grounds.score,
@@ -101,19 +102,6 @@ def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
         "undone_by": record.undone_by,
         "lost": list(record.relocation.lost),
     }
-
-
-def _full(root: Path | None, path: str) -> str:
-    return path if root is None else f"{root}/{path}"
-
-
-def _left_over(state: Path, known: set[Path]) -> Sequence[JournalPlace]:
-    found = []
-    for file in sorted(state.glob(f"*/{JOURNAL_FILE}")):
-        named = _STATE_FOLDER.fullmatch(file.parent.name)
-        if named and file not in known:
-            found.append(JournalPlace(named[1], None, file))
-    return found
 
 
 def narrowed(config: Config, dataset: str | None, path: Path | None) -> tuple[str | None, str | None]:

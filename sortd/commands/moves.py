@@ -6,69 +6,48 @@ While a sortd runs they ask it, so that one process moves files; where none runs
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
-
-from sortd.commands.console import (
-    ConfigOption,
-    DatasetOption,
-    JsonOption,
-    SinceOption,
-    UntilOption,
-    counted,
-    load_config,
-    moment_option,
-    print_json,
-    print_line,
-    printable,
-    say,
-)
-
-if TYPE_CHECKING:
-    from sortd.commands.journals import JournalPlace
-    from sortd.config import Config
-    from sortd.journaling.records import Record
+from sortd.commands.console import counted, load_config, print_json, print_line, printable, say
+from sortd.commands.journals import JournalPlace, dataset_at, journals, narrowed
+from sortd.config import Config
+from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, put_back, put_back_facts, release_reply
+from sortd.daemon.dataset_lock import hold, look_at
+from sortd.errors import DataError, SortdError
+from sortd.layout import Layout, find_datasets
+from sortd.store.history import History
+from sortd.store.records import Record, Selection
 
 SECONDS_FOR_EACH = 0.05
 """How much longer than usual an asker waits for each file that is to be put back."""
 
-Chosen = Sequence[tuple["JournalPlace", Sequence["Record"]]]
+Chosen = Sequence[tuple[JournalPlace, Sequence[Record]]]
 
 
-def undo(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
-    path: Annotated[
-        Path | None, typer.Argument(help="A file where sortd put it, or the place that it came from.")
-    ] = None,
-    config: ConfigOption = None,
-    last: Annotated[int | None, typer.Option("--last", min=1, help="The last so many moves.")] = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
-    run: Annotated[str | None, typer.Option("--run", help="All of one run; `sortd history` names the runs.")] = None,
-    dataset: DatasetOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and touch nothing.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Put images back to where they were, and hold them there until they change or are released."""
-    ways = [path is not None, last is not None, since is not None or until is not None, run is not None]
-    if sum(ways) == 0:
-        raise typer.BadParameter("say what: a PATH, --last N, --since or --until, or --run")
-    if sum(ways) > 1 and (path is not None or last is not None):
-        raise typer.BadParameter("a PATH and --last stand alone; --since, --until and --run go together")
-    loaded = load_config(config)
-    conditions = {"since": moment_option("--since", since), "until": moment_option("--until", until), "run": run}
-    chosen = _undoable(loaded, path, dataset, limit=1 if path is not None else last, **conditions)
-    reply: Mapping[str, Any] = _undo(loaded, chosen, dry_run=dry_run) if chosen else {"undone": [], "later": 0}
+def undo_moves(
+    path: Path | None,
+    file: Path | None,
+    *,
+    last: int | None,
+    dataset: str | None,
+    dry_run: bool,
+    as_json: bool,
+    **conditions: Any,  # noqa: ANN401 -- of Selection
+) -> int:
+    """Undo the moves that meet the conditions, say what became of each, and return the exit code."""
+    config = load_config(path)
+    chosen = _undoable(config, file, dataset, limit=1 if file is not None else last, **conditions)
+    reply: Mapping[str, Any] = _undo(config, chosen, dry_run=dry_run) if chosen else {"undone": [], "later": 0}
     failed = sum(1 for one in reply["undone"] if one["restored"] is None)
     if as_json:
         print_json({**reply, "dry_run": dry_run})
     else:
         _print_undone(reply, dry_run=dry_run)
-    raise typer.Exit(65 if failed else 0)
+    return 65 if failed else 0
 
 
 def _undoable(
-    config: "Config",
+    config: Config,
     path: Path | None,
     dataset: str | None,
     *,
@@ -80,11 +59,6 @@ def _undoable(
     Raises:
         DataError: the journal knows nothing of the path.
     """
-    from sortd.commands.journals import journals, narrowed
-    from sortd.errors import DataError
-    from sortd.journaling.history import History
-    from sortd.journaling.records import Selection
-
     dataset, relative = narrowed(config, dataset, path)
     records: list[tuple[JournalPlace, Record]] = []
     for place in journals(config, dataset):
@@ -101,10 +75,8 @@ def _undoable(
     return list(chosen.values())
 
 
-def _undo(config: "Config", chosen: Chosen, *, dry_run: bool) -> Mapping[str, Any]:
+def _undo(config: Config, chosen: Chosen, *, dry_run: bool) -> Mapping[str, Any]:
     """Ask the sortd that runs, or undo it here."""
-    from sortd.running.requests import ANSWER_SECONDS, ask
-
     wanted = {
         place.dataset: {"root": str(place.root), "records": [record.id for record in records]}
         for place, records in chosen
@@ -115,11 +87,7 @@ def _undo(config: "Config", chosen: Chosen, *, dry_run: bool) -> Mapping[str, An
     return _undo_here(config, chosen, dry_run=dry_run) if reply is None else reply
 
 
-def _undo_here(config: "Config", chosen: Chosen, *, dry_run: bool) -> Mapping[str, Any]:
-    from sortd.layout import Layout
-    from sortd.running.control import put_back, put_back_facts
-    from sortd.running.holding import hold, look_at
-
+def _undo_here(config: Config, chosen: Chosen, *, dry_run: bool) -> Mapping[str, Any]:
     undone: list[dict[str, Any]] = []
     recovered = 0
     for place, records in chosen:
@@ -143,36 +111,22 @@ def _print_undone(reply: Mapping[str, Any], *, dry_run: bool) -> None:
         rest = f"  ({printable(one['message'])})" if one["message"] else ""
         print_line(f"{printable(one['was'])} -> {printable(one['restored'])}{rest}")
     done = sum(1 for one in reply["undone"] if one["restored"] is not None)
+    images = counted(done, "image")
     if not reply["undone"] and not reply["later"]:
         say("sortd: there is nothing to undo")
     elif dry_run:
-        say(f"sortd: {counted(done, 'image')} would be put back; nothing was touched")
+        say(f"sortd: {images} would be put back; nothing was touched")
     elif not done:
         say("sortd: no image was put back" + (" yet" if reply["later"] else ""))
     else:
-        say(
-            f"sortd: {counted(done, 'image')} put back, and held until they change or are released: sortd release --all"
-        )
+        say(f"sortd: {images} put back, and held until they change or are released: sortd release --all")
     if reply["later"]:
         say(f"sortd: {counted(reply['later'], 'image')} more are being copied back from another file system")
 
 
-def release(
-    path: Annotated[
-        Path | None, typer.Argument(help="A held file, or the folder of a dataset that the guard holds.")
-    ] = None,
-    config: ConfigOption = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Every held file, and every dataset that the guard holds.")
-    ] = False,
-    dataset: DatasetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Let files that an undo holds, and datasets that the guard holds, be decided and moved again."""
-    if (path is None) != everything:
-        raise typer.BadParameter("say which: a PATH, or --all")
-    loaded = load_config(config)
-    reply = _release(loaded, path, dataset)
+def release_files(path: Path | None, file: Path | None, *, dataset: str | None, as_json: bool) -> None:
+    """Release a held file or dataset, or all where ``file`` is None, and say what was released."""
+    reply = _release(load_config(path), file, dataset)
     if as_json:
         print_json(reply)
     else:
@@ -191,15 +145,12 @@ def _print_released(reply: Mapping[str, Any]) -> None:
         say("sortd: nothing is held")
 
 
-def _release(config: "Config", path: Path | None, dataset: str | None) -> Mapping[str, Any]:
+def _release(config: Config, path: Path | None, dataset: str | None) -> Mapping[str, Any]:
     """Ask the sortd that runs, or release here.
 
     Raises:
         DataError: the path lies in no dataset, or nothing holds it.
     """
-    from sortd.errors import DataError
-    from sortd.running.requests import ask
-
     absolute = None
     if path is not None:
         dataset, absolute = _held_place(config, path)
@@ -211,16 +162,12 @@ def _release(config: "Config", path: Path | None, dataset: str | None) -> Mappin
     return reply
 
 
-def _held_place(config: "Config", path: Path) -> tuple[str, str]:
-    """Return the dataset that a path is, or lies in, and the path as sortd spells it.
+def _held_place(config: Config, path: Path) -> tuple[str, str]:
+    """Return the name of the dataset that a path is, or lies in, and the path below the dataset's own spelling.
 
     Raises:
         DataError: it lies in no dataset.
     """
-    from sortd.commands.journals import dataset_at
-    from sortd.errors import DataError
-    from sortd.layout import find_datasets
-
     for layout in find_datasets(config.root):
         if os.path.realpath(path) == os.path.realpath(layout.root):
             return layout.name, os.fspath(layout.root)
@@ -230,13 +177,8 @@ def _held_place(config: "Config", path: Path) -> tuple[str, str]:
     return found[0].name, f"{found[0].root}/{found[1]}"
 
 
-def _release_here(config: "Config", dataset: str | None, absolute: str | None) -> Mapping[str, Any]:
-    from sortd.commands.journals import journals
-    from sortd.errors import SortdError
-    from sortd.layout import Layout
-    from sortd.running.control import release_reply
-    from sortd.running.holding import hold
-
+def _release_here(config: Config, dataset: str | None, absolute: str | None) -> Mapping[str, Any]:
+    """Release under the lock of each dataset; what one of them refuses is raised after the others."""
     released: dict[str, int] = {}
     lifted: dict[str, str] = {}
     still_held: dict[str, str] = {}
@@ -261,26 +203,19 @@ def _release_here(config: "Config", dataset: str | None, absolute: str | None) -
     return release_reply(released, lifted, still_held)
 
 
-def rebuild(
-    dataset: Annotated[str | None, typer.Argument(help="Only this dataset.")] = None,
-    config: ConfigOption = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Take the new prototypes even where they look worse than the old ones.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Let the sortd that runs learn its classes anew."""
-    from sortd.running.requests import NotRunningError, ask
+def ask_to_rebuild(path: Path | None, dataset: str | None, *, force: bool, as_json: bool) -> None:
+    """Ask the sortd that runs to build its prototypes anew.
 
-    loaded = load_config(config)
-    names = None if dataset is None else [dataset]
-    reply = ask(loaded.state_dir, {"do": "rebuild", "datasets": names, "force": force})
+    Raises:
+        NotRunningError: none runs.
+    """
+    asked = {"do": "rebuild", "datasets": None if dataset is None else [dataset], "force": force}
+    reply = ask(load_config(path).state_dir, asked)
     if reply is None:
         raise NotRunningError("no sortd runs; it learns its classes when it starts: sortd run, or sortd once")
     if as_json:
         print_json(reply)
     else:
-        print_line(
-            f"being built anew: {', '.join(map(printable, reply['rebuilding'])) or 'nothing, there is no dataset'}"
-        )
+        names = ", ".join(map(printable, reply["rebuilding"]))
+        print_line(f"being built anew: {names or 'nothing, there is no dataset'}")
         say("sortd: see how it went in `sortd status` or the log (prototypes.rebuilt)")

@@ -1,31 +1,34 @@
-"""The overview that ``sortd status`` shows: what the running sortd tells, and what the journals know in any case."""
+"""Gather what ``sortd status`` shows: the status file of the sortd that runs, the journals, and the folders."""
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sortd import mends
+from sortd import errors
 from sortd.commands.console import interval
 from sortd.commands.journals import JournalPlace, journals
 from sortd.commands.promotion import serving_facts
 from sortd.config import Config
+from sortd.daemon.dataset_log import LISTED
 from sortd.errors import JournalError
-from sortd.journaling.history import History
-from sortd.journaling.records import FiledImages, Selection
 from sortd.layout import Area, Layout
-from sortd.moving.renaming import is_version
+from sortd.moving.fs import is_version
 from sortd.names import Reason, Why, owner_of, rule_below, rule_for_folder
-from sortd.running.account import LISTED
 from sortd.status import read_status
-from sortd.watching.scanning import scan, scan_all, why_unfinished
+from sortd.store.history import History
+from sortd.store.records import FiledImages, Selection
+from sortd.watch.scan import scan, scan_all, why_unfinished
 
 Row = dict[str, str]
 """One file or folder that stays in Images/: ``path``, ``reason`` and ``message``."""
 
+STATUS_KEYS = (
+    "pid", "version", "model", "encoder_id", "ready", "loading", "config_problem", "watching", "written_at", "ended_by",
+)  # fmt: skip
 NOT_KNOWN = {"deciding": "prototypes", "model_id": None, "refusal": None}
 """Who decides a dataset that is gone: nobody, but its journal is told of in the same words."""
 
@@ -44,29 +47,16 @@ def overview(config: Config, *, status: Callable[[Path], dict[str, Any] | None] 
         "state_dir": str(config.state_dir),
     }
     if told is not None:
-        kept = (
-            "pid",
-            "version",
-            "model",
-            "encoder_id",
-            "ready",
-            "loading",
-            "config_problem",
-            "watching",
-            "written_at",
-            "ended_by",
-        )
-        run |= {key: told.get(key) for key in kept}
+        run |= {key: told.get(key) for key in STATUS_KEYS}
         run["started_at"] = _started_at(told.get("started_ticks")) if is_alive else None
         run["other_root"] = told["root"] if told.get("root") not in {None, str(config.root)} else None
     live = (told or {}).get("datasets", {})
     places = [place for place in journals(config) if place.root is not None or place.is_there]
-    run["datasets"] = {
+    datasets = {
         place.dataset: _dataset(config, place, live.get(place.dataset, {}), is_alive=bool(is_alive))
         for place in reversed(places)
     }
-    run["datasets"] = dict(sorted(run["datasets"].items()))
-    return run
+    return run | {"datasets": dict(sorted(datasets.items()))}
 
 
 def _ended(told: dict[str, Any] | None) -> str:
@@ -87,39 +77,50 @@ def _dataset(config: Config, place: JournalPlace, live: dict[str, Any], *, is_al
         facts |= live
     else:
         facts |= {key: live[key] for key in ("problem", "generation", "classes", "references", "mode") if key in live}
-    facts |= _from_journal(place)
+    journal, held = _from_journal(place)
+    facts |= journal
     if place.root is not None:
         layout = Layout(place.root)
         facts["in_images"], left = _look_through(layout)
-        facts["left"] = _left([*left, *(_held(place) if facts["held"] else ())], facts.get("left"))
+        facts["left"] = _left([*left, *held], facts.get("left"))
         facts["in_review"] = _count_review(layout)
     if not is_alive and facts.get("hold"):  # whatever the last run could write about it
         facts["problem"] = facts["hold"]
     return facts
 
 
-def _from_journal(place: JournalPlace) -> dict[str, Any]:
+def _from_journal(place: JournalPlace) -> tuple[dict[str, Any], list[Row]]:
+    """Return what a journal knows, and the held files that stand where they were when they were held."""
+    facts: dict[str, Any] = {"total": {}, "held": 0, "last_move_at": None, "accuracy": {}}
     if not place.is_there:
-        return {"total": {}, "held": 0, "last_move_at": None, "accuracy": {}}
+        return facts, []
     try:
         with History.open(place.file) as history:
-            last = history.moves(Selection(limit=1))
-            return {
+            last, held = history.moves(Selection(limit=1)), history.held()
+            facts = {
                 "total": history.counts(),
-                "held": len(history.held()),
+                "held": len(held),
                 "hold": history.guard().reason or None,
                 "last_move_at": last[0].ended_at if last else None,
                 "accuracy": {label: _filed_facts(filed) for label, filed in history.accuracy().items()},
             }
     except JournalError as error:
-        return {"total": {}, "held": 0, "last_move_at": None, "accuracy": {}, "journal_problem": str(error)}
+        return facts | {"journal_problem": str(error)}, []
+    rows = []
+    for relative, mark in held.items():
+        path = f"{place.root}/{relative}"
+        with suppress(OSError):
+            if is_version(os.lstat(path), mark):
+                rows.append(_row(path, Reason.HELD, "it is held until it changes or is released: sortd release PATH"))
+    return facts, rows
 
 
 def _filed_facts(filed: FiledImages) -> dict[str, Any]:
     """Return a class's images as plain values; the share of right ones and its interval only where some are checked."""
-    bounds = None if not filed.checked else tuple(round(bound, 4) for bound in interval(filed.right, filed.checked))
-    share = None if not filed.checked else round(filed.right / filed.checked, 4)
-    return {**asdict(filed), "right": share, "interval": bounds}
+    if not filed.checked:
+        return {**asdict(filed), "right": None, "interval": None}
+    bounds = tuple(round(bound, 4) for bound in interval(filed.right, filed.checked))
+    return {**asdict(filed), "right": round(filed.right / filed.checked, 4), "interval": bounds}
 
 
 def _look_through(layout: Layout) -> tuple[int | None, list[Row]]:
@@ -139,28 +140,13 @@ def _look_through(layout: Layout) -> tuple[int | None, list[Row]]:
         if why is not None:
             rows.append(_row(owner, why.reason, why.message))
             count -= os.path.isfile(owner)
-    rows += [_row(error.filename, "unreadable", mends.unreadable(error)) for error in refused]
+    rows += [_row(error.filename, "unreadable", errors.unreadable(error)) for error in refused]
     is_listed = images not in {error.filename for error in refused}
     return count if is_listed else None, rows
 
 
-def _held(place: JournalPlace) -> Iterator[Row]:
-    """Yield the files of a dataset that are held and stand where they were when that was said."""
-    with suppress(JournalError), History.open(place.file) as history:
-        for relative, mark in history.held().items():
-            path = f"{place.root}/{relative}"
-            with suppress(OSError):
-                if is_version(os.lstat(path), mark):
-                    yield _row(path, Reason.HELD, "it is held until it changes or is released: sortd release PATH")
-
-
 def _left(rows: Sequence[Row], live: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Put together what stays in Images/: what was seen just now, and what the running sortd has looked into.
-
-    Args:
-        rows: what was seen.
-        live: what the running sortd tells, see ``running/account.py``.
-    """
+    """Count by reason what stays in Images/: the rows seen just now, and those in the status of the sortd that runs."""
     seen = {row["path"] for row in rows}
     looked_into: list[Row] = [] if live is None else live["files"]
     reasons = Counter(row["reason"] for row in rows)

@@ -7,13 +7,13 @@ from typing import Any
 
 from sortd import finetuned
 from sortd.config import Config
+from sortd.daemon.classifiers import appointed, unfit
+from sortd.daemon.control import AnsweredError, ask
+from sortd.daemon.resources import teaching_of
 from sortd.errors import DataError, LayoutError, ModelError, StartupError
 from sortd.finetuned import FinetunedFacts, read_facts, results
 from sortd.layout import Area, Layout, find_datasets
 from sortd.references import ReferencesAbsentError, class_labels
-from sortd.running.classifiers import appointed, unfit
-from sortd.running.requests import AnsweredError, ask
-from sortd.running.site import teaching_of
 
 
 def promote(

@@ -8,14 +8,14 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from sortd.caching.stored_prototypes import PrototypeFiles
 from sortd.classify.prototypes import PrototypeSet
 from sortd.config import Config, DatasetConfig
 from sortd.errors import ImageError
+from sortd.events import Stamp
 from sortd.images.decode import DecodeLimits, check_header
 from sortd.layout import Area, Layout
-from sortd.messages import Stamp
 from sortd.references import DESCRIPTIONS_FILE, STRANGERS_FOLDER, ReferencesAbsentError, class_folders
+from sortd.store.cache import PrototypeFiles
 
 PROTOTYPES_FOLDER = "prototypes"
 EVALUATED = "evaluated"

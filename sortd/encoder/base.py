@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from sortd.arrays import Pixels
 from sortd.errors import ModelError
-from sortd.messages import Preprocessing
+from sortd.events import Preprocessing
 
 Rows = npt.NDArray[np.float32]  # (images or texts, dimensions), each of length 1
 

@@ -46,7 +46,7 @@ from sortd.encoder.onnx_encoder import (
 from sortd.encoder.quantize import convolutions, photographic_noise, quantize, quantize_convolutions, weight_range
 from sortd.encoder.torch_encoder import TorchEncoder
 from sortd.errors import ModelError
-from sortd.messages import Preprocessing
+from sortd.events import Preprocessing
 
 if TYPE_CHECKING:
     import torch

@@ -32,8 +32,8 @@ from sortd.encoder.base import Rows, check_pixels, normalise_rows, valid_utf8
 from sortd.encoder.models import ModelFolder, checksums, content_digests, first_line, repr_digest
 from sortd.encoder.quantize import weight_range
 from sortd.errors import ModelError
+from sortd.events import Preprocessing
 from sortd.files import read_regular, write_atomic
-from sortd.messages import Preprocessing
 
 FORMAT = 1  # increased when the same model is exported in another way than before
 OPSET = 17  # the newest that ``quantize`` rewrites; every ONNX Runtime from 1.12 on has it

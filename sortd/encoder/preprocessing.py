@@ -7,7 +7,7 @@ import numpy as np
 
 from sortd.arrays import FloatArray
 from sortd.errors import ModelError
-from sortd.messages import Fit, Preprocessing
+from sortd.events import Fit, Preprocessing
 
 _CHANNELS = 3
 _RESCALE_FACTOR = 1 / 255  # the default of image processors

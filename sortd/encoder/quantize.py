@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.arrays import Pixels
-from sortd.messages import Preprocessing
+from sortd.events import Preprocessing
 
 FULL_RANGE = 127
 """The largest weight in eight signed bits."""

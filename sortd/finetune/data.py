@@ -16,19 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from sortd import mends
+from sortd import errors
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray, Pixels
 from sortd.classify.library import ROUNDING, duplicate_distance
-from sortd.commands.journals import JOURNAL_FILE
+from sortd.daemon.embedder import Embedder
 from sortd.errors import DataError, DestinationError
+from sortd.events import EmbeddedImage, ImageRefused, Outcome, Preprocessing, Refusal, Stamp
 from sortd.files import write_atomic
 from sortd.finetune.recipe import Recipe, Source
 from sortd.finetuned import preprocessing_from
-from sortd.journaling.history import History
-from sortd.layout import Area, Layout
-from sortd.messages import EmbeddedImage, ImageRefused, Outcome, Preprocessing, Refusal, Stamp
+from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.references import STRANGERS_FOLDER, ReferencesAbsentError, class_folders
-from sortd.running.embedding import Embedder
+from sortd.store.history import History
 
 PLACED, FILED = 1.0, 0.5
 """The weight of an image that a person placed, and of one that sortd filed."""
@@ -96,7 +95,7 @@ def find_candidates(layout: Layout, source: Source, state: Path) -> tuple[list[C
         except ReferencesAbsentError as error:
             raise DataError(f"{error}; choose other folders with --from, or mend it") from error
         if unreadable:
-            raise DataError(mends.unreadable(unreadable[0]))
+            raise DataError(errors.unreadable(unreadable[0]))
         files = [Candidate(path, stamp, one.label) for one in folders for path, stamp in one.files]
         found += _with_origin(layout, files, state) if area is Area.DATASET else files
     known = [one for one in found if one.label != STRANGERS_FOLDER]

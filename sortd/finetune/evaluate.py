@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sortd import __version__, mends
+from sortd import __version__, errors
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray
 from sortd.classify.build import build
 from sortd.classify.decide import judge
 from sortd.classify.prompts import GENERIC_NOUNS, prompts
 from sortd.classify.types import DecisionSettings, Mode, SupportSet
+from sortd.daemon.embedder import Embedder
 from sortd.errors import ModelError
 from sortd.finetune.data import Photos, Plan, Predictions, Split, dataset_of, read_pixels
 from sortd.finetune.model import average_with_start, logits_in_batches, temperature_of
@@ -22,7 +23,6 @@ from sortd.finetuned import FinetunedFacts, calibrated
 from sortd.finetuned_network import Network
 from sortd.layout import Area, Layout
 from sortd.references import class_texts, read_descriptions
-from sortd.running.embedding import Embedder
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def embed_names(
         except NotADirectoryError:
             descriptions = ()
         except OSError as error:
-            raise ModelError(mends.unreadable(error)) from error
+            raise ModelError(errors.unreadable(error)) from error
         sentences.append(prompts(label, descriptions, tuple(templates)))
     generic = [prompt for noun in GENERIC_NOUNS for prompt in prompts(noun, (), tuple(templates))]
     return class_texts(embedder, sentences), embedder.embed_texts(generic).mean(axis=0).astype(np.float32)

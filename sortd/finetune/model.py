@@ -16,11 +16,11 @@ from sortd.encoder import models
 from sortd.encoder.models import SAFETENSORS, first_line
 from sortd.encoder.preprocessing import preprocessing_of
 from sortd.errors import ModelError
+from sortd.events import Fit, Preprocessing
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import CLASSIFIER_RATE, TOWER_RATE, Recipe
 from sortd.finetune.train import plain_views, random_views
 from sortd.finetuned_network import LOADING_ERRORS, MAP, TOWER, Network, build_tower, head_of
-from sortd.messages import Fit, Preprocessing
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from sortd.config import Config
+from sortd.daemon.resources import Resources
 from sortd.encoder.base import Encoder
 from sortd.errors import AlreadyRunningError, DataError
+from sortd.events import Preprocessing
 from sortd.finetune import data
 from sortd.finetune.evaluate import baseline_predictions, embed_names, evaluate_model
 from sortd.finetune.model import add_lora, find_base, init_head, load_base, weights_of
@@ -27,9 +29,7 @@ from sortd.finetuned_network import Network, load_weights, torch_device
 from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.layout import Area, Layout
-from sortd.messages import Preprocessing
 from sortd.references import class_labels
-from sortd.running.site import Site
 
 LARGER = 1.25
 """Size at which training images are kept, as a multiple of the network's input, so that crops of them stay sharp."""
@@ -208,7 +208,7 @@ def prepare_training(
     layout, recipe = request.layout, request.recipe
     find_base(request.base, cache_dir=config.cache_dir)  # a missing one fails before minutes of reading
     known, strangers = data.find_candidates(layout, request.source, config.state_dir)
-    site = Site(config, load_encoder=load_encoder)
+    site = Resources(config, load_encoder=load_encoder)
     try:
         embedder, _, _ = site.load()
         photos = data.gather(known, strangers, embedder)

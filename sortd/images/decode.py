@@ -23,9 +23,9 @@ import numpy.typing as npt
 
 from sortd.arrays import Pixels
 from sortd.errors import CrowdedError, ImageError, NotAnImageError, TooLargeError, UnreadableError
+from sortd.events import Fit, Preprocessing
 from sortd.images.formats import FORMATS, HEAD_BYTES, SUPPORTED, Format, format_of, open_file
 from sortd.images.structure import is_truncated, strip_png
-from sortd.messages import Fit, Preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -22,9 +22,9 @@ from typing import Final
 
 from sortd.arrays import Pixels
 from sortd.errors import CrowdedError, NotAnImageError, TooLargeError, UnreadableError
+from sortd.events import Fit, Preprocessing, Refusal
 from sortd.images.decode import DecodeLimits, Jpeg, decode_image, load_decoders
 from sortd.images.formats import HEAD_BYTES, format_of
-from sortd.messages import Fit, Preprocessing, Refusal
 
 REQUEST = struct.Struct("<IQ")
 """Slot of the shared memory, and memory budget in pixels; the file's descriptor is sent with it."""

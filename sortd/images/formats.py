@@ -10,9 +10,9 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sortd.companions import RAWS
+from sortd.events import ImageRefused, Refusal, Stamp
 from sortd.files import stamp_of
-from sortd.messages import ImageRefused, Refusal, Stamp
-from sortd.moving.companions import RAWS
 
 SUFFIXES = frozenset(
     {

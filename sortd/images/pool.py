@@ -27,6 +27,7 @@ import numpy as np
 
 from sortd.arrays import Pixels
 from sortd.errors import StartupError
+from sortd.events import ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.files import stamp_of
 from sortd.images.decode import DecodeLimits, Jpeg
 from sortd.images.decoder_process import (
@@ -43,7 +44,6 @@ from sortd.images.decoder_process import (
     decode_content,
 )
 from sortd.images.formats import open_version
-from sortd.messages import ImageRefused, Preprocessing, Refusal, Stamp
 
 _POISON_KEPT = 10_000  # versions of files that are remembered because they ended a process
 _MAX_FAILED_STARTS = 3  # consecutive processes that did not start; after that no other is started

@@ -1,1 +1,1 @@
-"""Parts of the mover: renames, copies to another file system, recovery, companions, free names."""
+"""The only package that renames, links or unlinks a user's file."""

@@ -1,4 +1,4 @@
-"""What becomes of a relocation that did not end: one way for errors and crashes, by looking at what stands where.
+"""What becomes of a move that did not end: one way for errors and crashes, by looking at what stands where.
 
 Nothing is removed here unless the same bytes are known to stand elsewhere; doing it all again is no mistake.
 """
@@ -9,43 +9,43 @@ import re
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from sortd.errors import ChangedError, DestinationError
-from sortd.mover import MOST_ATTEMPTS, make_part, remove_spent
-from sortd.moving.companions import split_name
-from sortd.moving.copying import content_of, remove_part
-from sortd.moving.crossing import Advance, finish, give_back, publish_part, seal_published
-from sortd.moving.free_names import final_names
-from sortd.moving.relocation import Member, Progress, Relocation, Role
-from sortd.moving.renaming import Folders, is_version, look, names_of, rename_new, stamp_of, sync_folder
+from sortd.companions import split_name
+from sortd.errors import ChangedError
+from sortd.files import sync_folder
+from sortd.moving.copy import Advance, give_back, publish_anywhere, remove_sources, seal_published, settled
+from sortd.moving.fs import Folders, is_version, look, names_of, rename_new
+from sortd.moving.parts import content_of, make_part, remove_obsolete, remove_part
+from sortd.moving.plan import MOST_ATTEMPTS, final_names, names_of_one
+from sortd.store.records import MoveFile, MoveProgress, MoveRecord, Role
 
 _NUMBERED = re.compile(r" \((\d+)\)$")
 
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """The two folders of a relocation as they are now; a folder that is gone is -1."""
+    """The two folders of a move as they are now; a folder that is gone is -1."""
 
     source: int
     destination: int
 
 
-def recover(folders: Folders, relocation: Relocation, advance: Advance) -> Relocation:
-    """Bring a relocation that did not end to its end, or back to its beginning.
+def recover(folders: Folders, relocation: MoveRecord, advance: Advance) -> MoveRecord:
+    """Bring a move that did not end to its end, or back to its beginning.
 
     Returns:
-        It, with progress DONE, FAILED (every member is in the source folder), or unchanged where a folder that must
-        be looked at is not there: a disk that is not mounted keeps its relocations open.
+        It, with progress DONE, FAILED (every file is in the source folder), or unchanged where a folder that must
+        be looked at is not there: a disk that is not mounted keeps its moves open.
 
     Raises:
         OSError, JournalError: a disk refused; it stays open.
     """
     places = _Places(_open_or_absent(folders, relocation.source), _open_or_absent(folders, relocation.destination))
     match relocation.progress:
-        case Progress.INTENDED:
+        case MoveProgress.INTENDED:
             return _recover_intended(folders, places, relocation)
-        case Progress.PUBLISHING:
+        case MoveProgress.PUBLISHING:
             return _recover_publishing(folders, places, relocation, advance)
-        case Progress.PUBLISHED:
+        case MoveProgress.PUBLISHED:
             return _recover_published(folders, places, relocation, advance)
         case _:
             return relocation
@@ -54,7 +54,7 @@ def recover(folders: Folders, relocation: Relocation, advance: Advance) -> Reloc
 # ---------------------------------------------------------------- intended: renames, or copies that count for nothing
 
 
-def _recover_intended(folders: Folders, places: _Places, relocation: Relocation) -> Relocation:
+def _recover_intended(folders: Folders, places: _Places, relocation: MoveRecord) -> MoveRecord:
     _give_back_taken(places, relocation)
     moved = _moved_members(places, relocation)
     leaving = [position for position, member in enumerate(relocation.members) if member.leaves]
@@ -68,15 +68,15 @@ def _recover_intended(folders: Folders, places: _Places, relocation: Relocation)
     return _drop_copies(places, relocation)
 
 
-def _give_back_taken(places: _Places, relocation: Relocation) -> None:
+def _give_back_taken(places: _Places, relocation: MoveRecord) -> None:
     """End a bringing back that was itself cut short."""
     for position in range(len(relocation.members)):
-        taken = relocation.taken_name(position)
+        taken = relocation.tombstone(position)
         if places.source != -1 and look(places.source, taken) is not None:
             give_back(places.source, taken, relocation, position)
 
 
-def _moved_members(places: _Places, relocation: Relocation) -> dict[int, str]:
+def _moved_members(places: _Places, relocation: MoveRecord) -> dict[int, str]:
     """Return the names in the destination of the files that were renamed, by position."""
     if places.destination == -1:
         return {}
@@ -94,23 +94,23 @@ def _moved_members(places: _Places, relocation: Relocation) -> dict[int, str]:
     return moved
 
 
-def _complete(folders: Folders, places: _Places, relocation: Relocation, moved: dict[int, str]) -> Relocation:
+def _complete(folders: Folders, places: _Places, relocation: MoveRecord, moved: dict[int, str]) -> MoveRecord:
     """Every file has been renamed: make what belongs beside them and let it all be durable."""
     names = _names_beside(relocation, moved[0])
-    members: list[Member] = []
+    members: list[MoveFile] = []
     for position, member in enumerate(relocation.members):
         if position in moved:
-            members.append(_settled(places.destination, member, moved[position]))
+            members.append(settled(places.destination, member, moved[position]))
         elif not member.leaves and (final := _made(places, relocation, position, names[position])):
-            members.append(_settled(places.destination, member, final))
+            members.append(settled(places.destination, member, final))
     sync_folder(places.destination)
     if places.source != -1:
-        remove_spent(folders, relocation)
+        remove_obsolete(folders, relocation)
         sync_folder(places.source)
-    return replace(relocation, members=tuple(members), progress=Progress.DONE)
+    return replace(relocation, members=tuple(members), progress=MoveProgress.DONE)
 
 
-def _names_beside(relocation: Relocation, image_name: str) -> tuple[str, ...]:
+def _names_beside(relocation: MoveRecord, image_name: str) -> tuple[str, ...]:
     """Return the names that go with the one that the image got."""
     numbered = _NUMBERED.search(split_name(image_name)[0])
     attempt = int(numbered[1]) if numbered else 1
@@ -118,7 +118,7 @@ def _names_beside(relocation: Relocation, image_name: str) -> tuple[str, ...]:
     return names if names[0] == image_name else final_names(relocation, 1)
 
 
-def _made(places: _Places, relocation: Relocation, position: int, name: str) -> str:
+def _made(places: _Places, relocation: MoveRecord, position: int, name: str) -> str:
     """Return the name under which a copy or a reason stands, after making it where it is missing; else nothing."""
     member, part = relocation.members[position], relocation.part_name(position)
     if member.role is Role.REASON:
@@ -134,10 +134,10 @@ def _made(places: _Places, relocation: Relocation, position: int, name: str) -> 
         # The user has taken or rewritten the shared file: it is no longer the one that belongs to this image.
         remove_part(places.destination, part)
         return ""
-    return _publish_anywhere(places.destination, relocation, position, name)
+    return publish_anywhere(places.destination, part, chain((name,), names_of_one(relocation, position)))
 
 
-def _bring_back(places: _Places, relocation: Relocation, moved: dict[int, str]) -> Relocation:
+def _bring_back(places: _Places, relocation: MoveRecord, moved: dict[int, str]) -> MoveRecord:
     if places.source == -1:
         return relocation
     for position, final in moved.items():
@@ -145,7 +145,7 @@ def _bring_back(places: _Places, relocation: Relocation, moved: dict[int, str]) 
             rename_new(places.destination, final, places.source, relocation.members[position].name)
         except FileExistsError:
             # Its name was taken meanwhile: by way of a name that nobody else has to the next free one.
-            taken = relocation.taken_name(position)
+            taken = relocation.tombstone(position)
             rename_new(places.destination, final, places.source, taken)
             give_back(places.source, taken, relocation, position)
     for position, member in enumerate(relocation.members):
@@ -156,7 +156,7 @@ def _bring_back(places: _Places, relocation: Relocation, moved: dict[int, str]) 
     return relocation.failed("taken back: not every file of the image could be moved")
 
 
-def _drop_copies(places: _Places, relocation: Relocation) -> Relocation:
+def _drop_copies(places: _Places, relocation: MoveRecord) -> MoveRecord:
     """Nothing was renamed: remove the copies whose sources stand, and save those whose sources do not."""
     nothing = relocation.failed("nothing had been moved")
     if places.destination == -1:
@@ -169,14 +169,15 @@ def _drop_copies(places: _Places, relocation: Relocation) -> Relocation:
         if not member.leaves or look(places.source, member.name) is not None:
             remove_part(places.destination, part)
         elif member.content and content_of(places.destination, part) == member.content:
-            final = _publish_anywhere(places.destination, relocation, position, member.wanted)
-            saved.append(_settled(places.destination, member, final))
+            names = chain((member.wanted,), names_of_one(relocation, position))
+            final = publish_anywhere(places.destination, part, names)
+            saved.append(settled(places.destination, member, final))
         else:
             unproven.append(part)
     sync_folder(places.destination)
     if saved:
         message = "the source was gone, its copy was whole"
-        return replace(relocation, members=tuple(saved), progress=Progress.DONE, message=message)
+        return replace(relocation, members=tuple(saved), progress=MoveProgress.DONE, message=message)
     if unproven:
         return relocation.failed(f"the source is gone, its copy cannot be proven whole: kept as {', '.join(unproven)}")
     return nothing
@@ -185,7 +186,7 @@ def _drop_copies(places: _Places, relocation: Relocation) -> Relocation:
 # ---------------------------------------------------------------- publishing: whole copies, known by inode and hash
 
 
-def _recover_publishing(folders: Folders, places: _Places, relocation: Relocation, advance: Advance) -> Relocation:
+def _recover_publishing(folders: Folders, places: _Places, relocation: MoveRecord, advance: Advance) -> MoveRecord:
     if -1 in {places.source, places.destination}:
         return relocation
     destination = places.destination
@@ -200,31 +201,31 @@ def _recover_publishing(folders: Folders, places: _Places, relocation: Relocatio
     for position in finals:
         remove_part(destination, relocation.part_name(position))
     members = tuple(replace(relocation.members[position], final=finals[position]) for position in sorted(finals))
-    return finish(folders, seal_published(destination, replace(relocation, members=members), advance))
+    return remove_sources(folders, seal_published(destination, replace(relocation, members=members), advance))
 
 
-def _recover_published(folders: Folders, places: _Places, relocation: Relocation, advance: Advance) -> Relocation:
+def _recover_published(folders: Folders, places: _Places, relocation: MoveRecord, advance: Advance) -> MoveRecord:
     if -1 in {places.source, places.destination}:
         return relocation
     try:
-        return finish(folders, relocation)
+        return remove_sources(folders, relocation)
     except PermissionError:
         if not _all_stand(places, relocation):
             raise
     # The sources may not be removed (immutable, another owner's in a sticky folder): the copies go instead, or the
     # images would be copied again and again. Step back first, so that a crash in between is one of that step.
-    sealed = replace(relocation, progress=Progress.PUBLISHING)
+    sealed = replace(relocation, progress=MoveProgress.PUBLISHING)
     advance(sealed)
     return _unpublish(places.destination, sealed, _published(places.destination, sealed))
 
 
-def _all_stand(places: _Places, relocation: Relocation) -> bool:
+def _all_stand(places: _Places, relocation: MoveRecord) -> bool:
     return all(
         _stands(places, relocation, position) for position, member in enumerate(relocation.members) if member.leaves
     )
 
 
-def _published(destination: int, relocation: Relocation) -> dict[int, str]:
+def _published(destination: int, relocation: MoveRecord) -> dict[int, str]:
     """Return the names under which sealed copies are visible.
 
     An equal file of the user's is none of ours: only the inode tells, or a name that the journal holds because the
@@ -240,14 +241,14 @@ def _published(destination: int, relocation: Relocation) -> dict[int, str]:
     return finals
 
 
-def _remove_placeholders(destination: int, relocation: Relocation, finals: dict[int, str]) -> None:
+def _remove_placeholders(destination: int, relocation: MoveRecord, finals: dict[int, str]) -> None:
     for position, member in enumerate(relocation.members):
         status = look(destination, member.final) if member.final and position not in finals else None
         if status is not None and status.st_size == 0 and look(destination, relocation.part_name(position)):
             os.unlink(member.final, dir_fd=destination)
 
 
-def _unpublish(destination: int, relocation: Relocation, finals: dict[int, str]) -> Relocation:
+def _unpublish(destination: int, relocation: MoveRecord, finals: dict[int, str]) -> MoveRecord:
     """Every source stands: remove the copies, which are ours."""
     for position, name in finals.items():
         os.unlink(name, dir_fd=destination)
@@ -258,35 +259,19 @@ def _unpublish(destination: int, relocation: Relocation, finals: dict[int, str])
     return relocation.failed("its copies were removed, the files are where they were")
 
 
-def _publish_rest(destination: int, relocation: Relocation, finals: dict[int, str]) -> dict[int, str]:
+def _publish_rest(destination: int, relocation: MoveRecord, finals: dict[int, str]) -> dict[int, str]:
     """A source is gone: what copies are whole become visible."""
     beside = _names_beside(relocation, finals[0]) if 0 in finals else final_names(relocation, 1)
-    return {
-        position: _publish_anywhere(destination, relocation, position, beside[position])
-        for position, member in enumerate(relocation.members)
-        if position not in finals and content_of(destination, relocation.part_name(position)) == member.content
-    }
+    published = {}
+    for position, member in enumerate(relocation.members):
+        part = relocation.part_name(position)
+        if position not in finals and content_of(destination, part) == member.content:
+            names = chain((beside[position],), names_of_one(relocation, position))
+            published[position] = publish_anywhere(destination, part, names)
+    return published
 
 
-def _publish_anywhere(destination: int, relocation: Relocation, position: int, name: str) -> str:
-    """Publish one part under this name, or under the next free one of its own."""
-    part = relocation.part_name(position)
-    names = (final_names(relocation, attempt)[position] for attempt in range(1, MOST_ATTEMPTS))
-    for candidate in chain((name,), names):
-        try:
-            publish_part(destination, part, candidate, lambda: None)
-        except FileExistsError:
-            continue
-        return candidate
-    raise DestinationError(f"{relocation.destination}: no free name for {name!r}")
-
-
-def _settled(destination: int, member: Member, final: str) -> Member:
-    status = look(destination, final)
-    return replace(member, final=final, moved_stamp=None if status is None else stamp_of(status))
-
-
-def _stands(places: _Places, relocation: Relocation, position: int) -> bool:
+def _stands(places: _Places, relocation: MoveRecord, position: int) -> bool:
     member = relocation.members[position]
     status = None if places.source == -1 else look(places.source, member.name)
     return status is not None and is_version(status, member.stamp)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.journal import Journal
+from sortd.store.journal import Journal
 from tests.faults.injection import Fault, can_trace, run_child
 from tests.faults.steps import steps_of
 from tests.faults.world import World, build

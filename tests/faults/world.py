@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sortd.journal import Journal, Selection
-from sortd.messages import Move, Outcome
-from sortd.mover import Mover
-from sortd.moving.listing import Listings, Names
-from sortd.moving.renaming import rename_new, stamp_of
-from sortd.running.filing import Answer, Filing
+from sortd.events import Move, Outcome
+from sortd.files import stamp_of
+from sortd.moving.fs import FolderNames, Listings, rename_new
+from sortd.moving.mover import MoveAnswer, Mover
+from sortd.store.journal import Journal
+from sortd.store.records import Selection
 
 IMAGE_BYTES = 70_000
 """More than one page and less than a chunk; a hole of 1 MiB lies in one image."""
@@ -34,10 +34,10 @@ class OldListings(Listings):
         super().__init__()
         self._unseen = {str(world.root / path) for path in world.standing if not path.startswith("Images/")}
 
-    def names(self, folder: int) -> Names:
+    def names(self, folder: int) -> FolderNames:
         """Return the names in an open folder, but for those that stand there."""
         path = os.readlink(f"/proc/self/fd/{folder}")
-        return Names(name for name in os.listdir(folder) if f"{path}/{name}" not in self._unseen)
+        return FolderNames(name for name in os.listdir(folder) if f"{path}/{name}" not in self._unseen)
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,13 @@ class World:
         """Open the journal."""
         return Journal(self.state / "journal.db", clock=lambda: 1.0, run="faults")
 
-    def filing(self, journal: Journal) -> Filing:
+    def filing(self, journal: Journal) -> Mover:
         """Return what moves files here."""
-        mover = Mover(rename=cannot_rename if self.copies else rename_new)
-        listings = OldListings(self)
+        rename = cannot_rename if self.copies else rename_new
         # One thread: strace counts for each thread by itself, and the order of syncs would not be the same twice.
-        return Filing(self.root, journal, mover=mover, sync_threads=1, listings=listings)
+        return Mover(self.root, journal, rename=rename, sync_threads=1, listings=OldListings(self))
 
-    def act(self) -> list[Answer]:
+    def act(self) -> list[MoveAnswer]:
         """Do what the plot says; this is where faults strike."""
         with self.journal() as journal:
             filing = self.filing(journal)

@@ -1,0 +1,393 @@
+"""The core of one dataset: events in, commands out; it knows no file, clock, thread, log or model.
+
+``receive(event, now)`` takes one fact and returns what shall be done about it; ``next_deadline()`` says how long the
+caller may sleep before it owes a ``Tick``. Embed ahead, decide late: while a rebuild is due or running, images are
+embedded but none is moved, so that every decision is made by the prototypes that the folder now shows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from sortd import events
+from sortd.classify.decide import decide_by
+from sortd.classify.prototypes import Classifier, FinetunedClassifier, PrototypeSet
+from sortd.classify.types import Abstained, Assigned, Decision
+from sortd.core.guard import Guard, GuardState
+from sortd.core.schedule import FolderBackoffs, RebuildSchedule
+from sortd.core.state import Image, Images, State
+
+
+@dataclass(frozen=True, slots=True)
+class SorterSettings:
+    """How images wait; what differs between datasets in how they are decided is in the prototypes."""
+
+    settle_seconds: float = 1.0
+    batch_size: int = 16
+    """Images that are asked for at once: half of what goes through the model, so that the newest never wait long."""
+    batches_in_flight: int = 3  # one that is encoded, one that is decoded meanwhile, and one on its way back
+    backlog_limit: int = 100_000
+    set_rejected_aside: bool = True
+    guard_images: int = 200
+
+
+NO_GUESS = "_none"  # the folder in Review/ for images that not even a guess is made about
+
+SET_ASIDE = frozenset({events.Refusal.UNREADABLE, events.Refusal.TOO_LARGE, events.Refusal.POISON})
+"""Refusals of images that are complete and will not get better by themselves: they go to Rejected/."""
+
+
+def order_for(
+    image: events.EmbeddedImage, decision: Decision, classifier: Classifier, *, settle_seconds: float
+) -> events.Move:
+    """Return the move to Dataset/<class> or Review/<best guess> that a decision means."""
+    match decision:
+        case Assigned(label=label):
+            folder, outcome, reason = f"Dataset/{label}", events.Outcome.FILED, ""
+        case Abstained(best_label=label, reason=reason):
+            folder, outcome = f"Review/{label or NO_GUESS}", events.Outcome.REVIEW
+    return events.Move(
+        path=image.path,
+        stamp=image.stamp,
+        folder=folder,
+        outcome=outcome,
+        decision=decision,
+        reason=reason,
+        content=image.content,
+        encoder_id=classifier.encoder_id,
+        generation=classifier.generation,
+        milliseconds=_milliseconds(settle=settle_seconds, decode=image.decode_seconds, encode=image.encode_seconds),
+    )
+
+
+def order_aside(refused: events.ImageRefused, *, settle_seconds: float) -> events.Move:
+    """Return the move to Rejected/ of an image that will not get better by itself."""
+    return events.Move(
+        path=refused.path,
+        stamp=refused.stamp,
+        folder="Rejected",
+        outcome=events.Outcome.REJECTED,
+        reason=f"{refused.refusal.value}: {refused.message}",
+        milliseconds=_milliseconds(settle=settle_seconds),
+    )
+
+
+def _milliseconds(**seconds: float) -> dict[str, float]:
+    return {stage: round(1e3 * value, 1) for stage, value in seconds.items()}
+
+
+ROOM_FOR_A_SCAN = 1 / 8
+"""What did not fit is looked for when no more than this share of ``backlog_limit`` waits: a scan takes time, too."""
+
+MOST_LOOKS = 10_000  # settling images that one ``Tick`` asks to be looked at; the next ones are due at once
+
+
+class Sorter:
+    """The sans-IO core of one dataset."""
+
+    def __init__(self, settings: SorterSettings, *, guard: GuardState | None = None) -> None:
+        """Begin without prototypes, with a rebuild due at once, and the guard as the last run left it."""
+        self._settings = settings
+        self.images = Images(settle_seconds=settings.settle_seconds, limit=settings.backlog_limit)
+        self.prototypes: PrototypeSet | None = None
+        self.finetuned: FinetunedClassifier | None = None
+        self.references_absent = False
+        self._rebuilds = RebuildSchedule()
+        self._absent_in = 0  # the rebuild that ran, or had run last, when the dataset was found absent
+        self._move_pauses = FolderBackoffs()
+        self.guard = Guard(settings.guard_images, guard or GuardState())
+        self._stopping = False
+
+    def next_deadline(self) -> float | None:
+        """Return the time, in seconds of the caller's clock, by which a ``Tick`` is owed; None: no hurry."""
+        if self._stopping:
+            return None
+        times = (self.images.next_deadline, *self._rebuilds.deadlines, self._move_pauses.until)
+        return min((time for time in times if time is not None), default=None)
+
+    def configure(self, settings: SorterSettings, now: float) -> None:
+        """Take over changed settings; the prototypes are built anew, since their settings may have changed too."""
+        self._settings = settings
+        self.images.configure(settle_seconds=settings.settle_seconds, limit=settings.backlog_limit)
+        self.guard.configure(settings.guard_images)
+        self._touch(now)
+
+    @property
+    def classifier(self) -> Classifier | None:
+        """What decides: the fine-tuned model that was promoted, else the prototypes; None before either is there."""
+        return self.finetuned or self.prototypes
+
+    def looks_soon_at(self, path: str, now: float) -> bool:
+        """Tell whether an image settles and is to be looked at within the settle time, whatever happens to it."""
+        return not self._stopping and self.images.is_due_soon(path, now)
+
+    @property
+    def is_rebuilding(self) -> bool:
+        """Tell whether a rebuild is due or running."""
+        return self._rebuilds.is_pending
+
+    @property
+    def is_drained(self) -> bool:
+        """Tell whether nothing is left to do until something else happens: a writer closing its file, say."""
+        return not (self.is_rebuilding or self.images.waiting > self.images.busy + self.refused_by_disks)
+
+    @property
+    def refused_by_disks(self) -> int:
+        """Count the images that are decided and wait for a folder that refuses again and again: a full disk, say."""
+        return self.images.counts[State.EMBEDDED] if self._may_decide and self._move_pauses.are_lasting else 0
+
+    @property
+    def is_stopped(self) -> bool:
+        """Tell whether, after ``StopRequested``, no move is under way any more."""
+        return self._stopping and not self.images.counts[State.MOVING]
+
+    @property
+    def may_move(self) -> bool:
+        """Tell whether an answered image would move now, wherever to."""
+        return self._may_decide and self._move_pauses.until is None
+
+    @property
+    def _may_decide(self) -> bool:
+        return (
+            self.prototypes is not None
+            and not self.is_rebuilding
+            and not self.references_absent
+            and self.guard.reason is None
+            and not self._stopping
+        )
+
+    # ------------------------------------------------------------ events in, commands out
+
+    def receive(self, event: events.Event, now: float) -> list[events.Command]:
+        """Take in one fact; return what shall be done, in order."""
+        commands = self._take(event, now)
+        if not self._stopping:
+            self._try_places()
+            commands += self._embed()
+            if self.images.overflowed and self.images.waiting <= self._settings.backlog_limit * ROOM_FOR_A_SCAN:
+                self.images.overflowed = False
+                commands.append(events.Scan())
+        return commands
+
+    def _take(self, event: events.Event, now: float) -> list[events.Command]:  # noqa: C901, PLR0911, PLR0912 -- the table of events: one arm each
+        match event:
+            case events.ImageSeen():
+                self.images.see(event, now)
+            case events.ReviewSeen(path, stamp, generation):
+                self._rest_in_review(path, stamp, now, generation)
+            case events.ImageHeld(path, stamp):
+                self.images.hold(path, stamp, now)
+            case events.ImageGone(path):
+                self.images.forget(path)
+            case events.FoldersGone(folders):
+                return [events.Inspect(path) for path in self.images.resting_below(folders)]
+            case events.LookRefused(path):
+                self.images.lose_sight(path)
+            case events.ReferencesTouched():
+                self._touch(now)
+            case events.Embedded():
+                return self._embedded(event)
+            case events.ImageRefused():
+                return self._refused(event, now)
+            case events.PrototypesBuilt():
+                self._built(event)
+            case events.RebuildFailed():
+                self._rebuild_failed(event, now)
+            case events.DatasetAbsent():
+                self._absent(now)
+            case events.Moved():
+                self._moved(event, now)
+            case events.MoveFailed():
+                return self._move_failed(event, now)
+            case events.Released(path):
+                self.images.release(path, now)
+            case events.DatasetReleased():
+                self.guard.release()
+                self._resume()
+            case events.ScanStarted(in_review):
+                self.images.start_scan(in_review=in_review)
+            case events.ScanFinished(in_review):
+                if not in_review:
+                    self.images.retry_denied(now)
+                return [events.Inspect(path) for path in self.images.unseen_by_scan(in_review=in_review)]
+            case events.Tick():
+                return self._tick(now)
+            case events.StopRequested():
+                self._stopping = True
+        return []
+
+    def _tick(self, now: float) -> list[events.Command]:
+        if self._stopping:
+            return []
+        due = islice(self.images.due(now), MOST_LOOKS)
+        commands: list[events.Command] = [events.Inspect(path) for path in due]
+        if (job := self._rebuilds.begin(now)) is not None:
+            commands.append(events.Rebuild(job))
+        self._move_pauses.end_due(now)
+        return commands
+
+    def _touch(self, now: float) -> None:
+        self._rebuilds.touch(now, settle_seconds=self._settings.settle_seconds)
+
+    def _built(self, event: events.PrototypesBuilt) -> None:
+        if not self._rebuilds.is_running(event.job):
+            return
+        self._rebuilds.succeed()
+        self.references_absent = event.job <= self._absent_in
+        served = self.classifier
+        self.prototypes, self.finetuned = event.prototypes, event.finetuned
+        classifier = event.finetuned or event.prototypes
+        self.guard.serve(classifier)
+        if served is None or served.generation != classifier.generation:
+            self.images.reconsider(classifier.generation)
+        self._resume()
+
+    def _rebuild_failed(self, event: events.RebuildFailed, now: float) -> None:
+        if not self._rebuilds.is_running(event.job):
+            return
+        self._rebuilds.fail(now, is_lasting=event.is_lasting)
+        self.references_absent = event.references_absent or event.job <= self._absent_in
+        self._resume()
+
+    def _absent(self, now: float) -> None:
+        self.references_absent = True
+        self._absent_in = self._rebuilds.job
+        self._rebuilds.retry(now)
+
+    def _resume(self) -> None:
+        if self._may_decide:
+            self.images.resume()
+
+    def _try_places(self) -> None:
+        """Let one image try each folder whose pause is over: if it moves, those that wait for the folder follow."""
+        for place in self.images.places:
+            if self._may_decide and not self._move_pauses.holds(place):
+                self.images.try_place(place)
+
+    # ------------------------------------------------------------ the way of one image
+
+    def _embed(self) -> list[events.Command]:
+        commands: list[events.Command] = []
+        size = self._settings.batch_size
+        while self.images.counts[State.ENCODING] <= size * (self._settings.batches_in_flight - 1):
+            batch = self.images.take_batch(size, is_paused=self._move_pauses.holds)
+            if not batch:
+                break
+            commands.append(events.Embed(tuple((image.path, image.stamp) for image in batch)))
+        return commands
+
+    def _embedded(self, event: events.Embedded) -> list[events.Command]:
+        answered = [(answer, self.images.answered(answer.path, answer.stamp)) for answer in event.images]
+        known = [(answer, image) for answer, image in answered if image is not None]
+        if not known:
+            return []
+        classifier = self.classifier
+        if classifier is None or not self._may_decide or classifier.encoder_id != event.encoder_id:
+            for _, image in known:
+                self.images.embedded(image)
+            self._resume()  # rows of an encoder that another has taken over from since: embedded again by that one
+            return []
+        decisions = decide_by(classifier, np.stack([answer.embedding for answer, _ in known]))
+        if self.guard.wants(self.images.waiting):
+            return self._try_out([image for _, image in known], decisions)
+        moves = [
+            self._decided(answer, image, decision, classifier)
+            for (answer, image), decision in zip(known, decisions, strict=True)
+        ]
+        return [move for move in moves if move is not None]
+
+    def _try_out(self, images: Sequence[Image], decisions: Sequence[Decision]) -> list[events.Command]:
+        """Decide without moving; when the trial is over all of it is decided again, from cached embeddings."""
+        for image in images:
+            self.images.embedded(image)
+        waits = self.images.counts[State.EMBEDDED] + self.images.busy
+        if not self.guard.try_out(decisions, left=self.images.waiting - waits):
+            return []
+        self._resume()
+        return [events.Hold(self.guard.reason)] if self.guard.reason is not None else []
+
+    def _decided(
+        self, answer: events.EmbeddedImage, image: Image, decision: Decision, classifier: Classifier
+    ) -> events.Move | None:
+        if isinstance(decision, Abstained) and image.in_review:
+            self.images.abstain_again(image, generation=classifier.generation)
+            return None
+        image.generation = classifier.generation
+        return self._ordered(image, order_for(answer, decision, classifier, settle_seconds=image.settle_seconds))
+
+    def _ordered(self, image: Image, move: events.Move) -> events.Move | None:
+        """Let an image move, unless one of its folders refuses for now: then it waits, and keeps no other waiting."""
+        places = (move.folder, _folder_of(image.path))
+        if refusing := [place for place in places if self._move_pauses.holds(place)]:
+            self.images.embedded(image, refusing[0])
+            return None
+        self.images.moving(image, move.folder)
+        return move
+
+    def _refused(self, event: events.ImageRefused, now: float) -> list[events.Command]:
+        image = self.images.answered(event.path, event.stamp)
+        if image is None:
+            return []
+        match event.refusal:
+            case events.Refusal.VANISHED:
+                self.images.forget(event.path)
+                return []
+            case events.Refusal.CHANGED:
+                self.images.settle_again(image, now)
+                return [events.Inspect(event.path)]
+            case refusal if refusal in SET_ASIDE and self._is_set_aside(image):
+                return self._set_aside(event, image)
+            case refusal:
+                is_news = self.images.refuse(image, refusal, event.message)
+                return [events.Leave(event.path, refusal, event.message, event.stamp)] if is_news else []
+
+    def _is_set_aside(self, image: Image) -> bool:
+        return self._settings.set_rejected_aside and not (image.in_review or image.is_aside)
+
+    def _set_aside(self, event: events.ImageRefused, image: Image) -> list[events.Command]:
+        if self.references_absent or self._stopping:
+            self.images.embedded(image)
+            return []
+        move = self._ordered(image, order_aside(event, settle_seconds=image.settle_seconds))
+        return [move] if move else []
+
+    def _moved(self, event: events.Moved, now: float) -> None:
+        image = self.images.moved(event.path, event.stamp)
+        if image is None:
+            return
+        for place in (image.folder, _folder_of(image.path)):
+            if self._move_pauses.clear(place):
+                self.images.wake(place)
+        if event.outcome is events.Outcome.REVIEW:
+            self._rest_in_review(event.destination, event.moved_stamp, now, image.generation)
+
+    def _rest_in_review(self, path: str, stamp: events.Stamp, now: float, generation: int) -> None:
+        """Remember an image in Review/; one that an older generation could not decide is decided again at once."""
+        self.images.rest_in_review(path, stamp, now, generation=generation)
+        if self.classifier is not None:
+            self.images.reconsider_one(path, self.classifier.generation)
+
+    def _move_failed(self, event: events.MoveFailed, now: float) -> list[events.Command]:
+        image = self.images.move_failed(event.path, event.stamp)
+        if image is None or self._stopping:
+            return []
+        is_known = self.images.get(event.path) is image and image.state is State.EMBEDDED
+        match event.failure:
+            case events.MoveFailure.DESTINATION | events.MoveFailure.SOURCE as failure:
+                place = image.folder if failure is events.MoveFailure.DESTINATION else _folder_of(image.path)
+                self._move_pauses.begin(place, now)
+                if is_known:
+                    self.images.embedded(image, place)
+            case events.MoveFailure.VANISHED if is_known:
+                self.images.forget(event.path)
+            case events.MoveFailure.CHANGED | events.MoveFailure.BUSY if is_known:
+                self.images.settle_again(image, now)
+                return [events.Inspect(event.path)]
+        return []
+
+
+def _folder_of(path: str) -> str:
+    """Return the folder in which an image lies: an absolute path, which no folder of a move is."""
+    return path.rpartition("/")[0]

@@ -1,0 +1,1 @@
+"""The daemon: its loop, its datasets and its worker."""

@@ -1,0 +1,407 @@
+"""The daemon: the loop that feeds the cores of all datasets, and the order in which everything starts and stops.
+
+Four threads, named and joined: this one (cores, journals, moves), the watcher's (posts file events), the worker's
+(decodes, encodes, rebuilds) and, where images go to another file system, the copier's. They share this loop's inbox and
+frozen values. The loop sleeps until a message comes or the nearest deadline passes. A turn is short: signals and the
+watchdog come first, then answers, file events, moves and looks, each for a bounded time.
+
+    start   lock and recover each dataset; begin to load the model; watch; scan; READY when all is true
+    stop    begin nothing new; finish the moves at hand, interrupt long copies; stop watcher, worker and copier; close
+            the journals
+"""
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from time import monotonic
+from typing import TypeVar
+
+import structlog
+
+from sortd import __version__, errors, logs
+from sortd.config import Config, restart_needed
+from sortd.core.schedule import PeriodicTimer
+from sortd.daemon.control import Requests, answer, tell_put_back
+from sortd.daemon.dataset import Dataset
+from sortd.daemon.datasets import Datasets
+from sortd.daemon.inbox import Inbox, Told
+from sortd.daemon.resources import Resources
+from sortd.daemon.worker import Answer, Worker, WorkerDied, WorkerLoading, WorkerReady
+from sortd.layout import Area
+from sortd.metrics import Metrics
+from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
+from sortd.status import Status, read_status, started_ticks
+from sortd.systemd import Notifier, signals_posted
+from sortd.watch.observer import FileEvent
+from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, Watcher
+
+STOP_SECONDS = 4.0  # the worker may take to end its forward when the daemon stops
+STATUS_SECONDS = 2.0  # between two writes of the status file
+METRICS_SECONDS = 15.0  # between two writes of the metrics file; Prometheus scrapes as often by default
+
+STUCK_SECONDS = 300.0
+"""A worker that made no progress for so long is stuck: the watchdog is not fed any more, and systemd restarts us."""
+
+START_SECONDS = 120.0
+"""For so long a start may last yet, told anew while the worker gets on: an export of the model, or the first look at
+thousands of references, can take longer than ``TimeoutStartSec=`` of the unit."""
+
+TURN_SECONDS = 0.05  # how long each part of a turn (answers, file events, moves, looks) may begin something new
+
+_T = TypeVar("_T")
+
+
+class Daemon:
+    """One run: all datasets below one root, one worker, one watcher."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        resources: Resources,
+        reload: Callable[[], Config],
+        notifier: Notifier,
+        metrics: Metrics,
+        once: bool = False,
+    ) -> None:
+        """Take the collaborators over; nothing is touched before ``run``.
+
+        ``reload`` reads the configuration anew, or raises ``ConfigError``; with ``once`` it stops when nothing is left.
+        """
+        self.config = config
+        self.inbox = Inbox()
+        self.model: WorkerReady | None = None
+        self._loading: str | None = None
+        self.config_problem: str | None = None
+        self._ended_by: str | None = None
+        self._reload, self._notifier, self._metrics = reload, notifier, metrics
+        self._once = once
+        self._worker = Worker(resources.load, resources.unload, self.inbox.put, resources.classifiers)
+        resources.on_progress = self._worker.loading
+        self._copier = CopyQueue(self.inbox.put)
+        self.datasets = Datasets(
+            config, resources=resources, ask=self._worker.ask, copier=self._copier, metrics=metrics
+        )
+        self._watcher: Watcher | None = None
+        self._state_folder = resources.state_folder
+        self._status = Status(resources.state_folder)
+        self._requests = Requests(resources.state_folder, report=self._hampered)
+        self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
+        self._pid = os.getpid()
+        self._is_ready = False
+        self._is_stopping = False
+        self._turned_at = monotonic()
+        self._timer = PeriodicTimer()
+        self._served = 0
+        self._longest_turn_seconds = 0.0
+        self._closing = ExitStack()
+
+    def run(self) -> None:
+        """Work until SIGTERM or SIGINT, or with ``once`` until nothing is left to do.
+
+        Raises:
+            SortdError: what stopped it: its state folder, the model; with ``once``, what held a dataset.
+        """
+        is_cut_short = False
+        self._require_to_be_alone()
+        with signals_posted(self.inbox.put_signal):
+            try:
+                self._start()
+                while not self._is_done():
+                    self._turn()
+                is_cut_short = self._once and not self._is_drained()
+            except Exception as error:
+                self._ended_by = _reason(error)
+                raise
+            finally:
+                self._stop()
+        if is_cut_short:
+            raise errors.StoppedError(
+                "stopped before all was done; nothing is half done, and the next run goes on from here"
+            )
+        if self._once and (held := self.datasets.held_error) is not None:
+            raise held
+        problems = [f"{dataset.name}: {dataset.problem}" for dataset in self.datasets if dataset.problem]
+        if self._once and problems:
+            raise errors.LayoutError("; ".join(problems))
+        refused = {dataset.name: count for dataset in self.datasets if (count := dataset.sorter.refused_by_disks)}
+        if self._once and refused:
+            counted = ", ".join(f"{count} in {name}" for name, count in refused.items())
+            raise errors.DestinationError(
+                f"images that could not be moved stay where they were: {counted}; the log says why"
+            )
+
+    def _start(self) -> None:
+        self._log.info(logs.DAEMON_STARTING, root=str(self.config.root), model=self.config.model)
+        self._requests.open()
+        self._worker.start()
+        if not self._once:
+            self._watcher = Watcher(self.inbox.put, polling=self.config.polling)
+            self.datasets.watch_with(self._watcher)
+        self.datasets.discover()
+        if self._once and not self.datasets.by_name:
+            raise self.datasets.held_error or errors.LayoutError(
+                f"{self.config.root} holds no dataset: a folder with a Clases/ in it; `sortd init DIR` makes one"
+            )
+        self._timer.put_off("scan", monotonic() + self.config.rescan_seconds)
+        if self.config.metrics.http_port is not None:
+            self._closing.callback(self._metrics.serve(self.config.metrics.http_port, problem=self._idle_because))
+
+    def _require_to_be_alone(self) -> None:
+        """See that no other sortd works with this state folder on this root: its requests and status are its own.
+
+        Raises:
+            AlreadyRunningError: one does.
+        """
+        try:
+            told = read_status(self._state_folder)
+        except (errors.StartupError, OSError):
+            return  # what cannot be read says of nobody; the lock of each dataset holds all the same
+        if told is None or not told["alive"] or told["pid"] == self._pid:
+            return
+        if told.get("root") == str(self.config.root):
+            raise errors.AlreadyRunningError(
+                f"another sortd works on {self.config.root} (pid {told['pid']}); stop it first"
+            )
+
+    def _is_done(self) -> bool:
+        if self._is_stopping:
+            return all(dataset.sorter.is_stopped for dataset in self.datasets)
+        return self._once and self._is_drained()
+
+    def _is_drained(self) -> bool:
+        """Tell whether nothing is left that can be done now."""
+        return self.model is not None and all(dataset.is_drained or dataset.is_stuck for dataset in self.datasets)
+
+    def _stop(self) -> None:
+        self._notifier.stopping()
+        self._requests.close()
+        if self._watcher is not None:
+            self._watcher.close()
+        self._copier.interrupt()
+        ended = self._worker.stop(STOP_SECONDS)
+        self._copier.stop()
+        try:
+            self.datasets.close()
+        except Exception as error:
+            self._ended_by = self._ended_by or _reason(error)
+            raise
+        finally:
+            self._write_status(running=False)
+            self._closing.close()
+        self._log.info(logs.DAEMON_STOPPED, worker_ended=ended, **self._totals())
+
+    def _totals(self) -> dict[str, int]:
+        return dict(sum((Counter(dataset.log.outcomes) for dataset in self.datasets), Counter()))
+
+    def _turn(self) -> None:
+        self.inbox.wait(self._patience(monotonic()))
+        began = self._turned_at = monotonic()
+        for number in {signalled.number for signalled in self.inbox.signals()}:  # once, however often it was sent
+            self._signalled(number)
+        self._ping(began)
+        _until_late(self._take, self.inbox.told())
+        _until_late(self._file_event, self.inbox.file_events())
+        _until_late(self._move, self._in_turn())
+        _until_late(self._look, self._in_turn())
+        self._requests.advance(lambda request: answer(self.datasets, request))
+        self._served += 1
+        self._periodic(monotonic())
+        self._longest_turn_seconds = max(self._longest_turn_seconds, monotonic() - began)
+
+    def _in_turn(self) -> Iterator[Dataset]:
+        """Go through the datasets, from another one on in each turn: not all of them may get theirs in it."""
+        datasets = list(self.datasets)
+        first = self._served % max(1, len(datasets))
+        return iter([*datasets[first:], *datasets[:first]])
+
+    def _move(self, dataset: Dataset) -> None:
+        with self.datasets.isolated(dataset):
+            dataset.tick(monotonic())
+            dataset.flush()
+
+    def _look(self, dataset: Dataset) -> None:
+        with self.datasets.isolated(dataset):
+            dataset.continue_scan()
+            dataset.continue_looking()
+
+    def _patience(self, now: float) -> float:
+        has_more = any(dataset.has_more_to_look_at or dataset.has_moves for dataset in self.datasets)
+        if has_more or self._requests.is_due:
+            return 0.0
+        deadlines = [dataset.next_deadline for dataset in self.datasets]
+        return max(0.0, min([*deadlines, self.datasets.deadline, self._timer.next_deadline()]) - now)
+
+    def _file_event(self, event: FileEvent | EventsDropped) -> None:
+        if isinstance(event, FileEvent):
+            self.datasets.file_event(event)
+            return
+        self._log.warning(f"watch.{event.reason.value}", root=event.root or str(self.config.root), why=event.why)
+        if event.reason is DropReason.OVERFLOWED:
+            self._metrics.watch_overflow()
+        self.datasets.events_dropped(event)
+
+    def _take(self, told: Told) -> None:
+        match told:
+            case Answer(dataset=identity):
+                self.datasets.tell(identity, lambda dataset: dataset.answer(told))
+            case Copied(dataset=identity, orders=orders):
+                self.datasets.tell(identity, lambda dataset: tell_put_back(dataset, dataset.copied(orders)))
+            case CopyFailed(dataset=identity, error=refused):
+                self.datasets.tell(identity, lambda dataset: self.datasets.hold(dataset, refused))
+            case WorkerLoading(what=what):
+                self._loading = what
+                self._notifier.status(what)
+            case WorkerReady():
+                self.model, self._loading = told, None
+                self._log.info(logs.MODEL_LOADED, model=told.description, encoder_id=told.encoder_id)
+            case WorkerDied(error=error) | CopyQueueDied(error=error):
+                raise error
+
+    def _periodic(self, now: float) -> None:
+        due = self._timer.is_due
+        self.datasets.catch_up()
+        if due("scan", now, self.config.rescan_seconds):
+            self.datasets.scan()
+        if self._watcher is not None and due("health", now, CHECK_SECONDS):
+            self._watcher.health(now)
+            self.datasets.discover()  # a folder that gets its Clases/ later than its name raises no event
+            for dataset in self.datasets:
+                with self.datasets.isolated(dataset):
+                    dataset.check_lock()
+        if self._watcher is not None and due("poll", now, self.config.polling_seconds):
+            self.datasets.poll(self._watcher.polled())
+        if not self._is_ready and self.model is not None and self._all_answered():
+            self._become_ready(self.model)
+        if due("start", now, START_SECONDS / 3) and not self._is_ready and self._gets_on(now):
+            self._notifier.extend(START_SECONDS)
+        if due("status", now, STATUS_SECONDS):
+            self._write_status(running=True)
+        if due("metrics", now, METRICS_SECONDS):
+            self._write_metrics()
+
+    def _ping(self, now: float) -> None:
+        """Feed the watchdog, where it is time to, but only while the worker gets on: alive means working."""
+        seconds = self._notifier.watchdog_seconds
+        if seconds and self._timer.is_due("ping", now, seconds / 2) and self._gets_on(now):
+            self._notifier.watchdog()
+
+    def _gets_on(self, now: float) -> bool:
+        busy_since = self._worker.busy_since
+        return busy_since is None or now - busy_since < STUCK_SECONDS
+
+    def _idle_because(self) -> str | None:
+        """Say why no image is handled now, for whoever asks after the health; asked from another thread."""
+        now = monotonic()
+        if self._is_stopping:
+            return "it is stopping"
+        if not self._gets_on(now):
+            return f"the worker has made no progress for {STUCK_SECONDS:.0f} s"
+        if now - self._turned_at > STUCK_SECONDS:
+            return f"the loop has not turned for {STUCK_SECONDS:.0f} s"
+        return None if self._is_ready else self._loading or "it is starting: the model or the references are not loaded"
+
+    def _write_status(self, *, running: bool) -> None:
+        try:
+            self._status.write(self.facts(running=running))
+        except OSError as error:
+            self._hampered(error)
+
+    def _write_metrics(self) -> None:
+        for dataset in self.datasets:
+            self._metrics.backlog(dataset.name, dataset.sorter.images.waiting)
+        if self.config.metrics.textfile is None:
+            return
+        try:
+            self._metrics.write_textfile(os.fspath(self.config.metrics.textfile))
+        except OSError as error:
+            self._hampered(error)
+
+    def _hampered(self, error: OSError) -> None:
+        """Say what could not be written: nobody's image depends on it, and it is written again soon."""
+        self._log.warning(logs.DAEMON_HAMPERED, path=error.filename, error=error.strerror)
+
+    def _become_ready(self, model: WorkerReady) -> None:
+        self._is_ready = True
+        inboxes = [str(dataset.layout.area(Area.IMAGES)) for dataset in self.datasets]
+        self._log.info(
+            logs.DAEMON_READY, drop_images_into=inboxes, model=model.description, encoder_id=model.encoder_id
+        )
+        self._notifier.ready(f"{len(self.datasets.by_name)} datasets, {model.description}")
+
+    def _all_answered(self) -> bool:
+        """Tell whether each dataset has scanned once and knows its prototypes, or why it has none."""
+        return all(
+            not dataset.is_scanning and (dataset.problem or not dataset.sorter.is_rebuilding)
+            for dataset in self.datasets
+        )
+
+    def facts(self, *, running: bool) -> dict[str, object]:
+        """Return what ``sortd status`` shows of this run, as plain values."""
+        return {
+            "running": running,
+            "pid": self._pid,
+            "started_ticks": started_ticks(self._pid),
+            "version": __version__,
+            "root": str(self.config.root),
+            "ready": self._is_ready,
+            "loading": self._loading,
+            "model": None if self.model is None else self.model.description,
+            "encoder_id": None if self.model is None else self.model.encoder_id,
+            "config_problem": self.config_problem,
+            "longest_turn_seconds": round(self._longest_turn_seconds, 3),
+            "ended_by": self._ended_by,
+            "watching": []
+            if self._watcher is None
+            else [
+                {"root": status.root, "mode": status.mode.value, "why": status.why} for status in self._watcher.status()
+            ],
+            "datasets": {
+                **{name: dataset.facts() for name, dataset in sorted(self.datasets.by_name.items())},
+                **{name: held.facts() for name, held in sorted(self.datasets.held.items())},
+            },
+        }
+
+    def _signalled(self, number: int) -> None:
+        if number == signal.SIGHUP:
+            self.reload()
+        elif number == signal.SIGUSR1:
+            self._requests.wake()
+        elif number in {signal.SIGTERM, signal.SIGINT}:
+            self._is_stopping = True
+            self.datasets.stop()
+            self._copier.interrupt()
+            for dataset in self.datasets:
+                with self.datasets.isolated(dataset):
+                    dataset.stop()
+
+    def reload(self) -> None:
+        """Read the configuration anew: parse, validate, swap; a bad file keeps the old one and says so."""
+        self._notifier.reloading()
+        try:
+            config = self._reload()
+        except errors.ConfigError as error:
+            self.config_problem = str(error)
+            self._log.error(logs.CONFIG_REFUSED, error=str(error))
+        else:
+            waits = restart_needed(self.config, config)
+            self.config, self.config_problem = config, None
+            self.datasets.reload(config)
+            self._log.info(logs.CONFIG_RELOADED, restart_needed_for=waits)
+        self._notifier.ready()
+
+
+def _until_late(do: Callable[[_T], None], each: Iterable[_T]) -> None:
+    """Do something with each, until none is left or this part of the turn is over."""
+    until = monotonic() + TURN_SECONDS
+    for one in each:
+        do(one)
+        if monotonic() >= until:
+            return
+
+
+def _reason(error: Exception) -> str:
+    """Return what is said of an error that ends the run: its sentence, or what it is where nobody wrote one."""
+    return str(error) if isinstance(error, errors.SortdError) else repr(error)

@@ -1,0 +1,176 @@
+"""The outbox: moves of one dataset, gathered, carried out as a group and told, those that end later too.
+
+One pair of directory syncs for fifty moves is eighty times as fast as one for each.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from time import monotonic
+
+from sortd.daemon.dataset_log import DatasetLog
+from sortd.events import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
+from sortd.moving.copy_queue import MoveOrder
+from sortd.moving.mover import MoveAnswer, Mover
+from sortd.moving.undo import UndoResult
+from sortd.store.history import History
+from sortd.store.records import MoveProgress, MoveRecord, Record
+
+GROUP = 32
+"""Moves of one turn of the loop: on a busy disk each takes some five milliseconds, in which nothing else happens."""
+
+Tell = Callable[[str, Move, str], None]  # hears of each move: dataset, move, destination
+Heard = MoveAnswer | ImageGone
+
+
+class DryRunMover:
+    """Carries out no move, but tells of each where the image would stand if that name is free."""
+
+    def __init__(self, name: str, root: Path, tell: Tell) -> None:
+        """Pretend for the dataset at ``root``."""
+        self._name, self._root, self._tell = name, root, tell
+
+    def move_all(self, moves: Sequence[Move]) -> list[Moved | MoveFailed]:
+        """Answer each move as done."""
+        done: list[Moved | MoveFailed] = []
+        for move in moves:
+            destination = os.path.join(self._root, move.folder, os.path.basename(move.path))
+            self._tell(self._name, move, destination)
+            done.append(Moved(move.path, move.stamp, destination, move.outcome, move.stamp))
+        return done
+
+
+class Outbox:
+    """Carries out the moves of one dataset and writes a line about each."""
+
+    def __init__(self, mover: Mover | DryRunMover, account: DatasetLog, *, history: History | None, root: Path) -> None:
+        """Begin with nothing to move; ``account`` writes the lines, a dry run has no ``history``."""
+        self._mover, self._account, self._history, self._root = mover, account, history, root
+        self._real = mover if isinstance(mover, Mover) else None
+        self._moves: list[Move] = []
+        # Sent and not answered yet, and since when; one version can be asked for again before it was answered.
+        self._asked: dict[tuple[str, Stamp], deque[tuple[Move, float]]] = {}
+
+    def add(self, move: Move) -> None:
+        """Take a move in; it waits for ``send``."""
+        self._moves.append(move)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something to send: moves that were gathered, or some that waited for a copy to end."""
+        return bool(self._moves) or (self._real is not None and self._real.can_go_on)
+
+    def send(self) -> list[Heard]:
+        """Carry out the next group of what was gathered; return what has ended, a line written about each."""
+        moves, self._moves = self._moves[:GROUP], self._moves[GROUP:]
+        began = monotonic()
+        for move in moves:
+            self._asked.setdefault((move.path, move.stamp), deque()).append((move, began))
+        if self._real is not None:
+            self.tell_recovered(self._real.recover())
+        results = self._mover.move_all(moves)
+        share = (monotonic() - began) / max(1, len(results))
+        return [self._told(result, share) for result in results]
+
+    def end(self, orders: Sequence[MoveOrder]) -> list[Heard | UndoResult]:
+        """Take note of copies to another file system that have ended; return what became of them."""
+        assert self._real is not None
+        heard: list[Heard | UndoResult] = []
+        for answer in self._real.end(orders):
+            if isinstance(answer, UndoResult):
+                heard.append(answer)
+                continue
+            heard.append(self._told(answer, None))
+            if isinstance(answer, Moved):
+                self._add_new(self._real.late.left_by(answer.path))
+            elif answer.failure is MoveFailure.DESTINATION:
+                heard += self._withdraw(answer.message)  # a full disk is not asked again for each that waits
+        return heard
+
+    def follow(self, leave: Leave) -> bool:
+        """Take in the move of a file that stays, if it is a companion of an image that left before it; tell whether."""
+        if self._real is None or leave.refusal not in {Refusal.NOT_AN_IMAGE, Refusal.EMPTY}:
+            return False
+        move = self._real.late.move_for(leave.path)
+        self._add_new([] if move is None else [move])
+        return move is not None
+
+    def awaits_image(self, leave: Leave) -> bool:
+        """Tell whether a file stays only until the image goes that it belongs to: nothing is to be said of it."""
+        return self._real is not None and self._real.late.awaits_image(leave.path)
+
+    def follow_images(self, found: Sequence[tuple[Record, str]]) -> None:
+        """Take the companions in that are to follow images which a person moved."""
+        if self._real is not None:
+            self._add_new(self._real.late.follow_images(found))
+
+    def _add_new(self, followers: Iterable[Move]) -> None:
+        """Take companions in that are to follow, but for those that do so already: they are found in two ways."""
+        gathered = {(move.path, move.stamp) for move in self._moves}
+        for move in followers:
+            if (move.path, move.stamp) not in gathered and (move.path, move.stamp) not in self._asked:
+                self._moves.append(move)
+
+    def refuse(self, message: str) -> list[MoveAnswer]:
+        """Answer what was gathered, or waits for a copy to end, as failed: the dataset is not there."""
+        moves, self._moves = self._moves, []
+        return [*(_failed(move, message) for move in moves), *self._withdraw(message)]
+
+    def give_up(self) -> list[MoveAnswer]:
+        """Answer what waits for a copy to another file system: sortd stops. The next start moves it."""
+        given_up: Sequence[MoveAnswer] = () if self._real is None else self._real.give_up()
+        for result in given_up:
+            self._taken(result)
+        return list(given_up)
+
+    def tell_recovered(self, moves: Iterable[MoveRecord]) -> None:
+        """Write the lines of images whose moves had been cut short, by a crash or a disk, and have ended now.
+
+        Of those that were taken back nothing is to be said, unless the image is not where it was: whoever looks for it
+        is told what is known, the hidden name of a copy that cannot be proven whole, say.
+        """
+        for relocation in moves:
+            if self._history is None:
+                return
+            if relocation.progress is MoveProgress.DONE:
+                mark = relocation.image.moved_stamp
+                record = None if mark is None else self._history.last_known(mark)
+                if record is not None:
+                    self._account.recovered(record, self._root)
+            elif relocation.progress is MoveProgress.FAILED:
+                place = self._root / relocation.source / relocation.image.name
+                if not os.path.lexists(place):
+                    self._account.taken_back(relocation, self._root)
+
+    def _withdraw(self, message: str) -> list[MoveAnswer]:
+        """Answer what waits for a copy to end as failed, without a line for each: the core asks for it again."""
+        withdrawn = [] if self._real is None else [_failed(move, message) for move in self._real.withdraw()]
+        for result in withdrawn:
+            self._taken(result)
+        return withdrawn
+
+    def _told(self, result: MoveAnswer, seconds: float | None) -> Heard:
+        """Write the line of a result; return what the core is to hear of it.
+
+        It never asked for a companion to follow: one that did is gone, one that could not is found by the next scan.
+        """
+        move, began = self._taken(result)
+        self._account.moved(move, result, 1e3 * (monotonic() - began if seconds is None else seconds))
+        if move.outcome is Outcome.FOLLOWED:
+            return ImageGone(move.path)
+        if isinstance(result, Moved) and self._real is not None:
+            self._add_new(self._real.late.parted_from(result))
+        return result
+
+    def _taken(self, result: MoveAnswer) -> tuple[Move, float]:
+        key = (result.path, result.stamp)
+        asked = self._asked[key]
+        taken = asked.popleft()
+        if not asked:
+            del self._asked[key]
+        return taken
+
+
+def _failed(move: Move, message: str) -> MoveAnswer:
+    return MoveFailed(move.path, move.stamp, MoveFailure.DESTINATION, message)

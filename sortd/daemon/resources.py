@@ -1,0 +1,215 @@
+"""The resources of a run: datasets, locked, recovered and opened; and the model with what it needs."""
+
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from sortd.classify.types import Abstain, DecisionSettings, Mode
+from sortd.commands.stored import stored_prototypes
+from sortd.config import Config, DatasetConfig, Decoding
+from sortd.core.sorter import SorterSettings
+from sortd.daemon.classifiers import Classifiers, are_logits
+from sortd.daemon.dataset import Dataset
+from sortd.daemon.dataset_lock import hold
+from sortd.daemon.embedder import Embedder
+from sortd.daemon.worker import Job, PrototypeStore
+from sortd.encoder.backends import load_fastest
+from sortd.encoder.base import Encoder
+from sortd.encoder.models import STRONGER, locate_clip
+from sortd.events import DatasetId, Preprocessing
+from sortd.finetuned import FinetunedFacts
+from sortd.finetuned_network import load_finetuned
+from sortd.images.decode import DECODER_VERSION, DecodeLimits, Jpeg
+from sortd.images.pool import DecoderPool
+from sortd.layout import Layout
+from sortd.metrics import Metrics
+from sortd.moving.copy_queue import Seat
+from sortd.references import Teaching
+from sortd.store.cache import Cache
+
+LoadEncoder = Callable[[Config], Encoder]
+
+GUARD_IMAGES = 200  # from so many on, the first batch of a new generation is tried before it moves
+MOST_DECODERS = 8  # processes of some 40 MB each, unless the configuration asks for more
+
+
+def sorter_settings(config: DatasetConfig) -> SorterSettings:
+    """Return the part of a dataset's configuration that its core needs."""
+    return SorterSettings(
+        settle_seconds=config.settle_seconds,
+        batch_size=-(-config.batch_size // 2),
+        backlog_limit=config.backlog_limit,
+        set_rejected_aside=config.rejected == "move",
+        guard_images=GUARD_IMAGES if config.guard else 0,
+    )
+
+
+def teaching_of(config: DatasetConfig) -> Teaching:
+    """Return the part of a dataset's configuration that its prototypes depend on."""
+    abstain = None
+    if config.abstain is not None:
+        abstain = Abstain(precision=config.abstain.precision, strangers=config.abstain.strangers)
+    return Teaching(
+        settings=DecisionSettings(mode=Mode(config.mode), abstain=abstain),
+        templates=tuple(config.prompts),
+        learns_from_corrections=config.learn_from_corrections,
+        classifier=config.classifier,
+    )
+
+
+def limits_of(decoding: Decoding) -> dict[str, float]:
+    """Return by what images are refused, so that a higher value refuses fewer; see ``Rejects``."""
+    numbers = decoding.model_dump(include={"max_pixels", "max_side_pixels", "max_bytes", "timeout_seconds"})
+    return {**numbers, "draft": int(decoding.jpeg == "draft"), "decoders": DECODER_VERSION}
+
+
+def _nothing(*_: object) -> None:
+    """Keep nothing."""
+
+
+class Resources:
+    """Opens datasets for writing, and the model, for one run."""
+
+    def __init__(self, config: Config, *, load_encoder: LoadEncoder | None = None, scratch: Path | None = None) -> None:
+        """Prepare; nothing is touched before ``open`` and ``load``.
+
+        ``load_encoder`` stands in for the configured model; ``scratch`` is a folder for embeddings in place of the
+        cache, of which only prototypes are read then.
+        """
+        self._config = config
+        self._embeddings, self._is_scratch = scratch or config.cache_dir, scratch is not None
+        self._runs_on: list[str] = []
+        self.on_progress: Callable[[str], None] = lambda _: None
+        """Is told again and again what goes on while the model takes long to load."""
+        self._load_encoder = load_encoder or partial(load_fastest, report=self._runs_on.append)
+        self._run = uuid.uuid4().hex[:8]
+        self._held: dict[DatasetId, ExitStack] = {}
+        self._decoders: dict[tuple[Preprocessing, Jpeg], DecoderPool] = {}
+        self._cache: Cache | None = None
+        self.classifiers = Classifiers(
+            config.state_dir,
+            load=lambda folder: load_finetuned(folder, device=config.device, threads=config.threads),
+            embed_with=self._embed_with,
+        )
+        """The fine-tuned models; they serve after ``load``."""
+
+    @property
+    def state_folder(self) -> Path:
+        """The state directory."""
+        return self._config.state_dir
+
+    def open(
+        self, layout: Layout, config: Config, *, ask: Callable[[Job], None], seat: Seat, metrics: Metrics
+    ) -> Dataset:
+        """Lock a dataset, recover what a crash left, and return it at work; ``seat`` makes its long copies.
+
+        Raises:
+            AlreadyRunningError: another sortd has it.
+            LayoutError: its folders cannot serve.
+            JournalError: its journal cannot be opened.
+        """
+        own = config.dataset(layout.name)
+        layout.make()
+        with ExitStack() as opened:
+            held = opened.enter_context(
+                hold(
+                    layout,
+                    self.state_folder,
+                    run=self._run,
+                    companions=own.companions,
+                    submit=seat.submit,
+                    interrupted=lambda: seat.is_left,
+                )
+            )
+            opened.callback(seat.leave)  # before the journal is closed and the lock given back
+            dataset = Dataset(
+                seat.dataset,
+                layout,
+                sorter_settings(own),
+                teaching_of(own),
+                mover=held.filing,
+                ask=ask,
+                metrics=metrics,
+                journal=held.journal,
+                last_generation=held.journal.history.last_generation(),
+                guard=held.journal.history.guard(),
+                lock_problem=held.lock_problem,
+                limits=limits_of(self._config.decoding),
+            )
+            self._held[dataset.identity] = opened.pop_all()
+        dataset.outbox.tell_recovered(held.recovered)
+        return dataset
+
+    def close(self, dataset: Dataset) -> None:
+        """Close the journal, give the lock back."""
+        if (opened := self._held.pop(dataset.identity, None)) is not None:
+            opened.close()
+
+    def load(self) -> tuple[Embedder, PrototypeStore, str]:
+        """Load the configured model, warm its decoders, open the cache.
+
+        Raises:
+            ModelError: the model cannot be had.
+        """
+        config = self._config
+        self.on_progress(f"loading {config.model}")
+        encoder = self._load_encoder(config)
+        decoders = self._pool(encoder.preprocessing, config.decoding.jpeg)
+        self._cache = Cache(self._embeddings / "embeddings.sqlite", max_bytes=config.cache_megabytes * 1_000_000)
+        embedder = Embedder(encoder, decoders, self._cache, batch_size=config.batch_size)
+        return embedder, self._store(self._cache), ", ".join([self._describe(config), *self._runs_on])
+
+    def _store(self, cache: Cache) -> PrototypeStore:
+        """Return where the prototypes of each dataset are kept; of a scratch they are only read."""
+        config = self._config
+
+        def layout(dataset: str) -> Layout:
+            return Layout(config.root / dataset)
+
+        if self._is_scratch:
+            return PrototypeStore(lambda dataset: stored_prototypes(config, layout(dataset)), _nothing, _nothing)
+        return PrototypeStore(
+            read=lambda dataset: cache.prototypes(layout(dataset).key),
+            write=lambda dataset, prototypes: cache.remember_prototypes(layout(dataset).key, prototypes),
+            forget=lambda dataset: cache.forget_prototypes(layout(dataset).key),
+        )
+
+    def _embed_with(self, encoder: Encoder, facts: FinetunedFacts) -> Embedder:
+        """Return what embeds files by a fine-tuned model, decoded as they were for its training."""
+        assert self._cache is not None, "the configured model is loaded first"
+        decoders = self._pool(encoder.preprocessing, "full" if facts.decoding == "full" else "draft")
+        return Embedder(encoder, decoders, self._cache, batch_size=self._config.batch_size, are_sound=are_logits)
+
+    def _pool(self, preprocessing: Preprocessing, jpeg: Jpeg) -> DecoderPool:
+        """Return the decoders that bring files to the size that an encoder sees; encoders that see alike share them."""
+        if (preprocessing, jpeg) not in self._decoders:
+            decoding = self._config.decoding
+            self._decoders[preprocessing, jpeg] = DecoderPool(
+                decoding.workers or min(MOST_DECODERS, len(os.sched_getaffinity(0))),
+                preprocessing,
+                DecodeLimits(
+                    max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes
+                ),
+                timeout_seconds=decoding.timeout_seconds,
+                jpeg=jpeg,
+            )
+        return self._decoders[preprocessing, jpeg]
+
+    @staticmethod
+    def _describe(config: Config) -> str:
+        """Name the model that serves; where ``auto`` had to take the small one, with what gets the stronger one."""
+        if config.model != "auto":
+            return config.model
+        found = locate_clip("auto", cache_dir=config.cache_dir).name
+        hint = f"; `sortd models fetch {STRONGER}` gets the stronger one" if found == "packaged" else ""
+        return f"{found} (auto{hint})"
+
+    def unload(self) -> None:
+        """End the decoders and close the cache."""
+        for decoders in self._decoders.values():
+            decoders.close()
+        if self._cache is not None:
+            self._cache.close()

@@ -1,1 +1,0 @@
-"""Parts of the journal: records, store, history."""

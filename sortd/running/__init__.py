@@ -1,1 +1,0 @@
-"""What a running daemon is made of: sites, datasets, the worker, filing, requests."""

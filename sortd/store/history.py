@@ -1,0 +1,308 @@
+"""Questions to a journal, by sortd itself or by another process while it runs."""
+
+import json
+import os
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from sortd.core.guard import GuardState
+from sortd.events import Stamp
+from sortd.store.database import open_for_reading, translated, verify
+from sortd.store.records import FiledImages, Record, Selection, label_column, label_from, plain, record_from, stamp_from
+
+# The small index holds the unfinished ones only.
+_UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
+_MEMBERS = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
+_CHUNK = 500
+_MOST_ROWS = 2**63 - 1  # SQLite counts no further
+_T = TypeVar("_T")
+# The plus keeps the planner from walking through the index of all moves that are done, which are nearly all there are,
+# see https://www.sqlite.org/optoverview.html#disqualifying_where_clause_terms_using_unary_
+_STANDING = "+progress = 'done' AND undone_by IS NULL AND outcome NOT IN ('undone', 'followed')"
+_NAMED = "moves.id IN (SELECT move FROM members WHERE {} = ? AND position = 0) ORDER BY moves.id DESC LIMIT 1"
+_OF_STAMP = """moves.id IN (SELECT move FROM members WHERE moved_inode = ? AND position = 0
+AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT ?"""
+_OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
+
+GENERATION_FACT = "generation"
+"""The last generation that served: numbers are never used again, even when the cache is lost."""
+
+GUARD_FACT = "guard"  # how the guard stands, as JSON: see GuardState
+# By class: an image is checked that was filed before the last one of its class was corrected or undone.
+_FILED = """WITH filed AS (
+    SELECT moves.label AS label, moves.ended_at AS ended_at, corrections.at AS corrected_at,
+        CASE WHEN corrections.move IS NULL THEN undo.ended_at END AS undone_at
+    FROM moves LEFT JOIN corrections ON corrections.move = moves.id LEFT JOIN moves AS undo ON undo.id = moves.undone_by
+    WHERE moves.progress = 'done' AND moves.outcome = 'filed'
+), looked AS (
+    SELECT label, max(coalesce(corrected_at, undone_at)) AS at FROM filed GROUP BY label
+)
+SELECT filed.label AS label, count(*) AS filed, count(corrected_at) AS corrected, count(undone_at) AS undone,
+    count(CASE WHEN filed.ended_at <= looked.at OR coalesce(corrected_at, undone_at) IS NOT NULL THEN 1 END) AS checked
+FROM filed JOIN looked ON looked.label IS filed.label GROUP BY filed.label ORDER BY filed.label"""
+
+
+class History:
+    """Questions to one dataset's journal; none changes it, and each raises JournalError if it cannot be read."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        """Ask through a connection that is open already."""
+        self._connection = connection
+        self._connection.row_factory = sqlite3.Row
+        self._path = path
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a journal for reading only.
+
+        Raises:
+            JournalError: there is none, or it cannot be read.
+        """
+        return cls(open_for_reading(path), path)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the connection."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; doing it twice is no mistake."""
+        self._connection.close()
+
+    def moves(self, selection: Selection) -> list[Record]:
+        """Return the finished moves that were asked for, newest first."""
+        conditions = ["+progress = 'done'"]  # the newest fifty of a million are read, not the million sorted
+        values: list[Any] = []
+        for condition, value in _conditions(selection):
+            conditions.append(condition)
+            values += value
+        limit = -1 if selection.limit is None else min(selection.limit, _MOST_ROWS)
+        return self._records(f"{' AND '.join(conditions)} ORDER BY moves.id DESC LIMIT ?", (*values, limit))
+
+    def unfinished(self) -> list[Record]:
+        """Return the moves that were intended and never ended, oldest first."""
+        return self._records(f"moves.id IN ({_UNFINISHED}) ORDER BY moves.id", ())
+
+    def open_tokens(self) -> set[str]:
+        """Return the tokens of the moves that were intended and never ended."""
+        return {row["token"] for row in self._rows(f"SELECT token FROM moves WHERE id IN ({_UNFINISHED})")}  # noqa: S608
+
+    def last_known(self, stamp: Stamp | None = None, content: str = "") -> Record | None:
+        """Return the last move that brought this very file, or else these bytes, to where sortd put it.
+
+        A move that was undone does not count. The device is not compared: its number changes when a disk is mounted
+        again.
+        """
+        if stamp is not None and (found := self.known(stamp, limit=1)):
+            return found[0]
+        return self._first(_OF_CONTENT, (content,)) if content else None
+
+    def known(self, stamp: Stamp, limit: int) -> list[Record]:
+        """Return the last moves that brought this very file to where sortd put it, newest first; see ``last_known``."""
+        _, inode, size, mtime_ns = stamp.columns
+        return self._records(f"{_STANDING} AND {_OF_STAMP}", (inode, size, mtime_ns, limit))
+
+    def last_moved(self, folder: str, name: str) -> Record | None:
+        """Return the last move of an image with this name out of a folder, which was not undone."""
+        values = (os.fsencode(folder), os.fsencode(name))
+        return self._first(f"source = ? AND {_NAMED.format('name')}", values)
+
+    def moved_between(self, folder: str, first: str, beyond: str, *, since: float) -> list[Record]:
+        """Return the moves of images with a name in a range out of a folder, which were not undone, newest first.
+
+        Args:
+            folder: relative to the dataset.
+            first: the least name.
+            beyond: the least name that is beyond the range.
+            since: seconds since the epoch; moves that ended before do not count.
+        """
+        named = "moves.id IN (SELECT move FROM members WHERE name >= ? AND name < ? AND position = 0)"
+        values = (os.fsencode(folder), since, os.fsencode(first), os.fsencode(beyond))
+        return self._records(f"{_STANDING} AND source = ? AND ended_at >= ? AND {named} ORDER BY moves.id DESC", values)
+
+    def last_put(self, folder: str, name: str) -> Record | None:
+        """Return the last move that put an image under this name into a folder, which was not undone."""
+        values = (os.fsencode(folder), os.fsencode(name))
+        return self._first(f"destination = ? AND {_NAMED.format('final')}", values)
+
+    def last_named(self, name: str, size: int) -> Record | None:
+        """Return the last move that gave an image of so many bytes this name, wherever, and was not undone."""
+        put = "SELECT move FROM members WHERE final = ? AND moved_size = ? AND position = 0"
+        return self._first(f"moves.id IN ({put}) ORDER BY moves.id DESC LIMIT 1", (os.fsencode(name), size))
+
+    def finished(self, identifiers: Sequence[int]) -> list[Record]:
+        """Return the finished moves of these numbers, newest first; those that are not there are missing."""
+        return self._among("+progress = 'done' AND moves.id IN ({})", identifiers)
+
+    def missing(self, identifiers: Sequence[int]) -> list[int]:
+        """Return the numbers among these that no finished move has."""
+        there: set[int] = set()
+        for chunk in _chunks([one for one in identifiers if isinstance(one, int) and 0 < one <= _MOST_ROWS]):
+            rows = self._rows(
+                f"SELECT id FROM moves WHERE +progress = 'done' AND id IN ({_marks(chunk)})",  # noqa: S608 - marks only
+                tuple(chunk),
+            )
+            there.update(row["id"] for row in rows)
+        return [identifier for identifier in identifiers if identifier not in there]
+
+    def followers(self, reasons: Sequence[str]) -> list[Record]:
+        """Return the moves of companions that came later than their image, for these reasons, newest first."""
+        where = "+progress = 'done' AND outcome = 'followed' AND undone_by IS NULL AND reason IN ({})"
+        return self._among(where, [plain(reason) for reason in reasons])
+
+    def held(self) -> dict[str, Stamp]:
+        """Return the versions that are not to be moved, by path relative to the dataset."""
+        rows = self._rows("SELECT * FROM holds ORDER BY since")
+        with translated(self._path):
+            return {_relative_path(row["path"]): _held_stamp(row) for row in rows}
+
+    def held_version(self, path: str) -> Stamp | None:
+        """Return the version under a path, relative to the dataset, that is not to be moved; None: there is none."""
+        rows = self._rows("SELECT * FROM holds WHERE path = ?", (os.fsencode(path),))
+        with translated(self._path):
+            return _held_stamp(rows[0]) if rows else None
+
+    def counts(self) -> dict[str, int]:
+        """Return how many moves ended with each outcome, those that were undone later included."""
+        rows = self._rows("SELECT outcome, count(*) AS n FROM moves WHERE progress = 'done' GROUP BY outcome")
+        return {row["outcome"]: row["n"] for row in rows}
+
+    def accuracy(self) -> dict[str, FiledImages]:
+        """Return for each class what became of the images that were filed into it."""
+        return {
+            label_from(row["label"]) or "": FiledImages(row["filed"], row["checked"], row["corrected"], row["undone"])
+            for row in self._rows(_FILED)
+        }
+
+    def corrections(self) -> list[tuple[str, str, str, float]]:
+        """Return every correction as label, corrected label, path relative to the dataset, seconds since the epoch."""
+        rows = self._rows("SELECT * FROM corrections ORDER BY at")
+        with translated(self._path):
+            return [
+                (os.fsdecode(row["label"]), os.fsdecode(row["corrected"]), _relative_path(row["path"]), row["at"])
+                for row in rows
+            ]
+
+    def fact(self, key: str) -> str | None:
+        """Return what was noted under a key."""
+        rows = self._rows("SELECT value FROM facts WHERE key = ?", (key,))
+        return rows[0]["value"] if rows else None
+
+    def number(self, key: str) -> int:
+        """Return the whole number that was noted under a key; 0 where nothing was."""
+        noted = self.fact(key)
+        if noted is None:
+            return 0
+        with translated(self._path):
+            try:
+                number = int(noted)
+            except ValueError:
+                number = 2**63
+            if abs(number) >= 2**63 - 1:
+                raise ValueError(f"the fact {key} is {noted[:40]!r}, which is no number of 64 bits")
+            return number
+
+    def verify(self) -> None:
+        """See that the whole journal can be understood."""
+        verify(self._connection, self._path)
+
+    def last_generation(self) -> int:
+        """Return the last generation that served; 0: none did."""
+        return self.number(GENERATION_FACT)
+
+    def guard(self) -> GuardState:
+        """Return how the guard stood last; where no run has noted it, what served last is trusted."""
+        noted = self.fact(GUARD_FACT)
+        if noted is None:
+            return GuardState(self.last_generation())
+        with translated(self._path):
+            try:
+                match json.loads(noted):
+                    case {"trusted": int(trusted), "held": int(held), "reason": str(reason)}:
+                        return GuardState(trusted, held, reason)
+            except RecursionError:
+                pass
+            raise ValueError(f"the fact {GUARD_FACT} is {noted[:100]!r}, which says nothing of a guard")
+
+    def facts_like(self, start: str, part: str = "") -> dict[str, str]:
+        """Return what was noted under each key that begins so, where this is a part of it."""
+        statement = "SELECT key, value FROM facts WHERE key >= ? AND key < ? AND instr(value, ?)"
+        rows = self._rows(statement, (start, f"{start}\U0010ffff", part))
+        return {row["key"]: row["value"] for row in rows}
+
+    def _first(self, where: str, values: tuple[Any, ...]) -> Record | None:
+        """Return the newest move that was not undone and for which a condition holds."""
+        found = self._records(f"{_STANDING} AND {where}", values)
+        return found[0] if found else None
+
+    def _among(self, where: str, values: Sequence[Any]) -> list[Record]:
+        """Return the records for which a condition holds with one of many values, newest first."""
+        chunks = list(_chunks(values))
+        found = [record for chunk in chunks for record in self._records(where.format(_marks(chunk)), tuple(chunk))]
+        return sorted(found, key=lambda record: record.id, reverse=True)
+
+    def _records(self, where: str, values: tuple[Any, ...]) -> list[Record]:
+        with translated(self._path):
+            rows = self._rows(f"SELECT moves.* FROM moves WHERE {where}", values)  # noqa: S608 - our own words only
+            members = self._members([row["id"] for row in rows])
+            return [record_from(row, members[row["id"]]) for row in rows]
+
+    def _members(self, moves: list[int]) -> defaultdict[int, list[sqlite3.Row]]:
+        found: defaultdict[int, list[sqlite3.Row]] = defaultdict(list)
+        for chunk in _chunks(moves):
+            for row in self._rows(_MEMBERS.format(_marks(chunk)), tuple(chunk)):
+                found[row["move"]].append(row)
+        return found
+
+    def _rows(self, statement: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
+        with translated(self._path):
+            return self._connection.execute(statement, values).fetchall()
+
+
+def _relative_path(column: bytes) -> str:
+    """Return a path of a file below the dataset; a journal is a file too, and may say anything."""
+    path = os.fsdecode(column)
+    if "\0" in path or not {"", ".", ".."}.isdisjoint(path.split("/")):
+        raise ValueError(f"{path!r} is no path below the dataset")
+    return path
+
+
+def _chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """Cut values into what one statement takes."""
+    return (values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK))
+
+
+def _marks(values: Sequence[object]) -> str:
+    """Return a question mark for each value."""
+    return ",".join("?" * len(values))
+
+
+def _held_stamp(row: sqlite3.Row) -> Stamp:
+    return stamp_from((row["device"], row["inode"], row["size"], row["mtime_ns"]))
+
+
+def _conditions(selection: Selection) -> list[tuple[str, list[Any]]]:
+    found: list[tuple[str, list[Any]]] = []
+    simple = {
+        "moves.label = ?": label_column(selection.label),
+        "outcome = ?": selection.outcome,
+        "ended_at >= ?": selection.since,
+        "ended_at < ?": selection.until,
+        "run = ?": selection.run,
+        "moves.id = ?": selection.id,
+    }
+    found += [(condition, [value]) for condition, value in simple.items() if value is not None]
+    if selection.undoable:
+        found.append(("undone_by IS NULL AND outcome != 'undone'", []))
+    if selection.path is not None:
+        folder, _, name = selection.path.rpartition("/")
+        at = [os.fsencode(folder), os.fsencode(name)]
+        place = "({} = ? AND moves.id IN (SELECT move FROM members WHERE {} = ? AND position = 0))"
+        found.append((f"({place.format('source', 'name')} OR {place.format('destination', 'final')})", at + at))
+    return found

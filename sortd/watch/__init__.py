@@ -1,0 +1,1 @@
+"""What stands in folders and what happens there."""

@@ -1,0 +1,63 @@
+"""Every error of the system that sortd can meet is followed by what a person can do about it."""
+
+import errno
+import os
+
+import pytest
+
+from sortd import errors
+
+
+def of(number: int, path: str = "/photos/Clases") -> OSError:
+    """Make the error that the kernel gives for a path."""
+    return OSError(number, os.strerror(number), path)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EACCES, "the right to read"),
+        (errno.EPERM, "the right to read"),
+        (errno.ENOENT, "mounted"),
+        (errno.EIO, "mounted and well"),
+        (errno.ESTALE, "mounted and well"),
+        (errno.ELOOP, "symbolic link"),
+        (errno.EMFILE, "RLIMIT_NOFILE"),
+        (errno.ENFILE, "fs.file-max"),
+        (errno.E2BIG, "mounted and well"),
+    ],
+)
+def test_what_cannot_be_read_has_a_path_a_cause_and_a_mend(number: int, advice: str) -> None:
+    """A right that is wanted and a disk that is gone are mended differently."""
+    said = errors.unreadable(of(number))
+    assert said.startswith(f"/photos/Clases cannot be read: {os.strerror(number)}; ")
+    assert advice in said
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EACCES, "the right to write"),
+        (errno.EPERM, "immutable"),
+        (errno.EROFS, "for writing"),
+        (errno.ENOSPC, "make room"),
+        (errno.EDQUOT, "quota"),
+        (errno.ENOTDIR, "move away the file"),
+        (errno.ENAMETOOLONG, "shorter"),
+        (errno.EIO, "mounted and well"),
+        (errno.ENOTCONN, "mounted and well"),
+        (errno.EMFILE, "RLIMIT_NOFILE"),
+        (errno.ENFILE, "fs.file-max"),
+        (errno.EBUSY, ""),
+    ],
+)
+def test_what_cannot_be_written_has_a_mend_where_there_is_one(number: int, advice: str) -> None:
+    """Nobody is told to do what would not help."""
+    assert advice in errors.advice_for_write(of(number))
+    assert bool(errors.advice_for_write(of(number))) == bool(advice)
+
+
+def test_an_error_without_a_number_is_told_all_the_same() -> None:
+    """A library may raise one."""
+    assert errors.advice_for_write(OSError("no number")) == ""
+    assert errors.advice_for(OSError("no number"))

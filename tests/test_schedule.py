@@ -1,0 +1,43 @@
+"""Periodic tasks come when their time has come; what events ask for is done at once, and then with pauses between."""
+
+import math
+
+from sortd.core.schedule import PeriodicTimer, Throttle
+
+
+def test_rounds_come_at_once_and_then_every_so_often() -> None:
+    """Unless one was put off."""
+    timer = PeriodicTimer()
+    assert timer.next_deadline() == math.inf
+    assert timer.is_due("scan", 10.0, 5.0)
+    assert not timer.is_due("scan", 14.9, 5.0)
+    assert timer.next_deadline() == 15.0
+    timer.put_off("scan", 20.0)
+    assert not timer.is_due("scan", 15.0, 5.0)
+    assert timer.is_due("scan", 20.0, 5.0)
+
+
+def test_throttle_first_request_is_due_at_once_and_one_task_serves_all() -> None:
+    """Nothing is due before anybody asked, nor again after what was asked for began."""
+    throttle = Throttle(1.0)
+    assert not throttle.is_due(0.0)
+    for _ in range(3000):
+        throttle.ask()
+    assert throttle.is_due(0.0)
+    throttle.begin(0.0)
+    throttle.end(0.01)
+    assert not throttle.is_due(100.0)
+    assert throttle.deadline == math.inf
+
+
+def test_throttle_pauses_longer_after_a_long_task() -> None:
+    """A task that takes ten seconds is not asked for again after one."""
+    throttle = Throttle(1.0)
+    throttle.begin(0.0)
+    throttle.ask()
+    throttle.end(0.01)
+    assert (throttle.is_due(1.0), throttle.is_due(1.01)) == (False, True)
+    throttle.begin(2.0)
+    throttle.ask()
+    throttle.end(12.0)
+    assert (throttle.is_due(100.0), throttle.is_due(102.0)) == (False, True)
