@@ -52,10 +52,8 @@ def until_a_large_one_is_given(pool: DecoderPool, batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("at_a_time", [1, 2])
-def test_large_images_share_the_room_of_the_greatest_that_is_allowed(
-    mixed: list[Path], tmp_path: Path, at_a_time: int
-) -> None:
-    """As many as fit are decoded at a time, and never more; every image comes out as it would alone."""
+def test_pool_large_images_share_the_memory_budget(mixed: list[Path], tmp_path: Path, at_a_time: int) -> None:
+    """As many are decoded at once as fit, and every image has the pixels of ``decode_file``."""
     batch, limits = Batch(deque(stamped(*mixed))), DecodeLimits(max_pixels=at_a_time * PIXELS + 1)
     with DecoderPool(3, SMALL, limits) as pool:
         warmed(pool, tmp_path)
@@ -68,8 +66,8 @@ def test_large_images_share_the_room_of_the_greatest_that_is_allowed(
         assert np.array_equal(answer.pixels, decode_file(path, SMALL, limits))
 
 
-def test_small_images_go_on_while_a_large_one_waits(mixed: list[Path], tmp_path: Path) -> None:
-    """While the one process that has a large image does not end it, all small ones are answered by the other."""
+def test_pool_small_images_are_decoded_while_a_large_one_waits(mixed: list[Path], tmp_path: Path) -> None:
+    """While one process has a large image, the other answers all small ones."""
     limits = DecodeLimits(max_pixels=PIXELS)
     with DecoderPool(2, SMALL, limits) as pool:
         warmed(pool, tmp_path)
@@ -95,8 +93,8 @@ def test_small_images_go_on_while_a_large_one_waits(mixed: list[Path], tmp_path:
         assert {type(answer) for answer in batch.answers} == {DecodedImage}
 
 
-def test_a_large_image_that_ends_its_process_is_poison_and_the_next_one_is_decoded(tmp_path: Path) -> None:
-    """The room that it had is free again."""
+def test_pool_large_image_that_kills_its_process_frees_its_budget(tmp_path: Path) -> None:
+    """It is poison, and the next large image is decoded."""
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for path in paths:
         path.write_bytes(one_bit_png(WIDTH, HEIGHT))
@@ -114,8 +112,8 @@ def test_a_large_image_that_ends_its_process_is_poison_and_the_next_one_is_decod
     assert len(others) == 2
 
 
-def test_large_images_that_nobody_wants_any_more_are_closed(mixed: list[Path], tmp_path: Path) -> None:
-    """They wait for nothing, and hold no file open."""
+def test_pool_dropped_large_images_are_closed(mixed: list[Path], tmp_path: Path) -> None:
+    """They hold no file open."""
     with DecoderPool(1, SMALL, DecodeLimits(max_pixels=PIXELS)) as pool:
         warmed(pool, tmp_path)
         before = open_files()
@@ -142,23 +140,23 @@ class TestWhatAnImageTakes:
             decode_image(file, preprocessing, DecodeLimits(), budget_pixels=0)
         return raised.value.pixels
 
-    def test_a_photo_takes_what_it_is_decoded_at(self, tmp_path: Path) -> None:
-        """A JPEG of twelve megapixels is decoded at an eighth of its sides, and asks for nothing."""
+    def test_budget_of_a_jpeg_is_that_of_its_scale(self, tmp_path: Path) -> None:
+        """A JPEG of twelve megapixels is decoded at 1/8, within the default budget."""
         jpeg = saved(Image.new("RGB", (4000, 3000)), "JPEG")
         assert self.room_of(jpeg, tmp_path) == 500 * 375
         assert DEFAULT_BUDGET_PIXELS > 500 * 375
 
-    def test_a_progressive_one_takes_all_its_coefficients(self, tmp_path: Path) -> None:
-        """They are held until the last scan, at whatever scale it is decoded."""
+    def test_budget_of_a_progressive_jpeg_is_that_of_all_pixels(self, tmp_path: Path) -> None:
+        """Its coefficients are held until the last scan, at any scale."""
         jpeg = saved(Image.new("RGB", (4000, 3000)), "JPEG", progressive=True)
         assert self.room_of(jpeg, tmp_path) == 4000 * 3000
 
-    def test_a_file_that_is_larger_than_its_pixels_takes_its_bytes(self, tmp_path: Path) -> None:
-        """Some decoders read all of it before they begin."""
+    def test_budget_of_a_file_larger_than_its_pixels_is_its_size(self, tmp_path: Path) -> None:
+        """Some decoders read the whole file first."""
         assert self.room_of(saved(Image.new("RGB", (64, 64)), "WEBP") + 400_000 * b"x", tmp_path) > 100_000
 
-    def test_no_image_takes_more_than_there_is(self, tmp_path: Path) -> None:
-        """A progressive JPEG over the limit on pixels, which its scale brings below it, gets all the room."""
+    def test_budget_is_at_most_max_pixels(self, tmp_path: Path) -> None:
+        """A progressive JPEG over the limit gets the whole budget."""
         jpeg = saved(Image.new("L", (9000, 7000)), "JPEG", progressive=True)
         assert self.room_of(jpeg, tmp_path) == DecodeLimits().max_pixels
 

@@ -68,10 +68,10 @@ def packaged(tmp_path: Path) -> Path:
 class TestLocate:
     """A configured word becomes a folder on this disk, or an error that says what to do."""
 
-    def test_auto_takes_the_stronger_model_where_it_is_and_the_packaged_one_else(
+    def test_locate_auto_prefers_the_better_model(
         self, tmp_path: Path, environment: dict[str, str], packaged: Path
     ) -> None:
-        """Nobody has to change the configuration after fetching."""
+        """Without it in a cache, the packaged model is selected."""
         assert models.locate_clip("auto", environment=environment, packaged=packaged).name == "packaged"
         cache = tmp_path / "home/.cache/huggingface/hub"
         snapshot = put_in_cache(cache, "sentence-transformers/clip-ViT-B-32")
@@ -88,33 +88,35 @@ class TestLocate:
             ("SENTENCE_TRANSFORMERS_HOME", ""),
         ],
     )
-    def test_the_caches_of_the_hubs_client_are_searched_where_it_has_them(
+    def test_locate_searches_the_caches_of_the_hub_client(
         self, tmp_path: Path, environment: dict[str, str], variable: str, below: str
     ) -> None:
-        """Its variables are honoured without importing it."""
+        """Its environment variables are respected."""
         put_in_cache(tmp_path / "elsewhere" / below, "openai/clip-vit-base-patch32")
         environment[variable] = str(tmp_path / "elsewhere")
         found = models.locate_clip("openai/clip-vit-base-patch32", environment=environment)
         assert found.kind == "clip"
 
-    def test_our_own_cache_is_searched_first(self, tmp_path: Path, environment: dict[str, str]) -> None:
-        """What `sortd models fetch` brought for a service lies there."""
+    def test_locate_searches_the_cache_of_sortd_first(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """`sortd models fetch` writes there."""
         ours = put_in_cache(tmp_path / "cache/models", "sentence-transformers/clip-ViT-B-32")
         put_in_cache(tmp_path / "home/.cache/huggingface/hub", "sentence-transformers/clip-ViT-B-32")
         found = models.locate_clip("clip-ViT-B-32", cache_dir=tmp_path / "cache", environment=environment)
         assert found.folder == ours
 
-    def test_a_folder_is_taken_as_it_is(self, tmp_path: Path, environment: dict[str, str]) -> None:
-        """With modules.json or, from transformers alone, without."""
+    def test_locate_folder_with_or_without_modules_json_is_found(
+        self, tmp_path: Path, environment: dict[str, str]
+    ) -> None:
+        """The second form is that of transformers."""
         folder = write_model(tmp_path / "clip")
         assert models.locate_clip(str(folder), environment=environment).folder == folder
         plain = folder / "0_CLIPModel"
         assert models.locate_clip(str(plain), environment=environment).folder == plain
 
-    def test_a_model_that_is_not_here_says_what_to_do_at_once(
+    def test_locate_missing_model_says_what_to_do(
         self, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The three ways out are named, and no network is asked: the hub's own retries take 70 s."""
+        """The network is not asked: the hub client's retries take 70 s."""
         asked: list[object] = []
         monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: asked.append(arguments))
         with pytest.raises(ModelError) as caught:
@@ -123,8 +125,8 @@ class TestLocate:
         for part in ("clip-ViT-L-14", "sortd models fetch clip-ViT-L-14", "copy the model's folder", "packaged"):
             assert part in str(caught.value)
 
-    def test_a_folder_that_is_not_there_is_named(self, tmp_path: Path, environment: dict[str, str]) -> None:
-        """A path never becomes a name to look up."""
+    def test_locate_missing_folder_is_named(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """A path is never looked up as a name."""
         with pytest.raises(ModelError, match=r"the folder .*/nowhere does not exist"):
             models.locate_clip(str(tmp_path / "nowhere"), environment=environment)
 
@@ -140,25 +142,25 @@ class TestRefusals:
             ([], "is not a JSON object"),
         ],
     )
-    def test_what_is_no_clip(self, tmp_path: Path, config: object, complaint: str) -> None:
-        """Said by the name of its architecture."""
+    def test_verify_other_model_is_refused(self, tmp_path: Path, config: object, complaint: str) -> None:
+        """The message names its architecture."""
         with pytest.raises(ModelError, match=complaint):
             verify_clip("mine", write_model(tmp_path / "m", config))
 
     @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", "model.ckpt", "weights.pkl"])
-    def test_weights_that_can_run_code(self, tmp_path: Path, weights: str) -> None:
-        """A pickle is refused by its name, with the way to make it safetensors."""
+    def test_verify_pickled_weights_are_refused(self, tmp_path: Path, weights: str) -> None:
+        """The message says how to convert them to safetensors."""
         with pytest.raises(ModelError, match=rf"only as {weights}.*can run code.*save it again"):
             verify_clip("mine", write_model(tmp_path / "m", weights=weights))
 
-    def test_safetensors_beside_a_pickle_serve(self, tmp_path: Path) -> None:
-        """Many published models hold both; the pickle is not touched and is no part of the identity."""
+    def test_verify_safetensors_beside_a_pickle_passes(self, tmp_path: Path) -> None:
+        """The pickle is ignored."""
         folder = write_model(tmp_path / "m")
         (folder / "0_CLIPModel" / "pytorch_model.bin").write_bytes(b"x")
         assert not any(path.suffix == ".bin" for path in verify_clip("mine", folder).files)
 
-    def test_a_dense_layer_that_is_a_pickle(self, tmp_path: Path) -> None:
-        """Every module is looked at, not only the first."""
+    def test_verify_pickled_dense_layer_is_refused(self, tmp_path: Path) -> None:
+        """Every module is checked."""
         folder = write_model(tmp_path / "m")
         (folder / "1_Dense").mkdir()
         (folder / "1_Dense" / "pytorch_model.bin").write_bytes(b"x")
@@ -180,15 +182,15 @@ class TestRefusals:
             (["x"], "not a list of modules"),
         ],
     )
-    def test_modules_that_are_not_one_transformer(self, tmp_path: Path, modules: object, complaint: str) -> None:
-        """Code of a model's own never runs, and no path leads out of the folder."""
+    def test_verify_invalid_modules_are_refused(self, tmp_path: Path, modules: object, complaint: str) -> None:
+        """A model's own code never runs, and no path leads out of the folder."""
         folder = write_model(tmp_path / "m")
         (folder / "modules.json").write_text(json.dumps(modules))
         with pytest.raises(ModelError, match=complaint):
             verify_clip("mine", folder)
 
-    def test_what_is_missing(self, tmp_path: Path) -> None:
-        """A half-copied folder is told as such, with the file that is not there."""
+    def test_verify_incomplete_folder_names_the_missing_file(self, tmp_path: Path) -> None:
+        """Also folders without weights, and adapters."""
         empty = tmp_path / "empty"
         empty.mkdir()
         with pytest.raises(ModelError, match=r"neither modules\.json nor config\.json"):
@@ -207,8 +209,8 @@ class TestRefusals:
         with pytest.raises(ModelError, match="is an adapter"):
             verify_clip("mine", adapter)
 
-    def test_a_blob_that_is_gone(self, tmp_path: Path, environment: dict[str, str]) -> None:
-        """A link of the hub's cache that leads nowhere is no weights."""
+    def test_locate_missing_blob_is_refused(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """A broken link in the hub's cache is not a weight file."""
         cache = tmp_path / "cache/models"
         put_in_cache(cache, "org/clip")
         (cache / "models--org--clip" / "blobs" / "abc").unlink()
@@ -238,8 +240,8 @@ class TestRights:
             ("0_CLIPModel/model.safetensors", 0o600, "read"),
         ],
     )
-    def test_what_keeps_the_user_out_is_named(self, folder: Path, closed: str, mode: int, verb: str) -> None:
-        """With the right that is missing, and what grants it."""
+    def test_verify_without_permission_names_the_path(self, folder: Path, closed: str, mode: int, verb: str) -> None:
+        """The message names the missing permission and the command that grants it."""
         at = (folder / closed).resolve()
         at.chmod(mode)
         os.seteuid(65_534)
@@ -254,8 +256,8 @@ class TestRights:
 class TestTextModels:
     """A separate model for words need not be a CLIP."""
 
-    def test_a_text_model_is_taken(self, tmp_path: Path, environment: dict[str, str]) -> None:
-        """By name or folder, under the same rules on weights and code."""
+    def test_locate_text_finds_a_text_model(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """By name or folder."""
         folder = write_model(tmp_path / "words", BERT)
         assert models.locate_text(str(folder), environment=environment).kind == "bert"
         with pytest.raises(ModelError, match="sortd models fetch words"):
@@ -265,10 +267,8 @@ class TestTextModels:
 class TestAvailable:
     """What `sortd models` lists."""
 
-    def test_every_clip_here_is_listed_and_the_automatic_one_marked(
-        self, tmp_path: Path, environment: dict[str, str], packaged: Path
-    ) -> None:
-        """Other models of the cache are not ours to list."""
+    def test_available_lists_every_clip(self, tmp_path: Path, environment: dict[str, str], packaged: Path) -> None:
+        """Other models of the cache are left out."""
         cache = tmp_path / "home/.cache/huggingface/hub"
         put_in_cache(cache, "sentence-transformers/clip-ViT-B-32")
         put_in_cache(cache, "openai/clip-vit-large-patch14")
@@ -277,31 +277,31 @@ class TestAvailable:
         assert {row.name for row in listed} == {"packaged", "clip-ViT-B-32", "openai/clip-vit-large-patch14"}
         assert all(row.size_bytes > 0 and row.kind == "clip" for row in listed)
 
-    def test_without_any_the_list_is_empty(self, tmp_path: Path, environment: dict[str, str]) -> None:
-        """Not even the packaged one, where the package was built without it."""
+    def test_available_without_models_is_empty(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """Also without the packaged model."""
         assert models.available(environment=environment, packaged=tmp_path / "none") == ()
 
 
 class TestDigest:
     """A model is what is in it."""
 
-    def test_a_copy_under_another_name_is_the_same_model(self, tmp_path: Path) -> None:
-        """Neither name nor place nor model card is part of it."""
+    def test_digest_of_a_renamed_copy_is_equal(self, tmp_path: Path) -> None:
+        """Name, place and model card are not included."""
         first = verify_clip("a", write_model(tmp_path / "a"))
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         (tmp_path / "b" / "README.md").write_text("another card")
         assert models.digest(first) == models.digest(verify_clip("b", tmp_path / "b"))
 
     @pytest.mark.parametrize("file", ["modules.json", "0_CLIPModel/config.json", "0_CLIPModel/model.safetensors"])
-    def test_any_change_of_content_is_another_model(self, tmp_path: Path, file: str) -> None:
-        """Old embeddings must not serve a new model, though its name stays."""
+    def test_digest_of_changed_content_differs(self, tmp_path: Path, file: str) -> None:
+        """Embeddings of the old model must not be used."""
         before = models.digest(verify_clip("a", write_model(tmp_path / "a")))
         path = tmp_path / "a" / file
         path.write_bytes(path.read_bytes() + b" ")
         assert models.digest(verify_clip("a", tmp_path / "a")) != before
 
-    def test_hashes_are_remembered_by_stamp(self, tmp_path: Path) -> None:
-        """Half a gigabyte is read once; a changed file is read again; a damaged memory only costs time."""
+    def test_digest_caches_hashes_by_stamp(self, tmp_path: Path) -> None:
+        """A changed file is hashed again, and a damaged cache only costs time."""
         model = verify_clip("a", write_model(tmp_path / "a"))
         weights = tmp_path / "a/0_CLIPModel/model.safetensors"
         before = models.digest(model, cache_dir=tmp_path / "cache")
@@ -316,8 +316,8 @@ class TestDigest:
             memory.write_text(damaged)
             assert models.digest(model, cache_dir=tmp_path / "cache") == after
 
-    def test_a_memory_that_cannot_be_written_is_done_without(self, tmp_path: Path) -> None:
-        """The identity is right all the same."""
+    def test_digest_with_unwritable_cache_is_equal(self, tmp_path: Path) -> None:
+        """The cache is optional."""
         model = verify_clip("a", write_model(tmp_path / "a"))
         (tmp_path / "cache").write_text("in the way")
         assert models.digest(model, cache_dir=tmp_path / "cache") == models.digest(model)
@@ -418,10 +418,10 @@ except ModelError as error:
             capture_output=True, text=True, timeout=100, check=False,
         )  # fmt: skip
 
-    def test_a_fetched_model_is_found_by_its_name(
+    def test_fetch_model_is_found_by_name(
         self, hub: tuple[str, Path], tmp_path: Path, environment: dict[str, str]
     ) -> None:
-        """What is needed comes, pickles and exports do not, and no bar is drawn into a log."""
+        """Pickles and exports are not downloaded, and no bar is drawn into a log."""
         address, folder = hub
         (folder / "0_CLIPModel" / "pytorch_model.bin").write_bytes(b"pickle")
         (folder / "onnx").mkdir()
@@ -442,7 +442,7 @@ except ModelError as error:
             ({"model_type": "distilbert", "vocab_size": 9}, "`text_model: tiny`"),
         ],
     )
-    def test_the_command_says_what_a_model_is_for(
+    def test_models_fetch_prints_what_a_model_is_for(
         self, hub: tuple[str, Path], tmp_path: Path, config: dict[str, object], said: str
     ) -> None:
         """Only a CLIP can be `model:`."""
@@ -456,10 +456,10 @@ except ModelError as error:
         assert done.returncode == 0, done.stderr
         assert said in done.stdout.splitlines()[1]
 
-    def test_old_weights_are_made_safe_once(
+    def test_fetch_converts_pickled_weights(
         self, hub: tuple[str, Path], tmp_path: Path, environment: dict[str, str]
     ) -> None:
-        """Some of the first CLIPs were published as pickles only: their tensors are kept, nothing else."""
+        """Some of the first CLIPs were published only as pickles."""
         import torch
         from safetensors.torch import load_file
 
@@ -474,8 +474,8 @@ except ModelError as error:
         assert torch.equal(tensors["a"], shared)
         assert torch.equal(tensors["b"], shared.T)
 
-    def test_a_pickle_that_runs_code_is_refused_and_not_run(self, hub: tuple[str, Path], tmp_path: Path) -> None:
-        """The one place that reads a foreign pickle reads tensors and nothing else."""
+    def test_fetch_pickle_with_code_is_refused(self, hub: tuple[str, Path], tmp_path: Path) -> None:
+        """Only tensors are read."""
         import torch
 
         address, folder = hub
@@ -486,8 +486,8 @@ except ModelError as error:
         assert "holds something other than weights, and was not run" in done.stdout
         assert not (tmp_path / "owned").exists()
 
-    def test_weights_in_no_form_that_we_read_are_refused(self, hub: tuple[str, Path], tmp_path: Path) -> None:
-        """They are not even downloaded."""
+    def test_fetch_unsupported_weights_are_refused(self, hub: tuple[str, Path], tmp_path: Path) -> None:
+        """They are not downloaded."""
         address, folder = hub
         (folder / "0_CLIPModel/model.safetensors").rename(folder / "0_CLIPModel/model.ckpt")
         done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
@@ -495,28 +495,28 @@ except ModelError as error:
         assert "has no weights (*.safetensors)" in done.stdout
 
     @pytest.mark.parametrize("name", ["absent", "not/a/name", "a--b/c"])
-    def test_a_name_that_the_hub_does_not_know(self, hub: tuple[str, Path], tmp_path: Path, name: str) -> None:
-        """The error names it and says what to check."""
+    def test_fetch_unknown_name_is_refused(self, hub: tuple[str, Path], tmp_path: Path, name: str) -> None:
+        """The message names it."""
         done = self.fetch(name, tmp_path / "cache", HF_ENDPOINT=hub[0])
         assert done.returncode == 69, done.stderr
         assert f"cannot fetch {name}" in done.stdout
         assert "check the name and the network" in done.stdout
 
-    def test_without_a_network_it_says_so(self, tmp_path: Path) -> None:
+    def test_fetch_without_network_fails(self, tmp_path: Path) -> None:
         """Nothing listens at this address."""
         done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT="http://127.0.0.1:9")
         assert done.returncode == 69, done.stderr
         assert "check the name and the network" in done.stdout
 
-    def test_where_the_network_is_forbidden_it_says_by_what(self, tmp_path: Path) -> None:
-        """HF_HUB_OFFLINE is obeyed and named."""
+    def test_fetch_offline_names_the_variable(self, tmp_path: Path) -> None:
+        """HF_HUB_OFFLINE is respected."""
         done = self.fetch("tiny", tmp_path / "cache", HF_HUB_OFFLINE="1")
         assert done.returncode == 69, done.stderr
         assert "HF_HUB_OFFLINE" in done.stdout
 
 
-def test_the_packaged_model_is_a_clip() -> None:
-    """What ships loads by the same rules as any other."""
+def test_locate_packaged_is_a_clip() -> None:
+    """The same rules apply to it."""
     if not models.PACKAGED.is_dir():
         pytest.skip("the packaged model is not in this checkout")
     found = models.locate_clip("packaged")
