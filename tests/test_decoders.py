@@ -396,7 +396,7 @@ class TestProcesses:
             assert os.fspath(tmp_path / "journal") not in held
 
     def test_decoder_process_ignores_the_daemons_signals(self, tmp_path: Path) -> None:
-        """systemd sends SIGTERM to the whole unit; the current image is decoded nevertheless."""
+        """The whole unit gets SIGTERM; the current image is decoded nevertheless."""
         with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             (process_id,) = warmed(pool, tmp_path)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
