@@ -344,11 +344,7 @@ def checksums(files: Iterable[Path], *, cache_dir: Path | None = None) -> dict[P
 
 
 def fetch(name: str, *, cache_dir: Path | None = None) -> Path:
-    """Download a CLIP or a text model from the hub and return its folder; on a terminal, show a progress bar.
-
-    Args:
-        name: the name on the hub; without a slash, one of the sentence-transformers organisation.
-        cache_dir: sortd's cache, into whose ``models`` folder it is written; None: the hub client's own cache.
+    """Download a model from the hub into sortd's cache (None: the hub client's) and return its folder.
 
     Raises:
         ModelError: no such model, no network, no disk space, or no weights in a format that sortd loads.

@@ -228,10 +228,8 @@ def provider_attempts(
 ) -> list[list[Any]]:
     """Return lists of providers to open a graph with (``providers`` of ``InferenceSession``), best first.
 
-    Args:
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` (also for AMD's GPUs, as in torch).
-        available: the providers of this ONNX Runtime, whether their devices exist or not.
-        is_there: tells whether a device file exists.
+    ``device`` is ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` (also for AMD's GPUs, as in torch), ``available`` lists the
+    providers of this ONNX Runtime, whether their devices exist or not.
 
     Raises:
         ModelError: this ONNX Runtime does not support the device.
@@ -336,11 +334,7 @@ class OnnxEncoder:
 
 
 def open_tower(file: Path, *, device: str = "cpu", threads: int | None = None) -> Any:  # noqa: ANN401 -- no types there
-    """Open an ONNX file as an ``InferenceSession``.
-
-    Raises:
-        ModelError: ONNX Runtime rejects it, or cannot use the device.
-    """
+    """Open an ONNX file as an ``InferenceSession``; raise ModelError if the file or the device is rejected."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -380,12 +374,7 @@ def _trim_memory() -> None:
 
 
 def text_inputs(encoded: Sequence[Any], text: TextInputs) -> dict[str, Tokens]:
-    """Return the inputs of the text tower, by name, padded to one length.
-
-    Args:
-        encoded: the encodings by ``tokenizers``, without padding.
-        text: the inputs that the model takes.
-    """
+    """Return the inputs of the text tower, by name, for encodings by ``tokenizers``, padded to one length."""
     length = text.length or max(len(one.ids) for one in encoded)
     found = {name: np.zeros((len(encoded), length), np.int64) for name in ("attention_mask", "token_type_ids")}
     found["input_ids"] = np.full((len(encoded), length), text.padding, np.int64)

@@ -33,12 +33,7 @@ _EXACT_PRODUCTS = {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
 
 
 def weight_range(*, machine: str | None = None, processor: Path = Path("/proc/cpuinfo")) -> int:
-    """Return the largest quantized weight that this processor multiplies without overflow.
-
-    Args:
-        machine: the architecture as in ``uname -m``; None: of this machine.
-        processor: the file in which Linux lists the processor's flags, see proc_cpuinfo(5).
-    """
+    """Return the largest quantized weight that a processor, by default this one, multiplies without overflow."""
     if (machine or platform.machine()).lower() not in {"x86_64", "amd64", "i686", "i386"}:
         return FULL_RANGE
     try:
@@ -49,15 +44,9 @@ def weight_range(*, machine: str | None = None, processor: Path = Path("/proc/cp
 
 
 def quantize(source: Path, target: Path, *, largest: int) -> int:
-    """Write a copy of a graph with its constant matrices in int8.
+    """Write a float32 graph with its constant matrices in int8; return the number of products (0: nothing is written).
 
-    Args:
-        source: an ONNX file, float32, opset 13 to 17 (``ReduceMax`` takes its axes as an attribute).
-        target: the file to write.
-        largest: the largest quantized weight, see ``weight_range``.
-
-    Returns:
-        The number of matrix products in int8; if it is 0, nothing was written.
+    The opset must be 13 to 17, in which ``ReduceMax`` takes its axes as an attribute.
     """
     import onnx
 
@@ -84,14 +73,7 @@ def convolutions(source: Path) -> int:
 
 
 def quantize_convolutions(source: Path, target: Path, images: Pixels, *, largest: int) -> None:
-    """Write a copy of a graph with its convolutions in int8.
-
-    Args:
-        source: an ONNX file, float32, with one input, ``pixels``.
-        target: the file to write.
-        images: uint8 (B, H, W, 3), on which the ranges of activations are measured.
-        largest: the largest quantized weight, see ``weight_range``.
-    """
+    """Write a float32 graph with its convolutions in int8; the ranges are measured on images, uint8 (B, H, W, 3)."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
     class Images(CalibrationDataReader):  # type: ignore[misc]  # the library requires it, and publishes no types

@@ -130,12 +130,7 @@ def load_decoders() -> list[str]:
 
 
 def thumbnail(path: str, *, side_pixels: int = _THUMBNAIL_PIXELS) -> str | None:
-    """Return an image, upright, as a ``data:`` URL of a small JPEG; None if it is unreadable.
-
-    Args:
-        path: the image.
-        side_pixels: length of the longer side.
-    """
+    """Return an image, upright, as a ``data:`` URL of a JPEG with that longer side; None if it is unreadable."""
     from PIL import Image
 
     limits = DecodeLimits()

@@ -309,12 +309,9 @@ class DecoderPool:
         return tuple(decoder.process.pid for decoder in self._decoders)
 
     def decode_all(self, images: Sequence[tuple[str, Stamp]]) -> Iterator[Answer]:
-        """Yield exactly one answer for each image, in the order of completion.
+        """Yield exactly one answer for each version of an image, in the order of completion.
 
         The processes go on while the caller handles an answer. If the caller stops early, the rest is dropped.
-
-        Args:
-            images: paths and the stamps of their versions; another version is refused as changed.
 
         Raises:
             StartupError: the decoding processes do not start.
