@@ -1,4 +1,4 @@
-"""The room that decoding takes: large images wait for one another, small ones for nobody."""
+"""The memory budget of decoding: large images wait for each other, small ones do not wait."""
 
 import os
 import signal
@@ -128,8 +128,8 @@ def test_pool_dropped_large_images_are_closed(mixed: list[Path], tmp_path: Path)
         assert isinstance(later, DecodedImage)
 
 
-class TestWhatAnImageTakes:
-    """The room is told by the header, before anything is decoded."""
+class TestBudget:
+    """The budget of an image, from its header."""
 
     @staticmethod
     def room_of(content: bytes, folder: Path, *, preprocessing: Preprocessing = SMALL) -> int:

@@ -1,4 +1,4 @@
-"""The decoder pool: every file gets its answer, and no file takes more than its own process with it."""
+"""The decoder pool: every file gets its answer, and no file affects more than its own process."""
 
 import contextlib
 import errno
@@ -178,7 +178,7 @@ _SO_PEEK_OFF = 42
 
 
 class TestRefusals:
-    """What is no image, or not that version of it, is told apart."""
+    """Refusals of files that are not images, or another version."""
 
     def test_pool_other_version_is_refused(self, pool: DecoderPool, tmp_path: Path) -> None:
         """A changed file is refused as changed, a missing one as vanished."""
@@ -502,7 +502,7 @@ class TestProcesses:
 
 
 class TestHostile:
-    """What is made to harm comes to nothing."""
+    """Hostile files do no harm."""
 
     def test_pool_decompression_bombs_stay_below_the_memory_limit(self, tmp_path: Path) -> None:
         """They are decoded in little memory or refused, and no process dies."""
@@ -561,7 +561,7 @@ class TestHostile:
         assert before == {path: sha256(path.read_bytes()).digest() for path in files}
 
 
-# ---------------------------------------------------------------- means
+# ---------------------------------------------------------------- helpers
 
 
 def warmed(pool: DecoderPool, folder: Path) -> tuple[int, ...]:

@@ -255,7 +255,7 @@ class TestWords:
 
 
 class TestRefusals:
-    """What would give wrong embeddings is refused before the first one."""
+    """Models that would give wrong embeddings are refused."""
 
     @pytest.mark.parametrize(
         ("settings", "complaint"),
@@ -384,7 +384,7 @@ class Broken:
 
 
 class TestProbe:
-    """A device that answers garbage with success is noticed before it files anything."""
+    """A device that returns garbage is detected at the start."""
 
     def test_probe_different_rows_for_one_image_raises(self) -> None:
         """The same pixels must give the same row."""

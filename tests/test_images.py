@@ -1,4 +1,4 @@
-"""Decoding: what comes out is what the encoder would have been shown, and what cannot be is refused by name."""
+"""Decoding: the pixels are those of the encoder's image processor, and other files are refused with a reason."""
 
 import contextlib
 import io
@@ -75,7 +75,7 @@ def expected(image: Image.Image, edge: int = 32) -> Pixels:
 
 
 class TestFormats:
-    """What is decoded, and what is left alone."""
+    """Formats that are decoded, and others."""
 
     @pytest.mark.parametrize("image_format", FORMATS)
     def test_decode_every_format_by_content(self, image_format: str) -> None:
@@ -456,7 +456,7 @@ class TestLimits:
 
 
 class TestBroken:
-    """What is not whole is refused, not shown in part."""
+    """Incomplete and broken files are refused."""
 
     @pytest.mark.parametrize("image_format", FORMATS)
     def test_decode_truncated_file_is_refused(self, image_format: str) -> None:
@@ -515,7 +515,7 @@ class TestBroken:
 
 
 class TestSound:
-    """What is odd about a file, and not about its picture, does not matter."""
+    """Oddities of a file that do not affect its picture are ignored."""
 
     TRAILERS = (
         b"more",
@@ -596,7 +596,7 @@ class TestSound:
 
 
 class TestUnsupported:
-    """What is not broken, and of a kind that is not decoded, is not called broken."""
+    """Unsupported kinds are refused as unsupported, not as broken."""
 
     @staticmethod
     def tiff(*tags: tuple[int, int]) -> bytes:

@@ -1,4 +1,4 @@
-"""Models are found without the network, refused by name with a mend, and known by content."""
+"""Models are found without the network, refused with a remedy, and identified by content."""
 
 import json
 import os
@@ -132,7 +132,7 @@ class TestLocate:
 
 
 class TestRefusals:
-    """What cannot serve is refused by what it is, before anything is loaded."""
+    """Unsuitable models are refused before anything is loaded."""
 
     @pytest.mark.parametrize(
         ("config", "complaint"),
@@ -283,7 +283,7 @@ class TestAvailable:
 
 
 class TestDigest:
-    """A model is what is in it."""
+    """A model is identified by its content."""
 
     def test_digest_of_a_renamed_copy_is_equal(self, tmp_path: Path) -> None:
         """Name, place and model card are not included."""
@@ -396,7 +396,7 @@ class _Touch:
 
 
 class TestFetch:
-    """The one thing that downloads."""
+    """The only command that downloads."""
 
     PROGRAM = """
 import sys

@@ -1,4 +1,4 @@
-"""ONNX Runtime gives torch's rows without torch, from exports that are checked, and in int8 row by row."""
+"""ONNX Runtime gives torch's rows without torch, from verified exports, and in int8 with scales by row."""
 
 import json
 import resource
@@ -189,7 +189,7 @@ def test_onnx_imports_no_torch(exported: Exports, cache: Path, tiny_clip: Path) 
 
 
 class TestExports:
-    """An export is made once, and again when it does not fit any more."""
+    """An export is made once, and again if it is no longer valid."""
 
     def test_export_twice_makes_one(self, exported: Exports, cache: Path) -> None:
         """The existing export is found by content."""

@@ -1,4 +1,4 @@
-"""The precision that serves: int8 after it agreed on the references, float32 otherwise; neither imports torch."""
+"""The precision in use: int8 if it agreed on the references, float32 otherwise; neither imports torch."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -50,18 +50,18 @@ def make_config(exported: Path, tmp_path: Path, write_config: Callable[..., Path
 
 
 class World:
-    """Exports, judges and loads as the commands and the daemon do, and remembers what was told."""
+    """Exports, compares and loads as the commands and the daemon do, and records the reports."""
 
     def __init__(self, config: Config) -> None:
-        """Begin with nothing told."""
+        """Start without reports."""
         self.config = config
-        self.told: list[str] = []
+        self.reports: list[str] = []
         self.lines: list[Any] = []
 
     def load(self) -> Encoder:
         """Load what serves."""
         with capture_logs() as lines:
-            encoder = load_fastest(self.config, report=self.told.append)
+            encoder = load_fastest(self.config, report=self.reports.append)
         self.lines += lines
         return encoder
 
@@ -80,14 +80,14 @@ class World:
 
 
 def spoil_int8(found: Exports) -> None:
-    """Put a vision tower in place whose weights have three values, and vouch for it."""
+    """Replace the image tower by one whose weights have three values, and update the manifest."""
     tower = found.tower("image", Precision.INT8)
     quantize(found.tower("image", Precision.FP32), tower, largest=1)
-    vouch_for(found, tower)
+    update_manifest(found, tower)
 
 
-def vouch_for(found: Exports, tower: Path) -> None:
-    """Write a tower as it is now into the manifest."""
+def update_manifest(found: Exports, tower: Path) -> None:
+    """Write the checksum of a tower to the manifest."""
     manifest = exports.MANIFESTS.validate_json((found.folder / exports.MANIFEST).read_bytes())
     sums = {**manifest.checksums, tower.name: models.checksums([tower])[tower]}
     fresh = replace(manifest, checksums=sums)
@@ -95,14 +95,14 @@ def vouch_for(found: Exports, tower: Path) -> None:
 
 
 def damage(found: Exports, precision: Precision) -> None:
-    """Put something in a vision tower's place that is no graph, and vouch for it."""
+    """Replace an image tower by bytes that are no graph, and update the manifest."""
     tower = found.tower("image", precision)
     tower.write_bytes(b"no graph")
-    vouch_for(found, tower)
+    update_manifest(found, tower)
 
 
 class TestVerdict:
-    """int8 has to earn it, on the user's own references, when the model is exported."""
+    """The verdict on int8, from the user's references at the export."""
 
     def test_verdict_references_agree_int8_is_used(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
         """The figures are stored with the export, and a start reads them without looking at references."""
@@ -115,7 +115,7 @@ class TestVerdict:
         assert verdict["datasets"]["Colours"]["references"] == 36
         shutil.rmtree(dataset)
         assert "-onnx-int8-" in world.load().encoder_id
-        assert world.told == ["onnx int8; 36 of 36 references filed as by fp32"]
+        assert world.reports == ["onnx int8; 36 of 36 references filed as by fp32"]
         assert not world.lines
 
     def test_verdict_few_references_fp32_is_used(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
@@ -124,7 +124,7 @@ class TestVerdict:
         world = World(make_config())
         assert "12 references that are left out and filed by the others are too few" in world.judge()["refusal"]
         assert "-onnx-fp32-" in world.load().encoder_id
-        assert "int8 is not used: 12 references" in world.told[0]
+        assert "int8 is not used: 12 references" in world.reports[0]
         shutil.rmtree(dataset)
         make_dataset(tmp_path / "Data", references=12)
         assert world.judge()["serves"] == "int8"
@@ -164,7 +164,7 @@ class TestVerdict:
             file.write_text(damaged)
             assert read_verdict(world.exports(), world.config.root) is None
         assert "-onnx-fp32-" in world.load().encoder_id
-        assert "not compared on these datasets; run `sortd models export`" in world.told[-1]
+        assert "not compared on these datasets; run `sortd models export`" in world.reports[-1]
 
     def test_load_fastest_writes_nothing(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
         """Without a verdict float32 is used, without an export torch, with a warning."""
@@ -185,7 +185,7 @@ class TestVerdict:
 
 
 class TestBackend:
-    """What runs the model is said, and so is what was wanted and cannot be."""
+    """The selection of a backend and its report."""
 
     def test_load_fastest_auto_without_export_is_torch(
         self, tmp_path: Path, make_config: Callable[..., Config]
@@ -195,7 +195,7 @@ class TestBackend:
         shutil.rmtree(tmp_path / "cache" / "onnx")
         world = World(config)
         assert "-torch-" in world.load().encoder_id
-        assert "`sortd models export`" in world.told[0]
+        assert "`sortd models export`" in world.reports[0]
 
     def test_export_unwritable_cache_raises(self, make_config: Callable[..., Config]) -> None:
         """The command fails."""
@@ -214,7 +214,7 @@ class TestBackend:
         with pytest.raises(ModelError, match="is not on this machine"):
             world.load()
         assert not world.lines
-        assert not world.told
+        assert not world.reports
 
     def test_load_fastest_falls_back_with_a_warning(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
         """From int8 to float32, and with `auto` to torch; with `onnx` it is an error."""
@@ -225,7 +225,7 @@ class TestBackend:
         damage(world.exports(), Precision.INT8)
         exports.write_verdict(world.exports(), world.config.root, verdict)
         assert "-onnx-fp32-" in world.load().encoder_id
-        assert "int8 is not used: ONNX Runtime does not open" in world.told[-1]
+        assert "int8 is not used: ONNX Runtime does not open" in world.reports[-1]
         damage(world.exports(), Precision.FP32)
         assert "-torch-" in world.load().encoder_id
         fallen = [line["backend"] for line in world.lines if line["event"] == logs.MODEL_FELL_BACK]
@@ -248,7 +248,7 @@ class TestBackend:
 
 
 class TestSample:
-    """Many references are thinned evenly, and the same way each time."""
+    """An even and repeatable sample of many references."""
 
     @staticmethod
     def folders(classes: int, each: int) -> list[ClassFolder]:
