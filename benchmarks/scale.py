@@ -29,7 +29,7 @@ from sortd.classify.decide import decide
 from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
 from sortd.daemon.embedder import Embedder
 from sortd.events import Preprocessing
-from sortd.images.decode import Limits
+from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecoderPool
 from sortd.references import References, ReferenceSettings
 from sortd.store.cache import Cache
@@ -82,7 +82,7 @@ def measure_rebuild(folder: Path, references: int) -> dict[str, Any]:
         write_reference(clases, number)
     encoder, teaching = CountingEncoder(), ReferenceSettings(DecisionSettings(Mode.BEST, AbstainSettings(0.95, "auto")))
     facts: dict[str, Any] = {"references": references, "floor_forwards": MOST_FORWARDS}
-    with DecoderPool(2, encoder.preprocessing, Limits()) as pool, Cache(folder / "embeddings.sqlite") as cache:
+    with DecoderPool(2, encoder.preprocessing, DecodeLimits()) as pool, Cache(folder / "embeddings.sqlite") as cache:
         embedder, read = Embedder(encoder, pool, cache), References(clases)
         previous = None
         for generation, name in enumerate(("first", "one_more", "no_change"), 1):

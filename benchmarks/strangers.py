@@ -29,7 +29,7 @@ from sortd.classify.open_set import log_odds
 from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import AbstainSettings, Assigned, DecisionSettings, SupportSet
-from sortd.encoder.backends import load
+from sortd.encoder.backends import load_encoder
 from sortd.encoder.base import Encoder
 
 Array = npt.NDArray[np.float64]
@@ -162,7 +162,7 @@ def main() -> None:
     gathered: dict[str, list[dict[str, float]]] = {}
     worlds = list(feature_worlds([read(file) for file in arguments.features], arguments.references, arguments.draws))
     if arguments.photos:
-        encoder = load("packaged")
+        encoder = load_encoder("packaged")
         worlds += photo_worlds(encoder, arguments.photos, arguments.references, arguments.draws, arguments.precision)
     for world in worlds:
         gathered.setdefault(world.name, []).append(measure(world))

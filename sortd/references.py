@@ -19,7 +19,7 @@ from sortd.classify.types import DecisionSettings, Mode, SupportSet
 from sortd.daemon.embedder import Embedder
 from sortd.events import EmbeddedImage, ImageRefused, Refusal, Stamp
 from sortd.files import open_regular
-from sortd.images.formats import OUR_OWN_TROUBLE
+from sortd.images.formats import RESOURCE_ERRORS
 from sortd.names import rule_for_folder
 from sortd.watch.scan import stamp, whole_files
 
@@ -116,7 +116,7 @@ def _described(entry: os.DirEntry[str], files: tuple[tuple[str, Stamp], ...]) ->
     try:
         return ClassFolder(entry.name, files, read_descriptions(entry.path))
     except OSError as error:
-        if error.errno in OUR_OWN_TROUBLE:
+        if error.errno in RESOURCE_ERRORS:
             raise
         return ClassFolder(entry.name, files, (), error)
 
@@ -136,7 +136,7 @@ def _class_entries(clases: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
         with os.scandir(clases) as entries:
             found = sorted((e for e in entries if e.is_dir(follow_symlinks=False)), key=lambda entry: entry.name)
     except OSError as error:
-        if error.errno in OUR_OWN_TROUBLE:
+        if error.errno in RESOURCE_ERRORS:
             raise
         raise ReferencesAbsentError(f"{clases} cannot be listed: {error.strerror}") from error
     seen = [entry for entry in found if rule_for_folder(entry.name) is None]
@@ -208,7 +208,7 @@ class References:
         folders, misnamed = class_folders(self._clases, report=unreadable.append, between=between)
         if unreadable:
             error = unreadable[0]
-            if error.errno in OUR_OWN_TROUBLE:
+            if error.errno in RESOURCE_ERRORS:
                 raise error
             raise ReferencesAbsentError(errors.unreadable(error))
         if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:

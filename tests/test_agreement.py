@@ -24,8 +24,8 @@ def moved(support: SupportSet, by: float, seed: int = 0) -> SupportSet:
 
 
 @pytest.mark.parametrize("mode", Mode)
-def test_refuse_quick_small_noise_passes(mode: Mode) -> None:
-    """In every mode; whether sortd abstains plays no part."""
+def test_refuse_quick_nearly_equal_rows_pass(mode: Mode) -> None:
+    """In every mode, with and without abstention."""
     for settings in (
         DecisionSettings(mode),
         DecisionSettings(mode, abstain=None),
@@ -37,8 +37,8 @@ def test_refuse_quick_small_noise_passes(mode: Mode) -> None:
         assert refuse_quick({"Screws": found}) is None
 
 
-def test_refuse_quick_different_labels_are_refused() -> None:
-    """The sentence names the dataset and the share."""
+def test_refuse_quick_other_labels_are_refused() -> None:
+    """The message names dataset and share."""
     wrong = replace(EXACT, embeddings=EXACT.embeddings.copy(), encoder_id="quick")
     wrong.embeddings[:3] = EXACT.embeddings[50:53]
     found = agreement(EXACT, wrong, DecisionSettings(Mode.AVG, abstain=None))
@@ -48,8 +48,8 @@ def test_refuse_quick_different_labels_are_refused() -> None:
     assert "3 of the 80 filed references of Screws get another label: 96.2% equal" in said
 
 
-def test_refuse_quick_low_cosine_is_refused() -> None:
-    """Damage shows in the rows before it shows in labels of classes that lie far apart."""
+def test_refuse_quick_distant_rows_are_refused() -> None:
+    """Although the labels agree."""
     apart = support_set(
         unit(np.eye(4, 64)[np.repeat(np.arange(4), 10)] + 0.01 * ROWS[:40]), np.repeat(np.arange(4), 10)
     )
@@ -58,14 +58,14 @@ def test_refuse_quick_low_cosine_is_refused() -> None:
     assert "differ: mean cosine 0.95" in (refuse_quick({"Screws": found}) or "")
 
 
-def test_agreement_non_finite_rows_are_refused() -> None:
-    """Whatever compares with nothing."""
+def test_refuse_quick_nan_is_refused() -> None:
+    """NaN compares with nothing."""
     found = replace(agreement(EXACT, EXACT, DecisionSettings(Mode.AVG, abstain=None)), cosines=float("nan"))
     assert refuse_quick({"Screws": found}) is not None
 
 
 def test_refuse_quick_few_references_are_refused() -> None:
-    """Also none at all, and classes of one reference, which cannot be left out."""
+    """Also none, and classes of one reference, which cannot be left out."""
     few = support_set(ROWS[:20], CLASSES[:20])
     alone = support_set(BLOBS.draw(range(8)), range(8))
     nothing = support_set(ROWS[:0], [], labels=2)
@@ -79,8 +79,8 @@ def test_refuse_quick_few_references_are_refused() -> None:
     assert refuse_quick({}) is not None
 
 
-def test_refuse_quick_pools_small_datasets_and_checks_each() -> None:
-    """Two of twenty references suffice; but each has to agree by itself, however large the other."""
+def test_refuse_quick_datasets_are_counted_together_and_checked_separately() -> None:
+    """Each dataset must agree, however large the others are."""
     few = support_set(ROWS[:20], CLASSES[:20])
     found = agreement(few, few, DecisionSettings(abstain=None))
     assert refuse_quick({"Screws": found, "Coins": found}) is None
@@ -91,7 +91,7 @@ def test_refuse_quick_pools_small_datasets_and_checks_each() -> None:
     assert "filed references of Coins get another label" in said
 
 
-def test_agreement_different_references_raise() -> None:
-    """A file that changed between the two makes other sets of them."""
+def test_agreement_of_other_references_raises() -> None:
+    """A file may change between the two runs."""
     with pytest.raises(ValueError, match="have different references"):
         agreement(EXACT, replace(EXACT, sources=(*EXACT.sources[:-1], "another.png")), DecisionSettings())

@@ -25,7 +25,7 @@ from sortd.finetune.run import output_of, prepare_training, run_finetuning, unfi
 from sortd.finetune.train import newest_checkpoint
 from sortd.finetuned import UNFINISHED, FinetunedFacts, calibrated, read_facts
 from sortd.finetuned_network import load_finetuned
-from sortd.images.decode import Limits, decode_file
+from sortd.images.decode import DecodeLimits, decode_file
 from sortd.layout import Layout
 from tests.command_line import sortd
 from tests.fake_encoder import FakeEncoder
@@ -150,7 +150,7 @@ def test_the_written_model_decides_as_it_was_judged(whole: tuple[Config, Finetun
     config, facts = whole
     model = load_finetuned(facts.folder, device="cpu")
     files = sorted((config.root / "Shapes" / "Clases").glob("*/0-*.png"))
-    pixels = np.stack([decode_file(str(path), model.preprocessing, Limits()) for path in files])
+    pixels = np.stack([decode_file(str(path), model.preprocessing, DecodeLimits()) for path in files])
     found = calibrated(model.logits(pixels), model.facts.temperature).argmax(axis=1)
     right = np.mean([facts.labels[best] == path.parent.name for best, path in zip(found, files, strict=True)])
     assert right > facts.metrics["comparison"]["finetuned_accuracy"] - 0.15

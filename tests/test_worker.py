@@ -37,7 +37,7 @@ from sortd.daemon.worker import (
 )
 from sortd.encoder.base import Encoder
 from sortd.events import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
-from sortd.images.decode import Limits
+from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecoderPool
 from sortd.references import ReferenceSettings
 from sortd.store.cache import Cache
@@ -88,7 +88,7 @@ def working(
         first: what it is asked while it still loads.
     """
     kept: dict[str, PrototypeSet] = {} if stored is None else stored
-    pool = DecoderPool(1, SEEN, Limits())
+    pool = DecoderPool(1, SEEN, DecodeLimits())
     cache = Cache(tmp_path / "cache.sqlite")
     heard = Heard()
 
@@ -238,7 +238,7 @@ def test_names_of_many_classes_are_encoded_some_at_a_time(tmp_path: Path) -> Non
             batches.append(len(texts))
             return FakeEncoder.encode_texts(self, texts)
 
-    with DecoderPool(0, SEEN, Limits()) as pool, Cache(tmp_path / "cache.sqlite") as cache:
+    with DecoderPool(0, SEEN, DecodeLimits()) as pool, Cache(tmp_path / "cache.sqlite") as cache:
         embedder = Embedder(Counting(), pool, cache)
         embedder.attend_with(lambda: turns.append(None), bell=None)
         texts = [f"a photo of {number}" for number in range(3 * TEXTS_AT_ONCE + 1)]

@@ -450,7 +450,7 @@ def model_findings(config: Config, _layouts: Sequence[Layout]) -> Iterator[Findi
     """Tell which model would be used, or how to get the one that is wanted."""
     subject = f"model: {config.model}"
     try:
-        model = models.locate(config.model, cache_dir=config.cache_dir)
+        model = models.locate_clip(config.model, cache_dir=config.cache_dir)
     except ModelError as refusal:
         yield error(Topic.MODEL, subject, str(refusal))
         return

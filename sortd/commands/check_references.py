@@ -19,7 +19,7 @@ from sortd.commands.stored import SETTINGS, changed_since, evaluated_prototypes,
 from sortd.config import Config, DatasetConfig
 from sortd.errors import ImageError
 from sortd.events import Preprocessing, Stamp
-from sortd.images.decode import Limits, decode_file, look_at_file
+from sortd.images.decode import DecodeLimits, check_header, decode_file
 from sortd.images.formats import HEAD_BYTES, looks_like_image
 from sortd.layout import Area, Layout
 from sortd.names import Reason, Why, rule_for_folder
@@ -114,7 +114,7 @@ def _reading_findings(
 ) -> Iterator[Finding]:
     """Read every reference that was not read before, as thoroughly as the time allows."""
     allowed = config.decoding
-    limits = Limits(max_pixels=allowed.max_pixels, max_side=allowed.max_side_pixels, max_bytes=allowed.max_bytes)
+    limits = DecodeLimits(max_pixels=allowed.max_pixels, max_side=allowed.max_side_pixels, max_bytes=allowed.max_bytes)
     seen = Preprocessing(shortest_edge=CHECKED_PIXELS, crop_height=CHECKED_PIXELS, crop_width=CHECKED_PIXELS)
     fresh = [path for path, mark in files if (path, mark) not in contents]
     began, decoded = perf_counter(), 0
@@ -124,7 +124,7 @@ def _reading_findings(
                 decoded += 1
                 decode_file(path, seen, limits)
             else:
-                look_at_file(path, limits)
+                check_header(path, limits)
         except ImageError as refusal:
             what = f"is a reference that cannot be read: {refusal}"
             yield warning(Topic.REFERENCES, path, what, "replace or remove it")

@@ -9,7 +9,7 @@ from sortd.classify.prototypes import PrototypeSet
 from sortd.config import Config, DatasetConfig
 from sortd.errors import ImageError
 from sortd.events import Stamp
-from sortd.images.decode import Limits, look_at_file
+from sortd.images.decode import DecodeLimits, check_header
 from sortd.layout import Area, Layout
 from sortd.references import DESCRIPTIONS_FILE, STRANGERS_FOLDER, ReferencesAbsentError, class_folders
 from sortd.store.cache import PrototypeFiles
@@ -83,7 +83,7 @@ def _is_new(path: str, files: Mapping[str, tuple[str, Stamp]], known: Collection
     label, mark = files[path]
     copies = [other for other in known if files[other][0] == label and files[other][1].size == mark.size]
     try:
-        look_at_file(path, Limits())
+        check_header(path, DecodeLimits())
         return all(_content(other) != _content(path) for other in copies)
     except (ImageError, OSError):
         return False

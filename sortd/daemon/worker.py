@@ -33,7 +33,7 @@ from sortd.events import (
     RebuildFailed,
     Stamp,
 )
-from sortd.images.formats import OUR_OWN_TROUBLE
+from sortd.images.formats import RESOURCE_ERRORS
 from sortd.layout import Layout
 from sortd.references import Rebuilt, References, ReferencesAbsentError, ReferenceSettings, class_labels
 
@@ -350,7 +350,7 @@ class Worker:
                 except ModelError:
                     raise  # not the references are to blame: nothing that this encoder answers can be trusted
                 except ODD_REFERENCES as error:
-                    if isinstance(error, OSError) and error.errno in OUR_OWN_TROUBLE:
+                    if isinstance(error, OSError) and error.errno in RESOURCE_ERRORS:
                         raise  # out of descriptors or memory, as it would be for any image: a new start has them again
                     self._post(Answer(job.dataset, (RebuildFailed(f"{type(error).__name__}: {error}", job=job.job),)))
             case Forget(dataset, with_stored):

@@ -13,7 +13,7 @@ from sortd.arrays import Array, FloatArray, IntArray, Pixels
 from sortd.classify.calibration import balanced_weights, fit_temperature
 from sortd.classify.gaussian import MEAN_SHRINKAGE, PSEUDO_ROWS
 from sortd.encoder import models
-from sortd.encoder.models import CODE_FREE, first_line
+from sortd.encoder.models import SAFETENSORS, first_line
 from sortd.encoder.preprocessing import preprocessing_of
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
@@ -59,14 +59,14 @@ def find_base(name: str, *, cache_dir: Path | None = None) -> tuple[str, Path]:
         ModelError: it is not on this machine.
     """
     if name == "auto":
-        name = "packaged" if models.snapshot_of(VIT, cache_dir=cache_dir) is None else VIT
+        name = "packaged" if models.find_snapshot(VIT, cache_dir=cache_dir) is None else VIT
     folder: Path | None = Path(name).expanduser()
     if name == "packaged":
         folder = models.PACKAGED
     elif Path(name).expanduser().is_dir() or name.startswith(("/", ".", "~")):
         name = os.path.abspath(Path(name).expanduser())  # a training may be resumed from another folder
     else:
-        folder = models.snapshot_of(name, cache_dir=cache_dir)
+        folder = models.find_snapshot(name, cache_dir=cache_dir)
     if folder is None:
         raise ModelError(
             f"base {name!r} is not on this machine: run `sortd models fetch {name}` with network access, or give the "
@@ -90,10 +90,10 @@ def load_base(name: str, labels: Sequence[str], *, cache_dir: Path | None = None
     """
     found, folder = find_base(name, cache_dir=cache_dir)
     config = _json(folder / "config.json", found)
-    if not any(path.is_file() for path in folder.glob(f"*{CODE_FREE}")):
+    if not any(path.is_file() for path in folder.glob(f"*{SAFETENSORS}")):
         raise ModelError(
-            f"base {found!r} in {folder} has no {CODE_FREE} weights, and sortd loads no others: convert them with "
-            "`sortd models fetch`, or save the model again with transformers"
+            f"base {found!r} in {folder} has no {SAFETENSORS} weights, and sortd loads no other kind: `sortd models "
+            "fetch` converts them, or save the model again with transformers"
         )
     processor = _processor(folder, found)
     names = {
@@ -137,7 +137,7 @@ def _load_tower(
     try:
         weights = {
             key: value.float()
-            for file in sorted(folder.glob(f"*{CODE_FREE}"))
+            for file in sorted(folder.glob(f"*{SAFETENSORS}"))
             for key, value in load_file(file).items()
             if key.startswith(("vision_model.", "visual_projection."))
         }

@@ -26,7 +26,7 @@ from sortd.finetune.report import publish_result, save_tensors, write_result
 from sortd.finetune.train import TrainSettings, make_model, train, training_arguments
 from sortd.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts
 from sortd.finetuned_network import Network, load_weights, torch_device
-from sortd.images.decode import Limits
+from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.layout import Area, Layout
 from sortd.references import class_labels
@@ -237,7 +237,7 @@ def enlarged(seen: Preprocessing) -> Preprocessing:
 def _decode(files: Sequence[data.ImageFile], size: Preprocessing, config: Config, target: Path) -> None:
     """Decode images into one file of pixels in the given order."""
     said = config.decoding
-    limits = Limits(max_pixels=said.max_pixels, max_side=said.max_side_pixels, max_bytes=said.max_bytes)
+    limits = DecodeLimits(max_pixels=said.max_pixels, max_side=said.max_side_pixels, max_bytes=said.max_bytes)
     workers = said.workers or max(1, min(8, os.cpu_count() or 1))
     places = {file: index for index, file in enumerate(files)}
     each = size.crop_height * size.crop_width * 3
