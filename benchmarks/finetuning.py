@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from sortd.encoder.finetuned_network import Network, torch_device
 from sortd.events import Fit, Preprocessing
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import Recipe
 from sortd.finetune.run import enlarged
 from sortd.finetune.train import TrainSettings, make_model, train
-from sortd.finetuned_network import Network, torch_device
 from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.watch.scan import stamp

@@ -28,10 +28,10 @@ from sortd.classify.build import build
 from sortd.classify.decide import decide
 from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
 from sortd.daemon.embedder import Embedder
+from sortd.daemon.references import References, ReferenceSettings
 from sortd.events import Preprocessing
 from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecoderPool
-from sortd.references import References, ReferenceSettings
 from sortd.store.cache import Cache
 
 DIMENSIONS = 512

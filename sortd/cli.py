@@ -182,9 +182,9 @@ def init(
 ) -> None:
     """Make the folders of a dataset, and its marker."""
     from sortd.classify.prompts import written_name
+    from sortd.daemon.references import is_class_name
     from sortd.errors import LayoutError
     from sortd.layout import Area, Layout, enclosing_dataset
-    from sortd.references import is_class_name
 
     for name in classes or ():
         if "/" in name or not is_class_name(name) or written_name(name) != name:

@@ -13,11 +13,11 @@ from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import Holding, hold
 from sortd.daemon.presence import Presence
+from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.worker import Job
 from sortd.events import DatasetId, ImageHeld, Inspect
 from sortd.layout import Layout
 from sortd.metrics import Metrics
-from sortd.references import ReferenceSettings
 from sortd.watch.observer import FileEvent
 from sortd.watch.scan import stamp
 from tests.daemon_process import make_dataset

@@ -17,13 +17,13 @@ from sortd.classify.decide import decide
 from sortd.classify.explain import Explanation, explain, explain_finetuned, explanation_sentences
 from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.commands.explain import ImageExplanation, explain_image
+from sortd.commands.report import explain_page
 from sortd.config import Config, load
 from sortd.daemon.classifiers import classifier_of
+from sortd.encoder.finetuned import FinetunedFacts
 from sortd.errors import DataError, UnreadableError
 from sortd.files import stamp_of
-from sortd.finetuned import FinetunedFacts
 from sortd.layout import Layout
-from sortd.report import explain_page
 from sortd.status import Status, started_ticks
 from sortd.store.cache import Cache, PrototypeFiles
 from sortd.store.journal import Journal

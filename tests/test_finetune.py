@@ -18,13 +18,13 @@ from PIL import Image
 
 from sortd.commands.finetuning import observing, require_training_packages
 from sortd.config import Config, load
+from sortd.encoder.finetuned import UNFINISHED, FinetunedFacts, calibrated, read_facts
+from sortd.encoder.finetuned_network import load_finetuned
 from sortd.errors import AlreadyRunningError, ConfigError, DataError, DestinationError, ModelError
 from sortd.finetune.data import PLAN_FILE, find_candidates, pixels_file
 from sortd.finetune.recipe import Observer, Recipe, Source, TrainingProgress, TrainingRequest, TrainingStoppedError
 from sortd.finetune.run import output_of, prepare_training, run_finetuning, unfinished_of
 from sortd.finetune.train import newest_checkpoint
-from sortd.finetuned import UNFINISHED, FinetunedFacts, calibrated, read_facts
-from sortd.finetuned_network import load_finetuned
 from sortd.images.decode import DecodeLimits, decode_file
 from sortd.layout import Layout
 from tests.command_line import sortd

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sortd.encoder.finetuned import FinetunedFacts, calibrated, facts_json, read_facts
+from sortd.encoder.finetuned_network import build_image_classifier, load_finetuned
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 from sortd.files import sha256_of
-from sortd.finetuned import FinetunedFacts, calibrated, facts_json, read_facts
-from sortd.finetuned_network import build_image_classifier, load_finetuned
 from tests.tiny_vit import SIDE, build_tiny_vit
 
 LABELS = ("cats", "dogs", "weißes \udcff")
@@ -77,7 +77,7 @@ def test_facts_are_read_without_torch(written: Path) -> None:
     import sys
 
     asked = (
-        "import sys; from pathlib import Path; from sortd.finetuned import read_facts; "
+        "import sys; from pathlib import Path; from sortd.encoder.finetuned import read_facts; "
         f"read_facts(Path({str(written)!r})); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0

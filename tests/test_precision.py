@@ -14,6 +14,7 @@ from sortd import config as configuration
 from sortd import logs
 from sortd.commands.export import MAX_PER_CLASS, MAX_REFERENCES, export, sample
 from sortd.config import Config
+from sortd.daemon.references import ClassFolder
 from sortd.encoder import models
 from sortd.encoder import onnx_encoder as exports
 from sortd.encoder.backends import load_fastest
@@ -22,7 +23,6 @@ from sortd.encoder.export import make_exports
 from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision, read_verdict
 from sortd.encoder.quantize import quantize
 from sortd.errors import ModelError
-from sortd.references import ClassFolder
 from tests.command_line import sortd
 from tests.daemon_process import DaemonProcess, make_dataset, picture, tree
 

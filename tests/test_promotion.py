@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from sortd.commands.examination import evaluate_datasets
+from sortd.commands.report import evaluation_sentences
 from sortd.config import load
-from sortd.errors import DestinationError, ModelError
-from sortd.finetuned import (
+from sortd.encoder.finetuned import (
     WEIGHTS_FILE,
     Promotion,
     finetuning_results,
@@ -18,8 +18,8 @@ from sortd.finetuned import (
     remove_promotion,
     write_promotion,
 )
+from sortd.errors import DestinationError, ModelError
 from sortd.layout import Layout
-from sortd.report import evaluation_sentences
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset
 from tests.fake_encoder import FakeEncoder

@@ -16,11 +16,11 @@ from sortd.classify.evaluate import evaluate
 from sortd.classify.explain import explain
 from sortd.classify.types import SupportSet
 from sortd.commands.examination import DatasetEvaluation, evaluate_datasets, settings_with_corrections
+from sortd.commands.report import check_page_path, evaluation_page, evaluation_sentences, explain_page, write_page
 from sortd.config import load
 from sortd.errors import DataError, DestinationError, JournalError
 from sortd.images.decode import thumbnail
 from sortd.layout import Layout
-from sortd.report import check_page_path, evaluation_page, evaluation_sentences, explain_page, write_page
 from sortd.store.journal import Journal
 from sortd.store.records import Selection
 from tests.command_line import sortd, write_config

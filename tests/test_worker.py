@@ -23,6 +23,7 @@ from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.daemon.classifiers import Classifiers
 from sortd.daemon.embedder import TEXTS_AT_ONCE, Embedder
+from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.worker import (
     Answer,
     EmbedJob,
@@ -39,7 +40,6 @@ from sortd.encoder.base import Encoder
 from sortd.events import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecoderPool
-from sortd.references import ReferenceSettings
 from sortd.store.cache import Cache
 from sortd.watch.scan import stamp
 from tests.daemon_process import COLOURS, PATIENCE_SECONDS, make_dataset, picture, teach
@@ -201,7 +201,7 @@ def test_rebuild_while_it_computes_lets_images_pass_and_shows_progress(
             pause()
         return build(*given, pause=pause, **named)
 
-    monkeypatch.setattr("sortd.references.build", until_the_image_is_answered)
+    monkeypatch.setattr("sortd.daemon.references.build", until_the_image_is_answered)
     with working(tmp_path) as (worker, heard):
         asked.append(worker)
         worker.ask(RebuildJob(DatasetId("taught"), dataset / "Clases", TEACHING, 0, 1))
@@ -220,7 +220,7 @@ def test_a_stop_ends_a_rebuild_while_it_computes(tmp_path: Path, monkeypatch: py
             began.set()
             pause()
 
-    monkeypatch.setattr("sortd.references.build", for_ever)
+    monkeypatch.setattr("sortd.daemon.references.build", for_ever)
     with working(tmp_path) as (worker, heard):
         worker.ask(RebuildJob(DatasetId("taught"), dataset / "Clases", TEACHING, 0, 1))
         assert began.wait(PATIENCE_SECONDS)

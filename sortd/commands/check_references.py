@@ -15,15 +15,21 @@ from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.console import counted, printable
 from sortd.commands.finding import Finding, Topic, error, note, warning
 from sortd.commands.promotion import accuracy_comparison, promotable_model, serving_facts
-from sortd.commands.stored import SETTINGS, changed_since, evaluated_prototypes, settings_differ, stored_prototypes
 from sortd.config import Config, DatasetConfig
+from sortd.daemon.references import STRANGERS_FOLDER, ClassFolder, ReferencesAbsentError, class_folders
+from sortd.daemon.stored_prototypes import (
+    SETTINGS,
+    changed_since,
+    evaluated_prototypes,
+    settings_differ,
+    stored_prototypes,
+)
 from sortd.errors import ImageError
 from sortd.events import Preprocessing, Stamp
 from sortd.images.decode import DecodeLimits, check_header, decode_file
 from sortd.images.formats import HEAD_BYTES, looks_like_image
 from sortd.layout import Area, Layout
 from sortd.names import Reason, Why, rule_for_folder
-from sortd.references import STRANGERS_FOLDER, ClassFolder, ReferencesAbsentError, class_folders
 from sortd.store.cache import Cache
 from sortd.watch.scan import scan_all
 

@@ -68,7 +68,7 @@ def explain_command(
     with progress("reading the image"):
         explained = explain_image(load_config(config), image, dataset)
     if html is not None:
-        from sortd.report import explain_page, write_page
+        from sortd.commands.report import explain_page, write_page
 
         write_page(html, explain_page(explained.facts(), now=datetime.now().astimezone()))
         say(f"sortd: page written to {html}")
@@ -80,7 +80,7 @@ def explain_command(
 
 def _check_page(html: Path | None) -> None:
     if html is not None:
-        from sortd.report import check_page_path
+        from sortd.commands.report import check_page_path
 
         check_page_path(html)
 
@@ -133,7 +133,7 @@ def evaluate_command(
                 raise
             refusal = error
     if html is not None:
-        from sortd.report import evaluation_page, write_page
+        from sortd.commands.report import evaluation_page, write_page
 
         write_page(html, evaluation_page(examined, now=datetime.now().astimezone()))
         say(f"sortd: page written to {html}")
@@ -147,7 +147,7 @@ def evaluate_command(
 
 
 def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
-    from sortd.report import evaluation_sentences
+    from sortd.commands.report import evaluation_sentences
 
     print_line(
         f"{printable(name)}: {counted(facts['classes'], 'class')}, {counted(facts['references'], 'reference')}",

@@ -8,16 +8,16 @@ from typing import Any
 
 from sortd.classify.evaluate import EvaluationReport, evaluate
 from sortd.commands.promotion import dataset_named, serving_facts
-from sortd.commands.stored import keep_evaluated
 from sortd.config import Config
 from sortd.daemon.corrections import corrected_images
 from sortd.daemon.embedder import Embedder
+from sortd.daemon.references import References, ReferencesAbsentError, ReferenceSettings
 from sortd.daemon.resources import Resources, teaching_of
+from sortd.daemon.stored_prototypes import keep_evaluated
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, SortdError, StorageError
 from sortd.events import ImageRefused
 from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
-from sortd.references import References, ReferencesAbsentError, ReferenceSettings
 from sortd.store.history import History
 
 LoadEncoder = Callable[[Config], Encoder]

@@ -14,18 +14,18 @@ from sortd.commands.check_references import CACHE_FILE
 from sortd.commands.examination import settings_with_corrections
 from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
 from sortd.commands.promotion import dataset_named, serving_facts
-from sortd.commands.stored import SETTINGS, changed_since, stored_prototypes
 from sortd.config import Config
 from sortd.daemon.classifiers import Appointed, appointed
 from sortd.daemon.embedder import Embedder
+from sortd.daemon.references import References, ReferencesAbsentError, class_labels
 from sortd.daemon.resources import Resources, teaching_of
+from sortd.daemon.stored_prototypes import SETTINGS, changed_since, stored_prototypes
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, UnreadableError
 from sortd.events import EmbeddedImage, Stamp
 from sortd.layout import Area, Layout, find_datasets
 from sortd.moving.fs import is_version
 from sortd.names import Reason, Why
-from sortd.references import References, ReferencesAbsentError, class_labels
 from sortd.status import read_status
 from sortd.store.cache import Cache
 from sortd.store.history import History

@@ -16,6 +16,7 @@ from sortd.classify.types import SupportSet
 from sortd.commands.console import counted
 from sortd.commands.examination import settings_with_corrections
 from sortd.config import Config
+from sortd.daemon.references import STRANGERS_FOLDER, ClassFolder, References, ReferencesAbsentError
 from sortd.daemon.resources import Resources
 from sortd.encoder.backends import locate_models
 from sortd.encoder.export import CALIBRATION_IMAGES, Progress, make_exports
@@ -23,7 +24,6 @@ from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision, write_ve
 from sortd.encoder.quantize import photographic_noise
 from sortd.errors import LayoutError, ModelError
 from sortd.layout import Area, Layout, find_datasets
-from sortd.references import STRANGERS_FOLDER, ClassFolder, References, ReferencesAbsentError
 
 MAX_REFERENCES = 1000  # that are compared; with so many, a share of 0.99 has a standard error of 0.003
 MAX_PER_CLASS = 20  # of these; a sample of few classes would make the comparison too easy

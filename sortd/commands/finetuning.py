@@ -28,7 +28,7 @@ from sortd.finetune.recipe import Observer, Recipe, Source, TrainingProgress, Tr
 from sortd.systemd import Signalled, signals_posted
 
 if TYPE_CHECKING:
-    from sortd.finetuned import FinetunedFacts
+    from sortd.encoder.finetuned import FinetunedFacts
 
 _DEFAULT = Recipe()
 LEFT_OUT_SHOWN = 10

@@ -5,15 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sortd import finetuned
 from sortd.config import Config
 from sortd.daemon.classifiers import appointed, unfit
 from sortd.daemon.control import AnsweredError, ask
+from sortd.daemon.references import ReferencesAbsentError, class_labels
 from sortd.daemon.resources import teaching_of
+from sortd.encoder import finetuned
+from sortd.encoder.finetuned import FinetunedFacts, finetuning_results, read_facts
 from sortd.errors import DataError, LayoutError, ModelError, StartupError
-from sortd.finetuned import FinetunedFacts, finetuning_results, read_facts
 from sortd.layout import Area, Layout, find_datasets
-from sortd.references import ReferencesAbsentError, class_labels
 
 
 def promote(

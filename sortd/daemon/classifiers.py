@@ -15,10 +15,10 @@ from sortd.classify.prototypes import FinetunedClassifier, describe_label_mismat
 from sortd.classify.types import AbstainSettings
 from sortd.daemon.embedder import Embedder
 from sortd.encoder.base import Encoder, Rows
+from sortd.encoder.finetuned import FinetunedFacts, read_facts, read_promotion
+from sortd.encoder.finetuned_network import FinetunedModel
 from sortd.errors import ModelError
 from sortd.events import Preprocessing
-from sortd.finetuned import FinetunedFacts, read_facts, read_promotion
-from sortd.finetuned_network import FinetunedModel
 from sortd.layout import Layout
 
 

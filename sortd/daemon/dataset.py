@@ -18,6 +18,7 @@ from sortd.daemon.corrections import Correction, CorrectionScanner, Mended
 from sortd.daemon.dataset_log import DatasetLog
 from sortd.daemon.move_queue import DryRunMover, Outbox
 from sortd.daemon.presence import Presence
+from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.scans import DatasetScans
 from sortd.daemon.worker import Answer, EmbedJob, Job, RebuildJob
 from sortd.events import DatasetId
@@ -26,7 +27,6 @@ from sortd.metrics import Metrics
 from sortd.moving.copy_queue import MoveOrder
 from sortd.moving.mover import Mover
 from sortd.moving.undo import UndoResult
-from sortd.references import ReferenceSettings
 from sortd.store.history import GENERATION_FACT, GUARD_FACT, History
 from sortd.store.journal import Journal
 from sortd.watch.observer import FileEvent

@@ -8,26 +8,26 @@ from functools import partial
 from pathlib import Path
 
 from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
-from sortd.commands.stored import stored_prototypes
 from sortd.config import Config, DatasetConfig, Decoding
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.classifiers import Classifiers, are_logits
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import hold
 from sortd.daemon.embedder import Embedder
+from sortd.daemon.references import ReferenceSettings
+from sortd.daemon.stored_prototypes import stored_prototypes
 from sortd.daemon.worker import Job, PrototypeStore
 from sortd.encoder.backends import load_fastest
 from sortd.encoder.base import Encoder
+from sortd.encoder.finetuned import FinetunedFacts
+from sortd.encoder.finetuned_network import load_finetuned
 from sortd.encoder.models import STRONGER, locate_clip
 from sortd.events import DatasetId, Preprocessing
-from sortd.finetuned import FinetunedFacts
-from sortd.finetuned_network import load_finetuned
 from sortd.images.decode import DECODER_VERSION, DecodeLimits, Jpeg
 from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
 from sortd.metrics import Metrics
 from sortd.moving.copy_queue import Seat
-from sortd.references import ReferenceSettings
 from sortd.store.cache import Cache
 
 LoadEncoder = Callable[[Config], Encoder]

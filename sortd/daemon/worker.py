@@ -22,6 +22,7 @@ from sortd.classify.held_out import refuse_reload
 from sortd.classify.prototypes import PrototypeSet
 from sortd.daemon.classifiers import Appointed, Classifiers
 from sortd.daemon.embedder import Attend, Embedder, EncoderQueue
+from sortd.daemon.references import Rebuilt, References, ReferencesAbsentError, ReferenceSettings, class_labels
 from sortd.errors import ModelError, SortdError
 from sortd.events import (
     DatasetId,
@@ -35,7 +36,6 @@ from sortd.events import (
 )
 from sortd.images.formats import RESOURCE_ERRORS
 from sortd.layout import Layout
-from sortd.references import Rebuilt, References, ReferencesAbsentError, ReferenceSettings, class_labels
 
 SHARED_WAIT_SECONDS = 0.01  # that a step waits for pixels at most while another encoder has work too
 

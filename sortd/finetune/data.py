@@ -19,13 +19,13 @@ from sortd import errors
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray, Pixels
 from sortd.classify.library import ROUNDING, duplicate_distance
 from sortd.daemon.embedder import Embedder
+from sortd.daemon.references import STRANGERS_FOLDER, ReferencesAbsentError, class_folders
+from sortd.encoder.finetuned import preprocessing_from
 from sortd.errors import DataError, DestinationError
 from sortd.events import EmbeddedImage, ImageRefused, Outcome, Preprocessing, Refusal, Stamp
 from sortd.files import write_atomic
 from sortd.finetune.recipe import Recipe, Source
-from sortd.finetuned import preprocessing_from
 from sortd.layout import JOURNAL_FILE, Area, Layout
-from sortd.references import STRANGERS_FOLDER, ReferencesAbsentError, class_folders
 from sortd.store.history import History
 
 PLACED, FILED = 1.0, 0.5

@@ -13,6 +13,7 @@ from sortd.arrays import Array, FloatArray, IntArray, Pixels
 from sortd.classify.calibration import balanced_weights, fit_temperature
 from sortd.classify.gaussian import MEAN_SHRINKAGE, PSEUDO_ROWS
 from sortd.encoder import models
+from sortd.encoder.finetuned_network import LOADING_ERRORS, MAP, TOWER, Network, build_tower, head_of
 from sortd.encoder.models import SAFETENSORS, first_line
 from sortd.encoder.preprocessing import preprocessing_of
 from sortd.errors import ModelError
@@ -20,7 +21,6 @@ from sortd.events import Fit, Preprocessing
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import CLASSIFIER_RATE, TOWER_RATE, Recipe
 from sortd.finetune.train import plain_views, random_views
-from sortd.finetuned_network import LOADING_ERRORS, MAP, TOWER, Network, build_tower, head_of
 
 if TYPE_CHECKING:
     import torch

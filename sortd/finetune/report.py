@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sortd.arrays import IntArray
-from sortd.errors import DestinationError
-from sortd.finetune.data import disk_errors_translated
-from sortd.finetuned import (
+from sortd.encoder.finetuned import (
     CONFIG_FILE,
     FACTS_FILE,
     METRICS_FILE,
@@ -19,6 +17,8 @@ from sortd.finetuned import (
     read_facts,
     sync,
 )
+from sortd.errors import DestinationError
+from sortd.finetune.data import disk_errors_translated
 
 if TYPE_CHECKING:
     import torch

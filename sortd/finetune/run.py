@@ -14,8 +14,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from sortd.config import Config
+from sortd.daemon.references import class_labels
 from sortd.daemon.resources import Resources
 from sortd.encoder.base import Encoder
+from sortd.encoder.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts
+from sortd.encoder.finetuned_network import Network, load_weights, torch_device
 from sortd.errors import AlreadyRunningError, DataError
 from sortd.events import Preprocessing
 from sortd.finetune import data
@@ -24,12 +27,9 @@ from sortd.finetune.model import add_lora, find_base, init_head, load_base, weig
 from sortd.finetune.recipe import Observer, TrainingRequest
 from sortd.finetune.report import publish_result, save_tensors, write_result
 from sortd.finetune.train import TrainSettings, make_model, train, training_arguments
-from sortd.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts
-from sortd.finetuned_network import Network, load_weights, torch_device
 from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.layout import Area, Layout
-from sortd.references import class_labels
 
 LARGER = 1.25
 """Size of the stored training images as a multiple of the network's input, for sharp random crops."""

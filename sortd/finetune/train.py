@@ -16,10 +16,10 @@ import numpy as np
 
 from sortd.arrays import FloatArray, IntArray
 from sortd.classify.calibration import log_softmax
+from sortd.encoder.finetuned_network import Network, head_of
 from sortd.errors import ConfigError, DestinationError
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import CLASSIFIER_RATE, Observer, Recipe, TrainingProgress, TrainingStoppedError
-from sortd.finetuned_network import Network, head_of
 
 if TYPE_CHECKING:
     import torch

@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sortd.arrays import FloatArray, Pixels
-from sortd.encoder.models import first_line
-from sortd.encoder.preprocessing import normalisation
-from sortd.errors import ModelError
-from sortd.files import sha256_of
-from sortd.finetuned import (
+from sortd.encoder.finetuned import (
     CONFIG_FILE,
     FACTS_FILE,
     PROCESSOR_FILE,
@@ -21,10 +17,13 @@ from sortd.finetuned import (
     json_object,
     read_facts,
 )
+from sortd.encoder.models import first_line
+from sortd.encoder.preprocessing import normalisation
+from sortd.errors import ModelError
+from sortd.files import sha256_of
 
 if TYPE_CHECKING:
     import torch
-
 
 TOWER = "sortd-tower"
 """``model_type`` of a vision tower with a linear head, for which transformers has no class."""

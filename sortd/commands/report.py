@@ -19,7 +19,7 @@ from sortd.errors import DestinationError
 from sortd.files import write_atomic
 from sortd.images.decode import thumbnail
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parents[1] / "templates"
 CLASSES_AT_MOST = 40
 """Largest number of classes on the page of one decision."""
 LARGE_SIDE_PIXELS = 400

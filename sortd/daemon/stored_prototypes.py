@@ -7,11 +7,11 @@ from pathlib import Path
 
 from sortd.classify.prototypes import PrototypeSet
 from sortd.config import Config, DatasetConfig
+from sortd.daemon.references import DESCRIPTIONS_FILE, STRANGERS_FOLDER, ReferencesAbsentError, class_folders
 from sortd.errors import ImageError
 from sortd.events import Stamp
 from sortd.images.decode import DecodeLimits, check_header
 from sortd.layout import Area, Layout
-from sortd.references import DESCRIPTIONS_FILE, STRANGERS_FOLDER, ReferencesAbsentError, class_folders
 from sortd.store.cache import PrototypeFiles
 
 PROTOTYPES_FOLDER = "prototypes"
