@@ -55,7 +55,7 @@ class ClassFolder:
 
 
 @dataclass(frozen=True, slots=True)
-class Teaching:
+class ReferenceSettings:
     """What decides, beside the images, what the prototypes are."""
 
     settings: DecisionSettings
@@ -163,7 +163,7 @@ class References:
     def rebuild(
         self,
         embedder: Embedder,
-        teaching: Teaching,
+        teaching: ReferenceSettings,
         *,
         previous: PrototypeSet | None,
         generation: int,
@@ -197,7 +197,7 @@ class References:
         return Rebuilt(prototypes, refused, emptied, tuple(misnamed), encoded=encoded, references=counts)
 
     def support(
-        self, embedder: Embedder, teaching: Teaching, *, tell: Callable[[int, int], None] = lambda *_: None
+        self, embedder: Embedder, teaching: ReferenceSettings, *, tell: Callable[[int, int], None] = lambda *_: None
     ) -> tuple[SupportSet, tuple[ImageRefused, ...]]:
         """Read the folder and return its support set, and what could not be read; for an evaluation.
 
@@ -260,7 +260,7 @@ def _read(
 
 
 def _fingerprint(
-    held: _Held, folders: Sequence[ClassFolder], teaching: Teaching, encoder_id: str, decided_by: str = ""
+    held: _Held, folders: Sequence[ClassFolder], teaching: ReferenceSettings, encoder_id: str, decided_by: str = ""
 ) -> str:
     """Return the identity of contents, descriptions, templates, settings, encoder and the deciding model."""
     abstain = teaching.settings.abstain
@@ -279,7 +279,7 @@ def _fingerprint(
 
 
 def _support(
-    embedder: Embedder, held: _Held, folders: Sequence[ClassFolder], teaching: Teaching, fingerprint: str
+    embedder: Embedder, held: _Held, folders: Sequence[ClassFolder], teaching: ReferenceSettings, fingerprint: str
 ) -> SupportSet:
     labels = tuple(folder.label for folder in folders if folder.label != STRANGERS_FOLDER)
     none = np.zeros((0, embedder.encoder.dimensions), np.float32)

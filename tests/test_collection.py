@@ -261,9 +261,9 @@ def test_isolated_journal_that_fails_in_the_middle_of_a_move_is_recovered_when_i
     mark = stamp(str(path))
     assert mark is not None
     execute(place.journal("Bad"), "CREATE TRIGGER fault BEFORE UPDATE ON moves BEGIN SELECT RAISE(ABORT, 'fault'); END")
-    bad.outbox.add(Move(str(path), mark, "Dataset/red", Outcome.FILED))
+    bad.move_queue.add(Move(str(path), mark, "Dataset/red", Outcome.FILED))
     with place.collection.isolated(bad):
-        bad.outbox.send()
+        bad.move_queue.send()
     assert (bad.layout.root / "Dataset" / "red" / "b.png").read_bytes() == b"image"
     assert list(place.collection) == [good]
     assert "fault" in place.collection.held["Bad"].cause

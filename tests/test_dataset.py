@@ -16,7 +16,7 @@ from sortd.core.sorter import SorterSettings
 from sortd.core.state import State
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.datasets import Datasets
-from sortd.daemon.resources import Resources, teaching_of
+from sortd.daemon.resources import Resources, reference_settings_of
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Job, RebuildJob
 from sortd.events import (
     DatasetId,
@@ -62,7 +62,7 @@ class Bench:
             DatasetId("set", 1),
             self.layout,
             SorterSettings(settle_seconds=0, guard_images=20, backlog_limit=limit),
-            teaching_of(DatasetConfig()),
+            reference_settings_of(DatasetConfig()),
             mover=Mover(self.layout.root, self.journal),
             ask=self.asked.append,
             journal=self.journal,
@@ -165,7 +165,7 @@ def test_dataset_hold_survives_a_reload(held: Path) -> None:
     """Settings are taken over and the prototypes looked at anew; the generation is the one that is held."""
     with run(held) as bench:
         bench.serve(2)
-        bench.dataset.reload(SorterSettings(settle_seconds=0, guard_images=20), teaching_of(DatasetConfig()))
+        bench.dataset.reload(SorterSettings(settle_seconds=0, guard_images=20), reference_settings_of(DatasetConfig()))
         bench.serve(2)
         assert bench.count(Area.IMAGES) == 40
 
@@ -264,7 +264,7 @@ def test_dataset_absence_found_by_a_move_does_not_end_a_rebuild(tmp_path: Path) 
         bench.layout.marker.rmdir()
         image = bench.layout.area(Area.IMAGES) / "late.png"
         image.write_bytes(b"image")
-        bench.dataset.outbox.add(Move(str(image), stamp_of(os.lstat(image)), "Dataset/a", Outcome.FILED))
+        bench.dataset.move_queue.add(Move(str(image), stamp_of(os.lstat(image)), "Dataset/a", Outcome.FILED))
         bench.dataset.flush()
         bench.layout.marker.mkdir()
         bench.dataset.begin_scan()
@@ -368,7 +368,7 @@ def test_dataset_image_that_vanished_before_its_move_is_no_failure(tmp_path: Pat
         bench.serve(1)
         image = bench.layout.area(Area.IMAGES) / "a.png"
         image.write_bytes(b"image")
-        bench.dataset.outbox.add(Move(str(image), stamp_of(os.lstat(image)), "Dataset/a", Outcome.FILED))
+        bench.dataset.move_queue.add(Move(str(image), stamp_of(os.lstat(image)), "Dataset/a", Outcome.FILED))
         image.unlink()
         with capture_logs() as lines:
             bench.dataset.flush()

@@ -20,7 +20,7 @@ from sortd.events import DatasetId, ImageRefused, Refusal
 from sortd.files import stamp_of
 from sortd.layout import Layout
 from sortd.metrics import Metrics
-from sortd.references import Teaching
+from sortd.references import ReferenceSettings
 from sortd.store.journal import Journal
 from sortd.watch.observer import FileEvent, path_meant
 
@@ -38,7 +38,7 @@ class World:
             DatasetId("Cars"),
             Layout(root),
             SorterSettings(settle_seconds=0.0),
-            Teaching(DecisionSettings()),
+            ReferenceSettings(DecisionSettings()),
             mover=DryRunMover("Cars", root, lambda *_: None),
             ask=self.asked.append,
             metrics=Metrics(),

@@ -155,7 +155,7 @@ def test_the_bell_ends_a_wait_for_pixels(pool: DecoderPool, tmp_path: Path) -> N
     pipeline.add(pipeline.open(recording.answers.extend), [(str(slow), _stamp(slow))])
     bell = os.eventfd(1)
     try:
-        pipeline.advance(bell=bell)
+        pipeline.advance(wake_descriptor=bell)
         assert recording.answers == []
     finally:
         os.close(bell)
@@ -179,7 +179,7 @@ def test_embedding_references_lets_other_lanes_go_on(tmp_path: Path) -> None:
 
         bell = os.eventfd(0, os.EFD_NONBLOCK)
         try:
-            embedder.attend_with(attend, bell=bell)
+            embedder.on_progress(attend, wake_descriptor=bell)
             files = pictures(tmp_path / "many", 40)
             answers = [(answer.path, len(others)) for answer in embedder.embed(files)]
         finally:

@@ -39,13 +39,13 @@ from sortd.encoder.base import Encoder
 from sortd.events import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.images.decode import Limits
 from sortd.images.pool import DecoderPool
-from sortd.references import Teaching
+from sortd.references import ReferenceSettings
 from sortd.store.cache import Cache
 from sortd.watch.scan import stamp
 from tests.daemon_process import COLOURS, PATIENCE_SECONDS, make_dataset, picture, teach
 from tests.fake_encoder import SEEN, FakeEncoder
 
-TEACHING = Teaching(DecisionSettings(Mode.MAX, None))
+TEACHING = ReferenceSettings(DecisionSettings(Mode.MAX, None))
 
 
 class Heard:
@@ -240,7 +240,7 @@ def test_names_of_many_classes_are_encoded_some_at_a_time(tmp_path: Path) -> Non
 
     with DecoderPool(0, SEEN, Limits()) as pool, Cache(tmp_path / "cache.sqlite") as cache:
         embedder = Embedder(Counting(), pool, cache)
-        embedder.attend_with(lambda: turns.append(None), bell=None)
+        embedder.on_progress(lambda: turns.append(None), wake_descriptor=None)
         texts = [f"a photo of {number}" for number in range(3 * TEXTS_AT_ONCE + 1)]
         rows = embedder.embed_texts([*texts, *texts])
         assert batches == [TEXTS_AT_ONCE] * 3 + [1]
@@ -365,7 +365,7 @@ def test_worker_dataset_made_anew_is_not_measured_by_its_predecessor(tmp_path: P
     dataset = make_dataset(tmp_path / "Data")
     teach(dataset, references=12)
     clases = dataset / "Clases"
-    best = Teaching(DecisionSettings(Mode.BEST, Abstain()))
+    best = ReferenceSettings(DecisionSettings(Mode.BEST, Abstain()))
     first, second = DatasetId("Colours", 1), DatasetId("Colours", 2)
     with working(tmp_path, stored=stored) as (worker, heard):
         worker.ask(RebuildJob(first, clases, best, 0, 1))

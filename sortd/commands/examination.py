@@ -12,12 +12,12 @@ from sortd.commands.stored import keep_evaluated
 from sortd.config import Config
 from sortd.daemon.corrections import corrected_images
 from sortd.daemon.embedder import Embedder
-from sortd.daemon.resources import Resources, teaching_of
+from sortd.daemon.resources import Resources, reference_settings_of
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, SortdError, StorageError
 from sortd.events import ImageRefused
 from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
-from sortd.references import References, ReferencesAbsentError, Teaching
+from sortd.references import References, ReferencesAbsentError, ReferenceSettings
 from sortd.store.history import History
 
 LoadEncoder = Callable[[Config], Encoder]
@@ -90,13 +90,13 @@ def _examined(config: Config, layout: Layout, embedder: Embedder, tell: Callable
     return Examined(layout.name, layout.root, report, refused, serving_facts(config, layout))
 
 
-def taught(config: Config, layout: Layout) -> Teaching:
+def taught(config: Config, layout: Layout) -> ReferenceSettings:
     """Return what decides, beside the images in ``Clases/``, on a dataset's prototypes: settings and corrections.
 
     Raises:
         JournalError: the journal, which knows the corrections, cannot be read.
     """
-    teaching = teaching_of(config.dataset(layout.name))
+    teaching = reference_settings_of(config.dataset(layout.name))
     file = layout.state_folder(config.state_dir) / JOURNAL_FILE
     if not teaching.learns_from_corrections or not file.is_file():
         return teaching

@@ -66,14 +66,14 @@ class Guard:
         elif not state.trusted:
             self.state = replace(state, trusted=generation)
 
-    def wants(self, waiting: int) -> bool:
+    def is_active(self, waiting: int) -> bool:
         """Tell whether decisions are to be tried before they count, with so many images waiting."""
         if self._classifier is None or self._classifier.generation == self.state.trusted or not self._images:
             return False
         enough = self._images // LESS_AFTER_A_HOLD if self.state.held else self._images
         return waiting >= enough or bool(self._trial)
 
-    def try_out(self, decisions: Sequence[Decision], *, left: int) -> bool:
+    def observe(self, decisions: Sequence[Decision], *, left: int) -> bool:
         """Take decisions in; tell whether the trial is over, with ``reason`` as its verdict.
 
         With no images ``left`` to be decided the trial ends early.

@@ -290,7 +290,7 @@ class Sorter:
             self._resume()  # rows of an encoder that another has taken over from since: embedded again by that one
             return []
         decisions = decide_by(classifier, np.stack([answer.embedding for answer, _ in known]))
-        if self.guard.wants(self.images.waiting):
+        if self.guard.is_active(self.images.waiting):
             return self._try_out([image for _, image in known], decisions)
         moves = [
             self._decided(answer, image, decision, classifier)
@@ -303,7 +303,7 @@ class Sorter:
         for image in images:
             self.images.embedded(image)
         waits = self.images.counts[State.EMBEDDED] + self.images.busy
-        if not self.guard.try_out(decisions, left=self.images.waiting - waits):
+        if not self.guard.observe(decisions, left=self.images.waiting - waits):
             return []
         self._resume()
         return [events.Hold(self.guard.reason)] if self.guard.reason is not None else []

@@ -23,7 +23,7 @@ from sortd.layout import Layout
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Appointed:
+class ActiveClassifier:
     """What is to decide a dataset: a fine-tuned model that fits, or the prototypes, and why the model may not."""
 
     facts: FinetunedFacts | None = None
@@ -52,30 +52,30 @@ def classifier_of(facts: FinetunedFacts, abstain: Abstain | None, *, generation:
     )
 
 
-def appointed(layout: Layout, state: Path, wanted: str, labels: Sequence[str]) -> Appointed:
+def select_classifier(layout: Layout, state: Path, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
     """Return what is to decide a dataset, by what is written down in ``state``; no model is loaded.
 
     ``wanted`` is the configured ``classifier``: ``auto``, ``prototypes`` or ``finetuned``; ``labels`` are the folders
     in ``Clases/``.
     """
     if wanted == "prototypes":
-        return Appointed()
+        return ActiveClassifier()
     try:
         promotion = read_promotion(layout.state_folder(state))
         if promotion is None:
             mend = f"`sortd finetune {layout.name}`, then `sortd models promote --dataset {layout.name}`"
             missing = f"`classifier: finetuned` is set, but no model is promoted: {mend}"
-            return Appointed(refusal=missing if wanted == "finetuned" else None)
+            return ActiveClassifier(refusal=missing if wanted == "finetuned" else None)
         facts = read_facts(promotion.folder)
     except ModelError as error:
-        return Appointed(refusal=str(error))
+        return ActiveClassifier(refusal=str(error))
     if facts.model_id != promotion.model_id:
-        return Appointed(
+        return ActiveClassifier(
             refusal=f"{facts.folder} holds another model than the one that was promoted: promote it again "
             f"(`sortd models promote {facts.folder} --dataset {layout.name}`)"
         )
     refusal = unfit(facts, labels, dataset=layout.name)
-    return Appointed(None if refusal else facts, refusal)
+    return ActiveClassifier(None if refusal else facts, refusal)
 
 
 def unfit(facts: FinetunedFacts, labels: Sequence[str], *, dataset: str) -> str | None:
@@ -149,20 +149,22 @@ class Classifiers:
         self._state, self._load, self._embed_with = state, load, embed_with
         self._loaded: dict[str, Embedder] = {}
 
-    def choose(self, layout: Layout, wanted: str, labels: Sequence[str]) -> Appointed:
-        """Return what is to decide a dataset from now on, loaded if need be; arguments as for ``appointed``."""
-        found = appointed(layout, self._state, wanted, labels)
+    def select(self, layout: Layout, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
+        """Return what is to decide a dataset from now on, loaded if need be; arguments as for ``select_classifier``."""
+        found = select_classifier(layout, self._state, wanted, labels)
         facts = found.facts
         if facts is not None and facts.model_id not in self._loaded:
             try:
                 encoder = Logits(self._load(facts.folder))
                 probe_logits(encoder)
             except ModelError as error:
-                return Appointed(refusal=str(error))
+                return ActiveClassifier(refusal=str(error))
             except BROKEN_NETWORK as error:
                 said = (str(error).splitlines() or [type(error).__name__])[0]
                 mend = f"run `sortd finetune {layout.name}` anew, or set `device: cpu`"
-                return Appointed(refusal=f"the fine-tuned model in {facts.folder} cannot be used ({said}): {mend}")
+                return ActiveClassifier(
+                    refusal=f"the fine-tuned model in {facts.folder} cannot be used ({said}): {mend}"
+                )
             self._loaded[facts.model_id] = self._embed_with(encoder, facts)
         return found
 

@@ -339,7 +339,7 @@ def answer(datasets: Datasets, request: Request) -> Reply | Steps:
     raise RequestError(f"nothing is known of {request.get('do')!r:.100} with {', '.join(sorted(request))}")
 
 
-def put_back(
+def undo_records(
     filing: Mover, history: History, identifiers: Sequence[int], *, dry_run: bool
 ) -> Iterator[tuple[list[UndoResult], int]]:
     """Undo the moves of these records, newest first, or say what would be: chunk by chunk, since it can take minutes.
@@ -371,7 +371,7 @@ def put_back(
         yield told, len(records) - len(told)
 
 
-def put_back_facts(dataset: str, layout: Layout, one: UndoResult) -> dict[str, Any]:
+def undo_facts(dataset: str, layout: Layout, one: UndoResult) -> dict[str, Any]:
     """Return what became of an undo as plain values."""
     was = os.path.join(layout.root, one.record.destination_path)
     return {"dataset": dataset, "id": one.record.id, "was": was, "restored": one.restored, "message": one.message}
@@ -387,16 +387,16 @@ def _undo(datasets: Datasets, wanted: Mapping[str, Any], *, dry_run: bool) -> St
             raise errors.DataError(f"the sortd that runs works on {dataset.layout.root}, not on {root}")
         if (problem := dataset.lock_problem()) is not None and not dry_run:
             raise errors.AlreadyRunningError(problem)
-        chunks = put_back(dataset.filing, dataset.history, records, dry_run=dry_run)
+        chunks = undo_records(dataset.filing, dataset.history, records, dry_run=dry_run)
         while True:
             with datasets.answering(dataset):
                 if (done := next(chunks, None)) is None:
                     break
                 told, waiting = done
                 if not dry_run:
-                    tell_put_back(dataset, told)
+                    apply_undo_results(dataset, told)
             later += waiting
-            undone += [put_back_facts(name, dataset.layout, one) for one in told]
+            undone += [undo_facts(name, dataset.layout, one) for one in told]
             yield
             if datasets.by_name.get(name) is not dataset:
                 raise errors.DataError(
@@ -420,7 +420,7 @@ def _wanted(name: str, wanted: object) -> tuple[str, list[int]]:
     raise RequestError(f"what is to be undone in {name} is not said by root and records")
 
 
-def tell_put_back(dataset: Dataset, told: Sequence[UndoResult]) -> None:
+def apply_undo_results(dataset: Dataset, told: Sequence[UndoResult]) -> None:
     """Tell the core which files are to rest where they are, before a file event makes them work again."""
     log = structlog.get_logger().bind(dataset=dataset.name)
     for one in told:

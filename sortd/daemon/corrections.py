@@ -49,7 +49,7 @@ class Correction:
 
 
 @dataclass(frozen=True, slots=True)
-class Mended:
+class Repaired:
     """An image in Rejected/ that is to be tried again: another version than was set aside, or a limit was raised."""
 
     path: str
@@ -88,10 +88,10 @@ class CorrectionScanner:
         self._rejects = Rejects(layout, journal, limits)
         self._moved: dict[int, tuple[Record, str]] = {}  # by record: images that a person moved, and where they are
         self._wanted: OrderedDict[str, Area] = OrderedDict()
-        self._singles: IncrementalScan[Misplaced | Mended] = IncrementalScan(
+        self._singles: IncrementalScan[Misplaced | Repaired] = IncrementalScan(
             self._look_at_wanted, most=HANDLED_SLICE, pause_seconds=PAUSE_SECONDS, clock=clock
         )
-        self._all: IncrementalScan[Misplaced | Mended] = IncrementalScan(
+        self._all: IncrementalScan[Misplaced | Repaired] = IncrementalScan(
             self._look_at_all, most=HANDLED_SLICE, pause_seconds=PAUSE_SECONDS, clock=clock
         )
         self._began_ns = self._since_ns = 0
@@ -145,7 +145,7 @@ class CorrectionScanner:
         """Note that a file in Rejected/ was refused again; see ``Rejects.keep``."""
         self._rejects.keep(path, refused)
 
-    def learnt(self) -> tuple[tuple[str, str], ...]:
+    def corrections(self) -> tuple[tuple[str, str], ...]:
         """Return every correction: the label, and the path where the image stood then."""
         return corrected_images(self._layout, self._journal.history)
 
@@ -187,7 +187,7 @@ class CorrectionScanner:
         self._wanted_at = None
         self._wanted.clear()
 
-    def take(self) -> list[Correction | Mended]:
+    def take(self) -> list[Correction | Repaired]:
         """Look at the next slice; return what was noticed.
 
         Raises:
@@ -205,21 +205,21 @@ class CorrectionScanner:
                 self.begin(again)
         return noticed
 
-    def _noticed(self, looks: list[Misplaced | Mended]) -> list[Correction | Mended]:
+    def _noticed(self, looks: list[Misplaced | Repaired]) -> list[Correction | Repaired]:
         misplaced = [look for look in looks if isinstance(look, Misplaced)]
-        return [*self.record(misplaced), *(look for look in looks if isinstance(look, Mended))]
+        return [*self.record(misplaced), *(look for look in looks if isinstance(look, Repaired))]
 
-    def _look_at_wanted(self) -> Iterator[Misplaced | Mended | None]:
+    def _look_at_wanted(self) -> Iterator[Misplaced | Repaired | None]:
         while self._wanted:
             path, area = self._wanted.popitem(last=False)
             self._looked_at += 1
             if area is Area.REJECTED and (found := self._rejects.look(path)) is not None:
-                yield Mended(path, found)
+                yield Repaired(path, found)
             else:
                 yield from self.look(path)
             yield None
 
-    def _look_at_all(self) -> Iterator[Misplaced | Mended | None]:
+    def _look_at_all(self) -> Iterator[Misplaced | Repaired | None]:
         for place in images_apart(self._journal.history):
             yield from self.look(os.path.join(self._layout.root, place))
         for path in self._changed_since(self._since_ns):
@@ -227,7 +227,7 @@ class CorrectionScanner:
                 yield from self.look(path)
             yield None
         for mended in self._mended:
-            yield None if mended is None else Mended(*mended)
+            yield None if mended is None else Repaired(*mended)
 
     def look(self, path: str) -> Iterator[Misplaced | None]:
         """Look at a handled file; yield it if a person moved it there, and None while more is to be read of it.

@@ -23,7 +23,7 @@ import structlog
 from sortd import __version__, errors, logs
 from sortd.config import Config, restart_needed
 from sortd.core.schedule import PeriodicTimer
-from sortd.daemon.control import Requests, answer, tell_put_back
+from sortd.daemon.control import Requests, answer, apply_undo_results
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.datasets import Datasets
 from sortd.daemon.inbox import Inbox, Told
@@ -248,7 +248,7 @@ class Daemon:
             case Answer(dataset=identity):
                 self.datasets.tell(identity, lambda dataset: dataset.answer(told))
             case Copied(dataset=identity, orders=orders):
-                self.datasets.tell(identity, lambda dataset: tell_put_back(dataset, dataset.copied(orders)))
+                self.datasets.tell(identity, lambda dataset: apply_undo_results(dataset, dataset.copied(orders)))
             case CopyFailed(dataset=identity, error=refused):
                 self.datasets.tell(identity, lambda dataset: self.datasets.hold(dataset, refused))
             case WorkerLoading(what=what):

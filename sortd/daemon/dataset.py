@@ -14,9 +14,9 @@ from time import monotonic, time_ns
 from sortd import events
 from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
-from sortd.daemon.corrections import Correction, CorrectionScanner, Mended
+from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired
 from sortd.daemon.dataset_log import DatasetLog
-from sortd.daemon.move_queue import DryRunMover, Outbox
+from sortd.daemon.move_queue import DryRunMover, MoveQueue
 from sortd.daemon.presence import Presence
 from sortd.daemon.scans import DatasetScans
 from sortd.daemon.worker import Answer, EmbedJob, Job, RebuildJob
@@ -26,7 +26,7 @@ from sortd.metrics import Metrics
 from sortd.moving.copy_queue import MoveOrder
 from sortd.moving.mover import Mover
 from sortd.moving.undo import UndoResult
-from sortd.references import Teaching
+from sortd.references import ReferenceSettings
 from sortd.store.history import GENERATION_FACT, GUARD_FACT, History
 from sortd.store.journal import Journal
 from sortd.watch.observer import FileEvent
@@ -36,9 +36,9 @@ from sortd.watch.scan import FolderComparison
 class Rebuilding:
     """Knows what a dataset is taught by, and makes the jobs that build its prototypes."""
 
-    def __init__(self, identity: DatasetId, clases: Path, teaching: Teaching, last_generation: int) -> None:
+    def __init__(self, identity: DatasetId, clases: Path, settings: ReferenceSettings, last_generation: int) -> None:
         """Begin; ``last_generation`` is the highest number that was ever used: none is used again."""
-        self.teaching, self.last_generation = teaching, last_generation
+        self.settings, self.last_generation = settings, last_generation
         self._identity, self._clases = identity, clases
         self._wishes = (False, False)
         """Whether the next rebuild passes the reload gate, and whether it forgets what emptied classes held."""
@@ -56,17 +56,17 @@ class Rebuilding:
         """Let the next rebuild fulfil what the one ordered last was to: it failed, and is tried again."""
         self.wish(force=self._ordered[0], afresh=self._ordered[1])
 
-    def order(self, job: int, learnt: Callable[[], tuple[tuple[str, str], ...]]) -> RebuildJob:
+    def order(self, job: int, corrections: Callable[[], tuple[tuple[str, str], ...]]) -> RebuildJob:
         """Return the rebuild that is to be done now, numbered ``job``; wishes are fulfilled by it.
 
-        ``learnt`` is asked, where corrections teach, for the label and the path of each.
+        ``corrections`` is asked, where corrections teach, for the label and the path of each.
         """
-        teaching = self.teaching
-        if teaching.learns_from_corrections:
-            teaching = replace(teaching, corrections=learnt())
+        settings = self.settings
+        if settings.learns_from_corrections:
+            settings = replace(settings, corrections=corrections())
         (force, afresh), self._wishes = self._wishes, (False, False)
         self._ordered = force, afresh
-        return RebuildJob(self._identity, self._clases, teaching, self.last_generation, job, force=force, afresh=afresh)
+        return RebuildJob(self._identity, self._clases, settings, self.last_generation, job, force=force, afresh=afresh)
 
 
 class Dataset:
@@ -77,7 +77,7 @@ class Dataset:
         identity: DatasetId,
         layout: Layout,
         settings: SorterSettings,
-        teaching: Teaching,
+        reference_settings: ReferenceSettings,
         *,
         mover: Mover | DryRunMover,
         journal: Journal,
@@ -93,9 +93,9 @@ class Dataset:
         self.identity, self.layout, self.name = identity, layout, layout.name
         self.sorter = Sorter(settings, guard=guard)
         self.log = DatasetLog(self.name, metrics)
-        self.rebuilding = Rebuilding(identity, layout.area(Area.CLASES), teaching, last_generation)
+        self.rebuilding = Rebuilding(identity, layout.area(Area.CLASES), reference_settings, last_generation)
         self._mover, self._ask, self._journal = mover, ask, journal
-        self.outbox = Outbox(mover, self.log, history=journal.history, root=layout.root)
+        self.move_queue = MoveQueue(mover, self.log, history=journal.history, root=layout.root)
         self._presence = Presence(layout, journal, needs_marker=needs_marker, lock_problem=lock_problem)
         self._is_taken = False
         self._corrections = CorrectionScanner(layout, journal, self.log.unreadable, limits=limits)
@@ -211,24 +211,24 @@ class Dataset:
 
     def copied(self, orders: Sequence[MoveOrder]) -> list[UndoResult]:
         """Take note of copies to another file system that have ended; return what was undone by them."""
-        put_back: list[UndoResult] = []
-        for result in self.outbox.end(orders):
+        undone: list[UndoResult] = []
+        for result in self.move_queue.end(orders):
             if isinstance(result, UndoResult):
-                put_back.append(result)
+                undone.append(result)
             else:
                 self.receive(result)
-        return put_back
+        return undone
 
-    def reload(self, settings: SorterSettings, teaching: Teaching) -> None:
+    def reload(self, settings: SorterSettings, reference_settings: ReferenceSettings) -> None:
         """Take changed settings over."""
-        self.rebuilding.teaching = teaching
+        self.rebuilding.settings = reference_settings
         self.rebuilding.wish(afresh=True)
         self.sorter.configure(settings, monotonic())
 
     def stop(self) -> None:
         """Begin nothing new; what is on its way to the disk is finished, but for long copies."""
         self.receive(events.StopRequested())
-        for failed in self.outbox.give_up():
+        for failed in self.move_queue.give_up():
             self.receive(failed)
 
     # ------------------------------------------------------------ a turn of the loop
@@ -244,14 +244,14 @@ class Dataset:
 
     def flush(self) -> None:
         """Make the moves that were gathered, as one group, and log each."""
-        if not self.outbox.is_due:
+        if not self.move_queue.is_due:
             return
         if (problem := self._presence.problem()) is not None:
-            for failed in self.outbox.refuse(problem):
+            for failed in self.move_queue.refuse(problem):
                 self.receive(failed)
             self.receive(events.DatasetAbsent(problem))
             return
-        for result in self.outbox.send():
+        for result in self.move_queue.send():
             self.receive(result)
 
     def begin_scan(self) -> None:
@@ -279,7 +279,7 @@ class Dataset:
         self._continue_corrections()
         self.scans.continue_review()
         if moved := self._corrections.take_moved(time_ns()):
-            self.outbox.follow_images(moved)
+            self.move_queue.follow_images(moved)
 
     def _continue_corrections(self) -> None:
         self._corrections.begin_asked()
@@ -290,11 +290,11 @@ class Dataset:
             return
         for noticed in self._corrections.take():
             match noticed:
-                case Mended(path, mark):
+                case Repaired(path, mark):
                     self.receive(events.ImageSeen(path, mark, is_aside=True))
                 case Correction():
                     self.log.corrected(noticed)
-                    if self.rebuilding.teaching.learns_from_corrections:
+                    if self.rebuilding.settings.learns_from_corrections:
                         self.receive(events.ReferencesTouched())
 
     def _carry_out(self, command: events.Command) -> None:
@@ -308,7 +308,7 @@ class Dataset:
             case events.Scan():
                 self.begin_scan()
             case events.Move():
-                self.outbox.add(command)
+                self.move_queue.add(command)
             case events.Leave():
                 self._leave(command)
             case events.Hold(reason):
@@ -316,9 +316,9 @@ class Dataset:
 
     def _leave(self, leave: events.Leave) -> None:
         """Let a file follow its image if it is a companion of one, or say once that it stays."""
-        if not self.sorter.references_absent and self.outbox.follow(leave):
+        if not self.sorter.references_absent and self.move_queue.follow(leave):
             return
-        if not self.outbox.awaits_image(leave):
+        if not self.move_queue.awaits_image(leave):
             self.log.left(leave)
             if leave.stamp is not None:
                 self._corrections.keep(leave.path, leave.stamp)
@@ -329,7 +329,7 @@ class Dataset:
             self.log.rebuild_failed(event)
             self._tell(event)
             return
-        self._ask(self.rebuilding.order(job, self._corrections.learnt))
+        self._ask(self.rebuilding.order(job, self._corrections.corrections))
 
     # ------------------------------------------------------------ questions, and what is asked of it
 
@@ -352,7 +352,7 @@ class Dataset:
     @property
     def has_moves(self) -> bool:
         """Tell whether there is something for ``flush`` to do."""
-        return self.outbox.is_due
+        return self.move_queue.is_due
 
     @property
     def is_drained(self) -> bool:
@@ -407,6 +407,6 @@ class Dataset:
 
     def facts(self) -> dict[str, object]:
         """Return what ``sortd status`` shows of this dataset, as plain values."""
-        generation, mode = self.rebuilding.last_generation, self.rebuilding.teaching.settings.mode
+        generation, mode = self.rebuilding.last_generation, self.rebuilding.settings.settings.mode
         facts = self.log.facts(self.sorter, generation=generation, mode=mode)
         return {**facts, "files_looked_at": self.files_looked_at}

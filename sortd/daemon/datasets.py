@@ -23,7 +23,7 @@ from sortd import errors, logs
 from sortd.config import Config
 from sortd.core.schedule import RETRY_SECONDS, Throttle, doubled_seconds
 from sortd.daemon.dataset import Dataset
-from sortd.daemon.resources import Resources, sorter_settings, teaching_of
+from sortd.daemon.resources import Resources, reference_settings_of, sorter_settings
 from sortd.daemon.worker import Forget, Job
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, SortdError, StorageError
 from sortd.events import DatasetAbsent, DatasetId
@@ -340,7 +340,7 @@ class Datasets:
         for dataset in self:
             own = config.dataset(dataset.name)
             with self.isolated(dataset):
-                dataset.reload(sorter_settings(own), teaching_of(own))
+                dataset.reload(sorter_settings(own), reference_settings_of(own))
 
     def stop(self) -> None:
         """Take up no dataset any more: it would never hear that the daemon stops."""

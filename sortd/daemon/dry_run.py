@@ -10,7 +10,7 @@ from sortd.config import Config
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import known_folder
 from sortd.daemon.move_queue import DryRunMover, Tell
-from sortd.daemon.resources import LoadEncoder, Resources, sorter_settings, teaching_of
+from sortd.daemon.resources import LoadEncoder, Resources, reference_settings_of, sorter_settings
 from sortd.daemon.worker import Answer, Posted, Worker, WorkerDied
 from sortd.errors import LayoutError
 from sortd.events import DatasetId
@@ -23,7 +23,7 @@ LOOK_SECONDS = 1.0
 """The longest pause between two turns: what waits for a file of a person's to be left alone has no deadline."""
 
 
-def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = None) -> None:
+def simulate(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = None) -> None:
     """Decide every image that waits and tell where it would go; nothing below the root or the state is written.
 
     Embeddings go to a temporary cache, so that not even the cache is touched. Each journal is copied: what it remembers
@@ -49,7 +49,7 @@ def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
                 identity,
                 layout,
                 sorter_settings(own),
-                teaching_of(own),
+                reference_settings_of(own),
                 mover=DryRunMover(layout.name, layout.root, tell),
                 ask=worker.ask,
                 metrics=Metrics(),

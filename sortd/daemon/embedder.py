@@ -74,10 +74,10 @@ class Pipeline:
         """Is any image without its answer?"""
         return self._on_the_way > 0 or any(queue.waiting for queue in self._queues)
 
-    def advance(self, *, bell: int | None = None, at_most_seconds: float | None = None) -> None:
+    def advance(self, *, wake_descriptor: int | None = None, at_most_seconds: float | None = None) -> None:
         """Take one step: wait for pixels if need be, and encode a batch if one is due.
 
-        The wait ends when the descriptor ``bell`` can be read, and after ``at_most_seconds``.
+        The wait ends when the descriptor ``wake_descriptor`` can be read, and after ``at_most_seconds``.
 
         Raises:
             StartupError: the decoding processes do not come up.
@@ -87,7 +87,7 @@ class Pipeline:
         self._take_in()
         if not self._is_due(monotonic()):
             waits = [seconds for seconds in (self._patience(monotonic()), at_most_seconds) if seconds is not None]
-            self._decoders.collect(min(waits, default=None), bell=bell)
+            self._decoders.collect(min(waits, default=None), wake_descriptor=wake_descriptor)
             self._take_in()
             self._feed()
         if self._is_due(monotonic()):
@@ -155,7 +155,7 @@ UNIT_TOLERANCE = 1e-2  # by which the length of an embedding may differ from one
 AT_ONCE = 1_000  # files that are looked up in the cache in one step
 TEXTS_AT_ONCE = 64  # texts that are encoded in one step: a thousand classes have eight thousand, which take a minute
 
-Attend = Callable[[], float | None]
+OnProgress = Callable[[], float | None]
 """Is called between two steps; returns how many seconds the next one may wait at most, None: as long as need be."""
 
 
@@ -183,13 +183,13 @@ class Embedder:
         self._are_sound = are_sound
         self.pipeline = Pipeline(decoders, self._encode, batch_size=batch_size)
         """Where images that are not known wait for their embeddings, in queues."""
-        self._attend: Attend = _nothing
-        self._bell: int | None = None
+        self._on_progress: OnProgress = _nothing
+        self._wake_descriptor: int | None = None
         self.forwards = 0  # image batches that went through the encoder: what a cache hit saves
 
-    def attend_with(self, attend: Attend, *, bell: int | None) -> None:
-        """Let ``embed`` call ``attend`` between two steps, and wait no longer than until a ``bell`` can be read."""
-        self._attend, self._bell = attend, bell
+    def on_progress(self, callback: OnProgress, *, wake_descriptor: int | None) -> None:
+        """Let ``embed`` call ``callback`` between two steps; a readable ``wake_descriptor`` ends its wait."""
+        self._on_progress, self._wake_descriptor = callback, wake_descriptor
 
     def embed(self, images: Sequence[tuple[str, Stamp]]) -> Iterator[EmbeddedImage | ImageRefused]:
         """Yield exactly one answer for each image, in no order; images of other queues go on meanwhile, a turn each."""
@@ -206,13 +206,13 @@ class Embedder:
                     yield answers.popleft()
                 if not left:
                     return
-                self.advance(at_most_seconds=self._attend())
+                self.advance(at_most_seconds=self._on_progress())
         finally:
             self.pipeline.close(queue)
 
     def give_way(self) -> None:
-        """Attend, and take one step with the images of all queues, if there are any, without waiting for pixels."""
-        self._attend()
+        """OnProgress, and take one step with the images of all queues, if there are any, without waiting for pixels."""
+        self._on_progress()
         if self.pipeline.has_work:
             self.advance(at_most_seconds=0.0)
 
@@ -227,7 +227,7 @@ class Embedder:
 
     def advance(self, *, at_most_seconds: float | None = None) -> None:
         """Take one step with the images of all queues; see ``Pipeline.advance``."""
-        self.pipeline.advance(bell=self._bell, at_most_seconds=at_most_seconds)
+        self.pipeline.advance(wake_descriptor=self._wake_descriptor, at_most_seconds=at_most_seconds)
 
     def _encode(self, batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
         """Encode one batch, equal contents once; a content that is known under another name is not encoded."""

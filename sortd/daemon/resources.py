@@ -27,7 +27,7 @@ from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
 from sortd.metrics import Metrics
 from sortd.moving.copy_queue import Seat
-from sortd.references import Teaching
+from sortd.references import ReferenceSettings
 from sortd.store.cache import Cache
 
 LoadEncoder = Callable[[Config], Encoder]
@@ -47,12 +47,12 @@ def sorter_settings(config: DatasetConfig) -> SorterSettings:
     )
 
 
-def teaching_of(config: DatasetConfig) -> Teaching:
+def reference_settings_of(config: DatasetConfig) -> ReferenceSettings:
     """Return the part of a dataset's configuration that its prototypes depend on."""
     abstain = None
     if config.abstain is not None:
         abstain = Abstain(precision=config.abstain.precision, strangers=config.abstain.strangers)
-    return Teaching(
+    return ReferenceSettings(
         settings=DecisionSettings(mode=Mode(config.mode), abstain=abstain),
         templates=tuple(config.prompts),
         learns_from_corrections=config.learn_from_corrections,
@@ -129,7 +129,7 @@ class Resources:
                 seat.dataset,
                 layout,
                 sorter_settings(own),
-                teaching_of(own),
+                reference_settings_of(own),
                 mover=held.filing,
                 ask=ask,
                 metrics=metrics,
@@ -140,7 +140,7 @@ class Resources:
                 limits=limits_of(self._config.decoding),
             )
             self._held[dataset.identity] = opened.pop_all()
-        dataset.outbox.tell_recovered(held.recovered)
+        dataset.move_queue.tell_recovered(held.recovered)
         return dataset
 
     def close(self, dataset: Dataset) -> None:

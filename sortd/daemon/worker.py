@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from sortd.classify.held_out import refuse_reload
 from sortd.classify.prototypes import PrototypeSet
-from sortd.daemon.classifiers import Appointed, Classifiers
-from sortd.daemon.embedder import Attend, Embedder, EncoderQueue
+from sortd.daemon.classifiers import ActiveClassifier, Classifiers
+from sortd.daemon.embedder import Embedder, EncoderQueue, OnProgress
 from sortd.errors import ModelError, SortdError
 from sortd.events import (
     DatasetId,
@@ -35,7 +35,7 @@ from sortd.events import (
 )
 from sortd.images.formats import OUR_OWN_TROUBLE
 from sortd.layout import Layout
-from sortd.references import Rebuilt, References, ReferencesAbsentError, Teaching, class_labels
+from sortd.references import Rebuilt, References, ReferencesAbsentError, ReferenceSettings, class_labels
 
 SHARED_WAIT_SECONDS = 0.01  # that a step waits for pixels at most while another encoder has work too
 
@@ -52,24 +52,24 @@ class EncoderQueues:
         self._classifiers, self._deliver = classifiers, deliver
         self._queues: dict[tuple[DatasetId, str], tuple[Embedder, EncoderQueue]] = {}  # by dataset and fine-tuned model
         self._deciding: dict[DatasetId, str] = {}
-        self._attend: tuple[Attend, int] | None = None
+        self._on_progress: tuple[OnProgress, int] | None = None
 
-    def attend_with(self, attend: Callable[[], None], *, bell: int) -> None:
-        """Call ``attend`` between two steps of a rebuild, and wait no longer than until ``bell`` can be read."""
+    def on_progress(self, callback: Callable[[], None], *, wake_descriptor: int) -> None:
+        """Call ``callback`` between two steps of a rebuild; a readable ``wake_descriptor`` ends a wait."""
 
-        def attend_to_all() -> float | None:
-            attend()
+        def call_and_advance() -> float | None:
+            callback()
             return self._advance_finetuned()
 
-        self._attend = attend_to_all, bell
-        self.embedder.attend_with(attend_to_all, bell=bell)
+        self._on_progress = call_and_advance, wake_descriptor
+        self.embedder.on_progress(call_and_advance, wake_descriptor=wake_descriptor)
 
-    def appoint(self, layout: Layout, wanted: str, labels: Sequence[str]) -> Appointed:
+    def select(self, layout: Layout, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
         """Return what is to decide a dataset, its model loaded; it embeds from the next ``switch`` on."""
-        found = self._classifiers.choose(layout, wanted, labels)
-        if self._attend is not None and found.facts is not None:
-            attend, bell = self._attend
-            self._classifiers.loaded[found.model_id].attend_with(attend, bell=bell)
+        found = self._classifiers.select(layout, wanted, labels)
+        if self._on_progress is not None and found.facts is not None:
+            callback, wake_descriptor = self._on_progress
+            self._classifiers.loaded[found.model_id].on_progress(callback, wake_descriptor=wake_descriptor)
         return found
 
     def decided_by(self, dataset: DatasetId) -> str:
@@ -149,7 +149,7 @@ class RebuildJob:
 
     dataset: DatasetId
     clases: Path
-    teaching: Teaching
+    settings: ReferenceSettings
     generation: int
     job: int
     force: bool = False
@@ -300,21 +300,21 @@ class Worker:
         self.busy_since = began
         embedder, store, description = self._load()
         queues = EncoderQueues(embedder, self._classifiers, self._deliver)
-        attend = partial(self._attend, queues)
+        take_jobs = partial(self._take_jobs, queues)
         assert self._wake_descriptor is not None
-        queues.attend_with(attend, bell=self._wake_descriptor)
+        queues.on_progress(take_jobs, wake_descriptor=self._wake_descriptor)
         self._post(WorkerReady(embedder.encoder.encoder_id, description, monotonic() - began))
         while True:
             if not (self._later or queues.has_work):
                 self.busy_since = None
                 self._take(queues, self._jobs.get())
-            attend()
+            take_jobs()
             if self._later:
                 self._carry_out(queues, store, self._later.popleft())
             elif queues.has_work:
                 queues.advance()
 
-    def _attend(self, queues: EncoderQueues) -> None:
+    def _take_jobs(self, queues: EncoderQueues) -> None:
         """Take in what is asked, without waiting; called between two steps of whatever is under way.
 
         Raises:
@@ -369,16 +369,23 @@ class Worker:
 
     def _rebuild(self, queues: EncoderQueues, store: PrototypeStore, job: RebuildJob) -> None:
         began = monotonic()
-        name, appoint = job.dataset.name, partial(queues.appoint, Layout(job.clases.parent), job.teaching.classifier)
+        name, select = (
+            job.dataset.name,
+            partial(queues.select, Layout(job.clases.parent), job.settings.classifier),
+        )
         if job.afresh:
             self._references.pop(job.dataset, None)
         references = self._references.setdefault(job.dataset, References(job.clases))
         previous = self._serving.get(job.dataset) or store.read(name)
         generation = 1 + max(job.generation, previous.generation if previous else 0)
         try:
-            decider = appoint(class_labels(job.clases))
+            decider = select(class_labels(job.clases))
             done = references.rebuild(
-                queues.embedder, job.teaching, previous=previous, generation=generation, decided_by=decider.model_id
+                queues.embedder,
+                job.settings,
+                previous=previous,
+                generation=generation,
+                decided_by=decider.model_id,
             )
         except ReferencesAbsentError as error:
             event = RebuildFailed(str(error), references_absent=True, job=job.job)
@@ -386,7 +393,7 @@ class Worker:
             return
         prototypes = done.prototypes
         rebuilt: Rebuilt | None = done
-        decider = appoint(prototypes.labels)  # a folder may have come or gone since
+        decider = select(prototypes.labels)  # a folder may have come or gone since
         failed: tuple[RebuildFailed, ...] = ()
         if previous is not None and not job.force and (refusal := gate(previous, prototypes)) is not None:
             mend = f"mend the references, or `sortd rebuild --force {name}`"
@@ -399,7 +406,7 @@ class Worker:
             store.write(name, prototypes)
         self._serving[job.dataset] = prototypes
         queues.switch(job.dataset, decider.model_id)
-        finetuned = decider.classifier(job.teaching.settings.abstain, generation=prototypes.generation)
+        finetuned = decider.classifier(job.settings.settings.abstain, generation=prototypes.generation)
         built = PrototypesBuilt(prototypes, finetuned, job=job.job)
         seconds = monotonic() - began if rebuilt else 0.0
         self._post(Answer(job.dataset, (built, *failed), rebuilt, seconds, decider.refusal))

@@ -422,12 +422,12 @@ class DecoderPool:
                 began = perf_counter()
                 self._settle(job, decode_content(job.descriptor, self._order), perf_counter() - began)
 
-    def collect(self, timeout_seconds: float | None, *, bell: int | None = None) -> None:
+    def collect(self, timeout_seconds: float | None, *, wake_descriptor: int | None = None) -> None:
         """Take in what the processes have to say, into the batches that it is about.
 
         Args:
             timeout_seconds: how long to wait for one of them at most; None: until one speaks or is over its time.
-            bell: a descriptor that ends the wait as soon as it can be read.
+            wake_descriptor: a descriptor that ends the wait as soon as it can be read.
 
         Raises:
             StartupError: the decoding processes do not start.
@@ -437,7 +437,7 @@ class DecoderPool:
             return
         poll = select.poll()
         descriptors = [descriptor for decoder in busy for descriptor in decoder.descriptors]
-        for descriptor in descriptors if bell is None else (bell, *descriptors):
+        for descriptor in descriptors if wake_descriptor is None else (wake_descriptor, *descriptors):
             poll.register(descriptor, select.POLLIN)
         wait = max(0.0, min(decoder.seconds_left() for decoder in busy)) + 0.01
         poll.poll(1000 * (wait if timeout_seconds is None else min(wait, timeout_seconds)))

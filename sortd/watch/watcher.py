@@ -43,7 +43,7 @@ class DropReason(StrEnum):
     DEGRADED = "degraded"  # the watch cannot be had, or only in part: the root is scanned more often
 
 
-class Mode(StrEnum):
+class WatchMode(StrEnum):
     """How a root is followed."""
 
     EVENTS = "events"  # by inotify; the scan is the safety net
@@ -71,7 +71,7 @@ class WatchStatus:
     """How a root is followed now, and why not by events where that is so."""
 
     root: str
-    mode: Mode
+    mode: WatchMode
     why: str = ""
 
 
@@ -82,7 +82,7 @@ class _Watched:
     root: str
     is_dataset: bool
     observer: RootObserver | None = None
-    mode: Mode = Mode.POLLING
+    mode: WatchMode = WatchMode.POLLING
     why: str = ""
     told: str = ""  # the last `why` that was posted as a degradation: said once, not at each attempt
     untold: EventsDropped | None = None  # what `post` would not take; said again at the next check
@@ -149,7 +149,7 @@ class Watcher:
 
     def polled(self) -> tuple[str, ...]:
         """Name the roots whose events do not suffice now: to be scanned every few seconds."""
-        return tuple(root for root, watched in self._watched.items() if watched.mode is Mode.POLLING)
+        return tuple(root for root, watched in self._watched.items() if watched.mode is WatchMode.POLLING)
 
     def status(self) -> tuple[WatchStatus, ...]:
         """Tell how each root is followed now: the effective mode, not the configured one."""
@@ -177,7 +177,7 @@ class Watcher:
         if fault is not None:
             watched.why = fault
         if not os.path.isdir(watched.root):
-            self._degrade(watched, Mode.WAITING, f"{watched.root} is not there")
+            self._degrade(watched, WatchMode.WAITING, f"{watched.root} is not there")
         elif backoff.until is None or backoff.is_over(now):
             backoff.begin(now)
             self._reopen(watched)
@@ -222,7 +222,7 @@ class Watcher:
         if missing:
             limit = inotify.advice(OSError(errno.ENOSPC, ""), folders=len(missing))
             why = f"folders below {watched.root} are not watched, {min(missing)!r} among them: most likely {limit}"
-            self._degrade(watched, Mode.POLLING, why)
+            self._degrade(watched, WatchMode.POLLING, why)
         else:
             watched.told = ""
             self._tell(watched, EventsDropped(watched.root, f"{was}; watched again", DropReason.RESTARTED))
@@ -232,17 +232,17 @@ class Watcher:
         root = watched.root
         reason = self._reason_to_poll(watched)
         if reason is not None:
-            self._degrade(watched, Mode.POLLING, reason)
+            self._degrade(watched, WatchMode.POLLING, reason)
             return
         try:
             places = places_of_dataset(root) if watched.is_dataset else (Place(root, recursive=False),)
             watched.observer = RootObserver(root, places, self._post, make_observer=self._make_observer)
         except FileNotFoundError:
-            self._degrade(watched, Mode.WAITING, f"{root} is not there")
+            self._degrade(watched, WatchMode.WAITING, f"{root} is not there")
         except OSError as error:
-            self._degrade(watched, Mode.POLLING, f"{root} cannot be watched: {inotify.advice(error)}")
+            self._degrade(watched, WatchMode.POLLING, f"{root} cannot be watched: {inotify.advice(error)}")
         else:
-            watched.mode, watched.why, watched.covered_at, watched.coverage = Mode.EVENTS, "", None, None
+            watched.mode, watched.why, watched.covered_at, watched.coverage = WatchMode.EVENTS, "", None, None
 
     def _reason_to_poll(self, watched: _Watched) -> str | None:
         if self._polling == "always":
@@ -258,7 +258,7 @@ class Watcher:
             watched.observer.close()
             watched.observer = None
 
-    def _degrade(self, watched: _Watched, mode: Mode, why: str) -> None:
+    def _degrade(self, watched: _Watched, mode: WatchMode, why: str) -> None:
         watched.mode, watched.why = mode, why
         if why != watched.told:
             watched.told = why
