@@ -207,9 +207,10 @@ class DatasetLog:
 
 def _left(sorter: Sorter) -> dict[str, object]:
     """Count the files of the inbox that were looked at and stay where they are by reason, and list them."""
-    refused = [entry for entry in sorter.images.in_state(State.REFUSED) if not (entry.is_aside or entry.in_review)]
+    refused = [entry for entry in sorter.images.in_state(State.REFUSED) if not entry.is_put_away]
     files = [
-        {"path": entry.path, "reason": str(entry.refusal), "message": entry.told} for entry in islice(refused, LISTED)
+        {"path": entry.path, "reason": str(entry.refusal), "message": entry.message}
+        for entry in islice(refused, LISTED)
     ]
     return {"reasons": dict(Counter(str(entry.refusal) for entry in refused)), "files": files}
 
