@@ -25,7 +25,7 @@ from watchdog.observers.inotify_move_event_grouper import InotifyMoveEventGroupe
 from sortd.watch import inotify
 from sortd.watch.observer import FileEvent, Place, RootObserver, places_of_dataset
 from sortd.watch.scan import scan
-from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, WatchMode, Watcher, WatchStatus
+from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, Watcher, WatchMode, WatchStatus
 
 PATIENCE = 30.0  # a machine under load is slow, and what does not come never comes
 
