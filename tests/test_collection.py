@@ -337,7 +337,7 @@ def test_discover_journal_that_was_removed_is_begun_anew(place: Place, hurt: Cal
     (line,) = place.held_lines()
     assert "was removed or replaced while it was open" in line
     assert place.held_lines() == []
-    place.collection.by_name["Bad"].filing.hold(str(place.layout("Bad").root / "Images" / "a.png"), STAMP, "undone")
+    place.collection.by_name["Bad"].mover.hold(str(place.layout("Bad").root / "Images" / "a.png"), STAMP, "undone")
     with History.open(place.journal("Bad")) as history:
         assert history.held() == {"Images/a.png": STAMP}
 
@@ -348,7 +348,7 @@ def test_answering_journal_that_fails_is_told_and_held(place: Place) -> None:
     bad = place.collection.by_name["Bad"]
     execute(place.journal("Bad"), "DROP TABLE holds")
     with pytest.raises(StorageError, match="the journal is damaged"), place.collection.answering(bad):
-        bad.filing.release()
+        bad.mover.release()
     assert set(place.collection.held) == {"Bad"}
 
 

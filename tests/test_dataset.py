@@ -82,13 +82,13 @@ class Bench:
             path = self.layout.area(Area.IMAGES) / f"{name}{number}.png"
             path.write_bytes(b"image")
             self.rows[str(path)] = row
-        self.dataset.begin_scan()
+        self.dataset.scans.begin()
 
     def work(self) -> None:
         """Let the loop turn until it has nothing to do; rebuilds stay unanswered."""
         while True:
             self.dataset.tick(monotonic() + 0.001)
-            self.dataset.continue_scan()
+            self.dataset.scans.continue_inbox()
             self.dataset.continue_looking()
             self.dataset.flush()
             jobs = [job for job in self.asked if isinstance(job, EmbedJob)]
@@ -98,7 +98,7 @@ class Bench:
                 self.dataset.answer(Answer(job.dataset, (Embedded(images, "encoder"),)))
             deadline = self.dataset.sorter.next_deadline()
             is_due = deadline is not None and deadline <= monotonic()
-            if not (jobs or is_due or self.dataset.has_more_to_look_at or self.dataset.has_moves):
+            if not (jobs or is_due or self.dataset.has_more_to_look_at or self.dataset.move_queue.is_due):
                 return
 
     def _row(self, path: str) -> FloatArray:
@@ -267,7 +267,7 @@ def test_dataset_absence_found_by_a_move_does_not_end_a_rebuild(tmp_path: Path) 
         bench.dataset.move_queue.add(Move(str(image), stamp_of(os.lstat(image)), "Dataset/a", Outcome.FILED))
         bench.dataset.flush()
         bench.layout.marker.mkdir()
-        bench.dataset.begin_scan()
+        bench.dataset.scans.begin()
         bench.work()
         assert bench.count(Area.IMAGES) == 1
         bench.asked.remove(job)

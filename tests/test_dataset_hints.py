@@ -39,7 +39,7 @@ class AtWork:
         """Give it turns until it has nothing to look at."""
         while self.dataset.has_more_to_look_at:
             self.dataset.tick(0.0)
-            self.dataset.continue_scan()
+            self.dataset.scans.continue_inbox()
             self.dataset.continue_looking()
 
     def looks_for(self, *hints: FileEvent) -> int:

@@ -25,7 +25,7 @@ def test_inbox_signal_waits_behind_no_hint_and_no_answer() -> None:
     inbox.put_signal(Signalled(signal.SIGTERM))
     inbox.wait(0)
     assert list(inbox.signals()) == [Signalled(signal.SIGTERM)]
-    assert list(inbox.told()) == [READY]
+    assert list(inbox.reported()) == [READY]
     assert len(list(inbox.file_events())) == 1000
 
 
@@ -76,9 +76,9 @@ def test_inbox_what_was_not_taken_is_there_next_time() -> None:
     assert [hint.path for hint in inbox.file_events() if isinstance(hint, FileEvent)] == ["b"]
     inbox.put(READY)
     inbox.put(READY)
-    next(inbox.told())
+    next(inbox.reported())
     inbox.wait(PATIENCE_SECONDS)
-    assert list(inbox.told()) == [READY]
+    assert list(inbox.reported()) == [READY]
 
 
 def test_inbox_wakes_for_each_kind() -> None:
@@ -87,7 +87,7 @@ def test_inbox_wakes_for_each_kind() -> None:
     for message in (FileEvent("a"), EventsDropped("/data", "why", DropReason.RESTARTED), READY):
         thread = threading.Thread(target=inbox.put, args=(message,))
         thread.start()
-        while not (taken := [*inbox.told(), *inbox.file_events()]):
+        while not (taken := [*inbox.reported(), *inbox.file_events()]):
             inbox.wait(PATIENCE_SECONDS)
         thread.join()
         assert taken == [message]
@@ -117,7 +117,7 @@ def test_inbox_hints_that_follow_on_others_are_gathered_and_nothing_else_waits(
     thread.start()
     inbox.wait(PATIENCE_SECONDS)
     thread.join()
-    assert list(inbox.told()) == [READY]
+    assert list(inbox.reported()) == [READY]
     assert [hint.path for hint in inbox.file_events() if isinstance(hint, FileEvent)] == ["second", "third"]
     for number in range(MANY_EVENTS):
         inbox.put(FileEvent(str(number)))

@@ -49,9 +49,9 @@ class World:
 
     def scan(self) -> None:
         """Carry out a whole scan, and all looks that are due."""
-        self.dataset.begin_scan()
-        while self.dataset.is_scanning:
-            self.dataset.continue_scan()
+        self.dataset.scans.begin()
+        while self.dataset.scans.is_under_way:
+            self.dataset.scans.continue_inbox()
         self.pass_time()
 
     def hint(self, path: Path) -> None:
