@@ -322,7 +322,7 @@ class TestSelectClassifier:
         folder = layout.state_folder(config.state_dir)
         write_promotion(folder, replace(promotion, model_id="finetuned-3-torch-another"))
         refusal = select_classifier(layout, config.state_dir, "auto", tuple(COLOURS)).refusal
-        assert "another model than the one that was promoted" in str(refusal)
+        assert "another model than the promoted one" in str(refusal)
 
     def test_a_damaged_promotion_is_refused(self, config: Config, layout: Layout) -> None:
         """The sentence names the file and how to mend it."""

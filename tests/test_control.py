@@ -162,7 +162,7 @@ def test_undo_dataset_that_is_let_go_meanwhile_ends_it(dataset: AtWork, monkeypa
     assert isinstance(steps, Generator)
     next(steps)
     datasets.clear()
-    with pytest.raises(DataError, match="1 images were put back"):
+    with pytest.raises(DataError, match="1 images were restored"):
         next(steps)
 
 

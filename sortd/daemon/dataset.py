@@ -96,12 +96,7 @@ class Dataset:
         self._corrections = CorrectionScanner(layout, journal, self.log.unreadable, limits=limits)
         self._references = FolderComparison(os.fspath(layout.area(Area.CLASES)), self.log.unreadable)
         self.scans = DatasetScans(
-            layout,
-            self.sorter,
-            receive=self.receive,
-            log=self.log,
-            history=journal.history,
-            presence=self._presence,
+            layout, self.sorter, receive=self.receive, log=self.log, history=journal.history, presence=self._presence
         )
         self._commands: deque[events.Command] = deque()
         is_noted = journal.history.fact(GUARD_FACT) is not None
