@@ -57,7 +57,6 @@ class Bench:
         self.asked: list[Job] = []
         self.generation = 0
         self.rows: dict[str, FloatArray] = {}
-        history = self.journal.history
         self.dataset = Dataset(
             DatasetId("set", 1),
             self.layout,
@@ -67,8 +66,6 @@ class Bench:
             ask=self.asked.append,
             journal=self.journal,
             metrics=Metrics(),
-            last_generation=history.last_generation(),
-            guard=history.guard(),
         )
         self.dataset.begin()
 

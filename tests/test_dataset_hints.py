@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from sortd.classify.types import DecisionSettings, Mode
-from sortd.core.guard import GuardState
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import Holding, hold
@@ -62,8 +61,6 @@ def new_dataset(layout: Layout, holding: Holding, asked: list[Job]) -> Dataset:
         journal=holding.journal,
         ask=asked.append,
         metrics=Metrics(),
-        last_generation=0,
-        guard=GuardState(),
     )
 
 

@@ -9,7 +9,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from sortd.classify.types import DecisionSettings
-from sortd.core.guard import GuardState
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_log import DatasetLog
@@ -43,8 +42,6 @@ class World:
             ask=self.asked.append,
             metrics=Metrics(),
             journal=journal,
-            last_generation=0,
-            guard=GuardState(),
         )
 
     def scan(self) -> None:

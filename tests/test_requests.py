@@ -133,7 +133,7 @@ def test_nonsense_is_answered_as_nonsense(state: Path) -> None:
     (state / "requests" / "a.request").write_text("{", encoding="utf-8")
     write(state, "b", do="it")
     assert serve(requests, lambda request: {"done": request["do"]}) == 2
-    assert "is not a valid request" in json.loads((state / "requests" / "a.answer").read_text(encoding="utf-8"))["error"]
+    assert "is not a valid request" in answered(state, "a")["error"]
     assert json.loads((state / "requests" / "b.answer").read_text(encoding="utf-8")) == {"done": "it"}
 
 

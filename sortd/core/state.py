@@ -93,7 +93,7 @@ class Image:
 
     @property
     def is_put_away(self) -> bool:
-        """Whether it lies in Review/ or Rejected/."""
+        """Whether it is in Review/ or Rejected/."""
         return self.in_review or self.is_aside
 
     @property
@@ -449,9 +449,6 @@ class Images:
         """Remove an image from the counts."""
         self._note_busy(image, is_busy=False)
         self.counts[image.state] -= 1
-        self._unplace(image)
-
-    def _unplace(self, image: Image) -> None:
         if image.state is State.EMBEDDED:
             waiting = self._embedded[image.place]
             del waiting[image.path]

@@ -152,10 +152,9 @@ class Classifiers:
                 return ActiveClassifier(refusal=str(error))
             except BROKEN_NETWORK as error:
                 said = (str(error).splitlines() or [type(error).__name__])[0]
-                mend = f"run `sortd finetune {layout.name}` anew, or set `device: cpu`"
-                return ActiveClassifier(
-                    refusal=f"the fine-tuned model in {facts.folder} cannot be used ({said}): {mend}"
-                )
+                advice = f"run `sortd finetune {layout.name}` again, or set `device: cpu`"
+                refusal = f"the fine-tuned model in {facts.folder} cannot be used ({said}): {advice}"
+                return ActiveClassifier(refusal=refusal)
             self.loaded[facts.model_id] = self._embed_with(encoder, facts)
         return found
 

@@ -132,13 +132,10 @@ class Requests:
         if self._steps is None and self._names:
             self._steps = self._serve(self._names.popleft(), answer)
         if self._steps is not None:
-            try:
-                next(self._steps)
-            except StopIteration:
-                self._steps = None
-            except BaseException:
-                self._steps = None
-                raise
+            steps, self._steps = self._steps, None
+            with suppress(StopIteration):
+                next(steps)
+                self._steps = steps
 
     def close(self) -> None:
         """Answer all open requests as not done, or not completed."""
@@ -351,8 +348,8 @@ def undo_records(
             late = [one for one in late if one.grounds.reason not in apart and one.source_path.startswith(inbox)]
         followers = [one for one in late if one.id not in asked_for]
         records = sorted([*chosen, *followers], key=lambda record: record.id, reverse=True)
-        told = mover.rehearse_undo(records, predicted) if dry_run else mover.undo(records)
-        yield told, len(records) - len(told)
+        results = mover.rehearse_undo(records, predicted) if dry_run else mover.undo(records)
+        yield results, len(records) - len(results)
 
 
 def undo_facts(dataset: str, layout: Layout, one: UndoResult) -> dict[str, Any]:
@@ -376,11 +373,11 @@ def _undo(datasets: Datasets, wanted: Mapping[str, Any], *, dry_run: bool) -> St
             with datasets.answering(dataset):
                 if (done := next(chunks, None)) is None:
                     break
-                told, waiting = done
+                results, waiting = done
                 if not dry_run:
-                    apply_undo_results(dataset, told)
+                    apply_undo_results(dataset, results)
             later += waiting
-            undone += [undo_facts(name, dataset.layout, one) for one in told]
+            undone += [undo_facts(name, dataset.layout, one) for one in results]
             yield
             if datasets.by_name.get(name) is not dataset:
                 raise errors.DataError(
@@ -400,10 +397,10 @@ def _wanted(name: str, wanted: object) -> tuple[str, list[int]]:
     raise RequestError(f"an undo in {name} requires root and records")
 
 
-def apply_undo_results(dataset: Dataset, told: Sequence[UndoResult]) -> None:
+def apply_undo_results(dataset: Dataset, results: Sequence[UndoResult]) -> None:
     """Hold the restored files in the core before a file event arrives for them, and log each result."""
     log = structlog.get_logger().bind(dataset=dataset.name)
-    for one in told:
+    for one in results:
         was = os.path.join(dataset.layout.root, one.record.destination_path)
         if one.restored is None:
             log.warning(MOVE_UNDONE, path=was, destination=None, reason=one.message)

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from time import monotonic, time_ns
 
@@ -88,12 +89,10 @@ class CorrectionScanner:
         self._rejects = Rejects(layout, journal, limits)
         self._moved: dict[int, tuple[Record, str]] = {}  # by record: images that the user moved, and where they are
         self._wanted: OrderedDict[str, Area] = OrderedDict()
-        self._singles: IncrementalScan[Misplaced | Repaired] = IncrementalScan(
-            self._look_at_wanted, most=HANDLED_SLICE, pause_seconds=PAUSE_SECONDS, clock=clock
+        prepare = partial(
+            IncrementalScan[Misplaced | Repaired], most=HANDLED_SLICE, pause_seconds=PAUSE_SECONDS, clock=clock
         )
-        self._all: IncrementalScan[Misplaced | Repaired] = IncrementalScan(
-            self._look_at_all, most=HANDLED_SLICE, pause_seconds=PAUSE_SECONDS, clock=clock
-        )
+        self._singles, self._all = prepare(self._look_at_wanted), prepare(self._look_at_all)
         self._began_ns = self._since_ns = 0
         self._repaired: Iterator[tuple[str, Stamp] | None] = iter(())
         self._again_at: int | None = None
@@ -134,7 +133,7 @@ class CorrectionScanner:
             try:
                 changed_ns = os.lstat(self._layout.root / place).st_ctime_ns
             except OSError:
-                changed_ns = 0  # gone again
+                changed_ns = 0
             if 0 <= now_ns - changed_ns < FOLLOW_NS:
                 continue
             del self._moved[record.id]

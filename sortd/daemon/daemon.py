@@ -12,7 +12,7 @@ answers, file events, moves and scans, each for a limited time.
 
 import os
 import signal
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from time import monotonic
@@ -186,10 +186,8 @@ class Daemon:
         finally:
             self._write_status(running=False)
             self._closing.close()
-        self._log.info(logs.DAEMON_STOPPED, worker_ended=ended, **self._totals())
-
-    def _totals(self) -> dict[str, int]:
-        return dict(sum((Counter(dataset.log.outcomes) for dataset in self.datasets), Counter()))
+        outcomes = sum((Counter(dataset.log.outcomes) for dataset in self.datasets), Counter())
+        self._log.info(logs.DAEMON_STOPPED, worker_ended=ended, **outcomes)
 
     def _turn(self) -> None:
         self.inbox.wait(self._sleep_seconds(monotonic()))
@@ -208,9 +206,9 @@ class Daemon:
 
     def _in_turn(self) -> Iterator[Dataset]:
         """Return the datasets, rotated by one in each turn: a turn may be too short for all of them."""
-        datasets = list(self.datasets)
-        first = self._served % max(1, len(datasets))
-        return iter([*datasets[first:], *datasets[:first]])
+        datasets = deque(self.datasets)
+        datasets.rotate(-self._served)
+        return iter(datasets)
 
     def _move(self, dataset: Dataset) -> None:
         with self.datasets.isolated(dataset):

@@ -78,14 +78,13 @@ class Dataset:
         journal: Journal,
         ask: Callable[[Job], None],
         metrics: Metrics,
-        last_generation: int,
-        guard: GuardState,
         needs_marker: bool = True,
         lock_problem: Callable[[], str | None] = lambda: None,
         limits: Mapping[str, float] | None = None,
     ) -> None:
         """Keep the collaborators; nothing is read yet. ``limits`` are those of decoding, see ``Rejects``."""
         self.identity, self.layout, self.name = identity, layout, layout.name
+        guard, last_generation = journal.history.guard(), journal.history.last_generation()
         self.sorter = Sorter(settings, guard=guard)
         self.log = DatasetLog(self.name, metrics)
         self.rebuilding = Rebuilding(identity, layout.area(Area.CLASES), reference_settings, last_generation)

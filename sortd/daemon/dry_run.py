@@ -22,7 +22,7 @@ from sortd.store.journal import Journal
 LOOK_SECONDS = 1.0  # between two turns, at most: the wait until a moved image is left alone has no deadline
 
 
-def simulate(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = None) -> None:
+def simulate(config: Config, report: Tell, *, load_encoder: LoadEncoder | None = None) -> None:
     """Decide every waiting image and report where it would go; nothing below the root or the state folder is written.
 
     Embeddings go to a temporary cache, and each dataset works with a copy of its journal.
@@ -48,12 +48,10 @@ def simulate(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
                 layout,
                 sorter_settings(own),
                 reference_settings_of(own),
-                mover=DryRunMover(layout.name, layout.root, tell),
+                mover=DryRunMover(layout.name, layout.root, report),
                 ask=worker.ask,
                 metrics=Metrics(),
                 journal=journal,
-                last_generation=journal.history.last_generation(),
-                guard=journal.history.guard(),
                 needs_marker=False,
             )
         worker.start()

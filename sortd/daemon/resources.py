@@ -132,8 +132,6 @@ class Resources:
                 ask=ask,
                 metrics=metrics,
                 journal=held.journal,
-                last_generation=held.journal.history.last_generation(),
-                guard=held.journal.history.guard(),
                 lock_problem=held.lock_problem,
                 limits=limits_of(self._config.decoding),
             )

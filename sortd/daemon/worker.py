@@ -368,7 +368,8 @@ class Worker:
         rebuilt: Rebuilt | None = done
         decider = select(prototypes.labels)  # the class folders may have changed since
         failed: tuple[RebuildFailed, ...] = ()
-        if previous is not None and not job.force and (refusal := gate(previous, prototypes)) is not None:
+        is_gated = previous is not None and not job.force and set(previous.labels) <= set(prototypes.labels)
+        if previous is not None and is_gated and (refusal := refuse_reload(previous, prototypes)) is not None:
             advice = f"correct the references, or run `sortd rebuild --force {name}`"
             failed = (RebuildFailed(f"{refusal}; the old prototypes stay: {advice}", is_lasting=True, job=job.job),)
             prototypes, rebuilt = previous, None
@@ -385,8 +386,3 @@ class Worker:
         built = PrototypesBuilt(prototypes, finetuned, job=job.job)
         seconds = monotonic() - began if rebuilt else 0.0
         self._post(Answer(job.dataset, (built, *failed), rebuilt, seconds, decider.refusal))
-
-
-def gate(old: PrototypeSet, new: PrototypeSet) -> str | None:
-    """Return why the old generation should stay; removed classes are always accepted."""
-    return refuse_reload(old, new) if set(old.labels) <= set(new.labels) else None

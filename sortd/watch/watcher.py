@@ -238,7 +238,7 @@ class Watcher:
         folders = (watched.root, *(os.path.join(watched.root, name) for name in ("Images", "Clases")))
         kinds = [kind for folder in folders if (kind := self._is_blind(folder))]
         if self._polling == "auto" and kinds:
-            return f"{watched.root} lies on {kinds[0]}, where changes made on another machine raise no event"
+            return f"{watched.root} is on {kinds[0]}, where changes by other machines cause no event"
         return None
 
     def _close_observer(self, watched: _Watched) -> None:
