@@ -157,8 +157,6 @@ class Sorter:
             and not self._stopping
         )
 
-    # ------------------------------------------------------------ events in, commands out
-
     def receive(self, event: events.Event, now: float) -> list[events.Command]:
         """Process one event and return the commands that follow, in order."""
         commands = self._take(event, now)
@@ -264,8 +262,6 @@ class Sorter:
         for place in self.images.places:
             if self._may_decide and not self._move_pauses.holds(place):
                 self.images.try_place(place)
-
-    # ------------------------------------------------------------ one image
 
     def _embed(self) -> list[events.Command]:
         commands: list[events.Command] = []

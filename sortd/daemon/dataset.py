@@ -135,8 +135,6 @@ class Dataset:
         """Raise ``JournalError`` if the journal was removed or replaced."""
         self._journal.require_in_place()
 
-    # ------------------------------------------------------------ inputs
-
     def file_event(self, event: FileEvent) -> None:
         """Process an event of the watcher: inspect a file in Images/ now, schedule anything else."""
         match self.layout.area_of(event.path):
@@ -205,8 +203,6 @@ class Dataset:
         self.receive(events.StopRequested())
         for failed in self.move_queue.give_up():
             self.receive(failed)
-
-    # ------------------------------------------------------------ a turn of the loop
 
     def tick(self, now: float) -> None:
         """Let the core process deadlines, and take the next slice of the inspections that it asked for."""
@@ -297,8 +293,6 @@ class Dataset:
             self._tell(event)
             return
         self._ask(self.rebuilding.order(job, self._corrections.corrections))
-
-    # ------------------------------------------------------------ state and requests
 
     @property
     def has_more_to_look_at(self) -> bool:

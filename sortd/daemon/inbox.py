@@ -43,8 +43,6 @@ class Inbox:
         self._events_taken_at = float("-inf")
         self._lock = threading.Lock()  # of events and drops; never used by a signal handler
 
-    # ------------------------------------------------------------ from any thread
-
     def put(self, message: Message) -> None:
         """Add a message and wake the loop."""
         match message:
@@ -78,8 +76,6 @@ class Inbox:
             self._drops["", DropReason.OVERFLOWED] = EventsDropped("", why, DropReason.OVERFLOWED)
             return
         self._events[event.path, event.directory] = event
-
-    # ------------------------------------------------------------ from the loop
 
     def wait(self, seconds: float) -> None:
         """Sleep until there is a message, at most this long; file events are collected for ``GATHER_SECONDS``."""

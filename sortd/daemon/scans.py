@@ -21,7 +21,7 @@ from sortd.watch.observer import FileEvent
 from sortd.watch.scan import FolderScans, IncrementalScan, scan_steps, stamp, why_left, why_unfinished
 
 LEFT_SECONDS = 5.0  # until a file that is left out is logged: it may be renamed
-TOLD_SLICE = 500  # files that are logged in one turn of the loop
+LOGGED_SLICE = 500  # files that are logged in one turn of the loop
 MOST_LEFT = 100_000  # files that wait to be logged, at most
 REVIEW_SLICE = 200  # images of Review/ in one turn: each costs a query of the journal, some 0.1 ms
 
@@ -64,7 +64,7 @@ class LeftFiles:
         if not at_once and self._clock() < self.deadline:
             return
         until = float("inf") if at_once else self._clock() - LEFT_SECONDS
-        some = islice(self._seen.items(), None if at_once else TOLD_SLICE)
+        some = islice(self._seen.items(), None if at_once else LOGGED_SLICE)
         for path in [path for path, seen in some if seen <= until]:
             del self._seen[path]
             try:
@@ -122,8 +122,6 @@ class DatasetScans:
         """The time of the next work without an event; infinity if there is none."""
         return min(self.left_files.deadline, self.review.asked.deadline)
 
-    # ------------------------------------------------------------ single files
-
     def event_in_inbox(self, event: FileEvent) -> None:
         """Inspect the file of an event in Images/, unless a scheduled inspection or scan will do it."""
         if self.left_files.takes(event.path):
@@ -180,8 +178,6 @@ class DatasetScans:
             for path in missing:
                 self._receive(events.ImageGone(path))
 
-    # ------------------------------------------------------------ Images/
-
     def begin(self) -> None:
         """Start a scan of Images/; if one is running, schedule another one after it."""
         if self._inbox.begin():
@@ -218,8 +214,6 @@ class DatasetScans:
         if self._presence.problem() is None:
             self._receive(events.FoldersGone(gone))
         self._forgetting.end(monotonic())
-
-    # ------------------------------------------------------------ Review/
 
     def begin_review(self) -> None:
         """Start a scan of Review/ for images that are gone, and for those that sortd put there."""

@@ -267,8 +267,6 @@ class Worker:
         if self._wake_descriptor is not None:
             os.eventfd_write(self._wake_descriptor, 1)
 
-    # ------------------------------------------------------------ in the thread
-
     def _run(self) -> None:
         try:
             self._serve()
