@@ -80,7 +80,10 @@ def measure_rebuild(folder: Path, references: int) -> dict[str, Any]:
     clases = folder / "Clases"
     for number in range(references):
         write_reference(clases, number)
-    encoder, teaching = CountingEncoder(), ReferenceSettings(DecisionSettings(Mode.BEST, AbstainSettings(0.95, "auto")))
+    encoder, reference_settings = (
+        CountingEncoder(),
+        ReferenceSettings(DecisionSettings(Mode.BEST, AbstainSettings(0.95, "auto"))),
+    )
     facts: dict[str, Any] = {"references": references, "floor_forwards": MOST_FORWARDS}
     with DecoderPool(2, encoder.preprocessing, DecodeLimits()) as pool, Cache(folder / "embeddings.sqlite") as cache:
         embedder, read = Embedder(encoder, pool, cache), References(clases)
@@ -89,7 +92,7 @@ def measure_rebuild(folder: Path, references: int) -> dict[str, Any]:
             if name == "one_more":
                 write_reference(clases, references)
             before, began = encoder.images, time.perf_counter()
-            rebuilt = read.rebuild(embedder, teaching, previous=previous, generation=generation)
+            rebuilt = read.rebuild(embedder, reference_settings, previous=previous, generation=generation)
             facts[f"{name}_seconds"] = round(time.perf_counter() - began, 3)
             facts[f"{name}_images_encoded"] = encoder.images - before
             previous = rebuilt.prototypes

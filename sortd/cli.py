@@ -164,7 +164,7 @@ def print_dry_run(path: Path | None, *, as_json: bool, load_encoder: "LoadEncode
 
     if sys.stderr.isatty() and not logs.is_json():
         say("sortd: loading the model, then deciding what waits; nothing is moved")
-    dry_run.rehearse(config, tell, load_encoder=load_encoder)
+    dry_run.simulate(config, tell, load_encoder=load_encoder)
     if not logs.is_json():
         say(f"sortd: {counted(told, 'image')} would be moved; nothing was touched")
 

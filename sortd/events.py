@@ -1,7 +1,7 @@
-"""The facts that cross between the core and the edges: stamps, events and commands, all frozen.
+"""Stamps, events and commands: the frozen values that the core and the rest of the daemon exchange.
 
-Events go into the core, commands come out (see ``core/sorter.py``). Paths are absolute ``str`` as ``os.fsdecode`` gives
-them. Times are seconds of a monotonic clock.
+Events go into the core, commands come out (see ``core/sorter.py``). Paths are absolute ``str`` as ``os.fsdecode``
+returns them. Times are seconds of a monotonic clock.
 """
 
 from collections.abc import Mapping
@@ -9,71 +9,70 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # numpy takes a tenth of a second, which commands that only read the configuration need not wait
+if TYPE_CHECKING:  # numpy takes 0.1 s to import, which commands that only read the configuration can save
     from sortd.arrays import FloatArray
     from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
     from sortd.classify.types import Decision
 
 
 def signed(number: int) -> int:
-    """Return an integer modulo 2**64 as a signed 64-bit integer, which is what SQLite holds."""
+    """Return an integer modulo 2**64 as a signed 64-bit integer, as SQLite stores it."""
     return (number + 2**63) % 2**64 - 2**63
 
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """One version of one file: another write, or another file under the same name, has another stamp.
+    """One version of one file: a write or another file under the same name changes the stamp.
 
-    File systems hold times from the year 1 to 2446 and beyond, 64 bits of nanoseconds only those from 1677 to 2262:
-    others are kept modulo 2**64. Build both sides of a comparison as stamps.
+    File systems store times from year 1 to 2446 and beyond, 64 bits of nanoseconds only 1677 to 2262: other times are
+    kept modulo 2**64. Compare stamps, not their source.
     """
 
     device: int
     inode: int
     size: int
     mtime_ns: int
-    ctime_ns: int = 0
-    """When bytes, name, rights or links last changed; no program can set it. 0: not known, as in the journal."""
+    ctime_ns: int = 0  # the change time, which no program can set; 0: unknown, as in the journal
 
     def agrees_with(self, other: "Stamp") -> bool:
-        """Tell whether both are one version, by all that both know."""
+        """Return whether both are the same version; an unknown change time equals any."""
         is_one = replace(self, ctime_ns=0) == replace(other, ctime_ns=0)
         return is_one and (self.ctime_ns == other.ctime_ns or 0 in {self.ctime_ns, other.ctime_ns})
 
     def __post_init__(self) -> None:
-        """Bring the times into the range of 64 bits."""
+        """Reduce the times to 64 bits."""
         for name in ("mtime_ns", "ctime_ns"):
             if not -(2**63) <= getattr(self, name) < 2**63:
                 object.__setattr__(self, name, signed(getattr(self, name)))
 
     @property
     def columns(self) -> tuple[int, int, int, int]:
-        """Device, inode, size and time as signed 64-bit integers; inode numbers use all 64 bits on some disks."""
+        """Device, inode, size and mtime as signed 64-bit integers; some file systems use all 64 bits for inodes."""
         return signed(self.device), signed(self.inode), signed(self.size), self.mtime_ns
 
     def is_same_version(self, other: "Stamp") -> bool:
-        """Whether both are one version; the device does not count, its number changes when a disk is mounted again."""
+        """Return whether both are the same version on any device: its number changes with each mount."""
         return (self.inode, self.size, self.mtime_ns) == (other.inode, other.size, other.mtime_ns)
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetId:
-    """One dataset from when it is taken up until it is let go: another one of the same name has another number."""
+    """One dataset from its opening to its closing: another one of the same name has another number."""
 
     name: str
     number: int = 0
 
 
 class Fit(StrEnum):
-    """How an image of any shape comes to the shape that an encoder sees."""
+    """How an image is resized to the input of an encoder."""
 
     CROP = "crop"  # the shortest edge resized, then the centre cropped (CLIP)
-    STRETCH = "stretch"  # resized straight to height and width, whatever its own proportions (SigLIP)
+    STRETCH = "stretch"  # resized to height and width, without keeping the aspect ratio (SigLIP)
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """What an encoder sees: the shortest edge resized (bicubic unless said), then the centre cropped, in pixels."""
+    """The input of an encoder, in pixels."""
 
     shortest_edge: int
     crop_height: int
@@ -83,55 +82,55 @@ class Preprocessing:
 
 
 class Writer(StrEnum):
-    """Does some process have the file open for writing? What a read lease on it told."""
+    """Whether a process has the file open for writing, by a read lease on it."""
 
     ABSENT = "absent"
     PRESENT = "present"
-    UNKNOWN = "unknown"  # no lease to be had: not our file, or a network file system
-    UNFINISHED = "unfinished"  # a file beside it says that a program has not finished it, open or not
+    UNKNOWN = "unknown"  # no lease possible: another user's file, or a network file system
+    UNFINISHED = "unfinished"  # a control file beside it says that a program has not finished it
 
 
 class Refusal(StrEnum):
     """Why an image could not be embedded."""
 
-    UNREADABLE = "unreadable"  # an image by name or content that does not decode: set aside
-    TOO_LARGE = "too_large"  # over a limit: set aside
-    POISON = "poison"  # its decoding killed workers or ran over the time limit again and again: set aside
-    NOT_AN_IMAGE = "not_an_image"  # left where it is
-    EMPTY = "empty"  # left where it is until it changes
-    DENIED = "denied"  # cannot be read for want of rights, or the disk fails: left where it is
-    CHANGED = "changed"  # looked at again
+    UNREADABLE = "unreadable"  # looks like an image but cannot be decoded: goes to Rejected/
+    TOO_LARGE = "too_large"  # over a limit: goes to Rejected/
+    POISON = "poison"  # its decoding killed processes or exceeded the time limit repeatedly: goes to Rejected/
+    NOT_AN_IMAGE = "not_an_image"  # stays where it is
+    EMPTY = "empty"  # stays where it is until it changes
+    DENIED = "denied"  # cannot be read because of permissions or the disk: stays where it is
+    CHANGED = "changed"  # settles again
     VANISHED = "vanished"  # forgotten
 
 
 class Outcome(StrEnum):
-    """Where a move takes an image, in the words of the log."""
+    """The kind of a move, as named in the log."""
 
     FILED = "filed"
     REVIEW = "sent_to_review"
     REJECTED = "rejected"
-    FOLLOWED = "followed"  # a companion that came later than its image
+    FOLLOWED = "followed"  # a companion that arrived after its image
 
 
 class MoveFailure(StrEnum):
-    """Why a move did not happen. The file is where it was, unless it vanished."""
+    """Why a move did not happen; unless it vanished, the file is in its place."""
 
-    CHANGED = "changed"  # another version stands under that name now
-    VANISHED = "vanished"  # nothing stands under that name
+    CHANGED = "changed"  # another version has this name now
+    VANISHED = "vanished"  # no file has this name
     BUSY = "busy"  # a writer has it open
-    DESTINATION = "destination"  # no room, no rights, read-only: this folder waits and is tried again
-    SOURCE = "source"  # nothing may be taken out of the folder in which it lies, which is tried again
+    DESTINATION = "destination"  # disk full, permissions, read-only: the folder is retried
+    SOURCE = "source"  # the source folder does not allow it and is retried
 
 
-# ---------------------------------------------------------------- events: what the core is told
+# ---------------------------------------------------------------- events
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSeen:
-    """A file stands in ``Images/`` with this stamp; ``closed`` tells of a close after writing.
+    """A file is in ``Images/`` with this stamp; ``closed``: it was closed after writing.
 
-    ``writer`` is set in the answer to an ``Inspect`` alone. With ``is_aside`` it stands in ``Rejected/``, where
-    sortd had put an older version of it. ``since`` is when it came, where an event told of it.
+    ``writer`` is set only in the answer to an ``Inspect``. ``is_aside``: the file is in ``Rejected/``, and sortd had
+    put an older version of it there. ``since``: when it arrived, if an event said so.
     """
 
     path: str
@@ -144,7 +143,7 @@ class ImageSeen:
 
 @dataclass(frozen=True, slots=True)
 class ReviewSeen:
-    """An image that sortd itself put into ``Review/`` rests there; that generation could not decide it."""
+    """An image that sortd put into ``Review/`` is still there; ``generation`` could not decide it."""
 
     path: str
     stamp: Stamp
@@ -153,7 +152,7 @@ class ReviewSeen:
 
 @dataclass(frozen=True, slots=True)
 class ImageHeld:
-    """This version of this file is not to be moved until it changes or is released."""
+    """This version of this file must not be moved until it changes or is released."""
 
     path: str
     stamp: Stamp
@@ -161,21 +160,21 @@ class ImageHeld:
 
 @dataclass(frozen=True, slots=True)
 class ImageGone:
-    """Nothing stands under that name any more."""
+    """There is no file under this path any more."""
 
     path: str
 
 
 @dataclass(frozen=True, slots=True)
 class FoldersGone:
-    """Nothing stands under the names of these folders any more, nor below them."""
+    """These folders do not exist any more."""
 
     folders: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
 class LookRefused:
-    """The disk or the rights refused a look at this name: nothing is known about what stands there."""
+    """A file could not be inspected because of the disk or its permissions, so nothing is known about it."""
 
     path: str
 
@@ -187,9 +186,9 @@ class ReferencesTouched:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedImage:
-    """One image of an answer: its embedding, a unit-length float32 row of shape (dimensions,).
+    """One image and its embedding, a float32 row of unit length, shape (dimensions,).
 
-    Where a fine-tuned model decides, the row is its logits, float32 (classes,), which are of any length.
+    Where a fine-tuned model decides, the row holds its logits, float32 (classes,), of any length.
     """
 
     path: str
@@ -202,7 +201,7 @@ class EmbeddedImage:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Images that the worker has embedded: some of those that it was asked for, as they come."""
+    """Some of the images that the worker was asked to embed."""
 
     images: tuple[EmbeddedImage, ...]
     encoder_id: str
@@ -210,7 +209,7 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True)
 class ImageRefused:
-    """The worker's answer for one image that it could not embed."""
+    """An image that the worker could not embed."""
 
     path: str
     stamp: Stamp
@@ -220,29 +219,29 @@ class ImageRefused:
 
 @dataclass(frozen=True, slots=True)
 class PrototypesBuilt:
-    """A rebuild ended well; the core swaps one reference. Where ``finetuned`` is given, that decides instead."""
+    """A rebuild succeeded; ``finetuned``, if given, decides instead of the prototypes."""
 
     prototypes: "PrototypeSet"
     finetuned: "FinetunedClassifier | None" = None
-    job: int = field(kw_only=True)  # of the ``Rebuild`` that it answers
+    job: int = field(kw_only=True)  # of the ``Rebuild``
 
 
 @dataclass(frozen=True, slots=True)
 class RebuildFailed:
-    """A rebuild did not serve: the last good prototypes stay; with ``references_absent`` nothing moves either.
+    """A rebuild failed: the last prototypes stay in use; with ``references_absent`` nothing is moved either.
 
-    It is tried again by and by, unless ``is_lasting``: then only a change of the references, or force, helps.
+    It is retried unless ``is_lasting``: then only a change of the references, or ``--force``, helps.
     """
 
     message: str
     references_absent: bool = False
     is_lasting: bool = False
-    job: int = field(kw_only=True)  # of the ``Rebuild`` that it answers
+    job: int = field(kw_only=True)  # of the ``Rebuild``
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetAbsent:
-    """The dataset, or a disk of it, is not there: nothing moves until a rebuild that begins later ends well."""
+    """The dataset, or a disk of it, is missing: nothing is moved until a later rebuild succeeds."""
 
     message: str
 
@@ -256,7 +255,7 @@ class Moved:
     destination: str
     outcome: Outcome
     moved_stamp: Stamp
-    note: str = ""  # what was not as it should be: a source that had to be kept, say
+    note: str = ""  # a problem that did not stop the move, such as a source that had to be kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,26 +270,26 @@ class MoveFailed:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The operator lets a held file go (``path=None``: every one); a dataset that the guard holds is held on."""
+    """The operator released a held file (``path=None``: all); a hold by the guard stays."""
 
     path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetReleased:
-    """The operator has looked: a dataset that the guard holds is let go; files that are held stay so."""
+    """The operator released the hold by the guard; held files stay held."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScanStarted:
-    """A scan of ``Images/`` begins; every file found follows as ``ImageSeen``. Of ``Review/``: as ``ReviewSeen``."""
+    """A scan of ``Images/`` begins: an ``ImageSeen`` follows for each file; of ``Review/``: a ``ReviewSeen``."""
 
     in_review: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ScanFinished:
-    """The scan that began last, of ``Images/`` or of ``Review/``, has named every file."""
+    """The last scan of ``Images/``, or of ``Review/``, has reported every file."""
 
     in_review: bool = False
 
@@ -302,73 +301,74 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """Begin nothing new; what is on its way to the disk is finished."""
+    """Start nothing new; the moves under way are finished."""
 
 
-OfImages = ImageSeen | ReviewSeen | ImageHeld | ImageGone | FoldersGone | LookRefused | Released | Moved | MoveFailed
-OfWorker = Embedded | ImageRefused | PrototypesBuilt | RebuildFailed
-OfDataset = ReferencesTouched | DatasetAbsent | DatasetReleased | ScanStarted | ScanFinished | Tick | StopRequested
-Event = OfImages | OfWorker | OfDataset
+Event = (
+    ImageSeen | ReviewSeen | ImageHeld | ImageGone | FoldersGone | LookRefused | Released | Moved | MoveFailed
+    | Embedded | ImageRefused | PrototypesBuilt | RebuildFailed
+    | ReferencesTouched | DatasetAbsent | DatasetReleased | ScanStarted | ScanFinished | Tick | StopRequested
+)  # fmt: skip
 
-# ---------------------------------------------------------------- commands: what the core asks for
+# ---------------------------------------------------------------- commands
 
 
 @dataclass(frozen=True, slots=True)
 class Inspect:
-    """Look at this name again; answer ``ImageSeen`` (with ``writer``) or ``ImageGone``."""
+    """Inspect this path; the answer is ``ImageSeen`` (with ``writer``) or ``ImageGone``."""
 
     path: str
 
 
 @dataclass(frozen=True, slots=True)
 class Embed:
-    """Embed these versions of these files, newest first; ``Embedded`` or an ``ImageRefused`` answers each."""
+    """Embed these versions of these files, newest first; each is answered by ``Embedded`` or ``ImageRefused``."""
 
     images: tuple[tuple[str, Stamp], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Rebuild:
-    """Build the prototypes anew; answer ``PrototypesBuilt`` or ``RebuildFailed``, with this number."""
+    """Rebuild the prototypes; the answer, ``PrototypesBuilt`` or ``RebuildFailed``, has this number."""
 
     job: int
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """Scan ``Images/``: some of what was seen did not fit into the backlog."""
+    """Scan ``Images/``: some images did not fit into the backlog."""
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Move this version of this file into that folder of the dataset, and say why."""
+    """Move this version of this file into a folder of the dataset."""
 
     path: str
     stamp: Stamp
     folder: str  # relative to the dataset: "Dataset/<class>", "Review/<class>" or "Rejected"
     outcome: Outcome
-    decision: "Decision | None" = None  # None where the image was refused
+    decision: "Decision | None" = None  # None if the image was refused
     reason: str = ""  # of an abstention or a refusal
-    content: str = ""  # hexadecimal sha256, where it is known
+    content: str = ""  # hexadecimal sha256, if known
     encoder_id: str = ""
     generation: int = 0
     milliseconds: Mapping[str, float] = field(default_factory=dict)  # settle, decode, encode
-    wanted: str = ""  # the name that it is to have there, if it is another one
+    wanted: str = ""  # its new name, if another one
 
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """This file stays where it is, and that is worth a line in the log (once)."""
+    """Log once that this file stays where it is."""
 
     path: str
     refusal: Refusal
     message: str
-    stamp: Stamp | None = None  # the version that was refused
+    stamp: Stamp | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Nothing moves in this dataset until somebody has looked and said so (``DatasetReleased``); say why."""
+    """Log that nothing is moved in this dataset until it is released (``DatasetReleased``)."""
 
     reason: str
 

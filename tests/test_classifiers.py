@@ -12,9 +12,9 @@ import pytest
 
 from sortd.arrays import Pixels
 from sortd.config import Config, load
-from sortd.daemon.classifiers import appointed
-from sortd.daemon.dry_run import rehearse
-from sortd.daemon.resources import Resources, teaching_of
+from sortd.daemon.classifiers import select_classifier
+from sortd.daemon.dry_run import simulate
+from sortd.daemon.resources import Resources, reference_settings_of
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Posted, RebuildJob, Worker, WorkerDied
 from sortd.encoder.base import Rows
 from sortd.encoder.finetuned import FACTS_FILE, FinetunedFacts, Promotion, read_facts, remove_promotion, write_promotion
@@ -86,7 +86,7 @@ class Bench:
     def job(self, dataset: str) -> RebuildJob:
         """Return a rebuild of a dataset."""
         clases = self.layout(dataset).area(Area.CLASES)
-        return RebuildJob(DatasetId(dataset), clases, teaching_of(self.config.dataset(dataset)), 0, 1)
+        return RebuildJob(DatasetId(dataset), clases, reference_settings_of(self.config.dataset(dataset)), 0, 1)
 
     def rebuild(self, dataset: str) -> tuple[PrototypesBuilt, Answer]:
         """Ask for a rebuild and return what was built, and the whole answer."""
@@ -284,11 +284,11 @@ def test_a_rehearsal_decides_by_the_model_too(config: Config, vit: FinetunedFact
         assert move.decision is not None
         told[dataset] = (move.folder, move.decision.mode.value)
 
-    rehearse(config, tell, load_encoder=lambda _: FakeEncoder())
+    simulate(config, tell, load_encoder=lambda _: FakeEncoder())
     assert told == {"First": ("Dataset/green", "finetuned"), "Second": ("Dataset/green", "max")}
 
 
-class TestAppointed:
+class TestSelectClassifier:
     """What is to decide, told from what is written down; no model is loaded."""
 
     @pytest.fixture
@@ -298,8 +298,8 @@ class TestAppointed:
 
     def test_without_a_promotion_the_prototypes_decide(self, config: Config, layout: Layout) -> None:
         """Silently, unless a fine-tuned model is asked for by name."""
-        assert appointed(layout, config.state_dir, "auto", tuple(COLOURS)).refusal is None
-        refusal = appointed(layout, config.state_dir, "finetuned", tuple(COLOURS)).refusal
+        assert select_classifier(layout, config.state_dir, "auto", tuple(COLOURS)).refusal is None
+        refusal = select_classifier(layout, config.state_dir, "finetuned", tuple(COLOURS)).refusal
         assert "no model is promoted: `sortd finetune First`" in str(refusal)
 
     def test_the_configuration_can_keep_the_prototypes(self, config: Config, layout: Layout, tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ class TestAppointed:
         promotion = Promotion(facts.folder, facts.model_id, facts.verdict, 0.0)
         write_promotion(layout.state_folder(config.state_dir), promotion)
         found = {
-            wanted: appointed(layout, config.state_dir, wanted, tuple(COLOURS)).model_id
+            wanted: select_classifier(layout, config.state_dir, wanted, tuple(COLOURS)).model_id
             for wanted in ("auto", "prototypes", "finetuned")
         }
         assert found == {"auto": facts.model_id, "prototypes": "", "finetuned": facts.model_id}
@@ -321,14 +321,14 @@ class TestAppointed:
         promotion = Promotion(facts.folder, facts.model_id, facts.verdict, 0.0)
         folder = layout.state_folder(config.state_dir)
         write_promotion(folder, replace(promotion, model_id="finetuned-3-torch-another"))
-        refusal = appointed(layout, config.state_dir, "auto", tuple(COLOURS)).refusal
-        assert "another model than the one that was promoted" in str(refusal)
+        refusal = select_classifier(layout, config.state_dir, "auto", tuple(COLOURS)).refusal
+        assert "another model than the promoted one" in str(refusal)
 
     def test_a_damaged_promotion_is_refused(self, config: Config, layout: Layout) -> None:
         """The sentence names the file and how to mend it."""
         folder = layout.state_folder(config.state_dir)
         folder.mkdir(parents=True)
         (folder / "classifier.json").write_text('{"folder": ')
-        refusal = str(appointed(layout, config.state_dir, "auto", tuple(COLOURS)).refusal)
+        refusal = str(select_classifier(layout, config.state_dir, "auto", tuple(COLOURS)).refusal)
         assert "classifier.json is damaged" in refusal
         assert "sortd models demote" in refusal

@@ -261,9 +261,9 @@ def test_isolated_journal_that_fails_in_the_middle_of_a_move_is_recovered_when_i
     mark = stamp(str(path))
     assert mark is not None
     execute(place.journal("Bad"), "CREATE TRIGGER fault BEFORE UPDATE ON moves BEGIN SELECT RAISE(ABORT, 'fault'); END")
-    bad.outbox.add(Move(str(path), mark, "Dataset/red", Outcome.FILED))
+    bad.move_queue.add(Move(str(path), mark, "Dataset/red", Outcome.FILED))
     with place.collection.isolated(bad):
-        bad.outbox.send()
+        bad.move_queue.send()
     assert (bad.layout.root / "Dataset" / "red" / "b.png").read_bytes() == b"image"
     assert list(place.collection) == [good]
     assert "fault" in place.collection.held["Bad"].cause
@@ -337,7 +337,7 @@ def test_discover_journal_that_was_removed_is_begun_anew(place: Place, hurt: Cal
     (line,) = place.held_lines()
     assert "was removed or replaced while it was open" in line
     assert place.held_lines() == []
-    place.collection.by_name["Bad"].filing.hold(str(place.layout("Bad").root / "Images" / "a.png"), STAMP, "undone")
+    place.collection.by_name["Bad"].mover.hold(str(place.layout("Bad").root / "Images" / "a.png"), STAMP, "undone")
     with History.open(place.journal("Bad")) as history:
         assert history.held() == {"Images/a.png": STAMP}
 
@@ -348,7 +348,7 @@ def test_answering_journal_that_fails_is_told_and_held(place: Place) -> None:
     bad = place.collection.by_name["Bad"]
     execute(place.journal("Bad"), "DROP TABLE holds")
     with pytest.raises(StorageError, match="the journal is damaged"), place.collection.answering(bad):
-        bad.filing.release()
+        bad.mover.release()
     assert set(place.collection.held) == {"Bad"}
 
 

@@ -39,7 +39,7 @@ class AtWork:
         return self.holding.layout
 
     @property
-    def filing(self) -> Mover:
+    def mover(self) -> Mover:
         """What moves its files."""
         return self.holding.filing
 
@@ -162,7 +162,7 @@ def test_undo_dataset_that_is_let_go_meanwhile_ends_it(dataset: AtWork, monkeypa
     assert isinstance(steps, Generator)
     next(steps)
     datasets.clear()
-    with pytest.raises(DataError, match="1 images were put back"):
+    with pytest.raises(DataError, match="1 images were restored"):
         next(steps)
 
 
@@ -200,7 +200,7 @@ def test_release_reaches_journal_and_core(daemon: Daemon, dataset: AtWork) -> No
     assert answer(daemon, {"do": "release", "datasets": None, "path": path}) == {"released": {"Colours": 1}}
     assert answer(daemon, {"do": "release", "datasets": ["Colours"], "path": None}) == {"released": {"Colours": 1}}
     assert dataset.told == [Released(path), Released(None)]
-    assert dataset.filing.held() == {}
+    assert dataset.mover.held() == {}
 
 
 def test_control_release_of_a_file_leaves_the_dataset_held(daemon: Daemon, dataset: AtWork) -> None:
@@ -224,7 +224,7 @@ def test_control_release_of_a_held_dataset_says_so(daemon: Daemon, dataset: AtWo
     told = answer(daemon, {"do": "release", "datasets": None, "path": path})
     assert told == {"released": {"Colours": 0 if whole else 1}, "lifted": {"Colours": "all would go to review"}}
     assert dataset.held_because is None
-    assert len(dataset.filing.held()) == (1 if whole else 0)
+    assert len(dataset.mover.held()) == (1 if whole else 0)
 
 
 def test_a_path_of_another_dataset_releases_nothing(daemon: Daemon, dataset: AtWork) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sortd.daemon.control import put_back
-from sortd.daemon.corrections import FOLLOW_NS, HANDLED_SLICE, SCANNED_FACT, Correction, CorrectionScanner, Mended
+from sortd.daemon.control import undo_records
+from sortd.daemon.corrections import FOLLOW_NS, HANDLED_SLICE, SCANNED_FACT, Correction, CorrectionScanner, Repaired
 from sortd.events import Moved, Outcome
 from sortd.layout import Area, Layout
 from sortd.moving.mover import Mover
@@ -69,7 +69,7 @@ class Clock:
         return self.now
 
 
-def look(scanner: CorrectionScanner, area: Area, path: Path) -> list[Correction | Mended]:
+def look(scanner: CorrectionScanner, area: Area, path: Path) -> list[Correction | Repaired]:
     """Let a patrol look at one file, whatever pause it is in."""
     scanner.want(area, os.fspath(path))
     clock = scanner._all._clock
@@ -79,15 +79,15 @@ def look(scanner: CorrectionScanner, area: Area, path: Path) -> list[Correction 
     return rest_of(scanner)
 
 
-def rest_of(scanner: CorrectionScanner) -> list[Correction | Mended]:
+def rest_of(scanner: CorrectionScanner) -> list[Correction | Repaired]:
     """Carry out what is under way."""
-    noticed: list[Correction | Mended] = []
+    noticed: list[Correction | Repaired] = []
     while scanner.is_under_way:
         noticed += scanner.take()
     return noticed
 
 
-def all_of(scanner: CorrectionScanner, now_ns: int) -> list[Correction | Mended]:
+def all_of(scanner: CorrectionScanner, now_ns: int) -> list[Correction | Repaired]:
     """Carry out a whole scanner."""
     scanner.begin(now_ns)
     return rest_of(scanner)
@@ -325,7 +325,7 @@ def test_undo_takes_no_companion_from_an_image_that_stays(dataset: Dataset, jour
     assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), filing) == 3
     before = dataset.tree()
     (record,) = journal.history.moves(Selection(outcome="filed"))
-    ((told, _),) = put_back(filing, journal.history, [record.id], dry_run=False)
+    ((told, _),) = undo_records(filing, journal.history, [record.id], dry_run=False)
     assert [one.restored for one in told] == [None]
     assert dataset.tree() == before
 
@@ -338,11 +338,11 @@ def test_undo_puts_followers_back_beside_no_other_image(dataset: Dataset, journa
     assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), filing) == 2
     followed = [record.id for record in journal.history.moves(Selection(outcome="followed"))]
     stranger = dataset.put("Dataset/cat/IMG_1.JPG", "another camera's")
-    ((told, _),) = put_back(filing, journal.history, followed, dry_run=False)
+    ((told, _),) = undo_records(filing, journal.history, followed, dry_run=False)
     assert [one.restored for one in told] == [None, None]
     assert all("another image" in one.message for one in told)
     stranger.unlink()
-    assert len(list(put_back(filing, journal.history, followed, dry_run=False))) == 1
+    assert len(list(undo_records(filing, journal.history, followed, dry_run=False))) == 1
     assert sorted(dataset.tree()) == [*("Dataset/cat/IMG_1.JPG.xmp", "Dataset/cat/IMG_1.MOV", "Dataset/dog/IMG_1.JPG")]
 
 
@@ -396,9 +396,9 @@ def test_mended_images_are_noticed_too(dataset: Dataset, journal: Journal, filin
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
     assert all_of(scanner, time.time_ns()) == []
     path.write_bytes(b"mended")
-    assert [type(one) for one in look(scanner, Area.REJECTED, path)] == [Mended]
+    assert [type(one) for one in look(scanner, Area.REJECTED, path)] == [Repaired]
     assert look(scanner, Area.REVIEW, path) == []
-    assert [type(one) for one in all_of(scanner, time.time_ns())] == [Mended]
+    assert [type(one) for one in all_of(scanner, time.time_ns())] == [Repaired]
 
 
 def test_correction_scanner_corrections_of_a_slice_are_recorded_in_one_commit(

@@ -16,7 +16,7 @@ from sortd.core.sorter import SorterSettings
 from sortd.core.state import State
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.datasets import Datasets
-from sortd.daemon.resources import Resources, teaching_of
+from sortd.daemon.resources import Resources, reference_settings_of
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Job, RebuildJob
 from sortd.events import (
     DatasetId,
@@ -57,18 +57,15 @@ class Bench:
         self.asked: list[Job] = []
         self.generation = 0
         self.rows: dict[str, FloatArray] = {}
-        history = self.journal.history
         self.dataset = Dataset(
             DatasetId("set", 1),
             self.layout,
             SorterSettings(settle_seconds=0, guard_images=20, backlog_limit=limit),
-            teaching_of(DatasetConfig()),
+            reference_settings_of(DatasetConfig()),
             mover=Mover(self.layout.root, self.journal),
             ask=self.asked.append,
             journal=self.journal,
             metrics=Metrics(),
-            last_generation=history.last_generation(),
-            guard=history.guard(),
         )
         self.dataset.begin()
 
@@ -82,13 +79,13 @@ class Bench:
             path = self.layout.area(Area.IMAGES) / f"{name}{number}.png"
             path.write_bytes(b"image")
             self.rows[str(path)] = row
-        self.dataset.begin_scan()
+        self.dataset.scans.begin()
 
     def work(self) -> None:
         """Let the loop turn until it has nothing to do; rebuilds stay unanswered."""
         while True:
             self.dataset.tick(monotonic() + 0.001)
-            self.dataset.continue_scan()
+            self.dataset.scans.continue_inbox()
             self.dataset.continue_looking()
             self.dataset.flush()
             jobs = [job for job in self.asked if isinstance(job, EmbedJob)]
@@ -98,7 +95,7 @@ class Bench:
                 self.dataset.answer(Answer(job.dataset, (Embedded(images, "encoder"),)))
             deadline = self.dataset.sorter.next_deadline()
             is_due = deadline is not None and deadline <= monotonic()
-            if not (jobs or is_due or self.dataset.has_more_to_look_at or self.dataset.has_moves):
+            if not (jobs or is_due or self.dataset.has_more_to_look_at or self.dataset.move_queue.is_due):
                 return
 
     def _row(self, path: str) -> FloatArray:
@@ -165,7 +162,7 @@ def test_dataset_hold_survives_a_reload(held: Path) -> None:
     """Settings are taken over and the prototypes looked at anew; the generation is the one that is held."""
     with run(held) as bench:
         bench.serve(2)
-        bench.dataset.reload(SorterSettings(settle_seconds=0, guard_images=20), teaching_of(DatasetConfig()))
+        bench.dataset.reload(SorterSettings(settle_seconds=0, guard_images=20), reference_settings_of(DatasetConfig()))
         bench.serve(2)
         assert bench.count(Area.IMAGES) == 40
 
@@ -264,10 +261,10 @@ def test_dataset_absence_found_by_a_move_does_not_end_a_rebuild(tmp_path: Path) 
         bench.layout.marker.rmdir()
         image = bench.layout.area(Area.IMAGES) / "late.png"
         image.write_bytes(b"image")
-        bench.dataset.outbox.add(Move(str(image), stamp_of(os.lstat(image)), "Dataset/a", Outcome.FILED))
+        bench.dataset.move_queue.add(Move(str(image), stamp_of(os.lstat(image)), "Dataset/a", Outcome.FILED))
         bench.dataset.flush()
         bench.layout.marker.mkdir()
-        bench.dataset.begin_scan()
+        bench.dataset.scans.begin()
         bench.work()
         assert bench.count(Area.IMAGES) == 1
         bench.asked.remove(job)
@@ -368,7 +365,7 @@ def test_dataset_image_that_vanished_before_its_move_is_no_failure(tmp_path: Pat
         bench.serve(1)
         image = bench.layout.area(Area.IMAGES) / "a.png"
         image.write_bytes(b"image")
-        bench.dataset.outbox.add(Move(str(image), stamp_of(os.lstat(image)), "Dataset/a", Outcome.FILED))
+        bench.dataset.move_queue.add(Move(str(image), stamp_of(os.lstat(image)), "Dataset/a", Outcome.FILED))
         image.unlink()
         with capture_logs() as lines:
             bench.dataset.flush()

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from sortd.classify.types import DecisionSettings, Mode
-from sortd.core.guard import GuardState
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import Holding, hold
@@ -39,7 +38,7 @@ class AtWork:
         """Give it turns until it has nothing to look at."""
         while self.dataset.has_more_to_look_at:
             self.dataset.tick(0.0)
-            self.dataset.continue_scan()
+            self.dataset.scans.continue_inbox()
             self.dataset.continue_looking()
 
     def looks_for(self, *hints: FileEvent) -> int:
@@ -62,8 +61,6 @@ def new_dataset(layout: Layout, holding: Holding, asked: list[Job]) -> Dataset:
         journal=holding.journal,
         ask=asked.append,
         metrics=Metrics(),
-        last_generation=0,
-        guard=GuardState(),
     )
 
 
@@ -90,7 +87,7 @@ def folder_of_images(at_work: AtWork, name: str, files: int = 10) -> list[FileEv
     return [FileEvent(os.fspath(folder), directory=True), *(FileEvent(os.fspath(path)) for path in paths)]
 
 
-def test_dataset_moved_in_folders_cost_a_look_at_each_of_their_files(at_work: AtWork) -> None:
+def test_dataset_moved_in_folders_inspects_each_file_once(at_work: AtWork) -> None:
     """Not a scan of Images/ for each folder, nor a look for each of the hints that follow; nobody is left out."""
     hints = [hint for number in range(40) for hint in folder_of_images(at_work, str(number))]
     assert at_work.looks_for(*hints) == 400
@@ -99,13 +96,13 @@ def test_dataset_moved_in_folders_cost_a_look_at_each_of_their_files(at_work: At
     assert at_work.dataset.sorter.images.waiting == 410
 
 
-def test_dataset_hints_about_the_inbox_itself_scan_all_of_it(at_work: AtWork) -> None:
+def test_dataset_event_of_the_inbox_itself_scans_it(at_work: AtWork) -> None:
     """It was made anew, say."""
     folder_of_images(at_work, "unheard of")
     assert at_work.looks_for(FileEvent(os.fspath(at_work.root / "Images"), directory=True)) == 10
 
 
-def test_dataset_closed_file_is_looked_at_at_once(at_work: AtWork) -> None:
+def test_dataset_closed_file_is_inspected_at_once(at_work: AtWork) -> None:
     """A close after writing sets the time from which it must hold still, and cannot wait for the look that is due."""
     path = at_work.root / "Images" / "a.png"
     path.write_bytes(b"an image")
@@ -114,7 +111,7 @@ def test_dataset_closed_file_is_looked_at_at_once(at_work: AtWork) -> None:
     assert at_work.looks_for(FileEvent(os.fspath(path), closed=True)) == 1
 
 
-def test_dataset_what_rested_in_a_folder_that_is_gone_is_forgotten(at_work: AtWork) -> None:
+def test_dataset_resting_images_of_a_removed_folder_are_forgotten(at_work: AtWork) -> None:
     """By one look at each of them, though a folder that leaves raises one event."""
     hints = folder_of_images(at_work, "album", files=3)
     for hint in hints[1:]:
@@ -126,7 +123,7 @@ def test_dataset_what_rested_in_a_folder_that_is_gone_is_forgotten(at_work: AtWo
     assert len(at_work.dataset.sorter.images) == 0
 
 
-def test_dataset_storm_in_filed_folders_is_a_look_and_a_commit_or_two(at_work: AtWork) -> None:
+def test_dataset_event_storm_in_filed_folders_costs_one_scan(at_work: AtWork) -> None:
     """Three thousand folders that are made in Dataset/ begin one look through it, which is noted once."""
     statements: list[str] = []
     at_work.holding.journal._connection.set_trace_callback(statements.append)
@@ -135,7 +132,7 @@ def test_dataset_storm_in_filed_folders_is_a_look_and_a_commit_or_two(at_work: A
     assert statements.count("COMMIT") < 5
 
 
-def test_dataset_files_that_settle_at_once_are_looked_at_in_slices(at_work: AtWork) -> None:
+def test_dataset_settled_files_are_inspected_in_slices(at_work: AtWork) -> None:
     """A turn looks at no more than a slice of them, and none is left out."""
     at_work.dataset.scans._looks.most = 10
     for hint in folder_of_images(at_work, "album", files=35):
@@ -150,7 +147,7 @@ def test_dataset_files_that_settle_at_once_are_looked_at_in_slices(at_work: AtWo
     assert at_work.dataset.files_looked_at - before == 35
 
 
-def test_dataset_review_is_looked_through_in_slices(at_work: AtWork) -> None:
+def test_dataset_review_is_scanned_in_slices(at_work: AtWork) -> None:
     """Each image costs a question to the journal: a hundred thousand are not asked in one turn."""
     at_work.dataset.scans.review.most = 10
     review = at_work.root / "Review" / "red"
@@ -165,7 +162,7 @@ def test_dataset_review_is_looked_through_in_slices(at_work: AtWork) -> None:
     assert turns >= 3
 
 
-def test_dataset_presence_is_asked_once_for_all_files_that_are_gone(
+def test_dataset_presence_is_checked_once_for_all_missing_files(
     at_work: AtWork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not for each of ten thousand names that a storm of renames leaves behind, and not for names that nobody knows."""
@@ -189,7 +186,7 @@ def test_dataset_presence_is_asked_once_for_all_files_that_are_gone(
     assert len(at_work.dataset.sorter.images) == 0
 
 
-def test_dataset_files_of_a_dataset_that_is_away_are_not_forgotten(at_work: AtWork) -> None:
+def test_dataset_files_of_an_absent_dataset_are_not_forgotten(at_work: AtWork) -> None:
     """Absent is not gone; a file that is back before it was told of is not forgotten either."""
     hints = folder_of_images(at_work, "album", files=3)
     at_work.looks_for(*hints)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.daemon.control import put_back
+from sortd.daemon.control import undo_records
 from sortd.daemon.corrections import Correction, CorrectionScanner
 from sortd.daemon.rejected import LIMITS_FACT, Rejects
 from sortd.errors import JournalError
@@ -686,7 +686,7 @@ class TestLateCompanions:
         assert follow is not None
         moved(filing, follow)
         (image,) = journal.history.moves(Selection(outcome="filed"))
-        ((told, later),) = put_back(filing, journal.history, [image.id], dry_run=False)
+        ((told, later),) = undo_records(filing, journal.history, [image.id], dry_run=False)
         assert ([one.message for one in told], later) == (["", ""], 0)
         assert dataset.tree() == {"Images/a.jpg": b"image", "Images/a.MOV": b"film"}
         assert len(filing.held()) == 2

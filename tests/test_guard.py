@@ -1,4 +1,4 @@
-"""The guard: what is held, what is not, and how it is let go."""
+"""The guard: which batches are held, which pass, and how a hold is released."""
 
 import numpy as np
 import numpy.typing as npt
@@ -92,20 +92,20 @@ def changed() -> Sorter:
     return sorter
 
 
-def test_what_the_references_foretell_moves(changed: Sorter) -> None:
-    """A batch of known images is tried and then all of it moves."""
+def test_guard_predicted_batch_passes(changed: Sorter) -> None:
+    """A batch of known images is checked and then moved completely."""
     told = drop(changed, np.concatenate([near(centre, 15) for centre in range(3)]), 10)
     assert len(told) == 45
     assert all(isinstance(command, Move) for command in told)
 
 
-def test_a_card_of_one_thing_is_no_alarm(changed: Sorter) -> None:
-    """Everything in one class, surely, is what a camera brings home."""
+def test_guard_single_class_batch_passes(changed: Sorter) -> None:
+    """A batch with high confidence in one class, as from a camera, is not held."""
     assert len(drop(changed, near(1, 40), 10)) == 40
 
 
-def test_a_batch_that_nothing_is_known_of_is_held_until_released(changed: Sorter) -> None:
-    """Nothing moves, the reason is said once, and ``release`` lets all of it go."""
+def test_guard_unpredicted_batch_is_held_until_released(changed: Sorter) -> None:
+    """Nothing is moved, the reason is reported once, and a release moves everything."""
     rows = near(3, 40, 0.6)
     told = drop(changed, rows, 10)
     assert [type(command) for command in told] == [Hold]
@@ -117,21 +117,21 @@ def test_a_batch_that_nothing_is_known_of_is_held_until_released(changed: Sorter
     assert len(moved) == 40
 
 
-def test_a_few_images_are_never_held(changed: Sorter) -> None:
-    """Below the number that the guard minds, every image goes its way."""
+def test_guard_small_batch_is_never_held(changed: Sorter) -> None:
+    """A batch below the configured size is not checked."""
     assert len(drop(changed, near(3, 5, 0.6), 10)) == 5
 
 
-def test_the_first_generation_is_not_held() -> None:
-    """Where nothing served before, there is no change to be wary of."""
+def test_guard_first_generation_is_not_held() -> None:
+    """Without an earlier generation there is no change to check."""
     sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20))
     sorter.receive(Tick(), 0)
     sorter.receive(PrototypesBuilt(prototypes(1), job=1), 0)
     assert len(drop(sorter, near(3, 40, 0.6), 10)) == 40
 
 
-def test_a_change_while_stopped_is_a_change() -> None:
-    """The generation that decided last is remembered over a restart."""
+def test_guard_change_while_stopped_is_checked() -> None:
+    """The last trusted generation is known after a restart."""
     sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20), guard=GuardState(1))
     sorter.receive(Tick(), 0)
     sorter.receive(PrototypesBuilt(prototypes(2), job=1), 0)

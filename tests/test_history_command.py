@@ -353,7 +353,7 @@ class TestWhileRunning:
         site, _ = daemon
         ran = run(site, "rebuild", "Other")
         assert ran.code == 65
-        assert "the sortd that runs has no dataset 'Other'" in ran.err
+        assert "the running sortd has no dataset 'Other'" in ran.err
 
 
 def test_rebuild_needs_a_sortd_that_runs(site: Path) -> None:

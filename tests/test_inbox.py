@@ -1,4 +1,4 @@
-"""The inbox: signals and answers wait behind no hint, a path is hinted at once, and what is kept is bounded."""
+"""The inbox: signals and answers wait behind no file event, events of a path are merged, and its size is limited."""
 
 import os
 import signal
@@ -16,8 +16,8 @@ from tests.daemon_process import PATIENCE_SECONDS
 READY = WorkerReady("clip", "a model", 0.1)
 
 
-def test_inbox_signal_waits_behind_no_hint_and_no_answer() -> None:
-    """Whatever was posted before, each kind is taken on its own."""
+def test_inbox_signal_is_taken_before_events_and_answers() -> None:
+    """Each kind of message is taken on its own, whatever was posted before."""
     inbox = Inbox()
     for number in range(1000):
         inbox.put(FileEvent(str(number)))
@@ -25,12 +25,12 @@ def test_inbox_signal_waits_behind_no_hint_and_no_answer() -> None:
     inbox.put_signal(Signalled(signal.SIGTERM))
     inbox.wait(0)
     assert list(inbox.signals()) == [Signalled(signal.SIGTERM)]
-    assert list(inbox.told()) == [READY]
+    assert list(inbox.reported()) == [READY]
     assert len(list(inbox.file_events())) == 1000
 
 
-def test_inbox_hints_of_one_path_are_one() -> None:
-    """Ten thousand renames between two names are two looks; that a writer closed the file is kept."""
+def test_inbox_events_of_one_path_are_merged() -> None:
+    """Ten thousand renames between two names leave two events; a close after writing is kept."""
     inbox = Inbox()
     for _ in range(5000):
         inbox.put(FileEvent("a"))
@@ -45,8 +45,8 @@ def test_inbox_hints_of_one_path_are_one() -> None:
     ]
 
 
-def test_inbox_more_hints_than_are_kept_become_a_loss() -> None:
-    """Memory is bounded, and a scan of everything finds what was dropped; what comes later is hinted at again."""
+def test_inbox_too_many_events_are_replaced_by_one_drop() -> None:
+    """Memory is limited, a scan finds what was dropped, and later events are kept again."""
     inbox = Inbox(most_events=10)
     for number in range(11):
         inbox.put(FileEvent(str(number)))
@@ -58,16 +58,16 @@ def test_inbox_more_hints_than_are_kept_become_a_loss() -> None:
     assert hint.path == "later"
 
 
-def test_inbox_losses_of_one_root_are_one() -> None:
-    """An overflow that is told again and again is one scan."""
+def test_inbox_drops_of_one_root_are_merged() -> None:
+    """A repeated overflow causes one scan."""
     inbox = Inbox()
     for number in range(100):
         inbox.put(EventsDropped("/data", f"overflow {number}", DropReason.OVERFLOWED))
     assert [lost.why for lost in inbox.file_events() if isinstance(lost, EventsDropped)] == ["overflow 99"]
 
 
-def test_inbox_what_was_not_taken_is_there_next_time() -> None:
-    """Whoever stops between two hints or answers waits for nothing before it takes the others."""
+def test_inbox_messages_not_taken_stay() -> None:
+    """An iteration that stops early leaves the rest for the next one, without waiting."""
     inbox = Inbox()
     inbox.put(FileEvent("a"))
     inbox.put(FileEvent("b"))
@@ -76,18 +76,18 @@ def test_inbox_what_was_not_taken_is_there_next_time() -> None:
     assert [hint.path for hint in inbox.file_events() if isinstance(hint, FileEvent)] == ["b"]
     inbox.put(READY)
     inbox.put(READY)
-    next(inbox.told())
+    next(inbox.reported())
     inbox.wait(PATIENCE_SECONDS)
-    assert list(inbox.told()) == [READY]
+    assert list(inbox.reported()) == [READY]
 
 
-def test_inbox_wakes_for_each_kind() -> None:
-    """A loop that sleeps is woken by a hint, a loss, an answer of another thread, and a signal."""
+def test_inbox_any_message_wakes_the_loop() -> None:
+    """A file event, a drop, an answer of another thread and a signal each end the wait."""
     inbox = Inbox()
     for message in (FileEvent("a"), EventsDropped("/data", "why", DropReason.RESTARTED), READY):
         thread = threading.Thread(target=inbox.put, args=(message,))
         thread.start()
-        while not (taken := [*inbox.told(), *inbox.file_events()]):
+        while not (taken := [*inbox.reported(), *inbox.file_events()]):
             inbox.wait(PATIENCE_SECONDS)
         thread.join()
         assert taken == [message]
@@ -98,10 +98,10 @@ def test_inbox_wakes_for_each_kind() -> None:
     assert heard == [Signalled(signal.SIGHUP)]
 
 
-def test_inbox_hints_that_follow_on_others_are_gathered_and_nothing_else_waits(
+def test_inbox_successive_events_are_collected_without_delaying_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In a storm a turn takes what came within a pause; an answer or a signal ends it at once."""
+    """A turn in a storm takes the events of a pause; an answer or a signal ends the pause."""
     monkeypatch.setattr("sortd.daemon.inbox.GATHER_SECONDS", 10 * PATIENCE_SECONDS)
     inbox = Inbox()
     inbox.put(FileEvent("first"))
@@ -117,7 +117,7 @@ def test_inbox_hints_that_follow_on_others_are_gathered_and_nothing_else_waits(
     thread.start()
     inbox.wait(PATIENCE_SECONDS)
     thread.join()
-    assert list(inbox.told()) == [READY]
+    assert list(inbox.reported()) == [READY]
     assert [hint.path for hint in inbox.file_events() if isinstance(hint, FileEvent)] == ["second", "third"]
     for number in range(MANY_EVENTS):
         inbox.put(FileEvent(str(number)))

@@ -96,7 +96,7 @@ def test_folder_scans_wanted_folder_is_scanned_alone(tmp_path: Path) -> None:
     assert not scans.whole.is_under_way
 
 
-def test_folder_scans_deep_tree_hinted_at_each_folder_looks_once_at_each_file(tmp_path: Path) -> None:
+def test_folder_scans_events_of_each_folder_inspect_each_file_once(tmp_path: Path) -> None:
     """Whether the hints come before the first scan or after it; a folder that changed since is listed again."""
     folders = [tmp_path.joinpath(*"abcdefgh"[: depth + 1]) for depth in range(8)]
     for folder in folders:
@@ -115,7 +115,7 @@ def test_folder_scans_deep_tree_hinted_at_each_folder_looks_once_at_each_file(tm
     assert all_below(scans) == ["f.png", "new.png"]
 
 
-def test_folder_scans_wanted_folder_that_is_gone_is_told_and_reported_by_nobody(tmp_path: Path) -> None:
+def test_folder_scans_wanted_folder_that_is_gone_is_noted_without_a_report(tmp_path: Path) -> None:
     """A folder that left, a link and a file in its place: all gone as folders; what came back unchanged is scanned."""
     folder = tmp_path / "album"
     folder.mkdir()
@@ -134,7 +134,7 @@ def test_folder_scans_wanted_folder_that_is_gone_is_told_and_reported_by_nobody(
     assert all_below(scans) == ["a.png"]
 
 
-def test_folder_scans_too_many_wanted_folders_want_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_scans_too_many_wanted_folders_scan_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is remembered is bounded: beyond that the whole folder is to be scanned, as for a hint about itself."""
     monkeypatch.setattr("sortd.watch.scan.MOST_FOLDERS", 3)
     scans = FolderScans(os.fspath(tmp_path), refuse)
@@ -148,7 +148,7 @@ def test_folder_scans_too_many_wanted_folders_want_all(tmp_path: Path, monkeypat
     assert scans.whole.is_wanted_again
 
 
-def test_folder_comparison_tells_what_differs_with_its_last_slice(large: Path) -> None:
+def test_folder_comparison_last_slice_returns_the_difference(large: Path) -> None:
     """Not at the first look, nor for the same files; for another version, a file more and a file less."""
     comparison = FolderComparison(os.fspath(large), refuse, clock=stopped)
     assert looks(comparison) == looks(comparison) == [False, False]
@@ -171,7 +171,7 @@ def test_folder_comparison_sees_a_class_with_the_name_of_an_unfinished_file(tmp_
     assert looks(comparison) == [True]
 
 
-def test_folder_comparison_that_is_under_way_goes_on(large: Path) -> None:
+def test_folder_comparison_under_way_is_not_restarted(large: Path) -> None:
     """Whoever asks again and again does not keep it from its end."""
     comparison = FolderComparison(os.fspath(large), refuse, clock=stopped)
     looks(comparison)

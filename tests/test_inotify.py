@@ -1,4 +1,4 @@
-"""What inotify can and cannot see here is told from /proc, and its limits are named by their settings."""
+"""The limits of inotify on this machine are read from /proc, and the advice names the settings."""
 
 import errno
 import os
@@ -60,20 +60,20 @@ def mountinfo(tmp_path: Path) -> str:
         ("/media/usb/DCIM", None),
     ],
 )
-def test_network_and_shared_file_systems_are_known(mountinfo: str, path: str, kind: str | None) -> None:
-    """Where another machine may write unseen is told by the type of the file system that covers the path."""
+def test_is_blind_network_file_system_is_named(mountinfo: str, path: str, kind: str | None) -> None:
+    """The type of the file system of the path decides whether another machine may write unseen."""
     assert is_blind(path, mountinfo=mountinfo) == kind
 
 
-def test_this_machines_own_disk_is_not_blind(tmp_path: Path) -> None:
-    """The real table can be read, and knows the file system of any path, there or not."""
+def test_is_blind_local_disk_is_none(tmp_path: Path) -> None:
+    """The real mount table is readable and covers any path, existing or not."""
     assert file_system_of(os.fspath(tmp_path / "not" / "there"))
     assert is_blind("/proc") is None
     assert file_system_of("/proc/self") == "proc"
 
 
-def test_limits_are_read_and_may_be_absent(tmp_path: Path) -> None:
-    """A container may hide them."""
+def test_limits_missing_file_is_none(tmp_path: Path) -> None:
+    """A container may hide the limits."""
     assert all(isinstance(value, int) for value in (limits().max_user_watches, limits().max_queued_events))
     assert limits(os.fspath(tmp_path)) == Limits(None, None, None)
 
@@ -82,8 +82,8 @@ def test_limits_are_read_and_may_be_absent(tmp_path: Path) -> None:
     ("number", "setting"),
     [(errno.ENOSPC, "fs.inotify.max_user_watches=524288"), (errno.EMFILE, "fs.inotify.max_user_instances=1024")],
 )
-def test_advice_names_the_setting_and_its_value_now(number: int, setting: str) -> None:
-    """The kernel says "No space left on device", which misleads: ours says which limit, how high, how to raise it."""
+def test_advice_reached_limit_names_setting_and_value(number: int, setting: str) -> None:
+    """The message replaces "No space left on device" by the limit, its value and how to raise it."""
     sentence = advice(OSError(number, os.strerror(number)), granted=Limits(8_192, 128, 16_384))
     assert f"sysctl -w {setting}" in sentence
     assert "= 8192" in sentence or "= 128" in sentence
@@ -91,25 +91,25 @@ def test_advice_names_the_setting_and_its_value_now(number: int, setting: str) -
 
 
 def test_advice_grows_with_the_number_of_folders() -> None:
-    """A million folders need more than the usual advice."""
+    """A million folders need more watches than the default advice."""
     sentence = advice(OSError(errno.ENOSPC, ""), folders=1_000_000, granted=Limits(8_192, 128, 16_384))
     assert "max_user_watches=2000000" in sentence
 
 
-def test_other_errors_speak_for_themselves() -> None:
-    """Where no limit is to blame, none is named."""
+def test_advice_other_error_is_its_message() -> None:
+    """An error without a limit names none."""
     assert advice(PermissionError(errno.EACCES, "Permission denied")) == "Permission denied"
 
 
-def test_nothing_is_claimed_where_inodes_do_not_tell(tmp_path: Path) -> None:
-    """A folder that is not known to be watched itself says nothing about those below."""
+def test_unwatched_unknown_inode_yields_nothing(tmp_path: Path) -> None:
+    """Nothing is yielded below a folder that is not known to be watched."""
     (tmp_path / "a").mkdir()
     assert named(unwatched(os.fspath(tmp_path), frozenset())) == []
     assert named(unwatched(os.fspath(tmp_path), frozenset({tmp_path.stat().st_ino}))) == [os.fspath(tmp_path / "a")]
 
 
-def test_unwatched_a_caller_may_stop_after_each_entry(tmp_path: Path) -> None:
-    """A million files in one folder are a million steps, so that the loop takes as many at a time as it wants."""
+def test_unwatched_stopped_early_reads_no_further(tmp_path: Path) -> None:
+    """A million files in one folder are a million steps, of which the loop takes some at a time."""
     for number in range(50):
         (tmp_path / f"{number}.png").touch()
     (tmp_path / "a").mkdir()
@@ -118,7 +118,7 @@ def test_unwatched_a_caller_may_stop_after_each_entry(tmp_path: Path) -> None:
     assert named(steps) == [os.fspath(tmp_path / "a")]
 
 
-def test_a_closed_descriptor_watches_nothing() -> None:
-    """What vanishes while it is read counts as nothing."""
+def test_watched_inodes_closed_descriptor_is_empty() -> None:
+    """A descriptor that is closed meanwhile has no watches."""
     assert watched_inodes([2**30]) == frozenset()
     assert instances() == frozenset()

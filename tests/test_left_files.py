@@ -9,7 +9,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from sortd.classify.types import DecisionSettings
-from sortd.core.guard import GuardState
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_log import DatasetLog
@@ -43,15 +42,13 @@ class World:
             ask=self.asked.append,
             metrics=Metrics(),
             journal=journal,
-            last_generation=0,
-            guard=GuardState(),
         )
 
     def scan(self) -> None:
         """Carry out a whole scan, and all looks that are due."""
-        self.dataset.begin_scan()
-        while self.dataset.is_scanning:
-            self.dataset.continue_scan()
+        self.dataset.scans.begin()
+        while self.dataset.scans.is_under_way:
+            self.dataset.scans.continue_inbox()
         self.pass_time()
 
     def hint(self, path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from sortd.daemon.dataset_log import DatasetLog
-from sortd.daemon.move_queue import GROUP, Outbox
+from sortd.daemon.move_queue import GROUP, MoveQueue
 from sortd.events import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.metrics import Metrics
 from sortd.moving import copy_queue
@@ -64,13 +64,13 @@ def copies() -> Copies:
 
 
 @pytest.fixture
-def outbox(dataset: Dataset, journal: Journal, copies: Copies) -> Outbox:
+def outbox(dataset: Dataset, journal: Journal, copies: Copies) -> MoveQueue:
     """An outbox whose every move is a copy."""
     filing = Mover(dataset.root, journal, rename=crossing, submit=copies.submit)
-    return Outbox(filing, DatasetLog("Set", Metrics()), history=journal.history, root=dataset.root)
+    return MoveQueue(filing, DatasetLog("Set", Metrics()), history=journal.history, root=dataset.root)
 
 
-def fill(outbox: Outbox, dataset: Dataset, count: int) -> list[Move]:
+def fill(outbox: MoveQueue, dataset: Dataset, count: int) -> list[Move]:
     """Ask for moves, the first of them alone so that it is known that they are copies."""
     moves = [order(dataset.put(f"Images/{number}.jpg", str(number))) for number in range(count)]
     outbox.add(moves[0])
@@ -82,7 +82,7 @@ def fill(outbox: Outbox, dataset: Dataset, count: int) -> list[Move]:
     return moves
 
 
-def test_a_copy_is_told_when_it_has_ended(dataset: Dataset, outbox: Outbox, copies: Copies) -> None:
+def test_a_copy_is_told_when_it_has_ended(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
     """One line each, with how long it took; nothing is due meanwhile, so that the loop can sleep."""
     with capture_logs() as lines:
         fill(outbox, dataset, 2)
@@ -92,7 +92,7 @@ def test_a_copy_is_told_when_it_has_ended(dataset: Dataset, outbox: Outbox, copi
     assert [(line["event"], line["move_ms"] >= 0) for line in lines] == [("image.filed", True)] * 2
 
 
-def test_what_waits_for_a_copy_is_due_when_one_has_ended(dataset: Dataset, outbox: Outbox, copies: Copies) -> None:
+def test_what_waits_for_a_copy_is_due_when_one_has_ended(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
     """So many at a time; the next one is handed over, and all come to their end."""
     fill(outbox, dataset, MOST_HANDED_OVER + 2)
     assert (len(copies.jobs), outbox.is_due) == (MOST_HANDED_OVER, False)
@@ -102,7 +102,9 @@ def test_what_waits_for_a_copy_is_due_when_one_has_ended(dataset: Dataset, outbo
     assert (len(copies.jobs), outbox.is_due) == (MOST_HANDED_OVER, False)
 
 
-def test_a_disk_that_refuses_is_not_asked_for_each_that_waits(dataset: Dataset, outbox: Outbox, copies: Copies) -> None:
+def test_a_disk_that_refuses_is_not_asked_for_each_that_waits(
+    dataset: Dataset, outbox: MoveQueue, copies: Copies
+) -> None:
     """Those go back to the core without a line each; they are asked for again after its pause."""
     fill(outbox, dataset, MOST_HANDED_OVER + 20)
     (dataset.root / "Dataset/cat").rmdir()
@@ -115,7 +117,7 @@ def test_a_disk_that_refuses_is_not_asked_for_each_that_waits(dataset: Dataset, 
     assert not outbox.is_due
 
 
-def test_a_dataset_that_is_not_there_leaves_nothing_due(dataset: Dataset, outbox: Outbox, copies: Copies) -> None:
+def test_a_dataset_that_is_not_there_leaves_nothing_due(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
     """What was gathered and what waits is answered at once: the loop must not spin until the disk is back."""
     fill(outbox, dataset, MOST_HANDED_OVER + 5)
     outbox.end(copies.run(2))
@@ -125,7 +127,7 @@ def test_a_dataset_that_is_not_there_leaves_nothing_due(dataset: Dataset, outbox
     assert not outbox.is_due
 
 
-def test_a_stop_gives_up_what_waits(dataset: Dataset, outbox: Outbox, copies: Copies) -> None:
+def test_a_stop_gives_up_what_waits(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
     """Without a line each; what is under way is told when it was interrupted."""
     fill(outbox, dataset, MOST_HANDED_OVER + 5)
     assert {type(result) for result in outbox.give_up()} == {MoveFailed}
@@ -133,7 +135,7 @@ def test_a_stop_gives_up_what_waits(dataset: Dataset, outbox: Outbox, copies: Co
 
 
 def test_a_version_that_is_asked_for_again_meanwhile_is_answered_twice(
-    dataset: Dataset, outbox: Outbox, copies: Copies
+    dataset: Dataset, outbox: MoveQueue, copies: Copies
 ) -> None:
     """The second time it is said that the first move has not ended; the first one is told in the end."""
     (move,) = fill(outbox, dataset, 1)
@@ -145,7 +147,7 @@ def test_a_version_that_is_asked_for_again_meanwhile_is_answered_twice(
 
 
 def test_a_companion_that_follows_or_cannot_is_unknown_to_the_core(
-    dataset: Dataset, outbox: Outbox, copies: Copies
+    dataset: Dataset, outbox: MoveQueue, copies: Copies
 ) -> None:
     """It never asked for that move: what could not follow is found again by the next scan."""
     fill(outbox, dataset, 1)
@@ -158,7 +160,7 @@ def test_a_companion_that_follows_or_cannot_is_unknown_to_the_core(
     assert sorted(result.path for result in heard if isinstance(result, ImageGone)) == sorted(map(str, films))
 
 
-def test_a_companion_follows_once(dataset: Dataset, outbox: Outbox, copies: Copies) -> None:
+def test_a_companion_follows_once(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
     """It is found when it is looked at, and again when its image's copy ends."""
     fill(outbox, dataset, 2)
     film = dataset.put("Images/1.mov", "a film")
@@ -171,14 +173,14 @@ def test_a_companion_follows_once(dataset: Dataset, outbox: Outbox, copies: Copi
     assert len(copies.jobs) == 1
 
 
-def test_only_what_is_no_image_can_be_a_companion(dataset: Dataset, outbox: Outbox) -> None:
+def test_only_what_is_no_image_can_be_a_companion(dataset: Dataset, outbox: MoveQueue) -> None:
     """A broken image of a companion's name stays an image; a companion that is gone by now is nobody's."""
     path = str(dataset.root / "Images" / "a.mov")
     assert not outbox.follow(Leave(path, Refusal.UNREADABLE, "broken"))
     assert not outbox.follow(Leave(path, Refusal.NOT_AN_IMAGE, "a film"))
 
 
-def test_what_a_recovery_could_not_put_right_is_told(dataset: Dataset, journal: Journal, outbox: Outbox) -> None:
+def test_what_a_recovery_could_not_put_right_is_told(dataset: Dataset, journal: Journal, outbox: MoveQueue) -> None:
     """A source that is gone and a copy that may be torn: its hidden name is in the log; of the others no word."""
     gone, standing = (
         MoveRecord(token * 16, "Images", "Dataset/cat", (MoveFile(Role.IMAGE, name, name, Stamp(1, 2, 3, 4)),))
@@ -280,7 +282,7 @@ def test_the_guesses_about_folders_are_bounded() -> None:
 
 def test_outbox_more_moves_than_a_group_wait_for_the_next_turn(dataset: Dataset, journal: Journal) -> None:
     """A turn of the loop is short, however many images were decided at once; the rest is due, and none is lost."""
-    outbox = Outbox(
+    outbox = MoveQueue(
         Mover(dataset.root, journal), DatasetLog("Set", Metrics()), history=journal.history, root=dataset.root
     )
     for number in range(2 * GROUP + 1):

@@ -1,4 +1,4 @@
-"""The pipeline: every image gets one answer, batches are full where they can be, and no lane keeps another waiting."""
+"""The pipeline: every image is answered once, batches are full if possible, and no queue blocks another."""
 
 import os
 import threading
@@ -66,8 +66,8 @@ def drain(pipeline: Pipeline) -> None:
         pipeline.advance()
 
 
-def test_pipeline_forty_images_get_one_answer_each(pool: DecoderPool, tmp_path: Path) -> None:
-    """No batch has more than ten images."""
+def test_pipeline_each_image_is_answered_once_in_full_batches(pool: DecoderPool, tmp_path: Path) -> None:
+    """Forty images take as few batches as possible, with refusals among them."""
     files = pictures(tmp_path, 40)
     broken = tmp_path / "broken.png"
     broken.write_bytes(Path(files[0][0]).read_bytes()[:60])
@@ -80,8 +80,8 @@ def test_pipeline_forty_images_get_one_answer_each(pool: DecoderPool, tmp_path: 
     assert max(map(len, recording.batches)) <= 10
 
 
-def test_pipeline_single_image_is_encoded_at_once(pool: DecoderPool, tmp_path: Path) -> None:
-    """In the same step as its decoding."""
+def test_pipeline_single_image_is_encoded_without_waiting(pool: DecoderPool, tmp_path: Path) -> None:
+    """It is encoded in the step in which it is decoded."""
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=32)
     (file,) = pictures(tmp_path, 1)
@@ -91,7 +91,7 @@ def test_pipeline_single_image_is_encoded_at_once(pool: DecoderPool, tmp_path: P
 
 
 def test_pipeline_queues_take_turns(pool: DecoderPool, tmp_path: Path) -> None:
-    """A single image overtakes most of a long queue."""
+    """An image in a queue of its own is answered before most of those in a long queue."""
     many, one = pictures(tmp_path / "many", 60), pictures(tmp_path / "one", 1, seed=1)
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=4)
@@ -102,8 +102,8 @@ def test_pipeline_queues_take_turns(pool: DecoderPool, tmp_path: Path) -> None:
     assert [answer.path for answer in recording.answers].index(one[0][0]) < 20
 
 
-def test_pipeline_work_in_progress_is_bounded(pool: DecoderPool, tmp_path: Path) -> None:
-    """At most two batches are open, however many images wait."""
+def test_pipeline_images_under_way_are_limited(pool: DecoderPool, tmp_path: Path) -> None:
+    """At most two batches are decoded, and so open, at a time."""
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=4)
     lane = pipeline.open(recording.answers.extend)
@@ -114,8 +114,8 @@ def test_pipeline_work_in_progress_is_bounded(pool: DecoderPool, tmp_path: Path)
     drain(pipeline)
 
 
-def test_pipeline_decoders_have_work_during_encoding(pool: DecoderPool, tmp_path: Path) -> None:
-    """They get the next images before a forward pass begins."""
+def test_pipeline_processes_decode_during_a_forward(pool: DecoderPool, tmp_path: Path) -> None:
+    """Before a forward begins, the decoders have received the next images."""
     recording = Recording()
     given: list[int] = []
 
@@ -130,8 +130,8 @@ def test_pipeline_decoders_have_work_during_encoding(pool: DecoderPool, tmp_path
     assert given[0] >= 4
 
 
-def test_pipeline_closed_queue_drops_its_images(pool: DecoderPool, tmp_path: Path) -> None:
-    """Its files are closed, and other queues get all their answers."""
+def test_pipeline_closed_queue_leaves_nothing(pool: DecoderPool, tmp_path: Path) -> None:
+    """Its images are dropped, its files are closed, and other queues get all of their answers."""
     dropped, kept = pictures(tmp_path / "a", 30), pictures(tmp_path / "b", 10, seed=1)
     before = len(os.listdir("/proc/self/fd"))
     recording = Recording()
@@ -146,8 +146,8 @@ def test_pipeline_closed_queue_drops_its_images(pool: DecoderPool, tmp_path: Pat
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_pipeline_wake_descriptor_ends_a_wait(pool: DecoderPool, tmp_path: Path) -> None:
-    """Also during a slow decoding."""
+def test_pipeline_wake_descriptor_ends_the_wait(pool: DecoderPool, tmp_path: Path) -> None:
+    """A new job is accepted at once, even while a slow image is decoded."""
     slow = tmp_path / "slow.png"
     Image.fromarray(np.zeros((3000, 3000, 3), np.uint8)).save(slow)
     recording = Recording()
@@ -155,7 +155,7 @@ def test_pipeline_wake_descriptor_ends_a_wait(pool: DecoderPool, tmp_path: Path)
     pipeline.add(pipeline.open(recording.answers.extend), [(str(slow), _stamp(slow))])
     bell = os.eventfd(1)
     try:
-        pipeline.advance(bell=bell)
+        pipeline.advance(wake_descriptor=bell)
         assert recording.answers == []
     finally:
         os.close(bell)
@@ -163,8 +163,8 @@ def test_pipeline_wake_descriptor_ends_a_wait(pool: DecoderPool, tmp_path: Path)
     assert len(recording.answers) == 1
 
 
-def test_embedder_many_references_do_not_block_other_queues(tmp_path: Path) -> None:
-    """An image of another queue gets its answer, and `attend` is called in between."""
+def test_embedder_references_let_other_queues_continue(tmp_path: Path) -> None:
+    """While many files are embedded, an image of another queue is answered, and the callback is called."""
     with DecoderPool(1, SEEN, DecodeLimits()) as decoders, Cache(tmp_path / "cache.sqlite") as cache:
         embedder = Embedder(FakeEncoder(), decoders, cache, batch_size=4)
         others: list[EmbeddedImage | ImageRefused] = []
@@ -179,7 +179,7 @@ def test_embedder_many_references_do_not_block_other_queues(tmp_path: Path) -> N
 
         bell = os.eventfd(0, os.EFD_NONBLOCK)
         try:
-            embedder.attend_with(attend, bell=bell)
+            embedder.on_progress(attend, wake_descriptor=bell)
             files = pictures(tmp_path / "many", 40)
             answers = [(answer.path, len(others)) for answer in embedder.embed(files)]
         finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.daemon.control import put_back
+from sortd.daemon.control import undo_records
 from sortd.daemon.presence import APART_FACT, Presence
 from sortd.layout import Layout
 from sortd.moving.mover import Mover
@@ -99,12 +99,12 @@ def test_nothing_is_put_back_into_a_mount_point(dataset: Dataset, journal: Journ
         assert filing.rehearse_undo(done(journal))[0].restored == f"{dataset.root}/Images/a.jpg"
     identifiers = [record.id for record in done(journal)]
     for is_dry in (True, False):
-        (((told,), later),) = put_back(filing, journal.history, identifiers, dry_run=is_dry)
+        (((told,), later),) = undo_records(filing, journal.history, identifiers, dry_run=is_dry)
         assert (told.restored, later) == (None, 0)
         assert "is the disk mounted" in told.message
     assert Path(filed).exists()
     with disk(dataset.root / "Images"):
-        (((told,), _),) = put_back(filing, journal.history, identifiers, dry_run=False)
+        (((told,), _),) = undo_records(filing, journal.history, identifiers, dry_run=False)
         assert told.restored == f"{dataset.root}/Images/a.jpg"
 
 

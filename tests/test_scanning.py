@@ -80,7 +80,7 @@ def test_why_unfinished_with_a_control_file_beside_names_it(tmp_path: Path, rule
         why = why_left(os.fspath(album / "a.jpg"), os.fspath(tmp_path))
         assert why is not None
         assert why.reason is Reason.UNFINISHED
-        assert f"{rule.program} has not finished it: {control} stands beside it" in why.message
+        assert f"{rule.program} has not finished it: {control} exists" in why.message
         control.unlink()
     assert why_left(os.fspath(album / "a.jpg"), os.fspath(tmp_path)) is None
 
@@ -118,10 +118,10 @@ def test_why_left_says_what_is_in_the_way(tmp_path: Path) -> None:
     assert reason("a.jpg") is reason("real") is reason("gone.jpg") is reason("a.jpg/below") is None
     for name, expected, place in [
         ("link.jpg", Reason.SYMBOLIC_LINK, ""),
-        ("linked/c.jpg", Reason.SYMBOLIC_LINK, f"it lies in {images / 'linked'}: "),
+        ("linked/c.jpg", Reason.SYMBOLIC_LINK, f"it is in {images / 'linked'}: "),
         ("pipe", Reason.SPECIAL_FILE, ""),
         (".hidden", Reason.HIDDEN, "its name begins with a dot"),
-        (".hidden/b.jpg", Reason.HIDDEN, f"it lies in {images / '.hidden'}: "),
+        (".hidden/b.jpg", Reason.HIDDEN, f"it is in {images / '.hidden'}: "),
     ]:
         found = reason(name)
         assert found is not None

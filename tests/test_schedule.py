@@ -1,12 +1,12 @@
-"""Periodic tasks come when their time has come; what events ask for is done at once, and then with pauses between."""
+"""Periodic tasks are due at their times, and throttled tasks at once and then after pauses."""
 
 import math
 
 from sortd.core.schedule import PeriodicTimer, Throttle
 
 
-def test_rounds_come_at_once_and_then_every_so_often() -> None:
-    """Unless one was put off."""
+def test_periodic_timer_is_due_at_once_and_then_periodically() -> None:
+    """A task that was put off is due later."""
     timer = PeriodicTimer()
     assert timer.next_deadline() == math.inf
     assert timer.is_due("scan", 10.0, 5.0)
@@ -18,7 +18,7 @@ def test_rounds_come_at_once_and_then_every_so_often() -> None:
 
 
 def test_throttle_first_request_is_due_at_once_and_one_task_serves_all() -> None:
-    """Nothing is due before anybody asked, nor again after what was asked for began."""
+    """Nothing is due before a request, nor again after the task began."""
     throttle = Throttle(1.0)
     assert not throttle.is_due(0.0)
     for _ in range(3000):
@@ -31,7 +31,7 @@ def test_throttle_first_request_is_due_at_once_and_one_task_serves_all() -> None
 
 
 def test_throttle_pauses_longer_after_a_long_task() -> None:
-    """A task that takes ten seconds is not asked for again after one."""
+    """A task that takes ten seconds is not due again after one."""
     throttle = Throttle(1.0)
     throttle.begin(0.0)
     throttle.ask()

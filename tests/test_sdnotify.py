@@ -1,4 +1,4 @@
-"""systemd is told the truth over its socket, and nobody is told anything where there is none."""
+"""The notifications to systemd, and their absence without a socket."""
 
 import os
 import socket
@@ -20,8 +20,8 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[so
         yield listener, address
 
 
-def test_every_message_arrives_as_sd_notify_writes_it(manager: tuple[socket.socket, str]) -> None:
-    """One datagram each, by a path or by an abstract address."""
+def test_notifier_messages_follow_sd_notify(manager: tuple[socket.socket, str]) -> None:
+    """Each message is one datagram, to a path or to an abstract address."""
     listener, address = manager
     notifier = Notifier({"NOTIFY_SOCKET": address})
     assert notifier.ready("3 datasets")
@@ -40,22 +40,22 @@ def test_every_message_arrives_as_sd_notify_writes_it(manager: tuple[socket.sock
     ]
 
 
-def test_a_name_that_is_no_utf8_can_be_told(manager: tuple[socket.socket, str]) -> None:
-    """A status may hold the name of a dataset, which is any bytes."""
+def test_notifier_name_that_is_not_utf8_is_sent(manager: tuple[socket.socket, str]) -> None:
+    """A status may contain the name of a dataset, which can be any bytes."""
     listener, address = manager
     assert Notifier({"NOTIFY_SOCKET": address}).status("caf\udce9")
     assert listener.recv(1000) == rb"STATUS=caf\udce9"
 
 
-def test_without_a_manager_nothing_happens() -> None:
-    """In a terminal every call is harmless."""
+def test_notifier_without_socket_sends_nothing() -> None:
+    """In a terminal every call does nothing."""
     notifier = Notifier({})
     assert not any([notifier.ready(), notifier.status("x"), notifier.watchdog(), notifier.stopping()])
     assert notifier.watchdog_seconds == 0.0
 
 
-def test_a_manager_that_went_away_does_no_harm(tmp_path: Path) -> None:
-    """Nobody listens: the call says so and the daemon goes on; systemd's own time-outs act."""
+def test_notifier_missing_service_manager_is_ignored(tmp_path: Path) -> None:
+    """The call returns False and the daemon continues; the timeouts of systemd apply."""
     assert not Notifier({"NOTIFY_SOCKET": os.fspath(tmp_path / "gone")}).watchdog()
 
 
@@ -69,6 +69,6 @@ def test_a_manager_that_went_away_does_no_harm(tmp_path: Path) -> None:
         ({}, 0.0),
     ],
 )
-def test_the_watchdog_is_fed_where_it_is_meant_for_us(environment: dict[str, str], seconds: float) -> None:
-    """A child must not feed its parent's watchdog: WATCHDOG_PID says whose it is."""
+def test_notifier_watchdog_of_another_process_is_off(environment: dict[str, str], seconds: float) -> None:
+    """A child must not reset the watchdog of its parent, which WATCHDOG_PID names."""
     assert Notifier({"NOTIFY_SOCKET": "/run/n", **environment}, process=77).watchdog_seconds == seconds

@@ -25,7 +25,7 @@ from watchdog.observers.inotify_move_event_grouper import InotifyMoveEventGroupe
 from sortd.watch import inotify
 from sortd.watch.observer import FileEvent, Place, RootObserver, places_of_dataset
 from sortd.watch.scan import scan
-from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, Mode, Watcher, WatchStatus
+from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, Watcher, WatchMode, WatchStatus
 
 PATIENCE = 30.0  # a machine under load is slow, and what does not come never comes
 
@@ -110,7 +110,7 @@ def make(root: Path) -> Path:
     return root
 
 
-def mode_of(watcher: Watcher, root: Path) -> Mode:
+def mode_of(watcher: Watcher, root: Path) -> WatchMode:
     """Return how a root is followed."""
     return next(status.mode for status in watcher.status() if status.root == os.fspath(root))
 
@@ -416,7 +416,7 @@ def test_the_marker_is_never_made_by_the_watcher(watcher: Watcher, dataset: Path
     for turn in range(4):
         watcher.health(turn * 15.0)
     assert not (dataset / ".sortd").exists()
-    assert mode_of(watcher, dataset) is Mode.EVENTS
+    assert mode_of(watcher, dataset) is WatchMode.EVENTS
 
 
 @pytest.mark.timeout(60)
@@ -426,7 +426,7 @@ def test_health_with_pipe_as_probe_file_waits_for_nobody(watcher: Watcher, datas
     watcher.watch_dataset(dataset)
     for now in (0.0, 20.0, 40.0):
         watcher.health(now)
-    assert mode_of(watcher, dataset) is Mode.EVENTS
+    assert mode_of(watcher, dataset) is WatchMode.EVENTS
 
 
 def test_health_with_linked_marker_makes_nothing_elsewhere(watcher: Watcher, dataset: Path, tmp_path: Path) -> None:
@@ -445,7 +445,7 @@ def test_a_root_that_was_deleted_and_made_anew_is_watched_again(watcher: Watcher
     shutil.rmtree(dataset)
     for turn in range(5):
         watcher.health(turn * 2.0)
-    assert mode_of(watcher, dataset) is Mode.WAITING
+    assert mode_of(watcher, dataset) is WatchMode.WAITING
     assert [lost.reason for lost in heard.losses()] == [DropReason.DEGRADED]
     make(dataset)
     watcher.health(10.0)
@@ -508,7 +508,7 @@ def test_thirty_failed_starts_leak_nothing(watcher: Watcher, heard: Heard, tmp_p
             RootObserver("/nowhere", (Place("/nowhere", recursive=True),), heard)
     assert threading.active_count() == threads
     assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert {mode_of(watcher, tmp_path / "missing"), mode_of(watcher, tmp_path / "file")} == {Mode.WAITING}
+    assert {mode_of(watcher, tmp_path / "missing"), mode_of(watcher, tmp_path / "file")} == {WatchMode.WAITING}
 
 
 def test_close_is_idempotent_and_joins(heard: Heard, dataset: Path) -> None:
@@ -558,7 +558,7 @@ def test_the_effective_mode_is_told(heard: Heard, dataset: Path) -> None:
         status, roots = watcher.status(), watcher.polled()
         watcher.close()
         assert roots == polled
-        assert status[0].mode is (Mode.POLLING if polled else Mode.EVENTS)
+        assert status[0].mode is (WatchMode.POLLING if polled else WatchMode.EVENTS)
         assert bool(status[0].why) is bool(polled)
 
 
@@ -566,7 +566,7 @@ def test_a_local_disk_is_not_polled(watcher: Watcher, dataset: Path) -> None:
     """Polling costs system calls: it is for those who need it."""
     watcher.watch_dataset(dataset)
     assert watcher.polled() == ()
-    assert watcher.status() == (WatchStatus(os.fspath(dataset), Mode.EVENTS),)
+    assert watcher.status() == (WatchStatus(os.fspath(dataset), WatchMode.EVENTS),)
 
 
 def test_a_large_tree_is_not_watched_whole(dataset: Path) -> None:

@@ -12,7 +12,7 @@ from sortd.config import Config
 from sortd.daemon.corrections import corrected_images
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import References, ReferencesAbsentError, ReferenceSettings
-from sortd.daemon.resources import Resources, teaching_of
+from sortd.daemon.resources import Resources, reference_settings_of
 from sortd.daemon.stored_prototypes import keep_evaluated
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, SortdError, StorageError
@@ -95,7 +95,7 @@ def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettin
     Raises:
         JournalError: the journal cannot be read.
     """
-    teaching = teaching_of(config.dataset(layout.name))
+    teaching = reference_settings_of(config.dataset(layout.name))
     file = layout.state_folder(config.state_dir) / JOURNAL_FILE
     if not teaching.learns_from_corrections or not file.is_file():
         return teaching

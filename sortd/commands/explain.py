@@ -15,10 +15,10 @@ from sortd.commands.examination import settings_with_corrections
 from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
 from sortd.commands.promotion import dataset_named, serving_facts
 from sortd.config import Config
-from sortd.daemon.classifiers import Appointed, appointed
+from sortd.daemon.classifiers import ActiveClassifier, select_classifier
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import References, ReferencesAbsentError, class_labels
-from sortd.daemon.resources import Resources, teaching_of
+from sortd.daemon.resources import Resources, reference_settings_of
 from sortd.daemon.stored_prototypes import SETTINGS, changed_since, stored_prototypes
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, UnreadableError
@@ -159,7 +159,7 @@ def _why_left(config: Config, path: Path) -> Why | None:
 class _Sight:
     """An image as the classifiers of its dataset see it."""
 
-    decider: Appointed
+    decider: ActiveClassifier
     prototypes: PrototypeSet
     is_stored: bool
     embedding: FloatArray | None
@@ -167,7 +167,7 @@ class _Sight:
 
 
 def _explanation(config: Config, layout: Layout, sight: _Sight) -> Explanation:
-    abstain = teaching_of(config.dataset(layout.name)).settings.abstain
+    abstain = reference_settings_of(config.dataset(layout.name)).settings.abstain
     classifier = sight.decider.classifier(abstain, generation=sight.prototypes.generation)
     if classifier is None:
         assert sight.embedding is not None
@@ -195,7 +195,7 @@ def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:
     if prototypes is None or not file.is_file():
         return None
     wanted = config.dataset(layout.name).classifier
-    decider = appointed(layout, config.state_dir, wanted, _labels(layout, prototypes))
+    decider = select_classifier(layout, config.state_dir, wanted, _labels(layout, prototypes))
     with Cache(file, report=lambda _: None) as cache:
         embedding = cache.embeddings({content}, prototypes.encoder_id).get(content)
         logits = cache.embeddings({content}, decider.model_id).get(content)
@@ -211,7 +211,7 @@ def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_en
         embedder, _, _ = site.load()
         embedding = _row(embedder, image)
         prototypes, wanted = _deciding(config, layout), config.dataset(layout.name).classifier
-        decider = site.classifiers.choose(layout, wanted, _labels(layout, prototypes))
+        decider = site.classifiers.select(layout, wanted, _labels(layout, prototypes))
         logits = None if decider.facts is None else _row(site.classifiers.loaded[decider.model_id], image)
         if prototypes is not None and prototypes.encoder_id == embedder.encoder.encoder_id:
             return _Sight(decider, prototypes, is_stored=True, embedding=embedding, logits=logits)

@@ -11,7 +11,7 @@ from typing import Any
 from sortd.commands.console import counted, load_config, print_json, print_line, printable, say
 from sortd.commands.journals import JournalPlace, dataset_at, journals, narrowed
 from sortd.config import Config
-from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, put_back, put_back_facts, release_reply
+from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, release_reply, undo_facts, undo_records
 from sortd.daemon.dataset_lock import hold, look_at
 from sortd.errors import DataError, SortdError
 from sortd.layout import Layout, find_datasets
@@ -95,8 +95,8 @@ def _undo_here(config: Config, chosen: Chosen, *, dry_run: bool) -> Mapping[str,
         layout = Layout(place.root)
         with look_at(layout, config.state_dir) if dry_run else hold(layout, config.state_dir) as holding:
             identifiers = [record.id for record in records]
-            for told, _ in put_back(holding.filing, holding.journal.history, identifiers, dry_run=dry_run):
-                undone += [put_back_facts(place.dataset, layout, one) for one in told]
+            for told, _ in undo_records(holding.filing, holding.journal.history, identifiers, dry_run=dry_run):
+                undone += [undo_facts(place.dataset, layout, one) for one in told]
             recovered += len(holding.recovered)
     return {"undone": undone, "later": 0, "recovered": recovered}
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from sortd.config import Config
-from sortd.daemon.classifiers import appointed, unfit
+from sortd.daemon.classifiers import select_classifier, unfit
 from sortd.daemon.control import AnsweredError, ask
 from sortd.daemon.references import ReferencesAbsentError, class_labels
-from sortd.daemon.resources import teaching_of
+from sortd.daemon.resources import reference_settings_of
 from sortd.encoder import finetuned
 from sortd.encoder.finetuned import FinetunedFacts, finetuning_results, read_facts
 from sortd.errors import DataError, LayoutError, ModelError, StartupError
@@ -111,8 +111,8 @@ def serving_facts(config: Config, layout: Layout) -> dict[str, Any]:
         labels = class_labels(layout.area(Area.CLASES))
     except (ModelError, ReferencesAbsentError) as error:
         return {**facts, "refusal": str(error)}
-    found = appointed(layout, config.state_dir, own.classifier, labels)
-    classifier = found.classifier(teaching_of(own).settings.abstain, generation=0)
+    found = select_classifier(layout, config.state_dir, own.classifier, labels)
+    classifier = found.classifier(reference_settings_of(own).settings.abstain, generation=0)
     if classifier is not None:
         calibration = classifier.calibration
         facts["deciding"] = "finetuned"

@@ -1,7 +1,7 @@
-"""The guard: after a change of prototypes, a large batch is decided on trial before any of it moves.
+"""The guard: after a change of prototypes, the decisions for a large first batch are checked before any image moves.
 
-Nothing moves until somebody looks where there are far more abstentions than the references foretell, or nearly
-everything goes to one class with low confidence.
+The dataset is held if far more images are abstained from than the references predict, or if nearly all images are
+assigned to one class with low confidence.
 """
 
 from collections import Counter
@@ -11,52 +11,50 @@ from dataclasses import dataclass, replace
 from sortd.classify.prototypes import Classifier
 from sortd.classify.types import Assigned, Decision
 
-MORE_ABSTENTIONS = 0.5  # of all images than expected are too many; some strangers are no sign
-ONE_CLASS = 0.9  # share of the assigned in one class from which their confidence is looked at
-LESS_CONFIDENCE = 0.25  # than the accuracy among the references, on the mean, is unsure
-LESS_AFTER_A_HOLD = 10  # times fewer images are a large batch for the generation that follows one which was held
+MORE_ABSTENTIONS = 0.5  # the share of abstentions may exceed the expected one by this much
+ONE_CLASS = 0.9  # from this share of assigned images in one class on, their confidence is checked
+LESS_CONFIDENCE = 0.25  # the mean confidence may be this far below the accuracy among the references
+SMALLER_AFTER_HOLD = 10  # after a hold, a batch of this many times fewer images is large
 
 
 @dataclass(frozen=True, slots=True)
 class GuardState:
-    """What must be known of the guard after a restart, however the run before it ended."""
+    """What the guard writes to the journal, and so knows after a restart."""
 
-    trusted: int = 0
-    """The last generation that decided without being held: the first one, one whose trial is over, or one released."""
-    held: int = 0  # a generation that was held and not released since; 0: none
-    reason: str = ""
-    """Why nothing moves, in a sentence; empty where another generation than the one that was held is to be tried."""
+    trusted: int = 0  # the last generation that was the first one, passed its trial or was released
+    held: int = 0  # the generation that is held; 0: none
+    reason: str = ""  # of the hold, in a sentence; empty once another generation is to be checked
 
     def released(self) -> "GuardState":
-        """Return the state after somebody has looked: what was held is let go; else nothing changes."""
+        """Return the state after a release by the operator: the held generation is trusted."""
         return GuardState(self.held) if self.reason else self
 
 
 class Guard:
-    """Watches over the first large batch of each generation; with ``images=0`` over none.
+    """Checks the first large batch of each generation; with ``images=0`` it checks none.
 
-    A hold is about one generation: it lasts until it is released, and another generation has a trial of its own, for
-    which fewer images are enough then.
+    A hold concerns one generation and lasts until it is released. Another generation is checked in turn, on a smaller
+    batch.
     """
 
     def __init__(self, images: int, state: GuardState) -> None:
-        """Begin where the last run ended."""
-        self.state = state  # what is to be written down as soon as it changes
+        """Start in ``state``, which the caller writes down whenever it changes; a batch is large from ``images`` on."""
+        self.state = state
         self._images = images
         self._classifier: Classifier | None = None
         self._trial: list[Decision] = []
 
     @property
     def reason(self) -> str | None:
-        """Why nothing may move, in a sentence; None while nothing is wrong."""
+        """Why nothing may move, in a sentence; None without a hold."""
         return self.state.reason or None
 
     def configure(self, images: int) -> None:
-        """Take over how many images are a large batch, for the trials from now on; a hold stays."""
+        """Change the size of a large batch for later trials; a hold stays."""
         self._images = images
 
     def serve(self, classifier: Classifier) -> None:
-        """Take over what decides from now on; a new generation is looked at, the first one is not."""
+        """Note the classifier that decides from now on: a new generation is checked, the first one is trusted."""
         generation, state = classifier.generation, self.state
         if self._classifier is None or generation != self._classifier.generation:
             self._trial = []
@@ -66,17 +64,17 @@ class Guard:
         elif not state.trusted:
             self.state = replace(state, trusted=generation)
 
-    def wants(self, waiting: int) -> bool:
-        """Tell whether decisions are to be tried before they count, with so many images waiting."""
+    def is_active(self, waiting: int) -> bool:
+        """Return whether decisions must be checked first, with ``waiting`` images in the backlog."""
         if self._classifier is None or self._classifier.generation == self.state.trusted or not self._images:
             return False
-        enough = self._images // LESS_AFTER_A_HOLD if self.state.held else self._images
+        enough = self._images // SMALLER_AFTER_HOLD if self.state.held else self._images
         return waiting >= enough or bool(self._trial)
 
-    def try_out(self, decisions: Sequence[Decision], *, left: int) -> bool:
-        """Take decisions in; tell whether the trial is over, with ``reason`` as its verdict.
+    def observe(self, decisions: Sequence[Decision], *, left: int) -> bool:
+        """Add decisions to the trial and return whether it is over; ``reason`` is then its result.
 
-        With no images ``left`` to be decided the trial ends early.
+        The trial ends early when no images are ``left`` to decide.
         """
         self._trial.extend(decisions)
         if self._classifier is None or (len(self._trial) < self._images and left > 0):
@@ -87,19 +85,19 @@ class Guard:
         return True
 
     def release(self) -> None:
-        """Let everything move that the guard holds: somebody has looked."""
+        """Release the hold."""
         self.state = self.state.released()
 
 
 def verdict(decisions: Sequence[Decision], classifier: Classifier) -> str | None:
-    """Return what is far from what the calibration foretells, as a sentence, or None."""
+    """Return how decisions differ from what the calibration predicts, as a sentence, or None."""
     assigned = [decision for decision in decisions if isinstance(decision, Assigned)]
     abstained = 1 - len(assigned) / max(len(decisions), 1)
     filed = classifier.calibration.filed_expected
     expected = 0.0 if filed is None else 1 - filed
     if abstained - expected > MORE_ABSTENTIONS:
         count = len(decisions)
-        return f"{abstained:.0%} of {count} images would go to review, where the references foretell {expected:.0%}"
+        return f"{abstained:.0%} of {count} images would go to review; the references predict {expected:.0%}"
     accuracy = classifier.calibration.accuracy
     if not assigned or accuracy is None or len(classifier.labels) < 3:  # noqa: PLR2004 -- of two classes one is the larger
         return None
@@ -107,7 +105,7 @@ def verdict(decisions: Sequence[Decision], classifier: Classifier) -> str | None
     confidence = sum(decision.confidence for decision in assigned) / len(assigned)
     if count / len(assigned) >= ONE_CLASS and accuracy - confidence > LESS_CONFIDENCE:
         return (
-            f"{count / len(assigned):.0%} of {len(assigned)} images would go to {label!r}, and unsurely"
-            f" (confidence {confidence:.0%}, where the references are told apart {accuracy:.0%} of the time)"
+            f"{count / len(assigned):.0%} of {len(assigned)} images would go to {label!r} with low confidence"
+            f" (mean {confidence:.0%}; the accuracy among the references is {accuracy:.0%})"
         )
     return None

@@ -1,8 +1,8 @@
-"""The core of one dataset: events in, commands out; it knows no file, clock, thread, log or model.
+"""The core of one dataset: events in, commands out, without files, clocks, threads, logs or models.
 
-``receive(event, now)`` takes one fact and returns what shall be done about it; ``next_deadline()`` says how long the
-caller may sleep before it owes a ``Tick``. Embed ahead, decide late: while a rebuild is due or running, images are
-embedded but none is moved, so that every decision is made by the prototypes that the folder now shows.
+``receive(event, now)`` takes one event and returns commands; ``next_deadline()`` returns by when the caller owes a
+``Tick``. While a rebuild is due or running, images are embedded but not moved, so that each decision is made by the
+prototypes of the current references.
 """
 
 from collections.abc import Sequence
@@ -22,27 +22,26 @@ from sortd.core.state import Image, Images, State
 
 @dataclass(frozen=True, slots=True)
 class SorterSettings:
-    """How images wait; what differs between datasets in how they are decided is in the prototypes."""
+    """The settings of the backlog; those of decisions are part of the prototypes."""
 
     settle_seconds: float = 1.0
-    batch_size: int = 16
-    """Images that are asked for at once: half of what goes through the model, so that the newest never wait long."""
-    batches_in_flight: int = 3  # one that is encoded, one that is decoded meanwhile, and one on its way back
+    batch_size: int = 16  # images per request: half of a forward, so that the newest do not wait long
+    batches_in_flight: int = 3  # one encoded, one decoded meanwhile, one being delivered
     backlog_limit: int = 100_000
     set_rejected_aside: bool = True
     guard_images: int = 200
 
 
-NO_GUESS = "_none"  # the folder in Review/ for images that not even a guess is made about
+NO_GUESS = "_none"  # the folder in Review/ for images without a best guess
 
 SET_ASIDE = frozenset({events.Refusal.UNREADABLE, events.Refusal.TOO_LARGE, events.Refusal.POISON})
-"""Refusals of images that are complete and will not get better by themselves: they go to Rejected/."""
+"""Refusals of complete files; these images go to Rejected/."""
 
 
 def order_for(
     image: events.EmbeddedImage, decision: Decision, classifier: Classifier, *, settle_seconds: float
 ) -> events.Move:
-    """Return the move to Dataset/<class> or Review/<best guess> that a decision means."""
+    """Return the move to Dataset/<class> or Review/<best guess> for a decision."""
     match decision:
         case Assigned(label=label):
             folder, outcome, reason = f"Dataset/{label}", events.Outcome.FILED, ""
@@ -63,7 +62,7 @@ def order_for(
 
 
 def order_aside(refused: events.ImageRefused, *, settle_seconds: float) -> events.Move:
-    """Return the move to Rejected/ of an image that will not get better by itself."""
+    """Return the move to Rejected/ for an image that cannot be decoded."""
     return events.Move(
         path=refused.path,
         stamp=refused.stamp,
@@ -79,36 +78,36 @@ def _milliseconds(**seconds: float) -> dict[str, float]:
 
 
 ROOM_FOR_A_SCAN = 1 / 8
-"""What did not fit is looked for when no more than this share of ``backlog_limit`` waits: a scan takes time, too."""
+"""The share of ``backlog_limit`` down to which the backlog must shrink before a scan for what did not fit."""
 
-MOST_LOOKS = 10_000  # settling images that one ``Tick`` asks to be looked at; the next ones are due at once
+MOST_LOOKS = 10_000  # settling images that one ``Tick`` inspects, at most
 
 
 class Sorter:
     """The sans-IO core of one dataset."""
 
     def __init__(self, settings: SorterSettings, *, guard: GuardState | None = None) -> None:
-        """Begin without prototypes, with a rebuild due at once, and the guard as the last run left it."""
+        """Start without prototypes, with a rebuild due, and with the guard in the state of the last run."""
         self._settings = settings
         self.images = Images(settle_seconds=settings.settle_seconds, limit=settings.backlog_limit)
         self.prototypes: PrototypeSet | None = None
         self.finetuned: FinetunedClassifier | None = None
         self.references_absent = False
         self._rebuilds = RebuildSchedule()
-        self._absent_in = 0  # the rebuild that ran, or had run last, when the dataset was found absent
+        self._absent_in = 0  # the last rebuild that was started before the dataset was found absent
         self._move_pauses = FolderBackoffs()
         self.guard = Guard(settings.guard_images, guard or GuardState())
         self._stopping = False
 
     def next_deadline(self) -> float | None:
-        """Return the time, in seconds of the caller's clock, by which a ``Tick`` is owed; None: no hurry."""
+        """Return the time by which a ``Tick`` is owed; None: no deadline."""
         if self._stopping:
             return None
         times = (self.images.next_deadline, *self._rebuilds.deadlines, self._move_pauses.until)
         return min((time for time in times if time is not None), default=None)
 
     def configure(self, settings: SorterSettings, now: float) -> None:
-        """Take over changed settings; the prototypes are built anew, since their settings may have changed too."""
+        """Apply changed settings, and rebuild the prototypes, whose settings may have changed too."""
         self._settings = settings
         self.images.configure(settle_seconds=settings.settle_seconds, limit=settings.backlog_limit)
         self.guard.configure(settings.guard_images)
@@ -116,36 +115,36 @@ class Sorter:
 
     @property
     def classifier(self) -> Classifier | None:
-        """What decides: the fine-tuned model that was promoted, else the prototypes; None before either is there."""
+        """The classifier that decides: the promoted fine-tuned model, or the prototypes; None before they are built."""
         return self.finetuned or self.prototypes
 
     def looks_soon_at(self, path: str, now: float) -> bool:
-        """Tell whether an image settles and is to be looked at within the settle time, whatever happens to it."""
+        """Return whether a settling image will be inspected within the settle time anyway."""
         return not self._stopping and self.images.is_due_soon(path, now)
 
     @property
     def is_rebuilding(self) -> bool:
-        """Tell whether a rebuild is due or running."""
+        """Whether a rebuild is due or running."""
         return self._rebuilds.is_pending
 
     @property
     def is_drained(self) -> bool:
-        """Tell whether nothing is left to do until something else happens: a writer closing its file, say."""
+        """Whether nothing is left to do until another event arrives, such as the close of a file."""
         return not (self.is_rebuilding or self.images.waiting > self.images.busy + self.refused_by_disks)
 
     @property
     def refused_by_disks(self) -> int:
-        """Count the images that are decided and wait for a folder that refuses again and again: a full disk, say."""
+        """The number of decided images whose folders have failed repeatedly, for example because a disk is full."""
         return self.images.counts[State.EMBEDDED] if self._may_decide and self._move_pauses.are_lasting else 0
 
     @property
     def is_stopped(self) -> bool:
-        """Tell whether, after ``StopRequested``, no move is under way any more."""
+        """Whether, after ``StopRequested``, all moves have ended."""
         return self._stopping and not self.images.counts[State.MOVING]
 
     @property
     def may_move(self) -> bool:
-        """Tell whether an answered image would move now, wherever to."""
+        """Whether an embedded image would be moved now, into any folder."""
         return self._may_decide and self._move_pauses.until is None
 
     @property
@@ -158,10 +157,8 @@ class Sorter:
             and not self._stopping
         )
 
-    # ------------------------------------------------------------ events in, commands out
-
     def receive(self, event: events.Event, now: float) -> list[events.Command]:
-        """Take in one fact; return what shall be done, in order."""
+        """Process one event and return the commands that follow, in order."""
         commands = self._take(event, now)
         if not self._stopping:
             self._try_places()
@@ -261,12 +258,10 @@ class Sorter:
             self.images.resume()
 
     def _try_places(self) -> None:
-        """Let one image try each folder whose pause is over: if it moves, those that wait for the folder follow."""
+        """Let one image try each folder whose delay is over; if it is moved, the others follow."""
         for place in self.images.places:
             if self._may_decide and not self._move_pauses.holds(place):
                 self.images.try_place(place)
-
-    # ------------------------------------------------------------ the way of one image
 
     def _embed(self) -> list[events.Command]:
         commands: list[events.Command] = []
@@ -287,23 +282,23 @@ class Sorter:
         if classifier is None or not self._may_decide or classifier.encoder_id != event.encoder_id:
             for _, image in known:
                 self.images.embedded(image)
-            self._resume()  # rows of an encoder that another has taken over from since: embedded again by that one
+            self._resume()  # rows of a replaced encoder are embedded again by the current one
             return []
         decisions = decide_by(classifier, np.stack([answer.embedding for answer, _ in known]))
-        if self.guard.wants(self.images.waiting):
-            return self._try_out([image for _, image in known], decisions)
+        if self.guard.is_active(self.images.waiting):
+            return self._observe([image for _, image in known], decisions)
         moves = [
             self._decided(answer, image, decision, classifier)
             for (answer, image), decision in zip(known, decisions, strict=True)
         ]
         return [move for move in moves if move is not None]
 
-    def _try_out(self, images: Sequence[Image], decisions: Sequence[Decision]) -> list[events.Command]:
-        """Decide without moving; when the trial is over all of it is decided again, from cached embeddings."""
+    def _observe(self, images: Sequence[Image], decisions: Sequence[Decision]) -> list[events.Command]:
+        """Check decisions without moving; after the trial the images are decided again, from cached embeddings."""
         for image in images:
             self.images.embedded(image)
         waits = self.images.counts[State.EMBEDDED] + self.images.busy
-        if not self.guard.try_out(decisions, left=self.images.waiting - waits):
+        if not self.guard.observe(decisions, left=self.images.waiting - waits):
             return []
         self._resume()
         return [events.Hold(self.guard.reason)] if self.guard.reason is not None else []
@@ -315,10 +310,10 @@ class Sorter:
             self.images.abstain_again(image, generation=classifier.generation)
             return None
         image.generation = classifier.generation
-        return self._ordered(image, order_for(answer, decision, classifier, settle_seconds=image.settle_seconds))
+        return self._move_or_wait(image, order_for(answer, decision, classifier, settle_seconds=image.settle_seconds))
 
-    def _ordered(self, image: Image, move: events.Move) -> events.Move | None:
-        """Let an image move, unless one of its folders refuses for now: then it waits, and keeps no other waiting."""
+    def _move_or_wait(self, image: Image, move: events.Move) -> events.Move | None:
+        """Mark an image as moving, or let it wait if the delay of its source or destination folder is running."""
         places = (move.folder, _folder_of(image.path))
         if refusing := [place for place in places if self._move_pauses.holds(place)]:
             self.images.embedded(image, refusing[0])
@@ -337,20 +332,17 @@ class Sorter:
             case events.Refusal.CHANGED:
                 self.images.settle_again(image, now)
                 return [events.Inspect(event.path)]
-            case refusal if refusal in SET_ASIDE and self._is_set_aside(image):
+            case refusal if refusal in SET_ASIDE and self._settings.set_rejected_aside and not image.is_put_away:
                 return self._set_aside(event, image)
             case refusal:
                 is_news = self.images.refuse(image, refusal, event.message)
                 return [events.Leave(event.path, refusal, event.message, event.stamp)] if is_news else []
 
-    def _is_set_aside(self, image: Image) -> bool:
-        return self._settings.set_rejected_aside and not (image.in_review or image.is_aside)
-
     def _set_aside(self, event: events.ImageRefused, image: Image) -> list[events.Command]:
         if self.references_absent or self._stopping:
             self.images.embedded(image)
             return []
-        move = self._ordered(image, order_aside(event, settle_seconds=image.settle_seconds))
+        move = self._move_or_wait(image, order_aside(event, settle_seconds=image.settle_seconds))
         return [move] if move else []
 
     def _moved(self, event: events.Moved, now: float) -> None:
@@ -364,7 +356,7 @@ class Sorter:
             self._rest_in_review(event.destination, event.moved_stamp, now, image.generation)
 
     def _rest_in_review(self, path: str, stamp: events.Stamp, now: float, generation: int) -> None:
-        """Remember an image in Review/; one that an older generation could not decide is decided again at once."""
+        """Add an image of Review/; if an older generation could not decide it, it is decided again."""
         self.images.rest_in_review(path, stamp, now, generation=generation)
         if self.classifier is not None:
             self.images.reconsider_one(path, self.classifier.generation)
@@ -389,5 +381,5 @@ class Sorter:
 
 
 def _folder_of(path: str) -> str:
-    """Return the folder in which an image lies: an absolute path, which no folder of a move is."""
+    """Return the source folder of an image; it is absolute, so it cannot equal a destination folder."""
     return path.rpartition("/")[0]

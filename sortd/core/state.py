@@ -2,9 +2,8 @@
 
     SETTLING -> READY -> ENCODING -> EMBEDDED -> MOVING -> gone | REVIEWED;   any but MOVING -> REFUSED | HELD | gone
 
-MOVING is ended by ``moved`` or ``move_failed`` alone: such an image is kept apart from the paths, and what is seen
-under its path meanwhile is another version. ``answered`` drops an answer about another stamp than the known one.
-Times are seconds of a monotonic clock, handed in.
+Only ``moved`` and ``move_failed`` end MOVING: a moving image is not looked up by its path, and a file seen under that
+path meanwhile is another version. Times are seconds of a monotonic clock.
 """
 
 import heapq
@@ -12,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain
+from itertools import accumulate, chain
 
 from sortd.core.schedule import doubled_seconds
 from sortd.events import ImageSeen, Refusal, Stamp, Writer
@@ -21,20 +20,20 @@ from sortd.events import ImageSeen, Refusal, Stamp, Writer
 class State(StrEnum):
     """What an image waits for; the value is the name in ``sortd status``."""
 
-    SETTLING = "settling"  # to hold still
-    READY = "ready"  # for the encoder
-    ENCODING = "encoding"  # for the worker's answer
-    EMBEDDED = "embedded"  # answered, and may not move yet
+    SETTLING = "settling"  # for the file to stop changing
+    READY = "ready"  # for a place in a batch
+    ENCODING = "encoding"  # for the worker
+    EMBEDDED = "embedded"  # for a decision, which may have to wait
     MOVING = "moving"  # for the end of its move
     REVIEWED = "abstained"  # in Review/, for another generation
     REFUSED = "refused"  # for another version
-    HELD = "held"  # undone: for another version or a release
+    HELD = "held"  # undone by the operator: for another version or a release
 
 
 RESTING = frozenset({State.REVIEWED, State.REFUSED, State.HELD})
-"""States that an image leaves only when something else happens: they are no work."""
+"""States that an image leaves only by an event; these images do not count as backlog."""
 
-_ON_THE_WAY = frozenset({State.READY, State.ENCODING, State.MOVING})  # to be moved soon
+_ON_THE_WAY = frozenset({State.READY, State.ENCODING, State.MOVING})
 
 TRANSITIONS: dict[tuple[State, str], State] = {
     (state, change): after
@@ -50,25 +49,23 @@ TRANSITIONS: dict[tuple[State, str], State] = {
     )
     for state in before
 }
-"""By state and change: the next state. Any other change of state is an error."""
+"""The next state by state and change; any other change is an error."""
 
 LEASELESS_QUIET_SECONDS = 5.0
-"""How long a file must hold still where no lease tells whether a writer has it open (as in Syncthing and paperless);
-a close after writing makes the ordinary settle time enough."""
+"""The settle time of files that cannot be leased and were not closed after writing (as in Syncthing and paperless)."""
 
-BUSY_RECHECK_SECONDS = 30.0  # between two looks at a file that a writer keeps open without writing, at most
-SETBACK_SECONDS = (1.0, 300.0)  # first and longest wait of a version that settled and could not be taken
+BUSY_RECHECK_SECONDS = 30.0  # between two inspections of a file that a writer keeps open, at most
+SETBACK_SECONDS = (1.0, 300.0)  # first and longest delay of a version that settled and then could not be read or moved
 
 _NOT_YET = frozenset({Writer.PRESENT, Writer.UNFINISHED})
 
-STALE_TICKETS = 1000  # of the queue may be obsolete, beside as many as are valid
-MOST_REFUSALS = 1_000_000
-"""Numbers that ``Refusals`` keeps: some 70 MB. Beyond, all are forgotten, and those files are looked into once more."""
+STALE_TICKETS = 1000  # obsolete entries of the queue, beyond as many as there are valid ones, at which it is rebuilt
+MOST_REFUSALS = 1_000_000  # some 70 MB
 
 
 @dataclass(slots=True, eq=False)
 class Image:
-    """One image: its known version, its state, and the times that its log line will want."""
+    """One image: its version, its state, and the times for its log line."""
 
     path: str
     stamp: Stamp
@@ -79,41 +76,46 @@ class Image:
     recheck_at: float = 0.0
     closed: bool = False
     busy: bool = False
-    is_unfinished: bool = False  # a file beside it said so when it was last asked for
+    is_unfinished: bool = False  # by a control file, at the last inspection
     heap_at: float | None = None
     ticket: int = 0
     generation: int = 0
     in_review: bool = False
-    is_aside: bool = False  # it stands in Rejected/ already
+    is_aside: bool = False
     refusal: Refusal | None = None  # why it stays where it is
-    told: str = ""  # why this version was refused: said once
-    folder: str = ""  # where it was last to be moved
-    place: str = ""  # the folder, of those that it is moved from and to, that refused and that it waits for
-    is_held: bool = False  # it was held while it moved
+    message: str = ""  # of the refusal
+    folder: str = ""  # the destination of its last move
+    place: str = ""  # the source or destination folder that failed and that it waits for
+    is_held: bool = False  # while it was moving
     failures: int = 0
-    setbacks: int = 0  # how often this version settled and could not be taken
+    setbacks: int = 0  # of this version after it had settled
     scan: int = 0
 
     @property
+    def is_put_away(self) -> bool:
+        """Whether it is in Review/ or Rejected/."""
+        return self.in_review or self.is_aside
+
+    @property
     def settle_seconds(self) -> float:
-        """How long it took from its first sight to standing still, in seconds."""
+        """The time from its first event until it was settled."""
         return max(0.0, self.ready_at - self.first_seen)
 
 
 class Refusals:
-    """Versions of files that stay where they are, 64 bits each, for those that no ``Image`` is kept of."""
+    """Versions of files that stay where they are and have no ``Image``, 64 bits each."""
 
     def __init__(self, most: int = MOST_REFUSALS) -> None:
-        """Begin with none."""
+        """Start empty; beyond ``most`` versions all are dropped, and those files are decoded once more."""
         self._most = most
         self._known: set[int] = set()
 
     def has(self, path: str, stamp: Stamp, why: str = "") -> bool:
-        """Tell whether this version was noted."""
+        """Return whether this version was noted."""
         return hash((path, stamp, why)) in self._known
 
     def note(self, path: str, stamp: Stamp, why: str = "") -> bool:
-        """Note a version, with why it was refused where that may change; tell whether it is news."""
+        """Note a version, and ``why`` if that can change; return whether it is new."""
         if self.has(path, stamp, why):
             return False
         if len(self._known) >= self._most:
@@ -123,68 +125,66 @@ class Refusals:
 
 
 class Images:
-    """The images of one dataset, each in one state; bounded by ``limit`` waiting and as many resting of each kind."""
+    """The images of one dataset: at most ``limit`` waiting, and ``limit`` resting of each kind."""
 
     def __init__(self, *, settle_seconds: float, limit: int) -> None:
-        """Begin empty; ``settle_seconds`` is how long a file must hold still."""
+        """Start empty; a file is settled after ``settle_seconds`` without a change."""
         self._images: dict[str, Image] = {}
         self._moving: dict[tuple[str, Stamp], Image] = {}
-        self._embedded: dict[str, dict[str, Image]] = {}  # by the folder that each waits for, then by path
-        self._tries: dict[str, Image] = {}  # by folder: the image that was woken to try it
+        self._embedded: dict[str, dict[str, Image]] = {}  # by ``place``, then by path
+        self._tries: dict[str, Image] = {}  # by place: the image that was queued to try it
         self.counts: dict[State, int] = dict.fromkeys(State, 0)
         self._ready: deque[tuple[str, int]] = deque()
         self._heap: list[tuple[float, str]] = []
         self._refusals = Refusals()
         self._ticket = 0
         self._scans = {False: 0, True: 0}  # of Images/, of Review/
-        self.busy = 0  # settling images that cannot be taken, since a writer has them open, say; maybe for ever
-        self.overflowed = False
-        """Whether the scan under way, or an event since, named more than fits: the rest is asked for in time."""
-        self.is_review_full = False
-        """Whether an image in Review/ is not remembered for want of room: the next scan of it tries again."""
+        self.busy = 0  # settling images that a writer has open, perhaps for ever
+        self.overflowed = False  # images did not fit since the last scan of Images/
+        self.is_review_full = False  # images did not fit since the last scan of Review/
         self.configure(settle_seconds=settle_seconds, limit=limit)
 
     def configure(self, *, settle_seconds: float, limit: int) -> None:
-        """Take over changed settings, for what is seen from now on."""
+        """Apply changed settings."""
         self._settle_seconds, self._limit = settle_seconds, limit
 
     def __len__(self) -> int:
-        """Count the images known."""
+        """Return the number of images."""
         return len(self._images) + len(self._moving)
 
     @property
     def waiting(self) -> int:
-        """Count the images that are work: everything but the resting ones."""
+        """The number of images that are not resting."""
         return len(self) - sum(self.counts[state] for state in RESTING)
 
     def __contains__(self, path: str) -> bool:
-        """Tell whether a version that stands under this path is known."""
+        """Return whether an image is known under this path."""
         return path in self._images
 
     def get(self, path: str) -> Image | None:
-        """Return what is known of the version that stands under a path, if anything."""
+        """Return the image under a path, if any; a moving one is not."""
         return self._images.get(path)
 
     def in_state(self, state: State) -> list[Image]:
-        """List the images in one state."""
+        """Return the images in one state."""
         known = chain(self._images.values(), self._moving.values()) if self.counts[state] else ()
         return [image for image in known if image.state is state]
 
     @property
     def next_deadline(self) -> float | None:
-        """When the next settling image wants to be looked at again."""
+        """When the next settling image is to be inspected."""
         return self._heap[0][0] if self._heap else None
 
     @property
     def has_room_in_review(self) -> bool:
-        """Tell whether one more image of Review/ would be remembered."""
+        """Whether one more image of Review/ can be added."""
         return self.counts[State.REVIEWED] < self._limit
 
     def see(self, seen: ImageSeen, now: float) -> None:
-        """Take in that a version of a file stands there: the one way into SETTLING and on to READY."""
+        """Process a sighting of a file: the only way into SETTLING and on to READY."""
         path, stamp = seen.path, seen.stamp
         if (path, stamp) in self._moving:
-            self.forget(path)  # it is that version, and no other one
+            self.forget(path)  # a sighting of the moving version itself
             return
         image = self._images.get(path)
         if image is None:
@@ -196,9 +196,9 @@ class Images:
             image = self._add(path, stamp, State.SETTLING, now)
             image.first_seen = now if seen.since is None else min(seen.since, now)
         elif image.state is State.HELD and image.stamp.is_same_version(stamp):
-            image.stamp = stamp  # new rights or links, or a hold of an earlier run, which does not tell of them
+            image.stamp = stamp  # permissions or links changed, or the hold is of an earlier run and has no ctime
         elif image.stamp != stamp:
-            image.told, image.setbacks, image.failures = "", 0, 0
+            image.message, image.setbacks, image.failures = "", 0, 0
             self._restart(image, stamp, now)
         image.is_aside |= seen.is_aside
         image.scan = self._scans[image.in_review]
@@ -207,9 +207,9 @@ class Images:
             self._settle(image, now, seen.writer)
 
     def _settle(self, image: Image, now: float, writer: Writer | None) -> None:
-        """Only a look that asked for a writer makes an image ready; all others set when to look."""
+        """Make an image ready if ``writer`` is set and it is settled; else schedule an inspection."""
         if image.is_unfinished and writer not in {None, Writer.UNFINISHED}:
-            image.is_unfinished, image.still_since = False, now  # the last bytes may have come just now
+            image.is_unfinished, image.still_since = False, now  # it was just completed
         quiet = self._settle_seconds
         if writer is Writer.UNKNOWN and not image.closed:
             quiet = max(quiet, LEASELESS_QUIET_SECONDS)
@@ -234,14 +234,14 @@ class Images:
             heapq.heappush(self._heap, (at, image.path))
 
     def is_due_soon(self, path: str, now: float) -> bool:
-        """Tell whether a settling image will be looked at within the settle time anyway."""
+        """Return whether a settling image will be inspected within the settle time anyway."""
         image = self._images.get(path)
         if image is None or image.state is not State.SETTLING or image.heap_at is None:
             return False
         return image.recheck_at <= now + self._settle_seconds
 
     def due(self, now: float) -> Iterator[str]:
-        """Yield the settling images whose time has come: each wants one look, which ``see`` takes in."""
+        """Yield the settling images whose inspection is due."""
         while self._heap and self._heap[0][0] <= now:
             at, path = heapq.heappop(self._heap)
             image = self._images.get(path)
@@ -256,7 +256,7 @@ class Images:
                 self._look_at(image, image.recheck_at)
 
     def rest_in_review(self, path: str, stamp: Stamp, now: float, *, generation: int) -> None:
-        """Take in an image that sortd put into Review/, since that generation could not decide it."""
+        """Add an image of Review/ that this generation could not decide."""
         image = self._images.get(path)
         if image is None:
             if not self.has_room_in_review:
@@ -270,7 +270,7 @@ class Images:
             image.scan = self._scans[True]
 
     def hold(self, path: str, stamp: Stamp, now: float) -> None:
-        """Let this version rest until it changes or is released; one that moves rests if its move fails."""
+        """Hold this version until it changes or is released; a moving one is held if its move fails."""
         if (moving := self._moving.get((path, stamp))) is not None:
             moving.is_held = True
             return
@@ -287,21 +287,21 @@ class Images:
                 self._restart(image, image.stamp, now)
 
     def forget(self, path: str) -> None:
-        """Drop what is known of a path: nothing stands there any more. A move that is under way is awaited."""
+        """Remove the image under a path; a moving one stays until its move ends."""
         if (image := self._images.pop(path, None)) is not None:
             self._leave(image)
 
     def resting_below(self, folders: frozenset[str]) -> list[str]:
-        """List the resting images that were seen in these folders, at any depth."""
+        """Return the paths of resting images at any depth below these folders."""
         return [one.path for one in self._images.values() if one.state in RESTING and _is_below(one.path, folders)]
 
     def lose_sight(self, path: str) -> None:
-        """Drop an image that settles but cannot be looked at: a scan finds it again. Others keep their state."""
+        """Remove an image that is settling and cannot be read: a scan finds it again. Others keep their state."""
         if (image := self._images.get(path)) is not None and image.state is State.SETTLING:
             self.forget(path)
 
     def start_scan(self, *, in_review: bool = False) -> None:
-        """Begin to note which images a scan of Images/, or of Review/, names."""
+        """Start to note which images a scan of Images/, or of Review/, finds."""
         self._scans[in_review] += 1
         if in_review:
             self.is_review_full = False
@@ -309,19 +309,18 @@ class Images:
             self.overflowed = False
 
     def unseen_by_scan(self, *, in_review: bool = False) -> list[str]:
-        """List the resting images that the last scan did not name: each wants a look whether it is still there."""
+        """Return the paths of resting images that the last scan did not find."""
         known = (image for image in self._images.values() if image.in_review == in_review and image.state in RESTING)
         return [image.path for image in known if image.scan < self._scans[in_review]]
 
     def take_batch(self, size: int, *, is_paused: Callable[[str], bool] = lambda _: False) -> list[Image]:
-        """Move up to ``size`` images from READY to ENCODING: newest first, every fourth the oldest.
+        """Move up to ``size`` images from READY to ENCODING: the newest first, but every fourth time the oldest.
 
-        The oldest quarter keeps a long inflow from starving what came first. What was decided already, for a folder
-        that is paused again, waits for it and is not embedded.
+        Images that were decided for a folder whose delay is running wait for it instead.
         """
         batch: list[Image] = []
         while self._ready and len(batch) < size:
-            path, ticket = self._ready.popleft() if len(batch) % 4 == 3 else self._ready.pop()  # noqa: PLR2004 -- every fourth, as said
+            path, ticket = self._ready.popleft() if len(batch) % 4 == 3 else self._ready.pop()  # noqa: PLR2004 -- every fourth
             image = self._images.get(path)
             if image is None or image.ticket != ticket or image.state is not State.READY:
                 continue
@@ -333,55 +332,52 @@ class Images:
         return batch
 
     def answered(self, path: str, stamp: Stamp) -> Image | None:
-        """Return the image that an answer is about, or None for a late answer about another version."""
+        """Return the image that an answer is about; None if its version or its state has changed since."""
         image = self._images.get(path)
         return image if image is not None and image.stamp == stamp and image.state is State.ENCODING else None
 
     def embedded(self, image: Image, place: str = "") -> None:
-        """Note that it was answered, but may not move yet; ``place`` is the folder that refuses, if one does."""
+        """Let an answered image wait, for the folder ``place`` if that one failed."""
         self._go(image, "wait")
         image.place = place
         self._embedded.setdefault(place, {})[image.path] = image
 
     def moving(self, image: Image, folder: str) -> None:
-        """Note that it was decided, and is being moved to ``folder``."""
+        """Mark a decided image as being moved to ``folder``."""
         image.folder = folder
         self._go(image, "move")
         del self._images[image.path]
         self._moving[image.path, image.stamp] = image
 
     def refuse(self, image: Image, refusal: Refusal, message: str) -> bool:
-        """Let it stay where it is until it changes; tell whether this is to be said."""
+        """Let an image stay where it is until it changes; return whether this is to be logged."""
         if self.counts[State.REFUSED] >= self._limit:
             self.forget(image.path)
             return self._refusals.note(image.path, image.stamp, message if refusal is Refusal.DENIED else "")
         self._go(image, "refuse")
-        is_news, image.told, image.refusal = image.told != message, message, refusal
+        is_news, image.message, image.refusal = image.message != message, message, refusal
         return is_news
 
     def retry_denied(self, now: float) -> None:
-        """Let all settle again that could not be read for want of rights: no stamp shows that rights changed."""
+        """Let images settle again that could not be read: no stamp shows that permissions changed."""
         for image in self.in_state(State.REFUSED):
             if image.refusal is Refusal.DENIED:
                 self._restart(image, image.stamp, now)
 
     def abstain_again(self, image: Image, *, generation: int) -> None:
-        """Let an image of Review/ rest that the new generation cannot decide either."""
+        """Let an image of Review/ rest that this generation cannot decide either."""
         image.generation = generation
         self._go(image, "abstain")
 
     def moved(self, path: str, stamp: Stamp) -> Image | None:
-        """Forget an image whose move is done; None where this move was not awaited."""
+        """Remove and return the image whose move has ended; None if no such move is known."""
         image = self._moving.pop((path, stamp), None)
         if image is not None:
             self._leave(image)
         return image
 
     def move_failed(self, path: str, stamp: Stamp) -> Image | None:
-        """Let an image be decided again whose move failed, unless another version stands under its path now.
-
-        Returns None where this move was not awaited.
-        """
+        """Return the image of a failed move, if any; it is decided again unless another version has its path."""
         image = self._moving.pop((path, stamp), None)
         if image is None:
             return None
@@ -397,22 +393,22 @@ class Images:
         return image
 
     def settle_again(self, image: Image, now: float) -> None:
-        """Let this version hold still anew, longer each time."""
+        """Let a version settle again, with growing delays."""
         image.setbacks += 1
         self._restart(image, image.stamp, now)
 
     def resume(self) -> None:
-        """Queue all that wait for no folder: what kept them from moving is over. What failed most often comes last."""
+        """Queue all images that wait for no folder, those with the most failures last."""
         for image in sorted(self._embedded.get("", {}).values(), key=lambda image: -image.failures):
             self._queue(image)
 
     @property
     def places(self) -> list[str]:
-        """List the folders that images wait for."""
+        """The folders that images wait for."""
         return [place for place in self._embedded if place]
 
     def try_place(self, place: str) -> None:
-        """Queue one image that waits for a folder, unless the one woken before is still on its way."""
+        """Queue one image that waits for a folder, unless the last one tried is still on its way."""
         waiting, tried = self._embedded.get(place), self._tries.get(place)
         is_tried = tried is not None and tried.place == place and tried.state in _ON_THE_WAY and self._knows(tried)
         if waiting and not is_tried:
@@ -423,13 +419,13 @@ class Images:
         return self._images.get(image.path) is image or self._moving.get((image.path, image.stamp)) is image
 
     def wake(self, place: str) -> None:
-        """Queue all that wait for a folder: something was moved there."""
+        """Queue all images that wait for a folder: a move to it has succeeded."""
         self._tries.pop(place, None)
         for image in list(self._embedded.get(place, {}).values()):
             self._queue(image)
 
     def reconsider(self, generation: int) -> None:
-        """Queue all that another generation decided, or could not decide."""
+        """Queue all images that another generation decided, or could not decide."""
         for image in list(self._images.values()):
             if image.state is State.EMBEDDED:
                 self.embedded(image)
@@ -450,12 +446,9 @@ class Images:
         return image
 
     def _leave(self, image: Image) -> None:
-        """Take an image that is in no table any more out of the counts."""
+        """Remove an image from the counts."""
         self._note_busy(image, is_busy=False)
         self.counts[image.state] -= 1
-        self._unplace(image)
-
-    def _unplace(self, image: Image) -> None:
         if image.state is State.EMBEDDED:
             waiting = self._embedded[image.place]
             del waiting[image.path]
@@ -483,17 +476,10 @@ class Images:
         image.ticket = self._ticket
         self._go(image, "queue")
         if len(self._ready) > 2 * self.counts[State.READY] + STALE_TICKETS:
-            # A file may go back to settling for months.
             known = self._images
             self._ready = deque((path, t) for path, t in self._ready if path in known and known[path].ticket == t)
         (self._ready.append if newest else self._ready.appendleft)((image.path, image.ticket))
 
 
 def _is_below(path: str, folders: frozenset[str]) -> bool:
-    """Tell whether any folder that a path lies in is one of these."""
-    end = path.rfind("/")
-    while end > 0:
-        if path[:end] in folders:
-            return True
-        end = path.rfind("/", 0, end)
-    return False
+    return not folders.isdisjoint(accumulate(path.split("/")[:-1], "{}/{}".format))

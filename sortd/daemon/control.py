@@ -1,22 +1,22 @@
-"""Control: how ``undo``, ``release`` and ``rebuild`` reach the process that moves files, and what it does and answers.
+"""Control: how ``undo``, ``release`` and ``rebuild`` reach the running daemon, and how it carries them out.
 
-A request is a file in the state directory and a SIGUSR1 to wake the daemon; the answer is a file beside it. The
-directory belongs to the daemon's user and nobody else may write there: whoever can ask could as well move the files.
-Paths are as ``os.fsdecode`` gives them; bytes that are not UTF-8 travel as escapes of lone surrogates.
+A request is a file in the state directory and a SIGUSR1 that wakes the daemon; the answer is a file beside it. Only the
+user of the daemon may write to the directory: whoever can send requests could also move the files. Paths are as
+``os.fsdecode`` returns them; bytes that are not UTF-8 are escaped lone surrogates.
 
     {"do": "undo", "datasets": {name: {"root": path, "records": [id of the journal]}}, "dry_run": bool}
         -> {"undone": [{"dataset", "id", "was", "restored", "message"}], "later": number}
     {"do": "release", "datasets": [name] or null: all, "path": absolute path of a file or a dataset, or null: every one}
         -> {"released": {name: number of held files}, "lifted": {name: why the guard held it}, "still_held": the same};
-           the last two only where there are any
+           the last two only if there are any
     {"do": "rebuild", "datasets": [name] or null: all, "force": bool}
         -> {"rebuilding": [name]}
-    anything else, or what cannot be done
+    anything else, or a failure
         -> {"error": sentence, "exit_code": as in sysexits(3)}
 
-``was`` is where the image stood, ``restored`` where it stands now (null: it was not put back, ``message`` says why);
-``later`` counts those that are being copied back from another file system and end after the answer. Every request
-carries ``expires_at``, seconds since the epoch: after that nobody waits for an answer, and it is not done any more.
+``was`` is the old path of the image, ``restored`` the new one (null: it was not moved, ``message`` says why); ``later``
+counts images that are being copied back from another file system and end after the answer. Every request has
+``expires_at``, seconds since the epoch, after which it is ignored.
 """
 
 import json
@@ -47,63 +47,57 @@ from sortd.status import is_of_its_writer, read_status
 from sortd.store.history import History
 
 FOLDER = "requests"
-ANSWER_SECONDS = 30.0  # that an asker waits, unless it knows that it asks for much
-FORGOTTEN_SECONDS = 600.0  # after which an answer that nobody took is removed
-MOST_LISTED = 10_000  # requests that are remembered of one look at the folder
-MOST_BYTES = 8 << 20  # of a request to undo a million moves
-MOST_TOLD = 200  # characters of what is wrong with a request that are told
+ANSWER_SECONDS = 30.0  # default time to wait for an answer
+FORGOTTEN_SECONDS = 600.0  # until an answer that was not read is removed
+MOST_LISTED = 10_000  # requests taken from one listing of the folder
+MOST_BYTES = 8 << 20  # a request to undo a million moves
+MOST_QUOTED = 200  # characters of an error message in an answer
 
-_NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""What reading a file that is no request raises; numbers, nesting and types are whatever somebody wrote."""
+_INVALID_REQUEST = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""Errors of an invalid request, whose values, nesting and types are arbitrary."""
 
 Request = Mapping[str, Any]
 Reply = Mapping[str, Any]
-Steps = Generator[None, None, Reply]
-"""An answer that takes long: does a step each time it is asked for the next one, and returns the reply in the end."""
-
+Steps = Generator[None, None, Reply]  # the steps of a long request, which return the reply in the end
 Answering = Callable[[Request], Reply | Steps]
-"""Answers a request at once, or returns the steps to an answer that takes long."""
 
 _STOPPED: Reply = {
-    "error": "sortd stops before all of it is done; nothing is half done: ask again",
+    "error": "sortd stopped before the request was completed; no move is incomplete: repeat the request",
     "exit_code": errors.StoppedError.exit_code,
 }
 
 
 class RequestError(ValueError):
-    """A request that makes no sense."""
+    """An invalid request."""
 
 
 class NotRunningError(errors.StartupError):
-    """No sortd runs that could be asked."""
+    """No running sortd can be asked."""
 
     exit_code = 75
 
 
 class Requests:
-    """The daemon's side: takes requests in the order in which they came, one step of one of them a turn.
+    """The server side: processes requests in order, one step of one of them per turn of the loop.
 
-    A file that is no request is answered with what is wrong; what cannot be removed is told once and left alone.
+    An invalid request is answered with an error; a file that cannot be removed is reported once and ignored.
     """
 
     def __init__(
         self, state: Path, *, report: Callable[[OSError], None], clock: Callable[[], float] = time.time
     ) -> None:
-        """Serve the requests in the folder of ``state``.
-
-        ``report`` is told what could not be read, written or removed; ``clock`` tells seconds since the epoch.
-        """
+        """Serve the requests of ``state``; ``report`` receives errors, ``clock`` returns seconds since the epoch."""
         self._path, self._report, self._clock = state / FOLDER, report, clock
         self._left: set[str] = set()  # names that could not be removed
-        self._names: deque[str] = deque()  # found, and not answered yet
+        self._names: deque[str] = deque()  # not answered yet
         self._steps: Generator[None, None, None] | None = None
         self._is_woken = False
 
     def open(self) -> None:
-        """Make the folder, for the daemon's user alone, and forget what was asked of an earlier run.
+        """Create the folder for the user of the daemon only, and remove old requests.
 
         Raises:
-            LayoutError: it cannot be made.
+            LayoutError: The folder cannot be created.
         """
         try:
             self._path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -114,20 +108,20 @@ class Requests:
                     self._remove(name, folder)
         except OSError as error:
             raise errors.LayoutError(
-                f"{self._path} cannot be used: {error.strerror}; mend its rights, or set state_dir"
+                f"{self._path} cannot be used: {error.strerror}; correct its permissions, or set state_dir"
             ) from error
 
     def wake(self) -> None:
-        """Note that somebody asked: ``advance`` is due."""
+        """Note that there may be a new request."""
         self._is_woken = True
 
     @property
     def is_due(self) -> bool:
-        """Tell whether a request is not answered yet, or requests may wait."""
+        """Whether ``advance`` has something to do."""
         return self._is_woken or self._steps is not None or bool(self._names)
 
     def advance(self, answer: Answering) -> None:
-        """Do the next step of the request at hand, or the first of the next one; the last step answers it."""
+        """Do one step of the current request, or of the next one; the last step answers it."""
         try:
             if self._steps is None and not self._names and self._is_woken:
                 with open_folder(self._path) as folder:
@@ -138,16 +132,13 @@ class Requests:
         if self._steps is None and self._names:
             self._steps = self._serve(self._names.popleft(), answer)
         if self._steps is not None:
-            try:
-                next(self._steps)
-            except StopIteration:
-                self._steps = None
-            except BaseException:
-                self._steps = None
-                raise
+            steps, self._steps = self._steps, None
+            with suppress(StopIteration):
+                next(steps)
+                self._steps = steps
 
     def close(self) -> None:
-        """Tell whoever waits that what they asked for is not done, or not to its end."""
+        """Answer all open requests as not done, or not completed."""
         if self._steps is not None:
             self._steps.close()
             self._steps = None
@@ -157,7 +148,7 @@ class Requests:
             self._answer(self._names.popleft(), _STOPPED)
 
     def _look(self, folder: int) -> None:
-        """Find the requests that wait, the oldest first; answers that nobody took are removed."""
+        """Find the open requests, oldest first, and remove old answers."""
         found: list[tuple[int, str]] = []
         forgotten = []
         with os.scandir(folder) as entries:
@@ -181,7 +172,7 @@ class Requests:
         except FileNotFoundError:
             return
         except OSError as error:
-            self._left.add(name)  # a folder, or a disk that is read-only now: nobody is answered twice
+            self._left.add(name)  # a folder or a read-only disk: not answered twice
             error.filename = os.fspath(self._path / name)
             self._report(error)
 
@@ -195,14 +186,14 @@ class Requests:
             answered = answer(request)
             reply = (yield from answered) if isinstance(answered, Generator) else answered
         except FileNotFoundError:
-            return  # whoever asked has given up
+            return  # the request was withdrawn
         except GeneratorExit:
             self._answer(name, _STOPPED)
             raise
         except errors.SortdError as error:
             reply = {"error": str(error), "exit_code": error.exit_code}
-        except _NONSENSE as error:
-            reply = {"error": f"{name} is no request: {str(error)[:MOST_TOLD]}", "exit_code": 65}
+        except _INVALID_REQUEST as error:
+            reply = {"error": f"{name} is not a valid request: {str(error)[:MOST_QUOTED]}", "exit_code": 65}
         except OSError as error:
             self._report(error)
             reply = {"error": f"{error.filename or name}: {error.strerror}; see the log of sortd", "exit_code": 74}
@@ -218,52 +209,42 @@ class Requests:
 
 
 def _read(path: Path, folder: int) -> Request:
-    """Return what a file asks for.
-
-    Raises:
-        FileNotFoundError: it is gone.
-        RequestError: it cannot be read, or is no mapping.
-    """
     try:
         request = json.loads(read_regular(path, limit=MOST_BYTES, folder=folder))
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise RequestError(f"it cannot be read: {error.strerror}") from error
+        raise RequestError(f"cannot be read: {error.strerror}") from error
     if not isinstance(request, dict):
-        raise RequestError("it is no mapping")
+        raise RequestError("not a mapping")
     return request
 
 
 def write_json(path: Path, facts: Mapping[str, Any], folder: int, *, mode: int | None = None) -> None:
-    """Write beside and rename, so that a reader never sees half.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    text = json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace")  # a lone surrogate is escaped
+    """Write a file atomically."""
+    text = json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace")  # escapes lone surrogates
     write_atomic(path, text, folder=folder, mode=mode, durable=False)
 
 
 def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> dict[str, Any] | None:
-    """Ask the running daemon and return its answer; None where none runs.
+    """Send a request to the running daemon and return its answer; None if none is running.
 
     Raises:
-        StartupError: it runs, but does not answer or may not be asked.
-        AnsweredError: it answered that it cannot do that.
+        StartupError: It does not answer, or may not be asked.
+        AnsweredError: It answered with an error.
     """
     status = read_status(state)
     if status is None or not status["alive"]:
         return None
     if not is_of_its_writer(state, status["pid"]):
         raise errors.StartupError(
-            f"{state} names process {status['pid']}, which is another user's; ask that user, or stop it"
+            f"{state} names process {status['pid']}, which belongs to another user; ask that user, or stop it"
         )
     path = state / FOLDER / f"{uuid.uuid4().hex}.request"
     try:
         with open_folder(path.parent) as folder:
             try:
-                # The daemon's user reads it whatever the umask of whoever asks; the folder is closed to all others.
+                # Readable by the user of the daemon, whatever the umask here; others cannot enter the folder.
                 write_json(path, {**request, "expires_at": time.time() + seconds}, folder, mode=0o644)
                 os.kill(status["pid"], signal.SIGUSR1)
                 reply = _await(path.with_suffix(".answer"), folder, status, seconds)
@@ -271,7 +252,7 @@ def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> di
                 with suppress(FileNotFoundError):
                     os.unlink(path.name, dir_fd=folder)
     except ProcessLookupError:
-        return None  # it ended just now
+        return None  # it has just ended
     except PermissionError as error:
         raise errors.StartupError(f"sortd runs as another user ({error}); ask it as that user or as root") from error
     except OSError as error:
@@ -282,10 +263,10 @@ def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> di
 
 
 class AnsweredError(errors.SortdError):
-    """The daemon said no, and why."""
+    """The daemon answered with an error; the exit code is the one it gave."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        """Keep what the daemon would have exited with."""
+        """Keep the exit code."""
         super().__init__(message)
         self.exit_code = exit_code
 
@@ -297,8 +278,8 @@ def _await(answer: Path, folder: int, status: Mapping[str, Any], seconds: float)
             reply: dict[str, Any] = dict(json.loads(read_regular(answer, folder=folder)))
         except FileNotFoundError:
             time.sleep(0.02)
-        except _NONSENSE as error:
-            raise errors.StartupError(f"{answer} is no answer of sortd's: {error}") from error
+        except _INVALID_REQUEST as error:
+            raise errors.StartupError(f"{answer} is not a valid answer: {error}") from error
         else:
             os.unlink(answer.name, dir_fd=folder)
             return reply
@@ -306,24 +287,24 @@ def _await(answer: Path, folder: int, status: Mapping[str, Any], seconds: float)
 
 
 def _age(entry: "os.DirEntry[str]") -> int:
-    """Return when a file was written, in nanoseconds since the epoch; 0 for one that is gone by now."""
+    """Return the mtime of a file in nanoseconds since the epoch; 0 if it is gone."""
     try:
         return entry.stat(follow_symlinks=False).st_mtime_ns
     except OSError:
         return 0
 
 
-LAST_RECORD = (1 << 63) - 1  # SQLite numbers records up to here
-CHUNK = 64  # images that are put back in one turn of the loop: a batch of the journal
+LAST_RECORD = (1 << 63) - 1  # the largest rowid of SQLite
+CHUNK = 64  # moves undone in one turn of the loop: a batch of the journal
 
 
 def answer(datasets: Datasets, request: Request) -> Reply | Steps:
-    """Do what a request asks for, and say what was done; what takes long is returned to be done step by step.
+    """Carry out a request and return the reply, or the steps to it if it takes long.
 
     Raises:
-        RequestError: it asks for nothing that can be done.
-        DataError: it names a dataset or a record that is not there.
-        StorageError: the journal or the disk of a dataset failed, or holds it; the other ones go on.
+        RequestError: The request is invalid.
+        DataError: It names an unknown dataset or record.
+        StorageError: The journal or the disk of a dataset failed, or the dataset is held.
     """
     match request:
         case {"do": "undo", "datasets": dict(wanted), "dry_run": bool(dry_run)}:
@@ -336,106 +317,102 @@ def answer(datasets: Datasets, request: Request) -> Reply | Steps:
                 with datasets.answering(dataset):
                     dataset.rebuild(force=force)
             return {"rebuilding": [dataset.name for dataset in chosen]}
-    raise RequestError(f"nothing is known of {request.get('do')!r:.100} with {', '.join(sorted(request))}")
+    raise RequestError(f"unknown request {request.get('do')!r:.100} with {', '.join(sorted(request))}")
 
 
-def put_back(
-    filing: Mover, history: History, identifiers: Sequence[int], *, dry_run: bool
+def undo_records(
+    mover: Mover, history: History, identifiers: Sequence[int], *, dry_run: bool
 ) -> Iterator[tuple[list[UndoResult], int]]:
-    """Undo the moves of these records, newest first, or say what would be: chunk by chunk, since it can take minutes.
+    """Undo the moves of these records, newest first, or predict the result; in chunks, since it can take minutes.
 
     Yields:
-        What became of a chunk, and how many of it end later.
+        The results of a chunk, and how many of its moves end later.
 
     Raises:
-        DataError: a record is not there; nothing was undone.
-        JournalError: the journal cannot be read or written.
+        DataError: A record does not exist; nothing was undone.
+        JournalError: The journal cannot be read or written.
     """
     if missing := history.missing(identifiers):
         raise errors.DataError(f"the journal has no record {missing[0]}")
     newest_first = sorted(set(identifiers), reverse=True)
     asked_for = set(newest_first)
-    foretold: set[str] = set()
+    predicted: set[str] = set()
     inbox = f"{Area.IMAGES}/"
     for start in range(0, len(newest_first), CHUNK):
         chosen = history.finished(newest_first[start : start + CHUNK])
         late = history.followers([belongs_to(record) for record in chosen])
         if late:
-            # What followed an image from the inbox goes back with it, and stays with one that cannot go back.
-            back = filing.rehearse_undo(chosen, set(foretold))
+            # Companions from the inbox are moved back with their image, and stay if it cannot be moved.
+            back = mover.rehearse_undo(chosen, set(predicted))
             apart = {belongs_to(one.record) for one in back if one.restored is None}
             late = [one for one in late if one.grounds.reason not in apart and one.source_path.startswith(inbox)]
         followers = [one for one in late if one.id not in asked_for]
         records = sorted([*chosen, *followers], key=lambda record: record.id, reverse=True)
-        told = filing.rehearse_undo(records, foretold) if dry_run else filing.undo(records)
-        yield told, len(records) - len(told)
+        results = mover.rehearse_undo(records, predicted) if dry_run else mover.undo(records)
+        yield results, len(records) - len(results)
 
 
-def put_back_facts(dataset: str, layout: Layout, one: UndoResult) -> dict[str, Any]:
-    """Return what became of an undo as plain values."""
+def undo_facts(dataset: str, layout: Layout, one: UndoResult) -> dict[str, Any]:
+    """Return the result of an undo as plain values."""
     was = os.path.join(layout.root, one.record.destination_path)
     return {"dataset": dataset, "id": one.record.id, "was": was, "restored": one.restored, "message": one.message}
 
 
 def _undo(datasets: Datasets, wanted: Mapping[str, Any], *, dry_run: bool) -> Steps:
-    """Undo chunk by chunk; between two of them the loop has its turns, and a dataset may be let go."""
+    """Undo in chunks; between two of them the loop runs, and a dataset may be closed."""
     undone: list[dict[str, Any]] = []
     later = 0
     for name, (root, records) in {name: _wanted(name, one) for name, one in wanted.items()}.items():
         (dataset,) = _chosen(datasets, [name])
         if os.path.realpath(root) != os.path.realpath(dataset.layout.root):
-            raise errors.DataError(f"the sortd that runs works on {dataset.layout.root}, not on {root}")
+            raise errors.DataError(f"the running sortd works on {dataset.layout.root}, not on {root}")
         if (problem := dataset.lock_problem()) is not None and not dry_run:
             raise errors.AlreadyRunningError(problem)
-        chunks = put_back(dataset.filing, dataset.history, records, dry_run=dry_run)
+        chunks = undo_records(dataset.mover, dataset.history, records, dry_run=dry_run)
         while True:
             with datasets.answering(dataset):
                 if (done := next(chunks, None)) is None:
                     break
-                told, waiting = done
+                results, waiting = done
                 if not dry_run:
-                    tell_put_back(dataset, told)
+                    apply_undo_results(dataset, results)
             later += waiting
-            undone += [put_back_facts(name, dataset.layout, one) for one in told]
+            undone += [undo_facts(name, dataset.layout, one) for one in results]
             yield
             if datasets.by_name.get(name) is not dataset:
                 raise errors.DataError(
-                    f"{name} was let go meanwhile: {len(undone)} images were put back before; ask again"
+                    f"{name} was closed meanwhile, after {len(undone)} images were restored; repeat the request"
                 )
     return {"undone": undone, "later": later}
 
 
 def _wanted(name: str, wanted: object) -> tuple[str, list[int]]:
-    """Return the root and the records, each once, of what is to be undone in a dataset.
-
-    Raises:
-        RequestError: there is no root, or what should be a record cannot be one.
-    """
+    """Return the root and the distinct records of an undo in one dataset."""
     match wanted:
         case {"root": str(root), "records": list(records)}:
             odd = [one for one in records if type(one) is not int or not 0 < one <= LAST_RECORD]
             if odd:
-                raise RequestError(f"{odd[0]!r:.100} is no record of {name}")
+                raise RequestError(f"{odd[0]!r:.100} is not a record of {name}")
             return root, list(dict.fromkeys(records))
-    raise RequestError(f"what is to be undone in {name} is not said by root and records")
+    raise RequestError(f"an undo in {name} requires root and records")
 
 
-def tell_put_back(dataset: Dataset, told: Sequence[UndoResult]) -> None:
-    """Tell the core which files are to rest where they are, before a file event makes them work again."""
+def apply_undo_results(dataset: Dataset, results: Sequence[UndoResult]) -> None:
+    """Hold the restored files in the core before a file event arrives for them, and log each result."""
     log = structlog.get_logger().bind(dataset=dataset.name)
-    for one in told:
+    for one in results:
         was = os.path.join(dataset.layout.root, one.record.destination_path)
         if one.restored is None:
             log.warning(MOVE_UNDONE, path=was, destination=None, reason=one.message)
             continue
         dataset.receive(ImageGone(was))
-        if (held := dataset.filing.held_version(one.restored)) is not None:
+        if (held := dataset.mover.held_version(one.restored)) is not None:
             dataset.receive(ImageHeld(one.restored, held))
         log.info(MOVE_UNDONE, path=was, destination=one.restored, reason=one.message)
 
 
 def _release(datasets: Datasets, chosen: Sequence[Dataset], path: str | None) -> Reply:
-    """Let one held file go; or, by its folder, one dataset that the guard holds; or, without a path, all of both."""
+    """Release one held file; or, given its folder, one dataset held by the guard; or, without a path, everything."""
     released: dict[str, int] = {}
     lifted: dict[str, str] = {}
     still_held: dict[str, str] = {}
@@ -445,7 +422,7 @@ def _release(datasets: Datasets, chosen: Sequence[Dataset], path: str | None) ->
         released[dataset.name] = 0
         with datasets.answering(dataset):
             if path is None or is_file:
-                released[dataset.name] = dataset.filing.release(path)
+                released[dataset.name] = dataset.mover.release(path)
                 dataset.receive(Released(path))
             if is_file and (reason := dataset.held_because) is not None:
                 still_held[dataset.name] = reason
@@ -455,7 +432,7 @@ def _release(datasets: Datasets, chosen: Sequence[Dataset], path: str | None) ->
 
 
 def release_reply(released: Mapping[str, int], lifted: Mapping[str, str], still_held: Mapping[str, str]) -> Reply:
-    """Return what a release did: the held files by dataset, and why the guard held, or holds, which datasets."""
+    """Return the reply to a release: held files by dataset, and why the guard held, or holds, datasets."""
     holds = {"lifted": lifted, "still_held": still_held}
     return {"released": released, **{name: reasons for name, reasons in holds.items() if reasons}}
 
@@ -468,5 +445,5 @@ def _chosen(datasets: Datasets, names: Sequence[str] | None) -> list[Dataset]:
             raise errors.StorageError(f"the dataset {name!r} is held: {datasets.held[name].cause}")
         if name not in datasets.by_name:
             there = ", ".join(sorted(datasets.by_name)) or "none"
-            raise errors.DataError(f"the sortd that runs has no dataset {name!r}; it has: {there}")
+            raise errors.DataError(f"the running sortd has no dataset {name!r}; it has: {there}")
     return [datasets.by_name[name] for name in names]

@@ -1,8 +1,8 @@
-"""Corrections: images that sortd put into one class and that the user moved to another; mended images, too.
+"""Corrections: images that sortd put into one class and the user moved to another; also repaired files in Rejected/.
 
-A file in ``Dataset/<class>/`` that the journal knows, by inode or by content, as put elsewhere was moved by a person.
-Dataset/ may hold a million images, so they are looked at slice by slice, and only where something changed. What is
-found in a slice is recorded in one commit. Nothing is written anywhere but in the journal.
+A file in ``Dataset/<class>/`` that the journal knows, by inode or by content, at another place was moved by the user.
+Dataset/ may hold a million images, so it is scanned in slices, and only where something changed. The findings of a
+slice are recorded in one commit. Nothing but the journal is written.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from time import monotonic, time_ns
 
@@ -26,21 +27,21 @@ from sortd.store.records import Record
 from sortd.watch.scan import Clock, IncrementalScan, looked_at_until, scan_steps, stamp
 
 SCANNED_FACT = "corrections_scanned_at"
-"""The journal's note of when Dataset/ was last looked through, in nanoseconds since the epoch."""
+"""The fact in the journal of when Dataset/ was last scanned, in nanoseconds since the epoch."""
 
-CHUNK_BYTES = 4 << 20  # of a file that are hashed between two chances to stop
-HANDLED_SLICE = 500  # files looked at in one turn of the loop, at most: two milliseconds where none changed
-MOST_WANTED = 20_000  # single files to be looked at; where more changed, everything is looked through
-PAUSE_SECONDS = 1.0  # between two looks that events asked for: much of what a storm of renames names is gone by then
-MOST_FOLLOWED = 50  # images whose companions are looked for in one turn of the loop
-FOLLOW_NS = 2 * 10**9  # after a person moved an image, in which its companions are left alone
+CHUNK_BYTES = 4 << 20  # hashed in one step
+HANDLED_SLICE = 500  # files in one turn of the loop: two milliseconds if none changed
+MOST_WANTED = 20_000  # scheduled inspections; beyond, everything is scanned
+PAUSE_SECONDS = 1.0  # between two scheduled scans, so that a storm of renames can pass
+MOST_FOLLOWED = 50  # images whose companions are searched in one turn of the loop
+FOLLOW_NS = 2 * 10**9  # after the user moved an image, in which its companions are left alone
 
 _HANDLED = frozenset({Area.DATASET.value, Area.REVIEW.value, Area.REJECTED.value})
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """An image that a person moved: from what sortd had decided to what it is."""
+    """An image that the user moved to another class."""
 
     path: str
     label: str
@@ -49,8 +50,8 @@ class Correction:
 
 
 @dataclass(frozen=True, slots=True)
-class Mended:
-    """An image in Rejected/ that is to be tried again: another version than was set aside, or a limit was raised."""
+class Repaired:
+    """An image in Rejected/ to try again: its version changed, or a limit was raised."""
 
     path: str
     stamp: Stamp
@@ -58,7 +59,7 @@ class Mended:
 
 @dataclass(frozen=True, slots=True)
 class Misplaced:
-    """A handled image that the journal knows at another place, where nothing stands any more."""
+    """A handled image that the journal knows at another place, where it is not any more."""
 
     path: str
     record: Record
@@ -66,13 +67,13 @@ class Misplaced:
 
     @property
     def corrected(self) -> str:
-        """The class that it was found in; the first one again for an image that is back in its place."""
+        """The class in which it was found; the original one for an image that is back in its place."""
         is_home = self.relative == self.record.destination_path
         return (self.record.grounds.label or "") if is_home else self.relative.split("/")[1]
 
 
 class CorrectionScanner:
-    """Notices what the user did with the handled images of one dataset; one look through them at a time."""
+    """Finds what the user did with the handled images of one dataset."""
 
     def __init__(
         self,
@@ -83,24 +84,22 @@ class CorrectionScanner:
         clock: Clock = monotonic,
         limits: Mapping[str, float] | None = None,
     ) -> None:
-        """Prepare; ``report`` is told what cannot be looked at, ``limits`` are for ``Rejects``."""
+        """Prepare; ``report`` receives read errors, ``limits`` are for ``Rejects``."""
         self._layout, self._journal, self._report = layout, journal, report
         self._rejects = Rejects(layout, journal, limits)
-        self._moved: dict[int, tuple[Record, str]] = {}  # by record: images that a person moved, and where they are
+        self._moved: dict[int, tuple[Record, str]] = {}  # by record: images that the user moved, and where they are
         self._wanted: OrderedDict[str, Area] = OrderedDict()
-        self._singles: IncrementalScan[Misplaced | Mended] = IncrementalScan(
-            self._look_at_wanted, most=HANDLED_SLICE, pause_seconds=PAUSE_SECONDS, clock=clock
+        prepare = partial(
+            IncrementalScan[Misplaced | Repaired], most=HANDLED_SLICE, pause_seconds=PAUSE_SECONDS, clock=clock
         )
-        self._all: IncrementalScan[Misplaced | Mended] = IncrementalScan(
-            self._look_at_all, most=HANDLED_SLICE, pause_seconds=PAUSE_SECONDS, clock=clock
-        )
+        self._singles, self._all = prepare(self._look_at_wanted), prepare(self._look_at_all)
         self._began_ns = self._since_ns = 0
-        self._mended: Iterator[tuple[str, Stamp] | None] = iter(())
-        self._wanted_at: int | None = None
+        self._repaired: Iterator[tuple[str, Stamp] | None] = iter(())
+        self._again_at: int | None = None
         self._looked_at = 0
 
     def want(self, area: Area, path: str) -> None:
-        """Let one handled file be looked at: at once, or with all that are wanted after a pause."""
+        """Schedule the inspection of one handled file."""
         if len(self._wanted) < MOST_WANTED:
             self._wanted[path] = area
             self._singles.asked.ask()
@@ -109,32 +108,32 @@ class CorrectionScanner:
             self.ask()
 
     def ask(self) -> None:
-        """Let everything be looked through, once for all that ask: soon, but not again and again."""
+        """Schedule a scan of everything."""
         self._all.asked.ask()
 
     @property
     def deadline(self) -> float:
-        """When what was asked for is to begin, on the clock; infinity where nobody asked, or looks are under way."""
+        """When scheduled work is due; infinity without any, or while a scan is running."""
         if self.is_under_way:
             return float("inf")
         return min(self._all.asked.deadline, self._singles.asked.deadline)
 
     @property
     def has_moved(self) -> bool:
-        """Tell whether images were found that a person moved, and ``take_moved`` has not told of yet."""
+        """Whether ``take_moved`` has images left."""
         return bool(self._moved)
 
     def take_moved(self, now_ns: int) -> list[tuple[Record, str]]:
-        """Return images that a person moved: what had put each into its place, and where it is, as ``moved`` says.
+        """Return the records and current places of images that the user moved; see ``LateCompanions.follow_images``.
 
-        One that was moved just now waits: a file manager takes its companions along one after the other.
+        An image moved just now waits: a file manager moves its companions one after the other.
         """
         taken = []
         for record, place in list(islice(self._moved.values(), MOST_FOLLOWED)):
             try:
                 changed_ns = os.lstat(self._layout.root / place).st_ctime_ns
             except OSError:
-                changed_ns = 0  # gone again
+                changed_ns = 0
             if 0 <= now_ns - changed_ns < FOLLOW_NS:
                 continue
             del self._moved[record.id]
@@ -145,96 +144,84 @@ class CorrectionScanner:
         """Note that a file in Rejected/ was refused again; see ``Rejects.keep``."""
         self._rejects.keep(path, refused)
 
-    def learnt(self) -> tuple[tuple[str, str], ...]:
-        """Return every correction: the label, and the path where the image stood then."""
+    def corrections(self) -> tuple[tuple[str, str], ...]:
+        """Return the label and path of every correction."""
         return corrected_images(self._layout, self._journal.history)
 
     @property
     def files_looked_at(self) -> int:
-        """Count the files that were looked at since the start."""
+        """The number of files that were inspected since the start."""
         return self._looked_at + self._rejects.files_scanned
 
     @property
     def is_under_way(self) -> bool:
-        """Tell whether files are left to look at."""
+        """Whether a scan is running."""
         return self._all.is_under_way or self._singles.is_under_way
 
     def begin(self, now_ns: int) -> None:
-        """Begin; where one is under way another one follows it, since it may have passed what happened just now.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Start a scan; if one is running, schedule another one after it, since it may miss the latest changes."""
         if self._all.is_under_way:
-            self._wanted_at = now_ns
+            self._again_at = now_ns
             return
         self._began_ns = now_ns
         self._since_ns = looked_at_until(self._journal.history.number(SCANNED_FACT), now_ns)
-        self._mended = self._rejects.scan(now_ns)
+        self._repaired = self._rejects.scan(now_ns)
         self._all.begin()
 
     def begin_asked(self) -> None:
-        """Begin what events asked for, where its time has come: files that they named, and a look through all."""
+        """Start what is scheduled and due: inspections, and a scan of everything."""
         if self._singles.is_due:
             self._singles.begin()
         if self._all.is_due:
             self.begin(time_ns())
 
     def end(self) -> None:
-        """Look at no more; the next scan begins where this one did."""
+        """Stop; the next scan starts where this one did."""
         self._all.end()
         self._singles.end()
-        self._wanted_at = None
+        self._again_at = None
         self._wanted.clear()
 
-    def take(self) -> list[Correction | Mended]:
-        """Look at the next slice; return what was noticed.
-
-        Raises:
-            JournalError: the journal cannot be read or written.
-        """
+    def take(self) -> list[Correction | Repaired]:
+        """Inspect the next slice and return what was found."""
         if self._singles.is_under_way:
             return self._noticed(self._singles.take())
         if not self._all.is_under_way:
             return []
         noticed = self._noticed(self._all.take())
         if not self._all.is_under_way:
-            self._journal.note(SCANNED_FACT, str(self._began_ns))  # once what was found is recorded
-            again, self._wanted_at = self._wanted_at, None
+            self._journal.note(SCANNED_FACT, str(self._began_ns))  # after its findings are recorded
+            again, self._again_at = self._again_at, None
             if again is not None:
                 self.begin(again)
         return noticed
 
-    def _noticed(self, looks: list[Misplaced | Mended]) -> list[Correction | Mended]:
+    def _noticed(self, looks: list[Misplaced | Repaired]) -> list[Correction | Repaired]:
         misplaced = [look for look in looks if isinstance(look, Misplaced)]
-        return [*self.record(misplaced), *(look for look in looks if isinstance(look, Mended))]
+        return [*self.record(misplaced), *(look for look in looks if isinstance(look, Repaired))]
 
-    def _look_at_wanted(self) -> Iterator[Misplaced | Mended | None]:
+    def _look_at_wanted(self) -> Iterator[Misplaced | Repaired | None]:
         while self._wanted:
             path, area = self._wanted.popitem(last=False)
             self._looked_at += 1
             if area is Area.REJECTED and (found := self._rejects.look(path)) is not None:
-                yield Mended(path, found)
+                yield Repaired(path, found)
             else:
                 yield from self.look(path)
             yield None
 
-    def _look_at_all(self) -> Iterator[Misplaced | Mended | None]:
+    def _look_at_all(self) -> Iterator[Misplaced | Repaired | None]:
         for place in images_apart(self._journal.history):
             yield from self.look(os.path.join(self._layout.root, place))
         for path in self._changed_since(self._since_ns):
             if path is not None:
                 yield from self.look(path)
             yield None
-        for mended in self._mended:
-            yield None if mended is None else Mended(*mended)
+        for repaired in self._repaired:
+            yield None if repaired is None else Repaired(*repaired)
 
     def look(self, path: str) -> Iterator[Misplaced | None]:
-        """Look at a handled file; yield it if a person moved it there, and None while more is to be read of it.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Inspect a handled file; yield it if the user moved it there, and None between chunks of reading."""
         relative = os.path.relpath(path, self._layout.root).split(os.sep)
         is_elsewhere = len(relative) < (2 if relative[0] == Area.REJECTED else 3) or relative[0] not in _HANDLED
         if is_elsewhere or rule_below(path, os.fspath(self._layout.root)) is not None:
@@ -249,7 +236,7 @@ class CorrectionScanner:
             yield Misplaced(path, record, place)
 
     def _was_moved(self, record: Record, place: str) -> bool:
-        """Tell whether a person moved an image from where sortd had put it, be it there and back again."""
+        """Return whether the user moved an image from where sortd had put it, perhaps there and back."""
         if record.destination_path == place:
             return self._journal.history.fact(f"{PLACES_FACT}{record.id}") is not None
         try:
@@ -257,15 +244,11 @@ class CorrectionScanner:
         except (FileNotFoundError, NotADirectoryError):
             return True
         except OSError:
-            return False  # a disk that does not answer says nothing
-        return False  # a copy or a second link: the image still stands where sortd put it
+            pass  # unknown, as the disk does not respond
+        return False  # else the found file is a copy or a second link
 
     def record(self, misplaced: Sequence[Misplaced]) -> list[Correction]:
-        """Note in one commit what was found; return the corrections that are news.
-
-        Raises:
-            JournalError: the journal cannot be written.
-        """
+        """Record findings in one commit; return the new corrections."""
         self._moved |= {one.record.id: (one.record, one.relative) for one in misplaced}
         misplaced = [one for one in misplaced if one.relative.startswith(f"{Area.DATASET}/")]
         found = [(one.record, one.corrected, one.relative) for one in misplaced]
@@ -277,7 +260,7 @@ class CorrectionScanner:
         ]
 
     def _record(self, path: str, found: Stamp) -> Generator[None, None, Record | None]:
-        """Return what put this very file into its place, or one of its name and bytes: it was copied and removed."""
+        """Return the record of this file, or of a file with the same name and bytes, which was copied and removed."""
         known = self._journal.history.last_known(found)
         if known is not None:
             return known
@@ -296,9 +279,9 @@ class CorrectionScanner:
         return named if content.hexdigest() == named.grounds.content else None
 
     def _changed_since(self, since_ns: int) -> Iterator[str | None]:
-        """Yield the path of each image that changed, and None for whatever else was looked at.
+        """Yield the path of each changed image, and None for anything else.
 
-        A rename changes the folder's mtime and the file's ctime, see rename(2) and inode(7).
+        A rename changes the mtime of the folder and the ctime of the file, see rename(2) and inode(7).
         """
         areas = [os.fspath(self._layout.area(area)) for area in (Area.DATASET, Area.REVIEW, Area.REJECTED)]
 
@@ -325,16 +308,12 @@ class CorrectionScanner:
 
 @contextmanager
 def _files_in(folder: str) -> Iterator[Iterator["os.DirEntry[str]"]]:
-    """List what stands in a folder, but for folders; lazily, since there may be a million files."""
+    """List the entries of a folder except folders, lazily, since there may be a million."""
     with os.scandir(folder) as entries:
         yield (entry for entry in entries if not entry.is_dir(follow_symlinks=False))
 
 
 def corrected_images(layout: Layout, history: History) -> tuple[tuple[str, str], ...]:
-    """Return the label of each corrected image, and the path where it stood when it was noticed.
-
-    Raises:
-        JournalError: the journal cannot be read.
-    """
+    """Return the label of each corrected image, and its path when it was found."""
     root = os.fspath(layout.root)
     return tuple((label, os.path.join(root, path)) for _, label, path, _ in history.corrections())

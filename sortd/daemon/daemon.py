@@ -1,18 +1,18 @@
-"""The daemon: the loop that feeds the cores of all datasets, and the order in which everything starts and stops.
+"""The daemon: the loop that feeds the cores of all datasets, and the order of start and stop.
 
-Four threads, named and joined: this one (cores, journals, moves), the watcher's (posts file events), the worker's
-(decodes, encodes, rebuilds) and, where images go to another file system, the copier's. They share this loop's inbox and
-frozen values. The loop sleeps until a message comes or the nearest deadline passes. A turn is short: signals and the
-watchdog come first, then answers, file events, moves and looks, each for a bounded time.
+Four named threads: this one (cores, journals, moves), the watcher's (posts file events), the worker's (decodes,
+encodes, rebuilds) and, for moves to other file systems, the copier's. They share only the inbox of this loop and frozen
+values. The loop sleeps until a message or the nearest deadline. A turn is short: signals and the watchdog first, then
+answers, file events, moves and scans, each for a limited time.
 
-    start   lock and recover each dataset; begin to load the model; watch; scan; READY when all is true
-    stop    begin nothing new; finish the moves at hand, interrupt long copies; stop watcher, worker and copier; close
+    start   lock and recover each dataset; begin to load the model; watch; scan; then READY
+    stop    start nothing new; finish the moves under way, interrupt long copies; stop watcher, worker and copier; close
             the journals
 """
 
 import os
 import signal
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from time import monotonic
@@ -23,10 +23,10 @@ import structlog
 from sortd import __version__, errors, logs
 from sortd.config import Config, restart_needed
 from sortd.core.schedule import PeriodicTimer
-from sortd.daemon.control import Requests, answer, tell_put_back
+from sortd.daemon.control import Requests, answer, apply_undo_results
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.datasets import Datasets
-from sortd.daemon.inbox import Inbox, Told
+from sortd.daemon.inbox import Inbox, Reported
 from sortd.daemon.resources import Resources
 from sortd.daemon.worker import Answer, Worker, WorkerDied, WorkerLoading, WorkerReady
 from sortd.layout import Area
@@ -37,18 +37,18 @@ from sortd.systemd import Notifier, signals_posted
 from sortd.watch.observer import FileEvent
 from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, Watcher
 
-STOP_SECONDS = 4.0  # the worker may take to end its forward when the daemon stops
+STOP_SECONDS = 4.0  # for the last forward of the worker when the daemon stops
 STATUS_SECONDS = 2.0  # between two writes of the status file
 METRICS_SECONDS = 15.0  # between two writes of the metrics file; Prometheus scrapes as often by default
 
 STUCK_SECONDS = 300.0
-"""A worker that made no progress for so long is stuck: the watchdog is not fed any more, and systemd restarts us."""
+"""Without progress for this time the worker is stuck: the watchdog is no longer reset, and systemd restarts sortd."""
 
 START_SECONDS = 120.0
-"""For so long a start may last yet, told anew while the worker gets on: an export of the model, or the first look at
-thousands of references, can take longer than ``TimeoutStartSec=`` of the unit."""
+"""The start timeout requested while the worker makes progress: to export a model, or to read thousands of references,
+can take longer than ``TimeoutStartSec=`` of the unit."""
 
-TURN_SECONDS = 0.05  # how long each part of a turn (answers, file events, moves, looks) may begin something new
+TURN_SECONDS = 0.05  # for each part of a turn: answers, file events, moves, scans
 
 _T = TypeVar("_T")
 
@@ -66,9 +66,10 @@ class Daemon:
         metrics: Metrics,
         once: bool = False,
     ) -> None:
-        """Take the collaborators over; nothing is touched before ``run``.
+        """Keep the collaborators; nothing is touched before ``run``.
 
-        ``reload`` reads the configuration anew, or raises ``ConfigError``; with ``once`` it stops when nothing is left.
+        ``reload`` reads the configuration again, or raises ``ConfigError``; with ``once`` the run ends when nothing is
+        left.
         """
         self.config = config
         self.inbox = Inbox()
@@ -87,7 +88,7 @@ class Daemon:
         self._watcher: Watcher | None = None
         self._state_folder = resources.state_folder
         self._status = Status(resources.state_folder)
-        self._requests = Requests(resources.state_folder, report=self._hampered)
+        self._requests = Requests(resources.state_folder, report=self._log_write_error)
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
         self._pid = os.getpid()
         self._is_ready = False
@@ -99,10 +100,10 @@ class Daemon:
         self._closing = ExitStack()
 
     def run(self) -> None:
-        """Work until SIGTERM or SIGINT, or with ``once`` until nothing is left to do.
+        """Run until SIGTERM or SIGINT, or with ``once`` until nothing is left to do.
 
         Raises:
-            SortdError: what stopped it: its state folder, the model; with ``once``, what held a dataset.
+            SortdError: The cause of the end: the state folder, the model; with ``once``, a held dataset.
         """
         is_cut_short = False
         self._require_to_be_alone()
@@ -119,7 +120,7 @@ class Daemon:
                 self._stop()
         if is_cut_short:
             raise errors.StoppedError(
-                "stopped before all was done; nothing is half done, and the next run goes on from here"
+                "stopped before everything was done; no move is incomplete, and the next run continues"
             )
         if self._once and (held := self.datasets.held_error) is not None:
             raise held
@@ -129,9 +130,7 @@ class Daemon:
         refused = {dataset.name: count for dataset in self.datasets if (count := dataset.sorter.refused_by_disks)}
         if self._once and refused:
             counted = ", ".join(f"{count} in {name}" for name, count in refused.items())
-            raise errors.DestinationError(
-                f"images that could not be moved stay where they were: {counted}; the log says why"
-            )
+            raise errors.DestinationError(f"images that could not be moved stay where they are: {counted}; see the log")
 
     def _start(self) -> None:
         self._log.info(logs.DAEMON_STARTING, root=str(self.config.root), model=self.config.model)
@@ -143,27 +142,23 @@ class Daemon:
         self.datasets.discover()
         if self._once and not self.datasets.by_name:
             raise self.datasets.held_error or errors.LayoutError(
-                f"{self.config.root} holds no dataset: a folder with a Clases/ in it; `sortd init DIR` makes one"
+                f"{self.config.root} holds no dataset (a folder with a Clases/); create one with `sortd init DIR`"
             )
         self._timer.put_off("scan", monotonic() + self.config.rescan_seconds)
         if self.config.metrics.http_port is not None:
-            self._closing.callback(self._metrics.serve(self.config.metrics.http_port, problem=self._idle_because))
+            self._closing.callback(self._metrics.serve(self.config.metrics.http_port, problem=self._idle_reason))
 
     def _require_to_be_alone(self) -> None:
-        """See that no other sortd works with this state folder on this root: its requests and status are its own.
-
-        Raises:
-            AlreadyRunningError: one does.
-        """
+        """Raise ``AlreadyRunningError`` if another sortd uses this state folder for this root."""
         try:
-            told = read_status(self._state_folder)
+            status = read_status(self._state_folder)
         except (errors.StartupError, OSError):
-            return  # what cannot be read says of nobody; the lock of each dataset holds all the same
-        if told is None or not told["alive"] or told["pid"] == self._pid:
+            return  # the lock of each dataset still protects it
+        if status is None or not status["alive"] or status["pid"] == self._pid:
             return
-        if told.get("root") == str(self.config.root):
+        if status.get("root") == str(self.config.root):
             raise errors.AlreadyRunningError(
-                f"another sortd works on {self.config.root} (pid {told['pid']}); stop it first"
+                f"another sortd works on {self.config.root} (pid {status['pid']}); stop it first"
             )
 
     def _is_done(self) -> bool:
@@ -172,7 +167,7 @@ class Daemon:
         return self._once and self._is_drained()
 
     def _is_drained(self) -> bool:
-        """Tell whether nothing is left that can be done now."""
+        """Return whether nothing is left that can be done now."""
         return self.model is not None and all(dataset.is_drained or dataset.is_stuck for dataset in self.datasets)
 
     def _stop(self) -> None:
@@ -191,18 +186,16 @@ class Daemon:
         finally:
             self._write_status(running=False)
             self._closing.close()
-        self._log.info(logs.DAEMON_STOPPED, worker_ended=ended, **self._totals())
-
-    def _totals(self) -> dict[str, int]:
-        return dict(sum((Counter(dataset.log.outcomes) for dataset in self.datasets), Counter()))
+        outcomes = sum((Counter(dataset.log.outcomes) for dataset in self.datasets), Counter())
+        self._log.info(logs.DAEMON_STOPPED, worker_ended=ended, **outcomes)
 
     def _turn(self) -> None:
-        self.inbox.wait(self._patience(monotonic()))
+        self.inbox.wait(self._sleep_seconds(monotonic()))
         began = self._turned_at = monotonic()
-        for number in {signalled.number for signalled in self.inbox.signals()}:  # once, however often it was sent
+        for number in {signalled.number for signalled in self.inbox.signals()}:
             self._signalled(number)
         self._ping(began)
-        _until_late(self._take, self.inbox.told())
+        _until_late(self._take, self.inbox.reported())
         _until_late(self._file_event, self.inbox.file_events())
         _until_late(self._move, self._in_turn())
         _until_late(self._look, self._in_turn())
@@ -212,10 +205,10 @@ class Daemon:
         self._longest_turn_seconds = max(self._longest_turn_seconds, monotonic() - began)
 
     def _in_turn(self) -> Iterator[Dataset]:
-        """Go through the datasets, from another one on in each turn: not all of them may get theirs in it."""
-        datasets = list(self.datasets)
-        first = self._served % max(1, len(datasets))
-        return iter([*datasets[first:], *datasets[:first]])
+        """Return the datasets, rotated by one in each turn: a turn may be too short for all of them."""
+        datasets = deque(self.datasets)
+        datasets.rotate(-self._served)
+        return iter(datasets)
 
     def _move(self, dataset: Dataset) -> None:
         with self.datasets.isolated(dataset):
@@ -224,11 +217,11 @@ class Daemon:
 
     def _look(self, dataset: Dataset) -> None:
         with self.datasets.isolated(dataset):
-            dataset.continue_scan()
+            dataset.scans.continue_inbox()
             dataset.continue_looking()
 
-    def _patience(self, now: float) -> float:
-        has_more = any(dataset.has_more_to_look_at or dataset.has_moves for dataset in self.datasets)
+    def _sleep_seconds(self, now: float) -> float:
+        has_more = any(dataset.has_more_to_look_at or dataset.move_queue.is_due for dataset in self.datasets)
         if has_more or self._requests.is_due:
             return 0.0
         deadlines = [dataset.next_deadline for dataset in self.datasets]
@@ -243,20 +236,20 @@ class Daemon:
             self._metrics.watch_overflow()
         self.datasets.events_dropped(event)
 
-    def _take(self, told: Told) -> None:
-        match told:
+    def _take(self, reported: Reported) -> None:
+        match reported:
             case Answer(dataset=identity):
-                self.datasets.tell(identity, lambda dataset: dataset.answer(told))
+                self.datasets.tell(identity, lambda dataset: dataset.answer(reported))
             case Copied(dataset=identity, orders=orders):
-                self.datasets.tell(identity, lambda dataset: tell_put_back(dataset, dataset.copied(orders)))
+                self.datasets.tell(identity, lambda dataset: apply_undo_results(dataset, dataset.copied(orders)))
             case CopyFailed(dataset=identity, error=refused):
                 self.datasets.tell(identity, lambda dataset: self.datasets.hold(dataset, refused))
             case WorkerLoading(what=what):
                 self._loading = what
                 self._notifier.status(what)
             case WorkerReady():
-                self.model, self._loading = told, None
-                self._log.info(logs.MODEL_LOADED, model=told.description, encoder_id=told.encoder_id)
+                self.model, self._loading = reported, None
+                self._log.info(logs.MODEL_LOADED, model=reported.description, encoder_id=reported.encoder_id)
             case WorkerDied(error=error) | CopyQueueDied(error=error):
                 raise error
 
@@ -267,7 +260,7 @@ class Daemon:
             self.datasets.scan()
         if self._watcher is not None and due("health", now, CHECK_SECONDS):
             self._watcher.health(now)
-            self.datasets.discover()  # a folder that gets its Clases/ later than its name raises no event
+            self.datasets.discover()  # a Clases/ that is created later causes no event
             for dataset in self.datasets:
                 with self.datasets.isolated(dataset):
                     dataset.check_lock()
@@ -275,7 +268,7 @@ class Daemon:
             self.datasets.poll(self._watcher.polled())
         if not self._is_ready and self.model is not None and self._all_answered():
             self._become_ready(self.model)
-        if due("start", now, START_SECONDS / 3) and not self._is_ready and self._gets_on(now):
+        if due("start", now, START_SECONDS / 3) and not self._is_ready and self._makes_progress(now):
             self._notifier.extend(START_SECONDS)
         if due("status", now, STATUS_SECONDS):
             self._write_status(running=True)
@@ -283,31 +276,35 @@ class Daemon:
             self._write_metrics()
 
     def _ping(self, now: float) -> None:
-        """Feed the watchdog, where it is time to, but only while the worker gets on: alive means working."""
+        """Reset the watchdog when it is due, but only while the worker makes progress."""
         seconds = self._notifier.watchdog_seconds
-        if seconds and self._timer.is_due("ping", now, seconds / 2) and self._gets_on(now):
+        if seconds and self._timer.is_due("ping", now, seconds / 2) and self._makes_progress(now):
             self._notifier.watchdog()
 
-    def _gets_on(self, now: float) -> bool:
+    def _makes_progress(self, now: float) -> bool:
         busy_since = self._worker.busy_since
         return busy_since is None or now - busy_since < STUCK_SECONDS
 
-    def _idle_because(self) -> str | None:
-        """Say why no image is handled now, for whoever asks after the health; asked from another thread."""
+    def _idle_reason(self) -> str | None:
+        """Return why no image is processed now, for the health check; called from another thread."""
         now = monotonic()
         if self._is_stopping:
-            return "it is stopping"
-        if not self._gets_on(now):
+            return "sortd is stopping"
+        if not self._makes_progress(now):
             return f"the worker has made no progress for {STUCK_SECONDS:.0f} s"
         if now - self._turned_at > STUCK_SECONDS:
-            return f"the loop has not turned for {STUCK_SECONDS:.0f} s"
-        return None if self._is_ready else self._loading or "it is starting: the model or the references are not loaded"
+            return f"the loop has made no progress for {STUCK_SECONDS:.0f} s"
+        return (
+            None
+            if self._is_ready
+            else self._loading or "sortd is starting: the model or the references are not loaded yet"
+        )
 
     def _write_status(self, *, running: bool) -> None:
         try:
             self._status.write(self.facts(running=running))
         except OSError as error:
-            self._hampered(error)
+            self._log_write_error(error)
 
     def _write_metrics(self) -> None:
         for dataset in self.datasets:
@@ -317,10 +314,10 @@ class Daemon:
         try:
             self._metrics.write_textfile(os.fspath(self.config.metrics.textfile))
         except OSError as error:
-            self._hampered(error)
+            self._log_write_error(error)
 
-    def _hampered(self, error: OSError) -> None:
-        """Say what could not be written: nobody's image depends on it, and it is written again soon."""
+    def _log_write_error(self, error: OSError) -> None:
+        """Log what could not be written; no image depends on it, and it is written again soon."""
         self._log.warning(logs.DAEMON_HAMPERED, path=error.filename, error=error.strerror)
 
     def _become_ready(self, model: WorkerReady) -> None:
@@ -332,14 +329,14 @@ class Daemon:
         self._notifier.ready(f"{len(self.datasets.by_name)} datasets, {model.description}")
 
     def _all_answered(self) -> bool:
-        """Tell whether each dataset has scanned once and knows its prototypes, or why it has none."""
+        """Return whether each dataset has been scanned once and has prototypes, or a known reason why not."""
         return all(
-            not dataset.is_scanning and (dataset.problem or not dataset.sorter.is_rebuilding)
+            not dataset.scans.is_under_way and (dataset.problem or not dataset.sorter.is_rebuilding)
             for dataset in self.datasets
         )
 
     def facts(self, *, running: bool) -> dict[str, object]:
-        """Return what ``sortd status`` shows of this run, as plain values."""
+        """Return the content of ``sortd status``, as plain values."""
         return {
             "running": running,
             "pid": self._pid,
@@ -353,10 +350,9 @@ class Daemon:
             "config_problem": self.config_problem,
             "longest_turn_seconds": round(self._longest_turn_seconds, 3),
             "ended_by": self._ended_by,
-            "watching": []
-            if self._watcher is None
-            else [
-                {"root": status.root, "mode": status.mode.value, "why": status.why} for status in self._watcher.status()
+            "watching": [
+                {"root": status.root, "mode": status.mode.value, "why": status.why}
+                for status in (self._watcher.status() if self._watcher else ())
             ],
             "datasets": {
                 **{name: dataset.facts() for name, dataset in sorted(self.datasets.by_name.items())},
@@ -378,7 +374,7 @@ class Daemon:
                     dataset.stop()
 
     def reload(self) -> None:
-        """Read the configuration anew: parse, validate, swap; a bad file keeps the old one and says so."""
+        """Read the configuration again and apply it; if it is invalid, log that and keep the old one."""
         self._notifier.reloading()
         try:
             config = self._reload()
@@ -394,7 +390,7 @@ class Daemon:
 
 
 def _until_late(do: Callable[[_T], None], each: Iterable[_T]) -> None:
-    """Do something with each, until none is left or this part of the turn is over."""
+    """Process the items until this part of the turn is over."""
     until = monotonic() + TURN_SECONDS
     for one in each:
         do(one)
@@ -403,5 +399,5 @@ def _until_late(do: Callable[[_T], None], each: Iterable[_T]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Return what is said of an error that ends the run: its sentence, or what it is where nobody wrote one."""
+    """Return the message of the error that ended the run, or its type if it has none for users."""
     return str(error) if isinstance(error, errors.SortdError) else repr(error)

@@ -1,7 +1,7 @@
-"""A dataset at work: its core, and what carries out what the core asks for; used in the loop's thread.
+"""One open dataset: its core, and what carries out its commands; used in the thread of the loop.
 
-Everything that enters becomes events for the core; every command that comes out is carried out here or handed to the
-worker. Moves are gathered and made as one group a turn, see ``outbox.py``.
+All inputs become events for the core. Its commands are carried out here or passed to the worker; moves are collected in
+a ``MoveQueue``.
 """
 
 import os
@@ -14,9 +14,9 @@ from time import monotonic, time_ns
 from sortd import events
 from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
-from sortd.daemon.corrections import Correction, CorrectionScanner, Mended
+from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired
 from sortd.daemon.dataset_log import DatasetLog
-from sortd.daemon.move_queue import DryRunMover, Outbox
+from sortd.daemon.move_queue import DryRunMover, MoveQueue
 from sortd.daemon.presence import Presence
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.scans import DatasetScans
@@ -34,86 +34,75 @@ from sortd.watch.scan import FolderComparison
 
 
 class Rebuilding:
-    """Knows what a dataset is taught by, and makes the jobs that build its prototypes."""
+    """The reference settings of a dataset, and the jobs that rebuild its prototypes."""
 
-    def __init__(self, identity: DatasetId, clases: Path, teaching: ReferenceSettings, last_generation: int) -> None:
-        """Begin; ``last_generation`` is the highest number that was ever used: none is used again."""
-        self.teaching, self.last_generation = teaching, last_generation
+    def __init__(self, identity: DatasetId, clases: Path, settings: ReferenceSettings, last_generation: int) -> None:
+        """Start; ``last_generation`` is the highest number that was ever used."""
+        self.settings, self.last_generation = settings, last_generation
         self._identity, self._clases = identity, clases
-        self._wishes = (False, False)
-        """Whether the next rebuild passes the reload gate, and whether it forgets what emptied classes held."""
-        self._ordered = (False, False)  # the wishes that the rebuild ordered last is to fulfil
+        self._wishes = self._ordered = (False, False)  # ``force`` and ``afresh`` of the next and of the last rebuild
 
     def wish(self, *, force: bool = False, afresh: bool = False) -> None:
-        """Let the next rebuild pass the reload gate (``force``), or forget what emptied classes held (``afresh``)."""
+        """Let the next rebuild skip the reload gate (``force``), or forget what emptied classes held (``afresh``)."""
         self._wishes = self._wishes[0] or force, self._wishes[1] or afresh
 
     def note(self, generation: int) -> None:
-        """Take note of a generation that serves."""
+        """Note a generation in use."""
         self.last_generation = max(self.last_generation, generation)
 
     def renew_wishes(self) -> None:
-        """Let the next rebuild fulfil what the one ordered last was to: it failed, and is tried again."""
+        """Repeat the options of the last rebuild, which failed and is retried."""
         self.wish(force=self._ordered[0], afresh=self._ordered[1])
 
-    def order(self, job: int, learnt: Callable[[], tuple[tuple[str, str], ...]]) -> RebuildJob:
-        """Return the rebuild that is to be done now, numbered ``job``; wishes are fulfilled by it.
-
-        ``learnt`` is asked, where corrections teach, for the label and the path of each.
-        """
-        teaching = self.teaching
-        if teaching.learns_from_corrections:
-            teaching = replace(teaching, corrections=learnt())
+    def order(self, job: int, corrections: Callable[[], tuple[tuple[str, str], ...]]) -> RebuildJob:
+        """Return the rebuild number ``job``; ``corrections`` is called if they are part of the references."""
+        settings = self.settings
+        if settings.learns_from_corrections:
+            settings = replace(settings, corrections=corrections())
         (force, afresh), self._wishes = self._wishes, (False, False)
         self._ordered = force, afresh
-        return RebuildJob(self._identity, self._clases, teaching, self.last_generation, job, force=force, afresh=afresh)
+        return RebuildJob(self._identity, self._clases, settings, self.last_generation, job, force=force, afresh=afresh)
 
 
 class Dataset:
-    """One dataset's core, scans, moves and log lines."""
+    """The core, scans, moves and log lines of one dataset."""
 
-    def __init__(  # noqa: PLR0913 -- its collaborators, each named
+    def __init__(  # noqa: PLR0913 -- its collaborators, by name
         self,
         identity: DatasetId,
         layout: Layout,
         settings: SorterSettings,
-        teaching: ReferenceSettings,
+        reference_settings: ReferenceSettings,
         *,
         mover: Mover | DryRunMover,
         journal: Journal,
         ask: Callable[[Job], None],
         metrics: Metrics,
-        last_generation: int,
-        guard: GuardState,
         needs_marker: bool = True,
         lock_problem: Callable[[], str | None] = lambda: None,
         limits: Mapping[str, float] | None = None,
     ) -> None:
-        """Take the collaborators over; nothing is touched yet. ``limits`` are those of decoding, see ``Rejects``."""
+        """Keep the collaborators; nothing is read yet. ``limits`` are those of decoding, see ``Rejects``."""
         self.identity, self.layout, self.name = identity, layout, layout.name
+        guard, last_generation = journal.history.guard(), journal.history.last_generation()
         self.sorter = Sorter(settings, guard=guard)
         self.log = DatasetLog(self.name, metrics)
-        self.rebuilding = Rebuilding(identity, layout.area(Area.CLASES), teaching, last_generation)
+        self.rebuilding = Rebuilding(identity, layout.area(Area.CLASES), reference_settings, last_generation)
         self._mover, self._ask, self._journal = mover, ask, journal
-        self.outbox = Outbox(mover, self.log, history=journal.history, root=layout.root)
+        self.move_queue = MoveQueue(mover, self.log, history=journal.history, root=layout.root)
         self._presence = Presence(layout, journal, needs_marker=needs_marker, lock_problem=lock_problem)
         self._is_taken = False
         self._corrections = CorrectionScanner(layout, journal, self.log.unreadable, limits=limits)
         self._references = FolderComparison(os.fspath(layout.area(Area.CLASES)), self.log.unreadable)
         self.scans = DatasetScans(
-            layout,
-            self.sorter,
-            receive=self.receive,
-            log=self.log,
-            history=journal.history,
-            presence=self._presence,
+            layout, self.sorter, receive=self.receive, log=self.log, history=journal.history, presence=self._presence
         )
         self._commands: deque[events.Command] = deque()
         is_noted = journal.history.fact(GUARD_FACT) is not None
         self._noted_guard, self._noted_generation = guard if is_noted else GuardState(), last_generation
 
     def receive(self, event: events.Event) -> None:
-        """Hand one event to the core and carry out what it asks for; moves wait for ``flush``."""
+        """Pass one event to the core and carry out its commands; moves wait for ``flush``."""
         self._tell(event)
         self._write_down()
         while self._commands:
@@ -121,15 +110,11 @@ class Dataset:
         self.log.review_full(is_full=self.sorter.images.is_review_full)
 
     def _tell(self, event: events.Event) -> None:
-        """Hand one event to the core; what it asks for is carried out with the next event."""
+        """Pass one event to the core; its commands are carried out with the next event."""
         self._commands.extend(self.sorter.receive(event, monotonic()))
 
     def _write_down(self) -> None:
-        """Note what must survive however this run ends, before anything that follows from it is done.
-
-        Raises:
-            JournalError: it could not be made durable; the daemon must stop.
-        """
+        """Write the generation and the guard to the journal before anything that depends on them is done."""
         if self.rebuilding.last_generation != self._noted_generation:
             self._journal.note(GENERATION_FACT, str(self.rebuilding.last_generation))
             self._noted_generation = self.rebuilding.last_generation
@@ -138,30 +123,20 @@ class Dataset:
             self._noted_guard = self.sorter.guard.state
 
     def begin(self) -> None:
-        """Tell the core what the journal remembers, and begin the first scans.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Pass the held files of the journal to the core, and start the first scans."""
         for path, mark in self._journal.history.held().items():
             self.receive(events.ImageHeld(os.path.join(self.layout.root, path), mark))
         if self.held_because is not None:
             self.log.held(self.held_because, self.layout.root)
-        self.begin_scan()
+        self.scans.begin()
         self.scans.begin_review()
 
     def require_journal(self) -> None:
-        """See that its journal stands where it was opened.
-
-        Raises:
-            JournalError: it was removed or replaced.
-        """
+        """Raise ``JournalError`` if the journal was removed or replaced."""
         self._journal.require_in_place()
 
-    # ------------------------------------------------------------ what happens outside
-
     def file_event(self, event: FileEvent) -> None:
-        """Take a watcher's event: note what is to be looked at; a file in Images/ is looked at now."""
+        """Process an event of the watcher: inspect a file in Images/ now, schedule anything else."""
         match self.layout.area_of(event.path):
             case None:
                 return
@@ -180,7 +155,7 @@ class Dataset:
                 self._corrections.ask()
 
     def check_lock(self) -> None:
-        """Hold the dataset while another sortd has its lock, and take it up again when that one has ended."""
+        """Pause the dataset while another sortd has its lock, and resume it afterwards."""
         problem = self.lock_problem()
         if (problem is not None) == self._is_taken:
             return
@@ -190,11 +165,11 @@ class Dataset:
         self.receive(events.ReferencesTouched() if problem is None else events.DatasetAbsent(problem))
 
     def lock_problem(self) -> str | None:
-        """Why another sortd has the dataset now, in a sentence; None where none has."""
+        """Return why another sortd has the dataset, in a sentence; None if none has."""
         return self._presence.lock_problem()
 
     def answer(self, answer: Answer) -> None:
-        """Take the worker's answer."""
+        """Process an answer of the worker."""
         for event in answer.events:
             if isinstance(event, events.PrototypesBuilt):
                 self.rebuilding.note(event.prototypes.generation)
@@ -210,31 +185,27 @@ class Dataset:
             self.receive(event)
 
     def copied(self, orders: Sequence[MoveOrder]) -> list[UndoResult]:
-        """Take note of copies to another file system that have ended; return what was undone by them."""
-        put_back: list[UndoResult] = []
-        for result in self.outbox.end(orders):
-            if isinstance(result, UndoResult):
-                put_back.append(result)
-            else:
+        """Process finished copies to another file system; return what they have undone."""
+        results = self.move_queue.end(orders)
+        for result in results:
+            if not isinstance(result, UndoResult):
                 self.receive(result)
-        return put_back
+        return [result for result in results if isinstance(result, UndoResult)]
 
-    def reload(self, settings: SorterSettings, teaching: ReferenceSettings) -> None:
-        """Take changed settings over."""
-        self.rebuilding.teaching = teaching
+    def reload(self, settings: SorterSettings, reference_settings: ReferenceSettings) -> None:
+        """Apply changed settings."""
+        self.rebuilding.settings = reference_settings
         self.rebuilding.wish(afresh=True)
         self.sorter.configure(settings, monotonic())
 
     def stop(self) -> None:
-        """Begin nothing new; what is on its way to the disk is finished, but for long copies."""
+        """Start nothing new; moves under way are finished, except long copies."""
         self.receive(events.StopRequested())
-        for failed in self.outbox.give_up():
+        for failed in self.move_queue.give_up():
             self.receive(failed)
 
-    # ------------------------------------------------------------ a turn of the loop
-
     def tick(self, now: float) -> None:
-        """Let the core act on deadlines that have passed, and take the next slice of the looks that it asked for."""
+        """Let the core process deadlines, and take the next slice of the inspections that it asked for."""
         self.scans.tell_missing()
         deadline = self.sorter.next_deadline()
         if deadline is not None and deadline <= now:
@@ -243,58 +214,50 @@ class Dataset:
         self.scans.left_files.tell()
 
     def flush(self) -> None:
-        """Make the moves that were gathered, as one group, and log each."""
-        if not self.outbox.is_due:
+        """Carry out the collected moves, as one group."""
+        if not self.move_queue.is_due:
             return
         if (problem := self._presence.problem()) is not None:
-            for failed in self.outbox.refuse(problem):
+            for failed in self.move_queue.refuse(problem):
                 self.receive(failed)
             self.receive(events.DatasetAbsent(problem))
             return
-        for result in self.outbox.send():
+        for result in self.move_queue.send():
             self.receive(result)
 
-    def begin_scan(self) -> None:
-        """Begin to scan Images/, unless a scan is under way: then another one follows it."""
-        self.scans.begin()
-
     def scan_all(self) -> None:
-        """Begin to scan Images/ and Review/, and to look whether Clases/ differs from what was last seen of it."""
+        """Start to scan Images/ and Review/, and to compare Clases/ with its last scan."""
         self.scans.begin()
         self._references.scan.begin()
         self.scans.begin_review()
 
     def scan_handled(self) -> None:
-        """Begin to look for what the user did since with images that were handled: moved to another class, mended."""
+        """Start to scan for corrections and for repaired files in Rejected/."""
         self._corrections.begin(time_ns())
 
-    def continue_scan(self) -> None:
-        """Take the next slice of the scans of Images/."""
-        self.scans.continue_inbox()
-
     def continue_looking(self) -> None:
-        """Look at the next slice of what was handled, of Review/ and of the references, where that is under way."""
+        """Take the next slice of the scans of handled images, of Review/ and of the references."""
         if self._references.differs():
             self.receive(events.ReferencesTouched())
         self._continue_corrections()
         self.scans.continue_review()
         if moved := self._corrections.take_moved(time_ns()):
-            self.outbox.follow_images(moved)
+            self.move_queue.follow_images(moved)
 
     def _continue_corrections(self) -> None:
         self._corrections.begin_asked()
         if not self._corrections.is_under_way:
             return
         if self._presence.problem() is not None:
-            self._corrections.end()  # absent is not gone: all of it is looked at when it is back
+            self._corrections.end()  # everything is scanned when it is back
             return
         for noticed in self._corrections.take():
             match noticed:
-                case Mended(path, mark):
+                case Repaired(path, mark):
                     self.receive(events.ImageSeen(path, mark, is_aside=True))
                 case Correction():
                     self.log.corrected(noticed)
-                    if self.rebuilding.teaching.learns_from_corrections:
+                    if self.rebuilding.settings.learns_from_corrections:
                         self.receive(events.ReferencesTouched())
 
     def _carry_out(self, command: events.Command) -> None:
@@ -306,19 +269,19 @@ class Dataset:
             case events.Rebuild(job):
                 self._rebuild(job)
             case events.Scan():
-                self.begin_scan()
+                self.scans.begin()
             case events.Move():
-                self.outbox.add(command)
+                self.move_queue.add(command)
             case events.Leave():
                 self._leave(command)
             case events.Hold(reason):
                 self.log.held(reason, self.layout.root)
 
     def _leave(self, leave: events.Leave) -> None:
-        """Let a file follow its image if it is a companion of one, or say once that it stays."""
-        if not self.sorter.references_absent and self.outbox.follow(leave):
+        """Move a file after its image if it is a companion, or log once that it stays."""
+        if not self.sorter.references_absent and self.move_queue.follow(leave):
             return
-        if not self.outbox.awaits_image(leave):
+        if not self.move_queue.awaits_image(leave):
             self.log.left(leave)
             if leave.stamp is not None:
                 self._corrections.keep(leave.path, leave.stamp)
@@ -329,84 +292,72 @@ class Dataset:
             self.log.rebuild_failed(event)
             self._tell(event)
             return
-        self._ask(self.rebuilding.order(job, self._corrections.learnt))
-
-    # ------------------------------------------------------------ questions, and what is asked of it
-
-    @property
-    def is_scanning(self) -> bool:
-        """Tell whether a scan of all of Images/ is under way."""
-        return self.scans.is_under_way
+        self._ask(self.rebuilding.order(job, self._corrections.corrections))
 
     @property
     def has_more_to_look_at(self) -> bool:
-        """Tell whether anything has files left to look at."""
+        """Whether any scan is running."""
         return self.scans.has_more or self._corrections.is_under_way or self._references.scan.is_under_way
 
     @property
     def next_deadline(self) -> float:
-        """When it has something to do though nothing was told; infinity where nothing waits for its time."""
+        """The time of its next work without an event; infinity if there is none."""
         core = self.sorter.next_deadline()
         return min(float("inf") if core is None else core, self.scans.deadline, self._corrections.deadline)
 
     @property
-    def has_moves(self) -> bool:
-        """Tell whether there is something for ``flush`` to do."""
-        return self.outbox.is_due
-
-    @property
     def is_drained(self) -> bool:
-        """Tell whether nothing is left to do until something else happens."""
-        waits = self._corrections.has_moved or self.has_more_to_look_at or self.has_moves
+        """Whether nothing is left to do until another event arrives."""
+        waits = self._corrections.has_moved or self.has_more_to_look_at or self.move_queue.is_due
         return not waits and self.sorter.is_drained
 
     @property
     def is_stuck(self) -> bool:
-        """Tell whether nothing will move until somebody mends the references."""
+        """Whether nothing will move until the references are repaired or a hold is released."""
         core = self.sorter
         if self.log.problem is not None and (core.prototypes is None or core.references_absent):
             return True
         return core.guard.reason is not None and not core.is_rebuilding
 
     @property
-    def filing(self) -> Mover:
-        """What moves its files; a dry run has none."""
+    def mover(self) -> Mover:
+        """The mover of its files; a dry run has none."""
         assert isinstance(self._mover, Mover)
         return self._mover
 
     @property
     def history(self) -> History:
-        """What its journal can be asked."""
+        """The queries of its journal."""
         return self._journal.history
 
     def rebuild(self, *, force: bool) -> None:
-        """Build the prototypes anew; with ``force`` also where the reload gate would keep the old ones."""
+        """Rebuild the prototypes; with ``force`` even if the reload gate would keep the old ones."""
         self.rebuilding.wish(force=force)
         self.receive(events.ReferencesTouched())
 
     @property
     def held_because(self) -> str | None:
-        """Why the guard holds the dataset; None where it does not."""
+        """Why the guard holds the dataset; None if it does not."""
         return self.sorter.guard.reason
 
     def release(self) -> str | None:
-        """Let the dataset go that the guard holds; return why it was held, None where it was not."""
+        """Release the hold by the guard and return its reason; None if there was none."""
         if (reason := self.held_because) is not None:
             self.receive(events.DatasetReleased())
         return reason
 
     @property
     def problem(self) -> str | None:
-        """Why nothing moves, in a sentence; None while all is well."""
+        """Why nothing is moved, in a sentence; None without a problem."""
         return self.held_because or self.log.problem
 
     @property
     def files_looked_at(self) -> int:
-        """Count the looks at files in the folders of images since the start: by scans, for events and to settle."""
+        """The number of files that were inspected since the start."""
         return self.scans.count + self._corrections.files_looked_at
 
     def facts(self) -> dict[str, object]:
-        """Return what ``sortd status`` shows of this dataset, as plain values."""
-        generation, mode = self.rebuilding.last_generation, self.rebuilding.teaching.settings.mode
+        """Return the entry of the dataset in ``sortd status``, as plain values."""
+        generation, mode = self.rebuilding.last_generation, self.rebuilding.settings.settings.mode
         facts = self.log.facts(self.sorter, generation=generation, mode=mode)
         return {**facts, "files_looked_at": self.files_looked_at}

@@ -1,7 +1,7 @@
 """The datasets below one root: opened when they appear, closed when they are gone.
 
-A dataset that cannot be opened, or whose journal or disk fails while it is at work, is held: closed, so that nothing of
-it moves, and opened again, which recovers it like after a crash, as soon as that works. The others go on.
+A dataset that cannot be opened, or whose journal or disk fails, is held: it is closed, and opened again with growing
+delays, which recovers it as after a crash. The others continue.
 """
 
 import errno
@@ -23,7 +23,7 @@ from sortd import errors, logs
 from sortd.config import Config
 from sortd.core.schedule import RETRY_SECONDS, Throttle, doubled_seconds
 from sortd.daemon.dataset import Dataset
-from sortd.daemon.resources import Resources, sorter_settings, teaching_of
+from sortd.daemon.resources import Resources, reference_settings_of, sorter_settings
 from sortd.daemon.worker import Forget, Job
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, SortdError, StorageError
 from sortd.events import DatasetAbsent, DatasetId
@@ -33,35 +33,35 @@ from sortd.moving.copy_queue import CopyQueue
 from sortd.watch.observer import FileEvent
 from sortd.watch.watcher import EventsDropped, Watcher
 
-DISCOVERY_PAUSE_SECONDS = 0.2  # between two looks for datasets that events asked for
-RECOVERY_PAUSE_SECONDS = 5.0  # between two scans because events were dropped, as in a storm again and again
+DISCOVERY_PAUSE_SECONDS = 0.2  # between two searches for datasets because of events
+RECOVERY_PAUSE_SECONDS = 5.0  # between two scans because of dropped events
 
-OF_ONE_DATASET = (SortdError, OSError, sqlite3.Error)  # what a dataset's folders, journal and disk raise
+OF_ONE_DATASET = (SortdError, OSError, sqlite3.Error)  # errors of the folders, journal and disk of a dataset
 
-ATTEMPTS_SHARE = 10  # a dataset is opened again after so many times as long as the last attempt took
+ATTEMPTS_SHARE = 10  # delay before a dataset is opened again, by the duration of the last attempt
 
-SPARE_DESCRIPTORS = 256  # left free by datasets, for decoders and moves, which open each file of 64 images
+SPARE_DESCRIPTORS = 256  # left for decoders and moves, which open each file of 64 images
 DESCRIPTORS_OF_A_DATASET = 12  # two locks, three files of the journal, three of the watcher, some while it is opened
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Why nothing moves in a dataset, and when it is tried again."""
+    """A dataset in which nothing moves because of an error."""
 
     layout: Layout
     error: Exception
     cause: str  # in a sentence, with what to do
     since: float  # seconds since the epoch
     retry_at: float  # seconds of the monotonic clock
-    failures: int = 0  # how often it failed at work, each time soon after it was opened again
+    failures: int = 0  # in succession, each soon after it was reopened
 
     def facts(self) -> dict[str, object]:
-        """Return what ``sortd status`` shows of the dataset, as plain values."""
+        """Return the entry of the dataset in ``sortd status``, as plain values."""
         return {"problem": self.cause, "held_since": round(self.since, 3), "moving": False}
 
 
 class Datasets:
-    """Every dataset that sortd works on now, by name."""
+    """All open and held datasets, by name."""
 
     def __init__(
         self,
@@ -73,43 +73,43 @@ class Datasets:
         metrics: Metrics,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """Begin with none; ``discover`` finds them."""
+        """Start without datasets; ``discover`` finds them."""
         self.config, self._clock = config, clock
         self.by_name: dict[str, Dataset] = {}
-        self.held: dict[str, Held] = {}  # those that it should work on and cannot now
+        self.held: dict[str, Held] = {}
         self._resources, self._ask, self._copier, self._metrics = resources, ask, copier, metrics
         self._watcher: Watcher | None = None
         self._root_is_present = True
         self._began = self._is_stopping = False
         self._numbers = count(1)
         self._folders: dict[str, tuple[int, int]] = {}
-        self._taken_up_again: dict[str, tuple[Held, float]] = {}
-        self._former: dict[str, int] = {}  # by name, the inode of a dataset's folder that was let go
+        self._reopened: dict[str, tuple[Held, float]] = {}
+        self._former: dict[str, int] = {}  # by name: the inode of the folder of a closed dataset
         self._discovery = Throttle(DISCOVERY_PAUSE_SECONDS)
         self._recovery = Throttle(RECOVERY_PAUSE_SECONDS)
-        self._lost: set[str] = set()  # names of the datasets of which events were dropped; "": any
+        self._lost: set[str] = set()  # datasets with dropped events; "": all
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
     def __iter__(self) -> Iterator[Dataset]:
-        """Go through the datasets; one that is held meanwhile is no hindrance."""
+        """Iterate over a copy of the open datasets."""
         return iter(list(self.by_name.values()))
 
     def at_work(self, identity: DatasetId) -> Dataset | None:
-        """Return the dataset that an answer is about; None: it was let go since."""
+        """Return the dataset of an answer; None if it was closed since."""
         dataset = self.by_name.get(identity.name)
         return dataset if dataset is not None and dataset.identity == identity else None
 
     def watch_with(self, watcher: Watcher) -> None:
-        """Let a watcher follow the root, and every dataset that is found from now on."""
+        """Watch the root, and every dataset that is opened from now on."""
         self._watcher = watcher
         watcher.watch_root(os.fspath(self.config.root))
 
     def discover(self) -> None:
-        """Take up datasets that appeared; let one go only when its folder is gone, or another, and the root is there.
+        """Open datasets that appeared, and close those whose folder is gone, or replaced, while the root is there.
 
         Raises:
-            LayoutError: at the start, the root is missing.
-            AlreadyRunningError: at the start, another sortd works on every dataset.
+            LayoutError: At the start, the root is missing.
+            AlreadyRunningError: At the start, another sortd has every dataset.
         """
         try:
             found = {layout.name: layout for layout in find_datasets(self.config.root)}
@@ -118,13 +118,13 @@ class Datasets:
             return
         self._root_is_present = True
         for name in self._departed(found):
-            self._let_go(name)
+            self._remove(name)
         for dataset in self:
             with self.isolated(dataset):
                 dataset.require_journal()
         for name, layout in found.items():
             if name not in self.by_name:
-                self._take_up(layout)
+                self._open(layout)
         errors = [held.error for held in self.held.values()]
         is_second = errors and all(isinstance(error, AlreadyRunningError) for error in errors)
         if is_second and not self._began and not self.by_name:
@@ -132,10 +132,10 @@ class Datasets:
         self._began = True
 
     def _departed(self, found: Mapping[str, Layout]) -> list[str]:
-        """List the datasets whose folder is gone while the root is there, or was made anew with a Clases/ in it.
+        """Return the datasets whose folder is gone while the root is there, or was recreated with a Clases/ in it.
 
-        Whoever deletes a dataset and puts another one under its name has a new one. An empty mount point under that
-        name is none, nor is a disk that does not answer: what was there is awaited.
+        An empty mount point under that name, or a disk that does not respond, does not count: the dataset may come
+        back.
         """
         departed = []
         known = {dataset.name: dataset.layout for dataset in self} | {n: held.layout for n, held in self.held.items()}
@@ -159,8 +159,8 @@ class Datasets:
             with self.isolated(dataset):
                 dataset.receive(DatasetAbsent(str(error)))
 
-    def _take_up(self, layout: Layout) -> None:
-        """Begin to work on a dataset; one that cannot serve is held, and is tried again when its time has come."""
+    def _open(self, layout: Layout) -> None:
+        """Open a dataset; hold it if that fails."""
         name, began = layout.name, self._clock()
         held = self.held.get(name)
         if self._is_stopping or (held is not None and began < held.retry_at):
@@ -168,10 +168,10 @@ class Datasets:
         try:
             folder = _folder_at(layout.root)
         except OSError:
-            return  # its disk does not answer: it is looked for again
+            return  # its disk does not respond: retried by the next search
         if folder is None:
             return
-        # A disk that was mounted again has another device; a dataset that was made anew has no marker yet.
+        # A remounted disk has another device number; a recreated dataset has no marker yet.
         is_another = not layout.is_present or self._former.get(layout.name, folder[1]) != folder[1]
         try:
             _require_descriptors()
@@ -184,16 +184,16 @@ class Datasets:
                 self._ask(Forget(dataset.identity, with_stored=True))
             dataset.begin()
             dataset.scan_handled()
-        except Exception as error:  # noqa: BLE001 -- whatever is wrong with one dataset, the others are served
+        except Exception as error:  # noqa: BLE001 -- the others continue, whatever the error
             self._hold(layout, error, retry_at=self._clock() + ATTEMPTS_SHARE * (self._clock() - began))
             return
         if held is not None:
-            self._taken_up_again[name] = self.held.pop(name), self._clock()
+            self._reopened[name] = self.held.pop(name), self._clock()
         self._metrics.held(name, is_held=False)
         self._log.info(logs.DATASET_ADDED, dataset=name, root=str(layout.root))
 
-    def _let_go(self, name: str) -> None:
-        self._taken_up_again.pop(name, None)
+    def _remove(self, name: str) -> None:
+        self._reopened.pop(name, None)
         self.held.pop(name, None)
         root = self.by_name[name].layout.root if name in self.by_name else self.config.root / name
         if name in self._folders:
@@ -203,37 +203,33 @@ class Datasets:
         self._log.warning(logs.DATASET_GONE, dataset=name, root=str(root))
 
     def _forget(self, name: str) -> None:
-        """Work on a dataset no more, and close its journal."""
+        """Close a dataset and drop its jobs."""
         if (dataset := self.by_name.pop(name, None)) is None:
             return
         self._folders.pop(name, None)
         if self._watcher is not None:
             self._watcher.forget(os.fspath(dataset.layout.root))
         self._ask(Forget(dataset.identity))
-        with suppress(*OF_ONE_DATASET):  # what failed may fail to be closed, too; its journal may be gone with it
+        with suppress(*OF_ONE_DATASET):  # what failed may fail to close, too
             self._resources.close(dataset)
 
     @contextmanager
     def isolated(self, dataset: Dataset) -> Iterator[None]:
-        """Do what concerns one dataset; where that fails, hold it, so that the others are served."""
+        """Hold this dataset if the body raises, so that the others continue."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001 -- whatever is wrong with one dataset, the others are served
+        except Exception as error:  # noqa: BLE001 -- the others continue, whatever the error
             self.hold(dataset, error)
 
     def tell(self, identity: DatasetId, act: Callable[[Dataset], None]) -> None:
-        """Do something with the dataset that an answer is about, unless it was let go or held since."""
+        """Call ``act`` with the dataset of an answer, unless it was closed since."""
         if (dataset := self.at_work(identity)) is not None:
             with self.isolated(dataset):
                 act(dataset)
 
     @contextmanager
     def answering(self, dataset: Dataset) -> Iterator[None]:
-        """Do what was asked of one dataset; where its journal or disk fails, hold it, and let whoever asked know.
-
-        Raises:
-            StorageError: it failed.
-        """
+        """Hold this dataset if its journal or disk fails in the body, and raise ``StorageError`` for the requester."""
         try:
             yield
         except (StorageError, OSError, sqlite3.Error) as error:
@@ -241,11 +237,11 @@ class Datasets:
             raise StorageError(_sentence(error)) from error
 
     def hold(self, dataset: Dataset, error: Exception) -> None:
-        """Hold a dataset that failed at work: close it, and open it again after a pause, which recovers its moves."""
+        """Hold a dataset that failed: close it, and open it again after a delay, which recovers its moves."""
         if self.by_name.get(dataset.name) is not dataset:
             return
         now = self._clock()
-        before, at = self._taken_up_again.pop(dataset.name, (None, now))
+        before, at = self._reopened.pop(dataset.name, (None, now))
         failures = 1
         if before is not None and now - at < RETRY_SECONDS[1]:
             self.held[dataset.name] = before
@@ -253,7 +249,7 @@ class Datasets:
         self._hold(dataset.layout, error, retry_at=now + doubled_seconds(failures), failures=failures)
 
     def _hold(self, layout: Layout, error: Exception, *, retry_at: float, failures: int | None = None) -> None:
-        """Close a dataset and remember why; say so where the cause is another one than before."""
+        """Close a dataset and note why; log a new cause."""
         name, cause, before = layout.name, _sentence(error), self.held.get(layout.name)
         self._forget(name)
         if failures is None:
@@ -268,7 +264,7 @@ class Datasets:
 
     @property
     def held_error(self) -> SortdError | None:
-        """The error of the datasets that are held, with all their causes and the exit code of the first; None: none."""
+        """The causes of all held datasets, as an error with the exit code of the first; None without held datasets."""
         errors = [held.error for _, held in sorted(self.held.items())]
         if not errors:
             return None
@@ -276,7 +272,7 @@ class Datasets:
         return (type(errors[0]) if isinstance(errors[0], SortdError) else StorageError)(causes)
 
     def file_event(self, event: FileEvent) -> None:
-        """Hand an event to the dataset that it is about; anything else may be a dataset that comes or goes."""
+        """Pass an event to its dataset; any other event may concern a new or a removed dataset."""
         dataset = self.by_name.get(self._name_in(event.path))
         if dataset is not None and dataset.layout.area_of(event.path) is not None:
             with self.isolated(dataset):
@@ -285,21 +281,20 @@ class Datasets:
             self._discovery.ask()
 
     def _name_in(self, path: str) -> str:
-        """Return the first name of a path below the root."""
         return path.removeprefix(os.path.join(self.config.root, "")).partition(os.sep)[0]
 
     def events_dropped(self, dropped: EventsDropped) -> None:
-        """Take note that events of a dataset, or of anything below the root, were dropped: a scan finds the rest."""
+        """Schedule a scan of a dataset, or of all, whose events were dropped."""
         self._lost.add(self._name_in(dropped.root) if dropped.root else "")
         self._recovery.ask()
 
     @property
     def deadline(self) -> float:
-        """When something is to be done here that events asked for; infinity: nothing."""
+        """When scheduled work is due; infinity without any."""
         return min(self._discovery.deadline, self._recovery.deadline)
 
     def catch_up(self) -> None:
-        """Do what events asked for, and that some were dropped, once for all that did."""
+        """Do the scheduled work that is due, once for all events that asked for it."""
         if self._discovery.is_due(now := monotonic()):
             self._discovery.begin(now)
             self.discover()
@@ -314,7 +309,7 @@ class Datasets:
             self._recovery.end(monotonic())
 
     def scan(self) -> None:
-        """Look at everything anew, whatever events told of."""
+        """Scan everything."""
         self.discover()
         self._scan(list(self.by_name))
 
@@ -326,7 +321,7 @@ class Datasets:
                 dataset.scan_handled()
 
     def poll(self, roots: tuple[str, ...]) -> None:
-        """Scan what cannot be watched; where the root itself is among it, look for new datasets."""
+        """Scan these roots, which are not watched; for the root itself, look for datasets."""
         if os.fspath(self.config.root) in roots:
             self.discover()
         for dataset in self:
@@ -335,19 +330,19 @@ class Datasets:
                     dataset.scan_all()
 
     def reload(self, config: Config) -> None:
-        """Take a changed configuration over."""
+        """Apply a changed configuration."""
         self.config = config
         for dataset in self:
             own = config.dataset(dataset.name)
             with self.isolated(dataset):
-                dataset.reload(sorter_settings(own), teaching_of(own))
+                dataset.reload(sorter_settings(own), reference_settings_of(own))
 
     def stop(self) -> None:
-        """Take up no dataset any more: it would never hear that the daemon stops."""
+        """Open no further dataset."""
         self._is_stopping = True
 
     def close(self) -> None:
-        """Finish the moves at hand and close every dataset, be it that the journal of one cannot be written."""
+        """Finish the moves under way and close every dataset, even if one fails."""
         for dataset in self:
             with self.isolated(dataset):
                 dataset.flush()
@@ -356,17 +351,17 @@ class Datasets:
 
 
 def _sentence(error: Exception) -> str:
-    """Say what is wrong with a dataset, and what to do."""
+    """Return what is wrong with a dataset, and what to do."""
     if isinstance(error, OSError):
-        mend = errors.advice_for_write(error)
-        return f"{error.filename or 'its disk'}: {error.strerror or error}" + (f"; {mend}" if mend else "")
+        parts = [f"{error.filename or 'its disk'}: {error.strerror or error}", errors.advice_for_write(error)]
+        return "; ".join(filter(None, parts))
     if isinstance(error, SortdError):
         return str(error)
-    return f"{type(error).__name__}: {error}; nobody foresaw this: please report it with the log"
+    return f"{type(error).__name__}: {error}; unexpected error: please report it with the log"
 
 
 def _kind(error: Exception) -> str:
-    """Return what failed, in one word."""
+    """Return the kind of an error, in one word."""
     match error:
         case AlreadyRunningError():
             return "locked"
@@ -381,25 +376,16 @@ def _kind(error: Exception) -> str:
 
 
 def _require_descriptors() -> None:
-    """See that another dataset leaves enough descriptors for moves and decoders.
-
-    Raises:
-        StorageError: it would not.
-    """
+    """Raise ``StorageError`` if another dataset would leave too few descriptors for moves and decoders."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     spare = min(SPARE_DESCRIPTORS, limit // 4)
     if len(os.listdir("/proc/self/fd")) + DESCRIPTORS_OF_A_DATASET > limit - spare:
-        full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        advice = errors.advice_for_write(full)
-        raise StorageError(f"no more datasets can be opened with a limit of {limit} open files a process; {advice}")
+        advice = errors.advice_for_write(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+        raise StorageError(f"cannot open more datasets with a limit of {limit} open files per process; {advice}")
 
 
 def _folder_at(path: Path) -> tuple[int, int] | None:
-    """Identify the folder under a name; None where there is none.
-
-    Raises:
-        OSError: the disk does not tell.
-    """
+    """Return device and inode of a folder, None if there is none; raise ``OSError`` if the disk fails."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):

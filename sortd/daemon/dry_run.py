@@ -1,8 +1,8 @@
-"""A rehearsal: what ``once`` would do, by the same core, worker and rules, with every hand that writes taken off."""
+"""The dry run: the same decisions as ``once``, without writes."""
 
 import queue
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import monotonic
 
@@ -10,7 +10,7 @@ from sortd.config import Config
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import known_folder
 from sortd.daemon.move_queue import DryRunMover, Tell
-from sortd.daemon.resources import LoadEncoder, Resources, sorter_settings, teaching_of
+from sortd.daemon.resources import LoadEncoder, Resources, reference_settings_of, sorter_settings
 from sortd.daemon.worker import Answer, Posted, Worker, WorkerDied
 from sortd.errors import LayoutError
 from sortd.events import DatasetId
@@ -19,28 +19,26 @@ from sortd.metrics import Metrics
 from sortd.store.database import copy_journal
 from sortd.store.journal import Journal
 
-LOOK_SECONDS = 1.0
-"""The longest pause between two turns: what waits for a file of a person's to be left alone has no deadline."""
+LOOK_SECONDS = 1.0  # between two turns, at most: the wait until a moved image is left alone has no deadline
 
 
-def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = None) -> None:
-    """Decide every image that waits and tell where it would go; nothing below the root or the state is written.
+def simulate(config: Config, report: Tell, *, load_encoder: LoadEncoder | None = None) -> None:
+    """Decide every waiting image and report where it would go; nothing below the root or the state folder is written.
 
-    Embeddings go to a temporary cache, so that not even the cache is touched. Each journal is copied: what it remembers
-    holds here too, and what would be noted is noted in the copy.
+    Embeddings go to a temporary cache, and each dataset works with a copy of its journal.
 
     Raises:
-        LayoutError: there is no dataset, or nothing may move in one.
-        ModelError: the model cannot be had.
-        JournalError: a journal cannot be read.
+        LayoutError: There is no dataset, or nothing may move in one.
+        ModelError: The model cannot be loaded.
+        JournalError: A journal cannot be read.
     """
     layouts = find_datasets(config.root)
     if not layouts:
-        raise LayoutError(f"{config.root} holds no dataset: a folder with a Clases/ in it; `sortd init DIR` makes one")
+        raise LayoutError(f"{config.root} holds no dataset (a folder with a Clases/); create one with `sortd init DIR`")
     inbox: queue.SimpleQueue[Posted] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="sortd-") as folder, ExitStack() as journals:
-        site = Resources(config, load_encoder=load_encoder, scratch=Path(folder))
-        worker = Worker(site.load, site.unload, inbox.put, site.classifiers)
+        resources = Resources(config, load_encoder=load_encoder, scratch=Path(folder))
+        worker = Worker(resources.load, resources.unload, inbox.put, resources.classifiers)
         datasets: dict[DatasetId, Dataset] = {}
         for number, layout in enumerate(layouts):
             own, identity = config.dataset(layout.name), DatasetId(layout.name, number)
@@ -49,13 +47,11 @@ def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
                 identity,
                 layout,
                 sorter_settings(own),
-                teaching_of(own),
-                mover=DryRunMover(layout.name, layout.root, tell),
+                reference_settings_of(own),
+                mover=DryRunMover(layout.name, layout.root, report),
                 ask=worker.ask,
                 metrics=Metrics(),
                 journal=journal,
-                last_generation=journal.history.last_generation(),
-                guard=journal.history.guard(),
                 needs_marker=False,
             )
         worker.start()
@@ -73,7 +69,7 @@ def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
 
 
 def _copied(layout: Layout, config: Config, folder: Path) -> Journal:
-    """Return a copy of a dataset's journal, in ``folder``; where it has none, an empty one."""
+    """Return a copy of the journal of a dataset, in ``folder``, or an empty one."""
     folder.mkdir()
     file = known_folder(layout, config.state_dir) / JOURNAL_FILE
     if file.is_file():
@@ -83,19 +79,16 @@ def _copied(layout: Layout, config: Config, folder: Path) -> Journal:
 
 def _turn(inbox: "queue.SimpleQueue[Posted]", datasets: dict[DatasetId, Dataset]) -> None:
     deadlines = [d for dataset in datasets.values() if (d := dataset.sorter.next_deadline()) is not None]
-    is_busy = any(dataset.has_more_to_look_at or dataset.has_moves for dataset in datasets.values())
-    patience = 0.0 if is_busy else max(0.0, min([*deadlines, monotonic() + LOOK_SECONDS]) - monotonic())
-    try:
-        message = inbox.get(timeout=patience)
-    except queue.Empty:
-        pass
-    else:
-        if isinstance(message, WorkerDied):
-            raise message.error
-        if isinstance(message, Answer):
-            datasets[message.dataset].answer(message)
+    is_busy = any(dataset.has_more_to_look_at or dataset.move_queue.is_due for dataset in datasets.values())
+    seconds = 0.0 if is_busy else max(0.0, min([*deadlines, monotonic() + LOOK_SECONDS]) - monotonic())
+    with suppress(queue.Empty):
+        match inbox.get(timeout=seconds):
+            case WorkerDied(error=error):
+                raise error
+            case Answer() as answer:
+                datasets[answer.dataset].answer(answer)
     for dataset in datasets.values():
         dataset.tick(monotonic())
-        dataset.continue_scan()
+        dataset.scans.continue_inbox()
         dataset.continue_looking()
         dataset.flush()

@@ -1,8 +1,8 @@
-"""The inbox of the loop: signals apart from all else, answers in order, file events once for each path.
+"""The inbox of the loop: signals, answers in order, and file events once for each path.
 
-Each kind has a queue of its own, so that none waits behind a hundred thousand of the others. File events are kept by
-path, so that a file that changes a thousand times is looked at once; beyond ``most_events`` paths one
-``EventsDropped`` replaces them. ``put`` may be called from any thread, ``put_signal`` from a signal handler.
+Each kind has its own queue, so that none waits behind many of another kind. A file that changes a thousand times is
+inspected once; beyond ``most_events`` paths one ``EventsDropped`` replaces them. ``put`` may be called from any thread,
+``put_signal`` from a signal handler.
 """
 
 import queue
@@ -18,47 +18,41 @@ from sortd.systemd import Signalled
 from sortd.watch.observer import FileEvent
 from sortd.watch.watcher import DropReason, EventsDropped
 
-MOST_EVENTS = 50_000
-"""Paths that are kept until they are looked at: some 20 MB. The kernel queues 16,384 events by default."""
+MOST_EVENTS = 50_000  # some 20 MB; the kernel queues 16,384 events by default
 
-GATHER_SECONDS = 0.02
-"""From one turn that takes file events to the next, unless something else is to be done: in a storm each event would be
-a turn, and a path that changes a thousand times a thousand looks."""
+GATHER_SECONDS = 0.02  # between turns for file events alone: else each event of a storm would cost a turn
 
-MANY_EVENTS = 1000  # so many events are not waited with: they are a turn's work
+MANY_EVENTS = 1000  # enough for a turn
 
-Told = Posted | Copied | CopyFailed | CopyQueueDied
-"""What the worker and the copier tell; they have few jobs at a time, so there are few of these."""
+Reported = Posted | Copied | CopyFailed | CopyQueueDied  # by the worker and the copier
 
-Message = Told | FileEvent | EventsDropped
+Message = Reported | FileEvent | EventsDropped
 
 
 class Inbox:
-    """What was posted to the loop and has not been taken yet."""
+    """The messages to the loop that have not been taken yet."""
 
     def __init__(self, *, most_events: int = MOST_EVENTS) -> None:
-        """Begin empty."""
+        """Start empty."""
         self._most_events = most_events
         self._signals: deque[Signalled] = deque()
-        self._told: deque[Told] = deque()
-        self._arriving: queue.SimpleQueue[Told | None] = queue.SimpleQueue()  # None only wakes the loop
+        self._reported: deque[Reported] = deque()
+        self._arriving: queue.SimpleQueue[Reported | None] = queue.SimpleQueue()  # None: wake up only
         self._events: OrderedDict[tuple[str, bool], FileEvent] = OrderedDict()
         self._drops: dict[tuple[str, DropReason], EventsDropped] = {}
         self._events_taken_at = float("-inf")
-        self._lock = threading.Lock()  # of events and drops; a signal handler never takes it
-
-    # ------------------------------------------------------------ from any thread
+        self._lock = threading.Lock()  # of events and drops; never used by a signal handler
 
     def put(self, message: Message) -> None:
-        """Take a message in and wake the loop."""
+        """Add a message and wake the loop."""
         match message:
             case FileEvent() | EventsDropped():
                 self._put_event(message)
-            case told:
-                self._arriving.put(told)
+            case reported:
+                self._arriving.put(reported)
 
     def put_signal(self, signalled: Signalled) -> None:
-        """Take a signal in and wake the loop; reentrant, for signal handlers."""
+        """Add a signal and wake the loop; reentrant."""
         self._signals.append(signalled)
         self._arriving.put(None)
 
@@ -78,15 +72,13 @@ class Inbox:
             return
         if known is None and len(self._events) >= self._most_events:
             self._events.clear()
-            why = f"more than {self._most_events} files changed before they could be looked at; a scan finds them"
+            why = f"more than {self._most_events} files changed before they could be inspected; a scan finds them"
             self._drops["", DropReason.OVERFLOWED] = EventsDropped("", why, DropReason.OVERFLOWED)
             return
         self._events[event.path, event.directory] = event
 
-    # ------------------------------------------------------------ from the loop
-
     def wait(self, seconds: float) -> None:
-        """Sleep until something is there to be taken, at most so long; events that follow on others are gathered."""
+        """Sleep until there is a message, at most this long; file events are collected for ``GATHER_SECONDS``."""
         if not (self._is_urgent or self._events or self._drops):
             self._receive(seconds)
         until = self._events_taken_at + GATHER_SECONDS
@@ -95,27 +87,27 @@ class Inbox:
 
     @property
     def _is_urgent(self) -> bool:
-        return bool(self._signals or self._told)
+        return bool(self._signals or self._reported)
 
     def _receive(self, seconds: float) -> None:
         with suppress(queue.Empty):
             self._take_in(self._arriving.get(timeout=seconds))
 
     def signals(self) -> Iterator[Signalled]:
-        """Take every signal."""
+        """Yield and remove every signal."""
         while self._signals:
             yield self._signals.popleft()
 
-    def told(self) -> Iterator[Told]:
-        """Take what the worker and the copier tell, in order; whoever stops between two finds the rest next time."""
+    def reported(self) -> Iterator[Reported]:
+        """Yield and remove the answers of the worker and the copier, in order; stopping early keeps the rest."""
         with suppress(queue.Empty):
             for _ in range(self._arriving.qsize()):
                 self._take_in(self._arriving.get_nowait())
-        while self._told:
-            yield self._told.popleft()
+        while self._reported:
+            yield self._reported.popleft()
 
     def file_events(self) -> Iterator[FileEvent | EventsDropped]:
-        """Take drops and events, oldest first; whoever stops between two finds the rest next time."""
+        """Yield and remove drops and events, oldest first; stopping early keeps the rest."""
         self._events_taken_at = monotonic()
         while (event := self._next_event()) is not None:
             yield event
@@ -126,6 +118,6 @@ class Inbox:
                 return self._drops.pop(next(iter(self._drops)))
             return self._events.popitem(last=False)[1] if self._events else None
 
-    def _take_in(self, told: Told | None) -> None:
-        if told is not None:
-            self._told.append(told)
+    def _take_in(self, reported: Reported | None) -> None:
+        if reported is not None:
+            self._reported.append(reported)

@@ -41,7 +41,7 @@ class DryRunMover:
         return done
 
 
-class Outbox:
+class MoveQueue:
     """Carries out the moves of one dataset and writes a line about each."""
 
     def __init__(self, mover: Mover | DryRunMover, account: DatasetLog, *, history: History | None, root: Path) -> None:

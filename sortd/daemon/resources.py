@@ -1,4 +1,4 @@
-"""The resources of a run: datasets, locked, recovered and opened; and the model with what it needs."""
+"""The resources of a run: locked, recovered and opened datasets, and the model with its decoders and cache."""
 
 import os
 import uuid
@@ -32,12 +32,12 @@ from sortd.store.cache import Cache
 
 LoadEncoder = Callable[[Config], Encoder]
 
-GUARD_IMAGES = 200  # from so many on, the first batch of a new generation is tried before it moves
-MOST_DECODERS = 8  # processes of some 40 MB each, unless the configuration asks for more
+GUARD_IMAGES = 200  # a first batch of a new generation of this size is checked before it is moved
+MOST_DECODERS = 8  # processes of some 40 MB each; the configuration can set more
 
 
 def sorter_settings(config: DatasetConfig) -> SorterSettings:
-    """Return the part of a dataset's configuration that its core needs."""
+    """Return the settings of the core from the configuration of a dataset."""
     return SorterSettings(
         settle_seconds=config.settle_seconds,
         batch_size=-(-config.batch_size // 2),
@@ -47,8 +47,8 @@ def sorter_settings(config: DatasetConfig) -> SorterSettings:
     )
 
 
-def teaching_of(config: DatasetConfig) -> ReferenceSettings:
-    """Return the part of a dataset's configuration that its prototypes depend on."""
+def reference_settings_of(config: DatasetConfig) -> ReferenceSettings:
+    """Return the settings of the prototypes from the configuration of a dataset."""
     abstain = None
     if config.abstain is not None:
         abstain = AbstainSettings(precision=config.abstain.precision, strangers=config.abstain.strangers)
@@ -61,29 +61,28 @@ def teaching_of(config: DatasetConfig) -> ReferenceSettings:
 
 
 def limits_of(decoding: Decoding) -> dict[str, float]:
-    """Return by what images are refused, so that a higher value refuses fewer; see ``Rejects``."""
+    """Return the decoding limits, each such that a higher value accepts more images; see ``Rejects``."""
     numbers = decoding.model_dump(include={"max_pixels", "max_side_pixels", "max_bytes", "timeout_seconds"})
     return {**numbers, "draft": int(decoding.jpeg == "draft"), "decoders": DECODER_VERSION}
 
 
 def _nothing(*_: object) -> None:
-    """Keep nothing."""
+    """Do nothing."""
 
 
 class Resources:
-    """Opens datasets for writing, and the model, for one run."""
+    """Opens datasets and the model for one run."""
 
     def __init__(self, config: Config, *, load_encoder: LoadEncoder | None = None, scratch: Path | None = None) -> None:
         """Prepare; nothing is touched before ``open`` and ``load``.
 
-        ``load_encoder`` stands in for the configured model; ``scratch`` is a folder for embeddings in place of the
-        cache, of which only prototypes are read then.
+        ``load_encoder`` replaces the configured model; ``scratch`` is a folder for embeddings instead of the cache,
+        from which only prototypes are read then.
         """
         self._config = config
         self._embeddings, self._is_scratch = scratch or config.cache_dir, scratch is not None
         self._runs_on: list[str] = []
-        self.on_progress: Callable[[str], None] = lambda _: None
-        """Is told again and again what goes on while the model takes long to load."""
+        self.on_progress: Callable[[str], None] = lambda _: None  # called while the model is loaded
         self._load_encoder = load_encoder or partial(load_fastest, report=self._runs_on.append)
         self._run = uuid.uuid4().hex[:8]
         self._held: dict[DatasetId, ExitStack] = {}
@@ -94,7 +93,6 @@ class Resources:
             load=lambda folder: load_finetuned(folder, device=config.device, threads=config.threads),
             embed_with=self._embed_with,
         )
-        """The fine-tuned models; they serve after ``load``."""
 
     @property
     def state_folder(self) -> Path:
@@ -104,12 +102,12 @@ class Resources:
     def open(
         self, layout: Layout, config: Config, *, ask: Callable[[Job], None], seat: Seat, metrics: Metrics
     ) -> Dataset:
-        """Lock a dataset, recover what a crash left, and return it at work; ``seat`` makes its long copies.
+        """Lock a dataset, recover it and open it; ``seat`` makes its long copies.
 
         Raises:
-            AlreadyRunningError: another sortd has it.
-            LayoutError: its folders cannot serve.
-            JournalError: its journal cannot be opened.
+            AlreadyRunningError: Another sortd has it.
+            LayoutError: Its folders cannot be used.
+            JournalError: Its journal cannot be opened.
         """
         own = config.dataset(layout.name)
         layout.make()
@@ -124,35 +122,33 @@ class Resources:
                     interrupted=lambda: seat.is_left,
                 )
             )
-            opened.callback(seat.leave)  # before the journal is closed and the lock given back
+            opened.callback(seat.leave)  # before the journal is closed and the lock released
             dataset = Dataset(
                 seat.dataset,
                 layout,
                 sorter_settings(own),
-                teaching_of(own),
+                reference_settings_of(own),
                 mover=held.filing,
                 ask=ask,
                 metrics=metrics,
                 journal=held.journal,
-                last_generation=held.journal.history.last_generation(),
-                guard=held.journal.history.guard(),
                 lock_problem=held.lock_problem,
                 limits=limits_of(self._config.decoding),
             )
             self._held[dataset.identity] = opened.pop_all()
-        dataset.outbox.tell_recovered(held.recovered)
+        dataset.move_queue.tell_recovered(held.recovered)
         return dataset
 
     def close(self, dataset: Dataset) -> None:
-        """Close the journal, give the lock back."""
+        """Close the journal and release the lock."""
         if (opened := self._held.pop(dataset.identity, None)) is not None:
             opened.close()
 
     def load(self) -> tuple[Embedder, PrototypeStore, str]:
-        """Load the configured model, warm its decoders, open the cache.
+        """Load the configured model, start its decoders and open the cache.
 
         Raises:
-            ModelError: the model cannot be had.
+            ModelError: The model cannot be loaded.
         """
         config = self._config
         self.on_progress(f"loading {config.model}")
@@ -163,7 +159,7 @@ class Resources:
         return embedder, self._store(self._cache), ", ".join([self._describe(config), *self._runs_on])
 
     def _store(self, cache: Cache) -> PrototypeStore:
-        """Return where the prototypes of each dataset are kept; of a scratch they are only read."""
+        """Return the store of prototypes; with a scratch folder it is read-only."""
         config = self._config
 
         def layout(dataset: str) -> Layout:
@@ -178,13 +174,13 @@ class Resources:
         )
 
     def _embed_with(self, encoder: Encoder, facts: FinetunedFacts) -> Embedder:
-        """Return what embeds files by a fine-tuned model, decoded as they were for its training."""
+        """Return the embedder of a fine-tuned model, with the decoding of its training."""
         assert self._cache is not None, "the configured model is loaded first"
         decoders = self._pool(encoder.preprocessing, "full" if facts.decoding == "full" else "draft")
         return Embedder(encoder, decoders, self._cache, batch_size=self._config.batch_size, are_sound=are_logits)
 
     def _pool(self, preprocessing: Preprocessing, jpeg: Jpeg) -> DecoderPool:
-        """Return the decoders that bring files to the size that an encoder sees; encoders that see alike share them."""
+        """Return the decoders for this input; encoders with the same input share them."""
         if (preprocessing, jpeg) not in self._decoders:
             decoding = self._config.decoding
             self._decoders[preprocessing, jpeg] = DecoderPool(
@@ -200,15 +196,15 @@ class Resources:
 
     @staticmethod
     def _describe(config: Config) -> str:
-        """Name the model that serves; where ``auto`` had to take the small one, with what gets the stronger one."""
+        """Return the name of the model; if ``auto`` took the small one, also how to get the stronger one."""
         if config.model != "auto":
             return config.model
         found = locate_clip("auto", cache_dir=config.cache_dir).name
-        hint = f"; `sortd models fetch {STRONGER}` gets the stronger one" if found == "packaged" else ""
+        hint = f"; `sortd models fetch {STRONGER}` installs the stronger one" if found == "packaged" else ""
         return f"{found} (auto{hint})"
 
     def unload(self) -> None:
-        """End the decoders and close the cache."""
+        """Stop the decoders and close the cache."""
         for decoders in self._decoders.values():
             decoders.close()
         if self._cache is not None:

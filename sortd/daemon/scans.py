@@ -1,4 +1,4 @@
-"""The scans of one dataset's Images/ and Review/ and the looks at single files: what they find is told to its core."""
+"""The scans of Images/ and Review/, and the inspections of single files, of one dataset: events for its core."""
 
 import os
 from collections import OrderedDict
@@ -20,34 +20,34 @@ from sortd.store.history import History
 from sortd.watch.observer import FileEvent
 from sortd.watch.scan import FolderScans, IncrementalScan, scan_steps, stamp, why_left, why_unfinished
 
-LEFT_SECONDS = 5.0  # in which a file may be renamed before it is told of that its name is not looked at
-TOLD_SLICE = 500  # files that are told of in one turn of the loop
-MOST_LEFT = 100_000  # files that wait to be told of; the next scan finds the others
-REVIEW_SLICE = 200  # images of Review/ looked at in one turn: each costs a question to the journal, some 0.1 ms
+LEFT_SECONDS = 5.0  # until a file that is left out is logged: it may be renamed
+LOGGED_SLICE = 500  # files that are logged in one turn of the loop
+MOST_LEFT = 100_000  # files that wait to be logged, at most
+REVIEW_SLICE = 200  # images of Review/ in one turn: each costs a query of the journal, some 0.1 ms
 
 
 class LeftFiles:
-    """What a scan or an event named in Images/ and nobody looks at: named in the log once, with the reason."""
+    """Files in Images/ that are not processed; each is logged once, with the reason."""
 
     def __init__(self, root: str, log: DatasetLog, *, clock: Callable[[], float] = monotonic) -> None:
-        """Begin with nothing to tell of the dataset at ``root``; ``clock`` tells seconds."""
+        """Start empty."""
         self._root, self._log, self._clock = root, log, clock
-        self._seen: dict[str, float] = {}  # path, by when it was seen first
+        self._seen: dict[str, float] = {}  # path: when it was first seen
 
     @property
     def deadline(self) -> float:
-        """When there is something to tell; infinity: nothing waits."""
+        """When there is something to log; infinity if nothing waits."""
         return next(iter(self._seen.values()), float("inf")) + LEFT_SECONDS
 
     def takes(self, path: str) -> bool:
-        """Tell whether what an event names is left out by its name; if so, take note of it."""
+        """Return whether a path is left out by its name; if so, note it."""
         if rule_below(path, self._root) is None:
             return False
         self.note(path)
         return True
 
     def writer_of(self, path: str) -> Writer:
-        """Tell whether a file that has held still may be taken for finished; say so of one that is not."""
+        """Return whether a settled file may be unfinished; log a control file that says so."""
         why = why_unfinished(path, self._root)
         if why is None:
             return writer_of(path)
@@ -55,16 +55,16 @@ class LeftFiles:
         return Writer.UNFINISHED
 
     def note(self, path: str, why: Why | None = None) -> None:
-        """Take note of a path, if it was not told of before for this reason."""
-        if len(self._seen) < MOST_LEFT and not (why is not None and self._log.has_told(path, why)):
+        """Note a path, unless it was logged for this reason."""
+        if len(self._seen) < MOST_LEFT and not (why is not None and self._log.has_logged(path, why)):
             self._seen.setdefault(path, self._clock())
 
     def tell(self, *, at_once: bool = False) -> None:
-        """Say why each that waited for its time stays, if it still stands there; ``at_once``: all of them."""
+        """Log why each path that has waited ``LEFT_SECONDS`` stays, if it still exists; ``at_once``: all paths."""
         if not at_once and self._clock() < self.deadline:
             return
         until = float("inf") if at_once else self._clock() - LEFT_SECONDS
-        some = islice(self._seen.items(), None if at_once else TOLD_SLICE)
+        some = islice(self._seen.items(), None if at_once else LOGGED_SLICE)
         for path in [path for path, seen in some if seen <= until]:
             del self._seen[path]
             try:
@@ -77,7 +77,7 @@ class LeftFiles:
 
 
 class DatasetScans:
-    """What looks at the files of one dataset, in slices."""
+    """Inspects the files of one dataset, in slices."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class DatasetScans:
         history: History,
         presence: Presence,
     ) -> None:
-        """Prepare; ``receive`` hands an event to the core and carries out what that asks for."""
+        """Prepare; ``receive`` passes an event to the core and carries out its commands."""
         self._root, self._sorter, self._receive, self._log = layout.root, sorter, receive, log
         self._history, self._presence = history, presence
         self.left_files = LeftFiles(os.fspath(layout.root), log)
@@ -104,28 +104,26 @@ class DatasetScans:
             most=REVIEW_SLICE,
             pause_seconds=1.0,
         )
-        self._foreign = Refusals()  # versions in Review/ that sortd did not put there
-        self.count = 0  # files that were looked at since the start
+        self._foreign = Refusals()  # versions in Review/ that the user put there
+        self.count = 0  # inspected files since the start
 
     @property
     def is_under_way(self) -> bool:
-        """Tell whether a scan of all of Images/ is under way."""
+        """Whether a scan of all of Images/ is running."""
         return self._inbox.whole.is_under_way
 
     @property
     def has_more(self) -> bool:
-        """Tell whether there is something left to look at, or to be told of as missing."""
+        """Whether anything is left to inspect or to report as missing."""
         return self._inbox.has_more or self.review.is_under_way or bool(self._wanted or self._missing)
 
     @property
     def deadline(self) -> float:
-        """When there is something to do though nothing was told; infinity where nothing waits for its time."""
+        """The time of the next work without an event; infinity if there is none."""
         return min(self.left_files.deadline, self.review.asked.deadline)
 
-    # ------------------------------------------------------------ single files
-
     def event_in_inbox(self, event: FileEvent) -> None:
-        """Look at what an event in Images/ is about, unless another look will see what happened."""
+        """Inspect the file of an event in Images/, unless a scheduled inspection or scan will do it."""
         if self.left_files.takes(event.path):
             return
         if event.directory:
@@ -136,26 +134,26 @@ class DatasetScans:
             self.look(event.path, closed=event.closed, since=event.at or None)
 
     def want(self, path: str) -> None:
-        """Ask for a look that tells the core whether a file may be taken."""
+        """Schedule an inspection."""
         self._wanted[path] = None
 
     def take_looks(self) -> None:
-        """Take the next slice of the looks that were asked for."""
+        """Take the next slice of the scheduled inspections."""
         if self._wanted:
             self._looks.begin()
         self._looks.take()
 
     def _look_at_wanted(self) -> Iterator[None]:
-        """Look at what was asked for: newest first, every other the oldest, as images are encoded."""
+        """Inspect the scheduled files: alternately the newest and the oldest."""
         while self._wanted:
             path, _ = self._wanted.popitem(last=len(self._wanted) % 2 == 0)
             self.look(path, closed=False, inspect=True)
             yield None
 
     def look(self, path: str, *, closed: bool, inspect: bool = False, since: float | None = None) -> None:
-        """Look at one file and tell the core of it; with ``inspect`` also whether a writer has it open.
+        """Inspect one file and report it to the core; ``inspect``: including whether a writer has it open.
 
-        ``closed``: a writer has just closed it; ``since``: when it came, on the monotonic clock.
+        ``closed``: it was just closed after writing; ``since``: when it arrived, on the monotonic clock.
         """
         try:
             mark = stamp(path)
@@ -174,21 +172,19 @@ class DatasetScans:
         self._receive(events.ImageSeen(path, mark, writer, closed, since=since))
 
     def tell_missing(self) -> None:
-        """Let the core forget what was not there, unless all of it is away: asked once for all, after the looks."""
+        """Let the core forget missing files, unless the whole dataset is absent."""
         missing, self._missing = self._missing, set()
-        if missing and self._presence.problem() is None:  # else: absent is not gone, and what is known of it holds
+        if missing and self._presence.problem() is None:  # else the dataset is absent, not the files
             for path in missing:
                 self._receive(events.ImageGone(path))
 
-    # ------------------------------------------------------------ Images/
-
     def begin(self) -> None:
-        """Begin to scan Images/, unless a scan is under way: then another one follows it."""
+        """Start a scan of Images/; if one is running, schedule another one after it."""
         if self._inbox.begin():
             self._receive(events.ScanStarted())
 
     def continue_inbox(self) -> None:
-        """Take the next slice of the scans under way: of folders that events named, then of all of Images/."""
+        """Take the next slices of the scans of folders that events named, and of all of Images/."""
         below = self._inbox.take_below()
         self.count += len(below)
         for path, mark, since in below:
@@ -208,7 +204,7 @@ class DatasetScans:
         self._forget_gone()
 
     def _forget_gone(self) -> None:
-        """Let the core ask for what rested in folders that are gone, once for all that went within a second."""
+        """Let the core ask for images in folders that are gone, at most once a second."""
         if self._inbox.gone:
             self._forgetting.ask()
         if not self._forgetting.is_due(now := monotonic()):
@@ -219,21 +215,15 @@ class DatasetScans:
             self._receive(events.FoldersGone(gone))
         self._forgetting.end(monotonic())
 
-    # ------------------------------------------------------------ Review/
-
     def begin_review(self) -> None:
-        """Begin to look which images of Review/ are gone, and which are there of those that sortd put there."""
+        """Start a scan of Review/ for images that are gone, and for those that sortd put there."""
         if self.review.begin():
             self._receive(events.ScanStarted(in_review=True))
         else:
             self.review.asked.ask()
 
     def continue_review(self) -> None:
-        """Take the next slice of the look through Review/, or begin one that events asked for.
-
-        Raises:
-            JournalError: the journal cannot be read.
-        """
+        """Take the next slice of the scan of Review/; start one that events asked for."""
         if self.review.is_due:
             self.begin_review()
         if not self.review.is_under_way:
@@ -246,12 +236,12 @@ class DatasetScans:
             self._receive(events.ScanFinished(in_review=True))
 
     def _generation_of(self, path: str, mark: Stamp) -> int | None:
-        """Return the generation that could not decide an image; None: sortd did not put it there."""
+        """Return the generation that could not decide an image; None if sortd did not put it there."""
         if self._foreign.has(path, mark):
             return None
         images = self._sorter.images
         if path in images or not images.has_room_in_review:
-            return 0  # the core notes that it was named, or that there is no room for it
+            return 0  # the core notes that it was found, or that it is full
         record = self._history.last_known(mark)
         if record is not None and os.path.join(self._root, record.destination_path) == path:
             return record.grounds.generation

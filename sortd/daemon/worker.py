@@ -1,16 +1,15 @@
-"""The worker: the one thread that decodes, encodes, and builds prototypes, for all datasets.
+"""The worker: the one thread that decodes, encodes and rebuilds prototypes, for all datasets.
 
-It loads the model itself and shares nothing with the loop but queues of frozen values. The images of all datasets, and
-the references of one that is built anew, go through one pipeline for each encoder, which take turns; what is asked
-meanwhile is taken in between two steps. A job that fails is answered as failed; any other error ends the worker, and
-the loop raises it.
+It loads the model and shares only queues of frozen values with the loop. The images of all datasets, and the references
+of a rebuild, take turns in one pipeline for each encoder; new jobs are accepted between two steps. A job that fails is
+answered as failed; any other error ends the worker, and the loop raises it.
 """
 
 import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,79 +19,72 @@ from typing import NamedTuple
 
 from sortd.classify.held_out import refuse_reload
 from sortd.classify.prototypes import PrototypeSet
-from sortd.daemon.classifiers import Appointed, Classifiers
-from sortd.daemon.embedder import Attend, Embedder, EncoderQueue
+from sortd.daemon.classifiers import ActiveClassifier, Classifiers
+from sortd.daemon.embedder import Embedder, EncoderQueue, OnProgress
 from sortd.daemon.references import Rebuilt, References, ReferencesAbsentError, ReferenceSettings, class_labels
 from sortd.errors import ModelError, SortdError
-from sortd.events import (
-    DatasetId,
-    Embedded,
-    EmbeddedImage,
-    Event,
-    ImageRefused,
-    PrototypesBuilt,
-    RebuildFailed,
-    Stamp,
-)
+from sortd.events import DatasetId, Embedded, EmbeddedImage, Event, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.images.formats import RESOURCE_ERRORS
 from sortd.layout import Layout
 
-SHARED_WAIT_SECONDS = 0.01  # that a step waits for pixels at most while another encoder has work too
+SHARED_WAIT_SECONDS = 0.01  # for pixels, in a step while another encoder has work too
 
-DeliverTo = Callable[[DatasetId, str, Sequence[EmbeddedImage | ImageRefused]], None]
-"""Is given a dataset, the id of the encoder, and answers."""
+DeliverTo = Callable[[DatasetId, str, Sequence[EmbeddedImage | ImageRefused]], None]  # dataset, encoder id, answers
 
 
 class EncoderQueues:
-    """Which encoder each dataset's images go through, and how far they are; used by one thread, the worker."""
+    """The encoder and the queue of each dataset; used by one thread, the worker."""
 
     def __init__(self, embedder: Embedder, classifiers: Classifiers, deliver: DeliverTo) -> None:
-        """Begin with every dataset on the configured model, ``embedder``."""
+        """Start with every dataset on the configured model, ``embedder``."""
         self.embedder = embedder
         self._classifiers, self._deliver = classifiers, deliver
         self._queues: dict[tuple[DatasetId, str], tuple[Embedder, EncoderQueue]] = {}  # by dataset and fine-tuned model
         self._deciding: dict[DatasetId, str] = {}
-        self._attend: tuple[Attend, int] | None = None
+        self._on_progress: tuple[OnProgress, int] | None = None
 
-    def attend_with(self, attend: Callable[[], None], *, bell: int) -> None:
-        """Call ``attend`` between two steps of a rebuild, and wait no longer than until ``bell`` can be read."""
+    def on_progress(self, callback: Callable[[], None], *, wake_descriptor: int) -> None:
+        """Call ``callback`` between two steps of a rebuild; a readable ``wake_descriptor`` ends a wait."""
 
-        def attend_to_all() -> float | None:
-            attend()
+        def call_and_advance() -> float | None:
+            callback()
             return self._advance_finetuned()
 
-        self._attend = attend_to_all, bell
-        self.embedder.attend_with(attend_to_all, bell=bell)
+        self._on_progress = call_and_advance, wake_descriptor
+        self.embedder.on_progress(call_and_advance, wake_descriptor=wake_descriptor)
 
-    def appoint(self, layout: Layout, wanted: str, labels: Sequence[str]) -> Appointed:
-        """Return what is to decide a dataset, its model loaded; it embeds from the next ``switch`` on."""
-        found = self._classifiers.choose(layout, wanted, labels)
-        if self._attend is not None and found.facts is not None:
-            attend, bell = self._attend
-            self._classifiers.loaded[found.model_id].attend_with(attend, bell=bell)
+    def select(self, layout: Layout, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
+        """Return what decides in a dataset, with its model loaded; ``switch`` puts it into use."""
+        found = self._classifiers.select(layout, wanted, labels)
+        if self._on_progress is not None and found.facts is not None:
+            callback, wake_descriptor = self._on_progress
+            self._classifiers.loaded[found.model_id].on_progress(callback, wake_descriptor=wake_descriptor)
         return found
 
     def decided_by(self, dataset: DatasetId) -> str:
-        """Return the fine-tuned model that a dataset's images go through; empty for none."""
+        """Return the fine-tuned model that a dataset uses; empty for none."""
         return self._deciding.get(dataset, "")
 
     def switch(self, dataset: DatasetId, model_id: str) -> None:
-        """Let what is added from now on go through that fine-tuned model, or through the configured one if empty.
+        """Use this fine-tuned model for the next images, or the configured one if empty.
 
-        What is under way comes out with the id of the old encoder, by which it is known.
+        The answers for images under way carry the id of their old encoder.
         """
         self._deciding[dataset] = model_id
         self._retain()
 
     def _retain(self) -> None:
-        """Let go of models that no dataset is on, and of their queues."""
+        """Unload models that no dataset uses, and drop their queues."""
         self._classifiers.retain(set(self._deciding.values()))
-        for key in [key for key in self._queues if key[1] and key[1] not in self._classifiers.loaded]:
+        self._close(key for key in self._queues if key[1] and key[1] not in self._classifiers.loaded)
+
+    def _close(self, keys: Iterable[tuple[DatasetId, str]]) -> None:
+        for key in list(keys):
             embedder, queue = self._queues.pop(key)
             embedder.pipeline.close(queue)
 
     def add(self, dataset: DatasetId, images: Sequence[tuple[str, Stamp]]) -> None:
-        """Put images on their way; those that are known are answered at once."""
+        """Queue images; cached ones are answered at once."""
         model_id = self.decided_by(dataset)
         embedder = self._classifiers.loaded[model_id] if model_id else self.embedder
         if (dataset, model_id) not in self._queues:
@@ -101,30 +93,26 @@ class EncoderQueues:
         embedder.add(self._queues[dataset, model_id][1], images)
 
     def forget(self, dataset: DatasetId) -> None:
-        """Drop a dataset that is gone, and what is left of its images."""
-        for key in [key for key in self._queues if key[0] == dataset]:
-            embedder, queue = self._queues.pop(key)
-            embedder.pipeline.close(queue)
+        """Drop a dataset and its images."""
+        self._close(key for key in self._queues if key[0] == dataset)
         self._deciding.pop(dataset, None)
         self._retain()
 
     @property
     def has_work(self) -> bool:
-        """Is any image without its answer?"""
-        return self.embedder.pipeline.has_work or any(
-            one.pipeline.has_work for one in self._classifiers.loaded.values()
-        )
+        """Whether any image has no answer yet."""
+        return any(one.pipeline.has_work for one in (self.embedder, *self._classifiers.loaded.values()))
 
     def advance(self) -> None:
-        """Take one step with every encoder that has work."""
+        """Do one step with every encoder that has work."""
         wait_seconds = self._advance_finetuned()
         if self.embedder.pipeline.has_work:
             self.embedder.advance(at_most_seconds=wait_seconds)
         if self._classifiers.loaded.keys() - set(self._deciding.values()):
-            self._retain()  # what another took over from may have ended just now
+            self._retain()  # a replaced model may have finished its last image
 
     def _advance_finetuned(self) -> float | None:
-        """Take one step with every fine-tuned model that has work; return how long the next step may wait."""
+        """Do one step with every fine-tuned model that has work; return how long the next step may wait."""
         busy = [one for one in self._classifiers.loaded.values() if one.pipeline.has_work]
         is_alone = len(busy) == 1 and not self.embedder.pipeline.has_work
         for one in busy:
@@ -134,7 +122,7 @@ class EncoderQueues:
 
 @dataclass(frozen=True, slots=True)
 class EmbedJob:
-    """Embed these versions of these files for a dataset; answers come some at a time, as they are done."""
+    """Embed these versions of these files; answers arrive some at a time."""
 
     dataset: DatasetId
     images: tuple[tuple[str, Stamp], ...]
@@ -142,14 +130,14 @@ class EmbedJob:
 
 @dataclass(frozen=True, slots=True)
 class RebuildJob:
-    """Build a dataset's prototypes; ``generation`` is the last one that its journal knows.
+    """Rebuild the prototypes of a dataset; ``generation`` is the last one in its journal.
 
-    ``afresh`` forgets what emptied classes held; ``force`` passes the reload gate. The answer carries ``job``.
+    ``afresh`` forgets what emptied classes held; ``force`` skips the reload gate. The answer contains ``job``.
     """
 
     dataset: DatasetId
     clases: Path
-    teaching: ReferenceSettings
+    settings: ReferenceSettings
     generation: int
     job: int
     force: bool = False
@@ -158,11 +146,10 @@ class RebuildJob:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """A dataset is gone: drop what is remembered of its references."""
+    """Drop the memory of a closed dataset, or, ``with_stored``, the stored prototypes of another one of its name."""
 
     dataset: DatasetId
     with_stored: bool = False
-    """Also the prototypes that are stored by its name: they are those of another one, which stood in its place."""
 
 
 Job = EmbedJob | RebuildJob | Forget
@@ -170,7 +157,7 @@ Job = EmbedJob | RebuildJob | Forget
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoading:
-    """The model is not there yet, and what it waits for takes long."""
+    """The model is being loaded; ``what`` takes long."""
 
     what: str
 
@@ -186,28 +173,27 @@ class WorkerReady:
 
 @dataclass(frozen=True, slots=True)
 class WorkerDied:
-    """The worker ended by an error; the loop raises it."""
+    """The worker ended with an error, which the loop raises."""
 
     error: BaseException
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Events for one dataset's core, and what a rebuild has to tell the operator."""
+    """Events for the core of one dataset, and what a rebuild reports to the operator."""
 
     dataset: DatasetId
     events: tuple[Event, ...]
     rebuilt: Rebuilt | None = None
     seconds: float = 0.0
-    refusal: str | None = None
-    """With ``PrototypesBuilt``: why a fine-tuned model that is wanted does not decide, in a sentence."""
+    refusal: str | None = None  # with ``PrototypesBuilt``: why the wanted fine-tuned model is not used, in a sentence
 
 
 Posted = WorkerLoading | WorkerReady | WorkerDied | Answer
 
 
 class PrototypeStore(NamedTuple):
-    """How the last prototypes of each dataset, by its name, are kept between runs; see ``cache.py``."""
+    """Keeps the last prototypes of each dataset, by its name, between runs; see ``cache.py``."""
 
     read: Callable[[str], PrototypeSet | None]
     write: Callable[[str, PrototypeSet], None]
@@ -217,15 +203,15 @@ class PrototypeStore(NamedTuple):
 ODD_REFERENCES = (
     SortdError, OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError,
 )  # fmt: skip
-"""What a rebuild ends by where the references of one dataset are odd: the others are served."""
+"""Errors of a rebuild that concern the references of one dataset: the others continue."""
 
 
 class _StopAskedError(Exception):
-    """The worker is to end: what is under way is left."""
+    """The worker must stop."""
 
 
 class Worker:
-    """One named thread around a job queue."""
+    """One thread and its queue of jobs."""
 
     def __init__(
         self,
@@ -234,7 +220,7 @@ class Worker:
         post: Callable[[Posted], None],
         classifiers: Classifiers,
     ) -> None:
-        """Prepare; ``load`` runs in the thread and makes the embedder, ``close`` runs in it at the end."""
+        """Prepare; ``load`` creates the embedder and ``close`` cleans up, both in the thread."""
         self._load, self._close, self._post, self._classifiers = load, close, post, classifiers
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._later: deque[RebuildJob | Forget] = deque()
@@ -244,8 +230,7 @@ class Worker:
         self._stopping = False
         self._wake_descriptor: int | None = None
         self._waits_for = ""
-        self.busy_since: float | None = None
-        """When the job at hand made its last progress, on the monotonic clock; None while idle."""
+        self.busy_since: float | None = None  # the time of the last progress, on the monotonic clock; None while idle
 
     def start(self) -> None:
         """Start the thread."""
@@ -253,19 +238,19 @@ class Worker:
         self._thread.start()
 
     def ask(self, job: Job) -> None:
-        """Queue one job; answers come by ``post``."""
+        """Queue one job; answers arrive by ``post``."""
         self._jobs.put(job)
         self._wake()
 
     def loading(self, what: str) -> None:
-        """Hear from what loads the model, in the thread, that it gets on with something that takes long."""
+        """Note progress in loading the model; called in the thread."""
         self.busy_since = monotonic()
         if what != self._waits_for:
             self._waits_for = what
             self._post(WorkerLoading(what))
 
     def stop(self, timeout_seconds: float) -> bool:
-        """End after the forward at hand, leaving what is queued; tell whether the thread ended in time."""
+        """Stop after the current forward, dropping what is queued; return whether the thread ended in time."""
         self._stopping = True
         self._jobs.put(None)
         self._wake()
@@ -279,18 +264,15 @@ class Worker:
         return True
 
     def _wake(self) -> None:
-        """Wake the worker where it waits for pixels."""
         if self._wake_descriptor is not None:
             os.eventfd_write(self._wake_descriptor, 1)
-
-    # ------------------------------------------------------------ in the thread
 
     def _run(self) -> None:
         try:
             self._serve()
         except _StopAskedError:
             pass
-        except BaseException as error:  # noqa: BLE001 -- whatever ends this thread, the loop must hear of it and raise it
+        except BaseException as error:  # noqa: BLE001 -- the loop raises it
             self._post(WorkerDied(error))
         finally:
             self._close()
@@ -300,26 +282,22 @@ class Worker:
         self.busy_since = began
         embedder, store, description = self._load()
         queues = EncoderQueues(embedder, self._classifiers, self._deliver)
-        attend = partial(self._attend, queues)
+        take_jobs = partial(self._take_jobs, queues)
         assert self._wake_descriptor is not None
-        queues.attend_with(attend, bell=self._wake_descriptor)
+        queues.on_progress(take_jobs, wake_descriptor=self._wake_descriptor)
         self._post(WorkerReady(embedder.encoder.encoder_id, description, monotonic() - began))
         while True:
             if not (self._later or queues.has_work):
                 self.busy_since = None
                 self._take(queues, self._jobs.get())
-            attend()
+            take_jobs()
             if self._later:
                 self._carry_out(queues, store, self._later.popleft())
             elif queues.has_work:
                 queues.advance()
 
-    def _attend(self, queues: EncoderQueues) -> None:
-        """Take in what is asked, without waiting; called between two steps of whatever is under way.
-
-        Raises:
-            _StopAskedError: nothing more is to be done.
-        """
+    def _take_jobs(self, queues: EncoderQueues) -> None:
+        """Accept new jobs without waiting, between two steps of any work; raise ``_StopAskedError`` to stop."""
         self.busy_since = monotonic()
         assert self._wake_descriptor is not None
         with suppress(BlockingIOError):
@@ -331,7 +309,7 @@ class Worker:
             raise _StopAskedError
 
     def _take(self, queues: EncoderQueues, job: Job | None) -> None:
-        """Put images on their way at once, and the rest to what is to be done in order."""
+        """Queue images at once, and other jobs in order."""
         match job:
             case EmbedJob(dataset, images):
                 queues.add(dataset, images)
@@ -348,18 +326,18 @@ class Worker:
                 try:
                     self._rebuild(queues, store, job)
                 except ModelError:
-                    raise  # not the references are to blame: nothing that this encoder answers can be trusted
+                    raise  # the fault of the encoder, not of the references
                 except ODD_REFERENCES as error:
                     if isinstance(error, OSError) and error.errno in RESOURCE_ERRORS:
-                        raise  # out of descriptors or memory, as it would be for any image: a new start has them again
+                        raise  # out of descriptors or memory: a restart helps
                     self._post(Answer(job.dataset, (RebuildFailed(f"{type(error).__name__}: {error}", job=job.job),)))
             case Forget(dataset, with_stored):
-                if with_stored:  # it begins: images of it may wait already, and nothing else is known of it
+                if with_stored:  # a new dataset, whose images may be queued already
                     store.forget(dataset.name)
                     return
                 self._references.pop(dataset, None)
                 self._serving.pop(dataset, None)
-                queues.forget(dataset)  # a rebuild that was asked for before may have given it a model once more
+                queues.forget(dataset)  # an earlier rebuild may have selected a model again
 
     def _deliver(self, dataset: DatasetId, encoder_id: str, answers: Sequence[EmbeddedImage | ImageRefused]) -> None:
         refused = [answer for answer in answers if isinstance(answer, ImageRefused)]
@@ -369,16 +347,16 @@ class Worker:
 
     def _rebuild(self, queues: EncoderQueues, store: PrototypeStore, job: RebuildJob) -> None:
         began = monotonic()
-        name, appoint = job.dataset.name, partial(queues.appoint, Layout(job.clases.parent), job.teaching.classifier)
+        name, select = (job.dataset.name, partial(queues.select, Layout(job.clases.parent), job.settings.classifier))
         if job.afresh:
             self._references.pop(job.dataset, None)
         references = self._references.setdefault(job.dataset, References(job.clases))
         previous = self._serving.get(job.dataset) or store.read(name)
         generation = 1 + max(job.generation, previous.generation if previous else 0)
         try:
-            decider = appoint(class_labels(job.clases))
+            decider = select(class_labels(job.clases))
             done = references.rebuild(
-                queues.embedder, job.teaching, previous=previous, generation=generation, decided_by=decider.model_id
+                queues.embedder, job.settings, previous=previous, generation=generation, decided_by=decider.model_id
             )
         except ReferencesAbsentError as error:
             event = RebuildFailed(str(error), references_absent=True, job=job.job)
@@ -386,25 +364,23 @@ class Worker:
             return
         prototypes = done.prototypes
         rebuilt: Rebuilt | None = done
-        decider = appoint(prototypes.labels)  # a folder may have come or gone since
+        decider = select(prototypes.labels)  # the class folders may have changed since
         failed: tuple[RebuildFailed, ...] = ()
-        if previous is not None and not job.force and (refusal := gate(previous, prototypes)) is not None:
-            mend = f"mend the references, or `sortd rebuild --force {name}`"
-            failed = (RebuildFailed(f"{refusal}; the old prototypes stay: {mend}", is_lasting=True, job=job.job),)
+        is_gated = previous is not None and not job.force and set(previous.labels) <= set(prototypes.labels)
+        if previous is not None and is_gated and (refusal := refuse_reload(previous, prototypes)) is not None:
+            advice = f"correct the references, or run `sortd rebuild --force {name}`"
+            failed = (RebuildFailed(f"{refusal}; the old prototypes stay: {advice}", is_lasting=True, job=job.job),)
             prototypes, rebuilt = previous, None
             if job.dataset in self._serving and decider.model_id != queues.decided_by(job.dataset):
-                prototypes = replace(previous, generation=generation)  # another one decides, so all is decided anew
+                prototypes = replace(
+                    previous, generation=generation
+                )  # with another classifier everything is decided again
                 store.write(name, prototypes)
         elif done.changed:
             store.write(name, prototypes)
         self._serving[job.dataset] = prototypes
         queues.switch(job.dataset, decider.model_id)
-        finetuned = decider.classifier(job.teaching.settings.abstain, generation=prototypes.generation)
+        finetuned = decider.classifier(job.settings.settings.abstain, generation=prototypes.generation)
         built = PrototypesBuilt(prototypes, finetuned, job=job.job)
         seconds = monotonic() - began if rebuilt else 0.0
         self._post(Answer(job.dataset, (built, *failed), rebuilt, seconds, decider.refusal))
-
-
-def gate(old: PrototypeSet, new: PrototypeSet) -> str | None:
-    """Return why the old generation should stay; a class that was removed is obeyed whatever it costs."""
-    return refuse_reload(old, new) if set(old.labels) <= set(new.labels) else None

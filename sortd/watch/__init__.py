@@ -1,1 +1,1 @@
-"""What stands in folders and what happens there."""
+"""Scans and watches of folders."""

@@ -1,6 +1,6 @@
-"""How far inotify sees on this machine: where it is blind, what the kernel grants, which folders it does not watch.
+"""inotify on this machine: file systems without events, kernel limits, and the folders that are really watched.
 
-Everything is read from /proc; nothing here watches. ``sortd check`` and ``sortd status`` use it, too.
+Everything is read from /proc. ``sortd check`` and ``sortd status`` use this module, too.
 """
 
 import errno
@@ -21,12 +21,12 @@ _BLIND_FILE_SYSTEMS = frozenset(
         *("fuse.curlftpfs", "fuse.mergerfs-nfs", "fuse.juicefs", "fuse.seaweedfs"),
     }
 )
-_OCTAL = re.compile(rb"\\([0-7]{3})")  # how the kernel writes a space in a mount point: \040
+_OCTAL = re.compile(rb"\\([0-7]{3})")  # an escape in a mount point, such as \040 for a space
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the kernel grants each user (inotify(7)); ``None`` where /proc does not say."""
+    """The limits of each user (inotify(7)); None if /proc does not list them."""
 
     max_user_watches: int | None
     max_user_instances: int | None
@@ -34,43 +34,43 @@ class Limits:
 
 
 def limits(folder: str = "/proc/sys/fs/inotify") -> Limits:
-    """Read the limits in force."""
+    """Read the current limits."""
     return Limits(**{name: _number(os.path.join(folder, name)) for name in Limits.__slots__})
 
 
 def is_blind(path: str, *, mountinfo: str = "/proc/self/mountinfo") -> str | None:
-    """Name the file system below ``path`` where inotify misses what other machines do there, else ``None``.
+    """Return the type of the file system of ``path`` if inotify misses changes by other machines on it, else None.
 
     Raises:
-        OSError: The table of mounts cannot be read.
+        OSError: The mount table cannot be read.
     """
     kind = file_system_of(path, mountinfo=mountinfo)
     return kind if kind in _BLIND_FILE_SYSTEMS else None
 
 
 def file_system_of(path: str, *, mountinfo: str = "/proc/self/mountinfo") -> str:
-    """Name the type of the file system that ``path`` (which need not exist yet) lies on, as mount(8) calls it."""
+    """Return the type of the file system of ``path``, which need not exist, as named by mount(8)."""
     real = os.fsencode(os.path.realpath(path))
     best, kind = b"", ""
     with open(mountinfo, "rb") as table:
         for line in table:
             before, _, after = line.partition(b" - ")  # optional fields end with a lone dash: proc(5)
             point = _OCTAL.sub(lambda found: bytes([int(found[1], 8)]), before.split()[4])
-            # Of two mounts on one point the later covers the earlier.
+            # The later of two mounts on one point hides the earlier.
             if len(point) >= len(best) and (real + b"/").startswith(point.rstrip(b"/") + b"/"):
                 best, kind = point, after.split()[0].decode()
     return kind
 
 
 def instances() -> frozenset[int]:
-    """List the inotify descriptors that this process has open."""
+    """Return the inotify descriptors of this process."""
     return frozenset(
         int(name) for name in os.listdir("/proc/self/fd") if _target(f"/proc/self/fd/{name}").endswith("inotify")
     )
 
 
 def watched_inodes(descriptors: Iterable[int]) -> frozenset[int]:
-    """List the inodes that these inotify descriptors watch: what is really so, whatever a library believes."""
+    """Return the inodes that these inotify descriptors watch, according to the kernel."""
     found: set[int] = set()
     for descriptor in descriptors:
         try:
@@ -82,42 +82,42 @@ def watched_inodes(descriptors: Iterable[int]) -> frozenset[int]:
 
 
 def unwatched(folder: str, watched: frozenset[int]) -> Iterator[str | None]:
-    """Yield the folders at and below ``folder`` that can be listed and are not watched, and None for each entry.
+    """Yield the listable folders at and below ``folder`` that are not watched, and None for each entry.
 
-    inotify_add_watch fails for a sub-folder (limit, rights, a race) without a word from watchdog. Where the file system
-    shows other numbers of inodes than it uses (some overlays), nothing is claimed.
+    watchdog does not report a failed inotify_add_watch for a sub-folder (limit, permissions, race). Nothing is yielded
+    where the file system shows other inode numbers than it uses (some overlays).
     """
     if _inode(folder) not in watched:
         return
     for below in folders_of(folder):
-        is_missed = below is not None and _inode(below) not in watched and not _is_left_out(below, folder)
+        is_missed = below and _inode(below) not in watched and rule_below(below, os.path.dirname(folder)) is None
         yield below if is_missed else None
 
 
 def advice(error: OSError, *, folders: int | None = None, granted: Limits | None = None) -> str:
-    """Say in a sentence what stopped inotify and which setting mends it.
+    """Return a sentence that names the limit that inotify reached, and how to raise it for ``folders``.
 
-    "No space left on device" is the limit of watches, not a full disk. ``folders`` are to be watched, where known.
+    "No space left on device" means the limit of watches, not a full disk.
     """
     granted = granted or limits()
     if error.errno == errno.ENOSPC:
         wanted = max(524_288, 2 * (folders or 0))
         return (
-            f"the limit of watches for this user is reached (fs.inotify.max_user_watches = "
+            f"the limit of watches of this user is reached (fs.inotify.max_user_watches = "
             f"{granted.max_user_watches}); raise it: sysctl -w fs.inotify.max_user_watches={wanted}, "
-            f"and for good in /etc/sysctl.d/60-sortd.conf"
+            f"permanently in /etc/sysctl.d/60-sortd.conf"
         )
     if error.errno == errno.EMFILE:
         return (
-            f"the limit of inotify instances for this user (fs.inotify.max_user_instances = "
+            f"the limit of inotify instances of this user (fs.inotify.max_user_instances = "
             f"{granted.max_user_instances}) or of open files (ulimit -n, LimitNOFILE=) is reached; raise it: "
-            f"sysctl -w fs.inotify.max_user_instances=1024, and for good in /etc/sysctl.d/60-sortd.conf"
+            f"sysctl -w fs.inotify.max_user_instances=1024, permanently in /etc/sysctl.d/60-sortd.conf"
         )
     return f"{os.strerror(error.errno)}" if error.errno else str(error)
 
 
 def folders_of(folder: str, *, leave_out: frozenset[str] = frozenset()) -> Iterator[str | None]:
-    """Yield the folders at and below ``folder`` that can be listed, None for each entry; links are not followed."""
+    """Yield the listable folders at and below ``folder``, and None for each entry; links are not followed."""
     waiting = [folder]
     while waiting:
         current = waiting.pop()
@@ -127,13 +127,9 @@ def folders_of(folder: str, *, leave_out: frozenset[str] = frozenset()) -> Itera
                     yield None
                     if entry.is_dir(follow_symlinks=False) and entry.path not in leave_out:
                         waiting.append(entry.path)
-        except OSError:  # vanished, or not ours to list: nothing below it can be handled anyway, and the scan says so
+        except OSError:  # the scan reports it
             continue
         yield current
-
-
-def _is_left_out(path: str, folder: str) -> bool:
-    return rule_below(path, os.path.dirname(folder)) is not None
 
 
 def _inode(path: str) -> int | None:

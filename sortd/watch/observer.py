@@ -1,15 +1,16 @@
-"""A root observer is one watchdog observer on one root: it turns events into ``FileEvent`` and can be checked.
+"""A root observer: one watchdog observer on one root, which posts ``FileEvent`` and can be checked.
 
-What watchdog 7.1 does that this module is built around, each seen in a run: an exception in a handler ends the
-dispatcher; one in the reader thread ends all watching while ``Observer.is_alive()`` stays true; a watched folder that
-is renamed, unmounted, mounted over or made anew is watched no more without a word; a link is never watched; a folder
-that may not be read counts as watched; a start that fails leaves threads and descriptors behind.
+The module works around watchdog 7.1, as observed: an exception in a handler ends the dispatcher; one in the reader
+thread ends all watching while ``Observer.is_alive()`` stays true; a watched folder that is renamed, unmounted, mounted
+over or recreated is silently no longer watched; a link is never watched; an unreadable folder counts as watched; a
+failed start leaks threads and descriptors.
 """
 
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from sortd.watch import inotify
 if TYPE_CHECKING:
     from watchdog.observers import ObserverType
 
-# No OPEN, ACCESS, MODIFY or ATTRIB: our own reads, and each write of a slow copy, would fill the kernel's queue.
+# Without OPEN, ACCESS, MODIFY and ATTRIB: our reads and each write of a slow copy would fill the kernel's queue.
 _EVENTS: list[type[watchdog_events.FileSystemEvent]] = [
     watchdog_events.FileCreatedEvent,
     watchdog_events.FileClosedEvent,
@@ -35,13 +36,13 @@ _EVENTS: list[type[watchdog_events.FileSystemEvent]] = [
     watchdog_events.DirMovedEvent,
     watchdog_events.DirDeletedEvent,
 ]
-_DEEP = ("Images", "Clases")  # must be watched at any depth
+_DEEP = ("Images", "Clases")  # watched at any depth
 _STANDARD = (*_DEEP, "Dataset", "Review", ".sortd")
-# A pipe under the name would hang the open for ever.
+# O_NONBLOCK: a pipe under this name would block the open.
 _PROBE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_SPARE_DESCRIPTORS = 4  # an observer opens three; the constructor leaks the first where the others fail
+_SPARE_DESCRIPTORS = 4  # an observer opens three, and leaks the first if another fails
 
-# An event that comes while the observer stops is told as an error, and is none: nobody listens any more.
+# watchdog logs events that arrive while the observer stops as errors.
 logging.getLogger("watchdog.observers.inotify").addFilter(
     lambda record: "thread is inactive" not in record.getMessage()
 )
@@ -49,13 +50,13 @@ logging.getLogger("watchdog.observers.inotify").addFilter(
 
 @dataclass(frozen=True, slots=True)
 class FileEvent:
-    """Something happened to this path; look for yourself.
+    """Something happened to this path, which may not exist any more.
 
     Attributes:
-        path: Absolute, as ``os.fsdecode`` gives it; nothing need stand there any more.
-        closed: A writer closed the file: it may well be whole.
+        path: Absolute, as ``os.fsdecode`` returns it.
+        closed: The file was closed after writing.
         directory: It is, or was, a folder: scan it.
-        at: When it came, in seconds of the monotonic clock; events that differ in nothing else are equal.
+        at: When the event arrived, in seconds of the monotonic clock; not compared.
     """
 
     path: str
@@ -66,18 +67,18 @@ class FileEvent:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One folder to be watched."""
+    """One folder to watch."""
 
     path: str
     recursive: bool
 
 
 def places_of_dataset(root: str, *, max_folders: int = 2_000, max_entries: int = 200_000) -> tuple[Place, ...]:
-    """Choose what to watch of a dataset: all of it, unless what was filed has grown too large to walk at each start.
+    """Return the folders to watch: the whole dataset, unless it is too large to walk at each start.
 
-    One recursive watch pairs our own moves from Images/ into Dataset/; two would hold each back for half a second,
-    waiting for the other half. But a tree of 900,000 folders costs gigabytes and hours: then Images/ and Clases/ are
-    watched at any depth, the rest at its first level, and corrections deeper in Dataset/ are found by the scan.
+    One recursive watch pairs our moves from Images/ into Dataset/; two would delay each by half a second. But a tree of
+    900,000 folders costs gigabytes and hours: then Images/ and Clases/ are watched at any depth, the rest at its first
+    level, and the scan finds corrections deeper in Dataset/.
     """
     deep = [os.path.join(root, name) for name in _DEEP]
     if _is_small(root, leave_out=frozenset(deep), max_folders=max_folders, max_entries=max_entries):
@@ -87,7 +88,7 @@ def places_of_dataset(root: str, *, max_folders: int = 2_000, max_entries: int =
 
 
 class RootObserver:
-    """One observer on one root, alive from construction until ``close``."""
+    """One observer on one root, running from construction until ``close``."""
 
     def __init__(
         self,
@@ -97,13 +98,13 @@ class RootObserver:
         *,
         make_observer: "ObserverType" = Observer,
     ) -> None:
-        """Open it; ``post`` is called in a thread of the observer's for each event that ``path_meant`` lets through.
+        """Start it; ``post`` is called in an observer thread for each event that ``path_meant`` accepts.
 
         Raises:
-            OSError: The watch cannot be had; nothing is left behind.
+            OSError: The root cannot be watched; nothing is leaked.
         """
-        self.lost: str | None = None  # why an event did not get through; set in the observer's threads
-        self.broken: str | None = None  # why the watch is no good any more; set in the observer's threads
+        self.lost: str | None = None  # why an event was dropped; set in the observer's threads
+        self.broken: str | None = None  # why watching ended; set in the observer's threads
         self._root, self._places, self._post = root, places, post
         tracked = (root, *(os.path.join(root, name) for name in _STANDARD))
         self._identities = {path: _identity(path) for path in tracked}
@@ -124,17 +125,17 @@ class RootObserver:
         self._descriptors = inotify.instances() - descriptors
 
     def close(self) -> None:
-        """Stop and join every thread, close every descriptor; harmless when repeated."""
+        """Stop and join every thread and close every descriptor; idempotent."""
         self._observer.stop()
         if self._observer.is_alive():
             self._observer.join(timeout=10.0)
 
     def owns_thread(self, ident: int | None) -> bool:
-        """Tell whether the thread of this identifier works for this observer."""
+        """Return whether the thread of this identifier belongs to this observer."""
         return any(thread.ident == ident for thread in self._threads)
 
     def fault(self) -> str | None:
-        """Say why this observer sees no more, else ``None``: a dead thread, or another folder under a watched name."""
+        """Return why this observer no longer works, a dead thread or another folder under a watched name, else None."""
         if self.broken is not None:
             return self.broken
         for thread in self._threads:
@@ -143,18 +144,18 @@ class RootObserver:
         for path, known in self._identities.items():
             found = _identity(path)
             if known is not None and found is not None and found != known:
-                return f"{path} is another folder now: made anew, renamed, mounted or mounted over"
+                return f"{path} is another folder now: it was recreated, renamed, mounted or mounted over"
             if found != known and (path == self._root or not self._places[0].recursive):
                 return f"{path} {'appeared' if known is None else 'is gone'}"
             self._identities[path] = found
         return None
 
     def probe(self, now: float, *, interval_seconds: float, answer_seconds: float) -> str | None:
-        """Touch a probe file every ``interval_seconds``; say so if its event does not come in ``answer_seconds``.
+        """Touch a probe file every ``interval_seconds``; return an error if no event follows within ``answer_seconds``.
 
-        The file in ``.sortd/`` is opened for writing and closed unwritten: an event without a write to the disk. Where
-        there is no ``.sortd/`` (it marks a mounted dataset, so it is never made here) or the file cannot be opened,
-        there is no probe.
+        The file in ``.sortd/`` is opened for writing and closed unwritten: an event without a write to the disk. There
+        is no probe without ``.sortd/``, which marks a mounted dataset and is never created here, or if the file cannot
+        be opened.
         """
         if self._probed_at is not None and not self._answered.is_set():
             late = now - self._probed_at
@@ -165,7 +166,7 @@ class RootObserver:
         return None
 
     def unwatched(self) -> Iterator[str | None]:
-        """Yield the folders in Images/ and Clases/ that exist and are not watched; None for each entry looked at."""
+        """Yield the folders in Images/ and Clases/ that are not watched; None for each entry."""
         watched = inotify.watched_inodes(self._descriptors)
         for name in _DEEP:
             if os.path.isdir(path := os.path.join(self._root, name)):
@@ -173,39 +174,39 @@ class RootObserver:
 
     def _schedule(self, place: Place) -> None:
         real = os.path.realpath(place.path)  # the root itself may be reached through links
-        os.scandir(real).close()  # watchdog takes a folder that it may not read for a watched one
+        os.scandir(real).close()  # watchdog does not report an unreadable folder
         handler = _Handler(lambda event: self._take(event, real, place.path))
         self._observer.schedule(handler, real, recursive=place.recursive, event_filter=_EVENTS)
 
     def _take(self, event: watchdog_events.FileSystemEvent, real: str, shown: str) -> None:
-        """Post what one event tells; never raises, since that would end the dispatcher and with it all watching."""
+        """Post one event; never raise, since that would end the dispatcher."""
         try:
             closed = isinstance(event, watchdog_events.FileClosedEvent)
-            for named in (event.src_path, event.dest_path):  # of a move both ends; nothing else has a destination
+            for named in (event.src_path, event.dest_path):  # only moves have a destination
                 path = shown + os.fsdecode(named).removeprefix(real)
                 if path == self._probe:
                     self._answered.set()
                 elif named and (meant := path_meant(path, self._root, is_folder=event.is_directory)) is not None:
                     self._post(FileEvent(meant, closed, event.is_directory, monotonic()))
-        except BaseException as error:  # noqa: BLE001 - whatever it is: kept, and told at the next check
-            self.lost = f"an event could not be handed on ({error!r})"
+        except BaseException as error:  # noqa: BLE001 - reported at the next check
+            self.lost = f"an event could not be processed ({error!r})"
 
 
 class _Handler(watchdog_events.FileSystemEventHandler):
-    """What watchdog asks for; no look-up by kind of event."""
+    """Passes every event to one function."""
 
     def __init__(self, take: Callable[[watchdog_events.FileSystemEvent], None]) -> None:
         self._take = take
 
     def dispatch(self, event: watchdog_events.FileSystemEvent) -> None:
-        """Hand on one event."""
+        """Pass one event on."""
         self._take(event)
 
 
 def path_meant(path: str, root: str, *, is_folder: bool) -> str | None:
-    """Return the path to be looked at for an event at ``path``; None: it is left to the scan.
+    """Return the path to inspect for an event at ``path``; None: the scan does it.
 
-    A control file that goes makes its file whole, so that is the path.
+    The deletion of a control file completes its file, so that is the path.
     """
     left = rule_below(path, root)
     if left is None:
@@ -219,7 +220,7 @@ def path_meant(path: str, root: str, *, is_folder: bool) -> str | None:
 
 
 def _is_small(root: str, *, leave_out: frozenset[str], max_folders: int, max_entries: int) -> bool:
-    """Tell whether the tree is small enough to watch whole; gives up the walk as soon as it is not."""
+    """Return whether a tree is small enough to watch recursively; stops walking as soon as it is not."""
     folders = entries = 0
     for folder in inotify.folders_of(root, leave_out=leave_out):
         folders, entries = folders + (folder is not None), entries + (folder is None)
@@ -229,7 +230,7 @@ def _is_small(root: str, *, leave_out: frozenset[str], max_folders: int, max_ent
 
 
 def _identity(path: str) -> tuple[int, int] | None:
-    """Which folder stands under this name, through links; ``None`` where there is none."""
+    """Return device and inode of the folder under this name, through links; None if there is none."""
     try:
         found = os.stat(path)
     except OSError:
@@ -238,7 +239,7 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _touch(path: str) -> bool:
-    """Raise a close-after-write event without writing; tell whether that was possible."""
+    """Cause a close-after-write event without writing; return whether that succeeded."""
     folder, name = os.path.split(path)
     try:
         with open_folder(folder) as opened:
@@ -249,14 +250,6 @@ def _touch(path: str) -> bool:
 
 
 def _require_spare_descriptors() -> None:
-    """Find out that descriptors are short while it costs nothing.
-
-    Raises:
-        OSError: There are too few left for an observer.
-    """
-    opened: list[int] = []
-    try:
-        opened.extend(os.open("/", os.O_PATH | os.O_CLOEXEC) for _ in range(_SPARE_DESCRIPTORS))
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
+    with ExitStack() as opened:  # raises OSError before watchdog can leak anything
+        for _ in range(_SPARE_DESCRIPTORS):
+            opened.callback(os.close, os.open("/", os.O_PATH | os.O_CLOEXEC))

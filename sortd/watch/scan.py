@@ -1,7 +1,6 @@
-"""Scans name every file that stands in a folder, whole or slice by slice; watching only hurries them along.
+"""Scans of a folder: every file in it, completely or slice by slice; nothing is opened.
 
-What ``names.py`` has a rule for is left out, with the reason. Nothing is opened, so a placeholder of a cloud drive is
-not fetched by looking.
+What ``names.py`` has a rule for is left out, with the reason. Placeholders of cloud drives are not downloaded.
 """
 
 import os
@@ -17,17 +16,17 @@ from sortd.core.schedule import Throttle
 from sortd.events import Stamp
 from sortd.names import CONTROLS, Reason, Rule, Why, owner_of, rule_below, rule_for, rule_for_folder
 
-Listing = Callable[[str], AbstractContextManager[Iterable["os.DirEntry[str]"]]]  # lists a folder; ``os.scandir`` does
+Listing = Callable[[str], AbstractContextManager[Iterable["os.DirEntry[str]"]]]
 
-_LINK = Why(Reason.SYMBOLIC_LINK, "it is a symbolic link, which is not followed; put the file itself in its place")
-_SPECIAL = Why(Reason.SPECIAL_FILE, "it is no regular file but a pipe, a socket or a device")
+_LINK = Why(Reason.SYMBOLIC_LINK, "it is a symbolic link, which is not followed; replace it with the file itself")
+_SPECIAL = Why(Reason.SPECIAL_FILE, "it is a pipe, a socket or a device, not a regular file")
 
 
 def stamp(path: str, *, stat: Callable[[str], os.stat_result] = os.lstat) -> Stamp | None:
-    """Return the stamp of the file at ``path``; ``None`` where nothing stands there, or no regular file.
+    """Return the stamp of the regular file at ``path``; None if there is none.
 
     Raises:
-        OSError: The disk or the rights refused the look; nothing is known about the file then.
+        OSError: The disk or the permissions do not allow it; nothing is known about the file.
     """
     try:
         found = stat(path)
@@ -43,7 +42,7 @@ def scan(
     rule_at_top: Callable[[str], Rule | None] = rule_for,
     scandir: Listing = os.scandir,
 ) -> Iterator[tuple[str, Stamp]]:
-    """Name every eligible regular file below ``folder`` with its stamp; arguments as for ``scan_steps``."""
+    """Yield the path and stamp of every eligible file below ``folder``; arguments as for ``scan_steps``."""
     for step in scan_steps(folder, report=report, rule_at_top=rule_at_top, scandir=scandir):
         if step is not None and isinstance(step[1], Stamp):
             yield step[0], step[1]
@@ -52,8 +51,8 @@ def scan(
 def scan_all(
     folder: str, *, report: Callable[[OSError], None], rule_at_top: Callable[[str], Rule | None] = rule_for
 ) -> Iterator[tuple[str, Stamp | Why]]:
-    """Scan like ``scan``, and name what is left out, too, with the reason."""
-    return (step for step in scan_steps(folder, report=report, rule_at_top=rule_at_top) if step is not None)
+    """Yield what ``scan`` yields, and what is left out, with the reason."""
+    return filter(None, scan_steps(folder, report=report, rule_at_top=rule_at_top))
 
 
 def scan_steps(
@@ -63,19 +62,19 @@ def scan_steps(
     rule_at_top: Callable[[str], Rule | None] = rule_for,
     scandir: Listing = os.scandir,
 ) -> Iterator[tuple[str, Stamp | Why] | None]:
-    """Name everything that stands below ``folder``, at any depth, lazily and in no order, but for ordinary folders.
+    """Yield what is below ``folder``, at any depth, lazily and in no order, except ordinary folders.
 
-    A folder that is left out comes once for all that is in it. No symbolic link is followed; nothing is opened.
+    A folder that is left out is yielded instead of its content. No symbolic link is followed.
 
     Args:
-        folder: Where to look; an absolute path.
-        report: Told why a folder or file (``error.filename``) could not be looked at. ``folder`` itself is told of
-            even when it is only absent; a folder below that vanishes meanwhile is not.
+        folder: An absolute path.
+        report: Called with the error (``error.filename``) for what cannot be read, and if ``folder`` does not exist;
+            not for a folder below that vanishes meanwhile.
         rule_at_top: Judges the folders directly in ``folder``; ``rule_for_folder`` where they are classes.
-        scandir: How a folder is listed.
+        scandir: Lists a folder.
 
     Yields:
-        The path, and the stamp of a file or why it is left out; None for whatever else was looked at.
+        The path, and the stamp of a file or why it is left out; None for anything else.
     """
     waiting = [folder]
     while waiting:
@@ -100,12 +99,12 @@ def scan_steps(
             if current == folder:
                 report(error)
         except OSError as error:
-            error.filename = error.filename or current  # readdir(3) does not know what it lists
+            error.filename = error.filename or current  # errors of readdir(3) have no file name
             report(error)
 
 
 def whole_files(folder: str, *, report: Callable[[OSError], None]) -> list[tuple[str, Stamp]]:
-    """List what ``scan`` names, but for what a control file beside it, or beside its folder, says is unfinished."""
+    """Return what ``scan`` yields, except files that a control file marks as unfinished, or whose folder it marks."""
     files, owners = [], set()
     for path, found in scan_all(folder, report=report):
         if isinstance(found, Stamp):
@@ -117,10 +116,10 @@ def whole_files(folder: str, *, report: Callable[[OSError], None]) -> list[tuple
 
 
 def why_left(path: str, root: str) -> Why | None:
-    """Return why what stands at ``path`` in the dataset at ``root`` is not looked at; None: it is, or nothing is there.
+    """Return why ``path`` in the dataset at ``root`` is not processed; None if it is, or does not exist.
 
     Raises:
-        OSError: The disk or the rights refused the look.
+        OSError: The disk or the permissions do not allow to find out.
     """
     try:
         found = os.lstat(path)
@@ -137,16 +136,16 @@ def why_left(path: str, root: str) -> Why | None:
         return _SPECIAL
     if why is None:
         return why_unfinished(path, root)
-    return why if place == path else replace(why, message=f"it lies in {place}: {why.message}")
+    return why if place == path else replace(why, message=f"it is in {place}: {why.message}")
 
 
 def why_unfinished(path: str, root: str) -> Why | None:
-    """Return which control file says that ``path``, or a folder between it and ``root``, is not whole yet; or None."""
+    """Return which control file marks ``path``, or a folder between it and ``root``, as unfinished; or None."""
     while len(path) > len(root):
         for rule in CONTROLS:
             if os.path.lexists(path + rule.ending):
-                message = f"{rule.program} has not finished it: {path}{rule.ending} stands beside it"
-                return Why(Reason.UNFINISHED, f"{message}; it is looked at again when that is gone")
+                message = f"{rule.program} has not finished it: {path}{rule.ending} exists"
+                return Why(Reason.UNFINISHED, f"{message}; it is processed when that file is gone")
         path = os.path.dirname(path)
     return None
 
@@ -161,7 +160,6 @@ def _link_above(path: str, root: str) -> str | None:
 
 
 def _look(entry: "os.DirEntry[str]", report: Callable[[OSError], None]) -> Stamp | None:
-    """Stamp one entry; ``None`` where it vanished since the listing."""
     try:
         return _stamp_of(entry.stat(follow_symlinks=False))
     except FileNotFoundError:
@@ -175,17 +173,17 @@ def _stamp_of(found: os.stat_result) -> Stamp:
     return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-SLICE = 2000  # files taken in one turn of the loop, at most: about ten milliseconds
-SLICE_SECONDS = 0.02  # that one slice may take: a disk across a network answers fewer looks
-MOST_FOLDERS = 20_000  # of which it is remembered that they are to be scanned, or how they looked when they were
-CLOCK_SLACK_NS = 5_000_000_000  # file systems and other machines stamp with other clocks than ours
+SLICE = 2000  # steps in one turn of the loop, at most: about ten milliseconds
+SLICE_SECONDS = 0.02  # for one slice; network file systems are slower
+MOST_FOLDERS = 20_000  # that are scheduled, and that are remembered as listed
+CLOCK_SLACK_NS = 5_000_000_000  # between the clocks of file systems, other machines and this one
 
 Clock = Callable[[], float]
 _T = TypeVar("_T")
 
 
 class IncrementalScan(Generic[_T]):
-    """One scan at a time, taken slice by slice, so that a million files do not keep the loop from its work."""
+    """One scan at a time, in slices, so that a million files do not block the loop."""
 
     def __init__(
         self,
@@ -195,33 +193,32 @@ class IncrementalScan(Generic[_T]):
         pause_seconds: float = 0.0,
         clock: Clock = monotonic,
     ) -> None:
-        """Prepare; nothing is looked at yet.
+        """Prepare a scan.
 
         Args:
-            looks: begins a scan: what it finds, and None for whatever else it looks at.
-            most: looks in one slice, at most.
-            pause_seconds: between two scans that were asked for, at least.
-            clock: seconds; what is left after ``SLICE_SECONDS`` waits for another slice.
+            looks: Starts a scan: yields what it finds, and None for anything else that it inspects.
+            most: The number of steps in a slice, at most; a slice also ends after ``SLICE_SECONDS``.
+            pause_seconds: The time between two requested scans, at least.
+            clock: Returns seconds.
         """
         self.most = most
         self._looks, self._clock = looks, clock
-        self.asked = Throttle(pause_seconds)
-        """Whether a scan is asked for; whoever takes the slices begins it when ``is_due``."""
+        self.asked = Throttle(pause_seconds)  # the caller starts the scan when ``is_due``
         self._under_way: Iterator[_T | None] | None = None
-        self.is_wanted_again = False  # whether another scan was asked for while this one was under way
+        self.is_wanted_again = False  # another scan is to follow the running one
 
     @property
     def is_under_way(self) -> bool:
-        """Tell whether there is more to look at."""
+        """Whether a scan is running."""
         return self._under_way is not None
 
     @property
     def is_due(self) -> bool:
-        """Tell whether a scan that was asked for is to begin."""
+        """Whether a requested scan is to begin."""
         return self._under_way is None and self.asked.is_due(self._clock())
 
     def begin(self) -> bool:
-        """Begin, and tell so; where a scan is under way another one is to follow it instead."""
+        """Start a scan and return True; if one is running, schedule another one after it."""
         self.is_wanted_again = self.is_under_way
         if self._under_way is None:
             self.asked.begin(self._clock())
@@ -229,7 +226,7 @@ class IncrementalScan(Generic[_T]):
         return not self.is_wanted_again
 
     def take(self) -> list[_T]:
-        """Return what the next slice finds; after the last one no scan is under way."""
+        """Return what the next slice finds; the last one ends the scan."""
         until, found = self._clock() + SLICE_SECONDS, []
         for count, look in enumerate(self._under_way or (), start=1):
             if look is not None:
@@ -242,15 +239,15 @@ class IncrementalScan(Generic[_T]):
         return found
 
     def end(self) -> None:
-        """Take no more of it."""
+        """Stop the scan."""
         self._under_way, self.is_wanted_again = None, False
 
 
 class FolderScans:
-    """The scans of one folder, and of folders below it alone, that are under way.
+    """The scans of one folder, and of single folders below it that events name.
 
-    A folder that an event names is scanned alone. A tree that is moved in raises an event for each of its folders: what
-    was listed already and has not changed since is not listed again.
+    A tree that is moved in causes an event for each of its folders: a folder that has not changed since it was listed
+    is not listed again.
     """
 
     def __init__(
@@ -261,24 +258,22 @@ class FolderScans:
         left: Callable[[str, Why], None] = lambda *_: None,
         clock: Clock = monotonic,
     ) -> None:
-        """Prepare to scan ``folder``; ``report`` is told what cannot be looked at, ``left`` what is left out."""
+        """Prepare; ``report`` receives errors, ``left`` what is left out."""
         self._folder, self._report, self._left = folder, report, left
         self.whole = IncrementalScan(lambda: scan_steps(folder, report=report), clock=clock)
-        """The scan of the whole folder."""
         self._below = IncrementalScan(self._scans_below, clock=clock)
         self._wanted: OrderedDict[str, float] = OrderedDict()
         self._listed: dict[str, tuple[int, int]] = {}  # inode and mtime of a folder when it was listed
-        self.gone: set[str] = set()
-        """Folders that were wanted and are not there any more; whoever takes note of them takes them out."""
+        self.gone: set[str] = set()  # scheduled folders that do not exist any more; the caller removes them
 
     @property
     def has_more(self) -> bool:
-        """Tell whether any scan has files left to take."""
+        """Whether any scan is running or scheduled."""
         whole = self.whole.is_under_way or self.whole.is_wanted_again
         return whole or self._below.is_under_way or bool(self._wanted)
 
     def begin(self) -> bool:
-        """Begin to scan the whole folder, and tell so; where that is under way another one is to follow it instead."""
+        """Start a scan of the whole folder and return True; if one is running, schedule another one after it."""
         if not self.whole.begin():
             return False
         self._wanted.clear()
@@ -286,7 +281,7 @@ class FolderScans:
         return True
 
     def want(self, folder: str, at: float = 0.0) -> None:
-        """Scan a folder below, at any depth of it, before the rest; ``take_below`` gives ``at`` with what it finds."""
+        """Scan one folder below before the rest; ``take_below`` returns ``at`` with its files."""
         if folder == self._folder or len(self._wanted) >= MOST_FOLDERS:
             self.whole.is_wanted_again = True
             self._wanted.clear()
@@ -294,7 +289,7 @@ class FolderScans:
             self._wanted[folder] = at
 
     def will_list(self, folder: str) -> bool:
-        """Tell whether a folder is about to be listed, or one that it lies in."""
+        """Return whether a folder, or one above it, is scheduled."""
         while self._wanted and len(folder) > len(self._folder):
             if folder in self._wanted:
                 return True
@@ -302,18 +297,18 @@ class FolderScans:
         return False
 
     def end(self) -> None:
-        """Take no more: what is left does not fit into the backlog, and is found by another scan."""
+        """Stop all scans, when the backlog is full."""
         self.whole.end()
         self._below.end()
         self._wanted.clear()
         self._listed.clear()
 
     def take(self) -> list[tuple[str, Stamp]]:
-        """Return the files that the next slice of the whole folder finds, and tell of what is left out."""
+        """Return the files of the next slice of the whole folder."""
         return [found for step in self.whole.take() if (found := self._file_of(step)) is not None]
 
     def take_below(self) -> list[tuple[str, Stamp, float]]:
-        """Take the next slice of the folders that were wanted: path, stamp, and when the folder was asked for."""
+        """Return path, stamp and ``at`` of the files of the next slice of the scheduled folders."""
         if self._wanted or self._below.is_under_way:
             self._below.begin()
         return self._below.take()
@@ -334,19 +329,19 @@ class FolderScans:
                 yield None if found is None else (*found, at)
 
     def _report_below(self, error: OSError) -> None:
-        """Take note of a folder that is gone, which is no trouble; tell of any other."""
+        """Note a folder that is gone; report any other error."""
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             self._report(error)
             return
-        self._listed.clear()  # it may come back as it was, and what was known of its files is forgotten meanwhile
+        self._listed.clear()  # it may come back unchanged after its files were forgotten
         if len(self.gone) < MOST_FOLDERS:
             self.gone.add(os.fsdecode(error.filename))
 
     def _list_changed(self, folder: str) -> "AbstractContextManager[Iterator[os.DirEntry[str]]]":
-        """List a folder, or nothing where it has not changed since it was listed."""
+        """List a folder; return nothing if it has not changed since it was listed."""
         found = os.lstat(folder)
         if not mode.S_ISDIR(found.st_mode):
-            raise NotADirectoryError(0, "no folder", folder)
+            raise NotADirectoryError(0, "not a folder", folder)
         looks = found.st_ino, found.st_mtime_ns
         if self._listed.get(folder) == looks:
             return nullcontext(iter(()))
@@ -357,23 +352,20 @@ class FolderScans:
 
 
 class FolderComparison:
-    """Scans of a folder of classes that tell whether it differs from the last one."""
+    """Scans of a folder of classes that detect changes since the last scan."""
 
     def __init__(self, folder: str, report: Callable[[OSError], None], *, clock: Clock = monotonic) -> None:
-        """Prepare to look at ``folder``; ``report`` is told what cannot be looked at."""
+        """Prepare; ``report`` receives errors."""
         self.scan = IncrementalScan(lambda: scan_steps(folder, report=report, rule_at_top=rule_for_folder), clock=clock)
         self._sum = 0
         self._seen: int | None = None
 
     def differs(self) -> bool:
-        """Look at the next slice; with the last, tell whether other versions stand there than at the last scan.
-
-        The first scan tells of no difference.
-        """
+        """Take the next slice; return whether the scan has ended and found other versions than the one before."""
         if not self.scan.is_under_way:
             return False
         found = (step for step in self.scan.take() if isinstance(step[1], Stamp))
-        self._sum = (self._sum + sum(map(hash, found))) % 2**64  # in whatever order they are named
+        self._sum = (self._sum + sum(map(hash, found))) % 2**64  # independent of their order
         if self.scan.is_under_way:
             return False
         before, self._seen, self._sum = self._seen, self._sum, 0
@@ -381,8 +373,8 @@ class FolderComparison:
 
 
 def looked_at_until(noted_ns: int, now_ns: int) -> int:
-    """Return from when on changes may not have been looked at yet, by the noted time of the last scan.
+    """Return the time from which changes may not have been seen, from the noted time of the last scan.
 
-    All times are nanoseconds since the epoch. Where the clock was set back since, that is the beginning.
+    Times are nanoseconds since the epoch. If the clock was set back since, this is 0.
     """
     return 0 if noted_ns > now_ns else noted_ns - CLOCK_SLACK_NS

@@ -1,10 +1,9 @@
-"""The watcher: watchdog as a source of file events, which notices when events do not come any more and mends that.
+"""The watcher: watchdog as a source of file events, with detection and replacement of observers that stopped working.
 
-Each watched root has an observer of its own, so that a dead one is replaced alone. ``health`` is called every few
-seconds by the loop: it looks for dead threads, for other folders under a watched name, for a probe file whose event
-does not come, for folders that the kernel does not watch; it opens a new observer, with back-off, and posts
-``EventsDropped`` so that a scan finds what was missed. ``polled`` names the roots that inotify does not cover, to be
-scanned more often. Open the watch first and scan second: then nothing falls between the two.
+Each watched root has its own observer, so that a dead one is replaced alone. The loop calls ``health`` every few
+seconds, which looks for dead threads, replaced folders, missing probe events and unwatched folders, opens new
+observers with back-off, and posts ``EventsDropped`` so that a scan finds what was missed. ``polled`` returns the roots
+that inotify does not cover. Open the watch first and scan second, so that nothing is missed in between.
 """
 
 import errno
@@ -32,34 +31,28 @@ CHECK_SECONDS = 2.0  # between two checks of health
 _PROBE_SECONDS = 15.0  # between two probes
 _ANSWER_SECONDS = 5.0  # until the event of a probe must have come
 _COVERAGE_SECONDS = 300.0  # between two comparisons of what is watched with what is there
-_COVERAGE_ENTRIES = 20_000  # looked at in one check: some 20 ms, in which the loop does nothing else
+_COVERAGE_ENTRIES = 20_000  # compared in one check, which takes some 20 ms of the loop
 
 
 class DropReason(StrEnum):
-    """Why events were dropped; with ``watch.`` before it, the event's name in the log."""
+    """Why events were dropped; with the prefix ``watch.`` the name of the event in the log."""
 
-    OVERFLOWED = "overflowed"  # more happened than the queue holds
-    RESTARTED = "restarted"  # the watch had died or gone deaf, and works again
-    DEGRADED = "degraded"  # the watch cannot be had, or only in part: the root is scanned more often
+    OVERFLOWED = "overflowed"  # a queue was full
+    RESTARTED = "restarted"  # watching had stopped, and works again
+    DEGRADED = "degraded"  # watching failed at least in part: the root is scanned more often
 
 
-class Mode(StrEnum):
-    """How a root is followed."""
+class WatchMode(StrEnum):
+    """How a root is watched."""
 
-    EVENTS = "events"  # by inotify; the scan is the safety net
-    POLLING = "polling"  # by scans alone, or besides an inotify that misses some folders
-    WAITING = "waiting"  # the folder is not there
+    EVENTS = "events"  # by inotify
+    POLLING = "polling"  # by scans, besides inotify if it misses only some folders
+    WAITING = "waiting"  # until the folder exists
 
 
 @dataclass(frozen=True, slots=True)
 class EventsDropped:
-    """Events of this root did not arrive: scan it.
-
-    Attributes:
-        root: As it was given to the watcher.
-        why: A sentence for the log, with the setting that mends it where there is one.
-        reason: The kind.
-    """
+    """Events of this root were lost: scan it. ``why`` is a sentence for the log, with advice."""
 
     root: str
     why: str
@@ -68,33 +61,33 @@ class EventsDropped:
 
 @dataclass(frozen=True, slots=True)
 class WatchStatus:
-    """How a root is followed now, and why not by events where that is so."""
+    """How a root is watched now, and why not by events."""
 
     root: str
-    mode: Mode
+    mode: WatchMode
     why: str = ""
 
 
 @dataclass(slots=True)
 class _Watched:
-    """One root, and what is known of its observer."""
+    """One root and the state of its observer."""
 
     root: str
     is_dataset: bool
     observer: RootObserver | None = None
-    mode: Mode = Mode.POLLING
+    mode: WatchMode = WatchMode.POLLING
     why: str = ""
-    told: str = ""  # the last `why` that was posted as a degradation: said once, not at each attempt
-    untold: EventsDropped | None = None  # what `post` would not take; said again at the next check
+    reported: str = ""  # the last ``why`` that was posted as a degradation
+    unposted: EventsDropped | None = None  # what could not be posted
     backoff: Backoff = field(default_factory=Backoff)
     covered_at: float | None = None
-    suspects: frozenset[str] = frozenset()  # folders that were not watched at the comparison before
+    suspects: frozenset[str] = frozenset()  # folders that were unwatched in the last comparison
     coverage: Iterator[str | None] | None = None  # the comparison under way
     missing: set[str] = field(default_factory=set)  # what it found so far
 
 
 class Watcher:
-    """Follows any number of roots and posts file events; used from one thread, posts from several."""
+    """Watches any number of roots and posts file events; used from one thread, posts from several."""
 
     def __init__(
         self,
@@ -104,59 +97,55 @@ class Watcher:
         is_blind: Callable[[str], str | None] = inotify.is_blind,
         make_observer: "ObserverType" = Observer,
     ) -> None:
-        """Begin to follow nothing yet.
+        """Start without roots.
 
         Args:
-            post: Takes each event; must not block. What it raises counts as a dropped event.
-            polling: ``auto`` leaves watching where inotify is blind, ``always`` never watches, ``never`` never polls.
-            is_blind: Names the file system where inotify is blind, else ``None``.
-            make_observer: Makes an observer.
+            post: Receives each event; must not block. If it raises, the event counts as dropped.
+            polling: ``auto`` does not watch where inotify is blind, ``always`` never watches, ``never`` never polls.
+            is_blind: Returns the type of a file system where inotify is blind, else None.
+            make_observer: Creates an observer.
         """
         self._post, self._polling, self._is_blind, self._make_observer = post, polling, is_blind, make_observer
         self._watched: dict[str, _Watched] = {}
         self._overflows = _WarningHandler(self._take_warning)
-        # Said in watchdog's reader when a folder is made while it is walked; where warnings are errors it ends there.
+        # Raised in watchdog's reader for a folder created while it is walked; as an error it would end the reader.
         warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
         logger = logging.getLogger("watchdog.observers")
-        # Set here, so that no level of the root logger can hide that events were lost; its debug lines are a flood.
+        # The level of the root logger must not hide lost events, nor enable the many debug lines.
         logger.setLevel(logging.WARNING)
         logger.addHandler(self._overflows)
 
     def watch_root(self, root: str | os.PathLike[str]) -> None:
-        """Follow the folder that holds the datasets, at its first level: datasets that come and go."""
+        """Watch the first level of the folder of the datasets."""
         self._watch(_Watched(os.fspath(root), is_dataset=False))
 
     def watch_dataset(self, root: str | os.PathLike[str]) -> None:
-        """Follow a dataset, or a folder that may become one; nothing happens where it is followed already."""
+        """Watch a dataset, or a folder that may become one, unless it is watched already."""
         self._watch(_Watched(os.fspath(root), is_dataset=True))
 
     def forget(self, root: str | os.PathLike[str]) -> None:
-        """Follow this root no longer; nothing happens where it was not followed."""
+        """Stop watching this root, if it is watched."""
         watched = self._watched.pop(os.fspath(root), None)
         if watched is not None:
             self._close_observer(watched)
 
     def health(self, now: float) -> None:
-        """Check every root, mend what can be mended, and post ``EventsDropped`` for what was or may have been missed.
-
-        Args:
-            now: Seconds of a monotonic clock.
-        """
+        """Check every root, repair what can be repaired, and post ``EventsDropped`` for what may have been missed."""
         for watched in self._watched.values():
-            if watched.untold is not None:
-                self._tell(watched, watched.untold)
+            if watched.unposted is not None:
+                self._tell(watched, watched.unposted)
             self._check(watched, now)
 
     def polled(self) -> tuple[str, ...]:
-        """Name the roots whose events do not suffice now: to be scanned every few seconds."""
-        return tuple(root for root, watched in self._watched.items() if watched.mode is Mode.POLLING)
+        """Return the roots whose events do not suffice now: scan them every few seconds."""
+        return tuple(root for root, watched in self._watched.items() if watched.mode is WatchMode.POLLING)
 
     def status(self) -> tuple[WatchStatus, ...]:
-        """Tell how each root is followed now: the effective mode, not the configured one."""
+        """Return how each root is watched now."""
         return tuple(WatchStatus(watched.root, watched.mode, watched.why) for watched in self._watched.values())
 
     def close(self) -> None:
-        """Stop following everything, join every thread; harmless when repeated."""
+        """Stop watching and join every thread; idempotent."""
         logging.getLogger("watchdog.observers").removeHandler(self._overflows)
         for root in list(self._watched):
             self.forget(root)
@@ -177,13 +166,13 @@ class Watcher:
         if fault is not None:
             watched.why = fault
         if not os.path.isdir(watched.root):
-            self._degrade(watched, Mode.WAITING, f"{watched.root} is not there")
+            self._degrade(watched, WatchMode.WAITING, f"{watched.root} does not exist")
         elif backoff.until is None or backoff.is_over(now):
             backoff.begin(now)
             self._reopen(watched)
 
     def _fault(self, watched: _Watched, now: float) -> str | None:
-        """Say why the observer of this root, where it has one, must be replaced."""
+        """Return why the observer of this root must be replaced, if it has one."""
         observer = watched.observer
         if observer is None:
             return None
@@ -193,7 +182,7 @@ class Watcher:
         return observer.fault() or observer.probe(now, interval_seconds=_PROBE_SECONDS, answer_seconds=_ANSWER_SECONDS)
 
     def _check_coverage(self, watched: _Watched, observer: RootObserver, now: float) -> None:
-        """Compare the folders that are watched with those that are there; what is missing twice is no race."""
+        """Compare the watched folders with the existing ones; a folder that is missing twice is no race."""
         if watched.coverage is None:
             is_due = watched.covered_at is None or now - watched.covered_at >= _COVERAGE_SECONDS
             if not (watched.is_dataset and (is_due or watched.suspects)):
@@ -213,7 +202,7 @@ class Watcher:
             self._reopen(watched)
 
     def _reopen(self, watched: _Watched) -> None:
-        """Try to open a new observer where there was one, or should have been one, and say how it went."""
+        """Try to open a new observer and post the result."""
         was = watched.why
         self._open(watched)
         if watched.observer is None:
@@ -222,27 +211,26 @@ class Watcher:
         if missing:
             limit = inotify.advice(OSError(errno.ENOSPC, ""), folders=len(missing))
             why = f"folders below {watched.root} are not watched, {min(missing)!r} among them: most likely {limit}"
-            self._degrade(watched, Mode.POLLING, why)
+            self._degrade(watched, WatchMode.POLLING, why)
         else:
-            watched.told = ""
+            watched.reported = ""
             self._tell(watched, EventsDropped(watched.root, f"{was}; watched again", DropReason.RESTARTED))
 
     def _open(self, watched: _Watched) -> None:
-        """Open an observer, if one is to be had."""
         root = watched.root
         reason = self._reason_to_poll(watched)
         if reason is not None:
-            self._degrade(watched, Mode.POLLING, reason)
+            self._degrade(watched, WatchMode.POLLING, reason)
             return
         try:
             places = places_of_dataset(root) if watched.is_dataset else (Place(root, recursive=False),)
             watched.observer = RootObserver(root, places, self._post, make_observer=self._make_observer)
         except FileNotFoundError:
-            self._degrade(watched, Mode.WAITING, f"{root} is not there")
+            self._degrade(watched, WatchMode.WAITING, f"{root} does not exist")
         except OSError as error:
-            self._degrade(watched, Mode.POLLING, f"{root} cannot be watched: {inotify.advice(error)}")
+            self._degrade(watched, WatchMode.POLLING, f"{root} cannot be watched: {inotify.advice(error)}")
         else:
-            watched.mode, watched.why, watched.covered_at, watched.coverage = Mode.EVENTS, "", None, None
+            watched.mode, watched.why, watched.covered_at, watched.coverage = WatchMode.EVENTS, "", None, None
 
     def _reason_to_poll(self, watched: _Watched) -> str | None:
         if self._polling == "always":
@@ -250,7 +238,7 @@ class Watcher:
         folders = (watched.root, *(os.path.join(watched.root, name) for name in ("Images", "Clases")))
         kinds = [kind for folder in folders if (kind := self._is_blind(folder))]
         if self._polling == "auto" and kinds:
-            return f"{watched.root} lies on {kinds[0]}, where changes made on another machine raise no event"
+            return f"{watched.root} is on {kinds[0]}, where changes by other machines cause no event"
         return None
 
     def _close_observer(self, watched: _Watched) -> None:
@@ -258,23 +246,23 @@ class Watcher:
             watched.observer.close()
             watched.observer = None
 
-    def _degrade(self, watched: _Watched, mode: Mode, why: str) -> None:
+    def _degrade(self, watched: _Watched, mode: WatchMode, why: str) -> None:
         watched.mode, watched.why = mode, why
-        if why != watched.told:
-            watched.told = why
+        if why != watched.reported:
+            watched.reported = why
             self._tell(watched, EventsDropped(watched.root, why, DropReason.DEGRADED))
 
     def _tell(self, watched: _Watched, dropped: EventsDropped) -> None:
-        """Post it, or keep it for the next check where it is not taken."""
+        """Post an event, or keep it until the next check if ``post`` raises."""
         try:
             self._post(dropped)
-        except Exception:  # noqa: BLE001 - a full queue, mostly; nothing is dropped, and a watcher's thread lives on
-            watched.untold = dropped
+        except Exception:  # noqa: BLE001 - mostly a full queue; the thread must not end
+            watched.unposted = dropped
         else:
-            watched.untold = None
+            watched.unposted = None
 
     def _take_warning(self, record: logging.LogRecord) -> None:
-        """Turn watchdog's own warning, which it gives to no handler of events, into dropped events of its root."""
+        """Turn a warning of watchdog, which is not an event for handlers, into dropped events of its root."""
         for watched in tuple(self._watched.values()):
             observer = watched.observer
             if observer is None or not observer.owns_thread(record.thread):
@@ -282,20 +270,20 @@ class Watcher:
             if record.levelno >= logging.ERROR:
                 observer.broken = record.getMessage()
             elif record.name.endswith("inotify_c") and "overflow" in record.getMessage():
-                why = "more happened at once than the kernel queues (fs.inotify.max_queued_events); a scan finds it"
+                why = "the kernel's event queue overflowed (fs.inotify.max_queued_events); a scan finds what was missed"
                 self._tell(watched, EventsDropped(watched.root, why, DropReason.OVERFLOWED))
 
 
 class _WarningHandler(logging.Handler):
-    """Hands each warning of a logger to a function."""
+    """Passes each warning of a logger to a function."""
 
     def __init__(self, take: Callable[[logging.LogRecord], None]) -> None:
         super().__init__(logging.WARNING)
         self._take = take
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hand on one record; never raises, since it runs in the threads that watch."""
+        """Pass on one record; never raise, since this runs in the observer threads."""
         try:
             self._take(record)
-        except Exception:  # noqa: BLE001 - logging's own rule: report on stderr and go on
+        except Exception:  # noqa: BLE001 - as logging requires: report on stderr
             self.handleError(record)
