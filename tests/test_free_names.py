@@ -1,4 +1,4 @@
-"""Names that a relocation tries: whole characters, 255 bytes, one stem for all members."""
+"""Names that a move tries: whole characters, 255 bytes, one stem for all members."""
 
 import os
 

@@ -22,8 +22,8 @@ from tests.filing_world import Clock
 STAMP = Stamp(1, 2**63 + 5, 3, 4)
 
 
-def relocation(token: str, name: str = "a.jpg", label: str = "cat", **changes: object) -> MoveRecord:
-    """Return a relocation from Images/ to a class."""
+def move(token: str, name: str = "a.jpg", label: str = "cat", **changes: object) -> MoveRecord:
+    """Return a move from Images/ to a class."""
     member = MoveFile(Role.IMAGE, name, name, STAMP, final=name, moved_stamp=STAMP)
     return MoveRecord(token, "Images", f"Dataset/{label}", (member,), **changes)  # type: ignore[arg-type]
 
@@ -36,20 +36,20 @@ def path(tmp_path: Path) -> Path:
 
 def filed(journal: Journal, token: str, label: str = "cat", content: str = "", name: str = "a.jpg") -> None:
     """Write one whole move."""
-    one = relocation(token, name, label)
+    one = move(token, name, label)
     journal.intend([(one, MoveReason("filed", label, 0.9, 0.2, "dog", "mixed", content=content))])
-    journal.settle([relocation(token, name, label, progress=MoveProgress.DONE)])
+    journal.settle([move(token, name, label, progress=MoveProgress.DONE)])
 
 
 def test_a_move_is_told_with_all_that_was_written(path: Path) -> None:
     """What intent and outcome said comes back word for word, inode numbers of 64 bits included."""
     grounds = MoveReason("filed", "cat", 0.9, 0.2, "dog", "mixed", "why", 7, "clip", "ab" * 32)
     with Journal(path, clock=Clock(), run="first") as journal:
-        journal.intend([(relocation("t"), grounds)])
-        journal.settle([relocation("t", progress=MoveProgress.DONE, lost=("owner", "mtime"), message="said")])
+        journal.intend([(move("t"), grounds)])
+        journal.settle([move("t", progress=MoveProgress.DONE, lost=("owner", "mtime"), message="said")])
         (record,) = journal.history.moves(Selection())
-    assert record.grounds == grounds
-    assert record.relocation == relocation("t", progress=MoveProgress.DONE, lost=("owner", "mtime"), message="said")
+    assert record.move_reason == grounds
+    assert record.move == move("t", progress=MoveProgress.DONE, lost=("owner", "mtime"), message="said")
     assert (record.run, record.intended_at, record.ended_at, record.undone_by) == ("first", 1, 2, None)
     assert (record.source_path, record.destination_path) == ("Images/a.jpg", "Dataset/cat/a.jpg")
 
@@ -59,31 +59,31 @@ def test_an_intent_without_an_outcome_is_unfinished_after_a_crash(path: Path) ->
     program = (
         "import os, sys; from pathlib import Path; from sortd.store.journal import Journal\n"
         "from sortd.store.records import MoveReason\n"
-        "from tests.test_journal import relocation\n"
-        "Journal(Path(sys.argv[1])).intend([(relocation('t'), MoveReason('filed'))]); os._exit(9)"
+        "from tests.test_journal import move\n"
+        "Journal(Path(sys.argv[1])).intend([(move('t'), MoveReason('filed'))]); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", program, path], check=False).returncode == 9
     with Journal(path) as journal:
         (record,) = journal.history.unfinished()
-    assert record.relocation == relocation("t")
-    assert record.relocation.progress is MoveProgress.INTENDED
+    assert record.move == move("t")
+    assert record.move.progress is MoveProgress.INTENDED
 
 
 def test_what_was_taken_back_leaves_no_record(path: Path) -> None:
     """A move that failed is no history."""
     with Journal(path) as journal:
-        journal.intend([(relocation("t"), MoveReason("filed"))])
-        journal.settle([relocation("t").failed("no room")])
+        journal.intend([(move("t"), MoveReason("filed"))])
+        journal.settle([move("t").failed("no room")])
         assert journal.history.unfinished() == journal.history.moves(Selection()) == []
 
 
 def test_progress_is_durable_and_never_written_back_by_settling(path: Path) -> None:
-    """A relocation that is settled while it is still under way keeps what ``advance`` wrote."""
+    """A move that is settled while it is still under way keeps what ``advance`` wrote."""
     with Journal(path) as journal:
-        journal.intend([(relocation("t"), MoveReason("filed"))])
-        journal.advance(relocation("t", progress=MoveProgress.PUBLISHING))
-        journal.settle([relocation("t")])
-        assert journal.history.unfinished()[0].relocation.progress is MoveProgress.PUBLISHING
+        journal.intend([(move("t"), MoveReason("filed"))])
+        journal.advance(move("t", progress=MoveProgress.PUBLISHING))
+        journal.settle([move("t")])
+        assert journal.history.unfinished()[0].move.progress is MoveProgress.PUBLISHING
 
 
 def test_history_is_filtered_by_everything_it_is_asked_by(path: Path) -> None:
@@ -96,7 +96,7 @@ def test_history_is_filtered_by_everything_it_is_asked_by(path: Path) -> None:
 
         def tokens(**conditions: object) -> list[str]:
             return [
-                one.relocation.token
+                one.move.token
                 for one in journal.history.moves(Selection(**conditions))  # type: ignore[arg-type]
             ]
 
@@ -114,11 +114,11 @@ def test_names_and_classes_that_are_not_utf8_survive(path: Path) -> None:
     """Bytes that are no text come back as the same bytes, in names, folders and classes."""
     name, label = os.fsdecode(b"caf\xe9\n.jpg"), os.fsdecode(b"ni\xf1o")
     with Journal(path) as journal:
-        journal.intend([(relocation("t", name, label), MoveReason("filed", label, reason=label))])
-        journal.settle([relocation("t", name, label, progress=MoveProgress.DONE, message=name)])
+        journal.intend([(move("t", name, label), MoveReason("filed", label, reason=label))])
+        journal.settle([move("t", name, label, progress=MoveProgress.DONE, message=name)])
         (record,) = journal.history.moves(Selection(label=label, path=f"Images/{name}"))
-        assert record.grounds.label == label
-        assert record.relocation.image.final == name
+        assert record.move_reason.label == label
+        assert record.move.image.final == name
         assert journal.history.accuracy() == {label: FiledImages(filed=1, checked=0, corrected=0, undone=0)}
 
 
@@ -159,9 +159,9 @@ def test_a_journal_at_rest_is_read_without_the_right_to_write(path: Path) -> Non
 def test_a_second_thread_writes_beside_the_first(path: Path) -> None:
     """A connection beside the first sees and writes the same journal."""
     with Journal(path, run="first") as journal:
-        journal.intend([(relocation("t"), MoveReason("filed"))])
-        with journal.beside() as other:
-            other.settle([relocation("t", progress=MoveProgress.DONE)])
+        journal.intend([(move("t"), MoveReason("filed"))])
+        with journal.second_connection() as other:
+            other.settle([move("t", progress=MoveProgress.DONE)])
         assert journal.history.counts() == {"filed": 1}
 
 
@@ -172,12 +172,12 @@ def test_last_known_finds_the_file_by_inode_and_else_by_content(path: Path) -> N
         filed(journal, "u", "dog", content="c1")
         found = journal.history.last_known(Stamp(99, STAMP.inode, STAMP.size, STAMP.mtime_ns))
         assert found is not None
-        assert found.relocation.token == "u"  # noqa: S105 - a relocation's
+        assert found.move.token == "u"  # noqa: S105 - a move's
         other = Stamp(1, 1, 1, 1)
         assert journal.history.last_known(other) is None
         by_content = journal.history.last_known(other, "c0")
         assert by_content is not None
-        assert by_content.relocation.token == "t"  # noqa: S105 - a relocation's
+        assert by_content.move.token == "t"  # noqa: S105 - a move's
 
 
 def test_an_undo_marks_what_it_undoes_and_holds_what_it_put_back(path: Path) -> None:
@@ -377,7 +377,7 @@ def test_a_journal_that_cannot_be_written_stops_everything(path: Path) -> None:
 def test_a_forged_folder_is_refused(path: Path, column: str, value: bytes) -> None:
     """A journal that names a folder outside the four is not acted on."""
     with Journal(path) as journal:
-        journal.intend([(relocation("t"), MoveReason("filed"))])
+        journal.intend([(move("t"), MoveReason("filed"))])
     _execute(path, f"UPDATE moves SET {column} = ?", value)  # noqa: S608 - our own words
     with Journal(path) as journal, pytest.raises(JournalError, match="no folder that sortd moves"):
         journal.history.unfinished()
@@ -387,7 +387,7 @@ def test_a_forged_folder_is_refused(path: Path, column: str, value: bytes) -> No
 def test_a_forged_name_is_refused(path: Path, name: bytes) -> None:
     """A journal that names a file in another folder is not acted on."""
     with Journal(path) as journal:
-        journal.intend([(relocation("t"), MoveReason("filed"))])
+        journal.intend([(move("t"), MoveReason("filed"))])
     _execute(path, "UPDATE members SET name = ?", name)
     with Journal(path) as journal, pytest.raises(JournalError, match="no name of a file"):
         journal.history.unfinished()
@@ -395,7 +395,7 @@ def test_a_forged_name_is_refused(path: Path, name: bytes) -> None:
 
 def test_every_commit_is_synced(path: Path) -> None:
     """WAL mode with full syncs: without them a commit does not survive a power cut."""
-    with Journal(path) as journal, journal.beside() as other:
+    with Journal(path) as journal, journal.second_connection() as other:
         for connection in (journal._connection, other._connection):
             assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
             assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2

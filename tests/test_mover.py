@@ -14,7 +14,7 @@ import pytest
 from sortd.errors import ChangedError
 from sortd.events import Writer
 from sortd.files import stamp_of, sync_folder
-from sortd.moving.fs import FOLDER_FLAGS, Folders, is_version, look, names_of, rename_new, writer_of
+from sortd.moving.fs import FOLDER_FLAGS, Folders, is_version, lstat_at, names_by_inode, rename_new, writer_of
 from sortd.moving.parts import content_of, make_part, remove_obsolete
 from sortd.store.records import MoveFile, MoveRecord, Role
 
@@ -110,8 +110,8 @@ def test_a_stamp_tells_versions_apart(tmp_path: Path, folder: int) -> None:
     path.write_text("a")
     os.utime(path, ns=(1, 1))
     assert not is_version(os.stat(path), stamp)
-    assert look(folder, "nothing") is None
-    assert look(folder, "x" * 300) is None
+    assert lstat_at(folder, "nothing") is None
+    assert lstat_at(folder, "x" * 300) is None
 
 
 def test_names_are_found_by_inode_visible_ones_first(tmp_path: Path, folder: int) -> None:
@@ -120,7 +120,7 @@ def test_names_are_found_by_inode_visible_ones_first(tmp_path: Path, folder: int
         (tmp_path / name).write_text(name)
     os.link(tmp_path / ".both", tmp_path / "both")
     inodes = {name: os.stat(tmp_path / name).st_ino for name in (".hidden", "both", "other")}
-    found = names_of(folder, [inodes[".hidden"], inodes["both"]])
+    found = names_by_inode(folder, [inodes[".hidden"], inodes["both"]])
     assert found == {inodes[".hidden"]: ".hidden", inodes["both"]: "both"}
 
 
@@ -202,7 +202,7 @@ def test_a_shared_sidecar_that_changed_is_not_copied(tmp_path: Path, folder: int
     sidecar.write_text("seen")
     member = MoveFile(Role.SHARED, "a.xmp", "a.xmp", stamp_of(sidecar.stat()))
     sidecar.write_text("changed since")
-    relocation = MoveRecord("0" * 16, "Images", "Dataset/cat", (member,))
+    move = MoveRecord("0" * 16, "Images", "Dataset/cat", (member,))
     with pytest.raises(ChangedError, match=r"Images/a\.xmp"):
-        make_part(folder, folder, relocation, 0)
+        make_part(folder, folder, move, 0)
     assert os.listdir(tmp_path) == ["a.xmp"]

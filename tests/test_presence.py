@@ -96,7 +96,7 @@ def test_nothing_is_put_back_into_a_mount_point(dataset: Dataset, journal: Journ
     filing = Mover(dataset.root, journal, absence=absence)
     with disk(dataset.root / "Images"):
         filed = moved(filing, order(dataset.put("Images/a.jpg")))
-        assert filing.rehearse_undo(done(journal))[0].restored == f"{dataset.root}/Images/a.jpg"
+        assert filing.preview_undo(done(journal))[0].restored == f"{dataset.root}/Images/a.jpg"
     identifiers = [record.id for record in done(journal)]
     for is_dry in (True, False):
         (((told,), later),) = put_back(filing, journal.history, identifiers, dry_run=is_dry)

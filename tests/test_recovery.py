@@ -15,7 +15,7 @@ from sortd.store.journal import Journal
 from sortd.store.records import MoveFile, MoveProgress, MoveReason, MoveRecord, Role, Selection
 from tests.filing_world import Dataset
 
-TOKEN = "0123456789abcdef"  # noqa: S105 - a relocation's
+TOKEN = "0123456789abcdef"  # noqa: S105 - a move's
 PART = f".sortd-{TOKEN}.0.part"
 TAKEN = f".sortd-{TOKEN}.0.del"
 
@@ -36,7 +36,7 @@ def journal(dataset: Dataset) -> Iterator[Journal]:
 
 
 class Crash:
-    """A relocation that was cut short, and the next start."""
+    """A move that was cut short, and the next start."""
 
     def __init__(
         self, dataset: Dataset, journal: Journal, *names: str, progress: MoveProgress = MoveProgress.INTENDED
@@ -49,25 +49,25 @@ class Crash:
             content = hashlib.sha256(name.encode()).hexdigest()
             role = Role.COMPANION if members else Role.IMAGE
             members.append(MoveFile(role, name, name, stamp_of(os.stat(path)), content=content))
-        self.relocation = MoveRecord(TOKEN, "Images", "Dataset/cat", tuple(members), progress)
+        self.move = MoveRecord(TOKEN, "Images", "Dataset/cat", tuple(members), progress)
 
     def copied(self, name: str, position: int = 0, content: str = "") -> Path:
         """Put a copy of a member into the class folder, as the sealed one."""
-        member = self.relocation.members[position]
+        member = self.move.files[position]
         path = self.dataset.put(f"Dataset/cat/{name}", content or member.name)
-        members = list(self.relocation.members)
+        members = list(self.move.files)
         members[position] = replace(member, copy_inode=os.stat(path).st_ino, final=member.final or "")
-        self.relocation = replace(self.relocation, members=tuple(members))
+        self.move = replace(self.move, files=tuple(members))
         return path
 
     def named(self, *finals: str) -> None:
         """Let the journal know the final names."""
-        members = (replace(one, final=name) for one, name in zip(self.relocation.members, finals, strict=True))
-        self.relocation = replace(self.relocation, members=tuple(members))
+        members = (replace(one, final=name) for one, name in zip(self.move.files, finals, strict=True))
+        self.move = replace(self.move, files=tuple(members))
 
     def recover(self) -> MoveRecord:
         """Start again, twice: the second time there is nothing to do."""
-        self.journal.intend([(self.relocation, MoveReason("filed"))])
+        self.journal.intend([(self.move, MoveReason("filed"))])
         (ended,) = Mover(self.dataset.root, self.journal).recover()
         tree = self.dataset.tree()
         again = Mover(self.dataset.root, self.journal).recover()
@@ -160,8 +160,8 @@ class TestIntended:
         """It is not shown as an image, nor removed: the message names it."""
         crash = Crash(dataset, journal)
         if not is_known:
-            member = replace(crash.relocation.image, content="")
-            crash.relocation = replace(crash.relocation, members=(member,))
+            member = replace(crash.move.image, content="")
+            crash.move = replace(crash.move, files=(member,))
         (dataset.root / "Images/a.jpg").unlink()
         dataset.put(f"Dataset/cat/{PART}", "a.j")
         ended = crash.recover()
@@ -179,7 +179,7 @@ class TestIntended:
         """The image stands in its class: that is all there is to it."""
         crash = Crash(dataset, journal)
         dataset.put("Images/sub/b.jpg")
-        crash.relocation = replace(crash.relocation, source="Images/sub")
+        crash.move = replace(crash.move, source="Images/sub")
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         (dataset.root / "Images/sub/b.jpg").unlink()
         (dataset.root / "Images/sub").rmdir()
@@ -208,7 +208,7 @@ class TestIntended:
         shared = dataset.put("Images/a.xmp", "shared")
         member = MoveFile(Role.SHARED, "a.xmp", "a.xmp", stamp_of(os.stat(shared)))
         reason = MoveFile(Role.REASON, "a.jpg", "a.jpg.reason.json", Stamp(0, 0, 0, 0), body=b"{}")
-        crash.relocation = crash.relocation.with_member(member).with_member(reason)
+        crash.move = crash.move.with_file(member).with_file(reason)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         dataset.put("Dataset/cat/a.xmp", "the user's")
         made = dataset.put("Dataset/cat/a.jpg.reason.json", "{}")
@@ -227,7 +227,7 @@ class TestIntended:
         crash = Crash(dataset, journal)
         shared = dataset.put("Images/a.xmp", "shared")
         member = MoveFile(Role.SHARED, "a.xmp", "a.xmp", stamp_of(os.stat(shared)))
-        crash.relocation = crash.relocation.with_member(member)
+        crash.move = crash.move.with_file(member)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         dataset.put("Images/a.xmp", "changed")
         dataset.put(f"Dataset/cat/.sortd-{TOKEN}.1.part", "sha")
@@ -316,8 +316,8 @@ class TestPublishing:
         """On such a file system the journal holds the name."""
         crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied("a.jpg")
-        member = replace(crash.relocation.image, copy_inode=1, final="a.jpg")
-        crash.relocation = replace(crash.relocation, members=(member,))
+        member = replace(crash.move.image, copy_inode=1, final="a.jpg")
+        crash.move = replace(crash.move, files=(member,))
         assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg"}
 

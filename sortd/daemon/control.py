@@ -362,12 +362,12 @@ def put_back(
         late = history.followers([belongs_to(record) for record in chosen])
         if late:
             # What followed an image from the inbox goes back with it, and stays with one that cannot go back.
-            back = filing.rehearse_undo(chosen, set(foretold))
+            back = filing.preview_undo(chosen, set(foretold))
             apart = {belongs_to(one.record) for one in back if one.restored is None}
-            late = [one for one in late if one.grounds.reason not in apart and one.source_path.startswith(inbox)]
+            late = [one for one in late if one.move_reason.reason not in apart and one.source_path.startswith(inbox)]
         followers = [one for one in late if one.id not in asked_for]
         records = sorted([*chosen, *followers], key=lambda record: record.id, reverse=True)
-        told = filing.rehearse_undo(records, foretold) if dry_run else filing.undo(records)
+        told = filing.preview_undo(records, foretold) if dry_run else filing.undo(records)
         yield told, len(records) - len(told)
 
 
@@ -387,7 +387,7 @@ def _undo(datasets: Datasets, wanted: Mapping[str, Any], *, dry_run: bool) -> St
             raise errors.DataError(f"the sortd that runs works on {dataset.layout.root}, not on {root}")
         if (problem := dataset.lock_problem()) is not None and not dry_run:
             raise errors.AlreadyRunningError(problem)
-        chunks = put_back(dataset.filing, dataset.history, records, dry_run=dry_run)
+        chunks = put_back(dataset.mover, dataset.history, records, dry_run=dry_run)
         while True:
             with datasets.answering(dataset):
                 if (done := next(chunks, None)) is None:
@@ -429,7 +429,7 @@ def tell_put_back(dataset: Dataset, told: Sequence[UndoResult]) -> None:
             log.warning(MOVE_UNDONE, path=was, destination=None, reason=one.message)
             continue
         dataset.receive(ImageGone(was))
-        if (held := dataset.filing.held_version(one.restored)) is not None:
+        if (held := dataset.mover.held_version(one.restored)) is not None:
             dataset.receive(ImageHeld(one.restored, held))
         log.info(MOVE_UNDONE, path=was, destination=one.restored, reason=one.message)
 
@@ -445,7 +445,7 @@ def _release(datasets: Datasets, chosen: Sequence[Dataset], path: str | None) ->
         released[dataset.name] = 0
         with datasets.answering(dataset):
             if path is None or is_file:
-                released[dataset.name] = dataset.filing.release(path)
+                released[dataset.name] = dataset.mover.release(path)
                 dataset.receive(Released(path))
             if is_file and (reason := dataset.held_because) is not None:
                 still_held[dataset.name] = reason

@@ -369,7 +369,7 @@ class Dataset:
         return core.guard.reason is not None and not core.is_rebuilding
 
     @property
-    def filing(self) -> Mover:
+    def mover(self) -> Mover:
         """What moves its files; a dry run has none."""
         assert isinstance(self._mover, Mover)
         return self._mover

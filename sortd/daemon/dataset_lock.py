@@ -30,12 +30,12 @@ OWNER_FILE = "dataset.json"  # in the state folder: whose it is, by path, and by
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class OpenDataset:
     """What is open while a dataset is held."""
 
     layout: Layout
     journal: Journal
-    filing: Mover
+    mover: Mover
     recovered: tuple[MoveRecord, ...] = ()  # what a crash had left open, as it is now
     lock_problem: Callable[[], str | None] = lambda: None  # why another sortd works here now; see MarkerLock
 
@@ -76,18 +76,18 @@ class MarkerLock:
 
 
 @contextmanager
-def look_at(layout: Layout, state: Path) -> Iterator[Holding]:
+def inspect_dataset(layout: Layout, state: Path) -> Iterator[OpenDataset]:
     """Open a dataset's journal to say what would be done: no lock is taken and nothing is recovered or moved.
 
     Raises:
         JournalError: its journal cannot be opened.
     """
     with Journal(layout.state_folder(state) / JOURNAL_FILE) as journal:
-        yield Holding(layout, journal, Mover(layout.root, journal, absence=_absence_of(layout, journal)))
+        yield OpenDataset(layout, journal, Mover(layout.root, journal, absence=_absence_of(layout, journal)))
 
 
 @contextmanager
-def hold(
+def open_dataset(
     layout: Layout,
     state: Path,
     *,
@@ -95,7 +95,7 @@ def hold(
     companions: bool = True,
     submit: Submit = lambda job: [job()],
     interrupted: Callable[[], bool] = never,
-) -> Iterator[Holding]:
+) -> Iterator[OpenDataset]:
     """Hold a dataset whose folders are there, for as long as the block lasts; what a crash left is recovered first.
 
     Args:
@@ -119,13 +119,13 @@ def hold(
     with ExitStack() as held:
         lock = MarkerLock(layout)
         held.callback(lock.release)
-        folder = settled_folder(layout, state)
+        folder = claim_state_folder(layout, state)
         second = FileLock(folder / "lock", timeout=0)
         _lock(second, layout)
         held.callback(second.release)
-        write_down(layout, folder)
+        write_pointers(layout, folder)
         journal = held.enter_context(Journal(folder / JOURNAL_FILE, run=run or uuid.uuid4().hex[:8]))
-        filing = Mover(
+        mover = Mover(
             layout.root,
             journal,
             companions=companions,
@@ -133,7 +133,7 @@ def hold(
             interrupted=interrupted,
             absence=_absence_of(layout, journal),
         )
-        yield Holding(layout, journal, filing, tuple(filing.recover()), lock.problem)
+        yield OpenDataset(layout, journal, mover, tuple(mover.recover()), lock.problem)
 
 
 def _absence_of(layout: Layout, journal: Journal) -> Callable[[], str | None]:
@@ -165,7 +165,7 @@ def _lock(lock: FileLock, layout: Layout) -> None:
 # ------------------------------------------------------------ the state folder
 
 
-def settled_folder(layout: Layout, state: Path) -> Path:
+def claim_state_folder(layout: Layout, state: Path) -> Path:
     """Return the state folder of a dataset, which is there then; the one that it had under another name is renamed.
 
     Only a folder that was renamed is known again, by device and inode of its marker: a copy of a dataset has a journal
@@ -185,14 +185,14 @@ def settled_folder(layout: Layout, state: Path) -> Path:
     return folder
 
 
-def known_folder(layout: Layout, state: Path) -> Path:
-    """Return the state folder of a dataset as ``settled_folder`` would find it; nothing is made or renamed."""
+def find_state_folder(layout: Layout, state: Path) -> Path:
+    """Return the state folder of a dataset as ``claim_state_folder`` would find it; nothing is made or renamed."""
     folder = layout.state_folder(state)
     is_begun = folder.is_dir() and any(folder.iterdir())
     return folder if is_begun else _former(layout, state) or folder
 
 
-def write_down(layout: Layout, folder: Path) -> None:
+def write_pointers(layout: Layout, folder: Path) -> None:
     """Let the dataset and its state folder name each other; where they do already nothing is written to either disk.
 
     A disk that is full must keep no sortd from starting: moves within a file system take no room.

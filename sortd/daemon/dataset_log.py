@@ -59,13 +59,13 @@ class DatasetLog:
 
     def recovered(self, record: Record, root: Path) -> None:
         """Write the line of an image whose move had been cut short; it says what the line of the move would have."""
-        grounds = record.grounds
-        self._count(grounds.outcome)
+        reason = record.move_reason
+        self._count(reason.outcome)
         names = ("outcome", "label", "reason", "second_label", "mode", "generation", "encoder_id")
-        facts: dict[str, object] = {name: getattr(grounds, name) or None for name in names}
-        facts["score"] = None if grounds.score is None else round(grounds.score, 4)
-        facts["margin"] = None if grounds.margin is None else round(grounds.margin, 4)
-        facts["note"] = record.relocation.message or None
+        facts: dict[str, object] = {name: getattr(reason, name) or None for name in names}
+        facts["score"] = None if reason.score is None else round(reason.score, 4)
+        facts["margin"] = None if reason.margin is None else round(reason.margin, 4)
+        facts["note"] = record.move.message or None
         self._log.warning(
             logs.MOVE_RECOVERED,
             path=str(root / record.source_path),
@@ -73,10 +73,10 @@ class DatasetLog:
             **{name: fact for name, fact in facts.items() if fact is not None},
         )
 
-    def taken_back(self, relocation: MoveRecord, root: Path) -> None:
+    def taken_back(self, move: MoveRecord, root: Path) -> None:
         """Say that a move which had been cut short was taken back, and yet its image is not where it was."""
-        path = str(root / relocation.source / relocation.image.name)
-        self._log.warning(logs.MOVE_FAILED, path=path, failure="recovery", error=relocation.message)
+        path = str(root / move.source / move.image.name)
+        self._log.warning(logs.MOVE_FAILED, path=path, failure="recovery", error=move.message)
 
     def left(self, leave: Leave) -> None:
         """Say that a file stays where it is."""

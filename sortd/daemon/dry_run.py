@@ -8,7 +8,7 @@ from time import monotonic
 
 from sortd.config import Config
 from sortd.daemon.dataset import Dataset
-from sortd.daemon.dataset_lock import known_folder
+from sortd.daemon.dataset_lock import find_state_folder
 from sortd.daemon.move_queue import DryRunMover, Tell
 from sortd.daemon.resources import LoadEncoder, Resources, sorter_settings, teaching_of
 from sortd.daemon.worker import Answer, Posted, Worker, WorkerDied
@@ -75,7 +75,7 @@ def rehearse(config: Config, tell: Tell, *, load_encoder: LoadEncoder | None = N
 def _copied(layout: Layout, config: Config, folder: Path) -> Journal:
     """Return a copy of a dataset's journal, in ``folder``; where it has none, an empty one."""
     folder.mkdir()
-    file = known_folder(layout, config.state_dir) / JOURNAL_FILE
+    file = find_state_folder(layout, config.state_dir) / JOURNAL_FILE
     if file.is_file():
         copy_journal(file, folder / JOURNAL_FILE)
     return Journal(folder / JOURNAL_FILE)

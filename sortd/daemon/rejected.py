@@ -50,7 +50,7 @@ class Rejects:
     def look(self, path: str) -> Stamp | None:
         """Return the version that stands under a path in Rejected/, if it is another one than was set aside there."""
         record = self._record(path)
-        known = None if record is None else record.relocation.image.moved_stamp
+        known = None if record is None else record.move.image.moved_stamp
         found = _version_at(path)
         if known is None or found is None or found.is_same_version(known):
             return None
@@ -114,7 +114,7 @@ class Rejects:
         if entry.name in self._tried:
             return None
         record = self._record(entry.path)
-        if record is None or record.grounds.reason.partition(":")[0] not in allowed:
+        if record is None or record.move_reason.reason.partition(":")[0] not in allowed:
             return None
         if (found := _version_at(entry.path)) is not None:
             self._tried.add(entry.name)

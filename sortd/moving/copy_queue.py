@@ -23,22 +23,22 @@ MOST_GUESSES = 4096  # pairs of folders that are remembered: a camera's card has
 class MoveOrder:
     """A move on its way: why, and what went wrong if something did."""
 
-    relocation: MoveRecord
-    grounds: MoveReason
-    trouble: Exception | None = None
+    move: MoveRecord
+    move_reason: MoveReason
+    error: Exception | None = None
 
-    def at(self, relocation: MoveRecord) -> "MoveOrder":
+    def at(self, move: MoveRecord) -> "MoveOrder":
         """Return the order with its move further on."""
-        return replace(self, relocation=relocation)
+        return replace(self, move=move)
 
-    def troubled(self, trouble: Exception | None) -> "MoveOrder":
+    def with_error(self, error: Exception | None) -> "MoveOrder":
         """Return the order with what went wrong; None: it begins anew."""
-        return replace(self, trouble=trouble)
+        return replace(self, error=error)
 
     @property
     def is_done(self) -> bool:
         """Whether its image stands durably where it was to go."""
-        return self.relocation.progress is MoveProgress.DONE and self.relocation.image.moved_stamp is not None
+        return self.move.progress is MoveProgress.DONE and self.move.image.moved_stamp is not None
 
 
 CopyJob = Callable[[], MoveOrder]
@@ -75,19 +75,19 @@ class CopyQueueDied:
 class CopyTask:
     """One copy that waits for its turn."""
 
-    seat: "Seat"
+    client: "CopyQueueClient"
     job: CopyJob
     done: threading.Event = field(default_factory=threading.Event)
 
 
-class Seat:
+class CopyQueueClient:
     """One dataset's way to the queue."""
 
     def __init__(self, dataset: DatasetId, copies: "CopyQueue") -> None:
-        """Begin; see ``CopyQueue.seat``."""
+        """Begin; see ``CopyQueue.client``."""
         self.dataset = dataset
         self._copies = copies
-        self._is_left = False
+        self._is_closed = False
 
     def submit(self, job: CopyJob) -> list[MoveOrder]:
         """Queue a copy; its order comes as ``Copied``. At a stop it is asked at once, and answers as interrupted."""
@@ -97,16 +97,16 @@ class Seat:
         return []
 
     @property
-    def is_left(self) -> bool:
+    def is_interrupted(self) -> bool:
         """Whether its copies are to end at once: the dataset is let go, or sortd stops."""
-        return self._is_left or self._copies.is_stopping
+        return self._is_closed or self._copies.is_stopping
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Interrupt this dataset's copy, if one is under way, and wait for its end; begin no other."""
-        self._is_left = True
+        self._is_closed = True
         # Either the thread sees the line above before it begins, or its task is seen here: one of them came first.
-        task = self._copies.in_hand
-        if task is not None and task.seat is self:
+        task = self._copies.current
+        if task is not None and task.client is self:
             task.done.wait()
 
 
@@ -118,12 +118,12 @@ class CopyQueue:
         self._post = post
         self._arriving: queue.SimpleQueue[CopyTask | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self.in_hand: CopyTask | None = None
+        self.current: CopyTask | None = None
         self.is_stopping = False
 
-    def seat(self, dataset: DatasetId) -> Seat:
+    def client(self, dataset: DatasetId) -> CopyQueueClient:
         """Return a dataset's way to this queue."""
-        return Seat(dataset, self)
+        return CopyQueueClient(dataset, self)
 
     def queue(self, task: CopyTask) -> None:
         """Take a task in; used by seats."""
@@ -145,35 +145,35 @@ class CopyQueue:
 
     def _run(self) -> None:
         try:
-            waiting: dict[Seat, deque[CopyTask]] = {}
+            waiting: dict[CopyQueueClient, deque[CopyTask]] = {}
             while self._take_in(waiting):
-                seat = next(iter(waiting))  # the one that waited longest since its last turn
-                tasks = waiting.pop(seat)
+                client = next(iter(waiting))  # the one that waited longest since its last turn
+                tasks = waiting.pop(client)
                 self._carry_out(tasks.popleft())
                 if tasks:
-                    waiting[seat] = tasks
+                    waiting[client] = tasks
         except BaseException as error:  # noqa: BLE001 -- whatever ends this thread, the loop must hear of it and raise it
             self._post(CopyQueueDied(error))
 
-    def _take_in(self, waiting: dict[Seat, deque[CopyTask]]) -> bool:
+    def _take_in(self, waiting: dict[CopyQueueClient, deque[CopyTask]]) -> bool:
         """Sort what has arrived by seats, waiting for it where there is nothing else to do; False: stop."""
         while not waiting or not self._arriving.empty():
             task = self._arriving.get()
             if task is None:
                 return False
-            waiting.setdefault(task.seat, deque()).append(task)
+            waiting.setdefault(task.client, deque()).append(task)
         return True
 
     def _carry_out(self, task: CopyTask) -> None:
-        self.in_hand = task
+        self.current = task
         try:
-            ended: Copied | CopyFailed = Copied(task.seat.dataset, (task.job(),))
+            ended: Copied | CopyFailed = Copied(task.client.dataset, (task.job(),))
         except Exception as error:  # noqa: BLE001 -- whatever is wrong with one dataset, the others' images are copied
-            ended = CopyFailed(task.seat.dataset, error)
+            ended = CopyFailed(task.client.dataset, error)
         finally:
-            self.in_hand = None
+            self.current = None
             task.done.set()
-        if isinstance(ended, Copied) or not task.seat.is_left:
+        if isinstance(ended, Copied) or not task.client.is_interrupted:
             self._post(ended)
 
 

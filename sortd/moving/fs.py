@@ -108,7 +108,7 @@ def is_version(status: os.stat_result, stamp: Stamp) -> bool:
     return stamp_of(status).is_same_version(stamp)
 
 
-def look(folder: int, name: str) -> os.stat_result | None:
+def lstat_at(folder: int, name: str) -> os.stat_result | None:
     """Return what stands under a name, without following it; None if nothing does."""
     try:
         return os.stat(name, dir_fd=folder, follow_symlinks=False)
@@ -128,7 +128,7 @@ def check_source(folder: int, place: str) -> None:
         raise SourceError(f"nothing may be removed from {place}; give sortd the right to write to that folder")
 
 
-def names_of(folder: int, inodes: Iterable[int]) -> dict[int, str]:
+def names_by_inode(folder: int, inodes: Iterable[int]) -> dict[int, str]:
     """Return a name for each of these inodes that has one in the folder, visible names before hidden ones."""
     wanted = set(inodes)
     found: dict[int, str] = {}

@@ -16,14 +16,14 @@ from sortd import errors
 from sortd.errors import BusyError, ChangedError, DestinationError, ImageError, SourceError, VanishedError
 from sortd.events import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.files import sync_folder
-from sortd.moving.copy import cross
+from sortd.moving.copy import move_by_copy
 from sortd.moving.copy_queue import MOST_HANDED_OVER, CopyAdmission, MoveOrder, Submit
 from sortd.moving.fs import CANNOT_RENAME, Folders, Listings, rename_new
 from sortd.moving.parts import never, remove_obsolete
 from sortd.moving.plan import FreeNames, LateCompanions, new_token, with_companions
 from sortd.moving.recovery import recover
-from sortd.moving.rename import NO_STAMP, Renamer, close_files, open_members, sync_files
-from sortd.moving.undo import UndoPlan, UndoResult, foretell_undos, plan_undos
+from sortd.moving.rename import NO_STAMP, Renamer, close_files, open_files, sync_files
+from sortd.moving.undo import UndoPlan, UndoResult, plan_undos, preview_undos
 from sortd.store.journal import Journal
 from sortd.store.records import (
     FolderNameError,
@@ -55,7 +55,7 @@ _FAILURES = {
 _ENDED = frozenset({MoveProgress.DONE, MoveProgress.FAILED})
 _UNENDED = DestinationError("an earlier move of it has not ended: its disk refused; it is tried again")
 _UNDER_WAY = BusyError("it, or an earlier version of it, is being copied to another file system")
-_INTERRUPTED = BusyError("sortd stops, or lets this dataset go: it is copied to its other file system later")
+_COPY_INTERRUPTED = BusyError("sortd stops, or lets this dataset go: it is copied to its other file system later")
 _STOPPED = BusyError("sortd stops; it is moved at the next start")
 
 
@@ -111,7 +111,7 @@ class Mover:
         """
         if self._journal.open_tokens <= self._copying.keys():
             return []
-        unfinished = [record.relocation for record in self._journal.history.unfinished()]
+        unfinished = [record.move for record in self._journal.history.unfinished()]
         waiting = [one for one in unfinished if one.token not in self._copying]
         if waiting:
             try:
@@ -140,7 +140,7 @@ class Mover:
     def end(self, orders: Sequence[MoveOrder]) -> list[MoveAnswer | UndoResult]:
         """Take note of what became of copies to another file system; return the answers that they were waited for."""
         self._end(orders)
-        mine = [order for order in orders if order.relocation.token in self._moves]
+        mine = [order for order in orders if order.move.token in self._moves]
         return [*map(self._answer, mine), *self._undone(orders)]
 
     @property
@@ -175,12 +175,12 @@ class Mover:
             refused = [plan for plan in plans if isinstance(plan, UndoResult)]
             if not made:
                 return told + refused
-            self._undos |= {plan.relocation.token: plan for plan in made}
-            told += self._undone(self._relocate([MoveOrder(plan.relocation, plan.grounds) for plan in made]))
+            self._undos |= {plan.move.token: plan for plan in made}
+            told += self._undone(self._relocate([MoveOrder(plan.move, plan.move_reason) for plan in made]))
             # An image that went on from Review/ stands where its first move put it once the second is undone.
             waiting = [one.record for one in refused]
 
-    def rehearse_undo(self, records: Sequence[Record], back: set[str] | None = None) -> list[UndoResult]:
+    def preview_undo(self, records: Sequence[Record], back: set[str] | None = None) -> list[UndoResult]:
         """Say what ``undo`` would do, without doing it.
 
         Args:
@@ -189,7 +189,7 @@ class Mover:
         """
         if (problem := self._absence()) is not None:
             return [UndoResult(record, None, problem) for record in records]
-        return foretell_undos(self._root, records, set() if back is None else back)
+        return preview_undos(self._root, records, set() if back is None else back)
 
     def hold(self, path: str, stamp: Stamp, reason: str) -> None:
         """Note that this version of this file (an absolute path) is not to be moved."""
@@ -219,7 +219,7 @@ class Mover:
         with folders:
             for move in moves:
                 try:
-                    relocation = self._record_of(folders, move)
+                    record = self._record_of(folders, move)
                 except FileNotFoundError:
                     answers.append(_failure(move, VanishedError("nothing stands there any more")))
                 except OSError as error:  # nothing but the folder that it lies in was looked at yet
@@ -228,11 +228,11 @@ class Mover:
                 except (ImageError, FolderNameError) as error:
                     answers.append(_failure(move, error))
                 else:
-                    self._moves[relocation.token] = move
-                    ordered.append(MoveOrder(relocation, _grounds(move)))
+                    self._moves[record.token] = move
+                    ordered.append(MoveOrder(record, _move_reason(move)))
         ended = self._relocate(ordered)
-        by_token = {order.relocation.token: order for order in ended}
-        for token in (order.relocation.token for order in ordered):
+        by_token = {order.move.token: order for order in ended}
+        for token in (order.move.token for order in ordered):
             if token not in by_token or by_token[token].is_done:  # one that failed teaches nothing
                 self._admission.learn(self._moves[token], crossed=token not in by_token)
         return answers + [self._answer(order) for order in ended]
@@ -241,22 +241,22 @@ class Mover:
         source, _, name = self._relative(move.path).rpartition("/")
         wanted = checked_name(move.wanted or name)
         image = MoveFile(Role.IMAGE, checked_name(name), wanted, move.stamp, content=move.content)
-        relocation = MoveRecord(new_token(), checked_folder(source), checked_folder(move.folder), (image,))
+        record = MoveRecord(new_token(), checked_folder(source), checked_folder(move.folder), (image,))
         if move.outcome is Outcome.FOLLOWED:
-            relocation = replace(relocation, joins=True)
+            record = replace(record, joins=True)
         elif self._companions:
-            relocation = with_companions(folders, relocation)
+            record = with_companions(folders, record)
         if move.outcome is Outcome.REJECTED:
-            relocation = relocation.with_member(_reason_file(move, source, name))
-        return replace(relocation, obsolete=self._old_reason(source, name)) if source == "Rejected" else relocation
+            record = record.with_file(_reason_file(move, source, name))
+        return replace(record, obsolete=self._old_reason(source, name)) if source == "Rejected" else record
 
     def _old_reason(self, folder: str, name: str) -> tuple[MoveFile, ...]:
         """Return the reason that sortd wrote beside a rejected image, which goes once that image was mended."""
         record = self._journal.history.last_put(folder, name)
         return tuple(
-            replace(member, name=member.final, stamp=member.moved_stamp)
-            for member in (() if record is None else record.relocation.members)
-            if member.role is Role.REASON and member.moved_stamp is not None
+            replace(file, name=file.final, stamp=file.moved_stamp)
+            for file in (() if record is None else record.move.files)
+            if file.role is Role.REASON and file.moved_stamp is not None
         )
 
     def _relative(self, path: str) -> str:
@@ -266,23 +266,23 @@ class Mover:
         return path.removeprefix(root)
 
     def _answer(self, order: MoveOrder) -> MoveAnswer:
-        move, relocation = self._moves.pop(order.relocation.token), order.relocation
-        moved_stamp = relocation.image.moved_stamp
+        move, record = self._moves.pop(order.move.token), order.move
+        moved_stamp = record.image.moved_stamp
         if order.is_done and moved_stamp is not None:
-            destination = f"{os.fspath(self._root)}/{relocation.destination}/{relocation.image.final}"
-            return Moved(move.path, move.stamp, destination, move.outcome, moved_stamp, relocation.message)
-        return _failure(move, order.trouble or OSError(relocation.message), relocation.message)
+            destination = f"{os.fspath(self._root)}/{record.destination}/{record.image.final}"
+            return Moved(move.path, move.stamp, destination, move.outcome, moved_stamp, record.message)
+        return _failure(move, order.error or OSError(record.message), record.message)
 
     def _undone(self, orders: Iterable[MoveOrder]) -> list[UndoResult]:
         """Say what became of orders in which ``undo`` had put its plans; others are not spoken of."""
         told = []
         for order in orders:
-            if (plan := self._undos.pop(order.relocation.token, None)) is None:
+            if (plan := self._undos.pop(order.move.token, None)) is None:
                 continue
             if order.is_done:
-                told.append(plan.result(self._root, order.relocation.image.final))
+                told.append(plan.result(self._root, order.move.image.final))
             else:
-                told.append(UndoResult(plan.record, None, str(order.trouble or order.relocation.message)))
+                told.append(UndoResult(plan.record, None, str(order.error or order.move.message)))
         return told
 
     # ------------------------------------------------------------ a batch
@@ -297,16 +297,14 @@ class Mover:
             _source_of(one): _UNENDED for one in self.recover() if one.progress not in _ENDED
         } | {_source_of(one): _UNDER_WAY for one in self._copying.values()}
         ended = [
-            order.troubled(unended[_source_of(order.relocation)])
-            for order in orders
-            if _source_of(order.relocation) in unended
+            order.with_error(unended[_source_of(order.move)]) for order in orders if _source_of(order.move) in unended
         ]
-        free = [order for order in orders if _source_of(order.relocation) not in unended]
+        free = [order for order in orders if _source_of(order.move) not in unended]
         for start in range(0, len(free), BATCH):
             of_batch, crossing = self._relocate_batch(free[start : start + BATCH])
             ended += of_batch
             for order in crossing:
-                ended += self._submit_copy(order.troubled(None))
+                ended += self._submit_copy(order.with_error(None))
         return ended
 
     def _relocate_batch(self, orders: Sequence[MoveOrder]) -> tuple[list[MoveOrder], list[MoveOrder]]:
@@ -314,31 +312,31 @@ class Mover:
         try:
             folders = Folders(self._root, self._listings)
         except OSError as error:
-            return [order.troubled(error) for order in orders], []
+            return [order.with_error(error) for order in orders], []
         with folders:
             ready, refused = _ready(folders, orders, self._sync_threads)
             if not ready:
                 return refused, []
-            self._journal.intend([(order.relocation, order.grounds) for order in ready])
+            self._journal.intend([(order.move, order.move_reason) for order in ready])
             placed = [self._placed(folders, order) for order in ready]
             crossing = [order for order in placed if _must_cross(order)]
             synced = _synced(folders, [order for order in placed if not _must_cross(order)])
             ended = [_ended(folders, order, self._journal) for order in synced]
-            self._journal.settle(order.relocation for order in ended)
+            self._journal.settle(order.move for order in ended)
         return refused + ended, crossing
 
     def _placed(self, folders: Folders, order: MoveOrder) -> MoveOrder:
         try:
-            placed = self._renamer.place(folders, order.relocation)
+            placed = self._renamer.place(folders, order.move)
             remove_obsolete(folders, placed)
         except (ImageError, OSError, DestinationError, SourceError) as error:
-            return order.troubled(error)
+            return order.with_error(error)
         return order.at(placed)
 
     # ------------------------------------------------------------ copies to another file system
 
     def _submit_copy(self, order: MoveOrder) -> list[MoveOrder]:
-        self._copying[order.relocation.token] = order.relocation
+        self._copying[order.move.token] = order.move
         ended = self._submit(lambda: self._copy(order))
         self._end(ended)
         return ended
@@ -346,45 +344,45 @@ class Mover:
     def _end(self, orders: Iterable[MoveOrder]) -> None:
         """Take note that submitted orders were run: what of them is still open is recovered like after a crash."""
         for order in orders:
-            self._copying.pop(order.relocation.token, None)
+            self._copying.pop(order.move.token, None)
 
     def _copy(self, order: MoveOrder) -> MoveOrder:
         """Copy to another file system, in whatever thread ``submit`` chose, with a connection of its own."""
         if self._interrupted():
-            return order.troubled(_INTERRUPTED)
-        with self._journal.beside() as journal:
+            return order.with_error(_COPY_INTERRUPTED)
+        with self._journal.second_connection() as journal:
             ended = self._copied(order, journal)
-            journal.settle([ended.relocation])
+            journal.settle([ended.move])
         return ended
 
     def _copied(self, order: MoveOrder, journal: Journal) -> MoveOrder:
-        reached = order.relocation
+        reached = order.move
 
-        def advance(relocation: MoveRecord) -> None:
+        def advance(record: MoveRecord) -> None:
             nonlocal reached
-            journal.advance(relocation)
-            reached = relocation
+            journal.advance(record)
+            reached = record
 
         try:
             with Folders(self._root, self._listings_of_jobs) as folders:
                 try:
                     names = self._names_of_jobs
-                    return order.at(cross(folders, order.relocation, advance, self._interrupted, names=names))
+                    return order.at(move_by_copy(folders, order.move, advance, self._interrupted, names=names))
                 except (ImageError, OSError, DestinationError, SourceError) as error:
-                    return order.at(_recovered(folders, reached, journal)).troubled(error)
+                    return order.at(_recovered(folders, reached, journal)).with_error(error)
         except OSError as error:
-            return order.troubled(error)
+            return order.with_error(error)
 
 
-def _source_of(relocation: MoveRecord) -> tuple[str, str]:
-    return relocation.source, relocation.image.name
+def _source_of(record: MoveRecord) -> tuple[str, str]:
+    return record.source, record.image.name
 
 
-def _recovered(folders: Folders, relocation: MoveRecord, journal: Journal) -> MoveRecord:
+def _recovered(folders: Folders, record: MoveRecord, journal: Journal) -> MoveRecord:
     try:
-        return recover(folders, relocation, journal.advance)
+        return recover(folders, record, journal.advance)
     except (ImageError, DestinationError, OSError):
-        return relocation  # still open: tried again before the next batch and at the next start
+        return record  # still open: tried again before the next batch and at the next start
 
 
 def _ready(folders: Folders, orders: Iterable[MoveOrder], sync_threads: int) -> tuple[list[MoveOrder], list[MoveOrder]]:
@@ -394,50 +392,50 @@ def _ready(folders: Folders, orders: Iterable[MoveOrder], sync_threads: int) -> 
     refused: list[MoveOrder] = []
     for order in orders:
         try:
-            opened.append((order, open_members(folders, order.relocation)))
+            opened.append((order, open_files(folders, order.move)))
         except ImageError as error:
-            refused.append(order.troubled(error))
+            refused.append(order.with_error(error))
     everything = [file for _, files in opened for file in files]
     try:
-        troubles = sync_files(everything, sync_threads)
+        failures = sync_files(everything, sync_threads)
     finally:
         close_files(everything)
     for order, files in opened:
-        trouble = next((troubles[file] for file in files if file in troubles), None)
-        if trouble is None:
+        failure = next((failures[file] for file in files if file in failures), None)
+        if failure is None:
             ready.append(order)
         else:
-            refused.append(order.troubled(trouble))
+            refused.append(order.with_error(failure))
     return ready, refused
 
 
 def _synced(folders: Folders, orders: list[MoveOrder]) -> list[MoveOrder]:
     """Sync each folder once, all the destinations before any source: a new name must last before the old one goes."""
     for folder_of in (_destination, _source):
-        troubles: dict[str, Exception] = {}
-        for folder in sorted({folder_of(order.relocation) for order in orders if order.trouble is None}):
+        failures: dict[str, Exception] = {}
+        for folder in sorted({folder_of(order.move) for order in orders if order.error is None}):
             try:
                 sync_folder(folders.open(folder))
             except OSError as error:
-                troubles[folder] = error if folder_of is _destination else SourceError(f"{folder}: {error.strerror}")
+                failures[folder] = error if folder_of is _destination else SourceError(f"{folder}: {error.strerror}")
         orders = [
-            order if order.trouble is not None else order.troubled(troubles.get(folder_of(order.relocation)))
+            order if order.error is not None else order.with_error(failures.get(folder_of(order.move)))
             for order in orders
         ]
     return orders
 
 
 def _ended(folders: Folders, order: MoveOrder, journal: Journal) -> MoveOrder:
-    if order.trouble is None:
-        return order.at(replace(order.relocation, progress=MoveProgress.DONE))
-    return order.at(_recovered(folders, order.relocation, journal))
+    if order.error is None:
+        return order.at(replace(order.move, progress=MoveProgress.DONE))
+    return order.at(_recovered(folders, order.move, journal))
 
 
 def _must_cross(order: MoveOrder) -> bool:
-    return isinstance(order.trouble, OSError) and order.trouble.errno in CANNOT_RENAME
+    return isinstance(order.error, OSError) and order.error.errno in CANNOT_RENAME
 
 
-def _grounds(move: Move) -> MoveReason:
+def _move_reason(move: Move) -> MoveReason:
     decided = MoveReason.of(move.decision, move.outcome.value)
     return replace(
         decided,
@@ -463,12 +461,12 @@ def _reason_file(move: Move, source: str, name: str) -> MoveFile:
     return MoveFile(Role.REASON, name, f"{name}.reason.json", NO_STAMP, body=body)
 
 
-def _failure(move: Move, trouble: Exception, outcome: str = "") -> MoveFailed:
-    kinds = (kind for error, kind in _FAILURES.items() if isinstance(trouble, error))
+def _failure(move: Move, error: Exception, outcome: str = "") -> MoveFailed:
+    kinds = (kind for family, kind in _FAILURES.items() if isinstance(error, family))
     failure = next(kinds, MoveFailure.DESTINATION)
-    if isinstance(trouble, OSError) and trouble.errno in _OF_THE_FILE:
+    if isinstance(error, OSError) and error.errno in _OF_THE_FILE:
         failure = MoveFailure.BUSY
-    said = trouble.strerror if isinstance(trouble, OSError) and trouble.strerror else str(trouble)
-    mend = errors.advice_for_write(trouble) if isinstance(trouble, OSError) else ""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    mend = errors.advice_for_write(error) if isinstance(error, OSError) else ""
     then = (f" ({outcome})" if outcome not in said else "") + (f"; {mend}" if mend else "")
     return MoveFailed(move.path, move.stamp, failure, f"{move.path} -> {move.folder}: {said}{then}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sortd.errors import BusyError, ChangedError
 from sortd.files import open_regular, sha256_of
-from sortd.moving.fs import FILE_FLAGS, Folders, is_version, look, start_writeback
+from sortd.moving.fs import FILE_FLAGS, Folders, is_version, lstat_at, start_writeback
 from sortd.store.records import MoveRecord, Role
 
 CHUNK_BYTES = 1 << 20
@@ -81,32 +81,32 @@ def remove_part(folder: int, part: str) -> None:
         return
 
 
-def make_part(source: int, destination: int, relocation: MoveRecord, position: int) -> Copy:
+def make_part(source: int, destination: int, move: MoveRecord, position: int) -> Copy:
     """Make, durably and under a hidden name, one file that does not leave the source: a copy or a reason.
 
     Raises:
         ChangedError: a shared companion is no longer the version meant.
     """
-    member, part = relocation.members[position], relocation.part_name(position)
+    file, part = move.files[position], move.part_name(position)
     remove_part(destination, part)
-    if member.role is Role.REASON:
-        return write_part(destination, part, member.body)
-    file = os.open(member.name, FILE_FLAGS, dir_fd=source)
+    if file.role is Role.REASON:
+        return write_part(destination, part, file.body)
+    descriptor = os.open(file.name, FILE_FLAGS, dir_fd=source)
     try:
-        if not is_version(os.fstat(file), member.stamp):
-            raise ChangedError(f"{relocation.source}/{member.name}: another version stands there now")
-        return copy_to_part(file, destination, part)
+        if not is_version(os.fstat(descriptor), file.stamp):
+            raise ChangedError(f"{move.source}/{file.name}: another version stands there now")
+        return copy_to_part(descriptor, destination, part)
     finally:
-        os.close(file)
+        os.close(descriptor)
 
 
-def remove_obsolete(folders: Folders, relocation: MoveRecord) -> None:
+def remove_obsolete(folders: Folders, move: MoveRecord) -> None:
     """Remove what sortd itself once made beside an image that is put back; what was changed since is kept."""
-    folder = folders.open(relocation.source)
-    for member in relocation.obsolete:
-        status = look(folder, member.name)
-        if status is not None and is_version(status, member.stamp):
-            os.unlink(member.name, dir_fd=folder)
+    folder = folders.open(move.source)
+    for file in move.obsolete:
+        status = lstat_at(folder, file.name)
+        if status is not None and is_version(status, file.stamp):
+            os.unlink(file.name, dir_fd=folder)
 
 
 def content_of(folder: int, name: str) -> str:

@@ -31,7 +31,7 @@ from sortd.companions import (
 from sortd.errors import DestinationError
 from sortd.events import Move, Moved, Outcome, Stamp
 from sortd.files import stamp_of
-from sortd.moving.fs import Folders, Listings, is_version, look
+from sortd.moving.fs import Folders, Listings, is_version, lstat_at
 from sortd.names import CONTROLS
 from sortd.store.history import History
 from sortd.store.journal import Journal
@@ -59,39 +59,39 @@ def with_companions(folders: Folders, move: MoveRecord) -> MoveRecord:
     image = move.image.name
     found: dict[str, Stamp] = {}
     for name in folders.names(move.source).near(image):
-        status = look(folder, name)
+        status = lstat_at(folder, name)
         if status is not None and stat.S_ISREG(status.st_mode) and not _is_unfinished(folder, name):
             found[name] = stamp_of(status)
-    members = [
+    files = [
         MoveFile(Role.SHARED if one.shared else Role.COMPANION, one.name, one.name, found[one.name])
         for one in companions_of(image, found)
     ]
-    return replace(move, members=(*move.members, *members))
+    return replace(move, files=(*move.files, *files))
 
 
 def _is_unfinished(folder: int, name: str) -> bool:
     """Tell whether a file beside this one says that it is not whole: then it follows its image later."""
-    return any(look(folder, name + rule.ending) is not None for rule in CONTROLS)
+    return any(lstat_at(folder, name + rule.ending) is not None for rule in CONTROLS)
 
 
 def final_names(move: MoveRecord, attempt: int) -> tuple[str, ...]:
-    """Return a name for each member, all with the same number; ``attempt`` counts from 1."""
+    """Return a name for each file, all with the same number; ``attempt`` counts from 1."""
     if attempt == 1:
-        return tuple(_fitted(member.wanted) for member in move.members)
+        return tuple(_fitted(file.wanted) for file in move.files)
     image = move.image.wanted
     stem, suffix = split_name(image)
     number = os.fsencode(f" ({attempt})")
-    parts = [(stem, suffix), *(parts_beside(member.wanted, image) for member in move.members[1:])]
+    parts = [(stem, suffix), *(parts_beside(file.wanted, image) for file in move.files[1:])]
     longest = max(
         len(os.fsencode(tail))
-        for (base, tail), member in zip(parts, move.members, strict=True)
-        if base == stem and member.role is not Role.REASON  # its ending is cut for itself alone, at no image's cost
+        for (base, tail), file in zip(parts, move.files, strict=True)
+        if base == stem and file.role is not Role.REASON  # its ending is cut for itself alone, at no image's cost
     )
     found: list[str] = []
-    for (base, tail), member in zip(parts, move.members, strict=True):
+    for (base, tail), file in zip(parts, move.files, strict=True):
         name = _numbered(base, number, tail, longest if base == stem else 0)
         if fold(name) in {fold(other) for other in found}:
-            own_stem, own_suffix = split_name(member.wanted)  # the names of two members differ there at least
+            own_stem, own_suffix = split_name(file.wanted)  # the names of two files differ there at least
             name = _numbered(own_stem, number, own_suffix, 0)
         found.append(name)
     return tuple(found)
@@ -161,8 +161,8 @@ class FreeNames:
             if len(self._next) >= _MOST_HINTS:
                 self._next.clear()
             self._next[_wanted(move)] = attempt + 1
-        for member, name in zip(move.members, names, strict=True):
-            folders.note_move(move.source, member.name if member.leaves else "", move.destination, name)
+        for file, name in zip(move.files, names, strict=True):
+            folders.note_move(move.source, file.name if file.leaves else "", move.destination, name)
 
 
 def _wanted(move: MoveRecord) -> tuple[str, str]:
@@ -180,7 +180,7 @@ def _taken_names(folders: Folders, move: MoveRecord) -> Callable[[Sequence[str]]
     if top == "Images":
         return lambda _: False
     there = folders.names(move.destination)
-    own = tuple(member.wanted for member in move.members) if move.joins else ()
+    own = tuple(file.wanted for file in move.files) if move.joins else ()
     is_taken = there.has_relatives if top == "Rejected" else there.is_taken
     return lambda finals: tuple(finals) != own and any(map(is_taken, finals))
 
@@ -209,7 +209,7 @@ class LateCompanions:
         place = places_of(self._history, record)[0]
         if not self._stands(record, place):
             return None
-        return self._move(folder, name, record.relocation.image.name, place, record)
+        return self._move(folder, name, record.move.image.name, place, record)
 
     def awaits_image(self, path: str) -> bool:
         """Tell whether a file belongs to an image that stands beside it: it goes when that one goes."""
@@ -219,7 +219,7 @@ class LateCompanions:
         try:
             with Folders(Path(self._root), self._listings) as folders:
                 owners = owners_of(name, folders.names(folder).near(name))
-                return any(look(folders.open(folder), owner) is not None for owner in owners)
+                return any(lstat_at(folders.open(folder), owner) is not None for owner in owners)
         except OSError:
             return False
 
@@ -273,7 +273,7 @@ class LateCompanions:
             return []  # another file stands there now: what stands beside it is that one's
         left = self._companions_in(folder, name)
         if folder == place.rpartition("/")[0] == "Rejected":
-            left += [one.final for one in record.relocation.members if one.role is Role.REASON and one.final]
+            left += [one.final for one in record.move.files if one.role is Role.REASON and one.final]
         moves = [self._move(folder, companion, name, place, record) for companion in dict.fromkeys(left)]
         return [move for move in moves if move is not None]
 
@@ -285,7 +285,7 @@ class LateCompanions:
                 names = [
                     name
                     for name in folders.names(folder).near(image)
-                    if (found := look(opened, name)) is not None and stat.S_ISREG(found.st_mode)
+                    if (found := lstat_at(opened, name)) is not None and stat.S_ISREG(found.st_mode)
                 ]
         except (OSError, FolderNameError):
             return []  # gone, or not to be looked at
@@ -298,7 +298,7 @@ class LateCompanions:
             record
             for first, beyond in starts_of_images(name)
             for record in self._history.moved_between(folder, first, beyond, since=since)
-            if claim_on(name, record.relocation.image.name) is not None
+            if claim_on(name, record.move.image.name) is not None
         )
         return max(moves, key=lambda record: record.id, default=None)
 
@@ -316,7 +316,7 @@ class LateCompanions:
 
     def _stands(self, record: Record, place: str) -> bool:
         """Whether an image is still where it was seen last: one that is gone from there is not looked for."""
-        mark = record.relocation.image.moved_stamp
+        mark = record.move.image.moved_stamp
         try:
             found = os.lstat(f"{self._root}/{place}")
         except OSError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sortd.companions import owners_of
 from sortd.events import Outcome, Stamp
 from sortd.files import stamp_of
-from sortd.moving.fs import Folders, is_version, look
+from sortd.moving.fs import Folders, is_version, lstat_at
 from sortd.moving.parts import content_of
 from sortd.moving.plan import new_token
 from sortd.store.records import UNDONE, MoveFile, MoveReason, MoveRecord, Record, Role
@@ -29,17 +29,17 @@ class UndoPlan:
     """The move that takes a record back."""
 
     record: Record
-    relocation: MoveRecord
+    move: MoveRecord
     message: str  # what could not be put back with it
 
     @property
-    def grounds(self) -> MoveReason:
+    def move_reason(self) -> MoveReason:
         """Why the image moves."""
-        return replace(self.record.grounds, outcome=UNDONE, undoes=self.record.id)
+        return replace(self.record.move_reason, outcome=UNDONE, undoes=self.record.id)
 
     def result(self, root: Path, name: str) -> UndoResult:
         """Return what to say once the image stands under a name in its former folder."""
-        return UndoResult(self.record, f"{os.fspath(root)}/{self.relocation.destination}/{name}", self.message)
+        return UndoResult(self.record, f"{os.fspath(root)}/{self.move.destination}/{name}", self.message)
 
 
 def plan_undos(root: Path, records: Sequence[Record]) -> list[UndoPlan | UndoResult]:
@@ -53,7 +53,7 @@ def plan_undos(root: Path, records: Sequence[Record]) -> list[UndoPlan | UndoRes
         return [_plan(folders, record) for record in newest_first]
 
 
-def foretell_undos(root: Path, records: Sequence[Record], back: set[str]) -> list[UndoResult]:
+def preview_undos(root: Path, records: Sequence[Record], back: set[str]) -> list[UndoResult]:
     """Say what undoing these records would do.
 
     Args:
@@ -65,7 +65,7 @@ def foretell_undos(root: Path, records: Sequence[Record], back: set[str]) -> lis
     for plan in plan_undos(root, records):
         record = plan.record
         if isinstance(plan, UndoPlan):
-            foretold.append(plan.result(root, plan.relocation.image.wanted))
+            foretold.append(plan.result(root, plan.move.image.wanted))
         elif record.destination_path in back:
             foretold.append(UndoResult(record, f"{os.fspath(root)}/{record.source_path}"))
         else:
@@ -77,8 +77,8 @@ def foretell_undos(root: Path, records: Sequence[Record], back: set[str]) -> lis
 
 def _plan(folders: Folders, record: Record) -> UndoPlan | UndoResult:
     """Look at what still stands where the record put it; decide what goes back."""
-    there = record.relocation
-    if record.grounds.outcome == UNDONE:
+    there = record.move
+    if record.move_reason.outcome == UNDONE:
         said = "it was put back there by an undo; `sortd release` lets it be filed again"
         return UndoResult(record, None, f"{record.destination_path}: {said}")
     if record.undone_by is not None:
@@ -95,8 +95,8 @@ def _plan(folders: Folders, record: Record) -> UndoPlan | UndoResult:
 
 def _stranger(folders: Folders, record: Record) -> str | None:
     """Return the image to which a companion that followed its own would seem to belong where it came from."""
-    there = record.relocation
-    if record.grounds.outcome != Outcome.FOLLOWED or there.source.partition("/")[0] == "Images":
+    there = record.move
+    if record.move_reason.outcome != Outcome.FOLLOWED or there.source.partition("/")[0] == "Images":
         return None
     try:
         owners = owners_of(there.image.name, folders.names(there.source).near(there.image.name))
@@ -107,37 +107,37 @@ def _stranger(folders: Folders, record: Record) -> str | None:
 
 def _plan_in(folders: Folders, folder: int, record: Record) -> UndoPlan | UndoResult:
     """Look at the files of a move in its destination folder, which is open."""
-    there = record.relocation
+    there = record.move
     found = _find(folder, there.image)
     if isinstance(found, str):
         return UndoResult(record, None, f"{record.destination_path}: {found}")
     back, obsolete, left = [_reversed(there.image, Role.IMAGE, found)], [], []
-    for member in there.members[1:]:
-        if isinstance(stamp := _find(folder, member), str):
-            left.append(member.final)
-        elif member.role is Role.COMPANION:
-            back.append(_reversed(member, Role.COMPANION, stamp))
-        elif member.role is Role.REASON or _is_needless(folders, there, member):
-            obsolete.append(_reversed(member, member.role, stamp))
-        elif not _content(folders, there.source, member.name):
-            back.append(_reversed(member, Role.COMPANION, stamp))
+    for file in there.files[1:]:
+        if isinstance(stamp := _find(folder, file), str):
+            left.append(file.final)
+        elif file.role is Role.COMPANION:
+            back.append(_reversed(file, Role.COMPANION, stamp))
+        elif file.role is Role.REASON or _is_needless(folders, there, file):
+            obsolete.append(_reversed(file, file.role, stamp))
+        elif not _content(folders, there.source, file.name):
+            back.append(_reversed(file, Role.COMPANION, stamp))
         else:
-            left.append(member.final)
-    relocation = MoveRecord(
+            left.append(file.final)
+    move = MoveRecord(
         new_token(),
         there.destination,
         there.source,
         tuple(back),
         obsolete=tuple(obsolete),
-        joins=record.grounds.outcome == Outcome.FOLLOWED,  # what was left behind with it may stand there again
+        joins=record.move_reason.outcome == Outcome.FOLLOWED,  # what was left behind with it may stand there again
     )
-    return UndoPlan(record, relocation, f"left where they are, changed or gone: {', '.join(left)}" if left else "")
+    return UndoPlan(record, move, f"left where they are, changed or gone: {', '.join(left)}" if left else "")
 
 
-def _is_needless(folders: Folders, there: MoveRecord, member: MoveFile) -> bool:
+def _is_needless(folders: Folders, there: MoveRecord, file: MoveFile) -> bool:
     """Whether the original of a shared companion still says what our copy of it says."""
-    copy = _content(folders, there.destination, member.final)
-    return copy != "" and copy == _content(folders, there.source, member.name)
+    copy = _content(folders, there.destination, file.final)
+    return copy != "" and copy == _content(folders, there.source, file.name)
 
 
 def _content(folders: Folders, folder: str, name: str) -> str:
@@ -147,22 +147,22 @@ def _content(folders: Folders, folder: str, name: str) -> str:
         return ""
 
 
-def _find(folder: int, member: MoveFile) -> Stamp | str:
+def _find(folder: int, file: MoveFile) -> Stamp | str:
     """Return the version of a file that stands where it was put, or why it cannot be put back.
 
     Raises:
         OSError: the disk, or its rights, do not let us look.
     """
-    status = look(folder, member.final) if member.final else None
-    if status is None or member.moved_stamp is None:
+    status = lstat_at(folder, file.final) if file.final else None
+    if status is None or file.moved_stamp is None:
         return "no longer there: moved or removed since"
-    if is_version(status, member.moved_stamp):
-        return member.moved_stamp
+    if is_version(status, file.moved_stamp):
+        return file.moved_stamp
     # The undoing of a later move may have copied it here: another inode with the same bytes is the same image.
-    if stat.S_ISREG(status.st_mode) and member.content and content_of(folder, member.final) == member.content:
+    if stat.S_ISREG(status.st_mode) and file.content and content_of(folder, file.final) == file.content:
         return stamp_of(status)
     return "changed since it was put there; left where it is"
 
 
-def _reversed(member: MoveFile, role: Role, stamp: Stamp) -> MoveFile:
-    return MoveFile(role, member.final, member.name, stamp, content=member.content if role is Role.IMAGE else "")
+def _reversed(file: MoveFile, role: Role, stamp: Stamp) -> MoveFile:
+    return MoveFile(role, file.final, file.name, stamp, content=file.content if role is Role.IMAGE else "")

@@ -198,7 +198,7 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
-        what, mend = _what_and_mend(error, path)
+        what, mend = _problem_and_advice(error, path)
         raise JournalError(f"{path}: {what}; nothing is moved without it: {mend}") from error
 
 
@@ -215,7 +215,7 @@ def verify(connection: sqlite3.Connection, path: Path) -> None:
                 raise ValueError(f"record {found[0]} says {found[1]!r}")
 
 
-def _what_and_mend(error: Exception, path: Path) -> tuple[str, str]:
+def _problem_and_advice(error: Exception, path: Path) -> tuple[str, str]:
     """Return what is wrong with the journal, and what to do about it."""
     if isinstance(error, OSError):
         return _refused(error)

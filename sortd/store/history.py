@@ -15,7 +15,7 @@ from sortd.store.records import FiledImages, Record, Selection, label_column, la
 
 # The small index holds the unfinished ones only.
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
-_MEMBERS = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
+_FILES = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
 _CHUNK = 500
 _MOST_ROWS = 2**63 - 1  # SQLite counts no further
 _T = TypeVar("_T")
@@ -250,13 +250,13 @@ class History:
     def _records(self, where: str, values: tuple[Any, ...]) -> list[Record]:
         with translated(self._path):
             rows = self._rows(f"SELECT moves.* FROM moves WHERE {where}", values)  # noqa: S608 - our own words only
-            members = self._members([row["id"] for row in rows])
-            return [record_from(row, members[row["id"]]) for row in rows]
+            files = self._files([row["id"] for row in rows])
+            return [record_from(row, files[row["id"]]) for row in rows]
 
-    def _members(self, moves: list[int]) -> defaultdict[int, list[sqlite3.Row]]:
+    def _files(self, moves: list[int]) -> defaultdict[int, list[sqlite3.Row]]:
         found: defaultdict[int, list[sqlite3.Row]] = defaultdict(list)
         for chunk in _chunks(moves):
-            for row in self._rows(_MEMBERS.format(_marks(chunk)), tuple(chunk)):
+            for row in self._rows(_FILES.format(_marks(chunk)), tuple(chunk)):
                 found[row["move"]].append(row)
         return found
 

@@ -18,10 +18,10 @@ from sortd.events import Stamp
 from sortd.files import identity_of
 from sortd.store.database import committing, open_beside, open_for_writing
 from sortd.store.history import GUARD_FACT, History
-from sortd.store.records import UNDONE, MoveProgress, MoveReason, MoveRecord, Record, member_rows, plain
+from sortd.store.records import UNDONE, MoveProgress, MoveReason, MoveRecord, Record, file_rows, plain
 
 _FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
-_MEMBER = "INSERT INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+_INSERT_FILE = "INSERT INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 
 
 class Journal:
@@ -51,7 +51,7 @@ class Journal:
         """Return the tokens of the moves that have not ended."""
         return self._open
 
-    def beside(self) -> "Journal":
+    def second_connection(self) -> "Journal":
         """Return the same journal for the thread that calls, which closes it."""
         other = object.__new__(Journal)
         other.path, other.run, other.clock = self.path, self.run, self.clock
@@ -84,17 +84,17 @@ class Journal:
     def intend(self, orders: Sequence[tuple[MoveRecord, MoveReason]]) -> None:
         """Write, in one durable commit, what is about to be done."""
         now = self.clock()
-        self._open |= {relocation.token for relocation, _ in orders}
+        self._open |= {move.token for move, _ in orders}
         with committing(self._connection, self.path):
-            for relocation, grounds in orders:
-                self._insert(relocation, grounds, now)
+            for move, reason in orders:
+                self._insert(move, reason, now)
 
-    def advance(self, relocation: MoveRecord) -> None:
+    def advance(self, move: MoveRecord) -> None:
         """Write durably how far a move has come."""
         with committing(self._connection, self.path):
-            self._update(relocation, None)
+            self._update(move, None)
 
-    def settle(self, relocations: Iterable[MoveRecord]) -> None:
+    def settle(self, moves: Iterable[MoveRecord]) -> None:
         """Write, in one durable commit, how moves ended; those that are still under way are left open.
 
         A move that was taken back leaves no record: nothing happened. One that undid another holds what it put
@@ -103,19 +103,19 @@ class Journal:
         now = self.clock()
         ended = set()
         with committing(self._connection, self.path):
-            for relocation in relocations:
-                match relocation.progress:
+            for move in moves:
+                match move.progress:
                     case MoveProgress.FAILED:
-                        self._connection.execute("DELETE FROM moves WHERE token = ?", (relocation.token,))
+                        self._connection.execute("DELETE FROM moves WHERE token = ?", (move.token,))
                     case MoveProgress.DONE:
-                        move, outcome, undoes = self._update(relocation, now)
-                        source = os.fsencode(f"{relocation.source}/{relocation.image.name}")
+                        move_id, outcome, undoes = self._update(move, now)
+                        source = os.fsencode(f"{move.source}/{move.image.name}")
                         self._connection.execute("DELETE FROM holds WHERE path = ?", (source,))
                         if outcome == UNDONE:
-                            self._finish_undo(relocation, move, undoes, now)
+                            self._finish_undo(move, move_id, undoes, now)
                     case _:  # its progress stands in the journal already
                         continue
-                ended.add(relocation.token)
+                ended.add(move.token)
         self._open -= ended
 
     def hold(self, path: str, stamp: Stamp, reason: str) -> None:
@@ -177,50 +177,50 @@ class Journal:
         self.note(GUARD_FACT, json.dumps(asdict(state)))
 
     def _record_correction(self, record: Record, corrected: str, path: str) -> bool:
-        label = record.grounds.label or ""
+        label = record.move_reason.label or ""
         if corrected == label:
             return self._connection.execute("DELETE FROM corrections WHERE move = ?", (record.id,)).rowcount > 0
         done = self._connection.execute(
             "INSERT INTO corrections VALUES (?,?,?,?,?,?) ON CONFLICT (move) DO UPDATE SET "
             "corrected = excluded.corrected, path = excluded.path, at = excluded.at "
             "WHERE corrected != excluded.corrected",
-            (record.id, *map(os.fsencode, (label, corrected, path)), record.grounds.content, self.clock()),
+            (record.id, *map(os.fsencode, (label, corrected, path)), record.move_reason.content, self.clock()),
         )
         return done.rowcount > 0
 
-    def _insert(self, relocation: MoveRecord, grounds: MoveReason, now: float) -> None:
+    def _insert(self, move: MoveRecord, reason: MoveReason, now: float) -> None:
         columns = {
-            "token": relocation.token,
+            "token": move.token,
             "run": self.run,
-            "progress": relocation.progress.value,
-            "source": os.fsencode(relocation.source),
-            "destination": os.fsencode(relocation.destination),
+            "progress": move.progress.value,
+            "source": os.fsencode(move.source),
+            "destination": os.fsencode(move.destination),
             "intended_at": now,
-            **grounds.columns,
+            **reason.columns,
         }
         marks = ",".join("?" * len(columns))
         insert = f"INSERT INTO moves ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608 - names of columns only
-        move = self._connection.execute(insert, tuple(columns.values())).lastrowid or 0
-        self._connection.executemany(_MEMBER, member_rows(move, relocation))
+        move_id = self._connection.execute(insert, tuple(columns.values())).lastrowid or 0
+        self._connection.executemany(_INSERT_FILE, file_rows(move_id, move))
 
-    def _update(self, relocation: MoveRecord, ended_at: float | None) -> tuple[int, str, int | None]:
+    def _update(self, move: MoveRecord, ended_at: float | None) -> tuple[int, str, int | None]:
         """Write how far a move has come; return its id, its outcome and the id of the move that it undoes."""
-        lost, message = plain("\n".join(relocation.lost)), plain(relocation.message)
-        ((move, outcome, undoes),) = self._connection.execute(
+        lost, message = plain("\n".join(move.lost)), plain(move.message)
+        ((move_id, outcome, undoes),) = self._connection.execute(
             "UPDATE moves SET progress = ?, lost = ?, message = ?, ended_at = ? WHERE token = ? "
             "RETURNING id, outcome, undoes",
-            (relocation.progress.value, lost, message, ended_at, relocation.token),
+            (move.progress.value, lost, message, ended_at, move.token),
         ).fetchall()
-        self._connection.execute("DELETE FROM members WHERE move = ?", (move,))
-        self._connection.executemany(_MEMBER, member_rows(move, relocation))
-        return move, outcome, undoes
+        self._connection.execute("DELETE FROM members WHERE move = ?", (move_id,))
+        self._connection.executemany(_INSERT_FILE, file_rows(move_id, move))
+        return move_id, outcome, undoes
 
-    def _finish_undo(self, relocation: MoveRecord, move: int, undoes: int | None, now: float) -> None:
-        image = relocation.image
+    def _finish_undo(self, move: MoveRecord, move_id: int, undoes: int | None, now: float) -> None:
+        image = move.image
         if image.moved_stamp is None:
             return
-        self._connection.execute("UPDATE moves SET undone_by = ? WHERE id = ?", (move, undoes))
-        self._hold(f"{relocation.destination}/{image.final}", image.moved_stamp, UNDONE, now)
+        self._connection.execute("UPDATE moves SET undone_by = ? WHERE id = ?", (move_id, undoes))
+        self._hold(f"{move.destination}/{image.final}", image.moved_stamp, UNDONE, now)
 
     def _hold(self, path: str, stamp: Stamp, reason: str, now: float) -> None:
         self._connection.execute(

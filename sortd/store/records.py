@@ -35,11 +35,11 @@ class Role(StrEnum):
 class MoveProgress(StrEnum):
     """How far a move has come; each word is durable before the next step begins."""
 
-    INTENDED = "intended"  # any of its members may have been renamed; no copy counts for anything
+    INTENDED = "intended"  # any of its files may have been renamed; no copy counts for anything
     PUBLISHING = "publishing"  # whole copies stand in the destination, known by inode and hash
     PUBLISHED = "published"  # the copies stand durably under their final names; the sources may go
     DONE = "done"
-    FAILED = "failed"  # every member is where it was
+    FAILED = "failed"  # every file is where it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +64,26 @@ class MoveFile:
 
 @dataclass(frozen=True, slots=True)
 class MoveRecord:
-    """An image (always the first member) and its companions: all of them go, or none."""
+    """An image (always the first file) and its companions: all of them go, or none."""
 
     token: str  # 16 hexadecimal digits, never used twice
     source: str  # folder, relative to the dataset
     destination: str
-    members: tuple[MoveFile, ...]
+    files: tuple[MoveFile, ...]
     progress: MoveProgress = MoveProgress.INTENDED
     lost: tuple[str, ...] = ()  # metadata that could not be kept
     message: str = ""
     obsolete: tuple[MoveFile, ...] = ()  # made by sortd in the source folder, of no use once the image is away
-    joins: bool = False  # its only member comes to its image: what of that image stands there is not in its way
+    joins: bool = False  # its only file comes to its image: what of that image stands there is not in its way
 
     @property
     def image(self) -> MoveFile:
-        """The member that was decided on."""
-        return self.members[0]
+        """The file that was decided on."""
+        return self.files[0]
 
-    def with_member(self, member: MoveFile) -> Self:
+    def with_file(self, file: MoveFile) -> Self:
         """Return the same move with one more file."""
-        return replace(self, members=(*self.members, member))
+        return replace(self, files=(*self.files, file))
 
     def part_name(self, position: int) -> str:
         """Return the name, in the destination folder, of a copy that is not published yet."""
@@ -180,8 +180,8 @@ class Record:
 
     id: int
     run: str
-    grounds: MoveReason
-    relocation: MoveRecord
+    move_reason: MoveReason
+    move: MoveRecord
     intended_at: float  # seconds since the epoch
     ended_at: float | None  # None while it is open
     undone_by: int | None
@@ -189,12 +189,12 @@ class Record:
     @property
     def source_path(self) -> str:
         """Where the image was, relative to the dataset."""
-        return f"{self.relocation.source}/{self.relocation.image.name}"
+        return f"{self.move.source}/{self.move.image.name}"
 
     @property
     def destination_path(self) -> str:
         """Where the image went, relative to the dataset."""
-        return f"{self.relocation.destination}/{self.relocation.image.final}"
+        return f"{self.move.destination}/{self.move.image.final}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,29 +236,29 @@ def stamp_from(columns: tuple[int, int, int, int]) -> Stamp:
     return Stamp(columns[0] % 2**64, columns[1] % 2**64, columns[2], columns[3])
 
 
-def member_rows(move: int, relocation: MoveRecord) -> list[tuple[Any, ...]]:
+def file_rows(move_id: int, move: MoveRecord) -> list[tuple[Any, ...]]:
     """Return all files of a move, obsolete ones behind them, as rows of their table."""
-    places = [*enumerate(relocation.members), *enumerate(relocation.obsolete, OBSOLETE_FROM)]
+    places = [*enumerate(move.files), *enumerate(move.obsolete, OBSOLETE_FROM)]
     return [
         (
-            move,
+            move_id,
             position,
-            member.role.value,
-            os.fsencode(member.name),
-            os.fsencode(member.wanted),
-            member.content,
-            member.body,
-            signed(member.copy_inode),
-            os.fsencode(member.final),
-            *member.stamp.columns,
-            *((None,) * 4 if member.moved_stamp is None else member.moved_stamp.columns),
+            file.role.value,
+            os.fsencode(file.name),
+            os.fsencode(file.wanted),
+            file.content,
+            file.body,
+            signed(file.copy_inode),
+            os.fsencode(file.final),
+            *file.stamp.columns,
+            *((None,) * 4 if file.moved_stamp is None else file.moved_stamp.columns),
         )
-        for position, member in places
+        for position, file in places
     ]
 
 
-def _member_from(row: "sqlite3.Row") -> MoveFile:
-    """Return what ``member_rows`` wrote; see ``record_from`` for what it raises."""
+def _file_from(row: "sqlite3.Row") -> MoveFile:
+    """Return what ``file_rows`` wrote; see ``record_from`` for what it raises."""
     moved = (row["moved_device"], row["moved_inode"], row["moved_size"], row["moved_mtime_ns"])
     if 0 < moved.count(None) < len(moved):
         raise ValueError("half a stamp")
@@ -276,37 +276,37 @@ def _member_from(row: "sqlite3.Row") -> MoveFile:
     )
 
 
-def record_from(row: "sqlite3.Row", members: "list[sqlite3.Row]") -> Record:
+def record_from(row: "sqlite3.Row", files: "list[sqlite3.Row]") -> Record:
     """Return the record of a row of ``moves`` and the rows of its files.
 
     Raises:
         ValueError: it says something that no sortd writes, or names a folder that sortd moves no files between.
     """
     try:
-        return _record_from(row, members)
+        return _record_from(row, files)
     except (ValueError, TypeError) as error:
         raise ValueError(f"record {row['id']}: {error}") from error
 
 
-def _record_from(row: "sqlite3.Row", members: "list[sqlite3.Row]") -> Record:
-    if not any(one["position"] == 0 for one in members):
+def _record_from(row: "sqlite3.Row", files: "list[sqlite3.Row]") -> Record:
+    if not any(one["position"] == 0 for one in files):
         raise ValueError("it names no image")
     if row["progress"] == MoveProgress.DONE and row["ended_at"] is None:
         raise ValueError("it ended at no time")
-    relocation = MoveRecord(
+    move = MoveRecord(
         token=row["token"],
         source=checked_folder(os.fsdecode(row["source"])),
         destination=checked_folder(os.fsdecode(row["destination"])),
-        members=tuple(_member_from(one) for one in members if one["position"] < OBSOLETE_FROM),
+        files=tuple(_file_from(one) for one in files if one["position"] < OBSOLETE_FROM),
         progress=MoveProgress(row["progress"]),
         lost=tuple(row["lost"].split("\n")) if row["lost"] else (),
         message=row["message"],
-        obsolete=tuple(_member_from(one) for one in members if one["position"] >= OBSOLETE_FROM),
+        obsolete=tuple(_file_from(one) for one in files if one["position"] >= OBSOLETE_FROM),
     )
     columns = {field.name: row[field.name] for field in fields(MoveReason)}
     labels = {"label": label_from(row["label"]), "second_label": label_from(row["second_label"])}
-    grounds = MoveReason(**{**columns, **labels})
-    return Record(row["id"], row["run"], grounds, relocation, row["intended_at"], row["ended_at"], row["undone_by"])
+    move_reason = MoveReason(**{**columns, **labels})
+    return Record(row["id"], row["run"], move_reason, move, row["intended_at"], row["ended_at"], row["undone_by"])
 
 
 def label_column(label: str | None) -> bytes | None:

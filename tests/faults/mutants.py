@@ -83,15 +83,13 @@ SYNCS = (
         "    sync_folder(places.destination)\n    if places.source != -1:",
         "    if places.source != -1:",
     ),
-    Mutant("moving/recovery", "        remove_obsolete(folders, relocation)\n        sync_folder(places.source)\n", ""),
+    Mutant("moving/recovery", "        remove_obsolete(folders, move)\n        sync_folder(places.source)\n", ""),
     Mutant("moving/recovery", "    sync_folder(places.source)\n    sync_folder(places.destination)\n", ""),
     Mutant(
         "moving/recovery", "    sync_folder(places.source)\n    sync_folder(places.dest", "    sync_folder(places.dest"
     ),
     Mutant("moving/recovery", "    sync_folder(places.destination)\n    if saved:", "    if saved:"),
-    Mutant(
-        "moving/recovery", "    sync_folder(destination)\n    return relocation.failed", "    return relocation.failed"
-    ),
+    Mutant("moving/recovery", "    sync_folder(destination)\n    return move.failed", "    return move.failed"),
     Mutant(
         "store/database",
         'connection.execute("PRAGMA synchronous = FULL")',
@@ -137,24 +135,18 @@ IDENTITIES = (
     Mutant("events", "return (self.inode, self.size,", "return (other.inode, self.size,"),
     Mutant("events", "return (self.inode, self.size,", "return (self.inode, other.size,"),
     Mutant("events", "self.size, self.mtime_ns) ==", "self.size, other.mtime_ns) =="),
-    Mutant(
-        "moving/rename", "if not stat.S_ISREG(status.st_mode) or not is_version(status, member.stamp):", "if False:"
-    ),
+    Mutant("moving/rename", "if not stat.S_ISREG(status.st_mode) or not is_version(status, file.stamp):", "if False:"),
     Mutant(
         "moving/rename",
-        "if member.content and member.stamp.ctime_ns not in {0, status.st_ctime_ns} and",
+        "if file.content and file.stamp.ctime_ns not in {0, status.st_ctime_ns} and",
         "if False and",
     ),
-    Mutant("moving/rename", "and sha256_of(file) != member.content:", ":"),
-    Mutant("moving/rename", "if writer_of(file) is Writer.PRESENT:", "if False:"),
-    Mutant(
-        "moving/rename", "                _check_version(source, member, relocation.source)\n", "                pass\n"
-    ),
-    Mutant(
-        "moving/rename", "if member.leaves and (status is None or not is_version(status, member.stamp)):", "if False:"
-    ),
-    Mutant("moving/parts", "        if not is_version(os.fstat(file), member.stamp):", "        if False:"),
-    Mutant("moving/parts", "if status is not None and is_version(status, member.stamp):", "if status is not None:"),
+    Mutant("moving/rename", "and sha256_of(descriptor) != file.content:", ":"),
+    Mutant("moving/rename", "if writer_of(descriptor) is Writer.PRESENT:", "if False:"),
+    Mutant("moving/rename", "                _check_version(source, file, move.source)\n", "                pass\n"),
+    Mutant("moving/rename", "if file.leaves and (status is None or not is_version(status, file.stamp)):", "if False:"),
+    Mutant("moving/parts", "        if not is_version(os.fstat(descriptor), file.stamp):", "        if False:"),
+    Mutant("moving/parts", "if status is not None and is_version(status, file.stamp):", "if status is not None:"),
     Mutant(
         "moving/plan",
         "if status is not None and stat.S_ISREG(status.st_mode) and not _is_unfinished(folder, name):",
@@ -163,51 +155,55 @@ IDENTITIES = (
     Mutant("moving/plan", " and not _is_unfinished(folder, name):", ":"),
     Mutant(
         "moving/copy",
-        "if by_name is None or not is_version(by_name, member.stamp) or not is_version(os.fstat(file), member.stamp):",
-        "if False:",
+        "if by_name is None or not is_version(by_name, file.stamp) or not is_version(os.fstat(descriptor), file",
+        "if False and (file",
     ),
-    Mutant("moving/copy", 'if member.content not in {"", copy.content}:', "if False:"),
+    Mutant("moving/copy", 'if file.content not in {"", copy.content}:', "if False:"),
     Mutant(
         "moving/copy",
-        "if not is_version(standing, member.stamp) or not copy_stands(destination, member, member.final):",
+        "if not is_version(standing, file.stamp) or not is_copy_intact(destination, file, file.final):",
         "if False:",
     ),
-    Mutant("moving/copy", "        is_version(status, member.stamp)\n        and not _is", "        not _is"),
+    Mutant("moving/copy", "        is_version(status, file.stamp)\n        and not _is", "        not _is"),
     Mutant("moving/copy", "        and not _is_written(source, taken)\n", ""),
-    Mutant("moving/copy", "        and copy_stands(destination, member, member.final)\n", ""),
+    Mutant("moving/copy", "        and is_copy_intact(destination, file, file.final)\n", ""),
     Mutant("moving/copy", "if there is None or (there.st_ino, there.st_size) != (ours.st_ino, 0):", "if False:"),
-    Mutant("moving/copy", "return status.st_ino == member.copy_inode or", "return True or"),
+    Mutant("moving/copy", "return status.st_ino == file.copy_inode or", "return True or"),
     Mutant("moving/copy", "if status is None or status.st_size != size:", "if status is None:"),
     Mutant(
         "moving/recovery",
-        "if status is not None and is_version(status, member.stamp):\n            moved",
+        "if status is not None and is_version(status, file.stamp):\n            moved",
         "if status is not None:\n            moved",
     ),
-    Mutant("moving/recovery", "if not member.leaves or look(places.source, member.name) is not None:", "if True:"),
+    Mutant("moving/recovery", "if not file.leaves or lstat_at(places.source, file.name) is not None:", "if True:"),
     Mutant(
         "moving/recovery",
-        "elif member.content and content_of(places.destination, part) == member.content:",
+        "elif file.content and content_of(places.destination, part) == file.content:",
         "elif True:",
     ),
-    Mutant("moving/recovery", " and content_of(destination, name) == member.content:\n", ":\n"),
-    Mutant("moving/recovery", "        if _all_stand(places, relocation):", "        if True:"),
-    Mutant("moving/recovery", "        if not _all_stand(places, relocation):", "        if False:"),
+    Mutant("moving/recovery", " and content_of(destination, name) == file.content:\n", ":\n"),
+    Mutant("moving/recovery", "        if _all_stand(places, move):", "        if True:"),
+    Mutant("moving/recovery", "        if not _all_stand(places, move):", "        if False:"),
     Mutant("moving/recovery", "if position not in finals and content_of(", "if position not in finals or content_of("),
     Mutant(
         "moving/recovery",
-        "return status is not None and is_version(status, member.stamp)\n",
+        "return status is not None and is_version(status, file.stamp)\n",
         "return status is not None\n",
     ),
     Mutant(
-        "moving/recovery", "if status is not None and status.st_size == 0 and look(", "if status is not None and look("
+        "moving/recovery",
+        "if status is not None and status.st_size == 0 and lstat_at(",
+        "if status is not None and lstat_at(",
     ),
     Mutant("moving/recovery", "if expected and content_of(places.destination, name) == expected:", "if expected:"),
-    Mutant("moving/undo", "if is_version(status, member.moved_stamp):", "if True:"),
-    Mutant("moving/undo", "member.content and content_of(folder, member.final) == member.content:", "member.content:"),
+    Mutant("moving/undo", "if is_version(status, file.moved_stamp):", "if True:"),
+    Mutant("moving/undo", "file.content and content_of(folder, file.final) == file.content:", "file.content:"),
 )
 
 APART = (
-    Mutant("moving/mover", "        if self._interrupted():\n            return order.troubled(_INTERRUPTED)\n", ""),
+    Mutant(
+        "moving/mover", "        if self._interrupted():\n            return order.with_error(_COPY_INTERRUPTED)\n", ""
+    ),
     Mutant("moving/mover", "[one for one in unfinished if one.token not in self._copying]", "unfinished"),
     Mutant("moving/mover", " | {_source_of(one): _UNDER_WAY for one in self._copying.values()}", ""),
     Mutant("moving/copy_queue", "if pair in self._crossed:", "if False:"),
@@ -217,8 +213,8 @@ APART = (
     Mutant("moving/copy_queue", "            task.done.wait()\n", "            pass\n"),
     Mutant(
         "moving/copy_queue",
-        "                    waiting[seat] = tasks\n",
-        "                    waiting = {seat: tasks, **waiting}\n",
+        "                    waiting[client] = tasks\n",
+        "                    waiting = {client: tasks, **waiting}\n",
     ),
     Mutant("daemon/dataset_lock", "        _lock(second, layout)\n", ""),
     Mutant("daemon/dataset_lock", "        _lock(self._lock, self._layout)\n", ""),
@@ -232,7 +228,7 @@ APART = (
         "        self.release()\n        try:\n            self._take()\n",
         "        try:\n            pass\n",
     ),
-    Mutant("daemon/dataset_lock", "tuple(filing.recover()), lock.problem)", "tuple(filing.recover()))"),
+    Mutant("daemon/dataset_lock", "tuple(mover.recover()), lock.problem)", "tuple(mover.recover()))"),
     Mutant("daemon/presence", "if (taken := self.lock_problem()) is not None:", "if (taken := None) is not None:"),
     Mutant(
         "daemon/dataset_lock",
@@ -259,7 +255,7 @@ APART = (
     Mutant("moving/plan", " if not companion.shared]", "]"),
     Mutant("moving/plan", "                places.append(one)\n", "                pass\n"),
     Mutant("daemon/corrections", "if 0 <= now_ns - changed_ns < FOLLOW_NS:", "if False:"),
-    Mutant("daemon/control", "if one.grounds.reason not in apart and ", "if "),
+    Mutant("daemon/control", "if one.move_reason.reason not in apart and ", "if "),
     Mutant("moving/undo", "if (stranger := _stranger(folders, record)) is not None:", "if (stranger := None):"),
     Mutant("daemon/rejected", "return record if gone is None or gone.id < record.id else None", "return record"),
     Mutant("daemon/rejected", "            self._journal.follow(record, refused)\n", "            pass\n"),
