@@ -382,7 +382,7 @@ class TestTaken:
             assert cache.contents([("/a", STAMP)]) == {}
             assert cache.facts().embeddings == 0
             assert len(reports) == 1
-            assert "working without it" in reports[0]
+            assert "works without it" in reports[0]
             cache.remember_prototypes("Tornillos", prototypes())
             assert cache.prototypes("Tornillos") is None
         assert all(str(tmp_path) in report for report in reports)

@@ -454,7 +454,7 @@ class TestUndo:
         told = {Path(one.record.source_path).stem: one for one in mover.undo(done(journal)[-4:])}
         assert "no longer there" in told["gone"].message
         assert "changed since" in told["edited"].message
-        assert "undone already" in told["twice"].message
+        assert "already undone" in told["twice"].message
         assert told["good"].restored == f"{dataset.root}/Images/good.jpg"
         assert [told[name].restored for name in ("gone", "edited", "twice")] == [None] * 3
 
@@ -1010,7 +1010,7 @@ class TestErrors:
         assert isinstance(answer, MoveFailed)
         of_the_file = MoveFailure.BUSY if number == errno.EPERM else MoveFailure.DESTINATION
         assert answer.failure is (MoveFailure.SOURCE if refusing == "Images" else of_the_file)
-        assert ("nothing may be removed from Images" in answer.message) == (refusing == "Images")
+        assert ("files cannot be removed from Images" in answer.message) == (refusing == "Images")
 
     def test_filing_folder_that_may_not_be_read_is_a_source(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
@@ -1111,7 +1111,7 @@ class TestCrossing:
         os.close(folder)
         assert isinstance(answer, MoveFailed)
         assert answer.failure is MoveFailure.SOURCE
-        assert "nothing may be removed from Images" in answer.message
+        assert "files cannot be removed from Images" in answer.message
         assert dataset.tree() == {"Images/a.jpg": b"image"}
         moved(mover, order(path))
 
@@ -1228,7 +1228,7 @@ class TestCrossing:
         (answer,) = Mover(dataset.root, journal, rename=crossing).move_all([order(path)])
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Images/a.jpg": b"image and more"}
         assert isinstance(answer, Moved)
-        assert "kept in Images too" in answer.note == done(journal)[0].move.message
+        assert "also kept in Images" in answer.note == done(journal)[0].move.message
 
     def test_a_copy_that_is_gone_keeps_its_source(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch

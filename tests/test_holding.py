@@ -243,7 +243,7 @@ def test_hold_with_hostile_owner_file_begins_anew(layout: Layout, tmp_path: Path
 def test_a_state_folder_that_cannot_be_made_is_told(layout: Layout, tmp_path: Path) -> None:
     """With its path and what to do."""
     (tmp_path / "state").write_text("a file")
-    with pytest.raises(LayoutError, match=r"cannot be made.*state_dir"), open_dataset(layout, tmp_path / "state"):
+    with pytest.raises(LayoutError, match=r"cannot be created.*state_dir"), open_dataset(layout, tmp_path / "state"):
         pass
 
 

@@ -62,7 +62,7 @@ def test_without_its_marker_a_dataset_is_absent(dataset: Dataset, journal: Journ
     presence = Presence(Layout(dataset.root), journal)
     said = presence.problem()
     assert said is not None
-    assert f"{dataset.root}/.sortd is gone" in said
+    assert f"{dataset.root}/.sortd is missing" in said
     assert "sortd init" in said
     (dataset.root / ".sortd").mkdir()
     assert presence.problem() is None
@@ -79,7 +79,7 @@ def test_a_disk_that_is_not_mounted_is_remembered_and_missed(dataset: Dataset, j
     for one in (presence, Presence(layout, journal, needs_marker=False)):
         said = one.problem()
         assert said is not None
-        assert f"{place} was on a disk of its own" in said
+        assert f"{place} was on another disk" in said
     place.rmdir()
     assert presence.problem() is not None
     with disk(place):

@@ -348,7 +348,7 @@ class TestPublished:
         dataset.put(f"Images/{name}", "more")
         ended = crash.recover()
         assert ended.progress is MoveProgress.DONE
-        assert "kept in Images too" in ended.message
+        assert "also kept in Images" in ended.message
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg", "Images/a.jpg": b"more"}
 
     @pytest.mark.parametrize("is_taken", [False, True])
@@ -377,7 +377,7 @@ class TestPublished:
             raise AssertionError(names)
 
         dataset.put(whose, "changed by now")
-        monkeypatch.setattr("sortd.moving.copy._take", taken)
+        monkeypatch.setattr("sortd.moving.copy._hide", taken)
         assert crash.recover().progress is MoveProgress.DONE
         assert len(dataset.tree()) == 2
 
@@ -397,7 +397,7 @@ class TestPublished:
         crash.named("a.jpg", "a.xmp")
         if is_gone:
             (dataset.root / "Images/a.jpg").unlink()
-        monkeypatch.setattr("sortd.moving.copy._take", refuse)
+        monkeypatch.setattr("sortd.moving.copy._hide", refuse)
         ended = crash.recover()
         if is_gone:
             assert ended.progress is MoveProgress.PUBLISHED
