@@ -10,7 +10,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from sortd.events import Stamp
@@ -27,14 +27,14 @@ Name = str | os.PathLike[str]
 
 
 @contextmanager
-def open_folder(path: Name) -> Iterator[int]:
-    """Yield a descriptor of a folder, which must not be a symbolic link.
+def open_folder(path: Name, *, follow: bool = False) -> Iterator[int]:
+    """Yield a descriptor of a folder, which must not be a symbolic link unless ``follow``.
 
     Raises:
         OSError: it cannot be opened; ``filename`` is the path.
     """
     with _naming(path):
-        descriptor = os.open(path, _FOLDER_FLAGS | os.O_NOFOLLOW)
+        descriptor = os.open(path, _FOLDER_FLAGS if follow else _FOLDER_FLAGS | os.O_NOFOLLOW)
     try:
         yield descriptor
     finally:
@@ -96,7 +96,8 @@ def write_atomic(
     Raises:
         OSError: it cannot be written; an existing file is unchanged, and ``filename`` is the path.
     """
-    with _naming(path), _opened(path, folder) as place:
+    own = nullcontext(folder) if folder is not None else open_folder(os.path.dirname(path) or os.curdir, follow=True)
+    with _naming(path), own as place:
         beside = f".sortd-{secrets.token_hex(8)}.part"
         descriptor = os.open(beside, _WRITE_FLAGS, 0o666 if mode is None else mode, dir_fd=place)
         try:
@@ -118,19 +119,6 @@ def write_atomic(
 
 def _name(path: Name, folder: int | None) -> str:
     return os.fspath(path) if folder is None else os.path.basename(path)
-
-
-@contextmanager
-def _opened(path: Name, folder: int | None) -> Iterator[int]:
-    """Yield a descriptor of a path's folder."""
-    if folder is not None:
-        yield folder
-        return
-    descriptor = os.open(os.path.dirname(path) or os.curdir, _FOLDER_FLAGS)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -176,11 +164,8 @@ def sync_folder_at(path: Name) -> None:
     Raises:
         OSError: the disk returned an error.
     """
-    descriptor = os.open(path, _FOLDER_FLAGS)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with open_folder(path, follow=True) as folder:
+        os.fsync(folder)
 
 
 def stamp_of(status: os.stat_result) -> Stamp:

@@ -167,7 +167,7 @@ def taken(place: Place) -> Callable[[], object]:
             lambda it: forged(
                 it.journal("Bad"), "UPDATE moves SET progress = 'flown'", "UPDATE moves SET progress = 'done'"
             ),
-            "record 1 says 'flown'",
+            "record 1 has the unknown value 'flown'",
         ),
         (
             lambda it: forged(
@@ -185,7 +185,7 @@ def taken(place: Place) -> Callable[[], object]:
             ),
             "the fact corrections_scanned_at is ''",
         ),
-        (lambda it: locked(it.journal("Bad")), "another program keeps the journal locked"),
+        (lambda it: locked(it.journal("Bad")), "another program has locked the journal"),
     ],
 )
 def test_discover_dataset_that_cannot_be_opened_is_held_and_the_rest_is_served(
@@ -335,7 +335,7 @@ def test_discover_journal_that_was_removed_is_begun_anew(place: Place, hurt: Cal
     place.collection.discover()
     hurt(place.journal("Bad"))
     (line,) = place.held_lines()
-    assert "was removed or replaced while it was open" in line
+    assert "was removed or replaced while open" in line
     assert place.held_lines() == []
     place.collection.by_name["Bad"].mover.hold(str(place.layout("Bad").root / "Images" / "a.png"), STAMP, "undone")
     with History.open(place.journal("Bad")) as history:

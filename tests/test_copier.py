@@ -40,7 +40,7 @@ def name_of(message: Copied | CopyFailed | CopyQueueDied) -> str:
     return message.orders[0].move.token
 
 
-def test_a_copy_is_made_in_a_thread_of_its_own_and_told(copier: CopyQueue, inbox: Inbox) -> None:
+def test_copy_queue_copy_runs_in_its_own_thread(copier: CopyQueue, inbox: Inbox) -> None:
     """Nothing is answered at once; the thread has a name, and the dataset's stands in what it tells."""
     threads: list[str] = []
     asked = order("a.jpg")
@@ -54,7 +54,7 @@ def test_a_copy_is_made_in_a_thread_of_its_own_and_told(copier: CopyQueue, inbox
     assert threads == ["copier"]
 
 
-def test_datasets_take_turns(copier: CopyQueue, inbox: Inbox) -> None:
+def test_copy_queue_datasets_take_turns(copier: CopyQueue, inbox: Inbox) -> None:
     """A dump of a hundred films into one dataset makes another wait for one of them."""
     gate = threading.Event()
     many, few = copier.client(DatasetId("Many")), copier.client(DatasetId("Few"))
@@ -73,7 +73,7 @@ def test_datasets_take_turns(copier: CopyQueue, inbox: Inbox) -> None:
     assert [name for name in told if name != "few"] == [f"many {number}" for number in range(100)]
 
 
-def test_whoever_leaves_waits_for_the_copy_at_hand_and_for_no_other(copier: CopyQueue, inbox: Inbox) -> None:
+def test_copy_queue_closed_client_waits_for_its_own_copy_only(copier: CopyQueue, inbox: Inbox) -> None:
     """Afterwards its journal may be closed: nothing of it is under way; another dataset's copies go on."""
     begun = threading.Event()
     going, staying = copier.client(DatasetId("Going")), copier.client(DatasetId("Staying"))
@@ -94,7 +94,7 @@ def test_whoever_leaves_waits_for_the_copy_at_hand_and_for_no_other(copier: Copy
     staying.close()
 
 
-def test_a_stop_interrupts_every_seat(copier: CopyQueue, inbox: Inbox) -> None:
+def test_copy_queue_stop_interrupts_every_client(copier: CopyQueue, inbox: Inbox) -> None:
     """What comes later is answered at once, as interrupted, and starts no thread."""
     client = copier.client(DatasetId("Cats"))
     copier.interrupt()
@@ -103,7 +103,7 @@ def test_a_stop_interrupts_every_seat(copier: CopyQueue, inbox: Inbox) -> None:
     assert inbox.empty()
 
 
-def test_copier_failed_copy_is_told_and_the_others_go_on(copier: CopyQueue, inbox: Inbox) -> None:
+def test_copy_queue_failed_copy_is_posted_and_others_continue(copier: CopyQueue, inbox: Inbox) -> None:
     """A journal that cannot be written is told with its dataset; an image of another one is copied after it."""
     refused = JournalError("the journal's disk is full")
 
@@ -116,7 +116,7 @@ def test_copier_failed_copy_is_told_and_the_others_go_on(copier: CopyQueue, inbo
     assert name_of(inbox.get(timeout=60)) == "b.jpg"
 
 
-def test_a_copier_that_dies_says_of_what(copier: CopyQueue, inbox: Inbox) -> None:
+def test_copy_queue_death_of_the_thread_is_posted(copier: CopyQueue, inbox: Inbox) -> None:
     """The loop raises what ended the thread."""
 
     def job() -> MoveOrder:
@@ -128,7 +128,7 @@ def test_a_copier_that_dies_says_of_what(copier: CopyQueue, inbox: Inbox) -> Non
     assert isinstance(told.error, SystemExit)
 
 
-def test_without_a_copy_there_is_no_thread(inbox: Inbox) -> None:
+def test_copy_queue_without_copies_has_no_thread(inbox: Inbox) -> None:
     """Whoever has one disk runs three threads; stopping twice is no mistake."""
     copier = CopyQueue(inbox.put)
     copier.stop()

@@ -29,7 +29,6 @@ from sortd.events import Stamp
 from sortd.files import identity_of, read_regular, write_atomic
 
 MAX_BYTES = 1_000_000_000  # about 450,000 embeddings of 512 dimensions
-
 DAY_SECONDS = 86_400
 _BUSY_SECONDS = 5.0
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA}
@@ -38,7 +37,6 @@ _INVALID_ROW = (ValueError, TypeError, AttributeError, LookupError, OverflowErro
 """Errors raised by rows that sortd did not write: a SQLite column may have any value, for example after a bit flip."""
 
 _LOG = logging.getLogger(__name__)
-
 _Answer = TypeVar("_Answer")
 
 SCHEMA_VERSION = 2
@@ -321,15 +319,13 @@ def _rows_of(database: sqlite3.Connection, encoder: int, keys: Sequence[bytes]) 
 def _prune(database: sqlite3.Connection) -> None:
     """Remove the least recently used rows; SQLite reuses their space."""
     (rows,) = database.execute("SELECT count(*) FROM embeddings").fetchone()
-    doomed = max(1, int(rows * PRUNED_SHARE))
-    database.execute(
-        "DELETE FROM embeddings WHERE rowid IN (SELECT rowid FROM embeddings ORDER BY used_day, rowid LIMIT ?)",
-        (doomed,),
-    )
+    oldest = "SELECT rowid FROM embeddings ORDER BY used_day, rowid LIMIT ?"
+    database.execute(f"DELETE FROM embeddings WHERE rowid IN ({oldest})", (max(1, int(rows * PRUNED_SHARE)),))  # noqa: S608 - constants
     database.execute("DELETE FROM contents WHERE content NOT IN (SELECT content FROM embeddings)")
 
 
 def _number(database: sqlite3.Connection, encoder_id: str) -> int:
+    """Return the number of an encoder; 0 if it is unknown."""
     row = database.execute("SELECT number FROM encoders WHERE encoder_id = ?", (encoder_id,)).fetchone()
     return 0 if row is None else int(row[0])
 

@@ -154,17 +154,19 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
     """
     if not path.is_file():
         raise JournalError(f"{path}: there is no journal yet; sortd creates it at its first run")
+
+    def opened(options: str) -> sqlite3.Connection:
+        reader = sqlite3.connect(f"{path.absolute().as_uri()}?{options}", timeout=BUSY_SECONDS, uri=True)
+        return _opened(reader, lambda connection: _check_version(connection, path))
+
     with translated(path):
-        uri = path.absolute().as_uri()
         try:
-            reader = sqlite3.connect(f"{uri}?mode=ro", timeout=BUSY_SECONDS, uri=True)
-            return _opened(reader, lambda connection: _check_version(connection, path))
+            return opened("mode=ro")
         except sqlite3.OperationalError:
             # Nobody writes it (there is no -wal), but reading in WAL mode needs a file that sortd may not create.
             if Path(f"{path}-wal").exists():
                 raise
-            reader = sqlite3.connect(f"{uri}?immutable=1", uri=True)
-            return _opened(reader, lambda connection: _check_version(connection, path))
+            return opened("immutable=1")
 
 
 def _opened(connection: sqlite3.Connection, prepare: Callable[[sqlite3.Connection], object]) -> sqlite3.Connection:

@@ -69,7 +69,7 @@ SYNCS = (
     Mutant("moving/rename", "        os.fsync(file)\n", "        pass\n"),
     Mutant("moving/parts", "        os.fsync(copy)\n", ""),
     Mutant("moving/parts", "        os.fsync(descriptor)\n", ""),
-    Mutant("files", "        os.fsync(folder)\n", "        pass\n"),
+    Mutant("files", "    try:\n        os.fsync(folder)\n", "    try:\n        pass\n"),
     Mutant("moving/fs", "        sync_folder(parent)\n", ""),
     Mutant("moving/mover", "for folder_of in (_destination, _source):", "for folder_of in (_source,):"),
     Mutant("moving/mover", "for folder_of in (_destination, _source):", "for folder_of in (_destination,):"),
@@ -97,7 +97,7 @@ SYNCS = (
     ),
     Mutant("store/database", "                    sync_folder_at(folder)\n", "                    pass\n"),
     Mutant("files", "                if durable:\n                    os.fsync(descriptor)\n", ""),
-    Mutant("files", "        os.fsync(descriptor)\n    finally:", "        pass\n    finally:"),
+    Mutant("files", "as folder:\n        os.fsync(folder)\n", "as folder:\n        pass\n"),
     Mutant("files", "        if durable:\n            sync_folder(place)\n", ""),
 )
 
@@ -113,8 +113,8 @@ REFUSALS = (
     Mutant("files", "os.O_RDONLY | os.O_NONBLOCK |", "os.O_RDONLY |"),
     Mutant("files", "if not stat.S_ISREG(kind):", "if False:"),
     Mutant("files", "file.read(limit + 1)", "file.read()"),
-    Mutant("files", "_FOLDER_FLAGS | os.O_NOFOLLOW)", "_FOLDER_FLAGS)"),
-    Mutant("files", "if folder is not None:", "if False:"),
+    Mutant("files", "_FOLDER_FLAGS if follow else _FOLDER_FLAGS | os.O_NOFOLLOW)", "_FOLDER_FLAGS)"),
+    Mutant("files", "nullcontext(folder) if folder is not None else", ""),
     Mutant("daemon/dataset_lock", "if layout.marker.is_symlink():", "if False:"),
     Mutant("store/records", "if components[0] not in TOPS or", "if"),
     Mutant("store/records", """part in {"", ".", ".."} or""", "False or"),
