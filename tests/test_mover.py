@@ -15,7 +15,7 @@ from sortd.errors import ChangedError
 from sortd.events import Writer
 from sortd.files import stamp_of, sync_folder
 from sortd.moving.fs import FOLDER_FLAGS, Folders, is_version, lstat_at, names_by_inode, rename_new, writer_of
-from sortd.moving.parts import content_of, make_part, remove_obsolete
+from sortd.moving.parts import make_part, remove_obsolete, sha256_at
 from sortd.store.records import MoveFile, MoveRecord, Role
 
 
@@ -131,7 +131,7 @@ def test_content_of_folder_leaves_no_descriptor_open(tmp_path: Path) -> None:
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(3):
             with pytest.raises(IsADirectoryError):
-                content_of(folders.open(""), "a.jpg")
+                sha256_at(folders.open(""), "a.jpg")
         assert len(os.listdir("/proc/self/fd")) == before
 
 

@@ -12,7 +12,7 @@ from sortd.errors import ChangedError, DestinationError, VanishedError
 from sortd.events import Writer
 from sortd.files import stamp_of, sync_folder
 from sortd.moving.fs import FILE_FLAGS, Folders, check_source, is_version, lstat_at, rename_new, writer_of
-from sortd.moving.parts import Copy, content_of, copy_to_part, make_part, never, remove_obsolete, remove_part
+from sortd.moving.parts import Copy, copy_to_part, make_part, never, remove_obsolete, remove_part, sha256_at
 from sortd.moving.plan import FreeNames, names_of_one
 from sortd.store.records import MoveFile, MoveProgress, MoveRecord
 
@@ -127,7 +127,7 @@ def is_copy_intact(destination: int, file: MoveFile, name: str) -> bool:
     size = len(file.body) if file.body else file.stamp.size
     if status is None or status.st_size != size:
         return False
-    return status.st_ino == file.copy_inode or content_of(destination, name) == file.content
+    return status.st_ino == file.copy_inode or sha256_at(destination, name) == file.content
 
 
 def publish_under_free_name(folder: int, hidden: str, names: Iterable[str]) -> str:

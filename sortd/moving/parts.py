@@ -93,7 +93,7 @@ def remove_obsolete(folders: Folders, move: MoveRecord) -> None:
             os.unlink(file.name, dir_fd=folder)
 
 
-def content_of(folder: int, name: str) -> str:
+def sha256_at(folder: int, name: str) -> str:
     """Return the hexadecimal sha256 of a file; the empty string if it does not exist."""
     try:
         descriptor = open_regular(name, folder=folder)

@@ -21,7 +21,7 @@ from sortd.moving.copy import (
     with_final,
 )
 from sortd.moving.fs import Folders, is_version, lstat_at, names_by_inode, rename_new
-from sortd.moving.parts import content_of, make_part, remove_obsolete, remove_part
+from sortd.moving.parts import make_part, remove_obsolete, remove_part, sha256_at
 from sortd.moving.plan import MOST_ATTEMPTS, final_names, names_of_one
 from sortd.store.records import MoveFile, MoveProgress, MoveRecord, Role
 
@@ -131,8 +131,8 @@ def _made(places: _Places, move: MoveRecord, position: int, name: str) -> str:
     if file.role is Role.REASON:
         expected = hashlib.sha256(file.body).hexdigest()
     else:
-        expected = "" if places.source == -1 else content_of(places.source, file.name)
-    if expected and content_of(places.destination, name) == expected:
+        expected = "" if places.source == -1 else sha256_at(places.source, file.name)
+    if expected and sha256_at(places.destination, name) == expected:
         remove_part(places.destination, part)
         return name
     try:
@@ -175,7 +175,7 @@ def _remove_copies(places: _Places, move: MoveRecord) -> MoveRecord:
             continue
         if not file.leaves or lstat_at(places.source, file.name) is not None:
             remove_part(places.destination, part)
-        elif file.content and content_of(places.destination, part) == file.content:
+        elif file.content and sha256_at(places.destination, part) == file.content:
             names = chain((file.wanted,), names_of_one(move, position))
             saved.append(with_final(places.destination, file, publish_under_free_name(places.destination, part, names)))
         else:
@@ -239,7 +239,7 @@ def _published(destination: int, move: MoveRecord) -> dict[int, str]:
     finals = {}
     for position, file in enumerate(move.files):
         for name in (by_inode.get(file.copy_inode, ""), file.final):
-            if name and not name.startswith(".sortd-") and content_of(destination, name) == file.content:
+            if name and not name.startswith(".sortd-") and sha256_at(destination, name) == file.content:
                 finals[position] = name
                 break
     return finals
@@ -268,7 +268,7 @@ def _publish_rest(destination: int, move: MoveRecord, finals: dict[int, str]) ->
     published = {}
     for position, file in enumerate(move.files):
         part = move.part_name(position)
-        if position not in finals and content_of(destination, part) == file.content:
+        if position not in finals and sha256_at(destination, part) == file.content:
             names = chain((beside[position],), names_of_one(move, position))
             published[position] = publish_under_free_name(destination, part, names)
     return published

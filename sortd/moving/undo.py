@@ -10,7 +10,7 @@ from sortd.companions import owners_of
 from sortd.events import Outcome, Stamp
 from sortd.files import stamp_of
 from sortd.moving.fs import Folders, is_version, lstat_at
-from sortd.moving.parts import content_of
+from sortd.moving.parts import sha256_at
 from sortd.moving.plan import new_token
 from sortd.store.records import UNDONE, MoveFile, MoveReason, MoveRecord, Record, Role
 
@@ -133,7 +133,7 @@ def _plan_in(folders: Folders, folder: int, record: Record) -> UndoPlan | UndoRe
 
 def _content(folders: Folders, folder: str, name: str) -> str:
     try:
-        return content_of(folders.open(folder), name)
+        return sha256_at(folders.open(folder), name)
     except OSError:
         return ""
 
@@ -150,7 +150,7 @@ def _find(folder: int, file: MoveFile) -> Stamp | str:
     if is_version(status, file.moved_stamp):
         return file.moved_stamp
     # Undoing a later move may have copied the file here: another inode with the same bytes is the same image.
-    if stat.S_ISREG(status.st_mode) and file.content and content_of(folder, file.final) == file.content:
+    if stat.S_ISREG(status.st_mode) and file.content and sha256_at(folder, file.final) == file.content:
         return stamp_of(status)
     return "changed since it was put there; left where it is"
 

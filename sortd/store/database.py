@@ -199,7 +199,7 @@ def translated(path: Path) -> Iterator[None]:
         raise JournalError(f"{path}: {problem}; nothing is moved without it: {advice}") from error
 
 
-def verify(connection: sqlite3.Connection, path: Path) -> None:
+def check_journal(connection: sqlite3.Connection, path: Path) -> None:
     """Check the journal's integrity, and that this version knows its values of progress and role."""
     with translated(path):
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
@@ -274,7 +274,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
             connection.execute(f"PRAGMA user_version = {VERSION}")
-    verify(connection, path)
+    check_journal(connection, path)
     with committing(connection, path):
         for index in LATER_INDICES:
             connection.execute(index)

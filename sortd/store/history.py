@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 from sortd.core.guard import GuardState
 from sortd.events import Stamp
-from sortd.store.database import open_for_reading, translated, verify
+from sortd.store.database import check_journal, open_for_reading, translated
 from sortd.store.records import FiledImages, Record, Selection, label_column, label_from, plain, record_from, stamp_from
 
 # This small index contains only unfinished moves.
@@ -196,8 +196,8 @@ class History:
             return number
 
     def verify(self) -> None:
-        """Check the whole journal; see ``database.verify``."""
-        verify(self._connection, self._path)
+        """Check the whole journal; see ``check_journal``."""
+        check_journal(self._connection, self._path)
 
     def last_generation(self) -> int:
         """Return the last generation used; 0: none."""

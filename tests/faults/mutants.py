@@ -90,11 +90,7 @@ SYNCS = (
     ),
     Mutant("moving/recovery", "    sync_folder(places.destination)\n    if saved:", "    if saved:"),
     Mutant("moving/recovery", "    sync_folder(destination)\n    return move.failed", "    return move.failed"),
-    Mutant(
-        "store/database",
-        'connection.execute("PRAGMA synchronous = FULL")',
-        'connection.execute("PRAGMA synchronous = 1")',
-    ),
+    Mutant("store/database", '"PRAGMA synchronous = FULL"', '"PRAGMA synchronous = 1"'),
     Mutant("store/database", "                    sync_folder_at(folder)\n", "                    pass\n"),
     Mutant("files", "                if durable:\n                    os.fsync(descriptor)\n", ""),
     Mutant("files", "as folder:\n        os.fsync(folder)\n", "as folder:\n        pass\n"),
@@ -178,13 +174,13 @@ IDENTITIES = (
     Mutant("moving/recovery", "if not file.leaves or lstat_at(places.source, file.name) is not None:", "if True:"),
     Mutant(
         "moving/recovery",
-        "elif file.content and content_of(places.destination, part) == file.content:",
+        "elif file.content and sha256_at(places.destination, part) == file.content:",
         "elif True:",
     ),
-    Mutant("moving/recovery", " and content_of(destination, name) == file.content:\n", ":\n"),
+    Mutant("moving/recovery", " and sha256_at(destination, name) == file.content:\n", ":\n"),
     Mutant("moving/recovery", "        if _all_in_source(places, move):", "        if True:"),
     Mutant("moving/recovery", "        if not _all_in_source(places, move):", "        if False:"),
-    Mutant("moving/recovery", "if position not in finals and content_of(", "if position not in finals or content_of("),
+    Mutant("moving/recovery", "if position not in finals and sha256_at(", "if position not in finals or sha256_at("),
     Mutant(
         "moving/recovery",
         "return status is not None and is_version(status, file.stamp)\n",
@@ -195,9 +191,9 @@ IDENTITIES = (
         "if status is not None and status.st_size == 0 and lstat_at(",
         "if status is not None and lstat_at(",
     ),
-    Mutant("moving/recovery", "if expected and content_of(places.destination, name) == expected:", "if expected:"),
+    Mutant("moving/recovery", "if expected and sha256_at(places.destination, name) == expected:", "if expected:"),
     Mutant("moving/undo", "if is_version(status, file.moved_stamp):", "if True:"),
-    Mutant("moving/undo", "file.content and content_of(folder, file.final) == file.content:", "file.content:"),
+    Mutant("moving/undo", "file.content and sha256_at(folder, file.final) == file.content:", "file.content:"),
 )
 
 APART = (
