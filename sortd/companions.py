@@ -1,8 +1,8 @@
-"""Which files belong to an image by their names: sidecars, films, raws, voice notes; one table, pure.
+"""The table of companions: files that belong to an image by name, such as sidecars, films, raws and voice notes.
 
-A sidecar is named by the stem of its image (``a.xmp``) or by the whole name (``a.jpg.xmp``), depending on the program.
-One that is named by the stem may belong to two images; see osxphotos issue 210. What stands in subfolders
-(``CaptureOne/``, ``NKSC_PARAM/``) or in a catalogue (``.lrcat``, Luminar) is not looked for.
+A program names a sidecar by the stem of its image (``a.xmp``) or by the whole name (``a.jpg.xmp``). One named by the
+stem may belong to two images (osxphotos issue 210). Subfolders (``CaptureOne/``, ``NKSC_PARAM/``) and catalogues
+(``.lrcat``, Luminar) are not supported.
 """
 
 import os
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Flag, auto
 from functools import lru_cache
 
-LONGEST_SUFFIX = 20  # bytes; what follows the last dot counts as part of the stem from here on
+LONGEST_SUFFIX = 20  # bytes; a longer suffix counts as part of the stem
 
 IMAGES = frozenset(
     {
@@ -27,7 +27,7 @@ RAWS = (
 FILMS = (".mov", ".mp4", ".m4v", ".avi", ".3gp", ".mpg", ".mp", ".mv")
 
 _SUPPLEMENTAL = "supplemental-metadata"
-_CUT = 46  # characters that Google Takeout leaves of a sidecar's name, before (1) and .json
+_CUT = 46  # the length to which Google Takeout cuts a sidecar's name, before (1) and .json
 
 _EDITED = "edited|effects|smile|mix|bearbeitet|modifié|modificato|edytowane|bewerkt|編集済み|ha editado|editado|editat"
 _STEM, _SUFFIX, _NUMBER = r"(?P<stem>.+)", r"(?P<suffix>\.[^.]{1,20}?)", r"(?P<number>\(\d+\))"
@@ -37,11 +37,11 @@ _RAW = "(?:" + "|".join(suffix[1:] for suffix in RAWS) + ")"
 
 
 class Kind(Flag):
-    """What a file is to its image."""
+    """The relation of a companion to its image."""
 
     NOTE = 0
-    PAIR = auto()  # a film or a raw: no note about an image but a part of it
-    GUESS = auto()  # an image that another naming gives the file to has it alone
+    PAIR = auto()  # a film or a raw: a part of the image instead of a note about it
+    GUESS = auto()  # applies only if no other naming gives the file to another image
 
 
 PAIR, GUESS = Kind.PAIR, Kind.GUESS
@@ -49,33 +49,22 @@ PAIR, GUESS = Kind.PAIR, Kind.GUESS
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """One way in which a program names what belongs to an image."""
+    """A program's rule for the names of companions."""
 
     program: str
-    pattern: str  # of the whole name, letter case aside; ``stem``, ``suffix`` and ``number`` are those of the image
+    pattern: str  # matches the whole name, ignoring case; ``stem``, ``suffix`` and ``number`` are the image's
     example: tuple[str, str]  # image, companion
     source: str
     kind: Kind = Kind.NOTE
-    stem: str = r"\g<stem>"  # what the pattern says of the image's stem
-    image: str = ""  # the only images that it is for, where they count under another name
+    stem: str = r"\g<stem>"  # the image's stem, as a template for the match
+    image: str = ""  # pattern of the only images that it applies to, which then count as having another name
     counts_as: str = ""
 
 
 NAMINGS = (  # GPTH: GooglePhotosTakeoutHelper
-    Naming(
-        "Lightroom, Camera Raw", rf"{_STEM}\.(?:xmp|acr)", ("a.jpg", "a.xmp"), "Adobe, Metadata basics: XMP sidecars"
-    ),
-    Naming(
-        "Lightroom, Camera Raw", rf"{_STEM}\.(?:xmp|acr)", ("a.jpg", "a.acr"), "Adobe, Camera Raw 16: .acr sidecars"
-    ),
+    Naming("Lightroom, Camera Raw", rf"{_STEM}\.(?:xmp|acr)", ("a.jpg", "a.xmp"), "Adobe: XMP and .acr sidecars"),
     Naming("darktable", rf"{_STEM}{_SUFFIX}\.xmp", ("a.jpg", "a.jpg.xmp"), "darktable manual, sidecar files"),
-    Naming(
-        "darktable",
-        rf"{_STEM}_\d\d{_SUFFIX}\.xmp",
-        ("a.jpg", "a_01.jpg.xmp"),
-        "darktable manual, sidecar files: duplicates are basename_nn.ext.xmp",
-        GUESS,
-    ),
+    Naming("darktable", rf"{_STEM}_\d\d{_SUFFIX}\.xmp", ("a.jpg", "a_01.jpg.xmp"), "the same, duplicates", GUESS),
     Naming("digiKam", rf"{_STEM}{_SUFFIX}\.xmp", ("a.tif", "a.tif.xmp"), "KDE bugs 264007 and 278935, digiKam PR 6"),
     Naming("RawTherapee", rf"{_STEM}{_SUFFIX}\.pp3", ("a.jpg", "a.jpg.pp3"), "rawtherapee(1), -s"),
     Naming("RawTherapee", rf"{_STEM}{_SUFFIX}\.out\.pp3", ("a.jpg", "a.jpg.out.pp3"), "RawPedia, sidecar files"),
@@ -83,9 +72,7 @@ NAMINGS = (  # GPTH: GooglePhotosTakeoutHelper
     Naming("ART", rf"{_STEM}{_SUFFIX}\.arp", ("a.tif", "a.tif.arp"), "ART manual, sidecar files"),
     Naming("DxO PhotoLab", rf"{_STEM}{_SUFFIX}\.dop", ("a.jpg", "a.jpg.dop"), "DxO PhotoLab user guide, sidecar files"),
     Naming("ON1 Photo RAW", rf"{_STEM}\.on1", ("a.jpg", "a.on1"), "ON1 Photo RAW user guide, sidecar files"),
-    Naming(
-        "Capture One", rf"{_STEM}{_SUFFIX}\.co[spf]", ("a.jpg", "a.jpg.cos"), "Capture One, sessions: settings files"
-    ),
+    Naming("Capture One", rf"{_STEM}{_SUFFIX}\.co[spf]", ("a.jpg", "a.jpg.cos"), "Capture One, sessions: settings"),
     Naming("Nikon NX Studio", rf"{_STEM}{_SUFFIX}\.nksc", ("a.jpg", "a.jpg.nksc"), "NX Studio help, adjustment files"),
     Naming("Canon DPP", rf"{_STEM}\.(?:vrd|dr4)", ("a.jpg", "a.vrd"), "exiftool, metadata sidecar files"),
     Naming("exiv2, exiftool", rf"{_STEM}\.(?:exv|mie|exif)", ("a.jpg", "a.exv"), "exiftool, metadata sidecar files"),
@@ -93,96 +80,59 @@ NAMINGS = (  # GPTH: GooglePhotosTakeoutHelper
     Naming("iOS", rf"{_STEM}\.aae", ("IMG_0001.HEIC", "IMG_0001.AAE"), "elodie issue 341, osxphotos PR 1113"),
     Naming("iOS", rf"{_STEM}_O\.aae", ("IMG_0001.HEIC", "IMG_0001_O.AAE"), "makelive issue 36", GUESS),
     Naming(
-        "iOS",
-        r"IMG_[EO](?P<n>\d{4}.*)\.(?:aae|mov)",
-        ("IMG_0001.HEIC", "IMG_O0001.AAE"),
-        "osxphotos issue 2043: the original's adjustments",
-        GUESS,
-        stem=r"IMG_\g<n>",
+        *("iOS", r"IMG_[EO](?P<n>\d{4}.*)\.(?:aae|mov)", ("IMG_0001.HEIC", "IMG_O0001.AAE")),
+        *("osxphotos issue 2043: adjustments of the original", GUESS, r"IMG_\g<n>"),
     ),
     Naming(
-        "iOS",
-        rf"{_STEM}\.aae",
-        ("IMG_E0001.JPG", "IMG_0001.AAE"),
-        "osxphotos PR 1113: the edited version of IMG_0001",
+        *("iOS", rf"{_STEM}\.aae", ("IMG_E0001.JPG", "IMG_0001.AAE"), "osxphotos PR 1113: IMG_0001, edited"),
         image=r"(IMG_)E(\d{4}.*)",
         counts_as=r"\1\2",
     ),
     Naming("iOS Live Photo", rf"{_STEM}\.(?:mov|mp4)", ("IMG_0001.HEIC", "IMG_0001.mov"), "immich issue 4209", PAIR),
     Naming(
-        "iCloud Photos Downloader",
-        rf"{_STEM}_HEVC\.mov",
-        ("IMG_0001.HEIC", "IMG_0001_HEVC.MOV"),
-        "icloud_photos_downloader issues 1043 and 1065",
-        PAIR | GUESS,
+        *("iCloud Photos Downloader", rf"{_STEM}_HEVC\.mov", ("IMG_0001.HEIC", "IMG_0001_HEVC.MOV")),
+        *("icloud_photos_downloader issues 1043 and 1065", PAIR | GUESS),
     ),
     Naming("Samsung", rf"{_STEM}\.(?:mp4|dng)", ("20240101_120000.jpg", "20240101_120000.dng"), "Expert RAW", PAIR),
-    Naming(
-        "cameras, RAW+JPEG", rf"{_STEM}\.{_RAW}", ("DSC_0001.JPG", "DSC_0001.NEF"), "Exif DCF 2.0: DCF objects", PAIR
-    ),
+    Naming("cameras, RAW+JPEG", rf"{_STEM}\.{_RAW}", ("DSC_0001.JPG", "DSC_0001.NEF"), "DCF 2.0: DCF objects", PAIR),
     Naming("cameras", rf"{_STEM}\.(?:m4v|avi|3gp|mpg)", ("DSC_0001.JPG", "DSC_0001.AVI"), "DCF 2.0: DCF objects", PAIR),
+    Naming("cameras", rf"{_STEM}\.(?:thm|wav)", ("DSC_0001.JPG", "DSC_0001.WAV"), "DCF 2.0; Nikon, voice memos"),
     Naming(
-        "cameras", rf"{_STEM}\.(?:thm|wav)", ("DSC_0001.JPG", "DSC_0001.WAV"), "DCF 2.0: thumbnails; Nikon, voice memos"
-    ),
-    Naming(
-        "Canon PowerShot",
-        r"SND_(?P<n>\d{4}.*)\.wav",
-        ("IMG_0001.JPG", "SND_0001.WAV"),
-        "Canon, sound memos",
-        GUESS,
-        stem=r"IMG_\g<n>",
+        *("Canon PowerShot", r"SND_(?P<n>\d{4}.*)\.wav", ("IMG_0001.JPG", "SND_0001.WAV"), "Canon, sound memos"),
+        *(GUESS, r"IMG_\g<n>"),
     ),
     Naming("Google Pixel", rf"{_STEM}\.(?:mp|mv)(?:~\d+)?", ("PXL_1.MP.jpg", "PXL_1.MP"), "GPTH issue 381", PAIR),
     Naming("Google Pixel", rf"{_STEM}\.(?:mp|mv)(?:~\d+)?", ("PXL_1.MP~2.jpg", "PXL_1.MP~2"), "GPTH PR 384", PAIR),
+    Naming("Google Pixel", rf"{_STEM}\.(?:mp4|dng)", ("PXL_1.MP.jpg", "PXL_1.dng"), "memories issue 927", PAIR),
     Naming(
-        "Google Pixel",
-        rf"{_STEM}\.(?:mp4|dng)",
-        ("PXL_1.MP.jpg", "PXL_1.dng"),
-        "memories issue 927: motion photo and raw",
-        PAIR,
-    ),
-    Naming(
-        "Google Pixel",
-        rf"{_STEM}\.dng",
-        ("PXL_1.RAW-01.MP.COVER.jpg", "PXL_1.RAW-02.ORIGINAL.dng"),
-        "Pixel Camera help, RAW+JPEG",
-        PAIR,
+        *("Google Pixel", rf"{_STEM}\.dng", ("PXL_1.RAW-01.MP.COVER.jpg", "PXL_1.RAW-02.ORIGINAL.dng")),
+        *("Pixel Camera help, RAW+JPEG", PAIR),
         image=r"(.+\.RAW-)01(.*?)(?:\.MP)?\.COVER(\.[^.]+)",
         counts_as=r"\g<1>02\2.ORIGINAL\3",
     ),
     Naming(
-        "Google Takeout",
-        rf"{_TITLE}(?:\.{_SUPPLEMENT})?\.json",
-        ("a.jpg", "a.jpg.supplemental-metadata.json"),
+        *("Google Takeout", rf"{_TITLE}(?:\.{_SUPPLEMENT})?\.json", ("a.jpg", "a.jpg.supplemental-metadata.json")),
         "ente PR 4956, GPTH PR 449: any beginning of the word",
     ),
     Naming("Google Takeout", rf"{_STEM}\.json", ("a.jpg", "a.json"), "google-photos-exif: sidecars without the suffix"),
     Naming(
-        "Google Takeout",
-        rf"{_TITLE}(?:\.{_SUPPLEMENT})?{_NUMBER}\.json",
-        ("a(1).jpg", "a.jpg.supplemental-metadata(1).json"),
-        "ente PR 4956, google-takeout-fixer issue 1: the number stands last",
+        *("Google Takeout", rf"{_TITLE}(?:\.{_SUPPLEMENT})?{_NUMBER}\.json"),
+        *(("a(1).jpg", "a.jpg.supplemental-metadata(1).json"), "ente PR 4956, google-takeout-fixer issue 1"),
     ),
     Naming(
-        "Google Takeout",
-        rf"(?P<cut>.{{{_CUT}}}){_NUMBER}?\.json",
+        *("Google Takeout", rf"(?P<cut>.{{{_CUT}}}){_NUMBER}?\.json"),
         ("Urlaub in Knaufspesch in der Schneifel (38).JPG", "Urlaub in Knaufspesch in der Schneifel (38).JP.json"),
-        "GPTH issue 8, memories issue 1559: 51 characters with .json",
-        GUESS,
+        *("GPTH issue 8, memories issue 1559: 51 characters with .json", GUESS),
     ),
     Naming(
-        "Google Takeout",
-        rf"{_TITLE}(?:\.{_SUPPLEMENT})?{_NUMBER}?\.json",
-        ("a-edited.jpg", "a.jpg.json"),
+        *("Google Takeout", rf"{_TITLE}(?:\.{_SUPPLEMENT})?{_NUMBER}?\.json", ("a-edited.jpg", "a.jpg.json")),
         "immich-go, google-takeout.md: an edited image has the sidecar of its original",
         image=rf"(.+)-(?:{_EDITED})((?: ?\(\d+\))*\.[^.]+)",
         counts_as=r"\1\2",
     ),
     Naming("labels, notes", rf"{_STEM}\.(?:txt|xml|json)", ("a.jpg", "a.txt"), "labelImg, LabelMe: a file by the stem"),
     Naming(
-        "downloaders, notes",
-        rf"{_STEM}{_SUFFIX}\.(?:txt|xml|json|wav|thm|aae|on1|acr)",
-        ("a.jpg", "a.jpg.txt"),
+        *("downloaders, notes", rf"{_STEM}{_SUFFIX}\.(?:txt|xml|json|wav|thm|aae|on1|acr)", ("a.jpg", "a.jpg.txt")),
         "gallery-dl, post-processor metadata: a file by the whole name",
     ),
     Naming("instaloader", rf"{_STEM}\.json\.xz", ("a.jpg", "a.json.xz"), "instaloader, metadata files"),
@@ -198,7 +148,7 @@ _CONFLICT = re.compile(
     r"|-(?:DESKTOP|LAPTOP)-[A-Z0-9]{7}(?=\.)",  # OneDrive
     re.IGNORECASE,
 )
-"""What synchronisers put into the name of a second version: no part of the name that it is a version of."""
+"""What synchronisers insert into the name of a conflicting version; removed before matching."""
 
 _COMPILED = tuple(
     (re.compile(pattern, re.IGNORECASE), tuple(naming for naming in NAMINGS if naming.pattern == pattern))
@@ -216,27 +166,27 @@ _OF_EDITED = re.compile(rf"(.+)-(?:{_EDITED})((?: ?\(\d+\))*)", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Companion:
-    """A file that goes where its image goes."""
+    """A file that moves with its image."""
 
     name: str
-    shared: bool  # another image that stays needs it too: it is copied
+    shared: bool  # another image, which stays, needs it as well: it is copied
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a file's name says of its image, by one naming."""
+    """The image to which a file's name refers, by one naming."""
 
     naming: Naming
     stem: str
-    suffix: str | None  # None: an image of any
-    number: str = ""  # stands in the image's stem too
-    is_cut: bool = False  # ``stem`` is only the beginning of the image's name
+    suffix: str | None  # None: any suffix
+    number: str = ""  # also in the image's stem
+    is_cut: bool = False  # ``stem`` is the beginning of the image's name
     is_pair: bool = False
     yields: bool = False
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return stem and suffix of a base name; the suffix has its dot, and ``.MP.jpg`` is one."""
+    """Return stem and suffix (with its dot) of a base name; ``.MP.jpg`` is one suffix."""
     stem, suffix = os.path.splitext(name)
     if len(os.fsencode(suffix)) > LONGEST_SUFFIX:
         return name, ""
@@ -245,20 +195,20 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def fold(name: str) -> str:
-    """Return a name as it is compared where letter case does not count."""
+    """Return a name for comparison without case."""
     return name.casefold()
 
 
 def is_image(name: str) -> bool:
-    """Tell whether a name is that of an image."""
+    """Tell whether a name has the suffix of an image."""
     return os.path.splitext(name)[1].lower() in IMAGES
 
 
 @lru_cache(maxsize=4096)
 def base_of(name: str) -> str:
-    """Return the stem that a file shares with all that belongs to the same image, without its suffixes.
+    """Return the stem that all files of an image have in common.
 
-    ``a.jpg.xmp``, ``a.docx`` and ``a.jpg`` have the same; ``a.jpg(1).json`` has that of ``a(1).jpg``.
+    ``a.jpg.xmp``, ``a.docx`` and ``a.jpg`` have the same base; ``a.jpg(1).json`` has that of ``a(1).jpg``.
     """
     stem, suffix = split_name(name)
     numbers = ""
@@ -275,7 +225,7 @@ def base_of(name: str) -> str:
 
 @lru_cache(maxsize=4096)
 def claims(name: str) -> tuple[Claim, ...]:
-    """Return what a file's name says of the image that it belongs to; nothing for a file that is no companion."""
+    """Return the images to which a file's name refers; none if it is not the name of a companion."""
     if is_image(name):
         return ()
     found = list(_claims(name, yields=False))
@@ -297,7 +247,7 @@ def _claim(naming: Naming, match: re.Match[str], *, yields: bool) -> Claim:
     if "cut" in groups:
         return Claim(naming, groups["cut"], None, number, is_cut=True, yields=yields)
     suffix = groups.get("suffix")
-    # A note about a film or a raw goes where that goes, which is with any image of the stem.
+    # A note about a film or a raw moves with it, and therefore with any image of the stem.
     is_of_pair = suffix is not None and suffix.lower() in _PAIRS
     suffix = None if is_of_pair else suffix
     return Claim(
@@ -311,7 +261,7 @@ def _claim(naming: Naming, match: re.Match[str], *, yields: bool) -> Claim:
 
 
 def claim_on(name: str, image: str) -> Claim | None:
-    """Return by what a file belongs to an image, the surest first; None if it does not."""
+    """Return the most reliable claim of a file on an image; None if it does not belong to it."""
     fitting = [claim for claim in claims(name) if _fits(claim, image)]
     return min(fitting, key=lambda claim: (claim.yields, claim.is_pair), default=None)
 
@@ -339,14 +289,9 @@ def _counted_as(naming: Naming, image: str) -> str | None:
 
 
 def companions_of(image: str, beside: Iterable[str]) -> tuple[Companion, ...]:
-    """Return what belongs to an image.
+    """Return the companions of an image among the regular files ``beside``, at least those that ``near`` finds.
 
-    A film or a raw that a second image shares stays until the last of these images leaves: it is no note about an
-    image but one itself, and is not doubled.
-
-    Args:
-        image: base name of the image.
-        beside: base names of the regular files in its folder, at least those that ``near`` finds.
+    A film or raw shared by several images is not copied; it moves with the last of them.
     """
     others = sorted(set(beside) - {image})
     images = [name for name in others if is_image(name)]
@@ -370,10 +315,9 @@ def owners_of(name: str, beside: Iterable[str]) -> tuple[str, ...]:
 
 
 def near(name: str) -> tuple[tuple[str, bool], ...]:
-    """Return how the names begin, folded, of all that may belong to the same image as this file.
+    """Return the folded beginnings of the names of all files that may belong to the same image.
 
-    Returns:
-        Beginnings, each with whether it is a whole stem: then no letter or digit follows it.
+    Each is paired with whether it is a whole stem, which no letter or digit follows.
     """
     base = fold(base_of(name))
     stems = [base, *sorted(reach(name)), *(f"{one[:-1]}1" for one in reach(name) if one.endswith(".raw-02"))]
@@ -389,7 +333,7 @@ def near(name: str) -> tuple[tuple[str, bool], ...]:
 
 @lru_cache(maxsize=4096)
 def reach(name: str) -> frozenset[str]:
-    """Return the folded stems of what would be taken for a part of the same image, if it stood beside this file."""
+    """Return the folded stems of files that would count as parts of the same image in this file's folder."""
     found = {base_of(name)}
     if not is_image(name):
         return frozenset(fold(stem) for stem in (*found, *(base_of(claim.stem) for claim in claims(name))))
@@ -401,7 +345,7 @@ def reach(name: str) -> frozenset[str]:
 
 
 def starts_of_images(name: str) -> tuple[tuple[str, str], ...]:
-    """Return ranges of names, from the first on and below the second, in which the images of a companion lie."""
+    """Return the ranges (first <= name < second) that contain the images of a companion."""
     ranges = []
     for claim in claims(name):
         base = base_of(claim.stem)
@@ -410,18 +354,13 @@ def starts_of_images(name: str) -> tuple[tuple[str, str], ...]:
             continue
         stems = {claim.stem, base, re.sub(r"\(\d+\)$", "", base), base.replace(".RAW-02", ".RAW-01")}
         stems |= {f"IMG_E{stem[4:]}" for stem in stems if stem.startswith("IMG_")}
-        # What follows a stem is a dot, a hyphen or a bracket: one of the characters from space to slash.
+        # A dot, a hyphen or a bracket follows a stem: a character between space and slash.
         ranges += [(stem, f"{stem}0") for stem in stems]
     return tuple(dict.fromkeys(ranges))
 
 
 def parts_beside(companion: str, image: str) -> tuple[str, str]:
-    """Return two parts of a companion's name: a number that its image gets stands between them.
-
-    Args:
-        companion: base name of a companion of the image, or of any other file that goes with it.
-        image: base name of the image.
-    """
+    """Return the parts of a companion's name before and after the number that is added if a name is taken."""
     stem, suffix = split_name(image)
     claim = claim_on(companion, image)
     if claim is not None and claim.is_cut:
@@ -435,13 +374,7 @@ def parts_beside(companion: str, image: str) -> tuple[str, str]:
 
 
 def name_beside(companion: str, image: str, final: str) -> str:
-    """Return the name that a companion is to have beside an image that got another name than it had.
-
-    Args:
-        companion: its name beside the image's former name.
-        image: the image's former name.
-        final: the image's name now.
-    """
+    """Return the new name of a companion of an image that was renamed from ``image`` to ``final``."""
     if final == image:
         return companion
     (stem, suffix), (new_stem, _) = split_name(image), split_name(final)

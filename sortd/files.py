@@ -1,7 +1,6 @@
-"""Small files of sortd's own, read and written where other people may own the folder; what tells versions apart.
+"""Reading and atomic writing of small files in folders that other users may own; stamps and hashes.
 
-A link, a pipe or a huge file that somebody put under the name of such a file must not be written through, waited for
-or read into memory. What is written is whole or not there, whatever ends the process.
+A link, a pipe or a huge file under the name of such a file must not be written through, waited for or read into memory.
 """
 
 import errno
@@ -11,12 +10,12 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from sortd.events import Stamp
 
-MOST_BYTES = 64 << 20  # the most that a file of settings, facts or a model's configuration may have
+MOST_BYTES = 64 << 20  # default size limit of files with settings, facts or a model's configuration
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -28,14 +27,14 @@ Name = str | os.PathLike[str]
 
 
 @contextmanager
-def open_folder(path: Name) -> Iterator[int]:
-    """Yield a descriptor of a folder whose last component is no symbolic link.
+def open_folder(path: Name, *, follow: bool = False) -> Iterator[int]:
+    """Yield a descriptor of a folder, which must not be a symbolic link unless ``follow``.
 
     Raises:
-        OSError: there is no such folder; ``filename`` is the path.
+        OSError: it cannot be opened; ``filename`` is the path.
     """
     with _naming(path):
-        descriptor = os.open(path, _FOLDER_FLAGS | os.O_NOFOLLOW)
+        descriptor = os.open(path, _FOLDER_FLAGS if follow else _FOLDER_FLAGS | os.O_NOFOLLOW)
     try:
         yield descriptor
     finally:
@@ -43,16 +42,16 @@ def open_folder(path: Name) -> Iterator[int]:
 
 
 def read_regular(path: Name, *, limit: int = MOST_BYTES, folder: int | None = None, follow: bool = False) -> bytes:
-    """Return the content of a regular file without ever waiting for it.
+    """Return the content of a regular file without blocking.
 
     Args:
-        path: the file; with ``folder``, only its last component is used.
-        limit: the most bytes that it may have.
-        folder: descriptor of the folder that it is looked for in.
-        follow: whether it may be a symbolic link.
+        path: the file; with ``folder``, a descriptor, only its last component is used.
+        limit: the largest size in bytes.
+        folder: descriptor of its folder.
+        follow: whether the file may be a symbolic link.
 
     Raises:
-        OSError: it is absent, no regular file, larger than the limit, or cannot be read; ``filename`` is the path.
+        OSError: it is not a regular file, is larger than the limit, or cannot be read; ``filename`` is the path.
     """
     with _naming(path):
         descriptor = open_regular(path, folder=folder, follow=follow)
@@ -64,11 +63,7 @@ def read_regular(path: Name, *, limit: int = MOST_BYTES, folder: int | None = No
 
 
 def open_regular(path: Name, *, folder: int | None = None, follow: bool = False) -> int:
-    """Open a regular file for reading without ever waiting for it, and return its descriptor; see ``read_regular``.
-
-    Raises:
-        OSError: it is absent, no regular file, or cannot be opened; ``filename`` is the path.
-    """
+    """Open a regular file for reading without blocking, and return its descriptor; see ``read_regular``."""
     with _naming(path):
         flags = _READ_FLAGS if follow else _READ_FLAGS | os.O_NOFOLLOW
         try:
@@ -89,19 +84,20 @@ def open_regular(path: Name, *, folder: int | None = None, follow: bool = False)
 def write_atomic(
     path: Name, content: bytes, *, folder: int | None = None, mode: int | None = None, durable: bool = True
 ) -> None:
-    """Put a file in the place of whatever stands under its name, link or not; a reader sees the old one or the new.
+    """Create or replace a file, also a link, atomically.
 
     Args:
         path: the file; with ``folder``, only its last component is used.
-        content: all of it.
-        folder: descriptor of the folder that it is to lie in; else the path's folder is opened, which may be a link.
-        mode: its permissions; 0666 less the umask otherwise.
-        durable: whether it is to survive a power cut before this returns.
+        content: the new content.
+        folder: descriptor of its folder; default: the path's folder, which may be a link.
+        mode: its permissions; default: 0666 without the umask.
+        durable: whether to sync the file and its name.
 
     Raises:
-        OSError: it cannot be written; what stood there is untouched, and ``filename`` is the path.
+        OSError: it cannot be written; an existing file is unchanged, and ``filename`` is the path.
     """
-    with _naming(path), _opened(path, folder) as place:
+    own = nullcontext(folder) if folder is not None else open_folder(os.path.dirname(path) or os.curdir, follow=True)
+    with _naming(path), own as place:
         beside = f".sortd-{secrets.token_hex(8)}.part"
         descriptor = os.open(beside, _WRITE_FLAGS, 0o666 if mode is None else mode, dir_fd=place)
         try:
@@ -114,7 +110,7 @@ def write_atomic(
                     os.fsync(descriptor)
             os.replace(beside, _name(path, place), src_dir_fd=place, dst_dir_fd=place)
         except BaseException:
-            with suppress(OSError):  # whatever refused the writing may refuse this; the name is nobody's
+            with suppress(OSError):  # the disk may refuse this as well; no other file has this name
                 os.unlink(beside, dir_fd=place)
             raise
         if durable:
@@ -126,21 +122,8 @@ def _name(path: Name, folder: int | None) -> str:
 
 
 @contextmanager
-def _opened(path: Name, folder: int | None) -> Iterator[int]:
-    """Yield a descriptor of the folder that a path lies in."""
-    if folder is not None:
-        yield folder
-        return
-    descriptor = os.open(os.path.dirname(path) or os.curdir, _FOLDER_FLAGS)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
 def _naming(path: Name) -> Iterator[None]:
-    """Let every error name the file that it is about, not the descriptor or the temporary name."""
+    """Set the path in every OSError, instead of a descriptor or a temporary name."""
     try:
         yield
     except OSError as error:
@@ -149,10 +132,10 @@ def _naming(path: Name) -> Iterator[None]:
 
 
 def sync_folder(folder: int) -> None:
-    """Make the names in an open folder survive a power cut, where its file system can be asked to.
+    """Sync the names in an open folder, if its file system supports that.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the disk returned an error.
     """
     try:
         os.fsync(folder)
@@ -162,14 +145,10 @@ def sync_folder(folder: int) -> None:
 
 
 def readable_json(facts: object, *, encoding: str | None = "utf-8", **options: Any) -> str:  # noqa: ANN401 -- of json.dumps
-    """Return JSON in which letters of every language stand as they are, so that a name can be searched for.
+    """Return JSON with unescaped letters of every language, so that names can be searched for.
 
-    Escaped are characters that cannot be seen, among them those that paint a terminal, and bytes that are no UTF-8.
-
-    Args:
-        facts: what to write.
-        encoding: of the stream; where it is not UTF-8, everything beyond ASCII is escaped.
-        options: of ``json.dumps``.
+    Characters that are not printable, such as terminal controls, and bytes that are not UTF-8 are escaped; if
+    ``encoding`` is not UTF-8, all characters outside ASCII.
     """
     if (encoding or "utf-8").replace("-", "").lower() != "utf8":
         return json.dumps(facts, **options)
@@ -180,25 +159,22 @@ def readable_json(facts: object, *, encoding: str | None = "utf-8", **options: A
 
 
 def sync_folder_at(path: Name) -> None:
-    """Make the names in a folder survive a power cut.
+    """Sync the names in a folder.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the disk returned an error.
     """
-    descriptor = os.open(path, _FOLDER_FLAGS)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with open_folder(path, follow=True) as folder:
+        os.fsync(folder)
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    """Return the stamp of the version that was looked at."""
+    """Return the stamp of a file's status."""
     return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def sha256_of(file: int | Name) -> str:
-    """Return the sha256, in hexadecimal, of a regular file's bytes, or of an open file's, which stays open.
+    """Return the hexadecimal sha256 of a regular file, or of an open one, which stays open.
 
     Raises:
         OSError: it cannot be read.
@@ -209,7 +185,7 @@ def sha256_of(file: int | Name) -> str:
 
 
 def identity_of(path: Name, *, follow: bool = True) -> tuple[int, int] | None:
-    """Return device and inode of what stands under a path; None where nothing can be seen."""
+    """Return device and inode of a path; None if it does not exist or cannot be read."""
     try:
         found = os.stat(path, follow_symlinks=follow)
     except OSError:

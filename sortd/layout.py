@@ -1,4 +1,4 @@
-"""The layout: which folders a dataset has, where datasets are found, and how absent is told from empty."""
+"""The folders of a dataset, the marker that shows that it is mounted, and the search for datasets."""
 
 import hashlib
 import os
@@ -11,12 +11,11 @@ from sortd.names import rule_for_folder
 
 JOURNAL_FILE = "journal.sqlite"  # in the state folder of a dataset
 
-MARKER = ".sortd"
-"""The folder by which a dataset is known to be mounted; its lock and the pointer to its state live in it."""
+MARKER = ".sortd"  # the folder that shows that a dataset is mounted; contains its lock and the pointer to its state
 
 
 class Area(StrEnum):
-    """The folders of a dataset, by their names on the disk."""
+    """The folders of a dataset by name."""
 
     CLASES = "Clases"
     IMAGES = "Images"
@@ -36,11 +35,11 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """The dataset's name: its folder's."""
+        """The name of the dataset, which is that of its folder."""
         return self.root.name
 
     def area(self, area: Area) -> Path:
-        """Return the path of one of its folders."""
+        """Return the path of a folder of the dataset."""
         return self.root / area.value
 
     @property
@@ -50,53 +49,53 @@ class Layout:
 
     @property
     def is_dataset(self) -> bool:
-        """Tell whether the folder is one: it has a ``Clases/``."""
+        """Whether the folder is a dataset: it has a ``Clases/``."""
         return os.path.isdir(self.area(Area.CLASES))
 
     @property
     def is_present(self) -> bool:
-        """Tell whether its marker is there, a real folder: without it the disk is taken for not mounted."""
-        # False too where the disk answers with an error: as good as absent.
+        """Whether the marker is a folder and not a link; if not, or on an error, the disk counts as not mounted."""
         return os.path.isdir(self.marker) and not os.path.islink(self.marker)
 
     @property
     def key(self) -> str:
-        """What it is known by among the datasets of all roots: its name, and its place since names may repeat."""
+        """A unique name among the datasets of all roots: its name with a hash of its path."""
         place = hashlib.sha256(os.fsencode(os.path.realpath(self.root))).hexdigest()[:8]
         return f"{self.name}-{place}"
 
     def state_folder(self, state: Path) -> Path:
-        """Return the folder of its journal below ``state``."""
+        """Return the dataset's folder in the state directory."""
         return state / self.key
 
     def make(self) -> None:
-        """Make the folders that are missing, and the marker.
+        """Create the missing folders and the marker.
 
         Raises:
-            LayoutError: one of them is a link or a file, or cannot be made.
+            LayoutError: one of them is a link or a file, or cannot be created.
         """
         for folder in (*(self.area(area) for area in Area), self.marker):
             try:
                 folder.mkdir(exist_ok=True)
             except FileExistsError as error:
-                raise LayoutError(f"{folder} is there but is no folder; move it away") from error
+                raise LayoutError(f"{folder} is not a folder; move it away") from error
             except OSError as error:
-                raise LayoutError(f"{folder} cannot be made: {error.strerror}; mend its rights or room") from error
+                said = f"{folder} cannot be created: {error.strerror}; check its permissions and the free space"
+                raise LayoutError(said) from error
             if folder.is_symlink():
                 raise LayoutError(f"{folder} is a symbolic link; sortd moves files only below real folders")
 
     def area_of(self, path: str) -> Area | None:
-        """Tell which of its folders a path lies in, or is; None: none of them."""
+        """Return the folder of the dataset that contains, or is, a path; None: none."""
         prefix = os.fspath(self.root) + os.sep
         first = path.removeprefix(prefix).split(os.sep, 1)[0] if path.startswith(prefix) else ""
         return _AREAS.get(first)
 
 
 def find_datasets(root: Path) -> list[Layout]:
-    """List the datasets below ``root``, by name.
+    """Return the datasets below ``root`` by name.
 
     Raises:
-        LayoutError: ``root`` is missing or cannot be listed.
+        LayoutError: ``root`` does not exist or cannot be listed.
     """
     try:
         with os.scandir(root) as entries:
@@ -111,7 +110,7 @@ def find_datasets(root: Path) -> list[Layout]:
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    """Whether an entry is a folder; one that its disk says nothing about keeps no other from being found."""
+    """Tell whether an entry is a folder; False on an error, so that other datasets are still found."""
     try:
         return entry.is_dir(follow_symlinks=False)
     except OSError:
@@ -119,12 +118,12 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def enclosing_dataset(folder: Path) -> Path | None:
-    """Return the dataset that a folder lies in, through whatever links; None: it lies in none."""
+    """Return the dataset that contains a folder, with links resolved; None: none."""
     return next((above for above in Path(os.path.realpath(folder)).parents if Layout(above).is_dataset), None)
 
 
 def misplaced_root(root: Path) -> str | None:
-    """Say why no dataset can be found below ``root``, and what it should be; None where it may hold some, or does."""
+    """Return why ``root`` cannot contain datasets, with the folder to set; None: it can."""
     around = root if Layout(root).is_dataset else enclosing_dataset(root)
     if around is None:
         return None
@@ -132,6 +131,6 @@ def misplaced_root(root: Path) -> str | None:
         if find_datasets(root):
             return None
     except LayoutError:
-        return None  # whoever lists it says why it cannot be
-    what = "is itself a dataset, which has a Clases/ in it" if around == root else f"lies inside the dataset {around}"
-    return f"{root} {what}: set `root` to {around.parent}, the folder that holds the datasets"
+        return None  # the caller's own listing fails with this error
+    what = "is itself a dataset: it has a Clases/" if around == root else f"lies inside the dataset {around}"
+    return f"{root} {what}; set `root` to {around.parent}, the folder that contains the datasets"

@@ -1,8 +1,8 @@
-"""Names that are not to be looked at: what programs give to unfinished files and to what they keep for themselves.
+"""The table of names that sortd ignores: those that programs give to unfinished and to internal files.
 
-One table, ``RULES``, and two questions. ``rule_for`` judges files and folders of the inbox and inside of class folders.
-``rule_for_folder`` judges a folder that stands for a dataset or a class: there only hidden folders and those of file
-systems, servers and desktops are left out, so that a class may be called ``engine.part`` or ``door.lock``.
+``rule_for`` applies to files and folders in the inbox and below class folders, ``rule_for_folder`` to the folders of
+datasets and classes. The latter ignores only hidden folders and those of file systems, servers and desktops, so that a
+class may be called ``engine.part`` or ``door.lock``.
 """
 
 import re
@@ -12,24 +12,24 @@ from fnmatch import fnmatchcase, translate
 from functools import lru_cache
 
 CLASS_AREAS = frozenset({"Clases", "Dataset", "Review"})
-"""The folders of a dataset whose own folders are named after classes."""
+"""The folders of a dataset that contain a folder for each class."""
 
 
 class Reason(StrEnum):
-    """Why something stays where it is: a word for counting, in the log and in ``sortd status``."""
+    """Why a file stays in the inbox, for the log and for ``sortd status``."""
 
-    UNFINISHED = "unfinished"  # a program has not finished it, or a file beside it says so
+    UNFINISHED = "unfinished"  # by its own name or by a control file
     BACKUP = "backup"
-    SYSTEM = "system"  # kept by a program, a server or the operating system for itself
+    SYSTEM = "system"  # an internal file of a program, a server or the operating system
     HIDDEN = "hidden"
     SYMBOLIC_LINK = "symbolic_link"
     SPECIAL_FILE = "special_file"  # a pipe, a socket, a device
-    HELD = "held"  # undone, and not released since
+    HELD = "held"  # undone and not released
 
 
 @dataclass(frozen=True, slots=True)
 class Why:
-    """Why one file or folder stays where it is."""
+    """The reason why one file or folder stays."""
 
     reason: Reason
     message: str
@@ -37,44 +37,41 @@ class Why:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One program's way of naming what is not the user's finished file."""
+    """The names of one program's unfinished or internal files."""
 
     program: str
-    pattern: str  # A glob, in lower case, for names in any letter case; where there is a regex only for people to read
+    pattern: str  # a glob in lower case, for names in any case; only for display if there is a regex
     example: str
     source: str
     reason: Reason = Reason.UNFINISHED
-    is_control: bool = False
-    """The file describes another one, which has this name without the ending and is unfinished as long as it stands."""
-    regex: str = ""  # for names that a glob does not tell apart; letter case counts
+    is_control: bool = False  # while it exists, the file with this name without the ending is unfinished
+    regex: str = ""  # used instead of the glob, with case
 
     def matches(self, name: str) -> bool:
-        """Tell whether a name is of this kind."""
+        """Tell whether a name matches."""
         if self.regex:
             return re.fullmatch(self.regex, name, re.DOTALL) is not None
         return fnmatchcase(name.lower(), self.pattern)
 
     @property
     def ending(self) -> str:
-        """What follows the other file's name in the name of a control file."""
+        """The suffix that a control file adds to the name of its file."""
         return self.pattern.removeprefix("*")
 
     @property
     def why(self) -> Why:
-        """Say why a file or folder of such a name stays, and what to do if it should not."""
+        """The reason why a file or folder with such a name stays, and what to do to have it filed."""
         match self.reason:
             case Reason.UNFINISHED if self.is_control:
-                said = f"{self.program} keeps in it what is missing of an unfinished file ({self.pattern})"
+                said = f"{self.program} keeps the state of an unfinished file in it ({self.pattern})"
             case Reason.UNFINISHED:
-                said = (
-                    f"{self.program} gives such a name to an unfinished file ({self.pattern}); rename it if it is whole"
-                )
+                said = f"{self.program} names an unfinished file so ({self.pattern}); rename it if it is complete"
             case Reason.BACKUP:
-                said = f"{self.program} gives such a name to a backup ({self.pattern}); rename it to have it filed"
+                said = f"{self.program} names a backup so ({self.pattern}); rename it to have it filed"
             case Reason.SYSTEM:
-                said = f"{self.program} keeps it for itself ({self.pattern})"
+                said = f"it is an internal file of {self.program} ({self.pattern})"
             case _:
-                said = "its name begins with a dot, so it is hidden; rename it to have it filed"
+                said = "it is hidden, because its name begins with a dot; rename it to have it filed"
         return Why(self.reason, said)
 
 
@@ -83,7 +80,7 @@ _IMAGE = r"(?i:jpe?g|jpe|jfif|png|bmp|dib|gif|webp|tiff?|avif|hei[cf])"
 _BACKUP, _SYSTEM, _HIDDEN = Reason.BACKUP, Reason.SYSTEM, Reason.HIDDEN
 
 RULES: tuple[Rule, ...] = (
-    # A file beside another one that says what is missing of it; the other one has its final name and often its size.
+    # Control files: the file itself has its final name and often its final size.
     Rule("aria2", "*.aria2", "IMG_1.jpg.aria2", "aria2c(1), Control File", is_control=True),
     Rule("lftp", "*.lftp-pget-status", "IMG_1.jpg.lftp-pget-status", "lftp(1), pget -c", is_control=True),
     Rule("Axel", "*.st", "IMG_1.jpg.st", "axel.c, axel_open", is_control=True),
@@ -138,15 +135,8 @@ RULES: tuple[Rule, ...] = (
     Rule("Syncthing", "~syncthing~*", "~syncthing~IMG_1.jpg.tmp", "syncthing, lib/fs/tempname.go"),
     Rule("Syncthing", ".st[fiv]*", ".stfolder", "Syncthing docs, Ignoring Files", _SYSTEM),
     Rule("Nextcloud or ownCloud", ".*.~*", ".IMG_1.jpg.~2f1a", "nextcloud/desktop, propagatedownload.cpp"),
-    Rule(
-        "Nextcloud or ownCloud",
-        "*.octransferid*",
-        "IMG_1.jpg.ocTransferId2111130212.part",
-        "nextcloud/server, File.php",
-    ),
-    Rule(
-        "Nextcloud or ownCloud", ".sync_*.db*", ".sync_2f1a3b4c.db-wal", "nextcloud/desktop, syncjournaldb.cpp", _SYSTEM
-    ),
+    Rule("Nextcloud or ownCloud", "*.octransferid*", "a.jpg.ocTransferId2111130212.part", "nextcloud/server, File.php"),
+    Rule("Nextcloud or ownCloud", ".sync_*.db*", ".sync_2f1a3b4c.db-wal", "nextcloud, syncjournaldb.cpp", _SYSTEM),
     Rule("ownCloud", "._sync_*", "._sync_2f1a3b4c.db", "owncloud/client, syncjournaldb.cpp", _SYSTEM),
     Rule("Resilio Sync", "*.!sync", "IMG_1.jpg.!sync", "Resilio Sync"),
     Rule("BitTorrent Sync", "*.bts", "IMG_1.jpg.bts", "BitTorrent Sync 1"),
@@ -202,9 +192,7 @@ RULES: tuple[Rule, ...] = (
     Rule("NFS", ".nfs*", ".nfs0000000000000123", "nfs(5), silly rename", _SYSTEM),
     Rule("FUSE", ".fuse_hidden*", ".fuse_hidden0000012300000001", "libfuse, hard_remove", _SYSTEM),
     # What many programs do.
-    Rule(
-        "Firefox, KDE, yt-dlp or another downloader", "*.part", "IMG_1.jpg.part", "firefox, nsExternalHelperAppService"
-    ),
+    Rule("Firefox, KDE, yt-dlp or another downloader", "*.part", "IMG_1.jpg.part", "firefox, ExternalHelperAppService"),
     Rule("many a program", "*.tmp", "IMG_1.jpg.tmp", "custom"),
     Rule("many a program", "*.temp", "IMG_1.jpg.temp", "custom"),
     Rule("many a program", "*.incomplete", "IMG_1.jpg.incomplete", "custom"),
@@ -214,19 +202,16 @@ RULES: tuple[Rule, ...] = (
     Rule("many a program", "*.uploading", "IMG_1.jpg.uploading", "custom"),
     Rule("many a program", "*.lock", "IMG_1.jpg.lock", "custom", _SYSTEM),
     Rule(
-        "rsync",
-        ".NAME.XXXXXX",
-        ".IMG_1.jpg.Xk3d9Q",
-        "rsync, receiver.c",
+        *("rsync", ".NAME.XXXXXX", ".IMG_1.jpg.Xk3d9Q", "rsync, receiver.c"),
         regex=r"\..+\.(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{6}",
     ),
     Rule("the user", ".*", ".facebook_1.jpg", "ls(1)", _HIDDEN),
 )
-"""Every rule; of those that fit a name the first one counts."""
+"""Every rule; the first match counts."""
 
 CONTROLS: tuple[Rule, ...] = tuple(rule for rule in RULES if rule.is_control)
 
-# A quick look that passes over all but a few names: by what the names of each rule begin or else end with.
+# A fast filter for most names, by the fixed beginning or ending of each rule.
 _FIXED = [(rule, re.split(r"[*\[]", rule.pattern)) for rule in RULES if not rule.regex]
 _BEGINNINGS = tuple({parts[0] for _, parts in _FIXED if parts[0]})
 _ENDINGS = tuple({parts[-1] for _, parts in _FIXED if not parts[0] and parts[-1]})
@@ -242,11 +227,7 @@ _SHAPES = re.compile(
 
 
 def rule_for(name: str) -> Rule | None:
-    """Return why a file or folder of this name, in the inbox or inside of a class, is not looked at; None: it is.
-
-    Args:
-        name: One component of a path, as ``os.fsdecode`` gives it.
-    """
+    """Return the rule by which a base name in the inbox or below a class folder is ignored; None: it is not."""
     lowered = name.lower()
     if not (lowered.startswith(_BEGINNINGS) or lowered.endswith(_ENDINGS) or _SHAPES.fullmatch(name)):
         return None
@@ -254,7 +235,7 @@ def rule_for(name: str) -> Rule | None:
 
 
 def rule_for_folder(name: str) -> Rule | None:
-    """Return why a folder of this name is neither a dataset nor a class; None: it may be one."""
+    """Return the rule by which a folder with this name is not a dataset or class; None: it may be one."""
     rule = rule_for(name)
     if rule is None or name.startswith("."):
         return rule
@@ -262,18 +243,14 @@ def rule_for_folder(name: str) -> Rule | None:
 
 
 def owner_of(path: str) -> str | None:
-    """Return the file or folder that a control file of this name is about; None: it is no control file."""
+    """Return the path of the file that a control file describes; None: it is not a control file."""
     return next((path.removesuffix(rule.ending) for rule in CONTROLS if path.endswith(rule.ending)), None)
 
 
 def rule_below(path: str, root: str) -> tuple[str, Rule] | None:
-    """Return the first folder between a dataset and a path, or the path itself, that is not looked at, and why.
+    """Return the first ignored component below ``root`` of an absolute path, as a path, and its rule.
 
-    Only what lies below ``root`` counts: a dataset may itself live in ``~/.local/share``.
-
-    Args:
-        path: Absolute; of a file or a folder.
-        root: The dataset, or the folder of datasets.
+    ``root``, which is a dataset or the folder of datasets, may itself be in a hidden folder such as ``~/.local``.
     """
     folder, _, name = path.rpartition("/")
     if len(folder) < len(root) or not path.startswith(f"{root}/"):
@@ -286,6 +263,6 @@ def rule_below(path: str, root: str) -> tuple[str, Rule] | None:
     return None if rule is None else (path, rule)
 
 
-@lru_cache(maxsize=1024)  # asked for each event of a storm, most of which are about a few folders
+@lru_cache(maxsize=1024)  # called for each file event, many of which are in few folders
 def _rule_of_folder(folder: str, root: str) -> tuple[str, Rule] | None:
     return rule_below(folder, root)

@@ -151,12 +151,12 @@ def check_journals(folder: Path, *, keeps_files: bool, may_be_open: bool) -> Non
         with History.open(journal) as history:
             assert may_be_open or not history.unfinished()
             records = history.moves(Selection(limit=None)) if keeps_files else []
-        sources = {f"{record.relocation.source}/{record.relocation.image.name}" for record in records}
+        sources = {f"{record.move.source}/{record.move.image.name}" for record in records}
         lost = [
             record.destination_path
             for record in records
-            if record.relocation.image.moved_stamp is not None
-            and record.relocation.image.moved_stamp.inode not in inodes
+            if record.move.image.moved_stamp is not None
+            and record.move.image.moved_stamp.inode not in inodes
             and record.destination_path not in sources
         ]
         assert not lost, f"{journal}: {lost}"

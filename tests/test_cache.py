@@ -80,7 +80,7 @@ def cache(path: Path, reports: list[str]) -> Iterator[Cache]:
 class TestWhatIsRemembered:
     """Embeddings, contents and prototypes come back as they were."""
 
-    def test_embeddings_come_back_bit_for_bit_after_a_restart(self, cache: Cache, path: Path) -> None:
+    def test_cache_embeddings_are_identical_after_a_restart(self, cache: Cache, path: Path) -> None:
         """A row read by another process's cache equals the one put in, and cannot be written to."""
         known = embeddings(3)
         cache.remember_embeddings(known, ENCODER)
@@ -91,7 +91,7 @@ class TestWhatIsRemembered:
         assert all(np.array_equal(found[content], known[content]) for content in known)
         assert all(row.dtype == np.float32 and not row.flags.writeable for row in found.values())
 
-    def test_encoders_do_not_see_each_other(self, cache: Cache) -> None:
+    def test_cache_encoders_are_separate(self, cache: Cache) -> None:
         """An embedding is known to the encoder that made it and to no other."""
         known = embeddings(1)
         cache.remember_embeddings(known, ENCODER)
@@ -101,14 +101,14 @@ class TestWhatIsRemembered:
         assert np.array_equal(cache.embeddings([key], ENCODER)[key], row)
         assert np.array_equal(cache.embeddings([key], "another")[key], -row)
 
-    def test_content_of_a_rewrite_with_its_time_put_back_is_not_known(self, cache: Cache) -> None:
+    def test_cache_content_of_rewrite_with_old_mtime_is_unknown(self, cache: Cache) -> None:
         """Only the time of change tells; it counts where both sides know it."""
         known, rewritten, unknown = (Stamp(1, 2, 3, 4_567, ctime_ns) for ctime_ns in (10, 11, 0))
         cache.remember_contents({("/in/a.jpg", known): "ab" * 32})
         images = [("/in/a.jpg", one) for one in (known, rewritten, unknown)]
         assert cache.contents(images) == {images[0]: "ab" * 32, images[2]: "ab" * 32}
 
-    def test_cache_of_the_version_before_is_kept(self, path: Path, reports: list[str]) -> None:
+    def test_cache_of_the_previous_version_is_kept(self, path: Path, reports: list[str]) -> None:
         """Its contents are believed, and new ones stand beside them with their time of change."""
         with Cache(path) as cache:
             cache.remember_embeddings(embeddings(2), ENCODER)
@@ -124,7 +124,7 @@ class TestWhatIsRemembered:
             assert cache.contents(images) == {images[0]: "ab" * 32, images[1]: "cd" * 32}
         assert reports == []
 
-    def test_a_content_is_known_by_the_stamp_of_its_file(self, cache: Cache) -> None:
+    def test_cache_content_is_found_by_stamp(self, cache: Cache) -> None:
         """An unchanged file, renamed or not, needs no second reading; a changed one does."""
         cache.remember_contents({("/in/a.jpg", STAMP): "ab" * 32})
         changed = Stamp(STAMP.device, STAMP.inode, STAMP.size + 1, STAMP.mtime_ns)
@@ -150,19 +150,19 @@ class TestWhatIsRemembered:
         assert cache.contents([known, ("/in/a.jpg", other)]) == {known: "ab" * 32}
         assert not reports
 
-    def test_times_in_whole_seconds_do_not_identify_a_renamed_file(self, cache: Cache) -> None:
+    def test_cache_renamed_file_with_whole_seconds_is_unknown(self, cache: Cache) -> None:
         """Where a file system keeps seconds only, an inode used again could pass for the file before it."""
         coarse = Stamp(1, 2, 3, 4_000_000_000)
         cache.remember_contents({("/in/a.bmp", coarse): "ab" * 32})
         assert cache.contents([("/in/a.bmp", coarse), ("/in/b.bmp", coarse)]) == {("/in/a.bmp", coarse): "ab" * 32}
 
-    def test_a_name_that_is_no_utf8_is_remembered(self, cache: Cache) -> None:
+    def test_cache_name_that_is_not_utf8_is_stored(self, cache: Cache) -> None:
         """Paths are bytes in truth."""
         image = (os.fsdecode(b"/in/\xff\xfe\n.jpg"), Stamp(1, 2, 3, 4_000_000_000))
         cache.remember_contents({image: "cd" * 32})
         assert cache.contents([image]) == {image: "cd" * 32}
 
-    def test_prototypes_come_back_whole(self, cache: Cache, path: Path) -> None:
+    def test_cache_prototypes_are_identical_after_a_restart(self, cache: Cache, path: Path) -> None:
         """Arrays, labels that are no UTF-8, settings and calibration survive a restart; the newest set wins."""
         cache.remember_prototypes("Tornillos", prototypes(("a", "b", "c")))
         cache.remember_prototypes("Tornillos", prototypes())
@@ -171,7 +171,7 @@ class TestWhatIsRemembered:
             assert same(again.prototypes("Tornillos"), prototypes())
             assert again.prototypes("Ropa") is None
 
-    def test_nothing_asked_is_nothing_answered(self, cache: Cache) -> None:
+    def test_cache_empty_query_returns_nothing(self, cache: Cache) -> None:
         """Empty batches are no special case."""
         cache.remember_embeddings({}, ENCODER)
         cache.remember_contents({})
@@ -182,7 +182,7 @@ class TestWhatIsRemembered:
 class TestDamage:
     """A flipped byte means that it is computed again."""
 
-    def test_a_flipped_byte_in_a_row_hides_that_row_only(self, cache: Cache, path: Path) -> None:
+    def test_cache_damaged_row_is_ignored(self, cache: Cache, path: Path) -> None:
         """The others are still known, and writing the row again heals it."""
         known = embeddings(5)
         cache.remember_embeddings(known, ENCODER)
@@ -209,7 +209,7 @@ class TestDamage:
             "UPDATE embeddings SET content = 'text'",
         ],
     )
-    def test_cache_row_of_another_type_ends_nothing(self, path: Path, reports: list[str], damage: str) -> None:
+    def test_cache_row_of_another_type_is_no_error(self, path: Path, reports: list[str], damage: str) -> None:
         """A flipped bit makes a number of a text: as if it were not there, or the file is set aside."""
         ((content, row),) = embeddings(1).items()
         image = ("/in/a.jpg", Stamp(1, 2, 3, 4_000_000_000))
@@ -227,7 +227,7 @@ class TestDamage:
             cache.remember_contents({image: content})
             assert cache.contents([image]) == {image: content}
 
-    def test_a_row_under_another_key_is_not_believed(self, cache: Cache, path: Path) -> None:
+    def test_cache_row_under_another_key_is_ignored(self, cache: Cache, path: Path) -> None:
         """The checksum covers the content's hash: an embedding that slipped to another image is no embedding of it."""
         known = embeddings(1)
         cache.remember_embeddings(known, ENCODER)
@@ -237,7 +237,7 @@ class TestDamage:
         assert cache.embeddings(["00" * 32], ENCODER) == {}
 
     @pytest.mark.parametrize("seed", range(12))
-    def test_random_damage_never_gives_garbage(self, path: Path, reports: list[str], seed: int) -> None:
+    def test_cache_random_damage_returns_no_wrong_values(self, path: Path, reports: list[str], seed: int) -> None:
         """Whatever bytes of the file are flipped, each row read is right or absent, and the cache works on."""
         known = embeddings(40, dimensions=64)
         with Cache(path) as cache:
@@ -255,7 +255,7 @@ class TestDamage:
             assert all(np.array_equal(row, known[key]) for key, row in again.items())
 
     @pytest.mark.parametrize("content", [b"not a database at all, but long enough to be read as one" * 50, b"SQLite"])
-    def test_a_file_that_is_no_cache_is_set_aside(self, path: Path, reports: list[str], content: bytes) -> None:
+    def test_cache_other_file_is_renamed(self, path: Path, reports: list[str], content: bytes) -> None:
         """It is kept under another name, said so once, and a new cache begun."""
         path.parent.mkdir()
         path.write_bytes(content)
@@ -266,7 +266,7 @@ class TestDamage:
         assert len(reports) == 1
         assert str(path) in reports[0]
 
-    def test_a_cache_of_another_version_is_set_aside(self, path: Path, reports: list[str]) -> None:
+    def test_cache_of_another_version_is_renamed(self, path: Path, reports: list[str]) -> None:
         """Tables of a later sortd are not guessed at."""
         with Cache(path) as cache:
             cache.remember_embeddings(embeddings(2), ENCODER)
@@ -278,7 +278,7 @@ class TestDamage:
         assert "schema 99" in reports[0]
 
     @pytest.mark.parametrize("position", [0, 20, 84, 90, 400, -1])
-    def test_damaged_prototypes_are_no_prototypes(
+    def test_cache_damaged_prototypes_are_ignored(
         self, cache: Cache, path: Path, reports: list[str], position: int
     ) -> None:
         """A flipped byte anywhere in the file means a rebuild."""
@@ -290,7 +290,7 @@ class TestDamage:
         assert cache.prototypes("Tornillos") is None
         assert str(file) in reports[0]
 
-    def test_cut_prototypes_are_no_prototypes(self, cache: Cache, path: Path) -> None:
+    def test_cache_truncated_prototypes_are_ignored(self, cache: Cache, path: Path) -> None:
         """A file that a crash cut short, at any length, means a rebuild."""
         cache.remember_prototypes("Tornillos", prototypes())
         (file,) = (path.parent / "prototypes").iterdir()
@@ -299,7 +299,7 @@ class TestDamage:
             file.write_bytes(content[:length])
             assert cache.prototypes("Tornillos") is None
 
-    def test_prototypes_of_another_format_are_said_to_be_that(
+    def test_cache_prototypes_of_another_format_are_reported(
         self, cache: Cache, path: Path, reports: list[str]
     ) -> None:
         """An update is no damage: what is told is that another version wrote them."""
@@ -309,7 +309,9 @@ class TestDamage:
         assert cache.prototypes("Tornillos") is None
         assert "another version of sortd wrote them" in reports[-1]
 
-    def test_prototypes_of_an_older_sortd_are_no_prototypes(self, cache: Cache, path: Path, reports: list[str]) -> None:
+    def test_cache_prototypes_of_an_older_version_are_ignored(
+        self, cache: Cache, path: Path, reports: list[str]
+    ) -> None:
         """Whole, but of another shape: they are built anew."""
         cache.remember_prototypes("Tornillos", prototypes())
         (file,) = (path.parent / "prototypes").iterdir()
@@ -319,7 +321,7 @@ class TestDamage:
             assert cache.prototypes("Tornillos") is None
         assert str(file) in reports[0]
 
-    def test_python_objects_are_not_written(self) -> None:
+    def test_packed_python_objects_are_refused(self) -> None:
         """Nothing is pickled, so an array of objects is refused when it is written, not when it is read."""
         with pytest.raises(ValueError, match="neither numbers nor text"):
             packed({"objects": np.array([object()])}, {})
@@ -328,7 +330,7 @@ class TestDamage:
 class TestTaken:
     """The cache may be deleted at any time, and the disk may refuse."""
 
-    def test_deleted_while_open_it_begins_anew(self, cache: Cache, path: Path, reports: list[str]) -> None:
+    def test_cache_deleted_while_open_is_created_again(self, cache: Cache, path: Path, reports: list[str]) -> None:
         """Its whole folder may go; the next write makes another."""
         known = embeddings(3)
         cache.remember_embeddings(known, ENCODER)
@@ -344,7 +346,7 @@ class TestTaken:
         assert reports == []
 
     @pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
-    def test_each_file_may_be_deleted_alone(self, path: Path, reports: list[str], suffix: str) -> None:
+    def test_cache_deletion_of_one_file_is_no_error(self, path: Path, reports: list[str], suffix: str) -> None:
         """Without one of the files that make it up, rows are right or absent and writing works."""
         known = embeddings(30)
         with Cache(path, report=reports.append) as cache:
@@ -356,7 +358,7 @@ class TestTaken:
             assert more.keys() <= found.keys()
             assert all(np.array_equal(row, {**known, **more}[key]) for key, row in found.items())
 
-    def test_overwritten_while_open_it_heals(self, cache: Cache, path: Path, reports: list[str]) -> None:
+    def test_cache_overwritten_while_open_is_replaced(self, cache: Cache, path: Path, reports: list[str]) -> None:
         """Garbage written into the open file is noticed, told and left behind."""
         known = embeddings(200)
         cache.remember_embeddings(known, ENCODER)
@@ -371,7 +373,7 @@ class TestTaken:
         assert cache.embeddings(known, ENCODER).keys() == known.keys()
         assert all("damaged" in report for report in reports)
 
-    def test_a_folder_that_cannot_be_made_is_told_once(self, tmp_path: Path, reports: list[str]) -> None:
+    def test_cache_missing_folder_is_reported_once(self, tmp_path: Path, reports: list[str]) -> None:
         """Where a file stands in the way, everything is answered as unknown."""
         blocker = tmp_path / "cache"
         blocker.write_text("in the way")
@@ -382,12 +384,12 @@ class TestTaken:
             assert cache.contents([("/a", STAMP)]) == {}
             assert cache.facts().embeddings == 0
             assert len(reports) == 1
-            assert "working without it" in reports[0]
+            assert "works without it" in reports[0]
             cache.remember_prototypes("Tornillos", prototypes())
             assert cache.prototypes("Tornillos") is None
         assert all(str(tmp_path) in report for report in reports)
 
-    def test_a_full_disk_is_told_once_until_there_is_room_again(self, cache: Cache, reports: list[str]) -> None:
+    def test_cache_full_disk_is_reported_once(self, cache: Cache, reports: list[str]) -> None:
         """What is there is still read, nothing more is written, and when there is room it is."""
         known = embeddings(3)
         cache.remember_embeddings(known, ENCODER)
@@ -404,7 +406,7 @@ class TestTaken:
         cache.remember_embeddings(more, ENCODER)
         assert cache.embeddings(more, ENCODER).keys() == more.keys()
 
-    def test_a_disk_that_takes_no_more_bytes_stops_nothing(self, cache: Cache, path: Path, reports: list[str]) -> None:
+    def test_cache_full_disk_is_no_error(self, cache: Cache, path: Path, reports: list[str]) -> None:
         """Refused by the kernel in the middle of a write, rows and prototypes from before are still read."""
         known = embeddings(3)
         cache.remember_embeddings(known, ENCODER)
@@ -421,7 +423,7 @@ class TestTaken:
         assert len(list((path.parent / "prototypes").iterdir())) == 1
         assert len(reports) == 2
 
-    def test_closing_twice_is_no_mistake(self, cache: Cache) -> None:
+    def test_cache_close_is_idempotent(self, cache: Cache) -> None:
         """Whoever made it closes it, and a with statement does too."""
         cache.close()
         cache.close()
@@ -430,7 +432,7 @@ class TestTaken:
 class TestSize:
     """It stays within its limit, and it is fast."""
 
-    def test_beyond_the_limit_the_least_used_rows_go(self, path: Path) -> None:
+    def test_cache_above_the_limit_least_recently_used_rows_are_removed(self, path: Path) -> None:
         """What was asked for today outlives what nobody asked for."""
         day = [1.0]
         with Cache(path, max_bytes=400_000, clock=lambda: day[0] * 86_400) as cache:
@@ -444,7 +446,7 @@ class TestSize:
             assert cache.facts().size_bytes <= 400_000
             assert len(cache.embeddings(wanted, ENCODER)) > len(cache.embeddings(old, ENCODER))
 
-    def test_contents_without_an_embedding_go_too(self, path: Path) -> None:
+    def test_cache_contents_without_embeddings_are_pruned(self, path: Path) -> None:
         """Pruning leaves no stamp that leads nowhere."""
         with Cache(path, max_bytes=100_000) as cache:
             for seed in range(8):
@@ -456,7 +458,7 @@ class TestSize:
             facts = cache.facts()
         assert facts.contents <= facts.embeddings < 160
 
-    def test_ten_thousand_rows_are_read_without_asking_for_each(self, cache: Cache) -> None:
+    def test_cache_many_rows_need_few_queries(self, cache: Cache) -> None:
         """A restart with 10,000 references reads their rows in a few statements, not in one for each."""
         known = embeddings(10_000)
         images = {(f"/r/{key}", Stamp(1, index, 1, 1)): key for index, key in enumerate(known)}
@@ -471,7 +473,7 @@ class TestSize:
         assert 0 < len(statements) < 200
 
 
-def test_another_process_reads_and_writes_meanwhile(cache: Cache, path: Path, reports: list[str]) -> None:
+def test_cache_other_process_reads_and_writes(cache: Cache, path: Path, reports: list[str]) -> None:
     """The daemon and a command share the file: both write, nobody waits for long, every row of both is there."""
     theirs, ours = embeddings(200, seed=1), embeddings(200, seed=2)
     program = """

@@ -25,7 +25,7 @@ from sortd.commands.check_references import calibration_findings
 from sortd.commands.examination import evaluate_datasets
 from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, load
-from sortd.daemon.dataset_lock import hold
+from sortd.daemon.dataset_lock import open_dataset
 from sortd.layout import MARKER, Area, Layout
 from sortd.store.cache import PrototypeFiles
 from sortd.store.journal import Journal
@@ -129,9 +129,9 @@ class TestWhole:
 
     def test_check_damaged_journal_is_an_error_with_its_mend(self, site: Path, look: Check, tmp_path: Path) -> None:
         """Before any sortd runs into it."""
-        with hold(Layout(site), tmp_path / "state") as holding:
-            journal = holding.journal.path
-            holding.journal.note("any", "fact")
+        with open_dataset(Layout(site), tmp_path / "state") as opened:
+            journal = opened.journal.path
+            opened.journal.note("any", "fact")
         assert not about(look(), Topic.PROCESS, "journal", severity=Severity.ERROR)
         journal.write_bytes(b"garbage" * 1000)
         assert about(look(), Topic.PROCESS, str(journal), "is damaged", "move it aside", severity=Severity.ERROR)
@@ -532,7 +532,7 @@ class TestProcesses:
         layout = Layout(site)
         assert lock_holder(layout.marker / "lock") is None
         Journal(layout.state_folder(tmp_path / "other") / "journal.sqlite").close()
-        with hold(layout, tmp_path / "other"):
+        with open_dataset(layout, tmp_path / "other"):
             assert lock_holder(layout.marker / "lock") == os.getpid()
             assert about(look(), Topic.PROCESS, f"pid {os.getpid()}", severity=Severity.WARNING)
         assert about(look(), Topic.PROCESS, "pid") == []

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from sortd.config import load
 from sortd.core.schedule import RETRY_SECONDS
-from sortd.daemon.dataset_lock import hold
+from sortd.daemon.dataset_lock import open_dataset
 from sortd.daemon.datasets import (
     DESCRIPTORS_OF_A_DATASET,
     Datasets,
@@ -144,22 +144,22 @@ def locked(journal: Path) -> Callable[[], object]:
 def taken(place: Place) -> Callable[[], object]:
     """Let another sortd, with another state directory, work on a dataset."""
     other = ExitStack()
-    other.enter_context(hold(place.layout("Bad"), place.folder / "other"))
+    other.enter_context(open_dataset(place.layout("Bad"), place.folder / "other"))
     return other.close
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda it: replaced(it.layout("Bad").root / "Images", Path.touch), "Images is there but is no folder"),
+        (lambda it: replaced(it.layout("Bad").root / "Images", Path.touch), "Images is not a folder"),
         (lambda it: linked(it.layout("Bad").root / "Images"), "Images is a symbolic link"),
-        (lambda it: looped(it.layout("Bad").root / "Review"), "Review is there but is no folder|symbolic link"),
+        (lambda it: looped(it.layout("Bad").root / "Review"), "Review is not a folder|symbolic link"),
         (lambda it: linked(it.layout("Bad").marker), r"\.sortd is a symbolic link"),
-        (lambda it: replaced(it.layout("Bad").marker, Path.touch), r"\.sortd is there but is no folder"),
+        (lambda it: replaced(it.layout("Bad").marker, Path.touch), r"\.sortd is not a folder"),
         (lambda it: replaced(it.layout("Bad").marker / "lock", Path.mkdir), "lock cannot be"),
         (lambda it: looped(it.layout("Bad").marker / "lock"), "lock cannot be"),
         (taken, "another sortd works on"),
-        (lambda it: replaced(it.journal("Bad").parent, Path.touch), "cannot be made"),
+        (lambda it: replaced(it.journal("Bad").parent, Path.touch), "cannot be created"),
         (lambda it: replaced(it.journal("Bad"), Path.mkdir), "Is a directory"),
         (lambda it: replaced(it.journal("Bad"), lambda path: path.write_bytes(b"x" * 5000)), "the journal is damaged"),
         (lambda it: forged(it.journal("Bad"), "PRAGMA user_version = 9", "PRAGMA user_version = 1"), "has version 9"),
@@ -167,7 +167,7 @@ def taken(place: Place) -> Callable[[], object]:
             lambda it: forged(
                 it.journal("Bad"), "UPDATE moves SET progress = 'flown'", "UPDATE moves SET progress = 'done'"
             ),
-            "record 1 says 'flown'",
+            "record 1 has the unknown value 'flown'",
         ),
         (
             lambda it: forged(
@@ -185,7 +185,7 @@ def taken(place: Place) -> Callable[[], object]:
             ),
             "the fact corrections_scanned_at is ''",
         ),
-        (lambda it: locked(it.journal("Bad")), "another program keeps the journal locked"),
+        (lambda it: locked(it.journal("Bad")), "another program has locked the journal"),
     ],
 )
 def test_discover_dataset_that_cannot_be_opened_is_held_and_the_rest_is_served(
@@ -206,7 +206,7 @@ def test_discover_dataset_that_cannot_be_opened_is_held_and_the_rest_is_served(
     assert set(place.collection.by_name) == {"Bad", "Good"}
     assert not place.collection.held
     assert 'sortd_dataset_held{dataset="Bad"} 0.0' in place.metrics.text()
-    with pytest.raises(AlreadyRunningError), hold(place.layout("Bad"), place.state):
+    with pytest.raises(AlreadyRunningError), open_dataset(place.layout("Bad"), place.state):
         pass
 
 
@@ -224,8 +224,8 @@ def test_discover_another_cause_is_said_anew(place: Place) -> None:
 def test_discover_every_dataset_taken_by_another_sortd_ends_the_start(place: Place) -> None:
     """There is nothing to wait for but the other one's end: it is said, with the exit code to try again."""
     with (
-        hold(place.layout("Bad"), place.folder / "other"),
-        hold(place.layout("Good"), place.folder / "other"),
+        open_dataset(place.layout("Bad"), place.folder / "other"),
+        open_dataset(place.layout("Good"), place.folder / "other"),
         pytest.raises(AlreadyRunningError, match="another sortd works on"),
     ):
         place.collection.discover()
@@ -268,7 +268,7 @@ def test_isolated_journal_that_fails_in_the_middle_of_a_move_is_recovered_when_i
     assert list(place.collection) == [good]
     assert "fault" in place.collection.held["Bad"].cause
     assert place.asked[-1] == Forget(bad.identity)
-    with hold(place.layout("Bad"), place.folder / "other"):
+    with open_dataset(place.layout("Bad"), place.folder / "other"):
         pass  # its locks were given back
     execute(place.journal("Bad"), "DROP TRIGGER fault")
     assert place.held_lines() == []
@@ -335,7 +335,7 @@ def test_discover_journal_that_was_removed_is_begun_anew(place: Place, hurt: Cal
     place.collection.discover()
     hurt(place.journal("Bad"))
     (line,) = place.held_lines()
-    assert "was removed or replaced while it was open" in line
+    assert "was removed or replaced while open" in line
     assert place.held_lines() == []
     place.collection.by_name["Bad"].mover.hold(str(place.layout("Bad").root / "Images" / "a.png"), STAMP, "undone")
     with History.open(place.journal("Bad")) as history:
@@ -358,5 +358,5 @@ def test_close_journal_that_fails_lets_the_others_be_closed(place: Place) -> Non
     execute(place.journal("Bad"), "DROP TABLE facts")
     place.collection.close()
     for name in ("Bad", "Good"):
-        with hold(place.layout(name), place.folder / "other"):
+        with open_dataset(place.layout(name), place.folder / "other"):
             pass

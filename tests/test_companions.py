@@ -163,7 +163,7 @@ def test_conflict_copy_of_a_sidecar_belongs(mark: str) -> None:
         *("a (2).xmp", "a_1.jpg.xmp", "a_001.jpg.xmp", "a-1.xmp", "a.b.xmp", "b.jpg_original", "a_original"),
     ],
 )
-def test_what_does_not_belong_stays(other: str) -> None:
+def test_companions_of_unrelated_files_are_not_included(other: str) -> None:
     """Another stem, another kind of file, another image and its own sidecar."""
     assert found("a.jpg", other) == {}
 
@@ -199,7 +199,7 @@ def test_image_is_not_its_own_companion() -> None:
 
 
 @pytest.mark.parametrize("name", ["a.doc", "a.jpg", "a", ".xmp", "a.xmp.doc", "jpg", "a.lrcat"])
-def test_what_is_no_companion_names_no_image(name: str) -> None:
+def test_claims_other_file_has_none(name: str) -> None:
     """Nobody looks for the image of a document, or of an image."""
     assert claims(name) == ()
 

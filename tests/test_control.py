@@ -11,7 +11,7 @@ import pytest
 
 from sortd.daemon import control
 from sortd.daemon.control import Reply, Request, RequestError, Steps
-from sortd.daemon.dataset_lock import Holding, hold
+from sortd.daemon.dataset_lock import OpenDataset, open_dataset
 from sortd.daemon.datasets import Datasets, Held
 from sortd.errors import AlreadyRunningError, DataError, JournalError, StorageError
 from sortd.events import Event, ImageGone, ImageHeld, Released
@@ -27,7 +27,7 @@ from tests.filed_images import file_images
 class AtWork:
     """A dataset of a daemon, with the real filing and journal, that writes down what its core is told."""
 
-    holding: Holding
+    opened: OpenDataset
     told: list[Event] = field(default_factory=list)
     rebuilds: list[bool] = field(default_factory=list)
     name: str = "Colours"
@@ -36,21 +36,21 @@ class AtWork:
     @property
     def layout(self) -> Layout:
         """Its folders."""
-        return self.holding.layout
+        return self.opened.layout
 
     @property
     def mover(self) -> Mover:
         """What moves its files."""
-        return self.holding.filing
+        return self.opened.mover
 
     @property
     def history(self) -> History:
         """What its journal can be asked."""
-        return self.holding.journal.history
+        return self.opened.journal.history
 
     def lock_problem(self) -> str | None:
         """Why another sortd has it now."""
-        return self.holding.lock_problem()
+        return self.opened.lock_problem()
 
     def receive(self, event: Event) -> None:
         """Write it down."""
@@ -98,8 +98,8 @@ def dataset(tmp_path: Path) -> Iterator[AtWork]:
     """A dataset at work into which two images were filed."""
     folder = make_dataset(tmp_path / "Data")
     file_images(folder, tmp_path / "state", {"a.png": "red", "b.png": "blue"})
-    with hold(Layout(folder), tmp_path / "state") as holding:
-        yield AtWork(holding)
+    with open_dataset(Layout(folder), tmp_path / "state") as opened:
+        yield AtWork(opened)
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def test_answer_journal_that_fails_holds_its_dataset(
     daemon: Daemon, dataset: AtWork, monkeypatch: pytest.MonkeyPatch, ask: str
 ) -> None:
     """Whatever is asked: the daemon learns which dataset failed, and whoever asks learns why."""
-    journal = dataset.holding.journal
+    journal = dataset.opened.journal
     monkeypatch.setattr(dataset, "rebuild", lambda *, force: journal.note("forced", str(force)))
     requests: dict[str, dict[str, object]] = {
         "undo": undo(dataset, 1),
@@ -297,7 +297,7 @@ def test_undo_in_a_dataset_that_another_sortd_took_is_refused(daemon: Daemon, da
     """Two processes would move files; a dry run moves none."""
     shutil.rmtree(dataset.layout.marker)
     dataset.layout.make()
-    with hold(dataset.layout, tmp_path / "other"):
+    with open_dataset(dataset.layout, tmp_path / "other"):
         with pytest.raises(AlreadyRunningError, match="another sortd works on"):
             done(answer(daemon, undo(dataset, 1)))
         assert len(done(answer(daemon, undo(dataset, 1, dry_run=True)))["undone"]) == 1

@@ -37,10 +37,10 @@ def order(name: str) -> MoveOrder:
 def name_of(message: Copied | CopyFailed | CopyQueueDied) -> str:
     """Return the name of the image that was copied."""
     assert isinstance(message, Copied)
-    return message.orders[0].relocation.token
+    return message.orders[0].move.token
 
 
-def test_a_copy_is_made_in_a_thread_of_its_own_and_told(copier: CopyQueue, inbox: Inbox) -> None:
+def test_copy_queue_copy_runs_in_its_own_thread(copier: CopyQueue, inbox: Inbox) -> None:
     """Nothing is answered at once; the thread has a name, and the dataset's stands in what it tells."""
     threads: list[str] = []
     asked = order("a.jpg")
@@ -49,15 +49,15 @@ def test_a_copy_is_made_in_a_thread_of_its_own_and_told(copier: CopyQueue, inbox
         threads.append(threading.current_thread().name)
         return asked
 
-    assert copier.seat(DatasetId("Cats")).submit(job) == []
+    assert copier.client(DatasetId("Cats")).submit(job) == []
     assert inbox.get(timeout=60) == Copied(DatasetId("Cats"), (asked,))
     assert threads == ["copier"]
 
 
-def test_datasets_take_turns(copier: CopyQueue, inbox: Inbox) -> None:
+def test_copy_queue_datasets_take_turns(copier: CopyQueue, inbox: Inbox) -> None:
     """A dump of a hundred films into one dataset makes another wait for one of them."""
     gate = threading.Event()
-    many, few = copier.seat(DatasetId("Many")), copier.seat(DatasetId("Few"))
+    many, few = copier.client(DatasetId("Many")), copier.client(DatasetId("Few"))
 
     def first() -> MoveOrder:
         gate.wait(60)
@@ -73,62 +73,62 @@ def test_datasets_take_turns(copier: CopyQueue, inbox: Inbox) -> None:
     assert [name for name in told if name != "few"] == [f"many {number}" for number in range(100)]
 
 
-def test_whoever_leaves_waits_for_the_copy_at_hand_and_for_no_other(copier: CopyQueue, inbox: Inbox) -> None:
+def test_copy_queue_closed_client_waits_for_its_own_copy_only(copier: CopyQueue, inbox: Inbox) -> None:
     """Afterwards its journal may be closed: nothing of it is under way; another dataset's copies go on."""
     begun = threading.Event()
-    going, staying = copier.seat(DatasetId("Going")), copier.seat(DatasetId("Staying"))
+    going, staying = copier.client(DatasetId("Going")), copier.client(DatasetId("Staying"))
 
     def long() -> MoveOrder:
         begun.set()
-        while not going.is_left:
+        while not going.is_interrupted:
             pass
         return order("interrupted")
 
     going.submit(long)
     staying.submit(lambda: order("staying"))
     assert begun.wait(60)
-    going.leave()
-    assert copier.in_hand is None or copier.in_hand.seat is staying
+    going.close()
+    assert copier.current is None or copier.current.client is staying
     assert {name_of(inbox.get(timeout=60)) for _ in range(2)} == {"interrupted", "staying"}
-    assert (going.is_left, staying.is_left) == (True, False)
-    staying.leave()
+    assert (going.is_interrupted, staying.is_interrupted) == (True, False)
+    staying.close()
 
 
-def test_a_stop_interrupts_every_seat(copier: CopyQueue, inbox: Inbox) -> None:
+def test_copy_queue_stop_interrupts_every_client(copier: CopyQueue, inbox: Inbox) -> None:
     """What comes later is answered at once, as interrupted, and starts no thread."""
-    seat = copier.seat(DatasetId("Cats"))
+    client = copier.client(DatasetId("Cats"))
     copier.interrupt()
-    (told,) = seat.submit(lambda: order("b.jpg").troubled(BusyError(str(seat.is_left))))
-    assert str(told.trouble) == "True"
+    (told,) = client.submit(lambda: order("b.jpg").with_error(BusyError(str(client.is_interrupted))))
+    assert str(told.error) == "True"
     assert inbox.empty()
 
 
-def test_copier_failed_copy_is_told_and_the_others_go_on(copier: CopyQueue, inbox: Inbox) -> None:
+def test_copy_queue_failed_copy_is_posted_and_others_continue(copier: CopyQueue, inbox: Inbox) -> None:
     """A journal that cannot be written is told with its dataset; an image of another one is copied after it."""
     refused = JournalError("the journal's disk is full")
 
     def job() -> MoveOrder:
         raise refused
 
-    copier.seat(DatasetId("Cats")).submit(job)
-    copier.seat(DatasetId("Dogs")).submit(lambda: order("b.jpg"))
+    copier.client(DatasetId("Cats")).submit(job)
+    copier.client(DatasetId("Dogs")).submit(lambda: order("b.jpg"))
     assert inbox.get(timeout=60) == CopyFailed(DatasetId("Cats"), refused)
     assert name_of(inbox.get(timeout=60)) == "b.jpg"
 
 
-def test_a_copier_that_dies_says_of_what(copier: CopyQueue, inbox: Inbox) -> None:
+def test_copy_queue_death_of_the_thread_is_posted(copier: CopyQueue, inbox: Inbox) -> None:
     """The loop raises what ended the thread."""
 
     def job() -> MoveOrder:
         raise SystemExit
 
-    copier.seat(DatasetId("Cats")).submit(job)
+    copier.client(DatasetId("Cats")).submit(job)
     told = inbox.get(timeout=60)
     assert isinstance(told, CopyQueueDied)
     assert isinstance(told.error, SystemExit)
 
 
-def test_without_a_copy_there_is_no_thread(inbox: Inbox) -> None:
+def test_copy_queue_without_copies_has_no_thread(inbox: Inbox) -> None:
     """Whoever has one disk runs three threads; stopping twice is no mistake."""
     copier = CopyQueue(inbox.put)
     copier.stop()

@@ -44,14 +44,14 @@ def journal(dataset: Dataset) -> Iterator[Journal]:
 
 
 @pytest.fixture
-def filing(dataset: Dataset, journal: Journal) -> Mover:
+def mover(dataset: Dataset, journal: Journal) -> Mover:
     """What moves its files."""
     return Mover(dataset.root, journal)
 
 
-def correct(dataset: Dataset, filing: Mover, name: str, label: str = "dog") -> Path:
+def correct(dataset: Dataset, mover: Mover, name: str, label: str = "dog") -> Path:
     """Let sortd file an image as a cat, and move it to another class as the user does."""
-    filed = Path(moved(filing, order(dataset.put(f"Images/{name}", name))))
+    filed = Path(moved(mover, order(dataset.put(f"Images/{name}", name))))
     target = dataset.root / "Dataset" / label / name
     target.parent.mkdir(exist_ok=True)
     return filed.rename(target)
@@ -105,9 +105,9 @@ def unprivileged() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_a_large_folder_is_looked_through_in_slices(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_a_large_folder_is_looked_through_in_slices(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """No turn looks at more than a slice, between two of them others have theirs, and nothing is left out."""
-    corrected = correct(dataset, filing, "a.jpg")
+    corrected = correct(dataset, mover, "a.jpg")
     for number in range(2 * HANDLED_SLICE):
         (corrected.parent / f"{number}.jpg").touch()
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
@@ -122,32 +122,32 @@ def test_a_large_folder_is_looked_through_in_slices(dataset: Dataset, journal: J
 
 
 def test_correction_scanner_correction_is_noticed_by_what_is_a_class(
-    dataset: Dataset, journal: Journal, filing: Mover
+    dataset: Dataset, journal: Journal, mover: Mover
 ) -> None:
     """A move into ``engine.part`` is one; into the waste of a server, or into a hidden folder, is none."""
-    corrected = correct(dataset, filing, "a.jpg", "engine.part")
-    thrown_away = [correct(dataset, filing, "b.jpg", "#recycle"), correct(dataset, filing, "c.jpg", ".old")]
+    corrected = correct(dataset, mover, "a.jpg", "engine.part")
+    thrown_away = [correct(dataset, mover, "b.jpg", "#recycle"), correct(dataset, mover, "c.jpg", ".old")]
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
     assert [one.path for one in all_of(scanner, time.time_ns())] == [str(corrected)]
     assert [look(scanner, Area.DATASET, path) for path in thrown_away] == [[], []]
 
 
-def test_what_is_wanted_while_one_is_under_way_follows_it(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_what_is_wanted_while_one_is_under_way_follows_it(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """A correction in a folder that was passed already is noticed by the one that follows."""
-    correct(dataset, filing, "a.jpg")
+    correct(dataset, mover, "a.jpg")
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
     scanner.begin(time.time_ns())
     scanner.begin(time.time_ns())
     assert len(scanner.take()) == 1
     assert scanner.is_under_way
-    later = correct(dataset, filing, "b.jpg")
+    later = correct(dataset, mover, "b.jpg")
     assert [one.path for one in scanner.take()] == [str(later)]
     assert not scanner.is_under_way
 
 
-def test_one_that_was_ended_is_begun_where_it_began(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_one_that_was_ended_is_begun_where_it_began(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """Nothing is noted as looked at by it."""
-    correct(dataset, filing, "a.jpg")
+    correct(dataset, mover, "a.jpg")
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
     scanner.begin(time.time_ns())
     scanner.end()
@@ -156,30 +156,30 @@ def test_one_that_was_ended_is_begun_where_it_began(dataset: Dataset, journal: J
     assert len(all_of(scanner, time.time_ns())) == 1
 
 
-def test_only_what_changed_since_is_looked_up(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_only_what_changed_since_is_looked_up(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """And all of it where the clock was set back since: nothing is known of when it happened."""
-    correct(dataset, filing, "a.jpg")
+    correct(dataset, mover, "a.jpg")
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
     hour = 3_600 * 10**9
     assert len(all_of(scanner, time.time_ns() + 2 * hour)) == 1
-    correct(dataset, filing, "b.jpg")
+    correct(dataset, mover, "b.jpg")
     assert all_of(scanner, time.time_ns() + 3 * hour) == []  # it happened before the last look, as far as can be told
     assert [one.path.rpartition("/")[2] for one in all_of(scanner, time.time_ns())] == ["b.jpg"]
 
 
-def put_group(dataset: Dataset, filing: Mover, folder: str = "Dataset/cat", outcome: Outcome = Outcome.FILED) -> Path:
+def put_group(dataset: Dataset, mover: Mover, folder: str = "Dataset/cat", outcome: Outcome = Outcome.FILED) -> Path:
     """Let sortd file an image with a sidecar and a film, and return where the image went."""
     for name in ("IMG_1.JPG.xmp", "IMG_1.MOV"):
         dataset.put(f"Images/{name}", f"{name} of the first")
-    return Path(moved(filing, order(dataset.put("Images/IMG_1.JPG", "the first"), folder, outcome)))
+    return Path(moved(mover, order(dataset.put("Images/IMG_1.JPG", "the first"), folder, outcome)))
 
 
-def follow(scanner: CorrectionScanner, filing: Mover) -> int:
+def follow(scanner: CorrectionScanner, mover: Mover) -> int:
     """Look through everything, and move what follows images that a person moved long enough ago; return how much."""
     later = time.time_ns() + 2 * FOLLOW_NS
     all_of(scanner, time.time_ns())
-    followers = filing.late.follow_images(scanner.take_moved(later))
-    return sum(isinstance(answer, Moved) for answer in filing.move_all(followers))
+    followers = mover.late.follow_images(scanner.take_moved(later))
+    return sum(isinstance(answer, Moved) for answer in mover.move_all(followers))
 
 
 @pytest.mark.parametrize(
@@ -196,16 +196,16 @@ def follow(scanner: CorrectionScanner, filing: Mover) -> int:
     ],
 )
 def test_companions_of_an_image_that_a_person_moved_follow_it(
-    dataset: Dataset, journal: Journal, filing: Mover, filed: str, outcome: Outcome, to: str
+    dataset: Dataset, journal: Journal, mover: Mover, filed: str, outcome: Outcome, to: str
 ) -> None:
     """From class to class, out of Review/, within Rejected/, under another name; what was edited since goes too."""
-    image = put_group(dataset, filing, filed, outcome)
+    image = put_group(dataset, mover, filed, outcome)
     dataset.put(f"{filed}/IMG_1.JPG.xmp", "edited since")
     dataset.put(f"{filed}/IMG_1.JPG.pp3", "written since")
     target = dataset.root / to
     target.parent.mkdir(exist_ok=True, parents=True)
     image.rename(target)
-    assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), filing) >= 3
+    assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), mover) >= 3
     stem = to.removesuffix(".JPG")
     assert dataset.tree() == {
         to: b"the first",
@@ -215,18 +215,18 @@ def test_companions_of_an_image_that_a_person_moved_follow_it(
     }
     reason = dataset.root / f"{to}.reason.json"
     assert reason.exists() == (outcome is Outcome.REJECTED and to.startswith("Rejected/"))
-    assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), filing) == 0
+    assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), mover) == 0
 
 
-def test_name_stays_taken_until_the_companions_have_followed(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_name_stays_taken_until_the_companions_have_followed(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """The next image of that name is not filed between them, and none of its companions goes with the first."""
-    image = put_group(dataset, filing)
+    image = put_group(dataset, mover)
     (dataset.root / "Dataset/dog").mkdir()
     image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
     for name in ("IMG_1.JPG", "IMG_1.MOV"):
         dataset.put(f"Images/{name}", f"{name} of the second")
-    moved(filing, order(dataset.root / "Images/IMG_1.JPG"))
-    assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), filing) == 2
+    moved(mover, order(dataset.root / "Images/IMG_1.JPG"))
+    assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), mover) == 2
     assert dataset.tree() == {
         "Dataset/cat/IMG_1 (2).JPG": b"IMG_1.JPG of the second",
         "Dataset/cat/IMG_1 (2).MOV": b"IMG_1.MOV of the second",
@@ -237,40 +237,40 @@ def test_name_stays_taken_until_the_companions_have_followed(dataset: Dataset, j
 
 
 def test_companions_follow_an_image_that_is_moved_again_and_back(
-    dataset: Dataset, journal: Journal, filing: Mover
+    dataset: Dataset, journal: Journal, mover: Mover
 ) -> None:
     """The journal notes where the image was seen last, also once it is home again; then it is no correction."""
-    image = put_group(dataset, filing)
+    image = put_group(dataset, mover)
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse)
     for target in ("dog/IMG_1.JPG", "bird/b.JPG", "cat/IMG_1.JPG"):
         (dataset.root / "Dataset" / target).parent.mkdir(exist_ok=True)
         image = image.rename(dataset.root / "Dataset" / target)
-        assert follow(scanner, filing) == 2
+        assert follow(scanner, mover) == 2
         assert {path.name for path in image.parent.iterdir()} == {
             *(image.name, f"{image.stem}.MOV", f"{image.name}.xmp")
         }
     assert journal.history.corrections() == []
 
 
-def test_companions_that_could_not_follow_are_tried_again(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_companions_that_could_not_follow_are_tried_again(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """One that is open in an editor, say: by the next look, also of the next start, and the name stays taken."""
-    image = put_group(dataset, filing)
+    image = put_group(dataset, mover)
     (dataset.root / "Dataset/dog").mkdir()
     image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
     with (dataset.root / "Dataset/cat/IMG_1.JPG.xmp").open("r+b"):
-        assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), filing) == 1
-    moved(filing, order(dataset.put("Images/IMG_1.JPG", "the second")))
+        assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), mover) == 1
+    moved(mover, order(dataset.put("Images/IMG_1.JPG", "the second")))
     assert "Dataset/cat/IMG_1 (2).JPG" in dataset.tree()
-    assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), filing) == 1
+    assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), mover) == 1
     assert "Dataset/dog/IMG_1.JPG.xmp" in dataset.tree()
     assert images_apart(journal.history) != []
-    assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), filing) == 0
+    assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), mover) == 0
     assert images_apart(journal.history) == []
 
 
-def test_companions_wait_while_a_person_moves_files(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_companions_wait_while_a_person_moves_files(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """A file manager takes them along one after the other: what it moves itself is left to it."""
-    image = put_group(dataset, filing)
+    image = put_group(dataset, mover)
     (dataset.root / "Dataset/dog").mkdir()
     image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse)
@@ -284,15 +284,15 @@ def test_companions_wait_while_a_person_moves_files(dataset: Dataset, journal: J
     assert not scanner.has_moved
 
 
-def test_companions_of_another_image_stay(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_companions_of_another_image_stay(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """What an image that still stands there needs, and what stands beside a new file of the name, follows nobody."""
-    image = put_group(dataset, filing)
+    image = put_group(dataset, mover)
     for name in ("IMG_1.png", "IMG_1.xmp"):
         dataset.put(f"Dataset/cat/{name}", "of another image, which needs the film too")
     (dataset.root / "Dataset/dog").mkdir()
     image = image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse)
-    assert follow(scanner, filing) == 1
+    assert follow(scanner, mover) == 1
     assert sorted(dataset.tree()) == [
         *("Dataset/cat/IMG_1.MOV", "Dataset/cat/IMG_1.png", "Dataset/cat/IMG_1.xmp"),
         *("Dataset/dog/IMG_1.JPG", "Dataset/dog/IMG_1.JPG.xmp"),
@@ -300,55 +300,55 @@ def test_companions_of_another_image_stay(dataset: Dataset, journal: Journal, fi
     (dataset.root / "Dataset/bird").mkdir()
     image.rename(dataset.root / "Dataset/bird/IMG_1.JPG")
     dataset.put("Dataset/dog/IMG_1.JPG", "another image in its place")
-    assert follow(scanner, filing) == 0
+    assert follow(scanner, mover) == 0
     assert "Dataset/dog/IMG_1.JPG.xmp" in dataset.tree()
 
 
-def test_companions_follow_an_image_that_went_back_to_the_inbox(dataset: Dataset, filing: Mover) -> None:
+def test_companions_follow_an_image_that_went_back_to_the_inbox(dataset: Dataset, mover: Mover) -> None:
     """It is filed anew, and what the person left where it was filed first comes after it."""
-    image = put_group(dataset, filing, "Review/cat", Outcome.REVIEW)
+    image = put_group(dataset, mover, "Review/cat", Outcome.REVIEW)
     image.rename(dataset.root / "Images/IMG_1.JPG")
-    (answer,) = filing.move_all([order(dataset.root / "Images/IMG_1.JPG", "Dataset/dog")])
+    (answer,) = mover.move_all([order(dataset.root / "Images/IMG_1.JPG", "Dataset/dog")])
     assert isinstance(answer, Moved)
-    filing.move_all(filing.late.parted_from(answer))
+    mover.move_all(mover.late.parted_from(answer))
     assert sorted(dataset.tree()) == [f"Dataset/dog/{name}" for name in ("IMG_1.JPG", "IMG_1.JPG.xmp", "IMG_1.MOV")]
 
 
-def test_undo_takes_no_companion_from_an_image_that_stays(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_undo_takes_no_companion_from_an_image_that_stays(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """An image that a person moved cannot be put back by its record, and then what followed it stays with it."""
-    image = put_group(dataset, filing)
-    late = filing.late.move_for(str(dataset.put("Images/IMG_1.aae", "late")))
+    image = put_group(dataset, mover)
+    late = mover.late.move_for(str(dataset.put("Images/IMG_1.aae", "late")))
     assert late is not None
-    moved(filing, late)
+    moved(mover, late)
     (dataset.root / "Dataset/dog").mkdir()
     image = image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
-    assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), filing) == 3
+    assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), mover) == 3
     before = dataset.tree()
     (record,) = journal.history.moves(Selection(outcome="filed"))
-    ((told, _),) = undo_records(filing, journal.history, [record.id], dry_run=False)
+    ((told, _),) = undo_records(mover, journal.history, [record.id], dry_run=False)
     assert [one.restored for one in told] == [None]
     assert dataset.tree() == before
 
 
-def test_undo_puts_followers_back_beside_no_other_image(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_undo_puts_followers_back_beside_no_other_image(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """They go where they were left, each by its own record, unless an image of their name stands there now."""
-    image = put_group(dataset, filing)
+    image = put_group(dataset, mover)
     (dataset.root / "Dataset/dog").mkdir()
     image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
-    assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), filing) == 2
+    assert follow(CorrectionScanner(Layout(dataset.root), journal, refuse), mover) == 2
     followed = [record.id for record in journal.history.moves(Selection(outcome="followed"))]
     stranger = dataset.put("Dataset/cat/IMG_1.JPG", "another camera's")
-    ((told, _),) = undo_records(filing, journal.history, followed, dry_run=False)
+    ((told, _),) = undo_records(mover, journal.history, followed, dry_run=False)
     assert [one.restored for one in told] == [None, None]
     assert all("another image" in one.message for one in told)
     stranger.unlink()
-    assert len(list(undo_records(filing, journal.history, followed, dry_run=False))) == 1
+    assert len(list(undo_records(mover, journal.history, followed, dry_run=False))) == 1
     assert sorted(dataset.tree()) == [*("Dataset/cat/IMG_1.JPG.xmp", "Dataset/cat/IMG_1.MOV", "Dataset/dog/IMG_1.JPG")]
 
 
-def test_companions_that_are_switched_off_stay_behind(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_companions_that_are_switched_off_stay_behind(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """Then they are files like others, and nothing is noted of them."""
-    image = put_group(dataset, filing)
+    image = put_group(dataset, mover)
     (dataset.root / "Dataset/dog").mkdir()
     image.rename(dataset.root / "Dataset/dog/IMG_1.JPG")
     assert (
@@ -358,11 +358,11 @@ def test_companions_that_are_switched_off_stay_behind(dataset: Dataset, journal:
     assert journal.history.facts_like("places:") == {}
 
 
-def test_what_cannot_be_looked_at_is_said_and_ends_nothing(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_what_cannot_be_looked_at_is_said_and_ends_nothing(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """A class folder, an image's folder and a place in the journal that sortd may not read: the others are noticed."""
-    corrected = correct(dataset, filing, "a.jpg")
-    secret = correct(dataset, filing, "b.jpg", "secret")
-    elsewhere = correct(dataset, filing, "c.jpg", "secret")
+    corrected = correct(dataset, mover, "a.jpg")
+    secret = correct(dataset, mover, "b.jpg", "secret")
+    elsewhere = correct(dataset, mover, "c.jpg", "secret")
     elsewhere = elsewhere.rename(dataset.root / "Dataset/dog/c.jpg")
     secret.parent.chmod(0)
     told: list[OSError] = []
@@ -375,9 +375,9 @@ def test_what_cannot_be_looked_at_is_said_and_ends_nothing(dataset: Dataset, jou
     assert {error.filename for error in told} == {str(secret), str(secret.parent)}
 
 
-def test_a_copy_of_what_may_still_stand_is_no_correction(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_a_copy_of_what_may_still_stand_is_no_correction(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """Where the place of the image itself cannot be looked at, nothing is learnt from a second link."""
-    filed = Path(moved(filing, order(dataset.put("Images/a.jpg"))))
+    filed = Path(moved(mover, order(dataset.put("Images/a.jpg"))))
     (dataset.root / "Dataset/dog").mkdir()
     link = dataset.root / "Dataset/dog/a.jpg"
     os.link(filed, link)
@@ -390,9 +390,9 @@ def test_a_copy_of_what_may_still_stand_is_no_correction(dataset: Dataset, journ
     assert [type(one) for one in look(scanner, Area.DATASET, link)] == [Correction]
 
 
-def test_mended_images_are_noticed_too(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_mended_images_are_noticed_too(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """By a look at one, and by the patrol; Review/ is nobody's concern here."""
-    path = Path(moved(filing, order(dataset.put("Images/a.jpg"), "Rejected", Outcome.REJECTED)))
+    path = Path(moved(mover, order(dataset.put("Images/a.jpg"), "Rejected", Outcome.REJECTED)))
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
     assert all_of(scanner, time.time_ns()) == []
     path.write_bytes(b"mended")
@@ -402,10 +402,10 @@ def test_mended_images_are_noticed_too(dataset: Dataset, journal: Journal, filin
 
 
 def test_correction_scanner_corrections_of_a_slice_are_recorded_in_one_commit(
-    dataset: Dataset, journal: Journal, filing: Mover
+    dataset: Dataset, journal: Journal, mover: Mover
 ) -> None:
     """Hundreds of images that are moved to another class at once are no hundreds of synced commits."""
-    corrected = [correct(dataset, filing, f"{number}.jpg") for number in range(20)]
+    corrected = [correct(dataset, mover, f"{number}.jpg") for number in range(20)]
     statements: list[str] = []
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
     for path in corrected:
@@ -419,17 +419,17 @@ def test_correction_scanner_corrections_of_a_slice_are_recorded_in_one_commit(
 
 
 def test_correction_scanner_events_in_a_storm_ask_for_one_look(
-    dataset: Dataset, journal: Journal, filing: Mover
+    dataset: Dataset, journal: Journal, mover: Mover
 ) -> None:
     """Three thousand folders that are made are one look through all; the next one waits for the pause."""
     clock = Clock()
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=clock)
-    correct(dataset, filing, "a.jpg")
+    correct(dataset, mover, "a.jpg")
     for _ in range(3000):
         scanner.ask()
     scanner.begin_asked()
     assert len(rest_of(scanner)) == 1
-    correct(dataset, filing, "b.jpg")
+    correct(dataset, mover, "b.jpg")
     scanner.ask()
     scanner.begin_asked()
     assert not scanner.is_under_way
@@ -440,23 +440,23 @@ def test_correction_scanner_events_in_a_storm_ask_for_one_look(
 
 
 def test_correction_scanner_more_files_than_are_remembered_are_found_by_a_look_at_all(
-    dataset: Dataset, journal: Journal, filing: Mover, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, journal: Journal, mover: Mover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What hints name is bounded, and nothing of it is lost."""
     monkeypatch.setattr("sortd.daemon.corrections.MOST_WANTED", 3)
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
     for number in range(5):
-        scanner.want(Area.DATASET, os.fspath(correct(dataset, filing, f"{number}.jpg")))
+        scanner.want(Area.DATASET, os.fspath(correct(dataset, mover, f"{number}.jpg")))
     scanner.begin_asked()
     assert len(rest_of(scanner)) == 5
 
 
 def test_correction_scanner_a_large_file_is_compared_in_chunks(
-    dataset: Dataset, journal: Journal, filing: Mover, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, journal: Journal, mover: Mover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that was copied to another class and removed is known by its bytes, which are not read in one slice."""
     monkeypatch.setattr("sortd.daemon.corrections.CHUNK_BYTES", 1)
-    filed = Path(moved(filing, order(dataset.put("Images/a.jpg", "bytes"), content=sha256(b"bytes").hexdigest())))
+    filed = Path(moved(mover, order(dataset.put("Images/a.jpg", "bytes"), content=sha256(b"bytes").hexdigest())))
     copy = dataset.root / "Dataset/dog/a.jpg"
     copy.parent.mkdir()
     copy.write_bytes(filed.read_bytes())
@@ -470,12 +470,12 @@ def test_correction_scanner_a_large_file_is_compared_in_chunks(
 
 
 def test_correction_scanner_files_in_a_storm_are_looked_at_together_after_a_pause(
-    dataset: Dataset, journal: Journal, filing: Mover
+    dataset: Dataset, journal: Journal, mover: Mover
 ) -> None:
     """A file that is renamed again and again is looked at where it is in the end, not at each name that it had."""
     clock = Clock()
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=clock)
-    path = correct(dataset, filing, "0.jpg")
+    path = correct(dataset, mover, "0.jpg")
     assert len(look(scanner, Area.DATASET, path)) == 1
     before = scanner.files_looked_at
     for number in range(1, 100):

@@ -10,7 +10,7 @@ import pytest
 from sortd.classify.types import DecisionSettings, Mode
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
-from sortd.daemon.dataset_lock import Holding, hold
+from sortd.daemon.dataset_lock import OpenDataset, open_dataset
 from sortd.daemon.presence import Presence
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.worker import Job
@@ -24,10 +24,10 @@ from tests.daemon_process import make_dataset
 
 @dataclass
 class AtWork:
-    """A dataset with its holding."""
+    """A dataset with its opened."""
 
     dataset: Dataset
-    holding: Holding
+    opened: OpenDataset
 
     @property
     def root(self) -> Path:
@@ -50,15 +50,15 @@ class AtWork:
         return self.dataset.files_looked_at - before
 
 
-def new_dataset(layout: Layout, holding: Holding, asked: list[Job]) -> Dataset:
+def new_dataset(layout: Layout, opened: OpenDataset, asked: list[Job]) -> Dataset:
     """Return a dataset in which nothing settles, whose worker only takes notes."""
     return Dataset(
         DatasetId(layout.name, 1),
         layout,
         SorterSettings(settle_seconds=3600),
         ReferenceSettings(DecisionSettings(Mode.MAX, None)),
-        mover=holding.filing,
-        journal=holding.journal,
+        mover=opened.mover,
+        journal=opened.journal,
         ask=asked.append,
         metrics=Metrics(),
     )
@@ -69,10 +69,10 @@ def at_work(tmp_path: Path) -> Iterator[AtWork]:
     """A dataset that has been scanned, with nothing to do."""
     layout, asked = Layout(make_dataset(tmp_path / "Data")), list[Job]()
     layout.make()
-    with hold(layout, tmp_path / "state") as holding:
-        dataset = new_dataset(layout, holding, asked)
+    with open_dataset(layout, tmp_path / "state") as opened:
+        dataset = new_dataset(layout, opened, asked)
         dataset.begin()
-        at_work = AtWork(dataset, holding)
+        at_work = AtWork(dataset, opened)
         at_work.turns()
         yield at_work
 
@@ -126,9 +126,9 @@ def test_dataset_resting_images_of_a_removed_folder_are_forgotten(at_work: AtWor
 def test_dataset_event_storm_in_filed_folders_costs_one_scan(at_work: AtWork) -> None:
     """Three thousand folders that are made in Dataset/ begin one look through it, which is noted once."""
     statements: list[str] = []
-    at_work.holding.journal._connection.set_trace_callback(statements.append)
+    at_work.opened.journal._connection.set_trace_callback(statements.append)
     at_work.looks_for(*(FileEvent(f"{at_work.root}/Dataset/{number}", directory=True) for number in range(3000)))
-    at_work.holding.journal._connection.set_trace_callback(None)
+    at_work.opened.journal._connection.set_trace_callback(None)
     assert statements.count("COMMIT") < 5
 
 

@@ -206,7 +206,7 @@ class TestFailingDestinations:
             with running(write_config()) as daemon:
                 daemon.wait_for("move.failed", count=3)
                 assert image.read_bytes() == content
-                assert "nothing may be removed from Images" in daemon.events("move.failed")[-1]["error"]
+                assert "files cannot be removed from Images" in daemon.events("move.failed")[-1]["error"]
                 assert not tree(colours / "Dataset")
                 subprocess.run(["mount", "-o", "remount,rw,bind", str(inbox)], check=True)
                 assert daemon.wait_for("image.filed")["label"] == "red"

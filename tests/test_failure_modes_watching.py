@@ -201,7 +201,7 @@ class TestFoldersThatComeAndGo:
             (bad / "Images").write_text("in the way")
             (bad / "Clases").mkdir()
             line = daemon.wait_for("dataset.held", dataset="Bad")
-            assert "Bad/Images is there but is no folder" in line["error"]
+            assert "Bad/Images is not a folder" in line["error"]
             drop(colours / "Images", "red", "a.png")
             daemon.wait_for("image.filed", dataset="Colours")
             (bad / "Images").unlink()

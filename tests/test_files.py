@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(60)  # a pipe that is waited for would be waite
 
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("follow", [False, True])
-def test_read_regular_refuses_what_is_no_small_file(tmp_path: Path, kind: str, *, follow: bool) -> None:
+def test_read_regular_other_than_small_file_is_refused(tmp_path: Path, kind: str, *, follow: bool) -> None:
     """Pipes, sockets, folders, links and huge files are an error that names the path."""
     path = tmp_path / "state"
     HOSTILE[kind](path)
@@ -63,7 +63,7 @@ def test_read_regular_of_a_huge_file_takes_no_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in HOSTILE if kind != "folder"])
-def test_write_atomic_replaces_what_stands_there(tmp_path: Path, kind: str) -> None:
+def test_write_atomic_existing_name_is_replaced(tmp_path: Path, kind: str) -> None:
     """A link is replaced and not written through; nothing is left beside."""
     HOSTILE[kind](tmp_path / "state")
     write_atomic(tmp_path / "state", b"new")
@@ -122,7 +122,7 @@ def test_write_atomic_keeps_to_its_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_write_atomic_permissions(tmp_path: Path) -> None:
+def test_write_atomic_mode_is_set(tmp_path: Path) -> None:
     """They are the mode whatever the umask, and follow the umask where none is given."""
     before = os.umask(0o077)
     try:

@@ -23,7 +23,7 @@ from sortd.files import stamp_of
 from sortd.layout import Layout
 from sortd.moving import copy as crossing_module
 from sortd.moving.copy_queue import MOST_HANDED_OVER, CopyJob, MoveOrder, Submit
-from sortd.moving.fs import look, rename_new
+from sortd.moving.fs import lstat_at, rename_new
 from sortd.moving.mover import Mover
 from sortd.moving.plan import LATE_SECONDS, LateCompanions
 from sortd.moving.undo import UndoResult
@@ -56,17 +56,17 @@ def refuse(error: OSError) -> None:
 
 
 @pytest.fixture(params=["renamed", "copied"])
-def filing(request: pytest.FixtureRequest, dataset: Dataset, journal: Journal) -> Mover:
+def mover(request: pytest.FixtureRequest, dataset: Dataset, journal: Journal) -> Mover:
     """What moves files, within a file system or across."""
     rename = rename_new if request.param == "renamed" else crossing
     return Mover(dataset.root, journal, rename=rename)
 
 
-def test_an_image_is_filed_durably_and_told(dataset: Dataset, journal: Journal, filing: Mover) -> None:
+def test_an_image_is_filed_durably_and_told(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """It stands in its class byte for byte, the answer says where and which version, the journal says why."""
     path = dataset.put("Images/a.jpg")
     move = order(path)
-    (answer,) = filing.move_all([move])
+    (answer,) = mover.move_all([move])
     there = dataset.root / "Dataset/cat/a.jpg"
     assert answer == Moved(str(path), move.stamp, str(there), Outcome.FILED, stamp_of(os.stat(there)))
     assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
@@ -77,32 +77,32 @@ def test_an_image_is_filed_durably_and_told(dataset: Dataset, journal: Journal, 
 
 @pytest.mark.parametrize("seconds", [15_000_000_000, -62_135_596_800])
 def test_filing_times_beyond_64_bits_of_nanoseconds_move_and_come_back(
-    dataset: Dataset, journal: Journal, filing: Mover, seconds: int
+    dataset: Dataset, journal: Journal, mover: Mover, seconds: int
 ) -> None:
     """An image and its sidecar of the year 2445 or 1 are moved, known again by the journal, held and undone."""
     path, sidecar = dataset.put("Images/a.jpg"), dataset.put("Images/a.xmp", "notes")
     for file in (path, sidecar):
         os.utime(file, ns=(seconds * 10**9 + 1, seconds * 10**9 + 1))
     before = os.stat(path).st_mtime_ns
-    moved(filing, order(path))
+    moved(mover, order(path))
     assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Dataset/cat/a.xmp": b"notes"}
     (record,) = done(journal)
     assert journal.history.last_known(stamp_of(os.stat(dataset.root / "Dataset/cat/a.jpg"))) == record
-    (back,) = filing.undo([record])
+    (back,) = mover.undo([record])
     assert (back.restored, back.message) == (str(path), "")
     assert dataset.tree() == {"Images/a.jpg": b"image", "Images/a.xmp": b"notes"}
-    held = filing.held_version(str(path))
+    held = mover.held_version(str(path))
     assert held is not None
     assert stamp_of(os.stat(path)).agrees_with(held)
     assert os.stat(path).st_mtime_ns == before
 
 
-def test_a_taken_name_gets_a_number(dataset: Dataset, filing: Mover) -> None:
+def test_a_taken_name_gets_a_number(dataset: Dataset, mover: Mover) -> None:
     """Neither a file nor a folder of that name is touched; the next free number is taken."""
     dataset.put("Dataset/cat/a.jpg", "first")
     dataset.put("Dataset/cat/a (2).jpg/inside", "a folder named like the file")
-    moved(filing, order(dataset.put("Images/a.jpg", "third")))
-    moved(filing, order(dataset.put("Images/a.jpg", "fourth")))
+    moved(mover, order(dataset.put("Images/a.jpg", "third")))
+    moved(mover, order(dataset.put("Images/a.jpg", "fourth")))
     assert dataset.tree() == {
         "Dataset/cat/a.jpg": b"first",
         "Dataset/cat/a (2).jpg/inside": b"a folder named like the file",
@@ -111,52 +111,52 @@ def test_a_taken_name_gets_a_number(dataset: Dataset, filing: Mover) -> None:
     }
 
 
-def test_an_equal_file_at_the_destination_is_not_taken_for_ours(dataset: Dataset, filing: Mover) -> None:
+def test_an_equal_file_at_the_destination_is_not_taken_for_ours(dataset: Dataset, mover: Mover) -> None:
     """The same bytes under the same name are still somebody else's file: both are kept."""
     dataset.put("Dataset/cat/a.jpg", "same")
-    moved(filing, order(dataset.put("Images/a.jpg", "same")))
+    moved(mover, order(dataset.put("Images/a.jpg", "same")))
     assert dataset.tree() == {"Dataset/cat/a.jpg": b"same", "Dataset/cat/a (2).jpg": b"same"}
 
 
-def test_a_second_link_of_the_same_file_counts_as_a_taken_name(dataset: Dataset, filing: Mover) -> None:
+def test_a_second_link_of_the_same_file_counts_as_a_taken_name(dataset: Dataset, mover: Mover) -> None:
     """A rename onto a link of itself does nothing and says it did; ours goes on to a free name."""
     path = dataset.put("Images/a.jpg")
     (dataset.root / "Dataset/cat").mkdir(parents=True)
     os.link(path, dataset.root / "Dataset/cat/a.jpg")
-    moved(filing, order(path))
+    moved(mover, order(path))
     assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Dataset/cat/a (2).jpg": b"image"}
 
 
-def test_many_equal_names_are_all_kept(dataset: Dataset, filing: Mover) -> None:
+def test_many_equal_names_are_all_kept(dataset: Dataset, mover: Mover) -> None:
     """Sub-folders of Images/ land flat; every file keeps its own number."""
     moves = [order(dataset.put(f"Images/{number}/a.jpg", f"{number}")) for number in range(70)]
-    assert all(isinstance(answer, Moved) for answer in filing.move_all(moves))
+    assert all(isinstance(answer, Moved) for answer in mover.move_all(moves))
     names = {f"Dataset/cat/a{'' if number == 1 else f' ({number})'}.jpg" for number in range(1, 71)}
     assert set(dataset.tree()) == names
     assert sorted(dataset.tree().values()) == sorted(f"{number}".encode() for number in range(70))
 
 
-def test_a_free_name_is_used_again_after_it_was_taken(dataset: Dataset, filing: Mover) -> None:
+def test_a_free_name_is_used_again_after_it_was_taken(dataset: Dataset, mover: Mover) -> None:
     """What the mover remembers about numbers never keeps it from the plain name."""
     for _ in range(3):
-        moved(filing, order(dataset.put("Images/a.jpg")))
+        moved(mover, order(dataset.put("Images/a.jpg")))
     (dataset.root / "Dataset/cat/a.jpg").unlink()
-    assert moved(filing, order(dataset.put("Images/a.jpg"))).endswith("Dataset/cat/a.jpg")
+    assert moved(mover, order(dataset.put("Images/a.jpg"))).endswith("Dataset/cat/a.jpg")
 
 
 @pytest.mark.parametrize(
     "name", ["€" * 83 + "aa.jpg", "new\nline.jpg", os.fsdecode(b"caf\xe9.jpg"), " .jpg", "a (2).jpg", "-rf"]
 )
-def test_strange_names_are_kept(dataset: Dataset, journal: Journal, filing: Mover, name: str) -> None:
+def test_strange_names_are_kept(dataset: Dataset, journal: Journal, mover: Mover, name: str) -> None:
     """255 bytes, newlines, bytes that are no text; twice, so that a number has to fit as well."""
     for content in ("first", "second"):
-        moved(filing, order(dataset.put(f"Images/{name}", content)))
+        moved(mover, order(dataset.put(f"Images/{name}", content)))
     assert sorted(dataset.tree().values()) == [b"first", b"second"]
     assert f"Dataset/cat/{name}" in dataset.tree()
     assert {record.source_path for record in done(journal)} == {f"Images/{name}"}
 
 
-def test_what_is_no_longer_there_is_told_and_spoils_nothing(dataset: Dataset, filing: Mover) -> None:
+def test_what_is_no_longer_there_is_told_and_spoils_nothing(dataset: Dataset, mover: Mover) -> None:
     """A vanished, a changed, a replaced, a written and a good file in one batch: each is told for itself."""
     paths = {name: dataset.put(f"Images/{name}.jpg", name) for name in ("gone", "changed", "replaced", "busy", "good")}
     moves = [order(path) for path in paths.values()]
@@ -165,7 +165,7 @@ def test_what_is_no_longer_there_is_told_and_spoils_nothing(dataset: Dataset, fi
     other = dataset.put("Images/other.tmp", "replaced")
     os.rename(other, paths["replaced"])
     with paths["busy"].open("r+b"):
-        answers = filing.move_all(moves)
+        answers = mover.move_all(moves)
     told = {Path(answer.path).stem: answer.failure if isinstance(answer, MoveFailed) else "moved" for answer in answers}
     assert told == {
         "gone": MoveFailure.VANISHED,
@@ -182,24 +182,24 @@ def test_what_is_no_longer_there_is_told_and_spoils_nothing(dataset: Dataset, fi
     }
 
 
-def test_special_files_and_links_are_never_moved(dataset: Dataset, filing: Mover) -> None:
+def test_special_files_and_links_are_never_moved(dataset: Dataset, mover: Mover) -> None:
     """A link, a FIFO and a folder under an image's name stay, and nothing hangs."""
     images = dataset.root / "Images"
     (images / "link.jpg").symlink_to("/etc/passwd")
     os.mkfifo(images / "fifo.jpg")
     (images / "folder.jpg").mkdir()
     for name in ("link.jpg", "fifo.jpg", "folder.jpg"):
-        assert failure(filing, order(images / name)) in {MoveFailure.CHANGED, MoveFailure.BUSY}
+        assert failure(mover, order(images / name)) in {MoveFailure.CHANGED, MoveFailure.BUSY}
     assert sorted(os.listdir(images)) == ["fifo.jpg", "folder.jpg", "link.jpg"]
     assert not os.path.exists(dataset.root / "Dataset/cat/link.jpg")
 
 
-def test_a_class_folder_that_is_a_link_is_refused(dataset: Dataset, filing: Mover, tmp_path: Path) -> None:
+def test_a_class_folder_that_is_a_link_is_refused(dataset: Dataset, mover: Mover, tmp_path: Path) -> None:
     """Nothing is written through a symbolic link; the image stays."""
     (tmp_path / "outside").mkdir()
     (dataset.root / "Dataset").mkdir()
     (dataset.root / "Dataset/cat").symlink_to(tmp_path / "outside")
-    assert failure(filing, order(dataset.put("Images/a.jpg"))) is MoveFailure.DESTINATION
+    assert failure(mover, order(dataset.put("Images/a.jpg"))) is MoveFailure.DESTINATION
     assert os.listdir(tmp_path / "outside") == []
     assert dataset.tree() == {"Images/a.jpg": b"image"}
 
@@ -207,45 +207,45 @@ def test_a_class_folder_that_is_a_link_is_refused(dataset: Dataset, filing: Move
 @pytest.mark.parametrize(
     "folder", ["Clases/cat", "../cat", "/etc", "Dataset/../Clases", "Dataset/.cat", "Dataset/a\nb"]
 )
-def test_a_folder_that_is_none_of_ours_is_refused(dataset: Dataset, filing: Mover, folder: str) -> None:
+def test_a_folder_that_is_none_of_ours_is_refused(dataset: Dataset, mover: Mover, folder: str) -> None:
     """Only the four folders are written to, and no class hides or has control characters."""
     path = dataset.put("Images/a.jpg")
-    assert failure(filing, order(path, folder)) is MoveFailure.DESTINATION
+    assert failure(mover, order(path, folder)) is MoveFailure.DESTINATION
     assert dataset.tree() == {"Images/a.jpg": b"image"}
 
 
-def test_a_path_outside_the_dataset_is_a_mistake_of_the_caller(dataset: Dataset, filing: Mover) -> None:
+def test_a_path_outside_the_dataset_is_a_mistake_of_the_caller(dataset: Dataset, mover: Mover) -> None:
     """It is no file's fault, and is not told as one."""
     with pytest.raises(ValueError, match="not below the dataset"):
-        filing.move_all([Move("/etc/passwd", Stamp(1, 2, 3, 4), "Dataset/cat", Outcome.FILED)])
+        mover.move_all([Move("/etc/passwd", Stamp(1, 2, 3, 4), "Dataset/cat", Outcome.FILED)])
     assert dataset.tree() == {}
 
 
-def test_a_dataset_that_is_gone_refuses_the_move(dataset: Dataset, filing: Mover) -> None:
+def test_a_dataset_that_is_gone_refuses_the_move(dataset: Dataset, mover: Mover) -> None:
     """An unmounted dataset is not made anew."""
     move = order(dataset.put("Images/a.jpg"))
     os.rename(dataset.root, dataset.folder / "elsewhere")
-    assert failure(filing, move) is MoveFailure.DESTINATION
+    assert failure(mover, move) is MoveFailure.DESTINATION
     assert not dataset.root.exists()
 
 
-def test_a_full_destination_takes_nothing_and_keeps_all(dataset: Dataset, filing: Mover) -> None:
+def test_a_full_destination_takes_nothing_and_keeps_all(dataset: Dataset, mover: Mover) -> None:
     """A name that the file system cannot make holds the dataset; the image is where it was, nothing half is left."""
     os.makedirs(dataset.root / "Dataset")
     (dataset.root / "Dataset/cat").write_text("a file where the class folder should be")
     move = order(dataset.put("Images/a.jpg"))
-    assert failure(filing, move) is MoveFailure.DESTINATION
+    assert failure(mover, move) is MoveFailure.DESTINATION
     (dataset.root / "Dataset/cat").unlink()
-    assert moved(filing, move).endswith("Dataset/cat/a.jpg")
+    assert moved(mover, move).endswith("Dataset/cat/a.jpg")
     assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
 
 
 def test_an_image_from_review_is_filed_like_one_from_the_inbox(
-    dataset: Dataset, journal: Journal, filing: Mover
+    dataset: Dataset, journal: Journal, mover: Mover
 ) -> None:
     """What waited in Review/ goes on from there."""
-    review = moved(filing, order(dataset.put("Images/sub/a.jpg"), "Review/dog", Outcome.REVIEW))
-    moved(filing, order(Path(review)))
+    review = moved(mover, order(dataset.put("Images/sub/a.jpg"), "Review/dog", Outcome.REVIEW))
+    moved(mover, order(Path(review)))
     assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
     assert [record.source_path for record in done(journal)] == ["Review/dog/a.jpg", "Images/sub/a.jpg"]
 
@@ -253,12 +253,12 @@ def test_an_image_from_review_is_filed_like_one_from_the_inbox(
 class TestCompanions:
     """Sidecars, films and raws go where their image goes."""
 
-    def test_they_travel_and_are_renamed_to_match(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
+    def test_they_travel_and_are_renamed_to_match(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """One name that is taken, be it a companion's, gives all of them the next number."""
         for name in ("a.jpg", "a.xmp", "a.jpg.json", "a.MOV"):
             dataset.put(f"Images/{name}", name)
         dataset.put("Dataset/cat/a.MOV", "another film")
-        moved(filing, order(dataset.root / "Images/a.jpg"))
+        moved(mover, order(dataset.root / "Images/a.jpg"))
         assert dataset.tree() == {
             "Dataset/cat/a.MOV": b"another film",
             "Dataset/cat/a (2).jpg": b"a.jpg",
@@ -266,34 +266,34 @@ class TestCompanions:
             "Dataset/cat/a (2).jpg.json": b"a.jpg.json",
             "Dataset/cat/a (2).MOV": b"a.MOV",
         }
-        assert len(done(journal)[0].relocation.members) == 4
+        assert len(done(journal)[0].move.files) == 4
 
-    def test_a_shared_sidecar_is_copied_until_the_last_image_leaves(self, dataset: Dataset, filing: Mover) -> None:
+    def test_a_shared_sidecar_is_copied_until_the_last_image_leaves(self, dataset: Dataset, mover: Mover) -> None:
         """The first image gets a copy with all its times, the second takes the file itself."""
         for name in ("a.jpg", "a.png", "a.xmp"):
             dataset.put(f"Images/{name}", name)
         inode = os.stat(dataset.root / "Images/a.xmp").st_ino
-        moved(filing, order(dataset.root / "Images/a.jpg"))
+        moved(mover, order(dataset.root / "Images/a.jpg"))
         assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Dataset/cat/a.xmp", "Images/a.png", "Images/a.xmp"]
         assert os.stat(dataset.root / "Images/a.xmp").st_ino == inode
-        moved(filing, order(dataset.root / "Images/a.png", "Dataset/dog"))
+        moved(mover, order(dataset.root / "Images/a.png", "Dataset/dog"))
         assert dataset.tree()["Dataset/dog/a.xmp"] == dataset.tree()["Dataset/cat/a.xmp"] == b"a.xmp"
         assert os.listdir(dataset.root / "Images") == []
 
-    def test_a_companion_that_is_being_written_keeps_its_image_back(self, dataset: Dataset, filing: Mover) -> None:
+    def test_a_companion_that_is_being_written_keeps_its_image_back(self, dataset: Dataset, mover: Mover) -> None:
         """All of them go, or none."""
         path = dataset.put("Images/a.jpg")
         with dataset.put("Images/a.xmp").open("r+b"):
-            assert failure(filing, order(path)) is MoveFailure.BUSY
+            assert failure(mover, order(path)) is MoveFailure.BUSY
         assert sorted(dataset.tree()) == ["Images/a.jpg", "Images/a.xmp"]
-        moved(filing, order(path))
+        moved(mover, order(path))
         assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Dataset/cat/a.xmp"]
 
-    def test_filing_of_an_image_leaves_an_unfinished_film(self, dataset: Dataset, filing: Mover) -> None:
+    def test_filing_of_an_image_leaves_an_unfinished_film(self, dataset: Dataset, mover: Mover) -> None:
         """A download goes on where its control file is; the film follows by the journal when it is whole."""
         for name in ("a.xmp", "a.MOV", "a.MOV.aria2"):
             dataset.put(f"Images/{name}")
-        moved(filing, order(dataset.put("Images/a.jpg")))
+        moved(mover, order(dataset.put("Images/a.jpg")))
         assert sorted(dataset.tree()) == [
             "Dataset/cat/a.jpg",
             "Dataset/cat/a.xmp",
@@ -302,69 +302,69 @@ class TestCompanions:
         ]
 
     def test_one_file_with_two_spellings_is_one(
-        self, dataset: Dataset, filing: Mover, monkeypatch: pytest.MonkeyPatch
+        self, dataset: Dataset, mover: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Where case does not count, a sidecar answers to a.xmp and to a.XMP, and the image to both of its own."""
 
         def any_case(folder: int, name: str) -> os.stat_result | None:
             names = {one.casefold(): one for one in os.listdir(folder)}
-            return look(folder, names.get(name.casefold(), name))
+            return lstat_at(folder, names.get(name.casefold(), name))
 
-        monkeypatch.setattr("sortd.moving.rename.look", any_case)
+        monkeypatch.setattr("sortd.moving.rename.lstat_at", any_case)
         dataset.put("Images/a.XMP", "sidecar")
-        moved(filing, order(dataset.put("Images/a.jpg")))
+        moved(mover, order(dataset.put("Images/a.jpg")))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Dataset/cat/a.XMP": b"sidecar"}
 
     @pytest.mark.parametrize(
         "standing",
         ["IMG_0001.xmp", "img_0001.mov", "IMG_0001.JPG.pp3", "IMG_0001.psd", "IMG_0001 (conflicted copy).xmp"],
     )
-    def test_name_of_whose_stem_something_stands_is_taken(self, dataset: Dataset, filing: Mover, standing: str) -> None:
+    def test_name_of_whose_stem_something_stands_is_taken(self, dataset: Dataset, mover: Mover, standing: str) -> None:
         """Somebody's edits, film or document without its image: the next camera's image does not stand beside them."""
         dataset.put(f"Dataset/cat/{standing}", "another camera's")
-        moved(filing, order(dataset.put("Images/IMG_0001.JPG")))
+        moved(mover, order(dataset.put("Images/IMG_0001.JPG")))
         assert dataset.tree() == {
             f"Dataset/cat/{standing}": b"another camera's",
             "Dataset/cat/IMG_0001 (2).JPG": b"image",
         }
 
-    def test_name_of_a_group_is_free_for_every_member(self, dataset: Dataset, filing: Mover) -> None:
+    def test_name_of_a_group_is_free_for_every_member(self, dataset: Dataset, mover: Mover) -> None:
         """A shared sidecar of another stem than the image's is not put beside an image that it would describe."""
         for name in ("a.jpg.json", "a-edited.jpg"):
             dataset.put(f"Images/{name}", name)
         dataset.put("Dataset/cat/a.jpg", "another camera's")
-        moved(filing, order(dataset.root / "Images/a-edited.jpg"))
+        moved(mover, order(dataset.root / "Images/a-edited.jpg"))
         assert sorted(dataset.tree()) == [
             *("Dataset/cat/a (2).jpg.json", "Dataset/cat/a-edited (2).jpg", "Dataset/cat/a.jpg")
         ]
 
-    def test_rejected_image_stands_beside_no_strange_sidecar(self, dataset: Dataset, filing: Mover) -> None:
+    def test_rejected_image_stands_beside_no_strange_sidecar(self, dataset: Dataset, mover: Mover) -> None:
         """Two images of one stem keep their names there, unless a sidecar would belong to both."""
         for name in ("a.jpg", "a.png", "b.jpg", "b.xmp"):
             dataset.put(f"Images/{name}", name)
         dataset.put("Rejected/b.png", "another one")
         orders = [order(dataset.root / f"Images/{name}", "Rejected", Outcome.REJECTED) for name in ("a.jpg", "a.png")]
-        filing.move_all([*orders, order(dataset.root / "Images/b.jpg", "Rejected", Outcome.REJECTED)])
+        mover.move_all([*orders, order(dataset.root / "Images/b.jpg", "Rejected", Outcome.REJECTED)])
         assert sorted(dataset.tree()) == [
             f"Rejected/{name}" for name in ("a.jpg", "a.png", "b (2).jpg", "b (2).xmp", "b.png")
         ]
 
-    def test_name_within_one_batch_is_taken_by_the_first(self, dataset: Dataset, filing: Mover) -> None:
+    def test_name_within_one_batch_is_taken_by_the_first(self, dataset: Dataset, mover: Mover) -> None:
         """Two cameras' images of one name in one batch: the second one's film does not become the first one's."""
         first, second = dataset.put("Images/a/IMG_1.JPG", "first"), dataset.put("Images/b/IMG_1.heic", "second")
         dataset.put("Images/b/IMG_1.mov", "the second one's film")
-        filing.move_all([order(first), order(second)])
+        mover.move_all([order(first), order(second)])
         assert dataset.tree() == {
             "Dataset/cat/IMG_1.JPG": b"first",
             "Dataset/cat/IMG_1 (2).heic": b"second",
             "Dataset/cat/IMG_1 (2).mov": b"the second one's film",
         }
 
-    def test_links_and_folders_are_no_companions(self, dataset: Dataset, filing: Mover) -> None:
+    def test_links_and_folders_are_no_companions(self, dataset: Dataset, mover: Mover) -> None:
         """Only regular files travel."""
         dataset.put("Images/a.json/inside")
         (dataset.root / "Images/a.xmp").symlink_to("/etc/passwd")
-        moved(filing, order(dataset.put("Images/a.jpg")))
+        moved(mover, order(dataset.put("Images/a.jpg")))
         assert sorted(os.listdir(dataset.root / "Images")) == ["a.json", "a.xmp"]
 
     def test_they_can_be_switched_off(self, dataset: Dataset, journal: Journal) -> None:
@@ -377,26 +377,26 @@ class TestCompanions:
 class TestRejected:
     """Images that are set aside say why."""
 
-    def test_the_reason_stands_beside_it(self, dataset: Dataset, filing: Mover) -> None:
+    def test_the_reason_stands_beside_it(self, dataset: Dataset, mover: Mover) -> None:
         """As JSON, with the number of the image where it had to take one."""
         for _ in range(2):
             path = dataset.put("Images/a.jpg", "half an ima")
             move = Move(str(path), stamp_of(os.stat(path)), "Rejected", Outcome.REJECTED, reason="truncated: 11 bytes")
-            moved(filing, move)
+            moved(mover, move)
         names = ["a (2).jpg", "a (2).jpg.reason.json", "a.jpg", "a.jpg.reason.json"]
         assert sorted(os.listdir(dataset.root / "Rejected")) == names
         said = json.loads((dataset.root / "Rejected/a.jpg.reason.json").read_text())
         assert (said["name"], said["from"], said["reason"]) == ("a.jpg", "Images", "truncated: 11 bytes")
 
-    def test_a_name_that_is_no_text_can_be_told(self, dataset: Dataset, filing: Mover) -> None:
+    def test_a_name_that_is_no_text_can_be_told(self, dataset: Dataset, mover: Mover) -> None:
         """The reason is valid JSON whatever the name is."""
         name = os.fsdecode(b"caf\xe9.jpg")
-        moved(filing, order(dataset.put(f"Images/{name}"), "Rejected", Outcome.REJECTED))
+        moved(mover, order(dataset.put(f"Images/{name}"), "Rejected", Outcome.REJECTED))
         assert json.loads((dataset.root / f"Rejected/{name}.reason.json").read_bytes())["name"] == name
 
-    def test_reason_of_a_name_with_accents_can_be_searched_for(self, dataset: Dataset, filing: Mover) -> None:
+    def test_reason_of_a_name_with_accents_can_be_searched_for(self, dataset: Dataset, mover: Mover) -> None:
         """The name stands in it as it is written."""
-        moved(filing, order(dataset.put("Images/año.jpg"), "Rejected", Outcome.REJECTED))
+        moved(mover, order(dataset.put("Images/año.jpg"), "Rejected", Outcome.REJECTED))
         assert '"año.jpg"' in (dataset.root / "Rejected/año.jpg.reason.json").read_text("utf-8")
 
 
@@ -404,113 +404,113 @@ class TestUndo:
     """Moves taken back."""
 
     def test_everything_goes_back_to_where_it_was_and_is_held(
-        self, dataset: Dataset, journal: Journal, filing: Mover
+        self, dataset: Dataset, journal: Journal, mover: Mover
     ) -> None:
         """Image, companions, shared sidecars and reasons: the folder is as before, and the image is held."""
         for name in ("sub/a.jpg", "sub/a.jpg.xmp", "b.jpg", "b.png", "b.xmp"):
             dataset.put(f"Images/{name}", name)
         dataset.put("Dataset/cat/a.jpg", "another")
         before = dataset.tree()
-        moved(filing, order(dataset.root / "Images/sub/a.jpg"))
-        moved(filing, order(dataset.root / "Images/b.jpg", "Rejected", Outcome.REJECTED))
+        moved(mover, order(dataset.root / "Images/sub/a.jpg"))
+        moved(mover, order(dataset.root / "Images/b.jpg", "Rejected", Outcome.REJECTED))
         shutil.rmtree(dataset.root / "Images/sub")
         records = journal.history.moves(Selection(undoable=True))
-        foretold = filing.rehearse_undo(records)
-        told = filing.undo(records)
+        foretold = mover.preview_undo(records)
+        told = mover.undo(records)
         assert [one.restored for one in told] == [one.restored for one in foretold]
         assert [one.restored for one in told] == [f"{dataset.root}/Images/b.jpg", f"{dataset.root}/Images/sub/a.jpg"]
         assert dataset.tree() == before
         assert os.listdir(dataset.root / "Rejected") == []
-        assert set(filing.held()) == {one.restored for one in told}
-        assert {one.outcome for one in (record.grounds for record in done(journal)[:2])} == {"undone"}
+        assert set(mover.held()) == {one.restored for one in told}
+        assert {one.outcome for one in (record.move_reason for record in done(journal)[:2])} == {"undone"}
 
-    def test_rehearsing_touches_nothing(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
+    def test_rehearsing_touches_nothing(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """Neither files nor journal."""
-        moved(filing, order(dataset.put("Images/a.jpg")))
+        moved(mover, order(dataset.put("Images/a.jpg")))
         before = dataset.tree()
-        (told,) = filing.rehearse_undo(done(journal))
+        (told,) = mover.preview_undo(done(journal))
         assert told.restored == f"{dataset.root}/Images/a.jpg"
         assert dataset.tree() == before
-        assert filing.held() == {}
+        assert mover.held() == {}
         assert len(done(journal)) == 1
 
-    def test_nothing_is_overwritten(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
+    def test_nothing_is_overwritten(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """A new file under the old name stays; the old one gets a free name, and that one is held."""
-        moved(filing, order(dataset.put("Images/a.jpg", "old")))
+        moved(mover, order(dataset.put("Images/a.jpg", "old")))
         dataset.put("Images/a.jpg", "new")
-        (told,) = filing.undo(done(journal))
+        (told,) = mover.undo(done(journal))
         assert dataset.tree() == {"Images/a.jpg": b"new", "Images/a (2).jpg": b"old"}
-        assert list(filing.held()) == [told.restored] == [f"{dataset.root}/Images/a (2).jpg"]
+        assert list(mover.held()) == [told.restored] == [f"{dataset.root}/Images/a (2).jpg"]
 
     def test_what_cannot_be_put_back_is_said_with_its_reason(
-        self, dataset: Dataset, journal: Journal, filing: Mover
+        self, dataset: Dataset, journal: Journal, mover: Mover
     ) -> None:
         """Removed, changed and undone already: each says so, and the good one goes back."""
         moves = {name: order(dataset.put(f"Images/{name}.jpg", name)) for name in ("gone", "edited", "twice", "good")}
-        places = {name: Path(moved(filing, move)) for name, move in moves.items()}
+        places = {name: Path(moved(mover, move)) for name, move in moves.items()}
         places["gone"].unlink()
         places["edited"].write_text("better now")
-        filing.undo(journal.history.moves(Selection(path="Images/twice.jpg")))
-        told = {Path(one.record.source_path).stem: one for one in filing.undo(done(journal)[-4:])}
+        mover.undo(journal.history.moves(Selection(path="Images/twice.jpg")))
+        told = {Path(one.record.source_path).stem: one for one in mover.undo(done(journal)[-4:])}
         assert "no longer there" in told["gone"].message
         assert "changed since" in told["edited"].message
-        assert "undone already" in told["twice"].message
+        assert "already undone" in told["twice"].message
         assert told["good"].restored == f"{dataset.root}/Images/good.jpg"
         assert [told[name].restored for name in ("gone", "edited", "twice")] == [None] * 3
 
-    def test_an_undo_is_not_undone_but_released(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
+    def test_an_undo_is_not_undone_but_released(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """And it is said what to do."""
-        moved(filing, order(dataset.put("Images/a.jpg")))
-        filing.undo(done(journal))
-        (told,) = filing.undo(journal.history.moves(Selection(limit=1)))
+        moved(mover, order(dataset.put("Images/a.jpg")))
+        mover.undo(done(journal))
+        (told,) = mover.undo(journal.history.moves(Selection(limit=1)))
         assert told.restored is None
         assert "sortd release" in told.message
         assert dataset.tree() == {"Images/a.jpg": b"image"}
 
     def test_a_disk_that_does_not_answer_is_said_and_the_others_go_back(
-        self, dataset: Dataset, journal: Journal, filing: Mover, monkeypatch: pytest.MonkeyPatch
+        self, dataset: Dataset, journal: Journal, mover: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An image that cannot be looked at, on a network disk that is stale, say, ends no undo and no daemon."""
         for name in ("a.jpg", "b.jpg"):
-            moved(filing, order(dataset.put(f"Images/{name}", name)))
+            moved(mover, order(dataset.put(f"Images/{name}", name)))
 
         def look_stale(folder: int, name: str) -> os.stat_result | None:
             if name == "a.jpg":
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
-            return look(folder, name)
+            return lstat_at(folder, name)
 
-        monkeypatch.setattr("sortd.moving.undo.look", look_stale)
-        told = {Path(one.record.source_path).name: one for one in filing.undo(done(journal))}
+        monkeypatch.setattr("sortd.moving.undo.lstat_at", look_stale)
+        told = {Path(one.record.source_path).name: one for one in mover.undo(done(journal))}
         assert "Stale" in told["a.jpg"].message
         assert (told["a.jpg"].restored, told["b.jpg"].restored) == (None, f"{dataset.root}/Images/b.jpg")
 
     def test_a_companion_that_changed_stays_and_is_named(
-        self, dataset: Dataset, journal: Journal, filing: Mover
+        self, dataset: Dataset, journal: Journal, mover: Mover
     ) -> None:
         """The image goes back without what the user has worked on since."""
         dataset.put("Images/a.xmp", "one star")
-        moved(filing, order(dataset.put("Images/a.jpg")))
+        moved(mover, order(dataset.put("Images/a.jpg")))
         (dataset.root / "Dataset/cat/a.xmp").write_text("five stars")
-        (told,) = filing.undo(done(journal))
+        (told,) = mover.undo(done(journal))
         assert "a.xmp" in told.message
         assert dataset.tree() == {"Images/a.jpg": b"image", "Dataset/cat/a.xmp": b"five stars"}
 
-    def test_a_chain_of_moves_is_taken_back_in_one_go(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
+    def test_a_chain_of_moves_is_taken_back_in_one_go(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """From Dataset/ by way of Review/ to Images/, foretold as it is done."""
-        review = moved(filing, order(dataset.put("Images/a.jpg"), "Review/dog", Outcome.REVIEW))
-        moved(filing, order(Path(review)))
+        review = moved(mover, order(dataset.put("Images/a.jpg"), "Review/dog", Outcome.REVIEW))
+        moved(mover, order(Path(review)))
         records = done(journal)
-        foretold = filing.rehearse_undo(records)
-        told = filing.undo(records)
+        foretold = mover.preview_undo(records)
+        told = mover.undo(records)
         assert [one.restored for one in foretold] == [one.restored for one in told]
         assert dataset.tree() == {"Images/a.jpg": b"image"}
-        assert list(filing.held()) == [f"{dataset.root}/Images/a.jpg"]
+        assert list(mover.held()) == [f"{dataset.root}/Images/a.jpg"]
 
-    def test_an_inbox_that_is_gone_is_not_made_anew(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
+    def test_an_inbox_that_is_gone_is_not_made_anew(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """Without Images/ its disk is not mounted: nothing is put below."""
-        moved(filing, order(dataset.put("Images/a.jpg")))
+        moved(mover, order(dataset.put("Images/a.jpg")))
         (dataset.root / "Images").rmdir()
-        (told,) = filing.undo(done(journal))
+        (told,) = mover.undo(done(journal))
         assert told.restored is None
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
 
@@ -518,17 +518,17 @@ class TestUndo:
 class TestHolds:
     """Versions that are not to be moved."""
 
-    def test_holds_are_told_by_absolute_path(self, dataset: Dataset, filing: Mover) -> None:
+    def test_holds_are_told_by_absolute_path(self, dataset: Dataset, mover: Mover) -> None:
         """They are set and released as the daemon names files."""
         path = dataset.put("Images/a.jpg")
         stamp = stamp_of(os.stat(path))
-        filing.hold(str(path), stamp, "guarded")
-        filing.hold(str(dataset.put("Images/b.jpg")), stamp, "guarded")
-        marks = {path: (mark.inode, mark.size, mark.mtime_ns) for path, mark in filing.held().items()}
+        mover.hold(str(path), stamp, "guarded")
+        mover.hold(str(dataset.put("Images/b.jpg")), stamp, "guarded")
+        marks = {path: (mark.inode, mark.size, mark.mtime_ns) for path, mark in mover.held().items()}
         mark = (stamp.inode, stamp.size, stamp.mtime_ns)
         assert marks == {str(path): mark, f"{dataset.root}/Images/b.jpg": mark}
-        assert filing.release(str(path)) == 1
-        assert filing.release() == 1
+        assert mover.release(str(path)) == 1
+        assert mover.release() == 1
 
 
 def looked(corrections: CorrectionScanner, path: Path) -> list[Correction]:
@@ -539,10 +539,10 @@ def looked(corrections: CorrectionScanner, path: Path) -> list[Correction]:
 class TestCorrections:
     """The user puts right what sortd did."""
 
-    def test_a_file_that_the_user_moved_is_known_again(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
+    def test_a_file_that_the_user_moved_is_known_again(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """By its inode, or by its name and content where it was copied and removed; once. A mere copy says nothing."""
         for name in ("a.jpg", "b.jpg"):
-            moved(filing, order(dataset.put(f"Images/{name}", name), content=_hash(name)))
+            moved(mover, order(dataset.put(f"Images/{name}", name), content=_hash(name)))
         (dataset.root / "Dataset/dog").mkdir()
         renamed, copied = dataset.root / "Dataset/dog/new name.jpg", dataset.root / "Dataset/dog/b.jpg"
         os.rename(dataset.root / "Dataset/cat/a.jpg", renamed)
@@ -556,10 +556,10 @@ class TestCorrections:
         assert {corrected for _, corrected, _, _ in journal.history.corrections()} == {"dog"}
 
     def test_what_stands_where_it_was_put_is_no_correction(
-        self, dataset: Dataset, journal: Journal, filing: Mover
+        self, dataset: Dataset, journal: Journal, mover: Mover
     ) -> None:
         """Nor is a stranger's file, be it of the same name and size."""
-        there = Path(moved(filing, order(dataset.put("Images/a.jpg", "a cat"), content=_hash("a cat"))))
+        there = Path(moved(mover, order(dataset.put("Images/a.jpg", "a cat"), content=_hash("a cat"))))
         stranger = dataset.put("Dataset/dog/b.jpg", "unknown")
         corrections = CorrectionScanner(Layout(dataset.root), journal, refuse)
         assert [looked(corrections, path) for path in (there, stranger)] == [[], []]
@@ -581,42 +581,42 @@ class TestLateCompanions:
         ],
     )
     def test_it_goes_where_its_image_went(
-        self, dataset: Dataset, journal: Journal, filing: Mover, late: str, final: str
+        self, dataset: Dataset, journal: Journal, mover: Mover, late: str, final: str
     ) -> None:
         """Under the name that fits, journaled like any move."""
-        moved(filing, order(dataset.put("Images/a.jpg")))
-        follow = filing.late.move_for(str(dataset.put(f"Images/{late}", "late")))
+        moved(mover, order(dataset.put("Images/a.jpg")))
+        follow = mover.late.move_for(str(dataset.put(f"Images/{late}", "late")))
         assert follow is not None
-        assert moved(filing, follow) == f"{dataset.root}/Dataset/cat/{final}"
+        assert moved(mover, follow) == f"{dataset.root}/Dataset/cat/{final}"
         assert journal.history.counts() == {"filed": 1, "followed": 1}
 
-    def test_it_takes_the_number_of_its_image(self, dataset: Dataset, filing: Mover) -> None:
+    def test_it_takes_the_number_of_its_image(self, dataset: Dataset, mover: Mover) -> None:
         """An image that got another name has its film beside it under that name."""
         dataset.put("Dataset/cat/a.jpg", "another")
-        moved(filing, order(dataset.put("Images/a.jpg")))
-        follow = filing.late.move_for(str(dataset.put("Images/a.MOV", "film")))
+        moved(mover, order(dataset.put("Images/a.jpg")))
+        follow = mover.late.move_for(str(dataset.put("Images/a.MOV", "film")))
         assert follow is not None
-        assert moved(filing, follow) == f"{dataset.root}/Dataset/cat/a (2).MOV"
+        assert moved(mover, follow) == f"{dataset.root}/Dataset/cat/a (2).MOV"
 
-    def test_it_overwrites_nothing(self, dataset: Dataset, filing: Mover) -> None:
+    def test_it_overwrites_nothing(self, dataset: Dataset, mover: Mover) -> None:
         """Where its name is taken it gets another one, beside its image all the same."""
-        moved(filing, order(dataset.put("Images/a.jpg")))
+        moved(mover, order(dataset.put("Images/a.jpg")))
         dataset.put("Dataset/cat/a.xmp", "the user's")
-        follow = filing.late.move_for(str(dataset.put("Images/a.xmp", "late")))
+        follow = mover.late.move_for(str(dataset.put("Images/a.xmp", "late")))
         assert follow is not None
-        assert moved(filing, follow) == f"{dataset.root}/Dataset/cat/a (2).xmp"
+        assert moved(mover, follow) == f"{dataset.root}/Dataset/cat/a (2).xmp"
         assert dataset.tree()["Dataset/cat/a.xmp"] == b"the user's"
 
-    def test_second_version_joins_no_other_image(self, dataset: Dataset, filing: Mover) -> None:
+    def test_second_version_joins_no_other_image(self, dataset: Dataset, mover: Mover) -> None:
         """Saved twice, it gets a name that is no other image's, and that no later image gets."""
         first = order(dataset.put("Images/IMG_1.JPG", "the first camera's"))
-        moved(filing, first)
+        moved(mover, first)
         dataset.put("Dataset/cat/IMG_1 (2).JPG", "another camera's")
         for version in ("one star", "five stars"):
-            follow = filing.late.move_for(str(dataset.put("Images/IMG_1.xmp", version)))
+            follow = mover.late.move_for(str(dataset.put("Images/IMG_1.xmp", version)))
             assert follow is not None
-            moved(filing, follow)
-        moved(filing, order(dataset.put("Images/IMG_1.JPG", "the third camera's")))
+            moved(mover, follow)
+        moved(mover, order(dataset.put("Images/IMG_1.JPG", "the third camera's")))
         assert dataset.tree() == {
             "Dataset/cat/IMG_1.JPG": b"the first camera's",
             "Dataset/cat/IMG_1.xmp": b"one star",
@@ -641,37 +641,37 @@ class TestLateCompanions:
         ],
     )
     def test_late_file_of_every_kind_of_rule_finds_its_image(
-        self, dataset: Dataset, filing: Mover, image: str, late: str
+        self, dataset: Dataset, mover: Mover, image: str, late: str
     ) -> None:
         """By the journal, and not while an image that it belongs to stands beside it."""
         path = dataset.put(f"Images/{image}")
-        assert filing.late.awaits_image(str(dataset.put(f"Images/{late}", "late")))
+        assert mover.late.awaits_image(str(dataset.put(f"Images/{late}", "late")))
         (dataset.root / "Images" / late).rename(dataset.root / "late")
-        moved(filing, order(path))
+        moved(mover, order(path))
         (dataset.root / "late").rename(dataset.root / "Images" / late)
-        assert not filing.late.awaits_image(f"{dataset.root}/Images/{late}")
-        follow = filing.late.move_for(f"{dataset.root}/Images/{late}")
+        assert not mover.late.awaits_image(f"{dataset.root}/Images/{late}")
+        follow = mover.late.move_for(f"{dataset.root}/Images/{late}")
         assert follow is not None
-        assert moved(filing, follow) == f"{dataset.root}/Dataset/cat/{late}"
+        assert moved(mover, follow) == f"{dataset.root}/Dataset/cat/{late}"
 
-    def test_it_waits_for_an_image_that_is_here(self, dataset: Dataset, filing: Mover) -> None:
+    def test_it_waits_for_an_image_that_is_here(self, dataset: Dataset, mover: Mover) -> None:
         """A new image of that name is its own: they leave together."""
-        moved(filing, order(dataset.put("Images/a.jpg")))
+        moved(mover, order(dataset.put("Images/a.jpg")))
         dataset.put("Images/a.jpg", "another")
-        assert filing.late.move_for(str(dataset.put("Images/a.MOV", "film"))) is None
+        assert mover.late.move_for(str(dataset.put("Images/a.MOV", "film"))) is None
 
-    def test_it_stays_without_an_image(self, dataset: Dataset, filing: Mover) -> None:
+    def test_it_stays_without_an_image(self, dataset: Dataset, mover: Mover) -> None:
         """What belongs to nobody, to an image of another folder, or to one that the user moved on, is left alone."""
-        there = Path(moved(filing, order(dataset.put("Images/a.jpg"))))
-        assert filing.late.move_for(str(dataset.put("Images/b.MOV", "film"))) is None
-        assert filing.late.move_for(str(dataset.put("Images/deep/a.MOV", "film"))) is None
-        assert filing.late.move_for(str(dataset.put("Images/a.doc", "no companion"))) is None
+        there = Path(moved(mover, order(dataset.put("Images/a.jpg"))))
+        assert mover.late.move_for(str(dataset.put("Images/b.MOV", "film"))) is None
+        assert mover.late.move_for(str(dataset.put("Images/deep/a.MOV", "film"))) is None
+        assert mover.late.move_for(str(dataset.put("Images/a.doc", "no companion"))) is None
         there.rename(there.with_name("moved on.jpg"))
-        assert filing.late.move_for(str(dataset.put("Images/a.MOV", "film"))) is None
+        assert mover.late.move_for(str(dataset.put("Images/a.MOV", "film"))) is None
 
-    def test_an_image_of_long_ago_is_not_its_own(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
+    def test_an_image_of_long_ago_is_not_its_own(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """A camera uses its names again."""
-        moved(filing, order(dataset.put("Images/a.jpg")))
+        moved(mover, order(dataset.put("Images/a.jpg")))
         film = str(dataset.put("Images/a.MOV", "film"))
         (ended,) = [record.ended_at or 0.0 for record in done(journal)]
         for later, is_found in ((LATE_SECONDS - 1, True), (LATE_SECONDS + 1, False)):
@@ -679,41 +679,41 @@ class TestLateCompanions:
             found = LateCompanions(dataset.root, journal).move_for(film)
             assert (found is not None) == is_found
 
-    def test_it_is_undone_with_its_image(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
+    def test_it_is_undone_with_its_image(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """Whoever takes the image back wants its film back, too."""
-        moved(filing, order(dataset.put("Images/a.jpg")))
-        follow = filing.late.move_for(str(dataset.put("Images/a.MOV", "film")))
+        moved(mover, order(dataset.put("Images/a.jpg")))
+        follow = mover.late.move_for(str(dataset.put("Images/a.MOV", "film")))
         assert follow is not None
-        moved(filing, follow)
+        moved(mover, follow)
         (image,) = journal.history.moves(Selection(outcome="filed"))
-        ((told, later),) = undo_records(filing, journal.history, [image.id], dry_run=False)
+        ((told, later),) = undo_records(mover, journal.history, [image.id], dry_run=False)
         assert ([one.message for one in told], later) == (["", ""], 0)
         assert dataset.tree() == {"Images/a.jpg": b"image", "Images/a.MOV": b"film"}
-        assert len(filing.held()) == 2
+        assert len(mover.held()) == 2
 
     def test_companions_that_are_switched_off_follow_nothing(self, dataset: Dataset, journal: Journal) -> None:
         """Then they are files like others."""
-        filing = Mover(dataset.root, journal, companions=False)
-        moved(filing, order(dataset.put("Images/a.jpg")))
-        assert filing.late.move_for(str(dataset.put("Images/a.MOV", "film"))) is None
+        mover = Mover(dataset.root, journal, companions=False)
+        moved(mover, order(dataset.put("Images/a.jpg")))
+        assert mover.late.move_for(str(dataset.put("Images/a.MOV", "film"))) is None
 
     def test_what_comes_while_its_image_is_copied_is_found_after_it(self, dataset: Dataset, journal: Journal) -> None:
         """The image stood there when its film came; now it is gone, and the film follows."""
         jobs: list[CopyJob] = []
-        filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
+        mover = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
         path = dataset.put("Images/a.jpg")
-        filing.move_all([order(path)])
+        mover.move_all([order(path)])
         film = str(dataset.put("Images/a.MOV", "film"))
-        assert filing.late.move_for(film) is None
-        filing.end(elsewhere(jobs))
-        assert [(move.path, move.wanted) for move in filing.late.left_by(str(path))] == [(film, "a.MOV")]
+        assert mover.late.move_for(film) is None
+        mover.end(elsewhere(jobs))
+        assert [(move.path, move.wanted) for move in mover.late.left_by(str(path))] == [(film, "a.MOV")]
 
 
 class TestEqualNames:
     """Cameras begin to count anew with every card."""
 
     def test_many_equal_names_cost_two_attempts_each(
-        self, dataset: Dataset, filing: Mover, monkeypatch: pytest.MonkeyPatch
+        self, dataset: Dataset, mover: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """On either side of a disk's border: the numbers that are taken are not tried again."""
         attempts: list[str] = []
@@ -724,40 +724,40 @@ class TestEqualNames:
             rename_new(source, name, destination, final)
 
         monkeypatch.setattr(crossing_module, "rename_new", noting)
-        if filing._renamer._rename is rename_new:
-            filing._renamer._rename = noting
+        if mover._renamer._rename is rename_new:
+            mover._renamer._rename = noting
         for number in range(40):
-            moved(filing, order(dataset.put(f"Images/{number}/a.jpg", str(number))))
+            moved(mover, order(dataset.put(f"Images/{number}/a.jpg", str(number))))
         assert dataset.tree() == {
             "Dataset/cat/a.jpg": b"0",
             **{f"Dataset/cat/a ({number + 1}).jpg": str(number).encode() for number in range(1, 40)},
         }
         assert len(attempts) <= 2 * 40
         (dataset.root / "Dataset/cat/a.jpg").unlink()  # a name that is free again is taken first
-        moved(filing, order(dataset.put("Images/again/a.jpg", "again")))
+        moved(mover, order(dataset.put("Images/again/a.jpg", "again")))
         assert dataset.tree()["Dataset/cat/a.jpg"] == b"again"
 
 
 class TestMended:
     """Rejected images that somebody mends are filed from where they lie."""
 
-    def test_the_reason_goes_when_the_image_leaves(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
+    def test_the_reason_goes_when_the_image_leaves(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """It says nothing about the mended image; a reason that the user wrote upon is kept."""
         for name in ("a.jpg", "b.jpg"):
-            moved(filing, order(dataset.put(f"Images/{name}", "broken"), "Rejected", Outcome.REJECTED))
+            moved(mover, order(dataset.put(f"Images/{name}", "broken"), "Rejected", Outcome.REJECTED))
             (dataset.root / "Rejected" / name).write_bytes(b"mended")
         (dataset.root / "Rejected/b.jpg.reason.json").write_text("a note of the user's")
         rejects = Rejects(Layout(dataset.root), journal)
         found = dict(one for one in rejects.scan(10**18) if one is not None)
         assert {Path(path).name for path in found} == {"a.jpg", "b.jpg"}
         for path in found:
-            moved(filing, order(Path(path)))
+            moved(mover, order(Path(path)))
         assert sorted(path.name for path in (dataset.root / "Rejected").iterdir()) == ["b.jpg.reason.json"]
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"mended", "Dataset/cat/b.jpg": b"mended"}
 
-    def test_each_version_is_tried_once(self, dataset: Dataset, journal: Journal, filing: Mover) -> None:
+    def test_each_version_is_tried_once(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """One that was refused again is not tried at the next scan or start; it can still be undone."""
-        moved(filing, order(dataset.put("Images/a.jpg", "broken"), "Rejected", Outcome.REJECTED))
+        moved(mover, order(dataset.put("Images/a.jpg", "broken"), "Rejected", Outcome.REJECTED))
         path = dataset.root / "Rejected/a.jpg"
         rejects = Rejects(Layout(dataset.root), journal)
         assert rejects.look(str(path)) is None
@@ -766,7 +766,7 @@ class TestMended:
         assert stamp == stamp_of(os.stat(path))
         rejects.keep(str(path), stamp)
         assert rejects.look(str(path)) is None
-        (told,) = filing.undo(done(journal))
+        (told,) = mover.undo(done(journal))
         assert told.restored == f"{dataset.root}/Images/a.jpg"
 
     @pytest.mark.parametrize(
@@ -781,7 +781,7 @@ class TestMended:
         ids=["nothing", "pixels", "time", "decoders", "lowered"],
     )
     def test_scan_after_a_limit_was_raised_tries_what_it_refused_once(
-        self, dataset: Dataset, journal: Journal, filing: Mover, raised: dict[str, float], tried: set[str]
+        self, dataset: Dataset, journal: Journal, mover: Mover, raised: dict[str, float], tried: set[str]
     ) -> None:
         """Images that were refused for it are tried as they are, again after a crash, and no more once answered."""
         limits = {"max_pixels": 1_000, "timeout_seconds": 5, "decoders": 1}
@@ -789,7 +789,7 @@ class TestMended:
         assert not any(Rejects(Layout(dataset.root), journal, limits).scan(10**18))
         for name, reason in (("large", "too_large: 1"), ("slow", "poison: 2"), ("broken", "unreadable: 3")):
             move = replace(order(dataset.put(f"Images/{name}.jpg", name), "Rejected", Outcome.REJECTED), reason=reason)
-            moved(filing, move)
+            moved(mover, move)
         dataset.put("Rejected/own.jpg", "the user's")
 
         def again(rejects: Rejects) -> dict[str, Stamp]:
@@ -810,28 +810,26 @@ class TestMended:
         assert "large.jpg" in {Path(path).name for path in again(Rejects(Layout(dataset.root), journal, limits))}
 
     def test_scan_by_limits_that_nobody_noted_tries_all_of_them(
-        self, dataset: Dataset, journal: Journal, filing: Mover
+        self, dataset: Dataset, journal: Journal, mover: Mover
     ) -> None:
         """A journal of an older sortd, or one whose note is damaged, does not say by which limits it was refused."""
         move = order(dataset.put("Images/a.jpg", "large"), "Rejected", Outcome.REJECTED)
-        moved(filing, replace(move, reason="too_large: 1"))
+        moved(mover, replace(move, reason="too_large: 1"))
         for noted in (None, "[", "[]", '{"max_pixels": "many"}'):
             if noted is not None:
                 journal.note(LIMITS_FACT, noted)
             assert any(Rejects(Layout(dataset.root), journal, {"max_pixels": 5}).scan(10**18))
 
-    def test_what_sortd_did_not_set_aside_is_left_alone(
-        self, dataset: Dataset, journal: Journal, filing: Mover
-    ) -> None:
+    def test_what_sortd_did_not_set_aside_is_left_alone(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """The user's own file in Rejected/, a reason, a folder, a link; and nothing is noted about them."""
-        moved(filing, order(dataset.put("Images/a.jpg", "broken"), "Rejected", Outcome.REJECTED))
+        moved(mover, order(dataset.put("Images/a.jpg", "broken"), "Rejected", Outcome.REJECTED))
         dataset.put("Rejected/own.jpg", "the user's")
         dataset.put("Rejected/deep/a.jpg", "the user's")
         (dataset.root / "Rejected/link.jpg").symlink_to("own.jpg")
         rejects = Rejects(Layout(dataset.root), journal)
         assert not any(rejects.scan(10**18))
         rejects.keep(str(dataset.root / "Rejected/own.jpg"), Stamp(1, 2, 3, 4))
-        moved(filing, order(dataset.root / "Rejected/a.jpg"))
+        moved(mover, order(dataset.root / "Rejected/a.jpg"))
         dataset.put("Rejected/a.jpg", "the user's, under a name that was free again")
         assert not any(rejects.scan(10**18))
         shutil.rmtree(dataset.root / "Rejected")
@@ -852,14 +850,14 @@ class TestErrors:
     """Disks that refuse."""
 
     def test_a_journal_that_cannot_be_written_moves_nothing(
-        self, dataset: Dataset, journal: Journal, filing: Mover
+        self, dataset: Dataset, journal: Journal, mover: Mover
     ) -> None:
         """The error goes up, so that the daemon stops; the files are where they were."""
         moves = [order(dataset.put(f"Images/{'n' * 200}{number}.jpg")) for number in range(60)]
         journal._connection.execute("PRAGMA max_page_count = 1")
         before = dataset.tree()
         with pytest.raises(JournalError):
-            filing.move_all(moves)
+            mover.move_all(moves)
         assert dataset.tree() == before
 
     @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS])
@@ -911,15 +909,15 @@ class TestErrors:
         assert failure(mover, order(path)) is MoveFailure.CHANGED
         assert renamed == []
 
-    def test_rewrite_with_its_time_put_back_is_not_moved(self, dataset: Dataset, filing: Mover) -> None:
+    def test_rewrite_with_its_time_put_back_is_not_moved(self, dataset: Dataset, mover: Mover) -> None:
         """Of equal size, in place, under the same time: only the time of change shows that it was not looked at."""
         path = dataset.put("Images/a.jpg", "decided")
         meant, before = order(path, content=_hash("decided")), os.stat(path)
         changed_in_place(path, "another", before)
-        assert failure(filing, meant) is MoveFailure.CHANGED
+        assert failure(mover, meant) is MoveFailure.CHANGED
         assert dataset.tree() == {"Images/a.jpg": b"another"}
         changed_in_place(path, "decided", os.stat(path))
-        assert moved(filing, meant) == str(
+        assert moved(mover, meant) == str(
             dataset.root / "Dataset/cat/a.jpg"
         )  # new rights or links change no bytes either
 
@@ -948,11 +946,11 @@ class TestErrors:
             fsync(descriptor)
 
         monkeypatch.setattr(os, "fsync", refuse)
-        filing = Mover(dataset.root, journal)
-        assert failure(filing, order(dataset.put("Images/a.jpg"))) is MoveFailure.DESTINATION
+        mover = Mover(dataset.root, journal)
+        assert failure(mover, order(dataset.put("Images/a.jpg"))) is MoveFailure.DESTINATION
         assert len(journal.history.unfinished()) == 1
         refused["now"] = False
-        moved(filing, order(dataset.put("Images/b.jpg")))
+        moved(mover, order(dataset.put("Images/b.jpg")))
         assert {record.source_path for record in done(journal)} == {"Images/a.jpg", "Images/b.jpg"}
 
     @pytest.mark.parametrize("is_taken", [False, True])
@@ -973,21 +971,21 @@ class TestErrors:
                 raise PermissionError(errno.EPERM, "Operation not permitted")
             unlink(path, dir_fd=dir_fd)
 
-        filing = Mover(dataset.root, journal, rename=crossing)
+        mover = Mover(dataset.root, journal, rename=crossing)
         move = order(dataset.put("Images/a.jpg"))
         with monkeypatch.context() as patch:
             patch.setattr("sortd.moving.copy.rename_new", refuse)
             patch.setattr("sortd.moving.copy.os.unlink", keep)
-            failures = [failure(filing, move) for _ in range(3)]
+            failures = [failure(mover, move) for _ in range(3)]
             if not is_taken:
                 assert failures == [MoveFailure.BUSY] * 3
                 assert dataset.tree() == {"Images/a.jpg": b"image"}
             assert list(dataset.tree().values()).count(b"image") <= 2
-        filing.recover()
+        mover.recover()
         if is_taken:
             assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
         else:
-            moved(filing, move)
+            moved(mover, move)
 
     @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
     @pytest.mark.parametrize("refusing", ["Images", "Dataset/cat", None])
@@ -1004,15 +1002,15 @@ class TestErrors:
             return refusing is None or os.fstat(dir_fd).st_ino != (dataset.root / refusing).stat().st_ino
 
         (dataset.root / "Dataset/cat").mkdir(parents=True)
-        filing = Mover(dataset.root, journal, rename=refuse_rename)
+        mover = Mover(dataset.root, journal, rename=refuse_rename)
         path = dataset.put("Images/a.jpg")
         with monkeypatch.context() as patch:
             patch.setattr(os, "access", access)
-            (answer,) = filing.move_all([order(path)])
+            (answer,) = mover.move_all([order(path)])
         assert isinstance(answer, MoveFailed)
         of_the_file = MoveFailure.BUSY if number == errno.EPERM else MoveFailure.DESTINATION
         assert answer.failure is (MoveFailure.SOURCE if refusing == "Images" else of_the_file)
-        assert ("nothing may be removed from Images" in answer.message) == (refusing == "Images")
+        assert ("files cannot be removed from Images" in answer.message) == (refusing == "Images")
 
     def test_filing_folder_that_may_not_be_read_is_a_source(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
@@ -1039,14 +1037,14 @@ class TestErrors:
                 raise OSError(errno.EIO, "Input/output error")
             rename_new(source, name, destination, final)
 
-        filing = Mover(dataset.root, journal, rename=crossing)
+        mover = Mover(dataset.root, journal, rename=crossing)
         move = order(dataset.put("Images/a.jpg"))
         with monkeypatch.context() as patch:
             patch.setattr("sortd.moving.copy.rename_new", refuse)
             for _ in range(3):
-                assert failure(filing, move) is MoveFailure.DESTINATION
+                assert failure(mover, move) is MoveFailure.DESTINATION
             assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Images/a.jpg"]
-        assert [one.progress.value for one in filing.recover()] == ["done"]
+        assert [one.progress.value for one in mover.recover()] == ["done"]
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
 
 
@@ -1054,11 +1052,11 @@ class TestCrossing:
     """Copies to another file system."""
 
     @pytest.fixture
-    def filing(self, dataset: Dataset, journal: Journal) -> Mover:
+    def mover(self, dataset: Dataset, journal: Journal) -> Mover:
         """A filing whose renames all fail as between file systems."""
         return Mover(dataset.root, journal, rename=crossing)
 
-    def test_times_mode_owner_and_attributes_are_kept(self, dataset: Dataset, filing: Mover) -> None:
+    def test_times_mode_owner_and_attributes_are_kept(self, dataset: Dataset, mover: Mover) -> None:
         """To the nanosecond, where the file system can."""
         path = dataset.put("Images/a.jpg")
         os.setxattr(path, "user.note", b"kept")
@@ -1067,13 +1065,13 @@ class TestCrossing:
             os.chown(path, 1234, 4321)
         os.utime(path, ns=(1_600_000_000_123_456_789, 1_500_000_000_987_654_321))
         before = os.stat(path)
-        there = moved(filing, order(path))
+        there = moved(mover, order(path))
         after = os.stat(there)
         assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
         assert after.st_mtime_ns == before.st_mtime_ns
         assert os.getxattr(there, "user.note") == b"kept"
 
-    def test_holes_are_kept(self, dataset: Dataset, filing: Mover) -> None:
+    def test_holes_are_kept(self, dataset: Dataset, mover: Mover) -> None:
         """A sparse file does not fill the disk, and its bytes are the same."""
         path = dataset.root / "Images/a.jpg"
         with path.open("wb") as file:
@@ -1082,22 +1080,22 @@ class TestCrossing:
             file.write(b"tail")
             file.truncate(60 << 20)
         content, blocks = path.read_bytes(), os.stat(path).st_blocks
-        there = moved(filing, order(path))
+        there = moved(mover, order(path))
         assert os.stat(there).st_blocks <= blocks + 16
         assert Path(there).read_bytes() == content
 
-    def test_the_bytes_must_be_those_that_were_looked_at(self, dataset: Dataset, filing: Mover) -> None:
+    def test_the_bytes_must_be_those_that_were_looked_at(self, dataset: Dataset, mover: Mover) -> None:
         """A copy whose hash is not the decoder's is thrown away."""
         path = dataset.put("Images/a.jpg")
-        assert failure(filing, order(path, content="0" * 64)) is MoveFailure.CHANGED
+        assert failure(mover, order(path, content="0" * 64)) is MoveFailure.CHANGED
         assert dataset.tree() == {"Images/a.jpg": b"image"}
-        moved(filing, order(path, content=_hash("image")))
+        moved(mover, order(path, content=_hash("image")))
 
     def test_nothing_is_copied_from_where_nothing_can_be_removed(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A folder that is read-only, or another's: no copy is made, only to be withdrawn, at every try for months."""
-        filing = Mover(dataset.root, journal, rename=crossing)
+        mover = Mover(dataset.root, journal, rename=crossing)
         path = dataset.put("Images/a.jpg")
 
         def refuse_to_write(name: str, mode: int, *, dir_fd: int, effective_ids: bool) -> bool:
@@ -1109,13 +1107,13 @@ class TestCrossing:
         with monkeypatch.context() as patch:
             patch.setattr(os, "access", refuse_to_write)
             patch.setattr("sortd.moving.copy.copy_to_part", refuse)
-            (answer,) = filing.move_all([order(path)])
+            (answer,) = mover.move_all([order(path)])
         os.close(folder)
         assert isinstance(answer, MoveFailed)
         assert answer.failure is MoveFailure.SOURCE
-        assert "nothing may be removed from Images" in answer.message
+        assert "files cannot be removed from Images" in answer.message
         assert dataset.tree() == {"Images/a.jpg": b"image"}
-        moved(filing, order(path))
+        moved(mover, order(path))
 
     def test_an_interrupted_copy_leaves_nothing(self, dataset: Dataset, journal: Journal) -> None:
         """At a stop the image is where it was, and no part is left."""
@@ -1123,8 +1121,8 @@ class TestCrossing:
         with path.open("r+b") as file:
             file.write(b"x" * (3 << 20))
         asked = iter([False, False, True])
-        filing = Mover(dataset.root, journal, rename=crossing, interrupted=lambda: next(asked))
-        assert failure(filing, order(path)) is MoveFailure.BUSY
+        mover = Mover(dataset.root, journal, rename=crossing, interrupted=lambda: next(asked))
+        assert failure(mover, order(path)) is MoveFailure.BUSY
         assert list(dataset.tree()) == ["Images/a.jpg"]
         assert journal.history.unfinished() == []
 
@@ -1137,17 +1135,17 @@ class TestCrossing:
                 file.write(b"more")
             return False
 
-        filing = Mover(dataset.root, journal, rename=crossing, interrupted=append)
-        assert failure(filing, order(path)) is MoveFailure.CHANGED
+        mover = Mover(dataset.root, journal, rename=crossing, interrupted=append)
+        assert failure(mover, order(path)) is MoveFailure.CHANGED
         assert list(dataset.tree()) == ["Images/a.jpg"]
 
     def test_copies_run_where_they_are_submitted(self, dataset: Dataset, journal: Journal) -> None:
         """Other moves are answered at once; a copy made in another thread is answered when it comes to its end."""
         jobs: list[CopyJob] = []
-        filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
-        assert filing.move_all([order(dataset.put("Images/a.jpg"))]) == []
-        assert filing.recover() == []
-        assert [type(answer) for answer in filing.end(elsewhere(jobs))] == [Moved]
+        mover = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
+        assert mover.move_all([order(dataset.put("Images/a.jpg"))]) == []
+        assert mover.recover() == []
+        assert [type(answer) for answer in mover.end(elsewhere(jobs))] == [Moved]
         assert journal.history.counts() == {"filed": 1}
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
 
@@ -1156,62 +1154,62 @@ class TestCrossing:
     ) -> None:
         """What the other thread is about is left to it, whatever is asked meanwhile and however often."""
         jobs: list[CopyJob] = []
-        filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
+        mover = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
         move = order(dataset.put("Images/a.jpg"))
-        assert filing.move_all([move]) == []
-        assert failure(filing, move) is MoveFailure.BUSY
-        assert (filing.recover(), len(jobs)) == ([], 1)
-        filing.end(elsewhere(jobs))
+        assert mover.move_all([move]) == []
+        assert failure(mover, move) is MoveFailure.BUSY
+        assert (mover.recover(), len(jobs)) == ([], 1)
+        mover.end(elsewhere(jobs))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
 
     def test_an_interrupted_copy_is_taken_up_by_recovery(self, dataset: Dataset, journal: Journal) -> None:
         """A job that begins after the stop touches nothing: its intent is recovered like after a crash."""
         jobs: list[CopyJob] = []
-        filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs), interrupted=lambda: True)
-        assert filing.move_all([order(dataset.put("Images/a.jpg"))]) == []
-        (answer,) = filing.end(elsewhere(jobs))
+        mover = Mover(dataset.root, journal, rename=crossing, submit=later(jobs), interrupted=lambda: True)
+        assert mover.move_all([order(dataset.put("Images/a.jpg"))]) == []
+        (answer,) = mover.end(elsewhere(jobs))
         assert isinstance(answer, MoveFailed)
         assert answer.failure is MoveFailure.BUSY
-        assert [record.relocation.progress.value for record in journal.history.unfinished()] == ["intended"]
-        assert [one.progress.value for one in filing.recover()] == ["failed"]
+        assert [record.move.progress.value for record in journal.history.unfinished()] == ["intended"]
+        assert [one.progress.value for one in mover.recover()] == ["failed"]
         assert dataset.tree() == {"Images/a.jpg": b"image"}
 
     def test_few_copies_are_handed_over_at_a_time(self, dataset: Dataset, journal: Journal) -> None:
         """The journal holds no thousands of intents; the others follow as copies end, and none is forgotten."""
         jobs: list[CopyJob] = []
-        filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
-        filing.move_all([order(dataset.put("Images/first.jpg"))])
-        answers = filing.move_all([order(dataset.put(f"Images/{number}.jpg")) for number in range(100)])
-        assert (answers, len(jobs), filing.can_go_on) == ([], MOST_HANDED_OVER, False)
+        mover = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
+        mover.move_all([order(dataset.put("Images/first.jpg"))])
+        answers = mover.move_all([order(dataset.put(f"Images/{number}.jpg")) for number in range(100)])
+        assert (answers, len(jobs), mover.can_go_on) == ([], MOST_HANDED_OVER, False)
         told = 0
         while jobs:
-            told += len(filing.end(elsewhere(jobs)))
-            assert filing.move_all([]) == []
+            told += len(mover.end(elsewhere(jobs)))
+            assert mover.move_all([]) == []
         assert told == 101
         assert journal.history.counts() == {"filed": 101}
 
     def test_what_waits_for_a_copy_is_given_up_at_a_stop(self, dataset: Dataset, journal: Journal) -> None:
         """Nothing was written about it: it is answered at once and stands where it was."""
         jobs: list[CopyJob] = []
-        filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
-        filing.move_all([order(dataset.put("Images/first.jpg"))])
-        filing.move_all([order(dataset.put(f"Images/{number}.jpg")) for number in range(100)])
-        given_up = filing.give_up()
+        mover = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
+        mover.move_all([order(dataset.put("Images/first.jpg"))])
+        mover.move_all([order(dataset.put(f"Images/{number}.jpg")) for number in range(100)])
+        given_up = mover.give_up()
         assert [type(answer) for answer in given_up] == [MoveFailed] * (101 - MOST_HANDED_OVER)
         assert len(journal.history.unfinished()) == MOST_HANDED_OVER
-        assert failure(filing, order(dataset.put("Images/late.jpg"))) is MoveFailure.BUSY
+        assert failure(mover, order(dataset.put("Images/late.jpg"))) is MoveFailure.BUSY
 
     def test_an_undo_across_disks_ends_where_it_is_submitted(self, dataset: Dataset, journal: Journal) -> None:
         """The answer comes later, and says what it would have said at once; the image is held."""
         jobs: list[CopyJob] = []
-        filing = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
-        filing.move_all([order(dataset.put("Images/a.jpg"))])
-        filing.end(elsewhere(jobs))
-        assert filing.undo(done(journal)) == []
-        (told,) = filing.end(elsewhere(jobs))
+        mover = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
+        mover.move_all([order(dataset.put("Images/a.jpg"))])
+        mover.end(elsewhere(jobs))
+        assert mover.undo(done(journal)) == []
+        (told,) = mover.end(elsewhere(jobs))
         assert isinstance(told, UndoResult)
         assert told.restored == f"{dataset.root}/Images/a.jpg"
-        assert list(filing.held()) == [told.restored]
+        assert list(mover.held()) == [told.restored]
 
     def test_a_source_that_is_written_while_it_is_copied_is_kept(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
@@ -1230,7 +1228,7 @@ class TestCrossing:
         (answer,) = Mover(dataset.root, journal, rename=crossing).move_all([order(path)])
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Images/a.jpg": b"image and more"}
         assert isinstance(answer, Moved)
-        assert "kept in Images too" in answer.note == done(journal)[0].relocation.message
+        assert "also kept in Images" in answer.note == done(journal)[0].move.message
 
     def test_a_copy_that_is_gone_keeps_its_source(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
@@ -1250,7 +1248,7 @@ class TestCrossing:
 
     @pytest.mark.parametrize("cannot_link", [False, True])
     def test_file_systems_that_cannot_refuse_still_do_not_overwrite(
-        self, dataset: Dataset, filing: Mover, monkeypatch: pytest.MonkeyPatch, *, cannot_link: bool
+        self, dataset: Dataset, mover: Mover, monkeypatch: pytest.MonkeyPatch, *, cannot_link: bool
     ) -> None:
         """Without RENAME_NOREPLACE by link, and without links by a placeholder: a taken name is taken."""
 
@@ -1266,7 +1264,7 @@ class TestCrossing:
         if cannot_link:
             monkeypatch.setattr("sortd.moving.copy.os.link", link)
         dataset.put("Dataset/cat/a.jpg", "first")
-        moved(filing, order(dataset.put("Images/a.jpg", "second")))
+        moved(mover, order(dataset.put("Images/a.jpg", "second")))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"first", "Dataset/cat/a (2).jpg": b"second"}
 
 
@@ -1274,7 +1272,7 @@ class TestPlaceholders:
     """File systems that can neither refuse to overwrite nor link."""
 
     @pytest.fixture
-    def filing(self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> Mover:
+    def mover(self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> Mover:
         """A filing on one of them."""
 
         def refuse(*names: int | str) -> None:
@@ -1284,7 +1282,7 @@ class TestPlaceholders:
         return Mover(dataset.root, journal, rename=crossing)
 
     def test_a_name_that_is_taken_at_the_last_moment_is_taken(
-        self, dataset: Dataset, filing: Mover, monkeypatch: pytest.MonkeyPatch
+        self, dataset: Dataset, mover: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The placeholder is made only where nothing is."""
 
@@ -1293,11 +1291,11 @@ class TestPlaceholders:
             raise PermissionError(errno.EPERM, "Operation not permitted")
 
         monkeypatch.setattr("sortd.moving.copy.os.link", link)
-        moved(filing, order(dataset.put("Images/a.jpg")))
+        moved(mover, order(dataset.put("Images/a.jpg")))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"the user's", "Dataset/cat/a (2).jpg": b"image"}
 
     def test_a_placeholder_that_somebody_replaces_is_his(
-        self, dataset: Dataset, filing: Mover, monkeypatch: pytest.MonkeyPatch
+        self, dataset: Dataset, mover: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Only our own empty file is renamed over."""
 
@@ -1308,11 +1306,11 @@ class TestPlaceholders:
             if name == "a.jpg" and (dataset.root / "Dataset/cat/a.jpg").exists():
                 (dataset.root / "Dataset/cat/a.jpg").unlink()
                 dataset.put("Dataset/cat/a.jpg", "the user's")
-            return look(folder, name)
+            return lstat_at(folder, name)
 
         monkeypatch.setattr("sortd.moving.copy.os.link", link)
-        monkeypatch.setattr("sortd.moving.copy.look", replaced)
-        assert failure(filing, order(dataset.put("Images/a.jpg"))) is MoveFailure.CHANGED
+        monkeypatch.setattr("sortd.moving.copy.lstat_at", replaced)
+        assert failure(mover, order(dataset.put("Images/a.jpg"))) is MoveFailure.CHANGED
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"the user's", "Images/a.jpg": b"image"}
 
 

@@ -1,4 +1,4 @@
-"""Names that a relocation tries: whole characters, 255 bytes, one stem for all members."""
+"""Names that a move tries: whole characters, 255 bytes, one stem for all members."""
 
 import os
 
@@ -21,12 +21,12 @@ def names(attempt: int, image: str, *others: str) -> list[str]:
     return list(final_names(MoveRecord("t", "Images", "Rejected", (image_member, *members, reason)), attempt))
 
 
-def test_the_first_name_is_the_own_one() -> None:
+def test_final_names_first_attempt_keeps_names() -> None:
     """Nothing is changed where nothing has to be."""
     assert names(1, "a.jpg", "a.xmp", "a.jpg.json") == ["a.jpg", "a.xmp", "a.jpg.json", "a.jpg.reason.json"]
 
 
-def test_the_number_stands_before_the_suffix_and_for_all() -> None:
+def test_final_names_further_attempt_numbers_all_files() -> None:
     """Companions get the same stem as their image, by both habits."""
     assert names(2, "a.jpg", "a.xmp", "a.jpg.json") == [
         *("a (2).jpg", "a (2).xmp", "a (2).jpg.json", "a (2).jpg.reason.json")
@@ -34,7 +34,7 @@ def test_the_number_stands_before_the_suffix_and_for_all() -> None:
 
 
 @pytest.mark.parametrize("name", [".hidden", "noend", "a.b.c.jpg", "a" + "." * 30 + "jpg", "x." + "y" * 40])
-def test_strange_names_keep_all_their_letters(name: str) -> None:
+def test_final_names_unusual_names_are_kept(name: str) -> None:
     """Without a suffix, or with one too long to be one, the number stands at the end."""
     (final, *_) = names(3, name)
     assert final.replace(" (3)", "") == name
@@ -44,7 +44,7 @@ def test_strange_names_keep_all_their_letters(name: str) -> None:
     stem=st.binary(min_size=1, max_size=251).filter(lambda raw: not set(raw) & {0, 0x2E, 0x2F}),
     attempt=st.integers(2, 10_000),
 )
-def test_every_name_fits_and_keeps_its_ending(stem: bytes, attempt: int) -> None:
+def test_final_names_long_names_fit_and_keep_their_endings(stem: bytes, attempt: int) -> None:
     """Whatever the bytes, no name has more than 255, the suffix stays, and the stems stay the same for all."""
     image, sidecar, reason = names(attempt, os.fsdecode(stem + b".jpg"), os.fsdecode(stem + b".xmp"))
     assert max(len(os.fsencode(one)) for one in (image, sidecar, reason)) <= 255
@@ -53,7 +53,7 @@ def test_every_name_fits_and_keeps_its_ending(stem: bytes, attempt: int) -> None
     assert reason.endswith(f" ({attempt}).jpg.reason.json")
 
 
-def test_a_name_of_255_bytes_keeps_them_in_the_first_attempt() -> None:
+def test_final_names_name_of_255_bytes_is_kept() -> None:
     """A reason's longer name is cut; the image's own is not."""
     name = "€" * 83 + "aa.jpg"
     assert len(name.encode()) == 255
@@ -66,7 +66,7 @@ def test_a_name_of_255_bytes_keeps_them_in_the_first_attempt() -> None:
 @given(
     st.text(min_size=1).filter(lambda text: not any("\ud800" <= one <= "\udfff" for one in text)), st.integers(4, 60)
 )
-def test_a_cut_ends_where_a_character_ends(text: str, room: int) -> None:
+def test_cut_ends_after_a_whole_character(text: str, room: int) -> None:
     """What is cut is still text, and no more is cut than must be."""
     raw = text.encode()
     short = cut(raw, room)

@@ -11,7 +11,7 @@ import pytest
 from sortd.commands.journals import journals
 from sortd.config import load
 from sortd.core.guard import GuardState
-from sortd.daemon.dataset_lock import hold
+from sortd.daemon.dataset_lock import open_dataset
 from sortd.files import stamp_of
 from sortd.layout import Layout
 from sortd.moving.plan import new_token
@@ -218,7 +218,7 @@ class TestUndo:
     def test_a_dataset_that_another_process_holds_is_left_alone(self, site: Path) -> None:
         """Where a sortd with other settings works on it, nothing is moved."""
         before = standing(site)
-        with hold(Layout(site), site.parents[1] / "state"):
+        with open_dataset(Layout(site), site.parents[1] / "state"):
             ran = run(site, "undo", "--last", "1")
         assert ran.code == 75
         assert "another sortd works on" in ran.err
@@ -226,12 +226,12 @@ class TestUndo:
 
     def test_what_a_crash_left_is_recovered_first_and_said(self, site: Path) -> None:
         """Whoever undoes the last move learns that another one was brought to its end before."""
-        with hold(Layout(site), site.parents[1] / "state") as holding:
+        with open_dataset(Layout(site), site.parents[1] / "state") as opened:
             path = site / "Images" / "new.png"
             path.write_bytes(b"an image")
             member = MoveFile(Role.IMAGE, "new.png", "new.png", stamp_of(path.stat()))
-            relocation = MoveRecord(new_token(), "Images", "Dataset/red", (member,))
-            holding.journal.intend([(relocation, MoveReason("filed", "red"))])
+            move = MoveRecord(new_token(), "Images", "Dataset/red", (member,))
+            opened.journal.intend([(move, MoveReason("filed", "red"))])
             path.rename(site / "Dataset" / "red" / "new.png")
         ran = run(site, "undo", "--last", "1")
         assert ran.code == 0
@@ -240,14 +240,14 @@ class TestUndo:
 
 def hold_dataset(site: Path) -> None:
     """Let the journal say that the guard holds the dataset because of its second generation."""
-    with hold(Layout(site), site.parents[1] / "state") as holding:
-        holding.journal.note_guard(GuardState(1, 2, "all would go to review"))
+    with open_dataset(Layout(site), site.parents[1] / "state") as opened:
+        opened.journal.note_guard(GuardState(1, 2, "all would go to review"))
 
 
 def guard_of(site: Path) -> GuardState:
     """Return how the guard stands, by the journal."""
-    with hold(Layout(site), site.parents[1] / "state") as holding:
-        return holding.journal.history.guard()
+    with open_dataset(Layout(site), site.parents[1] / "state") as opened:
+        return opened.journal.history.guard()
 
 
 class TestRelease:

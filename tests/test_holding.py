@@ -1,4 +1,4 @@
-"""Holding: one sortd for each dataset, whatever becomes of its marker, and one journal, whatever it is called."""
+"""OpenDataset: one sortd for each dataset, whatever becomes of its marker, and one journal, whatever it is called."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.daemon.dataset_lock import Holding, hold
+from sortd.daemon.dataset_lock import OpenDataset, open_dataset
 from sortd.errors import AlreadyRunningError, LayoutError
 from sortd.events import Move, Moved, Outcome
 from sortd.files import stamp_of
@@ -26,81 +26,88 @@ def layout(tmp_path: Path) -> Layout:
     return made
 
 
-def file_one(holding: Holding, name: str = "a.jpg") -> None:
+def file_one(opened: OpenDataset, name: str = "a.jpg") -> None:
     """File one image."""
-    path = holding.layout.root / "Images" / name
+    path = opened.layout.root / "Images" / name
     path.write_bytes(name.encode())
-    (answer,) = holding.filing.move_all([Move(str(path), stamp_of(os.stat(path)), "Dataset/cat", Outcome.FILED)])
+    (answer,) = opened.mover.move_all([Move(str(path), stamp_of(os.stat(path)), "Dataset/cat", Outcome.FILED)])
     assert isinstance(answer, Moved)
 
 
 def counts(layout: Layout, state: Path) -> dict[str, int]:
     """Return what the journal knows."""
-    with hold(layout, state) as holding:
-        return holding.journal.history.counts()
+    with open_dataset(layout, state) as opened:
+        return opened.journal.history.counts()
 
 
-def test_a_dataset_is_held_once(layout: Layout, tmp_path: Path) -> None:
+def test_open_dataset_second_process_is_refused(layout: Layout, tmp_path: Path) -> None:
     """A second one is told who works on it; afterwards it is free."""
-    with hold(layout, tmp_path / "state"), pytest.raises(AlreadyRunningError), hold(layout, tmp_path / "other"):
+    with (
+        open_dataset(layout, tmp_path / "state"),
+        pytest.raises(AlreadyRunningError),
+        open_dataset(layout, tmp_path / "other"),
+    ):
         pass
-    with hold(layout, tmp_path / "other"):
+    with open_dataset(layout, tmp_path / "other"):
         pass
 
 
-def test_a_marker_that_is_deleted_and_made_anew_lets_no_second_sortd_in(layout: Layout, tmp_path: Path) -> None:
+def test_open_dataset_recreated_marker_admits_no_second_sortd(layout: Layout, tmp_path: Path) -> None:
     """Its lock is gone with it; the one in the state folder is not."""
-    with hold(layout, tmp_path / "state"):
+    with open_dataset(layout, tmp_path / "state"):
         shutil.rmtree(layout.marker)
         layout.make()
-        with pytest.raises(AlreadyRunningError, match="another sortd works on"), hold(layout, tmp_path / "state"):
+        with (
+            pytest.raises(AlreadyRunningError, match="another sortd works on"),
+            open_dataset(layout, tmp_path / "state"),
+        ):
             pass
 
 
-def test_lock_whose_marker_was_made_anew_is_taken_again(layout: Layout, tmp_path: Path) -> None:
+def test_marker_lock_recreated_marker_is_locked_again(layout: Layout, tmp_path: Path) -> None:
     """A user may delete the marker and make it anew; no sortd with another state directory gets in after that."""
-    with hold(layout, tmp_path / "state") as holding:
-        assert holding.lock_problem() is None
+    with open_dataset(layout, tmp_path / "state") as opened:
+        assert opened.lock_problem() is None
         shutil.rmtree(layout.marker)
-        assert holding.lock_problem() is None  # the marker tells that itself
+        assert opened.lock_problem() is None  # the marker tells that itself
         layout.make()
-        assert holding.lock_problem() is None
-        with pytest.raises(AlreadyRunningError), hold(layout, tmp_path / "other"):
+        assert opened.lock_problem() is None
+        with pytest.raises(AlreadyRunningError), open_dataset(layout, tmp_path / "other"):
             pass
-    with hold(layout, tmp_path / "other"):
+    with open_dataset(layout, tmp_path / "other"):
         pass
 
 
-def test_lock_that_another_sortd_took_is_a_problem_until_that_ends(layout: Layout, tmp_path: Path) -> None:
+def test_marker_lock_lock_of_another_sortd_is_a_problem(layout: Layout, tmp_path: Path) -> None:
     """It is told as long as the other one works, also when the marker is touched again, and taken back then."""
-    with hold(layout, tmp_path / "state") as holding:
+    with open_dataset(layout, tmp_path / "state") as opened:
         shutil.rmtree(layout.marker)
         layout.make()
-        with hold(layout, tmp_path / "other"):
+        with open_dataset(layout, tmp_path / "other"):
             for _ in range(2):
-                assert "another sortd works on" in (holding.lock_problem() or "")
-        assert holding.lock_problem() is None
-        with pytest.raises(AlreadyRunningError), hold(layout, tmp_path / "other"):
+                assert "another sortd works on" in (opened.lock_problem() or "")
+        assert opened.lock_problem() is None
+        with pytest.raises(AlreadyRunningError), open_dataset(layout, tmp_path / "other"):
             pass
 
 
-def test_lock_file_that_was_replaced_is_taken_again(layout: Layout, tmp_path: Path) -> None:
+def test_marker_lock_replaced_file_is_locked_again(layout: Layout, tmp_path: Path) -> None:
     """Also where the marker folder is the same one; what cannot be locked is a problem until it is removed."""
-    with hold(layout, tmp_path / "state") as holding:
+    with open_dataset(layout, tmp_path / "state") as opened:
         (layout.marker / "lock").unlink()
         (layout.marker / "lock").mkdir()
-        assert "cannot be locked" in (holding.lock_problem() or "")
+        assert "cannot be locked" in (opened.lock_problem() or "")
         (layout.marker / "lock").rmdir()
-        assert holding.lock_problem() is None
-        with pytest.raises(AlreadyRunningError), hold(layout, tmp_path / "other"):
+        assert opened.lock_problem() is None
+        with pytest.raises(AlreadyRunningError), open_dataset(layout, tmp_path / "other"):
             pass
 
 
-def test_a_dataset_that_is_renamed_keeps_its_journal(layout: Layout, tmp_path: Path) -> None:
+def test_state_folder_renamed_dataset_keeps_its_journal(layout: Layout, tmp_path: Path) -> None:
     """History, holds and what was undone do not depend on the name of the folder above."""
     state = tmp_path / "state"
-    with hold(layout, state) as holding:
-        file_one(holding)
+    with open_dataset(layout, state) as opened:
+        file_one(opened)
     renamed = Layout(layout.root.with_name("Felines"))
     layout.root.rename(renamed.root)
     assert counts(renamed, state) == {"filed": 1}
@@ -109,11 +116,11 @@ def test_a_dataset_that_is_renamed_keeps_its_journal(layout: Layout, tmp_path: P
     assert counts(layout, state) == {"filed": 1}
 
 
-def test_a_copy_of_a_dataset_has_a_journal_of_its_own(layout: Layout, tmp_path: Path) -> None:
+def test_state_folder_copied_dataset_gets_its_own_journal(layout: Layout, tmp_path: Path) -> None:
     """Though its marker names the journal of the one that it was copied from, even when that one is gone."""
     state = tmp_path / "state"
-    with hold(layout, state) as holding:
-        file_one(holding)
+    with open_dataset(layout, state) as opened:
+        file_one(opened)
     copied = Layout(layout.root.with_name("Copy"))
     shutil.copytree(layout.root, copied.root)
     assert counts(copied, state) == {}
@@ -124,13 +131,13 @@ def test_a_copy_of_a_dataset_has_a_journal_of_its_own(layout: Layout, tmp_path: 
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_a_renamed_dataset_whose_old_name_is_in_use_shares_nothing(
+def test_state_folder_in_use_is_not_shared_with_a_renamed_dataset(
     layout: Layout, tmp_path: Path, *, is_first: bool
 ) -> None:
     """The journal is of one of them: of the renamed one, unless the new one took the folder of its name over before."""
     state = tmp_path / "state"
-    with hold(layout, state) as holding:
-        file_one(holding)
+    with open_dataset(layout, state) as opened:
+        file_one(opened)
     renamed = Layout(layout.root.with_name("Felines"))
     layout.root.rename(renamed.root)
     layout.root.mkdir()
@@ -140,12 +147,12 @@ def test_a_renamed_dataset_whose_old_name_is_in_use_shares_nothing(
     assert counts(second, state) == {}
 
 
-def test_a_renamed_dataset_on_another_device_has_a_journal_of_its_own(layout: Layout, tmp_path: Path) -> None:
+def test_state_folder_dataset_on_another_device_gets_its_own_journal(layout: Layout, tmp_path: Path) -> None:
     """Two disks may use one inode number."""
     state = tmp_path / "state"
-    with hold(layout, state) as holding:
-        file_one(holding)
-        owner = holding.journal.path.parent / "dataset.json"
+    with open_dataset(layout, state) as opened:
+        file_one(opened)
+        owner = opened.journal.path.parent / "dataset.json"
     facts = json.loads(owner.read_text())
     owner.write_text(json.dumps({**facts, "device": facts["device"] + 1}))
     renamed = Layout(layout.root.with_name("Felines"))
@@ -153,10 +160,10 @@ def test_a_renamed_dataset_on_another_device_has_a_journal_of_its_own(layout: La
     assert counts(renamed, state) == {}
 
 
-def test_another_state_directory_keeps_its_journals(layout: Layout, tmp_path: Path) -> None:
+def test_state_folder_in_another_state_directory_is_kept(layout: Layout, tmp_path: Path) -> None:
     """Whoever starts sortd with other settings takes nothing out of the folder of the first ones."""
-    with hold(layout, tmp_path / "state") as holding:
-        file_one(holding)
+    with open_dataset(layout, tmp_path / "state") as opened:
+        file_one(opened)
     renamed = Layout(layout.root.with_name("Felines"))
     layout.root.rename(renamed.root)
     assert counts(renamed, tmp_path / "other") == {}
@@ -164,7 +171,7 @@ def test_another_state_directory_keeps_its_journals(layout: Layout, tmp_path: Pa
 
 
 @pytest.mark.parametrize("word", ["", "nonsense", "/", "\udce9"])
-def test_a_pointer_that_makes_no_sense_is_written_anew(layout: Layout, tmp_path: Path, word: str) -> None:
+def test_state_folder_invalid_pointer_is_replaced(layout: Layout, tmp_path: Path, word: str) -> None:
     """Anybody can write there; it leads to no folder that is not of this state directory."""
     (layout.marker / "state").write_text(word, encoding="utf-8", errors="surrogateescape")
     assert counts(layout, tmp_path / "state") == {}
@@ -172,11 +179,11 @@ def test_a_pointer_that_makes_no_sense_is_written_anew(layout: Layout, tmp_path:
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "[]", "{}", '{"marker": "x", "root": 3}', '{"marker": 1e999}'])
-def test_owner_that_makes_no_sense_is_written_anew(layout: Layout, tmp_path: Path, text: str) -> None:
+def test_state_folder_invalid_owner_file_is_replaced(layout: Layout, tmp_path: Path, text: str) -> None:
     """What says whose a state folder is may be damaged like any file; the dataset is opened all the same."""
     state = tmp_path / "state"
-    with hold(layout, state) as holding:
-        owner = holding.journal.path.parent / "dataset.json"
+    with open_dataset(layout, state) as opened:
+        owner = opened.journal.path.parent / "dataset.json"
     owner.write_text(text)
     renamed = Layout(layout.root.with_name("Felines"))
     layout.root.rename(renamed.root)
@@ -184,48 +191,48 @@ def test_owner_that_makes_no_sense_is_written_anew(layout: Layout, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", [kind for kind in HOSTILE if kind != "folder"])
-def test_hold_with_hostile_pointer_replaces_it(layout: Layout, tmp_path: Path, kind: str) -> None:
+def test_open_dataset_hostile_pointer_is_replaced(layout: Layout, tmp_path: Path, kind: str) -> None:
     """A pipe, a link or a huge file in the marker folder is neither waited for, read nor written through."""
     HOSTILE[kind](layout.marker / "state")
     assert counts(layout, tmp_path / "state") == {}
     assert (layout.marker / "state").read_text().startswith(str(tmp_path / "state"))
 
 
-def test_hold_with_folder_as_pointer_is_refused(layout: Layout, tmp_path: Path) -> None:
+def test_open_dataset_folder_as_pointer_is_refused(layout: Layout, tmp_path: Path) -> None:
     """It may be somebody's; the message names it and what to do."""
     (layout.marker / "state").mkdir()
     with (
         pytest.raises(LayoutError, match=r"\.sortd/state cannot be written.*move away"),
-        hold(layout, tmp_path / "state"),
+        open_dataset(layout, tmp_path / "state"),
     ):
         pass
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 @pytest.mark.parametrize("name", ["state", "state.new", "lock"])
-def test_hold_never_writes_through_a_link(
+def test_open_dataset_link_is_not_written_through(
     layout: Layout, tmp_path: Path, name: str, link: Callable[[Path, Path], None]
 ) -> None:
     """Whoever owns the marker folder cannot make sortd change a file elsewhere."""
     precious = tmp_path / "precious"
     precious.write_bytes(b"precious")
     link(precious, layout.marker / name)
-    with suppress(LayoutError), hold(layout, tmp_path / "state"):
+    with suppress(LayoutError), open_dataset(layout, tmp_path / "state"):
         pass
     assert precious.read_bytes() == b"precious"
 
 
-def test_hold_with_linked_marker_is_refused(layout: Layout, tmp_path: Path) -> None:
+def test_open_dataset_linked_marker_is_refused(layout: Layout, tmp_path: Path) -> None:
     """Nothing is made in the folder that the link names."""
     layout.marker.rmdir()
     (tmp_path / "elsewhere").mkdir()
     layout.marker.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(LayoutError, match="symbolic link"), hold(layout, tmp_path / "state"):
+    with pytest.raises(LayoutError, match="symbolic link"), open_dataset(layout, tmp_path / "state"):
         pass
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_hold_with_hostile_owner_file_begins_anew(layout: Layout, tmp_path: Path) -> None:
+def test_open_dataset_hostile_owner_file_is_replaced(layout: Layout, tmp_path: Path) -> None:
     """A pointer may name any folder: a pipe in it is not waited for."""
     (tmp_path / "theirs").mkdir()
     os.mkfifo(tmp_path / "theirs" / "dataset.json")
@@ -233,22 +240,22 @@ def test_hold_with_hostile_owner_file_begins_anew(layout: Layout, tmp_path: Path
     assert counts(layout, tmp_path / "state") == {}
 
 
-def test_a_state_folder_that_cannot_be_made_is_told(layout: Layout, tmp_path: Path) -> None:
+def test_state_folder_that_cannot_be_created_is_an_error(layout: Layout, tmp_path: Path) -> None:
     """With its path and what to do."""
     (tmp_path / "state").write_text("a file")
-    with pytest.raises(LayoutError, match=r"cannot be made.*state_dir"), hold(layout, tmp_path / "state"):
+    with pytest.raises(LayoutError, match=r"cannot be created.*state_dir"), open_dataset(layout, tmp_path / "state"):
         pass
 
 
-def test_a_start_writes_nothing_that_stands_there_already(layout: Layout, tmp_path: Path) -> None:
+def test_open_dataset_unchanged_files_are_not_written(layout: Layout, tmp_path: Path) -> None:
     """A full disk would keep sortd from starting, and a power cut would leave half a path."""
     state = tmp_path / "state"
-    with hold(layout, state) as holding:
-        notes = [layout.marker / "state", holding.journal.path.parent / "dataset.json"]
+    with open_dataset(layout, state) as opened:
+        notes = [layout.marker / "state", opened.journal.path.parent / "dataset.json"]
     before = [os.stat(note) for note in notes]
     for note in notes:
         note.chmod(0o444)
-    with hold(layout, state):
+    with open_dataset(layout, state):
         pass
     assert [(one.st_ino, one.st_mtime_ns) for one in before] == [
         (one.st_ino, one.st_mtime_ns) for one in map(os.stat, notes)

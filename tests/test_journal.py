@@ -22,8 +22,8 @@ from tests.filing_world import Clock
 STAMP = Stamp(1, 2**63 + 5, 3, 4)
 
 
-def relocation(token: str, name: str = "a.jpg", label: str = "cat", **changes: object) -> MoveRecord:
-    """Return a relocation from Images/ to a class."""
+def move(token: str, name: str = "a.jpg", label: str = "cat", **changes: object) -> MoveRecord:
+    """Return a move from Images/ to a class."""
     member = MoveFile(Role.IMAGE, name, name, STAMP, final=name, moved_stamp=STAMP)
     return MoveRecord(token, "Images", f"Dataset/{label}", (member,), **changes)  # type: ignore[arg-type]
 
@@ -36,57 +36,57 @@ def path(tmp_path: Path) -> Path:
 
 def filed(journal: Journal, token: str, label: str = "cat", content: str = "", name: str = "a.jpg") -> None:
     """Write one whole move."""
-    one = relocation(token, name, label)
+    one = move(token, name, label)
     journal.intend([(one, MoveReason("filed", label, 0.9, 0.2, "dog", "mixed", content=content))])
-    journal.settle([relocation(token, name, label, progress=MoveProgress.DONE)])
+    journal.settle([move(token, name, label, progress=MoveProgress.DONE)])
 
 
-def test_a_move_is_told_with_all_that_was_written(path: Path) -> None:
+def test_history_move_has_all_recorded_values(path: Path) -> None:
     """What intent and outcome said comes back word for word, inode numbers of 64 bits included."""
     grounds = MoveReason("filed", "cat", 0.9, 0.2, "dog", "mixed", "why", 7, "clip", "ab" * 32)
     with Journal(path, clock=Clock(), run="first") as journal:
-        journal.intend([(relocation("t"), grounds)])
-        journal.settle([relocation("t", progress=MoveProgress.DONE, lost=("owner", "mtime"), message="said")])
+        journal.intend([(move("t"), grounds)])
+        journal.settle([move("t", progress=MoveProgress.DONE, lost=("owner", "mtime"), message="said")])
         (record,) = journal.history.moves(Selection())
-    assert record.grounds == grounds
-    assert record.relocation == relocation("t", progress=MoveProgress.DONE, lost=("owner", "mtime"), message="said")
+    assert record.move_reason == grounds
+    assert record.move == move("t", progress=MoveProgress.DONE, lost=("owner", "mtime"), message="said")
     assert (record.run, record.intended_at, record.ended_at, record.undone_by) == ("first", 1, 2, None)
     assert (record.source_path, record.destination_path) == ("Images/a.jpg", "Dataset/cat/a.jpg")
 
 
-def test_an_intent_without_an_outcome_is_unfinished_after_a_crash(path: Path) -> None:
+def test_history_intent_without_outcome_is_unfinished(path: Path) -> None:
     """A process that dies between the two leaves the intent for the next one to find."""
     program = (
         "import os, sys; from pathlib import Path; from sortd.store.journal import Journal\n"
         "from sortd.store.records import MoveReason\n"
-        "from tests.test_journal import relocation\n"
-        "Journal(Path(sys.argv[1])).intend([(relocation('t'), MoveReason('filed'))]); os._exit(9)"
+        "from tests.test_journal import move\n"
+        "Journal(Path(sys.argv[1])).intend([(move('t'), MoveReason('filed'))]); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", program, path], check=False).returncode == 9
     with Journal(path) as journal:
         (record,) = journal.history.unfinished()
-    assert record.relocation == relocation("t")
-    assert record.relocation.progress is MoveProgress.INTENDED
+    assert record.move == move("t")
+    assert record.move.progress is MoveProgress.INTENDED
 
 
-def test_what_was_taken_back_leaves_no_record(path: Path) -> None:
+def test_journal_failed_move_leaves_no_record(path: Path) -> None:
     """A move that failed is no history."""
     with Journal(path) as journal:
-        journal.intend([(relocation("t"), MoveReason("filed"))])
-        journal.settle([relocation("t").failed("no room")])
+        journal.intend([(move("t"), MoveReason("filed"))])
+        journal.settle([move("t").failed("no room")])
         assert journal.history.unfinished() == journal.history.moves(Selection()) == []
 
 
-def test_progress_is_durable_and_never_written_back_by_settling(path: Path) -> None:
-    """A relocation that is settled while it is still under way keeps what ``advance`` wrote."""
+def test_journal_settle_keeps_the_progress_of_open_moves(path: Path) -> None:
+    """A move that is settled while it is still under way keeps what ``advance`` wrote."""
     with Journal(path) as journal:
-        journal.intend([(relocation("t"), MoveReason("filed"))])
-        journal.advance(relocation("t", progress=MoveProgress.PUBLISHING))
-        journal.settle([relocation("t")])
-        assert journal.history.unfinished()[0].relocation.progress is MoveProgress.PUBLISHING
+        journal.intend([(move("t"), MoveReason("filed"))])
+        journal.advance(move("t", progress=MoveProgress.PUBLISHING))
+        journal.settle([move("t")])
+        assert journal.history.unfinished()[0].move.progress is MoveProgress.PUBLISHING
 
 
-def test_history_is_filtered_by_everything_it_is_asked_by(path: Path) -> None:
+def test_history_moves_filters_by_every_condition(path: Path) -> None:
     """Label, run, outcome, time, path, number and limit each choose what they say, newest first."""
     with Journal(path, clock=Clock(), run="first") as journal:
         filed(journal, "one", "cat")
@@ -96,7 +96,7 @@ def test_history_is_filtered_by_everything_it_is_asked_by(path: Path) -> None:
 
         def tokens(**conditions: object) -> list[str]:
             return [
-                one.relocation.token
+                one.move.token
                 for one in journal.history.moves(Selection(**conditions))  # type: ignore[arg-type]
             ]
 
@@ -110,19 +110,19 @@ def test_history_is_filtered_by_everything_it_is_asked_by(path: Path) -> None:
         assert tokens(path="Images/nothing.jpg") == []
 
 
-def test_names_and_classes_that_are_not_utf8_survive(path: Path) -> None:
+def test_journal_names_that_are_not_utf8_are_kept(path: Path) -> None:
     """Bytes that are no text come back as the same bytes, in names, folders and classes."""
     name, label = os.fsdecode(b"caf\xe9\n.jpg"), os.fsdecode(b"ni\xf1o")
     with Journal(path) as journal:
-        journal.intend([(relocation("t", name, label), MoveReason("filed", label, reason=label))])
-        journal.settle([relocation("t", name, label, progress=MoveProgress.DONE, message=name)])
+        journal.intend([(move("t", name, label), MoveReason("filed", label, reason=label))])
+        journal.settle([move("t", name, label, progress=MoveProgress.DONE, message=name)])
         (record,) = journal.history.moves(Selection(label=label, path=f"Images/{name}"))
-        assert record.grounds.label == label
-        assert record.relocation.image.final == name
+        assert record.move_reason.label == label
+        assert record.move.image.final == name
         assert journal.history.accuracy() == {label: FiledImages(filed=1, checked=0, corrected=0, undone=0)}
 
 
-def test_decisions_become_grounds() -> None:
+def test_move_reason_of_decision_has_its_values() -> None:
     """A filed image is told with its class, an abstention with its best guess and its reason."""
     assigned = Assigned("cat", 0.9, 0.2, "dog", Mode.MIXED)
     abstained = Abstained("far", "cat", 0.4, 0.1, None, Mode.MIXED)
@@ -133,7 +133,7 @@ def test_decisions_become_grounds() -> None:
     assert MoveReason.of(None, "rejected") == MoveReason("rejected")
 
 
-def test_another_process_reads_while_this_one_writes(path: Path) -> None:
+def test_history_other_process_reads_during_writes(path: Path) -> None:
     """A reader sees each commit at once and can change nothing."""
     with Journal(path) as journal, History.open(path) as history:
         assert history.moves(Selection()) == []
@@ -143,7 +143,7 @@ def test_another_process_reads_while_this_one_writes(path: Path) -> None:
             history._connection.execute("DELETE FROM moves")
 
 
-def test_a_journal_at_rest_is_read_without_the_right_to_write(path: Path) -> None:
+def test_history_closed_journal_is_read_without_write_permission(path: Path) -> None:
     """Who may only read the file reads it, as long as nobody writes it."""
     with Journal(path) as journal:
         filed(journal, "t")
@@ -156,31 +156,31 @@ def test_a_journal_at_rest_is_read_without_the_right_to_write(path: Path) -> Non
         path.parent.chmod(0o755)
 
 
-def test_a_second_thread_writes_beside_the_first(path: Path) -> None:
+def test_journal_second_connection_writes_in_another_thread(path: Path) -> None:
     """A connection beside the first sees and writes the same journal."""
     with Journal(path, run="first") as journal:
-        journal.intend([(relocation("t"), MoveReason("filed"))])
-        with journal.beside() as other:
-            other.settle([relocation("t", progress=MoveProgress.DONE)])
+        journal.intend([(move("t"), MoveReason("filed"))])
+        with journal.second_connection() as other:
+            other.settle([move("t", progress=MoveProgress.DONE)])
         assert journal.history.counts() == {"filed": 1}
 
 
-def test_last_known_finds_the_file_by_inode_and_else_by_content(path: Path) -> None:
+def test_history_last_known_finds_by_inode_then_by_content(path: Path) -> None:
     """The newest standing move of this very version counts, whatever its device number is now."""
     with Journal(path) as journal:
         filed(journal, "t", content="c0")
         filed(journal, "u", "dog", content="c1")
         found = journal.history.last_known(Stamp(99, STAMP.inode, STAMP.size, STAMP.mtime_ns))
         assert found is not None
-        assert found.relocation.token == "u"  # noqa: S105 - a relocation's
+        assert found.move.token == "u"  # noqa: S105 - a move's
         other = Stamp(1, 1, 1, 1)
         assert journal.history.last_known(other) is None
         by_content = journal.history.last_known(other, "c0")
         assert by_content is not None
-        assert by_content.relocation.token == "t"  # noqa: S105 - a relocation's
+        assert by_content.move.token == "t"  # noqa: S105 - a move's
 
 
-def test_an_undo_marks_what_it_undoes_and_holds_what_it_put_back(path: Path) -> None:
+def test_journal_undo_marks_the_record_and_holds_the_image(path: Path) -> None:
     """The record is no longer undoable nor known, and the version is held under its restored path."""
     with Journal(path) as journal:
         filed(journal, "t")
@@ -195,11 +195,11 @@ def test_an_undo_marks_what_it_undoes_and_holds_what_it_put_back(path: Path) -> 
         assert journal.history.accuracy() == {"cat": FiledImages(filed=1, checked=1, corrected=0, undone=1)}
 
 
-def test_holds_are_kept_until_they_are_released_or_filed(path: Path) -> None:
+def test_journal_hold_lasts_until_release_or_move(path: Path) -> None:
     """One or all can be released; a file that is moved on is no longer held."""
     with Journal(path) as journal:
-        journal.hold_all([("Images/b.jpg", STAMP), ("Images/c.jpg", STAMP)], "guarded")
-        journal.hold("Images/a.jpg", STAMP, "guarded")
+        for name in "bca":
+            journal.hold(f"Images/{name}.jpg", STAMP, "guarded")
         assert list(journal.history.held()) == ["Images/b.jpg", "Images/c.jpg", "Images/a.jpg"]
         assert journal.release("Images/b.jpg") == 1
         assert journal.release("Images/b.jpg") == 0
@@ -209,7 +209,7 @@ def test_holds_are_kept_until_they_are_released_or_filed(path: Path) -> None:
         assert journal.history.held() == {}
 
 
-def test_corrections_are_counted_once_for_each_image(path: Path) -> None:
+def test_journal_corrections_count_once_for_each_image(path: Path) -> None:
     """Moved on to a third class it is still one mistake; moved back it is none."""
     with Journal(path, clock=Clock()) as journal:
         filed(journal, "t", content="c")
@@ -224,7 +224,7 @@ def test_corrections_are_counted_once_for_each_image(path: Path) -> None:
         assert journal.history.accuracy() == {"cat": FiledImages(filed=2, checked=0, corrected=0, undone=0)}
 
 
-def test_facts_are_kept_and_replaced(path: Path) -> None:
+def test_journal_facts_are_kept_and_replaced(path: Path) -> None:
     """A fact outlives the process, the newest value counts."""
     with Journal(path) as journal:
         assert journal.history.fact("generation") is None
@@ -239,11 +239,11 @@ def test_facts_are_kept_and_replaced(path: Path) -> None:
     [
         (lambda path: path.write_bytes(b"no database at all, but long enough to be looked at" * 9), "not a database"),
         (lambda path: _execute(path, "PRAGMA user_version = 99"), "version 99"),
-        (lambda path: _execute(path, "PRAGMA application_id = 1"), "no journal of sortd"),
+        (lambda path: _execute(path, "PRAGMA application_id = 1"), "not a journal of sortd"),
         (lambda path: _overwrite(path, 2 * 4096), "damaged|malformed"),
     ],
 )
-def test_a_journal_that_cannot_serve_says_so_and_is_not_touched(path: Path, damage: object, said: str) -> None:
+def test_journal_unusable_file_is_refused_and_unchanged(path: Path, damage: object, said: str) -> None:
     """Garbage, another version, another program's file and a damaged page are each refused, with the path."""
     with Journal(path) as journal:
         for number in range(50):
@@ -259,12 +259,12 @@ def test_a_journal_that_cannot_serve_says_so_and_is_not_touched(path: Path, dama
 @pytest.mark.parametrize(
     ("forgery", "said"),
     [
-        ("UPDATE moves SET progress = 'flown' WHERE token = 't1'", "record 2 says 'flown'"),
-        ("UPDATE members SET role = 'cousin' WHERE move = 2", "record 2 says 'cousin'"),
+        ("UPDATE moves SET progress = 'flown' WHERE token = 't1'", "record 2 has the unknown value 'flown'"),
+        ("UPDATE members SET role = 'cousin' WHERE move = 2", "record 2 has the unknown value 'cousin'"),
         ("UPDATE members SET role = CAST(x'ff' AS TEXT) WHERE move = 2", "UTF-8"),
     ],
 )
-def test_journal_unknown_words_are_refused_at_opening(path: Path, forgery: str, said: str) -> None:
+def test_journal_unknown_values_are_refused_at_opening(path: Path, forgery: str, said: str) -> None:
     """What a move cannot be recovered by is found before the first one, and the way out is the right one."""
     with Journal(path) as journal:
         filed(journal, "t0")
@@ -281,9 +281,9 @@ def test_journal_unknown_words_are_refused_at_opening(path: Path, forgery: str, 
     ("forgery", "said"),
     [
         ("UPDATE moves SET reason = CAST(x'ff' AS TEXT)", "UTF-8"),
-        ("UPDATE moves SET ended_at = NULL", "record 1: it ended at no time"),
-        ("UPDATE members SET moved_size = NULL", "record 1: half a stamp"),
-        ("DELETE FROM members", "record 1: it names no image"),
+        ("UPDATE moves SET ended_at = NULL", "record 1: it has no time of its end"),
+        ("UPDATE members SET moved_size = NULL", "record 1: incomplete stamp"),
+        ("DELETE FROM members", "record 1: it has no image"),
     ],
 )
 def test_history_forged_rows_are_journal_errors(path: Path, forgery: str, said: str) -> None:
@@ -296,7 +296,7 @@ def test_history_forged_rows_are_journal_errors(path: Path, forgery: str, said: 
 
 
 @pytest.mark.parametrize("value", ["many", "1e3", "9" * 30, "9" * 5000, ""])
-def test_history_number_that_is_none_is_a_journal_error(path: Path, value: str) -> None:
+def test_history_number_of_other_fact_is_a_journal_error(path: Path, value: str) -> None:
     """A fact by which sortd counts is a number of 64 bits, or the journal is damaged."""
     with Journal(path) as journal:
         assert journal.history.number("generation") == 0
@@ -307,13 +307,13 @@ def test_history_number_that_is_none_is_a_journal_error(path: Path, value: str) 
             journal.history.number("generation")
 
 
-def test_journal_locked_by_another_program_says_so(path: Path) -> None:
+def test_journal_locked_by_another_program_is_an_error(path: Path) -> None:
     """Neither a full disk nor damage is told of, and once the lock is gone it is opened."""
     with Journal(path) as journal:
         filed(journal, "t0")
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(JournalError, match=r"journal\.db: another program keeps the journal locked; .*fuser"):
+        with pytest.raises(JournalError, match=r"journal\.db: another program has locked the journal; .*fuser"):
             Journal(path)
         other.execute("ROLLBACK")
     with Journal(path) as journal:
@@ -327,9 +327,7 @@ def test_journal_locked_by_another_program_says_so(path: Path) -> None:
         (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
     ],
 )
-def test_journal_that_cannot_be_opened_says_what_the_system_says(
-    path: Path, instead: Callable[[Path], None], said: str
-) -> None:
+def test_journal_error_of_the_system_is_in_the_message(path: Path, instead: Callable[[Path], None], said: str) -> None:
     """SQLite only says that it is unable; the cause and the mend are the system's."""
     path.parent.mkdir()
     instead(path)
@@ -354,48 +352,48 @@ def test_journal_without_a_descriptor_left_names_the_limit(path: Path) -> None:
         assert len(journal.history.moves(Selection())) == 1
 
 
-def test_a_missing_journal_is_not_made_by_asking(path: Path) -> None:
+def test_history_missing_journal_is_not_created(path: Path) -> None:
     """Whoever only reads gets a clear error, and makes no file."""
     with pytest.raises(JournalError, match="no journal yet"):
         History.open(path)
     assert not path.parent.exists()
 
 
-def test_a_journal_that_cannot_be_written_stops_everything(path: Path) -> None:
+def test_journal_full_file_is_a_journal_error(path: Path) -> None:
     """A full or locked journal is a ``JournalError``, with the path and a way out."""
     with Journal(path) as journal:
         journal._connection.execute("PRAGMA max_page_count = 1")
         with pytest.raises(JournalError, match=r"journal\.db: .*full.* nothing is moved"):
-            journal.hold_all([(f"Images/{'x' * 200}{number}", STAMP) for number in range(1000)], "guarded")
-        assert journal.history.held() == {}
+            journal.note("key", "x" * 1_000_000)
+        assert journal.history.fact("key") is None
 
 
 @pytest.mark.parametrize(
     ("column", "value"),
     [("source", b"/etc"), ("source", b"Images/../../etc"), ("destination", b"Clases/cat"), ("source", b"")],
 )
-def test_a_forged_folder_is_refused(path: Path, column: str, value: bytes) -> None:
+def test_journal_invalid_folder_is_refused(path: Path, column: str, value: bytes) -> None:
     """A journal that names a folder outside the four is not acted on."""
     with Journal(path) as journal:
-        journal.intend([(relocation("t"), MoveReason("filed"))])
+        journal.intend([(move("t"), MoveReason("filed"))])
     _execute(path, f"UPDATE moves SET {column} = ?", value)  # noqa: S608 - our own words
-    with Journal(path) as journal, pytest.raises(JournalError, match="no folder that sortd moves"):
+    with Journal(path) as journal, pytest.raises(JournalError, match="is not below one of"):
         journal.history.unfinished()
 
 
 @pytest.mark.parametrize("name", [b"../a", b"", b"..", b"a/b"])
-def test_a_forged_name_is_refused(path: Path, name: bytes) -> None:
+def test_journal_invalid_name_is_refused(path: Path, name: bytes) -> None:
     """A journal that names a file in another folder is not acted on."""
     with Journal(path) as journal:
-        journal.intend([(relocation("t"), MoveReason("filed"))])
+        journal.intend([(move("t"), MoveReason("filed"))])
     _execute(path, "UPDATE members SET name = ?", name)
-    with Journal(path) as journal, pytest.raises(JournalError, match="no name of a file"):
+    with Journal(path) as journal, pytest.raises(JournalError, match="not the name of a file"):
         journal.history.unfinished()
 
 
-def test_every_commit_is_synced(path: Path) -> None:
+def test_journal_every_commit_is_synced(path: Path) -> None:
     """WAL mode with full syncs: without them a commit does not survive a power cut."""
-    with Journal(path) as journal, journal.beside() as other:
+    with Journal(path) as journal, journal.second_connection() as other:
         for connection in (journal._connection, other._connection):
             assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
             assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
@@ -414,7 +412,7 @@ def _overwrite(path: Path, start: int) -> None:
         file.write(os.urandom(4096 * 4))
 
 
-def test_what_is_asked_about_each_file_does_not_walk_through_the_journal(path: Path) -> None:
+def test_history_queries_of_each_file_use_an_index(path: Path) -> None:
     """Nearly all moves are done: whoever looks through those takes seconds for a file, once a million were filed."""
     asked: list[str] = []
     with Journal(path) as journal:
@@ -441,7 +439,7 @@ def test_what_is_asked_about_each_file_does_not_walk_through_the_journal(path: P
     assert any("members_by_inode" in step for step in plans)
 
 
-def test_the_newest_of_a_long_journal_are_told_without_sorting_all(path: Path) -> None:
+def test_history_newest_moves_are_read_without_sorting(path: Path) -> None:
     """Fifty of a million: whoever sorts them first takes seconds."""
     asked: list[str] = []
     with Journal(path) as journal:

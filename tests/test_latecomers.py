@@ -22,7 +22,7 @@ def drop(folder: Path, name: str, colour: str = "red", seed: int = 1001) -> Path
     return folder / name
 
 
-def test_a_film_that_comes_after_its_photo_follows_it(colours: Path, write_config: Write) -> None:
+def test_daemon_late_film_follows_its_photo(colours: Path, write_config: Write) -> None:
     """Moved to its image with a line of its own, now and after a restart; what belongs to nobody stays."""
     inbox, filed = colours / "Images", colours / "Dataset" / "red"
     with running(write_config()) as daemon:
@@ -42,7 +42,7 @@ def test_a_film_that_comes_after_its_photo_follows_it(colours: Path, write_confi
     assert sorted(path.name for path in inbox.iterdir()) == ["other.mov"]
 
 
-def test_notes_that_wait_for_their_image_are_not_told_of(colours: Path, write_config: Write) -> None:
+def test_daemon_note_that_waits_for_its_image_is_not_logged(colours: Path, write_config: Write) -> None:
     """Neither a line nor a count says that they were left; what belongs to no image here is told of."""
     inbox, filed = colours / "Images", colours / "Dataset" / "red"
     for name in ("a.txt", "a.png.Xmp", "a.png.supplemental-met.json", "b.txt"):
@@ -59,7 +59,7 @@ def test_notes_that_wait_for_their_image_are_not_told_of(colours: Path, write_co
     }
 
 
-def test_companions_follow_an_image_that_a_person_moves(colours: Path, write_config: Write) -> None:
+def test_daemon_companions_follow_an_image_moved_by_a_person(colours: Path, write_config: Write) -> None:
     """While sortd runs, and by the next run where it did not."""
     inbox, red, blue = colours / "Images", colours / "Dataset" / "red", colours / "Dataset" / "blue"
     blue.mkdir(parents=True)
@@ -78,7 +78,7 @@ def test_companions_follow_an_image_that_a_person_moves(colours: Path, write_con
     assert (red / "b.mov").read_text() == "the film"
 
 
-def test_a_rejected_image_that_is_mended_where_it_lies_is_filed(colours: Path, write_config: Write) -> None:
+def test_daemon_rejected_image_repaired_in_place_is_filed(colours: Path, write_config: Write) -> None:
     """Heard of while sortd runs, found when it did not; each broken version is tried once; its reason goes with it."""
     inbox, rejected = colours / "Images", colours / "Rejected"
     for name in ("a.png", "b.png"):

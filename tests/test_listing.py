@@ -8,7 +8,7 @@ import pytest
 from sortd.moving.fs import FOLDER_FLAGS, FRESH_NAMES, SECONDS_A_NAME, FolderNames, Listings
 
 
-def test_names_near_a_file_are_found_by_how_they_begin() -> None:
+def test_near_returns_names_with_the_same_beginning() -> None:
     """Letter case does not count; hidden names are not there."""
     names = FolderNames(["IMG_1.JPG", "img_1.xmp", "IMG_1.jpg.json", "IMG_2.xmp", ".IMG_1.jpg.swp", "IMG_12.xmp"])
     assert {"IMG_1.JPG", "img_1.xmp", "IMG_1.jpg.json"} <= set(names.near("IMG_1.JPG"))
@@ -16,7 +16,7 @@ def test_names_near_a_file_are_found_by_how_they_begin() -> None:
     assert FolderNames(["x", "straße.xmp", "STRASSE.xmp"]).near("STRASSE.jpg") == ["STRASSE.xmp", "straße.xmp"]
 
 
-def test_names_know_what_was_added_and_discarded() -> None:
+def test_folder_names_added_and_discarded_names_count() -> None:
     """A name that is discarded is gone, one spelled otherwise is not, and one that never was there is no mistake."""
     names = FolderNames(["a.xmp", "A.xmp"])
     names.discard("a.xmp")
@@ -34,13 +34,13 @@ def test_names_know_what_was_added_and_discarded() -> None:
         "IMG_1.JPG.reason.json",
     ],
 )
-def test_is_taken_holds_a_name_whose_stem_stands_there(standing: str) -> None:
+def test_is_taken_equal_stem_is_taken(standing: str) -> None:
     """Anything of the stem, with whatever suffix and letter case: an image would stand beside another's edits."""
     assert FolderNames([standing]).is_taken("IMG_1.JPG")
 
 
 @pytest.mark.parametrize("standing", ["IMG_10.xmp", "IMG_1.b.jpg", "IMG_1 (2).JPG", "IMG_1-edited.jpg", "AIMG_1.xmp"])
-def test_is_taken_lets_other_stems_stand(standing: str) -> None:
+def test_is_taken_other_stem_is_free(standing: str) -> None:
     """A longer stem, another number, the edited version: none of them is in the way."""
     assert not FolderNames([standing]).is_taken("IMG_1.JPG")
 
@@ -61,19 +61,19 @@ def test_is_taken_lets_other_stems_stand(standing: str) -> None:
         ("a (2).xmp", "a (2).jpg"),
     ],
 )
-def test_is_taken_holds_what_another_rule_would_join(standing: str, coming: str) -> None:
+def test_is_taken_name_of_a_companion_is_taken(standing: str, coming: str) -> None:
     """A companion is not put where it would be taken for another image's, nor an image beside such a companion."""
     assert FolderNames([standing]).is_taken(coming)
 
 
-def test_has_relatives_tells_what_would_belong_to_the_file_or_it_to_that() -> None:
+def test_has_relatives_companion_in_either_direction_is_true() -> None:
     """A sidecar without its image, and an image beside a sidecar that comes; not two images and their own sidecars."""
     assert FolderNames(["A.XMP"]).has_relatives("a.jpg")
     assert FolderNames(["A.jpg"]).has_relatives("a.xmp")
     assert not FolderNames(["a.png", "a.png.xmp", "a.png.reason.json", "b.xmp"]).has_relatives("a.jpg")
 
 
-def test_is_taken_knows_every_number_of_a_name() -> None:
+def test_is_taken_numbered_names_are_distinct() -> None:
     """The next free number is free of everything of its stem."""
     names = FolderNames(["a.jpg", "a (2).xmp", "A (3).Mov"])
     assert [number for number in range(2, 6) if not names.is_taken(f"a ({number}).jpg")] == [4, 5]
@@ -88,7 +88,7 @@ def listed(folder: Path, listings: Listings) -> FolderNames:
         os.close(descriptor)
 
 
-def test_listings_read_a_small_folder_for_every_batch(tmp_path: Path) -> None:
+def test_listings_small_folder_is_read_for_every_batch(tmp_path: Path) -> None:
     """What somebody put there a moment ago is seen."""
     listings = Listings(clock=lambda: 0.0)
     assert len(listed(tmp_path, listings)) == 0
@@ -96,7 +96,7 @@ def test_listings_read_a_small_folder_for_every_batch(tmp_path: Path) -> None:
     assert len(listed(tmp_path, listings)) == 1
 
 
-def test_listings_read_a_large_folder_once_for_many_batches(tmp_path: Path) -> None:
+def test_listings_large_folder_is_read_once(tmp_path: Path) -> None:
     """Until it has served for a hundred times of what it took."""
     now = 0.0
     listings = Listings(clock=lambda: now)
@@ -109,7 +109,7 @@ def test_listings_read_a_large_folder_once_for_many_batches(tmp_path: Path) -> N
     assert listed(tmp_path, listings) is not first
 
 
-def test_listings_keep_a_bounded_number_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listings_number_of_names_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder that was asked for least lately is forgotten."""
     monkeypatch.setattr("sortd.moving.fs.MOST_KEPT", 2 * (FRESH_NAMES + 1))
     listings, folders = Listings(clock=lambda: 0.0), [tmp_path / name for name in "abc"]

@@ -14,8 +14,8 @@ import pytest
 from sortd.errors import ChangedError
 from sortd.events import Writer
 from sortd.files import stamp_of, sync_folder
-from sortd.moving.fs import FOLDER_FLAGS, Folders, is_version, look, names_of, rename_new, writer_of
-from sortd.moving.parts import content_of, make_part, remove_obsolete
+from sortd.moving.fs import FOLDER_FLAGS, Folders, is_version, lstat_at, names_by_inode, rename_new, writer_of
+from sortd.moving.parts import make_part, remove_obsolete, sha256_at
 from sortd.store.records import MoveFile, MoveRecord, Role
 
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Iterator[int]:
     os.close(descriptor)
 
 
-def test_a_rename_never_replaces(tmp_path: Path, folder: int) -> None:
+def test_rename_new_taken_name_is_not_replaced(tmp_path: Path, folder: int) -> None:
     """A taken name is refused by the kernel, be it a file's, a folder's, a link's or one of the same inode."""
     (tmp_path / "a").write_text("a")
     (tmp_path / "file").write_text("file")
@@ -43,7 +43,7 @@ def test_a_rename_never_replaces(tmp_path: Path, folder: int) -> None:
     assert (tmp_path / "free").read_text() == "a"
 
 
-def test_a_rename_says_what_the_kernel_says(folder: int) -> None:
+def test_rename_new_error_of_the_kernel_is_raised(folder: int) -> None:
     """Errors carry their number and the names."""
     with pytest.raises(FileNotFoundError) as caught:
         rename_new(folder, "nothing", folder, "free")
@@ -51,7 +51,7 @@ def test_a_rename_says_what_the_kernel_says(folder: int) -> None:
     assert caught.value.errno == errno.ENOENT
 
 
-def test_a_writer_is_seen(tmp_path: Path) -> None:
+def test_writer_of_open_file_detects_a_writer(tmp_path: Path) -> None:
     """Nobody, a descriptor, and a mapping whose descriptor is closed already."""
     path = tmp_path / "a"
     path.write_bytes(bytes(4096))
@@ -65,7 +65,7 @@ def test_a_writer_is_seen(tmp_path: Path) -> None:
         assert writer_of(str(path)) is Writer.ABSENT
 
 
-def test_a_writer_of_what_cannot_be_opened_is_unknown(tmp_path: Path) -> None:
+def test_writer_of_unreadable_path_is_unknown(tmp_path: Path) -> None:
     """Nothing there, a link, a folder and a FIFO give no lease and do not hang."""
     (tmp_path / "link").symlink_to("/etc/passwd")
     os.mkfifo(tmp_path / "fifo")
@@ -73,7 +73,7 @@ def test_a_writer_of_what_cannot_be_opened_is_unknown(tmp_path: Path) -> None:
         assert writer_of(str(tmp_path / name)) is Writer.UNKNOWN
 
 
-def test_a_lease_that_is_broken_does_not_kill(tmp_path: Path) -> None:
+def test_writer_of_broken_lease_does_not_end_the_process(tmp_path: Path) -> None:
     """Who opens the file for writing while the lease is held makes the kernel signal us: that is ignored."""
     program = (
         "import fcntl, os, subprocess, sys, sortd.moving.fs as renaming\n"
@@ -93,7 +93,7 @@ def test_a_lease_that_is_broken_does_not_kill(tmp_path: Path) -> None:
     assert run.stdout.strip() in {"absent", "unknown"}
 
 
-def test_a_stamp_tells_versions_apart(tmp_path: Path, folder: int) -> None:
+def test_is_version_changed_file_is_another_version(tmp_path: Path, folder: int) -> None:
     """Other bytes, another time and another file under the name are other versions; the device does not count."""
     path = tmp_path / "a"
     path.write_text("a")
@@ -110,32 +110,32 @@ def test_a_stamp_tells_versions_apart(tmp_path: Path, folder: int) -> None:
     path.write_text("a")
     os.utime(path, ns=(1, 1))
     assert not is_version(os.stat(path), stamp)
-    assert look(folder, "nothing") is None
-    assert look(folder, "x" * 300) is None
+    assert lstat_at(folder, "nothing") is None
+    assert lstat_at(folder, "x" * 300) is None
 
 
-def test_names_are_found_by_inode_visible_ones_first(tmp_path: Path, folder: int) -> None:
+def test_names_by_inode_prefers_visible_names(tmp_path: Path, folder: int) -> None:
     """A hidden name counts only where there is no other."""
     for name in (".hidden", ".both", "other"):
         (tmp_path / name).write_text(name)
     os.link(tmp_path / ".both", tmp_path / "both")
     inodes = {name: os.stat(tmp_path / name).st_ino for name in (".hidden", "both", "other")}
-    found = names_of(folder, [inodes[".hidden"], inodes["both"]])
+    found = names_by_inode(folder, [inodes[".hidden"], inodes["both"]])
     assert found == {inodes[".hidden"]: ".hidden", inodes["both"]: "both"}
 
 
-def test_content_of_a_folder_leaves_no_descriptor_open(tmp_path: Path) -> None:
+def test_content_of_folder_leaves_no_descriptor_open(tmp_path: Path) -> None:
     """Recovery looks again before each batch: what cannot be a file of ours is refused and closed."""
     (tmp_path / "a.jpg").mkdir()
     with Folders(tmp_path) as folders:
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(3):
             with pytest.raises(IsADirectoryError):
-                content_of(folders.open(""), "a.jpg")
+                sha256_at(folders.open(""), "a.jpg")
         assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_folders_are_opened_without_following_links(tmp_path: Path) -> None:
+def test_folders_link_is_not_followed(tmp_path: Path) -> None:
     """A symbolic link as any component is refused; what is missing is not made by opening."""
     (tmp_path / "outside" / "cat").mkdir(parents=True)
     (tmp_path / "set" / "Dataset").mkdir(parents=True)
@@ -160,7 +160,7 @@ def test_folders_leave_no_descriptor_open(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_folder_that_root_makes_belongs_to_whom_its_parent_belongs(tmp_path: Path) -> None:
+def test_folders_folder_made_by_root_has_the_owner_of_its_parent(tmp_path: Path) -> None:
     """A daemon that runs as root makes folders that the user can use."""
     if os.geteuid() != 0:
         pytest.skip("only root can give files away")
@@ -171,7 +171,7 @@ def test_a_folder_that_root_makes_belongs_to_whom_its_parent_belongs(tmp_path: P
     assert (made.st_uid, made.st_gid, stat.S_ISDIR(made.st_mode)) == (1234, 4321, True)
 
 
-def test_a_folder_that_cannot_be_synced_is_an_error(tmp_path: Path) -> None:
+def test_sync_folder_error_of_the_disk_is_raised(tmp_path: Path) -> None:
     """Only file systems that know no sync of folders are forgiven."""
     descriptor = os.open(tmp_path, FOLDER_FLAGS)
     sync_folder(descriptor)
@@ -180,7 +180,7 @@ def test_a_folder_that_cannot_be_synced_is_an_error(tmp_path: Path) -> None:
         sync_folder(descriptor)
 
 
-def test_what_sortd_made_is_removed_only_as_it_made_it(tmp_path: Path) -> None:
+def test_remove_obsolete_changed_file_is_kept(tmp_path: Path) -> None:
     """A reason that the user has written into since is his."""
     rejected = tmp_path / "Rejected"
     rejected.mkdir()
@@ -196,13 +196,13 @@ def test_what_sortd_made_is_removed_only_as_it_made_it(tmp_path: Path) -> None:
     assert os.listdir(rejected) == ["kept.json"]
 
 
-def test_a_shared_sidecar_that_changed_is_not_copied(tmp_path: Path, folder: int) -> None:
+def test_make_part_changed_sidecar_is_not_copied(tmp_path: Path, folder: int) -> None:
     """It may belong to another image by now; nothing is made of it."""
     sidecar = tmp_path / "a.xmp"
     sidecar.write_text("seen")
     member = MoveFile(Role.SHARED, "a.xmp", "a.xmp", stamp_of(sidecar.stat()))
     sidecar.write_text("changed since")
-    relocation = MoveRecord("0" * 16, "Images", "Dataset/cat", (member,))
+    move = MoveRecord("0" * 16, "Images", "Dataset/cat", (member,))
     with pytest.raises(ChangedError, match=r"Images/a\.xmp"):
-        make_part(folder, folder, relocation, 0)
+        make_part(folder, folder, move, 0)
     assert os.listdir(tmp_path) == ["a.xmp"]

@@ -36,7 +36,7 @@ NO_CLASSES = [".hidden", ".trash", "@eaDir", "lost+found", "#recycle", "$RECYCLE
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[f"{rule.program} {rule.pattern}" for rule in RULES])
-def test_rule_for_example_of_a_program_is_its_row(rule: Rule) -> None:
+def test_rule_for_example_returns_its_rule(rule: Rule) -> None:
     """The example of each row is known by that very row, in any letter case."""
     spellings = [rule.example] if rule.regex else [rule.example, rule.example.upper(), rule.example.lower()]
     assert [rule_for(spelled) for spelled in spellings] == [rule] * len(spellings)
@@ -44,7 +44,7 @@ def test_rule_for_example_of_a_program_is_its_row(rule: Rule) -> None:
     assert rule.source
 
 
-def test_scan_of_every_example_takes_none(tmp_path: Path) -> None:
+def test_scan_examples_are_ignored(tmp_path: Path) -> None:
     """Neither a file nor a folder of such a name is taken; each is told of with the reason, a folder once."""
     for rule in RULES:
         (tmp_path / rule.example).touch()
@@ -64,7 +64,7 @@ def test_rule_for_ordinary_name_is_none(name: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[f"{rule.program} {rule.pattern}" for rule in RULES])
-def test_rule_why_says_whose_rule_it_is(rule: Rule) -> None:
+def test_rule_why_names_the_program(rule: Rule) -> None:
     """The message names the program, or says that the name is hidden; it never ends in a full stop."""
     message = rule.why.message
     assert ("begins with a dot" if rule.reason is Reason.HIDDEN else rule.program) in message
@@ -86,7 +86,7 @@ def test_rule_for_folder_of_a_class_is_none(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NO_CLASSES)
-def test_rule_for_folder_hidden_or_of_a_system_is_told(name: str) -> None:
+def test_rule_for_folder_hidden_or_system_folder_returns_its_rule(name: str) -> None:
     """A folder of a server, a desktop or a file system is neither class nor dataset."""
     assert rule_for_folder(name) is not None
 
@@ -109,7 +109,7 @@ def test_rule_for_folder_hidden_or_of_a_system_is_told(name: str) -> None:
         ("/elsewhere.part/a.jpg", None),
     ],
 )
-def test_rule_below_judges_each_component_by_its_place(path: str, place: str | None) -> None:
+def test_rule_below_applies_the_rules_of_each_level(path: str, place: str | None) -> None:
     """Only what lies below the dataset counts, and a class folder is judged as one."""
     left = rule_below(path, "/Data/Cars")
     assert (None if left is None else left[0]) == place

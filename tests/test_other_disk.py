@@ -82,7 +82,7 @@ def pings(listener: socket.socket) -> int:
 
 
 @pytest.mark.usefixtures("other_disk")
-def test_images_are_copied_whole_and_undone_across_disks(colours: Path, write_config: Write) -> None:
+def test_daemon_images_are_copied_and_undone_across_disks(colours: Path, write_config: Write) -> None:
     """Filed on the other disk with a line each, nothing left behind; companions travel; names are not overwritten."""
     taken = colours / "Dataset" / "red" / "0.png"
     taken.parent.mkdir()
@@ -150,7 +150,7 @@ def test_daemon_decides_an_image_in_review_on_another_disk_again(colours: Path, 
     assert not [path for path in (colours / "Review").rglob("*") if path.is_file()]
 
 
-def test_a_long_copy_holds_up_nobody_and_ends_at_once_at_a_stop(
+def test_daemon_long_copy_delays_nothing_and_ends_at_a_stop(
     colours: Path, other_disk: Path, write_config: Write, tmp_path: Path
 ) -> None:
     """Another dataset's images are filed and the watchdog is fed meanwhile; at a stop all is where it was."""
@@ -177,7 +177,7 @@ def test_a_long_copy_holds_up_nobody_and_ends_at_once_at_a_stop(
     assert parts(other_disk) == []
 
 
-def test_what_a_kill_interrupted_is_taken_up_at_the_next_start(
+def test_daemon_copy_interrupted_by_a_kill_is_recovered_at_the_next_start(
     colours: Path, other_disk: Path, write_config: Write
 ) -> None:
     """The part of the copy is thrown away, and the image goes where it belongs once its film can go too."""
@@ -199,7 +199,7 @@ def test_what_a_kill_interrupted_is_taken_up_at_the_next_start(
     assert list((colours / "Images").iterdir()) == []
 
 
-def test_a_dataset_that_goes_in_the_midst_of_a_copy_is_let_go_of(
+def test_daemon_dataset_that_disappears_during_a_copy_is_closed(
     colours: Path, other_disk: Path, write_config: Write, tmp_path: Path
 ) -> None:
     """Its copy is interrupted, the others are served, and back again it is taken up."""

@@ -204,11 +204,11 @@ def test_two_copies_are_told_of() -> None:
     move = Move("/set/Images/a.jpg", Stamp(1, 2, 3, 4), "Rejected", Outcome.FOLLOWED)
     moved = Moved(move.path, move.stamp, "/set/Rejected/a.jpg", move.outcome, move.stamp)
     with capture_logs() as lines:
-        for note in ("", "kept in Images too"):
+        for note in ("", "also kept in Images"):
             DatasetLog("Set", Metrics()).moved(move, replace(moved, note=note), 1.0)
     assert [(line["log_level"], line.get("note")) for line in lines] == [
         ("info", None),
-        ("warning", "kept in Images too"),
+        ("warning", "also kept in Images"),
     ]
 
 

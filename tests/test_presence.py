@@ -48,7 +48,7 @@ def journal(dataset: Dataset) -> Iterator[Journal]:
         yield journal
 
 
-def test_presence_of_a_dataset_that_another_sortd_has_is_a_problem(dataset: Dataset, journal: Journal) -> None:
+def test_presence_dataset_of_another_sortd_is_a_problem(dataset: Dataset, journal: Journal) -> None:
     """Nothing is moved where two would move it."""
     (dataset.root / ".sortd").mkdir()
     said: list[str | None] = ["another sortd works on it", None]
@@ -57,19 +57,19 @@ def test_presence_of_a_dataset_that_another_sortd_has_is_a_problem(dataset: Data
     assert presence.problem() == "another sortd works on it"
 
 
-def test_without_its_marker_a_dataset_is_absent(dataset: Dataset, journal: Journal) -> None:
+def test_presence_dataset_without_marker_is_missing(dataset: Dataset, journal: Journal) -> None:
     """The sentence names the marker and what makes it; whoever only rehearses needs none."""
     presence = Presence(Layout(dataset.root), journal)
     said = presence.problem()
     assert said is not None
-    assert f"{dataset.root}/.sortd is gone" in said
+    assert f"{dataset.root}/.sortd is missing" in said
     assert "sortd init" in said
     (dataset.root / ".sortd").mkdir()
     assert presence.problem() is None
     assert Presence(Layout(dataset.folder), None, needs_marker=False).problem() is None
 
 
-def test_a_disk_that_is_not_mounted_is_remembered_and_missed(dataset: Dataset, journal: Journal) -> None:
+def test_presence_unmounted_disk_of_a_folder_is_missing(dataset: Dataset, journal: Journal) -> None:
     """Also after a start, and with its mount point gone; until it is back, or something stands in its place."""
     layout, place = Layout(dataset.root), dataset.root / "Dataset"
     with disk(place):
@@ -79,7 +79,7 @@ def test_a_disk_that_is_not_mounted_is_remembered_and_missed(dataset: Dataset, j
     for one in (presence, Presence(layout, journal, needs_marker=False)):
         said = one.problem()
         assert said is not None
-        assert f"{place} was on a disk of its own" in said
+        assert f"{place} was on another disk" in said
     place.rmdir()
     assert presence.problem() is not None
     with disk(place):
@@ -89,14 +89,14 @@ def test_a_disk_that_is_not_mounted_is_remembered_and_missed(dataset: Dataset, j
     assert journal.history.fact(APART_FACT) == ""
 
 
-def test_nothing_is_put_back_into_a_mount_point(dataset: Dataset, journal: Journal) -> None:
+def test_undo_empty_mount_point_gets_no_file(dataset: Dataset, journal: Journal) -> None:
     """An inbox whose disk is away: the undo says so, and works when the disk is back."""
     (dataset.root / "Images").rmdir()
     absence = lambda: Presence(Layout(dataset.root), journal, needs_marker=False).problem()  # noqa: E731
     filing = Mover(dataset.root, journal, absence=absence)
     with disk(dataset.root / "Images"):
         filed = moved(filing, order(dataset.put("Images/a.jpg")))
-        assert filing.rehearse_undo(done(journal))[0].restored == f"{dataset.root}/Images/a.jpg"
+        assert filing.preview_undo(done(journal))[0].restored == f"{dataset.root}/Images/a.jpg"
     identifiers = [record.id for record in done(journal)]
     for is_dry in (True, False):
         (((told,), later),) = undo_records(filing, journal.history, identifiers, dry_run=is_dry)
@@ -109,7 +109,7 @@ def test_nothing_is_put_back_into_a_mount_point(dataset: Dataset, journal: Journ
 
 
 @pytest.mark.parametrize("tiny_clip", ["packaged"])
-def test_the_daemon_files_nothing_into_a_mount_point_and_heals(
+def test_daemon_empty_mount_point_gets_no_file_until_mounted(
     tiny_clip: str, colours: Path, write_config: Write
 ) -> None:
     """Dataset/ on a disk that is away, while it runs and at a start: images wait, it says why, and files them later."""

@@ -15,7 +15,7 @@ from sortd.store.journal import Journal
 from sortd.store.records import MoveFile, MoveProgress, MoveReason, MoveRecord, Role, Selection
 from tests.filing_world import Dataset
 
-TOKEN = "0123456789abcdef"  # noqa: S105 - a relocation's
+TOKEN = "0123456789abcdef"  # noqa: S105 - a move's
 PART = f".sortd-{TOKEN}.0.part"
 TAKEN = f".sortd-{TOKEN}.0.del"
 
@@ -36,7 +36,7 @@ def journal(dataset: Dataset) -> Iterator[Journal]:
 
 
 class Crash:
-    """A relocation that was cut short, and the next start."""
+    """A move that was cut short, and the next start."""
 
     def __init__(
         self, dataset: Dataset, journal: Journal, *names: str, progress: MoveProgress = MoveProgress.INTENDED
@@ -49,25 +49,25 @@ class Crash:
             content = hashlib.sha256(name.encode()).hexdigest()
             role = Role.COMPANION if members else Role.IMAGE
             members.append(MoveFile(role, name, name, stamp_of(os.stat(path)), content=content))
-        self.relocation = MoveRecord(TOKEN, "Images", "Dataset/cat", tuple(members), progress)
+        self.move = MoveRecord(TOKEN, "Images", "Dataset/cat", tuple(members), progress)
 
     def copied(self, name: str, position: int = 0, content: str = "") -> Path:
         """Put a copy of a member into the class folder, as the sealed one."""
-        member = self.relocation.members[position]
+        member = self.move.files[position]
         path = self.dataset.put(f"Dataset/cat/{name}", content or member.name)
-        members = list(self.relocation.members)
+        members = list(self.move.files)
         members[position] = replace(member, copy_inode=os.stat(path).st_ino, final=member.final or "")
-        self.relocation = replace(self.relocation, members=tuple(members))
+        self.move = replace(self.move, files=tuple(members))
         return path
 
     def named(self, *finals: str) -> None:
         """Let the journal know the final names."""
-        members = (replace(one, final=name) for one, name in zip(self.relocation.members, finals, strict=True))
-        self.relocation = replace(self.relocation, members=tuple(members))
+        members = (replace(one, final=name) for one, name in zip(self.move.files, finals, strict=True))
+        self.move = replace(self.move, files=tuple(members))
 
     def recover(self) -> MoveRecord:
         """Start again, twice: the second time there is nothing to do."""
-        self.journal.intend([(self.relocation, MoveReason("filed"))])
+        self.journal.intend([(self.move, MoveReason("filed"))])
         (ended,) = Mover(self.dataset.root, self.journal).recover()
         tree = self.dataset.tree()
         again = Mover(self.dataset.root, self.journal).recover()
@@ -84,7 +84,7 @@ class Crash:
 class TestIntended:
     """Renames that may have been made, copies that count for nothing."""
 
-    def test_a_rename_that_was_made_is_done(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_completed_rename_is_done(self, dataset: Dataset, journal: Journal) -> None:
         """Whatever name it got, and although the user has put a new file under the old name."""
         crash = Crash(dataset, journal)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a (7).jpg")
@@ -93,7 +93,7 @@ class TestIntended:
         assert dataset.tree() == {"Images/a.jpg": b"new", "Dataset/cat/a (7).jpg": b"a.jpg"}
         assert crash.told == ["Dataset/cat/a (7).jpg"]
 
-    def test_a_rename_that_was_not_made_is_dropped(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_intent_without_rename_is_failed(self, dataset: Dataset, journal: Journal) -> None:
         """A link of the same file in the class, which is the user's, does not deceive."""
         crash = Crash(dataset, journal)
         os.link(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
@@ -101,7 +101,7 @@ class TestIntended:
         assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Dataset/cat/a.jpg": b"a.jpg"}
         assert crash.told == []
 
-    def test_a_moved_file_that_the_user_works_on_is_left_to_him(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_moved_file_changed_by_the_user_is_left(self, dataset: Dataset, journal: Journal) -> None:
         """Edited after the move, it is another version: neither taken back nor told as the one that was meant."""
         crash = Crash(dataset, journal)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
@@ -109,7 +109,7 @@ class TestIntended:
         assert crash.recover().progress is MoveProgress.FAILED
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"edited"}
 
-    def test_a_torn_group_goes_back(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_incomplete_group_is_moved_back(self, dataset: Dataset, journal: Journal) -> None:
         """The image had moved, its companion had not: both are in the inbox again, nothing there is overwritten."""
         crash = Crash(dataset, journal, "a.jpg", "a.xmp")
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
@@ -117,7 +117,7 @@ class TestIntended:
         assert crash.recover().progress is MoveProgress.FAILED
         assert dataset.tree() == {"Images/a.jpg": b"new", "Images/a (2).jpg": b"a.jpg", "Images/a.xmp": b"a.xmp"}
 
-    def test_a_group_whose_companion_the_user_took_is_done(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_group_without_a_removed_companion_is_done(self, dataset: Dataset, journal: Journal) -> None:
         """What is gone cannot be waited for."""
         crash = Crash(dataset, journal, "a.jpg", "a.xmp")
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
@@ -125,7 +125,7 @@ class TestIntended:
         assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg"}
 
-    def test_a_bringing_back_that_was_cut_short_is_ended(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_interrupted_move_back_is_completed(self, dataset: Dataset, journal: Journal) -> None:
         """A file under a name that only sortd knows becomes visible again, over nothing."""
         crash = Crash(dataset, journal)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
@@ -134,7 +134,9 @@ class TestIntended:
         assert dataset.tree() == {"Images/a.jpg": b"new", "Images/a (2).jpg": b"a.jpg"}
 
     @pytest.mark.parametrize("source", ["a.jpg", "another version by now"])
-    def test_a_copy_whose_source_stands_is_removed(self, dataset: Dataset, journal: Journal, source: str) -> None:
+    def test_recover_copy_with_existing_source_is_removed(
+        self, dataset: Dataset, journal: Journal, source: str
+    ) -> None:
         """Half or whole: the file itself is there, be it rewritten by the user."""
         crash = Crash(dataset, journal)
         dataset.put(f"Dataset/cat/{PART}", "a.j")
@@ -143,7 +145,7 @@ class TestIntended:
         assert crash.recover().progress is MoveProgress.FAILED
         assert dataset.tree() == {"Images/a.jpg": source.encode()}
 
-    def test_the_only_copy_is_saved(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_only_copy_is_published(self, dataset: Dataset, journal: Journal) -> None:
         """The source is gone and the part holds its very bytes: it becomes visible, over nothing."""
         crash = Crash(dataset, journal)
         (dataset.root / "Images/a.jpg").unlink()
@@ -154,14 +156,12 @@ class TestIntended:
         assert crash.told == ["Dataset/cat/a (2).jpg"]
 
     @pytest.mark.parametrize("is_known", [True, False])
-    def test_a_copy_that_cannot_be_proven_whole_is_kept_hidden(
-        self, dataset: Dataset, journal: Journal, *, is_known: bool
-    ) -> None:
+    def test_recover_unproven_copy_is_kept_hidden(self, dataset: Dataset, journal: Journal, *, is_known: bool) -> None:
         """It is not shown as an image, nor removed: the message names it."""
         crash = Crash(dataset, journal)
         if not is_known:
-            member = replace(crash.relocation.image, content="")
-            crash.relocation = replace(crash.relocation, members=(member,))
+            member = replace(crash.move.image, content="")
+            crash.move = replace(crash.move, files=(member,))
         (dataset.root / "Images/a.jpg").unlink()
         dataset.put(f"Dataset/cat/{PART}", "a.j")
         ended = crash.recover()
@@ -169,23 +169,23 @@ class TestIntended:
         assert PART in ended.message
         assert dataset.tree() == {f"Dataset/cat/{PART}": b"a.j"}
 
-    def test_a_class_that_was_never_made_is_no_obstacle(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_missing_class_folder_is_no_error(self, dataset: Dataset, journal: Journal) -> None:
         """Everything is in the inbox, so nothing happened."""
         crash = Crash(dataset, journal)
         (dataset.root / "Dataset/cat").rmdir()
         assert crash.recover().progress is MoveProgress.FAILED
 
-    def test_a_source_folder_that_the_user_removed_is_no_obstacle(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_removed_source_folder_is_no_error(self, dataset: Dataset, journal: Journal) -> None:
         """The image stands in its class: that is all there is to it."""
         crash = Crash(dataset, journal)
         dataset.put("Images/sub/b.jpg")
-        crash.relocation = replace(crash.relocation, source="Images/sub")
+        crash.move = replace(crash.move, source="Images/sub")
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         (dataset.root / "Images/sub/b.jpg").unlink()
         (dataset.root / "Images/sub").rmdir()
         assert crash.recover().progress is MoveProgress.DONE
 
-    def test_a_disk_that_is_not_there_keeps_its_relocations_open(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_missing_disk_keeps_moves_open(self, dataset: Dataset, journal: Journal) -> None:
         """Neither end can be told from here; once it is back, it is."""
         crash = Crash(dataset, journal)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
@@ -195,20 +195,20 @@ class TestIntended:
         (ended,) = Mover(dataset.root, journal).recover()
         assert ended.progress is MoveProgress.DONE
 
-    def test_a_dataset_that_is_not_there_keeps_them_open_too(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_missing_dataset_keeps_moves_open(self, dataset: Dataset, journal: Journal) -> None:
         """Nothing is made in its place."""
         crash = Crash(dataset, journal)
         os.rename(dataset.root, dataset.folder / "unplugged")
         assert crash.recover().progress is MoveProgress.INTENDED
         assert not dataset.root.exists()
 
-    def test_what_is_made_beside_never_overwrites(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_missing_copies_and_reasons_never_overwrite(self, dataset: Dataset, journal: Journal) -> None:
         """A shared sidecar's copy finds its name taken meanwhile: it gets its own number; made already, it is kept."""
         crash = Crash(dataset, journal)
         shared = dataset.put("Images/a.xmp", "shared")
         member = MoveFile(Role.SHARED, "a.xmp", "a.xmp", stamp_of(os.stat(shared)))
         reason = MoveFile(Role.REASON, "a.jpg", "a.jpg.reason.json", Stamp(0, 0, 0, 0), body=b"{}")
-        crash.relocation = crash.relocation.with_member(member).with_member(reason)
+        crash.move = crash.move.with_file(member).with_file(reason)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         dataset.put("Dataset/cat/a.xmp", "the user's")
         made = dataset.put("Dataset/cat/a.jpg.reason.json", "{}")
@@ -222,12 +222,12 @@ class TestIntended:
         }
         assert os.stat(made).st_ino == inode
 
-    def test_a_shared_sidecar_that_changed_is_left_out(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_changed_shared_sidecar_is_left_out(self, dataset: Dataset, journal: Journal) -> None:
         """It is no longer the one that belonged to this image."""
         crash = Crash(dataset, journal)
         shared = dataset.put("Images/a.xmp", "shared")
         member = MoveFile(Role.SHARED, "a.xmp", "a.xmp", stamp_of(os.stat(shared)))
-        crash.relocation = crash.relocation.with_member(member)
+        crash.move = crash.move.with_file(member)
         os.rename(dataset.root / "Images/a.jpg", dataset.root / "Dataset/cat/a.jpg")
         dataset.put("Images/a.xmp", "changed")
         dataset.put(f"Dataset/cat/.sortd-{TOKEN}.1.part", "sha")
@@ -238,7 +238,7 @@ class TestIntended:
 class TestPublishing:
     """Whole copies, known by inode and hash."""
 
-    def test_a_copy_that_was_not_published_goes_if_its_source_stands(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_unpublished_copy_with_existing_source_is_removed(self, dataset: Dataset, journal: Journal) -> None:
         """An equal file of the user's under the wanted name is none of ours, and is not touched."""
         crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied(PART)
@@ -248,7 +248,7 @@ class TestPublishing:
         assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Dataset/cat/a.jpg": b"a.jpg"}
         assert os.stat(theirs).st_ino == inode
 
-    def test_a_published_copy_is_gone_on_with(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_published_copy_is_completed(self, dataset: Dataset, journal: Journal) -> None:
         """Whatever name it got."""
         crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied("a (3).jpg")
@@ -256,14 +256,14 @@ class TestPublishing:
         assert dataset.tree() == {"Dataset/cat/a (3).jpg": b"a.jpg"}
         assert crash.told == ["Dataset/cat/a (3).jpg"]
 
-    def test_a_published_copy_that_the_user_changed_is_his(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_published_copy_changed_by_the_user_is_kept(self, dataset: Dataset, journal: Journal) -> None:
         """It is no copy of the source any more: both are kept."""
         crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied("a.jpg", content="A.JPG")
         assert crash.recover().progress is MoveProgress.FAILED
         assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Dataset/cat/a.jpg": b"A.JPG"}
 
-    def test_the_only_copy_is_saved(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_only_copy_is_published(self, dataset: Dataset, journal: Journal) -> None:
         """The source is gone: the part is published and told."""
         crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied(PART)
@@ -272,7 +272,7 @@ class TestPublishing:
         assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"another", "Dataset/cat/a (2).jpg": b"a.jpg"}
 
-    def test_a_torn_copy_is_never_shown(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_incomplete_copy_is_never_published(self, dataset: Dataset, journal: Journal) -> None:
         """Its hash does not fit and its source is gone: it is kept as it is, and said."""
         crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied(PART, content="a.jp\0")
@@ -282,7 +282,9 @@ class TestPublishing:
         assert "its copy is gone" in ended.message
         assert dataset.tree() == {f"Dataset/cat/{PART}": b"a.jp\0"}
 
-    def test_a_half_published_group_is_withdrawn_if_all_sources_stand(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_partly_published_group_with_all_sources_is_removed(
+        self, dataset: Dataset, journal: Journal
+    ) -> None:
         """All of them, or none."""
         crash = Crash(dataset, journal, "a.jpg", "a.xmp", progress=MoveProgress.PUBLISHING)
         crash.copied("a.jpg")
@@ -290,7 +292,9 @@ class TestPublishing:
         assert crash.recover().progress is MoveProgress.FAILED
         assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Images/a.xmp": b"a.xmp"}
 
-    def test_a_half_published_group_goes_on_if_a_source_is_gone(self, dataset: Dataset, journal: Journal) -> None:
+    def test_recover_partly_published_group_without_a_source_is_completed(
+        self, dataset: Dataset, journal: Journal
+    ) -> None:
         """The companion's only copy must not be removed, so the whole group is published under one number."""
         crash = Crash(dataset, journal, "a.jpg", "a.xmp", progress=MoveProgress.PUBLISHING)
         crash.copied("a (2).jpg")
@@ -300,7 +304,7 @@ class TestPublishing:
         assert dataset.tree() == {"Dataset/cat/a (2).jpg": b"a.jpg", "Dataset/cat/a (2).xmp": b"a.xmp"}
 
     @pytest.mark.parametrize("content", ["", "somebody else's"])
-    def test_an_empty_placeholder_of_ours_is_removed(self, dataset: Dataset, journal: Journal, content: str) -> None:
+    def test_recover_empty_placeholder_is_removed(self, dataset: Dataset, journal: Journal, content: str) -> None:
         """Under the name that the journal holds, and only if it has no bytes to lose."""
         crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied(PART)
@@ -310,14 +314,12 @@ class TestPublishing:
         expected = {"Images/a.jpg": b"a.jpg"} | ({"Dataset/cat/a.jpg": content.encode()} if content else {})
         assert dataset.tree() == expected
 
-    def test_inode_numbers_that_do_not_last_are_made_up_for_by_content(
-        self, dataset: Dataset, journal: Journal
-    ) -> None:
+    def test_recover_changed_inode_numbers_are_replaced_by_content(self, dataset: Dataset, journal: Journal) -> None:
         """On such a file system the journal holds the name."""
         crash = Crash(dataset, journal, progress=MoveProgress.PUBLISHING)
         crash.copied("a.jpg")
-        member = replace(crash.relocation.image, copy_inode=1, final="a.jpg")
-        crash.relocation = replace(crash.relocation, members=(member,))
+        member = replace(crash.move.image, copy_inode=1, final="a.jpg")
+        crash.move = replace(crash.move, files=(member,))
         assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg"}
 
@@ -333,14 +335,14 @@ class TestPublished:
         crash.named("a.jpg")
         return crash
 
-    def test_the_source_is_removed(self, crash: Crash, dataset: Dataset) -> None:
+    def test_recover_source_of_published_copy_is_removed(self, crash: Crash, dataset: Dataset) -> None:
         """Under its own name or the one that sortd took it by."""
         os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
         assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg"}
 
     @pytest.mark.parametrize("is_taken", [False, True])
-    def test_a_source_that_changed_is_kept(self, crash: Crash, dataset: Dataset, *, is_taken: bool) -> None:
+    def test_recover_changed_source_is_kept(self, crash: Crash, dataset: Dataset, *, is_taken: bool) -> None:
         """What was written to it after the copy was made is not lost."""
         name = TAKEN if is_taken else "a.jpg"
         if is_taken:
@@ -348,12 +350,12 @@ class TestPublished:
         dataset.put(f"Images/{name}", "more")
         ended = crash.recover()
         assert ended.progress is MoveProgress.DONE
-        assert "kept in Images too" in ended.message
+        assert "also kept in Images" in ended.message
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg", "Images/a.jpg": b"more"}
 
     @pytest.mark.parametrize("is_taken", [False, True])
     @pytest.mark.parametrize("other", [None, "A.JPG", "another length"])
-    def test_a_source_whose_copy_is_gone_is_kept(
+    def test_recover_source_without_copy_is_kept(
         self, crash: Crash, dataset: Dataset, *, is_taken: bool, other: str | None
     ) -> None:
         """Removed or replaced by the user: the source is the only one left."""
@@ -368,7 +370,7 @@ class TestPublished:
         assert dataset.tree()["Images/a.jpg"] == b"a.jpg"
 
     @pytest.mark.parametrize("whose", ["Images/a.jpg", "Dataset/cat/a.jpg"])
-    def test_a_source_that_must_stay_is_not_hidden_for_a_moment(
+    def test_recover_source_to_keep_is_never_hidden(
         self, crash: Crash, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, whose: str
     ) -> None:
         """A changed source, or one whose copy changed, keeps its name all the time."""
@@ -377,12 +379,12 @@ class TestPublished:
             raise AssertionError(names)
 
         dataset.put(whose, "changed by now")
-        monkeypatch.setattr("sortd.moving.copy._take", taken)
+        monkeypatch.setattr("sortd.moving.copy._hide", taken)
         assert crash.recover().progress is MoveProgress.DONE
         assert len(dataset.tree()) == 2
 
     @pytest.mark.parametrize("is_gone", [False, True])
-    def test_copies_are_withdrawn_only_if_every_source_stands(
+    def test_recover_copies_are_removed_only_if_all_sources_exist(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch, *, is_gone: bool
     ) -> None:
         """A companion that may not be removed: without the image's own file, the image's copy is the only one."""
@@ -397,7 +399,7 @@ class TestPublished:
         crash.named("a.jpg", "a.xmp")
         if is_gone:
             (dataset.root / "Images/a.jpg").unlink()
-        monkeypatch.setattr("sortd.moving.copy._take", refuse)
+        monkeypatch.setattr("sortd.moving.copy._hide", refuse)
         ended = crash.recover()
         if is_gone:
             assert ended.progress is MoveProgress.PUBLISHED
@@ -406,7 +408,7 @@ class TestPublished:
             assert ended.progress is MoveProgress.FAILED
             assert dataset.tree() == {"Images/a.jpg": b"a.jpg", "Images/a.xmp": b"a.xmp"}
 
-    def test_a_taken_source_that_is_being_written_is_given_back(self, crash: Crash, dataset: Dataset) -> None:
+    def test_recover_hidden_source_with_a_writer_gets_its_name_back(self, crash: Crash, dataset: Dataset) -> None:
         """A writer that had it open all along goes on writing into a file that stays."""
         os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
         with (dataset.root / f"Images/{TAKEN}").open("r+b") as file:
@@ -414,7 +416,7 @@ class TestPublished:
             file.write(b"A")
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"a.jpg", "Images/a.jpg": b"A.jpg"}
 
-    def test_a_new_file_under_the_old_name_is_not_touched(self, crash: Crash, dataset: Dataset) -> None:
+    def test_recover_new_file_with_the_old_name_is_not_changed(self, crash: Crash, dataset: Dataset) -> None:
         """The source was taken; the user has put another image there."""
         os.rename(dataset.root / "Images/a.jpg", dataset.root / f"Images/{TAKEN}")
         dataset.put("Images/a.jpg", "new")

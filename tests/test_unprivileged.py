@@ -56,7 +56,7 @@ def test_run_dataset_that_may_not_be_written_is_held_until_it_may(colours: Path,
     bad.chmod(0o555)
     with unprivileged(write_config()) as daemon:
         line = daemon.wait_for("dataset.held", dataset="Bad")
-        assert "cannot be made: Permission denied" in line["error"]
+        assert "cannot be created: Permission denied" in line["error"]
         drop(colours / "Images", "a.png", 0o644)
         daemon.wait_for("image.filed", dataset="Colours")
         bad.chmod(0o755)
@@ -106,7 +106,7 @@ def test_an_inbox_that_may_not_be_written_keeps_its_images(colours: Path, write_
     with unprivileged(write_config()) as daemon:
         line = daemon.wait_for("move.failed", path=str(image))
         assert line["failure"] == "source"
-        assert "nothing may be removed from Images; give sortd the right to write to that folder" in line["error"]
+        assert "files cannot be removed from Images: give sortd write permission for this folder" in line["error"]
         assert image.exists()
         inbox.chmod(0o755)
         daemon.wait_for("image.filed", path=str(image))

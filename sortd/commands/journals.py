@@ -76,31 +76,31 @@ def dataset_at(config: Config, path: Path) -> tuple[Layout, str] | None:
 
 def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
     """Return a record as plain values, its paths absolute where the dataset is there."""
-    grounds, image = record.grounds, record.relocation.image
-    others = [member for member in record.relocation.members if member.role is not Role.IMAGE]
+    reason, image = record.move_reason, record.move.image
+    others = [file for file in record.move.files if file.role is not Role.IMAGE]
     root = "" if place.root is None else f"{place.root}/"
     return {
         "id": record.id,
         "dataset": place.dataset,
         "run": record.run,
         "at": record.ended_at,
-        "outcome": grounds.outcome,
-        "label": grounds.label,
+        "outcome": reason.outcome,
+        "label": reason.label,
         "from": f"{root}{record.source_path}",
         "to": f"{root}{record.destination_path}",
         "size": image.stamp.size,
-        "companions": [member.final or member.name for member in others],
-        "score": grounds.score,
-        "margin": grounds.margin,
-        "second_label": grounds.second_label,
-        "mode": grounds.mode,
-        "reason": grounds.reason,
-        "generation": grounds.generation,
-        "encoder_id": grounds.encoder_id,
-        "content": grounds.content,
-        "undoes": grounds.undoes,
+        "companions": [file.final or file.name for file in others],
+        "score": reason.score,
+        "margin": reason.margin,
+        "second_label": reason.second_label,
+        "mode": reason.mode,
+        "reason": reason.reason,
+        "generation": reason.generation,
+        "encoder_id": reason.encoder_id,
+        "content": reason.content,
+        "undoes": reason.undoes,
         "undone_by": record.undone_by,
-        "lost": list(record.relocation.lost),
+        "lost": list(record.move.lost),
     }
 
 

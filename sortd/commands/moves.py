@@ -12,7 +12,7 @@ from sortd.commands.console import counted, load_config, print_json, print_line,
 from sortd.commands.journals import JournalPlace, dataset_at, journals, narrowed
 from sortd.config import Config
 from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, release_reply, undo_facts, undo_records
-from sortd.daemon.dataset_lock import hold, look_at
+from sortd.daemon.dataset_lock import inspect_dataset, open_dataset
 from sortd.errors import DataError, SortdError
 from sortd.layout import Layout, find_datasets
 from sortd.store.history import History
@@ -93,11 +93,11 @@ def _undo_here(config: Config, chosen: Chosen, *, dry_run: bool) -> Mapping[str,
     for place, records in chosen:
         assert place.root is not None
         layout = Layout(place.root)
-        with look_at(layout, config.state_dir) if dry_run else hold(layout, config.state_dir) as holding:
+        with inspect_dataset(layout, config.state_dir) if dry_run else open_dataset(layout, config.state_dir) as opened:
             identifiers = [record.id for record in records]
-            for told, _ in undo_records(holding.filing, holding.journal.history, identifiers, dry_run=dry_run):
+            for told, _ in undo_records(opened.mover, opened.journal.history, identifiers, dry_run=dry_run):
                 undone += [undo_facts(place.dataset, layout, one) for one in told]
-            recovered += len(holding.recovered)
+            recovered += len(opened.recovered)
     return {"undone": undone, "later": 0, "recovered": recovered}
 
 
@@ -188,11 +188,11 @@ def _release_here(config: Config, dataset: str | None, absolute: str | None) -> 
             continue
         is_whole = absolute == str(place.root)
         try:
-            with hold(Layout(place.root), config.state_dir) as holding:
-                guard = holding.journal.history.guard()
-                released[place.dataset] = 0 if is_whole else holding.filing.release(absolute)
+            with open_dataset(Layout(place.root), config.state_dir) as opened:
+                guard = opened.journal.history.guard()
+                released[place.dataset] = 0 if is_whole else opened.mover.release(absolute)
                 if guard.reason and (absolute is None or is_whole):
-                    holding.journal.note_guard(guard.released())
+                    opened.journal.note_guard(guard.released())
                     lifted[place.dataset] = guard.reason
                 elif guard.reason:
                     still_held[place.dataset] = guard.reason

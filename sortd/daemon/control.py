@@ -343,12 +343,12 @@ def undo_records(
         late = history.followers([belongs_to(record) for record in chosen])
         if late:
             # Companions from the inbox are moved back with their image, and stay if it cannot be moved.
-            back = mover.rehearse_undo(chosen, set(predicted))
+            back = mover.preview_undo(chosen, set(predicted))
             apart = {belongs_to(one.record) for one in back if one.restored is None}
-            late = [one for one in late if one.grounds.reason not in apart and one.source_path.startswith(inbox)]
+            late = [one for one in late if one.move_reason.reason not in apart and one.source_path.startswith(inbox)]
         followers = [one for one in late if one.id not in asked_for]
         records = sorted([*chosen, *followers], key=lambda record: record.id, reverse=True)
-        results = mover.rehearse_undo(records, predicted) if dry_run else mover.undo(records)
+        results = mover.preview_undo(records, predicted) if dry_run else mover.undo(records)
         yield results, len(records) - len(results)
 
 

@@ -69,7 +69,7 @@ class Misplaced:
     def corrected(self) -> str:
         """The class in which it was found; the original one for an image that is back in its place."""
         is_home = self.relative == self.record.destination_path
-        return (self.record.grounds.label or "") if is_home else self.relative.split("/")[1]
+        return (self.record.move_reason.label or "") if is_home else self.relative.split("/")[1]
 
 
 class CorrectionScanner:
@@ -256,7 +256,7 @@ class CorrectionScanner:
         return [
             Correction(one.path, label, one.corrected, one.record.destination_path.startswith(f"{Area.DATASET}/"))
             for one, is_news in zip(misplaced, news, strict=True)
-            if is_news and one.corrected != (label := one.record.grounds.label or "")
+            if is_news and one.corrected != (label := one.record.move_reason.label or "")
         ]
 
     def _record(self, path: str, found: Stamp) -> Generator[None, None, Record | None]:
@@ -265,7 +265,7 @@ class CorrectionScanner:
         if known is not None:
             return known
         named = self._journal.history.last_named(os.path.basename(path), found.size)
-        if named is None or not named.grounds.content:
+        if named is None or not named.move_reason.content:
             return None
         content = hashlib.sha256()
         try:
@@ -276,7 +276,7 @@ class CorrectionScanner:
         except OSError as error:
             self._report(error)
             return None
-        return named if content.hexdigest() == named.grounds.content else None
+        return named if content.hexdigest() == named.move_reason.content else None
 
     def _changed_since(self, since_ns: int) -> Iterator[str | None]:
         """Yield the path of each changed image, and None for anything else.

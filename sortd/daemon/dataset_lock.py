@@ -1,8 +1,4 @@
-"""A held dataset: locked for this process, its journal open and recovered, so that files may be moved in it.
-
-A state folder is named by its dataset's name and place. A dataset that is renamed takes its journal along: what was
-filed, held and corrected does not depend on how the folder above is called.
-"""
+"""Opening a dataset for moves: locks, the recovered journal, and the state folder, which follows a renamed dataset."""
 
 import json
 import os
@@ -24,36 +20,36 @@ from sortd.moving.parts import never
 from sortd.store.journal import Journal
 from sortd.store.records import MoveRecord
 
-POINTER = "state"  # in the marker folder: names the state folder, for people and for a dataset that was renamed
-POINTER_BYTES = 8192  # more than a path can have: whoever owns the dataset may have put anything under that name
-OWNER_FILE = "dataset.json"  # in the state folder: whose it is, by path, and by device and inode of the marker folder
+POINTER = "state"  # in the marker folder: the path of the state folder, for people and after a rename
+POINTER_BYTES = 8192  # more than a path can have; a larger file is not a pointer
+OWNER_FILE = "dataset.json"  # in the state folder: the dataset's path, and device and inode of its marker
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
-    """What is open while a dataset is held."""
+class OpenDataset:
+    """An open dataset."""
 
     layout: Layout
     journal: Journal
-    filing: Mover
-    recovered: tuple[MoveRecord, ...] = ()  # what a crash had left open, as it is now
-    lock_problem: Callable[[], str | None] = lambda: None  # why another sortd works here now; see MarkerLock
+    mover: Mover
+    recovered: tuple[MoveRecord, ...] = ()  # moves that a crash had left open, in their present state
+    lock_problem: Callable[[], str | None] = lambda: None  # see MarkerLock.problem
 
 
 class MarkerLock:
-    """The lock in the marker folder, which somebody may delete, and make anew, while a sortd works."""
+    """The lock in the marker folder, which a user may delete and create again while sortd runs."""
 
     def __init__(self, layout: Layout) -> None:
-        """Take it; see ``_lock`` for what that raises."""
+        """Acquire the lock; see ``_lock`` for the errors."""
         self._layout, self._path = layout, layout.marker / "lock"
         self._lock = FileLock(self._path, timeout=0)
         self._taken: tuple[int, int] | None = None
         self._take()
 
     def problem(self) -> str | None:
-        """Return why nothing may be moved: another sortd works here now. None: the lock at the path is ours.
+        """Return a sentence if another sortd has the lock; None if this one has it.
 
-        Where the one that was taken is not there any more, the one that is there is taken in its place.
+        If the lock file was replaced, the new one is acquired first.
         """
         is_ours = self._taken is not None and identity_of(self._path, follow=False) == self._taken
         if is_ours or not self._layout.is_present:
@@ -62,11 +58,11 @@ class MarkerLock:
         try:
             self._take()
         except (AlreadyRunningError, LayoutError) as error:
-            return f"{self._layout.marker} was made anew while sortd worked, and {error}"
+            return f"{self._layout.marker} was deleted and created again while sortd ran, and {error}"
         return None
 
     def release(self) -> None:
-        """Give it back; doing it twice is no mistake."""
+        """Release the lock; idempotent."""
         self._taken = None
         self._lock.release()
 
@@ -76,18 +72,18 @@ class MarkerLock:
 
 
 @contextmanager
-def look_at(layout: Layout, state: Path) -> Iterator[Holding]:
-    """Open a dataset's journal to say what would be done: no lock is taken and nothing is recovered or moved.
+def inspect_dataset(layout: Layout, state: Path) -> Iterator[OpenDataset]:
+    """Open a dataset for previews only: without locks, recovery or moves.
 
     Raises:
         JournalError: its journal cannot be opened.
     """
     with Journal(layout.state_folder(state) / JOURNAL_FILE) as journal:
-        yield Holding(layout, journal, Mover(layout.root, journal, absence=_absence_of(layout, journal)))
+        yield OpenDataset(layout, journal, Mover(layout.root, journal, absence=_absence_of(layout, journal)))
 
 
 @contextmanager
-def hold(
+def open_dataset(
     layout: Layout,
     state: Path,
     *,
@@ -95,37 +91,37 @@ def hold(
     companions: bool = True,
     submit: Submit = lambda job: [job()],
     interrupted: Callable[[], bool] = never,
-) -> Iterator[Holding]:
-    """Hold a dataset whose folders are there, for as long as the block lasts; what a crash left is recovered first.
+) -> Iterator[OpenDataset]:
+    """Lock a dataset and recover its unfinished moves; it stays open until the block ends.
 
     Args:
         layout: the dataset.
         state: the state directory.
-        run: a word for this run of sortd in the journal's records; one is made up otherwise.
-        companions: whether sidecars travel with their image.
-        submit: what to do with a copy to another file system; see ``Mover``.
-        interrupted: whether such a copy is to end.
+        run: identifies this run in the journal; default: a random word.
+        companions: see ``Mover``, as for the following.
+        submit: accepts copies to another file system.
+        interrupted: whether such a copy must end.
 
     Raises:
-        AlreadyRunningError: another process works on it.
-        LayoutError: it is not mounted, or its lock cannot be made.
+        AlreadyRunningError: another process has locked it.
+        LayoutError: it is not mounted or cannot be locked.
         JournalError: its journal cannot be opened.
     """
     if layout.marker.is_symlink():
-        raise LayoutError(f"{layout.marker} is a symbolic link: put a folder in its place (`sortd init {layout.root}`)")
+        raise LayoutError(f"{layout.marker} is a symbolic link: remove it and run `sortd init {layout.root}`")
     if not layout.is_present:
-        raise LayoutError(f"{layout.marker} is missing: is the disk mounted? `sortd init {layout.root}` makes it anew")
-    # The second lock holds where somebody deletes `.sortd/` and makes it anew, and the first one with it.
-    with ExitStack() as held:
+        raise LayoutError(f"{layout.marker} is missing: is the disk mounted? `sortd init {layout.root}` creates it")
+    # The second lock remains if a user deletes `.sortd/`, and with it the first lock, and creates it again.
+    with ExitStack() as stack:
         lock = MarkerLock(layout)
-        held.callback(lock.release)
-        folder = settled_folder(layout, state)
+        stack.callback(lock.release)
+        folder = claim_state_folder(layout, state)
         second = FileLock(folder / "lock", timeout=0)
         _lock(second, layout)
-        held.callback(second.release)
-        write_down(layout, folder)
-        journal = held.enter_context(Journal(folder / JOURNAL_FILE, run=run or uuid.uuid4().hex[:8]))
-        filing = Mover(
+        stack.callback(second.release)
+        write_pointers(layout, folder)
+        journal = stack.enter_context(Journal(folder / JOURNAL_FILE, run=run or uuid.uuid4().hex[:8]))
+        mover = Mover(
             layout.root,
             journal,
             companions=companions,
@@ -133,16 +129,16 @@ def hold(
             interrupted=interrupted,
             absence=_absence_of(layout, journal),
         )
-        yield Holding(layout, journal, filing, tuple(filing.recover()), lock.problem)
+        yield OpenDataset(layout, journal, mover, tuple(mover.recover()), lock.problem)
 
 
 def _absence_of(layout: Layout, journal: Journal) -> Callable[[], str | None]:
-    """Return what says which disk of a dataset is not there."""
+    """Return a function that returns which disk of the dataset is missing."""
     return lambda: Presence(layout, journal, needs_marker=False).problem()
 
 
 def _lock(lock: FileLock, layout: Layout) -> None:
-    """Take a lock, or say who has it.
+    """Acquire a lock.
 
     Raises:
         AlreadyRunningError: another process has it.
@@ -152,27 +148,24 @@ def _lock(lock: FileLock, layout: Layout) -> None:
         lock.acquire()
     except Timeout as error:
         raise AlreadyRunningError(
-            f"another sortd works on {layout.root}; stop it first (`sortd status` tells which, {layout.marker}/state"
-            " names its state directory)"
+            f"another sortd works on {layout.root}; stop it first (`sortd status` shows it; {layout.marker}/state"
+            " contains its state directory)"
         ) from error
     except OSError as error:
         raise LayoutError(
-            f"{lock.lock_file} cannot be locked: {error.strerror}; mend its rights, or remove what stands under that "
+            f"{lock.lock_file} cannot be locked: {error.strerror}; check its permissions, or remove whatever has this "
             "name"
         ) from error
 
 
-# ------------------------------------------------------------ the state folder
+def claim_state_folder(layout: Layout, state: Path) -> Path:
+    """Return the state folder of a dataset, created or, if the dataset was renamed, renamed.
 
-
-def settled_folder(layout: Layout, state: Path) -> Path:
-    """Return the state folder of a dataset, which is there then; the one that it had under another name is renamed.
-
-    Only a folder that was renamed is known again, by device and inode of its marker: a copy of a dataset has a journal
-    of its own, and so has one on another disk.
+    A renamed dataset is recognised by device and inode of its marker, so that a copy, or a dataset moved to another
+    disk, gets a journal of its own.
 
     Raises:
-        LayoutError: it cannot be made.
+        LayoutError: it cannot be created.
     """
     folder = layout.state_folder(state)
     try:
@@ -181,21 +174,23 @@ def settled_folder(layout: Layout, state: Path) -> Path:
             _rename(former, folder)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise LayoutError(f"{folder} cannot be made: {error.strerror}; mend its rights, or set state_dir") from error
+        raise LayoutError(
+            f"{folder} cannot be created: {error.strerror}; check permissions or set state_dir"
+        ) from error
     return folder
 
 
-def known_folder(layout: Layout, state: Path) -> Path:
-    """Return the state folder of a dataset as ``settled_folder`` would find it; nothing is made or renamed."""
+def find_state_folder(layout: Layout, state: Path) -> Path:
+    """Return the state folder that ``claim_state_folder`` would use or rename, without changes."""
     folder = layout.state_folder(state)
     is_begun = folder.is_dir() and any(folder.iterdir())
     return folder if is_begun else _former(layout, state) or folder
 
 
-def write_down(layout: Layout, folder: Path) -> None:
-    """Let the dataset and its state folder name each other; where they do already nothing is written to either disk.
+def write_pointers(layout: Layout, folder: Path) -> None:
+    """Write the path of the state folder to the marker, and the dataset's identity to the state folder.
 
-    A disk that is full must keep no sortd from starting: moves within a file system take no room.
+    Unchanged files are not written, so that sortd can start on a full disk: moves within a file system need no space.
 
     Raises:
         LayoutError: one of them cannot be written.
@@ -208,13 +203,13 @@ def write_down(layout: Layout, folder: Path) -> None:
         _write(folder / OWNER_FILE, json.dumps(owner).encode() + b"\n")
     except OSError as error:
         raise LayoutError(
-            f"{error.filename} cannot be written: {error.strerror}; mend its rights or room, or move away what "
-            "stands under its name"
+            f"{error.filename} cannot be written: {error.strerror}; check its permissions and the free space, or move "
+            "away whatever has its name"
         ) from error
 
 
 def _former(layout: Layout, state: Path) -> Path | None:
-    """Return the state folder that this very dataset had under another name."""
+    """Return the state folder that this dataset had under another name, if any."""
     try:
         with open_folder(layout.marker) as folder:
             own = os.fstat(folder)
@@ -225,20 +220,20 @@ def _former(layout: Layout, state: Path) -> Path | None:
         owner = json.loads(read_regular(former / OWNER_FILE))
         is_own = (owner["device"], owner["marker"]) == (own.st_dev, own.st_ino)
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None  # never written, or damaged: a journal of its own begins
+        return None  # never written, or damaged: a new journal begins
     return former if is_own else None
 
 
 def _rename(former: Path, folder: Path) -> None:
-    """Give a state folder its new name, unless a sortd works in it."""
+    """Rename a state folder, unless a sortd uses it."""
     with suppress(Timeout), FileLock(former / "lock", timeout=0):
         os.rename(former, folder)
         sync_folder_at(folder.parent)
 
 
 def _write(path: Path, content: bytes, folder: int | None = None) -> None:
-    """Give a file its content unless it has it; whatever else stands under its name is replaced."""
-    with suppress(OSError):  # nothing there, or a link, a pipe or a large file that somebody put there
+    """Write a file unless it has this content; anything else with its name is replaced."""
+    with suppress(OSError):  # it does not exist, or is a link, a pipe or a large file
         if read_regular(path, limit=len(content), folder=folder) == content:
             return
     write_atomic(path, content, folder=folder)

@@ -55,14 +55,14 @@ class DatasetLog:
 
     def recovered(self, record: Record, root: Path) -> None:
         """Log the outcome of an image whose move had been interrupted, with the facts of an ordinary move."""
-        grounds = record.grounds
-        self._count(grounds.outcome)
+        reason = record.move_reason
+        self._count(reason.outcome)
         names = ("outcome", "label", "reason", "second_label", "mode", "generation", "encoder_id")
-        facts: dict[str, object] = {name: getattr(grounds, name) or None for name in names}
+        facts: dict[str, object] = {name: getattr(reason, name) or None for name in names}
         facts |= {
-            name: None if (value := getattr(grounds, name)) is None else round(value, 4) for name in ("score", "margin")
+            name: None if (value := getattr(reason, name)) is None else round(value, 4) for name in ("score", "margin")
         }
-        facts["note"] = record.relocation.message or None
+        facts["note"] = record.move.message or None
         self._log.warning(
             logs.MOVE_RECOVERED,
             path=str(root / record.source_path),
@@ -70,10 +70,10 @@ class DatasetLog:
             **{name: fact for name, fact in facts.items() if fact is not None},
         )
 
-    def taken_back(self, relocation: MoveRecord, root: Path) -> None:
+    def taken_back(self, move: MoveRecord, root: Path) -> None:
         """Log that an interrupted move was reverted, but its image is not in its old place."""
-        path = str(root / relocation.source / relocation.image.name)
-        self._log.warning(logs.MOVE_FAILED, path=path, failure="recovery", error=relocation.message)
+        path = str(root / move.source / move.image.name)
+        self._log.warning(logs.MOVE_FAILED, path=path, failure="recovery", error=move.message)
 
     def left(self, leave: Leave) -> None:
         """Log that a file stays where it is."""

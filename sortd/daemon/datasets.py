@@ -175,8 +175,8 @@ class Datasets:
         is_another = not layout.is_present or self._former.get(layout.name, folder[1]) != folder[1]
         try:
             _require_descriptors()
-            seat = self._copier.seat(DatasetId(name, next(self._numbers)))
-            dataset = self._resources.open(layout, self.config, ask=self._ask, seat=seat, metrics=self._metrics)
+            client = self._copier.client(DatasetId(name, next(self._numbers)))
+            dataset = self._resources.open(layout, self.config, ask=self._ask, client=client, metrics=self._metrics)
             self.by_name[name], self._folders[name] = dataset, folder
             if self._watcher is not None:
                 self._watcher.watch_dataset(os.fspath(layout.root))

@@ -8,7 +8,7 @@ from time import monotonic
 
 from sortd.config import Config
 from sortd.daemon.dataset import Dataset
-from sortd.daemon.dataset_lock import known_folder
+from sortd.daemon.dataset_lock import find_state_folder
 from sortd.daemon.move_queue import DryRunMover, Tell
 from sortd.daemon.resources import LoadEncoder, Resources, reference_settings_of, sorter_settings
 from sortd.daemon.worker import Answer, Posted, Worker, WorkerDied
@@ -71,7 +71,7 @@ def simulate(config: Config, report: Tell, *, load_encoder: LoadEncoder | None =
 def _copied(layout: Layout, config: Config, folder: Path) -> Journal:
     """Return a copy of the journal of a dataset, in ``folder``, or an empty one."""
     folder.mkdir()
-    file = known_folder(layout, config.state_dir) / JOURNAL_FILE
+    file = find_state_folder(layout, config.state_dir) / JOURNAL_FILE
     if file.is_file():
         copy_journal(file, folder / JOURNAL_FILE)
     return Journal(folder / JOURNAL_FILE)

@@ -130,18 +130,18 @@ class MoveQueue:
         Of those that were taken back nothing is to be said, unless the image is not where it was: whoever looks for it
         is told what is known, the hidden name of a copy that cannot be proven whole, say.
         """
-        for relocation in moves:
+        for move in moves:
             if self._history is None:
                 return
-            if relocation.progress is MoveProgress.DONE:
-                mark = relocation.image.moved_stamp
+            if move.progress is MoveProgress.DONE:
+                mark = move.image.moved_stamp
                 record = None if mark is None else self._history.last_known(mark)
                 if record is not None:
                     self._account.recovered(record, self._root)
-            elif relocation.progress is MoveProgress.FAILED:
-                place = self._root / relocation.source / relocation.image.name
+            elif move.progress is MoveProgress.FAILED:
+                place = self._root / move.source / move.image.name
                 if not os.path.lexists(place):
-                    self._account.taken_back(relocation, self._root)
+                    self._account.taken_back(move, self._root)
 
     def _withdraw(self, message: str) -> list[MoveAnswer]:
         """Answer what waits for a copy to end as failed, without a line for each: the core asks for it again."""

@@ -1,9 +1,8 @@
-"""The presence of a dataset: is it there with all its disks, or does a mount point only look like an empty folder?
+"""Detection of missing disks: whether a dataset is mounted with all its folders, or a folder is an empty mount point.
 
-The marker tells whether the dataset itself is mounted. A folder of it may lie on a disk of its own, without marker:
-images filed into its mount point while it is not mounted would be hidden once it is. So the journal remembers which
-folders lay on another file system than the dataset; one that is empty and lies on the dataset's own now is taken for
-absent until its disk is back, or something stands in it.
+The marker shows whether the dataset itself is mounted. A folder on another disk has no marker, and images filed into
+its empty mount point would be hidden once the disk is mounted. So the journal records the folders that were on another
+file system; such a folder counts as missing while it is empty and on the dataset's own file system.
 """
 
 import os
@@ -13,12 +12,11 @@ from pathlib import Path
 from sortd.layout import Area, Layout
 from sortd.store.journal import Journal
 
-APART_FACT = "folders_apart"
-"""The journal's note of the folders that were seen on a file system of their own, by name, a space between."""
+APART_FACT = "folders_apart"  # key of the names of the folders seen on another file system, separated by spaces
 
 
 class Presence:
-    """Whether a dataset is there; asked before each group of moves."""
+    """Tells whether a dataset is complete; used before each group of moves."""
 
     def __init__(
         self,
@@ -28,13 +26,13 @@ class Presence:
         needs_marker: bool = True,
         lock_problem: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """Ask about ``layout``; without a journal, folders are taken for what they look like.
+        """Check ``layout``.
 
         Args:
             layout: the dataset.
-            journal: remembers which of its folders lay on disks of their own.
-            needs_marker: whether a dataset without a marker is absent.
-            lock_problem: says why another sortd has the dataset now, in a sentence; None where none has.
+            journal: records which folders were on other disks; None: these are not checked.
+            needs_marker: whether a dataset without a marker counts as missing.
+            lock_problem: returns a sentence if another sortd works on the dataset, otherwise None.
 
         Raises:
             JournalError: the journal cannot be read.
@@ -45,19 +43,19 @@ class Presence:
         self._apart = frozenset((noted or "").split())
 
     def problem(self) -> str | None:
-        """Return why the dataset is taken for absent, in a sentence; None where it is there.
+        """Return a sentence that says what is missing; None if nothing is.
 
         Raises:
             JournalError: the journal cannot be written.
         """
         if self._needs_marker and not self._layout.is_present:
-            return f"{self._layout.marker} is gone: is the disk mounted? `sortd init {self._layout.root}` makes it anew"
+            return f"{self._layout.marker} is missing: is the disk mounted? `sortd init {self._layout.root}` creates it"
         if (taken := self.lock_problem()) is not None:
             return taken
         return None if self._journal is None else self._absent_folder(self._journal)
 
     def _absent_folder(self, journal: Journal) -> str | None:
-        """Say which folder, that was on a disk of its own, is not any more; remember those that are."""
+        """Return a sentence about a folder whose other disk is missing; record the folders on other disks."""
         own = _device(self._layout.root)
         apart: set[str] = set()
         for area in Area:
@@ -66,14 +64,14 @@ class Presence:
                 device = _device(folder)
             except OSError as error:
                 if area.value in self._apart:
-                    return f"{folder} is on a disk of its own that does not answer: {error.strerror}"
-                continue  # whoever opens it hears the same
+                    return f"{folder} is on another disk, which does not respond: {error.strerror}"
+                continue  # opening it fails with the same error
             if device not in {None, own}:
                 apart.add(area.value)
             elif area.value in self._apart and _is_empty(folder):
                 return (
-                    f"{folder} was on a disk of its own and is an empty folder now: is the disk mounted? If its files "
-                    f"are to lie in {self._layout.root} from now on, make any folder in it"
+                    f"{folder} was on another disk and is an empty folder now: is the disk mounted? To use this folder "
+                    "instead, create any folder in it"
                 )
         if apart != self._apart:
             journal.note(APART_FACT, " ".join(sorted(apart)))
@@ -82,10 +80,10 @@ class Presence:
 
 
 def _device(folder: Path) -> int | None:
-    """Return the number of the file system that a folder lies on; None where there is no folder.
+    """Return the device of a folder; None if there is no folder.
 
     Raises:
-        OSError: the disk does not answer.
+        OSError: the disk does not respond.
     """
     try:
         return folder.stat().st_dev
@@ -94,7 +92,7 @@ def _device(folder: Path) -> int | None:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether a folder is gone, or has nothing in it but what file systems put there."""
+    """Tell whether a folder does not exist, or contains only ``lost+found``."""
     try:
         return all(name == "lost+found" for name in os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):

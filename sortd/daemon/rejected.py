@@ -1,10 +1,8 @@
-"""Rejects: images that sortd set aside and that somebody mended where they lie are tried again there.
+"""Detection of images in Rejected/ that must be tried again: they were repaired, or a limit was raised.
 
-Whether one changed is told by the journal, which holds the version that was set aside; a version that was refused again
-takes its place, so that each is tried once, whatever happens in between. What sortd did not put there is left alone.
-
-What was set aside because of a limit is tried once more, as it is, where that limit was raised since.
-What reads or writes the journal raises JournalError where that fails.
+The journal contains the version that was rejected; a version that is rejected again replaces it, so that each is tried
+once. Files that sortd did not put there are ignored. An image rejected because of a limit is tried once more when that
+limit is raised. Methods raise JournalError if the journal cannot be read or written.
 """
 
 import json
@@ -18,11 +16,8 @@ from sortd.store.journal import Journal
 from sortd.store.records import Record
 from sortd.watch.scan import looked_at_until, stamp
 
-SCANNED_FACT = "rejects_scanned_at"
-"""The journal's note of when Rejected/ was last looked through, in nanoseconds since the epoch."""
-
-LIMITS_FACT = "rejects_limits"
-"""The journal's note of the limits by which all that lies in Rejected/ was refused, as JSON."""
+SCANNED_FACT = "rejects_scanned_at"  # when Rejected/ was last scanned, in nanoseconds since the epoch
+LIMITS_FACT = "rejects_limits"  # the limits by which the files in Rejected/ were rejected, as JSON
 
 _REFUSED_BY = {
     "max_pixels": {Refusal.TOO_LARGE},
@@ -32,40 +27,35 @@ _REFUSED_BY = {
     "draft": {Refusal.TOO_LARGE},
     "decoders": {Refusal.TOO_LARGE, Refusal.POISON, Refusal.UNREADABLE},
 }
-"""What a limit makes of an image: such ones are tried again where the limit is higher than it was."""
+"""Reasons of rejection by limit: images with these reasons are tried again when the limit is raised."""
 
 
 class Rejects:
-    """Notices mended images of one dataset, and those that limits which were raised since may allow."""
+    """Finds repaired images in Rejected/ of one dataset, and those that a raised limit may allow."""
 
     def __init__(self, layout: Layout, journal: Journal, limits: Mapping[str, float] | None = None) -> None:
-        """Watch over ``layout``; nothing is read yet. ``limits`` are those in force, by the keys of ``_REFUSED_BY``."""
+        """Read nothing yet; ``limits`` are the configured ones, by the keys of ``_REFUSED_BY``."""
         self._folder = os.fspath(layout.area(Area.REJECTED))
         self._journal = journal
         self.files_scanned = 0
         self._limits = limits or {}
-        self._tried: set[str] = set()  # names that were found to be tried again because of a limit
-        self._unanswered: set[str] = set()  # those of them that were not refused again, and have not left, yet
+        self._tried: set[str] = set()  # names returned because of a limit
+        self._unanswered: set[str] = set()  # those neither rejected again nor gone yet
 
     def look(self, path: str) -> Stamp | None:
-        """Return the version that stands under a path in Rejected/, if it is another one than was set aside there."""
+        """Return the version of a file in Rejected/, if it is not the rejected one."""
         record = self._record(path)
-        known = None if record is None else record.relocation.image.moved_stamp
+        known = None if record is None else record.move.image.moved_stamp
         found = _version_at(path)
         if known is None or found is None or found.is_same_version(known):
             return None
         return found
 
     def scan(self, now_ns: int) -> Iterator[tuple[str, Stamp] | None]:
-        """Look for versions that were mended since the last scan; only files that changed since are looked up.
+        """Yield the path and version of each image to try again, and None for each other file.
 
-        After a limit was raised all of them are, until each that it refused was tried.
-
-        Args:
-            now_ns: nanoseconds since the epoch.
-
-        Returns:
-            A path with the version there, or None for whatever else was looked at: a caller may stop between any two.
+        Only files that changed since the last scan are looked up in the journal; after a limit was raised all files,
+        until each image rejected by it was tried. ``now_ns`` is in nanoseconds since the epoch.
         """
         return self._scan_since(looked_at_until(self._journal.history.number(SCANNED_FACT), now_ns), now_ns)
 
@@ -85,7 +75,7 @@ class Rejects:
                         found = self._look_again(entry, allowed)
                     yield None if found is None else (entry.path, found)
         except OSError:
-            return  # absent: looked through when it is back
+            return  # missing: scanned when it is back
         self._journal.note(SCANNED_FACT, str(now_ns))
         self._unanswered &= there
         if allowed and not self._unanswered:
@@ -93,11 +83,11 @@ class Rejects:
             self._tried.clear()
 
     def _refusals_to_try(self) -> set[Refusal]:
-        """Return why an image may lie in Rejected/ that the limits in force could allow."""
+        """Return the reasons of rejection that the configured limits may have removed."""
         noted = self._noted()
         raised = [key for key, limit in self._limits.items() if limit > noted.get(key, 0)]
         if not raised and noted != self._limits:
-            self._journal.note(LIMITS_FACT, json.dumps(self._limits))  # one was lowered, and may be raised again
+            self._journal.note(LIMITS_FACT, json.dumps(self._limits))  # a lowered limit may be raised again
         return {refusal for key in raised for refusal in _REFUSED_BY[key]}
 
     def _noted(self) -> Mapping[str, float]:
@@ -110,11 +100,11 @@ class Rejects:
         return {key: noted[key] for key in self._limits if isinstance(noted.get(key), int | float)}
 
     def _look_again(self, entry: "os.DirEntry[str]", allowed: set[Refusal]) -> Stamp | None:
-        """Return the version of a file that was refused for one of these reasons, if it was not tried again yet."""
+        """Return the version of a file rejected for one of these reasons, unless it was already tried again."""
         if entry.name in self._tried:
             return None
         record = self._record(entry.path)
-        if record is None or record.grounds.reason.partition(":")[0] not in allowed:
+        if record is None or record.move_reason.reason.partition(":")[0] not in allowed:
             return None
         if (found := _version_at(entry.path)) is not None:
             self._tried.add(entry.name)
@@ -122,7 +112,7 @@ class Rejects:
         return found
 
     def keep(self, path: str, refused: Stamp) -> None:
-        """Note that this version of a file in Rejected/ was refused again, and is not to be tried any more."""
+        """Record that this version of a file in Rejected/ was rejected again, so that it is not tried any more."""
         self._unanswered.discard(os.path.basename(path))
         record = self._record(path)
         if record is not None:
@@ -137,11 +127,11 @@ class Rejects:
         if record is None:
             return None
         gone = history.last_moved(Area.REJECTED.value, name)
-        return record if gone is None or gone.id < record.id else None  # else that one has left, and this is another
+        return record if gone is None or gone.id < record.id else None  # otherwise this is another file
 
 
 def _version_at(path: str) -> Stamp | None:
-    """Return the version that stands under a path; None where it cannot be seen: the next scan looks again."""
+    """Return the version at a path; None if it cannot be read, until the next scan."""
     try:
         return stamp(path)
     except OSError:
@@ -149,7 +139,7 @@ def _version_at(path: str) -> Stamp | None:
 
 
 def _changed_ns(entry: "os.DirEntry[str]") -> int:
-    """Return when a file's bytes or its place in the tree last changed, see inode(7); -1 where it vanished."""
+    """Return the ctime of a file (inode(7)), which a rename sets as well; -1 if the file is gone."""
     try:
         return entry.stat(follow_symlinks=False).st_ctime_ns
     except OSError:

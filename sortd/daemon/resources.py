@@ -12,7 +12,7 @@ from sortd.config import Config, DatasetConfig, Decoding
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.classifiers import Classifiers, are_logits
 from sortd.daemon.dataset import Dataset
-from sortd.daemon.dataset_lock import hold
+from sortd.daemon.dataset_lock import open_dataset
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.stored_prototypes import stored_prototypes
@@ -27,7 +27,7 @@ from sortd.images.decode import DECODER_VERSION, DecodeLimits, Jpeg
 from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
 from sortd.metrics import Metrics
-from sortd.moving.copy_queue import Seat
+from sortd.moving.copy_queue import CopyQueueClient
 from sortd.store.cache import Cache
 
 LoadEncoder = Callable[[Config], Encoder]
@@ -100,9 +100,9 @@ class Resources:
         return self._config.state_dir
 
     def open(
-        self, layout: Layout, config: Config, *, ask: Callable[[Job], None], seat: Seat, metrics: Metrics
+        self, layout: Layout, config: Config, *, ask: Callable[[Job], None], client: CopyQueueClient, metrics: Metrics
     ) -> Dataset:
-        """Lock a dataset, recover it and open it; ``seat`` makes its long copies.
+        """Lock a dataset, recover it and open it; ``client`` makes its long copies.
 
         Raises:
             AlreadyRunningError: Another sortd has it.
@@ -113,22 +113,22 @@ class Resources:
         layout.make()
         with ExitStack() as opened:
             held = opened.enter_context(
-                hold(
+                open_dataset(
                     layout,
                     self.state_folder,
                     run=self._run,
                     companions=own.companions,
-                    submit=seat.submit,
-                    interrupted=lambda: seat.is_left,
+                    submit=client.submit,
+                    interrupted=lambda: client.is_interrupted,
                 )
             )
-            opened.callback(seat.leave)  # before the journal is closed and the lock released
+            opened.callback(client.close)  # before the journal is closed and the lock released
             dataset = Dataset(
-                seat.dataset,
+                client.dataset,
                 layout,
                 sorter_settings(own),
                 reference_settings_of(own),
-                mover=held.filing,
+                mover=held.mover,
                 ask=ask,
                 metrics=metrics,
                 journal=held.journal,

@@ -244,6 +244,6 @@ class DatasetScans:
             return 0  # the core notes that it was found, or that it is full
         record = self._history.last_known(mark)
         if record is not None and os.path.join(self._root, record.destination_path) == path:
-            return record.grounds.generation
+            return record.move_reason.generation
         self._foreign.note(path, mark)
         return None

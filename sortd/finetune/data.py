@@ -103,7 +103,7 @@ def _with_origin(layout: Layout, candidates: list[Candidate], state: Path) -> li
         replace(
             one,
             is_placed=record is None
-            or record.grounds.outcome != Outcome.FILED.value
+            or record.move_reason.outcome != Outcome.FILED.value
             or os.path.join(layout.root, record.destination_path) != one.path,
         )
         for one, record in zip(candidates, records, strict=True)

@@ -1,6 +1,6 @@
-"""The move to another file system: copy, publish, only then remove; each step X1 to X12 of docs/durability.md in order.
+"""The move to another file system: copy, publish the copy, remove the source (steps X1 to X12 of docs/durability.md).
 
-Errors are not mended here: whoever calls lets ``recovery.recover`` look at what is there, as after a crash.
+Code that fails does not clean up: the caller runs ``recovery.recover``, as after a crash.
 """
 
 import errno
@@ -11,242 +11,230 @@ from dataclasses import replace
 from sortd.errors import ChangedError, DestinationError, VanishedError
 from sortd.events import Writer
 from sortd.files import stamp_of, sync_folder
-from sortd.moving.fs import FILE_FLAGS, Folders, check_source, is_version, look, rename_new, writer_of
-from sortd.moving.parts import Copy, content_of, copy_to_part, make_part, never, remove_obsolete, remove_part
+from sortd.moving.fs import FILE_FLAGS, Folders, check_source, is_version, lstat_at, rename_new, writer_of
+from sortd.moving.parts import Copy, copy_to_part, make_part, never, remove_obsolete, remove_part, sha256_at
 from sortd.moving.plan import FreeNames, names_of_one
 from sortd.store.records import MoveFile, MoveProgress, MoveRecord
 
-Advance = Callable[[MoveRecord], None]  # writes durably how far a move has come (Journal.advance)
+Advance = Callable[[MoveRecord], None]  # writes the progress of a move durably (Journal.advance)
 
-_CANNOT_REFUSE = frozenset({errno.EINVAL, errno.ENOSYS})
-_CANNOT_LINK = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
+_NO_NOREPLACE = frozenset({errno.EINVAL, errno.ENOSYS})
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 
 
-def cross(
+def move_by_copy(
     folders: Folders,
-    relocation: MoveRecord,
+    move: MoveRecord,
     advance: Advance,
     interrupted: Callable[[], bool] = never,
     *,
     names: FreeNames,
 ) -> MoveRecord:
-    """Move to another file system; the journal holds the move as intended already (X1).
+    """Move files to another file system; the journal must contain the move with progress INTENDED (X1).
 
-    Args:
-        folders: the dataset's.
-        relocation: the move, in progress INTENDED.
-        advance: makes its progress durable.
-        interrupted: asked between chunks of a copy.
-        names: what earlier moves have found taken.
+    ``interrupted`` is called between chunks. After any error the caller must recover the move.
 
     Raises:
-        OSError, JournalError: a disk refused; the caller recovers.
-        SourceError: nothing may be removed from the source folder.
-        DestinationError: no name is free; the caller recovers.
-        BusyError, ChangedError, VanishedError: the file cannot be had as it was meant; the caller recovers.
+        OSError, JournalError: a disk returned an error.
+        SourceError: the source folder cannot be written.
+        DestinationError: no name is free.
+        BusyError, ChangedError, VanishedError: the file is in use, is another version, or is gone.
     """
-    source, destination = folders.open(relocation.source), folders.make(relocation.destination)
-    check_source(source, relocation.source)  # else copies would be made and withdrawn at every try, for months
-    sealed = _copy_all(source, destination, relocation, interrupted)
+    source, destination = folders.open(move.source), folders.make(move.destination)
+    check_source(source, move.source)  # otherwise every retry would make a copy and remove it again
+    sealed = _copy_all(source, destination, move, interrupted)
     advance(sealed)  # X5
     for attempt, finals in names.candidates(folders, sealed):
-        members = tuple(replace(one, final=final) for one, final in zip(sealed.members, finals, strict=True))
-        named = replace(sealed, members=members)
+        files = tuple(replace(file, final=final) for file, final in zip(sealed.files, finals, strict=True))
+        named = replace(sealed, files=files)
         if _publish_all(destination, named, advance):  # X6
             names.remember(folders, named, attempt, finals)
-            return remove_sources(folders, seal_published(destination, named, advance))
-    raise AssertionError("candidates end by an error")
+            return remove_sources(folders, mark_published(destination, named, advance))
+    raise AssertionError("candidates() raises an error at its end")
 
 
-def seal_published(destination: int, relocation: MoveRecord, advance: Advance) -> MoveRecord:
-    """Sync the published names and write that they stand (X7, X8); only then may the sources go."""
+def mark_published(destination: int, move: MoveRecord, advance: Advance) -> MoveRecord:
+    """Sync the published names, then record them (X7, X8); only after this may the sources be removed."""
     sync_folder(destination)
-    published = replace(
-        relocation,
-        progress=MoveProgress.PUBLISHED,
-        members=tuple(settled(destination, member, member.final) for member in relocation.members),
-    )
+    files = tuple(with_final(destination, file, file.final) for file in move.files)
+    published = replace(move, progress=MoveProgress.PUBLISHED, files=files)
     advance(published)
     return published
 
 
-def remove_sources(folders: Folders, relocation: MoveRecord) -> MoveRecord:
-    """Remove the sources of published copies (X9 to X11); doing it again is no mistake.
+def remove_sources(folders: Folders, move: MoveRecord) -> MoveRecord:
+    """Remove the sources of published copies (X9 to X11); idempotent.
 
-    A source that is no longer the version copied, that is being written, or whose copy is gone, is kept: two
-    copies are better than none.
+    A source that changed, that has a writer, or whose copy is gone is kept: two copies are better than none.
     """
-    source, destination = folders.open(relocation.source), folders.open(relocation.destination)
+    source, destination = folders.open(move.source), folders.open(move.destination)
     kept = [
-        member.name
-        for position, member in enumerate(relocation.members)
-        if member.leaves and not _remove_source(source, destination, relocation, position)
+        file.name
+        for position, file in enumerate(move.files)
+        if file.leaves and not _remove_source(source, destination, move, position)
     ]
-    remove_obsolete(folders, relocation)
+    remove_obsolete(folders, move)
     sync_folder(source)
-    message = (
-        f"kept in {relocation.source} too, it changed meanwhile: {', '.join(kept)}" if kept else relocation.message
-    )
-    return replace(relocation, progress=MoveProgress.DONE, message=message)
+    message = f"also kept in {move.source}, because it changed meanwhile: {', '.join(kept)}" if kept else move.message
+    return replace(move, progress=MoveProgress.DONE, message=message)
 
 
-def settled(destination: int, member: MoveFile, final: str) -> MoveFile:
-    """Return a file of a move under the name that it got, with the version that stands there."""
-    status = look(destination, final)
-    return replace(member, final=final, moved_stamp=None if status is None else stamp_of(status))
+def with_final(destination: int, file: MoveFile, final: str) -> MoveFile:
+    """Return a file of a move with its final name and the version found under that name."""
+    status = lstat_at(destination, final)
+    return replace(file, final=final, moved_stamp=None if status is None else stamp_of(status))
 
 
-def publish_part(destination: int, part: str, final: str, note: Callable[[], None]) -> None:
-    """Rename to a name that must be free, by whatever this file system can do.
+def publish_part(folder: int, part: str, final: str, note: Callable[[], None] = lambda: None) -> None:
+    """Rename a file to a name that must be free, by the first of three methods that the file system supports.
 
-    Args:
-        destination: descriptor of the folder.
-        part: present name.
-        final: wanted name.
-        note: called before an empty placeholder is made, where renames can overwrite and nothing can be linked (exFAT).
+    ``note`` is called before an empty placeholder is created, where renames can overwrite and links are impossible
+    (exFAT).
 
     Raises:
         FileExistsError: the name is taken.
-        ChangedError: the placeholder was replaced by somebody else's file.
+        ChangedError: another program replaced the placeholder.
     """
     try:
-        rename_new(destination, part, destination, final)
+        rename_new(folder, part, folder, final)
     except OSError as error:
-        if error.errno not in _CANNOT_REFUSE:
+        if error.errno not in _NO_NOREPLACE:
             raise
     else:
         return
     try:
-        os.link(part, final, src_dir_fd=destination, dst_dir_fd=destination, follow_symlinks=False)
+        os.link(part, final, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     except OSError as error:
-        if error.errno not in _CANNOT_LINK:
+        if error.errno not in _NO_LINKS:
             raise
     else:
-        os.unlink(part, dir_fd=destination)
+        os.unlink(part, dir_fd=folder)
         return
     note()
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    placeholder = os.open(final, flags, 0o600, dir_fd=destination)
+    placeholder = os.open(final, flags, 0o600, dir_fd=folder)
     ours = os.fstat(placeholder)
-    os.close(placeholder)  # what is open while it is replaced stays behind as a hidden file, by FUSE
-    there = look(destination, final)
+    os.close(placeholder)  # FUSE keeps a file that is replaced while it is open as a hidden file
+    there = lstat_at(folder, final)
     if there is None or (there.st_ino, there.st_size) != (ours.st_ino, 0):
         raise ChangedError(f"{final}: another program took this name")
-    os.rename(part, final, src_dir_fd=destination, dst_dir_fd=destination)
+    os.rename(part, final, src_dir_fd=folder, dst_dir_fd=folder)
 
 
-def copy_stands(destination: int, member: MoveFile, name: str) -> bool:
-    """Whether the sealed copy of a member stands under a name, by inode or, where these do not last, by content."""
-    status = look(destination, name)
-    size = len(member.body) if member.body else member.stamp.size
+def is_copy_intact(destination: int, file: MoveFile, name: str) -> bool:
+    """Tell whether a name has the copy of a file, by inode or, where inode numbers do not last, by content."""
+    status = lstat_at(destination, name)
+    size = len(file.body) if file.body else file.stamp.size
     if status is None or status.st_size != size:
         return False
-    return status.st_ino == member.copy_inode or content_of(destination, name) == member.content
+    return status.st_ino == file.copy_inode or sha256_at(destination, name) == file.content
 
 
-def publish_anywhere(folder: int, hidden: str, names: Iterable[str]) -> str:
+def publish_under_free_name(folder: int, hidden: str, names: Iterable[str]) -> str:
     """Give a hidden file the first of these names that is free, and return it.
 
     Raises:
-        DestinationError: none is.
+        DestinationError: none is free.
     """
     for name in names:
         try:
-            publish_part(folder, hidden, name, lambda: None)
+            publish_part(folder, hidden, name)
         except FileExistsError:
             continue
         return name
     raise DestinationError(f"no name is free for {hidden}")
 
 
-def give_back(folder: int, taken: str, relocation: MoveRecord, position: int) -> None:
-    """Give a file in a folder its own name back, or else the next free one."""
-    original = replace(relocation, members=tuple(replace(member, wanted=member.name) for member in relocation.members))
-    publish_anywhere(folder, taken, names_of_one(original, position))
+def restore_name(folder: int, hidden: str, move: MoveRecord, position: int) -> None:
+    """Give a hidden source its original name again, or the next free one."""
+    original = replace(move, files=tuple(replace(file, wanted=file.name) for file in move.files))
+    publish_under_free_name(folder, hidden, names_of_one(original, position))
 
 
-def _copy_all(source: int, destination: int, relocation: MoveRecord, interrupted: Callable[[], bool]) -> MoveRecord:
-    members, lost = [], set(relocation.lost)
-    for position, member in enumerate(relocation.members):
-        if member.leaves:
-            copy = _copy_source(source, destination, relocation, position, interrupted)
+def _copy_all(source: int, destination: int, move: MoveRecord, interrupted: Callable[[], bool]) -> MoveRecord:
+    files, lost = [], set(move.lost)
+    for position, file in enumerate(move.files):
+        if file.leaves:
+            copy = _copy_source(source, destination, move, position, interrupted)
         else:
-            copy = make_part(source, destination, relocation, position)
+            copy = make_part(source, destination, move, position)
         lost.update(copy.lost)
-        members.append(replace(member, copy_inode=copy.inode, content=copy.content))
-    return replace(relocation, members=tuple(members), lost=tuple(sorted(lost)), progress=MoveProgress.PUBLISHING)
+        files.append(replace(file, copy_inode=copy.inode, content=copy.content))
+    return replace(move, files=tuple(files), lost=tuple(sorted(lost)), progress=MoveProgress.PUBLISHING)
 
 
 def _copy_source(
-    source: int, destination: int, relocation: MoveRecord, position: int, interrupted: Callable[[], bool]
+    source: int, destination: int, move: MoveRecord, position: int, interrupted: Callable[[], bool]
 ) -> Copy:
-    member, part = relocation.members[position], relocation.part_name(position)
-    path = f"{relocation.source}/{member.name}"
+    file, part = move.files[position], move.part_name(position)
+    path = f"{move.source}/{file.name}"
     try:
-        file = os.open(member.name, FILE_FLAGS, dir_fd=source)
+        descriptor = os.open(file.name, FILE_FLAGS, dir_fd=source)
     except FileNotFoundError as error:
-        raise VanishedError(f"{path}: nothing stands there any more") from error
+        raise VanishedError(f"{path}: the file is gone") from error
     try:
         remove_part(destination, part)
-        copy = copy_to_part(file, destination, part, interrupted)
-        by_name = look(source, member.name)
-        if by_name is None or not is_version(by_name, member.stamp) or not is_version(os.fstat(file), member.stamp):
-            raise ChangedError(f"{path}: it changed while it was copied")
+        copy = copy_to_part(descriptor, destination, part, interrupted)
+        by_name = lstat_at(source, file.name)
+        if by_name is None or not is_version(by_name, file.stamp) or not is_version(os.fstat(descriptor), file.stamp):
+            raise ChangedError(f"{path}: the file changed while it was copied")
     finally:
-        os.close(file)
-    if member.content not in {"", copy.content}:
-        raise ChangedError(f"{path}: its bytes are not those that were looked at")
+        os.close(descriptor)
+    if file.content not in {"", copy.content}:
+        raise ChangedError(f"{path}: the content is not the one that was classified")
     return copy
 
 
-def _publish_all(destination: int, relocation: MoveRecord, advance: Advance) -> bool:
+def _publish_all(destination: int, move: MoveRecord, advance: Advance) -> bool:
+    """Publish every part under its final name, or none of them because a name is taken."""
     done: list[tuple[str, str]] = []
-    for position, member in enumerate(relocation.members):
-        part = relocation.part_name(position)
+    for position, file in enumerate(move.files):
+        part = move.part_name(position)
         try:
-            publish_part(destination, part, member.final, lambda: advance(relocation))
+            publish_part(destination, part, file.final, lambda: advance(move))
         except FileExistsError:
             for published, name in reversed(done):
-                publish_part(destination, name, published, lambda: None)
+                publish_part(destination, name, published)
             return False
-        done.append((part, member.final))
+        done.append((part, file.final))
     return True
 
 
-def _remove_source(source: int, destination: int, relocation: MoveRecord, position: int) -> bool:
-    member, taken = relocation.members[position], relocation.tombstone(position)
-    standing = look(source, member.name)
-    if standing is not None and look(source, taken) is None:
-        if not is_version(standing, member.stamp) or not copy_stands(destination, member, member.final):
+def _remove_source(source: int, destination: int, move: MoveRecord, position: int) -> bool:
+    """Remove one source by way of its tombstone; return False if it is kept."""
+    file, tombstone = move.files[position], move.tombstone(position)
+    visible = lstat_at(source, file.name)
+    if visible is not None and lstat_at(source, tombstone) is None:
+        if not is_version(visible, file.stamp) or not is_copy_intact(destination, file, file.final):
             return False
-        _take(source, member.name, taken)
-    status = look(source, taken)
+        _hide(source, file.name, tombstone)
+    status = lstat_at(source, tombstone)
     if status is None:
         return True
     if (
-        is_version(status, member.stamp)
-        and not _is_written(source, taken)
-        and copy_stands(destination, member, member.final)
+        is_version(status, file.stamp)
+        and not _has_writer(source, tombstone)
+        and is_copy_intact(destination, file, file.final)
     ):
-        os.unlink(taken, dir_fd=source)
+        os.unlink(tombstone, dir_fd=source)
         return True
-    give_back(source, taken, relocation, position)
+    restore_name(source, tombstone, move, position)
     return False
 
 
-def _take(folder: int, name: str, taken: str) -> None:
+def _hide(folder: int, name: str, tombstone: str) -> None:
     try:
-        rename_new(folder, name, folder, taken)
+        rename_new(folder, name, folder, tombstone)
     except OSError as error:
-        if error.errno not in _CANNOT_REFUSE:
+        if error.errno not in _NO_NOREPLACE:
             raise
-        # The name holds 64 random bits: nobody else has it, so that there is nothing to overwrite.
-        os.rename(name, taken, src_dir_fd=folder, dst_dir_fd=folder)
+        # The tombstone has 64 random bits: no other file has this name, so nothing is overwritten.
+        os.rename(name, tombstone, src_dir_fd=folder, dst_dir_fd=folder)
 
 
-def _is_written(folder: int, name: str) -> bool:
-    file = os.open(name, FILE_FLAGS, dir_fd=folder)
+def _has_writer(folder: int, name: str) -> bool:
+    descriptor = os.open(name, FILE_FLAGS, dir_fd=folder)
     try:
-        return writer_of(file) is Writer.PRESENT
+        return writer_of(descriptor) is Writer.PRESENT
     finally:
-        os.close(file)
+        os.close(descriptor)

@@ -1,8 +1,8 @@
-"""Copies to another file system: which may begin, and the one thread that makes them, for all datasets in turn.
+"""Copies to another file system: which may start, and the one thread that makes them, for all datasets in turn.
 
-Such a copy takes as long as the slower disk takes, so that it must not be made in the loop. The thread shares nothing
-with the loop but queues and frozen values; each copy writes the journal through a connection of its own. A copy that is
-interrupted leaves what a crash would leave, and recovery takes it up.
+A copy takes as long as the slower disk, so the loop must not make it. The thread shares only queues and frozen values
+with the loop; each copy writes the journal through its own connection. An interrupted copy leaves what a crash would
+leave, and recovery handles it.
 """
 
 import queue
@@ -15,42 +15,42 @@ from itertools import chain
 from sortd.events import DatasetId, Move
 from sortd.store.records import MoveProgress, MoveReason, MoveRecord
 
-MOST_HANDED_OVER = 64  # copies of one dataset that are under way or queued: like a batch of renames
-MOST_GUESSES = 4096  # pairs of folders that are remembered: a camera's card has a folder for each day, and months pass
+MOST_HANDED_OVER = 64  # copies of one dataset under way or queued: as many as a batch of renames
+MOST_GUESSES = 4096  # pairs of folders remembered: a camera's card has a folder for each day
 
 
 @dataclass(frozen=True, slots=True)
 class MoveOrder:
-    """A move on its way: why, and what went wrong if something did."""
+    """A move in progress, its reason, and its error if there was one."""
 
-    relocation: MoveRecord
-    grounds: MoveReason
-    trouble: Exception | None = None
+    move: MoveRecord
+    move_reason: MoveReason
+    error: Exception | None = None
 
-    def at(self, relocation: MoveRecord) -> "MoveOrder":
-        """Return the order with its move further on."""
-        return replace(self, relocation=relocation)
+    def at(self, move: MoveRecord) -> "MoveOrder":
+        """Return the order with a later state of its move."""
+        return replace(self, move=move)
 
-    def troubled(self, trouble: Exception | None) -> "MoveOrder":
-        """Return the order with what went wrong; None: it begins anew."""
-        return replace(self, trouble=trouble)
+    def with_error(self, error: Exception | None) -> "MoveOrder":
+        """Return the order with this error; None: without one."""
+        return replace(self, error=error)
 
     @property
     def is_done(self) -> bool:
-        """Whether its image stands durably where it was to go."""
-        return self.relocation.progress is MoveProgress.DONE and self.relocation.image.moved_stamp is not None
+        """Whether the image is durably in its destination."""
+        return self.move.progress is MoveProgress.DONE and self.move.image.moved_stamp is not None
 
 
 CopyJob = Callable[[], MoveOrder]
-"""One copy to another file system: to be run once, in any thread; what it returns goes to ``Mover.end``."""
+"""One copy to another file system: to be called once, in any thread; its result goes to ``Mover.end``."""
 
 Submit = Callable[[CopyJob], list[MoveOrder]]
-"""Takes a job that can be long; returns its order if it was run at once, and nothing if it is run later."""
+"""Accepts a job that can take long; returns its order if it was run immediately, and nothing if it is run later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """What became of one copy of a dataset: for ``Mover.end``."""
+    """The orders of copies that ended, for ``Mover.end``."""
 
     dataset: DatasetId
     orders: tuple[MoveOrder, ...]
@@ -58,7 +58,7 @@ class Copied:
 
 @dataclass(frozen=True, slots=True)
 class CopyFailed:
-    """A copy ended by an error that is not about its file: its dataset's journal cannot be written, say."""
+    """A copy ended by an error that does not concern its file, for example of the dataset's journal."""
 
     dataset: DatasetId
     error: Exception
@@ -73,71 +73,71 @@ class CopyQueueDied:
 
 @dataclass(frozen=True, slots=True)
 class CopyTask:
-    """One copy that waits for its turn."""
+    """One queued copy."""
 
-    seat: "Seat"
+    client: "CopyQueueClient"
     job: CopyJob
     done: threading.Event = field(default_factory=threading.Event)
 
 
-class Seat:
-    """One dataset's way to the queue."""
+class CopyQueueClient:
+    """The queue as one dataset uses it."""
 
     def __init__(self, dataset: DatasetId, copies: "CopyQueue") -> None:
-        """Begin; see ``CopyQueue.seat``."""
+        """Create a client; call ``CopyQueue.client`` instead."""
         self.dataset = dataset
         self._copies = copies
-        self._is_left = False
+        self._is_closed = False
 
     def submit(self, job: CopyJob) -> list[MoveOrder]:
-        """Queue a copy; its order comes as ``Copied``. At a stop it is asked at once, and answers as interrupted."""
+        """Queue a copy, whose order arrives as ``Copied``; during a stop, call it, so that it ends as interrupted."""
         if self._copies.is_stopping:
             return [job()]
         self._copies.queue(CopyTask(self, job))
         return []
 
     @property
-    def is_left(self) -> bool:
-        """Whether its copies are to end at once: the dataset is let go, or sortd stops."""
-        return self._is_left or self._copies.is_stopping
+    def is_interrupted(self) -> bool:
+        """Whether its copies must end soon: the dataset is closed or sortd stops."""
+        return self._is_closed or self._copies.is_stopping
 
-    def leave(self) -> None:
-        """Interrupt this dataset's copy, if one is under way, and wait for its end; begin no other."""
-        self._is_left = True
-        # Either the thread sees the line above before it begins, or its task is seen here: one of them came first.
-        task = self._copies.in_hand
-        if task is not None and task.seat is self:
+    def close(self) -> None:
+        """Interrupt this dataset's current copy, if any, and wait for its end; no other starts."""
+        self._is_closed = True
+        # Either the thread sees this flag before it starts a task, or that task is seen here.
+        task = self._copies.current
+        if task is not None and task.client is self:
             task.done.wait()
 
 
 class CopyQueue:
-    """One named thread around a queue of copies; it starts with the first of them."""
+    """A queue of copies and the thread that makes them, which starts with the first copy."""
 
     def __init__(self, post: Callable[[Copied | CopyFailed | CopyQueueDied], None]) -> None:
-        """Prepare; what is done is told by ``post``."""
+        """Create an empty queue; ``post`` is called in its thread with each result."""
         self._post = post
         self._arriving: queue.SimpleQueue[CopyTask | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self.in_hand: CopyTask | None = None
+        self.current: CopyTask | None = None
         self.is_stopping = False
 
-    def seat(self, dataset: DatasetId) -> Seat:
-        """Return a dataset's way to this queue."""
-        return Seat(dataset, self)
+    def client(self, dataset: DatasetId) -> CopyQueueClient:
+        """Return a client of this queue for one dataset."""
+        return CopyQueueClient(dataset, self)
 
     def queue(self, task: CopyTask) -> None:
-        """Take a task in; used by seats."""
+        """Add a task; used by clients."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="copier")
             self._thread.start()
         self._arriving.put(task)
 
     def interrupt(self) -> None:
-        """End every copy within moments: the one under way between two chunks, the others before they begin."""
+        """Let every copy end soon: the current one between two chunks, the others before they start."""
         self.is_stopping = True
 
     def stop(self) -> None:
-        """Interrupt, and wait for the end of the thread."""
+        """Interrupt the copies and wait for the end of the thread."""
         self.interrupt()
         if self._thread is not None:
             self._arriving.put(None)
@@ -145,68 +145,63 @@ class CopyQueue:
 
     def _run(self) -> None:
         try:
-            waiting: dict[Seat, deque[CopyTask]] = {}
-            while self._take_in(waiting):
-                seat = next(iter(waiting))  # the one that waited longest since its last turn
-                tasks = waiting.pop(seat)
-                self._carry_out(tasks.popleft())
+            waiting: dict[CopyQueueClient, deque[CopyTask]] = {}
+            while self._receive(waiting):
+                client = next(iter(waiting))  # the one whose last turn is longest ago
+                tasks = waiting.pop(client)
+                self._execute(tasks.popleft())
                 if tasks:
-                    waiting[seat] = tasks
-        except BaseException as error:  # noqa: BLE001 -- whatever ends this thread, the loop must hear of it and raise it
+                    waiting[client] = tasks
+        except BaseException as error:  # noqa: BLE001 -- the loop must raise whatever ends this thread
             self._post(CopyQueueDied(error))
 
-    def _take_in(self, waiting: dict[Seat, deque[CopyTask]]) -> bool:
-        """Sort what has arrived by seats, waiting for it where there is nothing else to do; False: stop."""
+    def _receive(self, waiting: dict[CopyQueueClient, deque[CopyTask]]) -> bool:
+        """Add the tasks that arrived, after waiting for one if there is none; return False at the stop mark."""
         while not waiting or not self._arriving.empty():
             task = self._arriving.get()
             if task is None:
                 return False
-            waiting.setdefault(task.seat, deque()).append(task)
+            waiting.setdefault(task.client, deque()).append(task)
         return True
 
-    def _carry_out(self, task: CopyTask) -> None:
-        self.in_hand = task
+    def _execute(self, task: CopyTask) -> None:
+        self.current = task
         try:
-            ended: Copied | CopyFailed = Copied(task.seat.dataset, (task.job(),))
-        except Exception as error:  # noqa: BLE001 -- whatever is wrong with one dataset, the others' images are copied
-            ended = CopyFailed(task.seat.dataset, error)
+            ended: Copied | CopyFailed = Copied(task.client.dataset, (task.job(),))
+        except Exception as error:  # noqa: BLE001 -- an error of one dataset must not stop the copies of the others
+            ended = CopyFailed(task.client.dataset, error)
         finally:
-            self.in_hand = None
+            self.current = None
             task.done.set()
-        if isinstance(ended, Copied) or not task.seat.is_left:
+        if isinstance(ended, Copied) or not task.client.is_interrupted:
             self._post(ended)
 
 
 class CopyAdmission:
-    """Says which moves may go on to the disk now; knows from earlier tries which ones will have to be copied.
+    """Limits how many copies are under way, by guessing from earlier moves which moves need a copy.
 
-    What is handed over stands in the journal as intended. Few intents are looked through quickly before every batch and
-    ended quickly at a stop; a camera dump of a hundred thousand images may wait for weeks at no cost. A guess only says
-    whether a move may have to wait: whether it is renamed or copied is found out by trying, each time, and a guess that
-    was wrong is forgotten.
+    Copies under way are intents in the journal: with few of them, each batch and a stop are quick, while a hundred
+    thousand images from a camera can wait at no cost. A guess only makes a move wait: each move is tried as a rename
+    first, and a wrong guess is removed.
     """
 
     def __init__(self, most: int = MOST_HANDED_OVER) -> None:
-        """Begin without any guess."""
+        """Begin without guesses."""
         self._most = most
-        self._waiting: dict[tuple[str, str], deque[Move]] = {}  # by pair of folders, the one first whose turn is next
-        self._renamed: deque[Move] = deque()  # those that waited because of a guess that was wrong
+        self._waiting: dict[tuple[str, str], deque[Move]] = {}  # by pair of folders, the pair whose turn is next first
+        self._renamed: deque[Move] = deque()  # moves that waited because of a wrong guess
         self._crossed: set[tuple[str, str]] = set()
-        self._count = 0  # how many moves wait for a copy to end
+        self._count = 0  # moves in _waiting
 
     @property
     def waiting(self) -> int:
-        """How many moves wait here."""
+        """The number of moves that wait here."""
         return self._count + len(self._renamed)
 
     def admit(self, moves: Iterable[Move], handed_over: int) -> list[Move]:
-        """Return the moves that may be tried now, of each pair the older ones first; the others wait.
+        """Add new moves; return those that may be tried now, of each pair of folders the oldest first.
 
-        It takes as long as what comes in and goes out, however many wait.
-
-        Args:
-            moves: new ones.
-            handed_over: how many copies have not ended yet.
+        Takes time proportional to what enters and leaves. ``handed_over`` is the number of copies under way.
         """
         admitted = list(self._renamed)
         self._renamed.clear()
@@ -227,7 +222,7 @@ class CopyAdmission:
         return admitted
 
     def learn(self, move: Move, *, crossed: bool) -> None:
-        """Remember whether a move was handed over to be copied, or was renamed."""
+        """Remember whether a move needed a copy or was renamed."""
         pair = _pair(move)
         if not crossed:
             self._crossed.discard(pair)
@@ -240,7 +235,7 @@ class CopyAdmission:
         self._crossed.add(pair)
 
     def give_up(self) -> Sequence[Move]:
-        """Return all moves that wait, and keep none."""
+        """Remove and return all moves that wait."""
         waiting = [*self._renamed, *chain.from_iterable(self._waiting.values())]
         self._renamed.clear()
         self._waiting.clear()
@@ -249,5 +244,5 @@ class CopyAdmission:
 
 
 def _pair(move: Move) -> tuple[str, str]:
-    """Return where from and where to, as finely as mounts are usual: the file's folder, and Dataset or Review."""
+    """Return the file's folder and the top destination folder (Dataset or Review): as fine as mounts usually are."""
     return move.path.rpartition("/")[0], move.folder.partition("/")[0]

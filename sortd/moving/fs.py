@@ -1,6 +1,6 @@
-"""The system calls that Python lacks, folders by descriptor in which no link was followed, and the names in them.
+"""System calls that Python lacks, folders opened without following links, and the names in them.
 
-Everything here raises OSError where a disk or its rights refuse.
+Everything here raises OSError if a disk or a permission prevents an operation.
 """
 
 import ctypes
@@ -27,31 +27,30 @@ _RENAME_NOREPLACE = 1  # linux/fs.h
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 CANNOT_RENAME = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS})
-"""What a rename between file systems, or on one that knows no RENAME_NOREPLACE, answers. Only trying tells."""
+"""Errors of a rename between file systems, or on one without RENAME_NOREPLACE; the only test is to try."""
 
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: a FIFO under an image's name would hang the open for ever.
+# O_NONBLOCK: opening a FIFO with an image's name would block forever.
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 _MARKS = "\0 (-.[_~"
-"""What a stem may be followed by: an end, a suffix, a number, a mark of a duplicate, of an edit or of a conflict."""
+"""Characters that may follow a stem: the end, a suffix, a number, a mark of a duplicate, an edit or a conflict."""
 
 _NUMBER = re.compile(r" ?\(\d+\)")
 
-FRESH_NAMES = 1000  # folders of no more names than this are listed for every batch: that takes a millisecond
+FRESH_NAMES = 1000  # folders with at most so many names are listed for every batch, which takes a millisecond
 
-SECONDS_A_NAME = 1e-4
-"""How long the listing of a larger folder serves, for each name in it: that is a hundred times what it takes."""
+SECONDS_A_NAME = 1e-4  # for which the listing of a larger folder is reused, for each name: 100 times its cost
 
-MOST_KEPT = 300_000  # names that are kept between two batches, in all folders together: some 40 MB
+MOST_KEPT = 300_000  # names cached between batches, in all folders together: about 40 MB
 
 
 def rename_new(source_folder: int, source: str, destination_folder: int, destination: str) -> None:
-    """Rename a file to a name that must be free: the kernel decides, in one step.
+    """Rename a file to a name that must be free, atomically, with renameat2(2).
 
     Raises:
-        FileExistsError: the name is taken, also by another link of the same file.
-        OSError: everything else that renameat2(2) answers.
+        FileExistsError: the name is taken, also if by another link of the same file.
+        OSError: any other error of renameat2(2).
     """
     if not hasattr(_LIBC, "renameat2"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), source, None, destination)
@@ -64,18 +63,15 @@ def rename_new(source_folder: int, source: str, destination_folder: int, destina
 
 
 def start_writeback(file: int) -> None:
-    """Begin to write the file's bytes to the disk; a promise of nothing, the fsync that follows is shorter for it."""
+    """Start writing a file's bytes to the disk, so that a later fsync is shorter; guarantees nothing."""
     if hasattr(_LIBC, "sync_file_range"):
         _LIBC.sync_file_range(file, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
 
 
 def writer_of(file: int | str) -> Writer:
-    """Tell whether some process has the file open for writing, by asking for a read lease and giving it back.
+    """Tell whether a process can write a file, given by path or read-only descriptor, by taking a read lease.
 
-    A lease is refused with EAGAIN as long as anybody can write, be it only through a shared mapping (fcntl(2)).
-
-    Args:
-        file: a descriptor opened for reading only, or a path.
+    A lease fails with EAGAIN while any process can write, also through a shared mapping (fcntl(2)).
     """
     if isinstance(file, int):
         return _leased(file)
@@ -91,7 +87,7 @@ def writer_of(file: int | str) -> Writer:
 
 def _leased(descriptor: int) -> Writer:
     try:
-        # Who opens the file while we hold the lease makes the kernel signal us: SIGIO would end the process.
+        # If a process opens the file during the lease, the kernel sends a signal; SIGIO would end sortd.
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -101,15 +97,15 @@ def _leased(descriptor: int) -> Writer:
 
 
 def is_version(status: os.stat_result, stamp: Stamp) -> bool:
-    """Whether this is that version; the device does not count, its number changes when a disk is mounted again.
+    """Tell whether a file is this version.
 
-    Nor does the time of its last change, which every rename sets.
+    The device is ignored, because its number changes when a disk is mounted again, and ctime, because a rename sets it.
     """
     return stamp_of(status).is_same_version(stamp)
 
 
-def look(folder: int, name: str) -> os.stat_result | None:
-    """Return what stands under a name, without following it; None if nothing does."""
+def lstat_at(folder: int, name: str) -> os.stat_result | None:
+    """Return the status of a name in a folder, without following links; None if the name does not exist."""
     try:
         return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except OSError as error:
@@ -119,17 +115,17 @@ def look(folder: int, name: str) -> os.stat_result | None:
 
 
 def check_source(folder: int, place: str) -> None:
-    """See that files may be taken out of a folder: rename(2) and unlink(2) do not tell which folder refused.
+    """Check that files can be removed from a folder: rename(2) does not say which of two folders it could not write.
 
     Raises:
-        SourceError: they may not.
+        SourceError: they cannot.
     """
     if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder, effective_ids=True):
-        raise SourceError(f"nothing may be removed from {place}; give sortd the right to write to that folder")
+        raise SourceError(f"files cannot be removed from {place}: give sortd write permission for this folder")
 
 
-def names_of(folder: int, inodes: Iterable[int]) -> dict[int, str]:
-    """Return a name for each of these inodes that has one in the folder, visible names before hidden ones."""
+def names_by_inode(folder: int, inodes: Iterable[int]) -> dict[int, str]:
+    """Return a name in the folder for each of these inodes that has one; a visible name rather than a hidden one."""
     wanted = set(inodes)
     found: dict[int, str] = {}
     with os.scandir(folder) as entries:
@@ -140,22 +136,22 @@ def names_of(folder: int, inodes: Iterable[int]) -> dict[int, str]:
 
 
 class FolderNames:
-    """The visible names in one folder, as they were when it was listed and as sortd changed them since."""
+    """The visible names in one folder when it was listed, with sortd's changes since then."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        """Take the names of a folder."""
+        """Store the names of a folder."""
         self._keys = sorted(_key(name) for name in names if not name.startswith("."))
 
     def __len__(self) -> int:
-        """Count them."""
+        """Return the number of names."""
         return len(self._keys)
 
     def near(self, name: str) -> list[str]:
-        """Return the names of all that may belong to the same image as a file, itself included if it is there."""
+        """Return the names that may belong to the same image as a file, including its own."""
         return list(dict.fromkeys(found for start, whole in near(name) for found in self._from(start, whole=whole)))
 
     def is_taken(self, name: str) -> bool:
-        """Tell whether something stands there that shares a name's stem, or would belong to it, or it to that."""
+        """Tell whether a file has the same stem as this name, or would be its companion, or it that file's."""
         stem = fold(base_of(name))
         reached = reach(name)
         for other in self.near(name):
@@ -167,23 +163,23 @@ class FolderNames:
         return False
 
     def has_relatives(self, name: str) -> bool:
-        """Tell whether something stands there that would belong to a file of this name, or to which that would."""
+        """Tell whether a file would be a companion of a file with this name, or the reverse."""
         own = fold(name)
         folded = (fold(other) for other in self.near(name))
         return any(claim_on(other, own) is not None or claim_on(own, other) is not None for other in folded)
 
     def add(self, name: str) -> None:
-        """Take a name in that sortd gave."""
+        """Add a name."""
         insort(self._keys, _key(name))
 
     def discard(self, name: str) -> None:
-        """Forget a name that sortd took away."""
+        """Remove a name."""
         at = bisect_left(self._keys, _key(name))
         if at < len(self._keys) and self._keys[at] == _key(name):
             del self._keys[at]
 
     def _from(self, start: str, *, whole: bool) -> Iterator[str]:
-        """Yield the names with this folded beginning; of a whole stem, those that are not of its next number."""
+        """Yield the names with this folded beginning; if it is a whole stem, only those without a further number."""
         for mark in _MARKS if whole else ("",):
             begun = start + mark
             for at in range(bisect_left(self._keys, begun), len(self._keys)):
@@ -199,19 +195,19 @@ def _key(name: str) -> str:
 
 
 class Listings:
-    """The listings of folders that serve for a while: a large one is not read for each image that comes into it.
+    """A cache of listings, so that a large folder is not read for each image that enters it.
 
-    What somebody else puts into a large folder meanwhile is not seen; no file is overwritten for that, and a companion
-    that is missed follows its image later.
+    Files that others create in a large folder meanwhile are not seen. No file is overwritten because of that, and a
+    companion that was not seen follows its image later.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin with nothing listed; ``clock`` gives seconds."""
+        """Begin with an empty cache; ``clock`` returns seconds."""
         self._clock = clock
         self._kept: OrderedDict[tuple[int, int], tuple[float, FolderNames]] = OrderedDict()
 
     def names(self, folder: int) -> FolderNames:
-        """Return the names in an open folder."""
+        """Return the names in a folder given by descriptor."""
         status = os.fstat(folder)
         key, now = (status.st_dev, status.st_ino), self._clock()
         listed_at, names = self._kept.get(key, (0.0, None))
@@ -228,15 +224,14 @@ class Listings:
 
 
 class Folders:
-    """Descriptors of a dataset's folders, opened once for a batch; closing it closes them all."""
+    """Descriptors of a dataset's folders, each opened once for a batch; leaving the context closes them."""
 
     def __init__(self, root: Path, listings: Listings | None = None) -> None:
-        """Open the dataset itself; ``listings`` are of its folders, from earlier batches."""
+        """Open the dataset; ``listings`` may have names from earlier batches."""
         self._stack = ExitStack()
         self._listings = listings or Listings()
         self._names: dict[str, FolderNames] = {}
-        self._open: dict[str, int] = {}
-        self._open[""] = self._adopt(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        self._open = {"": self._adopt(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))}
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -247,14 +242,14 @@ class Folders:
         self._stack.close()
 
     def open(self, folder: str) -> int:
-        """Return a descriptor of a folder given relative to the dataset; no component may be a symbolic link."""
+        """Return a descriptor of a folder, relative to the dataset; no component may be a symbolic link."""
         if folder not in self._open:
             parent, _, name = folder.rpartition("/")
             self._open[folder] = self._adopt(os.open(name, FOLDER_FLAGS, dir_fd=self.open(parent)))
         return self._open[folder]
 
     def make(self, folder: str) -> int:
-        """Like ``open``; what is missing is made, durably, and belongs to whom its parent belongs to."""
+        """Like ``open``, but create missing folders durably, with the owner of their parent."""
         try:
             return self.open(folder)
         except FileNotFoundError:
@@ -272,13 +267,13 @@ class Folders:
         return made
 
     def names(self, folder: str) -> FolderNames:
-        """Return the names in a folder given relative to the dataset, which is listed once for this batch."""
+        """Return the names in a folder, relative to the dataset, which is listed once for this batch."""
         if folder not in self._names:
             self._names[folder] = self._listings.names(self.open(folder))
         return self._names[folder]
 
     def note_move(self, source: str, name: str, destination: str, final: str) -> None:
-        """Let what was listed know of a name that a file left, and of the one that it got."""
+        """Update the listings after a move: remove ``name`` from the source, add ``final`` to the destination."""
         if source in self._names:
             self._names[source].discard(name)
         if destination in self._names:

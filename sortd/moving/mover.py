@@ -1,7 +1,7 @@
-"""The mover of one dataset: moves in batches that are journaled, done, durable, journaled again; undo, holds, recovery.
+"""The mover of one dataset: moves files in batches, undoes moves, holds versions, and recovers moves that did not end.
 
-A batch costs two commits of the journal and one sync of each folder, however many images are in it.
-What writes the journal raises JournalError where it cannot be written; opening it anew recovers what was begun.
+A batch of any size needs two commits of the journal and one sync of each folder. Methods that write the journal raise
+JournalError if that fails; opening the journal again then recovers the moves that were begun.
 """
 
 import errno
@@ -16,14 +16,14 @@ from sortd import errors
 from sortd.errors import BusyError, ChangedError, DestinationError, ImageError, SourceError, VanishedError
 from sortd.events import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.files import sync_folder
-from sortd.moving.copy import cross
+from sortd.moving.copy import move_by_copy
 from sortd.moving.copy_queue import MOST_HANDED_OVER, CopyAdmission, MoveOrder, Submit
 from sortd.moving.fs import CANNOT_RENAME, Folders, Listings, rename_new
 from sortd.moving.parts import never, remove_obsolete
 from sortd.moving.plan import FreeNames, LateCompanions, new_token, with_companions
 from sortd.moving.recovery import recover
-from sortd.moving.rename import NO_STAMP, Renamer, close_files, open_members, sync_files
-from sortd.moving.undo import UndoPlan, UndoResult, foretell_undos, plan_undos
+from sortd.moving.rename import NO_STAMP, Renamer, close_files, open_files, sync_files
+from sortd.moving.undo import UndoPlan, UndoResult, plan_undos, preview_undos
 from sortd.store.journal import Journal
 from sortd.store.records import (
     FolderNameError,
@@ -39,12 +39,12 @@ from sortd.store.records import (
 
 MoveAnswer = Moved | MoveFailed
 
-BATCH = 64  # moves that share commits and syncs; each holds a descriptor or a few until its bytes are synced
-SYNC_THREADS = 16  # files of a batch that are synced at the same time; the threads end with the batch
+BATCH = 64  # moves that share commits and syncs; each holds one or more descriptors until its bytes are synced
+SYNC_THREADS = 16  # files of a batch synced at the same time; the threads end with the batch
 
 _destination, _source = attrgetter("destination"), attrgetter("source")
 _OF_THE_FILE = frozenset({errno.EPERM, errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG})
-"""What a disk answers about one file: it is immutable, or its name cannot be written there. The others go on."""
+"""Errors that concern one file only: it is immutable, or its name is not allowed there. Other files are still moved."""
 
 _FAILURES = {
     VanishedError: MoveFailure.VANISHED,
@@ -53,14 +53,14 @@ _FAILURES = {
     SourceError: MoveFailure.SOURCE,
 }
 _ENDED = frozenset({MoveProgress.DONE, MoveProgress.FAILED})
-_UNENDED = DestinationError("an earlier move of it has not ended: its disk refused; it is tried again")
-_UNDER_WAY = BusyError("it, or an earlier version of it, is being copied to another file system")
-_INTERRUPTED = BusyError("sortd stops, or lets this dataset go: it is copied to its other file system later")
-_STOPPED = BusyError("sortd stops; it is moved at the next start")
+_UNENDED = DestinationError("an earlier move of this file has not ended, because of a disk error; sortd will try again")
+_UNDER_WAY = BusyError("this file, or an earlier version of it, is being copied to another file system")
+_COPY_INTERRUPTED = BusyError("sortd stops or closes this dataset; the file will be copied later")
+_STOPPED = BusyError("sortd stops; the file will be moved at the next start")
 
 
 class Mover:
-    """Moves the files of one dataset; used in one thread, but for the copies that it submits."""
+    """Moves the files of one dataset; not thread-safe, except that the jobs it submits may run in another thread."""
 
     def __init__(  # noqa: PLR0913 -- its collaborators, each named
         self,
@@ -75,58 +75,54 @@ class Mover:
         sync_threads: int = SYNC_THREADS,
         listings: Listings | None = None,
     ) -> None:
-        """Begin; call ``recover`` before the first move.
+        """Create a mover; call ``recover`` before the first move.
 
         Args:
-            root: the dataset, as its paths are spelled in the moves.
-            journal: this dataset's.
-            companions: whether sidecars, Live Photo and RAW+JPEG pairs travel with their image.
-            submit: what to do with a job that copies to another file system, which can be long: it may be run in
-                another thread, and is to be run once; what it returns is to come to ``end``, in this thread.
-            interrupted: asked by such a job between chunks; one that was interrupted begins anew later.
-            absence: says which disk of the dataset is not there: into its mount point nothing may be put back.
+            root: the dataset, spelled as in the paths of the moves.
+            journal: the dataset's journal.
+            companions: whether companions move with their image.
+            submit: accepts a copy to another file system; the job may be called once in any thread, and its result
+                must be given to ``end`` in this thread.
+            interrupted: called by such a job between chunks; an interrupted copy is made again later.
+            absence: returns why a disk of the dataset is missing; nothing is moved back into an empty mount point.
             rename: renames without replacing.
-            sync_threads: files that are synced at the same time; with 1, no thread is made.
-            listings: what is in the folders.
+            sync_threads: files synced at the same time; with 1, no thread is started.
+            listings: cached listings of folders.
         """
         self._root, self._journal, self._companions = root, journal, companions
         self._submit, self._interrupted, self._absence = submit, interrupted, absence
         self._renamer, self._sync_threads = Renamer(rename=rename), sync_threads
         self._listings, self._listings_of_jobs = listings or Listings(), listings or Listings()
-        self._names_of_jobs = FreeNames()  # of the jobs alone: the renamer, in another thread, has its own
+        self._names_of_jobs = FreeNames()  # the jobs may run in another thread than the renamer, which has its own
         self._admission = CopyAdmission()
-        # By token; handed to ``submit`` and not yet ended. Only the thread that owns this object touches it, so that
-        # a move is never recovered here while it is carried out there.
+        # By token: submitted copies that have not ended. Used in the thread of this object only, so that a move is
+        # never recovered here while it is made there.
         self._copying: dict[str, MoveRecord] = {}
-        self._moves: dict[str, Move] = {}  # by token; not answered yet
-        self._undos: dict[str, UndoPlan] = {}  # by token; not told yet
+        self._moves: dict[str, Move] = {}  # by token: not answered yet
+        self._undos: dict[str, UndoPlan] = {}  # by token: not answered yet
         self._gives_up = False
         self.late = LateCompanions(root, journal, self._listings, are_companions_moved=companions)
 
     def recover(self) -> list[MoveRecord]:
-        """Bring every move that did not end to its end or its beginning; doing it again is no mistake.
-
-        Returns:
-            What was found open, as it is now; one that is still open waits for a disk.
-        """
+        """Complete or reverse every move that did not end, and return them; those still open wait for a disk."""
         if self._journal.open_tokens <= self._copying.keys():
             return []
-        unfinished = [record.relocation for record in self._journal.history.unfinished()]
+        unfinished = [record.move for record in self._journal.history.unfinished()]
         waiting = [one for one in unfinished if one.token not in self._copying]
         if waiting:
             try:
                 with Folders(self._root) as folders:
                     waiting = [_recovered(folders, one, self._journal) for one in waiting]
             except OSError:
-                return waiting  # the dataset is not there
+                return waiting  # the dataset is missing
             self._journal.settle(waiting)
         return waiting
 
     def move_all(self, moves: Sequence[Move]) -> list[MoveAnswer]:
-        """Move these versions of these files, companions with them; durable when it returns.
+        """Move these versions of these files with their companions; the answers returned are durable.
 
-        Images that must go to another file system are given to ``submit``, so many at a time; their answers come from
-        ``end``, and asking again, with no move if need be, gives the next ones to it.
+        A limited number of copies to another file system is given to ``submit``; ``end`` returns their answers. Each
+        call, also without moves, submits the next ones.
 
         Raises:
             ValueError: a path is not below the dataset.
@@ -138,73 +134,68 @@ class Mover:
         return [*answers, *self.give_up()] if self._gives_up else answers
 
     def end(self, orders: Sequence[MoveOrder]) -> list[MoveAnswer | UndoResult]:
-        """Take note of what became of copies to another file system; return the answers that they were waited for."""
+        """Accept the results of submitted copies; return the answers to their moves and undos."""
         self._end(orders)
-        mine = [order for order in orders if order.relocation.token in self._moves]
+        mine = [order for order in orders if order.move.token in self._moves]
         return [*map(self._answer, mine), *self._undone(orders)]
 
     @property
     def can_go_on(self) -> bool:
-        """Whether moves wait that ``move_all`` would take up now."""
+        """Whether moves wait that ``move_all`` would try now."""
         return self._admission.waiting > 0 and len(self._copying) < MOST_HANDED_OVER
 
     def give_up(self) -> list[MoveAnswer]:
-        """Take up no more copies: answer what waits for one, and from now on what would have to wait."""
+        """Answer the moves that wait for a copy, and from now on those that would have to wait: sortd stops."""
         self._gives_up = True
         return [_failure(move, _STOPPED) for move in self.withdraw()]
 
     def withdraw(self) -> Sequence[Move]:
-        """Return the moves that wait for a copy to end, and forget them: they are to be asked for again."""
+        """Remove and return the moves that wait for a copy to end; the caller must ask for them again."""
         return self._admission.give_up()
 
     # ------------------------------------------------------------ undo and holds
 
     def undo(self, records: Sequence[Record]) -> list[UndoResult]:
-        """Put the images of these records back where they were, newest first, and hold them there.
+        """Move the images of these records back, newest first, and hold them there.
 
-        Nothing is overwritten: where the old name is taken, another free one is given. Images on another file system
-        are given to ``submit`` like moves.
+        Nothing is overwritten: if the old name is taken, the next free one is used. Copies to another file system are
+        given to ``submit``, like moves.
         """
         if (problem := self._absence()) is not None:
             return [UndoResult(record, None, problem) for record in records]
-        told: list[UndoResult] = []
+        results: list[UndoResult] = []
         waiting = records
         while True:
             plans = plan_undos(self._root, waiting)
             made = [plan for plan in plans if isinstance(plan, UndoPlan)]
             refused = [plan for plan in plans if isinstance(plan, UndoResult)]
             if not made:
-                return told + refused
-            self._undos |= {plan.relocation.token: plan for plan in made}
-            told += self._undone(self._relocate([MoveOrder(plan.relocation, plan.grounds) for plan in made]))
-            # An image that went on from Review/ stands where its first move put it once the second is undone.
+                return results + refused
+            self._undos |= {plan.move.token: plan for plan in made}
+            results += self._undone(self._run([MoveOrder(plan.move, plan.move_reason) for plan in made]))
+            # After an image's second move is undone, the image is where its first move put it: try that record again.
             waiting = [one.record for one in refused]
 
-    def rehearse_undo(self, records: Sequence[Record], back: set[str] | None = None) -> list[UndoResult]:
-        """Say what ``undo`` would do, without doing it.
-
-        Args:
-            records: of the moves to be undone.
-            back: what would stand where it was again; where that is asked in parts, the same set for each.
-        """
+    def preview_undo(self, records: Sequence[Record], back: set[str] | None = None) -> list[UndoResult]:
+        """Return what ``undo`` would do; see ``preview_undos`` for ``back``, which several calls may share."""
         if (problem := self._absence()) is not None:
             return [UndoResult(record, None, problem) for record in records]
-        return foretell_undos(self._root, records, set() if back is None else back)
+        return preview_undos(self._root, records, set() if back is None else back)
 
     def hold(self, path: str, stamp: Stamp, reason: str) -> None:
-        """Note that this version of this file (an absolute path) is not to be moved."""
+        """Hold this version of a file (an absolute path): it is not moved until it is released."""
         self._journal.hold(self._relative(path), stamp, reason)
 
     def release(self, path: str | None = None) -> int:
-        """Let a held file (an absolute path) go, or every one; return how many there were."""
+        """Release a held file (an absolute path), or all; return their number."""
         return self._journal.release(None if path is None else self._relative(path))
 
     def held(self) -> dict[str, Stamp]:
-        """Return the versions that are not to be moved, by absolute path."""
+        """Return the held versions by absolute path."""
         return {f"{os.fspath(self._root)}/{path}": stamp for path, stamp in self._journal.history.held().items()}
 
     def held_version(self, path: str) -> Stamp | None:
-        """Return the version of this file (an absolute path) that is not to be moved, if there is one."""
+        """Return the held version of a file (an absolute path), if any."""
         return self._journal.history.held_version(self._relative(path))
 
     # ------------------------------------------------------------ from a move to its record, and to its answer
@@ -219,21 +210,21 @@ class Mover:
         with folders:
             for move in moves:
                 try:
-                    relocation = self._record_of(folders, move)
+                    record = self._record_of(folders, move)
                 except FileNotFoundError:
-                    answers.append(_failure(move, VanishedError("nothing stands there any more")))
-                except OSError as error:  # nothing but the folder that it lies in was looked at yet
+                    answers.append(_failure(move, VanishedError("the file is gone")))
+                except OSError as error:  # only the source folder was read so far
                     said = f"{os.path.dirname(move.path)}: {error.strerror}; {errors.advice_for(error)}"
                     answers.append(_failure(move, SourceError(said)))
                 except (ImageError, FolderNameError) as error:
                     answers.append(_failure(move, error))
                 else:
-                    self._moves[relocation.token] = move
-                    ordered.append(MoveOrder(relocation, _grounds(move)))
-        ended = self._relocate(ordered)
-        by_token = {order.relocation.token: order for order in ended}
-        for token in (order.relocation.token for order in ordered):
-            if token not in by_token or by_token[token].is_done:  # one that failed teaches nothing
+                    self._moves[record.token] = move
+                    ordered.append(MoveOrder(record, _move_reason(move)))
+        ended = self._run(ordered)
+        by_token = {order.move.token: order for order in ended}
+        for token in (order.move.token for order in ordered):
+            if token not in by_token or by_token[token].is_done:  # a failed move does not show whether it needs a copy
                 self._admission.learn(self._moves[token], crossed=token not in by_token)
         return answers + [self._answer(order) for order in ended]
 
@@ -241,22 +232,22 @@ class Mover:
         source, _, name = self._relative(move.path).rpartition("/")
         wanted = checked_name(move.wanted or name)
         image = MoveFile(Role.IMAGE, checked_name(name), wanted, move.stamp, content=move.content)
-        relocation = MoveRecord(new_token(), checked_folder(source), checked_folder(move.folder), (image,))
+        record = MoveRecord(new_token(), checked_folder(source), checked_folder(move.folder), (image,))
         if move.outcome is Outcome.FOLLOWED:
-            relocation = replace(relocation, joins=True)
+            record = replace(record, joins=True)
         elif self._companions:
-            relocation = with_companions(folders, relocation)
+            record = with_companions(folders, record)
         if move.outcome is Outcome.REJECTED:
-            relocation = relocation.with_member(_reason_file(move, source, name))
-        return replace(relocation, obsolete=self._old_reason(source, name)) if source == "Rejected" else relocation
+            record = record.with_file(_reason_file(move, source, name))
+        return replace(record, obsolete=self._old_reason(source, name)) if source == "Rejected" else record
 
     def _old_reason(self, folder: str, name: str) -> tuple[MoveFile, ...]:
-        """Return the reason that sortd wrote beside a rejected image, which goes once that image was mended."""
+        """Return the reason file beside a rejected image, which is removed when a corrected image leaves."""
         record = self._journal.history.last_put(folder, name)
         return tuple(
-            replace(member, name=member.final, stamp=member.moved_stamp)
-            for member in (() if record is None else record.relocation.members)
-            if member.role is Role.REASON and member.moved_stamp is not None
+            replace(file, name=file.final, stamp=file.moved_stamp)
+            for file in (() if record is None else record.move.files)
+            if file.role is Role.REASON and file.moved_stamp is not None
         )
 
     def _relative(self, path: str) -> str:
@@ -266,178 +257,171 @@ class Mover:
         return path.removeprefix(root)
 
     def _answer(self, order: MoveOrder) -> MoveAnswer:
-        move, relocation = self._moves.pop(order.relocation.token), order.relocation
-        moved_stamp = relocation.image.moved_stamp
+        move, record = self._moves.pop(order.move.token), order.move
+        moved_stamp = record.image.moved_stamp
         if order.is_done and moved_stamp is not None:
-            destination = f"{os.fspath(self._root)}/{relocation.destination}/{relocation.image.final}"
-            return Moved(move.path, move.stamp, destination, move.outcome, moved_stamp, relocation.message)
-        return _failure(move, order.trouble or OSError(relocation.message), relocation.message)
+            destination = f"{os.fspath(self._root)}/{record.destination}/{record.image.final}"
+            return Moved(move.path, move.stamp, destination, move.outcome, moved_stamp, record.message)
+        return _failure(move, order.error or OSError(record.message), record.message)
 
     def _undone(self, orders: Iterable[MoveOrder]) -> list[UndoResult]:
-        """Say what became of orders in which ``undo`` had put its plans; others are not spoken of."""
-        told = []
+        """Return the results of the orders that belong to undos."""
+        results = []
         for order in orders:
-            if (plan := self._undos.pop(order.relocation.token, None)) is None:
+            if (plan := self._undos.pop(order.move.token, None)) is None:
                 continue
             if order.is_done:
-                told.append(plan.result(self._root, order.relocation.image.final))
+                results.append(plan.result(self._root, order.move.image.final))
             else:
-                told.append(UndoResult(plan.record, None, str(order.trouble or order.relocation.message)))
-        return told
+                results.append(UndoResult(plan.record, None, str(order.error or order.move.message)))
+        return results
 
     # ------------------------------------------------------------ a batch
 
-    def _relocate(self, orders: Sequence[MoveOrder]) -> list[MoveOrder]:
-        """Carry out orders, which are in progress INTENDED; those that are returned have ended, durably.
+    def _run(self, orders: Sequence[MoveOrder]) -> list[MoveOrder]:
+        """Carry out orders with progress INTENDED; return those that have ended, durably.
 
-        Moves to another file system that ``submit`` does later are missing: they come to ``end``.
+        The others are copies that ``submit`` makes later; their results come to ``end``.
         """
-        # A copy of a source whose move has not ended may stand already: moving it again would make a second one.
+        # A copy of a file whose move has not ended may exist already: another move would make a second one.
         unended: dict[tuple[str, str], Exception] = {
             _source_of(one): _UNENDED for one in self.recover() if one.progress not in _ENDED
         } | {_source_of(one): _UNDER_WAY for one in self._copying.values()}
-        ended = [
-            order.troubled(unended[_source_of(order.relocation)])
-            for order in orders
-            if _source_of(order.relocation) in unended
-        ]
-        free = [order for order in orders if _source_of(order.relocation) not in unended]
+        ended: list[MoveOrder] = []
+        free: list[MoveOrder] = []
+        for order in orders:
+            error = unended.get(_source_of(order.move))
+            (free if error is None else ended).append(order.with_error(error))
         for start in range(0, len(free), BATCH):
-            of_batch, crossing = self._relocate_batch(free[start : start + BATCH])
+            of_batch, crossing = self._run_batch(free[start : start + BATCH])
             ended += of_batch
             for order in crossing:
-                ended += self._submit_copy(order.troubled(None))
+                ended += self._submit_copy(order.with_error(None))
         return ended
 
-    def _relocate_batch(self, orders: Sequence[MoveOrder]) -> tuple[list[MoveOrder], list[MoveOrder]]:
-        """Return the orders that have ended, and those that must be copied."""
+    def _run_batch(self, orders: Sequence[MoveOrder]) -> tuple[list[MoveOrder], list[MoveOrder]]:
+        """Return the orders that have ended, and those that need a copy."""
         try:
             folders = Folders(self._root, self._listings)
         except OSError as error:
-            return [order.troubled(error) for order in orders], []
+            return [order.with_error(error) for order in orders], []
         with folders:
             ready, refused = _ready(folders, orders, self._sync_threads)
             if not ready:
                 return refused, []
-            self._journal.intend([(order.relocation, order.grounds) for order in ready])
+            self._journal.intend([(order.move, order.move_reason) for order in ready])
             placed = [self._placed(folders, order) for order in ready]
-            crossing = [order for order in placed if _must_cross(order)]
-            synced = _synced(folders, [order for order in placed if not _must_cross(order)])
+            crossing = [order for order in placed if _needs_copy(order)]
+            synced = _synced(folders, [order for order in placed if not _needs_copy(order)])
             ended = [_ended(folders, order, self._journal) for order in synced]
-            self._journal.settle(order.relocation for order in ended)
+            self._journal.settle(order.move for order in ended)
         return refused + ended, crossing
 
     def _placed(self, folders: Folders, order: MoveOrder) -> MoveOrder:
         try:
-            placed = self._renamer.place(folders, order.relocation)
+            placed = self._renamer.place(folders, order.move)
             remove_obsolete(folders, placed)
         except (ImageError, OSError, DestinationError, SourceError) as error:
-            return order.troubled(error)
+            return order.with_error(error)
         return order.at(placed)
 
     # ------------------------------------------------------------ copies to another file system
 
     def _submit_copy(self, order: MoveOrder) -> list[MoveOrder]:
-        self._copying[order.relocation.token] = order.relocation
+        self._copying[order.move.token] = order.move
         ended = self._submit(lambda: self._copy(order))
         self._end(ended)
         return ended
 
     def _end(self, orders: Iterable[MoveOrder]) -> None:
-        """Take note that submitted orders were run: what of them is still open is recovered like after a crash."""
+        """Forget submitted copies that ran: those still open are recovered as after a crash."""
         for order in orders:
-            self._copying.pop(order.relocation.token, None)
+            self._copying.pop(order.move.token, None)
 
     def _copy(self, order: MoveOrder) -> MoveOrder:
-        """Copy to another file system, in whatever thread ``submit`` chose, with a connection of its own."""
+        """Copy to another file system, in any thread, with a separate connection to the journal."""
         if self._interrupted():
-            return order.troubled(_INTERRUPTED)
-        with self._journal.beside() as journal:
+            return order.with_error(_COPY_INTERRUPTED)
+        with self._journal.second_connection() as journal:
             ended = self._copied(order, journal)
-            journal.settle([ended.relocation])
+            journal.settle([ended.move])
         return ended
 
     def _copied(self, order: MoveOrder, journal: Journal) -> MoveOrder:
-        reached = order.relocation
+        reached = order.move
 
-        def advance(relocation: MoveRecord) -> None:
+        def advance(record: MoveRecord) -> None:
             nonlocal reached
-            journal.advance(relocation)
-            reached = relocation
+            journal.advance(record)
+            reached = record
 
         try:
             with Folders(self._root, self._listings_of_jobs) as folders:
                 try:
                     names = self._names_of_jobs
-                    return order.at(cross(folders, order.relocation, advance, self._interrupted, names=names))
+                    return order.at(move_by_copy(folders, order.move, advance, self._interrupted, names=names))
                 except (ImageError, OSError, DestinationError, SourceError) as error:
-                    return order.at(_recovered(folders, reached, journal)).troubled(error)
+                    return order.at(_recovered(folders, reached, journal)).with_error(error)
         except OSError as error:
-            return order.troubled(error)
+            return order.with_error(error)
 
 
-def _source_of(relocation: MoveRecord) -> tuple[str, str]:
-    return relocation.source, relocation.image.name
+def _source_of(move: MoveRecord) -> tuple[str, str]:
+    return move.source, move.image.name
 
 
-def _recovered(folders: Folders, relocation: MoveRecord, journal: Journal) -> MoveRecord:
+def _recovered(folders: Folders, move: MoveRecord, journal: Journal) -> MoveRecord:
     try:
-        return recover(folders, relocation, journal.advance)
+        return recover(folders, move, journal.advance)
     except (ImageError, DestinationError, OSError):
-        return relocation  # still open: tried again before the next batch and at the next start
+        return move  # still open: recovered again before the next batch and at the next start
 
 
 def _ready(folders: Folders, orders: Iterable[MoveOrder], sync_threads: int) -> tuple[list[MoveOrder], list[MoveOrder]]:
-    """Look at the files and make their bytes durable, before anything is written or renamed."""
+    """Check and sync the files of each order; return the orders that may go on, and those with an error."""
     opened: list[tuple[MoveOrder, list[int]]] = []
-    ready: list[MoveOrder] = []
     refused: list[MoveOrder] = []
     for order in orders:
         try:
-            opened.append((order, open_members(folders, order.relocation)))
+            opened.append((order, open_files(folders, order.move)))
         except ImageError as error:
-            refused.append(order.troubled(error))
-    everything = [file for _, files in opened for file in files]
+            refused.append(order.with_error(error))
+    descriptors = [descriptor for _, of_order in opened for descriptor in of_order]
     try:
-        troubles = sync_files(everything, sync_threads)
+        failures = sync_files(descriptors, sync_threads)
     finally:
-        close_files(everything)
-    for order, files in opened:
-        trouble = next((troubles[file] for file in files if file in troubles), None)
-        if trouble is None:
-            ready.append(order)
-        else:
-            refused.append(order.troubled(trouble))
+        close_files(descriptors)
+    ready: list[MoveOrder] = []
+    for order, of_order in opened:
+        failure = next((failures[one] for one in of_order if one in failures), None)
+        (ready if failure is None else refused).append(order.with_error(failure))
     return ready, refused
 
 
 def _synced(folders: Folders, orders: list[MoveOrder]) -> list[MoveOrder]:
-    """Sync each folder once, all the destinations before any source: a new name must last before the old one goes."""
+    """Sync each folder once, destinations before sources: the new name must be durable before the old one is gone."""
     for folder_of in (_destination, _source):
-        troubles: dict[str, Exception] = {}
-        for folder in sorted({folder_of(order.relocation) for order in orders if order.trouble is None}):
+        failures: dict[str, Exception] = {}
+        for folder in sorted({folder_of(order.move) for order in orders if order.error is None}):
             try:
                 sync_folder(folders.open(folder))
             except OSError as error:
-                troubles[folder] = error if folder_of is _destination else SourceError(f"{folder}: {error.strerror}")
-        orders = [
-            order if order.trouble is not None else order.troubled(troubles.get(folder_of(order.relocation)))
-            for order in orders
-        ]
+                failures[folder] = error if folder_of is _destination else SourceError(f"{folder}: {error.strerror}")
+        orders = [order.with_error(order.error or failures.get(folder_of(order.move))) for order in orders]
     return orders
 
 
 def _ended(folders: Folders, order: MoveOrder, journal: Journal) -> MoveOrder:
-    if order.trouble is None:
-        return order.at(replace(order.relocation, progress=MoveProgress.DONE))
-    return order.at(_recovered(folders, order.relocation, journal))
+    if order.error is None:
+        return order.at(replace(order.move, progress=MoveProgress.DONE))
+    return order.at(_recovered(folders, order.move, journal))
 
 
-def _must_cross(order: MoveOrder) -> bool:
-    return isinstance(order.trouble, OSError) and order.trouble.errno in CANNOT_RENAME
+def _needs_copy(order: MoveOrder) -> bool:
+    return isinstance(order.error, OSError) and order.error.errno in CANNOT_RENAME
 
 
-def _grounds(move: Move) -> MoveReason:
+def _move_reason(move: Move) -> MoveReason:
     decided = MoveReason.of(move.decision, move.outcome.value)
     return replace(
         decided,
@@ -449,7 +433,7 @@ def _grounds(move: Move) -> MoveReason:
 
 
 def _reason_file(move: Move, source: str, name: str) -> MoveFile:
-    """Return the file that says why an image was set aside."""
+    """Return the file that says why an image was rejected."""
     facts = {
         "name": name,
         "from": source,
@@ -459,16 +443,16 @@ def _reason_file(move: Move, source: str, name: str) -> MoveFile:
         "content": move.content or None,
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False)
-    body = text.encode("utf-8", "backslashreplace") + b"\n"  # bytes that are no UTF-8 become escapes
+    body = text.encode("utf-8", "backslashreplace") + b"\n"  # bytes of names that are not UTF-8 become escapes
     return MoveFile(Role.REASON, name, f"{name}.reason.json", NO_STAMP, body=body)
 
 
-def _failure(move: Move, trouble: Exception, outcome: str = "") -> MoveFailed:
-    kinds = (kind for error, kind in _FAILURES.items() if isinstance(trouble, error))
+def _failure(move: Move, error: Exception, outcome: str = "") -> MoveFailed:
+    kinds = (kind for family, kind in _FAILURES.items() if isinstance(error, family))
     failure = next(kinds, MoveFailure.DESTINATION)
-    if isinstance(trouble, OSError) and trouble.errno in _OF_THE_FILE:
+    if isinstance(error, OSError) and error.errno in _OF_THE_FILE:
         failure = MoveFailure.BUSY
-    said = trouble.strerror if isinstance(trouble, OSError) and trouble.strerror else str(trouble)
-    mend = errors.advice_for_write(trouble) if isinstance(trouble, OSError) else ""
-    then = (f" ({outcome})" if outcome not in said else "") + (f"; {mend}" if mend else "")
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    advice = errors.advice_for_write(error) if isinstance(error, OSError) else ""
+    then = (f" ({outcome})" if outcome not in said else "") + (f"; {advice}" if advice else "")
     return MoveFailed(move.path, move.stamp, failure, f"{move.path} -> {move.folder}: {said}{then}")

@@ -1,6 +1,6 @@
-"""Parts: whole, durable copies under hidden names, with all of a file that their folder's file system can keep.
+"""Complete, durable copies under hidden names, with all metadata that the file system of their folder can keep.
 
-Everything here raises OSError where a disk refuses.
+Everything here raises OSError if a disk returns an error.
 """
 
 import errno
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from sortd.errors import BusyError, ChangedError
 from sortd.files import open_regular, sha256_of
-from sortd.moving.fs import FILE_FLAGS, Folders, is_version, look, start_writeback
+from sortd.moving.fs import FILE_FLAGS, Folders, is_version, lstat_at, start_writeback
 from sortd.store.records import MoveRecord, Role
 
 CHUNK_BYTES = 1 << 20
 WRITEBACK_BYTES = 64 << 20
-"""After so much the disk is sent to work: one fsync of all of a long film could not be interrupted for minutes."""
+"""Write-back starts after so many bytes: one fsync of a whole film could not be interrupted for minutes."""
 
 _USER_ATTRIBUTES, _ACCESS_LISTS = "user.", "system."
 
@@ -27,7 +27,7 @@ _PART_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXE
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A copy that survives a power cut under its part name."""
+    """A durable copy with its part name."""
 
     inode: int
     content: str  # hexadecimal sha256
@@ -35,21 +35,18 @@ class Copy:
 
 
 def never() -> bool:
-    """Answer whether to stop: no."""
+    """Return False."""
     return False
 
 
 def copy_to_part(source: int, folder: int, part: str, interrupted: Callable[[], bool] = never) -> Copy:
-    """Copy an open file into a new part, holes kept, and sync it.
+    """Copy an open file to a new part, which must not exist, keeping holes, and sync it.
 
-    A failed fsync is never tried again, the kernel may have dropped what it could not write: the copy is worthless
-    then, and whoever catches the error removes it.
+    A failed fsync must not be retried, because the kernel may have dropped the data: the caller removes the copy.
+    ``interrupted`` is called between chunks.
 
-    Args:
-        source: descriptor, opened for reading.
-        folder: descriptor of the destination folder.
-        part: name of the part; it must be free.
-        interrupted: asked between chunks; BusyError is raised when it says so.
+    Raises:
+        BusyError: interrupted, or the file became shorter.
     """
     before = os.fstat(source)
     copy = os.open(part, _PART_FLAGS, 0o600, dir_fd=folder)
@@ -62,8 +59,54 @@ def copy_to_part(source: int, folder: int, part: str, interrupted: Callable[[], 
         os.close(copy)
 
 
+def remove_part(folder: int, part: str) -> None:
+    """Remove a part if it exists."""
+    with suppress(FileNotFoundError):
+        os.unlink(part, dir_fd=folder)
+
+
+def make_part(source: int, destination: int, move: MoveRecord, position: int) -> Copy:
+    """Make the part of a file that does not leave the source: a copy of a shared companion, or a reason.
+
+    Raises:
+        ChangedError: the shared companion is another version.
+    """
+    file, part = move.files[position], move.part_name(position)
+    remove_part(destination, part)
+    if file.role is Role.REASON:
+        return write_part(destination, part, file.body)
+    descriptor = os.open(file.name, FILE_FLAGS, dir_fd=source)
+    try:
+        if not is_version(os.fstat(descriptor), file.stamp):
+            raise ChangedError(f"{move.source}/{file.name}: the file was changed or replaced")
+        return copy_to_part(descriptor, destination, part)
+    finally:
+        os.close(descriptor)
+
+
+def remove_obsolete(folders: Folders, move: MoveRecord) -> None:
+    """Remove the files that sortd once made beside an image that leaves; changed ones are kept."""
+    folder = folders.open(move.source)
+    for file in move.obsolete:
+        status = lstat_at(folder, file.name)
+        if status is not None and is_version(status, file.stamp):
+            os.unlink(file.name, dir_fd=folder)
+
+
+def sha256_at(folder: int, name: str) -> str:
+    """Return the hexadecimal sha256 of a file; the empty string if it does not exist."""
+    try:
+        descriptor = open_regular(name, folder=folder)
+    except FileNotFoundError:
+        return ""
+    try:
+        return sha256_of(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_part(folder: int, part: str, body: bytes) -> Copy:
-    """Write bytes of our own into a new part and sync it."""
+    """Write bytes of sortd's own to a new part and sync it."""
     descriptor = os.open(part, _PART_FLAGS, 0o666, dir_fd=folder)
     try:
         _write(descriptor, body)
@@ -73,67 +116,19 @@ def write_part(folder: int, part: str, body: bytes) -> Copy:
         os.close(descriptor)
 
 
-def remove_part(folder: int, part: str) -> None:
-    """Remove a part if it is there."""
-    try:
-        os.unlink(part, dir_fd=folder)
-    except FileNotFoundError:
-        return
-
-
-def make_part(source: int, destination: int, relocation: MoveRecord, position: int) -> Copy:
-    """Make, durably and under a hidden name, one file that does not leave the source: a copy or a reason.
-
-    Raises:
-        ChangedError: a shared companion is no longer the version meant.
-    """
-    member, part = relocation.members[position], relocation.part_name(position)
-    remove_part(destination, part)
-    if member.role is Role.REASON:
-        return write_part(destination, part, member.body)
-    file = os.open(member.name, FILE_FLAGS, dir_fd=source)
-    try:
-        if not is_version(os.fstat(file), member.stamp):
-            raise ChangedError(f"{relocation.source}/{member.name}: another version stands there now")
-        return copy_to_part(file, destination, part)
-    finally:
-        os.close(file)
-
-
-def remove_obsolete(folders: Folders, relocation: MoveRecord) -> None:
-    """Remove what sortd itself once made beside an image that is put back; what was changed since is kept."""
-    folder = folders.open(relocation.source)
-    for member in relocation.obsolete:
-        status = look(folder, member.name)
-        if status is not None and is_version(status, member.stamp):
-            os.unlink(member.name, dir_fd=folder)
-
-
-def content_of(folder: int, name: str) -> str:
-    """Return the sha256 of a file's bytes, in hexadecimal; the empty string if it is not there."""
-    try:
-        descriptor = open_regular(name, folder=folder)
-    except FileNotFoundError:
-        return ""
-    try:
-        return sha256_of(descriptor)
-    finally:
-        os.close(descriptor)  # a folder cannot be made a file of, and would stay open
-
-
 def _copy_bytes(source: int, copy: int, size: int, interrupted: Callable[[], bool]) -> str:
     digest = hashlib.sha256()
     at = written = 0
-    for start, end in _islands(source, size):
+    for start, end in _data_ranges(source, size):
         _hash_zeros(digest.update, start - at, interrupted)
         os.lseek(source, start, os.SEEK_SET)
         os.lseek(copy, start, os.SEEK_SET)
         at = start
         while at < end:
-            _go_on_unless(interrupted)
+            _raise_if(interrupted)
             chunk = os.read(source, min(CHUNK_BYTES, end - at))
             if not chunk:
-                raise BusyError("the file became shorter while it was copied; it is looked at again")
+                raise BusyError("the file became shorter while it was copied; sortd will try again")
             _write(copy, chunk)
             digest.update(chunk)
             at += len(chunk)
@@ -146,15 +141,15 @@ def _copy_bytes(source: int, copy: int, size: int, interrupted: Callable[[], boo
     return digest.hexdigest()
 
 
-def _islands(source: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the stretches of a sparse file that hold data; one for all of it where holes cannot be asked for."""
+def _data_ranges(source: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of a sparse file that contain data; one for the whole file if holes are not supported."""
     at = 0
     while at < size:
         try:
             start = os.lseek(source, at, os.SEEK_DATA)
             end = os.lseek(source, start, os.SEEK_HOLE)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole until the end
+            if error.errno == errno.ENXIO:  # only a hole until the end
                 return
             if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
                 raise
@@ -163,16 +158,16 @@ def _islands(source: int, size: int) -> Iterator[tuple[int, int]]:
         at = end
 
 
-def _go_on_unless(interrupted: Callable[[], bool]) -> None:
+def _raise_if(interrupted: Callable[[], bool]) -> None:
     if interrupted():
-        raise BusyError("the copy to another file system was interrupted; it begins anew at the next start")
+        raise BusyError("the copy to another file system was interrupted; it will be made again later")
 
 
 def _hash_zeros(update: Callable[[bytes], None], count: int, interrupted: Callable[[], bool]) -> None:
-    """Hash a hole: of a file with terabytes of nothing that takes as long as if they were there."""
+    """Hash a hole, which takes as long as if its zeros were on the disk."""
     zeros = bytes(min(count, CHUNK_BYTES))
     while count > 0:
-        _go_on_unless(interrupted)
+        _raise_if(interrupted)
         update(zeros[: min(count, CHUNK_BYTES)])
         count -= CHUNK_BYTES
 
@@ -184,9 +179,9 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def _copy_metadata(source: int, copy: int, status: os.stat_result) -> tuple[str, ...]:
-    """Give the copy owner, attributes, mode and times, in the order in which none undoes another.
+    """Set owner, attributes, mode and times, in this order, because the former would reset the latter.
 
-    The copy gives nobody a right that the source did not give: see ``_safe_mode``.
+    The copy never grants a permission that the source did not grant: see ``_safe_mode``.
     """
     lost = _copy_owner(copy, status)
     lost += _copy_attributes(source, copy, with_acl=not lost)
@@ -197,19 +192,17 @@ def _copy_metadata(source: int, copy: int, status: os.stat_result) -> tuple[str,
         lost.append("mode")
     if mode != stat.S_IMODE(status.st_mode):
         lost.append("mode")
-    try:
+    with suppress(PermissionError):  # the times are checked below
         os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
-    except PermissionError:
-        lost.append("mtime")
     if os.fstat(copy).st_mtime_ns != status.st_mtime_ns:
         lost.append("mtime")
     return tuple(dict.fromkeys(lost))
 
 
 def _copy_owner(copy: int, status: os.stat_result) -> list[str]:
-    """Give the copy its source's owner and group, or at least the group; return ``owner`` if it has not both."""
+    """Give the copy the owner and group of its source, or at least the group; return ``["owner"]`` if one differs."""
     for owner in (status.st_uid, -1):
-        with suppress(OSError):  # only root may give files away; what came of it is looked at
+        with suppress(OSError):  # only root may change the owner; the result is checked below
             os.fchown(copy, owner, status.st_gid)
             break
     kept = os.fstat(copy)
@@ -217,10 +210,10 @@ def _copy_owner(copy: int, status: os.stat_result) -> list[str]:
 
 
 def _copy_attributes(source: int, copy: int, *, with_acl: bool) -> list[str]:
-    """Copy what users may set; return the names of what was left behind.
+    """Copy the attributes that users can set; return the names of the others.
 
-    ``security.*`` and ``trusted.*`` are left: file capabilities from a foreign disk would take effect on this one. An
-    access control list (``system.*``) is about an owner and a group, and is left where the copy has others.
+    ``security.*`` and ``trusted.*`` are not copied: file capabilities from another disk would take effect on this one.
+    An access control list (``system.*``) refers to an owner and a group, so it is not copied if these differ.
     """
     kept = (_USER_ATTRIBUTES, _ACCESS_LISTS) if with_acl else (_USER_ATTRIBUTES,)
     try:
@@ -241,9 +234,8 @@ def _copy_attributes(source: int, copy: int, *, with_acl: bool) -> list[str]:
 def _safe_mode(mode: int, lost: Sequence[str]) -> int:
     """Return the permissions of a copy, never wider than its source's and never with the bits 07000.
 
-    Setuid on a copy with another owner would let anybody run a stranger's program as that owner. Where owner or group
-    could not be kept, or an access list was left behind, other people are the group and the others than were meant:
-    both get only what the source gave to both.
+    Setuid on a copy with another owner would run a program as that owner. If owner or group differ, or an access list
+    was not copied, other people are in the group or among the others: both get only what the source granted to both.
     """
     mode = stat.S_IMODE(mode) & 0o777
     if not any(name == "owner" or name.startswith(_ACCESS_LISTS) for name in lost):

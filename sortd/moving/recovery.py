@@ -1,6 +1,6 @@
-"""What becomes of a move that did not end: one way for errors and crashes, by looking at what stands where.
+"""Recovery of a move that did not end, from the files that exist; used after errors and after crashes.
 
-Nothing is removed here unless the same bytes are known to stand elsewhere; doing it all again is no mistake.
+Nothing is removed unless the same bytes are known to exist elsewhere. Recovery is idempotent.
 """
 
 import hashlib
@@ -12,9 +12,16 @@ from itertools import chain
 from sortd.companions import split_name
 from sortd.errors import ChangedError
 from sortd.files import sync_folder
-from sortd.moving.copy import Advance, give_back, publish_anywhere, remove_sources, seal_published, settled
-from sortd.moving.fs import Folders, is_version, look, names_of, rename_new
-from sortd.moving.parts import content_of, make_part, remove_obsolete, remove_part
+from sortd.moving.copy import (
+    Advance,
+    mark_published,
+    publish_under_free_name,
+    remove_sources,
+    restore_name,
+    with_final,
+)
+from sortd.moving.fs import Folders, is_version, lstat_at, names_by_inode, rename_new
+from sortd.moving.parts import make_part, remove_obsolete, remove_part, sha256_at
 from sortd.moving.plan import MOST_ATTEMPTS, final_names, names_of_one
 from sortd.store.records import MoveFile, MoveProgress, MoveRecord, Role
 
@@ -23,258 +30,254 @@ _NUMBERED = re.compile(r" \((\d+)\)$")
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """The two folders of a move as they are now; a folder that is gone is -1."""
+    """Descriptors of the two folders of a move; -1 for a missing folder."""
 
     source: int
     destination: int
 
 
-def recover(folders: Folders, relocation: MoveRecord, advance: Advance) -> MoveRecord:
-    """Bring a move that did not end to its end, or back to its beginning.
+def recover(folders: Folders, move: MoveRecord, advance: Advance) -> MoveRecord:
+    """Complete or reverse a move that did not end.
 
     Returns:
-        It, with progress DONE, FAILED (every file is in the source folder), or unchanged where a folder that must
-        be looked at is not there: a disk that is not mounted keeps its moves open.
+        The move with progress DONE or FAILED (every file is in the source folder), or unchanged if a folder that must
+        be read is missing: moves of a disk that is not mounted stay open.
 
     Raises:
-        OSError, JournalError: a disk refused; it stays open.
+        OSError, JournalError: a disk returned an error; the move stays open.
     """
-    places = _Places(_open_or_absent(folders, relocation.source), _open_or_absent(folders, relocation.destination))
-    match relocation.progress:
+    places = _Places(_open_or_absent(folders, move.source), _open_or_absent(folders, move.destination))
+    match move.progress:
         case MoveProgress.INTENDED:
-            return _recover_intended(folders, places, relocation)
+            return _recover_intended(folders, places, move)
         case MoveProgress.PUBLISHING:
-            return _recover_publishing(folders, places, relocation, advance)
+            return _recover_publishing(folders, places, move, advance)
         case MoveProgress.PUBLISHED:
-            return _recover_published(folders, places, relocation, advance)
+            return _recover_published(folders, places, move, advance)
         case _:
-            return relocation
+            return move
 
 
-# ---------------------------------------------------------------- intended: renames, or copies that count for nothing
+# ---------------------------------------------------------------- intended: renames, or copies that do not count yet
 
 
-def _recover_intended(folders: Folders, places: _Places, relocation: MoveRecord) -> MoveRecord:
-    _give_back_taken(places, relocation)
-    moved = _moved_members(places, relocation)
-    leaving = [position for position, member in enumerate(relocation.members) if member.leaves]
-    waiting = [one for one in leaving if one not in moved and _stands(places, relocation, one)]
+def _recover_intended(folders: Folders, places: _Places, move: MoveRecord) -> MoveRecord:
+    _restore_tombstones(places, move)
+    moved = _moved_files(places, move)
+    leaving = [position for position, file in enumerate(move.files) if file.leaves]
+    waiting = [one for one in leaving if one not in moved and _is_in_source(places, move, one)]
     if 0 in moved and not waiting:
-        return _complete(folders, places, relocation, moved)
+        return _complete(folders, places, move, moved)
     if len(moved) + len(waiting) < len(leaving) and -1 in {places.source, places.destination}:
-        return relocation
+        return move
     if moved:
-        return _bring_back(places, relocation, moved)
-    return _drop_copies(places, relocation)
+        return _bring_back(places, move, moved)
+    return _remove_copies(places, move)
 
 
-def _give_back_taken(places: _Places, relocation: MoveRecord) -> None:
-    """End a bringing back that was itself cut short."""
-    for position in range(len(relocation.members)):
-        taken = relocation.tombstone(position)
-        if places.source != -1 and look(places.source, taken) is not None:
-            give_back(places.source, taken, relocation, position)
+def _restore_tombstones(places: _Places, move: MoveRecord) -> None:
+    """Complete an interrupted ``_bring_back``."""
+    for position in range(len(move.files)):
+        tombstone = move.tombstone(position)
+        if places.source != -1 and lstat_at(places.source, tombstone) is not None:
+            restore_name(places.source, tombstone, move, position)
 
 
-def _moved_members(places: _Places, relocation: MoveRecord) -> dict[int, str]:
+def _moved_files(places: _Places, move: MoveRecord) -> dict[int, str]:
     """Return the names in the destination of the files that were renamed, by position."""
     if places.destination == -1:
         return {}
-    sought = {
-        position: member
-        for position, member in enumerate(relocation.members)
-        if member.leaves and not _stands(places, relocation, position)
+    missing = {
+        position: file
+        for position, file in enumerate(move.files)
+        if file.leaves and not _is_in_source(places, move, position)
     }
-    names = names_of(places.destination, [member.stamp.inode for member in sought.values()])
+    names = names_by_inode(places.destination, [file.stamp.inode for file in missing.values()])
     moved = {}
-    for position, member in sought.items():
-        status = look(places.destination, names.get(member.stamp.inode, "."))
-        if status is not None and is_version(status, member.stamp):
-            moved[position] = names[member.stamp.inode]
+    for position, file in missing.items():
+        status = lstat_at(places.destination, names.get(file.stamp.inode, "."))
+        if status is not None and is_version(status, file.stamp):
+            moved[position] = names[file.stamp.inode]
     return moved
 
 
-def _complete(folders: Folders, places: _Places, relocation: MoveRecord, moved: dict[int, str]) -> MoveRecord:
-    """Every file has been renamed: make what belongs beside them and let it all be durable."""
-    names = _names_beside(relocation, moved[0])
-    members: list[MoveFile] = []
-    for position, member in enumerate(relocation.members):
+def _complete(folders: Folders, places: _Places, move: MoveRecord, moved: dict[int, str]) -> MoveRecord:
+    """After all renames: make the missing copies and the reason, then sync."""
+    names = _names_beside(move, moved[0])
+    files: list[MoveFile] = []
+    for position, file in enumerate(move.files):
         if position in moved:
-            members.append(settled(places.destination, member, moved[position]))
-        elif not member.leaves and (final := _made(places, relocation, position, names[position])):
-            members.append(settled(places.destination, member, final))
+            files.append(with_final(places.destination, file, moved[position]))
+        elif not file.leaves and (final := _made(places, move, position, names[position])):
+            files.append(with_final(places.destination, file, final))
     sync_folder(places.destination)
     if places.source != -1:
-        remove_obsolete(folders, relocation)
+        remove_obsolete(folders, move)
         sync_folder(places.source)
-    return replace(relocation, members=tuple(members), progress=MoveProgress.DONE)
+    return replace(move, files=tuple(files), progress=MoveProgress.DONE)
 
 
-def _names_beside(relocation: MoveRecord, image_name: str) -> tuple[str, ...]:
-    """Return the names that go with the one that the image got."""
+def _names_beside(move: MoveRecord, image_name: str) -> tuple[str, ...]:
+    """Return the names of all files that belong to the image's final name."""
     numbered = _NUMBERED.search(split_name(image_name)[0])
     attempt = int(numbered[1]) if numbered else 1
-    names = final_names(relocation, attempt if 0 < attempt < MOST_ATTEMPTS else 1)
-    return names if names[0] == image_name else final_names(relocation, 1)
+    names = final_names(move, attempt if 0 < attempt < MOST_ATTEMPTS else 1)
+    return names if names[0] == image_name else final_names(move, 1)
 
 
-def _made(places: _Places, relocation: MoveRecord, position: int, name: str) -> str:
-    """Return the name under which a copy or a reason stands, after making it where it is missing; else nothing."""
-    member, part = relocation.members[position], relocation.part_name(position)
-    if member.role is Role.REASON:
-        expected = hashlib.sha256(member.body).hexdigest()
+def _made(places: _Places, move: MoveRecord, position: int, name: str) -> str:
+    """Return the name of a copy or a reason, made here if it is missing; empty if it cannot be made any more."""
+    file, part = move.files[position], move.part_name(position)
+    if file.role is Role.REASON:
+        expected = hashlib.sha256(file.body).hexdigest()
     else:
-        expected = "" if places.source == -1 else content_of(places.source, member.name)
-    if expected and content_of(places.destination, name) == expected:
+        expected = "" if places.source == -1 else sha256_at(places.source, file.name)
+    if expected and sha256_at(places.destination, name) == expected:
         remove_part(places.destination, part)
         return name
     try:
-        make_part(places.source, places.destination, relocation, position)
+        make_part(places.source, places.destination, move, position)
     except (FileNotFoundError, ChangedError):
-        # The user has taken or rewritten the shared file: it is no longer the one that belongs to this image.
+        # The user moved or changed the shared file: it is no longer the one that belongs to this image.
         remove_part(places.destination, part)
         return ""
-    return publish_anywhere(places.destination, part, chain((name,), names_of_one(relocation, position)))
+    return publish_under_free_name(places.destination, part, chain((name,), names_of_one(move, position)))
 
 
-def _bring_back(places: _Places, relocation: MoveRecord, moved: dict[int, str]) -> MoveRecord:
+def _bring_back(places: _Places, move: MoveRecord, moved: dict[int, str]) -> MoveRecord:
     if places.source == -1:
-        return relocation
+        return move
     for position, final in moved.items():
         try:
-            rename_new(places.destination, final, places.source, relocation.members[position].name)
+            rename_new(places.destination, final, places.source, move.files[position].name)
         except FileExistsError:
-            # Its name was taken meanwhile: by way of a name that nobody else has to the next free one.
-            taken = relocation.tombstone(position)
-            rename_new(places.destination, final, places.source, taken)
-            give_back(places.source, taken, relocation, position)
-    for position, member in enumerate(relocation.members):
-        if not member.leaves:
-            remove_part(places.destination, relocation.part_name(position))
+            # The original name is taken: rename to the tombstone, which is always free, then to the next free name.
+            tombstone = move.tombstone(position)
+            rename_new(places.destination, final, places.source, tombstone)
+            restore_name(places.source, tombstone, move, position)
+    for position, file in enumerate(move.files):
+        if not file.leaves:
+            remove_part(places.destination, move.part_name(position))
     sync_folder(places.source)
     sync_folder(places.destination)
-    return relocation.failed("taken back: not every file of the image could be moved")
+    return move.failed("moved back, because not every file of the image could be moved")
 
 
-def _drop_copies(places: _Places, relocation: MoveRecord) -> MoveRecord:
-    """Nothing was renamed: remove the copies whose sources stand, and save those whose sources do not."""
-    nothing = relocation.failed("nothing had been moved")
+def _remove_copies(places: _Places, move: MoveRecord) -> MoveRecord:
+    """After no rename: remove the copies whose sources exist, and publish or keep the others."""
+    nothing = move.failed("nothing was moved")
     if places.destination == -1:
         return nothing
     unproven, saved = [], []
-    for position, member in enumerate(relocation.members):
-        part = relocation.part_name(position)
-        if look(places.destination, part) is None:
+    for position, file in enumerate(move.files):
+        part = move.part_name(position)
+        if lstat_at(places.destination, part) is None:
             continue
-        if not member.leaves or look(places.source, member.name) is not None:
+        if not file.leaves or lstat_at(places.source, file.name) is not None:
             remove_part(places.destination, part)
-        elif member.content and content_of(places.destination, part) == member.content:
-            names = chain((member.wanted,), names_of_one(relocation, position))
-            final = publish_anywhere(places.destination, part, names)
-            saved.append(settled(places.destination, member, final))
+        elif file.content and sha256_at(places.destination, part) == file.content:
+            names = chain((file.wanted,), names_of_one(move, position))
+            saved.append(with_final(places.destination, file, publish_under_free_name(places.destination, part, names)))
         else:
             unproven.append(part)
     sync_folder(places.destination)
     if saved:
-        message = "the source was gone, its copy was whole"
-        return replace(relocation, members=tuple(saved), progress=MoveProgress.DONE, message=message)
+        message = "the source is gone; its copy was complete and was used"
+        return replace(move, files=tuple(saved), progress=MoveProgress.DONE, message=message)
     if unproven:
-        return relocation.failed(f"the source is gone, its copy cannot be proven whole: kept as {', '.join(unproven)}")
+        return move.failed(f"the source is gone and its copy may be incomplete: kept as {', '.join(unproven)}")
     return nothing
 
 
-# ---------------------------------------------------------------- publishing: whole copies, known by inode and hash
+# ---------------------------------------------------------------- publishing: complete copies, known by inode and hash
 
 
-def _recover_publishing(folders: Folders, places: _Places, relocation: MoveRecord, advance: Advance) -> MoveRecord:
+def _recover_publishing(folders: Folders, places: _Places, move: MoveRecord, advance: Advance) -> MoveRecord:
     if -1 in {places.source, places.destination}:
-        return relocation
+        return move
     destination = places.destination
-    finals = _published(destination, relocation)
-    _remove_placeholders(destination, relocation, finals)
-    if len(finals) < len(relocation.members):
-        if _all_stand(places, relocation):
-            return _unpublish(destination, relocation, finals)
-        finals |= _publish_rest(destination, relocation, finals)
+    finals = _published(destination, move)
+    _remove_placeholders(destination, move, finals)
+    if len(finals) < len(move.files):
+        if _all_in_source(places, move):
+            return _unpublish(destination, move, finals)
+        finals |= _publish_rest(destination, move, finals)
     if 0 not in finals:
-        return relocation.failed(f"{relocation.source}/{relocation.image.name}: its copy is gone")
+        return move.failed(f"{move.source}/{move.image.name}: its copy is gone")
     for position in finals:
-        remove_part(destination, relocation.part_name(position))
-    members = tuple(replace(relocation.members[position], final=finals[position]) for position in sorted(finals))
-    return remove_sources(folders, seal_published(destination, replace(relocation, members=members), advance))
+        remove_part(destination, move.part_name(position))
+    files = tuple(replace(move.files[position], final=finals[position]) for position in sorted(finals))
+    return remove_sources(folders, mark_published(destination, replace(move, files=files), advance))
 
 
-def _recover_published(folders: Folders, places: _Places, relocation: MoveRecord, advance: Advance) -> MoveRecord:
+def _recover_published(folders: Folders, places: _Places, move: MoveRecord, advance: Advance) -> MoveRecord:
     if -1 in {places.source, places.destination}:
-        return relocation
+        return move
     try:
-        return remove_sources(folders, relocation)
+        return remove_sources(folders, move)
     except PermissionError:
-        if not _all_stand(places, relocation):
+        if not _all_in_source(places, move):
             raise
-    # The sources may not be removed (immutable, another owner's in a sticky folder): the copies go instead, or the
-    # images would be copied again and again. Step back first, so that a crash in between is one of that step.
-    sealed = replace(relocation, progress=MoveProgress.PUBLISHING)
+    # The sources cannot be removed (immutable, or another owner's in a sticky folder): remove the copies, or each scan
+    # would add one. Record PUBLISHING first, so that a crash in between is recovered from there.
+    sealed = replace(move, progress=MoveProgress.PUBLISHING)
     advance(sealed)
     return _unpublish(places.destination, sealed, _published(places.destination, sealed))
 
 
-def _all_stand(places: _Places, relocation: MoveRecord) -> bool:
-    return all(
-        _stands(places, relocation, position) for position, member in enumerate(relocation.members) if member.leaves
-    )
+def _all_in_source(places: _Places, move: MoveRecord) -> bool:
+    return all(_is_in_source(places, move, position) for position, file in enumerate(move.files) if file.leaves)
 
 
-def _published(destination: int, relocation: MoveRecord) -> dict[int, str]:
-    """Return the names under which sealed copies are visible.
+def _published(destination: int, move: MoveRecord) -> dict[int, str]:
+    """Return the visible names of the copies, by position.
 
-    An equal file of the user's is none of ours: only the inode tells, or a name that the journal holds because the
-    file system's inode numbers need not last.
+    A user's file may have the same content: only the inode identifies a copy, or a name in the journal, because a file
+    system's inode numbers may change.
     """
-    by_inode = names_of(destination, [member.copy_inode for member in relocation.members])
+    by_inode = names_by_inode(destination, [file.copy_inode for file in move.files])
     finals = {}
-    for position, member in enumerate(relocation.members):
-        for name in (by_inode.get(member.copy_inode, ""), member.final):
-            if name and not name.startswith(".sortd-") and content_of(destination, name) == member.content:
+    for position, file in enumerate(move.files):
+        for name in (by_inode.get(file.copy_inode, ""), file.final):
+            if name and not name.startswith(".sortd-") and sha256_at(destination, name) == file.content:
                 finals[position] = name
                 break
     return finals
 
 
-def _remove_placeholders(destination: int, relocation: MoveRecord, finals: dict[int, str]) -> None:
-    for position, member in enumerate(relocation.members):
-        status = look(destination, member.final) if member.final and position not in finals else None
-        if status is not None and status.st_size == 0 and look(destination, relocation.part_name(position)):
-            os.unlink(member.final, dir_fd=destination)
+def _remove_placeholders(destination: int, move: MoveRecord, finals: dict[int, str]) -> None:
+    for position, file in enumerate(move.files):
+        status = lstat_at(destination, file.final) if file.final and position not in finals else None
+        if status is not None and status.st_size == 0 and lstat_at(destination, move.part_name(position)):
+            os.unlink(file.final, dir_fd=destination)
 
 
-def _unpublish(destination: int, relocation: MoveRecord, finals: dict[int, str]) -> MoveRecord:
-    """Every source stands: remove the copies, which are ours."""
-    for position, name in finals.items():
+def _unpublish(destination: int, move: MoveRecord, finals: dict[int, str]) -> MoveRecord:
+    """Remove the copies, which sortd made; every source exists."""
+    for name in finals.values():
         os.unlink(name, dir_fd=destination)
-        remove_part(destination, relocation.part_name(position))
-    for position in range(len(relocation.members)):
-        remove_part(destination, relocation.part_name(position))
+    for position in range(len(move.files)):
+        remove_part(destination, move.part_name(position))
     sync_folder(destination)
-    return relocation.failed("its copies were removed, the files are where they were")
+    return move.failed("the copies were removed; the files are where they were")
 
 
-def _publish_rest(destination: int, relocation: MoveRecord, finals: dict[int, str]) -> dict[int, str]:
-    """A source is gone: what copies are whole become visible."""
-    beside = _names_beside(relocation, finals[0]) if 0 in finals else final_names(relocation, 1)
+def _publish_rest(destination: int, move: MoveRecord, finals: dict[int, str]) -> dict[int, str]:
+    """Publish every other complete copy, because a source is gone."""
+    beside = _names_beside(move, finals[0]) if 0 in finals else final_names(move, 1)
     published = {}
-    for position, member in enumerate(relocation.members):
-        part = relocation.part_name(position)
-        if position not in finals and content_of(destination, part) == member.content:
-            names = chain((beside[position],), names_of_one(relocation, position))
-            published[position] = publish_anywhere(destination, part, names)
+    for position, file in enumerate(move.files):
+        part = move.part_name(position)
+        if position not in finals and sha256_at(destination, part) == file.content:
+            names = chain((beside[position],), names_of_one(move, position))
+            published[position] = publish_under_free_name(destination, part, names)
     return published
 
 
-def _stands(places: _Places, relocation: MoveRecord, position: int) -> bool:
-    member = relocation.members[position]
-    status = None if places.source == -1 else look(places.source, member.name)
-    return status is not None and is_version(status, member.stamp)
+def _is_in_source(places: _Places, move: MoveRecord, position: int) -> bool:
+    file = move.files[position]
+    status = None if places.source == -1 else lstat_at(places.source, file.name)
+    return status is not None and is_version(status, file.stamp)
 
 
 def _open_or_absent(folders: Folders, folder: str) -> int:

@@ -1,4 +1,4 @@
-"""Undoing: what goes back where, from what still stands where a record put it; never over another file."""
+"""Undo: which files of a record go back, from the files that are still where it put them."""
 
 import os
 import stat
@@ -9,41 +9,41 @@ from pathlib import Path
 from sortd.companions import owners_of
 from sortd.events import Outcome, Stamp
 from sortd.files import stamp_of
-from sortd.moving.fs import Folders, is_version, look
-from sortd.moving.parts import content_of
+from sortd.moving.fs import Folders, is_version, lstat_at
+from sortd.moving.parts import sha256_at
 from sortd.moving.plan import new_token
 from sortd.store.records import UNDONE, MoveFile, MoveReason, MoveRecord, Record, Role
 
 
 @dataclass(frozen=True, slots=True)
 class UndoResult:
-    """What became of the undoing of one record."""
+    """The result of undoing one record."""
 
     record: Record
-    restored: str | None  # absolute path where the image stands now, or would; None: it was not put back
-    message: str = ""  # why not, or what could not be put back with it
+    restored: str | None  # absolute path of the image after the undo; None: it was not moved back
+    message: str = ""  # why not, or which other files were not moved back
 
 
 @dataclass(frozen=True, slots=True)
 class UndoPlan:
-    """The move that takes a record back."""
+    """The move that undoes a record."""
 
     record: Record
-    relocation: MoveRecord
-    message: str  # what could not be put back with it
+    move: MoveRecord
+    message: str  # which other files cannot be moved back
 
     @property
-    def grounds(self) -> MoveReason:
-        """Why the image moves."""
-        return replace(self.record.grounds, outcome=UNDONE, undoes=self.record.id)
+    def move_reason(self) -> MoveReason:
+        """The reason of the move, for the journal."""
+        return replace(self.record.move_reason, outcome=UNDONE, undoes=self.record.id)
 
     def result(self, root: Path, name: str) -> UndoResult:
-        """Return what to say once the image stands under a name in its former folder."""
-        return UndoResult(self.record, f"{os.fspath(root)}/{self.relocation.destination}/{name}", self.message)
+        """Return the result for an image that has this name in its former folder."""
+        return UndoResult(self.record, f"{os.fspath(root)}/{self.move.destination}/{name}", self.message)
 
 
 def plan_undos(root: Path, records: Sequence[Record]) -> list[UndoPlan | UndoResult]:
-    """Return how these records are taken back, or why one is not, newest first."""
+    """Return for each record, newest first, the move that undoes it, or the result if it cannot be undone."""
     newest_first = sorted(records, key=lambda record: record.id, reverse=True)
     try:
         folders = Folders(root)
@@ -53,116 +53,107 @@ def plan_undos(root: Path, records: Sequence[Record]) -> list[UndoPlan | UndoRes
         return [_plan(folders, record) for record in newest_first]
 
 
-def foretell_undos(root: Path, records: Sequence[Record], back: set[str]) -> list[UndoResult]:
-    """Say what undoing these records would do.
+def preview_undos(root: Path, records: Sequence[Record], back: set[str]) -> list[UndoResult]:
+    """Return what undoing these records would do.
 
-    Args:
-        root: the dataset.
-        records: of the moves to be undone.
-        back: where images would stand again, relative to the dataset; those of these records are added.
+    ``back`` contains the paths, relative to the dataset, of images that earlier undos would restore; those of these
+    records are added.
     """
-    foretold: list[UndoResult] = []
+    results: list[UndoResult] = []
     for plan in plan_undos(root, records):
         record = plan.record
         if isinstance(plan, UndoPlan):
-            foretold.append(plan.result(root, plan.relocation.image.wanted))
+            results.append(plan.result(root, plan.move.image.wanted))
         elif record.destination_path in back:
-            foretold.append(UndoResult(record, f"{os.fspath(root)}/{record.source_path}"))
+            results.append(UndoResult(record, f"{os.fspath(root)}/{record.source_path}"))
         else:
-            foretold.append(plan)
+            results.append(plan)
             continue
         back.add(record.source_path)
-    return foretold
+    return results
 
 
 def _plan(folders: Folders, record: Record) -> UndoPlan | UndoResult:
-    """Look at what still stands where the record put it; decide what goes back."""
-    there = record.relocation
-    if record.grounds.outcome == UNDONE:
-        said = "it was put back there by an undo; `sortd release` lets it be filed again"
-        return UndoResult(record, None, f"{record.destination_path}: {said}")
+    move, path = record.move, record.destination_path
+    if record.move_reason.outcome == UNDONE:
+        said = "an undo put it there; `sortd release` lets it be filed again"
+        return UndoResult(record, None, f"{path}: {said}")
     if record.undone_by is not None:
-        return UndoResult(record, None, f"{record.destination_path}: undone already")
+        return UndoResult(record, None, f"{path}: already undone")
     try:
-        folders.open(there.source.partition("/")[0])  # never made anew: without it, its disk is not mounted
+        folders.open(move.source.partition("/")[0])  # never created: without this folder, its disk is not mounted
         if (stranger := _stranger(folders, record)) is not None:
-            said = f"{there.source}/{stranger} is another image, which it would stand beside; left where it is"
-            return UndoResult(record, None, f"{record.destination_path}: {said}")
-        return _plan_in(folders, folders.open(there.destination), record)
+            said = f"it would seem to belong to another image, {move.source}/{stranger}; left where it is"
+            return UndoResult(record, None, f"{path}: {said}")
+        return _plan_in(folders, folders.open(move.destination), record)
     except OSError as error:
-        return UndoResult(record, None, f"{record.destination_path}: {error.strerror}")
+        return UndoResult(record, None, f"{path}: {error.strerror}")
 
 
 def _stranger(folders: Folders, record: Record) -> str | None:
-    """Return the image to which a companion that followed its own would seem to belong where it came from."""
-    there = record.relocation
-    if record.grounds.outcome != Outcome.FOLLOWED or there.source.partition("/")[0] == "Images":
+    """Return the image to which a companion that followed its own would seem to belong in its former folder."""
+    move = record.move
+    if record.move_reason.outcome != Outcome.FOLLOWED or move.source.partition("/")[0] == "Images":
         return None
     try:
-        owners = owners_of(there.image.name, folders.names(there.source).near(there.image.name))
+        owners = owners_of(move.image.name, folders.names(move.source).near(move.image.name))
     except FileNotFoundError:
-        return None  # it is made anew
+        return None  # the undo creates the folder
     return owners[0] if owners else None
 
 
 def _plan_in(folders: Folders, folder: int, record: Record) -> UndoPlan | UndoResult:
-    """Look at the files of a move in its destination folder, which is open."""
-    there = record.relocation
-    found = _find(folder, there.image)
+    """Plan the undo from the files in the destination folder of a move, which is open."""
+    move = record.move
+    found = _find(folder, move.image)
     if isinstance(found, str):
         return UndoResult(record, None, f"{record.destination_path}: {found}")
-    back, obsolete, left = [_reversed(there.image, Role.IMAGE, found)], [], []
-    for member in there.members[1:]:
-        if isinstance(stamp := _find(folder, member), str):
-            left.append(member.final)
-        elif member.role is Role.COMPANION:
-            back.append(_reversed(member, Role.COMPANION, stamp))
-        elif member.role is Role.REASON or _is_needless(folders, there, member):
-            obsolete.append(_reversed(member, member.role, stamp))
-        elif not _content(folders, there.source, member.name):
-            back.append(_reversed(member, Role.COMPANION, stamp))
+    back, obsolete, left = [_reversed(move.image, Role.IMAGE, found)], [], []
+    for file in move.files[1:]:
+        if isinstance(stamp := _find(folder, file), str):
+            left.append(file.final)
+            continue
+        original = "" if file.role is not Role.SHARED else _content(folders, move.source, file.name)
+        if file.role is Role.REASON or (original and original == _content(folders, move.destination, file.final)):
+            obsolete.append(_reversed(file, file.role, stamp))
+        elif original:  # it differs from the copy, and both are kept
+            left.append(file.final)
         else:
-            left.append(member.final)
-    relocation = MoveRecord(
+            back.append(_reversed(file, Role.COMPANION, stamp))
+    undo = MoveRecord(
         new_token(),
-        there.destination,
-        there.source,
+        move.destination,
+        move.source,
         tuple(back),
         obsolete=tuple(obsolete),
-        joins=record.grounds.outcome == Outcome.FOLLOWED,  # what was left behind with it may stand there again
+        joins=record.move_reason.outcome == Outcome.FOLLOWED,  # files that it belongs to may be in the folder
     )
-    return UndoPlan(record, relocation, f"left where they are, changed or gone: {', '.join(left)}" if left else "")
-
-
-def _is_needless(folders: Folders, there: MoveRecord, member: MoveFile) -> bool:
-    """Whether the original of a shared companion still says what our copy of it says."""
-    copy = _content(folders, there.destination, member.final)
-    return copy != "" and copy == _content(folders, there.source, member.name)
+    return UndoPlan(record, undo, f"left where they are, changed or gone: {', '.join(left)}" if left else "")
 
 
 def _content(folders: Folders, folder: str, name: str) -> str:
     try:
-        return content_of(folders.open(folder), name)
+        return sha256_at(folders.open(folder), name)
     except OSError:
         return ""
 
 
-def _find(folder: int, member: MoveFile) -> Stamp | str:
-    """Return the version of a file that stands where it was put, or why it cannot be put back.
+def _find(folder: int, file: MoveFile) -> Stamp | str:
+    """Return the version of a file where its move put it, or why it cannot be moved back.
 
     Raises:
-        OSError: the disk, or its rights, do not let us look.
+        OSError: the folder cannot be read.
     """
-    status = look(folder, member.final) if member.final else None
-    if status is None or member.moved_stamp is None:
+    status = lstat_at(folder, file.final) if file.final else None
+    if status is None or file.moved_stamp is None:
         return "no longer there: moved or removed since"
-    if is_version(status, member.moved_stamp):
-        return member.moved_stamp
-    # The undoing of a later move may have copied it here: another inode with the same bytes is the same image.
-    if stat.S_ISREG(status.st_mode) and member.content and content_of(folder, member.final) == member.content:
+    if is_version(status, file.moved_stamp):
+        return file.moved_stamp
+    # Undoing a later move may have copied the file here: another inode with the same bytes is the same image.
+    if stat.S_ISREG(status.st_mode) and file.content and sha256_at(folder, file.final) == file.content:
         return stamp_of(status)
     return "changed since it was put there; left where it is"
 
 
-def _reversed(member: MoveFile, role: Role, stamp: Stamp) -> MoveFile:
-    return MoveFile(role, member.final, member.name, stamp, content=member.content if role is Role.IMAGE else "")
+def _reversed(file: MoveFile, role: Role, stamp: Stamp) -> MoveFile:
+    return MoveFile(role, file.final, file.name, stamp, content=file.content if role is Role.IMAGE else "")

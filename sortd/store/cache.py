@@ -1,10 +1,11 @@
-"""The cache: embeddings by content and encoder, contents by stamp, the last prototypes; all can be made again.
+"""The cache of embeddings by content and encoder, contents by stamp, and the last prototypes.
 
-So nothing here ever stops sortd. A row whose checksum does not fit is as if it were not there; a broken file is set
-aside and begun anew; a deleted one too, even while it is open; a full disk means working without. Each is reported
-once, and again only after things went well in between. One thread uses a cache; other processes may read and write.
+Everything here can be computed again, so no error of the cache stops sortd. A row with a wrong checksum is ignored; a
+damaged file is renamed and replaced by an empty one, a deleted file is created again; on a full disk sortd works
+without a cache. Each problem is reported once, and again only after a successful write. A cache is used by one thread;
+other processes may use the same file.
 
-The last prototypes are files, not rows: those of 100,000 references are 200 MB, which SQLite would write twice.
+Prototypes are files, not rows: those of 100,000 references are 200 MB, which SQLite would write twice.
 """
 
 import hashlib
@@ -28,21 +29,19 @@ from sortd.events import Stamp
 from sortd.files import identity_of, read_regular, write_atomic
 
 MAX_BYTES = 1_000_000_000  # about 450,000 embeddings of 512 dimensions
-
 DAY_SECONDS = 86_400
 _BUSY_SECONDS = 5.0
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA}
 
-_OF_ODD_ROWS = (ValueError, TypeError, AttributeError, LookupError, OverflowError)
-"""What rows raise that sortd did not write: SQLite lets any column hold anything, also after a flipped bit."""
+_INVALID_ROW = (ValueError, TypeError, AttributeError, LookupError, OverflowError)
+"""Errors raised by rows that sortd did not write: a SQLite column may have any value, for example after a bit flip."""
 
 _LOG = logging.getLogger(__name__)
-
 _Answer = TypeVar("_Answer")
 
 SCHEMA_VERSION = 2
-PRUNED_SHARE = 0.2  # of the rows, the oldest: pruning is rare, and never far from the limit
-KEYS_A_QUERY = 500  # below SQLite's oldest limit on parameters
+PRUNED_SHARE = 0.2  # of the rows, the oldest: pruning is rare, and the size stays near the limit
+KEYS_A_QUERY = 500  # below the smallest default limit of SQLite on parameters
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS encoders (number INTEGER PRIMARY KEY, encoder_id TEXT NOT NULL UNIQUE);
@@ -62,15 +61,15 @@ _FROM_1 = "ALTER TABLE contents ADD COLUMN ctime_ns INTEGER NOT NULL DEFAULT 0;"
 
 KIND = b"sortd prototypes "
 MAGIC = KIND + b"2"
-"""What a file begins with: its number is raised when a prototype set has other arrays or facts than before."""
+"""The first bytes of a file; the number increases when a prototype set gets other arrays or metadata."""
 MOST_BYTES = 4 << 30
-KINDS = "biufU"  # what an array may hold: numbers and text, no Python objects
+KINDS = "biufU"  # dtype kinds of arrays: numbers and text, no Python objects
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class CacheFacts:
-    """What a cache holds."""
+    """The numbers of rows and the size of a cache."""
 
     embeddings: int
     contents: int
@@ -88,19 +87,19 @@ class Cache:
         report: Callable[[str], None] = _LOG.warning,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Open, or begin, the cache.
+        """Open or create the cache.
 
         Args:
-            path: the SQLite file; prototypes lie in a folder beside it.
-            max_bytes: what the file may grow to; beyond it the rows that were not used for longest go.
-            report: is told, a sentence each, what went wrong and what was done about it.
+            path: the SQLite file; prototypes are in a folder beside it.
+            max_bytes: size limit of the file, above which the least recently used rows are removed.
+            report: called with one sentence about each problem and what was done.
             clock: seconds since the epoch, for the age of rows.
         """
         self._path, self._max_bytes, self._report, self._clock = path, max_bytes, report, clock
         self._database: sqlite3.Connection | None = None
         self._files: tuple[tuple[int, int] | None, ...] = ()
-        self._told: set[str] = set()
-        self._prototypes = PrototypeFiles(path.parent / "prototypes", self._tell)
+        self._reported: set[str] = set()
+        self._prototypes = PrototypeFiles(path.parent / "prototypes", self._report_once)
         self._run(lambda _: None, None)
 
     def __enter__(self) -> Self:
@@ -112,18 +111,16 @@ class Cache:
         self.close()
 
     def close(self) -> None:
-        """Close the file; may be called twice."""
+        """Close the file; idempotent."""
         database, self._database = self._database, None
         if database is not None:
-            with suppress(sqlite3.Error):  # whatever was not written can be made again
+            with suppress(sqlite3.Error):  # whatever was not written can be computed again
                 database.close()
 
-    # ------------------------------------------------------------ what is remembered
-
     def contents(self, images: Sequence[tuple[str, Stamp]]) -> dict[tuple[str, Stamp], str]:
-        """Return the content (hexadecimal sha256) of each of these versions of files that was read before.
+        """Return the known contents (hexadecimal sha256) of these file versions, given by path and stamp.
 
-        They carry no checksum: one that is damaged names a content that no embedding has.
+        They have no checksum: a damaged one is a content without an embedding.
         """
         query = "SELECT path, content, ctime_ns FROM contents WHERE (inode, size, mtime_ns, device) = (?, ?, ?, ?)"
 
@@ -131,14 +128,14 @@ class Cache:
             found = {}
             for path, stamp in images:
                 row = database.execute(query, _key(stamp)).fetchone()
-                if row is not None and _is_the_same(path, stamp, row[0], row[2]):
+                if row is not None and _is_same(path, stamp, row[0], row[2]):
                     found[path, stamp] = row[1].hex()
             return found
 
         return self._run(read, {})
 
     def remember_contents(self, contents: Mapping[tuple[str, Stamp], str]) -> None:
-        """Remember what these versions of files hold, as hexadecimal sha256."""
+        """Store the contents (hexadecimal sha256) of file versions."""
         insert = "REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?, ?)"
 
         def write(database: sqlite3.Connection) -> None:
@@ -151,10 +148,7 @@ class Cache:
         self._run(write, None)
 
     def embeddings(self, contents: Collection[str], encoder_id: str) -> dict[str, FloatArray]:
-        """Return the known embeddings, float32 (d,) each and read-only, by content, of one encoder.
-
-        Those whose checksums do not fit are left out; of the others it is noted that they were used today.
-        """
+        """Return the known embeddings of one encoder by content, each read-only float32 (d,), and mark them as used."""
         today = self._today()
 
         def read(database: sqlite3.Connection) -> dict[str, FloatArray]:
@@ -167,12 +161,12 @@ class Cache:
                     database, encoder, wanted[start : start + KEYS_A_QUERY]
                 ):
                     if checksum != _checksum(encoder_id, key, vector):
-                        continue  # as if it were not there: it is computed again and written over
+                        continue  # it will be computed again and overwritten
                     found[key.hex()] = np.frombuffer(vector, "<f4")
                     if used_day != today:
                         stale.append((today, encoder, key))
             if stale:
-                # A reader on a read-only or full disk still gets its rows; only their age is not noted.
+                # On a read-only or full disk the rows are still returned, only their age is not updated.
                 with suppress(sqlite3.OperationalError):
                     database.executemany("UPDATE embeddings SET used_day = ? WHERE encoder = ? AND content = ?", stale)
             return found
@@ -180,7 +174,7 @@ class Cache:
         return self._run(read, {})
 
     def remember_embeddings(self, embeddings: Mapping[str, FloatArray], encoder_id: str) -> None:
-        """Remember embeddings by content (hexadecimal sha256); beyond the size limit the oldest rows go."""
+        """Store embeddings by content (hexadecimal sha256); above the size limit the oldest rows are removed."""
         today = self._today()
 
         def write(database: sqlite3.Connection) -> None:
@@ -197,19 +191,19 @@ class Cache:
         self._run(write, None)
 
     def prototypes(self, key: str) -> PrototypeSet | None:
-        """Return the prototypes that were remembered last under a key, or None."""
+        """Return the last stored prototypes of a key, or None."""
         return self._prototypes.read(key)
 
     def forget_prototypes(self, key: str) -> None:
-        """Forget a dataset's prototypes: another dataset stands in its place."""
+        """Remove the prototypes of a key, because another dataset has its place."""
         self._prototypes.remove(key)
 
     def remember_prototypes(self, key: str, prototypes: PrototypeSet) -> None:
-        """Remember a dataset's prototypes in place of the ones before."""
+        """Replace the prototypes of a key."""
         self._prototypes.write(key, prototypes)
 
     def facts(self) -> CacheFacts:
-        """Return what the cache holds."""
+        """Return the numbers of rows and the size."""
 
         def read(database: sqlite3.Connection) -> CacheFacts:
             (embeddings,) = database.execute("SELECT count(*) FROM embeddings").fetchone()
@@ -218,51 +212,48 @@ class Cache:
 
         return self._run(read, CacheFacts(0, 0, 0))
 
-    # ------------------------------------------------------------ one operation
-
     def _run(self, operation: Callable[[sqlite3.Connection], _Answer], otherwise: _Answer) -> _Answer:
-        """Do one operation in a transaction; where the file does not let us, answer ``otherwise`` and go on."""
+        """Run an operation in a transaction and return its result; return ``otherwise`` after an error."""
         for _ in range(2):
             try:
                 database = self._open()
                 before = database.total_changes
                 with database:
                     answer = operation(database)
-            except (sqlite3.Error, *_OF_ODD_ROWS) as error:
-                if not self._is_mended(error):
+            except (sqlite3.Error, *_INVALID_ROW) as error:
+                if not self._was_replaced(error):
                     return otherwise
             except OSError as error:
-                self._tell(f"the cache {self._path} cannot be used: {error.strerror}; working without it")
+                self._report_once(f"the cache {self._path} cannot be used: {error.strerror}; sortd works without it")
                 return otherwise
             else:
-                if database.total_changes > before:  # reading goes well on a full disk too
-                    self._told.clear()
+                if database.total_changes > before:  # reading succeeds on a full disk as well
+                    self._reported.clear()
                 return answer
         return otherwise
 
-    def _is_mended(self, error: Exception) -> bool:
-        """Set a broken file aside, so that the operation can be tried on a new one; anything else is told and waits."""
+    def _was_replaced(self, error: Exception) -> bool:
+        """Rename a damaged file, so that the operation can be repeated on a new one; report any other error."""
         self.close()
-        is_odd = isinstance(error, _OF_ODD_ROWS)
-        if not is_odd and getattr(error, "sqlite_errorcode", 0) & 0xFF not in _BROKEN:
-            self._tell(f"the cache {self._path} cannot be used: {error}; working without it until it can")
+        if not isinstance(error, _INVALID_ROW) and getattr(error, "sqlite_errorcode", 0) & 0xFF not in _BROKEN:
+            self._report_once(f"the cache {self._path} cannot be used: {error}; sortd works without it until it can")
             return False
         aside = self._path.with_name(self._path.name + ".broken")
-        with suppress(OSError):  # if it cannot be moved, opening it again fails, and that is told
+        with suppress(OSError):  # if it cannot be renamed, opening it again fails, which is reported
             self._path.replace(aside)
             for suffix in ("-wal", "-shm"):
                 Path(f"{self._path}{suffix}").unlink(missing_ok=True)
-        self._tell(f"the cache {self._path} is damaged ({error}): set aside as {aside.name} and begun anew")
+        self._report_once(f"the cache {self._path} is damaged ({error}): renamed to {aside.name}, a new one begins")
         return True
 
-    def _tell(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+    def _report_once(self, message: str) -> None:
+        if message not in self._reported:
+            self._reported.add(message)
             self._report(message)
 
     def _open(self) -> sqlite3.Connection:
-        """Return the open file, opened anew where somebody took it away below us."""
-        if self._database is not None and self._files == self._standing():
+        """Return the connection, reopened if the file was removed or replaced."""
+        if self._database is not None and self._files == self._identities():
             return self._database
         self.close()
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,10 +263,10 @@ class Cache:
         except sqlite3.Error:
             database.close()
             raise
-        self._database, self._files = database, self._standing()
+        self._database, self._files = database, self._identities()
         return database
 
-    def _standing(self) -> tuple[tuple[int, int] | None, ...]:
+    def _identities(self) -> tuple[tuple[int, int] | None, ...]:
         return tuple(identity_of(f"{self._path}{suffix}") for suffix in ("", "-wal"))
 
     def _today(self) -> int:
@@ -283,21 +274,21 @@ class Cache:
 
 
 def _prepare(database: sqlite3.Connection) -> None:
-    """Make the tables where there are none.
+    """Create missing tables.
 
     Raises:
-        sqlite3.Error: the file is broken, or of another version (code SQLITE_SCHEMA).
+        sqlite3.Error: the file is damaged, or has another version (code SQLITE_SCHEMA).
     """
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = NORMAL")
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version == SCHEMA_VERSION:
         return
-    if version == 1:  # its rows are believed as they were
+    if version == 1:  # its rows stay valid
         database.executescript(f"BEGIN IMMEDIATE; {_FROM_1} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         return
     if version != 0:
-        error = sqlite3.DatabaseError(f"made by another sortd, schema {version}")
+        error = sqlite3.DatabaseError(f"it has schema {version} of another version of sortd")
         error.sqlite_errorcode = sqlite3.SQLITE_SCHEMA
         raise error
     database.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
@@ -308,12 +299,11 @@ def _key(stamp: Stamp) -> tuple[int, int, int, int]:
     return inode, size, mtime_ns, device
 
 
-def _is_the_same(path: str, stamp: Stamp, known_path: bytes, known_ctime_ns: int) -> bool:
-    """Tell whether what was known is this version.
+def _is_same(path: str, stamp: Stamp, known_path: bytes, known_ctime_ns: int) -> bool:
+    """Tell whether a stored content is that of this file version.
 
-    A file that was renamed, or written with its old time put back, shows another time of change: it is read again.
-    Where that is not known, another file with the same inode, size and mtime would need the same nanosecond, which
-    happens only where times are whole seconds: there the name must be the same as well.
+    A file that was renamed, or changed and given its old mtime, has another ctime and is read again. If a ctime is
+    unknown, mtime identifies the version; where mtime has whole seconds, the path must be equal as well.
     """
     if 0 not in {known_ctime_ns, stamp.ctime_ns} and known_ctime_ns != stamp.ctime_ns:
         return False
@@ -327,17 +317,15 @@ def _rows_of(database: sqlite3.Connection, encoder: int, keys: Sequence[bytes]) 
 
 
 def _prune(database: sqlite3.Connection) -> None:
-    """Let the rows go that were not used for longest; the space is used again."""
+    """Remove the least recently used rows; SQLite reuses their space."""
     (rows,) = database.execute("SELECT count(*) FROM embeddings").fetchone()
-    doomed = max(1, int(rows * PRUNED_SHARE))
-    database.execute(
-        "DELETE FROM embeddings WHERE rowid IN (SELECT rowid FROM embeddings ORDER BY used_day, rowid LIMIT ?)",
-        (doomed,),
-    )
+    oldest = "SELECT rowid FROM embeddings ORDER BY used_day, rowid LIMIT ?"
+    database.execute(f"DELETE FROM embeddings WHERE rowid IN ({oldest})", (max(1, int(rows * PRUNED_SHARE)),))  # noqa: S608 - constants
     database.execute("DELETE FROM contents WHERE content NOT IN (SELECT content FROM embeddings)")
 
 
 def _number(database: sqlite3.Connection, encoder_id: str) -> int:
+    """Return the number of an encoder; 0 if it is unknown."""
     row = database.execute("SELECT number FROM encoders WHERE encoder_id = ?", (encoder_id,)).fetchone()
     return 0 if row is None else int(row[0])
 
@@ -350,19 +338,19 @@ def _size(database: sqlite3.Connection) -> int:
 
 
 def _checksum(encoder_id: str, content: bytes, vector: bytes) -> int:
-    """Tie a vector to its key: a row that slipped to another key is as wrong as a flipped bit."""
+    """Return a checksum of a vector with its key, which detects a vector under a wrong key, too."""
     return zlib.crc32(vector, zlib.crc32(content, zlib.crc32(encoder_id.encode())))
 
 
 class PrototypeFiles:
-    """A folder with one file for each key."""
+    """A folder with one file of prototypes for each key."""
 
-    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
-        """Keep files in ``folder``, which is made when it is needed; ``tell`` hears of what went wrong."""
-        self._folder, self._tell = folder, tell
+    def __init__(self, folder: Path, report: Callable[[str], None]) -> None:
+        """Use ``folder``, which is created when needed; ``report`` is called with each problem."""
+        self._folder, self._report = folder, report
 
     def read(self, key: str) -> PrototypeSet | None:
-        """Return what was written last, or None where there is nothing or it is damaged."""
+        """Return the last prototypes of a key; None if there are none or they are damaged."""
         file = self._file(key)
         try:
             content = read_regular(file, limit=MOST_BYTES)
@@ -370,34 +358,34 @@ class PrototypeFiles:
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._tell(f"the cached prototypes {file} cannot be read: {error.strerror}; they are built anew")
-        except (ValueError, LookupError, TypeError, AttributeError) as error:  # damaged, or made by an older sortd
-            self._tell(f"the cached prototypes {file} do not serve ({error}); they are built anew")
+            self._report(f"the cached prototypes {file} cannot be read: {error.strerror}; sortd builds new ones")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # damaged, or of an older version
+            self._report(f"the cached prototypes {file} cannot be used ({error}); sortd builds new ones")
         return None
 
     def written_at_ns(self, key: str) -> int:
-        """Return when a key's prototypes were written, in nanoseconds since the epoch; 0 where there are none."""
+        """Return when the prototypes of a key were written, in nanoseconds since the epoch; 0 if there are none."""
         try:
             return self._file(key).stat().st_mtime_ns
         except OSError:
             return 0
 
     def write(self, key: str, prototypes: PrototypeSet) -> None:
-        """Replace what was written before; a reader sees the one or the other."""
+        """Replace the prototypes of a key atomically."""
         file = self._file(key)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomic(file, packed(*prototypes.to_arrays()), durable=False)
         except OSError as error:
-            self._tell(f"the prototypes cannot be cached in {file}: {error.strerror}; the next start builds them anew")
+            self._report(f"the prototypes cannot be cached in {file}: {error.strerror}; the next start builds new ones")
 
     def remove(self, key: str) -> None:
-        """Remove what was written; nothing written is no mistake."""
+        """Remove the prototypes of a key, if any."""
         file = self._file(key)
         try:
             file.unlink(missing_ok=True)
         except OSError as error:
-            self._tell(f"the cached prototypes {file} cannot be removed: {error.strerror}")
+            self._report(f"the cached prototypes {file} cannot be removed: {error.strerror}")
 
     def _file(self, key: str) -> Path:
         name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
@@ -405,15 +393,15 @@ class PrototypeFiles:
 
 
 def packed(arrays: dict[str, Array], metadata: dict[str, Any]) -> bytes:
-    """Return arrays and JSON-able metadata as bytes.
+    """Return arrays and JSON-serialisable metadata as bytes.
 
     Raises:
-        ValueError: An array holds something else than numbers and text.
+        ValueError: an array contains neither numbers nor text.
     """
     parts, shapes = [], []
     for name, array in arrays.items():
         if array.dtype.kind not in KINDS:
-            raise ValueError(f"array {name} holds {array.dtype}, which is neither numbers nor text")
+            raise ValueError(f"array {name} has dtype {array.dtype}, neither numbers nor text")
         plain = np.ascontiguousarray(array)
         shapes.append([name, plain.dtype.str, list(array.shape)])
         parts.append(plain.tobytes())
@@ -423,16 +411,16 @@ def packed(arrays: dict[str, Array], metadata: dict[str, Any]) -> bytes:
 
 
 def unpacked(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Return what ``packed`` took; the arrays are read-only views of ``content``.
+    """Reverse ``packed``.
 
     Raises:
-        ValueError: A single byte differs from what was written, or another version of sortd wrote it.
+        ValueError: a byte differs from what was written, or another version of sortd wrote it.
     """
     magic, checksum, body = [*content.split(b"\n", 2), b"", b""][:3]
     if magic != MAGIC and magic.startswith(KIND):
         raise ValueError("another version of sortd wrote them")
     if magic != MAGIC or hashlib.sha256(body).hexdigest().encode() != checksum:
-        raise ValueError("the checksum does not fit")
+        raise ValueError("wrong checksum")
     length, _, rest = body.partition(b"\n")
     header = json.loads(rest[: int(length)])
     arrays: dict[str, Array] = {}
@@ -440,7 +428,7 @@ def unpacked(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
     for name, kind, shape in header["arrays"]:
         dtype = np.dtype(kind)
         count = int(np.prod(shape, dtype=np.int64))
-        # Alignment is not given in the middle of bytes; BLAS wants it, so each array is copied once.
+        # Copied, because BLAS needs aligned arrays.
         arrays[name] = np.frombuffer(rest, dtype, count, offset).reshape(shape).copy()
         offset += count * dtype.itemsize
     return arrays, header["metadata"]

@@ -1,4 +1,4 @@
-"""The journal's file: its tables, opened durably for the one that writes or read-only for the others."""
+"""The SQLite file of the journal: its tables, opened durably by one writer, or read-only."""
 
 import os
 import sqlite3
@@ -14,10 +14,8 @@ from sortd.store.records import MoveProgress, Role
 APPLICATION = 0x736F7274  # "sort", in the header of the file
 VERSION = 1
 
-BUSY_SECONDS = 5.0
-"""How long a commit waits for the lock of another connection: a copy's own commit waits for a slow disk, too."""
-
-OPENING_SECONDS = 0.5  # how long opening waits for such a lock: the daemon opens in its loop, and tries again soon
+BUSY_SECONDS = 5.0  # for which a commit waits for another connection's lock, for example that of a copy's commit
+OPENING_SECONDS = 0.5  # the same for opening, which the daemon does in its loop and retries soon
 
 SCHEMA = """
 CREATE TABLE moves (
@@ -86,36 +84,37 @@ LATER_INDICES = (
     "CREATE INDEX IF NOT EXISTS members_by_final ON members (final) WHERE position = 0",
     "CREATE INDEX IF NOT EXISTS followed_by_reason ON moves (reason) WHERE outcome = 'followed'",
 )
-"""Indices that the first journals of this version lack; whoever reads that version can live with them."""
+"""Indices that the first journals of this version lack."""
 
 _KNOWN_WORDS = (
-    # The first condition is that of the index ``moves_by_progress``, which holds few.
+    # The first condition selects the index ``moves_by_progress``, which is small.
     ("SELECT id, progress FROM moves WHERE progress NOT IN ('done') AND progress NOT IN ({})", [*MoveProgress]),
     ("SELECT move, role FROM members WHERE role NOT IN ({})", [*Role]),
 )
 _RESTORE = (
-    "restore it, or move it aside with its -wal and -shm; the images are all in their folders, only history, holds and "
-    "undo begin anew"
+    "restore it, or move it aside with its -wal and -shm; all images stay in their folders, and history, holds and "
+    "undo start empty"
 )
-_DISK = "see whether its disk is mounted and well"
-_MENDS = {
-    sqlite3.SQLITE_FULL: "make room on its disk",
-    sqlite3.SQLITE_READONLY: "give sortd the right to write it, its folder and its disk",
-    sqlite3.SQLITE_PERM: "give sortd the right to write it, its folder and its disk",
-    sqlite3.SQLITE_CANTOPEN: "see its folder and its disk",
+_DISK = "check that its disk is mounted and works"
+_WRITE = "give sortd write permission for it and its folder, and mount its disk writable"
+_ADVICE = {
+    sqlite3.SQLITE_FULL: "free space on its disk",
+    sqlite3.SQLITE_READONLY: _WRITE,
+    sqlite3.SQLITE_PERM: _WRITE,
+    sqlite3.SQLITE_CANTOPEN: "check its folder and its disk",
     sqlite3.SQLITE_IOERR: _DISK,
     sqlite3.SQLITE_NOLFS: _DISK,
     sqlite3.SQLITE_PROTOCOL: _DISK,
-    sqlite3.SQLITE_NOMEM: "free some memory",
+    sqlite3.SQLITE_NOMEM: "free memory",
 }
-"""By the primary result code, see https://www.sqlite.org/rescode.html; what is not among them is damage."""
+"""By primary result code (https://www.sqlite.org/rescode.html); any other code means damage."""
 
 
 def open_for_writing(path: Path) -> sqlite3.Connection:
-    """Open the journal, or make it, so that a commit survives a power cut.
+    """Open or create the journal, with durable commits.
 
     Raises:
-        JournalError: it cannot be opened, is locked, is damaged, is no journal, or is one of a newer sortd.
+        JournalError: it cannot be opened, is locked, is damaged, or is not a journal of this version.
     """
     with translated(path):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -128,12 +127,12 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
                     sync_folder_at(folder)
             connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1e3:.0f}")
 
-        # Python's own transactions are off: each begins and ends in ``committing``.
+        # Without Python's implicit transactions: ``committing`` begins and ends each.
         return _opened(sqlite3.connect(path, timeout=OPENING_SECONDS, isolation_level=None), prepare)
 
 
 def open_beside(path: Path) -> sqlite3.Connection:
-    """Open a journal that this process has open already, for another thread; checkpoints are left to the first.
+    """Open a journal that this process has already opened, for another thread; the first connection checkpoints.
 
     Raises:
         JournalError: it cannot be opened.
@@ -148,28 +147,30 @@ def open_beside(path: Path) -> sqlite3.Connection:
 
 
 def open_for_reading(path: Path) -> sqlite3.Connection:
-    """Open a journal that another process may be writing.
+    """Open a journal read-only; another process may write it.
 
     Raises:
-        JournalError: there is none, or it cannot be read.
+        JournalError: it does not exist or cannot be read.
     """
     if not path.is_file():
-        raise JournalError(f"{path}: there is no journal yet; it is made when sortd runs for the first time")
+        raise JournalError(f"{path}: there is no journal yet; sortd creates it at its first run")
+
+    def opened(options: str) -> sqlite3.Connection:
+        reader = sqlite3.connect(f"{path.absolute().as_uri()}?{options}", timeout=BUSY_SECONDS, uri=True)
+        return _opened(reader, lambda connection: _check_version(connection, path))
+
     with translated(path):
-        uri = path.absolute().as_uri()
         try:
-            reader = sqlite3.connect(f"{uri}?mode=ro", timeout=BUSY_SECONDS, uri=True)
-            return _opened(reader, lambda connection: _check_version(connection, path))
+            return opened("mode=ro")
         except sqlite3.OperationalError:
-            # Nobody writes (no log beside it), and we may not make the shared memory that reading one takes.
+            # Nobody writes it (there is no -wal), but reading in WAL mode needs a file that sortd may not create.
             if Path(f"{path}-wal").exists():
                 raise
-            reader = sqlite3.connect(f"{uri}?immutable=1", uri=True)
-            return _opened(reader, lambda connection: _check_version(connection, path))
+            return opened("immutable=1")
 
 
 def _opened(connection: sqlite3.Connection, prepare: Callable[[sqlite3.Connection], object]) -> sqlite3.Connection:
-    """Return a connection that was prepared; close it where that fails."""
+    """Return a connection after ``prepare``; close it on an error."""
     try:
         prepare(connection)
     except BaseException:
@@ -179,7 +180,7 @@ def _opened(connection: sqlite3.Connection, prepare: Callable[[sqlite3.Connectio
 
 
 def copy_journal(path: Path, copy: Path) -> None:
-    """Copy a journal that another process may be writing, as it is at this moment.
+    """Copy the current state of a journal that another process may write.
 
     Raises:
         JournalError: it cannot be read, or the copy cannot be written.
@@ -190,20 +191,16 @@ def copy_journal(path: Path, copy: Path) -> None:
 
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """Say what SQLite, the disk or the content refused as a ``JournalError`` that names the journal.
-
-    Raises:
-        JournalError: in place of these errors, also of those that rows raise which sortd did not write.
-    """
+    """Convert errors of SQLite, the disk and invalid rows to a JournalError with the journal's path."""
     try:
         yield
     except (sqlite3.Error, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
-        what, mend = _what_and_mend(error, path)
-        raise JournalError(f"{path}: {what}; nothing is moved without it: {mend}") from error
+        problem, advice = _problem_and_advice(error, path)
+        raise JournalError(f"{path}: {problem}; nothing is moved without it: {advice}") from error
 
 
-def verify(connection: sqlite3.Connection, path: Path) -> None:
-    """See that the journal is whole, and that it says nothing about moves that this sortd cannot understand."""
+def check_journal(connection: sqlite3.Connection, path: Path) -> None:
+    """Check the journal's integrity, and that this version knows its values of progress and role."""
     with translated(path):
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
@@ -212,31 +209,32 @@ def verify(connection: sqlite3.Connection, path: Path) -> None:
             marks = ",".join("?" * len(words))
             found = connection.execute(question.format(marks), words).fetchone()
             if found is not None:
-                raise ValueError(f"record {found[0]} says {found[1]!r}")
+                raise ValueError(f"record {found[0]} has the unknown value {found[1]!r}")
 
 
-def _what_and_mend(error: Exception, path: Path) -> tuple[str, str]:
-    """Return what is wrong with the journal, and what to do about it."""
+def _problem_and_advice(error: Exception, path: Path) -> tuple[str, str]:
+    """Return what is wrong with the journal, and what to do."""
     if isinstance(error, OSError):
         return _refused(error)
     number = getattr(error, "sqlite_errorcode", 0)
     if number == sqlite3.SQLITE_READONLY_DBMOVED:
-        return "the journal was removed or replaced while it was open", "leave it to sortd while it runs"
+        return "the journal was removed or replaced while it was open", "do not change it while sortd runs"
     if number & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
-        return "another program keeps the journal locked", f"end that program (`fuser -v {path}` names it)"
+        return "another program has locked the journal", f"end that program (`fuser -v {path}` shows it)"
     if number & 0xFF == sqlite3.SQLITE_CANTOPEN and (refusal := _refusal_to_open(path)) is not None:
         return _refused(refusal)
-    if number & 0xFF in _MENDS:
-        return f"the journal cannot be used: {error}", _MENDS[number & 0xFF]
+    if number & 0xFF in _ADVICE:
+        return f"the journal cannot be used: {error}", _ADVICE[number & 0xFF]
     return f"the journal is damaged ({error})", _RESTORE
 
 
 def _refused(error: OSError) -> tuple[str, str]:
-    return f"the journal cannot be opened: {error.strerror or error}", errors.advice_for_write(error) or "see its disk"
+    said = error.strerror or error
+    return f"the journal cannot be opened: {said}", errors.advice_for_write(error) or "check its disk"
 
 
 def _refusal_to_open(path: Path) -> OSError | None:
-    """Ask the system what SQLite keeps to itself: why a journal, or what SQLite opens beside it, cannot be opened."""
+    """Return the system's error if the journal, or a file that SQLite opens beside it, cannot be opened."""
     opened: list[int] = []
     try:
         opened.append(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
@@ -251,10 +249,10 @@ def _refusal_to_open(path: Path) -> OSError | None:
 
 @contextmanager
 def committing(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
-    """Run the statements inside as one durable transaction, or none of them.
+    """Run the statements of the block as one durable transaction.
 
     Raises:
-        JournalError: the transaction could not be made durable.
+        JournalError: the commit is not durable; nothing was changed.
     """
     with translated(path):
         connection.execute("BEGIN IMMEDIATE")
@@ -276,7 +274,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
             connection.execute(f"PRAGMA user_version = {VERSION}")
-    verify(connection, path)
+    check_journal(connection, path)
     with committing(connection, path):
         for index in LATER_INDICES:
             connection.execute(index)
@@ -295,10 +293,10 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> int:
     if (application, version, tables) == (0, 0, 0):
         return 0
     if application != APPLICATION:
-        raise JournalError(f"{path}: this is no journal of sortd; name another state_dir or move the file away")
+        raise JournalError(f"{path}: not a journal of sortd; set another state_dir or move the file away")
     if version != VERSION:
         raise JournalError(
-            f"{path}: the journal has version {version}, this sortd writes version {VERSION}: install the version "
-            "of sortd-images that made it, or move it aside; the images are not touched"
+            f"{path}: the journal has version {version}, this sortd needs version {VERSION}: install the version of "
+            "sortd-images that wrote it, or move the journal aside; the images are not affected"
         )
     return int(version)

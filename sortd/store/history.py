@@ -1,4 +1,4 @@
-"""Questions to a journal, by sortd itself or by another process while it runs."""
+"""Queries of a journal, by sortd or by another process."""
 
 import json
 import os
@@ -10,28 +10,26 @@ from typing import Any, Self, TypeVar
 
 from sortd.core.guard import GuardState
 from sortd.events import Stamp
-from sortd.store.database import open_for_reading, translated, verify
+from sortd.store.database import check_journal, open_for_reading, translated
 from sortd.store.records import FiledImages, Record, Selection, label_column, label_from, plain, record_from, stamp_from
 
-# The small index holds the unfinished ones only.
+# This small index contains only unfinished moves.
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
-_MEMBERS = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
+_FILES = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
 _CHUNK = 500
-_MOST_ROWS = 2**63 - 1  # SQLite counts no further
+_MOST_ROWS = 2**63 - 1  # SQLite's largest integer
 _T = TypeVar("_T")
-# The plus keeps the planner from walking through the index of all moves that are done, which are nearly all there are,
-# see https://www.sqlite.org/optoverview.html#disqualifying_where_clause_terms_using_unary_
+# The plus keeps the planner from using the index of progress, because nearly all moves are done:
+# https://www.sqlite.org/optoverview.html#disqualifying_where_clause_terms_using_unary_
 _STANDING = "+progress = 'done' AND undone_by IS NULL AND outcome NOT IN ('undone', 'followed')"
 _NAMED = "moves.id IN (SELECT move FROM members WHERE {} = ? AND position = 0) ORDER BY moves.id DESC LIMIT 1"
 _OF_STAMP = """moves.id IN (SELECT move FROM members WHERE moved_inode = ? AND position = 0
 AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT ?"""
 _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
 
-GENERATION_FACT = "generation"
-"""The last generation that served: numbers are never used again, even when the cache is lost."""
-
-GUARD_FACT = "guard"  # how the guard stands, as JSON: see GuardState
-# By class: an image is checked that was filed before the last one of its class was corrected or undone.
+GENERATION_FACT = "generation"  # the last generation used: numbers are never reused, even if the cache is lost
+GUARD_FACT = "guard"  # the state of the guard as JSON, see GuardState
+# An image is checked if it was filed before the last one of its class was corrected or undone.
 _FILED = """WITH filed AS (
     SELECT moves.label AS label, moves.ended_at AS ended_at, corrections.at AS corrected_at,
         CASE WHEN corrections.move IS NULL THEN undo.ended_at END AS undone_at
@@ -46,21 +44,17 @@ FROM filed JOIN looked ON looked.label IS filed.label GROUP BY filed.label ORDER
 
 
 class History:
-    """Questions to one dataset's journal; none changes it, and each raises JournalError if it cannot be read."""
+    """Read-only queries of one dataset's journal; each raises JournalError if it cannot be read."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
-        """Ask through a connection that is open already."""
+        """Use an open connection."""
         self._connection = connection
         self._connection.row_factory = sqlite3.Row
         self._path = path
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open a journal for reading only.
-
-        Raises:
-            JournalError: there is none, or it cannot be read.
-        """
+        """Open a journal read-only; see ``open_for_reading``."""
         return cls(open_for_reading(path), path)
 
     def __enter__(self) -> Self:
@@ -72,12 +66,12 @@ class History:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; doing it twice is no mistake."""
+        """Close the connection; idempotent."""
         self._connection.close()
 
     def moves(self, selection: Selection) -> list[Record]:
-        """Return the finished moves that were asked for, newest first."""
-        conditions = ["+progress = 'done'"]  # the newest fifty of a million are read, not the million sorted
+        """Return the selected finished moves, newest first."""
+        conditions = ["+progress = 'done'"]  # reads the newest fifty of a million instead of sorting them all
         values: list[Any] = []
         for condition, value in _conditions(selection):
             conditions.append(condition)
@@ -86,62 +80,55 @@ class History:
         return self._records(f"{' AND '.join(conditions)} ORDER BY moves.id DESC LIMIT ?", (*values, limit))
 
     def unfinished(self) -> list[Record]:
-        """Return the moves that were intended and never ended, oldest first."""
+        """Return the moves that have not ended, oldest first."""
         return self._records(f"moves.id IN ({_UNFINISHED}) ORDER BY moves.id", ())
 
     def open_tokens(self) -> set[str]:
-        """Return the tokens of the moves that were intended and never ended."""
+        """Return the tokens of the moves that have not ended."""
         return {row["token"] for row in self._rows(f"SELECT token FROM moves WHERE id IN ({_UNFINISHED})")}  # noqa: S608
 
     def last_known(self, stamp: Stamp | None = None, content: str = "") -> Record | None:
-        """Return the last move that brought this very file, or else these bytes, to where sortd put it.
+        """Return the last move of this file version, or else of this content, that was not undone.
 
-        A move that was undone does not count. The device is not compared: its number changes when a disk is mounted
-        again.
+        The device is not compared, because its number changes when a disk is mounted again.
         """
         if stamp is not None and (found := self.known(stamp, limit=1)):
             return found[0]
         return self._first(_OF_CONTENT, (content,)) if content else None
 
     def known(self, stamp: Stamp, limit: int) -> list[Record]:
-        """Return the last moves that brought this very file to where sortd put it, newest first; see ``last_known``."""
+        """Return the last moves of this file version, newest first; see ``last_known``."""
         _, inode, size, mtime_ns = stamp.columns
         return self._records(f"{_STANDING} AND {_OF_STAMP}", (inode, size, mtime_ns, limit))
 
     def last_moved(self, folder: str, name: str) -> Record | None:
-        """Return the last move of an image with this name out of a folder, which was not undone."""
-        values = (os.fsencode(folder), os.fsencode(name))
-        return self._first(f"source = ? AND {_NAMED.format('name')}", values)
+        """Return the last move of an image with this name out of a folder, if not undone."""
+        return self._first(f"source = ? AND {_NAMED.format('name')}", (os.fsencode(folder), os.fsencode(name)))
 
     def moved_between(self, folder: str, first: str, beyond: str, *, since: float) -> list[Record]:
-        """Return the moves of images with a name in a range out of a folder, which were not undone, newest first.
+        """Return the moves out of a folder of images with first <= name < beyond, newest first, without undone ones.
 
-        Args:
-            folder: relative to the dataset.
-            first: the least name.
-            beyond: the least name that is beyond the range.
-            since: seconds since the epoch; moves that ended before do not count.
+        Moves that ended before ``since``, in seconds since the epoch, do not count.
         """
         named = "moves.id IN (SELECT move FROM members WHERE name >= ? AND name < ? AND position = 0)"
         values = (os.fsencode(folder), since, os.fsencode(first), os.fsencode(beyond))
         return self._records(f"{_STANDING} AND source = ? AND ended_at >= ? AND {named} ORDER BY moves.id DESC", values)
 
     def last_put(self, folder: str, name: str) -> Record | None:
-        """Return the last move that put an image under this name into a folder, which was not undone."""
-        values = (os.fsencode(folder), os.fsencode(name))
-        return self._first(f"destination = ? AND {_NAMED.format('final')}", values)
+        """Return the last move of an image to this folder and name, if not undone."""
+        return self._first(f"destination = ? AND {_NAMED.format('final')}", (os.fsencode(folder), os.fsencode(name)))
 
     def last_named(self, name: str, size: int) -> Record | None:
-        """Return the last move that gave an image of so many bytes this name, wherever, and was not undone."""
+        """Return the last move that gave an image of this size this name in any folder, if not undone."""
         put = "SELECT move FROM members WHERE final = ? AND moved_size = ? AND position = 0"
         return self._first(f"moves.id IN ({put}) ORDER BY moves.id DESC LIMIT 1", (os.fsencode(name), size))
 
     def finished(self, identifiers: Sequence[int]) -> list[Record]:
-        """Return the finished moves of these numbers, newest first; those that are not there are missing."""
+        """Return the finished moves with these numbers, newest first; unknown numbers are skipped."""
         return self._among("+progress = 'done' AND moves.id IN ({})", identifiers)
 
     def missing(self, identifiers: Sequence[int]) -> list[int]:
-        """Return the numbers among these that no finished move has."""
+        """Return those of these numbers that no finished move has."""
         there: set[int] = set()
         for chunk in _chunks([one for one in identifiers if isinstance(one, int) and 0 < one <= _MOST_ROWS]):
             rows = self._rows(
@@ -152,36 +139,36 @@ class History:
         return [identifier for identifier in identifiers if identifier not in there]
 
     def followers(self, reasons: Sequence[str]) -> list[Record]:
-        """Return the moves of companions that came later than their image, for these reasons, newest first."""
+        """Return the moves of late companions with these reasons, newest first."""
         where = "+progress = 'done' AND outcome = 'followed' AND undone_by IS NULL AND reason IN ({})"
         return self._among(where, [plain(reason) for reason in reasons])
 
     def held(self) -> dict[str, Stamp]:
-        """Return the versions that are not to be moved, by path relative to the dataset."""
+        """Return the held versions by path relative to the dataset."""
         rows = self._rows("SELECT * FROM holds ORDER BY since")
         with translated(self._path):
             return {_relative_path(row["path"]): _held_stamp(row) for row in rows}
 
     def held_version(self, path: str) -> Stamp | None:
-        """Return the version under a path, relative to the dataset, that is not to be moved; None: there is none."""
+        """Return the held version of a path relative to the dataset, if any."""
         rows = self._rows("SELECT * FROM holds WHERE path = ?", (os.fsencode(path),))
         with translated(self._path):
             return _held_stamp(rows[0]) if rows else None
 
     def counts(self) -> dict[str, int]:
-        """Return how many moves ended with each outcome, those that were undone later included."""
+        """Return the number of moves with each outcome, including undone ones."""
         rows = self._rows("SELECT outcome, count(*) AS n FROM moves WHERE progress = 'done' GROUP BY outcome")
         return {row["outcome"]: row["n"] for row in rows}
 
     def accuracy(self) -> dict[str, FiledImages]:
-        """Return for each class what became of the images that were filed into it."""
+        """Return for each class how many of its filed images were corrected or undone."""
         return {
             label_from(row["label"]) or "": FiledImages(row["filed"], row["checked"], row["corrected"], row["undone"])
             for row in self._rows(_FILED)
         }
 
     def corrections(self) -> list[tuple[str, str, str, float]]:
-        """Return every correction as label, corrected label, path relative to the dataset, seconds since the epoch."""
+        """Return each correction as label, corrected label, path relative to the dataset, seconds since the epoch."""
         rows = self._rows("SELECT * FROM corrections ORDER BY at")
         with translated(self._path):
             return [
@@ -190,12 +177,12 @@ class History:
             ]
 
     def fact(self, key: str) -> str | None:
-        """Return what was noted under a key."""
+        """Return a fact, or None."""
         rows = self._rows("SELECT value FROM facts WHERE key = ?", (key,))
         return rows[0]["value"] if rows else None
 
     def number(self, key: str) -> int:
-        """Return the whole number that was noted under a key; 0 where nothing was."""
+        """Return a fact that is an integer; 0 if it was not set."""
         noted = self.fact(key)
         if noted is None:
             return 0
@@ -205,19 +192,19 @@ class History:
             except ValueError:
                 number = 2**63
             if abs(number) >= 2**63 - 1:
-                raise ValueError(f"the fact {key} is {noted[:40]!r}, which is no number of 64 bits")
+                raise ValueError(f"the fact {key} is {noted[:40]!r}, not a 64-bit integer")
             return number
 
     def verify(self) -> None:
-        """See that the whole journal can be understood."""
-        verify(self._connection, self._path)
+        """Check the whole journal; see ``check_journal``."""
+        check_journal(self._connection, self._path)
 
     def last_generation(self) -> int:
-        """Return the last generation that served; 0: none did."""
+        """Return the last generation used; 0: none."""
         return self.number(GENERATION_FACT)
 
     def guard(self) -> GuardState:
-        """Return how the guard stood last; where no run has noted it, what served last is trusted."""
+        """Return the last state of the guard; by default, it trusts the last generation."""
         noted = self.fact(GUARD_FACT)
         if noted is None:
             return GuardState(self.last_generation())
@@ -228,21 +215,21 @@ class History:
                         return GuardState(trusted, held, reason)
             except RecursionError:
                 pass
-            raise ValueError(f"the fact {GUARD_FACT} is {noted[:100]!r}, which says nothing of a guard")
+            raise ValueError(f"the fact {GUARD_FACT} is {noted[:100]!r}, not a state of the guard")
 
     def facts_like(self, start: str, part: str = "") -> dict[str, str]:
-        """Return what was noted under each key that begins so, where this is a part of it."""
+        """Return the facts whose key starts with ``start`` and whose value contains ``part``."""
         statement = "SELECT key, value FROM facts WHERE key >= ? AND key < ? AND instr(value, ?)"
         rows = self._rows(statement, (start, f"{start}\U0010ffff", part))
         return {row["key"]: row["value"] for row in rows}
 
     def _first(self, where: str, values: tuple[Any, ...]) -> Record | None:
-        """Return the newest move that was not undone and for which a condition holds."""
+        """Return the newest move that meets a condition and was not undone."""
         found = self._records(f"{_STANDING} AND {where}", values)
         return found[0] if found else None
 
     def _among(self, where: str, values: Sequence[Any]) -> list[Record]:
-        """Return the records for which a condition holds with one of many values, newest first."""
+        """Return the records that meet a condition on one of many values, newest first."""
         chunks = list(_chunks(values))
         found = [record for chunk in chunks for record in self._records(where.format(_marks(chunk)), tuple(chunk))]
         return sorted(found, key=lambda record: record.id, reverse=True)
@@ -250,13 +237,13 @@ class History:
     def _records(self, where: str, values: tuple[Any, ...]) -> list[Record]:
         with translated(self._path):
             rows = self._rows(f"SELECT moves.* FROM moves WHERE {where}", values)  # noqa: S608 - our own words only
-            members = self._members([row["id"] for row in rows])
-            return [record_from(row, members[row["id"]]) for row in rows]
+            files = self._files([row["id"] for row in rows])
+            return [record_from(row, files[row["id"]]) for row in rows]
 
-    def _members(self, moves: list[int]) -> defaultdict[int, list[sqlite3.Row]]:
+    def _files(self, moves: list[int]) -> defaultdict[int, list[sqlite3.Row]]:
         found: defaultdict[int, list[sqlite3.Row]] = defaultdict(list)
         for chunk in _chunks(moves):
-            for row in self._rows(_MEMBERS.format(_marks(chunk)), tuple(chunk)):
+            for row in self._rows(_FILES.format(_marks(chunk)), tuple(chunk)):
                 found[row["move"]].append(row)
         return found
 
@@ -266,15 +253,15 @@ class History:
 
 
 def _relative_path(column: bytes) -> str:
-    """Return a path of a file below the dataset; a journal is a file too, and may say anything."""
+    """Return a validated path of a file below the dataset."""
     path = os.fsdecode(column)
     if "\0" in path or not {"", ".", ".."}.isdisjoint(path.split("/")):
-        raise ValueError(f"{path!r} is no path below the dataset")
+        raise ValueError(f"{path!r} is not a path below the dataset")
     return path
 
 
 def _chunks(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
-    """Cut values into what one statement takes."""
+    """Split values into chunks for one statement each."""
     return (values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK))
 
 

@@ -1,6 +1,6 @@
-"""The journal of one dataset: every move is written before it begins and after it has ended.
+"""The journal of one dataset: every move is recorded before it begins and after it has ended.
 
-What changes the journal raises JournalError where that could not be made durable; what follows may not be begun then.
+Methods that write raise JournalError if the commit is not durable; the caller must not continue with the move then.
 """
 
 import json
@@ -18,25 +18,25 @@ from sortd.events import Stamp
 from sortd.files import identity_of
 from sortd.store.database import committing, open_beside, open_for_writing
 from sortd.store.history import GUARD_FACT, History
-from sortd.store.records import UNDONE, MoveProgress, MoveReason, MoveRecord, Record, member_rows, plain
+from sortd.store.records import UNDONE, MoveProgress, MoveReason, MoveRecord, Record, file_rows, plain
 
 _FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
-_MEMBER = "INSERT INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+_INSERT_FILE = "INSERT INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 
 
 class Journal:
-    """What sortd did to one dataset and is about to do; one process writes it."""
+    """The moves of one dataset, with holds, corrections and facts; one process writes it."""
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, run: str = "") -> None:
-        """Open the journal, or make it.
+        """Open the journal, or create it and its folder.
 
         Args:
-            path: the file; its folder is made where it is missing.
+            path: the file.
             clock: seconds since the epoch.
-            run: a word for this run of sortd, kept in each record.
+            run: identifies this run of sortd in each record.
 
         Raises:
-            JournalError: it cannot be opened, is damaged, or is one of a newer sortd.
+            JournalError: it cannot be opened, is damaged, or was written by a newer sortd.
         """
         self.path = path
         self.run = run
@@ -48,15 +48,15 @@ class Journal:
 
     @property
     def open_tokens(self) -> AbstractSet[str]:
-        """Return the tokens of the moves that have not ended."""
+        """The tokens of the moves that have not ended."""
         return self._open
 
-    def beside(self) -> "Journal":
-        """Return the same journal for the thread that calls, which closes it."""
+    def second_connection(self) -> "Journal":
+        """Return the same journal for the calling thread, which must close it."""
         other = object.__new__(Journal)
         other.path, other.run, other.clock = self.path, self.run, self.clock
         other._connection = open_beside(self.path)
-        other._open = set()  # intending and settling is for the first alone
+        other._open = set()  # only the first connection keeps track of open moves
         other.history = History(other._connection, self.path)
         return other
 
@@ -69,93 +69,79 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Close the journal; doing it twice is no mistake."""
+        """Close the journal; idempotent."""
         self._connection.close()
 
     def require_in_place(self) -> None:
-        """See that the file that is open is the one that stands there: what is written to another one is lost.
+        """Check that the open file is still the one at the path: records in a removed file are lost.
 
         Raises:
             JournalError: it was removed or replaced.
         """
         if identity_of(self.path) != self._identity:
-            raise JournalError(f"{self.path}: the journal was removed or replaced while it was open; it is opened anew")
+            raise JournalError(f"{self.path}: the journal was removed or replaced while open; sortd opens it again")
 
     def intend(self, orders: Sequence[tuple[MoveRecord, MoveReason]]) -> None:
-        """Write, in one durable commit, what is about to be done."""
+        """Record moves before they begin, in one durable commit."""
         now = self.clock()
-        self._open |= {relocation.token for relocation, _ in orders}
+        self._open |= {move.token for move, _ in orders}
         with committing(self._connection, self.path):
-            for relocation, grounds in orders:
-                self._insert(relocation, grounds, now)
+            for move, reason in orders:
+                self._insert(move, reason, now)
 
-    def advance(self, relocation: MoveRecord) -> None:
-        """Write durably how far a move has come."""
+    def advance(self, move: MoveRecord) -> None:
+        """Record the progress of a move durably."""
         with committing(self._connection, self.path):
-            self._update(relocation, None)
+            self._update(move, None)
 
-    def settle(self, relocations: Iterable[MoveRecord]) -> None:
-        """Write, in one durable commit, how moves ended; those that are still under way are left open.
+    def settle(self, moves: Iterable[MoveRecord]) -> None:
+        """Record the ends of moves in one durable commit; moves that have not ended stay open.
 
-        A move that was taken back leaves no record: nothing happened. One that undid another holds what it put
-        back, or it would be filed again at once.
+        A failed move leaves no record. An undo holds the image, which would be filed again otherwise.
         """
         now = self.clock()
         ended = set()
         with committing(self._connection, self.path):
-            for relocation in relocations:
-                match relocation.progress:
+            for move in moves:
+                match move.progress:
                     case MoveProgress.FAILED:
-                        self._connection.execute("DELETE FROM moves WHERE token = ?", (relocation.token,))
+                        self._connection.execute("DELETE FROM moves WHERE token = ?", (move.token,))
                     case MoveProgress.DONE:
-                        move, outcome, undoes = self._update(relocation, now)
-                        source = os.fsencode(f"{relocation.source}/{relocation.image.name}")
+                        move_id, outcome, undoes = self._update(move, now)
+                        source = os.fsencode(f"{move.source}/{move.image.name}")
                         self._connection.execute("DELETE FROM holds WHERE path = ?", (source,))
                         if outcome == UNDONE:
-                            self._finish_undo(relocation, move, undoes, now)
-                    case _:  # its progress stands in the journal already
+                            self._finish_undo(move, move_id, undoes, now)
+                    case _:  # its progress is in the journal already
                         continue
-                ended.add(relocation.token)
+                ended.add(move.token)
         self._open -= ended
 
     def hold(self, path: str, stamp: Stamp, reason: str) -> None:
-        """Note that this version is not to be moved.
-
-        Args:
-            path: relative to the dataset.
-            stamp: the version; another one under the same name is not held.
-            reason: one word for whoever asks.
-        """
-        self.hold_all([(path, stamp)], reason)
-
-    def hold_all(self, versions: Iterable[tuple[str, Stamp]], reason: str) -> None:
-        """Note in one commit that these versions are not to be moved."""
-        now = self.clock()
+        """Hold this version of a file (a path relative to the dataset): it is not moved until it is released."""
         with committing(self._connection, self.path):
-            for path, stamp in versions:
-                self._hold(path, stamp, reason, now)
+            self._hold(path, stamp, reason, self.clock())
 
     def release(self, path: str | None = None) -> int:
-        """Let one held path go, or every one; return how many there were."""
+        """Release one held path, or all; return their number."""
         with committing(self._connection, self.path):
             if path is None:
                 return self._connection.execute("DELETE FROM holds").rowcount
             return self._connection.execute("DELETE FROM holds WHERE path = ?", (os.fsencode(path),)).rowcount
 
     def record_corrections(self, found: Sequence[tuple[Record, str, str]]) -> list[bool]:
-        """Note in one commit that the user moved filed images to other classes; back to the first takes the note away.
+        """Record in one commit that a person moved images to other classes; return whether each was new.
+
+        A move back to the original class removes the correction.
 
         Args:
-            found: the move that filed each, the class in which it was found, and where, relative to the dataset.
-
-        Returns:
-            Whether each was news.
+            found: the record of each image, its class now, and its path now, relative to the dataset.
         """
         with committing(self._connection, self.path):
             return [self._record_correction(record, corrected, path) for record, corrected, path in found]
 
     def follow(self, record: Record, stamp: Stamp) -> None:
-        """Note that another version of a record's image, of bytes not known, stands where it was put."""
+        """Record that a record's image was replaced by another version, of unknown content."""
         with committing(self._connection, self.path):
             self._connection.execute(
                 "UPDATE members SET moved_device = ?, moved_inode = ?, moved_size = ?, moved_mtime_ns = ?, "
@@ -164,63 +150,63 @@ class Journal:
             )
 
     def note(self, key: str, value: str) -> None:
-        """Keep a fact under a key, in the place of what stood there."""
+        """Set a fact."""
         self.note_all({key: value})
 
     def note_all(self, facts: Mapping[str, str]) -> None:
-        """Keep facts under their keys, in one commit."""
+        """Set facts in one commit."""
         with committing(self._connection, self.path):
             self._connection.executemany(_FACT, facts.items())
 
     def note_guard(self, state: GuardState) -> None:
-        """Write down how the guard stands."""
+        """Record the state of the guard."""
         self.note(GUARD_FACT, json.dumps(asdict(state)))
 
     def _record_correction(self, record: Record, corrected: str, path: str) -> bool:
-        label = record.grounds.label or ""
+        label = record.move_reason.label or ""
         if corrected == label:
             return self._connection.execute("DELETE FROM corrections WHERE move = ?", (record.id,)).rowcount > 0
         done = self._connection.execute(
             "INSERT INTO corrections VALUES (?,?,?,?,?,?) ON CONFLICT (move) DO UPDATE SET "
             "corrected = excluded.corrected, path = excluded.path, at = excluded.at "
             "WHERE corrected != excluded.corrected",
-            (record.id, *map(os.fsencode, (label, corrected, path)), record.grounds.content, self.clock()),
+            (record.id, *map(os.fsencode, (label, corrected, path)), record.move_reason.content, self.clock()),
         )
         return done.rowcount > 0
 
-    def _insert(self, relocation: MoveRecord, grounds: MoveReason, now: float) -> None:
+    def _insert(self, move: MoveRecord, reason: MoveReason, now: float) -> None:
         columns = {
-            "token": relocation.token,
+            "token": move.token,
             "run": self.run,
-            "progress": relocation.progress.value,
-            "source": os.fsencode(relocation.source),
-            "destination": os.fsencode(relocation.destination),
+            "progress": move.progress.value,
+            "source": os.fsencode(move.source),
+            "destination": os.fsencode(move.destination),
             "intended_at": now,
-            **grounds.columns,
+            **reason.columns,
         }
         marks = ",".join("?" * len(columns))
         insert = f"INSERT INTO moves ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608 - names of columns only
-        move = self._connection.execute(insert, tuple(columns.values())).lastrowid or 0
-        self._connection.executemany(_MEMBER, member_rows(move, relocation))
+        move_id = self._connection.execute(insert, tuple(columns.values())).lastrowid or 0
+        self._connection.executemany(_INSERT_FILE, file_rows(move_id, move))
 
-    def _update(self, relocation: MoveRecord, ended_at: float | None) -> tuple[int, str, int | None]:
-        """Write how far a move has come; return its id, its outcome and the id of the move that it undoes."""
-        lost, message = plain("\n".join(relocation.lost)), plain(relocation.message)
-        ((move, outcome, undoes),) = self._connection.execute(
+    def _update(self, move: MoveRecord, ended_at: float | None) -> tuple[int, str, int | None]:
+        """Write the progress of a move; return its id, its outcome and the id of the move that it undoes."""
+        lost, message = plain("\n".join(move.lost)), plain(move.message)
+        ((move_id, outcome, undoes),) = self._connection.execute(
             "UPDATE moves SET progress = ?, lost = ?, message = ?, ended_at = ? WHERE token = ? "
             "RETURNING id, outcome, undoes",
-            (relocation.progress.value, lost, message, ended_at, relocation.token),
+            (move.progress.value, lost, message, ended_at, move.token),
         ).fetchall()
-        self._connection.execute("DELETE FROM members WHERE move = ?", (move,))
-        self._connection.executemany(_MEMBER, member_rows(move, relocation))
-        return move, outcome, undoes
+        self._connection.execute("DELETE FROM members WHERE move = ?", (move_id,))
+        self._connection.executemany(_INSERT_FILE, file_rows(move_id, move))
+        return move_id, outcome, undoes
 
-    def _finish_undo(self, relocation: MoveRecord, move: int, undoes: int | None, now: float) -> None:
-        image = relocation.image
+    def _finish_undo(self, move: MoveRecord, move_id: int, undoes: int | None, now: float) -> None:
+        image = move.image
         if image.moved_stamp is None:
             return
-        self._connection.execute("UPDATE moves SET undone_by = ? WHERE id = ?", (move, undoes))
-        self._hold(f"{relocation.destination}/{image.final}", image.moved_stamp, UNDONE, now)
+        self._connection.execute("UPDATE moves SET undone_by = ? WHERE id = ?", (move_id, undoes))
+        self._hold(f"{move.destination}/{image.final}", image.moved_stamp, UNDONE, now)
 
     def _hold(self, path: str, stamp: Stamp, reason: str, now: float) -> None:
         self._connection.execute(

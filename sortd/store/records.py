@@ -1,6 +1,6 @@
-"""The records of the journal: moves, why each was ordered, which are asked for; with their way into and out of rows.
+"""The records of the journal: moves, their reasons, and their conversion to and from rows.
 
-A journal is a file too: what it names is checked like any other input before something is renamed or removed.
+A journal may be damaged: its paths are validated like any other input before a file is renamed or removed.
 """
 
 import os
@@ -14,32 +14,32 @@ from sortd.events import Stamp, signed
 if TYPE_CHECKING:
     import sqlite3
 
-UNDONE = "undone"  # outcome of a move that takes another one back
-OBSOLETE_FROM = 1_000_000  # positions from here on are of MoveRecord.obsolete
+UNDONE = "undone"  # outcome of a move that undoes another one
+OBSOLETE_FROM = 1_000_000  # the positions of MoveRecord.obsolete start here
 
 TOPS = frozenset({"Images", "Dataset", "Review", "Rejected"})
-"""The only folders of a dataset between which sortd moves anything."""
+"""The only folders of a dataset between which sortd moves files."""
 
-LONGEST_NAME = 255  # bytes in one name, not characters, on every file system that sortd was tried on
+LONGEST_NAME = 255  # bytes, not characters, in a name on every tested file system
 
 
 class Role(StrEnum):
-    """What a file of a move is to its image."""
+    """The relation of a file to the image of its move."""
 
     IMAGE = "image"
-    COMPANION = "companion"  # travels with the image
-    SHARED = "shared"  # belongs to another image too: copied, the original stays
-    REASON = "reason"  # made by sortd, beside an image that it set aside
+    COMPANION = "companion"  # moves with the image
+    SHARED = "shared"  # a companion of another image as well: copied
+    REASON = "reason"  # written by sortd beside a rejected image
 
 
 class MoveProgress(StrEnum):
-    """How far a move has come; each word is durable before the next step begins."""
+    """The progress of a move; each value is durable before the next step begins."""
 
-    INTENDED = "intended"  # any of its members may have been renamed; no copy counts for anything
-    PUBLISHING = "publishing"  # whole copies stand in the destination, known by inode and hash
-    PUBLISHED = "published"  # the copies stand durably under their final names; the sources may go
+    INTENDED = "intended"  # any file may have been renamed; copies do not count
+    PUBLISHING = "publishing"  # complete copies are in the destination, known by inode and hash
+    PUBLISHED = "published"  # the copies have durable final names; the sources may be removed
     DONE = "done"
-    FAILED = "failed"  # every member is where it was
+    FAILED = "failed"  # every file is in the source folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,72 +47,72 @@ class MoveFile:
     """One file of a move."""
 
     role: Role
-    name: str  # base name in the source folder; of a reason, its own wanted name
-    wanted: str  # base name in the destination folder, where it is free
-    stamp: Stamp  # the version that is meant; of a reason, zeros
-    content: str = ""  # hexadecimal sha256, where it is known
-    body: bytes = b""  # of a reason: all its bytes
+    name: str  # base name in the source folder; for a reason, the image's
+    wanted: str  # base name to use in the destination folder if it is free
+    stamp: Stamp  # the decided version; for a reason, zeros
+    content: str = ""  # hexadecimal sha256, if known
+    body: bytes = b""  # the bytes of a reason
     copy_inode: int = 0  # of the copy, from PUBLISHING on
-    final: str = ""  # base name that it got
+    final: str = ""  # base name in the destination folder
     moved_stamp: Stamp | None = None
 
     @property
     def leaves(self) -> bool:
-        """Whether this file leaves the source folder; the others are made in the destination."""
+        """Whether this file leaves the source folder; other files are made in the destination."""
         return self.role in {Role.IMAGE, Role.COMPANION}
 
 
 @dataclass(frozen=True, slots=True)
 class MoveRecord:
-    """An image (always the first member) and its companions: all of them go, or none."""
+    """The move of an image (always the first file) and its companions: all of them or none."""
 
     token: str  # 16 hexadecimal digits, never used twice
     source: str  # folder, relative to the dataset
     destination: str
-    members: tuple[MoveFile, ...]
+    files: tuple[MoveFile, ...]
     progress: MoveProgress = MoveProgress.INTENDED
     lost: tuple[str, ...] = ()  # metadata that could not be kept
     message: str = ""
-    obsolete: tuple[MoveFile, ...] = ()  # made by sortd in the source folder, of no use once the image is away
-    joins: bool = False  # its only member comes to its image: what of that image stands there is not in its way
+    obsolete: tuple[MoveFile, ...] = ()  # files of sortd in the source folder, removed when the image leaves
+    joins: bool = False  # a companion moves to its image, whose files do not make its name count as taken
 
     @property
     def image(self) -> MoveFile:
-        """The member that was decided on."""
-        return self.members[0]
+        """The image."""
+        return self.files[0]
 
-    def with_member(self, member: MoveFile) -> Self:
-        """Return the same move with one more file."""
-        return replace(self, members=(*self.members, member))
+    def with_file(self, file: MoveFile) -> Self:
+        """Return the move with one more file."""
+        return replace(self, files=(*self.files, file))
 
     def part_name(self, position: int) -> str:
-        """Return the name, in the destination folder, of a copy that is not published yet."""
+        """Return the hidden name, in the destination folder, of an unpublished copy."""
         return f".sortd-{self.token}.{position}.part"
 
     def tombstone(self, position: int) -> str:
-        """Return the name, in the source folder, of a source that was copied and is to go."""
+        """Return the hidden name, in the source folder, of a copied source that is about to be removed."""
         return f".sortd-{self.token}.{position}.del"
 
     def failed(self, message: str) -> Self:
-        """Return the same move, taken back."""
+        """Return the move with progress FAILED and a message."""
         return replace(self, progress=MoveProgress.FAILED, message=message)
 
 
 class FolderNameError(ValueError):
-    """A folder that sortd must not touch was named."""
+    """A path is not one between which sortd moves files."""
 
 
 def checked_folder(folder: str) -> str:
     """Return ``folder`` if it is a plain path below one of the dataset's four folders.
 
     Raises:
-        FolderNameError: it is absolute, climbs, hides, or begins elsewhere.
+        FolderNameError: it is absolute, contains ``..``, is hidden, or starts with another folder.
     """
     components = folder.split("/")
     if components[0] not in TOPS or any(part in {"", ".", ".."} or "\0" in part for part in components):
-        raise FolderNameError(f"{folder!r} is no folder that sortd moves files between ({', '.join(sorted(TOPS))})")
+        raise FolderNameError(f"{folder!r} is not below one of {', '.join(sorted(TOPS))}")
     if components[0] != "Images" and any(_is_unfit_for_a_class(part) for part in components):
-        raise FolderNameError(f"{folder!r} holds a class name that begins with a dot or has control characters")
+        raise FolderNameError(f"{folder!r} contains a class name with an initial dot or a control character")
     return folder
 
 
@@ -120,10 +120,10 @@ def checked_name(name: str) -> str:
     """Return ``name`` if it is the base name of a file.
 
     Raises:
-        FolderNameError: it is empty or leads to another folder.
+        FolderNameError: it is empty or refers to another folder.
     """
     if name in {"", ".", ".."} or "/" in name or "\0" in name:
-        raise FolderNameError(f"{name!r} is no name of a file")
+        raise FolderNameError(f"{name!r} is not the name of a file")
     return name
 
 
@@ -133,10 +133,10 @@ def _is_unfit_for_a_class(part: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class MoveReason:
-    """Why a move was ordered; written before it begins."""
+    """The reason of a move, recorded before it begins."""
 
-    outcome: str  # a value of ``messages.Outcome``, or "undone"
-    label: str | None = None  # the class it was filed into, or the best guess
+    outcome: str  # a value of ``events.Outcome``, or "undone"
+    label: str | None = None  # the class that it was filed into, or the best guess
     score: float | None = None
     margin: float | None = None
     second_label: str | None = None
@@ -144,12 +144,12 @@ class MoveReason:
     reason: str = ""
     generation: int = 0
     encoder_id: str = ""
-    content: str = ""  # hexadecimal sha256 of the image, where it is known
-    undoes: int | None = None  # id of the record that is taken back
+    content: str = ""  # hexadecimal sha256 of the image, if known
+    undoes: int | None = None  # id of the record that this move undoes
 
     @classmethod
     def of(cls, decision: Decision | None, outcome: str) -> "MoveReason":
-        """Return the reason that a decision gives; without one, the file was refused."""
+        """Return the reason for a decision; None: the file was refused."""
         match decision:
             case Assigned():
                 label: str | None = decision.label
@@ -169,99 +169,99 @@ class MoveReason:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """What the journal keeps of it, by column; a class as its folder's bytes, which need not be UTF-8."""
+        """The values by column; a class as its folder's bytes, which may not be UTF-8."""
         labels = {"label": label_column(self.label), "second_label": label_column(self.second_label)}
         return {**asdict(self), **labels, "reason": plain(self.reason)}
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One move as the journal tells it; folders are relative to the dataset."""
+    """One move in the journal; folders are relative to the dataset."""
 
     id: int
     run: str
-    grounds: MoveReason
-    relocation: MoveRecord
+    move_reason: MoveReason
+    move: MoveRecord
     intended_at: float  # seconds since the epoch
-    ended_at: float | None  # None while it is open
+    ended_at: float | None  # None: it has not ended
     undone_by: int | None
 
     @property
     def source_path(self) -> str:
-        """Where the image was, relative to the dataset."""
-        return f"{self.relocation.source}/{self.relocation.image.name}"
+        """The former path of the image, relative to the dataset."""
+        return f"{self.move.source}/{self.move.image.name}"
 
     @property
     def destination_path(self) -> str:
-        """Where the image went, relative to the dataset."""
-        return f"{self.relocation.destination}/{self.relocation.image.final}"
+        """The path to which the image was moved, relative to the dataset."""
+        return f"{self.move.destination}/{self.move.image.final}"
 
 
 @dataclass(frozen=True, slots=True)
 class FiledImages:
-    """What became of the images that were filed into one class, as far as a person has looked at them.
+    """How many images filed into one class a person has confirmed or corrected.
 
-    Whoever corrects or undoes an image of a class has looked at that class: what was filed into it until then counts as
-    checked, and as right unless it was corrected or undone.
+    A person who corrects or undoes an image of a class has looked at that class: the images filed into it until then
+    count as checked, and as right unless they were corrected or undone.
     """
 
     filed: int
     checked: int
-    corrected: int  # moved to another class by hand
-    undone: int  # taken back by sortd undo
+    corrected: int  # moved to another class by a person
+    undone: int  # by ``sortd undo``
 
     @property
     def right(self) -> int:
-        """How many of those checked were neither corrected nor undone."""
+        """The number of checked images that were neither corrected nor undone."""
         return self.checked - self.corrected - self.undone
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which records are asked for; every condition that is given must hold, newest first."""
+    """A query for records, newest first; a record must meet every given condition."""
 
     label: str | None = None
     outcome: str | None = None
     since: float | None = None  # seconds since the epoch, inclusive
     until: float | None = None  # exclusive
     run: str | None = None
-    path: str | None = None  # relative to the dataset; where the image was or went
+    path: str | None = None  # before or after the move, relative to the dataset
     id: int | None = None
-    undoable: bool = False  # neither undone nor an undo itself
+    undoable: bool = False  # neither undone nor an undo
     limit: int | None = None
 
 
 def stamp_from(columns: tuple[int, int, int, int]) -> Stamp:
-    """Return the stamp whose ``columns`` were written."""
+    """Return the stamp with these ``columns``."""
     return Stamp(columns[0] % 2**64, columns[1] % 2**64, columns[2], columns[3])
 
 
-def member_rows(move: int, relocation: MoveRecord) -> list[tuple[Any, ...]]:
-    """Return all files of a move, obsolete ones behind them, as rows of their table."""
-    places = [*enumerate(relocation.members), *enumerate(relocation.obsolete, OBSOLETE_FROM)]
+def file_rows(move_id: int, move: MoveRecord) -> list[tuple[Any, ...]]:
+    """Return the rows of a move's files, the obsolete ones last, for the table ``members``."""
+    places = [*enumerate(move.files), *enumerate(move.obsolete, OBSOLETE_FROM)]
     return [
         (
-            move,
+            move_id,
             position,
-            member.role.value,
-            os.fsencode(member.name),
-            os.fsencode(member.wanted),
-            member.content,
-            member.body,
-            signed(member.copy_inode),
-            os.fsencode(member.final),
-            *member.stamp.columns,
-            *((None,) * 4 if member.moved_stamp is None else member.moved_stamp.columns),
+            file.role.value,
+            os.fsencode(file.name),
+            os.fsencode(file.wanted),
+            file.content,
+            file.body,
+            signed(file.copy_inode),
+            os.fsencode(file.final),
+            *file.stamp.columns,
+            *((None,) * 4 if file.moved_stamp is None else file.moved_stamp.columns),
         )
-        for position, member in places
+        for position, file in places
     ]
 
 
-def _member_from(row: "sqlite3.Row") -> MoveFile:
-    """Return what ``member_rows`` wrote; see ``record_from`` for what it raises."""
+def _file_from(row: "sqlite3.Row") -> MoveFile:
+    """Reverse ``file_rows``; see ``record_from`` for the errors."""
     moved = (row["moved_device"], row["moved_inode"], row["moved_size"], row["moved_mtime_ns"])
     if 0 < moved.count(None) < len(moved):
-        raise ValueError("half a stamp")
+        raise ValueError("incomplete stamp")
     final = os.fsdecode(row["final"])
     return MoveFile(
         role=Role(row["role"]),
@@ -276,49 +276,49 @@ def _member_from(row: "sqlite3.Row") -> MoveFile:
     )
 
 
-def record_from(row: "sqlite3.Row", members: "list[sqlite3.Row]") -> Record:
+def record_from(row: "sqlite3.Row", files: "list[sqlite3.Row]") -> Record:
     """Return the record of a row of ``moves`` and the rows of its files.
 
     Raises:
-        ValueError: it says something that no sortd writes, or names a folder that sortd moves no files between.
+        ValueError: a value is one that sortd does not write.
     """
     try:
-        return _record_from(row, members)
+        return _record_from(row, files)
     except (ValueError, TypeError) as error:
         raise ValueError(f"record {row['id']}: {error}") from error
 
 
-def _record_from(row: "sqlite3.Row", members: "list[sqlite3.Row]") -> Record:
-    if not any(one["position"] == 0 for one in members):
-        raise ValueError("it names no image")
+def _record_from(row: "sqlite3.Row", files: "list[sqlite3.Row]") -> Record:
+    if not any(one["position"] == 0 for one in files):
+        raise ValueError("it has no image")
     if row["progress"] == MoveProgress.DONE and row["ended_at"] is None:
-        raise ValueError("it ended at no time")
-    relocation = MoveRecord(
+        raise ValueError("it has no time of its end")
+    move = MoveRecord(
         token=row["token"],
         source=checked_folder(os.fsdecode(row["source"])),
         destination=checked_folder(os.fsdecode(row["destination"])),
-        members=tuple(_member_from(one) for one in members if one["position"] < OBSOLETE_FROM),
+        files=tuple(_file_from(one) for one in files if one["position"] < OBSOLETE_FROM),
         progress=MoveProgress(row["progress"]),
         lost=tuple(row["lost"].split("\n")) if row["lost"] else (),
         message=row["message"],
-        obsolete=tuple(_member_from(one) for one in members if one["position"] >= OBSOLETE_FROM),
+        obsolete=tuple(_file_from(one) for one in files if one["position"] >= OBSOLETE_FROM),
     )
     columns = {field.name: row[field.name] for field in fields(MoveReason)}
     labels = {"label": label_from(row["label"]), "second_label": label_from(row["second_label"])}
-    grounds = MoveReason(**{**columns, **labels})
-    return Record(row["id"], row["run"], grounds, relocation, row["intended_at"], row["ended_at"], row["undone_by"])
+    move_reason = MoveReason(**{**columns, **labels})
+    return Record(row["id"], row["run"], move_reason, move, row["intended_at"], row["ended_at"], row["undone_by"])
 
 
 def label_column(label: str | None) -> bytes | None:
-    """Return a class as its folder's bytes: its name need not be UTF-8."""
+    """Return a class as its folder's bytes, because its name may not be UTF-8."""
     return None if label is None else os.fsencode(label)
 
 
 def label_from(column: bytes | None) -> str | None:
-    """Return what ``label_column`` wrote."""
+    """Reverse ``label_column``."""
     return None if column is None else os.fsdecode(column)
 
 
 def plain(text: str) -> str:
-    """Return a text that SQLite takes: bytes of names that are not UTF-8 are spelled out."""
+    """Return a text that SQLite accepts: bytes that are not UTF-8 are escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

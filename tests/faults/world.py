@@ -55,7 +55,7 @@ class World:
         """Open the journal."""
         return Journal(self.state / "journal.db", clock=lambda: 1.0, run="faults")
 
-    def filing(self, journal: Journal) -> Mover:
+    def mover(self, journal: Journal) -> Mover:
         """Return what moves files here."""
         rename = cannot_rename if self.copies else rename_new
         # One thread: strace counts for each thread by itself, and the order of syncs would not be the same twice.
@@ -64,17 +64,17 @@ class World:
     def act(self) -> list[MoveAnswer]:
         """Do what the plot says; this is where faults strike."""
         with self.journal() as journal:
-            filing = self.filing(journal)
-            filing.recover()
+            mover = self.mover(journal)
+            mover.recover()
             if self.plot == "undo":
-                filing.undo(journal.history.moves(Selection(undoable=True)))
+                mover.undo(journal.history.moves(Selection(undoable=True)))
                 return []
-            return filing.move_all(self.moves())
+            return mover.move_all(self.moves())
 
     def recover(self) -> None:
         """Do what the next start does."""
         with self.journal() as journal:
-            self.filing(journal).recover()
+            self.mover(journal).recover()
 
     def moves(self) -> list[Move]:
         """Return the moves that the plot asks for, of what stands in Images/ now."""
@@ -131,7 +131,7 @@ def build(root: Path, state: Path, plot: str, *, copies: bool = False) -> World:
     world = World(root, state, plot, copies, arrived, standing)
     if plot == "undo":
         with world.journal() as journal:
-            world.filing(journal).move_all(world.moves())
+            world.mover(journal).move_all(world.moves())
         world.arrived["Rejected/a.jpg"] = world.arrived.pop("Images/a.jpg")
     return world
 
@@ -209,7 +209,7 @@ def _broken_groups(world: World, there: dict[str, str]) -> list[str]:
 
 def _broken_journal(world: World, there: dict[str, str]) -> list[str]:
     with world.journal() as journal:
-        broken = [f"open: {record.relocation}" for record in journal.history.unfinished()]
+        broken = [f"open: {record.move}" for record in journal.history.unfinished()]
         done = {record.destination_path for record in journal.history.moves(Selection(undoable=True))}
         moved = {
             path
