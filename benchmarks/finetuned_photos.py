@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sortd.config import Config, load
+from sortd.config import Config, read_config
 from sortd.finetune.recipe import Recipe, TrainingRequest
 from sortd.finetune.run import run_finetuning
 from sortd.layout import Layout
@@ -47,7 +47,7 @@ def configured(root: Path, model: str) -> Config:
     file = root / "config.yaml"
     places = {"root": root / "Data", "state_dir": root / "state", "cache_dir": root / "cache", "model": model}
     file.write_text("".join(f"{key}: {value}\n" for key, value in places.items()), "utf-8")
-    return load(file, {"HOME": str(root)})
+    return read_config(file, {"HOME": str(root)})
 
 
 def measure(folders: list[Path], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

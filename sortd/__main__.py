@@ -1,5 +1,5 @@
 """Lets ``python -m sortd`` be the command."""
 
-from sortd.cli import main
+from sortd.cli import run_command_line
 
-main()
+run_command_line()

@@ -220,14 +220,14 @@ def init(
 
 def how_to_run(root: Path) -> Iterator[str]:
     """Yield the command, indented, that runs sortd on the datasets below ``root``, and what makes it shorter."""
-    from sortd.config import find, load
+    from sortd.config import find_config_file, read_config
     from sortd.errors import ConfigError
 
-    file, command, mistakes = find(os.environ), f"{this_program()} run", ""
+    file, command, mistakes = find_config_file(os.environ), f"{this_program()} run", ""
     if file is not None:
         command += f" -c {shlex.quote(os.path.abspath(file))}"
         try:
-            if os.path.realpath(load(file, os.environ).root) == os.fspath(root):
+            if os.path.realpath(read_config(file, os.environ).root) == os.fspath(root):
                 yield f"    {command}"
                 return
         except ConfigError as error:
@@ -364,14 +364,14 @@ def version() -> None:
     typer.echo(__version__)
 
 
-for command in (check, status, cli_decisions.explain, history, undo, release, rebuild, bench):
+for command in (check, status, history, undo, release, rebuild, bench, cli_finetuning.finetune):
     app.command(cls=Command)(command)
-app.command("eval", cls=Command)(cli_decisions.evaluate)
-app.command(cls=Command)(cli_finetuning.finetune)
+app.command("explain", cls=Command)(cli_decisions.command_explain)
+app.command("eval", cls=Command)(cli_decisions.command_eval)
 app.add_typer(cli_models.models)
 
 
-def main() -> None:
+def run_command_line() -> None:
     """Run the command line; translate errors into a sentence on stderr and an exit code (sysexits(3))."""
     open_missing_streams()
     with ending_by_errors():

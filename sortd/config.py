@@ -184,7 +184,7 @@ KEYS: Final = frozenset(_keys(Config))
 """The path of every key."""
 
 
-def load(path: Path | None, environment: Mapping[str, str]) -> Config:
+def read_config(path: Path | None, environment: Mapping[str, str]) -> Config:
     """Read the configuration.
 
     Args:
@@ -194,7 +194,7 @@ def load(path: Path | None, environment: Mapping[str, str]) -> Config:
     Raises:
         ConfigError: all that is wrong, a line each: ``file:line:column: key: message``.
     """
-    file = find(environment) if path is None else path
+    file = find_config_file(environment) if path is None else path
     tree = config_yaml.Tree() if file is None else config_yaml.parse(_content(file))
     base = Path.cwd() if file is None else Path(os.path.abspath(file)).parent
     values = tree.value if isinstance(tree.value, dict) else {}
@@ -268,7 +268,7 @@ def _drop_empty(values: dict[str, Any], tree: config_yaml.Tree, above: config_ya
 # ---------------------------------------------------------------- folders and variables
 
 
-def find(environment: Mapping[str, str]) -> Path | None:
+def find_config_file(environment: Mapping[str, str]) -> Path | None:
     """Return the file that serves where none is named: the working directory's, the user's, the machine's, or none."""
     own = _folder_of_xdg("XDG_CONFIG_HOME", ".config", environment)
     places = ["config.yaml", own and f"{own}/config.yaml", "/etc/sortd/config.yaml"]

@@ -8,7 +8,7 @@ import pytest
 
 from sortd.commands import bench
 from sortd.commands.bench import backend_advice, draw, measure, print_measured
-from sortd.config import Config, load
+from sortd.config import Config, read_config
 from sortd.errors import DataError, ModelError
 from tests.command_line import sortd
 from tests.daemon_process import picture, tree
@@ -48,7 +48,7 @@ def test_the_packaged_model_is_measured_and_nothing_is_touched(colours: Path, wr
 def test_it_prints_a_table_of_stages(colours: Path, write_config: Write, capsys: pytest.CaptureFixture[str]) -> None:
     """A person reads images a second first, then each stage, then the backends, then what to change."""
     del colours
-    config = load(write_config(), {})
+    config = read_config(write_config(), {})
     print_measured(measure(config, None, images=4, load_encoder=lambda _: FakeEncoder(), load_other=_never))
     said = capsys.readouterr().out
     assert "images a second" in said.splitlines()[0]
@@ -60,7 +60,7 @@ def test_it_prints_a_table_of_stages(colours: Path, write_config: Write, capsys:
 
 def test_images_come_from_the_folder_that_is_named(tmp_path: Path, write_config: Write) -> None:
     """A folder serves without any dataset; one without images is an error that says so."""
-    config = load(write_config(), {})
+    config = read_config(write_config(), {})
     (tmp_path / "album").mkdir()
     with pytest.raises(DataError, match=r"there is no image in .*album"):
         draw(config, tmp_path / "album", 10)

@@ -24,7 +24,7 @@ from sortd.commands.check import (
 from sortd.commands.check_references import calibration_findings
 from sortd.commands.examination import examine
 from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
-from sortd.config import Config, load
+from sortd.config import Config, read_config
 from sortd.daemon.dataset_lock import hold
 from sortd.layout import MARKER, Area, Layout
 from sortd.store.cache import PrototypeFiles
@@ -61,7 +61,7 @@ def look(tmp_path: Path) -> Check:
 
 def config_of(tmp_path: Path) -> Config:
     """Return the configuration that ``look`` uses."""
-    return load(None, {"HOME": str(tmp_path), "SORTD_ROOT": str(tmp_path / "Data")})
+    return read_config(None, {"HOME": str(tmp_path), "SORTD_ROOT": str(tmp_path / "Data")})
 
 
 def about(findings: Findings, topic: Topic, *words: str, severity: Severity | None = None) -> Findings:
@@ -476,7 +476,7 @@ class TestCalibration:
     def test_check_after_an_evaluation_tells_what_it_found_out(self, look: Check, tmp_path: Path) -> None:
         """Where nothing would be filed both say so, and nobody says that it was not learnt."""
         look()
-        config = load(tmp_path / "config.yaml", {"HOME": str(tmp_path)})
+        config = read_config(tmp_path / "config.yaml", {"HOME": str(tmp_path)})
         assert list(examine(config, load_encoder=lambda _: FakeEncoder()))
         told = about(look(), Topic.CALIBRATION)
         assert not about(told, Topic.CALIBRATION, "not learnt yet")

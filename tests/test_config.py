@@ -24,7 +24,7 @@ from sortd.config import (
     Log,
     MetricsConfig,
     ModeName,
-    load,
+    read_config,
     restart_needed,
     variable_name,
 )
@@ -46,7 +46,7 @@ def read(folder: Path, text: str | bytes, environment: dict[str, str]) -> Config
     """Write a file and load it."""
     file = folder / "config.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return load(file, environment)
+    return read_config(file, environment)
 
 
 def complaints(folder: Path, text: str | bytes, environment: dict[str, str]) -> list[str]:
@@ -276,9 +276,9 @@ mode: max
     def test_a_file_that_was_named_must_be_there(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """Defaults in its place would sort the wrong folder."""
         with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
-            load(tmp_path / "none.yaml", environment)
+            read_config(tmp_path / "none.yaml", environment)
         with pytest.raises(ConfigError, match="Is a directory"):
-            load(tmp_path, environment)
+            read_config(tmp_path, environment)
 
 
 HOSTILE: dict[str, bytes] = {
@@ -400,12 +400,12 @@ class TestSearch:
         """The working directory's, then the user's, then built-in defaults with ./Data."""
         monkeypatch.chdir(tmp_path)
         users = Path(environment["HOME"]) / ".config/sortd/config.yaml"
-        assert load(None, environment).root == tmp_path / "Data"
+        assert read_config(None, environment).root == tmp_path / "Data"
         users.parent.mkdir(parents=True)
         users.write_text("root: mine")
-        assert load(None, environment).root == users.parent / "mine"
+        assert read_config(None, environment).root == users.parent / "mine"
         (tmp_path / "config.yaml").write_text("root: near")
-        assert load(None, environment).root == tmp_path / "near"
+        assert read_config(None, environment).root == tmp_path / "near"
 
 
 class TestReload:
@@ -459,8 +459,8 @@ class TestExample:
 
     def test_it_holds_every_key_with_its_default_and_no_other(self, environment: dict[str, str]) -> None:
         """Loaded, it is the configuration of somebody who said nothing."""
-        config = load(EXAMPLE, environment)
-        nothing = load(None, environment | {"SORTD_ROOT": str(config.root)})
+        config = read_config(EXAMPLE, environment)
+        nothing = read_config(None, environment | {"SORTD_ROOT": str(config.root)})
         assert config == nothing
         assert config.root == EXAMPLE.parent / "Data"
 

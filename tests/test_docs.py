@@ -115,7 +115,7 @@ def test_project_is_called_otherwise_than_its_import() -> None:
     """The distribution, its source archive and what it ships are named in one place."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["name"] == DISTRIBUTION
-    assert project["project"]["scripts"] == {"sortd": "sortd.cli:main"}
+    assert project["project"]["scripts"] == {"sortd": "sortd.cli:run_command_line"}
     assert project["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["sortd"]}
     # Without a list the source archive holds all that git does not ignore: what the tests open is in it.
     assert "sdist" not in project["tool"]["hatch"]["build"]["targets"]

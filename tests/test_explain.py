@@ -17,7 +17,7 @@ from sortd.classify.decide import decide
 from sortd.classify.explain import Explanation, explain, explain_finetuned, sentences
 from sortd.classify.types import Abstain, DecisionSettings, Mode
 from sortd.commands.explain import Explained, explain_image
-from sortd.config import Config, load
+from sortd.config import Config, read_config
 from sortd.daemon.classifiers import classifier_of
 from sortd.errors import DataError, UnreadableError
 from sortd.files import stamp_of
@@ -48,7 +48,7 @@ def site(tmp_path: Path) -> Path:
 
 def config_of(site: Path) -> Config:
     """Return the configuration of a site."""
-    return load(site.parents[1] / "config.yaml", {"HOME": "/nonexistent"})
+    return read_config(site.parents[1] / "config.yaml", {"HOME": "/nonexistent"})
 
 
 def embedded(path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:

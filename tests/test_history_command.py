@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sortd.commands.journals import journals
-from sortd.config import load
+from sortd.config import read_config
 from sortd.core.guard import GuardState
 from sortd.daemon.dataset_lock import hold
 from sortd.files import stamp_of
@@ -127,7 +127,7 @@ class TestHistory:
 
     def test_history_row_without_a_score_is_shown(self, site: Path) -> None:
         """Whatever is missing in a row, nobody gets a traceback."""
-        with closing(sqlite3.connect(journals(load(site.parents[1] / "config.yaml", {}))[0].file)) as connection:
+        with closing(sqlite3.connect(journals(read_config(site.parents[1] / "config.yaml", {}))[0].file)) as connection:
             connection.execute("UPDATE moves SET score = NULL, label = NULL, ended_at = 9e999")
             connection.commit()
         assert run(site, "history").out.count("Images/") == 5
@@ -144,7 +144,7 @@ class TestUndo:
         assert ran.code == 0
         assert (site / "Images" / "a.png").read_bytes() == before
         assert not (site / "Dataset" / "red" / "a.png").exists()
-        with History.open(journals(load(site.parents[1] / "config.yaml", {}))[0].file) as history:
+        with History.open(journals(read_config(site.parents[1] / "config.yaml", {}))[0].file) as history:
             assert list(history.held()) == ["Images/a.png"]
 
     def test_the_last_few_and_a_run_go_back(self, site: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sortd.commands.examination import examine
-from sortd.config import load
+from sortd.config import read_config
 from sortd.errors import DestinationError, ModelError
 from sortd.finetuned import (
     WEIGHTS_FILE,
@@ -203,7 +203,7 @@ class TestTold:
         """Where a fine-tuned model decides, the first sentence says so."""
         shutil.copytree(result(config, "20260101T000000Z-0"), config.parent / "elsewhere")
         sortd("models", "promote", config.parent / "elsewhere", "-c", config)
-        loaded = load(config, {"HOME": str(config.parent)})
+        loaded = read_config(config, {"HOME": str(config.parent)})
         (examined,) = examine(loaded, load_encoder=lambda _: FakeEncoder())
         facts = examined.facts()
         assert set(facts["serving"]["expected"]) == {"held_out", "least_confidence", "filed", "right", "notes"}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sortd.commands.overview import overview
-from sortd.config import load
+from sortd.config import read_config
 from sortd.files import stamp_of
 from sortd.layout import Layout
 from sortd.status import Status, is_alive, read_status, started_ticks
@@ -34,7 +34,7 @@ def site(tmp_path: Path) -> Path:
 
 def facts_of(site: Path) -> dict[str, Any]:
     """Return the overview of this site."""
-    return overview(load(site.parents[1] / "config.yaml", {"HOME": "/nonexistent"}))
+    return overview(read_config(site.parents[1] / "config.yaml", {"HOME": "/nonexistent"}))
 
 
 def tell(site: Path, **facts: Any) -> None:

@@ -182,7 +182,7 @@ def install(lab: Lab, interpreter: str) -> None:
         printf 'home = /opt/python/bin\n' > /opt/sortd/.venv/pyvenv.cfg
         cat > /opt/sortd/.venv/bin/sortd <<'.'
 #!/opt/sortd/.venv/bin/python
-{run}from sortd.cli import main; main()
+{run}from sortd.cli import run_command_line; run_command_line()
 .
         cat > /opt/sortd/.venv/bin/fast-sortd <<'.'
 #!/opt/sortd/.venv/bin/python

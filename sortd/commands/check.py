@@ -27,7 +27,7 @@ from sortd.commands.check_references import (
 from sortd.commands.console import counted, megabytes
 from sortd.commands.finding import Finding, Topic, error, note, warning
 from sortd.commands.model_facts import backend_findings
-from sortd.config import Config, load
+from sortd.config import Config, read_config
 from sortd.encoder import models
 from sortd.encoder.models import STRONGER
 from sortd.errors import ConfigError, JournalError, LayoutError, ModelError, StartupError
@@ -60,7 +60,7 @@ Rename = Callable[[int, str, int, str], None]
 def check_all(path: Path | None, environment: Mapping[str, str], *, thorough: bool = False) -> Iterator[Finding]:
     """Yield the mistakes of a configuration, or what is found about all that a valid one points at."""
     try:
-        config = load(path, environment)
+        config = read_config(path, environment)
     except ConfigError as mistakes:
         yield from (error(Topic.CONFIGURATION, "configuration", line) for line in str(mistakes).splitlines())
         return

@@ -71,11 +71,11 @@ def load_config(path: Path | None) -> "Config":
     Raises:
         ConfigError: it is missing or not valid, or its root is a dataset or lies in one.
     """
-    from sortd.config import load
+    from sortd.config import read_config
     from sortd.errors import ConfigError
     from sortd.layout import misplaced_root
 
-    config = load(path, os.environ)
+    config = read_config(path, os.environ)
     if (problem := misplaced_root(config.root)) is not None:
         raise ConfigError(problem)
     return config

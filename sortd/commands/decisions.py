@@ -51,7 +51,7 @@ TEXTS = {"mode", "label", "note", "confused_with", "needs_images"}
 HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write a page with pictures to this file.")]
 
 
-def explain(
+def command_explain(
     image: Annotated[Path, typer.Argument(help="The image; it may lie anywhere.")],
     config: ConfigOption = None,
     dataset: DatasetOption = None,
@@ -107,7 +107,7 @@ def _print_explained(explained: "Explained") -> None:
         print_line(f"{format_time(record['at'])} {done}: {printable(record['from'])} -> {printable(record['to'])}")
 
 
-def evaluate(
+def command_eval(
     dataset: Annotated[str | None, typer.Argument(help="Only this dataset.")] = None,
     config: ConfigOption = None,
     html: HtmlOption = None,

@@ -36,7 +36,7 @@ Answer = tuple[dict[str, SupportSet], Any]
 
 
 def export(config: Config, *, tell: Tell = lambda _: None) -> None:
-    """Export the configured model unless a sound export stands, and judge int8 by the references at hand.
+    """Export the configured model unless a sound export stands, and compare int8 with fp32 by the references at hand.
 
     Args:
         config: the model, and where the datasets are.
@@ -49,14 +49,14 @@ def export(config: Config, *, tell: Tell = lambda _: None) -> None:
     model, words = located(config)
     made = make(model, words, cache_dir=config.cache_dir, tell=tell)
     if Precision.INT8 in made.precisions:
-        facts = judge(config, made, tell)
+        facts = compare_precisions(config, made, tell)
         try:
             write_verdict(made, config.root, facts)
         except OSError as error:
             raise ModelError(f"{error.filename}: {error.strerror}; the verdict on int8 cannot be kept there") from error
 
 
-def judge(config: Config, exported: Exports, tell: Tell) -> dict[str, Any]:
+def compare_precisions(config: Config, exported: Exports, tell: Tell) -> dict[str, Any]:
     """Hold int8 against float32; return whether it may serve, and the figures, as plain values."""
     layouts: list[Layout] = []
     with suppress(LayoutError):  # the root is not there: there is no reference

@@ -24,7 +24,7 @@ from sortd.commands.console import (
 from sortd.commands.finding import Finding, Topic, exit_code
 from sortd.commands.journals import journals, narrowed, record_facts
 from sortd.commands.overview import overview
-from sortd.config import find
+from sortd.config import find_config_file
 from sortd.errors import JournalError
 from sortd.store.history import History
 from sortd.store.records import Selection
@@ -72,7 +72,7 @@ def _print_finding(finding: Finding) -> None:
 def show_status(path: Path | None, *, as_json: bool) -> int:
     """Print the overview, and return the exit code: 75 where no sortd runs."""
     config = load_config(path)
-    file = path or find(os.environ)
+    file = path or find_config_file(os.environ)
     facts = {"config": None if file is None else os.path.abspath(file), **overview(config)}
     if as_json:
         print_json(facts)
