@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,3 +84,26 @@ def is_of_its_writer(state: Path, pid: int) -> bool:
 def is_alive(pid: int, ticks: int | None) -> bool:
     """Tell whether the process of that number is still the one that started then: numbers are used again."""
     return pid > 0 and ticks is not None and started_ticks(pid) == ticks
+
+
+def lock_holder(lock: Path) -> int | None:
+    """Return the process that holds a lock file, by /proc/locks (see proc(5)); None if there is none.
+
+    The lock is not tried: to hold it for a moment could make a sortd that starts just then fail.
+    """
+    try:
+        inode = lock.stat().st_ino
+        locks = Path("/proc/locks").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    held = re.findall(rf"WRITE\s+(\d+) [0-9a-f]+:[0-9a-f]+:{inode} ", locks)
+    return next((int(pid) for pid in held if _has_open(pid, lock)), None)
+
+
+def _has_open(pid: str, path: Path) -> bool:
+    """Tell whether a process has a file open; True for another user's process, since equal inodes are rare."""
+    folder, real = f"/proc/{pid}/fd", os.path.realpath(path)
+    try:
+        return any(os.path.realpath(f"{folder}/{name}") == real for name in os.listdir(folder))
+    except OSError as refusal:
+        return isinstance(refusal, PermissionError)

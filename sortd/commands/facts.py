@@ -9,6 +9,7 @@ from time import time
 from typing import Any
 
 from sortd.commands.check import check_all
+from sortd.commands.check_references import DECODING_SECONDS
 from sortd.commands.console import (
     counted,
     format_duration,
@@ -41,8 +42,8 @@ MARKS = {"note": ("·", ""), "warning": ("!", "yellow"), "error": ("✗", "bold 
 
 def show_check(config: Path | None, *, as_json: bool, thorough: bool) -> int:
     """Print what the checks find, as soon as each does, and return the exit code."""
-    findings = []
-    for finding in check_all(config, os.environ, thorough=thorough):
+    findings, seconds = [], float("inf") if thorough else DECODING_SECONDS
+    for finding in check_all(config, os.environ, decoding_seconds=seconds):
         findings.append(finding)
         if not as_json:
             _print_finding(finding)
@@ -54,10 +55,10 @@ def show_check(config: Path | None, *, as_json: bool, thorough: bool) -> int:
     elif any(counts.values()):
         print_line(", ".join(counted(number, word) for word, number in counts.items() if number), style="bold")
     elif unknown := sum(1 for finding in findings if finding.topic is Topic.CALIBRATION and finding.mend):
-        what = "nothing is wrong, but what the references can honour is not known"
-        print_line(f"{what} of {counted(unknown, 'dataset')}", style="bold yellow")
+        what = f"no problem found, but the accuracy of {counted(unknown, 'dataset')} is not known"
+        print_line(what, style="bold yellow")
     else:
-        print_line("all is well", style="bold green")
+        print_line("no problem found", style="bold green")
     return exit_code(findings)
 
 

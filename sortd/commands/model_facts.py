@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 from sortd.commands.console import megabytes
-from sortd.commands.finding import Finding, Topic, error, note, warning
+from sortd.commands.finding import Finding, error, note, warning
 from sortd.commands.promotion import finetuned_list
 from sortd.config import Config
 from sortd.encoder import models
@@ -173,21 +173,38 @@ def _int8_sentence(verdict: Mapping[str, Any] | None) -> str:
     )
 
 
-def backend_findings(config: Config) -> Iterator[Finding]:
+def model_findings(config: Config) -> Iterator[Finding]:
+    """Yield which model would be used and what would run it, or how to get the configured one."""
+    subject = f"model: {config.model}"
+    try:
+        model = models.locate(config.model, cache_dir=config.cache_dir)
+        yield note(subject, f"is {model.name}, a {model.kind} of {megabytes(model.size_bytes)} in {model.folder}")
+        if config.model == "auto" and model.name == "packaged":
+            what = f"the stronger model {STRONGER} is not on this machine"
+            yield note(subject, what, f"sortd models fetch {STRONGER}")
+        if config.text_model is not None:
+            subject = f"text_model: {config.text_model}"
+            models.locate_text(config.text_model, cache_dir=config.cache_dir)
+    except ModelError as refusal:
+        yield error(subject, str(refusal))
+    yield from _backend_findings(config)
+
+
+def _backend_findings(config: Config) -> Iterator[Finding]:
     """Yield what would run the model, and what is in the way of something quicker."""
     facts = backend_facts(config)
     subject = f"backend: {config.backend}"
     if facts["problem"]:
-        yield error(Topic.MODEL, subject, facts["problem"])
+        yield error(subject, facts["problem"])
     if facts["name"] is None:
         return
     export = facts["export"]
     if _lacks_export(facts):
         missing = "the export to ONNX is missing, damaged or old, so torch runs the model"
-        yield warning(Topic.MODEL, subject, missing, "sortd models export")
+        yield warning(subject, missing, "sortd models export")
         return
     mend = "sortd models export" if facts["name"] == "torch" and facts["is_installed"] and not export else ""
-    yield note(Topic.MODEL, subject, f"the model is run by {facts['name']}: {facts['why']}", mend)
+    yield note(subject, f"the model is run by {facts['name']}: {facts['why']}", mend)
     if facts["name"] == "onnx" and "int8" in export["precisions"]:
         mend = "" if facts["agreement"] else "sortd models export"
-        yield note(Topic.MODEL, subject, _int8_sentence(facts["agreement"]), mend)
+        yield note(subject, _int8_sentence(facts["agreement"]), mend)

@@ -1,11 +1,13 @@
 """Promotion: which fine-tuned models a dataset has, which one decides, and how one is promoted or demoted."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sortd import finetuned
+from sortd.commands.console import counted
+from sortd.commands.finding import Finding, Topic, note, warning
 from sortd.config import Config
 from sortd.daemon.classifiers import appointed, unfit
 from sortd.daemon.control import AnsweredError, ask
@@ -205,3 +207,29 @@ def _notify(config: Config, layout: Layout) -> str:
     if reply is None:
         return "no sortd runs; the next one starts with it"
     return "the sortd that runs takes it up; `sortd status` says which classifier serves"
+
+
+def classifier_findings(config: Config, layout: Layout) -> Iterator[Finding]:
+    """Report which classifier would decide, its expected accuracy, and why a fine-tuned model is not used."""
+    serving = serving_facts(config, layout)
+    subject, prototypes = f"classifier: {serving['classifier']}", f"the prototypes decide {layout.name}"
+    if serving["refusal"] is not None:
+        advice = f"or use the prototypes from now on: sortd models demote --dataset {layout.name}"
+        yield warning(subject, f"{prototypes}: {serving['refusal']}", advice)
+    elif serving["deciding"] == "finetuned":
+        expected = serving["expected"]
+        what = f"{layout.name} is decided by the fine-tuned model in {serving['folder']} ({serving['model_id']})"
+        if expected["filed"] is not None:
+            what += f"; of {counted(expected['held_out'], 'held-out image')} it would file {expected['filed']:.0%}"
+        if expected["right"] is not None:
+            what += f", with a precision of {expected['right']:.1%}"
+        yield note(subject, what)
+        for sentence in expected["notes"]:
+            advice = "fine-tune with more images, or ask for less (`abstain` in config.yaml)"
+            yield warning(layout.root, sentence, advice, Topic.CALIBRATION)
+    elif serving["folder"] is not None:
+        what = f"{prototypes}, although the model in {serving['folder']} was promoted"
+        yield note(subject, what, "set `classifier: auto` to use it")
+    elif (waiting := waiting_model(config, layout)) is not None:
+        what = f"{prototypes}, and a fine-tuned model is better ({compared(waiting)})"
+        yield note(subject, what, f"sortd models promote --dataset {layout.name}")
