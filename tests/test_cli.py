@@ -142,7 +142,7 @@ def test_a_full_disk_behind_the_output_is_a_sentence(config: Path) -> None:
             cwd=ROOT,
         )
     assert ran.returncode == 74
-    assert ran.stderr.startswith("sortd: what was to be written was refused: No space left on device")
+    assert ran.stderr.startswith("sortd: the output cannot be written: No space left on device")
     assert ran.stderr.count("\n") == 1
 
 
@@ -169,7 +169,7 @@ def test_init_makes_nothing_for_a_name_that_can_be_no_class(tmp_path: Path, name
 def test_init_says_why_a_folder_cannot_be_made(tmp_path: Path) -> None:
     """A file in its way, or a parent that is none, is named with what to do."""
     (tmp_path / "file").touch()
-    for place, why in (("file", "is there but is no folder"), ("file/Garden", "cannot be made: Not a directory")):
+    for place, why in (("file", "is no folder"), ("file/Garden", "cannot be created: Not a directory")):
         ran = sortd("init", tmp_path / place)
         assert (ran.code, why in ran.err) == (78, True)
 

@@ -133,8 +133,8 @@ class TestValues:
     def test_without_a_home_the_folders_must_be_given(self, tmp_path: Path) -> None:
         """A folder called ~ in the working directory would be a strange place for the journal."""
         assert complaints(tmp_path, "{}", {}) == [
-            "1:1: state_dir: has no default, since neither HOME nor a folder of systemd is set; give it",
-            "1:1: cache_dir: has no default, since neither HOME nor a folder of systemd is set; give it",
+            "1:1: state_dir: has no default, since neither HOME nor a folder of systemd is set; add it",
+            "1:1: cache_dir: has no default, since neither HOME nor a folder of systemd is set; add it",
         ]
         config = read(tmp_path, "{state_dir: s, cache_dir: c}", {"XDG_STATE_HOME": "relative"})
         assert config.state_dir == tmp_path / "s"
@@ -189,7 +189,7 @@ datasets:
     def test_what_holds_for_the_program_cannot_differ(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """One model serves all datasets."""
         lines = complaints(tmp_path, "datasets: {A: {model: packaged}}", environment)
-        assert lines == ["1:16: datasets.A.model: unknown key; it holds for all datasets alike"]
+        assert lines == ["1:16: datasets.A.model: unknown key; it cannot differ between datasets"]
 
 
 class TestMistakes:
@@ -222,15 +222,15 @@ mode: max
             "2:1: mode: 'bets' is none of avg, max, mean, text, best, mixed; did you mean best?",
             "3:11: abstain.precision: '2' should be less than 1",
             "3:25: abstain.strangers: 'x' is neither auto nor a share between 0 and 1",
-            "4:1: settle_seconds: 'fast' is no number",
+            "4:1: settle_seconds: 'fast' is not a number",
             "7:5: datasets.Tornillos.setle_seconds: unknown key; did you mean settle_seconds?",
             "8:3: datasets.Ropa: must be a group of keys, indented below it",
-            "9:11: prompts.0: 'a photo' has no {} where the name of the class goes",
+            "9:11: prompts.0: 'a photo' has no {} for the name of the class",
             "10:1: log: must be a group of keys, indented below it",
             "11:1: backlog_limit: '1' should be greater than or equal to 100",
             "12:1: learn_from_corrections: 'maybe' is neither yes nor no",
             "13:1: device: 'gpu' is none of auto, cpu, cuda, cuda:0, mps",
-            "14:1: companions: has no value; give it one or take the line away",
+            "14:1: companions: has no value; give it one or remove the line",
             "15:1: polling: must be one value, not a list or a group of keys",
             "16:1: mode: is given twice; keep one",
         ]
@@ -238,15 +238,15 @@ mode: max
     @pytest.mark.parametrize(
         ("text", "complaint"),
         [
-            ("abstain:\n", "1:1: abstain: has no value; give it one or take the line away"),
+            ("abstain:\n", "1:1: abstain: has no value; give it one or remove the line"),
             ("abstain: 0.9\n", "1:1: abstain: must be a group of keys, indented below it, or `off`"),
             ("abstain: {strangers: 1}", "1:11: abstain.strangers: '1' is neither auto nor a share between 0 and 1"),
             ("abstain: {strangers: nan}", "1:11: abstain.strangers: 'nan' is neither auto nor a share between 0 and 1"),
-            ("settle_seconds: .nan", "1:1: settle_seconds: '.nan' is no number"),
+            ("settle_seconds: .nan", "1:1: settle_seconds: '.nan' is not a number"),
             ("settle_seconds: nan", "1:1: settle_seconds: 'nan' should be a finite number"),
             ("settle_seconds: 0", "1:1: settle_seconds: '0' should be greater than or equal to 0.1"),
-            ("batch_size: 1.5", "1:1: batch_size: '1.5' is no whole number"),
-            ("prompts: []", "1:1: prompts: the list is empty; a class's name needs one sentence at least"),
+            ("batch_size: 1.5", "1:1: batch_size: '1.5' is not a whole number"),
+            ("prompts: []", "1:1: prompts: the list is empty; it needs at least one sentence"),
             ("prompts: a {}", "1:1: prompts: 'a {}' is not a list; write one `- ...` line for each"),
             ("mode: [max]", "1:1: mode: must be one value, not a list or a group of keys"),
             ("root: {a: b}", "1:1: root: must be one value, not a list or a group of keys"),
@@ -254,17 +254,17 @@ mode: max
             ("just text", "1:1: must be lines of `key: value`"),
             ("? [a, b]\n: c", "1:3: a key must be a word, not a list or a mapping"),
             ("model: ''", "1:1: model: must not be empty"),
-            ("root: ''", "1:1: root: must not be empty; name a folder, or take the line away"),
+            ("root: ''", "1:1: root: must not be empty; name a folder, or remove the line"),
             ("datasets: {A: {mode: max}, A: {mode: avg}}", "1:28: datasets.A: is given twice; keep one"),
             ("root: Data\n\tmode: max", "2:1: a tab begins this line or value; YAML indents with spaces only"),
-            ("mode: max\n  root: Data", "2:7: is no YAML: mapping values are not allowed here"),
-            ("a: [1, 2", "1:9: is no YAML: expected ',' or ']', but got '<stream end>' while parsing a flow sequence"),
-            ("mode: max\n---\nmode: avg", "2:1: is no YAML: but found another document expected a single document in the stream"),  # noqa: E501
+            ("mode: max\n  root: Data", "2:7: is not YAML: mapping values are not allowed here"),
+            ("a: [1, 2", "1:9: is not YAML: expected ',' or ']', but got '<stream end>' while parsing a flow sequence"),
+            ("mode: max\n---\nmode: avg", "2:1: is not YAML: but found another document expected a single document in the stream"),  # noqa: E501
             ("mode: !!python/name:os.system x", "1:7: mode: the tag !!python/name:os.system is not allowed here"),
             ("mode: !custom max", "1:7: mode: the tag !custom is not allowed here"),
-            ("a: *nowhere", "1:4: is no YAML: found undefined alias 'nowhere'"),
-            ("", "1:1: is empty, as a file is that somebody failed to write; put `root:` in it or remove it"),
-            ("  \n\n", "1:1: is empty, as a file is that somebody failed to write; put `root:` in it or remove it"),
+            ("a: *nowhere", "1:4: is not YAML: found undefined alias 'nowhere'"),
+            ("", "1:1: is empty, as after a failed write; put `root:` in it or remove it"),
+            ("  \n\n", "1:1: is empty, as after a failed write; put `root:` in it or remove it"),
         ],
     )  # fmt: skip
     def test_each_says_what_and_where(
@@ -375,13 +375,13 @@ class TestVariables:
             "SORTD_PROMPTS": "[a",
         }
         lines = complaints(tmp_path, "mode: max\nbatch_size: x", environment)
-        assert lines[0] == "2:1: batch_size: 'x' is no whole number"
+        assert lines[0] == "2:1: batch_size: 'x' is not a whole number"
         assert set(lines[1:]) == {
             "SORTD_SETTLE_SECOND: unknown variable; did you mean SORTD_SETTLE_SECONDS?",
             "SORTD_MODE: 'bets' is none of avg, max, mean, text, best, mixed; did you mean best?",
             "SORTD_ABSTAIN__PRECISION: '7' should be less than 1",
             "SORTD_DATASETS__A__MODEL: unknown variable",
-            "SORTD_PROMPTS: is no YAML: expected ',' or ']', but got '<stream end>' while parsing a flow sequence",
+            "SORTD_PROMPTS: is not YAML: expected ',' or ']', but got '<stream end>' while parsing a flow sequence",
         }
 
     def test_every_key_has_a_variable_of_its_own(self) -> None:

@@ -16,15 +16,15 @@ def of(number: int, path: str = "/photos/Clases") -> OSError:
 @pytest.mark.parametrize(
     ("number", "advice"),
     [
-        (errno.EACCES, "the right to read"),
-        (errno.EPERM, "the right to read"),
+        (errno.EACCES, "permission to read"),
+        (errno.EPERM, "permission to read"),
         (errno.ENOENT, "mounted"),
-        (errno.EIO, "mounted and well"),
-        (errno.ESTALE, "mounted and well"),
+        (errno.EIO, "mounted and works"),
+        (errno.ESTALE, "mounted and works"),
         (errno.ELOOP, "symbolic link"),
         (errno.EMFILE, "RLIMIT_NOFILE"),
         (errno.ENFILE, "fs.file-max"),
-        (errno.E2BIG, "mounted and well"),
+        (errno.E2BIG, "mounted and works"),
     ],
 )
 def test_what_cannot_be_read_has_a_path_a_cause_and_a_mend(number: int, advice: str) -> None:
@@ -37,15 +37,15 @@ def test_what_cannot_be_read_has_a_path_a_cause_and_a_mend(number: int, advice: 
 @pytest.mark.parametrize(
     ("number", "advice"),
     [
-        (errno.EACCES, "the right to write"),
+        (errno.EACCES, "permission to write"),
         (errno.EPERM, "immutable"),
         (errno.EROFS, "for writing"),
-        (errno.ENOSPC, "make room"),
+        (errno.ENOSPC, "free some space"),
         (errno.EDQUOT, "quota"),
         (errno.ENOTDIR, "move away the file"),
         (errno.ENAMETOOLONG, "shorter"),
-        (errno.EIO, "mounted and well"),
-        (errno.ENOTCONN, "mounted and well"),
+        (errno.EIO, "mounted and works"),
+        (errno.ENOTCONN, "mounted and works"),
         (errno.EMFILE, "RLIMIT_NOFILE"),
         (errno.ENFILE, "fs.file-max"),
         (errno.EBUSY, ""),

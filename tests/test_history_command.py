@@ -105,7 +105,7 @@ class TestHistory:
         assert names(run(site, "history", "--limit", "1", "--json")) == [odd]
 
     def test_wrong_questions_are_usage_errors(self, site: Path) -> None:
-        """What is no moment, outcome or dataset is said to be none."""
+        """A value that is no time, outcome or dataset is a usage error."""
         assert run(site, "history", "--since", "soon").code == 2
         assert run(site, "history", "--outcome", "eaten").code == 2
         assert run(site, "history", "--dataset", "Nowhere").code == 65
@@ -180,7 +180,7 @@ class TestUndo:
         """Nothing is held then, and nothing is to be released."""
         (site / "Dataset" / "red" / "a.png").unlink()
         ran = run(site, "undo", site / "Dataset" / "red" / "a.png")
-        assert (ran.code, ran.err) == (65, "sortd: no image was put back\n")
+        assert (ran.code, ran.err) == (65, "sortd: no image was moved back\n")
 
     def test_nothing_is_overwritten(self, site: Path) -> None:
         """Where the old name is taken, another one is given, and both files are whole."""
@@ -207,7 +207,7 @@ class TestUndo:
         run(site, "undo", site / "Dataset" / "red" / "a.png")
         ran = run(site, "undo", site / "Dataset" / "red" / "a.png")
         assert ran.code == 65
-        assert "knows of no move" in ran.err
+        assert "the journal has no move" in ran.err
 
     def test_it_wants_to_be_told_what(self, site: Path) -> None:
         """No argument would mean everything or nothing; both is too much to guess."""
@@ -235,7 +235,7 @@ class TestUndo:
             path.rename(site / "Dataset" / "red" / "new.png")
         ran = run(site, "undo", "--last", "1")
         assert ran.code == 0
-        assert "first recovered 1 move that a crash had cut short" in ran.err
+        assert "first recovered 1 move that a crash had interrupted" in ran.err
 
 
 def hold_dataset(site: Path) -> None:
@@ -266,7 +266,7 @@ class TestRelease:
         hold_dataset(site)
         ran = run(site, "release", site / "Images" / "a.png")
         assert ran.out == "Colours: 1 held file released\n"
-        assert "Colours stays held as a whole, so nothing moves there yet: all would go to review" in ran.err
+        assert "the dataset Colours is still held, so nothing in it is moved: all would go to review" in ran.err
         assert guard_of(site).reason
 
     def test_release_of_a_dataset_leaves_held_files_held(self, site: Path) -> None:
@@ -274,7 +274,7 @@ class TestRelease:
         run(site, "undo", "--since", "1h")
         hold_dataset(site)
         ran = run(site, "release", site)
-        assert "Colours: the hold of the whole dataset is lifted" in ran.out
+        assert "Colours: the dataset is released" in ran.out
         assert "nothing is held" not in ran.err
         assert guard_of(site) == GuardState(2)
         assert run(site, "release", site).code == 65

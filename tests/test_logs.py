@@ -273,7 +273,7 @@ def test_a_console_says_a_new_name_and_the_reason_not_to_file(log: structlog.std
     renamed = {**MOVE, "destination": "/srv/sortd/Tornillos/Dataset/hex/a (2).jpg"}
     assert "Images/a.jpg -> Dataset/hex/a (2).jpg" in on_console(log, "info", logs.IMAGE_FILED, **renamed)
     unsure = {**MOVE, "destination": "/srv/sortd/Tornillos/Review/hex/a.jpg", "reason": "margin"}
-    assert on_console(log, "info", logs.IMAGE_SENT_TO_REVIEW, **unsure).endswith("0.001, another class is too near\n")
+    assert on_console(log, "info", logs.IMAGE_SENT_TO_REVIEW, **unsure).endswith("scores nearly as high\n")
     refused = {"dataset": "T", "path": "/T/Images/a.jpg", "destination": "/T/Rejected/a.jpg", "reason": "truncated"}
     assert on_console(log, "info", logs.IMAGE_REJECTED, **refused).endswith("T: Images/a.jpg -> Rejected/  truncated\n")
 

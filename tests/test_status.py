@@ -92,7 +92,7 @@ def test_status_of_a_run_that_an_error_ended_names_the_error(site: Path) -> None
     """What its last line on stderr said is in reach of whoever looks later."""
     tell(site, running=False, ended_by="the journal is full")
     assert facts_of(site)["ended"] == "failed"
-    assert "does not run: the journal is full; last heard of" in shown(site)
+    assert "does not run: the journal is full; last status" in shown(site)
 
 
 def test_a_sortd_that_runs_is_told_of(site: Path) -> None:
@@ -142,7 +142,7 @@ def test_without_a_sortd_the_journals_tell(site: Path) -> None:
     assert facts_of(site)["ended"] == "stopped"
     tell(site, started_ticks=1)
     assert facts_of(site)["ended"] == "died"
-    assert "it was killed, or could not write down why" in shown(site)
+    assert "it was killed, or could not record why" in shown(site)
     assert "generation 4, mode max" in shown(site)
 
 
@@ -237,7 +237,7 @@ def test_a_dataset_that_is_gone_is_told_from_its_journal(site: Path) -> None:
     facts = facts_of(site)["datasets"]["Colours"]
     assert facts["root"] is None
     assert facts["total"] == {"filed": 3}
-    assert "gone or not mounted" in shown(site)
+    assert "missing or not mounted" in shown(site)
 
 
 def test_a_damaged_journal_is_told_not_raised(site: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_a_time_alone_is_of_today() -> None:
 @pytest.mark.parametrize("text", ["", "soon", "2026-13-01", "-2h", "25:00", "5 fortnights", "0001-01-01"])
 def test_what_is_no_moment_is_refused_with_examples(text: str) -> None:
     """The message shows how to write one."""
-    with pytest.raises(ValueError, match="is no moment: write 2026-03-01"):
+    with pytest.raises(ValueError, match="is not a time: write 2026-03-01"):
         parse_time(text, NOW)
 
 
