@@ -51,11 +51,11 @@ def test_it_prints_a_table_of_stages(colours: Path, write_config: Write, capsys:
     config = read_config(write_config(), {})
     print_measured(measure(config, None, images=4, load_encoder=lambda _: FakeEncoder(), load_other=_never))
     said = capsys.readouterr().out
-    assert "images a second" in said.splitlines()[0]
+    assert "images/s" in said.splitlines()[0]
     assert [line.split("\t")[0] for line in said.splitlines() if line.count("\t") == 2][1:] == [
         *("decode", "encode", "encode alone", "move")
     ]
-    assert "limit" in said
+    assert "bottleneck" in said
 
 
 def test_images_come_from_the_folder_that_is_named(tmp_path: Path, write_config: Write) -> None:
@@ -94,24 +94,24 @@ FP32 = backend("onnx", 18.0)
 def test_the_advice_names_the_backend_that_would_file_most() -> None:
     """It is one that is faster by more than chance; where decoding limits, a faster model is not praised."""
     first, second = advised(INT8, TORCH)
-    assert first == "set `backend: onnx`: onnx-int8 could file 1.6 times as many images a second"
-    assert "forward limits" in second
+    assert first == "set `backend: onnx`: onnx-int8 is 1.6 times as fast"
+    assert second.startswith("the bottleneck is the model")
     as_fast = backend("onnx", 14.3)
-    assert advised(as_fast, TORCH)[0].startswith("keep the backend: torch")
-    assert advised(TORCH, limit="decode")[-1].startswith("decoding limits")
+    assert advised(as_fast, TORCH)[0] == "keep the backend: no other usable one is faster than torch"
+    assert advised(TORCH, limit="decode")[-1].startswith("the bottleneck is decoding")
 
 
 def test_the_advice_is_one_that_can_be_followed() -> None:
     """Nobody is sent to int8 where it was refused, nor to a backend that serves already."""
     first, second, _ = advised(INT8, FP32, TORCH, refusal="12 references are too few")
-    assert first == "set `backend: onnx`: onnx could file 1.3 times as many images a second"
-    assert second == "onnx-int8 could file 1.6 times as many, but does not serve: 12 references are too few"
+    assert first == "set `backend: onnx`: onnx is 1.3 times as fast"
+    assert second == "onnx-int8 is 1.6 times as fast, but is not used: 12 references are too few"
     serving = FP32 | {"serves": True}
     first, second, _ = advised(INT8, serving, TORCH | {"serves": False}, refusal="not judged yet")
-    assert first.startswith("keep the backend: onnx")
-    assert "1.2 times as many, but does not serve: not judged yet" in second
+    assert first.endswith("is faster than onnx")
+    assert "1.2 times as fast, but is not used: not judged yet" in second
     first, _ = advised(INT8, serving)
-    assert first.startswith("start sortd again: onnx-int8 may serve")
+    assert first.startswith("restart sortd: onnx-int8 is usable now")
 
 
 def test_where_only_torch_is_ready_it_says_what_brings_the_other() -> None:
