@@ -1,4 +1,4 @@
-"""Prototypes and a fine-tuned model on real photos, side by side: 70 % teach, 30 % judge, three seeds.
+"""Compare prototypes and a fine-tuned model on real photos: 70 % for training, 30 % for the test, three seeds.
 
     python -m benchmarks.finetuned_photos FOLDER... [--base packaged] [--seeds 3] [--epochs N] [--json]
 
@@ -51,7 +51,7 @@ def configured(root: Path, model: str) -> Config:
 
 
 def measure(folders: list[Path], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield one row for each folder and seed: accuracies in per cent, and what it took."""
+    """Yield one row for each folder and seed: accuracies in per cent, and the time."""
     changes = {} if arguments.epochs is None else {"epochs": arguments.epochs}
     with tempfile.TemporaryDirectory(prefix="finetuned-photos-") as place:
         root = Path(place)
