@@ -386,7 +386,7 @@ def exit_on_error() -> Iterator[None]:
         leave(0)
     except OSError as error:
         if error.errno not in REFUSED:
-            report_defect(error)
+            report_error(repr(error), 1, error)
             raise
         silence(sys.stdout)
         report_error(refusal(error), REFUSED_CODE)
@@ -394,29 +394,22 @@ def exit_on_error() -> Iterator[None]:
     except SystemExit as stop:
         leave(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
     except Exception as error:
-        report_defect(error)
+        report_error(repr(error), 1, error)
         raise
 
 
-def report_error(message: str, exit_code: int) -> None:
-    """Write the error that ends sortd to stderr, in the format of the log."""
-    if (logs := json_logs()) is not None:
-        logs.say_failed(message, exit_code)
-    else:
+def report_error(message: str, exit_code: int, defect: Exception | None = None) -> None:
+    """Write the error that ends sortd to stderr, in the format of the log.
+
+    With an unexpected error, ``defect``, exit if that is JSON; else return, and Python prints the traceback.
+    """
+    logs: Any = sys.modules.get("sortd.logs")  # imported only by commands that write a log
+    if logs is not None and logs.is_json():
+        logs.say_failed(message, exit_code, defect)
+        if defect is not None:
+            leave(exit_code)
+    elif defect is None:
         print(f"sortd: {message}", file=sys.stderr)
-
-
-def report_defect(error: Exception) -> None:
-    """Log an unexpected error and exit, if stderr is JSON; else return, and Python prints the traceback."""
-    if (logs := json_logs()) is not None:
-        logs.say_failed(repr(error), 1, error)
-        leave(1)
-
-
-def json_logs() -> Any:  # noqa: ANN401 -- a module that is imported only where logs are written
-    """Return ``sortd.logs`` if it writes JSON to stderr, else None."""
-    logs = sys.modules.get("sortd.logs")
-    return logs if logs is not None and logs.is_json() else None
 
 
 def open_missing_streams() -> None:

@@ -45,7 +45,7 @@ def test_measure_packaged_model_changes_no_file(colours: Path, write_config: Wri
     assert facts["advice"]
 
 
-def test_print_measured_shows_stages_and_backends(
+def test_print_measured_shows_all_stages(
     colours: Path, write_config: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The speed comes first, then the stages, the backends and the recommendations."""

@@ -528,9 +528,7 @@ class TestCalibration:
 class TestProcesses:
     """What is said about other processes."""
 
-    def test_check_another_sortd_is_found_without_taking_its_lock(
-        self, site: Path, look: Check, tmp_path: Path
-    ) -> None:
+    def test_check_another_sortd_is_found_by_its_lock(self, site: Path, look: Check, tmp_path: Path) -> None:
         """The finding has the pid of the process that holds the lock."""
         layout = Layout(site)
         assert lock_holder(layout.marker / "lock") is None

@@ -74,9 +74,7 @@ def test_line_has_its_event_first_and_its_context(stream: io.StringIO, log: stru
     }
 
 
-def test_line_with_a_name_that_is_not_utf8_has_its_bytes(
-    stream: io.StringIO, log: structlog.stdlib.BoundLogger
-) -> None:
+def test_line_of_a_name_not_in_utf8_has_its_bytes(stream: io.StringIO, log: structlog.stdlib.BoundLogger) -> None:
     """The bytes of the name are added in hexadecimal."""
     path = os.fsdecode(b"/srv/caf\xe9\n\x1b[31m.jpg")
     log.info(logs.IMAGE_FILED, path=path)

@@ -1,7 +1,7 @@
 """Check a configuration and its folders, disks, model and datasets, and yield the findings.
 
 The checks create hidden test files, in Images/ and in sortd's own folders, and remove them. Clases/ is only read.
-No check imports torch. The checks of references and calibration are in ``check_references``.
+No check imports torch. ``check_references``, ``model_facts`` and ``promotion`` have the checks of what they are about.
 """
 
 import difflib
@@ -19,11 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from sortd import errors
-from sortd.commands.check_references import (
-    DECODING_SECONDS,
-    reference_findings,
-    stored_calibration_findings,
-)
+from sortd.commands.check_references import DECODING_SECONDS, reference_findings, stored_calibration_findings
 from sortd.commands.console import counted, megabytes
 from sortd.commands.finding import Finding, Topic, error, note, warning
 from sortd.commands.model_facts import model_findings
@@ -260,10 +256,7 @@ def move_findings(_config: Config, layout: Layout, *, rename: Rename = rename_ne
             with suppress(FileNotFoundError):
                 os.unlink(TRIAL, dir_fd=source)
     if slow:
-        what = (
-            f"a rename from Images/ into {', '.join(slow)} is refused: each move there is a copy that is verified and "
-            "synced before the original is removed, which takes longer and twice the space"
-        )
+        what = f"a rename into {', '.join(slow)} is refused: moves are verified copies, slower and with twice the space"
         advice = "for renames, put both on one file system; in a systemd unit name one common ReadWritePaths="
         yield note(layout.root, what, advice)
     elif all(layout.area(area).is_dir() for area in TARGETS):
@@ -301,11 +294,9 @@ def room_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Finding
     for there, what in by_device.values():
         facts = os.statvfs(there)
         free, whole = facts.f_bavail * facts.f_frsize, facts.f_blocks * facts.f_frsize
-        left = f"{megabytes(free)} left for {what}"
-        if free < NO_ROOM_BYTES:
-            yield error(there, f"its disk is full: {left}", "free some space")
-        elif free < LITTLE_ROOM_BYTES or free < LITTLE_ROOM_SHARE * whole:
-            yield warning(there, f"its disk is nearly full: {left}", "free some space")
+        if free < max(LITTLE_ROOM_BYTES, LITTLE_ROOM_SHARE * whole):
+            found = error if free < NO_ROOM_BYTES else warning
+            yield found(there, f"its disk has only {megabytes(free)} left for {what}", "free some space")
         if facts.f_files and facts.f_favail < LEAST_INODES:  # btrfs reports 0 files
             yield warning(there, f"its disk has only {facts.f_favail} inodes left", "remove small files")
 
