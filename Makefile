@@ -49,6 +49,7 @@ lint: setup ## format and types, as the tests check them
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: setup ## measure: the daemon's start, latency and idling, the encoder, decoding
 	$(BIN)/python -m benchmarks.daemon startup latency idle

@@ -44,7 +44,7 @@ from benchmarks.workload import (
     write_config,
 )
 from sortd.events import Preprocessing
-from sortd.images.decode import Jpeg, Limits
+from sortd.images.decode import DecodeLimits, Jpeg
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.watch.scan import scan
 
@@ -122,7 +122,7 @@ def run_script(model: Any, clases: Path, inbox: Path, target: Path) -> Script:  
 def decode_seconds(folder: Path, *, jpeg: Jpeg, most: int = 40) -> float:
     """Return the seconds per photo of one decoding process, including reading and hashing."""
     files = sorted(scan(str(folder), report=_raise))[:most]
-    with DecoderPool(1, CLIP_SEES, Limits(), jpeg=jpeg) as pool:
+    with DecoderPool(1, CLIP_SEES, DecodeLimits(), jpeg=jpeg) as pool:
         list(pool.decode_all(files[:2]))
         taken = [answer.decode_seconds for answer in pool.decode_all(files) if isinstance(answer, DecodedImage)]
     return statistics.fmean(taken)

@@ -25,9 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.classify.build import build
-from sortd.classify.decide import decide, judge
+from sortd.classify.decide import decide, score_batch
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import Abstain, Assigned, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, Assigned, DecisionSettings, Mode, SupportSet
 
 Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -35,8 +35,8 @@ IntArray = npt.NDArray[np.int64]
 SIZES = ("1", "2", "4", "8", "16", "uneven")
 MODES = (Mode.AVG, Mode.MAX, Mode.MEAN, Mode.BEST, Mode.MIXED)
 SETTINGS = {
-    "defaults": Abstain(),
-    "strangers 0.05": Abstain(strangers=0.05),
+    "defaults": AbstainSettings(),
+    "strangers 0.05": AbstainSettings(strangers=0.05),
 }
 
 
@@ -294,7 +294,7 @@ def _unit(rows: npt.NDArray[np.floating]) -> Array:
 
 
 def _right(prototypes: PrototypeSet, features: Features, mode: Mode) -> float:
-    best = judge(prototypes, features.queries.astype(np.float64), mode).best
+    best = score_batch(prototypes, features.queries.astype(np.float64), mode).best
     return float((best == features.query_labels).mean() * 100.0)
 
 

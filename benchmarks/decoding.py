@@ -22,7 +22,7 @@ from PIL import Image
 
 from sortd.events import Preprocessing, Stamp
 from sortd.files import stamp_of
-from sortd.images.decode import Jpeg, Limits
+from sortd.images.decode import DecodeLimits, Jpeg
 from sortd.images.pool import DecodedImage, DecoderPool
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -91,7 +91,7 @@ def decode(pool: DecoderPool, files: Files, *, one_by_one: bool) -> None:
 
 def measure(files: Files, rounds: int) -> dict[str, Cost]:
     """Measure every way, in turns."""
-    pools = {way: DecoderPool(way.processes, SEEN, Limits(), jpeg=way.jpeg) for way in WAYS}
+    pools = {way: DecoderPool(way.processes, SEEN, DecodeLimits(), jpeg=way.jpeg) for way in WAYS}
     costs: dict[Way, list[Cost]] = {way: [] for way in WAYS}
     try:
         for pool in pools.values():

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from sortd.encoder.finetuned_network import Network, torch_device
 from sortd.events import Fit, Preprocessing
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import Recipe
 from sortd.finetune.run import enlarged
 from sortd.finetune.train import TrainSettings, make_model, train
-from sortd.finetuned_network import Network, torch_device
-from sortd.images.decode import Limits
+from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.watch.scan import stamp
 
@@ -88,7 +88,7 @@ def own_training(files: list[Path], arguments: argparse.Namespace, device: "torc
     large = enlarged(seen)
     pixels = np.empty((len(files), large.crop_height, large.crop_width, 3), np.uint8)
     stamped = [(str(file), found) for file in files if (found := stamp(str(file))) is not None]
-    with DecoderPool(arguments.workers, large, Limits()) as pool:
+    with DecoderPool(arguments.workers, large, DecodeLimits()) as pool:
         for index, answer in enumerate(pool.decode_all(stamped)):
             assert isinstance(answer, DecodedImage)
             pixels[index] = answer.pixels

@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.encoder import build_reference
 from sortd.encoder import models
 from sortd.encoder import onnx_encoder as exports
-from sortd.encoder.export import make
+from sortd.encoder.export import make_exports
 from tests.daemon_process import DaemonProcess, make_dataset
 
 BACKENDS = ("torch", "onnx", "onnx-int8")
@@ -43,9 +43,9 @@ def memory_megabytes(pid: int | str = "self") -> float:
 def measure_here(model: str, cache: Path, backend: str, images: int, threads: int) -> dict[str, float]:
     """Load one backend in this process and time it; seconds are of the clock on the wall, ``cpu`` of the processor."""
     began, began_cpu = time.perf_counter(), time.process_time()
-    from sortd.encoder.backends import load
+    from sortd.encoder.backends import load_encoder
 
-    encoder = load(model, backend=backend, cache_dir=cache, threads=threads)
+    encoder = load_encoder(model, backend=backend, cache_dir=cache, threads=threads)
     facts = {"load_seconds": time.perf_counter() - began, "load_cpu_seconds": time.process_time() - began_cpu}
     height, width = encoder.preprocessing.crop_height, encoder.preprocessing.crop_width
     pixels = np.random.default_rng(0).integers(0, 256, (max(BATCHES), height, width, 3), dtype=np.uint8)
@@ -97,9 +97,9 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 def compare(model: str, cache: Path, options: argparse.Namespace, scratch: Path) -> dict[str, dict[str, float]]:
     """Measure all backends in turns."""
-    folder = models.locate(model, cache_dir=cache)
+    folder = models.locate_clip(model, cache_dir=cache)
     began = time.perf_counter()
-    found = exports.find(folder, None, cache_dir=cache) or make(folder, None, cache_dir=cache)
+    found = exports.find_exports(folder, None, cache_dir=cache) or make_exports(folder, None, cache_dir=cache)
     print(f"exports: {found.size_bytes / 1e6:.0f} MB, {time.perf_counter() - began:.0f} s", file=sys.stderr)
     backends = [one for one in BACKENDS if one != "onnx-int8" or len(found.precisions) > 1]
     runs: dict[str, list[dict[str, float]]] = {backend: [] for backend in backends}

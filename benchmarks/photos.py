@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.classify.build import build
-from sortd.classify.decide import judge
+from sortd.classify.decide import score_batch
 from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.classify.types import DecisionSettings, Mode, SupportSet
-from sortd.encoder.backends import load
+from sortd.encoder.backends import load_encoder
 from sortd.encoder.base import Encoder
-from sortd.images.decode import Limits, decode_file
+from sortd.images.decode import DecodeLimits, decode_file
 
 Rows = npt.NDArray[np.float32]
 BATCH = 64
@@ -29,7 +29,7 @@ def embed_folder(encoder: Encoder, folder: Path) -> tuple[Rows, npt.NDArray[np.i
     """Return rows (N, d), their classes (N,) and the classes' names."""
     labels = sorted(path.name for path in folder.iterdir() if path.is_dir())
     files = [(index, path) for index, label in enumerate(labels) for path in sorted((folder / label).iterdir())]
-    pixels = [decode_file(str(path), encoder.preprocessing, Limits()) for _, path in files]
+    pixels = [decode_file(str(path), encoder.preprocessing, DecodeLimits()) for _, path in files]
     batches = [np.stack(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
     rows = np.concatenate([encoder.encode_images(batch) for batch in batches])
     return rows, np.array([index for index, _ in files]), labels
@@ -60,7 +60,7 @@ def measure(encoder: Encoder, folder: Path, *, references: int, draws: int = 5) 
         )
         prototypes = build(support, DecisionSettings(abstain=None), generation=1)
         for mode in Mode:
-            best = judge(prototypes, rows[queries].astype(np.float64), mode).best
+            best = score_batch(prototypes, rows[queries].astype(np.float64), mode).best
             right[mode].append(100 * float((best == classes[queries]).mean()))
     return {mode.value: round(float(np.mean(values)), 2) for mode, values in right.items()}
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=6)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    encoder = load(arguments.model)
+    encoder = load_encoder(arguments.model)
     results = {folder.name: measure(encoder, folder, references=arguments.references) for folder in arguments.folders}
     mean = {mode.value: round(float(np.mean([row[mode.value] for row in results.values()])), 2) for mode in Mode}
     results["mean"] = mean

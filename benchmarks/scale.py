@@ -26,12 +26,12 @@ from PIL import Image
 
 from sortd.classify.build import build
 from sortd.classify.decide import decide
-from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
 from sortd.daemon.embedder import Embedder
+from sortd.daemon.references import References, ReferenceSettings
 from sortd.events import Preprocessing
-from sortd.images.decode import Limits
+from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecoderPool
-from sortd.references import References, Teaching
 from sortd.store.cache import Cache
 
 DIMENSIONS = 512
@@ -80,9 +80,9 @@ def measure_rebuild(folder: Path, references: int) -> dict[str, Any]:
     clases = folder / "Clases"
     for number in range(references):
         write_reference(clases, number)
-    encoder, teaching = CountingEncoder(), Teaching(DecisionSettings(Mode.BEST, Abstain(0.95, "auto")))
+    encoder, teaching = CountingEncoder(), ReferenceSettings(DecisionSettings(Mode.BEST, AbstainSettings(0.95, "auto")))
     facts: dict[str, Any] = {"references": references, "floor_forwards": MOST_FORWARDS}
-    with DecoderPool(2, encoder.preprocessing, Limits()) as pool, Cache(folder / "embeddings.sqlite") as cache:
+    with DecoderPool(2, encoder.preprocessing, DecodeLimits()) as pool, Cache(folder / "embeddings.sqlite") as cache:
         embedder, read = Embedder(encoder, pool, cache), References(clases)
         previous = None
         for generation, name in enumerate(("first", "one_more", "no_change"), 1):
@@ -120,7 +120,7 @@ def measure_decide(references: int, classes: int) -> dict[str, Any]:
             fingerprint="random",
         )
         began = time.perf_counter()
-        prototypes = build(support, DecisionSettings(mode, Abstain(0.95, "auto")), generation=1)
+        prototypes = build(support, DecisionSettings(mode, AbstainSettings(0.95, "auto")), generation=1)
         built = time.perf_counter() - began
         taken = {size: _milliseconds(partial(decide, prototypes), queries[:size]) for size in (1, BATCH)}
         facts[mode.value] = {

@@ -24,12 +24,12 @@ import numpy.typing as npt
 from benchmarks.decisions import Features, read, support_of
 from benchmarks.photos import embed_folder
 from sortd.classify.build import build
-from sortd.classify.decide import decide, judge, open_set_scores
+from sortd.classify.decide import decide, open_set_scores, score_batch
 from sortd.classify.open_set import log_odds
 from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import Abstain, Assigned, DecisionSettings, SupportSet
-from sortd.encoder.backends import load
+from sortd.classify.types import AbstainSettings, Assigned, DecisionSettings, SupportSet
+from sortd.encoder.backends import load_encoder
 from sortd.encoder.base import Encoder
 
 Array = npt.NDArray[np.float64]
@@ -115,7 +115,7 @@ def feature_worlds(files: list[Features], references: list[int], draws: int) -> 
 
 def measure(world: World) -> dict[str, float]:
     """Return shares of known images filed and filed rightly, of strangers filed, and AUROCs; per cent."""
-    abstain = Abstain(precision=world.precision)
+    abstain = AbstainSettings(precision=world.precision)
     prototypes = build(world.support, DecisionSettings(abstain=abstain), generation=1)
     chosen = _chosen(prototypes, world.queries)
     facts = {
@@ -136,7 +136,7 @@ def respects(prototypes: PrototypeSet, rows: Rows) -> tuple[dict[str, Array], In
     gate = prototypes.calibration.gate
     assert gate is not None
     queries = rows.astype(np.float64)
-    judged = judge(prototypes, queries, prototypes.settings.mode)
+    judged = score_batch(prototypes, queries, prototypes.settings.mode)
     looks = open_set_scores(prototypes, queries, judged, gate)
     confidence = judged.probabilities[np.arange(len(queries)), judged.best]
     found = {
@@ -162,7 +162,7 @@ def main() -> None:
     gathered: dict[str, list[dict[str, float]]] = {}
     worlds = list(feature_worlds([read(file) for file in arguments.features], arguments.references, arguments.draws))
     if arguments.photos:
-        encoder = load("packaged")
+        encoder = load_encoder("packaged")
         worlds += photo_worlds(encoder, arguments.photos, arguments.references, arguments.draws, arguments.precision)
     for world in worlds:
         gathered.setdefault(world.name, []).append(measure(world))

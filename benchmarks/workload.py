@@ -21,9 +21,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.encoder import build_reference
-from sortd.encoder.torch_encoder import PATIENT_THREADS
+from sortd.encoder.torch_encoder import PASSIVE_WAIT
 
-os.environ.setdefault(*PATIENT_THREADS)  # what sortd is held against has the same threads
+os.environ.setdefault(*PASSIVE_WAIT)  # the baseline waits as sortd does
 
 REPOSITORY = Path(__file__).parents[1]
 SCALES = ((6, 55.0), (24, 35.0), (96, 20.0), (384, 12.0))
@@ -230,9 +230,9 @@ def torch_forward(model: Path) -> Callable[[int], object]:
 
 def onnx_forward(model: Path, cache: Path) -> Callable[[int], object]:
     """Return the forward of the int8 image tower by ONNX Runtime, on pixels that are ready."""
-    from sortd.encoder.backends import load
+    from sortd.encoder.backends import load_encoder
 
-    encoder = load(str(model), backend="onnx-int8", cache_dir=cache)
+    encoder = load_encoder(str(model), backend="onnx-int8", cache_dir=cache)
     seen = encoder.preprocessing
     shape = (max(BATCHES), seen.crop_height, seen.crop_width, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)

@@ -10,7 +10,7 @@ import resource
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -177,9 +177,9 @@ def init(
 ) -> None:
     """Create the folders and the marker of a dataset."""
     from sortd.classify.prompts import written_name
+    from sortd.daemon.references import is_class_name
     from sortd.errors import LayoutError
     from sortd.layout import Area, Layout, enclosing_dataset
-    from sortd.references import is_class_name
 
     for name in classes or ():
         if "/" in name or not is_class_name(name) or written_name(name) != name:
@@ -359,10 +359,20 @@ def version() -> None:
     typer.echo(__version__)
 
 
-for command in (check, status, history, undo, release, rebuild, bench, cli_finetuning.finetune):
-    app.command(cls=Command)(command)
-app.command("explain", cls=Command)(cli_decisions.command_explain)
-app.command("eval", cls=Command)(cli_decisions.command_eval)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "check": check,
+    "status": status,
+    "explain": cli_decisions.explain_command,
+    "history": history,
+    "undo": undo,
+    "release": release,
+    "rebuild": rebuild,
+    "bench": bench,
+    "eval": cli_decisions.evaluate_command,
+    "finetune": cli_finetuning.finetune,
+}
+for name, command in COMMANDS.items():
+    app.command(name, cls=Command)(command)
 app.add_typer(cli_models.models)
 
 

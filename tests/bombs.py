@@ -1,4 +1,4 @@
-"""Images that are made to harm: small files that unpack to much, lie about themselves or never end."""
+"""Hostile images: small files that decompress to large ones, have false headers, or never end."""
 
 import io
 import lzma
@@ -55,13 +55,13 @@ def saved(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 
 def tiff_in_circles() -> bytes:
-    """Write a TIFF whose directory is followed by itself, for ever."""
+    """Write a TIFF whose directory is followed by itself."""
     entries = struct.pack("<HHII", 256, 4, 1, 1) + struct.pack("<HHII", 257, 4, 1, 1)
     return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", 2) + entries + struct.pack("<I", 8)
 
 
 def tiff_of_many_bytes() -> bytes:
-    """Write a TIFF whose only strip is said to have four gigabytes."""
+    """Write a TIFF whose only strip has a declared size of four gigabytes."""
     tags = ((256, 30_000), (257, 30_000), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 30_000))
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in (*tags, (279, 0xFFFF_FFF0)))
     return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", 9) + entries + struct.pack("<I", 0)
@@ -110,11 +110,7 @@ CORPUS = Path(__file__).parents[2] / "shared" / "data" / "hostile" / "hostile.ta
 
 
 def write_hostile_files(folder: Path) -> list[Path]:
-    """Write images damaged in many ways, images that lie, and files that are no images; return the sound ones.
-
-    Args:
-        folder: an empty folder.
-    """
+    """Write damaged images, images with false headers, and other files to an empty folder; return the intact ones."""
     chance = random.Random(1)  # noqa: S311 - the same files each time
     sound = []
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sortd.finetuned import FinetunedFacts
+from sortd.encoder.finetuned import FinetunedFacts
 from tests.daemon_process import make_dataset
 from tests.finetuned_folder import make_vit
 from tests.tiny_clip import build_tiny_clip

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sortd.events import Fit, Preprocessing
-from sortd.finetuned import (
+from sortd.encoder.finetuned import (
     CONFIG_FILE,
     FACTS_FILE,
     METRICS_FILE,
@@ -20,6 +19,7 @@ from sortd.finetuned import (
     facts_json,
     read_facts,
 )
+from sortd.events import Fit, Preprocessing
 from tests.daemon_process import COLOURS, picture
 
 SIDE = 32

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sortd.classify.held_out import FEWEST_FILED, agreement, pooled, refuse_quick
-from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
 from tests.made_features import Array, Blobs, support_set, unit
 
 BLOBS = Blobs(8, spread=0.6)
@@ -24,12 +24,12 @@ def moved(support: SupportSet, by: float, seed: int = 0) -> SupportSet:
 
 
 @pytest.mark.parametrize("mode", Mode)
-def test_rows_that_barely_moved_pass(mode: Mode) -> None:
-    """In every mode; whether sortd abstains plays no part."""
+def test_refuse_quick_nearly_equal_rows_pass(mode: Mode) -> None:
+    """In every mode, with and without abstention."""
     for settings in (
         DecisionSettings(mode),
         DecisionSettings(mode, abstain=None),
-        DecisionSettings(mode, Abstain(0.5)),
+        DecisionSettings(mode, AbstainSettings(0.5)),
     ):
         found = agreement(EXACT, moved(EXACT, 0.01), settings)
         assert (found.references, found.judged, found.same) == (80, 80, 80)
@@ -37,35 +37,35 @@ def test_rows_that_barely_moved_pass(mode: Mode) -> None:
         assert refuse_quick({"Screws": found}) is None
 
 
-def test_labels_that_differ_are_refused() -> None:
-    """The sentence names the dataset and the share."""
+def test_refuse_quick_other_labels_are_refused() -> None:
+    """The message names dataset and share."""
     wrong = replace(EXACT, embeddings=EXACT.embeddings.copy(), encoder_id="quick")
     wrong.embeddings[:3] = EXACT.embeddings[50:53]
     found = agreement(EXACT, wrong, DecisionSettings(Mode.AVG, abstain=None))
     assert (found.right_exact, found.right_quick) == (80, 77)
     said = refuse_quick({"Screws": replace(found, cosines=80.0)})
     assert said is not None
-    assert "3 of the 80 references of Screws that are filed would go elsewhere: 96.2% alike" in said
+    assert "3 of the 80 filed references of Screws get another label: 96.2% equal" in said
 
 
-def test_rows_that_moved_far_are_refused_though_labels_agree() -> None:
-    """Damage shows in the rows before it shows in labels of classes that lie far apart."""
+def test_refuse_quick_distant_rows_are_refused() -> None:
+    """Although the labels agree."""
     apart = support_set(
         unit(np.eye(4, 64)[np.repeat(np.arange(4), 10)] + 0.01 * ROWS[:40]), np.repeat(np.arange(4), 10)
     )
     found = agreement(apart, moved(apart, 0.3), DecisionSettings(Mode.AVG, abstain=None))
     assert found.share == 1
-    assert "moved too far: mean cosine 0.95" in (refuse_quick({"Screws": found}) or "")
+    assert "differ: mean cosine 0.95" in (refuse_quick({"Screws": found}) or "")
 
 
-def test_rows_that_are_no_numbers_are_refused() -> None:
-    """Whatever compares with nothing."""
+def test_refuse_quick_nan_is_refused() -> None:
+    """NaN compares with nothing."""
     found = replace(agreement(EXACT, EXACT, DecisionSettings(Mode.AVG, abstain=None)), cosines=float("nan"))
     assert refuse_quick({"Screws": found}) is not None
 
 
-def test_too_few_references_tell_nothing() -> None:
-    """Also none at all, and classes of one reference, which cannot be left out."""
+def test_refuse_quick_few_references_are_refused() -> None:
+    """Also none, and classes of one reference, which cannot be left out."""
     few = support_set(ROWS[:20], CLASSES[:20])
     alone = support_set(BLOBS.draw(range(8)), range(8))
     nothing = support_set(ROWS[:0], [], labels=2)
@@ -74,13 +74,13 @@ def test_too_few_references_tell_nothing() -> None:
         assert found.judged == judged
         said = refuse_quick({"Screws": found})
         assert said is not None
-        assert said.startswith(f"{judged} references that are left out and filed")
+        assert said.startswith(f"only {judged} left-out references are filed")
         assert str(FEWEST_FILED) in said
     assert refuse_quick({}) is not None
 
 
-def test_small_datasets_count_together_and_none_is_outvoted() -> None:
-    """Two of twenty references suffice; but each has to agree by itself, however large the other."""
+def test_refuse_quick_datasets_are_counted_together_and_checked_separately() -> None:
+    """Each dataset must agree, however large the others are."""
     few = support_set(ROWS[:20], CLASSES[:20])
     found = agreement(few, few, DecisionSettings(abstain=None))
     assert refuse_quick({"Screws": found, "Coins": found}) is None
@@ -88,10 +88,10 @@ def test_small_datasets_count_together_and_none_is_outvoted() -> None:
     many = replace(found, references=5000, judged=5000, filed=5000, same=5000, cosines=5000.0)
     said = refuse_quick({"Screws": many, "Coins": replace(found, same=19)})
     assert said is not None
-    assert "of Coins that are filed would go elsewhere" in said
+    assert "filed references of Coins get another label" in said
 
 
-def test_other_references_are_not_compared() -> None:
-    """A file that changed between the two makes other sets of them."""
-    with pytest.raises(ValueError, match="hold other references"):
+def test_agreement_of_other_references_raises() -> None:
+    """A file may change between the two runs."""
+    with pytest.raises(ValueError, match="have different references"):
         agreement(EXACT, replace(EXACT, sources=(*EXACT.sources[:-1], "another.png")), DecisionSettings())

@@ -16,12 +16,12 @@ from sortd.classify.calibration import (
 )
 from sortd.classify.decide import decide
 from sortd.classify.open_set import leave_classes_out, log_odds, nearest_cosines
-from sortd.classify.types import Abstain, Abstained, Assigned, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import Abstained, AbstainSettings, Assigned, DecisionSettings, Mode, SupportSet
 from tests.made_features import Array, Blobs, load_world, support_set, unit, worlds
 
 
 def shares(
-    support: SupportSet, abstain: Abstain, queries: Array, labels: list[int], mode: Mode = Mode.MIXED
+    support: SupportSet, abstain: AbstainSettings, queries: Array, labels: list[int], mode: Mode = Mode.MIXED
 ) -> tuple[float, float]:
     """Return the share of queries filed, and of right ones among them."""
     prototypes = build(support, DecisionSettings(mode, abstain), generation=1)
@@ -30,7 +30,7 @@ def shares(
     return len(right) / len(queries), float(np.mean(right)) if right else 1.0
 
 
-def filed_share(support: SupportSet, queries: Array, abstain: Abstain | None = None) -> float:
+def filed_share(support: SupportSet, queries: Array, abstain: AbstainSettings | None = None) -> float:
     """Return the share of queries filed, whatever they are."""
     settings = DecisionSettings() if abstain is None else DecisionSettings(abstain=abstain)
     decisions = decide(build(support, settings, generation=1), queries)
@@ -112,7 +112,7 @@ class TestKnownImages:
     def test_the_wanted_precision_holds_on_new_images(self, precision: float) -> None:
         """Within two points, and not by filing nothing."""
         support, queries, labels, _ = hard_world()
-        filed, right = shares(support, Abstain(precision), queries, labels)
+        filed, right = shares(support, AbstainSettings(precision), queries, labels)
         assert right >= precision - 0.02
         assert filed > 0.25
 
@@ -120,12 +120,12 @@ class TestKnownImages:
     def test_it_holds_for_the_plain_modes_too(self, mode: Mode) -> None:
         """Each mode is calibrated by its own leave-one-out."""
         support, queries, labels, _ = hard_world(spread=1.6)
-        assert shares(support, Abstain(0.9), queries, labels, mode)[1] >= 0.88
+        assert shares(support, AbstainSettings(0.9), queries, labels, mode)[1] >= 0.88
 
     def test_easy_classes_are_filed(self) -> None:
         """Where the rule is nearly always right, nearly everything is filed."""
         support, queries, labels, _ = hard_world(spread=0.7)
-        filed, right = shares(support, Abstain(), queries, labels)
+        filed, right = shares(support, AbstainSettings(), queries, labels)
         assert filed > 0.85
         assert right > 0.98
 
@@ -136,23 +136,23 @@ class TestKnownImages:
             support, queries, labels, _ = hard_world(seed=seed)
             expected = build(support, DecisionSettings(), generation=1).calibration.filed_expected
             assert expected is not None
-            gaps.append(shares(support, Abstain(), queries, labels)[0] - expected)
+            gaps.append(shares(support, AbstainSettings(), queries, labels)[0] - expected)
         assert np.mean(gaps) == pytest.approx(0.0, abs=0.06)
         assert np.max(np.abs(gaps)) < 0.1
 
     def test_a_higher_precision_files_less(self) -> None:
         """The trade-off goes one way."""
         support, queries, labels, _ = hard_world()
-        filed = [shares(support, Abstain(precision), queries, labels)[0] for precision in (0.7, 0.85, 0.95)]
+        filed = [shares(support, AbstainSettings(precision), queries, labels)[0] for precision in (0.7, 0.85, 0.95)]
         assert filed == sorted(filed, reverse=True)
 
     def test_without_two_images_in_any_class_it_says_so(self) -> None:
-        """Nothing can be left out, so nothing vouches for a precision."""
+        """Nothing can be left out, so no precision can be estimated."""
         blobs = Blobs(5)
         facts = build(support_set(blobs.draw(range(5)), range(5)), DecisionSettings(), generation=1).calibration
         assert facts.held_out == 0
         assert facts.precision_attainable is None
-        assert "no class has two images" in facts.notes[0]
+        assert "no class has two different images" in facts.notes[0]
 
 
 class TestStrangers:
@@ -167,7 +167,7 @@ class TestStrangers:
     def test_a_wanted_share_of_strangers_holds(self) -> None:
         """Of near strangers not more than two and a half times the wanted share is filed."""
         support, _, _, blobs = hard_world(spread=0.9)
-        assert filed_share(support, blobs.strangers(400), Abstain(strangers=0.05)) <= 0.125
+        assert filed_share(support, blobs.strangers(400), AbstainSettings(strangers=0.05)) <= 0.125
 
     def test_examples_of_nothing_are_heeded(self) -> None:
         """With examples in _none, what is like them is a stranger; without, it is filed into a class like it."""
@@ -185,23 +185,22 @@ class TestStrangers:
         own = blobs.draw([3] * 50)
         assert filed_share(support, own) > 0.6
 
-    def test_few_classes_cannot_vouch_for_a_small_share(self) -> None:
-        """Five classes are told what they can honour, which is then in force."""
+    def test_strangers_few_classes_do_not_reach_a_small_share(self) -> None:
+        """With five classes the attainable share is used, and a note says so."""
         blobs = Blobs(5)
         index = np.repeat(np.arange(5), 8)
-        facts = build(
-            support_set(blobs.draw(index), index), DecisionSettings(abstain=Abstain(strangers=0.01)), generation=1
-        ).calibration
+        settings = DecisionSettings(abstain=AbstainSettings(strangers=0.01))
+        facts = build(support_set(blobs.draw(index), index), settings, generation=1).calibration
         assert facts.strangers_attainable == pytest.approx(1 / 6)
         assert facts.strangers_used == facts.strangers_attainable
-        assert any("strangers 0.01 is asked" in note for note in facts.notes)
+        assert any("strangers 0.01 is not reached" in note for note in facts.notes)
 
     @pytest.mark.parametrize("classes", [1, 2])
     def test_too_few_classes_to_leave_any_out(self, classes: int) -> None:
         """With one or two classes nothing is left out, nothing raises, and it is said."""
         index = np.repeat(np.arange(classes), 8)
         support = support_set(Blobs(classes).draw(index), index)
-        prototypes = build(support, DecisionSettings(abstain=Abstain(strangers=0.05)), generation=1)
+        prototypes = build(support, DecisionSettings(abstain=AbstainSettings(strangers=0.05)), generation=1)
         assert prototypes.calibration.strangers_attainable == 1.0
         assert len(decide(prototypes, Blobs(classes).draw([0]))) == 1
 
@@ -227,8 +226,8 @@ class TestStrangers:
 class TestFacts:
     """What is stored."""
 
-    @pytest.mark.parametrize("abstain", [None, Abstain(), Abstain(strangers=0.1)])
-    def test_they_survive_json(self, abstain: Abstain | None) -> None:
+    @pytest.mark.parametrize("abstain", [None, AbstainSettings(), AbstainSettings(strangers=0.1)])
+    def test_they_survive_json(self, abstain: AbstainSettings | None) -> None:
         """A calibration is the same after a journey through JSON."""
         support, _, _, _ = hard_world(each=5)
         facts = build(support, DecisionSettings(abstain=abstain), generation=1).calibration
@@ -246,7 +245,7 @@ class TestWorlds:
     def test_precision_and_coverage(self, name: str) -> None:
         """With 16 references at least 92 % of what is filed is right, and something is filed."""
         support, queries, labels = load_world(name, 16)
-        filed, right = shares(support, Abstain(), queries[::3], labels[::3].tolist())
+        filed, right = shares(support, AbstainSettings(), queries[::3], labels[::3].tolist())
         assert right >= 0.92
         assert filed > 0.25
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sortd.classify.calibration import Calibration
-from sortd.classify.types import Abstain, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.commands.check import (
     check_all,
     machine_findings,
@@ -20,7 +20,7 @@ from sortd.commands.check import (
     watching_findings,
 )
 from sortd.commands.check_references import calibration_findings
-from sortd.commands.examination import examine
+from sortd.commands.examination import evaluate_datasets
 from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, read_config
 from sortd.daemon.dataset_lock import hold
@@ -478,7 +478,7 @@ class TestCalibration:
         """The accuracy that `sortd eval` measured is reported."""
         look()
         config = read_config(tmp_path / "config.yaml", {"HOME": str(tmp_path)})
-        assert list(examine(config, load_encoder=lambda _: FakeEncoder()))
+        assert list(evaluate_datasets(config, load_encoder=lambda _: FakeEncoder()))
         told = about(look(), Topic.CALIBRATION)
         assert not about(told, Topic.CALIBRATION, "not been calibrated yet")
         assert about(told, Topic.CALIBRATION, "the last `sortd eval`")
@@ -490,7 +490,7 @@ class TestCalibration:
         """An older generation's calibration does not hold for other references or settings."""
         poor = Calibration(held_out=12, precision_expected=0.9, filed_expected=0.1, notes=("precision 0.99 is asked",))
         files = PrototypeFiles(tmp_path / "cache" / "prototypes", pytest.fail)
-        settings = DecisionSettings(Mode.MAX, Abstain())
+        settings = DecisionSettings(Mode.MAX, AbstainSettings())
         files.write(Layout(site).key, make_prototypes(site, settings, calibration=poor))
         assert about(look(), Topic.CALIBRATION, "only 10% of known images", severity=Severity.WARNING)
         red = site / "Clases" / "red"
@@ -517,7 +517,7 @@ class TestCalibration:
     def test_check_files_that_are_no_references_are_no_change(self, site: Path, look: Check, tmp_path: Path) -> None:
         """A text file, a truncated image and a duplicate of a reference change no calibration."""
         files = PrototypeFiles(tmp_path / "cache" / "prototypes", pytest.fail)
-        files.write(Layout(site).key, make_prototypes(site, DecisionSettings(Mode.MAX, Abstain())))
+        files.write(Layout(site).key, make_prototypes(site, DecisionSettings(Mode.MAX, AbstainSettings())))
         red = site / "Clases" / "red"
         (red / "notes.txt").write_text("no image")
         (red / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")

@@ -17,8 +17,8 @@ from sortd.daemon.dry_run import rehearse
 from sortd.daemon.resources import Resources, teaching_of
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Posted, RebuildJob, Worker, WorkerDied
 from sortd.encoder.base import Rows
+from sortd.encoder.finetuned import FACTS_FILE, FinetunedFacts, Promotion, read_facts, remove_promotion, write_promotion
 from sortd.events import DatasetId, Embedded, Move, PrototypesBuilt, RebuildFailed, Stamp
-from sortd.finetuned import FACTS_FILE, FinetunedFacts, Promotion, read_facts, remove_promotion, write_promotion
 from sortd.layout import Area, Layout
 from sortd.watch.scan import stamp
 from tests.command_line import write_config

@@ -343,7 +343,7 @@ def test_models_lists_a_configured_folder_as_chosen(config: Path, tiny_clip: Pat
     assert [one["folder"] for one in chosen] == [str(tiny_clip)]
     assert len(chosen[0]["content"]) == 16
     write_config(tmp_path, model=tmp_path / "nowhere")
-    assert "there is no folder" in sortd("models", "-c", config, "--json").facts["problem"]
+    assert "nowhere does not exist" in sortd("models", "-c", config, "--json").facts["problem"]
 
 
 def test_printable_escapes_control_and_undecodable_characters() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from sortd import config_yaml
-from sortd.classify.types import Abstain, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.config import (
     ANY,
     LIVE_KEYS,
@@ -473,8 +473,8 @@ def test_modes_and_defaults_are_those_of_classify() -> None:
     assert DatasetConfig().mode == DecisionSettings().mode
     assert DatasetConfig().abstain is not None
     assert AbstainConfig().model_dump() == {
-        "precision": Abstain().precision,
-        "strangers": Abstain().strangers,
+        "precision": AbstainSettings().precision,
+        "strangers": AbstainSettings().strangers,
     }
 
 

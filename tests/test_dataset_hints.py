@@ -13,11 +13,11 @@ from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import Holding, hold
 from sortd.daemon.presence import Presence
+from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.worker import Job
 from sortd.events import DatasetId, ImageHeld, Inspect
 from sortd.layout import Layout
 from sortd.metrics import Metrics
-from sortd.references import Teaching
 from sortd.watch.observer import FileEvent
 from sortd.watch.scan import stamp
 from tests.daemon_process import make_dataset
@@ -57,7 +57,7 @@ def new_dataset(layout: Layout, holding: Holding, asked: list[Job]) -> Dataset:
         DatasetId(layout.name, 1),
         layout,
         SorterSettings(settle_seconds=3600),
-        Teaching(DecisionSettings(Mode.MAX, None)),
+        ReferenceSettings(DecisionSettings(Mode.MAX, None)),
         mover=holding.filing,
         journal=holding.journal,
         ask=asked.append,

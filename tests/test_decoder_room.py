@@ -1,4 +1,4 @@
-"""The room that decoding takes: large images wait for one another, small ones for nobody."""
+"""The memory budget of decoding: large images wait for each other, small ones do not wait."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ from PIL import Image
 
 from sortd.errors import CrowdedError
 from sortd.events import ImageRefused, Preprocessing, Refusal
-from sortd.images.decode import Limits, decode, decode_file
-from sortd.images.decoder_process import ROOM_UNASKED_PIXELS
+from sortd.images.decode import DecodeLimits, decode_file, decode_image
+from sortd.images.decoder_process import DEFAULT_BUDGET_PIXELS
 from sortd.images.formats import FORMATS
 from sortd.images.pool import Batch, DecodedImage, DecoderPool
 from tests.bombs import one_bit_png, png, saved
@@ -40,7 +40,7 @@ def taken_by_turns(pool: DecoderPool, batch: Batch) -> Iterator[int]:
     """Decode a batch, and yield what its large images have been given whenever the processes have been fed."""
     while batch.waiting or batch.unanswered:
         pool.feed(batch)
-        yield sum(job.wanted_pixels for handle in pool._decoders for job in handle.jobs)
+        yield sum(job.needed_pixels for handle in pool._decoders for job in handle.jobs)
         pool.collect(None)
 
 
@@ -52,11 +52,9 @@ def until_a_large_one_is_given(pool: DecoderPool, batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("at_a_time", [1, 2])
-def test_large_images_share_the_room_of_the_greatest_that_is_allowed(
-    mixed: list[Path], tmp_path: Path, at_a_time: int
-) -> None:
-    """As many as fit are decoded at a time, and never more; every image comes out as it would alone."""
-    batch, limits = Batch(deque(stamped(*mixed))), Limits(max_pixels=at_a_time * PIXELS + 1)
+def test_pool_large_images_share_the_memory_budget(mixed: list[Path], tmp_path: Path, at_a_time: int) -> None:
+    """As many are decoded at once as fit, and every image has the pixels of ``decode_file``."""
+    batch, limits = Batch(deque(stamped(*mixed))), DecodeLimits(max_pixels=at_a_time * PIXELS + 1)
     with DecoderPool(3, SMALL, limits) as pool:
         warmed(pool, tmp_path)
         assert max(taken_by_turns(pool, batch)) == at_a_time * PIXELS
@@ -68,14 +66,14 @@ def test_large_images_share_the_room_of_the_greatest_that_is_allowed(
         assert np.array_equal(answer.pixels, decode_file(path, SMALL, limits))
 
 
-def test_small_images_go_on_while_a_large_one_waits(mixed: list[Path], tmp_path: Path) -> None:
-    """While the one process that has a large image does not end it, all small ones are answered by the other."""
-    limits = Limits(max_pixels=PIXELS)
+def test_pool_small_images_are_decoded_while_a_large_one_waits(mixed: list[Path], tmp_path: Path) -> None:
+    """While one process has a large image, the other answers all small ones."""
+    limits = DecodeLimits(max_pixels=PIXELS)
     with DecoderPool(2, SMALL, limits) as pool:
         warmed(pool, tmp_path)
         batch = Batch(deque(stamped(*[path for path in mixed if "large" in path.name])))
         until_a_large_one_is_given(pool, batch)
-        (busy,) = [handle for handle in pool._decoders if any(job.wanted_pixels for job in handle.jobs)]
+        (busy,) = [handle for handle in pool._decoders if any(job.needed_pixels for job in handle.jobs)]
         os.kill(busy.process.pid, signal.SIGSTOP)
         small = Batch(deque(stamped(*[path for path in mixed if "small" in path.name])))
         (free,) = [handle for handle in pool._decoders if handle is not busy]
@@ -95,12 +93,12 @@ def test_small_images_go_on_while_a_large_one_waits(mixed: list[Path], tmp_path:
         assert {type(answer) for answer in batch.answers} == {DecodedImage}
 
 
-def test_a_large_image_that_ends_its_process_is_poison_and_the_next_one_is_decoded(tmp_path: Path) -> None:
-    """The room that it had is free again."""
+def test_pool_large_image_that_kills_its_process_frees_its_budget(tmp_path: Path) -> None:
+    """It is poison, and the next large image is decoded."""
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for path in paths:
         path.write_bytes(one_bit_png(WIDTH, HEIGHT))
-    with DecoderPool(1, SMALL, Limits(max_pixels=PIXELS), kills=1) as pool:
+    with DecoderPool(1, SMALL, DecodeLimits(max_pixels=PIXELS), kills=1) as pool:
         (process_id,) = warmed(pool, tmp_path)
         batch = Batch(deque(stamped(paths[0])))
         until_a_large_one_is_given(pool, batch)
@@ -114,9 +112,9 @@ def test_a_large_image_that_ends_its_process_is_poison_and_the_next_one_is_decod
     assert len(others) == 2
 
 
-def test_large_images_that_nobody_wants_any_more_are_closed(mixed: list[Path], tmp_path: Path) -> None:
-    """They wait for nothing, and hold no file open."""
-    with DecoderPool(1, SMALL, Limits(max_pixels=PIXELS)) as pool:
+def test_pool_dropped_large_images_are_closed(mixed: list[Path], tmp_path: Path) -> None:
+    """They hold no file open."""
+    with DecoderPool(1, SMALL, DecodeLimits(max_pixels=PIXELS)) as pool:
         warmed(pool, tmp_path)
         before = open_files()
         batch = Batch(deque(stamped(*[path for path in mixed if "large" in path.name])))
@@ -130,8 +128,8 @@ def test_large_images_that_nobody_wants_any_more_are_closed(mixed: list[Path], t
         assert isinstance(later, DecodedImage)
 
 
-class TestWhatAnImageTakes:
-    """The room is told by the header, before anything is decoded."""
+class TestBudget:
+    """The budget of an image, from its header."""
 
     @staticmethod
     def room_of(content: bytes, folder: Path, *, preprocessing: Preprocessing = SMALL) -> int:
@@ -139,28 +137,28 @@ class TestWhatAnImageTakes:
         path = folder / "image"
         path.write_bytes(content)
         with path.open("rb") as file, pytest.raises(CrowdedError) as raised:
-            decode(file, preprocessing, Limits(), room_pixels=0)
+            decode_image(file, preprocessing, DecodeLimits(), budget_pixels=0)
         return raised.value.pixels
 
-    def test_a_photo_takes_what_it_is_decoded_at(self, tmp_path: Path) -> None:
-        """A JPEG of twelve megapixels is decoded at an eighth of its sides, and asks for nothing."""
+    def test_budget_of_a_jpeg_is_that_of_its_scale(self, tmp_path: Path) -> None:
+        """A JPEG of twelve megapixels is decoded at 1/8, within the default budget."""
         jpeg = saved(Image.new("RGB", (4000, 3000)), "JPEG")
         assert self.room_of(jpeg, tmp_path) == 500 * 375
-        assert ROOM_UNASKED_PIXELS > 500 * 375
+        assert DEFAULT_BUDGET_PIXELS > 500 * 375
 
-    def test_a_progressive_one_takes_all_its_coefficients(self, tmp_path: Path) -> None:
-        """They are held until the last scan, at whatever scale it is decoded."""
+    def test_budget_of_a_progressive_jpeg_is_that_of_all_pixels(self, tmp_path: Path) -> None:
+        """Its coefficients are held until the last scan, at any scale."""
         jpeg = saved(Image.new("RGB", (4000, 3000)), "JPEG", progressive=True)
         assert self.room_of(jpeg, tmp_path) == 4000 * 3000
 
-    def test_a_file_that_is_larger_than_its_pixels_takes_its_bytes(self, tmp_path: Path) -> None:
-        """Some decoders read all of it before they begin."""
+    def test_budget_of_a_file_larger_than_its_pixels_is_its_size(self, tmp_path: Path) -> None:
+        """Some decoders read the whole file first."""
         assert self.room_of(saved(Image.new("RGB", (64, 64)), "WEBP") + 400_000 * b"x", tmp_path) > 100_000
 
-    def test_no_image_takes_more_than_there_is(self, tmp_path: Path) -> None:
-        """A progressive JPEG over the limit on pixels, which its scale brings below it, gets all the room."""
+    def test_budget_is_at_most_max_pixels(self, tmp_path: Path) -> None:
+        """A progressive JPEG over the limit gets the whole budget."""
         jpeg = saved(Image.new("L", (9000, 7000)), "JPEG", progressive=True)
-        assert self.room_of(jpeg, tmp_path) == Limits().max_pixels
+        assert self.room_of(jpeg, tmp_path) == DecodeLimits().max_pixels
 
 
 def heif(image: Image.Image, **options: object) -> bytes:
@@ -213,7 +211,7 @@ KINDS: dict[str, Callable[[], bytes]] = {
 @pytest.fixture(scope="module")
 def exact() -> Iterator[DecoderPool]:
     """A process that decodes images of two megapixels, and none that is larger; every pixel of a JPEG."""
-    with DecoderPool(1, SMALL, Limits(max_pixels=SIDE * SIDE), timeout_seconds=60, jpeg="full") as pool:
+    with DecoderPool(1, SMALL, DecodeLimits(max_pixels=SIDE * SIDE), timeout_seconds=60, jpeg="full") as pool:
         yield pool
 
 
@@ -230,7 +228,7 @@ def test_decode_of_max_pixels_fits_into_the_memory(exact: DecoderPool, tmp_path:
     assert isinstance(answer, DecodedImage), answer
     allowed = next(one.peak_bytes for one in FORMATS if one.title == kind.split(",", maxsplit=1)[0])
     assert memory_kb(process_id, "VmHWM") - idle < allowed * SIDE * SIDE / 1024 + OVERHEAD_KB
-    assert np.array_equal(answer.pixels, decode_file(os.fspath(path), SMALL, Limits(), jpeg="full"))
+    assert np.array_equal(answer.pixels, decode_file(os.fspath(path), SMALL, DecodeLimits(), jpeg="full"))
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF"])
@@ -252,6 +250,6 @@ def test_decode_of_the_default_max_pixels_fits_into_the_memory(tmp_path: Path, i
     large = SMOOTH.resize((8000, 6000))
     path = tmp_path / "image"
     path.write_bytes(heif(large) if image_format == "HEIF" else saved(large, image_format))
-    with DecoderPool(1, SMALL, Limits(), timeout_seconds=60, jpeg="full") as pool:
+    with DecoderPool(1, SMALL, DecodeLimits(), timeout_seconds=60, jpeg="full") as pool:
         (answer,) = pool.decode_all(stamped(path))
     assert isinstance(answer, DecodedImage), answer

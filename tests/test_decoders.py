@@ -1,4 +1,4 @@
-"""The decoder pool: every file gets its answer, and no file takes more than its own process with it."""
+"""The decoder pool: every file gets its answer, and no file affects more than its own process."""
 
 import contextlib
 import errno
@@ -21,8 +21,8 @@ from PIL import Image
 from sortd.errors import StartupError
 from sortd.events import ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.images import pool as pool_module
-from sortd.images.decode import Limits, decode_file
-from sortd.images.formats import _why_not_opened
+from sortd.images.decode import DecodeLimits, decode_file
+from sortd.images.formats import _refusal_of
 from sortd.images.pool import DecodedImage, DecoderPool
 from tests.bombs import CORPUS, gif, one_bit_png, png, png_with_text, saved, write_hostile_files
 
@@ -34,7 +34,7 @@ CEILING_KB = 300_000
 @pytest.fixture(scope="module")
 def pool() -> Iterator[DecoderPool]:
     """Two processes with the usual limits, for tests that do not wear them out."""
-    with DecoderPool(2, SMALL, Limits(), timeout_seconds=30) as pool:
+    with DecoderPool(2, SMALL, DecodeLimits(), timeout_seconds=30) as pool:
         yield pool
 
 
@@ -86,32 +86,32 @@ def memory_kb(process_id: int, what: str) -> int:
 class TestAnswers:
     """One answer for each image."""
 
-    def test_pixels_and_content_are_those_of_the_file(self, pool: DecoderPool, tmp_path: Path) -> None:
-        """What comes from the process is what decoding here would have made, and the hash is the file's."""
+    def test_pool_returns_pixels_and_hash_of_the_file(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """The pixels are those of ``decode_file``, and the hash is that of the file."""
         paths = [photo(tmp_path / f"{number}.png", number) for number in range(40)]
         answers = {answer.path: answer for answer in pool.decode_all(stamped(*paths))}
         assert len(answers) == len(paths)
         for path in paths:
             answer = answers[os.fspath(path)]
             assert isinstance(answer, DecodedImage)
-            assert np.array_equal(answer.pixels, decode_file(os.fspath(path), SMALL, Limits()))
+            assert np.array_equal(answer.pixels, decode_file(os.fspath(path), SMALL, DecodeLimits()))
             assert answer.content == sha256(path.read_bytes()).hexdigest()
             assert answer.stamp == stamp(path)
             assert answer.decode_seconds > 0
             assert answer.pixels.flags["C_CONTIGUOUS"]
 
-    def test_an_image_that_was_answered_keeps_its_pixels(self, pool: DecoderPool, tmp_path: Path) -> None:
-        """The memory that is shared is used again, the pixels are not."""
+    def test_pool_answers_keep_their_pixels(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """Pixels stay valid when the shared memory is used again."""
         paths = [photo(tmp_path / f"{number}.png", number) for number in range(60)]
         answers = [answer for answer in pool.decode_all(stamped(*paths)) if isinstance(answer, DecodedImage)]
         assert len({answer.pixels.tobytes() for answer in answers}) == len(paths)
 
-    def test_nothing_asked_is_nothing_answered(self, pool: DecoderPool) -> None:
+    def test_pool_empty_batch_has_no_answers(self, pool: DecoderPool) -> None:
         """An empty batch ends at once."""
         assert list(pool.decode_all([])) == []
 
-    def test_the_processes_decode_ahead_while_the_caller_is_busy(self, pool: DecoderPool, tmp_path: Path) -> None:
-        """While one answer is looked at, the next are made: they are there when it asks again."""
+    def test_pool_busy_caller_finds_the_next_images_decoded(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """The processes go on while the caller handles an answer."""
         paths = [photo(tmp_path / f"{number}.jpg", number, (900, 700)) for number in range(16)]
         answers = pool.decode_all(stamped(*paths))
         next(answers)
@@ -123,8 +123,8 @@ class TestAnswers:
         assert sum(map(waiting, sockets)) + taken_in == 15
         assert len(list(answers)) == 15
 
-    def test_a_caller_that_stops_early_disturbs_no_later_one(self, pool: DecoderPool, tmp_path: Path) -> None:
-        """What was under way for it is dropped, and its files are closed."""
+    def test_pool_caller_stops_early_files_are_closed(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """The rest of its batch is dropped, and later batches get their answers."""
         paths = [photo(tmp_path / f"{number}.png", number) for number in range(80)]
         before = open_files()
         answers = pool.decode_all(stamped(*paths[:50]))
@@ -136,7 +136,7 @@ class TestAnswers:
         assert sorted(later) == sorted(map(os.fspath, paths[50:]))
         assert open_files() == before
 
-    def test_two_callers_in_turns_get_their_own(self, pool: DecoderPool, tmp_path: Path) -> None:
+    def test_pool_two_batches_in_turns_get_their_own_answers(self, pool: DecoderPool, tmp_path: Path) -> None:
         """A second batch may begin before the first has ended."""
         first = stamped(*[photo(tmp_path / f"a{number}.png", number) for number in range(30)])
         second = stamped(*[photo(tmp_path / f"b{number}.png", number) for number in range(30)])
@@ -146,13 +146,13 @@ class TestAnswers:
             got[1].append(other.path)
         assert [sorted(paths) for paths in got] == [[path for path, _ in sorted(images)] for images in (first, second)]
 
-    def test_without_processes_the_answers_are_the_same(self, pool: DecoderPool, tmp_path: Path) -> None:
-        """A pool of none decodes in the thread that asks."""
+    def test_pool_without_processes_gives_the_same_answers(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """A pool of no processes decodes in the calling thread."""
         good, bad = photo(tmp_path / "a.png"), tmp_path / "b.png"
         bad.write_bytes(good.read_bytes()[:-100])
         (tmp_path / "c.txt").write_text("no image")
         files = stamped(good, bad, tmp_path / "c.txt")
-        with DecoderPool(0, SMALL, Limits()) as here:
+        with DecoderPool(0, SMALL, DecodeLimits()) as here:
             assert here.process_ids == ()
             ours = {answer.path: answer for answer in here.decode_all(files)}
         theirs = {answer.path: answer for answer in pool.decode_all(files)}
@@ -178,10 +178,10 @@ _SO_PEEK_OFF = 42
 
 
 class TestRefusals:
-    """What is no image, or not that version of it, is told apart."""
+    """Refusals of files that are not images, or another version."""
 
-    def test_a_version_that_is_not_there_any_more(self, pool: DecoderPool, tmp_path: Path) -> None:
-        """Another file, another size, another time: changed. None: vanished."""
+    def test_pool_other_version_is_refused(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """A changed file is refused as changed, a missing one as vanished."""
         path = photo(tmp_path / "a.png")
         old = stamp(path)
         photo(path, 1, (80, 80))
@@ -190,10 +190,10 @@ class TestRefusals:
         assert refusal_of(only(pool, path, old)) is Refusal.VANISHED
         assert refusal_of(only(pool, path / "below", old)) is Refusal.VANISHED
 
-    def test_a_file_that_is_written_to_while_it_is_decoded(self, tmp_path: Path) -> None:
-        """Its pixels belong to no version: nothing is answered but that it changed."""
+    def test_pool_file_written_to_during_decoding_has_changed(self, tmp_path: Path) -> None:
+        """Its pixels belong to no version."""
         path = photo(tmp_path / "a.png")
-        with DecoderPool(1, SMALL, Limits()) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             (process_id,) = warmed(pool, tmp_path)
 
             def write_and_go_on() -> None:
@@ -204,10 +204,10 @@ class TestRefusals:
             with while_stopped(process_id, write_and_go_on):
                 assert refusal_of(only(pool, path)) is Refusal.CHANGED
 
-    def test_a_file_that_is_deleted_while_it_is_decoded(self, tmp_path: Path) -> None:
-        """There is nothing left to file."""
+    def test_pool_file_deleted_during_decoding_has_vanished(self, tmp_path: Path) -> None:
+        """The deletion is reported, not the pixels."""
         path = photo(tmp_path / "a.png")
-        with DecoderPool(1, SMALL, Limits()) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             (process_id,) = warmed(pool, tmp_path)
 
             def delete_and_go_on() -> None:
@@ -217,8 +217,8 @@ class TestRefusals:
             with while_stopped(process_id, delete_and_go_on):
                 assert refusal_of(only(pool, path, stamp(path))) is Refusal.VANISHED
 
-    def test_what_stays_where_it_is(self, pool: DecoderPool, tmp_path: Path) -> None:
-        """Text, nothing at all, folders, links, sockets, pipes and devices are no images, whatever they are called."""
+    def test_pool_special_files_are_not_images(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """Text, empty files, folders, links, sockets, pipes and devices are refused, whatever their names."""
         text, empty, empty_text = tmp_path / "a.txt", tmp_path / "b.jpg", tmp_path / "c.txt"
         text.write_text("hello")
         empty.touch()
@@ -238,8 +238,8 @@ class TestRefusals:
         for special in (folder, link, pipe, Path("/dev/zero"), Path("/dev/null")):
             assert refusal_of(only(pool, special)) is Refusal.NOT_AN_IMAGE
 
-    def test_a_dangling_or_circular_link_is_no_image(self, pool: DecoderPool, tmp_path: Path) -> None:
-        """It is not followed, so it does not matter where it leads."""
+    def test_pool_broken_links_are_not_images(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """Links are not followed."""
         dangling, circle = tmp_path / "a.jpg", tmp_path / "b.jpg"
         dangling.symlink_to("nowhere")
         circle.symlink_to(circle)
@@ -252,28 +252,28 @@ class TestRefusals:
             (errno.EPERM, Refusal.DENIED, "chmod"),
             (errno.EIO, Refusal.DENIED, "disk"),
             (errno.ESTALE, Refusal.DENIED, "disk"),
-            (errno.ENOENT, Refusal.VANISHED, "nothing"),
+            (errno.ENOENT, Refusal.VANISHED, "does not exist"),
             (errno.ELOOP, Refusal.NOT_AN_IMAGE, "link"),
             (errno.ENXIO, Refusal.NOT_AN_IMAGE, "socket"),
         ],
     )
-    def test_what_cannot_be_opened_says_how_to_mend_it(self, number: int, refusal: Refusal, mend: str) -> None:
-        """It may be a good image: it is not set aside for want of a right, or for a disk that fails."""
-        told, message = _why_not_opened(OSError(number, os.strerror(number)))
+    def test_open_error_has_its_refusal_and_remedy(self, number: int, refusal: Refusal, mend: str) -> None:
+        """A file that cannot be opened may be intact, so it is not refused as broken."""
+        told, message = _refusal_of(OSError(number, os.strerror(number)))
         assert told is refusal
         assert mend in message
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-    def test_a_file_without_rights_says_how_to_grant_them(self, pool: DecoderPool, tmp_path: Path) -> None:
-        """It may be a good image: it is not set aside for want of a right."""
+    def test_pool_unreadable_file_is_denied_with_a_remedy(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """The message says how to grant the permission."""
         path = photo(tmp_path / "a.png")
         path.chmod(0)
         answer = only(pool, path)
         assert refusal_of(answer) is Refusal.DENIED
         assert "chmod" in getattr(answer, "message", "")
 
-    def test_a_broken_image_and_one_that_is_too_large(self, pool: DecoderPool, tmp_path: Path) -> None:
-        """Both are images, and neither is decoded."""
+    def test_pool_broken_and_too_large_images_are_refused(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """Both are refused, with different reasons."""
         good = photo(tmp_path / "good.png").read_bytes()
         (tmp_path / "cut.png").write_bytes(good[: len(good) // 2])
         (tmp_path / "fake.jpg").write_text("I am a text")
@@ -281,27 +281,27 @@ class TestRefusals:
         assert refusal_of(only(pool, tmp_path / "cut.png")) is Refusal.UNREADABLE
         assert refusal_of(only(pool, tmp_path / "fake.jpg")) is Refusal.UNREADABLE
         assert refusal_of(only(pool, tmp_path / "bomb.png")) is Refusal.TOO_LARGE
-        with DecoderPool(1, SMALL, Limits(max_bytes=1000)) as strict:
+        with DecoderPool(1, SMALL, DecodeLimits(max_bytes=1000)) as strict:
             (tmp_path / "many.png").write_bytes(good + bytes(2000))
             assert refusal_of(only(strict, tmp_path / "many.png")) is Refusal.TOO_LARGE
 
-    def test_names_of_any_bytes(self, pool: DecoderPool, tmp_path: Path) -> None:
-        """Not UTF-8, as long as a name can be, with a newline: a name is only a name."""
+    def test_pool_names_of_any_bytes_decode(self, pool: DecoderPool, tmp_path: Path) -> None:
+        """Names may be no UTF-8, of maximum length, or contain a newline."""
         names = [b"caf\xe9.png", "\N{GRINNING FACE}".encode() * 62 + b".png", b"two\nlines.png", b"-rf *.png"]
         paths = [tmp_path / os.fsdecode(name) for name in names]
         assert {type(only(pool, photo(path))) for path in paths} == {DecodedImage}
 
-    def test_running_out_of_descriptors_is_not_the_images_fault(self, tmp_path: Path) -> None:
-        """It is raised, not written down as a refusal of every image that comes by."""
+    def test_pool_out_of_descriptors_raises(self, tmp_path: Path) -> None:
+        """The error is raised, and no image is refused."""
         path = photo(tmp_path / "a.png")
         code = (
             "import os, resource, sys\n"
             "from sortd.images.pool import DecoderPool\n"
             "from sortd.files import stamp_of\n"
-            "from sortd.images.decode import Limits\n"
+            "from sortd.images.decode import DecodeLimits\n"
             "from sortd.events import Preprocessing\n"
             "path = sys.argv[1]\n"
-            "pool = DecoderPool(0, Preprocessing(8, 8, 8), Limits())\n"
+            "pool = DecoderPool(0, Preprocessing(8, 8, 8), DecodeLimits())\n"
             "stamp = stamp_of(os.stat(path))\n"
             "resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) - 1, 4096))\n"
             "try:\n    print(list(pool.decode_all([(path, stamp)])))\n"
@@ -316,10 +316,10 @@ class TestRefusals:
 class TestProcesses:
     """What decodes is expendable; the daemon is not."""
 
-    def test_a_process_that_is_killed_costs_no_image(self, tmp_path: Path) -> None:
-        """The out-of-memory killer strikes once: every image is decoded all the same, by another process."""
+    def test_pool_killed_process_loses_no_image(self, tmp_path: Path) -> None:
+        """As by the out-of-memory killer; another process decodes its images."""
         paths = [photo(tmp_path / f"{number}.png", number) for number in range(20)]
-        with DecoderPool(1, SMALL, Limits()) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             (process_id,) = warmed(pool, tmp_path)
             with while_stopped(process_id, lambda: os.kill(process_id, signal.SIGKILL)):
                 answers = list(pool.decode_all(stamped(*paths)))
@@ -327,18 +327,18 @@ class TestProcesses:
             assert len(answers) == len(paths)
             assert pool.process_ids != (process_id,)
 
-    def test_a_process_that_died_while_idle_is_replaced(self, tmp_path: Path) -> None:
-        """No image is blamed for it."""
-        with DecoderPool(1, SMALL, Limits(), kills=1) as pool:
+    def test_pool_process_killed_while_idle_is_replaced(self, tmp_path: Path) -> None:
+        """No image is blamed."""
+        with DecoderPool(1, SMALL, DecodeLimits(), kills=1) as pool:
             (process_id,) = warmed(pool, tmp_path)
             os.kill(process_id, signal.SIGKILL)
             os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOWAIT)
             assert isinstance(only(pool, photo(tmp_path / "a.png")), DecodedImage)
 
-    def test_an_image_that_ends_processes_is_poison_until_it_changes(self, tmp_path: Path) -> None:
-        """It is not tried again as it is; those behind it are decoded."""
+    def test_pool_image_that_kills_its_process_is_poison_until_it_changes(self, tmp_path: Path) -> None:
+        """Images queued behind it are decoded."""
         path, behind = photo(tmp_path / "a.png"), photo(tmp_path / "b.png")
-        with DecoderPool(1, SMALL, Limits(), kills=1) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits(), kills=1) as pool:
             (process_id,) = warmed(pool, tmp_path)
             with while_stopped(process_id, lambda: os.kill(process_id, signal.SIGSEGV), also=signal.SIGCONT):
                 answers = {answer.path: answer for answer in pool.decode_all(stamped(path, behind))}
@@ -351,29 +351,29 @@ class TestProcesses:
             os.utime(path, ns=(1, 1))
             assert isinstance(only(pool, path), DecodedImage)
 
-    def test_an_image_that_takes_too_long_is_poison(self, tmp_path: Path) -> None:
-        """It is given its time twice; the daemon waits no longer, and says for how long it did."""
+    def test_pool_image_over_the_time_limit_is_poison(self, tmp_path: Path) -> None:
+        """It is tried twice, and the message names the limit."""
         slow = tmp_path / "slow.png"
         slow.write_bytes(png(7000, 7000, depth=16, channels=4))
-        with DecoderPool(1, SMALL, Limits(), timeout_seconds=0.1) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits(), timeout_seconds=0.1) as pool:
             answer = only(pool, slow)
             assert refusal_of(answer) is Refusal.POISON
             assert "longer than 0.1 s" in getattr(answer, "message", "")
             assert isinstance(only(pool, photo(tmp_path / "quick.png", size=(20, 20))), DecodedImage)
 
-    def test_a_process_that_hangs_is_ended_from_outside(self, tmp_path: Path) -> None:
-        """One that cannot even hear its own alarm is killed a little later."""
+    def test_pool_stopped_process_is_killed(self, tmp_path: Path) -> None:
+        """A process that cannot handle its own alarm is killed a little later."""
         path = photo(tmp_path / "a.png")
-        with DecoderPool(1, SMALL, Limits(), timeout_seconds=0.1, kills=1) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits(), timeout_seconds=0.1, kills=1) as pool:
             (process_id,) = warmed(pool, tmp_path)
             os.kill(process_id, signal.SIGSTOP)
             answer = only(pool, path)
             assert refusal_of(answer) is Refusal.POISON
             assert "longer than 0.1 s" in getattr(answer, "message", "")
 
-    def test_the_process_gives_up_what_it_does_not_need(self, tmp_path: Path) -> None:
-        """It may write no file, leave no core, open few files, and gain no rights; its memory has an end."""
-        with DecoderPool(1, SMALL, Limits(max_pixels=1_000_000)) as pool:
+    def test_decoder_process_has_limits(self, tmp_path: Path) -> None:
+        """Files, core dumps, descriptors, privileges, time and memory are limited."""
+        with DecoderPool(1, SMALL, DecodeLimits(max_pixels=1_000_000)) as pool:
             (process_id,) = warmed(pool, tmp_path)
             lines = Path(f"/proc/{process_id}/limits").read_text(encoding="ascii").splitlines()
             limits = {line[:26].strip(): line[26:].split()[0] for line in lines}
@@ -384,9 +384,9 @@ class TestProcesses:
             assert int(limits["Max address space"]) < 1_000_000_000
             assert "NoNewPrivs:\t1" in Path(f"/proc/{process_id}/status").read_text(encoding="ascii")
 
-    def test_the_process_loads_no_torch_and_inherits_no_file(self, tmp_path: Path) -> None:
-        """It is up in a moment, and what the daemon has open is not its business."""
-        with (tmp_path / "journal").open("wb") as file, DecoderPool(1, SMALL, Limits()) as pool:
+    def test_decoder_process_loads_no_torch_and_inherits_no_file(self, tmp_path: Path) -> None:
+        """It starts quickly and has none of the daemon's files."""
+        with (tmp_path / "journal").open("wb") as file, DecoderPool(1, SMALL, DecodeLimits()) as pool:
             os.set_inheritable(file.fileno(), True)
             (process_id,) = warmed(pool, tmp_path)
             loaded = Path(f"/proc/{process_id}/maps").read_text(encoding="utf-8")
@@ -395,23 +395,23 @@ class TestProcesses:
             assert len(held) == 5, held
             assert os.fspath(tmp_path / "journal") not in held
 
-    def test_the_daemons_signals_do_not_end_the_processes(self, tmp_path: Path) -> None:
-        """The whole of a unit gets SIGTERM when it is stopped; what is under way is decoded to its end."""
-        with DecoderPool(1, SMALL, Limits()) as pool:
+    def test_decoder_process_ignores_the_daemons_signals(self, tmp_path: Path) -> None:
+        """The whole unit gets SIGTERM; the current image is decoded nevertheless."""
+        with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             (process_id,) = warmed(pool, tmp_path)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 os.kill(process_id, number)
             assert isinstance(only(pool, photo(tmp_path / "a.png")), DecodedImage)
             assert pool.process_ids == (process_id,)
 
-    def test_the_processes_end_with_a_daemon_that_was_killed(self) -> None:
-        """Nobody is left to close the pool: the socket is closed for it."""
+    def test_decoder_process_ends_with_a_killed_daemon(self) -> None:
+        """The socket is closed, which ends the process."""
         code = (
             "import os, signal\n"
             "from sortd.images.pool import DecoderPool\n"
-            "from sortd.images.decode import Limits\n"
+            "from sortd.images.decode import DecodeLimits\n"
             "from sortd.events import Preprocessing\n"
-            "pool = DecoderPool(1, Preprocessing(8, 8, 8), Limits())\n"
+            "pool = DecoderPool(1, Preprocessing(8, 8, 8), DecodeLimits())\n"
             "print(pool.process_ids[0], flush=True)\n"
             "os.kill(os.getpid(), signal.SIGKILL)\n"
         )
@@ -426,10 +426,10 @@ class TestProcesses:
         "speak",
         ["s.send(b'nonsense')", "s.send(struct.pack('<IB32sdQH400s', 99, 0, b'', 0, 0, 0, b''))", "sys.exit(3)"],
     )
-    def test_processes_that_do_not_come_up_are_an_error_of_the_installation(
+    def test_pool_processes_that_do_not_start_raise(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, speak: str
     ) -> None:
-        """No image is refused for it: the operator is told, with what the process printed."""
+        """No image is refused; the error contains what the process printed."""
         code = (
             "import socket, struct, sys; print('no such thing', file=sys.stderr);"
             f"s = socket.socket(fileno=int(sys.argv[1])); {speak}; s.recv(9)"
@@ -438,7 +438,10 @@ class TestProcesses:
             pool_module, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
         )
         path = photo(tmp_path / "a.png")
-        with DecoderPool(1, SMALL, Limits()) as pool, pytest.raises(StartupError, match=r"up: .*no such thing"):
+        with (
+            DecoderPool(1, SMALL, DecodeLimits()) as pool,
+            pytest.raises(StartupError, match=r"start: .*no such thing"),
+        ):
             list(pool.decode_all(stamped(path)))
 
     @pytest.mark.parametrize(
@@ -451,10 +454,10 @@ class TestProcesses:
         ],
         ids=["another slot", "more room for ever", "more room than there is", "no such status"],
     )
-    def test_replies_that_make_no_sense_are_not_believed(
+    def test_pool_invalid_reply_ends_the_process(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lie: str
     ) -> None:
-        """A process that was taken over cannot make the daemon read where it says, or wait for ever: it is ended."""
+        """A compromised process can neither make the daemon read elsewhere nor wait forever."""
         code = (
             "import socket, struct, sys; s = socket.socket(fileno=int(sys.argv[1]));"
             "reply = struct.Struct('<IB32sdQH400s'); s.send(reply.pack(0xFFFFFFFF, 0, b'', 0, 0, 0, b''))\n" + lie
@@ -462,12 +465,12 @@ class TestProcesses:
         monkeypatch.setattr(
             pool_module, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
         )
-        with DecoderPool(1, SMALL, Limits()) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             assert refusal_of(only(pool, photo(tmp_path / "a.png"))) is Refusal.POISON
 
-    def test_the_shared_memory_cannot_be_shrunk(self, tmp_path: Path) -> None:
-        """A process that could would have the daemon killed by the next look at it."""
-        with DecoderPool(1, SMALL, Limits()) as pool:
+    def test_decoder_process_cannot_shrink_the_shared_memory(self, tmp_path: Path) -> None:
+        """Otherwise the daemon would be killed when it reads the memory."""
+        with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             (process_id,) = warmed(pool, tmp_path)
             held = [entry.path for entry in os.scandir(f"/proc/{process_id}/fd")]
             (entry,) = [path for path in held if "sortd-pixels" in os.readlink(path)]
@@ -478,12 +481,12 @@ class TestProcesses:
             finally:
                 os.close(descriptor)
 
-    def test_closing_leaves_nothing_behind(self, tmp_path: Path) -> None:
-        """Neither files nor processes nor threads, closed twice, in the middle of a batch, or never used."""
+    def test_pool_close_leaves_no_files_processes_or_threads(self, tmp_path: Path) -> None:
+        """Closed twice, in the middle of a batch, or unused."""
         paths = stamped(*[photo(tmp_path / f"{number}.jpg", number, (600, 400)) for number in range(30)])
         before = open_files(), threading.active_count()
         for _ in range(3):
-            pool = DecoderPool(2, SMALL, Limits())
+            pool = DecoderPool(2, SMALL, DecodeLimits())
             answers = pool.decode_all(paths)
             next(answers)
             process_ids = pool.process_ids
@@ -494,15 +497,15 @@ class TestProcesses:
                 list(answers)
             with pytest.raises(ValueError, match="closed"):
                 list(pool.decode_all(paths))
-            DecoderPool(1, SMALL, Limits()).close()
+            DecoderPool(1, SMALL, DecodeLimits()).close()
         assert (open_files(), threading.active_count()) == before
 
 
 class TestHostile:
-    """What is made to harm comes to nothing."""
+    """Hostile files do no harm."""
 
-    def test_bombs_stay_below_the_ceiling(self, tmp_path: Path) -> None:
-        """Whatever unpacks to much is decoded in little memory or refused; no process dies of it."""
+    def test_pool_decompression_bombs_stay_below_the_memory_limit(self, tmp_path: Path) -> None:
+        """They are decoded in little memory or refused, and no process dies."""
         bombs = {
             "black.png": one_bit_png(7000, 7000),
             "deep.png": png(7000, 7000, depth=16, channels=4),
@@ -522,7 +525,7 @@ class TestHostile:
         for name, content in bombs.items():
             (tmp_path / name).write_bytes(content)
         good = photo(tmp_path / "good.png")
-        with DecoderPool(1, SMALL, Limits(), timeout_seconds=60) as pool:
+        with DecoderPool(1, SMALL, DecodeLimits(), timeout_seconds=60) as pool:
             (process_id,) = warmed(pool, tmp_path)
             idle = memory_kb(process_id, "VmRSS")
             answers = {
@@ -537,12 +540,12 @@ class TestHostile:
         assert set(refused.values()) <= {Refusal.TOO_LARGE, Refusal.UNREADABLE}
         assert {"wide.png", "endless.png", "huge.png", "canvas.gif"} <= set(refused)
 
-    def test_hostile_files_do_no_harm(self, tmp_path: Path) -> None:
-        """Every damaged image, and of a corpus where one is there, gets an answer from the same two processes."""
+    def test_pool_hostile_files_get_answers_without_harm(self, tmp_path: Path) -> None:
+        """The same two processes answer for every damaged image, and for a corpus if there is one."""
         sound = write_hostile_files(tmp_path)
         files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
         before = {path: sha256(path.read_bytes()).digest() for path in files}
-        with DecoderPool(2, SMALL, Limits(), timeout_seconds=20) as pool:
+        with DecoderPool(2, SMALL, DecodeLimits(), timeout_seconds=20) as pool:
             process_ids = warmed(pool, tmp_path)
             idle = {process_id: memory_kb(process_id, "VmRSS") for process_id in process_ids}
             answers = list(pool.decode_all(stamped(*files)))
@@ -558,7 +561,7 @@ class TestHostile:
         assert before == {path: sha256(path.read_bytes()).digest() for path in files}
 
 
-# ---------------------------------------------------------------- means
+# ---------------------------------------------------------------- helpers
 
 
 def warmed(pool: DecoderPool, folder: Path) -> tuple[int, ...]:

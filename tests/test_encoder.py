@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sortd.encoder import models
-from sortd.encoder.backends import load
+from sortd.encoder.backends import load_encoder
 from sortd.encoder.base import Encoder, probe
 from sortd.encoder.preprocessing import preprocessing_of
 from sortd.errors import ModelError
@@ -93,11 +93,11 @@ class TestAgreement:
     """Our shortcut past the image processor changes nothing."""
 
     @pytest.mark.parametrize("shape", SHAPES, ids="-".join)
-    def test_images_and_words_as_sentence_transformers_has_them(
+    def test_torch_gives_the_rows_of_sentence_transformers(
         self, folders: dict[tuple[Tower, Layout], Path], shape: tuple[Tower, Layout]
     ) -> None:
-        """Every shape of model folder, images of many sizes, texts too long and in other scripts."""
-        encoder = load(str(folders[shape]))
+        """In every layout of a folder, for images of many sizes and texts of many lengths and scripts."""
+        encoder = load_encoder(str(folders[shape]))
         images = pictures()
         rows = encoder.encode_images(batch(encoder, images))
         words = encoder.encode_texts(TEXTS)
@@ -108,11 +108,11 @@ class TestAgreement:
             assert found.dtype == np.float32
             assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
 
-    def test_the_packaged_model_too(self) -> None:
-        """What ships is embedded as its own library would."""
+    def test_torch_packaged_model_gives_the_rows_of_sentence_transformers(self) -> None:
+        """It is a convolutional network beside a BERT."""
         if not models.PACKAGED.is_dir():
             pytest.skip("the packaged model is not in this checkout")
-        encoder = load("packaged")
+        encoder = load_encoder("packaged")
         images = pictures(3)
         rows = encoder.encode_images(batch(encoder, images))
         assert np.abs(rows - reference(models.PACKAGED, images)).max() < TOLERANCE
@@ -130,19 +130,19 @@ class TestAgreement:
             {"rescale_factor": 0.01},
         ],
     )
-    def test_what_the_image_processor_says_is_done(self, copied: Path, processor: dict[str, Any]) -> None:
-        """Stretching, a larger edge than the crop, another filter, mean, deviation or scale."""
+    def test_torch_follows_the_image_processor(self, copied: Path, processor: dict[str, Any]) -> None:
+        """Stretching, an edge larger than the crop, another filter, mean, deviation or scale."""
         file = copied / "processor_config.json"
         config = json.loads(file.read_text())
         config["image_processor"] |= processor
         file.write_text(json.dumps(config))
-        encoder = load(str(copied))
+        encoder = load_encoder(str(copied))
         images = pictures(3)
         rows = encoder.encode_images(batch(encoder, images))
         assert np.abs(rows - reference(copied, images)).max() < TOLERANCE
 
-    def test_half_precision_on_disk_is_computed_in_full(self, copied: Path) -> None:
-        """Weights may be stored in float16 to be small; on a CPU that is slow and rough to compute with."""
+    def test_torch_half_precision_weights_compute_in_float32(self, copied: Path) -> None:
+        """Float16 arithmetic is slow and imprecise on a CPU."""
         from safetensors.numpy import load_file, save_file
 
         file, config = copied / "model.safetensors", copied / "config.json"
@@ -150,28 +150,28 @@ class TestAgreement:
         save_file(half, file, {"format": "pt"})
         config.write_text(config.read_text().replace('"float32"', '"float16"'))
         assert '"float16"' in config.read_text()
-        encoder = load(str(copied))
+        encoder = load_encoder(str(copied))
         images = pictures(3)
         rows = encoder.encode_images(batch(encoder, images))
         assert np.abs(rows - reference(copied, images)).max() < 1e-6
 
-    def test_a_row_does_not_depend_on_its_batch(self, clip: Path) -> None:
-        """An image alone and among others is the same image."""
-        encoder = load(str(clip))
+    def test_torch_row_is_independent_of_its_batch(self, clip: Path) -> None:
+        """Alone and among others, an image has the same row."""
+        encoder = load_encoder(str(clip))
         pixels = batch(encoder, pictures())
         together = encoder.encode_images(pixels)
         alone = np.concatenate([encoder.encode_images(pixels[i : i + 1]) for i in range(len(pixels))])
         assert np.abs(together - alone).max() < 1e-5
 
-    def test_empty_batches_are_answered(self, clip: Path) -> None:
-        """With no row, but of the right width."""
-        encoder = load(str(clip))
+    def test_encode_empty_batch_has_no_rows(self, clip: Path) -> None:
+        """The result has the right width."""
+        encoder = load_encoder(str(clip))
         assert encoder.encode_images(np.empty((0, SIDE, SIDE, 3), np.uint8)).shape == (0, DIMENSIONS)
         assert encoder.encode_texts([]).shape == (0, DIMENSIONS)
 
-    def test_pixels_that_others_own_are_left_alone(self, clip: Path) -> None:
-        """A read-only, strided view is taken as it is."""
-        encoder = load(str(clip))
+    def test_encode_read_only_pixels_are_unchanged(self, clip: Path) -> None:
+        """A read-only, strided view is accepted."""
+        encoder = load_encoder(str(clip))
         pixels = batch(encoder, pictures(4))[::2]
         pixels.flags.writeable = False
         before = pixels.copy()
@@ -183,86 +183,86 @@ class TestAgreement:
         [np.zeros((1, SIDE, SIDE + 1, 3), np.uint8), np.zeros((1, 3, SIDE, SIDE), np.uint8),
          np.zeros((1, SIDE, SIDE, 3), np.float32)],
     )  # fmt: skip
-    def test_pixels_of_another_size_or_type_are_no_input(self, clip: Path, pixels: Any) -> None:
-        """A mistake of the caller is said as such, with both shapes."""
+    def test_encode_wrong_pixels_raises(self, clip: Path, pixels: Any) -> None:
+        """The message gives both shapes."""
         with pytest.raises(ValueError, match="not uint8"):
-            load(str(clip)).encode_images(pixels)
+            load_encoder(str(clip)).encode_images(pixels)
 
-    def test_a_name_that_is_no_utf8_is_embedded(self, clip: Path) -> None:
-        """Class folders may be called anything."""
-        assert np.isfinite(load(str(clip)).encode_texts([os.fsdecode(b"torn\xffillo")])).all()
+    def test_encode_texts_invalid_utf8_is_embedded(self, clip: Path) -> None:
+        """Class folders may have any name."""
+        assert np.isfinite(load_encoder(str(clip)).encode_texts([os.fsdecode(b"torn\xffillo")])).all()
 
 
 class TestIdentity:
     """encoder_id says what the embeddings depend on."""
 
-    def test_a_copy_under_another_name_has_the_same(self, clip: Path, copied: Path) -> None:
-        """Nothing is embedded anew because a folder was renamed."""
-        assert load(str(clip)).encoder_id == load(str(copied)).encoder_id
+    def test_encoder_id_of_a_renamed_copy_is_equal(self, clip: Path, copied: Path) -> None:
+        """Nothing is embedded again because a folder was renamed."""
+        assert load_encoder(str(clip)).encoder_id == load_encoder(str(copied)).encoder_id
 
-    def test_other_weights_have_another(self, clip: Path, tmp_path: Path) -> None:
-        """Though everything else is the same."""
+    def test_encoder_id_of_other_weights_differs(self, clip: Path, tmp_path: Path) -> None:
+        """Everything else is equal."""
         other = build_tiny_clip(tmp_path / "other", seed=1)
-        assert load(str(clip)).encoder_id != load(str(other)).encoder_id
+        assert load_encoder(str(clip)).encoder_id != load_encoder(str(other)).encoder_id
 
-    def test_another_preprocessing_has_another(self, clip: Path, copied: Path) -> None:
-        """The same weights on other pixels are another encoder."""
+    def test_encoder_id_of_other_preprocessing_differs(self, clip: Path, copied: Path) -> None:
+        """The weights are equal."""
         file = copied / "processor_config.json"
         file.write_text(file.read_text().replace("0.48145466", "0.5"))
-        assert load(str(clip)).encoder_id != load(str(copied)).encoder_id
+        assert load_encoder(str(clip)).encoder_id != load_encoder(str(copied)).encoder_id
 
-    def test_another_decoding_has_another(self, clip: Path) -> None:
-        """Pixels of a JPEG decoded at an eighth are not quite those of it decoded in full."""
-        assert load(str(clip)).encoder_id == load(str(clip), decoding="draft").encoder_id
-        assert load(str(clip)).encoder_id != load(str(clip), decoding="full").encoder_id
+    def test_encoder_id_of_other_decoding_differs(self, clip: Path) -> None:
+        """JPEGs decoded at 1/8 have slightly other pixels."""
+        assert load_encoder(str(clip)).encoder_id == load_encoder(str(clip), decoding="draft").encoder_id
+        assert load_encoder(str(clip)).encoder_id != load_encoder(str(clip), decoding="full").encoder_id
 
-    def test_a_text_model_is_part_of_it(self, clip: Path, folders: dict[tuple[Tower, Layout], Path]) -> None:
-        """Words embedded by another model are other words."""
+    def test_encoder_id_includes_the_text_model(self, clip: Path, folders: dict[tuple[Tower, Layout], Path]) -> None:
+        """Texts are embedded by the text model, images by the CLIP."""
         words = folders[Tower.DUAL, Layout.CURRENT]
-        encoder = load(str(clip), text_model=str(words))
-        assert encoder.encoder_id != load(str(clip)).encoder_id
+        encoder = load_encoder(str(clip), text_model=str(words))
+        assert encoder.encoder_id != load_encoder(str(clip)).encoder_id
         assert np.abs(encoder.encode_texts(TEXTS) - reference(words, TEXTS)).max() < TOLERANCE
         pixels = batch(encoder, pictures(2))
-        assert np.allclose(encoder.encode_images(pixels), load(str(clip)).encode_images(pixels), atol=1e-6)
+        assert np.allclose(encoder.encode_images(pixels), load_encoder(str(clip)).encode_images(pixels), atol=1e-6)
 
 
 class TestWords:
     """Texts of any length are embedded, whatever text tower a model has."""
 
-    def test_a_tokenizer_that_knows_no_limit(self, tmp_path: Path) -> None:
-        """What the network cannot read is cut, as it is where the tokenizer knows better."""
+    def test_encode_texts_without_tokenizer_limit_truncates(self, tmp_path: Path) -> None:
+        """Texts are cut at the limit of the network."""
         knows = build_tiny_clip(tmp_path / "knows", 0, Tower.DUAL)
         ignorant = without_limit(build_tiny_clip(tmp_path / "ignorant", 0, Tower.DUAL))
-        encoder = load(str(ignorant))
-        assert np.array_equal(encoder.encode_texts(TEXTS), load(str(knows)).encode_texts(TEXTS))
+        encoder = load_encoder(str(ignorant))
+        assert np.array_equal(encoder.encode_texts(TEXTS), load_encoder(str(knows)).encode_texts(TEXTS))
 
-    def test_places_that_are_no_tokens(self, clip: Path, tmp_path: Path) -> None:
-        """RoBERTa and its kin count from behind their padding, so two places fewer than their table has."""
+    def test_encode_texts_roberta_keeps_its_reserved_positions(self, clip: Path, tmp_path: Path) -> None:
+        """RoBERTa reserves the first two positions."""
         words = build_roberta_words(tmp_path / "words")
-        encoder = load(str(clip), text_model=str(words))
+        encoder = load_encoder(str(clip), text_model=str(words))
         exact = "a b " * (PLACES // 2 - 2)  # with the marks of begin and end, as many tokens as can be read
         cut, whole = encoder.encode_texts([exact + "c d e f", exact])
         assert np.allclose(whole, reference(words, [exact])[0], atol=TOLERANCE)
         assert not np.allclose(cut, encoder.encode_texts([exact[:-4]])[0], atol=TOLERANCE)
 
-    def test_a_text_model_of_several_modules(self, clip: Path, tmp_path: Path) -> None:
-        """As the published one for fifty languages: tokens, their mean, and a layer into the space of the images."""
+    def test_encode_texts_of_a_multi_module_model(self, clip: Path, tmp_path: Path) -> None:
+        """As in the published multilingual model: tokens, their mean, and a dense layer."""
         words = build_tiny_words(tmp_path / "words")
-        encoder = load(str(clip), text_model=str(words))
+        encoder = load_encoder(str(clip), text_model=str(words))
         texts = ["una foto de un tornillo", "x", "a " * 200, "ñandú ü"]
         assert np.abs(encoder.encode_texts(texts) - reference(words, texts)).max() < TOLERANCE
-        assert encoder.encoder_id != load(str(clip)).encoder_id
+        assert encoder.encoder_id != load_encoder(str(clip)).encoder_id
 
 
 class TestRefusals:
-    """What would give wrong embeddings is refused before the first one."""
+    """Models that would give wrong embeddings are refused."""
 
     @pytest.mark.parametrize(
         ("settings", "complaint"),
         [
             ({"do_resize": False}, "takes images of any size"),
-            ({"do_flip_channel_order": True}, "asks for do_flip_channel_order"),
-            ({"do_pad": True}, "asks for do_pad"),
+            ({"do_flip_channel_order": True}, "requires do_flip_channel_order"),
+            ({"do_pad": True}, "requires do_pad"),
             ({"do_convert_rgb": False}, "does not take plain RGB"),
             ({"do_center_crop": False}, "crops to nothing"),
             ({"crop_size": {"height": 64, "width": 64}}, "resizes to"),
@@ -270,8 +270,8 @@ class TestRefusals:
             ({"size": None}, "resizes to"),
         ],
     )
-    def test_an_image_processor_that_cannot_be_reproduced(self, settings: dict[str, Any], complaint: str) -> None:
-        """By its name and the step."""
+    def test_preprocessing_unsupported_step_is_refused(self, settings: dict[str, Any], complaint: str) -> None:
+        """The message names processor and step."""
         plain = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
         kind = {"image_processor_type": "TinyImageProcessor"}
         with pytest.raises(ModelError, match=f"the TinyImageProcessor of this model .*{complaint}"):
@@ -285,24 +285,24 @@ class TestRefusals:
             ({"size": {"height": 64, "width": 48}}, Preprocessing(48, 64, 48, fit=Fit.STRETCH)),
         ],
     )
-    def test_sizes_said_in_other_ways(self, settings: dict[str, Any], expected: Preprocessing) -> None:
-        """ConvNeXt says the crop as a share, SigLIP says height and width."""
+    def test_preprocessing_accepts_other_size_settings(self, settings: dict[str, Any], expected: Preprocessing) -> None:
+        """ConvNeXt gives the crop as a share, SigLIP gives height and width."""
         assert preprocessing_of(settings) == expected
 
-    def test_missing_weights(self, copied: Path) -> None:
-        """Transformers would make them up at random and only warn."""
+    def test_load_missing_weights_is_refused(self, copied: Path) -> None:
+        """Transformers would initialise them at random."""
         from safetensors.numpy import load_file, save_file
 
         file = copied / "model.safetensors"
         weights = load_file(file)
         del weights["visual_projection.weight"]
         save_file(weights, file, {"format": "pt"})
-        with pytest.raises(ModelError, match=r"holds [\d,]+ of the [\d,]+ numbers"):
-            load(str(copied))
+        with pytest.raises(ModelError, match=r"holds [\d,]+ of the [\d,]+ weights"):
+            load_encoder(str(copied))
 
     @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "config", "tokenizer", "unknown type"])
-    def test_a_damaged_folder(self, copied: Path, damage: str) -> None:
-        """One sentence with the folder and a mend, whatever the libraries raise."""
+    def test_load_damaged_folder_is_refused(self, copied: Path, damage: str) -> None:
+        """The message names the folder and a remedy, whatever the libraries raise."""
         weights, config = copied / "model.safetensors", copied / "config.json"
         match damage:
             case "cut":
@@ -318,7 +318,7 @@ class TestRefusals:
             case "unknown type":
                 config.write_text(config.read_text().replace('"clip"', '"no_such_type"'))
         with pytest.raises(ModelError, match=f"{copied}.*fetch or copy it again"):
-            load(str(copied))
+            load_encoder(str(copied))
 
     @pytest.mark.parametrize(
         ("settings", "complaint"),
@@ -327,41 +327,41 @@ class TestRefusals:
              "it takes no image"),
             ({"modality_config": {"image": {"method": "get_image_features", "method_output_name": "pooler_output"}}},
              "it takes no text"),
-            ({"module_output_name": "token_embeddings"}, "it gives many embeddings for one image"),
+            ({"module_output_name": "token_embeddings"}, "it gives several embeddings for one image"),
         ],
     )  # fmt: skip
-    def test_a_clip_that_is_set_up_as_something_else(
+    def test_load_clip_with_other_modalities_is_refused(
         self, copied: Path, settings: dict[str, Any], complaint: str
     ) -> None:
-        """Whoever published it may have left one tower out."""
+        """A published configuration may leave out a tower."""
         file = copied / "sentence_bert_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-        with pytest.raises(ModelError, match=f"is no CLIP: {complaint}"):
-            load(str(copied))
+        with pytest.raises(ModelError, match=f"is not a CLIP: {complaint}"):
+            load_encoder(str(copied))
 
-    def test_weights_that_are_not_numbers(self, copied: Path) -> None:
-        """Found by the probe: nobody files images by NaN."""
+    def test_load_nan_weights_is_refused(self, copied: Path) -> None:
+        """The probe finds them."""
         from safetensors.numpy import load_file, save_file
 
         file = copied / "model.safetensors"
         weights = load_file(file)
         weights["visual_projection.weight"][:] = np.nan
         save_file(weights, file, {"format": "pt"})
-        with pytest.raises(ModelError, match="answered with no number"):
-            load(str(copied))
+        with pytest.raises(ModelError, match="returned zeros or values that are not finite"):
+            load_encoder(str(copied))
 
-    def test_a_text_model_of_another_width(self, clip: Path, tmp_path: Path) -> None:
+    def test_load_text_model_of_other_dimensions_is_refused(self, clip: Path, tmp_path: Path) -> None:
         """The two do not share a space."""
         narrow = build_tiny_clip(tmp_path / "narrow", dimensions=16)
         with pytest.raises(ModelError, match=r"has 16 dimensions and .* has 24: they do not share a space"):
-            load(str(clip), text_model=str(narrow))
+            load_encoder(str(clip), text_model=str(narrow))
 
-    def test_a_backend_or_device_that_is_not_here(self, clip: Path) -> None:
-        """By name, with what to set instead."""
-        with pytest.raises(ModelError, match="backend 'tensorflow' is not in this sortd"):
-            load(str(clip), backend="tensorflow")
+    def test_load_unknown_backend_or_device_is_refused(self, clip: Path) -> None:
+        """The message names it."""
+        with pytest.raises(ModelError, match="unknown backend 'tensorflow'"):
+            load_encoder(str(clip), backend="tensorflow")
         with pytest.raises(ModelError, match="device 'cuda:77' cannot be used"):
-            load(str(clip), device="cuda:77")
+            load_encoder(str(clip), device="cuda:77")
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,27 +384,27 @@ class Broken:
 
 
 class TestProbe:
-    """A device that answers garbage with success is noticed before it files anything."""
+    """A device that returns garbage is detected at the start."""
 
-    def test_one_image_in_two_ways(self) -> None:
-        """The same pixels twice must give the same row."""
-        with pytest.raises(ModelError, match="one image in two ways"):
+    def test_probe_different_rows_for_one_image_raises(self) -> None:
+        """The same pixels must give the same row."""
+        with pytest.raises(ModelError, match="two embeddings for one image"):
             probe(Broken(((1, 0), (0, 1), (0, 1))))
 
-    def test_two_images_as_one(self) -> None:
+    def test_probe_equal_rows_for_two_images_raises(self) -> None:
         """A ramp and noise must not give the same row."""
-        with pytest.raises(ModelError, match="two unlike images as one"):
+        with pytest.raises(ModelError, match="one embedding for two unlike images"):
             probe(Broken(((1, 0), (1, 0), (1, 0))))
 
-    def test_a_sound_encoder_passes(self) -> None:
-        """The fake one of the tests, for example."""
+    def test_probe_valid_encoder_passes(self) -> None:
+        """For example the fake one."""
         probe(FakeEncoder())
 
 
 class TestOffline:
     """Loading never touches the network, and says within two seconds that a model is not here."""
 
-    def test_no_connection_is_tried(self, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_load_opens_no_connection(self, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Not even to look for a newer version."""
         tried: list[object] = []
 
@@ -413,12 +413,12 @@ class TestOffline:
             raise OSError("no network in this test")
 
         monkeypatch.setattr(socket.socket, "connect", refuse)
-        load(str(clip)).encode_texts(["a photo"])
+        load_encoder(str(clip)).encode_texts(["a photo"])
         assert tried == []
 
-    def test_an_absent_model_is_told_in_two_seconds(self, tmp_path: Path) -> None:
+    def test_load_missing_model_fails_in_two_seconds(self, tmp_path: Path) -> None:
         """From a cold start, before torch is imported."""
-        program = "from sortd.encoder.backends import load; load('clip-ViT-L-14')"
+        program = "from sortd.encoder.backends import load_encoder; load_encoder('clip-ViT-L-14')"
         done = subprocess.run(
             [sys.executable, "-c", program],
             env={**os.environ, "HOME": str(tmp_path), "HF_HOME": str(tmp_path)},
@@ -426,8 +426,8 @@ class TestOffline:
         )  # fmt: skip
         assert "sortd models fetch clip-ViT-L-14" in done.stderr
 
-    def test_importing_it_imports_no_torch(self) -> None:
-        """Nor any of its kin: the command line imports this module."""
+    def test_import_of_backends_imports_no_torch(self) -> None:
+        """The command line imports this module."""
         program = "import sys, sortd.encoder.backends; print({'torch', 'transformers'} & set(sys.modules))"
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "set()"
@@ -436,7 +436,7 @@ class TestOffline:
 class TestFake:
     """The encoder of other tests keeps the promises of a real one."""
 
-    def test_like_is_near_and_words_name_colours(self) -> None:
+    def test_fake_encoder_embeds_colours_and_their_names(self) -> None:
         """Red pixels are nearer to red ones, and to the word, than to blue ones."""
         encoder: Encoder = FakeEncoder()
         pixels = np.zeros((3, 16, 16, 3), np.uint8)
@@ -447,8 +447,8 @@ class TestFake:
         assert red @ word > 0.9 > blue @ word
         assert encoder.encode_texts([]).shape == (0, encoder.dimensions)
 
-    def test_the_same_is_always_the_same(self) -> None:
-        """Whatever the process."""
+    def test_fake_encoder_is_deterministic(self) -> None:
+        """In every process."""
         chance = np.random.default_rng(0)
         pixels = chance.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
         assert np.array_equal(FakeEncoder().encode_images(pixels), FakeEncoder().encode_images(pixels))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from sortd.classify.build import build
-from sortd.classify.decide import judge
+from sortd.classify.decide import score_batch
 from sortd.classify.evaluate import evaluate
-from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
 from tests.made_features import Blobs, load_world, support_set, unit, worlds
 
 OFF = DecisionSettings(abstain=None)
@@ -27,7 +27,7 @@ def brute_force(support: SupportSet, mode: Mode, rows: range) -> list[bool]:
             classes=support.classes[others],
             sources=tuple(source for at, source in enumerate(support.sources) if at != row),
         )
-        judged = judge(build(fewer, OFF, generation=1), support.embeddings[[row]].astype(np.float64), mode)
+        judged = score_batch(build(fewer, OFF, generation=1), support.embeddings[[row]].astype(np.float64), mode)
         right.append(bool(judged.best[0] == support.classes[row]))
     return right
 
@@ -89,14 +89,14 @@ class TestModes:
         report = evaluate(support_set(blobs.draw([0, 1, 1, 2, 2]), [0, 1, 1, 2, 2]))
         assert {one.judged for one in report.modes} == {4}
         assert report.class_reports[0].recall is None
-        assert report.class_reports[0].needs_images == "it has one"
+        assert report.class_reports[0].needs_images == "only one image"
 
 
 class TestSuspects:
     """References worth a look."""
 
     def test_a_mislabelled_reference_is_named_first(self) -> None:
-        """One image in the wrong folder is the surest of the suspects, with the class that it looks like."""
+        """One image in the wrong folder is the top_classes of the suspects, with the class that it looks like."""
         support = library(spread=0.7)
         classes = support.classes.copy()
         classes[11] = 5
@@ -161,9 +161,9 @@ class TestReport:
 
     def test_advice_where_no_mode_is_better_keeps_the_one_in_force(self) -> None:
         """A change that only chance speaks for is not advised, and every share comes with its count."""
-        advice = evaluate(library(spread=0.5), DecisionSettings(Mode.MEAN, Abstain())).advice
+        advice = evaluate(library(spread=0.5), DecisionSettings(Mode.MEAN, AbstainSettings())).advice
         assert advice.mode == "mean"
-        assert advice.sentences[0].startswith("keep mode mean: it decides 100.0% of 62 references right")
+        assert advice.sentences[0].startswith("keep mode mean: leave-one-out accuracy 100.0% on 62 references")
 
     def test_advice_where_another_mode_is_better_names_both(self) -> None:
         """Names that say nothing are no way to decide; the mode in force is told with its own figure."""
@@ -171,14 +171,14 @@ class TestReport:
         text, mean = blobs.names(noise=30.0)
         index = np.arange(6).repeat(8)
         support = support_set(blobs.draw(index), index, text=text, text_mean=mean)
-        report = evaluate(support, DecisionSettings(Mode.TEXT, Abstain()))
+        report = evaluate(support, DecisionSettings(Mode.TEXT, AbstainSettings()))
         assert report.advice.mode == "mixed"
-        assert re.match(r"use mode mixed: .* of 46 references right.*, where text has \d", report.advice.sentences[0])
+        assert re.match(r"use mode mixed: .* on 46 references.*, text: \d", report.advice.sentences[0])
 
     @pytest.mark.parametrize("precision", [0.93, 0.95])
     def test_advice_on_a_precision_tells_the_share_of_that_precision(self, precision: float) -> None:
         """The wanted one is among the trade-offs, so that no other's share is told for it."""
-        report = evaluate(library(each=5, spread=2.5), DecisionSettings(abstain=Abstain(precision=precision)))
+        report = evaluate(library(each=5, spread=2.5), DecisionSettings(abstain=AbstainSettings(precision=precision)))
         (wanted,) = [one for one in report.trade_offs if one.precision == precision]
         (said,) = [one for one in report.advice.sentences if one.startswith(f"precision {precision:g} files")]
         assert f"files {wanted.filed:.0%} of" in said
@@ -192,7 +192,7 @@ class TestReport:
         """There is nothing to judge, and it says what to do."""
         report = evaluate(support_set(np.zeros((0, 16), np.float32), [], labels=labels))
         assert report.modes == ()
-        assert "add some" in report.advice.sentences[0]
+        assert "add images" in report.advice.sentences[0]
 
     def test_one_class_is_reported(self) -> None:
         """Everything is right when there is one class."""
@@ -205,5 +205,5 @@ def test_leave_one_out_foretells_new_images(name: str) -> None:
     """The accuracy of references apart is within three points of that of queries."""
     support, queries, labels = load_world(name, 12)
     (report,) = [one for one in evaluate(support).modes if one.mode == "best"]
-    judged = judge(build(support, OFF, generation=1), queries.astype(np.float64), Mode.BEST)
+    judged = score_batch(build(support, OFF, generation=1), queries.astype(np.float64), Mode.BEST)
     assert report.distinct_accuracy == pytest.approx((judged.best == labels).mean(), abs=0.03)

@@ -14,16 +14,16 @@ from PIL import Image
 
 from sortd.classify.build import build
 from sortd.classify.decide import decide
-from sortd.classify.explain import Explanation, explain, explain_finetuned, sentences
-from sortd.classify.types import Abstain, DecisionSettings, Mode
-from sortd.commands.explain import Explained, explain_image
+from sortd.classify.explain import Explanation, explain, explain_finetuned, explanation_sentences
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
+from sortd.commands.explain import ImageExplanation, explain_image
+from sortd.commands.report import explain_page
 from sortd.config import Config, read_config
 from sortd.daemon.classifiers import classifier_of
+from sortd.encoder.finetuned import FinetunedFacts
 from sortd.errors import DataError, UnreadableError
 from sortd.files import stamp_of
-from sortd.finetuned import FinetunedFacts
 from sortd.layout import Layout
-from sortd.report import explain_page
 from sortd.status import Status, started_ticks
 from sortd.store.cache import Cache, PrototypeFiles
 from sortd.store.journal import Journal
@@ -86,7 +86,7 @@ class TestExplanation:
     def test_it_agrees_with_the_decision(self, site: Path, tmp_path: Path, mode: Mode) -> None:
         """Label, score and margin are those of ``decide``, in every mode."""
         picture("green", 5).save(tmp_path / "one.png")
-        prototypes = make_prototypes(site, DecisionSettings(mode, Abstain()))
+        prototypes = make_prototypes(site, DecisionSettings(mode, AbstainSettings()))
         row = embedded(tmp_path / "one.png")
         (decision,) = decide(prototypes, row[None])
         found = explain(prototypes, row)
@@ -112,16 +112,16 @@ class TestExplanation:
         between = embedded(site / "Clases" / "red" / "0.png") + embedded(site / "Clases" / "blue" / "0.png")
         found = explain(make_prototypes(site), between / np.linalg.norm(between))
         assert not found.is_filed
-        assert sentences(found)[0].startswith("It goes to Review/")
+        assert explanation_sentences(found)[0].startswith("It is sent to Review/")
         passed = {threshold.name: threshold.passed for threshold in found.thresholds}
         assert not all(passed.values())
-        assert any("not enough" in sentence for sentence in sentences(found))
+        assert any("not passed" in sentence for sentence in explanation_sentences(found))
 
     def test_explanation_of_an_unsure_image_claims_no_share_of_right_ones(self) -> None:
         """What is filed is told with how many it was judged on; what is not sure enough is not called right as well."""
         index = np.arange(6).repeat(8)
         support = support_set(Blobs(6, spread=1.2).draw(index), index)
-        prototypes = build(support, DecisionSettings(Mode.BEST, Abstain()), generation=1)
+        prototypes = build(support, DecisionSettings(Mode.BEST, AbstainSettings()), generation=1)
         between = support.embeddings[0] + support.embeddings[8]
         unsure, sure = (
             explain(prototypes, between / np.linalg.norm(between)),
@@ -129,9 +129,9 @@ class TestExplanation:
         )
         assert (unsure.is_filed, sure.is_filed) == (False, True)
         assert unsure.decision.precision is not None
-        assert not any("were right" in sentence for sentence in sentences(unsure))
-        (judged,) = [sentence for sentence in sentences(sure) if "were right" in sentence]
-        assert re.match(r"Of the \d+ references, each left out in turn, \d+% of those at least as sure", judged)
+        assert not any("Precision" in sentence for sentence in explanation_sentences(unsure))
+        (judged,) = [sentence for sentence in explanation_sentences(sure) if "Precision" in sentence]
+        assert re.search(r"\d+% \(estimated on \d+ references, each left out in turn\)", judged)
 
     def test_the_share_of_the_name_is_told(self, site: Path) -> None:
         """All of it in text mode, none in the modes that look at images alone."""
@@ -149,15 +149,15 @@ class TestExplanation:
         (site / "Clases" / "red").rename(site / "Clases" / "a  b ")
         prototypes = make_prototypes(site, DecisionSettings(Mode.MAX, None))
         found = explain(prototypes, embedded(site / "Clases" / "a  b " / "0.png"))
-        assert sentences(found)[0] == "It is filed into 'a  b '."
-        facts = Explained(str(tmp_path / "x.png"), "Colours", "", found, is_stored=True, records=()).facts()
+        assert explanation_sentences(found)[0] == "It is filed into 'a  b '."
+        facts = ImageExplanation(str(tmp_path / "x.png"), "Colours", "", found, is_stored=True, records=()).facts()
         assert facts["label"] == "a  b "
         assert "filed into &#39;a  b &#39;" in explain_page(facts, now=datetime(2026, 1, 1, tzinfo=UTC))
 
     def test_no_class_is_no_crash(self, site: Path) -> None:
         """Without a class there is one sentence."""
         found: Explanation = explain(make_prototypes(site, DecisionSettings(Mode.MAX, None)), np.ones(48) / 48**0.5)
-        assert sentences(found)
+        assert explanation_sentences(found)
 
 
 class TestImage:
@@ -188,7 +188,7 @@ class TestImage:
         assert (facts["outcome"], facts["left"]["reason"]) == ("left", reason)
         first, second, *_ = explained.sentences()
         assert first.startswith("It stays in Images/: ")
-        assert second == "Without that, it would be filed into red."
+        assert second == "Otherwise it would be filed into red."
         assert "stays in Images/" in explain_page(facts, now=datetime.now(UTC))
 
     def test_explain_image_with_a_control_file_beside_waits(
@@ -245,8 +245,8 @@ class TestImage:
         image = site / "Clases" / "green" / "1.png"
         explained = explain_image(config_of(site), image, load_encoder=lambda _: FakeEncoder())
         assert (explained.explanation.label, explained.is_stored) == ("green", False)
-        assert "no sortd has stored them" in explained.sentences()[-1]
-        assert "It is one of the references itself" in explained.sentences()[-2]
+        assert "none are stored" in explained.sentences()[-1]
+        assert "The image is itself a reference" in explained.sentences()[-2]
 
     def test_image_is_decided_by_the_references_as_they_are_where_no_sortd_runs(
         self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path
@@ -277,7 +277,7 @@ class TestImage:
             explain_image(config, site / "Images" / "gone.png")
         with pytest.raises(DataError, match="no dataset 'Other'"):
             explain_image(config, tmp_path / "one.png", "Other")
-        with pytest.raises(UnreadableError, match="would not be decided"):
+        with pytest.raises(UnreadableError, match="cannot be decided"):
             explain_image(config, tmp_path / "notes.txt", load_encoder=lambda _: FakeEncoder())
         make_dataset(tmp_path / "Data", "Second", references=1)
         with pytest.raises(DataError, match=r"--dataset Colours\|Second"):
@@ -303,8 +303,8 @@ class TestFinetuned:
         assert [one["name"] for one in facts["thresholds"]] == ["confidence"]
         assert len(facts["neighbours"]) == 5
         assert {one["mode"] for one in facts["other_modes"]} == {mode.value for mode in Mode}
-        assert "images that its training held out" in " ".join(facts["sentences"])
-        assert "What the prototypes" in explain_page(facts, now=datetime(2026, 1, 1, tzinfo=UTC))
+        assert "held-out images" in " ".join(facts["sentences"])
+        assert "Modes of the prototypes" in explain_page(facts, now=datetime(2026, 1, 1, tzinfo=UTC))
         known = explain_image(config_of(site), tmp_path / "new.png", load_encoder=no_model)
         assert known.facts() == facts
 
@@ -314,7 +314,7 @@ class TestFinetuned:
         prototypes = make_prototypes(site, DecisionSettings(Mode.MAX, None))
         found = explain_finetuned(classifier, np.array([3.0, 0.0, 0.0]), prototypes=prototypes, embedding=None)
         assert (found.label, found.neighbours, found.others) == (vit.labels[0], (), ())
-        assert not any("other modes" in sentence for sentence in sentences(found))
+        assert not any("other modes" in sentence for sentence in explanation_sentences(found))
 
     def test_a_model_that_does_not_serve_is_told_of(self, site: Path, vit: FinetunedFacts, tmp_path: Path) -> None:
         """The prototypes explain, and the reason is among the sentences."""

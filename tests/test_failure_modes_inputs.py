@@ -152,7 +152,7 @@ class TestNames:
         heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(2000)
         with running(write_config()) as daemon:
             (colours / "Images" / "IMG_0001.png").write_bytes(heic)
-            assert "HEIC is read, but this file is broken" in daemon.wait_for("image.rejected")["reason"]
+            assert "broken or incomplete HEIC file" in daemon.wait_for("image.rejected")["reason"]
         assert tree(colours / "Rejected")["IMG_0001.png"] == heic
 
     def test_suffixes_are_read_in_any_case(self, colours: Path, write_config: Write) -> None:

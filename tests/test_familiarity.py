@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sortd.classify.build import build
-from sortd.classify.decide import judge, open_set_scores
+from sortd.classify.decide import open_set_scores, score_batch
 from sortd.classify.explain import explain
 from sortd.classify.gaussian import fit_gaussian, fit_space
 from sortd.classify.leave_one_out import REFIT_UP_TO, refit_tables, remoteness_left_out
@@ -155,7 +155,7 @@ class TestDecisions:
         assert prototypes.whitening is not None
         assert prototypes.calibration.gate is not None
         queries = Blobs(6, seed=3).draw([0, 1, 2]).astype(np.float64)
-        judged = judge(prototypes, queries, Mode.MIXED)
+        judged = score_batch(prototypes, queries, Mode.MIXED)
         found = open_set_scores(prototypes, queries, judged, prototypes.calibration.gate)
         rows = (prototypes.references - prototypes.whitening.center) * prototypes.whitening.scale
         placed = unit_rows((queries - prototypes.whitening.center) * prototypes.whitening.scale)

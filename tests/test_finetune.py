@@ -18,14 +18,14 @@ from PIL import Image
 
 from sortd.commands.finetuning import observing, require_training_packages
 from sortd.config import Config, read_config
+from sortd.encoder.finetuned import UNFINISHED, FinetunedFacts, calibrated, read_facts
+from sortd.encoder.finetuned_network import load_finetuned
 from sortd.errors import AlreadyRunningError, ConfigError, DataError, DestinationError, ModelError
 from sortd.finetune.data import PLAN_FILE, find_candidates, pixels_file
 from sortd.finetune.recipe import Observer, Recipe, Source, TrainingProgress, TrainingRequest, TrainingStoppedError
 from sortd.finetune.run import output_of, prepare_training, run_finetuning, unfinished_of
 from sortd.finetune.train import newest_checkpoint
-from sortd.finetuned import UNFINISHED, FinetunedFacts, calibrated, read_facts
-from sortd.finetuned_network import load_finetuned
-from sortd.images.decode import Limits, decode_file
+from sortd.images.decode import DecodeLimits, decode_file
 from sortd.layout import Layout
 from tests.command_line import sortd
 from tests.fake_encoder import FakeEncoder
@@ -140,7 +140,7 @@ def test_unreadable_and_contradictory_photos_are_named_and_skipped(whole: tuple[
     metrics = whole[1].metrics
     left_out = {Path(one["path"]).name: one["why"] for one in metrics["left_out"]}
     assert set(left_out) == {"broken.jpg", "same.png", "0-1.png"}
-    assert left_out["same.png"] == "the same image is in red too"
+    assert left_out["same.png"] == "the same image is also in red"
     assert metrics["data"]["images"] == sum(COUNTS.values()) - 1
     assert any("named only" in note for note in metrics["data"]["notes"])
 
@@ -150,7 +150,7 @@ def test_the_written_model_decides_as_it_was_judged(whole: tuple[Config, Finetun
     config, facts = whole
     model = load_finetuned(facts.folder, device="cpu")
     files = sorted((config.root / "Shapes" / "Clases").glob("*/0-*.png"))
-    pixels = np.stack([decode_file(str(path), model.preprocessing, Limits()) for path in files])
+    pixels = np.stack([decode_file(str(path), model.preprocessing, DecodeLimits()) for path in files])
     found = calibrated(model.logits(pixels), model.facts.temperature).argmax(axis=1)
     right = np.mean([facts.labels[best] == path.parent.name for best, path in zip(found, files, strict=True)])
     assert right > facts.metrics["comparison"]["finetuned_accuracy"] - 0.15
@@ -284,11 +284,11 @@ def test_a_full_disk_while_it_is_prepared_is_a_clear_error(tmp_path: Path, vit: 
 
 
 BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no class": (lambda clases: shutil.rmtree(clases / "red"), "holds no class|no image"),
+    "no class": (lambda clases: shutil.rmtree(clases / "red"), "has no class|no image"),
     "one class": (lambda clases: make_photos(clases.parents[1], {"red": 5}), "only the class 'red'"),
     "empty folders": (lambda clases: (clases / "green").mkdir(), "there is no image"),
-    "no image": (lambda clases: (clases / "red" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\nno"), "can be read"),
-    "too few": (lambda clases: make_photos(clases.parents[1], {"red": 2, "green": 2}), "too few images"),
+    "no image": (lambda clases: (clases / "red" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\nno"), "readable image"),
+    "too few": (lambda clases: make_photos(clases.parents[1], {"red": 2, "green": 2}), "too few different images"),
 }
 
 
@@ -313,20 +313,20 @@ def test_what_stands_in_the_way_is_a_clear_error(tmp_path: Path, vit: Path) -> N
     request = request_for(config, vit)
     with pytest.raises(ModelError, match="sortd models fetch some/vit"):
         trained(config, replace(request, base="some/vit"))
-    with pytest.raises(ModelError, match="takes images of 32 pixels"):
+    with pytest.raises(ModelError, match="needs images of 32 pixels"):
         trained(config, replace(request, side=64))
     with pytest.raises(DataError, match="no unfinished"):
         trained(config, request, resume=True)
     with pytest.raises(DataError, match="no unfinished"):
         unfinished_of(request, config.state_dir)
     (config.state_dir / "taken").mkdir(parents=True)
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="exists; choose"):
         trained(config, request, "taken")
     work = config.state_dir / f"result{UNFINISHED}"
     work.mkdir()
     with FileLock(work / "lock"), pytest.raises(AlreadyRunningError):
         trained(config, request)
-    for pair, said in {"nothing=1": "NAME=VALUE", "seed=1": "sortd's own", "max_steps=few": "does not take"}.items():
+    for pair, said in {"nothing=1": "NAME=VALUE", "seed=1": "set by sortd", "max_steps=few": "rejected"}.items():
         with pytest.raises(ConfigError, match=f"--set {pair}.*{said}"):
             trained(config, replace(request, extra=(pair,)))
 

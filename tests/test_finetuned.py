@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sortd.encoder.finetuned import FinetunedFacts, calibrated, facts_json, read_facts
+from sortd.encoder.finetuned_network import build_image_classifier, load_finetuned
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 from sortd.files import sha256_of
-from sortd.finetuned import FinetunedFacts, calibrated, facts_json, read_facts
-from sortd.finetuned_network import build_image_classifier, load_finetuned
 from tests.tiny_vit import SIDE, build_tiny_vit
 
 LABELS = ("cats", "dogs", "weißes \udcff")
@@ -77,7 +77,7 @@ def test_facts_are_read_without_torch(written: Path) -> None:
     import sys
 
     asked = (
-        "import sys; from pathlib import Path; from sortd.finetuned import read_facts; "
+        "import sys; from pathlib import Path; from sortd.encoder.finetuned import read_facts; "
         f"read_facts(Path({str(written)!r})); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
@@ -127,7 +127,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no facts": (lambda folder: (folder / "sortd.json").unlink(), "sortd.json is missing"),
     "nested": (lambda folder: (folder / "sortd.json").write_text("[" * 200_000), "sortd.json is damaged"),
     "no JSON": (lambda folder: (folder / "sortd.json").write_text("{"), "sortd.json is damaged"),
-    "no object": (lambda folder: (folder / "sortd.json").write_text("[]"), "no JSON object"),
+    "no object": (lambda folder: (folder / "sortd.json").write_text("[]"), "not a JSON object"),
     "other format": (lambda folder: change(folder / "sortd.json", format=2), "format 2"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
     "cut weights": (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "has 5 bytes instead of"),
@@ -141,9 +141,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: change(folder / "sortd.json", held_out={"confidence": [1], "is_right": [], "classes": []}),
         "different lengths",
     ),
-    "no probability": (
+    "not a probability": (
         lambda folder: change(folder / "sortd.json", held_out={"confidence": [7], "is_right": [1], "classes": [0]}),
-        "no probability",
+        "not a probability",
     ),
 }
 
@@ -164,14 +164,14 @@ def test_weights_that_were_changed_are_refused(copied: Path) -> None:
     held[-1] ^= 1
     file.write_bytes(held)
     assert read_facts(copied)
-    with pytest.raises(ModelError, match="is not what was written"):
+    with pytest.raises(ModelError, match="was changed"):
         load_finetuned(copied, device="cpu")
 
 
 def test_weights_of_another_network_are_refused(copied: Path) -> None:
     """A whole file that does not fit the configuration is said to be that."""
     change(copied / "config.json", hidden_size=64)
-    with pytest.raises(ModelError, match="does not load"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         load_finetuned(copied, device="cpu")
 
 
@@ -186,5 +186,5 @@ def test_a_network_that_answers_with_no_number_is_refused_at_the_start(copied: P
     save_file(tensors, file)
     weights = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     change(copied / "sortd.json", weights=weights)
-    with pytest.raises(ModelError, match="no number"):
+    with pytest.raises(ModelError, match="not finite"):
         load_finetuned(copied, device="cpu")

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sortd.classify.calibration import HeldOutOutcomes
+from sortd.classify.calibration import HeldOutOutcomes, calibrate_outcomes
 from sortd.classify.decide import decide_by
-from sortd.classify.prototypes import FinetunedClassifier, build_classifier, difference_of_labels
-from sortd.classify.types import Abstain, Abstained, Assigned
+from sortd.classify.prototypes import FinetunedClassifier, describe_label_mismatch
+from sortd.classify.types import Abstained, AbstainSettings, Assigned
 from sortd.core.sorter import Sorter
 from sortd.events import (
     Command,
@@ -27,7 +27,7 @@ from tests.test_sorter import prototypes, ready_sorter, settle, stamp
 
 LABELS = ("bolt", "nut", "screw")
 MODEL = "finetuned-3-torch-0123"
-SURE = Abstain()
+SURE = AbstainSettings()
 
 
 def outcomes(count: int = 200, *, wrong_below: float = 0.8) -> HeldOutOutcomes:
@@ -38,20 +38,14 @@ def outcomes(count: int = 200, *, wrong_below: float = 0.8) -> HeldOutOutcomes:
 
 
 def classifier(
-    abstain: Abstain | None = SURE, held_out: HeldOutOutcomes | None = None, *, generation: int = 4
+    abstain: AbstainSettings | None = SURE, held_out: HeldOutOutcomes | None = None, *, generation: int = 4
 ) -> FinetunedClassifier:
     """Return a classifier of three classes with temperature 2."""
-    return build_classifier(
-        LABELS,
-        temperature=2.0,
-        encoder_id=MODEL,
-        outcomes=held_out or outcomes(),
-        abstain=abstain,
-        generation=generation,
-    )
+    calibration = calibrate_outcomes(held_out or outcomes(), abstain, classes=len(LABELS))
+    return FinetunedClassifier(LABELS, 2.0, MODEL, generation, calibration, abstain)
 
 
-def test_the_probability_is_the_softmax_of_the_row_over_the_temperature() -> None:
+def test_decide_by_logits_uses_softmax_with_temperature() -> None:
     """Score, confidence, margin and the second class are those of softmax(row / temperature)."""
     row = np.array([[6.0, 0.0, 2.0]], np.float32)
     expected = np.exp(row[0] / 2) / np.exp(row[0] / 2).sum()
@@ -62,9 +56,9 @@ def test_the_probability_is_the_softmax_of_the_row_over_the_temperature() -> Non
     assert decision.margin == pytest.approx(expected[0] - expected[2])
 
 
-def test_it_abstains_below_the_confidence_that_held_out_images_vouch_for() -> None:
+def test_decide_by_logits_below_threshold_abstains() -> None:
     """The threshold lies where the wanted precision is reached: all above are filed, all below go to review."""
-    made = classifier(Abstain(precision=0.95))
+    made = classifier(AbstainSettings(precision=0.95))
     least = made.calibration.confidence
     assert 0.6 < least < 0.85
     sure, unsure = (2.0 * np.log([[p, (1 - p) / 2, (1 - p) / 2]]) for p in (least + 0.01, least - 0.01))
@@ -74,35 +68,35 @@ def test_it_abstains_below_the_confidence_that_held_out_images_vouch_for() -> No
     assert (decision.reason, decision.best_label) == ("margin", "bolt")
 
 
-def test_a_higher_precision_asks_for_more_confidence() -> None:
+def test_calibrate_outcomes_higher_precision_raises_threshold() -> None:
     """Whoever wants fewer errors gets fewer images filed."""
-    low, high = (classifier(Abstain(precision=wanted)).calibration for wanted in (0.8, 0.97))
+    low, high = (classifier(AbstainSettings(precision=wanted)).calibration for wanted in (0.8, 0.97))
     assert low.confidence < high.confidence
     assert low.filed_expected is not None
     assert high.filed_expected is not None
     assert low.filed_expected > high.filed_expected
 
 
-def test_what_cannot_be_vouched_for_is_said() -> None:
+def test_calibrate_outcomes_unreachable_settings_add_notes() -> None:
     """Few or bad outcomes, none at all, and a share of strangers are each answered with a sentence."""
     random = HeldOutOutcomes(np.linspace(0.3, 1.0, 60), np.arange(60) % 2 == 0, np.arange(60) % 3)
-    assert "can vouch for" in classifier(Abstain(precision=0.99), random).calibration.notes[0]
+    assert "is not reached" in classifier(AbstainSettings(precision=0.99), random).calibration.notes[0]
     none = HeldOutOutcomes(np.zeros(0), np.zeros(0, bool), np.zeros(0, np.int64))
-    empty = classifier(Abstain(precision=0.9), none).calibration
+    empty = classifier(AbstainSettings(precision=0.9), none).calibration
     assert (empty.confidence, empty.notes) == (
         0.9,
-        ("the training held no image out, so nothing vouches for a precision",),
+        ("the training has no held-out image, so no precision can be estimated",),
     )
-    assert "promises no share" in classifier(Abstain(strangers=0.05)).calibration.notes[-1]
+    assert "has no effect" in classifier(AbstainSettings(strangers=0.05)).calibration.notes[-1]
 
 
-def test_abstain_off_files_everything() -> None:
+def test_decide_by_logits_without_abstain_files_all() -> None:
     """Even what is a toss-up."""
     (decision,) = decide_by(classifier(abstain=None), np.zeros((1, 3)))
     assert isinstance(decision, Assigned)
 
 
-def test_equal_outcomes_of_an_uneven_split_weigh_by_class() -> None:
+def test_calibrate_outcomes_uneven_classes_have_equal_weight() -> None:
     """A class of a thousand held-out images does not drown one of ten."""
     own = np.repeat([0, 1, 2], [980, 10, 10])
     uneven = HeldOutOutcomes(np.full(1000, 0.9), own == 0, own)
@@ -111,13 +105,13 @@ def test_equal_outcomes_of_an_uneven_split_weigh_by_class() -> None:
 
 
 @pytest.mark.parametrize("rows", [np.zeros((1, 4)), np.zeros(3), np.full((1, 3), np.nan)])
-def test_rows_that_cannot_be_logits_are_refused(rows: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> None:
+def test_decide_by_logits_invalid_rows_raise(rows: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> None:
     """Another width, no matrix, or no numbers: an error, not a decision."""
-    with pytest.raises(ValueError, match=r"embedding"):
+    with pytest.raises(ValueError, match="row"):
         decide_by(classifier(), rows)
 
 
-def test_outcomes_and_classifiers_are_valid_once_built() -> None:
+def test_classifier_invalid_values_raise() -> None:
     """Lengths, probabilities, labels and the temperature are looked at in the constructor."""
     good = outcomes(6)
     with pytest.raises(ValueError, match="shapes"):
@@ -130,13 +124,13 @@ def test_outcomes_and_classifiers_are_valid_once_built() -> None:
         replace(classifier(), labels=("bolt",))
 
 
-def test_a_difference_of_classes_is_said_by_name() -> None:
+def test_describe_label_mismatch_names_classes() -> None:
     """What was added and what was removed, so a renamed class is both; the order does not count."""
-    assert difference_of_labels(("b", "a"), ("a", "b")) is None
-    assert difference_of_labels(("a", "b"), ("a", "b", "c")) == "Clases/ has 'c', which the model does not know"
-    said = difference_of_labels(("a", "b"), ("a", "c"))
-    assert said == "Clases/ has 'c', which the model does not know; the model knows 'b', which Clases/ has not"
-    assert "'e' and 3 more, which" in str(difference_of_labels(("x",), ("x", *"abcdefgh")))
+    assert describe_label_mismatch(("b", "a"), ("a", "b")) is None
+    assert describe_label_mismatch(("a", "b"), ("a", "b", "c")) == "Clases/ has 'c', which the model does not know"
+    said = describe_label_mismatch(("a", "b"), ("a", "c"))
+    assert said == "Clases/ has 'c', which the model does not know; the model knows 'b', which Clases/ does not have"
+    assert "'e' and 3 more, which" in str(describe_label_mismatch(("x",), ("x", *"abcdefgh")))
 
 
 STAMP = stamp()
@@ -162,7 +156,7 @@ def answered(row: list[float], encoder_id: str = MODEL) -> Embedded:
     return Embedded((EmbeddedImage("a.png", STAMP, np.asarray(row, np.float32), "00"),), encoder_id)
 
 
-def test_the_core_decides_by_the_model_and_names_it_in_the_order() -> None:
+def test_sorter_with_model_names_it_in_the_move() -> None:
     """The order carries the model's identity, by which the log line says who decided."""
     sorter = deciding_sorter(classifier(abstain=None))
     moves = [one for one in sorter.receive(answered([9.0, 0.0, 0.0]), 200) if isinstance(one, Move)]
@@ -171,14 +165,14 @@ def test_the_core_decides_by_the_model_and_names_it_in_the_order() -> None:
     ]
 
 
-def test_rows_of_the_model_are_never_taken_for_embeddings_after_a_demotion() -> None:
+def test_sorter_after_demotion_ignores_rows_of_the_model() -> None:
     """What was on its way when the classifier changed is embedded again by the one that serves now."""
     sorter = deciding_sorter(classifier(abstain=None))
     serve(sorter, 5)
     assert sorter.receive(answered([9.0, 0.0, 0.0]), 200) == [Embed((("a.png", STAMP),))]
 
 
-def test_what_rests_in_review_is_decided_again_by_a_promoted_model() -> None:
+def test_sorter_after_promotion_decides_review_again() -> None:
     """Another classifier is another generation: the image leaves Review/ when the model is sure, and stays else."""
     for row, folder in (([9.0, 0.0, 0.0], "Dataset/bolt"), ([0.0, 0.0, 0.0], None)):
         sorter = ready_sorter()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from sortd.config import read_config
+from sortd.encoder.finetuned import WEIGHTS_FILE, FinetunedFacts
 from sortd.finetune.recipe import Recipe, TrainingRequest
 from sortd.finetune.run import output_of, run_finetuning
-from sortd.finetuned import WEIGHTS_FILE, FinetunedFacts
 from sortd.layout import Layout
 from tests.command_line import sortd
 from tests.daemon_process import COLOURS, DaemonProcess, picture, running

@@ -6,7 +6,7 @@ import pytest
 
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
 from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
 from sortd.events import (
@@ -52,7 +52,7 @@ def prototypes(generation: int) -> PrototypeSet:
         encoder_id="encoder",
         fingerprint=str(generation),
     )
-    return build(support, DecisionSettings(mode=Mode.BEST, abstain=Abstain()), generation=generation)
+    return build(support, DecisionSettings(mode=Mode.BEST, abstain=AbstainSettings()), generation=generation)
 
 
 def drop(sorter: Sorter, rows: Rows, now: float) -> list[Move | Hold]:

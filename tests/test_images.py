@@ -1,4 +1,4 @@
-"""Decoding: what comes out is what the encoder would have been shown, and what cannot be is refused by name."""
+"""Decoding: the pixels are those of the encoder's image processor, and other files are refused with a reason."""
 
 import contextlib
 import io
@@ -17,11 +17,11 @@ from PIL import Image, ImageFile, ImageOps
 from sortd.arrays import Pixels
 from sortd.errors import ImageError, NotAnImageError, TooLargeError, UnreadableError
 from sortd.events import Fit, Preprocessing
-from sortd.images.decode import Limits, decode, decode_file, look_at_file
+from sortd.images.decode import DecodeLimits, check_header, decode_file, decode_image
 from sortd.images.formats import HEAD_BYTES, format_of, looks_like_image
 
 SMALL = Preprocessing(32, 32, 32)
-LIMITS = Limits()
+LIMITS = DecodeLimits()
 ORIENTATION = 0x0112
 LOSSLESS = ("PNG", "BMP", "TIFF", "WEBP")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "AVIF", "HEIF")
@@ -44,10 +44,12 @@ def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
     return target.getvalue()
 
 
-def decoded(content: bytes, preprocessing: Preprocessing = SMALL, limits: Limits = LIMITS, **how: object) -> Pixels:
+def decoded(
+    content: bytes, preprocessing: Preprocessing = SMALL, limits: DecodeLimits = LIMITS, **how: object
+) -> Pixels:
     """Decode bytes as a file."""
     with memory_file(content) as file:
-        return decode(file, preprocessing, limits, **how)  # type: ignore[arg-type]  # jpeg=
+        return decode_image(file, preprocessing, limits, **how)  # type: ignore[arg-type]  # jpeg=
 
 
 def memory_file(content: bytes) -> io.BufferedRandom:
@@ -73,11 +75,11 @@ def expected(image: Image.Image, edge: int = 32) -> Pixels:
 
 
 class TestFormats:
-    """What is decoded, and what is left alone."""
+    """Formats that are decoded, and others."""
 
     @pytest.mark.parametrize("image_format", FORMATS)
-    def test_every_format_decodes_by_its_content(self, image_format: str) -> None:
-        """The bytes alone say what they are; no name is ever asked."""
+    def test_decode_every_format_by_content(self, image_format: str) -> None:
+        """No name is needed."""
         image = picture()
         pixels = decoded(encode(image, image_format))
         assert pixels.shape == (32, 32, 3)
@@ -86,18 +88,18 @@ class TestFormats:
         assert near(pixels, expected(image), 0 if image_format in LOSSLESS else 12)
 
     @pytest.mark.parametrize("image_format", ["EPS", "PPM", "ICO", "TGA", "PCX", "PDF", "JPEG2000", "SGI", "MSP"])
-    def test_other_formats_never_reach_a_decoder(self, image_format: str) -> None:
-        """An EPS named holiday.jpg would start Ghostscript; off the list means refused."""
+    def test_decode_other_formats_are_refused(self, image_format: str) -> None:
+        """An EPS named holiday.jpg would start Ghostscript."""
         image = picture().convert("1" if image_format == "MSP" else "RGB")
-        with pytest.raises(UnreadableError, match="no image that sortd reads"):
+        with pytest.raises(UnreadableError, match="not an image in a supported format"):
             decoded(encode(image, image_format))
 
-    def test_a_descriptor_and_a_file_give_the_same(self) -> None:
-        """Both are read from their beginning, and left open."""
+    def test_decode_descriptor_gives_the_pixels_of_the_file(self) -> None:
+        """Both are read from their beginning and left open."""
         with memory_file(encode(picture(), "PNG")) as file:
             file.seek(7)
-            first = decode(file, SMALL, LIMITS)
-            assert np.array_equal(first, decode(file.fileno(), SMALL, LIMITS))
+            first = decode_image(file, SMALL, LIMITS)
+            assert np.array_equal(first, decode_image(file.fileno(), SMALL, LIMITS))
             assert not file.closed
 
     def test_decode_heic_without_its_decoder_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,21 +151,21 @@ class TestFormats:
             ("name\udce9.jpg", b"", True),
         ],
     )
-    def test_what_looks_like_an_image(self, name: str, head: bytes, *, is_image: bool) -> None:
-        """By name in any case or by content; a raw file is TIFF by content and still none."""
+    def test_looks_like_image_by_name_or_content(self, name: str, head: bytes, *, is_image: bool) -> None:
+        """Raw files of cameras are TIFF by content and still not images."""
         assert looks_like_image(name, head) is is_image
 
     @pytest.mark.parametrize(("brands", "name"), [(b"mif1avif", "AVIF"), (b"mif1heic", "HEIF"), (b"msf1miaf", "HEIF")])
-    def test_a_vague_brand_leaves_it_to_the_next(self, brands: bytes, name: str) -> None:
-        """``mif1`` alone says still image, not which codec."""
+    def test_format_of_generic_brand_is_that_of_the_next(self, brands: bytes, name: str) -> None:
+        """``mif1`` says still image, but not which codec."""
         head = struct.pack(">I4s4sI", 16 + len(brands), b"ftyp", brands[:4], 0) + brands
         found = format_of(head)
         assert found is not None
         assert found.name == name
 
     @pytest.mark.parametrize("image_format", FORMATS)
-    def test_a_head_is_enough(self, image_format: str) -> None:
-        """The bytes that are read first tell every format."""
+    def test_format_of_head_recognises_every_format(self, image_format: str) -> None:
+        """``HEAD_BYTES`` are enough."""
         found = format_of(encode(picture(), image_format)[:HEAD_BYTES])
         assert found is not None
         assert found.name == image_format
@@ -173,8 +175,8 @@ class TestModes:
     """Every mode becomes RGB as a viewer would show it."""
 
     @pytest.mark.parametrize("mode", ["L", "P", "1", "RGB", "CMYK", "YCbCr", "I;16", "I;16B", "I", "F", "LA", "RGBA"])
-    def test_no_mode_is_too_strange(self, mode: str) -> None:
-        """Palette, grey, wide, inked, transparent: an image comes out, and it shows what went in."""
+    def test_decode_every_mode_gives_rgb(self, mode: str) -> None:
+        """Palette, grey, wide, inked, transparent."""
         source = picture()
         grey = np.asarray(source.convert("L"))
         match mode:
@@ -191,28 +193,28 @@ class TestModes:
         most = {"1": 130, "P": 25, "YCbCr": 3, "CMYK": 3}.get(mode, 1)
         assert near(decoded(encode(image, "TIFF" if mode not in {"P", "1"} else "PNG")), expected(shown), most)
 
-    def test_sixteen_bits_are_scaled_and_not_cut(self) -> None:
-        """Grey 32768 of 65535 is middle grey; Pillow's own conversion has shown it white."""
+    def test_decode_sixteen_bits_scales_them(self) -> None:
+        """32768 of 65535 is middle grey; Pillow's own conversion gives white."""
         image = Image.fromarray(np.full((40, 40), 32768, np.uint16))
         for image_format in ("PNG", "TIFF"):
             assert set(np.unique(decoded(encode(image, image_format)))) == {128}
 
-    def test_wide_integers_are_stretched_where_no_range_is_usual(self) -> None:
+    def test_decode_wide_integers_are_stretched(self) -> None:
         """Values beyond 16 bits span black to white."""
         ramp = np.tile(np.linspace(0, 10_000_000, 64).astype(np.int32), (64, 1))
         pixels = decoded(encode(Image.fromarray(ramp), "TIFF"))
         assert pixels.min() < 10
         assert pixels.max() > 245
 
-    def test_values_that_are_no_numbers_do_not_hide_the_image(self) -> None:
-        """A float image with a hole in it is shown with a dark hole."""
+    def test_decode_nan_values_are_dark(self) -> None:
+        """The other values of a float image are shown."""
         values = np.full((64, 64), 0.75, np.float32)
         values[:8, :8] = np.nan
         assert np.median(decoded(encode(Image.fromarray(values), "TIFF"))) == 191
 
     @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA", "RGB", "L", "1"])
-    def test_what_is_transparent_shows_white(self, mode: str) -> None:
-        """An alpha channel, a palette's or a colour's transparency: none of it turns black."""
+    def test_decode_transparency_shows_white(self, mode: str) -> None:
+        """An alpha channel, a palette's or a colour's transparency."""
         image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
         options: dict[str, object] = {}
         match mode:
@@ -232,13 +234,13 @@ class TestModes:
             image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
         assert decoded(encode(image, saved, **options)).min() == 255
 
-    def test_half_transparent_is_half_white(self) -> None:
-        """Alpha is mixed, not cut at a threshold."""
+    def test_decode_half_transparent_is_blended(self) -> None:
+        """Alpha is blended, without a threshold."""
         pixels = decoded(encode(Image.new("RGBA", (40, 40), (0, 0, 0, 128)), "PNG"))
         assert set(np.unique(pixels)) <= {126, 127, 128}
 
-    def test_both_kinds_of_cmyk_jpeg_show_their_colours(self) -> None:
-        """Adobe's are inverted and say so by a marker; without it the inks mean what they say."""
+    def test_decode_cmyk_jpeg_with_and_without_adobe_marker_shows_its_colours(self) -> None:
+        """Adobe's are inverted and marked; others are not inverted."""
         red = Image.new("CMYK", (64, 64), (0, 255, 255, 0))
         adobe = encode(red, "JPEG", quality=95)
         assert b"Adobe" in adobe
@@ -250,8 +252,8 @@ class TestModes:
         assert near(decoded(plain), np.full((32, 32, 3), (255, 0, 0), np.uint8), 6)
 
     @pytest.mark.parametrize("image_format", ["GIF", "PNG", "WEBP", "TIFF"])
-    def test_only_the_first_frame_counts(self, image_format: str) -> None:
-        """An animation is the picture that it begins with."""
+    def test_decode_animation_gives_the_first_frame(self, image_format: str) -> None:
+        """The others are ignored."""
         frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "blue")]
         content = encode(frames[0], image_format, save_all=True, append_images=frames[1:])
         assert near(decoded(content), np.full((32, 32, 3), (255, 0, 0), np.uint8), 3)
@@ -262,8 +264,8 @@ class TestUpright:
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"])
-    def test_all_eight_orientations_come_out_upright(self, orientation: int, image_format: str) -> None:
-        """Stored turned and tagged so, an image decodes as it was before."""
+    def test_decode_orientation_gives_an_upright_image(self, orientation: int, image_format: str) -> None:
+        """All eight orientations of EXIF, in every format."""
         turns = {
             2: Image.Transpose.FLIP_LEFT_RIGHT,
             3: Image.Transpose.ROTATE_180,
@@ -281,19 +283,19 @@ class TestUpright:
         assert near(decoded(content), expected(upright), 0 if image_format in LOSSLESS else 6)
 
     @pytest.mark.parametrize("value", [0, 9, 65535])
-    def test_an_orientation_that_does_not_exist_turns_nothing(self, value: int) -> None:
-        """What EXIF says beyond its eight values is nothing."""
+    def test_decode_invalid_orientation_is_ignored(self, value: int) -> None:
+        """EXIF has eight values."""
         exif = Image.Exif()
         exif[ORIENTATION] = value
         assert near(decoded(encode(picture(), "PNG", exif=exif)), expected(picture()), 0)
 
-    def test_broken_exif_does_not_cost_the_image(self) -> None:
-        """A picture with garbage for EXIF is still a picture."""
+    def test_decode_broken_exif_is_ignored(self) -> None:
+        """The image is decoded without it."""
         content = encode(picture(), "JPEG", exif=b"Exif\0\0" + bytes(range(200)))
         assert near(decoded(content), expected(picture()), 4)
 
-    def test_a_large_image_that_lies_is_turned_in_little_memory(self) -> None:
-        """Large images are made smaller on the way, and show the same."""
+    def test_decode_large_rotated_image_is_reduced(self) -> None:
+        """Large images are reduced before the rotation and show the same."""
         exif = Image.Exif()
         exif[ORIENTATION] = 6
         upright = picture(42, 40).resize((4200, 4000))
@@ -307,8 +309,8 @@ class TestSize:
     """What the encoder sees is what transformers would have shown it."""
 
     @pytest.mark.parametrize("seed", range(12))
-    def test_decoded_in_full_it_is_bit_for_bit_what_transformers_makes(self, seed: int) -> None:
-        """Odd sizes, tall and wide, grey and colour: no pixel differs from CLIP's image processor."""
+    def test_decode_full_equals_transformers_bit_for_bit(self, seed: int) -> None:
+        """Odd sizes, tall and wide, grey and colour: as from CLIP's image processor."""
         transformers = pytest.importorskip("transformers")
         random = np.random.default_rng(seed)
         width, height = (int(side) for side in random.integers(33, 700, 2))
@@ -331,13 +333,13 @@ class TestSize:
         assert np.array_equal(ours, wanted.astype(np.uint8))
 
     @pytest.mark.parametrize("side", [40, 64, 129, 500, 1023])
-    def test_draft_never_goes_below_twice_the_size(self, side: int) -> None:
-        """A drafted JPEG looks like the full one at the encoder's size."""
+    def test_decode_draft_keeps_at_least_twice_the_size(self, side: int) -> None:
+        """A JPEG in draft mode looks like the full one at the encoder's size."""
         content = encode(picture(side, side + 30), "JPEG", quality=92)
         assert near(decoded(content, jpeg="draft"), decoded(content, jpeg="full"), 2.5)
 
-    def test_draft_is_used_where_it_is_ample(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of a large JPEG an eighth is decoded, of a small one everything."""
+    def test_decode_draft_is_used_for_large_jpegs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A large JPEG is decoded at 1/8, a small one at full scale."""
         sizes: list[tuple[int, int]] = []
         load = ImageFile.ImageFile.load
 
@@ -350,25 +352,25 @@ class TestSize:
         assert set(sizes) == {(128, 96)}
 
     @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3), (5000, 3), (3, 39_000)])
-    def test_any_shape_comes_to_the_shape_of_the_encoder(self, size: tuple[int, int]) -> None:
-        """A single pixel and a very long strip are images, too, and no reason to take gigabytes."""
+    def test_decode_any_shape_gives_the_encoders_shape(self, size: tuple[int, int]) -> None:
+        """Also a single pixel and a very long strip, in little memory."""
         assert decoded(encode(picture(*size), "PNG")).shape == (32, 32, 3)
 
-    def test_a_long_strip_shows_its_middle(self) -> None:
-        """What is resized in part only is the same part."""
+    def test_decode_long_strip_shows_its_middle(self) -> None:
+        """The part that is resized is the right one."""
         pixels = np.zeros((10, 900, 3), np.uint8)
         pixels[:, 445:455] = 255
         assert decoded(encode(Image.fromarray(pixels), "PNG"))[:, 8:24].min() > 200
 
-    def test_stretching_takes_the_whole_image(self) -> None:
-        """Encoders that do not crop see all of it, whatever its proportions."""
+    def test_decode_stretch_uses_the_whole_image(self) -> None:
+        """For encoders that do not crop."""
         preprocessing = Preprocessing(24, 24, 48, fit=Fit.STRETCH)
         image = picture(100, 300)
         wanted = np.asarray(image.resize((48, 24), Image.Resampling.BICUBIC))
         assert np.array_equal(decoded(encode(image, "PNG"), preprocessing), wanted)
 
-    def test_the_filter_is_the_one_asked_for(self) -> None:
-        """Bilinear and bicubic differ, and each is what Pillow makes."""
+    def test_decode_uses_the_configured_filter(self) -> None:
+        """Bilinear and bicubic give the pixels of Pillow."""
         image = picture(99, 99)
         bilinear = decoded(encode(image, "PNG"), Preprocessing(32, 32, 32, resample=Image.Resampling.BILINEAR))
         assert np.array_equal(bilinear, np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)))
@@ -391,36 +393,36 @@ def png_bomb(width: int, height: int) -> bytes:
 class TestLimits:
     """Nothing is unpacked to find out that it is too much."""
 
-    def test_too_many_pixels_are_refused_before_they_are_decoded(self) -> None:
-        """A few kilobytes that unpack to 178 million pixels are told by their header."""
+    def test_decode_too_many_pixels_is_refused(self) -> None:
+        """178 million pixels in a few kilobytes are detected in the header."""
         with pytest.raises(TooLargeError, match="max_pixels"):
             decoded(png_bomb(13_000, 13_700))
 
     @pytest.mark.parametrize("pixels", [51_000_000, 99_000_000])
-    def test_between_our_limit_and_pillows_it_is_refused_as_well(self, pixels: int) -> None:
-        """Pillow only warns there."""
+    def test_decode_over_the_limit_but_below_pillows_is_refused(self, pixels: int) -> None:
+        """Pillow alone would only warn."""
         with pytest.raises(TooLargeError):
             decoded(png_bomb(10_000, pixels // 10_000))
 
-    def test_a_side_that_is_too_long_is_refused(self) -> None:
-        """Few pixels in one endless row end in gigabytes at the resize."""
+    def test_decode_too_long_side_is_refused(self) -> None:
+        """One endless row would take gigabytes in the resize."""
         with pytest.raises(TooLargeError, match="a side"):
             decoded(png_bomb(45_000, 1))
 
-    def test_too_many_bytes_are_refused(self) -> None:
-        """A file that is too large is not even opened by a decoder."""
+    def test_decode_too_many_bytes_is_refused(self) -> None:
+        """Its decoder is not called."""
         with pytest.raises(TooLargeError, match="bytes"):
-            decoded(encode(picture(), "BMP"), limits=Limits(max_bytes=1000))
+            decoded(encode(picture(), "BMP"), limits=DecodeLimits(max_bytes=1000))
 
-    def test_a_telephones_hundred_megapixels_pass_where_draft_makes_few_of_them(self) -> None:
-        """The limit is on what is decoded: a JPEG of 108 million pixels takes as little as one of 2."""
+    def test_decode_jpeg_of_hundred_megapixels_passes_in_draft_mode(self) -> None:
+        """The limit applies to the decoded scale."""
         content = encode(Image.new("L", (12_000, 9_000), 90), "JPEG")
         assert near(decoded(content), np.full((32, 32, 3), 90, np.uint8), 1)
         with pytest.raises(TooLargeError):
             decoded(content, jpeg="full")
 
-    def test_pillows_own_settings_come_back(self) -> None:
-        """The limits are in force while an image is decoded, and nowhere else."""
+    def test_decode_restores_the_settings_of_pillow(self) -> None:
+        """The limits apply only during a decoding."""
         before = Image.MAX_IMAGE_PIXELS
         ImageFile.LOAD_TRUNCATED_IMAGES = True
         try:
@@ -431,8 +433,8 @@ class TestLimits:
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = False
 
-    def test_memory_that_is_not_to_be_had_is_a_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """An image that the process has no room for is too large, not broken."""
+    def test_decode_out_of_memory_is_too_large(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The image is not refused as broken."""
 
         def starve(*_args: object, **_options: object) -> None:
             raise MemoryError
@@ -441,8 +443,8 @@ class TestLimits:
         with pytest.raises(TooLargeError, match="memory"):
             decoded(encode(picture(), "PNG"))
 
-    def test_a_disk_that_fails_is_not_a_broken_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """EIO says nothing of the image: it must not be set aside for it."""
+    def test_decode_disk_error_is_raised(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """EIO is not the fault of the image."""
 
         def fail(*_args: object, **_options: object) -> None:
             raise OSError(5, "Input/output error")
@@ -454,27 +456,27 @@ class TestLimits:
 
 
 class TestBroken:
-    """What is not whole is refused, not shown in part."""
+    """Incomplete and broken files are refused."""
 
     @pytest.mark.parametrize("image_format", FORMATS)
-    def test_truncated_anywhere_it_is_refused(self, image_format: str) -> None:
-        """Cut at any of twenty places, no format comes out as an image."""
+    def test_decode_truncated_file_is_refused(self, image_format: str) -> None:
+        """Cut at any of twenty places, in every format."""
         content = encode(picture(200, 150), image_format, **({"quality": 90} if image_format == "JPEG" else {}))
         for cut in np.linspace(0, len(content) * 0.97, 20).astype(int):
             with pytest.raises(UnreadableError):
                 decoded(content[:cut])
 
     @pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "PNG", "GIF", "AVIF", "HEIF"])
-    def test_laid_out_in_full_and_filled_in_part_it_is_refused(self, image_format: str) -> None:
-        """A download that was given its full length first is half zeros; libjpeg would paint them grey."""
+    def test_decode_file_filled_in_part_is_refused(self, image_format: str) -> None:
+        """A download that reserves its full size first ends in zeros; libjpeg would paint them grey."""
         content = encode(picture(300, 300), image_format)
         for filled in (0.3, 0.6, 0.9):
             cut = int(len(content) * filled)
             with pytest.raises(UnreadableError):
                 decoded(content[:cut] + bytes(len(content) - cut))
 
-    def test_zeros_after_the_end_of_a_jpeg_are_padding(self) -> None:
-        """Some cameras fill the last block of their card."""
+    def test_decode_jpeg_with_padding_ignores_it(self) -> None:
+        """Some cameras fill the last block of their card with zeros."""
         content = encode(picture(), "JPEG")
         assert near(decoded(content + bytes(5000)), decoded(content), 0)
 
@@ -482,19 +484,19 @@ class TestBroken:
         """Libheif leaves out the tiles of a HEIC that are not there, and shows the others."""
         content = encode(picture(900, 600), "HEIF", tile_size=256)
         for kept in (0.5, 0.9, 0.99):
-            with pytest.raises(UnreadableError, match="HEIC is read, but this file is not complete"):
+            with pytest.raises(UnreadableError, match="incomplete HEIC file"):
                 decoded(content[: int(len(content) * kept)])
-            with pytest.raises(UnreadableError, match="HEIC is read, but this file is not complete"):
+            with pytest.raises(UnreadableError, match="incomplete HEIC file"):
                 decoded(content[: int(len(content) * kept)] + bytes(len(content) - int(len(content) * kept)))
 
-    def test_decode_broken_heic_is_told_so(self) -> None:
-        """It says that the format is read and the file is broken, and not what to install."""
+    def test_decode_broken_heic_is_refused_as_broken(self) -> None:
+        """The message does not say that a decoder is missing."""
         head = struct.pack(">I4s4sI8s", 24, b"ftyp", b"heic", 0, b"mif1heic")
-        with pytest.raises(UnreadableError, match="HEIC is read, but this file is broken"):
+        with pytest.raises(UnreadableError, match="broken or incomplete HEIC file"):
             decoded(head + bytes(100))
 
-    def test_random_damage_never_escapes_as_another_error(self) -> None:
-        """Whatever Pillow raises over bytes that were hit by chance, it is an error of that image."""
+    def test_decode_random_damage_raises_image_errors(self) -> None:
+        """Whatever Pillow raises becomes an ``ImageError``."""
         random = np.random.default_rng(5)
         for image_format in FORMATS:
             content = encode(picture(), image_format)
@@ -503,17 +505,17 @@ class TestBroken:
                 for place in random.integers(8, len(content), 6):
                     damaged[place] = random.integers(256)
                 with contextlib.suppress(ImageError):
-                    decoded(bytes(damaged), limits=Limits(max_pixels=4_000_000))
+                    decoded(bytes(damaged), limits=DecodeLimits(max_pixels=4_000_000))
 
     @pytest.mark.parametrize("content", [b"", b"\xff", b"hello, this is no image", bytes(1000), b"\xff\xd8\xff" * 50])
-    def test_what_is_no_image_is_refused(self, content: bytes) -> None:
+    def test_decode_other_content_is_refused(self, content: bytes) -> None:
         """Nothing, text, zeros, and a beginning without an end."""
         with pytest.raises(UnreadableError):
             decoded(content)
 
 
 class TestSound:
-    """What is odd about a file, and not about its picture, does not matter."""
+    """Oddities of a file that do not affect its picture are ignored."""
 
     TRAILERS = (
         b"more",
@@ -538,7 +540,7 @@ class TestSound:
         with_preview = encode(picture(64, 64), "JPEG")
         options = {"exif": b"Exif\0\0" + with_preview} if image_format == "JPEG" else {"comment": b"; ;"}
         content = encode(picture(300, 200), image_format, **({} if image_format == "PNG" else options))
-        with pytest.raises(UnreadableError, match="not complete"):
+        with pytest.raises(UnreadableError, match=r"^incomplete"):
             decoded(content[: int(len(content) * 0.7)] + bytes(5000))
 
     @pytest.mark.parametrize("colour", ["black", "white", "red"])
@@ -594,7 +596,7 @@ class TestSound:
 
 
 class TestUnsupported:
-    """What is not broken, and of a kind that is not decoded, is not called broken."""
+    """Unsupported kinds are refused as unsupported, not as broken."""
 
     @staticmethod
     def tiff(*tags: tuple[int, int]) -> bytes:
@@ -638,20 +640,20 @@ class TestUnsupported:
     )
     def test_decode_a_kind_that_is_not_supported_says_so(self, content: bytes, title: str) -> None:
         """The reason names the kind, and what can be done."""
-        with pytest.raises(UnreadableError, match=rf"{title} is read, but not this kind of {title} \(.+\); save it"):
+        with pytest.raises(UnreadableError, match=rf"unsupported kind of {title} \(.+\); save it"):
             decoded(content)
 
     def test_decode_a_twelve_bit_jpeg_says_that_it_is_not_supported(self) -> None:
         """Medical devices write them."""
         content = bytearray(encode(picture(), "JPEG"))
         content[content.index(b"\xff\xc0") + 4] = 12
-        with pytest.raises(UnreadableError, match="not this kind of JPEG"):
+        with pytest.raises(UnreadableError, match="unsupported kind of JPEG"):
             decoded(bytes(content))
 
     def test_decode_another_codec_in_heif_says_that_it_is_not_supported(self) -> None:
         """VVC, JPEG 2000 or uncompressed: the container is known, the codec is not."""
         content = encode(picture(), "HEIF").replace(b"hvc1", b"vvc1").replace(b"hvcC", b"vvcC")
-        with pytest.raises(UnreadableError, match="not this kind of HEIC"):
+        with pytest.raises(UnreadableError, match="unsupported kind of HEIC"):
             decoded(content)
 
     @pytest.mark.parametrize("image_format", FORMATS)
@@ -659,40 +661,40 @@ class TestUnsupported:
         """A broken file is broken."""
         content = encode(picture(200, 150), image_format)
         for cut in np.linspace(40, len(content) * 0.97, 20).astype(int):
-            with pytest.raises(UnreadableError, match=r"not complete|no image that sortd"):
+            with pytest.raises(UnreadableError, match=r"incomplete|not an image"):
                 decoded(content[:cut])
 
 
 class TestFiles:
     """Images by their path, for the checks."""
 
-    def test_a_file_is_decoded_and_its_header_looked_at(self, tmp_path: Path) -> None:
-        """The header of a truncated file is fine; its pixels are not."""
+    def test_check_header_of_truncated_file_passes(self, tmp_path: Path) -> None:
+        """``decode_file`` refuses its pixels."""
         path = tmp_path / "a.png"
         content = encode(picture(), "PNG")
         path.write_bytes(content)
         assert near(decode_file(os.fspath(path), SMALL, LIMITS), expected(picture()), 0)
         path.write_bytes(content[:-300])
-        look_at_file(os.fspath(path), LIMITS)
+        check_header(os.fspath(path), LIMITS)
         with pytest.raises(UnreadableError):
             decode_file(os.fspath(path), SMALL, LIMITS)
 
     @pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/etc/passwd", path)])
-    def test_pipes_and_links_are_no_images(self, tmp_path: Path, make: Callable[[Path], None]) -> None:
-        """Opening neither waits nor follows."""
+    def test_decode_file_pipes_and_links_are_refused(self, tmp_path: Path, make: Callable[[Path], None]) -> None:
+        """Opening them neither blocks nor follows."""
         path = tmp_path / "trap.jpg"
         make(path)
         with pytest.raises(ImageError):
             decode_file(os.fspath(path), SMALL, LIMITS)
 
-    def test_a_file_that_is_gone_is_an_error_of_the_disk(self, tmp_path: Path) -> None:
-        """The caller hears which."""
+    def test_check_header_missing_file_raises(self, tmp_path: Path) -> None:
+        """The error is ``FileNotFoundError``."""
         with pytest.raises(FileNotFoundError):
-            look_at_file(os.fspath(tmp_path / "gone.jpg"), LIMITS)
+            check_header(os.fspath(tmp_path / "gone.jpg"), LIMITS)
 
 
-def test_pillow_agrees_on_which_side_is_up() -> None:
-    """The table of turns is the one that Pillow has, for every orientation."""
+def test_decode_orientation_agrees_with_pillow() -> None:
+    """For every orientation."""
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[ORIENTATION] = orientation

@@ -14,13 +14,13 @@ from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_log import DatasetLog
 from sortd.daemon.move_queue import DryRunMover
+from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.scans import LEFT_SECONDS, LeftFiles
 from sortd.daemon.worker import Answer, EmbedJob, Job
 from sortd.events import DatasetId, ImageRefused, Refusal
 from sortd.files import stamp_of
 from sortd.layout import Layout
 from sortd.metrics import Metrics
-from sortd.references import Teaching
 from sortd.store.journal import Journal
 from sortd.watch.observer import FileEvent, path_meant
 
@@ -38,7 +38,7 @@ class World:
             DatasetId("Cars"),
             Layout(root),
             SorterSettings(settle_seconds=0.0),
-            Teaching(DecisionSettings()),
+            ReferenceSettings(DecisionSettings()),
             mover=DryRunMover("Cars", root, lambda *_: None),
             ask=self.asked.append,
             metrics=Metrics(),

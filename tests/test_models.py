@@ -1,4 +1,4 @@
-"""Models are found without the network, refused by name with a mend, and known by content."""
+"""Models are found without the network, refused with a remedy, and identified by content."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from sortd.encoder import models
-from sortd.encoder.models import ModelFolder, verify
+from sortd.encoder.models import ModelFolder, verify_clip
 from sortd.errors import ModelError
 from tests.command_line import write_config
 
@@ -68,14 +68,14 @@ def packaged(tmp_path: Path) -> Path:
 class TestLocate:
     """A configured word becomes a folder on this disk, or an error that says what to do."""
 
-    def test_auto_takes_the_stronger_model_where_it_is_and_the_packaged_one_else(
+    def test_locate_auto_prefers_the_better_model(
         self, tmp_path: Path, environment: dict[str, str], packaged: Path
     ) -> None:
-        """Nobody has to change the configuration after fetching."""
-        assert models.locate("auto", environment=environment, packaged=packaged).name == "packaged"
+        """Without it in a cache, the packaged model is selected."""
+        assert models.locate_clip("auto", environment=environment, packaged=packaged).name == "packaged"
         cache = tmp_path / "home/.cache/huggingface/hub"
         snapshot = put_in_cache(cache, "sentence-transformers/clip-ViT-B-32")
-        found = models.locate("auto", environment=environment, packaged=packaged)
+        found = models.locate_clip("auto", environment=environment, packaged=packaged)
         assert (found.name, found.folder) == ("clip-ViT-B-32", snapshot)
 
     @pytest.mark.parametrize(
@@ -88,77 +88,79 @@ class TestLocate:
             ("SENTENCE_TRANSFORMERS_HOME", ""),
         ],
     )
-    def test_the_caches_of_the_hubs_client_are_searched_where_it_has_them(
+    def test_locate_searches_the_caches_of_the_hub_client(
         self, tmp_path: Path, environment: dict[str, str], variable: str, below: str
     ) -> None:
-        """Its variables are honoured without importing it."""
+        """Its environment variables are respected."""
         put_in_cache(tmp_path / "elsewhere" / below, "openai/clip-vit-base-patch32")
         environment[variable] = str(tmp_path / "elsewhere")
-        found = models.locate("openai/clip-vit-base-patch32", environment=environment)
+        found = models.locate_clip("openai/clip-vit-base-patch32", environment=environment)
         assert found.kind == "clip"
 
-    def test_our_own_cache_is_searched_first(self, tmp_path: Path, environment: dict[str, str]) -> None:
-        """What `sortd models fetch` brought for a service lies there."""
+    def test_locate_searches_the_cache_of_sortd_first(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """`sortd models fetch` writes there."""
         ours = put_in_cache(tmp_path / "cache/models", "sentence-transformers/clip-ViT-B-32")
         put_in_cache(tmp_path / "home/.cache/huggingface/hub", "sentence-transformers/clip-ViT-B-32")
-        found = models.locate("clip-ViT-B-32", cache_dir=tmp_path / "cache", environment=environment)
+        found = models.locate_clip("clip-ViT-B-32", cache_dir=tmp_path / "cache", environment=environment)
         assert found.folder == ours
 
-    def test_a_folder_is_taken_as_it_is(self, tmp_path: Path, environment: dict[str, str]) -> None:
-        """With modules.json or, from transformers alone, without."""
+    def test_locate_folder_with_or_without_modules_json_is_found(
+        self, tmp_path: Path, environment: dict[str, str]
+    ) -> None:
+        """The second form is that of transformers."""
         folder = write_model(tmp_path / "clip")
-        assert models.locate(str(folder), environment=environment).folder == folder
+        assert models.locate_clip(str(folder), environment=environment).folder == folder
         plain = folder / "0_CLIPModel"
-        assert models.locate(str(plain), environment=environment).folder == plain
+        assert models.locate_clip(str(plain), environment=environment).folder == plain
 
-    def test_a_model_that_is_not_here_says_what_to_do_at_once(
+    def test_locate_missing_model_says_what_to_do(
         self, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The three ways out are named, and no network is asked: the hub's own retries take 70 s."""
+        """The network is not asked: the hub client's retries take 70 s."""
         asked: list[object] = []
         monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: asked.append(arguments))
         with pytest.raises(ModelError) as caught:
-            models.locate("clip-ViT-L-14", environment=environment)
+            models.locate_clip("clip-ViT-L-14", environment=environment)
         assert asked == []
         for part in ("clip-ViT-L-14", "sortd models fetch clip-ViT-L-14", "copy the model's folder", "packaged"):
             assert part in str(caught.value)
 
-    def test_a_folder_that_is_not_there_is_named(self, tmp_path: Path, environment: dict[str, str]) -> None:
-        """A path never becomes a name to look up."""
-        with pytest.raises(ModelError, match=r"there is no folder .*/nowhere"):
-            models.locate(str(tmp_path / "nowhere"), environment=environment)
+    def test_locate_missing_folder_is_named(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """A path is never looked up as a name."""
+        with pytest.raises(ModelError, match=r"the folder .*/nowhere does not exist"):
+            models.locate_clip(str(tmp_path / "nowhere"), environment=environment)
 
 
 class TestRefusals:
-    """What cannot serve is refused by what it is, before anything is loaded."""
+    """Unsuitable models are refused before anything is loaded."""
 
     @pytest.mark.parametrize(
         ("config", "complaint"),
         [
-            (VIT, r"is no CLIP: it is a ViTModel \(vit\), which sees images but has no text tower"),
-            (BERT, r"is no CLIP: it is a BertModel \(bert\), which reads text but sees no images"),
-            ([], "is no JSON object"),
+            (VIT, r"is not a CLIP: it is a ViTModel \(vit\), which has no text tower"),
+            (BERT, r"is not a CLIP: it is a BertModel \(bert\), which has no image tower"),
+            ([], "is not a JSON object"),
         ],
     )
-    def test_what_is_no_clip(self, tmp_path: Path, config: object, complaint: str) -> None:
-        """Said by the name of its architecture."""
+    def test_verify_other_model_is_refused(self, tmp_path: Path, config: object, complaint: str) -> None:
+        """The message names its architecture."""
         with pytest.raises(ModelError, match=complaint):
-            verify("mine", write_model(tmp_path / "m", config))
+            verify_clip("mine", write_model(tmp_path / "m", config))
 
     @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", "model.ckpt", "weights.pkl"])
-    def test_weights_that_can_run_code(self, tmp_path: Path, weights: str) -> None:
-        """A pickle is refused by its name, with the way to make it safetensors."""
+    def test_verify_pickled_weights_are_refused(self, tmp_path: Path, weights: str) -> None:
+        """The message says how to convert them to safetensors."""
         with pytest.raises(ModelError, match=rf"only as {weights}.*can run code.*save it again"):
-            verify("mine", write_model(tmp_path / "m", weights=weights))
+            verify_clip("mine", write_model(tmp_path / "m", weights=weights))
 
-    def test_safetensors_beside_a_pickle_serve(self, tmp_path: Path) -> None:
-        """Many published models hold both; the pickle is not touched and is no part of the identity."""
+    def test_verify_safetensors_beside_a_pickle_passes(self, tmp_path: Path) -> None:
+        """The pickle is ignored."""
         folder = write_model(tmp_path / "m")
         (folder / "0_CLIPModel" / "pytorch_model.bin").write_bytes(b"x")
-        assert not any(path.suffix == ".bin" for path in verify("mine", folder).files)
+        assert not any(path.suffix == ".bin" for path in verify_clip("mine", folder).files)
 
-    def test_a_dense_layer_that_is_a_pickle(self, tmp_path: Path) -> None:
-        """Every module is looked at, not only the first."""
+    def test_verify_pickled_dense_layer_is_refused(self, tmp_path: Path) -> None:
+        """Every module is checked."""
         folder = write_model(tmp_path / "m")
         (folder / "1_Dense").mkdir()
         (folder / "1_Dense" / "pytorch_model.bin").write_bytes(b"x")
@@ -166,54 +168,54 @@ class TestRefusals:
         rows.append({"path": "1_Dense", "type": "sentence_transformers.models.Dense"})
         (folder / "modules.json").write_text(json.dumps(rows))
         with pytest.raises(ModelError, match=r"1_Dense has its weights only as pytorch_model\.bin"):
-            verify("mine", folder)
+            verify_clip("mine", folder)
 
     @pytest.mark.parametrize(
         ("modules", "complaint"),
         [
-            ([{"path": "", "type": "custom_clip.Model"}], r"code of its own \(custom_clip.Model\)"),
+            ([{"path": "", "type": "custom_clip.Model"}], r"its own code \(custom_clip.Model\)"),
             ([{"path": "", "type": "sentence_transformers.models.Router"}], "first module is a Router"),
-            ([{"path": "../../etc", "type": "sentence_transformers.models.Transformer"}], "outside of its folder"),
-            ([{"path": "/etc", "type": "sentence_transformers.models.Transformer"}], "outside of its folder"),
-            ({}, "no list of modules"),
-            ([], "no list of modules"),
-            (["x"], "no list of modules"),
+            ([{"path": "../../etc", "type": "sentence_transformers.models.Transformer"}], "outside its folder"),
+            ([{"path": "/etc", "type": "sentence_transformers.models.Transformer"}], "outside its folder"),
+            ({}, "not a list of modules"),
+            ([], "not a list of modules"),
+            (["x"], "not a list of modules"),
         ],
     )
-    def test_modules_that_are_not_one_transformer(self, tmp_path: Path, modules: object, complaint: str) -> None:
-        """Code of a model's own never runs, and no path leads out of the folder."""
+    def test_verify_invalid_modules_are_refused(self, tmp_path: Path, modules: object, complaint: str) -> None:
+        """A model's own code never runs, and no path leads out of the folder."""
         folder = write_model(tmp_path / "m")
         (folder / "modules.json").write_text(json.dumps(modules))
         with pytest.raises(ModelError, match=complaint):
-            verify("mine", folder)
+            verify_clip("mine", folder)
 
-    def test_what_is_missing(self, tmp_path: Path) -> None:
-        """A half-copied folder is told as such, with the file that is not there."""
+    def test_verify_incomplete_folder_names_the_missing_file(self, tmp_path: Path) -> None:
+        """Also folders without weights, and adapters."""
         empty = tmp_path / "empty"
         empty.mkdir()
         with pytest.raises(ModelError, match=r"neither modules\.json nor config\.json"):
-            verify("mine", empty)
+            verify_clip("mine", empty)
         with pytest.raises(ModelError, match="has no weights"):
-            verify("mine", write_model(tmp_path / "a", weights=""))
+            verify_clip("mine", write_model(tmp_path / "a", weights=""))
         folder = write_model(tmp_path / "b")
         (folder / "0_CLIPModel" / "config.json").unlink()
         with pytest.raises(ModelError, match=r"incomplete: .*config\.json is missing"):
-            verify("mine", folder)
+            verify_clip("mine", folder)
         (folder / "0_CLIPModel" / "config.json").write_text("{")
         with pytest.raises(ModelError, match=r"cannot read .*config\.json"):
-            verify("mine", folder)
+            verify_clip("mine", folder)
         adapter = write_model(tmp_path / "c")
         (adapter / "0_CLIPModel" / "adapter_config.json").write_text("{}")
         with pytest.raises(ModelError, match="is an adapter"):
-            verify("mine", adapter)
+            verify_clip("mine", adapter)
 
-    def test_a_blob_that_is_gone(self, tmp_path: Path, environment: dict[str, str]) -> None:
-        """A link of the hub's cache that leads nowhere is no weights."""
+    def test_locate_missing_blob_is_refused(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """A broken link in the hub's cache is not a weight file."""
         cache = tmp_path / "cache/models"
         put_in_cache(cache, "org/clip")
         (cache / "models--org--clip" / "blobs" / "abc").unlink()
         with pytest.raises(ModelError, match="has no weights"):
-            models.locate("org/clip", cache_dir=tmp_path / "cache", environment=environment)
+            models.locate_clip("org/clip", cache_dir=tmp_path / "cache", environment=environment)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as somebody who has no rights")
@@ -238,24 +240,24 @@ class TestRights:
             ("0_CLIPModel/model.safetensors", 0o600, "read"),
         ],
     )
-    def test_what_keeps_the_user_out_is_named(self, folder: Path, closed: str, mode: int, verb: str) -> None:
-        """With the right that is missing, and what grants it."""
+    def test_verify_without_permission_names_the_path(self, folder: Path, closed: str, mode: int, verb: str) -> None:
+        """The message names the missing permission and the command that grants it."""
         at = (folder / closed).resolve()
         at.chmod(mode)
         os.seteuid(65_534)
         try:
             with pytest.raises(ModelError, match=rf"user 65534.*may not {verb} {at}.*chmod"):
-                verify("clip", folder)
+                verify_clip("clip", folder)
         finally:
             os.seteuid(0)
-        verify("clip", folder)
+        verify_clip("clip", folder)
 
 
 class TestTextModels:
     """A separate model for words need not be a CLIP."""
 
-    def test_a_text_model_is_taken(self, tmp_path: Path, environment: dict[str, str]) -> None:
-        """By name or folder, under the same rules on weights and code."""
+    def test_locate_text_finds_a_text_model(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """By name or folder."""
         folder = write_model(tmp_path / "words", BERT)
         assert models.locate_text(str(folder), environment=environment).kind == "bert"
         with pytest.raises(ModelError, match="sortd models fetch words"):
@@ -265,10 +267,8 @@ class TestTextModels:
 class TestAvailable:
     """What `sortd models` lists."""
 
-    def test_every_clip_here_is_listed_and_the_automatic_one_marked(
-        self, tmp_path: Path, environment: dict[str, str], packaged: Path
-    ) -> None:
-        """Other models of the cache are not ours to list."""
+    def test_available_lists_every_clip(self, tmp_path: Path, environment: dict[str, str], packaged: Path) -> None:
+        """Other models of the cache are left out."""
         cache = tmp_path / "home/.cache/huggingface/hub"
         put_in_cache(cache, "sentence-transformers/clip-ViT-B-32")
         put_in_cache(cache, "openai/clip-vit-large-patch14")
@@ -277,32 +277,32 @@ class TestAvailable:
         assert {row.name for row in listed} == {"packaged", "clip-ViT-B-32", "openai/clip-vit-large-patch14"}
         assert all(row.size_bytes > 0 and row.kind == "clip" for row in listed)
 
-    def test_without_any_the_list_is_empty(self, tmp_path: Path, environment: dict[str, str]) -> None:
-        """Not even the packaged one, where the package was built without it."""
+    def test_available_without_models_is_empty(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """Also without the packaged model."""
         assert models.available(environment=environment, packaged=tmp_path / "none") == ()
 
 
 class TestDigest:
-    """A model is what is in it."""
+    """A model is identified by its content."""
 
-    def test_a_copy_under_another_name_is_the_same_model(self, tmp_path: Path) -> None:
-        """Neither name nor place nor model card is part of it."""
-        first = verify("a", write_model(tmp_path / "a"))
+    def test_digest_of_a_renamed_copy_is_equal(self, tmp_path: Path) -> None:
+        """Name, place and model card are not included."""
+        first = verify_clip("a", write_model(tmp_path / "a"))
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         (tmp_path / "b" / "README.md").write_text("another card")
-        assert models.digest(first) == models.digest(verify("b", tmp_path / "b"))
+        assert models.digest(first) == models.digest(verify_clip("b", tmp_path / "b"))
 
     @pytest.mark.parametrize("file", ["modules.json", "0_CLIPModel/config.json", "0_CLIPModel/model.safetensors"])
-    def test_any_change_of_content_is_another_model(self, tmp_path: Path, file: str) -> None:
-        """Old embeddings must not serve a new model, though its name stays."""
-        before = models.digest(verify("a", write_model(tmp_path / "a")))
+    def test_digest_of_changed_content_differs(self, tmp_path: Path, file: str) -> None:
+        """Embeddings of the old model must not be used."""
+        before = models.digest(verify_clip("a", write_model(tmp_path / "a")))
         path = tmp_path / "a" / file
         path.write_bytes(path.read_bytes() + b" ")
-        assert models.digest(verify("a", tmp_path / "a")) != before
+        assert models.digest(verify_clip("a", tmp_path / "a")) != before
 
-    def test_hashes_are_remembered_by_stamp(self, tmp_path: Path) -> None:
-        """Half a gigabyte is read once; a changed file is read again; a damaged memory only costs time."""
-        model = verify("a", write_model(tmp_path / "a"))
+    def test_digest_caches_hashes_by_stamp(self, tmp_path: Path) -> None:
+        """A changed file is hashed again, and a damaged cache only costs time."""
+        model = verify_clip("a", write_model(tmp_path / "a"))
         weights = tmp_path / "a/0_CLIPModel/model.safetensors"
         before = models.digest(model, cache_dir=tmp_path / "cache")
         memory = tmp_path / "cache/model-hashes.json"
@@ -316,9 +316,9 @@ class TestDigest:
             memory.write_text(damaged)
             assert models.digest(model, cache_dir=tmp_path / "cache") == after
 
-    def test_a_memory_that_cannot_be_written_is_done_without(self, tmp_path: Path) -> None:
-        """The identity is right all the same."""
-        model = verify("a", write_model(tmp_path / "a"))
+    def test_digest_with_unwritable_cache_is_equal(self, tmp_path: Path) -> None:
+        """The cache is optional."""
+        model = verify_clip("a", write_model(tmp_path / "a"))
         (tmp_path / "cache").write_text("in the way")
         assert models.digest(model, cache_dir=tmp_path / "cache") == models.digest(model)
 
@@ -396,7 +396,7 @@ class _Touch:
 
 
 class TestFetch:
-    """The one thing that downloads."""
+    """The only command that downloads."""
 
     PROGRAM = """
 import sys
@@ -418,10 +418,10 @@ except ModelError as error:
             capture_output=True, text=True, timeout=100, check=False,
         )  # fmt: skip
 
-    def test_a_fetched_model_is_found_by_its_name(
+    def test_fetch_model_is_found_by_name(
         self, hub: tuple[str, Path], tmp_path: Path, environment: dict[str, str]
     ) -> None:
-        """What is needed comes, pickles and exports do not, and no bar is drawn into a log."""
+        """Pickles and exports are not downloaded, and no bar is drawn into a log."""
         address, folder = hub
         (folder / "0_CLIPModel" / "pytorch_model.bin").write_bytes(b"pickle")
         (folder / "onnx").mkdir()
@@ -429,7 +429,7 @@ except ModelError as error:
         done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "%|" not in done.stderr
-        found = models.locate("tiny", cache_dir=tmp_path / "cache", environment=environment)
+        found = models.locate_clip("tiny", cache_dir=tmp_path / "cache", environment=environment)
         assert str(found.folder) == done.stdout.strip()
         names = {path.name for path in found.folder.rglob("*") if path.is_file()}
         assert names == {"modules.json", "config.json", "model.safetensors"}
@@ -437,12 +437,12 @@ except ModelError as error:
     @pytest.mark.parametrize(
         ("config", "said"),
         [
-            (CLIP, "to use it: `model: tiny`"),
+            (CLIP, "to use it, set `model: tiny`"),
             ({"model_type": "vit", "image_size": 224}, "`sortd finetune DATASET --base tiny`"),
             ({"model_type": "distilbert", "vocab_size": 9}, "`text_model: tiny`"),
         ],
     )
-    def test_the_command_says_what_a_model_is_for(
+    def test_models_fetch_prints_what_a_model_is_for(
         self, hub: tuple[str, Path], tmp_path: Path, config: dict[str, object], said: str
     ) -> None:
         """Only a CLIP can be `model:`."""
@@ -456,10 +456,10 @@ except ModelError as error:
         assert done.returncode == 0, done.stderr
         assert said in done.stdout.splitlines()[1]
 
-    def test_old_weights_are_made_safe_once(
+    def test_fetch_converts_pickled_weights(
         self, hub: tuple[str, Path], tmp_path: Path, environment: dict[str, str]
     ) -> None:
-        """Some of the first CLIPs were published as pickles only: their tensors are kept, nothing else."""
+        """Some of the first CLIPs were published only as pickles."""
         import torch
         from safetensors.torch import load_file
 
@@ -469,13 +469,13 @@ except ModelError as error:
         torch.save({"a": shared, "b": shared.T}, folder / "0_CLIPModel/pytorch_model.bin")
         done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
         assert done.returncode == 0, done.stdout + done.stderr
-        found = models.locate("tiny", cache_dir=tmp_path / "cache", environment=environment)
+        found = models.locate_clip("tiny", cache_dir=tmp_path / "cache", environment=environment)
         tensors = load_file(found.folder / "0_CLIPModel/model.safetensors")
         assert torch.equal(tensors["a"], shared)
         assert torch.equal(tensors["b"], shared.T)
 
-    def test_a_pickle_that_runs_code_is_refused_and_not_run(self, hub: tuple[str, Path], tmp_path: Path) -> None:
-        """The one place that reads a foreign pickle reads tensors and nothing else."""
+    def test_fetch_pickle_with_code_is_refused(self, hub: tuple[str, Path], tmp_path: Path) -> None:
+        """Only tensors are read."""
         import torch
 
         address, folder = hub
@@ -483,11 +483,11 @@ except ModelError as error:
         torch.save({"a": _Touch(str(tmp_path / "owned"))}, folder / "0_CLIPModel/pytorch_model.bin")
         done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
         assert done.returncode == 69, done.stderr
-        assert "holds something else than weights, and was not run" in done.stdout
+        assert "holds something other than weights, and was not run" in done.stdout
         assert not (tmp_path / "owned").exists()
 
-    def test_weights_in_no_form_that_we_read_are_refused(self, hub: tuple[str, Path], tmp_path: Path) -> None:
-        """They are not even downloaded."""
+    def test_fetch_unsupported_weights_are_refused(self, hub: tuple[str, Path], tmp_path: Path) -> None:
+        """They are not downloaded."""
         address, folder = hub
         (folder / "0_CLIPModel/model.safetensors").rename(folder / "0_CLIPModel/model.ckpt")
         done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
@@ -495,30 +495,30 @@ except ModelError as error:
         assert "has no weights (*.safetensors)" in done.stdout
 
     @pytest.mark.parametrize("name", ["absent", "not/a/name", "a--b/c"])
-    def test_a_name_that_the_hub_does_not_know(self, hub: tuple[str, Path], tmp_path: Path, name: str) -> None:
-        """The error names it and says what to check."""
+    def test_fetch_unknown_name_is_refused(self, hub: tuple[str, Path], tmp_path: Path, name: str) -> None:
+        """The message names it."""
         done = self.fetch(name, tmp_path / "cache", HF_ENDPOINT=hub[0])
         assert done.returncode == 69, done.stderr
         assert f"cannot fetch {name}" in done.stdout
         assert "check the name and the network" in done.stdout
 
-    def test_without_a_network_it_says_so(self, tmp_path: Path) -> None:
+    def test_fetch_without_network_fails(self, tmp_path: Path) -> None:
         """Nothing listens at this address."""
         done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT="http://127.0.0.1:9")
         assert done.returncode == 69, done.stderr
         assert "check the name and the network" in done.stdout
 
-    def test_where_the_network_is_forbidden_it_says_by_what(self, tmp_path: Path) -> None:
-        """HF_HUB_OFFLINE is obeyed and named."""
+    def test_fetch_offline_names_the_variable(self, tmp_path: Path) -> None:
+        """HF_HUB_OFFLINE is respected."""
         done = self.fetch("tiny", tmp_path / "cache", HF_HUB_OFFLINE="1")
         assert done.returncode == 69, done.stderr
         assert "HF_HUB_OFFLINE" in done.stdout
 
 
-def test_the_packaged_model_is_a_clip() -> None:
-    """What ships loads by the same rules as any other."""
+def test_locate_packaged_is_a_clip() -> None:
+    """The same rules apply to it."""
     if not models.PACKAGED.is_dir():
         pytest.skip("the packaged model is not in this checkout")
-    found = models.locate("packaged")
+    found = models.locate_clip("packaged")
     assert isinstance(found, ModelFolder)
     assert found.size_bytes < 31_000_000

@@ -37,15 +37,15 @@ def by_torch(processor: Mapping[str, Any]) -> tuple[Any, Any]:
         {"do_normalize": False, "do_rescale": False},
     ],
 )
-def test_it_is_torchs_to_the_last_bit(processor: dict[str, Any]) -> None:
-    """Whatever the settings; another rounding would be another encoder under the same name."""
+def test_normalisation_equals_that_of_torch(processor: dict[str, Any]) -> None:
+    """To the last bit: another rounding would be another encoder with the same ID."""
     for ours, theirs in zip(normalisation(processor), by_torch(processor), strict=True):
         assert (ours.dtype, ours.shape) == (np.dtype(np.float32), (1, 3, 1, 1))
         assert np.array_equal(ours, theirs.numpy())
 
 
-def test_chance_settings_too() -> None:
-    """A thousand means and deviations: what is to the bit for a few published ones might be luck."""
+def test_normalisation_random_settings_equal_those_of_torch() -> None:
+    """A thousand means and deviations."""
     chance = np.random.default_rng(0)
     for _ in range(1000):
         mean, deviation = chance.uniform(0, 1, 3).tolist(), chance.uniform(0.01, 2, 3).tolist()
@@ -54,7 +54,7 @@ def test_chance_settings_too() -> None:
             assert np.array_equal(ours, theirs.numpy())
 
 
-def test_settings_that_do_not_say_are_an_error() -> None:
-    """No mean is made up."""
+def test_normalisation_without_mean_raises() -> None:
+    """There is no default."""
     with pytest.raises(KeyError, match="image_mean"):
         normalisation({"do_normalize": True})

@@ -1,4 +1,4 @@
-"""ONNX Runtime gives torch's rows without torch, from exports that are checked, and in int8 row by row."""
+"""ONNX Runtime gives torch's rows without torch, from verified exports, and in int8 with scales by row."""
 
 import json
 import resource
@@ -19,15 +19,15 @@ import pytest
 from sortd.encoder import export as onnx_export
 from sortd.encoder import models
 from sortd.encoder import onnx_encoder as exports
-from sortd.encoder.backends import choose, load, torch_can_use_gpu
+from sortd.encoder.backends import choose_backend, load_encoder, torch_can_use_gpu
 from sortd.encoder.models import ModelFolder
 from sortd.encoder.onnx_encoder import (
     Exports,
     OnnxEncoder,
     Precision,
-    attempts,
     can_use_gpu,
-    name_of,
+    device_name,
+    provider_attempts,
 )
 from sortd.encoder.quantize import FULL_RANGE, REDUCED_RANGE, quantize, weight_range
 from sortd.errors import ModelError
@@ -73,20 +73,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clip(tiny_clip: Path) -> ModelFolder:
     """The tiny model."""
-    return models.locate(str(tiny_clip))
+    return models.locate_clip(str(tiny_clip))
 
 
 @pytest.fixture(scope="module")
 def exported(clip: ModelFolder, cache: Path) -> Exports:
     """Its exports, made as sortd makes them; int8 is kept though it does not pay at this size."""
-    return onnx_export.make(clip, None, cache_dir=cache, least_gain=0.0)
+    return onnx_export.make_exports(clip, None, cache_dir=cache, min_gain=0.0)
 
 
 @pytest.fixture
 def copied(exported: Exports, tmp_path: Path) -> Exports:
     """The exports in a cache that a test may spoil."""
     shutil.copytree(exported.folder, tmp_path / "onnx" / exported.folder.name)
-    found = exports.find(exported.model, None, cache_dir=tmp_path)
+    found = exports.find_exports(exported.model, None, cache_dir=tmp_path)
     assert found is not None
     return found
 
@@ -94,9 +94,9 @@ def copied(exported: Exports, tmp_path: Path) -> Exports:
 class TestRows:
     """The rows are those of torch."""
 
-    def test_float32_gives_torchs_rows(self, exported: Exports, tiny_clip: Path) -> None:
-        """Images one, few and more than a run takes; texts short, long and in other scripts."""
-        torch, onnx = load(str(tiny_clip), backend="torch"), open_export(exported)
+    def test_onnx_fp32_gives_the_rows_of_torch(self, exported: Exports, tiny_clip: Path) -> None:
+        """For one image, few, and more than a batch; for short, long and foreign texts."""
+        torch, onnx = load_encoder(str(tiny_clip), backend="torch"), open_export(exported)
         for count in (1, 3, 19):
             seen = pixels(count)
             assert lowest_cosine(torch.encode_images(seen), onnx.encode_images(seen)) > EXACT
@@ -105,12 +105,12 @@ class TestRows:
         assert (onnx.dimensions, onnx.has_text) == (DIMENSIONS, True)
         assert onnx.preprocessing == torch.preprocessing
 
-    def test_the_packaged_model_too(self, cache: Path) -> None:
-        """What ships is a convolutional network beside a BERT; in int8 its convolutions are as well."""
-        model = models.locate("packaged")
-        made = onnx_export.make(model, None, cache_dir=cache, least_gain=0.0)
+    def test_onnx_packaged_model_gives_the_rows_of_torch(self, cache: Path) -> None:
+        """It is a convolutional network beside a BERT; its convolutions are in int8, too."""
+        model = models.locate_clip("packaged")
+        made = onnx_export.make_exports(model, None, cache_dir=cache, min_gain=0.0)
         onnx, quick = open_export(made), open_export(made, Precision.INT8)
-        torch = load("packaged", backend="torch")
+        torch = load_encoder("packaged", backend="torch")
         seen = pixels(3, torch.preprocessing.crop_height)
         assert lowest_cosine(torch.encode_images(seen), onnx.encode_images(seen)) > EXACT
         assert lowest_cosine(torch.encode_texts(TEXTS), onnx.encode_texts(TEXTS)) > EXACT
@@ -121,8 +121,8 @@ class TestRows:
         assert not list(made.folder.glob("*between*"))
 
     @pytest.mark.parametrize("shape", ["another CLIP", "several modules", "no limit"])
-    def test_a_text_model_of_its_own_is_exported_too(self, clip: ModelFolder, tmp_path: Path, shape: str) -> None:
-        """Words by another model, images by the CLIP; long texts are cut where torch cuts them."""
+    def test_export_includes_the_text_model(self, clip: ModelFolder, tmp_path: Path, shape: str) -> None:
+        """Long texts are cut where torch cuts them."""
         match shape:
             case "another CLIP":
                 other = build_tiny_clip(tmp_path / "words", 3, Tower.DUAL)
@@ -131,14 +131,14 @@ class TestRows:
             case _:
                 other = build_roberta_words(tmp_path / "words")
         words = models.locate_text(str(other))
-        onnx = open_export(onnx_export.make(clip, words, cache_dir=tmp_path / "cache"))
-        torch = load(str(clip.folder), text_model=str(other), backend="torch")
+        onnx = open_export(onnx_export.make_exports(clip, words, cache_dir=tmp_path / "cache"))
+        torch = load_encoder(str(clip.folder), text_model=str(other), backend="torch")
         texts = [*TEXTS, "a b " * 50]
         assert lowest_cosine(torch.encode_texts(texts), onnx.encode_texts(texts)) > EXACT
         assert lowest_cosine(torch.encode_images(pixels(2)), onnx.encode_images(pixels(2))) > EXACT
 
-    def test_int8_is_near_and_has_an_identity_of_its_own(self, exported: Exports) -> None:
-        """Rounded rows are other rows, and are never taken for the exact ones."""
+    def test_onnx_int8_is_near_and_has_its_own_id(self, exported: Exports) -> None:
+        """Its rows are never mixed with those of float32."""
         exact, quick = open_export(exported), open_export(exported, Precision.INT8)
         assert 0.98 < lowest_cosine(exact.encode_images(pixels(8)), quick.encode_images(pixels(8))) < 1 - 1e-7
         assert lowest_cosine(exact.encode_texts(TEXTS), quick.encode_texts(TEXTS)) > 0.98
@@ -147,8 +147,8 @@ class TestRows:
         assert "-onnx-int8-" in quick.encoder_id
 
     @pytest.mark.parametrize("precision", Precision)
-    def test_a_row_does_not_depend_on_its_batch(self, exported: Exports, precision: Precision) -> None:
-        """In int8 as well: the scale of each row is its own, whatever bright thing is in the next image."""
+    def test_onnx_row_is_independent_of_its_batch(self, exported: Exports, precision: Precision) -> None:
+        """In int8, too: each row has its own scale."""
         encoder = open_export(exported, precision)
         seen = pixels(11)
         seen[3] = 255
@@ -158,13 +158,13 @@ class TestRows:
         words = encoder.encode_texts(TEXTS)
         assert np.abs(words - np.concatenate([encoder.encode_texts([text]) for text in TEXTS])).max() < 1e-5
 
-    def test_the_way_of_decoding_is_part_of_the_identity(self, exported: Exports) -> None:
-        """Pixels of a JPEG decoded at an eighth are not quite those of it decoded in full."""
+    def test_onnx_encoder_id_includes_the_decoding(self, exported: Exports) -> None:
+        """JPEGs decoded at 1/8 have slightly other pixels."""
         assert open_export(exported).encoder_id == open_export(exported, decoding="draft").encoder_id
         assert open_export(exported).encoder_id != open_export(exported, decoding="full").encoder_id
 
-    def test_empty_batches_and_wrong_pixels(self, exported: Exports) -> None:
-        """No row of the right width; a caller's mistake is said as such."""
+    def test_onnx_empty_batch_and_wrong_pixels(self, exported: Exports) -> None:
+        """No rows of the right width, and a ValueError."""
         encoder = open_export(exported)
         assert encoder.encode_images(np.empty((0, SIDE, SIDE, 3), np.uint8)).shape == (0, DIMENSIONS)
         assert encoder.encode_texts([]).shape == (0, DIMENSIONS)
@@ -172,11 +172,11 @@ class TestRows:
             encoder.encode_images(np.zeros((1, SIDE, SIDE + 1, 3), np.uint8))
 
 
-def test_torch_is_never_imported(exported: Exports, cache: Path, tiny_clip: Path) -> None:
-    """Nor anything that would: a process that loads and encodes by ONNX Runtime knows none of them."""
+def test_onnx_imports_no_torch(exported: Exports, cache: Path, tiny_clip: Path) -> None:
+    """A process that loads and encodes with ONNX Runtime imports no slow library."""
     program = (
-        "import sys; from pathlib import Path; import numpy as np; from sortd.encoder.backends import load\n"
-        "encoder = load(sys.argv[1], backend=sys.argv[3], cache_dir=Path(sys.argv[2]))\n"
+        "import sys; from pathlib import Path; import numpy as np; from sortd.encoder.backends import load_encoder\n"
+        "encoder = load_encoder(sys.argv[1], backend=sys.argv[3], cache_dir=Path(sys.argv[2]))\n"
         f"encoder.encode_images(np.zeros((2, {SIDE}, {SIDE}, 3), np.uint8)); encoder.encode_texts(['a photo'])\n"
         "slow = {'torch', 'transformers', 'sentence_transformers', 'sklearn', 'scipy', 'onnx', 'huggingface_hub'}\n"
         "print(encoder.encoder_id, sorted(slow & set(sys.modules)))"
@@ -189,31 +189,33 @@ def test_torch_is_never_imported(exported: Exports, cache: Path, tiny_clip: Path
 
 
 class TestExports:
-    """An export is made once, and again when it does not fit any more."""
+    """An export is made once, and again if it is no longer valid."""
 
-    def test_what_stands_is_found_and_not_made_again(self, exported: Exports, cache: Path) -> None:
-        """By content: the model's folder may have another name."""
-        assert exports.find(exported.model, None, cache_dir=cache) == exported
-        assert onnx_export.make(exported.model, None, cache_dir=cache, write=never) == exported
+    def test_export_twice_makes_one(self, exported: Exports, cache: Path) -> None:
+        """The existing export is found by content."""
+        assert exports.find_exports(exported.model, None, cache_dir=cache) == exported
+        assert onnx_export.make_exports(exported.model, None, cache_dir=cache, write=never) == exported
         assert exported.precisions == (Precision.FP32, Precision.INT8)
         assert not list(cache.glob("onnx/*.part"))
         assert not list(cache.glob("onnx/*.old"))
 
-    def test_it_is_of_the_models_content(self, exported: Exports, cache: Path, tmp_path: Path) -> None:
-        """A copy under another name is the same model; one whose configuration changed was never exported."""
+    def test_find_exports_depends_on_the_content_of_the_model(
+        self, exported: Exports, cache: Path, tmp_path: Path
+    ) -> None:
+        """A renamed copy has the same export, a changed configuration has none."""
         place = Path(shutil.copytree(exported.model.folder, tmp_path / "copy"))
-        copy = exports.find(models.locate(str(place)), None, cache_dir=cache)
+        copy = exports.find_exports(models.locate_clip(str(place)), None, cache_dir=cache)
         assert copy is not None
         assert copy.folder == exported.folder
         config = place / "config.json"
         config.write_text(config.read_text() + "\n")
-        changed = models.locate(str(place))
-        assert exports.find(changed, None, cache_dir=cache) is None
-        assert choose("auto", changed, None, device="cpu", cache_dir=cache).name == "torch"
+        changed = models.locate_clip(str(place))
+        assert exports.find_exports(changed, None, cache_dir=cache) is None
+        assert choose_backend("auto", changed, None, device="cpu", cache_dir=cache).name == "torch"
 
     @pytest.mark.parametrize("damage", ["a byte", "cut", "gone", "old", "no manifest", "garbage"])
-    def test_a_damaged_or_old_one_is_made_again(self, copied: Exports, tmp_path: Path, damage: str) -> None:
-        """Never served as it is, whatever happened to it."""
+    def test_export_damaged_or_outdated_is_made_again(self, copied: Exports, tmp_path: Path, damage: str) -> None:
+        """It is never used as it is."""
         image, manifest = copied.tower("image", Precision.FP32), copied.folder / exports.MANIFEST
         match damage:
             case "a byte":
@@ -231,7 +233,7 @@ class TestExports:
                 manifest.unlink()
             case "garbage":
                 manifest.write_text('{"identity": []}')
-        assert exports.find(copied.model, None, cache_dir=tmp_path) is None
+        assert exports.find_exports(copied.model, None, cache_dir=tmp_path) is None
         again: list[Path] = []
 
         def put_back(into: Path) -> None:
@@ -242,12 +244,12 @@ class TestExports:
             sums = models.checksums([into / name for name in made])
             fresh = replace(
                 copied.manifest,
-                identity=exports.identity(copied.model, None, cache_dir=tmp_path),
+                identity=exports.export_identity(copied.model, None, cache_dir=tmp_path),
                 checksums={path.name: checksum for path, checksum in sums.items()},
             )
             (into / exports.MANIFEST).write_bytes(exports.MANIFESTS.dump_json(fresh))
 
-        made = onnx_export.make(copied.model, None, cache_dir=tmp_path, write=put_back)
+        made = onnx_export.make_exports(copied.model, None, cache_dir=tmp_path, write=put_back)
         assert len(again) == 1
         assert made.tower("image", Precision.FP32).read_bytes() == b"made again"
         assert sorted(path.name for path in made.folder.iterdir()) == ["image.onnx", "manifest.json", "text.onnx"]
@@ -261,27 +263,27 @@ class TestExports:
             (FULL_RANGE, REDUCED_RANGE, False),
         ],
     )
-    def test_find_int8_export_of_another_processor_serves_where_it_cannot_overflow(
+    def test_find_exports_of_another_processor_is_valid_without_overflow(
         self, copied: Exports, tmp_path: Path, made_for: int, here: int, *, serves: bool
     ) -> None:
-        """The range of the weights stands in the manifest and is held against the processor that loads them."""
+        """The manifest has the range of the weights."""
         manifest = replace(copied.manifest, weight_range=made_for)
         (copied.folder / exports.MANIFEST).write_bytes(exports.MANIFESTS.dump_json(manifest))
-        assert (exports.find(copied.model, None, cache_dir=tmp_path, largest=here) is not None) == serves
+        assert (exports.find_exports(copied.model, None, cache_dir=tmp_path, largest=here) is not None) == serves
 
-    def test_a_failed_export_says_why_and_leaves_the_old_one(self, copied: Exports, tmp_path: Path) -> None:
-        """What went wrong is the message; nothing half-made stands."""
+    def test_export_failed_keeps_the_old_one(self, copied: Exports, tmp_path: Path) -> None:
+        """The message says why, and no temporary file remains."""
         spoilt = tmp_path / "spoilt"
         shutil.copytree(copied.model.folder, spoilt)
         (spoilt / "model.safetensors").write_bytes(b"\x00\xff" * 5000)
-        model = models.locate(str(spoilt))
+        model = models.locate_clip(str(spoilt))
         with pytest.raises(ModelError, match=r"cannot export .*does not load.*set `backend: torch`"):
-            onnx_export.make(model, None, cache_dir=tmp_path)
-        assert exports.find(copied.model, None, cache_dir=tmp_path) == copied
+            onnx_export.make_exports(model, None, cache_dir=tmp_path)
+        assert exports.find_exports(copied.model, None, cache_dir=tmp_path) == copied
         assert [path.suffix for path in (tmp_path / "onnx").iterdir() if path.is_dir()] == [""]
 
-    def test_two_at_once_make_one(self, exported: Exports, tmp_path: Path) -> None:
-        """The second waits, says so, and takes what the first made."""
+    def test_export_two_at_once_make_one(self, exported: Exports, tmp_path: Path) -> None:
+        """The second waits, reports it, and uses the export of the first."""
         made: list[Path] = []
         both_began = threading.Barrier(2)
 
@@ -290,20 +292,20 @@ class TestExports:
             shutil.copytree(exported.folder, into, dirs_exist_ok=True)
 
         def tell(what: str) -> None:
-            assert "waiting for whoever exports the same model" in what
+            assert "waiting for another export of the same model" in what
             both_began.wait(60)
 
         def make() -> Exports:
-            return onnx_export.make(exported.model, None, cache_dir=tmp_path, tell=tell, write=copy_it)
+            return onnx_export.make_exports(exported.model, None, cache_dir=tmp_path, on_progress=tell, write=copy_it)
 
         with ThreadPoolExecutor(2) as threads:
             first, second = [threads.submit(make) for _ in range(2)]
             assert first.result(60) == second.result(60)
         assert len(made) == 1
 
-    def test_what_a_killed_process_left_is_in_nobodys_way(self, exported: Exports, tmp_path: Path) -> None:
-        """Its folder goes, and the next export has one of its own: a child that lives on does not write into it."""
-        folder = exports.folder_of(exported.model, None, cache_dir=tmp_path)
+    def test_export_after_a_killed_process_succeeds(self, exported: Exports, tmp_path: Path) -> None:
+        """Its folder is removed, and a child that still runs does not write into the new one."""
+        folder = exports.export_folder(exported.model, None, cache_dir=tmp_path)
         left = [folder.with_name(f"{folder.name}.{name}") for name in ("123.part", "part")]
         for place in left:
             place.mkdir(parents=True)
@@ -314,71 +316,71 @@ class TestExports:
             assert not any(place.exists() for place in left)
             shutil.copytree(exported.folder, into, dirs_exist_ok=True)
 
-        onnx_export.make(exported.model, None, cache_dir=tmp_path, write=copy_it)
+        onnx_export.make_exports(exported.model, None, cache_dir=tmp_path, write=copy_it)
         assert [path.name for path in (tmp_path / "onnx").iterdir() if path.is_dir()] == [folder.name]
 
-    def test_a_disk_that_takes_no_more_is_said_as_such(self, clip: ModelFolder, tmp_path: Path) -> None:
-        """With the folder and what to do, and nothing half-made stays; here the kernel refuses files over 20 kB."""
+    def test_export_on_a_full_disk_names_the_disk(self, clip: ModelFolder, tmp_path: Path) -> None:
+        """Nothing incomplete remains; here the kernel refuses files over 20 kB."""
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
         try:
             with pytest.raises(ModelError, match=rf"{tmp_path}.*: File too large; make room there; or set `backend"):
-                onnx_export.make(clip, None, cache_dir=tmp_path)
+                onnx_export.make_exports(clip, None, cache_dir=tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert not [path for path in (tmp_path / "onnx").iterdir() if path.is_dir()]
 
-    def test_a_library_that_wrote_past_the_end_of_a_disk(self, tmp_path: Path) -> None:
-        """What it complains of afterwards is not what is wrong."""
+    def test_describe_failure_on_a_full_disk_names_it(self, tmp_path: Path) -> None:
+        """Libraries raise unrelated errors then."""
         error = ValueError("Wire format was corrupt")
-        assert onnx_export.complaint(error, tmp_path) == "ValueError: Wire format was corrupt"
-        full = onnx_export.complaint(error, tmp_path, usage=lambda _: SimpleNamespace(free=4096))
+        assert onnx_export.describe_failure(error, tmp_path) == "ValueError: Wire format was corrupt"
+        full = onnx_export.describe_failure(error, tmp_path, usage=lambda _: SimpleNamespace(free=4096))
         assert full == f"{tmp_path}: the disk is full; make room there"
 
-    def test_a_full_disk_is_noticed_before_the_work(self, clip: ModelFolder, tmp_path: Path) -> None:
-        """Not after a minute of it."""
+    def test_check_disk_space_too_small_raises(self, clip: ModelFolder, tmp_path: Path) -> None:
+        """Before the export begins."""
         plenty = SimpleNamespace(free=10 * clip.size_bytes)
-        onnx_export.check_room(clip, None, tmp_path, usage=lambda _: plenty)
-        with pytest.raises(ModelError, match=r"takes up to 1 MB in .*, where 0 MB are free; make room there"):
-            onnx_export.check_room(clip, None, tmp_path, usage=lambda _: SimpleNamespace(free=clip.size_bytes))
+        onnx_export.check_disk_space(clip, None, tmp_path, usage=lambda _: plenty)
+        with pytest.raises(ModelError, match=r"it takes up to 1 MB in .*, where 0 MB are free; make room there"):
+            onnx_export.check_disk_space(clip, None, tmp_path, usage=lambda _: SimpleNamespace(free=clip.size_bytes))
 
-    def test_an_export_with_other_rows_is_refused(self, copied: Exports) -> None:
-        """Held against torch before anything is kept."""
+    def test_compare_images_other_rows_raise(self, copied: Exports) -> None:
+        """The export is compared with torch."""
         from sortd.encoder.torch_encoder import TorchEncoder
 
         encoder = TorchEncoder(copied.model, None, device="cpu", cache_dir=None, threads=1, decoding="draft")
-        onnx_export._try_images(encoder, copied.folder)
+        onnx_export._compare_images(encoder, copied.folder)
         encoder.shift += 1.0
         with pytest.raises(ModelError, match="gives other rows than torch for 1 images"):
-            onnx_export._try_images(encoder, copied.folder)
+            onnx_export._compare_images(encoder, copied.folder)
 
-    def test_int8_that_gains_too_little_is_not_kept(self, copied: Exports) -> None:
-        """And says so to whoever asks for it."""
-        assert onnx_export._reduce(copied.folder, 1e6, copied.manifest.preprocessing) < 1e6
+    def test_quantize_towers_small_gain_is_not_kept(self, copied: Exports) -> None:
+        """The message of a request for int8 says so."""
+        assert onnx_export._quantize_towers(copied.folder, 1e6, copied.manifest.preprocessing) < 1e6
         assert not copied.tower("image", Precision.INT8).exists()
         sums = {name: one for name, one in copied.manifest.checksums.items() if "int8" not in name}
         manifest = replace(copied.manifest, gain=1.1, checksums=sums)
         without = Exports(copied.folder, copied.model, None, manifest)
         assert without.precisions == (Precision.FP32,)
-        with pytest.raises(ModelError, match=r"has no int8 export: int8 was 1\.10 times as quick"):
+        with pytest.raises(ModelError, match=r"has no int8 export, since int8 was only 1\.10 times"):
             open_export(without, Precision.INT8)
 
-    def test_a_file_that_onnx_runtime_does_not_take(self, copied: Exports) -> None:
-        """In a sentence, with what to do."""
+    def test_onnx_invalid_file_is_refused(self, copied: Exports) -> None:
+        """The message says what to do."""
         copied.tower("image", Precision.FP32).write_bytes(b"no graph")
         with pytest.raises(ModelError, match=r"ONNX Runtime does not open .*image.onnx"):
             open_export(copied)
 
-    def test_without_the_extra_it_says_what_to_install(self, tiny_clip: Path, cache: Path) -> None:
-        """Asked for by name it is an error; `auto` takes torch."""
+    def test_load_without_onnx_runtime_says_what_to_install(self, tiny_clip: Path, cache: Path) -> None:
+        """`onnx` fails, and `auto` selects torch."""
         program = (
             "import sys; sys.modules['onnxruntime'] = None\n"
-            "from pathlib import Path; from sortd.encoder.backends import load; from sortd.errors import ModelError\n"
-            "from sortd.encoder import models; from sortd.encoder.backends import choose\n"
-            "try: load(sys.argv[1], backend='onnx', cache_dir=Path(sys.argv[2]))\n"
+            "from pathlib import Path; from sortd.encoder.backends import choose_backend, load_encoder\n"
+            "from sortd.encoder import models; from sortd.errors import ModelError\n"
+            "try: load_encoder(sys.argv[1], backend='onnx', cache_dir=Path(sys.argv[2]))\n"
             "except ModelError as error: print(error)\n"
-            "model = models.locate(sys.argv[1])\n"
-            "print(choose('auto', model, None, device='cpu', cache_dir=Path(sys.argv[2])).name)"
+            "model = models.locate_clip(sys.argv[1])\n"
+            "print(choose_backend('auto', model, None, device='cpu', cache_dir=Path(sys.argv[2])).name)"
         )
         command = [sys.executable, "-c", program, str(tiny_clip), str(cache)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
@@ -393,24 +395,24 @@ class TestBackends:
     @pytest.mark.parametrize(
         ("wanted", "expected"),
         [
-            (("torch", "auto", "no GPU"), ("torch", "says so")),
-            (("onnx", "auto", "a GPU"), ("onnx", "says so")),
+            (("torch", "auto", "no GPU"), ("torch", "is configured")),
+            (("onnx", "auto", "a GPU"), ("onnx", "is configured")),
             (("auto", "auto", "no GPU"), ("onnx", "exported before")),
             (("auto", "cpu", "a GPU"), ("onnx", "exported before")),
-            (("auto", "auto", "a GPU"), ("torch", "cannot use the device")),
+            (("auto", "auto", "a GPU"), ("torch", "this ONNX Runtime cannot")),
             (("auto", "auto", "torch without CUDA"), ("onnx", "exported before")),
-            (("auto", "cuda", "no GPU"), ("torch", "cannot use the device")),
-            (("auto", "mps", "no GPU"), ("torch", "cannot use the device")),
+            (("auto", "cuda", "no GPU"), ("torch", "this ONNX Runtime cannot")),
+            (("auto", "mps", "no GPU"), ("torch", "this ONNX Runtime cannot")),
         ],
     )
-    def test_with_an_export(
+    def test_choose_backend_with_an_export(
         self, exported: Exports, cache: Path, wanted: tuple[str, str, str], expected: tuple[str, str]
     ) -> None:
-        """`auto` takes it, unless torch could use a device that this ONNX Runtime cannot."""
+        """`auto` selects ONNX Runtime, unless only torch can use the device."""
         if can_use_gpu(exports.available_providers(), is_there=lambda _: True):
             pytest.skip("this ONNX Runtime has CUDA")
         backend, device, machine = wanted
-        chosen = choose(
+        chosen = choose_backend(
             backend, exported.model, None, device=device, cache_dir=cache,
             torch="2.13.0+cpu" if machine == "torch without CUDA" else "2.13.0",
             is_there=lambda _: machine != "no GPU",
@@ -418,11 +420,11 @@ class TestBackends:
         assert chosen.name == expected[0]
         assert expected[1] in chosen.why
 
-    def test_without_an_export_auto_takes_torch(self, clip: ModelFolder, tmp_path: Path) -> None:
-        """Nobody asked for an export yet."""
-        chosen = choose("auto", clip, None, device="cpu", cache_dir=tmp_path)
+    def test_choose_backend_without_an_export_selects_torch(self, clip: ModelFolder, tmp_path: Path) -> None:
+        """The reason names the command that exports."""
+        chosen = choose_backend("auto", clip, None, device="cpu", cache_dir=tmp_path)
         assert (chosen.name, "sortd models export" in chosen.why) == ("torch", True)
-        assert choose("auto", clip, None, device="cpu", cache_dir=None).name == "torch"
+        assert choose_backend("auto", clip, None, device="cpu", cache_dir=None).name == "torch"
 
     @pytest.mark.parametrize(
         ("device", "built", "there", "expected"),
@@ -435,26 +437,26 @@ class TestBackends:
             ("cuda:1", "CUDA", "", ["CUDA"]),
         ],
     )
-    def test_a_gpu_is_tried_first_where_there_is_one(
+    def test_provider_attempts_existing_gpu_comes_first(
         self, device: str, built: str, there: str, expected: list[str]
     ) -> None:
-        """A build for CUDA on a machine without a card is no GPU; one that is asked for by name is never passed by."""
+        """A configured GPU is never skipped."""
         available = [f"{built}ExecutionProvider", "CPUExecutionProvider"]
-        ways = attempts(device, available, is_there=lambda path: str(path) == there)
-        assert [name_of([way[0] if isinstance(way[0], str) else way[0][0]]) for way in ways] == expected
+        ways = provider_attempts(device, available, is_there=lambda path: str(path) == there)
+        assert [device_name([way[0] if isinstance(way[0], str) else way[0][0]]) for way in ways] == expected
         assert all(way[-1] == "CPUExecutionProvider" for way in ways)
         if device == "cuda:1":
             assert ways[0][0][1]["device_id"] == 1
 
-    def test_it_says_what_it_runs_on(self, exported: Exports, tiny_clip: Path) -> None:
-        """By what ONNX Runtime took, not by what was asked for."""
+    def test_encoder_runs_on_names_the_used_device(self, exported: Exports, tiny_clip: Path) -> None:
+        """Not the requested one."""
         assert open_export(exported, device="cpu").runs_on == "CPU"
-        torch = load(str(tiny_clip), backend="torch", device="cpu")
+        torch = load_encoder(str(tiny_clip), backend="torch", device="cpu")
         assert (getattr(torch, "runs_on", None), torch_can_use_gpu(torch="2.13.0+cpu")) == ("CPU", False)
 
-    @pytest.mark.parametrize(("device", "complaint"), [("cuda:1", "has no CUDA"), ("mps", "is torch's")])
-    def test_a_device_that_it_cannot_use(self, exported: Exports, device: str, complaint: str) -> None:
-        """By name, with what to set instead."""
+    @pytest.mark.parametrize(("device", "complaint"), [("cuda:1", "has no CUDA"), ("mps", "works only with torch")])
+    def test_onnx_unsupported_device_is_refused(self, exported: Exports, device: str, complaint: str) -> None:
+        """The message says what to set."""
         with pytest.raises(ModelError, match=complaint):
             open_export(exported, device=device)
 
@@ -514,8 +516,8 @@ class TestQuantization:
         assert np.abs(exact - rounded)[1].max() < step * np.abs(exact[1]).max()
         assert np.allclose(exact[2], rounded[2])
 
-    def test_nothing_to_do_writes_nothing(self, graph: Path) -> None:
-        """What is in int8 already has no product left."""
+    def test_quantize_without_products_writes_nothing(self, graph: Path) -> None:
+        """A graph in int8 has no product left."""
         quick = graph.with_name("quick.onnx")
         quantize(graph, quick, largest=REDUCED_RANGE)
         assert quantize(quick, graph.with_name("twice.onnx"), largest=REDUCED_RANGE) == 0
@@ -531,7 +533,7 @@ class TestQuantization:
             ("aarch64", None, FULL_RANGE),
         ],
     )
-    def test_weights_have_seven_bits_where_eight_would_overflow(
+    def test_weight_range_without_vnni_is_reduced(
         self, tmp_path: Path, machine: str, flags: str | None, expected: int
     ) -> None:
         """On x86 without VNNI."""

@@ -36,25 +36,25 @@ def disc(colour: tuple[int, int, int], size: tuple[int, int] = (90, 140)) -> Ima
     return image
 
 
-def test_the_folder_fits_into_thirty_megabytes() -> None:
-    """A package of more would not be installed gladly."""
+def test_packaged_model_is_below_thirty_megabytes() -> None:
+    """The limit of the package."""
     assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 30 * MEGABYTE
 
 
-def test_the_folder_holds_no_code_and_no_pickle() -> None:
-    """Only weights as safetensors, JSON, and the card."""
+def test_packaged_model_has_no_code_or_pickle() -> None:
+    """Only safetensors, JSON and the card."""
     assert {file.suffix for file in MODEL.iterdir()} <= {".safetensors", ".json", ".md"}
 
 
-def test_no_file_names_a_path_of_the_machine_that_trained_it() -> None:
-    """The folder must read the same wherever it came from."""
+def test_packaged_model_contains_no_machine_path() -> None:
+    """The files do not depend on where they were made."""
     for file in MODEL.glob("*.json"):
         assert not re.search(r"/(work|tmp|home|root|Users)/", file.read_text(encoding="utf-8")), file.name
 
 
 @pytest.mark.slow
-def test_it_loads_with_the_network_off_and_without_remote_code() -> None:
-    """A fresh interpreter told to stay offline loads it and embeds a word and a picture."""
+def test_packaged_model_loads_offline() -> None:
+    """A new interpreter loads it, and embeds a text and an image."""
     program = (
         "import sys; from PIL import Image; from sentence_transformers import SentenceTransformer\n"
         "m = SentenceTransformer(sys.argv[1], device='cpu')\n"
@@ -72,12 +72,12 @@ def test_it_loads_with_the_network_off_and_without_remote_code() -> None:
     assert done.stdout.strip() == "True"
 
 
-def test_it_computes_in_float32_whatever_lies_on_the_disk(clip: Any) -> None:
+def test_packaged_model_computes_in_float32(clip: Any) -> None:
     """Float16 arithmetic is slow on most processors."""
     assert {str(weight.dtype) for weight in clip.parameters()} == {"torch.float32"}
 
 
-def test_images_of_any_shape_get_finite_embeddings_of_one_length(clip: Any) -> None:
+def test_packaged_model_images_of_any_shape_have_finite_rows(clip: Any) -> None:
     """Wide, tall, tiny and large."""
     images = [Image.new("RGB", size, (120, 60, 30)) for size in ((900, 30), (20, 400), (1, 1), (64, 64))]
     rows = clip.encode(images)
@@ -85,28 +85,28 @@ def test_images_of_any_shape_get_finite_embeddings_of_one_length(clip: Any) -> N
     assert bool(np.isfinite(rows).all())
 
 
-def test_an_image_is_nearer_to_its_like_than_to_another(clip: Any) -> None:
-    """A disc of nearly the same red, against a blue one."""
+def test_packaged_model_similar_images_are_near(clip: Any) -> None:
+    """A disc of nearly the same red, compared with a blue one."""
     red, reddish, blue = clip.encode([disc((210, 30, 30)), disc((190, 40, 35), (100, 150)), disc((30, 40, 200))])
     assert cosine(red, reddish) > cosine(red, blue)
 
 
-def test_one_image_is_embedded_the_same_alone_and_in_a_batch(clip: Any) -> None:
-    """Statistics of a batch must not leak in."""
+def test_packaged_model_row_is_independent_of_its_batch(clip: Any) -> None:
+    """Statistics of a batch must have no influence."""
     images = [disc((10 * i, 90, 200 - 10 * i)) for i in range(8)]
     assert np.allclose(clip.encode(images)[3], clip.encode([images[3]])[0], atol=1e-4)
 
 
-def test_every_printable_word_tokenises(clip: Any) -> None:
-    """Class names are the user's: no word may become the unknown piece."""
+def test_packaged_model_tokenises_every_printable_word(clip: Any) -> None:
+    """No class name becomes the unknown token."""
     tokenizer = clip.tokenizer
     words = ["tornillo", "qwxzk", "M3x10", "under_score", "50%", "a-b", "#9", "Ñandú"]
     for word in words:
         assert tokenizer.unk_token_id not in tokenizer(word)["input_ids"], word
 
 
-def test_the_towers_are_described_at_the_size_the_processor_makes() -> None:
-    """The vision tower refuses any other."""
+def test_packaged_model_image_size_is_that_of_the_processor() -> None:
+    """The image tower refuses other sizes."""
     towers = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
     processor = json.loads((MODEL / "preprocessor_config.json").read_text(encoding="utf-8"))
     assert processor["crop_size"] == {"height": towers["vision_config"]["image_size"]} | {
@@ -115,8 +115,8 @@ def test_the_towers_are_described_at_the_size_the_processor_makes() -> None:
 
 
 @pytest.mark.parametrize(("screws", "examples"), [one for one in ((SAMPLE, 3), (PHOTOS, 5)) if one[0].is_dir()])
-def test_screws_are_told_apart_from_a_few_examples(clip: Any, screws: Path, examples: int) -> None:
-    """The nearest of two class means finds most of the others."""
+def test_packaged_model_classifies_screws_from_few_examples(clip: Any, screws: Path, examples: int) -> None:
+    """By the nearest of two class means."""
     rows, truth = [], []
     for label, folder in enumerate(sorted(path for path in screws.iterdir() if path.is_dir())[:2]):
         files = sorted(folder.iterdir())

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sortd.daemon.embedder import Embedder, Pipeline
 from sortd.events import EmbeddedImage, ImageRefused, Preprocessing, Refusal, Stamp
-from sortd.images.decode import Limits
+from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.store.cache import Cache
 from sortd.watch.scan import stamp
@@ -24,7 +24,7 @@ File = tuple[str, Stamp]
 @pytest.fixture(scope="module")
 def pool() -> Iterator[DecoderPool]:
     """Two processes, warm."""
-    with DecoderPool(2, SMALL, Limits(), timeout_seconds=30) as pool:
+    with DecoderPool(2, SMALL, DecodeLimits(), timeout_seconds=30) as pool:
         yield pool
 
 
@@ -66,8 +66,8 @@ def drain(pipeline: Pipeline) -> None:
         pipeline.advance()
 
 
-def test_every_image_gets_one_answer_in_batches_that_are_full(pool: DecoderPool, tmp_path: Path) -> None:
-    """Forty images go through in no more batches than ten a batch take, whatever is refused among them."""
+def test_pipeline_forty_images_get_one_answer_each(pool: DecoderPool, tmp_path: Path) -> None:
+    """No batch has more than ten images."""
     files = pictures(tmp_path, 40)
     broken = tmp_path / "broken.png"
     broken.write_bytes(Path(files[0][0]).read_bytes()[:60])
@@ -80,8 +80,8 @@ def test_every_image_gets_one_answer_in_batches_that_are_full(pool: DecoderPool,
     assert max(map(len, recording.batches)) <= 10
 
 
-def test_a_lone_image_does_not_wait_for_company(pool: DecoderPool, tmp_path: Path) -> None:
-    """It is encoded in the step in which it is decoded."""
+def test_pipeline_single_image_is_encoded_at_once(pool: DecoderPool, tmp_path: Path) -> None:
+    """In the same step as its decoding."""
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=32)
     (file,) = pictures(tmp_path, 1)
@@ -90,8 +90,8 @@ def test_a_lone_image_does_not_wait_for_company(pool: DecoderPool, tmp_path: Pat
     assert recording.batches == [[file[0]]]
 
 
-def test_lanes_take_turns(pool: DecoderPool, tmp_path: Path) -> None:
-    """An image that joins a lane of its own goes before most of those that wait in a long one."""
+def test_pipeline_queues_take_turns(pool: DecoderPool, tmp_path: Path) -> None:
+    """A single image overtakes most of a long queue."""
     many, one = pictures(tmp_path / "many", 60), pictures(tmp_path / "one", 1, seed=1)
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=4)
@@ -102,8 +102,8 @@ def test_lanes_take_turns(pool: DecoderPool, tmp_path: Path) -> None:
     assert [answer.path for answer in recording.answers].index(one[0][0]) < 20
 
 
-def test_what_is_on_its_way_is_bounded(pool: DecoderPool, tmp_path: Path) -> None:
-    """Two batches are decoded or being decoded, however many wait: no more files are open."""
+def test_pipeline_work_in_progress_is_bounded(pool: DecoderPool, tmp_path: Path) -> None:
+    """At most two batches are open, however many images wait."""
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=4)
     lane = pipeline.open(recording.answers.extend)
@@ -114,8 +114,8 @@ def test_what_is_on_its_way_is_bounded(pool: DecoderPool, tmp_path: Path) -> Non
     drain(pipeline)
 
 
-def test_the_processes_have_work_while_the_encoder_computes(pool: DecoderPool, tmp_path: Path) -> None:
-    """Before a forward begins, the decoders were given what comes after it."""
+def test_pipeline_decoders_have_work_during_encoding(pool: DecoderPool, tmp_path: Path) -> None:
+    """They get the next images before a forward pass begins."""
     recording = Recording()
     given: list[int] = []
 
@@ -130,8 +130,8 @@ def test_the_processes_have_work_while_the_encoder_computes(pool: DecoderPool, t
     assert given[0] >= 4
 
 
-def test_a_lane_that_is_closed_leaves_nothing_behind(pool: DecoderPool, tmp_path: Path) -> None:
-    """Its images are dropped, its files closed, and the other lanes get all of their answers."""
+def test_pipeline_closed_queue_drops_its_images(pool: DecoderPool, tmp_path: Path) -> None:
+    """Its files are closed, and other queues get all their answers."""
     dropped, kept = pictures(tmp_path / "a", 30), pictures(tmp_path / "b", 10, seed=1)
     before = len(os.listdir("/proc/self/fd"))
     recording = Recording()
@@ -146,8 +146,8 @@ def test_a_lane_that_is_closed_leaves_nothing_behind(pool: DecoderPool, tmp_path
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_the_bell_ends_a_wait_for_pixels(pool: DecoderPool, tmp_path: Path) -> None:
-    """What is asked meanwhile is heard at once, even while a slow image is decoded."""
+def test_pipeline_wake_descriptor_ends_a_wait(pool: DecoderPool, tmp_path: Path) -> None:
+    """Also during a slow decoding."""
     slow = tmp_path / "slow.png"
     Image.fromarray(np.zeros((3000, 3000, 3), np.uint8)).save(slow)
     recording = Recording()
@@ -163,9 +163,9 @@ def test_the_bell_ends_a_wait_for_pixels(pool: DecoderPool, tmp_path: Path) -> N
     assert len(recording.answers) == 1
 
 
-def test_embedding_references_lets_other_lanes_go_on(tmp_path: Path) -> None:
-    """While one caller embeds many files, an image of another lane gets its answer, and `attend` is called between."""
-    with DecoderPool(1, SEEN, Limits()) as decoders, Cache(tmp_path / "cache.sqlite") as cache:
+def test_embedder_many_references_do_not_block_other_queues(tmp_path: Path) -> None:
+    """An image of another queue gets its answer, and `attend` is called in between."""
+    with DecoderPool(1, SEEN, DecodeLimits()) as decoders, Cache(tmp_path / "cache.sqlite") as cache:
         embedder = Embedder(FakeEncoder(), decoders, cache, batch_size=4)
         others: list[EmbeddedImage | ImageRefused] = []
         lane = embedder.pipeline.open(others.extend)

@@ -1,4 +1,4 @@
-"""The precision that serves: int8 after it agreed on the references, float32 otherwise; neither imports torch."""
+"""The precision in use: int8 if it agreed on the references, float32 otherwise; neither imports torch."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -12,17 +12,17 @@ from structlog.testing import capture_logs
 
 from sortd import config as configuration
 from sortd import logs
-from sortd.commands.export import LARGEST_CLASS, LARGEST_SAMPLE, export, sample
+from sortd.commands.export import MAX_PER_CLASS, MAX_REFERENCES, export, sample
 from sortd.config import Config
+from sortd.daemon.references import ClassFolder
 from sortd.encoder import models
 from sortd.encoder import onnx_encoder as exports
-from sortd.encoder.backends import load_serving
+from sortd.encoder.backends import load_fastest
 from sortd.encoder.base import Encoder
-from sortd.encoder.export import make as make_export
+from sortd.encoder.export import make_exports
 from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision, read_verdict
 from sortd.encoder.quantize import quantize
 from sortd.errors import ModelError
-from sortd.references import ClassFolder
 from tests.command_line import sortd
 from tests.daemon_process import DaemonProcess, make_dataset, picture, tree
 
@@ -33,7 +33,7 @@ pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 def exported(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the exports of the tiny model, int8 among them."""
     cache = tmp_path_factory.mktemp("exported")
-    make_export(models.locate(str(tiny_clip)), None, cache_dir=cache, least_gain=0.0)
+    make_exports(models.locate_clip(str(tiny_clip)), None, cache_dir=cache, min_gain=0.0)
     return cache
 
 
@@ -50,18 +50,18 @@ def make_config(exported: Path, tmp_path: Path, write_config: Callable[..., Path
 
 
 class World:
-    """Exports, judges and loads as the commands and the daemon do, and remembers what was told."""
+    """Exports, compares and loads as the commands and the daemon do, and records the reports."""
 
     def __init__(self, config: Config) -> None:
-        """Begin with nothing told."""
+        """Start without reports."""
         self.config = config
-        self.told: list[str] = []
+        self.reports: list[str] = []
         self.lines: list[Any] = []
 
     def load(self) -> Encoder:
         """Load what serves."""
         with capture_logs() as lines:
-            encoder = load_serving(self.config, tell=self.told.append)
+            encoder = load_fastest(self.config, report=self.reports.append)
         self.lines += lines
         return encoder
 
@@ -74,20 +74,20 @@ class World:
 
     def exports(self) -> Exports:
         """The exports that stand."""
-        found = exports.find(models.locate(self.config.model), None, cache_dir=self.config.cache_dir)
+        found = exports.find_exports(models.locate_clip(self.config.model), None, cache_dir=self.config.cache_dir)
         assert found is not None
         return found
 
 
 def spoil_int8(found: Exports) -> None:
-    """Put a vision tower in place whose weights have three values, and vouch for it."""
+    """Replace the image tower by one whose weights have three values, and update the manifest."""
     tower = found.tower("image", Precision.INT8)
     quantize(found.tower("image", Precision.FP32), tower, largest=1)
-    vouch_for(found, tower)
+    update_manifest(found, tower)
 
 
-def vouch_for(found: Exports, tower: Path) -> None:
-    """Write a tower as it is now into the manifest."""
+def update_manifest(found: Exports, tower: Path) -> None:
+    """Write the checksum of a tower to the manifest."""
     manifest = exports.MANIFESTS.validate_json((found.folder / exports.MANIFEST).read_bytes())
     sums = {**manifest.checksums, tower.name: models.checksums([tower])[tower]}
     fresh = replace(manifest, checksums=sums)
@@ -95,17 +95,17 @@ def vouch_for(found: Exports, tower: Path) -> None:
 
 
 def damage(found: Exports, precision: Precision) -> None:
-    """Put something in a vision tower's place that is no graph, and vouch for it."""
+    """Replace an image tower by bytes that are no graph, and update the manifest."""
     tower = found.tower("image", precision)
     tower.write_bytes(b"no graph")
-    vouch_for(found, tower)
+    update_manifest(found, tower)
 
 
 class TestVerdict:
-    """int8 has to earn it, on the user's own references, when the model is exported."""
+    """The verdict on int8, from the user's references at the export."""
 
-    def test_int8_serves_where_the_references_agree(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
-        """The figures are kept beside the export, and each start believes them without looking at a reference."""
+    def test_verdict_references_agree_int8_is_used(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """The figures are stored with the export, and a start reads them without looking at references."""
         dataset = make_dataset(tmp_path / "Data", references=12)
         world = World(make_config())
         verdict = world.judge()
@@ -115,48 +115,46 @@ class TestVerdict:
         assert verdict["datasets"]["Colours"]["references"] == 36
         shutil.rmtree(dataset)
         assert "-onnx-int8-" in world.load().encoder_id
-        assert world.told == ["onnx int8; 36 of 36 references filed as by fp32"]
+        assert world.reports == ["onnx int8; 36 of 36 references filed as by fp32"]
         assert not world.lines
 
-    def test_few_references_are_served_exactly(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
-        """Nothing can be told from twelve; with more, `sortd models export` judges again."""
+    def test_verdict_few_references_fp32_is_used(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """With more references, `sortd models export` compares again."""
         dataset = make_dataset(tmp_path / "Data", references=4)
         world = World(make_config())
-        assert "12 references that are left out and filed by the others are too few" in world.judge()["refusal"]
+        assert "only 12 left-out references are filed" in world.judge()["refusal"]
         assert "-onnx-fp32-" in world.load().encoder_id
-        assert "int8 does not serve: 12 references" in world.told[0]
+        assert "int8 is not used: only 12 left-out references" in world.reports[0]
         shutil.rmtree(dataset)
         make_dataset(tmp_path / "Data", references=12)
         assert world.judge()["serves"] == "int8"
 
-    def test_without_a_dataset_it_is_float32(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
-        """A root that is not mounted yet is no error of an export."""
+    def test_verdict_without_dataset_fp32_is_used(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """A root that is not mounted is no error of an export."""
         world = World(make_config(root=tmp_path / "nowhere"))
         assert world.judge()["serves"] == "fp32"
         assert "-onnx-fp32-" in world.load().encoder_id
 
-    def test_int8_that_decides_otherwise_does_not_serve(
-        self, tmp_path: Path, make_config: Callable[..., Config]
-    ) -> None:
-        """Weights of three values move every row; the verdict on the files before does not speak for them."""
+    def test_verdict_references_differ_fp32_is_used(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """A verdict on other files does not count."""
         make_dataset(tmp_path / "Data", references=12)
         world = World(make_config())
         assert world.judge()["serves"] == "int8"
         spoil_int8(world.exports())
         assert read_verdict(world.exports(), world.config.root) is None
         assert "-onnx-fp32-" in world.load().encoder_id
-        assert "moved too far" in world.judge()["refusal"]
+        assert "synthetic images differ" in world.judge()["refusal"]
         assert "-onnx-fp32-" in world.load().encoder_id
 
-    def test_int8_that_does_not_run_is_refused(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
-        """With what it said."""
+    def test_verdict_int8_does_not_run_is_refused(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """The refusal contains the error."""
         make_dataset(tmp_path / "Data", references=12)
         world = World(make_config())
         damage(world.exports(), Precision.INT8)
-        assert "could not be held against fp32: ONNX Runtime does not open" in world.judge()["refusal"]
+        assert "could not be compared with fp32: ONNX Runtime does not open" in world.judge()["refusal"]
 
-    def test_a_damaged_verdict_is_none(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
-        """float32 serves; a verdict speaks for one root alone."""
+    def test_verdict_damaged_is_ignored(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """float32 is used; a verdict counts for one root only."""
         make_dataset(tmp_path / "Data", references=12)
         world = World(make_config())
         world.judge()
@@ -166,10 +164,10 @@ class TestVerdict:
             file.write_text(damaged)
             assert read_verdict(world.exports(), world.config.root) is None
         assert "-onnx-fp32-" in world.load().encoder_id
-        assert "not judged on these datasets; `sortd models export` does it" in world.told[-1]
+        assert "not compared on these datasets; run `sortd models export`" in world.reports[-1]
 
-    def test_a_start_takes_what_is_ready(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
-        """It writes nothing: no verdict means float32, no export means torch with a warning."""
+    def test_load_fastest_writes_nothing(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """Without a verdict float32 is used, without an export torch, with a warning."""
         make_dataset(tmp_path / "Data", references=12)
         world = World(make_config())
         world.exports()  # the hashes of the files are remembered from here on
@@ -182,23 +180,25 @@ class TestVerdict:
             assert "-torch-" in world.load().encoder_id
             line = world.lines.pop()
             assert (line["event"], line["backend"], line["log_level"]) == (logs.MODEL_FELL_BACK, "torch", "warning")
-            assert "`sortd models export` makes it" in line["error"]
+            assert "run `sortd models export`" in line["error"]
             shutil.rmtree(tmp_path / "cache")
 
 
 class TestBackend:
-    """What runs the model is said, and so is what was wanted and cannot be."""
+    """The selection of a backend and its report."""
 
-    def test_auto_without_an_export_is_torch(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
-        """With the command that changes it."""
+    def test_load_fastest_auto_without_export_is_torch(
+        self, tmp_path: Path, make_config: Callable[..., Config]
+    ) -> None:
+        """The report names the command that exports."""
         config = make_config(backend="auto")
         shutil.rmtree(tmp_path / "cache" / "onnx")
         world = World(config)
         assert "-torch-" in world.load().encoder_id
-        assert "`sortd models export`" in world.told[0]
+        assert "`sortd models export`" in world.reports[0]
 
-    def test_an_export_that_cannot_be_written_is_an_error(self, make_config: Callable[..., Config]) -> None:
-        """Of the command; what runs goes on with torch."""
+    def test_export_unwritable_cache_raises(self, make_config: Callable[..., Config]) -> None:
+        """The command fails."""
         world = World(make_config(backend="onnx"))
         folder = world.exports().folder
         (folder / "image.onnx").write_bytes(b"damaged")
@@ -208,16 +208,16 @@ class TestBackend:
         with pytest.raises(ModelError, match="cannot export"):
             export(world.config)
 
-    def test_a_model_that_is_nowhere_is_no_matter_of_the_backend(self, make_config: Callable[..., Config]) -> None:
-        """It is said once, and torch is not praised for it."""
+    def test_load_fastest_missing_model_raises(self, make_config: Callable[..., Config]) -> None:
+        """Nothing is reported about the backend."""
         world = World(make_config(backend="auto", model="clip-ViT-L-14"))
         with pytest.raises(ModelError, match="is not on this machine"):
             world.load()
         assert not world.lines
-        assert not world.told
+        assert not world.reports
 
-    def test_what_does_not_run_falls_back(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
-        """From int8 to float32, and with `auto` from there to torch, with a warning each; by name it is an error."""
+    def test_load_fastest_falls_back_with_a_warning(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """From int8 to float32, and with `auto` to torch; with `onnx` it is an error."""
         make_dataset(tmp_path / "Data", references=12)
         world = World(make_config(backend="auto"))
         verdict = world.judge()
@@ -225,7 +225,7 @@ class TestBackend:
         damage(world.exports(), Precision.INT8)
         exports.write_verdict(world.exports(), world.config.root, verdict)
         assert "-onnx-fp32-" in world.load().encoder_id
-        assert "int8 does not serve: ONNX Runtime does not open" in world.told[-1]
+        assert "int8 is not used: ONNX Runtime does not open" in world.reports[-1]
         damage(world.exports(), Precision.FP32)
         assert "-torch-" in world.load().encoder_id
         fallen = [line["backend"] for line in world.lines if line["event"] == logs.MODEL_FELL_BACK]
@@ -234,10 +234,10 @@ class TestBackend:
         with pytest.raises(ModelError, match="does not open"):
             world.load()
 
-    def test_int8_that_was_made_anew_is_another_encoder(
+    def test_encoder_id_of_repeated_quantisation_differs(
         self, tmp_path: Path, make_config: Callable[..., Config]
     ) -> None:
-        """Its ranges are measured, so the same model may round another way: no row of the one serves the other."""
+        """Its measured ranges may differ, so embeddings are not mixed."""
         make_dataset(tmp_path / "Data", references=12)
         world = World(make_config())
         before = {one: OnnxEncoder(world.exports(), one, threads=1).encoder_id for one in Precision}
@@ -248,7 +248,7 @@ class TestBackend:
 
 
 class TestSample:
-    """Many references are thinned evenly, and the same way each time."""
+    """An even and repeatable sample of many references."""
 
     @staticmethod
     def folders(classes: int, each: int) -> list[ClassFolder]:
@@ -258,21 +258,21 @@ class TestSample:
         files = tuple((f"{number:05d}.png", Stamp(1, number, 1, 1)) for number in range(each))
         return [ClassFolder(label, files, ()) for label in ("_none", *(f"c{one:05d}" for one in range(classes)))]
 
-    def test_a_small_library_is_compared_whole(self) -> None:
-        """Without the examples of what belongs to no class."""
+    def test_sample_small_library_is_complete(self) -> None:
+        """Without the images that belong to no class."""
         assert sample(self.folders(10, 50)) == self.folders(10, 50)[1:]
 
     @pytest.mark.parametrize(("classes", "each"), [(2, 5000), (100, 30), (10_000, 3), (10_000, 100)])
-    def test_a_large_one_is_thinned(self, classes: int, each: int) -> None:
-        """To a size that a start can wait for, with classes that keep enough to be left out."""
+    def test_sample_large_library_is_reduced(self, classes: int, each: int) -> None:
+        """Enough references of each class remain to be left out."""
         chosen = sample(self.folders(classes, each))
-        assert sum(len(folder.files) for folder in chosen) <= LARGEST_SAMPLE
-        assert {len(folder.files) for folder in chosen} == {min(each, LARGEST_CLASS)}
+        assert sum(len(folder.files) for folder in chosen) <= MAX_REFERENCES
+        assert {len(folder.files) for folder in chosen} == {min(each, MAX_PER_CLASS)}
         assert len({folder.label for folder in chosen}) >= min(classes, 33)
 
 
-def test_the_daemon_runs_without_torch(tmp_path: Path, make_config: Callable[..., Config]) -> None:
-    """The real program files an image by int8, and its process never maps torch's library."""
+def test_daemon_with_int8_never_loads_torch(tmp_path: Path, make_config: Callable[..., Config]) -> None:
+    """The real program files an image, and its process never maps torch's library."""
     dataset = make_dataset(tmp_path / "Data", references=12)
     World(make_config()).judge()
     with DaemonProcess(tmp_path / "config.yaml", program="sortd") as daemon:
@@ -288,8 +288,8 @@ def test_the_daemon_runs_without_torch(tmp_path: Path, make_config: Callable[...
         assert daemon.stop() == 0
 
 
-def test_another_backend_learns_the_references_anew(tmp_path: Path, make_config: Callable[..., Config]) -> None:
-    """Its rows are other ones, so no prototype of the one ever decides about an image of the other."""
+def test_daemon_other_backend_rebuilds_the_prototypes(tmp_path: Path, make_config: Callable[..., Config]) -> None:
+    """Embeddings of two backends are never mixed."""
     dataset = make_dataset(tmp_path / "Data", references=12)
     generations = []
     for number, backend in enumerate(("torch", "onnx", "onnx")):
@@ -305,10 +305,10 @@ def test_another_backend_learns_the_references_anew(tmp_path: Path, make_config:
     assert generations == [(1, True), (2, True), (2, False)]
 
 
-def test_commands_keep_their_facts_on_stdout_alone(
+def test_commands_print_facts_to_stdout_only(
     tmp_path: Path, make_config: Callable[..., Config], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The verdict on int8 is a fact; a fall-back to torch is said on stderr, and `check` says what to do."""
+    """The verdict is a fact; a fallback to torch is reported on stderr, and `check` says what to do."""
     structlog.reset_defaults()  # a command runs in a process where no log was set up; capturing counts as setting up
     make_dataset(tmp_path / "Data", references=4)
     config = tmp_path / "config.yaml"
@@ -316,11 +316,11 @@ def test_commands_keep_their_facts_on_stdout_alone(
     facts = sortd("models", "export", "-c", config, "--json").facts
     assert (facts["name"], facts["export"]["precisions"]) == ("onnx", ["fp32", "int8"])
     assert (facts["agreement"]["serves"], facts["agreement"]["filed"]) == ("fp32", 12)
-    assert "fp32 serves and int8 does not: 12 references" in sortd("models", "-c", config).out
-    assert "fp32 serves and int8 does not" in sortd("check", "-c", config, "--json").out
+    assert "fp32 is used, not int8: only 12 left-out references" in sortd("models", "-c", config).out
+    assert "fp32 is used, not int8" in sortd("check", "-c", config, "--json").out
     shutil.rmtree(tmp_path / "cache" / "onnx")
     ran = sortd("eval", "-c", config, "--json")
     assert ran.facts["datasets"]["Colours"]["encoder_id"].count("-torch-") == 1
     assert "model.fell_back: the export to ONNX is missing" in caplog.text
     assert "sortd models export" in sortd("check", "-c", config, "--json").out
-    assert "It is run by torch: the export to ONNX is missing" in sortd("models", "-c", config).out
+    assert "Backend: torch, since the export to ONNX is missing" in sortd("models", "-c", config).out

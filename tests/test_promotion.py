@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from sortd.commands.examination import examine
+from sortd.commands.examination import evaluate_datasets
+from sortd.commands.report import evaluation_sentences
 from sortd.config import read_config
-from sortd.errors import DestinationError, ModelError
-from sortd.finetuned import (
+from sortd.encoder.finetuned import (
     WEIGHTS_FILE,
     Promotion,
+    finetuning_results,
     read_promotion,
     remove_promotion,
-    results,
     write_promotion,
 )
+from sortd.errors import DestinationError, ModelError
 from sortd.layout import Layout
-from sortd.report import evaluation_sentences
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset
 from tests.fake_encoder import FakeEncoder
@@ -78,7 +78,7 @@ class TestFile:
         old, new = result(config, "20260101T000000Z-0"), result(config, "20260102T000000Z-0")
         result(config, "20260103T000000Z-0.unfinished")
         (state_folder(config) / "finetuned" / "20260104T000000Z-0").mkdir()
-        assert results(state_folder(config)) == [new, old]
+        assert finetuning_results(state_folder(config)) == [new, old]
 
 
 class TestPromote:
@@ -90,7 +90,7 @@ class TestPromote:
         newest = result(config, "20260102T000000Z-0")
         promoted = sortd("models", "promote", "-c", config, "--json").facts
         assert (promoted["dataset"], promoted["folder"], promoted["serves"]) == ("Colours", str(newest), True)
-        assert promoted["told"] == "no sortd runs; the next one starts with it"
+        assert promoted["told"] == "sortd is not running; it will apply this at its next start"
         facts = sortd("models", "-c", config, "--json").facts["datasets"]["Colours"]
         assert (facts["deciding"], facts["refusal"], facts["folder"]) == ("finetuned", None, str(newest))
         assert [row["serves"] for row in facts["results"]] == [True, False]
@@ -108,7 +108,7 @@ class TestPromote:
         weaker = result(config, "20260102T000000Z-0", verdict="weaker")
         refused = sortd("models", "promote", "-c", config)
         assert refused.code == 65
-        assert "95.0 % of 40 images right against 90.0 % by mode mixed" in refused.err
+        assert "accuracy 95.0 % on 40 images, mode mixed: 90.0 %" in refused.err
         assert "--force" in refused.err
         before = read_promotion(state_folder(config))
         assert before is not None
@@ -124,7 +124,7 @@ class TestPromote:
         refused = sortd("models", "promote", "--force", "-c", config)
         assert refused.code == 65
         assert "Clases/ has 'blue', which the model does not know" in refused.err
-        assert "the model knows 'mauve', which Clases/ has not" in refused.err
+        assert "the model knows 'mauve', which Clases/ does not have" in refused.err
         assert read_promotion(state_folder(config)) is None
 
     def test_examples_of_no_class_are_no_class(self, config: Path) -> None:
@@ -148,7 +148,7 @@ class TestPromote:
         """The refusal lists them."""
         make_dataset(config.parent / "Data", "Other")
         refused = sortd("models", "promote", "-c", config)
-        assert (refused.code, refused.err) == (65, "say which dataset: --dataset NAME; there are: Colours, Other")
+        assert (refused.code, refused.err) == (65, "choose a dataset with --dataset NAME; there are: Colours, Other")
         assert "no dataset 'Third'" in sortd("models", "demote", "--dataset", "Third", "-c", config).err
 
 
@@ -204,7 +204,7 @@ class TestTold:
         shutil.copytree(result(config, "20260101T000000Z-0"), config.parent / "elsewhere")
         sortd("models", "promote", config.parent / "elsewhere", "-c", config)
         loaded = read_config(config, {"HOME": str(config.parent)})
-        (examined,) = examine(loaded, load_encoder=lambda _: FakeEncoder())
+        (examined,) = evaluate_datasets(loaded, load_encoder=lambda _: FakeEncoder())
         facts = examined.facts()
         assert set(facts["serving"]["expected"]) == {"held_out", "least_confidence", "filed", "right", "notes"}
-        assert evaluation_sentences(facts)[0].startswith("A fine-tuned model decides (finetuned-3-torch-")
+        assert evaluation_sentences(facts)[0].startswith("Classifier in use: fine-tuned model finetuned-3-torch-")

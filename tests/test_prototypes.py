@@ -10,10 +10,10 @@ import pytest
 
 from sortd.classify import library
 from sortd.classify.build import build
-from sortd.classify.decide import decide, judge, scores
+from sortd.classify.decide import decide, score_batch
 from sortd.classify.library import make_library, parts
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import Abstain, Abstained, Assigned, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import Abstained, AbstainSettings, Assigned, DecisionSettings, Mode, SupportSet
 from tests.made_features import NAMES, Array, Blobs, load_world, support_set, unit, worlds
 
 OFF = DecisionSettings(abstain=None)
@@ -26,6 +26,11 @@ def right_share(support: SupportSet, mode: Mode, queries: Array, labels: npt.Arr
     return float(
         np.mean([name == support.labels[label] for name, label in zip(names, np.asarray(labels), strict=True)])
     )
+
+
+def scores_of(prototypes: PrototypeSet, queries: Array) -> npt.NDArray[np.float64]:
+    """Return the scores under the mode of the settings."""
+    return score_batch(prototypes, queries.astype(np.float64), prototypes.settings.mode).reported
 
 
 def named(decision: Assigned | Abstained) -> tuple[str | None, str | None]:
@@ -45,9 +50,11 @@ class TestSteps:
     """A library of a thousand classes takes many seconds, in which its worker has something else to do."""
 
     @pytest.mark.parametrize("mode", list(Mode))
-    @pytest.mark.parametrize("abstain", [None, Abstain(), Abstain(strangers=0.1)], ids=["off", "knowns", "strangers"])
+    @pytest.mark.parametrize(
+        "abstain", [None, AbstainSettings(), AbstainSettings(strangers=0.1)], ids=["off", "knowns", "strangers"]
+    )
     def test_build_in_small_steps_makes_the_same_prototypes(
-        self, monkeypatch: pytest.MonkeyPatch, mode: Mode, abstain: Abstain | None
+        self, monkeypatch: pytest.MonkeyPatch, mode: Mode, abstain: AbstainSettings | None
     ) -> None:
         """However small the steps are, nothing but the rounding of the last digit may differ."""
         blobs = Blobs(20)
@@ -99,7 +106,6 @@ class TestEveryLibraryHasAnAnswer:
         prototypes = build(support_set(np.zeros((0, 16), np.float32), []), DecisionSettings(mode), generation=1)
         (decision,) = decide(prototypes, Blobs(1, width=16).draw([0]))
         assert decision == Abstained("no_classes", None, 0.0, 0.0, None, mode)
-        assert scores(prototypes, Blobs(1, width=16).draw([0])).shape == (1, 0)
 
     def test_classes_far_apart_are_filed_from_few_references(self) -> None:
         """With four references of each of five easy classes nearly every image is filed, and rightly."""
@@ -160,7 +166,7 @@ class TestEveryLibraryHasAnAnswer:
         blobs = Blobs(3)
         rows = np.concatenate([np.tile(blobs.draw([0]), (2000, 1)), blobs.draw([1, 1, 2, 2])])
         prototypes = build(support_set(rows, [0] * 2000 + [1, 1, 2, 2]), DecisionSettings(), generation=1)
-        assert np.isfinite(scores(prototypes, blobs.draw([0, 1, 2]))).all()
+        assert np.isfinite(scores_of(prototypes, blobs.draw([0, 1, 2]))).all()
 
     def test_many_classes(self) -> None:
         """Two thousand classes of one and two references are built and decided."""
@@ -179,7 +185,7 @@ class TestWhatIsRefused:
         """The message says which row."""
         support, queries, _ = world()
         queries[3, 5] = np.nan
-        with pytest.raises(ValueError, match="embedding 3 of the batch"):
+        with pytest.raises(ValueError, match="row 3 of the batch"):
             decide(build(support, OFF, generation=1), queries)
 
     def test_another_width_is_refused(self) -> None:
@@ -205,7 +211,7 @@ class TestWhatIsRefused:
     def test_settings_that_are_no_shares_are_refused(self, settings: dict[str, float]) -> None:
         """The message names the key."""
         with pytest.raises(ValueError, match=f"abstain.{next(iter(settings))}"):
-            Abstain(**settings)
+            AbstainSettings(**settings)
 
 
 class TestDecisions:
@@ -216,7 +222,7 @@ class TestDecisions:
         """Score, margin and second label are those of the table of scores."""
         support, queries, _ = world()
         prototypes = build(support, DecisionSettings(mode, None), generation=1)
-        table = scores(prototypes, queries)
+        table = scores_of(prototypes, queries)
         for row, decision in zip(table, decide(prototypes, queries), strict=True):
             first, second = np.argsort(-row)[:2]
             assert isinstance(decision, Assigned)
@@ -242,7 +248,7 @@ class TestDecisions:
             assert alone.score == pytest.approx(together.score, abs=1e-5)
 
     @pytest.mark.parametrize(
-        "settings", [OFF, DecisionSettings(), DecisionSettings(Mode.MAX, Abstain(0.9, strangers=0.1))]
+        "settings", [OFF, DecisionSettings(), DecisionSettings(Mode.MAX, AbstainSettings(0.9, strangers=0.1))]
     )
     def test_a_set_survives_the_cache(self, settings: DecisionSettings) -> None:
         """Arrays and JSON make the same set again: equal decisions, equal facts."""
@@ -288,7 +294,7 @@ class TestBest:
         loud = build(
             support_set(np.concatenate([rows, shots]), [*index, *[0] * 30]), DecisionSettings(mode, None), generation=1
         )
-        np.testing.assert_allclose(scores(loud, queries), scores(calm, queries), atol=0.02)
+        np.testing.assert_allclose(scores_of(loud, queries), scores_of(calm, queries), atol=0.02)
 
 
 class TestMixed:
@@ -314,7 +320,8 @@ class TestMixed:
         support = support_set(blobs.draw(index), index, text=noise)
         prototypes = build(support, OFF, generation=1)
         queries = blobs.draw(np.repeat(np.arange(20), 10)).astype(np.float64)
-        assert (judge(prototypes, queries, Mode.MIXED).best == judge(prototypes, queries, Mode.BEST).best).all()
+        mixed, best = (score_batch(prototypes, queries, mode).best for mode in (Mode.MIXED, Mode.BEST))
+        assert (mixed == best).all()
 
     def test_a_class_with_a_name_only_competes(self) -> None:
         """Its images find it, are not filed by themselves, and are filed when abstaining is off."""
@@ -353,7 +360,7 @@ class TestWorlds:
         prototypes = build(support, OFF, generation=1)
         asked = queries[::4].astype(np.float64)
         right = {
-            mode: (judge(prototypes, asked, mode).best == labels[::4]).mean()
+            mode: (score_batch(prototypes, asked, mode).best == labels[::4]).mean()
             for mode in (Mode.AVG, Mode.MAX, Mode.BEST)
         }
         assert right[Mode.BEST] > max(right[Mode.AVG], right[Mode.MAX]) + 0.02
@@ -364,7 +371,7 @@ class TestWorlds:
         for name in worlds(*NAMES):
             support, queries, labels = load_world(name, 4)
             prototypes = build(support, OFF, generation=1)
-            shares.append((judge(prototypes, queries.astype(np.float64), Mode.BEST).best == labels).mean())
+            shares.append((score_batch(prototypes, queries.astype(np.float64), Mode.BEST).best == labels).mean())
         assert np.mean(shares) > 0.72
 
     @pytest.mark.parametrize("name", worlds("caltech101", "ucf101"))
@@ -375,8 +382,9 @@ class TestWorlds:
         kept, asked = support.classes < 50, labels < 50
         mixed = support_set(support.embeddings[kept], dealt[support.classes[kept]] // 5)
         prototypes = build(mixed, OFF, generation=1)
+        rows = queries[asked].astype(np.float64)
         right = {
-            mode: (judge(prototypes, queries[asked].astype(np.float64), mode).best == dealt[labels[asked]] // 5).mean()
+            mode: (score_batch(prototypes, rows, mode).best == dealt[labels[asked]] // 5).mean()
             for mode in (Mode.MAX, Mode.BEST)
         }
         assert right[Mode.BEST] >= right[Mode.MAX]

@@ -7,7 +7,7 @@ import numpy as np
 from sortd.classify.build import build
 from sortd.classify.held_out import refuse_reload, shared_recalls
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import Abstain, DecisionSettings
+from sortd.classify.types import AbstainSettings, DecisionSettings
 from tests.made_features import Array, Blobs, IntArray, support_set
 
 BLOBS = Blobs(10, spread=0.8)
@@ -24,12 +24,12 @@ def built(rows: Array, classes: IntArray, *, encoder_id: str = "made up") -> Pro
 OLD = built(ROWS, CLASSES)
 
 
-def test_an_equal_rebuild_passes() -> None:
+def test_refuse_reload_equal_rebuild_passes() -> None:
     """Nothing changed, nothing is refused."""
     assert refuse_reload(OLD, built(ROWS, CLASSES)) is None
 
 
-def test_shuffled_classes_are_refused() -> None:
+def test_refuse_reload_shuffled_classes_are_refused() -> None:
     """References that were thrown into wrong folders fall in accuracy, and the sentence names a class."""
     wrong = np.random.default_rng(0).permutation(CLASSES)
     order = np.argsort(wrong, kind="stable")
@@ -38,32 +38,32 @@ def test_shuffled_classes_are_refused() -> None:
     assert "a00" in said
 
 
-def test_a_removed_class_is_obeyed() -> None:
+def test_refuse_reload_removed_class_passes() -> None:
     """Deleting a folder is no loss of accuracy, however well it was recognised."""
     kept = CLASSES != 4
     assert refuse_reload(OLD, built(ROWS[kept], CLASSES[kept])) is None
 
 
-def test_fewer_references_that_decide_as_well_pass() -> None:
+def test_refuse_reload_fewer_equal_references_pass() -> None:
     """Half of the references decide these easy classes nearly as well."""
     kept = np.arange(len(CLASSES)) % 2 == 0
     assert refuse_reload(OLD, built(ROWS[kept], CLASSES[kept])) is None
 
 
-def test_another_encoder_is_not_compared() -> None:
+def test_refuse_reload_other_encoder_passes() -> None:
     """What was asked for is not judged by the old encoder's figures."""
     wrong = np.sort(np.random.default_rng(0).permutation(CLASSES))
     rows = ROWS[np.random.default_rng(0).permutation(len(ROWS))]
     assert refuse_reload(OLD, built(rows, wrong, encoder_id="another")) is None
 
 
-def test_other_settings_are_not_compared() -> None:
+def test_refuse_reload_other_settings_pass() -> None:
     """A stricter precision sends more to review, as was asked."""
     support = support_set(ROWS, CLASSES)
-    assert refuse_reload(OLD, build(support, DecisionSettings(abstain=Abstain(0.999)), generation=2)) is None
+    assert refuse_reload(OLD, build(support, DecisionSettings(abstain=AbstainSettings(0.999)), generation=2)) is None
 
 
-def test_doubled_abstentions_are_refused() -> None:
+def test_refuse_reload_doubled_abstentions_are_refused() -> None:
     """When twice as many known images would go to review, and ten points more, the old ones stay."""
     before = replace(OLD, calibration=replace(OLD.calibration, filed_expected=0.8))
     much = replace(OLD, calibration=replace(OLD.calibration, filed_expected=0.55))
@@ -72,7 +72,7 @@ def test_doubled_abstentions_are_refused() -> None:
     assert refuse_reload(before, little) is None
 
 
-def test_few_references_prove_nothing() -> None:
+def test_refuse_reload_few_references_pass() -> None:
     """With three references a class a loss of a few is within chance."""
     few = np.concatenate([np.flatnonzero(label == CLASSES)[:2] for label in range(2)])
     old = built(ROWS[few], CLASSES[few])
@@ -80,7 +80,7 @@ def test_few_references_prove_nothing() -> None:
     assert refuse_reload(old, new) is None
 
 
-def test_only_shared_classes_are_compared() -> None:
+def test_shared_recalls_returns_common_classes() -> None:
     """Labels decide what is the same class, not positions."""
     new = replace(OLD, labels=("other", *OLD.labels[1:]))
     assert [label for label, _, _ in shared_recalls(OLD, new)] == list(OLD.labels[1:])

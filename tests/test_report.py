@@ -15,12 +15,12 @@ from PIL import Image
 from sortd.classify.evaluate import evaluate
 from sortd.classify.explain import explain
 from sortd.classify.types import SupportSet
-from sortd.commands.examination import Examined, examine, taught
+from sortd.commands.examination import DatasetEvaluation, evaluate_datasets, settings_with_corrections
+from sortd.commands.report import check_page_path, evaluation_page, evaluation_sentences, explain_page, write_page
 from sortd.config import read_config
 from sortd.errors import DataError, DestinationError, JournalError
 from sortd.images.decode import thumbnail
 from sortd.layout import Layout
-from sortd.report import evaluation_page, evaluation_sentences, explain_page, see_that_a_page_fits, write_page
 from sortd.store.journal import Journal
 from sortd.store.records import Selection
 from tests.command_line import sortd, write_config
@@ -86,7 +86,7 @@ def noisy_support(folder: Path, classes: int = 4, references: int = 8) -> Suppor
 def facts_of(folder: Path, **sizes: int) -> dict[str, Any]:
     """Return the facts of an evaluation with mistakes in it."""
     serving = {"deciding": "prototypes", "model_id": None, "refusal": None}
-    return Examined("Noise", folder, evaluate(noisy_support(folder, **sizes)), (), serving).facts()
+    return DatasetEvaluation("Noise", folder, evaluate(noisy_support(folder, **sizes)), (), serving).facts()
 
 
 class TestThumbnails:
@@ -127,9 +127,9 @@ class TestExplainPage:
         """Return the facts of an explanation, as ``explain`` gives them."""
         prototypes = make_prototypes(dataset)
         found = explain(prototypes, prototypes.references[0])
-        from sortd.commands.explain import Explained
+        from sortd.commands.explain import ImageExplanation
 
-        return Explained(str(dataset / name), "Colours", "00", found, is_stored=True, records=()).facts()
+        return ImageExplanation(str(dataset / name), "Colours", "00", found, is_stored=True, records=()).facts()
 
     def test_it_is_whole_and_loads_nothing(self, tmp_path: Path) -> None:
         """Every tag is closed, every picture inside, nothing comes from elsewhere."""
@@ -137,7 +137,7 @@ class TestExplainPage:
         page = Page(explain_page(self.facts(dataset), now=NOW))
         assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
         assert len(page.addresses) == 5
-        assert "The nearest references" in page.text
+        assert "Nearest references" in page.text
         assert "cannot be shown" in page.text  # the image itself is not there
 
     def test_names_cannot_speak_html(self, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ class TestEvaluationPage:
         facts = facts_of(tmp_path)
         text = evaluation_page({"Noise": facts}, now=NOW)
         page = Page(text)
-        for title in ("What to do", "The modes", "The classes", "Confusion matrix", "References worth a look"):
+        for title in ("Advice", "Modes", "Classes", "Confusion matrix", "Suspect references"):
             assert title in page.text
         assert facts["advice"]["mode"] in page.text
         assert re.search(r'<polyline points="[\d., ]+"', text)
@@ -179,7 +179,7 @@ class TestEvaluationPage:
     def test_a_large_matrix_keeps_the_worst(self, tmp_path: Path) -> None:
         """With many classes those with the most mistakes are shown, and how many are not."""
         text = evaluation_page({"Noise": facts_of(tmp_path, classes=40, references=4)}, now=NOW)
-        assert "the 10 classes with the fewest mistakes are not shown" in Page(text).text
+        assert "10 classes with fewer errors are not shown" in Page(text).text
 
     def test_doubles_are_shown_side_by_side(self, tmp_path: Path) -> None:
         """The two pictures of a pair stand together."""
@@ -229,7 +229,7 @@ class TestEvaluationPage:
     def test_nothing_to_judge_is_no_crash(self, tmp_path: Path) -> None:
         """One image a class: there is nothing to leave out, and the page says what is missing."""
         facts = facts_of(tmp_path, references=1)
-        assert "add some" in Page(evaluation_page({"Noise": facts}, now=NOW)).text
+        assert "add images" in Page(evaluation_page({"Noise": facts}, now=NOW)).text
 
     def test_it_is_written_at_once(self, tmp_path: Path) -> None:
         """A page that cannot be written is an error with its path, and no half is left."""
@@ -242,14 +242,14 @@ class TestEvaluationPage:
     def test_a_place_for_no_page_is_refused_before_the_work(self, tmp_path: Path) -> None:
         """Minutes of judging are not lost to a folder that is missing; a name that is free passes."""
         (tmp_path / "file").touch()
-        see_that_a_page_fits(tmp_path / "a.html")
+        check_page_path(tmp_path / "a.html")
         for place, why in (
             (tmp_path, "is a folder"),
-            (tmp_path / "no" / "a", "no is no"),
+            (tmp_path / "no" / "a", "no is not a folder"),
             (tmp_path / "file" / "a", "file is"),
         ):
             with pytest.raises(DestinationError, match=why):
-                see_that_a_page_fits(place)
+                check_page_path(place)
         (tmp_path / "Data").mkdir()
         gone = sortd("eval", "-c", write_config(tmp_path), "--html", tmp_path / "no" / "a.html")
         assert (gone.code, gone.out) == (73, "")
@@ -263,9 +263,9 @@ class TestExamination:
         make_dataset(tmp_path / "Data")
         told: list[tuple[str, int, int]] = []
         config = read_config(write_config(tmp_path), {"HOME": str(tmp_path)})
-        list(examine(config, load_encoder=lambda _: FakeEncoder(), tell=lambda *now: told.append(now)))
+        list(evaluate_datasets(config, load_encoder=lambda _: FakeEncoder(), tell=lambda *now: told.append(now)))
         assert told[0][0].startswith("reading ")
-        assert told[-1][0].startswith("judging ")
+        assert told[-1][0].startswith("evaluating ")
         numbers = [done for what, done, _ in told if what.startswith("reading ")]
         assert numbers == list(range(1, told[0][2] + 1))
 
@@ -275,7 +275,9 @@ class TestExamination:
         for name in ("First", "Second"):
             Layout(make_dataset(tmp_path / "Data", name, references=3)).make()
         (tmp_path / "Data" / "First" / "Clases" / "red" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
-        found = list(examine(read_config(file, {"HOME": "/nonexistent"}), load_encoder=lambda _: FakeEncoder()))
+        found = list(
+            evaluate_datasets(read_config(file, {"HOME": "/nonexistent"}), load_encoder=lambda _: FakeEncoder())
+        )
         assert [(one.dataset, one.report.mode, one.report.references) for one in found] == [
             ("First", "mixed", 9),
             ("Second", "avg", 9),
@@ -293,9 +295,9 @@ class TestExamination:
             (record,) = journal.history.moves(Selection())
             journal.record_corrections([(record, "blue", "Dataset/blue/a.png")])
         config = read_config(write_config(tmp_path), {"HOME": "/nonexistent"})
-        assert taught(config, Layout(dataset)).corrections == ()
+        assert settings_with_corrections(config, Layout(dataset)).corrections == ()
         config = read_config(write_config(tmp_path, learn_from_corrections="true"), {"HOME": "/nonexistent"})
-        ((label, path),) = taught(config, Layout(dataset)).corrections
+        ((label, path),) = settings_with_corrections(config, Layout(dataset)).corrections
         assert (label, path) == ("blue", str(corrected))
 
     def test_what_cannot_be_judged_is_said(self, tmp_path: Path) -> None:
@@ -305,8 +307,8 @@ class TestExamination:
         assert sortd("eval", "-c", file).code == 65
         (tmp_path / "Data" / "Empty" / "Clases").mkdir(parents=True)
         assert "there are: Empty" in sortd("eval", "Other", "-c", file).err
-        with pytest.raises(DataError, match="holds no class folder"):
-            list(examine(read_config(file, {"HOME": "/nonexistent"}), load_encoder=lambda _: FakeEncoder()))
+        with pytest.raises(DataError, match="has no class folder"):
+            list(evaluate_datasets(read_config(file, {"HOME": "/nonexistent"}), load_encoder=lambda _: FakeEncoder()))
 
     def test_examine_dataset_that_cannot_be_judged_hides_no_other(self, tmp_path: Path) -> None:
         """The others come first, whatever the names; then what is wrong with the one is raised."""
@@ -315,7 +317,7 @@ class TestExamination:
         bad.parent.mkdir(parents=True)
         bad.write_bytes(b"garbage" * 1000)
         make_dataset(tmp_path / "Data", "Good")
-        told = examine(config, load_encoder=lambda _: FakeEncoder())
+        told = evaluate_datasets(config, load_encoder=lambda _: FakeEncoder())
         assert next(told).dataset == "Good"
         with pytest.raises(JournalError, match="the journal is damaged"):
             next(told)

@@ -24,18 +24,18 @@ REPOSITORY = Path(__file__).parent.parent
 class TestConcepts:
     """Labels of several data sets become concepts."""
 
-    def test_sets_that_share_a_name_share_a_concept(self) -> None:
-        """A barrel is a barrel, whichever set it is in and whatever else it is called."""
+    def test_merge_shared_names_share_a_concept(self) -> None:
+        """Whatever other names a label has."""
         vocabulary = merge({"a": ["barrel"], "b": ["barrel, cask", "tub"]})
         assert vocabulary.of_label["a"][0] == vocabulary.of_label["b"][0]
         assert vocabulary.concepts[vocabulary.of_label["a"][0]].names == ("barrel", "cask")
 
-    def test_the_background_class_has_no_caption(self) -> None:
-        """Images of nothing in particular teach nothing."""
+    def test_merge_background_class_has_no_concept(self) -> None:
+        """Its images are not trained on."""
         assert merge({"caltech101": [BACKGROUND, "ant"]}).of_label["caltech101"] == (-1, 0)
 
-    def test_plural_and_punctuation_do_not_part_names(self) -> None:
-        """Data sets spell as they like."""
+    def test_key_ignores_plural_and_punctuation(self) -> None:
+        """Data sets differ in spelling."""
         assert key("Binoculars") == key("binocular")
         assert key("bow-tie") == key("bow tie")
         assert key("dress") == "dress"
@@ -44,8 +44,8 @@ class TestConcepts:
 class TestData:
     """Batches are drawn from what is not held out."""
 
-    def test_no_held_out_image_is_ever_shown(self, tmp_path: Path) -> None:
-        """Index modulo ten is nine: never."""
+    def test_shuffler_never_shows_held_out_images(self, tmp_path: Path) -> None:
+        """Those whose index modulo ten is nine."""
         library = read_library(write_made_up(tmp_path / "data"), tmp_path / "cache")
         photo_set = library.photo_sets[0]
         photo_set.held_out()
@@ -55,8 +55,8 @@ class TestData:
             for pixels in shuffler.at(step).pixels.numpy():
                 assert pixels.tobytes() not in kept_out
 
-    def test_a_step_has_the_same_batch_after_resuming(self, tmp_path: Path) -> None:
-        """The order depends on seed and step alone."""
+    def test_shuffler_resumed_step_has_the_same_batch(self, tmp_path: Path) -> None:
+        """The order depends only on seed and step."""
         library = read_library(write_made_up(tmp_path / "data"), tmp_path / "cache")
         straight, resumed = Shuffler(library, batch=16, seed=3), Shuffler(library, batch=16, seed=3)
         for step in range(30):
@@ -68,8 +68,8 @@ class TestAugmentation:
     """Views are drawn by seed."""
 
     @pytest.mark.parametrize("strength", [STRONG, CALM])
-    def test_views_are_finite_of_the_side_asked_for_and_decided_by_the_seed(self, strength: object) -> None:
-        """The same seed gives the same views, another one others."""
+    def test_augmenter_views_have_their_size_and_depend_on_the_seed(self, strength: object) -> None:
+        """Equal seeds give equal views."""
         pixels = torch.randint(0, 256, (12, 64, 64, 3), dtype=torch.uint8)
         augmenter = Augmenter(torch.device("cpu"))
         first, again, other = (augmenter.views(pixels, side=48, strength=strength, seed=s) for s in (1, 1, 2))  # type: ignore[arg-type]  # parametrize gives objects
@@ -78,7 +78,7 @@ class TestAugmentation:
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
 
-    def test_normalising_is_what_the_shipped_processor_does(self) -> None:
+    def test_normalise_equals_the_exported_processor(self) -> None:
         """Training and use must see the same numbers."""
         from training.export import processor
 
@@ -94,15 +94,15 @@ class TestAugmentation:
 class TestLoss:
     """What the loss rewards."""
 
-    def test_images_of_one_concept_are_not_each_others_negatives(self) -> None:
-        """Two images on their shared caption lose next to nothing."""
+    def test_contrast_images_of_one_concept_are_positives(self) -> None:
+        """Two images with their shared caption have almost no loss."""
         texts = torch.eye(3)
         to_text, of_text = contrast(texts[[0, 0, 1]], texts, torch.tensor(100.0), torch.tensor([0, 0, 1]))
         assert to_text.item() < 1e-3
         # Two images share the first caption evenly, which costs log 2; the second has its only image.
         assert of_text.item() == pytest.approx(np.log(2) / 2, abs=1e-3)
 
-    def test_names_of_other_data_sets_are_not_counted_as_wrong(self) -> None:
+    def test_classify_ignores_names_of_other_data_sets(self) -> None:
         """Only names of the image's own set compete."""
         logits = torch.tensor([[1.0, 50.0]])
         allowed = torch.tensor([[True, False]])
@@ -112,22 +112,22 @@ class TestLoss:
 class TestSchedule:
     """The share of the run decides."""
 
-    def test_the_rate_warms_up_and_ends_near_nothing(self) -> None:
-        """Whatever the budget was."""
+    def test_rate_warms_up_and_decays(self) -> None:
+        """To less than a hundredth of the peak."""
         settings = Settings()
         rates = [schedule.rate(settings, share) for share in (0.0, settings.warmup_share, 0.5, 1.0)]
         assert rates[0] < rates[2] < rates[1] == pytest.approx(settings.peak_rate)
         assert rates[3] < 0.01 * settings.peak_rate
 
-    def test_a_budget_ends_a_run_that_its_steps_would_not(self) -> None:
-        """Whichever is over first."""
+    def test_clock_ends_by_budget_or_steps(self) -> None:
+        """Whichever comes first."""
         clock = schedule.Clock(steps=1000, budget_seconds=60.0)
         assert clock.share(10, 30.0) == pytest.approx(0.5)
         assert clock.share(900, 30.0) == pytest.approx(0.9)
         assert schedule.Clock(steps=1000, budget_seconds=None).share(10, 1e9) == pytest.approx(0.01)
 
-    def test_views_grow_and_calm_down(self) -> None:
-        """Small and strong first, whole and calm at the end."""
+    def test_schedule_views_grow_and_become_weaker(self) -> None:
+        """Small and strong first, full size and weak at the end."""
         settings = preset("gpu")
         assert schedule.side(settings, 0.0) < schedule.side(settings, 0.99) == settings.architecture.image_pixels
         assert (schedule.strength(settings, 0.1), schedule.strength(settings, 0.99)) == (STRONG, CALM)
@@ -136,8 +136,8 @@ class TestSchedule:
 class TestCheckpoint:
     """A run goes on where it stood."""
 
-    def test_what_was_saved_is_loaded(self, tmp_path: Path) -> None:
-        """Progress, weights, average, optimizer."""
+    def test_checkpoint_load_returns_what_was_saved(self, tmp_path: Path) -> None:
+        """Progress, weights, average and optimizer."""
         layer = torch.nn.Linear(2, 2)
         optimizer = torch.optim.AdamW(layer.parameters())
         layer(torch.ones(1, 2)).sum().backward()
@@ -152,8 +152,8 @@ class TestCheckpoint:
         assert torch.equal(saved.weights["weight"], layer.weight)
         assert saved.optimizers[0]["state"][0]["step"] == 1
 
-    def test_a_write_that_was_cut_off_leaves_the_one_before(self, tmp_path: Path) -> None:
-        """Only renames replace."""
+    def test_checkpoint_interrupted_save_keeps_the_old_one(self, tmp_path: Path) -> None:
+        """Only a rename replaces it."""
         layer = torch.nn.Linear(2, 2)
         optimizer = torch.optim.AdamW(layer.parameters())
         first = checkpoint.Standing(step=1)
@@ -166,8 +166,8 @@ class TestCheckpoint:
 
 
 @pytest.mark.slow
-def test_the_smoke_run_trains_end_to_end_and_writes_a_folder_that_loads_offline(tmp_path: Path) -> None:
-    """Made-up data in, a folder out that plain sentence-transformers reads; figures and curves beside it."""
+def test_smoke_run_writes_a_folder_that_loads_offline(tmp_path: Path) -> None:
+    """From synthetic data to a folder that sentence-transformers loads, with figures and curves."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     run, output = tmp_path / "run", tmp_path / "model"
     command = [sys.executable, "-m", "training.train", "--smoke", "--run", str(run), "--output", str(output)]
@@ -186,8 +186,8 @@ def test_the_smoke_run_trains_end_to_end_and_writes_a_folder_that_loads_offline(
     assert images.shape == texts.shape
 
 
-def test_what_ships_embeds_as_what_was_trained(tmp_path: Path) -> None:
-    """Folding the neck into the pooler and rounding to float16 change next to nothing."""
+def test_export_gives_the_rows_of_the_trained_model(tmp_path: Path) -> None:
+    """Folding the neck into the pooler and rounding to float16 change almost nothing."""
     from sentence_transformers import SentenceTransformer
 
     from training.export import export

@@ -20,9 +20,10 @@ from PIL import Image
 from sortd.arrays import FloatArray
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import Abstain, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.daemon.classifiers import Classifiers
 from sortd.daemon.embedder import TEXTS_AT_ONCE, Embedder
+from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.worker import (
     Answer,
     EmbedJob,
@@ -37,15 +38,14 @@ from sortd.daemon.worker import (
 )
 from sortd.encoder.base import Encoder
 from sortd.events import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
-from sortd.images.decode import Limits
+from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecoderPool
-from sortd.references import Teaching
 from sortd.store.cache import Cache
 from sortd.watch.scan import stamp
 from tests.daemon_process import COLOURS, PATIENCE_SECONDS, make_dataset, picture, teach
 from tests.fake_encoder import SEEN, FakeEncoder
 
-TEACHING = Teaching(DecisionSettings(Mode.MAX, None))
+TEACHING = ReferenceSettings(DecisionSettings(Mode.MAX, None))
 
 
 class Heard:
@@ -88,7 +88,7 @@ def working(
         first: what it is asked while it still loads.
     """
     kept: dict[str, PrototypeSet] = {} if stored is None else stored
-    pool = DecoderPool(1, SEEN, Limits())
+    pool = DecoderPool(1, SEEN, DecodeLimits())
     cache = Cache(tmp_path / "cache.sqlite")
     heard = Heard()
 
@@ -201,7 +201,7 @@ def test_rebuild_while_it_computes_lets_images_pass_and_shows_progress(
             pause()
         return build(*given, pause=pause, **named)
 
-    monkeypatch.setattr("sortd.references.build", until_the_image_is_answered)
+    monkeypatch.setattr("sortd.daemon.references.build", until_the_image_is_answered)
     with working(tmp_path) as (worker, heard):
         asked.append(worker)
         worker.ask(RebuildJob(DatasetId("taught"), dataset / "Clases", TEACHING, 0, 1))
@@ -220,7 +220,7 @@ def test_a_stop_ends_a_rebuild_while_it_computes(tmp_path: Path, monkeypatch: py
             began.set()
             pause()
 
-    monkeypatch.setattr("sortd.references.build", for_ever)
+    monkeypatch.setattr("sortd.daemon.references.build", for_ever)
     with working(tmp_path) as (worker, heard):
         worker.ask(RebuildJob(DatasetId("taught"), dataset / "Clases", TEACHING, 0, 1))
         assert began.wait(PATIENCE_SECONDS)
@@ -238,7 +238,7 @@ def test_names_of_many_classes_are_encoded_some_at_a_time(tmp_path: Path) -> Non
             batches.append(len(texts))
             return FakeEncoder.encode_texts(self, texts)
 
-    with DecoderPool(0, SEEN, Limits()) as pool, Cache(tmp_path / "cache.sqlite") as cache:
+    with DecoderPool(0, SEEN, DecodeLimits()) as pool, Cache(tmp_path / "cache.sqlite") as cache:
         embedder = Embedder(Counting(), pool, cache)
         embedder.attend_with(lambda: turns.append(None), bell=None)
         texts = [f"a photo of {number}" for number in range(3 * TEXTS_AT_ONCE + 1)]
@@ -336,7 +336,7 @@ def test_rebuild_description_that_is_no_file_is_said_and_the_class_is_learnt(
         assert answer.rebuilt is not None
         (refused,) = answer.rebuilt.refused
         assert refused.path == str(dataset / "Clases" / "red" / "class.txt")
-        assert refused.message.startswith("the class has no description: ")
+        assert refused.message.startswith("the description of the class cannot be read: ")
 
 
 def test_a_rebuild_without_descriptors_ends_the_worker_and_blames_no_reference(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_worker_dataset_made_anew_is_not_measured_by_its_predecessor(tmp_path: P
     dataset = make_dataset(tmp_path / "Data")
     teach(dataset, references=12)
     clases = dataset / "Clases"
-    best = Teaching(DecisionSettings(Mode.BEST, Abstain()))
+    best = ReferenceSettings(DecisionSettings(Mode.BEST, AbstainSettings()))
     first, second = DatasetId("Colours", 1), DatasetId("Colours", 2)
     with working(tmp_path, stored=stored) as (worker, heard):
         worker.ask(RebuildJob(first, clases, best, 0, 1))

@@ -1,4 +1,4 @@
-"""Augmentation: random views of a batch of small photos, as whole-batch tensor operations."""
+"""Augmentation: random views of a batch of small photos, by tensor operations on the whole batch."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ GREY = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True, slots=True)
 class Strength:
-    """How far a view may be from its photo; shares are probabilities."""
+    """The strength of the augmentation; shares are probabilities."""
 
     smallest_area: float = 0.4
     stretch: float = 1.33
@@ -42,7 +42,7 @@ CALM = Strength(
     blurred_share=0.08,
     erased_share=0.05,
 )
-"""For the end of a run, nearer to what a user's photo looks like."""
+"""For the end of a run: closer to the photos of users."""
 
 MILD = Strength(
     smallest_area=0.45,
@@ -57,11 +57,11 @@ MILD = Strength(
     noisy_share=0.03,
     erased_share=0.0,
 )
-"""For a run of few epochs, which has no time to learn the same photo by heart: stronger views only slow it down."""
+"""For a run of few epochs, which does not overfit; stronger views only slow it down."""
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 (b, h, w, 3) into the float32 (b, 3, h, w) that the vision tower takes."""
+    """Convert uint8 (b, h, w, 3) to the float32 (b, 3, h, w) that the image tower takes."""
     images = pixels.permute(0, 3, 1, 2).float().div_(255)
     mean = torch.tensor(MEAN, device=pixels.device).view(1, 3, 1, 1)
     deviation = torch.tensor(DEVIATION, device=pixels.device).view(1, 3, 1, 1)
@@ -69,15 +69,15 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 
 
 class Augmenter:
-    """Draws views; a generator of its own makes them a function of the seed it is given per batch."""
+    """Draws views that depend only on the seed of the batch."""
 
     def __init__(self, device: torch.device) -> None:
-        """Draw numbers on the device where the pixels are."""
+        """Create the random generator on the device of the pixels."""
         self._device = device
         self._dice = torch.Generator(device=device)
 
     def views(self, pixels: torch.Tensor, *, side: int, strength: Strength, seed: int) -> torch.Tensor:
-        """Turn uint8 (b, h, w, 3) into normalised float32 views (b, 3, side, side)."""
+        """Return normalised float32 views (b, 3, side, side) of uint8 pixels (b, h, w, 3)."""
         self._dice.manual_seed(seed)
         images = pixels.permute(0, 3, 1, 2).float().div_(255)
         images = self._crop(images, side, strength)
@@ -93,7 +93,7 @@ class Augmenter:
         return torch.rand(count, device=self._device, generator=self._dice) < share
 
     def _crop(self, images: torch.Tensor, side: int, strength: Strength) -> torch.Tensor:
-        """Crop, stretch, flip, tilt and turn, all in one resampling."""
+        """Crop, stretch, flip, tilt and rotate in one resampling."""
         count = len(images)
         area = self._uniform(count, strength.smallest_area, 1.1)
         stretch = torch.exp(self._uniform(count, -math.log(strength.stretch), math.log(strength.stretch)))
@@ -112,7 +112,7 @@ class Augmenter:
         return functional.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
     def _colour(self, images: torch.Tensor, strength: Strength) -> torch.Tensor:
-        """Jitter brightness, contrast, saturation and hue; drop or invert the colours of some."""
+        """Jitter brightness, contrast, saturation and hue; convert some images to grey and invert some."""
         count = len(images)
         jitter = strength.jitter
 
@@ -134,7 +134,7 @@ class Augmenter:
         return mixed.add_(offset).clamp_(0, 1)
 
     def _hue_matrix(self, count: int, hue: float) -> torch.Tensor:
-        """Rotate colours about the grey axis by up to `hue` radians times pi, (count, 3, 3)."""
+        """Return rotations of colours about the grey axis by up to `hue` times pi radians, (count, 3, 3)."""
         angle = self._uniform(count, -hue, hue) * math.pi * self._chosen(count, 0.5)
         cosine, sine = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
         third = 1 / 3
@@ -142,7 +142,7 @@ class Augmenter:
         return cosine * torch.eye(3, device=self._device) + sine * cross + (1 - cosine) * third
 
     def _blur(self, images: torch.Tensor, strength: Strength) -> torch.Tensor:
-        """Soften some images by a random share, and put noise on some."""
+        """Blur some images by a random share, and add noise to some."""
         count = len(images)
         soft = self._uniform(count, 0.3, 1.0) * self._chosen(count, strength.blurred_share)
         chosen = soft.nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""Captions: for every step one caption of each concept that the step compares its images with."""
+"""Captions: for each step, one caption of every concept in its contrastive loss."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from training.concepts import TEMPLATES, Vocabulary
 
 USUAL_SHARE = 0.5
-"""Of the captions, so many take the most usual name: synonyms are often Latin."""
+"""The share of captions with the first name: synonyms are often Latin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Captions:
 
 
 class Captioner:
-    """Every caption of every concept, tokenised once."""
+    """All captions of all concepts, tokenised once."""
 
     def __init__(self, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast, *, tokens: int) -> None:
         """Tokenise each name in each template."""
@@ -37,7 +37,7 @@ class Captioner:
         self._count = torch.tensor([count for _, count in rows])
 
     def draw(self, shown: torch.Tensor, *, count: int, seed: int) -> Captions:
-        """Caption the concepts shown (b,) and random others, `count` in all (or every concept, if those are fewer)."""
+        """Return captions of the shown concepts (b,) and of random others, `count` in all (or all)."""
         dice = torch.Generator().manual_seed(seed)
         total = len(self._count)
         order = torch.rand(total, generator=dice)
@@ -50,6 +50,6 @@ class Captioner:
         return Captions(concepts, self._tokens[rows], self._mask[rows])
 
     def template(self, index: int) -> Captions:
-        """Caption every concept by its most usual name in one template."""
+        """Return captions of every concept by its first name in one template."""
         rows = self._first + index
         return Captions(torch.arange(len(rows)), self._tokens[rows], self._mask[rows])

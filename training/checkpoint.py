@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on, in one folder, replaced whole; nothing in it is a pickle of code."""
+"""Checkpoints: the state of a run in one folder that is replaced atomically; no pickle in it runs code."""
 
 import json
 import os
@@ -15,7 +15,7 @@ NAME = "checkpoint"
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where a run stands: steps taken, seconds spent training, updates of the average."""
+    """The progress of a run: steps, seconds of training, updates of the average."""
 
     step: int = 0
     seconds: float = 0.0
@@ -30,7 +30,7 @@ def save(
     average: dict[str, torch.Tensor],
     optimizers: list[torch.optim.Optimizer],
 ) -> None:
-    """Write beside, then rename; an interrupted write leaves the checkpoint before it."""
+    """Write a checkpoint to a temporary folder and rename it; an interrupted write keeps the previous one."""
     partial, final, old = run / f"{NAME}.partial", run / NAME, run / f"{NAME}.old"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -47,7 +47,7 @@ def save(
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What a checkpoint held; `optimizers` are state dicts."""
+    """The content of a checkpoint; `optimizers` are state dicts."""
 
     progress: Standing
     weights: dict[str, torch.Tensor]
@@ -56,7 +56,7 @@ class Saved:
 
 
 def load(run: Path) -> Saved | None:
-    """Read the checkpoint of a run, or the one before it, or none."""
+    """Return the checkpoint of a run, or the previous one, or None."""
     for folder in (run / NAME, run / f"{NAME}.old"):
         if (folder / "progress.json").exists():
             return Saved(
@@ -69,5 +69,5 @@ def load(run: Path) -> Saved | None:
 
 
 def load_average(run: Path) -> dict[str, torch.Tensor]:
-    """Read what another run learnt: the average of its weights."""
+    """Return the averaged weights of another run."""
     return load_file(run / NAME / "average.safetensors")

@@ -1,4 +1,4 @@
-"""Concepts: the things the images show, each with the names it goes by, merged where data sets share one."""
+"""Concepts: the classes of all data sets with their names, merged if data sets share one."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BACKGROUND = "BACKGROUND Google"
-"""Caltech-101's class of images of nothing in particular; it has no caption."""
+"""Caltech-101's class of unrelated images; it has no caption."""
 
 CALTECH_NAMES = {
     "Faces": "face",
@@ -24,7 +24,7 @@ CALTECH_NAMES = {
     "sea horse": "seahorse, sea horse",
     "yin yang": "yin yang symbol",
 }
-"""Names that read badly in a caption, rewritten; everything else is taken as it stands."""
+"""Replacements of names that read badly in a caption."""
 
 TEMPLATES = (
     "a photo of a {}.",
@@ -42,21 +42,21 @@ TEMPLATES = (
 
 @dataclass(frozen=True, slots=True)
 class Concept:
-    """One thing with its names, the most usual first."""
+    """One concept with its names, the most common first."""
 
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Every concept, and which concept each label of each data set means (-1: none)."""
+    """All concepts, and the concept of each label of each data set (-1: none)."""
 
     concepts: tuple[Concept, ...]
     of_label: Mapping[str, tuple[int, ...]]
 
 
 def key(name: str) -> str:
-    """Fold case, punctuation and a plural s, so that `Binoculars` and `binocular` meet."""
+    """Return a name without case, punctuation and plural s, so that `Binoculars` equals `binocular`."""
     folded = re.sub(r"[^a-z0-9]+", " ", name.lower()).strip()
     return folded[:-1] if folded.endswith("s") and not folded.endswith("ss") else folded
 
@@ -73,9 +73,9 @@ def read_vocabulary(path: Path) -> Vocabulary:
 
 
 def merge(labels: Mapping[str, Sequence[str]]) -> Vocabulary:
-    """Give labels of different data sets one concept where the first name of one is a name of the other.
+    """Merge labels of different data sets into one concept if the first name of one is a name of the other.
 
-    Two labels of one data set stay apart (ImageNet has two cranes), except where their first names are the same words.
+    Two labels of one data set stay separate (ImageNet has two cranes), unless their first names are equal.
     """
     concepts: list[list[str]] = []
     owner: dict[str, int] = {}

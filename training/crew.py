@@ -1,7 +1,7 @@
-"""The crew: processes of one machine that each take their share of every batch and average their gradients.
+"""Data-parallel training on one machine: each process takes its share of every batch, and gradients are averaged.
 
 One process with two threads waits at the end of every small operation for the slower thread, which on a machine with
-other work to do costs up to nine tenths of the speed; processes of one thread each meet once a step.
+other load costs up to nine tenths of the speed; processes of one thread each synchronise once a step.
 """
 
 import os
@@ -16,7 +16,7 @@ from training.data import Batch
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which process of how many this is, and the folder through which they meet."""
+    """The rank of this process, the number of processes, and the folder that they share."""
 
     rank: int
     size: int
@@ -24,10 +24,10 @@ class Place:
 
 
 class Crew:
-    """Meets once a step, over memory that all processes map; two buffers in turn, so one meeting a step is enough."""
+    """Averages gradients in shared memory; two alternating buffers need only one barrier a step."""
 
     def __init__(self, place: Place, parameters: list[torch.nn.Parameter]) -> None:
-        """Map the shared buffers; with a crew of one there is nothing to share."""
+        """Map the shared buffers; a single process needs none."""
         self.rank, self.size = place.rank, place.size
         self._turn = 0
         if self.size == 1:
@@ -43,12 +43,12 @@ class Crew:
         self._shapes = [p.numel() for p in parameters]
 
     def share_of(self, batch: Batch) -> Batch:
-        """Give this process's part of a batch."""
+        """Return this process's part of a batch."""
         mine = slice(self.rank, None, self.size)
         return Batch(batch.pixels[mine], batch.concepts[mine], batch.sources[mine])
 
     def meet(self, seconds: float) -> float:
-        """Replace every gradient by its mean over the crew; give the seconds that rank 0 says, so that clocks agree."""
+        """Replace every gradient by its mean over the processes; return the seconds of rank 0, so that clocks agree."""
         if self.size == 1:
             return seconds
         buffers = self._shared[self._turn]
@@ -68,12 +68,12 @@ class Crew:
         return float(buffers[0, -1])
 
     def leave(self) -> None:
-        """Wait for the others and part."""
+        """Wait for the other processes and leave the group."""
         if self.size > 1:
             distributed.barrier()
             distributed.destroy_process_group()
 
 
 def thread_count(size: int) -> int:
-    """Give each process its part of the cores."""
+    """Return the number of threads of each process."""
     return max(1, (os.cpu_count() or 1) // size)

@@ -1,4 +1,4 @@
-"""Images for training: small RGB pictures with their concepts, read from the npz files and kept decoded on disk."""
+"""Training images: small RGB images with their concepts, read from npz files and cached on disk after decoding."""
 
 import io
 from collections.abc import Iterator
@@ -16,22 +16,22 @@ from training.concepts import Vocabulary, read_vocabulary
 PIXELS = 64
 HELD_OUT_EVERY = 10
 REPEATS = {"imagenet1k": 4, "caltech101": 2}
-"""How often an epoch shows the images of small data sets, so that their many names are learnt."""
+"""Repetitions an epoch of the images of small data sets with many names."""
 
 UNSPLIT = frozenset({"imagenet1k"})
-"""One image a class: nothing to hold out."""
+"""Data sets with one image a class, which hold out none."""
 
 
 @dataclass(frozen=True, slots=True)
 class PhotoSet:
-    """Images of one file: `pixels` uint8 (n, 64, 64, 3), `labels` int64 (n,) into the names of `data_set`."""
+    """The images of one file: `pixels` uint8 (n, 64, 64, 3), `labels` int64 (n,) into the names of `data_set`."""
 
     data_set: str
     pixels: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
 
     def held_out(self) -> npt.NDArray[np.bool_]:
-        """Say which images are never trained on: index in the file modulo 10 is 9."""
+        """Return which images are held out: those whose index in the file is 9 modulo 10."""
         if self.data_set in UNSPLIT:
             return np.zeros(len(self.labels), bool)
         last: npt.NDArray[np.bool_] = np.arange(len(self.labels)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
@@ -40,27 +40,27 @@ class PhotoSet:
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """All photo sets with the vocabulary that their labels mean."""
+    """All photo sets and their vocabulary."""
 
     photo_sets: tuple[PhotoSet, ...]
     vocabulary: Vocabulary
 
     def data_sets(self) -> tuple[str, ...]:
-        """Name the data sets in the order of their first file."""
+        """Return the names of the data sets in the order of their first file."""
         return tuple(dict.fromkeys(photo_set.data_set for photo_set in self.photo_sets))
 
 
 def read_library(folder: Path, cache: Path) -> Library:
-    """Read every npz of a folder, decoding each once into `cache`."""
+    """Read every npz file of a folder; decoded images are cached in `cache`."""
     files = sorted(folder.glob("*.npz"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no *.npz to train from")
+        raise FileNotFoundError(f"{folder} has no *.npz files")
     vocabulary = read_vocabulary(folder / "class_names.json")
     return Library(tuple(read_photo_set(file, cache) for file in files), vocabulary)
 
 
 def read_photo_set(file: Path, cache: Path) -> PhotoSet:
-    """Decode one npz (`webp`, `offsets`, `labels`) into a memory map, or open the map that an earlier run left."""
+    """Decode one npz file (`webp`, `offsets`, `labels`) to a memory map, or open the map of an earlier run."""
     with np.load(file, allow_pickle=False) as content:
         labels = content["labels"].astype(np.int64)
         decoded = cache / f"{file.stem}.npy"
@@ -74,7 +74,7 @@ def read_photo_set(file: Path, cache: Path) -> PhotoSet:
 
 
 def decode(stream: bytes, offsets: npt.NDArray[np.int64], target: Path) -> None:
-    """Write images of a stream as one uint8 array (n, 64, 64, 3), whole or not at all."""
+    """Write the images of a stream atomically as one uint8 array (n, 64, 64, 3)."""
     partial = target.with_suffix(".partial")
     shape = (len(offsets) - 1, PIXELS, PIXELS, 3)
     pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
@@ -100,10 +100,10 @@ class Batch:
 
 
 class Shuffler:
-    """Endless batches of training images, in an order that depends on seed and epoch alone, so a run can resume."""
+    """Endless batches of training images, in an order that depends only on seed and epoch, so that a run can resume."""
 
     def __init__(self, library: Library, *, batch: int, seed: int) -> None:
-        """List what may be shown: not held out, with a concept."""
+        """List the images that are not held out and have a concept."""
         self._library, self._batch, self._seed = library, batch, seed
         data_sets = library.data_sets()
         rows = []
@@ -118,18 +118,18 @@ class Shuffler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Count the whole batches of an epoch."""
+        """The number of complete batches in an epoch."""
         return len(self._rows) // self._batch
 
     def batches(self, first_step: int) -> Iterator[Batch]:
-        """Give batches from a step on."""
+        """Yield the batches from a step on."""
         step = first_step
         while True:
             yield self.at(step)
             step += 1
 
     def at(self, step: int) -> Batch:
-        """Give the batch of one step."""
+        """Return the batch of one step."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch
@@ -143,7 +143,7 @@ class Shuffler:
 
 
 def held_out_images(library: Library, data_set: str, *, at_most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give held-out images of a data set, evenly thinned: uint8 (n, 64, 64, 3), int64 concepts (n,)."""
+    """Return an even sample of a data set's held-out images, uint8 (n, 64, 64, 3), and concepts, int64 (n,)."""
     pixels, concepts = [], []
     for photo_set in library.photo_sets:
         if photo_set.data_set == data_set:

@@ -1,4 +1,4 @@
-"""Evaluation on held-out images of the training data: naming without examples, and few-shot rules with five."""
+"""Evaluation on held-out images of the training data: zero-shot and five-shot accuracy."""
 
 from dataclasses import dataclass
 
@@ -18,13 +18,13 @@ Embeddings = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Shares right in per cent: names only, and shrunken shared-covariance Gaussians from five images a class."""
+    """Accuracies in per cent: by names, and by shared-covariance Gaussians with shrinkage from five images a class."""
 
     zero_shot: dict[str, float]
     few_shot: dict[str, float]
 
     def flat(self) -> dict[str, float]:
-        """Give one name for each figure."""
+        """Return the figures by name."""
         return {f"zero_shot_{k}": v for k, v in self.zero_shot.items()} | {
             f"few_shot_{k}": v for k, v in self.few_shot.items()
         }
@@ -43,7 +43,7 @@ def embed(student: Student, pixels: torch.Tensor, *, device: torch.device, batch
 
 @torch.inference_mode()
 def embed_concepts(student: Student, captioner: Captioner, *, device: torch.device) -> torch.Tensor:
-    """Embed every concept as the mean of its usual name in every template, float32 (concepts, d) of unit length."""
+    """Embed every concept as the mean of its first name in all templates, float32 (concepts, d) of unit length."""
     total: torch.Tensor | None = None
     for index in range(len(TEMPLATES)):
         captions = captioner.template(index)
@@ -56,7 +56,7 @@ def embed_concepts(student: Student, captioner: Captioner, *, device: torch.devi
 
 
 def measure(student: Student, library: Library, captioner: Captioner, *, device: torch.device, at_most: int) -> Figures:
-    """Measure on at most so many held-out images of each data set."""
+    """Measure on at most `at_most` held-out images of each data set."""
     was_training = student.training
     student.eval()
     texts = embed_concepts(student, captioner, device=device)
@@ -83,7 +83,7 @@ def few_shot_accuracy(
     trials: int = 60,
     seed: int = 0,
 ) -> float:
-    """Draw so many classes and images of each, name the others by a shared-covariance Gaussian; per cent right."""
+    """Return the accuracy in per cent of a shared-covariance Gaussian on `trials` random few-shot tasks."""
     dice = np.random.default_rng(seed)
     names, counts = np.unique(labels, return_counts=True)
     usable = names[counts > shots]
@@ -101,7 +101,7 @@ def few_shot_accuracy(
 
 
 def gaussian_right(support: Embeddings, query: Embeddings, truth: npt.NDArray[np.int64], classes: int) -> float:
-    """Fit class means and one shrunken covariance to support rows ordered by class; give the share of queries right."""
+    """Fit class means and one covariance with shrinkage to support rows ordered by class; return the accuracy."""
     shots, width = len(support) // classes, support.shape[1]
     means = support.reshape(classes, shots, width).mean(axis=1)
     rest = support - means.repeat(shots, axis=0)

@@ -1,4 +1,4 @@
-"""Export: the folder that ships, which plain `SentenceTransformer(folder)` loads without network or remote code."""
+"""Export to the packaged folder, which `SentenceTransformer(folder)` loads without network or remote code."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ SIMILARITY = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine
 
 
 def export(student: Student, tokenizer: PreTrainedTokenizerFast, folder: Path, *, image_pixels: int) -> None:
-    """Write configuration, float16 weights, tokenizer and image processor; loading gives float32."""
+    """Write configuration, float16 weights, tokenizer and image processor; they are loaded as float32."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder = student.encoder
     configuration = encoder.config.to_diff_dict()
@@ -47,7 +47,7 @@ def export(student: Student, tokenizer: PreTrainedTokenizerFast, folder: Path, *
 
 
 def tokenizer_configuration(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
-    """Describe the tokenizer in words that transformers 4 and 5 both know."""
+    """Return the tokenizer's configuration for transformers 4 and 5."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": "VisionTextDualEncoderProcessor",
@@ -63,7 +63,7 @@ def tokenizer_configuration(tokenizer: PreTrainedTokenizerFast) -> dict[str, obj
 
 
 def shipped_weights(student: Student) -> dict[str, torch.Tensor]:
-    """Give the dual encoder's weights with the neck's centring and scaling folded into the pooler before it."""
+    """Return the weights of the dual encoder with the batch norm of the neck folded into the pooler."""
     weights = dict(student.encoder.state_dict())
     dense = "vision_model.pooler.dense."
     mean, variance = student.neck.running_mean, student.neck.running_var
@@ -76,13 +76,13 @@ def shipped_weights(student: Student) -> dict[str, torch.Tensor]:
 
 
 def half(tensor: torch.Tensor) -> torch.Tensor:
-    """Give float16 of a floating tensor, on the CPU."""
+    """Return a tensor on the CPU, in float16 if it is floating-point."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor.half() if tensor.is_floating_point() else tensor
 
 
 def processor(image_pixels: int) -> dict[str, object]:
-    """Describe CLIP's image processor: shortest edge to size, square from the middle."""
+    """Return the configuration of CLIP's image processor: resize the shortest edge, crop the centre."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "processor_class": "VisionTextDualEncoderProcessor",
@@ -101,5 +101,5 @@ def processor(image_pixels: int) -> dict[str, object]:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write readable JSON."""
+    """Write indented JSON."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The journal of a run: one JSON line per report, and a picture of its curves."""
+"""The log of a run: one JSON line for each report, and a plot of its curves."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ class Journal:
     """Appends to `curves.jsonl` of a run."""
 
     def __init__(self, run: Path) -> None:
-        """Keep the file's place; it is made by the first line."""
+        """Set the path; the first line creates the file."""
         self._file = run / "curves.jsonl"
 
     def write(self, **facts: Fact) -> None:
@@ -26,7 +26,7 @@ class Journal:
         return [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()]
 
     def draw(self, picture: Path) -> bool:
-        """Draw losses and figures over the share of the run; says whether matplotlib was there to do it."""
+        """Plot losses and accuracies over the run; return whether matplotlib is installed."""
         try:
             from matplotlib.figure import Figure
         except ImportError:

@@ -1,4 +1,4 @@
-"""The loss: captions against images both ways, with all images of a concept as positives, and a plain classifier."""
+"""The loss: a contrastive loss in both directions with all images of a concept as positives, and a classifier."""
 
 import torch
 from torch.nn import functional
@@ -7,11 +7,11 @@ from torch.nn import functional
 def contrast(
     images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, place: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compare images (b, d) with texts (k, d); `place` int64 (b,) is each image's text.
+    """Return the contrastive losses of images (b, d) and texts (k, d); `place` int64 (b,) is each image's text.
 
-    One text stands for a concept, so images of one concept are never each other's negatives. The second part asks of
-    each shown text that its probability over the images be spread evenly over its own (the supervised contrastive
-    loss's outer sum, arXiv:2004.11362).
+    Each text is a concept, so images of one concept are never negatives of each other. The second part spreads the
+    probability of each text over the images evenly among those of its concept (the outer sum of the supervised
+    contrastive loss, arXiv:2004.11362).
     """
     logits = scale * functional.normalize(images, dim=-1) @ functional.normalize(texts, dim=-1).T
     to_text = functional.cross_entropy(logits, place)
@@ -23,8 +23,8 @@ def contrast(
 
 
 def classify(logits: torch.Tensor, concepts: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of (b, concepts) within each image's own data set; `allowed` bool (b, concepts).
+    """Return the cross entropy of logits (b, concepts) over `allowed`, bool (b, concepts): the image's data set.
 
-    A photo of a beach also shows what another set calls an umbrella: only names of its own set are known to be wrong.
+    A photo of a beach may also show what another set calls an umbrella, so only names of its own set are negatives.
     """
     return functional.cross_entropy(logits.masked_fill(~allowed, -1e4), concepts)

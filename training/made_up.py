@@ -1,4 +1,4 @@
-"""Made-up data for the smoke run: coloured shapes, written in the format of the real files."""
+"""Synthetic data for the smoke run: coloured shapes in the format of the real files."""
 
 import io
 import json
@@ -14,7 +14,7 @@ PIXELS = 64
 
 
 def write_made_up(folder: Path, *, seed: int = 0) -> Path:
-    """Write one data set of twelve names, 30 images each, and give the folder."""
+    """Write one data set of twelve names with 30 images each, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     dice = np.random.default_rng(seed)
@@ -31,7 +31,7 @@ def write_made_up(folder: Path, *, seed: int = 0) -> Path:
 
 
 def draw(name: str, dice: np.random.Generator) -> Image.Image:
-    """Draw one shape somewhere on a grey ground, RGB 64 x 64."""
+    """Draw one shape at a random place on grey, RGB 64 x 64."""
     colour, shape = name.split()
     ground = int(dice.integers(60, 200))
     image = Image.new("RGB", (PIXELS, PIXELS), (ground, ground, ground))

@@ -1,7 +1,7 @@
-"""`python -m training.measure`: the figures of a folder that ships, measured through plain sentence-transformers.
+"""`python -m training.measure`: the accuracies of an exported folder, measured with sentence-transformers.
 
-Zero-shot: held-out images (index in their file modulo 10 is 9) named among all names of their set, each name being the
-mean of its templates. Few-shot: six classes drawn at a time, five images each, a shared-covariance Gaussian.
+Zero-shot: held-out images (index in their file modulo 10 is 9) classified among all names of their set, each name being
+the mean of its templates. Few-shot: six random classes, five images each, a shared-covariance Gaussian.
 """
 
 import argparse
@@ -24,14 +24,14 @@ Rows = npt.NDArray[np.float64]
 
 
 def unit(rows: npt.NDArray[Any]) -> Rows:
-    """Scale each row to length 1, float64 (n, d)."""
+    """Return rows scaled to length 1, float64 (n, d)."""
     wide = rows.astype(np.float64)
     scaled: Rows = wide / np.linalg.norm(wide, axis=-1, keepdims=True)
     return scaled
 
 
 def name_rows(model: Any, vocabulary: Vocabulary, concepts: list[int]) -> Rows:  # noqa: ANN401 - the library is untyped.
-    """Embed each concept's most usual name in every template, averaged, (concepts, d)."""
+    """Embed each concept as the mean of its first name in all templates, (concepts, d)."""
     names = [vocabulary.concepts[concept].names[0] for concept in concepts]
     texts = [template.format(name) for name in names for template in TEMPLATES]
     rows = unit(model.encode(texts, batch_size=256, show_progress_bar=False))
@@ -39,13 +39,13 @@ def name_rows(model: Any, vocabulary: Vocabulary, concepts: list[int]) -> Rows: 
 
 
 def main(values: list[str] | None = None) -> int:
-    """Measure a folder and print it."""
+    """Measure a folder and print the figures."""
     parser = argparse.ArgumentParser(prog="python -m training.measure", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model")
     parser.add_argument("--data", type=Path, required=True, help="folder of *.npz and class_names.json")
-    parser.add_argument("--decoded", type=Path, help="where decoded images are kept, such as `decoded` of a run")
+    parser.add_argument("--decoded", type=Path, help="cache of decoded images, for example `decoded` of a run")
     parser.add_argument("--set", dest="data_set", default="tinyimagenet")
-    parser.add_argument("--at-most", type=int, default=100_000, help="images, evenly thinned")
+    parser.add_argument("--at-most", type=int, default=100_000, help="maximum number of images, an even sample")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(values)
     os.environ["HF_HUB_OFFLINE"] = "1"

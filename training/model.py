@@ -1,9 +1,9 @@
-"""The model: a stock `VisionTextDualEncoderModel` of small towers, and the classifier that helps only while training.
+"""The model: a stock `VisionTextDualEncoderModel` of small towers, and classifiers that are used only in training.
 
-The vision tower is DPT's hybrid encoder: a residual network of dense 3x3 convolutions (`ResNetBackbone`), whose last
-map a transformer layer reads, the class token of which is the pooled output. Dense convolutions learn more from little
-data than a plain transformer, and are what a CPU with AMX does fastest; of the architectures of transformers that have
-them, this one alone gives the flat (b, c) pooled output which the dual encoder projects.
+The image tower is DPT's hybrid encoder: a residual network of dense 3x3 convolutions (`ResNetBackbone`) and one
+transformer layer, whose class token is the pooled output. Dense convolutions learn more from little data than a plain
+transformer, and a CPU with AMX computes them fastest; among the architectures of transformers with them, only this one
+has the pooled output (b, c) that the dual encoder projects.
 """
 
 import math
@@ -15,11 +15,11 @@ from transformers import BertConfig, DPTConfig, ResNetConfig, VisionTextDualEnco
 from training.settings import Architecture
 
 STRIDE = 16
-"""Pixels of the image for one place of the last map: 4 by the stem, 2 by each of two stages."""
+"""Pixels of the image for one position of the last feature map: 4 by the stem, 2 by each of two stages."""
 
 
 def describe(architecture: Architecture, *, vocabulary: int) -> VisionTextDualEncoderConfig:
-    """Turn sizes into the configuration that ships."""
+    """Return the model configuration for an architecture."""
     places = math.ceil(architecture.image_pixels / STRIDE)
     channels = list(architecture.stage_channels)
     backbone = ResNetConfig(
@@ -61,10 +61,10 @@ LARGEST_SCALE = 100.0
 
 
 class Student(nn.Module):
-    """The dual encoder with a linear classifier over all concepts on the embedding; only the dual encoder ships."""
+    """The dual encoder, and linear classifiers over all concepts; only the dual encoder is exported."""
 
     def __init__(self, configuration: VisionTextDualEncoderConfig, *, concepts: int) -> None:
-        """Initialise: projections as rotations, so that no direction of the features is lost from the start."""
+        """Initialise; projections are orthogonal, so that no direction of the features is lost at the start."""
         super().__init__()
         self.encoder = VisionTextDualEncoderModel(configuration)
         self.encoder.set_attn_implementation("eager")  # On a CPU its backward is three times as fast at 17 tokens.
@@ -84,9 +84,9 @@ class Student(nn.Module):
             nn.init.zeros_(layer.output.dense.weight)
 
     def embed_images(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed float (b, 3, h, w) as (b, embedding), not normalised, and give the mean of the last map (b, channels).
+        """Return embeddings (b, embedding) of float (b, 3, h, w), not normalised, and the mean last map (b, channels).
 
-        Does what the stock vision tower does, which keeps the last map to itself and refuses other sizes than its own.
+        It computes what the stock image tower does, which neither returns the last map nor accepts other sizes.
         """
         vision = self.encoder.vision_model
         features = vision.embeddings.backbone(images).feature_maps[-1]
@@ -103,6 +103,6 @@ class Student(nn.Module):
 
     @property
     def scale(self) -> torch.Tensor:
-        """Give the learnt inverse temperature, at most CLIP's 100."""
+        """The learned inverse temperature, at most CLIP's 100."""
         scale: torch.Tensor = self.encoder.logit_scale.exp().clamp(max=LARGEST_SCALE)
         return scale

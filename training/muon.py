@@ -1,7 +1,7 @@
-"""Muon, for kernels of convolutions too: steps that are orthogonal matrices of the momentum.
+"""The optimizer Muon, also for convolution kernels: its steps are the orthogonalised momentum.
 
 Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024); the size of a step is matched to
-AdamW's by 0.2 sqrt(max(rows, columns)) (arXiv:2502.16982, equation 4), so that both can share one rate. torch's own
+AdamW's by 0.2 sqrt(max(rows, columns)) (arXiv:2502.16982, equation 4), so that both can use one learning rate.
 `torch.optim.Muon` takes matrices only, not the kernels that hold most of this model.
 """
 
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the Newton-Schulz iteration, from Jordan's page: steepest at zero, not exact at one."""
+"""Coefficients of the Newton-Schulz iteration, from Jordan's page: steep at zero, approximate at one."""
 ITERATIONS = 5
 RMS = 0.2
-"""Root mean square of an AdamW step at rate 1, as arXiv:2502.16982 measures it."""
+"""Root mean square of an AdamW step at learning rate 1 (arXiv:2502.16982)."""
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Move the singular values of (r, c) near 1, in bfloat16."""
+    """Return a matrix (r, c) with its singular values near 1, in bfloat16."""
     first, second, third = QUINTIC
     turned = matrix.shape[0] > matrix.shape[1]
     near = (matrix.mT if turned else matrix).bfloat16()

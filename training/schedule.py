@@ -1,4 +1,4 @@
-"""The schedule: what the share of the run that is over means for rates, views and averaging."""
+"""The schedule: learning rate, views and averaging as functions of the progress of a run."""
 
 import math
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from training.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """How long a run is: so many steps, or a budget of seconds, whichever is over first."""
+    """The length of a run: a number of steps or a budget of seconds, whichever ends first."""
 
     steps: int
     budget_seconds: float | None
 
     def share(self, step: int, seconds: float) -> float:
-        """Give the share that is over, 0 to 1."""
+        """Return the progress, 0 to 1."""
         spent = step / max(self.steps, 1)
         if self.budget_seconds is not None:
             spent = max(spent, seconds / self.budget_seconds)
@@ -23,7 +23,7 @@ class Clock:
 
 
 def rate(settings: Settings, share: float) -> float:
-    """Warm up linearly, then follow a cosine down."""
+    """Return the learning rate: a linear warm-up, then a cosine decay."""
     if share < settings.warmup_share:
         return settings.peak_rate * (0.02 + 0.98 * share / settings.warmup_share)
     rest = (share - settings.warmup_share) / (1 - settings.warmup_share)
@@ -32,15 +32,15 @@ def rate(settings: Settings, share: float) -> float:
 
 
 def side(settings: Settings, share: float) -> int:
-    """Give the pixels of a view."""
+    """Return the side of a view in pixels."""
     return [pixels for start, pixels in settings.sides if share >= start][-1]
 
 
 def strength(settings: Settings, share: float) -> Strength:
-    """Augment strongly first and calmly at the end."""
+    """Return the strength of the augmentation, which is lower at the end."""
     return settings.calm_strength if share >= 1 - settings.calm_share else settings.strength
 
 
 def averaging(settings: Settings, updates: int) -> float:
-    """Average over few updates first, then over more."""
+    """Return the decay of the average, which increases with the updates."""
     return min(settings.average_decay**settings.average_every, (1 + updates) / (10 + updates))

@@ -1,4 +1,4 @@
-"""What a training run is made of, as frozen values with presets for a CPU, a GPU and a smoke test."""
+"""The settings of a training run, with presets for a CPU, a GPU and a smoke test."""
 
 from dataclasses import dataclass, replace
 
@@ -7,7 +7,7 @@ from training.augmentation import CALM, MILD, STRONG, Strength
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Sizes of both towers; every field ends up in the exported `config.json`."""
+    """The sizes of both towers, which the exported `config.json` contains."""
 
     image_pixels: int = 64
     stem_channels: int = 64
@@ -26,7 +26,7 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One training run: how long, how fast, how strongly augmented."""
+    """The settings of one training run."""
 
     architecture: Architecture = Architecture()
     batch: int = 256
@@ -36,7 +36,7 @@ class Settings:
     peak_rate: float = 1.2e-3
     kernel_rate_factor: float = 6.0
     matrix_rate_factor: float = 2.0
-    """How much faster Muon's kernels and matrices learn than AdamW's tables, norms and classifiers."""
+    """Learning rates of Muon's kernels and matrices relative to AdamW's embeddings, norms and classifiers."""
     final_rate_share: float = 0.002
     warmup_share: float = 0.03
     weight_decay: float = 0.05
@@ -47,7 +47,7 @@ class Settings:
     calm_strength: Strength = CALM
     calm_share: float = 0.15
     sides: tuple[tuple[float, int], ...] = ((0.0, 48), (0.6, 64))
-    """Pixels of a view from a share of the run on: small ones first, which are cheap."""
+    """Progress from which a side of views, in pixels, applies: small views first, which are cheap."""
     head_weight: float = 1.0
     compile_towers: bool = False
     checkpoint_minutes: float = 5.0
@@ -56,7 +56,7 @@ class Settings:
 
 
 def preset(name: str) -> Settings:
-    """Give the settings called `cpu`, `gpu` or `smoke`."""
+    """Return the preset `cpu`, `gpu` or `smoke`."""
     match name:
         case "cpu":
             return Settings(epochs=30.0, budget_minutes=105.0, strength=MILD, calm_strength=MILD, compile_towers=True)
@@ -88,4 +88,4 @@ def preset(name: str) -> Settings:
             return replace(
                 Settings(), architecture=tiny, batch=32, texts=12, epochs=6.0, average_decay=0.9, evaluate_minutes=60.0
             )
-    raise ValueError(f"no preset is called {name!r}: use cpu, gpu or smoke")
+    raise ValueError(f"unknown preset {name!r}; use cpu, gpu or smoke")

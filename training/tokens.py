@@ -1,4 +1,4 @@
-"""Tokens: a WordPiece tokenizer learnt from the names themselves, falling back on single characters."""
+"""Tokens: a WordPiece tokenizer trained on the names, with single characters as a fallback."""
 
 import json
 import string
@@ -14,7 +14,7 @@ PADDING, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 
 
 def learn_tokenizer(vocabulary: Vocabulary, *, pieces: int, longest: int) -> PreTrainedTokenizerFast:
-    """Learn at most `pieces` word pieces from captions; every ASCII character is one, so any such word tokenises."""
+    """Train at most `pieces` word pieces on captions; every ASCII character is one, so that any word tokenises."""
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -40,20 +40,20 @@ def learn_tokenizer(vocabulary: Vocabulary, *, pieces: int, longest: int) -> Pre
 
 
 def single_characters() -> list[str]:
-    """List every printable ASCII character, alone and as the continuation of a word."""
+    """Return every printable ASCII character, alone and as the continuation of a word."""
     letters = string.ascii_lowercase + string.digits
     return [*letters, *(f"##{letter}" for letter in letters), *string.punctuation]
 
 
 def demote_special(tokenizer: Tokenizer, characters: set[str]) -> Tokenizer:
-    """Make the characters ordinary pieces again: the trainer keeps only special ones for certain."""
+    """Make the characters ordinary pieces; they were special tokens only because the trainer keeps all of those."""
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in characters]
     return Tokenizer.from_str(json.dumps(state))
 
 
 def captions(vocabulary: Vocabulary) -> Iterable[str]:
-    """Give every name often and every template now and then."""
+    """Yield the names of all concepts, and each template once."""
     for concept in vocabulary.concepts:
         yield from concept.names
     for template in TEMPLATES:

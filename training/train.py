@@ -1,4 +1,4 @@
-"""`python -m training.train`: trains the small CLIP and writes the folder that ships. See README.md."""
+"""`python -m training.train`: trains the small CLIP and writes the exported folder. See README.md."""
 
 import argparse
 import copy
@@ -35,18 +35,18 @@ from training.tokens import learn_tokenizer, read_tokenizer
 log = logging.getLogger("training")
 
 TOKENIZER = "tokenizer"
-"""Folder of a run: learnt once, since every process and every resumption must number the pieces alike."""
+"""Folder in a run; trained once, since all processes and resumed runs must number the pieces equally."""
 
 EmbedImages = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 EmbedTexts = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 REPORT_SECONDS = 30.0
 MATRIX = 2
-"""Dimensions from which on a parameter decays."""
+"""Parameters of at least so many dimensions have weight decay."""
 
 
 class Run:
-    """One training run: its model, its average, where it stands."""
+    """One training run: its model, average and progress."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Run:
         half: bool,
         start: Path | None = None,
     ) -> None:
-        """Build everything from the seed, then go on from the folder's checkpoint if it has one."""
+        """Build everything from the seed, then resume from the folder's checkpoint, if any."""
         torch.manual_seed(settings.seed)
         self.settings, self.library, self.folder, self.device, self.half = settings, library, folder, device, half
         sizes = settings.architecture
@@ -83,7 +83,7 @@ class Run:
         self.resume(start)
 
     def resume(self, start: Path | None) -> None:
-        """Go on from the checkpoint, if there is one; else begin with what the run `start` learnt, if one is named."""
+        """Resume from the checkpoint, if there is one; otherwise load the average of the run `start`, if given."""
         saved = checkpoint.load(self.folder)
         if saved is None:
             if start is not None:
@@ -109,11 +109,11 @@ class Run:
         )
 
     def share(self) -> float:
-        """Give the share of the run that is over."""
+        """Return the progress of the run, 0 to 1."""
         return self.clock.share(self.progress.step, self.progress.seconds)
 
     def train(self) -> None:
-        """Train until the schedule is over."""
+        """Train until the schedule ends."""
         settings = self.settings
         embed_images, embed_texts = self.towers()
         bar = progress_bar()
@@ -148,7 +148,7 @@ class Run:
             self.measure(at_most=100_000)
 
     def towers(self) -> tuple[EmbedImages, EmbedTexts]:
-        """Give both towers, compiled where the settings say so."""
+        """Return both towers, compiled if so configured."""
         if not self.settings.compile_towers:
             return self.student.embed_images, self.student.embed_texts
         return torch.compile(self.student.embed_images, dynamic=False), torch.compile(
@@ -156,7 +156,7 @@ class Run:
         )
 
     def step(self, batch: Batch, share: float, embed_images: EmbedImages, embed_texts: EmbedTexts) -> torch.Tensor:
-        """Take one step; give the four parts of the loss, float32 (4,)."""
+        """Take one step; return the four parts of the loss, float32 (4,)."""
         settings, student, number = self.settings, self.student, self.progress.step
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = schedule.rate(settings, share) * group["factor"]
@@ -194,7 +194,7 @@ class Run:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Move the average a little towards the student, its statistics included."""
+        """Update the moving average of the weights and statistics."""
         towards = 1 - schedule.averaging(self.settings, self.progress.updates)
         pairs = zip(self.average.state_dict().values(), self.student.state_dict().values(), strict=True)
         for mine, theirs in pairs:
@@ -205,7 +205,7 @@ class Run:
         self.progress = replace(self.progress, updates=self.progress.updates + 1)
 
     def tell(self, losses: list[float], share: float, images_per_second: float) -> None:
-        """Log where the run stands."""
+        """Log the progress."""
         names = ("loss_image_to_text", "loss_text_to_image", "loss_classifier", "loss_map_classifier")
         facts = {name: round(value, 4) for name, value in zip(names, losses, strict=True)}
         epoch = self.progress.step / self.shuffler.steps_per_epoch
@@ -229,7 +229,7 @@ class Run:
 
 
 def progress_bar() -> Progress:
-    """Make a bar that shows itself on a terminal only."""
+    """Return a progress bar, which is shown on a terminal only."""
     console = Console(stderr=True)
     return Progress(
         BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
@@ -237,10 +237,10 @@ def progress_bar() -> Progress:
 
 
 def make_optimizers(student: Student, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Make Muon for the matrices and kernels inside, AdamW for all else: tables, norms, classifiers.
+    """Return Muon for inner matrices and kernels, and AdamW for embeddings, norms and classifiers.
 
-    A convolution before a batch norm does not mind the scale of its weights, so its kernel may learn faster than a
-    linear layer, whose every step turns its outputs.
+    The output of a batch norm does not depend on the scale of the convolution before it, so kernels take a higher
+    learning rate than linear layers.
     """
     groups: dict[tuple[bool, bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
@@ -260,7 +260,7 @@ def make_optimizers(student: Student, settings: Settings) -> list[torch.optim.Op
 
 
 def allowed_concepts(library: Library) -> torch.Tensor:
-    """Say which concepts each data set names, bool (data sets, concepts)."""
+    """Return which concepts each data set names, bool (data sets, concepts)."""
     allowed = torch.zeros(len(library.data_sets()), len(library.vocabulary.concepts), dtype=torch.bool)
     for row, data_set in enumerate(library.data_sets()):
         named = [concept for concept in library.vocabulary.of_label[data_set] if concept >= 0]
@@ -269,39 +269,37 @@ def allowed_concepts(library: Library) -> torch.Tensor:
 
 
 def arguments(values: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of *.npz and class_names.json")
-    parser.add_argument("--run", type=Path, help="folder for checkpoints and curves; a run there is resumed")
-    parser.add_argument("--output", type=Path, help="folder to write the model to when done")
+    parser.add_argument("--run", type=Path, help="folder of checkpoints and curves; an existing run is resumed")
+    parser.add_argument("--output", type=Path, help="folder to which the model is written at the end")
     parser.add_argument("--preset", choices=["cpu", "gpu", "smoke"], default="cpu")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--amp", choices=["bf16", "off"], default="bf16", help="bfloat16 where it is safe, or float32 throughout"
+        "--amp", choices=["bf16", "off"], default="bf16", help="bfloat16 where it is safe, or float32 only"
     )
-    parser.add_argument("--minutes", type=float, help="anneal within so many minutes of training")
+    parser.add_argument("--minutes", type=float, help="length of the schedule in minutes of training")
     parser.add_argument(
-        "--epochs", type=float, help="anneal within so many epochs (with no --minutes: the same run every time)"
+        "--epochs", type=float, help="length of the schedule in epochs; without --minutes the run is reproducible"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--start-from", type=Path, metavar="RUN", help="begin with what that run learnt (a warm restart), not at random"
+        "--start-from", type=Path, metavar="RUN", help="start with the weights of that run (a warm restart)"
     )
     parser.add_argument(
-        "--no-compile", action="store_true", help="do without torch.compile, which needs a C++ compiler"
+        "--no-compile", action="store_true", help="do not use torch.compile, which needs a C++ compiler"
     )
+    parser.add_argument("--processes", type=int, default=1, help="number of processes that share each batch")
     parser.add_argument(
-        "--processes", type=int, default=1, help="share each batch among so many processes of this machine"
+        "--export-only", action="store_true", help="export the average of the run's checkpoint and exit"
     )
-    parser.add_argument("--export-only", action="store_true", help="write the average of the run's checkpoint and stop")
-    parser.add_argument(
-        "--smoke", action="store_true", help="train a tiny model on made-up data, end to end, in a minute"
-    )
+    parser.add_argument("--smoke", action="store_true", help="train a tiny model on synthetic data in a minute")
     return parser.parse_args(values)
 
 
 def chosen_settings(options: argparse.Namespace) -> Settings:
-    """Turn the command line into settings."""
+    """Return the settings of the command line."""
     settings = replace(preset("smoke" if options.smoke else options.preset), seed=options.seed)
     if options.epochs is not None:
         settings = replace(settings, epochs=options.epochs, budget_minutes=None)
@@ -311,7 +309,7 @@ def chosen_settings(options: argparse.Namespace) -> Settings:
 
 
 def work(rank: int, options: argparse.Namespace, data: Path, run_folder: Path, meeting: Path) -> None:
-    """Do the part of one process; the first also reports, saves and exports."""
+    """Train in one process; the first also reports, saves and exports."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     if options.processes > 1:
         torch.set_num_threads(thread_count(options.processes))
@@ -336,7 +334,7 @@ def work(rank: int, options: argparse.Namespace, data: Path, run_folder: Path, m
 
 
 def prepare(settings: Settings, data: Path, run_folder: Path) -> None:
-    """Decode the images and learn the tokenizer, unless an earlier run did."""
+    """Decode the images and train the tokenizer, unless an earlier run did."""
     library = read_library(data, run_folder / "decoded")
     if not (run_folder / TOKENIZER).exists():
         sizes = settings.architecture
@@ -345,7 +343,7 @@ def prepare(settings: Settings, data: Path, run_folder: Path) -> None:
 
 
 def main(values: list[str] | None = None) -> int:
-    """Train, measure, export."""
+    """Train, measure and export."""
     options = arguments(values)
     if not options.output or not (options.smoke or options.data):
         sys.stderr.write("give --output, and --data or --smoke\n")

@@ -1,4 +1,4 @@
-"""The rules ``best`` and ``mixed``: a Gaussian and a kernel over the references, weighed by leave-one-out."""
+"""The modes ``best`` and ``mixed``: a Gaussian and a kernel, weighted by leave-one-out; see docs/decisions.md."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,59 +23,58 @@ from sortd.classify.leave_one_out import (
 from sortd.classify.library import Library, Pause, class_means, no_pause, parts
 
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""How much the kernel may weigh against the Gaussian: little, unless leave-one-out says more by a standard error.
-Leave-one-out flatters the kernel, since references resemble each other more than what arrives resembles them."""
+"""Weights of the kernel that are tried, relative to the Gaussian. The smallest is taken unless a larger one is better
+by a standard error: leave-one-out favours the kernel, since references resemble each other more than new images do."""
 TEXT_WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""How many references a name may count as (kT), besides none."""
+"""Weights of a name (kT) that are tried, in references, besides 0."""
 UNTRIED_WEIGHT = 4.0
-"""The same where no class has two images to try it on: the names were brought to the images by a slope that is small
-where they know little, so that even poor names may count for much."""
+"""The weight if no class has two images; names that predict little have a small slope already."""
 TYPICAL_DIMENSIONS = 23.0
-"""The Gaussian's scores, times this over the dimensions, are log probabilities before any reference says better: on the
-four public sets the likeliest factor lay within 0.6 and 2 times this, from 1 to 16 references and 5 to 101 classes."""
+"""Prior median of the factor from Gaussian scores to log probabilities, times the dimensions. On four public sets the
+best factor was 0.6 to 2 times this, from 1 to 16 references and 5 to 101 classes."""
 TEMPERATURE_SPREAD = 0.5
 LEAST_EVIDENCE = 2.0
-"""Standard errors by which names must agree with their own images before they have a say."""
+"""Least ``PlacedNames.evidence`` with which names are used."""
 
 
 @dataclass(frozen=True, eq=False)
 class LibraryFit:
-    """All of a library's fit that does not depend on the weight of the names; R references are held out."""
+    """The parts of a fit that do not depend on the weight of the names; R references are held out."""
 
     present: BoolArray  # (C,): classes with a reference
     space: Space
     gaussian: Gaussian
     names: PlacedNames | None
-    named: Array | None  # (C, d): the names, whitened
+    named: Array | None  # (C, d): whitened names
     held: HeldOut
-    row_weights: Array  # (R,), every class counting once
-    refitted: Refitted | None  # leave-one-out by fitting again, for few references
+    row_weights: Array  # (R,); classes have equal weight
+    refitted: Refitted | None  # leave-one-out by refitting, for small libraries
     kernel_table: Array  # (R, C)
     kernel_gaps: Array  # (R,)
 
     @property
     def parts(self) -> Iterator[slice]:
-        """The rows of the tables, some at a time."""
+        """Row slices of the tables."""
         return parts(len(self.held.own), len(self.present))
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """Leave-one-out under one weight of the names."""
+    """Leave-one-out with one weight of the names."""
 
     text_weight: float
-    share: float  # the kernel's weight against the Gaussian's
+    share: float  # weight of the kernel relative to the Gaussian
     gaussian_weight: float
     kernel_weight: float
     table: Array  # (R, C): logits of the held-out references
     distances: Array  # (R,): squared distance of each to its best class
     losses: Array  # (R,): weighted log losses
-    right: Array  # (R,): weighted ones where the class was right
+    right: Array  # (R,): the weight if the class is correct, else 0
 
 
 @dataclass(frozen=True, eq=False)
 class Blend:
-    """A fitted rule with its leave-one-out table."""
+    """A fitted mode with its leave-one-out table."""
 
     fit: LibraryFit
     trial: Trial
@@ -85,19 +84,19 @@ class Blend:
 
 
 def fit_blends(library: Library, *, largest: int = LARGEST_ROWS, pause: Pause = no_pause) -> tuple[Blend, Blend]:
-    """Return the rules ``best`` and ``mixed`` of a library of at least one reference; without names they are one.
+    """Return ``best`` and ``mixed`` of a library of at least one reference; if names are not used, both are one object.
 
-    At most ``largest`` references are left out, evenly from all classes.
+    At most ``largest`` references are held out, evenly from all classes.
     """
     fit = _fit(library, largest, pause)
-    has_voice = fit.names is not None and fit.names.evidence >= LEAST_EVIDENCE
+    uses_names = fit.names is not None and fit.names.evidence >= LEAST_EVIDENCE
     if not len(fit.held.own) or fit.present.sum() < 2:  # noqa: PLR2004 - nothing to choose between
         best = _assemble(fit, fit.present, _untried(fit, 0.0))
-        return best, _assemble(fit, fit.present | True, _untried(fit, UNTRIED_WEIGHT)) if has_voice else best
+        return best, _assemble(fit, fit.present | True, _untried(fit, UNTRIED_WEIGHT)) if uses_names else best
     alone = _try_weight(fit, 0.0, pause)
     best = _assemble(fit, fit.present, alone)
     pause()
-    if not has_voice:
+    if not uses_names:
         return best, best
     chosen = alone
     for weight in TEXT_WEIGHTS:
@@ -143,7 +142,7 @@ def _fit(library: Library, largest: int, pause: Pause) -> LibraryFit:
 
 
 def _gaps(table: Array, present: BoolArray, pause: Pause) -> Array:
-    """Return (R,) how far the best score of each row lies above the middle one."""
+    """Return (R,) the difference of the best and the median score of each row."""
     gaps = np.empty(len(table))
     for part in parts(*table.shape):
         scores = table[part][:, present]
@@ -154,7 +153,7 @@ def _gaps(table: Array, present: BoolArray, pause: Pause) -> Array:
 
 
 def _gaussian_table(fit: LibraryFit, weight: float, pause: Pause) -> Array:
-    """Return the Gaussian's scores (R, C): by refitting where that was done, else by algebra."""
+    """Return leave-one-out Gaussian scores (R, C)."""
     table = np.empty((len(fit.held.own), len(fit.present)))
     named = fit.named if weight else None
     shrunk = shrink_means(fit.gaussian, named, weight)
@@ -168,7 +167,7 @@ def _gaussian_table(fit: LibraryFit, weight: float, pause: Pause) -> Array:
 
 
 def _try_weight(fit: LibraryFit, weight: float, pause: Pause) -> Trial:
-    """Return leave-one-out with this weight of the names."""
+    """Return the leave-one-out trial of one weight of the names."""
     own, weights, present = fit.held.own, fit.row_weights, fit.present
     table = _gaussian_table(fit, weight, pause)
     scale = _scale(_gaps(table, present, pause)) / _scale(fit.kernel_gaps)
@@ -203,7 +202,7 @@ def _try_weight(fit: LibraryFit, weight: float, pause: Pause) -> Trial:
 
 
 def _untried(fit: LibraryFit, weight: float) -> Trial:
-    """Return what is assumed where nothing can be left out."""
+    """Return the trial that is assumed if nothing can be left out."""
     rows = len(fit.held.own)
     return Trial(
         text_weight=weight,
@@ -241,7 +240,7 @@ def _scale(gaps: Array) -> float:
 
 
 def _is_better(alone: Trial, trial: Trial) -> bool:
-    """Return whether names lower the log loss by more than chance, and the accuracy not at all."""
+    """Return whether names lower the log loss by more than a standard error without loss of accuracy."""
     gains = alone.losses - trial.losses
     error = float(gains.std()) / np.sqrt(len(gains))
     return float(gains.mean()) > error and float(trial.right.sum()) >= float(alone.right.sum())

@@ -1,4 +1,4 @@
-"""Build: a support set becomes a prototype set, calibrated on its references alone."""
+"""Build: a calibrated prototype set from a support set."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from sortd.classify.calibration import (
     calibrate_knowns,
     calibrate_strangers,
     fit_temperature,
-    surest,
+    top_classes,
 )
 from sortd.classify.kernel import BLOCK, Plain, plain_held_out
 from sortd.classify.leave_one_out import background_distances, remoteness_left_out
@@ -25,18 +25,13 @@ from sortd.classify.prototypes import BlendRule, PrototypeSet, Whitening
 from sortd.classify.types import BLENDED, DecisionSettings, Mode, SupportSet
 
 TYPICAL_TEMPERATURE = 50.0
-"""Factor from cosines to log probabilities before any reference says better; CLIP itself was trained with 100."""
+"""Prior median of the factor from cosines to log probabilities; CLIP was trained with 100."""
 TEMPERATURE_SPREAD = 1.0
 FOREIGN_SAMPLE = 2000
 
 
 def build(support: SupportSet, settings: DecisionSettings, *, generation: int, pause: Pause = no_pause) -> PrototypeSet:
-    """Return the prototypes of a support set.
-
-    Every rule is fitted, so that ``explain`` can say what each would have decided; only the mode of the settings is
-    calibrated. It is a pure function: equal arguments give equal prototypes. ``pause`` is called between its parts,
-    for with a thousand classes it takes many seconds.
-    """
+    """Return the prototypes of a support set; all modes are fitted, and the mode of the settings is calibrated."""
     order = np.argsort(support.classes, kind="stable")
     references, classes = support.embeddings[order], support.classes[order]
     counts = count_classes(classes, len(support.labels))
@@ -108,10 +103,10 @@ def _rule(blend: Blend) -> BlendRule:
 
 
 def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend, pause: Pause) -> PrototypeSet:
-    """Return the prototypes with temperature, recall, gates and what the library can prove."""
+    """Return the prototypes with temperature, recall, thresholds and stranger scores."""
     settings, classes, own = prototypes.settings, len(library.counts), blend.fit.held.own
     if settings.mode in BLENDED:
-        best, confidence = surest(blend.trial.table, 1.0, pause=pause)
+        best, confidence = top_classes(blend.trial.table, 1.0, pause=pause)
     else:
         best, confidence, temperature = _plain_decisions(settings.mode, library, blend, pause)
         prototypes = replace(prototypes, temperature=temperature)
@@ -134,7 +129,7 @@ def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend, pause: 
         settings.abstain.precision,
         classes=classes,
         foreign_cosines=np.zeros(0) if right.any() else _foreign_cosines(library, pause),
-        nothing_held_out="no class has two images that differ",
+        nothing_held_out="no class has two different images",
     )
     if settings.abstain.strangers != "auto":
         null = leave_classes_out(library.rows, library.classes, library.counts, pause=pause)
@@ -144,37 +139,31 @@ def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend, pause: 
 
 
 def _plain_decisions(mode: Mode, library: Library, blend: Blend, pause: Pause) -> tuple[IntArray, Array, float]:
-    """Return (R,) the best class of each held-out row under a plain mode, its probability, and the temperature."""
+    """Return the best class (R,) of held-out rows under a plain mode, its probability (R,), and the temperature."""
     chosen, own = blend.fit.held.chosen, blend.fit.held.own
     means = class_means(library.rows, library.classes, library.counts)
     plain = Plain(library.rows, library.classes, library.counts, means, library.text)
     table = np.empty((len(chosen), len(library.counts)))
-    for part in parts(len(chosen), len(library.rows), BLOCK):  # as ``max`` does by itself: rounded the same
+    for part in parts(len(chosen), len(library.rows), BLOCK):  # the blocks of ``max``, for equal rounding
         table[part] = plain_held_out(mode, chosen[part], plain)
         pause()
     temperature = plain_temperature(table, own, pause=pause)
-    best, confidence = surest(table, temperature, pause=pause)
-    return best if is_judged(table) else own, confidence, temperature
-
-
-def is_judged(table: Array) -> bool:
-    """Return whether a table (R, C) has any score."""
-    return bool(len(table)) and bool(np.isfinite(table).any())
+    best, confidence = top_classes(table, temperature, pause=pause)
+    return best if np.isfinite(table).any() else own, confidence, temperature
 
 
 def plain_temperature(table: Array, own: IntArray, *, pause: Pause = no_pause) -> float:
     """Return the factor from the cosines (R, C) of held-out references to log probabilities."""
-    if not is_judged(table):
+    if not np.isfinite(table).any():
         return TYPICAL_TEMPERATURE
-    weights = balanced_weights(own, table.shape[1])
-    prior = {"typical": TYPICAL_TEMPERATURE, "spread": TEMPERATURE_SPREAD}
-    return fit_temperature(table, own, weights, **prior, pause=pause)[0]
+    weights, spread = balanced_weights(own, table.shape[1]), TEMPERATURE_SPREAD
+    return fit_temperature(table, own, weights, typical=TYPICAL_TEMPERATURE, spread=spread, pause=pause)[0]
 
 
 def _open_set_scores(
     library: Library, blend: Blend, best: IntArray, pause: Pause, *, with_typicality: bool
 ) -> OpenSetScores:
-    """Return the open-set scores of the held-out references (R,); typicality is known of blends only."""
+    """Return the open-set scores of the R held-out references."""
     rows, classes, fit = library.rows, library.classes, blend.fit
     chosen = fit.held.chosen
     if np.count_nonzero(library.counts) < 2 or not len(chosen):  # noqa: PLR2004 - no centre between classes
@@ -193,7 +182,7 @@ def _open_set_scores(
 
 
 def _foreign_cosines(library: Library, pause: Pause) -> Array:
-    """Return (S,) cosine of references to the nearest one of another class."""
+    """Return (S,) cosines of a sample of references to the nearest one of another class."""
     if np.count_nonzero(library.counts) < 2:  # noqa: PLR2004 - no other class
         return np.zeros(0)
     sample = np.unique(np.linspace(0, len(library.rows) - 1, FOREIGN_SAMPLE).astype(np.int64))

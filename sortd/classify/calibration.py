@@ -1,4 +1,4 @@
-"""Calibration: held-out scores become probabilities, and the thresholds above which an image is filed."""
+"""Calibration: temperature and filing thresholds from held-out scores; see docs/decisions.md."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,20 +9,20 @@ from sortd.arrays import Array, BoolArray, IntArray
 from sortd.classify.kernel import first_best
 from sortd.classify.library import Pause, no_pause, parts
 from sortd.classify.open_set import Gate, OpenSetScores, Strangers, foreign_gate, known_gate
-from sortd.classify.types import Abstain
+from sortd.classify.types import AbstainSettings
 
 EXAMINED = 32
-"""Best scores of a row that enter its normaliser while temperatures are tried; the rest weighs nothing."""
+"""Highest scores of a row that enter the softmax while the temperature is fitted; the rest is negligible."""
 SHARE_OF_ERRORS = 0.75
-"""Of the errors that ``precision`` allows, the share that leave-one-out may show: references resemble each other more
-than what arrives resembles them (on two of four public sets leave-one-out flatters by 3 to 6 points of accuracy)."""
+"""Share of the errors that ``precision`` allows which may occur in leave-one-out: references resemble each other more
+than new images resemble them (on two of four public sets leave-one-out accuracy is 3 to 6 points too high)."""
 PSEUDO_REFERENCES = 20.0
-"""References' worth of trust in the calibrated confidence itself, beside the count of right ones: three right ones out
-of three prove little, and one mistake in a small library does not close it."""
+"""Weight, in references, of the calibrated confidence as a prior of the precision, since few held-out references prove
+little."""
 CURVE_POINTS = 48
 CAUTIOUS_CLASSES = 20
-"""With this many classes the cut for strangers is made at half of the share in force: strangers differ by class, and
-without it classes left out for good were filed up to three times as often as wanted."""
+"""Number of classes with which the threshold for strangers is half of the share in force: strangers differ by class,
+and without this, strangers were filed up to three times as often as wanted."""
 
 
 @dataclass(frozen=True)
@@ -30,34 +30,34 @@ class Threshold:
     """The least confidence that files an image."""
 
     confidence: float
-    attainable: float  # the largest precision that these references can prove
-    is_attained: bool  # whether the wanted precision is proved
+    attainable: float  # largest estimated precision of any threshold
+    is_attained: bool  # whether the wanted precision is reached
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The thresholds in force and what the held-out images can prove; plain facts, JSON-able."""
+    """The thresholds in force, and the estimates from held-out images; JSON-able."""
 
-    held_out: int = 0  # images that could be left out and judged
-    accuracy: float | None = None  # held-out accuracy, every class counting once; None where nothing was left out
+    held_out: int = 0  # number of held-out images
+    accuracy: float | None = None  # balanced held-out accuracy; None if there are no held-out images
     confidence: float = 0.0  # least confidence of a filed image
     precision_wanted: float | None = None
-    precision_attainable: float | None = None  # the largest precision that the held-out images can prove
+    precision_attainable: float | None = None  # largest estimated precision of any threshold
     precision_expected: float | None = None  # held-out precision of what is filed
     filed_expected: float | None = None  # held-out share of known images that is filed
     gate: Gate | None = None
     strangers_wanted: float | None = None
-    strangers_attainable: float | None = None  # the smallest share of strangers that leaving classes out can prove
-    strangers_used: float | None = None  # the share in force: the wanted one, or the attainable one
-    strangers_cut: float | None = None  # the share of left-out strangers where the cut is made: less for few classes
-    text_weight: float = 0.0  # how many references a class's name counts as
-    text_evidence: float | None = None  # standard errors by which names agree with their own images
+    strangers_attainable: float | None = None  # smallest share that leaving classes out can guarantee
+    strangers_used: float | None = None  # the share in force: the larger of the two above
+    strangers_cut: float | None = None  # threshold of the share in stranger scores; smaller with few classes
+    text_weight: float = 0.0  # number of references that a class name counts as
+    text_evidence: float | None = None  # see PlacedNames
     kernel_share: float = 0.0
     curve: tuple[tuple[float, float, float], ...] = ()  # points (least confidence, share filed, precision)
-    notes: tuple[str, ...] = ()  # sentences on what was asked and cannot be honoured
+    notes: tuple[str, ...] = ()  # sentences about settings that cannot be met
 
     def precision_at(self, confidence: float) -> float | None:
-        """Return the estimated share of right ones among what is as sure as this; None without a curve."""
+        """Return the estimated precision of images with at least this confidence; None without a curve."""
         reached = [precision for least, _, precision in self.curve if least <= confidence]
         return reached[0] if reached else (self.curve[-1][2] if self.curve else None)
 
@@ -67,7 +67,7 @@ class Calibration:
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> "Calibration":
-        """Return what ``to_json`` wrote, also after JSON has made lists of the tuples."""
+        """Return the calibration from ``to_json``'s mapping, before or after JSON."""
         curve = tuple((float(a), float(b), float(c)) for a, b, c in facts["curve"])
         gate = None if facts["gate"] is None else Gate.from_json(facts["gate"])
         return cls(**{**facts, "curve": curve, "gate": gate, "notes": tuple(facts["notes"])})
@@ -75,19 +75,15 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class HeldOutOutcomes:
-    """What a classifier made of R images that it had not learnt.
+    """The decisions of a classifier on R images that it was not fitted on."""
 
-    Raises:
-        ValueError: the arrays have other lengths, or a probability or a class is out of range.
-    """
-
-    confidence: Array  # (R,): the calibrated probability of the class that it chose
-    right: BoolArray  # (R,): whether that was the right class
-    own: IntArray  # (R,): the right class, an index into the labels
+    confidence: Array  # (R,): calibrated probability of the chosen class
+    right: BoolArray  # (R,): whether the chosen class is correct
+    own: IntArray  # (R,): the correct class
     open_set: OpenSetScores | None = None  # None for a fine-tuned model
 
     def __post_init__(self) -> None:
-        """Check lengths and ranges."""
+        """Raise ValueError if lengths differ or a value is out of range."""
         if not self.confidence.shape == self.right.shape == self.own.shape == (len(self.own),):
             raise ValueError(
                 f"held-out outcomes have shapes {self.confidence.shape}, {self.right.shape} and {self.own.shape}"
@@ -99,15 +95,15 @@ class HeldOutOutcomes:
 
 
 def log_softmax(logits: Array) -> Array:
-    """Return (B, C) log probabilities; -inf stays -inf, and a row without any finite score becomes -inf."""
+    """Return (B, C) log probabilities; -inf stays -inf, also in a row without any finite score."""
     top = logits.max(axis=1, keepdims=True, initial=-np.inf)
     shifted = logits - np.where(np.isfinite(top), top, 0.0)
     total = np.exp(shifted).sum(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.where(total > 0.0, total, 1.0)), dtype=np.float64)
 
 
-def surest(table: Array, temperature: float, *, pause: Pause = no_pause) -> tuple[IntArray, Array]:
-    """Return (R,) the best class of each row of scores (R, C), and its probability."""
+def top_classes(table: Array, temperature: float, *, pause: Pause = no_pause) -> tuple[IntArray, Array]:
+    """Return the best class (R,) of each row of scores (R, C), and its probability (R,)."""
     best, confidence = np.empty(len(table), np.int64), np.empty(len(table))
     for part in parts(*table.shape):
         best[part] = first_best(table[part])
@@ -118,7 +114,7 @@ def surest(table: Array, temperature: float, *, pause: Pause = no_pause) -> tupl
 
 
 def balanced_weights(own: IntArray, count: int) -> Array:
-    """Return weights (R,) by which every class counts once, summing to R."""
+    """Return weights (R,) that give all classes equal weight and sum to R."""
     if not len(own):
         return np.zeros(0)
     raw = 1.0 / np.bincount(own, minlength=count)[own]
@@ -126,7 +122,7 @@ def balanced_weights(own: IntArray, count: int) -> Array:
 
 
 def balanced_accuracy(right: BoolArray, own: IntArray, count: int) -> float | None:
-    """Return the share of right ones (R,) with every class counting once; None of none."""
+    """Return the balanced accuracy of R decisions; None if R is 0."""
     weights = balanced_weights(own, count)
     return float(weights @ right / weights.sum()) if len(right) else None
 
@@ -134,13 +130,13 @@ def balanced_accuracy(right: BoolArray, own: IntArray, count: int) -> float | No
 def fit_temperature(
     table: Array, own: IntArray, weights: Array, *, typical: float, spread: float, pause: Pause = no_pause
 ) -> tuple[float, Array]:
-    """Return the factor for scores that makes their softmax the likeliest, and each row's log loss under it.
+    """Return the factor that minimises the log loss of the softmax of scores, and each row's log loss (R,).
 
     Args:
         table: (R, C) leave-one-out scores.
-        own: (R,) the right classes.
-        weights: (R,) how much each row counts; they sum to R.
-        typical: the median of the factor's prior.
+        own: (R,) correct classes.
+        weights: (R,) weights of the rows; they sum to R.
+        typical: median of the factor's log-normal prior.
         spread: standard deviation of its logarithm.
         pause: called between the parts.
     """
@@ -167,10 +163,9 @@ def fit_temperature(
 
 
 def choose_threshold(confidence: Array, right: BoolArray, weights: Array, wanted: float) -> Threshold:
-    """Return the least confidence at which the references prove the wanted precision.
+    """Return the least confidence at which the estimated precision reaches the wanted one.
 
-    Where no confidence reaches it, the threshold is beyond every error that was seen, and at least the wanted
-    precision itself.
+    If there is none, the threshold is above the confidence of every error, and at least the wanted precision.
     """
     order = np.argsort(-confidence, kind="stable")
     estimate = _estimates(confidence[order], right[order], weights[order])
@@ -186,7 +181,7 @@ def choose_threshold(confidence: Array, right: BoolArray, weights: Array, wanted
 
 
 def precision_curve(confidence: Array, right: BoolArray, weights: Array) -> list[tuple[float, float, float]]:
-    """Return points (least confidence, share filed, precision) from the most confident to all."""
+    """Return points (least confidence, share filed, precision), the highest confidence first."""
     if not len(confidence):
         return []
     order = np.argsort(-confidence, kind="stable")
@@ -197,7 +192,7 @@ def precision_curve(confidence: Array, right: BoolArray, weights: Array) -> list
 
 
 def _estimates(confidence: Array, right: BoolArray, weights: Array) -> Array:
-    """Return the estimated share of right ones among the first 1, 2, 3… of descending confidence."""
+    """Return the estimated precision of the first 1, 2, 3… decisions by descending confidence."""
     counted = np.cumsum(weights)
     believed = PSEUDO_REFERENCES * np.cumsum(weights * confidence) / counted
     return np.asarray((np.cumsum(weights * right) + believed) / (counted + PSEUDO_REFERENCES), dtype=np.float64)
@@ -212,15 +207,14 @@ def _just_below(confidence: Array, last: int) -> float:
 def calibrate_knowns(
     outcomes: HeldOutOutcomes, precision: float, *, classes: int, foreign_cosines: Array, nothing_held_out: str
 ) -> dict[str, Any]:
-    """Return the fields of a calibration that tell of known images.
+    """Return the fields of a Calibration about known images.
 
     Args:
         outcomes: R held-out images.
-        precision: the wanted one.
-        classes: how many there are.
-        foreign_cosines: (N,) cosine of references to the nearest one of another class, for the gate where no held-out
-            image is right.
-        nothing_held_out: the note where R is 0.
+        precision: wanted precision.
+        classes: number of classes.
+        foreign_cosines: (N,) cosines for ``foreign_gate``, used if no held-out decision is correct.
+        nothing_held_out: the note if R is 0.
     """
     own, right, confidence, open_set = outcomes.own, outcomes.right, outcomes.confidence, outcomes.open_set
     count, weights = len(own), balanced_weights(own, classes)
@@ -232,12 +226,12 @@ def calibrate_knowns(
         gate = foreign_gate(foreign_cosines)
     facts: dict[str, Any] = {"held_out": count, "precision_wanted": precision, "gate": gate}
     if not count:
-        return {**facts, "confidence": precision, "notes": (f"{nothing_held_out}, so nothing vouches for a precision",)}
+        return {**facts, "confidence": precision, "notes": (f"{nothing_held_out}, so no precision can be estimated",)}
     filed = confidence >= threshold.confidence
     if gate is not None and open_set is not None:
         filed &= gate.familiarity(open_set, confidence) >= gate.least
     held_out = "references" if open_set is not None else "held-out images"
-    attainable = f"{count} {held_out} can vouch for {threshold.attainable:.3f} at most"
+    note = f"precision {precision:g} is not reached: {count} {held_out} allow at most {threshold.attainable:.3f}"
     return {
         **facts,
         "accuracy": balanced_accuracy(right, own, classes),
@@ -246,42 +240,35 @@ def calibrate_knowns(
         "precision_expected": float(weights @ (filed & right) / (weights @ filed)) if filed.any() else None,
         "filed_expected": float(weights @ filed / weights.sum()),
         "curve": tuple(precision_curve(confidence, right, weights)),
-        "notes": () if threshold.is_attained else (f"precision {precision:g} is asked, but {attainable}",),
+        "notes": () if threshold.is_attained else (note,),
     }
 
 
 def calibrate_strangers(null: Strangers, wanted: float, notes: tuple[str, ...]) -> dict[str, Any]:
-    """Return the fields of a calibration that tell of strangers, with the notes that are there before."""
-    attainable = null.attainable
-    if attainable > wanted:
-        proved = f"{null.classes} classes can vouch for {attainable:.3f} at best"
-        notes = (*notes, f"strangers {wanted:g} is asked, but {proved}")
+    """Return the fields of a Calibration about strangers, with a note added to ``notes`` if necessary."""
+    used = max(wanted, null.attainable)
+    if used > wanted:
+        note = f"strangers {wanted:g} is not reached: {null.classes} classes allow at least {used:.3f}"
+        notes = (*notes, note)
     return {
         "strangers_wanted": wanted,
-        "strangers_attainable": attainable,
-        "strangers_used": max(wanted, attainable),
-        "strangers_cut": max(wanted, attainable) * null.classes / (null.classes + CAUTIOUS_CLASSES),
+        "strangers_attainable": null.attainable,
+        "strangers_used": used,
+        "strangers_cut": used * null.classes / (null.classes + CAUTIOUS_CLASSES),
         "notes": notes,
     }
 
 
-def calibrate_outcomes(outcomes: HeldOutOutcomes, abstain: Abstain | None, *, classes: int) -> Calibration:
-    """Return the calibration of a fine-tuned model by the images that its training held out.
-
-    Args:
-        outcomes: R held-out images.
-        abstain: how sure it must be; None files everything.
-        classes: how many classes there are.
-    """
+def calibrate_outcomes(outcomes: HeldOutOutcomes, abstain: AbstainSettings | None, *, classes: int) -> Calibration:
+    """Return the calibration of a fine-tuned model from its held-out images."""
     if abstain is None:
         accuracy = balanced_accuracy(outcomes.right, outcomes.own, classes)
         return Calibration(len(outcomes.own), accuracy, filed_expected=1.0, precision_expected=accuracy)
-    nothing = "the training held no image out"
+    nothing = "the training has no held-out image"
     facts = calibrate_knowns(
         outcomes, abstain.precision, classes=classes, foreign_cosines=np.zeros(0), nothing_held_out=nothing
     )
     if abstain.strangers != "auto":
-        asked = f"strangers {abstain.strangers:g} is asked"
-        note = f"{asked}, but a fine-tuned model tells them by its probability alone, which promises no share"
+        note = f"strangers {abstain.strangers:g} has no effect: a fine-tuned model decides by its probability alone"
         facts["notes"] = (*facts["notes"], note)
     return Calibration(**facts)

@@ -1,4 +1,4 @@
-"""Evaluate a library on its own references: every mode by leave-one-out, doubtful references, and what to change."""
+"""Evaluate references by leave-one-out: accuracy of all modes, suspect references, and advice."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from sortd.arrays import IntArray
+from sortd.classify.blend import fit_blends
 from sortd.classify.build import build
 from sortd.classify.calibration import (
     HeldOutOutcomes,
@@ -16,42 +17,42 @@ from sortd.classify.calibration import (
     precision_curve,
 )
 from sortd.classify.decide import decide
-from sortd.classify.held_out import Judgement, fit_wide, judge_blend, judge_plain, merge_references
+from sortd.classify.held_out import LARGEST_ROWS, LeaveOneOutResult, leave_out_blend, leave_out_plain, merge_references
 from sortd.classify.library import Library, duplicate_distance, parts, unit_rows
 from sortd.classify.open_set import OpenSetScores, nearest_cosines
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import Abstain, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
 
 PREFERRED = (Mode.MIXED, Mode.BEST, Mode.MEAN, Mode.MAX, Mode.AVG, Mode.TEXT)
-"""Among modes that do equally well the first is advised."""
+"""Of equally accurate modes, the first is advised."""
 PRECISIONS = (0.8, 0.9, 0.95, 0.98, 0.99)
 ENOUGH_FILED = 0.5
-"""A sorter that sends more than half to review is not used."""
+"""Share of filed images below which more references are advised."""
 FEW = 4
 LOW_RECALL = 0.6
 GROWTH = 0.03
-"""Accuracy that doubling the references must still bring for more of them to be asked for."""
+"""Gain of accuracy by doubling the references from which more references are advised."""
 SURE = 0.9
 """Probability of another class from which a reference counts as mislabelled."""
 SPREADS = 3.5
 """Robust standard deviations below the median of its class from which a reference is an outlier (Iglewicz, Hoaglin)."""
 FEWEST_FOR_OUTLIERS = 4
 MOST_SUSPECTS = 100
-"""Suspects of each kind that are named."""
+"""Largest number of suspects of each kind."""
 BLOCK = 16_000_000
 
 
 @dataclass(frozen=True)
 class ModeReport:
-    """How one mode does; shares are in 0 to 1."""
+    """Leave-one-out results of one mode."""
 
     mode: str
     judged: int  # references that could be left out: those of classes with two or more
     right: int
-    accuracy: float | None  # share of right ones, each reference left out by itself
-    balanced_accuracy: float | None  # the same with every class counting once
-    distinct_accuracy: float | None  # balanced, near-duplicates left out together: what new images can expect
-    distinct_judged: int  # references that it was judged on: near-duplicates count as one
+    accuracy: float | None
+    balanced_accuracy: float | None
+    distinct_accuracy: float | None  # balanced, near-duplicates left out together: an estimate for new images
+    distinct_judged: int  # references of the line above; near-duplicates count once
     curve: tuple[tuple[float, float, float], ...]  # (least confidence, share filed, precision)
 
 
@@ -61,29 +62,29 @@ class ClassReport:
 
     label: str
     references: int
-    distinct: int  # references after near-duplicates became one
-    recall: float | None  # share of its references that were recognised; None where none could be left out
-    judged: int  # references of it that could be left out
-    precision: float | None  # share of its own among what was taken for it; None where nothing was
-    confused_with: str | None  # the class that takes most of its images
-    needs_images: str | None  # why it needs more images, as a few words; None where it has enough
+    distinct: int  # references with near-duplicates counted once
+    recall: float | None
+    judged: int  # references that could be left out
+    precision: float | None
+    confused_with: str | None  # the most frequent wrong class of its references
+    needs_images: str | None  # why it needs more images, or None
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """One reference worth a look."""
+    """A reference that may be wrong."""
 
-    kind: str  # mislabelled, duplicate (one picture in two classes) or outlier (unlike the rest of its class)
+    kind: str  # mislabelled, duplicate (in two classes) or outlier (unlike the rest of its class)
     source: str
     label: str
-    other_label: str | None  # the class that it looks like, or that holds its double
-    other_source: str | None  # its double
-    score: float  # probability of the other class, cosine to the double, or cosine to its own class
+    other_label: str | None  # the more probable class, or the class of the duplicate
+    other_source: str | None  # the duplicate
+    score: float  # probability of the other class, cosine to the duplicate, or cosine to its own class
 
 
 @dataclass(frozen=True)
 class TradeOff:
-    """What a wanted precision costs."""
+    """The share of filed images, and their expected precision, for a wanted precision."""
 
     precision: float
     filed: float
@@ -93,7 +94,7 @@ class TradeOff:
 
 @dataclass(frozen=True)
 class Advice:
-    """Which mode and settings to use, and why."""
+    """The advised mode and precision, with reasons."""
 
     mode: str
     precision: float
@@ -102,21 +103,21 @@ class Advice:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What leave-one-out tells of a library."""
+    """The leave-one-out evaluation of a support set."""
 
     encoder_id: str
     classes: int
     references: int
     distinct: int
-    mode: str  # the mode in force, of which classes, confusion and trade-offs tell
+    mode: str  # the mode of class_reports, confusion, trade_offs and suspects
     modes: tuple[ModeReport, ...]
     class_reports: tuple[ClassReport, ...]
-    confusion: tuple[tuple[str, str, int], ...]  # (class, taken for, how many), the mistakes first, largest first
+    confusion: tuple[tuple[str, str, int], ...]  # (class, decided class, count); errors first, largest first
     trade_offs: tuple[TradeOff, ...]
     suspects: tuple[Suspect, ...]
-    half_accuracy: float | None  # balanced accuracy on one half of the references when only the other half is there
-    whole_accuracy: float | None  # distinct accuracy of the same rule with all of them
-    is_labelled_enough: bool | None  # whether doubling the references still helped little
+    half_accuracy: float | None  # balanced accuracy on one half of the references with the other half
+    whole_accuracy: float | None  # distinct accuracy with all references
+    is_labelled_enough: bool | None  # whether the difference of the two is below GROWTH
     advice: Advice
     calibration: dict[str, Any]
 
@@ -131,10 +132,9 @@ def evaluate(
     *,
     keep: Callable[[PrototypeSet], None] = lambda _: None,
 ) -> EvaluationReport:
-    """Return what leave-one-out tells of a support set under some settings; ``keep`` is given its prototypes.
+    """Return the evaluation of a support set; ``keep`` receives its prototypes.
 
-    It is pure and takes seconds for 10,000 references. ``avg``, ``max``, ``mean`` and ``text`` are exact; ``best`` and
-    ``mixed`` keep the centre and the scale of the space, and what was chosen on all references.
+    Plain modes are exact; ``best`` and ``mixed`` use the space and the parameters that were fitted on all references.
     """
     settings = DecisionSettings() if settings is None else settings
     support = _part(support, np.argsort(support.classes, kind="stable"))
@@ -172,19 +172,19 @@ def _part(support: SupportSet, rows: IntArray) -> SupportSet:
     return replace(support, embeddings=support.embeddings[rows], classes=support.classes[rows], sources=sources)
 
 
-def _judgements(prototypes: PrototypeSet, support: SupportSet, library: Library) -> dict[Mode, Judgement]:
+def _judgements(prototypes: PrototypeSet, support: SupportSet, library: Library) -> dict[Mode, LeaveOneOutResult]:
     if not len(support.sources):
         return {}
     plain = [Mode.AVG, Mode.MAX, Mode.MEAN] + ([Mode.TEXT] if support.text is not None else [])
-    found = {mode: judge_plain(mode, prototypes, library) for mode in plain}
-    best, mixed = fit_wide(library)
-    found[Mode.BEST] = judge_blend(Mode.BEST, prototypes, library, best)
-    same = mixed is best
-    found[Mode.MIXED] = found[Mode.BEST] if same else judge_blend(Mode.MIXED, prototypes, library, mixed)
+    found = {mode: leave_out_plain(mode, prototypes, library) for mode in plain}
+    best, mixed = fit_blends(library, largest=LARGEST_ROWS)
+    found[Mode.BEST] = leave_out_blend(Mode.BEST, prototypes, library, best)
+    is_same = mixed is best
+    found[Mode.MIXED] = found[Mode.BEST] if is_same else leave_out_blend(Mode.MIXED, prototypes, library, mixed)
     return found
 
 
-def _mode_report(mode: Mode, judgement: Judgement, classes: int) -> ModeReport:
+def _mode_report(mode: Mode, judgement: LeaveOneOutResult, classes: int) -> ModeReport:
     right = judgement.best == judgement.own
     apart = judgement.distinct_best == judgement.distinct_own
     weights = balanced_weights(judgement.distinct_own, classes)
@@ -200,7 +200,9 @@ def _mode_report(mode: Mode, judgement: Judgement, classes: int) -> ModeReport:
     )
 
 
-def _class_reports(prototypes: PrototypeSet, library: Library, judgement: Judgement | None) -> tuple[ClassReport, ...]:
+def _class_reports(
+    prototypes: PrototypeSet, library: Library, judgement: LeaveOneOutResult | None
+) -> tuple[ClassReport, ...]:
     count = len(prototypes.labels)
     empty = np.zeros(0, np.int64)
     own, best = (empty, empty) if judgement is None else (judgement.own, judgement.best)
@@ -227,23 +229,23 @@ def _class_reports(prototypes: PrototypeSet, library: Library, judgement: Judgem
 
 def _need(distinct: int, recall: float | None) -> str | None:
     if distinct == 0:
-        return "it has a name only"
+        return "no images"
     if distinct < FEW:
-        return f"it has {distinct} that differ" if distinct > 1 else "it has one"
+        return f"only {distinct} different images" if distinct > 1 else "only one image"
     if recall is not None and recall < LOW_RECALL:
-        return f"recall is only {recall:.0%}"
+        return f"recall {recall:.0%}"
     return None
 
 
-def _confusion(labels: tuple[str, ...], judgement: Judgement) -> tuple[tuple[str, str, int], ...]:
+def _confusion(labels: tuple[str, ...], judgement: LeaveOneOutResult) -> tuple[tuple[str, str, int], ...]:
     pairs, numbers = np.unique(np.column_stack([judgement.own, judgement.best]), axis=0, return_counts=True)
     found = [(int(own), int(best), int(number)) for (own, best), number in zip(pairs, numbers, strict=True)]
     found.sort(key=lambda entry: (entry[0] == entry[1], -entry[2], entry[:2]))
     return tuple((labels[own], labels[best], number) for own, best, number in found)
 
 
-def _suspects(support: SupportSet, library: Library, judgement: Judgement) -> tuple[Suspect, ...]:
-    """Return references that another class claims, that are in two classes, or that are far from their class."""
+def _suspects(support: SupportSet, library: Library, judgement: LeaveOneOutResult) -> tuple[Suspect, ...]:
+    """Return references that are probably mislabelled, are in two classes, or are outliers of their class."""
 
     def suspect(kind: str, row: int, score: float, other: int | None = None, source: str | None = None) -> Suspect:
         other_label = None if other is None else support.labels[other]
@@ -258,14 +260,14 @@ def _suspects(support: SupportSet, library: Library, judgement: Judgement) -> tu
         *(suspect("mislabelled", rows[at], float(confidence[at]), int(best[at])) for at in claimed[:MOST_SUSPECTS]),
         *(
             suspect("duplicate", one, -distance, int(support.classes[other]), support.sources[other])
-            for distance, one, other in sorted(_doubles(support))[:MOST_SUSPECTS]
+            for distance, one, other in sorted(_duplicates(support))[:MOST_SUSPECTS]
         ),
         *(suspect("outlier", row, cosine) for cosine, row in sorted(_outliers(library))[:MOST_SUSPECTS]),
     )
 
 
-def _doubles(support: SupportSet) -> list[tuple[float, int, int]]:
-    """Return pairs of references in two classes within the distance of near-duplicates, after minus their cosine."""
+def _duplicates(support: SupportSet) -> list[tuple[float, int, int]]:
+    """Return (minus cosine, reference, reference) of near-duplicates in different classes."""
     least = np.float32(1.0 - duplicate_distance(unit_rows(support.embeddings.astype(np.float64))))
     rows, classes = support.embeddings.astype(np.float32), support.classes
     found: list[tuple[float, int, int]] = []
@@ -279,7 +281,7 @@ def _doubles(support: SupportSet) -> list[tuple[float, int, int]]:
 
 
 def _outliers(library: Library) -> list[tuple[float, int]]:
-    """Return references far from the rest of their class, after their mean cosine to its nearest others."""
+    """Return (mean cosine to the nearest others of its class, reference) of the outliers of each class."""
     alone = np.flatnonzero(library.counts[library.classes] > 1)
     cosine = nearest_cosines(library.rows[alone], library.classes[alone], library.rows, library.classes, alone)
     far: list[tuple[float, int]] = []
@@ -292,7 +294,9 @@ def _outliers(library: Library) -> list[tuple[float, int]]:
     return far
 
 
-def _trade_offs(library: Library, judgement: Judgement, abstain: Abstain | None) -> tuple[TradeOff, ...]:
+def _trade_offs(
+    library: Library, judgement: LeaveOneOutResult, abstain: AbstainSettings | None
+) -> tuple[TradeOff, ...]:
     own, best = judgement.distinct_own, judgement.distinct_best
     alone = np.flatnonzero(np.isin(library.leaders, judgement.distinct_rows))
     cosine = nearest_cosines(library.rows[alone], best, library.rows, library.classes, alone)
@@ -309,7 +313,7 @@ def _trade_offs(library: Library, judgement: Judgement, abstain: Abstain | None)
 
 
 def _half_accuracy(support: SupportSet, settings: DecisionSettings) -> float | None:
-    """Return the balanced accuracy on every other reference of each class when only the rest is there."""
+    """Return the balanced accuracy on every other reference of each class with the rest as references."""
     starts = np.searchsorted(support.classes, np.arange(len(support.labels)))
     rank = np.arange(len(support.classes)) - starts[support.classes]
     kept = rank % 2 == 0
@@ -323,21 +327,21 @@ def _half_accuracy(support: SupportSet, settings: DecisionSettings) -> float | N
 
 
 def _advice(reports: tuple[ModeReport, ...], trade_offs: tuple[TradeOff, ...], settings: DecisionSettings) -> Advice:
-    """Advise the mode in force unless another one decides more right by over a standard error."""
-    precision = settings.abstain.precision if settings.abstain is not None else Abstain().precision
+    """Return the current mode as advice unless another one is better by more than a standard error."""
+    precision = settings.abstain.precision if settings.abstain is not None else AbstainSettings().precision
     known = {Mode(one.mode): one for one in reports if one.distinct_accuracy is not None}
     if not known:
-        return Advice(settings.mode.value, precision, ("no class has two images that differ: add some",))
+        return Advice(settings.mode.value, precision, ("no class has two different images: add images",))
     accuracy = {mode: one.distinct_accuracy or 0.0 for mode, one in known.items()}
     top, judged = max(accuracy.values()), max(one.distinct_judged for one in known.values())
     error = float(np.sqrt(max(top * (1.0 - top), 0.25 / judged) / judged))
     mode = next(mode for mode in (settings.mode, *PREFERRED) if accuracy.get(mode, -1.0) >= top - error)
-    figures = f"{accuracy[mode]:.1%} of {known[mode].distinct_judged:,} references right, left out one by one"
+    figures = f"leave-one-out accuracy {accuracy[mode]:.1%} on {known[mode].distinct_judged:,} references"
     if mode is settings.mode:
-        said = [f"keep mode {mode.value}: it decides {figures}, and no other mode is better by more than chance"]
+        said = [f"keep mode {mode.value}: {figures}; no other mode is significantly better"]
     else:
-        mine = f", where {settings.mode.value} has {accuracy[settings.mode]:.1%}" if settings.mode in accuracy else ""
-        said = [f"use mode {mode.value}: it decides {figures}{mine}"]
+        mine = f", {settings.mode.value}: {accuracy[settings.mode]:.1%}" if settings.mode in accuracy else ""
+        said = [f"use mode {mode.value}: {figures}{mine}"]
     wanted = [one for one in trade_offs if settings.abstain is not None and one.precision == precision]
     if wanted and wanted[0].filed < ENOUGH_FILED:
         said.append(f"precision {precision:g} files {wanted[0].filed:.0%} of known images: add references")

@@ -1,4 +1,4 @@
-"""Explain: why one image is decided the way it is, as plain facts and as sentences."""
+"""Explain: the reasons for the decision on one image, as values and as sentences."""
 
 from dataclasses import dataclass
 
@@ -8,43 +8,44 @@ import numpy.typing as npt
 from sortd.arrays import Array
 from sortd.classify.decide import (
     ScoredBatch,
-    class_probabilities,
     decide,
-    decide_rows,
+    decide_by,
     familiarity,
-    judge,
+    score_batch,
+    score_logits,
     stranger_shares,
 )
 from sortd.classify.gaussian import MEAN_SHRINKAGE
 from sortd.classify.prompts import written_name
 from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
-from sortd.classify.types import PROBABLE, Abstained, Assigned, ClassifierKind, Decision, Mode
+from sortd.classify.types import PROBABILISTIC, Abstained, Assigned, ClassifierKind, Decision, Mode
 
 NEIGHBOURS_SHOWN = 5
 
 REASONS = {
-    "no_classes": "there is no class to choose from",
-    "name_only": "the likeliest class is known by its name alone, which is not enough to file by",
-    "too_few": "there is one class only, with too few references to tell what does not belong to it",
-    "stranger": "it looks as much like what belongs to no class",
-    "typicality": "it is unlike the references of the likeliest class: maybe it belongs to none",
-    "margin": "another class is too near to be sure",
+    "no_classes": "there are no classes",
+    "name_only": "the best class has no reference images",
+    "too_few": "there is only one class, with too few references to detect other images",
+    "stranger": "images of no class resemble the best class as much",
+    "typicality": "it is unlike the references of the best class",
+    "margin": "the probability of the best class is too low",
 }
+"""Reasons of ``Abstained``."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassScore:
-    """How one class fares."""
+    """The score of one class."""
 
     label: str
-    score: float  # cosine, or for best, mixed and a fine-tuned model the probability
+    score: float  # probability for the modes in PROBABILISTIC, else cosine
     references: int
-    nearest: float | None  # cosine to its nearest reference; None where it has none
+    nearest: float | None  # cosine to its nearest reference
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """One reference near the image."""
+    """A reference near the image."""
 
     path: str
     label: str
@@ -53,7 +54,7 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One condition for filing: what was reached and what is asked."""
+    """One condition for filing."""
 
     name: str  # confidence, familiarity, strangers
     value: float
@@ -63,7 +64,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class OtherMode:
-    """What another mode would have chosen; it is not calibrated, so whether it would have filed is not known."""
+    """The best class under another mode, which has no thresholds since it is not calibrated."""
 
     mode: str
     label: str | None
@@ -73,39 +74,35 @@ class OtherMode:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Everything about one decision."""
+    """The reasons for one decision."""
 
     decision: Decision
-    scores: tuple[ClassScore, ...]  # the likeliest first; classes that cannot win are left out
+    scores: tuple[ClassScore, ...]  # the best first, without classes that cannot be chosen
     neighbours: tuple[Neighbour, ...]
     thresholds: tuple[Check, ...]
-    text_share: float  # how much of the winner's prototype comes from its name, from 0 to 1
+    text_share: float  # share of the name in the prototype of the best class
     others: tuple[OtherMode, ...]
     generation: int
     encoder_id: str
     mode: str
-    held_out: int  # held-out images by which decision.precision was judged
+    held_out: int  # number of held-out images for decision.precision
 
     @property
     def is_filed(self) -> bool:
-        """Whether the image is sure enough to be filed."""
+        """Whether the image is filed."""
         return isinstance(self.decision, Assigned)
 
     @property
     def label(self) -> str | None:
-        """The class chosen, or the best guess."""
+        """The best class."""
         return self.decision.best_label
 
 
 def explain(prototypes: PrototypeSet, embedding: npt.ArrayLike) -> Explanation:
-    """Explain the decision on one embedding, a unit row (d,).
-
-    Raises:
-        ValueError: it has another shape, or a value that is not finite.
-    """
+    """Return the explanation of the decision on one unit embedding (d,); raise as ``decide``."""
     row = np.asarray(embedding, np.float64)[None]
     (decision,) = decide(prototypes, row)
-    judged = {mode: judge(prototypes, row, mode) for mode in Mode} if prototypes.labels else {}
+    judged = {mode: score_batch(prototypes, row, mode) for mode in Mode} if prototypes.labels else {}
     mode = prototypes.settings.mode
     similarities = prototypes.references @ row[0].astype(np.float32)
     nearest = np.argsort(-similarities, kind="stable")[:NEIGHBOURS_SHOWN]
@@ -133,35 +130,28 @@ def explain_finetuned(
     prototypes: PrototypeSet,
     embedding: npt.ArrayLike | None,
 ) -> Explanation:
-    """Explain the decision on one row of logits (classes,).
+    """Return the explanation of the decision on one row of logits (C,).
 
-    Args:
-        classifier: what decides.
-        row: the logits of the image.
-        prototypes: what would decide without it, of the same folders.
-        embedding: the image as the prototypes see it, a unit row (d,); without it nothing is said of neighbours and of
-            the modes.
-
-    Raises:
-        ValueError: a row has another shape, or a value that is not finite.
+    ``prototypes`` are those of the same dataset; with ``embedding`` (d,), neighbours and modes are explained too.
     """
     logits = np.asarray(row, np.float64)[None]
-    (decision,) = decide_rows(classifier, logits)
-    beside = None if embedding is None else explain(prototypes, embedding)
+    (decision,) = decide_by(classifier, logits)
+    neighbours: tuple[Neighbour, ...] = ()
     others: tuple[OtherMode, ...] = ()
-    if beside is not None:
-        own = OtherMode(beside.mode, beside.label, beside.decision.score, beside.decision.margin)
-        others = (own, *beside.others)
-    probabilities = class_probabilities(classifier, logits)[0]
+    nearest: dict[str, float | None] = {}
+    if embedding is not None:
+        other = explain(prototypes, embedding)
+        neighbours, nearest = other.neighbours, {one.label: one.nearest for one in other.scores}
+        others = (OtherMode(other.mode, other.label, other.decision.score, other.decision.margin), *other.others)
+    probabilities = score_logits(classifier, logits).probabilities[0]
     counts = dict(zip(prototypes.labels, prototypes.counts.tolist(), strict=True))
-    nearest = {} if beside is None else {one.label: one.nearest for one in beside.scores}
     ranked = [(classifier.labels[at], float(probabilities[at])) for at in np.argsort(-probabilities, kind="stable")]
     least = classifier.calibration.confidence
     check = Check("confidence", decision.confidence, least, decision.confidence >= least)
     return Explanation(
         decision=decision,
         scores=tuple(ClassScore(label, one, int(counts.get(label, 0)), nearest.get(label)) for label, one in ranked),
-        neighbours=() if beside is None else beside.neighbours,
+        neighbours=neighbours,
         thresholds=() if classifier.abstain is None else (check,),
         text_share=0.0,
         others=others,
@@ -181,7 +171,7 @@ def _scores(
     return tuple(
         ClassScore(
             prototypes.labels[index],
-            float(judged.shown[0, index]),
+            float(judged.reported[0, index]),
             int(prototypes.counts[index]),
             float(nearest[index]) if np.isfinite(nearest[index]) else None,
         )
@@ -210,7 +200,7 @@ def _checks(prototypes: PrototypeSet, row: Array, judged: ScoredBatch) -> tuple[
 
 
 def _text_share(prototypes: PrototypeSet, label: str | None) -> float:
-    """Return the weight of the name in the winner's shrunken mean: kT / (n + kappa + kT), see docs/decisions.md."""
+    """Return the weight of the name in the shrunk mean of a class: kT / (n + kappa + kT), see docs/decisions.md."""
     match prototypes.settings.mode:
         case Mode.TEXT:
             return 1.0
@@ -222,65 +212,58 @@ def _text_share(prototypes: PrototypeSet, label: str | None) -> float:
 
 
 def _other(prototypes: PrototypeSet, mode: Mode, judged: ScoredBatch) -> OtherMode:
-    row, shown = judged.scores[0], judged.shown[0]
-    best, *others = np.argsort(-row, kind="stable").tolist()
-    if not np.isfinite(row[best]):
+    best = int(judged.best[0])
+    if not np.isfinite(judged.scores[0, best]):
         return OtherMode(mode.value, None, 0.0, 0.0)
-    second = float(shown[others[0]]) if others and np.isfinite(row[others[0]]) else 0.0
-    return OtherMode(mode.value, prototypes.labels[best], float(shown[best]), float(shown[best]) - second)
+    return OtherMode(mode.value, prototypes.labels[best], float(judged.reported[0, best]), judged.margin(0))
 
 
-def sentences(explanation: Explanation) -> list[str]:
+def explanation_sentences(explanation: Explanation) -> list[str]:
     """Return the explanation in sentences, the decision first."""
     decision, label = explanation.decision, explanation.label
     if label is None:
-        return [f"It would stay undecided: {REASONS['no_classes']}."]
+        return [f"It is not decided: {REASONS['no_classes']}."]
     name = written_name(label)
     if isinstance(decision, Abstained):
         why = REASONS.get(decision.reason, decision.reason)
-        said = [f"It goes to Review/{name}, the best guess: {why}."]
+        said = [f"It is sent to Review/{name}: {why}."]
     else:
         said = [f"It is filed into {name}."]
-    unit = "probability" if explanation.mode in PROBABLE else "cosine"
-    second = "" if decision.second_label is None else f", {written_name(decision.second_label)} comes second"
-    said.append(f"{name} has a {unit} of {decision.score:.3f}{second}, {decision.margin:.3f} behind.")
+    unit = "probability" if explanation.mode in PROBABILISTIC else "cosine"
+    second = "" if decision.second_label is None else f"; second: {written_name(decision.second_label)}"
+    said.append(f"{name} has a {unit} of {decision.score:.3f}, a margin of {decision.margin:.3f}{second}.")
     said += [_check_sentence(check) for check in explanation.thresholds]
-    # Of what is not filed it would be beside the point: the share counts those that are much surer, too.
     is_finetuned = explanation.mode == ClassifierKind.FINETUNED.value
-    if decision.precision is not None and explanation.is_filed:
-        held_out = "images that its training held out" if is_finetuned else "references, each left out in turn"
-        sure = f"{decision.precision:.0%} of those at least as sure as this were right"
-        said.append(f"Of the {explanation.held_out:,} {held_out}, {sure}.")
+    if decision.precision is not None and explanation.is_filed:  # an image that is not filed has a lower precision
+        held_out = "held-out images" if is_finetuned else "references, each left out in turn"
+        said.append(
+            f"Precision of decisions with at least this confidence: {decision.precision:.0%} "
+            f"(estimated on {explanation.held_out:,} {held_out})."
+        )
     if explanation.text_share > 0:
-        said.append(f"The name {label!r} makes up {explanation.text_share:.0%} of its prototype, images the rest.")
+        said.append(f"The name {label!r} contributes {explanation.text_share:.0%} to its prototype.")
     if explanation.others or not is_finetuned:
         said.append(_others_sentence(explanation, label))
-    said.append(
-        f"Decided with generation {explanation.generation} by {explanation.encoder_id}, mode {explanation.mode}."
-    )
+    said.append(f"Generation {explanation.generation}, encoder {explanation.encoder_id}, mode {explanation.mode}.")
     return said
 
 
 def _check_sentence(check: Check) -> str:
-    verb = "enough" if check.passed else "not enough"
+    verdict = "passed" if check.passed else "not passed"
     match check.name:
         case "confidence":
-            return f"Its confidence is {check.value:.3f}; at least {check.asked:.3f} is asked: {verb}."
+            return f"Confidence {check.value:.3f}, minimum {check.asked:.3f}: {verdict}."
         case "familiarity":
-            scale = "known images have 0 on average"
-            return f"Its familiarity is {check.value:+.2f} ({scale}); at least {check.asked:+.2f} is asked: {verb}."
-    return (
-        f"{check.value:.1%} of images of no class would look as much like one; "
-        f"at most {check.asked:.1%} may be filed: {verb}."
-    )
+            return f"Familiarity {check.value:+.2f} (mean of known images: 0), minimum {check.asked:+.2f}: {verdict}."
+    return f"Share of strangers that resemble a class as much {check.value:.1%}, maximum {check.asked:.1%}: {verdict}."
 
 
 def _others_sentence(explanation: Explanation, label: str) -> str:
     agreeing = [other.mode for other in explanation.others if other.label == label]
     differing = [
-        f"{other.mode} says {written_name(other.label)}"
+        f"{other.mode} chooses {written_name(other.label)}"
         for other in explanation.others
         if other.label is not None and other.label != label
     ]
-    parts = [f"{' and '.join(filter(None, [', '.join(agreeing[:-1]), agreeing[-1]]))} agree"] if agreeing else []
-    return f"Of the other modes, {'; '.join([*parts, *differing])}." if parts or differing else "No other mode can say."
+    parts = [f"{', '.join(agreeing)} agree"] if agreeing else []
+    return f"Other modes: {'; '.join([*parts, *differing]) or 'no decision'}."

@@ -1,7 +1,4 @@
-"""The Gaussian of a library: a centred, standardised, whitened space in which classes are points.
-
-Formulas and evidence: docs/decisions.md, sections "best" and "mixed".
-"""
+"""The Gaussian of a library: classes with a shared covariance in a standardised space; see docs/decisions.md."""
 
 from dataclasses import dataclass
 
@@ -11,19 +8,19 @@ from sortd.arrays import Array, IntArray
 from sortd.classify.library import Pause, class_means, no_pause, unit_rows
 
 PSEUDO_ROWS = 5.0
-"""Rows of equal variance added to the variance of each dimension while references are few."""
+"""Pseudo-observations, of the mean variance, in the variance of each dimension."""
 MEAN_SHRINKAGE = 1.0
-"""kappa: the common mean counts as this many references of each class."""
+"""kappa: number of references that the common mean counts as in each class mean."""
 LEAST_SPREAD = 0.1
-"""Least spread assumed for the cosine of unrelated directions, about one over the root of 100 dimensions."""
+"""Least standard deviation assumed for the cosine of unrelated directions (1 / sqrt(100 dimensions))."""
 
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """Where embeddings are centred and every dimension has the same spread."""
+    """The standardised space: embeddings are centred and all dimensions have the same variance."""
 
     center: Array  # (d,): the class-balanced mean; zero with a single class
-    scale: Array  # (d,): one over the class-balanced standard deviation of each dimension
+    scale: Array  # (d,): inverse class-balanced standard deviation of each dimension
 
     def place(self, embeddings: Array) -> Array:
         """Return unit rows (B, d) of embeddings (B, d) in this space."""
@@ -52,15 +49,15 @@ class Gaussian:
 
 @dataclass(frozen=True, eq=False)
 class PlacedNames:
-    """What the names say, in the placed space of the images."""
+    """The class names in the standardised space of the images."""
 
     rows: Array  # (C, d): the common mean plus rho times the centred name
-    gain: float  # rho: the slope of class means on names; near zero where the names tell nothing
-    evidence: float  # by how many standard errors a class agrees better with its own name than with the others'
+    gain: float  # rho: slope of class means on names; near zero if names do not predict images
+    evidence: float  # standard errors by which classes agree better with their own name than with other names
 
 
 def fit_space(rows: Array, classes: IntArray, counts: IntArray) -> Space:
-    """Return the space of unit rows (N, d); every class counts once, however many references it has."""
+    """Return the space of unit rows (N, d); all classes have equal weight."""
     width = rows.shape[1]
     present = np.flatnonzero(counts)
     if present.size < 2:  # noqa: PLR2004 - nothing to centre between
@@ -72,7 +69,7 @@ def fit_space(rows: Array, classes: IntArray, counts: IntArray) -> Space:
 
 
 def inverse_spreads(variance: Array, rows: int) -> Array:
-    """Return (..., d): the mean variance over that of each dimension (..., d), of so many rows and PSEUDO_ROWS."""
+    """Return (..., d): the mean variance divided by the variance of each dimension (..., d), after PSEUDO_ROWS."""
     typical = np.maximum(variance.mean(axis=-1, keepdims=True), 1e-12)
     steady = (rows * np.maximum(variance, 0.0) + PSEUDO_ROWS * typical) / (rows + PSEUDO_ROWS)
     return np.asarray(typical / steady, dtype=np.float64)
@@ -81,10 +78,9 @@ def inverse_spreads(variance: Array, rows: int) -> Array:
 def fit_gaussian(
     placed: Array, classes: IntArray, counts: IntArray, *, ambient: int | None = None, pause: Pause = no_pause
 ) -> Gaussian:
-    """Return the Gaussian of placed unit rows (N, r).
+    """Return the Gaussian of unit rows (N, r) of the standardised space.
 
-    The covariance within classes is shrunk to the isotropic one with as many pseudo-observations as there are
-    dimensions (``ambient``, by default r); without any degree of freedom it is isotropic.
+    The covariance within classes is shrunk to the isotropic one with ``ambient`` (default: r) pseudo-observations.
     """
     width = placed.shape[1] if ambient is None else ambient
     present = np.flatnonzero(counts)
@@ -122,13 +118,7 @@ def fit_gaussian(
 
 
 def shrink_means(gaussian: Gaussian, named: Array | None = None, weight: float = 0.0) -> Array:
-    """Return whitened (C, d) means drawn to the common mean, and to what the names say.
-
-    Args:
-        gaussian: the fitted classes.
-        named: whitened (C, d) prototypes of the names, already in the space of images; or None.
-        weight: how many references a name counts as (kT).
-    """
+    """Return whitened (C, d) means shrunk to the common mean, and to the whitened names (C, d) with weight kT."""
     counts = gaussian.counts[:, None].astype(np.float64)
     sums = counts * gaussian.means + MEAN_SHRINKAGE * gaussian.middle
     if named is None or weight == 0.0:
@@ -138,7 +128,7 @@ def shrink_means(gaussian: Gaussian, named: Array | None = None, weight: float =
 
 
 def squared_distances(left: Array, right: Array, right_norms: Array | None = None) -> Array:
-    """Return (B, C) squared distances of rows (B, d) and (C, d); ``right_norms`` (C,) are squared lengths, if known."""
+    """Return (B, C) squared distances of rows (B, d) and (C, d); ``right_norms`` are ``squared_norms(right)``."""
     products = left @ right.T
     norms = squared_norms(right) if right_norms is None else right_norms
     return np.asarray(np.square(left).sum(axis=1)[:, None] - 2.0 * products + norms, dtype=np.float64)
@@ -158,17 +148,10 @@ def _whitener(covariance: Array, typical: float, freedom: int, width: int) -> Ar
 
 
 def place_names(space: Space, text: Array, text_mean: Array | None, means: Array, counts: IntArray) -> PlacedNames:
-    """Return the names placed among the images.
+    """Return the names in the space of the images; ``means`` are class means (C, d) in that space.
 
-    Either side is centred by itself, which closes the gap between text and images; ``rho`` is the least-squares slope
-    of the centred class means on the centred names.
-
-    Args:
-        space: the space of the images.
-        text: (C, d) unit rows.
-        text_mean: (d,) mean of generic nouns, or None to use the mean of the names.
-        means: (C, d) means of placed rows of each class.
-        counts: (C,) references of each class.
+    Text and images are centred separately, which removes the modality gap; ``rho`` is the least-squares slope of the
+    centred class means on the centred names. Without ``text_mean`` (d,) the mean of the names is used.
     """
     generic = text.mean(axis=0) if text_mean is None else text_mean
     directions = unit_rows((text - generic) * space.scale)

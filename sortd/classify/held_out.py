@@ -1,6 +1,6 @@
-"""Held-out judgements: what a mode makes of references that it has not seen, and two sets of them compared.
+"""Held-out decisions: the decisions of a mode on references that are left out, and comparisons of two such sets.
 
-``agreement`` compares an encoder's rounded rows with the exact ones, ``refuse_reload`` a new generation with the old.
+``agreement`` compares the embeddings of two encoders, ``refuse_reload`` a new generation with the old one.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ import numpy as np
 from sortd.arrays import Array, IntArray
 from sortd.classify.blend import Blend, fit_blends
 from sortd.classify.build import build, plain_temperature
-from sortd.classify.calibration import surest
-from sortd.classify.decide import judge
+from sortd.classify.calibration import top_classes
+from sortd.classify.decide import score_batch
 from sortd.classify.kernel import Plain, plain_held_out
 from sortd.classify.leave_one_out import LARGEST_TABLE, choose_held_out
 from sortd.classify.library import Library, class_means, make_library, parts
@@ -22,66 +22,57 @@ from sortd.classify.types import BLENDED, DecisionSettings, Mode, SupportSet
 
 LARGEST_ROWS = 20_000
 LEAST_SAME = 0.99
-"""Share of the filed references that both must give one label. MLPerf holds a quantized classifier to 99 % of the exact
-one's accuracy (Reddi et al., MLPerf Inference Benchmark, 2020); one label is the stricter claim, for no two errors
-cancel."""
+"""Least share of the filed references with the same label. MLPerf requires 99 % of the exact model's accuracy from a
+quantized model (Reddi et al., 2020); equal labels are stricter, since errors do not cancel."""
 LEAST_COSINE = 0.99
-"""Mean cosine between an image's two rows. On CLIP features of four public datasets, rows moved by noise to a mean
-cosine of 0.99 still filed every reference alike, and at most 1.4 % of all were decided wrong that had been right; 0.98
-made it 3 % (docs/backends.md)."""
+"""Least mean cosine between the two embeddings of an image. On CLIP features of four public datasets, noise with a mean
+cosine of 0.99 changed no filed reference and at most 1.4 % of all decisions; 0.98 changed 3 % (docs/backends.md)."""
 FEWEST_FILED = 30
-"""References that must have been filed before agreement says anything. When none of n differs, fewer than 3 / n of all
-do, with 95 % confidence: here a tenth (Hanley & Lippman-Hand, If nothing goes wrong, is everything all right?, JAMA,
-1983)."""
+"""Least number of filed references for a verdict. If none of n differs, fewer than 3 / n of all do with 95 % confidence
+(Hanley & Lippman-Hand, JAMA, 1983)."""
 MOST_LOST = 0.10
-"""Leave-one-out accuracy, on the classes that both share, that a rebuild may lose."""
+"""Loss of leave-one-out accuracy, on the common classes, that a rebuild may cause."""
 STANDARD_ERRORS = 2.0
-"""A loss must also be this many standard errors large: four references more or less are no proof."""
+"""A larger loss is accepted if it is below this many standard errors."""
 ABSTENTIONS = 2.0
-"""A rebuild may not abstain this many times as often as before,"""
 MORE_ABSTENTIONS = 0.10
-"""if that is also this much more of all known images."""
+"""A rebuild is refused if it abstains ABSTENTIONS times as often as before, and by more than this share of images."""
 
 
 @dataclass(frozen=True, eq=False)
-class Judgement:
-    """What one mode takes references for: R left out by themselves, and S left out with their near-duplicates."""
+class LeaveOneOutResult:
+    """Decisions of one mode on R references left out alone, and on S left out together with their near-duplicates."""
 
-    judged: IntArray  # (R,) references, in the order of the prototype set
+    judged: IntArray  # (R,): references, as indices of the prototype set
     own: IntArray  # (R,)
     best: IntArray  # (R,)
     confidence: Array  # (R,)
-    distinct_rows: IntArray  # (S,) one reference of each group of near-duplicates
+    distinct_rows: IntArray  # (S,): one reference of each group of near-duplicates
     distinct_own: IntArray  # (S,)
     distinct_best: IntArray  # (S,)
     distinct_confidence: Array  # (S,)
 
 
 def merge_references(prototypes: PrototypeSet, support: SupportSet) -> Library:
-    """Return the library of a prototype set, with the names of the support set that it was built of."""
+    """Return the library of a prototype set, with the names of its support set."""
     labels = len(prototypes.labels)
     return make_library(prototypes.references, prototypes.classes, labels, support.text, support.text_mean)
 
 
-def fit_wide(library: Library) -> tuple[Blend, Blend]:
-    """Return best and mixed with as many references left out as an evaluation wants."""
-    return fit_blends(library, largest=LARGEST_ROWS)
-
-
-def judge_plain(mode: Mode, prototypes: PrototypeSet, library: Library) -> Judgement:
-    """Return what avg, max, mean or text make of the references, exactly."""
+def leave_out_plain(mode: Mode, prototypes: PrototypeSet, library: Library) -> LeaveOneOutResult:
+    """Return the exact leave-one-out decisions of a plain mode."""
     plain = prototypes.plain
     sample = choose_held_out(plain.counts, plain.classes)
     temperature = plain_temperature(plain_held_out(mode, sample, plain), plain.classes[sample])
     judged = np.arange(len(plain.rows)) if mode is Mode.TEXT else np.flatnonzero(plain.counts[plain.classes] > 1)
     best, confidence = _plain_decisions(mode, plain, judged, temperature)
     apart, distinct_best, distinct_confidence = judged, best, confidence
-    if len(library.rows) != len(plain.rows):  # near-duplicates: another question
+    if len(library.rows) != len(plain.rows):  # there are near-duplicates
         apart = np.flatnonzero(library.counts[library.classes] > 1)
         means = class_means(library.rows, library.classes, library.counts)
         distinct = Plain(library.rows, library.classes, library.counts, means, plain.text)
         distinct_best, distinct_confidence = _plain_decisions(mode, distinct, apart, temperature)
-    return Judgement(
+    return LeaveOneOutResult(
         judged=judged,
         own=plain.classes[judged],
         best=best,
@@ -96,32 +87,31 @@ def judge_plain(mode: Mode, prototypes: PrototypeSet, library: Library) -> Judge
 def _plain_decisions(mode: Mode, plain: Plain, chosen: IntArray, temperature: float) -> tuple[IntArray, Array]:
     best, confidence = np.zeros(len(chosen), np.int64), np.zeros(len(chosen))
     for part in parts(len(chosen), len(plain.counts), LARGEST_TABLE):
-        best[part], confidence[part] = surest(plain_held_out(mode, chosen[part], plain), temperature)
+        best[part], confidence[part] = top_classes(plain_held_out(mode, chosen[part], plain), temperature)
     return best, confidence
 
 
-def judge_blend(mode: Mode, prototypes: PrototypeSet, library: Library, blend: Blend) -> Judgement:
-    """Return what best or mixed make of the references.
+def leave_out_blend(mode: Mode, prototypes: PrototypeSet, library: Library, blend: Blend) -> LeaveOneOutResult:
+    """Return the leave-one-out decisions of ``best`` or ``mixed``.
 
-    A reference with near-duplicates in its class is judged with them in place when it is left out by itself, which is
-    what the whole rule does; all others by leave-one-out.
+    A reference with near-duplicates that is left out alone is decided by the whole rule, since its duplicates remain.
     """
     held = blend.fit.held
-    best, confidence = surest(blend.trial.table, 1.0) if len(held.own) else (held.own, np.zeros(0))
+    best, confidence = top_classes(blend.trial.table, 1.0) if len(held.own) else (held.own, np.zeros(0))
     size = np.bincount(library.group, minlength=len(library.rows))
     at_row = np.full(len(library.rows), -1)
     at_row[held.chosen] = np.arange(len(held.chosen))
     position = at_row[library.group]
     is_double = size[library.group] > 1
     judged = np.flatnonzero((prototypes.counts[prototypes.classes] > 1) & (is_double | (position >= 0)))
-    # Position -1, of what was not held out, names one more place; those references have doubles and are judged below.
+    # Position -1 (not held out) reads the appended value; those references have duplicates and are decided below.
     whole_best = np.append(best, 0)[position[judged]]
     whole_confidence = np.append(confidence, 0.0)[position[judged]]
     doubles = np.flatnonzero(is_double[judged])
     if len(doubles):
-        seen = judge(prototypes, prototypes.references[judged[doubles]].astype(np.float64), mode)
+        seen = score_batch(prototypes, prototypes.references[judged[doubles]].astype(np.float64), mode)
         whole_best[doubles], whole_confidence[doubles] = seen.best, seen.confidence
-    return Judgement(
+    return LeaveOneOutResult(
         judged=judged,
         own=prototypes.classes[judged],
         best=whole_best,
@@ -135,44 +125,39 @@ def judge_blend(mode: Mode, prototypes: PrototypeSet, library: Library, blend: B
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What a comparison of two encoders' rows found for one dataset, or for several together."""
+    """The agreement of an exact and a quick encoder on one or several datasets."""
 
-    references: int  # rows that were compared
-    judged: int  # references that could be left out and decided
-    filed: int  # of these, the ones that the exact rows are sure enough of to file
-    same: int  # of the filed, those to which the quick rows give the same label
-    right_exact: int  # of the judged, those that the exact rows decide right
-    right_quick: int  # of the judged, those that the quick rows decide right
-    cosines: float  # sum of the cosines between the two rows of each reference
-    lowest_cosine: float  # the least of them; 1 where there is none
+    references: int
+    judged: int  # references that could be left out
+    filed: int  # judged references that the exact embeddings file
+    same: int  # filed references with the same label under both
+    right_exact: int  # judged references that the exact embeddings decide correctly
+    right_quick: int
+    cosines: float  # sum of the cosines between the two embeddings of each reference
+    lowest_cosine: float  # 1 without references
 
     @property
     def share(self) -> float | None:
-        """Labelled alike, of the filed; None without any."""
+        """Share of the filed references with the same label; None without any."""
         return self.same / self.filed if self.filed else None
 
     @property
     def mean_cosine(self) -> float | None:
-        """Mean cosine between the two rows of a reference; None without any."""
+        """Mean cosine between the two embeddings of a reference; None without any."""
         return self.cosines / self.references if self.references else None
 
 
 def agreement(exact: SupportSet, quick: SupportSet, settings: DecisionSettings) -> Agreement:
-    """Compare two support sets of the same references, made by two encoders.
+    """Return the agreement of two support sets of the same references by two encoders.
 
-    Each reference is left out and decided by the others, in either space by itself. Labels count only for those that
-    the exact rows would file: what would go to Review is a toss between two classes that any rounding turns over.
-
-    Args:
-        exact: the rows to be held to.
-        quick: the rows that are to serve, of the same images in the same order.
-        settings: how the dataset decides, and when it abstains.
+    Each reference is left out and decided by the others. Labels are compared only for references that the exact
+    embeddings file, since any rounding may change the label of the others.
 
     Raises:
-        ValueError: they are not of the same references.
+        ValueError: the references differ.
     """
     if exact.sources != quick.sources or exact.labels != quick.labels:
-        raise ValueError("the two support sets hold other references, so there is nothing to compare")
+        raise ValueError("the two support sets have different references")
     if not len(exact.sources):
         return pooled({})
     cosines = (exact.embeddings.astype(np.float64) * quick.embeddings).sum(axis=1)
@@ -193,28 +178,28 @@ def agreement(exact: SupportSet, quick: SupportSet, settings: DecisionSettings) 
     )
 
 
-def _judged(support: SupportSet, settings: DecisionSettings) -> tuple[Judgement, float]:
-    """Return what each reference is taken for when it is left out, and the least confidence of a filed one."""
+def _judged(support: SupportSet, settings: DecisionSettings) -> tuple[LeaveOneOutResult, float]:
+    """Return the leave-one-out decisions of a support set, and the least confidence of a filed image."""
     prototypes = build(support, settings, generation=0)
     library = merge_references(prototypes, support)
     mode = Mode.MEAN if settings.mode is Mode.TEXT and support.text is None else settings.mode
     if mode in BLENDED:
-        best, mixed = fit_wide(library)
-        found = judge_blend(mode, prototypes, library, best if mode is Mode.BEST else mixed)
+        best, mixed = fit_blends(library, largest=LARGEST_ROWS)
+        found = leave_out_blend(mode, prototypes, library, best if mode is Mode.BEST else mixed)
     else:
-        found = judge_plain(mode, prototypes, library)
+        found = leave_out_plain(mode, prototypes, library)
     return found, prototypes.calibration.confidence
 
 
 def pooled(compared: Mapping[str, Agreement]) -> Agreement:
-    """Return what several datasets say together."""
+    """Return the agreement on several datasets together."""
     added = ("references", "judged", "filed", "same", "right_exact", "right_quick", "cosines")
     sums = {name: sum(getattr(one, name) for one in compared.values()) for name in added}
     return Agreement(**sums, lowest_cosine=min((one.lowest_cosine for one in compared.values()), default=1.0))
 
 
 def agreement_figures(parts: Mapping[str, Agreement]) -> dict[str, Any]:
-    """Return several datasets together, and each by itself, as plain values."""
+    """Return the agreement on all datasets together and on each one, as plain values."""
     return {**_figures(pooled(parts)), "datasets": {name: _figures(part) for name, part in sorted(parts.items())}}
 
 
@@ -233,30 +218,23 @@ def _figures(part: Agreement) -> dict[str, Any]:
 
 
 def refuse_quick(compared: Mapping[str, Agreement]) -> str | None:
-    """Return why the quick rows may not serve these datasets, as a sentence, or None where they may.
-
-    All of them together must be enough to tell, and each by itself must agree: a small library is not outvoted.
-    """
+    """Return why the quick encoder must not be used for these datasets, or None; each dataset must agree."""
     filed = pooled(compared).filed
     if filed < FEWEST_FILED:
-        few = "references that are left out and filed by the others are too few to tell"
-        return f"{filed} {few}; {FEWEST_FILED} are needed"
+        return f"only {filed} left-out references are filed; {FEWEST_FILED} are needed for a comparison"
     for name, one in sorted(compared.items()):
         if one.mean_cosine is not None and not one.mean_cosine >= LEAST_COSINE:
-            return f"the rows of {name} moved too far: mean cosine {one.mean_cosine:.4f}, needed {LEAST_COSINE}"
+            return f"the embeddings of {name} differ: mean cosine {one.mean_cosine:.4f}, needed {LEAST_COSINE}"
         if one.share is not None and one.share < LEAST_SAME:
-            return (
-                f"{one.filed - one.same} of the {one.filed} references of {name} that are filed would go elsewhere: "
-                f"{one.share:.1%} alike, needed {LEAST_SAME:.0%}"
-            )
+            different = f"{one.filed - one.same} of the {one.filed} filed references of {name}"
+            return f"{different} get another label: {one.share:.1%} equal, needed {LEAST_SAME:.0%}"
     return None
 
 
 def refuse_reload(old: PrototypeSet, new: PrototypeSet) -> str | None:
-    """Return why the old generation should stay, as a sentence, or None if the new one may serve.
+    """Return why the new generation must not replace the old one, or None.
 
-    Classes that went away or came are not held against the new generation: what the user did is obeyed. With another
-    encoder or other settings there is nothing to compare, for that was asked for.
+    Only common classes are compared; after a change of encoder or settings nothing is.
     """
     if old.encoder_id != new.encoder_id or old.settings != new.settings:
         return None
@@ -264,7 +242,7 @@ def refuse_reload(old: PrototypeSet, new: PrototypeSet) -> str | None:
 
 
 def shared_recalls(old: PrototypeSet, new: PrototypeSet) -> list[tuple[str, float, float]]:
-    """Return (label, recall before, recall now) of the classes that both generations could judge."""
+    """Return (label, old recall, new recall) of the classes whose recall is known in both generations."""
     now = dict(zip(new.labels, new.recall.tolist(), strict=True))
     then = zip(old.labels, old.recall.tolist(), strict=True)
     pairs = [(label, before, now.get(label, np.nan)) for label, before in then]
@@ -286,8 +264,8 @@ def _worse_accuracy(old: PrototypeSet, new: PrototypeSet) -> str | None:
         return None
     worst = max(shared, key=lambda pair: pair[1] - pair[2])
     return (
-        f"the new references decide {now:.0%} of their own images right, left out one by one, where the old ones"
-        f" decided {before:.0%} on the same classes; {worst[0]!r} fell from {worst[1]:.0%} to {worst[2]:.0%}"
+        f"leave-one-out accuracy on the common classes falls from {before:.0%} to {now:.0%}; recall of {worst[0]!r}"
+        f" falls from {worst[1]:.0%} to {worst[2]:.0%}"
     )
 
 
@@ -297,4 +275,4 @@ def _more_abstentions(old: PrototypeSet, new: PrototypeSet) -> str | None:
     before, now = 1.0 - old.calibration.filed_expected, 1.0 - new.calibration.filed_expected
     if now <= ABSTENTIONS * before or now - before <= MORE_ABSTENTIONS:
         return None
-    return f"the new references would send {now:.0%} of known images to review, where the old ones sent {before:.0%}"
+    return f"the share of known images sent to review rises from {before:.0%} to {now:.0%}"

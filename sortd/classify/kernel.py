@@ -1,4 +1,4 @@
-"""The plain rules (avg, max, mean, text) and the whitened kernel: what compares an image with single references."""
+"""The plain modes (avg, max, mean, text) and the whitened kernel; see docs/decisions.md."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,20 +14,20 @@ from sortd.classify.types import Mode
 
 BLOCK = 8_000_000
 ROUNDING_OF_SINGLE = 1e-5
-"""More than single precision can be wrong by in a cosine."""
+"""Upper bound of the rounding error of a cosine in single precision."""
 SHARPNESS = 10.0
-"""beta: how fast the weight of a reference falls with the whitened cosine distance."""
+"""beta: the weight of a reference is exp(-beta (1 - whitened cosine))."""
 LARGEST = 6000
-"""References that the kernel keeps; more cost time at every decision and add little."""
+"""References that the kernel keeps; more would slow every decision and change little."""
 FEWEST_OF_A_CLASS = 4
 TINY = 1e-30
 
 
 @dataclass(frozen=True, eq=False)
 class Plain:
-    """What the plain rules compare with."""
+    """The references as the plain modes use them."""
 
-    rows: npt.NDArray[np.floating]  # (N, d), the references, sorted by class; float32 as they came, or float64
+    rows: npt.NDArray[np.floating]  # (N, d), sorted by class; float32 or float64
     classes: IntArray  # (N,), ascending
     counts: IntArray  # (C,)
     means: Array  # (C, d)
@@ -40,11 +40,7 @@ class Plain:
 
 
 def plain_scores(mode: Mode, queries: Array, plain: Plain) -> Array:
-    """Return (B, C) cosine scores of queries (B, d); -inf where a class has nothing to be compared with.
-
-    ``max`` is computed in single precision; rows where two classes come near each other are computed again in double,
-    so that the class is that of a plain loop.
-    """
+    """Return (B, C) cosine scores of queries (B, d); -inf for a class without references or name."""
     if mode is Mode.TEXT:
         if plain.text is None:
             return np.full((len(queries), len(plain.counts)), -np.inf)
@@ -57,7 +53,7 @@ def plain_scores(mode: Mode, queries: Array, plain: Plain) -> Array:
 
 
 def plain_held_out(mode: Mode, chosen: IntArray, plain: Plain) -> Array:
-    """Return (R, C) scores of chosen references, each exactly as if it had not been there."""
+    """Return (R, C) leave-one-out scores of the chosen references."""
     queries, own = plain.rows[chosen].astype(np.float64), plain.classes[chosen]
     if mode is Mode.MAX:
         return _largest(queries, plain, chosen)
@@ -72,7 +68,11 @@ def plain_held_out(mode: Mode, chosen: IntArray, plain: Plain) -> Array:
 
 
 def _largest(queries: Array, plain: Plain, itself: IntArray | None = None) -> Array:
-    """Return (B, C) largest cosines, of queries that are references without themselves."""
+    """Return (B, C) largest cosines; query i is not compared with reference ``itself[i]``.
+
+    The cosines are computed in single precision, and again in double precision where two classes are close, so that
+    the best class is that of a loop in double precision.
+    """
     result = np.full((len(queries), len(plain.counts)), -np.inf)
     present = np.flatnonzero(plain.counts)
     if not present.size:
@@ -99,27 +99,24 @@ def _largest(queries: Array, plain: Plain, itself: IntArray | None = None) -> Ar
 
 
 def first_best(scores: Array, *, tolerance: float = 1e-12) -> IntArray:
-    """Return (B,) the first class whose score is the highest, as a loop over classes finds it.
-
-    A matrix product may round equal columns differently; within the tolerance they are equal.
-    """
+    """Return (B,) the first class with the highest score; scores within the tolerance are equal."""
     with np.errstate(invalid="ignore"):
         return np.asarray(np.argmax(scores >= scores.max(axis=1, keepdims=True) - tolerance, axis=1), dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """The references that vote, sorted by class."""
+    """The references that the kernel sums over, sorted by class."""
 
     rows: FloatArray  # (R, d): whitened unit rows
-    chosen: IntArray  # (R,): which row of the Gaussian each one is, ascending by class
+    chosen: IntArray  # (R,): their rows in the Gaussian
     classes: IntArray  # (R,), ascending
-    counts: IntArray  # (C,): voters of each class
-    named: FloatArray | None  # (C, d): whitened unit names, which vote for classes without a reference
+    counts: IntArray  # (C,): rows of each class
+    named: FloatArray | None  # (C, d): whitened unit names, used for classes without a reference
 
 
 def make_kernel(gaussian: Gaussian, named: Array | None = None) -> Kernel:
-    """Return the kernel over the references of a Gaussian; names (C, d) vote for classes that have none."""
+    """Return the kernel over the references of a Gaussian, and over names (C, d) of classes without references."""
     chosen = choose_rows(gaussian.classes, gaussian.counts)
     classes = gaussian.classes[chosen]
     return Kernel(
@@ -132,7 +129,7 @@ def make_kernel(gaussian: Gaussian, named: Array | None = None) -> Kernel:
 
 
 def choose_rows(classes: IntArray, counts: IntArray) -> IntArray:
-    """Return indices of the references that vote: all of them, or evenly spread ones of each large class."""
+    """Return the indices of at most LARGEST references, sorted by class; large classes are thinned evenly."""
     order = np.argsort(classes, kind="stable").astype(np.int64)
     if len(classes) <= LARGEST:
         return order
@@ -154,13 +151,13 @@ def _most_of_a_class(counts: IntArray) -> int:
 
 
 def kernel_scores(whitened: Array, kernel: Kernel) -> Array:
-    """Return (B, C) log mean votes over beta, for whitened rows (B, d); very low where nobody votes."""
+    """Return (B, C) log mean kernel values over beta of whitened rows (B, d)."""
     rows = unit_rows(whitened).astype(np.float32)
-    summed = votes(rows @ kernel.rows.T, kernel)
-    return finish_votes(summed, np.broadcast_to(kernel.counts, summed.shape), rows, kernel)
+    summed = kernel_sums(rows @ kernel.rows.T, kernel)
+    return log_kernel_means(summed, np.broadcast_to(kernel.counts, summed.shape), rows, kernel)
 
 
-def votes(cosines: npt.NDArray[np.floating], kernel: Kernel) -> Array:
+def kernel_sums(cosines: npt.NDArray[np.floating], kernel: Kernel) -> Array:
     """Return (B, C) sums of exp(-beta (1 - cosine)) over the references of each class."""
     weights = np.exp(SHARPNESS * (cosines - np.float32(1.0)))
     result = np.zeros((len(cosines), len(kernel.counts)))
@@ -171,11 +168,11 @@ def votes(cosines: npt.NDArray[np.floating], kernel: Kernel) -> Array:
     return result
 
 
-def finish_votes(summed: Array, counts: npt.NDArray[np.generic], rows: FloatArray, kernel: Kernel) -> Array:
-    """Return log mean votes over beta, after the names have voted too; ``counts`` is (B, C)."""
+def log_kernel_means(summed: Array, counts: npt.NDArray[np.generic], rows: FloatArray, kernel: Kernel) -> Array:
+    """Return log mean kernel values over beta from sums and counts (B, C), with names for classes without rows."""
     total = np.asarray(counts, dtype=np.float64)
-    silent = kernel.counts == 0
-    if kernel.named is not None and silent.any():
-        summed[:, silent] = np.exp(SHARPNESS * (rows @ kernel.named[silent].T - np.float32(1.0)))
+    empty = kernel.counts == 0
+    if kernel.named is not None and empty.any():
+        summed[:, empty] = np.exp(SHARPNESS * (rows @ kernel.named[empty].T - np.float32(1.0)))
     mean = np.maximum(summed / np.maximum(total, 1.0), TINY)
     return np.asarray(np.log(mean) / SHARPNESS, dtype=np.float64)

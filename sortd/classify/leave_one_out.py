@@ -1,9 +1,9 @@
-"""Leave-one-out: what each reference would score had it not been there.
+"""Leave-one-out scores of the references.
 
 Removing reference i of class c changes the class mean by -u/(n-1), the common mean by -u/(C(n-1)) and the shrunk
-covariance A, up to a factor, by the rank one matrix r u u' with u = z - M_c and r = n / ((n-1)(d + dof)). So by
-Sherman and Morrison every distance follows from products that are at hand. Centre and scale stay as they are. A handful
-of references, for which that is too rough, are left out by fitting again.
+covariance A, up to a factor, by the rank one matrix r u u' with u = z - M_c and r = n / ((n-1)(d + dof)). By the
+Sherman-Morrison formula, every distance follows from products already computed. Centre and scale are kept. Libraries of
+at most REFIT_UP_TO references, for which that is too inaccurate, are fitted again without each reference.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from sortd.classify.gaussian import (
     shrink_means,
     squared_distances,
 )
-from sortd.classify.kernel import Kernel, finish_votes, kernel_scores, make_kernel, votes
+from sortd.classify.kernel import Kernel, kernel_scores, kernel_sums, log_kernel_means, make_kernel
 from sortd.classify.library import Library, Pause, class_means, no_pause, unit_rows
 from sortd.classify.open_set import nearest_cosines
 
@@ -29,7 +29,7 @@ LARGEST_ROWS = 4000
 LARGEST_TABLE = 20_000_000
 BLOCK = 4_000_000
 REFIT_UP_TO = 64
-"""References up to which each one is left out by fitting again; 64 fits take a quarter of a second."""
+"""Largest library that is fitted again without each reference; 64 fits take a quarter of a second."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +40,12 @@ class HeldOut:
     own: IntArray  # (R,): their classes
     residuals: Array  # (R, d): u, the whitened difference to the class mean
     gain: Array  # (R,): tau = r / (1 - r |u|^2)
-    factor: float  # what the precision grows by for the lost observation
-    mean_step: Array  # (R,): the common mean moves by this times u
+    factor: float  # of squared distances, for the lost observation
+    mean_step: Array  # (R,): change of the common mean in units of u
 
 
 def choose_held_out(counts: IntArray, classes: IntArray, *, largest: int = LARGEST_ROWS) -> IntArray:
-    """Return rows to hold out: those of classes with two references or more, thinned evenly where they are many."""
+    """Return at most ``largest`` rows of classes with two references or more, evenly from all classes."""
     eligible = np.flatnonzero(counts[classes] > 1)
     limit = int(min(largest, max(LARGEST_TABLE // max(len(counts), 1), 256)))
     if len(eligible) <= limit:
@@ -57,7 +57,7 @@ def choose_held_out(counts: IntArray, classes: IntArray, *, largest: int = LARGE
 
 
 def hold_out(gaussian: Gaussian, chosen: IntArray) -> HeldOut:
-    """Return what removing each chosen reference does."""
+    """Return the changes of a Gaussian by the removal of each chosen reference."""
     own = gaussian.classes[chosen]
     counts = gaussian.counts[own].astype(np.float64)
     residuals = gaussian.rows[chosen] - gaussian.means[own]
@@ -84,15 +84,9 @@ def gaussian_table(
     weight: float = 0.0,
     part: slice = slice(None),
 ) -> Array:
-    """Return (R, C) leave-one-out Gaussian scores, minus half of the squared distance.
+    """Return leave-one-out Gaussian scores (minus half of the squared distance) of a part of the R rows, (B, C).
 
-    Args:
-        gaussian: the fit with every reference.
-        held: the removals.
-        shrunk: whitened (C, d) means from ``shrink_means`` with the same names and weight.
-        named: whitened (C, d) prototypes of the names, or None.
-        weight: how many references a name counts as.
-        part: which of the R rows are wanted.
+    ``shrunk`` are the means that ``shrink_means`` returns for the same ``named`` and ``weight``.
     """
     rows, own, residuals = gaussian.rows[held.chosen[part]], held.own[part], held.residuals[part]
     gain, mean_step = held.gain[part], held.mean_step[part]
@@ -140,18 +134,15 @@ def kernel_table(gaussian: Gaussian, held: HeldOut, kernel: Kernel, *, pause: Pa
         counts = np.tile(kernel.counts, (len(rows), 1))
         counts[np.arange(len(rows)), held.own[part]] -= itself.any(axis=1)
         asking = unit_rows(rows.astype(np.float64)).astype(np.float32)
-        result[part] = finish_votes(votes(cosines, kernel), counts, asking, kernel)
+        result[part] = log_kernel_means(kernel_sums(cosines, kernel), counts, asking, kernel)
         pause()
     return result
 
 
 def background_distances(gaussian: Gaussian, placed: Array, held: HeldOut) -> Array:
-    """Return (R,) squared distances to the Gaussian of all images, each without itself.
+    """Return (R,) leave-one-out squared distances to the Gaussian of all images, for standardised rows (N, d).
 
-    Args:
-        gaussian: the fit with every reference.
-        placed: (N, d), every placed row, sorted by class.
-        held: the removals; of the total covariance only the part within classes is corrected.
+    Of the total covariance, only the part within classes is corrected.
     """
     offsets = placed[held.chosen] @ gaussian.background - gaussian.background_middle
     means = class_means(placed, gaussian.classes, gaussian.counts)
@@ -165,15 +156,9 @@ def background_distances(gaussian: Gaussian, placed: Array, held: HeldOut) -> Ar
 
 
 def remoteness_left_out(rows: Array, classes: IntArray, counts: IntArray, chosen: IntArray) -> Array:
-    """Return (R,) distance of each chosen reference to the centre of a space that was fitted without it.
+    """Return (R,) distance of each chosen unit row to the centre of a space fitted without it.
 
-    The product of the changes of centre and spread, which is of second order, is left out.
-
-    Args:
-        rows: (N, d), unit rows, sorted by class.
-        classes: (N,), ascending.
-        counts: (C,), of at least two classes with a row.
-        chosen: (R,): rows of classes with two or more.
+    The second-order product of the changes of centre and variance is neglected. At least two classes have a row.
     """
     present = np.flatnonzero(counts)
     means = class_means(rows, classes, counts)
@@ -189,9 +174,9 @@ def remoteness_left_out(rows: Array, classes: IntArray, counts: IntArray, chosen
 
 @dataclass(frozen=True, eq=False)
 class Refitted:
-    """What the R references that were left out scored."""
+    """Leave-one-out scores of R references by refitting."""
 
-    gaussian: dict[float, Array]  # (R, C) by the weight of the names: minus half of the squared distance
+    gaussian: dict[float, Array]  # (R, C) by weight of the names: minus half of the squared distance
     kernel: Array  # (R, C)
     background: Array  # (R,): squared distance to the Gaussian of all images
     remoteness: Array  # (R,): distance to the centre of the library
@@ -201,10 +186,10 @@ class Refitted:
 def refit_tables(
     library: Library, chosen: IntArray, weights: tuple[float, ...], *, pause: Pause = no_pause
 ) -> Refitted:
-    """Return leave-one-out scores of R chosen rows by fitting again, under each weight of the names.
+    """Return leave-one-out scores of R chosen rows by refitting, for each weight of the names.
 
-    All rows are turned into their own span first (the triangle of their Gram matrix), so that each fit costs the cube
-    of the number of rows and not of the dimensions.
+    All rows are first expressed in their own span (the Cholesky factor of their Gram matrix), so that a fit takes
+    O(rows^3) instead of O(dimensions^3).
     """
     rows, classes, counts = library.rows, library.classes, library.counts
     shape = (len(chosen), len(counts))

@@ -9,44 +9,44 @@ import numpy as np
 from sortd.arrays import Array, FloatArray, IntArray
 
 Pause = Callable[[], None]
-"""Called between the parts of a long computation, so that its thread can do something else meanwhile."""
+"""Called between the parts of a long computation, so that its thread can answer other requests."""
 
 CELLS = 1_000_000
-"""Cells of a table computed between two pauses: the intermediate results stay in the processor's cache."""
+"""Cells of a table computed at once: the intermediate results then fit into the processor's cache."""
 LARGEST_DISTANCE = 0.05
-"""Cosine distance up to which two references of a class can be near-duplicates. On CLIP ViT-B/32 features of four
-public sets 5 % of references lie this near to another one of their class, and merging them cost no accuracy."""
+"""Largest cosine distance of near-duplicates. On CLIP ViT-B/32 features of four public sets, 5 % of the references have
+another reference of their class within it, and merging them cost no accuracy."""
 SHARE_OF_MEDIAN = 0.125
-"""The same as a share of the median distance between references, for encoders whose embeddings lie closer together."""
+"""The same limit as a share of the median distance, for encoders whose embeddings lie closer together."""
 SAMPLE = 512
 ROUNDING = 1e-6
-"""Cosine distance within which two references are the same in any library."""
+"""Cosine distance within which two references are always duplicates."""
 
 
 def no_pause() -> None:
-    """Continue at once."""
+    """Do nothing."""
 
 
 def parts(rows: int, columns: int, cells: int | None = None) -> Iterator[slice]:
-    """Yield consecutive row slices of a table, each of at most ``cells`` cells (CELLS) but of one row at least."""
+    """Yield consecutive row slices of at most ``cells`` cells (default: CELLS), but at least one row."""
     size = max((CELLS if cells is None else cells) // max(columns, 1), 1)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
 
 def unit_rows(rows: Array) -> Array:
-    """Return rows (…, d) scaled to unit length; a zero row stays zero."""
+    """Return rows (…, d) scaled to unit length; zero rows stay zero."""
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
     return np.asarray(rows / np.maximum(norms, 1e-12), dtype=np.float64)
 
 
 def count_classes(classes: IntArray, labels: int) -> IntArray:
-    """Return (C,) how many rows each class has."""
+    """Return (C,) the number of rows of each class."""
     return np.bincount(classes, minlength=labels).astype(np.int64)
 
 
 def class_means(rows: Array, classes: IntArray, counts: IntArray) -> Array:
-    """Return (C, d) means of rows sorted by class; zero for a class without rows."""
+    """Return (C, d) means of rows that are sorted by class; zero for a class without rows."""
     result = np.zeros((len(counts), rows.shape[1]))
     present = np.flatnonzero(counts)
     if present.size:
@@ -57,7 +57,7 @@ def class_means(rows: Array, classes: IntArray, counts: IntArray) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Library:
-    """References without near-duplicates, with the names where an encoder knows them."""
+    """References with near-duplicates merged, and the text embeddings of the class names if there are any."""
 
     rows: Array  # (R, d) unit rows, sorted by class: the unit mean of each group
     classes: IntArray  # (R,), ascending
@@ -81,10 +81,9 @@ def make_library(
     *,
     pause: Pause = no_pause,
 ) -> Library:
-    """Return the library of unit rows (N, d), in which near-duplicates within a class are one row.
+    """Return the library of unit rows (N, d); near-duplicates within a class become one row.
 
-    Each reference joins the first earlier one of its class within the distance, so that a chain of frames does not
-    collapse as a whole.
+    Each reference joins the first earlier one of its class within the distance; chains are not merged as a whole.
     """
     rows = unit_rows(references.astype(np.float64))
     group, leaders = _groups(rows, classes, 1.0 - max(duplicate_distance(rows), ROUNDING), pause)
@@ -102,7 +101,7 @@ def make_library(
 
 
 def duplicate_distance(embeddings: Array) -> float:
-    """Return the cosine distance up to which references are near-duplicates, for unit rows (N, d)."""
+    """Return the largest cosine distance of near-duplicates among unit rows (N, d)."""
     if len(embeddings) < 2:  # noqa: PLR2004 - a pair
         return 0.0
     sample = embeddings[np.unique(np.linspace(0, len(embeddings) - 1, SAMPLE).astype(np.int64))]

@@ -1,7 +1,4 @@
-"""The open-set statistics: does an image belong to any class? A familiarity gate, and strangers by leaving classes out.
-
-Formulas and evidence: docs/decisions.md, section "Abstaining".
-"""
+"""Open-set detection: the familiarity gate, and stranger scores by leaving classes out; see docs/decisions.md."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,76 +11,73 @@ from sortd.classify.gaussian import fit_gaussian, fit_space, shrink_means, squar
 from sortd.classify.library import Pause, no_pause, parts
 
 Moments = tuple[float, float]
-"""Mean and spread of one statistic among known images."""
+"""Mean and standard deviation of one statistic among known images."""
 Rows = npt.NDArray[np.floating]
 
 KNOWN_REFUSED = 0.10
-"""Share of known images that the gate may refuse; many of them are too near to another class anyway."""
+"""Share of known images that the gate refuses; many of them are too near to another class anyway."""
 FEW_CLASSES = 5
-"""With more classes than this the remoteness weighs less, by the root of their number: they fill the space around the
-centre, so that a stranger is less and less often far from it."""
+"""With more classes than this, the weight of the remoteness falls by the root of their number: they fill the space
+around the centre, so that strangers are seldom far from it."""
 SHARE_OF_ODDS = 0.5
-"""Weight of the log odds in the familiarity: strangers are mostly less sure, but not always."""
+"""Weight of the log odds in the familiarity: strangers mostly have lower odds, but not always."""
 LEAST_COSINE_SPREAD = 0.01
 LEAST_ODDS_SPREAD = 1.0
-"""Least spreads assumed: where all references are alike, or certain, a little less so is nothing strange."""
+"""Least standard deviations assumed, since references that are all alike or certain would have almost none."""
 LEAST_RELATIVE_SPREAD = 0.03
 """The same for typicality and remoteness, in parts of their mean; real libraries have 0.1 to 0.5."""
 LEAST_WHOLE_SPREAD = 1.0
 FEW = 20
-"""Held-out references below which a quantile means little, and that of a normal distribution is the gate. The least
-value seen, of a dozen, filed 72 % of known images and 22 % of near strangers where this files 68 and 14."""
+"""With fewer held-out references, the gate is a quantile of a normal distribution. The least of a dozen observed values
+filed 72 % of known images and 22 % of near strangers; this files 68 and 14 %."""
 NORMAL_QUANTILE = -1.2816
-"""Standard deviations below which a normal distribution has the share that may be refused."""
+"""The quantile KNOWN_REFUSED of the standard normal distribution."""
 STRANGER_QUANTILE = 0.25
-"""Without any class of two images the cosine gate is this quantile of what images of other classes reach."""
+"""If no class has two images, the cosine gate is this quantile of the cosines between classes."""
 LOGISTIC = 1.702
-"""With its argument times this the logistic function is the normal distribution within 0.01 (Camilli 1994)."""
+"""The logistic function of this times x is the normal distribution within 0.01 (Camilli 1994)."""
 FOLDS = 10
 COSINE_GATE = 0.15
-"""A stranger counts as like a class only if its cosine is among this top share of the strangers' (decision-rules)."""
+"""An image resembles a class only if its cosine is in this top share of the strangers' cosines."""
 LARGEST_LIBRARY = 6000
 LEAST_LENGTH = 1e-6
-"""A row that is the centre itself has no direction."""
+"""Least length of a row: the centre itself has no direction."""
 NEIGHBOURS = 3
-"""References of a class that an image is compared with; more than one, so that one odd reference proves little."""
+"""References that an image is compared with; more than one, so that an outlier has little effect."""
 
 
 @dataclass(frozen=True, eq=False)
 class OpenSetScores:
-    """The familiarity statistics of B images, each beside its best class."""
+    """The familiarity statistics of B images for their best classes."""
 
-    cosine: Array  # to the nearest references: in the standardised space where remoteness is known, else of embeddings
-    typicality: Array | None  # relative Mahalanobis distance: how much nearer the best class is than images at large
+    cosine: Array  # to the nearest references: in the standardised space if remoteness is known, else of embeddings
+    typicality: Array | None  # relative Mahalanobis distance: to the Gaussian of all images less to the best class
     remoteness: Array | None  # distance to the centre of the library, in the standardised space
 
 
 @dataclass(frozen=True)
 class Gate:
-    """How familiar an image must look: each statistic in spreads of what known images have; None where not known."""
+    """The familiarity gate: moments of each statistic among known images; None if not used."""
 
     least: float  # least familiarity of a filed image
     cosine: Moments
     typicality: Moments | None
     remoteness: Moments | None
-    odds: Moments | None  # of the log odds of the class
+    odds: Moments | None  # log odds of the class
     share_of_remoteness: float = 1.0  # weight of the remoteness
-    whole: Moments = (0.0, 1.0)  # of all statistics together
+    whole: Moments = (0.0, 1.0)  # sum of all statistics
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> "Gate":
-        """Return the gate of a mapping of its fields, also after JSON has made lists of the pairs."""
+        """Return the gate from its fields as JSON holds them."""
         fields: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in facts.items()}
         return cls(**fields)
 
     def familiarity(self, open_set: OpenSetScores, confidence: Array | None) -> Array:
-        """Return (B,) how familiar images look: 0 as known images on average, negative if less so.
+        """Return (B,) familiarity in standard deviations of known images; their mean is 0.
 
-        Each statistic adds the logarithm of the share of known images that look less familiar in it (Fisher's method).
-
-        Args:
-            open_set: of B images.
-            confidence: (B,) probability of the best class, or None to judge by the other scores alone.
+        Each statistic adds the logarithm of the share of known images that have less of it (Fisher's method). Without
+        ``confidence``, (B,) probability of the best class, the odds are those of known images on average.
         """
         total = log_share(open_set.cosine, self.cosine)
         if self.typicality is not None and open_set.typicality is not None:
@@ -98,26 +92,26 @@ class Gate:
 
 
 def log_share(values: Array, moments: Moments) -> Array:
-    """Return (B,) log of the share of known images that have less, by a logistic distribution of these moments."""
+    """Return (B,) log of the share of smaller values in a logistic distribution with these moments."""
     return np.asarray(-np.logaddexp(0.0, -LOGISTIC * (values - moments[0]) / moments[1]), dtype=np.float64)
 
 
 def log_odds(confidence: Array) -> Array:
-    """Return log odds of probabilities, bounded above where more certainty means nothing."""
+    """Return log odds of probabilities, bounded above by about 9."""
     return np.asarray(np.log(np.maximum(confidence, 1e-12) / (1.0 - confidence + 1e-4)), dtype=np.float64)
 
 
 def known_gate(
     open_set: OpenSetScores, confidence: Array, right: BoolArray, *, least_confidence: float, classes: int
 ) -> Gate:
-    """Return a gate that all but few of the known images which would be filed pass.
+    """Return a gate that refuses KNOWN_REFUSED of the held-out references that would be filed.
 
     Args:
-        open_set: of the R references, each left out.
+        open_set: of R held-out references.
         confidence: (R,) probability of the best class.
-        right: (R,) whether the best class is the right one; at least once.
+        right: (R,) whether the best class is correct; at least one is.
         least_confidence: of a filed image.
-        classes: how many there are.
+        classes: number of classes.
     """
     filed = right & (confidence >= least_confidence)
     filed = filed if filed.any() else right
@@ -134,7 +128,7 @@ def known_gate(
 
 
 def foreign_gate(cosines: Array) -> Gate:
-    """Return the gate where no class has two images, from the cosine (N,) to the nearest image of another class."""
+    """Return the gate from the cosines (N,) of references to the nearest one of another class."""
     gate = Gate(0.0, cosine=(0.0, 1.0), typicality=None, remoteness=None, odds=None)
     open_set = OpenSetScores(np.quantile(cosines, [STRANGER_QUANTILE]), None, None)
     return replace(gate, least=float(gate.familiarity(open_set, None)[0]))
@@ -156,28 +150,28 @@ def _low(values: Array) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Strangers:
-    """Scores of S left-out references against the classes that stayed, with weights."""
+    """Scores of S references against the other classes, with their own class left out."""
 
     typicality: Array
     margin: Array
     cosine: Array
-    likeness: Array  # the three in one: how much like a class each one looks
+    likeness: Array  # combination of the three
     weights: Array
-    classes: int  # how many classes were left out: they, not their images, are what varies between strangers
+    classes: int  # number of classes that were left out
 
     @property
     def attainable(self) -> float:
-        """The smallest share of strangers that these can prove."""
+        """The smallest share of filed strangers that these scores can guarantee."""
         if not len(self.weights):
             return 1.0
         return max(1.0 / (self.classes + 1.0), 2.0 / (len(self.weights) + 1.0))
 
     def shares(self, typicality: Array, margin: Array, cosine: Array) -> Array:
-        """Return (B,) the share of strangers that look as much like a class as each image does."""
+        """Return (B,) the share of strangers that resemble a class at least as much as each image."""
         return _share(self.likeness_of(typicality, margin, cosine), self.likeness, self.weights)
 
     def likeness_of(self, typicality: Array, margin: Array, cosine: Array) -> Array:
-        """Return (B,) how much like a class images look: minus the log shares, or 0 below the cosine gate."""
+        """Return (B,) resemblance to a class: minus the sum of the log shares, or 0 below COSINE_GATE."""
         likeness = -np.log(_share(typicality, self.typicality, self.weights))
         likeness -= np.log(_share(margin, self.margin, self.weights))
         likeness[_share(cosine, self.cosine, self.weights) > COSINE_GATE] = 0.0
@@ -185,16 +179,9 @@ class Strangers:
 
 
 def leave_classes_out(rows: Array, classes: IntArray, counts: IntArray, *, pause: Pause = no_pause) -> Strangers:
-    """Return the scores of references whose class was taken away before fitting.
+    """Return the stranger scores of unit rows (N, d) that are sorted by class.
 
-    Classes are dealt into at most ten folds; each fold is left out whole and everything is fitted again. Every class
-    weighs the same.
-
-    Args:
-        rows: (N, d), unit rows without near-duplicates, sorted by class.
-        classes: (N,).
-        counts: (C,).
-        pause: called between the parts.
+    Classes are divided into at most FOLDS folds; the model is refitted without each fold. Classes have equal weight.
     """
     present = np.flatnonzero(counts)
     if present.size < 3:  # noqa: PLR2004 - one to leave out, two to choose between
@@ -247,10 +234,10 @@ def nearest_cosines(  # noqa: PLR0913 -- all but four are seldom given
         best: (B,) the class of each query.
         rows: (N, d) unit rows, sorted by class.
         classes: (N,), ascending.
-        itself: (B,) the row that each query is and must not be compared with; or None.
-        neighbours: how many rows enter the mean, where the class has as many.
-        centred: for rows that were not centred, (B,) what is taken from each query's products and (N,) by what each
-            row's are divided.
+        itself: (B,) the row that is not compared with each query.
+        neighbours: largest number of rows that enter the mean.
+        centred: for rows that are not centred: (B,) subtrahends of the products of each query, and (N,) divisors of the
+            products of each row.
         pause: called between the parts.
     """
     result = np.full(len(queries), -1.0)
@@ -290,7 +277,7 @@ def _thin(rows: Array, classes: IntArray, counts: IntArray) -> tuple[Array, IntA
 
 def _share(values: Array, null: Array, weights: Array) -> Array:
     mean = float(weights.mean())
-    if len(values) == 1:  # one decision: no need to sort what one pass compares
+    if len(values) == 1:  # one pass is faster than sorting
         reached = np.asarray([float(weights @ (null >= values[0]))])
     else:
         order = np.argsort(null)

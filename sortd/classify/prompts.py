@@ -1,4 +1,4 @@
-"""Prompts: the sentences by which a class's name is shown to the text tower."""
+"""Prompts: the sentences that the text encoder embeds for the name of a class."""
 
 from collections.abc import Sequence
 
@@ -12,28 +12,28 @@ DEFAULT_TEMPLATES = (
     "a photo of the small {}.",
     "a photo of a {}.",
 )
-"""The seven templates that Tip-Adapter and CoOp chose for ImageNet, and CLIP's plain one."""
+"""The seven templates of Tip-Adapter and CoOp for ImageNet, and CLIP's default."""
 
 GENERIC_NOUNS = (
     "animal", "building", "car", "chair", "child", "city", "cloth", "computer", "cup", "dog", "door", "face",
     "flower", "food", "fruit", "garden", "hand", "house", "machine", "man", "mountain", "person", "phone", "plant",
     "river", "room", "sea", "sky", "street", "table", "tool", "tree", "wall", "water", "window", "woman",
 )  # fmt: skip
-"""Everyday nouns whose mean embedding stands for text in general; class names alone are too few to centre on."""
+"""Nouns whose mean embedding estimates the centre of all text embeddings; class names are too few for that."""
 
 
 def spoken_name(label: str) -> str:
-    """Return a class's folder name as it is spoken: underscores and dashes are spaces."""
+    """Return the name of a class folder with spaces instead of underscores and dashes."""
     return " ".join(label.replace("_", " ").replace("-", " ").split())
 
 
 def written_name(label: str) -> str:
-    """Return a class's name as it is written in a sentence: in quotes where blanks would not be seen."""
+    """Return the name of a class for messages: in quotes if it has blanks that would be invisible."""
     return label if label == " ".join(label.split()) else f"'{label}'"
 
 
 def prompts(label: str, descriptions: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Return the sentences for one class: its own descriptions as they stand, or its name in each template."""
+    """Return the prompts of one class: its descriptions, or else its name in each template."""
     if descriptions:
         return list(descriptions)
     return [template.replace("{}", spoken_name(label)) for template in templates]

@@ -1,37 +1,37 @@
-"""What decides a dataset's images: a prototype set, or the fine-tuned model that was promoted."""
+"""The classifiers of a dataset: a prototype set, or a fine-tuned model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray
-from sortd.classify.calibration import Calibration, HeldOutOutcomes, calibrate_outcomes
+from sortd.classify.calibration import Calibration
 from sortd.classify.gaussian import Space, squared_norms
 from sortd.classify.kernel import Kernel, Plain
 from sortd.classify.open_set import Strangers
-from sortd.classify.types import Abstain, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 NAMES_SAID = 5
-"""Of classes that differ, how many a sentence names."""
+"""Largest number of classes that a message names."""
 
 
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    """How an embedding becomes a point among the classes."""
+    """The whitened space, and the references and strangers in it."""
 
     center: Array  # (d,)
     scale: Array  # (d,)
     whitener: Array  # (d, d)
     background: Array  # (d, d)
     background_middle: Array  # (d,)
-    kernel_rows: FloatArray  # (R, d): whitened unit references that vote, sorted by class
+    kernel_rows: FloatArray  # (R, d): whitened unit references of the kernel, sorted by class
     kernel_classes: IntArray  # (R,)
-    kernel_counts: IntArray  # (C,): voters of each class
-    strangers: FloatArray  # (M, d): whitened unit examples of what belongs to no class
+    kernel_counts: IntArray  # (C,): rows of each class
+    strangers: FloatArray  # (M, d): whitened unit images of no class
     remoteness: FloatArray  # (N,): distance of each reference to the centre, in the standardised space
 
     @cached_property
@@ -42,9 +42,9 @@ class Whitening:
 
 @dataclass(frozen=True, eq=False)
 class BlendRule:
-    """What tells ``best`` and ``mixed`` apart within one whitening."""
+    """The parameters of ``best`` or ``mixed`` in a whitened space."""
 
-    shrunk: Array  # (C, d): whitened class means, shrunk to the common mean
+    shrunk: Array  # (C, d): whitened, shrunk class means
     named: FloatArray  # (C, d) whitened unit names, or (0, d)
     competes: BoolArray  # (C,): classes that can be chosen
     text_weight: float
@@ -53,11 +53,11 @@ class BlendRule:
 
     @cached_property
     def shrunk_norms(self) -> Array:
-        """(C,): squared lengths of ``shrunk``, without which a decision among many classes takes twice as long."""
+        """(C,): squared lengths of ``shrunk``; cached, since they take half of a decision among many classes."""
         return squared_norms(self.shrunk)
 
     def kernel(self, whitening: Whitening) -> Kernel:
-        """Return the kernel that votes under this rule."""
+        """Return the kernel of this rule."""
         return Kernel(
             rows=whitening.kernel_rows,
             chosen=np.arange(len(whitening.kernel_classes)),
@@ -73,11 +73,11 @@ _PARTS = {"whitening": Whitening, "best": BlendRule, "mixed": BlendRule, "null":
 
 @dataclass(frozen=True, eq=False)
 class PrototypeSet:
-    """One generation of a dataset's classes; C classes, N references, d dimensions."""
+    """One generation of the prototypes of a dataset; C classes, N references, d dimensions."""
 
     labels: tuple[str, ...]
-    matrix: FloatArray  # (C, d): the unit mean of each class's references, or the prototype of a name alone, or zero
-    means: Array  # (C, d): the mean of each class's references, not of unit length
+    matrix: FloatArray  # (C, d): unit mean of the references of each class; else the prototype of its name, or zero
+    means: Array  # (C, d): mean of the references of each class
     counts: IntArray  # (C,): references of each class
     generation: int
     encoder_id: str
@@ -87,22 +87,22 @@ class PrototypeSet:
     sources: tuple[str, ...]  # N paths of the references, sorted by class
     references: FloatArray  # (N, d), sorted by class
     classes: IntArray  # (N,), ascending
-    text: FloatArray  # (C, d), or (0, d) where names have no embedding
-    temperature: float  # factor from a plain rule's cosines to log probabilities
-    recall: Array  # (C,): leave-one-out recall of each class, NaN where none could be left out
+    text: FloatArray  # (C, d), or (0, d) without text embeddings
+    temperature: float  # factor from the cosines of a plain mode to log probabilities
+    recall: Array  # (C,): leave-one-out recall; NaN if no reference could be left out
     whitening: Whitening | None = None
     best: BlendRule | None = None
     mixed: BlendRule | None = None
-    null: Strangers | None = None  # strangers by leaving classes out, where the setting is a number
+    null: Strangers | None = None  # stranger scores, if the setting ``strangers`` is a number
 
     @cached_property
     def plain(self) -> Plain:
-        """What the plain rules compare with, made once for all decisions."""
+        """The references as the plain modes use them."""
         text = self.text.astype(np.float64) if len(self.text) else None
         return Plain(self.references, self.classes, self.counts, self.means, text)
 
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:
-        """Return named arrays and JSON-able metadata, enough for ``from_arrays``."""
+        """Return named arrays and JSON-able metadata for ``from_arrays``."""
         arrays: Arrays = {name: getattr(self, name) for name in _OWN_ARRAYS}
         numbers: dict[str, float | int] = {"temperature": self.temperature}
         for prefix in _PARTS:
@@ -127,11 +127,7 @@ class PrototypeSet:
 
     @classmethod
     def from_arrays(cls, arrays: Arrays, metadata: dict[str, Any]) -> "PrototypeSet":
-        """Return the set that ``to_arrays`` took apart.
-
-        Raises:
-            KeyError: an array or a fact is missing.
-        """
+        """Return the set from the result of ``to_arrays``, or raise KeyError if an item is missing."""
         members: dict[str, dict[str, Any]] = {prefix: {} for prefix in _PARTS}
         for name, value in [*arrays.items(), *metadata["numbers"].items()]:
             prefix, _, member = name.partition(".")
@@ -147,7 +143,7 @@ class PrototypeSet:
             generation=metadata["generation"],
             encoder_id=metadata["encoder_id"],
             fingerprint=metadata["fingerprint"],
-            settings=DecisionSettings(Mode(metadata["mode"]), None if abstain is None else Abstain(**abstain)),
+            settings=DecisionSettings(Mode(metadata["mode"]), None if abstain is None else AbstainSettings(**abstain)),
             calibration=Calibration.from_json(metadata["calibration"]),
             sources=tuple(metadata["sources"]),
             temperature=metadata["numbers"]["temperature"],
@@ -157,62 +153,36 @@ class PrototypeSet:
 
 @dataclass(frozen=True, eq=False)
 class FinetunedClassifier:
-    """What turns rows of logits into decisions for one dataset, by softmax(row / temperature) (Guo et al. 2017).
+    """A classifier of logits by softmax(logits / temperature) (Guo et al. 2017)."""
 
-    Raises:
-        ValueError: the temperature is not above zero, or there are no two classes.
-    """
-
-    labels: tuple[str, ...]  # the class of each logit, in the model's order
-    temperature: float  # what logits are divided by before the softmax
-    encoder_id: str  # the model's identity, by which its rows are cached and its decisions logged
+    labels: tuple[str, ...]  # the class of each logit
+    temperature: float
+    encoder_id: str  # identity of the model, in cache and log
     generation: int
     calibration: Calibration
-    abstain: Abstain | None  # None files everything
+    abstain: AbstainSettings | None  # None files everything
 
     def __post_init__(self) -> None:
-        """Check temperature and labels."""
+        """Raise ValueError if the temperature is not positive or there are fewer than two different labels."""
         if not self.temperature > 0 or not np.isfinite(self.temperature):
             raise ValueError(f"the temperature is {self.temperature}, but must be above zero")
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:  # noqa: PLR2004 -- a choice
             raise ValueError(f"{len(self.labels)} labels, but a classifier needs two or more, each once")
 
-    def serving(self, generation: int) -> "FinetunedClassifier":
-        """Return it under the number of the generation that it serves in."""
-        return replace(self, generation=generation)
-
 
 Classifier = PrototypeSet | FinetunedClassifier
-"""Both have ``labels``, ``encoder_id`` (of the rows that they take), ``generation`` and ``calibration``."""
+"""Both have ``labels``, ``encoder_id``, ``generation`` and ``calibration``."""
 
 
-def build_classifier(
-    labels: Sequence[str],
-    *,
-    temperature: float,
-    encoder_id: str,
-    outcomes: HeldOutOutcomes,
-    abstain: Abstain | None,
-    generation: int,
-) -> FinetunedClassifier:
-    """Return a fine-tuned classifier that abstains as the held-out outcomes and the settings ask.
-
-    Raises:
-        ValueError: the labels or the temperature cannot serve.
-    """
-    calibration = calibrate_outcomes(outcomes, abstain, classes=len(labels))
-    return FinetunedClassifier(tuple(labels), temperature, encoder_id, generation, calibration, abstain)
-
-
-def difference_of_labels(known: Sequence[str], present: Sequence[str]) -> str | None:
-    """Return how the labels of a model differ from the class folders that are present, or None where they do not."""
+def describe_label_mismatch(known: Sequence[str], present: Sequence[str]) -> str | None:
+    """Return the difference between the labels of a model and the class folders in words; None if they are equal."""
     added, removed = sorted(set(present) - set(known)), sorted(set(known) - set(present))
-    said = []
+    parts = []
     if added:
-        said.append(f"Clases/ has {_named(added)}, which the model does not know")
+        parts.append(f"Clases/ has {_named(added)}, which the model does not know")
     if removed:
-        said.append(f"the model knows {_named(removed)}, which Clases/ has not")
-    return "; ".join(said) or None
+        parts.append(f"the model knows {_named(removed)}, which Clases/ does not have")
+    return "; ".join(parts) or None
 
 
 def _named(labels: Sequence[str]) -> str:

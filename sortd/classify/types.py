@@ -10,42 +10,38 @@ from sortd.arrays import FloatArray, IntArray
 
 
 class Mode(StrEnum):
-    """The rule that turns similarities into one score for each class."""
+    """The rule that computes one score per class."""
 
     AVG = "avg"  # mean cosine to the references of a class
     MAX = "max"  # largest cosine to a reference of a class
     MEAN = "mean"  # cosine to the unit mean of the references
     TEXT = "text"  # cosine to the prototype of the class's name
-    BEST = "best"  # whitened Gaussians and kernels over the references
-    MIXED = "mixed"  # best, with the class's name as the prior mean
+    BEST = "best"  # Gaussians and kernels over the whitened references
+    MIXED = "mixed"  # best, with the class's name as prior mean
 
 
 class ClassifierKind(StrEnum):
-    """What decides a dataset's images."""
+    """The classifier of a dataset."""
 
-    PROTOTYPES = "prototypes"  # by one of the modes above
-    FINETUNED = "finetuned"  # by the logits of a model that was trained on the dataset's own folders
+    PROTOTYPES = "prototypes"  # one of the modes above
+    FINETUNED = "finetuned"  # a model that was trained on the dataset's own folders
 
 
 BLENDED = frozenset({Mode.BEST, Mode.MIXED})
-PROBABLE = frozenset({Mode.BEST, Mode.MIXED, ClassifierKind.FINETUNED})
-"""What scores by probabilities; all others score by cosines."""
+PROBABILISTIC = frozenset({Mode.BEST, Mode.MIXED, ClassifierKind.FINETUNED})
+"""Modes whose scores are probabilities; the scores of the others are cosines."""
 DecidedBy = Mode | Literal[ClassifierKind.FINETUNED]
 
 
 @dataclass(frozen=True)
-class Abstain:
-    """How sure a decision must be before an image is filed.
+class AbstainSettings:
+    """Requirements for filing an image."""
 
-    Raises:
-        ValueError: a share lies outside of (0, 1).
-    """
-
-    precision: float = 0.95  # the wanted share of right ones among the filed images of known classes, in (0, 1)
-    strangers: float | Literal["auto"] = "auto"  # auto: gates; a number: the share of images of no class to be filed
+    precision: float = 0.95  # wanted share of correct decisions among the filed images of known classes
+    strangers: float | Literal["auto"] = "auto"  # auto: familiarity gate; a number: largest share of strangers filed
 
     def __post_init__(self) -> None:
-        """Check the shares."""
+        """Raise ValueError if a share lies outside (0, 1)."""
         if not 0.0 < self.precision < 1.0:
             raise ValueError(f"abstain.precision is {self.precision}, but must lie between 0 and 1")
         if isinstance(self.strangers, str):
@@ -57,23 +53,23 @@ class Abstain:
 
 @dataclass(frozen=True)
 class DecisionSettings:
-    """By which rule to score and when to abstain; ``abstain=None`` files everything."""
+    """The mode, and when to abstain; ``abstain=None`` files everything."""
 
     mode: Mode = Mode.MIXED
-    abstain: Abstain | None = Abstain()
+    abstain: AbstainSettings | None = AbstainSettings()
 
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
-    """The image belongs to ``label``."""
+    """The image is filed into ``label``."""
 
     label: str
-    score: float  # the cosine of the rule; for best, mixed and a fine-tuned model the probability of the class
-    margin: float  # the score less the second one's
+    score: float  # probability of the class for the modes in PROBABILISTIC, else its cosine
+    margin: float  # difference to the second-best score
     second_label: str | None
     mode: DecidedBy
-    confidence: float = 1.0  # probability of the class among the known ones
-    precision: float | None = None  # share of right ones among held-out images at least as sure; None: not calibrated
+    confidence: float = 1.0  # probability of the class among the known classes
+    precision: float | None = None  # precision of held-out images with at least this confidence; None: not calibrated
 
     @property
     def best_label(self) -> str:
@@ -83,12 +79,7 @@ class Assigned:
 
 @dataclass(frozen=True, slots=True)
 class Abstained:
-    """Not sure enough to file.
-
-    ``reason`` is one of: ``no_classes``, ``name_only`` (the best class has no reference), ``too_few`` (one class with
-    too few references), ``stranger`` (as much like what belongs nowhere), ``typicality`` (unlike all references of the
-    best class), ``margin`` (another class is too near).
-    """
+    """The image is not filed; ``reason`` is a key of ``explain.REASONS``."""
 
     reason: str
     best_label: str | None
@@ -105,24 +96,20 @@ Decision = Assigned | Abstained
 
 @dataclass(frozen=True, eq=False)
 class SupportSet:
-    """Every reference of a dataset; a class may have images, a name, or both.
+    """The references of a dataset; a class may have images, a name, or both."""
 
-    Raises:
-        ValueError: an array has a wrong shape, an index out of range, or a value that is not finite.
-    """
-
-    labels: tuple[str, ...]  # the C class names, sorted; a class may have no reference
+    labels: tuple[str, ...]  # C class names, sorted; a class may have no reference
     embeddings: FloatArray  # (N, d), unit rows
     classes: IntArray  # (N,), indices into labels
-    sources: tuple[str, ...]  # N paths, for reports
+    sources: tuple[str, ...]  # N paths
     text: FloatArray | None  # (C, d) unit rows: the prototype of each class's name
-    text_mean: FloatArray | None  # (d,): the mean embedding of a fixed list of generic nouns, not of unit length
-    strangers: FloatArray  # (M, d): examples of what belongs to no class; M may be 0
-    encoder_id: str  # the encoder that made every row above
-    fingerprint: str  # identity of contents, encoder and settings
+    text_mean: FloatArray | None  # (d,): mean embedding of GENERIC_NOUNS, not of unit length
+    strangers: FloatArray  # (M, d): images of no class; M may be 0
+    encoder_id: str  # the encoder of all embeddings
+    fingerprint: str  # hash of contents, encoder and settings
 
     def __post_init__(self) -> None:
-        """Check shapes, ranges and finiteness."""
+        """Raise ValueError for a wrong shape, an index out of range, or a value that is not finite."""
         if self.embeddings.ndim != 2:  # noqa: PLR2004 - a matrix
             raise ValueError(f"reference embeddings have shape {self.embeddings.shape}, not (N, d)")
         count, width = self.embeddings.shape

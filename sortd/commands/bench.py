@@ -24,11 +24,11 @@ from sortd.config import Config
 from sortd.daemon.dataset_lock import hold
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.encoder import onnx_encoder
-from sortd.encoder.backends import load_on, located
+from sortd.encoder.backends import load_with_backend, locate_models
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, ModelError
 from sortd.events import EmbeddedImage, Move, Outcome, Stamp
-from sortd.images.decode import Limits
+from sortd.images.decode import DecodeLimits
 from sortd.images.formats import SUFFIXES
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.layout import Area, Layout, find_datasets
@@ -226,7 +226,9 @@ def print_measured(facts: Mapping[str, Any]) -> None:
 def _decode(config: Config, encoder: Encoder, files: Sequence[_File]) -> tuple[float, Pixels]:
     """Return the milliseconds of one process, including hashing, and the pixels (B, height, width, 3)."""
     decoding, decoded = config.decoding, list[DecodedImage]()
-    limits = Limits(max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes)
+    limits = DecodeLimits(
+        max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes
+    )
     with DecoderPool(1, encoder.preprocessing, limits, decoding.timeout_seconds, jpeg=decoding.jpeg) as pool:
         list(pool.decode_all(files[:1]))  # starts the process
         until = perf_counter() + STAGE_SECONDS
@@ -315,7 +317,7 @@ def _int8_refusal(backend: Mapping[str, Any]) -> str | None:
 def _with_backend(config: Config, backend: str) -> Encoder:
     """Load the configured model on another backend, without exporting it."""
     if backend != "torch":
-        model, words = located(config)
-        if onnx_encoder.find(model, words, cache_dir=config.cache_dir) is None:
+        model, words = locate_models(config)
+        if onnx_encoder.find_exports(model, words, cache_dir=config.cache_dir) is None:
             raise ModelError(f"{model.name} has not been exported to ONNX: run `sortd models export`")
-    return load_on(config, backend)
+    return load_with_backend(config, backend)

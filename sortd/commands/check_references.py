@@ -14,16 +14,22 @@ from sortd.classify.prompts import written_name
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.console import counted, printable
 from sortd.commands.finding import Finding, error, note, warning
-from sortd.commands.stored import SETTINGS, changed_since, evaluated_prototypes, settings_differ, stored_prototypes
 from sortd.config import Config, DatasetConfig
+from sortd.daemon.references import STRANGERS_FOLDER, ClassFolder, ReferencesAbsentError, class_folders
+from sortd.daemon.stored_prototypes import (
+    SETTINGS,
+    changed_since,
+    evaluated_prototypes,
+    settings_differ,
+    stored_prototypes,
+)
 from sortd.errors import ImageError
 from sortd.events import Preprocessing, Stamp
 from sortd.files import sha256_of
-from sortd.images.decode import Limits, decode_file, look_at_file
+from sortd.images.decode import DecodeLimits, check_header, decode_file
 from sortd.images.formats import HEAD_BYTES, looks_like_image
 from sortd.layout import Area, Layout
 from sortd.names import Reason, Why, rule_for_folder
-from sortd.references import STRANGERS_FOLDER, ClassFolder, ReferencesAbsentError, class_folders
 from sortd.store.cache import Cache
 from sortd.watch.scan import scan_all
 
@@ -107,7 +113,7 @@ def _reading_findings(
 ) -> Iterator[Finding]:
     """Read every reference that the cache does not have, whole or only its header as the time allows."""
     allowed = config.decoding
-    limits = Limits(max_pixels=allowed.max_pixels, max_side=allowed.max_side_pixels, max_bytes=allowed.max_bytes)
+    limits = DecodeLimits(max_pixels=allowed.max_pixels, max_side=allowed.max_side_pixels, max_bytes=allowed.max_bytes)
     size = Preprocessing(shortest_edge=CHECKED_PIXELS, crop_height=CHECKED_PIXELS, crop_width=CHECKED_PIXELS)
     fresh = [path for path, mark in files if (path, mark) not in contents]
     began, decoded = perf_counter(), 0
@@ -117,7 +123,7 @@ def _reading_findings(
                 decoded += 1
                 decode_file(path, size, limits)
             else:
-                look_at_file(path, limits)
+                check_header(path, limits)
         except ImageError as refusal:
             yield warning(path, f"is a reference that cannot be read: {refusal}", "replace or remove it")
         except OSError as refusal:

@@ -1,4 +1,4 @@
-"""The commands about decisions: ``explain`` says why an image goes where it goes, ``eval`` how good the classes are."""
+"""The commands ``explain`` and ``eval``."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -24,7 +24,10 @@ from sortd.commands.console import (
 )
 
 if TYPE_CHECKING:
-    from sortd.commands.explain import Explained
+    pass
+
+if TYPE_CHECKING:
+    from sortd.commands.explain import ImageExplanation
 
 CLASSES_SHOWN = 10
 SUSPECTS_SHOWN = 5
@@ -48,41 +51,42 @@ CLASS_COLUMNS = {
 }
 TEXTS = {"mode", "label", "note", "confused_with", "needs_images"}
 
-HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write a page with pictures to this file.")]
+HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write an HTML page to this file.")]
 
 
-def command_explain(
-    image: Annotated[Path, typer.Argument(help="The image; it may lie anywhere.")],
+def explain_command(
+    image: Annotated[Path, typer.Argument(help="Path of the image, in any folder.")],
     config: ConfigOption = None,
     dataset: DatasetOption = None,
     html: HtmlOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say why an image is filed where it is filed, or why it is not."""
+    """Explain where an image is filed, and why."""
     from sortd.commands.explain import explain_image
 
-    _see_that_it_fits(html)
-    with progress("looking at the image"):
+    _check_page(html)
+    with progress("reading the image"):
         explained = explain_image(load_config(config), image, dataset)
     if html is not None:
-        from sortd.report import explain_page, write_page
+        from sortd.commands.report import explain_page, write_page
 
         write_page(html, explain_page(explained.facts(), now=datetime.now().astimezone()))
-        say(f"sortd: the page is in {html}")
+        say(f"sortd: page written to {html}")
     if as_json:
         print_json(explained.facts())
     else:
         _print_explained(explained)
 
 
-def _see_that_it_fits(html: Path | None) -> None:
+def _check_page(html: Path | None) -> None:
     if html is not None:
-        from sortd.report import see_that_a_page_fits
+        from sortd.commands.report import check_page_path
 
-        see_that_a_page_fits(html)
+        check_page_path(html)
 
 
-def _print_explained(explained: "Explained") -> None:
+def _print_explained(explained: "ImageExplanation") -> None:
+
     explanation = explained.explanation
     print_line(printable(explained.path), style="bold")
     first, *rest = explained.sentences()
@@ -98,7 +102,7 @@ def _print_explained(explained: "Explained") -> None:
     ]
     print_table(("class", "score", "nearest", "references"), rows, right=("score", "nearest", "references"))
     if len(explanation.scores) > len(scores):
-        say(f"sortd: and {len(explanation.scores) - len(scores)} classes more; --json has them all")
+        say(f"sortd: {len(explanation.scores) - len(scores)} more classes; --json prints all")
     print_line("")
     near = [(one.label, f"{one.similarity:.3f}", one.path) for one in explanation.neighbours]
     print_table(("nearest references", "cosine", "file"), near, right=("cosine",))
@@ -107,32 +111,32 @@ def _print_explained(explained: "Explained") -> None:
         print_line(f"{format_time(record['at'])} {done}: {printable(record['from'])} -> {printable(record['to'])}")
 
 
-def command_eval(
-    dataset: Annotated[str | None, typer.Argument(help="Only this dataset.")] = None,
+def evaluate_command(
+    dataset: Annotated[str | None, typer.Argument(help="Evaluate only this dataset.")] = None,
     config: ConfigOption = None,
     html: HtmlOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Judge the references by themselves: which mode is best, which classes need images, which images are doubtful."""
-    from sortd.commands.examination import examine
+    """Evaluate the references by leave-one-out: modes, classes that need images, and suspect images."""
+    from sortd.commands.examination import evaluate_datasets
     from sortd.errors import SortdError
 
-    _see_that_it_fits(html)
+    _check_page(html)
     examined: dict[str, dict[str, Any]] = {}
     refusal: SortdError | None = None
     with bar("loading the model") as tell:
         try:
-            for one in examine(load_config(config), dataset, tell=tell):
+            for one in evaluate_datasets(load_config(config), dataset, tell=tell):
                 examined[one.dataset] = one.facts()
         except SortdError as error:
             if not examined:
                 raise
             refusal = error
     if html is not None:
-        from sortd.report import evaluation_page, write_page
+        from sortd.commands.report import evaluation_page, write_page
 
         write_page(html, evaluation_page(examined, now=datetime.now().astimezone()))
-        say(f"sortd: the page is in {html}")
+        say(f"sortd: page written to {html}")
     if as_json:
         print_json({"datasets": examined})
     else:
@@ -143,7 +147,7 @@ def command_eval(
 
 
 def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
-    from sortd.report import evaluation_sentences
+    from sortd.commands.report import evaluation_sentences
 
     print_line(
         f"{printable(name)}: {counted(facts['classes'], 'class')}, {counted(facts['references'], 'reference')}",
@@ -152,7 +156,7 @@ def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
     for sentence in evaluation_sentences(facts):
         print_line(printable(sentence))
     for text in facts["calibration"]["notes"]:
-        print_line(f"cannot be honoured: {text}", style="yellow")
+        print_line(f"setting not met: {text}", style="yellow")
     print_line("")
     modes = [
         {**one, "mode": f"{one['mode']} (in force)" if one["mode"] == facts["mode"] else one["mode"]}
@@ -171,7 +175,7 @@ def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
         for one in doubtful[:SUSPECTS_SHOWN]:
             print_line(f"{_doubt(one)}: {printable(one['source'])}", style="yellow")
         if len(doubtful) > SUSPECTS_SHOWN:
-            print_line(f"and {len(doubtful) - SUSPECTS_SHOWN} more like these; --html shows them", style="yellow")
+            print_line(f"{len(doubtful) - SUSPECTS_SHOWN} more {kind}; --html shows them", style="yellow")
     for one in facts["unreadable"]:
         print_line(f"cannot be read: {printable(one['path'])}: {printable(one['message'])}", style="yellow")
     print_line("")
@@ -183,14 +187,14 @@ def _doubt(suspect: Mapping[str, Any]) -> str:
     label, other = (printable(written_name(suspect[key] or "")) for key in ("label", "other_label"))
     match suspect["kind"]:
         case "mislabelled":
-            return f"in {label}, but looks like {other} ({suspect['score']:.0%})"
+            return f"probably mislabelled: in {label}, resembles {other} ({suspect['score']:.0%})"
         case "duplicate":
-            return f"in {label}, and nearly the same picture is in {other} ({printable(suspect['other_source'])})"
-    return f"in {label}, but unlike the rest of it ({suspect['score']:.2f})"
+            return f"near-duplicate: in {label}, and in {other} ({printable(suspect['other_source'])})"
+    return f"outlier of {label} ({suspect['score']:.2f})"
 
 
 def _print_facts(facts: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    """Print a table with the facts of these keys by column; floats are shares."""
+    """Print a table of facts; ``columns`` maps titles to keys, floats are shares."""
     rows = [
         [f"{100 * one[key]:.1f} %" if isinstance(one[key], float) else one[key] for key in columns.values()]
         for one in facts

@@ -1,4 +1,4 @@
-"""An examination: the references of datasets are read, embedded and evaluated, and nothing is moved or learnt."""
+"""Evaluation of the references of datasets, without changing anything."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -7,61 +7,58 @@ from pathlib import Path
 from typing import Any
 
 from sortd.classify.evaluate import EvaluationReport, evaluate
-from sortd.commands.promotion import serving_facts
-from sortd.commands.stored import keep_evaluated
+from sortd.commands.promotion import dataset_named, serving_facts
 from sortd.config import Config
 from sortd.daemon.corrections import corrected_images
 from sortd.daemon.embedder import Embedder
+from sortd.daemon.references import References, ReferencesAbsentError, ReferenceSettings
 from sortd.daemon.resources import Resources, teaching_of
+from sortd.daemon.stored_prototypes import keep_evaluated
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, SortdError, StorageError
 from sortd.events import ImageRefused
 from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
-from sortd.references import References, ReferencesAbsentError, Teaching
 from sortd.store.history import History
 
 LoadEncoder = Callable[[Config], Encoder]
 
 
 @dataclass(frozen=True, slots=True)
-class Examined:
-    """One dataset and what its references are worth."""
+class DatasetEvaluation:
+    """The evaluation of one dataset."""
 
     dataset: str
     root: Path
     report: EvaluationReport
-    refused: tuple[ImageRefused, ...]
-    """References that could not be read."""
+    refused: tuple[ImageRefused, ...]  # references that could not be read
     serving: dict[str, Any]
-    """Which classifier is to decide, see ``promotion.serving_facts``; the report is about the prototypes."""
+    """The classifier in use (``promotion.serving_facts``); the report is about the prototypes."""
 
     def facts(self) -> dict[str, Any]:
-        """Return it all as plain values."""
+        """Return the evaluation as plain values."""
         unreadable = [{"path": one.path, "message": one.message} for one in self.refused]
         return {"root": str(self.root), **self.report.to_json(), "unreadable": unreadable, "serving": self.serving}
 
 
-def examine(
+def evaluate_datasets(
     config: Config,
     dataset: str | None = None,
     *,
     load_encoder: LoadEncoder | None = None,
     tell: Callable[[str, int, int], None] = lambda *_: None,
-) -> Iterator[Examined]:
-    """Evaluate one dataset, or all of them, each under its own settings.
+) -> Iterator[DatasetEvaluation]:
+    """Yield the evaluation of one dataset or of all, and raise the first error of a dataset after the last one.
 
-    Args:
-        config: where everything is.
-        dataset: only this one.
-        load_encoder: stands in for the configured model.
-        tell: is told what is under way, how many references are read, and of how many.
+    ``tell(step, done, total)`` is called for each reference; ``load_encoder`` replaces the configured model.
 
     Raises:
-        DataError: there is no such dataset, or one, told after the others, holds nothing to learn from.
-        JournalError: the journal of one, told after the others, cannot be read.
-        ModelError: the model cannot be had.
+        DataError: there is no such dataset, or a dataset has no references.
+        JournalError: a journal cannot be read.
+        ModelError: the model is not available.
     """
-    chosen = _chosen(config, dataset)
+    chosen = find_datasets(config.root) if dataset is None else [dataset_named(config, dataset)]
+    if not chosen:
+        raise DataError(f"there is no dataset in {config.root}; create one with `sortd init DIR`")
     site = Resources(config, load_encoder=load_encoder)
     try:
         embedder, _, _ = site.load()
@@ -81,20 +78,22 @@ def examine(
         site.unload()
 
 
-def _examined(config: Config, layout: Layout, embedder: Embedder, tell: Callable[[str, int, int], None]) -> Examined:
-    teaching = taught(config, layout)
+def _examined(
+    config: Config, layout: Layout, embedder: Embedder, tell: Callable[[str, int, int], None]
+) -> DatasetEvaluation:
+    teaching = settings_with_corrections(config, layout)
     reading = partial(tell, f"reading {layout.name}")
     support, refused = References(layout.area(Area.CLASES)).support(embedder, teaching, tell=reading)
-    tell(f"judging {layout.name}", len(support.sources), len(support.sources))
+    tell(f"evaluating {layout.name}", len(support.sources), len(support.sources))
     report = evaluate(support, teaching.settings, keep=partial(keep_evaluated, config, layout))
-    return Examined(layout.name, layout.root, report, refused, serving_facts(config, layout))
+    return DatasetEvaluation(layout.name, layout.root, report, refused, serving_facts(config, layout))
 
 
-def taught(config: Config, layout: Layout) -> Teaching:
-    """Return what decides, beside the images in ``Clases/``, on a dataset's prototypes: settings and corrections.
+def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettings:
+    """Return the reference settings of a dataset, with the corrections of its journal.
 
     Raises:
-        JournalError: the journal, which knows the corrections, cannot be read.
+        JournalError: the journal cannot be read.
     """
     teaching = teaching_of(config.dataset(layout.name))
     file = layout.state_folder(config.state_dir) / JOURNAL_FILE
@@ -102,12 +101,3 @@ def taught(config: Config, layout: Layout) -> Teaching:
         return teaching
     with History.open(file) as history:
         return replace(teaching, corrections=corrected_images(layout, history))
-
-
-def _chosen(config: Config, name: str | None) -> list[Layout]:
-    layouts = find_datasets(config.root)
-    chosen = [layout for layout in layouts if name is None or layout.name == name]
-    if not chosen:
-        there = ", ".join(layout.name for layout in layouts) or "none; `sortd init DIR` makes one"
-        raise DataError(f"there is no dataset {name or ''} in {config.root}; there are: {there}".replace("  ", " "))
-    return chosen

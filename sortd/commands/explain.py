@@ -1,4 +1,4 @@
-"""Explain: one image of a dataset is found, embedded, decided and explained, and nothing is moved or learnt."""
+"""Explain the decision on one image without changing anything."""
 
 import hashlib
 import os
@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from sortd.arrays import FloatArray
-from sortd.classify.explain import Explanation, explain, explain_finetuned, sentences
+from sortd.classify.explain import Explanation, explain, explain_finetuned, explanation_sentences
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.check_references import CACHE_FILE
-from sortd.commands.examination import taught
+from sortd.commands.examination import settings_with_corrections
 from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
-from sortd.commands.promotion import serving_facts
-from sortd.commands.stored import SETTINGS, changed_since, stored_prototypes
+from sortd.commands.promotion import dataset_named, serving_facts
 from sortd.config import Config
 from sortd.daemon.classifiers import Appointed, appointed
 from sortd.daemon.embedder import Embedder
+from sortd.daemon.references import References, ReferencesAbsentError, class_labels
 from sortd.daemon.resources import Resources, teaching_of
+from sortd.daemon.stored_prototypes import SETTINGS, changed_since, stored_prototypes
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, UnreadableError
 from sortd.events import EmbeddedImage, Stamp
 from sortd.layout import Area, Layout, find_datasets
 from sortd.moving.fs import is_version
 from sortd.names import Reason, Why
-from sortd.references import References, ReferencesAbsentError, class_labels
 from sortd.status import read_status
 from sortd.store.cache import Cache
 from sortd.store.history import History
@@ -36,101 +36,87 @@ LoadEncoder = Callable[[Config], Encoder]
 
 
 @dataclass(frozen=True, slots=True)
-class Explained:
-    """An image, what is decided on it and why, and what happened to it before."""
+class ImageExplanation:
+    """The explanation of the decision on an image, and the moves of the image."""
 
     path: str
     dataset: str
     content: str
     explanation: Explanation
     is_stored: bool
-    """Whether the prototypes are those that a running sortd decides with; else they were learnt for this answer."""
-    records: tuple[dict[str, Any], ...]
-    """What the journal says of this very file, or of these bytes, newest first."""
-    refusal: str | None = None
-    """Why a fine-tuned model that is wanted does not decide, in a sentence."""
-    left: Why | None = None
-    """Why it stays in Images/, whatever would be decided; None: it does not, or lies elsewhere."""
+    """Whether stored prototypes were used; else they were built for this command."""
+    records: tuple[dict[str, Any], ...]  # moves of this file or of the same content, newest first
+    refusal: str | None = None  # why the configured fine-tuned model is not used
+    left: Why | None = None  # why the file is left in Images/
 
     def facts(self) -> dict[str, Any]:
-        """Return it all as plain values."""
+        """Return the explanation as plain values."""
         explanation = self.explanation
+        values = asdict(explanation)
+        other_modes, decision = values.pop("others"), values.pop("decision")
+        decision.pop("best_label", None)
         return {
             "path": self.path,
             "dataset": self.dataset,
             "content": self.content,
+            "reason": "",
+            **decision,
+            **values,
             "outcome": "left" if self.left else "filed" if explanation.is_filed else "sent_to_review",
             "left": None if self.left is None else {"reason": str(self.left.reason), "message": self.left.message},
             "label": explanation.label,
-            "reason": getattr(explanation.decision, "reason", ""),
-            "score": explanation.decision.score,
-            "margin": explanation.decision.margin,
-            "second_label": explanation.decision.second_label,
-            "confidence": explanation.decision.confidence,
-            "precision": explanation.decision.precision,
-            "held_out": explanation.held_out,
-            "mode": explanation.mode,
             "classifier": "finetuned" if explanation.mode == "finetuned" else "prototypes",
             "refusal": self.refusal,
             "generation": explanation.generation if self.is_stored else None,
-            "encoder_id": explanation.encoder_id,
-            "text_share": explanation.text_share,
-            "thresholds": [asdict(one) for one in explanation.thresholds],
-            "scores": [asdict(one) for one in explanation.scores],
-            "neighbours": [asdict(one) for one in explanation.neighbours],
-            "other_modes": [asdict(one) for one in explanation.others],
+            "other_modes": other_modes,
             "sentences": list(self.sentences()),
             "history": list(self.records),
         }
 
     def sentences(self) -> list[str]:
-        """Say it in sentences."""
-        said = sentences(self.explanation)
+        """Return the explanation in sentences."""
+        said = explanation_sentences(self.explanation)
         if self.left is not None:
-            said[:1] = [f"It stays in Images/: {self.left.message}.", f"Without that, it would {self._fate}."]
+            said[:1] = [f"It stays in Images/: {self.left.message}.", f"Otherwise it would {self._fate}."]
         if self.refusal is not None:
-            said.append(
-                f"The prototypes decide, since the fine-tuned model that is wanted does not serve: {self.refusal}."
-            )
+            said.append(f"The prototypes decide, since the fine-tuned model was refused: {self.refusal}.")
         if self.path in {one.path for one in self.explanation.neighbours}:
-            said.append("It is one of the references itself, which flatters its scores.")
+            said.append("The image is itself a reference, which increases its scores.")
         if not self.is_stored:
-            said.append("The references were learnt for this answer alone: no sortd has stored them as they are now.")
+            said.append("The prototypes were built for this command: none are stored for the current references.")
         return said
 
     @property
     def _fate(self) -> str:
         if self.explanation.label is None:
-            return "stay undecided"
+            return "not be decided"
         return ("be filed into " if self.explanation.is_filed else "go to Review/") + self.explanation.label
 
 
 def explain_image(
     config: Config, path: Path, dataset: str | None = None, *, load_encoder: LoadEncoder | None = None
-) -> Explained:
-    """Explain how an image is decided, by the prototypes that serve now.
+) -> ImageExplanation:
+    """Return the explanation of an image; a model is loaded only if its embedding or the prototypes are not stored.
 
-    A model is loaded only for an image that was never embedded, or where no prototypes are stored.
-
-    Args:
-        config: where everything is.
-        path: the image, wherever it lies.
-        dataset: by which dataset to decide; None: the one that it lies in, or the only one.
-        load_encoder: stands in for the configured model.
+    Default of ``dataset``: that of the image, or the only one; ``load_encoder`` replaces the configured model.
 
     Raises:
-        DataError: there is no such file or dataset, or the dataset cannot be learnt.
+        DataError: there is no such file or dataset, or the dataset has no references.
         UnreadableError: the file cannot be embedded.
-        ModelError: the model cannot be had.
+        ModelError: the model is not available.
     """
     absolute = os.path.abspath(path)
     mark = stamp(absolute)
     left = _why_left(config, path)
     if mark is None and (left is not None or os.path.islink(absolute)):
-        why = "it is a symbolic link; name the file itself" if left is None else f"it stays in Images/: {left.message}"
+        why = (
+            "it is a symbolic link; give the path of the file"
+            if left is None
+            else f"it stays in Images/: {left.message}"
+        )
         raise DataError(f"{absolute}: {why}")
     if mark is None:
-        raise DataError(f"{absolute}: there is no such file, or it is a folder; name an image")
+        raise DataError(f"{absolute}: there is no such file, or it is a folder; give the path of an image")
     layout = _dataset(config, path, dataset)
     with open(absolute, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
@@ -140,7 +126,7 @@ def explain_image(
         if left is None:
             raise
         raise UnreadableError(f"{absolute} stays in Images/: {left.message}") from error
-    return Explained(
+    return ImageExplanation(
         path=absolute,
         dataset=layout.name,
         content=content,
@@ -153,7 +139,7 @@ def explain_image(
 
 
 def _why_left(config: Config, path: Path) -> Why | None:
-    """Return why a file in the Images/ of a dataset is not handled there; None: it is, or lies elsewhere."""
+    """Return why a file in Images/ is left there; None if it is not, or lies elsewhere."""
     found = dataset_at(config, path)
     if found is None or not found[1].startswith(f"{Area.IMAGES.value}/"):
         return None
@@ -198,14 +184,12 @@ def _dataset(config: Config, path: Path, name: str | None) -> Layout:
     if name is None and len(layouts) == 1:
         return next(iter(layouts.values()))
     if name is None:
-        raise DataError(f"{path} lies in no dataset; say by which to decide: --dataset {'|'.join(layouts) or 'NAME'}")
-    if name not in layouts:
-        raise DataError(f"there is no dataset {name!r} in {config.root}; there are: {', '.join(layouts) or 'none'}")
-    return layouts[name]
+        raise DataError(f"{path} is in no dataset; choose one with --dataset {'|'.join(layouts) or 'NAME'}")
+    return dataset_named(config, name)
 
 
 def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:
-    """Return what the cache knows of these bytes, if that is enough; no model is loaded for it."""
+    """Return the cached embedding and logits of a content with stored prototypes, or None if one is missing."""
     prototypes = _deciding(config, layout)
     file = config.cache_dir / CACHE_FILE
     if prototypes is None or not file.is_file():
@@ -221,7 +205,7 @@ def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:
 
 
 def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_encoder: LoadEncoder | None) -> _Sight:
-    """Look at the image with the models, and learn the references where what is stored is of no use with them."""
+    """Embed the image with the models, and build prototypes if none are stored for this encoder."""
     site = Resources(config, load_encoder=load_encoder)
     try:
         embedder, _, _ = site.load()
@@ -232,7 +216,7 @@ def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_en
         if prototypes is not None and prototypes.encoder_id == embedder.encoder.encoder_id:
             return _Sight(decider, prototypes, is_stored=True, embedding=embedding, logits=logits)
         references = References(layout.area(Area.CLASES))
-        rebuilt = references.rebuild(embedder, taught(config, layout), previous=None, generation=0)
+        rebuilt = references.rebuild(embedder, settings_with_corrections(config, layout), previous=None, generation=0)
     except ReferencesAbsentError as error:
         raise DataError(str(error)) from error
     finally:
@@ -241,9 +225,9 @@ def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_en
 
 
 def _deciding(config: Config, layout: Layout) -> PrototypeSet | None:
-    """Return the prototypes that decide: those of the sortd that runs, or those that the next one would not replace.
+    """Return the stored prototypes if a running sortd uses them, or if they are up to date.
 
-    Beside a fine-tuned model, which reads the settings itself, they only say what is near.
+    Settings are irrelevant if a fine-tuned model decides: then prototypes only provide neighbours.
     """
     prototypes = stored_prototypes(config, layout)
     changed = None if prototypes is None else changed_since(config, layout, prototypes)
@@ -254,7 +238,7 @@ def _deciding(config: Config, layout: Layout) -> PrototypeSet | None:
 
 
 def _labels(layout: Layout, prototypes: PrototypeSet | None) -> tuple[str, ...]:
-    """Return the classes that are there; where ``Clases/`` is not mounted, those that were learnt of it."""
+    """Return the class folders, or the labels of the prototypes if ``Clases/`` is not mounted."""
     try:
         return class_labels(layout.area(Area.CLASES))
     except ReferencesAbsentError:
@@ -266,27 +250,27 @@ def _labels(layout: Layout, prototypes: PrototypeSet | None) -> tuple[str, ...]:
 def _row(embedder: Embedder, image: tuple[str, Stamp]) -> FloatArray:
     (answer,) = embedder.embed([image])
     if not isinstance(answer, EmbeddedImage):
-        raise UnreadableError(f"{image[0]} would not be decided: {answer.message} ({answer.refusal.value})")
+        raise UnreadableError(f"{image[0]} cannot be decided: {answer.message} ({answer.refusal.value})")
     return answer.embedding
 
 
 def _records(config: Config, layout: Layout, mark: Stamp, content: str) -> list[dict[str, Any]]:
-    """Return the moves of this very file, or else the last one of these bytes."""
+    """Return the moves of this file, or else of the last file with this content."""
     (place,) = [one for one in journals(config, layout.name) if one.root == layout.root]
     if not place.is_there:
         return []
     with History.open(place.file) as history:
         last = history.last_known(mark, content)
-        return [] if last is None else _way(place, history, last.destination_path)
+        return [] if last is None else _moves_back(place, history, last.destination_path)
 
 
-def _way(place: JournalPlace, history: History, path: str) -> list[dict[str, Any]]:
-    """Follow a file back through its moves: from Dataset/ to Review/ to Images/."""
-    way: list[dict[str, Any]] = []
+def _moves_back(place: JournalPlace, history: History, path: str) -> list[dict[str, Any]]:
+    """Return the moves that brought a file to its path, newest first."""
+    moves: list[dict[str, Any]] = []
     newest = float("inf")
     while True:
         came = [one for one in history.moves(Selection(path=path)) if one.destination_path == path and one.id < newest]
         if not came:
-            return way
-        way.append(record_facts(place, came[0]))
+            return moves
+        moves.append(record_facts(place, came[0]))
         path, newest = came[0].source_path, came[0].id

@@ -1,4 +1,4 @@
-"""The commands about models: which are here, ``fetch``, which alone downloads, ``promote`` and ``demote``."""
+"""The commands about models: ``list``, ``fetch``, ``export``, ``promote`` and ``demote``."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,42 +22,39 @@ from sortd.commands.console import (
     spinner,
 )
 
-SAID = {"prototypes": "prototypes", "finetuned": "fine-tuned model"}
+_CLASSIFIERS = {"prototypes": "prototypes", "finetuned": "fine-tuned model"}
 
 models = typer.Typer(
     name="models",
     cls=Group,
-    help="Show which models are here and which decide; fetch, promote and demote.",
+    help="List the models on this machine; fetch, export, promote and demote models.",
     invoke_without_command=True,
 )
 
 
 @models.callback()
 def _models(context: typer.Context, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Show which models are here and which are used; `fetch` gets another, `promote` lets a fine-tuned one decide."""
+    """List the models on this machine and those in use; fetch, export, promote and demote models."""
     if context.invoked_subcommand is None:
         list_models(config, as_json)
 
 
 @models.command("list", cls=Command)
 def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Show which models are here, which one `model: auto` takes and why, and which classifier decides each dataset."""
+    """List the models on this machine, the selected one and its backend, and the classifier of each dataset."""
     from sortd.commands.model_facts import backend_lines, model_list
 
     facts = model_list(load_config(config))
     if as_json:
         print_json(facts)
         return
+    columns = ("name", "kind", "size", "content", "folder")
     rows = [
         (
-            "->" if one["chosen"] else "",
-            one["name"],
-            one["kind"],
-            megabytes(one["size_bytes"]),
-            one["content"] or "",
-            one["folder"],
+            "->" * model["chosen"],
+            *((model | {"size": megabytes(model["size_bytes"])})[column] or "" for column in columns),
         )
-        for one in facts["models"]
+        for model in facts["models"]
     ]
     print_table(("", "model", "kind", "size", "content", "folder"), rows, right=("size",))
     print_line("")
@@ -65,19 +62,19 @@ def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> Non
     for line in (*facts["advice"], *backend_lines(facts["backend"])):
         print_line(printable(line))
     if facts["running"]:
-        print_line(f"The sortd that runs now uses {facts['running']['model']}: {facts['running']['encoder_id']}")
+        print_line(f"The running sortd uses {facts['running']['model']}: {facts['running']['encoder_id']}")
     _print_finetuned(facts["datasets"])
 
 
 def _print_finetuned(datasets: Mapping[str, Any]) -> None:
-    """Print each dataset's classifier, and the fine-tuned models that it could have."""
+    """Print the classifier of each dataset, and its fine-tuned models."""
     from sortd.commands.promotion import share
 
     if not datasets:
         return
     print_line("")
     for name, facts in datasets.items():
-        print_line(f"{printable(name)} is decided by the {SAID[facts['deciding']]}", style="bold")
+        print_line(f"{printable(name)} is decided by the {_CLASSIFIERS[facts['deciding']]}", style="bold")
         if facts["refusal"]:
             print_line(f"  {printable(facts['refusal'])}", style="bold red")
     rows = [
@@ -95,24 +92,24 @@ def _print_finetuned(datasets: Mapping[str, Any]) -> None:
         for one in facts["results"]
     ]
     if rows:
-        columns = ("right", "prototypes", "of")
+        columns = ("accuracy", "prototypes", "images")
         print_table(("", "dataset", "verdict", *columns, "base", "folder"), rows, right=columns)
 
 
 @models.command("fetch", cls=Command)
 def fetch_model(
-    name: Annotated[str, typer.Argument(help="As the Hugging Face hub has it: clip-ViT-B-32.")],
+    name: Annotated[str, typer.Argument(help="Name on the Hugging Face hub, for example clip-ViT-B-32.")],
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Download a model into sortd's cache: the only thing in sortd that uses the network."""
+    """Download a model into sortd's cache. Only this command uses the network."""
     from sortd.commands.model_facts import how_to_use
-    from sortd.encoder.models import fetch, use_of
+    from sortd.encoder.models import fetch, model_use
 
     loaded = load_config(config)
     say(f"sortd: fetching {name}")
     folder = fetch(name, cache_dir=loaded.cache_dir)
-    use = use_of(name, folder)
+    use = model_use(name, folder)
     if as_json:
         print_json({"name": name, "folder": str(folder), "use": use.value})
         return
@@ -122,13 +119,13 @@ def fetch_model(
 
 @models.command("export", cls=Command)
 def export_model(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Write the configured model for ONNX Runtime, and hold int8 against your references; needs the extra onnx."""
+    """Export the model to ONNX Runtime and compare int8 with float32 on your references. Needs the extra onnx."""
     from sortd.commands.export import export
     from sortd.commands.model_facts import backend_facts, backend_lines
 
     loaded = load_config(config)
-    with spinner("exporting the model") as tell:
-        export(loaded, tell=tell)
+    with spinner("exporting the model") as on_progress:
+        export(loaded, on_progress=on_progress)
     facts = backend_facts(loaded)
     if as_json:
         print_json(facts)
@@ -140,14 +137,16 @@ def export_model(config: ConfigOption = None, as_json: JsonOption = False) -> No
 @models.command("promote", cls=Command)
 def promote_model(
     folder: Annotated[
-        Path | None, typer.Argument(help="What `sortd finetune` wrote; without it the newest of the dataset.")
+        Path | None, typer.Argument(help="Folder that `sortd finetune` wrote. Default: the newest of the dataset.")
     ] = None,
     config: ConfigOption = None,
     dataset: DatasetOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Also where it is weaker than the prototypes.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Promote it even if it is weaker than the prototypes.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a fine-tuned model decide a dataset's images; the sortd that runs takes it up at once."""
+    """Use a fine-tuned model for a dataset. A running sortd switches to it at once."""
     from sortd.commands.promotion import promote, share
 
     facts = promote(load_config(config), dataset, folder, force=force)
@@ -158,16 +157,16 @@ def promote_model(
     if facts["serves"]:
         print_line(f"{name} is decided by {place}", style="bold green")
     else:
-        kept = "`classifier: prototypes` in the configuration keeps it from deciding, set auto"
-        print_line(f"{place} is promoted in {name}, but {kept}", style="bold yellow")
-    right, other = share(facts["accuracy"]), share(facts["prototypes_accuracy"])
-    print_line(f"  {facts['verdict']}: of {facts['images']} images {right} right, {other} by mode {facts['best_mode']}")
+        reason = "because of `classifier: prototypes` in the configuration; set auto"
+        print_line(f"{place} is promoted in {name} but not used, {reason}", style="bold yellow")
+    own, best = share(facts["accuracy"]), share(facts["prototypes_accuracy"])
+    print_line(f"  {facts['verdict']}: accuracy {own} on {facts['images']} images, {best} by mode {facts['best_mode']}")
     say(f"sortd: {facts['told']}")
 
 
 @models.command("demote", cls=Command)
 def demote_model(config: ConfigOption = None, dataset: DatasetOption = None, as_json: JsonOption = False) -> None:
-    """Let the prototypes decide a dataset's images again; the fine-tuned model's folder stays where it is."""
+    """Use the prototypes for a dataset again. The folder of the fine-tuned model is kept."""
     from sortd.commands.promotion import demote
 
     facts = demote(load_config(config), dataset)

@@ -1,59 +1,59 @@
-"""Promotion: which fine-tuned models a dataset has, which one decides, and how one is promoted or demoted."""
+"""Promotion and demotion of fine-tuned models, and the classifier in use."""
 
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sortd import finetuned
 from sortd.commands.console import counted
 from sortd.commands.finding import Finding, Topic, note, warning
 from sortd.config import Config
 from sortd.daemon.classifiers import appointed, unfit
 from sortd.daemon.control import AnsweredError, ask
+from sortd.daemon.references import ReferencesAbsentError, class_labels
 from sortd.daemon.resources import teaching_of
+from sortd.encoder import finetuned
+from sortd.encoder.finetuned import FinetunedFacts, finetuning_results, read_facts
 from sortd.errors import DataError, LayoutError, ModelError, StartupError
-from sortd.finetuned import FinetunedFacts, read_facts, results
 from sortd.layout import Area, Layout, find_datasets
-from sortd.references import ReferencesAbsentError, class_labels
 
 
 def promote(
     config: Config, dataset: str | None, folder: Path | None, *, force: bool, clock: Callable[[], float] = time.time
 ) -> dict[str, Any]:
-    """Make a fine-tuned model a dataset's classifier, notify the running sortd, and return what was done.
+    """Promote a fine-tuned model, notify the running sortd, and return the outcome as plain values.
 
     Args:
-        config: where everything is.
-        dataset: its name; None: the only one.
-        folder: what ``sortd finetune`` wrote; None: the newest result of the dataset.
-        force: promote a model that is weaker than the prototypes, too.
-        clock: seconds since the epoch.
+        config: the configuration.
+        dataset: None: the only one.
+        folder: result folder; None: the newest one of the dataset.
+        force: promote also a model that is weaker than the prototypes.
+        clock: returns seconds since the epoch.
 
     Raises:
-        DataError: there is no such dataset or no result, its classes are others, or it is weaker and not forced.
-        ModelError: the folder is not whole.
+        DataError: there is no such dataset or result, or the model has other classes or is weaker.
+        ModelError: the result folder is invalid.
         DestinationError: the state folder cannot be written.
     """
     layout = dataset_named(config, dataset)
     state_folder = layout.state_folder(config.state_dir)
-    found = results(state_folder) if folder is None else [folder.absolute()]
+    found = finetuning_results(state_folder) if folder is None else [folder.absolute()]
     if not found:
         raise DataError(
-            f"{layout.name} has no fine-tuned model in {state_folder}: `sortd finetune {layout.name}` makes one, or "
-            "name the folder of one"
+            f"{layout.name} has no fine-tuned model in {state_folder}: run `sortd finetune {layout.name}`, or give the "
+            "folder of a model"
         )
     facts = read_facts(found[0])
     try:
         refusal = unfit(facts, class_labels(layout.area(Area.CLASES)), dataset=layout.name)
     except ReferencesAbsentError as error:
-        raise DataError(f"{error}: whether the model fits cannot be told; is the disk mounted?") from error
+        raise DataError(f"{error}: the classes of the model cannot be checked; is the disk mounted?") from error
     if refusal is not None:
         raise DataError(refusal)
     if facts.verdict == "weaker" and not force:
         raise DataError(
-            f"{facts.folder} is weaker than the prototypes on images that neither had seen ({compared(facts)}): "
-            "fine-tune with more images, or promote it all the same with --force"
+            f"{facts.folder} is weaker than the prototypes on images that neither had seen "
+            f"({accuracy_comparison(facts)}): fine-tune with more images, or promote it all the same with --force"
         )
     promotion = finetuned.Promotion(facts.folder, facts.model_id, facts.verdict, clock())
     finetuned.write_promotion(state_folder, promotion)
@@ -63,34 +63,25 @@ def promote(
 
 
 def demote(config: Config, dataset: str | None) -> dict[str, Any]:
-    """Let the prototypes of a dataset decide again, notify the running sortd, and return what was done.
-
-    Raises:
-        DataError: there is no such dataset.
-        DestinationError: the state folder cannot be written.
-    """
+    """Remove the promotion of a dataset, notify the running sortd, and return the outcome; raise as ``promote``."""
     layout = dataset_named(config, dataset)
     was_promoted = finetuned.remove_promotion(layout.state_folder(config.state_dir))
     told = _notify(config, layout) if was_promoted else None
     return {"dataset": layout.name, "demoted": was_promoted, "told": told}
 
 
-def finetuned_list(config: Config) -> dict[str, Any]:
-    """Return, for each dataset, its fine-tuned models, newest first, and which one decides, as plain values.
-
-    Raises:
-        StartupError: the user may not read the state directory.
-    """
+def list_finetuned_models(config: Config) -> dict[str, Any]:
+    """Return the fine-tuned models of each dataset, newest first, as plain values."""
     try:
         layouts = find_datasets(config.root)
     except LayoutError:
-        return {}  # not mounted: there is nothing to decide
+        return {}  # not mounted
     return {layout.name: _models_of(config, layout) for layout in layouts}
 
 
 def _models_of(config: Config, layout: Layout) -> dict[str, Any]:
     serving = serving_facts(config, layout)
-    folders = results(layout.state_folder(config.state_dir))
+    folders = finetuning_results(layout.state_folder(config.state_dir))
     if serving["folder"] is not None and Path(serving["folder"]) not in folders:
         folders.append(Path(serving["folder"]))
     rows = []
@@ -105,10 +96,10 @@ def _models_of(config: Config, layout: Layout) -> dict[str, Any]:
 
 
 def serving_facts(config: Config, layout: Layout) -> dict[str, Any]:
-    """Return which classifier is to decide a dataset and why, as plain values; no model is loaded.
+    """Return the classifier in use as plain values without loading a model.
 
-    ``deciding`` is ``prototypes`` or ``finetuned``, ``refusal`` says why a model that is wanted does not serve, and
-    ``expected`` what the held-out images of its training foretell under the settings of the dataset.
+    ``deciding`` is ``prototypes`` or ``finetuned``, ``refusal`` why the configured model is not used, and ``expected``
+    the results on its held-out images under the settings of the dataset.
     """
     own = config.dataset(layout.name)
     facts: dict[str, Any] = {"classifier": own.classifier, "deciding": "prototypes"}
@@ -137,14 +128,14 @@ def serving_facts(config: Config, layout: Layout) -> dict[str, Any]:
     return {**facts, "refusal": found.refusal}
 
 
-def waiting_model(config: Config, layout: Layout) -> FinetunedFacts | None:
-    """Return the newest result of a dataset if it is stronger than the prototypes and could be promoted, else None."""
-    found = results(layout.state_folder(config.state_dir))
+def promotable_model(config: Config, layout: Layout) -> FinetunedFacts | None:
+    """Return the newest model of a dataset if it is stronger than the prototypes and can be promoted."""
+    found = finetuning_results(layout.state_folder(config.state_dir))
     try:
         facts = read_facts(found[0]) if found else None
         labels = class_labels(layout.area(Area.CLASES))
     except (ModelError, ReferencesAbsentError):
-        return None  # damaged, or not mounted: ``promote`` says so
+        return None  # damaged, or not mounted
     if facts is None or facts.verdict != "stronger" or unfit(facts, labels, dataset=layout.name) is not None:
         return None
     return facts
@@ -168,15 +159,15 @@ def result_facts(facts: FinetunedFacts) -> dict[str, Any]:
     }
 
 
-def compared(facts: FinetunedFacts) -> str:
+def accuracy_comparison(facts: FinetunedFacts) -> str:
     """Return the accuracies of a model and of the prototypes in words."""
     said = result_facts(facts)
     ours, theirs = share(said["accuracy"]), share(said["prototypes_accuracy"])
-    return f"{ours} of {said['images']} images right against {theirs} by mode {said['best_mode']}"
+    return f"accuracy {ours} on {said['images']} images, mode {said['best_mode']}: {theirs}"
 
 
 def share(value: float | None) -> str:
-    """Return a share as per cent."""
+    """Return a share in per cent."""
     return "?" if value is None else f"{100 * value:.1f} %"
 
 
@@ -184,29 +175,29 @@ def dataset_named(config: Config, name: str | None) -> Layout:
     """Return a dataset by name, or the only one.
 
     Raises:
-        DataError: there is none of that name, or not exactly one.
+        DataError: there is no such dataset, or not exactly one.
         LayoutError: the root cannot be listed.
     """
     layouts = {layout.name: layout for layout in find_datasets(config.root)}
     if name is None and len(layouts) == 1:
         return next(iter(layouts.values()))
-    there = ", ".join(layouts) or "none; `sortd init DIR` makes one"
+    there = ", ".join(layouts) or "none; create one with `sortd init DIR`"
     if name is None:
-        raise DataError(f"say which dataset: --dataset NAME; there are: {there}")
+        raise DataError(f"choose a dataset with --dataset NAME; there are: {there}")
     if name not in layouts:
         raise DataError(f"there is no dataset {name!r} in {config.root}; there are: {there}")
     return layouts[name]
 
 
 def _notify(config: Config, layout: Layout) -> str:
-    """Ask the running sortd to read its classifiers again; return the outcome in a sentence."""
+    """Request a rebuild from the running sortd, and return the outcome in a sentence."""
     try:
         reply = ask(config.state_dir, {"do": "rebuild", "datasets": [layout.name], "force": False})
-    except (AnsweredError, StartupError) as error:  # it is written down: the next reload or start takes it up
-        return f"the sortd that runs has not taken it up: {error}"
+    except (AnsweredError, StartupError) as error:  # the next reload or start applies it
+        return f"the running sortd did not apply it: {error}"
     if reply is None:
-        return "no sortd runs; the next one starts with it"
-    return "the sortd that runs takes it up; `sortd status` says which classifier serves"
+        return "sortd is not running; it will apply this at its next start"
+    return "the running sortd applies it; `sortd status` shows the classifier in use"
 
 
 def classifier_findings(config: Config, layout: Layout) -> Iterator[Finding]:
@@ -230,6 +221,6 @@ def classifier_findings(config: Config, layout: Layout) -> Iterator[Finding]:
     elif serving["folder"] is not None:
         what = f"{prototypes}, although the model in {serving['folder']} was promoted"
         yield note(subject, what, "set `classifier: auto` to use it")
-    elif (waiting := waiting_model(config, layout)) is not None:
-        what = f"{prototypes}, and a fine-tuned model is better ({compared(waiting)})"
+    elif (waiting := promotable_model(config, layout)) is not None:
+        what = f"{prototypes}, and a fine-tuned model is better ({accuracy_comparison(waiting)})"
         yield note(subject, what, f"sortd models promote --dataset {layout.name}")

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from sortd.arrays import Pixels
-from sortd.classify.calibration import HeldOutOutcomes
-from sortd.classify.prototypes import FinetunedClassifier, build_classifier, difference_of_labels
-from sortd.classify.types import Abstain
+from sortd.classify.calibration import HeldOutOutcomes, calibrate_outcomes
+from sortd.classify.prototypes import FinetunedClassifier, describe_label_mismatch
+from sortd.classify.types import AbstainSettings
 from sortd.daemon.embedder import Embedder
 from sortd.encoder.base import Encoder, Rows
+from sortd.encoder.finetuned import FinetunedFacts, read_facts, read_promotion
+from sortd.encoder.finetuned_network import FinetunedModel
 from sortd.errors import ModelError
 from sortd.events import Preprocessing
-from sortd.finetuned import FinetunedFacts, read_facts, read_promotion
-from sortd.finetuned_network import FinetunedModel
 from sortd.layout import Layout
 
 
@@ -35,21 +35,16 @@ class Appointed:
         """The identity of the model that decides; empty where the prototypes do."""
         return "" if self.facts is None else self.facts.model_id
 
-    def classifier(self, abstain: Abstain | None, *, generation: int) -> FinetunedClassifier | None:
+    def classifier(self, abstain: AbstainSettings | None, *, generation: int) -> FinetunedClassifier | None:
         """Return what decides in the place of the prototypes, if anything does."""
         return None if self.facts is None else classifier_of(self.facts, abstain, generation=generation)
 
 
-def classifier_of(facts: FinetunedFacts, abstain: Abstain | None, *, generation: int) -> FinetunedClassifier:
+def classifier_of(facts: FinetunedFacts, abstain: AbstainSettings | None, *, generation: int) -> FinetunedClassifier:
     """Return the classifier that a model's facts make under these settings."""
-    return build_classifier(
-        facts.labels,
-        temperature=facts.temperature,
-        encoder_id=facts.model_id,
-        outcomes=HeldOutOutcomes(np.clip(facts.confidence, 0.0, 1.0), facts.is_right, facts.classes),
-        abstain=abstain,
-        generation=generation,
-    )
+    outcomes = HeldOutOutcomes(np.clip(facts.confidence, 0.0, 1.0), facts.is_right, facts.classes)
+    calibration = calibrate_outcomes(outcomes, abstain, classes=len(facts.labels))
+    return FinetunedClassifier(facts.labels, facts.temperature, facts.model_id, generation, calibration, abstain)
 
 
 def appointed(layout: Layout, state: Path, wanted: str, labels: Sequence[str]) -> Appointed:
@@ -80,7 +75,7 @@ def appointed(layout: Layout, state: Path, wanted: str, labels: Sequence[str]) -
 
 def unfit(facts: FinetunedFacts, labels: Sequence[str], *, dataset: str) -> str | None:
     """Say why a model does not fit the classes of a dataset, and how to mend it; None where it does."""
-    difference = difference_of_labels(facts.labels, labels)
+    difference = describe_label_mismatch(facts.labels, labels)
     if difference is None:
         return None
     return (

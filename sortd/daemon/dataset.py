@@ -18,6 +18,7 @@ from sortd.daemon.corrections import Correction, CorrectionScanner, Mended
 from sortd.daemon.dataset_log import DatasetLog
 from sortd.daemon.move_queue import DryRunMover, Outbox
 from sortd.daemon.presence import Presence
+from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.scans import DatasetScans
 from sortd.daemon.worker import Answer, EmbedJob, Job, RebuildJob
 from sortd.events import DatasetId
@@ -26,7 +27,6 @@ from sortd.metrics import Metrics
 from sortd.moving.copy_queue import MoveOrder
 from sortd.moving.mover import Mover
 from sortd.moving.undo import UndoResult
-from sortd.references import Teaching
 from sortd.store.history import GENERATION_FACT, GUARD_FACT, History
 from sortd.store.journal import Journal
 from sortd.watch.observer import FileEvent
@@ -36,7 +36,7 @@ from sortd.watch.scan import FolderComparison
 class Rebuilding:
     """Knows what a dataset is taught by, and makes the jobs that build its prototypes."""
 
-    def __init__(self, identity: DatasetId, clases: Path, teaching: Teaching, last_generation: int) -> None:
+    def __init__(self, identity: DatasetId, clases: Path, teaching: ReferenceSettings, last_generation: int) -> None:
         """Begin; ``last_generation`` is the highest number that was ever used: none is used again."""
         self.teaching, self.last_generation = teaching, last_generation
         self._identity, self._clases = identity, clases
@@ -77,7 +77,7 @@ class Dataset:
         identity: DatasetId,
         layout: Layout,
         settings: SorterSettings,
-        teaching: Teaching,
+        teaching: ReferenceSettings,
         *,
         mover: Mover | DryRunMover,
         journal: Journal,
@@ -219,7 +219,7 @@ class Dataset:
                 self.receive(result)
         return put_back
 
-    def reload(self, settings: SorterSettings, teaching: Teaching) -> None:
+    def reload(self, settings: SorterSettings, teaching: ReferenceSettings) -> None:
         """Take changed settings over."""
         self.rebuilding.teaching = teaching
         self.rebuilding.wish(afresh=True)

@@ -12,10 +12,10 @@ from sortd.classify.types import Abstained, Assigned, ClassifierKind, Mode
 from sortd.core.sorter import Sorter
 from sortd.core.state import State
 from sortd.daemon.corrections import Correction
+from sortd.daemon.references import Rebuilt
 from sortd.events import Embedded, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, RebuildFailed
 from sortd.metrics import Metrics
 from sortd.names import Why
-from sortd.references import Rebuilt
 from sortd.store.records import MoveRecord, Record
 
 REMEMBERED = 100_000  # paths that were told of; beyond, they are told of again

@@ -87,7 +87,7 @@ class Pipeline:
         self._take_in()
         if not self._is_due(monotonic()):
             waits = [seconds for seconds in (self._patience(monotonic()), at_most_seconds) if seconds is not None]
-            self._decoders.collect(min(waits, default=None), bell=bell)
+            self._decoders.collect(min(waits, default=None), wake_descriptor=bell)
             self._take_in()
             self._feed()
         if self._is_due(monotonic()):

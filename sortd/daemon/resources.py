@@ -7,27 +7,27 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from sortd.classify.types import Abstain, DecisionSettings, Mode
-from sortd.commands.stored import stored_prototypes
+from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.config import Config, DatasetConfig, Decoding
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.classifiers import Classifiers, are_logits
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import hold
 from sortd.daemon.embedder import Embedder
+from sortd.daemon.references import ReferenceSettings
+from sortd.daemon.stored_prototypes import stored_prototypes
 from sortd.daemon.worker import Job, PrototypeStore
-from sortd.encoder.backends import load_serving
+from sortd.encoder.backends import load_fastest
 from sortd.encoder.base import Encoder
-from sortd.encoder.models import STRONGER, locate
+from sortd.encoder.finetuned import FinetunedFacts
+from sortd.encoder.finetuned_network import load_finetuned
+from sortd.encoder.models import STRONGER, locate_clip
 from sortd.events import DatasetId, Preprocessing
-from sortd.finetuned import FinetunedFacts
-from sortd.finetuned_network import load_finetuned
-from sortd.images.decode import DECODERS, Jpeg, Limits
+from sortd.images.decode import DECODER_VERSION, DecodeLimits, Jpeg
 from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
 from sortd.metrics import Metrics
 from sortd.moving.copy_queue import Seat
-from sortd.references import Teaching
 from sortd.store.cache import Cache
 
 LoadEncoder = Callable[[Config], Encoder]
@@ -47,12 +47,12 @@ def sorter_settings(config: DatasetConfig) -> SorterSettings:
     )
 
 
-def teaching_of(config: DatasetConfig) -> Teaching:
+def teaching_of(config: DatasetConfig) -> ReferenceSettings:
     """Return the part of a dataset's configuration that its prototypes depend on."""
     abstain = None
     if config.abstain is not None:
-        abstain = Abstain(precision=config.abstain.precision, strangers=config.abstain.strangers)
-    return Teaching(
+        abstain = AbstainSettings(precision=config.abstain.precision, strangers=config.abstain.strangers)
+    return ReferenceSettings(
         settings=DecisionSettings(mode=Mode(config.mode), abstain=abstain),
         templates=tuple(config.prompts),
         learns_from_corrections=config.learn_from_corrections,
@@ -63,7 +63,7 @@ def teaching_of(config: DatasetConfig) -> Teaching:
 def limits_of(decoding: Decoding) -> dict[str, float]:
     """Return by what images are refused, so that a higher value refuses fewer; see ``Rejects``."""
     numbers = decoding.model_dump(include={"max_pixels", "max_side_pixels", "max_bytes", "timeout_seconds"})
-    return {**numbers, "draft": int(decoding.jpeg == "draft"), "decoders": DECODERS}
+    return {**numbers, "draft": int(decoding.jpeg == "draft"), "decoders": DECODER_VERSION}
 
 
 def _nothing(*_: object) -> None:
@@ -84,7 +84,7 @@ class Resources:
         self._runs_on: list[str] = []
         self.on_progress: Callable[[str], None] = lambda _: None
         """Is told again and again what goes on while the model takes long to load."""
-        self._load_encoder = load_encoder or partial(load_serving, tell=self._runs_on.append)
+        self._load_encoder = load_encoder or partial(load_fastest, report=self._runs_on.append)
         self._run = uuid.uuid4().hex[:8]
         self._held: dict[DatasetId, ExitStack] = {}
         self._decoders: dict[tuple[Preprocessing, Jpeg], DecoderPool] = {}
@@ -190,7 +190,9 @@ class Resources:
             self._decoders[preprocessing, jpeg] = DecoderPool(
                 decoding.workers or min(MOST_DECODERS, len(os.sched_getaffinity(0))),
                 preprocessing,
-                Limits(max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes),
+                DecodeLimits(
+                    max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes
+                ),
                 timeout_seconds=decoding.timeout_seconds,
                 jpeg=jpeg,
             )
@@ -201,7 +203,7 @@ class Resources:
         """Name the model that serves; where ``auto`` had to take the small one, with what gets the stronger one."""
         if config.model != "auto":
             return config.model
-        found = locate("auto", cache_dir=config.cache_dir).name
+        found = locate_clip("auto", cache_dir=config.cache_dir).name
         hint = f"; `sortd models fetch {STRONGER}` gets the stronger one" if found == "packaged" else ""
         return f"{found} (auto{hint})"
 

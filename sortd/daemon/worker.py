@@ -22,6 +22,7 @@ from sortd.classify.held_out import refuse_reload
 from sortd.classify.prototypes import PrototypeSet
 from sortd.daemon.classifiers import Appointed, Classifiers
 from sortd.daemon.embedder import Attend, Embedder, EncoderQueue
+from sortd.daemon.references import Rebuilt, References, ReferencesAbsentError, ReferenceSettings, class_labels
 from sortd.errors import ModelError, SortdError
 from sortd.events import (
     DatasetId,
@@ -33,9 +34,8 @@ from sortd.events import (
     RebuildFailed,
     Stamp,
 )
-from sortd.images.formats import OUR_OWN_TROUBLE
+from sortd.images.formats import RESOURCE_ERRORS
 from sortd.layout import Layout
-from sortd.references import Rebuilt, References, ReferencesAbsentError, Teaching, class_labels
 
 SHARED_WAIT_SECONDS = 0.01  # that a step waits for pixels at most while another encoder has work too
 
@@ -149,7 +149,7 @@ class RebuildJob:
 
     dataset: DatasetId
     clases: Path
-    teaching: Teaching
+    teaching: ReferenceSettings
     generation: int
     job: int
     force: bool = False
@@ -350,7 +350,7 @@ class Worker:
                 except ModelError:
                     raise  # not the references are to blame: nothing that this encoder answers can be trusted
                 except ODD_REFERENCES as error:
-                    if isinstance(error, OSError) and error.errno in OUR_OWN_TROUBLE:
+                    if isinstance(error, OSError) and error.errno in RESOURCE_ERRORS:
                         raise  # out of descriptors or memory, as it would be for any image: a new start has them again
                     self._post(Answer(job.dataset, (RebuildFailed(f"{type(error).__name__}: {error}", job=job.job),)))
             case Forget(dataset, with_stored):

@@ -1,4 +1,4 @@
-"""An encoder: what sortd asks of a CLIP, and what goes into it and comes out of it."""
+"""The interface of an encoder, the checks of its input and output, and a self-test."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,21 +10,20 @@ from sortd.arrays import Pixels
 from sortd.errors import ModelError
 from sortd.events import Preprocessing
 
-Rows = npt.NDArray[np.float32]  # (images or texts, dimensions): each of length 1
+Rows = npt.NDArray[np.float32]  # (images or texts, dimensions), each of length 1
 
-SHORTEST_ROW = 1e-6  # a shorter row has no direction
-SAME_ROW = 1e-3  # two runs on one image: a GPU may add in another order, but not differ by more
-ONE_ROW = 1e-6  # two unlike images: nearer than this, the model does not look at them
-TRIAL_TEXTS = ("a photo",)
-BROKEN = "its weights are damaged or the device is in a bad state; fetch the model again or set `device: cpu`"
+_MIN_LENGTH = 1e-6  # a shorter row has no direction
+_MAX_DIFFERENCE = 1e-3  # between two runs on one image: GPUs may add in another order
+_MIN_DISTANCE = 1e-6  # 1 - cosine of two unlike images; less means that the model ignores its input
+_REMEDY = "its weights are damaged or the device is in a bad state; fetch the model again or set `device: cpu`"
 
 
 class Encoder(Protocol):
-    """A function from pixels, or words, to rows of length one in one space. One thread at a time."""
+    """Embeds pixels, or texts, as unit-length rows in one space. Used by one thread at a time."""
 
     @property
     def encoder_id(self) -> str:
-        """What embeddings depend on: weights, decoding, preprocessing, backend; equal ids mean equal embeddings."""
+        """Identifies weights, decoding, preprocessing and backend; equal IDs mean equal embeddings."""
 
     @property
     def dimensions(self) -> int:
@@ -32,59 +31,54 @@ class Encoder(Protocol):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The size, and the way to it, at which images are handed over."""
+        """The size of the images, and the way of resizing."""
 
     @property
     def has_text(self) -> bool:
-        """Can it embed words?"""
+        """Whether it can embed texts."""
 
     def encode_images(self, pixels: Pixels) -> Rows:
-        """Embed RGB pixels (B, H, W, 3) of the size that ``preprocessing`` names, as unit rows (B, d)."""
+        """Embed RGB pixels (B, H, W, 3) of the size in ``preprocessing`` as unit rows (B, d)."""
 
     def encode_texts(self, texts: Sequence[str]) -> Rows:
         """Embed texts as unit rows (T, d) in the space of the images."""
 
 
-def check_pixels(pixels: Pixels, seen: Preprocessing) -> None:
-    """Raise ValueError where pixels are not of the type and size that the encoder sees."""
-    if pixels.dtype != np.uint8 or pixels.shape[1:] != (seen.crop_height, seen.crop_width, 3):
-        raise ValueError(
-            f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (B, {seen.crop_height}, {seen.crop_width}, 3)"
-        )
+def check_pixels(pixels: Pixels, preprocessing: Preprocessing) -> None:
+    """Raise ValueError unless pixels have the type and size that the encoder takes."""
+    height, width = preprocessing.crop_height, preprocessing.crop_width
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (height, width, 3):
+        raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}, not uint8 (B, {height}, {width}, 3)")
 
 
-def unit(rows: Rows, encoder_id: str) -> Rows:
-    """Return (B, d) float32 rows of a model at length 1.
-
-    Raises:
-        ModelError: a row has no direction: it is no number, or all zeros.
-    """
+def normalise_rows(rows: Rows, encoder_id: str) -> Rows:
+    """Return float32 rows (B, d) scaled to length 1; raise ModelError if one is zero or not finite."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not bool(np.isfinite(lengths).all()) or float(lengths.min()) < SHORTEST_ROW:
-        raise ModelError(f"model {encoder_id} answered with no number or all zeros: {BROKEN}")
+    if not bool(np.isfinite(lengths).all()) or float(lengths.min()) < _MIN_LENGTH:
+        raise ModelError(f"model {encoder_id} returned zeros or values that are not finite: {_REMEDY}")
     scaled: Rows = rows / lengths
     return scaled
 
 
-def writable(text: str) -> str:
-    """Return a text that every tokenizer takes: the names of folders may hold bytes that are no UTF-8."""
+def valid_utf8(text: str) -> str:
+    """Return a text with invalid UTF-8 replaced, which tokenizers reject; folder names may contain it."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def probe(encoder: Encoder, *, texts: Sequence[str] = TRIAL_TEXTS) -> None:
-    """Try a model on known images: a device in a bad state returns zeros or noise and calls it success.
+def probe(encoder: Encoder, *, texts: Sequence[str] = ("a photo",)) -> None:
+    """Test an encoder on known images: a device in a bad state returns zeros or noise without an error.
 
     Raises:
-        ModelError: rows that are not finite, the same for unlike images, or different for the same image.
+        ModelError: rows are not finite, equal for unlike images, or different for the same image.
     """
     height, width = encoder.preprocessing.crop_height, encoder.preprocessing.crop_width
     ramp = np.linspace(0, 255, width, dtype=np.uint8)
     smooth = np.broadcast_to(ramp[None, :, None], (height, width, 3))
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     first, second, again = encoder.encode_images(np.stack([smooth, noise, smooth]))
-    if float(np.abs(first - again).max()) > SAME_ROW:
-        raise ModelError(f"model {encoder.encoder_id} embeds one image in two ways: {BROKEN}")
-    if float(np.dot(first, second)) > 1 - ONE_ROW:
-        raise ModelError(f"model {encoder.encoder_id} embeds two unlike images as one: {BROKEN}")
+    if float(np.abs(first - again).max()) > _MAX_DIFFERENCE:
+        raise ModelError(f"model {encoder.encoder_id} gives two embeddings for one image: {_REMEDY}")
+    if float(np.dot(first, second)) > 1 - _MIN_DISTANCE:
+        raise ModelError(f"model {encoder.encoder_id} gives one embedding for two unlike images: {_REMEDY}")
     if encoder.has_text and texts:
         encoder.encode_texts(texts)

@@ -1,12 +1,12 @@
-"""An ONNX graph in int8: matrix products with weights row by row, convolutions by ranges found beforehand.
+"""Quantisation of an ONNX graph to int8: matrix products with scales by row, convolutions with calibrated ranges.
 
-Each output column of a weight matrix gets its own scale, and each row of an activation (a token of an image) gets its
-own scale while it is computed, both symmetric: ``y = (x_q - 128) w_q * row_scale * column_scale``. The dynamic
-quantization of ONNX Runtime's tools takes one scale for a whole batch, so that an image's embedding depends on the
-images beside it. Scales by token are from Yao et al., ZeroQuant, 2022, and Dettmers et al., LLM.int8(), 2022.
+Each output column of a weight matrix has its own scale, and each row of an activation (a token of an image) has one,
+computed at inference, both symmetric: ``y = (x_q - 128) w_q * row_scale * column_scale``. The dynamic quantisation of
+ONNX Runtime uses one scale for a whole batch, so that an image's embedding depends on the other images. Scales by token
+are from Yao et al., ZeroQuant, 2022, and Dettmers et al., LLM.int8(), 2022.
 
-Activations of a convolution have no rows. Their range is found on trial images and fixed, which is ONNX Runtime's
-static quantization, and does not let images depend on each other either.
+Activations of a convolution have no rows. Their range is measured on calibration images and fixed, which keeps images
+independent of each other, too (the static quantisation of ONNX Runtime).
 """
 
 import platform
@@ -26,40 +26,27 @@ REDUCED_RANGE = 63
 """In seven: x86 processors without VNNI add two products of an unsigned and a signed byte in 16 bits, which 255 * 127 *
 2 overflows and 255 * 63 * 2 does not; see "Data type selection" in ONNX Runtime's page on quantization."""
 
-IMAGES_A_RUN = 8
-"""Trial images at a time: more only take memory."""
-
-ZERO_POINT = 128  # activations are stored unsigned, shifted by this: the pairing that every processor has kernels for
-LEAST_SCALE = 1e-12  # of a row of zeros
-_EXACT_PRODUCTS = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8")
+_CALIBRATION_BATCH = 8
+_ZERO_POINT = 128  # activations are stored unsigned, shifted by this: every processor has kernels for this combination
+_MIN_SCALE = 1e-12  # of a row of zeros
+_EXACT_PRODUCTS = {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
 
 
 def weight_range(*, machine: str | None = None, processor: Path = Path("/proc/cpuinfo")) -> int:
-    """Return the largest quantized weight that this processor multiplies without overflow.
-
-    Args:
-        machine: the architecture as ``uname -m`` has it; None asks.
-        processor: where Linux tells the processor's abilities, see proc_cpuinfo(5).
-    """
+    """Return the largest quantized weight that a processor, by default this one, multiplies without overflow."""
     if (machine or platform.machine()).lower() not in {"x86_64", "amd64", "i686", "i386"}:
         return FULL_RANGE
     try:
-        abilities = set(processor.read_text(encoding="ascii", errors="replace").split())
+        flags = processor.read_text(encoding="ascii", errors="replace").split()
     except OSError:
         return REDUCED_RANGE
-    return FULL_RANGE if abilities & set(_EXACT_PRODUCTS) else REDUCED_RANGE
+    return FULL_RANGE if _EXACT_PRODUCTS.intersection(flags) else REDUCED_RANGE
 
 
 def quantize(source: Path, target: Path, *, largest: int) -> int:
-    """Write a graph again with its constant matrices in int8.
+    """Write a float32 graph with its constant matrices in int8; return the number of products (0: nothing is written).
 
-    Args:
-        source: an ONNX file, float32, opset 13 to 17 (``ReduceMax`` takes its axes as an attribute).
-        target: the file to write.
-        largest: the largest quantized weight, see ``weight_range``.
-
-    Returns:
-        How many matrix products are in int8 now; where it is none, nothing was written.
+    The opset must be 13 to 17, in which ``ReduceMax`` takes its axes as an attribute.
     """
     import onnx
 
@@ -79,37 +66,30 @@ def quantize(source: Path, target: Path, *, largest: int) -> int:
 
 
 def convolutions(source: Path) -> int:
-    """Return how many convolutions a graph has; a vision transformer has one, which cuts the image into patches."""
+    """Return the number of convolutions in a graph; a vision transformer has one, which makes the patches."""
     import onnx
 
     return sum(node.op_type == "Conv" for node in onnx.load(str(source), load_external_data=False).graph.node)
 
 
 def quantize_convolutions(source: Path, target: Path, images: Pixels, *, largest: int) -> None:
-    """Write a graph again with its convolutions in int8.
-
-    Args:
-        source: an ONNX file, float32, with one input, ``pixels``.
-        target: the file to write.
-        images: uint8 (B, H, W, 3); what they make of each activation is the range that it is given.
-        largest: the largest quantized weight, see ``weight_range``.
-    """
+    """Write a float32 graph with its convolutions in int8; the ranges are measured on images, uint8 (B, H, W, 3)."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
-    class Trials(CalibrationDataReader):  # type: ignore[misc]  # what the library demands, which publishes no types
-        """Hands the images over, a few at a time."""
+    class Images(CalibrationDataReader):  # type: ignore[misc]  # the library requires it, and publishes no types
+        """Returns the images in batches."""
 
         def __init__(self) -> None:
-            self._parts = (images[start : start + IMAGES_A_RUN] for start in range(0, len(images), IMAGES_A_RUN))
+            starts = range(0, len(images), _CALIBRATION_BATCH)
+            self._batches = ({"pixels": images[start : start + _CALIBRATION_BATCH]} for start in starts)
 
         def get_next(self) -> dict[str, Pixels] | None:
-            part = next(self._parts, None)
-            return None if part is None else {"pixels": part}
+            return next(self._batches, None)
 
     quantize_static(
         str(source),
         str(target),
-        Trials(),
+        Images(),
         per_channel=True,
         reduce_range=largest < FULL_RANGE,
         activation_type=QuantType.QUInt8,
@@ -118,30 +98,30 @@ def quantize_convolutions(source: Path, target: Path, images: Pixels, *, largest
     )
 
 
-def photographic_noise(seen: Preprocessing, count: int) -> Pixels:
-    """Return images, uint8 (count, H, W, 3), that move a network's activations about as far as photographs do.
+def photographic_noise(preprocessing: Preprocessing, count: int) -> Pixels:
+    """Return images, uint8 (count, H, W, 3), that give a network's activations about the range of photographs.
 
-    Noise whose amplitude falls with frequency as that of natural scenes does, by a power around 1 (Field, Relations
-    between the statistics of natural images and the response properties of cortical cells, 1987), in mixed colours, of
-    any brightness and contrast.
+    They are noise in mixed colours, of random brightness and contrast, whose amplitude falls with frequency as in
+    natural scenes, with an exponent around 1 (Field, Relations between the statistics of natural images and the
+    response properties of cortical cells, 1987).
     """
-    chance = np.random.default_rng(0)
-    height, width = seen.crop_height, seen.crop_width
+    random = np.random.default_rng(0)
+    height, width = preprocessing.crop_height, preprocessing.crop_width
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :])
     frequency[0, 0] = 1 / max(height, width)
     images = np.empty((count, height, width, 3), np.uint8)
     for image in images:
-        waves = chance.normal(size=(height, width, 3)) + 1j * chance.normal(size=(height, width, 3))
-        plain = np.fft.ifft2(waves / frequency[:, :, None] ** chance.uniform(0.5, 2.0), axes=(0, 1)).real
-        mixed = plain @ (np.eye(3) + chance.uniform(-0.5, 1.0, (3, 3)))
-        scaled = (mixed - mixed.mean()) / mixed.std() * chance.uniform(10, 90)
-        image[:] = np.clip(scaled + chance.uniform(30, 225) + chance.uniform(-40, 40, 3), 0, 255)
+        waves = random.normal(size=(height, width, 3)) + 1j * random.normal(size=(height, width, 3))
+        plain = np.fft.ifft2(waves / frequency[:, :, None] ** random.uniform(0.5, 2.0), axes=(0, 1)).real
+        mixed = plain @ (np.eye(3) + random.uniform(-0.5, 1.0, (3, 3)))
+        scaled = (mixed - mixed.mean()) / mixed.std() * random.uniform(10, 90)
+        image[:] = np.clip(scaled + random.uniform(30, 225) + random.uniform(-40, 40, 3), 0, 255)
     return images
 
 
-# onnx publishes types for its protocol buffers that mypy cannot follow here, hence Any from here to the end.
+# mypy cannot follow the types of onnx's protocol buffers, hence Any from here to the end.
 class _Rewriting:
-    """One pass over a graph: what its nodes become, and the constants that those need."""
+    """One pass over a graph: the rewritten nodes and the constants that they need."""
 
     def __init__(self, graph: Any, largest: int) -> None:  # noqa: ANN401
         self._weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -150,14 +130,14 @@ class _Rewriting:
         self._matrices: dict[tuple[str, bool], tuple[str, str]] = {}
         self.constants: list[Any] = []
         self.products = 0
-        self._zero_point = self._constant("int8_zero_point", np.array(ZERO_POINT, np.uint8))
+        self._zero_point = self._constant("int8_zero_point", np.array(_ZERO_POINT, np.uint8))
         self._one = self._constant("int8_one", np.array(1, np.float32))
         self._step = self._constant("int8_step", np.array(1 / 127, np.float32))
-        self._least = self._constant("int8_least", np.array(LEAST_SCALE, np.float32))
+        self._min_scale = self._constant("int8_least", np.array(_MIN_SCALE, np.float32))
 
     def of(self, node: Any) -> Iterator[Any]:  # noqa: ANN401
-        """Yield what a node becomes: itself, or the same product in int8."""
-        transposed = self._is_product(node)
+        """Yield the nodes that replace a node: itself, or the same product in int8."""
+        transposed = self._product_layout(node)
         if transposed is None:
             yield node
             return
@@ -178,8 +158,8 @@ class _Rewriting:
         if shifts is not None:
             yield helper.make_node("Add", [output, shifts], [node.output[0]])
 
-    def _is_product(self, node: Any) -> bool | None:  # noqa: ANN401
-        """Tell whether a node multiplies by a constant matrix, and whether that one is stored transposed; else None."""
+    def _product_layout(self, node: Any) -> bool | None:  # noqa: ANN401
+        """Return whether the constant matrix of a product is stored transposed; None for other nodes."""
         from onnx import TensorProto, helper
 
         weight = self._weights.get(node.input[1]) if len(node.input) > 1 else None
@@ -187,24 +167,25 @@ class _Rewriting:
             return None
         if node.op_type == "MatMul":
             return False
-        said = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        is_plain = said.get("alpha", 1.0) == 1.0 and said.get("beta", 1.0) == 1.0 and not said.get("transA", 0)
-        return bool(said.get("transB", 0)) if node.op_type == "Gemm" and is_plain else None
+        given = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+        values = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} | given
+        is_plain = (values["alpha"], values["beta"], values["transA"]) == (1.0, 1.0, 0)
+        return bool(values["transB"]) if node.op_type == "Gemm" and is_plain else None
 
     def _quantized_rows(self, rows: str, name: str) -> Iterator[Any]:
-        """Yield the nodes that bring activations to eight bits with a scale for each row, once for all who use them."""
+        """Yield the nodes that quantise an activation with a scale for each row, once for all its products."""
         from onnx import helper
 
         self._rows[rows] = f"{name}_rows", f"{name}_row_scales"
         yield helper.make_node("Abs", [rows], [f"{name}_sizes"])
         yield helper.make_node("ReduceMax", [f"{name}_sizes"], [f"{name}_largest"], axes=[-1], keepdims=1)
         yield helper.make_node("Mul", [f"{name}_largest", self._step], [f"{name}_steps"])
-        yield helper.make_node("Max", [f"{name}_steps", self._least], [f"{name}_row_scales"])
+        yield helper.make_node("Max", [f"{name}_steps", self._min_scale], [f"{name}_row_scales"])
         yield helper.make_node("Div", [rows, f"{name}_row_scales"], [f"{name}_scaled"])
         yield helper.make_node("QuantizeLinear", [f"{name}_scaled", self._one, self._zero_point], [f"{name}_rows"])
 
     def _matrix(self, weight: str, *, transposed: bool) -> tuple[str, str]:
-        """Return the names of a weight matrix in int8 and of its columns' scales."""
+        """Return the names of a weight matrix in int8 and of the scales of its columns."""
         from onnx import numpy_helper
 
         key = weight, transposed
@@ -213,9 +194,9 @@ class _Rewriting:
             matrix = values.T if transposed else values
             scales = np.abs(matrix).max(axis=0) / self._largest
             scales = np.where(scales > 0, scales, 1).astype(np.float32)
-            bytes_of_it = np.ascontiguousarray(np.rint(matrix / scales).astype(np.int8))
+            quantized = np.ascontiguousarray(np.rint(matrix / scales).astype(np.int8))
             name = f"{weight}_int8{'_transposed' if transposed else ''}"
-            self._matrices[key] = self._constant(name, bytes_of_it), self._constant(f"{name}_scales", scales)
+            self._matrices[key] = self._constant(name, quantized), self._constant(f"{name}_scales", scales)
         return self._matrices[key]
 
     def _constant(self, name: str, values: npt.NDArray[Any]) -> str:

@@ -1,10 +1,9 @@
-"""A CLIP run by sentence-transformers on torch.
+"""A CLIP that sentence-transformers runs on torch.
 
-Images come in at the size that the model sees, so what is left of its own image processor is one multiplication and
-one subtraction for a whole batch.
+Images arrive at the size of the model, so all that remains of its image processor is one multiplication and one
+subtraction for a batch.
 """
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,29 +12,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sortd.arrays import Pixels
-from sortd.encoder import models
-from sortd.encoder.base import Rows, check_pixels, unit, writable
-from sortd.encoder.models import CODE_FREE, ModelFolder, first_line
+from sortd.encoder.base import Rows, check_pixels, normalise_rows, valid_utf8
+from sortd.encoder.models import SAFETENSORS, ModelFolder, content_digests, first_line, repr_digest
 from sortd.encoder.preprocessing import normalisation, preprocessing_of
 from sortd.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
 
-PATIENT_THREADS = ("OMP_WAIT_POLICY", "PASSIVE")
-"""Read by OpenMP when torch is loaded: threads that spin at each barrier burn the cores that decode. Beside busy
-decoders a forward of 16 took 0.6 of the time without spinning, one of a lone image 0.3 (OpenMP 5.2, 21.7)."""
+PASSIVE_WAIT = ("OMP_WAIT_POLICY", "PASSIVE")
+"""OpenMP reads it when torch is loaded: threads that spin at each barrier take cores from the decoders. Beside busy
+decoders, a batch of 16 took 0.6 of the time without spinning, a single image 0.3 (OpenMP 5.2, 21.7)."""
 
-_NO_LIMIT = 10**9  # tokens: transformers says 1e30 for a tokenizer that does not know how much its network reads
+_NO_LIMIT = 10**9  # tokens; transformers uses 1e30 if a tokenizer has no limit
+_LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 
 
+# sentence-transformers and transformers publish no types, hence Any in this module.
 class TorchEncoder:
-    """A loaded CLIP, maybe with another model for words; see ``Encoder``.
+    """A loaded CLIP, with an optional separate text model; see ``Encoder``.
 
-    ``clip`` and ``words`` are models of sentence-transformers, ``scale`` and ``shift`` what is left of the image
-    processor, (1, 3, 1, 1) each, ``text_limit`` how many tokens of a text are read (None: all): the export to ONNX is
-    made of them.
+    ``clip`` and ``words`` are models of sentence-transformers, ``scale`` and ``shift`` the normalisation, (1, 3, 1, 1)
+    each, and ``text_limit`` is the number of tokens of a text that are read (None: all). The export to ONNX uses them.
     """
+
+    has_text = True
 
     def __init__(
         self,
@@ -47,20 +48,22 @@ class TorchEncoder:
         threads: int | None,
         decoding: str,
     ) -> None:
-        """Load; see ``backends.load``."""
-        os.environ.setdefault(*PATIENT_THREADS)
+        """Load; see ``backends.load_encoder``."""
+        os.environ.setdefault(*PASSIVE_WAIT)
         import torch
 
         if threads:
             torch.set_num_threads(threads)
         self._device = _device(device)
-        self.runs_on = self._device.type.upper()
-        """``CPU``, ``CUDA`` (which is torch's word for AMD's GPUs as well) or ``MPS``."""
+        self.runs_on = self._device.type.upper()  # CPU, CUDA (AMD's GPUs, too) or MPS
         self.clip = _load(folder, self._device)
-        _see_that_it_is_a_clip(self.clip, folder.name)
+        _check_modalities(self.clip, folder.name)
         self.words = self.clip if words is None else _load(words, self._device)
         self.text_limit = _limit_texts(self.words)
-        processor = _image_processor(self.clip, folder.name).to_dict()
+        image_processor = getattr(self.clip.processor, "image_processor", None)
+        if image_processor is None:
+            raise ModelError(f"model {folder.name!r} has no preprocessor_config.json; copy it again completely")
+        processor = image_processor.to_dict()
         self.preprocessing = preprocessing_of(processor)
         self.scale, self.shift = (torch.from_numpy(value).to(self._device) for value in normalisation(processor))
         self.dimensions = int(self.clip.get_embedding_dimension())
@@ -70,9 +73,8 @@ class TorchEncoder:
                 f"{folder.name!r} has {self.dimensions}: they do not share a space; choose the pair that was "
                 f"trained together, or leave `text_model` out"
             )
-        self.has_text = True
-        content = [models.digest(part, cache_dir=cache_dir) for part in (folder, words) if part is not None]
-        identity = hashlib.sha256(repr((content, self.preprocessing, decoding)).encode()).hexdigest()
+        content = content_digests(folder, words, cache_dir=cache_dir)
+        identity = repr_digest((content, self.preprocessing, decoding))
         self.encoder_id = f"{folder.kind}-{self.dimensions}-torch-{identity[:16]}"
 
     def encode_images(self, pixels: Pixels) -> Rows:
@@ -84,18 +86,18 @@ class TorchEncoder:
             return np.empty((0, self.dimensions), np.float32)
         with torch.inference_mode():
             interleaved = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
-            # Channel by channel in memory, one factor for each runs three times as fast as interleaved.
+            # With channels contiguous in memory, one factor for each is three times as fast as interleaved.
             planes = interleaved.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
             values = planes.mul_(self.scale).sub_(self.shift)
             output = self.clip({"pixel_values": values, "modality": "image"})["sentence_embedding"]
-            return unit(output.to(torch.float32).cpu().numpy(), self.encoder_id)
+            return normalise_rows(output.to(torch.float32).cpu().numpy(), self.encoder_id)
 
     def encode_texts(self, texts: Sequence[str]) -> Rows:
-        """See ``Encoder``; a text longer than the model reads is cut at its end."""
+        """See ``Encoder``; long texts are truncated."""
         if not texts:
             return np.empty((0, self.dimensions), np.float32)
-        output = self.words.encode([writable(text) for text in texts], convert_to_numpy=True, show_progress_bar=False)
-        return unit(np.asarray(output, np.float32), self.encoder_id)
+        output = self.words.encode([valid_utf8(text) for text in texts], convert_to_numpy=True, show_progress_bar=False)
+        return normalise_rows(np.asarray(output, np.float32), self.encoder_id)
 
 
 def _device(device: str) -> "torch.device":
@@ -113,13 +115,8 @@ def _device(device: str) -> "torch.device":
     return chosen
 
 
-# What third-party loaders raise on a folder that is damaged or not what it says; each of them means the same to us.
-_LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
-
-
-# sentence-transformers and transformers publish no types, hence Any from here to the end.
 def _load(model: ModelFolder, device: "torch.device") -> Any:  # noqa: ANN401
-    """Load a folder: no network, no code of the model's own, no pickle, numbers in float32."""
+    """Load a folder in float32, without network, remote code or pickle."""
     import torch
     from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
@@ -139,54 +136,54 @@ def _load(model: ModelFolder, device: "torch.device") -> Any:  # noqa: ANN401
             f"model {model.name!r} in {model.folder} does not load: {first_line(error)}; fetch or copy it again, or "
             f"set `model: packaged`"
         ) from error
-    _see_that_no_weight_is_missing(loaded, model)
+    _check_weight_count(loaded, model)
     loaded.eval()
     return loaded
 
 
-def _see_that_no_weight_is_missing(loaded: Any, model: ModelFolder) -> None:  # noqa: ANN401
-    """Refuse a folder that holds fewer numbers than its network: transformers makes up the rest at random."""
+def _check_weight_count(loaded: Any, model: ModelFolder) -> None:  # noqa: ANN401
+    """Raise ModelError if a folder has fewer weights than its network; transformers initialises the rest at random."""
     from safetensors import safe_open
 
     held = 0
     for path in model.files:
-        if path.suffix == CODE_FREE:
+        if path.suffix == SAFETENSORS:
             with safe_open(path, "np") as file:
                 held += sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
     wanted = sum(parameter.numel() for parameter in loaded.parameters())
     if held < wanted:
         raise ModelError(
-            f"model {model.name!r} in {model.folder} holds {held:,} of the {wanted:,} numbers that its configuration "
-            f"asks for; fetch or copy it again, whole"
+            f"model {model.name!r} in {model.folder} holds {held:,} of the {wanted:,} weights in its configuration; "
+            f"fetch or copy it again completely"
         )
 
 
-def _see_that_it_is_a_clip(loaded: Any, name: str) -> None:  # noqa: ANN401
+def _check_modalities(loaded: Any, name: str) -> None:  # noqa: ANN401
     lacking = sorted({"image", "text"} - {str(modality) for modality in loaded.modalities})
     if lacking:
-        raise ModelError(f"model {name!r} is no CLIP: it takes no {' and no '.join(lacking)}")
+        raise ModelError(f"model {name!r} is not a CLIP: it takes no {' and no '.join(lacking)}")
     if getattr(loaded[0], "module_output_name", "sentence_embedding") != "sentence_embedding":
-        raise ModelError(f"model {name!r} is no CLIP: it gives many embeddings for one image, not one")
+        raise ModelError(f"model {name!r} is not a CLIP: it gives several embeddings for one image")
 
 
 def _limit_texts(words: Any) -> int | None:  # noqa: ANN401
-    """Let a tokenizer cut texts at what its network can read, where it does not know that; return the limit in tokens.
+    """Make a tokenizer truncate texts at the limit of its network, and return that limit in tokens (None: no limit).
 
-    A network with a table of positions fails on a text that is longer. RoBERTa and its kin count positions from behind
-    the number that pads, so their first places are no token's; a network without a table has no limit.
+    A network with position embeddings fails on longer texts. RoBERTa and its relatives number positions from
+    ``padding_idx + 1`` on, so the first positions hold no token.
     """
     config = words.transformers_model.config
-    places = getattr(getattr(config, "text_config", None) or config, "max_position_embeddings", None)
+    positions = getattr(getattr(config, "text_config", None) or config, "max_position_embeddings", None)
     known = words.max_seq_length
-    if places is None:
+    if positions is None:
         return None if known is None or known > _NO_LIMIT else int(known)
-    limit = min(int(places) - _unused_places(words), int(known or places))
+    limit = min(int(positions) - _unused_positions(words), int(known or positions))
     words.max_seq_length = limit
     return limit
 
 
-def _unused_places(words: Any) -> int:  # noqa: ANN401
-    """Return how many of a network's positions come before that of the first token."""
+def _unused_positions(words: Any) -> int:  # noqa: ANN401
+    """Return the number of positions before that of the first token."""
     from torch.nn import Embedding
 
     for module in words.transformers_model.modules():
@@ -194,12 +191,3 @@ def _unused_places(words: Any) -> int:  # noqa: ANN401
         if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), Embedding):
             return padding + 1
     return 0
-
-
-def _image_processor(loaded: Any, name: str) -> Any:  # noqa: ANN401
-    processor = getattr(loaded.processor, "image_processor", None)
-    if processor is None:
-        raise ModelError(
-            f"model {name!r} does not say how its images are prepared (preprocessor_config.json); copy it again, whole"
-        )
-    return processor

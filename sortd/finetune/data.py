@@ -1,8 +1,7 @@
-"""The data of a fine-tuning: the labelled images, their split, and the plan on the disk that a training reads.
+"""The data of a fine-tuning: labelled images, their split, and the plan in the work folder.
 
-An image weighs 1 where a person placed it: in ``Clases/``, or in ``Dataset/`` other than where sortd filed it. What
-sortd filed into ``Dataset/`` and nobody moved weighs 0.5 and is not used for evaluation, which would measure how far
-the model agrees with the prototypes.
+Images in ``Clases/``, and images in ``Dataset/`` that a person placed, have weight 1. Images that sortd filed have
+weight 0.5 and are not used for evaluation, which would measure the agreement with the prototypes.
 """
 
 import json
@@ -20,28 +19,25 @@ from sortd import errors
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray, Pixels
 from sortd.classify.library import ROUNDING, duplicate_distance
 from sortd.daemon.embedder import Embedder
+from sortd.daemon.references import STRANGERS_FOLDER, ReferencesAbsentError, class_folders
+from sortd.encoder.finetuned import preprocessing_from
 from sortd.errors import DataError, DestinationError
 from sortd.events import EmbeddedImage, ImageRefused, Outcome, Preprocessing, Refusal, Stamp
 from sortd.files import write_atomic
 from sortd.finetune.recipe import Recipe, Source
-from sortd.finetuned import preprocessing_from
 from sortd.layout import JOURNAL_FILE, Area, Layout
-from sortd.references import STRANGERS_FOLDER, ReferencesAbsentError, class_folders
 from sortd.store.history import History
 
 PLACED, FILED = 1.0, 0.5
-"""The weight of an image that a person placed, and of one that sortd filed."""
+"""Weights of images placed by a person and of images filed by sortd."""
 LARGEST_SHARE = 0.25
-"""A group of near-duplicates with more than this share of a class is no burst of one scene, but a class whose images
-are all alike to the encoder: it is divided by half the distance, again and again, down to copies."""
+"""A group of near-duplicates with more than this share of a class is divided by half the distance, repeatedly: such a
+class is not a burst of one scene, but all its images are similar to the encoder."""
 ROWS_AT_ONCE = 1024
 PARTS = ("train", "validation", "test")
 PLAN_FILE, ARRAYS_FILE, START_FILE = "plan.json", "plan.npz", "start.safetensors"
 
 ImageFile = tuple[str, Stamp]
-
-
-# ---------------------------------------------------------------- the images
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +47,7 @@ class Candidate:
     path: str
     stamp: Stamp
     label: str
-    is_placed: bool = True
-    """Whether a person placed it."""
+    is_placed: bool = True  # whether a person placed it
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,17 +56,12 @@ class Photos:
 
     labels: tuple[str, ...]
     files: tuple[ImageFile, ...]
-    classes: IntArray
-    """int64 (N,)."""
-    weights: Array
-    """float64 (N,): ``PLACED`` or ``FILED``."""
-    embeddings: FloatArray
-    """float32 (N, d), by the encoder of the prototypes."""
-    strangers: FloatArray
-    """float32 (S, d): embeddings of images of no class."""
+    classes: IntArray  # int64 (N,)
+    weights: Array  # float64 (N,): ``PLACED`` or ``FILED``
+    embeddings: FloatArray  # float32 (N, d), by the encoder of the prototypes
+    strangers: FloatArray  # float32 (S, d): embeddings of images of no class
     stranger_files: tuple[ImageFile, ...]
-    left_out: tuple[Mapping[str, str], ...]
-    """``path`` and ``why`` of files that are not trained on."""
+    left_out: tuple[Mapping[str, str], ...]  # ``path`` and ``why`` of files that are not trained on
 
     @property
     def counts(self) -> dict[str, int]:
@@ -81,7 +71,7 @@ class Photos:
 
 
 def find_candidates(layout: Layout, source: Source, state: Path) -> tuple[list[Candidate], list[Candidate]]:
-    """Return the files of a dataset's classes, and those of ``Clases/_none``; ``state`` is the state directory.
+    """Return the files of the classes, and those of ``Clases/_none``; ``state`` is the state directory.
 
     Raises:
         DataError: a folder cannot be read.
@@ -93,7 +83,7 @@ def find_candidates(layout: Layout, source: Source, state: Path) -> tuple[list[C
         try:
             folders, _ = class_folders(layout.area(area), report=unreadable.append)
         except ReferencesAbsentError as error:
-            raise DataError(f"{error}; choose other folders with --from, or mend it") from error
+            raise DataError(f"{error}; correct this, or choose other folders with --from") from error
         if unreadable:
             raise DataError(errors.unreadable(unreadable[0]))
         files = [Candidate(path, stamp, one.label) for one in folders for path, stamp in one.files]
@@ -103,7 +93,7 @@ def find_candidates(layout: Layout, source: Source, state: Path) -> tuple[list[C
 
 
 def _with_origin(layout: Layout, candidates: list[Candidate], state: Path) -> list[Candidate]:
-    """Return files of ``Dataset/`` with ``is_placed`` as the journal tells."""
+    """Return files of ``Dataset/`` with ``is_placed`` from the journal."""
     journal = layout.state_folder(state) / JOURNAL_FILE
     if not journal.is_file():
         return candidates
@@ -121,7 +111,7 @@ def _with_origin(layout: Layout, candidates: list[Candidate], state: Path) -> li
 
 
 def gather(candidates: Sequence[Candidate], strangers: Sequence[Candidate], embedder: Embedder) -> Photos:
-    """Read and embed every file once, and return the images that can be trained on.
+    """Read and embed the files, and return the images that can be trained on.
 
     Raises:
         DataError: fewer than two classes have an image.
@@ -150,7 +140,7 @@ def gather(candidates: Sequence[Candidate], strangers: Sequence[Candidate], embe
 def _deduplicated(
     candidates: Sequence[Candidate], answers: Mapping[ImageFile, EmbeddedImage | ImageRefused]
 ) -> tuple[list[tuple[Candidate, EmbeddedImage]], list[dict[str, str]]]:
-    """Return each content once, and what is left out: unreadable files, and contents that lie in two classes."""
+    """Return each content once, and the files left out: unreadable ones, and contents in two classes."""
     left_out: list[dict[str, str]] = []
     by_content: defaultdict[str, list[tuple[Candidate, EmbeddedImage]]] = defaultdict(list)
     for one in candidates:
@@ -168,21 +158,18 @@ def _deduplicated(
             continue
         for one, _ in placed:
             others = ", ".join(sorted(labels - {one.label}))
-            left_out.append({"path": one.path, "why": f"the same image is in {others} too"})
+            left_out.append({"path": one.path, "why": f"the same image is also in {others}"})
     return sorted(kept, key=lambda pair: (pair[0].label, pair[0].path)), left_out
 
 
 def _lacking(labels: Sequence[str], files: int, left_out: Sequence[Mapping[str, str]]) -> str:
     skipped = ""
     if left_out:
-        skipped = f" ({len(left_out)} were left out, the first is {left_out[0]['path']}: {left_out[0]['why']})"
+        skipped = f" ({len(left_out)} left out, first: {left_out[0]['path']}: {left_out[0]['why']})"
     if labels:
-        return f"only the class {labels[0]!r} has images{skipped}; a classifier needs two classes: fill a second folder"
-    state = f"none of the {files} files is an image that can be read{skipped}" if files else "there is no image"
-    return f"{state}; put images into the class folders, Clases/<class>/, of two classes or more"
-
-
-# ---------------------------------------------------------------- the split
+        return f"only the class {labels[0]!r} has images{skipped}; put images into the folder of a second class"
+    state = f"none of the {files} files is a readable image{skipped}" if files else "there is no image"
+    return f"{state}; put images into the folders of at least two classes, Clases/<class>/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,17 +177,15 @@ class Split:
     """Three disjoint sets of image indices, int64 and ascending."""
 
     train: IntArray
-    validation: IntArray
-    """Chooses the checkpoint, the averaging and the temperature."""
-    test: IntArray
-    """For evaluation; nothing is chosen by it."""
+    validation: IntArray  # chooses the checkpoint, the averaging and the temperature
+    test: IntArray  # for evaluation; nothing is chosen by it
 
 
 def split_photos(photos: Photos, recipe: Recipe) -> Split:
-    """Return the split of photos; near-duplicates are in one part.
+    """Return the split of photos; near-duplicates are in the same part.
 
     Raises:
-        DataError: there are too few images for a test or a validation of two classes.
+        DataError: the test or validation part has fewer than two classes.
     """
     groups = near_duplicate_groups(photos.embeddings, photos.classes)
     shares = {"test": recipe.test, "validation": recipe.validation}
@@ -209,17 +194,14 @@ def split_photos(photos: Photos, recipe: Recipe) -> Split:
         if len(np.unique(photos.classes[getattr(split, part)])) < 2:  # noqa: PLR2004 - one class cannot be confused
             few = ", ".join(f"{label} {number}" for label, number in photos.counts.items())
             raise DataError(
-                f"too few images that differ and that a person placed to hold some back for {part} ({few}): "
-                "fine-tuning needs three or more of two classes at least; with so few, the prototypes decide better"
+                f"too few different images placed by a person for the {part} part ({few}): fine-tuning needs at least "
+                "three images of two classes; with so few, the prototypes decide better"
             )
     return split
 
 
 def near_duplicate_groups(embeddings: FloatArray, classes: IntArray) -> IntArray:
-    """Return int64 (N,): the group of each image; images that a chain of near-duplicates joins are in one group.
-
-    ``embeddings`` are unit rows, float32 (N, d). A group may hold images of several classes.
-    """
+    """Return the group (N,) of each of N unit rows; chains of near-duplicates, of any class, form one group."""
     groups = np.zeros(len(embeddings), np.int64)
     largest = np.maximum(2, LARGEST_SHARE * np.bincount(classes))
     distance = max(duplicate_distance(embeddings.astype(np.float64)), ROUNDING)
@@ -237,14 +219,14 @@ def near_duplicate_groups(embeddings: FloatArray, classes: IntArray) -> IntArray
 
 
 def _components(rows: FloatArray, limit: float) -> IntArray:
-    """Return int64 (N,): the lowest index of each row's component; rows within ``limit`` (cosine) are joined."""
+    """Return (N,) the lowest index of each row's component; rows within cosine distance ``limit`` are connected."""
     labels = np.arange(len(rows))
     for start in range(0, len(rows), ROWS_AT_ONCE):
         near = rows[start : start + ROWS_AT_ONCE] @ rows.T >= np.float32(1.0 - limit)
         first, second = np.nonzero(near)
         first += start
         while True:
-            target = np.arange(len(rows))  # the lowest label that each label is joined to
+            target = np.arange(len(rows))  # lowest label joined to each label
             lower = np.minimum(labels[first], labels[second])
             for ends in (first, second):
                 np.minimum.at(target, labels[ends], lower)
@@ -259,18 +241,10 @@ def _components(rows: FloatArray, limit: float) -> IntArray:
 def split_by_group(
     classes: IntArray, groups: IntArray, may_evaluate: BoolArray, *, test: float, validation: float, seed: int
 ) -> Split:
-    """Divide images by class, whole groups at a time.
+    """Split images by class and in whole groups; ``test`` and ``validation`` are shares of each class.
 
-    A class of one group is in ``train`` alone; one of two gives one to ``test``. Groups with images of several classes,
-    or with one that may not evaluate, are in ``train``.
-
-    Args:
-        classes: int64 (N,).
-        groups: int64 (N,): near-duplicates.
-        may_evaluate: (N,): whether a person gave the label.
-        test: share of each class.
-        validation: share of each class.
-        seed: equal seeds give equal splits.
+    ``train`` gets at least one group of each class, and all groups with several classes or with an image that may not
+    be used for evaluation.
     """
     dice = np.random.default_rng(seed)
     side = np.zeros(len(classes), np.int64)  # 0 train, 1 validation, 2 test
@@ -279,7 +253,7 @@ def split_by_group(
         of_class = dice.permutation(np.unique(groups[members]))
         whole = [np.flatnonzero(groups == group) for group in of_class]
         free = [group for group in whole if (classes[group] == label).all() and may_evaluate[group].all()]
-        spare = len(of_class) - 1  # one group at least is trained on
+        spare = len(of_class) - 1  # at least one group is trained on
         for number, share in ((2, test), (1, validation)):
             taken = _take(free, round(share * len(members)), most=spare) if share > 0 else []
             side[[index for group in taken for index in group]] = number
@@ -289,30 +263,25 @@ def split_by_group(
 
 
 def _take(free: list[IntArray], wanted: int, *, most: int) -> list[IntArray]:
-    """Return groups of about ``wanted`` images in all, at most ``most``, and one group at least where there is one."""
+    """Return at most ``most`` groups, and at least one if possible, with about ``wanted`` images together."""
     taken: list[IntArray] = []
     images = 0
     for group in free:
         if len(taken) >= most or images >= wanted:
             break
-        if images + len(group) - wanted <= wanted - images:  # the excess is no larger than the deficit was
+        if images + len(group) - wanted <= wanted - images:  # the excess is not larger than the deficit
             taken.append(group)
             images += len(group)
     return taken or sorted(free, key=len)[: min(1, most)]
 
 
-# ---------------------------------------------------------------- the plan
-
-
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What one classifier says of N test images, and of S images of no class."""
+    """The predictions of one classifier for N test images and S images of no class."""
 
     name: str
-    probabilities: Array
-    """float64 (N, C)."""
-    strangers: Array
-    """float64 (S,): top probabilities."""
+    probabilities: Array  # float64 (N, C)
+    strangers: Array  # float64 (S,): top probabilities
 
     @property
     def best(self) -> IntArray:
@@ -322,10 +291,9 @@ class Predictions:
 
 @dataclass(frozen=True, eq=False)
 class TrainDataset:
-    """Images with their classes and weights, as torch's loader reads them."""
+    """Images with classes and weights, for torch's data loader."""
 
-    pixels: Pixels
-    """uint8 (N, h, w, 3), maybe mapped from a file."""
+    pixels: Pixels  # uint8 (N, h, w, 3), maybe mapped from a file
     classes: IntArray
     weights: FloatArray
 
@@ -334,16 +302,13 @@ class TrainDataset:
         return len(self.classes)
 
     def __getitems__(self, indices: Sequence[int]) -> "TrainDataset":
-        """Return some of the images at once."""
+        """Return a part of the images."""
         return TrainDataset(self.pixels[indices], self.classes[indices], self.weights[indices])
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All that a training needs, whatever becomes of the dataset meanwhile; it is kept in the work folder.
-
-    The pixels lie beside it in files of their own. The processes of one training (``torchrun``) read them too.
-    """
+    """The input of a training, kept in the work folder; pixels are in separate files (``read_pixels``)."""
 
     dataset: str
     labels: tuple[str, ...]
@@ -355,68 +320,60 @@ class Plan:
     decoding: str
     preprocessing: Preprocessing
     source: Preprocessing
-    """The size at which training images are kept: larger than the network's input, so that views can be cropped."""
-    data: Mapping[str, Any]
-    """Counts, what was left out, and notes for the user, as plain values."""
-    classes: Mapping[str, IntArray]
-    """int64 (N,) for each of ``PARTS``."""
-    weights: FloatArray
-    """float32 (N,) of the training images."""
-    baselines: tuple[Predictions, ...]
-    """What each mode of the prototypes says of the test images."""
+    """The size of the stored training images: larger than the network's input, for random crops."""
+    data: Mapping[str, Any]  # counts, files left out and notes, as plain values
+    classes: Mapping[str, IntArray]  # int64 (N,) for each of ``PARTS``
+    weights: FloatArray  # float32 (N,) of the training images
+    baselines: tuple[Predictions, ...]  # of each mode of the prototypes
 
     def size_of(self, part: str) -> Preprocessing:
-        """Return the size at which the images of a part are kept."""
+        """Return the size of the stored images of a part."""
         return self.source if part == "train" else self.preprocessing
 
 
 def write_plan(plan: Plan, work: Path) -> None:
-    """Write a plan whose pixels are there already; ``plan.json`` is written last and makes it complete.
+    """Write a plan after its pixels; ``plan.json``, written last, marks it complete.
 
     Raises:
-        DestinationError: the disk is full, or not to be written.
+        DestinationError: the folder cannot be written.
     """
     arrays: dict[str, Any] = {f"classes_{part}": plan.classes[part] for part in PARTS}
     arrays |= {f"champion_{one.name}": one.probabilities for one in plan.baselines}
     arrays |= {f"strangers_{one.name}": one.strangers for one in plan.baselines}
-    said = {key: value for key, value in asdict(plan).items() if key not in {"classes", "weights", "baselines"}}
-    said["modes"] = [one.name for one in plan.baselines]
-    with writing(work):
+    facts = {key: value for key, value in asdict(plan).items() if key not in {"classes", "weights", "baselines"}}
+    facts["modes"] = [one.name for one in plan.baselines]
+    with disk_errors_translated(work):
         np.savez(work / ARRAYS_FILE, weights=plan.weights, **arrays)
-        write_atomic(work / PLAN_FILE, (json.dumps(said, indent=1) + "\n").encode())
+        write_atomic(work / PLAN_FILE, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def read_plan(work: Path) -> Plan:
-    """Read a plan.
-
-    Raises:
-        DataError: it is not complete.
-    """
+    """Read a plan; raise DataError if it is incomplete."""
     try:
-        said = json.loads((work / PLAN_FILE).read_text("utf-8"))
+        facts = json.loads((work / PLAN_FILE).read_text("utf-8"))
         with np.load(work / ARRAYS_FILE, allow_pickle=False) as held:
             arrays = dict(held)
-        modes = said.pop("modes")
-        said |= {key: tuple(said[key]) for key in ("labels", "extra")}
-        said |= {key: preprocessing_from(said[key]) for key in ("preprocessing", "source")}
-        said["recipe"] = Recipe(**said["recipe"])
+        modes = facts.pop("modes")
+        facts |= {key: tuple(facts[key]) for key in ("labels", "extra")}
+        facts |= {key: preprocessing_from(facts[key]) for key in ("preprocessing", "source")}
+        facts["recipe"] = Recipe(**facts["recipe"])
         return Plan(
-            **said,
+            **facts,
             classes={part: arrays[f"classes_{part}"] for part in PARTS},
             weights=arrays["weights"],
             baselines=tuple(Predictions(m, arrays[f"champion_{m}"], arrays[f"strangers_{m}"]) for m in modes),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{work} holds no whole training to resume ({error}); remove it, and run `sortd finetune` without --resume"
+            f"the training in {work} is incomplete ({error}); remove it and run `sortd finetune` without --resume"
         ) from error
 
 
 def dataset_of(plan: Plan, work: Path, part: str) -> TrainDataset:
-    """Return the images of a part with their classes; the pixels are mapped from their file.
+    """Return the images of a part, with memory-mapped pixels.
 
     Raises:
-        DataError: the pixels are not there in full.
+        DataError: see ``read_pixels``.
     """
     classes = plan.classes[part]
     weights = plan.weights if part == "train" else np.ones(len(classes), np.float32)
@@ -424,17 +381,17 @@ def dataset_of(plan: Plan, work: Path, part: str) -> TrainDataset:
 
 
 def read_pixels(plan: Plan, work: Path, part: str) -> Pixels:
-    """Return uint8 (N, h, w, 3), mapped from the file of a part or of ``strangers``.
+    """Return uint8 (N, h, w, 3), memory-mapped from the file of a part or of ``strangers``.
 
     Raises:
-        DataError: the file is missing or has another size.
+        DataError: the file is missing or has a wrong size.
     """
     size, file = plan.size_of(part), pixels_file(work, part)
     shape = (size.crop_height, size.crop_width, 3)
     try:
         images = file.stat().st_size // int(np.prod(shape))
         if part in plan.classes and images != len(plan.classes[part]):
-            raise DataError(f"{file} is not whole; run `sortd finetune` without --resume")
+            raise DataError(f"{file} is incomplete; run `sortd finetune` without --resume")
         if not images:
             return np.zeros((0, *shape), np.uint8)
         return np.memmap(file, np.uint8, mode="r", shape=(images, *shape))
@@ -443,22 +400,18 @@ def read_pixels(plan: Plan, work: Path, part: str) -> Pixels:
 
 
 def pixels_file(work: Path, part: str) -> Path:
-    """Return the file of a part's pixels: bytes, one image after the other."""
+    """Return the file of the pixels of a part: raw bytes, one image after the other."""
     return work / f"{part}.pixels"
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn errors of the disk into ``DestinationError`` with the path.
-
-    Raises:
-        DestinationError: the disk is full, or not to be written.
-    """
+def disk_errors_translated(folder: Path) -> Iterator[None]:
+    """Raise DestinationError with the path for an OSError in the block."""
     try:
         yield
     except OSError as error:
         where = os.fspath(error.filename or folder)
         raise DestinationError(
-            f"{where} cannot be written: {error.strerror or error}; make room or mend its rights, or choose another "
-            "place with --output"
+            f"{where} cannot be written: {error.strerror or error}; free space, change the permissions, or choose "
+            "another folder with --output"
         ) from error

@@ -1,4 +1,4 @@
-"""Evaluation on held-out images: the metrics of a model and of the prototypes, its baseline, and which is better."""
+"""Evaluation on held-out images: metrics of the fine-tuned model and of the baseline, and their comparison."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,38 +11,35 @@ import numpy as np
 from sortd import __version__, errors
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray
 from sortd.classify.build import build
-from sortd.classify.decide import judge
-from sortd.classify.prompts import GENERIC_NOUNS, prompts
+from sortd.classify.decide import score_batch
+from sortd.classify.prompts import prompts
 from sortd.classify.types import DecisionSettings, Mode, SupportSet
 from sortd.daemon.embedder import Embedder
+from sortd.daemon.references import class_texts, generic_text_mean, read_descriptions
+from sortd.encoder.finetuned import FinetunedFacts, calibrated
+from sortd.encoder.finetuned_network import Network
 from sortd.errors import ModelError
 from sortd.finetune.data import Photos, Plan, Predictions, Split, dataset_of, read_pixels
 from sortd.finetune.model import average_with_start, logits_in_batches, temperature_of
 from sortd.finetune.train import score_of
-from sortd.finetuned import FinetunedFacts, calibrated
-from sortd.finetuned_network import Network
 from sortd.layout import Area, Layout
-from sortd.references import class_texts, read_descriptions
 
 if TYPE_CHECKING:
     import torch
 
 BINS = 15
-"""Bins of equal width of the expected calibration error, as in Guo et al. (2017)."""
+"""Number of bins of the expected calibration error, as in Guo et al. (2017)."""
 KNOWN_KEPT = 0.95
 SIGNIFICANT = 0.05
-"""Level of McNemar's test: a difference with a smaller p-value counts."""
-
-
-# ---------------------------------------------------------------- the baseline: every mode of the prototypes
+"""Significance level of McNemar's test."""
 
 
 def baseline_predictions(
     photos: Photos, split: Split, named: tuple[FloatArray, FloatArray] | None, encoder_id: str
 ) -> list[Predictions]:
-    """Return what each mode says of the test images; all others are its references, validation included.
+    """Return the predictions of each mode for the test images; all other images are references.
 
-    Without ``named`` (see ``embed_names``) ``text`` is left out and ``mixed`` is ``best``.
+    Without ``named``, the result of ``embed_names``, there is no ``text``, and ``mixed`` equals ``best``.
     """
     references = np.sort(np.concatenate([split.train, split.validation]))
     support = SupportSet(
@@ -62,8 +59,8 @@ def baseline_predictions(
         if mode is Mode.TEXT and named is None:
             continue
         prototypes = build(support, DecisionSettings(mode=mode, abstain=None), generation=1)
-        known = judge(prototypes, queries, mode).probabilities
-        strangers = judge(prototypes, odd, mode).probabilities.max(axis=1) if len(odd) else np.zeros(0)
+        known = score_batch(prototypes, queries, mode).probabilities
+        strangers = score_batch(prototypes, odd, mode).probabilities.max(axis=1) if len(odd) else np.zeros(0)
         found.append(Predictions(mode.value, known, strangers))
     return found
 
@@ -71,10 +68,10 @@ def baseline_predictions(
 def embed_names(
     layout: Layout, labels: Sequence[str], templates: Sequence[str], embedder: Embedder
 ) -> tuple[FloatArray, FloatArray] | None:
-    """Return the embeddings of the classes' names, float32 (C, d), and a generic mean (d,); None without text.
+    """Return the text embeddings of the class names (C, d) and their centre (d,); None without a text encoder.
 
     Raises:
-        ModelError: a class's description cannot be read.
+        ModelError: the description of a class cannot be read.
     """
     if not embedder.encoder.has_text:
         return None
@@ -86,28 +83,16 @@ def embed_names(
             descriptions = ()
         except OSError as error:
             raise ModelError(errors.unreadable(error)) from error
-        sentences.append(prompts(label, descriptions, tuple(templates)))
-    generic = [prompt for noun in GENERIC_NOUNS for prompt in prompts(noun, (), tuple(templates))]
-    return class_texts(embedder, sentences), embedder.embed_texts(generic).mean(axis=0).astype(np.float32)
-
-
-# ---------------------------------------------------------------- the trained model
+        sentences.append(prompts(label, descriptions, templates))
+    return class_texts(embedder, sentences), generic_text_mean(embedder, templates)
 
 
 def evaluate_model(
     network: Network, start: "Mapping[str, torch.Tensor]", plan: Plan, work: Path, folder: Path
 ) -> tuple[FinetunedFacts, IntArray]:
-    """Average and calibrate a trained network, and compare it with the baseline.
+    """Average the network with its start weights, calibrate it and compare it with the baseline.
 
-    Args:
-        network: with the weights of its best checkpoint; those of the best average are loaded into it.
-        start: the weights before training.
-        plan: of the training.
-        work: the folder of the plan.
-        folder: the folder of the facts.
-
-    Returns:
-        The facts of the model, and the confusion matrix of the test images, int64 (C, C).
+    Return the facts of the model, for ``folder``, and the confusion matrix of the test images, int64 (C, C).
     """
     validation, test = (dataset_of(plan, work, part) for part in ("validation", "test"))
     share, shares = average_with_start(
@@ -150,7 +135,7 @@ def evaluate_model(
         labels=plan.labels,
         temperature=temperature,
         base=plan.base,
-        model_id="",  # it follows from what is written
+        model_id="",  # computed from the written files
         preprocessing=plan.preprocessing,
         decoding=plan.decoding,
         created=plan.created,
@@ -165,11 +150,10 @@ def evaluate_model(
 def compare(
     baselines: Sequence[Predictions], model: Predictions, own: IntArray, labels: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the comparison of the prototypes' modes with a fine-tuned model on the same images, as plain values.
+    """Return the comparison of the modes with the fine-tuned model as plain values; ``own`` are correct classes (N,).
 
-    The verdict is by McNemar's exact test against the most accurate mode; without a significant difference it is
-    ``level``. That mode is chosen on the test images themselves, which favours the prototypes, if anything. ``own`` are
-    the right classes, int64 (N,).
+    The verdict is McNemar's exact test against the most accurate mode, whose choice on the test images favours the
+    prototypes; without a significant difference it is ``level``.
     """
     found = {one.name: metrics_of(one, own, labels) for one in baselines}
     mine = metrics_of(model, own, labels)
@@ -189,11 +173,8 @@ def compare(
     }
 
 
-# ---------------------------------------------------------------- metrics
-
-
 def metrics_of(predictions: Predictions, own: IntArray, labels: Sequence[str]) -> dict[str, Any]:
-    """Return the metrics of a classifier as plain values, shares between 0 and 1; ``own`` are the right classes."""
+    """Return the metrics of a classifier as plain values; ``own`` are the correct classes (N,)."""
     best, confidence = predictions.best, predictions.probabilities.max(axis=1)
     right = best == own
     classes = [row for row in class_metrics(confusion_matrix(best, own, len(labels)), labels) if row["images"]]
@@ -209,14 +190,14 @@ def metrics_of(predictions: Predictions, own: IntArray, labels: Sequence[str]) -
 
 
 def confusion_matrix(best: IntArray, own: IntArray, count: int) -> IntArray:
-    """Return int64 (C, C): the number of images of each class (rows) that were given each class (columns)."""
+    """Return the confusion matrix, int64 (C, C): correct classes as rows, predicted classes as columns."""
     table = np.zeros((count, count), np.int64)
     np.add.at(table, (own, best), 1)
     return table
 
 
 def class_metrics(table: IntArray, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """Return precision, recall and F1 of each class of a confusion matrix; None where they are undefined."""
+    """Return precision, recall and F1 of each class of a confusion matrix; None if undefined."""
     columns = table.diagonal().tolist(), table.sum(axis=1).tolist(), table.sum(axis=0).tolist()
     return [
         {
@@ -240,11 +221,7 @@ def calibration_error(confidence: Array, right: BoolArray) -> float | None:
 
 
 def open_set(known: Array, strangers: Array) -> dict[str, Any] | None:
-    """Return how well confidence separates images of the classes from strangers; None where there are none of either.
-
-    ``auroc`` is the share of pairs in which the known image is the more confident one (ties count half); ``accepted``
-    the share of strangers above the confidence that keeps 95 % of the known images (FPR95).
-    """
+    """Return AUROC and FPR95 (``accepted``) of confidence for known images against strangers; None without either."""
     if not len(known) or not len(strangers):
         return None
     ordered = np.sort(strangers)
@@ -258,10 +235,7 @@ def open_set(known: Array, strangers: Array) -> dict[str, Any] | None:
 
 
 def mcnemar(first: BoolArray, second: BoolArray) -> dict[str, Any]:
-    """Return McNemar's exact test of two classifiers on the same images (Fagerland et al. 2013).
-
-    It is the two-sided binomial test of the images that only one of the two gets right.
-    """
+    """Return McNemar's exact two-sided test of two classifiers on the same images (Fagerland et al. 2013)."""
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
     differing, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(differing, number) for number in range(fewer + 1))

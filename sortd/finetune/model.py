@@ -1,4 +1,4 @@
-"""The model before and after training: the base on this disk, its initial head, LoRA layers, averaged weights."""
+"""The model of a fine-tuning: the base, its initial head, LoRA layers, and averaged weights."""
 
 import json
 import os
@@ -13,30 +13,29 @@ from sortd.arrays import Array, FloatArray, IntArray, Pixels
 from sortd.classify.calibration import balanced_weights, fit_temperature
 from sortd.classify.gaussian import MEAN_SHRINKAGE, PSEUDO_ROWS
 from sortd.encoder import models
-from sortd.encoder.models import CODE_FREE, first_line
+from sortd.encoder.finetuned_network import LOADING_ERRORS, MAP, TOWER, Network, build_tower, head_of
+from sortd.encoder.models import SAFETENSORS, first_line
 from sortd.encoder.preprocessing import preprocessing_of
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import CLASSIFIER_RATE, TOWER_RATE, Recipe
 from sortd.finetune.train import plain_views, random_views
-from sortd.finetuned_network import LOADING_ERRORS, MAP, TOWER, Network, build_tower, head_of
 
 if TYPE_CHECKING:
     import torch
 
 VIT = "google/vit-base-patch16-224-in21k"
-"""The base that ``auto`` takes where it is in a local cache."""
+"""The base for ``auto`` if it is in a local cache."""
 DUAL = "vision-text-dual-encoder"
 SCALE_UP = 1.5
-"""Input size of a convolutional tower as a multiple of its pretraining size: such a tower takes other sizes, and small
-details become visible."""
+"""Default input size of a convolutional tower as a multiple of its pretraining size, which shows small details."""
 STEP_PIXELS = 16
 BATCH = 64
 TYPICAL_FACTOR, FACTOR_SPREAD = 1.0, 0.7
-"""Prior of the factor for logits: its median, and the standard deviation of its logarithm."""
+"""Median, and standard deviation of the logarithm, of the prior of the factor for logits."""
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
-"""Shares of the fine-tuned weights that are tried; the first of equally good ones is taken."""
+"""Shares of the fine-tuned weights that are tried; of equally good ones the first is taken."""
 LORA_ALPHA = 2
 """``lora_alpha`` as a multiple of the rank."""
 
@@ -47,62 +46,53 @@ class Base:
 
     name: str
     module: "torch.nn.Module"
-    config: Mapping[str, Any]
-    """The content of config.json."""
-    processor: Mapping[str, Any]
-    """The content of preprocessor_config.json."""
+    config: Mapping[str, Any]  # the content of config.json
+    processor: Mapping[str, Any]  # the content of preprocessor_config.json
     preprocessing: Preprocessing
     learning_rate: float
 
 
-# ---------------------------------------------------------------- the base
-
-
 def find_base(name: str, *, cache_dir: Path | None = None) -> tuple[str, Path]:
-    """Return which base is meant by ``auto``, ``packaged``, a name of the hub or a folder, and its network's folder.
+    """Return the name and the folder of ``auto``, ``packaged``, a model of the Hugging Face hub, or a folder.
 
     Raises:
-        ModelError: it is not here.
+        ModelError: it is not on this machine.
     """
     if name == "auto":
-        name = "packaged" if models.snapshot_of(VIT, cache_dir=cache_dir) is None else VIT
+        name = "packaged" if models.find_snapshot(VIT, cache_dir=cache_dir) is None else VIT
     folder: Path | None = Path(name).expanduser()
     if name == "packaged":
         folder = models.PACKAGED
     elif Path(name).expanduser().is_dir() or name.startswith(("/", ".", "~")):
         name = os.path.abspath(Path(name).expanduser())  # a training may be resumed from another folder
     else:
-        folder = models.snapshot_of(name, cache_dir=cache_dir)
+        folder = models.find_snapshot(name, cache_dir=cache_dir)
     if folder is None:
         raise ModelError(
-            f"base {name!r} is not on this machine, and sortd downloads nothing by itself: run `sortd models fetch "
-            f"{name}` where there is a network, or copy its folder here and give the path, or take `--base packaged`"
+            f"base {name!r} is not on this machine: run `sortd models fetch {name}` with network access, or give the "
+            "path of its folder, or use `--base packaged`"
         )
     within = sorted(folder.glob("0_*/config.json"))  # sentence-transformers' older layout: 0_CLIPModel
     if (folder / "config.json").is_file():
         return name, folder
     if not within:
-        raise ModelError(f"base {name!r}: {folder} holds no config.json; give the folder of a transformers model")
+        raise ModelError(f"base {name!r}: {folder} has no config.json; give the folder of a transformers model")
     return name, within[0].parent
 
 
 def load_base(name: str, labels: Sequence[str], *, cache_dir: Path | None = None, side: int | None = None) -> Base:
-    """Load a base (see ``find_base``) from this disk with a head for some classes.
+    """Load a base (see ``find_base``) with a new head for ``labels``.
 
-    Args:
-        name: of the base.
-        labels: the classes, in the order of the logits.
-        cache_dir: sortd's cache, in which ``sortd models fetch`` puts models.
-        side: side of the input in pixels; None: the base's own. Convolutional towers alone take another.
+    ``side`` in pixels replaces the default input size; only convolutional towers allow it.
 
     Raises:
-        ModelError: it is not here, is no image classifier, or cannot see images of that size.
+        ModelError: the base is not on this machine, is no image classifier, or does not allow this size.
     """
     found, folder = find_base(name, cache_dir=cache_dir)
     config = _json(folder / "config.json", found)
-    if not any(path.is_file() for path in folder.glob(f"*{CODE_FREE}")):
+    if not any(path.is_file() for path in folder.glob(f"*{SAFETENSORS}")):
         raise ModelError(
-            f"base {found!r} in {folder} has no {CODE_FREE} weights, and sortd loads no other kind: `sortd models "
+            f"base {found!r} in {folder} has no {SAFETENSORS} weights, and sortd loads no other kind: `sortd models "
             "fetch` converts them, or save the model again with transformers"
         )
     processor = _processor(folder, found)
@@ -123,15 +113,15 @@ def _load_tower(
     names: Mapping[str, Any],
     side: int | None,
 ) -> Base:
-    """Load the vision tower of a dual encoder, such as the packaged model; convolutional ones get a larger input."""
+    """Load the vision tower of a dual encoder such as the packaged model."""
     from safetensors.torch import load_file
 
     vision = dict(config["vision_config"])
     pretrained, is_hybrid = int(vision["image_size"]), bool(vision.get("is_hybrid"))
     chosen = side or (round(SCALE_UP * pretrained / STEP_PIXELS) * STEP_PIXELS if is_hybrid else pretrained)
     if chosen != pretrained and (not is_hybrid or chosen % STEP_PIXELS):
-        mend = f"choose a multiple of {STEP_PIXELS}" if is_hybrid else f"it takes {pretrained}; leave --side out"
-        raise ModelError(f"base {name!r} cannot see images of {chosen} pixels: {mend}")
+        advice = f"choose a multiple of {STEP_PIXELS}" if is_hybrid else f"its size is {pretrained}; omit --side"
+        raise ModelError(f"base {name!r} does not accept images of {chosen} pixels: {advice}")
     vision["image_size"] = chosen
     if "backbone_featmap_shape" in vision:
         vision["backbone_featmap_shape"] = [*vision["backbone_featmap_shape"][:2], *2 * [chosen // STEP_PIXELS]]
@@ -147,7 +137,7 @@ def _load_tower(
     try:
         weights = {
             key: value.float()
-            for file in sorted(folder.glob(f"*{CODE_FREE}"))
+            for file in sorted(folder.glob(f"*{SAFETENSORS}"))
             for key, value in load_file(file).items()
             if key.startswith(("vision_model.", "visual_projection."))
         }
@@ -156,11 +146,11 @@ def _load_tower(
         lacking, unknown = module.load_state_dict(weights, strict=False)
     except LOADING_ERRORS as error:
         raise ModelError(
-            f"base {name!r} in {folder} does not load: {first_line(error)}; copy it again, whole"
+            f"base {name!r} in {folder} cannot be loaded: {first_line(error)}; copy the complete folder again"
         ) from error
     missing = [key for key in lacking if not key.startswith("classifier.")]
     if missing or unknown:
-        raise ModelError(f"base {name!r} in {folder} lacks or has too many weights ({(missing + unknown)[0]})")
+        raise ModelError(f"base {name!r} in {folder} has missing or unknown weights ({(missing + unknown)[0]})")
     size = {"size": {"height": chosen, "width": chosen}, "do_resize": True, "do_center_crop": False}
     kept = {key: value for key, value in processor.items() if key not in {"crop_size", "processor_class"}}
     preprocessing = Preprocessing(chosen, chosen, chosen, int(processor.get("resample", 3)), Fit.STRETCH)
@@ -171,7 +161,7 @@ def _load_tower(
 
 
 def _resize_positions(weights: "dict[str, torch.Tensor]", places: int) -> None:
-    """Interpolate the position embeddings to another number of places a side (Dosovitskiy et al. 2021, 3.2)."""
+    """Interpolate the position embeddings to ``places`` per side (Dosovitskiy et al. 2021, 3.2)."""
     from torch.nn import functional
 
     key = next(key for key in weights if key.endswith("position_embeddings"))
@@ -186,16 +176,16 @@ def _resize_positions(weights: "dict[str, torch.Tensor]", places: int) -> None:
 def _load_classifier(
     name: str, folder: Path, processor: Mapping[str, Any], names: Mapping[str, Any], side: int | None
 ) -> Base:
-    """Load any other image classifier of transformers."""
+    """Load an image classifier of transformers."""
     from safetensors import SafetensorError
     from transformers import AutoModelForImageClassification
     from transformers.utils import logging
 
     preprocessing = preprocessing_of(processor)
     if side not in {None, preprocessing.crop_height}:
-        raise ModelError(f"base {name!r} takes images of {preprocessing.crop_height} pixels; leave --side out")
+        raise ModelError(f"base {name!r} needs images of {preprocessing.crop_height} pixels; omit --side")
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn that the head is new
+    logging.set_verbosity_error()  # no warning that the head is new
     logging.disable_progress_bar()
     try:
         module = AutoModelForImageClassification.from_pretrained(
@@ -210,7 +200,7 @@ def _load_classifier(
     except (*LOADING_ERRORS, SafetensorError) as error:
         raise ModelError(
             f"base {name!r} in {folder} cannot be loaded as an image classifier: {first_line(error)}; choose a model "
-            "that transformers' AutoModelForImageClassification takes"
+            "that transformers' AutoModelForImageClassification supports"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -222,7 +212,7 @@ def _load_classifier(
 
 
 def _processor(folder: Path, name: str) -> dict[str, Any]:
-    """Return the image processor's settings; transformers 5 writes them into those of the whole processor."""
+    """Return the settings of the image processor; transformers 5 may write them into processor_config.json."""
     joint = folder / "processor_config.json"
     if not (folder / "preprocessor_config.json").is_file() and joint.is_file():
         held = _json(joint, name).get("image_processor")
@@ -241,20 +231,11 @@ def _json(path: Path, name: str) -> dict[str, Any]:
     return loaded
 
 
-# ---------------------------------------------------------------- the head
-
-
 def init_head(network: Network, train: TrainDataset, validation: TrainDataset, recipe: Recipe) -> None:
-    """Initialise a network's head by the Gaussian rule over frozen features of its training images.
+    """Set the head of a network to ``gaussian_head`` of frozen features; ``validation`` calibrates its scale.
 
-    It is the first half of "linear probing, then fine-tuning" (Kumar et al. 2022): a random head would destroy
-    pretrained features in the first steps. The closed form costs a few forward passes.
-
-    Args:
-        network: its head is overwritten.
-        train: the training images, larger than the network's input.
-        validation: fits the factor by which log likelihoods become logits.
-        recipe: of the random view.
+    As in "linear probing, then fine-tuning" (Kumar et al. 2022), since the gradients of a random head would damage the
+    pretrained features.
     """
     import torch
 
@@ -277,16 +258,10 @@ def init_head(network: Network, train: TrainDataset, validation: TrainDataset, r
 
 
 def gaussian_head(features: Array, classes: IntArray, weights: Array, *, count: int) -> tuple[Array, Array]:
-    """Return the weight (C, d) and the bias (C,) of a linear layer that gives log likelihoods but for a constant.
+    """Return weight (C, d) and bias (C,) of a linear layer whose outputs are log likelihoods up to a constant.
 
-    Classes share one covariance, shrunk to the isotropic one, and class means are shrunk to the common mean. It is the
-    rule of docs/decisions.md, section "best", without the scaling of rows to unit length, which is not linear.
-
-    Args:
-        features: float64 (N, d).
-        classes: int64 (N,); a class without any image has the common mean.
-        weights: (N,): how much each image counts against others of its class; 1 is a whole one.
-        count: C.
+    It is the Gaussian of docs/decisions.md, section "best", without unit length of rows, which is not linear. Rows of
+    ``features`` (N, d) have ``weights`` (N,); a class without images has the common mean.
     """
     held = np.bincount(classes, weights=weights, minlength=count)
     present = held > 0
@@ -314,10 +289,7 @@ def gaussian_head(features: Array, classes: IntArray, weights: Array, *, count: 
 
 
 def temperature_of(logits: FloatArray, own: IntArray) -> float:
-    """Return the temperature (Guo et al. 2017) at which logits (V, C) make the right classes (V,) the likeliest.
-
-    A log-normal prior around 1 serves small validation sets.
-    """
+    """Return the temperature (Guo et al. 2017) of logits (V, C) with correct classes (V,) and a log-normal prior."""
     table = logits.astype(np.float64)
     weights = balanced_weights(own, table.shape[1])
     factor, _ = fit_temperature(table, own, weights, typical=TYPICAL_FACTOR, spread=FACTOR_SPREAD)
@@ -325,7 +297,7 @@ def temperature_of(logits: FloatArray, own: IntArray) -> float:
 
 
 def logits_in_batches(network: Network, pixels: Pixels) -> FloatArray:
-    """Return float32 (N, C) logits of images uint8 (N, H, W, 3) that are mapped from a file."""
+    """Return float32 (N, C) logits of memory-mapped images uint8 (N, H, W, 3)."""
     found = [network.logits(np.asarray(part)) for part in _batches(pixels)]
     return np.concatenate(found) if found else np.zeros((0, network.classes), np.float32)
 
@@ -350,14 +322,11 @@ def _batches(pixels: Pixels) -> Iterator[Pixels]:
     return (pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH))
 
 
-# ---------------------------------------------------------------- LoRA, and the average with the start
-
-
 def add_lora(module: "torch.nn.Module", rank: int) -> "torch.nn.Module":
-    """Return the module with low-rank additions to its linear layers; they and the head alone are trained.
+    """Return the module with LoRA layers; only these and the head are trained.
 
     Raises:
-        ModelError: peft is not installed, or the network has no linear layer but its head.
+        ModelError: peft is not installed, or the network has no linear layer except its head.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -388,16 +357,10 @@ def average_with_start(
     logits: Callable[[], FloatArray],
     score: Callable[[FloatArray], float],
 ) -> tuple[float, dict[str, float]]:
-    """Load the best average of the start and the module's own weights into the module (WiSE-FT, Wortsman et al. 2022).
+    """Load the best average of ``start`` and the module's weights into the module (WiSE-FT, Wortsman et al. 2022).
 
-    Args:
-        module: fine-tuned.
-        start: its weights before.
-        logits: returns the module's logits of the validation images.
-        score: of logits; higher is better.
-
-    Returns:
-        The chosen share of the fine-tuned weights, and the score of each share by its name.
+    ``logits`` returns the logits of the validation images, ``score`` their score. Return the chosen share of the
+    fine-tuned weights, and the scores of all shares.
     """
     end = weights_of(module)
 

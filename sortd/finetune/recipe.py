@@ -1,4 +1,4 @@
-"""The request for a fine-tuning: its recipe, and who is told of its progress; numpy and torch are not imported."""
+"""The request for a fine-tuning: recipe, options and callbacks; imports neither numpy nor torch."""
 
 import math
 from collections.abc import Callable
@@ -9,56 +9,47 @@ from sortd.errors import StartupError
 from sortd.layout import Area, Layout
 
 CLASSIFIER_RATE = 1e-4
-"""Learning rate of networks that were pretrained on millions of images."""
+"""Default learning rate of pretrained networks."""
 TOWER_RATE = 5e-4
-"""Learning rate of a small convolutional tower. At 1e-3 a weak one gained 4 and 8 points of accuracy over its frozen
-features in ten epochs, and a better one fell below its start before it gained."""
+"""Default learning rate of a small convolutional tower. 1e-3 improved a weak tower by 4 and 8 points in ten epochs, but
+first worsened a better one."""
 USUAL_EPOCHS = 20
 FEWEST_STEPS = 300
-"""Small datasets get more epochs: warm-up and cosine need some steps."""
+"""Least number of steps; small datasets are trained for more epochs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Every number of a fine-tuning that is chosen beforehand; docs/finetuning.md says where each comes from."""
+    """The hyperparameters of a fine-tuning; see docs/finetuning.md for their sources."""
 
-    epochs: int | None = None
-    """None: 20, or as many as make 300 steps."""
+    epochs: int | None = None  # None: 20, or as many as make 300 steps
     batch_size: int = 32
-    learning_rate: float | None = None
-    """Peak rate of the head and the layers next to it; None: the base's own."""
+    learning_rate: float | None = None  # peak rate of the head and the layers next to it; None: the base's own
     layer_decay: float = 0.75
-    """The rate of each layer as a share of that of the layer above it (Clark et al. 2020; Bao et al. 2021)."""
+    """Factor of the rate from each layer to the layer below it (Clark et al. 2020; Bao et al. 2021)."""
     weight_decay: float = 0.05
-    warmup: float = 0.1
-    """Share of the steps in which the rate rises; a cosine follows."""
+    warmup: float = 0.1  # share of the steps in which the rate rises; a cosine follows
     label_smoothing: float = 0.1
     balance: float = 0.5
     """Power of a class's rarity by which its images are weighted; 0: images count alike, 1: classes count alike."""
-    smallest_area: float = 0.35
-    """Smallest share of the image in a random crop (RandomResizedCrop)."""
-    jitter: float = 0.2
-    """Largest change of brightness, contrast and saturation."""
+    smallest_area: float = 0.35  # smallest share of the image in a random crop (RandomResizedCrop)
+    jitter: float = 0.2  # largest change of brightness, contrast and saturation
     flips: bool = True
-    evaluations: int = 10
-    """Evaluations on the validation images, each with a checkpoint."""
-    patience: int = 6
-    """Evaluations without a better score after which training ends."""
-    test: float = 0.15
-    """Share of the images that the model and the prototypes are evaluated on."""
-    validation: float = 0.15
-    """Share of the images that choose the checkpoint, the averaging and the temperature."""
+    evaluations: int = 10  # evaluations on the validation images, each with a checkpoint
+    patience: int = 6  # evaluations without a better score after which training ends
+    test: float = 0.15  # share of the images for the evaluation of model and prototypes
+    validation: float = 0.15  # share of the images for the choice of checkpoint, averaging and temperature
     lora_rank: int | None = None
-    """Rank of the low-rank additions that are trained in place of the layers (Hu et al. 2021; needs peft)."""
+    """Rank of LoRA layers (Hu et al. 2021; needs peft); None: all weights are trained."""
     seed: int = 0
 
     def epochs_for(self, images: int, *, images_per_step: int) -> int:
-        """Return the number of epochs over so many images."""
+        """Return the number of epochs."""
         return self.epochs or max(USUAL_EPOCHS, math.ceil(FEWEST_STEPS / math.ceil(images / images_per_step)))
 
 
 class Source(StrEnum):
-    """The folders of a dataset that are learnt from."""
+    """The folders of a dataset that are trained on."""
 
     CLASES = "clases"
     DATASET = "dataset"
@@ -66,22 +57,20 @@ class Source(StrEnum):
 
     @property
     def areas(self) -> tuple[Area, ...]:
-        """The folders; where an image lies in both, the first decides whether a person placed it."""
+        """The folders; of an image in both, the first one counts."""
         return {"clases": (Area.CLASES,), "dataset": (Area.DATASET,), "both": (Area.CLASES, Area.DATASET)}[self.value]
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRequest:
-    """What ``sortd finetune`` was asked for."""
+    """The options of ``sortd finetune``."""
 
     layout: Layout
     source: Source = Source.CLASES
     base: str = "auto"
-    side: int | None = None
-    """Side in pixels of the network's input; None: the base's own."""
+    side: int | None = None  # side in pixels of the network's input; None: the base's own
     recipe: Recipe = field(default_factory=Recipe)
-    extra: tuple[str, ...] = ()
-    """``NAME=VALUE`` of transformers' TrainingArguments, in place of the recipe's."""
+    extra: tuple[str, ...] = ()  # ``NAME=VALUE`` of transformers' TrainingArguments, in place of the recipe's
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,23 +79,19 @@ class TrainingProgress:
 
     step: int
     steps: int
-    accuracy: float | None = None
-    """Accuracy on the validation images, after an evaluation."""
+    accuracy: float | None = None  # accuracy on the validation images, after an evaluation
 
 
 @dataclass(frozen=True, slots=True)
 class Observer:
     """Callbacks of a fine-tuning."""
 
-    finished: Callable[[str], None] = lambda _: None
-    """Called with the name of each part that is done."""
-    progress: Callable[[TrainingProgress], None] = lambda _: None
-    """Called after each step and each evaluation."""
-    is_asked_to_stop: Callable[[], bool] = lambda: False
-    """Asked after each step."""
+    finished: Callable[[str], None] = lambda _: None  # called with the name of each part that is done
+    progress: Callable[[TrainingProgress], None] = lambda _: None  # called after each step and each evaluation
+    is_asked_to_stop: Callable[[], bool] = lambda: False  # asked after each step
 
 
 class TrainingStoppedError(StartupError):
-    """Training was interrupted; its checkpoint is whole and it can be resumed."""
+    """The training was interrupted and can be resumed from its checkpoint."""
 
     exit_code = 130

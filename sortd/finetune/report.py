@@ -1,4 +1,4 @@
-"""The result folder of a fine-tuning: weights, facts, metrics, figures and the model card, complete when it appears."""
+"""The result folder of a fine-tuning: weights, facts, metrics, figures and model card."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sortd.arrays import IntArray
-from sortd.errors import DestinationError
-from sortd.finetune.data import writing
-from sortd.finetuned import (
+from sortd.encoder.finetuned import (
     CONFIG_FILE,
     FACTS_FILE,
     METRICS_FILE,
@@ -19,6 +17,8 @@ from sortd.finetuned import (
     read_facts,
     sync,
 )
+from sortd.errors import DestinationError
+from sortd.finetune.data import disk_errors_translated
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ CURVES_FILE, CONFUSION_FILE = "curves.png", "confusion.png"
 WIDTH_INCHES, HEIGHT_INCHES, DOTS_PER_INCH = 9.0, 3.6, 120
 LARGEST_INCHES = 20.0
 FEW_CLASSES = 25
-"""Up to so many classes the numbers are written into the cells of the confusion matrix."""
+"""Largest number of classes with numbers in the cells of the confusion matrix."""
 
 
 def write_result(
@@ -38,25 +38,18 @@ def write_result(
     config: Mapping[str, Any],
     processor: Mapping[str, Any],
 ) -> None:
-    """Write everything into the folder of the facts, which is there and empty.
-
-    Args:
-        facts: of the model.
-        table: int64 (C, C): the confusion matrix of the test images.
-        module: the network.
-        config: the content of config.json.
-        processor: the content of preprocessor_config.json.
+    """Write all files of a result into the empty folder ``facts.folder``; ``table`` is the confusion matrix.
 
     Raises:
-        DestinationError: the disk is full, or not to be written.
+        DestinationError: a file cannot be written.
     """
     folder, metrics = facts.folder, facts.metrics
-    with writing(folder):
+    with disk_errors_translated(folder):
         for name, value in ((CONFIG_FILE, config), (PROCESSOR_FILE, processor), (METRICS_FILE, metrics)):
             _write(folder / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
         save_tensors(module.state_dict(), folder / WEIGHTS_FILE)
         mode = (folder / CONFIG_FILE).stat().st_mode
-        (folder / WEIGHTS_FILE).chmod(mode)  # safetensors writes for its owner alone; the daemon may be another user
+        (folder / WEIGHTS_FILE).chmod(mode)  # safetensors allows only its owner to read
         draw_curves(metrics["log"], metrics["best_step"], folder / CURVES_FILE)
         draw_confusion(table, facts.labels, folder / CONFUSION_FILE)
         _write(folder / CARD_FILE, model_card(metrics))
@@ -64,11 +57,7 @@ def write_result(
 
 
 def save_tensors(tensors: "Mapping[str, torch.Tensor]", file: Path) -> None:
-    """Write tensors as safetensors.
-
-    Raises:
-        DestinationError: the disk is full, or not to be written.
-    """
+    """Write tensors as safetensors; raise DestinationError if the file cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -77,30 +66,30 @@ def save_tensors(tensors: "Mapping[str, torch.Tensor]", file: Path) -> None:
         save_file(whole, file, {"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise DestinationError(
-            f"{file} cannot be written: {error}; make room, or choose another place with --output"
+            f"{file} cannot be written: {error}; free space, or choose another folder with --output"
         ) from error
 
 
 def publish_result(folder: Path, output: Path) -> FinetunedFacts:
-    """Rename a complete folder to its name, durably, and return its facts as any reader finds them.
+    """Check and sync a complete folder, rename it to ``output``, and return its facts.
 
     Raises:
-        DestinationError: the name is taken, or the disk refuses.
-        ModelError: what was written does not read back.
+        DestinationError: the name is taken, or the folder cannot be written.
+        ModelError: the written folder is invalid.
     """
     read_facts(folder)
-    with writing(output.parent):
+    with disk_errors_translated(output.parent):
         for path in (*folder.iterdir(), folder):
             sync(path)
         if output.exists():
-            raise DestinationError(f"{output} is there already; choose another place with --output")
+            raise DestinationError(f"{output} exists; choose another folder with --output")
         folder.rename(output)
         sync(output.parent)
     return read_facts(output)
 
 
 def model_card(metrics: Mapping[str, Any]) -> str:
-    """Return the model card as Markdown, from the content of ``metrics.json``."""
+    """Return the model card as Markdown from the content of ``metrics.json``."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("sortd", "templates")
@@ -121,7 +110,7 @@ def _share(value: float | None) -> str:
 
 
 def draw_curves(log: Sequence[Mapping[str, Any]], best_step: int | None, file: Path) -> None:
-    """Draw loss and accuracy over the epochs of the Trainer's log, with the chosen checkpoint."""
+    """Draw loss and accuracy by epoch, with the chosen checkpoint."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), dpi=DOTS_PER_INCH, layout="constrained")
@@ -146,7 +135,7 @@ def draw_curves(log: Sequence[Mapping[str, Any]], best_step: int | None, file: P
 
 
 def draw_confusion(table: IntArray, labels: Sequence[str], file: Path) -> None:
-    """Draw the confusion matrix, int64 (C, C): right classes down, given ones across, shaded by share of the row."""
+    """Draw the confusion matrix, int64 (C, C), shaded by share of the row."""
     from matplotlib.figure import Figure
 
     inches = min(LARGEST_INCHES, 3.0 + 0.5 * len(labels))
@@ -157,8 +146,8 @@ def draw_confusion(table: IntArray, labels: Sequence[str], file: Path) -> None:
     shown = [_drawable(label) for label in labels]
     axes.set_xticks(range(len(labels)), shown, rotation=60, ha="right", parse_math=False)
     axes.set_yticks(range(len(labels)), shown, parse_math=False)
-    axes.set_xlabel("filed as")
-    axes.set_ylabel("is")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("correct class")
     if len(labels) <= FEW_CLASSES:
         for row, column in zip(*table.nonzero(), strict=True):
             shade = "white" if shares[row, column] > 0.5 else "black"  # noqa: PLR2004 - half of the scale
@@ -167,7 +156,7 @@ def draw_confusion(table: IntArray, labels: Sequence[str], file: Path) -> None:
 
 
 def _drawable(text: str) -> str:
-    """Return a text with bytes that are no UTF-8 as escapes."""
+    """Return a text with escapes for bytes that are not UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

@@ -1,4 +1,4 @@
-"""A fine-tuning from the dataset's folders to the result: prepared, trained, evaluated and written, or resumed."""
+"""Run or resume a fine-tuning: preparation, training, evaluation and result folder."""
 
 import os
 import shutil
@@ -14,8 +14,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from sortd.config import Config
+from sortd.daemon.references import class_labels
 from sortd.daemon.resources import Resources
 from sortd.encoder.base import Encoder
+from sortd.encoder.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts
+from sortd.encoder.finetuned_network import Network, load_weights, torch_device
 from sortd.errors import AlreadyRunningError, DataError
 from sortd.events import Preprocessing
 from sortd.finetune import data
@@ -24,37 +27,30 @@ from sortd.finetune.model import add_lora, find_base, init_head, load_base, weig
 from sortd.finetune.recipe import Observer, TrainingRequest
 from sortd.finetune.report import publish_result, save_tensors, write_result
 from sortd.finetune.train import TrainSettings, make_model, train, training_arguments
-from sortd.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts
-from sortd.finetuned_network import Network, load_weights, torch_device
-from sortd.images.decode import Limits
+from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.layout import Area, Layout
-from sortd.references import class_labels
 
 LARGER = 1.25
-"""Size at which training images are kept, as a multiple of the network's input, so that crops of them stay sharp."""
+"""Size of the stored training images as a multiple of the network's input, for sharp random crops."""
 FEWEST_TESTS = 30
-"""With fewer test images a difference of ten points is chance."""
+"""With fewer test images, a difference of ten points is not significant."""
 
 LoadEncoder = Callable[[Config], Encoder]
 
 
 def output_of(request: TrainingRequest, state: Path, now: datetime) -> Path:
-    """Return the default folder of a result: in the dataset's state folder, by time (UTC) and seed."""
+    """Return the default result folder in the state folder, named by time (UTC) and seed."""
     name = f"{now:%Y%m%dT%H%M%SZ}-{request.recipe.seed}"
     return request.layout.state_folder(state) / RESULTS_FOLDER / name
 
 
 def unfinished_of(request: TrainingRequest, state: Path) -> Path:
-    """Return the folder of the newest result of a dataset whose training is not finished.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Return the result folder of the newest unfinished training; raise DataError if there is none."""
     folder = request.layout.state_folder(state) / RESULTS_FOLDER
     found = sorted(path for path in folder.glob(f"*{UNFINISHED}") if (path / data.PLAN_FILE).is_file())
     if not found:
-        raise DataError(f"there is no unfinished training in {folder} to resume; run it without --resume")
+        raise DataError(f"no unfinished training in {folder}; omit --resume")
     return found[-1].with_name(found[-1].name.removesuffix(UNFINISHED))
 
 
@@ -68,36 +64,33 @@ def run_finetuning(
     load_encoder: LoadEncoder | None = None,
     observer: Observer | None = None,
 ) -> FinetunedFacts | None:
-    """Prepare, train, average, calibrate, compare and write; or resume where a run was interrupted.
+    """Run a fine-tuning and return the facts of its result; None in a process that is not the main one.
 
     Args:
-        request: what is wanted; a resumed run takes all but the layout from its plan.
-        config: where everything is; the baseline is made with its encoder.
-        output: the folder to be; the work folder stands beside it.
+        request: the options; a resumed run uses only the layout.
+        config: the configuration, which names the encoder of the baseline.
+        output: the result folder; the work folder is created next to it.
         now: the time.
-        resume: whether to resume from the newest checkpoint.
-        load_encoder: loads another encoder than the configured one.
-        observer: its callbacks.
-
-    Returns:
-        The facts of the written folder; None in a process that is not the first of its training.
+        resume: continue from the newest checkpoint.
+        load_encoder: replaces the configured encoder.
+        observer: callbacks.
 
     Raises:
-        DataError: the dataset cannot be trained on, or there is nothing to resume.
-        ConfigError: the request sets what the Trainer does not take.
-        ModelError: the encoder or the base cannot be had.
-        TrainingStoppedError: it was asked to stop; it can be resumed.
-        StorageError: the disk is full.
+        DataError: the dataset cannot be trained on, the output exists, or there is nothing to resume.
+        ConfigError: an option is invalid.
+        ModelError: the encoder or the base is not available.
+        TrainingStoppedError: the observer asked to stop.
+        StorageError: a file cannot be written.
     """
     from accelerate import PartialState
 
     began, observer = time.monotonic(), observer or Observer()
     work = output.with_name(output.name + UNFINISHED)
     if output.exists():
-        raise DataError(f"{output} is there already; choose another place with --output")
+        raise DataError(f"{output} exists; choose another folder with --output")
     device = torch_device(config.device)
     training_arguments(TrainSettings(request.recipe, work, device.type, extra=request.extra), images=1)  # fails early
-    processes = PartialState(cpu=device.type == "cpu")  # of this training; usually it is one
+    processes = PartialState(cpu=device.type == "cpu")  # usually one
     is_first = processes.is_main_process
     with _working_in(work, resume=resume) if is_first else nullcontext():
         if is_first and not resume:
@@ -123,7 +116,7 @@ def run_finetuning(
             return None
         observer.finished("training")
         beside = work / "result"
-        with data.writing(work):
+        with data.disk_errors_translated(work):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir()
         facts, table = evaluate_model(network, start, plan, work, beside)
@@ -131,30 +124,30 @@ def run_finetuning(
         facts = replace(facts, metrics={**facts.metrics, **trained, "seconds": seconds})
         write_result(facts, table, network.module, base.config, base.processor)
         facts = publish_result(beside, output)
-        with data.writing(work):
+        with data.disk_errors_translated(work):
             shutil.rmtree(work)
         return facts
 
 
 @contextmanager
 def _working_in(work: Path, *, resume: bool) -> Iterator[None]:
-    """Make or resume the work folder, locked for this process; a folder without a plan is removed afterwards.
+    """Create and lock the work folder; remove it afterwards if it has no plan.
 
     Raises:
-        AlreadyRunningError: another process trains there.
+        AlreadyRunningError: another process has locked it.
         DataError: there is nothing to resume, or an unfinished training.
     """
     if resume and not (work / data.PLAN_FILE).is_file():
-        raise DataError(f"there is no unfinished training in {work} to resume; run it without --resume")
+        raise DataError(f"no unfinished training in {work}; omit --resume")
     if not resume and (work / data.PLAN_FILE).is_file():
-        raise DataError(f"{work} holds an unfinished training; go on with it by --resume, or remove it")
-    with data.writing(work):
+        raise DataError(f"{work} holds an unfinished training; continue it with --resume, or remove it")
+    with data.disk_errors_translated(work):
         work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / "lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise AlreadyRunningError(f"another process trains in {work}") from error
+        raise AlreadyRunningError(f"another process is training in {work}") from error
     try:
         yield
     finally:
@@ -164,16 +157,16 @@ def _working_in(work: Path, *, resume: bool) -> Iterator[None]:
 
 
 def _write_start(network: Network, plan: data.Plan, work: Path) -> None:
-    """Fit the head and write the weights: a resumed run averages with the same."""
+    """Fit the head and write the start weights, which a resumed run needs too."""
     init_head(network, data.dataset_of(plan, work, "train"), data.dataset_of(plan, work, "validation"), plan.recipe)
     beside = work / f"{data.START_FILE}.part"
     save_tensors(network.module.state_dict(), beside)
-    with data.writing(work):
+    with data.disk_errors_translated(work):
         beside.replace(work / data.START_FILE)
 
 
 def _train_network(network: Network, plan: data.Plan, work: Path, settings: TrainSettings) -> dict[str, Any]:
-    """Train the network in place; see ``train``."""
+    """Train the network in place and return the result of ``train``."""
     dataset, rank = data.dataset_of(plan, work, "train"), plan.recipe.lora_rank
     if rank is not None:
         network.module = add_lora(network.module, rank)
@@ -186,9 +179,6 @@ def _train_network(network: Network, plan: data.Plan, work: Path, settings: Trai
     return trained
 
 
-# ---------------------------------------------------------------- the preparation
-
-
 def prepare_training(
     request: TrainingRequest,
     config: Config,
@@ -198,21 +188,15 @@ def prepare_training(
     load_encoder: LoadEncoder | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Find, split and decode the images, evaluate the baseline, and write the plan to the work folder.
-
-    Raises:
-        DataError: the dataset cannot be trained on.
-        ModelError: the encoder or the base cannot be had.
-        DestinationError: the disk is full.
-    """
+    """Find, split and decode the images, evaluate the baseline, and write the plan; raise as ``run_finetuning``."""
     layout, recipe = request.layout, request.recipe
-    find_base(request.base, cache_dir=config.cache_dir)  # a missing one fails before minutes of reading
+    find_base(request.base, cache_dir=config.cache_dir)  # fails before minutes of reading
     known, strangers = data.find_candidates(layout, request.source, config.state_dir)
     site = Resources(config, load_encoder=load_encoder)
     try:
         embedder, _, _ = site.load()
         photos = data.gather(known, strangers, embedder)
-        tell("reading the photos")
+        tell("reading images")
         split = data.split_photos(photos, recipe)
         named = embed_names(layout, photos.labels, config.dataset(layout.name).prompts, embedder)
         baselines = baseline_predictions(photos, split, named, embedder.encoder.encoder_id)
@@ -240,36 +224,36 @@ def prepare_training(
         files = [photos.files[index] for index in getattr(split, part)]
         _decode(files, plan.size_of(part), config, data.pixels_file(work, part))
     _decode(photos.stranger_files, plan.preprocessing, config, data.pixels_file(work, "strangers"))
-    tell("decoding the photos")
+    tell("decoding images")
     data.write_plan(plan, work)
 
 
 def enlarged(seen: Preprocessing) -> Preprocessing:
-    """Return the size at which training images are kept."""
+    """Return the size of the stored training images."""
     edge, height, width = (round(LARGER * side) for side in (seen.shortest_edge, seen.crop_height, seen.crop_width))
     return replace(seen, shortest_edge=max(edge, height, width), crop_height=height, crop_width=width)
 
 
 def _decode(files: Sequence[data.ImageFile], size: Preprocessing, config: Config, target: Path) -> None:
-    """Decode files into one file of pixels, in their order."""
+    """Decode images into one file of pixels in the given order."""
     said = config.decoding
-    limits = Limits(max_pixels=said.max_pixels, max_side=said.max_side_pixels, max_bytes=said.max_bytes)
+    limits = DecodeLimits(max_pixels=said.max_pixels, max_side=said.max_side_pixels, max_bytes=said.max_bytes)
     workers = said.workers or max(1, min(8, os.cpu_count() or 1))
     places = {file: index for index, file in enumerate(files)}
     each = size.crop_height * size.crop_width * 3
-    with data.writing(target.parent), open(target, "wb") as file:
+    with data.disk_errors_translated(target.parent), open(target, "wb") as file:
         if not files:
             return
         with DecoderPool(workers, size, limits, timeout_seconds=said.timeout_seconds, jpeg=said.jpeg) as pool:
             for answer in pool.decode_all(files):
                 if not isinstance(answer, DecodedImage):
-                    raise DataError(f"{answer.path} cannot be read any more: {answer.message}; run it again")
+                    raise DataError(f"{answer.path} can no longer be read: {answer.message}; run the command again")
                 file.seek(places[answer.path, answer.stamp] * each)
                 file.write(answer.pixels.tobytes())
 
 
 def _described(photos: data.Photos, split: data.Split, request: TrainingRequest) -> dict[str, Any]:
-    """Return what the result tells of its data."""
+    """Return counts, left-out files and notes as plain values."""
     rows: list[dict[str, Any]] = [{"label": label, "images": number} for label, number in photos.counts.items()]
     for part in data.PARTS:
         held = np.bincount(photos.classes[getattr(split, part)], minlength=len(rows))
@@ -287,15 +271,14 @@ def _described(photos: data.Photos, split: data.Split, request: TrainingRequest)
 
 
 def _notes(rows: Sequence[dict[str, Any]], layout: Layout) -> list[str]:
-    """Return what the user should know before trusting the figures or promoting the model."""
+    """Return notes on limits of the evaluation and on classes that prevent a promotion."""
     trained, in_clases = {row["label"] for row in rows}, set(class_labels(layout.area(Area.CLASES)))
     untested = [row["label"] for row in rows if not row["test"]]
     without, foreign, tests = sorted(in_clases - trained), sorted(trained - in_clases), sum(row["test"] for row in rows)
     notes = {
-        "trained on but judged by nothing, having too few images that differ: " + ", ".join(untested): untested,
-        "without an image, so the model does not know them and sortd will not take it while their folders are there: "
-        + ", ".join(without): without,
-        "not in Clases/, so sortd will not take the model before they are: " + ", ".join(foreign): foreign,
-        f"only {tests} test images: the figures are rough": tests < FEWEST_TESTS,
+        "classes without test images, since they have too few different images: " + ", ".join(untested): untested,
+        "classes without images, whose folders prevent a promotion of the model: " + ", ".join(without): without,
+        "classes without a folder in Clases/, which prevents a promotion of the model: " + ", ".join(foreign): foreign,
+        f"only {tests} test images: the metrics are imprecise": tests < FEWEST_TESTS,
     }
     return [note for note, applies in notes.items() if applies]

@@ -1,7 +1,4 @@
-"""Training by ``transformers.Trainer`` with the recipe's optimizer, augmentation and loss; it can be stopped.
-
-Resuming, mixed precision, and several GPUs by ``torchrun`` or ``accelerate launch`` are the Trainer's own.
-"""
+"""Training with ``transformers.Trainer``, which also resumes, and supports mixed precision and several GPUs."""
 
 import io
 import json
@@ -19,27 +16,27 @@ import numpy as np
 
 from sortd.arrays import FloatArray, IntArray
 from sortd.classify.calibration import log_softmax
+from sortd.encoder.finetuned_network import Network, head_of
 from sortd.errors import ConfigError, DestinationError
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import CLASSIFIER_RATE, Observer, Recipe, TrainingProgress, TrainingStoppedError
-from sortd.finetuned_network import Network, head_of
 
 if TYPE_CHECKING:
     import torch
 
 RESERVED = frozenset({"label_names", "label_smoothing_factor", "optim", "output_dir", "remove_unused_columns", "seed"})
-"""TrainingArguments that ``--set`` may not change: an option of sortd does it, or the training relies on it."""
+"""TrainingArguments that ``--set`` may not change: sortd has an option for them, or relies on their values."""
 BETA2 = 0.99
-"""AdamW's second beta: runs of a few hundred steps are too short for the usual 0.999."""
+"""AdamW's second beta; the default 0.999 is too slow for runs of a few hundred steps."""
 CHECKPOINTS = 2
-"""Checkpoints that are kept: the best and the newest."""
+"""Number of checkpoints that are kept: the best and the newest."""
 STATE_FILE = "trainer_state.json"
-"""The last file that the Trainer writes: a checkpoint that has it is complete."""
+"""The last file of a checkpoint that the Trainer writes."""
 DISK_ERRORS = ("os error", "PytorchStreamWriter", "unexpected pos")
-"""In the errors of safetensors and ``torch.save`` on a full disk, which are no ``OSError``."""
+"""Parts of the messages of safetensors and ``torch.save`` on a full disk, which raise no ``OSError``."""
 ACCURACY_WEIGHT = 0.5
-"""Weight of the balanced accuracy against the log loss in the score of a checkpoint. The first is what is wanted, the
-second is finer where validation images are few."""
+"""Weight of the balanced accuracy in the score of a checkpoint; the rest is the log loss, which is more sensitive with
+few validation images."""
 LARGEST_STRETCH = 4 / 3
 """Largest aspect ratio of a crop, as in torchvision's RandomResizedCrop."""
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
@@ -50,27 +47,21 @@ class TrainSettings:
     """The settings of a training."""
 
     recipe: Recipe
-    folder: Path
-    """For checkpoints."""
-    device: str
-    """``cpu``, ``cuda`` or ``mps``."""
+    folder: Path  # for checkpoints
+    device: str  # ``cpu``, ``cuda`` or ``mps``
     resume: bool = False
-    extra: Sequence[str] = ()
-    """``NAME=VALUE`` of transformers' TrainingArguments, in place of the recipe's."""
+    extra: Sequence[str] = ()  # ``NAME=VALUE`` of transformers' TrainingArguments, in place of the recipe's
     observer: Observer = field(default_factory=Observer)
 
 
 def train(
     model: "torch.nn.Module", dataset: TrainDataset, validation: TrainDataset, settings: TrainSettings
 ) -> dict[str, Any]:
-    """Train a model (see ``make_model``) in place; the weights of the best checkpoint are loaded into it.
-
-    Returns:
-        ``best_step``, the step of that checkpoint or None, and ``log``, the Trainer's rows.
+    """Train the model of ``make_model`` in place, load its best checkpoint, and return ``best_step`` and ``log``.
 
     Raises:
-        TrainingStoppedError: it was asked to stop; a checkpoint was written.
-        DestinationError: a checkpoint could not be written.
+        TrainingStoppedError: the observer asked to stop; a checkpoint was written.
+        DestinationError: a checkpoint cannot be written.
         ConfigError: see ``training_arguments``.
     """
     import torch
@@ -89,7 +80,7 @@ def train(
         callbacks=[EarlyStoppingCallback(recipe.patience), _listener(settings.observer)],
         optimizers=(torch.optim.AdamW(groups, betas=(arguments.adam_beta1, arguments.adam_beta2)), None),
     )
-    trainer.remove_callback(PrinterCallback)  # stdout is for facts
+    trainer.remove_callback(PrinterCallback)  # stdout is for results
     newest = newest_checkpoint(settings.folder) if settings.resume else None
     try:
         trainer.train(resume_from_checkpoint=None if newest is None else os.fspath(newest))
@@ -97,20 +88,20 @@ def train(
         if not isinstance(error, OSError) and not any(sign in str(error) for sign in DISK_ERRORS):
             raise
         raise DestinationError(
-            f"{settings.folder} cannot be written ({getattr(error, 'strerror', None) or error}); make room there, and "
-            "add --resume: the checkpoints before are whole"
+            f"{settings.folder} cannot be written ({getattr(error, 'strerror', None) or error}); free space and "
+            "continue from the last checkpoint with --resume"
         ) from error
     state = trainer.state
     if settings.observer.is_asked_to_stop():
-        raise TrainingStoppedError(f"stopped at step {state.global_step} of {state.max_steps}; its checkpoint is whole")
+        raise TrainingStoppedError(f"stopped at step {state.global_step} of {state.max_steps}; a checkpoint is written")
     return {"best_step": state.best_global_step, "log": list(state.log_history)}
 
 
 def training_arguments(settings: TrainSettings, *, images: int) -> Any:  # noqa: ANN401 - transformers has no types
-    """Return the TrainingArguments of a training on so many images.
+    """Return the TrainingArguments.
 
     Raises:
-        ConfigError: ``extra`` names no TrainingArguments or reserved ones, or has a value that they cannot have.
+        ConfigError: ``extra`` has an unknown or reserved name, or an invalid value.
     """
     import torch
     from transformers import HfArgumentParser, TrainingArguments
@@ -131,7 +122,7 @@ def training_arguments(settings: TrainSettings, *, images: int) -> Any:  # noqa:
         "weight_decay": recipe.weight_decay,
         "adam_beta2": BETA2,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": recipe.warmup,  # below 1 it is a share
+        "warmup_steps": recipe.warmup,  # a share if below 1
         "seed": recipe.seed,
         "eval_strategy": "steps",
         "save_strategy": "steps",
@@ -161,20 +152,20 @@ def training_arguments(settings: TrainSettings, *, images: int) -> Any:  # noqa:
         if not equals or name not in TrainingArguments.__dataclass_fields__:
             raise ConfigError(f"--set {pair}: it must be NAME=VALUE with a NAME of transformers' TrainingArguments")
         if name in RESERVED:
-            raise ConfigError(f"--set {pair}: {name} is sortd's own to set; see `sortd finetune --help`")
+            raise ConfigError(f"--set {pair}: {name} is set by sortd; see `sortd finetune --help`")
         given += [f"--{name}", value]
     usage = io.StringIO()
     try:
-        with redirect_stderr(usage):  # argparse prints two hundred lines before its error
+        with redirect_stderr(usage):  # argparse prints its usage before the error
             (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(given)
     except (SystemExit, ValueError) as error:
         why = (usage.getvalue().strip().splitlines() or [str(error)])[-1]
-        raise ConfigError(f"--set {' '.join(settings.extra)}: transformers does not take it: {why}") from error
+        raise ConfigError(f"--set {' '.join(settings.extra)}: rejected by transformers: {why}") from error
     return arguments
 
 
 def _has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Tell whether the processor has AMX, which multiplies bfloat16 several times as fast as float32."""
+    """Return whether the processor has AMX, with which bfloat16 is several times as fast as float32."""
     try:
         return "amx_bf16" in cpuinfo.read_text("utf-8", "replace")
     except OSError:
@@ -182,7 +173,7 @@ def _has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def score_of(logits: FloatArray, own: IntArray) -> dict[str, float]:
-    """Return accuracy, balanced accuracy, log loss, and the ``score`` by which checkpoints are compared."""
+    """Return accuracy, balanced accuracy, log loss, and the score for the comparison of checkpoints."""
     logs = log_softmax(logits.astype(np.float64))
     right = logits.argmax(axis=1) == own
     balanced = float(np.mean([right[own == label].mean() for label in np.unique(own)]))
@@ -192,7 +183,7 @@ def score_of(logits: FloatArray, own: IntArray) -> dict[str, float]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint, and remove newer ones that are not complete."""
+    """Return the newest complete checkpoint, and remove newer incomplete ones."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
@@ -205,7 +196,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _collate(chosen: TrainDataset) -> "dict[str, torch.Tensor]":
-    """Return the arguments of the model; ``chosen`` is a copy, whose memory the tensors share."""
+    """Return the arguments of the model as tensors that share the memory of ``chosen``."""
     import torch
 
     return {
@@ -216,7 +207,7 @@ def _collate(chosen: TrainDataset) -> "dict[str, torch.Tensor]":
 
 
 def _listener(observer: Observer) -> Any:  # noqa: ANN401 - transformers has no types
-    """Return the callback that reports progress, and that ends training after a step when asked to."""
+    """Return the callback that reports progress and stops the training on request."""
     from transformers import TrainerCallback
 
     class Listener(TrainerCallback):  # type: ignore[misc]  # transformers has no types; it wants this class inherited
@@ -234,22 +225,18 @@ def _listener(observer: Observer) -> Any:  # noqa: ANN401 - transformers has no 
     return Listener()
 
 
-# ---------------------------------------------------------------- the model, as the Trainer wants it
-
-
 def make_model(network: Network, size: tuple[int, int], dataset: TrainDataset, recipe: Recipe) -> "torch.nn.Module":
-    """Return the module that is trained: augmentation, normalisation, network, and the weighted loss.
+    """Return the module to train: augmentation, normalisation, network and weighted loss.
 
-    Its batch norms keep their statistics: those of a few images are worse than those of many.
-
-    Classes are weighted by their images in ``dataset``; ``size`` is height and width of the network's input.
+    Batch norms keep their statistics, since those of small batches are worse. Classes are weighted by their images in
+    ``dataset``; ``size`` is height and width of the network's input.
     """
     import torch
     from torch import nn
 
     held = np.bincount(dataset.classes, weights=dataset.weights, minlength=network.classes)
     rarity = np.where(held > 0, np.maximum(held, 1e-6), 1.0) ** -recipe.balance
-    class_weights = torch.from_numpy(rarity * held.sum() / (rarity * held).sum()).float()  # 1 for an image on average
+    class_weights = torch.from_numpy(rarity * held.sum() / (rarity * held).sum()).float()  # 1 on average
 
     class ModelWithLoss(nn.Module):
         """Raw pixels, uint8 (B, h, w, 3), to a loss."""
@@ -282,10 +269,9 @@ def make_model(network: Network, size: tuple[int, int], dataset: TrainDataset, r
 
 
 def parameter_groups(module: "torch.nn.Module", recipe: Recipe, *, learning_rate: float) -> list[dict[str, Any]]:
-    """Return AdamW's groups: layer-wise rates, and no decay of biases and norms.
+    """Return AdamW's parameter groups: layer-wise learning rates, and no decay of head, biases and norms.
 
-    Every new numbered block (``encoder.layer.3``, ``stages.1``) is one layer deeper; a parameter without a number
-    belongs to the block before it.
+    Each numbered block (``encoder.layer.3``, ``stages.1``) is one layer; parameters outside belong to the block before.
     """
     head = {id(parameter) for parameter in head_of(module).parameters()}
     named = [(name, one) for name, one in module.named_parameters() if one.requires_grad]
@@ -306,10 +292,7 @@ def parameter_groups(module: "torch.nn.Module", recipe: Recipe, *, learning_rate
 
 
 def random_views(pixels: "torch.Tensor", size: tuple[int, int], recipe: Recipe) -> "torch.Tensor":
-    """Return a random crop of each image, flipped and with other colours at random, by torch's own generator.
-
-    ``pixels`` are uint8 (B, 3, h, w), and what is returned is float32 (B, 3, height, width), 0 to 255.
-    """
+    """Return images (B, 3, h, w) with random crop, flip and colours, float32 (B, 3, height, width), 0 to 255."""
     import torch
     from torch.nn import functional
 

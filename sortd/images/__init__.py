@@ -1,1 +1,1 @@
-"""Reading of images: formats, decoding, and the processes that decode."""
+"""Reading of images: formats, decoding, and the decoding processes."""

@@ -1,8 +1,8 @@
-"""Bytes to upright RGB at the very size that an encoder sees, within limits on what may be asked of the machine.
+"""Decoding of one image to upright RGB pixels of the encoder's size, within limits.
 
-The steps of one image: its format told by content, its size held against the limits, frame 0 decoded (JPEG at the scale
-that is needed), made opaque over white, eight bits deep, upright by EXIF, resized and cropped. Decoded in full, an
-opaque image comes out bit for bit as from the image processors of transformers that work by Pillow.
+Steps: detect the format by content, check the limits, decode frame 0 (JPEG at a reduced scale), blend onto white,
+convert to eight bits, apply the EXIF orientation, resize and crop. An opaque image that is decoded at full scale gives
+the same pixels, bit for bit, as the Pillow image processors of transformers.
 """
 
 import base64
@@ -24,8 +24,8 @@ import numpy.typing as npt
 from sortd.arrays import Pixels
 from sortd.errors import CrowdedError, ImageError, NotAnImageError, TooLargeError, UnreadableError
 from sortd.events import Fit, Preprocessing
-from sortd.images.formats import FORMATS, HEAD_BYTES, READABLE, Format, format_of, open_file
-from sortd.images.structure import is_truncated, png_picture
+from sortd.images.formats import FORMATS, HEAD_BYTES, SUPPORTED, Format, format_of, open_file
+from sortd.images.structure import is_truncated, strip_png
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,102 +33,93 @@ if TYPE_CHECKING:
 
 Jpeg = Literal["draft", "full"]
 
-DECODERS = 2
-"""Is raised when sortd decodes images that it refused before: those that it set aside are tried again then."""
-BYTES_OF_A_PIXEL = 4
-"""Memory that Pillow holds for a pixel that has colours."""
-AMPLE = 2
-"""An image is decoded and compacted to no less than so many times the size that is wanted; the resize does the rest."""
-COMPACT_FROM_PIXELS = 16_000_000
-"""Larger images that must be turned or recoloured are made smaller on the way, a strip at a time."""
-LONGEST_EXACT = 50
-"""Of longer images (as a ratio of sides) only the part that stays is resized: the whole could fill the memory."""
-THUMBNAIL_PIXELS = 160
-THUMBNAIL_QUALITY = 80
-
+DECODER_VERSION = 2
+"""Increased when sortd decodes images that it refused before: rejected images are then tried again."""
+_PIXEL_BYTES = 4  # memory that Pillow uses for a pixel of a colour image
+_OVERSAMPLING = 2  # reduced decoding keeps at least this many times the target size; the resize does the rest
+_REDUCE_FROM_PIXELS = 16_000_000  # larger images that must be rotated or converted are reduced strip by strip
+_MAX_FULL_RESIZE_RATIO = (
+    50  # of longer images (ratio of sides) only the crop is resized: the whole could fill the memory
+)
+_THUMBNAIL_PIXELS = 160
+_THUMBNAIL_QUALITY = 80
 _STRIP_ROWS = 128
 _ORIENTATION = 0x0112
-_ON_ITS_SIDE = frozenset({2, 4, 5, 6})
-"""Values of ``Image.Transpose`` that exchange width and height."""
+_TRANSPOSED = frozenset({2, 4, 5, 6})  # values of Image.Transpose that exchange width and height
 _UNSUPPORTED = re.compile(
     "unsupported|not (yet )?supported|unknown (?!data)|cannot handle|not implemented|no (codec|decod)|plugin|samples",
     re.IGNORECASE,
-)
-"""What decoders say of an image that is not broken, but of a kind that they do not decode."""
+)  # decoder messages for a file that is intact but of an unsupported kind
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What one image may cost; more is refused before it is decoded."""
+class DecodeLimits:
+    """The largest image that is decoded."""
 
     max_pixels: int = 50_000_000
-    """Pixels to decode; of a JPEG those that are left at the scale it is decoded at."""
+    """Pixels to decode; for JPEG, those at the scale of decoding."""
     max_side: int = 40_000
     max_bytes: int = 500_000_000
 
     def memory_bytes(self, image_format: Format | None) -> int:
-        """Return what decoding may take beside an idle process, so that ``max_pixels`` pixels of the format fit.
-
-        Args:
-            image_format: None takes the most costly one.
-        """
-        asking = FORMATS if image_format is None else (image_format,)
-        return max(one.peak_bytes for one in asking) * self.max_pixels + 30_000_000
+        """Return the memory, above that of an idle process, for decoding ``max_pixels`` pixels of a format (or any)."""
+        formats = FORMATS if image_format is None else (image_format,)
+        return max(one.peak_bytes for one in formats) * self.max_pixels + 30_000_000
 
 
-def decode(
+def decode_image(
     file: BinaryIO | int,
     preprocessing: Preprocessing,
-    limits: Limits,
+    limits: DecodeLimits,
     *,
     jpeg: Jpeg = "draft",
-    room_pixels: int | None = None,
+    budget_pixels: int | None = None,
 ) -> Pixels:
-    """Decode frame 0 of an image as the encoder sees it.
+    """Decode frame 0 of an image to the pixels that the encoder takes.
 
     Args:
-        file: an open file or its descriptor; read from its beginning, left open.
-        preprocessing: the size, and the way to it.
-        limits: what is refused.
-        jpeg: ``draft`` decodes JPEG at a half, a quarter or an eighth where that is ample, ``full`` every pixel.
-        room_pixels: pixels that it may hold in memory at a time; None: what ``limits`` allow.
+        file: an open file or its descriptor; read from its beginning and left open.
+        preprocessing: the size and the way of resizing.
+        limits: larger images are refused.
+        jpeg: ``draft`` decodes JPEG at 1/2, 1/4 or 1/8 scale where that is large enough, ``full`` every pixel.
+        budget_pixels: pixels that it may hold in memory; None: as many as ``limits`` allow.
 
     Returns:
         uint8 (crop_height, crop_width, 3), C-contiguous.
 
     Raises:
-        CrowdedError: it takes more than ``room_pixels``; nothing was decoded.
-        NotAnImageError: sortd has no decoder for it here; the message says how to come to one.
-        TooLargeError: over a limit, or over the memory that the process may have.
-        UnreadableError: no image, a broken one, or one that is not complete.
-        OSError: the disk could not be read (``errno`` is set); the image may be a good one.
+        CrowdedError: it needs more than ``budget_pixels``; nothing was decoded.
+        NotAnImageError: its decoder is not installed; the message says how to install it.
+        TooLargeError: it exceeds a limit, or the memory of this process.
+        UnreadableError: it is not an image, broken, or incomplete.
+        OSError: the disk could not be read (``errno`` is set); the image may be intact.
     """
-    with _opened(file, limits, jpeg) as opened, _translated(opened.format, limits):
+    with _open_image(file, limits, jpeg) as opened:
         image = opened.image
         pixels = _check_size(opened, limits, preprocessing, jpeg)
-        if room_pixels is not None and pixels > room_pixels:
+        if budget_pixels is not None and pixels > budget_pixels:
             raise CrowdedError(pixels)
-        loaded = _loaded(image)
+        loaded = _load(image)
         if image.format in {"JPEG", "MPO"} and image.mode == "CMYK" and "adobe" not in image.info:
-            loaded.info["jpeg_cmyk"] = "plain"  # Pillow takes every CMYK JPEG for Adobe's, which are inverted
-        upright = _opaque(loaded, _turn_of(image), preprocessing)
-        return np.array(_fitted(upright, preprocessing).convert("RGB"))
+            loaded.info["jpeg_cmyk"] = "plain"  # Pillow inverts every CMYK JPEG, as Adobe's need; others do not
+        upright = _to_opaque(loaded, _transpose_of(image), preprocessing)
+        return np.array(_resize(upright, preprocessing).convert("RGB"))
 
 
-def decode_file(path: str, preprocessing: Preprocessing, limits: Limits, *, jpeg: Jpeg = "draft") -> Pixels:
-    """Decode an image by its path; see ``decode`` for what is returned and raised."""
-    with _file(path) as file:
-        return decode(file, preprocessing, limits, jpeg=jpeg)
+def decode_file(path: str, preprocessing: Preprocessing, limits: DecodeLimits, *, jpeg: Jpeg = "draft") -> Pixels:
+    """Decode an image by its path; see ``decode_image``."""
+    with _open_path(path) as file:
+        return decode_image(file, preprocessing, limits, jpeg=jpeg)
 
 
-def look_at_file(path: str, limits: Limits, *, jpeg: Jpeg = "draft") -> None:
-    """Read an image's header alone; raises what ``decode`` would raise because of it."""
-    with _file(path) as file, _opened(file, limits, jpeg) as opened, _translated(opened.format, limits):
-        _check_size(opened, limits, Preprocessing(1, 1, 1), jpeg)
+def check_header(path: str, limits: DecodeLimits) -> None:
+    """Read only the header of an image; raise what ``decode_image`` would raise because of it."""
+    with _open_path(path) as file, _open_image(file, limits, "draft") as opened:
+        _check_size(opened, limits, Preprocessing(1, 1, 1), "draft")
 
 
 def load_decoders() -> list[str]:
-    """Import the decoders of all formats; return what to install for each format that cannot be decoded here."""
+    """Import the decoders of all formats; return for each missing one a message that says what to install."""
     missing = []
     for image_format in FORMATS:
         try:
@@ -138,39 +129,29 @@ def load_decoders() -> list[str]:
     return missing
 
 
-def thumbnail(path: str, *, side_pixels: int = THUMBNAIL_PIXELS, limits: Limits | None = None) -> str | None:
-    """Return the whole picture, upright and small, as the ``data:`` address of a JPEG; None where it is not readable.
-
-    Args:
-        path: the image.
-        side_pixels: length of its longer side.
-        limits: what is refused.
-    """
+def thumbnail(path: str, *, side_pixels: int = _THUMBNAIL_PIXELS) -> str | None:
+    """Return an image, upright, as a ``data:`` URL of a JPEG with that longer side; None if it is unreadable."""
     from PIL import Image
 
-    limits = limits or Limits()
+    limits = DecodeLimits()
     try:
-        width, height = _upright_size(path, limits)
-        scale = side_pixels / max(width, height)
-        width, height = max(1, round(width * scale)), max(1, round(height * scale))
-        seen = Preprocessing(shortest_edge=side_pixels, crop_height=height, crop_width=width, fit=Fit.STRETCH)
-        pixels = decode_file(path, seen, limits)
+        with _open_path(path) as file, _open_image(file, limits, "full") as opened:
+            is_transposed, size = _transpose_of(opened.image) in _TRANSPOSED, opened.image.size
+        scale = side_pixels / max(size)
+        width, height = (max(1, round(side * scale)) for side in (reversed(size) if is_transposed else size))
+        pixels = decode_file(path, Preprocessing(side_pixels, height, width, fit=Fit.STRETCH), limits)
     except (ImageError, OSError):
-        return None  # `sortd check` says what is wrong with it
+        return None  # `sortd check` reports it
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=_THUMBNAIL_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def _upright_size(path: str, limits: Limits) -> tuple[int, int]:
-    """Return width and height of an image as people see it, from its header."""
-    with _file(path) as file, _opened(file, limits, "full") as opened, _translated(opened.format, limits):
-        turn, (width, height) = _turn_of(opened.image), opened.image.size
-        return (height, width) if turn in _ON_ITS_SIDE else (width, height)
+# ------------------------------------------------------------ opening
 
 
 @contextmanager
-def _file(path: str) -> Iterator[BinaryIO]:
+def _open_path(path: str) -> Iterator[BinaryIO]:
     try:
         descriptor = open_file(path)
     except OSError as error:
@@ -179,7 +160,7 @@ def _file(path: str) -> Iterator[BinaryIO]:
         raise
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise NotAnImageError("it is no regular file")
+            raise NotAnImageError("it is not a regular file")
         with open(descriptor, "rb", closefd=False) as file:
             yield file
     finally:
@@ -196,41 +177,41 @@ class _Opened:
 
 
 @contextmanager
-def _opened(file: BinaryIO | int, limits: Limits, jpeg: Jpeg) -> Iterator[_Opened]:
-    """Open an image within the limits on bytes, by the one decoder that its beginning asks for."""
-    with open(file if isinstance(file, int) else file.fileno(), "rb", closefd=False) as bytes_of_it:
-        size = os.fstat(bytes_of_it.fileno()).st_size
+def _open_image(file: BinaryIO | int, limits: DecodeLimits, jpeg: Jpeg) -> Iterator[_Opened]:
+    """Open an image with the decoder of its format; errors of the decoder in the block become those of an image."""
+    with open(file if isinstance(file, int) else file.fileno(), "rb", closefd=False) as source:
+        size = os.fstat(source.fileno()).st_size
         if size > limits.max_bytes:
             raise TooLargeError(f"{size:,} bytes are over the limit of {limits.max_bytes:,}; see decoding.max_bytes")
-        bytes_of_it.seek(0)
-        image_format = format_of(bytes_of_it.read(HEAD_BYTES))
+        source.seek(0)
+        image_format = format_of(source.read(HEAD_BYTES))
         if image_format is None:
-            raise UnreadableError(f"the content is no image that sortd reads: those are {READABLE}")
-        title = image_format.title
-        if is_truncated(bytes_of_it, image_format.name):
-            raise UnreadableError(f"{title} is read, but this file is not complete: it was never written to its end")
+            raise UnreadableError(f"not an image in a supported format ({SUPPORTED})")
+        if is_truncated(source, image_format.name):
+            raise UnreadableError(f"incomplete {image_format.title} file: it was never written to its end")
         opener = _opener_of(image_format)
-        content = png_picture(bytes_of_it) if image_format.name == "PNG" else bytes_of_it
+        content = strip_png(source) if image_format.name == "PNG" else source
         content.seek(0)
-        drafts = image_format.name == "JPEG" and jpeg == "draft"
-        with _guarded(64 * limits.max_pixels if drafts else limits.max_pixels):
-            with _translated(image_format, limits):
-                # Not by Image.open(), which says of any error in a header only that there was one.
-                image = opener(content, "")
-            with image:
-                yield _Opened(image, image_format, size)
+        is_draft = image_format.name == "JPEG" and jpeg == "draft"
+        with (
+            _pillow_limits(64 * limits.max_pixels if is_draft else limits.max_pixels),
+            _translate_errors(image_format, limits),
+            opener(content, "") as image,  # Image.open() hides what is wrong with a header
+        ):
+            yield _Opened(image, image_format, size)
 
 
 def _opener_of(image_format: Format) -> Callable[[BinaryIO, str], "ImageFile"]:
-    """Return what opens images of a format, with no threads: each of them takes address space by the gigabyte.
+    """Return Pillow's function that opens a format, set to one thread: each thread takes gigabytes of address space.
 
     Raises:
-        NotAnImageError: there is none here.
+        NotAnImageError: the decoder is not installed.
     """
+    missing = f"{image_format.title} cannot be decoded here; {image_format.remedy}"
     try:
         plugin = importlib.import_module(image_format.plugin)
     except ImportError as error:
-        raise NotAnImageError(f"{image_format.title} cannot be decoded here; {image_format.mend}") from error
+        raise NotAnImageError(missing) from error
     from PIL import Image
 
     if image_format.name == "HEIF":
@@ -238,14 +219,14 @@ def _opener_of(image_format: Format) -> Callable[[BinaryIO, str], "ImageFile"]:
     elif image_format.name == "AVIF":
         vars(plugin)["DEFAULT_MAX_THREADS"] = 1
     if image_format.name not in Image.OPEN or not getattr(plugin, "SUPPORTED", True):
-        raise NotAnImageError(f"{image_format.title} cannot be decoded here; {image_format.mend}")
+        raise NotAnImageError(missing)
     opener, _ = Image.OPEN[image_format.name]
     return opener
 
 
 @contextmanager
-def _guarded(max_pixels: int) -> Iterator[None]:
-    """Make Pillow refuse what unpacks to too much, and what is cut short, whatever was set before."""
+def _pillow_limits(max_pixels: int) -> Iterator[None]:
+    """Make Pillow refuse images of more pixels and truncated ones; restore its settings afterwards."""
     from PIL import Image, ImageFile
 
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
@@ -260,8 +241,8 @@ def _guarded(max_pixels: int) -> Iterator[None]:
 
 
 @contextmanager
-def _translated(image_format: Format, limits: Limits) -> Iterator[None]:
-    """Turn whatever a decoder raises over hostile bytes into the error of one image."""
+def _translate_errors(image_format: Format, limits: DecodeLimits) -> Iterator[None]:
+    """Raise whatever a decoder raises as an ``ImageError``."""
     from PIL import Image
 
     title = image_format.title
@@ -270,37 +251,31 @@ def _translated(image_format: Format, limits: Limits) -> Iterator[None]:
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise TooLargeError(f"it unpacks to too many pixels; see decoding.max_pixels ({error})") from error
-    except MemoryError as error:
-        raise TooLargeError(_over_memory(image_format, limits)) from error
+        raise TooLargeError(f"it has too many pixels; see decoding.max_pixels ({error})") from error
     except Exception as error:  # Pillow's decoders raise SyntaxError, KeyError, struct.error and more over broken bytes
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        said = " ".join(f"{error}".split()) or type(error).__name__
-        if "memory" in said.lower():
-            raise TooLargeError(_over_memory(image_format, limits)) from error
-        if isinstance(error.__cause__ or error, KeyError):  # looked for among what Pillow can do
-            said = f"unknown value {said} in its header"
-        if _UNSUPPORTED.search(said):
-            raise UnreadableError(
-                f"{title} is read, but not this kind of {title} ({said}); save it in another way, for instance as PNG"
+        text = " ".join(f"{error}".split()) or type(error).__name__
+        if isinstance(error, MemoryError) or "memory" in text.lower():
+            megabytes = limits.memory_bytes(image_format) // 1_000_000
+            raise TooLargeError(
+                f"decoding needs more than the {megabytes:,} MB of memory that one {title} may use; "
+                "see decoding.max_pixels"
             ) from error
-        raise UnreadableError(f"{title} is read, but this file is broken or not complete: {said}") from error
+        if isinstance(error.__cause__ or error, KeyError):  # a lookup in Pillow's tables failed
+            text = f"unknown value {text} in its header"
+        if _UNSUPPORTED.search(text):
+            raise UnreadableError(
+                f"unsupported kind of {title} ({text}); save it in another way, for example as PNG"
+            ) from error
+        raise UnreadableError(f"broken or incomplete {title} file: {text}") from error
 
 
-def _over_memory(image_format: Format, limits: Limits) -> str:
-    megabytes = limits.memory_bytes(image_format) // 1_000_000
-    return (
-        f"decoding it takes more memory than the {megabytes:,} MB that one {image_format.title} may take here; "
-        "see decoding.max_pixels"
-    )
+def _check_size(opened: _Opened, limits: DecodeLimits, preprocessing: Preprocessing, jpeg: Jpeg) -> int:
+    """Choose the scale of a JPEG, check sides and pixels, and return the memory for decoding, in pixels.
 
-
-def _check_size(opened: _Opened, limits: Limits, preprocessing: Preprocessing, jpeg: Jpeg) -> int:
-    """Hold an image's sides and pixels against the limits, after JPEG's are chosen; return what it takes, in pixels.
-
-    The coefficients of a progressive JPEG are all held until its last scan, at whatever scale it is decoded
-    (libjpeg.txt, "Memory usage"), and some decoders hold the whole file.
+    All coefficients of a progressive JPEG are held until its last scan, at whatever scale it is decoded (libjpeg.txt,
+    "Memory usage"), and some decoders hold the whole file.
     """
     image = opened.image
     width, height = image.size
@@ -310,19 +285,19 @@ def _check_size(opened: _Opened, limits: Limits, preprocessing: Preprocessing, j
             "see decoding.max_side_pixels"
         )
     if image.format in {"JPEG", "MPO"} and jpeg == "draft":
-        wanted = _least_side(preprocessing)
-        image.draft(None, (wanted, wanted))
+        side = _min_side(preprocessing)
+        image.draft(None, (side, side))
     pixels = image.width * image.height
     if pixels > limits.max_pixels:
         raise TooLargeError(
             f"{width:,} x {height:,} pixels are over the limit of {limits.max_pixels:,}; see decoding.max_pixels"
         )
     held_bytes = 4 * width * height if "progressive" in image.info else opened.format.held_bytes * pixels
-    return min(max(held_bytes, opened.file_bytes) // BYTES_OF_A_PIXEL, limits.max_pixels)
+    return min(max(held_bytes, opened.file_bytes) // _PIXEL_BYTES, limits.max_pixels)
 
 
-def _loaded(image: "ImageFile") -> "Image.Image":
-    """Load frame 0; of a WebP without libwebp's canvases beside it, which are twice as large as the image."""
+def _load(image: "ImageFile") -> "Image.Image":
+    """Load frame 0; a WebP without libwebp's canvases, which take twice the memory of the image."""
     from PIL import Image
 
     decoder = getattr(image, "_decoder", None)
@@ -331,16 +306,16 @@ def _loaded(image: "ImageFile") -> "Image.Image":
         return image
     frame = decoder.get_next()
     del decoder
-    image._decoder = None  # type: ignore[attr-defined]  # noqa: SLF001 -- nothing public lets go of the canvases
+    image._decoder = None  # type: ignore[attr-defined]  # noqa: SLF001 -- no public way frees the canvases
     if frame is None:
-        raise UnreadableError("WEBP is read, but this file is broken or not complete: its first frame does not decode")
+        raise UnreadableError("broken or incomplete WEBP file: its first frame does not decode")
     if image.mode == "RGBA":
         return Image.frombuffer("RGBA", image.size, frame[0], "raw", "RGBA", 0, 1)
     return Image.frombytes("RGB", image.size, frame[0], "raw", "RGBX")
 
 
-def _turn_of(image: "ImageFile") -> "Image.Transpose | None":
-    """Return what makes an image upright; None where it is, or where its EXIF is broken and says nothing."""
+def _transpose_of(image: "ImageFile") -> "Image.Transpose | None":
+    """Return the operation that makes an image upright; None where it is upright or its EXIF is broken."""
     from PIL import Image
 
     turns = {
@@ -354,40 +329,34 @@ def _turn_of(image: "ImageFile") -> "Image.Transpose | None":
     }
     try:
         return turns.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001 -- a picture is as good as it was without its EXIF, and broken EXIF raises anything
+    except Exception:  # noqa: BLE001 -- broken EXIF raises anything, and the picture does not depend on it
         return None
 
 
-# ------------------------------------------------------------ to opaque RGB at the size that is seen
+# ------------------------------------------------------------ conversion and resizing
 
 
-def _least_side(preprocessing: Preprocessing) -> int:
-    """Return the shorter side, in pixels, below which an image is not to be decoded or compacted."""
+def _min_side(preprocessing: Preprocessing) -> int:
+    """Return the shorter side, in pixels, below which an image is not reduced before the resize."""
     if preprocessing.fit is Fit.STRETCH:
-        return AMPLE * max(preprocessing.crop_height, preprocessing.crop_width)
-    return AMPLE * preprocessing.shortest_edge
+        return _OVERSAMPLING * max(preprocessing.crop_height, preprocessing.crop_width)
+    return _OVERSAMPLING * preprocessing.shortest_edge
 
 
-def _opaque(image: "Image.Image", turn: "Image.Transpose | None", preprocessing: Preprocessing) -> "Image.Image":
-    """Make an image opaque (over white), eight bits deep and upright; its mode is ``L`` or ``RGB`` then.
-
-    Args:
-        image: loaded, of any mode.
-        turn: what makes it upright.
-        preprocessing: how small a large image may be made on the way.
-    """
+def _to_opaque(image: "Image.Image", turn: "Image.Transpose | None", preprocessing: Preprocessing) -> "Image.Image":
+    """Return a loaded image blended onto white and upright, of mode ``L`` or ``RGB``; large ones are reduced."""
     if _is_plain(image) and turn is None:
         return image
-    shallow = _eight_bits(image)
-    factor = min(image.size) // _least_side(preprocessing)
-    if image.width * image.height < COMPACT_FROM_PIXELS or factor < AMPLE:
+    shallow = _to_eight_bits(image)
+    factor = min(image.size) // _min_side(preprocessing)
+    if image.width * image.height < _REDUCE_FROM_PIXELS or factor < _OVERSAMPLING:
         factor = 1
-    small = shallow if factor == 1 and _is_plain(shallow) else _by_strips(shallow, factor)
+    small = shallow if factor == 1 and _is_plain(shallow) else _reduce_by_strips(shallow, factor)
     return small if turn is None else small.transpose(turn)
 
 
-def _by_strips(image: "Image.Image", factor: int) -> "Image.Image":
-    """Make an image opaque and smaller by a whole factor; only the result is held whole beside the image."""
+def _reduce_by_strips(image: "Image.Image", factor: int) -> "Image.Image":
+    """Blend an image onto white and reduce it by a whole factor, with only the result held beside it."""
     from PIL import Image
 
     rows = max(1, _STRIP_ROWS // factor) * factor
@@ -403,31 +372,29 @@ def _is_plain(image: "Image.Image") -> bool:
 
 
 def _over_white(image: "Image.Image") -> "Image.Image":
-    """Return an image of mode ``L`` or ``RGB``: what is transparent shows white."""
+    """Return an image of mode ``L`` or ``RGB``; transparent pixels become white."""
     from PIL import Image, ImageChops
 
     if _is_plain(image):
         return image
     if image.has_transparency_data:
-        coloured = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, coloured).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
     if image.mode == "CMYK" and image.info.get("jpeg_cmyk") == "plain":
         return ImageChops.invert(image).convert("RGB")
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _eight_bits(image: "Image.Image") -> "Image.Image":
-    """Scale grey of 16 or 32 bits, or of floats, to ``L``; Pillow's own conversion would cut it off at 255.
+def _to_eight_bits(image: "Image.Image") -> "Image.Image":
+    """Scale grey of 16 or 32 bits, or of floats, to ``L``; Pillow's own conversion clips at 255.
 
-    16 bits are scaled by their whole range. Wider ones have no range that all writers agree on: what lies within 16
-    bits, or within 0 to 1 for floats, is taken to be meant so, anything else is stretched from its ends to 0 and 255.
+    16 bits are scaled by their full range. Wider values within 0 to 65,535 (floats: 0 to 1) are scaled by that range,
+    others by their minimum and maximum.
     """
     from PIL import Image
 
     if not image.mode.startswith(("I", "F")):
         return image
-    # Of the 16-bit modes only the native one can be cropped; their values take little room anyway.
+    # Pillow crops only the native 16-bit mode; the values of the others take little memory.
     whole = np.asarray(image) if ";" in image.mode else None
     grey = np.empty((image.height, image.width), np.uint8)
 
@@ -439,26 +406,24 @@ def _eight_bits(image: "Image.Image") -> "Image.Image":
             values[~np.isfinite(values)] = np.nan
             yield rows, values
 
-    low, high = (0.0, 65_535.0) if whole is not None else _range_of(image.mode, strips())
+    low, high = 0.0, 65_535.0
+    if whole is None:
+        finite = (strip[~np.isnan(strip)] for _, strip in strips())
+        ends = [(float(values.min()), float(values.max())) for values in finite if values.size] or [(0.0, 0.0)]
+        smallest, largest = min(low for low, _ in ends), max(high for _, high in ends)
+        usual = 1.0 if image.mode == "F" else 65_535.0
+        low, high = (0.0, usual) if smallest >= 0 and largest <= usual else (smallest, largest)
     scale = 255 / (high - low) if high > low else 0.0
     for rows, strip in strips():
         grey[rows] = np.rint((np.nan_to_num(strip, nan=low) - low) * scale)
     return Image.fromarray(grey)
 
 
-def _range_of(mode: str, strips: Iterator[tuple[slice, npt.NDArray[np.float64]]]) -> tuple[float, float]:
-    """Return the values that stand for black and for white."""
-    ends = [(float(np.nanmin(strip)), float(np.nanmax(strip))) for _, strip in strips if not np.isnan(strip).all()]
-    low, high = min((low for low, _ in ends), default=0.0), max((high for _, high in ends), default=0.0)
-    usual = 1.0 if mode == "F" else 65_535.0
-    return (0.0, usual) if low >= 0 and high <= usual else (low, high)
+def _resize(image: "Image.Image", preprocessing: Preprocessing) -> "Image.Image":
+    """Resize and crop an image as the Pillow image processors of transformers do.
 
-
-def _fitted(image: "Image.Image", preprocessing: Preprocessing) -> "Image.Image":
-    """Resize and crop an image as the image processors of transformers do that work by Pillow.
-
-    The longer side is truncated and the crop's corner floored as in ``get_resize_output_image_size`` and
-    ``center_crop`` of transformers/image_transforms.py; what a crop lacks is black, as there.
+    The longer side is truncated and the corner of the crop floored as in ``get_resize_output_image_size`` and
+    ``center_crop`` of transformers/image_transforms.py; a crop is padded with black, as there.
     """
     from PIL import Image
 
@@ -471,7 +436,7 @@ def _fitted(image: "Image.Image", preprocessing: Preprocessing) -> "Image.Image"
     long_after = int(edge * long / short)
     width, height = (edge, long_after) if image.width <= image.height else (long_after, edge)
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
-    if long > LONGEST_EXACT * short:
+    if long > _MAX_FULL_RESIZE_RATIO * short:
         scale = short / edge
         box = (left * scale, top * scale, (left + crop_width) * scale, (top + crop_height) * scale)
         return image.resize((crop_width, crop_height), resample, box=box)

@@ -1,8 +1,8 @@
-"""The process that decodes: the one place where hostile bytes are read, with as few rights as it needs.
+"""The decoding process: a sandbox with few rights, in which alone untrusted image files are decoded.
 
-``pool.py`` starts it as ``python -P -m sortd.images.decoder_process``. It gets descriptors of files over a socket, puts
-pixels into memory that it shares with the daemon, and answers each file with a packet of fixed size. It can write no
-file, open few, and take no more memory or time than it was given; a decoder that crashes ends this process alone.
+``pool.py`` starts it as ``python -P -m sortd.images.decoder_process``. It receives descriptors of files over a socket,
+writes pixels to memory that it shares with the daemon, and answers each file with a packet of fixed size. It can write
+no file and open few, and its memory and time are limited; a decoder that crashes ends only this process.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ from typing import Final
 from sortd.arrays import Pixels
 from sortd.errors import CrowdedError, NotAnImageError, TooLargeError, UnreadableError
 from sortd.events import Fit, Preprocessing, Refusal
-from sortd.images.decode import Jpeg, Limits, decode, load_decoders
+from sortd.images.decode import DecodeLimits, Jpeg, decode_image, load_decoders
 from sortd.images.formats import HEAD_BYTES, format_of
 
 REQUEST = struct.Struct("<IQ")
-"""A slot of the shared memory, and the room that decoding may take, in pixels; the file's descriptor comes along."""
+"""Slot of the shared memory, and memory budget in pixels; the file's descriptor is sent with it."""
 REPLY = struct.Struct("<IB32sdQH400s")
-"""Slot, status, sha256 of the content, seconds, room wanted in pixels, length of the message, message (UTF-8)."""
-READY_SLOT = 0xFFFF_FFFF  # of the first packet, which says that the process has started
-DECODED = 0  # status of an image whose pixels lie in their slot; 1 and up stand for refusals, in this order
+"""Slot, status, sha256 of the content, seconds, needed budget in pixels, length of the message, message (UTF-8)."""
+READY_SLOT = 0xFFFF_FFFF  # in the first packet, which reports that the process has started
+DECODED = 0  # status of a decoded image, whose pixels are in its slot; 1 and up are the refusals, in this order
 REFUSALS: Final = (Refusal.UNREADABLE, Refusal.TOO_LARGE, Refusal.NOT_AN_IMAGE, Refusal.DENIED)
-CROWDED = 0xFF  # status of an image that takes more room than it was given: it is to be given again with that
+CROWDED = 0xFF  # status of an image that needs a larger budget; it is to be sent again with that
 MESSAGE_BYTES = 400
 SLOTS = 32
-"""Images that one process may have decoded, or have waiting, while nobody fetches them: all of a forward."""
-ROOM_UNASKED_PIXELS = 4_000_000
-"""So much decoding may take without asking: most photos, which JPEG can decode at a smaller scale, take less."""
+"""Images that one process may have decoded or queued before any is fetched: one batch of the encoder."""
+DEFAULT_BUDGET_PIXELS = 4_000_000
+"""Memory budget of the first try. Most photos need less: JPEG is decoded at a smaller scale."""
 
 _CHUNK_BYTES = 1 << 20
 _OPEN_FILES = 64
@@ -46,68 +46,70 @@ _PR_SET_NO_NEW_PRIVS = 38
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """How images are to be decoded, and in what time."""
+class DecodeSettings:
+    """The settings of a decoding process."""
 
     preprocessing: Preprocessing
-    limits: Limits
+    limits: DecodeLimits
     jpeg: Jpeg
     timeout_seconds: float
 
     @property
     def pixel_bytes(self) -> int:
-        """What the pixels of one image take."""
+        """The size of one decoded image."""
         return self.preprocessing.crop_height * self.preprocessing.crop_width * 3
 
     def to_argument(self) -> str:
-        """Write it as one argument of a command line."""
+        """Return the settings as one argument of a command line."""
         return json.dumps(asdict(self))
 
     @staticmethod
-    def from_argument(argument: str) -> "Order":
-        """Read what ``to_argument`` wrote."""
+    def from_argument(argument: str) -> "DecodeSettings":
+        """Parse what ``to_argument`` returned."""
         given = json.loads(argument)
         fields = given["preprocessing"]
         preprocessing = Preprocessing(**{**fields, "fit": Fit(fields["fit"])})
-        return Order(preprocessing, Limits(**given["limits"]), given["jpeg"], given["timeout_seconds"])
+        return DecodeSettings(preprocessing, DecodeLimits(**given["limits"]), given["jpeg"], given["timeout_seconds"])
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """What became of one file: pixels, uint8 (height, width, 3), or a refusal with its message, or more room wanted."""
+class DecodeResult:
+    """The result of one file: pixels, uint8 (height, width, 3), a refusal with its message, or the needed budget."""
 
-    content: str  # hexadecimal sha256, "" where the file could not be read
+    content: str  # hexadecimal sha256, "" if the file could not be read
     pixels: Pixels | None = None
     refusal: Refusal | None = None
     message: str = ""
-    wanted_pixels: int = 0
+    needed_pixels: int = 0
 
 
-def decode_content(descriptor: int, order: Order, *, room_pixels: int | None = None) -> Result:
-    """Decode and hash an open file, if it takes no more than the room that it is given; None: whatever it takes."""
+def decode_content(descriptor: int, settings: DecodeSettings, *, budget_pixels: int | None = None) -> DecodeResult:
+    """Decode and hash an open file, unless it needs more than the budget; None: no budget."""
     try:
-        result = _decoded(descriptor, order, room_pixels)
-        return result if result.wanted_pixels else replace(result, content=hash_content(descriptor))
+        result = _decode(descriptor, settings, budget_pixels)
+        return result if result.needed_pixels else replace(result, content=_hash_content(descriptor))
     except OSError as error:
-        return Result("", None, Refusal.DENIED, f"the disk cannot be read: {error.strerror}; look at its health")
+        return DecodeResult("", None, Refusal.DENIED, f"the disk cannot be read: {error.strerror}; check its health")
 
 
-def _decoded(descriptor: int, order: Order, room_pixels: int | None) -> Result:
+def _decode(descriptor: int, settings: DecodeSettings, budget_pixels: int | None) -> DecodeResult:
     try:
-        pixels = decode(descriptor, order.preprocessing, order.limits, jpeg=order.jpeg, room_pixels=room_pixels)
+        pixels = decode_image(
+            descriptor, settings.preprocessing, settings.limits, jpeg=settings.jpeg, budget_pixels=budget_pixels
+        )
     except CrowdedError as error:
-        return Result("", wanted_pixels=error.pixels)
+        return DecodeResult("", needed_pixels=error.pixels)
     except TooLargeError as error:
-        return Result("", None, Refusal.TOO_LARGE, str(error))
+        return DecodeResult("", None, Refusal.TOO_LARGE, str(error))
     except NotAnImageError as error:
-        return Result("", None, Refusal.NOT_AN_IMAGE, str(error))
+        return DecodeResult("", None, Refusal.NOT_AN_IMAGE, str(error))
     except UnreadableError as error:
-        return Result("", None, Refusal.UNREADABLE, str(error))
-    return Result("", pixels)
+        return DecodeResult("", None, Refusal.UNREADABLE, str(error))
+    return DecodeResult("", pixels)
 
 
-def hash_content(descriptor: int) -> str:
-    """Return the hexadecimal sha256 of a whole file, leaving its position where it was."""
+def _hash_content(descriptor: int) -> str:
+    """Return the hexadecimal sha256 of an open file; its position, which the daemon shares, does not change."""
     digest, offset = hashlib.sha256(), 0
     while chunk := os.pread(descriptor, _CHUNK_BYTES, offset):
         digest.update(chunk)
@@ -115,29 +117,32 @@ def hash_content(descriptor: int) -> str:
     return digest.hexdigest()
 
 
-def main(argument: str, control_descriptor: int, memory_descriptor: int) -> None:
-    """Decode what comes over the socket until it is closed."""
-    # The daemon's signals are the daemon's: it ends this process by closing the socket.
+def run_decoder(argument: str, control_descriptor: int, memory_descriptor: int) -> None:
+    """Decode the files that come over the socket until it is closed."""
+    # The daemon handles these signals, and ends this process by closing the socket.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    order = Order.from_argument(argument)
+    settings = DecodeSettings.from_argument(argument)
     with socket.socket(fileno=control_descriptor) as control, mmap.mmap(memory_descriptor, 0) as memory:
         os.close(memory_descriptor)
         load_decoders()
-        in_use = _renounce(order.limits)
+        in_use = _drop_privileges(settings.limits)
         control.send(REPLY.pack(READY_SLOT, DECODED, b"", 0.0, 0, 0, b""))
-        while received := _receive(control):
-            slot, room_pixels, descriptor = received
+        while True:
+            request, descriptors, _flags, _address = socket.recv_fds(control, REQUEST.size, 1)
+            if not request:
+                return
+            slot, budget_pixels = REQUEST.unpack(request)
             try:
-                _limit_memory(descriptor, order, in_use)
-                reply = _serve(slot, descriptor, room_pixels, memory, order)
+                _limit_memory(descriptors[0], settings, in_use)
+                reply = _serve(slot, descriptors[0], budget_pixels, memory, settings)
             finally:
-                os.close(descriptor)
+                os.close(descriptors[0])
             control.send(reply)
 
 
-def _renounce(limits: Limits) -> int:
-    """Give up what decoding does not need; return the address space that the process has in use, in bytes."""
+def _drop_privileges(limits: DecodeLimits) -> int:
+    """Limit memory, file size, core dumps, descriptors and privileges; return the address space in use, in bytes."""
     with open("/proc/self/statm", encoding="ascii") as pages:
         in_use = int(pages.read().split()[0]) * resource.getpagesize()
     for what, most in (
@@ -153,41 +158,33 @@ def _renounce(limits: Limits) -> int:
     return in_use
 
 
-def _limit_memory(descriptor: int, order: Order, in_use: int) -> None:
-    """Allow what an image of its format may take, and no more; a file that cannot be read says so later."""
+def _limit_memory(descriptor: int, settings: DecodeSettings, in_use: int) -> None:
+    """Limit memory to what an image of the file's format may take; a file that cannot be read fails later."""
     with contextlib.suppress(OSError):
-        most = in_use + order.limits.memory_bytes(format_of(os.pread(descriptor, HEAD_BYTES, 0)))
+        most = in_use + settings.limits.memory_bytes(format_of(os.pread(descriptor, HEAD_BYTES, 0)))
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (min(most, hard), hard))
 
 
-def _receive(control: socket.socket) -> tuple[int, int, int] | None:
-    request, descriptors, _flags, _address = socket.recv_fds(control, REQUEST.size, 1)
-    if not request:
-        return None
-    slot, room_pixels = REQUEST.unpack(request)
-    return slot, room_pixels, descriptors[0]
-
-
-def _serve(slot: int, descriptor: int, room_pixels: int, memory: mmap.mmap, order: Order) -> bytes:
-    """Decode one file into its slot and write the reply; where it takes too long, the alarm ends this process."""
+def _serve(slot: int, descriptor: int, budget_pixels: int, memory: mmap.mmap, settings: DecodeSettings) -> bytes:
+    """Decode one file into its slot and return the reply; at the time limit the alarm ends this process."""
     began = perf_counter()
-    signal.setitimer(signal.ITIMER_REAL, order.timeout_seconds)
+    signal.setitimer(signal.ITIMER_REAL, settings.timeout_seconds)
     spent = resource.getrusage(resource.RUSAGE_SELF)
-    most = int(spent.ru_utime + spent.ru_stime + order.timeout_seconds) + 2
+    most = int(spent.ru_utime + spent.ru_stime + settings.timeout_seconds) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-    result = decode_content(descriptor, order, room_pixels=room_pixels)
+    result = decode_content(descriptor, settings, budget_pixels=budget_pixels)
     signal.setitimer(signal.ITIMER_REAL, 0)
     if result.pixels is not None:
-        memory[slot * order.pixel_bytes : (slot + 1) * order.pixel_bytes] = result.pixels.tobytes()
+        memory[slot * settings.pixel_bytes : (slot + 1) * settings.pixel_bytes] = result.pixels.tobytes()
     status = DECODED if result.refusal is None else 1 + REFUSALS.index(result.refusal)
-    if result.wanted_pixels:
+    if result.needed_pixels:
         status = CROWDED
     message = result.message.encode("utf-8", "replace")[:MESSAGE_BYTES]
     digest = bytes.fromhex(result.content)
-    return REPLY.pack(slot, status, digest, perf_counter() - began, result.wanted_pixels, len(message), message)
+    return REPLY.pack(slot, status, digest, perf_counter() - began, result.needed_pixels, len(message), message)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the daemon is gone: so are we
-        main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the daemon has ended
+        run_decoder(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

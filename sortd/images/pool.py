@@ -1,10 +1,10 @@
-"""The decoder pool: files to pixels in processes of their own, so that no image can take the daemon down with it.
+"""The decoder pool: decodes files in separate processes, so that no image can crash the daemon.
 
-An image whose decoding ends its process, by a crash, by a signal or at the time limit, is tried once more, and is
-poison then until the file changes. The images that waited behind it are decoded elsewhere.
+An image during whose decoding the process ends (a crash, a signal, the time limit) is tried once more, and is then
+refused as poison until the file changes. Images queued behind it go to another process.
 
-Memory is bounded for all processes together: a process sends a large image back with the room that it takes, and it is
-given again when there is so much beside the others; the largest image that is allowed fills it.
+Memory is bounded for all processes together: a process returns a large image with the budget that it needs, and gets it
+again when the budgets of all large images fit into ``max_pixels``.
 """
 
 import fcntl
@@ -29,37 +29,37 @@ from sortd.arrays import Pixels
 from sortd.errors import StartupError
 from sortd.events import ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.files import stamp_of
-from sortd.images.decode import Jpeg, Limits
+from sortd.images.decode import DecodeLimits, Jpeg
 from sortd.images.decoder_process import (
     CROWDED,
     DECODED,
+    DEFAULT_BUDGET_PIXELS,
     READY_SLOT,
     REFUSALS,
     REPLY,
     REQUEST,
-    ROOM_UNASKED_PIXELS,
     SLOTS,
-    Order,
-    Result,
+    DecodeResult,
+    DecodeSettings,
     decode_content,
 )
 from sortd.images.formats import open_version
 
-POISON_KEPT = 10_000  # versions of files that are remembered as having ended a process
-STARTS = 3  # processes in a row that did not start; after them no other is tried
-NOISE_BYTES = 2_000  # of what decoders print to stderr, kept for the message should the process die
-START_SECONDS = 60.0  # a process that has said nothing for so long is given up
-GRACE_SECONDS = 5.0  # the process ends itself at the time limit; so long after it the pool ends it
+_POISON_KEPT = 10_000  # versions of files that are remembered because they ended a process
+_MAX_FAILED_STARTS = 3  # consecutive processes that did not start; after that no other is started
+_STDERR_BYTES = 2_000  # of what decoders print to stderr, kept for the message if the process dies
+_START_SECONDS = 60.0  # a process that has not reported in this time is killed
+_GRACE_SECONDS = 5.0  # the process ends itself at the time limit; after this the pool kills it
 
 _MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "4000000", "MALLOC_TRIM_THRESHOLD_": "4000000"}
-"""One heap, and what is free goes back: else glibc keeps 64 MB for each thread and as much that was freed, which counts
-against the memory that an image may take (mallopt(3))."""
+"""One heap, and free memory is returned: otherwise glibc keeps 64 MB a thread and as much freed memory, which counts
+against the limit of the process (mallopt(3))."""
 _KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PYTHONHASHSEED", "COVERAGE_PROCESS_START")
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """The pixels of one version of one file, as the encoder wants them: uint8 (height, width, 3), read-only."""
+    """The pixels of one version of a file in the encoder's size: uint8 (height, width, 3), read-only."""
 
     path: str
     stamp: Stamp
@@ -73,74 +73,67 @@ Answer = DecodedImage | ImageRefused
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """Images that somebody asked for, and their answers so far; more may be added at any time."""
+    """Images of one caller and their answers so far; images may be added at any time."""
 
-    waiting: deque[tuple[str, Stamp]] = field(default_factory=deque)
-    """What no process has been given yet."""
-    answers: deque[Answer] = field(default_factory=deque)
-    """Answers in the order in which they came; whoever asked takes them from here."""
-    unanswered: int = 0
-    """How many images the processes have."""
+    waiting: deque[tuple[str, Stamp]] = field(default_factory=deque)  # not given to a process yet
+    answers: deque[Answer] = field(default_factory=deque)  # in the order of completion; the caller removes them
+    unanswered: int = 0  # images that the processes have
     is_wanted: bool = True
 
     @property
     def is_done(self) -> bool:
-        """Has every image its answer, and was every answer taken?"""
+        """Whether every image has its answer and every answer was removed."""
         return not (self.waiting or self.unanswered or self.answers)
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One open file on its way to pixels."""
+    """One open file that is to be decoded."""
 
     path: str
     stamp: Stamp
     descriptor: int
     batch: Batch
-    wanted_pixels: int = 0
-    """The room that it takes, where that is more than is given unasked."""
-    slot: int = 0
-    """Where in the memory of the process that has it its pixels go."""
-    since: float = 0.0
-    """When its process could begin with it, on the monotonic clock."""
+    needed_pixels: int = 0  # the memory budget that it needs, if that is more than the default
+    slot: int = 0  # of the shared memory of its process
+    since: float = 0.0  # when its process could begin it, on the monotonic clock
     is_open: bool = True
 
     def close(self) -> None:
-        """Close the file, once."""
+        """Close the file; later calls do nothing."""
         if self.is_open:
             self.is_open = False
             os.close(self.descriptor)
 
 
-class _LostError(Exception):
-    """The process has died, or its answers make no sense: it is to be ended, and its jobs are to go elsewhere."""
+class _ProcessLostError(Exception):
+    """The process has died or its replies are invalid: it must be ended and its jobs given to another one."""
 
 
 class _Decoder:
-    """One decoding process; jobs are answered in the order in which they were given."""
+    """One decoding process; it answers jobs in the order in which it got them."""
 
-    def __init__(self, order: Order) -> None:
-        """Start the process; it says by itself when it is ready."""
-        self._order = order
-        self.jobs: deque[_Job] = deque()
-        """What it has been given and has not answered."""
+    def __init__(self, settings: DecodeSettings) -> None:
+        """Start the process; its first packet reports that it is ready."""
+        self._settings = settings
+        self.jobs: deque[_Job] = deque()  # given and not answered
         self._free = list(range(SLOTS))
-        self._noise = b""
+        self._stderr = b""
         self._started = monotonic()
         self.is_ready = False
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         memory = os.memfd_create("sortd-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        self._noise_end, noise = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._stderr_end, stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            os.ftruncate(memory, SLOTS * order.pixel_bytes)
-            # Without the seals the process could shrink the memory that is read here, and that would kill the daemon.
+            os.ftruncate(memory, SLOTS * settings.pixel_bytes)
+            # Without the seals the process could shrink the memory; reading it here would then kill the daemon.
             fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             self._memory = mmap.mmap(memory, 0, prot=mmap.PROT_READ)
-            self.process = subprocess.Popen(  # noqa: S603 -- this very Python, and arguments of our own
-                _command(order, theirs.fileno(), memory),
+            self.process = subprocess.Popen(  # noqa: S603 -- this Python, with arguments of sortd
+                _command(settings, theirs.fileno(), memory),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=noise,
+                stderr=stderr,
                 pass_fds=(theirs.fileno(), memory),
                 env=_environment(),
                 cwd="/",
@@ -148,158 +141,153 @@ class _Decoder:
             )
         except BaseException:
             self._control.close()
-            os.close(self._noise_end)
+            os.close(self._stderr_end)
             raise
         finally:
             theirs.close()
             os.close(memory)
-            os.close(noise)
+            os.close(stderr)
 
     @property
     def descriptors(self) -> tuple[int, int]:
-        """What to wait for: the answers, and what it prints to stderr."""
-        return self._control.fileno(), self._noise_end
-
-    @property
-    def has_room(self) -> bool:
-        """Can it take another job?"""
-        return bool(self._free)
+        """The descriptors to poll: its replies and its stderr."""
+        return self._control.fileno(), self._stderr_end
 
     def seconds_left(self) -> float:
-        """Return in how many seconds it is to be ended."""
+        """Return the seconds until the process must be killed."""
         if not self.is_ready:
-            return self._started + START_SECONDS - monotonic()
+            return self._started + _START_SECONDS - monotonic()
         if not self.jobs:
             return math.inf
-        return self.jobs[0].since + self._order.timeout_seconds + GRACE_SECONDS - monotonic()
+        return self.jobs[0].since + self._settings.timeout_seconds + _GRACE_SECONDS - monotonic()
 
     def give(self, job: _Job) -> None:
-        """Hand over an open file, which the caller closes; raise _LostError where the process is gone."""
+        """Send an open file, which the caller closes; raise _ProcessLostError if the process has ended."""
         slot = self._free[-1]
-        request = REQUEST.pack(slot, job.wanted_pixels or ROOM_UNASKED_PIXELS)
+        request = REQUEST.pack(slot, job.needed_pixels or DEFAULT_BUDGET_PIXELS)
         try:
             socket.send_fds(self._control, [request], [job.descriptor])
         except OSError as error:
-            raise _LostError(str(error)) from error
+            raise _ProcessLostError(str(error)) from error
         self._free.pop()
         job.slot, job.since = slot, monotonic()
         self.jobs.append(job)
 
-    def answers(self) -> Iterator[tuple[_Job, Result, float]]:
-        """Yield the answers that are there, with the seconds that each took; raise _LostError where it cannot serve."""
-        self._keep_noise()
+    def answers(self) -> Iterator[tuple[_Job, DecodeResult, float]]:
+        """Yield the replies that have arrived and their seconds; raise _ProcessLostError if the process must end."""
+        self._read_stderr()
         while True:
             try:
                 reply = self._control.recv(REPLY.size + 1, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
             except OSError as error:
-                raise _LostError(str(error)) from error
-            yield from self._understood(reply)
+                raise _ProcessLostError(str(error)) from error
+            yield from self._parse(reply)
         if self.seconds_left() < 0:
-            raise _LostError("over its time")
+            raise _ProcessLostError("over the time limit")
 
-    def _understood(self, reply: bytes) -> Iterator[tuple[_Job, Result, float]]:
+    def _parse(self, reply: bytes) -> Iterator[tuple[_Job, DecodeResult, float]]:
         if len(reply) != REPLY.size:
-            raise _LostError("its end of the socket is closed" if not reply else "a reply of another size")
-        slot, status, digest, seconds, wanted_pixels, length, message = REPLY.unpack(reply)
+            raise _ProcessLostError("it closed its socket" if not reply else "a reply of invalid size")
+        slot, status, digest, seconds, needed_pixels, length, message = REPLY.unpack(reply)
         if slot == READY_SLOT and not self.is_ready:
             self.is_ready = True
             self._restart_clock()
             return
         if not self.jobs or slot != self.jobs[0].slot or length > len(message):
-            raise _LostError("a reply that makes no sense")
-        asks_once = not self.jobs[0].wanted_pixels and 0 < wanted_pixels <= self._order.limits.max_pixels
-        if not (asks_once if status == CROWDED else status <= len(REFUSALS)):
-            raise _LostError("a reply that makes no sense")
+            raise _ProcessLostError("an invalid reply")
+        is_first_request = not self.jobs[0].needed_pixels and 0 < needed_pixels <= self._settings.limits.max_pixels
+        if not (is_first_request if status == CROWDED else status <= len(REFUSALS)):
+            raise _ProcessLostError("an invalid reply")
         job = self.jobs.popleft()
         self._free.append(slot)
         self._restart_clock()
         if status == CROWDED:
-            result = Result("", wanted_pixels=wanted_pixels)
+            result = DecodeResult("", needed_pixels=needed_pixels)
         elif status == DECODED:
-            size, seen = self._order.pixel_bytes, self._order.preprocessing
+            size, preprocessing = self._settings.pixel_bytes, self._settings.preprocessing
             pixels = np.frombuffer(self._memory[slot * size : (slot + 1) * size], np.uint8)
-            result = Result(digest.hex(), pixels.reshape(seen.crop_height, seen.crop_width, 3))
+            shape = preprocessing.crop_height, preprocessing.crop_width, 3
+            result = DecodeResult(digest.hex(), pixels.reshape(shape))
         else:
-            result = Result(digest.hex(), None, REFUSALS[status - 1], message[:length].decode("utf-8", "replace"))
+            result = DecodeResult(digest.hex(), None, REFUSALS[status - 1], message[:length].decode("utf-8", "replace"))
         yield job, result, seconds
 
     def _restart_clock(self) -> None:
         if self.jobs:
             self.jobs[0].since = monotonic()
 
-    def _keep_noise(self) -> None:
+    def _read_stderr(self) -> None:
         with suppress(BlockingIOError):
-            while heard := os.read(self._noise_end, 65_536):
-                self._noise = (self._noise + heard)[-NOISE_BYTES:]
+            while text := os.read(self._stderr_end, 65_536):
+                self._stderr = (self._stderr + text)[-_STDERR_BYTES:]
 
     def end(self) -> tuple[list[_Job], str]:
-        """End the process at once; return its unanswered jobs, the one in hand first, and how it ended."""
-        was_late = self.seconds_left() < 0
+        """Kill the process; return its unanswered jobs, the current one first, and why it ended."""
+        is_late = self.seconds_left() < 0
         self._control.close()
         self.process.kill()
         code = self.process.wait()
-        self._keep_noise()
-        os.close(self._noise_end)
+        self._read_stderr()
+        os.close(self._stderr_end)
         self._memory.close()
         jobs = list(self.jobs)
         self.jobs.clear()
-        if code in {-signal.SIGALRM, -signal.SIGXCPU} or was_late:
-            account = f"it took longer than {self._order.timeout_seconds:g} s"
+        if code in {-signal.SIGALRM, -signal.SIGXCPU} or is_late:
+            reason = f"it took longer than {self._settings.timeout_seconds:g} s"
         elif code < 0:
-            account = f"the process ended by signal {signal.Signals(-code).name}"
+            reason = f"the process was ended by signal {signal.Signals(-code).name}"
         else:
-            account = f"the process ended with code {code}"
-        said = self._noise.decode("utf-8", "replace").strip()
-        return jobs, f"{account}; it said: {said[-300:]}" if said else account
+            reason = f"the process ended with code {code}"
+        printed = self._stderr.decode("utf-8", "replace").strip()
+        return jobs, f"{reason}; it printed: {printed[-300:]}" if printed else reason
 
 
-def _command(order: Order, control: int, memory: int) -> list[str]:
-    # -P: whatever lies in the working directory is not imported.
+def _command(settings: DecodeSettings, control: int, memory: int) -> list[str]:
+    # -P: modules in the working directory are not imported.
     module = ("-P", "-m", "sortd.images.decoder_process")
-    return [sys.executable, *module, order.to_argument(), str(control), str(memory)]
+    return [sys.executable, *module, settings.to_argument(), str(control), str(memory)]
 
 
 def _environment() -> dict[str, str]:
-    """Return where modules are found and little else: no secrets, and one thread."""
+    """Return the environment of the processes: the module path, one thread, and no secrets."""
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return {**kept, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", **_MALLOC}
 
 
 class DecoderPool:
-    """Warm decoding processes; used by one thread at a time."""
+    """A pool of decoding processes; used by one thread at a time."""
 
     def __init__(
         self,
         workers: int,
         preprocessing: Preprocessing,
-        limits: Limits,
+        limits: DecodeLimits,
         timeout_seconds: float = 20.0,
         *,
         jpeg: Jpeg = "draft",
         kills: int = 2,
     ) -> None:
-        """Start the processes, without waiting for them.
+        """Start the processes without waiting for them.
 
         Args:
-            workers: how many; 0 decodes in the calling thread, which starts at once and protects from nothing.
-            preprocessing: the size that the encoder sees.
-            limits: what is refused.
-            timeout_seconds: the time limit for one image.
-            jpeg: see ``decode.decode``.
-            kills: how often one version of a file may end its process before it is poison.
+            workers: number of processes; 0 decodes in the calling thread, without protection.
+            preprocessing: the size that the encoder takes.
+            limits: larger images are refused.
+            timeout_seconds: time limit for one image.
+            jpeg: see ``decode_image``.
+            kills: how often one version of a file may end its process before it is refused as poison.
         """
-        self._order = Order(preprocessing, limits, jpeg, timeout_seconds)
-        self._most_kills = kills
+        self._settings = DecodeSettings(preprocessing, limits, jpeg, timeout_seconds)
+        self._max_kills = kills
         self._kills: dict[Stamp, int] = {}
         self._again: deque[_Job] = deque()
         self._large: deque[_Job] = deque()
         self._failed_starts = 0
         self._is_closed = False
         self.workers = workers
-        """How many processes decode; 0: none, it is done in the thread that asks."""
         self._decoders: list[_Decoder] = []
         try:
             self._start_missing()
@@ -308,7 +296,7 @@ class DecoderPool:
             raise
 
     def __enter__(self) -> Self:
-        """Return the pool, which is closed at the end of the block."""
+        """Return the pool."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -317,16 +305,13 @@ class DecoderPool:
 
     @property
     def process_ids(self) -> tuple[int, ...]:
-        """The numbers of the decoding processes."""
+        """The process IDs of the decoding processes."""
         return tuple(decoder.process.pid for decoder in self._decoders)
 
     def decode_all(self, images: Sequence[tuple[str, Stamp]]) -> Iterator[Answer]:
-        """Yield exactly one answer for each image, in the order in which they are done.
+        """Yield exactly one answer for each version of an image, in the order of completion.
 
-        The processes go on while the caller is busy with an answer. What is left when the caller stops is dropped.
-
-        Args:
-            images: paths, and the stamps of the versions that are meant; another version is refused as changed.
+        The processes go on while the caller handles an answer. If the caller stops early, the rest is dropped.
 
         Raises:
             StartupError: the decoding processes do not start.
@@ -346,7 +331,7 @@ class DecoderPool:
             self.drop(batch)
 
     def drop(self, batch: Batch) -> None:
-        """Close the files of a batch that nobody wants any more; what is decoded of it is thrown away."""
+        """Cancel a batch and close its files; later results of it are discarded."""
         batch.is_wanted = False
         batch.waiting.clear()
         for job in [*self._again, *self._large, *(job for decoder in self._decoders for job in decoder.jobs)]:
@@ -354,12 +339,9 @@ class DecoderPool:
                 job.close()
 
     def close(self) -> None:
-        """End the processes and close all files; what was under way is dropped."""
+        """End the processes and close all files; unanswered images are dropped."""
         self._is_closed = True
-        for decoder in self._decoders:
-            for job in decoder.end()[0]:
-                job.close()
-        for job in (*self._again, *self._large):
+        for job in (*(job for decoder in self._decoders for job in decoder.end()[0]), *self._again, *self._large):
             job.close()
         self._decoders.clear()
         self._again.clear()
@@ -367,10 +349,10 @@ class DecoderPool:
 
     def _start_missing(self) -> None:
         while len(self._decoders) < self.workers:
-            self._decoders.append(_Decoder(self._order))
+            self._decoders.append(_Decoder(self._settings))
 
     def feed(self, batch: Batch) -> None:
-        """Give the processes as much of a batch as they take, to the one with least first; raises as ``decode_all``."""
+        """Give images to the process with the fewest jobs until all are busy; raises as ``decode_all``."""
         if self._is_closed:
             raise ValueError("the decoder pool is closed")
         if self.workers == 0:
@@ -379,37 +361,37 @@ class DecoderPool:
         self._start_missing()
         while (queue := self._next_queue()) is not None or batch.waiting:
             decoder = min(self._decoders, key=lambda decoder: len(decoder.jobs))
-            if not decoder.has_room:
+            if len(decoder.jobs) == SLOTS:
                 return
-            job = self._opened(*batch.waiting.popleft(), batch) if queue is None else queue.popleft()
+            job = self._open(*batch.waiting.popleft(), batch) if queue is None else queue.popleft()
             if job is None or not job.batch.is_wanted:
                 continue
             try:
                 decoder.give(job)
-            except _LostError:  # it died idle: the job never got there
+            except _ProcessLostError:  # it died while idle, so the job is not to blame
                 self._put_back(job)
-                self._lose(decoder)
+                self._replace(decoder)
                 self._start_missing()
 
     def _next_queue(self) -> deque[_Job] | None:
-        """Return which of the jobs that came back are next; None for none, or where a large one has to wait."""
+        """Return the queue of returned jobs to serve next; None if both are empty or the next large job must wait."""
         if self._large:
-            taken = sum(job.wanted_pixels for decoder in self._decoders for job in decoder.jobs)
-            if taken + self._large[0].wanted_pixels <= self._order.limits.max_pixels:
+            taken = sum(job.needed_pixels for decoder in self._decoders for job in decoder.jobs)
+            if taken + self._large[0].needed_pixels <= self._settings.limits.max_pixels:
                 return self._large
         return self._again or None
 
     def _put_back(self, *jobs: _Job) -> None:
         for job in jobs:
-            (self._large if job.wanted_pixels else self._again).append(job)
+            (self._large if job.needed_pixels else self._again).append(job)
 
-    def _opened(self, path: str, stamp: Stamp, batch: Batch) -> _Job | None:
-        """Open a file that is what it was and looks like an image; otherwise answer, and return None."""
-        if self._kills.get(stamp, 0) >= self._most_kills:
-            message = "its decoding ended the process before; it is tried again when the file changes"
-            batch.answers.append(ImageRefused(path, stamp, Refusal.POISON, message))
-            return None
-        opened = open_version(path, stamp, self._order.limits.max_bytes)
+    def _open(self, path: str, stamp: Stamp, batch: Batch) -> _Job | None:
+        """Open a file if it is unchanged and looks like an image; otherwise add its refusal and return None."""
+        if self._kills.get(stamp, 0) >= self._max_kills:
+            message = "decoding it ended the process before; it is tried again when the file changes"
+            opened: int | ImageRefused = ImageRefused(path, stamp, Refusal.POISON, message)
+        else:
+            opened = open_version(path, stamp, self._settings.limits.max_bytes)
         if isinstance(opened, ImageRefused):
             batch.answers.append(opened)
             return None
@@ -418,16 +400,16 @@ class DecoderPool:
 
     def _decode_here(self, batch: Batch) -> None:
         while batch.waiting and not batch.answers:
-            if (job := self._opened(*batch.waiting.popleft(), batch)) is not None:
+            if (job := self._open(*batch.waiting.popleft(), batch)) is not None:
                 began = perf_counter()
-                self._settle(job, decode_content(job.descriptor, self._order), perf_counter() - began)
+                self._answer(job, decode_content(job.descriptor, self._settings), perf_counter() - began)
 
-    def collect(self, timeout_seconds: float | None, *, bell: int | None = None) -> None:
-        """Take in what the processes have to say, into the batches that it is about.
+    def collect(self, timeout_seconds: float | None, *, wake_descriptor: int | None = None) -> None:
+        """Read the replies of the processes and add the answers to their batches.
 
         Args:
-            timeout_seconds: how long to wait for one of them at most; None: until one speaks or is over its time.
-            bell: a descriptor that ends the wait as soon as it can be read.
+            timeout_seconds: longest wait for a reply; None: until a reply or the time limit of an image.
+            wake_descriptor: ends the wait as soon as it is readable.
 
         Raises:
             StartupError: the decoding processes do not start.
@@ -437,51 +419,52 @@ class DecoderPool:
             return
         poll = select.poll()
         descriptors = [descriptor for decoder in busy for descriptor in decoder.descriptors]
-        for descriptor in descriptors if bell is None else (bell, *descriptors):
+        for descriptor in descriptors if wake_descriptor is None else (wake_descriptor, *descriptors):
             poll.register(descriptor, select.POLLIN)
         wait = max(0.0, min(decoder.seconds_left() for decoder in busy)) + 0.01
         poll.poll(1000 * (wait if timeout_seconds is None else min(wait, timeout_seconds)))
         for decoder in busy:
             try:
-                self._take_in(decoder)
-            except _LostError:
-                self._lose(decoder)
+                self._read_replies(decoder)
+            except _ProcessLostError:
+                self._replace(decoder)
             else:
                 self._failed_starts = 0 if decoder.is_ready else self._failed_starts
 
-    def _take_in(self, decoder: _Decoder) -> None:
+    def _read_replies(self, decoder: _Decoder) -> None:
         for job, result, seconds in decoder.answers():
-            if not result.wanted_pixels:
-                self._settle(job, result, seconds)
+            if not result.needed_pixels:
+                self._answer(job, result, seconds)
             elif job.batch.is_wanted:
-                job.wanted_pixels = result.wanted_pixels
+                job.needed_pixels = result.needed_pixels
                 self._put_back(job)
 
-    def _lose(self, decoder: _Decoder) -> None:
-        """End a process that was lost, and put back the images that it had; the first was the one in hand."""
-        with suppress(_LostError):
-            self._take_in(decoder)
+    def _replace(self, decoder: _Decoder) -> None:
+        """End a lost process and queue its images again; the first one was being decoded and is blamed."""
+        with suppress(_ProcessLostError):
+            self._read_replies(decoder)
         self._decoders.remove(decoder)
-        jobs, account = decoder.end()
+        jobs, reason = decoder.end()
         if not decoder.is_ready:
             self._failed_starts += 1
         elif jobs:
-            self._blame(jobs.pop(0), account)
+            self._blame(jobs.pop(0), reason)
         self._put_back(*jobs)
-        if self._failed_starts >= STARTS:
-            raise StartupError(f"the processes that decode images do not come up: {account}")
+        if self._failed_starts >= _MAX_FAILED_STARTS:
+            raise StartupError(f"the decoding processes do not start: {reason}")
 
-    def _blame(self, job: _Job, account: str) -> None:
+    def _blame(self, job: _Job, reason: str) -> None:
         kills = self._kills[job.stamp] = self._kills.pop(job.stamp, 0) + 1
-        while len(self._kills) > POISON_KEPT:
+        while len(self._kills) > _POISON_KEPT:
             self._kills.pop(next(iter(self._kills)))
-        if kills < self._most_kills:
+        if kills < self._max_kills:
             self._put_back(job)
-            return
-        self._settle(job, Result("", None, Refusal.POISON, f"decoding it failed {kills} times: {account}"), 0.0)
+        else:
+            refusal = f"decoding it failed {kills} times: {reason}"
+            self._answer(job, DecodeResult("", None, Refusal.POISON, refusal), 0.0)
 
-    def _settle(self, job: _Job, result: Result, seconds: float) -> None:
-        """Answer for a file, if it still is the version that was asked for, and close it."""
+    def _answer(self, job: _Job, result: DecodeResult, seconds: float) -> None:
+        """Close a file and answer for it; a file that changed meanwhile is refused."""
         if not job.batch.is_wanted:
             return
         try:
@@ -491,9 +474,9 @@ class DecoderPool:
         job.batch.unanswered -= 1
         path, stamp = job.path, job.stamp
         if status.st_nlink == 0:
-            answer: Answer = ImageRefused(path, stamp, Refusal.VANISHED, "it was deleted while it was decoded")
+            answer: Answer = ImageRefused(path, stamp, Refusal.VANISHED, "it was deleted during decoding")
         elif not stamp_of(status).agrees_with(stamp):
-            answer = ImageRefused(path, stamp, Refusal.CHANGED, "it was written to while it was decoded")
+            answer = ImageRefused(path, stamp, Refusal.CHANGED, "it was written to during decoding")
         elif result.refusal is not None or result.pixels is None:
             answer = ImageRefused(path, stamp, result.refusal or Refusal.UNREADABLE, result.message)
         else:

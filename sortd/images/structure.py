@@ -1,9 +1,9 @@
-"""The structure of image files: whether one was written to its end, and a PNG without what its picture does not need.
+"""The structure of image files: detection of truncated files, and removal of the chunks that a PNG does not need.
 
-Some writers reserve a file in full and fill it bit by bit; a lost writer leaves zeros. libjpeg paints the rest grey,
-libwebp black, libde265 and dav1d make a picture of anything, libheif leaves out tiles that are not there, and none
-reports it. In uncompressed formats (BMP, most TIFF) zeros are black: nothing can be told. What stands behind the end of
-the picture (the film of a motion photo, a maker's trailer, padding) does not matter.
+Some programs reserve a file at its full size and fill it gradually; if they stop, zeros remain at its end. Decoders do
+not report it: libjpeg paints the rest grey, libwebp black, libde265 and dav1d return some picture, libheif leaves out
+missing tiles. In uncompressed formats (BMP, most TIFF) zeros are black pixels, so nothing is detected there. Data after
+the end of the picture (the film of a motion photo, a maker's trailer, padding) is ignored.
 """
 
 import io
@@ -12,59 +12,50 @@ import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-ZERO_TAIL_BYTES = 512
-"""So many zeros at the end of a file do not occur in compressed data."""
-_HOLLOW_BYTES = 64
-"""So many zeros at the end of the compressed data of one image do not occur, either."""
+_ZERO_TAIL_BYTES = 512  # compressed files do not end in so many zeros
+_ZERO_DATA_BYTES = 64  # nor does the compressed data of one image end in so many
 _BLOCK_BYTES = 1 << 15
-_JPEG_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
-"""A marker, after any fill bytes; not a byte of 255 among the data (255, 0), nor a restart."""
+_JPEG_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # after fill bytes; not an escaped 255, nor a restart marker
 _JPEG_EOI = 0xD9
 _WEBP_IMAGE_CHUNKS = frozenset({b"VP8 ", b"VP8L", b"ANMF"})
-_MACROBLOCK_PIXELS = 256
-"""A block of a lossy WebP that looks like those around it takes up to a byte of zeros."""
+_MACROBLOCK_PIXELS = 256  # a block of a lossy WebP that is like its neighbours takes up to one zero byte
 _BOX_HEAD_BYTES = 8
-_WIDE_VERSION = {b"infe": 3, b"iloc": 2}
-"""From this version of a box on the numbers of items have four bytes, before it two."""
-_MOST_META_BYTES = 1 << 22
-_MOST_PARTS = 100_000
+_WIDE_VERSION = {b"infe": 3, b"iloc": 2}  # from this version of a box on, item numbers have four bytes, before two
+_MAX_META_BYTES = 1 << 22
+_MAX_EXTENTS = 100_000
 _CODED_ITEMS = frozenset({b"hvc1", b"av01", b"avc1", b"vvc1", b"jpeg"})
 """Items of an ISO image file (ISO/IEC 23008-12) that hold compressed pixels: an image, a tile, an alpha channel."""
 _PNG_SIGNATURE_BYTES = 8
-_PNG_CHECKED = frozenset({b"tRNS", b"eXIf"})
-"""Chunks that change how the picture looks; dropped where their checksum is wrong."""
+_PNG_CHECKED = frozenset({b"tRNS", b"eXIf"})  # change how the picture looks; dropped if their checksum is wrong
 _PNG_TEXTS = frozenset({b"tEXt", b"zTXt", b"iTXt"})
-_PNG_ORIENTED = {b"Raw profile type exif", b"XML:com.adobe.xmp"}
-"""Keywords of the texts in which some writers say which side is up."""
-_PNG_TEXT_BYTES = 1_000_000
-"""A longer text, packed or unpacked, is dropped; Pillow's limit is a little higher."""
+_PNG_ORIENTED = {b"Raw profile type exif", b"XML:com.adobe.xmp"}  # keywords of texts that hold the orientation
+_PNG_TEXT_BYTES = 1_000_000  # longer texts, packed or unpacked, are dropped; Pillow's limit is a little higher
 
 
 def is_truncated(file: BinaryIO, format_name: str) -> bool:
     """Tell whether the end of a compressed image was never written; moves the file's position."""
     size = os.fstat(file.fileno()).st_size
     if format_name == "WEBP":
-        return _has_hollow_chunk(file, size)
+        return _lacks_chunk_data(file, size)
     if format_name in {"AVIF", "HEIF"}:
-        return _lacks_items(file, size)
+        return _lacks_item_data(file, size)
     if format_name not in _HAS_END:
         return False
-    file.seek(max(0, size - ZERO_TAIL_BYTES))
-    return not any(file.read(ZERO_TAIL_BYTES)) and not _HAS_END[format_name](file, size)
+    file.seek(max(0, size - _ZERO_TAIL_BYTES))
+    return not any(file.read(_ZERO_TAIL_BYTES)) and not _HAS_END[format_name](file, size)
 
 
-# ------------------------------------------------------------ JPEG, PNG, GIF: they have an end marker
+# ------------------------------------------------------------ JPEG, PNG, GIF: an end marker
 
 
 def _jpeg_has_end(file: BinaryIO, size: int) -> bool:
-    """Walk from marker to marker (ITU-T T.81, annex B): the end of a thumbnail lies inside of a segment."""
+    """Walk from marker to marker (ITU-T T.81, annex B), since thumbnails in segments have end markers, too."""
     at: int | None = 2
     while at is not None and (at := _next_marker(file, at)) is not None and at + 4 <= size + 2:
         file.seek(at)
@@ -76,7 +67,7 @@ def _jpeg_has_end(file: BinaryIO, size: int) -> bool:
 
 
 def _next_marker(file: BinaryIO, at: int) -> int | None:
-    """Return where the last byte of 255 of the next marker stands; None where there is no marker."""
+    """Return the offset of the last 255 byte of the next marker; None if there is none."""
     file.seek(at)
     block = b""
     while more := file.read(_BLOCK_BYTES):
@@ -130,11 +121,11 @@ _HAS_END: Mapping[str, Callable[[BinaryIO, int], bool]] = {
 }
 
 
-# ------------------------------------------------------------ WEBP: chunks have lengths
+# ------------------------------------------------------------ WEBP: chunks with lengths
 
 
-def _has_hollow_chunk(file: BinaryIO, size: int) -> bool:
-    """Tell whether a chunk of a RIFF file is missing, or one that holds the image ends in zeros."""
+def _lacks_chunk_data(file: BinaryIO, size: int) -> bool:
+    """Tell whether a chunk of a RIFF file is missing, or the data of an image chunk ends in zeros."""
     file.seek(4)
     whole = min(size, 8 + int.from_bytes(file.read(4), "little"))
     at = 12
@@ -144,25 +135,25 @@ def _has_hollow_chunk(file: BinaryIO, size: int) -> bool:
         kind, end = head[:4], at + 8 + int.from_bytes(head[4:], "little")
         if kind == bytes(4):
             return True
-        holds_image = kind in _WEBP_IMAGE_CHUNKS and end <= size
-        if holds_image and _is_hollow(file, at + 8, end, _most_zeros(kind, file.read(16))):
+        has_pixels = kind in _WEBP_IMAGE_CHUNKS and end <= size
+        if has_pixels and _ends_in_zeros(file, at + 8, end, _max_zeros(kind, file.read(16))):
             return True
         at = end + end % 2
     return False
 
 
-def _most_zeros(kind: bytes, head: bytes) -> int:
-    """Return how many zeros a WebP image may end in, where its lower part is all of one colour."""
+def _max_zeros(kind: bytes, head: bytes) -> int:
+    """Return how many zeros a complete WebP image may end in if its lower part has one colour."""
     if kind == b"VP8L":
-        return _HOLLOW_BYTES
+        return _ZERO_DATA_BYTES
     if kind == b"VP8 ":  # RFC 6386, 9.1
         width, height = (int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (6, 8))
     else:
         width, height = (1 + int.from_bytes(head[at : at + 3], "little") for at in (6, 9))
-    return max(_HOLLOW_BYTES, width * height // _MACROBLOCK_PIXELS)
+    return max(_ZERO_DATA_BYTES, width * height // _MACROBLOCK_PIXELS)
 
 
-def _is_hollow(file: BinaryIO, start: int, end: int, zeros: int = _HOLLOW_BYTES) -> bool:
+def _ends_in_zeros(file: BinaryIO, start: int, end: int, zeros: int = _ZERO_DATA_BYTES) -> bool:
     if end - start < zeros:
         return False
     file.seek(end - zeros)
@@ -172,15 +163,15 @@ def _is_hollow(file: BinaryIO, start: int, end: int, zeros: int = _HOLLOW_BYTES)
 # ------------------------------------------------------------ AVIF, HEIC: boxes (ISO/IEC 14496-12)
 
 
-def _lacks_items(file: BinaryIO, size: int) -> bool:
-    """Tell whether compressed pixels are missing or end in zeros; what is not understood is left to the decoder."""
-    meta = next((box for box in _boxes_of_file(file, size) if box[0] == b"meta"), None)
+def _lacks_item_data(file: BinaryIO, size: int) -> bool:
+    """Tell whether compressed pixels are missing or end in zeros; False for structures that are not understood."""
+    meta = next((box for box in _file_boxes(file, size) if box[0] == b"meta"), None)
     if meta is None:
         return False
     _, start, end = meta
     if end > size:
         return True
-    if end - start > _MOST_META_BYTES:
+    if end - start > _MAX_META_BYTES:
         return False
     file.seek(start)
     parts = dict(_boxes(file.read(end - start), 4))
@@ -189,10 +180,10 @@ def _lacks_items(file: BinaryIO, size: int) -> bool:
         extents = [extent for item, extent in _extents(parts.get(b"iloc", b"")) if item in coded]
     except (IndexError, ValueError):
         return False
-    return any(stop > size or _is_hollow(file, begin, stop) for begin, stop in extents)
+    return any(stop > size or _ends_in_zeros(file, begin, stop) for begin, stop in extents)
 
 
-def _boxes_of_file(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
+def _file_boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield kind, start of the content and end of each box of a file (ISO/IEC 14496-12, 4.2)."""
     at = 0
     while at + 8 <= size:
@@ -209,7 +200,7 @@ def _boxes_of_file(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]
 
 
 def _boxes(content: bytes, at: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield kind and content of each box within a box, from ``at`` on."""
+    """Yield kind and content of each box within a box, beginning at an offset."""
     while at + 8 <= len(content):
         length = int.from_bytes(content[at : at + 4], "big")
         if length < _BOX_HEAD_BYTES:
@@ -219,7 +210,7 @@ def _boxes(content: bytes, at: int) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _coded_items(information: bytes) -> set[int]:
-    """Return the numbers of the items that hold compressed pixels, by an ``iinf`` box."""
+    """Return the numbers of the items that hold compressed pixels, from an ``iinf`` box."""
     found = set()
     for kind, entry in _boxes(information, 8 if information[:1] == b"\1" else 6):
         if kind != b"infe" or entry[:1] not in {b"\2", b"\3"}:
@@ -231,13 +222,13 @@ def _coded_items(information: bytes) -> set[int]:
 
 
 def _extents(locations: bytes) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Yield each item's number with where in the file its parts begin and end, by an ``iloc`` box.
+    """Yield the number of each item with start and end of each of its parts in the file, from an ``iloc`` box.
 
     Raises:
-        IndexError: the box ends before that.
+        IndexError: the box is too short.
         ValueError: it has more parts than any image.
     """
-    at, parts_left = 0, _MOST_PARTS
+    at, parts_left = 0, _MAX_EXTENTS
 
     def read(length: int) -> int:
         nonlocal at
@@ -267,12 +258,11 @@ def _extents(locations: bytes) -> Iterator[tuple[int, tuple[int, int]]]:
                 yield item, (start, start + extent)
 
 
-# ------------------------------------------------------------ PNG without what its picture does not need
+# ------------------------------------------------------------ PNG: chunks
 
 
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """One chunk of a PNG; ``end`` is where the next one begins, which may be beyond the end of the file."""
+class _Chunk(NamedTuple):
+    """One chunk of a PNG; ``end``, where the next one begins, may be beyond the end of the file."""
 
     kind: bytes
     start: int
@@ -280,7 +270,7 @@ class _Chunk:
 
 
 def _png_chunks(file: BinaryIO, size: int) -> Iterator[_Chunk]:
-    """Yield the chunks of a PNG up to ``IEND``, or up to where there is no chunk any more; moves the position."""
+    """Yield the chunks of a PNG up to ``IEND`` or the first invalid one; moves the position."""
     at = _PNG_SIGNATURE_BYTES
     while at + 8 <= size:
         file.seek(at)
@@ -294,42 +284,42 @@ def _png_chunks(file: BinaryIO, size: int) -> Iterator[_Chunk]:
         at = chunk.end
 
 
-def png_picture(file: BinaryIO) -> BinaryIO:
-    """Return a PNG without the chunks that its picture does not need; what is not whole stays as it is.
+def strip_png(file: BinaryIO) -> BinaryIO:
+    """Return a PNG without the chunks that its picture does not need; incomplete chunks are kept.
 
-    Pillow refuses a whole PNG for one ancillary chunk: over a megabyte of compressed text, a wrong checksum, a broken
-    colour profile. A decoder is to drop such a chunk and go on (https://www.w3.org/TR/png-3/#13Error-handling).
+    Pillow refuses an intact PNG because of one ancillary chunk: over a megabyte of compressed text, a wrong checksum, a
+    broken colour profile. A decoder should ignore such chunks (https://www.w3.org/TR/png-3/#13Error-handling).
     """
     size = os.fstat(file.fileno()).st_size
-    parts, end, is_whole = [(0, _PNG_SIGNATURE_BYTES)], _PNG_SIGNATURE_BYTES, False
+    parts, end, has_end = [(0, _PNG_SIGNATURE_BYTES)], _PNG_SIGNATURE_BYTES, False
     for chunk in _png_chunks(file, size):
-        end, is_whole = chunk.end, chunk.kind == b"IEND"
+        end, has_end = chunk.end, chunk.kind == b"IEND"
         if chunk.end > size or _is_needed(file, chunk):
             parts.append((chunk.start, min(chunk.end, size)))
-    if end < size and not is_whole:
-        parts.append((end, size))  # no chunk: that is for the decoder to refuse
-    return io.BufferedReader(_Spliced(file, parts))
+    if end < size and not has_end:
+        parts.append((end, size))  # an invalid chunk, which the decoder refuses
+    return io.BufferedReader(_FileParts(file, parts))
 
 
 def _is_needed(file: BinaryIO, chunk: _Chunk) -> bool:
     if chunk.kind[:1].isupper():  # critical
         return True
     if chunk.kind in _PNG_CHECKED:
-        return _has_right_checksum(file, chunk)
+        return _has_valid_checksum(file, chunk)
     if chunk.kind not in _PNG_TEXTS or chunk.end - chunk.start > _PNG_TEXT_BYTES:
         return False
     file.seek(chunk.start + 8)
     keyword, _, rest = file.read(chunk.end - chunk.start - 12).partition(b"\0")
-    return keyword in _PNG_ORIENTED and _has_right_checksum(file, chunk) and _unpacks_to_little(chunk.kind, rest)
+    return keyword in _PNG_ORIENTED and _has_valid_checksum(file, chunk) and _is_short_unpacked(chunk.kind, rest)
 
 
-def _has_right_checksum(file: BinaryIO, chunk: _Chunk) -> bool:
+def _has_valid_checksum(file: BinaryIO, chunk: _Chunk) -> bool:
     file.seek(chunk.start + 4)
     checksum = zlib.crc32(file.read(chunk.end - chunk.start - 8))
     return file.read(4) == checksum.to_bytes(4, "big")
 
 
-def _unpacks_to_little(kind: bytes, text: bytes) -> bool:
+def _is_short_unpacked(kind: bytes, text: bytes) -> bool:
     """Tell whether a text unpacks to no more than Pillow allows (https://www.w3.org/TR/png-3/#11textinfo)."""
     if kind == b"zTXt":
         packed = text[1:]
@@ -345,12 +335,12 @@ def _unpacks_to_little(kind: bytes, text: bytes) -> bool:
     return not unpacker.unconsumed_tail
 
 
-class _Spliced(io.RawIOBase):
-    """Parts of a file, one behind the other, as a file of its own."""
+class _FileParts(io.RawIOBase):
+    """Parts of a file, concatenated, as a file."""
 
     def __init__(self, file: BinaryIO, parts: Sequence[tuple[int, int]]) -> None:
         self._file, self._at, self._size = file, 0, 0
-        self._parts: list[tuple[int, int, int]] = []  # where it begins here, and from where to where it stands there
+        self._parts: list[tuple[int, int, int]] = []  # start here, start and end in the file
         for start, end in parts:
             self._parts.append((self._size, start, end))
             self._size += end - start

@@ -1,4 +1,4 @@
-"""The network of a fine-tuned model: pixels to logits, for any image classifier of transformers and for CLIP towers."""
+"""The network of a fine-tuned model: an image classifier of transformers, or the vision tower of a dual encoder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,41 +7,40 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sortd.arrays import FloatArray, Pixels
-from sortd.encoder.models import first_line
-from sortd.encoder.preprocessing import normalisation
-from sortd.errors import ModelError
-from sortd.files import sha256_of
-from sortd.finetuned import (
+from sortd.encoder.finetuned import (
     CONFIG_FILE,
     FACTS_FILE,
-    MEND,
     PROCESSOR_FILE,
+    REPAIR_ADVICE,
     WEIGHTS_FILE,
     FinetunedFacts,
     json_object,
     read_facts,
 )
+from sortd.encoder.models import first_line
+from sortd.encoder.preprocessing import normalisation
+from sortd.errors import ModelError
+from sortd.files import sha256_of
 
 if TYPE_CHECKING:
     import torch
 
-
 TOWER = "sortd-tower"
-"""``model_type`` of a vision tower of a dual encoder with a linear head, for which transformers has no class."""
+"""``model_type`` of a vision tower with a linear head, for which transformers has no class."""
 MAP = "map"
-"""In ``features`` of such a configuration: the mean of the last convolutional map is concatenated to the embedding. It
-holds textures and colours that the embedding, which was aligned with texts, does not."""
+"""Item of ``features``: the mean of the last convolutional map is appended to the embedding. It contains textures and
+colours that the embedding, which was aligned with texts, lacks."""
 SHORTEST = 1e-6
-"""Smallest norm by which embeddings are divided."""
+"""Least norm by which embeddings are divided."""
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
-"""What torch and transformers raise on a folder that is damaged or does not agree with itself."""
+"""Errors of torch and transformers for a damaged or inconsistent folder."""
 
 
 class Network:
-    """A module on a device, with the normalisation of its pixels."""
+    """A module on a device, with the normalisation of pixels."""
 
     def __init__(self, module: "torch.nn.Module", processor: Mapping[str, Any], device: "torch.device") -> None:
-        """Take over a module that answers ``module(pixel_values=...)`` with logits."""
+        """Move a module, whose ``module(pixel_values=...)`` returns logits, to the device."""
         import torch
 
         self.module = module.to(device).eval()
@@ -54,14 +53,14 @@ class Network:
         return int(head_of(self.module).out_features)
 
     def values(self, pixels: "torch.Tensor") -> "torch.Tensor":
-        """Return normalised float32 (B, 3, H, W) of uint8 or float (B, 3, H, W), on the network's device."""
+        """Return normalised float32 pixels (B, 3, H, W) on the device."""
         import torch
 
         planes = pixels.to(self.device).to(torch.float32, memory_format=torch.channels_last)  # faster convolutions
         return planes * self._scale - self._shift
 
     def logits(self, pixels: Pixels) -> FloatArray:
-        """Return float32 (B, classes) of uint8 (B, H, W, 3)."""
+        """Return float32 logits (B, C) of uint8 pixels (B, H, W, 3)."""
         import torch
 
         if not len(pixels):
@@ -73,20 +72,20 @@ class Network:
 
 
 class FinetunedModel:
-    """A loaded fine-tuned network. One thread at a time."""
+    """A loaded fine-tuned network; not thread-safe."""
 
     def __init__(self, facts: FinetunedFacts, network: Network) -> None:
-        """Take over a network whose weights are those of the facts."""
+        """Keep the network and its facts."""
         self.facts = facts
         self.preprocessing = facts.preprocessing
         self._network = network
 
     def logits(self, pixels: Pixels) -> FloatArray:
-        """Return uncalibrated logits, float32 (B, classes), of RGB pixels uint8 (B, H, W, 3).
+        """Return uncalibrated logits, float32 (B, C), of RGB pixels uint8 (B, H, W, 3).
 
         Raises:
-            ValueError: the pixels are not of the size that ``preprocessing`` names.
-            ModelError: a logit is no number.
+            ValueError: the pixels do not have the size of ``preprocessing``.
+            ModelError: a logit is not finite.
         """
         height, width = self.preprocessing.crop_height, self.preprocessing.crop_width
         if pixels.dtype != np.uint8 or pixels.shape[1:] != (height, width, 3):
@@ -94,30 +93,27 @@ class FinetunedModel:
         answer = self._network.logits(pixels)
         if not bool(np.isfinite(answer).all()):
             raise ModelError(
-                f"the fine-tuned model in {self.facts.folder} answers with no number: the device may be in a bad "
-                "state; start again with `device: cpu`, and if that does not help, run `sortd finetune` anew"
+                f"the fine-tuned model in {self.facts.folder} returned logits that are not finite; restart with "
+                "`device: cpu`, and if that does not help, run `sortd finetune` again"
             )
         return answer
 
 
 def load_finetuned(folder: Path, *, device: str = "auto", threads: int | None = None) -> FinetunedModel:
-    """Load a fine-tuned model from its folder: safetensors only, no code of the folder's own, no network access.
+    """Load a fine-tuned model from its result folder, without code from the folder and without network access.
 
-    Args:
-        folder: as ``sortd finetune`` wrote it.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-        threads: threads of a forward pass; None or 0 leaves it to torch.
+    ``threads`` are those of a forward pass; None or 0: torch's default.
 
     Raises:
-        ModelError: see ``read_facts``; or the weights are not those that were written, or do not load.
+        ModelError: the folder is invalid (see ``read_facts``), or the weights were changed or cannot be loaded.
     """
     facts = read_facts(folder)
     wanted = json_object(folder / FACTS_FILE)["weights"]["sha256"]
     try:
         if sha256_of(folder / WEIGHTS_FILE) != wanted:
-            raise ModelError(f"{folder / WEIGHTS_FILE} is not what was written (its sha256 differs): {MEND}")
+            raise ModelError(f"{folder / WEIGHTS_FILE} was changed (its sha256 differs): {REPAIR_ADVICE}")
     except OSError as error:
-        raise ModelError(f"{folder / WEIGHTS_FILE} cannot be read: {error.strerror}; look at its disk") from error
+        raise ModelError(f"{folder / WEIGHTS_FILE} cannot be read: {error.strerror}; check its disk") from error
     import torch
 
     if threads:
@@ -128,20 +124,17 @@ def load_finetuned(folder: Path, *, device: str = "auto", threads: int | None = 
     network = Network(module, json_object(folder / PROCESSOR_FILE), torch_device(device))
     if network.classes != len(facts.labels):
         raise ModelError(
-            f"the network in {folder} has {network.classes} classes and {FACTS_FILE} names {len(facts.labels)}: {MEND}"
+            f"the network in {folder} has {network.classes} classes and {FACTS_FILE} names "
+            f"{len(facts.labels)}: {REPAIR_ADVICE}"
         )
     model = FinetunedModel(facts, network)
     shape = (1, model.preprocessing.crop_height, model.preprocessing.crop_width, 3)
-    model.logits(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))  # it fails here, if at all
+    model.logits(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))  # fail early
     return model
 
 
 def build_tower(config: Mapping[str, Any]) -> "torch.nn.Module":
-    """Return a vision tower with a projection and a linear head over unit embeddings, with random weights.
-
-    Args:
-        config: ``vision_config``, ``projection_dim``, ``features`` and ``id2label``, as in the folder's config.json.
-    """
+    """Return the vision tower of a config.json with a linear head over unit embeddings, with random weights."""
     import torch
     from torch import nn
     from transformers import AutoConfig, AutoModel
@@ -153,7 +146,7 @@ def build_tower(config: Mapping[str, Any]) -> "torch.nn.Module":
     map_width = int(vision_config.backbone_config.hidden_sizes[-1]) if uses_map else 0
 
     class Tower(nn.Module):
-        """``get_image_features`` of the dual encoder, normalised, the last map too if wanted, and a linear layer."""
+        """Normalised image features of the dual encoder, optionally the last map, and a linear layer."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -180,10 +173,10 @@ def build_tower(config: Mapping[str, Any]) -> "torch.nn.Module":
 
 
 def build_image_classifier(folder: Path) -> "torch.nn.Module":
-    """Return the image classifier that a folder's config.json describes, with random weights.
+    """Return the image classifier of a folder's config.json, with random weights.
 
     Raises:
-        ModelError: transformers does not know it.
+        ModelError: transformers does not support it.
     """
     from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -192,16 +185,16 @@ def build_image_classifier(folder: Path) -> "torch.nn.Module":
         module: torch.nn.Module = AutoModelForImageClassification.from_config(config)
     except LOADING_ERRORS as error:
         raise ModelError(
-            f"{folder / CONFIG_FILE} describes no image classifier that this transformers knows: {first_line(error)}"
+            f"{folder / CONFIG_FILE} is no image classifier of the installed transformers: {first_line(error)}"
         ) from error
     return module
 
 
 def load_weights(module: "torch.nn.Module", file: Path) -> None:
-    """Load every weight of a safetensors file into a module that has exactly these.
+    """Load a safetensors file into a module.
 
     Raises:
-        ModelError: the file is damaged, or lacks weights or has others.
+        ModelError: the file is damaged, or its weights are not exactly those of the module.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -209,33 +202,24 @@ def load_weights(module: "torch.nn.Module", file: Path) -> None:
     try:
         module.load_state_dict(load_file(file), strict=True)
     except (*LOADING_ERRORS, SafetensorError) as error:
-        raise ModelError(f"{file} does not load: {first_line(error)}; {MEND}") from error
+        raise ModelError(f"{file} cannot be loaded: {first_line(error)}; {REPAIR_ADVICE}") from error
 
 
 def head_of(module: "torch.nn.Module") -> "torch.nn.Linear":
-    """Return the linear layer that gives the logits: the last one of ``classifier``.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """Return the last linear layer of ``classifier``, which computes the logits; raise ModelError if there is none."""
     from torch import nn
 
     classifier = getattr(module, "classifier", None)
     linear = [one for one in classifier.modules() if isinstance(one, nn.Linear)] if classifier is not None else []
     if not linear:
         raise ModelError(
-            f"a {type(module).__name__} ends in no linear layer named `classifier`, which fine-tuning needs; choose "
-            "another base"
+            f"{type(module).__name__} has no linear layer `classifier`, which fine-tuning needs; choose another base"
         )
     return linear[-1]
 
 
 def torch_device(device: str) -> "torch.device":
-    """Return the device that a configuration means.
-
-    Raises:
-        ModelError: it cannot be used here.
-    """
+    """Return the device of the setting ``device``; raise ModelError if it cannot be used on this machine."""
     import torch
 
     if device == "auto":

@@ -1,4 +1,4 @@
-"""The pages that ``explain`` and ``eval`` write, each one file with its pictures inside."""
+"""The HTML pages of ``explain`` and ``eval``, with embedded pictures."""
 
 import math
 import os
@@ -9,42 +9,37 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from sortd import __version__
 from sortd.classify.prompts import written_name
-from sortd.classify.types import PROBABLE
+from sortd.classify.types import PROBABILISTIC
 from sortd.commands.console import format_time, printable
 from sortd.errors import DestinationError
 from sortd.files import write_atomic
 from sortd.images.decode import thumbnail
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parents[1] / "templates"
 CLASSES_AT_MOST = 40
-"""A page lists so many classes of one decision: the others are next to impossible anyway."""
-
+"""Largest number of classes on the page of one decision."""
 LARGE_SIDE_PIXELS = 400
-
 MATRIX_CLASSES = 30
-"""A larger matrix cannot be read; those with the most mistakes are shown."""
-
+"""Largest size of the confusion matrix; the classes with the most errors are shown."""
 SUSPECTS_SHOWN = 24
-
 _SUSPECTS = {
-    "mislabelled": ("They look like another class", "looks like"),
-    "duplicate": ("Nearly the same picture in two classes", "is also in"),
-    "outlier": ("They are unlike the rest of their class", ""),
+    "mislabelled": ("Probably mislabelled", "resembles"),
+    "duplicate": ("Near-duplicates in two classes", "is also in"),
+    "outlier": ("Outliers of their class", ""),
 }
 NOW_BELOW, NOW_ABOVE = 20.0, 12.0
-"""How far below its point the word "now" stands, or above it where the numbers of the axis are below."""
-
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 620.0, 20.0, 270.0  # of the curve, in units of its drawing
-
+"""Distance of the label "now" below its point, or above it near the axis."""
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 620.0, 20.0, 270.0  # of the curve, in SVG units
 Picture = Callable[[str], str | None]
-"""Makes a ``data:`` address of the image at a path, None where it cannot be shown."""
+"""Returns a ``data:`` URL of the image at a path, or None if it cannot be read."""
 
 
 def explain_page(facts: Mapping[str, Any], *, now: datetime, picture: Picture = thumbnail) -> str:
-    """Return the page of one explanation, see ``explain.Explained.facts``."""
+    """Return the page of one explanation, from ``ImageExplanation.facts``."""
     scores = facts["scores"][:CLASSES_AT_MOST]
     return render(
         "explain.html",
@@ -53,7 +48,7 @@ def explain_page(facts: Mapping[str, Any], *, now: datetime, picture: Picture = 
         name=_file_name(facts["path"]),
         path=printable(facts["path"]),
         image=thumbnail(facts["path"], side_pixels=LARGE_SIDE_PIXELS),
-        unit="probability" if facts["mode"] in PROBABLE else "cosine",
+        unit="probability" if facts["mode"] in PROBABILISTIC else "cosine",
         scores=[{**one, "label": _shown(one["label"]), "width": width} for one, width in _widths(scores)],
         hidden=len(facts["scores"]) - len(scores),
         neighbours=[
@@ -74,35 +69,31 @@ def explain_page(facts: Mapping[str, Any], *, now: datetime, picture: Picture = 
     )
 
 
-def see_that_a_page_fits(file: Path) -> None:
-    """Refuse a place that no page can be written to, before the long work that the page is about.
+def check_page_path(file: Path) -> None:
+    """Check that a page can be written to this path.
 
     Raises:
-        DestinationError: it is a folder, or its folder is missing or may not be written to.
+        DestinationError: it is a folder, or its folder is missing or not writable.
     """
     folder = file.absolute().parent
     if file.is_dir():
-        raise DestinationError(f"{file} is a folder; name a file with --html")
+        raise DestinationError(f"{file} is a folder; give a file with --html")
     if not folder.is_dir():
-        raise DestinationError(f"{folder} is no folder; make it, or name another place with --html")
+        raise DestinationError(f"{folder} is not a folder; create it, or give another path with --html")
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
-        raise DestinationError(f"{folder} may not be written to; name another place with --html")
+        raise DestinationError(f"{folder} is not writable; give another path with --html")
 
 
 def write_page(file: Path, page: str) -> None:
-    """Write a page beside and rename it, so that a browser never loads half.
-
-    Raises:
-        DestinationError: it cannot be written there.
-    """
+    """Write a page atomically; raise DestinationError if it cannot be written."""
     try:
         write_atomic(file, page.encode(), durable=False)
     except OSError as error:
-        raise DestinationError(f"{file} cannot be written: {error.strerror}; name another place with --html") from error
+        raise DestinationError(f"{file} cannot be written: {error.strerror}; give another path with --html") from error
 
 
 def render(template: str, now: datetime, **values: Any) -> str:  # noqa: ANN401 -- whatever the template shows
-    """Return a template filled in; every value is escaped, and one that is missing is an error."""
+    """Return a rendered template with escaped values; a missing value is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -115,7 +106,7 @@ def render(template: str, now: datetime, **values: Any) -> str:  # noqa: ANN401 
 
 
 def _shown(label: str | None) -> str:
-    """Return a class's name as a page can show it (HTML makes one blank of many); nothing of None."""
+    """Return the name of a class for a page; empty for None."""
     return "" if label is None else printable(written_name(label))
 
 
@@ -124,13 +115,13 @@ def _file_name(path: str) -> str:
 
 
 def _widths(scores: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
-    """Return each score with the length of its bar in percent of the largest; negative cosines have none."""
+    """Return each score with the length of its bar in per cent of the largest score."""
     largest = max((one["score"] for one in scores), default=0.0)
     return [(one, round(100 * max(one["score"], 0.0) / largest, 1) if largest > 0 else 0.0) for one in scores]
 
 
 def evaluation_page(examined: Mapping[str, Mapping[str, Any]], *, now: datetime, picture: Picture = thumbnail) -> str:
-    """Return the page for datasets by name, see ``examination.Examined.facts``."""
+    """Return the page of several datasets, from ``DatasetEvaluation.facts`` by name."""
     return render(
         "evaluation.html",
         now,
@@ -140,7 +131,7 @@ def evaluation_page(examined: Mapping[str, Mapping[str, Any]], *, now: datetime,
 
 
 def evaluation_sentences(facts: Mapping[str, Any]) -> list[str]:
-    """Return in sentences what decides and what to do."""
+    """Return the classifier in use and the advice in sentences."""
     said = [_classifier_sentence(facts["serving"])]
     said += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in facts["advice"]["sentences"]]
     needy = [one for one in facts["class_reports"] if one["needs_images"]]
@@ -150,19 +141,18 @@ def evaluation_sentences(facts: Mapping[str, Any]) -> list[str]:
         said.append(f"Add images to {len(needy)} of {facts['classes']} classes ({named}{more}).")
     if facts["is_labelled_enough"] is not None:
         half, whole = facts["half_accuracy"], facts["whole_accuracy"]
-        verdict = "more of the same would help little" if facts["is_labelled_enough"] else "more images would help"
-        figures = f"With half of the references {half:.1%} are right, with all {whole:.1%}"
-        said.append(f"Labelled enough? {figures}: {verdict}.")
+        verdict = "more references would help little" if facts["is_labelled_enough"] else "more references would help"
+        said.append(f"Accuracy with half of the references {half:.1%}, with all {whole:.1%}: {verdict}.")
     return said
 
 
 def _classifier_sentence(serving: Mapping[str, Any]) -> str:
     if serving["deciding"] == "finetuned":
-        rest = "what follows is about the prototypes beside it, and `sortd models` compares them"
-        return f"A fine-tuned model decides ({serving['model_id']}); {rest}."
+        rest = "this evaluation is of the prototypes; `sortd models` compares the two"
+        return f"Classifier in use: fine-tuned model {serving['model_id']}; {rest}."
     if serving["refusal"] is not None:
-        return f"The prototypes decide, since the fine-tuned model does not serve: {printable(serving['refusal'])}."
-    return "The prototypes decide."
+        return f"Classifier in use: prototypes; fine-tuned model refused: {printable(serving['refusal'])}."
+    return "Classifier in use: prototypes."
 
 
 def _dataset(name: str, facts: Mapping[str, Any], picture: Picture) -> dict[str, Any]:
@@ -187,7 +177,7 @@ def _dataset(name: str, facts: Mapping[str, Any], picture: Picture) -> dict[str,
 
 
 def _curve(points: Sequence[Sequence[float]], calibration: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the drawing of precision against the share filed, and where the settings in force stand on it."""
+    """Return the plot of precision against the filed share, with the point of the current settings."""
     if len(points) < 2:  # noqa: PLR2004 -- a line has two ends
         return None
     lowest = min(precision for _, _, precision in points)
@@ -214,22 +204,18 @@ def _curve(points: Sequence[Sequence[float]], calibration: Mapping[str, Any]) ->
 
 
 def _precision_at(filed: float, points: Sequence[Sequence[float]]) -> float:
-    """Return the precision that the curve has where so large a share is filed; straight between its points."""
-    ends = sorted((share, precision) for _, share, precision in points)
-    after = next((at for at, (share, _) in enumerate(ends) if share >= filed), len(ends) - 1)
-    if after == 0 or ends[after][0] <= filed:
-        return ends[after][1]
-    (left, low), (right, high) = ends[after - 1], ends[after]
-    return low + (high - low) * (filed - left) / (right - left)
+    """Return the precision of the curve at this filed share, by linear interpolation."""
+    shares, precisions = zip(*sorted((share, precision) for _, share, precision in points), strict=True)
+    return float(np.interp(filed, shares, precisions))
 
 
 def _matrix(confusion: Sequence[Sequence[Any]]) -> dict[str, Any] | None:
-    """Return the confusion matrix, of the classes with the most mistakes where there are many."""
-    counts: dict[tuple[str, str], int] = {(own, taken): number for own, taken, number in confusion}
+    """Return the confusion matrix of the classes with the most errors."""
+    counts: dict[tuple[str, str], int] = {(own, decided): number for own, decided, number in confusion}
     mistakes: dict[str, int] = defaultdict(int)
-    for (own, taken), number in counts.items():
-        mistakes[own] += number * (own != taken)
-        mistakes[taken] += number * (own != taken)
+    for (own, decided), number in counts.items():
+        mistakes[own] += number * (own != decided)
+        mistakes[decided] += number * (own != decided)
     if not mistakes:
         return None
     chosen = sorted(sorted(mistakes, key=lambda label: -mistakes[label])[:MATRIX_CLASSES])
@@ -238,19 +224,19 @@ def _matrix(confusion: Sequence[Sequence[Any]]) -> dict[str, Any] | None:
         whole = sum(number for (row, _), number in counts.items() if row == own)
         cells = [
             {
-                "label": _shown(taken),
-                "number": counts.get((own, taken), 0),
-                "is_right": own == taken,
-                "strength": _strength(counts.get((own, taken), 0) / max(whole, 1)),
+                "label": _shown(decided),
+                "number": counts.get((own, decided), 0),
+                "is_right": own == decided,
+                "strength": _strength(counts.get((own, decided), 0) / max(whole, 1)),
             }
-            for taken in chosen
+            for decided in chosen
         ]
         rows.append({"label": _shown(own), "cells": cells})
     return {"labels": [_shown(label) for label in chosen], "rows": rows, "hidden": len(mistakes) - len(chosen)}
 
 
 def _strength(share: float) -> float:
-    """Return how opaque a cell is: a single mistake among many must be seen, and the number on it be read."""
+    """Return the opacity of a cell; single errors are visible, and numbers stay readable."""
     return round(0.12 + 0.5 * share, 3) if share else 0.0
 
 

@@ -1,8 +1,4 @@
-"""Fine-tuned models on the disk: what a folder says of its model, and which model is promoted in a dataset.
-
-``sortd finetune`` writes the folders. Facts are read without torch. A promotion is a small file in the dataset's state
-folder; without it the prototypes decide.
-"""
+"""Fine-tuned models on disk: the facts of a result folder, and the promotion of a model; imports no torch."""
 
 import hashlib
 import json
@@ -27,46 +23,37 @@ PROCESSOR_FILE = "preprocessor_config.json"
 WEIGHTS_FILE = "model.safetensors"
 METRICS_FILE = "metrics.json"
 FORMAT = 1
-"""Raised when older folders would be read wrongly."""
+"""Version of the file format."""
 
 PROMOTION_FILE = "classifier.json"
 RESULTS_FOLDER = "finetuned"
 UNFINISHED = ".unfinished"
-"""Suffix of the folder that a training works in."""
+"""Suffix of the work folder of a training."""
 
-MEND = "copy the folder again, whole, or run `sortd finetune` anew"
+REPAIR_ADVICE = "copy the complete folder again, or run `sortd finetune` again"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FinetunedFacts:
-    """What a folder says of its model."""
+    """The facts of a result folder."""
 
     folder: Path
     dataset: str
-    labels: tuple[str, ...]
-    """The class of each logit."""
-    temperature: float
-    """See ``calibrated``."""
+    labels: tuple[str, ...]  # the class of each logit
+    temperature: float  # see ``calibrated``
     base: str
-    model_id: str
-    """Identity of weights, configuration, labels, preprocessing and temperature."""
+    model_id: str  # identity of weights, configuration, labels, preprocessing and temperature
     preprocessing: Preprocessing
-    decoding: str
-    """``draft`` or ``full``: how JPEGs were decoded for the training."""
-    created: str
-    """ISO 8601, UTC."""
-    confidence: Array
-    """float64 (H,): calibrated top probability of the held-out images."""
-    is_right: BoolArray
-    """(H,): whether the top class was the right one."""
-    classes: IntArray
-    """int64 (H,): the right classes, indices of ``labels``."""
-    metrics: Mapping[str, Any]
-    """The content of ``metrics.json``."""
+    decoding: str  # ``draft`` or ``full``: how JPEGs were decoded for the training
+    created: str  # ISO 8601, UTC
+    confidence: Array  # float64 (H,): calibrated top probability of the held-out images
+    is_right: BoolArray  # (H,): whether the top class is correct
+    classes: IntArray  # int64 (H,): the correct classes
+    metrics: Mapping[str, Any]  # the content of ``metrics.json``
 
     @property
     def verdict(self) -> str:
-        """``weaker``, ``level`` or ``stronger`` than the best mode of the prototypes."""
+        """Comparison with the best mode of the prototypes: ``weaker``, ``level`` or ``stronger``."""
         return str(self.metrics["comparison"]["verdict"])
 
 
@@ -75,25 +62,18 @@ def calibrated(logits: FloatArray, temperature: float) -> Array:
     return np.exp(log_softmax(logits.astype(np.float64) / temperature))
 
 
-# ---------------------------------------------------------------- the folder
-
-
 def read_facts(folder: Path) -> FinetunedFacts:
-    """Read and check a fine-tuned model's folder, without torch and without reading the weights.
-
-    Raises:
-        ModelError: it is missing, incomplete or damaged.
-    """
+    """Read and check a result folder without its weights; raise ModelError if it is missing, incomplete or damaged."""
     if not folder.is_dir():
         raise ModelError(
-            f"there is no fine-tuned model in {folder}; run `sortd finetune`, or `sortd models demote` to decide by "
-            "the prototypes"
+            f"there is no fine-tuned model in {folder}; run `sortd finetune`, or `sortd models demote` to use the "
+            "prototypes"
         )
     said = json_object(folder / FACTS_FILE)
     if said.get("format") != FORMAT:
         raise ModelError(
-            f"{folder / FACTS_FILE} is of format {said.get('format')!r}, and this sortd reads {FORMAT}: run "
-            "`sortd finetune` anew"
+            f"{folder / FACTS_FILE} has format {said.get('format')!r}, but this sortd reads {FORMAT}: run "
+            "`sortd finetune` again"
         )
     try:
         held_out = said["held_out"]
@@ -114,17 +94,12 @@ def read_facts(folder: Path) -> FinetunedFacts:
         )
         _check(facts, int(said["weights"]["bytes"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{folder / FACTS_FILE} is damaged ({error}): {MEND}") from error
+        raise ModelError(f"{folder / FACTS_FILE} is damaged ({error}): {REPAIR_ADVICE}") from error
     return facts
 
 
 def _check(facts: FinetunedFacts, weights_bytes: int) -> None:
-    """Check facts against themselves and the other files.
-
-    Raises:
-        ValueError: they do not agree.
-        ModelError: a file is missing or of another size.
-    """
+    """Raise ValueError if facts are inconsistent, and ModelError if the weights are missing or have a wrong size."""
     labels, held = facts.labels, len(facts.confidence)
     if len(labels) < 2 or len(set(labels)) != len(labels):  # noqa: PLR2004 - a choice needs two
         raise ValueError("labels are not two or more different names")
@@ -133,9 +108,9 @@ def _check(facts: FinetunedFacts, weights_bytes: int) -> None:
     if facts.is_right.shape != (held,) or facts.classes.shape != (held,):
         raise ValueError("held_out has columns of different lengths")
     if held and not (facts.confidence.min() >= 0 and facts.confidence.max() <= 1 + 1e-9):
-        raise ValueError("a confidence is no probability")
+        raise ValueError("a confidence is not a probability")
     if held and not (facts.classes.min() >= 0 and facts.classes.max() < len(labels)):
-        raise ValueError("a held-out image is of no class")
+        raise ValueError("a held-out image has an unknown class")
     if facts.verdict not in {"weaker", "level", "stronger"}:
         raise ValueError(f"the verdict is {facts.verdict!r}")
     named = json_object(facts.folder / CONFIG_FILE).get("id2label", {})
@@ -145,11 +120,11 @@ def _check(facts: FinetunedFacts, weights_bytes: int) -> None:
     size = weights.stat().st_size if weights.is_file() else None
     if size != weights_bytes:
         state = "is missing" if size is None else f"has {size:,} bytes instead of {weights_bytes:,}"
-        raise ModelError(f"{weights} {state}: {MEND}")
+        raise ModelError(f"{weights} {state}: {REPAIR_ADVICE}")
 
 
 def facts_json(facts: FinetunedFacts) -> str:
-    """Return the content of ``sortd.json``; weights, configuration and processor must be in the folder already."""
+    """Return the content of ``sortd.json``; all other files must exist."""
     weights = facts.folder / WEIGHTS_FILE
     plain = ("dataset", "labels", "temperature", "base", "created", "decoding")
     said = {
@@ -167,13 +142,13 @@ def facts_json(facts: FinetunedFacts) -> str:
 
 
 def preprocessing_from(said: Mapping[str, Any]) -> Preprocessing:
-    """Return a preprocessing from its fields as JSON holds them."""
+    """Return a preprocessing from its fields in JSON."""
     numbers = {key: int(value) for key, value in said.items() if key != "fit"}
     return Preprocessing(**numbers, fit=Fit(said["fit"]))
 
 
 def _model_id(folder: Path, said: Mapping[str, Any]) -> str:
-    """Return the identity of a model by content; of the weights the recorded hash is used."""
+    """Return a hash of everything that affects decisions, with the recorded hash of the weights."""
     decisive = [said[key] for key in ("labels", "temperature", "preprocessing", "decoding")]
     whole = hashlib.sha256(json.dumps([decisive, said["weights"]["sha256"]]).encode())
     for name in (CONFIG_FILE, PROCESSOR_FILE):
@@ -182,17 +157,17 @@ def _model_id(folder: Path, said: Mapping[str, Any]) -> str:
 
 
 def json_object(path: Path) -> Mapping[str, Any]:
-    """Return the JSON object of one of a folder's files.
+    """Return the JSON object in a file of a result folder.
 
     Raises:
-        ModelError: the file is missing, cannot be read or is damaged.
+        ModelError: the file is missing, unreadable or damaged.
     """
     try:
         loaded = json.loads(_bytes(path))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is damaged ({error}): {MEND}") from error
+        raise ModelError(f"{path} is damaged ({error}): {REPAIR_ADVICE}") from error
     if not isinstance(loaded, dict):
-        raise ModelError(f"{path} is no JSON object: {MEND}")
+        raise ModelError(f"{path} is not a JSON object: {REPAIR_ADVICE}")
     return loaded
 
 
@@ -201,31 +176,26 @@ def _bytes(path: Path) -> bytes:
         return read_regular(path, follow=True)
     except FileNotFoundError as error:
         where = f"the fine-tuned model in {path.parent}"
-        raise ModelError(f"{where} is incomplete, {path.name} is missing: {MEND}") from error
+        raise ModelError(f"{where} is incomplete, {path.name} is missing: {REPAIR_ADVICE}") from error
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}; look at its disk and rights") from error
-
-
-# ---------------------------------------------------------------- the promotion
+        raise ModelError(f"{path} cannot be read: {error.strerror}; check its permissions and its disk") from error
 
 
 @dataclass(frozen=True, slots=True)
 class Promotion:
-    """Which model was promoted in a dataset."""
+    """The promoted model of a dataset."""
 
     folder: Path
-    model_id: str
-    """Identity of the model that was promoted; another model in the same folder is not promoted."""
+    model_id: str  # identity of the model that was promoted; another model in the same folder is not promoted
     verdict: str
-    promoted_at: float
-    """Seconds since the epoch."""
+    promoted_at: float  # seconds since the epoch
 
 
 def read_promotion(state_folder: Path) -> Promotion | None:
-    """Return the promotion that a dataset's state folder holds, or None.
+    """Return the promotion in the state folder of a dataset, or None.
 
     Raises:
-        ModelError: the file cannot be read, or is damaged.
+        ModelError: the file is unreadable or damaged.
     """
     file = state_folder / PROMOTION_FILE
     try:
@@ -235,19 +205,15 @@ def read_promotion(state_folder: Path) -> Promotion | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}; ask as the user that sortd runs as") from error
+        raise ModelError(f"{file} cannot be read: {error.strerror}; run this as the user of sortd") from error
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ModelError(
-            f"{file} is damaged ({error}): promote the model again, or take it back with `sortd models demote`"
+            f"{file} is damaged ({error}): promote the model again, or run `sortd models demote`"
         ) from error
 
 
 def write_promotion(state_folder: Path, promotion: Promotion) -> None:
-    """Replace the promotion, atomically and durably.
-
-    Raises:
-        DestinationError: the state folder cannot be written; the last promotion stands.
-    """
+    """Replace the promotion atomically; raise DestinationError if the state folder cannot be written."""
     file = state_folder / PROMOTION_FILE
     said = asdict(promotion) | {"folder": str(promotion.folder), "promoted_at": round(promotion.promoted_at, 3)}
     text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
@@ -256,16 +222,12 @@ def write_promotion(state_folder: Path, promotion: Promotion) -> None:
         write_atomic(file, text.encode("utf-8", "backslashreplace"))  # a lone surrogate is escaped
     except OSError as error:
         raise DestinationError(
-            f"{file} cannot be written: {error.strerror}; make room, or promote as the user that sortd runs as"
+            f"{file} cannot be written: {error.strerror}; free space, or run this as the user of sortd"
         ) from error
 
 
 def remove_promotion(state_folder: Path) -> bool:
-    """Remove the promotion; return whether there was one.
-
-    Raises:
-        DestinationError: the file cannot be removed.
-    """
+    """Remove the promotion; return whether there was one. Raise DestinationError if the file cannot be removed."""
     file = state_folder / PROMOTION_FILE
     try:
         file.unlink()
@@ -273,18 +235,12 @@ def remove_promotion(state_folder: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise DestinationError(
-            f"{file} cannot be removed: {error.strerror}; demote as the user that sortd runs as"
-        ) from error
+        raise DestinationError(f"{file} cannot be removed: {error.strerror}; run this as the user of sortd") from error
     return True
 
 
 def sync(path: Path) -> None:
-    """Sync a file or a folder to its disk.
-
-    Raises:
-        OSError: the disk refuses.
-    """
+    """Sync a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -292,8 +248,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def results(state_folder: Path) -> list[Path]:
-    """Return the folders of a dataset's finished fine-tunings, the newest first: their names begin with the time."""
+def finetuning_results(state_folder: Path) -> list[Path]:
+    """Return the result folders of finished fine-tunings, the newest first; their names begin with the time."""
     found = [facts.parent for facts in (state_folder / RESULTS_FOLDER).glob(f"*/{FACTS_FILE}")]
     finished = (folder for folder in found if not folder.name.endswith(UNFINISHED))
     return sorted(finished, key=lambda folder: folder.name, reverse=True)

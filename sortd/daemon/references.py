@@ -1,4 +1,4 @@
-"""References: what stands in ``Clases/`` becomes a support set and then prototypes, encoding only what is new."""
+"""References: read ``Clases/`` into a support set and build prototypes; only new images are encoded."""
 
 import hashlib
 import json
@@ -19,55 +19,51 @@ from sortd.classify.types import DecisionSettings, Mode, SupportSet
 from sortd.daemon.embedder import Embedder
 from sortd.events import EmbeddedImage, ImageRefused, Refusal, Stamp
 from sortd.files import open_regular
-from sortd.images.formats import OUR_OWN_TROUBLE
+from sortd.images.formats import RESOURCE_ERRORS
 from sortd.names import rule_for_folder
 from sortd.watch.scan import stamp, whole_files
 
 STRANGERS_FOLDER = "_none"
-"""A class folder of this name holds examples of what belongs to no class."""
-
+"""The folder of images of no class."""
 DESCRIPTIONS_FILE = "class.txt"
-"""A file of this name in a class folder holds one description of the class a line."""
-
+"""The file in a class folder with one description of the class per line."""
 DESCRIPTIONS_LIMIT_BYTES = 64 * 1024
-"""A description file over this size is no description."""
-
+"""The part of a description file that is read."""
 TEXT_CLASSES_LIMIT = 500
-"""With more classes than this, names are embedded only for the modes that need them: each costs eight forwards."""
-
+"""With more classes, names are embedded only for the modes that need them: each takes eight forward passes."""
 SHAPE_VERSION = 2
-"""Part of every fingerprint: raise it when the same folder would give another support set than before."""
+"""Part of every fingerprint: increase it when the same folder gives another support set than before."""
 
 
 class ReferencesAbsentError(Exception):
-    """``Clases/`` is missing, unreadable or holds no class: absent is not empty, the last prototypes stay."""
+    """``Clases/`` is missing, unreadable or has no class; the last prototypes stay in use."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassFolder:
-    """One class as it stands on the disk."""
+    """One class on disk."""
 
     label: str
     files: tuple[tuple[str, Stamp], ...]
     descriptions: tuple[str, ...]
     description_refusal: OSError | None = None
-    """Why the description file, which is there, cannot be read: the class does without."""
+    """The error of a description file that cannot be read; the class has no descriptions then."""
 
 
 @dataclass(frozen=True, slots=True)
-class Teaching:
-    """What decides, beside the images, what the prototypes are."""
+class ReferenceSettings:
+    """The settings that the prototypes depend on, besides the images."""
 
     settings: DecisionSettings
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     learns_from_corrections: bool = False
-    classifier: str = "auto"  # auto, prototypes or finetuned: who is to decide, see ``daemon/classifiers.py``
+    classifier: str = "auto"  # auto, prototypes or finetuned; see ``daemon/classifiers.py``
     corrections: tuple[tuple[str, str], ...] = ()  # label, path: images placed by hand in Dataset/
 
 
 @dataclass(frozen=True, slots=True)
 class Rebuilt:
-    """A rebuild's result: the prototypes and what the operator should know about the folder."""
+    """The result of a rebuild: the prototypes, and problems of the folder."""
 
     prototypes: PrototypeSet
     refused: tuple[ImageRefused, ...] = ()
@@ -79,15 +75,15 @@ class Rebuilt:
 
 
 def is_class_name(name: str) -> bool:
-    """Tell whether a folder's name can be a class: not hidden, no system folder, not blank, no control character."""
+    """Return whether a folder name can be a class: printable, not blank, not hidden, no system folder."""
     return name.isprintable() and name.strip() not in {"", ".."} and rule_for_folder(name) is None
 
 
 def read_descriptions(folder: str) -> tuple[str, ...]:
-    """Return the lines of a class's description file; none where there is no such file.
+    """Return the lines of the description file of a class; none if it does not exist.
 
     Raises:
-        OSError: the file is there and cannot be read.
+        OSError: the file exists and cannot be read.
     """
     try:
         with open(open_regular(os.path.join(folder, DESCRIPTIONS_FILE)), "rb") as file:
@@ -101,9 +97,7 @@ def read_descriptions(folder: str) -> tuple[str, ...]:
 def class_folders(
     clases: Path, *, report: Callable[[OSError], None], between: Callable[[], None] = lambda: None
 ) -> tuple[list[ClassFolder], list[str]]:
-    """List the classes of a dataset, sorted by name, and the folder names that cannot be classes.
-
-    ``between`` is called after each class.
+    """Return the classes, sorted, and the folder names that cannot be classes; call ``between`` after each class.
 
     Raises:
         ReferencesAbsentError: ``Clases/`` is missing or cannot be listed.
@@ -122,13 +116,13 @@ def _described(entry: os.DirEntry[str], files: tuple[tuple[str, Stamp], ...]) ->
     try:
         return ClassFolder(entry.name, files, read_descriptions(entry.path))
     except OSError as error:
-        if error.errno in OUR_OWN_TROUBLE:
+        if error.errno in RESOURCE_ERRORS:
             raise
         return ClassFolder(entry.name, files, (), error)
 
 
 def class_labels(clases: Path) -> tuple[str, ...]:
-    """List the classes that images can be filed into, sorted, by the names of their folders alone.
+    """Return the sorted names of the class folders, without reading these.
 
     Raises:
         ReferencesAbsentError: ``Clases/`` is missing or cannot be listed.
@@ -137,12 +131,12 @@ def class_labels(clases: Path) -> tuple[str, ...]:
 
 
 def _class_entries(clases: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
-    """List the folders of classes, sorted, and the names of folders that cannot be classes."""
+    """Return the class folders, sorted, and the folder names that cannot be classes."""
     try:
         with os.scandir(clases) as entries:
             found = sorted((e for e in entries if e.is_dir(follow_symlinks=False)), key=lambda entry: entry.name)
     except OSError as error:
-        if error.errno in OUR_OWN_TROUBLE:
+        if error.errno in RESOURCE_ERRORS:
             raise
         raise ReferencesAbsentError(f"{clases} cannot be listed: {error.strerror}") from error
     seen = [entry for entry in found if rule_for_folder(entry.name) is None]
@@ -150,12 +144,12 @@ def _class_entries(clases: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
 
 
 class References:
-    """The references of one dataset; remembers what each class held, so that an emptied class keeps serving."""
+    """The references of one dataset; an emptied class keeps the references that it had before."""
 
     def __init__(
         self, clases: Path, *, choose: Callable[[Sequence[ClassFolder]], Sequence[ClassFolder]] | None = None
     ) -> None:
-        """Take the references in ``clases``, or what ``choose`` leaves of its classes; nothing is read yet."""
+        """Use the classes in ``clases`` that ``choose`` returns; default: all."""
         self._clases = clases
         self._choose = choose or (lambda folders: folders)
         self._held: _Held = {}
@@ -163,71 +157,67 @@ class References:
     def rebuild(
         self,
         embedder: Embedder,
-        teaching: Teaching,
+        settings: ReferenceSettings,
         *,
         previous: PrototypeSet | None,
         generation: int,
         decided_by: str = "",
     ) -> Rebuilt:
-        """Read the folder and build the prototypes, or return the previous ones where nothing changed.
+        """Read the folder and build the prototypes, or return ``previous`` if nothing changed.
 
         Args:
-            embedder: embeds files and texts, from its cache where it can.
-            teaching: the settings, templates and corrections.
-            previous: the prototypes that serve now, or the cached ones at the start.
+            embedder: embeds files and texts, or takes them from its cache.
+            settings: mode, templates, corrections and more.
+            previous: the current or cached prototypes.
             generation: the generation number of a new set.
-            decided_by: the fine-tuned model that decides beside the new set; with another one a new generation begins.
+            decided_by: identity of the fine-tuned model in use; a change of it starts a new generation.
 
         Raises:
-            ReferencesAbsentError: there is no class folder to learn from.
+            ReferencesAbsentError: there is no class folder.
         """
         forwards = embedder.forwards
         folders, misnamed = self._folders(embedder.give_way)
-        held, refused = _read(embedder, folders, teaching.corrections)
+        held, refused = _read(embedder, folders, settings.corrections)
         emptied = tuple(label for label in sorted(held) if not held[label] and self._held.get(label))
-        held |= {label: self._held[label] for label in emptied}  # absent is not empty
+        held |= {label: self._held[label] for label in emptied}
         self._held = held
         counts = {label: len(one) for label, one in held.items()}
-        fingerprint = _fingerprint(held, folders, teaching, embedder.encoder.encoder_id, decided_by)
+        fingerprint = _fingerprint(held, folders, settings, embedder.encoder.encoder_id, decided_by)
         if previous is not None and previous.fingerprint == fingerprint:
             return Rebuilt(previous, refused, emptied, tuple(misnamed), changed=False, references=counts)
-        support = _support(embedder, held, folders, teaching, fingerprint)
-        prototypes = build(support, teaching.settings, generation=generation, pause=embedder.give_way)
+        support = _support(embedder, held, folders, settings, fingerprint)
+        prototypes = build(support, settings.settings, generation=generation, pause=embedder.give_way)
         encoded = embedder.forwards - forwards
         return Rebuilt(prototypes, refused, emptied, tuple(misnamed), encoded=encoded, references=counts)
 
     def support(
-        self, embedder: Embedder, teaching: Teaching, *, tell: Callable[[int, int], None] = lambda *_: None
+        self, embedder: Embedder, settings: ReferenceSettings, *, tell: Callable[[int, int], None] = lambda *_: None
     ) -> tuple[SupportSet, tuple[ImageRefused, ...]]:
-        """Read the folder and return its support set, and what could not be read; for an evaluation.
-
-        ``tell`` is called after each image with how many are read, and of how many.
+        """Return the support set of the folder, and unreadable images; call ``tell(done, total)`` after each image.
 
         Raises:
-            ReferencesAbsentError: there is no class folder to learn from.
+            ReferencesAbsentError: there is no class folder.
         """
         folders, _ = self._folders(embedder.give_way)
-        held, refused = _read(embedder, folders, teaching.corrections, tell)
-        fingerprint = _fingerprint(held, folders, teaching, embedder.encoder.encoder_id)
-        return _support(embedder, held, folders, teaching, fingerprint), refused
+        held, refused = _read(embedder, folders, settings.corrections, tell)
+        fingerprint = _fingerprint(held, folders, settings, embedder.encoder.encoder_id)
+        return _support(embedder, held, folders, settings, fingerprint), refused
 
     def _folders(self, between: Callable[[], None]) -> tuple[list[ClassFolder], list[str]]:
         unreadable: list[OSError] = []
         folders, misnamed = class_folders(self._clases, report=unreadable.append, between=between)
         if unreadable:
             error = unreadable[0]
-            if error.errno in OUR_OWN_TROUBLE:
+            if error.errno in RESOURCE_ERRORS:
                 raise error
             raise ReferencesAbsentError(errors.unreadable(error))
         if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:
-            raise ReferencesAbsentError(
-                f"{self._clases} holds no class folder: make one for each class, with images in it"
-            )
+            raise ReferencesAbsentError(f"{self._clases} has no class folder: create one per class, with images in it")
         return list(self._choose(folders)), misnamed
 
 
 _Held = dict[str, dict[str, tuple[str, FloatArray]]]
-"""By label and content: the path of a reference and its row."""
+"""By label and content: path and embedding of a reference."""
 
 
 def _read(
@@ -236,7 +226,7 @@ def _read(
     corrections: Sequence[tuple[str, str]],
     tell: Callable[[int, int], None] = lambda *_: None,
 ) -> tuple[_Held, tuple[ImageRefused, ...]]:
-    """Embed the references and the corrected images that are still where the user put them."""
+    """Embed the references, and the corrections that still exist."""
     held: _Held = {folder.label: {} for folder in folders}
     refused = [_undescribed(folder.description_refusal) for folder in folders if folder.description_refusal]
     files = [(folder.label, path, mark) for folder in folders for path, mark in folder.files]
@@ -260,16 +250,16 @@ def _read(
 
 
 def _fingerprint(
-    held: _Held, folders: Sequence[ClassFolder], teaching: Teaching, encoder_id: str, decided_by: str = ""
+    held: _Held, folders: Sequence[ClassFolder], settings: ReferenceSettings, encoder_id: str, decided_by: str = ""
 ) -> str:
-    """Return the identity of contents, descriptions, templates, settings, encoder and the deciding model."""
-    abstain = teaching.settings.abstain
+    """Return a hash of contents, descriptions, templates, settings, encoder and fine-tuned model."""
+    abstain = settings.settings.abstain
     facts = {
         "version": SHAPE_VERSION,
         "encoder": encoder_id,
-        "mode": teaching.settings.mode.value,
+        "mode": settings.settings.mode.value,
         "abstain": None if abstain is None else [abstain.precision, abstain.strangers],
-        "templates": teaching.templates,
+        "templates": settings.templates,
         "classes": {label: sorted(contents) for label, contents in held.items()},
         "descriptions": {folder.label: folder.descriptions for folder in folders},
     }
@@ -279,19 +269,18 @@ def _fingerprint(
 
 
 def _support(
-    embedder: Embedder, held: _Held, folders: Sequence[ClassFolder], teaching: Teaching, fingerprint: str
+    embedder: Embedder, held: _Held, folders: Sequence[ClassFolder], settings: ReferenceSettings, fingerprint: str
 ) -> SupportSet:
     labels = tuple(folder.label for folder in folders if folder.label != STRANGERS_FOLDER)
     none = np.zeros((0, embedder.encoder.dimensions), np.float32)
     references = [one for label in labels for one in held[label].values()]
     strangers = [row for _, row in held.get(STRANGERS_FOLDER, {}).values()]
     text, text_mean = None, None
-    wants_text = teaching.settings.mode in {Mode.TEXT, Mode.MIXED} or len(labels) <= TEXT_CLASSES_LIMIT
+    wants_text = settings.settings.mode in {Mode.TEXT, Mode.MIXED} or len(labels) <= TEXT_CLASSES_LIMIT
     if embedder.encoder.has_text and wants_text:
-        named = {folder.label: prompts(folder.label, folder.descriptions, teaching.templates) for folder in folders}
+        named = {folder.label: prompts(folder.label, folder.descriptions, settings.templates) for folder in folders}
         text = class_texts(embedder, [named[label] for label in labels])
-        generic = [prompt for noun in GENERIC_NOUNS for prompt in prompts(noun, (), teaching.templates)]
-        text_mean = embedder.embed_texts(generic).mean(axis=0).astype(np.float32)
+        text_mean = generic_text_mean(embedder, settings.templates)
     return SupportSet(
         labels=labels,
         embeddings=np.stack([row for _, row in references]) if references else none,
@@ -306,7 +295,7 @@ def _support(
 
 
 def class_texts(embedder: Embedder, sentences: Sequence[Sequence[str]]) -> FloatArray:
-    """Return float32 (C, d) unit rows: for each class the unit mean of its prompts' unit embeddings."""
+    """Return float32 (C, d): for each class the unit mean of the unit embeddings of its prompts."""
     rows = embedder.embed_texts([sentence for one_class in sentences for sentence in one_class])
     ends = np.cumsum([len(one_class) for one_class in sentences])
     means = np.stack([part.mean(axis=0) for part in np.split(rows, ends[:-1])])
@@ -314,7 +303,13 @@ def class_texts(embedder: Embedder, sentences: Sequence[Sequence[str]]) -> Float
     return np.asarray(means / lengths, dtype=np.float32)
 
 
+def generic_text_mean(embedder: Embedder, templates: Sequence[str]) -> FloatArray:
+    """Return float32 (d,): the mean embedding of the prompts of GENERIC_NOUNS."""
+    generic = [prompt for noun in GENERIC_NOUNS for prompt in prompts(noun, (), templates)]
+    return np.asarray(embedder.embed_texts(generic).mean(axis=0), dtype=np.float32)
+
+
 def _undescribed(error: OSError) -> ImageRefused:
-    """Return the refusal of a description file, which its class does without."""
-    message = f"the class has no description: {error.strerror or error}; {errors.advice_for(error)}"
+    """Return the refusal of a description file."""
+    message = f"the description of the class cannot be read: {error.strerror or error}; {errors.advice_for(error)}"
     return ImageRefused(error.filename, Stamp(0, 0, 0, 0), Refusal.DENIED, message)
