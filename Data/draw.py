@@ -1,10 +1,10 @@
-"""Draw the sample data: reference images of four kinds of screw heads, and a batch of images to be sorted.
+"""Draw the sample data: reference images of four kinds of screw heads, and a batch of images to sort.
 
     python Data/draw.py references [--into FOLDER] [--each 6] [--seed 1]   classes with their images
     python Data/draw.py incoming [--truth FILE] [--again]                  40 images into Images/, one of them broken
 
-The same seed draws the same bytes with the same Pillow and numpy. Nothing that exists is ever written over: both are
-drawn only where they are missing; ``--again`` draws 40 others with other names.
+The same seed draws the same bytes with the same Pillow and numpy. No file is overwritten: both are drawn only if they
+are missing; ``--again`` draws 40 more with other names.
 """
 
 import argparse
@@ -30,12 +30,12 @@ BROKEN = 1
 EXIF_ORIENTATION = 0x0112
 
 SUFFIXES = (".jpg",) * 6 + (".JPG", ".png", ".webp", ".jpeg")
-"""What the files end on, in these proportions."""
+"""File suffixes and their proportions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One file to be: its name, its bytes, and what it shows ("" for what belongs to no class)."""
+    """A file to write: its name, its bytes, and its class ("" if it belongs to none)."""
 
     name: str
     content: bytes
@@ -43,13 +43,13 @@ class Drawn:
 
 
 def names(random: Random, count: int, taken: frozenset[str] = frozenset()) -> list[str]:
-    """Draw names as a camera gives them, which say nothing of what is on the picture."""
+    """Draw names like those of a camera, which do not depend on the content."""
     numbers = [number for number in random.permutation(9_000) + 1_000 if f"IMG_{number}" not in taken]
     return [f"IMG_{number}" for number in numbers[:count]]
 
 
 def encoded(picture: Image.Image, suffix: str, *, turned: bool = False) -> bytes:
-    """Encode a picture in the format of a suffix; ``turned`` stores it lying, with an EXIF tag that rights it."""
+    """Encode a picture in the format of a suffix; ``turned`` stores it rotated, with an EXIF orientation."""
     exif = Image.Exif()
     if turned:
         picture = picture.transpose(Image.Transpose.ROTATE_90)
@@ -74,7 +74,7 @@ def draw_references(seed: int, kind: str, each: int) -> Iterator[Drawn]:
 
 
 def draw_incoming(seed: int, taken: frozenset[str] = frozenset()) -> Iterator[Drawn]:
-    """Draw what is to be sorted: mostly screws in equal parts, some strangers, and a file that was cut short."""
+    """Draw the images to sort: mostly screws in equal parts, some strangers, and a truncated file."""
     random = np.random.default_rng([seed, len(KINDS)])
     screws = INCOMING - STRANGE - BROKEN
     subjects = [KINDS[number % len(KINDS)] for number in range(screws)] + [""] * (STRANGE + BROKEN)
@@ -95,7 +95,7 @@ def draw_incoming(seed: int, taken: frozenset[str] = frozenset()) -> Iterator[Dr
 
 
 def write(folder: Path, drawn: Drawn) -> None:
-    """Write one file as a whole under a name that is free: beside it first, since a sorter may be watching."""
+    """Write one file under a free name: under a temporary name first, since sortd may be watching."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{drawn.name}.part"
     part.write_bytes(drawn.content)
@@ -106,7 +106,7 @@ def write(folder: Path, drawn: Drawn) -> None:
 
 
 def files_below(*folders: Path) -> list[Path]:
-    """List the files that are no hidden ones below some folders."""
+    """List the files below some folders, except hidden ones."""
     return [
         path
         for folder in folders
@@ -127,7 +127,7 @@ def make_references(into: Path, each: int, seed: int) -> None:
 
 
 def make_incoming(dataset: Path, truth: Path | None, *, seed: int, again: bool) -> None:
-    """Draw a batch into ``Images/``, unless one was drawn before and still lies here, sorted or not."""
+    """Draw a batch into ``Images/``, unless the images of an earlier one exist, sorted or not."""
     there = files_below(*(dataset / area for area in ("Images", "Dataset", "Review", "Rejected")))
     if there and not again:
         again_draws = f"`{sys.executable} {sys.argv[0]} incoming --again` draws {INCOMING} more"
@@ -142,16 +142,16 @@ def make_incoming(dataset: Path, truth: Path | None, *, seed: int, again: bool) 
 
 
 def main(arguments: list[str]) -> None:
-    """Draw what the command line asks for."""
+    """Draw the requested images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     references = commands.add_parser("references", help="draw a folder of images for each class")
     references.add_argument("--into", type=Path, default=DATASET / "Clases")
-    references.add_argument("--each", type=int, default=6, help="images a class")
-    incoming = commands.add_parser("incoming", help="draw images to be sorted")
+    references.add_argument("--each", type=int, default=6, help="images per class")
+    incoming = commands.add_parser("incoming", help="draw images to sort")
     incoming.add_argument("--dataset", type=Path, default=DATASET)
-    incoming.add_argument("--truth", type=Path, help="write what each file shows, as JSON; empty for no class")
-    incoming.add_argument("--again", action="store_true", help="draw others, although a batch was drawn before")
+    incoming.add_argument("--truth", type=Path, help="write the class of each file to this JSON file")
+    incoming.add_argument("--again", action="store_true", help="draw another batch if one exists")
     for command in (references, incoming):
         command.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args(arguments)

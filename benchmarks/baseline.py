@@ -1,4 +1,4 @@
-"""How much faster than the script that sortd grew out of, and how near to what the machine can do?
+"""Compare sortd with the script that it replaced, and with the upper bound of the machine.
 
     python -m benchmarks.baseline [--photos 300] [--references 200] [--classes 20] [--pixels 4000x3000]
                                   [--backends torch onnx] [--json]
@@ -61,14 +61,14 @@ class Script:
     """What the script did."""
 
     classes: dict[str, dict[str, str]] = field(default_factory=lambda: {rule: {} for rule in RULES})
-    """By rule: the class of each photo, by name."""
+    """The class of each photo, by rule and name."""
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Milliseconds an image."""
+    """Milliseconds per image."""
 
 
 def cache_embeddings(model: Any, clases: Path) -> None:  # noqa: ANN401 -- sentence-transformers publishes no types
-    """Leave each reference's embedding beside it, as the script finds it."""
+    """Write each reference's embedding next to it, as the script expects."""
     for path in sorted(clases.rglob("*.jpg")):
         path.with_suffix(".json").write_text(json.dumps(model.encode(Image.open(path)).tolist()), encoding="utf-8")
 
@@ -120,7 +120,7 @@ def run_script(model: Any, clases: Path, inbox: Path, target: Path) -> Script:  
 
 
 def decode_seconds(folder: Path, *, jpeg: Jpeg, most: int = 40) -> float:
-    """Return the seconds that a photo takes a single decoding process, reading and hashing included."""
+    """Return the seconds per photo of one decoding process, including reading and hashing."""
     files = sorted(scan(str(folder), report=_raise))[:most]
     with DecoderPool(1, CLIP_SEES, DecodeLimits(), jpeg=jpeg) as pool:
         list(pool.decode_all(files[:2]))
@@ -136,7 +136,7 @@ class Comparison:
     """The same photos through the script and through sortd."""
 
     def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
-        """Make the model, the references and the photos."""
+        """Create the model, the references and the photos."""
         size = tuple(int(side) for side in arguments.pixels.split("x"))
         self.folder, self.arguments = folder, arguments
         self._prepared: set[tuple[str, Jpeg]] = set()
@@ -159,7 +159,7 @@ class Comparison:
         return run_script(model, clases, inbox, self.folder / "script" / "Dataset")
 
     def sortd(self, *, backend: str, jpeg: Jpeg = "draft", mode: str) -> OnceRun:
-        """File the photos; the references are embedded by a run before the first of a kind."""
+        """File the photos; an earlier run embeds the references."""
         config = write_config(
             self.folder / "config.yaml",
             root=self.folder / "Data",
@@ -181,7 +181,7 @@ class Comparison:
         return run_once(config)
 
     def forward(self, backend: str) -> float:
-        """Return the seconds an image that a bare forward takes at its best batch."""
+        """Return the seconds per image of a bare forward pass with the best batch size."""
         bare = torch_forward(self.model) if backend == "torch" else onnx_forward(self.model, self.folder / "cache")
         return min(forward_seconds(bare, seconds=self.arguments.forward_seconds).values())
 
@@ -214,12 +214,12 @@ class Comparison:
 
 
 def agreement(ours: dict[str, str], theirs: dict[str, str]) -> float:
-    """Return the share of photos that both give the same class."""
+    """Return the share of photos with the same class in both."""
     return sum(ours.get(name) == label for name, label in theirs.items()) / len(theirs)
 
 
 def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Make everything, and measure the script, the decoding, and each backend."""
+    """Create the data, and measure the script, the decoding, and each backend."""
     comparison = Comparison(folder, arguments)
     script = comparison.script()
     decode = decode_seconds(folder / "photos", jpeg="draft")
@@ -247,9 +247,9 @@ def main() -> int:
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--pixels", default="4000x3000")
     parser.add_argument("--backends", nargs="*", choices=sorted(FLOORS), default=["torch", "onnx"])
-    parser.add_argument("--model", type=Path, help="a folder; without it ViT-B/32 of random weights is made")
+    parser.add_argument("--model", type=Path, help="model folder; default: a ViT-B/32 with random weights")
     parser.add_argument("--forward-seconds", type=float, default=10.0)
-    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sortd-bench-", dir=arguments.folder) as name:

@@ -1,12 +1,11 @@
-"""What does the core cost an image, and what does it hold, however many wait? And how long does a scan take?
+"""Measure the core's processor time and memory per image, and the time of a scan.
 
     python -m benchmarks.core [--images 1000000] [--files 100000] [--json]
 
-The core (``sorter.py``) is driven as the daemon drives it, with a clock that is counted and a fake encoder: scans in
-slices that end when the backlog is full, looks, embeddings, decisions, moves. What counts is the processor time within
-the core, less the decisions, which belong to the prototypes. Each quarter of the images is timed by itself, so that a
-cost that grows shows: the last quarter's microseconds an image over the first's. The floors: at most 80 microseconds
-an image, at most 100,000 images known at a time, a scan of 100,000 files within a second.
+The core (``sorter.py``) gets the events of a daemon, with a simulated clock and a fake encoder. The result is the
+processor time of the core without that of the decisions. Each quarter of the images is timed separately: the ratio of
+the last to the first quarter shows a cost that grows. Limits: at most 80 microseconds per image, at most 100,000 images
+in memory, and a scan of 100,000 files within a second.
 """
 
 import argparse
@@ -60,7 +59,7 @@ QUARTERS = 4
 
 
 def prototypes() -> PrototypeSet:
-    """Build twenty classes on axes of their own."""
+    """Return prototypes of twenty orthogonal classes."""
     support = SupportSet(
         labels=tuple(f"class {number}" for number in range(CLASSES)),
         embeddings=np.eye(CLASSES, dtype=np.float32),
@@ -77,23 +76,23 @@ def prototypes() -> PrototypeSet:
 
 @dataclass
 class Inbox:
-    """A folder of numbered files that exists in thought alone."""
+    """A simulated folder of numbered files."""
 
     files: int
     filed: bytearray = field(init=False)
     first: int = 0
 
     def __post_init__(self) -> None:
-        """Begin with every file in its place."""
+        """Start with all files in the folder."""
         self.filed = bytearray(self.files)
 
     def names(self) -> Iterator[int]:
-        """Number the files that are there, as a scan finds them: in an order that is not that of their filing."""
+        """Yield the numbers of the files in the order of a scan, which differs from that of their filing."""
         return (number for number in range(self.files) if not self.filed[number])
 
     @staticmethod
     def path(number: int) -> str:
-        """Return a path like those of real inboxes."""
+        """Return the path of a file."""
         return f"/srv/pictures/Data/Holidays/Images/2026/IMG_{number:08}.jpg"
 
     @staticmethod
@@ -103,10 +102,10 @@ class Inbox:
 
 
 class Drive:
-    """A core, an inbox, and the time that the core took."""
+    """A core with its inbox, and the processor time of the core."""
 
     def __init__(self, files: int, limit: int) -> None:
-        """Begin with prototypes and a scan."""
+        """Start with prototypes and a scan."""
         self.inbox = Inbox(files)
         self.sorter = Sorter(SorterSettings(settle_seconds=1.0, backlog_limit=limit))
         self.filed, self.now, self.core_seconds, self.decision_seconds, self.most_known = 0, 0.0, 0.0, 0.0, 0
@@ -117,14 +116,14 @@ class Drive:
         self.tell([Tick()])
 
     def decide(self, classifier: Classifier, rows: npt.ArrayLike) -> list[Decision]:
-        """Stand in for the core's ``decide_by``, timed."""
+        """Decide as the core's ``decide_by``, and measure the time."""
         began = time.process_time()
         decisions = decide_by(classifier, rows)
         self.decision_seconds += time.process_time() - began
         return decisions
 
     def tell(self, events: list[Event]) -> None:
-        """Hand events to the core, timed."""
+        """Pass events to the core, and measure the time."""
         receive, commands, now = self.sorter.receive, self._commands, self.now
         began = time.process_time()
         for event in events:
@@ -132,7 +131,7 @@ class Drive:
         self.core_seconds += time.process_time() - began
 
     def run(self) -> Iterator[int]:
-        """Yield how many are filed, after each turn, until all are."""
+        """Yield the number of filed images after each turn, until all are filed."""
         while self.filed < self.inbox.files:
             self._carry_out()
             self._scan_on()
@@ -201,7 +200,7 @@ def resident_mebibytes() -> float:
 
 
 def measure_core(images: int, limit: int) -> dict[str, Any]:
-    """File so many images through a core and say what each part of them cost."""
+    """File images through a core, and return the cost of each quarter."""
     drive = Drive(images, limit)
     marks, memory, began = [0.0], [resident_mebibytes()], time.perf_counter()
     with mock.patch("sortd.core.sorter.decide_by", drive.decide):
@@ -227,7 +226,7 @@ def measure_core(images: int, limit: int) -> dict[str, Any]:
 
 
 def measure_scan(folder: Path, files: int) -> dict[str, Any]:
-    """Scan a real folder of empty files, a thousand in each of its folders; the best of three."""
+    """Return the shortest of three times of a scan of empty files, a thousand per folder."""
     for number in range(files):
         place = folder / f"{number // 1000:04}"
         if number % 1000 == 0:

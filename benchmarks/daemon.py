@@ -1,4 +1,4 @@
-"""What it is like to live with the daemon: start-up, latency of a lone image, idling, a burst of four datasets.
+"""Measure the daemon: start-up, latency of a single image, idle load, and a burst of four datasets.
 
     python -m benchmarks.daemon [startup] [latency] [newest] [idle] [burst] [--photos FOLDER] [--model MODEL] [--json]
 
@@ -46,7 +46,7 @@ def write_config(folder: Path, root: Path, model: str, **keys: object) -> Path:
 
 
 def processor_seconds(pid: int) -> float:
-    """Return the processor time that a process and its children that are alive have used."""
+    """Return the processor time of a process and its living children."""
     total = 0.0
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -67,7 +67,7 @@ def resident_mebibytes(pid: int) -> float:
 
 
 def measure_startup(folder: Path, model: str) -> dict[str, Any]:
-    """Time the commands that must answer at once, five times each in turn."""
+    """Time the fast commands, five times each in turn."""
     make_dataset(folder / "Data")
     config = write_config(folder, folder / "Data", model)
     commands = {
@@ -85,7 +85,7 @@ def measure_startup(folder: Path, model: str) -> dict[str, Any]:
 
 
 def measure_latency(folder: Path, model: str, *, drops: int = 60, settle_seconds: float = 1.0) -> dict[str, Any]:
-    """Drop lone images and time each from its last byte to its move, as the log and the file system tell."""
+    """Add single images, and time each from its last byte to its move, by the log and the file system."""
     dataset = make_dataset(folder / "Data")
     config = write_config(folder, folder / "Data", model, settle_seconds=settle_seconds, abstain="off")
     beyond = []
@@ -109,7 +109,7 @@ def measure_latency(folder: Path, model: str, *, drops: int = 60, settle_seconds
 
 
 def measure_newest(folder: Path, model: str, *, backlog: int = 10_000, drops: int = 5) -> dict[str, Any]:
-    """Drop files one by one while many wait, and count the images that are filed before each.
+    """Add files one by one while many wait, and count the images that are filed before each.
 
     The floor: two batches, 64 images.
     """
@@ -146,7 +146,7 @@ def measure_newest(folder: Path, model: str, *, backlog: int = 10_000, drops: in
 
 
 def measure_idle(folder: Path, model: str, *, seconds: float = 60.0) -> dict[str, Any]:
-    """Let the daemon do nothing."""
+    """Measure the daemon while it is idle."""
     make_dataset(folder / "Data")
     with DaemonProcess(write_config(folder, folder / "Data", model), program="sortd") as daemon:
         daemon.wait_for("daemon.ready", seconds=180)
@@ -196,7 +196,7 @@ def contents(root: Path) -> Counter[str]:
 
 
 def measure_burst(folder: Path, model: str, photos: Path) -> dict[str, Any]:
-    """Drop everything at once and see that every content stands in exactly one place, said once."""
+    """Add all images at once, and check that each content is in exactly one place and logged once."""
     root, incoming = folder / "Data", folder / "incoming"
     dropped = 0
     for dataset in sorted(path for path in photos.iterdir() if path.is_dir()):
@@ -242,7 +242,7 @@ def measure_burst(folder: Path, model: str, photos: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what is asked for and print it."""
+    """Print the requested measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["startup", "latency", "idle"])
     parser.add_argument("--photos", type=Path, default=REPOSITORY.parent / "shared" / "data" / "photos")

@@ -1,4 +1,4 @@
-"""Measure the decision rules on embeddings of labelled images: accuracy, and what happens to strangers.
+"""Measure the decision rules on embeddings of labelled images: accuracy, and the share of strangers that are filed.
 
     python benchmarks/decisions.py FEATURES.npz… [--draws 2] [--json]
 
@@ -83,7 +83,7 @@ def read(path: Path) -> Features:
 
 
 def draw(features: Features, size: str, seed: int) -> IntArray:
-    """Return rows of the pool: as many of each class as ``size`` says, as far as there are."""
+    """Return rows of the pool: up to ``size`` of each class."""
     generator = np.random.default_rng([seed, SIZES.index(size)])
     rows = []
     for label in range(features.classes):
@@ -177,7 +177,7 @@ def open_set(world: World) -> dict[str, dict[str, Any]]:
 
 
 def costs() -> dict[str, dict[str, float]]:
-    """Return seconds of a rebuild and milliseconds of one decision for libraries made up at random."""
+    """Return the seconds of a rebuild and the milliseconds of one decision for random libraries."""
     result = {}
     generator = np.random.default_rng(0)
     for references, classes in ((3000, 100), (20000, 200)):

@@ -1,10 +1,10 @@
-"""What decoding costs: in processes of its own beside in the daemon's, and JPEG by draft beside in full.
+"""Measure decoding in separate processes and in the daemon's, and of JPEG in draft and in full.
 
     python -m benchmarks.decoding [--count 60] [--rounds 5] [--side 1600] [--json]
 
-The images are drawn: photographs' worth of smooth colours and grain, JPEG, 4:3. Each way decodes all of them, the ways
-take turns, and the figures are medians over the rounds: milliseconds of a clock, and of processors (all processes
-together), an image. The ratios are of processor time, which other work on the machine disturbs least.
+The images are synthetic JPEGs of smooth colours and grain, 4:3. Each way decodes all of them, in turns, and the figures
+are medians over the rounds: milliseconds per image, by the clock and of processor time (all processes together). The
+ratios are of processor time, on which other load has the least influence.
 """
 
 import argparse
@@ -53,7 +53,7 @@ WAYS = (
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Milliseconds an image."""
+    """Milliseconds per image."""
 
     clock: float
     processor: float
@@ -74,7 +74,7 @@ def draw(folder: Path, count: int, side: int) -> Files:
 
 
 def processor_seconds(process_ids: Sequence[int]) -> float:
-    """Return what this process and those have taken of all processors."""
+    """Return the processor time of this process and the given ones."""
     total = time.process_time()
     for process_id in process_ids:
         fields = Path(f"/proc/{process_id}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
@@ -115,7 +115,7 @@ def measure(files: Files, rounds: int) -> dict[str, Cost]:
 
 
 def ratios(costs: dict[str, Cost]) -> dict[str, float]:
-    """Compare what is to be compared, by processor time."""
+    """Return the ratios of processor time."""
     here, isolated = costs["in the thread, draft"], costs["1 process, draft"]
     return {
         "isolation, draft": isolated.processor / here.processor,

@@ -1,4 +1,4 @@
-"""How near does ``sortd once`` come to the bare model, where decoding is cheap?
+"""Compare the speed of ``sortd once`` with that of the bare model, for images that decode fast.
 
     python -m benchmarks.efficiency [--photos 600] [--pixels 640x480] [--backends torch onnx] [--json]
 
@@ -36,7 +36,7 @@ REFERENCES = 40
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Make everything and yield each backend with its figures, as soon as they are there."""
+    """Create the data, and yield each backend with its figures."""
     width, height = (int(side) for side in arguments.pixels.split("x"))
     model, dataset = arguments.model or make_model(folder / "model"), folder / "Data" / "Photos"
     make_references(dataset / "Clases", classes=CLASSES, references=REFERENCES, size=(width, height))
@@ -88,9 +88,9 @@ def main() -> int:
     parser.add_argument("--photos", type=int, default=600)
     parser.add_argument("--pixels", default="640x480")
     parser.add_argument("--backends", nargs="*", choices=sorted(FLOORS), default=["torch", "onnx"])
-    parser.add_argument("--model", type=Path, help="a folder; without it ViT-B/32 of random weights is made")
+    parser.add_argument("--model", type=Path, help="model folder; default: a ViT-B/32 with random weights")
     parser.add_argument("--forward-seconds", type=float, default=8.0)
-    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sortd-bench-", dir=arguments.folder) as name:

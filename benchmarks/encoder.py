@@ -1,4 +1,4 @@
-"""How fast is the packaged model against a CLIP ViT-B/32 (of random weights: speed does not mind) on this machine?
+"""Compare the speed of the packaged model with a CLIP ViT-B/32 (with random weights, on which speed does not depend).
 
     python benchmarks/encoder.py [--model FOLDER] [--images 30] [--threads N] [--json]
 
@@ -52,7 +52,7 @@ def milliseconds(model: Any, photo: Image.Image) -> float:  # noqa: ANN401 - sen
 
 
 def compare(packaged: Path, *, images: int) -> dict[str, float]:
-    """Time both models in turns; give medians in milliseconds and their ratio."""
+    """Time both models in turns; return medians in milliseconds and their ratio."""
     from sentence_transformers import SentenceTransformer
 
     noise = np.random.default_rng(0).integers(0, 256, (*reversed(PHOTO_SIDES), 3), dtype=np.uint8)
@@ -78,7 +78,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=PACKAGED)
     parser.add_argument("--images", type=int, default=30)
-    parser.add_argument("--threads", type=int, help="threads for torch; all cores without it")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: all cores")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,4 +1,4 @@
-"""Prototypes and a fine-tuned model on real photos, side by side: 70 % teach, 30 % judge, three seeds.
+"""Compare prototypes and a fine-tuned model on real photos: 70 % for training, 30 % for the test, three seeds.
 
     python -m benchmarks.finetuned_photos FOLDER... [--base packaged] [--seeds 3] [--epochs N] [--json]
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sortd.config import Config, load
+from sortd.config import Config, read_config
 from sortd.finetune.recipe import Recipe, TrainingRequest
 from sortd.finetune.run import run_finetuning
 from sortd.layout import Layout
@@ -47,11 +47,11 @@ def configured(root: Path, model: str) -> Config:
     file = root / "config.yaml"
     places = {"root": root / "Data", "state_dir": root / "state", "cache_dir": root / "cache", "model": model}
     file.write_text("".join(f"{key}: {value}\n" for key, value in places.items()), "utf-8")
-    return load(file, {"HOME": str(root)})
+    return read_config(file, {"HOME": str(root)})
 
 
 def measure(folders: list[Path], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield one row for each folder and seed: accuracies in per cent, and what it took."""
+    """Yield one row for each folder and seed: accuracies in per cent, and the time."""
     changes = {} if arguments.epochs is None else {"epochs": arguments.epochs}
     with tempfile.TemporaryDirectory(prefix="finetuned-photos-") as place:
         root = Path(place)

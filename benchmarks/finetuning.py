@@ -1,9 +1,9 @@
-"""How many images a second a ViT-B/16 is trained on: sortd's training, and a plain loop, in the same run.
+"""Measure images per second in the training of a ViT-B/16: by sortd, and by a plain loop, in the same run.
 
     python -m benchmarks.finetuning [--images 512] [--epochs 2] [--batch 32] [--device auto] [--small] [--json]
 
-Random weights and made-up photos (JPEG, 320 x 240) serve: speed does not depend on what is learnt. The plain loop is
-what a first script does: float32, one process, no workers, every photo opened, resized and normalised again in every
+Weights and photos (JPEG, 320 x 240) are random, since speed does not depend on them. The plain loop is a simple
+script: float32, one process, no workers, every photo opened, resized and normalised again in every
 epoch by Pillow and numpy, AdamW at one rate. sortd's decodes each photo once, draws views on the device, and
 multiplies in bfloat16 where the hardware does. Both make as many passes over the photos; reading them is part of both.
 ``--small`` takes a ViT of two layers, to see that it runs.
@@ -37,7 +37,7 @@ PROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def draw_photos(folder: Path, count: int) -> list[Path]:
-    """Write made-up photos, smooth enough to compress like real ones."""
+    """Write random photos, smooth enough to compress like real ones."""
     dice = np.random.default_rng(0)
     files = []
     for number in range(count):
@@ -58,7 +58,7 @@ def vision_transformer(*, small: bool) -> Any:  # noqa: ANN401 - transformers ha
 
 
 def plain_loop(files: list[Path], arguments: argparse.Namespace, device: "torch.device") -> float:
-    """Train as a first script does; return images a second."""
+    """Train with a plain loop; return images per second."""
     import torch
 
     model = vision_transformer(small=arguments.small).to(device).train()
@@ -80,7 +80,7 @@ def plain_loop(files: list[Path], arguments: argparse.Namespace, device: "torch.
 
 
 def own_training(files: list[Path], arguments: argparse.Namespace, device: "torch.device", work: Path) -> float:
-    """Train as ``sortd finetune`` does, decoding included; return images a second."""
+    """Train as ``sortd finetune`` does, including decoding; return images per second."""
     recipe = Recipe(epochs=arguments.epochs, batch_size=arguments.batch, evaluations=1)
     seen = Preprocessing(224, 224, 224, 2, Fit.STRETCH)
     network = Network(vision_transformer(small=arguments.small), PROCESSOR, device)
@@ -101,7 +101,7 @@ def own_training(files: list[Path], arguments: argparse.Namespace, device: "torc
 
 
 def settle(device: "torch.device") -> None:
-    """Wait until a GPU has done what it was told."""
+    """Wait until a GPU has finished its queued work."""
     import torch
 
     if device.type == "cuda":
@@ -109,7 +109,7 @@ def settle(device: "torch.device") -> None:
 
 
 def main() -> None:
-    """Measure both and print images a second and their ratio."""
+    """Measure both, and print images per second and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=2)

@@ -1,9 +1,9 @@
-"""How do torch, ONNX Runtime in float32 and in int8 compare on this machine, with the same model?
+"""Compare torch and ONNX Runtime in float32 and int8 with the same model.
 
     python -m benchmarks.onnx [--model FOLDER] [--cache FOLDER] [--images 96] [--threads N] [--no-daemon] [--json]
 
-Without ``--model`` it is a CLIP ViT-B/32 of random weights: speed does not mind. Each backend runs in processes of its
-own, in turns, so that other load falls on all alike. Measured are the load (imports, files, the first forward), images
+Without ``--model`` it is a CLIP ViT-B/32 with random weights, on which speed does not depend. Each backend runs in its
+own processes, in turns. Measured are the load (imports, files, first pass), images
 per second of the bare encoder on ready pixels at its best batch size, and the resident memory afterwards; then, by the
 real program on a small dataset, the seconds from start to READY and the daemon's resident memory there.
 
@@ -61,7 +61,7 @@ def measure_here(model: str, cache: Path, backend: str, images: int, threads: in
 
 
 def measure(model: str, cache: Path, backend: str, images: int, threads: int) -> dict[str, float]:
-    """Do the same in a process of its own."""
+    """Measure one backend in a new process."""
     inner = ["--inner", backend, "--model", model, "--cache", str(cache), "--images", str(images)]
     command = [sys.executable, "-m", "benchmarks.onnx", *inner, "--threads", str(threads)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -149,10 +149,14 @@ def main() -> int:
     """Print the comparison; exit 1 if a floor is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
-    parser.add_argument("--cache", type=Path, help="where exports are kept; a temporary folder without it")
+    parser.add_argument("--cache", type=Path, help="folder of the exports; default: a temporary one")
     parser.add_argument("--images", type=int, default=96)
-    parser.add_argument("--threads", type=int, default=0, help="for a forward; as many as there are cores without it")
-    parser.add_argument("--rounds", type=int, default=3, help="of each backend; medians count")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of a forward pass; default: the number of cores"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="measurements of each backend, of which the medians are shown"
+    )
     parser.add_argument("--no-daemon", dest="daemon", action="store_false")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--inner", choices=BACKENDS, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""How every mode decides real photos with the packaged model: accuracy in per cent, mean of five draws.
+"""Measure the accuracy of every mode on real photos with the packaged model, in per cent, as the mean of five draws.
 
     python -m benchmarks.photos FOLDER... [--model MODEL] [--references 6] [--json]
 

@@ -1,4 +1,4 @@
-"""How the sample data is filed, by the real command, against what its drawings are known to show.
+"""Compare how the real command files the sample data with the known content of its drawings.
 
     python -m benchmarks.sample [--batches 3] [--seed 1] [--json]
 
@@ -28,7 +28,7 @@ ABSTENTION = {"abstain off": "off", "defaults": None}
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Where the images of some batches went: counts."""
+    """Counts of the images of some batches by destination."""
 
     screws: int = 0
     right: int = 0
@@ -60,7 +60,7 @@ def file_batch(seed: int, abstain: str | None) -> Outcome:
 
 
 def compare(dataset: Path, truth: dict[str, str]) -> Outcome:
-    """Count where the files of a batch lie; what is in ``Rejected/`` is the drawing that was cut short."""
+    """Count the files of a batch by folder; the file in ``Rejected/`` is the truncated drawing."""
     label_of = {path.name: path.parent.name for path in (dataset / FILED).rglob("*") if path.is_file()}
     rejected = {path.name for path in (dataset / REJECTED).rglob("*")}
     screws = {name: label for name, label in truth.items() if label}

@@ -1,4 +1,4 @@
-"""What does a large library cost: one more reference, no change at all, and a decision among ten thousand classes?
+"""Measure a large library: one added reference, no change, and a decision among ten thousand classes.
 
 python -m benchmarks.scale [rebuild] [decide] [--references 10000] [--library 100000] [--classes 10000] [--json]
 
@@ -42,7 +42,7 @@ BATCH = 16
 
 
 class CountingEncoder:
-    """Projects small pictures at random, and counts them."""
+    """Encoder that projects small pictures at random, and counts them."""
 
     encoder_id = "counting-512"
     dimensions = DIMENSIONS
@@ -50,7 +50,7 @@ class CountingEncoder:
     has_text = False
 
     def __init__(self) -> None:
-        """Begin at none."""
+        """Start the count at zero."""
         self.images = 0
         self._projection = np.random.default_rng(0).normal(size=(3 * SIDE * SIDE, DIMENSIONS)).astype(np.float32)
 
@@ -61,7 +61,7 @@ class CountingEncoder:
         return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
 
     def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Know no words."""
+        """Embed no text."""
         raise NotImplementedError(texts)  # `has_text` is False, so asking is a mistake of the caller
 
 
@@ -76,7 +76,7 @@ def write_reference(clases: Path, number: int) -> None:
 
 
 def measure_rebuild(folder: Path, references: int) -> dict[str, Any]:
-    """Build from all, from one more, and from the same again; seconds, and images that the encoder saw."""
+    """Return the seconds and encoded images of a build, of one with one more reference, and of one without a change."""
     clases = folder / "Clases"
     for number in range(references):
         write_reference(clases, number)
@@ -100,7 +100,7 @@ def measure_rebuild(folder: Path, references: int) -> dict[str, Any]:
 
 
 def measure_decide(references: int, classes: int) -> dict[str, Any]:
-    """Decide among so many classes in two modes, beside a bare product with all references."""
+    """Measure decisions in two modes, and a bare product with all references."""
     dice = np.random.default_rng(0)
     looks = dice.standard_normal((classes, DIMENSIONS), np.float32)
     of = np.sort(np.arange(references) % classes)
@@ -147,7 +147,7 @@ def _milliseconds(work: Callable[[npt.NDArray[np.float32]], object], batch: npt.
 
 
 def main() -> int:
-    """Measure what is asked for and print it; exit 1 if a floor is missed."""
+    """Print the requested measurements; exit 1 if a limit is not met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["rebuild", "decide"])
     parser.add_argument("--references", type=int, default=10_000)

@@ -1,17 +1,16 @@
-"""Storms of events against a real daemon: does it go on filing, feeding its watchdog and heeding its signals?
+"""Check that a real daemon keeps filing, answering its watchdog and its signals during storms of events.
 
     make       3,000 folders are made in Dataset/
     move       400 folders of 10 images are moved into Images/
     rename     10,000 renames in 8 seconds, in each of Images/, Clases/, Dataset/ and Review/
 
-Each storm meets a daemon of its own: the real command, loop, worker, moves and inotify, with the encoder of the tests.
-An image is dropped when the storm begins and another one when it has ended, and timed until it is filed; then the
-storm comes again, and SIGTERM in the midst of it. While Clases/ changes nothing moves, by design, so that only the
-second image counts there.
-The daemon feeds a watchdog, as under systemd, in every turn of its loop that comes ``PING_SECONDS`` after the last one:
-the longest time without, less that, is the longest gap between two turns. The status file tells the longest turn too.
+Each storm has its own daemon: the real command, loop, worker, moves and inotify, with the encoder of the tests.
+One image is added when the storm begins and one when it has ended, and both are timed until filed; then the storm
+is repeated, with a SIGTERM in it. While Clases/ changes nothing moves, by design, so only the second image counts.
+The daemon notifies a watchdog, as under systemd, in every turn of its loop ``PING_SECONDS`` after the last time: the
+longest interval, less that, is the longest gap between two turns. The status file has the longest turn too.
 
-Exits with 1 where a floor is missed.
+The exit code is 1 if a limit is not met.
 """
 
 import argparse
@@ -42,15 +41,14 @@ FLOORS = {
 }
 
 Storm = Callable[[Path, Path, str], int]
-"""Makes a storm in a dataset, with a folder outside of it at hand and a name of its own; returns how often a file came
-into Images/."""
+"""Makes a storm in a dataset, with a folder outside it and a name; returns how many files were moved into Images/."""
 
 
 class Watchdog:
-    """Stands in for systemd: takes the pings of a daemon and remembers when they came."""
+    """Replaces systemd: records the times of a daemon's watchdog notifications."""
 
     def __init__(self, folder: Path) -> None:
-        """Begin to listen."""
+        """Start to listen."""
         self.pings: list[float] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(os.fspath(folder / "notify"))
@@ -67,7 +65,7 @@ class Watchdog:
                 self.pings.append(time.monotonic())
 
     def longest_gap(self, began: float, ended: float) -> float:
-        """Return the longest time between two turns, in seconds, as far as the pings tell."""
+        """Return the longest time between two turns, in seconds, by the notifications."""
         times = [began, *(ping for ping in self.pings if began < ping < ended), ended]
         gaps = [after - before for before, after in pairwise(times)]
         return max(0.0, max(gaps) - PING_SECONDS)
@@ -94,7 +92,7 @@ def watched(folder: Path) -> Iterator[Watchdog]:
 
 
 def make_folders(dataset: Path, _: Path, name: str, folders: int = 3000) -> int:
-    """Make folders in Dataset/."""
+    """Create folders in Dataset/."""
     for number in range(folders):
         (dataset / "Dataset" / f"{name} {number}").mkdir()
     return 0
@@ -143,13 +141,13 @@ STORMS: dict[str, Storm] = {
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """Return what the daemon tells of itself."""
+    """Return the status of the daemon."""
     facts: dict[str, Any] = json.loads((folder / "state" / "status.json").read_text(encoding="utf-8"))
     return facts
 
 
 def drop(daemon: DaemonProcess, folder: Path, dataset: Path, name: str) -> float:
-    """Drop an image and return how many seconds beyond the settle time it took until it was filed."""
+    """Add an image, and return the seconds until it was filed, less the settle time."""
     beside = folder / name
     picture("green", 7, (64, 64)).save(beside)
     dropped = time.monotonic()
@@ -160,7 +158,7 @@ def drop(daemon: DaemonProcess, folder: Path, dataset: Path, name: str) -> float
 
 @contextmanager
 def under_way(storm: Callable[[], object]) -> Iterator[None]:
-    """Let a storm go on meanwhile, and wait for its end."""
+    """Run a storm in the background, and wait for its end."""
     thread = threading.Thread(target=storm, name="storm")
     thread.start()
     try:
@@ -186,7 +184,7 @@ def write_config(folder: Path) -> Path:
 
 
 def measure(storm: Storm) -> dict[str, Any]:
-    """Let a storm meet a daemon."""
+    """Run a storm against a daemon."""
     with tempfile.TemporaryDirectory(prefix="sortd-storm-") as name, watched(Path(name)) as watchdog:
         folder = Path(name)
         dataset, outside = make_dataset(folder / "Data"), folder / "outside"
@@ -226,13 +224,13 @@ def measure(storm: Storm) -> dict[str, Any]:
 
 
 def files_looked_at(folder: Path) -> int | None:
-    """Return how many looks at files the daemon counts."""
+    """Return the daemon's count of file checks."""
     value = status(folder)["datasets"]["Colours"].get("files_looked_at")
     return None if value is None else int(value)
 
 
 def main() -> int:
-    """Measure what is asked for and print it."""
+    """Print the requested measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=list(STORMS), help=", ".join(STORMS))
     parser.add_argument("--json", action="store_true")

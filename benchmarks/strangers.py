@@ -1,4 +1,4 @@
-"""How many strangers are filed at the defaults, and what each respect of familiarity knows of them, per cent.
+"""Measure in per cent how many strangers are filed by default, and how well each familiarity score detects them.
 
     python -m benchmarks.strangers [--photos FOLDER...] [--features FILE.npz...] [--references 3 6 16] [--draws 2]
 
@@ -39,7 +39,7 @@ IntArray = npt.NDArray[np.int64]
 CLASSES = (4, 10, 30)
 SURE = 0.95
 EVERY = 7
-"""Of far strangers, which are many, each of this number is taken."""
+"""Every n-th far stranger is used, since there are many."""
 MOST = 600
 """Queries of one kind that a library of features decides."""
 

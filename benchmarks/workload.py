@@ -1,7 +1,7 @@
-"""Work for the benchmarks: photos made on the fly, datasets of them, one run of ``sortd once``, and a bare model.
+"""Data and runs for the benchmarks: synthetic photos, datasets of them, one run of ``sortd once``, and a bare model.
 
-The photos are noise of several scales, as pictures are, with a look for each class; no two are alike. A CLIP of
-ViT-B/32's sizes and random weights stands in for the real one: speed does not mind.
+The photos are noise of several scales, with a pattern for each class; no two are equal. A CLIP with the sizes of
+ViT-B/32 and random weights replaces the real one, since speed does not depend on the weights.
 """
 
 import json
@@ -27,15 +27,15 @@ os.environ.setdefault(*PASSIVE_WAIT)  # the baseline waits as sortd does
 
 REPOSITORY = Path(__file__).parents[1]
 SCALES = ((6, 55.0), (24, 35.0), (96, 20.0), (384, 12.0))
-"""Cells along an edge, and the deviation of their brightness: large forms are strong, fine ones weak."""
+"""Cells along an edge, and the standard deviation of their brightness, which is large for large cells."""
 JPEG_QUALITY = 90
 BATCHES = (1, 2, 4, 8, 16, 32)
-"""Batch sizes that a bare forward is tried at."""
+"""Batch sizes at which a bare forward pass is measured."""
 IMAGE_EVENTS = {"image.filed", "image.sent_to_review", "image.rejected"}
 
 
 class Photographer:
-    """Makes photos of one size; those of a class share their forms, shifted, lit and grained differently."""
+    """Draws photos of one size; those of a class share a pattern with random shifts, brightness and grain."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         """Make photos of ``size`` (width, height), in pixels."""
@@ -67,12 +67,12 @@ class Photographer:
 
 
 def label_of(number: int, classes: int) -> str:
-    """Name the class of a photo by its number."""
+    """Return the class of a photo by its number."""
     return f"class {number % classes:02}"
 
 
 def make_references(clases: Path, *, classes: int, references: int, size: tuple[int, int]) -> None:
-    """Write references of some classes, dealt out in turn."""
+    """Write references of some classes in turn."""
     photographer = Photographer(size)
     for number in range(references):
         folder = clases / label_of(number, classes)
@@ -81,7 +81,7 @@ def make_references(clases: Path, *, classes: int, references: int, size: tuple[
 
 
 def make_photos(folder: Path, *, classes: int, photos: int, size: tuple[int, int]) -> None:
-    """Write photos of the same classes, other ones than the references."""
+    """Write photos of the same classes that are not references."""
     folder.mkdir(parents=True, exist_ok=True)
     photographer = Photographer(size)
     for number in range(photos):
@@ -110,7 +110,7 @@ def _plain(value: object) -> object:
 
 @dataclass(frozen=True, slots=True)
 class OnceRun:
-    """What one ``sortd once`` did, as its log lines tell."""
+    """The result of one ``sortd once``, by its log lines."""
 
     outcomes: dict[str, str]
     """Name of each photo: the label that it was given."""
@@ -120,9 +120,9 @@ class OnceRun:
     """From the start of the process to the loaded model."""
     encoder_id: str
     stages: dict[str, float]
-    """Mean milliseconds an image by stage, from the images' own lines."""
+    """Mean milliseconds per image and stage, from the lines of the images."""
     resident_mebibytes: float
-    """The most that the process had, without its decoders."""
+    """Peak memory of the process, without its decoders."""
     lines: list[dict[str, Any]] = field(repr=False)
 
     @property
@@ -132,7 +132,7 @@ class OnceRun:
 
 
 def run_once(config: Path, *, threads: int | None = None) -> OnceRun:
-    """Run ``sortd once`` in a process of its own and hear what it says.
+    """Run ``sortd once`` in a new process and return its result.
 
     Raises:
         RuntimeError: it failed; the message ends with what it said last.
@@ -176,7 +176,7 @@ def run_once(config: Path, *, threads: int | None = None) -> OnceRun:
 
 
 def _resident_kibibytes(process: int) -> int:
-    """Return the most memory that a process has had; its ``ru_maxrss`` would count what its parent had at its start."""
+    """Return the peak memory of a process; its ``ru_maxrss`` would include that of its parent when it started."""
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -185,13 +185,13 @@ def _resident_kibibytes(process: int) -> int:
 
 
 def put(photos: Path, inbox: Path) -> None:
-    """Fill an inbox with hard links of photos, so that they need no room and have the stamps of the photos."""
+    """Fill an inbox with hard links of photos, which need no space and have the photos' stamps."""
     shutil.rmtree(inbox, ignore_errors=True)
     shutil.copytree(photos, inbox, copy_function=os.link)
 
 
 def forward_seconds(forward: Callable[[int], object], *, seconds: float = 4.0) -> dict[int, float]:
-    """Time a bare forward at several batch sizes, in turns, so that other load falls on all alike.
+    """Time a bare forward pass at several batch sizes, in turns, so that other load affects all equally.
 
     Args:
         forward: embeds a batch of the size that it is given, on tensors that are ready.

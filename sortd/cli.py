@@ -1,6 +1,7 @@
-"""The command line: arguments in, exit codes out; facts on stdout, messages on stderr.
+"""The command line: facts go to stdout, messages to stderr, and errors become exit codes.
 
-Commands are imported when they run, so that `--help`, `check`, `status`, `history` and `undo` never import torch.
+Each command imports its module when it runs, so that `--help`, `check`, `status`, `history` and `undo` never import
+torch.
 """
 
 import errno
@@ -30,11 +31,11 @@ from sortd.commands.console import (
     UntilOption,
     counted,
     load_config,
-    moment_option,
     print_json,
     printable,
     say,
-    under_way,
+    spinner,
+    time_option,
 )
 from sortd.errors import SortdError
 from sortd.files import readable_json
@@ -44,15 +45,15 @@ if TYPE_CHECKING:
     from sortd.events import Move
     from sortd.logs import LogFormat
 
-PATIENT_PRODUCTS = ("OPENBLAS_THREAD_TIMEOUT", "20")
-"""Binary logarithm of the cycles that threads of OpenBLAS spin after a product (26 if not set). Spinning took 3 ms of
-processor time an image, with this 0.1 ms (`benchmarks.efficiency`, two cores)."""
+OPENBLAS_SPIN = ("OPENBLAS_THREAD_TIMEOUT", "20")
+"""Binary logarithm of the cycles that OpenBLAS threads spin after a product (default 26). Spinning took 3 ms of
+processor time per image, with this value 0.1 ms (`benchmarks.efficiency`, two cores)."""
 
 REFUSED = frozenset({
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE,
     errno.ENFILE, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTCONN, errno.ENXIO,
 })  # fmt: skip
-"""What a disk, its owner or a limit refuses: nobody's bug, so a sentence and not a traceback is due."""
+"""Errors of disks, permissions and limits: they are reported without a traceback, since they are no defect of sortd."""
 
 REFUSED_CODE = 74
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
@@ -60,7 +61,7 @@ STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 app = typer.Typer(
     name="sortd",
     cls=Group,
-    help="Files the images dropped into a folder into the classes that you teach it by example.",
+    help="Sort the images in a folder into classes that you define by reference images.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -68,8 +69,8 @@ app = typer.Typer(
 )
 
 
-def print_version(wanted: bool) -> None:  # noqa: FBT001 -- typer hands it over
-    """Print the version and end, where that is wanted."""
+def print_version(wanted: bool) -> None:  # noqa: FBT001 -- typer passes it
+    """Print the version and exit, if ``wanted``."""
     if wanted:
         typer.echo(__version__)
         raise typer.Exit
@@ -81,22 +82,22 @@ def options(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Files the images dropped into a folder into the classes that you teach it by example."""
+    """Sort the images in a folder into classes that you define by reference images."""
 
 
 @app.command(cls=Command)
 def run(config: ConfigOption = None) -> None:
-    """Watch, and file what arrives, until stopped."""
+    """Watch the datasets and file new images, until stopped."""
     work(config, once=False)
 
 
 @app.command(cls=Command)
 def once(
     config: ConfigOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and touch nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would happen; change nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """File what is there now, and stop."""
+    """File the images that are in Images/ now, then exit."""
     if dry_run:
         print_dry_run(config, as_json=as_json)
     else:
@@ -104,19 +105,15 @@ def once(
 
 
 def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = None) -> None:
-    """Run the daemon; ``load_encoder`` stands in for the configured model.
-
-    Raises:
-        SortdError: what stopped it.
-    """
-    os.environ.setdefault(*PATIENT_PRODUCTS)
+    """Run the daemon; ``load_encoder`` replaces the loader of the configured model."""
+    os.environ.setdefault(*OPENBLAS_SPIN)
     from sortd import logs
     from sortd.daemon.daemon import Daemon
     from sortd.daemon.resources import Resources
     from sortd.metrics import Metrics
     from sortd.systemd import Notifier
 
-    logs.configure(said_format())
+    logs.configure(format_in_environment())
     config = load_config(path)
     logs.configure(config.log.format, config.log.level)
     raise_descriptor_limit()
@@ -131,29 +128,25 @@ def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = 
 
 
 def raise_descriptor_limit() -> None:
-    """Let this process open as many files as it may at all: each dataset takes eight, 1024 is the usual soft limit."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    """Raise the soft limit on open files, usually 1024, to the hard one: each dataset takes eight."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def print_dry_run(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | None" = None) -> None:
-    """Say what ``once`` would do; ``load_encoder`` stands in for the configured model.
-
-    Raises:
-        SortdError: what stopped it.
-    """
+    """Print what ``once`` would do; ``load_encoder`` replaces the loader of the configured model."""
     from sortd import logs
     from sortd.daemon import dry_run
     from sortd.daemon.dataset_log import decision_facts
 
-    logs.configure(said_format())
+    logs.configure(format_in_environment())
     config = load_config(path)
     logs.configure(config.log.format, "warning")
-    told = 0
+    count = 0
 
-    def tell(dataset: str, move: "Move", destination: str) -> None:
-        nonlocal told
-        told += 1
+    def on_move(dataset: str, move: "Move", destination: str) -> None:
+        nonlocal count
+        count += 1
         why = decision_facts(move)
         if as_json:
             place = {"dataset": dataset, "path": move.path, "destination": destination, "outcome": move.outcome.value}
@@ -163,24 +156,26 @@ def print_dry_run(path: Path | None, *, as_json: bool, load_encoder: "LoadEncode
         typer.echo(f"{printable(move.path)} -> {printable(destination)}  {' '.join(shown)}")
 
     if sys.stderr.isatty() and not logs.is_json():
-        say("sortd: loading the model, then deciding what waits; nothing is moved")
-    dry_run.simulate(config, tell, load_encoder=load_encoder)
+        say("sortd: loading the model, then deciding the images in Images/; nothing is moved")
+    dry_run.simulate(config, on_move, load_encoder=load_encoder)
     if not logs.is_json():
-        say(f"sortd: {counted(told, 'image')} would be moved; nothing was touched")
+        say(f"sortd: {counted(count, 'image')} would be moved; nothing was changed")
 
 
-def said_format() -> "LogFormat":
-    """Return the form of the log while the configuration is read, whose refusal is logged too."""
+def format_in_environment() -> "LogFormat":
+    """Return the log format to use while the configuration is read, since its errors are logged too."""
     named = os.environ.get("SORTD_LOG__FORMAT")
     return "console" if named == "console" else "json" if named == "json" else "auto"
 
 
 @app.command(cls=Command)
 def init(
-    directory: Annotated[Path, typer.Argument(help="The dataset's folder; it and what it lacks is made.")],
-    classes: Annotated[list[str] | None, typer.Option("--class", help="Make this class's folder; repeatable.")] = None,
+    directory: Annotated[Path, typer.Argument(help="Folder of the dataset; missing folders are created.")],
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", help="Create the folder of this class; repeatable.")
+    ] = None,
 ) -> None:
-    """Make the folders of a dataset, and its marker."""
+    """Create the folders and the marker of a dataset."""
     from sortd.classify.prompts import written_name
     from sortd.daemon.references import is_class_name
     from sortd.errors import LayoutError
@@ -188,59 +183,55 @@ def init(
 
     for name in classes or ():
         if "/" in name or not is_class_name(name) or written_name(name) != name:
-            why = (
-                "a class's name is a folder's: not empty, not hidden, without /, control characters and needless blanks"
-            )
+            why = "it must be a visible folder name without /, control characters, and blanks at an end or in a row"
             raise typer.BadParameter(f"{name!r} cannot be a class: {why}", param_hint="--class")
     layout = Layout(directory.absolute())
     real, around = Path(os.path.realpath(layout.root)), enclosing_dataset(layout.root)
     if real.name.startswith(".") or real == real.parent:
-        raise LayoutError(
-            f"{layout.root} cannot be a dataset: sortd looks at folders below its root that are not hidden"
-        )
+        raise LayoutError(f"{layout.root} cannot be a dataset: a dataset is a folder below `root` that is not hidden")
     if around is not None:
         beside = around.parent / layout.name
-        raise LayoutError(f"{layout.root} lies inside the dataset {around}, where no sortd would see it; make {beside}")
+        raise LayoutError(f"{layout.root} lies inside the dataset {around}, where sortd ignores it; create {beside}")
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
         layout.make()
         for name in classes or ():
             (layout.area(Area.CLASES) / name).mkdir(exist_ok=True)
     except FileExistsError as error:
-        raise LayoutError(f"{error.filename} is there but is no folder; move it away, or name another") from error
+        raise LayoutError(f"{error.filename} is no folder; move it away, or name another folder") from error
     except OSError as error:
-        mend = "mend its rights or room, or name another"
-        raise LayoutError(f"{error.filename} cannot be made: {error.strerror}; {mend}") from error
+        advice = "correct the permissions, free some space, or name another folder"
+        raise LayoutError(f"{error.filename} cannot be created: {error.strerror}; {advice}") from error
     root = printable(os.fspath(layout.root))
-    typer.echo(f"{root} is a dataset. Teach it: put images into {root}/{Area.CLASES}/<class>/")
-    typer.echo(f"Then drop images into {root}/{Area.IMAGES}/ and run")
+    typer.echo(f"{root} is a dataset. Put reference images into {root}/{Area.CLASES}/<class>/")
+    typer.echo(f"Then put the images to sort into {root}/{Area.IMAGES}/ and run")
     for line in how_to_run(real.parent):
         typer.echo(line)
 
 
 def how_to_run(root: Path) -> Iterator[str]:
-    """Yield the command, indented, that runs sortd on the datasets below ``root``, and what makes it shorter."""
-    from sortd.config import find, load
+    """Yield the command, indented, that runs sortd on the datasets below ``root``, and how to shorten it."""
+    from sortd.config import find_config_file, read_config
     from sortd.errors import ConfigError
 
-    file, command, mistakes = find(os.environ), f"{this_program()} run", ""
+    file, command, mistakes = find_config_file(os.environ), f"{this_program()} run", ""
     if file is not None:
         command += f" -c {shlex.quote(os.path.abspath(file))}"
         try:
-            if os.path.realpath(load(file, os.environ).root) == os.fspath(root):
+            if os.path.realpath(read_config(file, os.environ).root) == os.fspath(root):
                 yield f"    {command}"
                 return
         except ConfigError as error:
             mistakes = str(error)
-    name = "config.yaml (config.example.yaml has every key)" if file is None else printable(os.path.abspath(file))
+    name = "config.yaml (config.example.yaml lists all keys)" if file is None else printable(os.path.abspath(file))
     yield f"    SORTD_ROOT={shlex.quote(os.fspath(root))} {command}"
-    yield f"With `root: {printable(os.fspath(root))}` in {name} no command needs SORTD_ROOT."
+    yield f"With `root: {printable(os.fspath(root))}` in {name}, SORTD_ROOT is not needed."
     if mistakes:
-        yield f"That configuration is to be corrected first: {printable(mistakes)}"
+        yield f"First correct that configuration: {printable(mistakes)}"
 
 
 def this_program() -> str:
-    """Return how sortd was called, so that the command that is shown calls the same one."""
+    """Return the shell word or words that call the program that runs now."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{shlex.quote(sys.executable)} -m sortd"
@@ -252,16 +243,18 @@ def this_program() -> str:
 def check(
     config: ConfigOption = None,
     as_json: JsonOption = False,
-    thorough: Annotated[bool, typer.Option("--thorough", help="Decode every reference; may take long.")] = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Decode every reference image, which may take long.")
+    ] = False,
 ) -> None:
-    """Look at configuration, folders, rights, disks, references and model, and say what to mend."""
+    """Check the configuration, folders, permissions, disks, references and model, and print what to correct."""
     from sortd.commands.facts import show_check
 
     raise typer.Exit(show_check(config, as_json=as_json, thorough=thorough))
 
 
 def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Tell whether sortd runs (exit code 75: none does), with which model, what waits, and how often it was right."""
+    """Show whether sortd runs (exit code 75 if not), its model, the images that wait, and the accuracy by class."""
     from sortd.commands.facts import show_status
 
     raise typer.Exit(show_status(config, as_json=as_json))
@@ -270,87 +263,89 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
 def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     config: ConfigOption = None,
     dataset: DatasetOption = None,
-    label: Annotated[str | None, typer.Option("--label", help="Only this class.")] = None,
-    outcome: Annotated[str | None, typer.Option(help="Only filed, sent_to_review, rejected or undone.")] = None,
+    label: Annotated[str | None, typer.Option("--label", help="Show only moves of this class.")] = None,
+    outcome: Annotated[str | None, typer.Option(help="Show only filed, sent_to_review, rejected or undone.")] = None,
     since: SinceOption = None,
     until: UntilOption = None,
-    run: Annotated[str | None, typer.Option("--run", help="Only this run of sortd.")] = None,
-    path: Annotated[Path | None, typer.Option("--path", help="Only this file: where it was or went.")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="Show only moves of this run of sortd.")] = None,
+    path: Annotated[Path | None, typer.Option("--path", help="Show only moves from or to this path.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=0, help="Show the newest N moves (0: all).")] = 50,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell what was moved where and why, newest first."""
+    """Show the moves with their reasons, newest first."""
     from sortd.commands.facts import show_history
 
     if outcome not in {None, "filed", "sent_to_review", "rejected", "undone"}:
         raise typer.BadParameter("must be filed, sent_to_review, rejected or undone", param_hint="--outcome")
-    begin, end = moment_option("--since", since), moment_option("--until", until)
+    begin, end = time_option("--since", since), time_option("--until", until)
     chosen = {"label": label, "outcome": outcome, "run": run, "since": begin, "until": end}
     show_history(config, dataset=dataset, file=path, limit=limit, as_json=as_json, **chosen)
 
 
 def undo(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
-    path: Annotated[Path | None, typer.Argument(help="Where sortd put a file, or where it came from.")] = None,
+    path: Annotated[Path | None, typer.Argument(help="Undo the last move from or to this path.")] = None,
     config: ConfigOption = None,
-    last: Annotated[int | None, typer.Option("--last", min=1, help="The newest N moves.")] = None,
+    last: Annotated[int | None, typer.Option("--last", min=1, help="Undo the newest N moves.")] = None,
     since: SinceOption = None,
     until: UntilOption = None,
-    run: Annotated[str | None, typer.Option("--run", help="All of one run; `sortd history` names the runs.")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="Undo the moves of this run (see `sortd history`).")] = None,
     dataset: DatasetOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and touch nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would happen; change nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Put images back to where they were, and hold them there until they change or are released."""
+    """Move images back to where they were, and hold them there until they change or are released."""
     from sortd.commands.moves import undo_moves
 
     ways = [path is not None, last is not None, since is not None or until is not None, run is not None]
     if sum(ways) == 0:
-        raise typer.BadParameter("say what: a PATH, --last N, --since or --until, or --run")
+        raise typer.BadParameter("give a PATH, --last N, --since, --until or --run")
     if sum(ways) > 1 and (path is not None or last is not None):
-        raise typer.BadParameter("a PATH and --last stand alone; --since, --until and --run go together")
-    times = {"since": moment_option("--since", since), "until": moment_option("--until", until)}
+        raise typer.BadParameter("only --since, --until and --run can be combined")
+    times = {"since": time_option("--since", since), "until": time_option("--until", until)}
     code = undo_moves(config, path, last=last, dataset=dataset, dry_run=dry_run, as_json=as_json, run=run, **times)
     raise typer.Exit(code)
 
 
 def release(
-    path: Annotated[Path | None, typer.Argument(help="A held file, or the folder of a held dataset.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="Release this held file, or the dataset with this folder.")
+    ] = None,
     config: ConfigOption = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every held file and every held dataset.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Release all held files and datasets.")] = False,
     dataset: DatasetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let files that an undo holds, and datasets that the guard holds, be decided and moved again."""
+    """Release files that are held after an undo, and datasets that the guard holds."""
     from sortd.commands.moves import release_files
 
     if (path is None) != everything:
-        raise typer.BadParameter("say which: a PATH, or --all")
+        raise typer.BadParameter("give either a PATH or --all")
     release_files(config, path, dataset=dataset, as_json=as_json)
 
 
 def rebuild(
-    dataset: Annotated[str | None, typer.Argument(help="Only this dataset.")] = None,
+    dataset: Annotated[str | None, typer.Argument(help="Rebuild only this dataset. Default: all.")] = None,
     config: ConfigOption = None,
     force: Annotated[bool, typer.Option("--force", help="Use the new prototypes even if they look worse.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Let the sortd that runs learn its classes anew."""
+    """Make the running sortd build its prototypes from the references again."""
     from sortd.commands.moves import ask_to_rebuild
 
     ask_to_rebuild(config, dataset, force=force, as_json=as_json)
 
 
 def bench(
-    folder: Annotated[Path | None, typer.Argument(help="Whose images serve; without it those of the datasets.")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Folder of test images. Default: the datasets.")] = None,
     config: ConfigOption = None,
-    images: Annotated[int, typer.Option(min=4, max=10_000, help="How many images, at most.")] = 96,
+    images: Annotated[int, typer.Option(min=4, max=10_000, help="Largest number of images.")] = 96,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure images per second and milliseconds by stage on this machine; moves no file, takes under a minute."""
+    """Measure images per second and milliseconds per stage on this machine; takes under a minute, moves no file."""
     from sortd.commands.bench import measure, print_measured
 
     loaded = load_config(config)
-    with under_way("measuring") as tell:
+    with spinner("measuring") as tell:
         measured = measure(loaded, folder, images=images, tell=tell)
     if as_json:
         print_json(measured)
@@ -382,60 +377,53 @@ app.add_typer(cli_models.models)
 
 
 def main() -> None:
-    """Run the command line; translate errors into a sentence on stderr and an exit code (sysexits(3))."""
+    """Run the command line; errors become a message on stderr and an exit code (sysexits(3))."""
     open_missing_streams()
-    with ending_by_errors():
+    with exit_on_error():
         app()
 
 
 @contextmanager
-def ending_by_errors() -> Iterator[None]:
-    """Let what ends a command end the process: a sentence on stderr, or a line of the log where that is JSON."""
+def exit_on_error() -> Iterator[None]:
+    """Exit on an error of the block, after a message on stderr, or a log line if stderr is JSON."""
     try:
         yield
     except SortdError as error:
-        complain(str(error), error.exit_code)
+        report_error(str(error), error.exit_code)
         leave(error.exit_code)
     except BrokenPipeError:
         silence(sys.stdout)
         leave(0)
     except OSError as error:
         if error.errno not in REFUSED:
-            complain_of_fault(error)
+            report_error(repr(error), 1, error)
             raise
         silence(sys.stdout)
-        complain(refusal(error), REFUSED_CODE)
+        report_error(refusal(error), REFUSED_CODE)
         leave(REFUSED_CODE)
     except SystemExit as stop:
         leave(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
     except Exception as error:
-        complain_of_fault(error)
+        report_error(repr(error), 1, error)
         raise
 
 
-def complain(message: str, exit_code: int) -> None:
-    """Say what ended sortd, in the form that its stderr has."""
-    if (logs := json_logs()) is not None:
-        logs.say_failed(message, exit_code)
-    else:
+def report_error(message: str, exit_code: int, defect: Exception | None = None) -> None:
+    """Write the error that ends sortd to stderr, in the format of the log.
+
+    With an unexpected error, ``defect``, exit if that is JSON; else return, and Python prints the traceback.
+    """
+    logs: Any = sys.modules.get("sortd.logs")  # imported only by commands that write a log
+    if logs is not None and logs.is_json():
+        logs.say_failed(message, exit_code, defect)
+        if defect is not None:
+            leave(exit_code)
+    elif defect is None:
         print(f"sortd: {message}", file=sys.stderr)
 
 
-def complain_of_fault(error: Exception) -> None:
-    """Log an unexpected error where stderr is JSON, and end there; elsewhere Python prints its traceback."""
-    if (logs := json_logs()) is not None:
-        logs.say_failed(repr(error), 1, error)
-        leave(1)
-
-
-def json_logs() -> Any:  # noqa: ANN401 -- a module that is imported only where logs are written
-    """Return ``sortd.logs`` where it writes JSON on stderr, else None."""
-    logs = sys.modules.get("sortd.logs")
-    return logs if logs is not None and logs.is_json() else None
-
-
 def open_missing_streams() -> None:
-    """Put /dev/null where standard input, output or error is closed: the next file opened would take its number."""
+    """Open /dev/null for each closed standard stream: the next opened file would get its descriptor."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STANDARD_ERROR:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -444,22 +432,22 @@ def open_missing_streams() -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Let what is still to be flushed to a stream that takes nothing go nowhere."""
+    """Redirect a stream that cannot be written to /dev/null, so that its last flush succeeds."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def refusal(error: OSError) -> str:
-    """Say what was refused, to which path, and what to do."""
+    """Return a message with the path, the error, and what to do."""
     if error.filename is None:
-        return f"what was to be written was refused: {error.strerror}; see that there is room where it goes"
-    mend = errors.advice_for_write(error) or "see that its disk has room and is well"
+        return f"the output cannot be written: {error.strerror}; check that there is space for it"
+    advice = errors.advice_for_write(error) or "check its disk and the space on it"
     if isinstance(error, PermissionError):
-        mend = "mend its rights, or ask as the user that sortd runs as"
-    return f"{printable(os.fsdecode(error.filename))}: {error.strerror}; {mend}"
+        advice = "correct its permissions, or run the command as the user that runs sortd"
+    return f"{printable(os.fsdecode(error.filename))}: {error.strerror}; {advice}"
 
 
 def leave(code: int) -> None:
-    """End the process at once: all is closed by now, and taking torch apart politely can outlast a stop timeout."""
+    """Exit; with torch loaded, without its teardown, which can take longer than a stop timeout."""
     if "torch" not in sys.modules:
         sys.exit(code)
     sys.stdout.flush()

@@ -1,8 +1,8 @@
-"""Read a YAML file and ``SORTD_...`` variables into one frozen configuration, or name every mistake in them.
+"""Read a YAML file and ``SORTD_...`` variables into one frozen configuration, or report all mistakes in them.
 
-Searched for, unless a file is named: ``./config.yaml``, ``$XDG_CONFIG_HOME/sortd/config.yaml`` (``~/.config``),
-``/etc/sortd/config.yaml``; else all defaults, with ``./Data`` as the root. Relative paths in a file are relative to it,
-those in variables to the working directory.
+Unless a file is given, the first of these is read: ``./config.yaml``, ``$XDG_CONFIG_HOME/sortd/config.yaml``
+(``~/.config``), ``/etc/sortd/config.yaml``; without any, the defaults hold, with ``./Data`` as the root. Relative paths
+in a file are relative to its folder, those in variables to the working directory.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from sortd.errors import ConfigError
 from sortd.files import open_regular
 
 PREFIX = "SORTD_"
-ANY = "*"  # stands in a key's path for the name of a dataset
+ANY = "*"  # in a key's path: any name of a dataset
 OFF = {"off", "no", "false"}
 
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -29,13 +29,13 @@ ModeName = Literal["avg", "max", "mean", "text", "best", "mixed"]
 
 
 def _not_off(value: object) -> object:
-    """`off` is a value of its own; YAML 1.1 and pydantic would read it as False."""
+    """Return None for `off`, which YAML 1.1 and pydantic would read as False."""
     is_off = value is False or (isinstance(value, str) and value.casefold() in OFF)
     return None if is_off else value
 
 
 def _strangers(value: object) -> object:
-    """A union would complain twice, once for each of its halves."""
+    """Return `auto` or a share; a union type would report two errors, one for each member."""
     if value == "auto":
         return value
     try:
@@ -47,42 +47,39 @@ def _strangers(value: object) -> object:
     return share
 
 
-def _with_a_place(template: object) -> object:
-    if isinstance(template, str) and "{}" not in template:
-        raise ValueError(f"{template!r} has no {{}} where the name of the class goes")
-    return template
+def _template(value: object) -> object:
+    if isinstance(value, str) and "{}" not in value:
+        raise ValueError(f"{value!r} has no {{}} for the name of the class")
+    return value
 
 
-def _some(templates: tuple[str, ...]) -> tuple[str, ...]:
+def _not_empty(templates: tuple[str, ...]) -> tuple[str, ...]:
     if not templates:
-        raise ValueError("the list is empty; a class's name needs one sentence at least")
+        raise ValueError("the list is empty; it needs at least one sentence")
     return templates
 
 
-def _for_the_collector(path: Path) -> Path:
+def _textfile(path: Path) -> Path:
     if path.suffix != ".prom":
         raise ValueError(f"{path.name!r} does not end in .prom: the textfile collector reads no other file")
     return path
 
 
-Template = Annotated[str, BeforeValidator(_with_a_place)]
-
-
 class _Frozen(BaseModel):
-    """What every part of the configuration is: frozen, and without a key that nobody reads."""
+    """Base of all parts of the configuration: frozen, and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class AbstainConfig(_Frozen):
-    """How sure a decision must be before an image is filed."""
+    """Conditions under which an image is filed."""
 
     precision: Share = 0.95
     strangers: Annotated[Literal["auto"] | float, BeforeValidator(_strangers)] = "auto"
 
 
 class Decoding(_Frozen):
-    """How images become pixels, and what is too much."""
+    """How images are decoded, and the limits."""
 
     jpeg: Literal["draft", "full"] = "draft"
     workers: Annotated[int, Field(ge=0, le=256)] = 0
@@ -93,26 +90,28 @@ class Decoding(_Frozen):
 
 
 class Log(_Frozen):
-    """What the log looks like and how much of it there is."""
+    """Format and level of the log."""
 
     format: Literal["auto", "console", "json"] = "auto"
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class MetricsConfig(_Frozen):
-    """Where Prometheus finds the counts; nowhere unless said."""
+    """Where Prometheus finds the metrics; by default nowhere."""
 
-    textfile: Annotated[Path, AfterValidator(_for_the_collector)] | None = None
+    textfile: Annotated[Path, AfterValidator(_textfile)] | None = None
     http_port: Annotated[int, Field(ge=1, le=65_535)] | None = None
 
 
 class DatasetConfig(_Frozen):
-    """What may differ from dataset to dataset."""
+    """The keys that can differ between datasets."""
 
     mode: ModeName = "mixed"
     abstain: Annotated[AbstainConfig | None, BeforeValidator(_not_off)] = AbstainConfig()
     classifier: Literal["auto", "prototypes", "finetuned"] = "auto"
-    prompts: Annotated[tuple[Template, ...], AfterValidator(_some)] = DEFAULT_TEMPLATES
+    prompts: Annotated[tuple[Annotated[str, BeforeValidator(_template)], ...], AfterValidator(_not_empty)] = (
+        DEFAULT_TEMPLATES
+    )
     learn_from_corrections: bool = False
     settle_seconds: Seconds = 1.0
     companions: bool = True
@@ -123,10 +122,7 @@ class DatasetConfig(_Frozen):
 
 
 class Config(DatasetConfig):
-    """The whole configuration: what holds for every dataset that says nothing else, and for the program.
-
-    A model of pydantic inherits from another instead of naming its keys a second time.
-    """
+    """The whole configuration: the keys of the program, and the values for datasets without their own."""
 
     root: Path
     state_dir: Path
@@ -146,21 +142,18 @@ class Config(DatasetConfig):
     metrics: MetricsConfig = MetricsConfig()
 
     def dataset(self, name: str) -> DatasetConfig:
-        """Return what holds for a dataset: its own words over those for all, key by key."""
-        everyone = {key: getattr(self, key) for key in DatasetConfig.model_fields}
-        own = self.datasets.get(name)
-        if own is None:
-            return DatasetConfig.model_construct(**everyone)
-        said = {key: getattr(own, key) for key in own.model_fields_set}
-        both = own.abstain, self.abstain
-        if "abstain" in said and isinstance(both[0], AbstainConfig) and isinstance(both[1], AbstainConfig):
-            ours = {key: getattr(both[0], key) for key in both[0].model_fields_set}
-            said["abstain"] = both[1].model_copy(update=ours)
-        return DatasetConfig.model_construct(**(everyone | said))
+        """Return the configuration of a dataset: its own keys, and the general values of all others."""
+        general = {key: getattr(self, key) for key in DatasetConfig.model_fields}
+        found = self.datasets.get(name)
+        own = {} if found is None else {key: getattr(found, key) for key in found.model_fields_set}
+        abstain = own.get("abstain")
+        if abstain is not None and self.abstain is not None:
+            own["abstain"] = self.abstain.model_copy(update=abstain.model_dump(exclude_unset=True))
+        return DatasetConfig.model_construct(**(general | own))
 
 
 LIVE_KEYS = frozenset(DatasetConfig.model_fields) | {"datasets", "rescan_seconds", "log.level"}
-"""What a running sortd takes over on reload; all else waits for a restart."""
+"""The keys that a running sortd applies on reload; the others need a restart."""
 
 _GROUPS: Final[Mapping[str, type[BaseModel]]] = {
     "abstain": AbstainConfig,
@@ -184,17 +177,17 @@ KEYS: Final = frozenset(_keys(Config))
 """The path of every key."""
 
 
-def load(path: Path | None, environment: Mapping[str, str]) -> Config:
+def read_config(path: Path | None, environment: Mapping[str, str]) -> Config:
     """Read the configuration.
 
     Args:
-        path: the file that the user named, which must be there; None searches (see the top of this module).
-        environment: where ``SORTD_...``, ``HOME`` and the folders of XDG and systemd are looked up.
+        path: a file that must exist, or None to search for one (see the module's docstring).
+        environment: the environment variables: ``SORTD_...``, ``HOME``, and the folders of XDG and systemd.
 
     Raises:
-        ConfigError: all that is wrong, a line each: ``file:line:column: key: message``.
+        ConfigError: all mistakes, each as a line ``file:line:column: key: message``.
     """
-    file = find(environment) if path is None else path
+    file = find_config_file(environment) if path is None else path
     tree = config_yaml.Tree() if file is None else config_yaml.parse(_content(file))
     base = Path.cwd() if file is None else Path(os.path.abspath(file)).parent
     values = tree.value if isinstance(tree.value, dict) else {}
@@ -209,7 +202,7 @@ def load(path: Path | None, environment: Mapping[str, str]) -> Config:
         config = Config.model_validate(_default_folders(base, environment) | values)
     except ValidationError as error:
         for details in error.errors(include_url=False):
-            where, message = details["loc"], _said(details)
+            where, message = details["loc"], _message(details)
             if _holds(variables, where):
                 wrong[variable_name(where)] = message
             else:
@@ -220,7 +213,7 @@ def load(path: Path | None, environment: Mapping[str, str]) -> Config:
 
 
 def restart_needed(old: Config, new: Config) -> list[str]:
-    """Name the keys that differ and that a running sortd does not take over on reload."""
+    """Return the keys that differ and that a running sortd does not apply on reload."""
     before, after = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     return sorted(key for key in changed if not {key, key.partition(".")[0]} & LIVE_KEYS)
@@ -242,14 +235,14 @@ def _content(file: Path) -> bytes:
         with os.fdopen(open_regular(file, follow=True), "rb") as opened:
             return opened.read(config_yaml.MAX_YAML_BYTES + 1)
     except OSError as error:
-        mend = "name a file that is there, or leave -c out for the defaults"
+        advice = "name an existing file, or omit -c to use the defaults"
         if isinstance(error, PermissionError):
-            mend = "mend its rights, or ask as the user that sortd runs as"
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}; {mend}") from error
+            advice = "correct its permissions, or run the command as the user that runs sortd"
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}; {advice}") from error
 
 
 def _drop_empty(values: dict[str, Any], tree: config_yaml.Tree, above: config_yaml.Path = ()) -> None:
-    """Take away keys without a value; only where that means the default is it no mistake."""
+    """Remove keys without a value; report those that must have one."""
     for key, value in list(values.items()):
         path = (*above, key)
         if isinstance(value, dict):
@@ -260,25 +253,25 @@ def _drop_empty(values: dict[str, Any], tree: config_yaml.Tree, above: config_ya
                 key in _MAY_BE_EMPTY if not above else above[0] in {"metrics", "datasets"} and len(above) == 1
             )
             if not may_be_empty and not tree.is_mistaken(path):
-                tree.mistake(path, "has no value; give it one or take the line away")
+                tree.mistake(path, "has no value; give it one or remove the line")
         elif path in {("root",), ("state_dir",), ("cache_dir",)} and isinstance(value, str) and not value.strip():
-            tree.mistake(path, "must not be empty; name a folder, or take the line away")
+            tree.mistake(path, "must not be empty; name a folder, or remove the line")
 
 
 # ---------------------------------------------------------------- folders and variables
 
 
-def find(environment: Mapping[str, str]) -> Path | None:
-    """Return the file that serves where none is named: the working directory's, the user's, the machine's, or none."""
+def find_config_file(environment: Mapping[str, str]) -> Path | None:
+    """Return the file that is read if none is given: the working directory's, the user's, the machine's or None."""
     own = _folder_of_xdg("XDG_CONFIG_HOME", ".config", environment)
     places = ["config.yaml", own and f"{own}/config.yaml", "/etc/sortd/config.yaml"]
     return next((Path(place) for place in places if place and os.path.isfile(place)), None)
 
 
 def _default_folders(base: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return root, state and cache where nothing was said; of systemd's lists of folders the first is ours.
+    """Return the default root, and those of state and cache if systemd, XDG or HOME give one.
 
-    Without a home there is no place for state and cache, and none is made up.
+    systemd may list several folders; the first is sortd's.
     """
     state = environment.get("STATE_DIRECTORY", "").partition(":")[0]
     cache = environment.get("CACHE_DIRECTORY", "").partition(":")[0]
@@ -291,7 +284,7 @@ def _default_folders(base: Path, environment: Mapping[str, str]) -> dict[str, st
 
 
 def _folder_of_xdg(variable: str, below_home: str, environment: Mapping[str, str]) -> str | None:
-    """Return our folder where XDG has it; relative values are to be ignored, says its specification."""
+    """Return sortd's folder by the XDG specification, which requires relative values to be ignored."""
     named, home = environment.get(variable, ""), environment.get("HOME", "")
     if os.path.isabs(named):
         return os.path.join(named, "sortd")
@@ -299,7 +292,7 @@ def _folder_of_xdg(variable: str, below_home: str, environment: Mapping[str, str
 
 
 def _make_absolute(values: dict[str, Any], base: Path, environment: Mapping[str, str]) -> None:
-    """Make the paths among the values absolute; a model is a path where it looks like one or a folder is there."""
+    """Make the paths among the values absolute; a model is a path if it looks like one or such a folder exists."""
     metrics = values.get("metrics")
     for section, key in ((values, "root"), (values, "state_dir"), (values, "cache_dir"), (metrics, "textfile")):
         if isinstance(section, dict) and isinstance(section.get(key), str):
@@ -319,9 +312,9 @@ def _absolute(path: str, base: Path, environment: Mapping[str, str]) -> str:
 
 
 def _variables(environment: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values of variables, nested as in a file, and by variable what is wrong.
+    """Return the values of variables, nested as in a file, and the mistakes by variable.
 
-    ``SORTD_ABSTAIN__PRECISION`` and ``SORTD_DATASETS__Tornillos__MODE`` name keys in groups; a list or mapping is
+    ``SORTD_ABSTAIN__PRECISION`` and ``SORTD_DATASETS__Tornillos__MODE`` name keys in groups; lists and mappings are
     written as in YAML: ``SORTD_PROMPTS='["a photo of {}"]'``. An empty variable counts as not set.
     """
     values: dict[str, Any] = {}
@@ -345,7 +338,7 @@ def _variables(environment: Mapping[str, str]) -> tuple[dict[str, Any], dict[str
 
 
 def variable_name(path: tuple[str | int, ...]) -> str:
-    """Return the variable that stands for a key."""
+    """Return the name of the variable for a key."""
     is_dataset = path[:1] == ("datasets",)
     return PREFIX + "__".join(
         str(part) if is_dataset and at == 1 else str(part).upper() for at, part in enumerate(path)
@@ -363,7 +356,7 @@ def _path_of(name: str) -> tuple[str, ...]:
 
 
 def _holds(values: Mapping[str, Any], path: tuple[str | int, ...]) -> bool:
-    """Tell whether a key, or the group that it stands in, is among the values."""
+    """Tell whether the values have a key or its group."""
     inside: Any = values
     for part in path:
         if not isinstance(inside, dict):
@@ -375,7 +368,7 @@ def _holds(values: Mapping[str, Any], path: tuple[str | int, ...]) -> bool:
 
 
 def _merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Lay one tree of values over another, key by key."""
+    """Replace values by those of another tree, key by key."""
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(values.get(key), dict):
             _merge(values[key], value)
@@ -383,13 +376,13 @@ def _merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:
             values[key] = value
 
 
-# ---------------------------------------------------------------- what is said of mistakes
+# ---------------------------------------------------------------- messages
 
 
 _WANTED = {
-    "float_parsing": "is no number",
-    "int_parsing": "is no whole number",
-    "int_from_float": "is no whole number",
+    "float_parsing": "is not a number",
+    "int_parsing": "is not a whole number",
+    "int_from_float": "is not a whole number",
     "bool_parsing": "is neither yes nor no",
     "string_pattern_mismatch": "is none of auto, cpu, cuda, cuda:0, mps",
     "tuple_type": "is not a list; write one `- ...` line for each",
@@ -398,7 +391,7 @@ _GROUP_WANTED = {"model_type", "model_attributes_type", "dict_type", "mapping_ty
 
 
 def _lines(file: Path | None, tree: config_yaml.Tree, wrong: Mapping[str, str]) -> list[str]:
-    """Return a line for each mistake in the file, in its order, then one for each in a variable."""
+    """Return a line for each mistake in the file, in order, then one for each mistake in a variable."""
     known = [variable_name(key) for key in KEYS if ANY not in key]
     found = []
     for mistake in sorted(tree.mistakes, key=lambda mistake: (mistake.line, mistake.column)):
@@ -410,15 +403,15 @@ def _lines(file: Path | None, tree: config_yaml.Tree, wrong: Mapping[str, str]) 
     return found
 
 
-def _said(details: ErrorDetails) -> str:
-    """Put one of pydantic's errors into words."""
+def _message(details: ErrorDetails) -> str:
+    """Return the message for one of pydantic's errors."""
     path, given, context, kind = details["loc"], details["input"], details.get("ctx", {}), details["type"]
     match kind:
         case "extra_forbidden":
             parent = _generic(path)[:-1]
             siblings = sorted(key[-1] for key in KEYS if key[:-1] == parent and key[-1] != ANY)
             is_for_all = path[0] == "datasets" and path[2:] in KEYS
-            meant = "; it holds for all datasets alike" if is_for_all else _meant(str(path[-1]), siblings)
+            meant = "; it cannot differ between datasets" if is_for_all else _meant(str(path[-1]), siblings)
             message = f"unknown key{meant}"
         case "literal_error" if isinstance(given, str):
             allowed = [word.strip("' ") for word in str(context["expected"]).replace(" or ", ",").split(",")]
@@ -428,7 +421,7 @@ def _said(details: ErrorDetails) -> str:
         case _ if kind in _GROUP_WANTED:
             message = "must be a group of keys, indented below it" + (", or `off`" if path[-1] == "abstain" else "")
         case "missing":
-            message = "has no default, since neither HOME nor a folder of systemd is set; give it"
+            message = "has no default, since neither HOME nor a folder of systemd is set; add it"
         case "string_too_short":
             message = "must not be empty"
         case _ if kind in _WANTED:

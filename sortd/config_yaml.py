@@ -1,7 +1,7 @@
-"""YAML as it was written: mappings, lists and the very text of every scalar, with the line and column of each.
+"""Parse YAML into mappings, lists and the text of every scalar, with the line and column of each key.
 
-Nothing is guessed: YAML 1.1 reads `No`, `off`, `1.0` and `12:30` as something else than what was written, so no scalar
-is given a type here; what it means is for the model to say. Nothing is constructed either, so no tag can run code.
+YAML 1.1 would convert `No`, `off`, `1.0` and `12:30`; here every scalar stays text, and the configuration model decides
+its type. No tag constructs an object, so none can run code.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _EMPTY = {"", "~", "null", "Null", "NULL"}
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """Something that is wrong at one place; lines and columns count from 1."""
+    """A mistake and its position; lines and columns count from 1."""
 
     path: Path
     message: str
@@ -33,28 +33,28 @@ class Mistake:
 
 @dataclass(slots=True)
 class Tree:
-    """A document: its value, where each key of it stands, and what is wrong with its form."""
+    """A document: its value, the position of each key, and the mistakes in it."""
 
     value: Value = None
     places: dict[Path, tuple[int, int]] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
 
     def place(self, path: Path) -> tuple[int, int]:
-        """Return line and column of a key, or of the nearest key above it that was written down."""
+        """Return the line and column of a key, or of the nearest group around it in the file."""
         nearest = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in self.places), ())
         return self.places.get(nearest, (1, 1))
 
     def mistake(self, path: Path, message: str) -> None:
-        """Note that something is wrong with a key or its value."""
+        """Record a mistake in a key or its value."""
         self.mistakes.append(Mistake(path, message, *self.place(path)))
 
     def is_mistaken(self, path: Path) -> bool:
-        """Was anything said about this key already?"""
+        """Tell whether a mistake in this key is recorded."""
         return any(mistake.path == path for mistake in self.mistakes)
 
 
 class _MalformedError(Exception):
-    """The rest of the document cannot be made sense of."""
+    """The document cannot be parsed further."""
 
     def __init__(self, message: str, place: tuple[int, int] = (1, 1)) -> None:
         super().__init__(message)
@@ -66,9 +66,9 @@ def _place(mark: yaml.Mark | None) -> tuple[int, int]:
 
 
 def parse(content: bytes) -> Tree:
-    """Read one YAML document; what is wrong with its form is in ``mistakes``, and the rest of it still is a value.
+    """Parse one YAML document; the tree has its mistakes and the value of the rest.
 
-    An empty file is a mistake, since a writer that died leaves one; a file of comments is not.
+    An empty file is a mistake, since a failed write leaves one; a file of comments is not.
     """
     tree = Tree()
     try:
@@ -87,7 +87,7 @@ def _text(content: bytes) -> str:
             f"has {len(content):,} bytes, more than the {MAX_YAML_BYTES:,} that a configuration may have"
         )
     if not content.strip():
-        raise _MalformedError("is empty, as a file is that somebody failed to write; put `root:` in it or remove it")
+        raise _MalformedError("is empty, as after a failed write; put `root:` in it or remove it")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -115,11 +115,11 @@ def _explained(error: yaml.MarkedYAMLError) -> str:
     problem = " ".join(part for part in (error.problem, error.context) if part)
     if "'\\t'" in problem:
         return "a tab begins this line or value; YAML indents with spaces only"
-    return f"is no YAML: {problem}"
+    return f"is not YAML: {problem}"
 
 
 class _Reader:
-    """Turns nodes into values, noting places and mistakes."""
+    """Converts nodes to values, and records positions and mistakes."""
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree

@@ -1,8 +1,7 @@
-"""Event names, and one stream on stderr for sortd's lines, other libraries' lines and Python's warnings.
+"""Event names, and the log on stderr with the lines of sortd, of other libraries and of Python's warnings.
 
-The README says what each event means. On a terminal lines are shortened for people unless the level is debug (see
-``render_console``); anywhere else each is one JSON object, after the ``<N>`` level prefix of sd-daemon(3) where stderr
-is the journal's.
+The README explains each event. On a terminal, lines are shortened unless the level is debug (see ``render_console``);
+elsewhere each is one JSON object, after the ``<N>`` level prefix of sd-daemon(3) if stderr is the systemd journal.
 """
 
 import logging
@@ -67,23 +66,23 @@ IMAGE_EVENTS: Final[Mapping[Outcome, str]] = {
     Outcome.REJECTED: IMAGE_REJECTED,
     Outcome.FOLLOWED: COMPANION_FOLLOWED,
 }
-"""The event of the canonical line for each way that a move can go."""
+"""The event of a finished move, by outcome."""
 
 PADDED = 22
-"""Columns that an event takes: the longest that is frequent, ``image.sent_to_review``, and a space."""
+"""Width of the event column: the longest frequent event, ``image.sent_to_review``, and a space."""
 
 _UNSAID = ("encoder_id",)
-"""Long, and the same in every line until the next start: ``model.loaded`` says it once."""
+"""Omitted on a terminal: long and equal in all lines of a run; ``model.loaded`` has it."""
 
 SHORT_REASONS = {
-    "no_classes": "no class to choose from",
-    "name_only": "the class is known by its name alone",
+    "no_classes": "there is no class",
+    "name_only": "the class has no image, only a name",
     "too_few": "too few references",
-    "stranger": "looks like what belongs to no class",
-    "typicality": "unlike the references",
-    "margin": "another class is too near",
+    "stranger": "belongs to no class",
+    "typicality": "too unlike the references",
+    "margin": "another class scores nearly as high",
 }
-"""Why an image is sent to Review/, in few words; ``sortd explain`` says it in a sentence."""
+"""Short texts for the reasons to send an image to Review/; ``sortd explain`` has longer ones."""
 
 _SEVERITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}  # of syslog(3), by level
 _CAUSES = ("dataset", "cause", "refusal", "failure", "root", "loss")  # few values each, unlike a path or a message
@@ -91,24 +90,20 @@ _WINDOW_SECONDS = 60.0
 
 
 class RateLimit:
-    """Drops lines of the same event and cause beyond so many a minute, as a processor or a filter, and counts them.
+    """Drops and counts lines with the same event and cause above a number per minute, as a processor or a filter.
 
-    Lines of images and companions are never dropped: each is said once for each version of a file, as its only record.
+    Lines of images and companions are never dropped, since each is the only record of a version of a file.
     """
 
     def __init__(
         self, lines_per_minute: int, *, clock: Callable[[], float] = time.monotonic, max_causes: int = 1_000
     ) -> None:
-        """Count ``max_causes`` at a time; beyond that, counting begins anew."""
+        """Count up to ``max_causes``; beyond that, all counts are reset."""
         self._limit, self._clock, self._max_causes = lines_per_minute, clock, max_causes
         self._windows: dict[tuple[str, ...], tuple[float, int]] = {}
 
     def __call__(self, _logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
-        """Let one of sortd's lines pass, with ``suppressed`` where others like it were dropped before.
-
-        Raises:
-            structlog.DropEvent: It is one too many.
-        """
+        """Return one of sortd's lines, with ``suppressed`` if such lines were dropped before, or raise DropEvent."""
         event = str(line.get("event"))
         if event.startswith("image.") or event == COMPANION_FOLLOWED:
             return line
@@ -118,17 +113,17 @@ class RateLimit:
         return {**line, "suppressed": dropped} if dropped else line
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Tell whether a line of another library passes; those of the same template are of the same cause."""
-        if isinstance(record.msg, dict):  # sortd's own: counted on its way here
+        """Tell whether a line of another library passes; its cause is its message template."""
+        if isinstance(record.msg, dict):  # sortd's own, which __call__ has counted
             return True
-        is_bare = record.msg == "%s"  # Python's warnings, all of them
+        is_bare = record.msg == "%s"  # a warning of Python
         dropped = self._count((record.name, str(record.args if is_bare else record.msg)))
         if dropped:
-            record.msg = f"{record.msg} ({dropped} more of this before)"
+            record.msg = f"{record.msg} ({dropped} such lines were dropped before)"
         return dropped is not None
 
     def _count(self, cause: tuple[str, ...]) -> int | None:
-        """Count one line: how many were dropped in the minute before, or ``None`` where this one is too many."""
+        """Count one line; return how many were dropped in the previous minute, or None to drop this one."""
         now = self._clock()
         if len(self._windows) >= self._max_causes and cause not in self._windows:
             self._windows.clear()
@@ -148,10 +143,10 @@ def configure(
     environ: Mapping[str, str] = os.environ,
     lines_per_minute: int = 20,
 ) -> None:
-    """Send every log line of the process to ``stream`` (default: stderr); the last call holds.
+    """Send every log line of the process to ``stream`` (default: stderr); replaces an earlier configuration.
 
-    ``auto`` is ``console`` on a terminal, else ``json``. ``level`` is that of sortd's own lines; of other libraries
-    ``info`` passes where it is ``debug``, else ``warning``. ``JOURNAL_STREAM`` and ``NO_COLOR`` are looked up.
+    ``auto`` is ``console`` on a terminal, else ``json``. ``level`` holds for sortd's lines; other libraries log from
+    ``info`` on if it is ``debug``, else from ``warning`` on. ``environ``: ``JOURNAL_STREAM`` and ``NO_COLOR``.
     """
     stream = stream or sys.stderr
     is_terminal = stream.isatty()
@@ -179,7 +174,7 @@ def configure(
     handler.addFilter(limit.filter)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name, _tame],
+            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name, _escape_event],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 *(_console(level, colours=colours) if is_console else _json(stream.encoding, is_journal=is_journal)),
@@ -193,12 +188,12 @@ def configure(
 
 
 def is_json() -> bool:
-    """Tell whether ``configure`` was called and chose JSON: then nothing but JSON may be written to the stream."""
+    """Tell whether ``configure`` chose JSON: then only JSON may be written to the stream."""
     return any(isinstance(handler, _Lines) and handler.is_json for handler in logging.getLogger().handlers)
 
 
 def say_failed(message: str, exit_code: int, fault: BaseException | None = None) -> None:
-    """Write the last line of a run that an error ended, with its traceback where ``fault`` was not expected."""
+    """Log the error that ends a run, with the traceback of ``fault``, an unexpected exception."""
     structlog.get_logger("sortd").error(DAEMON_FAILED, error=message, exit_code=exit_code, exc_info=fault)
 
 
@@ -213,11 +208,11 @@ def _console(level: Level, *, colours: bool) -> list[Processor]:
 
 
 def render_console(line: MutableMapping[str, Any], *, after_event: str = "") -> MutableMapping[str, Any]:
-    """Shorten a line: a move becomes one sentence, any other line loses what it repeats.
+    """Return a shorter line: a move as one sentence, any other line without ``encoder_id``.
 
     ``image.filed  Tornillos: Images/a.jpg -> Dataset/hex/  0.998, then cross 0.001``
 
-    ``after_event`` ends the emphasis of the event's name where there are colours.
+    ``after_event`` is the escape sequence that ends the style of the event's name.
     """
     path, destination = line.get("path"), line.get("destination")
     if not (isinstance(path, str) and isinstance(destination, str)) or "exception" in line or "exc_info" in line:
@@ -229,7 +224,7 @@ def render_console(line: MutableMapping[str, Any], *, after_event: str = "") -> 
 
 
 def _way(path: str, destination: str) -> str:
-    """Return both paths below their common folder; the name a second time only if it is another."""
+    """Return both paths relative to their common folder; the target's name only if it differs."""
     common = os.path.commonpath([path, destination])
     source, target = os.path.relpath(path, common), os.path.relpath(destination, common)
     folder, name = os.path.split(target)
@@ -237,18 +232,18 @@ def _way(path: str, destination: str) -> str:
 
 
 def _why(line: Mapping[str, Any]) -> str:
-    """Return how sure it was, the class that came second with its score, and the reason not to file."""
+    """Return the score, the second class with its score, and the reason not to file."""
     score, margin, second = (line.get(name) for name in ("score", "margin", "second_label"))
-    said = [] if score is None else [f"{score:.3f}"]
+    parts = [] if score is None else [f"{score:.3f}"]
     if score is not None and margin is not None and second is not None:
-        said.append(f"then {second} {score - margin:.3f}")
+        parts.append(f"then {second} {score - margin:.3f}")
     if line.get("reason"):
-        said.append(SHORT_REASONS.get(line["reason"], str(line["reason"])))
-    return ", ".join(said)
+        parts.append(SHORT_REASONS.get(line["reason"], str(line["reason"])))
+    return ", ".join(parts)
 
 
 def _escaped(text: str) -> str:
-    """Return a text that cannot paint or break a line."""
+    """Return a text with control characters and line ends escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
@@ -263,7 +258,7 @@ def _json(encoding: str | None, *, is_journal: bool) -> list[Processor]:
 
 
 def _order(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
-    """Put what the eye looks for first, and add the bytes of names that are not UTF-8, which JSON cannot carry."""
+    """Put time, level and event first, and add the bytes of names that are not UTF-8, which JSON cannot represent."""
     first = {name: line.pop(name) for name in ("timestamp", "level", "event") if name in line}
     raw = {
         f"{name}_hex": os.fsencode(value).hex()
@@ -273,14 +268,14 @@ def _order(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
     return {**first, **line, **raw}
 
 
-def _tame(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
-    """Escape control characters in another library's message: it may carry the name of a hostile file."""
+def _escape_event(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
+    """Escape control characters in another library's message, which may contain a file name."""
     line["event"] = _escaped(str(line.get("event", "")))
     return line
 
 
 def _plain(value: object) -> object:
-    """Turn what JSON does not know into what it does."""
+    """Convert a value that JSON cannot represent."""
     match value:
         case Enum():
             return value.value
@@ -295,10 +290,10 @@ def _plain(value: object) -> object:
 
 
 def _is_journal(stream: TextIO, journal: str) -> bool:
-    """Tell whether the stream is the journal's, by its device and inode: systemd.exec(5), $JOURNAL_STREAM."""
+    """Tell whether a stream is the systemd journal: systemd.exec(5), $JOURNAL_STREAM."""
     try:
         found = os.fstat(stream.fileno())
-    except (OSError, ValueError):  # no descriptor behind it
+    except (OSError, ValueError):  # the stream has no descriptor
         return False
     return journal == f"{found.st_dev}:{found.st_ino}"
 
@@ -312,23 +307,23 @@ def _log_dead_thread(died: threading.ExceptHookArgs) -> None:
 
 
 class _Lines(logging.StreamHandler[TextIO]):
-    """Writes lines whatever is in them, and never raises into the program that logs."""
+    """Writes lines, and never raises an exception in the program that logs."""
 
     def __init__(self, stream: TextIO, *, is_json: bool) -> None:
-        """Write to a stream, as JSON or for people."""
+        """Write to a stream; ``is_json`` records the format."""
         super().__init__(stream)
         self.is_json = is_json
 
     def format(self, record: logging.LogRecord) -> str:
-        """Render, with what the stream's encoding lacks escaped."""
+        """Render a record; characters that the stream's encoding lacks are escaped."""
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - stdlib's name
-        """Say in one line what could not be said; where even that fails (a full disk, a closed pipe) go on mute."""
+        """Write a line about the failure; if that fails too (a full disk, a closed pipe), write nothing."""
         try:
-            said = record.msg.get("event") if isinstance(record.msg, dict) else record.msg
-            line = {"level": "error", "event": "log.failed", "line": str(said)[:200], "error": repr(sys.exc_info()[1])}
+            lost = record.msg.get("event") if isinstance(record.msg, dict) else record.msg
+            line = {"level": "error", "event": "log.failed", "line": str(lost)[:200], "error": repr(sys.exc_info()[1])}
             self.stream.write(readable_json(line, encoding=self.stream.encoding) + "\n")
-        except Exception:  # noqa: BLE001 - a value that cannot be shown, a stream that takes nothing: no way is left
+        except Exception:  # noqa: BLE001 - logging must never raise
             return

@@ -1,9 +1,10 @@
-"""The status file: what a running sortd tells of itself, for ``sortd status``; written beside and renamed."""
+"""The status file, which a running sortd writes for ``sortd status``, and facts about processes."""
 
 import json
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,16 @@ STATUS_FILE = "status.json"
 
 
 class Status:
-    """The status file in the state directory; written by the loop, only when something changed."""
+    """The status file in the state directory; the loop writes it when a fact has changed."""
 
-    def __init__(self, state: Path, *, clock: Any = time.time) -> None:  # noqa: ANN401 -- any function of no arguments
-        """Write into ``state``, which is made at the first write."""
+    def __init__(self, state: Path, *, clock: Callable[[], float] = time.time) -> None:
+        """Write into ``state``, which the first write creates."""
         self._path = state / STATUS_FILE
         self._clock = clock
         self._last: Mapping[str, Any] | None = None
 
     def write(self, facts: Mapping[str, Any]) -> bool:
-        """Write the facts if they differ from the last ones; tell whether they did.
-
-        Raises:
-            OSError: the state directory cannot be written.
-        """
+        """Write the facts if they differ from the last ones; return whether they did. Raises OSError."""
         if facts == self._last:
             return False
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,10 +35,10 @@ class Status:
 
 
 def read_status(state: Path) -> dict[str, Any] | None:
-    """Return what the last running sortd told, with ``alive``: whether that process still is; None if none ever ran.
+    """Return the facts of the last run, with ``alive`` for its process; None if sortd never ran.
 
     Raises:
-        StartupError: it cannot be read, for want of rights or since it is no file of sortd's.
+        StartupError: the file cannot be read, or is no regular file.
     """
     file = state / STATUS_FILE
     try:
@@ -49,8 +46,9 @@ def read_status(state: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     except OSError as error:
-        mend = "ask as the user that sortd runs as, or as root" if isinstance(error, PermissionError) else "remove it"
-        raise StartupError(f"{file} cannot be read: {error.strerror}; {mend}") from error
+        is_denied = isinstance(error, PermissionError)
+        advice = "run the command as the user that runs sortd, or as root" if is_denied else "remove it"
+        raise StartupError(f"{file} cannot be read: {error.strerror}; {advice}") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("pid", 0), int):
         return None
     facts["alive"] = bool(facts.get("running")) and is_alive(facts.get("pid", 0), facts.get("started_ticks"))
@@ -58,7 +56,7 @@ def read_status(state: Path) -> dict[str, Any] | None:
 
 
 def started_ticks(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot (field 22 of proc_pid_stat(5)); None if it is gone."""
+    """Return when a process started, in clock ticks since boot (field 22 of proc_pid_stat(5)); None if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -67,9 +65,9 @@ def started_ticks(pid: int) -> int | None:
 
 
 def is_of_its_writer(state: Path, pid: int) -> bool:
-    """Tell whether a process belongs to whoever wrote the status file, or root did.
+    """Tell whether the owner of the status file is root or the user of the process.
 
-    A user who may write that file must not have root signal the process of somebody else.
+    Otherwise a user who may write that file could make root signal another user's process.
     """
     try:
         writer = os.lstat(state / STATUS_FILE).st_uid
@@ -81,5 +79,28 @@ def is_of_its_writer(state: Path, pid: int) -> bool:
 
 
 def is_alive(pid: int, ticks: int | None) -> bool:
-    """Tell whether the process of that number is still the one that started then: numbers are used again."""
+    """Tell whether a process runs and started at ``ticks``, since process numbers are reused."""
     return pid > 0 and ticks is not None and started_ticks(pid) == ticks
+
+
+def lock_holder(lock: Path) -> int | None:
+    """Return the process that holds a lock file, by /proc/locks (see proc(5)); None if there is none.
+
+    The lock is not tried: to hold it for a moment could make a sortd that starts just then fail.
+    """
+    try:
+        inode = lock.stat().st_ino
+        locks = Path("/proc/locks").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    held = re.findall(rf"WRITE\s+(\d+) [0-9a-f]+:[0-9a-f]+:{inode} ", locks)
+    return next((int(pid) for pid in held if _has_open(pid, lock)), None)
+
+
+def _has_open(pid: str, path: Path) -> bool:
+    """Tell whether a process has a file open; True for another user's process, since equal inodes are rare."""
+    folder, real = f"/proc/{pid}/fd", os.path.realpath(path)
+    try:
+        return any(os.path.realpath(f"{folder}/{name}") == real for name in os.listdir(folder))
+    except OSError as refusal:
+        return isinstance(refusal, PermissionError)

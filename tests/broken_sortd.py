@@ -49,7 +49,7 @@ def load_encoder(_: Config) -> BrokenEncoder:
 
 def main() -> None:
     """Do what ``sortd run`` does."""
-    with cli.ending_by_errors():
+    with cli.exit_on_error():
         cli.work(Path(sys.argv[sys.argv.index("--config") + 1]), once=sys.argv[1] == "once", load_encoder=load_encoder)
 
 

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("-c", "--config", type=Path)
     arguments = parser.parse_args()
-    with cli.ending_by_errors():
+    with cli.exit_on_error():
         if arguments.dry_run:
             cli.print_dry_run(arguments.config, as_json=False, load_encoder=load_encoder)
         else:

@@ -8,7 +8,7 @@ import pytest
 
 from sortd.commands import bench
 from sortd.commands.bench import backend_advice, draw, measure, print_measured
-from sortd.config import Config, load
+from sortd.config import Config, read_config
 from sortd.errors import DataError, ModelError
 from tests.command_line import sortd
 from tests.daemon_process import picture, tree
@@ -27,8 +27,8 @@ def _never(_: Config, backend: str) -> FakeEncoder:
     raise ModelError(f"{backend} is not here")
 
 
-def test_the_packaged_model_is_measured_and_nothing_is_touched(colours: Path, write_config: Write) -> None:
-    """Every stage has its figure, the bound is that of its parts, and the tree is as it was."""
+def test_measure_packaged_model_changes_no_file(colours: Path, write_config: Write) -> None:
+    """Every stage has a time, the bound follows from the stages, and the tree is unchanged."""
     config = write_config(model="packaged")
     before = tree(colours)
     ran = sortd("bench", "--config", config, "--images", 6, "--json", environment={"OMP_NUM_THREADS": "1"})
@@ -45,22 +45,24 @@ def test_the_packaged_model_is_measured_and_nothing_is_touched(colours: Path, wr
     assert facts["advice"]
 
 
-def test_it_prints_a_table_of_stages(colours: Path, write_config: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    """A person reads images a second first, then each stage, then the backends, then what to change."""
+def test_print_measured_shows_all_stages(
+    colours: Path, write_config: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The speed comes first, then the stages, the backends and the recommendations."""
     del colours
-    config = load(write_config(), {})
+    config = read_config(write_config(), {})
     print_measured(measure(config, None, images=4, load_encoder=lambda _: FakeEncoder(), load_other=_never))
     said = capsys.readouterr().out
-    assert "images a second" in said.splitlines()[0]
+    assert "images/s" in said.splitlines()[0]
     assert [line.split("\t")[0] for line in said.splitlines() if line.count("\t") == 2][1:] == [
         *("decode", "encode", "encode alone", "move")
     ]
-    assert "limit" in said
+    assert "bottleneck" in said
 
 
-def test_images_come_from_the_folder_that_is_named(tmp_path: Path, write_config: Write) -> None:
-    """A folder serves without any dataset; one without images is an error that says so."""
-    config = load(write_config(), {})
+def test_draw_uses_the_given_folder(tmp_path: Path, write_config: Write) -> None:
+    """A folder needs no dataset; one without images is an error."""
+    config = read_config(write_config(), {})
     (tmp_path / "album").mkdir()
     with pytest.raises(DataError, match=r"there is no image in .*album"):
         draw(config, tmp_path / "album", 10)
@@ -91,31 +93,31 @@ INT8 = backend("onnx-int8", 22.0)
 FP32 = backend("onnx", 18.0)
 
 
-def test_the_advice_names_the_backend_that_would_file_most() -> None:
-    """It is one that is faster by more than chance; where decoding limits, a faster model is not praised."""
+def test_backend_advice_recommends_the_fastest() -> None:
+    """A backend is recommended if it is clearly faster; a bottleneck in decoding is reported."""
     first, second = advised(INT8, TORCH)
-    assert first == "set `backend: onnx`: onnx-int8 could file 1.6 times as many images a second"
-    assert "forward limits" in second
+    assert first == "set `backend: onnx`: onnx-int8 is 1.6 times as fast"
+    assert second.startswith("the bottleneck is the model")
     as_fast = backend("onnx", 14.3)
-    assert advised(as_fast, TORCH)[0].startswith("keep the backend: torch")
-    assert advised(TORCH, limit="decode")[-1].startswith("decoding limits")
+    assert advised(as_fast, TORCH)[0] == "keep the backend: no other usable one is faster than torch"
+    assert advised(TORCH, limit="decode")[-1].startswith("the bottleneck is decoding")
 
 
-def test_the_advice_is_one_that_can_be_followed() -> None:
-    """Nobody is sent to int8 where it was refused, nor to a backend that serves already."""
+def test_backend_advice_skips_refused_and_active_backends() -> None:
+    """Neither a refused int8 nor the active backend is recommended."""
     first, second, _ = advised(INT8, FP32, TORCH, refusal="12 references are too few")
-    assert first == "set `backend: onnx`: onnx could file 1.3 times as many images a second"
-    assert second == "onnx-int8 could file 1.6 times as many, but does not serve: 12 references are too few"
+    assert first == "set `backend: onnx`: onnx is 1.3 times as fast"
+    assert second == "onnx-int8 is 1.6 times as fast, but is not used: 12 references are too few"
     serving = FP32 | {"serves": True}
     first, second, _ = advised(INT8, serving, TORCH | {"serves": False}, refusal="not judged yet")
-    assert first.startswith("keep the backend: onnx")
-    assert "1.2 times as many, but does not serve: not judged yet" in second
+    assert first.endswith("is faster than onnx")
+    assert "1.2 times as fast, but is not used: not judged yet" in second
     first, _ = advised(INT8, serving)
-    assert first.startswith("start sortd again: onnx-int8 may serve")
+    assert first.startswith("restart sortd: onnx-int8 is usable now")
 
 
-def test_where_only_torch_is_ready_it_says_what_brings_the_other() -> None:
-    """With a GPU that torch runs on there is nothing to bring."""
+def test_backend_advice_with_only_torch_names_the_missing_steps() -> None:
+    """With a GPU for torch there is no hint."""
     hint = "`sortd models export`"
     assert hint in advised(TORCH, hint=hint)[1]
     assert not any(hint in sentence for sentence in advised(TORCH, hint=hint, device="cuda"))

@@ -15,18 +15,17 @@ from sortd.classify.calibration import Calibration
 from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.commands.check import (
     check_all,
-    lock_holder,
     machine_findings,
     move_findings,
-    site_findings,
     watching_findings,
 )
 from sortd.commands.check_references import calibration_findings
 from sortd.commands.examination import evaluate_datasets
 from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
-from sortd.config import Config, load
+from sortd.config import Config, read_config
 from sortd.daemon.dataset_lock import open_dataset
 from sortd.layout import MARKER, Area, Layout
+from sortd.status import lock_holder
 from sortd.store.cache import PrototypeFiles
 from sortd.store.journal import Journal
 from sortd.watch import inotify
@@ -61,7 +60,7 @@ def look(tmp_path: Path) -> Check:
 
 def config_of(tmp_path: Path) -> Config:
     """Return the configuration that ``look`` uses."""
-    return load(None, {"HOME": str(tmp_path), "SORTD_ROOT": str(tmp_path / "Data")})
+    return read_config(None, {"HOME": str(tmp_path), "SORTD_ROOT": str(tmp_path / "Data")})
 
 
 def about(findings: Findings, topic: Topic, *words: str, severity: Severity | None = None) -> Findings:
@@ -69,7 +68,7 @@ def about(findings: Findings, topic: Topic, *words: str, severity: Severity | No
     return [
         one
         for one in findings
-        if one.topic is topic
+        if one.topic in {topic, None}  # None: a check that was called by itself
         and (severity is None or one.severity is severity)
         and all(word in f"{one.subject} {one.what} {one.mend}" for word in words)
     ]
@@ -98,8 +97,8 @@ class TestDecoders:
 class TestWhole:
     """What a check does as a whole."""
 
-    def test_a_description_that_cannot_be_read_is_named_and_the_rest_is_told(self, site: Path, look: Check) -> None:
-        """A ``class.txt`` that is a link is followed nowhere; the finding names it, and the check goes on past it."""
+    def test_check_description_that_cannot_be_read_is_an_error(self, site: Path, look: Check) -> None:
+        """A linked ``class.txt`` is not followed; a finding names it, and the check continues."""
         (site / "Clases" / "red" / "class.txt").symlink_to("/etc/passwd")
         findings = look()
         assert about(findings, Topic.REFERENCES, "red/class.txt", severity=Severity.ERROR)
@@ -137,14 +136,14 @@ class TestWhole:
         assert about(look(), Topic.PROCESS, str(journal), "is damaged", "move it aside", severity=Severity.ERROR)
 
     @pytest.mark.usefixtures("site")
-    def test_a_healthy_site_has_nothing_to_mend(self, look: Check) -> None:
-        """Nothing but notes is said about folders that are as they should be."""
+    def test_check_of_a_healthy_dataset_has_only_notes(self, look: Check) -> None:
+        """Folders without a problem give notes only."""
         assert bad(look()) == []
         assert about(look(), Topic.FILE_SYSTEM, "renames within one file system")
 
     @pytest.mark.usefixtures("site")
-    def test_nothing_is_left_behind(self, look: Check, tmp_path: Path) -> None:
-        """The tree is the same before and after: trial files are gone, no folder was made, no lock taken."""
+    def test_check_changes_nothing(self, look: Check, tmp_path: Path) -> None:
+        """The tree is the same before and after: no test file, no new folder, no lock."""
         (tmp_path / "config.yaml").touch()
         look()
         before = tree(tmp_path)
@@ -156,16 +155,16 @@ class TestWhole:
         assert not (tmp_path / "cache").exists()
 
     @pytest.mark.usefixtures("site")
-    def test_a_bad_configuration_is_told_line_by_line(self, look: Check) -> None:
-        """Each mistake is an error with its place, and nothing else is looked at."""
+    def test_check_of_an_invalid_configuration_reports_each_mistake(self, look: Check) -> None:
+        """Each mistake is an error with its position, and nothing else is checked."""
         findings = look("settle_seconds: never\nspeed: 3\n")
         assert [one.topic for one in findings] == [Topic.CONFIGURATION] * 2
         assert "config.yaml:5:" in findings[0].what
         assert exit_code(findings) == 78
 
     @pytest.mark.usefixtures("site")
-    def test_a_misspelt_dataset_is_noticed(self, look: Check) -> None:
-        """Settings for a dataset that is not there name the one that may be meant."""
+    def test_check_misspelt_dataset_name_suggests_another(self, look: Check) -> None:
+        """Settings for a missing dataset name the dataset that may be meant."""
         assert about(look("datasets: {Colors: {mode: avg}}\n"), Topic.CONFIGURATION, "did you mean Colours?")
 
     @pytest.mark.parametrize(
@@ -193,91 +192,91 @@ class TestWhole:
         assert about(findings, Topic.CONFIGURATION) == []
         assert not Layout(site).is_dataset or about(findings, Topic.REFERENCES)
 
-    def test_exit_codes_follow_what_is_wrong(self) -> None:
+    def test_exit_code_follows_the_topics_of_errors(self) -> None:
         """78 for folders and configuration, 69 for the model alone, 65 for references alone, 0 for warnings."""
-        wrong = error(Topic.FOLDERS, "a", "b")
+        wrong = error("a", "b", topic=Topic.FOLDERS)
         model, data = replace(wrong, topic=Topic.MODEL), replace(wrong, topic=Topic.REFERENCES)
         assert exit_code([wrong, model, data]) == 78
         assert exit_code([model, data]) == 69
         assert exit_code([data]) == 65
-        assert exit_code([warning(Topic.FOLDERS, "a", "b"), note(Topic.MODEL, "a", "b")]) == 0
+        assert exit_code([warning("a", "b", topic=Topic.FOLDERS), note("a", "b", topic=Topic.MODEL)]) == 0
 
 
 class TestFolders:
     """What is said about folders and rights."""
 
-    def test_a_missing_root_is_an_error(self, look: Check) -> None:
-        """There is nothing to sort where the root is not."""
+    def test_check_missing_root_is_an_error(self, look: Check) -> None:
+        """A root that does not exist is one error."""
         (finding,) = about(look(), Topic.FOLDERS, severity=Severity.ERROR)
         assert finding.what == "is missing"
 
-    def test_a_root_without_datasets_says_how_to_make_one(self, tmp_path: Path, look: Check) -> None:
-        """An empty root is no error: sortd waits for datasets to appear."""
+    def test_check_root_without_datasets_is_a_warning(self, tmp_path: Path, look: Check) -> None:
+        """An empty root is no error, since datasets can be added later."""
         (tmp_path / "Data").mkdir()
         (finding,) = bad(look())
         assert finding.severity is Severity.WARNING
         assert "sortd init" in finding.mend
 
-    def test_a_root_that_is_a_dataset_is_refused(self, tmp_path: Path, look: Check) -> None:
-        """The commonest slip: naming the dataset in the place of the folder above it."""
+    def test_check_root_that_is_a_dataset_is_an_error(self, tmp_path: Path, look: Check) -> None:
+        """The finding names the folder above, which is the right root."""
         (tmp_path / "Data" / "Clases").mkdir(parents=True)
         (finding,) = about(look(), Topic.FOLDERS, "is itself a dataset")
         assert finding.mend == f"set `root` to {tmp_path}"
 
-    def test_a_root_inside_of_a_dataset_is_refused(self, tmp_path: Path, look: Check) -> None:
-        """A site below another one's Images/ would be sorted by it."""
+    def test_check_root_inside_a_dataset_is_an_error(self, tmp_path: Path, look: Check) -> None:
+        """Datasets in another dataset's Images/ would be sorted by it."""
         (tmp_path / "Clases").mkdir()
         (tmp_path / "Data").mkdir()
         assert about(look(), Topic.FOLDERS, f"lies inside the dataset {tmp_path}", severity=Severity.ERROR)
 
     @pytest.mark.parametrize("area", list(Area))
-    def test_a_linked_area_is_an_error(self, site: Path, look: Check, tmp_path: Path, area: Area) -> None:
+    def test_check_linked_area_is_an_error(self, site: Path, look: Check, tmp_path: Path, area: Area) -> None:
         """Nothing is moved through a symbolic link."""
         (site / area).rename(tmp_path / "elsewhere")
         (site / area).symlink_to(tmp_path / "elsewhere")
         assert about(look(), Topic.FOLDERS, str(site / area), "symbolic link", severity=Severity.ERROR)
 
-    def test_a_file_in_the_place_of_a_folder_is_an_error(self, site: Path, look: Check) -> None:
-        """It cannot be made then."""
+    def test_check_file_in_place_of_a_folder_is_an_error(self, site: Path, look: Check) -> None:
+        """The folder cannot be created then."""
         (site / "Review").rmdir()
         (site / "Review").touch()
         assert about(look(), Topic.FOLDERS, str(site / "Review"), "is no folder", severity=Severity.ERROR)
 
-    def test_linked_classes_and_datasets_are_told(self, site: Path, look: Check, tmp_path: Path) -> None:
-        """What looks like a class or a dataset to a person but is a link is not taken for one."""
+    def test_check_linked_classes_and_datasets_are_warnings(self, site: Path, look: Check, tmp_path: Path) -> None:
+        """Links to classes and datasets are not used, and reported."""
         (site / "Clases" / "linked").symlink_to(site / "Clases" / "red")
         (tmp_path / "Data" / "Other").symlink_to(site)
         findings = look()
         assert about(findings, Topic.FOLDERS, "Clases/linked", "no class", severity=Severity.WARNING)
-        assert about(findings, Topic.FOLDERS, "Data/Other", "not taken for a dataset", severity=Severity.WARNING)
+        assert about(findings, Topic.FOLDERS, "Data/Other", "not used as a dataset", severity=Severity.WARNING)
 
-    def test_a_dataset_within_a_dataset_is_told(self, site: Path, look: Check) -> None:
-        """Its references would be sorted as if they were query images."""
+    def test_check_dataset_inside_a_dataset_is_a_warning(self, site: Path, look: Check) -> None:
+        """Its references would be sorted like new images."""
         (site / "Images" / "Inner" / "Clases").mkdir(parents=True)
         assert about(look(), Topic.FOLDERS, "Images/Inner", "looks like a dataset", severity=Severity.WARNING)
 
     @pytest.mark.parametrize("key", ["state_dir", "cache_dir"])
-    def test_own_folders_inside_of_a_dataset_are_refused(self, site: Path, look: Check, key: str) -> None:
-        """A journal in Images/ would be looked at as something to sort."""
+    def test_check_own_folder_inside_a_dataset_is_an_error(self, site: Path, look: Check, key: str) -> None:
+        """A journal in Images/ would be treated as a file to sort."""
         findings = look(environment={f"SORTD_{key.upper()}": str(site / "Images" / "own")})
         assert about(findings, Topic.FOLDERS, f"`{key}` lies inside", severity=Severity.ERROR)
         assert exit_code(findings) == 78
 
     @pytest.mark.usefixtures("site")
-    def test_an_own_folder_behind_a_file_is_an_error(self, look: Check, tmp_path: Path) -> None:
-        """It cannot be made."""
+    def test_check_file_in_place_of_an_own_folder_is_an_error(self, look: Check, tmp_path: Path) -> None:
+        """The folder cannot be created."""
         (tmp_path / "state").touch()
         assert about(look(), Topic.FOLDERS, "`state_dir` cannot be a folder", severity=Severity.ERROR)
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may do everything; see the test that changes its user")
-    def test_rights_are_found_by_trying(self, site: Path, look: Check) -> None:
-        """A folder that may not be written is an error with its path."""
+    def test_check_folder_without_write_permission_is_an_error(self, site: Path, look: Check) -> None:
+        """The finding has the folder's path."""
         (site / "Dataset").chmod(0o555)
         assert about(look(), Topic.FOLDERS, str(site / "Dataset"), "may not", severity=Severity.ERROR)
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-    def test_rights_hold_for_whoever_asks(self, site: Path, tmp_path: Path) -> None:
-        """As a user without rights, every folder that is not his is an error."""
+    def test_check_permissions_are_those_of_the_calling_user(self, site: Path, tmp_path: Path) -> None:
+        """For a user without permissions, every folder of another user is an error."""
         for folder in (tmp_path, *tmp_path.parents):
             if folder.is_relative_to(tempfile.gettempdir()) and folder.stat().st_mode & 0o055 != 0o055:
                 folder.chmod(folder.stat().st_mode | 0o055)
@@ -302,8 +301,8 @@ class TestFolders:
         assert f"error {site / '.sortd'}" in told
         assert f"error {site / 'Clases'}" not in told
 
-    def test_folders_of_a_class_that_was_renamed_are_told(self, site: Path, look: Check) -> None:
-        """What was filed under the old name stays where no class is; an empty folder says nothing."""
+    def test_check_folders_of_a_renamed_class_are_notes(self, site: Path, look: Check) -> None:
+        """Folders with files of a class that no longer exists are reported, empty ones are not."""
         for area, name in (("Dataset", "red"), ("Review", "red"), ("Dataset", "green"), ("Dataset", "mauve")):
             (site / area / name).mkdir(parents=True)
         for folder in ("Dataset/red", "Review/red", "Dataset/green"):
@@ -317,8 +316,8 @@ class TestFolders:
 class TestDisks:
     """What is said about disks, clocks and watching."""
 
-    def test_a_refused_rename_tells_what_follows(self, site: Path, tmp_path: Path) -> None:
-        """Where a rename between the folders is refused, moves are copies: slower, and needing room."""
+    def test_check_refused_rename_is_a_note(self, site: Path, tmp_path: Path) -> None:
+        """Where a rename is refused, moves are copies, which the note explains."""
 
         def refuse(*_: object) -> None:
             raise OSError(18, "Invalid cross-device link")
@@ -328,8 +327,8 @@ class TestDisks:
         assert finding.severity is Severity.NOTE
         assert list((site / "Images").iterdir()) == []
 
-    def test_a_real_mount_is_found_out(self, site: Path, tmp_path: Path) -> None:
-        """Dataset/ on another file system is found by the rename that fails, whatever st_dev says."""
+    def test_check_mounted_area_is_found_by_a_rename(self, site: Path, tmp_path: Path) -> None:
+        """Dataset/ on another file system is found by the rename that fails, not by st_dev."""
         if (
             os.geteuid() != 0
             or subprocess.run(["mount", "-t", "tmpfs", "none", site / "Dataset"], check=False).returncode
@@ -341,14 +340,14 @@ class TestDisks:
         finally:
             subprocess.run(["umount", site / "Dataset"], check=True)
 
-    def test_a_wrong_clock_is_told(self, tmp_path: Path) -> None:
-        """History and undo by time would lie."""
+    def test_check_wrong_clock_is_a_warning(self, tmp_path: Path) -> None:
+        """History and undo by time depend on the clock."""
         assert [one.severity for one in machine_findings(config_of(tmp_path), [], clock=lambda: 0.0)] == [
             Severity.WARNING
         ]
         assert list(machine_findings(config_of(tmp_path), [], clock=lambda: 1.8e9)) == []
 
-    def test_too_few_watches_name_the_setting(self, site: Path, tmp_path: Path) -> None:
+    def test_check_too_few_watches_name_the_setting(self, site: Path, tmp_path: Path) -> None:
         """More folders than watches is an error that names the sysctl; more than half of them a warning."""
 
         def watched(granted: int) -> Findings:
@@ -359,8 +358,8 @@ class TestDisks:
         assert about(watched(12), Topic.WATCHING, severity=Severity.WARNING)
         assert watched(1000) == []
 
-    def test_polling_is_told(self, site: Path, tmp_path: Path) -> None:
-        """Whoever is polled should know, since it is slower."""
+    def test_check_polled_root_is_a_note(self, site: Path, tmp_path: Path) -> None:
+        """Polling is slower, so it is reported."""
         polled = config_of(tmp_path).model_copy(update={"polling": "always"})
         (finding,) = watching_findings(polled, [Layout(site)], granted=inotify.Limits(1, 1, 1))
         assert "is polled" in finding.what
@@ -369,8 +368,8 @@ class TestDisks:
 class TestReferences:
     """What is said about the references."""
 
-    def test_references_that_cannot_be_read_are_named(self, site: Path, look: Check) -> None:
-        """A broken image teaches nothing, and nobody would notice otherwise; a note beside it is no reference."""
+    def test_check_unreadable_reference_is_a_warning(self, site: Path, look: Check) -> None:
+        """A broken image is reported; a text file next to it is no reference."""
         whole = (site / "Clases" / "red" / "0.png").read_bytes()
         (site / "Clases" / "red" / "torn.png").write_bytes(whole[: len(whole) // 2])
         (site / "Clases" / "red" / "notes.txt").write_text("bought in May", encoding="utf-8")
@@ -384,15 +383,15 @@ class TestReferences:
         (red / "link.png").symlink_to(red / "0.png")
         for name in (".facebook_1.jpg", "half.png.part", "Thumbs.db"):
             (red / name).touch()
-        found = {one.what for one in about(look(), Topic.REFERENCES, "not learnt", severity=Severity.WARNING)}
+        found = {one.what for one in about(look(), Topic.REFERENCES, "not used", severity=Severity.WARNING)}
         assert found == {
-            "leaves 1 entry out, not learnt (symbolic link): red/link.png",
-            "leaves 1 entry out, not learnt (hidden): red/.facebook_1.jpg",
-            "leaves 1 entry out, not learnt (unfinished): red/half.png.part",
+            "1 entry not used as references (symbolic link): red/link.png",
+            "1 entry not used as references (hidden): red/.facebook_1.jpg",
+            "1 entry not used as references (unfinished): red/half.png.part",
         }
 
-    def test_few_and_no_images_are_told_by_class(self, site: Path, look: Check) -> None:
-        """Classes without images and with too few are listed by name, and what that means under the mode."""
+    def test_check_classes_with_few_or_no_images_are_warnings(self, site: Path, look: Check) -> None:
+        """The classes are listed by name, with the effect under the mode."""
         (site / "Clases" / "empty").mkdir()
         (site / "Clases" / "lonely").mkdir()
         picture("red", 7).save(site / "Clases" / "lonely" / "one.png")
@@ -400,10 +399,10 @@ class TestReferences:
         assert about(findings, Topic.REFERENCES, "`mode: max` files nothing there: empty", severity=Severity.WARNING)
         assert about(findings, Topic.REFERENCES, "lonely (1)", severity=Severity.WARNING)
         named = look(environment={"SORTD_MODE": "mixed"})
-        assert about(named, Topic.REFERENCES, "known by name alone: empty")
+        assert about(named, Topic.REFERENCES, "known only by name: empty")
 
-    def test_one_image_in_two_classes_is_told(self, site: Path, look: Check) -> None:
-        """Equal bytes under two names in two classes contradict each other; within one class they do no harm."""
+    def test_check_image_in_two_classes_is_a_warning(self, site: Path, look: Check) -> None:
+        """Equal files in two classes contradict each other; within one class they do no harm."""
         whole = (site / "Clases" / "red" / "0.png").read_bytes()
         (site / "Clases" / "red" / "again.png").write_bytes(whole)
         assert bad(look()) == []
@@ -411,15 +410,15 @@ class TestReferences:
         (finding,) = bad(look())
         assert "is a reference of 2 classes (blue, red)" in finding.what
 
-    def test_a_poor_folder_of_strangers_is_told(self, site: Path, look: Check) -> None:
-        """A few examples of the rest of the world say next to nothing about it."""
+    def test_check_few_strangers_are_a_warning(self, site: Path, look: Check) -> None:
+        """Too few examples of what belongs to no class are reported."""
         (site / "Clases" / "_none").mkdir()
         picture("red", 8).save(site / "Clases" / "_none" / "one.png")
         (finding,) = bad(look())
         assert "_none" in finding.subject
 
-    def test_names_that_cannot_be_or_look_alike_are_told(self, site: Path, look: Check) -> None:
-        """Control characters cannot be in a class's name; Red and red are one folder on other systems."""
+    def test_check_invalid_or_similar_class_names_are_warnings(self, site: Path, look: Check) -> None:
+        """Control characters are not allowed in a name; Red and red are one folder on other systems."""
         (site / "Clases" / "new\nline").mkdir()
         (site / "Clases" / "Red").mkdir()
         picture("red", 9).save(site / "Clases" / "Red" / "0.png")
@@ -427,17 +426,17 @@ class TestReferences:
         assert about(findings, Topic.REFERENCES, "names cannot be classes: new\\nline")
         assert about(findings, Topic.REFERENCES, "look the same: Red, red")
 
-    def test_class_names_with_blanks_that_nobody_sees_are_told(self, site: Path, look: Check) -> None:
-        """In quotes; two that differ in blanks alone look the same, and blanks alone are no name."""
+    def test_check_class_names_with_invisible_blanks_are_warnings(self, site: Path, look: Check) -> None:
+        """Such names are quoted; names that differ only in blanks look the same."""
         for name in ("a  b ", "a b", "  "):
             (site / "Clases" / name).mkdir()
         findings = look()
-        assert about(findings, Topic.REFERENCES, "blanks in their names", "'a  b '")
+        assert about(findings, Topic.REFERENCES, "with a blank at an end", "'a  b '")
         assert about(findings, Topic.REFERENCES, "look the same: 'a  b ', a b")
         assert about(findings, Topic.REFERENCES, "names cannot be classes:   ")
 
-    def test_no_class_at_all_is_an_error_of_data(self, tmp_path: Path, look: Check) -> None:
-        """Nothing can be decided, and the exit code says that the data is at fault."""
+    def test_check_dataset_without_a_class_is_an_error(self, tmp_path: Path, look: Check) -> None:
+        """Nothing can be decided, and the exit code is that of bad data."""
         (tmp_path / "Data" / "Empty" / "Clases").mkdir(parents=True)
         Layout(tmp_path / "Data" / "Empty").make()
         findings = [one for one in look() if one.topic is not Topic.MODEL]
@@ -445,48 +444,50 @@ class TestReferences:
         assert exit_code(findings) == 65
 
     @pytest.mark.usefixtures("site")
-    def test_many_references_are_looked_at_by_their_headers(self, tmp_path: Path) -> None:
-        """With no time for decoding, headers have to do, and the check says so."""
-        findings = list(site_findings(config_of(tmp_path), decoding_seconds=0.0))
+    def test_check_without_time_to_decode_reads_headers(self, tmp_path: Path) -> None:
+        """The note has the number of references of which only headers were read."""
+        findings = list(
+            check_all(None, {"HOME": str(tmp_path), "SORTD_ROOT": str(tmp_path / "Data")}, decoding_seconds=0.0)
+        )
         assert about(findings, Topic.REFERENCES, "of 12 the headers read")
 
 
 class TestCalibration:
     """What the last rebuild found out is told without a model."""
 
-    def test_what_cannot_be_honoured_is_a_warning(self, site: Path, tmp_path: Path) -> None:
-        """The sentences of the calibration come out, and a low share of filed images is a warning."""
+    def test_check_calibration_that_cannot_be_met_is_a_warning(self, site: Path, tmp_path: Path) -> None:
+        """The notes of the calibration, and a low share of filed images, are warnings."""
         facts = Calibration(held_out=12, precision_expected=0.9, filed_expected=0.3, notes=("precision 0.99 is asked",))
         own = config_of(tmp_path).dataset("Colours")
         found = list(calibration_findings(Layout(site), own, make_prototypes(site, calibration=facts)))
         assert about(found, Topic.CALIBRATION, "precision 0.99 is asked", severity=Severity.WARNING)
         assert about(found, Topic.CALIBRATION, "only 30% of known images", severity=Severity.WARNING)
-        assert about(found, Topic.CALIBRATION, "90.0% of them right", severity=Severity.NOTE)
+        assert about(found, Topic.CALIBRATION, "a precision of 90.0%", severity=Severity.NOTE)
 
     @pytest.mark.usefixtures("site")
-    def test_a_dataset_that_was_never_learnt_says_so(self, look: Check, tmp_path: Path) -> None:
-        """There is nothing to tell before the first run, so that all is well is not said either."""
-        assert about(look(), Topic.CALIBRATION, "was not learnt yet")
+    def test_check_dataset_without_calibration_is_a_note(self, look: Check, tmp_path: Path) -> None:
+        """Before the first run the accuracy is not known, and the summary says so."""
+        assert about(look(), Topic.CALIBRATION, "has not been calibrated yet")
         ran = sortd("check", "-c", tmp_path / "config.yaml")
         assert ran.code == 0
-        assert "what the references can honour is not known of 1 dataset" in ran.out
-        assert "all is well" not in ran.out
+        assert "the accuracy of 1 dataset is not known" in ran.out
+        assert "no problem found\n" not in ran.out
 
     @pytest.mark.usefixtures("site")
-    def test_check_after_an_evaluation_tells_what_it_found_out(self, look: Check, tmp_path: Path) -> None:
-        """Where nothing would be filed both say so, and nobody says that it was not learnt."""
+    def test_check_after_eval_reports_its_calibration(self, look: Check, tmp_path: Path) -> None:
+        """The accuracy that `sortd eval` measured is reported."""
         look()
-        config = load(tmp_path / "config.yaml", {"HOME": str(tmp_path)})
+        config = read_config(tmp_path / "config.yaml", {"HOME": str(tmp_path)})
         assert list(evaluate_datasets(config, load_encoder=lambda _: FakeEncoder()))
         told = about(look(), Topic.CALIBRATION)
-        assert not about(told, Topic.CALIBRATION, "not learnt yet")
+        assert not about(told, Topic.CALIBRATION, "not been calibrated yet")
         assert about(told, Topic.CALIBRATION, "the last `sortd eval`")
 
     @pytest.mark.parametrize("change", ["added", "removed", "rewritten", "class", "renamed", "described", "settings"])
-    def test_check_after_a_change_asks_for_nothing_that_was_asked_before_it(
+    def test_check_after_a_change_reports_no_old_calibration(
         self, site: Path, look: Check, tmp_path: Path, change: str
     ) -> None:
-        """What an older generation could honour says nothing of the references that stand there now."""
+        """An older generation's calibration does not hold for other references or settings."""
         poor = Calibration(held_out=12, precision_expected=0.9, filed_expected=0.1, notes=("precision 0.99 is asked",))
         files = PrototypeFiles(tmp_path / "cache" / "prototypes", pytest.fail)
         settings = DecisionSettings(Mode.MAX, AbstainSettings())
@@ -511,10 +512,10 @@ class TestCalibration:
         found = look("abstain: off\n" if change == "settings" else "")
         (told,) = about(found, Topic.CALIBRATION)
         what = "settings (mode or abstain)" if change == "settings" else "references"
-        assert told.what == f"the {what} have changed since generation 1, so what can be honoured is not known"
+        assert told.what == f"the {what} have changed since generation 1: the accuracy is not known"
 
-    def test_check_of_files_that_teach_nothing_finds_no_change(self, site: Path, look: Check, tmp_path: Path) -> None:
-        """A note, a torn picture and a double of a reference leave what was learnt as it is."""
+    def test_check_files_that_are_no_references_are_no_change(self, site: Path, look: Check, tmp_path: Path) -> None:
+        """A text file, a truncated image and a duplicate of a reference change no calibration."""
         files = PrototypeFiles(tmp_path / "cache" / "prototypes", pytest.fail)
         files.write(Layout(site).key, make_prototypes(site, DecisionSettings(Mode.MAX, AbstainSettings())))
         red = site / "Clases" / "red"
@@ -527,8 +528,8 @@ class TestCalibration:
 class TestProcesses:
     """What is said about other processes."""
 
-    def test_another_sortd_is_found_without_touching_its_lock(self, site: Path, look: Check, tmp_path: Path) -> None:
-        """Whoever holds the dataset is named by its pid."""
+    def test_check_another_sortd_is_found_by_its_lock(self, site: Path, look: Check, tmp_path: Path) -> None:
+        """The finding has the pid of the process that holds the lock."""
         layout = Layout(site)
         assert lock_holder(layout.marker / "lock") is None
         Journal(layout.state_folder(tmp_path / "other") / "journal.sqlite").close()
@@ -542,8 +543,8 @@ class TestModel:
     """What is said about the model."""
 
     @pytest.mark.usefixtures("site")
-    def test_a_model_that_is_not_here_is_an_error(self, look: Check) -> None:
-        """The finding says how to get it, and nothing is downloaded."""
+    def test_check_missing_model_is_an_error(self, look: Check) -> None:
+        """The finding says how to get the model, and nothing is downloaded."""
         findings = look("model: openai/clip-vit-large-patch14\n")
         (finding,) = about(findings, Topic.MODEL, severity=Severity.ERROR)
         assert "sortd models fetch openai/clip-vit-large-patch14" in finding.what
@@ -551,8 +552,8 @@ class TestModel:
 
 
 @pytest.mark.usefixtures("site")
-def test_the_command_prints_json(look: Check, tmp_path: Path) -> None:
-    """``--json`` is one object with the findings, and torch is never imported."""
+def test_check_json_is_one_object(look: Check, tmp_path: Path) -> None:
+    """``--json`` prints one object with the findings, and torch is never imported."""
     look()
     code = (
         "import sys; from sortd.cli import app\n"

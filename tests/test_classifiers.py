@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sortd.arrays import Pixels
-from sortd.config import Config, load
+from sortd.config import Config, read_config
 from sortd.daemon.classifiers import select_classifier
 from sortd.daemon.dry_run import simulate
 from sortd.daemon.resources import Resources, reference_settings_of
@@ -35,7 +35,7 @@ def config(tmp_path: Path) -> Config:
     for name in ("First", "Second"):
         make_dataset(tmp_path / "Data", name)
     file = write_config(tmp_path, abstain="off", mode="max", decoding="{workers: 1}")
-    return load(file, {"HOME": str(tmp_path)})
+    return read_config(file, {"HOME": str(tmp_path)})
 
 
 class CountingEncoder:

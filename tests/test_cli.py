@@ -46,8 +46,8 @@ def config(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_every_command_has_help(command: str) -> None:
-    """It says in a sentence what it does, and knows how to be configured where it needs to."""
+def test_help_of_each_command_has_usage_and_config(command: str) -> None:
+    """Every command but ``init`` and ``version`` has the option ``--config``."""
     ran = sortd(command, "--help")
     assert ran.code == 0
     assert "Usage: " in ran.out
@@ -56,13 +56,13 @@ def test_every_command_has_help(command: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("models",), ("models", "promote"), *((name,) for name in sorted(COMMANDS))])
-def test_help_names_no_type_behind_a_switch(arguments: tuple[str, ...]) -> None:
-    """Nothing may be written behind ``--json`` or ``--help``, so nothing is shown there."""
+def test_help_of_a_flag_shows_no_type(arguments: tuple[str, ...]) -> None:
+    """A flag takes no value, so its help shows no type."""
     assert "bool" not in sortd(*arguments, "--help").out
 
 
-def test_help_names_them_all() -> None:
-    """No command is hidden, and there is none that no test knows."""
+def test_help_lists_all_commands() -> None:
+    """No command is hidden, and each is known to these tests."""
     text = run("--help").stdout
     lines = [line.strip("│ ").split() for line in text[text.index("Commands") :].splitlines()]
     assert {words[0] for words in lines if words and words[0] in COMMANDS} == COMMANDS
@@ -80,8 +80,8 @@ def test_help_names_them_all() -> None:
         ("models", "-c"),
     ],
 )
-def test_what_answers_at_once_imports_nothing_slow(config: Path, arguments: tuple[str, ...]) -> None:
-    """Torch and its kin cost seconds; who only asks does not pay for them."""
+def test_commands_that_read_facts_import_nothing_slow(config: Path, arguments: tuple[str, ...]) -> None:
+    """Commands that only read facts do not import torch, which takes seconds."""
     given = [*arguments, str(config)] if arguments[-1] == "-c" else [*arguments]
     code = (
         "import sys; from sortd.cli import app\n"
@@ -104,8 +104,8 @@ def test_raise_descriptor_limit_takes_what_the_process_may_have() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_errors_are_sentences(tmp_path: Path) -> None:
-    """What the user can mend comes without a traceback, on stderr, with its exit code."""
+def test_error_prints_a_message_and_no_traceback(tmp_path: Path) -> None:
+    """An error that the user can correct goes to stderr without a traceback, with its exit code."""
     gone = run("status", "-c", tmp_path / "gone.yaml")
     assert gone.returncode == 78
     assert gone.stderr.startswith(f"sortd: {tmp_path / 'gone.yaml'}: cannot be read")
@@ -114,8 +114,8 @@ def test_errors_are_sentences(tmp_path: Path) -> None:
     assert run("nonsense").returncode == 2
 
 
-def test_nobody_reading_is_no_error(config: Path) -> None:
-    """``sortd history | head -0`` ends quietly."""
+def test_closed_pipe_on_stdout_is_no_error(config: Path) -> None:
+    """``sortd history | head -0`` prints no error."""
     reader, writer = os.pipe()
     os.close(reader)
     ran = subprocess.run(
@@ -130,8 +130,8 @@ def test_nobody_reading_is_no_error(config: Path) -> None:
     assert ran.stderr == ""
 
 
-def test_a_full_disk_behind_the_output_is_a_sentence(config: Path) -> None:
-    """Facts that cannot be written end with the exit code of storage, without a traceback."""
+def test_full_disk_on_stdout_prints_a_message(config: Path) -> None:
+    """Output that cannot be written ends with the exit code of storage, without a traceback."""
     with open("/dev/full", "w") as full:
         ran = subprocess.run(
             [sys.executable, "-m", "sortd", "history", "-c", str(config)],
@@ -142,34 +142,34 @@ def test_a_full_disk_behind_the_output_is_a_sentence(config: Path) -> None:
             cwd=ROOT,
         )
     assert ran.returncode == 74
-    assert ran.stderr.startswith("sortd: what was to be written was refused: No space left on device")
+    assert ran.stderr.startswith("sortd: the output cannot be written: No space left on device")
     assert ran.stderr.count("\n") == 1
 
 
-def test_a_closed_output_is_taken_by_no_other_file(config: Path) -> None:
-    """With standard output closed nothing is printed into whatever file is opened next, and the answer is the same."""
+def test_closed_stdout_is_not_reused_by_another_file(config: Path) -> None:
+    """With standard output closed nothing is printed into the next opened file, and the exit code is the same."""
     command = f"exec {sys.executable} -m sortd status -c '{config}' >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], check=False, cwd=ROOT).returncode == 75
 
 
-def test_the_version_is_told_both_ways() -> None:
-    """As an option, which people try first, and as a command."""
+def test_version_option_and_command_agree() -> None:
+    """The option ``--version`` and the command ``version`` print the same."""
     assert sortd("--version").out == sortd("version").out != ""
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "x/../../../out", "..", "a\nb", "a  b ", " a", "a  b", " "])
-def test_init_makes_nothing_for_a_name_that_can_be_no_class(tmp_path: Path, name: str) -> None:
-    """It says which one before anything is made; no name leads out of the dataset."""
+def test_init_with_an_invalid_class_name_creates_nothing(tmp_path: Path, name: str) -> None:
+    """The invalid name is reported before anything is created, and no name leads out of the dataset."""
     ran = sortd("init", tmp_path / "Garden", "--class", "roses", "--class", name)
     assert ran.code == 2
     assert "cannot be a class" in " ".join(ran.err.split())
     assert not any(tmp_path.iterdir())
 
 
-def test_init_says_why_a_folder_cannot_be_made(tmp_path: Path) -> None:
-    """A file in its way, or a parent that is none, is named with what to do."""
+def test_init_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
+    """A file of that name, or in place of the parent, is reported with what to do."""
     (tmp_path / "file").touch()
-    for place, why in (("file", "is there but is no folder"), ("file/Garden", "cannot be made: Not a directory")):
+    for place, why in (("file", "is no folder"), ("file/Garden", "cannot be created: Not a directory")):
         ran = sortd("init", tmp_path / place)
         assert (ran.code, why in ran.err) == (78, True)
 
@@ -180,8 +180,8 @@ def command_of(out: str) -> str:
     return line
 
 
-def test_init_ends_with_a_command_that_works(tmp_path: Path) -> None:
-    """That very command, called from anywhere, takes the dataset up."""
+def test_init_prints_a_command_that_works(tmp_path: Path) -> None:
+    """The printed command runs sortd on the new dataset from any folder."""
     garden = tmp_path / "my pictures" / "Garden"
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
     init = [sys.executable, "-m", "sortd", "init", str(garden), "--class", "roses", "--class", "tulips"]
@@ -197,10 +197,10 @@ def test_init_ends_with_a_command_that_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("configured", ["nowhere", "here", "elsewhere"])
-def test_init_names_the_root_where_no_configuration_does(
+def test_init_command_names_the_root_unless_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configured: str
 ) -> None:
-    """With a configuration for its root that one is named; with one for another root, or none, so is the root."""
+    """The command names the configuration file, and the root unless the file has the same one."""
     site, here = tmp_path / "my pictures", tmp_path / "here"
     here.mkdir()
     if configured != "nowhere":
@@ -217,10 +217,10 @@ def test_init_names_the_root_where_no_configuration_does(
     assert [one["root"] for one in found.values()] == [str(site / "Garden")]
 
 
-def test_init_names_the_mistakes_of_the_configuration_that_it_counts_on(
+def test_init_with_an_invalid_configuration_reports_its_mistakes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The dataset is made all the same; what would refuse the next command is said now."""
+    """The dataset is created, and the mistakes that would stop the next command are printed."""
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path, speed="fast")
     ran = sortd("init", tmp_path / "Data" / "Garden")
@@ -231,8 +231,8 @@ def test_init_names_the_mistakes_of_the_configuration_that_it_counts_on(
 @pytest.mark.parametrize(
     "place", ["Garden/Inner", "Garden/Images/Inner", "Garden/Clases/roses", ".Garden", "link/Inner"]
 )
-def test_init_makes_no_dataset_that_nobody_would_see(tmp_path: Path, place: str) -> None:
-    """Inside another one, through a link too, or hidden: it says where it would be seen, and makes nothing."""
+def test_init_of_a_dataset_that_sortd_would_ignore_is_refused(tmp_path: Path, place: str) -> None:
+    """Inside another dataset, also by a link, or hidden: nothing is created, and the message names another place."""
     (tmp_path / "Garden" / "Clases" / "roses").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "Garden")
     before = sorted(tmp_path.rglob("*"))
@@ -250,8 +250,8 @@ def test_init_makes_no_dataset_that_nobody_would_see(tmp_path: Path, place: str)
     ["run", "once", "once --dry-run", "status", "eval", "history", "undo --last 1", "release --all", "rebuild",
      "explain config.yaml", "finetune Garden", "models", "models promote", "bench"],
 )  # fmt: skip
-def test_commands_on_a_root_that_is_a_dataset_say_so(tmp_path: Path, arguments: str, inside: str) -> None:
-    """Each says the same true sentence, what to set, and not to make another one in it."""
+def test_commands_on_a_root_that_is_a_dataset_are_refused(tmp_path: Path, arguments: str, inside: str) -> None:
+    """Each command reports what to set, and does not advise to create a dataset inside."""
     dataset = tmp_path / "Garden"
     (dataset / "Clases" / "roses").mkdir(parents=True)
     (dataset / "Images").mkdir()
@@ -263,8 +263,8 @@ def test_commands_on_a_root_that_is_a_dataset_say_so(tmp_path: Path, arguments: 
     assert "init" not in ran.err
 
 
-def test_a_root_with_datasets_that_is_one_itself_serves_them(tmp_path: Path) -> None:
-    """A folder named Clases beside datasets that run takes nothing away; `sortd check` says what is wrong."""
+def test_root_with_datasets_and_a_clases_folder_is_used(tmp_path: Path) -> None:
+    """A folder Clases next to datasets does not disable them; `sortd check` reports it."""
     make_dataset(tmp_path / "Data")
     (tmp_path / "Data" / "Clases").mkdir()
     file = write_config(tmp_path)
@@ -272,8 +272,8 @@ def test_a_root_with_datasets_that_is_one_itself_serves_them(tmp_path: Path) -> 
     assert "is itself a dataset" in sortd("check", "-c", file).out
 
 
-def test_status_names_its_configuration_and_a_missing_root(config: Path, tmp_path: Path) -> None:
-    """Whoever asks with another configuration than the service's sees it; an unmounted root is not called empty."""
+def test_status_shows_its_configuration_and_a_missing_root(config: Path, tmp_path: Path) -> None:
+    """Status shows the file that it read, and does not call an unmounted root empty."""
     facts = sortd("status", "-c", config, "--json").facts
     assert facts["config"] == str(config)
     assert f"config    {config}" in sortd("status", "-c", config).out
@@ -281,16 +281,16 @@ def test_status_names_its_configuration_and_a_missing_root(config: Path, tmp_pat
     assert f"{tmp_path / 'gone'} is missing" in sortd("status", "-c", config).out
 
 
-def test_nothing_found_is_said(config: Path) -> None:
-    """An empty answer is told from a broken one, on stderr."""
+def test_empty_result_prints_a_message_on_stderr(config: Path) -> None:
+    """An empty result is reported on stderr."""
     assert "no such move" in sortd("history", "-c", config, "--label", "none").err
     assert "nothing is held" in sortd("release", "--all", "-c", config).err
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("command", ["models", "check"])
-def test_a_cache_that_may_not_be_read_is_said(config: Path, command: str) -> None:
-    """Without a traceback, and the check says everything else all the same."""
+def test_cache_without_read_permission_is_reported(config: Path, command: str) -> None:
+    """There is no traceback, and `check` continues with its other checks."""
     for folder in (config.parent, *config.parents[:3]):
         folder.chmod(folder.stat().st_mode | 0o055)
     cache = config.parent / "cache"
@@ -313,8 +313,8 @@ def test_a_cache_that_may_not_be_read_is_said(config: Path, command: str) -> Non
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("command", ["status", "history", "check"])
-def test_a_state_that_may_not_be_read_is_said(config: Path, command: str) -> None:
-    """Whoever is not the service's user hears so in a sentence."""
+def test_state_without_read_permission_is_reported(config: Path, command: str) -> None:
+    """A user without permission gets a message."""
     for folder in (config.parent, *config.parents[:3]):
         folder.chmod(folder.stat().st_mode | 0o055)
     (config.parent / "state").chmod(0o700)
@@ -327,8 +327,8 @@ def test_a_state_that_may_not_be_read_is_said(config: Path, command: str) -> Non
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 78
 
 
-def test_models_are_listed_without_the_network(config: Path, tmp_path: Path) -> None:
-    """What is here, what is used, and how to get more."""
+def test_models_without_network_lists_local_models(config: Path, tmp_path: Path) -> None:
+    """The list has the local models, the chosen one, and how to get more."""
     write_config(tmp_path, model="auto")
     facts = sortd("models", "-c", config, "--json", environment={"HF_HOME": str(tmp_path / "none")}).facts
     assert facts["model"] == "auto"
@@ -336,31 +336,31 @@ def test_models_are_listed_without_the_network(config: Path, tmp_path: Path) -> 
     assert sortd("models", "list", "-c", config).code == 0
 
 
-def test_a_model_in_a_folder_is_listed_as_chosen(config: Path, tiny_clip: Path, tmp_path: Path) -> None:
-    """A folder that only the configuration knows is one of the models."""
+def test_models_lists_a_configured_folder_as_chosen(config: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    """A folder that only the configuration names is one of the models."""
     write_config(tmp_path, model=tiny_clip)
     chosen = [one for one in sortd("models", "-c", config, "--json").facts["models"] if one["chosen"]]
     assert [one["folder"] for one in chosen] == [str(tiny_clip)]
     assert len(chosen[0]["content"]) == 16
     write_config(tmp_path, model=tmp_path / "nowhere")
-    assert "there is no folder" in sortd("models", "-c", config, "--json").facts["problem"]
+    assert "nowhere does not exist" in sortd("models", "-c", config, "--json").facts["problem"]
 
 
-def test_names_are_shown_safely() -> None:
-    """Control characters, directions and undecodable bytes come out as escapes, letters as they are."""
+def test_printable_escapes_control_and_undecodable_characters() -> None:
+    """Control characters, direction marks and undecodable bytes are escaped, letters are not."""
     assert printable("señal.png") == "señal.png"
     assert printable("a\x1b[31m\n\u202eb") == "a\\x1b[31m\\n\\u202eb"
     assert printable(os.fsdecode(b"\xff")) == "\\xff"
 
 
-def test_numbers_are_said_as_people_do() -> None:
-    """One image, two classes, three copies."""
+def test_counted_and_megabytes_format_numbers() -> None:
+    """Plurals, thousands separators and units are right."""
     assert [counted(1, "image"), counted(2000, "class"), counted(0, "copy")] == ["1 image", "2,000 classes", "0 copies"]
     assert [megabytes(10), megabytes(2_500), megabytes(9.9e6), megabytes(3e9)] == ["10 B", "2.5 kB", "9.9 MB", "3.0 GB"]
 
 
-def test_the_daemon_makes_the_threads_of_products_patient_before_they_are_there(tmp_path: Path) -> None:
-    """OpenBLAS reads how long its threads spin when numpy is loaded, so it is told before; a user's choice stays."""
+def test_work_sets_the_openblas_timeout_before_numpy_is_loaded(tmp_path: Path) -> None:
+    """OpenBLAS reads the variable when numpy is loaded; a value of the user is kept."""
     code = (
         "import os, sys\n"
         "from sortd import cli, errors\n"
@@ -376,10 +376,10 @@ def test_the_daemon_makes_the_threads_of_products_patient_before_they_are_there(
         assert told.stdout.split() == [wanted]
 
 
-def test_models_export_without_onnx_runtime_promises_nothing(
+def test_models_export_without_onnx_runtime_is_refused_first(
     config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It sees what is missing before it says how long it will take."""
+    """The missing package is reported before the expected duration."""
     for missing in ("onnxruntime", "onnx"):
         with monkeypatch.context() as without:
             without.setitem(sys.modules, missing, None)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from sortd.config import load
+from sortd.config import read_config
 from sortd.core.schedule import RETRY_SECONDS
 from sortd.daemon.dataset_lock import open_dataset
 from sortd.daemon.datasets import (
@@ -49,7 +49,7 @@ class Place:
 
     def __post_init__(self) -> None:
         """Make the collection; nothing is looked at yet."""
-        config = load(write_config(self.folder), {})
+        config = read_config(write_config(self.folder), {})
         self.collection = Datasets(
             config,
             resources=Resources(config),

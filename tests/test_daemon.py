@@ -308,7 +308,7 @@ def test_run_dataset_with_a_damaged_journal_is_held_until_it_is_mended(
         assert "nothing in it is moved" in sortd("status", "-c", config).out
         checked = sortd("check", "-c", config)
         assert checked.code == 78
-        assert f"is held, nothing in it is moved: {line['error']}" in checked.out
+        assert f"is held, so nothing in it is moved: {line['error']}" in checked.out
         daemon.wait_until(
             lambda: metrics.exists() and 'sortd_dataset_held{dataset="Bad"} 1.0' in metrics.read_text(), "the metrics"
         )

@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from sortd.arrays import FloatArray
-from sortd.config import DatasetConfig, load
+from sortd.config import DatasetConfig, read_config
 from sortd.core.sorter import SorterSettings
 from sortd.core.state import State
 from sortd.daemon.dataset import Dataset
@@ -378,7 +378,7 @@ def test_dataset_image_that_vanished_before_its_move_is_no_failure(tmp_path: Pat
 def collection(tmp_path: Path) -> Iterator[tuple[Datasets, list[Job]]]:
     """The datasets below one root, none yet, and what they ask of a worker."""
     (tmp_path / "Data").mkdir()
-    config = load(write_config(tmp_path), {"HOME": str(tmp_path)})
+    config = read_config(write_config(tmp_path), {"HOME": str(tmp_path)})
     copier = CopyQueue(lambda _: None)
     asked: list[Job] = []
     made = Datasets(config, resources=Resources(config), ask=asked.append, copier=copier, metrics=Metrics())

@@ -16,19 +16,19 @@ def of(number: int, path: str = "/photos/Clases") -> OSError:
 @pytest.mark.parametrize(
     ("number", "advice"),
     [
-        (errno.EACCES, "the right to read"),
-        (errno.EPERM, "the right to read"),
+        (errno.EACCES, "permission to read"),
+        (errno.EPERM, "permission to read"),
         (errno.ENOENT, "mounted"),
-        (errno.EIO, "mounted and well"),
-        (errno.ESTALE, "mounted and well"),
+        (errno.EIO, "mounted and works"),
+        (errno.ESTALE, "mounted and works"),
         (errno.ELOOP, "symbolic link"),
         (errno.EMFILE, "RLIMIT_NOFILE"),
         (errno.ENFILE, "fs.file-max"),
-        (errno.E2BIG, "mounted and well"),
+        (errno.E2BIG, "mounted and works"),
     ],
 )
-def test_what_cannot_be_read_has_a_path_a_cause_and_a_mend(number: int, advice: str) -> None:
-    """A right that is wanted and a disk that is gone are mended differently."""
+def test_unreadable_has_path_cause_and_advice(number: int, advice: str) -> None:
+    """The advice depends on the error number."""
     said = errors.unreadable(of(number))
     assert said.startswith(f"/photos/Clases cannot be read: {os.strerror(number)}; ")
     assert advice in said
@@ -37,27 +37,27 @@ def test_what_cannot_be_read_has_a_path_a_cause_and_a_mend(number: int, advice: 
 @pytest.mark.parametrize(
     ("number", "advice"),
     [
-        (errno.EACCES, "the right to write"),
+        (errno.EACCES, "permission to write"),
         (errno.EPERM, "immutable"),
         (errno.EROFS, "for writing"),
-        (errno.ENOSPC, "make room"),
+        (errno.ENOSPC, "free some space"),
         (errno.EDQUOT, "quota"),
         (errno.ENOTDIR, "move away the file"),
         (errno.ENAMETOOLONG, "shorter"),
-        (errno.EIO, "mounted and well"),
-        (errno.ENOTCONN, "mounted and well"),
+        (errno.EIO, "mounted and works"),
+        (errno.ENOTCONN, "mounted and works"),
         (errno.EMFILE, "RLIMIT_NOFILE"),
         (errno.ENFILE, "fs.file-max"),
         (errno.EBUSY, ""),
     ],
 )
-def test_what_cannot_be_written_has_a_mend_where_there_is_one(number: int, advice: str) -> None:
-    """Nobody is told to do what would not help."""
+def test_advice_for_write_is_empty_without_advice(number: int, advice: str) -> None:
+    """The advice depends on the error number, and may be empty."""
     assert advice in errors.advice_for_write(of(number))
     assert bool(errors.advice_for_write(of(number))) == bool(advice)
 
 
-def test_an_error_without_a_number_is_told_all_the_same() -> None:
-    """A library may raise one."""
+def test_advice_for_an_error_without_number_is_general() -> None:
+    """A library may raise an OSError without a number."""
     assert errors.advice_for_write(OSError("no number")) == ""
     assert errors.advice_for(OSError("no number"))

@@ -18,7 +18,7 @@ from sortd.classify.explain import Explanation, explain, explain_finetuned, expl
 from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.commands.explain import ImageExplanation, explain_image
 from sortd.commands.report import explain_page
-from sortd.config import Config, load
+from sortd.config import Config, read_config
 from sortd.daemon.classifiers import classifier_of
 from sortd.encoder.finetuned import FinetunedFacts
 from sortd.errors import DataError, UnreadableError
@@ -48,7 +48,7 @@ def site(tmp_path: Path) -> Path:
 
 def config_of(site: Path) -> Config:
     """Return the configuration of a site."""
-    return load(site.parents[1] / "config.yaml", {"HOME": "/nonexistent"})
+    return read_config(site.parents[1] / "config.yaml", {"HOME": "/nonexistent"})
 
 
 def embedded(path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:

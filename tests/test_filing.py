@@ -1025,7 +1025,7 @@ class TestErrors:
         (answer,) = Mover(dataset.root, journal).move_all([order(path)])
         assert isinstance(answer, MoveFailed)
         assert answer.failure is MoveFailure.SOURCE
-        assert f"{path.parent}: Permission denied; give sortd the right to read it" in answer.message
+        assert f"{path.parent}: Permission denied; give sortd permission to read it" in answer.message
 
     def test_a_source_whose_move_has_not_ended_is_not_moved_again(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sortd.commands.finetuning import observing, require_training_packages
-from sortd.config import Config, load
+from sortd.config import Config, read_config
 from sortd.encoder.finetuned import UNFINISHED, FinetunedFacts, calibrated, read_facts
 from sortd.encoder.finetuned_network import load_finetuned
 from sortd.errors import AlreadyRunningError, ConfigError, DataError, DestinationError, ModelError
@@ -73,7 +73,7 @@ def configured(folder: Path) -> Config:
     places = {"root": folder / "Data", "state_dir": folder / "state", "cache_dir": folder / "cache"}
     said = "".join(f"{key}: {value}\n" for key, value in places.items())
     file.write_text(f"{said}decoding: {{workers: 1}}\ndevice: cpu\nthreads: 1\n", "utf-8")
-    return load(file, {"HOME": str(folder)})
+    return read_config(file, {"HOME": str(folder)})
 
 
 def request_for(config: Config, base: Path, **changes: Any) -> TrainingRequest:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.config import load
+from sortd.config import read_config
 from sortd.encoder.finetuned import WEIGHTS_FILE, FinetunedFacts
 from sortd.finetune.recipe import Recipe, TrainingRequest
 from sortd.finetune.run import output_of, run_finetuning
@@ -41,7 +41,7 @@ def test_what_was_trained_is_promoted_files_and_is_demoted(colours: Path, write_
             photo = picture(colour, 1000 + 100 * index + number, patches=40)
             photo.save(colours / "Clases" / colour / f"more{number}.png")
     config = write_config(device="cpu")
-    loaded = load(config, {"HOME": str(tmp_path)})
+    loaded = read_config(config, {"HOME": str(tmp_path)})
     recipe = Recipe(epochs=3, batch_size=8, learning_rate=1e-3, evaluations=2, test=0.25, validation=0.25)
     request = TrainingRequest(Layout(colours), base=str(build_tiny_vit(tmp_path / "base")), recipe=recipe)
     output = output_of(request, loaded.state_dir, NOW)

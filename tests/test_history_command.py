@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sortd.commands.journals import journals
-from sortd.config import load
+from sortd.config import read_config
 from sortd.core.guard import GuardState
 from sortd.daemon.dataset_lock import open_dataset
 from sortd.files import stamp_of
@@ -59,8 +59,8 @@ def standing(site: Path) -> list[str]:
 class TestHistory:
     """What history tells."""
 
-    def test_the_newest_come_first_with_their_grounds(self, site: Path) -> None:
-        """Each record says what went where, how sure it was, and by which run and model."""
+    def test_history_is_newest_first_with_reasons(self, site: Path) -> None:
+        """Each record has its paths, scores, run and model."""
         ran = run(site, "history", "--json")
         assert names(ran) == ["x.png", "d.png", "c.png", "b.png", "a.png"]
         first = ran.facts[-1]
@@ -80,45 +80,45 @@ class TestHistory:
             (["--dataset", "Colours", "--limit", "0"], ["x.png", "d.png", "c.png", "b.png", "a.png"]),
         ],
     )
-    def test_it_can_be_narrowed(self, site: Path, options: list[str], expected: list[str]) -> None:
-        """By class, outcome, run, time and dataset."""
+    def test_history_options_select_records(self, site: Path, options: list[str], expected: list[str]) -> None:
+        """Records are selected by class, outcome, run, time and dataset."""
         assert names(run(site, "history", "--json", *options)) == expected
 
-    def test_one_file_can_be_asked_for_by_either_place(self, site: Path) -> None:
-        """Where it is and where it came from both name it."""
+    def test_history_path_selects_by_source_or_destination(self, site: Path) -> None:
+        """The old and the new path select the record."""
         assert names(run(site, "history", "--json", "--path", site / "Dataset" / "red" / "a.png")) == ["a.png"]
         assert names(run(site, "history", "--json", "--path", site / "Images" / "a.png")) == ["a.png"]
 
-    def test_lines_are_columns_where_nobody_looks(self, site: Path) -> None:
-        """Off a terminal there are tabs, one header and no colour; messages go to stderr."""
+    def test_history_off_a_terminal_is_tab_separated(self, site: Path) -> None:
+        """There is one header and no colour; messages go to stderr."""
         ran = run(site, "history", "--limit", "2")
         header, *lines = ran.out.splitlines()
         assert header.split("\t")[:3] == ["when", "dataset", "outcome"]
         assert [line.split("\t")[4] for line in lines] == ["Rejected/x.png", "Dataset/green/d.png"]
         assert "--limit 0" in ran.err
 
-    def test_names_that_are_no_text_are_escaped(self, site: Path) -> None:
-        """A line feed and bytes that are not UTF-8 reach a terminal as escapes, and JSON as they are."""
+    def test_history_escapes_names_that_are_not_text(self, site: Path) -> None:
+        """Line feeds and undecodable bytes are escaped."""
         odd = os.fsdecode(b"odd\n\xff.png")
         file_images(site, site.parents[1] / "state", {odd: "red"})
         assert "Dataset/red/odd\\n\\xff.png" in run(site, "history", "--limit", "1").out
         assert names(run(site, "history", "--limit", "1", "--json")) == [odd]
 
-    def test_wrong_questions_are_usage_errors(self, site: Path) -> None:
-        """What is no moment, outcome or dataset is said to be none."""
+    def test_history_with_an_invalid_option_is_a_usage_error(self, site: Path) -> None:
+        """A value that is no time, outcome or dataset is a usage error."""
         assert run(site, "history", "--since", "soon").code == 2
         assert run(site, "history", "--outcome", "eaten").code == 2
         assert run(site, "history", "--dataset", "Nowhere").code == 65
 
-    def test_a_dataset_that_is_not_mounted_keeps_its_history(self, site: Path) -> None:
-        """The journal lies elsewhere and can be asked when the disk is gone."""
+    def test_history_of_an_unmounted_dataset_is_shown(self, site: Path) -> None:
+        """The journal is in the state directory."""
         site.parent.rename(site.parents[1] / "unmounted")
         ran = run(site, "history", "--json")
         assert len(ran.facts) == 5
         assert ran.facts[0]["to"] == "Rejected/x.png"
 
     def test_history_journal_that_is_damaged_hides_no_other(self, site: Path) -> None:
-        """What the others say is shown, what is wrong with the one is said, and the exit code tells."""
+        """The other journals are shown, and the damaged one is an error."""
         damaged_journal(site, "Bad")
         ran = run(site, "history", "--json")
         assert ran.code == 74
@@ -126,8 +126,8 @@ class TestHistory:
         assert "the journal is damaged" in ran.err
 
     def test_history_row_without_a_score_is_shown(self, site: Path) -> None:
-        """Whatever is missing in a row, nobody gets a traceback."""
-        with closing(sqlite3.connect(journals(load(site.parents[1] / "config.yaml", {}))[0].file)) as connection:
+        """Missing values in a row cause no traceback."""
+        with closing(sqlite3.connect(journals(read_config(site.parents[1] / "config.yaml", {}))[0].file)) as connection:
             connection.execute("UPDATE moves SET score = NULL, label = NULL, ended_at = 9e999")
             connection.commit()
         assert run(site, "history").out.count("Images/") == 5
@@ -137,18 +137,18 @@ class TestHistory:
 class TestUndo:
     """What undo does where no sortd runs."""
 
-    def test_one_file_goes_back_and_is_held(self, site: Path) -> None:
-        """It stands where it stood, and would not be filed again at once."""
+    def test_undo_of_a_file_moves_it_back_and_holds_it(self, site: Path) -> None:
+        """The file is at its old path and is not filed again."""
         before = (site / "Dataset" / "red" / "a.png").read_bytes()
         ran = run(site, "undo", site / "Dataset" / "red" / "a.png")
         assert ran.code == 0
         assert (site / "Images" / "a.png").read_bytes() == before
         assert not (site / "Dataset" / "red" / "a.png").exists()
-        with History.open(journals(load(site.parents[1] / "config.yaml", {}))[0].file) as history:
+        with History.open(journals(read_config(site.parents[1] / "config.yaml", {}))[0].file) as history:
             assert list(history.held()) == ["Images/a.png"]
 
-    def test_the_last_few_and_a_run_go_back(self, site: Path) -> None:
-        """Newest first, over whatever was moved; what was set aside loses its reason file."""
+    def test_undo_of_the_last_moves_or_a_run_moves_them_back(self, site: Path) -> None:
+        """The newest are undone first, and a rejected image loses its reason file."""
         assert len(run(site, "undo", "--last", "2", "--json").facts["undone"]) == 2
         assert standing(site) == [
             "Dataset/blue/b.png", "Dataset/red/a.png", "Dataset/red/c.png", "Images/d.png", "Images/x.png",
@@ -158,14 +158,14 @@ class TestUndo:
             "Dataset/red/c.png", "Images/a.png", "Images/b.png", "Images/d.png", "Images/x.png",
         ]  # fmt: skip
 
-    def test_a_time_range_goes_back(self, site: Path) -> None:
-        """Everything since a moment, and nothing before it."""
+    def test_undo_of_a_time_range_moves_it_back(self, site: Path) -> None:
+        """Only moves in the range are undone."""
         assert run(site, "undo", "--until", "1h", "--json").facts["undone"] == []
         assert len(run(site, "undo", "--since", "1h", "--json").facts["undone"]) == 5
         assert standing(site) == [f"Images/{name}.png" for name in "abcdx"]
 
-    def test_a_dry_run_touches_nothing(self, site: Path) -> None:
-        """It says what would be and where, and the tree and the journal stay."""
+    def test_undo_dry_run_changes_nothing(self, site: Path) -> None:
+        """It prints what would be moved; the tree and the journal are unchanged."""
         before = tree(site.parents[1])
         ran = run(site, "undo", "--since", "1h", "--dry-run", "--json")
         assert len(ran.facts["undone"]) == 5
@@ -176,14 +176,14 @@ class TestUndo:
         }
         assert names(run(site, "history", "--json")) == ["x.png", "d.png", "c.png", "b.png", "a.png"]
 
-    def test_undo_that_puts_nothing_back_says_so(self, site: Path) -> None:
-        """Nothing is held then, and nothing is to be released."""
+    def test_undo_that_moves_nothing_says_so(self, site: Path) -> None:
+        """Nothing is held then."""
         (site / "Dataset" / "red" / "a.png").unlink()
         ran = run(site, "undo", site / "Dataset" / "red" / "a.png")
-        assert (ran.code, ran.err) == (65, "sortd: no image was put back\n")
+        assert (ran.code, ran.err) == (65, "sortd: no image was moved back\n")
 
-    def test_nothing_is_overwritten(self, site: Path) -> None:
-        """Where the old name is taken, another one is given, and both files are whole."""
+    def test_undo_overwrites_nothing(self, site: Path) -> None:
+        """If the old name is taken, the file gets another one."""
         mine = (site / "Dataset" / "red" / "a.png").read_bytes()
         (site / "Images" / "a.png").write_bytes(b"somebody else's")
         (one,) = run(site, "undo", "--json", site / "Dataset" / "red" / "a.png").facts["undone"]
@@ -191,8 +191,8 @@ class TestUndo:
         assert Path(one["restored"]).read_bytes() == mine
         assert (site / "Images" / "a.png").read_bytes() == b"somebody else's"
 
-    def test_what_cannot_go_back_is_said_and_why(self, site: Path) -> None:
-        """A file that was changed since stays where it is; the others go; the exit code tells."""
+    def test_undo_of_a_changed_file_is_refused(self, site: Path) -> None:
+        """A changed file stays; the others are undone; the exit code is 65."""
         (site / "Dataset" / "red" / "a.png").write_bytes(b"retouched")
         (site / "Dataset" / "blue" / "b.png").unlink()
         ran = run(site, "undo", "--since", "1h", "--json")
@@ -202,21 +202,21 @@ class TestUndo:
         assert "no longer there" in messages["b.png"]
         assert (site / "Dataset" / "red" / "a.png").read_bytes() == b"retouched"
 
-    def test_undone_twice_is_undone_once(self, site: Path) -> None:
-        """There is nothing left to undo of that file."""
+    def test_undo_twice_undoes_once(self, site: Path) -> None:
+        """The second undo finds no move."""
         run(site, "undo", site / "Dataset" / "red" / "a.png")
         ran = run(site, "undo", site / "Dataset" / "red" / "a.png")
         assert ran.code == 65
-        assert "knows of no move" in ran.err
+        assert "the journal has no move" in ran.err
 
-    def test_it_wants_to_be_told_what(self, site: Path) -> None:
-        """No argument would mean everything or nothing; both is too much to guess."""
+    def test_undo_without_a_selection_is_a_usage_error(self, site: Path) -> None:
+        """Exactly one kind of selection is required."""
         assert run(site, "undo").code == 2
         assert run(site, "undo", "--last", "1", "--run", "first").code == 2
         assert run(site, "undo", "/somewhere/else.png").code == 65
 
-    def test_a_dataset_that_another_process_holds_is_left_alone(self, site: Path) -> None:
-        """Where a sortd with other settings works on it, nothing is moved."""
+    def test_undo_in_a_locked_dataset_is_refused(self, site: Path) -> None:
+        """Nothing is moved while another sortd uses the dataset."""
         before = standing(site)
         with open_dataset(Layout(site), site.parents[1] / "state"):
             ran = run(site, "undo", "--last", "1")
@@ -224,8 +224,8 @@ class TestUndo:
         assert "another sortd works on" in ran.err
         assert standing(site) == before
 
-    def test_what_a_crash_left_is_recovered_first_and_said(self, site: Path) -> None:
-        """Whoever undoes the last move learns that another one was brought to its end before."""
+    def test_undo_recovers_interrupted_moves_first(self, site: Path) -> None:
+        """The recovered move is reported."""
         with open_dataset(Layout(site), site.parents[1] / "state") as opened:
             path = site / "Images" / "new.png"
             path.write_bytes(b"an image")
@@ -235,7 +235,7 @@ class TestUndo:
             path.rename(site / "Dataset" / "red" / "new.png")
         ran = run(site, "undo", "--last", "1")
         assert ran.code == 0
-        assert "first recovered 1 move that a crash had cut short" in ran.err
+        assert "first recovered 1 move that a crash had interrupted" in ran.err
 
 
 def hold_dataset(site: Path) -> None:
@@ -253,59 +253,59 @@ def guard_of(site: Path) -> GuardState:
 class TestRelease:
     """What release does where no sortd runs."""
 
-    def test_one_or_all_are_let_go(self, site: Path) -> None:
-        """A released file will be decided again; one that is not held is an error."""
+    def test_release_of_one_or_all_files(self, site: Path) -> None:
+        """A released file is decided again; to release one that is not held is an error."""
         run(site, "undo", "--since", "1h")
         assert run(site, "release", site / "Images" / "a.png", "--json").facts == {"released": {"Colours": 1}}
         assert run(site, "release", site / "Images" / "a.png").code == 65
         assert run(site, "release", "--all", "--json").facts == {"released": {"Colours": 4}}
 
     def test_release_of_a_file_leaves_a_held_dataset_held(self, site: Path) -> None:
-        """Nothing of it is let go with the file, and the answer says so."""
+        """The answer reports that the dataset is still held."""
         run(site, "undo", "--since", "1h")
         hold_dataset(site)
         ran = run(site, "release", site / "Images" / "a.png")
         assert ran.out == "Colours: 1 held file released\n"
-        assert "Colours stays held as a whole, so nothing moves there yet: all would go to review" in ran.err
+        assert "the dataset Colours is still held, so nothing in it is moved: all would go to review" in ran.err
         assert guard_of(site).reason
 
     def test_release_of_a_dataset_leaves_held_files_held(self, site: Path) -> None:
-        """Whoever has looked at what the guard found has not asked for undone images to be filed again."""
+        """Files that are held after an undo stay held."""
         run(site, "undo", "--since", "1h")
         hold_dataset(site)
         ran = run(site, "release", site)
-        assert "Colours: the hold of the whole dataset is lifted" in ran.out
+        assert "Colours: the dataset is released" in ran.out
         assert "nothing is held" not in ran.err
         assert guard_of(site) == GuardState(2)
         assert run(site, "release", site).code == 65
         assert run(site, "release", "--all", "--json").facts == {"released": {"Colours": 5}}
 
-    def test_release_of_all_says_both(self, site: Path) -> None:
-        """Held files, the hold of the dataset, and that nothing is held only where that is so."""
+    def test_release_of_all_reports_files_and_datasets(self, site: Path) -> None:
+        """Released files and datasets are reported, or that nothing is held."""
         hold_dataset(site)
         ran = run(site, "release", "--all", "--json")
         assert ran.facts == {"released": {"Colours": 0}, "lifted": {"Colours": "all would go to review"}}
         assert "nothing is held" in run(site, "release", "--all").err
 
-    def test_status_without_a_daemon_tells_of_the_hold(self, site: Path) -> None:
-        """However the run that began it ended."""
+    def test_status_without_a_daemon_shows_the_hold(self, site: Path) -> None:
+        """The hold is in the journal."""
         hold_dataset(site)
         assert run(site, "status", "--json").facts["datasets"]["Colours"]["problem"] == "all would go to review"
 
-    def test_check_tells_of_the_hold(self, site: Path) -> None:
-        """With what lets it go."""
+    def test_check_shows_the_hold(self, site: Path) -> None:
+        """The finding names the command that releases the dataset."""
         hold_dataset(site)
         (finding,) = [one for one in run(site, "check", "--json").facts["findings"] if "is held" in one["what"]]
         assert "all would go to review" in finding["what"]
         assert f"sortd release {site}" in finding["mend"]
 
-    def test_it_wants_to_be_told_which(self, site: Path) -> None:
-        """Neither nothing nor both."""
+    def test_release_without_a_selection_is_a_usage_error(self, site: Path) -> None:
+        """Either a path or --all is required."""
         assert run(site, "release").code == 2
         assert run(site, "release", "--all", site / "Images" / "a.png").code == 2
 
     def test_release_dataset_that_cannot_be_opened_keeps_no_other_held(self, site: Path) -> None:
-        """The files of the others are let go, and what is wrong with the one is said."""
+        """The others are released, and the error is reported."""
         assert run(site, "undo", "--last", "1").code == 0
         damaged_journal(site, "Bad")
         ran = run(site, "release", "--all")
@@ -328,8 +328,8 @@ class TestWhileRunning:
             daemon.wait_for("image.filed", count=2)
             yield dataset, daemon
 
-    def test_they_are_done_by_the_one_that_runs(self, daemon: tuple[Path, DaemonProcess]) -> None:
-        """An undone image is back and stays; released it is filed again; a rebuild is begun; the log tells."""
+    def test_requests_are_executed_by_the_running_sortd(self, daemon: tuple[Path, DaemonProcess]) -> None:
+        """Undo, release and rebuild take effect in the running process and its log."""
         site, process = daemon
         filed = site / "Dataset" / "red" / "a.png"
         content = filed.read_bytes()
@@ -348,16 +348,16 @@ class TestWhileRunning:
         process.wait_for("image.filed", count=3)
         assert filed.read_bytes() == content
 
-    def test_what_it_cannot_do_it_says(self, daemon: tuple[Path, DaemonProcess]) -> None:
-        """The sentence and the exit code come from the one that runs."""
+    def test_request_that_fails_returns_its_error(self, daemon: tuple[Path, DaemonProcess]) -> None:
+        """The message and the exit code come from the running process."""
         site, _ = daemon
         ran = run(site, "rebuild", "Other")
         assert ran.code == 65
         assert "the running sortd has no dataset 'Other'" in ran.err
 
 
-def test_rebuild_needs_a_sortd_that_runs(site: Path) -> None:
-    """Without one there is nothing to rebuild: the next start learns anyway."""
+def test_rebuild_without_a_running_sortd_is_an_error(site: Path) -> None:
+    """The next start builds the prototypes anyway."""
     ran = run(site, "rebuild")
     assert ran.code == 75
     assert "no sortd runs" in ran.err

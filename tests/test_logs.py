@@ -55,8 +55,8 @@ def log() -> structlog.stdlib.BoundLogger:
     return logger
 
 
-def test_a_line_carries_its_event_first_and_its_context(stream: io.StringIO, log: structlog.stdlib.BoundLogger) -> None:
-    """Time, level and event lead; path and generation are bound once and stand in every line."""
+def test_line_has_its_event_first_and_its_context(stream: io.StringIO, log: structlog.stdlib.BoundLogger) -> None:
+    """Time, level and event come first, and bound values are in every line."""
     bound = log.bind(path="/srv/a.jpg", generation=7)
     with structlog.contextvars.bound_contextvars(dataset="Tornillos"):
         bound.info(logs.IMAGE_FILED, label="hex", score=0.91)
@@ -74,8 +74,8 @@ def test_a_line_carries_its_event_first_and_its_context(stream: io.StringIO, log
     }
 
 
-def test_a_name_that_is_no_utf8_survives_with_its_bytes(stream: io.StringIO, log: structlog.stdlib.BoundLogger) -> None:
-    """The line is ASCII, and the bytes stand beside it in hexadecimal."""
+def test_line_of_a_name_not_in_utf8_has_its_bytes(stream: io.StringIO, log: structlog.stdlib.BoundLogger) -> None:
+    """The bytes of the name are added in hexadecimal."""
     path = os.fsdecode(b"/srv/caf\xe9\n\x1b[31m.jpg")
     log.info(logs.IMAGE_FILED, path=path)
     assert stream.getvalue().isascii()
@@ -85,8 +85,8 @@ def test_a_name_that_is_no_utf8_survives_with_its_bytes(stream: io.StringIO, log
     assert bytes.fromhex(str(line["path_hex"])) == os.fsencode(path)
 
 
-def test_values_of_any_kind_are_told(stream: io.StringIO, log: structlog.stdlib.BoundLogger) -> None:
-    """Paths, enumerations, numpy's numbers, sets and what else comes become what JSON knows."""
+def test_line_converts_values_that_json_lacks(stream: io.StringIO, log: structlog.stdlib.BoundLogger) -> None:
+    """Paths, enumerations, numpy's numbers, sets and other objects are converted."""
 
     class Colour(Enum):
         RED = "red"
@@ -98,8 +98,8 @@ def test_values_of_any_kind_are_told(stream: io.StringIO, log: structlog.stdlib.
     assert told == {"folder": "/srv", "score": 0.5, "colour": "red", "classes": ["a", "b"], "x": "1j"}
 
 
-def test_other_libraries_and_warnings_come_in_the_same_stream(stream: io.StringIO) -> None:
-    """With the name of who speaks, on one line, with control characters escaped; their small talk is left out."""
+def test_other_libraries_and_warnings_use_the_same_stream(stream: io.StringIO) -> None:
+    """Each has the logger's name, one line and escaped control characters; info lines are dropped."""
     logging.getLogger("PIL.Image").warning("bad name %s", "\x1b[31m\nx\udce9")
     logging.getLogger("PIL.Image").info("small talk")
     with warnings.catch_warnings():
@@ -111,8 +111,8 @@ def test_other_libraries_and_warnings_come_in_the_same_stream(stream: io.StringI
     assert "watch out" in str(python["event"])
 
 
-def test_levels_hold_for_sortd_and_for_others_apart() -> None:
-    """Debug is ours alone: other libraries are then heard from info on."""
+def test_level_debug_lets_other_libraries_log_info() -> None:
+    """Level debug holds for sortd; other libraries log from info on."""
     stream = io.StringIO()
     logs.configure("json", "debug", stream=stream, environ={})
     structlog.get_logger("sortd.core.sorter").debug("fine")
@@ -124,8 +124,8 @@ def test_levels_hold_for_sortd_and_for_others_apart() -> None:
     assert len(lines(stream)) == 2
 
 
-def test_an_exception_is_one_line(stream: io.StringIO, log: structlog.stdlib.BoundLogger) -> None:
-    """The traceback is a field, so that every line is an object."""
+def test_line_of_an_exception_is_one_object(stream: io.StringIO, log: structlog.stdlib.BoundLogger) -> None:
+    """The traceback is a field of the object."""
     try:
         int("caf\udce9")
     except ValueError:
@@ -134,8 +134,8 @@ def test_an_exception_is_one_line(stream: io.StringIO, log: structlog.stdlib.Bou
     assert "ValueError" in str(line["exception"])
 
 
-def test_a_thread_that_dies_says_so_in_the_stream(stream: io.StringIO) -> None:
-    """Its traceback does not break the stream of objects."""
+def test_thread_that_dies_logs_its_traceback(stream: io.StringIO) -> None:
+    """The traceback is in one JSON line."""
     thread = threading.Thread(target=lambda: 1 / 0, name="watcher")
     thread.start()
     thread.join()
@@ -145,7 +145,7 @@ def test_a_thread_that_dies_says_so_in_the_stream(stream: io.StringIO) -> None:
 
 
 def test_logging_never_raises(log: structlog.stdlib.BoundLogger) -> None:
-    """A wrong argument, a value that cannot be shown, a stream that is closed: the program goes on."""
+    """A wrong argument, a value without repr or a closed stream raises no exception."""
     stream = io.StringIO()
     logs.configure("json", stream=stream, environ={})  # here, since pytest's own handler raises
 
@@ -160,8 +160,8 @@ def test_logging_never_raises(log: structlog.stdlib.BoundLogger) -> None:
     log.info(logs.DAEMON_READY)
 
 
-def test_a_full_disk_or_a_closed_pipe_does_no_harm() -> None:
-    """What standard error cannot take is not worth dying for."""
+def test_logging_to_a_full_disk_or_closed_pipe_raises_nothing() -> None:
+    """Lines that stderr does not accept are lost."""
     with open("/dev/full", "w") as full:
         logs.configure("json", stream=full, environ={})
         structlog.get_logger("sortd.daemon.daemon").info(logs.DAEMON_READY)
@@ -171,8 +171,8 @@ def test_a_full_disk_or_a_closed_pipe_does_no_harm() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
 
 
-def test_repeats_of_one_cause_are_dropped_and_counted() -> None:
-    """Beyond so many a minute a line is dropped; the first of the next minute says how many."""
+def test_rate_limit_drops_and_counts_repeats() -> None:
+    """Lines above the limit are dropped; the first of the next minute has their number."""
     now = 0.0
     limit = logs.RateLimit(3, clock=lambda: now)
 
@@ -190,31 +190,31 @@ def test_repeats_of_one_cause_are_dropped_and_counted() -> None:
     assert passes(logs.MOVE_FAILED, failure="busy") == {"event": logs.MOVE_FAILED, "failure": "busy"}
 
 
-def test_the_line_of_an_image_is_never_dropped(stream: io.StringIO, log: structlog.stdlib.BoundLogger) -> None:
-    """It is the only record of that outcome."""
+def test_rate_limit_keeps_every_line_of_an_image(stream: io.StringIO, log: structlog.stdlib.BoundLogger) -> None:
+    """Such a line is the only record of its outcome."""
     for event in (*logs.IMAGE_EVENTS.values(), logs.IMAGE_LEFT, logs.IMAGE_CORRECTED):
         for number in range(50):
             log.info(event, path=f"/srv/{number}.jpg", reason="low_margin")
     assert len(lines(stream)) == 50 * (len(logs.IMAGE_EVENTS) + 2)
 
 
-def test_another_librarys_flood_is_dropped_and_counted(stream: io.StringIO) -> None:
-    """A thousand lines of one template are five."""
+def test_rate_limit_drops_repeats_of_other_libraries(stream: io.StringIO) -> None:
+    """Of a thousand lines of one template five are written."""
     for number in range(1_000):
         logging.getLogger("libtiff").warning("bad tag %d", number)
     assert [line["event"] for line in lines(stream)] == [f"bad tag {number}" for number in range(5)]
 
 
-def test_the_memory_of_the_limit_is_bounded() -> None:
-    """However many causes there are, only so many are remembered."""
+def test_rate_limit_memory_is_bounded() -> None:
+    """The number of remembered causes is limited."""
     limit = logs.RateLimit(3, clock=lambda: 0.0, max_causes=100)
     for number in range(10_000):
         limit(None, "info", {"event": "x.y", "root": str(number)})
     assert len(limit._windows) <= 100
 
 
-def test_a_terminal_gets_lines_for_people_in_colour_unless_refused() -> None:
-    """Colours are for terminals, and NO_COLOR is heard there."""
+def test_terminal_has_colours_unless_no_color_is_set() -> None:
+    """A terminal gets console lines in colour, without colour if NO_COLOR is set."""
     for environment, is_coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
         ours, theirs = pty.openpty()
         with open(theirs, "w") as terminal:
@@ -229,8 +229,8 @@ def test_a_terminal_gets_lines_for_people_in_colour_unless_refused() -> None:
         assert not text.startswith("{")
 
 
-def test_a_console_that_is_no_terminal_has_no_colour(log: structlog.stdlib.BoundLogger) -> None:
-    """Lines for people can be asked for in a file, and a hostile name cannot paint or break them."""
+def test_console_format_in_a_file_has_no_colour(log: structlog.stdlib.BoundLogger) -> None:
+    """Console lines can be written to a file, and file names are escaped in them."""
     stream = io.StringIO()
     logs.configure("console", stream=stream, environ={})
     log.info(logs.IMAGE_FILED, path="/srv/\x1b[31m\n\udce9.jpg")
@@ -261,44 +261,44 @@ def on_console(log: structlog.stdlib.BoundLogger, level: logs.Level, event: str,
     return stream.getvalue()
 
 
-def test_an_image_is_one_short_line_on_a_console(log: structlog.stdlib.BoundLogger) -> None:
-    """Where it went, how sure that was and which class came second, and nothing that repeats line by line."""
+def test_console_line_of_an_image_is_short(log: structlog.stdlib.BoundLogger) -> None:
+    """It has the paths, the score and the second class, and no repeated values."""
     line = on_console(log, "info", logs.IMAGE_FILED, **MOVE)
     said = " ".join(line.partition("image.filed")[2].split())
     assert said == "Tornillos: Images/a.jpg -> Dataset/hex/ 0.998, then cross 0.001"
 
 
-def test_a_console_says_a_new_name_and_the_reason_not_to_file(log: structlog.stdlib.BoundLogger) -> None:
-    """A file that had to be renamed is told of by its new name; what was not filed says why."""
+def test_console_line_has_a_new_name_and_the_reason(log: structlog.stdlib.BoundLogger) -> None:
+    """A renamed file is shown with its new name, and an abstention with its reason."""
     renamed = {**MOVE, "destination": "/srv/sortd/Tornillos/Dataset/hex/a (2).jpg"}
     assert "Images/a.jpg -> Dataset/hex/a (2).jpg" in on_console(log, "info", logs.IMAGE_FILED, **renamed)
     unsure = {**MOVE, "destination": "/srv/sortd/Tornillos/Review/hex/a.jpg", "reason": "margin"}
-    assert on_console(log, "info", logs.IMAGE_SENT_TO_REVIEW, **unsure).endswith("0.001, another class is too near\n")
+    assert on_console(log, "info", logs.IMAGE_SENT_TO_REVIEW, **unsure).endswith("scores nearly as high\n")
     refused = {"dataset": "T", "path": "/T/Images/a.jpg", "destination": "/T/Rejected/a.jpg", "reason": "truncated"}
     assert on_console(log, "info", logs.IMAGE_REJECTED, **refused).endswith("T: Images/a.jpg -> Rejected/  truncated\n")
 
 
-def test_every_reason_is_said_in_words() -> None:
-    """A reason that a decision can have and that no console could say would come out as a word of the code."""
+def test_every_reason_has_a_short_text() -> None:
+    """Each reason of a decision has a text for the console."""
     assert set(logs.SHORT_REASONS) == set(explain.REASONS)
 
 
-def test_a_console_leaves_nothing_out_at_level_debug(log: structlog.stdlib.BoundLogger) -> None:
-    """Whoever asks for everything gets it on a terminal too."""
+def test_console_line_at_level_debug_is_complete(log: structlog.stdlib.BoundLogger) -> None:
+    """At level debug nothing is omitted."""
     line = on_console(log, "debug", logs.IMAGE_FILED, **MOVE)
     assert all(f"{name}=" in line for name in MOVE)
 
 
-def test_a_hostile_name_neither_paints_nor_breaks_a_short_line(log: structlog.stdlib.BoundLogger) -> None:
-    """Names come from whoever drops files."""
+def test_console_line_escapes_control_characters_in_names(log: structlog.stdlib.BoundLogger) -> None:
+    """A file name cannot add lines or colours."""
     hostile = {**MOVE, "path": "/srv/sortd/Tornillos/Images/\x1b[31m\n\udce9.jpg", "second_label": "\x1b[2J"}
     line = on_console(log, "info", logs.IMAGE_FILED, **hostile)
     assert line.count("\n") == 1
     assert "\x1b" not in line
 
 
-def test_the_journal_gets_the_level_before_each_line_and_nobody_else() -> None:
-    """The journal takes <N> off and files by it; a pipe into a program stays pure JSON."""
+def test_journal_lines_have_a_level_prefix() -> None:
+    """The journal removes <N>; other streams get pure JSON."""
     program = (
         "import logging, os, sys, structlog; from sortd import logs; found = os.fstat(2);"
         "stream = f'{found.st_dev}:{found.st_ino}' if sys.argv[1] == 'journal' else '1:2';"
@@ -318,8 +318,8 @@ def test_the_journal_gets_the_level_before_each_line_and_nobody_else() -> None:
         assert [line[:4] for line in done.stderr.splitlines()] == starts
 
 
-def test_configuring_again_replaces_and_doubles_nothing(log: structlog.stdlib.BoundLogger) -> None:
-    """A reload may change the level; each line is still said once."""
+def test_configure_twice_writes_each_line_once(log: structlog.stdlib.BoundLogger) -> None:
+    """A second call may change the level, and each line is written once."""
     stream = io.StringIO()
     for _ in range(3):
         logs.configure("json", stream=stream, environ={})
@@ -327,8 +327,8 @@ def test_configuring_again_replaces_and_doubles_nothing(log: structlog.stdlib.Bo
     assert len(lines(stream)) == 1
 
 
-def test_every_outcome_of_a_move_has_an_event() -> None:
-    """No move is silent."""
+def test_every_outcome_has_an_event() -> None:
+    """Each outcome of a move is logged."""
     assert set(logs.IMAGE_EVENTS) == set(Outcome)
 
 
@@ -336,28 +336,28 @@ class TestReadableJson:
     """JSON that people search through."""
 
     @pytest.mark.parametrize("name", ["año/ñandú.jpg", "日本語", "🦜", "Ж"])
-    def test_json_leaves_letters_as_they_are(self, name: str) -> None:
-        """Whoever looks for a name with grep finds it."""
+    def test_json_does_not_escape_letters(self, name: str) -> None:
+        """A search for a name with grep finds it."""
         assert files.readable_json({"path": name}) == f'{{"path": "{name}"}}'
 
     @pytest.mark.parametrize(
         "name", ["\x9b31m", "\u202egpj.exe", "a\u2028b", "caf\udce9", "\x7f", "\x85", "\U000e0041"]
     )
-    def test_json_escapes_what_cannot_be_seen(self, name: str) -> None:
-        """No terminal is painted, no line broken, and the very name comes back."""
+    def test_json_escapes_invisible_characters(self, name: str) -> None:
+        """Control characters are escaped, and the name can be restored."""
         text = files.readable_json({"path": name})
         assert text.isascii()
         assert json.loads(text) == {"path": name}
 
-    def test_json_for_a_stream_of_few_letters_is_ascii(self) -> None:
-        """A parrot in Latin-1 would be an escape that JSON does not know."""
+    def test_json_for_a_limited_encoding_is_ascii(self) -> None:
+        """Letters that the encoding lacks are escaped as JSON requires."""
         text = files.readable_json({"path": "é🦜"}, encoding="iso-8859-1", indent=2)
         assert text.isascii()
         assert json.loads(text) == {"path": "é🦜"}
 
     @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "iso-8859-1"])
     def test_log_lines_are_json_in_every_encoding(self, encoding: str) -> None:
-        """Also of names that the stream has no letters for, and of bytes that are none."""
+        """Names with letters that the stream lacks, and undecodable bytes, are escaped."""
         written = io.BytesIO()
         logs.configure("json", "info", stream=io.TextIOWrapper(written, encoding, write_through=True), environ={})
         structlog.get_logger("sortd.test").info("image.filed", path="é🦜\udce9")

@@ -36,8 +36,8 @@ def samples(text: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_the_names_are_those_of_the_contract(metrics: Metrics) -> None:
-    """Dashboards rely on them."""
+def test_metrics_have_the_documented_names(metrics: Metrics) -> None:
+    """Dashboards depend on the names."""
     found = samples(metrics.text())
     assert found["sortd_images_total", "Tornillos", "filed"] == 2
     assert found["sortd_images_total", "Tornillos", "sent_to_review"] == 1
@@ -50,14 +50,14 @@ def test_the_names_are_those_of_the_contract(metrics: Metrics) -> None:
     assert not [name for name, *_ in found if name.endswith("_created")]
 
 
-def test_two_processes_in_one_do_not_share_counts(metrics: Metrics) -> None:
-    """The registry is our own: a second one begins at zero."""
+def test_two_metrics_do_not_share_counts(metrics: Metrics) -> None:
+    """Each object has a registry of its own."""
     assert ("sortd_images_total", "Tornillos", "filed") not in samples(Metrics().text())
     assert metrics.text() != Metrics().text()
 
 
-def test_the_file_is_whole_and_anybody_may_read_it(metrics: Metrics, tmp_path: Path) -> None:
-    """Nothing lies beside it afterwards; the collector is another user, whatever the umask of the service."""
+def test_textfile_is_complete_and_readable_by_all(metrics: Metrics, tmp_path: Path) -> None:
+    """No other file remains, and the mode does not depend on the umask."""
     path = tmp_path / "sortd.prom"
     before = os.umask(0o077)
     try:
@@ -71,8 +71,8 @@ def test_the_file_is_whole_and_anybody_may_read_it(metrics: Metrics, tmp_path: P
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_cannot_be_written_leaves_the_one_before(metrics: Metrics, tmp_path: Path) -> None:
-    """The caller hears of it; nothing half remains."""
+def test_textfile_that_cannot_be_written_keeps_the_old_one(metrics: Metrics, tmp_path: Path) -> None:
+    """The error is raised, and no incomplete file remains."""
     (tmp_path / "sortd.prom").mkdir()
     with pytest.raises(IsADirectoryError):
         metrics.write_textfile(os.fspath(tmp_path / "sortd.prom"))
@@ -81,8 +81,8 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(metrics: Metrics, t
     assert [entry.name for entry in tmp_path.iterdir()] == ["sortd.prom"]
 
 
-def test_http_answers_on_this_machine_until_closed(metrics: Metrics) -> None:
-    """The port is bound to the loopback alone and free again after close."""
+def test_serve_answers_on_the_loopback_until_closed(metrics: Metrics) -> None:
+    """The port is bound to the loopback address and free after close."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     close = metrics.serve(port)
@@ -94,8 +94,8 @@ def test_http_answers_on_this_machine_until_closed(metrics: Metrics) -> None:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=1.0)
 
 
-def test_health_is_what_the_daemon_says_of_itself(metrics: Metrics) -> None:
-    """With 503 and the reason while no image would be handled, with 200 else; the counts are there in any case."""
+def test_healthz_reports_the_problem_of_the_daemon(metrics: Metrics) -> None:
+    """It answers 503 with the problem or 200; the metrics are served in both cases."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     problems = ["loading the model", None]
@@ -114,15 +114,15 @@ def test_health_is_what_the_daemon_says_of_itself(metrics: Metrics) -> None:
         close()
 
 
-def test_a_dataset_of_any_bytes_can_be_a_label(metrics: Metrics, tmp_path: Path) -> None:
-    """A folder's name need not be UTF-8; the metrics must be."""
+def test_dataset_name_that_is_not_utf8_is_a_label(metrics: Metrics, tmp_path: Path) -> None:
+    """The name of a folder need not be UTF-8, but the metrics must be."""
     metrics.image("caf\udce9", "filed")
     metrics.write_textfile(os.fspath(tmp_path / "sortd.prom"))
     assert ("sortd_images_total", r"caf\udce9", "filed") in samples((tmp_path / "sortd.prom").read_text())
 
 
-def test_textfile_is_not_written_through_a_planted_link(tmp_path: Path) -> None:
-    """The collector's folder may be open to others; whatever they put there, only the file's name is replaced."""
+def test_textfile_is_not_written_through_a_link(tmp_path: Path) -> None:
+    """In a folder that others can write only the file of that name is replaced."""
     precious = tmp_path / "precious"
     precious.write_text("precious")
     for name in ("sortd.prom", f"sortd.prom.{os.getpid()}.part"):

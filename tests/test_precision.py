@@ -44,7 +44,7 @@ def make_config(exported: Path, tmp_path: Path, write_config: Callable[..., Path
     def make(**keys: object) -> Config:
         if not (tmp_path / "cache").exists():
             shutil.copytree(exported / "onnx", tmp_path / "cache" / "onnx")
-        return configuration.load(write_config(**{"backend": "onnx", **keys}), {"HOME": str(tmp_path)})
+        return configuration.read_config(write_config(**{"backend": "onnx", **keys}), {"HOME": str(tmp_path)})
 
     return make
 

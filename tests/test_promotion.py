@@ -9,7 +9,7 @@ import pytest
 
 from sortd.commands.examination import evaluate_datasets
 from sortd.commands.report import evaluation_sentences
-from sortd.config import load
+from sortd.config import read_config
 from sortd.encoder.finetuned import (
     WEIGHTS_FILE,
     Promotion,
@@ -161,7 +161,7 @@ class TestTold:
         sortd("models", "promote", "-c", config)
         shown = sortd("check", "-c", config).out
         assert f"Colours is decided by the fine-tuned model in {folder}" in shown
-        assert "of 40 images held out it would file" in shown
+        assert "of 40 held-out images it would file" in shown
         facts = sortd("status", "-c", config, "--json").facts["datasets"]["Colours"]["classifier"]
         assert (facts["deciding"], facts["folder"]) == ("finetuned", str(folder))
 
@@ -186,7 +186,7 @@ class TestTold:
         result(config, "20260101T000000Z-0")
         sortd("models", "promote", "-c", config)
         write_config(tmp_path, classifier="prototypes")
-        assert "set `classifier: auto` to let it decide" in sortd("check", "-c", config).out
+        assert "set `classifier: auto` to use it" in sortd("check", "-c", config).out
         assert not sortd("models", "promote", "-c", config, "--json").facts["serves"]
 
     def test_a_stronger_model_that_waits_is_told_of(self, config: Path) -> None:
@@ -203,7 +203,7 @@ class TestTold:
         """Where a fine-tuned model decides, the first sentence says so."""
         shutil.copytree(result(config, "20260101T000000Z-0"), config.parent / "elsewhere")
         sortd("models", "promote", config.parent / "elsewhere", "-c", config)
-        loaded = load(config, {"HOME": str(config.parent)})
+        loaded = read_config(config, {"HOME": str(config.parent)})
         (examined,) = evaluate_datasets(loaded, load_encoder=lambda _: FakeEncoder())
         facts = examined.facts()
         assert set(facts["serving"]["expected"]) == {"held_out", "least_confidence", "filed", "right", "notes"}

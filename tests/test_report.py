@@ -17,7 +17,7 @@ from sortd.classify.explain import explain
 from sortd.classify.types import SupportSet
 from sortd.commands.examination import DatasetEvaluation, evaluate_datasets, settings_with_corrections
 from sortd.commands.report import check_page_path, evaluation_page, evaluation_sentences, explain_page, write_page
-from sortd.config import load
+from sortd.config import read_config
 from sortd.errors import DataError, DestinationError, JournalError
 from sortd.images.decode import thumbnail
 from sortd.layout import Layout
@@ -262,7 +262,7 @@ class TestExamination:
         """Each reference that is read counts, and judging begins when all are."""
         make_dataset(tmp_path / "Data")
         told: list[tuple[str, int, int]] = []
-        config = load(write_config(tmp_path), {"HOME": str(tmp_path)})
+        config = read_config(write_config(tmp_path), {"HOME": str(tmp_path)})
         list(evaluate_datasets(config, load_encoder=lambda _: FakeEncoder(), tell=lambda *now: told.append(now)))
         assert told[0][0].startswith("reading ")
         assert told[-1][0].startswith("evaluating ")
@@ -275,7 +275,9 @@ class TestExamination:
         for name in ("First", "Second"):
             Layout(make_dataset(tmp_path / "Data", name, references=3)).make()
         (tmp_path / "Data" / "First" / "Clases" / "red" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
-        found = list(evaluate_datasets(load(file, {"HOME": "/nonexistent"}), load_encoder=lambda _: FakeEncoder()))
+        found = list(
+            evaluate_datasets(read_config(file, {"HOME": "/nonexistent"}), load_encoder=lambda _: FakeEncoder())
+        )
         assert [(one.dataset, one.report.mode, one.report.references) for one in found] == [
             ("First", "mixed", 9),
             ("Second", "avg", 9),
@@ -292,9 +294,9 @@ class TestExamination:
         with Journal(Layout(dataset).state_folder(tmp_path / "state") / "journal.sqlite") as journal:
             (record,) = journal.history.moves(Selection())
             journal.record_corrections([(record, "blue", "Dataset/blue/a.png")])
-        config = load(write_config(tmp_path), {"HOME": "/nonexistent"})
+        config = read_config(write_config(tmp_path), {"HOME": "/nonexistent"})
         assert settings_with_corrections(config, Layout(dataset)).corrections == ()
-        config = load(write_config(tmp_path, learn_from_corrections="true"), {"HOME": "/nonexistent"})
+        config = read_config(write_config(tmp_path, learn_from_corrections="true"), {"HOME": "/nonexistent"})
         ((label, path),) = settings_with_corrections(config, Layout(dataset)).corrections
         assert (label, path) == ("blue", str(corrected))
 
@@ -306,11 +308,11 @@ class TestExamination:
         (tmp_path / "Data" / "Empty" / "Clases").mkdir(parents=True)
         assert "there are: Empty" in sortd("eval", "Other", "-c", file).err
         with pytest.raises(DataError, match="has no class folder"):
-            list(evaluate_datasets(load(file, {"HOME": "/nonexistent"}), load_encoder=lambda _: FakeEncoder()))
+            list(evaluate_datasets(read_config(file, {"HOME": "/nonexistent"}), load_encoder=lambda _: FakeEncoder()))
 
     def test_examine_dataset_that_cannot_be_judged_hides_no_other(self, tmp_path: Path) -> None:
         """The others come first, whatever the names; then what is wrong with the one is raised."""
-        config = load(write_config(tmp_path, learn_from_corrections="true"), {"HOME": "/nonexistent"})
+        config = read_config(write_config(tmp_path, learn_from_corrections="true"), {"HOME": "/nonexistent"})
         bad = Layout(make_dataset(tmp_path / "Data", "Bad")).state_folder(tmp_path / "state") / "journal.sqlite"
         bad.parent.mkdir(parents=True)
         bad.write_bytes(b"garbage" * 1000)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sortd.commands.overview import overview
-from sortd.config import load
+from sortd.config import read_config
 from sortd.files import stamp_of
 from sortd.layout import Layout
 from sortd.status import Status, is_alive, read_status, started_ticks
@@ -34,7 +34,7 @@ def site(tmp_path: Path) -> Path:
 
 def facts_of(site: Path) -> dict[str, Any]:
     """Return the overview of this site."""
-    return overview(load(site.parents[1] / "config.yaml", {"HOME": "/nonexistent"}))
+    return overview(read_config(site.parents[1] / "config.yaml", {"HOME": "/nonexistent"}))
 
 
 def tell(site: Path, **facts: Any) -> None:
@@ -92,11 +92,11 @@ def test_status_of_a_run_that_an_error_ended_names_the_error(site: Path) -> None
     """What its last line on stderr said is in reach of whoever looks later."""
     tell(site, running=False, ended_by="the journal is full")
     assert facts_of(site)["ended"] == "failed"
-    assert "does not run: the journal is full; last heard of" in shown(site)
+    assert "does not run: the journal is full; last status" in shown(site)
 
 
-def test_a_sortd_that_runs_is_told_of(site: Path) -> None:
-    """Since when, with which model, how it watches, what waits and what stands in the way."""
+def test_status_of_a_running_sortd_shows_its_facts(site: Path) -> None:
+    """Its start, model, watching, waiting images and problems are shown."""
     tell(site)
     facts = facts_of(site)
     assert (facts["running"], facts["pid"], facts["ended"]) == (True, os.getpid(), None)
@@ -110,8 +110,8 @@ def test_a_sortd_that_runs_is_told_of(site: Path) -> None:
     assert "generation 4, mode max" in lines
 
 
-def test_accuracy_of_a_class_that_nobody_checked_is_not_claimed(site: Path) -> None:
-    """Only where the user corrected an image is anything known, and then of how many it is known."""
+def test_accuracy_of_an_unchecked_class_is_not_shown(site: Path) -> None:
+    """Accuracy is known only for classes with a correction or an undo."""
     accuracy = facts_of(site)["datasets"]["Colours"]["accuracy"]
     red = {"filed": 2, "checked": 2, "corrected": 1, "undone": 0, "right": 0.5, "interval": (0.0945, 0.9055)}
     blue = {"filed": 1, "checked": 0, "corrected": 0, "undone": 0, "right": None, "interval": None}
@@ -121,8 +121,8 @@ def test_accuracy_of_a_class_that_nobody_checked_is_not_claimed(site: Path) -> N
     assert "blue\t1\t0\t0\tnot checked" in lines
 
 
-def test_accuracy_counts_an_undone_image_and_not_what_came_later(site: Path) -> None:
-    """An undo says that the image was wrong there; images that were filed since then nobody has seen."""
+def test_accuracy_counts_undone_images_and_no_later_ones(site: Path) -> None:
+    """An undone image was wrong; images filed later are unchecked."""
     assert sortd("undo", "--last", "1", "--dataset", "Colours", "-c", site.parents[1] / "config.yaml").code == 0
     file_images(site, site.parents[1] / "state", {"d.png": "blue", "e.png": "green"}, run="second")
     accuracy = facts_of(site)["datasets"]["Colours"]["accuracy"]
@@ -132,8 +132,8 @@ def test_accuracy_counts_an_undone_image_and_not_what_came_later(site: Path) -> 
     assert "blue\t2\t0\t1\t0 of 1 (95 %: 0 to 79 %)" in shown(site)
 
 
-def test_without_a_sortd_the_journals_tell(site: Path) -> None:
-    """Never run, stopped and died are told apart; the counts are the same."""
+def test_status_without_a_sortd_reads_the_journals(site: Path) -> None:
+    """Never run, stopped and killed are distinguished; the counts are the same."""
     facts = facts_of(site)
     assert (facts["running"], facts["ended"]) == (False, "never ran")
     assert facts["datasets"]["Colours"]["total"] == {"filed": 3}
@@ -142,18 +142,18 @@ def test_without_a_sortd_the_journals_tell(site: Path) -> None:
     assert facts_of(site)["ended"] == "stopped"
     tell(site, started_ticks=1)
     assert facts_of(site)["ended"] == "died"
-    assert "it was killed, or could not write down why" in shown(site)
+    assert "it was killed, or could not record why" in shown(site)
     assert "generation 4, mode max" in shown(site)
 
 
-def test_a_refused_configuration_stays_in_sight(site: Path) -> None:
-    """Until it is mended: the old one is in force meanwhile."""
+def test_status_shows_a_refused_configuration(site: Path) -> None:
+    """The mistakes are shown while the previous configuration is used."""
     tell(site, config_problem="config.yaml:3:1: speed: unknown key")
     assert "config.yaml:3:1: speed: unknown key" in shown(site)
 
 
-def test_files_in_the_inbox_are_counted_where_none_runs(site: Path) -> None:
-    """What a sortd would find if it ran."""
+def test_status_without_a_sortd_counts_the_inbox(site: Path) -> None:
+    """The files that sortd would sort are counted."""
     (site / "Images" / "new.png").touch()
     (site / "Review" / "red").mkdir()
     (site / "Review" / "red" / "odd.png").touch()
@@ -231,35 +231,35 @@ def test_status_of_a_held_file_lists_it_while_it_stands_there(site: Path) -> Non
     assert facts_of(site)["datasets"]["Colours"]["left"]["total"] == 0
 
 
-def test_a_dataset_that_is_gone_is_told_from_its_journal(site: Path) -> None:
-    """With the disk unmounted, its counts are still there."""
+def test_status_of_a_missing_dataset_reads_its_journal(site: Path) -> None:
+    """With the disk unmounted, the counts are still shown."""
     site.parent.rename(site.parents[1] / "unmounted")
     facts = facts_of(site)["datasets"]["Colours"]
     assert facts["root"] is None
     assert facts["total"] == {"filed": 3}
-    assert "gone or not mounted" in shown(site)
+    assert "missing or not mounted" in shown(site)
 
 
-def test_a_damaged_journal_is_told_not_raised(site: Path, tmp_path: Path) -> None:
-    """Status is asked when something is wrong; it must not fail over it."""
+def test_status_of_a_damaged_journal_shows_the_problem(site: Path, tmp_path: Path) -> None:
+    """Status does not fail because of a damaged journal."""
     (Layout(site).state_folder(tmp_path / "state") / "journal.sqlite").write_bytes(b"no database at all" * 100)
     assert "journal" in facts_of(site)["datasets"]["Colours"]["journal_problem"]
 
 
-def test_another_root_is_pointed_out(site: Path) -> None:
-    """The sortd that runs may have been started with another configuration."""
+def test_status_with_another_root_shows_both(site: Path) -> None:
+    """The running sortd may use another configuration."""
     tell(site, root="/elsewhere")
     assert facts_of(site)["other_root"] == "/elsewhere"
 
 
-def test_an_empty_root_says_how_to_begin(tmp_path: Path) -> None:
-    """There is nothing to tell of, but what to do."""
+def test_status_of_an_empty_root_says_how_to_begin(tmp_path: Path) -> None:
+    """Without datasets, status names the command to create one."""
     write_config(tmp_path)
     (tmp_path / "Data").mkdir()
     assert "sortd init" in sortd("status", "-c", tmp_path / "config.yaml").out
 
 
-def test_a_number_that_is_used_again_is_no_sortd(tmp_path: Path) -> None:
+def test_is_alive_with_a_reused_process_number_is_false(tmp_path: Path) -> None:
     """A process is the same only if it started at the same tick."""
     ticks = started_ticks(os.getpid())
     assert ticks is not None

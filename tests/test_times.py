@@ -21,41 +21,41 @@ NOW = datetime(2026, 3, 15, 10, 30, tzinfo=timezone(timedelta(hours=1)))
         ("Yesterday", timedelta(days=1, hours=10, minutes=30)),
     ],
 )
-def test_ages_and_days_count_back_from_now(text: str, ago: timedelta) -> None:
-    """An age is subtracted; today and yesterday begin at midnight where the user is."""
+def test_parse_time_of_ages_and_days_counts_back_from_now(text: str, ago: timedelta) -> None:
+    """An age is subtracted; today and yesterday begin at local midnight."""
     assert parse_time(text, NOW) == (NOW - ago).timestamp()
 
 
-def test_dates_and_times_are_local_unless_they_say_otherwise() -> None:
-    """A zone that is written counts; without one the machine's does."""
+def test_parse_time_is_local_without_a_zone() -> None:
+    """A written zone is used; without one the machine's is."""
     assert parse_time("2026-03-15T10:30+01:00", NOW) == NOW.timestamp()
     assert parse_time("2026-03-01", NOW) == datetime(2026, 3, 1).astimezone().timestamp()
     assert parse_time("2026-03-01 14:30", NOW) == datetime(2026, 3, 1, 14, 30).astimezone().timestamp()
 
 
-def test_a_time_alone_is_of_today() -> None:
+def test_parse_time_of_a_time_alone_is_today() -> None:
     """``8:05`` means this morning."""
     expected = datetime(2026, 3, 15, 8, 5).astimezone().timestamp()
     assert parse_time("8:05", NOW) == expected
 
 
 @pytest.mark.parametrize("text", ["", "soon", "2026-13-01", "-2h", "25:00", "5 fortnights", "0001-01-01"])
-def test_what_is_no_moment_is_refused_with_examples(text: str) -> None:
-    """The message shows how to write one."""
-    with pytest.raises(ValueError, match="is no moment: write 2026-03-01"):
+def test_parse_time_of_another_text_is_refused_with_examples(text: str) -> None:
+    """The message shows valid times."""
+    with pytest.raises(ValueError, match="is not a time: write 2026-03-01"):
         parse_time(text, NOW)
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0, "0 s"), (61, "1 min 1 s"), (3600, "1 h"), (90_061, "1 d 1 h"), (-5, "0 s")]
 )
-def test_durations_have_two_units_at_most(seconds: float, words: str) -> None:
-    """More would not be read."""
+def test_format_duration_has_two_units_at_most(seconds: float, words: str) -> None:
+    """A duration is shown in its two largest units."""
     assert format_duration(seconds) == words
 
 
 @pytest.mark.parametrize("seconds", [1e300, float("inf"), -1e18, float("nan")])
-def test_shown_time_of_no_calendar_is_a_number(seconds: float) -> None:
-    """A forged journal may say anything; nobody who asks for its history gets a traceback."""
+def test_format_time_out_of_range_is_a_number(seconds: float) -> None:
+    """A journal with an impossible time causes no traceback."""
     assert format_time(seconds) == f"{seconds:g} s"
     assert format_time(0.0).startswith("19")

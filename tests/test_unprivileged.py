@@ -50,7 +50,7 @@ def drop(folder: Path, name: str, mode: int) -> Path:
 
 
 def test_run_dataset_that_may_not_be_written_is_held_until_it_may(colours: Path, write_config: Write) -> None:
-    """Its folders cannot be made: that is said once, the others are served, and with the right it is taken up."""
+    """The error is logged once, other datasets work, and the dataset is opened once it is writable."""
     bad = colours.parent / "Bad"
     shutil.copytree(colours / "Clases", bad / "Clases")
     bad.chmod(0o555)
@@ -64,8 +64,8 @@ def test_run_dataset_that_may_not_be_written_is_held_until_it_may(colours: Path,
         assert len(daemon.events("dataset.held")) == 1
 
 
-def test_an_image_that_may_not_be_read_is_said_once_and_filed_when_it_may(colours: Path, write_config: Write) -> None:
-    """It is tried after each scan: no stamp shows that its mode changed. The others go their way meanwhile."""
+def test_run_image_without_read_permission_is_filed_once_it_has_it(colours: Path, write_config: Write) -> None:
+    """It is logged once and tried after each scan, while other images are filed."""
     inbox = colours / "Images"
     with unprivileged(write_config(rescan_seconds=1)) as daemon:
         denied = drop(inbox, "denied.png", 0)
@@ -82,8 +82,8 @@ def test_an_image_that_may_not_be_read_is_said_once_and_filed_when_it_may(colour
     assert set(tree(colours / "Dataset")) == {"red/0.png", "red/1.png", "red/denied.png"}
 
 
-def test_a_class_folder_that_may_not_be_read_ends_nothing(colours: Path, write_config: Write) -> None:
-    """Corrections in it are not seen, which is said; images of other classes are filed, at the start and later."""
+def test_run_class_folder_without_read_permission_is_logged(colours: Path, write_config: Write) -> None:
+    """Its corrections are not seen, and images of other classes are filed."""
     secret = colours / "Dataset" / "green"
     secret.mkdir(parents=True)
     later = time.time() + 3600
@@ -98,8 +98,8 @@ def test_a_class_folder_that_may_not_be_read_ends_nothing(colours: Path, write_c
     secret.chmod(0o755)
 
 
-def test_an_inbox_that_may_not_be_written_keeps_its_images(colours: Path, write_config: Write) -> None:
-    """The move fails with its reason, and is done when the folder may be written."""
+def test_run_inbox_without_write_permission_keeps_its_images(colours: Path, write_config: Write) -> None:
+    """The move fails with its reason, and succeeds once the folder is writable."""
     inbox = colours / "Images"
     image = drop(inbox, "a.png", 0o644)
     inbox.chmod(0o555)

@@ -1,6 +1,6 @@
-"""Measure how fast this machine, model and images are, stage by stage, and advise on the backend.
+"""Measure the speed of each stage on this machine, and recommend a backend.
 
-Images are decoded and encoded in memory; moves are timed on copies in a scratch folder.
+Images are decoded and encoded in memory; moves are timed on copies in a temporary folder.
 """
 
 import os
@@ -38,11 +38,11 @@ from sortd.watch.scan import scan, stamp
 INT8 = "onnx-int8"
 BACKENDS = (INT8, "onnx", "torch")
 WORTH_A_CHANGE = 1.1
-"""Times the images a second from which another backend is recommended."""
+"""Ratio of images per second above which another backend is recommended."""
 
 LISTED_AT_MOST = 20_000
 STAGE_SECONDS = 6.0
-"""How long decoding and each backend's forward are measured, about."""
+"""Approximate time for which decoding, and the forward pass of each backend, are measured."""
 
 PIPELINE_SECONDS = 15.0
 LARGEST_BATCH = 128
@@ -61,14 +61,14 @@ def measure(
     load_other: LoadOther | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Return the milliseconds of each stage, the images a second, and the advice, as plain values.
+    """Return the milliseconds of each stage, the images per second and the recommendations, as plain values.
 
-    At most ``images`` are drawn from ``folder`` or else from the datasets. ``load_encoder`` and ``load_other`` stand in
-    for the configured model, and for it on another backend.
+    At most ``images`` are drawn from ``folder`` or the datasets. ``load_encoder`` and ``load_other`` replace the loader
+    of the configured model, and its loader on another backend.
 
     Raises:
         DataError: there is no image, or none can be decoded.
-        ModelError: the model cannot be had.
+        ModelError: the model is not available.
     """
     files, cores = draw(config, folder, images), len(os.sched_getaffinity(0))
     most = min(config.batch_size, LARGEST_BATCH)
@@ -86,7 +86,7 @@ def measure(
             best = min(forward, key=lambda size: forward[size])
             bound = _bound(decode, forward[best], cores, encoder)
             tell("decoding and encoding at once")
-            first = len(files) // 6  # before the time is taken, so that the decoders have started
+            first = len(files) // 6  # not timed, so that the decoders have started
             warm = [one for one in embedder.embed(files[:first]) if isinstance(one, EmbeddedImage)]
             began, timed = perf_counter(), files[first:][: max(8, int(bound * PIPELINE_SECONDS))]
             done = [one for one in embedder.embed(timed) if isinstance(one, EmbeddedImage)]
@@ -100,7 +100,7 @@ def measure(
     own = "torch" if "-onnx-" not in encoder.encoder_id else INT8 if f"-{INT8}-" in encoder.encoder_id else "onnx"
     backends = [_backend(own, encoder, forward[best], bound, serves=True)]
     for name in BACKENDS:
-        with suppress(ModelError):  # what is not here is not recommended
+        with suppress(ModelError):  # a missing backend is not recommended
             if name != own:
                 tell(f"encoding by {name}")
                 other = (load_other or _with_backend)(config, name)
@@ -137,10 +137,10 @@ def measure(
 
 
 def draw(config: Config, folder: Path | None, images: int) -> list[_File]:
-    """Draw images from a folder or the datasets: first of Images/, then Clases/, Dataset/ and Review/.
+    """Return random images of a folder or the datasets: of Images/, then Clases/, Dataset/ and Review/.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no image.
     """
     areas = (Area.IMAGES, Area.CLASES, Area.DATASET, Area.REVIEW)
     layouts = find_datasets(config.root) if folder is None else []
@@ -158,7 +158,7 @@ def draw(config: Config, folder: Path | None, images: int) -> list[_File]:
 
 
 def backend_advice(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Yield which backend to choose, and what limits."""
+    """Yield the recommended backend, and the stage that limits the speed."""
     serving = next(one for one in facts["backends"] if one["serves"])
 
     def times(one: Mapping[str, Any]) -> float:
@@ -169,68 +169,68 @@ def backend_advice(facts: Mapping[str, Any]) -> Iterator[str]:
     best = max(allowed, key=times)
     name = best["backend"].partition("-")[0]
     if times(best) < WORTH_A_CHANGE:
-        yield f"keep the backend: {serving['backend']} is as fast as any that may serve here"
-    elif name == serving["backend"].partition("-")[0]:  # its precision is chosen at a start
-        yield f"start sortd again: {best['backend']} may serve, and could file {times(best):.1f} times as many images"
+        yield f"keep the backend: no other usable one is faster than {serving['backend']}"
+    elif name == serving["backend"].partition("-")[0]:  # the precision is chosen at a start
+        yield f"restart sortd: {best['backend']} is usable now and {times(best):.1f} times as fast"
     else:
-        yield f"set `backend: {name}`: {best['backend']} could file {times(best):.1f} times as many images a second"
+        yield f"set `backend: {name}`: {best['backend']} is {times(best):.1f} times as fast"
     for one in facts["backends"]:
         if one not in allowed and times(one) >= WORTH_A_CHANGE * times(best):
-            yield f"{one['backend']} could file {times(one):.1f} times as many, but does not serve: {refusal}"
+            yield f"{one['backend']} is {times(one):.1f} times as fast, but is not used: {refusal}"
     if facts["onnx_hint"] and serving["backend"] == "torch" and facts["device"] == "cpu":
-        yield f"only torch is ready here; ONNX Runtime may be faster: {facts['onnx_hint']}, then measure again"
+        yield f"only torch is installed; ONNX Runtime may be faster: {facts['onnx_hint']}, then measure again"
     if facts["limit"] == "decode":
-        yield "decoding limits: more processor cores help, a faster model does not"
+        yield "the bottleneck is decoding: more processor cores help, a faster model does not"
     elif facts["device"] == "cpu":
-        yield "the model's forward limits: a faster backend, a smaller model or a GPU helps"
+        yield "the bottleneck is the model: a faster backend, a smaller model or a GPU helps"
     else:
-        yield "the model's forward limits: a smaller model helps, more processor cores do not"
+        yield "the bottleneck is the model: a smaller model helps, more processor cores do not"
 
 
 def print_measured(facts: Mapping[str, Any]) -> None:
-    """Print the figures and the advice for people."""
+    """Print the figures and the recommendations as tables."""
     second, stages = facts["embedded_per_second"], facts["stages"]
-    speed = f"{facts['filed_per_second']:.1f} images a second on {facts['device']}, {counted(facts['cores'], 'core')}"
+    speed = f"{facts['filed_per_second']:.1f} images/s on {facts['device']}, {counted(facts['cores'], 'core')}"
     print_line(speed, style="bold green")
     print_line(f"model: {printable(facts['model'])}")
     print_line(
-        f"decoding and encoding: {second:.1f} a second, {facts['share_of_bound']:.0%} of what forward and decoding"
-        f" alone would allow ({facts['bound_per_second']:.1f})"
+        f"decoding and encoding: {second:.1f} images/s, {facts['share_of_bound']:.0%} of the upper bound by the times"
+        f" of both stages ({facts['bound_per_second']:.1f})"
     )
     size = megabytes(facts["megabytes"] * 1e6)
-    print_line(f"measured on {counted(facts['files'], 'image')} of {size} on the mean\n")
+    print_line(f"measured on {counted(facts['files'], 'image')} with a mean size of {size}\n")
     notes = {
-        "decode": "reading and hashing included; one process, as many work as there are cores",
-        "encode": f"at its best batch, {facts['best_batch']}",
-        "encode_alone": "one image by itself",
-        "move": "copies in a scratch folder, journal and all",
+        "decode": "in one process, with reading and hashing; sortd uses one process per core",
+        "encode": f"with the best batch size, {facts['best_batch']}",
+        "encode_alone": "with batch size 1",
+        "move": "of copies in a temporary folder, with the journal",
     }
     rows = [
-        (name.replace("_", " "), "" if stages[name] is None else f"{stages[name]:.2f}", said)
-        for name, said in notes.items()
+        (name.replace("_", " "), "" if stages[name] is None else f"{stages[name]:.2f}", text)
+        for name, text in notes.items()
     ]
-    print_table(("stage", "ms an image", ""), rows, right=("ms an image",))
+    print_table(("stage", "ms/image", ""), rows, right=("ms/image",))
     print_line("")
     backends = [
         ("->" if one["serves"] else "", one["backend"], f"{one['encode']:.2f}", f"{one['images_per_second']:.1f}")
         for one in facts["backends"]
     ]
-    columns = ("", "backend", "ms an image", "at most a second")
+    columns = ("", "backend", "ms/image", "images/s at most")
     print_table(columns, backends, right=columns[2:])
     print_line("\n" + "\n".join(facts["advice"]))
 
 
-# ---------------------------------------------------------------- stages, in milliseconds an image
+# ---------------------------------------------------------------- stages, in milliseconds per image
 
 
 def _decode(config: Config, encoder: Encoder, files: Sequence[_File]) -> tuple[float, Pixels]:
-    """Return what one process takes, hashing included, and pixels (B, height, width, 3)."""
+    """Return the milliseconds of one process, including hashing, and the pixels (B, height, width, 3)."""
     decoding, decoded = config.decoding, list[DecodedImage]()
     limits = DecodeLimits(
         max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes
     )
     with DecoderPool(1, encoder.preprocessing, limits, decoding.timeout_seconds, jpeg=decoding.jpeg) as pool:
-        list(pool.decode_all(files[:1]))  # it has started now
+        list(pool.decode_all(files[:1]))  # starts the process
         until = perf_counter() + STAGE_SECONDS
         for answer in pool.decode_all(files):
             if isinstance(answer, DecodedImage):
@@ -243,7 +243,7 @@ def _decode(config: Config, encoder: Encoder, files: Sequence[_File]) -> tuple[f
 
 
 def _forward_milliseconds(encoder: Encoder, pixels: Pixels, *, most: int) -> dict[int, float]:
-    """Return the medians by batch size, measured in turn."""
+    """Return the median milliseconds per image by batch size."""
     batches = {size: np.resize(pixels, (size, *pixels.shape[1:])) for size in sorted({1, min(8, most), most})}
     times: dict[int, list[float]] = {size: [] for size in batches}
     encoder.encode_images(batches[most])
@@ -257,7 +257,7 @@ def _forward_milliseconds(encoder: Encoder, pixels: Pixels, *, most: int) -> dic
 
 
 def _move_milliseconds(scratch: Path, files: Sequence[_File]) -> float | None:
-    """Time moves of copies within a scratch dataset, with its journal, as one group."""
+    """Return the milliseconds per move of copies in a temporary dataset, moved as one group."""
     layout = Layout(scratch / "Data" / "bench")
     layout.root.mkdir(parents=True)
     layout.make()
@@ -267,7 +267,7 @@ def _move_milliseconds(scratch: Path, files: Sequence[_File]) -> float | None:
         with suppress(FileNotFoundError):
             shutil.copyfile(path, copy)
             with open(copy, "rb") as file:
-                os.fsync(file.fileno())  # images are on the disk long before they are moved
+                os.fsync(file.fileno())  # real images are on the disk before they are moved
         if (mark := stamp(copy)) is not None:
             moves.append(Move(copy, mark, "Dataset/bench", Outcome.FILED))
     with open_dataset(layout, scratch / "state", run="bench") as held:
@@ -278,7 +278,7 @@ def _move_milliseconds(scratch: Path, files: Sequence[_File]) -> float | None:
 
 @contextmanager
 def _scratch(config: Config) -> Iterator[Path]:
-    """Make a hidden folder on the disk of the datasets, and remove it with all in it."""
+    """Create a hidden folder, on the disk of the datasets if possible, and remove it afterwards."""
     state, root = config.state_dir, config.root
     place = state if state.is_dir() and root.is_dir() and state.stat().st_dev == root.stat().st_dev else root
     is_writable = place.is_dir() and os.access(place, os.W_OK)
@@ -295,7 +295,7 @@ def _backend(name: str, encoder: Encoder, encode: float, bound: float, *, serves
 
 
 def _bound(decode: float, forward: float, cores: int, encoder: Encoder) -> float:
-    """Return images a second if only these milliseconds counted: in turn on one processor, side by side on two."""
+    """Return the images per second by these times: decoding and a forward pass on the CPU exclude each other."""
     on_cores = decode / cores
     return 1e3 / (forward + on_cores if _device(encoder) == "cpu" else max(forward, on_cores))
 
@@ -305,19 +305,19 @@ def _device(encoder: Encoder) -> str:
 
 
 def _int8_refusal(backend: Mapping[str, Any]) -> str | None:
-    """Return why int8 may not serve; None where it may, or has not been exported."""
+    """Return why int8 may not be used; None if it may, or has not been exported."""
     if backend["export"] is None or "int8" not in backend["export"]["precisions"]:
         return None
     if backend["agreement"] is None:
-        return "it has not been compared with fp32 on your references yet: run `sortd models export`"
+        return "it has not been compared with fp32 on your references: run `sortd models export`"
     refusal: str | None = backend["agreement"]["refusal"]
     return refusal
 
 
 def _with_backend(config: Config, backend: str) -> Encoder:
-    """Load the configured model on a backend that is ready; nothing is exported for it."""
+    """Load the configured model on another backend, without exporting it."""
     if backend != "torch":
         model, words = locate_models(config)
         if onnx_encoder.find_exports(model, words, cache_dir=config.cache_dir) is None:
-            raise ModelError(f"{model.name} has not been exported to ONNX; `sortd models export` does it")
+            raise ModelError(f"{model.name} has not been exported to ONNX: run `sortd models export`")
     return load_with_backend(config, backend)

@@ -1,42 +1,38 @@
-"""Check a configuration, its folders, disks, model and datasets before sortd runs, and return what was found.
+"""Check a configuration and its folders, disks, model and datasets, and yield the findings.
 
-Only hidden trial files are made, in Images/ and in folders of sortd's own, and removed again. Clases/ is only read.
-Nothing here imports torch. ``check_references`` has the checks of the references and of what decides by them.
+The checks create hidden test files, in Images/ and in sortd's own folders, and remove them. Clases/ is only read.
+No check imports torch. ``check_references``, ``model_facts`` and ``promotion`` have the checks of what they are about.
 """
 
 import difflib
 import errno
 import os
 import pwd
-import re
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Final
 
 from sortd import errors
-from sortd.commands.check_references import (
-    DECODING_SECONDS,
-    classifier_findings,
-    reference_findings,
-    stored_calibration_findings,
-)
+from sortd.commands.check_references import DECODING_SECONDS, reference_findings, stored_calibration_findings
 from sortd.commands.console import counted, megabytes
 from sortd.commands.finding import Finding, Topic, error, note, warning
-from sortd.commands.model_facts import backend_findings
-from sortd.config import Config, load
-from sortd.encoder import models
-from sortd.encoder.models import STRONGER
-from sortd.errors import ConfigError, JournalError, LayoutError, ModelError, StartupError
+from sortd.commands.model_facts import model_findings
+from sortd.commands.promotion import classifier_findings
+from sortd.config import Config, read_config
+from sortd.errors import ConfigError, JournalError, LayoutError, StartupError
 from sortd.events import Writer
+from sortd.files import identity_of
 from sortd.images.decode import load_decoders
 from sortd.layout import JOURNAL_FILE, Area, Layout, enclosing_dataset, find_datasets
 from sortd.moving.fs import CANNOT_RENAME, Folders, rename_new, writer_of
 from sortd.names import rule_for_folder
-from sortd.status import read_status
+from sortd.status import lock_holder, read_status
 from sortd.store.history import History
 from sortd.watch import inotify
 
@@ -45,159 +41,149 @@ NO_ROOM_BYTES = 50_000_000
 LITTLE_ROOM_SHARE = 0.02
 LEAST_INODES = 1000
 CLOCK_SECONDS = 5.0
-"""A file made now whose time differs by more has its time from another machine's clock."""
+"""Largest difference between this clock and the time of a new file; a file server's clock may differ by more."""
 
 EARLIEST_SECONDS = 1_735_689_600.0
 """2025-01-01: a clock that shows an earlier time is wrong."""
 
-WRITTEN = (Area.IMAGES, Area.DATASET, Area.REVIEW, Area.REJECTED)
 TARGETS = (Area.DATASET, Area.REVIEW, Area.REJECTED)
-READ_AND_ENTER = os.R_OK | os.X_OK
+WRITTEN = (Area.IMAGES, *TARGETS)
+READ_AND_ENTER, WRITE_AND_ENTER = os.R_OK | os.X_OK, os.W_OK | os.X_OK
+TRIAL, CREATE = f".sortd-check-{os.getpid()}.part", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 Rename = Callable[[int, str, int, str], None]
 
 
-def check_all(path: Path | None, environment: Mapping[str, str], *, thorough: bool = False) -> Iterator[Finding]:
-    """Yield the mistakes of a configuration, or what is found about all that a valid one points at."""
+def check_all(
+    path: Path | None, environment: Mapping[str, str], *, decoding_seconds: float = DECODING_SECONDS
+) -> Iterator[Finding]:
+    """Yield the mistakes of a configuration or, if it is valid, the findings of every check.
+
+    An error of the system, the journal or the status file becomes a finding and stops no other check.
+    """
     try:
-        config = load(path, environment)
+        config = read_config(path, environment)
     except ConfigError as mistakes:
-        yield from (error(Topic.CONFIGURATION, "configuration", line) for line in str(mistakes).splitlines())
+        yield from (error("configuration", line, "", Topic.CONFIGURATION) for line in str(mistakes).splitlines())
         return
-    yield from site_findings(config, decoding_seconds=float("inf") if thorough else DECODING_SECONDS)
-
-
-def site_findings(config: Config, *, decoding_seconds: float = DECODING_SECONDS) -> Iterator[Finding]:
-    """Yield what each check finds; a refusal of the system is one more finding and stops no other check."""
     try:
         layouts = find_datasets(config.root)
     except LayoutError:
-        layouts = []  # root_findings says why
-    checks = [check(config, layouts) for check in SITE_CHECKS]
+        layouts = []  # root_findings reports why
+    checks = [(topic, check(config, layouts)) for check, topic in SITE_CHECKS.items()]
     for layout in layouts:
-        checks += [check(config, layout) for check in DATASET_CHECKS]
-        checks.append(reference_findings(config, layout, decoding_seconds=decoding_seconds))
-    for found in checks:
+        checks += [(topic, check(config, layout)) for check, topic in DATASET_CHECKS.items()]
+        checks.append((Topic.REFERENCES, reference_findings(config, layout, decoding_seconds=decoding_seconds)))
+    for topic, found in checks:
         try:
-            yield from found
+            yield from (replace(one, topic=one.topic or topic) for one in found)
+        except (StartupError, JournalError) as refusal:
+            yield error(config.state_dir, str(refusal), "", topic)
         except OSError as refusal:
-            mend = errors.advice_for(refusal)
+            advice = errors.advice_for(refusal)
             if isinstance(refusal, PermissionError):
-                mend = "mend its rights, or check as the user that sortd runs as: sudo -u USER sortd check"
-            what = f"cannot be looked at: {refusal.strerror or refusal}"
-            yield error(Topic.FOLDERS, refusal.filename, what, mend)
+                advice = "correct its permissions, or check as the user that runs sortd: sudo -u USER sortd check"
+            what = f"cannot be checked: {refusal.strerror or refusal}"
+            yield error(refusal.filename, what, advice, Topic.FOLDERS)
 
 
-# ---------------------------------------------------------------- folders and rights
+# ---------------------------------------------------------------- folders and permissions
 
 
 def root_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Finding]:
-    """Check the folder that holds the datasets, and the names that the configuration expects in it."""
-    root = config.root
-    there = [layout.name for layout in layouts]
-    for name in config.datasets.keys() - set(there):
-        near = difflib.get_close_matches(name, there, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"make it (sortd init {root}/{name}) or take it out"
-        yield warning(Topic.CONFIGURATION, f"datasets.{name}", f"there is no dataset of that name in {root}", mend)
+    """Check the folder that holds the datasets, and the dataset names in the configuration."""
+    root, names = config.root, [layout.name for layout in layouts]
+    for name in config.datasets.keys() - set(names):
+        near = difflib.get_close_matches(name, names, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"create it (sortd init {root}/{name}) or remove the key"
+        yield warning(f"datasets.{name}", f"{root} holds no dataset of that name", advice, Topic.CONFIGURATION)
     if not root.is_dir():
-        what = "is there but is no folder" if root.exists() else "is missing"
-        yield error(Topic.FOLDERS, root, what, "make it, mount its disk, or set `root` to the folder of your datasets")
+        what = "is no folder" if root.exists() else "is missing"
+        yield error(root, what, "create it, mount its disk, or set `root` to the folder of your datasets")
         return
     if not os.access(root, READ_AND_ENTER, effective_ids=True):
-        yield error(Topic.FOLDERS, root, "cannot be listed", f"give {_user()} the rights to read and enter it")
+        yield error(root, "cannot be listed", f"give {_user()} permission to read and enter it")
         return
     is_dataset, around = Layout(root).is_dataset, enclosing_dataset(root)
     if is_dataset:
-        what = "is itself a dataset; the root is the folder above the datasets"
-        yield error(Topic.FOLDERS, root, what, f"set `root` to {root.parent}")
+        yield error(root, "is itself a dataset; the root is the folder above it", f"set `root` to {root.parent}")
     if around is not None:
-        mend = f"set `root` to {around.parent}, or to a folder outside of it"
-        yield error(Topic.FOLDERS, root, f"lies inside the dataset {around}", mend)
+        yield error(root, f"lies inside the dataset {around}", f"set `root` to {around.parent}, or outside it")
     if not layouts and not is_dataset and around is None:
-        what = "holds no dataset, which is a folder with a Clases/ in it"
-        yield warning(Topic.FOLDERS, root, what, f"make one: sortd init {root}/NAME")
+        yield warning(root, "has no dataset, that is, no folder with a Clases/", f"create one: sortd init {root}/NAME")
     for entry in os.scandir(root):
         if entry.is_symlink() and Layout(Path(entry.path)).is_dataset:
-            mend = "move the folder itself below the root, or mount it there (mount --bind)"
-            yield warning(Topic.FOLDERS, entry.path, "is a symbolic link, so it is not taken for a dataset", mend)
+            advice = "move the folder itself below the root, or mount it there (mount --bind)"
+            yield warning(entry.path, "is a symbolic link, so it is not used as a dataset", advice)
 
 
 def own_folder_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Finding]:
-    """Check that sortd can write the folders of its own, and that none of them lies in a dataset."""
+    """Check that sortd can write its own folders, and that none of them lies in a dataset."""
     folders = {"state_dir": config.state_dir, "cache_dir": config.cache_dir}
     for key, own in folders.items():
         for area in (layout.area(area) for layout in layouts for area in Area):
-            if _is_within(os.path.realpath(own), os.path.realpath(area)):
-                mend = f"set `{key}` to a folder outside of every dataset"
-                yield error(Topic.FOLDERS, own, f"`{key}` lies inside {area}", mend)
+            if Path(os.path.realpath(area)) in Path(os.path.realpath(own)).parents:
+                yield error(own, f"`{key}` lies inside {area}", f"set `{key}` to a folder outside every dataset")
     if config.metrics.textfile is not None:
         folders["metrics.textfile"] = config.metrics.textfile.parent
     for key, own in folders.items():
         above = next(parent for parent in own.parents if parent.exists())
         if own.is_dir():
-            if refusal := _refusal_to_write(own):
-                what = f"`{key}` cannot be written: {refusal}"
-                yield error(Topic.FOLDERS, own, what, f"make it belong to {_user()}")
+            if problem := _write_problem(own):
+                yield error(own, f"`{key}` cannot be written: {problem}", f"chown it to {_user()}")
         elif own.exists() or not above.is_dir():
-            what = f"`{key}` cannot be a folder: a file is in the way"
-            yield error(Topic.FOLDERS, own, what, f"set `{key}` elsewhere")
-        elif not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
-            mend = f"make it and let it belong to {_user()}, or set `{key}` elsewhere"
-            yield error(Topic.FOLDERS, own, f"`{key}` is missing and cannot be made in {above}", mend)
+            yield error(own, f"`{key}` cannot be a folder: a file is in the way", f"set `{key}` to another folder")
+        elif not os.access(above, WRITE_AND_ENTER, effective_ids=True):
+            advice = f"create it and chown it to {_user()}, or set `{key}` to another folder"
+            yield error(own, f"`{key}` is missing and cannot be created in {above}", advice)
 
 
 def overlap_findings(_config: Config, layouts: Sequence[Layout]) -> Iterator[Finding]:
-    """Check that no folder is sorted, or learnt from, a second time."""
-    real = {layout.area(area): os.path.realpath(layout.area(area)) for layout in layouts for area in Area}
+    """Check that no folder belongs to two datasets or areas."""
+    areas = [layout.area(area) for layout in layouts for area in Area]
+    real = {area: Path(os.path.realpath(area)) for area in areas}
     for (folder, inner), (_, outer) in permutations(real.items(), 2):
-        if _is_within(inner, outer):
-            what = f"leads to {inner}, which lies in {outer}"
-            yield error(Topic.FOLDERS, folder, what, "give each dataset folders of its own")
-    first: dict[tuple[int, int], Path] = {}
-    for folder in [*(layout.root for layout in layouts), *real]:
-        if folder.exists():  # a bind mount gives one folder two names
-            status = folder.stat()
-            known = first.setdefault((status.st_dev, status.st_ino), folder)
-            if known != folder:
-                yield error(Topic.FOLDERS, folder, f"is the same folder as {known}", "unmount or move one of them")
+        if outer in inner.parents:
+            yield error(folder, f"leads to {inner}, which lies in {outer}", "give each dataset folders of its own")
+    first: dict[tuple[int, int] | None, Path] = {}
+    for folder in [*(layout.root for layout in layouts), *areas]:
+        identity = identity_of(folder)  # a bind mount gives one folder two names
+        if identity is not None and (known := first.setdefault(identity, folder)) != folder:
+            yield error(folder, f"is the same folder as {known}", "unmount or move one of them")
     for layout in layouts:
-        for area in (Area.IMAGES, Area.DATASET):
-            for entry in _entries(layout.area(area)):
-                if entry.is_dir(follow_symlinks=False) and Layout(Path(entry.path)).is_dataset:
-                    what = f"looks like a dataset but lies in {layout.area(area)}"
-                    mend = f"move it up, beside {layout.root}, if it is meant to be one"
-                    yield warning(Topic.FOLDERS, entry.path, what, mend)
+        for entry in [*_entries(layout.area(Area.IMAGES)), *_entries(layout.area(Area.DATASET))]:
+            if entry.is_dir(follow_symlinks=False) and Layout(Path(entry.path)).is_dataset:
+                what = f"looks like a dataset but lies in {os.path.dirname(entry.path)}"
+                yield warning(entry.path, what, f"if it is one, move it next to {layout.root}")
 
 
 def folder_findings(_config: Config, layout: Layout) -> Iterator[Finding]:
-    """Check one dataset's folders, its marker, and the rights that sortd needs in them."""
+    """Check the folders of one dataset, its marker, and the permissions that sortd needs."""
     for area in Area:
         folder = layout.area(area)
         if folder.is_symlink():
-            mend = "put a real folder in its place; to have it on another disk, mount it there"
-            yield error(Topic.FOLDERS, folder, "is a symbolic link; sortd moves files only below real folders", mend)
-        elif not folder.exists():
-            if not os.access(layout.root, os.W_OK | os.X_OK, effective_ids=True):
-                what = f"is missing and cannot be made in {layout.root}"
-                yield error(Topic.FOLDERS, folder, what, "make it yourself")
-        elif not folder.is_dir():
-            yield error(Topic.FOLDERS, folder, "is there but is no folder", "move it away")
-        else:
-            yield from _right_findings(folder, area)
-    if layout.marker.is_symlink():
-        yield error(Topic.FOLDERS, layout.marker, "is a symbolic link: nothing is moved", "put a folder in its place")
+            advice = "replace it by a real folder; to keep it on another disk, mount that disk there"
+            yield error(folder, "is a symbolic link; sortd moves files only below real folders", advice)
+        elif folder.is_dir():
+            yield from _permission_findings(folder, area)
+        elif folder.exists():
+            yield error(folder, "is no folder", "move it away")
+        elif not os.access(layout.root, WRITE_AND_ENTER, effective_ids=True):
+            yield error(folder, f"is missing and cannot be created in {layout.root}", "create it yourself")
+    marker, lock = layout.marker, layout.marker / "lock"
+    if marker.is_symlink():
+        yield error(marker, "is a symbolic link: nothing is moved", "replace it by a folder")
     elif not layout.is_present:
-        mend = f"it is made when sortd starts; to make it now: sortd init {layout.root}"
-        yield note(Topic.FOLDERS, layout.marker, "is missing, by which sortd knows that the disk is mounted", mend)
-    elif refusal := _refusal_to_write(layout.marker):
-        yield error(Topic.FOLDERS, layout.marker, f"cannot be written: {refusal}", f"make it belong to {_user()}")
-    lock = layout.marker / "lock"
+        advice = f"sortd creates it when it starts; to create it now: sortd init {layout.root}"
+        yield note(marker, "is missing; without it sortd assumes that the disk is not mounted", advice)
+    elif problem := _write_problem(marker):
+        yield error(marker, f"cannot be written: {problem}", f"chown it to {_user()}")
     if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file()):
-        yield error(Topic.FOLDERS, lock, "is no regular file: nothing is moved", "remove it; sortd makes it anew")
+        yield error(lock, "is no regular file: nothing is moved", "remove it; sortd creates a new one")
 
 
 def class_folder_findings(_config: Config, layout: Layout) -> Iterator[Finding]:
-    """Check the folders one level down: links, rights, and those of classes that are no more."""
+    """Check the folders one level down: links, permissions, and folders of classes that no longer exist."""
     classes = {entry.name for entry in _entries(layout.area(Area.CLASES))}
     for area in (Area.CLASES, Area.DATASET, Area.REVIEW, Area.IMAGES):
         for entry in _entries(layout.area(area)):
@@ -205,50 +191,42 @@ def class_folder_findings(_config: Config, layout: Layout) -> Iterator[Finding]:
                 continue
             if entry.is_symlink() and os.path.isdir(entry.path) and area is not Area.IMAGES:
                 effect = "it is no class" if area is Area.CLASES else "no file is moved through it"
-                what = f"is a symbolic link, so {effect}"
-                yield warning(Topic.FOLDERS, entry.path, what, "put a real folder in its place")
+                yield warning(entry.path, f"is a symbolic link, so {effect}", "replace it by a real folder")
             elif entry.is_dir(follow_symlinks=False):
-                yield from _right_findings(Path(entry.path), area)
+                yield from _permission_findings(Path(entry.path), area)
                 files = sum(one.is_file(follow_symlinks=False) for one in _entries(Path(entry.path)))
                 if area in {Area.DATASET, Area.REVIEW} and classes and entry.name not in classes and files:
                     what = f"holds {counted(files, 'file')} of a class that Clases/ does not have (renamed or removed?)"
-                    mend = f"rename it like its class, or make {layout.area(Area.CLASES)}/{entry.name}"
-                    yield note(Topic.FOLDERS, entry.path, what, mend)
+                    advice = f"rename it to the class's new name, or create {layout.area(Area.CLASES)}/{entry.name}"
+                    yield note(entry.path, what, advice)
 
 
-def _right_findings(folder: Path, area: Area) -> Iterator[Finding]:
-    is_written = area in WRITTEN
-    status = folder.stat()
+def _permission_findings(folder: Path, area: Area) -> Iterator[Finding]:
+    is_written, status, user = area in WRITTEN, folder.stat(), _user()
     if not os.access(folder, READ_AND_ENTER | (os.W_OK if is_written else 0), effective_ids=True):
-        needed = "read, write and enter" if is_written else "read and enter"
-        is_read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
-        what = "its file system is mounted read-only" if is_read_only else f"{_user()} may not {needed} it"
-        yield error(Topic.FOLDERS, folder, what, f"chown or chmod it so that {_user()} may, or run sortd as its owner")
+        what = f"{user} may not {'read, write and enter' if is_written else 'read and enter'} it"
+        if os.statvfs(folder).f_flag & os.ST_RDONLY:
+            what = "its file system is mounted read-only"
+        yield error(folder, what, f"chown or chmod it so that {user} may, or run sortd as its owner")
     elif is_written and status.st_mode & stat.S_ISVTX and os.geteuid() not in {0, status.st_uid}:
         what = "has the sticky bit: files of other users cannot be moved out of it"
-        yield warning(Topic.FOLDERS, folder, what, f"take the sticky bit away: chmod -t {folder}")
+        yield warning(folder, what, f"remove the sticky bit: chmod -t {folder}")
 
 
 def _entries(folder: Path) -> list["os.DirEntry[str]"]:
-    """List a folder; empty where it cannot be listed, which is a finding of its own."""
+    """List a folder; empty if it cannot be listed, which another finding reports."""
     with suppress(OSError), os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
     return []
 
 
-def _refusal_to_write(folder: Path) -> str | None:
-    """Make and remove a file in a folder of sortd's own; return why that failed."""
-    trial = folder / f".sortd-check-{os.getpid()}"
+def _write_problem(folder: Path) -> str | None:
+    """Create and remove a file in one of sortd's own folders; return why that failed."""
     try:
-        os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as refusal:
         return refusal.strerror
-    trial.unlink()
     return None
-
-
-def _is_within(inner: str, outer: str) -> bool:
-    return inner != outer and (inner + os.sep).startswith(outer.rstrip(os.sep) + os.sep)
 
 
 def _user() -> str:
@@ -262,111 +240,102 @@ def _user() -> str:
 
 
 def move_findings(_config: Config, layout: Layout, *, rename: Rename = rename_new) -> Iterator[Finding]:
-    """Try with a file of our own whether moves from Images/ are renames, and what the file system tells of it."""
-    images, name = layout.area(Area.IMAGES), f".sortd-check-{os.getpid()}.part"
+    """Check with a test file whether moves from Images/ are renames, and what the file system reports of the file."""
+    images = layout.area(Area.IMAGES)
     with Folders(layout.root) as folders:
         try:
             source = folders.open(Area.IMAGES)
-            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=source))
+            os.close(os.open(TRIAL, CREATE, 0o600, dir_fd=source))
         except OSError:
-            return  # folder_findings says so
+            return  # folder_findings reports it
         try:
-            slow = [f"{area}/" for area in TARGETS if not _moves(folders, area, name, rename)]
-            is_told_of_writers = writer_of(os.fspath(images / name)) is not Writer.UNKNOWN
-            ahead = os.stat(name, dir_fd=source).st_mtime - time.time()
+            slow = [f"{area}/" for area in TARGETS if not _can_rename(folders, area, rename)]
+            reports_writers = writer_of(os.fspath(images / TRIAL)) is not Writer.UNKNOWN
+            ahead = os.stat(TRIAL, dir_fd=source).st_mtime - time.time()
         finally:
             with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=source)
+                os.unlink(TRIAL, dir_fd=source)
     if slow:
-        what = (
-            f"a rename from Images/ into {', '.join(slow)} is refused: each move there is a copy that is verified and "
-            "synced before the original goes, so it takes longer and needs the room twice"
-        )
-        mend = "to have renames, put both on one file system; in a systemd unit name one common ReadWritePaths="
-        yield note(Topic.FILE_SYSTEM, layout.root, what, mend)
+        what = f"a rename into {', '.join(slow)} is refused: moves are verified copies, slower and with twice the space"
+        advice = "for renames, put both on one file system; in a systemd unit name one common ReadWritePaths="
+        yield note(layout.root, what, advice)
     elif all(layout.area(area).is_dir() for area in TARGETS):
-        yield note(Topic.FILE_SYSTEM, layout.root, "moves are renames within one file system")
-    if not is_told_of_writers:
-        what = "tells nobody whether a file is still being written, so each one must hold still for 5 s at least"
-        yield note(Topic.FILE_SYSTEM, images, what)
+        yield note(layout.root, "moves are renames within one file system")
+    if not reports_writers:
+        yield note(images, "does not report open writers, so each file must stay unchanged for at least 5 s")
     if abs(ahead) > CLOCK_SECONDS:
         what = f"its file server's clock is {abs(ahead):.0f} s {'ahead' if ahead > 0 else 'behind'}"
-        yield warning(Topic.MACHINE, images, what, "synchronise both clocks (NTP)")
+        yield warning(images, what, "synchronise both clocks (NTP)", Topic.MACHINE)
 
 
-def _moves(folders: Folders, area: Area, name: str, rename: Rename) -> bool:
-    """Rename the trial file into an area and back; True also where rights or the folder are missing."""
+def _can_rename(folders: Folders, area: Area, rename: Rename) -> bool:
+    """Rename the test file into an area and back; return True also if permissions or the folder are missing."""
     source = folders.open(Area.IMAGES)
     try:
         target = folders.open(area)
-        rename(source, name, target, name)
+        rename(source, TRIAL, target, TRIAL)
     except OSError as refusal:
         return refusal.errno not in CANNOT_RENAME
     try:
-        rename(target, name, source, name)
+        rename(target, TRIAL, source, TRIAL)
     except OSError:
-        os.unlink(name, dir_fd=target)
+        os.unlink(TRIAL, dir_fd=target)
         raise
     return True
 
 
 def room_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Finding]:
-    """Check how much room is left, once for each file system; a folder that is missing counts as the one above it."""
-    kept = [*(("images", layout.root) for layout in layouts)]
-    kept += [("the journal", config.state_dir), ("the cache", config.cache_dir)]
-    seen: set[int] = set()
-    for what, folder in kept:
+    """Check the free space, once per file system; for a missing folder, that of the folder above it."""
+    kept = {config.cache_dir: "the cache", config.state_dir: "the journal", **{one.root: "images" for one in layouts}}
+    by_device = {}
+    for folder, what in kept.items():
         there = next(place for place in (folder, *folder.parents) if place.exists())
-        if (device := there.stat().st_dev) in seen:
-            continue
-        seen.add(device)
+        by_device[there.stat().st_dev] = there, what
+    for there, what in by_device.values():
         facts = os.statvfs(there)
         free, whole = facts.f_bavail * facts.f_frsize, facts.f_blocks * facts.f_frsize
-        left = f"{megabytes(free)} left for {what}"
-        if free < NO_ROOM_BYTES:
-            yield error(Topic.MACHINE, there, f"its disk is full: {left}", "make room")
-        elif free < LITTLE_ROOM_BYTES or free < LITTLE_ROOM_SHARE * whole:
-            yield warning(Topic.MACHINE, there, f"its disk is nearly full: {left}", "make room")
-        if facts.f_files and facts.f_favail < LEAST_INODES:  # btrfs counts none
-            yield warning(Topic.MACHINE, there, f"its disk has only {facts.f_favail} inodes left", "remove small files")
+        if free < max(LITTLE_ROOM_BYTES, LITTLE_ROOM_SHARE * whole):
+            found = error if free < NO_ROOM_BYTES else warning
+            yield found(there, f"its disk has only {megabytes(free)} left for {what}", "free some space")
+        if facts.f_files and facts.f_favail < LEAST_INODES:  # btrfs reports 0 files
+            yield warning(there, f"its disk has only {facts.f_favail} inodes left", "remove small files")
 
 
 def machine_findings(
     _config: Config, _layouts: Sequence[Layout], *, clock: Callable[[], float] = time.time
 ) -> Iterator[Finding]:
-    """Check the clock, by which the history is told, and that every image format can be decoded."""
+    """Check the clock, which dates the history, and the decoder of every image format."""
     if clock() < EARLIEST_SECONDS:
         what = f"says {time.strftime('%Y-%m-%d', time.gmtime(clock()))}: history and undo by time would be wrong"
-        yield warning(Topic.MACHINE, "clock", what, "set it (timedatectl)")
+        yield warning("clock", what, "set it (timedatectl)")
     for missing in load_decoders():
-        what, _, mend = missing.partition("; ")
-        yield error(Topic.MACHINE, "decoding", what, mend)
+        what, _, advice = missing.partition("; ")
+        yield error("decoding", what, advice)
 
 
 def watching_findings(
     config: Config, layouts: Sequence[Layout], *, granted: inotify.Limits | None = None
 ) -> Iterator[Finding]:
-    """Check whether changes can be watched or must be polled for, and whether the kernel grants enough watches."""
+    """Check whether changes can be watched or must be polled, and whether the kernel allows enough watches."""
     granted = granted or inotify.limits()
     watched = []
     for layout in layouts:
         kind = inotify.is_blind(os.fspath(layout.root))
         blind = f"lies on {kind}, where changes by other machines raise no event" if kind else ""
         if blind and config.polling == "never":
-            yield warning(Topic.WATCHING, layout.root, f"{blind}, and polling is off", "set `polling: auto`")
+            yield warning(layout.root, f"{blind}, and polling is off", "set `polling: auto`")
         elif blind or config.polling == "always":
-            yield note(Topic.WATCHING, layout.root, f"is polled: {blind or '`polling: always`'}")
+            yield note(layout.root, f"is polled: {blind or '`polling: always`'}")
         else:
             watched.append(layout)
-    folders = sum(_count_folders(layout) for layout in watched)
-    if granted.max_user_watches is not None and folders > granted.max_user_watches // 2:
-        tell = error if folders > granted.max_user_watches else warning
-        advice = inotify.advice(OSError(errno.ENOSPC, ""), folders=folders, granted=granted)
-        what = f"{counted(folders, 'folder')} are to be watched; {advice}"
-        yield tell(Topic.WATCHING, "fs.inotify.max_user_watches", what, "or set `polling: always`")
+    folders, most = sum(_count_folders(layout) for layout in watched), granted.max_user_watches
+    if most is not None and folders > most // 2:
+        problem = inotify.advice(OSError(errno.ENOSPC, ""), folders=folders, granted=granted)
+        what, advice = f"{counted(folders, 'folder')} are to be watched; {problem}", "or set `polling: always`"
+        yield (error if folders > most else warning)("fs.inotify.max_user_watches", what, advice)
     if watched and granted.max_user_instances is not None and len(watched) + 2 > granted.max_user_instances:
-        what = inotify.advice(OSError(errno.EMFILE, ""), granted=granted)
-        yield error(Topic.WATCHING, "fs.inotify.max_user_instances", what)
+        problem = inotify.advice(OSError(errno.EMFILE, ""), granted=granted)
+        yield error("fs.inotify.max_user_instances", problem)
 
 
 def _count_folders(layout: Layout) -> int:
@@ -376,106 +345,57 @@ def _count_folders(layout: Layout) -> int:
     return deep + len(TARGETS) + sum(entry.is_dir(follow_symlinks=False) for entry in below)
 
 
-# ---------------------------------------------------------------- what runs, and the model
+# ---------------------------------------------------------------- running processes and the journal
 
 
 def process_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Finding]:
-    """Tell whether a sortd runs already, with this state directory or another, and what it holds."""
-    try:
-        status = read_status(config.state_dir) or {"alive": False}
-    except StartupError as refusal:
-        yield error(Topic.PROCESS, config.state_dir, str(refusal))
-        return
+    """Report a sortd that runs already, with this state directory or another, and the datasets that it holds."""
+    status = read_status(config.state_dir) or {"alive": False}
     own = status["pid"] if status["alive"] else None
     if own is not None:
-        yield note(Topic.PROCESS, config.state_dir, f"sortd runs already (pid {own}); see `sortd status`")
+        yield note(config.state_dir, f"sortd runs already (pid {own}); see `sortd status`")
         for name, facts in status.get("datasets", {}).items():
             if facts.get("held_since"):
-                what = f"is held, nothing in it is moved: {facts['problem']}"
-                yield error(Topic.PROCESS, name, what, "sortd takes it up again by itself once this is mended")
+                what = f"is held, so nothing in it is moved: {facts['problem']}"
+                yield error(name, what, "correct this; sortd then continues without a restart")
     for layout in layouts:
         holder = lock_holder(layout.marker / "lock")
         if holder is not None and holder != own:
-            what = f"is worked on by another process (pid {holder}), which keeps its state elsewhere"
-            mend = f"stop that one, or use its configuration; {layout.marker}/state names its folder"
-            yield warning(Topic.PROCESS, layout.root, what, mend)
+            what = f"is in use by another sortd (pid {holder}) with another state directory"
+            advice = f"stop that process, or use its configuration; {layout.marker}/state names its folder"
+            yield warning(layout.root, what, advice)
     if os.geteuid() == 0 and {layout.root.stat().st_uid for layout in layouts} - {0}:
-        what = "this check ran as root, who may do everything; what it says of rights holds for root alone"
-        yield note(Topic.PROCESS, "user", what, "run it as the user that sortd runs as: sudo -u USER sortd check")
-
-
-def lock_holder(lock: Path) -> int | None:
-    """Return the process that holds a lock file, by /proc/locks (see proc(5)); None if nobody does.
-
-    The lock itself is not tried: taking it for a moment could make a sortd that starts just then give up.
-    """
-    try:
-        inode = lock.stat().st_ino
-        locks = Path("/proc/locks").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    held = re.findall(r"WRITE\s+(\d+) [0-9a-f]+:[0-9a-f]+:(\d+) ", locks)
-    return next((int(pid) for pid, number in held if int(number) == inode and _has_open(pid, lock)), None)
-
-
-def _has_open(pid: str, path: Path) -> bool:
-    """Tell whether a process has a file open; True where it is another user's, since equal inodes are rare."""
-    folder, real = f"/proc/{pid}/fd", os.path.realpath(path)
-    try:
-        return any(os.path.realpath(f"{folder}/{name}") == real for name in os.listdir(folder))
-    except OSError as refusal:
-        return isinstance(refusal, PermissionError)
+        what = "this check ran as root, whom no permission restricts; its findings on permissions hold for root only"
+        yield note("user", what, "check as the user that runs sortd: sudo -u USER sortd check")
 
 
 def journal_findings(config: Config, layout: Layout) -> Iterator[Finding]:
-    """Read a dataset's journal, all of it, and tell whether the guard holds the dataset."""
+    """Read a dataset's whole journal, and report whether the guard holds the dataset."""
     file = layout.state_folder(config.state_dir) / JOURNAL_FILE
     if not os.path.lexists(file):
         return
-    try:
-        with History.open(file) as history:
-            history.verify()
-            history.unfinished()
-            history.held()
-            reason = history.guard().reason
-    except JournalError as refusal:
-        yield error(Topic.PROCESS, layout.root, str(refusal))
-        return
+    with History.open(file) as history:
+        history.verify()
+        history.unfinished()
+        history.held()
+        reason = history.guard().reason
     if reason:
-        mend = f"look at `sortd eval`, then `sortd release {layout.root}`"
-        yield warning(Topic.CALIBRATION, layout.root, f"is held, so that nothing moves: {reason}", mend)
+        what, advice = f"is held, so nothing in it is moved: {reason}", f"see `sortd eval`; sortd release {layout.root}"
+        yield warning(layout.root, what, advice, Topic.CALIBRATION)
 
 
-def model_findings(config: Config, _layouts: Sequence[Layout]) -> Iterator[Finding]:
-    """Tell which model would be used, or how to get the one that is wanted."""
-    subject = f"model: {config.model}"
-    try:
-        model = models.locate_clip(config.model, cache_dir=config.cache_dir)
-    except ModelError as refusal:
-        yield error(Topic.MODEL, subject, str(refusal))
-        return
-    what = f"is {model.name}, a {model.kind} of {megabytes(model.size_bytes)} in {model.folder}"
-    yield note(Topic.MODEL, subject, what)
-    if config.model == "auto" and model.name == "packaged":
-        what = f"{STRONGER}, which is stronger, is not on this machine"
-        yield note(Topic.MODEL, subject, what, f"sortd models fetch {STRONGER}")
-    if config.text_model is not None:
-        try:
-            models.locate_text(config.text_model, cache_dir=config.cache_dir)
-        except ModelError as refusal:
-            yield error(Topic.MODEL, f"text_model: {config.text_model}", str(refusal))
-
-
-def _backend(config: Config, _layouts: Sequence[Layout]) -> Iterator[Finding]:
-    return backend_findings(config)
-
-
-SITE_CHECKS: Final[Sequence[Callable[[Config, Sequence[Layout]], Iterator[Finding]]]] = (
-    root_findings, own_folder_findings, overlap_findings, process_findings, model_findings, _backend,
-    watching_findings, machine_findings, room_findings,
-)  # fmt: skip
-DATASET_CHECKS: Final[Sequence[Callable[[Config, Layout], Iterator[Finding]]]] = (
-    folder_findings, class_folder_findings, move_findings, journal_findings, classifier_findings,
-    stored_calibration_findings,
-)  # fmt: skip
-"""All checks, in the order in which they are told; the references of a dataset come last."""
+SITE_CHECKS: Final[Mapping[Callable[[Config, Sequence[Layout]], Iterator[Finding]], Topic]] = {
+    **dict.fromkeys((root_findings, own_folder_findings, overlap_findings), Topic.FOLDERS),
+    process_findings: Topic.PROCESS,
+    lambda config, _layouts: model_findings(config): Topic.MODEL,
+    watching_findings: Topic.WATCHING,
+    **dict.fromkeys((machine_findings, room_findings), Topic.MACHINE),
+}
+DATASET_CHECKS: Final[Mapping[Callable[[Config, Layout], Iterator[Finding]], Topic]] = {
+    **dict.fromkeys((folder_findings, class_folder_findings), Topic.FOLDERS),
+    move_findings: Topic.FILE_SYSTEM,
+    journal_findings: Topic.PROCESS,
+    classifier_findings: Topic.MODEL,
+    stored_calibration_findings: Topic.CALIBRATION,
+}
+"""All checks with their topics, in the order in which they run; ``reference_findings`` is the last of each dataset."""

@@ -1,6 +1,6 @@
-"""What the commands share: options, times and sizes in words, facts on stdout and messages on stderr.
+"""Shared parts of the commands: options, output, and the format of times and numbers.
 
-Facts are JSON where asked for, tables on a terminal, and lines of tab-separated columns everywhere else.
+Facts go to stdout, as JSON with ``--json``, as tables on a terminal, else as tab-separated lines; messages to stderr.
 """
 
 import os
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sortd.config import Config
 
 ERRORS_OF_95_PERCENT = 1.96
-"""On either side of a mean: 95 % of a normal distribution lie within."""
+"""Standard deviations on either side of the mean that contain 95 % of a normal distribution."""
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|hours?|d|days?|w|weeks?)(?:\s+ago)?")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -33,24 +33,24 @@ ConfigOption = Annotated[
     typer.Option(
         "--config",
         "-c",
-        readable=False,  # whether it can be read says the configuration itself, with its own exit code
-        help="The configuration; without it config.yaml here, in ~/.config/sortd or in /etc/sortd, else all defaults.",
+        readable=False,  # read_config reports an unreadable file with its own exit code
+        help="Configuration file. Default: config.yaml here, in ~/.config/sortd or /etc/sortd, or built-in values.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")]
 SinceOption = Annotated[
-    str | None, typer.Option("--since", help="From then on: 2026-03-01, '2026-03-01 14:30', 14:30, 2h, yesterday.")
+    str | None, typer.Option("--since", help="Only moves since 2026-03-01, '2026-03-01 14:30', 14:30, 2h, yesterday.")
 ]
-UntilOption = Annotated[str | None, typer.Option("--until", help="Until then.")]
-DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Only this dataset.")]
+UntilOption = Annotated[str | None, typer.Option("--until", help="Only moves until this time.")]
+DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Use only this dataset.")]
 
 
 class _FlagsWithoutType:
-    """Names no type behind a flag in the help: no value may follow it."""
+    """Shows no type after a flag in the help, since a flag takes no value."""
 
     def get_params(self, ctx: Any) -> Any:  # noqa: ANN401 -- typer's own click, whose types it does not publish
-        """Return the parameters, the flags without a type."""
-        parameters = super().get_params(ctx)  # type: ignore[misc]  # of the class beside it
+        """Return the parameters, flags without a type."""
+        parameters = super().get_params(ctx)  # type: ignore[misc]  # of the other base class
         for parameter in parameters:
             if getattr(parameter, "is_flag", False) and parameter.metavar is None:
                 parameter.metavar = ""
@@ -66,34 +66,30 @@ class Group(_FlagsWithoutType, typer.core.TyperGroup):
 
 
 def load_config(path: Path | None) -> "Config":
-    """Read the configuration named on the command line, or found where the README says.
-
-    Raises:
-        ConfigError: it is missing or not valid, or its root is a dataset or lies in one.
-    """
-    from sortd.config import load
+    """Read the configuration; raise ConfigError if it is not valid, or if its root is or lies in a dataset."""
+    from sortd.config import read_config
     from sortd.errors import ConfigError
     from sortd.layout import misplaced_root
 
-    config = load(path, os.environ)
+    config = read_config(path, os.environ)
     if (problem := misplaced_root(config.root)) is not None:
         raise ConfigError(problem)
     return config
 
 
 def print_json(facts: object) -> None:
-    """Print facts as JSON on stdout; bytes of names that are not UTF-8 come out as escapes of lone surrogates."""
+    """Print facts as JSON; bytes that are not UTF-8 are escaped as lone surrogates."""
     typer.echo(readable_json(facts, encoding=sys.stdout.encoding, indent=2))
 
 
 def printable(text: str) -> str:
-    """Return a name or path as a terminal can show it: control characters and undecodable bytes as escapes."""
+    """Return a text with control characters and undecodable bytes escaped."""
     shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def say(message: str) -> None:
-    """Say something that is no fact to whoever sits at the terminal: on stderr."""
+    """Print a message to stderr."""
     print(message, file=sys.stderr)
 
 
@@ -109,7 +105,7 @@ def print_line(text: str, *, style: str = "") -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
-    """Print rows under a header; ``right`` names the columns that hold numbers."""
+    """Print rows under a header; columns named by ``right`` are aligned to the right."""
     cells = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in (columns, *cells):
@@ -128,12 +124,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, rig
     Console(highlight=False).print(table)
 
 
-def moment_option(name: str, text: str | None) -> float | None:
-    """Return the time that an option gives, in seconds since the epoch.
-
-    Raises:
-        typer.BadParameter: it is none.
-    """
+def time_option(name: str, text: str | None) -> float | None:
+    """Return the time of an option in seconds since the epoch; raise BadParameter if it is not valid."""
     try:
         return None if text is None else parse_time(text, datetime.now().astimezone())
     except ValueError as error:
@@ -141,15 +133,12 @@ def moment_option(name: str, text: str | None) -> float | None:
 
 
 def parse_time(text: str, now: datetime) -> float:
-    """Return a time as seconds since the epoch.
+    """Return a time in seconds since the epoch; raise ValueError if the text is none.
 
     Args:
         text: ``2026-03-01``, ``2026-03-01 14:30``, ``14:30``, ``2h``, ``3d``, ``today`` or ``yesterday``, in local time
             unless it has a zone (``2026-03-01T14:30+02:00``).
-        now: the present, aware of its time zone.
-
-    Raises:
-        ValueError: it is none of these.
+        now: the present, with its time zone.
     """
     word = text.strip().lower()
     midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
@@ -164,7 +153,7 @@ def parse_time(text: str, now: datetime) -> float:
         return (parsed if parsed.tzinfo is not None else parsed.astimezone()).timestamp()
     except (ValueError, OverflowError, OSError) as error:
         raise ValueError(
-            f"{text!r} is no moment: write 2026-03-01, '2026-03-01 14:30', 14:30, 2h, 3d or yesterday"
+            f"{text!r} is not a time: write 2026-03-01, '2026-03-01 14:30', 14:30, 2h, 3d or yesterday"
         ) from error
 
 
@@ -188,8 +177,8 @@ def format_duration(seconds: float) -> str:
 
 
 @contextmanager
-def under_way(what: str) -> Iterator[Callable[[str], None]]:
-    """Show a spinner on a terminal and yield what changes its text; elsewhere nothing."""
+def spinner(what: str) -> Iterator[Callable[[str], None]]:
+    """Show a spinner on a terminal, else nothing; yield a function that sets its text."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -201,14 +190,14 @@ def under_way(what: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[str], None]]:
-    """Show a spinner on a terminal and yield what tells it which part is done."""
-    with under_way(what) as tell:
+    """Show a spinner on a terminal, else nothing; yield a function that takes the finished part."""
+    with spinner(what) as tell:
         yield lambda done: tell(f"{what}: {done} done")
 
 
 @contextmanager
 def bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar with the time left on a terminal, elsewhere nothing; yield what takes a text, done and total."""
+    """Show a progress bar on a terminal, else nothing; yield a function of a text, the finished parts and all parts."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -228,7 +217,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def interval(right: int, judged: int) -> tuple[float, float]:
-    """Return the 95 % interval of the true share of right ones: Wilson (1927), "Probable inference"."""
+    """Return the 95 % confidence interval of a proportion: Wilson (1927), "Probable inference"."""
     squared = ERRORS_OF_95_PERCENT**2
     share, whole = right / judged, judged + squared
     centre = (right + squared / 2) / whole
@@ -237,13 +226,13 @@ def interval(right: int, judged: int) -> tuple[float, float]:
 
 
 def out_of(right: int, judged: int) -> str:
-    """Return ``26 of 37 (95 %: 54 to 82 %)``: how many, of how many, and what that says of the true share."""
+    """Return ``26 of 37 (95 %: 54 to 82 %)``, the counts and the confidence interval of their proportion."""
     low, high = interval(right, judged)
     return f"{right:,} of {judged:,} (95 %: {100 * low:.0f} to {100 * high:.0f} %)"
 
 
 def megabytes(size_bytes: float) -> str:
-    """Return a size as a person reads it, in powers of 1000 as disks are sold."""
+    """Return a size with a unit, in powers of 1000."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size_bytes >= factor:
             return f"{size_bytes / factor:.1f} {unit}"

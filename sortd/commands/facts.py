@@ -1,4 +1,4 @@
-"""The commands that change nothing: ``check``, ``status`` and ``history``; none of them imports torch."""
+"""The commands ``check``, ``status`` and ``history``, which change nothing and never import torch."""
 
 import os
 import sys
@@ -9,6 +9,7 @@ from time import time
 from typing import Any
 
 from sortd.commands.check import check_all
+from sortd.commands.check_references import DECODING_SECONDS
 from sortd.commands.console import (
     counted,
     format_duration,
@@ -24,25 +25,25 @@ from sortd.commands.console import (
 from sortd.commands.finding import Finding, Topic, exit_code
 from sortd.commands.journals import journals, narrowed, record_facts
 from sortd.commands.overview import overview
-from sortd.config import find
+from sortd.config import find_config_file
 from sortd.errors import JournalError
 from sortd.store.history import History
 from sortd.store.records import Selection
 
 AT_REST = {"abstained", "refused", "held"}
-"""States of images that wait for nothing; they are told of as files in Review/ and as held."""
+"""States of images that wait for nothing: they are counted as files in Review/ and as held."""
 
 NOT_RUNNING = 75
-"""The exit code of ``status`` where no sortd runs, as of ``rebuild``: start one and try again."""
+"""Exit code of ``status`` and ``rebuild`` if no sortd runs."""
 
 STYLES = {"sent to review": "yellow", "rejected": "red", "undone": "cyan"}
 MARKS = {"note": ("·", ""), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
 
 
 def show_check(config: Path | None, *, as_json: bool, thorough: bool) -> int:
-    """Print what the checks find, as soon as each does, and return the exit code."""
-    findings = []
-    for finding in check_all(config, os.environ, thorough=thorough):
+    """Print each finding as soon as its check yields it, and return the exit code."""
+    findings, seconds = [], float("inf") if thorough else DECODING_SECONDS
+    for finding in check_all(config, os.environ, decoding_seconds=seconds):
         findings.append(finding)
         if not as_json:
             _print_finding(finding)
@@ -54,10 +55,10 @@ def show_check(config: Path | None, *, as_json: bool, thorough: bool) -> int:
     elif any(counts.values()):
         print_line(", ".join(counted(number, word) for word, number in counts.items() if number), style="bold")
     elif unknown := sum(1 for finding in findings if finding.topic is Topic.CALIBRATION and finding.mend):
-        what = "nothing is wrong, but what the references can honour is not known"
-        print_line(f"{what} of {counted(unknown, 'dataset')}", style="bold yellow")
+        what = f"no problem found, but the accuracy of {counted(unknown, 'dataset')} is not known"
+        print_line(what, style="bold yellow")
     else:
-        print_line("all is well", style="bold green")
+        print_line("no problem found", style="bold green")
     return exit_code(findings)
 
 
@@ -70,9 +71,9 @@ def _print_finding(finding: Finding) -> None:
 
 
 def show_status(path: Path | None, *, as_json: bool) -> int:
-    """Print the overview, and return the exit code: 75 where no sortd runs."""
+    """Print the overview and return the exit code, which is 75 if no sortd runs."""
     config = load_config(path)
-    file = path or find(os.environ)
+    file = path or find_config_file(os.environ)
     facts = {"config": None if file is None else os.path.abspath(file), **overview(config)}
     if as_json:
         print_json(facts)
@@ -87,10 +88,10 @@ def _print_status(facts: Mapping[str, Any]) -> None:
         _print_dataset(name, dataset)
     root = printable(facts["root"])
     if not os.path.isdir(facts["root"]):
-        mend = "make it, mount its disk, or set `root` to the folder of your datasets"
-        print_line(f"{root} is missing: {mend}", style="bold red")
+        advice = "create it, mount its disk, or set `root` to the folder of your datasets"
+        print_line(f"{root} is missing: {advice}", style="bold red")
     elif not facts["datasets"]:
-        print_line(f"{root} holds no dataset; make one: sortd init {root}/NAME")
+        print_line(f"{root} holds no dataset; create one: sortd init {root}/NAME")
 
 
 def _print_row(name: str, text: str, *, style: str = "") -> None:
@@ -104,11 +105,11 @@ def _print_run(facts: Mapping[str, Any]) -> None:
         state = "runs" if facts.get("ready") else "is starting"
         print_line(f"sortd {facts['version']} {state}{age}, pid {facts['pid']}", style="bold green")
     else:
-        when = f"; last heard of {format_time(facts['written_at'])}" if facts.get("written_at") else ""
-        died = "does not run: it was killed, or could not write down why it ended; its log may say (stderr, journalctl)"
+        when = f"; last status {format_time(facts['written_at'])}" if facts.get("written_at") else ""
+        died = "does not run: it was killed, or could not record why it ended; see its log (stderr, journalctl)"
         how = {"never ran": "has not run yet", "died": died, "failed": f"does not run: {facts.get('ended_by')}"}
         print_line(printable(f"sortd {how.get(facts['ended'], 'does not run')}{when}"), style="bold yellow")
-    _print_row("config", printable(facts["config"] or "no file was found: all defaults"))
+    _print_row("config", printable(facts["config"] or "no file found: built-in values"))
     _print_row("state", printable(facts["state_dir"]))
     if facts.get("model"):
         model, _, hint = facts["model"].partition("; ")
@@ -118,12 +119,12 @@ def _print_run(facts: Mapping[str, Any]) -> None:
     elif facts["running"] and facts.get("loading"):
         _print_row("model", printable(facts["loading"]))
     if other := facts.get("other_root"):
-        _print_row("root", f"that one works on {printable(other)}, this configuration says {facts['root']}")
+        _print_row("root", f"the running sortd uses {printable(other)}, this configuration {facts['root']}")
     for watched in facts.get("watching") or ():
         why = f" ({watched['why']})" if watched["why"] else ""
         _print_row("watching", f"{printable(watched['root'])}: {watched['mode']}{why}")
     if facts.get("config_problem"):
-        print_line("  the last configuration was refused, the one before it is still in force:", style="bold red")
+        print_line("  the changed configuration is not valid; the previous one is still used:", style="bold red")
         for line in facts["config_problem"].splitlines():
             print_line(f"    {printable(line)}", style="red")
 
@@ -138,18 +139,18 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
 
 
 def _print_state(facts: Mapping[str, Any]) -> None:
-    """Print what is wrong with a dataset, what it learnt, and who decides."""
+    """Print the problems of a dataset, its references, and the classifier that decides."""
     for problem in dict.fromkeys((facts.get("problem"), facts.get("journal_problem"))):
         if problem:
             _print_row("problem", printable(problem), style="bold red")
     if facts.get("held_since"):
         since = format_time(facts["held_since"])
-        _print_row("held", f"since {since}: nothing in it is moved; sortd tries again by itself")
+        _print_row("held", f"since {since}: nothing in it is moved; sortd tries again")
     if facts["root"] is None:
-        _print_row("folder", "is gone or not mounted; this is from its journal")
+        _print_row("folder", "is missing or not mounted; these facts are from its journal")
     if facts.get("classes") is not None:
-        learnt = f"{counted(len(facts['classes']), 'class')} from {counted(facts.get('references', 0), 'reference')}"
-        _print_row("learnt", f"{learnt}, generation {facts.get('generation', 0)}, mode {facts.get('mode')}")
+        built = f"{counted(len(facts['classes']), 'class')} from {counted(facts.get('references', 0), 'reference')}"
+        _print_row("classes", f"{built}, generation {facts.get('generation', 0)}, mode {facts.get('mode')}")
     classifier = facts["classifier"]
     is_finetuned = classifier["deciding"] == "finetuned"
     by = f"the fine-tuned model {classifier['model_id']}" if is_finetuned else "the prototypes"
@@ -159,7 +160,7 @@ def _print_state(facts: Mapping[str, Any]) -> None:
 
 
 def _print_counts(facts: Mapping[str, Any]) -> None:
-    """Print how many files wait, were moved, or stay where they are."""
+    """Print how many files wait, were moved, or stay in Images/."""
     images = facts.get("images") or {}
     waiting = [f"{number:,} {word}" for word, number in images.items() if number and word not in AT_REST]
     if not images and facts.get("in_images"):
@@ -168,18 +169,18 @@ def _print_counts(facts: Mapping[str, Any]) -> None:
         _print_row("waiting", ", ".join(waiting))
     total = ", ".join(f"{number:,} {outcome.replace('_', ' ')}" for outcome, number in sorted(facts["total"].items()))
     last = f"; last {format_time(facts['last_move_at'])}" if facts["last_move_at"] else ""
-    _print_row("so far", f"{total or 'nothing moved'}{last}")
+    _print_row("moved", f"{total or 'nothing'}{last}")
     if facts.get("in_review"):
         _print_row("review", f"{counted(facts['in_review'], 'file')} in Review/")
     if reasons := (facts.get("left") or {}).get("reasons", {}):
         counts = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in reasons.items())
         _print_row("left", f"in Images/: {counts}; their paths: sortd status --json")
     if facts["held"]:
-        _print_row("held", f"{counted(facts['held'], 'file')}; let them go: sortd release --all")
+        _print_row("held", f"{counted(facts['held'], 'file')}; to release them: sortd release --all")
 
 
 def _print_accuracy(accuracy: Mapping[str, Any]) -> None:
-    """Print by class what became of what was filed, and how much of what a person has checked was right."""
+    """Print for each class the number of filed, corrected and undone images, and the precision of the checked ones."""
     numbers = ("filed", "corrected", "undone")
     rows = []
     for label, one in accuracy.items():
@@ -188,7 +189,7 @@ def _print_accuracy(accuracy: Mapping[str, Any]) -> None:
         rows.append((label, *(one[name] for name in numbers), right))
     print_table(("class", *numbers, "right"), rows, right=numbers)
     if any(one["checked"] for one in accuracy.values()):
-        print_line("  right: of those filed before you last corrected or undid an image of the class")
+        print_line("  right: among the images filed before the last correction or undo in the class")
 
 
 def show_history(
@@ -200,11 +201,7 @@ def show_history(
     as_json: bool,
     **conditions: Any,  # noqa: ANN401 -- of Selection
 ) -> None:
-    """Print the records that meet the conditions, newest first.
-
-    Raises:
-        JournalError: one journal cannot be read; the records of the others are printed before.
-    """
+    """Print the records that meet the conditions, newest first; then raise JournalError if a journal was unreadable."""
     config, refusal, records = load_config(path), None, list[dict[str, Any]]()
     dataset, relative = narrowed(config, dataset, file)
     for place in journals(config, dataset):
@@ -235,9 +232,9 @@ def _print_records(records: Sequence[Mapping[str, Any]], limit: int) -> None:
     else:
         print_table(("when", "dataset", "outcome", "from", "to", "score", "margin", "reason", "run"), rows)
     if not records:
-        say("sortd: the journal knows of no such move")
+        say("sortd: the journal has no such move")
     if limit and len(records) == limit:
-        say(f"sortd: the newest {limit}; --limit 0 shows all")
+        say(f"sortd: these are the newest {limit} moves; --limit 0 shows all")
 
 
 def _print_record(when: str, dataset: str, outcome: str, source: str, destination: str, *facts: str) -> None:
@@ -263,7 +260,7 @@ def _columns(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _relative(path: str) -> str:
-    """Shorten a path to what lies in its dataset."""
+    """Return a path relative to its dataset."""
     for area in ("/Images/", "/Dataset/", "/Review/", "/Rejected/"):
         if area in path:
             return path[path.index(area) + 1 :]

@@ -1,14 +1,15 @@
-"""What ``sortd check`` finds: a fact about a subject, its severity, and what to do about it."""
+"""A finding of ``sortd check``: a fact about a path or a key, its severity, and what to do about it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 
 class Severity(StrEnum):
     """How bad a finding is."""
 
-    NOTE = "note"  # worth knowing, nothing to do
+    NOTE = "note"  # nothing to do
     WARNING = "warning"  # sortd works, but not as well as it could
     ERROR = "error"  # sortd does not start, or part of it cannot work
 
@@ -29,36 +30,25 @@ class Topic(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fact that ``sortd check`` tells."""
+    """One fact about ``subject``, a path or a key; a ``topic`` of None is replaced by that of the check."""
 
     severity: Severity
-    topic: Topic
+    topic: Topic | None
     subject: str
-    """The path, or the key, that it is about."""
     what: str
     mend: str = ""
 
 
-def note(topic: Topic, subject: object, what: str, mend: str = "") -> Finding:
-    """Return something worth knowing."""
-    return Finding(Severity.NOTE, topic, str(subject), what, mend)
+def _finding(severity: Severity, subject: object, what: str, mend: str = "", topic: Topic | None = None) -> Finding:
+    return Finding(severity, topic, str(subject), what, mend)
 
 
-def warning(topic: Topic, subject: object, what: str, mend: str = "") -> Finding:
-    """Return something to mend when there is time."""
-    return Finding(Severity.WARNING, topic, str(subject), what, mend)
-
-
-def error(topic: Topic, subject: object, what: str, mend: str = "") -> Finding:
-    """Return something to mend before sortd can work."""
-    return Finding(Severity.ERROR, topic, str(subject), what, mend)
+note, warning, error = (partial(_finding, severity) for severity in Severity)
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """Return what the command exits with, as in sysexits(3): 78 configuration, 69 model, 65 references, 0 no error."""
+    """Return the exit code of the command (sysexits(3)): 78 configuration, 69 model, 65 references, 0 no error."""
     topics = {finding.topic for finding in findings if finding.severity is Severity.ERROR}
     if topics - {Topic.REFERENCES, Topic.CALIBRATION, Topic.MODEL}:
         return 78
-    if Topic.MODEL in topics:
-        return 69
-    return 65 if topics else 0
+    return 69 if Topic.MODEL in topics else 65 if topics else 0

@@ -1,4 +1,4 @@
-"""Find the journals of all datasets, also of those that are gone, and return their records as plain values."""
+"""Find the journals of all datasets, including missing datasets, and return their records as plain values."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.store.records import Record, Role
 
 _STATE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
-"""How ``Layout.state_folder`` names it."""
+"""Form of the names that ``Layout.state_folder`` gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,28 +20,30 @@ class JournalPlace:
 
     dataset: str
     root: Path | None
-    """The dataset's folder; None where it is gone or not mounted and only its journal is left."""
+    """The dataset's folder; None if it is missing or not mounted."""
     file: Path
 
     @property
     def is_there(self) -> bool:
-        """Tell whether the dataset has ever been worked on with this state directory."""
+        """Tell whether the dataset has ever been used with this state directory."""
         return self.file.is_file()
 
 
 def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
-    """List the journals of all datasets, or of one, by name; those of datasets that are gone come last.
+    """Return the journals of all datasets, or of one, by name; those of missing datasets come last.
 
     Raises:
         DataError: there is no dataset of that name.
-        StartupError: whoever asks may not read the state directory.
+        StartupError: the state directory cannot be read.
     """
     if config.state_dir.exists() and not os.access(config.state_dir, os.R_OK | os.X_OK, effective_ids=True):
-        raise StartupError(f"{config.state_dir} cannot be read; ask as the user that sortd runs as, or as root")
+        raise StartupError(
+            f"{config.state_dir} cannot be read; run the command as the user that runs sortd, or as root"
+        )
     try:
         layouts = find_datasets(config.root)
     except LayoutError:
-        layouts = []  # not mounted: the journals can tell their history all the same
+        layouts = []  # not mounted: the journals can still be read
     places = [JournalPlace(one.name, one.root, one.state_folder(config.state_dir) / JOURNAL_FILE) for one in layouts]
     known = {place.file for place in places}
     places += [
@@ -59,7 +61,7 @@ def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
 
 
 def dataset_at(config: Config, path: Path) -> tuple[Layout, str] | None:
-    """Return the dataset that a path lies in, and the path relative to it; None where it lies in none.
+    """Return the dataset that a path lies in, and the path relative to it; None if it lies in none.
 
     Raises:
         LayoutError: the root cannot be listed.
@@ -105,7 +107,7 @@ def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
 
 
 def narrowed(config: Config, dataset: str | None, path: Path | None) -> tuple[str | None, str | None]:
-    """Return the dataset that is asked about, and the path relative to it; a path names its dataset itself.
+    """Return the dataset to search and the path relative to it; a path determines its dataset.
 
     Raises:
         DataError: the path lies in no dataset.
@@ -114,5 +116,5 @@ def narrowed(config: Config, dataset: str | None, path: Path | None) -> tuple[st
         return dataset, None
     found = dataset_at(config, path)
     if found is None:
-        raise DataError(f"{path} lies in no dataset below {config.root}; name where the file is or was")
+        raise DataError(f"{path} lies in no dataset below {config.root}; name the present or a former path of the file")
     return found[0].name, found[1]

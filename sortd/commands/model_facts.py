@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 from sortd.commands.console import megabytes
-from sortd.commands.finding import Finding, Topic, error, note, warning
+from sortd.commands.finding import Finding, error, note, warning
 from sortd.commands.promotion import list_finetuned_models
 from sortd.config import Config
 from sortd.encoder import models
@@ -164,20 +164,37 @@ def _verdict_sentence(verdict: Mapping[str, Any] | None) -> str:
     )
 
 
-def backend_findings(config: Config) -> Iterator[Finding]:
+def model_findings(config: Config) -> Iterator[Finding]:
+    """Yield which model would be used and what would run it, or how to get the configured one."""
+    subject = f"model: {config.model}"
+    try:
+        model = models.locate_clip(config.model, cache_dir=config.cache_dir)
+        yield note(subject, f"is {model.name}, a {model.kind} of {megabytes(model.size_bytes)} in {model.folder}")
+        if config.model == "auto" and model.name == "packaged":
+            what = f"the stronger model {STRONGER} is not on this machine"
+            yield note(subject, what, f"sortd models fetch {STRONGER}")
+        if config.text_model is not None:
+            subject = f"text_model: {config.text_model}"
+            models.locate_text(config.text_model, cache_dir=config.cache_dir)
+    except ModelError as refusal:
+        yield error(subject, str(refusal))
+    yield from _backend_findings(config)
+
+
+def _backend_findings(config: Config) -> Iterator[Finding]:
     """Yield findings about the backend, and how to get a faster one."""
     facts = backend_facts(config)
     subject, command = f"backend: {config.backend}", "sortd models export"
     if facts["problem"]:
-        yield error(Topic.MODEL, subject, facts["problem"])
+        yield error(subject, facts["problem"])
     if facts["name"] is None:
         return
     export = facts["export"]
     if facts["name"] == "onnx" and export is None:
-        yield warning(Topic.MODEL, subject, f"{_EXPORT_MISSING}, so torch is used", command)
+        yield warning(subject, f"{_EXPORT_MISSING}, so torch is used", command)
         return
     remedy = command if facts["name"] == "torch" and facts["is_installed"] and not export else ""
-    yield note(Topic.MODEL, subject, f"the model runs on {facts['name']}: {facts['why']}", remedy)
+    yield note(subject, f"the model runs on {facts['name']}: {facts['why']}", remedy)
     if facts["name"] == "onnx" and "int8" in export["precisions"]:
         verdict = facts["agreement"]
-        yield note(Topic.MODEL, subject, _verdict_sentence(verdict), "" if verdict else command)
+        yield note(subject, _verdict_sentence(verdict), "" if verdict else command)

@@ -19,7 +19,7 @@ from sortd.commands.console import (
     print_table,
     printable,
     say,
-    under_way,
+    spinner,
 )
 
 _CLASSIFIERS = {"prototypes": "prototypes", "finetuned": "fine-tuned model"}
@@ -124,7 +124,7 @@ def export_model(config: ConfigOption = None, as_json: JsonOption = False) -> No
     from sortd.commands.model_facts import backend_facts, backend_lines
 
     loaded = load_config(config)
-    with under_way("exporting the model") as on_progress:
+    with spinner("exporting the model") as on_progress:
         export(loaded, on_progress=on_progress)
     facts = backend_facts(loaded)
     if as_json:

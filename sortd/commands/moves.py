@@ -1,6 +1,6 @@
-"""The commands that ask for something: ``undo``, ``release`` and ``rebuild``.
+"""The commands ``undo``, ``release`` and ``rebuild``.
 
-While a sortd runs they ask it, so that one process moves files; where none runs, they do it under the dataset's lock.
+They send a request to the running sortd, so only one process moves files; without one they take the dataset's lock.
 """
 
 import os
@@ -19,7 +19,7 @@ from sortd.store.history import History
 from sortd.store.records import Record, Selection
 
 SECONDS_FOR_EACH = 0.05
-"""How much longer than usual an asker waits for each file that is to be put back."""
+"""Additional time to wait for the answer, for each file to be undone."""
 
 Chosen = Sequence[tuple[JournalPlace, Sequence[Record]]]
 
@@ -34,7 +34,7 @@ def undo_moves(
     as_json: bool,
     **conditions: Any,  # noqa: ANN401 -- of Selection
 ) -> int:
-    """Undo the moves that meet the conditions, say what became of each, and return the exit code."""
+    """Undo the moves that meet the conditions, print the result of each, and return the exit code."""
     config = load_config(path)
     chosen = _undoable(config, file, dataset, limit=1 if file is not None else last, **conditions)
     reply: Mapping[str, Any] = _undo(config, chosen, dry_run=dry_run) if chosen else {"undone": [], "later": 0}
@@ -54,11 +54,7 @@ def _undoable(
     limit: int | None,
     **conditions: Any,  # noqa: ANN401 -- of Selection
 ) -> Chosen:
-    """Choose the records to undo, newest first over all datasets.
-
-    Raises:
-        DataError: the journal knows nothing of the path.
-    """
+    """Return the records to undo, newest first over all datasets; raise DataError if a path has none."""
     dataset, relative = narrowed(config, dataset, path)
     records: list[tuple[JournalPlace, Record]] = []
     for place in journals(config, dataset):
@@ -67,7 +63,7 @@ def _undoable(
                 here = history.moves(Selection(path=relative, undoable=True, limit=limit, **conditions))
             records += [(place, record) for record in here]
     if path is not None and not records:
-        raise DataError(f"the journal knows of no move of {path} that could be undone; see `sortd history --path`")
+        raise DataError(f"the journal has no move of {path} that can be undone; see `sortd history --path`")
     records.sort(key=lambda one: one[1].ended_at or 0.0, reverse=True)
     chosen: dict[str, tuple[JournalPlace, list[Record]]] = {}
     for place, record in records[:limit]:
@@ -76,7 +72,7 @@ def _undoable(
 
 
 def _undo(config: Config, chosen: Chosen, *, dry_run: bool) -> Mapping[str, Any]:
-    """Ask the sortd that runs, or undo it here."""
+    """Send the request to the running sortd, or undo the moves in this process."""
     wanted = {
         place.dataset: {"root": str(place.root), "records": [record.id for record in records]}
         for place, records in chosen
@@ -103,10 +99,10 @@ def _undo_here(config: Config, chosen: Chosen, *, dry_run: bool) -> Mapping[str,
 
 def _print_undone(reply: Mapping[str, Any], *, dry_run: bool) -> None:
     if reply.get("recovered"):
-        say(f"sortd: first recovered {counted(reply['recovered'], 'move')} that a crash had cut short")
+        say(f"sortd: first recovered {counted(reply['recovered'], 'move')} that a crash had interrupted")
     for one in reply["undone"]:
         if one["restored"] is None:
-            print_line(f"not put back: {printable(one['message'])}", style="yellow")
+            print_line(f"not undone: {printable(one['message'])}", style="yellow")
             continue
         rest = f"  ({printable(one['message'])})" if one["message"] else ""
         print_line(f"{printable(one['was'])} -> {printable(one['restored'])}{rest}")
@@ -115,17 +111,17 @@ def _print_undone(reply: Mapping[str, Any], *, dry_run: bool) -> None:
     if not reply["undone"] and not reply["later"]:
         say("sortd: there is nothing to undo")
     elif dry_run:
-        say(f"sortd: {images} would be put back; nothing was touched")
+        say(f"sortd: {images} would be moved back; nothing was changed")
     elif not done:
-        say("sortd: no image was put back" + (" yet" if reply["later"] else ""))
+        say("sortd: no image was moved back" + (" yet" if reply["later"] else ""))
     else:
-        say(f"sortd: {images} put back, and held until they change or are released: sortd release --all")
+        say(f"sortd: {images} moved back, and held until they change or are released: sortd release --all")
     if reply["later"]:
-        say(f"sortd: {counted(reply['later'], 'image')} more are being copied back from another file system")
+        say(f"sortd: {counted(reply['later'], 'image')} still to be copied back from another file system")
 
 
 def release_files(path: Path | None, file: Path | None, *, dataset: str | None, as_json: bool) -> None:
-    """Release a held file or dataset, or all where ``file`` is None, and say what was released."""
+    """Release a held file or dataset, or all if ``file`` is None, and print what was released."""
     reply = _release(load_config(path), file, dataset)
     if as_json:
         print_json(reply)
@@ -138,19 +134,15 @@ def _print_released(reply: Mapping[str, Any]) -> None:
     for name, number in released.items():
         print_line(f"{printable(name)}: {counted(number, 'held file')} released")
     for name, reason in lifted.items():
-        print_line(f"{printable(name)}: the hold of the whole dataset is lifted, which was held because {reason}")
+        print_line(f"{printable(name)}: the dataset is released; it was held because {reason}")
     for name, reason in still_held.items():
-        say(f"sortd: {printable(name)} stays held as a whole, so nothing moves there yet: {reason}")
+        say(f"sortd: the dataset {printable(name)} is still held, so nothing in it is moved: {reason}")
     if not any(released.values()) and not lifted and not still_held:
         say("sortd: nothing is held")
 
 
 def _release(config: Config, path: Path | None, dataset: str | None) -> Mapping[str, Any]:
-    """Ask the sortd that runs, or release here.
-
-    Raises:
-        DataError: the path lies in no dataset, or nothing holds it.
-    """
+    """Send the request to the running sortd, or release in this process; raise DataError if the path is not held."""
     absolute = None
     if path is not None:
         dataset, absolute = _held_place(config, path)
@@ -163,11 +155,7 @@ def _release(config: Config, path: Path | None, dataset: str | None) -> Mapping[
 
 
 def _held_place(config: Config, path: Path) -> tuple[str, str]:
-    """Return the name of the dataset that a path is, or lies in, and the path below the dataset's own spelling.
-
-    Raises:
-        DataError: it lies in no dataset.
-    """
+    """Return the dataset that a path is or lies in, and the path below its root; raise DataError if there is none."""
     for layout in find_datasets(config.root):
         if os.path.realpath(path) == os.path.realpath(layout.root):
             return layout.name, os.fspath(layout.root)
@@ -178,7 +166,7 @@ def _held_place(config: Config, path: Path) -> tuple[str, str]:
 
 
 def _release_here(config: Config, dataset: str | None, absolute: str | None) -> Mapping[str, Any]:
-    """Release under the lock of each dataset; what one of them refuses is raised after the others."""
+    """Release under the lock of each dataset; an error of one dataset is raised after the others are done."""
     released: dict[str, int] = {}
     lifted: dict[str, str] = {}
     still_held: dict[str, str] = {}
@@ -196,7 +184,7 @@ def _release_here(config: Config, dataset: str | None, absolute: str | None) -> 
                     lifted[place.dataset] = guard.reason
                 elif guard.reason:
                     still_held[place.dataset] = guard.reason
-        except SortdError as error:  # of one dataset: the files of the others are released
+        except SortdError as error:
             refusal = refusal or error
     if refusal is not None:
         raise refusal
@@ -204,18 +192,14 @@ def _release_here(config: Config, dataset: str | None, absolute: str | None) -> 
 
 
 def ask_to_rebuild(path: Path | None, dataset: str | None, *, force: bool, as_json: bool) -> None:
-    """Ask the sortd that runs to build its prototypes anew.
-
-    Raises:
-        NotRunningError: none runs.
-    """
+    """Request new prototypes from the running sortd; raise NotRunningError if there is none."""
     asked = {"do": "rebuild", "datasets": None if dataset is None else [dataset], "force": force}
     reply = ask(load_config(path).state_dir, asked)
     if reply is None:
-        raise NotRunningError("no sortd runs; it learns its classes when it starts: sortd run, or sortd once")
+        raise NotRunningError("no sortd runs; it builds its prototypes when it starts: sortd run, or sortd once")
     if as_json:
         print_json(reply)
     else:
         names = ", ".join(map(printable, reply["rebuilding"]))
-        print_line(f"being built anew: {names or 'nothing, there is no dataset'}")
-        say("sortd: see how it went in `sortd status` or the log (prototypes.rebuilt)")
+        print_line(f"rebuilding: {names or 'nothing, there is no dataset'}")
+        say("sortd: the result is in `sortd status` and in the log (prototypes.rebuilt)")

@@ -1,4 +1,4 @@
-"""Gather what ``sortd status`` shows: the status file of the sortd that runs, the journals, and the folders."""
+"""Collect the facts of ``sortd status`` from the status file, the journals and the folders."""
 
 import os
 from collections import Counter
@@ -24,33 +24,30 @@ from sortd.store.records import FiledImages, Selection
 from sortd.watch.scan import scan, scan_all, why_unfinished
 
 Row = dict[str, str]
-"""One file or folder that stays in Images/: ``path``, ``reason`` and ``message``."""
+"""A file or folder that stays in Images/: its ``path``, ``reason`` and ``message``."""
 
 STATUS_KEYS = (
     "pid", "version", "model", "encoder_id", "ready", "loading", "config_problem", "watching", "written_at", "ended_by",
 )  # fmt: skip
 NOT_KNOWN = {"deciding": "prototypes", "model_id": None, "refusal": None}
-"""Who decides a dataset that is gone: nobody, but its journal is told of in the same words."""
+"""The classifier of a missing dataset, of which only the journal is known."""
 
 
 def overview(config: Config, *, status: Callable[[Path], dict[str, Any] | None] = read_status) -> dict[str, Any]:
-    """Return everything as plain values.
-
-    Works with no sortd running, and with the datasets not mounted: what the journals know is told then.
-    """
-    told = status(config.state_dir)
-    is_alive = told is not None and told["alive"]
+    """Return all facts as plain values; if no sortd runs or a dataset is not mounted, those of the journals."""
+    last = status(config.state_dir)
+    is_alive = last is not None and last["alive"]
     run: dict[str, Any] = {
         "running": is_alive,
-        "ended": None if is_alive else _ended(told),
+        "ended": None if is_alive else _ended(last),
         "root": str(config.root),
         "state_dir": str(config.state_dir),
     }
-    if told is not None:
-        run |= {key: told.get(key) for key in STATUS_KEYS}
-        run["started_at"] = _started_at(told.get("started_ticks")) if is_alive else None
-        run["other_root"] = told["root"] if told.get("root") not in {None, str(config.root)} else None
-    live = (told or {}).get("datasets", {})
+    if last is not None:
+        run |= {key: last.get(key) for key in STATUS_KEYS}
+        run["started_at"] = _started_at(last.get("started_ticks")) if is_alive else None
+        run["other_root"] = last["root"] if last.get("root") not in {None, str(config.root)} else None
+    live = (last or {}).get("datasets", {})
     places = [place for place in journals(config) if place.root is not None or place.is_there]
     datasets = {
         place.dataset: _dataset(config, place, live.get(place.dataset, {}), is_alive=bool(is_alive))
@@ -59,19 +56,17 @@ def overview(config: Config, *, status: Callable[[Path], dict[str, Any] | None] 
     return run | {"datasets": dict(sorted(datasets.items()))}
 
 
-def _ended(told: dict[str, Any] | None) -> str:
-    """Return how the last run ended, by what its status file says."""
-    if told is None:
+def _ended(last: dict[str, Any] | None) -> str:
+    """Return how the last run ended, according to its status file."""
+    if last is None:
         return "never ran"
-    if told.get("running"):
-        return "died"
-    return "failed" if told.get("ended_by") else "stopped"
+    return "died" if last.get("running") else "failed" if last.get("ended_by") else "stopped"
 
 
 def _dataset(config: Config, place: JournalPlace, live: dict[str, Any], *, is_alive: bool) -> dict[str, Any]:
-    """Return one dataset's facts; what only a running sortd knows is left out where none runs."""
+    """Return one dataset's facts; those that only a running sortd knows are missing if none runs."""
     facts: dict[str, Any] = {"root": None if place.root is None else str(place.root)}
-    if not (is_alive and "classifier" in live):  # what would decide; the sortd that runs knows what does
+    if not (is_alive and "classifier" in live):  # a running sortd reports the classifier that decides
         facts["classifier"] = NOT_KNOWN if place.root is None else serving_facts(config, Layout(place.root))
     if is_alive:
         facts |= live
@@ -84,13 +79,13 @@ def _dataset(config: Config, place: JournalPlace, live: dict[str, Any], *, is_al
         facts["in_images"], left = _look_through(layout)
         facts["left"] = _left([*left, *held], facts.get("left"))
         facts["in_review"] = _count_review(layout)
-    if not is_alive and facts.get("hold"):  # whatever the last run could write about it
+    if not is_alive and facts.get("hold"):  # newer than the problem in the status file
         facts["problem"] = facts["hold"]
     return facts
 
 
 def _from_journal(place: JournalPlace) -> tuple[dict[str, Any], list[Row]]:
-    """Return what a journal knows, and the held files that stand where they were when they were held."""
+    """Return the facts of a journal, and its held files that have not changed since."""
     facts: dict[str, Any] = {"total": {}, "held": 0, "last_move_at": None, "accuracy": {}}
     if not place.is_there:
         return facts, []
@@ -111,12 +106,18 @@ def _from_journal(place: JournalPlace) -> tuple[dict[str, Any], list[Row]]:
         path = f"{place.root}/{relative}"
         with suppress(OSError):
             if is_version(os.lstat(path), mark):
-                rows.append(_row(path, Reason.HELD, "it is held until it changes or is released: sortd release PATH"))
+                rows.append(
+                    _row(
+                        path,
+                        Reason.HELD,
+                        "it is held after an undo until it changes or is released: sortd release PATH",
+                    )
+                )
     return facts, rows
 
 
 def _filed_facts(filed: FiledImages) -> dict[str, Any]:
-    """Return a class's images as plain values; the share of right ones and its interval only where some are checked."""
+    """Return the counts of a class as plain values, with the precision and its interval if some images are checked."""
     if not filed.checked:
         return {**asdict(filed), "right": None, "interval": None}
     bounds = tuple(round(bound, 4) for bound in interval(filed.right, filed.checked))
@@ -124,7 +125,7 @@ def _filed_facts(filed: FiledImages) -> dict[str, Any]:
 
 
 def _look_through(layout: Layout) -> tuple[int | None, list[Row]]:
-    """Count the files of Images/ that are to be handled, None where it cannot be listed, and list what stays in it."""
+    """Return the number of files in Images/ to sort, or None if it cannot be listed, and the entries that stay."""
     images, root = os.fspath(layout.area(Area.IMAGES)), os.fspath(layout.root)
     refused: list[OSError] = []
     count, rows, owners = 0, [], set()
@@ -146,7 +147,7 @@ def _look_through(layout: Layout) -> tuple[int | None, list[Row]]:
 
 
 def _left(rows: Sequence[Row], live: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Count by reason what stays in Images/: the rows seen just now, and those in the status of the sortd that runs."""
+    """Count the entries that stay in Images/ by reason: the rows of this scan, and those of the running sortd."""
     seen = {row["path"] for row in rows}
     looked_into: list[Row] = [] if live is None else live["files"]
     reasons = Counter(row["reason"] for row in rows)
@@ -162,7 +163,7 @@ def _row(path: str, reason: str, message: str) -> Row:
 
 
 def _count_review(layout: Layout) -> int | None:
-    """Count the files in Review/; None where it cannot be listed."""
+    """Return the number of files in Review/, or None if it cannot be listed."""
     refused: list[OSError] = []
     review = os.fspath(layout.area(Area.REVIEW))
     count = sum(1 for _ in scan(review, report=refused.append, rule_at_top=rule_for_folder))
@@ -170,7 +171,7 @@ def _count_review(layout: Layout) -> int | None:
 
 
 def _started_at(ticks: int | None) -> float | None:
-    """Return when a process started, in seconds since the epoch; from clock ticks since boot, see proc_pid_stat(5)."""
+    """Convert clock ticks since boot (see proc_pid_stat(5)) to seconds since the epoch."""
     if ticks is None:
         return None
     with open("/proc/stat", encoding="ascii", errors="replace") as lines:
