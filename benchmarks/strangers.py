@@ -26,9 +26,10 @@ from benchmarks.photos import embed_folder
 from sortd.classify.build import build
 from sortd.classify.decide import decide, open_set_scores, score_batch
 from sortd.classify.open_set import log_odds
-from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
+from sortd.classify.prompts import GENERIC_NOUNS, prompts
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import AbstainSettings, Assigned, DecisionSettings, SupportSet
+from sortd.config import DEFAULT_TEMPLATES
 from sortd.encoder.backends import load_encoder
 from sortd.encoder.base import Encoder
 

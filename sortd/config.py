@@ -15,9 +15,20 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails
 
 from sortd import config_yaml
-from sortd.classify.prompts import DEFAULT_TEMPLATES
 from sortd.errors import ConfigError
 from sortd.files import open_regular
+
+DEFAULT_TEMPLATES = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+    "a photo of a {}.",
+)
+"""The seven templates of Tip-Adapter and CoOp for ImageNet, and CLIP's default."""
 
 PREFIX = "SORTD_"
 ANY = "*"  # in a key's path: any name of a dataset

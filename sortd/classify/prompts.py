@@ -2,18 +2,6 @@
 
 from collections.abc import Sequence
 
-DEFAULT_TEMPLATES = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-    "a photo of a {}.",
-)
-"""The seven templates of Tip-Adapter and CoOp for ImageNet, and CLIP's default."""
-
 GENERIC_NOUNS = (
     "animal", "building", "car", "chair", "child", "city", "cloth", "computer", "cup", "dog", "door", "face",
     "flower", "food", "fruit", "garden", "hand", "house", "machine", "man", "mountain", "person", "phone", "plant",

@@ -13,9 +13,10 @@ import numpy as np
 from sortd import errors
 from sortd.arrays import FloatArray
 from sortd.classify.build import build
-from sortd.classify.prompts import DEFAULT_TEMPLATES, GENERIC_NOUNS, prompts
+from sortd.classify.prompts import GENERIC_NOUNS, prompts
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import DecisionSettings, Mode, SupportSet
+from sortd.config import DEFAULT_TEMPLATES
 from sortd.daemon.embedder import Embedder
 from sortd.events import EmbeddedImage, ImageRefused, Refusal, Stamp
 from sortd.files import open_regular
