@@ -86,6 +86,31 @@ def texts() -> Iterator[Path]:
     yield REPOSITORY / "Makefile"
 
 
+REPLACED = (
+    "ear", "canary", "hints", "HintsLost", "latecomer", "latecomers", "lane", "lanes", "glance", "outbox", "relocator",
+    "relocation", "crossings", "errand", "pretence", "rehearse", "rehearsal", "trainee", "teach_head", "patrol",
+    "appoint", "appointed", "put_back", "PutBack", "vouch", "teaching", "taught", "voters", "residence", "attend",
+    "bell", "mends", "story", "seat", "spent", "try_out",
+)  # fmt: skip
+"""Words that were replaced by the field's terms; see docs/architecture.md for the terms in use."""
+ON_DISK = ("canary",)
+"""Words that stay as the name of a file."""
+
+
+def test_texts_and_names_use_the_terms_of_the_field() -> None:
+    """No name and no sentence of the package or its documents uses a word that was replaced."""
+    word = re.compile(rf"(?<![A-Za-z])(?:{'|'.join(word for word in REPLACED)})(?![A-Za-z])", re.IGNORECASE)
+    tests = re.compile(r"tests/[\w/]+\.py(?:::\w+)*|`test_\w+`")
+    found = {
+        f"{path.relative_to(REPOSITORY)}:{number}: {match.group()}"
+        for path in [*(REPOSITORY / "sortd").rglob("*.py"), *(REPOSITORY / "docs").glob("*.md"), README]
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for match in word.finditer(tests.sub("", line))
+        if not any(name in line for name in ON_DISK)
+    }
+    assert found == set()
+
+
 def test_texts_that_say_what_to_install_name_the_distribution() -> None:
     """The name of the import belongs to another author's distribution on the package index."""
     installer = r"(?:pip3?|pipx|uv|uvx|poetry|conda)\b.{0,40}?\b(?:install|add|run|download|uninstall)\b"

@@ -114,17 +114,17 @@ def gaussian_table(
 def kernel_table(gaussian: Gaussian, held: HeldOut, kernel: Kernel, *, pause: Pause = no_pause) -> Array:
     """Return (R, C) leave-one-out kernel scores."""
     result = np.empty((len(held.chosen), len(gaussian.counts)))
-    voters = gaussian.rows[kernel.chosen].astype(np.float32)
-    norms = np.square(voters).sum(axis=1)
-    size = max(16, BLOCK // max(len(voters), 1))
+    neighbours = gaussian.rows[kernel.chosen].astype(np.float32)
+    norms = np.square(neighbours).sum(axis=1)
+    size = max(16, BLOCK // max(len(neighbours), 1))
     for start in range(0, len(held.chosen), size):
         part = slice(start, start + size)
         rows = gaussian.rows[held.chosen[part]].astype(np.float32)
         residuals, gain = held.residuals[part].astype(np.float32), held.gain[part].astype(np.float32)[:, None]
-        along = residuals @ voters.T
+        along = residuals @ neighbours.T
         pause()
         mine = np.einsum("ij,ij->i", rows, residuals)[:, None]
-        products = rows @ voters.T + gain * mine * along
+        products = rows @ neighbours.T + gain * mine * along
         pause()
         lengths = np.sqrt(np.square(rows).sum(axis=1)[:, None] + gain * np.square(mine))
         cosines = products / (lengths * np.sqrt(norms + gain * np.square(along)))

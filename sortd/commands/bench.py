@@ -74,9 +74,9 @@ def measure(
     most = min(config.batch_size, LARGEST_BATCH)
     with _scratch(config) as scratch:
         tell("loading the model")
-        began, site = perf_counter(), Resources(config, load_encoder=load_encoder, scratch=scratch)
+        began, resources = perf_counter(), Resources(config, load_encoder=load_encoder, scratch=scratch)
         try:
-            embedder, _, description = site.load()
+            embedder, _, description = resources.load()
             load_seconds = perf_counter() - began
             encoder = embedder.encoder
             tell("decoding")
@@ -94,7 +94,7 @@ def measure(
             if not done:
                 raise DataError(f"none of {len(timed)} images can be decoded; `sortd check` says more")
         finally:
-            site.unload()
+            resources.unload()
         tell("moving copies")
         moved = _move_milliseconds(scratch, sorted(files, key=lambda file: file[1].size)[:MOVED_AT_MOST])
     own = "torch" if "-onnx-" not in encoder.encoder_id else INT8 if f"-{INT8}-" in encoder.encoder_id else "onnx"

@@ -59,9 +59,9 @@ def evaluate_datasets(
     chosen = find_datasets(config.root) if dataset is None else [dataset_named(config, dataset)]
     if not chosen:
         raise DataError(f"there is no dataset in {config.root}; create one with `sortd init DIR`")
-    site = Resources(config, load_encoder=load_encoder)
+    resources = Resources(config, load_encoder=load_encoder)
     try:
-        embedder, _, _ = site.load()
+        embedder, _, _ = resources.load()
         refusal: SortdError | None = None
         for layout in chosen:
             try:
@@ -75,17 +75,17 @@ def evaluate_datasets(
         if refusal is not None:
             raise refusal
     finally:
-        site.unload()
+        resources.unload()
 
 
 def _examined(
     config: Config, layout: Layout, embedder: Embedder, tell: Callable[[str, int, int], None]
 ) -> DatasetEvaluation:
-    teaching = settings_with_corrections(config, layout)
+    reference_settings = settings_with_corrections(config, layout)
     reading = partial(tell, f"reading {layout.name}")
-    support, refused = References(layout.area(Area.CLASES)).support(embedder, teaching, tell=reading)
+    support, refused = References(layout.area(Area.CLASES)).support(embedder, reference_settings, tell=reading)
     tell(f"evaluating {layout.name}", len(support.sources), len(support.sources))
-    report = evaluate(support, teaching.settings, keep=partial(keep_evaluated, config, layout))
+    report = evaluate(support, reference_settings.settings, keep=partial(keep_evaluated, config, layout))
     return DatasetEvaluation(layout.name, layout.root, report, refused, serving_facts(config, layout))
 
 
@@ -95,9 +95,9 @@ def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettin
     Raises:
         JournalError: the journal cannot be read.
     """
-    teaching = reference_settings_of(config.dataset(layout.name))
+    reference_settings = reference_settings_of(config.dataset(layout.name))
     file = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    if not teaching.learns_from_corrections or not file.is_file():
-        return teaching
+    if not reference_settings.learns_from_corrections or not file.is_file():
+        return reference_settings
     with History.open(file) as history:
-        return replace(teaching, corrections=corrected_images(layout, history))
+        return replace(reference_settings, corrections=corrected_images(layout, history))

@@ -206,13 +206,13 @@ def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:
 
 def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_encoder: LoadEncoder | None) -> _Sight:
     """Embed the image with the models, and build prototypes if none are stored for this encoder."""
-    site = Resources(config, load_encoder=load_encoder)
+    resources = Resources(config, load_encoder=load_encoder)
     try:
-        embedder, _, _ = site.load()
+        embedder, _, _ = resources.load()
         embedding = _row(embedder, image)
         prototypes, wanted = _deciding(config, layout), config.dataset(layout.name).classifier
-        decider = site.classifiers.select(layout, wanted, _labels(layout, prototypes))
-        logits = None if decider.facts is None else _row(site.classifiers.loaded[decider.model_id], image)
+        decider = resources.classifiers.select(layout, wanted, _labels(layout, prototypes))
+        logits = None if decider.facts is None else _row(resources.classifiers.loaded[decider.model_id], image)
         if prototypes is not None and prototypes.encoder_id == embedder.encoder.encoder_id:
             return _Sight(decider, prototypes, is_stored=True, embedding=embedding, logits=logits)
         references = References(layout.area(Area.CLASES))
@@ -220,7 +220,7 @@ def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_en
     except ReferencesAbsentError as error:
         raise DataError(str(error)) from error
     finally:
-        site.unload()
+        resources.unload()
     return _Sight(decider, rebuilt.prototypes, is_stored=False, embedding=embedding, logits=logits)
 
 

@@ -73,7 +73,7 @@ def select_classifier(layout: Layout, state: Path, wanted: str, labels: Sequence
 
 
 def unfit(facts: FinetunedFacts, labels: Sequence[str], *, dataset: str) -> str | None:
-    """Say why a model does not fit the classes of a dataset, and how to mend it; None where it does."""
+    """Return why a model does not fit the classes of a dataset, and what to do; None if it fits."""
     difference = describe_label_mismatch(facts.labels, labels)
     if difference is None:
         return None

@@ -1,4 +1,4 @@
-"""The outbox: moves of one dataset, gathered, carried out as a group and told, those that end later too.
+"""The moves of one dataset: collected, executed in groups, and reported, also those that end later.
 
 One pair of directory syncs for fifty moves is eighty times as fast as one for each.
 """
@@ -44,9 +44,9 @@ class DryRunMover:
 class MoveQueue:
     """Carries out the moves of one dataset and writes a line about each."""
 
-    def __init__(self, mover: Mover | DryRunMover, account: DatasetLog, *, history: History | None, root: Path) -> None:
-        """Begin with nothing to move; ``account`` writes the lines, a dry run has no ``history``."""
-        self._mover, self._account, self._history, self._root = mover, account, history, root
+    def __init__(self, mover: Mover | DryRunMover, log: DatasetLog, *, history: History | None, root: Path) -> None:
+        """Begin with nothing to move; ``log`` writes the lines, a dry run has no ``history``."""
+        self._mover, self._log, self._history, self._root = mover, log, history, root
         self._real = mover if isinstance(mover, Mover) else None
         self._moves: list[Move] = []
         # Sent and not answered yet, and since when; one version can be asked for again before it was answered.
@@ -137,11 +137,11 @@ class MoveQueue:
                 mark = move.image.moved_stamp
                 record = None if mark is None else self._history.last_known(mark)
                 if record is not None:
-                    self._account.recovered(record, self._root)
+                    self._log.recovered(record, self._root)
             elif move.progress is MoveProgress.FAILED:
                 place = self._root / move.source / move.image.name
                 if not os.path.lexists(place):
-                    self._account.taken_back(move, self._root)
+                    self._log.taken_back(move, self._root)
 
     def _withdraw(self, message: str) -> list[MoveAnswer]:
         """Answer what waits for a copy to end as failed, without a line for each: the core asks for it again."""
@@ -156,7 +156,7 @@ class MoveQueue:
         It never asked for a companion to follow: one that did is gone, one that could not is found by the next scan.
         """
         move, began = self._taken(result)
-        self._account.moved(move, result, 1e3 * (monotonic() - began if seconds is None else seconds))
+        self._log.moved(move, result, 1e3 * (monotonic() - began if seconds is None else seconds))
         if move.outcome is Outcome.FOLLOWED:
             return ImageGone(move.path)
         if isinstance(result, Moved) and self._real is not None:

@@ -192,16 +192,16 @@ def prepare_training(
     layout, recipe = request.layout, request.recipe
     find_base(request.base, cache_dir=config.cache_dir)  # fails before minutes of reading
     known, strangers = data.find_candidates(layout, request.source, config.state_dir)
-    site = Resources(config, load_encoder=load_encoder)
+    resources = Resources(config, load_encoder=load_encoder)
     try:
-        embedder, _, _ = site.load()
+        embedder, _, _ = resources.load()
         photos = data.gather(known, strangers, embedder)
         tell("reading images")
         split = data.split_photos(photos, recipe)
         named = embed_names(layout, photos.labels, config.dataset(layout.name).prompts, embedder)
         baselines = baseline_predictions(photos, split, named, embedder.encoder.encoder_id)
     finally:
-        site.unload()
+        resources.unload()
     tell("evaluating the prototypes")
     base = load_base(request.base, photos.labels, cache_dir=config.cache_dir, side=request.side)
     plan = data.Plan(

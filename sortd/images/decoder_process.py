@@ -170,8 +170,8 @@ def _serve(slot: int, descriptor: int, budget_pixels: int, memory: mmap.mmap, se
     """Decode one file into its slot and return the reply; at the time limit the alarm ends this process."""
     began = perf_counter()
     signal.setitimer(signal.ITIMER_REAL, settings.timeout_seconds)
-    spent = resource.getrusage(resource.RUSAGE_SELF)
-    most = int(spent.ru_utime + spent.ru_stime + settings.timeout_seconds) + 2
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most = int(used.ru_utime + used.ru_stime + settings.timeout_seconds) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     result = decode_content(descriptor, settings, budget_pixels=budget_pixels)
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -369,7 +369,7 @@ class DecoderPool:
             try:
                 decoder.give(job)
             except _ProcessLostError:  # it died while idle, so the job is not to blame
-                self._put_back(job)
+                self._requeue(job)
                 self._replace(decoder)
                 self._start_missing()
 
@@ -381,7 +381,7 @@ class DecoderPool:
                 return self._large
         return self._again or None
 
-    def _put_back(self, *jobs: _Job) -> None:
+    def _requeue(self, *jobs: _Job) -> None:
         for job in jobs:
             (self._large if job.needed_pixels else self._again).append(job)
 
@@ -437,7 +437,7 @@ class DecoderPool:
                 self._answer(job, result, seconds)
             elif job.batch.is_wanted:
                 job.needed_pixels = result.needed_pixels
-                self._put_back(job)
+                self._requeue(job)
 
     def _replace(self, decoder: _Decoder) -> None:
         """End a lost process and queue its images again; the first one was being decoded and is blamed."""
@@ -449,7 +449,7 @@ class DecoderPool:
             self._failed_starts += 1
         elif jobs:
             self._blame(jobs.pop(0), reason)
-        self._put_back(*jobs)
+        self._requeue(*jobs)
         if self._failed_starts >= _MAX_FAILED_STARTS:
             raise StartupError(f"the decoding processes do not start: {reason}")
 
@@ -458,7 +458,7 @@ class DecoderPool:
         while len(self._kills) > _POISON_KEPT:
             self._kills.pop(next(iter(self._kills)))
         if kills < self._max_kills:
-            self._put_back(job)
+            self._requeue(job)
         else:
             refusal = f"decoding it failed {kills} times: {reason}"
             self._answer(job, DecodeResult("", None, Refusal.POISON, refusal), 0.0)

@@ -293,9 +293,9 @@ class Mover:
             error = unended.get(_source_of(order.move))
             (free if error is None else ended).append(order.with_error(error))
         for start in range(0, len(free), BATCH):
-            of_batch, crossing = self._run_batch(free[start : start + BATCH])
+            of_batch, to_copy = self._run_batch(free[start : start + BATCH])
             ended += of_batch
-            for order in crossing:
+            for order in to_copy:
                 ended += self._submit_copy(order.with_error(None))
         return ended
 
@@ -311,11 +311,11 @@ class Mover:
                 return refused, []
             self._journal.intend([(order.move, order.move_reason) for order in ready])
             placed = [self._placed(folders, order) for order in ready]
-            crossing = [order for order in placed if _needs_copy(order)]
+            to_copy = [order for order in placed if _needs_copy(order)]
             synced = _synced(folders, [order for order in placed if not _needs_copy(order)])
             ended = [_ended(folders, order, self._journal) for order in synced]
             self._journal.settle(order.move for order in ended)
-        return refused + ended, crossing
+        return refused + ended, to_copy
 
     def _placed(self, folders: Folders, order: MoveOrder) -> MoveOrder:
         try:

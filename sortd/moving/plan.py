@@ -38,7 +38,7 @@ from sortd.store.journal import Journal
 from sortd.store.records import LONGEST_NAME, FolderNameError, MoveFile, MoveRecord, Record, Role, checked_folder
 
 MOST_ATTEMPTS = 100_000  # names tried for one image
-_MOST_HINTS = 4096
+_MOST_FOLDERS = 4096
 
 LATE_SECONDS = 86_400.0
 """How long after its image a companion may arrive: slow uploads take hours, cameras reuse names after weeks."""
@@ -133,7 +133,7 @@ class FreeNames:
     """
 
     def __init__(self) -> None:
-        """Begin without hints."""
+        """Start without any known name."""
         self._next: dict[tuple[str, str], int] = {}
 
     def candidates(self, folders: Folders, move: MoveRecord) -> Iterator[tuple[int, tuple[str, ...]]]:
@@ -157,7 +157,7 @@ class FreeNames:
     def remember(self, folders: Folders, move: MoveRecord, attempt: int, names: Sequence[str]) -> None:
         """Record the attempt that succeeded and the names that it gave."""
         if attempt > 1:
-            if len(self._next) >= _MOST_HINTS:
+            if len(self._next) >= _MOST_FOLDERS:
                 self._next.clear()
             self._next[_wanted(move)] = attempt + 1
         for file, name in zip(move.files, names, strict=True):
