@@ -455,7 +455,7 @@ def test_daemon_hold_of_the_guard_outlives_a_kill_and_ends_by_release_alone(colo
         daemon.wait_for("prototypes.rebuilt", count=2)
         assert not daemon.events("image.sent_to_review")
         released = sortd("release", "--all", "-c", config)
-        assert "the hold of the whole dataset is lifted" in released.out
+        assert "the dataset is released" in released.out
         assert "nothing is held" not in released.err
         daemon.wait_for("image.sent_to_review", count=220)
         assert daemon.stop() == 0

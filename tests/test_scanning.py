@@ -120,7 +120,7 @@ def test_why_left_says_what_is_in_the_way(tmp_path: Path) -> None:
         ("link.jpg", Reason.SYMBOLIC_LINK, ""),
         ("linked/c.jpg", Reason.SYMBOLIC_LINK, f"it is in {images / 'linked'}: "),
         ("pipe", Reason.SPECIAL_FILE, ""),
-        (".hidden", Reason.HIDDEN, "its name begins with a dot"),
+        (".hidden", Reason.HIDDEN, "it is hidden, because its name begins with a dot"),
         (".hidden/b.jpg", Reason.HIDDEN, f"it is in {images / '.hidden'}: "),
     ]:
         found = reason(name)

@@ -71,7 +71,7 @@ def test_run_image_without_read_permission_is_filed_once_it_has_it(colours: Path
         denied = drop(inbox, "denied.png", 0)
         line = daemon.wait_for("image.left", path=str(denied))
         assert line["refusal"] == "denied"
-        assert "no right" in line["reason"]
+        assert "no permission" in line["reason"]
         for number in range(2):  # two more scans pass at least: what is dropped now settles longer than a second
             drop(inbox, f"{number}.png", 0o644)
             daemon.wait_for("image.filed", path=str(inbox / f"{number}.png"))
