@@ -25,10 +25,13 @@ from sortd.daemon.resources import Resources
 from sortd.daemon.worker import Forget, Job
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, StorageError
 from sortd.events import Move, Outcome, Stamp
+from sortd.files import stamp_of
 from sortd.layout import Layout
 from sortd.metrics import Metrics
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
 from sortd.store.history import History
+from sortd.store.journal import Journal
+from sortd.store.records import MoveFile, MoveReason, MoveRecord, Record, Role
 from sortd.watch.scan import stamp
 from tests.command_line import write_config
 from tests.daemon_process import make_dataset
@@ -360,3 +363,30 @@ def test_close_journal_that_fails_lets_the_others_be_closed(place: Place) -> Non
     for name in ("Bad", "Good"):
         with open_dataset(place.layout(name), place.folder / "other"):
             pass
+
+
+def test_discover_dataset_whose_recovery_cannot_be_reported_is_opened_later(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error between opening and reporting releases the locks: the next attempt takes them."""
+    layout = place.layout("Bad")
+    image, filed = layout.root / "Images" / "z.png", layout.root / "Dataset" / "red" / "z.png"
+    image.write_bytes(b"z")
+    filed.parent.mkdir(parents=True, exist_ok=True)
+    file = MoveFile(Role.IMAGE, image.name, image.name, stamp_of(image.lstat()))
+    with Journal(place.journal("Bad")) as journal:
+        journal.intend([(MoveRecord("0123456789abcdef", "Images", "Dataset/red", (file,)), MoveReason("filed"))])
+    image.rename(filed)
+    last_known = History.last_known
+    failed: list[bool] = []
+
+    def fail_once(history: History, *arguments: object) -> Record | None:
+        if not failed:
+            failed.append(True)
+            raise JournalError("the disk returned an error")
+        return last_known(history, *arguments)  # type: ignore[arg-type]  # those of last_known
+
+    monkeypatch.setattr(History, "last_known", fail_once)
+    place.held_lines(rounds=3)
+    assert failed
+    assert "Bad" in place.collection.by_name

@@ -12,7 +12,7 @@ import pytest
 from sortd.daemon.dataset_lock import OpenDataset, open_dataset
 from sortd.errors import AlreadyRunningError, LayoutError
 from sortd.events import Move, Moved, Outcome
-from sortd.files import stamp_of
+from sortd.files import identity_of, stamp_of
 from sortd.layout import Layout
 from tests.hostile_files import HOSTILE
 
@@ -147,17 +147,36 @@ def test_state_folder_in_use_is_not_shared_with_a_renamed_dataset(
     assert counts(second, state) == {}
 
 
-def test_state_folder_dataset_on_another_device_gets_its_own_journal(layout: Layout, tmp_path: Path) -> None:
-    """Two disks may use one inode number."""
+def test_state_folder_after_a_new_device_number_is_kept(layout: Layout, tmp_path: Path) -> None:
+    """Device numbers change with each mount: a renamed dataset keeps its journal, whatever device was noted."""
     state = tmp_path / "state"
     with open_dataset(layout, state) as opened:
         file_one(opened)
         owner = opened.journal.path.parent / "dataset.json"
     facts = json.loads(owner.read_text())
-    owner.write_text(json.dumps({**facts, "device": facts["device"] + 1}))
+    owner.write_text(json.dumps({**facts, "device": layout.root.stat().st_dev + 1}))
     renamed = Layout(layout.root.with_name("Felines"))
     layout.root.rename(renamed.root)
-    assert counts(renamed, state) == {}
+    assert counts(renamed, state) == {"filed": 1}
+
+
+def test_state_folder_of_a_dataset_with_the_same_inode_on_another_disk_is_kept(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of a whole disk has the inodes of the original: it starts a journal of its own."""
+    state = tmp_path / "state"
+    with open_dataset(layout, state) as opened:
+        file_one(opened)
+    copy = Layout(layout.root.with_name("A copy"))
+    layout.root.rename(copy.root)
+    original = layout.marker  # seen on another disk, as a bitwise copy would be
+    seen = copy.marker.stat()
+
+    def identity(path: Path, *, follow: bool = True) -> tuple[int, int] | None:
+        return (seen.st_dev + 1, seen.st_ino) if path == original else identity_of(path, follow=follow)
+
+    monkeypatch.setattr("sortd.daemon.dataset_lock.identity_of", identity)
+    assert counts(copy, state) == {}
 
 
 def test_state_folder_in_another_state_directory_is_kept(layout: Layout, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Recovery: whatever stands where, nothing is lost, nothing of anybody else's is touched, and it ends."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -8,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from sortd.events import Stamp
+from sortd.events import Moved, Stamp
 from sortd.files import stamp_of
 from sortd.moving.mover import Mover
 from sortd.store.journal import Journal
 from sortd.store.records import MoveFile, MoveProgress, MoveReason, MoveRecord, Role, Selection
-from tests.filing_world import Dataset
+from tests.filing_world import Dataset, order
 
 TOKEN = "0123456789abcdef"  # noqa: S105 - a move's
 PART = f".sortd-{TOKEN}.0.part"
@@ -92,6 +93,18 @@ class TestIntended:
         assert crash.recover().progress is MoveProgress.DONE
         assert dataset.tree() == {"Images/a.jpg": b"new", "Dataset/cat/a (7).jpg": b"a.jpg"}
         assert crash.told == ["Dataset/cat/a (7).jpg"]
+
+    def test_recover_forgets_a_move_that_a_second_connection_ended(self, dataset: Dataset, journal: Journal) -> None:
+        """A copy to another disk is written down by its own connection; the first one asks once and knows it then."""
+
+        def to_another_disk(*_: object) -> None:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+        mover = Mover(dataset.root, journal, rename=to_another_disk)
+        (answer,) = mover.move_all([order(dataset.put("Images/copied.jpg", "copied"))])
+        assert isinstance(answer, Moved)
+        assert mover.recover() == []
+        assert journal.open_tokens == set()
 
     def test_recover_intent_without_rename_is_failed(self, dataset: Dataset, journal: Journal) -> None:
         """A link of the same file in the class, which is the user's, does not deceive."""

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from sortd.daemon.presence import Presence
 from sortd.errors import AlreadyRunningError, LayoutError
 from sortd.files import identity_of, open_folder, read_regular, sync_folder_at, write_atomic
-from sortd.layout import JOURNAL_FILE, Layout
+from sortd.layout import JOURNAL_FILE, MARKER, Layout
 from sortd.moving.copy_queue import Submit
 from sortd.moving.mover import Mover
 from sortd.moving.parts import never
@@ -22,7 +22,7 @@ from sortd.store.records import MoveRecord
 
 POINTER = "state"  # in the marker folder: the path of the state folder, for people and after a rename
 POINTER_BYTES = 8192  # more than a path can have; a larger file is not a pointer
-OWNER_FILE = "dataset.json"  # in the state folder: the dataset's path, and device and inode of its marker
+OWNER_FILE = "dataset.json"  # in the state folder: the dataset's path, and the inode of its marker
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +161,8 @@ def _lock(lock: FileLock, layout: Layout) -> None:
 def claim_state_folder(layout: Layout, state: Path) -> Path:
     """Return the state folder of a dataset, created or, if the dataset was renamed, renamed.
 
-    A renamed dataset is recognised by device and inode of its marker, so that a copy, or a dataset moved to another
-    disk, gets a journal of its own.
+    A renamed dataset is recognised by the inode of its marker, unless a dataset with the same inode on another disk
+    is at the former path: a copy gets a journal of its own.
 
     Raises:
         LayoutError: it cannot be created.
@@ -198,7 +198,7 @@ def write_pointers(layout: Layout, folder: Path) -> None:
     try:
         with open_folder(layout.marker) as marker:
             own = os.fstat(marker)
-            owner = {"root": os.fspath(layout.root), "device": own.st_dev, "marker": own.st_ino}
+            owner = {"root": os.fspath(layout.root), "marker": own.st_ino}
             _write(layout.marker / POINTER, os.fsencode(folder) + b"\n", marker)
         _write(folder / OWNER_FILE, json.dumps(owner).encode() + b"\n")
     except OSError as error:
@@ -218,7 +218,11 @@ def _former(layout: Layout, state: Path) -> Path | None:
         if os.path.realpath(former.parent) != os.path.realpath(state) or not (former / JOURNAL_FILE).is_file():
             return None
         owner = json.loads(read_regular(former / OWNER_FILE))
-        is_own = (owner["device"], owner["marker"]) == (own.st_dev, own.st_ino)
+        # Device numbers change with each mount. On two disks, for example after a copy of the whole disk, two datasets
+        # may have one inode number: the state folder belongs to the one that is still at the recorded path.
+        there = identity_of(Path(owner["root"]) / MARKER)
+        is_copy = there is not None and there[1] == own.st_ino and there[0] != own.st_dev
+        is_own = owner["marker"] == own.st_ino and not is_copy
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # never written, or damaged: a new journal begins
     return former if is_own else None

@@ -135,8 +135,8 @@ class Resources:
                 lock_problem=held.lock_problem,
                 limits=limits_of(self._config.decoding),
             )
+            dataset.move_queue.tell_recovered(held.recovered)  # may fail, and the locks are released then
             self._held[dataset.identity] = opened.pop_all()
-        dataset.move_queue.tell_recovered(held.recovered)
         return dataset
 
     def close(self, dataset: Dataset) -> None:

@@ -107,8 +107,7 @@ class Mover:
         """Complete or reverse every move that did not end, and return them; those still open wait for a disk."""
         if self._journal.open_tokens <= self._copying.keys():
             return []
-        unfinished = [record.move for record in self._journal.history.unfinished()]
-        waiting = [one for one in unfinished if one.token not in self._copying]
+        waiting = [one for one in self._journal.unfinished() if one.token not in self._copying]
         if waiting:
             try:
                 with Folders(self._root) as folders:

@@ -40,8 +40,9 @@ def recover(folders: Folders, move: MoveRecord, advance: Advance) -> MoveRecord:
     """Complete or reverse a move that did not end.
 
     Returns:
-        The move with progress DONE or FAILED (every file is in the source folder), or unchanged if a folder that must
-        be read is missing: moves of a disk that is not mounted stay open.
+        The move with progress DONE or FAILED (the files that still exist are in the source folder, or named in
+        ``message``), or unchanged if a folder that must be read is missing: moves of a disk that is not mounted stay
+        open.
 
     Raises:
         OSError, JournalError: a disk returned an error; the move stays open.

@@ -48,8 +48,14 @@ class Journal:
 
     @property
     def open_tokens(self) -> AbstractSet[str]:
-        """The tokens of the moves that have not ended."""
+        """The tokens of the moves that may not have ended; ``unfinished`` drops those that another connection ended."""
         return self._open
+
+    def unfinished(self) -> list[MoveRecord]:
+        """Return the moves that have not ended, oldest first."""
+        moves = [record.move for record in self.history.unfinished()]
+        self._open = {move.token for move in moves}
+        return moves
 
     def second_connection(self) -> "Journal":
         """Return the same journal for the calling thread, which must close it."""

@@ -39,7 +39,7 @@ class MoveProgress(StrEnum):
     PUBLISHING = "publishing"  # complete copies are in the destination, known by inode and hash
     PUBLISHED = "published"  # the copies have durable final names; the sources may be removed
     DONE = "done"
-    FAILED = "failed"  # every file is in the source folder
+    FAILED = "failed"  # the files that still exist are in the source folder, or named in ``message``
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,7 +200,7 @@ APART = (
     Mutant(
         "moving/mover", "        if self._interrupted():\n            return order.with_error(_COPY_INTERRUPTED)\n", ""
     ),
-    Mutant("moving/mover", "[one for one in unfinished if one.token not in self._copying]", "unfinished"),
+    Mutant("moving/mover", " if one.token not in self._copying]", "]"),
     Mutant("moving/mover", " | {_source_of(one): _UNDER_WAY for one in self._copying.values()}", ""),
     Mutant("moving/copy_queue", "if pair in self._crossed:", "if False:"),
     Mutant("moving/copy_queue", "min(self._most - handed_over, self._count)", "self._count"),
@@ -226,16 +226,9 @@ APART = (
     ),
     Mutant("daemon/dataset_lock", "tuple(mover.recover()), lock.problem)", "tuple(mover.recover()))"),
     Mutant("daemon/presence", "if (taken := self.lock_problem()) is not None:", "if (taken := None) is not None:"),
-    Mutant(
-        "daemon/dataset_lock",
-        '(owner["device"], owner["marker"]) == (own.st_dev, own.st_ino)',
-        'owner["device"] == own.st_dev',
-    ),
-    Mutant(
-        "daemon/dataset_lock",
-        '(owner["device"], owner["marker"]) == (own.st_dev, own.st_ino)',
-        'owner["marker"] == own.st_ino',
-    ),
+    Mutant("daemon/dataset_lock", 'owner["marker"] == own.st_ino and not is_copy', "not is_copy"),
+    Mutant("daemon/dataset_lock", 'owner["marker"] == own.st_ino and not is_copy', 'owner["marker"] == own.st_ino'),
+    Mutant("daemon/dataset_lock", " and there[0] != own.st_dev", ""),
     Mutant("daemon/dataset_lock", "if os.path.realpath(former.parent) != os.path.realpath(state) or not", "if not"),
     Mutant("daemon/presence", "elif area.value in self._apart and _is_empty(folder):", "elif False:"),
     Mutant("daemon/presence", " and _is_empty(folder):", ":"),
