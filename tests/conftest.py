@@ -1,6 +1,7 @@
 """What the tests share: a model without a download, a place to work in, and a guard against leaks."""
 
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -58,6 +59,14 @@ def _no_thread_leaks() -> Iterator[None]:
     for thread in leaked:
         thread.join(5)
     assert not [thread.name for thread in leaked if thread.is_alive()]
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that other users may enter; pytest closes its own to them, whenever another pytest begins."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -287,12 +288,20 @@ def test_empty_result_prints_a_message_on_stderr(config: Path) -> None:
     assert "nothing is held" in sortd("release", "--all", "-c", config).err
 
 
+@pytest.fixture
+def public_config(config: Path, public_folder: Path) -> Path:
+    """The configuration and all that it names, where other users may read it."""
+    place = shutil.copytree(config.parent, public_folder / "place", symlinks=True)
+    copied: Path = place / config.name
+    copied.write_text(config.read_text().replace(str(config.parent), str(place)))
+    return copied
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("command", ["models", "check"])
-def test_cache_without_read_permission_is_reported(config: Path, command: str) -> None:
+def test_cache_without_read_permission_is_reported(public_config: Path, command: str) -> None:
     """There is no traceback, and `check` continues with its other checks."""
-    for folder in (config.parent, *config.parents[:3]):
-        folder.chmod(folder.stat().st_mode | 0o055)
+    config = public_config
     cache = config.parent / "cache"
     cache.mkdir(exist_ok=True)
     os.chown(cache, 65533, 65533)
@@ -313,10 +322,9 @@ def test_cache_without_read_permission_is_reported(config: Path, command: str) -
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("command", ["status", "history", "check"])
-def test_state_without_read_permission_is_reported(config: Path, command: str) -> None:
+def test_state_without_read_permission_is_reported(public_config: Path, command: str) -> None:
     """A user without permission gets a message."""
-    for folder in (config.parent, *config.parents[:3]):
-        folder.chmod(folder.stat().st_mode | 0o055)
+    config = public_config
     (config.parent / "state").chmod(0o700)
     sortd(command, "-c", config)  # imports all that is needed: another user may not be allowed to read this Python
     child = os.fork()
