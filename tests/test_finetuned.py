@@ -136,6 +136,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "label twice": (lambda folder: change(folder / "sortd.json", labels=["a", "a", "b"]), "two or more"),
     "no temperature": (lambda folder: change(folder / "sortd.json", temperature=0), "temperature is 0"),
     "other classes": (lambda folder: change(folder / "config.json", id2label={"0": "x"}), "names other classes"),
+    "no preprocessing": (lambda folder: change(folder / "sortd.json", preprocessing=7), "sortd.json is damaged"),
+    "too large a number": (
+        lambda folder: change(folder / "sortd.json", weights={"bytes": 1e400}),
+        "sortd.json is damaged",
+    ),
     "no verdict": (lambda folder: change(folder / "metrics.json", comparison={"verdict": "good"}), "the verdict is"),
     "uneven columns": (
         lambda folder: change(folder / "sortd.json", held_out={"confidence": [1], "is_right": [], "classes": []}),

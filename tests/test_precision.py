@@ -23,6 +23,7 @@ from sortd.encoder.export import make_exports
 from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision, read_verdict
 from sortd.encoder.quantize import quantize
 from sortd.errors import ModelError
+from sortd.layout import Layout
 from tests.command_line import sortd
 from tests.daemon_process import DaemonProcess, make_dataset, picture, tree
 
@@ -152,6 +153,17 @@ class TestVerdict:
         world = World(make_config())
         damage(world.exports(), Precision.INT8)
         assert "could not be compared with fp32: ONNX Runtime does not open" in world.judge()["refusal"]
+
+    def test_verdict_with_a_damaged_journal_is_refused(
+        self, tmp_path: Path, make_config: Callable[..., Config]
+    ) -> None:
+        """The corrections in it are part of the references; the export stands, and other commands work."""
+        dataset = make_dataset(tmp_path / "Data", references=4)
+        world = World(make_config(learn_from_corrections=True))
+        journal = Layout(dataset).state_folder(world.config.state_dir) / "journal.sqlite"
+        journal.parent.mkdir(parents=True)
+        journal.write_bytes(b"no database")
+        assert "could not be compared with fp32" in world.judge()["refusal"]
 
     def test_verdict_damaged_is_ignored(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
         """float32 is used; a verdict counts for one root only."""
@@ -317,6 +329,9 @@ def test_commands_print_facts_to_stdout_only(
     assert (facts["name"], facts["export"]["precisions"]) == ("onnx", ["fp32", "int8"])
     assert (facts["agreement"]["serves"], facts["agreement"]["filed"]) == ("fp32", 12)
     assert "fp32 is used, not int8: only 12 left-out references" in sortd("models", "-c", config).out
+    with_torch = sortd("models", "-c", config, environment={"SORTD_BACKEND": "torch"}).out
+    assert "Backend: torch" in with_torch
+    assert "fp32 is used" not in with_torch
     assert "fp32 is used, not int8" in sortd("check", "-c", config, "--json").out
     shutil.rmtree(tmp_path / "cache" / "onnx")
     ran = sortd("eval", "-c", config, "--json")

@@ -22,7 +22,7 @@ from sortd.encoder.backends import locate_models
 from sortd.encoder.export import CALIBRATION_IMAGES, Progress, make_exports
 from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision, write_verdict
 from sortd.encoder.quantize import photographic_noise
-from sortd.errors import LayoutError, ModelError
+from sortd.errors import LayoutError, ModelError, SortdError
 from sortd.layout import Area, Layout, find_datasets
 
 MAX_REFERENCES = 1000  # that are compared; with so many, a share of 0.99 has a standard error of 0.003
@@ -60,7 +60,7 @@ def judge_int8(config: Config, exported: Exports, on_progress: Progress) -> dict
         refusal = refuse_quick(parts)
         if not probes >= LEAST_COSINE:  # also for NaN
             refusal = f"the rows of synthetic images differ: mean cosine {probes:.4f}, needed {LEAST_COSINE}"
-    except (ValueError, OSError, ModelError) as error:  # a reference changed meanwhile, or int8 does not run
+    except (ValueError, OSError, SortdError) as error:  # a reference changed, int8 does not run, a journal is damaged
         refusal = f"it could not be compared with fp32: {error}"
     return {
         "serves": (Precision.FP32 if refusal else Precision.INT8).value,

@@ -149,7 +149,7 @@ def backend_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     has_int8 = "int8" in export["precisions"]
     gain = f"int8 is {'' if has_int8 else 'only '}{export['int8_gain']:.1f} times as fast as fp32"
     yield f"Its export takes {megabytes(export['size_bytes'])} in {export['folder']}; {gain}"
-    if has_int8:
+    if has_int8 and facts["name"] == "onnx":
         yield _verdict_sentence(facts["agreement"])
 
 

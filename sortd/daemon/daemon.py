@@ -45,8 +45,8 @@ STUCK_SECONDS = 300.0
 """Without progress for this time the worker is stuck: the watchdog is no longer reset, and systemd restarts sortd."""
 
 START_SECONDS = 120.0
-"""The start timeout requested while the worker makes progress: to export a model, or to read thousands of references,
-can take longer than ``TimeoutStartSec=`` of the unit."""
+"""The start timeout requested while the worker makes progress: reading thousands of references can take longer than
+``TimeoutStartSec=`` of the unit."""
 
 TURN_SECONDS = 0.05  # for each part of a turn: answers, file events, moves, scans
 

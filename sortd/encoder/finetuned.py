@@ -93,7 +93,7 @@ def read_facts(folder: Path) -> FinetunedFacts:
             metrics=json_object(folder / METRICS_FILE),
         )
         _check(facts, int(said["weights"]["bytes"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ModelError(f"{folder / FACTS_FILE} is damaged ({error}): {REPAIR_ADVICE}") from error
     return facts
 
