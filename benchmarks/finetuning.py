@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from sortd.encoder.finetuned_network import Network, torch_device
+from sortd.encoder.finetuned_network import Network
+from sortd.encoder.torch_encoder import torch_device
 from sortd.events import Fit, Preprocessing
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import Recipe

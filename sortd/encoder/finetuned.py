@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from sortd.arrays import Array, BoolArray, FloatArray, IntArray
 from sortd.classify.calibration import log_softmax
 from sortd.errors import DestinationError, ModelError
 from sortd.events import Fit, Preprocessing
-from sortd.files import read_regular, sha256_of, write_atomic
+from sortd.files import read_regular, sha256_of, sync_folder_at, write_atomic
 
 FACTS_FILE = "sortd.json"
 CONFIG_FILE = "config.json"
@@ -231,21 +230,12 @@ def remove_promotion(state_folder: Path) -> bool:
     file = state_folder / PROMOTION_FILE
     try:
         file.unlink()
-        sync(state_folder)
+        sync_folder_at(state_folder)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         raise DestinationError(f"{file} cannot be removed: {error.strerror}; run this as the user of sortd") from error
     return True
-
-
-def sync(path: Path) -> None:
-    """Sync a file or a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def finetuning_results(state_folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from sortd.encoder.finetuned import (
 )
 from sortd.encoder.models import first_line
 from sortd.encoder.preprocessing import normalisation
+from sortd.encoder.torch_encoder import torch_device
 from sortd.errors import ModelError
 from sortd.files import sha256_of
 
@@ -216,19 +217,3 @@ def head_of(module: "torch.nn.Module") -> "torch.nn.Linear":
             f"{type(module).__name__} has no linear layer `classifier`, which fine-tuning needs; choose another base"
         )
     return linear[-1]
-
-
-def torch_device(device: str) -> "torch.device":
-    """Return the device of the setting ``device``; raise ModelError if it cannot be used on this machine."""
-    import torch
-
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"device {device!r} cannot be used: {first_line(error)}; set `device: auto` or `cpu`"
-        ) from error
-    return chosen

@@ -54,7 +54,7 @@ class TorchEncoder:
 
         if threads:
             torch.set_num_threads(threads)
-        self._device = _device(device)
+        self._device = torch_device(device)
         self.runs_on = self._device.type.upper()  # CPU, CUDA (AMD's GPUs, too) or MPS
         self.clip = _load(folder, self._device)
         _check_modalities(self.clip, folder.name)
@@ -100,7 +100,8 @@ class TorchEncoder:
         return normalise_rows(np.asarray(output, np.float32), self.encoder_id)
 
 
-def _device(device: str) -> "torch.device":
+def torch_device(device: str) -> "torch.device":
+    """Return the device of the setting ``device``; raise ModelError if it cannot be used on this machine."""
     import torch
 
     if device == "auto":

@@ -1,6 +1,7 @@
 """The result folder of a fine-tuning: weights, facts, metrics, figures and model card."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,9 @@ from sortd.encoder.finetuned import (
     FinetunedFacts,
     facts_json,
     read_facts,
-    sync,
 )
 from sortd.errors import DestinationError
+from sortd.files import sync_folder_at
 from sortd.finetune.data import disk_errors_translated
 
 if TYPE_CHECKING:
@@ -79,12 +80,14 @@ def publish_result(folder: Path, output: Path) -> FinetunedFacts:
     """
     read_facts(folder)
     with disk_errors_translated(output.parent):
-        for path in (*folder.iterdir(), folder):
-            sync(path)
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder_at(folder)
         if output.exists():
             raise DestinationError(f"{output} exists; choose another folder with --output")
         folder.rename(output)
-        sync(output.parent)
+        sync_folder_at(output.parent)
     return read_facts(output)
 
 

@@ -218,7 +218,7 @@ class IncrementalScan(Generic[_T]):
         return self._under_way is None and self.asked.is_due(self._clock())
 
     def begin(self) -> bool:
-        """Start a scan and return True; if one is running, schedule another one after it."""
+        """Start a scan and return True; if one is running, note that another one was requested, and return False."""
         self.is_wanted_again = self.is_under_way
         if self._under_way is None:
             self.asked.begin(self._clock())
