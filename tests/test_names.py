@@ -7,7 +7,7 @@ import pytest
 
 from sortd.names import CONTROLS, RULES, Reason, Rule, rule_below, rule_for, rule_for_folder
 from sortd.watch.scan import scan, scan_steps
-from tests.test_scanning import never
+from tests.watch.test_scan import never
 
 ORDINARY = [
     "IMG_1.jpg",

@@ -16,36 +16,36 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = "tests/faults/test_steps.py"
-FILING = "tests/test_filing.py"
-RECOVERY = "tests/test_recovery.py"
-STATES = "tests/test_sorter_states.py"
-DATASET = "tests/test_dataset.py"
-PATROL = "tests/test_corrections.py"
+FILING = "tests/moving/test_mover.py"
+RECOVERY = "tests/moving/test_recovery.py"
+STATES = "tests/core/test_sorter_states.py"
+DATASET = "tests/daemon/test_dataset.py"
+PATROL = "tests/daemon/test_corrections.py"
 TESTS = {
-    "files": ("tests/test_files.py", "tests/test_mover.py", STEPS),
-    "events": (STEPS, "tests/test_mover.py", FILING),
-    "store/database": (STEPS, "tests/test_journal.py"),
-    "store/records": ("tests/test_journal.py", FILING),
-    "moving/fs": (STEPS, "tests/test_mover.py", "tests/test_listing.py", RECOVERY, FILING),
-    "moving/parts": ("tests/test_copying.py", STEPS, "tests/test_mover.py", FILING),
+    "files": ("tests/test_files.py", "tests/moving/test_fs.py", STEPS),
+    "events": (STEPS, "tests/moving/test_fs.py", FILING),
+    "store/database": (STEPS, "tests/store/test_journal.py"),
+    "store/records": ("tests/store/test_journal.py", FILING),
+    "moving/fs": (STEPS, "tests/moving/test_fs.py", "tests/moving/test_listing.py", RECOVERY, FILING),
+    "moving/parts": ("tests/moving/test_copy.py", STEPS, "tests/moving/test_fs.py", FILING),
     "moving/plan": (PATROL, FILING),
-    "moving/rename": (STEPS, "tests/test_mover.py", FILING),
+    "moving/rename": (STEPS, "tests/moving/test_fs.py", FILING),
     "moving/copy": (STEPS, RECOVERY, FILING),
-    "moving/copy_queue": ("tests/test_copier.py", "tests/test_outbox.py", FILING),
+    "moving/copy_queue": ("tests/moving/test_copy_queue.py", "tests/daemon/test_move_queue.py", FILING),
     "moving/recovery": (STEPS, RECOVERY, FILING),
     "moving/mover": (STEPS, FILING),
     "moving/undo": (PATROL, FILING),
-    "daemon/move_queue": ("tests/test_outbox.py",),
-    "daemon/datasets": ("tests/test_collection.py", DATASET),
-    "daemon/dataset_lock": ("tests/test_holding.py",),
-    "daemon/presence": ("tests/test_presence.py",),
+    "daemon/move_queue": ("tests/daemon/test_move_queue.py",),
+    "daemon/datasets": ("tests/daemon/test_datasets.py", DATASET),
+    "daemon/dataset_lock": ("tests/daemon/test_dataset_lock.py",),
+    "daemon/presence": ("tests/daemon/test_presence.py",),
     "daemon/corrections": (PATROL,),
-    "daemon/control": ("tests/test_control.py", PATROL, FILING),
+    "daemon/control": ("tests/daemon/test_control.py", PATROL, FILING),
     "daemon/rejected": (FILING,),
     "core/state": (STATES,),
     "core/sorter": (STATES, DATASET),
     "core/schedule": (STATES,),
-    "core/guard": ("tests/test_guard.py", DATASET),
+    "core/guard": ("tests/core/test_guard.py", DATASET),
     "daemon/dataset": (DATASET,),
 }
 """Which tests are to notice, the quick ones first."""

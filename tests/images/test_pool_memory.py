@@ -18,7 +18,7 @@ from sortd.images.decoder_process import DEFAULT_BUDGET_PIXELS
 from sortd.images.formats import FORMATS
 from sortd.images.pool import Batch, DecodedImage, DecoderPool
 from tests.bombs import one_bit_png, png, saved
-from tests.test_decoders import memory_kb, open_files, photo, stamped, warmed, while_stopped
+from tests.images.test_pool import memory_kb, open_files, photo, stamped, warmed, while_stopped
 
 SMALL = Preprocessing(64, 64, 64)
 WIDTH, HEIGHT = 3000, 2000

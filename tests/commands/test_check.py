@@ -291,7 +291,7 @@ class TestFolders:
             capture_output=True,
             text=True,
             check=True,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
         ).stdout.splitlines()
         assert f"error {site / 'Images'}" in told
         assert f"error {site / 'Clases' / 'red'}" in told
@@ -562,7 +562,7 @@ def test_check_json_is_one_object(look: Check, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "HOME": str(tmp_path)},
     )
     facts = json.loads(told.stdout)

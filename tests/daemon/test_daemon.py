@@ -30,7 +30,7 @@ from tests.hostile_files import HOSTILE
 
 Write = Callable[..., Path]
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_the_real_program_files_with_a_real_model(colours: Path, write_config: Write) -> None:

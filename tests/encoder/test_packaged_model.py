@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 MODEL = Path(__file__).parent.parent / "sortd" / "model"
-SAMPLE = Path(__file__).parents[1] / "Data" / "Tornillos" / "Clases"
+SAMPLE = Path(__file__).parents[2] / "Data" / "Tornillos" / "Clases"
 """Drawn screws, which ship."""
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos" / "tornillos"
 """Photos of screws: tried too where they are there."""

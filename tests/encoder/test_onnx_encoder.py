@@ -36,7 +36,7 @@ from tests.tiny_words import build_roberta_words, build_tiny_words
 
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXTS = ["a photo of a screw", "x", "a " * 200, "ñandú ü 漢字", "two words", "torn\udcffillo"]
 EXACT = 0.9999
 """The least cosine between a row of torch and one of ONNX Runtime in float32."""

@@ -479,13 +479,13 @@ def test_cache_other_process_reads_and_writes(cache: Cache, path: Path, reports:
     program = """
 import sys
 from pathlib import Path
-from tests.test_cache import ENCODER, embeddings
+from tests.store.test_cache import ENCODER, embeddings
 from sortd.store.cache import Cache, packed
 with Cache(Path(sys.argv[1])) as cache:
     for key, row in embeddings(200, seed=1).items():
         cache.remember_embeddings({key: row}, ENCODER)
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     with subprocess.Popen([sys.executable, "-c", program, str(path)], env=environment) as process:
         while process.poll() is None:
             for key, row in ours.items():

@@ -23,7 +23,7 @@ from sortd.events import (
     ReviewSeen,
     Tick,
 )
-from tests.test_sorter import prototypes, ready_sorter, settle, stamp
+from tests.core.test_sorter import prototypes, ready_sorter, settle, stamp
 
 LABELS = ("bolt", "nut", "screw")
 MODEL = "finetuned-3-torch-0123"

@@ -38,8 +38,8 @@ from sortd.store.history import History
 from sortd.store.journal import Journal
 from sortd.watch.observer import FileEvent
 from tests.command_line import write_config
+from tests.core.test_guard import near, prototypes
 from tests.daemon_process import make_dataset
-from tests.test_guard import near, prototypes
 
 STRANGERS = near(3, 40, 0.6)
 """Embeddings of what belongs to no class, more than a trial takes."""

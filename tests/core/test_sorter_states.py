@@ -38,7 +38,7 @@ from sortd.events import (
     Tick,
     Writer,
 )
-from tests.test_sorter import embedded, prototypes, ready_sorter, settle, stamp
+from tests.core.test_sorter import embedded, prototypes, ready_sorter, settle, stamp
 
 
 def rebuild(sorter: Sorter, generation: int, now: float) -> list[Command]:

@@ -59,7 +59,7 @@ def test_history_intent_without_outcome_is_unfinished(path: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path; from sortd.store.journal import Journal\n"
         "from sortd.store.records import MoveReason\n"
-        "from tests.test_journal import move\n"
+        "from tests.store.test_journal import move\n"
         "Journal(Path(sys.argv[1])).intend([(move('t'), MoveReason('filed'))]); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", program, path], check=False).returncode == 9

@@ -18,7 +18,7 @@ from sortd.errors import DataError, DestinationError, JournalError, LayoutError,
 from sortd.status import Status, started_ticks
 from tests.hostile_files import HOSTILE
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def refuse(error: OSError) -> None:

@@ -643,7 +643,7 @@ def run_in_namespace(script: str, *arguments: str, before: str = ":") -> subproc
     ):
         pytest.skip("user namespaces are not allowed here")
     program = PROGRAM + textwrap.dedent(script)
-    environment = {**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[2])}
     shell = [*unshare, "sh", "-c", f'{before} && exec "$@"', "sh", sys.executable, "-c", program, *arguments]
     done = subprocess.run(shell, capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert done.returncode == 0, done.stderr
@@ -676,7 +676,7 @@ def test_an_overflow_is_told_and_a_scan_finds_what_was_lost(in_memory: Path) -> 
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[2])},
     )
     with process:
         assert process.stdin is not None
@@ -788,7 +788,7 @@ def test_descriptors_that_run_out_leak_none(dataset: Path) -> None:
     watcher.close()
     """
     program = [sys.executable, "-c", PROGRAM + textwrap.dedent(script), os.fspath(dataset)]
-    environment = {**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[2])}
     done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
@@ -799,7 +799,7 @@ def test_descriptors_that_run_out_leak_none(dataset: Path) -> None:
 
 def test_every_test_that_the_document_names_is_here() -> None:
     """The table of docs/watching.md is a list of promises: each has its test."""
-    document = (Path(__file__).parents[1] / "docs" / "watching.md").read_text(encoding="utf-8")
+    document = (Path(__file__).parents[2] / "docs" / "watching.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+)`", document))
     assert len(named) >= 20
     assert named <= set(globals())
