@@ -91,7 +91,7 @@ class DaemonProcess:
                 left = until - time.monotonic()
                 if left <= 0 or (self.process.poll() is not None and not self._ears.is_alive()):
                     raise AssertionError(f"{what} did not come; exit {self.process.poll()}; log:\n{self.tail()}")
-                self._heard.wait(min(left, 0.1))
+                self._heard.wait(min(left, 0.02))
 
     def wait_for_scans(self, count: int = 1) -> None:
         """Wait until so many scans have begun and ended from now on; sortd must log at level debug."""
