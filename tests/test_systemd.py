@@ -316,7 +316,7 @@ def test_a_configuration_that_is_wrong_is_not_started_again_and_again(service: L
 
 @pytest.fixture(scope="module")
 def fast(service: Lab) -> Lab:
-    """The service anew, with the encoder of the tests, which loads at once, and a watchdog that waits for seconds."""
+    """The service anew, with the encoder of the tests, which loads at once, and with short times."""
     service.run(
         "sh",
         "-ec",
@@ -325,6 +325,7 @@ def fast(service: Lab) -> Lab:
         cat > /run/systemd/system/sortd.service.d/test.conf <<'.'
 [Service]
 WatchdogSec=5
+RestartSec=1
 ExecStart=
 ExecStart=/opt/sortd/.venv/bin/fast-sortd run -c /etc/sortd/config.yaml
 .

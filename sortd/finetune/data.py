@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from sortd import errors
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray, Pixels
@@ -35,9 +37,12 @@ LARGEST_SHARE = 0.25
 class is not a burst of one scene, but all its images are similar to the encoder."""
 ROWS_AT_ONCE = 1024
 PARTS = ("train", "validation", "test")
+"""Validation images choose the checkpoint, the averaging and the temperature; nothing is chosen by test images."""
 PLAN_FILE, ARRAYS_FILE, START_FILE = "plan.json", "plan.npz", "start.safetensors"
 
 ImageFile = tuple[str, Stamp]
+Split = Mapping[str, IntArray]
+"""Disjoint sets of image indices, int64 and ascending, of each of ``PARTS``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,15 +177,6 @@ def _lacking(labels: Sequence[str], files: int, left_out: Sequence[Mapping[str, 
     return f"{state}; put images into the folders of at least two classes, Clases/<class>/"
 
 
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Three disjoint sets of image indices, int64 and ascending."""
-
-    train: IntArray
-    validation: IntArray  # chooses the checkpoint, the averaging and the temperature
-    test: IntArray  # for evaluation; nothing is chosen by it
-
-
 def split_photos(photos: Photos, recipe: Recipe) -> Split:
     """Return the split of photos; near-duplicates are in the same part.
 
@@ -191,7 +187,7 @@ def split_photos(photos: Photos, recipe: Recipe) -> Split:
     shares = {"test": recipe.test, "validation": recipe.validation}
     split = split_by_group(photos.classes, groups, photos.weights == PLACED, **shares, seed=recipe.seed)
     for part in shares:
-        if len(np.unique(photos.classes[getattr(split, part)])) < 2:  # noqa: PLR2004 - one class cannot be confused
+        if len(np.unique(photos.classes[split[part]])) < 2:  # noqa: PLR2004 - one class cannot be confused
             few = ", ".join(f"{label} {number}" for label, number in photos.counts.items())
             raise DataError(
                 f"too few different images placed by a person for the {part} part ({few}): fine-tuning needs at least "
@@ -219,22 +215,12 @@ def near_duplicate_groups(embeddings: FloatArray, classes: IntArray) -> IntArray
 
 
 def _components(rows: FloatArray, limit: float) -> IntArray:
-    """Return (N,) the lowest index of each row's component; rows within cosine distance ``limit`` are connected."""
+    """Return (N,) the component of each row, in order of first rows; rows within distance ``limit`` are joined."""
     labels = np.arange(len(rows))
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        near = rows[start : start + ROWS_AT_ONCE] @ rows.T >= np.float32(1.0 - limit)
-        first, second = np.nonzero(near)
-        first += start
-        while True:
-            target = np.arange(len(rows))  # lowest label joined to each label
-            lower = np.minimum(labels[first], labels[second])
-            for ends in (first, second):
-                np.minimum.at(target, labels[ends], lower)
-            while not np.array_equal(target, target[target]):
-                target = target[target]
-            if np.array_equal(labels, target[labels]):
-                break
-            labels = target[labels]
+        first, second = np.nonzero(rows[start : start + ROWS_AT_ONCE] @ rows.T >= np.float32(1.0 - limit))
+        joined = (np.ones(len(first), np.int8), (labels[first + start], labels[second]))
+        labels = connected_components(coo_array(joined, (len(rows), len(rows))), directed=False)[1][labels]
     return labels
 
 
@@ -247,7 +233,7 @@ def split_by_group(
     be used for evaluation.
     """
     dice = np.random.default_rng(seed)
-    side = np.zeros(len(classes), np.int64)  # 0 train, 1 validation, 2 test
+    side = np.zeros(len(classes), np.int64)  # index of ``PARTS``
     for label in np.unique(classes):
         members = np.flatnonzero(classes == label)
         of_class = dice.permutation(np.unique(groups[members]))
@@ -259,7 +245,7 @@ def split_by_group(
             side[[index for group in taken for index in group]] = number
             spare -= len(taken)
             free = [group for group in free if side[group[0]] == 0]
-    return Split(*(np.flatnonzero(side == number) for number in (0, 1, 2)))
+    return {part: np.flatnonzero(side == number) for number, part in enumerate(PARTS)}
 
 
 def _take(free: list[IntArray], wanted: int, *, most: int) -> list[IntArray]:
@@ -308,8 +294,9 @@ class TrainDataset:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The input of a training, kept in the work folder; pixels are in separate files (``read_pixels``)."""
+    """The input of a training, kept in the work folder ``work``; the pixels of each part are in separate files."""
 
+    work: Path
     dataset: str
     labels: tuple[str, ...]
     base: str
@@ -330,21 +317,44 @@ class Plan:
         """Return the size of the stored images of a part."""
         return self.source if part == "train" else self.preprocessing
 
+    def images_of(self, part: str) -> TrainDataset:
+        """Return the images of one of ``PARTS``; raise DataError as ``pixels_of``."""
+        weights = self.weights if part == "train" else np.ones(len(self.classes[part]), np.float32)
+        return TrainDataset(self.pixels_of(part), self.classes[part], weights)
 
-def write_plan(plan: Plan, work: Path) -> None:
-    """Write a plan after its pixels; ``plan.json``, written last, marks it complete.
+    def pixels_of(self, part: str) -> Pixels:
+        """Return uint8 (N, h, w, 3), memory-mapped from the file of a part or of ``strangers``.
 
-    Raises:
-        DestinationError: the folder cannot be written.
-    """
-    arrays: dict[str, Any] = {f"classes_{part}": plan.classes[part] for part in PARTS}
-    arrays |= {f"champion_{one.name}": one.probabilities for one in plan.baselines}
-    arrays |= {f"strangers_{one.name}": one.strangers for one in plan.baselines}
-    facts = {key: value for key, value in asdict(plan).items() if key not in {"classes", "weights", "baselines"}}
-    facts["modes"] = [one.name for one in plan.baselines]
-    with disk_errors_translated(work):
-        np.savez(work / ARRAYS_FILE, weights=plan.weights, **arrays)
-        write_atomic(work / PLAN_FILE, (json.dumps(facts, indent=1) + "\n").encode())
+        Raises:
+            DataError: the file is missing or has a wrong size.
+        """
+        size, file = self.size_of(part), pixels_file(self.work, part)
+        shape = (size.crop_height, size.crop_width, 3)
+        try:
+            images = file.stat().st_size // int(np.prod(shape))
+            if part in self.classes and images != len(self.classes[part]):
+                raise DataError(f"{file} is incomplete; run `sortd finetune` without --resume")
+            if not images:
+                return np.zeros((0, *shape), np.uint8)
+            return np.memmap(file, np.uint8, mode="r", shape=(images, *shape))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} cannot be read ({error}); run `sortd finetune` without --resume") from error
+
+    def write(self) -> None:
+        """Write the plan after its pixels; ``plan.json``, written last, marks it complete.
+
+        Raises:
+            DestinationError: the folder cannot be written.
+        """
+        arrays: dict[str, Any] = {f"classes_{part}": self.classes[part] for part in PARTS}
+        arrays |= {f"champion_{one.name}": one.probabilities for one in self.baselines}
+        arrays |= {f"strangers_{one.name}": one.strangers for one in self.baselines}
+        apart = {"work", "classes", "weights", "baselines"}
+        facts = {key: value for key, value in asdict(self).items() if key not in apart}
+        facts["modes"] = [one.name for one in self.baselines]
+        with disk_errors_translated(self.work):
+            np.savez(self.work / ARRAYS_FILE, weights=self.weights, **arrays)
+            write_atomic(self.work / PLAN_FILE, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def read_plan(work: Path) -> Plan:
@@ -358,6 +368,7 @@ def read_plan(work: Path) -> Plan:
         facts |= {key: preprocessing_from(facts[key]) for key in ("preprocessing", "source")}
         facts["recipe"] = Recipe(**facts["recipe"])
         return Plan(
+            work=work,
             **facts,
             classes={part: arrays[f"classes_{part}"] for part in PARTS},
             weights=arrays["weights"],
@@ -367,36 +378,6 @@ def read_plan(work: Path) -> Plan:
         raise DataError(
             f"the training in {work} is incomplete ({error}); remove it and run `sortd finetune` without --resume"
         ) from error
-
-
-def dataset_of(plan: Plan, work: Path, part: str) -> TrainDataset:
-    """Return the images of a part, with memory-mapped pixels.
-
-    Raises:
-        DataError: see ``read_pixels``.
-    """
-    classes = plan.classes[part]
-    weights = plan.weights if part == "train" else np.ones(len(classes), np.float32)
-    return TrainDataset(read_pixels(plan, work, part), classes, weights)
-
-
-def read_pixels(plan: Plan, work: Path, part: str) -> Pixels:
-    """Return uint8 (N, h, w, 3), memory-mapped from the file of a part or of ``strangers``.
-
-    Raises:
-        DataError: the file is missing or has a wrong size.
-    """
-    size, file = plan.size_of(part), pixels_file(work, part)
-    shape = (size.crop_height, size.crop_width, 3)
-    try:
-        images = file.stat().st_size // int(np.prod(shape))
-        if part in plan.classes and images != len(plan.classes[part]):
-            raise DataError(f"{file} is incomplete; run `sortd finetune` without --resume")
-        if not images:
-            return np.zeros((0, *shape), np.uint8)
-        return np.memmap(file, np.uint8, mode="r", shape=(images, *shape))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read ({error}); run `sortd finetune` without --resume") from error
 
 
 def pixels_file(work: Path, part: str) -> Path:

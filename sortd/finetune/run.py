@@ -15,18 +15,16 @@ from filelock import FileLock, Timeout
 
 from sortd.config import Config
 from sortd.daemon.references import class_labels
-from sortd.daemon.resources import Resources
-from sortd.encoder.base import Encoder
+from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.encoder.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts
 from sortd.encoder.finetuned_network import Network, load_weights
 from sortd.encoder.torch_encoder import torch_device
 from sortd.errors import AlreadyRunningError, DataError
 from sortd.events import Preprocessing
 from sortd.finetune import data
-from sortd.finetune.evaluate import baseline_predictions, embed_names, evaluate_model
 from sortd.finetune.model import add_lora, find_base, init_head, load_base, weights_of
 from sortd.finetune.recipe import Observer, TrainingRequest
-from sortd.finetune.report import publish_result, save_tensors, write_result
+from sortd.finetune.report import baseline_predictions, evaluate_model, publish_result, save_tensors, write_result
 from sortd.finetune.train import TrainSettings, make_model, train, training_arguments
 from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecodedImage, DecoderPool
@@ -36,8 +34,6 @@ LARGER = 1.25
 """Size of the stored training images as a multiple of the network's input, for sharp random crops."""
 FEWEST_TESTS = 30
 """With fewer test images, a difference of ten points is not significant."""
-
-LoadEncoder = Callable[[Config], Encoder]
 
 
 def output_of(request: TrainingRequest, state: Path, now: datetime) -> Path:
@@ -106,13 +102,13 @@ def run_finetuning(
         base = load_base(plan.base, plan.labels, cache_dir=config.cache_dir, side=plan.side)
         network = Network(base.module, base.processor, device)
         if is_first and not (work / data.START_FILE).is_file():
-            _write_start(network, plan, work)
+            _write_start(network, plan)
             observer.finished("fitting the head")
         processes.wait_for_everyone()
         load_weights(network.module, work / data.START_FILE)
         start = weights_of(network.module)
         settings = TrainSettings(plan.recipe, work, device.type, resume, plan.extra, observer)
-        trained = _train_network(network, plan, work, settings)
+        trained = _train_network(network, plan, settings)
         if not is_first:
             return None
         observer.finished("training")
@@ -120,7 +116,7 @@ def run_finetuning(
         with data.disk_errors_translated(work):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir()
-        facts, table = evaluate_model(network, start, plan, work, beside)
+        facts, table = evaluate_model(network, start, plan, beside)
         seconds = round(time.monotonic() - began, 1)
         facts = replace(facts, metrics={**facts.metrics, **trained, "seconds": seconds})
         write_result(facts, table, network.module, base.config, base.processor)
@@ -157,23 +153,23 @@ def _working_in(work: Path, *, resume: bool) -> Iterator[None]:
         lock.release()
 
 
-def _write_start(network: Network, plan: data.Plan, work: Path) -> None:
+def _write_start(network: Network, plan: data.Plan) -> None:
     """Fit the head and write the start weights, which a resumed run needs too."""
-    init_head(network, data.dataset_of(plan, work, "train"), data.dataset_of(plan, work, "validation"), plan.recipe)
-    beside = work / f"{data.START_FILE}.part"
+    init_head(network, plan.images_of("train"), plan.images_of("validation"), plan.recipe)
+    beside = plan.work / f"{data.START_FILE}.part"
     save_tensors(network.module.state_dict(), beside)
-    with data.disk_errors_translated(work):
-        beside.replace(work / data.START_FILE)
+    with data.disk_errors_translated(plan.work):
+        beside.replace(plan.work / data.START_FILE)
 
 
-def _train_network(network: Network, plan: data.Plan, work: Path, settings: TrainSettings) -> dict[str, Any]:
+def _train_network(network: Network, plan: data.Plan, settings: TrainSettings) -> dict[str, Any]:
     """Train the network in place and return the result of ``train``."""
-    dataset, rank = data.dataset_of(plan, work, "train"), plan.recipe.lora_rank
+    dataset, rank = plan.images_of("train"), plan.recipe.lora_rank
     if rank is not None:
         network.module = add_lora(network.module, rank)
     size = (plan.preprocessing.crop_height, plan.preprocessing.crop_width)
     model = make_model(network, size, dataset, plan.recipe)
-    trained = train(model, dataset, data.dataset_of(plan, work, "validation"), settings)
+    trained = train(model, dataset, plan.images_of("validation"), settings)
     if rank is not None:
         network.module = network.module.merge_and_unload()  # type: ignore[operator]  # a method that peft added
     network.module.eval()
@@ -199,13 +195,13 @@ def prepare_training(
         photos = data.gather(known, strangers, embedder)
         tell("reading images")
         split = data.split_photos(photos, recipe)
-        named = embed_names(layout, photos.labels, config.dataset(layout.name).prompts, embedder)
-        baselines = baseline_predictions(photos, split, named, embedder.encoder.encoder_id)
+        baselines = baseline_predictions(photos, split, embedder, layout, config.dataset(layout.name).prompts)
     finally:
         resources.unload()
     tell("evaluating the prototypes")
     base = load_base(request.base, photos.labels, cache_dir=config.cache_dir, side=request.side)
     plan = data.Plan(
+        work=work,
         dataset=layout.name,
         labels=photos.labels,
         base=base.name,
@@ -217,16 +213,16 @@ def prepare_training(
         preprocessing=base.preprocessing,
         source=enlarged(base.preprocessing),
         data=_described(photos, split, request),
-        classes={part: photos.classes[getattr(split, part)] for part in data.PARTS},
-        weights=photos.weights[split.train].astype(np.float32),
-        baselines=tuple(baselines),
+        classes={part: photos.classes[split[part]] for part in data.PARTS},
+        weights=photos.weights[split["train"]].astype(np.float32),
+        baselines=baselines,
     )
     for part in data.PARTS:
-        files = [photos.files[index] for index in getattr(split, part)]
+        files = [photos.files[index] for index in split[part]]
         _decode(files, plan.size_of(part), config, data.pixels_file(work, part))
     _decode(photos.stranger_files, plan.preprocessing, config, data.pixels_file(work, "strangers"))
     tell("decoding images")
-    data.write_plan(plan, work)
+    plan.write()
 
 
 def enlarged(seen: Preprocessing) -> Preprocessing:
@@ -257,7 +253,7 @@ def _described(photos: data.Photos, split: data.Split, request: TrainingRequest)
     """Return counts, left-out files and notes as plain values."""
     rows: list[dict[str, Any]] = [{"label": label, "images": number} for label, number in photos.counts.items()]
     for part in data.PARTS:
-        held = np.bincount(photos.classes[getattr(split, part)], minlength=len(rows))
+        held = np.bincount(photos.classes[split[part]], minlength=len(rows))
         for row, number in zip(rows, held.tolist(), strict=True):
             row[part] = number
     return {

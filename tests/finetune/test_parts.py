@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sortd.finetune.data import Predictions, near_duplicate_groups, split_by_group
-from sortd.finetune.evaluate import (
+from sortd.finetune.model import gaussian_head
+from sortd.finetune.report import (
     calibration_error,
     class_metrics,
     compare,
@@ -15,7 +16,6 @@ from sortd.finetune.evaluate import (
     metrics_of,
     open_set,
 )
-from sortd.finetune.model import gaussian_head
 
 
 def unit_rows(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
@@ -63,16 +63,16 @@ def test_a_split_divides_all_images_and_no_group(sizes: list[int], bursts: int, 
     classes = np.repeat(np.arange(len(sizes)), sizes)
     groups = np.arange(len(classes)) // bursts
     split = split_by_group(classes, groups, np.ones(len(classes), bool), test=0.2, validation=0.2, seed=seed)
-    sides = [split.train, split.validation, split.test]
+    sides = [split["train"], split["validation"], split["test"]]
     assert sorted(np.concatenate(sides).tolist()) == list(range(len(classes)))
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert not set(groups[sides[first]]) & set(groups[sides[second]])
-    assert set(classes[split.train]) == set(classes)
+    assert set(classes[split["train"]]) == set(classes)
     for label in range(len(sizes)):
         pure = [g for g in set(groups[classes == label]) if len(set(classes[groups == g])) == 1]
         if len(pure) >= 3:
-            assert label in classes[split.test]
-            assert label in classes[split.validation]
+            assert label in classes[split["test"]]
+            assert label in classes[split["validation"]]
 
 
 def test_what_no_person_vouches_for_judges_nothing() -> None:
@@ -80,16 +80,16 @@ def test_what_no_person_vouches_for_judges_nothing() -> None:
     classes, groups = np.repeat([0, 1], 20), np.arange(40)
     vouched = np.arange(40) % 2 == 0
     split = split_by_group(classes, groups, vouched, test=0.2, validation=0.2, seed=0)
-    assert vouched[split.test].all()
-    assert vouched[split.validation].all()
-    assert len(split.test) == 8
+    assert vouched[split["test"]].all()
+    assert vouched[split["validation"]].all()
+    assert len(split["test"]) == 8
 
 
 def test_a_seed_decides_on_the_split() -> None:
     """Equal seeds split alike, others do not."""
     classes, groups = np.repeat([0, 1], 20), np.arange(40)
     first, again, other = (
-        split_by_group(classes, groups, np.ones(40, bool), test=0.2, validation=0.2, seed=seed).test.tolist()
+        split_by_group(classes, groups, np.ones(40, bool), test=0.2, validation=0.2, seed=seed)["test"].tolist()
         for seed in (1, 1, 2)
     )
     assert first == again != other

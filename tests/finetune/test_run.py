@@ -36,6 +36,7 @@ from tests.tiny_vit import build_tiny_vit
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 COUNTS = {"green": 24, "red": 18, "stripes": 12}
+FEW = dict.fromkeys(COUNTS, 8)
 QUICK = Recipe(epochs=6, batch_size=8, learning_rate=1e-3, evaluations=3, test=0.25, validation=0.25)
 """Enough steps to interrupt, few enough for seconds."""
 
@@ -209,7 +210,7 @@ def accuracy(facts: FinetunedFacts) -> float:
 def test_a_clip_is_a_base_too(tmp_path: Path, tower: Tower, layout: Placed, kind: str) -> None:
     """One of two joined models, for which transformers has no classifier, and one of one come back from a folder."""
     config = configured(tmp_path)
-    make_photos(config.root, COUNTS)
+    make_photos(config.root, FEW)
     base = build_tiny_clip(tmp_path / "clip", tower=tower, layout=layout)
     facts = trained(config, request_for(config, base, epochs=1))
     model = load_finetuned(facts.folder, device="cpu")
@@ -221,7 +222,7 @@ def test_a_clip_is_a_base_too(tmp_path: Path, tower: Tower, layout: Placed, kind
 def test_the_packaged_tower_sees_more_than_it_was_taught_on(tmp_path: Path) -> None:
     """``auto`` without the ViT is the packaged tower, at one and a half times its size, with its last map."""
     config = configured(tmp_path)
-    make_photos(config.root, COUNTS)
+    make_photos(config.root, FEW)
     facts = trained(config, request_for(config, Path("auto"), epochs=1, evaluations=1))
     said = json.loads((facts.folder / "config.json").read_text("utf-8"))
     assert facts.base == "packaged"
@@ -233,7 +234,7 @@ def test_the_packaged_tower_sees_more_than_it_was_taught_on(tmp_path: Path) -> N
 def test_low_rank_additions_end_in_the_weights(tmp_path: Path, vit: Path) -> None:
     """A model that was trained by LoRA is written whole: its folder needs no peft."""
     config = configured(tmp_path)
-    make_photos(config.root, COUNTS)
+    make_photos(config.root, FEW)
     facts = trained(config, request_for(config, vit, epochs=1, lora_rank=2))
     assert load_finetuned(facts.folder, device="cpu").facts.labels == tuple(sorted(COUNTS))
 
@@ -256,7 +257,7 @@ def test_what_sortd_filed_counts_half_and_judges_nothing(tmp_path: Path, vit: Pa
 def test_a_full_disk_in_the_middle_of_training_loses_nothing(tmp_path: Path, vit: Path) -> None:
     """No result folder appears; once there is room it can be resumed."""
     config = configured(tmp_path)
-    make_photos(config.root, COUNTS)
+    make_photos(config.root, FEW)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(_: TrainingProgress) -> None:
@@ -274,7 +275,7 @@ def test_a_full_disk_in_the_middle_of_training_loses_nothing(tmp_path: Path, vit
 def test_a_full_disk_while_it_is_prepared_is_a_clear_error(tmp_path: Path, vit: Path) -> None:
     """What cannot be written is named; the plan, which would make it resumable, is not there."""
     config = configured(tmp_path)
-    make_photos(config.root, COUNTS)
+    make_photos(config.root, FEW)
     work = tmp_path / "work"
     work.mkdir()
     pixels_file(work, "train").symlink_to("/dev/full")
@@ -309,7 +310,7 @@ def test_what_stands_in_the_way_is_a_clear_error(tmp_path: Path, vit: Path) -> N
     from filelock import FileLock
 
     config = configured(tmp_path)
-    make_photos(config.root, COUNTS)
+    make_photos(config.root, FEW)
     request = request_for(config, vit)
     with pytest.raises(ModelError, match="sortd models fetch some/vit"):
         trained(config, replace(request, base="some/vit"))
