@@ -31,6 +31,7 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.harness import argument_parser, print_json, write_config
 from benchmarks.workload import (
     OnceRun,
     forward_seconds,
@@ -41,7 +42,6 @@ from benchmarks.workload import (
     put,
     run_once,
     torch_forward,
-    write_config,
 )
 from sortd.events import Preprocessing
 from sortd.images.decode import DecodeLimits, Jpeg
@@ -161,15 +161,12 @@ class Comparison:
     def sortd(self, *, backend: str, jpeg: Jpeg = "draft", mode: str) -> OnceRun:
         """File the photos; an earlier run embeds the references."""
         config = write_config(
-            self.folder / "config.yaml",
-            root=self.folder / "Data",
+            self.folder,
             model=self.model,
             backend=backend,
             mode=mode,
             abstain="off",
             settle_seconds=0.1,
-            state_dir=self.folder / "state",
-            cache_dir=self.folder / "cache",
             decoding={"jpeg": jpeg},
         )
         for area in ("Images", "Dataset"):
@@ -241,7 +238,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Print the comparison; exit 1 if a floor is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--photos", type=int, default=300)
     parser.add_argument("--references", type=int, default=200)
     parser.add_argument("--classes", type=int, default=20)
@@ -250,11 +247,10 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="model folder; default: a ViT-B/32 with random weights")
     parser.add_argument("--forward-seconds", type=float, default=10.0)
     parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sortd-bench-", dir=arguments.folder) as name:
         facts = compare(Path(name), arguments)
-    print(json.dumps(facts, indent=2))
+    print_json(facts, n=1)
     is_reached = True
     for backend in arguments.backends:
         measured = facts[backend]

@@ -8,9 +8,7 @@ the last to the first quarter shows a cost that grows. Limits: at most 80 micros
 in memory, and a scan of 100,000 files within a second.
 """
 
-import argparse
 import json
-import resource
 import tempfile
 import time
 from collections import deque
@@ -24,6 +22,7 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.harness import argument_parser, print_json, resident_mebibytes
 from sortd.classify.build import build
 from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import Classifier, PrototypeSet
@@ -193,12 +192,6 @@ class Drive:
         return int(path[-12:-4])
 
 
-def resident_mebibytes() -> float:
-    """Return the resident memory of this process."""
-    with open("/proc/self/statm", encoding="ascii") as pages:
-        return int(pages.read().split()[1]) * resource.getpagesize() / 2**20
-
-
 def measure_core(images: int, limit: int) -> dict[str, Any]:
     """File images through a core, and return the cost of each quarter."""
     drive = Drive(images, limit)
@@ -245,15 +238,14 @@ def measure_scan(folder: Path, files: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure both and print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--files", type=int, default=100_000)
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sortd-bench-") as name:
         facts = {"core": measure_core(arguments.images, MOST_KNOWN), "scan": measure_scan(Path(name), arguments.files)}
     if arguments.json:
-        print(json.dumps(facts, indent=2))
+        print_json(facts, n=1)
         return
     for what, measured in facts.items():
         print(what, json.dumps(measured))

@@ -12,10 +12,8 @@ Everything runs in a temporary folder, with the real program as a process of its
               another process: by slow writes, by rename, as whole folders; every content must then stand in one place
 """
 
-import argparse
 import hashlib
 import json
-import os
 import random
 import shutil
 import statistics
@@ -30,46 +28,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.harness import argument_parser, print_json, processor_seconds, resident_mebibytes, write_config
 from tests.daemon_process import COLOURS, DaemonProcess, make_dataset, picture
 
 REPOSITORY = Path(__file__).parents[1]
-TICKS = os.sysconf("SC_CLK_TCK")
 REFERENCES = 6
-
-
-def write_config(folder: Path, root: Path, model: str, **keys: object) -> Path:
-    """Write a configuration that keeps everything in ``folder``."""
-    values = {"root": root, "model": model, "state_dir": folder / "state", "cache_dir": folder / "cache", **keys}
-    path = folder / "config.yaml"
-    path.write_text("".join(f"{key}: {value}\n" for key, value in values.items()), encoding="utf-8")
-    return path
-
-
-def processor_seconds(pid: int) -> float:
-    """Return the processor time of a process and its living children."""
-    total = 0.0
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(entry.name) == pid or int(fields[1]) == pid:
-            total += (int(fields[11]) + int(fields[12])) / TICKS
-    return total
-
-
-def resident_mebibytes(pid: int) -> float:
-    """Return the resident memory of a process."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
 
 
 def measure_startup(folder: Path, model: str) -> dict[str, Any]:
     """Time the fast commands, five times each in turn."""
     make_dataset(folder / "Data")
-    config = write_config(folder, folder / "Data", model)
+    config = write_config(folder, model=model)
     commands = {
         "python": [sys.executable, "-c", "pass"],
         "help": [sys.executable, "-m", "sortd", "--help"],
@@ -87,7 +56,7 @@ def measure_startup(folder: Path, model: str) -> dict[str, Any]:
 def measure_latency(folder: Path, model: str, *, drops: int = 60, settle_seconds: float = 1.0) -> dict[str, Any]:
     """Add single images, and time each from its last byte to its move, by the log and the file system."""
     dataset = make_dataset(folder / "Data")
-    config = write_config(folder, folder / "Data", model, settle_seconds=settle_seconds, abstain="off")
+    config = write_config(folder, model=model, settle_seconds=settle_seconds, abstain="off")
     beyond = []
     with DaemonProcess(config, program="sortd") as daemon:
         daemon.wait_for("daemon.ready", seconds=180)
@@ -119,7 +88,7 @@ def measure_newest(folder: Path, model: str, *, backlog: int = 10_000, drops: in
         pixels = dice.integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(dataset / "Images" / f"waits {number:05}.jpg")
     keys = {"settle_seconds": settle_seconds, "abstain": "off", "guard": "false", "batch_size": batch_size}
-    config = write_config(folder, folder / "Data", model, **keys)
+    config = write_config(folder, model=model, **keys)
     before = []
     with DaemonProcess(config, program="sortd") as daemon:
         daemon.wait_for("image.filed", count=2 * batch_size, seconds=300)
@@ -148,7 +117,7 @@ def measure_newest(folder: Path, model: str, *, backlog: int = 10_000, drops: in
 def measure_idle(folder: Path, model: str, *, seconds: float = 60.0) -> dict[str, Any]:
     """Measure the daemon while it is idle."""
     make_dataset(folder / "Data")
-    with DaemonProcess(write_config(folder, folder / "Data", model), program="sortd") as daemon:
+    with DaemonProcess(write_config(folder, model=model), program="sortd") as daemon:
         daemon.wait_for("daemon.ready", seconds=180)
         time.sleep(5)
         before = processor_seconds(daemon.process.pid)
@@ -210,7 +179,7 @@ def measure_burst(folder: Path, model: str, photos: Path) -> dict[str, Any]:
                 dropped += number >= REFERENCES
         (root / dataset.name / "Images").mkdir()
     expected = Counter(hashlib.sha256(p.read_bytes()).hexdigest() for p in incoming.rglob("*") if p.is_file())
-    config = write_config(folder, root, model)
+    config = write_config(folder, root=root, model=model)
     memory = []
     with DaemonProcess(config, program="sortd") as daemon:
         daemon.wait_for("daemon.ready", seconds=300)
@@ -243,11 +212,10 @@ def measure_burst(folder: Path, model: str, photos: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Print the requested measurements."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("what", nargs="*", default=["startup", "latency", "idle"])
     parser.add_argument("--photos", type=Path, default=REPOSITORY.parent / "shared" / "data" / "photos")
     parser.add_argument("--model", default="packaged")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     results = {}
     for what in arguments.what:
@@ -269,7 +237,7 @@ def main() -> None:
         if not arguments.json:
             print(what, json.dumps(results[what]), flush=True)
     if arguments.json:
-        print(json.dumps(results, indent=2))
+        print_json(results, n=1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure the decision rules on embeddings of labelled images: accuracy, and the share of strangers that are filed.
 
-    python benchmarks/decisions.py FEATURES.npz… [--draws 2] [--json]
+    python -m benchmarks.decisions FEATURES.npz… [--draws 2] [--json]
 
 Each file holds ``reference_pool`` (n, d), ``reference_labels`` (n,), ``queries`` (m, d) and ``query_labels`` (m,), and
 maybe ``text`` (C, d), the prototypes of the class names, with ``text_mean`` (d,), the mean of generic nouns.
@@ -9,8 +9,6 @@ decided. Open-set worlds have 16 references a class: far strangers are the queri
 those of classes that were left out (a fifth of them, or half). Needs numpy and sortd's decision core, no torch.
 """
 
-import argparse
-import json
 import os
 import sys
 import time
@@ -18,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.harness import argument_parser, print_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -204,10 +204,9 @@ def costs() -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("features", nargs="+", type=Path)
     parser.add_argument("--draws", type=int, default=2)
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     files = [read(path) for path in arguments.features]
     results = {
@@ -219,8 +218,7 @@ def main() -> None:
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
     }
     if arguments.json:
-        json.dump(results, sys.stdout, indent=1)
-        print()
+        print_json(results, n=arguments.draws)
     else:
         print_tables(results)
 

@@ -7,8 +7,6 @@ are medians over the rounds: milliseconds per image, by the clock and of process
 ratios are of processor time, on which other load has the least influence.
 """
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -20,12 +18,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.harness import argument_parser, print_json, processor_seconds
 from sortd.events import Preprocessing, Stamp
 from sortd.files import stamp_of
 from sortd.images.decode import DecodeLimits, Jpeg
 from sortd.images.pool import DecodedImage, DecoderPool
 
-TICKS = os.sysconf("SC_CLK_TCK")
 SEEN = Preprocessing(224, 224, 224)
 
 Files = Sequence[tuple[str, Stamp]]
@@ -73,15 +71,6 @@ def draw(folder: Path, count: int, side: int) -> Files:
     return [(os.fspath(path), stamp_of(path.stat())) for path in sorted(folder.iterdir())]
 
 
-def processor_seconds(process_ids: Sequence[int]) -> float:
-    """Return the processor time of this process and the given ones."""
-    total = time.process_time()
-    for process_id in process_ids:
-        fields = Path(f"/proc/{process_id}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
-        total += (int(fields[11]) + int(fields[12])) / TICKS
-    return total
-
-
 def decode(pool: DecoderPool, files: Files, *, one_by_one: bool) -> None:
     """Decode all files."""
     batches = [[file] for file in files] if one_by_one else [files]
@@ -98,10 +87,10 @@ def measure(files: Files, rounds: int) -> dict[str, Cost]:
             decode(pool, files[:8], one_by_one=False)
         for _ in range(rounds):
             for way, pool in pools.items():
-                began, spent = time.perf_counter(), processor_seconds(pool.process_ids)
+                began, spent = time.perf_counter(), processor_seconds(os.getpid())
                 decode(pool, files, one_by_one=way.one_by_one)
                 clock = time.perf_counter() - began
-                processor = processor_seconds(pool.process_ids) - spent
+                processor = processor_seconds(os.getpid()) - spent
                 costs[way].append(Cost(1e3 * clock / len(files), 1e3 * processor / len(files)))
     finally:
         for pool in pools.values():
@@ -129,18 +118,16 @@ def ratios(costs: dict[str, Cost]) -> dict[str, float]:
 
 def main() -> None:
     """Measure, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--count", type=int, default=60, help="images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", type=int, default=1600, help="pixels of the longer side")
-    parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         costs = measure(draw(Path(folder), asked.count, asked.side), asked.rounds)
     if asked.json:
-        print(
-            json.dumps({"milliseconds": {name: asdict(cost) for name, cost in costs.items()}, "ratios": ratios(costs)})
-        )
+        milliseconds = {name: asdict(cost) for name, cost in costs.items()}
+        print_json({"milliseconds": milliseconds, "ratios": ratios(costs)}, n=asked.rounds)
         return
     for name, cost in costs.items():
         print(f"{name:32s} {cost.clock:7.2f} ms  {cost.processor:7.2f} ms of processors")

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import argument_parser, print_json, write_config
 from benchmarks.workload import (
     forward_seconds,
     make_model,
@@ -27,7 +28,6 @@ from benchmarks.workload import (
     put,
     run_once,
     torch_forward,
-    write_config,
 )
 
 FLOORS = {"torch": 0.85, "onnx": 0.7}
@@ -49,14 +49,11 @@ def _measure_backend(
     folder: Path, dataset: Path, model: Path, backend: str, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     config = write_config(
-        folder / "config.yaml",
-        root=folder / "Data",
+        folder,
         model=model,
         backend=backend,
         abstain="off",
         settle_seconds=0.1,
-        state_dir=folder / "state",
-        cache_dir=folder / "cache",
     )
     for area in ("Images", "Dataset"):
         shutil.rmtree(dataset / area, ignore_errors=True)
@@ -84,14 +81,13 @@ def _measure_backend(
 
 def main() -> int:
     """Print the figures; exit 1 if a floor is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--photos", type=int, default=600)
     parser.add_argument("--pixels", default="640x480")
     parser.add_argument("--backends", nargs="*", choices=sorted(FLOORS), default=["torch", "onnx"])
     parser.add_argument("--model", type=Path, help="model folder; default: a ViT-B/32 with random weights")
     parser.add_argument("--forward-seconds", type=float, default=8.0)
     parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sortd-bench-", dir=arguments.folder) as name:
         facts = {}
@@ -100,7 +96,7 @@ def main() -> int:
             if not arguments.json:
                 print(backend, json.dumps(measured), flush=True)
     if arguments.json:
-        print(json.dumps(facts, indent=2))
+        print_json(facts, n=1)
     return 0 if all(facts[backend]["efficiency"] >= FLOORS[backend] for backend in facts) else 1
 
 

@@ -1,12 +1,11 @@
 """Compare the speed of the packaged model with a CLIP ViT-B/32 (with random weights, on which speed does not depend).
 
-    python benchmarks/encoder.py [--model FOLDER] [--images 30] [--threads N] [--json]
+    python -m benchmarks.encoder [--model FOLDER] [--images 30] [--threads N] [--json]
 
 Both embed the same photo, one at a time through `SentenceTransformer.encode`, in turns, so that other load falls on
 both alike; the medians are compared. The floor: the packaged model takes at most a quarter of the time.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -18,6 +17,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from benchmarks.harness import argument_parser, print_json
 
 FLOOR = 0.25
 PACKAGED = Path(__file__).parent.parent / "sortd" / "model"
@@ -75,11 +76,10 @@ def compare(packaged: Path, *, images: int) -> dict[str, float]:
 
 def main() -> int:
     """Print the comparison; exit 1 if the floor is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", type=Path, default=PACKAGED)
     parser.add_argument("--images", type=int, default=30)
     parser.add_argument("--threads", type=int, help="threads of torch; default: all cores")
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     if options.threads:
@@ -88,7 +88,7 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     facts = compare(options.model, images=options.images)
     if options.json:
-        print(json.dumps(facts))
+        print_json(facts, n=options.images)
     else:
         print(f"packaged model    {facts['packaged_milliseconds']:8.2f} ms an image")
         print(f"CLIP ViT-B/32     {facts['vit_b_32_milliseconds']:8.2f} ms an image")

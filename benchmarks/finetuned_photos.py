@@ -9,7 +9,6 @@ serve as strangers. Encoder, decoding and command are those of sortd, and nothin
 
 import argparse
 import itertools
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from sortd.config import Config, read_config
+from benchmarks.harness import argument_parser, print_json, write_config
+from sortd.config import read_config
 from sortd.finetune.recipe import Recipe, TrainingRequest
 from sortd.finetune.run import run_finetuning
 from sortd.layout import Layout
@@ -42,20 +42,12 @@ def copy_dataset(folder: Path, others: list[Path], root: Path) -> Layout:
     return layout
 
 
-def configured(root: Path, model: str) -> Config:
-    """Return a configuration with everything below ``root``."""
-    file = root / "config.yaml"
-    places = {"root": root / "Data", "state_dir": root / "state", "cache_dir": root / "cache", "model": model}
-    file.write_text("".join(f"{key}: {value}\n" for key, value in places.items()), "utf-8")
-    return read_config(file, {"HOME": str(root)})
-
-
 def measure(folders: list[Path], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield one row for each folder and seed: accuracies in per cent, and the time."""
     changes = {} if arguments.epochs is None else {"epochs": arguments.epochs}
     with tempfile.TemporaryDirectory(prefix="finetuned-photos-") as place:
         root = Path(place)
-        config = configured(root, arguments.model)
+        config = read_config(write_config(root, model=arguments.model), {"HOME": place})
         for folder, seed in itertools.product(folders, range(arguments.seeds)):
             layout = Layout(config.root / folder.name)
             if not layout.is_dataset:
@@ -84,14 +76,13 @@ def measure(folders: list[Path], arguments: argparse.Namespace) -> Iterator[dict
 
 def main() -> None:
     """Measure and print a row for each training, and the means."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--base", default="packaged")
     parser.add_argument("--model", default="packaged", help="the encoder of the prototypes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--side", type=int)
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rows = []
     for row in measure(arguments.folders, arguments):
@@ -107,7 +98,7 @@ def main() -> None:
         for folder in dict.fromkeys(row["folder"] for row in rows)
     }
     if arguments.json:
-        print(json.dumps({"rows": rows, "means": means}, indent=2))
+        print_json({"rows": rows, "means": means}, n=arguments.seeds)
         return
     for folder, mean in means.items():
         print(f"mean of {folder}: " + "  ".join(f"{key} {shown(value)}" for key, value in mean.items()))

@@ -10,7 +10,6 @@ multiplies in bfloat16 where the hardware does. Both make as many passes over th
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.harness import argument_parser, print_json
 from sortd.encoder.finetuned_network import Network
 from sortd.encoder.torch_encoder import torch_device
 from sortd.events import Fit, Preprocessing
@@ -111,14 +111,13 @@ def settle(device: "torch.device") -> None:
 
 def main() -> None:
     """Measure both, and print images per second and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     device = torch_device(arguments.device)
     with tempfile.TemporaryDirectory(prefix="finetuning-") as place:
@@ -127,7 +126,7 @@ def main() -> None:
         own = own_training(files, arguments, device, Path(place) / "work")
     found = {"device": str(device), "plain": round(plain, 1), "sortd": round(own, 1), "ratio": round(own / plain, 2)}
     if arguments.json:
-        print(json.dumps(found))
+        print_json(found, n=1)
     else:
         print(
             f"on {found['device']}: plain loop {found['plain']} images a second, sortd {found['sortd']}, "

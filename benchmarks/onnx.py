@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.encoder import build_reference
+from benchmarks.harness import argument_parser, print_json, resident_mebibytes
 from sortd.encoder import models
 from sortd.encoder import onnx_encoder as exports
 from sortd.encoder.export import make_exports
@@ -31,13 +32,7 @@ from tests.daemon_process import DaemonProcess, make_dataset
 
 BACKENDS = ("torch", "onnx", "onnx-int8")
 BATCHES = (1, 8, 32)
-FLOORS = {"images_per_second": 1.7, "ready_seconds": 1 / 3, "daemon_megabytes": 1 / 2}
-
-
-def memory_megabytes(pid: int | str = "self") -> float:
-    """Return the resident memory of a process, see proc_pid_status(5)."""
-    lines = Path(f"/proc/{pid}/status").read_text("ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1000
+FLOORS = {"images_per_second": 1.7, "ready_seconds": 1 / 3, "daemon_mebibytes": 1 / 2}
 
 
 def measure_here(model: str, cache: Path, backend: str, images: int, threads: int) -> dict[str, float]:
@@ -57,7 +52,7 @@ def measure_here(model: str, cache: Path, backend: str, images: int, threads: in
             encoder.encode_images(pixels[:batch])
         facts[f"images_per_second_{batch}"] = count * batch / (time.perf_counter() - began)
         facts[f"cpu_milliseconds_{batch}"] = 1000 * (time.process_time() - began_cpu) / count / batch
-    return {**facts, "megabytes": memory_megabytes()}
+    return {**facts, "mebibytes": resident_mebibytes()}
 
 
 def measure(model: str, cache: Path, backend: str, images: int, threads: int) -> dict[str, float]:
@@ -81,7 +76,10 @@ def start_daemon(model: str, cache: Path, backend: str, scratch: Path, threads: 
     environment = {} if not threads else {"OMP_NUM_THREADS": str(threads)}
     with DaemonProcess(config, program="sortd", environment=environment) as daemon:
         ready = daemon.wait_for("daemon.ready", seconds=600)
-        facts = {"ready_seconds": time.perf_counter() - began, "daemon_megabytes": memory_megabytes(daemon.process.pid)}
+        facts = {
+            "ready_seconds": time.perf_counter() - began,
+            "daemon_mebibytes": resident_mebibytes(daemon.process.pid),
+        }
         if backend not in ready["encoder_id"]:
             raise SystemExit(f"{backend} was to serve, but {ready['model']} does")
         daemon.stop()
@@ -147,7 +145,7 @@ def shown(results: dict[str, dict[str, float]]) -> bool:
 
 def main() -> int:
     """Print the comparison; exit 1 if a floor is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--model")
     parser.add_argument("--cache", type=Path, help="folder of the exports; default: a temporary one")
     parser.add_argument("--images", type=int, default=96)
@@ -158,7 +156,6 @@ def main() -> int:
         "--rounds", type=int, default=3, help="measurements of each backend, of which the medians are shown"
     )
     parser.add_argument("--no-daemon", dest="daemon", action="store_false")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--inner", choices=BACKENDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -173,7 +170,7 @@ def main() -> int:
             model = str(build_reference(scratch / "vit"))
         results = compare(model, options.cache or scratch / "cache", options, scratch)
     if options.json:
-        print(json.dumps(results))
+        print_json(results, n=options.rounds)
         return 0
     return 0 if shown(results) else 1
 

@@ -13,8 +13,6 @@ SQLite executes (its trace callback) but BEGIN and COMMIT. What the decoding pro
 work of an idle daemon that falls into the time is.
 """
 
-import argparse
-import json
 import os
 import signal
 import sqlite3
@@ -29,6 +27,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import sortd
+from benchmarks.harness import argument_parser, print_json
 from sortd import cli
 from tests.daemon_process import make_dataset, picture
 
@@ -143,16 +142,15 @@ def measure(folder: Path, model: str, recorder: Recorder) -> dict[str, Any]:
 
 def main() -> None:
     """Print the counts of both ways, and with ``--list`` what was counted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", default="packaged")
     parser.add_argument("--list", action="store_true", help="print each module, function and statement, too")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sortd-path-") as folder:
         found = measure(Path(folder), arguments.model, Recorder())
     counts = {way: {what: len(names) for what, names in counted.items()} for way, counted in found.items()}
     if arguments.json:
-        print(json.dumps(found if arguments.list else counts))
+        print_json(found if arguments.list else counts, n=1)
         return
     for way, counted in found.items():
         print(way, ", ".join(f"{number} {what}" for what, number in counts[way].items()))

@@ -6,59 +6,49 @@ Each FOLDER holds one folder of images a class; references are drawn by seed, ev
 the decoding and the prompts are those of sortd, so what is printed is what the daemon would do with ``abstain: off``.
 """
 
-import argparse
-import json
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from benchmarks.decisions import Features, support_of
+from benchmarks.harness import argument_parser, print_json
 from sortd.classify.build import build
 from sortd.classify.decide import score_batch
 from sortd.classify.prompts import GENERIC_NOUNS, prompts
-from sortd.classify.types import DecisionSettings, Mode, SupportSet
+from sortd.classify.types import DecisionSettings, Mode
 from sortd.config import DEFAULT_TEMPLATES
 from sortd.encoder.backends import load_encoder
 from sortd.encoder.base import Encoder
 from sortd.images.decode import DecodeLimits, decode_file
 
-Rows = npt.NDArray[np.float32]
 BATCH = 64
+DRAWS = 5
 
 
-def embed_folder(encoder: Encoder, folder: Path) -> tuple[Rows, npt.NDArray[np.int64], list[str]]:
-    """Return rows (N, d), their classes (N,) and the classes' names."""
+def embed_folder(encoder: Encoder, folder: Path) -> Features:
+    """Return the photos of a folder, which are pool and queries, and the names of its classes."""
     labels = sorted(path.name for path in folder.iterdir() if path.is_dir())
     files = [(index, path) for index, label in enumerate(labels) for path in sorted((folder / label).iterdir())]
     pixels = [decode_file(str(path), encoder.preprocessing, DecodeLimits()) for _, path in files]
     batches = [np.stack(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
     rows = np.concatenate([encoder.encode_images(batch) for batch in batches])
-    return rows, np.array([index for index, _ in files]), labels
-
-
-def measure(encoder: Encoder, folder: Path, *, references: int, draws: int = 5) -> dict[str, float]:
-    """Return the accuracy of each mode in per cent."""
-    rows, classes, labels = embed_folder(encoder, folder)
+    classes = np.array([index for index, _ in files])
     names = np.stack([encoder.encode_texts(prompts(label, (), DEFAULT_TEMPLATES)).mean(axis=0) for label in labels])
     text = (names / np.linalg.norm(names, axis=1, keepdims=True)).astype(np.float32)
     generic = encoder.encode_texts([p for noun in GENERIC_NOUNS for p in prompts(noun, (), DEFAULT_TEMPLATES)])
+    return Features(folder.name, rows, classes, rows, classes, text, generic.mean(axis=0).astype(np.float32))
+
+
+def measure(photos: Features, *, references: int) -> dict[str, float]:
+    """Return the accuracy of each mode in per cent."""
+    rows, classes = photos.pool, photos.pool_labels
     right: dict[Mode, list[float]] = {mode: [] for mode in Mode}
-    for seed in range(draws):
+    for seed in range(DRAWS):
         dice = np.random.default_rng(seed)
-        drawn = [dice.permutation(np.flatnonzero(classes == index))[:references] for index in range(len(labels))]
+        drawn = [dice.permutation(np.flatnonzero(classes == index))[:references] for index in range(photos.classes)]
         chosen = np.concatenate(drawn)
         queries = np.setdiff1d(np.arange(len(rows)), chosen)
-        support = SupportSet(
-            labels=tuple(labels),
-            embeddings=rows[chosen],
-            classes=classes[chosen],
-            sources=tuple(map(str, chosen)),
-            text=text,
-            text_mean=generic.mean(axis=0).astype(np.float32),
-            strangers=np.zeros((0, rows.shape[1]), np.float32),
-            encoder_id=encoder.encoder_id,
-            fingerprint=str(seed),
-        )
+        support = support_of(photos, chosen, np.arange(photos.classes))
         prototypes = build(support, DecisionSettings(abstain=None), generation=1)
         for mode in Mode:
             best = score_batch(prototypes, rows[queries].astype(np.float64), mode).best
@@ -68,18 +58,20 @@ def measure(encoder: Encoder, folder: Path, *, references: int, draws: int = 5) 
 
 def main() -> None:
     """Measure every folder and print the accuracies and their mean."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--model", default="packaged")
     parser.add_argument("--references", type=int, default=6)
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     encoder = load_encoder(arguments.model)
-    results = {folder.name: measure(encoder, folder, references=arguments.references) for folder in arguments.folders}
+    results = {
+        folder.name: measure(embed_folder(encoder, folder), references=arguments.references)
+        for folder in arguments.folders
+    }
     mean = {mode.value: round(float(np.mean([row[mode.value] for row in results.values()])), 2) for mode in Mode}
     results["mean"] = mean
     if arguments.json:
-        print(json.dumps(results, indent=2))
+        print_json(results, n=DRAWS)
         return
     for name, row in results.items():
         print(f"{name:16s} " + "  ".join(f"{mode} {value:5.1f}" for mode, value in row.items()))

@@ -8,7 +8,6 @@ defaults. Printed are the screws filed into their own class, those filed into an
 the strangers that were filed at all.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -18,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from benchmarks.harness import argument_parser, print_json
 
 SAMPLE = Path(__file__).parents[1] / "Data"
 DATASET = "Tornillos"
@@ -79,10 +80,9 @@ def compare(dataset: Path, truth: dict[str, str]) -> Outcome:
 
 def main() -> None:
     """File every batch with every setting and print the counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     results = {}
     for name, abstain in ABSTENTION.items():
@@ -99,7 +99,7 @@ def main() -> None:
             )
     if arguments.json:
         named = {name: {part: getattr(one, part) for part in one.__slots__} for name, one in results.items()}
-        print(json.dumps(named, indent=2))
+        print_json(named, n=arguments.batches)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ decide    random embeddings of 512 dimensions in so many classes; a lone decisio
           in the same run
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -24,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from benchmarks.harness import argument_parser, print_json
 from sortd.classify.build import build
 from sortd.classify.decide import decide
 from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
@@ -148,12 +147,11 @@ def _milliseconds(work: Callable[[npt.NDArray[np.float32]], object], batch: npt.
 
 def main() -> int:
     """Print the requested measurements; exit 1 if a limit is not met."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("what", nargs="*", default=["rebuild", "decide"])
     parser.add_argument("--references", type=int, default=10_000)
     parser.add_argument("--library", type=int, default=100_000)
     parser.add_argument("--classes", type=int, default=10_000)
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     facts: dict[str, Any] = {}
     if "rebuild" in arguments.what:
@@ -161,7 +159,7 @@ def main() -> int:
             facts["rebuild"] = measure_rebuild(Path(name), arguments.references)
     if "decide" in arguments.what:
         facts["decide"] = measure_decide(arguments.library, arguments.classes)
-    print(json.dumps(facts, indent=2 if arguments.json else None))
+    print_json(facts, n=1)
     rebuilt = facts.get("rebuild", {"one_more_images_encoded": 0, "no_change_images_encoded": 0})
     is_reached = rebuilt["one_more_images_encoded"] < MOST_FORWARDS and rebuilt["no_change_images_encoded"] == 0
     return 0 if is_reached else 1

@@ -13,7 +13,6 @@ longest interval, less that, is the longest gap between two turns. The status fi
 The exit code is 1 if a limit is not met.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -28,11 +27,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.daemon import processor_seconds
+from benchmarks.harness import argument_parser, print_json, processor_seconds, write_config
 from tests.daemon_process import DaemonProcess, make_dataset, picture
 
 PING_SECONDS = 0.05
 SETTLE_SECONDS = 1.0
+SETTINGS = {"settle_seconds": SETTLE_SECONDS, "mode": "max", "abstain": "off", "guard": False}
 FLOORS = {
     "longest_gap_seconds": 0.5,
     "filed_beyond_settle_seconds": 2.0,
@@ -167,29 +167,13 @@ def under_way(storm: Callable[[], object]) -> Iterator[None]:
         thread.join()
 
 
-def write_config(folder: Path) -> Path:
-    """Write a configuration that keeps everything below one folder."""
-    config = folder / "config.yaml"
-    values = {
-        "root": folder / "Data",
-        "state_dir": folder / "state",
-        "cache_dir": folder / "cache",
-        "settle_seconds": SETTLE_SECONDS,
-        "mode": "max",
-        "abstain": "off",
-        "guard": "false",
-    }
-    config.write_text("".join(f"{key}: {value}\n" for key, value in values.items()), encoding="utf-8")
-    return config
-
-
 def measure(storm: Storm) -> dict[str, Any]:
     """Run a storm against a daemon."""
     with tempfile.TemporaryDirectory(prefix="sortd-storm-") as name, watched(Path(name)) as watchdog:
         folder = Path(name)
         dataset, outside = make_dataset(folder / "Data"), folder / "outside"
         outside.mkdir()
-        with DaemonProcess(write_config(folder), environment=watchdog.environment) as daemon:
+        with DaemonProcess(write_config(folder, **SETTINGS), environment=watchdog.environment) as daemon:
             daemon.wait_for("daemon.ready")
             drop(daemon, folder, dataset, "first.png")
             before = files_looked_at(folder)
@@ -231,9 +215,8 @@ def files_looked_at(folder: Path) -> int | None:
 
 def main() -> int:
     """Print the requested measurements."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("what", nargs="*", default=list(STORMS), help=", ".join(STORMS))
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     results = {}
     for what in arguments.what:
@@ -247,7 +230,7 @@ def main() -> int:
         if result.get(figure, 0.0) > floor
     ]
     if arguments.json:
-        print(json.dumps({"storms": results, "floors": FLOORS, "missed": missed}, indent=2))
+        print_json({"storms": results, "floors": FLOORS, "missed": missed}, n=1)
     else:
         print("\n".join(missed) or "all floors are met")
     return 1 if missed else 0

@@ -11,8 +11,6 @@ AUROC: how often a known image that is recognised looks more familiar than a nea
 whether it is sure enough to be filed or not.
 """
 
-import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.decisions import Features, read, support_of
+from benchmarks.harness import argument_parser, print_json
 from benchmarks.photos import embed_folder
 from sortd.classify.build import build
 from sortd.classify.decide import decide, open_set_scores, score_batch
 from sortd.classify.open_set import log_odds
-from sortd.classify.prompts import GENERIC_NOUNS, prompts
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import AbstainSettings, Assigned, DecisionSettings, SupportSet
-from sortd.config import DEFAULT_TEMPLATES
 from sortd.encoder.backends import load_encoder
 from sortd.encoder.base import Encoder
 
@@ -62,20 +59,18 @@ def photo_worlds(
     encoder: Encoder, folders: list[Path], references: list[int], draws: int, precision: float
 ) -> Iterator[World]:
     """Yield each folder with each of its classes left out; folders of two classes only lend far strangers."""
-    generic = encoder.encode_texts([p for noun in GENERIC_NOUNS for p in prompts(noun, (), DEFAULT_TEMPLATES)])
-    embedded = {folder.name: embed_folder(encoder, folder) for folder in folders}
-    for name, (rows, classes, labels) in embedded.items():
-        names = np.stack([encoder.encode_texts(prompts(label, (), DEFAULT_TEMPLATES)).mean(axis=0) for label in labels])
-        features = Features(name, rows, classes, rows, classes, _unit(names), generic.mean(axis=0).astype(np.float32))
-        others = [each for other, (each, _, _) in embedded.items() if other != name]
+    embedded = [embed_folder(encoder, folder) for folder in folders]
+    for features in embedded:
+        name, rows, classes = features.name, features.pool, features.pool_labels
+        others = [other.pool for other in embedded if other.name != name]
         far = np.concatenate(others)[::EVERY] if others else rows[:0]
         for count in references:
-            for seed in range(draws if len(labels) > 2 else 0):
+            for seed in range(draws if features.classes > 2 else 0):
                 dice = np.random.default_rng([seed, count])
-                drawn = [dice.permutation(np.flatnonzero(classes == each))[:count] for each in range(len(labels))]
+                drawn = [dice.permutation(np.flatnonzero(classes == each))[:count] for each in range(features.classes)]
                 rest = np.setdiff1d(np.arange(len(rows)), np.concatenate(drawn))
-                for left_out in range(len(labels)):
-                    known = np.delete(np.arange(len(labels)), left_out)
+                for left_out in range(features.classes):
+                    known = np.delete(np.arange(features.classes), left_out)
                     asked = rest[classes[rest] != left_out]
                     yield World(
                         name=f"{name}, {count} references",
@@ -152,13 +147,12 @@ def respects(prototypes: PrototypeSet, rows: Rows) -> tuple[dict[str, Array], In
 
 def main() -> None:
     """Measure every world and print the means by name."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--photos", nargs="*", type=Path, default=[])
     parser.add_argument("--features", nargs="*", type=Path, default=[])
     parser.add_argument("--references", nargs="+", type=int, default=[3, 6, 16])
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--precision", type=float, default=0.7)
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     gathered: dict[str, list[dict[str, float]]] = {}
     worlds = list(feature_worlds([read(file) for file in arguments.features], arguments.references, arguments.draws))
@@ -171,7 +165,7 @@ def main() -> None:
     means["mean of features"] = _mean([row for name, rows in gathered.items() if "classes" in name for row in rows])
     means["mean of photos"] = _mean([row for name, rows in gathered.items() if "classes" not in name for row in rows])
     if arguments.json:
-        print(json.dumps(means, indent=2))
+        print_json(means, n=arguments.draws)
         return
     for name, row in means.items():
         if row:
@@ -193,10 +187,6 @@ def _auroc(known: Array, strange: Array) -> float:
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
     facts = dict.fromkeys(fact for row in rows for fact in row)
     return {fact: round(float(np.nanmean([row[fact] for row in rows if fact in row])), 2) for fact in facts}
-
-
-def _unit(rows: npt.NDArray[np.floating]) -> Rows:
-    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype=np.float32)
 
 
 if __name__ == "__main__":

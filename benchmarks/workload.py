@@ -21,6 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.encoder import build_reference
+from benchmarks.harness import resident_mebibytes
 from sortd.encoder.torch_encoder import PASSIVE_WAIT
 
 os.environ.setdefault(*PASSIVE_WAIT)  # the baseline waits as sortd does
@@ -97,17 +98,6 @@ def make_model(folder: Path) -> Path:
     return build_reference(folder)
 
 
-def write_config(path: Path, **keys: object) -> Path:
-    """Write a configuration."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{key}: {json.dumps(_plain(value))}\n" for key, value in keys.items()), encoding="utf-8")
-    return path
-
-
-def _plain(value: object) -> object:
-    return os.fspath(value) if isinstance(value, Path) else value
-
-
 @dataclass(frozen=True, slots=True)
 class OnceRun:
     """The result of one ``sortd once``, by its log lines."""
@@ -152,10 +142,10 @@ def run_once(config: Path, *, threads: int | None = None) -> OnceRun:
         env=environment,
     )
     assert process.stderr is not None
-    heard, kibibytes = [], 0
+    heard, mebibytes = [], 0.0
     for line in process.stderr:
         heard.append((time.perf_counter(), line))
-        kibibytes = max(kibibytes, _resident_kibibytes(process.pid))
+        mebibytes = max(mebibytes, resident_mebibytes(process.pid, peak=True))  # ru_maxrss has the parent's, too
     process.wait()
     process.stderr.close()
     said = [(at, json.loads(line)) for at, line in heard if line.startswith("{")]
@@ -170,18 +160,9 @@ def run_once(config: Path, *, threads: int | None = None) -> OnceRun:
         start_seconds=loaded[0] - began,
         encoder_id=str(loaded[1]["encoder_id"]),
         stages={name: statistics.fmean(line[f"{name}_ms"] for _, line in images) for name in stages if images},
-        resident_mebibytes=kibibytes / 1024,
+        resident_mebibytes=mebibytes,
         lines=[line for _, line in said],
     )
-
-
-def _resident_kibibytes(process: int) -> int:
-    """Return the peak memory of a process; its ``ru_maxrss`` would include that of its parent when it started."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def put(photos: Path, inbox: Path) -> None:
