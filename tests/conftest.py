@@ -16,8 +16,8 @@ from tests.tiny_clip import build_tiny_clip
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Return how many processes run the tests: one more than there are processors, since many tests wait."""
-    return len(os.sched_getaffinity(0)) + 1
+    """Return how many processes run the tests: two more than there are processors, since many tests wait."""
+    return len(os.sched_getaffinity(0)) + 2
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,8 +4,6 @@ import json
 import os
 import select
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,11 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.command_line import sortd
 from tests.daemon_process import COLOURS, PATIENCE_SECONDS, DaemonProcess, make_dataset, picture, running, tree
 
 Write = Callable[..., Path]
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -44,15 +41,7 @@ def drop(folder: Path, colour: str, name: str, seed: int = 1001) -> Path:
 
 def status(config: Path) -> dict[str, Any]:
     """Return what ``sortd status`` says."""
-    done = subprocess.run(
-        [sys.executable, "-m", "sortd", "status", "--json", "-c", str(config)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    facts: dict[str, Any] = json.loads(done.stdout)
+    facts: dict[str, Any] = sortd("status", "--json", "-c", config).facts
     return facts
 
 
@@ -64,8 +53,11 @@ def queued(config: Path, dataset: str) -> int:
 
 def children(process: int) -> list[int]:
     """Return the processes that a process has started and that live."""
-    threads = Path(f"/proc/{process}/task").iterdir()
-    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    found: list[int] = []
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 class TestDying:
@@ -112,9 +104,10 @@ class TestDying:
             for number in range(60):
                 drop(colours / "Images", list(COLOURS)[number % 3], f"{number}.png", number)
                 if number % 20 == 10:
-                    assert children(daemon.process.pid)
+                    daemon.wait_until(lambda: children(daemon.process.pid) != [], "a process that decodes")
                     for child in children(daemon.process.pid):
-                        os.kill(child, signal.SIGKILL)
+                        with suppress(ProcessLookupError):  # one killed before may only now be waited for
+                            os.kill(child, signal.SIGKILL)
             daemon.wait_for("image.filed", count=60)
             assert daemon.stop() == 0
             assert not daemon.events("image.rejected")

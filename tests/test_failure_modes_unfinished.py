@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sortd.names import rule_for
-from tests.daemon_process import DaemonProcess, picture, running, tree
+from tests.daemon_process import PATIENCE_SECONDS, DaemonProcess, picture, running, tree
 
 Write = Callable[..., Path]
 
@@ -124,7 +124,7 @@ class TestFilesThatGrow:
                 ["cp", "-r", str(source), str(colours / "Images" / "copied")],
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=PATIENCE_SECONDS,
                 check=False,
             )
             assert (done.returncode, done.stderr) == (0, "")
@@ -199,11 +199,15 @@ class TestFilesThatAreNotThereYet:
 
     def test_a_file_that_vanishes_is_forgotten_without_a_word(self, colours: Path, write_config: Write) -> None:
         """Deleted while it settles: no error, no retry, the rest goes on."""
-        with running(write_config(settle_seconds=1)) as daemon:
+        with running(write_config(settle_seconds=1)) as daemon, ExitStack() as writers:
             for number in range(10):
-                (colours / "Images" / f"{number}.png").write_bytes(image_bytes("red", seed=number))
+                path = colours / "Images" / f"{number}.png"
+                path.write_bytes(image_bytes("red", seed=number))
+                if number % 2 == 0:
+                    writers.enter_context(path.open("ab"))  # kept open, so that it is not filed
             for number in range(0, 10, 2):
                 (colours / "Images" / f"{number}.png").unlink()
+            writers.close()
             daemon.wait_for("image.filed", count=5)
             assert daemon.stop() == 0
             unexpected = {line["event"] for line in daemon.lines if line["level"] in {"warning", "error"}}

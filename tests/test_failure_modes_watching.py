@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 
 from sortd.layout import JOURNAL_FILE, Layout
 from sortd.store.history import History
+from tests.command_line import sortd
 from tests.daemon_process import COLOURS, exchange, make_dataset, picture, running, tree
 
 Write = Callable[..., Path]
@@ -138,8 +137,7 @@ class TestFoldersThatComeAndGo:
         with running(config, SORTD_LOG__LEVEL="debug") as daemon:
             drop(colours / "Images", "red", "undone.png")
             daemon.wait_for("image.filed")
-            undo = [sys.executable, "-m", "sortd", "undo", "--last", "1", "-c", str(config)]
-            subprocess.run(undo, cwd=Path(__file__).parents[1], check=True, timeout=60, capture_output=True)
+            assert sortd("undo", "--last", 1, "-c", config).code == 0
             colours.parent.rename(outside / "Data")
             daemon.wait_for("root.absent")
             daemon.wait_for("scan.unreadable", count=4)  # what was known has been looked for, and was not there
@@ -161,8 +159,7 @@ class TestFoldersThatComeAndGo:
             drop(colours / "Images", "red", "a.png")
             assert "is the disk mounted?" in daemon.wait_for("prototypes.rebuild_failed")["error"]
             assert (colours / "Images" / "a.png").exists()
-            init = [sys.executable, "-m", "sortd", "init", str(colours)]
-            subprocess.run(init, cwd=Path(__file__).parents[1], check=True, timeout=60, capture_output=True)
+            assert sortd("init", colours).code == 0
             daemon.wait_for("image.filed")
 
     def test_a_dataset_whose_disk_does_not_answer_is_awaited(
