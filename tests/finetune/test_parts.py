@@ -24,7 +24,7 @@ def unit_rows(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
     return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype=np.float32)
 
 
-def test_a_chain_of_near_duplicates_is_one_group() -> None:
+def test_groups_chain_of_near_duplicates_is_one() -> None:
     """Frames of a film are one group though its ends are unlike, and the rest stand alone."""
     others = unit_rows(40, 64)
     angle = np.linspace(0, 0.6, 5)
@@ -35,7 +35,7 @@ def test_a_chain_of_near_duplicates_is_one_group() -> None:
     assert len(set(groups)) == 41
 
 
-def test_copies_in_two_classes_are_one_group() -> None:
+def test_groups_copies_in_two_classes_are_one() -> None:
     """The same picture in two classes cannot be on two sides."""
     rows = unit_rows(20)
     rows[13] = rows[4]
@@ -43,7 +43,7 @@ def test_copies_in_two_classes_are_one_group() -> None:
     assert groups[13] == groups[4]
 
 
-def test_a_class_that_the_encoder_sees_as_one_is_taken_apart() -> None:
+def test_groups_class_of_similar_images_is_divided() -> None:
     """Where all images of a class are near each other, they are no burst, and can be split."""
     tight = unit_rows(1, 64) + 0.015 * unit_rows(40, 64, seed=1)
     rows = np.concatenate([tight, unit_rows(40, 64, seed=2)]).astype(np.float32)
@@ -58,7 +58,7 @@ def test_a_class_that_the_encoder_sees_as_one_is_taken_apart() -> None:
     bursts=st.integers(1, 6),
     seed=st.integers(0, 5),
 )
-def test_a_split_divides_all_images_and_no_group(sizes: list[int], bursts: int, seed: int) -> None:
+def test_split_contains_all_images_and_divides_no_group(sizes: list[int], bursts: int, seed: int) -> None:
     """Every image is on one side, every group whole, every class is trained on, and one of three groups is tested."""
     classes = np.repeat(np.arange(len(sizes)), sizes)
     groups = np.arange(len(classes)) // bursts
@@ -75,7 +75,7 @@ def test_a_split_divides_all_images_and_no_group(sizes: list[int], bursts: int, 
             assert label in classes[split["validation"]]
 
 
-def test_what_no_person_vouches_for_judges_nothing() -> None:
+def test_split_images_placed_by_no_person_are_only_trained_on() -> None:
     """Images that sortd filed itself are trained on, all of them."""
     classes, groups = np.repeat([0, 1], 20), np.arange(40)
     vouched = np.arange(40) % 2 == 0
@@ -85,7 +85,7 @@ def test_what_no_person_vouches_for_judges_nothing() -> None:
     assert len(split["test"]) == 8
 
 
-def test_a_seed_decides_on_the_split() -> None:
+def test_split_depends_on_the_seed() -> None:
     """Equal seeds split alike, others do not."""
     classes, groups = np.repeat([0, 1], 20), np.arange(40)
     first, again, other = (
@@ -95,7 +95,7 @@ def test_a_seed_decides_on_the_split() -> None:
     assert first == again != other
 
 
-def test_the_gaussian_head_is_the_discriminant_of_its_classes() -> None:
+def test_head_gaussian_classes_is_their_discriminant() -> None:
     """On Gaussian classes with a common covariance it decides almost as the true means and covariance would."""
     dice = np.random.default_rng(0)
     mix, means = dice.normal(size=(8, 8)), 2.0 * dice.normal(size=(3, 8))
@@ -108,7 +108,7 @@ def test_the_gaussian_head_is_the_discriminant_of_its_classes() -> None:
     assert (mine == classes[1::2]).mean() > (truth[1::2].argmax(axis=1) == classes[1::2]).mean() - 0.02
 
 
-def test_half_an_image_counts_half_in_the_head() -> None:
+def test_head_two_halves_count_as_one_image() -> None:
     """Two copies of an image at half a weight are one image."""
     dice = np.random.default_rng(1)
     rows, classes = dice.normal(size=(20, 4)), np.repeat([0, 1], 10)
@@ -118,7 +118,7 @@ def test_half_an_image_counts_half_in_the_head() -> None:
     assert np.allclose(once[0], twice[0], atol=0.15 * np.abs(once[0]).max())
 
 
-def test_a_class_without_an_image_gets_a_finite_head() -> None:
+def test_head_class_without_images_is_finite() -> None:
     """Its logits are numbers, and lower than those of the class that an image is in."""
     rows = unit_rows(10).astype(np.float64)
     weight, bias = gaussian_head(rows, np.repeat([0, 2], 5), np.ones(10), count=3)
@@ -127,7 +127,7 @@ def test_a_class_without_an_image_gets_a_finite_head() -> None:
     assert (logits.argmax(axis=1) == np.repeat([0, 2], 5)).all()
 
 
-def test_mcnemar_is_the_exact_binomial_test() -> None:
+def test_mcnemar_returns_the_exact_binomial_test() -> None:
     """Of ten images that one alone gets right, one to nine has p = 2 * 11 / 1024; no difference has p = 1."""
     first = np.array([True] * 9 + [False] + [True] * 5)
     second = np.array([False] * 9 + [True] + [True] * 5)
@@ -135,7 +135,7 @@ def test_mcnemar_is_the_exact_binomial_test() -> None:
     assert mcnemar(first, first)["p_value"] == 1.0
 
 
-def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
+def test_calibration_error_is_confidence_minus_accuracy() -> None:
     """Nine of ten right at 0.9 is perfect, half right at 0.9 is wrong by 0.4."""
     confidence = np.full(10, 0.9)
     assert calibration_error(confidence, np.arange(10) > 0) == pytest.approx(0.0)
@@ -143,7 +143,7 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
     assert calibration_error(np.zeros(0), np.zeros(0, bool)) is None
 
 
-def test_open_set_figures_compare_known_with_strangers() -> None:
+def test_open_set_strangers_below_all_known_are_separated() -> None:
     """Strangers below all known ones are told apart wholly, equal ones by chance."""
     known = np.linspace(0.5, 1.0, 20)
     apart = open_set(known, np.linspace(0.0, 0.4, 10))
@@ -161,7 +161,7 @@ def predictions(name: str, best: np.ndarray, *, classes: int = 2) -> Predictions
     return Predictions(name, probabilities, np.zeros(0))
 
 
-def test_metrics_count_classes_alike_where_they_say_so() -> None:
+def test_metrics_balanced_ones_weigh_classes_equally() -> None:
     """Accuracy counts images; balanced accuracy and macro F1 count classes."""
     own = np.array([0] * 8 + [1] * 2)
     found = metrics_of(predictions("all zero", np.zeros(10, np.int64)), own, ("a", "b"))
@@ -174,7 +174,7 @@ def test_metrics_count_classes_alike_where_they_say_so() -> None:
 
 
 @pytest.mark.parametrize(("mistakes", "verdict"), [(0, "stronger"), (18, "level"), (40, "weaker")])
-def test_the_verdict_is_what_the_paired_test_tells_apart(mistakes: int, verdict: str) -> None:
+def test_compare_verdict_follows_the_paired_test(mistakes: int, verdict: str) -> None:
     """Against a mode with twenty mistakes: none is stronger, about as many is level, twice as many is weaker."""
     own = np.zeros(100, np.int64)
     baseline = predictions("max", (np.arange(100) < 20).astype(np.int64))

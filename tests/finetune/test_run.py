@@ -104,7 +104,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, vit: Path) -> tuple[Config, 
     return config, trained(config, request_for(config, vit))
 
 
-def test_the_result_is_whole_and_nothing_else_is_left(whole: tuple[Config, FinetunedFacts]) -> None:
+def test_run_writes_the_complete_result_and_leaves_nothing_else(whole: tuple[Config, FinetunedFacts]) -> None:
     """Weights, names, processor, facts, metrics, pictures and card; no work folder, no checkpoint, no lock."""
     config, facts = whole
     assert {path.name for path in facts.folder.iterdir()} == {
@@ -123,7 +123,7 @@ def test_the_result_is_whole_and_nothing_else_is_left(whole: tuple[Config, Finet
     assert facts.metrics["comparison"]["verdict"] in card
 
 
-def test_metrics_tell_of_every_mode_and_of_strangers(whole: tuple[Config, FinetunedFacts]) -> None:
+def test_run_metrics_compare_every_mode_and_strangers(whole: tuple[Config, FinetunedFacts]) -> None:
     """Prototypes and challenger stand on the same images, with what the paired test and the strangers say."""
     metrics = whole[1].metrics
     compared = metrics["comparison"]
@@ -136,7 +136,7 @@ def test_metrics_tell_of_every_mode_and_of_strangers(whole: tuple[Config, Finetu
     assert metrics["comparison"]["finetuned_accuracy"] > 0.5
 
 
-def test_unreadable_and_contradictory_photos_are_named_and_skipped(whole: tuple[Config, FinetunedFacts]) -> None:
+def test_run_unreadable_and_contradictory_photos_are_left_out(whole: tuple[Config, FinetunedFacts]) -> None:
     """A broken file, and a photo that lies in two classes, teach nothing; a class without a photo is told of."""
     metrics = whole[1].metrics
     left_out = {Path(one["path"]).name: one["why"] for one in metrics["left_out"]}
@@ -146,7 +146,7 @@ def test_unreadable_and_contradictory_photos_are_named_and_skipped(whole: tuple[
     assert any("named only" in note for note in metrics["data"]["notes"])
 
 
-def test_the_written_model_decides_as_it_was_judged(whole: tuple[Config, FinetunedFacts]) -> None:
+def test_run_written_model_is_as_accurate_as_its_metrics(whole: tuple[Config, FinetunedFacts]) -> None:
     """Loaded from its folder, and given photos as sortd decodes them, it is as right as its metrics say."""
     config, facts = whole
     model = load_finetuned(facts.folder, device="cpu")
@@ -168,9 +168,7 @@ def figures(facts: FinetunedFacts) -> dict[str, Any]:
     return {**facts.metrics, "seconds": None, "log": log}
 
 
-def test_a_seed_gives_the_same_metrics_and_a_stopped_training_ends_like_one_that_ran_through(
-    tmp_path: Path, vit: Path
-) -> None:
+def test_run_repeats_by_seed_and_resumes_to_the_same_metrics(tmp_path: Path, vit: Path) -> None:
     """Twice the same figures; asked to stop at half, it leaves a checkpoint, and resumed it is within a point."""
     config = configured(tmp_path)
     make_photos(config.root, COUNTS)
@@ -207,7 +205,7 @@ def accuracy(facts: FinetunedFacts) -> float:
     ("tower", "layout", "kind"),
     [(Tower.DUAL, Placed.CURRENT, "sortd-tower"), (Tower.CLIP, Placed.LEGACY, "clip")],
 )
-def test_a_clip_is_a_base_too(tmp_path: Path, tower: Tower, layout: Placed, kind: str) -> None:
+def test_run_clip_as_base_is_trained(tmp_path: Path, tower: Tower, layout: Placed, kind: str) -> None:
     """One of two joined models, for which transformers has no classifier, and one of one come back from a folder."""
     config = configured(tmp_path)
     make_photos(config.root, FEW)
@@ -219,7 +217,7 @@ def test_a_clip_is_a_base_too(tmp_path: Path, tower: Tower, layout: Placed, kind
     assert model.logits(np.zeros((2, seen.crop_height, seen.crop_width, 3), np.uint8)).shape == (2, 3)
 
 
-def test_the_packaged_tower_sees_more_than_it_was_taught_on(tmp_path: Path) -> None:
+def test_run_packaged_tower_has_a_larger_input(tmp_path: Path) -> None:
     """``auto`` without the ViT is the packaged tower, at one and a half times its size, with its last map."""
     config = configured(tmp_path)
     make_photos(config.root, FEW)
@@ -231,7 +229,7 @@ def test_the_packaged_tower_sees_more_than_it_was_taught_on(tmp_path: Path) -> N
     assert load_finetuned(facts.folder, device="cpu").facts.model_id == facts.model_id
 
 
-def test_low_rank_additions_end_in_the_weights(tmp_path: Path, vit: Path) -> None:
+def test_run_lora_is_merged_into_the_weights(tmp_path: Path, vit: Path) -> None:
     """A model that was trained by LoRA is written whole: its folder needs no peft."""
     config = configured(tmp_path)
     make_photos(config.root, FEW)
@@ -239,7 +237,7 @@ def test_low_rank_additions_end_in_the_weights(tmp_path: Path, vit: Path) -> Non
     assert load_finetuned(facts.folder, device="cpu").facts.labels == tuple(sorted(COUNTS))
 
 
-def test_what_sortd_filed_counts_half_and_judges_nothing(tmp_path: Path, vit: Path) -> None:
+def test_run_images_filed_by_sortd_have_half_weight_and_are_not_tested(tmp_path: Path, vit: Path) -> None:
     """The journal knows which photo in Dataset/ sortd put there; one that a person moved counts whole."""
     config = configured(tmp_path)
     dataset = make_photos(config.root, COUNTS, area="Dataset")
@@ -254,7 +252,7 @@ def test_what_sortd_filed_counts_half_and_judges_nothing(tmp_path: Path, vit: Pa
     assert green["train"] >= 9
 
 
-def test_a_full_disk_in_the_middle_of_training_loses_nothing(tmp_path: Path, vit: Path) -> None:
+def test_run_full_disk_in_training_can_be_resumed(tmp_path: Path, vit: Path) -> None:
     """No result folder appears; once there is room it can be resumed."""
     config = configured(tmp_path)
     make_photos(config.root, FEW)
@@ -272,7 +270,7 @@ def test_a_full_disk_in_the_middle_of_training_loses_nothing(tmp_path: Path, vit
     assert trained(config, request_for(config, vit), resume=True).labels == tuple(sorted(COUNTS))
 
 
-def test_a_full_disk_while_it_is_prepared_is_a_clear_error(tmp_path: Path, vit: Path) -> None:
+def test_prepare_full_disk_is_an_error_without_a_plan(tmp_path: Path, vit: Path) -> None:
     """What cannot be written is named; the plan, which would make it resumable, is not there."""
     config = configured(tmp_path)
     make_photos(config.root, FEW)
@@ -294,7 +292,7 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("bad", BAD_DATA)
-def test_data_that_cannot_be_trained_on_is_a_clear_error(tmp_path: Path, vit: Path, bad: str) -> None:
+def test_run_unsuitable_data_is_refused(tmp_path: Path, vit: Path, bad: str) -> None:
     """No class, one class, no image: said so, and nothing is left behind."""
     config = configured(tmp_path)
     (config.root / "Shapes" / "Clases" / "red").mkdir(parents=True)
@@ -305,7 +303,7 @@ def test_data_that_cannot_be_trained_on_is_a_clear_error(tmp_path: Path, vit: Pa
     assert not list(config.state_dir.glob("result*"))
 
 
-def test_what_stands_in_the_way_is_a_clear_error(tmp_path: Path, vit: Path) -> None:
+def test_run_unsuitable_request_is_refused(tmp_path: Path, vit: Path) -> None:
     """A base that is not here, a fixed size, a taken name, nothing to resume, a second process, a wrong --set."""
     from filelock import FileLock
 
@@ -332,7 +330,7 @@ def test_what_stands_in_the_way_is_a_clear_error(tmp_path: Path, vit: Path) -> N
             trained(config, replace(request, extra=(pair,)))
 
 
-def test_the_command_prints_its_facts(tmp_path: Path, vit: Path, write_config: Callable[..., Path]) -> None:
+def test_command_prints_folder_and_metrics(tmp_path: Path, vit: Path, write_config: Callable[..., Path]) -> None:
     """``sortd finetune`` puts the model into the state folder, and ``--json`` says where and how good."""
     make_photos(tmp_path / "Data", COUNTS)
     config = write_config(device="cpu", threads=1)
@@ -347,7 +345,7 @@ def test_the_command_prints_its_facts(tmp_path: Path, vit: Path, write_config: C
     assert sortd("finetune", "Shapes", "-c", config, "--from", "elsewhere").code == 2
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(
+def test_command_interrupted_leaves_a_checkpoint_and_says_how_to_resume(
     tmp_path: Path, vit: Path, write_config: Callable[..., Path]
 ) -> None:
     """A real SIGINT while it trains ends it with a sentence and leaves a whole checkpoint."""
@@ -376,7 +374,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(
     assert not list((tmp_path / "state").glob("*/finetuned/*/README.md"))
 
 
-def test_signals_are_heard_between_steps_while_it_trains_and_at_once_before() -> None:
+def test_observing_signal_waits_for_the_step_only_in_training() -> None:
     """While a step runs SIGTERM waits for its end; before training there is nothing to lose by ending."""
     with observing() as observer:
         observer.progress(TrainingProgress(1, 10))
@@ -387,13 +385,13 @@ def test_signals_are_heard_between_steps_while_it_trains_and_at_once_before() ->
         signal.raise_signal(signal.SIGINT)
 
 
-def test_without_the_extra_the_command_to_install_it_is_said() -> None:
+def test_command_without_the_extra_says_how_to_install_it() -> None:
     """Nobody has to guess what ``No module named accelerate`` wants."""
     with pytest.raises(ModelError, match=r"accelerate and matplotlib: pip install 'sortd-images\[train\]'"):
         require_training_packages(lambda _: None)
 
 
-def test_results_are_named_by_time_and_seed(tmp_path: Path) -> None:
+def test_output_is_named_by_time_and_seed(tmp_path: Path) -> None:
     """Two trainings of one second with two seeds do not meet."""
     request = TrainingRequest(Layout(tmp_path / "Shapes"), recipe=Recipe(seed=7))
     assert output_of(request, tmp_path, NOW).name == "20260301T120000Z-7"
