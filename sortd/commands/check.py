@@ -19,9 +19,17 @@ from pathlib import Path
 from typing import Final
 
 from sortd import errors
-from sortd.commands.check_references import DECODING_SECONDS, reference_findings, stored_calibration_findings
+from sortd.commands.check_references import (
+    DECODING_SECONDS,
+    Finding,
+    Topic,
+    error,
+    note,
+    reference_findings,
+    stored_calibration_findings,
+    warning,
+)
 from sortd.commands.console import counted, megabytes
-from sortd.commands.finding import Finding, Topic, error, note, warning
 from sortd.commands.model_facts import model_findings
 from sortd.commands.promotion import classifier_findings
 from sortd.config import Config, read_config

@@ -1,11 +1,13 @@
-"""Check a dataset's references and their calibration."""
+"""The findings of `sortd check`, and the checks of a dataset's references and their calibration."""
 
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -13,7 +15,6 @@ from sortd import errors
 from sortd.classify.prompts import written_name
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.console import counted, printable
-from sortd.commands.finding import Finding, error, note, warning
 from sortd.config import Config, DatasetConfig
 from sortd.daemon.references import STRANGERS_FOLDER, ClassFolder, ReferencesAbsentError, class_folders
 from sortd.daemon.stored_prototypes import (
@@ -32,6 +33,55 @@ from sortd.layout import Area, Layout
 from sortd.names import Reason, Why, rule_for_folder
 from sortd.store.cache import Cache
 from sortd.watch.scan import scan_all
+
+
+class Severity(StrEnum):
+    """How bad a finding is."""
+
+    NOTE = "note"  # nothing to do
+    WARNING = "warning"  # sortd works, but not as well as it could
+    ERROR = "error"  # sortd does not start, or part of it cannot work
+
+
+class Topic(StrEnum):
+    """What a finding is about; the exit code depends on it."""
+
+    CONFIGURATION = "configuration"
+    FOLDERS = "folders"
+    FILE_SYSTEM = "file_system"
+    WATCHING = "watching"
+    REFERENCES = "references"
+    CALIBRATION = "calibration"
+    MODEL = "model"
+    PROCESS = "process"
+    MACHINE = "machine"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fact about ``subject``, a path or a key; a ``topic`` of None is replaced by that of the check."""
+
+    severity: Severity
+    topic: Topic | None
+    subject: str
+    what: str
+    mend: str = ""
+
+
+def _finding(severity: Severity, subject: object, what: str, mend: str = "", topic: Topic | None = None) -> Finding:
+    return Finding(severity, topic, str(subject), what, mend)
+
+
+note, warning, error = (partial(_finding, severity) for severity in Severity)
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    """Return the exit code of the command (sysexits(3)): 78 configuration, 69 model, 65 references, 0 no error."""
+    topics = {finding.topic for finding in findings if finding.severity is Severity.ERROR}
+    if topics - {Topic.REFERENCES, Topic.CALIBRATION, Topic.MODEL}:
+        return 78
+    return 69 if Topic.MODEL in topics else 65 if topics else 0
+
 
 FEW_REFERENCES = 4
 """Below this number each further reference adds several points of accuracy: see docs/decisions.md."""

@@ -24,9 +24,6 @@ from sortd.commands.console import (
 )
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from sortd.commands.explain import ImageExplanation
 
 CLASSES_SHOWN = 10
@@ -86,7 +83,6 @@ def _check_page(html: Path | None) -> None:
 
 
 def _print_explained(explained: "ImageExplanation") -> None:
-
     explanation = explained.explanation
     print_line(printable(explained.path), style="bold")
     first, *rest = explained.sentences()

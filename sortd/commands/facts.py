@@ -9,7 +9,7 @@ from time import time
 from typing import Any
 
 from sortd.commands.check import check_all
-from sortd.commands.check_references import DECODING_SECONDS
+from sortd.commands.check_references import DECODING_SECONDS, Finding, Topic, exit_code
 from sortd.commands.console import (
     counted,
     format_duration,
@@ -22,7 +22,6 @@ from sortd.commands.console import (
     printable,
     say,
 )
-from sortd.commands.finding import Finding, Topic, exit_code
 from sortd.commands.journals import journals, narrowed, record_facts
 from sortd.commands.overview import overview
 from sortd.config import find_config_file

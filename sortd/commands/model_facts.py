@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+from sortd.commands.check_references import Finding, error, note, warning
 from sortd.commands.console import megabytes
-from sortd.commands.finding import Finding, error, note, warning
 from sortd.commands.promotion import list_finetuned_models
 from sortd.config import Config
 from sortd.encoder import models

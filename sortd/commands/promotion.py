@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sortd.commands.check_references import Finding, Topic, note, warning
 from sortd.commands.console import counted
-from sortd.commands.finding import Finding, Topic, note, warning
 from sortd.config import Config
 from sortd.daemon.classifiers import select_classifier, unfit
 from sortd.daemon.control import AnsweredError, ask

@@ -18,9 +18,17 @@ from sortd.commands.check import (
     move_findings,
     watching_findings,
 )
-from sortd.commands.check_references import calibration_findings
+from sortd.commands.check_references import (
+    Finding,
+    Severity,
+    Topic,
+    calibration_findings,
+    error,
+    exit_code,
+    note,
+    warning,
+)
 from sortd.commands.examination import evaluate_datasets
-from sortd.commands.finding import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, read_config
 from sortd.daemon.dataset_lock import open_dataset
 from sortd.layout import MARKER, Area, Layout
