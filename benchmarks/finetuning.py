@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from sortd.encoder.finetuned_network import Network
+from sortd.encoder.finetuned import Network
 from sortd.encoder.torch_encoder import torch_device
 from sortd.events import Fit, Preprocessing
 from sortd.finetune.data import TrainDataset

@@ -15,8 +15,7 @@ from sortd.classify.prototypes import FinetunedClassifier, describe_label_mismat
 from sortd.classify.types import AbstainSettings
 from sortd.daemon.embedder import Embedder
 from sortd.encoder.base import Encoder, Rows
-from sortd.encoder.finetuned import FinetunedFacts, read_facts, read_promotion
-from sortd.encoder.finetuned_network import FinetunedModel
+from sortd.encoder.finetuned import FinetunedFacts, FinetunedModel, read_facts, read_promotion
 from sortd.errors import ModelError
 from sortd.events import Preprocessing
 from sortd.layout import Layout

@@ -19,8 +19,7 @@ from sortd.daemon.stored_prototypes import stored_prototypes
 from sortd.daemon.worker import Job, PrototypeStore
 from sortd.encoder.backends import load_fastest
 from sortd.encoder.base import Encoder
-from sortd.encoder.finetuned import FinetunedFacts
-from sortd.encoder.finetuned_network import load_finetuned
+from sortd.encoder.finetuned import FinetunedFacts, load_finetuned
 from sortd.encoder.models import STRONGER, locate_clip
 from sortd.events import DatasetId, Preprocessing
 from sortd.images.decode import DECODER_VERSION, DecodeLimits, Jpeg

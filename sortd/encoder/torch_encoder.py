@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sortd.arrays import Pixels
-from sortd.encoder.base import Rows, check_pixels, normalise_rows, valid_utf8
+from sortd.encoder.base import Rows, check_pixels, normalisation, normalise_rows, preprocessing_of, valid_utf8
 from sortd.encoder.models import SAFETENSORS, ModelFolder, content_digests, first_line, repr_digest
-from sortd.encoder.preprocessing import normalisation, preprocessing_of
 from sortd.errors import ModelError
 
 if TYPE_CHECKING:
@@ -25,7 +24,8 @@ PASSIVE_WAIT = ("OMP_WAIT_POLICY", "PASSIVE")
 decoders, a batch of 16 took 0.6 of the time without spinning, a single image 0.3 (OpenMP 5.2, 21.7)."""
 
 _NO_LIMIT = 10**9  # tokens; transformers uses 1e30 if a tokenizer has no limit
-_LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+"""Errors of torch and transformers for a damaged or inconsistent folder."""
 
 
 # sentence-transformers and transformers publish no types, hence Any in this module.
@@ -132,7 +132,7 @@ def _load(model: ModelFolder, device: "torch.device") -> Any:  # noqa: ANN401
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True, "dtype": torch.float32},
         )
-    except (*_LOADING_ERRORS, SafetensorError) as error:
+    except (*LOADING_ERRORS, SafetensorError) as error:
         raise ModelError(
             f"model {model.name!r} in {model.folder} does not load: {first_line(error)}; fetch or copy it again, or "
             f"set `model: packaged`"

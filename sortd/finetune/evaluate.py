@@ -16,8 +16,7 @@ from sortd.classify.prompts import prompts
 from sortd.classify.types import DecisionSettings, Mode, SupportSet
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import class_texts, generic_text_mean, read_descriptions
-from sortd.encoder.finetuned import FinetunedFacts, calibrated
-from sortd.encoder.finetuned_network import Network
+from sortd.encoder.finetuned import FinetunedFacts, Network, calibrated
 from sortd.errors import ModelError
 from sortd.finetune.data import Photos, Plan, Predictions, Split, dataset_of, read_pixels
 from sortd.finetune.model import average_with_start, logits_in_batches, temperature_of

@@ -17,8 +17,7 @@ from sortd.config import Config
 from sortd.daemon.references import class_labels
 from sortd.daemon.resources import Resources
 from sortd.encoder.base import Encoder
-from sortd.encoder.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts
-from sortd.encoder.finetuned_network import Network, load_weights
+from sortd.encoder.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts, Network, load_weights
 from sortd.encoder.torch_encoder import torch_device
 from sortd.errors import AlreadyRunningError, DataError
 from sortd.events import Preprocessing

@@ -8,8 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sortd.encoder.finetuned import FinetunedFacts, calibrated, facts_json, read_facts
-from sortd.encoder.finetuned_network import build_image_classifier, load_finetuned
+from sortd.encoder.finetuned import (
+    FinetunedFacts,
+    build_image_classifier,
+    calibrated,
+    facts_json,
+    load_finetuned,
+    read_facts,
+)
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 from sortd.files import sha256_of

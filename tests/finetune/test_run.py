@@ -18,8 +18,7 @@ from PIL import Image
 
 from sortd.commands.finetuning import observing, require_training_packages
 from sortd.config import Config, read_config
-from sortd.encoder.finetuned import UNFINISHED, FinetunedFacts, calibrated, read_facts
-from sortd.encoder.finetuned_network import load_finetuned
+from sortd.encoder.finetuned import UNFINISHED, FinetunedFacts, calibrated, load_finetuned, read_facts
 from sortd.errors import AlreadyRunningError, ConfigError, DataError, DestinationError, ModelError
 from sortd.finetune.data import PLAN_FILE, find_candidates, pixels_file
 from sortd.finetune.recipe import Observer, Recipe, Source, TrainingProgress, TrainingRequest, TrainingStoppedError
