@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from sortd.config import Config
 from sortd.errors import ModelError
 from sortd.files import read_regular, sha256_of, write_atomic
 
@@ -48,6 +49,26 @@ class ModelFolder:
     size_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class LocatedModel:
+    """A CLIP on this disk, with the separate text model, if any."""
+
+    clip: ModelFolder
+    words: ModelFolder | None = None
+    cache_dir: Path | None = None
+    """The cache of the exports and of the hashes of weights; None: neither is kept."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of both folders."""
+        return self.clip.size_bytes + (0 if self.words is None else self.words.size_bytes)
+
+    def content_digests(self) -> list[str]:
+        """Return the ``digest`` of the CLIP and of the text model, if any."""
+        parts = [self.clip] if self.words is None else [self.clip, self.words]
+        return [digest(part, cache_dir=self.cache_dir) for part in parts]
+
+
 # ------------------------------------------------------------ finding
 
 
@@ -75,6 +96,18 @@ def locate_clip(
         return verify_clip("packaged", packaged) if stronger is None else verify_clip(STRONGER, stronger)
     folder = packaged if model == "packaged" else _folder_of("model", model, cache_dir, environment)
     return verify_clip(model, folder)
+
+
+def locate_pair(model: str, text_model: str | None, cache_dir: Path | None) -> LocatedModel:
+    """Find a CLIP and the separate text model, if one is named; see ``locate_clip`` and ``locate_text``."""
+    clip = locate_clip(model, cache_dir=cache_dir)
+    words = None if text_model is None else locate_text(text_model, cache_dir=cache_dir)
+    return LocatedModel(clip, words, cache_dir)
+
+
+def locate_configured(config: Config) -> LocatedModel:
+    """Return the configured model and the separate text model, if any; raises ModelError."""
+    return locate_pair(config.model, config.text_model, config.cache_dir)
 
 
 def locate_text(
@@ -306,11 +339,6 @@ def digest(model: ModelFolder, *, cache_dir: Path | None = None) -> str:
     sums = checksums(model.files, cache_dir=cache_dir)
     lines = (f"{path.relative_to(model.folder).as_posix()}\0{sums[path]}\n" for path in model.files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def content_digests(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path | None) -> list[str]:
-    """Return the digests of a model and of the separate text model, if any."""
-    return [digest(part, cache_dir=cache_dir) for part in (model, words) if part is not None]
 
 
 def repr_digest(value: object) -> str:

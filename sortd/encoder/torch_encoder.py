@@ -6,14 +6,13 @@ subtraction for a batch.
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sortd.arrays import Pixels
 from sortd.encoder.base import Rows, check_pixels, normalisation, normalise_rows, preprocessing_of, valid_utf8
-from sortd.encoder.models import SAFETENSORS, ModelFolder, content_digests, first_line, repr_digest
+from sortd.encoder.models import SAFETENSORS, LocatedModel, ModelFolder, first_line, repr_digest
 from sortd.errors import ModelError
 
 if TYPE_CHECKING:
@@ -40,15 +39,14 @@ class TorchEncoder:
 
     def __init__(
         self,
-        folder: ModelFolder,
-        words: ModelFolder | None,
+        model: LocatedModel,
         *,
-        device: str,
-        cache_dir: Path | None,
-        threads: int | None,
-        decoding: str,
+        device: str = "auto",
+        threads: int | None = None,
+        decoding: str = "draft",
     ) -> None:
         """Load; see ``backends.load_encoder``."""
+        folder, words = model.clip, model.words
         os.environ.setdefault(*PASSIVE_WAIT)
         import torch
 
@@ -73,8 +71,7 @@ class TorchEncoder:
                 f"{folder.name!r} has {self.dimensions}: they do not share a space; choose the pair that was "
                 f"trained together, or leave `text_model` out"
             )
-        content = content_digests(folder, words, cache_dir=cache_dir)
-        identity = repr_digest((content, self.preprocessing, decoding))
+        identity = repr_digest((model.content_digests(), self.preprocessing, decoding))
         self.encoder_id = f"{folder.kind}-{self.dimensions}-torch-{identity[:16]}"
 
     def encode_images(self, pixels: Pixels) -> Rows:
