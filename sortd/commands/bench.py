@@ -227,9 +227,7 @@ def print_measured(facts: Mapping[str, Any]) -> None:
 def _decode(config: Config, encoder: Encoder, files: Sequence[_File]) -> tuple[float, Pixels]:
     """Return the milliseconds of one process, including hashing, and the pixels (B, height, width, 3)."""
     decoding, decoded = config.decoding, list[DecodedImage]()
-    limits = DecodeLimits(
-        max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes
-    )
+    limits = DecodeLimits.of(decoding)
     with DecoderPool(1, encoder.preprocessing, limits, decoding.timeout_seconds, jpeg=decoding.jpeg) as pool:
         list(pool.decode_all(files[:1]))  # starts the process
         until = perf_counter() + STAGE_SECONDS

@@ -185,9 +185,7 @@ class Resources:
             self._decoders[preprocessing, jpeg] = DecoderPool(
                 decoding.workers or min(MOST_DECODERS, len(os.sched_getaffinity(0))),
                 preprocessing,
-                DecodeLimits(
-                    max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes
-                ),
+                DecodeLimits.of(decoding),
                 timeout_seconds=decoding.timeout_seconds,
                 jpeg=jpeg,
             )

@@ -24,12 +24,13 @@ import numpy.typing as npt
 from sortd.arrays import Pixels
 from sortd.errors import CrowdedError, ImageError, NotAnImageError, TooLargeError, UnreadableError
 from sortd.events import Fit, Preprocessing
-from sortd.images.formats import FORMATS, HEAD_BYTES, SUPPORTED, Format, format_of, open_file
-from sortd.images.structure import is_truncated, strip_png
+from sortd.images.formats import FORMATS, HEAD_BYTES, SUPPORTED, Format, format_of, is_truncated, strip_png
 
 if TYPE_CHECKING:
     from PIL import Image
     from PIL.ImageFile import ImageFile
+
+    from sortd.config import Decoding
 
 Jpeg = Literal["draft", "full"]
 
@@ -60,6 +61,11 @@ class DecodeLimits:
     """Pixels to decode; for JPEG, those at the scale of decoding."""
     max_side: int = 40_000
     max_bytes: int = 500_000_000
+
+    @staticmethod
+    def of(decoding: "Decoding") -> "DecodeLimits":
+        """Return the configured limits."""
+        return DecodeLimits(decoding.max_pixels, decoding.max_side_pixels, decoding.max_bytes)
 
     def memory_bytes(self, image_format: Format | None) -> int:
         """Return the memory, above that of an idle process, for decoding ``max_pixels`` pixels of a format (or any)."""
@@ -148,6 +154,11 @@ def thumbnail(path: str, *, side_pixels: int = _THUMBNAIL_PIXELS) -> str | None:
 
 
 # ------------------------------------------------------------ opening
+
+
+def open_file(path: str) -> int:
+    """Open a file for reading and return its descriptor; links are not followed, and a pipe does not block."""
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 @contextmanager

@@ -20,10 +20,9 @@ from PIL import Image
 
 from sortd.errors import StartupError
 from sortd.events import ImageRefused, Preprocessing, Refusal, Stamp
-from sortd.images import pool as pool_module
+from sortd.images import decoder_process
 from sortd.images.decode import DecodeLimits, decode_file
-from sortd.images.formats import _refusal_of
-from sortd.images.pool import DecodedImage, DecoderPool
+from sortd.images.pool import DecodedImage, DecoderPool, _refusal_of
 from tests.bombs import CORPUS, gif, one_bit_png, png, png_with_text, saved, write_hostile_files
 
 SMALL = Preprocessing(64, 64, 64)
@@ -435,7 +434,7 @@ class TestProcesses:
             f"s = socket.socket(fileno=int(sys.argv[1])); {speak}; s.recv(9)"
         )
         monkeypatch.setattr(
-            pool_module, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
+            decoder_process, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
         )
         path = photo(tmp_path / "a.png")
         with (
@@ -463,7 +462,7 @@ class TestProcesses:
             "reply = struct.Struct('<IB32sdQH400s'); s.send(reply.pack(0xFFFFFFFF, 0, b'', 0, 0, 0, b''))\n" + lie
         )
         monkeypatch.setattr(
-            pool_module, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
+            decoder_process, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
         )
         with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             assert refusal_of(only(pool, photo(tmp_path / "a.png"))) is Refusal.POISON
