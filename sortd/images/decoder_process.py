@@ -8,7 +8,6 @@ no file and open few, and its memory and time are limited; a decoder that crashe
 import contextlib
 import ctypes
 import fcntl
-import hashlib
 import json
 import mmap
 import os
@@ -18,13 +17,15 @@ import socket
 import struct
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Final, NamedTuple
 
 from sortd.arrays import Pixels
-from sortd.errors import CrowdedError, NotAnImageError, TooLargeError, UnreadableError
+from sortd.errors import CrowdedError, ImageError, NotAnImageError, TooLargeError, UnreadableError
 from sortd.events import Fit, Preprocessing, Refusal
+from sortd.files import sha256_of
 from sortd.images.decode import DecodeLimits, Jpeg, decode_image, load_decoders
 from sortd.images.formats import HEAD_BYTES, format_of
 
@@ -46,7 +47,11 @@ _MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "4000000", "MALLOC
 """One heap, and free memory is returned: otherwise glibc keeps 64 MB a thread and as much freed memory, which counts
 against the limit of the process (mallopt(3))."""
 _KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PYTHONHASHSEED", "COVERAGE_PROCESS_START")
-_CHUNK_BYTES = 1 << 20
+_REFUSAL_OF: Mapping[type[ImageError], Refusal] = {
+    UnreadableError: Refusal.UNREADABLE,
+    TooLargeError: Refusal.TOO_LARGE,
+    NotAnImageError: Refusal.NOT_AN_IMAGE,
+}
 _OPEN_FILES = 64
 _PR_SET_NO_NEW_PRIVS = 38
 
@@ -148,38 +153,21 @@ def _environment() -> dict[str, str]:
 # ------------------------------------------------------------ in the process
 
 
-def decode_content(descriptor: int, settings: DecodeSettings, *, budget_pixels: int | None = None) -> DecodeResult:
-    """Decode and hash an open file, unless it needs more than the budget; None: no budget."""
+def _decode_content(descriptor: int, budget_pixels: int, settings: DecodeSettings) -> DecodeResult:
+    """Decode and hash an open file, unless it needs more than the budget."""
+    preprocessing, limits, jpeg = settings.preprocessing, settings.limits, settings.jpeg
+    pixels, refusal, message = None, None, ""
     try:
-        result = _decode(descriptor, settings, budget_pixels)
-        return result if result.needed_pixels else replace(result, content=_hash_content(descriptor))
+        try:
+            pixels = decode_image(descriptor, preprocessing, limits, jpeg=jpeg, budget_pixels=budget_pixels)
+        except CrowdedError as error:
+            return DecodeResult("", needed_pixels=error.pixels)
+        except ImageError as error:
+            refusal, message = _REFUSAL_OF[type(error)], str(error)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return DecodeResult(sha256_of(descriptor), pixels, refusal, message)
     except OSError as error:
         return DecodeResult("", None, Refusal.DENIED, f"the disk cannot be read: {error.strerror}; check its health")
-
-
-def _decode(descriptor: int, settings: DecodeSettings, budget_pixels: int | None) -> DecodeResult:
-    try:
-        pixels = decode_image(
-            descriptor, settings.preprocessing, settings.limits, jpeg=settings.jpeg, budget_pixels=budget_pixels
-        )
-    except CrowdedError as error:
-        return DecodeResult("", needed_pixels=error.pixels)
-    except TooLargeError as error:
-        return DecodeResult("", None, Refusal.TOO_LARGE, str(error))
-    except NotAnImageError as error:
-        return DecodeResult("", None, Refusal.NOT_AN_IMAGE, str(error))
-    except UnreadableError as error:
-        return DecodeResult("", None, Refusal.UNREADABLE, str(error))
-    return DecodeResult("", pixels)
-
-
-def _hash_content(descriptor: int) -> str:
-    """Return the hexadecimal sha256 of an open file; its position, which the daemon shares, does not change."""
-    digest, offset = hashlib.sha256(), 0
-    while chunk := os.pread(descriptor, _CHUNK_BYTES, offset):
-        digest.update(chunk)
-        offset += len(chunk)
-    return digest.hexdigest()
 
 
 def run_decoder(argument: str, control_descriptor: int, memory_descriptor: int) -> None:
@@ -238,7 +226,7 @@ def _serve(slot: int, descriptor: int, budget_pixels: int, memory: mmap.mmap, se
     used = resource.getrusage(resource.RUSAGE_SELF)
     most = int(used.ru_utime + used.ru_stime + settings.timeout_seconds) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-    result = decode_content(descriptor, settings, budget_pixels=budget_pixels)
+    result = _decode_content(descriptor, budget_pixels, settings)
     signal.setitimer(signal.ITIMER_REAL, 0)
     if result.pixels is not None:
         memory[slot * settings.pixel_bytes : (slot + 1) * settings.pixel_bytes] = result.pixels.tobytes()

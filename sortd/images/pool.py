@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import Self
 
 import numpy as np
@@ -39,7 +39,6 @@ from sortd.images.decoder_process import (
     SLOTS,
     DecodeResult,
     DecodeSettings,
-    decode_content,
     start_process,
 )
 from sortd.images.formats import HEAD_BYTES, looks_like_image
@@ -231,7 +230,7 @@ class DecoderPool:
         """Start the processes without waiting for them.
 
         Args:
-            workers: number of processes; 0 decodes in the calling thread, without protection.
+            workers: number of processes, at least one.
             preprocessing: the size that the encoder takes.
             limits: larger images are refused.
             timeout_seconds: time limit for one image.
@@ -313,9 +312,6 @@ class DecoderPool:
         """Give images to the process with the fewest jobs until all are busy; raises as ``decode_all``."""
         if self._is_closed:
             raise ValueError("the decoder pool is closed")
-        if self.workers == 0:
-            self._decode_here(batch)
-            return
         self._start_missing()
         while (queue := self._next_queue()) is not None or batch.waiting:
             decoder = min(self._decoders, key=lambda decoder: len(decoder.jobs))
@@ -355,12 +351,6 @@ class DecoderPool:
             return None
         batch.unanswered += 1
         return _Job(path, stamp, opened, batch)
-
-    def _decode_here(self, batch: Batch) -> None:
-        while batch.waiting and not batch.answers:
-            if (job := self._open(*batch.waiting.popleft(), batch)) is not None:
-                began = perf_counter()
-                self._answer(job, decode_content(job.descriptor, self._settings), perf_counter() - began)
 
     def collect(self, timeout_seconds: float | None, *, wake_descriptor: int | None = None) -> None:
         """Read the replies of the processes and add the answers to their batches.

@@ -145,21 +145,6 @@ class TestAnswers:
             got[1].append(other.path)
         assert [sorted(paths) for paths in got] == [[path for path, _ in sorted(images)] for images in (first, second)]
 
-    def test_pool_without_processes_gives_the_same_answers(self, pool: DecoderPool, tmp_path: Path) -> None:
-        """A pool of no processes decodes in the calling thread."""
-        good, bad = photo(tmp_path / "a.png"), tmp_path / "b.png"
-        bad.write_bytes(good.read_bytes()[:-100])
-        (tmp_path / "c.txt").write_text("no image")
-        files = stamped(good, bad, tmp_path / "c.txt")
-        with DecoderPool(0, SMALL, DecodeLimits()) as here:
-            assert here.process_ids == ()
-            ours = {answer.path: answer for answer in here.decode_all(files)}
-        theirs = {answer.path: answer for answer in pool.decode_all(files)}
-        assert [getattr(ours[path], "refusal", None) for path, _ in files] == [
-            getattr(theirs[path], "refusal", None) for path, _ in files
-        ]
-        assert ours[os.fspath(bad)] == theirs[os.fspath(bad)]
-
 
 def waiting(descriptor: int) -> int:
     """Count the packets that wait in a socket, leaving them there."""
@@ -300,9 +285,10 @@ class TestRefusals:
             "from sortd.images.decode import DecodeLimits\n"
             "from sortd.events import Preprocessing\n"
             "path = sys.argv[1]\n"
-            "pool = DecoderPool(0, Preprocessing(8, 8, 8), DecodeLimits())\n"
+            "pool = DecoderPool(1, Preprocessing(8, 8, 8), DecodeLimits())\n"
             "stamp = stamp_of(os.stat(path))\n"
-            "resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) - 1, 4096))\n"
+            "spare = os.open(path, os.O_RDONLY); os.close(spare)\n"
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (spare, 4096))\n"
             "try:\n    print(list(pool.decode_all([(path, stamp)])))\n"
             "except OSError as error:\n    print(error.errno)\n"
         )
