@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -296,15 +296,17 @@ class Network:
 
 
 class FinetunedModel:
-    """A loaded fine-tuned network; not thread-safe."""
+    """A loaded fine-tuned network as an ``Encoder``: its rows are logits, and it embeds no texts; not thread-safe."""
+
+    has_text = False
 
     def __init__(self, facts: FinetunedFacts, network: Network) -> None:
         """Keep the network and its facts."""
         self.facts = facts
-        self.preprocessing = facts.preprocessing
+        self.encoder_id, self.dimensions, self.preprocessing = facts.model_id, len(facts.labels), facts.preprocessing
         self._network = network
 
-    def logits(self, pixels: Pixels) -> FloatArray:
+    def encode_images(self, pixels: Pixels) -> FloatArray:
         """Return uncalibrated logits, float32 (B, C), of RGB pixels uint8 (B, H, W, 3).
 
         Raises:
@@ -319,6 +321,10 @@ class FinetunedModel:
                 "`device: cpu`, and if that does not help, run `sortd finetune` again"
             )
         return answer
+
+    def encode_texts(self, texts: Sequence[str]) -> FloatArray:
+        """Raise ModelError."""
+        raise ModelError(f"{self.encoder_id} is a fine-tuned model and cannot encode {len(texts)} texts")
 
 
 def load_finetuned(folder: Path, *, device: str = "auto", threads: int | None = None) -> FinetunedModel:
@@ -351,7 +357,7 @@ def load_finetuned(folder: Path, *, device: str = "auto", threads: int | None = 
         )
     model = FinetunedModel(facts, network)
     shape = (1, model.preprocessing.crop_height, model.preprocessing.crop_width, 3)
-    model.logits(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))  # fail early
+    model.encode_images(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))  # fail early
     return model
 
 

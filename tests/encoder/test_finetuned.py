@@ -98,12 +98,12 @@ def test_a_loaded_model_gives_the_logits_of_its_network(written: Path) -> None:
     with torch.inference_mode():
         values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 / 0.5 - 1
         expected = model._network.module(pixel_values=values).logits.numpy()
-    logits = model.logits(pixels)
+    logits = model.encode_images(pixels)
     assert logits.dtype == np.float32
     assert np.allclose(logits, expected, atol=1e-4)
-    assert model.logits(pixels[:0]).shape == (0, 3)
+    assert model.encode_images(pixels[:0]).shape == (0, 3)
     with pytest.raises(ValueError, match="uint8"):
-        model.logits(pixels[:, :-1])
+        model.encode_images(pixels[:, :-1])
 
 
 def test_probabilities_are_softened_by_the_temperature() -> None:

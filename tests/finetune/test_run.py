@@ -150,7 +150,7 @@ def test_the_written_model_decides_as_it_was_judged(whole: tuple[Config, Finetun
     model = load_finetuned(facts.folder, device="cpu")
     files = sorted((config.root / "Shapes" / "Clases").glob("*/0-*.png"))
     pixels = np.stack([decode_file(str(path), model.preprocessing, DecodeLimits()) for path in files])
-    found = calibrated(model.logits(pixels), model.facts.temperature).argmax(axis=1)
+    found = calibrated(model.encode_images(pixels), model.facts.temperature).argmax(axis=1)
     right = np.mean([facts.labels[best] == path.parent.name for best, path in zip(found, files, strict=True)])
     assert right > facts.metrics["comparison"]["finetuned_accuracy"] - 0.15
     assert len(facts.confidence) == facts.metrics["comparison"]["images"] + sum(
@@ -214,7 +214,7 @@ def test_a_clip_is_a_base_too(tmp_path: Path, tower: Tower, layout: Placed, kind
     model = load_finetuned(facts.folder, device="cpu")
     assert json.loads((facts.folder / "config.json").read_text("utf-8"))["model_type"] == kind
     seen = model.preprocessing
-    assert model.logits(np.zeros((2, seen.crop_height, seen.crop_width, 3), np.uint8)).shape == (2, 3)
+    assert model.encode_images(np.zeros((2, seen.crop_height, seen.crop_width, 3), np.uint8)).shape == (2, 3)
 
 
 def test_the_packaged_tower_sees_more_than_it_was_taught_on(tmp_path: Path) -> None:
