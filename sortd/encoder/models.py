@@ -45,6 +45,7 @@ class ModelFolder:
     name: str  # "packaged", a model's name, or the folder as configured
     folder: Path
     kind: str  # the model type of transformers: "clip", "siglip", "vision-text-dual-encoder", ...
+    use: Use
     files: tuple[Path, ...]  # all on which its embeddings depend, sorted
     size_bytes: int
 
@@ -187,24 +188,16 @@ def _snapshot(folder: Path) -> Path | None:
 
 def verify_clip(name: str, folder: Path) -> ModelFolder:
     """Return a folder that holds a CLIP (an image and a text tower into one space); raise ModelError for others."""
-    model, use = verify_folder(name, folder), model_use(name, folder)
-    if use is not Use.CLIP:
+    model = verify_folder(name, folder)
+    if model.use is not Use.CLIP:
         config = _read_object(_module_folders(name, folder)[0] / "config.json", name)
-        lacks = "has no text tower" if use is Use.IMAGES else "has no image tower"
+        lacks = "has no text tower" if model.use is Use.IMAGES else "has no image tower"
         kind, *_ = config.get("architectures") or ["model without an architecture"]
         raise ModelError(
             f"model {name!r} is not a CLIP: it is a {kind} ({config.get('model_type', 'of unknown type')}), which "
             f"{lacks}; set `model:` to a CLIP such as {STRONGER}, or to `packaged`"
         )
     return model
-
-
-def model_use(name: str, folder: Path) -> Use:
-    """Return what a complete model can be used for, by its configuration; raise ModelError if that is unreadable."""
-    config = _read_object(_module_folders(name, folder)[0] / "config.json", name)
-    if {"vision_config", "text_config"} <= config.keys():
-        return Use.CLIP
-    return Use.IMAGES if {"image_size", "num_channels", "patch_size"} & config.keys() else Use.WORDS
 
 
 def verify_folder(name: str, folder: Path) -> ModelFolder:
@@ -238,7 +231,10 @@ def verify_folder(name: str, folder: Path) -> ModelFolder:
         if not os.access(path, os.R_OK, effective_ids=True):
             raise _access_error(name, path, "read")
     size = sum(path.stat().st_size for path in files)
-    return ModelFolder(name, folder, str(config.get("model_type", "unknown")), files, size)
+    use = Use.IMAGES if {"image_size", "num_channels", "patch_size"} & config.keys() else Use.WORDS
+    if {"vision_config", "text_config"} <= config.keys():
+        use = Use.CLIP
+    return ModelFolder(name, folder, str(config.get("model_type", "unknown")), use, files, size)
 
 
 def _check_access(name: str, folder: Path) -> None:
@@ -371,8 +367,8 @@ def checksums(files: Iterable[Path], *, cache_dir: Path | None = None) -> dict[P
 # ------------------------------------------------------------ fetching
 
 
-def fetch(name: str, *, cache_dir: Path | None = None) -> Path:
-    """Download a model from the hub into sortd's cache (None: the hub client's) and return its folder.
+def fetch(name: str, *, cache_dir: Path | None = None) -> ModelFolder:
+    """Download a model from the hub into sortd's cache (None: the hub client's).
 
     Raises:
         ModelError: no such model, no network, no disk space, or no weights in a format that sortd loads.
@@ -404,7 +400,7 @@ def fetch(name: str, *, cache_dir: Path | None = None) -> Path:
         ) from error
     for path in pickles:
         _convert(name, folder / path)
-    return verify_folder(name, folder).folder
+    return verify_folder(name, folder)
 
 
 def _is_only_format(path: str, offered: Sequence[str]) -> bool:
