@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
 
 from sortd.arrays import Pixels
 from sortd.encoder.base import Rows, normalise_rows
@@ -78,8 +79,6 @@ def make_exports(
     Raises:
         ModelError: the extra is not installed, the export is not faithful, or there is no disk space.
     """
-    from filelock import FileLock
-
     export_identity(model)  # raises where ONNX Runtime is missing
     name, folder = model.clip.name, export_folder(model)
     try:
