@@ -21,10 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from filelock import FileLock
 
-from sortd.arrays import Pixels
 from sortd.encoder.base import Rows, normalise_rows
 from sortd.encoder.models import LocatedModel, checksums, first_line
 from sortd.encoder.onnx_encoder import (
@@ -205,7 +203,7 @@ def _export_image(encoder: TorchEncoder, into: Path) -> None:
             rows: torch.Tensor = self.clip({"pixel_values": planes, "modality": "image"})["sentence_embedding"]
             return rows
 
-    pixels = torch.from_numpy(_trial_images(encoder.preprocessing, 2))
+    pixels = torch.from_numpy(photographic_noise(encoder.preprocessing, 2))
     _trace(ImageTower(), (pixels,), into / tower_file("image", Precision.FP32), {"pixels": {0: "images"}})
 
 
@@ -286,19 +284,11 @@ def _write_tokenizer(encoder: TorchEncoder, into: Path) -> None:
 # ---------------------------------------------------------------- comparison with torch
 
 
-def _trial_images(preprocessing: Preprocessing, count: int) -> Pixels:
-    """Return noise on ramps, uint8 (count, H, W, 3)."""
-    random = np.random.default_rng(0)
-    height, width = preprocessing.crop_height, preprocessing.crop_width
-    ramp = np.linspace(0, 200, width)[None, None, :, None] * random.random((count, 1, 1, 3))
-    return (ramp + random.integers(0, 56, (count, height, width, 3))).astype(np.uint8)
-
-
 def _compare_images(encoder: TorchEncoder, into: Path) -> None:
     """Raise ModelError if the exported image tower gives other rows than torch."""
     tower = open_tower(into / tower_file("image", Precision.FP32))
     for count in (1, 5):
-        pixels = _trial_images(encoder.preprocessing, count)
+        pixels = photographic_noise(encoder.preprocessing, count)
         (rows,) = tower.run(None, {"pixels": pixels})
         _compare(encoder.encode_images(pixels), normalise_rows(rows, "image.onnx"), f"{count} images")
 
@@ -325,7 +315,7 @@ def _compare(expected: Rows, rows: Rows, what: str) -> None:
 def _quantize_towers(into: Path, min_gain: float, preprocessing: Preprocessing) -> float:
     """Write both towers in int8 if the image tower gains enough speed; return its gain."""
     exact, fast = (into / tower_file("image", precision) for precision in Precision)
-    inputs = {"pixels": _trial_images(preprocessing, 1)}
+    inputs = {"pixels": photographic_noise(preprocessing, 1)}
     seconds = _run_seconds(exact, inputs)
     gain = 0.0
     for candidate in _int8_candidates(exact, preprocessing):
