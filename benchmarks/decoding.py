@@ -20,8 +20,8 @@ from PIL import Image
 
 from benchmarks.harness import argument_parser, print_json, processor_seconds
 from sortd.events import Preprocessing, Stamp
-from sortd.files import stamp_of
-from sortd.images.decode import DecodeLimits, Jpeg
+from sortd.files import sha256_of, stamp_of
+from sortd.images.decode import DecodeLimits, Jpeg, decode_file
 from sortd.images.pool import DecodedImage, DecoderPool
 
 SEEN = Preprocessing(224, 224, 224)
@@ -71,30 +71,38 @@ def draw(folder: Path, count: int, side: int) -> Files:
     return [(os.fspath(path), stamp_of(path.stat())) for path in sorted(folder.iterdir())]
 
 
-def decode(pool: DecoderPool, files: Files, *, one_by_one: bool) -> None:
-    """Decode all files."""
-    batches = [[file] for file in files] if one_by_one else [files]
+def decode(way: Way, pool: DecoderPool | None, files: Files) -> None:
+    """Decode all files, in this thread if there is no pool."""
+    if pool is None:
+        for path, _ in files:
+            decode_file(path, SEEN, DecodeLimits(), jpeg=way.jpeg)
+            sha256_of(Path(path))
+        return
+    batches = [[file] for file in files] if way.one_by_one else [files]
     answers = [answer for batch in batches for answer in pool.decode_all(batch)]
     assert all(isinstance(answer, DecodedImage) for answer in answers)
 
 
 def measure(files: Files, rounds: int) -> dict[str, Cost]:
     """Measure every way, in turns."""
-    pools = {way: DecoderPool(way.processes, SEEN, DecodeLimits(), jpeg=way.jpeg) for way in WAYS}
+    pools = {
+        way: DecoderPool(way.processes, SEEN, DecodeLimits(), jpeg=way.jpeg) if way.processes else None for way in WAYS
+    }
     costs: dict[Way, list[Cost]] = {way: [] for way in WAYS}
     try:
-        for pool in pools.values():
-            decode(pool, files[:8], one_by_one=False)
+        for way, pool in pools.items():
+            decode(way, pool, files[:8])
         for _ in range(rounds):
             for way, pool in pools.items():
                 began, spent = time.perf_counter(), processor_seconds(os.getpid())
-                decode(pool, files, one_by_one=way.one_by_one)
+                decode(way, pool, files)
                 clock = time.perf_counter() - began
                 processor = processor_seconds(os.getpid()) - spent
                 costs[way].append(Cost(1e3 * clock / len(files), 1e3 * processor / len(files)))
     finally:
         for pool in pools.values():
-            pool.close()
+            if pool is not None:
+                pool.close()
     return {
         way.name: Cost(
             statistics.median(cost.clock for cost in rounds_of), statistics.median(cost.processor for cost in rounds_of)

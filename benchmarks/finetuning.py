@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.harness import argument_parser, print_json
-from sortd.encoder.finetuned_network import Network
+from sortd.encoder.finetuned import Network
 from sortd.encoder.torch_encoder import torch_device
 from sortd.events import Fit, Preprocessing
 from sortd.finetune.data import TrainDataset

@@ -95,9 +95,9 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 def compare(model: str, cache: Path, options: argparse.Namespace, scratch: Path) -> dict[str, dict[str, float]]:
     """Measure all backends in turns."""
-    folder = models.locate_clip(model, cache_dir=cache)
+    folder = models.locate_pair(model, None, cache)
     began = time.perf_counter()
-    found = exports.find_exports(folder, None, cache_dir=cache) or make_exports(folder, None, cache_dir=cache)
+    found = exports.find_exports(folder) or make_exports(folder)
     print(f"exports: {found.size_bytes / 1e6:.0f} MB, {time.perf_counter() - began:.0f} s", file=sys.stderr)
     backends = [one for one in BACKENDS if one != "onnx-int8" or len(found.precisions) > 1]
     runs: dict[str, list[dict[str, float]]] = {backend: [] for backend in backends}

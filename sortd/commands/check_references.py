@@ -162,8 +162,7 @@ def _reading_findings(
     config: Config, clases: Path, files: Sequence[_File], contents: Mapping[_File, str], decoding_seconds: float
 ) -> Iterator[Finding]:
     """Read every reference that the cache does not have, whole or only its header as the time allows."""
-    allowed = config.decoding
-    limits = DecodeLimits(max_pixels=allowed.max_pixels, max_side=allowed.max_side_pixels, max_bytes=allowed.max_bytes)
+    limits = DecodeLimits.of(config.decoding)
     size = Preprocessing(shortest_edge=CHECKED_PIXELS, crop_height=CHECKED_PIXELS, crop_width=CHECKED_PIXELS)
     fresh = [path for path, mark in files if (path, mark) not in contents]
     began, decoded = perf_counter(), 0

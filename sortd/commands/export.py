@@ -18,8 +18,8 @@ from sortd.commands.examination import settings_with_corrections
 from sortd.config import Config
 from sortd.daemon.references import STRANGERS_FOLDER, ClassFolder, References, ReferencesAbsentError
 from sortd.daemon.resources import Resources
-from sortd.encoder.backends import locate_models
 from sortd.encoder.export import CALIBRATION_IMAGES, Progress, make_exports
+from sortd.encoder.models import locate_configured
 from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision, write_verdict
 from sortd.encoder.quantize import photographic_noise
 from sortd.errors import LayoutError, ModelError, SortdError
@@ -35,8 +35,7 @@ def export(config: Config, *, on_progress: Progress = lambda _: None) -> None:
     Raises:
         ModelError: it cannot be exported, or the verdict cannot be written.
     """
-    model, words = locate_models(config)
-    made = make_exports(model, words, cache_dir=config.cache_dir, on_progress=on_progress)
+    made = make_exports(locate_configured(config), on_progress=on_progress)
     if Precision.INT8 in made.precisions:
         facts = judge_int8(config, made, on_progress)
         try:
@@ -78,7 +77,6 @@ def _embed(
         exported,
         precision,
         device="cpu",
-        cache_dir=config.cache_dir,
         threads=config.threads,
         decoding=config.decoding.jpeg,
     )

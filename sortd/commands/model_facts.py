@@ -9,8 +9,8 @@ from sortd.commands.console import megabytes
 from sortd.commands.promotion import list_finetuned_models
 from sortd.config import Config
 from sortd.encoder import models
-from sortd.encoder.backends import choose_backend, locate_models
-from sortd.encoder.models import STRONGER, ModelFolder, Use
+from sortd.encoder.backends import choose_backend
+from sortd.encoder.models import STRONGER, ModelFolder, Use, locate_configured
 from sortd.encoder.onnx_encoder import Exports, find_exports, is_installed, read_verdict
 from sortd.errors import ModelError
 from sortd.status import read_status
@@ -109,14 +109,14 @@ def backend_facts(config: Config) -> dict[str, Any]:
         "agreement": None,
     }
     try:
-        model, words = locate_models(config)
+        model = locate_configured(config)
     except ModelError:  # ``model_list`` and ``check`` report it
         return facts
     try:
-        found = find_exports(model, words, cache_dir=config.cache_dir) if is_installed() else None
+        found = find_exports(model) if is_installed() else None
         if found is not None:
             facts |= {"export": _export_facts(found), "agreement": read_verdict(found, config.root)}
-        chosen = choose_backend(config.backend, model, words, device=config.device, cache_dir=config.cache_dir)
+        chosen = choose_backend(config.backend, model, device=config.device)
         facts |= {"name": chosen.name, "why": chosen.why}
     except ModelError as refusal:
         facts["problem"] = str(refusal)

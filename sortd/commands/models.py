@@ -104,17 +104,16 @@ def fetch_model(
 ) -> None:
     """Download a model into sortd's cache. Only this command uses the network."""
     from sortd.commands.model_facts import how_to_use
-    from sortd.encoder.models import fetch, model_use
+    from sortd.encoder.models import fetch
 
     loaded = load_config(config)
     say(f"sortd: fetching {name}")
-    folder = fetch(name, cache_dir=loaded.cache_dir)
-    use = model_use(name, folder)
+    model = fetch(name, cache_dir=loaded.cache_dir)
     if as_json:
-        print_json({"name": name, "folder": str(folder), "use": use.value})
+        print_json({"name": name, "folder": str(model.folder), "use": model.use.value})
         return
-    print_line(f"{name} is in {folder}")
-    print_line(how_to_use(name, use, loaded))
+    print_line(f"{name} is in {model.folder}")
+    print_line(how_to_use(name, model.use, loaded))
 
 
 @models.command("export", cls=Command)

@@ -9,16 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from sortd.arrays import Pixels
 from sortd.classify.calibration import HeldOutOutcomes, calibrate_outcomes
 from sortd.classify.prototypes import FinetunedClassifier, describe_label_mismatch
 from sortd.classify.types import AbstainSettings
 from sortd.daemon.embedder import Embedder
 from sortd.encoder.base import Encoder, Rows
-from sortd.encoder.finetuned import FinetunedFacts, read_facts, read_promotion
-from sortd.encoder.finetuned_network import FinetunedModel
+from sortd.encoder.finetuned import FinetunedFacts, FinetunedModel, read_facts, read_promotion
 from sortd.errors import ModelError
-from sortd.events import Preprocessing
 from sortd.layout import Layout
 
 
@@ -83,27 +80,6 @@ def unfit(facts: FinetunedFacts, labels: Sequence[str], *, dataset: str) -> str 
     )
 
 
-class Logits:
-    """A fine-tuned model as an encoder: its rows are logits, and it encodes no text."""
-
-    has_text = False
-
-    def __init__(self, model: FinetunedModel) -> None:
-        """Wrap a loaded model."""
-        self._model = model
-        self.encoder_id = model.facts.model_id
-        self.dimensions = len(model.facts.labels)
-        self.preprocessing: Preprocessing = model.preprocessing
-
-    def encode_images(self, pixels: Pixels) -> Rows:
-        """Return float32 (B, classes) logits of RGB pixels uint8 (B, H, W, 3)."""
-        return self._model.logits(pixels)
-
-    def encode_texts(self, texts: Sequence[str]) -> Rows:
-        """Raise ``ModelError``."""
-        raise ModelError(f"{self.encoder_id} is a fine-tuned model and cannot encode {len(texts)} texts")
-
-
 def are_logits(rows: Rows) -> bool:
     """Return whether rows (B, classes) can be logits: finite, and not zeros as from a device in a bad state."""
     return bool(np.isfinite(rows).all() and rows.any(axis=1).all())
@@ -141,7 +117,7 @@ class Classifiers:
         facts = found.facts
         if facts is not None and facts.model_id not in self.loaded:
             try:
-                encoder = Logits(self._load(facts.folder))
+                encoder = self._load(facts.folder)
                 probe_logits(encoder)
             except ModelError as error:
                 return ActiveClassifier(refusal=str(error))

@@ -20,7 +20,7 @@ from sortd.config import DEFAULT_TEMPLATES
 from sortd.daemon.embedder import Embedder
 from sortd.events import EmbeddedImage, ImageRefused, Refusal, Stamp
 from sortd.files import open_regular
-from sortd.images.formats import RESOURCE_ERRORS
+from sortd.images.pool import RESOURCE_ERRORS
 from sortd.names import rule_for_folder
 from sortd.watch.scan import stamp, whole_files
 

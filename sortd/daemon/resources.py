@@ -19,8 +19,7 @@ from sortd.daemon.stored_prototypes import stored_prototypes
 from sortd.daemon.worker import Job, PrototypeStore
 from sortd.encoder.backends import load_fastest
 from sortd.encoder.base import Encoder
-from sortd.encoder.finetuned import FinetunedFacts
-from sortd.encoder.finetuned_network import load_finetuned
+from sortd.encoder.finetuned import FinetunedFacts, load_finetuned
 from sortd.encoder.models import STRONGER, locate_clip
 from sortd.events import DatasetId, Preprocessing
 from sortd.images.decode import DECODER_VERSION, DecodeLimits, Jpeg
@@ -186,9 +185,7 @@ class Resources:
             self._decoders[preprocessing, jpeg] = DecoderPool(
                 decoding.workers or min(MOST_DECODERS, len(os.sched_getaffinity(0))),
                 preprocessing,
-                DecodeLimits(
-                    max_pixels=decoding.max_pixels, max_side=decoding.max_side_pixels, max_bytes=decoding.max_bytes
-                ),
+                DecodeLimits.of(decoding),
                 timeout_seconds=decoding.timeout_seconds,
                 jpeg=jpeg,
             )

@@ -24,7 +24,7 @@ from sortd.daemon.embedder import Embedder, EncoderQueue, OnProgress
 from sortd.daemon.references import Rebuilt, References, ReferencesAbsentError, ReferenceSettings, class_labels
 from sortd.errors import ModelError, SortdError
 from sortd.events import DatasetId, Embedded, EmbeddedImage, Event, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
-from sortd.images.formats import RESOURCE_ERRORS
+from sortd.images.pool import RESOURCE_ERRORS
 from sortd.layout import Layout
 
 SHARED_WAIT_SECONDS = 0.01  # for pixels, in a step while another encoder has work too

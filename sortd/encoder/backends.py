@@ -15,9 +15,8 @@ import structlog
 
 from sortd import logs
 from sortd.config import Config
-from sortd.encoder import models
 from sortd.encoder.base import Encoder, probe
-from sortd.encoder.models import ModelFolder
+from sortd.encoder.models import LocatedModel, locate_configured, locate_pair
 from sortd.encoder.onnx_encoder import (
     EXTRA,
     GPUS,
@@ -31,6 +30,7 @@ from sortd.encoder.onnx_encoder import (
     is_installed,
     read_verdict,
 )
+from sortd.encoder.torch_encoder import TorchEncoder
 from sortd.errors import ModelError
 
 _REMEDY = "run `sortd models export`"
@@ -46,11 +46,9 @@ class BackendChoice:
 
 def choose_backend(
     backend: str,
-    model: ModelFolder,
-    words: ModelFolder | None,
+    model: LocatedModel,
     *,
     device: str,
-    cache_dir: Path | None,
     torch: str | None = None,
     is_there: Callable[[Path], bool] = Path.exists,
 ) -> BackendChoice:
@@ -69,7 +67,7 @@ def choose_backend(
             return BackendChoice("onnx", "`backend: onnx` is configured")
         case "auto" if not is_installed():
             return BackendChoice("torch", f"ONNX Runtime, which is faster and smaller, is not installed: {EXTRA}")
-        case "auto" if cache_dir is None or not has_exports(model, words, cache_dir=cache_dir):
+        case "auto" if not has_exports(model):
             return BackendChoice("torch", "this model has not been exported to ONNX; `sortd models export` does it")
         case "auto" if _only_torch_can_use(device, torch, is_there):
             return BackendChoice("torch", "torch can use the device and this ONNX Runtime cannot")
@@ -118,35 +116,24 @@ def load_encoder(
     Raises:
         ModelError: the model is missing, not a CLIP, needs unsupported preprocessing, or fails the test.
     """
-    folder = models.locate_clip(model, cache_dir=cache_dir)
-    words = None if text_model is None else models.locate_text(text_model, cache_dir=cache_dir)
+    located = locate_pair(model, text_model, cache_dir)
     kind, _, precision = backend.partition("-")
-    chosen = choose_backend(kind, folder, words, device=device, cache_dir=cache_dir)
-    if chosen.name == "onnx" and cache_dir is not None:
-        exported = find_exports(folder, words, cache_dir=cache_dir)
-        if exported is not None:
-            number = Precision(precision or "fp32")
-            onnx = OnnxEncoder(exported, number, device=device, cache_dir=cache_dir, threads=threads, decoding=decoding)
-            # The text tower was tested at the export and is verified by content; opening it takes half of a start.
-            probe(onnx, texts=())
-            return onnx
+    chosen = choose_backend(kind, located, device=device)
+    exported = find_exports(located) if chosen.name == "onnx" else None
+    if exported is not None:
+        number = Precision(precision or "fp32")
+        onnx = OnnxEncoder(exported, number, device=device, threads=threads, decoding=decoding)
+        # The text tower was tested at the export and is verified by content; opening it takes half of a start.
+        probe(onnx, texts=())
+        return onnx
     if kind == "onnx":
-        raise ModelError(f"there is no valid export of {folder.name!r} to ONNX; {_REMEDY}")
-    from sortd.encoder.torch_encoder import TorchEncoder
-
-    encoder = TorchEncoder(folder, words, device=device, cache_dir=cache_dir, threads=threads, decoding=decoding)
+        raise ModelError(f"there is no valid export of {located.clip.name!r} to ONNX; {_REMEDY}")
+    encoder = TorchEncoder(located, device=device, threads=threads, decoding=decoding)
     probe(encoder)
     return encoder
 
 
 # ------------------------------------------------------------ the configured model
-
-
-def locate_models(config: Config) -> tuple[ModelFolder, ModelFolder | None]:
-    """Return the configured model and the separate text model, if any; raises ModelError."""
-    model = models.locate_clip(config.model, cache_dir=config.cache_dir)
-    words = None if config.text_model is None else models.locate_text(config.text_model, cache_dir=config.cache_dir)
-    return model, words
 
 
 def load_with_backend(config: Config, backend: str) -> Encoder:
@@ -172,13 +159,13 @@ def load_fastest(config: Config, *, report: Callable[[str], None]) -> Encoder:
     Raises:
         ModelError: the model cannot be loaded.
     """
-    model, words = locate_models(config)
-    chosen = choose_backend(config.backend, model, words, device=config.device, cache_dir=config.cache_dir)
+    model = locate_configured(config)
+    chosen = choose_backend(config.backend, model, device=config.device)
     if chosen.name == "torch":
         report(f"torch; {chosen.why}" if config.backend == "auto" and is_installed() else "torch")
         return load_with_backend(config, "torch")
     try:
-        exported = find_exports(model, words, cache_dir=config.cache_dir)
+        exported = find_exports(model)
         if exported is not None:
             return _load_exported(config, exported, report)
         problem = f"the export to ONNX is missing, damaged or outdated; {_REMEDY}"

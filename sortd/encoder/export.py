@@ -21,11 +21,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from filelock import FileLock
 
-from sortd.arrays import Pixels
 from sortd.encoder.base import Rows, normalise_rows
-from sortd.encoder.models import ModelFolder, checksums, first_line
+from sortd.encoder.models import LocatedModel, checksums, first_line
 from sortd.encoder.onnx_encoder import (
     EXTRA,
     MANIFEST,
@@ -64,10 +63,8 @@ Progress = Callable[[str], None]
 
 
 def make_exports(
-    model: ModelFolder,
-    words: ModelFolder | None,
+    model: LocatedModel,
     *,
-    cache_dir: Path,
     min_gain: float = _MIN_GAIN,
     on_progress: Progress = lambda _: None,
     write: Callable[[Path], None] | None = None,
@@ -80,29 +77,26 @@ def make_exports(
     Raises:
         ModelError: the extra is not installed, the export is not faithful, or there is no disk space.
     """
-    from filelock import FileLock
-
-    export_identity(model, words, cache_dir=cache_dir)  # raises where ONNX Runtime is missing
-    folder = export_folder(model, words, cache_dir=cache_dir)
+    export_identity(model)  # raises where ONNX Runtime is missing
+    name, folder = model.clip.name, export_folder(model)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         on_progress("waiting for another export of the same model")
         with FileLock(f"{folder}.lock"):
-            made = find_exports(model, words, cache_dir=cache_dir)
+            made = find_exports(model)
             if made is None:
                 if find_spec("onnx") is None:
                     raise ModelError(f"the export to ONNX needs the package onnx, which is not installed: {EXTRA}")
-                check_disk_space(model, words, folder.parent)
-                default = partial(write_export, model, words, cache_dir, min_gain, on_progress)
-                _replace(folder, model.name, write or default)
-                made = find_exports(model, words, cache_dir=cache_dir)
+                check_disk_space(model, folder.parent)
+                _replace(folder, name, write or partial(write_export, model, min_gain, on_progress))
+                made = find_exports(model)
     except OSError as error:
         raise ModelError(
-            f"cannot export {model.name!r} to {folder}: {error.strerror or error}; make that folder writable, or set "
+            f"cannot export {name!r} to {folder}: {error.strerror or error}; make that folder writable, or set "
             f"`cache_dir`"
         ) from error
     if made is None:
-        raise ModelError(f"the export of {model.name!r} in {folder} changed right after it was made; check that disk")
+        raise ModelError(f"the export of {name!r} in {folder} changed right after it was made; check that disk")
     return made
 
 
@@ -148,29 +142,25 @@ def describe_failure(error: Exception, into: Path, *, usage: Callable[[Path], An
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def check_disk_space(
-    model: ModelFolder, words: ModelFolder | None, place: Path, *, usage: Callable[[Path], Any] = shutil.disk_usage
-) -> None:
+def check_disk_space(model: LocatedModel, place: Path, *, usage: Callable[[Path], Any] = shutil.disk_usage) -> None:
     """Raise ModelError if an export may not fit on its disk."""
-    needed = _DISK_FACTOR * (model.size_bytes + (words.size_bytes if words is not None else 0))
+    needed = _DISK_FACTOR * model.size_bytes
     free = usage(place).free
     if free < needed:
         raise ModelError(
-            f"cannot export {model.name!r} to ONNX: it takes up to {needed / 1e6:.0f} MB in {place}, where "
+            f"cannot export {model.clip.name!r} to ONNX: it takes up to {needed / 1e6:.0f} MB in {place}, where "
             f"{free / 1e6:.0f} MB are free; make room there, or set `cache_dir` to another disk"
         )
 
 
-def write_export(
-    model: ModelFolder, words: ModelFolder | None, cache_dir: Path, min_gain: float, on_progress: Progress, into: Path
-) -> None:
+def write_export(model: LocatedModel, min_gain: float, on_progress: Progress, into: Path) -> None:
     """Write the files of an export into an empty folder.
 
     Raises:
         ModelError: the model does not load, or its export gives other rows.
     """
     on_progress("step 1 of 5, loading the model in torch")
-    encoder = TorchEncoder(model, words, device="cpu", cache_dir=None, threads=None, decoding="draft")
+    encoder = TorchEncoder(model, device="cpu")
     on_progress("step 2 of 5, writing its text tower")
     text = _export_text(encoder, into)
     on_progress("step 3 of 5, writing its image tower")
@@ -182,7 +172,7 @@ def write_export(
     gain = _quantize_towers(into, min_gain, encoder.preprocessing)
     files = sorted(path for path in into.iterdir() if path.name != MANIFEST)
     manifest = Manifest(
-        identity=export_identity(model, words, cache_dir=cache_dir),
+        identity=export_identity(model),
         dimensions=encoder.dimensions,
         preprocessing=encoder.preprocessing,
         text=text,
@@ -213,7 +203,7 @@ def _export_image(encoder: TorchEncoder, into: Path) -> None:
             rows: torch.Tensor = self.clip({"pixel_values": planes, "modality": "image"})["sentence_embedding"]
             return rows
 
-    pixels = torch.from_numpy(_trial_images(encoder.preprocessing, 2))
+    pixels = torch.from_numpy(photographic_noise(encoder.preprocessing, 2))
     _trace(ImageTower(), (pixels,), into / tower_file("image", Precision.FP32), {"pixels": {0: "images"}})
 
 
@@ -294,19 +284,11 @@ def _write_tokenizer(encoder: TorchEncoder, into: Path) -> None:
 # ---------------------------------------------------------------- comparison with torch
 
 
-def _trial_images(preprocessing: Preprocessing, count: int) -> Pixels:
-    """Return noise on ramps, uint8 (count, H, W, 3)."""
-    random = np.random.default_rng(0)
-    height, width = preprocessing.crop_height, preprocessing.crop_width
-    ramp = np.linspace(0, 200, width)[None, None, :, None] * random.random((count, 1, 1, 3))
-    return (ramp + random.integers(0, 56, (count, height, width, 3))).astype(np.uint8)
-
-
 def _compare_images(encoder: TorchEncoder, into: Path) -> None:
     """Raise ModelError if the exported image tower gives other rows than torch."""
     tower = open_tower(into / tower_file("image", Precision.FP32))
     for count in (1, 5):
-        pixels = _trial_images(encoder.preprocessing, count)
+        pixels = photographic_noise(encoder.preprocessing, count)
         (rows,) = tower.run(None, {"pixels": pixels})
         _compare(encoder.encode_images(pixels), normalise_rows(rows, "image.onnx"), f"{count} images")
 
@@ -333,7 +315,7 @@ def _compare(expected: Rows, rows: Rows, what: str) -> None:
 def _quantize_towers(into: Path, min_gain: float, preprocessing: Preprocessing) -> float:
     """Write both towers in int8 if the image tower gains enough speed; return its gain."""
     exact, fast = (into / tower_file("image", precision) for precision in Precision)
-    inputs = {"pixels": _trial_images(preprocessing, 1)}
+    inputs = {"pixels": photographic_noise(preprocessing, 1)}
     seconds = _run_seconds(exact, inputs)
     gain = 0.0
     for candidate in _int8_candidates(exact, preprocessing):

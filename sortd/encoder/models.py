@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from sortd.config import Config
 from sortd.errors import ModelError
 from sortd.files import read_regular, sha256_of, write_atomic
 
@@ -44,8 +45,29 @@ class ModelFolder:
     name: str  # "packaged", a model's name, or the folder as configured
     folder: Path
     kind: str  # the model type of transformers: "clip", "siglip", "vision-text-dual-encoder", ...
+    use: Use
     files: tuple[Path, ...]  # all on which its embeddings depend, sorted
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedModel:
+    """A CLIP on this disk, with the separate text model, if any."""
+
+    clip: ModelFolder
+    words: ModelFolder | None = None
+    cache_dir: Path | None = None
+    """The cache of the exports and of the hashes of weights; None: neither is kept."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of both folders."""
+        return self.clip.size_bytes + (0 if self.words is None else self.words.size_bytes)
+
+    def content_digests(self) -> list[str]:
+        """Return the ``digest`` of the CLIP and of the text model, if any."""
+        parts = [self.clip] if self.words is None else [self.clip, self.words]
+        return [digest(part, cache_dir=self.cache_dir) for part in parts]
 
 
 # ------------------------------------------------------------ finding
@@ -75,6 +97,18 @@ def locate_clip(
         return verify_clip("packaged", packaged) if stronger is None else verify_clip(STRONGER, stronger)
     folder = packaged if model == "packaged" else _folder_of("model", model, cache_dir, environment)
     return verify_clip(model, folder)
+
+
+def locate_pair(model: str, text_model: str | None, cache_dir: Path | None) -> LocatedModel:
+    """Find a CLIP and the separate text model, if one is named; see ``locate_clip`` and ``locate_text``."""
+    clip = locate_clip(model, cache_dir=cache_dir)
+    words = None if text_model is None else locate_text(text_model, cache_dir=cache_dir)
+    return LocatedModel(clip, words, cache_dir)
+
+
+def locate_configured(config: Config) -> LocatedModel:
+    """Return the configured model and the separate text model, if any; raises ModelError."""
+    return locate_pair(config.model, config.text_model, config.cache_dir)
 
 
 def locate_text(
@@ -154,24 +188,16 @@ def _snapshot(folder: Path) -> Path | None:
 
 def verify_clip(name: str, folder: Path) -> ModelFolder:
     """Return a folder that holds a CLIP (an image and a text tower into one space); raise ModelError for others."""
-    model, use = verify_folder(name, folder), model_use(name, folder)
-    if use is not Use.CLIP:
+    model = verify_folder(name, folder)
+    if model.use is not Use.CLIP:
         config = _read_object(_module_folders(name, folder)[0] / "config.json", name)
-        lacks = "has no text tower" if use is Use.IMAGES else "has no image tower"
+        lacks = "has no text tower" if model.use is Use.IMAGES else "has no image tower"
         kind, *_ = config.get("architectures") or ["model without an architecture"]
         raise ModelError(
             f"model {name!r} is not a CLIP: it is a {kind} ({config.get('model_type', 'of unknown type')}), which "
             f"{lacks}; set `model:` to a CLIP such as {STRONGER}, or to `packaged`"
         )
     return model
-
-
-def model_use(name: str, folder: Path) -> Use:
-    """Return what a complete model can be used for, by its configuration; raise ModelError if that is unreadable."""
-    config = _read_object(_module_folders(name, folder)[0] / "config.json", name)
-    if {"vision_config", "text_config"} <= config.keys():
-        return Use.CLIP
-    return Use.IMAGES if {"image_size", "num_channels", "patch_size"} & config.keys() else Use.WORDS
 
 
 def verify_folder(name: str, folder: Path) -> ModelFolder:
@@ -205,7 +231,10 @@ def verify_folder(name: str, folder: Path) -> ModelFolder:
         if not os.access(path, os.R_OK, effective_ids=True):
             raise _access_error(name, path, "read")
     size = sum(path.stat().st_size for path in files)
-    return ModelFolder(name, folder, str(config.get("model_type", "unknown")), files, size)
+    use = Use.IMAGES if {"image_size", "num_channels", "patch_size"} & config.keys() else Use.WORDS
+    if {"vision_config", "text_config"} <= config.keys():
+        use = Use.CLIP
+    return ModelFolder(name, folder, str(config.get("model_type", "unknown")), use, files, size)
 
 
 def _check_access(name: str, folder: Path) -> None:
@@ -308,11 +337,6 @@ def digest(model: ModelFolder, *, cache_dir: Path | None = None) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def content_digests(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path | None) -> list[str]:
-    """Return the digests of a model and of the separate text model, if any."""
-    return [digest(part, cache_dir=cache_dir) for part in (model, words) if part is not None]
-
-
 def repr_digest(value: object) -> str:
     """Return the hexadecimal sha256 of the ``repr`` of a value."""
     return hashlib.sha256(repr(value).encode()).hexdigest()
@@ -343,8 +367,8 @@ def checksums(files: Iterable[Path], *, cache_dir: Path | None = None) -> dict[P
 # ------------------------------------------------------------ fetching
 
 
-def fetch(name: str, *, cache_dir: Path | None = None) -> Path:
-    """Download a model from the hub into sortd's cache (None: the hub client's) and return its folder.
+def fetch(name: str, *, cache_dir: Path | None = None) -> ModelFolder:
+    """Download a model from the hub into sortd's cache (None: the hub client's).
 
     Raises:
         ModelError: no such model, no network, no disk space, or no weights in a format that sortd loads.
@@ -376,7 +400,7 @@ def fetch(name: str, *, cache_dir: Path | None = None) -> Path:
         ) from error
     for path in pickles:
         _convert(name, folder / path)
-    return verify_folder(name, folder).folder
+    return verify_folder(name, folder)
 
 
 def _is_only_format(path: str, offered: Sequence[str]) -> bool:

@@ -29,7 +29,7 @@ from pydantic import TypeAdapter
 
 from sortd.arrays import Pixels
 from sortd.encoder.base import Rows, check_pixels, normalise_rows, valid_utf8
-from sortd.encoder.models import ModelFolder, checksums, content_digests, first_line, repr_digest
+from sortd.encoder.models import LocatedModel, checksums, first_line, repr_digest
 from sortd.encoder.quantize import weight_range
 from sortd.errors import ModelError
 from sortd.events import Preprocessing
@@ -91,8 +91,7 @@ class Exports:
     """The verified exports of one model."""
 
     folder: Path
-    model: ModelFolder
-    words: ModelFolder | None
+    model: LocatedModel
     manifest: Manifest
 
     def tower(self, name: str, precision: Precision) -> Path:
@@ -128,28 +127,26 @@ def available_providers() -> list[str]:
     return list(onnxruntime.get_available_providers())
 
 
-def export_identity(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path | None) -> str:
+def export_identity(model: LocatedModel) -> str:
     """Return a hash of everything an export depends on; raise ModelError if ONNX Runtime is not installed."""
     available_providers()
     import onnxruntime
 
-    content = content_digests(model, words, cache_dir=cache_dir)
-    return repr_digest((content, FORMAT, OPSET, str(onnxruntime.__version__)))
+    return repr_digest((model.content_digests(), FORMAT, OPSET, str(onnxruntime.__version__)))
 
 
-def export_folder(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path) -> Path:
-    """Return the folder for a model's exports, whether it exists or not."""
-    return cache_dir / "onnx" / repr_digest(content_digests(model, words, cache_dir=cache_dir))[:16]
+def export_folder(model: LocatedModel) -> Path:
+    """Return the folder for the exports of a model with a cache, whether it exists or not."""
+    assert model.cache_dir is not None, "exports are stored in the cache"
+    return model.cache_dir / "onnx" / repr_digest(model.content_digests())[:16]
 
 
-def has_exports(model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path) -> bool:
+def has_exports(model: LocatedModel) -> bool:
     """Tell whether a model was exported before, valid or not; without any export no weights are hashed."""
-    return (cache_dir / "onnx").is_dir() and export_folder(model, words, cache_dir=cache_dir).is_dir()
+    return model.cache_dir is not None and (model.cache_dir / "onnx").is_dir() and export_folder(model).is_dir()
 
 
-def find_exports(
-    model: ModelFolder, words: ModelFolder | None, *, cache_dir: Path, largest: int | None = None
-) -> Exports | None:
+def find_exports(model: LocatedModel, *, largest: int | None = None) -> Exports | None:
     """Return the exports of a model; None if there are none, or they are damaged or outdated.
 
     Exports made on another machine are valid if this processor multiplies their weights without overflow: ``largest``
@@ -158,17 +155,17 @@ def find_exports(
     Raises:
         ModelError: ONNX Runtime is not installed.
     """
-    if not has_exports(model, words, cache_dir=cache_dir):
+    if not has_exports(model):
         return None
-    folder = export_folder(model, words, cache_dir=cache_dir)
+    folder = export_folder(model)
     try:
         manifest = MANIFESTS.validate_json(read_regular(folder / MANIFEST))
-        if manifest.identity != export_identity(model, words, cache_dir=cache_dir):
+        if manifest.identity != export_identity(model):
             return None
-        sums = checksums((folder / name for name in manifest.checksums), cache_dir=cache_dir)
+        sums = checksums((folder / name for name in manifest.checksums), cache_dir=model.cache_dir)
     except (OSError, ValueError):
         return None
-    found = Exports(folder, model, words, manifest)
+    found = Exports(folder, model, manifest)
     if Precision.INT8 in found.precisions and manifest.weight_range > (largest or weight_range()):
         return None
     return found if {path.name: checksum for path, checksum in sums.items()} == manifest.checksums else None
@@ -272,7 +269,6 @@ class OnnxEncoder:
         precision: Precision,
         *,
         device: str = "auto",
-        cache_dir: Path | None = None,
         threads: int | None = None,
         decoding: str = "draft",
     ) -> None:
@@ -284,8 +280,8 @@ class OnnxEncoder:
         manifest = exports.manifest
         if precision not in exports.precisions:
             raise ModelError(
-                f"model {exports.model.name!r} has no int8 export, since int8 was only {manifest.gain:.2f} times as "
-                f"fast as float32 on this machine; use float32"
+                f"model {exports.model.clip.name!r} has no int8 export, since int8 was only "
+                f"{manifest.gain:.2f} times as fast as float32 on this machine; use float32"
             )
         self.precision = precision
         self._exports, self._device, self._threads = exports, device, threads
@@ -293,9 +289,9 @@ class OnnxEncoder:
         # Another quantisation of the same model may give other weights, so those files are part of the identity.
         files = [tower_file(tower, precision) for tower in ("image", "text") if precision is Precision.INT8]
         quantized = [manifest.checksums[file] for file in files]
-        content = content_digests(exports.model, exports.words, cache_dir=cache_dir)
+        content = exports.model.content_digests()
         identity = repr_digest((content, self.preprocessing, decoding, FORMAT, precision.value, quantized or 0))
-        self.encoder_id = f"{exports.model.kind}-{self.dimensions}-onnx-{precision}-{identity[:16]}"
+        self.encoder_id = f"{exports.model.clip.kind}-{self.dimensions}-onnx-{precision}-{identity[:16]}"
         self._images = self._open("image")
         self.runs_on = device_name(self._images.get_providers())
 

@@ -6,15 +6,13 @@ subtraction for a batch.
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sortd.arrays import Pixels
-from sortd.encoder.base import Rows, check_pixels, normalise_rows, valid_utf8
-from sortd.encoder.models import SAFETENSORS, ModelFolder, content_digests, first_line, repr_digest
-from sortd.encoder.preprocessing import normalisation, preprocessing_of
+from sortd.encoder.base import Rows, check_pixels, normalisation, normalise_rows, preprocessing_of, valid_utf8
+from sortd.encoder.models import SAFETENSORS, LocatedModel, ModelFolder, first_line, repr_digest
 from sortd.errors import ModelError
 
 if TYPE_CHECKING:
@@ -25,7 +23,8 @@ PASSIVE_WAIT = ("OMP_WAIT_POLICY", "PASSIVE")
 decoders, a batch of 16 took 0.6 of the time without spinning, a single image 0.3 (OpenMP 5.2, 21.7)."""
 
 _NO_LIMIT = 10**9  # tokens; transformers uses 1e30 if a tokenizer has no limit
-_LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+"""Errors of torch and transformers for a damaged or inconsistent folder."""
 
 
 # sentence-transformers and transformers publish no types, hence Any in this module.
@@ -40,15 +39,14 @@ class TorchEncoder:
 
     def __init__(
         self,
-        folder: ModelFolder,
-        words: ModelFolder | None,
+        model: LocatedModel,
         *,
-        device: str,
-        cache_dir: Path | None,
-        threads: int | None,
-        decoding: str,
+        device: str = "auto",
+        threads: int | None = None,
+        decoding: str = "draft",
     ) -> None:
         """Load; see ``backends.load_encoder``."""
+        folder, words = model.clip, model.words
         os.environ.setdefault(*PASSIVE_WAIT)
         import torch
 
@@ -73,8 +71,7 @@ class TorchEncoder:
                 f"{folder.name!r} has {self.dimensions}: they do not share a space; choose the pair that was "
                 f"trained together, or leave `text_model` out"
             )
-        content = content_digests(folder, words, cache_dir=cache_dir)
-        identity = repr_digest((content, self.preprocessing, decoding))
+        identity = repr_digest((model.content_digests(), self.preprocessing, decoding))
         self.encoder_id = f"{folder.kind}-{self.dimensions}-torch-{identity[:16]}"
 
     def encode_images(self, pixels: Pixels) -> Rows:
@@ -132,7 +129,7 @@ def _load(model: ModelFolder, device: "torch.device") -> Any:  # noqa: ANN401
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True, "dtype": torch.float32},
         )
-    except (*_LOADING_ERRORS, SafetensorError) as error:
+    except (*LOADING_ERRORS, SafetensorError) as error:
         raise ModelError(
             f"model {model.name!r} in {model.folder} does not load: {first_line(error)}; fetch or copy it again, or "
             f"set `model: packaged`"

@@ -25,11 +25,11 @@ from sortd.encoder.finetuned import (
     PROCESSOR_FILE,
     WEIGHTS_FILE,
     FinetunedFacts,
+    Network,
     calibrated,
     facts_json,
     read_facts,
 )
-from sortd.encoder.finetuned_network import Network
 from sortd.errors import DestinationError, ModelError
 from sortd.files import sync_folder_at
 from sortd.finetune.data import Photos, Plan, Predictions, Split, disk_errors_translated

@@ -16,8 +16,7 @@ from filelock import FileLock, Timeout
 from sortd.config import Config
 from sortd.daemon.references import class_labels
 from sortd.daemon.resources import LoadEncoder, Resources
-from sortd.encoder.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts
-from sortd.encoder.finetuned_network import Network, load_weights
+from sortd.encoder.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts, Network, load_weights
 from sortd.encoder.torch_encoder import torch_device
 from sortd.errors import AlreadyRunningError, DataError
 from sortd.events import Preprocessing
@@ -234,7 +233,7 @@ def enlarged(seen: Preprocessing) -> Preprocessing:
 def _decode(files: Sequence[data.ImageFile], size: Preprocessing, config: Config, target: Path) -> None:
     """Decode images into one file of pixels in the given order."""
     said = config.decoding
-    limits = DecodeLimits(max_pixels=said.max_pixels, max_side=said.max_side_pixels, max_bytes=said.max_bytes)
+    limits = DecodeLimits.of(said)
     workers = said.workers or max(1, min(8, os.cpu_count() or 1))
     places = {file: index for index, file in enumerate(files)}
     each = size.crop_height * size.crop_width * 3

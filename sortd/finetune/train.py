@@ -16,7 +16,7 @@ import numpy as np
 
 from sortd.arrays import FloatArray, IntArray
 from sortd.classify.calibration import log_softmax
-from sortd.encoder.finetuned_network import Network, head_of
+from sortd.encoder.finetuned import Network, head_of
 from sortd.errors import ConfigError, DestinationError
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import CLASSIFIER_RATE, Observer, Recipe, TrainingProgress, TrainingStoppedError

@@ -20,16 +20,15 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageChops, ImageFile
 
 from sortd.arrays import Pixels
 from sortd.errors import CrowdedError, ImageError, NotAnImageError, TooLargeError, UnreadableError
 from sortd.events import Fit, Preprocessing
-from sortd.images.formats import FORMATS, HEAD_BYTES, SUPPORTED, Format, format_of, open_file
-from sortd.images.structure import is_truncated, strip_png
+from sortd.images.formats import FORMATS, HEAD_BYTES, SUPPORTED, Format, format_of, is_truncated, strip_png
 
 if TYPE_CHECKING:
-    from PIL import Image
-    from PIL.ImageFile import ImageFile
+    from sortd.config import Decoding  # pydantic, which the decoding process does not need
 
 Jpeg = Literal["draft", "full"]
 
@@ -45,7 +44,17 @@ _THUMBNAIL_PIXELS = 160
 _THUMBNAIL_QUALITY = 80
 _STRIP_ROWS = 128
 _ORIENTATION = 0x0112
-_TRANSPOSED = frozenset({2, 4, 5, 6})  # values of Image.Transpose that exchange width and height
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""The operation that makes an image upright, by the orientation in its EXIF."""
+_EXCHANGES_SIDES = frozenset(turn for orientation, turn in _TURNS.items() if orientation >= 5)  # noqa: PLR2004 -- EXIF
 _UNSUPPORTED = re.compile(
     "unsupported|not (yet )?supported|unknown (?!data)|cannot handle|not implemented|no (codec|decod)|plugin|samples",
     re.IGNORECASE,
@@ -60,6 +69,11 @@ class DecodeLimits:
     """Pixels to decode; for JPEG, those at the scale of decoding."""
     max_side: int = 40_000
     max_bytes: int = 500_000_000
+
+    @staticmethod
+    def of(decoding: "Decoding") -> "DecodeLimits":
+        """Return the configured limits."""
+        return DecodeLimits(decoding.max_pixels, decoding.max_side_pixels, decoding.max_bytes)
 
     def memory_bytes(self, image_format: Format | None) -> int:
         """Return the memory, above that of an idle process, for decoding ``max_pixels`` pixels of a format (or any)."""
@@ -131,12 +145,10 @@ def load_decoders() -> list[str]:
 
 def thumbnail(path: str, *, side_pixels: int = _THUMBNAIL_PIXELS) -> str | None:
     """Return an image, upright, as a ``data:`` URL of a JPEG with that longer side; None if it is unreadable."""
-    from PIL import Image
-
     limits = DecodeLimits()
     try:
         with _open_path(path) as file, _open_image(file, limits, "full") as opened:
-            is_transposed, size = _transpose_of(opened.image) in _TRANSPOSED, opened.image.size
+            is_transposed, size = _transpose_of(opened.image) in _EXCHANGES_SIDES, opened.image.size
         scale = side_pixels / max(size)
         width, height = (max(1, round(side * scale)) for side in (reversed(size) if is_transposed else size))
         pixels = decode_file(path, Preprocessing(side_pixels, height, width, fit=Fit.STRETCH), limits)
@@ -148,6 +160,11 @@ def thumbnail(path: str, *, side_pixels: int = _THUMBNAIL_PIXELS) -> str | None:
 
 
 # ------------------------------------------------------------ opening
+
+
+def open_file(path: str) -> int:
+    """Open a file for reading and return its descriptor; links are not followed, and a pipe does not block."""
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 @contextmanager
@@ -171,7 +188,7 @@ def _open_path(path: str) -> Iterator[BinaryIO]:
 class _Opened:
     """An image whose header was read."""
 
-    image: "ImageFile"
+    image: ImageFile.ImageFile
     format: Format
     file_bytes: int
 
@@ -201,7 +218,7 @@ def _open_image(file: BinaryIO | int, limits: DecodeLimits, jpeg: Jpeg) -> Itera
             yield _Opened(image, image_format, size)
 
 
-def _opener_of(image_format: Format) -> Callable[[BinaryIO, str], "ImageFile"]:
+def _opener_of(image_format: Format) -> Callable[[BinaryIO, str], ImageFile.ImageFile]:
     """Return Pillow's function that opens a format, set to one thread: each thread takes gigabytes of address space.
 
     Raises:
@@ -212,8 +229,6 @@ def _opener_of(image_format: Format) -> Callable[[BinaryIO, str], "ImageFile"]:
         plugin = importlib.import_module(image_format.plugin)
     except ImportError as error:
         raise NotAnImageError(missing) from error
-    from PIL import Image
-
     if image_format.name == "HEIF":
         plugin.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
     elif image_format.name == "AVIF":
@@ -227,8 +242,6 @@ def _opener_of(image_format: Format) -> Callable[[BinaryIO, str], "ImageFile"]:
 @contextmanager
 def _pillow_limits(max_pixels: int) -> Iterator[None]:
     """Make Pillow refuse images of more pixels and truncated ones; restore its settings afterwards."""
-    from PIL import Image, ImageFile
-
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
     try:
@@ -243,8 +256,6 @@ def _pillow_limits(max_pixels: int) -> Iterator[None]:
 @contextmanager
 def _translate_errors(image_format: Format, limits: DecodeLimits) -> Iterator[None]:
     """Raise whatever a decoder raises as an ``ImageError``."""
-    from PIL import Image
-
     title = image_format.title
     try:
         yield
@@ -296,10 +307,8 @@ def _check_size(opened: _Opened, limits: DecodeLimits, preprocessing: Preprocess
     return min(max(held_bytes, opened.file_bytes) // _PIXEL_BYTES, limits.max_pixels)
 
 
-def _load(image: "ImageFile") -> "Image.Image":
+def _load(image: ImageFile.ImageFile) -> Image.Image:
     """Load frame 0; a WebP without libwebp's canvases, which take twice the memory of the image."""
-    from PIL import Image
-
     decoder = getattr(image, "_decoder", None)
     if image.format != "WEBP" or decoder is None:
         image.load()
@@ -314,21 +323,10 @@ def _load(image: "ImageFile") -> "Image.Image":
     return Image.frombytes("RGB", image.size, frame[0], "raw", "RGBX")
 
 
-def _transpose_of(image: "ImageFile") -> "Image.Transpose | None":
+def _transpose_of(image: ImageFile.ImageFile) -> Image.Transpose | None:
     """Return the operation that makes an image upright; None where it is upright or its EXIF is broken."""
-    from PIL import Image
-
-    turns = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
     try:
-        return turns.get(image.getexif().get(_ORIENTATION, 1))
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # noqa: BLE001 -- broken EXIF raises anything, and the picture does not depend on it
         return None
 
@@ -343,7 +341,7 @@ def _min_side(preprocessing: Preprocessing) -> int:
     return _OVERSAMPLING * preprocessing.shortest_edge
 
 
-def _to_opaque(image: "Image.Image", turn: "Image.Transpose | None", preprocessing: Preprocessing) -> "Image.Image":
+def _to_opaque(image: Image.Image, turn: Image.Transpose | None, preprocessing: Preprocessing) -> Image.Image:
     """Return a loaded image blended onto white and upright, of mode ``L`` or ``RGB``; large ones are reduced."""
     if _is_plain(image) and turn is None:
         return image
@@ -355,10 +353,8 @@ def _to_opaque(image: "Image.Image", turn: "Image.Transpose | None", preprocessi
     return small if turn is None else small.transpose(turn)
 
 
-def _reduce_by_strips(image: "Image.Image", factor: int) -> "Image.Image":
+def _reduce_by_strips(image: Image.Image, factor: int) -> Image.Image:
     """Blend an image onto white and reduce it by a whole factor, with only the result held beside it."""
-    from PIL import Image
-
     rows = max(1, _STRIP_ROWS // factor) * factor
     small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
     for top in range(0, image.height, rows):
@@ -367,14 +363,12 @@ def _reduce_by_strips(image: "Image.Image", factor: int) -> "Image.Image":
     return small
 
 
-def _is_plain(image: "Image.Image") -> bool:
+def _is_plain(image: Image.Image) -> bool:
     return image.mode in {"L", "RGB"} and not image.has_transparency_data
 
 
-def _over_white(image: "Image.Image") -> "Image.Image":
+def _over_white(image: Image.Image) -> Image.Image:
     """Return an image of mode ``L`` or ``RGB``; transparent pixels become white."""
-    from PIL import Image, ImageChops
-
     if _is_plain(image):
         return image
     if image.has_transparency_data:
@@ -384,14 +378,12 @@ def _over_white(image: "Image.Image") -> "Image.Image":
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _to_eight_bits(image: "Image.Image") -> "Image.Image":
+def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Scale grey of 16 or 32 bits, or of floats, to ``L``; Pillow's own conversion clips at 255.
 
     16 bits are scaled by their full range. Wider values within 0 to 65,535 (floats: 0 to 1) are scaled by that range,
     others by their minimum and maximum.
     """
-    from PIL import Image
-
     if not image.mode.startswith(("I", "F")):
         return image
     # Pillow crops only the native 16-bit mode; the values of the others take little memory.
@@ -419,14 +411,12 @@ def _to_eight_bits(image: "Image.Image") -> "Image.Image":
     return Image.fromarray(grey)
 
 
-def _resize(image: "Image.Image", preprocessing: Preprocessing) -> "Image.Image":
+def _resize(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """Resize and crop an image as the Pillow image processors of transformers do.
 
     The longer side is truncated and the corner of the crop floored as in ``get_resize_output_image_size`` and
     ``center_crop`` of transformers/image_transforms.py; a crop is padded with black, as there.
     """
-    from PIL import Image
-
     resample = Image.Resampling(preprocessing.resample)
     crop_width, crop_height = preprocessing.crop_width, preprocessing.crop_height
     if preprocessing.fit is Fit.STRETCH:

@@ -1,13 +1,13 @@
 """The decoding process: a sandbox with few rights, in which alone untrusted image files are decoded.
 
-``pool.py`` starts it as ``python -P -m sortd.images.decoder_process``. It receives descriptors of files over a socket,
+``start_process`` runs this module as a program. The process receives descriptors of files over a socket,
 writes pixels to memory that it shares with the daemon, and answers each file with a packet of fixed size. It can write
 no file and open few, and its memory and time are limited; a decoder that crashes ends only this process.
 """
 
 import contextlib
 import ctypes
-import hashlib
+import fcntl
 import json
 import mmap
 import os
@@ -15,14 +15,17 @@ import resource
 import signal
 import socket
 import struct
+import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from time import perf_counter
-from typing import Final
+from typing import Final, NamedTuple
 
 from sortd.arrays import Pixels
-from sortd.errors import CrowdedError, NotAnImageError, TooLargeError, UnreadableError
+from sortd.errors import CrowdedError, ImageError, NotAnImageError, TooLargeError, UnreadableError
 from sortd.events import Fit, Preprocessing, Refusal
+from sortd.files import sha256_of
 from sortd.images.decode import DecodeLimits, Jpeg, decode_image, load_decoders
 from sortd.images.formats import HEAD_BYTES, format_of
 
@@ -40,7 +43,15 @@ SLOTS = 32
 DEFAULT_BUDGET_PIXELS = 4_000_000
 """Memory budget of the first try. Most photos need less: JPEG is decoded at a smaller scale."""
 
-_CHUNK_BYTES = 1 << 20
+_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "4000000", "MALLOC_TRIM_THRESHOLD_": "4000000"}
+"""One heap, and free memory is returned: otherwise glibc keeps 64 MB a thread and as much freed memory, which counts
+against the limit of the process (mallopt(3))."""
+_KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PYTHONHASHSEED", "COVERAGE_PROCESS_START")
+_REFUSAL_OF: Mapping[type[ImageError], Refusal] = {
+    UnreadableError: Refusal.UNREADABLE,
+    TooLargeError: Refusal.TOO_LARGE,
+    NotAnImageError: Refusal.NOT_AN_IMAGE,
+}
 _OPEN_FILES = 64
 _PR_SET_NO_NEW_PRIVS = 38
 
@@ -83,38 +94,80 @@ class DecodeResult:
     needed_pixels: int = 0
 
 
-def decode_content(descriptor: int, settings: DecodeSettings, *, budget_pixels: int | None = None) -> DecodeResult:
-    """Decode and hash an open file, unless it needs more than the budget; None: no budget."""
+# ------------------------------------------------------------ in the daemon
+
+
+class ProcessEnds(NamedTuple):
+    """What the daemon holds of a decoding process."""
+
+    process: "subprocess.Popen[bytes]"
+    control: socket.socket
+    memory: mmap.mmap
+    stderr: int  # a descriptor; reading it does not block
+
+
+def start_process(settings: DecodeSettings) -> ProcessEnds:
+    """Start a decoding process; its first packet reports that it is ready."""
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    memory = os.memfd_create("sortd-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    stderr, their_stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        result = _decode(descriptor, settings, budget_pixels)
-        return result if result.needed_pixels else replace(result, content=_hash_content(descriptor))
+        os.ftruncate(memory, SLOTS * settings.pixel_bytes)
+        # Without the seals the process could shrink the memory; reading it here would then kill the daemon.
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        pixels = mmap.mmap(memory, 0, prot=mmap.PROT_READ)
+        process = subprocess.Popen(  # noqa: S603 -- this Python, with arguments of sortd
+            _command(settings, theirs.fileno(), memory),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=their_stderr,
+            pass_fds=(theirs.fileno(), memory),
+            env=_environment(),
+            cwd="/",
+            start_new_session=True,
+        )
+        return ProcessEnds(process, control, pixels, stderr)
+    except BaseException:
+        control.close()
+        os.close(stderr)
+        raise
+    finally:
+        theirs.close()
+        os.close(memory)
+        os.close(their_stderr)
+
+
+def _command(settings: DecodeSettings, control: int, memory: int) -> list[str]:
+    # -P: modules in the working directory are not imported.
+    module = ("-P", "-m", "sortd.images.decoder_process")
+    return [sys.executable, *module, settings.to_argument(), str(control), str(memory)]
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of the processes: the module path, one thread, and no secrets."""
+    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return {**kept, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", **_MALLOC}
+
+
+# ------------------------------------------------------------ in the process
+
+
+def _decode_content(descriptor: int, budget_pixels: int, settings: DecodeSettings) -> DecodeResult:
+    """Decode and hash an open file, unless it needs more than the budget."""
+    preprocessing, limits, jpeg = settings.preprocessing, settings.limits, settings.jpeg
+    pixels, refusal, message = None, None, ""
+    try:
+        try:
+            pixels = decode_image(descriptor, preprocessing, limits, jpeg=jpeg, budget_pixels=budget_pixels)
+        except CrowdedError as error:
+            return DecodeResult("", needed_pixels=error.pixels)
+        except ImageError as error:
+            refusal, message = _REFUSAL_OF[type(error)], str(error)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return DecodeResult(sha256_of(descriptor), pixels, refusal, message)
     except OSError as error:
         return DecodeResult("", None, Refusal.DENIED, f"the disk cannot be read: {error.strerror}; check its health")
-
-
-def _decode(descriptor: int, settings: DecodeSettings, budget_pixels: int | None) -> DecodeResult:
-    try:
-        pixels = decode_image(
-            descriptor, settings.preprocessing, settings.limits, jpeg=settings.jpeg, budget_pixels=budget_pixels
-        )
-    except CrowdedError as error:
-        return DecodeResult("", needed_pixels=error.pixels)
-    except TooLargeError as error:
-        return DecodeResult("", None, Refusal.TOO_LARGE, str(error))
-    except NotAnImageError as error:
-        return DecodeResult("", None, Refusal.NOT_AN_IMAGE, str(error))
-    except UnreadableError as error:
-        return DecodeResult("", None, Refusal.UNREADABLE, str(error))
-    return DecodeResult("", pixels)
-
-
-def _hash_content(descriptor: int) -> str:
-    """Return the hexadecimal sha256 of an open file; its position, which the daemon shares, does not change."""
-    digest, offset = hashlib.sha256(), 0
-    while chunk := os.pread(descriptor, _CHUNK_BYTES, offset):
-        digest.update(chunk)
-        offset += len(chunk)
-    return digest.hexdigest()
 
 
 def run_decoder(argument: str, control_descriptor: int, memory_descriptor: int) -> None:
@@ -173,7 +226,7 @@ def _serve(slot: int, descriptor: int, budget_pixels: int, memory: mmap.mmap, se
     used = resource.getrusage(resource.RUSAGE_SELF)
     most = int(used.ru_utime + used.ru_stime + settings.timeout_seconds) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-    result = decode_content(descriptor, settings, budget_pixels=budget_pixels)
+    result = _decode_content(descriptor, budget_pixels, settings)
     signal.setitimer(signal.ITIMER_REAL, 0)
     if result.pixels is not None:
         memory[slot * settings.pixel_bytes : (slot + 1) * settings.pixel_bytes] = result.pixels.tobytes()

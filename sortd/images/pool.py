@@ -7,20 +7,18 @@ Memory is bounded for all processes together: a process returns a large image wi
 again when the budgets of all large images fit into ``max_pixels``.
 """
 
-import fcntl
+import errno
 import math
-import mmap
 import os
 import select
 import signal
 import socket
-import subprocess
-import sys
+import stat
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import Self
 
 import numpy as np
@@ -29,7 +27,7 @@ from sortd.arrays import Pixels
 from sortd.errors import StartupError
 from sortd.events import ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.files import stamp_of
-from sortd.images.decode import DecodeLimits, Jpeg
+from sortd.images.decode import DecodeLimits, Jpeg, open_file
 from sortd.images.decoder_process import (
     CROWDED,
     DECODED,
@@ -41,20 +39,17 @@ from sortd.images.decoder_process import (
     SLOTS,
     DecodeResult,
     DecodeSettings,
-    decode_content,
+    start_process,
 )
-from sortd.images.formats import open_version
+from sortd.images.formats import HEAD_BYTES, looks_like_image
 
+RESOURCE_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""This process or the machine is out of a resource; the file is not the cause."""
 _POISON_KEPT = 10_000  # versions of files that are remembered because they ended a process
 _MAX_FAILED_STARTS = 3  # consecutive processes that did not start; after that no other is started
 _STDERR_BYTES = 2_000  # of what decoders print to stderr, kept for the message if the process dies
 _START_SECONDS = 60.0  # a process that has not reported in this time is killed
 _GRACE_SECONDS = 5.0  # the process ends itself at the time limit; after this the pool kills it
-
-_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "4000000", "MALLOC_TRIM_THRESHOLD_": "4000000"}
-"""One heap, and free memory is returned: otherwise glibc keeps 64 MB a thread and as much freed memory, which counts
-against the limit of the process (mallopt(3))."""
-_KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PYTHONHASHSEED", "COVERAGE_PROCESS_START")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,32 +116,7 @@ class _Decoder:
         self._stderr = b""
         self._started = monotonic()
         self.is_ready = False
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        memory = os.memfd_create("sortd-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        self._stderr_end, stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            os.ftruncate(memory, SLOTS * settings.pixel_bytes)
-            # Without the seals the process could shrink the memory; reading it here would then kill the daemon.
-            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            self._memory = mmap.mmap(memory, 0, prot=mmap.PROT_READ)
-            self.process = subprocess.Popen(  # noqa: S603 -- this Python, with arguments of sortd
-                _command(settings, theirs.fileno(), memory),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                pass_fds=(theirs.fileno(), memory),
-                env=_environment(),
-                cwd="/",
-                start_new_session=True,
-            )
-        except BaseException:
-            self._control.close()
-            os.close(self._stderr_end)
-            raise
-        finally:
-            theirs.close()
-            os.close(memory)
-            os.close(stderr)
+        self.process, self._control, self._memory, self._stderr_end = start_process(settings)
 
     @property
     def descriptors(self) -> tuple[int, int]:
@@ -244,19 +214,6 @@ class _Decoder:
         return jobs, f"{reason}; it printed: {printed[-300:]}" if printed else reason
 
 
-def _command(settings: DecodeSettings, control: int, memory: int) -> list[str]:
-    # -P: modules in the working directory are not imported.
-    module = ("-P", "-m", "sortd.images.decoder_process")
-    return [sys.executable, *module, settings.to_argument(), str(control), str(memory)]
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment of the processes: the module path, one thread, and no secrets."""
-    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    return {**kept, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", **_MALLOC}
-
-
 class DecoderPool:
     """A pool of decoding processes; used by one thread at a time."""
 
@@ -273,7 +230,7 @@ class DecoderPool:
         """Start the processes without waiting for them.
 
         Args:
-            workers: number of processes; 0 decodes in the calling thread, without protection.
+            workers: number of processes, at least one.
             preprocessing: the size that the encoder takes.
             limits: larger images are refused.
             timeout_seconds: time limit for one image.
@@ -355,9 +312,6 @@ class DecoderPool:
         """Give images to the process with the fewest jobs until all are busy; raises as ``decode_all``."""
         if self._is_closed:
             raise ValueError("the decoder pool is closed")
-        if self.workers == 0:
-            self._decode_here(batch)
-            return
         self._start_missing()
         while (queue := self._next_queue()) is not None or batch.waiting:
             decoder = min(self._decoders, key=lambda decoder: len(decoder.jobs))
@@ -391,18 +345,12 @@ class DecoderPool:
             message = "decoding it ended the process before; it is tried again when the file changes"
             opened: int | ImageRefused = ImageRefused(path, stamp, Refusal.POISON, message)
         else:
-            opened = open_version(path, stamp, self._settings.limits.max_bytes)
+            opened = _open_version(path, stamp, self._settings.limits.max_bytes)
         if isinstance(opened, ImageRefused):
             batch.answers.append(opened)
             return None
         batch.unanswered += 1
         return _Job(path, stamp, opened, batch)
-
-    def _decode_here(self, batch: Batch) -> None:
-        while batch.waiting and not batch.answers:
-            if (job := self._open(*batch.waiting.popleft(), batch)) is not None:
-                began = perf_counter()
-                self._answer(job, decode_content(job.descriptor, self._settings), perf_counter() - began)
 
     def collect(self, timeout_seconds: float | None, *, wake_descriptor: int | None = None) -> None:
         """Read the replies of the processes and add the answers to their batches.
@@ -482,3 +430,61 @@ class DecoderPool:
         else:
             answer = DecodedImage(path, stamp, result.pixels, result.content, seconds)
         job.batch.answers.append(answer)
+
+
+# ------------------------------------------------------------ opening
+
+
+def _open_version(path: str, stamp: Stamp, max_bytes: int) -> int | ImageRefused:
+    """Open one version of a file that looks like an image; return its descriptor or the refusal.
+
+    Raises:
+        OSError: this process is out of descriptors or memory.
+    """
+    try:
+        descriptor = open_file(path)
+    except OSError as error:
+        return ImageRefused(path, stamp, *_refusal_of(error))
+    try:
+        refusal = _check_version(path, descriptor, stamp, max_bytes)
+    except OSError as error:
+        refusal = Refusal.DENIED, f"it cannot be read: {error.strerror}; check its disk"
+    except BaseException:
+        os.close(descriptor)
+        raise
+    if refusal is None:
+        return descriptor
+    os.close(descriptor)
+    return ImageRefused(path, stamp, *refusal)
+
+
+def _refusal_of(error: OSError) -> tuple[Refusal, str]:
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            return Refusal.VANISHED, "the file does not exist any more"
+        case errno.ELOOP:
+            return Refusal.NOT_AN_IMAGE, "it is a symbolic link, which sortd does not follow"
+        case errno.ENXIO | errno.ENODEV:
+            return Refusal.NOT_AN_IMAGE, "it is a socket or a device"
+        case errno.EACCES | errno.EPERM:
+            return Refusal.DENIED, "sortd has no permission to read it; grant it, for example by chmod g+r"
+        case number if number in RESOURCE_ERRORS:
+            raise error
+        case _:
+            return Refusal.DENIED, f"it cannot be opened: {error.strerror}; check its disk"
+
+
+def _check_version(path: str, descriptor: int, stamp: Stamp, max_bytes: int) -> tuple[Refusal, str] | None:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        return Refusal.NOT_AN_IMAGE, "it is not a regular file"
+    if not stamp_of(status).agrees_with(stamp):
+        return Refusal.CHANGED, "the file has changed"
+    head = os.pread(descriptor, HEAD_BYTES, 0)
+    if not looks_like_image(path, head):
+        return Refusal.NOT_AN_IMAGE, "neither its name nor its content is that of an image"
+    if not head:
+        return Refusal.EMPTY, "it is empty"
+    if status.st_size > max_bytes:
+        return Refusal.TOO_LARGE, f"{status.st_size:,} bytes are over the limit of {max_bytes:,}"
+    return None

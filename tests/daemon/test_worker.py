@@ -238,7 +238,7 @@ def test_names_of_many_classes_are_encoded_some_at_a_time(tmp_path: Path) -> Non
             batches.append(len(texts))
             return FakeEncoder.encode_texts(self, texts)
 
-    with DecoderPool(0, SEEN, DecodeLimits()) as pool, Cache(tmp_path / "cache.sqlite") as cache:
+    with DecoderPool(1, SEEN, DecodeLimits()) as pool, Cache(tmp_path / "cache.sqlite") as cache:
         embedder = Embedder(Counting(), pool, cache)
         embedder.on_progress(lambda: turns.append(None), wake_descriptor=None)
         texts = [f"a photo of {number}" for number in range(3 * TEXTS_AT_ONCE + 1)]

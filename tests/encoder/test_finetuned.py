@@ -8,8 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sortd.encoder.finetuned import FinetunedFacts, calibrated, facts_json, read_facts
-from sortd.encoder.finetuned_network import build_image_classifier, load_finetuned
+from sortd.encoder.finetuned import (
+    FinetunedFacts,
+    build_image_classifier,
+    calibrated,
+    facts_json,
+    load_finetuned,
+    read_facts,
+)
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 from sortd.files import sha256_of
@@ -61,7 +67,7 @@ def copied(written: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "model"))
 
 
-def test_the_facts_come_back_as_they_were_written(written: Path) -> None:
+def test_facts_written_are_read_back(written: Path) -> None:
     """Names that are no UTF-8, the preprocessing and the held-out answers survive."""
     facts = read_facts(written)
     assert facts.labels == LABELS
@@ -71,7 +77,7 @@ def test_the_facts_come_back_as_they_were_written(written: Path) -> None:
     assert facts.model_id.startswith("finetuned-3-torch-")
 
 
-def test_facts_are_read_without_torch(written: Path) -> None:
+def test_facts_of_a_folder_are_read_without_torch(written: Path) -> None:
     """What only looks at a model is not to pay for loading one."""
     import subprocess
     import sys
@@ -83,7 +89,7 @@ def test_facts_are_read_without_torch(written: Path) -> None:
     assert subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
 
 
-def test_a_loaded_model_gives_the_logits_of_its_network(written: Path) -> None:
+def test_load_finetuned_gives_the_logits_of_its_network(written: Path) -> None:
     """Logits are those of the module on pixels normalised by the processor, in float32."""
     import torch
 
@@ -92,22 +98,22 @@ def test_a_loaded_model_gives_the_logits_of_its_network(written: Path) -> None:
     with torch.inference_mode():
         values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 / 0.5 - 1
         expected = model._network.module(pixel_values=values).logits.numpy()
-    logits = model.logits(pixels)
+    logits = model.encode_images(pixels)
     assert logits.dtype == np.float32
     assert np.allclose(logits, expected, atol=1e-4)
-    assert model.logits(pixels[:0]).shape == (0, 3)
+    assert model.encode_images(pixels[:0]).shape == (0, 3)
     with pytest.raises(ValueError, match="uint8"):
-        model.logits(pixels[:, :-1])
+        model.encode_images(pixels[:, :-1])
 
 
-def test_probabilities_are_softened_by_the_temperature() -> None:
+def test_calibrated_with_a_temperature_softens_probabilities() -> None:
     """Logits are divided by it, and rows sum to one."""
     logits = np.array([[3.0, 0.0, -3.0]], np.float32)
     expected = np.exp(logits / 1.5) / np.exp(logits / 1.5).sum()
     assert np.allclose(calibrated(logits, 1.5), expected)
 
 
-def test_what_decides_is_part_of_the_identity(copied: Path) -> None:
+def test_facts_what_decides_is_part_of_the_identity(copied: Path) -> None:
     """Another temperature is another model; a retold metric is not."""
     before = read_facts(copied).model_id
     retold = {"comparison": {"verdict": "weaker"}}
@@ -154,7 +160,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_folder_is_refused_with_what_is_wrong(copied: Path, damage: str) -> None:
+def test_read_facts_damaged_folder_is_refused_with_the_cause(copied: Path, damage: str) -> None:
     """Every kind of damage is a sentence that names it, and never an answer."""
     hurt, said = DAMAGE[damage]
     hurt(copied)
@@ -162,7 +168,7 @@ def test_a_damaged_folder_is_refused_with_what_is_wrong(copied: Path, damage: st
         read_facts(copied)
 
 
-def test_weights_that_were_changed_are_refused(copied: Path) -> None:
+def test_load_finetuned_changed_weights_are_refused(copied: Path) -> None:
     """The same size is not enough: one flipped bit is found when the weights are loaded."""
     file = copied / "model.safetensors"
     held = bytearray(file.read_bytes())
@@ -173,14 +179,14 @@ def test_weights_that_were_changed_are_refused(copied: Path) -> None:
         load_finetuned(copied, device="cpu")
 
 
-def test_weights_of_another_network_are_refused(copied: Path) -> None:
+def test_load_finetuned_weights_of_another_network_are_refused(copied: Path) -> None:
     """A whole file that does not fit the configuration is said to be that."""
     change(copied / "config.json", hidden_size=64)
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_finetuned(copied, device="cpu")
 
 
-def test_a_network_that_answers_with_no_number_is_refused_at_the_start(copied: Path) -> None:
+def test_load_finetuned_network_without_finite_logits_is_refused(copied: Path) -> None:
     """It fails when it is loaded, not on somebody's image."""
     import torch
     from safetensors.torch import load_file, save_file

@@ -404,7 +404,7 @@ from pathlib import Path
 from sortd.errors import ModelError
 from sortd.encoder.models import fetch
 try:
-    print(fetch(sys.argv[1], cache_dir=Path(sys.argv[2])))
+    print(fetch(sys.argv[1], cache_dir=Path(sys.argv[2])).folder)
 except ModelError as error:
     print(error)
     sys.exit(69)

@@ -20,7 +20,7 @@ from sortd.encoder import export as onnx_export
 from sortd.encoder import models
 from sortd.encoder import onnx_encoder as exports
 from sortd.encoder.backends import choose_backend, load_encoder, torch_can_use_gpu
-from sortd.encoder.models import ModelFolder
+from sortd.encoder.models import LocatedModel, ModelFolder
 from sortd.encoder.onnx_encoder import (
     Exports,
     OnnxEncoder,
@@ -79,14 +79,14 @@ def clip(tiny_clip: Path) -> ModelFolder:
 @pytest.fixture(scope="module")
 def exported(clip: ModelFolder, cache: Path) -> Exports:
     """Its exports, made as sortd makes them; int8 is kept though it does not pay at this size."""
-    return onnx_export.make_exports(clip, None, cache_dir=cache, min_gain=0.0)
+    return onnx_export.make_exports(LocatedModel(clip, None, cache), min_gain=0.0)
 
 
 @pytest.fixture
 def copied(exported: Exports, tmp_path: Path) -> Exports:
     """The exports in a cache that a test may spoil."""
     shutil.copytree(exported.folder, tmp_path / "onnx" / exported.folder.name)
-    found = exports.find_exports(exported.model, None, cache_dir=tmp_path)
+    found = exports.find_exports(replace(exported.model, cache_dir=tmp_path))
     assert found is not None
     return found
 
@@ -107,8 +107,7 @@ class TestRows:
 
     def test_onnx_packaged_model_gives_the_rows_of_torch(self, cache: Path) -> None:
         """It is a convolutional network beside a BERT; its convolutions are in int8, too."""
-        model = models.locate_clip("packaged")
-        made = onnx_export.make_exports(model, None, cache_dir=cache, min_gain=0.0)
+        made = onnx_export.make_exports(models.locate_pair("packaged", None, cache), min_gain=0.0)
         onnx, quick = open_export(made), open_export(made, Precision.INT8)
         torch = load_encoder("packaged", backend="torch")
         seen = pixels(3, torch.preprocessing.crop_height)
@@ -131,7 +130,7 @@ class TestRows:
             case _:
                 other = build_roberta_words(tmp_path / "words")
         words = models.locate_text(str(other))
-        onnx = open_export(onnx_export.make_exports(clip, words, cache_dir=tmp_path / "cache"))
+        onnx = open_export(onnx_export.make_exports(LocatedModel(clip, words, tmp_path / "cache")))
         torch = load_encoder(str(clip.folder), text_model=str(other), backend="torch")
         texts = [*TEXTS, "a b " * 50]
         assert lowest_cosine(torch.encode_texts(texts), onnx.encode_texts(texts)) > EXACT
@@ -193,8 +192,8 @@ class TestExports:
 
     def test_export_twice_makes_one(self, exported: Exports, cache: Path) -> None:
         """The existing export is found by content."""
-        assert exports.find_exports(exported.model, None, cache_dir=cache) == exported
-        assert onnx_export.make_exports(exported.model, None, cache_dir=cache, write=never) == exported
+        assert exports.find_exports(exported.model) == exported
+        assert onnx_export.make_exports(exported.model, write=never) == exported
         assert exported.precisions == (Precision.FP32, Precision.INT8)
         assert not list(cache.glob("onnx/*.part"))
         assert not list(cache.glob("onnx/*.old"))
@@ -203,18 +202,18 @@ class TestExports:
         self, exported: Exports, cache: Path, tmp_path: Path
     ) -> None:
         """A renamed copy has the same export, a changed configuration has none."""
-        place = Path(shutil.copytree(exported.model.folder, tmp_path / "copy"))
-        copy = exports.find_exports(models.locate_clip(str(place)), None, cache_dir=cache)
+        place = Path(shutil.copytree(exported.model.clip.folder, tmp_path / "copy"))
+        copy = exports.find_exports(models.locate_pair(str(place), None, cache))
         assert copy is not None
         assert copy.folder == exported.folder
         config = place / "config.json"
         config.write_text(config.read_text() + "\n")
-        changed = models.locate_clip(str(place))
-        assert exports.find_exports(changed, None, cache_dir=cache) is None
-        assert choose_backend("auto", changed, None, device="cpu", cache_dir=cache).name == "torch"
+        changed = models.locate_pair(str(place), None, cache)
+        assert exports.find_exports(changed) is None
+        assert choose_backend("auto", changed, device="cpu").name == "torch"
 
     @pytest.mark.parametrize("damage", ["a byte", "cut", "gone", "old", "no manifest", "garbage"])
-    def test_export_damaged_or_outdated_is_made_again(self, copied: Exports, tmp_path: Path, damage: str) -> None:
+    def test_export_damaged_or_outdated_is_made_again(self, copied: Exports, damage: str) -> None:
         """It is never used as it is."""
         image, manifest = copied.tower("image", Precision.FP32), copied.folder / exports.MANIFEST
         match damage:
@@ -233,7 +232,7 @@ class TestExports:
                 manifest.unlink()
             case "garbage":
                 manifest.write_text('{"identity": []}')
-        assert exports.find_exports(copied.model, None, cache_dir=tmp_path) is None
+        assert exports.find_exports(copied.model) is None
         again: list[Path] = []
 
         def put_back(into: Path) -> None:
@@ -244,12 +243,12 @@ class TestExports:
             sums = models.checksums([into / name for name in made])
             fresh = replace(
                 copied.manifest,
-                identity=exports.export_identity(copied.model, None, cache_dir=tmp_path),
+                identity=exports.export_identity(copied.model),
                 checksums={path.name: checksum for path, checksum in sums.items()},
             )
             (into / exports.MANIFEST).write_bytes(exports.MANIFESTS.dump_json(fresh))
 
-        made = onnx_export.make_exports(copied.model, None, cache_dir=tmp_path, write=put_back)
+        made = onnx_export.make_exports(copied.model, write=put_back)
         assert len(again) == 1
         assert made.tower("image", Precision.FP32).read_bytes() == b"made again"
         assert sorted(path.name for path in made.folder.iterdir()) == ["image.onnx", "manifest.json", "text.onnx"]
@@ -264,22 +263,22 @@ class TestExports:
         ],
     )
     def test_find_exports_of_another_processor_is_valid_without_overflow(
-        self, copied: Exports, tmp_path: Path, made_for: int, here: int, *, serves: bool
+        self, copied: Exports, made_for: int, here: int, *, serves: bool
     ) -> None:
         """The manifest has the range of the weights."""
         manifest = replace(copied.manifest, weight_range=made_for)
         (copied.folder / exports.MANIFEST).write_bytes(exports.MANIFESTS.dump_json(manifest))
-        assert (exports.find_exports(copied.model, None, cache_dir=tmp_path, largest=here) is not None) == serves
+        assert (exports.find_exports(copied.model, largest=here) is not None) == serves
 
     def test_export_failed_keeps_the_old_one(self, copied: Exports, tmp_path: Path) -> None:
         """The message says why, and no temporary file remains."""
         spoilt = tmp_path / "spoilt"
-        shutil.copytree(copied.model.folder, spoilt)
+        shutil.copytree(copied.model.clip.folder, spoilt)
         (spoilt / "model.safetensors").write_bytes(b"\x00\xff" * 5000)
-        model = models.locate_clip(str(spoilt))
+        model = models.locate_pair(str(spoilt), None, tmp_path)
         with pytest.raises(ModelError, match=r"cannot export .*does not load.*set `backend: torch`"):
-            onnx_export.make_exports(model, None, cache_dir=tmp_path)
-        assert exports.find_exports(copied.model, None, cache_dir=tmp_path) == copied
+            onnx_export.make_exports(model)
+        assert exports.find_exports(copied.model) == copied
         assert [path.suffix for path in (tmp_path / "onnx").iterdir() if path.is_dir()] == [""]
 
     def test_export_two_at_once_make_one(self, exported: Exports, tmp_path: Path) -> None:
@@ -296,7 +295,8 @@ class TestExports:
             both_began.wait(60)
 
         def make() -> Exports:
-            return onnx_export.make_exports(exported.model, None, cache_dir=tmp_path, on_progress=tell, write=copy_it)
+            here = replace(exported.model, cache_dir=tmp_path)
+            return onnx_export.make_exports(here, on_progress=tell, write=copy_it)
 
         with ThreadPoolExecutor(2) as threads:
             first, second = [threads.submit(make) for _ in range(2)]
@@ -305,7 +305,8 @@ class TestExports:
 
     def test_export_after_a_killed_process_succeeds(self, exported: Exports, tmp_path: Path) -> None:
         """Its folder is removed, and a child that still runs does not write into the new one."""
-        folder = exports.export_folder(exported.model, None, cache_dir=tmp_path)
+        model = replace(exported.model, cache_dir=tmp_path)
+        folder = exports.export_folder(model)
         left = [folder.with_name(f"{folder.name}.{name}") for name in ("123.part", "part")]
         for place in left:
             place.mkdir(parents=True)
@@ -316,7 +317,7 @@ class TestExports:
             assert not any(place.exists() for place in left)
             shutil.copytree(exported.folder, into, dirs_exist_ok=True)
 
-        onnx_export.make_exports(exported.model, None, cache_dir=tmp_path, write=copy_it)
+        onnx_export.make_exports(model, write=copy_it)
         assert [path.name for path in (tmp_path / "onnx").iterdir() if path.is_dir()] == [folder.name]
 
     def test_export_on_a_full_disk_names_the_disk(self, clip: ModelFolder, tmp_path: Path) -> None:
@@ -325,7 +326,7 @@ class TestExports:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
         try:
             with pytest.raises(ModelError, match=rf"{tmp_path}.*: File too large; make room there; or set `backend"):
-                onnx_export.make_exports(clip, None, cache_dir=tmp_path)
+                onnx_export.make_exports(LocatedModel(clip, None, tmp_path))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert not [path for path in (tmp_path / "onnx").iterdir() if path.is_dir()]
@@ -339,16 +340,16 @@ class TestExports:
 
     def test_check_disk_space_too_small_raises(self, clip: ModelFolder, tmp_path: Path) -> None:
         """Before the export begins."""
-        plenty = SimpleNamespace(free=10 * clip.size_bytes)
-        onnx_export.check_disk_space(clip, None, tmp_path, usage=lambda _: plenty)
+        model, plenty = LocatedModel(clip), SimpleNamespace(free=10 * clip.size_bytes)
+        onnx_export.check_disk_space(model, tmp_path, usage=lambda _: plenty)
         with pytest.raises(ModelError, match=r"it takes up to 1 MB in .*, where 0 MB are free; make room there"):
-            onnx_export.check_disk_space(clip, None, tmp_path, usage=lambda _: SimpleNamespace(free=clip.size_bytes))
+            onnx_export.check_disk_space(model, tmp_path, usage=lambda _: SimpleNamespace(free=clip.size_bytes))
 
     def test_compare_images_other_rows_raise(self, copied: Exports) -> None:
         """The export is compared with torch."""
         from sortd.encoder.torch_encoder import TorchEncoder
 
-        encoder = TorchEncoder(copied.model, None, device="cpu", cache_dir=None, threads=1, decoding="draft")
+        encoder = TorchEncoder(copied.model, device="cpu", threads=1)
         onnx_export._compare_images(encoder, copied.folder)
         encoder.shift += 1.0
         with pytest.raises(ModelError, match="gives other rows than torch for 1 images"):
@@ -360,7 +361,7 @@ class TestExports:
         assert not copied.tower("image", Precision.INT8).exists()
         sums = {name: one for name, one in copied.manifest.checksums.items() if "int8" not in name}
         manifest = replace(copied.manifest, gain=1.1, checksums=sums)
-        without = Exports(copied.folder, copied.model, None, manifest)
+        without = Exports(copied.folder, copied.model, manifest)
         assert without.precisions == (Precision.FP32,)
         with pytest.raises(ModelError, match=r"has no int8 export, since int8 was only 1\.10 times"):
             open_export(without, Precision.INT8)
@@ -379,8 +380,8 @@ class TestExports:
             "from sortd.encoder import models; from sortd.errors import ModelError\n"
             "try: load_encoder(sys.argv[1], backend='onnx', cache_dir=Path(sys.argv[2]))\n"
             "except ModelError as error: print(error)\n"
-            "model = models.locate_clip(sys.argv[1])\n"
-            "print(choose_backend('auto', model, None, device='cpu', cache_dir=Path(sys.argv[2])).name)"
+            "model = models.locate_pair(sys.argv[1], None, Path(sys.argv[2]))\n"
+            "print(choose_backend('auto', model, device='cpu').name)"
         )
         command = [sys.executable, "-c", program, str(tiny_clip), str(cache)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
@@ -406,14 +407,14 @@ class TestBackends:
         ],
     )
     def test_choose_backend_with_an_export(
-        self, exported: Exports, cache: Path, wanted: tuple[str, str, str], expected: tuple[str, str]
+        self, exported: Exports, wanted: tuple[str, str, str], expected: tuple[str, str]
     ) -> None:
         """`auto` selects ONNX Runtime, unless only torch can use the device."""
         if can_use_gpu(exports.available_providers(), is_there=lambda _: True):
             pytest.skip("this ONNX Runtime has CUDA")
         backend, device, machine = wanted
         chosen = choose_backend(
-            backend, exported.model, None, device=device, cache_dir=cache,
+            backend, exported.model, device=device,
             torch="2.13.0+cpu" if machine == "torch without CUDA" else "2.13.0",
             is_there=lambda _: machine != "no GPU",
         )  # fmt: skip
@@ -422,9 +423,9 @@ class TestBackends:
 
     def test_choose_backend_without_an_export_selects_torch(self, clip: ModelFolder, tmp_path: Path) -> None:
         """The reason names the command that exports."""
-        chosen = choose_backend("auto", clip, None, device="cpu", cache_dir=tmp_path)
+        chosen = choose_backend("auto", LocatedModel(clip, None, tmp_path), device="cpu")
         assert (chosen.name, "sortd models export" in chosen.why) == ("torch", True)
-        assert choose_backend("auto", clip, None, device="cpu", cache_dir=None).name == "torch"
+        assert choose_backend("auto", LocatedModel(clip), device="cpu").name == "torch"
 
     @pytest.mark.parametrize(
         ("device", "built", "there", "expected"),

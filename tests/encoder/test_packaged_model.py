@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-MODEL = Path(__file__).parent.parent / "sortd" / "model"
+MODEL = Path(__file__).parents[2] / "sortd" / "model"
 SAMPLE = Path(__file__).parents[2] / "Data" / "Tornillos" / "Clases"
 """Drawn screws, which ship."""
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos" / "tornillos"

@@ -34,7 +34,7 @@ pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 def exported(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the exports of the tiny model, int8 among them."""
     cache = tmp_path_factory.mktemp("exported")
-    make_exports(models.locate_clip(str(tiny_clip)), None, cache_dir=cache, min_gain=0.0)
+    make_exports(models.locate_pair(str(tiny_clip), None, cache), min_gain=0.0)
     return cache
 
 
@@ -75,7 +75,7 @@ class World:
 
     def exports(self) -> Exports:
         """The exports that stand."""
-        found = exports.find_exports(models.locate_clip(self.config.model), None, cache_dir=self.config.cache_dir)
+        found = exports.find_exports(models.locate_configured(self.config))
         assert found is not None
         return found
 

@@ -18,8 +18,7 @@ from PIL import Image
 
 from sortd.commands.finetuning import observing, require_training_packages
 from sortd.config import Config, read_config
-from sortd.encoder.finetuned import UNFINISHED, FinetunedFacts, calibrated, read_facts
-from sortd.encoder.finetuned_network import load_finetuned
+from sortd.encoder.finetuned import UNFINISHED, FinetunedFacts, calibrated, load_finetuned, read_facts
 from sortd.errors import AlreadyRunningError, ConfigError, DataError, DestinationError, ModelError
 from sortd.finetune.data import PLAN_FILE, find_candidates, pixels_file
 from sortd.finetune.recipe import Observer, Recipe, Source, TrainingProgress, TrainingRequest, TrainingStoppedError
@@ -152,7 +151,7 @@ def test_run_written_model_is_as_accurate_as_its_metrics(whole: tuple[Config, Fi
     model = load_finetuned(facts.folder, device="cpu")
     files = sorted((config.root / "Shapes" / "Clases").glob("*/0-*.png"))
     pixels = np.stack([decode_file(str(path), model.preprocessing, DecodeLimits()) for path in files])
-    found = calibrated(model.logits(pixels), model.facts.temperature).argmax(axis=1)
+    found = calibrated(model.encode_images(pixels), model.facts.temperature).argmax(axis=1)
     right = np.mean([facts.labels[best] == path.parent.name for best, path in zip(found, files, strict=True)])
     assert right > facts.metrics["comparison"]["finetuned_accuracy"] - 0.15
     assert len(facts.confidence) == facts.metrics["comparison"]["images"] + sum(
@@ -214,7 +213,7 @@ def test_run_clip_as_base_is_trained(tmp_path: Path, tower: Tower, layout: Place
     model = load_finetuned(facts.folder, device="cpu")
     assert json.loads((facts.folder / "config.json").read_text("utf-8"))["model_type"] == kind
     seen = model.preprocessing
-    assert model.logits(np.zeros((2, seen.crop_height, seen.crop_width, 3), np.uint8)).shape == (2, 3)
+    assert model.encode_images(np.zeros((2, seen.crop_height, seen.crop_width, 3), np.uint8)).shape == (2, 3)
 
 
 def test_run_packaged_tower_has_a_larger_input(tmp_path: Path) -> None:

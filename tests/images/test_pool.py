@@ -20,10 +20,9 @@ from PIL import Image
 
 from sortd.errors import StartupError
 from sortd.events import ImageRefused, Preprocessing, Refusal, Stamp
-from sortd.images import pool as pool_module
+from sortd.images import decoder_process
 from sortd.images.decode import DecodeLimits, decode_file
-from sortd.images.formats import _refusal_of
-from sortd.images.pool import DecodedImage, DecoderPool
+from sortd.images.pool import DecodedImage, DecoderPool, _refusal_of
 from tests.bombs import CORPUS, gif, one_bit_png, png, png_with_text, saved, write_hostile_files
 
 SMALL = Preprocessing(64, 64, 64)
@@ -145,21 +144,6 @@ class TestAnswers:
             got[0].append(one.path)
             got[1].append(other.path)
         assert [sorted(paths) for paths in got] == [[path for path, _ in sorted(images)] for images in (first, second)]
-
-    def test_pool_without_processes_gives_the_same_answers(self, pool: DecoderPool, tmp_path: Path) -> None:
-        """A pool of no processes decodes in the calling thread."""
-        good, bad = photo(tmp_path / "a.png"), tmp_path / "b.png"
-        bad.write_bytes(good.read_bytes()[:-100])
-        (tmp_path / "c.txt").write_text("no image")
-        files = stamped(good, bad, tmp_path / "c.txt")
-        with DecoderPool(0, SMALL, DecodeLimits()) as here:
-            assert here.process_ids == ()
-            ours = {answer.path: answer for answer in here.decode_all(files)}
-        theirs = {answer.path: answer for answer in pool.decode_all(files)}
-        assert [getattr(ours[path], "refusal", None) for path, _ in files] == [
-            getattr(theirs[path], "refusal", None) for path, _ in files
-        ]
-        assert ours[os.fspath(bad)] == theirs[os.fspath(bad)]
 
 
 def waiting(descriptor: int) -> int:
@@ -301,9 +285,10 @@ class TestRefusals:
             "from sortd.images.decode import DecodeLimits\n"
             "from sortd.events import Preprocessing\n"
             "path = sys.argv[1]\n"
-            "pool = DecoderPool(0, Preprocessing(8, 8, 8), DecodeLimits())\n"
+            "pool = DecoderPool(1, Preprocessing(8, 8, 8), DecodeLimits())\n"
             "stamp = stamp_of(os.stat(path))\n"
-            "resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) - 1, 4096))\n"
+            "spare = os.open(path, os.O_RDONLY); os.close(spare)\n"
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (spare, 4096))\n"
             "try:\n    print(list(pool.decode_all([(path, stamp)])))\n"
             "except OSError as error:\n    print(error.errno)\n"
         )
@@ -435,7 +420,7 @@ class TestProcesses:
             f"s = socket.socket(fileno=int(sys.argv[1])); {speak}; s.recv(9)"
         )
         monkeypatch.setattr(
-            pool_module, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
+            decoder_process, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
         )
         path = photo(tmp_path / "a.png")
         with (
@@ -463,7 +448,7 @@ class TestProcesses:
             "reply = struct.Struct('<IB32sdQH400s'); s.send(reply.pack(0xFFFFFFFF, 0, b'', 0, 0, 0, b''))\n" + lie
         )
         monkeypatch.setattr(
-            pool_module, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
+            decoder_process, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
         )
         with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             assert refusal_of(only(pool, photo(tmp_path / "a.png"))) is Refusal.POISON
