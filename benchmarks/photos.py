@@ -16,10 +16,11 @@ import numpy.typing as npt
 from sortd.classify.build import build
 from sortd.classify.decide import score_batch
 from sortd.classify.prompts import GENERIC_NOUNS, prompts
-from sortd.classify.types import DecisionSettings, Mode, SupportSet
+from sortd.classify.types import DecisionSettings, SupportSet
 from sortd.config import DEFAULT_TEMPLATES
 from sortd.encoder.backends import load_encoder
 from sortd.encoder.base import Encoder
+from sortd.events import Mode
 from sortd.images.decode import DecodeLimits, decode_file
 
 Rows = npt.NDArray[np.float32]

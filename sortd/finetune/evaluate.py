@@ -13,12 +13,13 @@ from sortd.arrays import Array, BoolArray, FloatArray, IntArray
 from sortd.classify.build import build
 from sortd.classify.decide import score_batch
 from sortd.classify.prompts import prompts
-from sortd.classify.types import DecisionSettings, Mode, SupportSet
+from sortd.classify.types import DecisionSettings, SupportSet
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import class_texts, generic_text_mean, read_descriptions
 from sortd.encoder.finetuned import FinetunedFacts, calibrated
 from sortd.encoder.finetuned_network import Network
 from sortd.errors import ModelError
+from sortd.events import Mode
 from sortd.finetune.data import Photos, Plan, Predictions, Split, dataset_of, read_pixels
 from sortd.finetune.model import average_with_start, logits_in_batches, temperature_of
 from sortd.finetune.train import score_of
