@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +25,11 @@ from benchmarks.harness import argument_parser, print_json, resident_mebibytes
 from sortd.classify.build import build
 from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import Classifier, PrototypeSet
-from sortd.classify.types import Decision, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import DecisionSettings, SupportSet
 from sortd.core.sorter import Sorter, SorterSettings
 from sortd.events import (
     Command,
+    Decision,
     Embed,
     Embedded,
     EmbeddedImage,
@@ -37,6 +37,7 @@ from sortd.events import (
     ImageGone,
     ImageSeen,
     Inspect,
+    Mode,
     Move,
     Moved,
     PrototypesBuilt,
@@ -106,7 +107,7 @@ class Drive:
     def __init__(self, files: int, limit: int) -> None:
         """Start with prototypes and a scan."""
         self.inbox = Inbox(files)
-        self.sorter = Sorter(SorterSettings(settle_seconds=1.0, backlog_limit=limit))
+        self.sorter = Sorter(SorterSettings(settle_seconds=1.0, backlog_limit=limit), decide=self.decide)
         self.filed, self.now, self.core_seconds, self.decision_seconds, self.most_known = 0, 0.0, 0.0, 0.0, 0
         self.scans = 0
         self._rows = np.eye(CLASSES, dtype=np.float32)
@@ -115,7 +116,7 @@ class Drive:
         self.tell([Tick()])
 
     def decide(self, classifier: Classifier, rows: npt.ArrayLike) -> list[Decision]:
-        """Decide as the core's ``decide_by``, and measure the time."""
+        """Decide with ``decide_by``, and measure the time."""
         began = time.process_time()
         decisions = decide_by(classifier, rows)
         self.decision_seconds += time.process_time() - began
@@ -196,11 +197,10 @@ def measure_core(images: int, limit: int) -> dict[str, Any]:
     """File images through a core, and return the cost of each quarter."""
     drive = Drive(images, limit)
     marks, memory, began = [0.0], [resident_mebibytes()], time.perf_counter()
-    with mock.patch("sortd.core.sorter.decide_by", drive.decide):
-        for filed in drive.run():
-            if filed * QUARTERS >= images * len(marks):
-                marks.append(drive.core_seconds - drive.decision_seconds)
-                memory.append(resident_mebibytes())
+    for filed in drive.run():
+        if filed * QUARTERS >= images * len(marks):
+            marks.append(drive.core_seconds - drive.decision_seconds)
+            memory.append(resident_mebibytes())
     size = images / QUARTERS
     parts = [1e6 * (after - before) / size for before, after in pairwise(marks)]
     return {

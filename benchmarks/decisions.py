@@ -27,7 +27,8 @@ import numpy.typing as npt
 from sortd.classify.build import build
 from sortd.classify.decide import decide, score_batch
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import AbstainSettings, Assigned, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
+from sortd.events import Assigned, Mode
 
 Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]

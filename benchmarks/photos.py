@@ -15,10 +15,11 @@ from benchmarks.harness import argument_parser, print_json
 from sortd.classify.build import build
 from sortd.classify.decide import score_batch
 from sortd.classify.prompts import GENERIC_NOUNS, prompts
-from sortd.classify.types import DecisionSettings, Mode
+from sortd.classify.types import DecisionSettings
 from sortd.config import DEFAULT_TEMPLATES
 from sortd.encoder.backends import load_encoder
 from sortd.encoder.base import Encoder
+from sortd.events import Mode
 from sortd.images.decode import DecodeLimits, decode_file
 
 BATCH = 64

@@ -25,10 +25,10 @@ from PIL import Image
 from benchmarks.harness import argument_parser, print_json
 from sortd.classify.build import build
 from sortd.classify.decide import decide
-from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import References, ReferenceSettings
-from sortd.events import Preprocessing
+from sortd.events import Mode, Preprocessing
 from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecoderPool
 from sortd.store.cache import Cache

@@ -26,9 +26,10 @@ from sortd.classify.build import build
 from sortd.classify.decide import decide, open_set_scores, score_batch
 from sortd.classify.open_set import log_odds
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import AbstainSettings, Assigned, DecisionSettings, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
 from sortd.encoder.backends import load_encoder
 from sortd.encoder.base import Encoder
+from sortd.events import Assigned
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.float32]

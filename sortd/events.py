@@ -4,15 +4,14 @@ Events go into the core, commands come out (see ``core/sorter.py``). Paths are a
 returns them. Times are seconds of a monotonic clock.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # numpy takes 0.1 s to import, which commands that only read the configuration can save
     from sortd.arrays import FloatArray
-    from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
-    from sortd.classify.types import Decision
+    from sortd.classify.prototypes import Classifier, FinetunedClassifier, PrototypeSet
 
 
 def signed(number: int) -> int:
@@ -122,6 +121,62 @@ class MoveFailure(StrEnum):
     SOURCE = "source"  # the source folder does not allow it and is retried
 
 
+class Mode(StrEnum):
+    """The rule that computes one score per class."""
+
+    AVG = "avg"  # mean cosine to the references of a class
+    MAX = "max"  # largest cosine to a reference of a class
+    MEAN = "mean"  # cosine to the unit mean of the references
+    TEXT = "text"  # cosine to the prototype of the class's name
+    BEST = "best"  # Gaussians and kernels over the whitened references
+    MIXED = "mixed"  # best, with the class's name as prior mean
+
+
+class ClassifierKind(StrEnum):
+    """The classifier of a dataset."""
+
+    PROTOTYPES = "prototypes"  # one of the modes above
+    FINETUNED = "finetuned"  # a model that was trained on the dataset's own folders
+
+
+DecidedBy = Mode | Literal[ClassifierKind.FINETUNED]
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """The image is filed into ``label``."""
+
+    label: str
+    score: float  # probability of the class for the modes in PROBABILISTIC, else its cosine
+    margin: float  # difference to the second-best score
+    second_label: str | None
+    mode: DecidedBy
+    confidence: float = 1.0  # probability of the class among the known classes
+    precision: float | None = None  # precision of held-out images with at least this confidence; None: not calibrated
+
+    @property
+    def best_label(self) -> str:
+        """The label."""
+        return self.label
+
+
+@dataclass(frozen=True, slots=True)
+class Abstained:
+    """The image is not filed; ``reason`` is a key of ``explain.REASONS``."""
+
+    reason: str
+    best_label: str | None
+    score: float
+    margin: float
+    second_label: str | None
+    mode: DecidedBy
+    confidence: float = 0.0
+    precision: float | None = None
+
+
+Decision = Assigned | Abstained
+
+
 # ---------------------------------------------------------------- events
 
 
@@ -224,6 +279,11 @@ class PrototypesBuilt:
     prototypes: "PrototypeSet"
     finetuned: "FinetunedClassifier | None" = None
     job: int = field(kw_only=True)  # of the ``Rebuild``
+
+    @property
+    def classifier(self) -> "Classifier":
+        """What decides."""
+        return self.finetuned or self.prototypes
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +407,7 @@ class Move:
     stamp: Stamp
     folder: str  # relative to the dataset: "Dataset/<class>", "Review/<class>" or "Rejected"
     outcome: Outcome
-    decision: "Decision | None" = None  # None if the image was refused
+    decision: Decision | None = None  # None if the image was refused
     reason: str = ""  # of an abstention or a refusal
     content: str = ""  # hexadecimal sha256, if known
     encoder_id: str = ""
@@ -372,5 +432,8 @@ class Hold:
 
     reason: str
 
+
+Decide = Callable[["Classifier", "FloatArray"], list[Decision]]
+"""Returns the decision of a classifier for each row of embeddings or logits."""
 
 Command = Inspect | Embed | Rebuild | Scan | Move | Leave | Hold

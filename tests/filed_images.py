@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from sortd.classify.types import Assigned, Mode
-from sortd.events import Move, Moved, Outcome
+from sortd.events import Assigned, Mode, Move, Moved, Outcome
 from sortd.layout import Layout
 from sortd.moving.mover import Mover
 from sortd.store.journal import Journal

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from sortd import config_yaml
-from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings
 from sortd.config import (
     ANY,
     LIVE_KEYS,
@@ -30,6 +30,7 @@ from sortd.config import (
 )
 from sortd.config import KEYS as ALL_KEYS
 from sortd.errors import ConfigError
+from sortd.events import Mode
 
 EXAMPLE = Path(__file__).parents[1] / "config.example.yaml"
 KEYS = {key for key in ALL_KEYS if ANY not in key}

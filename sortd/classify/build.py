@@ -22,7 +22,8 @@ from sortd.classify.leave_one_out import background_distances, remoteness_left_o
 from sortd.classify.library import Library, Pause, class_means, count_classes, make_library, no_pause, parts, unit_rows
 from sortd.classify.open_set import OpenSetScores, leave_classes_out, nearest_cosines
 from sortd.classify.prototypes import BlendRule, PrototypeSet, Whitening
-from sortd.classify.types import BLENDED, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import BLENDED, DecisionSettings, SupportSet
+from sortd.events import Mode
 
 TYPICAL_TEMPERATURE = 50.0
 """Prior median of the factor from cosines to log probabilities; CLIP was trained with 100."""

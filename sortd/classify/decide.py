@@ -13,7 +13,8 @@ from sortd.classify.kernel import first_best, kernel_scores, plain_scores
 from sortd.classify.library import unit_rows
 from sortd.classify.open_set import Gate, OpenSetScores, nearest_cosines
 from sortd.classify.prototypes import BlendRule, Classifier, FinetunedClassifier, PrototypeSet, Whitening
-from sortd.classify.types import BLENDED, Abstained, Assigned, ClassifierKind, DecidedBy, Decision, Mode
+from sortd.classify.types import BLENDED
+from sortd.events import Abstained, Assigned, ClassifierKind, DecidedBy, Decision, Mode
 
 FEWEST_FOR_ONE_CLASS = 4
 """Least number of held-out references with which a library of one class files images."""

@@ -21,7 +21,8 @@ from sortd.classify.held_out import LARGEST_ROWS, LeaveOneOutResult, leave_out_b
 from sortd.classify.library import Library, duplicate_distance, parts, unit_rows
 from sortd.classify.open_set import OpenSetScores, nearest_cosines
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
+from sortd.events import Mode
 
 PREFERRED = (Mode.MIXED, Mode.BEST, Mode.MEAN, Mode.MAX, Mode.AVG, Mode.TEXT)
 """Of equally accurate modes, the first is advised."""

@@ -18,7 +18,8 @@ from sortd.classify.decide import (
 from sortd.classify.gaussian import MEAN_SHRINKAGE
 from sortd.classify.prompts import written_name
 from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
-from sortd.classify.types import PROBABILISTIC, Abstained, Assigned, ClassifierKind, Decision, Mode
+from sortd.classify.types import PROBABILISTIC
+from sortd.events import Abstained, Assigned, ClassifierKind, Decision, Mode
 
 NEIGHBOURS_SHOWN = 5
 

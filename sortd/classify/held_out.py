@@ -18,7 +18,8 @@ from sortd.classify.kernel import Plain, plain_held_out
 from sortd.classify.leave_one_out import LARGEST_TABLE, choose_held_out
 from sortd.classify.library import Library, class_means, make_library, parts
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import BLENDED, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import BLENDED, DecisionSettings, SupportSet
+from sortd.events import Mode
 
 LARGEST_ROWS = 20_000
 LEAST_SAME = 0.99

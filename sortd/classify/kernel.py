@@ -10,7 +10,7 @@ import numpy.typing as npt
 from sortd.arrays import Array, FloatArray, IntArray
 from sortd.classify.gaussian import Gaussian
 from sortd.classify.library import count_classes, unit_rows
-from sortd.classify.types import Mode
+from sortd.events import Mode
 
 BLOCK = 8_000_000
 ROUNDING_OF_SINGLE = 1e-5

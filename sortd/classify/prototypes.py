@@ -12,7 +12,8 @@ from sortd.classify.calibration import Calibration
 from sortd.classify.gaussian import Space, squared_norms
 from sortd.classify.kernel import Kernel, Plain
 from sortd.classify.open_set import Strangers
-from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings
+from sortd.events import Mode
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 NAMES_SAID = 5

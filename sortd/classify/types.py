@@ -1,36 +1,16 @@
-"""The types of the classifier's interface: settings, the support set and decisions."""
+"""The input of the classifiers: settings and the support set."""
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal
 
 import numpy as np
 
 from sortd.arrays import FloatArray, IntArray
-
-
-class Mode(StrEnum):
-    """The rule that computes one score per class."""
-
-    AVG = "avg"  # mean cosine to the references of a class
-    MAX = "max"  # largest cosine to a reference of a class
-    MEAN = "mean"  # cosine to the unit mean of the references
-    TEXT = "text"  # cosine to the prototype of the class's name
-    BEST = "best"  # Gaussians and kernels over the whitened references
-    MIXED = "mixed"  # best, with the class's name as prior mean
-
-
-class ClassifierKind(StrEnum):
-    """The classifier of a dataset."""
-
-    PROTOTYPES = "prototypes"  # one of the modes above
-    FINETUNED = "finetuned"  # a model that was trained on the dataset's own folders
-
+from sortd.events import ClassifierKind, Mode
 
 BLENDED = frozenset({Mode.BEST, Mode.MIXED})
 PROBABILISTIC = frozenset({Mode.BEST, Mode.MIXED, ClassifierKind.FINETUNED})
 """Modes whose scores are probabilities; the scores of the others are cosines."""
-DecidedBy = Mode | Literal[ClassifierKind.FINETUNED]
 
 
 @dataclass(frozen=True)
@@ -57,41 +37,6 @@ class DecisionSettings:
 
     mode: Mode = Mode.MIXED
     abstain: AbstainSettings | None = AbstainSettings()
-
-
-@dataclass(frozen=True, slots=True)
-class Assigned:
-    """The image is filed into ``label``."""
-
-    label: str
-    score: float  # probability of the class for the modes in PROBABILISTIC, else its cosine
-    margin: float  # difference to the second-best score
-    second_label: str | None
-    mode: DecidedBy
-    confidence: float = 1.0  # probability of the class among the known classes
-    precision: float | None = None  # precision of held-out images with at least this confidence; None: not calibrated
-
-    @property
-    def best_label(self) -> str:
-        """The label."""
-        return self.label
-
-
-@dataclass(frozen=True, slots=True)
-class Abstained:
-    """The image is not filed; ``reason`` is a key of ``explain.REASONS``."""
-
-    reason: str
-    best_label: str | None
-    score: float
-    margin: float
-    second_label: str | None
-    mode: DecidedBy
-    confidence: float = 0.0
-    precision: float | None = None
-
-
-Decision = Assigned | Abstained
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,14 +7,46 @@ assigned to one class with low confidence.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from sortd.classify.prototypes import Classifier
-from sortd.classify.types import Assigned, Decision
+from sortd.events import Assigned, Decision
 
 MORE_ABSTENTIONS = 0.5  # the share of abstentions may exceed the expected one by this much
 ONE_CLASS = 0.9  # from this share of assigned images in one class on, their confidence is checked
 LESS_CONFIDENCE = 0.25  # the mean confidence may be this far below the accuracy among the references
 SMALLER_AFTER_HOLD = 10  # after a hold, a batch of this many times fewer images is large
+
+
+class Expectation(Protocol):
+    """The shares that a calibration measured among the references; None: not measured."""
+
+    @property
+    def filed_expected(self) -> float | None:
+        """The share of images that are filed."""
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of correct decisions."""
+
+
+class CheckedClassifier(Protocol):
+    """What the core knows of a classifier."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes."""
+
+    @property
+    def encoder_id(self) -> str:
+        """The encoder of the rows that it decides."""
+
+    @property
+    def generation(self) -> int:
+        """The number of the rebuild that made it."""
+
+    @property
+    def calibration(self) -> Expectation:
+        """What is expected of its decisions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +73,7 @@ class Guard:
         """Start in ``state``, which the caller writes down whenever it changes; a batch is large from ``images`` on."""
         self.state = state
         self._images = images
-        self._classifier: Classifier | None = None
+        self._classifier: CheckedClassifier | None = None
         self._trial: list[Decision] = []
 
     @property
@@ -53,7 +85,7 @@ class Guard:
         """Change the size of a large batch for later trials; a hold stays."""
         self._images = images
 
-    def serve(self, classifier: Classifier) -> None:
+    def serve(self, classifier: CheckedClassifier) -> None:
         """Note the classifier that decides from now on: a new generation is checked, the first one is trusted."""
         generation, state = classifier.generation, self.state
         if self._classifier is None or generation != self._classifier.generation:
@@ -89,7 +121,7 @@ class Guard:
         self.state = self.state.released()
 
 
-def verdict(decisions: Sequence[Decision], classifier: Classifier) -> str | None:
+def verdict(decisions: Sequence[Decision], classifier: CheckedClassifier) -> str | None:
     """Return how decisions differ from what the calibration predicts, as a sentence, or None."""
     assigned = [decision for decision in decisions if isinstance(decision, Assigned)]
     abstained = 1 - len(assigned) / max(len(decisions), 1)

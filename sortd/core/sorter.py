@@ -12,12 +12,10 @@ from itertools import islice
 import numpy as np
 
 from sortd import events
-from sortd.classify.decide import decide_by
-from sortd.classify.prototypes import Classifier, FinetunedClassifier, PrototypeSet
-from sortd.classify.types import Abstained, Assigned, Decision
-from sortd.core.guard import Guard, GuardState
+from sortd.core.guard import CheckedClassifier, Guard, GuardState
 from sortd.core.schedule import FolderBackoffs, RebuildSchedule
 from sortd.core.state import Image, Images, State
+from sortd.events import Abstained, Assigned, Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ SET_ASIDE = frozenset({events.Refusal.UNREADABLE, events.Refusal.TOO_LARGE, even
 
 
 def order_for(
-    image: events.EmbeddedImage, decision: Decision, classifier: Classifier, *, settle_seconds: float
+    image: events.EmbeddedImage, decision: Decision, classifier: CheckedClassifier, *, settle_seconds: float
 ) -> events.Move:
     """Return the move to Dataset/<class> or Review/<best guess> for a decision."""
     match decision:
@@ -86,12 +84,11 @@ MOST_LOOKS = 10_000  # settling images that one ``Tick`` inspects, at most
 class Sorter:
     """The sans-IO core of one dataset."""
 
-    def __init__(self, settings: SorterSettings, *, guard: GuardState | None = None) -> None:
+    def __init__(self, settings: SorterSettings, *, decide: events.Decide, guard: GuardState | None = None) -> None:
         """Start without prototypes, with a rebuild due, and with the guard in the state of the last run."""
-        self._settings = settings
+        self._settings, self._decide = settings, decide
         self.images = Images(settle_seconds=settings.settle_seconds, limit=settings.backlog_limit)
-        self.prototypes: PrototypeSet | None = None
-        self.finetuned: FinetunedClassifier | None = None
+        self.built: events.PrototypesBuilt | None = None  # the last rebuild, whose classifier decides
         self.references_absent = False
         self._rebuilds = RebuildSchedule()
         self._absent_in = 0  # the last rebuild that was started before the dataset was found absent
@@ -112,11 +109,6 @@ class Sorter:
         self.images.configure(settle_seconds=settings.settle_seconds, limit=settings.backlog_limit)
         self.guard.configure(settings.guard_images)
         self._touch(now)
-
-    @property
-    def classifier(self) -> Classifier | None:
-        """The classifier that decides: the promoted fine-tuned model, or the prototypes; None before they are built."""
-        return self.finetuned or self.prototypes
 
     def looks_soon_at(self, path: str, now: float) -> bool:
         """Return whether a settling image will be inspected within the settle time anyway."""
@@ -150,7 +142,7 @@ class Sorter:
     @property
     def _may_decide(self) -> bool:
         return (
-            self.prototypes is not None
+            self.built is not None
             and not self.is_rebuilding
             and not self.references_absent
             and self.guard.reason is None
@@ -233,11 +225,9 @@ class Sorter:
             return
         self._rebuilds.succeed()
         self.references_absent = event.job <= self._absent_in
-        served = self.classifier
-        self.prototypes, self.finetuned = event.prototypes, event.finetuned
-        classifier = event.finetuned or event.prototypes
+        served, self.built, classifier = self.built, event, event.classifier
         self.guard.serve(classifier)
-        if served is None or served.generation != classifier.generation:
+        if served is None or served.classifier.generation != classifier.generation:
             self.images.reconsider(classifier.generation)
         self._resume()
 
@@ -278,13 +268,13 @@ class Sorter:
         known = [(answer, image) for answer, image in answered if image is not None]
         if not known:
             return []
-        classifier = self.classifier
+        classifier = None if self.built is None else self.built.classifier
         if classifier is None or not self._may_decide or classifier.encoder_id != event.encoder_id:
             for _, image in known:
                 self.images.embedded(image)
             self._resume()  # rows of a replaced encoder are embedded again by the current one
             return []
-        decisions = decide_by(classifier, np.stack([answer.embedding for answer, _ in known]))
+        decisions = self._decide(classifier, np.stack([answer.embedding for answer, _ in known]))
         if self.guard.is_active(self.images.waiting):
             return self._observe([image for _, image in known], decisions)
         moves = [
@@ -304,7 +294,7 @@ class Sorter:
         return [events.Hold(self.guard.reason)] if self.guard.reason is not None else []
 
     def _decided(
-        self, answer: events.EmbeddedImage, image: Image, decision: Decision, classifier: Classifier
+        self, answer: events.EmbeddedImage, image: Image, decision: Decision, classifier: CheckedClassifier
     ) -> events.Move | None:
         if isinstance(decision, Abstained) and image.in_review:
             self.images.abstain_again(image, generation=classifier.generation)
@@ -358,8 +348,8 @@ class Sorter:
     def _rest_in_review(self, path: str, stamp: events.Stamp, now: float, generation: int) -> None:
         """Add an image of Review/; if an older generation could not decide it, it is decided again."""
         self.images.rest_in_review(path, stamp, now, generation=generation)
-        if self.classifier is not None:
-            self.images.reconsider_one(path, self.classifier.generation)
+        if self.built is not None:
+            self.images.reconsider_one(path, self.built.classifier.generation)
 
     def _move_failed(self, event: events.MoveFailed, now: float) -> list[events.Command]:
         image = self.images.move_failed(event.path, event.stamp)

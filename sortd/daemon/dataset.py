@@ -12,6 +12,7 @@ from pathlib import Path
 from time import monotonic, time_ns
 
 from sortd import events
+from sortd.classify.decide import decide_by
 from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
 from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired
@@ -85,7 +86,7 @@ class Dataset:
         """Keep the collaborators; nothing is read yet. ``limits`` are those of decoding, see ``Rejects``."""
         self.identity, self.layout, self.name = identity, layout, layout.name
         guard, last_generation = journal.history.guard(), journal.history.last_generation()
-        self.sorter = Sorter(settings, guard=guard)
+        self.sorter = Sorter(settings, decide=decide_by, guard=guard)
         self.log = DatasetLog(self.name, metrics)
         self.rebuilding = Rebuilding(identity, layout.area(Area.CLASES), reference_settings, last_generation)
         self._mover, self._ask, self._journal = mover, ask, journal
@@ -315,7 +316,7 @@ class Dataset:
     def is_stuck(self) -> bool:
         """Whether nothing will move until the references are repaired or a hold is released."""
         core = self.sorter
-        if self.log.problem is not None and (core.prototypes is None or core.references_absent):
+        if self.log.problem is not None and (core.built is None or core.references_absent):
             return True
         return core.guard.reason is not None and not core.is_rebuilding
 

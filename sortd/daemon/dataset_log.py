@@ -8,12 +8,24 @@ import structlog
 
 from sortd import errors, logs
 from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
-from sortd.classify.types import Abstained, Assigned, ClassifierKind, Mode
 from sortd.core.sorter import Sorter
 from sortd.core.state import State
 from sortd.daemon.corrections import Correction
 from sortd.daemon.references import Rebuilt
-from sortd.events import Embedded, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, RebuildFailed
+from sortd.events import (
+    Abstained,
+    Assigned,
+    ClassifierKind,
+    Embedded,
+    Leave,
+    Mode,
+    Move,
+    Moved,
+    MoveFailed,
+    MoveFailure,
+    Outcome,
+    RebuildFailed,
+)
 from sortd.metrics import Metrics
 from sortd.names import Why
 from sortd.store.records import MoveRecord, Record
@@ -183,7 +195,7 @@ class DatasetLog:
 
     def facts(self, sorter: Sorter, *, generation: int, mode: Mode) -> dict[str, object]:
         """Return the entry of the dataset in ``sortd status``; ``generation`` is the last one used."""
-        prototypes = sorter.prototypes
+        prototypes = None if sorter.built is None else sorter.built.prototypes
         return {
             "problem": sorter.guard.reason or self.problem,
             "moving": sorter.may_move,

@@ -15,10 +15,10 @@ from sortd.arrays import FloatArray
 from sortd.classify.build import build
 from sortd.classify.prompts import GENERIC_NOUNS, prompts
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import DecisionSettings, Mode, SupportSet
+from sortd.classify.types import DecisionSettings, SupportSet
 from sortd.config import DEFAULT_TEMPLATES
 from sortd.daemon.embedder import Embedder
-from sortd.events import EmbeddedImage, ImageRefused, Refusal, Stamp
+from sortd.events import EmbeddedImage, ImageRefused, Mode, Refusal, Stamp
 from sortd.files import open_regular
 from sortd.images.pool import RESOURCE_ERRORS
 from sortd.names import rule_for_folder

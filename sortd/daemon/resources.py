@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings
 from sortd.config import Config, DatasetConfig, Decoding
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.classifiers import Classifiers, are_logits
@@ -21,7 +21,7 @@ from sortd.encoder.backends import load_fastest
 from sortd.encoder.base import Encoder
 from sortd.encoder.finetuned import FinetunedFacts, load_finetuned
 from sortd.encoder.models import STRONGER, locate_clip
-from sortd.events import DatasetId, Preprocessing
+from sortd.events import DatasetId, Mode, Preprocessing
 from sortd.images.decode import DECODER_VERSION, DecodeLimits, Jpeg
 from sortd.images.pool import DecoderPool
 from sortd.layout import Layout

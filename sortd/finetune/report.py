@@ -15,7 +15,7 @@ from sortd.arrays import Array, BoolArray, IntArray
 from sortd.classify.build import build
 from sortd.classify.decide import score_batch
 from sortd.classify.prompts import prompts
-from sortd.classify.types import DecisionSettings, Mode, SupportSet
+from sortd.classify.types import DecisionSettings, SupportSet
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import class_texts, generic_text_mean, read_descriptions
 from sortd.encoder.finetuned import (
@@ -31,6 +31,7 @@ from sortd.encoder.finetuned import (
     read_facts,
 )
 from sortd.errors import DestinationError, ModelError
+from sortd.events import Mode
 from sortd.files import sync_folder_at
 from sortd.finetune.data import Photos, Plan, Predictions, Split, disk_errors_translated
 from sortd.finetune.model import average_with_start, logits_in_batches, temperature_of

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
-from sortd.classify.types import Abstained, Assigned, Decision
-from sortd.events import Stamp, signed
+from sortd.events import Abstained, Assigned, Decision, Stamp, signed
 
 if TYPE_CHECKING:
     import sqlite3

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sortd.classify.held_out import FEWEST_FILED, agreement, pooled, refuse_quick
-from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
+from sortd.events import Mode
 from tests.made_features import Array, Blobs, support_set, unit
 
 BLOBS = Blobs(8, spread=0.6)

@@ -22,7 +22,7 @@ from sortd.classify.kernel import (
 )
 from sortd.classify.leave_one_out import choose_held_out, gaussian_table, hold_out, kernel_table
 from sortd.classify.library import Library, class_means, make_library
-from sortd.classify.types import Mode
+from sortd.events import Mode
 from tests.made_features import Blobs, unit
 
 

@@ -16,7 +16,8 @@ from sortd.classify.calibration import (
 )
 from sortd.classify.decide import decide
 from sortd.classify.open_set import leave_classes_out, log_odds, nearest_cosines
-from sortd.classify.types import Abstained, AbstainSettings, Assigned, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
+from sortd.events import Abstained, Assigned, Mode
 from tests.made_features import Array, Blobs, load_world, support_set, unit, worlds
 
 

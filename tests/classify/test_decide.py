@@ -8,9 +8,11 @@ import pytest
 from sortd.classify.calibration import HeldOutOutcomes, calibrate_outcomes
 from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import FinetunedClassifier, describe_label_mismatch
-from sortd.classify.types import Abstained, AbstainSettings, Assigned
+from sortd.classify.types import AbstainSettings
 from sortd.core.sorter import Sorter
 from sortd.events import (
+    Abstained,
+    Assigned,
     Command,
     Embed,
     Embedded,

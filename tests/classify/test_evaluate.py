@@ -10,7 +10,8 @@ import pytest
 from sortd.classify.build import build
 from sortd.classify.decide import score_batch
 from sortd.classify.evaluate import evaluate
-from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
+from sortd.events import Mode
 from tests.made_features import Blobs, load_world, support_set, unit, worlds
 
 OFF = DecisionSettings(abstain=None)

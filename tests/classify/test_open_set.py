@@ -14,7 +14,8 @@ from sortd.classify.leave_one_out import REFIT_UP_TO, refit_tables, remoteness_l
 from sortd.classify.library import Library, unit_rows
 from sortd.classify.open_set import Gate, OpenSetScores, foreign_gate, known_gate, log_share, nearest_cosines
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import DecisionSettings, Mode
+from sortd.classify.types import DecisionSettings
+from sortd.events import Mode
 from tests.made_features import Array, Blobs, support_set, unit
 
 GATE = Gate(-1.0, cosine=(0.5, 0.1), typicality=(10.0, 4.0), remoteness=(2.0, 0.5), odds=(3.0, 1.0))

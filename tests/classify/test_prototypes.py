@@ -13,7 +13,8 @@ from sortd.classify.build import build
 from sortd.classify.decide import decide, score_batch
 from sortd.classify.library import make_library, parts
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import Abstained, AbstainSettings, Assigned, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
+from sortd.events import Abstained, Assigned, Mode
 from tests.made_features import NAMES, Array, Blobs, load_world, support_set, unit, worlds
 
 OFF = DecisionSettings(abstain=None)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sortd.classify.calibration import Calibration
-from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings
 from sortd.commands.check import (
     check_all,
     machine_findings,
@@ -31,6 +31,7 @@ from sortd.commands.check_references import (
 from sortd.commands.examination import evaluate_datasets
 from sortd.config import Config, read_config
 from sortd.daemon.dataset_lock import open_dataset
+from sortd.events import Mode
 from sortd.layout import MARKER, Area, Layout
 from sortd.status import lock_holder
 from sortd.store.cache import PrototypeFiles

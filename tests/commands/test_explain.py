@@ -15,13 +15,14 @@ from PIL import Image
 from sortd.classify.build import build
 from sortd.classify.decide import decide
 from sortd.classify.explain import Explanation, explain, explain_finetuned, explanation_sentences
-from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings
 from sortd.commands.explain import ImageExplanation, explain_image
 from sortd.commands.report import explain_page
 from sortd.config import Config, read_config
 from sortd.daemon.classifiers import classifier_of
 from sortd.encoder.finetuned import FinetunedFacts
 from sortd.errors import DataError, UnreadableError
+from sortd.events import Mode
 from sortd.files import stamp_of
 from sortd.layout import Layout
 from sortd.status import Status, started_ticks

@@ -5,8 +5,9 @@ import numpy.typing as npt
 import pytest
 
 from sortd.classify.build import build
+from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import AbstainSettings, DecisionSettings, Mode, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
 from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
 from sortd.events import (
@@ -17,6 +18,7 @@ from sortd.events import (
     EmbeddedImage,
     Hold,
     ImageSeen,
+    Mode,
     Move,
     PrototypesBuilt,
     Rebuild,
@@ -83,7 +85,7 @@ def answer(sorter: Sorter, commands: list[Command], known: dict[str, Rows], now:
 @pytest.fixture
 def changed() -> Sorter:
     """A core whose second generation was just built."""
-    sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20))
+    sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20), decide=decide_by)
     assert sorter.receive(Tick(), 0) == [Rebuild(1)]
     sorter.receive(PrototypesBuilt(prototypes(1), job=1), 0)
     sorter.receive(ReferencesTouched(), 1)
@@ -124,7 +126,7 @@ def test_guard_small_batch_is_never_held(changed: Sorter) -> None:
 
 def test_guard_first_generation_is_not_held() -> None:
     """Without an earlier generation there is no change to check."""
-    sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20))
+    sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20), decide=decide_by)
     sorter.receive(Tick(), 0)
     sorter.receive(PrototypesBuilt(prototypes(1), job=1), 0)
     assert len(drop(sorter, near(3, 40, 0.6), 10)) == 40
@@ -132,7 +134,7 @@ def test_guard_first_generation_is_not_held() -> None:
 
 def test_guard_change_while_stopped_is_checked() -> None:
     """The last trusted generation is known after a restart."""
-    sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20), guard=GuardState(1))
+    sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20), decide=decide_by, guard=GuardState(1))
     sorter.receive(Tick(), 0)
     sorter.receive(PrototypesBuilt(prototypes(2), job=1), 0)
     assert [type(command) for command in drop(sorter, near(3, 40, 0.6), 10)] == [Hold]

@@ -3,8 +3,9 @@
 import numpy as np
 
 from sortd.classify.build import build
+from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import DecisionSettings, Mode, SupportSet
+from sortd.classify.types import DecisionSettings, SupportSet
 from sortd.core.sorter import MOST_LOOKS, Sorter, SorterSettings
 from sortd.core.state import State
 from sortd.events import (
@@ -19,6 +20,7 @@ from sortd.events import (
     ImageSeen,
     Inspect,
     Leave,
+    Mode,
     Move,
     Moved,
     MoveFailed,
@@ -65,7 +67,7 @@ def prototypes(generation: int = 1, encoder_id: str = ENCODER) -> PrototypeSet:
 
 def ready_sorter(**settings: object) -> Sorter:
     """Return a core that has its prototypes and nothing to do."""
-    sorter = Sorter(SorterSettings(settle_seconds=10, **settings))  # type: ignore[arg-type]  # keywords of one test each
+    sorter = Sorter(SorterSettings(settle_seconds=10, **settings), decide=decide_by)  # type: ignore[arg-type]  # keywords of one test each
     assert sorter.receive(Tick(), 0) == [Rebuild(1)]
     assert sorter.receive(PrototypesBuilt(prototypes(), job=1), 0) == []
     return sorter
@@ -126,7 +128,7 @@ def test_a_file_with_an_open_writer_waits() -> None:
 
 def test_without_a_lease_five_seconds_must_pass_unless_it_was_closed() -> None:
     """Where no lease tells of a writer, quiet time stands in; a close after writing shortens it."""
-    sorter = Sorter(SorterSettings(settle_seconds=1))
+    sorter = Sorter(SorterSettings(settle_seconds=1), decide=decide_by)
     sorter.receive(ImageSeen("open.png", stamp()), 100)
     sorter.receive(ImageSeen("closed.png", stamp(), closed=True), 100)
     assert set(sorter.receive(Tick(), 101)) >= {Inspect("open.png"), Inspect("closed.png")}

@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from sortd.classify.decide import decide_by
 from sortd.core.sorter import Sorter, SorterSettings
 from sortd.core.state import State
 from sortd.events import (
@@ -129,7 +130,7 @@ def test_sorter_an_image_put_into_review_after_a_rebuild_is_decided_again_at_onc
 
 def refused(count: int, failure: MoveFailure = MoveFailure.DESTINATION) -> Sorter:
     """Return a core with so many images of one class, of which the first could not be moved at second 200."""
-    sorter = Sorter(SorterSettings(settle_seconds=10, batch_size=count))
+    sorter = Sorter(SorterSettings(settle_seconds=10, batch_size=count), decide=decide_by)
     sorter.receive(Tick(), 0)
     sorter.receive(PrototypesBuilt(prototypes(), job=1), 0)
     for number in range(count):
@@ -255,8 +256,8 @@ def test_sorter_an_answer_about_another_rebuild_ends_none(answer: Event) -> None
     settle(sorter, "a.png", mark, 112)
     assert sorter.receive(embedded("a.png", mark), 123) == []
     assert sorter.is_rebuilding
-    assert sorter.prototypes is not None
-    assert sorter.prototypes.generation == 1
+    assert sorter.built is not None
+    assert sorter.built.prototypes.generation == 1
     sorter.receive(PrototypesBuilt(prototypes(2), job=2), 124)
     assert not sorter.is_rebuilding
 
@@ -265,8 +266,8 @@ def test_sorter_a_late_answer_without_a_rebuild_changes_nothing() -> None:
     """None runs, so that there is none to end, and no other prototypes to take."""
     sorter = ready_sorter()
     sorter.receive(PrototypesBuilt(prototypes(7), job=1), 10)
-    assert sorter.prototypes is not None
-    assert sorter.prototypes.generation == 1
+    assert sorter.built is not None
+    assert sorter.built.prototypes.generation == 1
 
 
 # ---------------------------------------------------------------- Review/
@@ -321,7 +322,7 @@ class SorterMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         """Begin with prototypes."""
         super().__init__()
-        self.sorter = Sorter(SorterSettings(settle_seconds=0, batch_size=2, guard_images=0))
+        self.sorter = Sorter(SorterSettings(settle_seconds=0, batch_size=2, guard_images=0), decide=decide_by)
         self.now, self.version, self.generation = 0.0, 0, 1
         self.disk: dict[str, Stamp] = {}
         self.encoding: list[tuple[str, Stamp]] = []
@@ -456,10 +457,10 @@ class SorterMachine(RuleBasedStateMachine):
     @rule(job=st.integers(0, 3))
     def an_answer_about_another_rebuild_comes(self, job: int) -> None:
         """It ends none."""
-        before = self.sorter.prototypes
+        before = self.sorter.built
         if job not in self.jobs:
             self.tell(PrototypesBuilt(prototypes(99), job=job))
-            assert self.sorter.prototypes is before
+            assert self.sorter.built is before
 
     @invariant()
     def no_image_leaves_moving_without_an_answer(self) -> None:

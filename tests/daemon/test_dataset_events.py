@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from sortd.classify.types import DecisionSettings, Mode
+from sortd.classify.types import DecisionSettings
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import OpenDataset, open_dataset
 from sortd.daemon.presence import Presence
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.worker import Job
-from sortd.events import DatasetId, ImageHeld, Inspect
+from sortd.events import DatasetId, ImageHeld, Inspect, Mode
 from sortd.layout import Layout
 from sortd.metrics import Metrics
 from sortd.watch.observer import FileEvent

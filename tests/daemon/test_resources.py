@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from sortd.classify.types import DecisionSettings, Mode
+from sortd.classify.types import DecisionSettings
 from sortd.config import Config
 from sortd.daemon.resources import Resources
 from sortd.daemon.worker import PrototypeStore
+from sortd.events import Mode
 from sortd.store.cache import Cache
 from tests.daemon_process import make_dataset
 from tests.prototype_maker import make_prototypes

@@ -20,7 +20,7 @@ from PIL import Image
 from sortd.arrays import FloatArray
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
+from sortd.classify.types import AbstainSettings, DecisionSettings
 from sortd.daemon.classifiers import Classifiers
 from sortd.daemon.embedder import TEXTS_AT_ONCE, Embedder
 from sortd.daemon.references import ReferenceSettings
@@ -37,7 +37,7 @@ from sortd.daemon.worker import (
     WorkerReady,
 )
 from sortd.encoder.base import Encoder
-from sortd.events import DatasetId, Embedded, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
+from sortd.events import DatasetId, Embedded, ImageRefused, Mode, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecoderPool
 from sortd.store.cache import Cache

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sortd.classify.types import Abstained, Assigned, Mode
 from sortd.errors import JournalError
-from sortd.events import Stamp
+from sortd.events import Abstained, Assigned, Mode, Stamp
 from sortd.store.history import History
 from sortd.store.journal import Journal
 from sortd.store.records import UNDONE, FiledImages, MoveFile, MoveProgress, MoveReason, MoveRecord, Role, Selection
