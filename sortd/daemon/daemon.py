@@ -12,9 +12,11 @@ answers, file events, moves and scans, each for a limited time.
 
 import os
 import signal
+import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 
@@ -25,9 +27,10 @@ from sortd.config import Config, restart_needed
 from sortd.core.schedule import PeriodicTimer
 from sortd.daemon.control import Requests, answer, apply_undo_results
 from sortd.daemon.dataset import Dataset
+from sortd.daemon.dataset_lock import ReportMove
 from sortd.daemon.datasets import Datasets
 from sortd.daemon.inbox import Inbox, Reported
-from sortd.daemon.resources import Resources
+from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.daemon.worker import Answer, Worker, WorkerDied, WorkerLoading, WorkerReady
 from sortd.layout import Area
 from sortd.metrics import Metrics
@@ -65,11 +68,19 @@ class Daemon:
         notifier: Notifier,
         metrics: Metrics,
         once: bool = False,
+        dry_run: ReportMove | None = None,
     ) -> None:
         """Keep the collaborators; nothing is touched before ``run``.
 
-        ``reload`` reads the configuration again, or raises ``ConfigError``; with ``once`` the run ends when nothing is
-        left.
+        Args:
+            config: the configuration.
+            resources: opens the model.
+            reload: reads the configuration again, or raises ``ConfigError``.
+            notifier: notifies the service manager.
+            metrics: the metrics.
+            once: whether the run ends when nothing is left.
+            dry_run: is called with each move instead of making it; the run writes nothing and takes no signals or
+                requests then.
         """
         self.config = config
         self.inbox = Inbox()
@@ -78,17 +89,14 @@ class Daemon:
         self.config_problem: str | None = None
         self._ended_by: str | None = None
         self._reload, self._notifier, self._metrics = reload, notifier, metrics
-        self._once = once
+        self._once, self._is_dry_run = once, dry_run is not None
         self._worker = Worker(resources.load, resources.unload, self.inbox.put, resources.classifiers)
         resources.on_progress = self._worker.loading
         self._copier = CopyQueue(self.inbox.put)
-        self.datasets = Datasets(
-            config, resources=resources, ask=self._worker.ask, copier=self._copier, metrics=metrics
-        )
+        self.datasets = Datasets(config, ask=self._worker.ask, copier=self._copier, metrics=metrics, dry_run=dry_run)
         self._watcher: Watcher | None = None
-        self._state_folder = resources.state_folder
-        self._status = Status(resources.state_folder)
-        self._requests = Requests(resources.state_folder, report=self._log_write_error)
+        self._status = Status(config.state_dir)
+        self._requests = Requests(config.state_dir, report=self._log_write_error)
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
         self._pid = os.getpid()
         self._is_ready = False
@@ -106,8 +114,9 @@ class Daemon:
             SortdError: The cause of the end: the state folder, the model; with ``once``, a held dataset.
         """
         is_cut_short = False
-        self._require_to_be_alone()
-        with signals_posted(self.inbox.put_signal):
+        if not self._is_dry_run:
+            self._require_to_be_alone()
+        with nullcontext() if self._is_dry_run else signals_posted(self.inbox.put_signal):
             try:
                 self._start()
                 while not self._is_done():
@@ -134,7 +143,8 @@ class Daemon:
 
     def _start(self) -> None:
         self._log.info(logs.DAEMON_STARTING, root=str(self.config.root), model=self.config.model)
-        self._requests.open()
+        if not self._is_dry_run:
+            self._requests.open()
         self._worker.start()
         if not self._once:
             self._watcher = Watcher(self.inbox.put, polling=self.config.polling)
@@ -145,13 +155,13 @@ class Daemon:
                 f"{self.config.root} holds no dataset (a folder with a Clases/); create one with `sortd init DIR`"
             )
         self._timer.put_off("scan", monotonic() + self.config.rescan_seconds)
-        if self.config.metrics.http_port is not None:
+        if self.config.metrics.http_port is not None and not self._is_dry_run:
             self._closing.callback(self._metrics.serve(self.config.metrics.http_port, problem=self._idle_reason))
 
     def _require_to_be_alone(self) -> None:
         """Raise ``AlreadyRunningError`` if another sortd uses this state folder for this root."""
         try:
-            status = read_status(self._state_folder)
+            status = read_status(self.config.state_dir)
         except (errors.StartupError, OSError):
             return  # the lock of each dataset still protects it
         if status is None or not status["alive"] or status["pid"] == self._pid:
@@ -172,7 +182,8 @@ class Daemon:
 
     def _stop(self) -> None:
         self._notifier.stopping()
-        self._requests.close()
+        if not self._is_dry_run:
+            self._requests.close()
         if self._watcher is not None:
             self._watcher.close()
         self._copier.interrupt()
@@ -301,6 +312,8 @@ class Daemon:
         )
 
     def _write_status(self, *, running: bool) -> None:
+        if self._is_dry_run:
+            return
         try:
             self._status.write(self.facts(running=running))
         except OSError as error:
@@ -309,7 +322,7 @@ class Daemon:
     def _write_metrics(self) -> None:
         for dataset in self.datasets:
             self._metrics.backlog(dataset.name, dataset.sorter.images.waiting)
-        if self.config.metrics.textfile is None:
+        if self.config.metrics.textfile is None or self._is_dry_run:
             return
         try:
             self._metrics.write_textfile(os.fspath(self.config.metrics.textfile))
@@ -387,6 +400,29 @@ class Daemon:
             self.datasets.reload(config)
             self._log.info(logs.CONFIG_RELOADED, restart_needed_for=waits)
         self._notifier.ready()
+
+
+def simulate(config: Config, report: ReportMove, *, load_encoder: LoadEncoder | None = None) -> None:
+    """Decide every waiting image and report where it would go; nothing below the root or the state folder is written.
+
+    Embeddings go to a temporary cache, and each dataset works with a copy of its journal.
+
+    Raises:
+        LayoutError: There is no dataset, or nothing may move in one.
+        ModelError: The model cannot be loaded.
+        JournalError: A journal cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="sortd-", ignore_cleanup_errors=True) as folder:
+        resources = Resources(config, load_encoder=load_encoder, scratch=Path(folder))
+        Daemon(
+            config,
+            resources=resources,
+            reload=lambda: config,
+            notifier=Notifier({}),
+            metrics=Metrics(),
+            once=True,
+            dry_run=report,
+        ).run()
 
 
 def _until_late(do: Callable[[_T], None], each: Iterable[_T]) -> None:

@@ -16,7 +16,7 @@ from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
 from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired
 from sortd.daemon.dataset_log import DatasetLog
-from sortd.daemon.move_queue import DryRunMover, MoveQueue
+from sortd.daemon.move_queue import MoveQueue
 from sortd.daemon.presence import Presence
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.scans import DatasetScans
@@ -74,7 +74,7 @@ class Dataset:
         settings: SorterSettings,
         reference_settings: ReferenceSettings,
         *,
-        mover: Mover | DryRunMover,
+        mover: Mover,
         journal: Journal,
         ask: Callable[[Job], None],
         metrics: Metrics,
@@ -88,7 +88,7 @@ class Dataset:
         self.sorter = Sorter(settings, guard=guard)
         self.log = DatasetLog(self.name, metrics)
         self.rebuilding = Rebuilding(identity, layout.area(Area.CLASES), reference_settings, last_generation)
-        self._mover, self._ask, self._journal = mover, ask, journal
+        self.mover, self._ask, self._journal = mover, ask, journal
         self.move_queue = MoveQueue(mover, self.log, history=journal.history, root=layout.root)
         self._presence = Presence(layout, journal, needs_marker=needs_marker, lock_problem=lock_problem)
         self._is_taken = False
@@ -318,12 +318,6 @@ class Dataset:
         if self.log.problem is not None and (core.prototypes is None or core.references_absent):
             return True
         return core.guard.reason is not None and not core.is_rebuilding
-
-    @property
-    def mover(self) -> Mover:
-        """The mover of its files; a dry run has none."""
-        assert isinstance(self._mover, Mover)
-        return self._mover
 
     @property
     def history(self) -> History:

@@ -2,8 +2,9 @@
 
 import json
 import os
+import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,44 @@ from filelock import FileLock, Timeout
 
 from sortd.daemon.presence import Presence
 from sortd.errors import AlreadyRunningError, LayoutError
+from sortd.events import Move, Moved
 from sortd.files import identity_of, open_folder, read_regular, sync_folder_at, write_atomic
 from sortd.layout import JOURNAL_FILE, MARKER, Layout
 from sortd.moving.copy_queue import Submit
-from sortd.moving.mover import Mover
+from sortd.moving.mover import MoveAnswer, Mover
 from sortd.moving.parts import never
+from sortd.store.database import copy_journal
 from sortd.store.journal import Journal
 from sortd.store.records import MoveRecord
 
 POINTER = "state"  # in the marker folder: the path of the state folder, for people and after a rename
 POINTER_BYTES = 8192  # more than a path can have; a larger file is not a pointer
 OWNER_FILE = "dataset.json"  # in the state folder: the dataset's path, and the inode of its marker
+
+
+ReportMove = Callable[[str, Move, str], None]  # called for each move of a dry run: dataset, move, destination
+
+
+class DryRunMover(Mover):
+    """Moves nothing, but reports each move with the place where the image would be if that name is free."""
+
+    def __init__(self, root: Path, journal: Journal, report: ReportMove) -> None:
+        """Report for the dataset at ``root``; ``journal`` is a copy."""
+        super().__init__(root, journal, companions=False)
+        self._folder, self._report = root, report
+
+    def recover(self) -> list[MoveRecord]:
+        """Return nothing: another sortd may be making the moves that are open in the copied journal."""
+        return []
+
+    def move_all(self, moves: Sequence[Move]) -> list[MoveAnswer]:
+        """Answer each move as done."""
+        done: list[MoveAnswer] = []
+        for move in moves:
+            destination = os.path.join(self._folder, move.folder, os.path.basename(move.path))
+            self._report(self._folder.name, move, destination)
+            done.append(Moved(move.path, move.stamp, destination, move.outcome, move.stamp))
+        return done
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +108,21 @@ def inspect_dataset(layout: Layout, state: Path) -> Iterator[OpenDataset]:
     """
     with Journal(layout.state_folder(state) / JOURNAL_FILE) as journal:
         yield OpenDataset(layout, journal, Mover(layout.root, journal, absence=_absence_of(layout, journal)))
+
+
+@contextmanager
+def simulate_dataset(layout: Layout, state: Path, report: ReportMove) -> Iterator[OpenDataset]:
+    """Open a dataset for a dry run, with a copy of its journal or an empty one; nothing of it is written or locked.
+
+    Raises:
+        JournalError: its journal cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="sortd-") as folder:
+        file, copy = find_state_folder(layout, state) / JOURNAL_FILE, Path(folder) / JOURNAL_FILE
+        if file.is_file():
+            copy_journal(file, copy)
+        with Journal(copy) as journal:
+            yield OpenDataset(layout, journal, DryRunMover(layout.root, journal, report))
 
 
 @contextmanager

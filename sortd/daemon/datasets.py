@@ -9,8 +9,9 @@ import os
 import resource
 import sqlite3
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -23,13 +24,15 @@ from sortd import errors, logs
 from sortd.config import Config
 from sortd.core.schedule import RETRY_SECONDS, Throttle, doubled_seconds
 from sortd.daemon.dataset import Dataset
-from sortd.daemon.resources import Resources, reference_settings_of, sorter_settings
+from sortd.daemon.dataset_lock import OpenDataset, ReportMove, open_dataset, simulate_dataset
+from sortd.daemon.rejected import limits_of
+from sortd.daemon.resources import reference_settings_of, sorter_settings
 from sortd.daemon.worker import Forget, Job
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, SortdError, StorageError
 from sortd.events import DatasetAbsent, DatasetId
 from sortd.layout import Layout, find_datasets
 from sortd.metrics import Metrics
-from sortd.moving.copy_queue import CopyQueue
+from sortd.moving.copy_queue import CopyQueue, CopyQueueClient
 from sortd.watch.observer import FileEvent
 from sortd.watch.watcher import EventsDropped, Watcher
 
@@ -67,17 +70,20 @@ class Datasets:
         self,
         config: Config,
         *,
-        resources: Resources,
         ask: Callable[[Job], None],
         copier: CopyQueue,
         metrics: Metrics,
         clock: Callable[[], float] = monotonic,
+        dry_run: ReportMove | None = None,
     ) -> None:
-        """Start without datasets; ``discover`` finds them."""
+        """Start without datasets; ``discover`` finds them. ``dry_run`` is called with each move that is not made."""
         self.config, self._clock = config, clock
         self.by_name: dict[str, Dataset] = {}
         self.held: dict[str, Held] = {}
-        self._resources, self._ask, self._copier, self._metrics = resources, ask, copier, metrics
+        self._ask, self._copier, self._metrics, self._dry_run = ask, copier, metrics, dry_run
+        self._run = uuid.uuid4().hex[:8]
+        self._state, self._limits = config.state_dir, limits_of(config.decoding)  # as at the start, also after a reload
+        self._opened: dict[DatasetId, ExitStack] = {}
         self._watcher: Watcher | None = None
         self._root_is_present = True
         self._began = self._is_stopping = False
@@ -176,8 +182,8 @@ class Datasets:
         try:
             _require_descriptors()
             client = self._copier.client(DatasetId(name, next(self._numbers)))
-            dataset = self._resources.open(layout, self.config, ask=self._ask, client=client, metrics=self._metrics)
-            self.by_name[name], self._folders[name] = dataset, folder
+            dataset = self.by_name[name] = self._lock_and_recover(layout, client)
+            self._folders[name] = folder
             if self._watcher is not None:
                 self._watcher.watch_dataset(os.fspath(layout.root))
             if is_another:
@@ -191,6 +197,49 @@ class Datasets:
             self._reopened[name] = self.held.pop(name), self._clock()
         self._metrics.held(name, is_held=False)
         self._log.info(logs.DATASET_ADDED, dataset=name, root=str(layout.root))
+
+    def _lock_and_recover(self, layout: Layout, client: CopyQueueClient) -> Dataset:
+        """Lock, recover and open a dataset; ``client`` makes its long copies."""
+        own = self.config.dataset(layout.name)
+        with ExitStack() as stack:
+            opened = stack.enter_context(self._opening(layout, client, companions=own.companions))
+            stack.callback(client.close)  # before the journal is closed and the lock released
+            dataset = Dataset(
+                client.dataset,
+                layout,
+                sorter_settings(own),
+                reference_settings_of(own),
+                mover=opened.mover,
+                ask=self._ask,
+                metrics=self._metrics,
+                journal=opened.journal,
+                needs_marker=self._dry_run is None,
+                lock_problem=opened.lock_problem,
+                limits=self._limits if self._dry_run is None else None,
+            )
+            dataset.move_queue.tell_recovered(opened.recovered)  # may fail, and the locks are released then
+            self._opened[dataset.identity] = stack.pop_all()
+        return dataset
+
+    def _opening(
+        self, layout: Layout, client: CopyQueueClient, *, companions: bool
+    ) -> AbstractContextManager[OpenDataset]:
+        if self._dry_run is not None:
+            return simulate_dataset(layout, self._state, self._dry_run)
+        layout.make()
+        return open_dataset(
+            layout,
+            self._state,
+            run=self._run,
+            companions=companions,
+            submit=client.submit,
+            interrupted=lambda: client.is_interrupted,
+        )
+
+    def _close(self, dataset: Dataset) -> None:
+        """Close the journal and release the locks."""
+        if (opened := self._opened.pop(dataset.identity, None)) is not None:
+            opened.close()
 
     def _remove(self, name: str) -> None:
         self._reopened.pop(name, None)
@@ -211,7 +260,7 @@ class Datasets:
             self._watcher.forget(os.fspath(dataset.layout.root))
         self._ask(Forget(dataset.identity))
         with suppress(*OF_ONE_DATASET):  # what failed may fail to close, too
-            self._resources.close(dataset)
+            self._close(dataset)
 
     @contextmanager
     def isolated(self, dataset: Dataset) -> Iterator[None]:
@@ -249,9 +298,11 @@ class Datasets:
         self._hold(dataset.layout, error, retry_at=now + doubled_seconds(failures), failures=failures)
 
     def _hold(self, layout: Layout, error: Exception, *, retry_at: float, failures: int | None = None) -> None:
-        """Close a dataset and note why; log a new cause."""
+        """Close a dataset and note why; log a new cause. A dry run ends by the error instead."""
         name, cause, before = layout.name, _sentence(error), self.held.get(layout.name)
         self._forget(name)
+        if self._dry_run is not None:
+            raise error
         if failures is None:
             failures = 0 if before is None else before.failures
         is_new = before is None or before.cause != cause
@@ -347,7 +398,7 @@ class Datasets:
             with self.isolated(dataset):
                 dataset.flush()
                 dataset.scans.left_files.tell(at_once=True)
-                self._resources.close(dataset)
+                self._close(dataset)
 
 
 def _sentence(error: Exception) -> str:

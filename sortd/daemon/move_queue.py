@@ -5,7 +5,7 @@ One pair of directory syncs for fifty moves is eighty times as fast as one for e
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from time import monotonic
 
@@ -20,34 +20,15 @@ from sortd.store.records import MoveProgress, MoveRecord, Record
 GROUP = 32
 """Moves of one turn of the loop: on a busy disk each takes some five milliseconds, in which nothing else happens."""
 
-Tell = Callable[[str, Move, str], None]  # hears of each move: dataset, move, destination
 Heard = MoveAnswer | ImageGone
-
-
-class DryRunMover:
-    """Carries out no move, but tells of each where the image would stand if that name is free."""
-
-    def __init__(self, name: str, root: Path, tell: Tell) -> None:
-        """Pretend for the dataset at ``root``."""
-        self._name, self._root, self._tell = name, root, tell
-
-    def move_all(self, moves: Sequence[Move]) -> list[Moved | MoveFailed]:
-        """Answer each move as done."""
-        done: list[Moved | MoveFailed] = []
-        for move in moves:
-            destination = os.path.join(self._root, move.folder, os.path.basename(move.path))
-            self._tell(self._name, move, destination)
-            done.append(Moved(move.path, move.stamp, destination, move.outcome, move.stamp))
-        return done
 
 
 class MoveQueue:
     """Carries out the moves of one dataset and writes a line about each."""
 
-    def __init__(self, mover: Mover | DryRunMover, log: DatasetLog, *, history: History | None, root: Path) -> None:
-        """Begin with nothing to move; ``log`` writes the lines, a dry run has no ``history``."""
+    def __init__(self, mover: Mover, log: DatasetLog, *, history: History, root: Path) -> None:
+        """Begin with nothing to move; ``log`` writes the lines."""
         self._mover, self._log, self._history, self._root = mover, log, history, root
-        self._real = mover if isinstance(mover, Mover) else None
         self._moves: list[Move] = []
         # Sent and not answered yet, and since when; one version can be asked for again before it was answered.
         self._asked: dict[tuple[str, Stamp], deque[tuple[Move, float]]] = {}
@@ -59,7 +40,7 @@ class MoveQueue:
     @property
     def is_due(self) -> bool:
         """Whether there is something to send: moves that were gathered, or some that waited for a copy to end."""
-        return bool(self._moves) or (self._real is not None and self._real.can_go_on)
+        return bool(self._moves) or self._mover.can_go_on
 
     def send(self) -> list[Heard]:
         """Carry out the next group of what was gathered; return what has ended, a line written about each."""
@@ -67,43 +48,40 @@ class MoveQueue:
         began = monotonic()
         for move in moves:
             self._asked.setdefault((move.path, move.stamp), deque()).append((move, began))
-        if self._real is not None:
-            self.tell_recovered(self._real.recover())
+        self.tell_recovered(self._mover.recover())
         results = self._mover.move_all(moves)
         share = (monotonic() - began) / max(1, len(results))
         return [self._told(result, share) for result in results]
 
     def end(self, orders: Sequence[MoveOrder]) -> list[Heard | UndoResult]:
         """Take note of copies to another file system that have ended; return what became of them."""
-        assert self._real is not None
         heard: list[Heard | UndoResult] = []
-        for answer in self._real.end(orders):
+        for answer in self._mover.end(orders):
             if isinstance(answer, UndoResult):
                 heard.append(answer)
                 continue
             heard.append(self._told(answer, None))
             if isinstance(answer, Moved):
-                self._add_new(self._real.late.left_by(answer.path))
+                self._add_new(self._mover.late.left_by(answer.path))
             elif answer.failure is MoveFailure.DESTINATION:
                 heard += self._withdraw(answer.message)  # a full disk is not asked again for each that waits
         return heard
 
     def follow(self, leave: Leave) -> bool:
         """Take in the move of a file that stays, if it is a companion of an image that left before it; tell whether."""
-        if self._real is None or leave.refusal not in {Refusal.NOT_AN_IMAGE, Refusal.EMPTY}:
+        if leave.refusal not in {Refusal.NOT_AN_IMAGE, Refusal.EMPTY}:
             return False
-        move = self._real.late.move_for(leave.path)
+        move = self._mover.late.move_for(leave.path)
         self._add_new([] if move is None else [move])
         return move is not None
 
     def awaits_image(self, leave: Leave) -> bool:
         """Tell whether a file stays only until the image goes that it belongs to: nothing is to be said of it."""
-        return self._real is not None and self._real.late.awaits_image(leave.path)
+        return self._mover.late.awaits_image(leave.path)
 
     def follow_images(self, found: Sequence[tuple[Record, str]]) -> None:
         """Take the companions in that are to follow images which a person moved."""
-        if self._real is not None:
-            self._add_new(self._real.late.follow_images(found))
+        self._add_new(self._mover.late.follow_images(found))
 
     def _add_new(self, followers: Iterable[Move]) -> None:
         """Take companions in that are to follow, but for those that do so already: they are found in two ways."""
@@ -119,10 +97,10 @@ class MoveQueue:
 
     def give_up(self) -> list[MoveAnswer]:
         """Answer what waits for a copy to another file system: sortd stops. The next start moves it."""
-        given_up: Sequence[MoveAnswer] = () if self._real is None else self._real.give_up()
+        given_up = self._mover.give_up()
         for result in given_up:
             self._taken(result)
-        return list(given_up)
+        return given_up
 
     def tell_recovered(self, moves: Iterable[MoveRecord]) -> None:
         """Write the lines of images whose moves had been cut short, by a crash or a disk, and have ended now.
@@ -131,8 +109,6 @@ class MoveQueue:
         is told what is known, the hidden name of a copy that cannot be proven whole, say.
         """
         for move in moves:
-            if self._history is None:
-                return
             if move.progress is MoveProgress.DONE:
                 mark = move.image.moved_stamp
                 record = None if mark is None else self._history.last_known(mark)
@@ -145,7 +121,7 @@ class MoveQueue:
 
     def _withdraw(self, message: str) -> list[MoveAnswer]:
         """Answer what waits for a copy to end as failed, without a line for each: the core asks for it again."""
-        withdrawn = [] if self._real is None else [_failed(move, message) for move in self._real.withdraw()]
+        withdrawn = [_failed(move, message) for move in self._mover.withdraw()]
         for result in withdrawn:
             self._taken(result)
         return withdrawn
@@ -159,8 +135,8 @@ class MoveQueue:
         self._log.moved(move, result, 1e3 * (monotonic() - began if seconds is None else seconds))
         if move.outcome is Outcome.FOLLOWED:
             return ImageGone(move.path)
-        if isinstance(result, Moved) and self._real is not None:
-            self._add_new(self._real.late.parted_from(result))
+        if isinstance(result, Moved):
+            self._add_new(self._mover.late.parted_from(result))
         return result
 
     def _taken(self, result: MoveAnswer) -> tuple[Move, float]:

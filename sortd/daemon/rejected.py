@@ -9,14 +9,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 
+from sortd.config import Decoding
 from sortd.events import Refusal, Stamp
+from sortd.images.decode import DECODER_VERSION
 from sortd.layout import Area, Layout
 from sortd.names import rule_for
 from sortd.store.journal import Journal
 from sortd.store.records import Record
 from sortd.watch.scan import looked_at_until, stamp
 
-SCANNED_FACT = "rejects_scanned_at"  # when Rejected/ was last scanned, in nanoseconds since the epoch
+REJECTS_SCANNED_FACT = "rejects_scanned_at"  # when Rejected/ was last scanned, in nanoseconds since the epoch
 LIMITS_FACT = "rejects_limits"  # the limits by which the files in Rejected/ were rejected, as JSON
 
 _REFUSED_BY = {
@@ -30,11 +32,17 @@ _REFUSED_BY = {
 """Reasons of rejection by limit: images with these reasons are tried again when the limit is raised."""
 
 
+def limits_of(decoding: Decoding) -> dict[str, float]:
+    """Return the decoding limits, each such that a higher value accepts more images; by the keys of ``_REFUSED_BY``."""
+    numbers = decoding.model_dump(include={"max_pixels", "max_side_pixels", "max_bytes", "timeout_seconds"})
+    return {**numbers, "draft": int(decoding.jpeg == "draft"), "decoders": DECODER_VERSION}
+
+
 class Rejects:
     """Finds repaired images in Rejected/ of one dataset, and those that a raised limit may allow."""
 
     def __init__(self, layout: Layout, journal: Journal, limits: Mapping[str, float] | None = None) -> None:
-        """Read nothing yet; ``limits`` are the configured ones, by the keys of ``_REFUSED_BY``."""
+        """Read nothing yet; ``limits`` are the configured ones, see ``limits_of``."""
         self._folder = os.fspath(layout.area(Area.REJECTED))
         self._journal = journal
         self.files_scanned = 0
@@ -57,7 +65,7 @@ class Rejects:
         Only files that changed since the last scan are looked up in the journal; after a limit was raised all files,
         until each image rejected by it was tried. ``now_ns`` is in nanoseconds since the epoch.
         """
-        return self._scan_since(looked_at_until(self._journal.history.number(SCANNED_FACT), now_ns), now_ns)
+        return self._scan_since(looked_at_until(self._journal.history.number(REJECTS_SCANNED_FACT), now_ns), now_ns)
 
     def _scan_since(self, since: int, now_ns: int) -> Iterator[tuple[str, Stamp] | None]:
         allowed = self._refusals_to_try()
@@ -76,7 +84,7 @@ class Rejects:
                     yield None if found is None else (entry.path, found)
         except OSError:
             return  # missing: scanned when it is back
-        self._journal.note(SCANNED_FACT, str(now_ns))
+        self._journal.note(REJECTS_SCANNED_FACT, str(now_ns))
         self._unanswered &= there
         if allowed and not self._unanswered:
             self._journal.note(LIMITS_FACT, json.dumps(self._limits))

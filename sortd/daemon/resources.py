@@ -1,33 +1,27 @@
-"""The resources of a run: locked, recovered and opened datasets, and the model with its decoders and cache."""
+"""The resources of a run: the configured and the fine-tuned models with their decoders, and the cache."""
 
 import os
-import uuid
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
-from sortd.config import Config, DatasetConfig, Decoding
+from sortd.config import Config, DatasetConfig
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.classifiers import Classifiers, are_logits
-from sortd.daemon.dataset import Dataset
-from sortd.daemon.dataset_lock import open_dataset
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.stored_prototypes import stored_prototypes
-from sortd.daemon.worker import Job, PrototypeStore
+from sortd.daemon.worker import PrototypeStore
 from sortd.encoder.backends import load_fastest
 from sortd.encoder.base import Encoder
 from sortd.encoder.finetuned import FinetunedFacts
 from sortd.encoder.finetuned_network import load_finetuned
 from sortd.encoder.models import STRONGER, locate_clip
-from sortd.events import DatasetId, Preprocessing
-from sortd.images.decode import DECODER_VERSION, DecodeLimits, Jpeg
+from sortd.events import Preprocessing
+from sortd.images.decode import DecodeLimits, Jpeg
 from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
-from sortd.metrics import Metrics
-from sortd.moving.copy_queue import CopyQueueClient
 from sortd.store.cache import Cache
 
 LoadEncoder = Callable[[Config], Encoder]
@@ -60,21 +54,15 @@ def reference_settings_of(config: DatasetConfig) -> ReferenceSettings:
     )
 
 
-def limits_of(decoding: Decoding) -> dict[str, float]:
-    """Return the decoding limits, each such that a higher value accepts more images; see ``Rejects``."""
-    numbers = decoding.model_dump(include={"max_pixels", "max_side_pixels", "max_bytes", "timeout_seconds"})
-    return {**numbers, "draft": int(decoding.jpeg == "draft"), "decoders": DECODER_VERSION}
-
-
 def _nothing(*_: object) -> None:
     """Do nothing."""
 
 
 class Resources:
-    """Opens datasets and the model for one run."""
+    """Opens the models, decoders and cache of one run."""
 
     def __init__(self, config: Config, *, load_encoder: LoadEncoder | None = None, scratch: Path | None = None) -> None:
-        """Prepare; nothing is touched before ``open`` and ``load``.
+        """Prepare; nothing is touched before ``load``.
 
         ``load_encoder`` replaces the configured model; ``scratch`` is a folder for embeddings instead of the cache,
         from which only prototypes are read then.
@@ -84,8 +72,6 @@ class Resources:
         self._runs_on: list[str] = []
         self.on_progress: Callable[[str], None] = lambda _: None  # called while the model is loaded
         self._load_encoder = load_encoder or partial(load_fastest, report=self._runs_on.append)
-        self._run = uuid.uuid4().hex[:8]
-        self._held: dict[DatasetId, ExitStack] = {}
         self._decoders: dict[tuple[Preprocessing, Jpeg], DecoderPool] = {}
         self._cache: Cache | None = None
         self.classifiers = Classifiers(
@@ -93,56 +79,6 @@ class Resources:
             load=lambda folder: load_finetuned(folder, device=config.device, threads=config.threads),
             embed_with=self._embed_with,
         )
-
-    @property
-    def state_folder(self) -> Path:
-        """The state directory."""
-        return self._config.state_dir
-
-    def open(
-        self, layout: Layout, config: Config, *, ask: Callable[[Job], None], client: CopyQueueClient, metrics: Metrics
-    ) -> Dataset:
-        """Lock a dataset, recover it and open it; ``client`` makes its long copies.
-
-        Raises:
-            AlreadyRunningError: Another sortd has it.
-            LayoutError: Its folders cannot be used.
-            JournalError: Its journal cannot be opened.
-        """
-        own = config.dataset(layout.name)
-        layout.make()
-        with ExitStack() as opened:
-            held = opened.enter_context(
-                open_dataset(
-                    layout,
-                    self.state_folder,
-                    run=self._run,
-                    companions=own.companions,
-                    submit=client.submit,
-                    interrupted=lambda: client.is_interrupted,
-                )
-            )
-            opened.callback(client.close)  # before the journal is closed and the lock released
-            dataset = Dataset(
-                client.dataset,
-                layout,
-                sorter_settings(own),
-                reference_settings_of(own),
-                mover=held.mover,
-                ask=ask,
-                metrics=metrics,
-                journal=held.journal,
-                lock_problem=held.lock_problem,
-                limits=limits_of(self._config.decoding),
-            )
-            dataset.move_queue.tell_recovered(held.recovered)  # may fail, and the locks are released then
-            self._held[dataset.identity] = opened.pop_all()
-        return dataset
-
-    def close(self, dataset: Dataset) -> None:
-        """Close the journal and release the lock."""
-        if (opened := self._held.pop(dataset.identity, None)) is not None:
-            opened.close()
 
     def load(self) -> tuple[Embedder, PrototypeStore, str]:
         """Load the configured model, start its decoders and open the cache.

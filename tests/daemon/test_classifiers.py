@@ -13,7 +13,7 @@ import pytest
 from sortd.arrays import Pixels
 from sortd.config import Config, read_config
 from sortd.daemon.classifiers import select_classifier
-from sortd.daemon.dry_run import simulate
+from sortd.daemon.daemon import simulate
 from sortd.daemon.resources import Resources, reference_settings_of
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Posted, RebuildJob, Worker, WorkerDied
 from sortd.encoder.base import Rows

@@ -16,7 +16,7 @@ from sortd.core.sorter import SorterSettings
 from sortd.core.state import State
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.datasets import Datasets
-from sortd.daemon.resources import Resources, reference_settings_of
+from sortd.daemon.resources import reference_settings_of
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Job, RebuildJob
 from sortd.events import (
     DatasetId,
@@ -381,7 +381,7 @@ def collection(tmp_path: Path) -> Iterator[tuple[Datasets, list[Job]]]:
     config = read_config(write_config(tmp_path), {"HOME": str(tmp_path)})
     copier = CopyQueue(lambda _: None)
     asked: list[Job] = []
-    made = Datasets(config, resources=Resources(config), ask=asked.append, copier=copier, metrics=Metrics())
+    made = Datasets(config, ask=asked.append, copier=copier, metrics=Metrics())
     yield made, asked
     copier.stop()
     made.close()

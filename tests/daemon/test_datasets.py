@@ -21,7 +21,6 @@ from sortd.daemon.datasets import (
     DESCRIPTORS_OF_A_DATASET,
     Datasets,
 )
-from sortd.daemon.resources import Resources
 from sortd.daemon.worker import Forget, Job
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, StorageError
 from sortd.events import Move, Outcome, Stamp
@@ -55,7 +54,6 @@ class Place:
         config = read_config(write_config(self.folder), {})
         self.collection = Datasets(
             config,
-            resources=Resources(config),
             ask=self.asked.append,
             copier=CopyQueue(self.posted.put),
             metrics=self.metrics,

@@ -11,8 +11,8 @@ from structlog.testing import capture_logs
 from sortd.classify.types import DecisionSettings
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
+from sortd.daemon.dataset_lock import DryRunMover
 from sortd.daemon.dataset_log import DatasetLog
-from sortd.daemon.move_queue import DryRunMover
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.scans import LEFT_SECONDS, LeftFiles
 from sortd.daemon.worker import Answer, EmbedJob, Job
@@ -38,7 +38,7 @@ class World:
             Layout(root),
             SorterSettings(settle_seconds=0.0),
             ReferenceSettings(DecisionSettings()),
-            mover=DryRunMover("Cars", root, lambda *_: None),
+            mover=DryRunMover(root, journal, lambda *_: None),
             ask=self.asked.append,
             metrics=Metrics(),
             journal=journal,

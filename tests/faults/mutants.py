@@ -250,7 +250,7 @@ APART = (
     Mutant("daemon/rejected", "            self._journal.follow(record, refused)\n", "            pass\n"),
     Mutant(
         "daemon/datasets",
-        "            self._resources.close(dataset)\n\n    @contextmanager",
+        "            self._close(dataset)\n\n    @contextmanager",
         "            pass\n\n    @contextmanager",
     ),
     Mutant(
