@@ -15,11 +15,16 @@ from sortd.commands.examination import settings_with_corrections
 from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
 from sortd.commands.promotion import dataset_named, serving_facts
 from sortd.config import Config
-from sortd.daemon.classifiers import ActiveClassifier, select_classifier
 from sortd.daemon.embedder import Embedder
-from sortd.daemon.references import References, ReferencesAbsentError, class_labels
-from sortd.daemon.resources import Resources, reference_settings_of
-from sortd.daemon.stored_prototypes import SETTINGS, changed_since, stored_prototypes
+from sortd.daemon.references import (
+    SETTINGS,
+    References,
+    ReferencesAbsentError,
+    changed_since,
+    class_labels,
+    stored_prototypes,
+)
+from sortd.daemon.resources import ActiveClassifier, Resources, reference_settings_of, select_classifier
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, UnreadableError
 from sortd.events import EmbeddedImage, Stamp

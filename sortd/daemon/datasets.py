@@ -23,9 +23,9 @@ import structlog
 from sortd import errors, logs
 from sortd.config import Config
 from sortd.core.schedule import RETRY_SECONDS, Throttle, doubled_seconds
+from sortd.daemon.corrections import limits_of
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import OpenDataset, ReportMove, open_dataset, simulate_dataset
-from sortd.daemon.rejected import limits_of
 from sortd.daemon.resources import reference_settings_of, sorter_settings
 from sortd.daemon.worker import Forget, Job
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, SortdError, StorageError

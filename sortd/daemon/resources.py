@@ -1,28 +1,175 @@
-"""The resources of a run: the configured and the fine-tuned models with their decoders, and the cache."""
+"""The models of a run, the configured one and the fine-tuned ones, with their decoders and cache; and which decides.
+
+Promotions of fine-tuned models are read at every rebuild. If a model cannot be used, the prototypes decide.
+"""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+
+from sortd.arrays import Pixels
+from sortd.classify.calibration import HeldOutOutcomes, calibrate_outcomes
+from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet, describe_label_mismatch
 from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
 from sortd.config import Config, DatasetConfig
 from sortd.core.sorter import SorterSettings
-from sortd.daemon.classifiers import Classifiers, are_logits
 from sortd.daemon.embedder import Embedder
-from sortd.daemon.references import ReferenceSettings
-from sortd.daemon.stored_prototypes import stored_prototypes
-from sortd.daemon.worker import PrototypeStore
+from sortd.daemon.references import ReferenceSettings, stored_prototypes
 from sortd.encoder.backends import load_fastest
-from sortd.encoder.base import Encoder
-from sortd.encoder.finetuned import FinetunedFacts
-from sortd.encoder.finetuned_network import load_finetuned
+from sortd.encoder.base import Encoder, Rows
+from sortd.encoder.finetuned import FinetunedFacts, read_facts, read_promotion
+from sortd.encoder.finetuned_network import FinetunedModel, load_finetuned
 from sortd.encoder.models import STRONGER, locate_clip
+from sortd.errors import ModelError
 from sortd.events import Preprocessing
 from sortd.images.decode import DecodeLimits, Jpeg
 from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
 from sortd.store.cache import Cache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActiveClassifier:
+    """What decides in a dataset: a fine-tuned model, or the prototypes and why the model cannot be used."""
+
+    facts: FinetunedFacts | None = None
+    refusal: str | None = None  # why the wanted model cannot be used, in a sentence
+
+    @property
+    def model_id(self) -> str:
+        """The identity of the model; empty for the prototypes."""
+        return "" if self.facts is None else self.facts.model_id
+
+    def classifier(self, abstain: AbstainSettings | None, *, generation: int) -> FinetunedClassifier | None:
+        """Return what decides in the place of the prototypes, if anything does."""
+        return None if self.facts is None else classifier_of(self.facts, abstain, generation=generation)
+
+
+def classifier_of(facts: FinetunedFacts, abstain: AbstainSettings | None, *, generation: int) -> FinetunedClassifier:
+    """Return the classifier that a model's facts make under these settings."""
+    outcomes = HeldOutOutcomes(np.clip(facts.confidence, 0.0, 1.0), facts.is_right, facts.classes)
+    calibration = calibrate_outcomes(outcomes, abstain, classes=len(facts.labels))
+    return FinetunedClassifier(facts.labels, facts.temperature, facts.model_id, generation, calibration, abstain)
+
+
+def select_classifier(layout: Layout, state: Path, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
+    """Return what decides in a dataset, by the promotion in ``state``; no model is loaded.
+
+    ``wanted`` is the configured ``classifier``: ``auto``, ``prototypes`` or ``finetuned``; ``labels`` are the folders
+    in ``Clases/``.
+    """
+    if wanted == "prototypes":
+        return ActiveClassifier()
+    try:
+        promotion = read_promotion(layout.state_folder(state))
+        if promotion is None:
+            advice = f"`sortd finetune {layout.name}`, then `sortd models promote --dataset {layout.name}`"
+            missing = f"`classifier: finetuned` is set, but no model is promoted: {advice}"
+            return ActiveClassifier(refusal=missing if wanted == "finetuned" else None)
+        facts = read_facts(promotion.folder)
+    except ModelError as error:
+        return ActiveClassifier(refusal=str(error))
+    if facts.model_id != promotion.model_id:
+        return ActiveClassifier(
+            refusal=f"{facts.folder} holds another model than the promoted one: promote it again "
+            f"(`sortd models promote {facts.folder} --dataset {layout.name}`)"
+        )
+    refusal = unfit(facts, labels, dataset=layout.name)
+    return ActiveClassifier(None if refusal else facts, refusal)
+
+
+def unfit(facts: FinetunedFacts, labels: Sequence[str], *, dataset: str) -> str | None:
+    """Return why a model does not fit the classes of a dataset, and what to do; None if it fits."""
+    difference = describe_label_mismatch(facts.labels, labels)
+    if difference is None:
+        return None
+    return (
+        f"the fine-tuned model in {facts.folder} does not fit {dataset}: {difference}; "
+        f"train another with `sortd finetune {dataset}`"
+    )
+
+
+class Logits:
+    """A fine-tuned model as an encoder: its rows are logits, and it encodes no text."""
+
+    has_text = False
+
+    def __init__(self, model: FinetunedModel) -> None:
+        """Wrap a loaded model."""
+        self._model = model
+        self.encoder_id = model.facts.model_id
+        self.dimensions = len(model.facts.labels)
+        self.preprocessing: Preprocessing = model.preprocessing
+
+    def encode_images(self, pixels: Pixels) -> Rows:
+        """Return float32 (B, classes) logits of RGB pixels uint8 (B, H, W, 3)."""
+        return self._model.logits(pixels)
+
+    def encode_texts(self, texts: Sequence[str]) -> Rows:
+        """Raise ``ModelError``."""
+        raise ModelError(f"{self.encoder_id} is a fine-tuned model and cannot encode {len(texts)} texts")
+
+
+def are_logits(rows: Rows) -> bool:
+    """Return whether rows (B, classes) can be logits: finite, and not zeros as from a device in a bad state."""
+    return bool(np.isfinite(rows).all() and rows.any(axis=1).all())
+
+
+def probe_logits(encoder: Encoder) -> None:
+    """Raise ``ModelError`` if a fine-tuned model does not return logits."""
+    height, width = encoder.preprocessing.crop_height, encoder.preprocessing.crop_width
+    noise = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+    if not are_logits(encoder.encode_images(noise)):
+        raise ModelError(
+            f"the fine-tuned model {encoder.encoder_id} returns zeros: it was not trained, or its device is in a "
+            "bad state; set `device: cpu`, or run `sortd finetune` again"
+        )
+
+
+# Errors of torch and transformers for a network that does not match its configuration, or without memory.
+BROKEN_NETWORK = (OSError, ValueError, TypeError, RuntimeError, MemoryError)
+
+LoadModel = Callable[[Path], FinetunedModel]
+EmbedWith = Callable[[Encoder, FinetunedFacts], Embedder]
+
+
+class Classifiers:
+    """The fine-tuned models in memory, shared by datasets; used by one thread, the worker."""
+
+    def __init__(self, state: Path, *, load: LoadModel, embed_with: EmbedWith) -> None:
+        """Start without models; ``load`` may raise ``ModelError``."""
+        self._state, self._load, self._embed_with = state, load, embed_with
+        self.loaded: dict[str, Embedder] = {}  # by the identity of the model
+
+    def select(self, layout: Layout, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
+        """Return what decides in a dataset, and load its model; arguments as for ``select_classifier``."""
+        found = select_classifier(layout, self._state, wanted, labels)
+        facts = found.facts
+        if facts is not None and facts.model_id not in self.loaded:
+            try:
+                encoder = Logits(self._load(facts.folder))
+                probe_logits(encoder)
+            except ModelError as error:
+                return ActiveClassifier(refusal=str(error))
+            except BROKEN_NETWORK as error:
+                said = (str(error).splitlines() or [type(error).__name__])[0]
+                advice = f"run `sortd finetune {layout.name}` again, or set `device: cpu`"
+                refusal = f"the fine-tuned model in {facts.folder} cannot be used ({said}): {advice}"
+                return ActiveClassifier(refusal=refusal)
+            self.loaded[facts.model_id] = self._embed_with(encoder, facts)
+        return found
+
+    def retain(self, wanted: Collection[str]) -> None:
+        """Unload the models that are not in ``wanted`` and have no work left."""
+        for model_id, embedder in list(self.loaded.items()):
+            if model_id not in wanted and not embedder.pipeline.has_work:
+                del self.loaded[model_id]
+
 
 LoadEncoder = Callable[[Config], Encoder]
 
@@ -56,6 +203,14 @@ def reference_settings_of(config: DatasetConfig) -> ReferenceSettings:
 
 def _nothing(*_: object) -> None:
     """Do nothing."""
+
+
+class PrototypeStore(NamedTuple):
+    """Keeps the last prototypes of each dataset, by its name, between runs; see ``cache.py``."""
+
+    read: Callable[[str], PrototypeSet | None]
+    write: Callable[[str, PrototypeSet], None]
+    forget: Callable[[str], None]
 
 
 class Resources:

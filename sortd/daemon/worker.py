@@ -15,13 +15,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
 
 from sortd.classify.held_out import refuse_reload
 from sortd.classify.prototypes import PrototypeSet
-from sortd.daemon.classifiers import ActiveClassifier, Classifiers
 from sortd.daemon.embedder import Embedder, EncoderQueue, OnProgress
 from sortd.daemon.references import Rebuilt, References, ReferencesAbsentError, ReferenceSettings, class_labels
+from sortd.daemon.resources import ActiveClassifier, Classifiers, PrototypeStore
 from sortd.errors import ModelError, SortdError
 from sortd.events import DatasetId, Embedded, EmbeddedImage, Event, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.images.formats import RESOURCE_ERRORS
@@ -190,14 +189,6 @@ class Answer:
 
 
 Posted = WorkerLoading | WorkerReady | WorkerDied | Answer
-
-
-class PrototypeStore(NamedTuple):
-    """Keeps the last prototypes of each dataset, by its name, between runs; see ``cache.py``."""
-
-    read: Callable[[str], PrototypeSet | None]
-    write: Callable[[str, PrototypeSet], None]
-    forget: Callable[[str], None]
 
 
 ODD_REFERENCES = (

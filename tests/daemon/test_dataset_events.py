@@ -10,8 +10,7 @@ import pytest
 from sortd.classify.types import DecisionSettings, Mode
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
-from sortd.daemon.dataset_lock import OpenDataset, open_dataset
-from sortd.daemon.presence import Presence
+from sortd.daemon.dataset_lock import OpenDataset, Presence, open_dataset
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.worker import Job
 from sortd.events import DatasetId, ImageHeld, Inspect

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from sortd.daemon.dataset import GROUP, MoveQueue
 from sortd.daemon.dataset_log import DatasetLog
-from sortd.daemon.move_queue import GROUP, MoveQueue
 from sortd.events import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.metrics import Metrics
 from sortd.moving import copy_queue

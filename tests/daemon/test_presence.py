@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sortd.daemon.control import undo_records
-from sortd.daemon.presence import APART_FACT, Presence
+from sortd.daemon.dataset_lock import APART_FACT, Presence
 from sortd.layout import Layout
 from sortd.moving.mover import Mover
 from sortd.store.journal import Journal

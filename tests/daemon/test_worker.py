@@ -21,16 +21,15 @@ from sortd.arrays import FloatArray
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
-from sortd.daemon.classifiers import Classifiers
 from sortd.daemon.embedder import TEXTS_AT_ONCE, Embedder
 from sortd.daemon.references import ReferenceSettings
+from sortd.daemon.resources import Classifiers, PrototypeStore
 from sortd.daemon.worker import (
     Answer,
     EmbedJob,
     Forget,
     Job,
     Posted,
-    PrototypeStore,
     RebuildJob,
     Worker,
     WorkerDied,
