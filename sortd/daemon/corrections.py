@@ -188,7 +188,6 @@ class Correction:
     path: str
     label: str
     corrected: str
-    was_filed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,7 +395,7 @@ class CorrectionScanner:
         found = [(one.record, one.corrected, one.relative) for one in misplaced]
         news = self._journal.record_corrections(found) if found else []
         return [
-            Correction(one.path, label, one.corrected, one.record.destination_path.startswith(f"{Area.DATASET}/"))
+            Correction(one.path, label, one.corrected)
             for one, is_news in zip(misplaced, news, strict=True)
             if is_news and one.corrected != (label := one.record.move_reason.label or "")
         ]

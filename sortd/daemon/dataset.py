@@ -223,10 +223,10 @@ class Dataset:
         self.sorter = Sorter(settings, guard=guard)
         self.log = DatasetLog(self.name, metrics)
         self.rebuilding = Rebuilding(identity, layout.area(Area.CLASES), reference_settings, last_generation)
-        self.mover, self._ask, self._journal = mover, ask, journal
+        self.mover, self.journal, self._ask = mover, journal, ask
         self.move_queue = MoveQueue(mover, self.log, history=journal.history, root=layout.root)
         self._presence = Presence(layout, journal, needs_marker=needs_marker, lock_problem=lock_problem)
-        self._is_taken = False
+        self.lock_problem, self._is_taken = lock_problem, False  # why another sortd has the dataset, in a sentence
         self._corrections = CorrectionScanner(layout, journal, self.log.unreadable, limits=limits)
         self._references = FolderComparison(os.fspath(layout.area(Area.CLASES)), self.log.unreadable)
         self.scans = DatasetScans(
@@ -251,24 +251,20 @@ class Dataset:
     def _write_down(self) -> None:
         """Write the generation and the guard to the journal before anything that depends on them is done."""
         if self.rebuilding.last_generation != self._noted_generation:
-            self._journal.note(GENERATION_FACT, str(self.rebuilding.last_generation))
+            self.journal.note(GENERATION_FACT, str(self.rebuilding.last_generation))
             self._noted_generation = self.rebuilding.last_generation
         if self.sorter.guard.state != self._noted_guard:
-            self._journal.note_guard(self.sorter.guard.state)
+            self.journal.note_guard(self.sorter.guard.state)
             self._noted_guard = self.sorter.guard.state
 
     def begin(self) -> None:
         """Pass the held files of the journal to the core, and start the first scans."""
-        for path, mark in self._journal.history.held().items():
+        for path, mark in self.journal.history.held().items():
             self.receive(events.ImageHeld(os.path.join(self.layout.root, path), mark))
         if self.held_because is not None:
             self.log.held(self.held_because, self.layout.root)
         self.scans.begin()
         self.scans.begin_review()
-
-    def require_journal(self) -> None:
-        """Raise ``JournalError`` if the journal was removed or replaced."""
-        self._journal.require_in_place()
 
     def file_event(self, event: FileEvent) -> None:
         """Process an event of the watcher: inspect a file in Images/ now, schedule anything else."""
@@ -298,10 +294,6 @@ class Dataset:
         if problem is not None:
             self.log.rebuild_failed(events.RebuildFailed(problem, references_absent=True, job=0))
         self.receive(events.ReferencesTouched() if problem is None else events.DatasetAbsent(problem))
-
-    def lock_problem(self) -> str | None:
-        """Return why another sortd has the dataset, in a sentence; None if none has."""
-        return self._presence.lock_problem()
 
     def answer(self, answer: Answer) -> None:
         """Process an answer of the worker."""
@@ -371,7 +363,8 @@ class Dataset:
         self._corrections.begin(time_ns())
 
     def continue_looking(self) -> None:
-        """Take the next slice of the scans of handled images, of Review/ and of the references."""
+        """Take the next slice of each scan."""
+        self.scans.continue_inbox()
         if self._references.differs():
             self.receive(events.ReferencesTouched())
         self._continue_corrections()
@@ -436,7 +429,9 @@ class Dataset:
 
     @property
     def next_deadline(self) -> float:
-        """The time of its next work without an event; infinity if there is none."""
+        """The time of its next work without an event: infinity if there is none, 0 if it has work now."""
+        if self.has_more_to_look_at or self.move_queue.is_due:
+            return 0.0
         core = self.sorter.next_deadline()
         return min(float("inf") if core is None else core, self.scans.deadline, self._corrections.deadline)
 
@@ -453,11 +448,6 @@ class Dataset:
         if self.log.problem is not None and (core.prototypes is None or core.references_absent):
             return True
         return core.guard.reason is not None and not core.is_rebuilding
-
-    @property
-    def history(self) -> History:
-        """The queries of its journal."""
-        return self._journal.history
 
     def rebuild(self, *, force: bool) -> None:
         """Rebuild the prototypes; with ``force`` even if the reload gate would keep the old ones."""
@@ -480,13 +470,8 @@ class Dataset:
         """Why nothing is moved, in a sentence; None without a problem."""
         return self.held_because or self.log.problem
 
-    @property
-    def files_looked_at(self) -> int:
-        """The number of files that were inspected since the start."""
-        return self.scans.count + self._corrections.files_looked_at
-
     def facts(self) -> dict[str, object]:
         """Return the entry of the dataset in ``sortd status``, as plain values."""
         generation, mode = self.rebuilding.last_generation, self.rebuilding.settings.settings.mode
         facts = self.log.facts(self.sorter, generation=generation, mode=mode)
-        return {**facts, "files_looked_at": self.files_looked_at}
+        return {**facts, "files_looked_at": self.scans.count + self._corrections.files_looked_at}

@@ -100,11 +100,6 @@ class Datasets:
         """Iterate over a copy of the open datasets."""
         return iter(list(self.by_name.values()))
 
-    def at_work(self, identity: DatasetId) -> Dataset | None:
-        """Return the dataset of an answer; None if it was closed since."""
-        dataset = self.by_name.get(identity.name)
-        return dataset if dataset is not None and dataset.identity == identity else None
-
     def watch_with(self, watcher: Watcher) -> None:
         """Watch the root, and every dataset that is opened from now on."""
         self._watcher = watcher
@@ -127,7 +122,7 @@ class Datasets:
             self._remove(name)
         for dataset in self:
             with self.isolated(dataset):
-                dataset.require_journal()
+                dataset.journal.require_in_place()
         for name, layout in found.items():
             if name not in self.by_name:
                 self._open(layout)
@@ -272,7 +267,8 @@ class Datasets:
 
     def tell(self, identity: DatasetId, act: Callable[[Dataset], None]) -> None:
         """Call ``act`` with the dataset of an answer, unless it was closed since."""
-        if (dataset := self.at_work(identity)) is not None:
+        dataset = self.by_name.get(identity.name)
+        if dataset is not None and dataset.identity == identity:
             with self.isolated(dataset):
                 act(dataset)
 
@@ -340,9 +336,10 @@ class Datasets:
         self._recovery.ask()
 
     @property
-    def deadline(self) -> float:
-        """When scheduled work is due; infinity without any."""
-        return min(self._discovery.deadline, self._recovery.deadline)
+    def next_deadline(self) -> float:
+        """When the next work without an event is due; infinity without any."""
+        deadlines = [dataset.next_deadline for dataset in self.by_name.values()]
+        return min([self._discovery.deadline, self._recovery.deadline, *deadlines])
 
     def catch_up(self) -> None:
         """Do the scheduled work that is due, once for all events that asked for it."""

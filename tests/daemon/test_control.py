@@ -17,7 +17,7 @@ from sortd.errors import AlreadyRunningError, DataError, JournalError, StorageEr
 from sortd.events import Event, ImageGone, ImageHeld, Released
 from sortd.layout import Layout
 from sortd.moving.mover import Mover
-from sortd.store.history import History
+from sortd.store.journal import Journal
 from sortd.watch.scan import stamp
 from tests.daemon_process import make_dataset
 from tests.filed_images import file_images
@@ -44,9 +44,9 @@ class AtWork:
         return self.opened.mover
 
     @property
-    def history(self) -> History:
+    def journal(self) -> Journal:
         """What its journal can be asked."""
-        return self.opened.journal.history
+        return self.opened.journal
 
     def lock_problem(self) -> str | None:
         """Why another sortd has it now."""
@@ -169,9 +169,9 @@ def test_undo_dataset_that_is_let_go_meanwhile_ends_it(dataset: AtWork, monkeypa
 def test_undo_asks_the_journal_a_few_questions_for_many_records(daemon: Daemon, dataset: AtWork) -> None:
     """Not one for each record and one for what followed each."""
     asked: list[str] = []
-    dataset.history._connection.set_trace_callback(asked.append)
+    dataset.journal.history._connection.set_trace_callback(asked.append)
     done(answer(daemon, undo(dataset, *[1, 2] * 500, dry_run=True)))
-    dataset.history._connection.set_trace_callback(None)
+    dataset.journal.history._connection.set_trace_callback(None)
     assert len([question for question in asked if "FROM moves" in question]) < 10
 
 

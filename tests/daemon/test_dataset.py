@@ -85,7 +85,6 @@ class Bench:
         """Let the loop turn until it has nothing to do; rebuilds stay unanswered."""
         while True:
             self.dataset.tick(monotonic() + 0.001)
-            self.dataset.scans.continue_inbox()
             self.dataset.continue_looking()
             self.dataset.flush()
             jobs = [job for job in self.asked if isinstance(job, EmbedJob)]
@@ -395,15 +394,17 @@ def test_collection_answer_for_a_dataset_that_was_made_anew_is_not_its_own(
     root = make_dataset(tmp_path / "Data", references=1)
     datasets.discover()
     first = datasets.by_name["Colours"].identity
-    assert datasets.at_work(first) is datasets.by_name["Colours"]
+    told: list[Dataset] = []
+    datasets.tell(first, told.append)
+    assert told == [datasets.by_name["Colours"]]
     shutil.rmtree(root)
     datasets.discover()
-    assert datasets.at_work(first) is None
     make_dataset(tmp_path / "Data", references=1)
     datasets.discover()
     second = datasets.by_name["Colours"].identity
-    assert datasets.at_work(first) is None
-    assert datasets.at_work(second) is datasets.by_name["Colours"]
+    datasets.tell(first, told.append)
+    datasets.tell(second, told.append)
+    assert told[1:] == [datasets.by_name["Colours"]]
     forgotten = [job for job in asked if isinstance(job, Forget)]
     assert forgotten == [Forget(first, with_stored=True), Forget(first), Forget(second, with_stored=True)]
 

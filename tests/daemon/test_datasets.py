@@ -273,7 +273,7 @@ def test_isolated_journal_that_fails_in_the_middle_of_a_move_is_recovered_when_i
         pass  # its locks were given back
     execute(place.journal("Bad"), "DROP TRIGGER fault")
     assert place.held_lines() == []
-    history = place.collection.by_name["Bad"].history
+    history = place.collection.by_name["Bad"].journal.history
     assert history.unfinished() == []
     assert history.counts() == {"filed": 2}
 

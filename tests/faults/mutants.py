@@ -259,11 +259,11 @@ APART = (
 """What keeps two threads, two processes, two datasets or two images of one name apart."""
 
 HOLDS = (
-    Mutant("daemon/dataset", "            self._journal.note_guard(self.sorter.guard.state)\n", ""),
+    Mutant("daemon/dataset", "            self.journal.note_guard(self.sorter.guard.state)\n", ""),
     Mutant("daemon/dataset", "        self._write_down()\n", ""),
     Mutant(
         "daemon/dataset",
-        "            self._journal.note(GENERATION_FACT, str(self.rebuilding.last_generation))\n",
+        "            self.journal.note(GENERATION_FACT, str(self.rebuilding.last_generation))\n",
         "",
     ),
     Mutant("core/guard", '            self.state = replace(state, reason="")', "            pass"),
@@ -299,7 +299,7 @@ HOLDS = (
         "        self.references_absent = False\n",
     ),
     Mutant("core/schedule", "return self._is_running and job == self.job", "return self._is_running"),
-    Mutant("daemon/datasets", "and dataset.identity == identity else None", "else None"),
+    Mutant("daemon/datasets", " and dataset.identity == identity:", ":"),
     Mutant(
         "daemon/datasets",
         "            self._ask(Forget(dataset.identity, with_stored=True))\n",
