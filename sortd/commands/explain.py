@@ -216,8 +216,8 @@ def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_en
         embedder, _, _ = resources.load()
         embedding = _row(embedder, image)
         prototypes, wanted = _deciding(config, layout), config.dataset(layout.name).classifier
-        decider = resources.classifiers.select(layout, wanted, _labels(layout, prototypes))
-        logits = None if decider.facts is None else _row(resources.classifiers.loaded[decider.model_id], image)
+        decider = resources.select(layout, wanted, _labels(layout, prototypes))
+        logits = None if decider.facts is None else _row(resources.finetuned[decider.model_id], image)
         if prototypes is not None and prototypes.encoder_id == embedder.encoder.encoder_id:
             return _Sight(decider, prototypes, is_stored=True, embedding=embedding, logits=logits)
         references = References(layout.area(Area.CLASES))

@@ -177,8 +177,7 @@ class Daemon:
         self._reload, self._notifier, self._metrics = reload, notifier, metrics
         self._is_dry_run = dry_run is not None
         self._once = once or self._is_dry_run
-        self._worker = Worker(resources.load, resources.unload, self.inbox.put, resources.classifiers)
-        resources.on_progress = self._worker.loading
+        self._worker = Worker(resources, self.inbox.put)
         self._copier = CopyQueue(self.inbox.put)
         self.datasets = Datasets(config, ask=self._worker.ask, copier=self._copier, metrics=metrics, dry_run=dry_run)
         self._watcher: Watcher | None = None
@@ -449,11 +448,8 @@ class Daemon:
             self._requests.wake()
         elif number in {signal.SIGTERM, signal.SIGINT}:
             self._is_stopping = True
-            self.datasets.stop()
             self._copier.interrupt()
-            for dataset in self.datasets:
-                with self.datasets.isolated(dataset):
-                    dataset.stop()
+            self.datasets.stop()
 
     def reload(self) -> None:
         """Read the configuration again and apply it; if it is invalid, log that and keep the old one."""

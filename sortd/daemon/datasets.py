@@ -386,8 +386,11 @@ class Datasets:
                 dataset.reload(sorter_settings(own), reference_settings_of(own))
 
     def stop(self) -> None:
-        """Open no further dataset."""
+        """Open no further dataset; let each finish its moves."""
         self._is_stopping = True
+        for dataset in self:
+            with self.isolated(dataset):
+                dataset.stop()
 
     def close(self) -> None:
         """Finish the moves under way and close every dataset, even if one fails."""

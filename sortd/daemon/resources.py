@@ -134,43 +134,6 @@ def probe_logits(encoder: Encoder) -> None:
 # Errors of torch and transformers for a network that does not match its configuration, or without memory.
 BROKEN_NETWORK = (OSError, ValueError, TypeError, RuntimeError, MemoryError)
 
-LoadModel = Callable[[Path], FinetunedModel]
-EmbedWith = Callable[[Encoder, FinetunedFacts], Embedder]
-
-
-class Classifiers:
-    """The fine-tuned models in memory, shared by datasets; used by one thread, the worker."""
-
-    def __init__(self, state: Path, *, load: LoadModel, embed_with: EmbedWith) -> None:
-        """Start without models; ``load`` may raise ``ModelError``."""
-        self._state, self._load, self._embed_with = state, load, embed_with
-        self.loaded: dict[str, Embedder] = {}  # by the identity of the model
-
-    def select(self, layout: Layout, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
-        """Return what decides in a dataset, and load its model; arguments as for ``select_classifier``."""
-        found = select_classifier(layout, self._state, wanted, labels)
-        facts = found.facts
-        if facts is not None and facts.model_id not in self.loaded:
-            try:
-                encoder = Logits(self._load(facts.folder))
-                probe_logits(encoder)
-            except ModelError as error:
-                return ActiveClassifier(refusal=str(error))
-            except BROKEN_NETWORK as error:
-                said = (str(error).splitlines() or [type(error).__name__])[0]
-                advice = f"run `sortd finetune {layout.name}` again, or set `device: cpu`"
-                refusal = f"the fine-tuned model in {facts.folder} cannot be used ({said}): {advice}"
-                return ActiveClassifier(refusal=refusal)
-            self.loaded[facts.model_id] = self._embed_with(encoder, facts)
-        return found
-
-    def retain(self, wanted: Collection[str]) -> None:
-        """Unload the models that are not in ``wanted`` and have no work left."""
-        for model_id, embedder in list(self.loaded.items()):
-            if model_id not in wanted and not embedder.pipeline.has_work:
-                del self.loaded[model_id]
-
-
 LoadEncoder = Callable[[Config], Encoder]
 
 GUARD_IMAGES = 200  # a first batch of a new generation of this size is checked before it is moved
@@ -214,7 +177,7 @@ class PrototypeStore(NamedTuple):
 
 
 class Resources:
-    """Opens the models, decoders and cache of one run."""
+    """Opens the models, decoders and cache of one run; used by one thread."""
 
     def __init__(self, config: Config, *, load_encoder: LoadEncoder | None = None, scratch: Path | None = None) -> None:
         """Prepare; nothing is touched before ``load``.
@@ -222,18 +185,13 @@ class Resources:
         ``load_encoder`` replaces the configured model; ``scratch`` is a folder for embeddings instead of the cache,
         from which only prototypes are read then.
         """
-        self._config = config
+        self.config = config
         self._embeddings, self._is_scratch = scratch or config.cache_dir, scratch is not None
         self._runs_on: list[str] = []
-        self.on_progress: Callable[[str], None] = lambda _: None  # called while the model is loaded
         self._load_encoder = load_encoder or partial(load_fastest, report=self._runs_on.append)
         self._decoders: dict[tuple[Preprocessing, Jpeg], DecoderPool] = {}
         self._cache: Cache | None = None
-        self.classifiers = Classifiers(
-            config.state_dir,
-            load=lambda folder: load_finetuned(folder, device=config.device, threads=config.threads),
-            embed_with=self._embed_with,
-        )
+        self.finetuned: dict[str, Embedder] = {}  # the loaded fine-tuned models by identity, shared by datasets
 
     def load(self) -> tuple[Embedder, PrototypeStore, str]:
         """Load the configured model, start its decoders and open the cache.
@@ -241,8 +199,7 @@ class Resources:
         Raises:
             ModelError: The model cannot be loaded.
         """
-        config = self._config
-        self.on_progress(f"loading {config.model}")
+        config = self.config
         encoder = self._load_encoder(config)
         decoders = self._pool(encoder.preprocessing, config.decoding.jpeg)
         self._cache = Cache(self._embeddings / "embeddings.sqlite", max_bytes=config.cache_megabytes * 1_000_000)
@@ -251,7 +208,7 @@ class Resources:
 
     def _store(self, cache: Cache) -> PrototypeStore:
         """Return the store of prototypes; with a scratch folder it is read-only."""
-        config = self._config
+        config = self.config
 
         def layout(dataset: str) -> Layout:
             return Layout(config.root / dataset)
@@ -264,16 +221,38 @@ class Resources:
             forget=lambda dataset: cache.forget_prototypes(layout(dataset).key),
         )
 
-    def _embed_with(self, encoder: Encoder, facts: FinetunedFacts) -> Embedder:
-        """Return the embedder of a fine-tuned model, with the decoding of its training."""
-        assert self._cache is not None, "the configured model is loaded first"
-        decoders = self._pool(encoder.preprocessing, "full" if facts.decoding == "full" else "draft")
-        return Embedder(encoder, decoders, self._cache, batch_size=self._config.batch_size, are_sound=are_logits)
+    def select(self, layout: Layout, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
+        """Return what decides in a dataset, and load its model; arguments as for ``select_classifier``."""
+        found = select_classifier(layout, self.config.state_dir, wanted, labels)
+        facts = found.facts
+        if facts is not None and facts.model_id not in self.finetuned:
+            try:
+                encoder = Logits(load_finetuned(facts.folder, device=self.config.device, threads=self.config.threads))
+                probe_logits(encoder)
+            except ModelError as error:
+                return ActiveClassifier(refusal=str(error))
+            except BROKEN_NETWORK as error:
+                said = (str(error).splitlines() or [type(error).__name__])[0]
+                advice = f"run `sortd finetune {layout.name}` again, or set `device: cpu`"
+                refusal = f"the fine-tuned model in {facts.folder} cannot be used ({said}): {advice}"
+                return ActiveClassifier(refusal=refusal)
+            assert self._cache is not None, "the configured model is loaded first"
+            decoders = self._pool(encoder.preprocessing, "full" if facts.decoding == "full" else "draft")
+            self.finetuned[facts.model_id] = Embedder(
+                encoder, decoders, self._cache, batch_size=self.config.batch_size, are_sound=are_logits
+            )
+        return found
+
+    def retain(self, wanted: Collection[str]) -> None:
+        """Unload the fine-tuned models that are not in ``wanted`` and have no work left."""
+        for model_id, embedder in list(self.finetuned.items()):
+            if model_id not in wanted and not embedder.pipeline.has_work:
+                del self.finetuned[model_id]
 
     def _pool(self, preprocessing: Preprocessing, jpeg: Jpeg) -> DecoderPool:
         """Return the decoders for this input; encoders with the same input share them."""
         if (preprocessing, jpeg) not in self._decoders:
-            decoding = self._config.decoding
+            decoding = self.config.decoding
             self._decoders[preprocessing, jpeg] = DecoderPool(
                 decoding.workers or min(MOST_DECODERS, len(os.sched_getaffinity(0))),
                 preprocessing,

@@ -69,7 +69,7 @@ class Bench:
         self.encoder = CountingEncoder()
         self.site = Resources(config, load_encoder=lambda _: self.encoder)
         self.inbox: queue.SimpleQueue[Posted] = queue.SimpleQueue()
-        self.worker = Worker(self.site.load, self.site.unload, self.inbox.put, self.site.classifiers)
+        self.worker = Worker(self.site, self.inbox.put)
         self.worker.start()
 
     def layout(self, dataset: str) -> Layout:
@@ -232,14 +232,14 @@ def test_one_model_serves_two_datasets_and_is_let_go_with_the_last(config: Confi
         for name in ("First", "Second"):
             bench.promote(name, vit)
             bench.rebuild(name)
-        (embedder,) = bench.site.classifiers.loaded.values()
+        (embedder,) = bench.site.finetuned.values()
         assert embedder.encoder.encoder_id == vit.model_id
         bench.demote("First")
         bench.rebuild("First")
-        assert list(bench.site.classifiers.loaded.values()) == [embedder]
+        assert list(bench.site.finetuned.values()) == [embedder]
         bench.demote("Second")
         bench.rebuild("Second")
-        assert not bench.site.classifiers.loaded
+        assert not bench.site.finetuned
 
 
 def test_a_dataset_that_comes_back_at_once_is_served(config: Config, vit: FinetunedFacts) -> None:
@@ -256,7 +256,7 @@ def test_a_dataset_that_comes_back_at_once_is_served(config: Config, vit: Finetu
         while left:
             left -= sum(len(one.images) for one in bench.answer().events if isinstance(one, Embedded))
         bench.rebuild("First")
-        assert not bench.site.classifiers.loaded
+        assert not bench.site.finetuned
 
 
 def test_a_model_that_loads_and_cannot_answer_is_refused(config: Config, vit: FinetunedFacts, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,10 @@ from sortd.arrays import FloatArray
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import AbstainSettings, DecisionSettings, Mode
+from sortd.config import Config
 from sortd.daemon.embedder import TEXTS_AT_ONCE, Embedder
 from sortd.daemon.references import ReferenceSettings
-from sortd.daemon.resources import Classifiers, PrototypeStore
+from sortd.daemon.resources import PrototypeStore, Resources
 from sortd.daemon.worker import (
     Answer,
     EmbedJob,
@@ -33,6 +34,7 @@ from sortd.daemon.worker import (
     RebuildJob,
     Worker,
     WorkerDied,
+    WorkerLoading,
     WorkerReady,
 )
 from sortd.encoder.base import Encoder
@@ -91,23 +93,30 @@ def working(
     cache = Cache(tmp_path / "cache.sqlite")
     heard = Heard()
 
-    def load() -> tuple[Embedder, PrototypeStore, str]:
-        def forget(name: str) -> None:
-            kept.pop(name, None)
+    class Fake(Resources):
+        """A fake encoder and a store of prototypes in memory."""
 
-        store = PrototypeStore(kept.get, (lambda *_: None) if stored is None else kept.__setitem__, forget)
-        return Embedder(encoder or FakeEncoder(), pool, cache, batch_size=4), store, "fake"
+        def load(self) -> tuple[Embedder, PrototypeStore, str]:
+            """Return both."""
 
-    def close() -> None:
-        pool.close()
-        cache.close()
+            def forget(name: str) -> None:
+                kept.pop(name, None)
 
-    nobody = Classifiers(tmp_path / "state", load=_nothing, embed_with=_nothing)
-    worker = Worker(load, close, heard.posts.put, nobody)
+            store = PrototypeStore(kept.get, (lambda *_: None) if stored is None else kept.__setitem__, forget)
+            return Embedder(encoder or FakeEncoder(), pool, cache, batch_size=4), store, "fake"
+
+        def unload(self) -> None:
+            """Close what was opened."""
+            pool.close()
+            cache.close()
+
+    config = Config(root=tmp_path, state_dir=tmp_path / "state", cache_dir=tmp_path)
+    worker = Worker(Fake(config), heard.posts.put)
     for job in first:
         worker.ask(job)
     worker.start()
     try:
+        assert isinstance(heard.posts.get(timeout=PATIENCE_SECONDS), WorkerLoading)
         assert isinstance(heard.posts.get(timeout=PATIENCE_SECONDS), WorkerReady)
         yield worker, heard
     finally:
@@ -121,10 +130,6 @@ def test_worker_image_of_a_dataset_that_begins_is_embedded_though_the_model_load
     asked = (Forget(new, with_stored=True), EmbedJob(new, (image,)))
     with working(tmp_path, first=asked) as (_, heard):
         heard.wait_for(lambda: heard.paths("new") == [image[0]])
-
-
-def _nothing(*_: object) -> NoReturn:
-    raise AssertionError("no model is promoted here")
 
 
 def stamped(path: Path) -> tuple[str, Stamp]:
