@@ -382,7 +382,7 @@ def _undo(datasets: Datasets, wanted: Mapping[str, Any], *, dry_run: bool) -> St
         (dataset,) = _chosen(datasets, [name])
         if os.path.realpath(root) != os.path.realpath(dataset.layout.root):
             raise errors.DataError(f"the running sortd works on {dataset.layout.root}, not on {root}")
-        if (problem := dataset.lock_problem()) is not None and not dry_run:
+        if (problem := dataset.presence.lock_problem()) is not None and not dry_run:
             raise errors.AlreadyRunningError(problem)
         chunks = undo_records(dataset.mover, dataset.journal.history, records, dry_run=dry_run)
         while True:

@@ -16,19 +16,18 @@ from sortd import events
 from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
 from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired
-from sortd.daemon.dataset_lock import Presence
+from sortd.daemon.dataset_lock import OpenDataset
 from sortd.daemon.dataset_log import DatasetLog
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.scans import DatasetScans
 from sortd.daemon.worker import Answer, EmbedJob, Job, RebuildJob
 from sortd.events import DatasetId, ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
-from sortd.layout import Area, Layout
+from sortd.layout import Area
 from sortd.metrics import Metrics
 from sortd.moving.copy_queue import MoveOrder
 from sortd.moving.mover import MoveAnswer, Mover
 from sortd.moving.undo import UndoResult
 from sortd.store.history import GENERATION_FACT, GUARD_FACT, History
-from sortd.store.journal import Journal
 from sortd.store.records import MoveProgress, MoveRecord, Record
 from sortd.watch.observer import FileEvent
 from sortd.watch.scan import FolderComparison
@@ -181,10 +180,6 @@ class Rebuilding:
         """Let the next rebuild skip the reload gate (``force``), or forget what emptied classes held (``afresh``)."""
         self._wishes = self._wishes[0] or force, self._wishes[1] or afresh
 
-    def note(self, generation: int) -> None:
-        """Note a generation in use."""
-        self.last_generation = max(self.last_generation, generation)
-
     def renew_wishes(self) -> None:
         """Repeat the options of the last rebuild, which failed and is retried."""
         self.wish(force=self._ordered[0], afresh=self._ordered[1])
@@ -202,35 +197,31 @@ class Rebuilding:
 class Dataset:
     """The core, scans, moves and log lines of one dataset."""
 
-    def __init__(  # noqa: PLR0913 -- its collaborators, by name
+    def __init__(
         self,
         identity: DatasetId,
-        layout: Layout,
+        opened: OpenDataset,
         settings: SorterSettings,
         reference_settings: ReferenceSettings,
         *,
-        mover: Mover,
-        journal: Journal,
         ask: Callable[[Job], None],
         metrics: Metrics,
-        needs_marker: bool = True,
-        lock_problem: Callable[[], str | None] = lambda: None,
         limits: Mapping[str, float] | None = None,
     ) -> None:
         """Keep the collaborators; nothing is read yet. ``limits`` are those of decoding, see ``Rejects``."""
+        layout, journal = opened.layout, opened.journal
         self.identity, self.layout, self.name = identity, layout, layout.name
         guard, last_generation = journal.history.guard(), journal.history.last_generation()
         self.sorter = Sorter(settings, guard=guard)
         self.log = DatasetLog(self.name, metrics)
         self.rebuilding = Rebuilding(identity, layout.area(Area.CLASES), reference_settings, last_generation)
-        self.mover, self.journal, self._ask = mover, journal, ask
-        self.move_queue = MoveQueue(mover, self.log, history=journal.history, root=layout.root)
-        self._presence = Presence(layout, journal, needs_marker=needs_marker, lock_problem=lock_problem)
-        self.lock_problem, self._is_taken = lock_problem, False  # why another sortd has the dataset, in a sentence
+        self.mover, self.journal, self.presence, self._ask = opened.mover, journal, opened.presence, ask
+        self.move_queue = MoveQueue(self.mover, self.log, history=journal.history, root=layout.root)
+        self._is_taken = False
         self._corrections = CorrectionScanner(layout, journal, self.log.unreadable, limits=limits)
         self._references = FolderComparison(os.fspath(layout.area(Area.CLASES)), self.log.unreadable)
         self.scans = DatasetScans(
-            layout, self.sorter, receive=self.receive, log=self.log, history=journal.history, presence=self._presence
+            layout, self.sorter, receive=self.receive, log=self.log, history=journal.history, presence=self.presence
         )
         self._commands: deque[events.Command] = deque()
         is_noted = journal.history.fact(GUARD_FACT) is not None
@@ -287,7 +278,7 @@ class Dataset:
 
     def check_lock(self) -> None:
         """Pause the dataset while another sortd has its lock, and resume it afterwards."""
-        problem = self.lock_problem()
+        problem = self.presence.lock_problem()
         if (problem is not None) == self._is_taken:
             return
         self._is_taken = problem is not None
@@ -299,7 +290,8 @@ class Dataset:
         """Process an answer of the worker."""
         for event in answer.events:
             if isinstance(event, events.PrototypesBuilt):
-                self.rebuilding.note(event.prototypes.generation)
+                last = max(self.rebuilding.last_generation, event.prototypes.generation)
+                self.rebuilding.last_generation = last
                 if answer.rebuilt is not None:
                     self.log.rebuilt(event.prototypes, answer.rebuilt, answer.seconds)
                 self.log.decided_by(event.finetuned, answer.refusal)
@@ -344,7 +336,7 @@ class Dataset:
         """Carry out the collected moves, as one group."""
         if not self.move_queue.is_due:
             return
-        if (problem := self._presence.problem()) is not None:
+        if (problem := self.presence.problem()) is not None:
             for failed in self.move_queue.refuse(problem):
                 self.receive(failed)
             self.receive(events.DatasetAbsent(problem))
@@ -376,7 +368,7 @@ class Dataset:
         self._corrections.begin_asked()
         if not self._corrections.is_under_way:
             return
-        if self._presence.problem() is not None:
+        if self.presence.problem() is not None:
             self._corrections.end()  # everything is scanned when it is back
             return
         for noticed in self._corrections.take():
@@ -415,7 +407,7 @@ class Dataset:
                 self._corrections.keep(leave.path, leave.stamp)
 
     def _rebuild(self, job: int) -> None:
-        if (problem := self._presence.problem()) is not None:
+        if (problem := self.presence.problem()) is not None:
             event = events.RebuildFailed(problem, references_absent=True, job=job)
             self.log.rebuild_failed(event)
             self._tell(event)

@@ -36,7 +36,7 @@ class Presence:
     def __init__(
         self,
         layout: Layout,
-        journal: Journal | None,
+        journal: Journal,
         *,
         needs_marker: bool = True,
         lock_problem: Callable[[], str | None] = lambda: None,
@@ -45,7 +45,7 @@ class Presence:
 
         Args:
             layout: the dataset.
-            journal: records which folders were on other disks; None: these are not checked.
+            journal: records which folders were on other disks.
             needs_marker: whether a dataset without a marker counts as missing.
             lock_problem: returns a sentence if another sortd works on the dataset, otherwise None.
 
@@ -54,8 +54,7 @@ class Presence:
         """
         self._layout, self._journal, self._needs_marker = layout, journal, needs_marker
         self.lock_problem = lock_problem
-        noted = None if journal is None else journal.history.fact(APART_FACT)
-        self._apart = frozenset((noted or "").split())
+        self._apart = frozenset((journal.history.fact(APART_FACT) or "").split())
 
     def problem(self) -> str | None:
         """Return a sentence that says what is missing; None if nothing is.
@@ -67,9 +66,9 @@ class Presence:
             return f"{self._layout.marker} is missing: is the disk mounted? `sortd init {self._layout.root}` creates it"
         if (taken := self.lock_problem()) is not None:
             return taken
-        return None if self._journal is None else self._absent_folder(self._journal)
+        return self.absent_folder()
 
-    def _absent_folder(self, journal: Journal) -> str | None:
+    def absent_folder(self) -> str | None:
         """Return a sentence about a folder whose other disk is missing; record the folders on other disks."""
         own = _device(self._layout.root)
         apart: set[str] = set()
@@ -89,7 +88,7 @@ class Presence:
                     "instead, create any folder in it"
                 )
         if apart != self._apart:
-            journal.note(APART_FACT, " ".join(sorted(apart)))
+            self._journal.note(APART_FACT, " ".join(sorted(apart)))
             self._apart = frozenset(apart)
         return None
 
@@ -151,8 +150,8 @@ class OpenDataset:
     layout: Layout
     journal: Journal
     mover: Mover
+    presence: Presence
     recovered: tuple[MoveRecord, ...] = ()  # moves that a crash had left open, in their present state
-    lock_problem: Callable[[], str | None] = lambda: None  # see MarkerLock.problem
 
 
 class MarkerLock:
@@ -198,7 +197,8 @@ def inspect_dataset(layout: Layout, state: Path) -> Iterator[OpenDataset]:
         JournalError: its journal cannot be opened.
     """
     with Journal(layout.state_folder(state) / JOURNAL_FILE) as journal:
-        yield OpenDataset(layout, journal, Mover(layout.root, journal, absence=_absence_of(layout, journal)))
+        presence = Presence(layout, journal)
+        yield OpenDataset(layout, journal, Mover(layout.root, journal, absence=presence.absent_folder), presence)
 
 
 @contextmanager
@@ -213,7 +213,8 @@ def simulate_dataset(layout: Layout, state: Path, report: ReportMove) -> Iterato
         if file.is_file():
             copy_journal(file, copy)
         with Journal(copy) as journal:
-            yield OpenDataset(layout, journal, DryRunMover(layout.root, journal, report))
+            presence = Presence(layout, journal, needs_marker=False)
+            yield OpenDataset(layout, journal, DryRunMover(layout.root, journal, report), presence)
 
 
 @contextmanager
@@ -255,20 +256,16 @@ def open_dataset(
         stack.callback(second.release)
         write_pointers(layout, folder)
         journal = stack.enter_context(Journal(folder / JOURNAL_FILE, run=run or uuid.uuid4().hex[:8]))
+        presence = Presence(layout, journal, lock_problem=lock.problem)
         mover = Mover(
             layout.root,
             journal,
             companions=companions,
             submit=submit,
             interrupted=interrupted,
-            absence=_absence_of(layout, journal),
+            absence=presence.absent_folder,
         )
-        yield OpenDataset(layout, journal, mover, tuple(mover.recover()), lock.problem)
-
-
-def _absence_of(layout: Layout, journal: Journal) -> Callable[[], str | None]:
-    """Return a function that returns which disk of the dataset is missing."""
-    return lambda: Presence(layout, journal, needs_marker=False).problem()
+        yield OpenDataset(layout, journal, mover, presence, tuple(mover.recover()))
 
 
 def _lock(lock: FileLock, layout: Layout) -> None:

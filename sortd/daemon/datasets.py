@@ -201,15 +201,11 @@ class Datasets:
             stack.callback(client.close)  # before the journal is closed and the lock released
             dataset = Dataset(
                 client.dataset,
-                layout,
+                opened,
                 sorter_settings(own),
                 reference_settings_of(own),
-                mover=opened.mover,
                 ask=self._ask,
                 metrics=self._metrics,
-                journal=opened.journal,
-                needs_marker=self._dry_run is None,
-                lock_problem=opened.lock_problem,
                 limits=self._limits if self._dry_run is None else None,
             )
             dataset.move_queue.tell_recovered(opened.recovered)  # may fail, and the locks are released then

@@ -18,7 +18,7 @@ from time import monotonic
 
 from sortd.classify.held_out import refuse_reload
 from sortd.classify.prototypes import PrototypeSet
-from sortd.daemon.embedder import Embedder, EncoderQueue, OnProgress
+from sortd.daemon.embedder import Embedder, EncoderQueue
 from sortd.daemon.references import Rebuilt, References, ReferencesAbsentError, ReferenceSettings, class_labels
 from sortd.daemon.resources import ActiveClassifier, PrototypeStore, Resources
 from sortd.errors import ModelError, SortdError
@@ -34,30 +34,36 @@ DeliverTo = Callable[[DatasetId, str, Sequence[EmbeddedImage | ImageRefused]], N
 class EncoderQueues:
     """The encoder and the queue of each dataset; used by one thread, the worker."""
 
-    def __init__(self, embedder: Embedder, resources: Resources, deliver: DeliverTo) -> None:
-        """Start with every dataset on the configured model, ``embedder``."""
+    def __init__(
+        self,
+        embedder: Embedder,
+        resources: Resources,
+        deliver: DeliverTo,
+        *,
+        between: Callable[[], None],
+        wake_descriptor: int,
+    ) -> None:
+        """Start with every dataset on the configured model, ``embedder``.
+
+        ``between`` is called between two steps of a rebuild; a readable ``wake_descriptor`` ends a wait.
+        """
         self.embedder = embedder
         self._resources, self._deliver = resources, deliver
         self._queues: dict[tuple[DatasetId, str], tuple[Embedder, EncoderQueue]] = {}  # by dataset and fine-tuned model
         self._deciding: dict[DatasetId, str] = {}
-        self._on_progress: tuple[OnProgress, int] | None = None
+        self._between, self._wake_descriptor = between, wake_descriptor
+        embedder.on_progress(self._give_way, wake_descriptor=wake_descriptor)
 
-    def on_progress(self, callback: Callable[[], None], *, wake_descriptor: int) -> None:
-        """Call ``callback`` between two steps of a rebuild; a readable ``wake_descriptor`` ends a wait."""
-
-        def call_and_advance() -> float | None:
-            callback()
-            return self._advance_finetuned()
-
-        self._on_progress = call_and_advance, wake_descriptor
-        self.embedder.on_progress(call_and_advance, wake_descriptor=wake_descriptor)
+    def _give_way(self) -> float | None:
+        self._between()
+        return self._advance_finetuned()
 
     def select(self, layout: Layout, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
         """Return what decides in a dataset, with its model loaded; ``switch`` puts it into use."""
         found = self._resources.select(layout, wanted, labels)
-        if self._on_progress is not None and found.facts is not None:
-            callback, wake_descriptor = self._on_progress
-            self._resources.finetuned[found.model_id].on_progress(callback, wake_descriptor=wake_descriptor)
+        if found.facts is not None:
+            model = self._resources.finetuned[found.model_id]
+            model.on_progress(self._give_way, wake_descriptor=self._wake_descriptor)
         return found
 
     def decided_by(self, dataset: DatasetId) -> str:
@@ -259,16 +265,20 @@ class Worker:
         self.busy_since = began
         self._post(WorkerLoading(f"loading {self._resources.config.model}"))
         embedder, store, description = self._resources.load()
-        queues = EncoderQueues(embedder, self._resources, self._deliver)
-        take_jobs = partial(self._take_jobs, queues)
         assert self._wake_descriptor is not None
-        queues.on_progress(take_jobs, wake_descriptor=self._wake_descriptor)
+        queues = EncoderQueues(
+            embedder,
+            self._resources,
+            self._deliver,
+            between=lambda: self._take_jobs(queues),
+            wake_descriptor=self._wake_descriptor,
+        )
         self._post(WorkerReady(embedder.encoder.encoder_id, description, monotonic() - began))
         while True:
             if not (self._later or queues.has_work):
                 self.busy_since = None
                 self._take(queues, self._jobs.get())
-            take_jobs()
+            self._take_jobs(queues)
             if self._later:
                 self._carry_out(queues, store, self._later.popleft())
             elif queues.has_work:

@@ -11,7 +11,7 @@ import pytest
 
 from sortd.daemon import control
 from sortd.daemon.control import Reply, Request, RequestError, Steps
-from sortd.daemon.dataset_lock import OpenDataset, open_dataset
+from sortd.daemon.dataset_lock import OpenDataset, Presence, open_dataset
 from sortd.daemon.datasets import Datasets, Held
 from sortd.errors import AlreadyRunningError, DataError, JournalError, StorageError
 from sortd.events import Event, ImageGone, ImageHeld, Released
@@ -48,9 +48,10 @@ class AtWork:
         """What its journal can be asked."""
         return self.opened.journal
 
-    def lock_problem(self) -> str | None:
-        """Why another sortd has it now."""
-        return self.opened.lock_problem()
+    @property
+    def presence(self) -> Presence:
+        """Whether it is there."""
+        return self.opened.presence
 
     def receive(self, event: Event) -> None:
         """Write it down."""

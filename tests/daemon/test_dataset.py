@@ -15,6 +15,7 @@ from sortd.config import DatasetConfig, read_config
 from sortd.core.sorter import SorterSettings
 from sortd.core.state import State
 from sortd.daemon.dataset import Dataset
+from sortd.daemon.dataset_lock import OpenDataset, Presence
 from sortd.daemon.datasets import Datasets
 from sortd.daemon.resources import reference_settings_of
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Job, RebuildJob
@@ -59,12 +60,12 @@ class Bench:
         self.rows: dict[str, FloatArray] = {}
         self.dataset = Dataset(
             DatasetId("set", 1),
-            self.layout,
+            OpenDataset(
+                self.layout, self.journal, Mover(self.layout.root, self.journal), Presence(self.layout, self.journal)
+            ),
             SorterSettings(settle_seconds=0, guard_images=20, backlog_limit=limit),
             reference_settings_of(DatasetConfig()),
-            mover=Mover(self.layout.root, self.journal),
             ask=self.asked.append,
-            journal=self.journal,
             metrics=Metrics(),
         )
         self.dataset.begin()

@@ -58,11 +58,9 @@ def new_dataset(layout: Layout, opened: OpenDataset, asked: list[Job]) -> Datase
     """Return a dataset in which nothing settles, whose worker only takes notes."""
     return Dataset(
         DatasetId(layout.name, 1),
-        layout,
+        opened,
         SorterSettings(settle_seconds=3600),
         ReferenceSettings(DecisionSettings(Mode.MAX, None)),
-        mover=opened.mover,
-        journal=opened.journal,
         ask=asked.append,
         metrics=Metrics(),
     )

@@ -221,7 +221,7 @@ APART = (
         "        self.release()\n        try:\n            self._take()\n",
         "        try:\n            pass\n",
     ),
-    Mutant("daemon/dataset_lock", "tuple(mover.recover()), lock.problem)", "tuple(mover.recover()))"),
+    Mutant("daemon/dataset_lock", ", lock_problem=lock.problem)", ")"),
     Mutant("daemon/dataset_lock", "if (taken := self.lock_problem()) is not None:", "if (taken := None) is not None:"),
     Mutant("daemon/dataset_lock", 'owner["marker"] == own.st_ino and not is_copy', "not is_copy"),
     Mutant("daemon/dataset_lock", 'owner["marker"] == own.st_ino and not is_copy', 'owner["marker"] == own.st_ino'),
