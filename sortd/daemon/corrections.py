@@ -79,9 +79,7 @@ class Rejects:
         Only files that changed since the last scan are looked up in the journal; after a limit was raised all files,
         until each image rejected by it was tried. ``now_ns`` is in nanoseconds since the epoch.
         """
-        return self._scan_since(looked_at_until(self._journal.history.number(REJECTS_SCANNED_FACT), now_ns), now_ns)
-
-    def _scan_since(self, since: int, now_ns: int) -> Iterator[tuple[str, Stamp] | None]:
+        since = looked_at_until(self._journal.history.number(REJECTS_SCANNED_FACT), now_ns)
         allowed = self._refusals_to_try()
         there: set[str] = set()
         try:
@@ -284,10 +282,6 @@ class CorrectionScanner:
     def keep(self, path: str, refused: Stamp) -> None:
         """Note that a file in Rejected/ was refused again; see ``Rejects.keep``."""
         self._rejects.keep(path, refused)
-
-    def corrections(self) -> tuple[tuple[str, str], ...]:
-        """Return the label and path of every correction."""
-        return corrected_images(self._layout, self._journal.history)
 
     @property
     def files_looked_at(self) -> int:

@@ -8,6 +8,7 @@ each.
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic, time_ns
@@ -15,7 +16,7 @@ from time import monotonic, time_ns
 from sortd import events
 from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
-from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired
+from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired, corrected_images
 from sortd.daemon.dataset_lock import OpenDataset
 from sortd.daemon.dataset_log import DatasetLog
 from sortd.daemon.references import ReferenceSettings
@@ -174,15 +175,11 @@ class Rebuilding:
         """Start; ``last_generation`` is the highest number that was ever used."""
         self.settings, self.last_generation = settings, last_generation
         self._identity, self._clases = identity, clases
-        self._wishes = self._ordered = (False, False)  # ``force`` and ``afresh`` of the next and of the last rebuild
+        self._wishes = self.ordered = (False, False)  # ``force`` and ``afresh`` of the next and of the last rebuild
 
     def wish(self, *, force: bool = False, afresh: bool = False) -> None:
         """Let the next rebuild skip the reload gate (``force``), or forget what emptied classes held (``afresh``)."""
         self._wishes = self._wishes[0] or force, self._wishes[1] or afresh
-
-    def renew_wishes(self) -> None:
-        """Repeat the options of the last rebuild, which failed and is retried."""
-        self.wish(force=self._ordered[0], afresh=self._ordered[1])
 
     def order(self, job: int, corrections: Callable[[], tuple[tuple[str, str], ...]]) -> RebuildJob:
         """Return the rebuild number ``job``; ``corrections`` is called if they are part of the references."""
@@ -190,7 +187,7 @@ class Rebuilding:
         if settings.learns_from_corrections:
             settings = replace(settings, corrections=corrections())
         (force, afresh), self._wishes = self._wishes, (False, False)
-        self._ordered = force, afresh
+        self.ordered = force, afresh
         return RebuildJob(self._identity, self._clases, settings, self.last_generation, job, force=force, afresh=afresh)
 
 
@@ -218,6 +215,7 @@ class Dataset:
         self.mover, self.journal, self.presence, self._ask = opened.mover, journal, opened.presence, ask
         self.move_queue = MoveQueue(self.mover, self.log, history=journal.history, root=layout.root)
         self._is_taken = False
+        self.closing = ExitStack()  # closes the journal and releases the locks
         self._corrections = CorrectionScanner(layout, journal, self.log.unreadable, limits=limits)
         self._references = FolderComparison(os.fspath(layout.area(Area.CLASES)), self.log.unreadable)
         self.scans = DatasetScans(
@@ -297,7 +295,8 @@ class Dataset:
                 self.log.decided_by(event.finetuned, answer.refusal)
             elif isinstance(event, events.RebuildFailed):
                 if not event.is_lasting:
-                    self.rebuilding.renew_wishes()
+                    force, afresh = self.rebuilding.ordered  # it is retried
+                    self.rebuilding.wish(force=force, afresh=afresh)
                 self.log.rebuild_failed(event)
             elif isinstance(event, events.Embedded):
                 self.log.embedded(event)
@@ -412,7 +411,7 @@ class Dataset:
             self.log.rebuild_failed(event)
             self._tell(event)
             return
-        self._ask(self.rebuilding.order(job, self._corrections.corrections))
+        self._ask(self.rebuilding.order(job, lambda: corrected_images(self.layout, self.journal.history)))
 
     @property
     def has_more_to_look_at(self) -> bool:

@@ -83,7 +83,6 @@ class Datasets:
         self._ask, self._copier, self._metrics, self._dry_run = ask, copier, metrics, dry_run
         self._run = uuid.uuid4().hex[:8]
         self._state, self._limits = config.state_dir, limits_of(config.decoding)  # as at the start, also after a reload
-        self._opened: dict[DatasetId, ExitStack] = {}
         self._watcher: Watcher | None = None
         self._root_is_present = True
         self._began = self._is_stopping = False
@@ -209,7 +208,7 @@ class Datasets:
                 limits=self._limits if self._dry_run is None else None,
             )
             dataset.move_queue.tell_recovered(opened.recovered)  # may fail, and the locks are released then
-            self._opened[dataset.identity] = stack.pop_all()
+            dataset.closing = stack.pop_all()
         return dataset
 
     def _opening(
@@ -226,11 +225,6 @@ class Datasets:
             submit=client.submit,
             interrupted=lambda: client.is_interrupted,
         )
-
-    def _close(self, dataset: Dataset) -> None:
-        """Close the journal and release the locks."""
-        if (opened := self._opened.pop(dataset.identity, None)) is not None:
-            opened.close()
 
     def _remove(self, name: str) -> None:
         self._reopened.pop(name, None)
@@ -251,7 +245,7 @@ class Datasets:
             self._watcher.forget(os.fspath(dataset.layout.root))
         self._ask(Forget(dataset.identity))
         with suppress(*OF_ONE_DATASET):  # what failed may fail to close, too
-            self._close(dataset)
+            dataset.closing.close()
 
     @contextmanager
     def isolated(self, dataset: Dataset) -> Iterator[None]:
@@ -394,7 +388,7 @@ class Datasets:
             with self.isolated(dataset):
                 dataset.flush()
                 dataset.scans.left_files.tell(at_once=True)
-                self._close(dataset)
+                dataset.closing.close()
 
 
 def _sentence(error: Exception) -> str:

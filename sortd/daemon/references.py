@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +79,6 @@ class Rebuilt:
     misnamed: tuple[str, ...] = ()
     changed: bool = True
     encoded: int = 0
-    references: Mapping[str, int] = field(default_factory=dict)
 
 
 def is_class_name(name: str) -> bool:
@@ -189,14 +188,13 @@ class References:
         emptied = tuple(label for label in sorted(held) if not held[label] and self._held.get(label))
         held |= {label: self._held[label] for label in emptied}
         self._held = held
-        counts = {label: len(one) for label, one in held.items()}
         fingerprint = _fingerprint(held, folders, settings, embedder.encoder.encoder_id, decided_by)
         if previous is not None and previous.fingerprint == fingerprint:
-            return Rebuilt(previous, refused, emptied, tuple(misnamed), changed=False, references=counts)
+            return Rebuilt(previous, refused, emptied, tuple(misnamed), changed=False)
         support = _support(embedder, held, folders, settings, fingerprint)
         prototypes = build(support, settings.settings, generation=generation, pause=embedder.give_way)
         encoded = embedder.forwards - forwards
-        return Rebuilt(prototypes, refused, emptied, tuple(misnamed), encoded=encoded, references=counts)
+        return Rebuilt(prototypes, refused, emptied, tuple(misnamed), encoded=encoded)
 
     def support(
         self, embedder: Embedder, settings: ReferenceSettings, *, tell: Callable[[int, int], None] = lambda *_: None

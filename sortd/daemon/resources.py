@@ -246,7 +246,7 @@ class Resources:
     def retain(self, wanted: Collection[str]) -> None:
         """Unload the fine-tuned models that are not in ``wanted`` and have no work left."""
         for model_id, embedder in list(self.finetuned.items()):
-            if model_id not in wanted and not embedder.pipeline.has_work:
+            if model_id not in wanted and not embedder.has_work:
                 del self.finetuned[model_id]
 
     def _pool(self, preprocessing: Preprocessing, jpeg: Jpeg) -> DecoderPool:

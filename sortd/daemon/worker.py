@@ -86,7 +86,7 @@ class EncoderQueues:
     def _close(self, keys: Iterable[tuple[DatasetId, str]]) -> None:
         for key in list(keys):
             embedder, queue = self._queues.pop(key)
-            embedder.pipeline.close(queue)
+            embedder.close(queue)
 
     def add(self, dataset: DatasetId, images: Sequence[tuple[str, Stamp]]) -> None:
         """Queue images; cached ones are answered at once."""
@@ -94,7 +94,7 @@ class EncoderQueues:
         embedder = self._resources.finetuned[model_id] if model_id else self.embedder
         if (dataset, model_id) not in self._queues:
             deliver = partial(self._deliver, dataset, embedder.encoder.encoder_id)
-            self._queues[dataset, model_id] = embedder, embedder.pipeline.open(deliver)
+            self._queues[dataset, model_id] = embedder, embedder.open(deliver)
         embedder.add(self._queues[dataset, model_id][1], images)
 
     def forget(self, dataset: DatasetId) -> None:
@@ -106,20 +106,20 @@ class EncoderQueues:
     @property
     def has_work(self) -> bool:
         """Whether any image has no answer yet."""
-        return any(one.pipeline.has_work for one in (self.embedder, *self._resources.finetuned.values()))
+        return any(one.has_work for one in (self.embedder, *self._resources.finetuned.values()))
 
     def advance(self) -> None:
         """Do one step with every encoder that has work."""
         wait_seconds = self._advance_finetuned()
-        if self.embedder.pipeline.has_work:
+        if self.embedder.has_work:
             self.embedder.advance(at_most_seconds=wait_seconds)
         if self._resources.finetuned.keys() - set(self._deciding.values()):
             self._retain()  # a replaced model may have finished its last image
 
     def _advance_finetuned(self) -> float | None:
         """Do one step with every fine-tuned model that has work; return how long the next step may wait."""
-        busy = [one for one in self._resources.finetuned.values() if one.pipeline.has_work]
-        is_alone = len(busy) == 1 and not self.embedder.pipeline.has_work
+        busy = [one for one in self._resources.finetuned.values() if one.has_work]
+        is_alone = len(busy) == 1 and not self.embedder.has_work
         for one in busy:
             one.advance(at_most_seconds=None if is_alone else SHARED_WAIT_SECONDS)
         return SHARED_WAIT_SECONDS if busy else None
@@ -173,7 +173,6 @@ class WorkerReady:
 
     encoder_id: str
     description: str
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,8 +260,7 @@ class Worker:
             self._resources.unload()
 
     def _serve(self) -> None:
-        began = monotonic()
-        self.busy_since = began
+        self.busy_since = monotonic()
         self._post(WorkerLoading(f"loading {self._resources.config.model}"))
         embedder, store, description = self._resources.load()
         assert self._wake_descriptor is not None
@@ -273,7 +271,7 @@ class Worker:
             between=lambda: self._take_jobs(queues),
             wake_descriptor=self._wake_descriptor,
         )
-        self._post(WorkerReady(embedder.encoder.encoder_id, description, monotonic() - began))
+        self._post(WorkerReady(embedder.encoder.encoder_id, description))
         while True:
             if not (self._later or queues.has_work):
                 self.busy_since = None

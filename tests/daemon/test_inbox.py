@@ -13,7 +13,7 @@ from sortd.watch.observer import FileEvent
 from sortd.watch.watcher import DropReason, EventsDropped
 from tests.daemon_process import PATIENCE_SECONDS
 
-READY = WorkerReady("clip", "a model", 0.1)
+READY = WorkerReady("clip", "a model")
 
 
 def test_inbox_signal_is_taken_before_events_and_answers() -> None:

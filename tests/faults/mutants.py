@@ -247,7 +247,7 @@ APART = (
     Mutant("daemon/corrections", "            self._journal.follow(record, refused)\n", "            pass\n"),
     Mutant(
         "daemon/datasets",
-        "            self._close(dataset)\n\n    @contextmanager",
+        "            dataset.closing.close()\n\n    @contextmanager",
         "            pass\n\n    @contextmanager",
     ),
     Mutant(
