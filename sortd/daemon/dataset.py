@@ -168,29 +168,6 @@ def _failed(move: Move, message: str) -> MoveAnswer:
     return MoveFailed(move.path, move.stamp, MoveFailure.DESTINATION, message)
 
 
-class Rebuilding:
-    """The reference settings of a dataset, and the jobs that rebuild its prototypes."""
-
-    def __init__(self, identity: DatasetId, clases: Path, settings: ReferenceSettings, last_generation: int) -> None:
-        """Start; ``last_generation`` is the highest number that was ever used."""
-        self.settings, self.last_generation = settings, last_generation
-        self._identity, self._clases = identity, clases
-        self._wishes = self.ordered = (False, False)  # ``force`` and ``afresh`` of the next and of the last rebuild
-
-    def wish(self, *, force: bool = False, afresh: bool = False) -> None:
-        """Let the next rebuild skip the reload gate (``force``), or forget what emptied classes held (``afresh``)."""
-        self._wishes = self._wishes[0] or force, self._wishes[1] or afresh
-
-    def order(self, job: int, corrections: Callable[[], tuple[tuple[str, str], ...]]) -> RebuildJob:
-        """Return the rebuild number ``job``; ``corrections`` is called if they are part of the references."""
-        settings = self.settings
-        if settings.learns_from_corrections:
-            settings = replace(settings, corrections=corrections())
-        (force, afresh), self._wishes = self._wishes, (False, False)
-        self.ordered = force, afresh
-        return RebuildJob(self._identity, self._clases, settings, self.last_generation, job, force=force, afresh=afresh)
-
-
 class Dataset:
     """The core, scans, moves and log lines of one dataset."""
 
@@ -211,7 +188,8 @@ class Dataset:
         guard, last_generation = journal.history.guard(), journal.history.last_generation()
         self.sorter = Sorter(settings, guard=guard)
         self.log = DatasetLog(self.name, metrics)
-        self.rebuilding = Rebuilding(identity, layout.area(Area.CLASES), reference_settings, last_generation)
+        self._reference_settings, self._last_generation = reference_settings, last_generation  # the highest ever used
+        self._wishes = self._ordered = (False, False)  # ``force`` and ``afresh`` of the next and of the last rebuild
         self.mover, self.journal, self.presence, self._ask = opened.mover, journal, opened.presence, ask
         self.move_queue = MoveQueue(self.mover, self.log, history=journal.history, root=layout.root)
         self._is_taken = False
@@ -239,9 +217,9 @@ class Dataset:
 
     def _write_down(self) -> None:
         """Write the generation and the guard to the journal before anything that depends on them is done."""
-        if self.rebuilding.last_generation != self._noted_generation:
-            self.journal.note(GENERATION_FACT, str(self.rebuilding.last_generation))
-            self._noted_generation = self.rebuilding.last_generation
+        if self._last_generation != self._noted_generation:
+            self.journal.note(GENERATION_FACT, str(self._last_generation))
+            self._noted_generation = self._last_generation
         if self.sorter.guard.state != self._noted_guard:
             self.journal.note_guard(self.sorter.guard.state)
             self._noted_guard = self.sorter.guard.state
@@ -288,15 +266,14 @@ class Dataset:
         """Process an answer of the worker."""
         for event in answer.events:
             if isinstance(event, events.PrototypesBuilt):
-                last = max(self.rebuilding.last_generation, event.prototypes.generation)
-                self.rebuilding.last_generation = last
+                self._last_generation = max(self._last_generation, event.prototypes.generation)
                 if answer.rebuilt is not None:
                     self.log.rebuilt(event.prototypes, answer.rebuilt, answer.seconds)
                 self.log.decided_by(event.finetuned, answer.refusal)
             elif isinstance(event, events.RebuildFailed):
                 if not event.is_lasting:
-                    force, afresh = self.rebuilding.ordered  # it is retried
-                    self.rebuilding.wish(force=force, afresh=afresh)
+                    force, afresh = self._ordered  # it is retried
+                    self._wish(force=force, afresh=afresh)
                 self.log.rebuild_failed(event)
             elif isinstance(event, events.Embedded):
                 self.log.embedded(event)
@@ -312,8 +289,8 @@ class Dataset:
 
     def reload(self, settings: SorterSettings, reference_settings: ReferenceSettings) -> None:
         """Apply changed settings."""
-        self.rebuilding.settings = reference_settings
-        self.rebuilding.wish(afresh=True)
+        self._reference_settings = reference_settings
+        self._wish(afresh=True)
         self.sorter.configure(settings, monotonic())
 
     def stop(self) -> None:
@@ -376,7 +353,7 @@ class Dataset:
                     self.receive(events.ImageSeen(path, mark, is_aside=True))
                 case Correction():
                     self.log.corrected(noticed)
-                    if self.rebuilding.settings.learns_from_corrections:
+                    if self._reference_settings.learns_from_corrections:
                         self.receive(events.ReferencesTouched())
 
     def _carry_out(self, command: events.Command) -> None:
@@ -411,7 +388,17 @@ class Dataset:
             self.log.rebuild_failed(event)
             self._tell(event)
             return
-        self._ask(self.rebuilding.order(job, lambda: corrected_images(self.layout, self.journal.history)))
+        settings = self._reference_settings
+        if settings.learns_from_corrections:
+            settings = replace(settings, corrections=corrected_images(self.layout, self.journal.history))
+        (force, afresh), self._wishes = self._wishes, (False, False)
+        self._ordered = force, afresh
+        clases, generation = self.layout.area(Area.CLASES), self._last_generation
+        self._ask(RebuildJob(self.identity, clases, settings, generation, job, force=force, afresh=afresh))
+
+    def _wish(self, *, force: bool = False, afresh: bool = False) -> None:
+        """Let the next rebuild skip the reload gate (``force``), or forget what emptied classes held (``afresh``)."""
+        self._wishes = self._wishes[0] or force, self._wishes[1] or afresh
 
     @property
     def has_more_to_look_at(self) -> bool:
@@ -442,7 +429,7 @@ class Dataset:
 
     def rebuild(self, *, force: bool) -> None:
         """Rebuild the prototypes; with ``force`` even if the reload gate would keep the old ones."""
-        self.rebuilding.wish(force=force)
+        self._wish(force=force)
         self.receive(events.ReferencesTouched())
 
     @property
@@ -463,6 +450,6 @@ class Dataset:
 
     def facts(self) -> dict[str, object]:
         """Return the entry of the dataset in ``sortd status``, as plain values."""
-        generation, mode = self.rebuilding.last_generation, self.rebuilding.settings.settings.mode
-        facts = self.log.facts(self.sorter, generation=generation, mode=mode)
+        mode = self._reference_settings.settings.mode
+        facts = self.log.facts(self.sorter, generation=self._last_generation, mode=mode)
         return {**facts, "files_looked_at": self.scans.count + self._corrections.files_looked_at}

@@ -263,7 +263,7 @@ HOLDS = (
     Mutant("daemon/dataset", "        self._write_down()\n", ""),
     Mutant(
         "daemon/dataset",
-        "            self.journal.note(GENERATION_FACT, str(self.rebuilding.last_generation))\n",
+        "            self.journal.note(GENERATION_FACT, str(self._last_generation))\n",
         "",
     ),
     Mutant("core/guard", '            self.state = replace(state, reason="")', "            pass"),
