@@ -143,7 +143,7 @@ def at_work(config: Config) -> Iterator[Bench]:
         assert bench.worker.stop(PATIENCE_SECONDS)
 
 
-def test_a_dataset_on_a_fine_tuned_model_needs_no_other_forward(config: Config, vit: FinetunedFacts) -> None:
+def test_worker_dataset_on_a_finetuned_model_needs_no_other_forward(config: Config, vit: FinetunedFacts) -> None:
     """Its images go through the model alone, those of the other dataset through the configured encoder alone."""
     with at_work(config) as bench:
         bench.promote("First", vit)
@@ -177,7 +177,7 @@ def test_neither_encoder_keeps_the_other_waiting(config: Config, vit: FinetunedF
         assert answered["First"] < many
 
 
-def test_a_change_of_the_classifier_is_a_new_generation_and_a_restart_is_none(
+def test_worker_change_of_the_classifier_is_a_new_generation_and_a_restart_is_none(
     config: Config, vit: FinetunedFacts
 ) -> None:
     """So that Review/ is decided again once, when somebody else decides, and not at every start."""
@@ -199,7 +199,7 @@ def test_a_change_of_the_classifier_is_a_new_generation_and_a_restart_is_none(
         assert demoted.prototypes.generation == promoted.finetuned.generation + 1
 
 
-def test_a_ruined_library_is_kept_out_and_the_model_that_does_not_fit_it_too(
+def test_worker_ruined_references_are_kept_out_and_the_model_that_does_not_fit_them_too(
     config: Config, vit: FinetunedFacts
 ) -> None:
     """The reload gate keeps the old prototypes; they take over from the model, as another generation."""
@@ -226,7 +226,7 @@ def test_a_ruined_library_is_kept_out_and_the_model_that_does_not_fit_it_too(
         assert bench.rows("First", 2) == {bench.encoder.encoder_id}
 
 
-def test_one_model_serves_two_datasets_and_is_let_go_with_the_last(config: Config, vit: FinetunedFacts) -> None:
+def test_resources_model_serves_two_datasets_and_is_unloaded_with_the_last(config: Config, vit: FinetunedFacts) -> None:
     """It is in memory once."""
     with at_work(config) as bench:
         for name in ("First", "Second"):
@@ -242,7 +242,7 @@ def test_one_model_serves_two_datasets_and_is_let_go_with_the_last(config: Confi
         assert not bench.site.finetuned
 
 
-def test_a_dataset_that_comes_back_at_once_is_served(config: Config, vit: FinetunedFacts) -> None:
+def test_worker_dataset_that_comes_back_at_once_is_served(config: Config, vit: FinetunedFacts) -> None:
     """What is asked for the new one of that name is not dropped with the old one, whose model is let go."""
     with at_work(config) as bench:
         bench.promote("First", vit)
@@ -259,7 +259,9 @@ def test_a_dataset_that_comes_back_at_once_is_served(config: Config, vit: Finetu
         assert not bench.site.finetuned
 
 
-def test_a_model_that_loads_and_cannot_answer_is_refused(config: Config, vit: FinetunedFacts, tmp_path: Path) -> None:
+def test_resources_model_that_loads_and_cannot_answer_is_refused(
+    config: Config, vit: FinetunedFacts, tmp_path: Path
+) -> None:
     """Facts that do not agree with the network: what transformers raises becomes a sentence, and prototypes serve."""
     folder = tmp_path / "at another size"
     shutil.copytree(vit.folder, folder)
@@ -274,7 +276,7 @@ def test_a_model_that_loads_and_cannot_answer_is_refused(config: Config, vit: Fi
     assert f"the fine-tuned model in {folder} cannot be used (" in str(answer.refusal)
 
 
-def test_a_rehearsal_decides_by_the_model_too(config: Config, vit: FinetunedFacts) -> None:
+def test_simulate_decides_by_the_finetuned_model_too(config: Config, vit: FinetunedFacts) -> None:
     """What `once --dry-run` foretells is what `once` would do."""
     layout = Layout(config.root / "First")
     write_promotion(layout.state_folder(config.state_dir), Promotion(vit.folder, vit.model_id, vit.verdict, 0.0))
@@ -298,13 +300,13 @@ class TestSelectClassifier:
         """A dataset."""
         return Layout(config.root / "First")
 
-    def test_without_a_promotion_the_prototypes_decide(self, config: Config, layout: Layout) -> None:
+    def test_select_without_a_promotion_the_prototypes_decide(self, config: Config, layout: Layout) -> None:
         """Silently, unless a fine-tuned model is asked for by name."""
         assert select_classifier(layout, config.state_dir, "auto", tuple(COLOURS)).refusal is None
         refusal = select_classifier(layout, config.state_dir, "finetuned", tuple(COLOURS)).refusal
         assert "no model is promoted: `sortd finetune First`" in str(refusal)
 
-    def test_the_configuration_can_keep_the_prototypes(self, config: Config, layout: Layout, tmp_path: Path) -> None:
+    def test_select_configured_prototypes_are_kept(self, config: Config, layout: Layout, tmp_path: Path) -> None:
         """`classifier: prototypes` looks at no promotion; auto and finetuned take it."""
         facts = write_folder(tmp_path / "model")
         promotion = Promotion(facts.folder, facts.model_id, facts.verdict, 0.0)
@@ -315,7 +317,7 @@ class TestSelectClassifier:
         }
         assert found == {"auto": facts.model_id, "prototypes": "", "finetuned": facts.model_id}
 
-    def test_another_model_under_the_promoted_name_is_refused(
+    def test_select_another_model_under_the_promoted_name_is_refused(
         self, config: Config, layout: Layout, tmp_path: Path
     ) -> None:
         """What was compared and promoted is what decides, nothing that was put in its place."""
@@ -326,7 +328,7 @@ class TestSelectClassifier:
         refusal = select_classifier(layout, config.state_dir, "auto", tuple(COLOURS)).refusal
         assert "another model than the promoted one" in str(refusal)
 
-    def test_a_damaged_promotion_is_refused(self, config: Config, layout: Layout) -> None:
+    def test_select_damaged_promotion_is_refused(self, config: Config, layout: Layout) -> None:
         """The sentence names the file and how to mend it."""
         folder = layout.state_folder(config.state_dir)
         folder.mkdir(parents=True)
@@ -341,7 +343,7 @@ def store(cache: Cache, root: Path) -> PrototypeStore:
     return Resources(Config(root=root, state_dir=root / "state", cache_dir=root / "cache"))._store(cache)
 
 
-def test_two_roots_that_share_a_cache_have_prototypes_of_their_own(tmp_path: Path) -> None:
+def test_resources_roots_that_share_a_cache_have_prototypes_of_their_own(tmp_path: Path) -> None:
     """Datasets of one name in two places are two datasets: neither decides with what the other one has learnt."""
     here, there = tmp_path / "here", tmp_path / "there"
     prototypes = make_prototypes(make_dataset(here), DecisionSettings(Mode.MAX, None))

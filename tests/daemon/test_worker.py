@@ -163,7 +163,7 @@ def test_answers_come_as_they_are_done(tmp_path: Path) -> None:
         heard.wait_for(lambda: len(heard.paths("one")) == 4)
 
 
-def test_a_stop_waits_for_no_decoding(tmp_path: Path) -> None:
+def test_worker_stop_waits_for_no_decoding(tmp_path: Path) -> None:
     """What is under way is left, unanswered."""
     slow = [slow_image(tmp_path / f"{number}.png") for number in range(2)]
     with working(tmp_path) as (worker, heard):
@@ -172,7 +172,7 @@ def test_a_stop_waits_for_no_decoding(tmp_path: Path) -> None:
         assert heard.posts.qsize() <= 1
 
 
-def test_a_rebuild_does_not_hold_up_the_images_of_another_dataset(tmp_path: Path) -> None:
+def test_worker_rebuild_does_not_hold_up_the_images_of_another_dataset(tmp_path: Path) -> None:
     """They take turns with the references, so they are answered before the prototypes are built."""
     references = make_dataset(tmp_path / "Data", references=30)
     images = quick_images(tmp_path / "images", 4)
@@ -214,7 +214,7 @@ def test_rebuild_while_it_computes_lets_images_pass_and_shows_progress(
     assert len(progress) == len(set(progress)) > 0
 
 
-def test_a_stop_ends_a_rebuild_while_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_stop_ends_a_rebuild_while_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the prototypes take, a stop waits for no more than one step."""
     dataset = make_dataset(tmp_path / "Data")
     began = threading.Event()
@@ -254,7 +254,7 @@ def test_names_of_many_classes_are_encoded_some_at_a_time(tmp_path: Path) -> Non
         assert len(batches) == 4
 
 
-def test_a_stop_ends_a_rebuild_between_two_batches(tmp_path: Path) -> None:
+def test_worker_stop_ends_a_rebuild_between_two_batches(tmp_path: Path) -> None:
     """Hundreds of new references do not keep sortd from stopping: the next start goes on from the cache."""
     references = make_dataset(tmp_path / "Data", references=200)
     with working(tmp_path) as (worker, heard):
@@ -343,7 +343,7 @@ def test_rebuild_description_that_is_no_file_is_said_and_the_class_is_learnt(
         assert refused.message.startswith("the description of the class cannot be read: ")
 
 
-def test_a_rebuild_without_descriptors_ends_the_worker_and_blames_no_reference(tmp_path: Path) -> None:
+def test_worker_rebuild_without_descriptors_ends_the_worker_and_blames_no_reference(tmp_path: Path) -> None:
     """What this process ran out of is said for what it is; a new start has it again."""
     dataset = make_dataset(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
