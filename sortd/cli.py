@@ -136,7 +136,7 @@ def raise_descriptor_limit() -> None:
 def print_dry_run(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | None" = None) -> None:
     """Print what ``once`` would do; ``load_encoder`` replaces the loader of the configured model."""
     from sortd import logs
-    from sortd.daemon import dry_run
+    from sortd.daemon.daemon import simulate
     from sortd.daemon.dataset_log import decision_facts
 
     logs.configure(format_in_environment())
@@ -157,7 +157,8 @@ def print_dry_run(path: Path | None, *, as_json: bool, load_encoder: "LoadEncode
 
     if sys.stderr.isatty() and not logs.is_json():
         say("sortd: loading the model, then deciding the images in Images/; nothing is moved")
-    dry_run.simulate(config, on_move, load_encoder=load_encoder)
+    raise_descriptor_limit()
+    simulate(config, on_move, load_encoder=load_encoder)
     if not logs.is_json():
         say(f"sortd: {counted(count, 'image')} would be moved; nothing was changed")
 

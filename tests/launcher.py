@@ -20,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from sortd.daemon import daemon, dry_run
+from sortd.daemon import daemon
 from tests import broken_sortd, fast_sortd
 
 MODULES = tuple(module.__spec__.name for module in (fast_sortd, broken_sortd) if module.__spec__ is not None)
 """The modules that can be started, by names that ``python -m`` takes."""
-PRELOADED = (daemon, dry_run)
+PRELOADED = (daemon,)
 """What the commands import when they run: here once, not in each child, where it takes most of the start."""
 MESSAGE_BYTES = 1 << 20
 

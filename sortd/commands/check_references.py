@@ -16,10 +16,13 @@ from sortd.classify.prompts import written_name
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.console import counted, printable
 from sortd.config import Config, DatasetConfig
-from sortd.daemon.references import STRANGERS_FOLDER, ClassFolder, ReferencesAbsentError, class_folders
-from sortd.daemon.stored_prototypes import (
+from sortd.daemon.references import (
     SETTINGS,
+    STRANGERS_FOLDER,
+    ClassFolder,
+    ReferencesAbsentError,
     changed_since,
+    class_folders,
     evaluated_prototypes,
     settings_differ,
     stored_prototypes,

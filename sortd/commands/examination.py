@@ -11,9 +11,8 @@ from sortd.commands.promotion import dataset_named, serving_facts
 from sortd.config import Config
 from sortd.daemon.corrections import corrected_images
 from sortd.daemon.embedder import Embedder
-from sortd.daemon.references import References, ReferencesAbsentError, ReferenceSettings
+from sortd.daemon.references import References, ReferencesAbsentError, ReferenceSettings, keep_evaluated
 from sortd.daemon.resources import Resources, reference_settings_of
-from sortd.daemon.stored_prototypes import keep_evaluated
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, SortdError, StorageError
 from sortd.events import ImageRefused

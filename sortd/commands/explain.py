@@ -15,11 +15,16 @@ from sortd.commands.examination import settings_with_corrections
 from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
 from sortd.commands.promotion import dataset_named, serving_facts
 from sortd.config import Config
-from sortd.daemon.classifiers import ActiveClassifier, select_classifier
 from sortd.daemon.embedder import Embedder
-from sortd.daemon.references import References, ReferencesAbsentError, class_labels
-from sortd.daemon.resources import Resources, reference_settings_of
-from sortd.daemon.stored_prototypes import SETTINGS, changed_since, stored_prototypes
+from sortd.daemon.references import (
+    SETTINGS,
+    References,
+    ReferencesAbsentError,
+    changed_since,
+    class_labels,
+    stored_prototypes,
+)
+from sortd.daemon.resources import ActiveClassifier, Resources, reference_settings_of, select_classifier
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, UnreadableError
 from sortd.events import EmbeddedImage, Stamp
@@ -211,8 +216,8 @@ def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_en
         embedder, _, _ = resources.load()
         embedding = _row(embedder, image)
         prototypes, wanted = _deciding(config, layout), config.dataset(layout.name).classifier
-        decider = resources.classifiers.select(layout, wanted, _labels(layout, prototypes))
-        logits = None if decider.facts is None else _row(resources.classifiers.loaded[decider.model_id], image)
+        decider = resources.select(layout, wanted, _labels(layout, prototypes))
+        logits = None if decider.facts is None else _row(resources.finetuned[decider.model_id], image)
         if prototypes is not None and prototypes.encoder_id == embedder.encoder.encoder_id:
             return _Sight(decider, prototypes, is_stored=True, embedding=embedding, logits=logits)
         references = References(layout.area(Area.CLASES))

@@ -8,10 +8,9 @@ from typing import Any
 from sortd.commands.check_references import Finding, Topic, note, warning
 from sortd.commands.console import counted
 from sortd.config import Config
-from sortd.daemon.classifiers import select_classifier, unfit
 from sortd.daemon.control import AnsweredError, ask
 from sortd.daemon.references import ReferencesAbsentError, class_labels
-from sortd.daemon.resources import reference_settings_of
+from sortd.daemon.resources import reference_settings_of, select_classifier, unfit
 from sortd.encoder import finetuned
 from sortd.encoder.finetuned import FinetunedFacts, finetuning_results, read_facts
 from sortd.errors import DataError, LayoutError, ModelError, StartupError

@@ -34,6 +34,7 @@ from typing import Any
 import structlog
 
 from sortd import errors
+from sortd.config import Config
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.datasets import Datasets
 from sortd.events import ImageGone, ImageHeld, Released
@@ -75,6 +76,21 @@ class NotRunningError(errors.StartupError):
     """No running sortd can be asked."""
 
     exit_code = 75
+
+
+def require_to_be_alone(config: Config) -> None:
+    """Raise ``AlreadyRunningError`` if another sortd uses this state directory for this root."""
+    try:
+        status = read_status(config.state_dir)
+    except (errors.StartupError, OSError):
+        return  # the lock of each dataset still protects it
+    if (
+        status is not None
+        and status["alive"]
+        and status["pid"] != os.getpid()
+        and status.get("root") == str(config.root)
+    ):
+        raise errors.AlreadyRunningError(f"another sortd works on {config.root} (pid {status['pid']}); stop it first")
 
 
 class Requests:
@@ -366,9 +382,9 @@ def _undo(datasets: Datasets, wanted: Mapping[str, Any], *, dry_run: bool) -> St
         (dataset,) = _chosen(datasets, [name])
         if os.path.realpath(root) != os.path.realpath(dataset.layout.root):
             raise errors.DataError(f"the running sortd works on {dataset.layout.root}, not on {root}")
-        if (problem := dataset.lock_problem()) is not None and not dry_run:
+        if (problem := dataset.presence.lock_problem()) is not None and not dry_run:
             raise errors.AlreadyRunningError(problem)
-        chunks = undo_records(dataset.mover, dataset.history, records, dry_run=dry_run)
+        chunks = undo_records(dataset.mover, dataset.journal.history, records, dry_run=dry_run)
         while True:
             with datasets.answering(dataset):
                 if (done := next(chunks, None)) is None:

@@ -1,4 +1,4 @@
-"""The daemon: the loop that feeds the cores of all datasets, and the order of start and stop.
+"""The daemon: the loop that feeds the cores of all datasets, its inbox, and the order of start and stop.
 
 Four named threads: this one (cores, journals, moves), the watcher's (posts file events), the worker's (decodes,
 encodes, rebuilds) and, for moves to other file systems, the copier's. They share only the inbox of this loop and frozen
@@ -11,10 +11,14 @@ answers, file events, moves and scans, each for a limited time.
 """
 
 import os
+import queue
 import signal
-from collections import Counter, deque
+import tempfile
+import threading
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
+from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 
@@ -23,23 +27,24 @@ import structlog
 from sortd import __version__, errors, logs
 from sortd.config import Config, restart_needed
 from sortd.core.schedule import PeriodicTimer
-from sortd.daemon.control import Requests, answer, apply_undo_results
+from sortd.daemon.control import Requests, answer, apply_undo_results, require_to_be_alone
 from sortd.daemon.dataset import Dataset
+from sortd.daemon.dataset_lock import ReportMove
 from sortd.daemon.datasets import Datasets
-from sortd.daemon.inbox import Inbox, Reported
-from sortd.daemon.resources import Resources
-from sortd.daemon.worker import Answer, Worker, WorkerDied, WorkerLoading, WorkerReady
+from sortd.daemon.resources import LoadEncoder, Resources
+from sortd.daemon.worker import Answer, Posted, Worker, WorkerDied, WorkerLoading, WorkerReady
 from sortd.layout import Area
 from sortd.metrics import Metrics
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
-from sortd.status import Status, read_status, started_ticks
-from sortd.systemd import Notifier, signals_posted
+from sortd.status import Status, started_ticks
+from sortd.systemd import Notifier, Signalled, signals_posted
 from sortd.watch.observer import FileEvent
 from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, Watcher
 
 STOP_SECONDS = 4.0  # for the last forward of the worker when the daemon stops
 STATUS_SECONDS = 2.0  # between two writes of the status file
 METRICS_SECONDS = 15.0  # between two writes of the metrics file; Prometheus scrapes as often by default
+TURN_SECONDS = 0.05  # for each part of a turn: answers, file events, moves, scans
 
 STUCK_SECONDS = 300.0
 """Without progress for this time the worker is stuck: the watchdog is no longer reset, and systemd restarts sortd."""
@@ -48,13 +53,103 @@ START_SECONDS = 120.0
 """The start timeout requested while the worker makes progress: reading thousands of references can take longer than
 ``TimeoutStartSec=`` of the unit."""
 
-TURN_SECONDS = 0.05  # for each part of a turn: answers, file events, moves, scans
+MOST_EVENTS = 50_000  # some 20 MB; the kernel queues 16,384 events by default
+GATHER_SECONDS = 0.02  # between turns for file events alone: else each event of a storm would cost a turn
+MANY_EVENTS = 1000  # enough for a turn
+
+Reported = Posted | Copied | CopyFailed | CopyQueueDied  # by the worker and the copier
+Message = Reported | FileEvent | EventsDropped
 
 _T = TypeVar("_T")
 
 
+class Inbox:
+    """The messages to the loop that have not been taken yet.
+
+    Each kind has its own queue, so that none waits behind many of another kind. A file that changes a thousand times
+    is inspected once; beyond ``most_events`` paths one ``EventsDropped`` replaces them. ``put`` may be called from any
+    thread, ``put_signal`` from a signal handler.
+    """
+
+    def __init__(self, *, most_events: int = MOST_EVENTS) -> None:
+        """Start empty."""
+        self._most_events = most_events
+        self._signals: deque[Signalled] = deque()
+        self._reported: deque[Reported] = deque()
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()  # its ``put`` is reentrant
+        self._events: OrderedDict[tuple[str, bool], FileEvent] = OrderedDict()
+        self._drops: dict[tuple[str, DropReason], EventsDropped] = {}
+        self._events_taken_at = float("-inf")
+        self._lock = threading.Lock()  # of events and drops; never used by a signal handler
+
+    def put(self, message: Message) -> None:
+        """Add a message and wake the loop."""
+        if not isinstance(message, FileEvent | EventsDropped):
+            self._reported.append(message)
+            self._wakes.put(None)
+            return
+        with self._lock:
+            was_empty = not (self._events or self._drops)
+            if isinstance(message, EventsDropped):
+                self._drops[message.root, message.reason] = message
+            else:
+                self._keep(message)
+        if was_empty:
+            self._wakes.put(None)
+
+    def put_signal(self, signalled: Signalled) -> None:
+        """Add a signal and wake the loop; reentrant."""
+        self._signals.append(signalled)
+        self._wakes.put(None)
+
+    def _keep(self, event: FileEvent) -> None:
+        known = self._events.get((event.path, event.directory))
+        if known is not None and known.closed:
+            return
+        if known is None and len(self._events) >= self._most_events:
+            self._events.clear()
+            why = f"more than {self._most_events} files changed before they could be inspected; a scan finds them"
+            self._drops["", DropReason.OVERFLOWED] = EventsDropped("", why, DropReason.OVERFLOWED)
+            return
+        self._events[event.path, event.directory] = event
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until there is a message, at most this long; file events are collected for ``GATHER_SECONDS``."""
+        if not (self._signals or self._reported or self._events or self._drops):
+            self._sleep(seconds)
+        until = self._events_taken_at + GATHER_SECONDS
+        while 0 < len(self._events) < MANY_EVENTS and not (self._signals or self._reported):
+            if (left := until - monotonic()) <= 0:
+                break
+            self._sleep(left)
+
+    def _sleep(self, seconds: float) -> None:
+        with suppress(queue.Empty):
+            self._wakes.get(timeout=seconds)
+            while True:
+                self._wakes.get_nowait()
+
+    def signals(self) -> Iterator[Signalled]:
+        """Yield and remove every signal."""
+        while self._signals:
+            yield self._signals.popleft()
+
+    def reported(self) -> Iterator[Reported]:
+        """Yield and remove the answers of the worker and the copier, in order; stopping early keeps the rest."""
+        while self._reported:
+            yield self._reported.popleft()
+
+    def file_events(self) -> Iterator[FileEvent | EventsDropped]:
+        """Yield and remove drops and events, oldest first; stopping early keeps the rest."""
+        self._events_taken_at = monotonic()
+        while self._drops or self._events:
+            with self._lock:
+                event = self._drops.pop(next(iter(self._drops))) if self._drops else self._events.popitem(last=False)[1]
+            yield event
+
+
 class Daemon:
-    """One run: all datasets below one root, one worker, one watcher."""
+    """One run on all datasets below one root."""
 
     def __init__(
         self,
@@ -65,11 +160,13 @@ class Daemon:
         notifier: Notifier,
         metrics: Metrics,
         once: bool = False,
+        dry_run: ReportMove | None = None,
     ) -> None:
         """Keep the collaborators; nothing is touched before ``run``.
 
         ``reload`` reads the configuration again, or raises ``ConfigError``; with ``once`` the run ends when nothing is
-        left.
+        left. So does a dry run: ``dry_run`` is called with each move instead of making it, nothing is written, and
+        signals and requests are not taken.
         """
         self.config = config
         self.inbox = Inbox()
@@ -78,17 +175,14 @@ class Daemon:
         self.config_problem: str | None = None
         self._ended_by: str | None = None
         self._reload, self._notifier, self._metrics = reload, notifier, metrics
-        self._once = once
-        self._worker = Worker(resources.load, resources.unload, self.inbox.put, resources.classifiers)
-        resources.on_progress = self._worker.loading
+        self._is_dry_run = dry_run is not None
+        self._once = once or self._is_dry_run
+        self._worker = Worker(resources, self.inbox.put)
         self._copier = CopyQueue(self.inbox.put)
-        self.datasets = Datasets(
-            config, resources=resources, ask=self._worker.ask, copier=self._copier, metrics=metrics
-        )
+        self.datasets = Datasets(config, ask=self._worker.ask, copier=self._copier, metrics=metrics, dry_run=dry_run)
         self._watcher: Watcher | None = None
-        self._state_folder = resources.state_folder
-        self._status = Status(resources.state_folder)
-        self._requests = Requests(resources.state_folder, report=self._log_write_error)
+        self._status = Status(config.state_dir)
+        self._requests = Requests(config.state_dir, report=self._log_write_error)
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
         self._pid = os.getpid()
         self._is_ready = False
@@ -106,8 +200,9 @@ class Daemon:
             SortdError: The cause of the end: the state folder, the model; with ``once``, a held dataset.
         """
         is_cut_short = False
-        self._require_to_be_alone()
-        with signals_posted(self.inbox.put_signal):
+        if not self._is_dry_run:
+            require_to_be_alone(self.config)
+        with nullcontext() if self._is_dry_run else signals_posted(self.inbox.put_signal):
             try:
                 self._start()
                 while not self._is_done():
@@ -134,7 +229,8 @@ class Daemon:
 
     def _start(self) -> None:
         self._log.info(logs.DAEMON_STARTING, root=str(self.config.root), model=self.config.model)
-        self._requests.open()
+        if not self._is_dry_run:
+            self._requests.open()
         self._worker.start()
         if not self._once:
             self._watcher = Watcher(self.inbox.put, polling=self.config.polling)
@@ -145,21 +241,8 @@ class Daemon:
                 f"{self.config.root} holds no dataset (a folder with a Clases/); create one with `sortd init DIR`"
             )
         self._timer.put_off("scan", monotonic() + self.config.rescan_seconds)
-        if self.config.metrics.http_port is not None:
+        if self.config.metrics.http_port is not None and not self._is_dry_run:
             self._closing.callback(self._metrics.serve(self.config.metrics.http_port, problem=self._idle_reason))
-
-    def _require_to_be_alone(self) -> None:
-        """Raise ``AlreadyRunningError`` if another sortd uses this state folder for this root."""
-        try:
-            status = read_status(self._state_folder)
-        except (errors.StartupError, OSError):
-            return  # the lock of each dataset still protects it
-        if status is None or not status["alive"] or status["pid"] == self._pid:
-            return
-        if status.get("root") == str(self.config.root):
-            raise errors.AlreadyRunningError(
-                f"another sortd works on {self.config.root} (pid {status['pid']}); stop it first"
-            )
 
     def _is_done(self) -> bool:
         if self._is_stopping:
@@ -172,7 +255,8 @@ class Daemon:
 
     def _stop(self) -> None:
         self._notifier.stopping()
-        self._requests.close()
+        if not self._is_dry_run:
+            self._requests.close()
         if self._watcher is not None:
             self._watcher.close()
         self._copier.interrupt()
@@ -217,15 +301,12 @@ class Daemon:
 
     def _look(self, dataset: Dataset) -> None:
         with self.datasets.isolated(dataset):
-            dataset.scans.continue_inbox()
             dataset.continue_looking()
 
     def _sleep_seconds(self, now: float) -> float:
-        has_more = any(dataset.has_more_to_look_at or dataset.move_queue.is_due for dataset in self.datasets)
-        if has_more or self._requests.is_due:
+        if self._requests.is_due:
             return 0.0
-        deadlines = [dataset.next_deadline for dataset in self.datasets]
-        return max(0.0, min([*deadlines, self.datasets.deadline, self._timer.next_deadline()]) - now)
+        return max(0.0, min(self.datasets.next_deadline, self._timer.next_deadline()) - now)
 
     def _file_event(self, event: FileEvent | EventsDropped) -> None:
         if isinstance(event, FileEvent):
@@ -294,13 +375,13 @@ class Daemon:
             return f"the worker has made no progress for {STUCK_SECONDS:.0f} s"
         if now - self._turned_at > STUCK_SECONDS:
             return f"the loop has made no progress for {STUCK_SECONDS:.0f} s"
-        return (
-            None
-            if self._is_ready
-            else self._loading or "sortd is starting: the model or the references are not loaded yet"
-        )
+        if self._is_ready:
+            return None
+        return self._loading or "sortd is starting: the model or the references are not loaded yet"
 
     def _write_status(self, *, running: bool) -> None:
+        if self._is_dry_run:
+            return
         try:
             self._status.write(self.facts(running=running))
         except OSError as error:
@@ -309,7 +390,7 @@ class Daemon:
     def _write_metrics(self) -> None:
         for dataset in self.datasets:
             self._metrics.backlog(dataset.name, dataset.sorter.images.waiting)
-        if self.config.metrics.textfile is None:
+        if self.config.metrics.textfile is None or self._is_dry_run:
             return
         try:
             self._metrics.write_textfile(os.fspath(self.config.metrics.textfile))
@@ -367,11 +448,8 @@ class Daemon:
             self._requests.wake()
         elif number in {signal.SIGTERM, signal.SIGINT}:
             self._is_stopping = True
-            self.datasets.stop()
             self._copier.interrupt()
-            for dataset in self.datasets:
-                with self.datasets.isolated(dataset):
-                    dataset.stop()
+            self.datasets.stop()
 
     def reload(self) -> None:
         """Read the configuration again and apply it; if it is invalid, log that and keep the old one."""
@@ -387,6 +465,24 @@ class Daemon:
             self.datasets.reload(config)
             self._log.info(logs.CONFIG_RELOADED, restart_needed_for=waits)
         self._notifier.ready()
+
+
+def simulate(config: Config, report: ReportMove, *, load_encoder: LoadEncoder | None = None) -> None:
+    """Decide every waiting image and report where it would go; nothing below the root or the state folder is written.
+
+    Embeddings go to a temporary cache, and each dataset works with a copy of its journal.
+
+    Raises:
+        LayoutError: There is no dataset, or nothing may move in one.
+        ModelError: The model cannot be loaded.
+        JournalError: A journal cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="sortd-", ignore_cleanup_errors=True) as folder:
+        resources = Resources(config, load_encoder=load_encoder, scratch=Path(folder))
+        daemon = Daemon(
+            config, resources=resources, reload=lambda: config, notifier=Notifier({}), metrics=Metrics(), dry_run=report
+        )
+        daemon.run()
 
 
 def _until_late(do: Callable[[_T], None], each: Iterable[_T]) -> None:

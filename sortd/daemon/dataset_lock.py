@@ -1,28 +1,146 @@
-"""Opening a dataset for moves: locks, the recovered journal, and the state folder, which follows a renamed dataset."""
+"""Opening a dataset: missing disks, locks, the recovered journal, and the state folder, which follows a rename.
+
+The marker shows whether the dataset itself is mounted. A folder on another disk has no marker, and images filed into
+its empty mount point would be hidden once the disk is mounted. So the journal records the folders that were on another
+file system; such a folder counts as missing while it is empty and on the dataset's own file system.
+"""
 
 import json
 import os
+import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sortd.daemon.presence import Presence
 from sortd.errors import AlreadyRunningError, LayoutError
+from sortd.events import Move, Moved
 from sortd.files import identity_of, open_folder, read_regular, sync_folder_at, write_atomic
-from sortd.layout import JOURNAL_FILE, MARKER, Layout
+from sortd.layout import JOURNAL_FILE, MARKER, Area, Layout
 from sortd.moving.copy_queue import Submit
-from sortd.moving.mover import Mover
+from sortd.moving.mover import MoveAnswer, Mover
 from sortd.moving.parts import never
+from sortd.store.database import copy_journal
 from sortd.store.journal import Journal
 from sortd.store.records import MoveRecord
+
+APART_FACT = "folders_apart"  # key of the names of the folders seen on another file system, separated by spaces
+
+
+class Presence:
+    """Tells whether a dataset is complete; used before each group of moves."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        journal: Journal,
+        *,
+        needs_marker: bool = True,
+        lock_problem: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """Check ``layout``.
+
+        Args:
+            layout: the dataset.
+            journal: records which folders were on other disks.
+            needs_marker: whether a dataset without a marker counts as missing.
+            lock_problem: returns a sentence if another sortd works on the dataset, otherwise None.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        self._layout, self._journal, self._needs_marker = layout, journal, needs_marker
+        self.lock_problem = lock_problem
+        self._apart = frozenset((journal.history.fact(APART_FACT) or "").split())
+
+    def problem(self) -> str | None:
+        """Return a sentence that says what is missing; None if nothing is.
+
+        Raises:
+            JournalError: the journal cannot be written.
+        """
+        if self._needs_marker and not self._layout.is_present:
+            return f"{self._layout.marker} is missing: is the disk mounted? `sortd init {self._layout.root}` creates it"
+        if (taken := self.lock_problem()) is not None:
+            return taken
+        return self.absent_folder()
+
+    def absent_folder(self) -> str | None:
+        """Return a sentence about a folder whose other disk is missing; record the folders on other disks."""
+        own = _device(self._layout.root)
+        apart: set[str] = set()
+        for area in Area:
+            folder = self._layout.area(area)
+            try:
+                device = _device(folder)
+            except OSError as error:
+                if area.value in self._apart:
+                    return f"{folder} is on another disk, which does not respond: {error.strerror}"
+                continue  # opening it fails with the same error
+            if device not in {None, own}:
+                apart.add(area.value)
+            elif area.value in self._apart and _is_empty(folder):
+                return (
+                    f"{folder} was on another disk and is an empty folder now: is the disk mounted? To use this folder "
+                    "instead, create any folder in it"
+                )
+        if apart != self._apart:
+            self._journal.note(APART_FACT, " ".join(sorted(apart)))
+            self._apart = frozenset(apart)
+        return None
+
+
+def _device(folder: Path) -> int | None:
+    """Return the device of a folder; None if there is no folder.
+
+    Raises:
+        OSError: the disk does not respond.
+    """
+    try:
+        return folder.stat().st_dev
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _is_empty(folder: Path) -> bool:
+    """Tell whether a folder does not exist, or contains only ``lost+found``."""
+    try:
+        return all(name == "lost+found" for name in os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+
 
 POINTER = "state"  # in the marker folder: the path of the state folder, for people and after a rename
 POINTER_BYTES = 8192  # more than a path can have; a larger file is not a pointer
 OWNER_FILE = "dataset.json"  # in the state folder: the dataset's path, and the inode of its marker
+
+
+ReportMove = Callable[[str, Move, str], None]  # called for each move of a dry run: dataset, move, destination
+
+
+class DryRunMover(Mover):
+    """Moves nothing, but reports each move with the place where the image would be if that name is free."""
+
+    def __init__(self, root: Path, journal: Journal, report: ReportMove) -> None:
+        """Report for the dataset at ``root``; ``journal`` is a copy."""
+        super().__init__(root, journal, companions=False)
+        self._folder, self._report = root, report
+
+    def recover(self) -> list[MoveRecord]:
+        """Return nothing: another sortd may be making the moves that are open in the copied journal."""
+        return []
+
+    def move_all(self, moves: Sequence[Move]) -> list[MoveAnswer]:
+        """Answer each move as done."""
+        done: list[MoveAnswer] = []
+        for move in moves:
+            destination = os.path.join(self._folder, move.folder, os.path.basename(move.path))
+            self._report(self._folder.name, move, destination)
+            done.append(Moved(move.path, move.stamp, destination, move.outcome, move.stamp))
+        return done
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +150,8 @@ class OpenDataset:
     layout: Layout
     journal: Journal
     mover: Mover
+    presence: Presence
     recovered: tuple[MoveRecord, ...] = ()  # moves that a crash had left open, in their present state
-    lock_problem: Callable[[], str | None] = lambda: None  # see MarkerLock.problem
 
 
 class MarkerLock:
@@ -79,7 +197,24 @@ def inspect_dataset(layout: Layout, state: Path) -> Iterator[OpenDataset]:
         JournalError: its journal cannot be opened.
     """
     with Journal(layout.state_folder(state) / JOURNAL_FILE) as journal:
-        yield OpenDataset(layout, journal, Mover(layout.root, journal, absence=_absence_of(layout, journal)))
+        presence = Presence(layout, journal)
+        yield OpenDataset(layout, journal, Mover(layout.root, journal, absence=presence.absent_folder), presence)
+
+
+@contextmanager
+def simulate_dataset(layout: Layout, state: Path, report: ReportMove) -> Iterator[OpenDataset]:
+    """Open a dataset for a dry run, with a copy of its journal or an empty one; nothing of it is written or locked.
+
+    Raises:
+        JournalError: its journal cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="sortd-") as folder:
+        file, copy = find_state_folder(layout, state) / JOURNAL_FILE, Path(folder) / JOURNAL_FILE
+        if file.is_file():
+            copy_journal(file, copy)
+        with Journal(copy) as journal:
+            presence = Presence(layout, journal, needs_marker=False)
+            yield OpenDataset(layout, journal, DryRunMover(layout.root, journal, report), presence)
 
 
 @contextmanager
@@ -121,20 +256,16 @@ def open_dataset(
         stack.callback(second.release)
         write_pointers(layout, folder)
         journal = stack.enter_context(Journal(folder / JOURNAL_FILE, run=run or uuid.uuid4().hex[:8]))
+        presence = Presence(layout, journal, lock_problem=lock.problem)
         mover = Mover(
             layout.root,
             journal,
             companions=companions,
             submit=submit,
             interrupted=interrupted,
-            absence=_absence_of(layout, journal),
+            absence=presence.absent_folder,
         )
-        yield OpenDataset(layout, journal, mover, tuple(mover.recover()), lock.problem)
-
-
-def _absence_of(layout: Layout, journal: Journal) -> Callable[[], str | None]:
-    """Return a function that returns which disk of the dataset is missing."""
-    return lambda: Presence(layout, journal, needs_marker=False).problem()
+        yield OpenDataset(layout, journal, mover, presence, tuple(mover.recover()))
 
 
 def _lock(lock: FileLock, layout: Layout) -> None:

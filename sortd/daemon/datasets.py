@@ -9,8 +9,9 @@ import os
 import resource
 import sqlite3
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -22,14 +23,16 @@ import structlog
 from sortd import errors, logs
 from sortd.config import Config
 from sortd.core.schedule import RETRY_SECONDS, Throttle, doubled_seconds
+from sortd.daemon.corrections import limits_of
 from sortd.daemon.dataset import Dataset
-from sortd.daemon.resources import Resources, reference_settings_of, sorter_settings
+from sortd.daemon.dataset_lock import OpenDataset, ReportMove, open_dataset, simulate_dataset
+from sortd.daemon.resources import reference_settings_of, sorter_settings
 from sortd.daemon.worker import Forget, Job
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, SortdError, StorageError
 from sortd.events import DatasetAbsent, DatasetId
 from sortd.layout import Layout, find_datasets
 from sortd.metrics import Metrics
-from sortd.moving.copy_queue import CopyQueue
+from sortd.moving.copy_queue import CopyQueue, CopyQueueClient
 from sortd.watch.observer import FileEvent
 from sortd.watch.watcher import EventsDropped, Watcher
 
@@ -67,17 +70,19 @@ class Datasets:
         self,
         config: Config,
         *,
-        resources: Resources,
         ask: Callable[[Job], None],
         copier: CopyQueue,
         metrics: Metrics,
         clock: Callable[[], float] = monotonic,
+        dry_run: ReportMove | None = None,
     ) -> None:
-        """Start without datasets; ``discover`` finds them."""
+        """Start without datasets; ``discover`` finds them. ``dry_run`` is called with each move that is not made."""
         self.config, self._clock = config, clock
         self.by_name: dict[str, Dataset] = {}
         self.held: dict[str, Held] = {}
-        self._resources, self._ask, self._copier, self._metrics = resources, ask, copier, metrics
+        self._ask, self._copier, self._metrics, self._dry_run = ask, copier, metrics, dry_run
+        self._run = uuid.uuid4().hex[:8]
+        self._state, self._limits = config.state_dir, limits_of(config.decoding)  # as at the start, also after a reload
         self._watcher: Watcher | None = None
         self._root_is_present = True
         self._began = self._is_stopping = False
@@ -93,11 +98,6 @@ class Datasets:
     def __iter__(self) -> Iterator[Dataset]:
         """Iterate over a copy of the open datasets."""
         return iter(list(self.by_name.values()))
-
-    def at_work(self, identity: DatasetId) -> Dataset | None:
-        """Return the dataset of an answer; None if it was closed since."""
-        dataset = self.by_name.get(identity.name)
-        return dataset if dataset is not None and dataset.identity == identity else None
 
     def watch_with(self, watcher: Watcher) -> None:
         """Watch the root, and every dataset that is opened from now on."""
@@ -121,7 +121,7 @@ class Datasets:
             self._remove(name)
         for dataset in self:
             with self.isolated(dataset):
-                dataset.require_journal()
+                dataset.journal.require_in_place()
         for name, layout in found.items():
             if name not in self.by_name:
                 self._open(layout)
@@ -176,8 +176,8 @@ class Datasets:
         try:
             _require_descriptors()
             client = self._copier.client(DatasetId(name, next(self._numbers)))
-            dataset = self._resources.open(layout, self.config, ask=self._ask, client=client, metrics=self._metrics)
-            self.by_name[name], self._folders[name] = dataset, folder
+            dataset = self.by_name[name] = self._lock_and_recover(layout, client)
+            self._folders[name] = folder
             if self._watcher is not None:
                 self._watcher.watch_dataset(os.fspath(layout.root))
             if is_another:
@@ -191,6 +191,40 @@ class Datasets:
             self._reopened[name] = self.held.pop(name), self._clock()
         self._metrics.held(name, is_held=False)
         self._log.info(logs.DATASET_ADDED, dataset=name, root=str(layout.root))
+
+    def _lock_and_recover(self, layout: Layout, client: CopyQueueClient) -> Dataset:
+        """Lock, recover and open a dataset; ``client`` makes its long copies."""
+        own = self.config.dataset(layout.name)
+        with ExitStack() as stack:
+            opened = stack.enter_context(self._opening(layout, client, companions=own.companions))
+            stack.callback(client.close)  # before the journal is closed and the lock released
+            dataset = Dataset(
+                client.dataset,
+                opened,
+                sorter_settings(own),
+                reference_settings_of(own),
+                ask=self._ask,
+                metrics=self._metrics,
+                limits=self._limits if self._dry_run is None else None,
+            )
+            dataset.move_queue.tell_recovered(opened.recovered)  # may fail, and the locks are released then
+            dataset.closing = stack.pop_all()
+        return dataset
+
+    def _opening(
+        self, layout: Layout, client: CopyQueueClient, *, companions: bool
+    ) -> AbstractContextManager[OpenDataset]:
+        if self._dry_run is not None:
+            return simulate_dataset(layout, self._state, self._dry_run)
+        layout.make()
+        return open_dataset(
+            layout,
+            self._state,
+            run=self._run,
+            companions=companions,
+            submit=client.submit,
+            interrupted=lambda: client.is_interrupted,
+        )
 
     def _remove(self, name: str) -> None:
         self._reopened.pop(name, None)
@@ -211,7 +245,7 @@ class Datasets:
             self._watcher.forget(os.fspath(dataset.layout.root))
         self._ask(Forget(dataset.identity))
         with suppress(*OF_ONE_DATASET):  # what failed may fail to close, too
-            self._resources.close(dataset)
+            dataset.closing.close()
 
     @contextmanager
     def isolated(self, dataset: Dataset) -> Iterator[None]:
@@ -223,7 +257,8 @@ class Datasets:
 
     def tell(self, identity: DatasetId, act: Callable[[Dataset], None]) -> None:
         """Call ``act`` with the dataset of an answer, unless it was closed since."""
-        if (dataset := self.at_work(identity)) is not None:
+        dataset = self.by_name.get(identity.name)
+        if dataset is not None and dataset.identity == identity:
             with self.isolated(dataset):
                 act(dataset)
 
@@ -249,9 +284,11 @@ class Datasets:
         self._hold(dataset.layout, error, retry_at=now + doubled_seconds(failures), failures=failures)
 
     def _hold(self, layout: Layout, error: Exception, *, retry_at: float, failures: int | None = None) -> None:
-        """Close a dataset and note why; log a new cause."""
+        """Close a dataset and note why; log a new cause. A dry run ends by the error instead."""
         name, cause, before = layout.name, _sentence(error), self.held.get(layout.name)
         self._forget(name)
+        if self._dry_run is not None:
+            raise error
         if failures is None:
             failures = 0 if before is None else before.failures
         is_new = before is None or before.cause != cause
@@ -289,9 +326,10 @@ class Datasets:
         self._recovery.ask()
 
     @property
-    def deadline(self) -> float:
-        """When scheduled work is due; infinity without any."""
-        return min(self._discovery.deadline, self._recovery.deadline)
+    def next_deadline(self) -> float:
+        """When the next work without an event is due; infinity without any."""
+        deadlines = [dataset.next_deadline for dataset in self.by_name.values()]
+        return min([self._discovery.deadline, self._recovery.deadline, *deadlines])
 
     def catch_up(self) -> None:
         """Do the scheduled work that is due, once for all events that asked for it."""
@@ -338,8 +376,11 @@ class Datasets:
                 dataset.reload(sorter_settings(own), reference_settings_of(own))
 
     def stop(self) -> None:
-        """Open no further dataset."""
+        """Open no further dataset; let each finish its moves."""
         self._is_stopping = True
+        for dataset in self:
+            with self.isolated(dataset):
+                dataset.stop()
 
     def close(self) -> None:
         """Finish the moves under way and close every dataset, even if one fails."""
@@ -347,7 +388,7 @@ class Datasets:
             with self.isolated(dataset):
                 dataset.flush()
                 dataset.scans.left_files.tell(at_once=True)
-                self._resources.close(dataset)
+                dataset.closing.close()
 
 
 def _sentence(error: Exception) -> str:

@@ -45,6 +45,7 @@ class Pipeline:
         self._decoded: deque[tuple[EncoderQueue, DecodedImage]] = deque()
         self._decoded_since = 0.0
         self._on_the_way = 0
+        self.wake_descriptor: int | None = None  # when it is readable, a wait ends
 
     def open(self, deliver: Deliver) -> EncoderQueue:
         """Return a new queue whose answers go to ``deliver``."""
@@ -62,7 +63,7 @@ class Pipeline:
         self._decoders.drop(queue.batch)
         self._queues.remove(queue)
 
-    def add(self, queue: EncoderQueue, images: Iterable[tuple[str, Stamp]]) -> None:
+    def add(self, queue: EncoderQueue, images: Sequence[tuple[str, Stamp]]) -> None:
         """Append images to a queue."""
         queue.waiting.extend(images)
 
@@ -71,10 +72,8 @@ class Pipeline:
         """Whether any image has no answer yet."""
         return self._on_the_way > 0 or any(queue.waiting for queue in self._queues)
 
-    def advance(self, *, wake_descriptor: int | None = None, at_most_seconds: float | None = None) -> None:
-        """Do one step: wait for pixels if necessary, and encode a batch if one is due.
-
-        The wait ends when ``wake_descriptor`` is readable, or after ``at_most_seconds``.
+    def advance(self, *, at_most_seconds: float | None = None) -> None:
+        """Do one step: wait for pixels if necessary, at most this long, and encode a batch if one is due.
 
         Raises:
             StartupError: The decoding processes do not start.
@@ -85,7 +84,7 @@ class Pipeline:
         if not self._is_due(now := monotonic()):
             patience = max(0.0, self._decoded_since + PATIENCE_SECONDS - now) if self._decoded else None
             waits = [seconds for seconds in (patience, at_most_seconds) if seconds is not None]
-            self._decoders.collect(min(waits, default=None), wake_descriptor=wake_descriptor)
+            self._decoders.collect(min(waits, default=None), wake_descriptor=self.wake_descriptor)
             self._take_in()
             self._feed()
         if self._is_due(monotonic()):
@@ -159,7 +158,7 @@ def are_of_unit_length(rows: FloatArray) -> bool:
     return bool((np.abs(lengths - 1) < UNIT_TOLERANCE).all())  # false for NaN, too
 
 
-class Embedder:
+class Embedder(Pipeline):
     """Embeds files and texts with one encoder; used by one thread, the worker."""
 
     def __init__(
@@ -172,22 +171,21 @@ class Embedder:
         are_sound: Callable[[FloatArray], bool] = are_of_unit_length,
     ) -> None:
         """Keep the parts, which the caller closes; rows that are not ``are_sound`` are not cached."""
+        super().__init__(decoders, self._encode_or_recall, batch_size=batch_size)
         self.encoder = encoder
         self._cache = cache
         self._are_sound = are_sound
-        self.pipeline = Pipeline(decoders, self._encode, batch_size=batch_size)
         self._on_progress: OnProgress = lambda: None
-        self._wake_descriptor: int | None = None
         self.forwards = 0  # encoded batches of images
 
     def on_progress(self, callback: OnProgress, *, wake_descriptor: int | None) -> None:
         """Let ``embed`` call ``callback`` between two steps; a readable ``wake_descriptor`` ends its wait."""
-        self._on_progress, self._wake_descriptor = callback, wake_descriptor
+        self._on_progress, self.wake_descriptor = callback, wake_descriptor
 
     def embed(self, images: Sequence[tuple[str, Stamp]]) -> Iterator[EmbeddedImage | ImageRefused]:
         """Yield one answer for each image, in no order; the images of other queues continue in turn."""
         answers: deque[EmbeddedImage | ImageRefused] = deque()
-        queue = self.pipeline.open(answers.extend)
+        queue = self.open(answers.extend)
         left = len(images)
         try:
             for start in range(0, len(images), AT_ONCE):
@@ -201,12 +199,12 @@ class Embedder:
                     return
                 self.advance(at_most_seconds=self._on_progress())
         finally:
-            self.pipeline.close(queue)
+            self.close(queue)
 
     def give_way(self) -> None:
         """Call the callback, and do one step for all queues without waiting for pixels."""
         self._on_progress()
-        if self.pipeline.has_work:
+        if self.has_work:
             self.advance(at_most_seconds=0.0)
 
     def add(self, queue: EncoderQueue, images: Sequence[tuple[str, Stamp]]) -> None:
@@ -216,13 +214,9 @@ class Embedder:
         known = [image for image in images if contents.get(image, "") in rows]
         if known:
             queue.deliver([EmbeddedImage(*image, rows[contents[image]], contents[image]) for image in known])
-        self.pipeline.add(queue, [image for image in images if contents.get(image, "") not in rows])
+        super().add(queue, [image for image in images if contents.get(image, "") not in rows])
 
-    def advance(self, *, at_most_seconds: float | None = None) -> None:
-        """Do one step for all queues; see ``Pipeline.advance``."""
-        self.pipeline.advance(wake_descriptor=self._wake_descriptor, at_most_seconds=at_most_seconds)
-
-    def _encode(self, batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
+    def _encode_or_recall(self, batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
         """Encode one batch; each content is encoded once, unless it is cached."""
         rows = self._cache.embeddings({image.content for image in batch}, self.encoder.encoder_id)
         fresh = {image.content: image.pixels for image in batch if image.content not in rows}

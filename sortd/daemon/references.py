@@ -1,11 +1,14 @@
-"""References: read ``Clases/`` into a support set and build prototypes; only new images are encoded."""
+"""References: read ``Clases/`` into a support set and build prototypes; only new images are encoded.
+
+Also the stored prototypes, those of the last ``sortd eval`` (used by ``sortd check`` only), and what changed since.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +19,16 @@ from sortd.classify.build import build
 from sortd.classify.prompts import GENERIC_NOUNS, prompts
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import DecisionSettings, SupportSet
-from sortd.config import DEFAULT_TEMPLATES
+from sortd.config import DEFAULT_TEMPLATES, Config, DatasetConfig
 from sortd.daemon.embedder import Embedder
+from sortd.errors import ImageError
 from sortd.events import EmbeddedImage, ImageRefused, Mode, Refusal, Stamp
 from sortd.files import open_regular
+from sortd.images.decode import DecodeLimits, check_header
 from sortd.images.pool import RESOURCE_ERRORS
+from sortd.layout import Area, Layout
 from sortd.names import rule_for_folder
+from sortd.store.cache import PrototypeFiles
 from sortd.watch.scan import stamp, whole_files
 
 STRANGERS_FOLDER = "_none"
@@ -58,7 +65,7 @@ class ReferenceSettings:
     settings: DecisionSettings
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     learns_from_corrections: bool = False
-    classifier: str = "auto"  # auto, prototypes or finetuned; see ``daemon/classifiers.py``
+    classifier: str = "auto"  # auto, prototypes or finetuned; see ``select_classifier``
     corrections: tuple[tuple[str, str], ...] = ()  # label, path: images placed by hand in Dataset/
 
 
@@ -72,7 +79,6 @@ class Rebuilt:
     misnamed: tuple[str, ...] = ()
     changed: bool = True
     encoded: int = 0
-    references: Mapping[str, int] = field(default_factory=dict)
 
 
 def is_class_name(name: str) -> bool:
@@ -182,14 +188,13 @@ class References:
         emptied = tuple(label for label in sorted(held) if not held[label] and self._held.get(label))
         held |= {label: self._held[label] for label in emptied}
         self._held = held
-        counts = {label: len(one) for label, one in held.items()}
         fingerprint = _fingerprint(held, folders, settings, embedder.encoder.encoder_id, decided_by)
         if previous is not None and previous.fingerprint == fingerprint:
-            return Rebuilt(previous, refused, emptied, tuple(misnamed), changed=False, references=counts)
+            return Rebuilt(previous, refused, emptied, tuple(misnamed), changed=False)
         support = _support(embedder, held, folders, settings, fingerprint)
         prototypes = build(support, settings.settings, generation=generation, pause=embedder.give_way)
         encoded = embedder.forwards - forwards
-        return Rebuilt(prototypes, refused, emptied, tuple(misnamed), encoded=encoded, references=counts)
+        return Rebuilt(prototypes, refused, emptied, tuple(misnamed), encoded=encoded)
 
     def support(
         self, embedder: Embedder, settings: ReferenceSettings, *, tell: Callable[[int, int], None] = lambda *_: None
@@ -314,3 +319,87 @@ def _undescribed(error: OSError) -> ImageRefused:
     """Return the refusal of a description file."""
     message = f"the description of the class cannot be read: {error.strerror or error}; {errors.advice_for(error)}"
     return ImageRefused(error.filename, Stamp(0, 0, 0, 0), Refusal.DENIED, message)
+
+
+PROTOTYPES_FOLDER = "prototypes"
+EVALUATED = "evaluated"
+SETTINGS = "settings (mode or abstain)"
+
+
+def stored_prototypes(
+    config: Config, layout: Layout, *, report: Callable[[str], None] = lambda _: None
+) -> PrototypeSet | None:
+    """Return the last prototypes of a dataset, or None; call ``report`` with a message about damaged files."""
+    return _files(config, report).read(layout.key)
+
+
+def evaluated_prototypes(config: Config, layout: Layout) -> PrototypeSet | None:
+    """Return the prototypes of the last ``sortd eval`` of a dataset, or None."""
+    return _files(config).read(f"{layout.key}/{EVALUATED}")
+
+
+def keep_evaluated(config: Config, layout: Layout, prototypes: PrototypeSet) -> None:
+    """Store the prototypes of ``sortd eval``, if the cache is writable."""
+    _files(config).write(f"{layout.key}/{EVALUATED}", prototypes)
+
+
+def changed_since(config: Config, layout: Layout, prototypes: PrototypeSet, *, evaluated: bool = False) -> str | None:
+    """Return what changed since the prototypes were built, SETTINGS or ``references``, or None.
+
+    ``evaluated``: the prototypes are those of ``sortd eval``.
+    """
+    if settings_differ(config.dataset(layout.name), prototypes):
+        return SETTINGS
+    built_at = _files(config).written_at_ns(f"{layout.key}/{EVALUATED}" if evaluated else layout.key)
+    return "references" if _references_differ(layout, prototypes, built_at) else None
+
+
+def settings_differ(config: DatasetConfig, prototypes: PrototypeSet) -> bool:
+    """Return whether mode or abstain of a dataset differ from those of its prototypes."""
+    old, new = (
+        None if one is None else (one.precision, one.strangers) for one in (prototypes.settings.abstain, config.abstain)
+    )
+    return (config.mode, new) != (prototypes.settings.mode.value, old)
+
+
+def _references_differ(layout: Layout, prototypes: PrototypeSet, built_at_ns: int) -> bool:
+    """Return whether a class or a readable image was added, removed or modified since."""
+    try:
+        folders, _ = class_folders(layout.area(Area.CLASES), report=lambda _: None)
+    except ReferencesAbsentError:
+        return False  # reported by another check
+    classes = [folder for folder in folders if folder.label != STRANGERS_FOLDER]
+    if tuple(folder.label for folder in classes) != prototypes.labels:
+        return True
+    files = {path: (folder.label, mark) for folder in classes for path, mark in folder.files}
+    clases = os.fspath(layout.area(Area.CLASES))
+    known = {path for path in prototypes.sources if path.startswith(f"{clases}/")}  # corrections are in Dataset/
+    strangers = [mark for folder in folders if folder.label == STRANGERS_FOLDER for _, mark in folder.files]
+    marks = [*strangers, *(files[path][1] for path in known & files.keys())]
+    described = (Path(clases, folder.label, DESCRIPTIONS_FILE) for folder in classes if folder.descriptions)
+    return (
+        not known <= files.keys()
+        or any(mark.mtime_ns > built_at_ns for mark in marks)
+        or any(file.stat().st_mtime_ns > built_at_ns for file in described)
+        or any(_is_new(path, files, known) for path in files.keys() - known)
+    )
+
+
+def _is_new(path: str, files: Mapping[str, tuple[str, Stamp]], known: Collection[str]) -> bool:
+    """Return whether an unknown file is a readable image and not a copy of a known one."""
+    label, mark = files[path]
+    copies = [other for other in known if files[other][0] == label and files[other][1].size == mark.size]
+    try:
+        check_header(path, DecodeLimits())
+        return all(_content(other) != _content(path) for other in copies)
+    except (ImageError, OSError):
+        return False
+
+
+def _content(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(config: Config, report: Callable[[str], None] = lambda _: None) -> PrototypeFiles:
+    return PrototypeFiles(config.cache_dir / PROTOTYPES_FOLDER, report)

@@ -1,33 +1,115 @@
-"""The resources of a run: locked, recovered and opened datasets, and the model with its decoders and cache."""
+"""The models of a run, the configured one and the fine-tuned ones, with their decoders and cache; and which decides.
+
+Promotions of fine-tuned models are read at every rebuild. If a model cannot be used, the prototypes decide.
+"""
 
 import os
-import uuid
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+
+from sortd.classify.calibration import HeldOutOutcomes, calibrate_outcomes
+from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet, describe_label_mismatch
 from sortd.classify.types import AbstainSettings, DecisionSettings
-from sortd.config import Config, DatasetConfig, Decoding
+from sortd.config import Config, DatasetConfig
 from sortd.core.sorter import SorterSettings
-from sortd.daemon.classifiers import Classifiers, are_logits
-from sortd.daemon.dataset import Dataset
-from sortd.daemon.dataset_lock import open_dataset
 from sortd.daemon.embedder import Embedder
-from sortd.daemon.references import ReferenceSettings
-from sortd.daemon.stored_prototypes import stored_prototypes
-from sortd.daemon.worker import Job, PrototypeStore
+from sortd.daemon.references import ReferenceSettings, stored_prototypes
 from sortd.encoder.backends import load_fastest
-from sortd.encoder.base import Encoder
-from sortd.encoder.finetuned import FinetunedFacts, load_finetuned
+from sortd.encoder.base import Encoder, Rows
+from sortd.encoder.finetuned import FinetunedFacts, load_finetuned, read_facts, read_promotion
 from sortd.encoder.models import STRONGER, locate_clip
-from sortd.events import DatasetId, Mode, Preprocessing
-from sortd.images.decode import DECODER_VERSION, DecodeLimits, Jpeg
+from sortd.errors import ModelError
+from sortd.events import Mode, Preprocessing
+from sortd.images.decode import DecodeLimits, Jpeg
 from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
-from sortd.metrics import Metrics
-from sortd.moving.copy_queue import CopyQueueClient
 from sortd.store.cache import Cache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActiveClassifier:
+    """What decides in a dataset: a fine-tuned model, or the prototypes and why the model cannot be used."""
+
+    facts: FinetunedFacts | None = None
+    refusal: str | None = None  # why the wanted model cannot be used, in a sentence
+
+    @property
+    def model_id(self) -> str:
+        """The identity of the model; empty for the prototypes."""
+        return "" if self.facts is None else self.facts.model_id
+
+    def classifier(self, abstain: AbstainSettings | None, *, generation: int) -> FinetunedClassifier | None:
+        """Return what decides in the place of the prototypes, if anything does."""
+        return None if self.facts is None else classifier_of(self.facts, abstain, generation=generation)
+
+
+def classifier_of(facts: FinetunedFacts, abstain: AbstainSettings | None, *, generation: int) -> FinetunedClassifier:
+    """Return the classifier that a model's facts make under these settings."""
+    outcomes = HeldOutOutcomes(np.clip(facts.confidence, 0.0, 1.0), facts.is_right, facts.classes)
+    calibration = calibrate_outcomes(outcomes, abstain, classes=len(facts.labels))
+    return FinetunedClassifier(facts.labels, facts.temperature, facts.model_id, generation, calibration, abstain)
+
+
+def select_classifier(layout: Layout, state: Path, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
+    """Return what decides in a dataset, by the promotion in ``state``; no model is loaded.
+
+    ``wanted`` is the configured ``classifier``: ``auto``, ``prototypes`` or ``finetuned``; ``labels`` are the folders
+    in ``Clases/``.
+    """
+    if wanted == "prototypes":
+        return ActiveClassifier()
+    try:
+        promotion = read_promotion(layout.state_folder(state))
+        if promotion is None:
+            advice = f"`sortd finetune {layout.name}`, then `sortd models promote --dataset {layout.name}`"
+            missing = f"`classifier: finetuned` is set, but no model is promoted: {advice}"
+            return ActiveClassifier(refusal=missing if wanted == "finetuned" else None)
+        facts = read_facts(promotion.folder)
+    except ModelError as error:
+        return ActiveClassifier(refusal=str(error))
+    if facts.model_id != promotion.model_id:
+        return ActiveClassifier(
+            refusal=f"{facts.folder} holds another model than the promoted one: promote it again "
+            f"(`sortd models promote {facts.folder} --dataset {layout.name}`)"
+        )
+    refusal = unfit(facts, labels, dataset=layout.name)
+    return ActiveClassifier(None if refusal else facts, refusal)
+
+
+def unfit(facts: FinetunedFacts, labels: Sequence[str], *, dataset: str) -> str | None:
+    """Return why a model does not fit the classes of a dataset, and what to do; None if it fits."""
+    difference = describe_label_mismatch(facts.labels, labels)
+    if difference is None:
+        return None
+    return (
+        f"the fine-tuned model in {facts.folder} does not fit {dataset}: {difference}; "
+        f"train another with `sortd finetune {dataset}`"
+    )
+
+
+def are_logits(rows: Rows) -> bool:
+    """Return whether rows (B, classes) can be logits: finite, and not zeros as from a device in a bad state."""
+    return bool(np.isfinite(rows).all() and rows.any(axis=1).all())
+
+
+def probe_logits(encoder: Encoder) -> None:
+    """Raise ``ModelError`` if a fine-tuned model does not return logits."""
+    height, width = encoder.preprocessing.crop_height, encoder.preprocessing.crop_width
+    noise = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+    if not are_logits(encoder.encode_images(noise)):
+        raise ModelError(
+            f"the fine-tuned model {encoder.encoder_id} returns zeros: it was not trained, or its device is in a "
+            "bad state; set `device: cpu`, or run `sortd finetune` again"
+        )
+
+
+# Errors of torch and transformers for a network that does not match its configuration, or without memory.
+BROKEN_NETWORK = (OSError, ValueError, TypeError, RuntimeError, MemoryError)
 
 LoadEncoder = Callable[[Config], Encoder]
 
@@ -59,89 +141,34 @@ def reference_settings_of(config: DatasetConfig) -> ReferenceSettings:
     )
 
 
-def limits_of(decoding: Decoding) -> dict[str, float]:
-    """Return the decoding limits, each such that a higher value accepts more images; see ``Rejects``."""
-    numbers = decoding.model_dump(include={"max_pixels", "max_side_pixels", "max_bytes", "timeout_seconds"})
-    return {**numbers, "draft": int(decoding.jpeg == "draft"), "decoders": DECODER_VERSION}
-
-
 def _nothing(*_: object) -> None:
     """Do nothing."""
 
 
+class PrototypeStore(NamedTuple):
+    """Keeps the last prototypes of each dataset, by its name, between runs; see ``cache.py``."""
+
+    read: Callable[[str], PrototypeSet | None]
+    write: Callable[[str, PrototypeSet], None]
+    forget: Callable[[str], None]
+
+
 class Resources:
-    """Opens datasets and the model for one run."""
+    """Opens the models, decoders and cache of one run; used by one thread."""
 
     def __init__(self, config: Config, *, load_encoder: LoadEncoder | None = None, scratch: Path | None = None) -> None:
-        """Prepare; nothing is touched before ``open`` and ``load``.
+        """Prepare; nothing is touched before ``load``.
 
         ``load_encoder`` replaces the configured model; ``scratch`` is a folder for embeddings instead of the cache,
         from which only prototypes are read then.
         """
-        self._config = config
+        self.config = config
         self._embeddings, self._is_scratch = scratch or config.cache_dir, scratch is not None
         self._runs_on: list[str] = []
-        self.on_progress: Callable[[str], None] = lambda _: None  # called while the model is loaded
         self._load_encoder = load_encoder or partial(load_fastest, report=self._runs_on.append)
-        self._run = uuid.uuid4().hex[:8]
-        self._held: dict[DatasetId, ExitStack] = {}
         self._decoders: dict[tuple[Preprocessing, Jpeg], DecoderPool] = {}
         self._cache: Cache | None = None
-        self.classifiers = Classifiers(
-            config.state_dir,
-            load=lambda folder: load_finetuned(folder, device=config.device, threads=config.threads),
-            embed_with=self._embed_with,
-        )
-
-    @property
-    def state_folder(self) -> Path:
-        """The state directory."""
-        return self._config.state_dir
-
-    def open(
-        self, layout: Layout, config: Config, *, ask: Callable[[Job], None], client: CopyQueueClient, metrics: Metrics
-    ) -> Dataset:
-        """Lock a dataset, recover it and open it; ``client`` makes its long copies.
-
-        Raises:
-            AlreadyRunningError: Another sortd has it.
-            LayoutError: Its folders cannot be used.
-            JournalError: Its journal cannot be opened.
-        """
-        own = config.dataset(layout.name)
-        layout.make()
-        with ExitStack() as opened:
-            held = opened.enter_context(
-                open_dataset(
-                    layout,
-                    self.state_folder,
-                    run=self._run,
-                    companions=own.companions,
-                    submit=client.submit,
-                    interrupted=lambda: client.is_interrupted,
-                )
-            )
-            opened.callback(client.close)  # before the journal is closed and the lock released
-            dataset = Dataset(
-                client.dataset,
-                layout,
-                sorter_settings(own),
-                reference_settings_of(own),
-                mover=held.mover,
-                ask=ask,
-                metrics=metrics,
-                journal=held.journal,
-                lock_problem=held.lock_problem,
-                limits=limits_of(self._config.decoding),
-            )
-            dataset.move_queue.tell_recovered(held.recovered)  # may fail, and the locks are released then
-            self._held[dataset.identity] = opened.pop_all()
-        return dataset
-
-    def close(self, dataset: Dataset) -> None:
-        """Close the journal and release the lock."""
-        if (opened := self._held.pop(dataset.identity, None)) is not None:
-            opened.close()
+        self.finetuned: dict[str, Embedder] = {}  # the loaded fine-tuned models by identity, shared by datasets
 
     def load(self) -> tuple[Embedder, PrototypeStore, str]:
         """Load the configured model, start its decoders and open the cache.
@@ -149,8 +176,7 @@ class Resources:
         Raises:
             ModelError: The model cannot be loaded.
         """
-        config = self._config
-        self.on_progress(f"loading {config.model}")
+        config = self.config
         encoder = self._load_encoder(config)
         decoders = self._pool(encoder.preprocessing, config.decoding.jpeg)
         self._cache = Cache(self._embeddings / "embeddings.sqlite", max_bytes=config.cache_megabytes * 1_000_000)
@@ -159,7 +185,7 @@ class Resources:
 
     def _store(self, cache: Cache) -> PrototypeStore:
         """Return the store of prototypes; with a scratch folder it is read-only."""
-        config = self._config
+        config = self.config
 
         def layout(dataset: str) -> Layout:
             return Layout(config.root / dataset)
@@ -172,16 +198,38 @@ class Resources:
             forget=lambda dataset: cache.forget_prototypes(layout(dataset).key),
         )
 
-    def _embed_with(self, encoder: Encoder, facts: FinetunedFacts) -> Embedder:
-        """Return the embedder of a fine-tuned model, with the decoding of its training."""
-        assert self._cache is not None, "the configured model is loaded first"
-        decoders = self._pool(encoder.preprocessing, "full" if facts.decoding == "full" else "draft")
-        return Embedder(encoder, decoders, self._cache, batch_size=self._config.batch_size, are_sound=are_logits)
+    def select(self, layout: Layout, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
+        """Return what decides in a dataset, and load its model; arguments as for ``select_classifier``."""
+        found = select_classifier(layout, self.config.state_dir, wanted, labels)
+        facts = found.facts
+        if facts is not None and facts.model_id not in self.finetuned:
+            try:
+                encoder = load_finetuned(facts.folder, device=self.config.device, threads=self.config.threads)
+                probe_logits(encoder)
+            except ModelError as error:
+                return ActiveClassifier(refusal=str(error))
+            except BROKEN_NETWORK as error:
+                said = (str(error).splitlines() or [type(error).__name__])[0]
+                advice = f"run `sortd finetune {layout.name}` again, or set `device: cpu`"
+                refusal = f"the fine-tuned model in {facts.folder} cannot be used ({said}): {advice}"
+                return ActiveClassifier(refusal=refusal)
+            assert self._cache is not None, "the configured model is loaded first"
+            decoders = self._pool(encoder.preprocessing, "full" if facts.decoding == "full" else "draft")
+            self.finetuned[facts.model_id] = Embedder(
+                encoder, decoders, self._cache, batch_size=self.config.batch_size, are_sound=are_logits
+            )
+        return found
+
+    def retain(self, wanted: Collection[str]) -> None:
+        """Unload the fine-tuned models that are not in ``wanted`` and have no work left."""
+        for model_id, embedder in list(self.finetuned.items()):
+            if model_id not in wanted and not embedder.has_work:
+                del self.finetuned[model_id]
 
     def _pool(self, preprocessing: Preprocessing, jpeg: Jpeg) -> DecoderPool:
         """Return the decoders for this input; encoders with the same input share them."""
         if (preprocessing, jpeg) not in self._decoders:
-            decoding = self._config.decoding
+            decoding = self.config.decoding
             self._decoders[preprocessing, jpeg] = DecoderPool(
                 decoding.workers or min(MOST_DECODERS, len(os.sched_getaffinity(0))),
                 preprocessing,

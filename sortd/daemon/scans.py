@@ -10,8 +10,8 @@ from sortd import events
 from sortd.core.schedule import Throttle
 from sortd.core.sorter import Sorter
 from sortd.core.state import Refusals
+from sortd.daemon.dataset_lock import Presence
 from sortd.daemon.dataset_log import DatasetLog
-from sortd.daemon.presence import Presence
 from sortd.events import Stamp, Writer
 from sortd.layout import Area, Layout
 from sortd.moving.fs import writer_of

@@ -15,13 +15,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
 
 from sortd.classify.held_out import refuse_reload
 from sortd.classify.prototypes import PrototypeSet
-from sortd.daemon.classifiers import ActiveClassifier, Classifiers
-from sortd.daemon.embedder import Embedder, EncoderQueue, OnProgress
+from sortd.daemon.embedder import Embedder, EncoderQueue
 from sortd.daemon.references import Rebuilt, References, ReferencesAbsentError, ReferenceSettings, class_labels
+from sortd.daemon.resources import ActiveClassifier, PrototypeStore, Resources
 from sortd.errors import ModelError, SortdError
 from sortd.events import DatasetId, Embedded, EmbeddedImage, Event, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.images.pool import RESOURCE_ERRORS
@@ -35,30 +34,36 @@ DeliverTo = Callable[[DatasetId, str, Sequence[EmbeddedImage | ImageRefused]], N
 class EncoderQueues:
     """The encoder and the queue of each dataset; used by one thread, the worker."""
 
-    def __init__(self, embedder: Embedder, classifiers: Classifiers, deliver: DeliverTo) -> None:
-        """Start with every dataset on the configured model, ``embedder``."""
+    def __init__(
+        self,
+        embedder: Embedder,
+        resources: Resources,
+        deliver: DeliverTo,
+        *,
+        between: Callable[[], None],
+        wake_descriptor: int,
+    ) -> None:
+        """Start with every dataset on the configured model, ``embedder``.
+
+        ``between`` is called between two steps of a rebuild; a readable ``wake_descriptor`` ends a wait.
+        """
         self.embedder = embedder
-        self._classifiers, self._deliver = classifiers, deliver
+        self._resources, self._deliver = resources, deliver
         self._queues: dict[tuple[DatasetId, str], tuple[Embedder, EncoderQueue]] = {}  # by dataset and fine-tuned model
         self._deciding: dict[DatasetId, str] = {}
-        self._on_progress: tuple[OnProgress, int] | None = None
+        self._between, self._wake_descriptor = between, wake_descriptor
+        embedder.on_progress(self._give_way, wake_descriptor=wake_descriptor)
 
-    def on_progress(self, callback: Callable[[], None], *, wake_descriptor: int) -> None:
-        """Call ``callback`` between two steps of a rebuild; a readable ``wake_descriptor`` ends a wait."""
-
-        def call_and_advance() -> float | None:
-            callback()
-            return self._advance_finetuned()
-
-        self._on_progress = call_and_advance, wake_descriptor
-        self.embedder.on_progress(call_and_advance, wake_descriptor=wake_descriptor)
+    def _give_way(self) -> float | None:
+        self._between()
+        return self._advance_finetuned()
 
     def select(self, layout: Layout, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
         """Return what decides in a dataset, with its model loaded; ``switch`` puts it into use."""
-        found = self._classifiers.select(layout, wanted, labels)
-        if self._on_progress is not None and found.facts is not None:
-            callback, wake_descriptor = self._on_progress
-            self._classifiers.loaded[found.model_id].on_progress(callback, wake_descriptor=wake_descriptor)
+        found = self._resources.select(layout, wanted, labels)
+        if found.facts is not None:
+            model = self._resources.finetuned[found.model_id]
+            model.on_progress(self._give_way, wake_descriptor=self._wake_descriptor)
         return found
 
     def decided_by(self, dataset: DatasetId) -> str:
@@ -75,21 +80,21 @@ class EncoderQueues:
 
     def _retain(self) -> None:
         """Unload models that no dataset uses, and drop their queues."""
-        self._classifiers.retain(set(self._deciding.values()))
-        self._close(key for key in self._queues if key[1] and key[1] not in self._classifiers.loaded)
+        self._resources.retain(set(self._deciding.values()))
+        self._close(key for key in self._queues if key[1] and key[1] not in self._resources.finetuned)
 
     def _close(self, keys: Iterable[tuple[DatasetId, str]]) -> None:
         for key in list(keys):
             embedder, queue = self._queues.pop(key)
-            embedder.pipeline.close(queue)
+            embedder.close(queue)
 
     def add(self, dataset: DatasetId, images: Sequence[tuple[str, Stamp]]) -> None:
         """Queue images; cached ones are answered at once."""
         model_id = self.decided_by(dataset)
-        embedder = self._classifiers.loaded[model_id] if model_id else self.embedder
+        embedder = self._resources.finetuned[model_id] if model_id else self.embedder
         if (dataset, model_id) not in self._queues:
             deliver = partial(self._deliver, dataset, embedder.encoder.encoder_id)
-            self._queues[dataset, model_id] = embedder, embedder.pipeline.open(deliver)
+            self._queues[dataset, model_id] = embedder, embedder.open(deliver)
         embedder.add(self._queues[dataset, model_id][1], images)
 
     def forget(self, dataset: DatasetId) -> None:
@@ -101,20 +106,20 @@ class EncoderQueues:
     @property
     def has_work(self) -> bool:
         """Whether any image has no answer yet."""
-        return any(one.pipeline.has_work for one in (self.embedder, *self._classifiers.loaded.values()))
+        return any(one.has_work for one in (self.embedder, *self._resources.finetuned.values()))
 
     def advance(self) -> None:
         """Do one step with every encoder that has work."""
         wait_seconds = self._advance_finetuned()
-        if self.embedder.pipeline.has_work:
+        if self.embedder.has_work:
             self.embedder.advance(at_most_seconds=wait_seconds)
-        if self._classifiers.loaded.keys() - set(self._deciding.values()):
+        if self._resources.finetuned.keys() - set(self._deciding.values()):
             self._retain()  # a replaced model may have finished its last image
 
     def _advance_finetuned(self) -> float | None:
         """Do one step with every fine-tuned model that has work; return how long the next step may wait."""
-        busy = [one for one in self._classifiers.loaded.values() if one.pipeline.has_work]
-        is_alone = len(busy) == 1 and not self.embedder.pipeline.has_work
+        busy = [one for one in self._resources.finetuned.values() if one.has_work]
+        is_alone = len(busy) == 1 and not self.embedder.has_work
         for one in busy:
             one.advance(at_most_seconds=None if is_alone else SHARED_WAIT_SECONDS)
         return SHARED_WAIT_SECONDS if busy else None
@@ -168,7 +173,6 @@ class WorkerReady:
 
     encoder_id: str
     description: str
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,14 +196,6 @@ class Answer:
 Posted = WorkerLoading | WorkerReady | WorkerDied | Answer
 
 
-class PrototypeStore(NamedTuple):
-    """Keeps the last prototypes of each dataset, by its name, between runs; see ``cache.py``."""
-
-    read: Callable[[str], PrototypeSet | None]
-    write: Callable[[str, PrototypeSet], None]
-    forget: Callable[[str], None]
-
-
 ODD_REFERENCES = (
     SortdError, OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError,
 )  # fmt: skip
@@ -213,15 +209,9 @@ class _StopAskedError(Exception):
 class Worker:
     """One thread and its queue of jobs."""
 
-    def __init__(
-        self,
-        load: Callable[[], tuple[Embedder, PrototypeStore, str]],
-        close: Callable[[], None],
-        post: Callable[[Posted], None],
-        classifiers: Classifiers,
-    ) -> None:
-        """Prepare; ``load`` creates the embedder and ``close`` cleans up, both in the thread."""
-        self._load, self._close, self._post, self._classifiers = load, close, post, classifiers
+    def __init__(self, resources: Resources, post: Callable[[Posted], None]) -> None:
+        """Prepare; ``resources`` are loaded and unloaded in the thread."""
+        self._resources, self._post = resources, post
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._later: deque[RebuildJob | Forget] = deque()
         self._thread = threading.Thread(target=self._run, name="worker")
@@ -229,7 +219,6 @@ class Worker:
         self._serving: dict[DatasetId, PrototypeSet] = {}
         self._stopping = False
         self._wake_descriptor: int | None = None
-        self._waits_for = ""
         self.busy_since: float | None = None  # the time of the last progress, on the monotonic clock; None while idle
 
     def start(self) -> None:
@@ -241,13 +230,6 @@ class Worker:
         """Queue one job; answers arrive by ``post``."""
         self._jobs.put(job)
         self._wake()
-
-    def loading(self, what: str) -> None:
-        """Note progress in loading the model; called in the thread."""
-        self.busy_since = monotonic()
-        if what != self._waits_for:
-            self._waits_for = what
-            self._post(WorkerLoading(what))
 
     def stop(self, timeout_seconds: float) -> bool:
         """Stop after the current forward, dropping what is queued; return whether the thread ended in time."""
@@ -275,22 +257,26 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 -- the loop raises it
             self._post(WorkerDied(error))
         finally:
-            self._close()
+            self._resources.unload()
 
     def _serve(self) -> None:
-        began = monotonic()
-        self.busy_since = began
-        embedder, store, description = self._load()
-        queues = EncoderQueues(embedder, self._classifiers, self._deliver)
-        take_jobs = partial(self._take_jobs, queues)
+        self.busy_since = monotonic()
+        self._post(WorkerLoading(f"loading {self._resources.config.model}"))
+        embedder, store, description = self._resources.load()
         assert self._wake_descriptor is not None
-        queues.on_progress(take_jobs, wake_descriptor=self._wake_descriptor)
-        self._post(WorkerReady(embedder.encoder.encoder_id, description, monotonic() - began))
+        queues = EncoderQueues(
+            embedder,
+            self._resources,
+            self._deliver,
+            between=lambda: self._take_jobs(queues),
+            wake_descriptor=self._wake_descriptor,
+        )
+        self._post(WorkerReady(embedder.encoder.encoder_id, description))
         while True:
             if not (self._later or queues.has_work):
                 self.busy_since = None
                 self._take(queues, self._jobs.get())
-            take_jobs()
+            self._take_jobs(queues)
             if self._later:
                 self._carry_out(queues, store, self._later.popleft())
             elif queues.has_work:

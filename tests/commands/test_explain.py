@@ -19,7 +19,7 @@ from sortd.classify.types import AbstainSettings, DecisionSettings
 from sortd.commands.explain import ImageExplanation, explain_image
 from sortd.commands.report import explain_page
 from sortd.config import Config, read_config
-from sortd.daemon.classifiers import classifier_of
+from sortd.daemon.resources import classifier_of
 from sortd.encoder.finetuned import FinetunedFacts
 from sortd.errors import DataError, UnreadableError
 from sortd.events import Mode

@@ -125,7 +125,7 @@ def outcomes(daemon: DaemonProcess) -> list[str]:
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["undisturbed", "killed in the midst of it"])
-def test_every_file_of_a_burst_ends_in_exactly_one_place(tmp_path: Path, write_config: Write, *, kill: bool) -> None:
+def test_daemon_file_of_a_burst_ends_in_exactly_one_place(tmp_path: Path, write_config: Write, *, kill: bool) -> None:
     """Written slowly, renamed, linked, moved, as folders, all at once: nothing lost, doubled, changed or told twice."""
     names = ["Anillos", "Bujes", "Clavos", "Discos"]
     for number, name in enumerate(names):

@@ -11,13 +11,13 @@ import pytest
 
 from sortd.daemon import control
 from sortd.daemon.control import Reply, Request, RequestError, Steps
-from sortd.daemon.dataset_lock import OpenDataset, open_dataset
+from sortd.daemon.dataset_lock import OpenDataset, Presence, open_dataset
 from sortd.daemon.datasets import Datasets, Held
 from sortd.errors import AlreadyRunningError, DataError, JournalError, StorageError
 from sortd.events import Event, ImageGone, ImageHeld, Released
 from sortd.layout import Layout
 from sortd.moving.mover import Mover
-from sortd.store.history import History
+from sortd.store.journal import Journal
 from sortd.watch.scan import stamp
 from tests.daemon_process import make_dataset
 from tests.filed_images import file_images
@@ -44,13 +44,14 @@ class AtWork:
         return self.opened.mover
 
     @property
-    def history(self) -> History:
+    def journal(self) -> Journal:
         """What its journal can be asked."""
-        return self.opened.journal.history
+        return self.opened.journal
 
-    def lock_problem(self) -> str | None:
-        """Why another sortd has it now."""
-        return self.opened.lock_problem()
+    @property
+    def presence(self) -> Presence:
+        """Whether it is there."""
+        return self.opened.presence
 
     def receive(self, event: Event) -> None:
         """Write it down."""
@@ -126,7 +127,7 @@ def undo(dataset: AtWork, *records: int, dry_run: bool = False) -> dict[str, obj
     return {"do": "undo", "datasets": wanted, "dry_run": dry_run, "expires_at": 0}
 
 
-def test_an_undone_image_is_held_before_it_can_be_seen(daemon: Daemon, dataset: AtWork) -> None:
+def test_undo_image_is_held_before_it_can_be_seen(daemon: Daemon, dataset: AtWork) -> None:
     """The core hears that the file left its class and that its new place is not work."""
     root = dataset.layout.root
     reply = done(answer(daemon, undo(dataset, 1)))
@@ -169,13 +170,13 @@ def test_undo_dataset_that_is_let_go_meanwhile_ends_it(dataset: AtWork, monkeypa
 def test_undo_asks_the_journal_a_few_questions_for_many_records(daemon: Daemon, dataset: AtWork) -> None:
     """Not one for each record and one for what followed each."""
     asked: list[str] = []
-    dataset.history._connection.set_trace_callback(asked.append)
+    dataset.journal.history._connection.set_trace_callback(asked.append)
     done(answer(daemon, undo(dataset, *[1, 2] * 500, dry_run=True)))
-    dataset.history._connection.set_trace_callback(None)
+    dataset.journal.history._connection.set_trace_callback(None)
     assert len([question for question in asked if "FROM moves" in question]) < 10
 
 
-def test_a_dry_run_tells_the_core_nothing(daemon: Daemon, dataset: AtWork) -> None:
+def test_undo_dry_run_tells_the_core_nothing(daemon: Daemon, dataset: AtWork) -> None:
     """Nothing happened that it could hear of."""
     reply = done(answer(daemon, undo(dataset, 1, 2, dry_run=True)))
     assert len(reply["undone"]) == 2
@@ -183,7 +184,7 @@ def test_a_dry_run_tells_the_core_nothing(daemon: Daemon, dataset: AtWork) -> No
     assert (dataset.layout.root / "Dataset/red/a.png").exists()
 
 
-def test_what_stayed_is_not_told_as_moved(daemon: Daemon, dataset: AtWork) -> None:
+def test_undo_image_that_stayed_is_not_told_as_moved(daemon: Daemon, dataset: AtWork) -> None:
     """A file that was changed since stays, and the reply says why."""
     (dataset.layout.root / "Dataset/red/a.png").write_bytes(b"retouched")
     (one,) = done(answer(daemon, undo(dataset, 1)))["undone"]
@@ -227,7 +228,7 @@ def test_control_release_of_a_held_dataset_says_so(daemon: Daemon, dataset: AtWo
     assert len(dataset.mover.held()) == (1 if whole else 0)
 
 
-def test_a_path_of_another_dataset_releases_nothing(daemon: Daemon, dataset: AtWork) -> None:
+def test_release_path_of_another_dataset_releases_nothing(daemon: Daemon, dataset: AtWork) -> None:
     """Only the dataset that it lies in is asked."""
     elsewhere = {"do": "release", "datasets": None, "path": "/elsewhere/a.png"}
     dataset.held_because = "all would go to review"
@@ -243,7 +244,7 @@ def test_rebuild_is_passed_on(daemon: Daemon, dataset: AtWork) -> None:
     assert dataset.rebuilds == [False, True]
 
 
-def test_what_is_not_there_is_an_error(daemon: Daemon, dataset: AtWork, tmp_path: Path) -> None:
+def test_answer_unknown_dataset_or_record_is_an_error(daemon: Daemon, dataset: AtWork, tmp_path: Path) -> None:
     """Another dataset, another place of it, or a record that the journal does not have."""
     with pytest.raises(DataError, match="has no dataset 'Other'"):
         answer(daemon, {"do": "rebuild", "datasets": ["Other"], "force": False})

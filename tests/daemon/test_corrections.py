@@ -105,7 +105,7 @@ def unprivileged() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_a_large_folder_is_looked_through_in_slices(dataset: Dataset, journal: Journal, mover: Mover) -> None:
+def test_scanner_large_folder_is_scanned_in_slices(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """No turn looks at more than a slice, between two of them others have theirs, and nothing is left out."""
     corrected = correct(dataset, mover, "a.jpg")
     for number in range(2 * HANDLED_SLICE):
@@ -132,7 +132,9 @@ def test_correction_scanner_correction_is_noticed_by_what_is_a_class(
     assert [look(scanner, Area.DATASET, path) for path in thrown_away] == [[], []]
 
 
-def test_what_is_wanted_while_one_is_under_way_follows_it(dataset: Dataset, journal: Journal, mover: Mover) -> None:
+def test_scanner_scan_wanted_while_one_is_under_way_follows_it(
+    dataset: Dataset, journal: Journal, mover: Mover
+) -> None:
     """A correction in a folder that was passed already is noticed by the one that follows."""
     correct(dataset, mover, "a.jpg")
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
@@ -145,7 +147,7 @@ def test_what_is_wanted_while_one_is_under_way_follows_it(dataset: Dataset, jour
     assert not scanner.is_under_way
 
 
-def test_one_that_was_ended_is_begun_where_it_began(dataset: Dataset, journal: Journal, mover: Mover) -> None:
+def test_scanner_scan_that_was_ended_begins_where_it_began(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """Nothing is noted as looked at by it."""
     correct(dataset, mover, "a.jpg")
     scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
@@ -358,7 +360,7 @@ def test_companions_that_are_switched_off_stay_behind(dataset: Dataset, journal:
     assert journal.history.facts_like("places:") == {}
 
 
-def test_what_cannot_be_looked_at_is_said_and_ends_nothing(dataset: Dataset, journal: Journal, mover: Mover) -> None:
+def test_scanner_unreadable_file_is_reported_and_ends_nothing(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """A class folder, an image's folder and a place in the journal that sortd may not read: the others are noticed."""
     corrected = correct(dataset, mover, "a.jpg")
     secret = correct(dataset, mover, "b.jpg", "secret")
@@ -375,7 +377,9 @@ def test_what_cannot_be_looked_at_is_said_and_ends_nothing(dataset: Dataset, jou
     assert {error.filename for error in told} == {str(secret), str(secret.parent)}
 
 
-def test_a_copy_of_what_may_still_stand_is_no_correction(dataset: Dataset, journal: Journal, mover: Mover) -> None:
+def test_scanner_copy_of_an_image_that_may_still_exist_is_no_correction(
+    dataset: Dataset, journal: Journal, mover: Mover
+) -> None:
     """Where the place of the image itself cannot be looked at, nothing is learnt from a second link."""
     filed = Path(moved(mover, order(dataset.put("Images/a.jpg"))))
     (dataset.root / "Dataset/dog").mkdir()

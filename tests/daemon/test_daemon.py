@@ -33,7 +33,7 @@ Write = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_the_real_program_files_with_a_real_model(colours: Path, write_config: Write) -> None:
+def test_daemon_real_program_files_with_a_real_model(colours: Path, write_config: Write) -> None:
     """The whole chain, sentence-transformers included: a CLIP of random weights tells plain colours apart."""
     with running(write_config(), program="sortd") as daemon:
         for number, colour in enumerate(["red", "green", "blue"]):
@@ -44,7 +44,7 @@ def test_the_real_program_files_with_a_real_model(colours: Path, write_config: W
     assert sorted(tree(colours / "Dataset")) == ["blue/blue.png", "green/green.png", "red/red.png"]
 
 
-def test_a_dropped_image_is_filed_with_its_reason(colours: Path, write_config: Write) -> None:
+def test_daemon_dropped_image_is_filed_with_its_reason(colours: Path, write_config: Write) -> None:
     """One image, one move, one canonical line; the bytes and the inode are the same."""
     with running(write_config()) as daemon:
         path = colours / "Images" / "new.png"
@@ -65,7 +65,7 @@ def test_a_dropped_image_is_filed_with_its_reason(colours: Path, write_config: W
         assert len(daemon.events("image.filed")) == 1
 
 
-def test_files_present_before_the_start_are_filed(colours: Path, write_config: Write) -> None:
+def test_daemon_files_present_before_the_start_are_filed(colours: Path, write_config: Write) -> None:
     """A start-up scan finds what nobody will ever hint at."""
     for number, colour in enumerate(["red", "green", "blue", "red"]):
         picture(colour, number).save(colours / "Images" / f"{number}.png")
@@ -76,7 +76,7 @@ def test_files_present_before_the_start_are_filed(colours: Path, write_config: W
     assert not tree(colours / "Images")
 
 
-def test_a_moved_in_folder_is_filed_whole(colours: Path, write_config: Write, tmp_path: Path) -> None:
+def test_daemon_moved_in_folder_is_filed_whole(colours: Path, write_config: Write, tmp_path: Path) -> None:
     """A folder renamed into the inbox gives one hint at best; every image in it is found."""
     outside = tmp_path / "outside" / "deep"
     outside.mkdir(parents=True)
@@ -88,7 +88,7 @@ def test_a_moved_in_folder_is_filed_whole(colours: Path, write_config: Write, tm
     assert len(tree(colours / "Dataset" / "blue")) == 5
 
 
-def test_a_slow_writer_is_waited_for(colours: Path, write_config: Write, tmp_path: Path) -> None:
+def test_daemon_slow_writer_is_waited_for(colours: Path, write_config: Write, tmp_path: Path) -> None:
     """A file that grows is not moved before its last byte, and arrives whole."""
     picture("red", 3, (300, 300)).save(tmp_path / "slow.png")
     content = (tmp_path / "slow.png").read_bytes()
@@ -116,7 +116,7 @@ def test_temporary_names_are_left_until_renamed(colours: Path, write_config: Wri
         assert daemon.wait_for("image.filed", count=2)["label"] == "green"
 
 
-def test_a_broken_image_is_set_aside_and_a_text_left(colours: Path, write_config: Write) -> None:
+def test_daemon_broken_image_is_set_aside_and_a_text_left(colours: Path, write_config: Write) -> None:
     """Rejected/ gets what cannot be decoded, with its reason; what is no image stays; the images beside are filed."""
     picture("red", 1, (200, 200)).save(colours / "Images" / "whole.jpg")
     content = (colours / "Images" / "whole.jpg").read_bytes()
@@ -140,7 +140,7 @@ def test_equal_names_never_overwrite(colours: Path, write_config: Write) -> None
     assert sorted(tree(colours / "Dataset")) == ["red/DSC_0001 (2).png", "red/DSC_0001 (3).png", "red/DSC_0001.png"]
 
 
-def test_a_class_that_appears_grows_and_vanishes_is_right_at_once(colours: Path, write_config: Write) -> None:
+def test_daemon_class_that_appears_grows_and_vanishes_is_right_at_once(colours: Path, write_config: Write) -> None:
     """The prototypes follow the folder while sortd runs."""
     with running(write_config()) as daemon:
         shutil.rmtree(colours / "Clases" / "red")
@@ -189,7 +189,7 @@ def test_absent_references_stop_the_moves_until_they_are_back(colours: Path, wri
 
 
 @pytest.mark.usefixtures("colours")
-def test_an_unchanged_folder_serves_without_any_embedding(write_config: Write) -> None:
+def test_daemon_unchanged_folder_serves_without_any_embedding(write_config: Write) -> None:
     """The last prototype set is cached: a second start encodes nothing and keeps the generation."""
     config = write_config()
     with running(config) as daemon:
@@ -201,7 +201,7 @@ def test_an_unchanged_folder_serves_without_any_embedding(write_config: Write) -
     assert (second["changed"], second["generation"], second["encoded_batches"]) == (False, 1, 0)
 
 
-def test_a_reload_takes_changes_and_refuses_mistakes(colours: Path, write_config: Write) -> None:
+def test_reload_takes_changes_and_refuses_mistakes(colours: Path, write_config: Write) -> None:
     """SIGHUP: a changed mode serves; a bad file keeps the old one and says so."""
     config = write_config()
     with running(config) as daemon:
@@ -216,7 +216,9 @@ def test_a_reload_takes_changes_and_refuses_mistakes(colours: Path, write_config
         assert daemon.wait_for("image.filed")["mode"] == "avg"
 
 
-def test_what_is_only_told_may_fail(colours: Path, write_config: Write, tmp_path: Path) -> None:
+def test_daemon_status_and_metrics_that_cannot_be_written_end_nothing(
+    colours: Path, write_config: Write, tmp_path: Path
+) -> None:
     """A status and metrics that cannot be written are said, and images are filed as ever."""
     (tmp_path / "state" / "status.json" / "in the way").mkdir(parents=True)
     with running(write_config(metrics=f"{{textfile: {tmp_path}/absent/sortd.prom}}")) as daemon:
@@ -264,7 +266,7 @@ def test_requests_of_any_kind_neither_stop_nor_hang_the_daemon(
         assert daemon.stop() == 0
 
 
-def test_a_second_start_on_the_same_data_is_refused(colours: Path, write_config: Write) -> None:
+def test_daemon_second_start_on_the_same_data_is_refused(colours: Path, write_config: Write) -> None:
     """Exit 75 and a sentence; the first goes on."""
     config = write_config()
     with running(config) as daemon:
@@ -413,7 +415,7 @@ def test_once_that_is_stopped_says_that_something_is_left(
     assert list(tree(colours / "Dataset")) == ["green/a.png"]
 
 
-def test_a_dry_run_touches_nothing(colours: Path, write_config: Write, tmp_path: Path) -> None:
+def test_daemon_dry_run_touches_nothing(colours: Path, write_config: Write, tmp_path: Path) -> None:
     """It says where the image would go and leaves every byte, name and time as they were."""
     picture("green", 1).save(colours / "Images" / "a.png")
     config = write_config()
@@ -485,7 +487,7 @@ def test_daemon_dry_run_tells_what_once_does(colours: Path, write_config: Write)
     assert (colours / "Images" / "a.png").exists()
 
 
-def test_a_correction_is_noticed_and_learnt(colours: Path, write_config: Write) -> None:
+def test_daemon_correction_is_noticed_and_learnt(colours: Path, write_config: Write) -> None:
     """A file that the user moves to another class is told, and becomes a reference where it lies."""
     with running(write_config(learn_from_corrections="true")) as daemon:
         picture("red", 1).save(colours / "Images" / "a.png")
@@ -509,7 +511,7 @@ def test_names_that_are_not_utf8_are_filed_and_logged(colours: Path, write_confi
     assert os.path.exists(os.path.join(colours, "Dataset", "red", name))
 
 
-def test_a_ruined_library_does_not_replace_a_good_one_unless_forced(colours: Path, write_config: Write) -> None:
+def test_daemon_ruined_references_do_not_replace_good_ones_unless_forced(colours: Path, write_config: Write) -> None:
     """The reload gate keeps the old generation, says so and how to force it; force is obeyed."""
     for index, colour in enumerate(["red", "green", "blue"]):
         for number in range(12):

@@ -15,8 +15,9 @@ from sortd.config import DatasetConfig, read_config
 from sortd.core.sorter import SorterSettings
 from sortd.core.state import State
 from sortd.daemon.dataset import Dataset
+from sortd.daemon.dataset_lock import OpenDataset, Presence
 from sortd.daemon.datasets import Datasets
-from sortd.daemon.resources import Resources, reference_settings_of
+from sortd.daemon.resources import reference_settings_of
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Job, RebuildJob
 from sortd.events import (
     DatasetId,
@@ -59,12 +60,12 @@ class Bench:
         self.rows: dict[str, FloatArray] = {}
         self.dataset = Dataset(
             DatasetId("set", 1),
-            self.layout,
+            OpenDataset(
+                self.layout, self.journal, Mover(self.layout.root, self.journal), Presence(self.layout, self.journal)
+            ),
             SorterSettings(settle_seconds=0, guard_images=20, backlog_limit=limit),
             reference_settings_of(DatasetConfig()),
-            mover=Mover(self.layout.root, self.journal),
             ask=self.asked.append,
-            journal=self.journal,
             metrics=Metrics(),
         )
         self.dataset.begin()
@@ -85,7 +86,6 @@ class Bench:
         """Let the loop turn until it has nothing to do; rebuilds stay unanswered."""
         while True:
             self.dataset.tick(monotonic() + 0.001)
-            self.dataset.scans.continue_inbox()
             self.dataset.continue_looking()
             self.dataset.flush()
             jobs = [job for job in self.asked if isinstance(job, EmbedJob)]
@@ -381,7 +381,7 @@ def collection(tmp_path: Path) -> Iterator[tuple[Datasets, list[Job]]]:
     config = read_config(write_config(tmp_path), {"HOME": str(tmp_path)})
     copier = CopyQueue(lambda _: None)
     asked: list[Job] = []
-    made = Datasets(config, resources=Resources(config), ask=asked.append, copier=copier, metrics=Metrics())
+    made = Datasets(config, ask=asked.append, copier=copier, metrics=Metrics())
     yield made, asked
     copier.stop()
     made.close()
@@ -395,15 +395,17 @@ def test_collection_answer_for_a_dataset_that_was_made_anew_is_not_its_own(
     root = make_dataset(tmp_path / "Data", references=1)
     datasets.discover()
     first = datasets.by_name["Colours"].identity
-    assert datasets.at_work(first) is datasets.by_name["Colours"]
+    told: list[Dataset] = []
+    datasets.tell(first, told.append)
+    assert told == [datasets.by_name["Colours"]]
     shutil.rmtree(root)
     datasets.discover()
-    assert datasets.at_work(first) is None
     make_dataset(tmp_path / "Data", references=1)
     datasets.discover()
     second = datasets.by_name["Colours"].identity
-    assert datasets.at_work(first) is None
-    assert datasets.at_work(second) is datasets.by_name["Colours"]
+    datasets.tell(first, told.append)
+    datasets.tell(second, told.append)
+    assert told[1:] == [datasets.by_name["Colours"]]
     forgotten = [job for job in asked if isinstance(job, Forget)]
     assert forgotten == [Forget(first, with_stored=True), Forget(first), Forget(second, with_stored=True)]
 

@@ -4,14 +4,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from sortd.classify.types import DecisionSettings
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
-from sortd.daemon.dataset_lock import OpenDataset, open_dataset
-from sortd.daemon.presence import Presence
+from sortd.daemon.dataset_lock import OpenDataset, Presence, open_dataset
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.worker import Job
 from sortd.events import DatasetId, ImageHeld, Inspect, Mode
@@ -34,31 +34,33 @@ class AtWork:
         """The dataset's folder."""
         return self.dataset.layout.root
 
+    @property
+    def looked_at(self) -> int:
+        """How many files it has looked at."""
+        return cast(int, self.dataset.facts()["files_looked_at"])
+
     def turns(self) -> None:
         """Give it turns until it has nothing to look at."""
         while self.dataset.has_more_to_look_at:
             self.dataset.tick(0.0)
-            self.dataset.scans.continue_inbox()
             self.dataset.continue_looking()
 
     def looks_for(self, *hints: FileEvent) -> int:
         """Return how many files it looks at for some hints that came together."""
-        before = self.dataset.files_looked_at
+        before = self.looked_at
         for hint in hints:
             self.dataset.file_event(hint)
         self.turns()
-        return self.dataset.files_looked_at - before
+        return self.looked_at - before
 
 
 def new_dataset(layout: Layout, opened: OpenDataset, asked: list[Job]) -> Dataset:
     """Return a dataset in which nothing settles, whose worker only takes notes."""
     return Dataset(
         DatasetId(layout.name, 1),
-        layout,
+        opened,
         SorterSettings(settle_seconds=3600),
         ReferenceSettings(DecisionSettings(Mode.MAX, None)),
-        mover=opened.mover,
-        journal=opened.journal,
         ask=asked.append,
         metrics=Metrics(),
     )
@@ -140,11 +142,11 @@ def test_dataset_settled_files_are_inspected_in_slices(at_work: AtWork) -> None:
     at_work.turns()
     for path in list(at_work.dataset.sorter.images._images):
         at_work.dataset._carry_out(Inspect(path))
-    before = at_work.dataset.files_looked_at
+    before = at_work.looked_at
     at_work.dataset.tick(0.0)
-    assert at_work.dataset.files_looked_at - before <= 10
+    assert at_work.looked_at - before <= 10
     at_work.turns()
-    assert at_work.dataset.files_looked_at - before == 35
+    assert at_work.looked_at - before == 35
 
 
 def test_dataset_review_is_scanned_in_slices(at_work: AtWork) -> None:

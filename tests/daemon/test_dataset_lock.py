@@ -67,11 +67,11 @@ def test_open_dataset_recreated_marker_admits_no_second_sortd(layout: Layout, tm
 def test_marker_lock_recreated_marker_is_locked_again(layout: Layout, tmp_path: Path) -> None:
     """A user may delete the marker and make it anew; no sortd with another state directory gets in after that."""
     with open_dataset(layout, tmp_path / "state") as opened:
-        assert opened.lock_problem() is None
+        assert opened.presence.lock_problem() is None
         shutil.rmtree(layout.marker)
-        assert opened.lock_problem() is None  # the marker tells that itself
+        assert opened.presence.lock_problem() is None  # the marker tells that itself
         layout.make()
-        assert opened.lock_problem() is None
+        assert opened.presence.lock_problem() is None
         with pytest.raises(AlreadyRunningError), open_dataset(layout, tmp_path / "other"):
             pass
     with open_dataset(layout, tmp_path / "other"):
@@ -85,8 +85,8 @@ def test_marker_lock_lock_of_another_sortd_is_a_problem(layout: Layout, tmp_path
         layout.make()
         with open_dataset(layout, tmp_path / "other"):
             for _ in range(2):
-                assert "another sortd works on" in (opened.lock_problem() or "")
-        assert opened.lock_problem() is None
+                assert "another sortd works on" in (opened.presence.lock_problem() or "")
+        assert opened.presence.lock_problem() is None
         with pytest.raises(AlreadyRunningError), open_dataset(layout, tmp_path / "other"):
             pass
 
@@ -96,9 +96,9 @@ def test_marker_lock_replaced_file_is_locked_again(layout: Layout, tmp_path: Pat
     with open_dataset(layout, tmp_path / "state") as opened:
         (layout.marker / "lock").unlink()
         (layout.marker / "lock").mkdir()
-        assert "cannot be locked" in (opened.lock_problem() or "")
+        assert "cannot be locked" in (opened.presence.lock_problem() or "")
         (layout.marker / "lock").rmdir()
-        assert opened.lock_problem() is None
+        assert opened.presence.lock_problem() is None
         with pytest.raises(AlreadyRunningError), open_dataset(layout, tmp_path / "other"):
             pass
 

@@ -21,7 +21,6 @@ from sortd.daemon.datasets import (
     DESCRIPTORS_OF_A_DATASET,
     Datasets,
 )
-from sortd.daemon.resources import Resources
 from sortd.daemon.worker import Forget, Job
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, StorageError
 from sortd.events import Move, Outcome, Stamp
@@ -55,7 +54,6 @@ class Place:
         config = read_config(write_config(self.folder), {})
         self.collection = Datasets(
             config,
-            resources=Resources(config),
             ask=self.asked.append,
             copier=CopyQueue(self.posted.put),
             metrics=self.metrics,
@@ -275,7 +273,7 @@ def test_isolated_journal_that_fails_in_the_middle_of_a_move_is_recovered_when_i
         pass  # its locks were given back
     execute(place.journal("Bad"), "DROP TRIGGER fault")
     assert place.held_lines() == []
-    history = place.collection.by_name["Bad"].history
+    history = place.collection.by_name["Bad"].journal.history
     assert history.unfinished() == []
     assert history.counts() == {"filed": 2}
 

@@ -155,7 +155,8 @@ def test_pipeline_wake_descriptor_ends_the_wait(pool: DecoderPool, tmp_path: Pat
     pipeline.add(pipeline.open(recording.answers.extend), [(str(slow), _stamp(slow))])
     bell = os.eventfd(1)
     try:
-        pipeline.advance(wake_descriptor=bell)
+        pipeline.wake_descriptor = bell
+        pipeline.advance()
         assert recording.answers == []
     finally:
         os.close(bell)
@@ -168,7 +169,7 @@ def test_embedder_references_let_other_queues_continue(tmp_path: Path) -> None:
     with DecoderPool(1, SEEN, DecodeLimits()) as decoders, Cache(tmp_path / "cache.sqlite") as cache:
         embedder = Embedder(FakeEncoder(), decoders, cache, batch_size=4)
         others: list[EmbeddedImage | ImageRefused] = []
-        lane = embedder.pipeline.open(others.extend)
+        lane = embedder.open(others.extend)
         (one,) = pictures(tmp_path / "one", 1, seed=1)
         attended: list[str] = []
 
@@ -187,7 +188,7 @@ def test_embedder_references_let_other_queues_continue(tmp_path: Path) -> None:
         assert len(answers) == 40
         assert len(others) == 1
         assert answers[-1][1] == 1
-        assert not embedder.pipeline.has_work
+        assert not embedder.has_work
         forwards = embedder.forwards
         assert len(list(embedder.embed([one]))) == 1
         assert embedder.forwards == forwards

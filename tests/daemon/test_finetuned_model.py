@@ -30,7 +30,9 @@ def drop(dataset: Path, colour: str, number: int) -> str:
     return str(path)
 
 
-def test_what_was_trained_is_promoted_files_and_is_demoted(colours: Path, write_config: Write, tmp_path: Path) -> None:
+def test_daemon_trained_model_is_promoted_files_and_is_demoted(
+    colours: Path, write_config: Write, tmp_path: Path
+) -> None:
     """The whole path with the real program: a ViT learns from the folders and decides while sortd runs.
 
     Promoted, with a class more, with that class gone, by a reload that wants the prototypes and one that does not, and
@@ -88,7 +90,7 @@ def test_what_was_trained_is_promoted_files_and_is_demoted(colours: Path, write_
     ],
     ids=["no folder", "a flipped bit"],
 )
-def test_a_damaged_model_is_refused_at_the_start_and_the_prototypes_serve(
+def test_daemon_damaged_model_is_refused_at_the_start_and_the_prototypes_serve(
     colours: Path,
     write_config: Write,
     vit: FinetunedFacts,

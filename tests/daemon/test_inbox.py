@@ -6,14 +6,14 @@ import threading
 
 import pytest
 
-from sortd.daemon.inbox import MANY_EVENTS, Inbox
+from sortd.daemon.daemon import MANY_EVENTS, Inbox
 from sortd.daemon.worker import WorkerReady
 from sortd.systemd import Signalled, signals_posted
 from sortd.watch.observer import FileEvent
 from sortd.watch.watcher import DropReason, EventsDropped
 from tests.daemon_process import PATIENCE_SECONDS
 
-READY = WorkerReady("clip", "a model", 0.1)
+READY = WorkerReady("clip", "a model")
 
 
 def test_inbox_signal_is_taken_before_events_and_answers() -> None:
@@ -102,7 +102,7 @@ def test_inbox_successive_events_are_collected_without_delaying_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A turn in a storm takes the events of a pause; an answer or a signal ends the pause."""
-    monkeypatch.setattr("sortd.daemon.inbox.GATHER_SECONDS", 10 * PATIENCE_SECONDS)
+    monkeypatch.setattr("sortd.daemon.daemon.GATHER_SECONDS", 10 * PATIENCE_SECONDS)
     inbox = Inbox()
     inbox.put(FileEvent("first"))
     inbox.wait(PATIENCE_SECONDS)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from sortd.daemon.dataset import GROUP, MoveQueue
 from sortd.daemon.dataset_log import DatasetLog
-from sortd.daemon.move_queue import GROUP, MoveQueue
 from sortd.events import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.metrics import Metrics
 from sortd.moving import copy_queue
@@ -82,7 +82,7 @@ def fill(outbox: MoveQueue, dataset: Dataset, count: int) -> list[Move]:
     return moves
 
 
-def test_a_copy_is_told_when_it_has_ended(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
+def test_move_queue_copy_is_logged_when_it_has_ended(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
     """One line each, with how long it took; nothing is due meanwhile, so that the loop can sleep."""
     with capture_logs() as lines:
         fill(outbox, dataset, 2)
@@ -92,7 +92,9 @@ def test_a_copy_is_told_when_it_has_ended(dataset: Dataset, outbox: MoveQueue, c
     assert [(line["event"], line["move_ms"] >= 0) for line in lines] == [("image.filed", True)] * 2
 
 
-def test_what_waits_for_a_copy_is_due_when_one_has_ended(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
+def test_move_queue_move_that_waits_is_due_when_a_copy_has_ended(
+    dataset: Dataset, outbox: MoveQueue, copies: Copies
+) -> None:
     """So many at a time; the next one is handed over, and all come to their end."""
     fill(outbox, dataset, MOST_HANDED_OVER + 2)
     assert (len(copies.jobs), outbox.is_due) == (MOST_HANDED_OVER, False)
@@ -102,7 +104,7 @@ def test_what_waits_for_a_copy_is_due_when_one_has_ended(dataset: Dataset, outbo
     assert (len(copies.jobs), outbox.is_due) == (MOST_HANDED_OVER, False)
 
 
-def test_a_disk_that_refuses_is_not_asked_for_each_that_waits(
+def test_move_queue_disk_that_refuses_is_not_asked_for_each_that_waits(
     dataset: Dataset, outbox: MoveQueue, copies: Copies
 ) -> None:
     """Those go back to the core without a line each; they are asked for again after its pause."""
@@ -117,7 +119,7 @@ def test_a_disk_that_refuses_is_not_asked_for_each_that_waits(
     assert not outbox.is_due
 
 
-def test_a_dataset_that_is_not_there_leaves_nothing_due(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
+def test_move_queue_absent_dataset_leaves_nothing_due(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
     """What was gathered and what waits is answered at once: the loop must not spin until the disk is back."""
     fill(outbox, dataset, MOST_HANDED_OVER + 5)
     outbox.end(copies.run(2))
@@ -127,14 +129,14 @@ def test_a_dataset_that_is_not_there_leaves_nothing_due(dataset: Dataset, outbox
     assert not outbox.is_due
 
 
-def test_a_stop_gives_up_what_waits(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
+def test_move_queue_stop_gives_up_what_waits(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
     """Without a line each; what is under way is told when it was interrupted."""
     fill(outbox, dataset, MOST_HANDED_OVER + 5)
     assert {type(result) for result in outbox.give_up()} == {MoveFailed}
     assert len(outbox.end(copies.run(MOST_HANDED_OVER))) == MOST_HANDED_OVER
 
 
-def test_a_version_that_is_asked_for_again_meanwhile_is_answered_twice(
+def test_move_queue_version_asked_for_again_meanwhile_is_answered_twice(
     dataset: Dataset, outbox: MoveQueue, copies: Copies
 ) -> None:
     """The second time it is said that the first move has not ended; the first one is told in the end."""
@@ -146,7 +148,7 @@ def test_a_version_that_is_asked_for_again_meanwhile_is_answered_twice(
     assert [line["event"] for line in lines] == ["move.failed", "image.filed"]
 
 
-def test_a_companion_that_follows_or_cannot_is_unknown_to_the_core(
+def test_move_queue_companion_that_follows_or_cannot_is_unknown_to_the_core(
     dataset: Dataset, outbox: MoveQueue, copies: Copies
 ) -> None:
     """It never asked for that move: what could not follow is found again by the next scan."""
@@ -160,7 +162,7 @@ def test_a_companion_that_follows_or_cannot_is_unknown_to_the_core(
     assert sorted(result.path for result in heard if isinstance(result, ImageGone)) == sorted(map(str, films))
 
 
-def test_a_companion_follows_once(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
+def test_move_queue_companion_follows_once(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
     """It is found when it is looked at, and again when its image's copy ends."""
     fill(outbox, dataset, 2)
     film = dataset.put("Images/1.mov", "a film")
@@ -180,7 +182,7 @@ def test_only_what_is_no_image_can_be_a_companion(dataset: Dataset, outbox: Move
     assert not outbox.follow(Leave(path, Refusal.NOT_AN_IMAGE, "a film"))
 
 
-def test_what_a_recovery_could_not_put_right_is_told(dataset: Dataset, journal: Journal, outbox: MoveQueue) -> None:
+def test_move_queue_failed_recovery_is_logged(dataset: Dataset, journal: Journal, outbox: MoveQueue) -> None:
     """A source that is gone and a copy that may be torn: its hidden name is in the log; of the others no word."""
     gone, standing = (
         MoveRecord(token * 16, "Images", "Dataset/cat", (MoveFile(Role.IMAGE, name, name, Stamp(1, 2, 3, 4)),))
@@ -199,7 +201,7 @@ def test_what_a_recovery_could_not_put_right_is_told(dataset: Dataset, journal: 
     assert dataset.tree() == {"Images/standing.jpg": b"image", f"Dataset/cat/{gone.part_name(0)}": b"to"}
 
 
-def test_two_copies_are_told_of() -> None:
+def test_move_queue_two_copies_are_logged() -> None:
     """Where an image had to be kept in its old place too, its line warns of it."""
     move = Move("/set/Images/a.jpg", Stamp(1, 2, 3, 4), "Rejected", Outcome.FOLLOWED)
     moved = Moved(move.path, move.stamp, "/set/Rejected/a.jpg", move.outcome, move.stamp)
@@ -260,7 +262,7 @@ def test_admit_of_several_pairs_of_disks_takes_turns() -> None:
     assert list(waiting.give_up()) == []
 
 
-def test_the_guesses_that_are_forgotten_leave_waiting_what_waits() -> None:
+def test_admission_forgotten_guesses_leave_waiting_what_waits() -> None:
     """To forget them all must not hand a hundred thousand copies over at once."""
     waiting = CopyAdmission(most=1)
     waiting.learn(between("a", 0), crossed=True)
@@ -272,7 +274,7 @@ def test_the_guesses_that_are_forgotten_leave_waiting_what_waits() -> None:
     assert waiting.admit((), 0) == moves[1:2]
 
 
-def test_the_guesses_about_folders_are_bounded() -> None:
+def test_admission_guesses_about_folders_are_bounded() -> None:
     """A folder a day for years: all guesses are forgotten at once, and made again by trying."""
     crossings = CopyAdmission()
     for day in range(MOST_GUESSES + 10):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sortd.daemon.control import undo_records
-from sortd.daemon.presence import APART_FACT, Presence
+from sortd.daemon.dataset_lock import APART_FACT, Presence
 from sortd.layout import Layout
 from sortd.moving.mover import Mover
 from sortd.store.journal import Journal
@@ -66,7 +66,7 @@ def test_presence_dataset_without_marker_is_missing(dataset: Dataset, journal: J
     assert "sortd init" in said
     (dataset.root / ".sortd").mkdir()
     assert presence.problem() is None
-    assert Presence(Layout(dataset.folder), None, needs_marker=False).problem() is None
+    assert Presence(Layout(dataset.folder), journal, needs_marker=False).problem() is None
 
 
 def test_presence_unmounted_disk_of_a_folder_is_missing(dataset: Dataset, journal: Journal) -> None:
@@ -92,8 +92,7 @@ def test_presence_unmounted_disk_of_a_folder_is_missing(dataset: Dataset, journa
 def test_undo_empty_mount_point_gets_no_file(dataset: Dataset, journal: Journal) -> None:
     """An inbox whose disk is away: the undo says so, and works when the disk is back."""
     (dataset.root / "Images").rmdir()
-    absence = lambda: Presence(Layout(dataset.root), journal, needs_marker=False).problem()  # noqa: E731
-    filing = Mover(dataset.root, journal, absence=absence)
+    filing = Mover(dataset.root, journal, absence=Presence(Layout(dataset.root), journal).absent_folder)
     with disk(dataset.root / "Images"):
         filed = moved(filing, order(dataset.put("Images/a.jpg")))
         assert filing.preview_undo(done(journal))[0].restored == f"{dataset.root}/Images/a.jpg"

@@ -82,7 +82,7 @@ def served(state: Path, do: Callable[[Request], Reply] = do_it) -> Iterator[list
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_question_is_answered(state: Path) -> None:
+def test_requests_question_is_answered(state: Path) -> None:
     """The answer comes back to whoever asked, names that are not UTF-8 included, and no file is left."""
     with served(state) as heard:
         assert ask(state, {"do": "it", "path": "/a/\udcff.png"}) == {"done": "it"}
@@ -90,7 +90,7 @@ def test_a_question_is_answered(state: Path) -> None:
     assert list((state / "requests").iterdir()) == []
 
 
-def test_a_refusal_comes_back_as_an_error(state: Path) -> None:
+def test_requests_refusal_comes_back_as_an_error(state: Path) -> None:
     """What the daemon cannot do is told with its sentence and exit code."""
     with served(state), pytest.raises(AnsweredError, match="no such thing") as caught:
         ask(state, {"do": "fail"})
@@ -104,7 +104,7 @@ def test_nobody_is_asked_where_none_runs(tmp_path: Path) -> None:
     assert ask(tmp_path, {"do": "it"}) is None  # the number is another process's by now
 
 
-def test_a_deaf_daemon_is_reported_and_its_request_withdrawn(state: Path) -> None:
+def test_ask_daemon_that_does_not_answer_is_reported_and_its_request_withdrawn(state: Path) -> None:
     """Nothing is undone later that somebody has given up on."""
     Requests(state, report=refuse).open()
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -116,7 +116,7 @@ def test_a_deaf_daemon_is_reported_and_its_request_withdrawn(state: Path) -> Non
     assert list((state / "requests").iterdir()) == []
 
 
-def test_what_nobody_waits_for_is_not_done(state: Path) -> None:
+def test_requests_expired_request_is_not_done(state: Path) -> None:
     """A request past its time is dropped unanswered."""
     requests, heard = Requests(state, report=refuse), list[Request]()
     requests.open()
@@ -151,7 +151,7 @@ def test_requests_broken_journal_is_answered(state: Path) -> None:
     assert reply == {"error": "the disk is gone", "exit_code": 74}
 
 
-def test_the_past_is_forgotten(state: Path) -> None:
+def test_requests_old_files_are_removed(state: Path) -> None:
     """What was asked of an earlier run is not done by the next, and answers that nobody took are removed."""
     requests = Requests(state, report=refuse, clock=lambda: time.time() + 3600)
     requests.open()
@@ -163,7 +163,7 @@ def test_the_past_is_forgotten(state: Path) -> None:
     assert list((state / "requests").iterdir()) == []
 
 
-def test_an_answer_that_cannot_be_written_ends_nothing(state: Path) -> None:
+def test_requests_answer_that_cannot_be_written_ends_nothing(state: Path) -> None:
     """What was asked for is done, the daemon hears of the disk and goes on to the next."""
     told: list[OSError] = []
     requests = Requests(state, report=told.append)

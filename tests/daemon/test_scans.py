@@ -11,8 +11,8 @@ from structlog.testing import capture_logs
 from sortd.classify.types import DecisionSettings
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
+from sortd.daemon.dataset_lock import DryRunMover, OpenDataset, Presence
 from sortd.daemon.dataset_log import DatasetLog
-from sortd.daemon.move_queue import DryRunMover
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.scans import LEFT_SECONDS, LeftFiles
 from sortd.daemon.worker import Answer, EmbedJob, Job
@@ -35,13 +35,16 @@ class World:
         Layout(root).make()
         self.dataset = Dataset(
             DatasetId("Cars"),
-            Layout(root),
+            OpenDataset(
+                Layout(root),
+                journal,
+                DryRunMover(root, journal, lambda *_: None),
+                Presence(Layout(root), journal),
+            ),
             SorterSettings(settle_seconds=0.0),
             ReferenceSettings(DecisionSettings()),
-            mover=DryRunMover("Cars", root, lambda *_: None),
             ask=self.asked.append,
             metrics=Metrics(),
-            journal=journal,
         )
 
     def scan(self) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,19 +21,20 @@ from sortd.arrays import FloatArray
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import AbstainSettings, DecisionSettings
-from sortd.daemon.classifiers import Classifiers
+from sortd.config import Config
 from sortd.daemon.embedder import TEXTS_AT_ONCE, Embedder
 from sortd.daemon.references import ReferenceSettings
+from sortd.daemon.resources import PrototypeStore, Resources
 from sortd.daemon.worker import (
     Answer,
     EmbedJob,
     Forget,
     Job,
     Posted,
-    PrototypeStore,
     RebuildJob,
     Worker,
     WorkerDied,
+    WorkerLoading,
     WorkerReady,
 )
 from sortd.encoder.base import Encoder
@@ -92,23 +93,30 @@ def working(
     cache = Cache(tmp_path / "cache.sqlite")
     heard = Heard()
 
-    def load() -> tuple[Embedder, PrototypeStore, str]:
-        def forget(name: str) -> None:
-            kept.pop(name, None)
+    class Fake(Resources):
+        """A fake encoder and a store of prototypes in memory."""
 
-        store = PrototypeStore(kept.get, (lambda *_: None) if stored is None else kept.__setitem__, forget)
-        return Embedder(encoder or FakeEncoder(), pool, cache, batch_size=4), store, "fake"
+        def load(self) -> tuple[Embedder, PrototypeStore, str]:
+            """Return both."""
 
-    def close() -> None:
-        pool.close()
-        cache.close()
+            def forget(name: str) -> None:
+                kept.pop(name, None)
 
-    nobody = Classifiers(tmp_path / "state", load=_nothing, embed_with=_nothing)
-    worker = Worker(load, close, heard.posts.put, nobody)
+            store = PrototypeStore(kept.get, (lambda *_: None) if stored is None else kept.__setitem__, forget)
+            return Embedder(encoder or FakeEncoder(), pool, cache, batch_size=4), store, "fake"
+
+        def unload(self) -> None:
+            """Close what was opened."""
+            pool.close()
+            cache.close()
+
+    config = Config(root=tmp_path, state_dir=tmp_path / "state", cache_dir=tmp_path)
+    worker = Worker(Fake(config), heard.posts.put)
     for job in first:
         worker.ask(job)
     worker.start()
     try:
+        assert isinstance(heard.posts.get(timeout=PATIENCE_SECONDS), WorkerLoading)
         assert isinstance(heard.posts.get(timeout=PATIENCE_SECONDS), WorkerReady)
         yield worker, heard
     finally:
@@ -122,10 +130,6 @@ def test_worker_image_of_a_dataset_that_begins_is_embedded_though_the_model_load
     asked = (Forget(new, with_stored=True), EmbedJob(new, (image,)))
     with working(tmp_path, first=asked) as (_, heard):
         heard.wait_for(lambda: heard.paths("new") == [image[0]])
-
-
-def _nothing(*_: object) -> NoReturn:
-    raise AssertionError("no model is promoted here")
 
 
 def stamped(path: Path) -> tuple[str, Stamp]:
@@ -159,7 +163,7 @@ def test_answers_come_as_they_are_done(tmp_path: Path) -> None:
         heard.wait_for(lambda: len(heard.paths("one")) == 4)
 
 
-def test_a_stop_waits_for_no_decoding(tmp_path: Path) -> None:
+def test_worker_stop_waits_for_no_decoding(tmp_path: Path) -> None:
     """What is under way is left, unanswered."""
     slow = [slow_image(tmp_path / f"{number}.png") for number in range(2)]
     with working(tmp_path) as (worker, heard):
@@ -168,7 +172,7 @@ def test_a_stop_waits_for_no_decoding(tmp_path: Path) -> None:
         assert heard.posts.qsize() <= 1
 
 
-def test_a_rebuild_does_not_hold_up_the_images_of_another_dataset(tmp_path: Path) -> None:
+def test_worker_rebuild_does_not_hold_up_the_images_of_another_dataset(tmp_path: Path) -> None:
     """They take turns with the references, so they are answered before the prototypes are built."""
     references = make_dataset(tmp_path / "Data", references=30)
     images = quick_images(tmp_path / "images", 4)
@@ -210,7 +214,7 @@ def test_rebuild_while_it_computes_lets_images_pass_and_shows_progress(
     assert len(progress) == len(set(progress)) > 0
 
 
-def test_a_stop_ends_a_rebuild_while_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_stop_ends_a_rebuild_while_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the prototypes take, a stop waits for no more than one step."""
     dataset = make_dataset(tmp_path / "Data")
     began = threading.Event()
@@ -250,7 +254,7 @@ def test_names_of_many_classes_are_encoded_some_at_a_time(tmp_path: Path) -> Non
         assert len(batches) == 4
 
 
-def test_a_stop_ends_a_rebuild_between_two_batches(tmp_path: Path) -> None:
+def test_worker_stop_ends_a_rebuild_between_two_batches(tmp_path: Path) -> None:
     """Hundreds of new references do not keep sortd from stopping: the next start goes on from the cache."""
     references = make_dataset(tmp_path / "Data", references=200)
     with working(tmp_path) as (worker, heard):
@@ -339,7 +343,7 @@ def test_rebuild_description_that_is_no_file_is_said_and_the_class_is_learnt(
         assert refused.message.startswith("the description of the class cannot be read: ")
 
 
-def test_a_rebuild_without_descriptors_ends_the_worker_and_blames_no_reference(tmp_path: Path) -> None:
+def test_worker_rebuild_without_descriptors_ends_the_worker_and_blames_no_reference(tmp_path: Path) -> None:
     """What this process ran out of is said for what it is; a new start has it again."""
     dataset = make_dataset(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from sortd.daemon.control import undo_records
-from sortd.daemon.corrections import Correction, CorrectionScanner
-from sortd.daemon.rejected import LIMITS_FACT, Rejects
+from sortd.daemon.corrections import LIMITS_FACT, Correction, CorrectionScanner, Rejects
 from sortd.errors import JournalError
 from sortd.events import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.files import stamp_of
