@@ -254,12 +254,12 @@ class LateCompanions:
 
     def parted_from(self, moved: Moved) -> list[Move]:
         """Return the moves of companions left where an image was before a person brought it back and sortd moved it."""
-        path, place = "/".join(self._split(moved.path)), "/".join(self._split(moved.destination))
-        earlier = [one for one in self._history.known(moved.stamp, limit=2) if one.destination_path != place]
-        record = self._history.last_known(moved.moved_stamp) if earlier else None
-        if record is None or earlier[0].destination_path == path:
+        path, place = "/".join(self._split(moved.path)), self._split(moved.destination)
+        earlier = self._history.moved_elsewhere(moved.stamp, *place)
+        record = None if earlier is None else self._history.last_known(moved.moved_stamp)
+        if earlier is None or record is None or earlier.destination_path == path:
             return []  # it came from the inbox or from where sortd had put it, with its companions
-        return self.follow_images([(record, place)], earlier[0])
+        return self.follow_images([(record, "/".join(place))], earlier)
 
     def _split(self, path: str) -> tuple[str, str]:
         """Return the folder of a file, relative to the dataset, and its name."""

@@ -25,6 +25,9 @@ _STANDING = "+progress = 'done' AND undone_by IS NULL AND outcome NOT IN ('undon
 _NAMED = "moves.id IN (SELECT move FROM members WHERE {} = ? AND position = 0) ORDER BY moves.id DESC LIMIT 1"
 _OF_STAMP = """moves.id IN (SELECT move FROM members WHERE moved_inode = ? AND position = 0
 AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT ?"""
+_ELSEWHERE = f"""moves.id IN (SELECT moves.id FROM moves WHERE {_STANDING} AND {_OF_STAMP}) AND NOT EXISTS
+(SELECT 1 FROM members WHERE move = moves.id AND position = 0 AND final = ? AND destination = ?)
+ORDER BY moves.id DESC LIMIT 1"""  # noqa: S608 - our own words only
 _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
 
 GENERATION_FACT = "generation"  # the last generation used: numbers are never reused, even if the cache is lost
@@ -92,14 +95,13 @@ class History:
 
         The device is not compared, because its number changes when a disk is mounted again.
         """
-        if stamp is not None and (found := self.known(stamp, limit=1)):
-            return found[0]
+        if stamp is not None and (found := self._first(_OF_STAMP, (*stamp.columns[1:], 1))):
+            return found
         return self._first(_OF_CONTENT, (content,)) if content else None
 
-    def known(self, stamp: Stamp, limit: int) -> list[Record]:
-        """Return the last moves of this file version, newest first; see ``last_known``."""
-        _, inode, size, mtime_ns = stamp.columns
-        return self._records(f"{_STANDING} AND {_OF_STAMP}", (inode, size, mtime_ns, limit))
+    def moved_elsewhere(self, stamp: Stamp, folder: str, name: str) -> Record | None:
+        """Return the newer of the last two moves of this file version that put it anywhere but here, if not undone."""
+        return self._first(_ELSEWHERE, (*stamp.columns[1:], 2, os.fsencode(name), os.fsencode(folder)))
 
     def last_moved(self, folder: str, name: str) -> Record | None:
         """Return the last move of an image with this name out of a folder, if not undone."""

@@ -5,6 +5,7 @@ Methods that write raise JournalError if the commit is not durable; the caller m
 
 import json
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -21,7 +22,10 @@ from sortd.store.history import GUARD_FACT, History
 from sortd.store.records import UNDONE, MoveProgress, MoveReason, MoveRecord, Record, file_rows, plain
 
 _FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
-_INSERT_FILE = "INSERT INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+_WRITE_FILE = "REPLACE INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+_UPDATE = """UPDATE moves SET progress = ?, lost = ?, message = ?, ended_at = ? WHERE token = ?
+RETURNING id, outcome, undoes, (SELECT count(*) FROM members WHERE move = moves.id) AS files,
+EXISTS (SELECT 1 FROM holds WHERE path = ?) AS held"""
 
 
 class Journal:
@@ -113,11 +117,11 @@ class Journal:
                     case MoveProgress.FAILED:
                         self._connection.execute("DELETE FROM moves WHERE token = ?", (move.token,))
                     case MoveProgress.DONE:
-                        move_id, outcome, undoes = self._update(move, now)
-                        source = os.fsencode(f"{move.source}/{move.image.name}")
-                        self._connection.execute("DELETE FROM holds WHERE path = ?", (source,))
-                        if outcome == UNDONE:
-                            self._finish_undo(move, move_id, undoes, now)
+                        row = self._update(move, now)
+                        if row["held"]:
+                            self._connection.execute("DELETE FROM holds WHERE path = ?", (_source(move),))
+                        if row["outcome"] == UNDONE:
+                            self._finish_undo(move, row["id"], row["undoes"], now)
                     case _:  # its progress is in the journal already
                         continue
                 ended.add(move.token)
@@ -193,19 +197,19 @@ class Journal:
         marks = ",".join("?" * len(columns))
         insert = f"INSERT INTO moves ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608 - names of columns only
         move_id = self._connection.execute(insert, tuple(columns.values())).lastrowid or 0
-        self._connection.executemany(_INSERT_FILE, file_rows(move_id, move))
+        self._connection.executemany(_WRITE_FILE, file_rows(move_id, move))
 
-    def _update(self, move: MoveRecord, ended_at: float | None) -> tuple[int, str, int | None]:
-        """Write the progress of a move; return its id, its outcome and the id of the move that it undoes."""
+    def _update(self, move: MoveRecord, ended_at: float | None) -> sqlite3.Row:
+        """Write the progress and the files of a move; return what ``_UPDATE`` returns."""
         lost, message = plain("\n".join(move.lost)), plain(move.message)
-        ((move_id, outcome, undoes),) = self._connection.execute(
-            "UPDATE moves SET progress = ?, lost = ?, message = ?, ended_at = ? WHERE token = ? "
-            "RETURNING id, outcome, undoes",
-            (move.progress.value, lost, message, ended_at, move.token),
-        ).fetchall()
-        self._connection.execute("DELETE FROM members WHERE move = ?", (move_id,))
-        self._connection.executemany(_INSERT_FILE, file_rows(move_id, move))
-        return move_id, outcome, undoes
+        values = (move.progress.value, lost, message, ended_at, move.token, _source(move))
+        row: sqlite3.Row
+        (row,) = self._connection.execute(_UPDATE, values).fetchall()
+        files = file_rows(row["id"], move)
+        if row["files"] > len(files):  # recovery drops files that no longer exist, and never adds one
+            self._connection.execute("DELETE FROM members WHERE move = ?", (row["id"],))
+        self._connection.executemany(_WRITE_FILE, files)
+        return row
 
     def _finish_undo(self, move: MoveRecord, move_id: int, undoes: int | None, now: float) -> None:
         image = move.image
@@ -218,3 +222,7 @@ class Journal:
         self._connection.execute(
             "INSERT OR REPLACE INTO holds VALUES (?,?,?,?,?,?,?)", (os.fsencode(path), *stamp.columns, now, reason)
         )
+
+
+def _source(move: MoveRecord) -> bytes:
+    return os.fsencode(f"{move.source}/{move.image.name}")
