@@ -16,7 +16,7 @@ from sortd.errors import LayoutError
 from sortd.events import DatasetId
 from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.metrics import Metrics
-from sortd.store.database import copy_journal
+from sortd.store.history import copy_journal
 from sortd.store.journal import Journal
 
 LOOK_SECONDS = 1.0  # between two turns, at most: the wait until a moved image is left alone has no deadline
