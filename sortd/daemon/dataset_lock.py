@@ -14,9 +14,9 @@ from sortd.daemon.presence import Presence
 from sortd.errors import AlreadyRunningError, LayoutError
 from sortd.files import identity_of, open_folder, read_regular, sync_folder_at, write_atomic
 from sortd.layout import JOURNAL_FILE, MARKER, Layout
+from sortd.moving.copy import never
 from sortd.moving.copy_queue import Submit
 from sortd.moving.mover import Mover
-from sortd.moving.parts import never
 from sortd.store.journal import Journal
 from sortd.store.records import MoveRecord
 
