@@ -20,10 +20,10 @@ from sortd.errors import AlreadyRunningError, LayoutError
 from sortd.events import Move, Moved
 from sortd.files import identity_of, open_folder, read_regular, sync_folder_at, write_atomic
 from sortd.layout import JOURNAL_FILE, MARKER, Area, Layout
+from sortd.moving.copy import never
 from sortd.moving.copy_queue import Submit
 from sortd.moving.mover import MoveAnswer, Mover
-from sortd.moving.parts import never
-from sortd.store.database import copy_journal
+from sortd.store.history import copy_journal
 from sortd.store.journal import Journal
 from sortd.store.records import MoveRecord
 

@@ -1,4 +1,4 @@
-"""System calls that Python lacks, folders opened without following links, and the names in them.
+"""System calls that Python lacks, folders and files opened without following links, and the names in folders.
 
 Everything here raises OSError if a disk or a permission prevents an operation.
 """
@@ -9,18 +9,21 @@ import fcntl
 import os
 import re
 import signal
+import stat
 import time
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
 from sortd.companions import base_of, claim_on, fold, is_image, near, reach
-from sortd.errors import SourceError
+from sortd.errors import BusyError, ChangedError, SourceError, VanishedError
 from sortd.events import Stamp, Writer
-from sortd.files import stamp_of, sync_folder
+from sortd.files import sha256_of, stamp_of, sync_folder
+from sortd.store.records import MoveFile, MoveRecord, Role
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _RENAME_NOREPLACE = 1  # linux/fs.h
@@ -282,3 +285,81 @@ class Folders:
     def _adopt(self, descriptor: int) -> int:
         self._stack.callback(os.close, descriptor)
         return descriptor
+
+
+def open_files(folders: Folders, move: MoveRecord) -> list[int]:
+    """Open every existing file of a move after checking that it is the decided version and has no writer.
+
+    Returns:
+        Descriptors, which the caller syncs and closes.
+
+    Raises:
+        VanishedError, ChangedError, BusyError: a check failed, or a file cannot be opened.
+    """
+    opened: list[int] = []
+    path = f"{move.source}/{move.image.name}"
+    try:
+        folder = folders.open(move.source)
+        for file in move.files:
+            if file.role is not Role.REASON:
+                _open_file(folder, file, move.source, opened)
+    except BaseException as error:
+        close_files(opened)
+        if isinstance(error, FileNotFoundError):
+            raise VanishedError(f"{path}: the file is gone") from error
+        if isinstance(error, OSError):
+            raise BusyError(f"{path}: cannot be opened now: {error.strerror}") from error
+        raise
+    return opened
+
+
+def sync_files(files: Sequence[int], threads: int) -> dict[int, OSError]:
+    """Sync open files before any name changes; return the errors by descriptor.
+
+    Each sync waits for a flush of the disk's cache, but concurrent syncs share it: 64 small files took 1 to 2 seconds
+    one after the other and 0.1 to 0.4 in 16 threads, on a busy disk.
+    """
+    failures: dict[int, OSError] = {}
+
+    def sync(file: int) -> None:
+        try:
+            os.fsync(file)
+        except OSError as error:
+            failures[file] = error
+
+    if threads == 1 or len(files) == 1:
+        for file in files:
+            sync(file)
+    else:
+        with ThreadPoolExecutor(threads, thread_name_prefix="sync") as pool:
+            list(pool.map(sync, files))
+    return failures
+
+
+def close_files(files: Iterable[int]) -> None:
+    """Close descriptors."""
+    for file in files:
+        os.close(file)
+
+
+def _open_file(folder: int, file: MoveFile, place: str, opened: list[int]) -> None:
+    path = f"{place}/{file.name}"
+    try:
+        descriptor = os.open(file.name, FILE_FLAGS, dir_fd=folder)
+    except PermissionError:
+        if file.role is Role.COMPANION:  # a rename needs no permission to read
+            return
+        raise
+    except FileNotFoundError as error:
+        if file.role is Role.IMAGE:
+            raise
+        raise ChangedError(f"{path}: this companion is gone; sortd will look at its image again") from error
+    opened.append(descriptor)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or not is_version(status, file.stamp):
+        raise ChangedError(f"{path}: the file was changed or replaced")
+    if writer_of(descriptor) is Writer.PRESENT:
+        raise BusyError(f"{path}: a program has it open for writing")
+    if file.content and file.stamp.ctime_ns not in {0, status.st_ctime_ns} and sha256_of(descriptor) != file.content:
+        raise ChangedError(f"{path}: the content changed, although size and time are the same")
+    start_writeback(descriptor)

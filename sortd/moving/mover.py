@@ -5,7 +5,6 @@ JournalError if that fails; opening the journal again then recovers the moves th
 """
 
 import errno
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -15,21 +14,37 @@ from pathlib import Path
 from sortd import errors
 from sortd.errors import BusyError, ChangedError, DestinationError, ImageError, SourceError, VanishedError
 from sortd.events import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
-from sortd.files import sync_folder
-from sortd.moving.copy import move_by_copy
+from sortd.files import stamp_of, sync_folder
+from sortd.moving.copy import make_part, move_by_copy, never, remove_obsolete
 from sortd.moving.copy_queue import MOST_HANDED_OVER, CopyAdmission, MoveOrder, Submit
-from sortd.moving.fs import CANNOT_RENAME, Folders, Listings, rename_new
-from sortd.moving.parts import never, remove_obsolete
-from sortd.moving.plan import FreeNames, LateCompanions, new_token, with_companions
+from sortd.moving.fs import (
+    CANNOT_RENAME,
+    Folders,
+    Listings,
+    check_source,
+    close_files,
+    is_version,
+    lstat_at,
+    open_files,
+    rename_new,
+    sync_files,
+)
+from sortd.moving.plan import (
+    NO_STAMP,
+    FreeNames,
+    LateCompanions,
+    move_reason_of,
+    new_token,
+    reason_file,
+    with_companions,
+)
 from sortd.moving.recovery import recover
-from sortd.moving.rename import NO_STAMP, Renamer, close_files, open_files, sync_files
 from sortd.moving.undo import UndoPlan, UndoResult, plan_undos, preview_undos
 from sortd.store.journal import Journal
 from sortd.store.records import (
     FolderNameError,
     MoveFile,
     MoveProgress,
-    MoveReason,
     MoveRecord,
     Record,
     Role,
@@ -42,6 +57,7 @@ MoveAnswer = Moved | MoveFailed
 BATCH = 64  # moves that share commits and syncs; each holds one or more descriptors until its bytes are synced
 SYNC_THREADS = 16  # files of a batch synced at the same time; the threads end with the batch
 
+_NO_RIGHTS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _destination, _source = attrgetter("destination"), attrgetter("source")
 _OF_THE_FILE = frozenset({errno.EPERM, errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG})
 """Errors that concern one file only: it is immutable, or its name is not allowed there. Other files are still moved."""
@@ -91,9 +107,9 @@ class Mover:
         """
         self._root, self._journal, self._companions = root, journal, companions
         self._submit, self._interrupted, self._absence = submit, interrupted, absence
-        self._renamer, self._sync_threads = Renamer(rename=rename), sync_threads
+        self._rename, self._names, self._sync_threads = rename, FreeNames(), sync_threads
         self._listings, self._listings_of_jobs = listings or Listings(), listings or Listings()
-        self._names_of_jobs = FreeNames()  # the jobs may run in another thread than the renamer, which has its own
+        self._names_of_jobs = FreeNames()  # the jobs may run in another thread than this object
         self._admission = CopyAdmission()
         # By token: submitted copies that have not ended. Used in the thread of this object only, so that a move is
         # never recovered here while it is made there.
@@ -219,7 +235,7 @@ class Mover:
                     answers.append(_failure(move, error))
                 else:
                     self._moves[record.token] = move
-                    ordered.append(MoveOrder(record, _move_reason(move)))
+                    ordered.append(MoveOrder(record, move_reason_of(move)))
         ended = self._run(ordered)
         by_token = {order.move.token: order for order in ended}
         for token in (order.move.token for order in ordered):
@@ -237,7 +253,7 @@ class Mover:
         elif self._companions:
             record = with_companions(folders, record)
         if move.outcome is Outcome.REJECTED:
-            record = record.with_file(_reason_file(move, source, name))
+            record = record.with_file(reason_file(move, source, name))
         return replace(record, obsolete=self._old_reason(source, name)) if source == "Rejected" else record
 
     def _old_reason(self, folder: str, name: str) -> tuple[MoveFile, ...]:
@@ -317,12 +333,52 @@ class Mover:
         return refused + ended, to_copy
 
     def _placed(self, folders: Folders, order: MoveOrder) -> MoveOrder:
+        """Rename every file into the destination folder; the caller syncs both folders, and recovers after an error."""
+        move = order.move
         try:
-            placed = self._renamer.place(folders, order.move)
+            source, destination = folders.open(move.source), folders.make(move.destination)
+            for position, file in enumerate(move.files):
+                if not file.leaves:
+                    make_part(source, destination, move, position)
+            placed = self._names.place(folders, move, lambda names: self._try_names(source, destination, move, names))
             remove_obsolete(folders, placed)
         except (ImageError, OSError, DestinationError, SourceError) as error:
             return order.with_error(error)
         return order.at(placed)
+
+    def _try_names(self, source: int, destination: int, move: MoveRecord, names: tuple[str, ...]) -> MoveRecord | None:
+        """Rename all files to these names; rename none and return None if a name is taken."""
+        placed = list(move.files)
+        done: list[tuple[int, str, str]] = []
+        for position in sorted(range(len(names)), key=lambda position: not move.files[position].leaves):
+            file, final = move.files[position], names[position]
+            origin = (source, file.name) if file.leaves else (destination, move.part_name(position))
+            if file.leaves:
+                _check_version(source, file, move.source)
+            try:
+                self._rename(*origin, destination, final)
+            except FileExistsError:
+                self._rename_back(done, destination)
+                return None
+            except OSError as error:
+                if error.errno in _NO_RIGHTS:
+                    check_source(source, move.source)
+                raise
+            done.append((*origin, final))
+            status = lstat_at(destination, final)
+            if file.leaves and (status is None or not is_version(status, file.stamp)):
+                self._rename_back(done, destination)
+                raise ChangedError(f"{move.source}/{file.name}: the file was replaced while it was moved")
+            moved = NO_STAMP if status is None else stamp_of(status)
+            placed[position] = replace(file, final=final, moved_stamp=moved)
+        return replace(move, files=tuple(placed))
+
+    def _rename_back(self, done: list[tuple[int, str, str]], destination: int) -> None:
+        for folder, name, final in reversed(done):
+            try:
+                self._rename(destination, final, folder, name)
+            except FileExistsError as error:
+                raise ChangedError(f"{name}: its name was taken while it was moved") from error
 
     # ------------------------------------------------------------ copies to another file system
 
@@ -363,6 +419,14 @@ class Mover:
                     return order.at(_recovered(folders, reached, journal)).with_error(error)
         except OSError as error:
             return order.with_error(error)
+
+
+def _check_version(folder: int, file: MoveFile, place: str) -> None:
+    status = lstat_at(folder, file.name)
+    if status is None:
+        raise VanishedError(f"{place}/{file.name}: the file is gone")
+    if not is_version(status, file.stamp):
+        raise ChangedError(f"{place}/{file.name}: the file was changed or replaced")
 
 
 def _source_of(move: MoveRecord) -> tuple[str, str]:
@@ -418,32 +482,6 @@ def _ended(folders: Folders, order: MoveOrder, journal: Journal) -> MoveOrder:
 
 def _needs_copy(order: MoveOrder) -> bool:
     return isinstance(order.error, OSError) and order.error.errno in CANNOT_RENAME
-
-
-def _move_reason(move: Move) -> MoveReason:
-    decided = MoveReason.of(move.decision, move.outcome.value)
-    return replace(
-        decided,
-        reason=move.reason or decided.reason,
-        generation=move.generation,
-        encoder_id=move.encoder_id,
-        content=move.content,
-    )
-
-
-def _reason_file(move: Move, source: str, name: str) -> MoveFile:
-    """Return the file that says why an image was rejected."""
-    facts = {
-        "name": name,
-        "from": source,
-        "reason": move.reason,
-        "size": move.stamp.size,
-        "mtime_ns": move.stamp.mtime_ns,
-        "content": move.content or None,
-    }
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
-    body = text.encode("utf-8", "backslashreplace") + b"\n"  # bytes of names that are not UTF-8 become escapes
-    return MoveFile(Role.REASON, name, f"{name}.reason.json", NO_STAMP, body=body)
 
 
 def _failure(move: Move, error: Exception, outcome: str = "") -> MoveFailed:

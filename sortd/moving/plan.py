@@ -35,8 +35,18 @@ from sortd.moving.fs import Folders, Listings, is_version, lstat_at
 from sortd.names import CONTROLS
 from sortd.store.history import History
 from sortd.store.journal import Journal
-from sortd.store.records import LONGEST_NAME, FolderNameError, MoveFile, MoveRecord, Record, Role, checked_folder
+from sortd.store.records import (
+    LONGEST_NAME,
+    FolderNameError,
+    MoveFile,
+    MoveReason,
+    MoveRecord,
+    Record,
+    Role,
+    checked_folder,
+)
 
+NO_STAMP = Stamp(0, 0, 0, 0)
 MOST_ATTEMPTS = 100_000  # names tried for one image
 _MOST_FOLDERS = 4096
 
@@ -71,6 +81,33 @@ def with_companions(folders: Folders, move: MoveRecord) -> MoveRecord:
 def _is_unfinished(folder: int, name: str) -> bool:
     """Tell whether a control file marks this file as unfinished; it then follows its image later."""
     return any(lstat_at(folder, name + rule.ending) is not None for rule in CONTROLS)
+
+
+def move_reason_of(move: Move) -> MoveReason:
+    """Return the reason of a move, for the journal."""
+    decided = MoveReason.of(move.decision, move.outcome.value)
+    return replace(
+        decided,
+        reason=move.reason or decided.reason,
+        generation=move.generation,
+        encoder_id=move.encoder_id,
+        content=move.content,
+    )
+
+
+def reason_file(move: Move, source: str, name: str) -> MoveFile:
+    """Return the file that says why an image was rejected."""
+    facts = {
+        "name": name,
+        "from": source,
+        "reason": move.reason,
+        "size": move.stamp.size,
+        "mtime_ns": move.stamp.mtime_ns,
+        "content": move.content or None,
+    }
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    body = text.encode("utf-8", "backslashreplace") + b"\n"  # bytes of names that are not UTF-8 become escapes
+    return MoveFile(Role.REASON, name, f"{name}.reason.json", NO_STAMP, body=body)
 
 
 def final_names(move: MoveRecord, attempt: int) -> tuple[str, ...]:
@@ -136,32 +173,35 @@ class FreeNames:
         """Start without any known name."""
         self._next: dict[tuple[str, str], int] = {}
 
-    def candidates(self, folders: Folders, move: MoveRecord) -> Iterator[tuple[int, tuple[str, ...]]]:
-        """Yield number and names of each attempt: without a number, then from the first number that may be free.
+    def place(
+        self, folders: Folders, move: MoveRecord, attempt: Callable[[tuple[str, ...]], MoveRecord | None]
+    ) -> MoveRecord:
+        """Call ``attempt`` with names for the files until it returns the move: it returns None if one is taken.
 
-        Names that would associate a file with one in the destination are skipped.
+        The first names have no number, the next ones the first that may be free. Names that would associate a file with
+        one in the destination are skipped.
 
         Raises:
             OSError: the destination cannot be read.
             DestinationError: no name is free.
         """
         is_taken = _taken_names(folders, move)
-        for attempt in chain((1,), range(self._next.get(_wanted(move), 2), MOST_ATTEMPTS)):
-            names = final_names(move, attempt)
-            if not is_taken(names):
-                yield attempt, names
+        for number in chain((1,), range(self._next.get(_wanted(move), 2), MOST_ATTEMPTS)):
+            names = final_names(move, number)
+            if not is_taken(names) and (placed := attempt(names)) is not None:
+                self._remember(folders, placed, number)
+                return placed
         raise DestinationError(
             f"{move.destination}: no free name for {move.image.wanted!r} in {MOST_ATTEMPTS} attempts"
         )
 
-    def remember(self, folders: Folders, move: MoveRecord, attempt: int, names: Sequence[str]) -> None:
-        """Record the attempt that succeeded and the names that it gave."""
-        if attempt > 1:
+    def _remember(self, folders: Folders, move: MoveRecord, number: int) -> None:
+        if number > 1:
             if len(self._next) >= _MOST_FOLDERS:
                 self._next.clear()
-            self._next[_wanted(move)] = attempt + 1
-        for file, name in zip(move.files, names, strict=True):
-            folders.note_move(move.source, file.name if file.leaves else "", move.destination, name)
+            self._next[_wanted(move)] = number + 1
+        for file in move.files:
+            folders.note_move(move.source, file.name if file.leaves else "", move.destination, file.final)
 
 
 def _wanted(move: MoveRecord) -> tuple[str, str]:
@@ -254,12 +294,12 @@ class LateCompanions:
 
     def parted_from(self, moved: Moved) -> list[Move]:
         """Return the moves of companions left where an image was before a person brought it back and sortd moved it."""
-        path, place = "/".join(self._split(moved.path)), "/".join(self._split(moved.destination))
-        earlier = [one for one in self._history.known(moved.stamp, limit=2) if one.destination_path != place]
-        record = self._history.last_known(moved.moved_stamp) if earlier else None
-        if record is None or earlier[0].destination_path == path:
+        path, place = "/".join(self._split(moved.path)), self._split(moved.destination)
+        earlier = self._history.moved_elsewhere(moved.stamp, *place)
+        record = None if earlier is None else self._history.last_known(moved.moved_stamp)
+        if earlier is None or record is None or earlier.destination_path == path:
             return []  # it came from the inbox or from where sortd had put it, with its companions
-        return self.follow_images([(record, place)], earlier[0])
+        return self.follow_images([(record, "/".join(place))], earlier)
 
     def _split(self, path: str) -> tuple[str, str]:
         """Return the folder of a file, relative to the dataset, and its name."""

@@ -14,14 +14,17 @@ from sortd.errors import ChangedError
 from sortd.files import sync_folder
 from sortd.moving.copy import (
     Advance,
+    make_part,
     mark_published,
     publish_under_free_name,
+    remove_obsolete,
+    remove_part,
     remove_sources,
     restore_name,
+    sha256_at,
     with_final,
 )
 from sortd.moving.fs import Folders, is_version, lstat_at, names_by_inode, rename_new
-from sortd.moving.parts import make_part, remove_obsolete, remove_part, sha256_at
 from sortd.moving.plan import MOST_ATTEMPTS, final_names, names_of_one
 from sortd.store.records import MoveFile, MoveProgress, MoveRecord, Role
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from sortd.companions import owners_of
 from sortd.events import Outcome, Stamp
 from sortd.files import stamp_of
+from sortd.moving.copy import sha256_at
 from sortd.moving.fs import Folders, is_version, lstat_at
-from sortd.moving.parts import sha256_at
 from sortd.moving.plan import new_token
 from sortd.store.records import UNDONE, MoveFile, MoveReason, MoveRecord, Record, Role
 

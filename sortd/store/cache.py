@@ -98,6 +98,7 @@ class Cache:
         self._path, self._max_bytes, self._report, self._clock = path, max_bytes, report, clock
         self._database: sqlite3.Connection | None = None
         self._files: tuple[tuple[int, int] | None, ...] = ()
+        self._numbers: dict[str, int] = {}  # of the encoders in the open file, by encoder_id; no row is ever removed
         self._reported: set[str] = set()
         self._prototypes = PrototypeFiles(path.parent / "prototypes", self._report_once)
         self._run(lambda _: None, None)
@@ -113,6 +114,7 @@ class Cache:
     def close(self) -> None:
         """Close the file; idempotent."""
         database, self._database = self._database, None
+        self._numbers.clear()
         if database is not None:
             with suppress(sqlite3.Error):  # whatever was not written can be computed again
                 database.close()
@@ -152,7 +154,7 @@ class Cache:
         today = self._today()
 
         def read(database: sqlite3.Connection) -> dict[str, FloatArray]:
-            encoder = _number(database, encoder_id)
+            encoder = self._number(database, encoder_id)
             found: dict[str, FloatArray] = {}
             stale = []
             wanted = [bytes.fromhex(content) for content in contents] if encoder else []
@@ -178,8 +180,9 @@ class Cache:
         today = self._today()
 
         def write(database: sqlite3.Connection) -> None:
-            database.execute("INSERT OR IGNORE INTO encoders (encoder_id) VALUES (?)", (encoder_id,))
-            encoder = _number(database, encoder_id)
+            if encoder_id not in self._numbers:
+                database.execute("INSERT OR IGNORE INTO encoders (encoder_id) VALUES (?)", (encoder_id,))
+            encoder = self._number(database, encoder_id)
             rows = []
             for content, embedding in embeddings.items():
                 key, vector = bytes.fromhex(content), np.ascontiguousarray(embedding, "<f4").tobytes()
@@ -269,6 +272,15 @@ class Cache:
     def _identities(self) -> tuple[tuple[int, int] | None, ...]:
         return tuple(identity_of(f"{self._path}{suffix}") for suffix in ("", "-wal"))
 
+    def _number(self, database: sqlite3.Connection, encoder_id: str) -> int:
+        """Return the number of an encoder; 0 if it is unknown."""
+        if encoder_id not in self._numbers:
+            row = database.execute("SELECT number FROM encoders WHERE encoder_id = ?", (encoder_id,)).fetchone()
+            if row is None:
+                return 0
+            self._numbers[encoder_id] = int(row[0])
+        return self._numbers[encoder_id]
+
     def _today(self) -> int:
         return int(self._clock() // DAY_SECONDS)
 
@@ -322,12 +334,6 @@ def _prune(database: sqlite3.Connection) -> None:
     oldest = "SELECT rowid FROM embeddings ORDER BY used_day, rowid LIMIT ?"
     database.execute(f"DELETE FROM embeddings WHERE rowid IN ({oldest})", (max(1, int(rows * PRUNED_SHARE)),))  # noqa: S608 - constants
     database.execute("DELETE FROM contents WHERE content NOT IN (SELECT content FROM embeddings)")
-
-
-def _number(database: sqlite3.Connection, encoder_id: str) -> int:
-    """Return the number of an encoder; 0 if it is unknown."""
-    row = database.execute("SELECT number FROM encoders WHERE encoder_id = ?", (encoder_id,)).fetchone()
-    return 0 if row is None else int(row[0])
 
 
 def _size(database: sqlite3.Connection) -> int:

@@ -1,17 +1,58 @@
-"""Queries of a journal, by sortd or by another process."""
+"""Queries of a journal, by sortd or by another process, and what is wrong with a journal that cannot be read."""
 
 import json
 import os
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from sortd import errors
 from sortd.core.guard import GuardState
+from sortd.errors import JournalError
 from sortd.events import Stamp
-from sortd.store.database import check_journal, open_for_reading, translated
-from sortd.store.records import FiledImages, Record, Selection, label_column, label_from, plain, record_from, stamp_from
+from sortd.store.records import (
+    FiledImages,
+    MoveProgress,
+    Record,
+    Role,
+    Selection,
+    label_column,
+    label_from,
+    plain,
+    record_from,
+    stamp_from,
+)
+
+APPLICATION = 0x736F7274  # "sort", in the header of the file
+VERSION = 1
+
+BUSY_SECONDS = 5.0  # for which a commit waits for another connection's lock, for example that of a copy's commit
+
+_KNOWN_WORDS = (
+    # The first condition selects the index ``moves_by_progress``, which is small.
+    ("SELECT id, progress FROM moves WHERE progress NOT IN ('done') AND progress NOT IN ({})", [*MoveProgress]),
+    ("SELECT move, role FROM members WHERE role NOT IN ({})", [*Role]),
+)
+_RESTORE = (
+    "restore it, or move it aside with its -wal and -shm; all images stay in their folders, and history, holds and "
+    "undo start empty"
+)
+_DISK = "check that its disk is mounted and works"
+_WRITE = "give sortd write permission for it and its folder, and mount its disk writable"
+_ADVICE = {
+    sqlite3.SQLITE_FULL: "free space on its disk",
+    sqlite3.SQLITE_READONLY: _WRITE,
+    sqlite3.SQLITE_PERM: _WRITE,
+    sqlite3.SQLITE_CANTOPEN: "check its folder and its disk",
+    sqlite3.SQLITE_IOERR: _DISK,
+    sqlite3.SQLITE_NOLFS: _DISK,
+    sqlite3.SQLITE_PROTOCOL: _DISK,
+    sqlite3.SQLITE_NOMEM: "free memory",
+}
+"""By primary result code (https://www.sqlite.org/rescode.html); any other code means damage."""
 
 # This small index contains only unfinished moves.
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
@@ -25,6 +66,9 @@ _STANDING = "+progress = 'done' AND undone_by IS NULL AND outcome NOT IN ('undon
 _NAMED = "moves.id IN (SELECT move FROM members WHERE {} = ? AND position = 0) ORDER BY moves.id DESC LIMIT 1"
 _OF_STAMP = """moves.id IN (SELECT move FROM members WHERE moved_inode = ? AND position = 0
 AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT ?"""
+_ELSEWHERE = f"""moves.id IN (SELECT moves.id FROM moves WHERE {_STANDING} AND {_OF_STAMP}) AND NOT EXISTS
+(SELECT 1 FROM members WHERE move = moves.id AND position = 0 AND final = ? AND destination = ?)
+ORDER BY moves.id DESC LIMIT 1"""  # noqa: S608 - our own words only
 _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
 
 GENERATION_FACT = "generation"  # the last generation used: numbers are never reused, even if the cache is lost
@@ -92,14 +136,13 @@ class History:
 
         The device is not compared, because its number changes when a disk is mounted again.
         """
-        if stamp is not None and (found := self.known(stamp, limit=1)):
-            return found[0]
+        if stamp is not None and (found := self._first(_OF_STAMP, (*stamp.columns[1:], 1))):
+            return found
         return self._first(_OF_CONTENT, (content,)) if content else None
 
-    def known(self, stamp: Stamp, limit: int) -> list[Record]:
-        """Return the last moves of this file version, newest first; see ``last_known``."""
-        _, inode, size, mtime_ns = stamp.columns
-        return self._records(f"{_STANDING} AND {_OF_STAMP}", (inode, size, mtime_ns, limit))
+    def moved_elsewhere(self, stamp: Stamp, folder: str, name: str) -> Record | None:
+        """Return the newer of the last two moves of this file version that put it anywhere but here, if not undone."""
+        return self._first(_ELSEWHERE, (*stamp.columns[1:], 2, os.fsencode(name), os.fsencode(folder)))
 
     def last_moved(self, folder: str, name: str) -> Record | None:
         """Return the last move of an image with this name out of a folder, if not undone."""
@@ -293,3 +336,121 @@ def _conditions(selection: Selection) -> list[tuple[str, list[Any]]]:
         place = "({} = ? AND moves.id IN (SELECT move FROM members WHERE {} = ? AND position = 0))"
         found.append((f"({place.format('source', 'name')} OR {place.format('destination', 'final')})", at + at))
     return found
+
+
+def open_for_reading(path: Path) -> sqlite3.Connection:
+    """Open a journal read-only; another process may write it.
+
+    Raises:
+        JournalError: it does not exist or cannot be read.
+    """
+    if not path.is_file():
+        raise JournalError(f"{path}: there is no journal yet; sortd creates it at its first run")
+
+    def connect(options: str) -> sqlite3.Connection:
+        reader = sqlite3.connect(f"{path.absolute().as_uri()}?{options}", timeout=BUSY_SECONDS, uri=True)
+        return opened(reader, lambda connection: check_version(connection, path))
+
+    with translated(path):
+        try:
+            return connect("mode=ro")
+        except sqlite3.OperationalError:
+            # Nobody writes it (there is no -wal), but reading in WAL mode needs a file that sortd may not create.
+            if Path(f"{path}-wal").exists():
+                raise
+            return connect("immutable=1")
+
+
+def opened(connection: sqlite3.Connection, prepare: Callable[[sqlite3.Connection], object]) -> sqlite3.Connection:
+    """Return a connection after ``prepare``; close it on an error."""
+    try:
+        prepare(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def copy_journal(path: Path, copy: Path) -> None:
+    """Copy the current state of a journal that another process may write.
+
+    Raises:
+        JournalError: it cannot be read, or the copy cannot be written.
+    """
+    with closing(open_for_reading(path)) as reader, translated(copy), closing(sqlite3.connect(copy)) as writer:
+        reader.backup(writer)
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Convert errors of SQLite, the disk and invalid rows to a JournalError with the journal's path."""
+    try:
+        yield
+    except (sqlite3.Error, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
+        problem, advice = _problem_and_advice(error, path)
+        raise JournalError(f"{path}: {problem}; nothing is moved without it: {advice}") from error
+
+
+def check_journal(connection: sqlite3.Connection, path: Path) -> None:
+    """Check the journal's integrity, and that this version knows its values of progress and role."""
+    with translated(path):
+        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise ValueError(verdict)
+        for question, words in _KNOWN_WORDS:
+            marks = ",".join("?" * len(words))
+            found = connection.execute(question.format(marks), words).fetchone()
+            if found is not None:
+                raise ValueError(f"record {found[0]} has the unknown value {found[1]!r}")
+
+
+def _problem_and_advice(error: Exception, path: Path) -> tuple[str, str]:
+    """Return what is wrong with the journal, and what to do."""
+    if isinstance(error, OSError):
+        return _refused(error)
+    number = getattr(error, "sqlite_errorcode", 0)
+    if number == sqlite3.SQLITE_READONLY_DBMOVED:
+        return "the journal was removed or replaced while it was open", "do not change it while sortd runs"
+    if number & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+        return "another program has locked the journal", f"end that program (`fuser -v {path}` shows it)"
+    if number & 0xFF == sqlite3.SQLITE_CANTOPEN and (refusal := _refusal_to_open(path)) is not None:
+        return _refused(refusal)
+    if number & 0xFF in _ADVICE:
+        return f"the journal cannot be used: {error}", _ADVICE[number & 0xFF]
+    return f"the journal is damaged ({error})", _RESTORE
+
+
+def _refused(error: OSError) -> tuple[str, str]:
+    said = error.strerror or error
+    return f"the journal cannot be opened: {said}", errors.advice_for_write(error) or "check its disk"
+
+
+def _refusal_to_open(path: Path) -> OSError | None:
+    """Return the system's error if the journal, or a file that SQLite opens beside it, cannot be opened."""
+    opened: list[int] = []
+    try:
+        opened.append(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+        opened.extend(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for _ in range(2))
+    except OSError as error:
+        return error
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+    return None
+
+
+def check_version(connection: sqlite3.Connection, path: Path) -> int:
+    """Return the version of a journal, 0 for an empty file, after checking that this sortd can use it."""
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if (application, version, tables) == (0, 0, 0):
+        return 0
+    if application != APPLICATION:
+        raise JournalError(f"{path}: not a journal of sortd; set another state_dir or move the file away")
+    if version != VERSION:
+        raise JournalError(
+            f"{path}: the journal has version {version}, this sortd needs version {VERSION}: install the version of "
+            "sortd-images that wrote it, or move the journal aside; the images are not affected"
+        )
+    return int(version)

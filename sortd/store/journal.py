@@ -5,9 +5,11 @@ Methods that write raise JournalError if the commit is not durable; the caller m
 
 import json
 import os
+import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
@@ -15,13 +17,96 @@ from typing import Self
 from sortd.core.guard import GuardState
 from sortd.errors import JournalError
 from sortd.events import Stamp
-from sortd.files import identity_of
-from sortd.store.database import committing, open_beside, open_for_writing
-from sortd.store.history import GUARD_FACT, History
+from sortd.files import identity_of, sync_folder_at
+from sortd.store.history import (
+    APPLICATION,
+    BUSY_SECONDS,
+    GUARD_FACT,
+    VERSION,
+    History,
+    check_journal,
+    check_version,
+    opened,
+    translated,
+)
 from sortd.store.records import UNDONE, MoveProgress, MoveReason, MoveRecord, Record, file_rows, plain
 
+OPENING_SECONDS = 0.5  # for which opening waits for a lock: the daemon opens in its loop, and retries soon
+
+SCHEMA = """
+CREATE TABLE moves (
+    id INTEGER PRIMARY KEY,
+    token TEXT NOT NULL UNIQUE,
+    run TEXT NOT NULL,
+    outcome TEXT NOT NULL,
+    progress TEXT NOT NULL,
+    source BLOB NOT NULL,
+    destination BLOB NOT NULL,
+    label BLOB,
+    score REAL,
+    margin REAL,
+    second_label BLOB,
+    mode TEXT,
+    reason TEXT NOT NULL,
+    generation INTEGER NOT NULL,
+    encoder_id TEXT NOT NULL,
+    content TEXT NOT NULL,
+    intended_at REAL NOT NULL,
+    ended_at REAL,
+    lost TEXT NOT NULL DEFAULT '',
+    message TEXT NOT NULL DEFAULT '',
+    undoes INTEGER,
+    undone_by INTEGER
+) STRICT;
+CREATE INDEX moves_by_progress ON moves (progress) WHERE progress NOT IN ('done');
+CREATE INDEX moves_by_time ON moves (ended_at);
+CREATE INDEX moves_by_content ON moves (content) WHERE content != '';
+CREATE INDEX moves_by_label ON moves (label, outcome);
+CREATE INDEX moves_by_outcome ON moves (progress, outcome);
+CREATE TABLE members (
+    move INTEGER NOT NULL REFERENCES moves (id) ON DELETE CASCADE,
+    position INTEGER NOT NULL,
+    role TEXT NOT NULL,
+    name BLOB NOT NULL,
+    wanted BLOB NOT NULL,
+    content TEXT NOT NULL,
+    body BLOB NOT NULL,
+    copy_inode INTEGER NOT NULL,
+    final BLOB NOT NULL,
+    device INTEGER NOT NULL, inode INTEGER NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
+    moved_device INTEGER, moved_inode INTEGER, moved_size INTEGER, moved_mtime_ns INTEGER,
+    PRIMARY KEY (move, position)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX members_by_inode ON members (moved_inode, position);
+CREATE TABLE holds (
+    path BLOB PRIMARY KEY,
+    device INTEGER NOT NULL, inode INTEGER NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
+    since REAL NOT NULL,
+    reason TEXT NOT NULL
+) STRICT;
+CREATE TABLE corrections (
+    move INTEGER PRIMARY KEY REFERENCES moves (id) ON DELETE CASCADE,
+    label BLOB NOT NULL,
+    corrected BLOB NOT NULL,
+    path BLOB NOT NULL,
+    content TEXT NOT NULL,
+    at REAL NOT NULL
+) STRICT;
+CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+"""
+
+LATER_INDICES = (
+    "CREATE INDEX IF NOT EXISTS members_by_name ON members (name) WHERE position = 0",
+    "CREATE INDEX IF NOT EXISTS members_by_final ON members (final) WHERE position = 0",
+    "CREATE INDEX IF NOT EXISTS followed_by_reason ON moves (reason) WHERE outcome = 'followed'",
+)
+"""Indices that the first journals of this version lack."""
+
 _FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
-_INSERT_FILE = "INSERT INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+_WRITE_FILE = "REPLACE INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+_UPDATE = """UPDATE moves SET progress = ?, lost = ?, message = ?, ended_at = ? WHERE token = ?
+RETURNING id, outcome, undoes, (SELECT count(*) FROM members WHERE move = moves.id) AS files,
+EXISTS (SELECT 1 FROM holds WHERE path = ?) AS held"""
 
 
 class Journal:
@@ -113,11 +198,11 @@ class Journal:
                     case MoveProgress.FAILED:
                         self._connection.execute("DELETE FROM moves WHERE token = ?", (move.token,))
                     case MoveProgress.DONE:
-                        move_id, outcome, undoes = self._update(move, now)
-                        source = os.fsencode(f"{move.source}/{move.image.name}")
-                        self._connection.execute("DELETE FROM holds WHERE path = ?", (source,))
-                        if outcome == UNDONE:
-                            self._finish_undo(move, move_id, undoes, now)
+                        row = self._update(move, now)
+                        if row["held"]:
+                            self._connection.execute("DELETE FROM holds WHERE path = ?", (_source(move),))
+                        if row["outcome"] == UNDONE:
+                            self._finish_undo(move, row["id"], row["undoes"], now)
                     case _:  # its progress is in the journal already
                         continue
                 ended.add(move.token)
@@ -193,19 +278,19 @@ class Journal:
         marks = ",".join("?" * len(columns))
         insert = f"INSERT INTO moves ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608 - names of columns only
         move_id = self._connection.execute(insert, tuple(columns.values())).lastrowid or 0
-        self._connection.executemany(_INSERT_FILE, file_rows(move_id, move))
+        self._connection.executemany(_WRITE_FILE, file_rows(move_id, move))
 
-    def _update(self, move: MoveRecord, ended_at: float | None) -> tuple[int, str, int | None]:
-        """Write the progress of a move; return its id, its outcome and the id of the move that it undoes."""
+    def _update(self, move: MoveRecord, ended_at: float | None) -> sqlite3.Row:
+        """Write the progress and the files of a move; return what ``_UPDATE`` returns."""
         lost, message = plain("\n".join(move.lost)), plain(move.message)
-        ((move_id, outcome, undoes),) = self._connection.execute(
-            "UPDATE moves SET progress = ?, lost = ?, message = ?, ended_at = ? WHERE token = ? "
-            "RETURNING id, outcome, undoes",
-            (move.progress.value, lost, message, ended_at, move.token),
-        ).fetchall()
-        self._connection.execute("DELETE FROM members WHERE move = ?", (move_id,))
-        self._connection.executemany(_INSERT_FILE, file_rows(move_id, move))
-        return move_id, outcome, undoes
+        values = (move.progress.value, lost, message, ended_at, move.token, _source(move))
+        row: sqlite3.Row
+        (row,) = self._connection.execute(_UPDATE, values).fetchall()
+        files = file_rows(row["id"], move)
+        if row["files"] > len(files):  # recovery drops files that no longer exist, and never adds one
+            self._connection.execute("DELETE FROM members WHERE move = ?", (row["id"],))
+        self._connection.executemany(_WRITE_FILE, files)
+        return row
 
     def _finish_undo(self, move: MoveRecord, move_id: int, undoes: int | None, now: float) -> None:
         image = move.image
@@ -218,3 +303,82 @@ class Journal:
         self._connection.execute(
             "INSERT OR REPLACE INTO holds VALUES (?,?,?,?,?,?,?)", (os.fsencode(path), *stamp.columns, now, reason)
         )
+
+
+def _source(move: MoveRecord) -> bytes:
+    return os.fsencode(f"{move.source}/{move.image.name}")
+
+
+def open_for_writing(path: Path) -> sqlite3.Connection:
+    """Open or create the journal, with durable commits.
+
+    Raises:
+        JournalError: it cannot be opened, is locked, is damaged, or is not a journal of this version.
+    """
+    with translated(path):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fresh = not path.exists()
+
+        def prepare(connection: sqlite3.Connection) -> None:
+            _prepare(connection, path)
+            if fresh:
+                for folder in (path.parent, path.parent.parent):
+                    sync_folder_at(folder)
+            connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1e3:.0f}")
+
+        # Without Python's implicit transactions: ``committing`` begins and ends each.
+        return opened(sqlite3.connect(path, timeout=OPENING_SECONDS, isolation_level=None), prepare)
+
+
+def open_beside(path: Path) -> sqlite3.Connection:
+    """Open a journal that this process has already opened, for another thread; the first connection checkpoints.
+
+    Raises:
+        JournalError: it cannot be opened.
+    """
+
+    def prepare(connection: sqlite3.Connection) -> None:
+        _make_durable(connection)
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+
+    with translated(path):
+        return opened(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None), prepare)
+
+
+@contextmanager
+def committing(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
+    """Run the statements of the block as one durable transaction.
+
+    Raises:
+        JournalError: the commit is not durable; nothing was changed.
+    """
+    with translated(path):
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    _make_durable(connection)
+    version = check_version(connection, path)
+    if version == 0:
+        with committing(connection, path):
+            for statement in SCHEMA.split(";\n"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {APPLICATION}")
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+    check_journal(connection, path)
+    with committing(connection, path):
+        for index in LATER_INDICES:
+            connection.execute(index)
+
+
+def _make_durable(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    connection.execute("PRAGMA synchronous = FULL")  # in WAL mode the default NORMAL does not sync a commit
+    connection.execute("PRAGMA foreign_keys = ON")

@@ -24,13 +24,11 @@ PATROL = "tests/daemon/test_corrections.py"
 TESTS = {
     "files": ("tests/test_files.py", "tests/moving/test_fs.py", STEPS),
     "events": (STEPS, "tests/moving/test_fs.py", FILING),
-    "store/database": (STEPS, "tests/store/test_journal.py"),
+    "store/journal": (STEPS, "tests/store/test_journal.py"),
     "store/records": ("tests/store/test_journal.py", FILING),
     "moving/fs": (STEPS, "tests/moving/test_fs.py", "tests/moving/test_listing.py", RECOVERY, FILING),
-    "moving/parts": ("tests/moving/test_copy.py", STEPS, "tests/moving/test_fs.py", FILING),
     "moving/plan": (PATROL, FILING),
-    "moving/rename": (STEPS, "tests/moving/test_fs.py", FILING),
-    "moving/copy": (STEPS, RECOVERY, FILING),
+    "moving/copy": ("tests/moving/test_copy.py", STEPS, "tests/moving/test_fs.py", RECOVERY, FILING),
     "moving/copy_queue": ("tests/moving/test_copy_queue.py", "tests/daemon/test_move_queue.py", FILING),
     "moving/recovery": (STEPS, RECOVERY, FILING),
     "moving/mover": (STEPS, FILING),
@@ -63,9 +61,9 @@ class Mutant:
 
 
 SYNCS = (
-    Mutant("moving/rename", "        os.fsync(file)\n", "        pass\n"),
-    Mutant("moving/parts", "        os.fsync(copy)\n", ""),
-    Mutant("moving/parts", "        os.fsync(descriptor)\n", ""),
+    Mutant("moving/fs", "        os.fsync(file)\n", "        pass\n"),
+    Mutant("moving/copy", "        os.fsync(copy)\n", ""),
+    Mutant("moving/copy", "        os.fsync(descriptor)\n", ""),
     Mutant("files", "    try:\n        os.fsync(folder)\n", "    try:\n        pass\n"),
     Mutant("moving/fs", "        sync_folder(parent)\n", ""),
     Mutant("moving/mover", "for folder_of in (_destination, _source):", "for folder_of in (_source,):"),
@@ -87,8 +85,8 @@ SYNCS = (
     ),
     Mutant("moving/recovery", "    sync_folder(places.destination)\n    if saved:", "    if saved:"),
     Mutant("moving/recovery", "    sync_folder(destination)\n    return move.failed", "    return move.failed"),
-    Mutant("store/database", '"PRAGMA synchronous = FULL"', '"PRAGMA synchronous = 1"'),
-    Mutant("store/database", "                    sync_folder_at(folder)\n", "                    pass\n"),
+    Mutant("store/journal", '"PRAGMA synchronous = FULL"', '"PRAGMA synchronous = 1"'),
+    Mutant("store/journal", "                    sync_folder_at(folder)\n", "                    pass\n"),
     Mutant("files", "                if durable:\n                    os.fsync(descriptor)\n", ""),
     Mutant("files", "as folder:\n        os.fsync(folder)\n", "as folder:\n        pass\n"),
     Mutant("files", "        if durable:\n            sync_folder(place)\n", ""),
@@ -96,8 +94,8 @@ SYNCS = (
 
 REFUSALS = (
     Mutant("moving/fs", "os.fsencode(destination), _RENAME_NOREPLACE", "os.fsencode(destination), 0"),
-    Mutant("moving/parts", "os.O_WRONLY | os.O_CREAT | os.O_EXCL |", "os.O_WRONLY | os.O_CREAT |"),
     Mutant("moving/copy", "os.O_WRONLY | os.O_CREAT | os.O_EXCL |", "os.O_WRONLY | os.O_CREAT |"),
+    Mutant("moving/copy", "os.open(final, _PART_FLAGS", "os.open(final, _PART_FLAGS & ~os.O_EXCL"),
     Mutant("moving/fs", "os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW |", "os.O_RDONLY | os.O_DIRECTORY |"),
     Mutant("moving/fs", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK"),
     Mutant("moving/fs", "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NOFOLLOW"),
@@ -115,12 +113,12 @@ REFUSALS = (
 )
 
 RIGHTS = (
-    Mutant("moving/parts", "mode = stat.S_IMODE(mode) & 0o777", "mode = stat.S_IMODE(mode)"),
-    Mutant("moving/parts", 'if not any(name == "owner" or', "if not any("),
-    Mutant("moving/parts", "or name.startswith(_ACCESS_LISTS) for", "for"),
-    Mutant("moving/parts", "with_acl=not lost)", "with_acl=True)"),
-    Mutant("moving/parts", "if not name.startswith(kept):", "if False:"),
-    Mutant("moving/parts", "for owner in (status.st_uid, -1):", "for owner in (status.st_uid,):"),
+    Mutant("moving/copy", "mode = stat.S_IMODE(mode) & 0o777", "mode = stat.S_IMODE(mode)"),
+    Mutant("moving/copy", 'if not any(name == "owner" or', "if not any("),
+    Mutant("moving/copy", "or name.startswith(_ACCESS_LISTS) for", "for"),
+    Mutant("moving/copy", "with_acl=not lost)", "with_acl=True)"),
+    Mutant("moving/copy", "if not name.startswith(kept):", "if False:"),
+    Mutant("moving/copy", "for owner in (status.st_uid, -1):", "for owner in (status.st_uid,):"),
 )
 """What keeps a copy from giving rights that its source did not give."""
 
@@ -128,18 +126,18 @@ IDENTITIES = (
     Mutant("events", "return (self.inode, self.size,", "return (other.inode, self.size,"),
     Mutant("events", "return (self.inode, self.size,", "return (self.inode, other.size,"),
     Mutant("events", "self.size, self.mtime_ns) ==", "self.size, other.mtime_ns) =="),
-    Mutant("moving/rename", "if not stat.S_ISREG(status.st_mode) or not is_version(status, file.stamp):", "if False:"),
+    Mutant("moving/fs", "if not stat.S_ISREG(status.st_mode) or not is_version(status, file.stamp):", "if False:"),
     Mutant(
-        "moving/rename",
+        "moving/fs",
         "if file.content and file.stamp.ctime_ns not in {0, status.st_ctime_ns} and",
         "if False and",
     ),
-    Mutant("moving/rename", "and sha256_of(descriptor) != file.content:", ":"),
-    Mutant("moving/rename", "if writer_of(descriptor) is Writer.PRESENT:", "if False:"),
-    Mutant("moving/rename", "                _check_version(source, file, move.source)\n", "                pass\n"),
-    Mutant("moving/rename", "if file.leaves and (status is None or not is_version(status, file.stamp)):", "if False:"),
-    Mutant("moving/parts", "        if not is_version(os.fstat(descriptor), file.stamp):", "        if False:"),
-    Mutant("moving/parts", "if status is not None and is_version(status, file.stamp):", "if status is not None:"),
+    Mutant("moving/fs", "and sha256_of(descriptor) != file.content:", ":"),
+    Mutant("moving/fs", "if writer_of(descriptor) is Writer.PRESENT:", "if False:"),
+    Mutant("moving/mover", "                _check_version(source, file, move.source)\n", "                pass\n"),
+    Mutant("moving/mover", "if file.leaves and (status is None or not is_version(status, file.stamp)):", "if False:"),
+    Mutant("moving/copy", "        if not is_version(os.fstat(descriptor), file.stamp):", "        if False:"),
+    Mutant("moving/copy", "if status is not None and is_version(status, file.stamp):", "if status is not None:"),
     Mutant(
         "moving/plan",
         "if status is not None and stat.S_ISREG(status.st_mode) and not _is_unfinished(folder, name):",
@@ -229,7 +227,7 @@ APART = (
     Mutant("daemon/dataset_lock", "if os.path.realpath(former.parent) != os.path.realpath(state) or not", "if not"),
     Mutant("daemon/dataset_lock", "elif area.value in self._apart and _is_empty(folder):", "elif False:"),
     Mutant("daemon/dataset_lock", " and _is_empty(folder):", ":"),
-    Mutant("moving/plan", "            if not is_taken(names):\n", "            if True:\n"),
+    Mutant("moving/plan", "if not is_taken(names) and (placed", "if (placed"),
     Mutant("moving/plan", "any(map(is_taken, finals))", "is_taken(finals[0])"),
     Mutant("moving/plan", "folders.note_move(", "(lambda *_: None)("),
     Mutant("moving/fs", "if stem_of_other == stem:", "if False:"),

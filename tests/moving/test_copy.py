@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sortd.moving.copy import Copy, _safe_mode, copy_to_part, write_part
 from sortd.moving.fs import FILE_FLAGS, FOLDER_FLAGS
-from sortd.moving.parts import Copy, _safe_mode, copy_to_part, write_part
 
 NOBODY = 65_534
 ACCESS_LIST = "system.posix_acl_access"

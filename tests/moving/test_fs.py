@@ -14,8 +14,8 @@ import pytest
 from sortd.errors import ChangedError
 from sortd.events import Writer
 from sortd.files import stamp_of, sync_folder
+from sortd.moving.copy import make_part, remove_obsolete, sha256_at
 from sortd.moving.fs import FOLDER_FLAGS, Folders, is_version, lstat_at, names_by_inode, rename_new, writer_of
-from sortd.moving.parts import make_part, remove_obsolete, sha256_at
 from sortd.store.records import MoveFile, MoveRecord, Role
 
 

@@ -309,7 +309,7 @@ class TestCompanions:
             names = {one.casefold(): one for one in os.listdir(folder)}
             return lstat_at(folder, names.get(name.casefold(), name))
 
-        monkeypatch.setattr("sortd.moving.rename.lstat_at", any_case)
+        monkeypatch.setattr("sortd.moving.mover.lstat_at", any_case)
         dataset.put("Images/a.XMP", "sidecar")
         moved(mover, order(dataset.put("Images/a.jpg")))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Dataset/cat/a.XMP": b"sidecar"}
@@ -723,8 +723,8 @@ class TestEqualNames:
             rename_new(source, name, destination, final)
 
         monkeypatch.setattr(crossing_module, "rename_new", noting)
-        if mover._renamer._rename is rename_new:
-            mover._renamer._rename = noting
+        if mover._rename is rename_new:
+            mover._rename = noting
         for number in range(40):
             moved(mover, order(dataset.put(f"Images/{number}/a.jpg", str(number))))
         assert dataset.tree() == {

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ def test_history_move_has_all_recorded_values(path: Path) -> None:
     assert record.move == move("t", progress=MoveProgress.DONE, lost=("owner", "mtime"), message="said")
     assert (record.run, record.intended_at, record.ended_at, record.undone_by) == ("first", 1, 2, None)
     assert (record.source_path, record.destination_path) == ("Images/a.jpg", "Dataset/cat/a.jpg")
+
+
+def test_journal_files_dropped_by_recovery_leave_no_rows(path: Path) -> None:
+    """A move that ends with fewer files than were intended has only those in its record."""
+    with Journal(path) as journal:
+        one = move("t")
+        journal.intend([(one.with_file(MoveFile(Role.SHARED, "a.xmp", "a.xmp", STAMP)), MoveReason("filed", "cat"))])
+        journal.settle([replace(one, progress=MoveProgress.DONE)])
+        assert [file.name for file in journal.history.moves(Selection())[0].move.files] == ["a.jpg"]
 
 
 def test_history_intent_without_outcome_is_unfinished(path: Path) -> None:
@@ -419,6 +429,8 @@ def test_history_queries_of_each_file_use_an_index(path: Path) -> None:
         history = journal.history
         history._connection.set_trace_callback(asked.append)
         assert history.last_known(STAMP) is not None
+        assert history.moved_elsewhere(STAMP, "Dataset/cat", "b.jpg") is not None
+        assert history.moved_elsewhere(STAMP, "Dataset/cat", "a.jpg") is None
         assert history.last_known(None, "abc") is not None
         assert history.last_moved("Images", "a.jpg") is not None
         assert history.last_put("Dataset/cat", "a.jpg") is not None
