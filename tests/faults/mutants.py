@@ -26,7 +26,7 @@ TESTS = {
     "events": (STEPS, "tests/moving/test_fs.py", FILING),
     "store/journal": (STEPS, "tests/store/test_journal.py"),
     "store/records": ("tests/store/test_journal.py", FILING),
-    "moving/fs": (STEPS, "tests/moving/test_fs.py", "tests/moving/test_listing.py", RECOVERY, FILING),
+    "moving/fs": (STEPS, "tests/moving/test_fs.py", RECOVERY, FILING),
     "moving/plan": (PATROL, FILING),
     "moving/copy": ("tests/moving/test_copy.py", STEPS, "tests/moving/test_fs.py", RECOVERY, FILING),
     "moving/copy_queue": ("tests/moving/test_copy_queue.py", "tests/daemon/test_move_queue.py", FILING),

@@ -26,7 +26,7 @@ def make(tmp_path: Path) -> Callable[..., World]:
     return made
 
 
-def test_a_rename_is_journaled_before_and_after_and_synced_between(make: Callable[..., World]) -> None:
+def test_rename_is_journaled_before_and_after_and_synced_between(make: Callable[..., World]) -> None:
     """Bytes first, then the intent, the names, the new folder, the old folder, the outcome."""
     world = make("companions")
     assert steps_of(world.act, world.root) == [
@@ -47,7 +47,7 @@ def test_a_rename_is_journaled_before_and_after_and_synced_between(make: Callabl
     ]
 
 
-def test_what_is_made_beside_an_image_is_whole_before_the_image_moves(make: Callable[..., World]) -> None:
+def test_rename_files_beside_an_image_are_complete_before_it_moves(make: Callable[..., World]) -> None:
     """The copy of a shared sidecar and the reason are written and synced under hidden names first."""
     world = make("rejected")
     assert steps_of(world.act, world.root) == [
@@ -69,7 +69,7 @@ def test_what_is_made_beside_an_image_is_whole_before_the_image_moves(make: Call
     ]
 
 
-def test_a_batch_shares_its_commits_and_syncs(make: Callable[..., World]) -> None:
+def test_batch_shares_its_commits_and_syncs(make: Callable[..., World]) -> None:
     """Three images cost two commits and one sync of each folder; folders that are new are durable before use."""
     world = make("batch")
     assert steps_of(world.act, world.root) == [
@@ -88,7 +88,7 @@ def test_a_batch_shares_its_commits_and_syncs(make: Callable[..., World]) -> Non
     ]
 
 
-def test_an_undo_removes_what_sortd_made_after_the_image_is_back(make: Callable[..., World]) -> None:
+def test_undo_removes_files_of_sortd_after_the_image_is_back(make: Callable[..., World]) -> None:
     """The same order as a move; our own copies and reasons go last."""
     world = make("undo")
     assert steps_of(world.act, world.root) == [
@@ -103,7 +103,7 @@ def test_an_undo_removes_what_sortd_made_after_the_image_is_back(make: Callable[
     ]
 
 
-def test_a_copy_is_durable_step_by_step_before_its_source_goes(make: Callable[..., World]) -> None:
+def test_copy_is_durable_before_its_source_is_removed(make: Callable[..., World]) -> None:
     """X1 to X12: nothing of the source is touched before the copy's name is synced and journaled."""
     world = make("plain", copies=True)
     assert steps_of(world.act, world.root) == [
@@ -124,7 +124,7 @@ def test_a_copy_is_durable_step_by_step_before_its_source_goes(make: Callable[..
     ]
 
 
-def test_a_new_journal_and_its_folder_are_durable(tmp_path: Path) -> None:
+def test_journal_new_file_and_its_folder_are_durable(tmp_path: Path) -> None:
     """Their names too: a journal that a power cut takes away would have been written in vain."""
     below = tmp_path / "below"
     below.mkdir()
@@ -185,7 +185,7 @@ RECOVERIES = {
 
 
 @pytest.mark.parametrize(("plot", "copies", "fault"), RECOVERIES, ids=str)
-def test_recovery_does_what_is_missing_and_no_more(
+def test_recovery_takes_only_the_missing_steps(
     make: Callable[..., World], plot: str, copies: object, fault: Fault
 ) -> None:
     """After a crash at this step the next start takes these steps, and the one after it none."""

@@ -28,7 +28,7 @@ def found_by(module: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def test_no_fault_at_any_system_call_loses_or_doubles_anything(tmp_path: Path) -> None:
+def test_sweep_fault_at_any_system_call_loses_nothing(tmp_path: Path) -> None:
     """Some faults of each kind, on tmpfs and copied on a disk; every one of them struck."""
     found = found_by("sweep", "--thin", "53", "--doubles", "1", "--grounds", "memory", "--disk", str(tmp_path))
     assert (found["violations"], found["silent"]) == (0, 0), found
@@ -37,7 +37,7 @@ def test_no_fault_at_any_system_call_loses_or_doubles_anything(tmp_path: Path) -
     assert found["double"] > 0
 
 
-def test_each_mutant_has_its_place() -> None:
+def test_mutants_each_text_occurs_once() -> None:
     """The text that a mutant replaces stands exactly once in its module: code that moves on takes its mutants along."""
     misplaced = [
         mutant.label
@@ -48,7 +48,7 @@ def test_each_mutant_has_its_place() -> None:
 
 
 @pytest.mark.long
-def test_two_thousand_faults_lose_nothing(tmp_path: Path) -> None:
+def test_soak_two_thousand_faults_lose_nothing(tmp_path: Path) -> None:
     """All grounds, single and double faults."""
     found = found_by("sweep", "--thin", "9", "--doubles", "25", "--disk", str(tmp_path))
     assert (found["violations"], found["silent"]) == (0, 0), found
@@ -56,7 +56,7 @@ def test_two_thousand_faults_lose_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_four_hundred_power_cuts_lose_nothing() -> None:
+def test_power_cuts_four_hundred_lose_nothing() -> None:
     """Two file systems, alone and across, any subset of the disks synced first."""
     found = found_by("powercuts")
     assert (found["violations"], found["silent"]) == (0, 0), found
@@ -64,7 +64,7 @@ def test_four_hundred_power_cuts_lose_nothing() -> None:
 
 
 @pytest.mark.long
-def test_what_is_brought_while_sortd_is_killed_comes_out_once(tmp_path: Path) -> None:
+def test_arrivals_during_kills_are_filed_once(tmp_path: Path) -> None:
     """Four writers, all the ways in which files come, kill -9 all the time; then one daemon that does not grow."""
     found = found_by("soak", "--files", "5000", "--folder", str(tmp_path))
     assert (found["lost"], found["doubled"], found["drained"], found["crashes"]) == (0, 0, True, {}), found
@@ -73,14 +73,14 @@ def test_what_is_brought_while_sortd_is_killed_comes_out_once(tmp_path: Path) ->
 
 
 @pytest.mark.long
-def test_fifty_thousand_files_that_the_kernel_has_no_room_for_are_filed(tmp_path: Path) -> None:
+def test_overflow_of_fifty_thousand_files_is_filed(tmp_path: Path) -> None:
     """They arrive while the daemon is stopped; the overflow is told, and the next scan finds each."""
     found = found_by("overflow", "--folder", str(tmp_path))
     assert (found["left"], found["lost"], found["doubled"], found["exit"]) == (0, 0, 0, 0), found
 
 
 @pytest.mark.long
-def test_images_that_are_made_to_harm_do_none(tmp_path: Path) -> None:
+def test_hostile_images_do_no_harm(tmp_path: Path) -> None:
     """Every one has its outcome, no process dies, and none takes more than 300 MB over what it held while idle."""
     found = found_by("hostile", "--folder", str(tmp_path))
     assert (found["without_outcome"], found["changed_or_lost"], found["lived_and_stopped_well"]) == (0, 0, True), found

@@ -61,7 +61,7 @@ def mover(request: pytest.FixtureRequest, dataset: Dataset, journal: Journal) ->
     return Mover(dataset.root, journal, rename=rename)
 
 
-def test_an_image_is_filed_durably_and_told(dataset: Dataset, journal: Journal, mover: Mover) -> None:
+def test_move_all_image_is_filed_durably(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """It stands in its class byte for byte, the answer says where and which version, the journal says why."""
     path = dataset.put("Images/a.jpg")
     move = order(path)
@@ -75,7 +75,7 @@ def test_an_image_is_filed_durably_and_told(dataset: Dataset, journal: Journal, 
 
 
 @pytest.mark.parametrize("seconds", [15_000_000_000, -62_135_596_800])
-def test_filing_times_beyond_64_bits_of_nanoseconds_move_and_come_back(
+def test_move_all_times_beyond_64_bits_of_nanoseconds_are_kept(
     dataset: Dataset, journal: Journal, mover: Mover, seconds: int
 ) -> None:
     """An image and its sidecar of the year 2445 or 1 are moved, known again by the journal, held and undone."""
@@ -96,7 +96,7 @@ def test_filing_times_beyond_64_bits_of_nanoseconds_move_and_come_back(
     assert os.stat(path).st_mtime_ns == before
 
 
-def test_a_taken_name_gets_a_number(dataset: Dataset, mover: Mover) -> None:
+def test_move_all_taken_name_gets_a_number(dataset: Dataset, mover: Mover) -> None:
     """Neither a file nor a folder of that name is touched; the next free number is taken."""
     dataset.put("Dataset/cat/a.jpg", "first")
     dataset.put("Dataset/cat/a (2).jpg/inside", "a folder named like the file")
@@ -110,14 +110,14 @@ def test_a_taken_name_gets_a_number(dataset: Dataset, mover: Mover) -> None:
     }
 
 
-def test_an_equal_file_at_the_destination_is_not_taken_for_ours(dataset: Dataset, mover: Mover) -> None:
+def test_move_all_equal_file_at_the_destination_is_another_file(dataset: Dataset, mover: Mover) -> None:
     """The same bytes under the same name are still somebody else's file: both are kept."""
     dataset.put("Dataset/cat/a.jpg", "same")
     moved(mover, order(dataset.put("Images/a.jpg", "same")))
     assert dataset.tree() == {"Dataset/cat/a.jpg": b"same", "Dataset/cat/a (2).jpg": b"same"}
 
 
-def test_a_second_link_of_the_same_file_counts_as_a_taken_name(dataset: Dataset, mover: Mover) -> None:
+def test_move_all_second_link_of_the_same_file_is_a_taken_name(dataset: Dataset, mover: Mover) -> None:
     """A rename onto a link of itself does nothing and says it did; ours goes on to a free name."""
     path = dataset.put("Images/a.jpg")
     (dataset.root / "Dataset/cat").mkdir(parents=True)
@@ -126,7 +126,7 @@ def test_a_second_link_of_the_same_file_counts_as_a_taken_name(dataset: Dataset,
     assert dataset.tree() == {"Dataset/cat/a.jpg": b"image", "Dataset/cat/a (2).jpg": b"image"}
 
 
-def test_many_equal_names_are_all_kept(dataset: Dataset, mover: Mover) -> None:
+def test_move_all_many_equal_names_are_all_kept(dataset: Dataset, mover: Mover) -> None:
     """Sub-folders of Images/ land flat; every file keeps its own number."""
     moves = [order(dataset.put(f"Images/{number}/a.jpg", f"{number}")) for number in range(70)]
     assert all(isinstance(answer, Moved) for answer in mover.move_all(moves))
@@ -135,7 +135,7 @@ def test_many_equal_names_are_all_kept(dataset: Dataset, mover: Mover) -> None:
     assert sorted(dataset.tree().values()) == sorted(f"{number}".encode() for number in range(70))
 
 
-def test_a_free_name_is_used_again_after_it_was_taken(dataset: Dataset, mover: Mover) -> None:
+def test_move_all_name_that_became_free_is_used_again(dataset: Dataset, mover: Mover) -> None:
     """What the mover remembers about numbers never keeps it from the plain name."""
     for _ in range(3):
         moved(mover, order(dataset.put("Images/a.jpg")))
@@ -146,7 +146,7 @@ def test_a_free_name_is_used_again_after_it_was_taken(dataset: Dataset, mover: M
 @pytest.mark.parametrize(
     "name", ["€" * 83 + "aa.jpg", "new\nline.jpg", os.fsdecode(b"caf\xe9.jpg"), " .jpg", "a (2).jpg", "-rf"]
 )
-def test_strange_names_are_kept(dataset: Dataset, journal: Journal, mover: Mover, name: str) -> None:
+def test_move_all_unusual_names_are_kept(dataset: Dataset, journal: Journal, mover: Mover, name: str) -> None:
     """255 bytes, newlines, bytes that are no text; twice, so that a number has to fit as well."""
     for content in ("first", "second"):
         moved(mover, order(dataset.put(f"Images/{name}", content)))
@@ -155,7 +155,7 @@ def test_strange_names_are_kept(dataset: Dataset, journal: Journal, mover: Mover
     assert {record.source_path for record in done(journal)} == {f"Images/{name}"}
 
 
-def test_what_is_no_longer_there_is_told_and_spoils_nothing(dataset: Dataset, mover: Mover) -> None:
+def test_move_all_missing_files_fail_and_others_move(dataset: Dataset, mover: Mover) -> None:
     """A vanished, a changed, a replaced, a written and a good file in one batch: each is told for itself."""
     paths = {name: dataset.put(f"Images/{name}.jpg", name) for name in ("gone", "changed", "replaced", "busy", "good")}
     moves = [order(path) for path in paths.values()]
@@ -181,7 +181,7 @@ def test_what_is_no_longer_there_is_told_and_spoils_nothing(dataset: Dataset, mo
     }
 
 
-def test_special_files_and_links_are_never_moved(dataset: Dataset, mover: Mover) -> None:
+def test_move_all_special_files_and_links_are_not_moved(dataset: Dataset, mover: Mover) -> None:
     """A link, a FIFO and a folder under an image's name stay, and nothing hangs."""
     images = dataset.root / "Images"
     (images / "link.jpg").symlink_to("/etc/passwd")
@@ -193,7 +193,7 @@ def test_special_files_and_links_are_never_moved(dataset: Dataset, mover: Mover)
     assert not os.path.exists(dataset.root / "Dataset/cat/link.jpg")
 
 
-def test_a_class_folder_that_is_a_link_is_refused(dataset: Dataset, mover: Mover, tmp_path: Path) -> None:
+def test_move_all_class_folder_that_is_a_link_is_refused(dataset: Dataset, mover: Mover, tmp_path: Path) -> None:
     """Nothing is written through a symbolic link; the image stays."""
     (tmp_path / "outside").mkdir()
     (dataset.root / "Dataset").mkdir()
@@ -206,21 +206,21 @@ def test_a_class_folder_that_is_a_link_is_refused(dataset: Dataset, mover: Mover
 @pytest.mark.parametrize(
     "folder", ["Clases/cat", "../cat", "/etc", "Dataset/../Clases", "Dataset/.cat", "Dataset/a\nb"]
 )
-def test_a_folder_that_is_none_of_ours_is_refused(dataset: Dataset, mover: Mover, folder: str) -> None:
+def test_move_all_other_folder_is_refused(dataset: Dataset, mover: Mover, folder: str) -> None:
     """Only the four folders are written to, and no class hides or has control characters."""
     path = dataset.put("Images/a.jpg")
     assert failure(mover, order(path, folder)) is MoveFailure.DESTINATION
     assert dataset.tree() == {"Images/a.jpg": b"image"}
 
 
-def test_a_path_outside_the_dataset_is_a_mistake_of_the_caller(dataset: Dataset, mover: Mover) -> None:
+def test_move_all_path_outside_the_dataset_is_a_value_error(dataset: Dataset, mover: Mover) -> None:
     """It is no file's fault, and is not told as one."""
     with pytest.raises(ValueError, match="not below the dataset"):
         mover.move_all([Move("/etc/passwd", Stamp(1, 2, 3, 4), "Dataset/cat", Outcome.FILED)])
     assert dataset.tree() == {}
 
 
-def test_a_dataset_that_is_gone_refuses_the_move(dataset: Dataset, mover: Mover) -> None:
+def test_move_all_missing_dataset_is_a_failure(dataset: Dataset, mover: Mover) -> None:
     """An unmounted dataset is not made anew."""
     move = order(dataset.put("Images/a.jpg"))
     os.rename(dataset.root, dataset.folder / "elsewhere")
@@ -228,7 +228,7 @@ def test_a_dataset_that_is_gone_refuses_the_move(dataset: Dataset, mover: Mover)
     assert not dataset.root.exists()
 
 
-def test_a_full_destination_takes_nothing_and_keeps_all(dataset: Dataset, mover: Mover) -> None:
+def test_move_all_full_destination_keeps_everything(dataset: Dataset, mover: Mover) -> None:
     """A name that the file system cannot make holds the dataset; the image is where it was, nothing half is left."""
     os.makedirs(dataset.root / "Dataset")
     (dataset.root / "Dataset/cat").write_text("a file where the class folder should be")
@@ -239,9 +239,7 @@ def test_a_full_destination_takes_nothing_and_keeps_all(dataset: Dataset, mover:
     assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
 
 
-def test_an_image_from_review_is_filed_like_one_from_the_inbox(
-    dataset: Dataset, journal: Journal, mover: Mover
-) -> None:
+def test_move_all_image_in_review_is_filed(dataset: Dataset, journal: Journal, mover: Mover) -> None:
     """What waited in Review/ goes on from there."""
     review = moved(mover, order(dataset.put("Images/sub/a.jpg"), "Review/dog", Outcome.REVIEW))
     moved(mover, order(Path(review)))
@@ -252,7 +250,9 @@ def test_an_image_from_review_is_filed_like_one_from_the_inbox(
 class TestCompanions:
     """Sidecars, films and raws go where their image goes."""
 
-    def test_they_travel_and_are_renamed_to_match(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    def test_move_all_companions_move_under_matching_names(
+        self, dataset: Dataset, journal: Journal, mover: Mover
+    ) -> None:
         """One name that is taken, be it a companion's, gives all of them the next number."""
         for name in ("a.jpg", "a.xmp", "a.jpg.json", "a.MOV"):
             dataset.put(f"Images/{name}", name)
@@ -267,7 +267,9 @@ class TestCompanions:
         }
         assert len(done(journal)[0].move.files) == 4
 
-    def test_a_shared_sidecar_is_copied_until_the_last_image_leaves(self, dataset: Dataset, mover: Mover) -> None:
+    def test_move_all_shared_sidecar_is_copied_until_the_last_image_leaves(
+        self, dataset: Dataset, mover: Mover
+    ) -> None:
         """The first image gets a copy with all its times, the second takes the file itself."""
         for name in ("a.jpg", "a.png", "a.xmp"):
             dataset.put(f"Images/{name}", name)
@@ -279,7 +281,7 @@ class TestCompanions:
         assert dataset.tree()["Dataset/dog/a.xmp"] == dataset.tree()["Dataset/cat/a.xmp"] == b"a.xmp"
         assert os.listdir(dataset.root / "Images") == []
 
-    def test_a_companion_that_is_being_written_keeps_its_image_back(self, dataset: Dataset, mover: Mover) -> None:
+    def test_move_all_companion_with_a_writer_keeps_its_image(self, dataset: Dataset, mover: Mover) -> None:
         """All of them go, or none."""
         path = dataset.put("Images/a.jpg")
         with dataset.put("Images/a.xmp").open("r+b"):
@@ -288,7 +290,7 @@ class TestCompanions:
         moved(mover, order(path))
         assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Dataset/cat/a.xmp"]
 
-    def test_filing_of_an_image_leaves_an_unfinished_film(self, dataset: Dataset, mover: Mover) -> None:
+    def test_move_all_unfinished_film_is_left(self, dataset: Dataset, mover: Mover) -> None:
         """A download goes on where its control file is; the film follows by the journal when it is whole."""
         for name in ("a.xmp", "a.MOV", "a.MOV.aria2"):
             dataset.put(f"Images/{name}")
@@ -300,7 +302,7 @@ class TestCompanions:
             "Images/a.MOV.aria2",
         ]
 
-    def test_one_file_with_two_spellings_is_one(
+    def test_move_all_file_found_under_two_spellings_moves_once(
         self, dataset: Dataset, mover: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Where case does not count, a sidecar answers to a.xmp and to a.XMP, and the image to both of its own."""
@@ -318,7 +320,7 @@ class TestCompanions:
         "standing",
         ["IMG_0001.xmp", "img_0001.mov", "IMG_0001.JPG.pp3", "IMG_0001.psd", "IMG_0001 (conflicted copy).xmp"],
     )
-    def test_name_of_whose_stem_something_stands_is_taken(self, dataset: Dataset, mover: Mover, standing: str) -> None:
+    def test_move_all_stem_of_another_file_is_taken(self, dataset: Dataset, mover: Mover, standing: str) -> None:
         """Somebody's edits, film or document without its image: the next camera's image does not stand beside them."""
         dataset.put(f"Dataset/cat/{standing}", "another camera's")
         moved(mover, order(dataset.put("Images/IMG_0001.JPG")))
@@ -327,7 +329,7 @@ class TestCompanions:
             "Dataset/cat/IMG_0001 (2).JPG": b"image",
         }
 
-    def test_name_of_a_group_is_free_for_every_member(self, dataset: Dataset, mover: Mover) -> None:
+    def test_move_all_name_must_be_free_for_every_file(self, dataset: Dataset, mover: Mover) -> None:
         """A shared sidecar of another stem than the image's is not put beside an image that it would describe."""
         for name in ("a.jpg.json", "a-edited.jpg"):
             dataset.put(f"Images/{name}", name)
@@ -337,7 +339,7 @@ class TestCompanions:
             *("Dataset/cat/a (2).jpg.json", "Dataset/cat/a-edited (2).jpg", "Dataset/cat/a.jpg")
         ]
 
-    def test_rejected_image_stands_beside_no_strange_sidecar(self, dataset: Dataset, mover: Mover) -> None:
+    def test_move_all_rejected_image_avoids_names_of_other_sidecars(self, dataset: Dataset, mover: Mover) -> None:
         """Two images of one stem keep their names there, unless a sidecar would belong to both."""
         for name in ("a.jpg", "a.png", "b.jpg", "b.xmp"):
             dataset.put(f"Images/{name}", name)
@@ -348,7 +350,7 @@ class TestCompanions:
             f"Rejected/{name}" for name in ("a.jpg", "a.png", "b (2).jpg", "b (2).xmp", "b.png")
         ]
 
-    def test_name_within_one_batch_is_taken_by_the_first(self, dataset: Dataset, mover: Mover) -> None:
+    def test_move_all_equal_names_in_one_batch_are_distinct(self, dataset: Dataset, mover: Mover) -> None:
         """Two cameras' images of one name in one batch: the second one's film does not become the first one's."""
         first, second = dataset.put("Images/a/IMG_1.JPG", "first"), dataset.put("Images/b/IMG_1.heic", "second")
         dataset.put("Images/b/IMG_1.mov", "the second one's film")
@@ -359,14 +361,14 @@ class TestCompanions:
             "Dataset/cat/IMG_1 (2).mov": b"the second one's film",
         }
 
-    def test_links_and_folders_are_no_companions(self, dataset: Dataset, mover: Mover) -> None:
+    def test_move_all_links_and_folders_are_not_companions(self, dataset: Dataset, mover: Mover) -> None:
         """Only regular files travel."""
         dataset.put("Images/a.json/inside")
         (dataset.root / "Images/a.xmp").symlink_to("/etc/passwd")
         moved(mover, order(dataset.put("Images/a.jpg")))
         assert sorted(os.listdir(dataset.root / "Images")) == ["a.json", "a.xmp"]
 
-    def test_they_can_be_switched_off(self, dataset: Dataset, journal: Journal) -> None:
+    def test_move_all_without_companions_moves_the_image_only(self, dataset: Dataset, journal: Journal) -> None:
         """Then every file is for itself."""
         dataset.put("Images/a.xmp")
         moved(Mover(dataset.root, journal, companions=False), order(dataset.put("Images/a.jpg")))
@@ -376,7 +378,7 @@ class TestCompanions:
 class TestRejected:
     """Images that are set aside say why."""
 
-    def test_the_reason_stands_beside_it(self, dataset: Dataset, mover: Mover) -> None:
+    def test_move_all_rejected_image_has_a_reason_file(self, dataset: Dataset, mover: Mover) -> None:
         """As JSON, with the number of the image where it had to take one."""
         for _ in range(2):
             path = dataset.put("Images/a.jpg", "half an ima")
@@ -387,13 +389,13 @@ class TestRejected:
         said = json.loads((dataset.root / "Rejected/a.jpg.reason.json").read_text())
         assert (said["name"], said["from"], said["reason"]) == ("a.jpg", "Images", "truncated: 11 bytes")
 
-    def test_a_name_that_is_no_text_can_be_told(self, dataset: Dataset, mover: Mover) -> None:
+    def test_move_all_reason_of_a_name_that_is_not_utf8_is_written(self, dataset: Dataset, mover: Mover) -> None:
         """The reason is valid JSON whatever the name is."""
         name = os.fsdecode(b"caf\xe9.jpg")
         moved(mover, order(dataset.put(f"Images/{name}"), "Rejected", Outcome.REJECTED))
         assert json.loads((dataset.root / f"Rejected/{name}.reason.json").read_bytes())["name"] == name
 
-    def test_reason_of_a_name_with_accents_can_be_searched_for(self, dataset: Dataset, mover: Mover) -> None:
+    def test_move_all_reason_of_a_name_with_accents_is_not_escaped(self, dataset: Dataset, mover: Mover) -> None:
         """The name stands in it as it is written."""
         moved(mover, order(dataset.put("Images/año.jpg"), "Rejected", Outcome.REJECTED))
         assert '"año.jpg"' in (dataset.root / "Rejected/año.jpg.reason.json").read_text("utf-8")
@@ -402,9 +404,7 @@ class TestRejected:
 class TestUndo:
     """Moves taken back."""
 
-    def test_everything_goes_back_to_where_it_was_and_is_held(
-        self, dataset: Dataset, journal: Journal, mover: Mover
-    ) -> None:
+    def test_undo_files_return_and_are_held(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """Image, companions, shared sidecars and reasons: the folder is as before, and the image is held."""
         for name in ("sub/a.jpg", "sub/a.jpg.xmp", "b.jpg", "b.png", "b.xmp"):
             dataset.put(f"Images/{name}", name)
@@ -423,7 +423,7 @@ class TestUndo:
         assert set(mover.held()) == {one.restored for one in told}
         assert {one.outcome for one in (record.move_reason for record in done(journal)[:2])} == {"undone"}
 
-    def test_rehearsing_touches_nothing(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    def test_preview_undo_changes_nothing(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """Neither files nor journal."""
         moved(mover, order(dataset.put("Images/a.jpg")))
         before = dataset.tree()
@@ -433,7 +433,7 @@ class TestUndo:
         assert mover.held() == {}
         assert len(done(journal)) == 1
 
-    def test_nothing_is_overwritten(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    def test_undo_taken_name_is_not_overwritten(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """A new file under the old name stays; the old one gets a free name, and that one is held."""
         moved(mover, order(dataset.put("Images/a.jpg", "old")))
         dataset.put("Images/a.jpg", "new")
@@ -441,9 +441,7 @@ class TestUndo:
         assert dataset.tree() == {"Images/a.jpg": b"new", "Images/a (2).jpg": b"old"}
         assert list(mover.held()) == [told.restored] == [f"{dataset.root}/Images/a (2).jpg"]
 
-    def test_what_cannot_be_put_back_is_said_with_its_reason(
-        self, dataset: Dataset, journal: Journal, mover: Mover
-    ) -> None:
+    def test_undo_impossible_undo_returns_its_reason(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """Removed, changed and undone already: each says so, and the good one goes back."""
         moves = {name: order(dataset.put(f"Images/{name}.jpg", name)) for name in ("gone", "edited", "twice", "good")}
         places = {name: Path(moved(mover, move)) for name, move in moves.items()}
@@ -457,7 +455,7 @@ class TestUndo:
         assert told["good"].restored == f"{dataset.root}/Images/good.jpg"
         assert [told[name].restored for name in ("gone", "edited", "twice")] == [None] * 3
 
-    def test_an_undo_is_not_undone_but_released(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    def test_undo_of_an_undo_is_refused(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """And it is said what to do."""
         moved(mover, order(dataset.put("Images/a.jpg")))
         mover.undo(done(journal))
@@ -466,7 +464,7 @@ class TestUndo:
         assert "sortd release" in told.message
         assert dataset.tree() == {"Images/a.jpg": b"image"}
 
-    def test_a_disk_that_does_not_answer_is_said_and_the_others_go_back(
+    def test_undo_error_of_a_disk_concerns_one_image(
         self, dataset: Dataset, journal: Journal, mover: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An image that cannot be looked at, on a network disk that is stale, say, ends no undo and no daemon."""
@@ -483,9 +481,7 @@ class TestUndo:
         assert "Stale" in told["a.jpg"].message
         assert (told["a.jpg"].restored, told["b.jpg"].restored) == (None, f"{dataset.root}/Images/b.jpg")
 
-    def test_a_companion_that_changed_stays_and_is_named(
-        self, dataset: Dataset, journal: Journal, mover: Mover
-    ) -> None:
+    def test_undo_changed_companion_stays_and_is_named(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """The image goes back without what the user has worked on since."""
         dataset.put("Images/a.xmp", "one star")
         moved(mover, order(dataset.put("Images/a.jpg")))
@@ -494,7 +490,7 @@ class TestUndo:
         assert "a.xmp" in told.message
         assert dataset.tree() == {"Images/a.jpg": b"image", "Dataset/cat/a.xmp": b"five stars"}
 
-    def test_a_chain_of_moves_is_taken_back_in_one_go(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    def test_undo_chain_of_moves_is_undone_at_once(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """From Dataset/ by way of Review/ to Images/, foretold as it is done."""
         review = moved(mover, order(dataset.put("Images/a.jpg"), "Review/dog", Outcome.REVIEW))
         moved(mover, order(Path(review)))
@@ -505,7 +501,7 @@ class TestUndo:
         assert dataset.tree() == {"Images/a.jpg": b"image"}
         assert list(mover.held()) == [f"{dataset.root}/Images/a.jpg"]
 
-    def test_an_inbox_that_is_gone_is_not_made_anew(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    def test_undo_missing_inbox_is_not_created(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """Without Images/ its disk is not mounted: nothing is put below."""
         moved(mover, order(dataset.put("Images/a.jpg")))
         (dataset.root / "Images").rmdir()
@@ -517,7 +513,7 @@ class TestUndo:
 class TestHolds:
     """Versions that are not to be moved."""
 
-    def test_holds_are_told_by_absolute_path(self, dataset: Dataset, mover: Mover) -> None:
+    def test_held_paths_are_absolute(self, dataset: Dataset, mover: Mover) -> None:
         """They are set and released as the daemon names files."""
         path = dataset.put("Images/a.jpg")
         stamp = stamp_of(os.stat(path))
@@ -538,7 +534,7 @@ def looked(corrections: CorrectionScanner, path: Path) -> list[Correction]:
 class TestCorrections:
     """The user puts right what sortd did."""
 
-    def test_a_file_that_the_user_moved_is_known_again(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    def test_corrections_moved_file_is_recognised(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """By its inode, or by its name and content where it was copied and removed; once. A mere copy says nothing."""
         for name in ("a.jpg", "b.jpg"):
             moved(mover, order(dataset.put(f"Images/{name}", name), content=_hash(name)))
@@ -554,9 +550,7 @@ class TestCorrections:
             assert looked(corrections, path) == []
         assert {corrected for _, corrected, _, _ in journal.history.corrections()} == {"dog"}
 
-    def test_what_stands_where_it_was_put_is_no_correction(
-        self, dataset: Dataset, journal: Journal, mover: Mover
-    ) -> None:
+    def test_corrections_file_in_its_place_is_none(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """Nor is a stranger's file, be it of the same name and size."""
         there = Path(moved(mover, order(dataset.put("Images/a.jpg", "a cat"), content=_hash("a cat"))))
         stranger = dataset.put("Dataset/dog/b.jpg", "unknown")
@@ -579,7 +573,7 @@ class TestLateCompanions:
             ("a.jpg.supplemental-metadata.json", "a.jpg.supplemental-metadata.json"),
         ],
     )
-    def test_it_goes_where_its_image_went(
+    def test_late_companion_follows_its_image(
         self, dataset: Dataset, journal: Journal, mover: Mover, late: str, final: str
     ) -> None:
         """Under the name that fits, journaled like any move."""
@@ -589,7 +583,7 @@ class TestLateCompanions:
         assert moved(mover, follow) == f"{dataset.root}/Dataset/cat/{final}"
         assert journal.history.counts() == {"filed": 1, "followed": 1}
 
-    def test_it_takes_the_number_of_its_image(self, dataset: Dataset, mover: Mover) -> None:
+    def test_late_companion_takes_the_number_of_its_image(self, dataset: Dataset, mover: Mover) -> None:
         """An image that got another name has its film beside it under that name."""
         dataset.put("Dataset/cat/a.jpg", "another")
         moved(mover, order(dataset.put("Images/a.jpg")))
@@ -597,7 +591,7 @@ class TestLateCompanions:
         assert follow is not None
         assert moved(mover, follow) == f"{dataset.root}/Dataset/cat/a (2).MOV"
 
-    def test_it_overwrites_nothing(self, dataset: Dataset, mover: Mover) -> None:
+    def test_late_companion_overwrites_nothing(self, dataset: Dataset, mover: Mover) -> None:
         """Where its name is taken it gets another one, beside its image all the same."""
         moved(mover, order(dataset.put("Images/a.jpg")))
         dataset.put("Dataset/cat/a.xmp", "the user's")
@@ -606,7 +600,7 @@ class TestLateCompanions:
         assert moved(mover, follow) == f"{dataset.root}/Dataset/cat/a (2).xmp"
         assert dataset.tree()["Dataset/cat/a.xmp"] == b"the user's"
 
-    def test_second_version_joins_no_other_image(self, dataset: Dataset, mover: Mover) -> None:
+    def test_late_companion_second_version_joins_no_other_image(self, dataset: Dataset, mover: Mover) -> None:
         """Saved twice, it gets a name that is no other image's, and that no later image gets."""
         first = order(dataset.put("Images/IMG_1.JPG", "the first camera's"))
         moved(mover, first)
@@ -639,7 +633,7 @@ class TestLateCompanions:
             ("a.jpg", "a.txt"),
         ],
     )
-    def test_late_file_of_every_kind_of_rule_finds_its_image(
+    def test_late_companion_of_every_rule_finds_its_image(
         self, dataset: Dataset, mover: Mover, image: str, late: str
     ) -> None:
         """By the journal, and not while an image that it belongs to stands beside it."""
@@ -653,13 +647,13 @@ class TestLateCompanions:
         assert follow is not None
         assert moved(mover, follow) == f"{dataset.root}/Dataset/cat/{late}"
 
-    def test_it_waits_for_an_image_that_is_here(self, dataset: Dataset, mover: Mover) -> None:
+    def test_late_companion_waits_for_an_image_in_its_folder(self, dataset: Dataset, mover: Mover) -> None:
         """A new image of that name is its own: they leave together."""
         moved(mover, order(dataset.put("Images/a.jpg")))
         dataset.put("Images/a.jpg", "another")
         assert mover.late.move_for(str(dataset.put("Images/a.MOV", "film"))) is None
 
-    def test_it_stays_without_an_image(self, dataset: Dataset, mover: Mover) -> None:
+    def test_late_companion_without_an_image_stays(self, dataset: Dataset, mover: Mover) -> None:
         """What belongs to nobody, to an image of another folder, or to one that the user moved on, is left alone."""
         there = Path(moved(mover, order(dataset.put("Images/a.jpg"))))
         assert mover.late.move_for(str(dataset.put("Images/b.MOV", "film"))) is None
@@ -668,7 +662,9 @@ class TestLateCompanions:
         there.rename(there.with_name("moved on.jpg"))
         assert mover.late.move_for(str(dataset.put("Images/a.MOV", "film"))) is None
 
-    def test_an_image_of_long_ago_is_not_its_own(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    def test_late_companion_ignores_an_image_of_long_ago(
+        self, dataset: Dataset, journal: Journal, mover: Mover
+    ) -> None:
         """A camera uses its names again."""
         moved(mover, order(dataset.put("Images/a.jpg")))
         film = str(dataset.put("Images/a.MOV", "film"))
@@ -678,7 +674,7 @@ class TestLateCompanions:
             found = LateCompanions(dataset.root, journal).move_for(film)
             assert (found is not None) == is_found
 
-    def test_it_is_undone_with_its_image(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    def test_late_companion_is_undone_with_its_image(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """Whoever takes the image back wants its film back, too."""
         moved(mover, order(dataset.put("Images/a.jpg")))
         follow = mover.late.move_for(str(dataset.put("Images/a.MOV", "film")))
@@ -690,13 +686,15 @@ class TestLateCompanions:
         assert dataset.tree() == {"Images/a.jpg": b"image", "Images/a.MOV": b"film"}
         assert len(mover.held()) == 2
 
-    def test_companions_that_are_switched_off_follow_nothing(self, dataset: Dataset, journal: Journal) -> None:
+    def test_late_companion_without_companions_stays(self, dataset: Dataset, journal: Journal) -> None:
         """Then they are files like others."""
         mover = Mover(dataset.root, journal, companions=False)
         moved(mover, order(dataset.put("Images/a.jpg")))
         assert mover.late.move_for(str(dataset.put("Images/a.MOV", "film"))) is None
 
-    def test_what_comes_while_its_image_is_copied_is_found_after_it(self, dataset: Dataset, journal: Journal) -> None:
+    def test_late_companion_that_arrives_during_a_copy_is_found_after_it(
+        self, dataset: Dataset, journal: Journal
+    ) -> None:
         """The image stood there when its film came; now it is gone, and the film follows."""
         jobs: list[CopyJob] = []
         mover = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
@@ -711,7 +709,7 @@ class TestLateCompanions:
 class TestEqualNames:
     """Cameras begin to count anew with every card."""
 
-    def test_many_equal_names_cost_two_attempts_each(
+    def test_free_names_many_equal_names_need_two_attempts_each(
         self, dataset: Dataset, mover: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """On either side of a disk's border: the numbers that are taken are not tried again."""
@@ -740,7 +738,9 @@ class TestEqualNames:
 class TestMended:
     """Rejected images that somebody mends are filed from where they lie."""
 
-    def test_the_reason_goes_when_the_image_leaves(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    def test_move_all_reason_is_removed_when_its_image_leaves(
+        self, dataset: Dataset, journal: Journal, mover: Mover
+    ) -> None:
         """It says nothing about the mended image; a reason that the user wrote upon is kept."""
         for name in ("a.jpg", "b.jpg"):
             moved(mover, order(dataset.put(f"Images/{name}", "broken"), "Rejected", Outcome.REJECTED))
@@ -754,7 +754,7 @@ class TestMended:
         assert sorted(path.name for path in (dataset.root / "Rejected").iterdir()) == ["b.jpg.reason.json"]
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"mended", "Dataset/cat/b.jpg": b"mended"}
 
-    def test_each_version_is_tried_once(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    def test_rejects_each_version_is_tried_once(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """One that was refused again is not tried at the next scan or start; it can still be undone."""
         moved(mover, order(dataset.put("Images/a.jpg", "broken"), "Rejected", Outcome.REJECTED))
         path = dataset.root / "Rejected/a.jpg"
@@ -779,7 +779,7 @@ class TestMended:
         ],
         ids=["nothing", "pixels", "time", "decoders", "lowered"],
     )
-    def test_scan_after_a_limit_was_raised_tries_what_it_refused_once(
+    def test_rejects_raised_limit_is_tried_once(
         self, dataset: Dataset, journal: Journal, mover: Mover, raised: dict[str, float], tried: set[str]
     ) -> None:
         """Images that were refused for it are tried as they are, again after a crash, and no more once answered."""
@@ -808,9 +808,7 @@ class TestMended:
         assert not again(Rejects(Layout(dataset.root), journal, lowered))
         assert "large.jpg" in {Path(path).name for path in again(Rejects(Layout(dataset.root), journal, limits))}
 
-    def test_scan_by_limits_that_nobody_noted_tries_all_of_them(
-        self, dataset: Dataset, journal: Journal, mover: Mover
-    ) -> None:
+    def test_rejects_unknown_limits_are_all_tried(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """A journal of an older sortd, or one whose note is damaged, does not say by which limits it was refused."""
         move = order(dataset.put("Images/a.jpg", "large"), "Rejected", Outcome.REJECTED)
         moved(mover, replace(move, reason="too_large: 1"))
@@ -819,7 +817,7 @@ class TestMended:
                 journal.note(LIMITS_FACT, noted)
             assert any(Rejects(Layout(dataset.root), journal, {"max_pixels": 5}).scan(10**18))
 
-    def test_what_sortd_did_not_set_aside_is_left_alone(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    def test_rejects_other_files_are_ignored(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """The user's own file in Rejected/, a reason, a folder, a link; and nothing is noted about them."""
         moved(mover, order(dataset.put("Images/a.jpg", "broken"), "Rejected", Outcome.REJECTED))
         dataset.put("Rejected/own.jpg", "the user's")
@@ -848,7 +846,7 @@ def changed_in_place(path: Path, content: str, before: os.stat_result) -> None:
 class TestErrors:
     """Disks that refuse."""
 
-    def test_a_journal_that_cannot_be_written_moves_nothing(
+    def test_move_all_journal_that_cannot_be_written_moves_nothing(
         self, dataset: Dataset, journal: Journal, mover: Mover
     ) -> None:
         """The error goes up, so that the daemon stops; the files are where they were."""
@@ -860,9 +858,7 @@ class TestErrors:
         assert dataset.tree() == before
 
     @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS])
-    def test_a_refused_rename_leaves_everything_and_is_told(
-        self, dataset: Dataset, journal: Journal, number: int
-    ) -> None:
+    def test_move_all_refused_rename_changes_nothing(self, dataset: Dataset, journal: Journal, number: int) -> None:
         """At the image or at a companion: all of them are where they were, and go when the disk serves again."""
         for name in ("a.jpg", "a.xmp", "a.MOV"):
             dataset.put(f"Images/{name}", name)
@@ -874,7 +870,7 @@ class TestErrors:
             assert journal.history.unfinished() == []
         moved(Mover(dataset.root, journal), move)
 
-    def test_a_file_whose_bytes_cannot_be_synced_is_not_moved(
+    def test_move_all_file_that_cannot_be_synced_is_not_moved(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The others of its batch are; each thread's error finds its own file."""
@@ -892,7 +888,7 @@ class TestErrors:
         assert failed == ["7.jpg", "31.jpg"]
         assert sorted(os.listdir(dataset.root / "Images")) == ["31.jpg", "7.jpg"]
 
-    def test_a_file_that_changes_after_it_was_looked_at_is_not_shown_in_its_class(
+    def test_move_all_file_changed_after_its_check_is_moved_back(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Not even for a moment: its name is compared once more right before the rename."""
@@ -908,7 +904,7 @@ class TestErrors:
         assert failure(mover, order(path)) is MoveFailure.CHANGED
         assert renamed == []
 
-    def test_rewrite_with_its_time_put_back_is_not_moved(self, dataset: Dataset, mover: Mover) -> None:
+    def test_move_all_rewrite_with_the_old_time_is_not_moved(self, dataset: Dataset, mover: Mover) -> None:
         """Of equal size, in place, under the same time: only the time of change shows that it was not looked at."""
         path = dataset.put("Images/a.jpg", "decided")
         meant, before = order(path, content=_hash("decided")), os.stat(path)
@@ -920,7 +916,7 @@ class TestErrors:
             dataset.root / "Dataset/cat/a.jpg"
         )  # new rights or links change no bytes either
 
-    def test_a_file_that_is_replaced_while_it_is_moved_is_given_back(self, dataset: Dataset, journal: Journal) -> None:
+    def test_move_all_file_replaced_during_its_move_is_moved_back(self, dataset: Dataset, journal: Journal) -> None:
         """Another inode under the name at the last moment: neither is lost, neither is filed."""
         path, other = dataset.put("Images/a.jpg", "decided"), dataset.put("Images/b.tmp", "another")
 
@@ -932,7 +928,7 @@ class TestErrors:
         assert failure(Mover(dataset.root, journal, rename=rename), order(path)) is MoveFailure.CHANGED
         assert dataset.tree() == {"Images/a.jpg": b"another"}
 
-    def test_what_could_not_be_settled_is_settled_before_the_next_move(
+    def test_move_all_open_move_is_recovered_before_the_next(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A folder that cannot be synced leaves the move open; once it can, it is done and told by the journal."""
@@ -953,7 +949,7 @@ class TestErrors:
         assert {record.source_path for record in done(journal)} == {"Images/a.jpg", "Images/b.jpg"}
 
     @pytest.mark.parametrize("is_taken", [False, True])
-    def test_a_source_that_may_not_be_removed_is_not_copied_again_and_again(
+    def test_move_all_source_that_cannot_be_removed_is_not_copied_again(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch, *, is_taken: bool
     ) -> None:
         """An immutable file, or another owner's in a sticky folder: its copy is withdrawn, only that file waits."""
@@ -988,7 +984,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
     @pytest.mark.parametrize("refusing", ["Images", "Dataset/cat", None])
-    def test_filing_folder_that_may_not_be_written_is_named(
+    def test_move_all_folder_that_cannot_be_written_is_named(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch, number: int, refusing: str | None
     ) -> None:
         """A rename does not tell which of its folders refused, so both are asked; the other one is not blamed."""
@@ -1011,7 +1007,7 @@ class TestErrors:
         assert answer.failure is (MoveFailure.SOURCE if refusing == "Images" else of_the_file)
         assert ("files cannot be removed from Images" in answer.message) == (refusing == "Images")
 
-    def test_filing_folder_that_may_not_be_read_is_a_source(
+    def test_move_all_folder_that_cannot_be_read_is_a_source_failure(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The companions of an image cannot be looked for: that says nothing about its class."""
@@ -1026,7 +1022,7 @@ class TestErrors:
         assert answer.failure is MoveFailure.SOURCE
         assert f"{path.parent}: Permission denied; give sortd permission to read it" in answer.message
 
-    def test_a_source_whose_move_has_not_ended_is_not_moved_again(
+    def test_move_all_source_of_an_open_move_is_not_moved_again(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A copy stands already and the source cannot be taken away: a second copy would be a duplicate."""
@@ -1055,7 +1051,7 @@ class TestCrossing:
         """A filing whose renames all fail as between file systems."""
         return Mover(dataset.root, journal, rename=crossing)
 
-    def test_times_mode_owner_and_attributes_are_kept(self, dataset: Dataset, mover: Mover) -> None:
+    def test_copy_keeps_times_mode_owner_and_attributes(self, dataset: Dataset, mover: Mover) -> None:
         """To the nanosecond, where the file system can."""
         path = dataset.put("Images/a.jpg")
         os.setxattr(path, "user.note", b"kept")
@@ -1070,7 +1066,7 @@ class TestCrossing:
         assert after.st_mtime_ns == before.st_mtime_ns
         assert os.getxattr(there, "user.note") == b"kept"
 
-    def test_holes_are_kept(self, dataset: Dataset, mover: Mover) -> None:
+    def test_copy_keeps_holes(self, dataset: Dataset, mover: Mover) -> None:
         """A sparse file does not fill the disk, and its bytes are the same."""
         path = dataset.root / "Images/a.jpg"
         with path.open("wb") as file:
@@ -1083,14 +1079,14 @@ class TestCrossing:
         assert os.stat(there).st_blocks <= blocks + 16
         assert Path(there).read_bytes() == content
 
-    def test_the_bytes_must_be_those_that_were_looked_at(self, dataset: Dataset, mover: Mover) -> None:
+    def test_copy_of_other_bytes_than_were_decided_is_refused(self, dataset: Dataset, mover: Mover) -> None:
         """A copy whose hash is not the decoder's is thrown away."""
         path = dataset.put("Images/a.jpg")
         assert failure(mover, order(path, content="0" * 64)) is MoveFailure.CHANGED
         assert dataset.tree() == {"Images/a.jpg": b"image"}
         moved(mover, order(path, content=_hash("image")))
 
-    def test_nothing_is_copied_from_where_nothing_can_be_removed(
+    def test_copy_from_folder_that_cannot_be_written_is_not_made(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A folder that is read-only, or another's: no copy is made, only to be withdrawn, at every try for months."""
@@ -1114,7 +1110,7 @@ class TestCrossing:
         assert dataset.tree() == {"Images/a.jpg": b"image"}
         moved(mover, order(path))
 
-    def test_an_interrupted_copy_leaves_nothing(self, dataset: Dataset, journal: Journal) -> None:
+    def test_copy_interrupted_leaves_nothing(self, dataset: Dataset, journal: Journal) -> None:
         """At a stop the image is where it was, and no part is left."""
         path = dataset.put("Images/a.jpg", bytes(3 << 20))
         with path.open("r+b") as file:
@@ -1125,7 +1121,7 @@ class TestCrossing:
         assert list(dataset.tree()) == ["Images/a.jpg"]
         assert journal.history.unfinished() == []
 
-    def test_a_source_that_changes_under_the_copy_is_not_published(self, dataset: Dataset, journal: Journal) -> None:
+    def test_copy_of_source_that_changes_is_not_published(self, dataset: Dataset, journal: Journal) -> None:
         """Its bytes are a mixture of two versions: they are thrown away, and the image is looked at again."""
         path = dataset.put("Images/a.jpg", bytes(b"x" * (2 << 20)))
 
@@ -1138,7 +1134,7 @@ class TestCrossing:
         assert failure(mover, order(path)) is MoveFailure.CHANGED
         assert list(dataset.tree()) == ["Images/a.jpg"]
 
-    def test_copies_run_where_they_are_submitted(self, dataset: Dataset, journal: Journal) -> None:
+    def test_copy_runs_where_it_is_submitted(self, dataset: Dataset, journal: Journal) -> None:
         """Other moves are answered at once; a copy made in another thread is answered when it comes to its end."""
         jobs: list[CopyJob] = []
         mover = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
@@ -1148,9 +1144,7 @@ class TestCrossing:
         assert journal.history.counts() == {"filed": 1}
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
 
-    def test_a_copy_under_way_is_not_recovered_and_its_image_not_moved_again(
-        self, dataset: Dataset, journal: Journal
-    ) -> None:
+    def test_copy_under_way_is_neither_recovered_nor_moved_again(self, dataset: Dataset, journal: Journal) -> None:
         """What the other thread is about is left to it, whatever is asked meanwhile and however often."""
         jobs: list[CopyJob] = []
         mover = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
@@ -1161,7 +1155,7 @@ class TestCrossing:
         mover.end(elsewhere(jobs))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
 
-    def test_an_interrupted_copy_is_taken_up_by_recovery(self, dataset: Dataset, journal: Journal) -> None:
+    def test_copy_interrupted_is_recovered(self, dataset: Dataset, journal: Journal) -> None:
         """A job that begins after the stop touches nothing: its intent is recovered like after a crash."""
         jobs: list[CopyJob] = []
         mover = Mover(dataset.root, journal, rename=crossing, submit=later(jobs), interrupted=lambda: True)
@@ -1173,7 +1167,7 @@ class TestCrossing:
         assert [one.progress.value for one in mover.recover()] == ["failed"]
         assert dataset.tree() == {"Images/a.jpg": b"image"}
 
-    def test_few_copies_are_handed_over_at_a_time(self, dataset: Dataset, journal: Journal) -> None:
+    def test_copy_number_under_way_is_limited(self, dataset: Dataset, journal: Journal) -> None:
         """The journal holds no thousands of intents; the others follow as copies end, and none is forgotten."""
         jobs: list[CopyJob] = []
         mover = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
@@ -1187,7 +1181,7 @@ class TestCrossing:
         assert told == 101
         assert journal.history.counts() == {"filed": 101}
 
-    def test_what_waits_for_a_copy_is_given_up_at_a_stop(self, dataset: Dataset, journal: Journal) -> None:
+    def test_give_up_answers_moves_that_wait_for_a_copy(self, dataset: Dataset, journal: Journal) -> None:
         """Nothing was written about it: it is answered at once and stands where it was."""
         jobs: list[CopyJob] = []
         mover = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
@@ -1198,7 +1192,7 @@ class TestCrossing:
         assert len(journal.history.unfinished()) == MOST_HANDED_OVER
         assert failure(mover, order(dataset.put("Images/late.jpg"))) is MoveFailure.BUSY
 
-    def test_an_undo_across_disks_ends_where_it_is_submitted(self, dataset: Dataset, journal: Journal) -> None:
+    def test_undo_across_disks_ends_where_it_is_submitted(self, dataset: Dataset, journal: Journal) -> None:
         """The answer comes later, and says what it would have said at once; the image is held."""
         jobs: list[CopyJob] = []
         mover = Mover(dataset.root, journal, rename=crossing, submit=later(jobs))
@@ -1210,7 +1204,7 @@ class TestCrossing:
         assert told.restored == f"{dataset.root}/Images/a.jpg"
         assert list(mover.held()) == [told.restored]
 
-    def test_a_source_that_is_written_while_it_is_copied_is_kept(
+    def test_copy_source_written_meanwhile_is_kept(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A writer that comes after the copy was published: both are kept, nothing that it wrote is lost."""
@@ -1229,7 +1223,7 @@ class TestCrossing:
         assert isinstance(answer, Moved)
         assert "also kept in Images" in answer.note == done(journal)[0].move.message
 
-    def test_a_copy_that_is_gone_keeps_its_source(
+    def test_copy_that_is_gone_keeps_its_source(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Whoever removes the copy at once does not lose the image."""
@@ -1246,7 +1240,7 @@ class TestCrossing:
         assert dataset.tree() == {"Images/a.jpg": b"image"}
 
     @pytest.mark.parametrize("cannot_link", [False, True])
-    def test_file_systems_that_cannot_refuse_still_do_not_overwrite(
+    def test_publish_without_noreplace_overwrites_nothing(
         self, dataset: Dataset, mover: Mover, monkeypatch: pytest.MonkeyPatch, *, cannot_link: bool
     ) -> None:
         """Without RENAME_NOREPLACE by link, and without links by a placeholder: a taken name is taken."""
@@ -1280,7 +1274,7 @@ class TestPlaceholders:
         monkeypatch.setattr("sortd.moving.copy.rename_new", refuse)
         return Mover(dataset.root, journal, rename=crossing)
 
-    def test_a_name_that_is_taken_at_the_last_moment_is_taken(
+    def test_publish_name_taken_at_the_last_moment_is_kept(
         self, dataset: Dataset, mover: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The placeholder is made only where nothing is."""
@@ -1293,7 +1287,7 @@ class TestPlaceholders:
         moved(mover, order(dataset.put("Images/a.jpg")))
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"the user's", "Dataset/cat/a (2).jpg": b"image"}
 
-    def test_a_placeholder_that_somebody_replaces_is_his(
+    def test_publish_replaced_placeholder_is_kept(
         self, dataset: Dataset, mover: Mover, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Only our own empty file is renamed over."""
@@ -1313,7 +1307,7 @@ class TestPlaceholders:
         assert dataset.tree() == {"Dataset/cat/a.jpg": b"the user's", "Images/a.jpg": b"image"}
 
 
-def test_four_movers_racing_for_equal_names_lose_nothing(tmp_path: Path) -> None:
+def test_move_all_four_movers_with_equal_names_lose_nothing(tmp_path: Path) -> None:
     """The kernel decides, also between processes that know nothing of each other."""
     datasets = [Dataset.below(tmp_path / f"{number}") for number in range(4)]
     shared = tmp_path / "shared"
