@@ -57,6 +57,10 @@ CREATE TABLE IF NOT EXISTS contents (
 ) WITHOUT ROWID;
 """
 
+_ENCODER_NUMBER = """
+INSERT INTO encoders (encoder_id) VALUES (?) ON CONFLICT DO UPDATE SET encoder_id = excluded.encoder_id RETURNING number
+"""
+
 _FROM_1 = "ALTER TABLE contents ADD COLUMN ctime_ns INTEGER NOT NULL DEFAULT 0;"
 
 KIND = b"sortd prototypes "
@@ -98,7 +102,6 @@ class Cache:
         self._path, self._max_bytes, self._report, self._clock = path, max_bytes, report, clock
         self._database: sqlite3.Connection | None = None
         self._files: tuple[tuple[int, int] | None, ...] = ()
-        self._numbers: dict[str, int] = {}  # of the encoders in the open file, by encoder_id; no row is ever removed
         self._reported: set[str] = set()
         self._prototypes = PrototypeFiles(path.parent / "prototypes", self._report_once)
         self._run(lambda _: None, None)
@@ -114,7 +117,6 @@ class Cache:
     def close(self) -> None:
         """Close the file; idempotent."""
         database, self._database = self._database, None
-        self._numbers.clear()
         if database is not None:
             with suppress(sqlite3.Error):  # whatever was not written can be computed again
                 database.close()
@@ -154,14 +156,12 @@ class Cache:
         today = self._today()
 
         def read(database: sqlite3.Connection) -> dict[str, FloatArray]:
-            encoder = self._number(database, encoder_id)
             found: dict[str, FloatArray] = {}
             stale = []
-            wanted = [bytes.fromhex(content) for content in contents] if encoder else []
+            wanted = [bytes.fromhex(content) for content in contents]
             for start in range(0, len(wanted), KEYS_A_QUERY):
-                for key, vector, checksum, used_day in _rows_of(
-                    database, encoder, wanted[start : start + KEYS_A_QUERY]
-                ):
+                rows = _rows_of(database, encoder_id, wanted[start : start + KEYS_A_QUERY])
+                for encoder, key, vector, checksum, used_day in rows:
                     if checksum != _checksum(encoder_id, key, vector):
                         continue  # it will be computed again and overwritten
                     found[key.hex()] = np.frombuffer(vector, "<f4")
@@ -180,9 +180,8 @@ class Cache:
         today = self._today()
 
         def write(database: sqlite3.Connection) -> None:
-            if encoder_id not in self._numbers:
-                database.execute("INSERT OR IGNORE INTO encoders (encoder_id) VALUES (?)", (encoder_id,))
-            encoder = self._number(database, encoder_id)
+            # The update changes nothing; it makes RETURNING give the number of a row that was there as well.
+            (encoder,) = database.execute(_ENCODER_NUMBER, (encoder_id,)).fetchone()
             rows = []
             for content, embedding in embeddings.items():
                 key, vector = bytes.fromhex(content), np.ascontiguousarray(embedding, "<f4").tobytes()
@@ -272,15 +271,6 @@ class Cache:
     def _identities(self) -> tuple[tuple[int, int] | None, ...]:
         return tuple(identity_of(f"{self._path}{suffix}") for suffix in ("", "-wal"))
 
-    def _number(self, database: sqlite3.Connection, encoder_id: str) -> int:
-        """Return the number of an encoder; 0 if it is unknown."""
-        if encoder_id not in self._numbers:
-            row = database.execute("SELECT number FROM encoders WHERE encoder_id = ?", (encoder_id,)).fetchone()
-            if row is None:
-                return 0
-            self._numbers[encoder_id] = int(row[0])
-        return self._numbers[encoder_id]
-
     def _today(self) -> int:
         return int(self._clock() // DAY_SECONDS)
 
@@ -322,10 +312,11 @@ def _is_same(path: str, stamp: Stamp, known_path: bytes, known_ctime_ns: int) ->
     return bool(stamp.mtime_ns % 1_000_000_000) or os.fsencode(path) == known_path
 
 
-def _rows_of(database: sqlite3.Connection, encoder: int, keys: Sequence[bytes]) -> sqlite3.Cursor:
+def _rows_of(database: sqlite3.Connection, encoder_id: str, keys: Sequence[bytes]) -> sqlite3.Cursor:
     marks = ",".join("?" * len(keys))
-    query = f"SELECT content, vector, checksum, used_day FROM embeddings WHERE encoder = ? AND content IN ({marks})"  # noqa: S608 - question marks only
-    return database.execute(query, (encoder, *keys))
+    columns = "SELECT encoder, content, vector, checksum, used_day FROM embeddings"
+    query = f"{columns} JOIN encoders ON number = encoder WHERE encoder_id = ? AND content IN ({marks})"
+    return database.execute(query, (encoder_id, *keys))
 
 
 def _prune(database: sqlite3.Connection) -> None:

@@ -493,3 +493,14 @@ with Cache(Path(sys.argv[1])) as cache:
     assert process.returncode == 0
     assert cache.embeddings({**theirs, **ours}, ENCODER).keys() == theirs.keys() | ours.keys()
     assert reports == []
+
+
+def test_cache_encoder_row_lost_while_open_is_written_again(cache: Cache, path: Path) -> None:
+    """A file that is restored in place loses the row of an encoder; what is stored later is found after a restart."""
+    first, second = embeddings(1), embeddings(1, seed=1)
+    cache.remember_embeddings(first, ENCODER)
+    with closing(sqlite3.connect(path)) as other, other:
+        other.execute("DELETE FROM encoders")
+    cache.remember_embeddings(second, ENCODER)
+    with Cache(path) as reopened:
+        assert list(reopened.embeddings(second, ENCODER)) == list(second)
