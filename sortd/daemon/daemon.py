@@ -337,7 +337,7 @@ class Daemon:
     def _periodic(self, now: float) -> None:
         due = self._timer.is_due
         self.datasets.catch_up()
-        if due("scan", now, self.config.rescan_seconds):
+        if not self._is_dry_run and due("scan", now, self.config.rescan_seconds):  # there, filed images stay in Images/
             self.datasets.scan()
         if self._watcher is not None and due("health", now, CHECK_SECONDS):
             self._watcher.health(now)
