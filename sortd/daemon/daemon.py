@@ -240,7 +240,8 @@ class Daemon:
             raise self.datasets.held_error or errors.LayoutError(
                 f"{self.config.root} holds no dataset (a folder with a Clases/); create one with `sortd init DIR`"
             )
-        self._timer.put_off("scan", monotonic() + self.config.rescan_seconds)
+        scan_seconds = float("inf") if self._is_dry_run else self.config.rescan_seconds  # its images stay in Images/
+        self._timer.put_off("scan", monotonic() + scan_seconds)
         if self.config.metrics.http_port is not None and not self._is_dry_run:
             self._closing.callback(self._metrics.serve(self.config.metrics.http_port, problem=self._idle_reason))
 
@@ -337,7 +338,7 @@ class Daemon:
     def _periodic(self, now: float) -> None:
         due = self._timer.is_due
         self.datasets.catch_up()
-        if not self._is_dry_run and due("scan", now, self.config.rescan_seconds):  # there, filed images stay in Images/
+        if due("scan", now, self.config.rescan_seconds):
             self.datasets.scan()
         if self._watcher is not None and due("health", now, CHECK_SECONDS):
             self._watcher.health(now)
