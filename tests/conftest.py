@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from sortd.encoder.finetuned import FinetunedFacts
+from sortd.store.journal import Journal
 from tests.daemon_process import make_dataset
+from tests.filing_world import Dataset
 from tests.finetuned_folder import make_vit
 from tests.tiny_clip import build_tiny_clip
 
@@ -95,3 +97,16 @@ def write_config(tmp_path: Path, tiny_clip: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """An empty dataset."""
+    return Dataset.below(tmp_path)
+
+
+@pytest.fixture
+def journal(dataset: Dataset) -> Iterator[Journal]:
+    """Its journal."""
+    with dataset.journal() as journal:
+        yield journal

@@ -134,7 +134,7 @@ class TestWhole:
         (finding,) = about(look(), Topic.FOLDERS, str(site / name), severity=Severity.ERROR)
         assert "nothing is moved" in finding.what
 
-    def test_check_damaged_journal_is_an_error_with_its_mend(self, site: Path, look: Check, tmp_path: Path) -> None:
+    def test_check_damaged_journal_is_an_error_with_advice(self, site: Path, look: Check, tmp_path: Path) -> None:
         """Before any sortd runs into it."""
         with open_dataset(Layout(site), tmp_path / "state") as opened:
             journal = opened.journal.path

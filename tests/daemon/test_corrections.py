@@ -37,13 +37,6 @@ def refuse(error: OSError) -> None:
 
 
 @pytest.fixture
-def journal(dataset: Dataset) -> Iterator[Journal]:
-    """Its journal."""
-    with dataset.journal() as journal:
-        yield journal
-
-
-@pytest.fixture
 def mover(dataset: Dataset, journal: Journal) -> Mover:
     """What moves its files."""
     return Mover(dataset.root, journal)

@@ -106,10 +106,10 @@ def test_pipeline_images_under_way_are_limited(pool: DecoderPool, tmp_path: Path
     """At most two batches are decoded, and so open, at a time."""
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=4)
-    lane = pipeline.open(recording.answers.extend)
-    pipeline.add(lane, pictures(tmp_path, 60))
+    opened = pipeline.open(recording.answers.extend)
+    pipeline.add(opened, pictures(tmp_path, 60))
     pipeline.advance()
-    left = len(lane.waiting)
+    left = len(opened.waiting)
     assert 60 - left - len(recording.answers) <= 8
     drain(pipeline)
 
@@ -120,12 +120,12 @@ def test_pipeline_processes_decode_during_a_forward(pool: DecoderPool, tmp_path:
     given: list[int] = []
 
     def encode(batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
-        given.append(lane.batch.unanswered + len(lane.batch.answers) + len(lane.batch.waiting))
+        given.append(opened.batch.unanswered + len(opened.batch.answers) + len(opened.batch.waiting))
         return recording.encode(batch)
 
     pipeline = Pipeline(pool, encode, batch_size=4)
-    lane = pipeline.open(recording.answers.extend)
-    pipeline.add(lane, pictures(tmp_path, 16))
+    opened = pipeline.open(recording.answers.extend)
+    pipeline.add(opened, pictures(tmp_path, 16))
     drain(pipeline)
     assert given[0] >= 4
 
@@ -136,11 +136,11 @@ def test_pipeline_closed_queue_leaves_nothing(pool: DecoderPool, tmp_path: Path)
     before = len(os.listdir("/proc/self/fd"))
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=4)
-    lane = pipeline.open(lambda _: None)
-    pipeline.add(lane, dropped)
+    opened = pipeline.open(lambda _: None)
+    pipeline.add(opened, dropped)
     pipeline.add(pipeline.open(recording.answers.extend), kept)
     pipeline.advance()
-    pipeline.close(lane)
+    pipeline.close(opened)
     drain(pipeline)
     assert sorted(answer.path for answer in recording.answers) == [path for path, _ in kept]
     assert len(os.listdir("/proc/self/fd")) == before
@@ -169,13 +169,13 @@ def test_embedder_references_let_other_queues_continue(tmp_path: Path) -> None:
     with DecoderPool(1, SEEN, DecodeLimits()) as decoders, Cache(tmp_path / "cache.sqlite") as cache:
         embedder = Embedder(FakeEncoder(), decoders, cache, batch_size=4)
         others: list[EmbeddedImage | ImageRefused] = []
-        lane = embedder.open(others.extend)
+        opened = embedder.open(others.extend)
         (one,) = pictures(tmp_path / "one", 1, seed=1)
         attended: list[str] = []
 
         def attend() -> None:
             if not attended:
-                embedder.add(lane, [one])
+                embedder.add(opened, [one])
             attended.append(threading.current_thread().name)
 
         bell = os.eventfd(0, os.EFD_NONBLOCK)

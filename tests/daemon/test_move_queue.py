@@ -1,10 +1,8 @@
-"""The outbox: moves carried out as a group, told once each, those that end later too."""
+"""The move_queue: moves carried out as a group, told once each, those that end later too."""
 
 import errno
 import os
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
@@ -45,144 +43,131 @@ class Copies:
 
 
 @pytest.fixture
-def dataset(tmp_path: Path) -> Dataset:
-    """A dataset with an inbox."""
-    return Dataset.below(tmp_path)
-
-
-@pytest.fixture
-def journal(dataset: Dataset) -> Iterator[Journal]:
-    """Its journal."""
-    with dataset.journal() as opened:
-        yield opened
-
-
-@pytest.fixture
 def copies() -> Copies:
     """Where copies to another file system wait."""
     return Copies()
 
 
 @pytest.fixture
-def outbox(dataset: Dataset, journal: Journal, copies: Copies) -> MoveQueue:
-    """An outbox whose every move is a copy."""
+def move_queue(dataset: Dataset, journal: Journal, copies: Copies) -> MoveQueue:
+    """An move_queue whose every move is a copy."""
     filing = Mover(dataset.root, journal, rename=crossing, submit=copies.submit)
     return MoveQueue(filing, DatasetLog("Set", Metrics()), history=journal.history, root=dataset.root)
 
 
-def fill(outbox: MoveQueue, dataset: Dataset, count: int) -> list[Move]:
+def fill(move_queue: MoveQueue, dataset: Dataset, count: int) -> list[Move]:
     """Ask for moves, the first of them alone so that it is known that they are copies."""
     moves = [order(dataset.put(f"Images/{number}.jpg", str(number))) for number in range(count)]
-    outbox.add(moves[0])
-    assert outbox.send() == []
+    move_queue.add(moves[0])
+    assert move_queue.send() == []
     for move in moves[1:]:
-        outbox.add(move)
+        move_queue.add(move)
     for _ in range(-(-count // GROUP)):
-        assert outbox.send() == []
+        assert move_queue.send() == []
     return moves
 
 
-def test_move_queue_copy_is_logged_when_it_has_ended(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
+def test_move_queue_copy_is_logged_when_it_has_ended(dataset: Dataset, move_queue: MoveQueue, copies: Copies) -> None:
     """One line each, with how long it took; nothing is due meanwhile, so that the loop can sleep."""
     with capture_logs() as lines:
-        fill(outbox, dataset, 2)
-        assert (outbox.is_due, lines) == (False, [])
-        ended = outbox.end(copies.run(2))
+        fill(move_queue, dataset, 2)
+        assert (move_queue.is_due, lines) == (False, [])
+        ended = move_queue.end(copies.run(2))
     assert [type(result) for result in ended] == [Moved, Moved]
     assert [(line["event"], line["move_ms"] >= 0) for line in lines] == [("image.filed", True)] * 2
 
 
 def test_move_queue_move_that_waits_is_due_when_a_copy_has_ended(
-    dataset: Dataset, outbox: MoveQueue, copies: Copies
+    dataset: Dataset, move_queue: MoveQueue, copies: Copies
 ) -> None:
     """So many at a time; the next one is handed over, and all come to their end."""
-    fill(outbox, dataset, MOST_HANDED_OVER + 2)
-    assert (len(copies.jobs), outbox.is_due) == (MOST_HANDED_OVER, False)
-    outbox.end(copies.run(1))
-    assert outbox.is_due
-    outbox.send()
-    assert (len(copies.jobs), outbox.is_due) == (MOST_HANDED_OVER, False)
+    fill(move_queue, dataset, MOST_HANDED_OVER + 2)
+    assert (len(copies.jobs), move_queue.is_due) == (MOST_HANDED_OVER, False)
+    move_queue.end(copies.run(1))
+    assert move_queue.is_due
+    move_queue.send()
+    assert (len(copies.jobs), move_queue.is_due) == (MOST_HANDED_OVER, False)
 
 
 def test_move_queue_disk_that_refuses_is_not_asked_for_each_that_waits(
-    dataset: Dataset, outbox: MoveQueue, copies: Copies
+    dataset: Dataset, move_queue: MoveQueue, copies: Copies
 ) -> None:
     """Those go back to the core without a line each; they are asked for again after its pause."""
-    fill(outbox, dataset, MOST_HANDED_OVER + 20)
+    fill(move_queue, dataset, MOST_HANDED_OVER + 20)
     (dataset.root / "Dataset/cat").rmdir()
     dataset.put("Dataset/cat", "a file in the way")
     with capture_logs() as lines:
-        ended = outbox.end(copies.run(1))
+        ended = move_queue.end(copies.run(1))
     failures = [result.failure for result in ended if isinstance(result, MoveFailed)]
     assert failures == [MoveFailure.DESTINATION] * 21
     assert [line["event"] for line in lines] == ["move.failed"]
-    assert not outbox.is_due
+    assert not move_queue.is_due
 
 
-def test_move_queue_absent_dataset_leaves_nothing_due(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
+def test_move_queue_absent_dataset_leaves_nothing_due(dataset: Dataset, move_queue: MoveQueue, copies: Copies) -> None:
     """What was gathered and what waits is answered at once: the loop must not spin until the disk is back."""
-    fill(outbox, dataset, MOST_HANDED_OVER + 5)
-    outbox.end(copies.run(2))
-    outbox.add(order(dataset.put("Images/late.jpg")))
-    assert outbox.is_due
-    assert len(outbox.refuse("not mounted")) == 6
-    assert not outbox.is_due
+    fill(move_queue, dataset, MOST_HANDED_OVER + 5)
+    move_queue.end(copies.run(2))
+    move_queue.add(order(dataset.put("Images/late.jpg")))
+    assert move_queue.is_due
+    assert len(move_queue.refuse("not mounted")) == 6
+    assert not move_queue.is_due
 
 
-def test_move_queue_stop_gives_up_what_waits(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
+def test_move_queue_stop_gives_up_what_waits(dataset: Dataset, move_queue: MoveQueue, copies: Copies) -> None:
     """Without a line each; what is under way is told when it was interrupted."""
-    fill(outbox, dataset, MOST_HANDED_OVER + 5)
-    assert {type(result) for result in outbox.give_up()} == {MoveFailed}
-    assert len(outbox.end(copies.run(MOST_HANDED_OVER))) == MOST_HANDED_OVER
+    fill(move_queue, dataset, MOST_HANDED_OVER + 5)
+    assert {type(result) for result in move_queue.give_up()} == {MoveFailed}
+    assert len(move_queue.end(copies.run(MOST_HANDED_OVER))) == MOST_HANDED_OVER
 
 
 def test_move_queue_version_asked_for_again_meanwhile_is_answered_twice(
-    dataset: Dataset, outbox: MoveQueue, copies: Copies
+    dataset: Dataset, move_queue: MoveQueue, copies: Copies
 ) -> None:
     """The second time it is said that the first move has not ended; the first one is told in the end."""
-    (move,) = fill(outbox, dataset, 1)
-    outbox.add(move)
+    (move,) = fill(move_queue, dataset, 1)
+    move_queue.add(move)
     with capture_logs() as lines:
-        assert [type(result) for result in outbox.send()] == [MoveFailed]
-        assert [type(result) for result in outbox.end(copies.run(1))] == [Moved]
+        assert [type(result) for result in move_queue.send()] == [MoveFailed]
+        assert [type(result) for result in move_queue.end(copies.run(1))] == [Moved]
     assert [line["event"] for line in lines] == ["move.failed", "image.filed"]
 
 
 def test_move_queue_companion_that_follows_or_cannot_is_unknown_to_the_core(
-    dataset: Dataset, outbox: MoveQueue, copies: Copies
+    dataset: Dataset, move_queue: MoveQueue, copies: Copies
 ) -> None:
     """It never asked for that move: what could not follow is found again by the next scan."""
-    fill(outbox, dataset, 1)
-    outbox.end(copies.run(1))
+    fill(move_queue, dataset, 1)
+    move_queue.end(copies.run(1))
     films = [dataset.put(f"Images/0.{suffix}", "a film") for suffix in ("mov", "mp4")]
     for film in films:
-        assert outbox.follow(Leave(str(film), Refusal.NOT_AN_IMAGE, "a film"))
+        assert move_queue.follow(Leave(str(film), Refusal.NOT_AN_IMAGE, "a film"))
     films[1].unlink()
-    heard = outbox.send() + outbox.end(copies.run(2))
+    heard = move_queue.send() + move_queue.end(copies.run(2))
     assert sorted(result.path for result in heard if isinstance(result, ImageGone)) == sorted(map(str, films))
 
 
-def test_move_queue_companion_follows_once(dataset: Dataset, outbox: MoveQueue, copies: Copies) -> None:
+def test_move_queue_companion_follows_once(dataset: Dataset, move_queue: MoveQueue, copies: Copies) -> None:
     """It is found when it is looked at, and again when its image's copy ends."""
-    fill(outbox, dataset, 2)
+    fill(move_queue, dataset, 2)
     film = dataset.put("Images/1.mov", "a film")
-    outbox.end(copies.run(1))
-    outbox.end(copies.run(1))
-    assert outbox.follow(Leave(str(film), Refusal.NOT_AN_IMAGE, "a film"))
-    outbox.send()
-    assert outbox.follow(Leave(str(film), Refusal.NOT_AN_IMAGE, "a film"))
-    assert outbox.send() == []
+    move_queue.end(copies.run(1))
+    move_queue.end(copies.run(1))
+    assert move_queue.follow(Leave(str(film), Refusal.NOT_AN_IMAGE, "a film"))
+    move_queue.send()
+    assert move_queue.follow(Leave(str(film), Refusal.NOT_AN_IMAGE, "a film"))
+    assert move_queue.send() == []
     assert len(copies.jobs) == 1
 
 
-def test_only_what_is_no_image_can_be_a_companion(dataset: Dataset, outbox: MoveQueue) -> None:
+def test_only_what_is_no_image_can_be_a_companion(dataset: Dataset, move_queue: MoveQueue) -> None:
     """A broken image of a companion's name stays an image; a companion that is gone by now is nobody's."""
     path = str(dataset.root / "Images" / "a.mov")
-    assert not outbox.follow(Leave(path, Refusal.UNREADABLE, "broken"))
-    assert not outbox.follow(Leave(path, Refusal.NOT_AN_IMAGE, "a film"))
+    assert not move_queue.follow(Leave(path, Refusal.UNREADABLE, "broken"))
+    assert not move_queue.follow(Leave(path, Refusal.NOT_AN_IMAGE, "a film"))
 
 
-def test_move_queue_failed_recovery_is_logged(dataset: Dataset, journal: Journal, outbox: MoveQueue) -> None:
+def test_move_queue_failed_recovery_is_logged(dataset: Dataset, journal: Journal, move_queue: MoveQueue) -> None:
     """A source that is gone and a copy that may be torn: its hidden name is in the log; of the others no word."""
     gone, standing = (
         MoveRecord(token * 16, "Images", "Dataset/cat", (MoveFile(Role.IMAGE, name, name, Stamp(1, 2, 3, 4)),))
@@ -193,7 +178,7 @@ def test_move_queue_failed_recovery_is_logged(dataset: Dataset, journal: Journal
     for one in (gone, standing):
         dataset.put(f"Dataset/cat/{one.part_name(0)}", "to")
     with capture_logs() as lines:
-        outbox.send()
+        move_queue.send()
     (line,) = lines
     assert (line["event"], line["log_level"]) == ("move.failed", "warning")
     assert line["path"] == f"{dataset.root}/Images/gone.jpg"
@@ -282,15 +267,15 @@ def test_admission_guesses_about_folders_are_bounded() -> None:
         assert len(crossings._crossed) <= MOST_GUESSES
 
 
-def test_outbox_more_moves_than_a_group_wait_for_the_next_turn(dataset: Dataset, journal: Journal) -> None:
+def test_move_queue_more_moves_than_a_group_wait_for_the_next_turn(dataset: Dataset, journal: Journal) -> None:
     """A turn of the loop is short, however many images were decided at once; the rest is due, and none is lost."""
-    outbox = MoveQueue(
+    move_queue = MoveQueue(
         Mover(dataset.root, journal), DatasetLog("Set", Metrics()), history=journal.history, root=dataset.root
     )
     for number in range(2 * GROUP + 1):
-        outbox.add(order(dataset.put(f"Images/{number}.jpg", str(number))))
+        move_queue.add(order(dataset.put(f"Images/{number}.jpg", str(number))))
     groups = []
-    while outbox.is_due:
-        groups.append(len(outbox.send()))
+    while move_queue.is_due:
+        groups.append(len(move_queue.send()))
     assert groups == [GROUP, GROUP, 1]
     assert len(journal.history.moves(Selection())) == 2 * GROUP + 1

@@ -35,19 +35,6 @@ def disk(place: Path) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-@pytest.fixture
-def dataset(tmp_path: Path) -> Dataset:
-    """An empty dataset."""
-    return Dataset.below(tmp_path)
-
-
-@pytest.fixture
-def journal(dataset: Dataset) -> Iterator[Journal]:
-    """Its journal."""
-    with dataset.journal() as journal:
-        yield journal
-
-
 def test_presence_dataset_of_another_sortd_is_a_problem(dataset: Dataset, journal: Journal) -> None:
     """Nothing is moved where two would move it."""
     (dataset.root / ".sortd").mkdir()

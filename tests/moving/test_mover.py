@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,19 +29,6 @@ from sortd.moving.undo import UndoResult
 from sortd.store.journal import Journal
 from sortd.store.records import Selection
 from tests.filing_world import Dataset, done, failure, moved, order
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Dataset:
-    """An empty dataset."""
-    return Dataset.below(tmp_path)
-
-
-@pytest.fixture
-def journal(dataset: Dataset) -> Iterator[Journal]:
-    """Its journal."""
-    with dataset.journal() as journal:
-        yield journal
 
 
 def crossing(*names: int | str) -> None:

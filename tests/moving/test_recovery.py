@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,13 +26,6 @@ def dataset(tmp_path: Path) -> Dataset:
     dataset = Dataset.below(tmp_path)
     (dataset.root / "Dataset/cat").mkdir(parents=True)
     return dataset
-
-
-@pytest.fixture
-def journal(dataset: Dataset) -> Iterator[Journal]:
-    """Its journal."""
-    with dataset.journal() as journal:
-        yield journal
 
 
 class Crash:
