@@ -9,6 +9,7 @@ the decoding and the prompts are those of sortd, so what is printed is what the 
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.decisions import Features, support_of
 from benchmarks.harness import argument_parser, print_json
@@ -26,14 +27,25 @@ BATCH = 64
 DRAWS = 5
 
 
+def photos_of(folder: Path) -> list[tuple[int, Path]]:
+    """Return the index of the class and the path of each photo, in order."""
+    labels = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return [(index, path) for index, label in enumerate(labels) for path in sorted((folder / label).iterdir())]
+
+
+def embed_files(encoder: Encoder, paths: list[Path]) -> npt.NDArray[np.float32]:
+    """Return the embeddings (B, d) of images as the daemon would make them."""
+    pixels = [decode_file(str(path), encoder.preprocessing, DecodeLimits()) for path in paths]
+    batches = [np.stack(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
+    return np.concatenate([encoder.encode_images(batch) for batch in batches])
+
+
 def embed_folder(encoder: Encoder, folder: Path) -> Features:
     """Return the photos of a folder, which are pool and queries, and the names of its classes."""
-    labels = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    files = [(index, path) for index, label in enumerate(labels) for path in sorted((folder / label).iterdir())]
-    pixels = [decode_file(str(path), encoder.preprocessing, DecodeLimits()) for _, path in files]
-    batches = [np.stack(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
-    rows = np.concatenate([encoder.encode_images(batch) for batch in batches])
+    files = photos_of(folder)
+    rows = embed_files(encoder, [path for _, path in files])
     classes = np.array([index for index, _ in files])
+    labels = sorted({path.parent.name for _, path in files})
     names = np.stack([encoder.encode_texts(prompts(label, (), DEFAULT_TEMPLATES)).mean(axis=0) for label in labels])
     text = (names / np.linalg.norm(names, axis=1, keepdims=True)).astype(np.float32)
     generic = encoder.encode_texts([p for noun in GENERIC_NOUNS for p in prompts(noun, (), DEFAULT_TEMPLATES)])

@@ -8,6 +8,7 @@ import numpy as np
 from sortd.arrays import Array, FloatArray, IntArray
 from sortd.classify.blend import Blend, fit_blends
 from sortd.classify.calibration import (
+    NEVER,
     Calibration,
     HeldOutOutcomes,
     balanced_accuracy,
@@ -20,7 +21,7 @@ from sortd.classify.calibration import (
 from sortd.classify.kernel import BLOCK, Plain, plain_held_out
 from sortd.classify.leave_one_out import background_distances, remoteness_left_out
 from sortd.classify.library import Library, Pause, class_means, count_classes, make_library, no_pause, parts, unit_rows
-from sortd.classify.open_set import OpenSetScores, leave_classes_out, nearest_cosines
+from sortd.classify.open_set import OpenSetScores, Strangers, leave_classes_out, nearest_cosines
 from sortd.classify.prototypes import BlendRule, PrototypeSet, Whitening
 from sortd.classify.types import BLENDED, DecisionSettings, SupportSet
 from sortd.events import Mode
@@ -51,7 +52,7 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int, p
         encoder_id=support.encoder_id,
         fingerprint=support.fingerprint,
         settings=settings,
-        calibration=Calibration(confidence=settings.abstain.precision if settings.abstain is not None else 0.0),
+        calibration=Calibration(confidence=NEVER if settings.abstain is not None else 0.0),
         sources=tuple(support.sources[index] for index in order),
         references=references.astype(np.float32),
         classes=classes,
@@ -124,16 +125,19 @@ def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend, pause: 
         accuracy = balanced_accuracy(right, own, classes)
         calibration = Calibration(held_out=len(own), accuracy=accuracy, filed_expected=1.0, **facts)
         return replace(prototypes, calibration=calibration, recall=recall)
-    open_set = _open_set_scores(library, blend, best, pause, with_typicality=settings.mode in BLENDED)
+    null: Strangers | None = None
+    if settings.mode in BLENDED or settings.abstain.strangers != "auto":
+        null = leave_classes_out(library.rows, library.classes, library.counts, pause=pause)
+    open_set = held_out_open_set(library, blend, best, with_typicality=settings.mode in BLENDED, pause=pause)
     facts |= calibrate_knowns(
         HeldOutOutcomes(confidence, right, own, open_set),
         settings.abstain.precision,
         classes=classes,
         foreign_cosines=np.zeros(0) if right.any() else _foreign_cosines(library, pause),
         nothing_held_out="no class has two different images",
+        null=null,
     )
-    if settings.abstain.strangers != "auto":
-        null = leave_classes_out(library.rows, library.classes, library.counts, pause=pause)
+    if settings.abstain.strangers != "auto" and null is not None:
         facts |= calibrate_strangers(null, settings.abstain.strangers, facts["notes"])
         prototypes = replace(prototypes, null=null)
     return replace(prototypes, calibration=Calibration(**facts), recall=recall)
@@ -161,10 +165,10 @@ def plain_temperature(table: Array, own: IntArray, *, pause: Pause = no_pause) -
     return fit_temperature(table, own, weights, typical=TYPICAL_TEMPERATURE, spread=spread, pause=pause)[0]
 
 
-def _open_set_scores(
-    library: Library, blend: Blend, best: IntArray, pause: Pause, *, with_typicality: bool
+def held_out_open_set(
+    library: Library, blend: Blend, best: IntArray, *, with_typicality: bool, pause: Pause = no_pause
 ) -> OpenSetScores:
-    """Return the open-set scores of the R held-out references."""
+    """Return the open-set scores of the R held-out references for their best classes (R,)."""
     rows, classes, fit = library.rows, library.classes, blend.fit
     chosen = fit.held.chosen
     if np.count_nonzero(library.counts) < 2 or not len(chosen):  # noqa: PLR2004 - no centre between classes

@@ -13,12 +13,23 @@ from sortd.classify.types import AbstainSettings
 
 EXAMINED = 32
 """Highest scores of a row that enter the softmax while the temperature is fitted; the rest is negligible."""
-SHARE_OF_ERRORS = 0.75
-"""Share of the errors that ``precision`` allows which may occur in leave-one-out: references resemble each other more
-than new images resemble them (on two of four public sets leave-one-out accuracy is 3 to 6 points too high)."""
 PSEUDO_REFERENCES = 20.0
-"""Weight, in references, of the calibrated confidence as a prior of the precision, since few held-out references prove
+"""Weight, in references, of the corrected confidence as a prior of the precision, since few held-out references prove
 little."""
+PSEUDO_ERRORS = 0.5
+"""Errors that are added to those of the held-out references, so that a few right ones do not prove 98 %."""
+SHIFTS = np.linspace(-8.0, 3.0, 221)
+"""Corrections of the log odds that are tried."""
+TYPICAL_SHIFT, SHIFT_SPREAD = -0.5, 1.0
+"""Mean and standard deviation of the normal prior of the correction: few references, and they choose the temperature
+that judges them, so that their confidence is rather too high than too low."""
+SHIFT_LEVEL = 0.1
+"""Quantile of the posterior of the correction that is used: its lower bound with 90 % confidence."""
+NEW_IMAGES_SHIFT = -1.0
+"""Further correction for images that are not references: references resemble each other more than new images resemble
+them. This and the five constants above were fitted on the figures of ``benchmarks/promise.py`` (docs/decisions.md)."""
+NEVER = 1.1
+"""The least confidence with which no image is filed."""
 CURVE_POINTS = 48
 CAUTIOUS_CLASSES = 20
 """Number of classes with which the threshold for strangers is half of the share in force: strangers differ by class,
@@ -43,7 +54,9 @@ class Calibration:
     confidence: float = 0.0  # least confidence of a filed image
     precision_wanted: float | None = None
     precision_attainable: float | None = None  # largest estimated precision of any threshold
-    precision_expected: float | None = None  # held-out precision of what is filed
+    precision_expected: float | None = None  # cautious estimate of the precision of what is filed
+    filed_held_out: int = 0  # held-out images that are filed
+    right_held_out: int = 0  # of these, the right ones
     filed_expected: float | None = None  # held-out share of known images that is filed
     gate: Gate | None = None
     strangers_wanted: float | None = None
@@ -162,40 +175,67 @@ def fit_temperature(
     return best[1], best[2]
 
 
-def choose_threshold(confidence: Array, right: BoolArray, weights: Array, wanted: float) -> Threshold:
-    """Return the least confidence at which the estimated precision reaches the wanted one.
+def corrected_confidence(confidence: Array, right: BoolArray, weights: Array) -> Array:
+    """Return (R,) confidence as it should be for new images, from that of held-out images.
 
-    If there is none, the threshold is above the confidence of every error, and at least the wanted precision.
+    The log odds are shifted by a lower bound of the shift that explains the R outcomes (``SHIFTS``), and by
+    NEW_IMAGES_SHIFT. ``weights`` (R,) are those of ``balanced_weights``.
+    """
+    odds = np.log(np.clip(confidence, 1e-6, 1.0)) - np.log(np.clip(1.0 - confidence, 1e-6, 1.0))
+    shifted = odds[:, None] + SHIFTS
+    likelihood = (
+        weights * _share_of_independent(weights) @ -np.logaddexp(0.0, np.where(right[:, None], -shifted, shifted))
+    )
+    likelihood -= 0.5 * np.square((SHIFTS - TYPICAL_SHIFT) / SHIFT_SPREAD)
+    posterior = np.cumsum(np.exp(likelihood - likelihood.max()))
+    bound = float(np.interp(SHIFT_LEVEL, posterior / posterior[-1], SHIFTS))
+    return np.asarray(1.0 / (1.0 + np.exp(-(odds + bound + NEW_IMAGES_SHIFT))), dtype=np.float64)
+
+
+def _share_of_independent(weights: Array) -> float:
+    """Return the number of equally weighted images that are worth as much as R weighted ones, over R (Kish, 1965)."""
+    return float(np.square(weights.sum()) / np.square(weights).sum() / len(weights)) if len(weights) else 1.0
+
+
+def choose_threshold(confidence: Array, corrected: Array, right: BoolArray, weights: Array, wanted: float) -> Threshold:
+    """Return the least confidence at which the estimated precision reaches the wanted one; NEVER if there is none.
+
+    Args:
+        confidence: (R,) of held-out images.
+        corrected: (R,) what ``corrected_confidence`` makes of it.
+        right: (R,) whether the chosen class is correct.
+        weights: (R,) of the images; they sum to R or less.
+        wanted: the precision.
     """
     order = np.argsort(-confidence, kind="stable")
-    estimate = _estimates(confidence[order], right[order], weights[order])
-    target = 1.0 - (1.0 - wanted) * SHARE_OF_ERRORS
+    estimate = _estimates(corrected[order], right[order], weights[order])
     attainable = float(estimate.max(initial=0.0))
-    fulfils = np.flatnonzero(estimate >= target)
-    if fulfils.size:
-        last = int(fulfils[-1])
-        return Threshold(_just_below(confidence[order], last), attainable, is_attained=True)
-    wrong = confidence[~right]
-    beyond = float(np.nextafter(wrong.max(), 2.0)) if wrong.size else 0.0
-    return Threshold(max(beyond, wanted), attainable, is_attained=False)
+    fulfils = np.flatnonzero(estimate >= wanted)
+    if not fulfils.size:
+        return Threshold(NEVER, attainable, is_attained=False)
+    return Threshold(_just_below(confidence[order], int(fulfils[-1])), attainable, is_attained=True)
 
 
-def precision_curve(confidence: Array, right: BoolArray, weights: Array) -> list[tuple[float, float, float]]:
-    """Return points (least confidence, share filed, precision), the highest confidence first."""
+def precision_curve(
+    confidence: Array, corrected: Array, right: BoolArray, weights: Array
+) -> list[tuple[float, float, float]]:
+    """Return points (least confidence, share of all, estimated precision), the highest confidence first."""
     if not len(confidence):
         return []
     order = np.argsort(-confidence, kind="stable")
-    estimate = _estimates(confidence[order], right[order], weights[order])
+    estimate = _estimates(corrected[order], right[order], weights[order])
     filed = np.cumsum(weights[order]) / weights.sum()
     points = np.unique(np.linspace(0, len(order) - 1, CURVE_POINTS).astype(np.int64))
     return [(float(confidence[order][at]), float(filed[at]), float(estimate[at])) for at in points]
 
 
-def _estimates(confidence: Array, right: BoolArray, weights: Array) -> Array:
-    """Return the estimated precision of the first 1, 2, 3… decisions by descending confidence."""
+def _estimates(corrected: Array, right: BoolArray, weights: Array) -> Array:
+    """Return the cautious estimate of the precision of the first 1, 2, 3… decisions by descending confidence."""
+    weights = weights * _share_of_independent(weights)
     counted = np.cumsum(weights)
-    believed = PSEUDO_REFERENCES * np.cumsum(weights * confidence) / counted
-    return np.asarray((np.cumsum(weights * right) + believed) / (counted + PSEUDO_REFERENCES), dtype=np.float64)
+    believed = PSEUDO_REFERENCES * np.cumsum(weights * corrected) / counted
+    seen = np.cumsum(weights * right) + believed
+    return np.asarray(seen / (counted + PSEUDO_REFERENCES + PSEUDO_ERRORS), dtype=np.float64)
 
 
 def _just_below(confidence: Array, last: int) -> float:
@@ -205,7 +245,13 @@ def _just_below(confidence: Array, last: int) -> float:
 
 
 def calibrate_knowns(
-    outcomes: HeldOutOutcomes, precision: float, *, classes: int, foreign_cosines: Array, nothing_held_out: str
+    outcomes: HeldOutOutcomes,
+    precision: float,
+    *,
+    classes: int,
+    foreign_cosines: Array,
+    nothing_held_out: str,
+    null: Strangers | None = None,
 ) -> dict[str, Any]:
     """Return the fields of a Calibration about known images.
 
@@ -215,31 +261,39 @@ def calibrate_knowns(
         classes: number of classes.
         foreign_cosines: (N,) cosines for ``foreign_gate``, used if no held-out decision is correct.
         nothing_held_out: the note if R is 0.
+        null: scores of references whose class is left out, for ``known_gate``.
     """
     own, right, confidence, open_set = outcomes.own, outcomes.right, outcomes.confidence, outcomes.open_set
     count, weights = len(own), balanced_weights(own, classes)
-    threshold = choose_threshold(confidence, right, weights, precision)
     gate = None
+    is_familiar = np.ones(count, np.bool_)
     if open_set is not None and right.any():
-        gate = known_gate(open_set, confidence, right, least_confidence=threshold.confidence, classes=classes)
+        gate = known_gate(open_set, confidence, right, classes=classes, null=null)
+        is_familiar = gate.familiarity(open_set, confidence) >= gate.least
     elif len(foreign_cosines):
         gate = foreign_gate(foreign_cosines)
     facts: dict[str, Any] = {"held_out": count, "precision_wanted": precision, "gate": gate}
     if not count:
-        return {**facts, "confidence": precision, "notes": (f"{nothing_held_out}, so no precision can be estimated",)}
-    filed = confidence >= threshold.confidence
-    if gate is not None and open_set is not None:
-        filed &= gate.familiarity(open_set, confidence) >= gate.least
+        return {**facts, "confidence": NEVER, "notes": (f"{nothing_held_out}, so nothing vouches for a precision",)}
+    corrected = corrected_confidence(confidence, right, weights)
+    judged = confidence[is_familiar], corrected[is_familiar], right[is_familiar], weights[is_familiar]
+    threshold = choose_threshold(*judged, precision)
+    filed = is_familiar & (confidence >= threshold.confidence)
+    curve = precision_curve(*judged)
     held_out = "references" if open_set is not None else "held-out images"
-    note = f"precision {precision:g} is not reached: {count} {held_out} allow at most {threshold.attainable:.3f}"
+    note = f"precision {precision:g} is not reached: {count} {held_out} vouch for at most {threshold.attainable:.3f}"
     return {
         **facts,
         "accuracy": balanced_accuracy(right, own, classes),
         "confidence": threshold.confidence,
         "precision_attainable": threshold.attainable,
-        "precision_expected": float(weights @ (filed & right) / (weights @ filed)) if filed.any() else None,
+        "precision_expected": float(_estimates(corrected[filed], right[filed], weights[filed])[-1])
+        if filed.any()
+        else None,
         "filed_expected": float(weights @ filed / weights.sum()),
-        "curve": tuple(precision_curve(confidence, right, weights)),
+        "filed_held_out": int(filed.sum()),
+        "right_held_out": int((filed & right).sum()),
+        "curve": tuple((least, share * float(is_familiar @ weights) / count, value) for least, share, value in curve),
         "notes": () if threshold.is_attained else (note,),
     }
 

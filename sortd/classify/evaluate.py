@@ -7,21 +7,22 @@ from typing import Any
 import numpy as np
 
 from sortd.arrays import IntArray
-from sortd.classify.blend import fit_blends
-from sortd.classify.build import build
+from sortd.classify.blend import Blend, fit_blends
+from sortd.classify.build import build, held_out_open_set
 from sortd.classify.calibration import (
     HeldOutOutcomes,
     balanced_accuracy,
     balanced_weights,
     calibrate_knowns,
+    corrected_confidence,
     precision_curve,
 )
 from sortd.classify.decide import decide
 from sortd.classify.held_out import LARGEST_ROWS, LeaveOneOutResult, leave_out_blend, leave_out_plain, merge_references
 from sortd.classify.library import Library, duplicate_distance, parts, unit_rows
-from sortd.classify.open_set import OpenSetScores, nearest_cosines
+from sortd.classify.open_set import leave_classes_out, nearest_cosines
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
+from sortd.classify.types import BLENDED, AbstainSettings, DecisionSettings, SupportSet
 from sortd.events import Mode
 
 PREFERRED = (Mode.MIXED, Mode.BEST, Mode.MEAN, Mode.MAX, Mode.AVG, Mode.TEXT)
@@ -142,13 +143,13 @@ def evaluate(
     prototypes = build(support, settings, generation=0)
     keep(prototypes)
     library = merge_references(prototypes, support)
-    judgements = _judgements(prototypes, support, library)
+    judgements, blends = _judgements(prototypes, support, library)
     reports = tuple(_mode_report(mode, judgement, len(support.labels)) for mode, judgement in judgements.items())
     mode = settings.mode if settings.mode in judgements else Mode.MEAN
     mine = judgements.get(mode)
     half = _half_accuracy(support, replace(settings, abstain=None))
     whole = next((report.distinct_accuracy for report in reports if report.mode == mode.value), None)
-    trade_offs = _trade_offs(library, mine, settings.abstain) if mine is not None else ()
+    trade_offs = () if mine is None else _trade_offs(library, mine, mode, blends[mode is Mode.MIXED], settings.abstain)
     return EvaluationReport(
         encoder_id=support.encoder_id,
         classes=len(support.labels),
@@ -173,22 +174,25 @@ def _part(support: SupportSet, rows: IntArray) -> SupportSet:
     return replace(support, embeddings=support.embeddings[rows], classes=support.classes[rows], sources=sources)
 
 
-def _judgements(prototypes: PrototypeSet, support: SupportSet, library: Library) -> dict[Mode, LeaveOneOutResult]:
+def _judgements(
+    prototypes: PrototypeSet, support: SupportSet, library: Library
+) -> tuple[dict[Mode, LeaveOneOutResult], tuple[Blend, ...]]:
+    """Return the results by mode, and the blends of ``best`` and ``mixed``; nothing without references."""
     if not len(support.sources):
-        return {}
+        return {}, ()
     plain = [Mode.AVG, Mode.MAX, Mode.MEAN] + ([Mode.TEXT] if support.text is not None else [])
     found = {mode: leave_out_plain(mode, prototypes, library) for mode in plain}
     best, mixed = fit_blends(library, largest=LARGEST_ROWS)
     found[Mode.BEST] = leave_out_blend(Mode.BEST, prototypes, library, best)
     is_same = mixed is best
     found[Mode.MIXED] = found[Mode.BEST] if is_same else leave_out_blend(Mode.MIXED, prototypes, library, mixed)
-    return found
+    return found, (best, mixed)
 
 
 def _mode_report(mode: Mode, judgement: LeaveOneOutResult, classes: int) -> ModeReport:
     right = judgement.best == judgement.own
     apart = judgement.distinct_best == judgement.distinct_own
-    weights = balanced_weights(judgement.distinct_own, classes)
+    weights, confidence = balanced_weights(judgement.distinct_own, classes), judgement.distinct_confidence
     return ModeReport(
         mode=mode.value,
         judged=len(right),
@@ -197,7 +201,7 @@ def _mode_report(mode: Mode, judgement: LeaveOneOutResult, classes: int) -> Mode
         balanced_accuracy=balanced_accuracy(right, judgement.own, classes),
         distinct_accuracy=balanced_accuracy(apart, judgement.distinct_own, classes),
         distinct_judged=len(apart),
-        curve=tuple(precision_curve(judgement.distinct_confidence, apart, weights)),
+        curve=tuple(precision_curve(confidence, corrected_confidence(confidence, apart, weights), apart, weights)),
     )
 
 
@@ -296,18 +300,24 @@ def _outliers(library: Library) -> list[tuple[float, int]]:
 
 
 def _trade_offs(
-    library: Library, judgement: LeaveOneOutResult, abstain: AbstainSettings | None
+    library: Library, judgement: LeaveOneOutResult, mode: Mode, blend: Blend, abstain: AbstainSettings | None
 ) -> tuple[TradeOff, ...]:
-    own, best = judgement.distinct_own, judgement.distinct_best
-    alone = np.flatnonzero(np.isin(library.leaders, judgement.distinct_rows))
-    cosine = nearest_cosines(library.rows[alone], best, library.rows, library.classes, alone)
-    outcomes = HeldOutOutcomes(judgement.distinct_confidence, best == own, own, OpenSetScores(cosine, None, None))
+    kept = np.isin(judgement.distinct_rows, library.leaders[blend.fit.held.chosen])
+    own, best = judgement.distinct_own[kept], judgement.distinct_best[kept]
     if not len(own):
         return ()
+    open_set = held_out_open_set(library, blend, best, with_typicality=mode in BLENDED)
+    outcomes = HeldOutOutcomes(judgement.distinct_confidence[kept], best == own, own, open_set)
+    null = leave_classes_out(library.rows, library.classes, library.counts) if mode in BLENDED else None
     found = []
     for precision in sorted({*PRECISIONS, *(() if abstain is None else (abstain.precision,))}):
         facts = calibrate_knowns(
-            outcomes, precision, classes=len(library.counts), foreign_cosines=np.zeros(0), nothing_held_out=""
+            outcomes,
+            precision,
+            classes=len(library.counts),
+            foreign_cosines=np.zeros(0),
+            nothing_held_out="",
+            null=null,
         )
         found.append(TradeOff(precision, facts["filed_expected"], facts["precision_expected"], not facts["notes"]))
     return tuple(found)

@@ -180,7 +180,10 @@ def agreement(exact: SupportSet, quick: SupportSet, settings: DecisionSettings) 
 
 
 def _judged(support: SupportSet, settings: DecisionSettings) -> tuple[LeaveOneOutResult, float]:
-    """Return the leave-one-out decisions of a support set, and the least confidence of a filed image."""
+    """Return the leave-one-out decisions of a support set, and the least confidence of those that are compared.
+
+    That is the precision wanted where the references vouch for none, since a verdict is needed there too.
+    """
     prototypes = build(support, settings, generation=0)
     library = merge_references(prototypes, support)
     mode = Mode.MEAN if settings.mode is Mode.TEXT and support.text is None else settings.mode
@@ -189,7 +192,8 @@ def _judged(support: SupportSet, settings: DecisionSettings) -> tuple[LeaveOneOu
         found = leave_out_blend(mode, prototypes, library, best if mode is Mode.BEST else mixed)
     else:
         found = leave_out_plain(mode, prototypes, library)
-    return found, prototypes.calibration.confidence
+    least = prototypes.calibration.confidence
+    return found, least if settings.abstain is None else min(least, settings.abstain.precision)
 
 
 def pooled(compared: Mapping[str, Agreement]) -> Agreement:

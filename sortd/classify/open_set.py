@@ -1,6 +1,7 @@
 """Open-set detection: the familiarity gate, and stranger scores by leaving classes out; see docs/decisions.md."""
 
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,11 @@ Moments = tuple[float, float]
 """Mean and standard deviation of one statistic among known images."""
 Rows = npt.NDArray[np.floating]
 
-KNOWN_REFUSED = 0.10
-"""Share of known images that the gate refuses; many of them are too near to another class anyway."""
+KNOWN_REFUSED = np.linspace(0.10, 0.40, 31)
+"""Shares of known images that the gate may refuse. The least of them is taken that keeps STRANGERS_KEPT out, since what
+strangers of the classes look like differs between libraries: at 0.10, 5 to 60 % of them were filed."""
+STRANGERS_KEPT = 0.15
+"""Share of the references of left-out classes that may be as typical of another class as known images are."""
 FEW_CLASSES = 5
 """With more classes than this, the weight of the remoteness falls by the root of their number: they fill the space
 around the centre, so that strangers are seldom far from it."""
@@ -30,8 +34,6 @@ LEAST_WHOLE_SPREAD = 1.0
 FEW = 20
 """With fewer held-out references, the gate is a quantile of a normal distribution. The least of a dozen observed values
 filed 72 % of known images and 22 % of near strangers; this files 68 and 14 %."""
-NORMAL_QUANTILE = -1.2816
-"""The quantile KNOWN_REFUSED of the standard normal distribution."""
 STRANGER_QUANTILE = 0.25
 """If no class has two images, the cosine gate is this quantile of the cosines between classes."""
 LOGISTIC = 1.702
@@ -102,19 +104,17 @@ def log_odds(confidence: Array) -> Array:
 
 
 def known_gate(
-    open_set: OpenSetScores, confidence: Array, right: BoolArray, *, least_confidence: float, classes: int
+    open_set: OpenSetScores, confidence: Array, right: BoolArray, *, classes: int, null: "Strangers | None" = None
 ) -> Gate:
-    """Return a gate that refuses KNOWN_REFUSED of the held-out references that would be filed.
+    """Return a gate that refuses a share of KNOWN_REFUSED of the held-out references whose best class is correct.
 
     Args:
         open_set: of R held-out references.
         confidence: (R,) probability of the best class.
         right: (R,) whether the best class is correct; at least one is.
-        least_confidence: of a filed image.
         classes: number of classes.
+        null: scores of references whose class is left out; None refuses the smallest share.
     """
-    filed = right & (confidence >= least_confidence)
-    filed = filed if filed.any() else right
     gate = Gate(
         least=0.0,
         cosine=_moments(open_set.cosine[right], LEAST_COSINE_SPREAD),
@@ -124,7 +124,10 @@ def known_gate(
         share_of_remoteness=float(np.sqrt(min(1.0, FEW_CLASSES / max(classes, 1)))),
     )
     gate = replace(gate, whole=_moments(gate.familiarity(open_set, confidence)[right], LEAST_WHOLE_SPREAD))
-    return replace(gate, least=_low(gate.familiarity(open_set, confidence)[filed]))
+    refused = float(KNOWN_REFUSED[0])
+    if null is not None and len(null.weights) and open_set.typicality is not None:
+        refused = _share_to_refuse(open_set.typicality[right], null)
+    return replace(gate, least=_low(gate.familiarity(open_set, confidence)[right], refused))
 
 
 def foreign_gate(cosines: Array) -> Gate:
@@ -142,10 +145,19 @@ def _relative_moments(values: Array) -> Moments:
     return _moments(values, max(LEAST_RELATIVE_SPREAD * abs(float(values.mean())), 1e-6))
 
 
-def _low(values: Array) -> float:
+def _low(values: Array, share: float) -> float:
+    """Return the quantile of known values; of a normal distribution if they are few."""
     if len(values) < FEW:
-        return float(values.mean() + NORMAL_QUANTILE * values.std())
-    return float(np.quantile(values, KNOWN_REFUSED))
+        return float(values.mean() + NormalDist().inv_cdf(share) * values.std())
+    return float(np.quantile(values, share))
+
+
+def _share_to_refuse(known: Array, null: "Strangers") -> float:
+    total = null.weights.sum()
+    for share in KNOWN_REFUSED:
+        if float(null.weights @ (null.typicality >= _low(known, float(share))) / total) <= STRANGERS_KEPT:
+            return float(share)
+    return float(KNOWN_REFUSED[-1])
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,7 @@ DESCRIPTIONS_LIMIT_BYTES = 64 * 1024
 """The part of a description file that is read."""
 TEXT_CLASSES_LIMIT = 500
 """With more classes, names are embedded only for the modes that need them: each takes eight forward passes."""
-SHAPE_VERSION = 2
+SHAPE_VERSION = 3
 """Part of every fingerprint: increase it when the same folder gives another support set than before."""
 
 

@@ -7,9 +7,11 @@ import pytest
 
 from sortd.classify.build import build
 from sortd.classify.calibration import (
+    NEVER,
     Calibration,
     balanced_weights,
     choose_threshold,
+    corrected_confidence,
     fit_temperature,
     log_softmax,
     precision_curve,
@@ -77,16 +79,32 @@ class TestConfidence:
         generator = np.random.default_rng(1)
         confidence = generator.random(5000)
         right = generator.random(5000) < confidence
-        found = choose_threshold(confidence, right, np.ones(5000), 0.9)
+        corrected = corrected_confidence(confidence, right, np.ones(5000))
+        found = choose_threshold(confidence, corrected, right, np.ones(5000), 0.9)
         assert found.is_attained
-        assert right[confidence >= found.confidence].mean() == pytest.approx(0.925, abs=0.01)
+        assert right[confidence >= found.confidence].mean() == pytest.approx(0.9, abs=0.01)
+
+    def test_corrected_confidence_few_outcomes_is_lower_than_with_many(self) -> None:
+        """A few right outcomes do not raise the confidence, many do, and wrong ones lower it."""
+        many, few = (corrected_confidence(np.full(n, 0.97), np.ones(n, bool), np.ones(n))[0] for n in (2000, 4))
+        assert few < 0.97
+        assert few < many
+        assert corrected_confidence(np.full(12, 0.97), np.arange(12) % 3 == 0, np.ones(12))[0] < 0.6
+
+    def test_choose_threshold_few_right_references_prove_little(self) -> None:
+        """Eight right references do not vouch for 98 % however sure they are, nor two for 95 %."""
+        for count, wanted in ((8, 0.98), (2, 0.95)):
+            sure, right, weights = np.full(count, 0.99), np.ones(count, bool), np.ones(count)
+            found = choose_threshold(sure, corrected_confidence(sure, right, weights), right, weights, wanted)
+            assert found.confidence == NEVER
 
     def test_what_cannot_be_had_is_said(self) -> None:
-        """Where half of the surest are wrong, the threshold is beyond all of them and the attainable share is told."""
+        """Where half of the surest are wrong, nothing is filed and the attainable share is told."""
         confidence, right = np.linspace(0.5, 0.99, 100), np.arange(100) % 2 == 0
-        found = choose_threshold(confidence, right, np.ones(100), 0.95)
+        corrected = corrected_confidence(confidence, right, np.ones(100))
+        found = choose_threshold(confidence, corrected, right, np.ones(100), 0.95)
         assert not found.is_attained
-        assert found.confidence > 0.98
+        assert found.confidence == NEVER
         assert found.attainable < 0.95
 
     def test_classes_count_once(self) -> None:
@@ -99,7 +117,7 @@ class TestConfidence:
         """Coverage grows to one along the curve while the least confidence falls."""
         generator = np.random.default_rng(2)
         confidence = generator.random(300)
-        curve = precision_curve(confidence, generator.random(300) < confidence, np.ones(300))
+        curve = precision_curve(confidence, confidence, generator.random(300) < confidence, np.ones(300))
         least, filed, _ = zip(*curve, strict=True)
         assert list(least) == sorted(least, reverse=True)
         assert list(filed) == sorted(filed)
@@ -131,15 +149,15 @@ class TestKnownImages:
         assert right > 0.98
 
     def test_what_is_expected_is_what_happens(self) -> None:
-        """The share that leave-one-out foretells is that of new images that is filed: within six points on average."""
+        """The share that leave-one-out foretells is filed of new images: no less, and at most a seventh more."""
         gaps = []
         for seed in range(6):
             support, queries, labels, _ = hard_world(seed=seed)
             expected = build(support, DecisionSettings(), generation=1).calibration.filed_expected
             assert expected is not None
             gaps.append(shares(support, AbstainSettings(), queries, labels)[0] - expected)
-        assert np.mean(gaps) == pytest.approx(0.0, abs=0.06)
-        assert np.max(np.abs(gaps)) < 0.1
+        assert -0.02 < np.mean(gaps) < 0.14
+        assert np.min(gaps) > -0.06
 
     def test_a_higher_precision_files_less(self) -> None:
         """The trade-off goes one way."""
@@ -265,7 +283,7 @@ class TestWorlds:
         assert filed_share(support, strangers[::2]) <= 0.02
 
     def test_near_strangers_of_small_libraries(self) -> None:
-        """Of images of other classes of the same file under a fifth are filed, of the library's own most."""
+        """Of images of other classes of the same file an eighth is filed at most, of the library's own most."""
         known, strange = [], []
         for name in ("made too", *worlds("caltech101", "oxford_pets", "ucf101")):
             whole, queries, labels = load_world(name, 4)
@@ -276,5 +294,5 @@ class TestWorlds:
                 support = support_set(whole.embeddings[chosen], np.searchsorted(taught, whole.classes[chosen]))
                 known.append(filed_share(support, queries[np.isin(labels, taught)][:200]))
                 strange.append(filed_share(support, queries[np.isin(labels, others)][:200]))
-        assert np.mean(known) > 0.7
-        assert np.mean(strange) < 0.2
+        assert np.mean(known) > 0.55
+        assert np.mean(strange) < 0.125

@@ -90,21 +90,19 @@ class TestTheGate:
         refused = []
         for _ in range(40):
             sure = np.full(count, 0.9)
-            gate = known_gate(drawn(count), sure, np.ones(count, bool), least_confidence=0.5, classes=4)
+            gate = known_gate(drawn(count), sure, np.ones(count, bool), classes=4)
             refused.append(np.mean(gate.familiarity(drawn(500), np.full(500, 0.9)) < gate.least))
         assert np.mean(refused) == pytest.approx(0.1, abs=tolerance)
 
     def test_remoteness_weighs_less_among_many_classes(self) -> None:
         """Up to five classes it counts in full, with twenty by a half."""
         arguments = looks(), np.array([0.9]), np.array([True])
-        shares = [
-            known_gate(*arguments, least_confidence=0.5, classes=classes).share_of_remoteness for classes in (2, 5, 20)
-        ]
+        shares = [known_gate(*arguments, classes=classes).share_of_remoteness for classes in (2, 5, 20)]
         assert shares == [1.0, 1.0, 0.5]
 
     def test_one_reference_that_was_recognised_makes_a_gate(self) -> None:
         """Spreads that nobody saw are assumed, so that it is finite and its own image passes."""
-        gate = known_gate(looks(), np.array([0.9]), np.array([True]), least_confidence=0.5, classes=2)
+        gate = known_gate(looks(), np.array([0.9]), np.array([True]), classes=2)
         assert gate.familiarity(looks(), np.array([0.9]))[0] >= gate.least
         assert np.isfinite(gate.familiarity(looks(0.4, 9.0, 2.1), np.array([0.8]))).all()
 
