@@ -249,14 +249,14 @@ def check(
     ] = False,
 ) -> None:
     """Check the configuration, folders, permissions, disks, references and model, and print what to correct."""
-    from sortd.commands.facts import show_check
+    from sortd.commands.check import show_check
 
     raise typer.Exit(show_check(config, as_json=as_json, thorough=thorough))
 
 
 def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Show whether sortd runs (exit code 75 if not), its model, the images that wait, and the accuracy by class."""
-    from sortd.commands.facts import show_status
+    from sortd.commands.status import show_status
 
     raise typer.Exit(show_status(config, as_json=as_json))
 
@@ -274,7 +274,7 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     as_json: JsonOption = False,
 ) -> None:
     """Show the moves with their reasons, newest first."""
-    from sortd.commands.facts import show_history
+    from sortd.commands.moves import show_history
 
     if outcome not in {None, "filed", "sent_to_review", "rejected", "undone"}:
         raise typer.BadParameter("must be filed, sent_to_review, rejected or undone", param_hint="--outcome")

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Final
@@ -24,12 +24,19 @@ from sortd.commands.check_references import (
     Finding,
     Topic,
     error,
+    exit_code,
     note,
     reference_findings,
     stored_calibration_findings,
     warning,
 )
-from sortd.commands.console import counted, megabytes
+from sortd.commands.console import (
+    counted,
+    megabytes,
+    print_json,
+    print_line,
+    printable,
+)
 from sortd.commands.model_facts import model_findings
 from sortd.commands.promotion import classifier_findings
 from sortd.config import Config, read_config
@@ -407,3 +414,36 @@ DATASET_CHECKS: Final[Mapping[Callable[[Config, Layout], Iterator[Finding]], Top
     stored_calibration_findings: Topic.CALIBRATION,
 }
 """All checks with their topics, in the order in which they run; ``reference_findings`` is the last of each dataset."""
+
+
+MARKS = {"note": ("·", ""), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
+
+
+def show_check(config: Path | None, *, as_json: bool, thorough: bool) -> int:
+    """Print each finding as soon as its check yields it, and return the exit code."""
+    findings, seconds = [], float("inf") if thorough else DECODING_SECONDS
+    for finding in check_all(config, os.environ, decoding_seconds=seconds):
+        findings.append(finding)
+        if not as_json:
+            _print_finding(finding)
+    counts = {word: sum(1 for finding in findings if finding.severity == word) for word in ("error", "warning")}
+    if as_json:
+        print_json(
+            {"errors": counts["error"], "warnings": counts["warning"], "findings": [asdict(f) for f in findings]}
+        )
+    elif any(counts.values()):
+        print_line(", ".join(counted(number, word) for word, number in counts.items() if number), style="bold")
+    elif unknown := sum(1 for finding in findings if finding.topic is Topic.CALIBRATION and finding.mend):
+        what = f"no problem found, but the accuracy of {counted(unknown, 'dataset')} is not known"
+        print_line(what, style="bold yellow")
+    else:
+        print_line("no problem found", style="bold green")
+    return exit_code(findings)
+
+
+def _print_finding(finding: Finding) -> None:
+    mark, style = MARKS[finding.severity.value]
+    print_line(f"{mark} {finding.severity.value}: {printable(finding.subject)}", style=style)
+    print_line(f"    {printable(finding.what)}")
+    if finding.mend:
+        print_line(f"    -> {printable(finding.mend)}", style="green")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sortd.classify.evaluate import EvaluationReport, evaluate
-from sortd.commands.promotion import dataset_named, serving_facts
+from sortd.commands.status import dataset_named, serving_facts
 from sortd.config import Config
 from sortd.daemon.corrections import corrected_images
 from sortd.daemon.embedder import Embedder

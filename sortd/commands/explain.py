@@ -12,8 +12,8 @@ from sortd.classify.explain import Explanation, explain, explain_finetuned, expl
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.check_references import CACHE_FILE
 from sortd.commands.examination import settings_with_corrections
-from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
-from sortd.commands.promotion import dataset_named, serving_facts
+from sortd.commands.moves import JournalPlace, dataset_at, journals, record_facts
+from sortd.commands.status import dataset_named, serving_facts
 from sortd.config import Config
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import (

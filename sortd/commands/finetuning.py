@@ -69,7 +69,7 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
 ) -> None:
     """Fine-tune an image model on a dataset, and compare it with the prototypes."""
     require_training_packages()
-    from sortd.commands.promotion import dataset_named
+    from sortd.commands.status import dataset_named
     from sortd.finetune import run
 
     loaded, now = load_config(config), datetime.now(UTC)

@@ -6,7 +6,7 @@ from typing import Any
 
 from sortd.commands.check_references import Finding, error, note, warning
 from sortd.commands.console import megabytes
-from sortd.commands.promotion import list_finetuned_models
+from sortd.commands.status import list_finetuned_models
 from sortd.config import Config
 from sortd.encoder import models
 from sortd.encoder.backends import choose_backend

@@ -68,7 +68,7 @@ def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> Non
 
 def _print_finetuned(datasets: Mapping[str, Any]) -> None:
     """Print the classifier of each dataset, and its fine-tuned models."""
-    from sortd.commands.promotion import share
+    from sortd.commands.status import share
 
     if not datasets:
         return
@@ -146,7 +146,8 @@ def promote_model(
     as_json: JsonOption = False,
 ) -> None:
     """Use a fine-tuned model for a dataset. A running sortd switches to it at once."""
-    from sortd.commands.promotion import promote, share
+    from sortd.commands.promotion import promote
+    from sortd.commands.status import share
 
     facts = promote(load_config(config), dataset, folder, force=force)
     if as_json:

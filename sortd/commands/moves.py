@@ -1,25 +1,229 @@
-"""The commands ``undo``, ``release`` and ``rebuild``.
+"""The journals of all datasets, and the commands about moves: ``history``, ``undo``, ``release`` and ``rebuild``.
 
-They send a request to the running sortd, so only one process moves files; without one they take the dataset's lock.
+The last three send a request to the running sortd, so only one process moves files; without one, ``undo`` and
+``release`` take the dataset's lock.
 """
 
 import os
+import re
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sortd.commands.console import counted, load_config, print_json, print_line, printable, say
-from sortd.commands.journals import JournalPlace, dataset_at, journals, narrowed
+from sortd.commands.console import (
+    counted,
+    format_time,
+    load_config,
+    print_json,
+    print_line,
+    print_table,
+    printable,
+    say,
+)
 from sortd.config import Config
 from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, release_reply, undo_facts, undo_records
 from sortd.daemon.dataset_lock import inspect_dataset, open_dataset
-from sortd.errors import DataError, SortdError
-from sortd.layout import Layout, find_datasets
+from sortd.errors import DataError, JournalError, LayoutError, SortdError, StartupError
+from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.store.history import History
-from sortd.store.records import Record, Selection
+from sortd.store.records import Record, Role, Selection
+
+_STATE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
+"""Form of the names that ``Layout.state_folder`` gives."""
 
 SECONDS_FOR_EACH = 0.05
 """Additional time to wait for the answer, for each file to be undone."""
+
+STYLES = {"sent to review": "yellow", "rejected": "red", "undone": "cyan"}
+
+
+@dataclass(frozen=True, slots=True)
+class JournalPlace:
+    """One dataset's journal."""
+
+    dataset: str
+    root: Path | None
+    """The dataset's folder; None if it is missing or not mounted."""
+    file: Path
+
+    @property
+    def is_there(self) -> bool:
+        """Tell whether the dataset has ever been used with this state directory."""
+        return self.file.is_file()
+
+
+def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
+    """Return the journals of all datasets, or of one, by name; those of missing datasets come last.
+
+    Raises:
+        DataError: there is no dataset of that name.
+        StartupError: the state directory cannot be read.
+    """
+    if config.state_dir.exists() and not os.access(config.state_dir, os.R_OK | os.X_OK, effective_ids=True):
+        raise StartupError(
+            f"{config.state_dir} cannot be read; run the command as the user that runs sortd, or as root"
+        )
+    try:
+        layouts = find_datasets(config.root)
+    except LayoutError:
+        layouts = []  # not mounted: the journals can still be read
+    places = [JournalPlace(one.name, one.root, one.state_folder(config.state_dir) / JOURNAL_FILE) for one in layouts]
+    known = {place.file for place in places}
+    places += [
+        JournalPlace(named[1], None, file)
+        for file in sorted(config.state_dir.glob(f"*/{JOURNAL_FILE}"))
+        if file not in known and (named := _STATE_FOLDER.fullmatch(file.parent.name))
+    ]
+    if dataset is None:
+        return places
+    chosen = [place for place in places if place.dataset == dataset]
+    if not chosen:
+        there = ", ".join(sorted({place.dataset for place in places})) or "none"
+        raise DataError(f"there is no dataset {dataset!r} in {config.root}; there are: {there}")
+    return chosen
+
+
+def dataset_at(config: Config, path: Path) -> tuple[Layout, str] | None:
+    """Return the dataset that a path lies in, and the path relative to it; None if it lies in none.
+
+    Raises:
+        LayoutError: the root cannot be listed.
+    """
+    absolute = os.path.abspath(path)
+    unlinked = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
+    for layout in find_datasets(config.root):
+        for spelled in (absolute, unlinked):
+            for root in (os.fspath(layout.root), os.path.realpath(layout.root)):
+                if spelled.startswith(root + os.sep):
+                    return layout, spelled.removeprefix(root + os.sep)
+    return None
+
+
+def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
+    """Return a record as plain values, its paths absolute where the dataset is there."""
+    reason, image = record.move_reason, record.move.image
+    others = [file for file in record.move.files if file.role is not Role.IMAGE]
+    root = "" if place.root is None else f"{place.root}/"
+    return {
+        "id": record.id,
+        "dataset": place.dataset,
+        "run": record.run,
+        "at": record.ended_at,
+        "outcome": reason.outcome,
+        "label": reason.label,
+        "from": f"{root}{record.source_path}",
+        "to": f"{root}{record.destination_path}",
+        "size": image.stamp.size,
+        "companions": [file.final or file.name for file in others],
+        "score": reason.score,
+        "margin": reason.margin,
+        "second_label": reason.second_label,
+        "mode": reason.mode,
+        "reason": reason.reason,
+        "generation": reason.generation,
+        "encoder_id": reason.encoder_id,
+        "content": reason.content,
+        "undoes": reason.undoes,
+        "undone_by": record.undone_by,
+        "lost": list(record.move.lost),
+    }
+
+
+def narrowed(config: Config, dataset: str | None, path: Path | None) -> tuple[str | None, str | None]:
+    """Return the dataset to search and the path relative to it; a path determines its dataset.
+
+    Raises:
+        DataError: the path lies in no dataset.
+    """
+    if path is None:
+        return dataset, None
+    found = dataset_at(config, path)
+    if found is None:
+        raise DataError(f"{path} lies in no dataset below {config.root}; name the present or a former path of the file")
+    return found[0].name, found[1]
+
+
+# ---------------------------------------------------------------- history
+
+
+def show_history(
+    path: Path | None,
+    *,
+    dataset: str | None,
+    file: Path | None,
+    limit: int,
+    as_json: bool,
+    **conditions: Any,  # noqa: ANN401 -- of Selection
+) -> None:
+    """Print the records that meet the conditions, newest first; then raise JournalError if a journal was unreadable."""
+    config, refusal, records = load_config(path), None, list[dict[str, Any]]()
+    dataset, relative = narrowed(config, dataset, file)
+    for place in journals(config, dataset):
+        if not place.is_there:
+            continue
+        try:
+            with History.open(place.file) as history:
+                found = history.moves(Selection(path=relative, limit=limit or None, **conditions))
+        except JournalError as error:
+            refusal = refusal or error
+        else:
+            records += [record_facts(place, record) for record in found]
+    records.sort(key=lambda one: (one["at"], one["id"]), reverse=True)
+    records = records[: limit or None]
+    if as_json:
+        print_json(records)
+    else:
+        _print_records(records, limit)
+    if refusal is not None:
+        raise refusal
+
+
+def _print_records(records: Sequence[Mapping[str, Any]], limit: int) -> None:
+    rows = [_columns(record) for record in records]
+    if sys.stdout.isatty():  # so many columns would be too wide
+        for row in rows:
+            _print_record(*row)
+    else:
+        print_table(("when", "dataset", "outcome", "from", "to", "score", "margin", "reason", "run"), rows)
+    if not records:
+        say("sortd: the journal has no such move")
+    if limit and len(records) == limit:
+        say(f"sortd: these are the newest {limit} moves; --limit 0 shows all")
+
+
+def _print_record(when: str, dataset: str, outcome: str, source: str, destination: str, *facts: str) -> None:
+    score, margin, reason, run = facts
+    why = [f"score {score}, margin {margin}"] if score else []
+    shown = ", ".join([*why, *([reason] if reason else []), f"run {run}"])
+    line = f"{when}  {dataset}  {outcome}: {source} -> {destination}  ({shown})"
+    print_line(printable(line), style=STYLES.get(outcome, ""))
+
+
+def _columns(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        format_time(record["at"]),
+        record["dataset"],
+        record["outcome"].replace("_", " ") + (" (undone)" if record["undone_by"] else ""),
+        _relative(record["from"]),
+        _relative(record["to"]),
+        "" if record["score"] is None else f"{record['score']:.3f}",
+        "" if record["margin"] is None else f"{record['margin']:.3f}",
+        record["reason"] or "",
+        record["run"],
+    )
+
+
+def _relative(path: str) -> str:
+    """Return a path relative to its dataset."""
+    for area in ("/Images/", "/Dataset/", "/Review/", "/Rejected/"):
+        if area in path:
+            return path[path.index(area) + 1 :]
+    return path
+
+
+# ---------------------------------------------------------------- undo, release and rebuild
 
 Chosen = Sequence[tuple[JournalPlace, Sequence[Record]]]
 

@@ -7,14 +7,15 @@ from typing import Any
 
 from sortd.commands.check_references import Finding, Topic, note, warning
 from sortd.commands.console import counted
+from sortd.commands.status import accuracy_comparison, dataset_named, promotable_model, result_facts, serving_facts
 from sortd.config import Config
 from sortd.daemon.control import AnsweredError, ask
 from sortd.daemon.references import ReferencesAbsentError, class_labels
-from sortd.daemon.resources import reference_settings_of, select_classifier, unfit
+from sortd.daemon.resources import unfit
 from sortd.encoder import finetuned
-from sortd.encoder.finetuned import FinetunedFacts, finetuning_results, read_facts
-from sortd.errors import DataError, LayoutError, ModelError, StartupError
-from sortd.layout import Area, Layout, find_datasets
+from sortd.encoder.finetuned import finetuning_results, read_facts
+from sortd.errors import DataError, StartupError
+from sortd.layout import Area, Layout
 
 
 def promote(
@@ -67,125 +68,6 @@ def demote(config: Config, dataset: str | None) -> dict[str, Any]:
     was_promoted = finetuned.remove_promotion(layout.state_folder(config.state_dir))
     told = _notify(config, layout) if was_promoted else None
     return {"dataset": layout.name, "demoted": was_promoted, "told": told}
-
-
-def list_finetuned_models(config: Config) -> dict[str, Any]:
-    """Return the fine-tuned models of each dataset, newest first, as plain values."""
-    try:
-        layouts = find_datasets(config.root)
-    except LayoutError:
-        return {}  # not mounted
-    return {layout.name: _models_of(config, layout) for layout in layouts}
-
-
-def _models_of(config: Config, layout: Layout) -> dict[str, Any]:
-    serving = serving_facts(config, layout)
-    folders = finetuning_results(layout.state_folder(config.state_dir))
-    if serving["folder"] is not None and Path(serving["folder"]) not in folders:
-        folders.append(Path(serving["folder"]))
-    rows = []
-    for folder in folders:
-        try:
-            row = result_facts(read_facts(folder))
-        except ModelError as error:
-            row = {"folder": str(folder), "problem": str(error)}
-        is_promoted = row["folder"] == serving["folder"]
-        rows.append({**row, "promoted": is_promoted, "serves": is_promoted and serving["deciding"] == "finetuned"})
-    return {**serving, "results": rows}
-
-
-def serving_facts(config: Config, layout: Layout) -> dict[str, Any]:
-    """Return the classifier in use as plain values without loading a model.
-
-    ``deciding`` is ``prototypes`` or ``finetuned``, ``refusal`` why the configured model is not used, and ``expected``
-    the results on its held-out images under the settings of the dataset.
-    """
-    own = config.dataset(layout.name)
-    facts: dict[str, Any] = {"classifier": own.classifier, "deciding": "prototypes"}
-    facts |= dict.fromkeys(("folder", "model_id", "refusal", "expected"))
-    try:
-        promotion = finetuned.read_promotion(layout.state_folder(config.state_dir))
-        if promotion is not None:
-            facts |= {"folder": str(promotion.folder), "model_id": promotion.model_id}
-        elif own.classifier != "finetuned":
-            return facts
-        labels = class_labels(layout.area(Area.CLASES))
-    except (ModelError, ReferencesAbsentError) as error:
-        return {**facts, "refusal": str(error)}
-    found = select_classifier(layout, config.state_dir, own.classifier, labels)
-    classifier = found.classifier(reference_settings_of(own).settings.abstain, generation=0)
-    if classifier is not None:
-        calibration = classifier.calibration
-        facts["deciding"] = "finetuned"
-        facts["expected"] = {
-            "held_out": calibration.held_out,
-            "least_confidence": calibration.confidence,
-            "filed": calibration.filed_expected,
-            "right": calibration.precision_expected,
-            "notes": list(calibration.notes),
-        }
-    return {**facts, "refusal": found.refusal}
-
-
-def promotable_model(config: Config, layout: Layout) -> FinetunedFacts | None:
-    """Return the newest model of a dataset if it is stronger than the prototypes and can be promoted."""
-    found = finetuning_results(layout.state_folder(config.state_dir))
-    try:
-        facts = read_facts(found[0]) if found else None
-        labels = class_labels(layout.area(Area.CLASES))
-    except (ModelError, ReferencesAbsentError):
-        return None  # damaged, or not mounted
-    if facts is None or facts.verdict != "stronger" or unfit(facts, labels, dataset=layout.name) is not None:
-        return None
-    return facts
-
-
-def result_facts(facts: FinetunedFacts) -> dict[str, Any]:
-    """Return the facts of one fine-tuned model as plain values."""
-    comparison = facts.metrics["comparison"]
-    return {
-        "folder": str(facts.folder),
-        "model_id": facts.model_id,
-        "base": facts.base,
-        "created": facts.created,
-        "classes": len(facts.labels),
-        "verdict": facts.verdict,
-        "accuracy": comparison.get("finetuned_accuracy"),
-        "prototypes_accuracy": comparison.get("best_mode_accuracy"),
-        "images": comparison.get("images"),
-        "best_mode": comparison.get("best_mode"),
-        "problem": None,
-    }
-
-
-def accuracy_comparison(facts: FinetunedFacts) -> str:
-    """Return the accuracies of a model and of the prototypes in words."""
-    said = result_facts(facts)
-    ours, theirs = share(said["accuracy"]), share(said["prototypes_accuracy"])
-    return f"accuracy {ours} on {said['images']} images, mode {said['best_mode']}: {theirs}"
-
-
-def share(value: float | None) -> str:
-    """Return a share in per cent."""
-    return "?" if value is None else f"{100 * value:.1f} %"
-
-
-def dataset_named(config: Config, name: str | None) -> Layout:
-    """Return a dataset by name, or the only one.
-
-    Raises:
-        DataError: there is no such dataset, or not exactly one.
-        LayoutError: the root cannot be listed.
-    """
-    layouts = {layout.name: layout for layout in find_datasets(config.root)}
-    if name is None and len(layouts) == 1:
-        return next(iter(layouts.values()))
-    there = ", ".join(layouts) or "none; create one with `sortd init DIR`"
-    if name is None:
-        raise DataError(f"choose a dataset with --dataset NAME; there are: {there}")
-    if name not in layouts:
-        raise DataError(f"there is no dataset {name!r} in {config.root}; there are: {there}")
-    return layouts[name]
 
 
 def _notify(config: Config, layout: Layout) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sortd.commands.overview import overview
+from sortd.commands.status import overview
 from sortd.config import read_config
 from sortd.files import stamp_of
 from sortd.layout import Layout
