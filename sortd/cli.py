@@ -5,6 +5,7 @@ torch.
 """
 
 import errno
+import math
 import os
 import resource
 import shlex
@@ -249,9 +250,12 @@ def check(
     ] = False,
 ) -> None:
     """Check the configuration, folders, permissions, disks, references and model, and print what to correct."""
-    from sortd.commands.check import show_check
+    from sortd.commands.check import check_all
+    from sortd.commands.check_dataset import DECODING_SECONDS
+    from sortd.commands.findings import show_findings
 
-    raise typer.Exit(show_check(config, as_json=as_json, thorough=thorough))
+    found = check_all(config, os.environ, decoding_seconds=math.inf if thorough else DECODING_SECONDS)
+    raise typer.Exit(show_findings(found, as_json=as_json))
 
 
 def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:

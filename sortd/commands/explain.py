@@ -10,7 +10,7 @@ from typing import Any
 from sortd.arrays import FloatArray
 from sortd.classify.explain import Explanation, explain, explain_finetuned, explanation_sentences
 from sortd.classify.prototypes import PrototypeSet
-from sortd.commands.check_references import CACHE_FILE
+from sortd.commands.check_dataset import CACHE_FILE
 from sortd.commands.examination import settings_with_corrections
 from sortd.commands.moves import JournalPlace, dataset_at, journals, record_facts
 from sortd.commands.status import dataset_named, serving_facts

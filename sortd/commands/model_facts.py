@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from sortd.commands.check_references import Finding, error, note, warning
 from sortd.commands.console import megabytes
 from sortd.commands.status import list_finetuned_models
 from sortd.config import Config
@@ -16,7 +15,7 @@ from sortd.errors import ModelError
 from sortd.status import read_status
 
 CONTENT_DIGITS = 16  # of the sha256 over configuration and weights; enough to distinguish models
-_EXPORT_MISSING = "the export to ONNX is missing, damaged or outdated"
+EXPORT_MISSING = "the export to ONNX is missing, damaged or outdated"
 
 
 def model_list(config: Config) -> dict[str, Any]:
@@ -141,7 +140,7 @@ def backend_lines(facts: Mapping[str, Any]) -> Iterator[str]:
         return
     export = facts["export"]
     if facts["name"] == "onnx" and export is None:
-        yield f"Backend: torch, since {_EXPORT_MISSING}; run `sortd models export`"
+        yield f"Backend: torch, since {EXPORT_MISSING}; run `sortd models export`"
         return
     yield f"Backend: {facts['name']}; {facts['why']}"
     if export is None:
@@ -150,10 +149,11 @@ def backend_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     gain = f"int8 is {'' if has_int8 else 'only '}{export['int8_gain']:.1f} times as fast as fp32"
     yield f"Its export takes {megabytes(export['size_bytes'])} in {export['folder']}; {gain}"
     if has_int8 and facts["name"] == "onnx":
-        yield _verdict_sentence(facts["agreement"])
+        yield verdict_sentence(facts["agreement"])
 
 
-def _verdict_sentence(verdict: Mapping[str, Any] | None) -> str:
+def verdict_sentence(verdict: Mapping[str, Any] | None) -> str:
+    """Return which precision is used, and why, from the verdict on int8 or None if there is none."""
     if verdict is None:
         return "fp32 is used: int8 was not compared with it on these datasets; run `sortd models export`"
     if verdict["refusal"]:
@@ -162,39 +162,3 @@ def _verdict_sentence(verdict: Mapping[str, Any] | None) -> str:
         f"int8 is used: it files {verdict['same']} of {verdict['filed']} references as fp32 does, mean cosine "
         f"{verdict['mean_cosine']:.4f}"
     )
-
-
-def model_findings(config: Config) -> Iterator[Finding]:
-    """Yield which model would be used and what would run it, or how to get the configured one."""
-    subject = f"model: {config.model}"
-    try:
-        model = models.locate_clip(config.model, cache_dir=config.cache_dir)
-        yield note(subject, f"is {model.name}, a {model.kind} of {megabytes(model.size_bytes)} in {model.folder}")
-        if config.model == "auto" and model.name == "packaged":
-            what = f"the stronger model {STRONGER} is not on this machine"
-            yield note(subject, what, f"sortd models fetch {STRONGER}")
-        if config.text_model is not None:
-            subject = f"text_model: {config.text_model}"
-            models.locate_text(config.text_model, cache_dir=config.cache_dir)
-    except ModelError as refusal:
-        yield error(subject, str(refusal))
-    yield from _backend_findings(config)
-
-
-def _backend_findings(config: Config) -> Iterator[Finding]:
-    """Yield findings about the backend, and how to get a faster one."""
-    facts = backend_facts(config)
-    subject, command = f"backend: {config.backend}", "sortd models export"
-    if facts["problem"]:
-        yield error(subject, facts["problem"])
-    if facts["name"] is None:
-        return
-    export = facts["export"]
-    if facts["name"] == "onnx" and export is None:
-        yield warning(subject, f"{_EXPORT_MISSING}, so torch is used", command)
-        return
-    remedy = command if facts["name"] == "torch" and facts["is_installed"] and not export else ""
-    yield note(subject, f"the model runs on {facts['name']}: {facts['why']}", remedy)
-    if facts["name"] == "onnx" and "int8" in export["precisions"]:
-        verdict = facts["agreement"]
-        yield note(subject, _verdict_sentence(verdict), "" if verdict else command)

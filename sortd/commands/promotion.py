@@ -1,13 +1,11 @@
 """Promotion and demotion of fine-tuned models, and the classifier in use."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sortd.commands.check_references import Finding, Topic, note, warning
-from sortd.commands.console import counted
-from sortd.commands.status import accuracy_comparison, dataset_named, promotable_model, result_facts, serving_facts
+from sortd.commands.status import accuracy_comparison, dataset_named, result_facts
 from sortd.config import Config
 from sortd.daemon.control import AnsweredError, ask
 from sortd.daemon.references import ReferencesAbsentError, class_labels
@@ -79,29 +77,3 @@ def _notify(config: Config, layout: Layout) -> str:
     if reply is None:
         return "sortd is not running; it will apply this at its next start"
     return "the running sortd applies it; `sortd status` shows the classifier in use"
-
-
-def classifier_findings(config: Config, layout: Layout) -> Iterator[Finding]:
-    """Report which classifier would decide, its expected accuracy, and why a fine-tuned model is not used."""
-    serving = serving_facts(config, layout)
-    subject, prototypes = f"classifier: {serving['classifier']}", f"the prototypes decide {layout.name}"
-    if serving["refusal"] is not None:
-        advice = f"or use the prototypes from now on: sortd models demote --dataset {layout.name}"
-        yield warning(subject, f"{prototypes}: {serving['refusal']}", advice)
-    elif serving["deciding"] == "finetuned":
-        expected = serving["expected"]
-        what = f"{layout.name} is decided by the fine-tuned model in {serving['folder']} ({serving['model_id']})"
-        if expected["filed"] is not None:
-            what += f"; of {counted(expected['held_out'], 'held-out image')} it would file {expected['filed']:.0%}"
-        if expected["right"] is not None:
-            what += f", with a precision of {expected['right']:.1%}"
-        yield note(subject, what)
-        for sentence in expected["notes"]:
-            advice = "fine-tune with more images, or ask for less (`abstain` in config.yaml)"
-            yield warning(layout.root, sentence, advice, Topic.CALIBRATION)
-    elif serving["folder"] is not None:
-        what = f"{prototypes}, although the model in {serving['folder']} was promoted"
-        yield note(subject, what, "set `classifier: auto` to use it")
-    elif (waiting := promotable_model(config, layout)) is not None:
-        what = f"{prototypes}, and a fine-tuned model is better ({accuracy_comparison(waiting)})"
-        yield note(subject, what, f"sortd models promote --dataset {layout.name}")
