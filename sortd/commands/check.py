@@ -28,7 +28,7 @@ from sortd.commands.check_dataset import (
 )
 from sortd.commands.console import counted, megabytes
 from sortd.commands.findings import Finding, Topic, error, note, warning
-from sortd.commands.model_facts import EXPORT_MISSING, backend_facts, verdict_sentence
+from sortd.commands.models import EXPORT_MISSING, backend_facts, verdict_sentence
 from sortd.config import Config, read_config
 from sortd.encoder import models
 from sortd.encoder.models import STRONGER

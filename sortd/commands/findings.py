@@ -1,11 +1,11 @@
 """The findings of `sortd check`: their severity and topic, the output, and the exit code."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
 
-from sortd.commands.console import counted, print_json, print_line, printable
+from sortd.commands.console import counted, print_line, printable, show
 
 MARKS = {"note": ("·", ""), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
 
@@ -58,18 +58,19 @@ def show_findings(found: Iterable[Finding], *, as_json: bool) -> int:
         if not as_json:
             _print_finding(finding)
     counts = {word: sum(1 for finding in findings if finding.severity == word) for word in ("error", "warning")}
-    if as_json:
-        print_json(
-            {"errors": counts["error"], "warnings": counts["warning"], "findings": [asdict(f) for f in findings]}
-        )
-    elif any(counts.values()):
+    facts = {"errors": counts["error"], "warnings": counts["warning"], "findings": [asdict(f) for f in findings]}
+    show(facts, lambda _: _print_summary(findings, counts), as_json=as_json)
+    return exit_code(findings)
+
+
+def _print_summary(findings: Sequence[Finding], counts: Mapping[str, int]) -> None:
+    if any(counts.values()):
         print_line(", ".join(counted(number, word) for word, number in counts.items() if number), style="bold")
     elif unknown := sum(1 for finding in findings if finding.topic is Topic.CALIBRATION and finding.mend):
         what = f"no problem found, but the accuracy of {counted(unknown, 'dataset')} is not known"
         print_line(what, style="bold yellow")
     else:
         print_line("no problem found", style="bold green")
-    return exit_code(findings)
 
 
 def _print_finding(finding: Finding) -> None:

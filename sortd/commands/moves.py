@@ -9,18 +9,18 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sortd.commands.console import (
     counted,
     format_time,
-    load_config,
-    print_json,
     print_line,
     print_table,
     printable,
     say,
+    show,
 )
 from sortd.config import Config
 from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, release_reply, undo_facts, undo_records
@@ -149,7 +149,7 @@ def narrowed(config: Config, dataset: str | None, path: Path | None) -> tuple[st
 
 
 def show_history(
-    path: Path | None,
+    config: Config,
     *,
     dataset: str | None,
     file: Path | None,
@@ -158,7 +158,7 @@ def show_history(
     **conditions: Any,  # noqa: ANN401 -- of Selection
 ) -> None:
     """Print the records that meet the conditions, newest first; then raise JournalError if a journal was unreadable."""
-    config, refusal, records = load_config(path), None, list[dict[str, Any]]()
+    refusal, records = None, list[dict[str, Any]]()
     dataset, relative = narrowed(config, dataset, file)
     for place in journals(config, dataset):
         if not place.is_there:
@@ -172,15 +172,12 @@ def show_history(
             records += [record_facts(place, record) for record in found]
     records.sort(key=lambda one: (one["at"], one["id"]), reverse=True)
     records = records[: limit or None]
-    if as_json:
-        print_json(records)
-    else:
-        _print_records(records, limit)
+    show(records, partial(_print_records, limit), as_json=as_json)
     if refusal is not None:
         raise refusal
 
 
-def _print_records(records: Sequence[Mapping[str, Any]], limit: int) -> None:
+def _print_records(limit: int, records: Sequence[Mapping[str, Any]]) -> None:
     rows = [_columns(record) for record in records]
     if sys.stdout.isatty():  # so many columns would be too wide
         for row in rows:
@@ -229,7 +226,7 @@ Chosen = Sequence[tuple[JournalPlace, Sequence[Record]]]
 
 
 def undo_moves(
-    path: Path | None,
+    config: Config,
     file: Path | None,
     *,
     last: int | None,
@@ -239,14 +236,10 @@ def undo_moves(
     **conditions: Any,  # noqa: ANN401 -- of Selection
 ) -> int:
     """Undo the moves that meet the conditions, print the result of each, and return the exit code."""
-    config = load_config(path)
     chosen = _undoable(config, file, dataset, limit=1 if file is not None else last, **conditions)
     reply: Mapping[str, Any] = _undo(config, chosen, dry_run=dry_run) if chosen else {"undone": [], "later": 0}
     failed = sum(1 for one in reply["undone"] if one["restored"] is None)
-    if as_json:
-        print_json({**reply, "dry_run": dry_run})
-    else:
-        _print_undone(reply, dry_run=dry_run)
+    show({**reply, "dry_run": dry_run}, _print_undone, as_json=as_json)
     return 65 if failed else 0
 
 
@@ -301,7 +294,7 @@ def _undo_here(config: Config, chosen: Chosen, *, dry_run: bool) -> Mapping[str,
     return {"undone": undone, "later": 0, "recovered": recovered}
 
 
-def _print_undone(reply: Mapping[str, Any], *, dry_run: bool) -> None:
+def _print_undone(reply: Mapping[str, Any]) -> None:
     if reply.get("recovered"):
         say(f"sortd: first recovered {counted(reply['recovered'], 'move')} that a crash had interrupted")
     for one in reply["undone"]:
@@ -314,7 +307,7 @@ def _print_undone(reply: Mapping[str, Any], *, dry_run: bool) -> None:
     images = counted(done, "image")
     if not reply["undone"] and not reply["later"]:
         say("sortd: there is nothing to undo")
-    elif dry_run:
+    elif reply["dry_run"]:
         say(f"sortd: {images} would be moved back; nothing was changed")
     elif not done:
         say("sortd: no image was moved back" + (" yet" if reply["later"] else ""))
@@ -324,13 +317,20 @@ def _print_undone(reply: Mapping[str, Any], *, dry_run: bool) -> None:
         say(f"sortd: {counted(reply['later'], 'image')} still to be copied back from another file system")
 
 
-def release_files(path: Path | None, file: Path | None, *, dataset: str | None, as_json: bool) -> None:
-    """Release a held file or dataset, or all if ``file`` is None, and print what was released."""
-    reply = _release(load_config(path), file, dataset)
-    if as_json:
-        print_json(reply)
-    else:
-        _print_released(reply)
+def release_files(config: Config, file: Path | None, *, dataset: str | None, as_json: bool) -> None:
+    """Release a held file or dataset, or all if ``file`` is None, and print what was released.
+
+    The running sortd is asked; without one, this process does it. Raises DataError if the path is not held.
+    """
+    absolute = None
+    if file is not None:
+        dataset, absolute = _held_place(config, file)
+    names = None if dataset is None else [dataset]
+    asked = ask(config.state_dir, {"do": "release", "datasets": names, "path": absolute})
+    reply = _release_here(config, dataset, absolute) if asked is None else asked
+    if absolute is not None and not any(reply["released"].values()) and not reply.get("lifted"):
+        raise DataError(f"{absolute} is not held")
+    show(reply, _print_released, as_json=as_json)
 
 
 def _print_released(reply: Mapping[str, Any]) -> None:
@@ -343,19 +343,6 @@ def _print_released(reply: Mapping[str, Any]) -> None:
         say(f"sortd: the dataset {printable(name)} is still held, so nothing in it is moved: {reason}")
     if not any(released.values()) and not lifted and not still_held:
         say("sortd: nothing is held")
-
-
-def _release(config: Config, path: Path | None, dataset: str | None) -> Mapping[str, Any]:
-    """Send the request to the running sortd, or release in this process; raise DataError if the path is not held."""
-    absolute = None
-    if path is not None:
-        dataset, absolute = _held_place(config, path)
-    names = None if dataset is None else [dataset]
-    asked = ask(config.state_dir, {"do": "release", "datasets": names, "path": absolute})
-    reply = _release_here(config, dataset, absolute) if asked is None else asked
-    if absolute is not None and not any(reply["released"].values()) and not reply.get("lifted"):
-        raise DataError(f"{absolute} is not held")
-    return reply
 
 
 def _held_place(config: Config, path: Path) -> tuple[str, str]:
@@ -395,15 +382,16 @@ def _release_here(config: Config, dataset: str | None, absolute: str | None) -> 
     return release_reply(released, lifted, still_held)
 
 
-def ask_to_rebuild(path: Path | None, dataset: str | None, *, force: bool, as_json: bool) -> None:
+def ask_to_rebuild(config: Config, dataset: str | None, *, force: bool, as_json: bool) -> None:
     """Request new prototypes from the running sortd; raise NotRunningError if there is none."""
     asked = {"do": "rebuild", "datasets": None if dataset is None else [dataset], "force": force}
-    reply = ask(load_config(path).state_dir, asked)
+    reply = ask(config.state_dir, asked)
     if reply is None:
         raise NotRunningError("no sortd runs; it builds its prototypes when it starts: sortd run, or sortd once")
-    if as_json:
-        print_json(reply)
-    else:
-        names = ", ".join(map(printable, reply["rebuilding"]))
-        print_line(f"rebuilding: {names or 'nothing, there is no dataset'}")
-        say("sortd: the result is in `sortd status` and in the log (prototypes.rebuilt)")
+    show(reply, _print_rebuilding, as_json=as_json)
+
+
+def _print_rebuilding(reply: Mapping[str, Any]) -> None:
+    names = ", ".join(map(printable, reply["rebuilding"]))
+    print_line(f"rebuilding: {names or 'nothing, there is no dataset'}")
+    say("sortd: the result is in `sortd status` and in the log (prototypes.rebuilt)")

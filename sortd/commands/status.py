@@ -18,12 +18,11 @@ from sortd.commands.console import (
     format_duration,
     format_time,
     interval,
-    load_config,
     out_of,
-    print_json,
     print_line,
     print_table,
     printable,
+    show,
 )
 from sortd.commands.moves import JournalPlace, journals
 from sortd.config import Config, find_config_file
@@ -57,15 +56,11 @@ NOT_RUNNING = 75
 """Exit code of ``status`` and ``rebuild`` if no sortd runs."""
 
 
-def show_status(path: Path | None, *, as_json: bool) -> int:
-    """Print the overview and return the exit code, which is 75 if no sortd runs."""
-    config = load_config(path)
-    file = path or find_config_file(os.environ)
+def show_status(config: Config, named: Path | None, *, as_json: bool) -> int:
+    """Print the overview and the configuration file, which ``named`` may name; return 0, or 75 if no sortd runs."""
+    file = named or find_config_file(os.environ)
     facts = {"config": None if file is None else os.path.abspath(file), **overview(config)}
-    if as_json:
-        print_json(facts)
-    else:
-        _print_status(facts)
+    show(facts, _print_status, as_json=as_json)
     return 0 if facts["running"] else NOT_RUNNING
 
 

@@ -14,7 +14,7 @@ from sortd.classify.calibration import Calibration
 from sortd.classify.types import AbstainSettings, DecisionSettings
 from sortd.commands.check import check_all, machine_findings, watching_findings
 from sortd.commands.check_dataset import calibration_findings, move_findings
-from sortd.commands.examination import evaluate_datasets
+from sortd.commands.evaluation import evaluate_datasets
 from sortd.commands.findings import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, read_config
 from sortd.daemon.dataset_lock import open_dataset

@@ -16,8 +16,7 @@ from sortd.classify.build import build
 from sortd.classify.decide import decide
 from sortd.classify.explain import Explanation, explain, explain_finetuned, explanation_sentences
 from sortd.classify.types import AbstainSettings, DecisionSettings
-from sortd.commands.explain import ImageExplanation, explain_image
-from sortd.commands.report import explain_page
+from sortd.commands.explain import ImageExplanation, explain_image, explain_page
 from sortd.config import Config, read_config
 from sortd.daemon.resources import classifier_of
 from sortd.encoder.finetuned import FinetunedFacts

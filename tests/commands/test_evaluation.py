@@ -15,8 +15,16 @@ from PIL import Image
 from sortd.classify.evaluate import evaluate
 from sortd.classify.explain import explain
 from sortd.classify.types import SupportSet
-from sortd.commands.examination import DatasetEvaluation, evaluate_datasets, settings_with_corrections
-from sortd.commands.report import check_page_path, evaluation_page, evaluation_sentences, explain_page, write_page
+from sortd.commands.evaluation import (
+    DatasetEvaluation,
+    check_page_path,
+    evaluate_datasets,
+    evaluation_page,
+    evaluation_sentences,
+    settings_with_corrections,
+    write_page,
+)
+from sortd.commands.explain import explain_page
 from sortd.config import read_config
 from sortd.errors import DataError, DestinationError, JournalError
 from sortd.images.decode import thumbnail

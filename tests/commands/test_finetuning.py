@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.commands.examination import evaluate_datasets
-from sortd.commands.report import evaluation_sentences
+from sortd.commands.evaluation import evaluate_datasets, evaluation_sentences
 from sortd.config import read_config
 from sortd.encoder.finetuned import (
     WEIGHTS_FILE,
