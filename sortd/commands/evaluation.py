@@ -4,7 +4,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -16,27 +16,17 @@ import numpy as np
 from sortd import __version__
 from sortd.classify.evaluate import EvaluationReport, evaluate
 from sortd.classify.prompts import written_name
-from sortd.commands.console import (
-    bar,
-    counted,
-    print_line,
-    print_table,
-    printable,
-    say,
-    show,
-)
-from sortd.commands.status import dataset_named, serving_facts
+from sortd.commands.console import bar, counted, print_line, print_table, printable, say, show
+from sortd.commands.status import dataset_named, serving_facts, settings_with_corrections
 from sortd.config import Config
-from sortd.daemon.corrections import corrected_images
 from sortd.daemon.embedder import Embedder
-from sortd.daemon.references import References, ReferencesAbsentError, ReferenceSettings, keep_evaluated
-from sortd.daemon.resources import LoadEncoder, Resources, reference_settings_of
+from sortd.daemon.references import References, ReferencesAbsentError, keep_evaluated
+from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.errors import DataError, DestinationError, SortdError, StorageError
 from sortd.events import ImageRefused
 from sortd.files import write_atomic
 from sortd.images.decode import thumbnail
-from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
-from sortd.store.history import History
+from sortd.layout import Area, Layout, find_datasets
 
 SUSPECTS_PRINTED = 5
 MODE_COLUMNS = {
@@ -84,7 +74,7 @@ class DatasetEvaluation:
     report: EvaluationReport
     refused: tuple[ImageRefused, ...]  # references that could not be read
     serving: dict[str, Any]
-    """The classifier in use (``promotion.serving_facts``); the report is about the prototypes."""
+    """The classifier in use (``status.serving_facts``); the report is about the prototypes."""
 
     def facts(self) -> dict[str, Any]:
         """Return the evaluation as plain values."""
@@ -139,20 +129,6 @@ def _examined(
     tell(f"evaluating {layout.name}", len(support.sources), len(support.sources))
     report = evaluate(support, reference_settings.settings, keep=partial(keep_evaluated, config, layout))
     return DatasetEvaluation(layout.name, layout.root, report, refused, serving_facts(config, layout))
-
-
-def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettings:
-    """Return the reference settings of a dataset, with the corrections of its journal.
-
-    Raises:
-        JournalError: the journal cannot be read.
-    """
-    reference_settings = reference_settings_of(config.dataset(layout.name))
-    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    if not reference_settings.learns_from_corrections or not file.is_file():
-        return reference_settings
-    with History.open(file) as history:
-        return replace(reference_settings, corrections=corrected_images(layout, history))
 
 
 # ---------------------------------------------------------------- output

@@ -13,25 +13,10 @@ from sortd.classify.explain import Explanation, explain, explain_finetuned, expl
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import PROBABILISTIC
 from sortd.commands.check_dataset import CACHE_FILE
-from sortd.commands.console import (
-    format_time,
-    print_line,
-    print_table,
-    printable,
-    progress,
-    say,
-    show,
-)
-from sortd.commands.evaluation import (
-    Picture,
-    label_on_page,
-    name_on_page,
-    render,
-    settings_with_corrections,
-    write_page,
-)
+from sortd.commands.console import format_time, print_line, print_table, printable, progress, say, show
+from sortd.commands.evaluation import Picture, label_on_page, name_on_page, render, write_page
 from sortd.commands.moves import JournalPlace, dataset_at, journals, record_facts
-from sortd.commands.status import dataset_named, serving_facts
+from sortd.commands.status import dataset_named, serving_facts, settings_with_corrections
 from sortd.config import Config
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import (

@@ -15,14 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sortd.commands.console import (
-    counted,
-    print_line,
-    print_table,
-    printable,
-    say,
-    show,
-)
+from sortd.commands.console import counted, print_line, print_table, printable, say, show
 from sortd.commands.status import accuracy_comparison, dataset_named, result_facts, share
 from sortd.config import Config
 from sortd.daemon.control import AnsweredError, ask

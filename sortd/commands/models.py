@@ -13,18 +13,8 @@ import numpy as np
 
 from sortd.classify.held_out import LEAST_COSINE, agreement, agreement_figures, refuse_quick
 from sortd.classify.types import SupportSet
-from sortd.commands.console import (
-    counted,
-    megabytes,
-    print_line,
-    print_table,
-    printable,
-    say,
-    show,
-    spinner,
-)
-from sortd.commands.evaluation import settings_with_corrections
-from sortd.commands.status import list_finetuned_models, share
+from sortd.commands.console import counted, megabytes, print_line, print_table, printable, say, show, spinner
+from sortd.commands.status import list_finetuned_models, settings_with_corrections, share
 from sortd.config import Config
 from sortd.daemon.references import STRANGERS_FOLDER, ClassFolder, References, ReferencesAbsentError
 from sortd.daemon.resources import Resources

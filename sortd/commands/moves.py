@@ -13,15 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sortd.commands.console import (
-    counted,
-    format_time,
-    print_line,
-    print_table,
-    printable,
-    say,
-    show,
-)
+from sortd.commands.console import counted, format_time, print_line, print_table, printable, say, show
 from sortd.config import Config
 from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, release_reply, undo_facts, undo_records
 from sortd.daemon.dataset_lock import inspect_dataset, open_dataset

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import time
 from typing import Any
@@ -26,13 +26,14 @@ from sortd.commands.console import (
 )
 from sortd.commands.moves import JournalPlace, journals
 from sortd.config import Config, find_config_file
+from sortd.daemon.corrections import corrected_images
 from sortd.daemon.dataset_log import LISTED
-from sortd.daemon.references import ReferencesAbsentError, class_labels
+from sortd.daemon.references import ReferencesAbsentError, ReferenceSettings, class_labels
 from sortd.daemon.resources import reference_settings_of, select_classifier, unfit
 from sortd.encoder import finetuned
 from sortd.encoder.finetuned import FinetunedFacts, finetuning_results, read_facts
 from sortd.errors import DataError, JournalError, LayoutError, ModelError
-from sortd.layout import Area, Layout, find_datasets
+from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
 from sortd.moving.fs import is_version
 from sortd.names import Reason, Why, owner_of, rule_below, rule_for_folder
 from sortd.status import read_status
@@ -330,6 +331,20 @@ def dataset_named(config: Config, name: str | None) -> Layout:
     if name not in layouts:
         raise DataError(f"there is no dataset {name!r} in {config.root}; there are: {there}")
     return layouts[name]
+
+
+def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettings:
+    """Return the reference settings of a dataset, with the corrections of its journal.
+
+    Raises:
+        JournalError: the journal cannot be read.
+    """
+    reference_settings = reference_settings_of(config.dataset(layout.name))
+    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
+    if not reference_settings.learns_from_corrections or not file.is_file():
+        return reference_settings
+    with History.open(file) as history:
+        return replace(reference_settings, corrections=corrected_images(layout, history))
 
 
 # ---------------------------------------------------------------- output

@@ -21,10 +21,10 @@ from sortd.commands.evaluation import (
     evaluate_datasets,
     evaluation_page,
     evaluation_sentences,
-    settings_with_corrections,
     write_page,
 )
 from sortd.commands.explain import explain_page
+from sortd.commands.status import settings_with_corrections
 from sortd.config import read_config
 from sortd.errors import DataError, DestinationError, JournalError
 from sortd.images.decode import thumbnail
