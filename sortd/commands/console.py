@@ -179,13 +179,6 @@ def spinner(what: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[str], None]]:
-    """Show a spinner on a terminal, else nothing; yield a function that takes the finished part."""
-    with spinner(what) as tell:
-        yield lambda done: tell(f"{what}: {done} done")
-
-
-@contextmanager
 def bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
     """Show a progress bar on a terminal, else nothing; yield a function of a text, the finished parts and all parts."""
     from rich.console import Console

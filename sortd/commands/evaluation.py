@@ -61,8 +61,6 @@ _SUSPECTS = {
 NOW_BELOW, NOW_ABOVE = 20.0, 12.0
 """Distance of the label "now" below its point, or above it near the axis."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 620.0, 20.0, 270.0  # of the curve, in SVG units
-Picture = Callable[[str], str | None]
-"""Returns a ``data:`` URL of the image at a path, or None if it cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,17 +286,17 @@ def name_on_page(path: str) -> str:
     return printable(os.path.basename(path))
 
 
-def evaluation_page(examined: Mapping[str, Mapping[str, Any]], *, now: datetime, picture: Picture = thumbnail) -> str:
+def evaluation_page(examined: Mapping[str, Mapping[str, Any]], *, now: datetime) -> str:
     """Return the page of several datasets, from ``DatasetEvaluation.facts`` by name."""
     return render(
         "evaluation.html",
         now,
-        datasets=[_dataset(name, facts, picture) for name, facts in examined.items()],
+        datasets=[_dataset(name, facts) for name, facts in examined.items()],
         encoder_id=", ".join(sorted({facts["encoder_id"] for facts in examined.values()})),
     )
 
 
-def _dataset(name: str, facts: Mapping[str, Any], picture: Picture) -> dict[str, Any]:
+def _dataset(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     mine = next((mode for mode in facts["modes"] if mode["mode"] == facts["mode"]), None)
     return {
         "name": printable(name),
@@ -314,7 +312,7 @@ def _dataset(name: str, facts: Mapping[str, Any], picture: Picture) -> dict[str,
             for one in sorted(facts["class_reports"], key=lambda one: (one["recall"] is None, one["recall"] or 0.0))
         ],
         "matrix": _matrix(facts["confusion"]),
-        "suspects": _suspects(facts["suspects"], picture),
+        "suspects": _suspects(facts["suspects"]),
         "unreadable": [{key: printable(text) for key, text in one.items()} for one in facts["unreadable"]],
     }
 
@@ -383,24 +381,24 @@ def _strength(share: float) -> float:
     return round(0.12 + 0.5 * share, 3) if share else 0.0
 
 
-def _suspects(suspects: Sequence[Mapping[str, Any]], picture: Picture) -> list[dict[str, Any]]:
+def _suspects(suspects: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     groups = []
     for kind, (title, verb) in _SUSPECTS.items():
         members = [one for one in suspects if one["kind"] == kind]
         if members:
-            shown = [_suspect(one, picture) for one in members[:SUSPECTS_ON_PAGE]]
+            shown = [_suspect(one) for one in members[:SUSPECTS_ON_PAGE]]
             groups.append({"title": title, "verb": verb, "members": shown, "hidden": len(members) - len(shown)})
     return groups
 
 
-def _suspect(one: Mapping[str, Any], picture: Picture) -> dict[str, Any]:
+def _suspect(one: Mapping[str, Any]) -> dict[str, Any]:
     other = one["other_source"]
     return {
-        "image": picture(one["source"]),
+        "image": thumbnail(one["source"]),
         "label": label_on_page(one["label"]),
         "other_label": label_on_page(one["other_label"]),
         "score": one["score"],
         "name": name_on_page(one["source"]),
         "other_name": None if other is None else name_on_page(other),
-        "other_image": None if other is None else picture(other),
+        "other_image": None if other is None else thumbnail(other),
     }

@@ -13,8 +13,8 @@ from sortd.classify.explain import Explanation, explain, explain_finetuned, expl
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import PROBABILISTIC
 from sortd.commands.check_dataset import CACHE_FILE
-from sortd.commands.console import format_time, print_line, print_table, printable, progress, say, show
-from sortd.commands.evaluation import Picture, label_on_page, name_on_page, render, write_page
+from sortd.commands.console import format_time, print_line, print_table, printable, say, show, spinner
+from sortd.commands.evaluation import label_on_page, name_on_page, render, write_page
 from sortd.commands.moves import JournalPlace, dataset_at, journals, record_facts
 from sortd.commands.status import dataset_named, serving_facts, settings_with_corrections
 from sortd.config import Config
@@ -292,7 +292,7 @@ def _moves_back(place: JournalPlace, history: History, path: str) -> list[dict[s
 
 def show_explanation(config: Config, image: Path, dataset: str | None, html: Path | None, *, as_json: bool) -> None:
     """Explain the decision on an image, write the page, and print the explanation."""
-    with progress("reading the image"):
+    with spinner("reading the image"):
         facts = explain_image(config, image, dataset).facts()
     if html is not None:
         write_page(html, explain_page(facts, now=datetime.now().astimezone()))
@@ -327,7 +327,7 @@ def _print_explained(facts: Mapping[str, Any]) -> None:
         print_line(f"{format_time(record['at'])} {done}: {printable(record['from'])} -> {printable(record['to'])}")
 
 
-def explain_page(facts: Mapping[str, Any], *, now: datetime, picture: Picture = thumbnail) -> str:
+def explain_page(facts: Mapping[str, Any], *, now: datetime) -> str:
     """Return the page of one explanation, from ``ImageExplanation.facts``."""
     scores = facts["scores"][:CLASSES_AT_MOST]
     return render(
@@ -344,7 +344,7 @@ def explain_page(facts: Mapping[str, Any], *, now: datetime, picture: Picture = 
             {
                 **one,
                 "label": label_on_page(one["label"]),
-                "image": picture(one["path"]),
+                "image": thumbnail(one["path"]),
                 "name": name_on_page(one["path"]),
             }
             for one in facts["neighbours"]

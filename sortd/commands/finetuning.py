@@ -157,9 +157,7 @@ def print_demoted(facts: Mapping[str, Any]) -> None:
     say(f"sortd: {facts['told'] or 'no model was promoted; nothing changed'}")
 
 
-def promote_model(
-    config: Config, dataset: str | None, folder: Path | None, *, force: bool, clock: Callable[[], float] = time.time
-) -> dict[str, Any]:
+def promote_model(config: Config, dataset: str | None, folder: Path | None, *, force: bool) -> dict[str, Any]:
     """Promote a fine-tuned model, notify the running sortd, and return the outcome as plain values.
 
     Args:
@@ -167,7 +165,6 @@ def promote_model(
         dataset: None: the only one.
         folder: result folder; None: the newest one of the dataset.
         force: promote also a model that is weaker than the prototypes.
-        clock: returns seconds since the epoch.
 
     Raises:
         DataError: there is no such dataset or result, or the model has other classes or is weaker.
@@ -194,7 +191,7 @@ def promote_model(
             f"{facts.folder} is weaker than the prototypes on images that neither had seen "
             f"({accuracy_comparison(facts)}): fine-tune with more images, or promote it all the same with --force"
         )
-    promotion = finetuned.Promotion(facts.folder, facts.model_id, facts.verdict, clock())
+    promotion = finetuned.Promotion(facts.folder, facts.model_id, facts.verdict, time.time())
     finetuned.write_promotion(state_folder, promotion)
     wanted = config.dataset(layout.name).classifier
     own = {"dataset": layout.name, "classifier": wanted, "serves": wanted != "prototypes"}

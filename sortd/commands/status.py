@@ -5,7 +5,7 @@ The facts come from the status file, the journals and the folders; no model is l
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -65,9 +65,9 @@ def show_status(config: Config, named: Path | None, *, as_json: bool) -> int:
     return 0 if facts["running"] else NOT_RUNNING
 
 
-def overview(config: Config, *, status: Callable[[Path], dict[str, Any] | None] = read_status) -> dict[str, Any]:
+def overview(config: Config) -> dict[str, Any]:
     """Return all facts as plain values; if no sortd runs or a dataset is not mounted, those of the journals."""
-    last = status(config.state_dir)
+    last = read_status(config.state_dir)
     is_alive = last is not None and last["alive"]
     run: dict[str, Any] = {
         "running": is_alive,
