@@ -261,9 +261,7 @@ class TestImage:
         explained = explain_image(config_of(site), image, load_encoder=no_model)
         assert (explained.explanation.label, explained.is_stored) == ("red", True)
 
-    def test_explain_image_that_was_filed_has_its_moves(
-        self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path
-    ) -> None:
+    def test_explain_filed_has_its_moves(self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path) -> None:
         """What the journal knows of it comes along."""
         (filed,) = file_images(site, tmp_path / "state", {"a.png": "red"})
         explained = explain_image(config_of(site), remembered(Path(filed)), load_encoder=no_model)
@@ -318,9 +316,7 @@ class TestFinetuned:
         assert (found.label, found.neighbours, found.others) == (vit.labels[0], (), ())
         assert not any("other modes" in sentence for sentence in explanation_sentences(found))
 
-    def test_explain_image_with_a_refused_model_names_the_refusal(
-        self, site: Path, vit: FinetunedFacts, tmp_path: Path
-    ) -> None:
+    def test_explain_refused_model_is_named(self, site: Path, vit: FinetunedFacts, tmp_path: Path) -> None:
         """The prototypes explain, and the reason is among the sentences."""
         assert sortd("models", "promote", vit.folder, "-c", tmp_path / "config.yaml").code == 0
         (site / "Clases" / "mauve").mkdir()
@@ -352,7 +348,7 @@ class TestCommand:
         assert facts["sentences"][0] == "It is filed into red."
         assert {one["mode"] for one in facts["other_modes"]} == {"avg", "mean", "text", "best", "mixed"}
 
-    def test_explain_command_with_html_writes_a_page(
+    def test_explain_with_html_writes_a_page(
         self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path
     ) -> None:
         """One file that holds the image and its nearest references and loads nothing."""
