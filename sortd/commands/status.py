@@ -26,6 +26,7 @@ from sortd.commands.console import (
 )
 from sortd.commands.moves import JournalPlace, journals
 from sortd.config import Config, find_config_file
+from sortd.daemon.control import NotRunningError
 from sortd.daemon.corrections import corrected_images
 from sortd.daemon.dataset_log import LISTED
 from sortd.daemon.references import ReferencesAbsentError, ReferenceSettings, class_labels
@@ -53,16 +54,13 @@ NOT_KNOWN = {"deciding": "prototypes", "model_id": None, "refusal": None}
 AT_REST = {"abstained", "refused", "held"}
 """States of images that wait for nothing: they are counted as files in Review/ and as held."""
 
-NOT_RUNNING = 75
-"""Exit code of ``status`` and ``rebuild`` if no sortd runs."""
-
 
 def show_status(config: Config, named: Path | None, *, as_json: bool) -> int:
     """Print the overview and the configuration file, which ``named`` may name; return 0, or 75 if no sortd runs."""
     file = named or find_config_file(os.environ)
     facts = {"config": None if file is None else os.path.abspath(file), **overview(config)}
     show(facts, _print_status, as_json=as_json)
-    return 0 if facts["running"] else NOT_RUNNING
+    return 0 if facts["running"] else NotRunningError.exit_code
 
 
 def overview(config: Config) -> dict[str, Any]:
