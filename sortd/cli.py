@@ -5,45 +5,38 @@ torch.
 """
 
 import errno
+import math
 import os
-import resource
-import shlex
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from sortd import __version__, errors
-from sortd.commands import decisions as cli_decisions
-from sortd.commands import finetuning as cli_finetuning
-from sortd.commands import models as cli_models
 from sortd.commands.console import (
     Command,
     ConfigOption,
     DatasetOption,
     Group,
+    HtmlOption,
     JsonOption,
     SinceOption,
     UntilOption,
-    counted,
-    load_config,
-    print_json,
     printable,
-    say,
+    show,
     spinner,
     time_option,
 )
-from sortd.errors import SortdError
-from sortd.files import readable_json
+from sortd.errors import ConfigError, SortdError
+from sortd.finetune.recipe import Recipe, Source, TrainingRequest
+from sortd.layout import misplaced_root
 
 if TYPE_CHECKING:
-    from sortd.daemon.resources import LoadEncoder
-    from sortd.events import Move
-    from sortd.logs import LogFormat
+    from sortd.config import Config
 
 OPENBLAS_SPIN = ("OPENBLAS_THREAD_TIMEOUT", "20")
 """Binary logarithm of the cycles that OpenBLAS threads spin after a product (default 26). Spinning took 3 ms of
@@ -57,11 +50,11 @@ REFUSED = frozenset({
 
 REFUSED_CODE = 74
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
+RECIPE = Recipe()  # the defaults of a fine-tuning
 
 app = typer.Typer(
     name="sortd",
     cls=Group,
-    help="Sort the images in a folder into classes that you define by reference images.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -74,6 +67,16 @@ def print_version(wanted: bool) -> None:  # noqa: FBT001 -- typer passes it
     if wanted:
         typer.echo(__version__)
         raise typer.Exit
+
+
+def load_config(path: Path | None) -> "Config":
+    """Read the configuration; raise ConfigError if it is not valid, or if its root is or lies in a dataset."""
+    from sortd.config import read_config
+
+    config = read_config(path, os.environ)
+    if (problem := misplaced_root(config.root)) is not None:
+        raise ConfigError(problem)
+    return config
 
 
 @app.callback()
@@ -99,74 +102,19 @@ def once(
 ) -> None:
     """File the images that are in Images/ now, then exit."""
     if dry_run:
-        print_dry_run(config, as_json=as_json)
+        from sortd.commands.run import show_dry_run
+
+        show_dry_run(partial(load_config, config), as_json=as_json)
     else:
         work(config, once=True)
 
 
-def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = None) -> None:
-    """Run the daemon; ``load_encoder`` replaces the loader of the configured model."""
-    os.environ.setdefault(*OPENBLAS_SPIN)
-    from sortd import logs
-    from sortd.daemon.daemon import Daemon
-    from sortd.daemon.resources import Resources
-    from sortd.metrics import Metrics
-    from sortd.systemd import Notifier
+def work(path: Path | None, *, once: bool) -> None:
+    """Run the daemon."""
+    os.environ.setdefault(*OPENBLAS_SPIN)  # OpenBLAS reads it when numpy is imported
+    from sortd.commands.run import run_daemon
 
-    logs.configure(format_in_environment())
-    config = load_config(path)
-    logs.configure(config.log.format, config.log.level)
-    raise_descriptor_limit()
-    Daemon(
-        config,
-        resources=Resources(config, load_encoder=load_encoder),
-        reload=lambda: load_config(path),
-        notifier=Notifier(os.environ),
-        metrics=Metrics(),
-        once=once,
-    ).run()
-
-
-def raise_descriptor_limit() -> None:
-    """Raise the soft limit on open files, usually 1024, to the hard one: each dataset takes eight."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def print_dry_run(path: Path | None, *, as_json: bool, load_encoder: "LoadEncoder | None" = None) -> None:
-    """Print what ``once`` would do; ``load_encoder`` replaces the loader of the configured model."""
-    from sortd import logs
-    from sortd.daemon.daemon import simulate
-    from sortd.daemon.dataset_log import decision_facts
-
-    logs.configure(format_in_environment())
-    config = load_config(path)
-    logs.configure(config.log.format, "warning")
-    count = 0
-
-    def on_move(dataset: str, move: "Move", destination: str) -> None:
-        nonlocal count
-        count += 1
-        why = decision_facts(move)
-        if as_json:
-            place = {"dataset": dataset, "path": move.path, "destination": destination, "outcome": move.outcome.value}
-            typer.echo(readable_json({**place, **why}, encoding=sys.stdout.encoding))
-            return
-        shown = [f"{key}={why[key]}" for key in ("score", "margin", "second_label", "reason") if why.get(key)]
-        typer.echo(f"{printable(move.path)} -> {printable(destination)}  {' '.join(shown)}")
-
-    if sys.stderr.isatty() and not logs.is_json():
-        say("sortd: loading the model, then deciding the images in Images/; nothing is moved")
-    raise_descriptor_limit()
-    simulate(config, on_move, load_encoder=load_encoder)
-    if not logs.is_json():
-        say(f"sortd: {counted(count, 'image')} would be moved; nothing was changed")
-
-
-def format_in_environment() -> "LogFormat":
-    """Return the log format to use while the configuration is read, since its errors are logged too."""
-    named = os.environ.get("SORTD_LOG__FORMAT")
-    return "console" if named == "console" else "json" if named == "json" else "auto"
+    run_daemon(partial(load_config, path), once=once)
 
 
 @app.command(cls=Command)
@@ -177,70 +125,18 @@ def init(
     ] = None,
 ) -> None:
     """Create the folders and the marker of a dataset."""
-    from sortd.classify.prompts import written_name
-    from sortd.daemon.references import is_class_name
-    from sortd.errors import LayoutError
-    from sortd.layout import Area, Layout, enclosing_dataset
+    from sortd.commands.run import make_dataset_folders
 
-    for name in classes or ():
-        if "/" in name or not is_class_name(name) or written_name(name) != name:
-            why = "it must be a visible folder name without /, control characters, and blanks at an end or in a row"
-            raise typer.BadParameter(f"{name!r} cannot be a class: {why}", param_hint="--class")
-    layout = Layout(directory.absolute())
-    real, around = Path(os.path.realpath(layout.root)), enclosing_dataset(layout.root)
-    if real.name.startswith(".") or real == real.parent:
-        raise LayoutError(f"{layout.root} cannot be a dataset: a dataset is a folder below `root` that is not hidden")
-    if around is not None:
-        beside = around.parent / layout.name
-        raise LayoutError(f"{layout.root} lies inside the dataset {around}, where sortd ignores it; create {beside}")
-    try:
-        layout.root.mkdir(parents=True, exist_ok=True)
-        layout.make()
-        for name in classes or ():
-            (layout.area(Area.CLASES) / name).mkdir(exist_ok=True)
-    except FileExistsError as error:
-        raise LayoutError(f"{error.filename} is no folder; move it away, or name another folder") from error
-    except OSError as error:
-        advice = "correct the permissions, free some space, or name another folder"
-        raise LayoutError(f"{error.filename} cannot be created: {error.strerror}; {advice}") from error
-    root = printable(os.fspath(layout.root))
-    typer.echo(f"{root} is a dataset. Put reference images into {root}/{Area.CLASES}/<class>/")
-    typer.echo(f"Then put the images to sort into {root}/{Area.IMAGES}/ and run")
-    for line in how_to_run(real.parent):
-        typer.echo(line)
+    make_dataset_folders(directory, classes or ())
 
 
-def how_to_run(root: Path) -> Iterator[str]:
-    """Yield the command, indented, that runs sortd on the datasets below ``root``, and how to shorten it."""
-    from sortd.config import find_config_file, read_config
-    from sortd.errors import ConfigError
-
-    file, command, mistakes = find_config_file(os.environ), f"{this_program()} run", ""
-    if file is not None:
-        command += f" -c {shlex.quote(os.path.abspath(file))}"
-        try:
-            if os.path.realpath(read_config(file, os.environ).root) == os.fspath(root):
-                yield f"    {command}"
-                return
-        except ConfigError as error:
-            mistakes = str(error)
-    name = "config.yaml (config.example.yaml lists all keys)" if file is None else printable(os.path.abspath(file))
-    yield f"    SORTD_ROOT={shlex.quote(os.fspath(root))} {command}"
-    yield f"With `root: {printable(os.fspath(root))}` in {name}, SORTD_ROOT is not needed."
-    if mistakes:
-        yield f"First correct that configuration: {printable(mistakes)}"
+@app.command(cls=Command)
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
 
 
-def this_program() -> str:
-    """Return the shell word or words that call the program that runs now."""
-    called = Path(sys.argv[0])
-    if called.name == "__main__.py":
-        return f"{shlex.quote(sys.executable)} -m sortd"
-    found = shutil.which("sortd")
-    is_usual = called.name != "sortd" or (found is not None and os.path.realpath(found) == os.path.realpath(called))
-    return "sortd" if is_usual else shlex.quote(os.path.abspath(called))
-
-
+@app.command(cls=Command)
 def check(
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -249,18 +145,39 @@ def check(
     ] = False,
 ) -> None:
     """Check the configuration, folders, permissions, disks, references and model, and print what to correct."""
-    from sortd.commands.facts import show_check
+    from sortd.commands.check import check_all
+    from sortd.commands.check_dataset import DECODING_SECONDS
+    from sortd.commands.findings import show_findings
 
-    raise typer.Exit(show_check(config, as_json=as_json, thorough=thorough))
+    found = check_all(config, os.environ, decoding_seconds=math.inf if thorough else DECODING_SECONDS)
+    raise typer.Exit(show_findings(found, as_json=as_json))
 
 
+@app.command(cls=Command)
 def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Show whether sortd runs (exit code 75 if not), its model, the images that wait, and the accuracy by class."""
-    from sortd.commands.facts import show_status
+    from sortd.commands.status import show_status
 
-    raise typer.Exit(show_status(config, as_json=as_json))
+    raise typer.Exit(show_status(load_config(config), config, as_json=as_json))
 
 
+@app.command("explain", cls=Command)
+def explain_command(
+    image: Annotated[Path, typer.Argument(help="Path of the image, in any folder.")],
+    config: ConfigOption = None,
+    dataset: DatasetOption = None,
+    html: HtmlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Explain where an image is filed, and why."""
+    from sortd.commands.evaluation import check_page_path
+    from sortd.commands.explain import show_explanation
+
+    check_page_path(html)
+    show_explanation(load_config(config), image, dataset, html, as_json=as_json)
+
+
+@app.command(cls=Command)
 def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     config: ConfigOption = None,
     dataset: DatasetOption = None,
@@ -274,15 +191,16 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     as_json: JsonOption = False,
 ) -> None:
     """Show the moves with their reasons, newest first."""
-    from sortd.commands.facts import show_history
+    from sortd.commands.moves import show_history
 
     if outcome not in {None, "filed", "sent_to_review", "rejected", "undone"}:
         raise typer.BadParameter("must be filed, sent_to_review, rejected or undone", param_hint="--outcome")
     begin, end = time_option("--since", since), time_option("--until", until)
     chosen = {"label": label, "outcome": outcome, "run": run, "since": begin, "until": end}
-    show_history(config, dataset=dataset, file=path, limit=limit, as_json=as_json, **chosen)
+    show_history(load_config(config), dataset=dataset, file=path, limit=limit, as_json=as_json, **chosen)
 
 
+@app.command(cls=Command)
 def undo(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     path: Annotated[Path | None, typer.Argument(help="Undo the last move from or to this path.")] = None,
     config: ConfigOption = None,
@@ -302,11 +220,12 @@ def undo(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
         raise typer.BadParameter("give a PATH, --last N, --since, --until or --run")
     if sum(ways) > 1 and (path is not None or last is not None):
         raise typer.BadParameter("only --since, --until and --run can be combined")
-    times = {"since": time_option("--since", since), "until": time_option("--until", until)}
-    code = undo_moves(config, path, last=last, dataset=dataset, dry_run=dry_run, as_json=as_json, run=run, **times)
+    chosen = {"since": time_option("--since", since), "until": time_option("--until", until), "run": run}
+    code = undo_moves(load_config(config), path, last=last, dataset=dataset, dry_run=dry_run, as_json=as_json, **chosen)
     raise typer.Exit(code)
 
 
+@app.command(cls=Command)
 def release(
     path: Annotated[
         Path | None, typer.Argument(help="Release this held file, or the dataset with this folder.")
@@ -321,9 +240,10 @@ def release(
 
     if (path is None) != everything:
         raise typer.BadParameter("give either a PATH or --all")
-    release_files(config, path, dataset=dataset, as_json=as_json)
+    release_files(load_config(config), path, dataset=dataset, as_json=as_json)
 
 
+@app.command(cls=Command)
 def rebuild(
     dataset: Annotated[str | None, typer.Argument(help="Rebuild only this dataset. Default: all.")] = None,
     config: ConfigOption = None,
@@ -333,9 +253,10 @@ def rebuild(
     """Make the running sortd build its prototypes from the references again."""
     from sortd.commands.moves import ask_to_rebuild
 
-    ask_to_rebuild(config, dataset, force=force, as_json=as_json)
+    ask_to_rebuild(load_config(config), dataset, force=force, as_json=as_json)
 
 
+@app.command(cls=Command)
 def bench(
     folder: Annotated[Path | None, typer.Argument(help="Folder of test images. Default: the datasets.")] = None,
     config: ConfigOption = None,
@@ -348,33 +269,156 @@ def bench(
     loaded = load_config(config)
     with spinner("measuring") as tell:
         measured = measure(loaded, folder, images=images, tell=tell)
-    if as_json:
-        print_json(measured)
-    else:
-        print_measured(measured)
+    show(measured, print_measured, as_json=as_json)
+
+
+@app.command("eval", cls=Command)
+def evaluate_command(
+    dataset: Annotated[str | None, typer.Argument(help="Evaluate only this dataset.")] = None,
+    config: ConfigOption = None,
+    html: HtmlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate the references by leave-one-out: modes, classes that need images, and suspect images."""
+    from sortd.commands.evaluation import check_page_path, show_evaluation
+
+    check_page_path(html)
+    show_evaluation(load_config(config), dataset, html, as_json=as_json)
 
 
 @app.command(cls=Command)
-def version() -> None:
-    """Print the version."""
-    typer.echo(__version__)
+def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameters
+    dataset: Annotated[str, typer.Argument(help="Name of the dataset.")],
+    config: ConfigOption = None,
+    source: Annotated[Source, typer.Option("--from", help="Folders to train on.")] = Source.CLASES,
+    base: Annotated[
+        str, typer.Option(help="auto, packaged, or the name or folder of a transformers image model.")
+    ] = "auto",
+    output: Annotated[Path | None, typer.Option(help="Result folder. Default: a new one in the state folder.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the newest unfinished training.")] = False,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 20 epochs, but at least 300 steps.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per training step.")] = RECIPE.batch_size,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=1e-9, help="Peak learning rate. Default: the base's.")
+    ] = None,
+    layer_decay: Annotated[
+        float, typer.Option(min=0, max=1, help="Factor of the learning rate per layer.")
+    ] = RECIPE.layer_decay,
+    balance: Annotated[
+        float, typer.Option(min=0, max=1, help="Weight of rare classes; 0: images have equal weight, 1: classes.")
+    ] = RECIPE.balance,
+    test: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of test images.")] = RECIPE.test,
+    validation: Annotated[
+        float, typer.Option(min=0.01, max=0.9, help="Share of validation images.")
+    ] = RECIPE.validation,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for the split and the training.")] = RECIPE.seed,
+    side: Annotated[int | None, typer.Option(min=16, help="Input size in pixels. Default: the base's.")] = None,
+    lora: Annotated[int | None, typer.Option(min=1, help="Train LoRA layers of this rank (needs peft).")] = None,
+    flips: Annotated[bool, typer.Option("--flips/--no-flips", help="Also train on mirrored images.")] = True,
+    extra: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE of transformers' TrainingArguments; repeatable.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune an image model on a dataset, and compare it with the prototypes."""
+    from sortd.commands.finetuning import fine_tune, require_training_packages
+    from sortd.commands.status import dataset_named
+
+    require_training_packages()
+    loaded = load_config(config)
+    recipe = Recipe(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        layer_decay=layer_decay,
+        balance=balance,
+        test=test,
+        validation=validation,
+        seed=seed,
+        lora_rank=lora,
+        flips=flips,
+    )
+    options = [f"--config {config}"] * (config is not None) + [f"--output {output}"] * (output is not None)
+    fine_tune(
+        loaded,
+        TrainingRequest(dataset_named(loaded, dataset), source, base, side, recipe, tuple(extra or ())),
+        output=output,
+        resume=resume,
+        resume_command=" ".join(["sortd finetune", dataset, *options, "--resume"]),
+        as_json=as_json,
+    )
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "check": check,
-    "status": status,
-    "explain": cli_decisions.explain_command,
-    "history": history,
-    "undo": undo,
-    "release": release,
-    "rebuild": rebuild,
-    "bench": bench,
-    "eval": cli_decisions.evaluate_command,
-    "finetune": cli_finetuning.finetune,
-}
-for name, command in COMMANDS.items():
-    app.command(name, cls=Command)(command)
-app.add_typer(cli_models.models)
+models = typer.Typer(
+    name="models",
+    cls=Group,
+    help="List the models on this machine; fetch, export, promote and demote models.",
+    invoke_without_command=True,
+)
+
+
+@models.callback()
+def list_models_by_default(context: typer.Context, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """List the models on this machine and those in use; fetch, export, promote and demote models."""
+    if context.invoked_subcommand is None:
+        list_models(config, as_json)
+
+
+@models.command("list", cls=Command)
+def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """List the models on this machine, the selected one and its backend, and the classifier of each dataset."""
+    from sortd.commands.models import model_list, print_models
+
+    show(model_list(load_config(config)), print_models, as_json=as_json)
+
+
+@models.command("fetch", cls=Command)
+def fetch_command(
+    name: Annotated[str, typer.Argument(help="Name on the Hugging Face hub, for example clip-ViT-B-32.")],
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Download a model into sortd's cache. Only this command uses the network."""
+    from sortd.commands.models import fetch_model
+
+    fetch_model(load_config(config), name, as_json=as_json)
+
+
+@models.command("export", cls=Command)
+def export_command(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Export the model to ONNX Runtime and compare int8 with float32 on your references. Needs the extra onnx."""
+    from sortd.commands.models import export_model
+
+    export_model(load_config(config), as_json=as_json)
+
+
+@models.command("promote", cls=Command)
+def promote(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder that `sortd finetune` wrote. Default: the newest of the dataset.")
+    ] = None,
+    config: ConfigOption = None,
+    dataset: DatasetOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Promote it even if it is weaker than the prototypes.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Use a fine-tuned model for a dataset. A running sortd switches to it at once."""
+    from sortd.commands.finetuning import print_promoted, promote_model
+
+    show(promote_model(load_config(config), dataset, folder, force=force), print_promoted, as_json=as_json)
+
+
+@models.command("demote", cls=Command)
+def demote(config: ConfigOption = None, dataset: DatasetOption = None, as_json: JsonOption = False) -> None:
+    """Use the prototypes for a dataset again. The folder of the fine-tuned model is kept."""
+    from sortd.commands.finetuning import demote_model, print_demoted
+
+    show(demote_model(load_config(config), dataset), print_demoted, as_json=as_json)
+
+
+app.add_typer(models)
 
 
 def main() -> None:

@@ -4,12 +4,14 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from sortd import cli
+from sortd.commands.run import run_daemon
 from sortd.config import Config
 from tests.fake_encoder import FakeEncoder
 
@@ -50,7 +52,8 @@ def load_encoder(_: Config) -> BrokenEncoder:
 def main() -> None:
     """Do what ``sortd run`` does."""
     with cli.exit_on_error():
-        cli.work(Path(sys.argv[sys.argv.index("--config") + 1]), once=sys.argv[1] == "once", load_encoder=load_encoder)
+        configured = partial(cli.load_config, Path(sys.argv[sys.argv.index("--config") + 1]))
+        run_daemon(configured, once=sys.argv[1] == "once", load_encoder=load_encoder)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """sortd but for its model: the real command, loop, worker, decoders and moves, with the fake encoder of the tests."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from sortd import cli
+from sortd.commands.run import run_daemon, show_dry_run
 from sortd.config import Config
 from tests.fake_encoder import FakeEncoder
 
@@ -20,11 +22,12 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("-c", "--config", type=Path)
     arguments = parser.parse_args()
+    configured = partial(cli.load_config, arguments.config)
     with cli.exit_on_error():
         if arguments.dry_run:
-            cli.print_dry_run(arguments.config, as_json=False, load_encoder=load_encoder)
+            show_dry_run(configured, as_json=False, load_encoder=load_encoder)
         else:
-            cli.work(arguments.config, once=arguments.command == "once", load_encoder=load_encoder)
+            run_daemon(configured, once=arguments.command == "once", load_encoder=load_encoder)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sortd.cli import raise_descriptor_limit
 from sortd.commands.console import counted, megabytes, printable
+from sortd.commands.run import raise_descriptor_limit
 from tests.command_line import sortd, write_config
 from tests.daemon_process import make_dataset
 from tests.filed_images import file_images

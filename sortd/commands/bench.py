@@ -19,7 +19,7 @@ import numpy as np
 
 from sortd.arrays import Pixels
 from sortd.commands.console import counted, megabytes, print_line, print_table, printable
-from sortd.commands.model_facts import backend_facts
+from sortd.commands.models import backend_facts
 from sortd.config import Config
 from sortd.daemon.dataset_lock import open_dataset
 from sortd.daemon.resources import LoadEncoder, Resources

@@ -1,65 +1,50 @@
-"""Check a configuration and its folders, disks, model and datasets, and yield the findings.
+"""Check the configuration, the folders above the datasets, and this machine: disks, watching, processes and the model.
 
-The checks create hidden test files, in Images/ and in sortd's own folders, and remove them. Clases/ is only read.
-No check imports torch. ``check_references``, ``model_facts`` and ``promotion`` have the checks of what they are about.
+The checks create temporary files in sortd's own folders. No check imports torch. ``check_dataset`` has the checks of
+each dataset.
 """
 
 import difflib
 import errno
 import os
-import pwd
-import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Final
 
 from sortd import errors
-from sortd.commands.check_references import (
+from sortd.commands.check_dataset import (
+    DATASET_CHECKS,
     DECODING_SECONDS,
-    Finding,
-    Topic,
-    error,
-    note,
+    READ_AND_ENTER,
+    TARGETS,
+    WRITE_AND_ENTER,
+    entries_of,
     reference_findings,
-    stored_calibration_findings,
-    warning,
+    user_name,
+    write_problem,
 )
 from sortd.commands.console import counted, megabytes
-from sortd.commands.model_facts import model_findings
-from sortd.commands.promotion import classifier_findings
+from sortd.commands.findings import Finding, Topic, error, note, warning
+from sortd.commands.models import EXPORT_MISSING, backend_facts, verdict_sentence
 from sortd.config import Config, read_config
-from sortd.errors import ConfigError, JournalError, LayoutError, StartupError
-from sortd.events import Writer
+from sortd.encoder import models
+from sortd.encoder.models import STRONGER
+from sortd.errors import ConfigError, JournalError, LayoutError, ModelError, StartupError
 from sortd.files import identity_of
 from sortd.images.decode import load_decoders
-from sortd.layout import JOURNAL_FILE, Area, Layout, enclosing_dataset, find_datasets
-from sortd.moving.fs import CANNOT_RENAME, Folders, rename_new, writer_of
-from sortd.names import rule_for_folder
+from sortd.layout import Area, Layout, enclosing_dataset, find_datasets
 from sortd.status import lock_holder, read_status
-from sortd.store.history import History
 from sortd.watch import inotify
 
 LITTLE_ROOM_BYTES = 1_000_000_000
 NO_ROOM_BYTES = 50_000_000
 LITTLE_ROOM_SHARE = 0.02
 LEAST_INODES = 1000
-CLOCK_SECONDS = 5.0
-"""Largest difference between this clock and the time of a new file; a file server's clock may differ by more."""
-
 EARLIEST_SECONDS = 1_735_689_600.0
 """2025-01-01: a clock that shows an earlier time is wrong."""
-
-TARGETS = (Area.DATASET, Area.REVIEW, Area.REJECTED)
-WRITTEN = (Area.IMAGES, *TARGETS)
-READ_AND_ENTER, WRITE_AND_ENTER = os.R_OK | os.X_OK, os.W_OK | os.X_OK
-TRIAL, CREATE = f".sortd-check-{os.getpid()}.part", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-
-Rename = Callable[[int, str, int, str], None]
 
 
 def check_all(
@@ -95,7 +80,7 @@ def check_all(
             yield error(refusal.filename, what, advice, Topic.FOLDERS)
 
 
-# ---------------------------------------------------------------- folders and permissions
+# ---------------------------------------------------------------- folders
 
 
 def root_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Finding]:
@@ -110,7 +95,7 @@ def root_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Finding
         yield error(root, what, "create it, mount its disk, or set `root` to the folder of your datasets")
         return
     if not os.access(root, READ_AND_ENTER, effective_ids=True):
-        yield error(root, "cannot be listed", f"give {_user()} permission to read and enter it")
+        yield error(root, "cannot be listed", f"give {user_name()} permission to read and enter it")
         return
     is_dataset, around = Layout(root).is_dataset, enclosing_dataset(root)
     if is_dataset:
@@ -137,12 +122,12 @@ def own_folder_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[F
     for key, own in folders.items():
         above = next(parent for parent in own.parents if parent.exists())
         if own.is_dir():
-            if problem := _write_problem(own):
-                yield error(own, f"`{key}` cannot be written: {problem}", f"chown it to {_user()}")
+            if problem := write_problem(own):
+                yield error(own, f"`{key}` cannot be written: {problem}", f"chown it to {user_name()}")
         elif own.exists() or not above.is_dir():
             yield error(own, f"`{key}` cannot be a folder: a file is in the way", f"set `{key}` to another folder")
         elif not os.access(above, WRITE_AND_ENTER, effective_ids=True):
-            advice = f"create it and chown it to {_user()}, or set `{key}` to another folder"
+            advice = f"create it and chown it to {user_name()}, or set `{key}` to another folder"
             yield error(own, f"`{key}` is missing and cannot be created in {above}", advice)
 
 
@@ -159,137 +144,13 @@ def overlap_findings(_config: Config, layouts: Sequence[Layout]) -> Iterator[Fin
         if identity is not None and (known := first.setdefault(identity, folder)) != folder:
             yield error(folder, f"is the same folder as {known}", "unmount or move one of them")
     for layout in layouts:
-        for entry in [*_entries(layout.area(Area.IMAGES)), *_entries(layout.area(Area.DATASET))]:
+        for entry in [*entries_of(layout.area(Area.IMAGES)), *entries_of(layout.area(Area.DATASET))]:
             if entry.is_dir(follow_symlinks=False) and Layout(Path(entry.path)).is_dataset:
                 what = f"looks like a dataset but lies in {os.path.dirname(entry.path)}"
                 yield warning(entry.path, what, f"if it is one, move it next to {layout.root}")
 
 
-def folder_findings(_config: Config, layout: Layout) -> Iterator[Finding]:
-    """Check the folders of one dataset, its marker, and the permissions that sortd needs."""
-    for area in Area:
-        folder = layout.area(area)
-        if folder.is_symlink():
-            advice = "replace it by a real folder; to keep it on another disk, mount that disk there"
-            yield error(folder, "is a symbolic link; sortd moves files only below real folders", advice)
-        elif folder.is_dir():
-            yield from _permission_findings(folder, area)
-        elif folder.exists():
-            yield error(folder, "is no folder", "move it away")
-        elif not os.access(layout.root, WRITE_AND_ENTER, effective_ids=True):
-            yield error(folder, f"is missing and cannot be created in {layout.root}", "create it yourself")
-    marker, lock = layout.marker, layout.marker / "lock"
-    if marker.is_symlink():
-        yield error(marker, "is a symbolic link: nothing is moved", "replace it by a folder")
-    elif not layout.is_present:
-        advice = f"sortd creates it when it starts; to create it now: sortd init {layout.root}"
-        yield note(marker, "is missing; without it sortd assumes that the disk is not mounted", advice)
-    elif problem := _write_problem(marker):
-        yield error(marker, f"cannot be written: {problem}", f"chown it to {_user()}")
-    if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file()):
-        yield error(lock, "is no regular file: nothing is moved", "remove it; sortd creates a new one")
-
-
-def class_folder_findings(_config: Config, layout: Layout) -> Iterator[Finding]:
-    """Check the folders one level down: links, permissions, and folders of classes that no longer exist."""
-    classes = {entry.name for entry in _entries(layout.area(Area.CLASES))}
-    for area in (Area.CLASES, Area.DATASET, Area.REVIEW, Area.IMAGES):
-        for entry in _entries(layout.area(area)):
-            if rule_for_folder(entry.name) is not None:
-                continue
-            if entry.is_symlink() and os.path.isdir(entry.path) and area is not Area.IMAGES:
-                effect = "it is no class" if area is Area.CLASES else "no file is moved through it"
-                yield warning(entry.path, f"is a symbolic link, so {effect}", "replace it by a real folder")
-            elif entry.is_dir(follow_symlinks=False):
-                yield from _permission_findings(Path(entry.path), area)
-                files = sum(one.is_file(follow_symlinks=False) for one in _entries(Path(entry.path)))
-                if area in {Area.DATASET, Area.REVIEW} and classes and entry.name not in classes and files:
-                    what = f"holds {counted(files, 'file')} of a class that Clases/ does not have (renamed or removed?)"
-                    advice = f"rename it to the class's new name, or create {layout.area(Area.CLASES)}/{entry.name}"
-                    yield note(entry.path, what, advice)
-
-
-def _permission_findings(folder: Path, area: Area) -> Iterator[Finding]:
-    is_written, status, user = area in WRITTEN, folder.stat(), _user()
-    if not os.access(folder, READ_AND_ENTER | (os.W_OK if is_written else 0), effective_ids=True):
-        what = f"{user} may not {'read, write and enter' if is_written else 'read and enter'} it"
-        if os.statvfs(folder).f_flag & os.ST_RDONLY:
-            what = "its file system is mounted read-only"
-        yield error(folder, what, f"chown or chmod it so that {user} may, or run sortd as its owner")
-    elif is_written and status.st_mode & stat.S_ISVTX and os.geteuid() not in {0, status.st_uid}:
-        what = "has the sticky bit: files of other users cannot be moved out of it"
-        yield warning(folder, what, f"remove the sticky bit: chmod -t {folder}")
-
-
-def _entries(folder: Path) -> list["os.DirEntry[str]"]:
-    """List a folder; empty if it cannot be listed, which another finding reports."""
-    with suppress(OSError), os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
-    return []
-
-
-def _write_problem(folder: Path) -> str | None:
-    """Create and remove a file in one of sortd's own folders; return why that failed."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as refusal:
-        return refusal.strerror
-    return None
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # a container's user need not have a name
-        return f"user {os.geteuid()}"
-
-
-# ---------------------------------------------------------------- disks, clock, watching
-
-
-def move_findings(_config: Config, layout: Layout, *, rename: Rename = rename_new) -> Iterator[Finding]:
-    """Check with a test file whether moves from Images/ are renames, and what the file system reports of the file."""
-    images = layout.area(Area.IMAGES)
-    with Folders(layout.root) as folders:
-        try:
-            source = folders.open(Area.IMAGES)
-            os.close(os.open(TRIAL, CREATE, 0o600, dir_fd=source))
-        except OSError:
-            return  # folder_findings reports it
-        try:
-            slow = [f"{area}/" for area in TARGETS if not _can_rename(folders, area, rename)]
-            reports_writers = writer_of(os.fspath(images / TRIAL)) is not Writer.UNKNOWN
-            ahead = os.stat(TRIAL, dir_fd=source).st_mtime - time.time()
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(TRIAL, dir_fd=source)
-    if slow:
-        what = f"a rename into {', '.join(slow)} is refused: moves are verified copies, slower and with twice the space"
-        advice = "for renames, put both on one file system; in a systemd unit name one common ReadWritePaths="
-        yield note(layout.root, what, advice)
-    elif all(layout.area(area).is_dir() for area in TARGETS):
-        yield note(layout.root, "moves are renames within one file system")
-    if not reports_writers:
-        yield note(images, "does not report open writers, so each file must stay unchanged for at least 5 s")
-    if abs(ahead) > CLOCK_SECONDS:
-        what = f"its file server's clock is {abs(ahead):.0f} s {'ahead' if ahead > 0 else 'behind'}"
-        yield warning(images, what, "synchronise both clocks (NTP)", Topic.MACHINE)
-
-
-def _can_rename(folders: Folders, area: Area, rename: Rename) -> bool:
-    """Rename the test file into an area and back; return True also if permissions or the folder are missing."""
-    source = folders.open(Area.IMAGES)
-    try:
-        target = folders.open(area)
-        rename(source, TRIAL, target, TRIAL)
-    except OSError as refusal:
-        return refusal.errno not in CANNOT_RENAME
-    try:
-        rename(target, TRIAL, source, TRIAL)
-    except OSError:
-        os.unlink(TRIAL, dir_fd=target)
-        raise
-    return True
+# ---------------------------------------------------------------- the machine and the processes
 
 
 def room_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Finding]:
@@ -349,11 +210,8 @@ def watching_findings(
 def _count_folders(layout: Layout) -> int:
     """Count the folders that would be watched; Dataset/, Review/ and Rejected/ are one level deep."""
     deep = sum(1 for area in (Area.CLASES, Area.IMAGES) for _ in os.walk(layout.area(area)))
-    below = [entry for area in TARGETS for entry in _entries(layout.area(area))]
+    below = [entry for area in TARGETS for entry in entries_of(layout.area(area))]
     return deep + len(TARGETS) + sum(entry.is_dir(follow_symlinks=False) for entry in below)
-
-
-# ---------------------------------------------------------------- running processes and the journal
 
 
 def process_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Finding]:
@@ -377,33 +235,49 @@ def process_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Find
         yield note("user", what, "check as the user that runs sortd: sudo -u USER sortd check")
 
 
-def journal_findings(config: Config, layout: Layout) -> Iterator[Finding]:
-    """Read a dataset's whole journal, and report whether the guard holds the dataset."""
-    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    if not os.path.lexists(file):
+# ---------------------------------------------------------------- the model
+
+
+def model_findings(config: Config, _layouts: Sequence[Layout]) -> Iterator[Finding]:
+    """Yield which model would be used and what would run it, or how to get the configured one."""
+    subject = f"model: {config.model}"
+    try:
+        model = models.locate_clip(config.model, cache_dir=config.cache_dir)
+        yield note(subject, f"is {model.name}, a {model.kind} of {megabytes(model.size_bytes)} in {model.folder}")
+        if config.model == "auto" and model.name == "packaged":
+            what = f"the stronger model {STRONGER} is not on this machine"
+            yield note(subject, what, f"sortd models fetch {STRONGER}")
+        if config.text_model is not None:
+            subject = f"text_model: {config.text_model}"
+            models.locate_text(config.text_model, cache_dir=config.cache_dir)
+    except ModelError as refusal:
+        yield error(subject, str(refusal))
+    yield from _backend_findings(config)
+
+
+def _backend_findings(config: Config) -> Iterator[Finding]:
+    """Yield findings about the backend, and how to get a faster one."""
+    facts = backend_facts(config)
+    subject, command = f"backend: {config.backend}", "sortd models export"
+    if facts["problem"]:
+        yield error(subject, facts["problem"])
+    if facts["name"] is None:
         return
-    with History.open(file) as history:
-        history.verify()
-        history.unfinished()
-        history.held()
-        reason = history.guard().reason
-    if reason:
-        what, advice = f"is held, so nothing in it is moved: {reason}", f"see `sortd eval`; sortd release {layout.root}"
-        yield warning(layout.root, what, advice, Topic.CALIBRATION)
+    export = facts["export"]
+    if facts["name"] == "onnx" and export is None:
+        yield warning(subject, f"{EXPORT_MISSING}, so torch is used", command)
+        return
+    remedy = command if facts["name"] == "torch" and facts["is_installed"] and not export else ""
+    yield note(subject, f"the model runs on {facts['name']}: {facts['why']}", remedy)
+    if facts["name"] == "onnx" and "int8" in export["precisions"]:
+        verdict = facts["agreement"]
+        yield note(subject, verdict_sentence(verdict), "" if verdict else command)
 
 
 SITE_CHECKS: Final[Mapping[Callable[[Config, Sequence[Layout]], Iterator[Finding]], Topic]] = {
     **dict.fromkeys((root_findings, own_folder_findings, overlap_findings), Topic.FOLDERS),
     process_findings: Topic.PROCESS,
-    lambda config, _layouts: model_findings(config): Topic.MODEL,
+    model_findings: Topic.MODEL,
     watching_findings: Topic.WATCHING,
     **dict.fromkeys((machine_findings, room_findings), Topic.MACHINE),
 }
-DATASET_CHECKS: Final[Mapping[Callable[[Config, Layout], Iterator[Finding]], Topic]] = {
-    **dict.fromkeys((folder_findings, class_folder_findings), Topic.FOLDERS),
-    move_findings: Topic.FILE_SYSTEM,
-    journal_findings: Topic.PROCESS,
-    classifier_findings: Topic.MODEL,
-    stored_calibration_findings: Topic.CALIBRATION,
-}
-"""All checks with their topics, in the order in which they run; ``reference_findings`` is the last of each dataset."""

@@ -3,7 +3,6 @@
 Facts go to stdout, as JSON with ``--json``, as tables on a terminal, else as tab-separated lines; messages to stderr.
 """
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 import typer.core
@@ -19,14 +18,13 @@ import typer.core
 from sortd.classify.prompts import written_name
 from sortd.files import readable_json
 
-if TYPE_CHECKING:
-    from sortd.config import Config
-
 ERRORS_OF_95_PERCENT = 1.96
 """Standard deviations on either side of the mean that contain 95 % of a normal distribution."""
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|hours?|d|days?|w|weeks?)(?:\s+ago)?")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+Facts = TypeVar("Facts")
 
 ConfigOption = Annotated[
     Path | None,
@@ -42,6 +40,7 @@ SinceOption = Annotated[
     str | None, typer.Option("--since", help="Only moves since 2026-03-01, '2026-03-01 14:30', 14:30, 2h, yesterday.")
 ]
 UntilOption = Annotated[str | None, typer.Option("--until", help="Only moves until this time.")]
+HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write an HTML page to this file.")]
 DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Use only this dataset.")]
 
 
@@ -65,21 +64,12 @@ class Group(_FlagsWithoutType, typer.core.TyperGroup):
     """A group of commands of sortd."""
 
 
-def load_config(path: Path | None) -> "Config":
-    """Read the configuration; raise ConfigError if it is not valid, or if its root is or lies in a dataset."""
-    from sortd.config import read_config
-    from sortd.errors import ConfigError
-    from sortd.layout import misplaced_root
-
-    config = read_config(path, os.environ)
-    if (problem := misplaced_root(config.root)) is not None:
-        raise ConfigError(problem)
-    return config
-
-
-def print_json(facts: object) -> None:
-    """Print facts as JSON; bytes that are not UTF-8 are escaped as lone surrogates."""
-    typer.echo(readable_json(facts, encoding=sys.stdout.encoding, indent=2))
+def show(facts: Facts, render: Callable[[Facts], None], *, as_json: bool) -> None:
+    """Print facts as JSON, with bytes that are not UTF-8 escaped as lone surrogates, or else by ``render``."""
+    if as_json:
+        typer.echo(readable_json(facts, encoding=sys.stdout.encoding, indent=2))
+    else:
+        render(facts)
 
 
 def printable(text: str) -> str:
@@ -186,13 +176,6 @@ def spinner(what: str) -> Iterator[Callable[[str], None]]:
 
     with Console(stderr=True, highlight=False).status(what) as status:
         yield lambda now: status.update(printable(now))
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[str], None]]:
-    """Show a spinner on a terminal, else nothing; yield a function that takes the finished part."""
-    with spinner(what) as tell:
-        yield lambda done: tell(f"{what}: {done} done")
 
 
 @contextmanager

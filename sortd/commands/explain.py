@@ -1,19 +1,22 @@
-"""Explain the decision on one image without changing anything."""
+"""The command ``explain``: explain the decision on one image, without changing anything."""
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sortd.arrays import FloatArray
 from sortd.classify.explain import Explanation, explain, explain_finetuned, explanation_sentences
 from sortd.classify.prototypes import PrototypeSet
-from sortd.commands.check_references import CACHE_FILE
-from sortd.commands.examination import settings_with_corrections
-from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
-from sortd.commands.promotion import dataset_named, serving_facts
+from sortd.classify.types import PROBABILISTIC
+from sortd.commands.check_dataset import CACHE_FILE
+from sortd.commands.console import format_time, print_line, print_table, printable, say, show, spinner
+from sortd.commands.evaluation import label_on_page, name_on_page, render, write_page
+from sortd.commands.moves import JournalPlace, dataset_at, journals, record_facts
+from sortd.commands.status import dataset_named, serving_facts, settings_with_corrections
 from sortd.config import Config
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import (
@@ -24,10 +27,10 @@ from sortd.daemon.references import (
     class_labels,
     stored_prototypes,
 )
-from sortd.daemon.resources import ActiveClassifier, Resources, reference_settings_of, select_classifier
-from sortd.encoder.base import Encoder
+from sortd.daemon.resources import ActiveClassifier, LoadEncoder, Resources, reference_settings_of, select_classifier
 from sortd.errors import DataError, UnreadableError
 from sortd.events import EmbeddedImage, Stamp
+from sortd.images.decode import thumbnail
 from sortd.layout import Area, Layout, find_datasets
 from sortd.moving.fs import is_version
 from sortd.names import Reason, Why
@@ -37,7 +40,10 @@ from sortd.store.history import History
 from sortd.store.records import Selection
 from sortd.watch.scan import stamp, why_left
 
-LoadEncoder = Callable[[Config], Encoder]
+CLASSES_SHOWN = 10
+CLASSES_AT_MOST = 40
+"""Largest number of classes on the page of one decision."""
+LARGE_SIDE_PIXELS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,3 +285,85 @@ def _moves_back(place: JournalPlace, history: History, path: str) -> list[dict[s
             return moves
         moves.append(record_facts(place, came[0]))
         path, newest = came[0].source_path, came[0].id
+
+
+# ---------------------------------------------------------------- output
+
+
+def show_explanation(config: Config, image: Path, dataset: str | None, html: Path | None, *, as_json: bool) -> None:
+    """Explain the decision on an image, write the page, and print the explanation."""
+    with spinner("reading the image"):
+        facts = explain_image(config, image, dataset).facts()
+    if html is not None:
+        write_page(html, explain_page(facts, now=datetime.now().astimezone()))
+    show(facts, _print_explained, as_json=as_json)
+
+
+def _print_explained(facts: Mapping[str, Any]) -> None:
+    print_line(printable(facts["path"]), style="bold")
+    first, *rest = facts["sentences"]
+    print_line(printable(first), style="bold green" if facts["outcome"] == "filed" else "bold yellow")
+    for sentence in rest:
+        print_line(printable(sentence))
+    print_line("")
+    scores = facts["scores"][:CLASSES_SHOWN]
+    rows = [
+        (
+            one["label"],
+            f"{one['score']:.3f}",
+            "" if one["nearest"] is None else f"{one['nearest']:.3f}",
+            one["references"],
+        )
+        for one in scores
+    ]
+    print_table(("class", "score", "nearest", "references"), rows, right=("score", "nearest", "references"))
+    if len(facts["scores"]) > len(scores):
+        say(f"sortd: {len(facts['scores']) - len(scores)} more classes; --json prints all")
+    print_line("")
+    near = [(one["label"], f"{one['similarity']:.3f}", one["path"]) for one in facts["neighbours"]]
+    print_table(("nearest references", "cosine", "file"), near, right=("cosine",))
+    for record in facts["history"]:
+        done = record["outcome"].replace("_", " ")
+        print_line(f"{format_time(record['at'])} {done}: {printable(record['from'])} -> {printable(record['to'])}")
+
+
+def explain_page(facts: Mapping[str, Any], *, now: datetime) -> str:
+    """Return the page of one explanation, from ``ImageExplanation.facts``."""
+    scores = facts["scores"][:CLASSES_AT_MOST]
+    return render(
+        "explain.html",
+        now,
+        facts={**facts, "label": label_on_page(facts["label"])},
+        name=name_on_page(facts["path"]),
+        path=printable(facts["path"]),
+        image=thumbnail(facts["path"], side_pixels=LARGE_SIDE_PIXELS),
+        unit="probability" if facts["mode"] in PROBABILISTIC else "cosine",
+        scores=[{**one, "label": label_on_page(one["label"]), "width": width} for one, width in _widths(scores)],
+        hidden=len(facts["scores"]) - len(scores),
+        neighbours=[
+            {
+                **one,
+                "label": label_on_page(one["label"]),
+                "image": thumbnail(one["path"]),
+                "name": name_on_page(one["path"]),
+            }
+            for one in facts["neighbours"]
+        ],
+        history=[
+            {
+                "when": format_time(one["at"]),
+                "outcome": one["outcome"].replace("_", " "),
+                "label": label_on_page(one["label"]),
+                "undone": one["undone_by"] is not None,
+                "origin": printable(one["from"]),
+                "destination": printable(one["to"]),
+            }
+            for one in facts["history"]
+        ],
+    )
+
+
+def _widths(scores: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
+    """Return each score with the length of its bar in per cent of the largest score."""
+    largest = max((one["score"] for one in scores), default=0.0)
+    return [(one, round(100 * max(one["score"], 0.0) / largest, 1) if largest > 0 else 0.0) for one in scores]

@@ -1,108 +1,65 @@
-"""The command ``finetune``: options, progress bar and output."""
+"""Fine-tuned models: the commands ``finetune``, ``models promote`` and ``models demote``."""
 
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Any
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sortd.commands.console import (
-    ConfigOption,
-    JsonOption,
-    counted,
-    load_config,
-    print_json,
-    print_line,
-    print_table,
-    printable,
-    say,
-)
-from sortd.errors import ModelError
-from sortd.finetune.recipe import Observer, Recipe, Source, TrainingProgress, TrainingRequest, TrainingStoppedError
+from sortd.commands.console import counted, print_line, print_table, printable, say, show
+from sortd.commands.status import accuracy_comparison, dataset_named, result_facts, share
+from sortd.config import Config
+from sortd.daemon.control import AnsweredError, ask
+from sortd.daemon.references import ReferencesAbsentError, class_labels
+from sortd.daemon.resources import unfit
+from sortd.encoder import finetuned
+from sortd.encoder.finetuned import finetuning_results, read_facts
+from sortd.errors import DataError, ModelError, StartupError
+from sortd.finetune import run
+from sortd.finetune.recipe import Observer, TrainingProgress, TrainingRequest, TrainingStoppedError
+from sortd.layout import Area, Layout
 from sortd.systemd import Signalled, signals_posted
 
-if TYPE_CHECKING:
-    from sortd.encoder.finetuned import FinetunedFacts
-
-_DEFAULT = Recipe()
 LEFT_OUT_SHOWN = 10
 
 
-def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameters
-    dataset: Annotated[str, typer.Argument(help="Name of the dataset.")],
-    config: ConfigOption = None,
-    source: Annotated[Source, typer.Option("--from", help="Folders to train on.")] = Source.CLASES,
-    base: Annotated[
-        str, typer.Option(help="auto, packaged, or the name or folder of a transformers image model.")
-    ] = "auto",
-    output: Annotated[Path | None, typer.Option(help="Result folder. Default: a new one in the state folder.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume the newest unfinished training.")] = False,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 20 epochs, but at least 300 steps.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per training step.")] = _DEFAULT.batch_size,
-    learning_rate: Annotated[
-        float | None, typer.Option(min=1e-9, help="Peak learning rate. Default: the base's.")
-    ] = None,
-    layer_decay: Annotated[
-        float, typer.Option(min=0, max=1, help="Factor of the learning rate per layer.")
-    ] = _DEFAULT.layer_decay,
-    balance: Annotated[
-        float, typer.Option(min=0, max=1, help="Weight of rare classes; 0: images have equal weight, 1: classes.")
-    ] = _DEFAULT.balance,
-    test: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of test images.")] = _DEFAULT.test,
-    validation: Annotated[
-        float, typer.Option(min=0.01, max=0.9, help="Share of validation images.")
-    ] = _DEFAULT.validation,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed for the split and the training.")] = _DEFAULT.seed,
-    side: Annotated[int | None, typer.Option(min=16, help="Input size in pixels. Default: the base's.")] = None,
-    lora: Annotated[int | None, typer.Option(min=1, help="Train LoRA layers of this rank (needs peft).")] = None,
-    flips: Annotated[bool, typer.Option("--flips/--no-flips", help="Also train on mirrored images.")] = True,
-    extra: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE of transformers' TrainingArguments; repeatable.")
-    ] = None,
-    as_json: JsonOption = False,
+def fine_tune(
+    config: Config,
+    request: TrainingRequest,
+    *,
+    output: Path | None,
+    resume: bool,
+    resume_command: str,
+    as_json: bool,
 ) -> None:
-    """Fine-tune an image model on a dataset, and compare it with the prototypes."""
-    require_training_packages()
-    from sortd.commands.promotion import dataset_named
-    from sortd.finetune import run
-
-    loaded, now = load_config(config), datetime.now(UTC)
-    recipe = Recipe(
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        layer_decay=layer_decay,
-        balance=balance,
-        test=test,
-        validation=validation,
-        seed=seed,
-        lora_rank=lora,
-        flips=flips,
-    )
-    request = TrainingRequest(dataset_named(loaded, dataset), source, base, side, recipe, tuple(extra or ()))
+    """Fine-tune an image model on a dataset, and print how it compares with the prototypes."""
+    now = datetime.now(UTC)
     if output is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise typer.BadParameter("several processes need the option --output", param_hint="--output")
     if output is not None:
         place = output.absolute()
     elif resume:
-        place = run.unfinished_of(request, loaded.state_dir)
+        place = run.unfinished_of(request, config.state_dir)
     else:
-        place = run.output_of(request, loaded.state_dir, now)
+        place = run.output_of(request, config.state_dir, now)
     with observing() as observer:
         try:
-            facts = run.run_finetuning(request, loaded, place, now=now, resume=resume, observer=observer)
+            facts = run.run_finetuning(request, config, place, now=now, resume=resume, observer=observer)
         except TrainingStoppedError as error:
-            said = [f"--config {config}"] * (config is not None) + [f"--output {output}"] * (output is not None)
-            again = " ".join(["sortd finetune", dataset, *said, "--resume"])
-            raise TrainingStoppedError(f"{error}; continue with `{again}`") from error
+            raise TrainingStoppedError(f"{error}; continue with `{resume_command}`") from error
     if facts is not None:
-        _print_result(facts, place, as_json=as_json)
+        printed = {key: value for key, value in facts.metrics.items() if key != "log"}
+        shown = {"folder": str(place), "model_id": facts.model_id, **printed}
+        show(shown, _print_result, as_json=as_json)
 
 
 def require_training_packages(find: Callable[[str], object | None] = find_spec) -> None:
@@ -118,9 +75,6 @@ def observing() -> Iterator[Observer]:
 
     SIGINT, SIGTERM and SIGHUP stop the training after the current step, with a checkpoint; at other times, at once.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     heard: list[Signalled] = []
     bar = Progress(
         TextColumn("{task.description}"),
@@ -157,12 +111,7 @@ def observing() -> Iterator[Observer]:
         yield Observer(finished, progress, lambda: bool(heard))
 
 
-def _print_result(facts: "FinetunedFacts", folder: Path, *, as_json: bool) -> None:
-    metrics = facts.metrics
-    if as_json:
-        printed = {key: value for key, value in metrics.items() if key != "log"}
-        print_json({"folder": str(folder), "model_id": facts.model_id, **printed})
-        return
+def _print_result(metrics: Mapping[str, Any]) -> None:
     compared, left_out = metrics["comparison"], metrics["left_out"]
     named = {f"prototypes, {mode}": row for mode, row in compared["prototypes"].items()}
     rows = [
@@ -177,10 +126,95 @@ def _print_result(facts: "FinetunedFacts", folder: Path, *, as_json: bool) -> No
         f"on {counted(compared['images'], 'test image')} (McNemar p = {compared['mcnemar']['p_value']:.3g})",
         style="bold",
     )
-    print_line(printable(f"result written to {folder}"))
+    print_line(printable(f"result written to {metrics['folder']}"))
     for note in metrics["data"]["notes"]:
         say(f"sortd: {printable(note)}")
     for one in left_out[:LEFT_OUT_SHOWN]:
         say(f"sortd: left out: {printable(one['path'])}: {one['why']}")
     if len(left_out) > LEFT_OUT_SHOWN:
         say(f"sortd: left out: {len(left_out) - LEFT_OUT_SHOWN} more; metrics.json lists all")
+
+
+# ---------------------------------------------------------------- promotion
+
+
+def print_promoted(facts: Mapping[str, Any]) -> None:
+    """Print the outcome of ``promote_model``."""
+    name, place = printable(facts["dataset"]), printable(facts["folder"])
+    if facts["serves"]:
+        print_line(f"{name} is decided by {place}", style="bold green")
+    else:
+        reason = "because of `classifier: prototypes` in the configuration; set auto"
+        print_line(f"{place} is promoted in {name} but not used, {reason}", style="bold yellow")
+    own, best = share(facts["accuracy"]), share(facts["prototypes_accuracy"])
+    print_line(f"  {facts['verdict']}: accuracy {own} on {facts['images']} images, {best} by mode {facts['best_mode']}")
+    say(f"sortd: {facts['told']}")
+
+
+def print_demoted(facts: Mapping[str, Any]) -> None:
+    """Print the outcome of ``demote_model``."""
+    print_line(f"{printable(facts['dataset'])} is decided by the prototypes", style="bold")
+    say(f"sortd: {facts['told'] or 'no model was promoted; nothing changed'}")
+
+
+def promote_model(config: Config, dataset: str | None, folder: Path | None, *, force: bool) -> dict[str, Any]:
+    """Promote a fine-tuned model, notify the running sortd, and return the outcome as plain values.
+
+    Args:
+        config: the configuration.
+        dataset: None: the only one.
+        folder: result folder; None: the newest one of the dataset.
+        force: promote also a model that is weaker than the prototypes.
+
+    Raises:
+        DataError: there is no such dataset or result, or the model has other classes or is weaker.
+        ModelError: the result folder is invalid.
+        DestinationError: the state folder cannot be written.
+    """
+    layout = dataset_named(config, dataset)
+    state_folder = layout.state_folder(config.state_dir)
+    found = finetuning_results(state_folder) if folder is None else [folder.absolute()]
+    if not found:
+        raise DataError(
+            f"{layout.name} has no fine-tuned model in {state_folder}: run `sortd finetune {layout.name}`, or give the "
+            "folder of a model"
+        )
+    facts = read_facts(found[0])
+    try:
+        refusal = unfit(facts, class_labels(layout.area(Area.CLASES)), dataset=layout.name)
+    except ReferencesAbsentError as error:
+        raise DataError(f"{error}: the classes of the model cannot be checked; is the disk mounted?") from error
+    if refusal is not None:
+        raise DataError(refusal)
+    if facts.verdict == "weaker" and not force:
+        raise DataError(
+            f"{facts.folder} is weaker than the prototypes on images that neither had seen "
+            f"({accuracy_comparison(facts)}): fine-tune with more images, or promote it all the same with --force"
+        )
+    promotion = finetuned.Promotion(facts.folder, facts.model_id, facts.verdict, time.time())
+    finetuned.write_promotion(state_folder, promotion)
+    wanted = config.dataset(layout.name).classifier
+    own = {"dataset": layout.name, "classifier": wanted, "serves": wanted != "prototypes"}
+    return {**own, **result_facts(facts), "told": _notify(config, layout)}
+
+
+def demote_model(config: Config, dataset: str | None) -> dict[str, Any]:
+    """Remove the promotion of a dataset, notify the running sortd, and return the outcome.
+
+    Raises as ``promote_model``.
+    """
+    layout = dataset_named(config, dataset)
+    was_promoted = finetuned.remove_promotion(layout.state_folder(config.state_dir))
+    told = _notify(config, layout) if was_promoted else None
+    return {"dataset": layout.name, "demoted": was_promoted, "told": told}
+
+
+def _notify(config: Config, layout: Layout) -> str:
+    """Request a rebuild from the running sortd, and return the outcome in a sentence."""
+    try:
+        reply = ask(config.state_dir, {"do": "rebuild", "datasets": [layout.name], "force": False})
+    except (AnsweredError, StartupError) as error:  # the next reload or start applies it
+        return f"the running sortd did not apply it: {error}"
+    if reply is None:
+        return "sortd is not running; it will apply this at its next start"
+    return "the running sortd applies it; `sortd status` shows the classifier in use"

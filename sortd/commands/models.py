@@ -1,53 +1,50 @@
-"""The commands about models: ``list``, ``fetch``, ``export``, ``promote`` and ``demote``."""
+"""The models on this machine: the commands ``models list``, ``fetch`` and ``export``, and the facts that they print.
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+``export`` embeds the references of all datasets (a sample, if there are many) with int8 and with float32, and
+``classify.held_out`` compares the decisions. The verdict is stored with the export; the daemon only reads it.
+"""
 
-import typer
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
-from sortd.commands.console import (
-    Command,
-    ConfigOption,
-    DatasetOption,
-    Group,
-    JsonOption,
-    load_config,
-    megabytes,
-    print_json,
-    print_line,
-    print_table,
-    printable,
-    say,
-    spinner,
+import numpy as np
+
+from sortd.classify.held_out import LEAST_COSINE, agreement, agreement_figures, refuse_quick
+from sortd.classify.types import SupportSet
+from sortd.commands.console import counted, megabytes, print_line, print_table, printable, say, show, spinner
+from sortd.commands.status import list_finetuned_models, settings_with_corrections, share
+from sortd.config import Config
+from sortd.daemon.references import STRANGERS_FOLDER, ClassFolder, References, ReferencesAbsentError
+from sortd.daemon.resources import Resources
+from sortd.encoder import models
+from sortd.encoder.backends import choose_backend
+from sortd.encoder.export import CALIBRATION_IMAGES, Progress, make_exports
+from sortd.encoder.models import STRONGER, ModelFolder, Use, locate_configured
+from sortd.encoder.onnx_encoder import (
+    Exports,
+    OnnxEncoder,
+    Precision,
+    find_exports,
+    is_installed,
+    read_verdict,
+    write_verdict,
 )
+from sortd.encoder.quantize import photographic_noise
+from sortd.errors import LayoutError, ModelError, SortdError
+from sortd.layout import Area, Layout, find_datasets
+from sortd.status import read_status
 
+CONTENT_DIGITS = 16  # of the sha256 over configuration and weights; enough to distinguish models
+EXPORT_MISSING = "the export to ONNX is missing, damaged or outdated"
 _CLASSIFIERS = {"prototypes": "prototypes", "finetuned": "fine-tuned model"}
-
-models = typer.Typer(
-    name="models",
-    cls=Group,
-    help="List the models on this machine; fetch, export, promote and demote models.",
-    invoke_without_command=True,
-)
+MAX_REFERENCES = 1000  # that are compared; with so many, a share of 0.99 has a standard error of 0.003
+MAX_PER_CLASS = 20  # of these; a sample of few classes would make the comparison too easy
 
 
-@models.callback()
-def _models(context: typer.Context, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """List the models on this machine and those in use; fetch, export, promote and demote models."""
-    if context.invoked_subcommand is None:
-        list_models(config, as_json)
-
-
-@models.command("list", cls=Command)
-def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """List the models on this machine, the selected one and its backend, and the classifier of each dataset."""
-    from sortd.commands.model_facts import backend_lines, model_list
-
-    facts = model_list(load_config(config))
-    if as_json:
-        print_json(facts)
-        return
+def print_models(facts: Mapping[str, Any]) -> None:
+    """Print ``model_list``: the models, the selected one and its backend, and the classifier of each dataset."""
     columns = ("name", "kind", "size", "content", "folder")
     rows = [
         (
@@ -68,8 +65,6 @@ def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> Non
 
 def _print_finetuned(datasets: Mapping[str, Any]) -> None:
     """Print the classifier of each dataset, and its fine-tuned models."""
-    from sortd.commands.promotion import share
-
     if not datasets:
         return
     print_line("")
@@ -96,81 +91,261 @@ def _print_finetuned(datasets: Mapping[str, Any]) -> None:
         print_table(("", "dataset", "verdict", *columns, "base", "folder"), rows, right=columns)
 
 
-@models.command("fetch", cls=Command)
-def fetch_model(
-    name: Annotated[str, typer.Argument(help="Name on the Hugging Face hub, for example clip-ViT-B-32.")],
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Download a model into sortd's cache. Only this command uses the network."""
-    from sortd.commands.model_facts import how_to_use
-    from sortd.encoder.models import fetch
-
-    loaded = load_config(config)
+def fetch_model(config: Config, name: str, *, as_json: bool) -> None:
+    """Download a model into sortd's cache, and print what it is for."""
     say(f"sortd: fetching {name}")
-    model = fetch(name, cache_dir=loaded.cache_dir)
-    if as_json:
-        print_json({"name": name, "folder": str(model.folder), "use": model.use.value})
-        return
-    print_line(f"{name} is in {model.folder}")
-    print_line(how_to_use(name, model.use, loaded))
+    model = models.fetch(name, cache_dir=config.cache_dir)
+
+    def render(facts: Mapping[str, Any]) -> None:
+        print_line(f"{name} is in {facts['folder']}")
+        print_line(how_to_use(name, model.use, config))
+
+    show({"name": name, "folder": str(model.folder), "use": model.use.value}, render, as_json=as_json)
 
 
-@models.command("export", cls=Command)
-def export_model(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Export the model to ONNX Runtime and compare int8 with float32 on your references. Needs the extra onnx."""
-    from sortd.commands.export import export
-    from sortd.commands.model_facts import backend_facts, backend_lines
-
-    loaded = load_config(config)
+def export_model(config: Config, *, as_json: bool) -> None:
+    """Export the model to ONNX Runtime, compare int8 with float32, and print the backend."""
     with spinner("exporting the model") as on_progress:
-        export(loaded, on_progress=on_progress)
-    facts = backend_facts(loaded)
-    if as_json:
-        print_json(facts)
-        return
+        export(config, on_progress=on_progress)
+    show(backend_facts(config), print_backend, as_json=as_json)
+
+
+def print_backend(facts: Mapping[str, Any]) -> None:
+    """Print ``backend_facts``."""
     for line in backend_lines(facts):
         print_line(printable(line))
 
 
-@models.command("promote", cls=Command)
-def promote_model(
-    folder: Annotated[
-        Path | None, typer.Argument(help="Folder that `sortd finetune` wrote. Default: the newest of the dataset.")
-    ] = None,
-    config: ConfigOption = None,
-    dataset: DatasetOption = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Promote it even if it is weaker than the prototypes.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Use a fine-tuned model for a dataset. A running sortd switches to it at once."""
-    from sortd.commands.promotion import promote, share
+def model_list(config: Config) -> dict[str, Any]:
+    """Return the models as plain values; nothing is loaded or downloaded."""
+    found = {model.folder: model for model in models.available(cache_dir=config.cache_dir)}
+    problem, chosen = None, None
+    try:
+        chosen = models.locate_clip(config.model, cache_dir=config.cache_dir)
+        found.setdefault(chosen.folder, chosen)
+    except ModelError as refusal:
+        problem = str(refusal)
+    status = read_status(config.state_dir)
+    running = None
+    if status is not None and status["alive"]:
+        running = {"model": status.get("model"), "encoder_id": status.get("encoder_id")}
+    why, advice = _why(config.model, chosen)
+    return {
+        "model": config.model,
+        "models": [
+            _row(model, config) | {"chosen": chosen is not None and model.folder == chosen.folder}
+            for model in found.values()
+        ],
+        "problem": problem,
+        "why": problem or why,
+        "advice": advice,
+        "backend": backend_facts(config),
+        "running": running,
+        "datasets": list_finetuned_models(config),
+    }
 
-    facts = promote(load_config(config), dataset, folder, force=force)
-    if as_json:
-        print_json(facts)
+
+def _row(model: ModelFolder, config: Config) -> dict[str, Any]:
+    content = None
+    with suppress(OSError):
+        content = models.digest(model, cache_dir=config.cache_dir)[:CONTENT_DIGITS]
+    return {
+        "name": model.name,
+        "folder": str(model.folder),
+        "kind": model.kind,
+        "size_bytes": model.size_bytes,
+        "content": content,
+    }
+
+
+def _why(wanted: str, chosen: ModelFolder | None) -> tuple[str, list[str]]:
+    """Return why a model is selected, and how to get a better one."""
+    if wanted != "auto" or chosen is None:
+        return f"`model: {wanted}` is configured", []
+    if chosen.name != "packaged":
+        return f"`model: auto` selects {chosen.name}, which is on this machine and better than the packaged one", []
+    return f"`model: auto` selects the packaged one, since {STRONGER} is not on this machine", [
+        f"To get the better one, with network access: sortd models fetch {STRONGER}",
+        "Without a network: copy its folder from another machine and set `model:` to its path",
+    ]
+
+
+def how_to_use(name: str, use: Use, config: Config) -> str:
+    """Return in a sentence what a model on this machine is for, and how to configure it."""
+    restart = "in the configuration, and restart sortd"
+    match use:
+        case Use.IMAGES:
+            return (
+                f"it takes images but no text, so it cannot be `model:`; it can be the base of a fine-tuned model: "
+                f"`sortd finetune DATASET --base {name}`"
+            )
+        case Use.WORDS if config.text_model == name:
+            return "`text_model:` names it: sortd uses it for the class names after a restart"
+        case Use.WORDS:
+            return (
+                f"it takes text but no images; beside the CLIP with which it was trained it can embed the class names: "
+                f"set `text_model: {name}` {restart}"
+            )
+    if config.model == name or (config.model == "auto" and name == STRONGER):
+        return f"`model: {config.model}` selects it after a restart of sortd"
+    return f"to use it, set `model: {name}` {restart}"
+
+
+def backend_facts(config: Config) -> dict[str, Any]:
+    """Return the backend of the configured model as plain values; nothing is loaded or exported."""
+    facts: dict[str, Any] = {
+        "configured": config.backend,
+        "name": None,
+        "why": None,
+        "problem": None,
+        "is_installed": is_installed(),
+        "export": None,
+        "agreement": None,
+    }
+    try:
+        model = locate_configured(config)
+    except ModelError:  # ``model_list`` and ``check`` report it
+        return facts
+    try:
+        found = find_exports(model) if is_installed() else None
+        if found is not None:
+            facts |= {"export": _export_facts(found), "agreement": read_verdict(found, config.root)}
+        chosen = choose_backend(config.backend, model, device=config.device)
+        facts |= {"name": chosen.name, "why": chosen.why}
+    except ModelError as refusal:
+        facts["problem"] = str(refusal)
+    return facts
+
+
+def _export_facts(found: Exports) -> dict[str, Any]:
+    return {
+        "folder": str(found.folder),
+        "size_bytes": found.size_bytes,
+        "precisions": [one.value for one in found.precisions],
+        "int8_gain": round(found.manifest.gain, 2),
+        "made_with": dict(found.manifest.made_with),
+    }
+
+
+def backend_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield ``backend_facts`` as sentences."""
+    if facts["problem"]:
+        yield facts["problem"]
+    if facts["name"] is None:
         return
-    name, place = printable(facts["dataset"]), printable(facts["folder"])
-    if facts["serves"]:
-        print_line(f"{name} is decided by {place}", style="bold green")
-    else:
-        reason = "because of `classifier: prototypes` in the configuration; set auto"
-        print_line(f"{place} is promoted in {name} but not used, {reason}", style="bold yellow")
-    own, best = share(facts["accuracy"]), share(facts["prototypes_accuracy"])
-    print_line(f"  {facts['verdict']}: accuracy {own} on {facts['images']} images, {best} by mode {facts['best_mode']}")
-    say(f"sortd: {facts['told']}")
-
-
-@models.command("demote", cls=Command)
-def demote_model(config: ConfigOption = None, dataset: DatasetOption = None, as_json: JsonOption = False) -> None:
-    """Use the prototypes for a dataset again. The folder of the fine-tuned model is kept."""
-    from sortd.commands.promotion import demote
-
-    facts = demote(load_config(config), dataset)
-    if as_json:
-        print_json(facts)
+    export = facts["export"]
+    if facts["name"] == "onnx" and export is None:
+        yield f"Backend: torch, since {EXPORT_MISSING}; run `sortd models export`"
         return
-    print_line(f"{printable(facts['dataset'])} is decided by the prototypes", style="bold")
-    say(f"sortd: {facts['told'] or 'no model was promoted; nothing changed'}")
+    yield f"Backend: {facts['name']}; {facts['why']}"
+    if export is None:
+        return
+    has_int8 = "int8" in export["precisions"]
+    gain = f"int8 is {'' if has_int8 else 'only '}{export['int8_gain']:.1f} times as fast as fp32"
+    yield f"Its export takes {megabytes(export['size_bytes'])} in {export['folder']}; {gain}"
+    if has_int8 and facts["name"] == "onnx":
+        yield verdict_sentence(facts["agreement"])
+
+
+def verdict_sentence(verdict: Mapping[str, Any] | None) -> str:
+    """Return which precision is used, and why, from the verdict on int8 or None if there is none."""
+    if verdict is None:
+        return "fp32 is used: int8 was not compared with it on these datasets; run `sortd models export`"
+    if verdict["refusal"]:
+        return f"fp32 is used, not int8: {verdict['refusal']}"
+    return (
+        f"int8 is used: it files {verdict['same']} of {verdict['filed']} references as fp32 does, mean cosine "
+        f"{verdict['mean_cosine']:.4f}"
+    )
+
+
+# ---------------------------------------------------------------- export
+
+
+def export(config: Config, *, on_progress: Progress = lambda _: None) -> None:
+    """Export the configured model unless a valid export exists, and compare int8 with float32 on all references.
+
+    Raises:
+        ModelError: it cannot be exported, or the verdict cannot be written.
+    """
+    made = make_exports(locate_configured(config), on_progress=on_progress)
+    if Precision.INT8 in made.precisions:
+        facts = judge_int8(config, made, on_progress)
+        try:
+            write_verdict(made, config.root, facts)
+        except OSError as error:
+            raise ModelError(f"cannot write the verdict on int8 to {error.filename}: {error.strerror}") from error
+
+
+def judge_int8(config: Config, exported: Exports, on_progress: Progress) -> dict[str, Any]:
+    """Compare int8 with float32; return whether it may be used, and the figures, as plain values."""
+    layouts: list[Layout] = []
+    with suppress(LayoutError):  # without a root there are no references
+        layouts = find_datasets(config.root)
+    parts, refusal, probes = {}, None, None
+    try:
+        exact, exact_probes = _embed(config, exported, Precision.FP32, layouts, on_progress)
+        fast, fast_probes = _embed(config, exported, Precision.INT8, layouts, on_progress)
+        probes = float((exact_probes * fast_probes).sum(axis=1).mean())
+        settings = {layout.name: settings_with_corrections(config, layout).settings for layout in layouts}
+        parts = {name: agreement(exact[name], fast[name], settings[name]) for name in exact.keys() & fast.keys()}
+        refusal = refuse_quick(parts)
+        if not probes >= LEAST_COSINE:  # also for NaN
+            refusal = f"the rows of synthetic images differ: mean cosine {probes:.4f}, needed {LEAST_COSINE}"
+    except (ValueError, OSError, SortdError) as error:  # a reference changed, int8 does not run, a journal is damaged
+        refusal = f"it could not be compared with fp32: {error}"
+    return {
+        "serves": (Precision.FP32 if refusal else Precision.INT8).value,
+        "refusal": refusal,
+        "probe_cosine": probes,
+        **agreement_figures(parts),
+    }
+
+
+def _embed(
+    config: Config, exported: Exports, precision: Precision, layouts: Sequence[Layout], on_progress: Progress
+) -> tuple[dict[str, SupportSet], Any]:
+    """Return the support set of each dataset, and the rows of synthetic images, in one precision."""
+    encoder = OnnxEncoder(
+        exported,
+        precision,
+        device="cpu",
+        threads=config.threads,
+        decoding=config.decoding.jpeg,
+    )
+    probes = encoder.encode_images(photographic_noise(encoder.preprocessing, CALIBRATION_IMAGES))
+    resources = Resources(config, load_encoder=lambda _: encoder)
+    supports: dict[str, SupportSet] = {}
+    try:
+        embedder, _, _ = resources.load()
+        for layout in layouts:
+            report = _counter(on_progress, f"comparing int8: {layout.name} in {precision}")
+            with suppress(ReferencesAbsentError):
+                references = References(layout.area(Area.CLASES), choose=sample)
+                supports[layout.name], _ = references.support(
+                    embedder, settings_with_corrections(config, layout), tell=report
+                )
+    finally:
+        resources.unload()
+    return supports, np.asarray(probes)
+
+
+def _counter(on_progress: Progress, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: on_progress(f"{what}, {done} of {counted(total, 'reference')}")
+
+
+def sample(folders: Sequence[ClassFolder]) -> list[ClassFolder]:
+    """Return the classes and references to compare: all of a small library, an even sample of a large one.
+
+    Images that belong to no class are left out, since they have no label to compare.
+    """
+    known = [folder for folder in folders if folder.label != STRANGERS_FOLDER]
+    if sum(len(folder.files) for folder in known) <= MAX_REFERENCES:
+        return known
+    fewer = [replace(folder, files=tuple(_every_nth(folder.files, MAX_PER_CLASS))) for folder in known]
+    size = sum(len(folder.files) for folder in fewer)
+    return list(_every_nth(fewer, max(2, len(fewer) * MAX_REFERENCES // max(size, MAX_REFERENCES))))
+
+
+def _every_nth(items: Sequence[Any], most: int) -> Sequence[Any]:
+    return items if len(items) <= most else [items[index * len(items) // most] for index in range(most)]

@@ -1,31 +1,224 @@
-"""The commands ``undo``, ``release`` and ``rebuild``.
+"""The journals of all datasets, and the commands about moves: ``history``, ``undo``, ``release`` and ``rebuild``.
 
-They send a request to the running sortd, so only one process moves files; without one they take the dataset's lock.
+The last three send a request to the running sortd, so only one process moves files; without one, ``undo`` and
+``release`` take the dataset's lock.
 """
 
 import os
+import re
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sortd.commands.console import counted, load_config, print_json, print_line, printable, say
-from sortd.commands.journals import JournalPlace, dataset_at, journals, narrowed
+from sortd.commands.console import counted, format_time, print_line, print_table, printable, say, show
 from sortd.config import Config
 from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, release_reply, undo_facts, undo_records
 from sortd.daemon.dataset_lock import inspect_dataset, open_dataset
-from sortd.errors import DataError, SortdError
-from sortd.layout import Layout, find_datasets
+from sortd.errors import DataError, JournalError, LayoutError, SortdError, StartupError
+from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.store.history import History
-from sortd.store.records import Record, Selection
+from sortd.store.records import Record, Role, Selection
+
+_STATE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
+"""Form of the names that ``Layout.state_folder`` gives."""
 
 SECONDS_FOR_EACH = 0.05
 """Additional time to wait for the answer, for each file to be undone."""
+
+STYLES = {"sent to review": "yellow", "rejected": "red", "undone": "cyan"}
+
+
+@dataclass(frozen=True, slots=True)
+class JournalPlace:
+    """One dataset's journal."""
+
+    dataset: str
+    root: Path | None
+    """The dataset's folder; None if it is missing or not mounted."""
+    file: Path
+
+    @property
+    def is_there(self) -> bool:
+        """Tell whether the dataset has ever been used with this state directory."""
+        return self.file.is_file()
+
+
+def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
+    """Return the journals of all datasets, or of one, by name; those of missing datasets come last.
+
+    Raises:
+        DataError: there is no dataset of that name.
+        StartupError: the state directory cannot be read.
+    """
+    if config.state_dir.exists() and not os.access(config.state_dir, os.R_OK | os.X_OK, effective_ids=True):
+        raise StartupError(
+            f"{config.state_dir} cannot be read; run the command as the user that runs sortd, or as root"
+        )
+    try:
+        layouts = find_datasets(config.root)
+    except LayoutError:
+        layouts = []  # not mounted: the journals can still be read
+    places = [JournalPlace(one.name, one.root, one.state_folder(config.state_dir) / JOURNAL_FILE) for one in layouts]
+    known = {place.file for place in places}
+    places += [
+        JournalPlace(named[1], None, file)
+        for file in sorted(config.state_dir.glob(f"*/{JOURNAL_FILE}"))
+        if file not in known and (named := _STATE_FOLDER.fullmatch(file.parent.name))
+    ]
+    if dataset is None:
+        return places
+    chosen = [place for place in places if place.dataset == dataset]
+    if not chosen:
+        there = ", ".join(sorted({place.dataset for place in places})) or "none"
+        raise DataError(f"there is no dataset {dataset!r} in {config.root}; there are: {there}")
+    return chosen
+
+
+def dataset_at(config: Config, path: Path) -> tuple[Layout, str] | None:
+    """Return the dataset that a path lies in, and the path relative to it; None if it lies in none.
+
+    Raises:
+        LayoutError: the root cannot be listed.
+    """
+    absolute = os.path.abspath(path)
+    unlinked = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
+    for layout in find_datasets(config.root):
+        for spelled in (absolute, unlinked):
+            for root in (os.fspath(layout.root), os.path.realpath(layout.root)):
+                if spelled.startswith(root + os.sep):
+                    return layout, spelled.removeprefix(root + os.sep)
+    return None
+
+
+def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
+    """Return a record as plain values, its paths absolute where the dataset is there."""
+    reason, image = record.move_reason, record.move.image
+    others = [file for file in record.move.files if file.role is not Role.IMAGE]
+    root = "" if place.root is None else f"{place.root}/"
+    return {
+        "id": record.id,
+        "dataset": place.dataset,
+        "run": record.run,
+        "at": record.ended_at,
+        "outcome": reason.outcome,
+        "label": reason.label,
+        "from": f"{root}{record.source_path}",
+        "to": f"{root}{record.destination_path}",
+        "size": image.stamp.size,
+        "companions": [file.final or file.name for file in others],
+        "score": reason.score,
+        "margin": reason.margin,
+        "second_label": reason.second_label,
+        "mode": reason.mode,
+        "reason": reason.reason,
+        "generation": reason.generation,
+        "encoder_id": reason.encoder_id,
+        "content": reason.content,
+        "undoes": reason.undoes,
+        "undone_by": record.undone_by,
+        "lost": list(record.move.lost),
+    }
+
+
+def narrowed(config: Config, dataset: str | None, path: Path | None) -> tuple[str | None, str | None]:
+    """Return the dataset to search and the path relative to it; a path determines its dataset.
+
+    Raises:
+        DataError: the path lies in no dataset.
+    """
+    if path is None:
+        return dataset, None
+    found = dataset_at(config, path)
+    if found is None:
+        raise DataError(f"{path} lies in no dataset below {config.root}; name the present or a former path of the file")
+    return found[0].name, found[1]
+
+
+# ---------------------------------------------------------------- history
+
+
+def show_history(
+    config: Config,
+    *,
+    dataset: str | None,
+    file: Path | None,
+    limit: int,
+    as_json: bool,
+    **conditions: Any,  # noqa: ANN401 -- of Selection
+) -> None:
+    """Print the records that meet the conditions, newest first; then raise JournalError if a journal was unreadable."""
+    refusal, records = None, list[dict[str, Any]]()
+    dataset, relative = narrowed(config, dataset, file)
+    for place in journals(config, dataset):
+        if not place.is_there:
+            continue
+        try:
+            with History.open(place.file) as history:
+                found = history.moves(Selection(path=relative, limit=limit or None, **conditions))
+        except JournalError as error:
+            refusal = refusal or error
+        else:
+            records += [record_facts(place, record) for record in found]
+    records.sort(key=lambda one: (one["at"], one["id"]), reverse=True)
+    records = records[: limit or None]
+    show(records, partial(_print_records, limit), as_json=as_json)
+    if refusal is not None:
+        raise refusal
+
+
+def _print_records(limit: int, records: Sequence[Mapping[str, Any]]) -> None:
+    rows = [_columns(record) for record in records]
+    if sys.stdout.isatty():  # so many columns would be too wide
+        for row in rows:
+            _print_record(*row)
+    else:
+        print_table(("when", "dataset", "outcome", "from", "to", "score", "margin", "reason", "run"), rows)
+    if not records:
+        say("sortd: the journal has no such move")
+    if limit and len(records) == limit:
+        say(f"sortd: these are the newest {limit} moves; --limit 0 shows all")
+
+
+def _print_record(when: str, dataset: str, outcome: str, source: str, destination: str, *facts: str) -> None:
+    score, margin, reason, run = facts
+    why = [f"score {score}, margin {margin}"] if score else []
+    shown = ", ".join([*why, *([reason] if reason else []), f"run {run}"])
+    line = f"{when}  {dataset}  {outcome}: {source} -> {destination}  ({shown})"
+    print_line(printable(line), style=STYLES.get(outcome, ""))
+
+
+def _columns(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        format_time(record["at"]),
+        record["dataset"],
+        record["outcome"].replace("_", " ") + (" (undone)" if record["undone_by"] else ""),
+        _relative(record["from"]),
+        _relative(record["to"]),
+        "" if record["score"] is None else f"{record['score']:.3f}",
+        "" if record["margin"] is None else f"{record['margin']:.3f}",
+        record["reason"] or "",
+        record["run"],
+    )
+
+
+def _relative(path: str) -> str:
+    """Return a path relative to its dataset."""
+    for area in ("/Images/", "/Dataset/", "/Review/", "/Rejected/"):
+        if area in path:
+            return path[path.index(area) + 1 :]
+    return path
+
+
+# ---------------------------------------------------------------- undo, release and rebuild
 
 Chosen = Sequence[tuple[JournalPlace, Sequence[Record]]]
 
 
 def undo_moves(
-    path: Path | None,
+    config: Config,
     file: Path | None,
     *,
     last: int | None,
@@ -35,14 +228,10 @@ def undo_moves(
     **conditions: Any,  # noqa: ANN401 -- of Selection
 ) -> int:
     """Undo the moves that meet the conditions, print the result of each, and return the exit code."""
-    config = load_config(path)
     chosen = _undoable(config, file, dataset, limit=1 if file is not None else last, **conditions)
     reply: Mapping[str, Any] = _undo(config, chosen, dry_run=dry_run) if chosen else {"undone": [], "later": 0}
     failed = sum(1 for one in reply["undone"] if one["restored"] is None)
-    if as_json:
-        print_json({**reply, "dry_run": dry_run})
-    else:
-        _print_undone(reply, dry_run=dry_run)
+    show({**reply, "dry_run": dry_run}, _print_undone, as_json=as_json)
     return 65 if failed else 0
 
 
@@ -97,7 +286,7 @@ def _undo_here(config: Config, chosen: Chosen, *, dry_run: bool) -> Mapping[str,
     return {"undone": undone, "later": 0, "recovered": recovered}
 
 
-def _print_undone(reply: Mapping[str, Any], *, dry_run: bool) -> None:
+def _print_undone(reply: Mapping[str, Any]) -> None:
     if reply.get("recovered"):
         say(f"sortd: first recovered {counted(reply['recovered'], 'move')} that a crash had interrupted")
     for one in reply["undone"]:
@@ -110,7 +299,7 @@ def _print_undone(reply: Mapping[str, Any], *, dry_run: bool) -> None:
     images = counted(done, "image")
     if not reply["undone"] and not reply["later"]:
         say("sortd: there is nothing to undo")
-    elif dry_run:
+    elif reply["dry_run"]:
         say(f"sortd: {images} would be moved back; nothing was changed")
     elif not done:
         say("sortd: no image was moved back" + (" yet" if reply["later"] else ""))
@@ -120,13 +309,20 @@ def _print_undone(reply: Mapping[str, Any], *, dry_run: bool) -> None:
         say(f"sortd: {counted(reply['later'], 'image')} still to be copied back from another file system")
 
 
-def release_files(path: Path | None, file: Path | None, *, dataset: str | None, as_json: bool) -> None:
-    """Release a held file or dataset, or all if ``file`` is None, and print what was released."""
-    reply = _release(load_config(path), file, dataset)
-    if as_json:
-        print_json(reply)
-    else:
-        _print_released(reply)
+def release_files(config: Config, file: Path | None, *, dataset: str | None, as_json: bool) -> None:
+    """Release a held file or dataset, or all if ``file`` is None, and print what was released.
+
+    The running sortd is asked; without one, this process does it. Raises DataError if the path is not held.
+    """
+    absolute = None
+    if file is not None:
+        dataset, absolute = _held_place(config, file)
+    names = None if dataset is None else [dataset]
+    asked = ask(config.state_dir, {"do": "release", "datasets": names, "path": absolute})
+    reply = _release_here(config, dataset, absolute) if asked is None else asked
+    if absolute is not None and not any(reply["released"].values()) and not reply.get("lifted"):
+        raise DataError(f"{absolute} is not held")
+    show(reply, _print_released, as_json=as_json)
 
 
 def _print_released(reply: Mapping[str, Any]) -> None:
@@ -139,19 +335,6 @@ def _print_released(reply: Mapping[str, Any]) -> None:
         say(f"sortd: the dataset {printable(name)} is still held, so nothing in it is moved: {reason}")
     if not any(released.values()) and not lifted and not still_held:
         say("sortd: nothing is held")
-
-
-def _release(config: Config, path: Path | None, dataset: str | None) -> Mapping[str, Any]:
-    """Send the request to the running sortd, or release in this process; raise DataError if the path is not held."""
-    absolute = None
-    if path is not None:
-        dataset, absolute = _held_place(config, path)
-    names = None if dataset is None else [dataset]
-    asked = ask(config.state_dir, {"do": "release", "datasets": names, "path": absolute})
-    reply = _release_here(config, dataset, absolute) if asked is None else asked
-    if absolute is not None and not any(reply["released"].values()) and not reply.get("lifted"):
-        raise DataError(f"{absolute} is not held")
-    return reply
 
 
 def _held_place(config: Config, path: Path) -> tuple[str, str]:
@@ -191,15 +374,16 @@ def _release_here(config: Config, dataset: str | None, absolute: str | None) -> 
     return release_reply(released, lifted, still_held)
 
 
-def ask_to_rebuild(path: Path | None, dataset: str | None, *, force: bool, as_json: bool) -> None:
+def ask_to_rebuild(config: Config, dataset: str | None, *, force: bool, as_json: bool) -> None:
     """Request new prototypes from the running sortd; raise NotRunningError if there is none."""
     asked = {"do": "rebuild", "datasets": None if dataset is None else [dataset], "force": force}
-    reply = ask(load_config(path).state_dir, asked)
+    reply = ask(config.state_dir, asked)
     if reply is None:
         raise NotRunningError("no sortd runs; it builds its prototypes when it starts: sortd run, or sortd once")
-    if as_json:
-        print_json(reply)
-    else:
-        names = ", ".join(map(printable, reply["rebuilding"]))
-        print_line(f"rebuilding: {names or 'nothing, there is no dataset'}")
-        say("sortd: the result is in `sortd status` and in the log (prototypes.rebuilt)")
+    show(reply, _print_rebuilding, as_json=as_json)
+
+
+def _print_rebuilding(reply: Mapping[str, Any]) -> None:
+    names = ", ".join(map(printable, reply["rebuilding"]))
+    print_line(f"rebuilding: {names or 'nothing, there is no dataset'}")
+    say("sortd: the result is in `sortd status` and in the log (prototypes.rebuilt)")

@@ -12,23 +12,10 @@ import pytest
 
 from sortd.classify.calibration import Calibration
 from sortd.classify.types import AbstainSettings, DecisionSettings
-from sortd.commands.check import (
-    check_all,
-    machine_findings,
-    move_findings,
-    watching_findings,
-)
-from sortd.commands.check_references import (
-    Finding,
-    Severity,
-    Topic,
-    calibration_findings,
-    error,
-    exit_code,
-    note,
-    warning,
-)
-from sortd.commands.examination import evaluate_datasets
+from sortd.commands.check import check_all, machine_findings, watching_findings
+from sortd.commands.check_dataset import calibration_findings, move_findings
+from sortd.commands.evaluation import evaluate_datasets
+from sortd.commands.findings import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, read_config
 from sortd.daemon.dataset_lock import open_dataset
 from sortd.events import Mode
@@ -289,7 +276,7 @@ class TestFolders:
         (site / "Clases" / "red").chmod(0o700)
         code = (
             "import os, sys; from pathlib import Path\n"
-            "from sortd.commands.check import class_folder_findings, folder_findings\n"
+            "from sortd.commands.check_dataset import class_folder_findings, folder_findings\n"
             "from sortd.layout import Layout; os.setuid(65534)\n"
             "layout = Layout(Path(sys.argv[1]))\n"
             "for check in (folder_findings, class_folder_findings):\n"

@@ -16,8 +16,7 @@ from sortd.classify.build import build
 from sortd.classify.decide import decide
 from sortd.classify.explain import Explanation, explain, explain_finetuned, explanation_sentences
 from sortd.classify.types import AbstainSettings, DecisionSettings
-from sortd.commands.explain import ImageExplanation, explain_image
-from sortd.commands.report import explain_page
+from sortd.commands.explain import ImageExplanation, explain_image, explain_page
 from sortd.config import Config, read_config
 from sortd.daemon.resources import classifier_of
 from sortd.encoder.finetuned import FinetunedFacts
@@ -84,7 +83,7 @@ class TestExplanation:
     """The pure part: prototypes and an embedding in, facts and sentences out."""
 
     @pytest.mark.parametrize("mode", list(Mode))
-    def test_it_agrees_with_the_decision(self, site: Path, tmp_path: Path, mode: Mode) -> None:
+    def test_explanation_of_each_mode_agrees_with_the_decision(self, site: Path, tmp_path: Path, mode: Mode) -> None:
         """Label, score and margin are those of ``decide``, in every mode."""
         picture("green", 5).save(tmp_path / "one.png")
         prototypes = make_prototypes(site, DecisionSettings(mode, AbstainSettings()))
@@ -96,7 +95,7 @@ class TestExplanation:
         assert found.scores[0].score == pytest.approx(decision.score)
         assert {other.mode for other in found.others} == {other.value for other in Mode} - {mode.value}
 
-    def test_the_nearest_references_come_with_their_cosines(self, site: Path) -> None:
+    def test_explanation_neighbours_have_their_cosines(self, site: Path) -> None:
         """A reference itself is its own nearest, with a cosine of one."""
         reference = site / "Clases" / "blue" / "2.png"
         found = explain(make_prototypes(site), embedded(reference))
@@ -108,7 +107,7 @@ class TestExplanation:
             (o.similarity for o in found.neighbours), reverse=True
         )
 
-    def test_thresholds_say_what_was_missed(self, site: Path) -> None:
+    def test_explanation_thresholds_name_what_was_missed(self, site: Path) -> None:
         """An image between two classes fails at least one condition, in words too."""
         between = embedded(site / "Clases" / "red" / "0.png") + embedded(site / "Clases" / "blue" / "0.png")
         found = explain(make_prototypes(site), between / np.linalg.norm(between))
@@ -134,7 +133,7 @@ class TestExplanation:
         (judged,) = [sentence for sentence in explanation_sentences(sure) if "Precision" in sentence]
         assert re.search(r"\d+% \(estimated on \d+ references, each left out in turn\)", judged)
 
-    def test_the_share_of_the_name_is_told(self, site: Path) -> None:
+    def test_explanation_in_mixed_mode_has_the_share_of_the_name(self, site: Path) -> None:
         """All of it in text mode, none in the modes that look at images alone."""
         row = embedded(site / "Clases" / "red" / "0.png")
 
@@ -145,7 +144,7 @@ class TestExplanation:
         assert share(Mode.BEST) == share(Mode.MAX) == 0.0
         assert 0.0 <= share(Mode.MIXED) < 1.0
 
-    def test_class_names_with_blanks_are_told_in_quotes(self, site: Path, tmp_path: Path) -> None:
+    def test_explanation_class_names_with_blanks_are_quoted(self, site: Path, tmp_path: Path) -> None:
         """Where a name ends is seen in sentences and on the page, which would make one blank of two."""
         (site / "Clases" / "red").rename(site / "Clases" / "a  b ")
         prototypes = make_prototypes(site, DecisionSettings(Mode.MAX, None))
@@ -155,7 +154,7 @@ class TestExplanation:
         assert facts["label"] == "a  b "
         assert "filed into &#39;a  b &#39;" in explain_page(facts, now=datetime(2026, 1, 1, tzinfo=UTC))
 
-    def test_no_class_is_no_crash(self, site: Path) -> None:
+    def test_explanation_without_a_class_is_empty(self, site: Path) -> None:
         """Without a class there is one sentence."""
         found: Explanation = explain(make_prototypes(site, DecisionSettings(Mode.MAX, None)), np.ones(48) / 48**0.5)
         assert explanation_sentences(found)
@@ -164,7 +163,7 @@ class TestExplanation:
 class TestImage:
     """The whole: a path in, everything about it out."""
 
-    def test_a_known_image_needs_no_model(self, site: Path, remembered: Callable[[Path], Path]) -> None:
+    def test_explain_image_in_the_cache_loads_no_model(self, site: Path, remembered: Callable[[Path], Path]) -> None:
         """What was embedded before is answered from the cache, by the prototypes that serve."""
         image = remembered(site / "Images" / "new.png")
         explained = explain_image(config_of(site), image, load_encoder=no_model)
@@ -225,7 +224,7 @@ class TestImage:
         with pytest.raises(UnreadableError, match=r"stays in Images/: .*\(\*\.part\)"):
             explain_image(config_of(site), site / "Images" / "a.png.part", load_encoder=lambda _: FakeEncoder())
 
-    def test_it_changes_nothing(self, site: Path, remembered: Callable[[Path], Path]) -> None:
+    def test_explain_image_changes_nothing(self, site: Path, remembered: Callable[[Path], Path]) -> None:
         """No file of the dataset, and no record of the journal."""
         image = remembered(site / "Images" / "new.png")
         before = tree(site)
@@ -233,13 +232,13 @@ class TestImage:
         assert tree(site) == before
         assert not (site.parents[1] / "state").exists()
 
-    def test_an_unknown_image_is_embedded(self, site: Path, tmp_path: Path) -> None:
+    def test_explain_image_outside_the_cache_is_embedded(self, site: Path, tmp_path: Path) -> None:
         """An image that lies anywhere is decided by the only dataset there is."""
         picture("blue", 9).save(tmp_path / "elsewhere.png")
         explained = explain_image(config_of(site), tmp_path / "elsewhere.png", load_encoder=lambda _: FakeEncoder())
         assert (explained.dataset, explained.explanation.label, explained.is_stored) == ("Colours", "blue", True)
 
-    def test_without_stored_prototypes_the_references_are_learnt(self, site: Path, tmp_path: Path) -> None:
+    def test_explain_image_without_stored_prototypes_builds_them(self, site: Path, tmp_path: Path) -> None:
         """Before the first run, or with another model, it says that nothing is stored."""
         (file,) = (tmp_path / "cache" / "prototypes").iterdir()
         file.unlink()
@@ -249,7 +248,7 @@ class TestImage:
         assert "none are stored" in explained.sentences()[-1]
         assert "The image is itself a reference" in explained.sentences()[-2]
 
-    def test_image_is_decided_by_the_references_as_they_are_where_no_sortd_runs(
+    def test_explain_image_without_a_running_sortd_uses_the_present_references(
         self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path
     ) -> None:
         """The next sortd would learn them first; one that runs decides by what it has."""
@@ -262,14 +261,14 @@ class TestImage:
         explained = explain_image(config_of(site), image, load_encoder=no_model)
         assert (explained.explanation.label, explained.is_stored) == ("red", True)
 
-    def test_a_filed_image_tells_its_way(self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path) -> None:
+    def test_explain_filed_has_its_moves(self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path) -> None:
         """What the journal knows of it comes along."""
         (filed,) = file_images(site, tmp_path / "state", {"a.png": "red"})
         explained = explain_image(config_of(site), remembered(Path(filed)), load_encoder=no_model)
         (record,) = explained.facts()["history"]
         assert (record["from"], record["to"]) == (str(site / "Images" / "a.png"), filed)
 
-    def test_what_cannot_be_explained_is_said(self, site: Path, tmp_path: Path) -> None:
+    def test_explain_image_that_cannot_be_explained_says_why(self, site: Path, tmp_path: Path) -> None:
         """No such file, no such dataset, no image, or several datasets to choose from."""
         (tmp_path / "notes.txt").write_text("no image", encoding="utf-8")
         picture("red", 1).save(tmp_path / "one.png")
@@ -288,7 +287,7 @@ class TestImage:
 class TestFinetuned:
     """An image of a dataset that a fine-tuned model decides."""
 
-    def test_it_is_explained_by_the_model_with_the_prototypes_beside_it(
+    def test_explain_image_with_a_fine_tuned_model_has_both_classifiers(
         self, site: Path, vit: FinetunedFacts, tmp_path: Path
     ) -> None:
         """Probabilities, the threshold and what held-out images say; neighbours and modes come from the prototypes."""
@@ -309,7 +308,7 @@ class TestFinetuned:
         known = explain_image(config_of(site), tmp_path / "new.png", load_encoder=no_model)
         assert known.facts() == facts
 
-    def test_without_an_embedding_nothing_is_said_of_the_prototypes(self, site: Path, vit: FinetunedFacts) -> None:
+    def test_explain_image_without_an_embedding_omits_the_prototypes(self, site: Path, vit: FinetunedFacts) -> None:
         """The model's own answer stands alone."""
         classifier = classifier_of(vit, None, generation=3)
         prototypes = make_prototypes(site, DecisionSettings(Mode.MAX, None))
@@ -317,7 +316,7 @@ class TestFinetuned:
         assert (found.label, found.neighbours, found.others) == (vit.labels[0], (), ())
         assert not any("other modes" in sentence for sentence in explanation_sentences(found))
 
-    def test_a_model_that_does_not_serve_is_told_of(self, site: Path, vit: FinetunedFacts, tmp_path: Path) -> None:
+    def test_explain_refused_model_is_named(self, site: Path, vit: FinetunedFacts, tmp_path: Path) -> None:
         """The prototypes explain, and the reason is among the sentences."""
         assert sortd("models", "promote", vit.folder, "-c", tmp_path / "config.yaml").code == 0
         (site / "Clases" / "mauve").mkdir()
@@ -330,7 +329,7 @@ class TestFinetuned:
 class TestCommand:
     """The command line around it."""
 
-    def test_it_prints_sentences_and_tables(self, site: Path, remembered: Callable[[Path], Path]) -> None:
+    def test_explain_command_prints_sentences_and_tables(self, site: Path, remembered: Callable[[Path], Path]) -> None:
         """The verdict first, then the classes, then the nearest references."""
         image = remembered(site / "Images" / "new.png")
         ran = sortd("explain", image, "-c", site.parents[1] / "config.yaml")
@@ -338,7 +337,7 @@ class TestCommand:
         assert "class\tscore\tnearest\treferences" in ran.out
         assert str(site / "Clases" / "red") in ran.out
 
-    def test_it_prints_json(self, site: Path, remembered: Callable[[Path], Path]) -> None:
+    def test_explain_command_with_json_prints_json(self, site: Path, remembered: Callable[[Path], Path]) -> None:
         """All facts, the sentences among them."""
         image = remembered(site / "Images" / "new.png")
         facts = sortd("explain", image, "-c", site.parents[1] / "config.yaml", "--json").facts
@@ -349,7 +348,9 @@ class TestCommand:
         assert facts["sentences"][0] == "It is filed into red."
         assert {one["mode"] for one in facts["other_modes"]} == {"avg", "mean", "text", "best", "mixed"}
 
-    def test_it_writes_a_page(self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path) -> None:
+    def test_explain_with_html_writes_a_page(
+        self, site: Path, remembered: Callable[[Path], Path], tmp_path: Path
+    ) -> None:
         """One file that holds the image and its nearest references and loads nothing."""
         image = remembered(site / "Images" / "new.png")
         page = tmp_path / "why.html"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.commands.journals import journals
+from sortd.commands.moves import journals
 from sortd.config import read_config
 from sortd.core.guard import GuardState
 from sortd.daemon.dataset_lock import open_dataset

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from sortd import config as configuration
 from sortd import logs
-from sortd.commands.export import MAX_PER_CLASS, MAX_REFERENCES, export, sample
+from sortd.commands.models import MAX_PER_CLASS, MAX_REFERENCES, export, sample
 from sortd.config import Config
 from sortd.daemon.references import ClassFolder
 from sortd.encoder import models

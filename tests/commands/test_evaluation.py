@@ -15,8 +15,16 @@ from PIL import Image
 from sortd.classify.evaluate import evaluate
 from sortd.classify.explain import explain
 from sortd.classify.types import SupportSet
-from sortd.commands.examination import DatasetEvaluation, evaluate_datasets, settings_with_corrections
-from sortd.commands.report import check_page_path, evaluation_page, evaluation_sentences, explain_page, write_page
+from sortd.commands.evaluation import (
+    DatasetEvaluation,
+    check_page_path,
+    evaluate_datasets,
+    evaluation_page,
+    evaluation_sentences,
+    write_page,
+)
+from sortd.commands.explain import ImageExplanation, explain_page
+from sortd.commands.status import settings_with_corrections
 from sortd.config import read_config
 from sortd.errors import DataError, DestinationError, JournalError
 from sortd.images.decode import thumbnail
@@ -112,7 +120,7 @@ class TestThumbnails:
         assert isinstance(corner, tuple)
         assert corner[2] > corner[0]
 
-    def test_what_is_no_picture_has_none(self, tmp_path: Path) -> None:
+    def test_thumbnail_of_what_is_no_picture_is_none(self, tmp_path: Path) -> None:
         """Missing, broken and foreign files leave a gap and no error."""
         (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
         assert thumbnail(str(tmp_path / "torn.png")) is None
@@ -127,11 +135,9 @@ class TestExplainPage:
         """Return the facts of an explanation, as ``explain`` gives them."""
         prototypes = make_prototypes(dataset)
         found = explain(prototypes, prototypes.references[0])
-        from sortd.commands.explain import ImageExplanation
-
         return ImageExplanation(str(dataset / name), "Colours", "00", found, is_stored=True, records=()).facts()
 
-    def test_it_is_whole_and_loads_nothing(self, tmp_path: Path) -> None:
+    def test_explain_page_is_complete_and_loads_nothing(self, tmp_path: Path) -> None:
         """Every tag is closed, every picture inside, nothing comes from elsewhere."""
         dataset = make_dataset(tmp_path)
         page = Page(explain_page(self.facts(dataset), now=NOW))
@@ -140,7 +146,7 @@ class TestExplainPage:
         assert "Nearest references" in page.text
         assert "cannot be shown" in page.text  # the image itself is not there
 
-    def test_names_cannot_speak_html(self, tmp_path: Path) -> None:
+    def test_explain_page_escapes_names(self, tmp_path: Path) -> None:
         """A file or a class named like a tag is shown, not obeyed; bytes that are no text are escaped."""
         dataset = make_dataset(tmp_path)
         (dataset / "Clases" / "blue").rename(dataset / "Clases" / "<script>alert(1)")
@@ -149,7 +155,7 @@ class TestExplainPage:
         assert "<img src=x" not in text
         assert "\\xff\\n.png" in Page(text).text
 
-    def test_colours_follow_the_reader(self, tmp_path: Path) -> None:
+    def test_explain_page_has_light_and_dark_colours(self, tmp_path: Path) -> None:
         """Light and dark, small and large screens."""
         text = explain_page(self.facts(make_dataset(tmp_path)), now=NOW)
         assert "prefers-color-scheme: dark" in text
@@ -159,7 +165,7 @@ class TestExplainPage:
 class TestEvaluationPage:
     """The page of an evaluation."""
 
-    def test_it_shows_all_parts(self, tmp_path: Path) -> None:
+    def test_evaluation_page_shows_all_parts(self, tmp_path: Path) -> None:
         """Advice, modes, curve, classes, matrix and suspects, well formed."""
         facts = facts_of(tmp_path)
         text = evaluation_page({"Noise": facts}, now=NOW)
@@ -169,26 +175,26 @@ class TestEvaluationPage:
         assert facts["advice"]["mode"] in page.text
         assert re.search(r'<polyline points="[\d., ]+"', text)
 
-    def test_the_matrix_adds_up(self, tmp_path: Path) -> None:
+    def test_evaluation_page_matrix_has_all_counts(self, tmp_path: Path) -> None:
         """Every reference that was judged is in one cell."""
         facts = facts_of(tmp_path)
         cells = re.findall(r'class="cell"[^>]*>(\d+)<', evaluation_page({"Noise": facts}, now=NOW))
         mine = next(mode for mode in facts["modes"] if mode["mode"] == facts["mode"])
         assert sum(map(int, cells)) == mine["judged"]
 
-    def test_a_large_matrix_keeps_the_worst(self, tmp_path: Path) -> None:
+    def test_evaluation_page_large_matrix_keeps_the_classes_with_most_errors(self, tmp_path: Path) -> None:
         """With many classes those with the most mistakes are shown, and how many are not."""
         text = evaluation_page({"Noise": facts_of(tmp_path, classes=40, references=4)}, now=NOW)
         assert "10 classes with fewer errors are not shown" in Page(text).text
 
-    def test_doubles_are_shown_side_by_side(self, tmp_path: Path) -> None:
+    def test_evaluation_page_duplicates_are_shown_side_by_side(self, tmp_path: Path) -> None:
         """The two pictures of a pair stand together."""
         picture("red", 1).save(tmp_path / "0.png")
         picture("blue", 1).save(tmp_path / "8.png")
         text = evaluation_page({"Noise": facts_of(tmp_path)}, now=NOW)
         assert re.search(r'class="pair"><img [^>]*><img ', text)
 
-    def test_it_says_which_classes_need_images(self, tmp_path: Path) -> None:
+    def test_evaluation_page_names_the_classes_that_need_images(self, tmp_path: Path) -> None:
         """By name, and why."""
         facts = facts_of(tmp_path, references=2)
         assert any(
@@ -196,7 +202,7 @@ class TestEvaluationPage:
         )
 
     @pytest.mark.parametrize("filed", [0.02, 0.3, 0.75, 0.97, 1.0])
-    def test_curve_at_the_settings_in_force_is_met_by_its_point(self, tmp_path: Path, filed: float) -> None:
+    def test_evaluation_page_point_of_the_settings_lies_on_the_curve(self, tmp_path: Path, filed: float) -> None:
         """The point says how much is filed now, and lies on the line whatever the shares behind it are."""
         facts = facts_of(tmp_path)
         calibration = {**facts["calibration"], "precision_expected": 0.5, "filed_expected": filed}
@@ -212,7 +218,7 @@ class TestEvaluationPage:
         assert across == pytest.approx(56 + 564 * filed, abs=0.1)
 
     @pytest.mark.parametrize("expected", [0.95, 0.99])
-    def test_the_word_at_the_settings_in_force_is_within_the_drawing(self, tmp_path: Path, expected: float) -> None:
+    def test_evaluation_page_label_of_the_point_is_within_the_plot(self, tmp_path: Path, expected: float) -> None:
         """At the lowest point of the curve it stands above it, where no number of the axis is."""
         facts = facts_of(tmp_path)
         calibration = {**facts["calibration"], "precision_expected": expected, "filed_expected": 0.8}
@@ -226,12 +232,12 @@ class TestEvaluationPage:
         assert 0 < abs(float(word[1]) - float(point[1])) < 30
         assert float(word[1]) < 270
 
-    def test_nothing_to_judge_is_no_crash(self, tmp_path: Path) -> None:
+    def test_evaluation_page_without_judged_references_is_made(self, tmp_path: Path) -> None:
         """One image a class: there is nothing to leave out, and the page says what is missing."""
         facts = facts_of(tmp_path, references=1)
         assert "add images" in Page(evaluation_page({"Noise": facts}, now=NOW)).text
 
-    def test_it_is_written_at_once(self, tmp_path: Path) -> None:
+    def test_write_page_that_fails_leaves_no_file(self, tmp_path: Path) -> None:
         """A page that cannot be written is an error with its path, and no half is left."""
         write_page(tmp_path / "a.html", "whole")
         assert (tmp_path / "a.html").read_text(encoding="utf-8") == "whole"
@@ -239,7 +245,7 @@ class TestEvaluationPage:
             write_page(tmp_path / "no" / "a.html", "whole")
         assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
 
-    def test_a_place_for_no_page_is_refused_before_the_work(self, tmp_path: Path) -> None:
+    def test_check_page_path_that_cannot_be_written_is_refused(self, tmp_path: Path) -> None:
         """Minutes of judging are not lost to a folder that is missing; a name that is free passes."""
         (tmp_path / "file").touch()
         check_page_path(tmp_path / "a.html")
@@ -258,7 +264,7 @@ class TestEvaluationPage:
 class TestExamination:
     """The way from folders to a report."""
 
-    def test_it_tells_how_far_it_is(self, tmp_path: Path) -> None:
+    def test_evaluate_datasets_reports_its_progress(self, tmp_path: Path) -> None:
         """Each reference that is read counts, and judging begins when all are."""
         make_dataset(tmp_path / "Data")
         told: list[tuple[str, int, int]] = []
@@ -269,7 +275,7 @@ class TestExamination:
         numbers = [done for what, done, _ in told if what.startswith("reading ")]
         assert numbers == list(range(1, told[0][2] + 1))
 
-    def test_every_dataset_is_judged_under_its_own_settings(self, tmp_path: Path) -> None:
+    def test_evaluate_datasets_uses_the_settings_of_each(self, tmp_path: Path) -> None:
         """References come from Clases/, settings from the configuration, and nothing is touched."""
         file = write_config(tmp_path, datasets="{Second: {mode: avg}}")
         for name in ("First", "Second"):
@@ -285,7 +291,7 @@ class TestExamination:
         assert [Path(one.path).name for one in found[0].refused] == ["torn.png"]
         assert not (tmp_path / "state").exists()
 
-    def test_corrections_teach_where_they_may(self, tmp_path: Path) -> None:
+    def test_evaluate_datasets_with_corrections_uses_them_where_configured(self, tmp_path: Path) -> None:
         """An image that the user moved to another class is one of its references, if the configuration says so."""
         dataset = make_dataset(tmp_path / "Data", references=2)
         (filed,) = file_images(dataset, tmp_path / "state", {"a.png": "red"})
@@ -300,7 +306,7 @@ class TestExamination:
         ((label, path),) = settings_with_corrections(config, Layout(dataset)).corrections
         assert (label, path) == ("blue", str(corrected))
 
-    def test_what_cannot_be_judged_is_said(self, tmp_path: Path) -> None:
+    def test_evaluate_datasets_that_cannot_be_judged_is_an_error(self, tmp_path: Path) -> None:
         """An unknown dataset, none at all, or one without a class."""
         file = write_config(tmp_path)
         (tmp_path / "Data").mkdir()
@@ -310,7 +316,7 @@ class TestExamination:
         with pytest.raises(DataError, match="has no class folder"):
             list(evaluate_datasets(read_config(file, {"HOME": "/nonexistent"}), load_encoder=lambda _: FakeEncoder()))
 
-    def test_examine_dataset_that_cannot_be_judged_hides_no_other(self, tmp_path: Path) -> None:
+    def test_evaluate_datasets_that_fails_for_one_hides_no_other(self, tmp_path: Path) -> None:
         """The others come first, whatever the names; then what is wrong with the one is raised."""
         config = read_config(write_config(tmp_path, learn_from_corrections="true"), {"HOME": "/nonexistent"})
         bad = Layout(make_dataset(tmp_path / "Data", "Bad")).state_folder(tmp_path / "state") / "journal.sqlite"

@@ -1,20 +1,29 @@
-"""The findings of `sortd check`, and the checks of a dataset's references and their calibration."""
+"""Check one dataset: its folders, references, calibration, journal and classifier.
+
+The checks create a hidden test file in Images/ and in the marker, and remove it. Clases/ is only read. No check imports
+torch.
+"""
 
 import os
+import pwd
+import stat
+import tempfile
+import time
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from enum import StrEnum
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import Final
 
 from sortd import errors
 from sortd.classify.prompts import written_name
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.console import counted, printable
+from sortd.commands.findings import Finding, Topic, error, note, warning
+from sortd.commands.status import accuracy_comparison, promotable_model, serving_facts
 from sortd.config import Config, DatasetConfig
 from sortd.daemon.references import (
     SETTINGS,
@@ -28,79 +37,169 @@ from sortd.daemon.references import (
     stored_prototypes,
 )
 from sortd.errors import ImageError
-from sortd.events import Preprocessing, Stamp
+from sortd.events import Preprocessing, Stamp, Writer
 from sortd.files import sha256_of
 from sortd.images.decode import DecodeLimits, check_header, decode_file
 from sortd.images.formats import HEAD_BYTES, looks_like_image
-from sortd.layout import Area, Layout
+from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.moving.fs import CANNOT_RENAME, Folders, rename_new, writer_of
 from sortd.names import Reason, Why, rule_for_folder
 from sortd.store.cache import Cache
+from sortd.store.history import History
 from sortd.watch.scan import scan_all
 
+CLOCK_SECONDS = 5.0
+"""Largest difference between this clock and the time of a new file; a file server's clock may differ by more."""
 
-class Severity(StrEnum):
-    """How bad a finding is."""
-
-    NOTE = "note"  # nothing to do
-    WARNING = "warning"  # sortd works, but not as well as it could
-    ERROR = "error"  # sortd does not start, or part of it cannot work
-
-
-class Topic(StrEnum):
-    """What a finding is about; the exit code depends on it."""
-
-    CONFIGURATION = "configuration"
-    FOLDERS = "folders"
-    FILE_SYSTEM = "file_system"
-    WATCHING = "watching"
-    REFERENCES = "references"
-    CALIBRATION = "calibration"
-    MODEL = "model"
-    PROCESS = "process"
-    MACHINE = "machine"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One fact about ``subject``, a path or a key; a ``topic`` of None is replaced by that of the check."""
-
-    severity: Severity
-    topic: Topic | None
-    subject: str
-    what: str
-    mend: str = ""
-
-
-def _finding(severity: Severity, subject: object, what: str, mend: str = "", topic: Topic | None = None) -> Finding:
-    return Finding(severity, topic, str(subject), what, mend)
-
-
-note, warning, error = (partial(_finding, severity) for severity in Severity)
-
-
-def exit_code(findings: Iterable[Finding]) -> int:
-    """Return the exit code of the command (sysexits(3)): 78 configuration, 69 model, 65 references, 0 no error."""
-    topics = {finding.topic for finding in findings if finding.severity is Severity.ERROR}
-    if topics - {Topic.REFERENCES, Topic.CALIBRATION, Topic.MODEL}:
-        return 78
-    return 69 if Topic.MODEL in topics else 65 if topics else 0
-
-
+TARGETS = (Area.DATASET, Area.REVIEW, Area.REJECTED)
+WRITTEN = (Area.IMAGES, *TARGETS)
+READ_AND_ENTER, WRITE_AND_ENTER = os.R_OK | os.X_OK, os.W_OK | os.X_OK
+TRIAL, CREATE = f".sortd-check-{os.getpid()}.part", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+Rename = Callable[[int, str, int, str], None]
 FEW_REFERENCES = 4
 """Below this number each further reference adds several points of accuracy: see docs/decisions.md."""
 
 FEW_STRANGERS = 8
 NAMED_AT_MOST = 5
 LOW_SHARE_FILED = 0.5
-
 DECODING_SECONDS = 0.2
 """How long references are decoded whole; after that only headers are read, so that a check stays short."""
 
 CHECKED_PIXELS = 224  # input size of most encoders
-
 CACHE_FILE = "embeddings.sqlite"
 
 _File = tuple[str, Stamp]
+
+
+# ---------------------------------------------------------------- folders and permissions
+
+
+def folder_findings(_config: Config, layout: Layout) -> Iterator[Finding]:
+    """Check the folders of one dataset, its marker, and the permissions that sortd needs."""
+    for area in Area:
+        folder = layout.area(area)
+        if folder.is_symlink():
+            advice = "replace it by a real folder; to keep it on another disk, mount that disk there"
+            yield error(folder, "is a symbolic link; sortd moves files only below real folders", advice)
+        elif folder.is_dir():
+            yield from _permission_findings(folder, area)
+        elif folder.exists():
+            yield error(folder, "is no folder", "move it away")
+        elif not os.access(layout.root, WRITE_AND_ENTER, effective_ids=True):
+            yield error(folder, f"is missing and cannot be created in {layout.root}", "create it yourself")
+    marker, lock = layout.marker, layout.marker / "lock"
+    if marker.is_symlink():
+        yield error(marker, "is a symbolic link: nothing is moved", "replace it by a folder")
+    elif not layout.is_present:
+        advice = f"sortd creates it when it starts; to create it now: sortd init {layout.root}"
+        yield note(marker, "is missing; without it sortd assumes that the disk is not mounted", advice)
+    elif problem := write_problem(marker):
+        yield error(marker, f"cannot be written: {problem}", f"chown it to {user_name()}")
+    if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file()):
+        yield error(lock, "is no regular file: nothing is moved", "remove it; sortd creates a new one")
+
+
+def class_folder_findings(_config: Config, layout: Layout) -> Iterator[Finding]:
+    """Check the folders one level down: links, permissions, and folders of classes that no longer exist."""
+    classes = {entry.name for entry in entries_of(layout.area(Area.CLASES))}
+    for area in (Area.CLASES, Area.DATASET, Area.REVIEW, Area.IMAGES):
+        for entry in entries_of(layout.area(area)):
+            if rule_for_folder(entry.name) is not None:
+                continue
+            if entry.is_symlink() and os.path.isdir(entry.path) and area is not Area.IMAGES:
+                effect = "it is no class" if area is Area.CLASES else "no file is moved through it"
+                yield warning(entry.path, f"is a symbolic link, so {effect}", "replace it by a real folder")
+            elif entry.is_dir(follow_symlinks=False):
+                yield from _permission_findings(Path(entry.path), area)
+                files = sum(one.is_file(follow_symlinks=False) for one in entries_of(Path(entry.path)))
+                if area in {Area.DATASET, Area.REVIEW} and classes and entry.name not in classes and files:
+                    what = f"holds {counted(files, 'file')} of a class that Clases/ does not have (renamed or removed?)"
+                    advice = f"rename it to the class's new name, or create {layout.area(Area.CLASES)}/{entry.name}"
+                    yield note(entry.path, what, advice)
+
+
+def _permission_findings(folder: Path, area: Area) -> Iterator[Finding]:
+    is_written, status, user = area in WRITTEN, folder.stat(), user_name()
+    if not os.access(folder, READ_AND_ENTER | (os.W_OK if is_written else 0), effective_ids=True):
+        what = f"{user} may not {'read, write and enter' if is_written else 'read and enter'} it"
+        if os.statvfs(folder).f_flag & os.ST_RDONLY:
+            what = "its file system is mounted read-only"
+        yield error(folder, what, f"chown or chmod it so that {user} may, or run sortd as its owner")
+    elif is_written and status.st_mode & stat.S_ISVTX and os.geteuid() not in {0, status.st_uid}:
+        what = "has the sticky bit: files of other users cannot be moved out of it"
+        yield warning(folder, what, f"remove the sticky bit: chmod -t {folder}")
+
+
+def entries_of(folder: Path) -> list["os.DirEntry[str]"]:
+    """List a folder; empty if it cannot be listed, which another finding reports."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+    return []
+
+
+def write_problem(folder: Path) -> str | None:
+    """Create and remove a file in one of sortd's own folders; return why that failed."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as refusal:
+        return refusal.strerror
+    return None
+
+
+def user_name() -> str:
+    """Return the name of the effective user, or its number if it has none."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's user need not have a name
+        return f"user {os.geteuid()}"
+
+
+def move_findings(_config: Config, layout: Layout, *, rename: Rename = rename_new) -> Iterator[Finding]:
+    """Check with a test file whether moves from Images/ are renames, and what the file system reports of the file."""
+    images = layout.area(Area.IMAGES)
+    with Folders(layout.root) as folders:
+        try:
+            source = folders.open(Area.IMAGES)
+            os.close(os.open(TRIAL, CREATE, 0o600, dir_fd=source))
+        except OSError:
+            return  # folder_findings reports it
+        try:
+            slow = [f"{area}/" for area in TARGETS if not _can_rename(folders, area, rename)]
+            reports_writers = writer_of(os.fspath(images / TRIAL)) is not Writer.UNKNOWN
+            ahead = os.stat(TRIAL, dir_fd=source).st_mtime - time.time()
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(TRIAL, dir_fd=source)
+    if slow:
+        what = f"a rename into {', '.join(slow)} is refused: moves are verified copies, slower and with twice the space"
+        advice = "for renames, put both on one file system; in a systemd unit name one common ReadWritePaths="
+        yield note(layout.root, what, advice)
+    elif all(layout.area(area).is_dir() for area in TARGETS):
+        yield note(layout.root, "moves are renames within one file system")
+    if not reports_writers:
+        yield note(images, "does not report open writers, so each file must stay unchanged for at least 5 s")
+    if abs(ahead) > CLOCK_SECONDS:
+        what = f"its file server's clock is {abs(ahead):.0f} s {'ahead' if ahead > 0 else 'behind'}"
+        yield warning(images, what, "synchronise both clocks (NTP)", Topic.MACHINE)
+
+
+def _can_rename(folders: Folders, area: Area, rename: Rename) -> bool:
+    """Rename the test file into an area and back; return True also if permissions or the folder are missing."""
+    source = folders.open(Area.IMAGES)
+    try:
+        target = folders.open(area)
+        rename(source, TRIAL, target, TRIAL)
+    except OSError as refusal:
+        return refusal.errno not in CANNOT_RENAME
+    try:
+        rename(target, TRIAL, source, TRIAL)
+    except OSError:
+        os.unlink(TRIAL, dir_fd=target)
+        raise
+    return True
+
+
+# ---------------------------------------------------------------- references
 
 
 def reference_findings(
@@ -252,7 +351,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(printable, names[:NAMED_AT_MOST])) + (f" and {more} more" if more > 0 else "")
 
 
-# ---------------------------------------------------------------- calibration
+# ---------------------------------------------------------------- calibration, journal and classifier
 
 
 def stored_calibration_findings(config: Config, layout: Layout) -> Iterator[Finding]:
@@ -298,3 +397,54 @@ def calibration_findings(
         if facts.filed_expected < LOW_SHARE_FILED:
             what = f"only {facts.filed_expected:.0%} of known images would be filed, the others go to Review/"
             yield warning(clases, what, "add references (`sortd eval` names the classes), or lower `abstain.precision`")
+
+
+def journal_findings(config: Config, layout: Layout) -> Iterator[Finding]:
+    """Read a dataset's whole journal, and report whether the guard holds the dataset."""
+    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
+    if not os.path.lexists(file):
+        return
+    with History.open(file) as history:
+        history.verify()
+        history.unfinished()
+        history.held()
+        reason = history.guard().reason
+    if reason:
+        what, advice = f"is held, so nothing in it is moved: {reason}", f"see `sortd eval`; sortd release {layout.root}"
+        yield warning(layout.root, what, advice, Topic.CALIBRATION)
+
+
+def classifier_findings(config: Config, layout: Layout) -> Iterator[Finding]:
+    """Report which classifier would decide, its expected accuracy, and why a fine-tuned model is not used."""
+    serving = serving_facts(config, layout)
+    subject, prototypes = f"classifier: {serving['classifier']}", f"the prototypes decide {layout.name}"
+    if serving["refusal"] is not None:
+        advice = f"or use the prototypes from now on: sortd models demote --dataset {layout.name}"
+        yield warning(subject, f"{prototypes}: {serving['refusal']}", advice)
+    elif serving["deciding"] == "finetuned":
+        expected = serving["expected"]
+        what = f"{layout.name} is decided by the fine-tuned model in {serving['folder']} ({serving['model_id']})"
+        if expected["filed"] is not None:
+            what += f"; of {counted(expected['held_out'], 'held-out image')} it would file {expected['filed']:.0%}"
+        if expected["right"] is not None:
+            what += f", with a precision of {expected['right']:.1%}"
+        yield note(subject, what)
+        for sentence in expected["notes"]:
+            advice = "fine-tune with more images, or ask for less (`abstain` in config.yaml)"
+            yield warning(layout.root, sentence, advice, Topic.CALIBRATION)
+    elif serving["folder"] is not None:
+        what = f"{prototypes}, although the model in {serving['folder']} was promoted"
+        yield note(subject, what, "set `classifier: auto` to use it")
+    elif (waiting := promotable_model(config, layout)) is not None:
+        what = f"{prototypes}, and a fine-tuned model is better ({accuracy_comparison(waiting)})"
+        yield note(subject, what, f"sortd models promote --dataset {layout.name}")
+
+
+DATASET_CHECKS: Final[Mapping[Callable[[Config, Layout], Iterator[Finding]], Topic]] = {
+    **dict.fromkeys((folder_findings, class_folder_findings), Topic.FOLDERS),
+    move_findings: Topic.FILE_SYSTEM,
+    journal_findings: Topic.PROCESS,
+    classifier_findings: Topic.MODEL,
+    stored_calibration_findings: Topic.CALIBRATION,
+}
+"""All checks with their topics, in the order in which they run; ``reference_findings`` is the last of each dataset."""

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.commands.examination import evaluate_datasets
-from sortd.commands.report import evaluation_sentences
+from sortd.commands.evaluation import evaluate_datasets, evaluation_sentences
 from sortd.config import read_config
 from sortd.encoder.finetuned import (
     WEIGHTS_FILE,
@@ -48,7 +47,7 @@ class TestFile:
 
     PROMOTION = Promotion(Path("/models/\udcff new"), "finetuned-3-torch-00", "level", 12.5)
 
-    def test_what_is_written_is_read(self, tmp_path: Path) -> None:
+    def test_promotion_that_is_written_is_read(self, tmp_path: Path) -> None:
         """Names that are not UTF-8 included; the last one holds, and nothing lies beside it."""
         assert read_promotion(tmp_path / "none") is None
         for promotion in (Promotion(Path("/old"), "old", "stronger", 1.0), self.PROMOTION):
@@ -60,20 +59,20 @@ class TestFile:
         assert read_promotion(tmp_path / "state") is None
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"folder": "/a"}', b"\xff\xfe", b"[" * 200_000])
-    def test_a_damaged_one_is_told_with_its_path(self, tmp_path: Path, content: bytes) -> None:
+    def test_promotion_file_that_is_damaged_is_reported_with_its_path(self, tmp_path: Path, content: bytes) -> None:
         """It is neither a promotion nor none."""
         (tmp_path / "classifier.json").write_bytes(content)
         with pytest.raises(ModelError, match=r"classifier\.json is damaged"):
             read_promotion(tmp_path)
 
-    def test_where_it_cannot_be_written_the_last_one_stands(self, tmp_path: Path) -> None:
+    def test_promotion_that_cannot_be_written_keeps_the_last_one(self, tmp_path: Path) -> None:
         """A name that is taken by a folder refuses as a full disk does: with the path, and nothing half-written."""
         (tmp_path / "classifier.json" / "full").mkdir(parents=True)
         with pytest.raises(DestinationError, match=r"classifier\.json cannot be written"):
             write_promotion(tmp_path, self.PROMOTION)
         assert os.listdir(tmp_path) == ["classifier.json"]
 
-    def test_unfinished_results_are_none(self, config: Path) -> None:
+    def test_finetuning_results_without_unfinished_ones_are_newest_first(self, config: Path) -> None:
         """The newest comes first; a training that goes on is not there yet."""
         old, new = result(config, "20260101T000000Z-0"), result(config, "20260102T000000Z-0")
         result(config, "20260103T000000Z-0.unfinished")
@@ -84,7 +83,7 @@ class TestFile:
 class TestPromote:
     """``sortd models promote`` and ``demote``, with no sortd that runs."""
 
-    def test_the_newest_result_is_promoted_and_taken_back(self, config: Path) -> None:
+    def test_promote_without_a_folder_takes_the_newest_and_demote_removes_it(self, config: Path) -> None:
         """Without a folder or a dataset named, where there is only one; `models` shows which one serves."""
         result(config, "20260101T000000Z-0")
         newest = result(config, "20260102T000000Z-0")
@@ -101,7 +100,7 @@ class TestPromote:
         assert (facts["deciding"], facts["folder"]) == ("prototypes", None)
         assert not sortd("models", "demote", "-c", config, "--json").facts["demoted"]
 
-    def test_a_weaker_one_needs_force(self, config: Path) -> None:
+    def test_promote_weaker_model_needs_force(self, config: Path) -> None:
         """The refusal has both accuracies in it, and leaves the last promotion alone."""
         result(config, "20260101T000000Z-0", verdict="level")
         assert sortd("models", "promote", "-c", config).code == 0
@@ -118,7 +117,7 @@ class TestPromote:
         assert after is not None
         assert (after.verdict, after.folder) == ("weaker", weaker)
 
-    def test_other_classes_are_refused_by_name(self, config: Path) -> None:
+    def test_promote_model_of_other_classes_is_refused_by_name(self, config: Path) -> None:
         """What the model knows and Clases/ has not, and the other way round."""
         result(config, "20260101T000000Z-0", labels=("red", "green", "mauve"))
         refused = sortd("models", "promote", "--force", "-c", config)
@@ -127,13 +126,13 @@ class TestPromote:
         assert "the model knows 'mauve', which Clases/ does not have" in refused.err
         assert read_promotion(state_folder(config)) is None
 
-    def test_examples_of_no_class_are_no_class(self, config: Path) -> None:
+    def test_promote_with_examples_of_no_class_ignores_them(self, config: Path) -> None:
         """`Clases/_none` is not among the classes that a model must know."""
         (config.parent / "Data" / "Colours" / "Clases" / "_none").mkdir()
         result(config, "20260101T000000Z-0")
         assert sortd("models", "promote", "-c", config).code == 0
 
-    def test_what_is_no_model_is_refused(self, config: Path, tmp_path: Path) -> None:
+    def test_promote_what_is_no_model_is_refused(self, config: Path, tmp_path: Path) -> None:
         """No result at all, a folder of something else, and one without its weights."""
         assert "sortd finetune Colours" in sortd("models", "promote", "-c", config).err
         assert sortd("models", "promote", tmp_path, "-c", config).code == 69
@@ -144,7 +143,7 @@ class TestPromote:
         rows = sortd("models", "-c", config, "--json").facts["datasets"]["Colours"]["results"]
         assert "is missing" in rows[0]["problem"]
 
-    def test_of_several_datasets_one_is_to_be_named(self, config: Path) -> None:
+    def test_promote_without_a_dataset_among_several_lists_them(self, config: Path) -> None:
         """The refusal lists them."""
         make_dataset(config.parent / "Data", "Other")
         refused = sortd("models", "promote", "-c", config)
@@ -155,7 +154,7 @@ class TestPromote:
 class TestTold:
     """``check``, ``status`` and ``eval`` say who decides."""
 
-    def test_the_model_that_serves_is_named(self, config: Path) -> None:
+    def test_check_fine_tuned_model_in_use_is_named(self, config: Path) -> None:
         """With what its held-out images foretell."""
         folder = result(config, "20260101T000000Z-0")
         sortd("models", "promote", "-c", config)
@@ -165,7 +164,7 @@ class TestTold:
         facts = sortd("status", "-c", config, "--json").facts["datasets"]["Colours"]["classifier"]
         assert (facts["deciding"], facts["folder"]) == ("finetuned", str(folder))
 
-    def test_a_refusal_is_a_warning_with_the_way_back(self, config: Path) -> None:
+    def test_check_refused_model_is_a_warning_with_advice(self, config: Path) -> None:
         """A class that came since: what differs, and that the prototypes decide."""
         result(config, "20260101T000000Z-0")
         sortd("models", "promote", "-c", config)
@@ -179,7 +178,7 @@ class TestTold:
         assert "'mauve'" in shown
         assert "promoted\tColours\tstronger" in shown
 
-    def test_a_model_that_is_asked_for_and_not_there_is_missed(self, config: Path, tmp_path: Path) -> None:
+    def test_check_configured_classifier_without_its_model_is_reported(self, config: Path, tmp_path: Path) -> None:
         """`classifier: finetuned` without a promotion is said by `check`; `prototypes` with one as well."""
         write_config(tmp_path, classifier="finetuned")
         assert "no model is promoted" in sortd("check", "-c", config).out
@@ -189,7 +188,7 @@ class TestTold:
         assert "set `classifier: auto` to use it" in sortd("check", "-c", config).out
         assert not sortd("models", "promote", "-c", config, "--json").facts["serves"]
 
-    def test_a_stronger_model_that_waits_is_told_of(self, config: Path) -> None:
+    def test_check_stronger_model_that_is_not_promoted_is_reported(self, config: Path) -> None:
         """With the command that puts it to work; a level one, or one for other classes, is not."""
         mend = "sortd models promote --dataset Colours"
         result(config, "20260101T000000Z-0", verdict="level")
@@ -199,7 +198,7 @@ class TestTold:
         result(config, "20260103T000000Z-0", labels=("red", "mauve"))
         assert mend not in sortd("check", "-c", config).out
 
-    def test_an_evaluation_says_that_it_is_about_the_prototypes(self, config: Path) -> None:
+    def test_evaluation_beside_a_fine_tuned_model_names_the_prototypes(self, config: Path) -> None:
         """Where a fine-tuned model decides, the first sentence says so."""
         shutil.copytree(result(config, "20260101T000000Z-0"), config.parent / "elsewhere")
         sortd("models", "promote", config.parent / "elsewhere", "-c", config)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sortd.commands.overview import overview
+from sortd.commands.status import overview
 from sortd.config import read_config
 from sortd.files import stamp_of
 from sortd.layout import Layout
@@ -110,7 +110,7 @@ def test_status_of_a_running_sortd_shows_its_facts(site: Path) -> None:
     assert "generation 4, mode max" in lines
 
 
-def test_accuracy_of_an_unchecked_class_is_not_shown(site: Path) -> None:
+def test_status_accuracy_of_an_unchecked_class_is_not_shown(site: Path) -> None:
     """Accuracy is known only for classes with a correction or an undo."""
     accuracy = facts_of(site)["datasets"]["Colours"]["accuracy"]
     red = {"filed": 2, "checked": 2, "corrected": 1, "undone": 0, "right": 0.5, "interval": (0.0945, 0.9055)}
@@ -121,7 +121,7 @@ def test_accuracy_of_an_unchecked_class_is_not_shown(site: Path) -> None:
     assert "blue\t1\t0\t0\tnot checked" in lines
 
 
-def test_accuracy_counts_undone_images_and_no_later_ones(site: Path) -> None:
+def test_status_accuracy_counts_undone_images_and_no_later_ones(site: Path) -> None:
     """An undone image was wrong; images filed later are unchecked."""
     assert sortd("undo", "--last", "1", "--dataset", "Colours", "-c", site.parents[1] / "config.yaml").code == 0
     file_images(site, site.parents[1] / "state", {"d.png": "blue", "e.png": "green"}, run="second")

@@ -1,0 +1,404 @@
+"""The command ``eval``: evaluate the references of datasets, print the figures, and write them to an HTML page."""
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from sortd import __version__
+from sortd.classify.evaluate import EvaluationReport, evaluate
+from sortd.classify.prompts import written_name
+from sortd.commands.console import bar, counted, print_line, print_table, printable, say, show
+from sortd.commands.status import dataset_named, serving_facts, settings_with_corrections
+from sortd.config import Config
+from sortd.daemon.embedder import Embedder
+from sortd.daemon.references import References, ReferencesAbsentError, keep_evaluated
+from sortd.daemon.resources import LoadEncoder, Resources
+from sortd.errors import DataError, DestinationError, SortdError, StorageError
+from sortd.events import ImageRefused
+from sortd.files import write_atomic
+from sortd.images.decode import thumbnail
+from sortd.layout import Area, Layout, find_datasets
+
+SUSPECTS_PRINTED = 5
+MODE_COLUMNS = {
+    "mode": "mode",
+    "new images": "distinct_accuracy",
+    "of": "distinct_judged",
+    "by class": "balanced_accuracy",
+    "by image": "accuracy",
+    "of all": "judged",
+}
+TRADE_COLUMNS = {"precision wanted": "precision", "filed": "filed", "of these right": "expected", "": "note"}
+CLASS_COLUMNS = {
+    "class": "label",
+    "images": "references",
+    "recall": "recall",
+    "of": "judged",
+    "precision": "precision",
+    "confused with": "confused_with",
+    "needs images": "needs_images",
+}
+TEXTS = {"mode", "label", "note", "confused_with", "needs_images"}
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+MATRIX_CLASSES = 30
+"""Largest size of the confusion matrix; the classes with the most errors are shown."""
+SUSPECTS_ON_PAGE = 24
+_SUSPECTS = {
+    "mislabelled": ("Probably mislabelled", "resembles"),
+    "duplicate": ("Near-duplicates in two classes", "is also in"),
+    "outlier": ("Outliers of their class", ""),
+}
+NOW_BELOW, NOW_ABOVE = 20.0, 12.0
+"""Distance of the label "now" below its point, or above it near the axis."""
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 620.0, 20.0, 270.0  # of the curve, in SVG units
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetEvaluation:
+    """The evaluation of one dataset."""
+
+    dataset: str
+    root: Path
+    report: EvaluationReport
+    refused: tuple[ImageRefused, ...]  # references that could not be read
+    serving: dict[str, Any]
+    """The classifier in use (``status.serving_facts``); the report is about the prototypes."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return the evaluation as plain values."""
+        unreadable = [{"path": one.path, "message": one.message} for one in self.refused]
+        return {"root": str(self.root), **self.report.to_json(), "unreadable": unreadable, "serving": self.serving}
+
+
+def evaluate_datasets(
+    config: Config,
+    dataset: str | None = None,
+    *,
+    load_encoder: LoadEncoder | None = None,
+    tell: Callable[[str, int, int], None] = lambda *_: None,
+) -> Iterator[DatasetEvaluation]:
+    """Yield the evaluation of one dataset or of all, and raise the first error of a dataset after the last one.
+
+    ``tell(step, done, total)`` is called for each reference; ``load_encoder`` replaces the configured model.
+
+    Raises:
+        DataError: there is no such dataset, or a dataset has no references.
+        JournalError: a journal cannot be read.
+        ModelError: the model is not available.
+    """
+    chosen = find_datasets(config.root) if dataset is None else [dataset_named(config, dataset)]
+    if not chosen:
+        raise DataError(f"there is no dataset in {config.root}; create one with `sortd init DIR`")
+    resources = Resources(config, load_encoder=load_encoder)
+    try:
+        embedder, _, _ = resources.load()
+        refusal: SortdError | None = None
+        for layout in chosen:
+            try:
+                examined = _examined(config, layout, embedder, tell)
+            except ReferencesAbsentError as error:
+                refusal = refusal or DataError(str(error))
+            except (DataError, StorageError) as error:
+                refusal = refusal or error
+            else:
+                yield examined
+        if refusal is not None:
+            raise refusal
+    finally:
+        resources.unload()
+
+
+def _examined(
+    config: Config, layout: Layout, embedder: Embedder, tell: Callable[[str, int, int], None]
+) -> DatasetEvaluation:
+    reference_settings = settings_with_corrections(config, layout)
+    reading = partial(tell, f"reading {layout.name}")
+    support, refused = References(layout.area(Area.CLASES)).support(embedder, reference_settings, tell=reading)
+    tell(f"evaluating {layout.name}", len(support.sources), len(support.sources))
+    report = evaluate(support, reference_settings.settings, keep=partial(keep_evaluated, config, layout))
+    return DatasetEvaluation(layout.name, layout.root, report, refused, serving_facts(config, layout))
+
+
+# ---------------------------------------------------------------- output
+
+
+def show_evaluation(config: Config, dataset: str | None, html: Path | None, *, as_json: bool) -> None:
+    """Evaluate one dataset or all, write the page, print the figures, then raise the first error of a dataset."""
+    examined: dict[str, dict[str, Any]] = {}
+    refusal: SortdError | None = None
+    with bar("loading the model") as tell:
+        try:
+            for one in evaluate_datasets(config, dataset, tell=tell):
+                examined[one.dataset] = one.facts()
+        except SortdError as error:
+            if not examined:
+                raise
+            refusal = error
+    if html is not None:
+        write_page(html, evaluation_page(examined, now=datetime.now().astimezone()))
+    show({"datasets": examined}, _print_evaluations, as_json=as_json)
+    if refusal is not None:
+        raise refusal
+
+
+def _print_evaluations(facts: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, examined in facts["datasets"].items():
+        _print_evaluation(name, examined)
+
+
+def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
+    print_line(
+        f"{printable(name)}: {counted(facts['classes'], 'class')}, {counted(facts['references'], 'reference')}",
+        style="bold",
+    )
+    for sentence in evaluation_sentences(facts):
+        print_line(printable(sentence))
+    for text in facts["calibration"]["notes"]:
+        print_line(f"setting not met: {text}", style="yellow")
+    print_line("")
+    modes = [
+        {**one, "mode": f"{one['mode']} (in force)" if one["mode"] == facts["mode"] else one["mode"]}
+        for one in facts["modes"]
+    ]
+    _print_facts(modes, MODE_COLUMNS)
+    trades = [
+        {**one, "precision": str(one["precision"]), "note": "" if one["is_attained"] else "too few references"}
+        for one in facts["trade_offs"]
+    ]
+    if trades:
+        _print_facts(trades, TRADE_COLUMNS)
+    _print_facts(facts["class_reports"], CLASS_COLUMNS)
+    for kind in ("mislabelled", "duplicate", "outlier"):
+        doubtful = [one for one in facts["suspects"] if one["kind"] == kind]
+        for one in doubtful[:SUSPECTS_PRINTED]:
+            print_line(f"{_doubt(one)}: {printable(one['source'])}", style="yellow")
+        if len(doubtful) > SUSPECTS_PRINTED:
+            print_line(f"{len(doubtful) - SUSPECTS_PRINTED} more {kind}; --html shows them", style="yellow")
+    for one in facts["unreadable"]:
+        print_line(f"cannot be read: {printable(one['path'])}: {printable(one['message'])}", style="yellow")
+    print_line("")
+
+
+def _doubt(suspect: Mapping[str, Any]) -> str:
+    label, other = (printable(written_name(suspect[key] or "")) for key in ("label", "other_label"))
+    match suspect["kind"]:
+        case "mislabelled":
+            return f"probably mislabelled: in {label}, resembles {other} ({suspect['score']:.0%})"
+        case "duplicate":
+            return f"near-duplicate: in {label}, and in {other} ({printable(suspect['other_source'])})"
+    return f"outlier of {label} ({suspect['score']:.2f})"
+
+
+def _print_facts(facts: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    """Print a table of facts; ``columns`` maps titles to keys, floats are shares."""
+    rows = [
+        [f"{100 * one[key]:.1f} %" if isinstance(one[key], float) else one[key] for key in columns.values()]
+        for one in facts
+    ]
+    print_table(tuple(columns), rows, right=[column for column, key in columns.items() if key not in TEXTS])
+    print_line("")
+
+
+def evaluation_sentences(facts: Mapping[str, Any]) -> list[str]:
+    """Return the classifier in use and the advice in sentences."""
+    said = [_classifier_sentence(facts["serving"])]
+    said += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in facts["advice"]["sentences"]]
+    needy = [one for one in facts["class_reports"] if one["needs_images"]]
+    if needy:
+        named = "; ".join(f"{label_on_page(one['label'])}: {one['needs_images']}" for one in needy[:8])
+        more = f"; and {len(needy) - 8} more" if len(needy) > 8 else ""  # noqa: PLR2004 -- as many as were named
+        said.append(f"Add images to {len(needy)} of {facts['classes']} classes ({named}{more}).")
+    if facts["is_labelled_enough"] is not None:
+        half, whole = facts["half_accuracy"], facts["whole_accuracy"]
+        verdict = "more references would help little" if facts["is_labelled_enough"] else "more references would help"
+        said.append(f"Accuracy with half of the references {half:.1%}, with all {whole:.1%}: {verdict}.")
+    return said
+
+
+def _classifier_sentence(serving: Mapping[str, Any]) -> str:
+    if serving["deciding"] == "finetuned":
+        rest = "this evaluation is of the prototypes; `sortd models` compares the two"
+        return f"Classifier in use: fine-tuned model {serving['model_id']}; {rest}."
+    if serving["refusal"] is not None:
+        return f"Classifier in use: prototypes; fine-tuned model refused: {printable(serving['refusal'])}."
+    return "Classifier in use: prototypes."
+
+
+# ---------------------------------------------------------------- the page
+
+
+def check_page_path(file: Path | None) -> None:
+    """Check that a page can be written to this path, if one is given.
+
+    Raises:
+        DestinationError: it is a folder, or its folder is missing or not writable.
+    """
+    if file is None:
+        return
+    folder = file.absolute().parent
+    if file.is_dir():
+        raise DestinationError(f"{file} is a folder; give a file with --html")
+    if not folder.is_dir():
+        raise DestinationError(f"{folder} is not a folder; create it, or give another path with --html")
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        raise DestinationError(f"{folder} is not writable; give another path with --html")
+
+
+def write_page(file: Path, page: str) -> None:
+    """Write a page atomically and say so; raise DestinationError if it cannot be written."""
+    try:
+        write_atomic(file, page.encode(), durable=False)
+    except OSError as error:
+        raise DestinationError(f"{file} cannot be written: {error.strerror}; give another path with --html") from error
+    say(f"sortd: page written to {file}")
+
+
+def render(template: str, now: datetime, **values: Any) -> str:  # noqa: ANN401 -- whatever the template shows
+    """Return a rendered template with escaped values; a missing value is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made_at = now.strftime("%Y-%m-%d %H:%M")
+    return environment.get_template(template).render(version=__version__, made_at=made_at, **values)
+
+
+def label_on_page(label: str | None) -> str:
+    """Return the name of a class for a page; empty for None."""
+    return "" if label is None else printable(written_name(label))
+
+
+def name_on_page(path: str) -> str:
+    """Return the name of a file for a page."""
+    return printable(os.path.basename(path))
+
+
+def evaluation_page(examined: Mapping[str, Mapping[str, Any]], *, now: datetime) -> str:
+    """Return the page of several datasets, from ``DatasetEvaluation.facts`` by name."""
+    return render(
+        "evaluation.html",
+        now,
+        datasets=[_dataset(name, facts) for name, facts in examined.items()],
+        encoder_id=", ".join(sorted({facts["encoder_id"] for facts in examined.values()})),
+    )
+
+
+def _dataset(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    mine = next((mode for mode in facts["modes"] if mode["mode"] == facts["mode"]), None)
+    return {
+        "name": printable(name),
+        "root": printable(facts["root"]),
+        "report": facts,
+        "accuracy": None if mine is None else mine["distinct_accuracy"],
+        "judged": 0 if mine is None else mine["distinct_judged"],
+        "sentences": evaluation_sentences(facts),
+        "modes": sorted(facts["modes"], key=lambda mode: -(mode["distinct_accuracy"] or 0.0)),
+        "curve": None if mine is None else _curve(mine["curve"], facts["calibration"]),
+        "classes": [
+            {**one, "label": label_on_page(one["label"]), "confused_with": label_on_page(one["confused_with"])}
+            for one in sorted(facts["class_reports"], key=lambda one: (one["recall"] is None, one["recall"] or 0.0))
+        ],
+        "matrix": _matrix(facts["confusion"]),
+        "suspects": _suspects(facts["suspects"]),
+        "unreadable": [{key: printable(text) for key, text in one.items()} for one in facts["unreadable"]],
+    }
+
+
+def _curve(points: Sequence[Sequence[float]], calibration: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the plot of precision against the filed share, with the point of the current settings."""
+    if len(points) < 2:  # noqa: PLR2004 -- a line has two ends
+        return None
+    lowest = min(precision for _, _, precision in points)
+    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2) if (1.0 - lowest) / step <= 5 or step == 0.2)  # noqa: PLR2004
+    floor = max(0.0, 1.0 - step * max(1, math.ceil((1.0 - lowest) / step - 1e-9)))
+
+    def place(share: float, precision: float) -> tuple[float, float]:
+        across = _LEFT + (_RIGHT - _LEFT) * share
+        down = _BOTTOM - (_BOTTOM - _TOP) * (precision - floor) / (1.0 - floor)
+        return round(across, 1), round(min(down, _BOTTOM), 1)
+
+    drawn = [place(share, precision) for _, share, precision in sorted(points, key=lambda point: point[1])]
+    levels = [floor + index * step for index in range(round((1.0 - floor) / step) + 1)]
+    now = None
+    if calibration["filed_expected"]:
+        x, y = place(calibration["filed_expected"], _precision_at(calibration["filed_expected"], points))
+        now = {"x": x, "y": y, "text_y": y + NOW_BELOW if y + NOW_BELOW < _BOTTOM else y - NOW_ABOVE}
+    return {
+        "points": " ".join(f"{x},{y}" for x, y in drawn),
+        "rows": [{"y": place(0.0, level)[1], "text": f"{level:.0%}"} for level in levels],
+        "columns": [{"x": place(share / 100, 1.0)[0], "text": f"{share} %"} for share in range(0, 101, 20)],
+        "now": now,
+    }
+
+
+def _precision_at(filed: float, points: Sequence[Sequence[float]]) -> float:
+    """Return the precision of the curve at this filed share, by linear interpolation."""
+    shares, precisions = zip(*sorted((share, precision) for _, share, precision in points), strict=True)
+    return float(np.interp(filed, shares, precisions))
+
+
+def _matrix(confusion: Sequence[Sequence[Any]]) -> dict[str, Any] | None:
+    """Return the confusion matrix of the classes with the most errors."""
+    counts: dict[tuple[str, str], int] = {(own, decided): number for own, decided, number in confusion}
+    mistakes: dict[str, int] = defaultdict(int)
+    for (own, decided), number in counts.items():
+        mistakes[own] += number * (own != decided)
+        mistakes[decided] += number * (own != decided)
+    if not mistakes:
+        return None
+    chosen = sorted(sorted(mistakes, key=lambda label: -mistakes[label])[:MATRIX_CLASSES])
+    rows = []
+    for own in chosen:
+        whole = sum(number for (row, _), number in counts.items() if row == own)
+        cells = [
+            {
+                "label": label_on_page(decided),
+                "number": counts.get((own, decided), 0),
+                "is_right": own == decided,
+                "strength": _strength(counts.get((own, decided), 0) / max(whole, 1)),
+            }
+            for decided in chosen
+        ]
+        rows.append({"label": label_on_page(own), "cells": cells})
+    return {"labels": [label_on_page(label) for label in chosen], "rows": rows, "hidden": len(mistakes) - len(chosen)}
+
+
+def _strength(share: float) -> float:
+    """Return the opacity of a cell; single errors are visible, and numbers stay readable."""
+    return round(0.12 + 0.5 * share, 3) if share else 0.0
+
+
+def _suspects(suspects: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    groups = []
+    for kind, (title, verb) in _SUSPECTS.items():
+        members = [one for one in suspects if one["kind"] == kind]
+        if members:
+            shown = [_suspect(one) for one in members[:SUSPECTS_ON_PAGE]]
+            groups.append({"title": title, "verb": verb, "members": shown, "hidden": len(members) - len(shown)})
+    return groups
+
+
+def _suspect(one: Mapping[str, Any]) -> dict[str, Any]:
+    other = one["other_source"]
+    return {
+        "image": thumbnail(one["source"]),
+        "label": label_on_page(one["label"]),
+        "other_label": label_on_page(one["other_label"]),
+        "score": one["score"],
+        "name": name_on_page(one["source"]),
+        "other_name": None if other is None else name_on_page(other),
+        "other_image": None if other is None else thumbnail(other),
+    }
