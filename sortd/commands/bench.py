@@ -32,8 +32,7 @@ from sortd.events import EmbeddedImage, Move, Outcome, Stamp
 from sortd.images.decode import DecodeLimits
 from sortd.images.formats import SUFFIXES
 from sortd.images.pool import DecodedImage, DecoderPool
-from sortd.layout import Area, Layout, find_datasets
-from sortd.names import CLASS_AREAS, rule_for, rule_for_folder
+from sortd.layout import CLASS_AREAS, Area, Layout, find_datasets, rule_for, rule_for_folder
 from sortd.watch.scan import scan, stamp
 
 INT8 = "onnx-int8"

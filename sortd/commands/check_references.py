@@ -32,8 +32,7 @@ from sortd.events import Preprocessing, Stamp
 from sortd.files import sha256_of
 from sortd.images.decode import DecodeLimits, check_header, decode_file
 from sortd.images.formats import HEAD_BYTES, looks_like_image
-from sortd.layout import Area, Layout
-from sortd.names import Reason, Why, rule_for_folder
+from sortd.layout import Area, Layout, Reason, Why, rule_for_folder
 from sortd.store.cache import Cache
 from sortd.watch.scan import scan_all
 

@@ -28,9 +28,8 @@ from sortd.daemon.resources import ActiveClassifier, Resources, reference_settin
 from sortd.encoder.base import Encoder
 from sortd.errors import DataError, UnreadableError
 from sortd.events import EmbeddedImage, Stamp
-from sortd.layout import Area, Layout, find_datasets
+from sortd.layout import Area, Layout, Reason, Why, find_datasets
 from sortd.moving.fs import is_version
-from sortd.names import Reason, Why
 from sortd.status import read_status
 from sortd.store.cache import Cache
 from sortd.store.history import History

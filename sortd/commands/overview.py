@@ -15,9 +15,8 @@ from sortd.commands.promotion import serving_facts
 from sortd.config import Config
 from sortd.daemon.dataset_log import LISTED
 from sortd.errors import JournalError
-from sortd.layout import Area, Layout
+from sortd.layout import Area, Layout, Reason, Why, owner_of, rule_below, rule_for_folder
 from sortd.moving.fs import is_version
-from sortd.names import Reason, Why, owner_of, rule_below, rule_for_folder
 from sortd.status import read_status
 from sortd.store.history import History
 from sortd.store.records import FiledImages, Selection

@@ -26,8 +26,8 @@ from sortd.events import (
     Outcome,
     RebuildFailed,
 )
+from sortd.layout import Why
 from sortd.metrics import Metrics
-from sortd.names import Why
 from sortd.store.records import MoveRecord, Record
 
 REMEMBERED = 100_000  # paths that were logged; beyond, they are logged again

@@ -26,8 +26,7 @@ from sortd.events import EmbeddedImage, ImageRefused, Mode, Refusal, Stamp
 from sortd.files import open_regular
 from sortd.images.decode import DecodeLimits, check_header
 from sortd.images.pool import RESOURCE_ERRORS
-from sortd.layout import Area, Layout
-from sortd.names import rule_for_folder
+from sortd.layout import Area, Layout, rule_for_folder
 from sortd.store.cache import PrototypeFiles
 from sortd.watch.scan import stamp, whole_files
 

@@ -13,9 +13,8 @@ from sortd.core.state import Refusals
 from sortd.daemon.dataset_lock import Presence
 from sortd.daemon.dataset_log import DatasetLog
 from sortd.events import Stamp, Writer
-from sortd.layout import Area, Layout
+from sortd.layout import Area, Layout, Why, rule_below, rule_for_folder
 from sortd.moving.fs import writer_of
-from sortd.names import Why, rule_below, rule_for_folder
 from sortd.store.history import History
 from sortd.watch.observer import FileEvent
 from sortd.watch.scan import FolderScans, IncrementalScan, scan_steps, stamp, why_left, why_unfinished

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from sortd.names import rule_below
+from sortd.layout import rule_below
 
 # Changes made by another machine, or by the host of a virtual one, raise no event here: inotify(7), "Limitations".
 _BLIND_FILE_SYSTEMS = frozenset(

@@ -20,7 +20,7 @@ from watchdog.observers import Observer
 from watchdog.utils import BaseThread
 
 from sortd.files import open_folder
-from sortd.names import Reason, owner_of, rule_below
+from sortd.layout import Reason, owner_of, rule_below
 from sortd.watch import inotify
 
 if TYPE_CHECKING:

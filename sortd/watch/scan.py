@@ -1,6 +1,6 @@
 """Scans of a folder: every file in it, completely or slice by slice; nothing is opened.
 
-What ``names.py`` has a rule for is left out, with the reason. Placeholders of cloud drives are not downloaded.
+What ``layout.py`` has a rule for is left out, with the reason. Placeholders of cloud drives are not downloaded.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from sortd.core.schedule import Throttle
 from sortd.events import Stamp
-from sortd.names import CONTROLS, Reason, Rule, Why, owner_of, rule_below, rule_for, rule_for_folder
+from sortd.layout import CONTROLS, Reason, Rule, Why, owner_of, rule_below, rule_for, rule_for_folder
 
 Listing = Callable[[str], AbstractContextManager[Iterable["os.DirEntry[str]"]]]
 

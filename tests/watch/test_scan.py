@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.names import CONTROLS, Reason, Rule, Why, rule_for_folder
+from sortd.layout import CONTROLS, Reason, Rule, Why, rule_for_folder
 from sortd.watch.scan import scan, scan_steps, stamp, whole_files, why_left, why_unfinished
 
 
