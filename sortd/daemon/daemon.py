@@ -38,8 +38,7 @@ from sortd.metrics import Metrics
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
 from sortd.status import Status, started_ticks
 from sortd.systemd import Notifier, Signalled, signals_posted
-from sortd.watch.observer import FileEvent
-from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, Watcher
+from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, FileEvent, Watcher
 
 STOP_SECONDS = 4.0  # for the last forward of the worker when the daemon stops
 STATUS_SECONDS = 2.0  # between two writes of the status file

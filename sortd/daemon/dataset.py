@@ -31,8 +31,8 @@ from sortd.moving.mover import MoveAnswer, Mover
 from sortd.moving.undo import UndoResult
 from sortd.store.history import GENERATION_FACT, GUARD_FACT, History
 from sortd.store.records import MoveProgress, MoveRecord, Record
-from sortd.watch.observer import FileEvent
 from sortd.watch.scan import FolderComparison
+from sortd.watch.watcher import FileEvent
 
 GROUP = 32
 """Moves of one turn of the loop: on a busy disk each takes some five milliseconds, in which nothing else happens."""

@@ -33,8 +33,7 @@ from sortd.events import DatasetAbsent, DatasetId
 from sortd.layout import Layout, find_datasets
 from sortd.metrics import Metrics
 from sortd.moving.copy_queue import CopyQueue, CopyQueueClient
-from sortd.watch.observer import FileEvent
-from sortd.watch.watcher import EventsDropped, Watcher
+from sortd.watch.watcher import EventsDropped, FileEvent, Watcher
 
 DISCOVERY_PAUSE_SECONDS = 0.2  # between two searches for datasets because of events
 RECOVERY_PAUSE_SECONDS = 5.0  # between two scans because of dropped events

@@ -37,7 +37,7 @@ from sortd.moving.copy_queue import CopyQueue
 from sortd.moving.mover import Mover
 from sortd.store.history import History
 from sortd.store.journal import Journal
-from sortd.watch.observer import FileEvent
+from sortd.watch.watcher import FileEvent
 from tests.command_line import write_config
 from tests.core.test_guard import near, prototypes
 from tests.daemon_process import make_dataset

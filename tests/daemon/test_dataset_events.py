@@ -17,8 +17,8 @@ from sortd.daemon.worker import Job
 from sortd.events import DatasetId, ImageHeld, Inspect, Mode
 from sortd.layout import Layout
 from sortd.metrics import Metrics
-from sortd.watch.observer import FileEvent
 from sortd.watch.scan import stamp
+from sortd.watch.watcher import FileEvent
 from tests.daemon_process import make_dataset
 
 

@@ -21,7 +21,7 @@ from sortd.files import stamp_of
 from sortd.layout import Layout
 from sortd.metrics import Metrics
 from sortd.store.journal import Journal
-from sortd.watch.observer import FileEvent, path_meant
+from sortd.watch.watcher import FileEvent, path_meant
 
 
 class World:

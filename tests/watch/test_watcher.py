@@ -23,9 +23,18 @@ from watchdog.observers.api import BaseObserver
 from watchdog.observers.inotify_move_event_grouper import InotifyMoveEventGrouper
 
 from sortd.watch import inotify
-from sortd.watch.observer import FileEvent, Place, RootObserver, places_of_dataset
+from sortd.watch.inotify import Place, places_of_dataset
 from sortd.watch.scan import scan
-from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, Watcher, WatchMode, WatchStatus
+from sortd.watch.watcher import (
+    CHECK_SECONDS,
+    DropReason,
+    EventsDropped,
+    FileEvent,
+    RootObserver,
+    Watcher,
+    WatchMode,
+    WatchStatus,
+)
 
 PATIENCE = 30.0  # a machine under load is slow, and what does not come never comes
 
@@ -587,7 +596,7 @@ def test_a_large_dataset_is_heard_where_it_matters(
     watcher: Watcher, heard: Heard, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thinner watch hears the inbox, the references, new class folders, its probe, and an inbox made anew."""
-    monkeypatch.setattr("sortd.watch.watcher.places_of_dataset", lambda root: places_of_dataset(root, max_folders=1))
+    monkeypatch.setattr("sortd.watch.inotify.places_of_dataset", lambda root: places_of_dataset(root, max_folders=1))
     watcher.watch_dataset(dataset)
     assert hears(heard, dataset / "Images", "a.jpg")
     assert hears(heard, dataset / "Clases" / "hex", "b.jpg")
