@@ -28,7 +28,7 @@ from sortd.layout import Area
 from sortd.metrics import Metrics
 from sortd.moving.copy_queue import MoveOrder
 from sortd.moving.mover import MoveAnswer, Mover
-from sortd.moving.undo import UndoResult
+from sortd.moving.recovery import UndoResult
 from sortd.store.history import GENERATION_FACT, GUARD_FACT, History
 from sortd.store.records import MoveProgress, MoveRecord, Record
 from sortd.watch.scan import FolderComparison

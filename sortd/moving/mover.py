@@ -38,8 +38,7 @@ from sortd.moving.plan import (
     reason_file,
     with_companions,
 )
-from sortd.moving.recovery import recover
-from sortd.moving.undo import UndoPlan, UndoResult, plan_undos, preview_undos
+from sortd.moving.recovery import UndoPlan, UndoResult, plan_undos, preview_undos, recover
 from sortd.store.journal import Journal
 from sortd.store.records import (
     FolderNameError,

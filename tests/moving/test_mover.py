@@ -25,7 +25,7 @@ from sortd.moving.copy_queue import MOST_HANDED_OVER, CopyJob, MoveOrder, Submit
 from sortd.moving.fs import lstat_at, rename_new
 from sortd.moving.mover import Mover
 from sortd.moving.plan import LATE_SECONDS, LateCompanions
-from sortd.moving.undo import UndoResult
+from sortd.moving.recovery import UndoResult
 from sortd.store.journal import Journal
 from sortd.store.records import Selection
 from tests.filing_world import Dataset, done, failure, moved, order
@@ -463,7 +463,7 @@ class TestUndo:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
             return lstat_at(folder, name)
 
-        monkeypatch.setattr("sortd.moving.undo.lstat_at", look_stale)
+        monkeypatch.setattr("sortd.moving.recovery.lstat_at", look_stale)
         told = {Path(one.record.source_path).name: one for one in mover.undo(done(journal))}
         assert "Stale" in told["a.jpg"].message
         assert (told["a.jpg"].restored, told["b.jpg"].restored) == (None, f"{dataset.root}/Images/b.jpg")
