@@ -111,7 +111,7 @@ def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = 
     from sortd.daemon.daemon import Daemon
     from sortd.daemon.resources import Resources
     from sortd.metrics import Metrics
-    from sortd.systemd import Notifier
+    from sortd.service import Notifier
 
     logs.configure(format_in_environment())
     config = load_config(path)

@@ -39,7 +39,7 @@ from sortd.files import identity_of
 from sortd.images.decode import load_decoders
 from sortd.layout import JOURNAL_FILE, Area, Layout, enclosing_dataset, find_datasets, rule_for_folder
 from sortd.moving.fs import CANNOT_RENAME, Folders, rename_new, writer_of
-from sortd.status import lock_holder, read_status
+from sortd.service import lock_holder, read_status
 from sortd.store.history import History
 from sortd.watch import inotify
 

@@ -30,7 +30,7 @@ from sortd.errors import DataError, UnreadableError
 from sortd.events import EmbeddedImage, Stamp
 from sortd.layout import Area, Layout, Reason, Why, find_datasets
 from sortd.moving.fs import is_version
-from sortd.status import read_status
+from sortd.service import read_status
 from sortd.store.cache import Cache
 from sortd.store.history import History
 from sortd.store.records import Selection

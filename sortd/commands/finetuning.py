@@ -25,7 +25,7 @@ from sortd.commands.console import (
 )
 from sortd.errors import ModelError
 from sortd.finetune.recipe import Observer, Recipe, Source, TrainingProgress, TrainingRequest, TrainingStoppedError
-from sortd.systemd import Signalled, signals_posted
+from sortd.service import Signalled, signals_posted
 
 if TYPE_CHECKING:
     from sortd.encoder.finetuned import FinetunedFacts

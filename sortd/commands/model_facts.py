@@ -13,7 +13,7 @@ from sortd.encoder.backends import choose_backend
 from sortd.encoder.models import STRONGER, ModelFolder, Use, locate_configured
 from sortd.encoder.onnx_encoder import Exports, find_exports, is_installed, read_verdict
 from sortd.errors import ModelError
-from sortd.status import read_status
+from sortd.service import read_status
 
 CONTENT_DIGITS = 16  # of the sha256 over configuration and weights; enough to distinguish models
 _EXPORT_MISSING = "the export to ONNX is missing, damaged or outdated"

@@ -17,7 +17,7 @@ from sortd.daemon.dataset_log import LISTED
 from sortd.errors import JournalError
 from sortd.layout import Area, Layout, Reason, Why, owner_of, rule_below, rule_for_folder
 from sortd.moving.fs import is_version
-from sortd.status import read_status
+from sortd.service import read_status
 from sortd.store.history import History
 from sortd.store.records import FiledImages, Selection
 from sortd.watch.scan import scan, scan_all, why_unfinished

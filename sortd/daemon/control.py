@@ -44,7 +44,7 @@ from sortd.logs import MOVE_UNDONE
 from sortd.moving.mover import Mover
 from sortd.moving.plan import belongs_to
 from sortd.moving.recovery import UndoResult
-from sortd.status import is_of_its_writer, read_status
+from sortd.service import is_of_its_writer, read_status
 from sortd.store.history import History
 
 FOLDER = "requests"

@@ -36,8 +36,7 @@ from sortd.daemon.worker import Answer, Posted, Worker, WorkerDied, WorkerLoadin
 from sortd.layout import Area
 from sortd.metrics import Metrics
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
-from sortd.status import Status, started_ticks
-from sortd.systemd import Notifier, Signalled, signals_posted
+from sortd.service import Notifier, Signalled, Status, signals_posted, started_ticks
 from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, FileEvent, Watcher
 
 STOP_SECONDS = 4.0  # for the last forward of the worker when the daemon stops
