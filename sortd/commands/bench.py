@@ -25,7 +25,7 @@ from sortd.daemon.dataset_lock import open_dataset
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.encoder import onnx_encoder
 from sortd.encoder.backends import load_with_backend
-from sortd.encoder.base import Encoder
+from sortd.encoder.clip import Encoder
 from sortd.encoder.models import locate_configured
 from sortd.errors import DataError, ModelError
 from sortd.events import EmbeddedImage, Move, Outcome, Stamp

@@ -13,7 +13,7 @@ from sortd.daemon.corrections import corrected_images
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import References, ReferencesAbsentError, ReferenceSettings, keep_evaluated
 from sortd.daemon.resources import Resources, reference_settings_of
-from sortd.encoder.base import Encoder
+from sortd.encoder.clip import Encoder
 from sortd.errors import DataError, SortdError, StorageError
 from sortd.events import ImageRefused
 from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets

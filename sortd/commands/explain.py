@@ -25,7 +25,7 @@ from sortd.daemon.references import (
     stored_prototypes,
 )
 from sortd.daemon.resources import ActiveClassifier, Resources, reference_settings_of, select_classifier
-from sortd.encoder.base import Encoder
+from sortd.encoder.clip import Encoder
 from sortd.errors import DataError, UnreadableError
 from sortd.events import EmbeddedImage, Stamp
 from sortd.layout import Area, Layout, Reason, Why, find_datasets

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sortd.arrays import FloatArray
 from sortd.classify.calibration import HeldOutOutcomes, calibrate_outcomes
 from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet, describe_label_mismatch
 from sortd.classify.types import AbstainSettings, DecisionSettings
@@ -20,7 +21,7 @@ from sortd.core.sorter import SorterSettings
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import ReferenceSettings, stored_prototypes
 from sortd.encoder.backends import load_fastest
-from sortd.encoder.base import Encoder, Rows
+from sortd.encoder.clip import Encoder
 from sortd.encoder.finetuned import FinetunedFacts, load_finetuned, read_facts, read_promotion
 from sortd.encoder.models import STRONGER, locate_clip
 from sortd.errors import ModelError
@@ -92,7 +93,7 @@ def unfit(facts: FinetunedFacts, labels: Sequence[str], *, dataset: str) -> str 
     )
 
 
-def are_logits(rows: Rows) -> bool:
+def are_logits(rows: FloatArray) -> bool:
     """Return whether rows (B, classes) can be logits: finite, and not zeros as from a device in a bad state."""
     return bool(np.isfinite(rows).all() and rows.any(axis=1).all())
 

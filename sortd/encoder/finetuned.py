@@ -12,9 +12,8 @@ import numpy as np
 
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray, Pixels
 from sortd.classify.calibration import log_softmax
-from sortd.encoder.base import check_pixels, normalisation
+from sortd.encoder.clip import LOADING_ERRORS, check_pixels, normalisation, torch_device
 from sortd.encoder.models import first_line
-from sortd.encoder.torch_encoder import LOADING_ERRORS, torch_device
 from sortd.errors import DestinationError, ModelError
 from sortd.events import Fit, Preprocessing
 from sortd.files import read_regular, sha256_of, sync_folder_at, write_atomic

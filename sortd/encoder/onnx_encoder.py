@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from sortd.arrays import Pixels
-from sortd.encoder.base import Rows, check_pixels, normalise_rows, valid_utf8
+from sortd.arrays import FloatArray, Pixels
+from sortd.encoder.clip import check_pixels, normalise_rows, valid_utf8
 from sortd.encoder.models import LocatedModel, checksums, first_line, repr_digest
 from sortd.encoder.quantize import weight_range
 from sortd.errors import ModelError
@@ -295,7 +295,7 @@ class OnnxEncoder:
         self._images = self._open("image")
         self.runs_on = device_name(self._images.get_providers())
 
-    def encode_images(self, pixels: Pixels) -> Rows:
+    def encode_images(self, pixels: Pixels) -> FloatArray:
         """See ``Encoder``; an image's row does not depend on the other images of its batch, in int8 neither."""
         check_pixels(pixels, self.preprocessing)
         if len(pixels) == 0:
@@ -305,7 +305,7 @@ class OnnxEncoder:
         rows = [_run(self._images, {"pixels": part}, self.encoder_id) for part in parts]
         return normalise_rows(np.concatenate(rows), self.encoder_id)
 
-    def encode_texts(self, texts: Sequence[str]) -> Rows:
+    def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         """See ``Encoder``; long texts are truncated."""
         if not texts:
             return np.empty((0, self.dimensions), np.float32)
@@ -381,7 +381,7 @@ def text_inputs(encoded: Sequence[Any], text: TextInputs) -> dict[str, Tokens]:
     return {name: found[name] for name in text.names}
 
 
-def _run(tower: Any, inputs: dict[str, Any], encoder_id: str) -> Rows:  # noqa: ANN401 -- ONNX Runtime publishes no types
+def _run(tower: Any, inputs: dict[str, Any], encoder_id: str) -> FloatArray:  # noqa: ANN401 -- ONNX Runtime publishes no types
     try:
         (rows,) = tower.run(None, inputs)
     except Exception as error:  # its C++ code can raise anything: out of memory, a lost device
