@@ -33,7 +33,7 @@ from sortd.files import sha256_of
 from sortd.images.decode import DecodeLimits, check_header, decode_file
 from sortd.images.formats import HEAD_BYTES, looks_like_image
 from sortd.layout import Area, Layout, Reason, Why, rule_for_folder
-from sortd.store.cache import Cache
+from sortd.store.cache import CACHE_FILE, Cache
 from sortd.watch.scan import scan_all
 
 
@@ -96,8 +96,6 @@ DECODING_SECONDS = 0.2
 """How long references are decoded whole; after that only headers are read, so that a check stays short."""
 
 CHECKED_PIXELS = 224  # input size of most encoders
-
-CACHE_FILE = "embeddings.sqlite"
 
 _File = tuple[str, Stamp]
 

@@ -10,7 +10,6 @@ from typing import Any
 from sortd.arrays import FloatArray
 from sortd.classify.explain import Explanation, explain, explain_finetuned, explanation_sentences
 from sortd.classify.prototypes import PrototypeSet
-from sortd.commands.check_references import CACHE_FILE
 from sortd.commands.examination import settings_with_corrections
 from sortd.commands.journals import JournalPlace, dataset_at, journals, record_facts
 from sortd.commands.promotion import dataset_named, serving_facts
@@ -31,7 +30,7 @@ from sortd.events import EmbeddedImage, Stamp
 from sortd.layout import Area, Layout, Reason, Why, find_datasets
 from sortd.moving.fs import is_version
 from sortd.service import read_status
-from sortd.store.cache import Cache
+from sortd.store.cache import CACHE_FILE, Cache
 from sortd.store.history import History
 from sortd.store.records import Selection
 from sortd.watch.scan import stamp, why_left

@@ -411,7 +411,7 @@ class Daemon:
     def _all_answered(self) -> bool:
         """Return whether each dataset has been scanned once and has prototypes, or a known reason why not."""
         return all(
-            not dataset.scans.is_under_way and (dataset.problem or not dataset.sorter.is_rebuilding)
+            not dataset.scans.is_under_way and (dataset.problem or not dataset.sorter.rebuilds.is_pending)
             for dataset in self.datasets
         )
 

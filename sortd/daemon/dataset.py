@@ -426,7 +426,7 @@ class Dataset:
         core = self.sorter
         if self.log.problem is not None and (core.built is None or core.references_absent):
             return True
-        return core.guard.reason is not None and not core.is_rebuilding
+        return core.guard.reason is not None and not core.rebuilds.is_pending
 
     def rebuild(self, *, force: bool) -> None:
         """Rebuild the prototypes; with ``force`` even if the reload gate would keep the old ones."""

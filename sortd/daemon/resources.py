@@ -23,13 +23,13 @@ from sortd.daemon.references import ReferenceSettings, stored_prototypes
 from sortd.encoder.backends import load_fastest
 from sortd.encoder.clip import Encoder
 from sortd.encoder.finetuned import FinetunedFacts, load_finetuned, read_facts, read_promotion
-from sortd.encoder.models import STRONGER, locate_clip
+from sortd.encoder.models import STRONGER, first_line, locate_clip
 from sortd.errors import ModelError
 from sortd.events import Mode, Preprocessing
 from sortd.images.decode import DecodeLimits, Jpeg
 from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
-from sortd.store.cache import Cache
+from sortd.store.cache import CACHE_FILE, Cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,7 +180,7 @@ class Resources:
         config = self.config
         encoder = self._load_encoder(config)
         decoders = self._pool(encoder.preprocessing, config.decoding.jpeg)
-        self._cache = Cache(self._embeddings / "embeddings.sqlite", max_bytes=config.cache_megabytes * 1_000_000)
+        self._cache = Cache(self._embeddings / CACHE_FILE, max_bytes=config.cache_megabytes * 1_000_000)
         embedder = Embedder(encoder, decoders, self._cache, batch_size=config.batch_size)
         return embedder, self._store(self._cache), ", ".join([self._describe(config), *self._runs_on])
 
@@ -194,9 +194,9 @@ class Resources:
         if self._is_scratch:
             return PrototypeStore(lambda dataset: stored_prototypes(config, layout(dataset)), _nothing, _nothing)
         return PrototypeStore(
-            read=lambda dataset: cache.prototypes(layout(dataset).key),
-            write=lambda dataset, prototypes: cache.remember_prototypes(layout(dataset).key, prototypes),
-            forget=lambda dataset: cache.forget_prototypes(layout(dataset).key),
+            read=lambda dataset: cache.prototypes.read(layout(dataset).key),
+            write=lambda dataset, prototypes: cache.prototypes.write(layout(dataset).key, prototypes),
+            forget=lambda dataset: cache.prototypes.remove(layout(dataset).key),
         )
 
     def select(self, layout: Layout, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
@@ -210,7 +210,7 @@ class Resources:
             except ModelError as error:
                 return ActiveClassifier(refusal=str(error))
             except BROKEN_NETWORK as error:
-                said = (str(error).splitlines() or [type(error).__name__])[0]
+                said = first_line(error)
                 advice = f"run `sortd finetune {layout.name}` again, or set `device: cpu`"
                 refusal = f"the fine-tuned model in {facts.folder} cannot be used ({said}): {advice}"
                 return ActiveClassifier(refusal=refusal)

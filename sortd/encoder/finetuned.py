@@ -15,7 +15,7 @@ from sortd.classify.calibration import log_softmax
 from sortd.encoder.clip import LOADING_ERRORS, check_pixels, normalisation, torch_device
 from sortd.encoder.models import first_line
 from sortd.errors import DestinationError, ModelError
-from sortd.events import Fit, Preprocessing
+from sortd.events import Preprocessing
 from sortd.files import read_regular, sha256_of, sync_folder_at, write_atomic
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def read_facts(folder: Path) -> FinetunedFacts:
             temperature=float(said["temperature"]),
             base=str(said["base"]),
             model_id=_model_id(folder, said),
-            preprocessing=preprocessing_from(said["preprocessing"]),
+            preprocessing=Preprocessing.from_fields(said["preprocessing"]),
             decoding=str(said["decoding"]),
             created=str(said["created"]),
             confidence=np.array(held_out["confidence"], dtype=np.float64),
@@ -143,12 +143,6 @@ def facts_json(facts: FinetunedFacts) -> str:
         },
     }
     return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
-
-
-def preprocessing_from(said: Mapping[str, Any]) -> Preprocessing:
-    """Return a preprocessing from its fields in JSON."""
-    numbers = {key: int(value) for key, value in said.items() if key != "fit"}
-    return Preprocessing(**numbers, fit=Fit(said["fit"]))
 
 
 def _model_id(folder: Path, said: Mapping[str, Any]) -> str:

@@ -255,11 +255,11 @@ def test_sorter_an_answer_about_another_rebuild_ends_none(answer: Event) -> None
     sorter.receive(answer, 111)
     settle(sorter, "a.png", mark, 112)
     assert sorter.receive(embedded("a.png", mark), 123) == []
-    assert sorter.is_rebuilding
+    assert sorter.rebuilds.is_pending
     assert sorter.built is not None
     assert sorter.built.prototypes.generation == 1
     sorter.receive(PrototypesBuilt(prototypes(2), job=2), 124)
-    assert not sorter.is_rebuilding
+    assert not sorter.rebuilds.is_pending
 
 
 def test_sorter_a_late_answer_without_a_rebuild_changes_nothing() -> None:
@@ -353,7 +353,7 @@ class SorterMachine(RuleBasedStateMachine):
     @property
     def may_move(self) -> bool:
         """Tell whether anything may move, by what the core was told."""
-        return not (self.jobs or self.sorter.is_rebuilding or self.sorter.references_absent)
+        return not (self.jobs or self.sorter.rebuilds.is_pending or self.sorter.references_absent)
 
     @rule(path=NAMES)
     def a_file_is_written(self, path: str) -> None:
@@ -444,7 +444,7 @@ class SorterMachine(RuleBasedStateMachine):
         job = self.jobs.pop()
         self.tell(RebuildFailed("no", references_absent=is_absent, job=job))
 
-    @precondition(lambda self: self.sorter.is_rebuilding or self.sorter.references_absent)
+    @precondition(lambda self: self.sorter.rebuilds.is_pending or self.sorter.references_absent)
     @rule()
     def all_is_well_again(self) -> None:
         """Time passes and rebuilds end well, until none is due."""
@@ -478,7 +478,7 @@ class SorterMachine(RuleBasedStateMachine):
     @invariant()
     def a_job_that_runs_is_awaited(self) -> None:
         """Nothing but its own answer ends a rebuild."""
-        assert not self.jobs or self.sorter.is_rebuilding
+        assert not self.jobs or self.sorter.rebuilds.is_pending
 
     @invariant()
     def nothing_waits_for_ever(self) -> None:

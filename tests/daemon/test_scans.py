@@ -136,7 +136,7 @@ def test_dataset_unfinished_download_waits_until_its_control_file_is_gone(world:
         world.hint(control)
     assert not world.embedded()
     assert [line["refusal"] for line in lines if line.get("path") == str(image)] == ["unfinished"]
-    assert world.dataset.sorter.is_drained or world.dataset.sorter.is_rebuilding
+    assert world.dataset.sorter.is_drained or world.dataset.sorter.rebuilds.is_pending
     control.unlink()
     world.hint(control)
     assert world.embedded() == {"a.png"}

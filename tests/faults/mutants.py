@@ -282,13 +282,13 @@ HOLDS = (
     ),
     Mutant(
         "core/sorter",
-        "        if not self._rebuilds.is_running(event.job):\n            return\n        self._rebuilds.succeed()",
-        "        self._rebuilds.succeed()",
+        "        if not self.rebuilds.is_running(event.job):\n            return\n        self.rebuilds.succeed()",
+        "        self.rebuilds.succeed()",
     ),
     Mutant(
         "core/sorter",
-        "        if not self._rebuilds.is_running(event.job):\n            return\n        self._rebuilds.fail(",
-        "        self._rebuilds.fail(",
+        "        if not self.rebuilds.is_running(event.job):\n            return\n        self.rebuilds.fail(",
+        "        self.rebuilds.fail(",
     ),
     Mutant(
         "core/sorter",
