@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sortd.arrays import FloatArray
 from sortd.classify.calibration import HeldOutOutcomes, calibrate_outcomes
 from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet, describe_label_mismatch
 from sortd.classify.types import AbstainSettings, DecisionSettings
@@ -22,7 +21,7 @@ from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import ReferenceSettings, stored_prototypes
 from sortd.encoder.backends import load_fastest
 from sortd.encoder.clip import Encoder
-from sortd.encoder.finetuned import FinetunedFacts, load_finetuned, read_facts, read_promotion
+from sortd.encoder.finetuned import FinetunedFacts, are_logits, load_finetuned, read_facts, read_promotion
 from sortd.encoder.models import STRONGER, first_line, locate_clip
 from sortd.errors import ModelError
 from sortd.events import Mode, Preprocessing
@@ -91,22 +90,6 @@ def unfit(facts: FinetunedFacts, labels: Sequence[str], *, dataset: str) -> str 
         f"the fine-tuned model in {facts.folder} does not fit {dataset}: {difference}; "
         f"train another with `sortd finetune {dataset}`"
     )
-
-
-def are_logits(rows: FloatArray) -> bool:
-    """Return whether rows (B, classes) can be logits: finite, and not zeros as from a device in a bad state."""
-    return bool(np.isfinite(rows).all() and rows.any(axis=1).all())
-
-
-def probe_logits(encoder: Encoder) -> None:
-    """Raise ``ModelError`` if a fine-tuned model does not return logits."""
-    height, width = encoder.preprocessing.crop_height, encoder.preprocessing.crop_width
-    noise = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
-    if not are_logits(encoder.encode_images(noise)):
-        raise ModelError(
-            f"the fine-tuned model {encoder.encoder_id} returns zeros: it was not trained, or its device is in a "
-            "bad state; set `device: cpu`, or run `sortd finetune` again"
-        )
 
 
 # Errors of torch and transformers for a network that does not match its configuration, or without memory.
@@ -206,7 +189,6 @@ class Resources:
         if facts is not None and facts.model_id not in self.finetuned:
             try:
                 encoder = load_finetuned(facts.folder, device=self.config.device, threads=self.config.threads)
-                probe_logits(encoder)
             except ModelError as error:
                 return ActiveClassifier(refusal=str(error))
             except BROKEN_NETWORK as error:

@@ -253,6 +253,11 @@ SHORTEST = 1e-6
 """Least norm by which embeddings are divided."""
 
 
+def are_logits(rows: FloatArray) -> bool:
+    """Return whether rows (B, classes) can be logits: finite, and not zeros as from a device in a bad state."""
+    return bool(np.isfinite(rows).all() and rows.any(axis=1).all())
+
+
 class Network:
     """A module on a device, with the normalisation of pixels."""
 
@@ -326,7 +331,8 @@ def load_finetuned(folder: Path, *, device: str = "auto", threads: int | None = 
     ``threads`` are those of a forward pass; None or 0: torch's default.
 
     Raises:
-        ModelError: the folder is invalid (see ``read_facts``), or the weights were changed or cannot be loaded.
+        ModelError: the folder is invalid (see ``read_facts``), the weights were changed or cannot be loaded, or the
+            network does not return logits.
     """
     facts = read_facts(folder)
     wanted = json_object(folder / FACTS_FILE)["weights"]["sha256"]
@@ -350,7 +356,11 @@ def load_finetuned(folder: Path, *, device: str = "auto", threads: int | None = 
         )
     model = FinetunedModel(facts, network)
     shape = (1, model.preprocessing.crop_height, model.preprocessing.crop_width, 3)
-    model.encode_images(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))  # fail early
+    if not are_logits(model.encode_images(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))):
+        raise ModelError(
+            f"the fine-tuned model {model.encoder_id} returns zeros: it was not trained, or its device is in a "
+            "bad state; set `device: cpu`, or run `sortd finetune` again"
+        )
     return model
 
 
