@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -156,6 +156,20 @@ def readable_json(facts: object, *, encoding: str | None = "utf-8", **options: A
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def write_json(
+    path: Name,
+    facts: Mapping[str, Any],
+    *,
+    folder: int | None = None,
+    mode: int | None = None,
+    durable: bool = True,
+    indent: int | None = None,
+) -> None:
+    """Create or replace a file with JSON in UTF-8, as ``write_atomic`` does; bytes that are not UTF-8 are escaped."""
+    text = json.dumps(facts, indent=indent, ensure_ascii=False) + "\n"
+    write_atomic(path, text.encode("utf-8", "backslashreplace"), folder=folder, mode=mode, durable=durable)
 
 
 def sync_folder_at(path: Name) -> None:

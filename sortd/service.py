@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from sortd.errors import StartupError
-from sortd.files import read_regular, write_atomic
+from sortd.files import read_regular, write_json
 
 STOP = frozenset({signal.SIGTERM, signal.SIGINT})  # request an orderly stop; a second one has the default effect
 HANDLED = (*STOP, signal.SIGHUP, signal.SIGUSR1)
@@ -116,8 +116,7 @@ class Status:
         if facts == self._last:
             return False
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**facts, "written_at": round(self._clock(), 3)}, indent=1, ensure_ascii=False) + "\n"
-        write_atomic(self._path, text.encode("utf-8", "backslashreplace"), durable=False)  # a lone surrogate is escaped
+        write_json(self._path, {**facts, "written_at": round(self._clock(), 3)}, indent=1, durable=False)
         self._last = dict(facts)
         return True
 

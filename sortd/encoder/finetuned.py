@@ -16,7 +16,7 @@ from sortd.encoder.clip import LOADING_ERRORS, check_pixels, normalisation, torc
 from sortd.encoder.models import first_line
 from sortd.errors import DestinationError, ModelError
 from sortd.events import Preprocessing
-from sortd.files import read_regular, sha256_of, sync_folder_at, write_atomic
+from sortd.files import read_regular, sha256_of, sync_folder_at, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -214,10 +214,9 @@ def write_promotion(state_folder: Path, promotion: Promotion) -> None:
     """Replace the promotion atomically; raise DestinationError if the state folder cannot be written."""
     file = state_folder / PROMOTION_FILE
     said = asdict(promotion) | {"folder": str(promotion.folder), "promoted_at": round(promotion.promoted_at, 3)}
-    text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
     try:
         state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomic(file, text.encode("utf-8", "backslashreplace"))  # a lone surrogate is escaped
+        write_json(file, said, indent=1)
     except OSError as error:
         raise DestinationError(
             f"{file} cannot be written: {error.strerror}; free space, or run this as the user of sortd"

@@ -33,7 +33,7 @@ from sortd.encoder.models import LocatedModel, checksums, first_line, repr_diges
 from sortd.encoder.quantize import weight_range
 from sortd.errors import ModelError
 from sortd.events import Preprocessing
-from sortd.files import read_regular, write_atomic
+from sortd.files import read_regular, write_json
 
 FORMAT = 1  # increased when the same model is exported in another way than before
 OPSET = 17  # the newest that ``quantize`` rewrites; every ONNX Runtime from 1.12 on has it
@@ -186,8 +186,7 @@ def read_verdict(exported: Exports, root: Path) -> Mapping[str, Any] | None:
 
 def write_verdict(exported: Exports, root: Path, facts: Mapping[str, Any]) -> None:
     """Store a verdict with its export; raises OSError."""
-    text = json.dumps({**facts, "export": _fingerprint(exported)}, indent=1) + "\n"
-    write_atomic(_verdict_file(exported, root), text.encode())
+    write_json(_verdict_file(exported, root), {**facts, "export": _fingerprint(exported)}, indent=1)
 
 
 def _verdict_file(exported: Exports, root: Path) -> Path:

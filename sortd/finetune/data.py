@@ -24,7 +24,7 @@ from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import STRANGERS_FOLDER, ReferencesAbsentError, class_folders
 from sortd.errors import DataError, DestinationError
 from sortd.events import EmbeddedImage, ImageRefused, Outcome, Preprocessing, Refusal, Stamp
-from sortd.files import write_atomic
+from sortd.files import write_json
 from sortd.finetune.recipe import Recipe, Source
 from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.store.history import History
@@ -353,7 +353,7 @@ class Plan:
         facts["modes"] = [one.name for one in self.baselines]
         with disk_errors_translated(self.work):
             np.savez(self.work / ARRAYS_FILE, weights=self.weights, **arrays)
-            write_atomic(self.work / PLAN_FILE, (json.dumps(facts, indent=1) + "\n").encode())
+            write_json(self.work / PLAN_FILE, facts, indent=1)
 
 
 def read_plan(work: Path) -> Plan:
