@@ -109,8 +109,8 @@ def work(path: Path | None, *, once: bool, load_encoder: "LoadEncoder | None" = 
     os.environ.setdefault(*OPENBLAS_SPIN)
     from sortd import logs
     from sortd.daemon.daemon import Daemon
+    from sortd.daemon.reporting import Metrics
     from sortd.daemon.resources import Resources
-    from sortd.metrics import Metrics
     from sortd.service import Notifier
 
     logs.configure(format_in_environment())
@@ -137,7 +137,7 @@ def print_dry_run(path: Path | None, *, as_json: bool, load_encoder: "LoadEncode
     """Print what ``once`` would do; ``load_encoder`` replaces the loader of the configured model."""
     from sortd import logs
     from sortd.daemon.daemon import simulate
-    from sortd.daemon.dataset_log import decision_facts
+    from sortd.daemon.reporting import decision_facts
 
     logs.configure(format_in_environment())
     config = load_config(path)

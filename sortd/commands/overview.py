@@ -13,7 +13,7 @@ from sortd.commands.console import interval
 from sortd.commands.journals import JournalPlace, journals
 from sortd.commands.promotion import serving_facts
 from sortd.config import Config
-from sortd.daemon.dataset_log import LISTED
+from sortd.daemon.reporting import LISTED
 from sortd.errors import JournalError
 from sortd.layout import Area, Layout, Reason, Why, owner_of, rule_below, rule_for_folder
 from sortd.moving.fs import is_version

@@ -31,10 +31,10 @@ from sortd.daemon.control import Requests, answer, apply_undo_results, require_t
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import ReportMove
 from sortd.daemon.datasets import Datasets
+from sortd.daemon.reporting import Metrics
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.daemon.worker import Answer, Posted, Worker, WorkerDied, WorkerLoading, WorkerReady
 from sortd.layout import Area
-from sortd.metrics import Metrics
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
 from sortd.service import Notifier, Signalled, Status, signals_posted, started_ticks
 from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, FileEvent, Watcher

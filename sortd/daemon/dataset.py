@@ -19,13 +19,12 @@ from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
 from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired, corrected_images
 from sortd.daemon.dataset_lock import OpenDataset
-from sortd.daemon.dataset_log import DatasetLog
 from sortd.daemon.references import ReferenceSettings
+from sortd.daemon.reporting import DatasetLog, Metrics
 from sortd.daemon.scans import DatasetScans
 from sortd.daemon.worker import Answer, EmbedJob, Job, RebuildJob
 from sortd.events import DatasetId, ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.layout import Area
-from sortd.metrics import Metrics
 from sortd.moving.copy_queue import MoveOrder
 from sortd.moving.mover import MoveAnswer, Mover
 from sortd.moving.recovery import UndoResult

@@ -11,7 +11,7 @@ from sortd.core.schedule import Throttle
 from sortd.core.sorter import Sorter
 from sortd.core.state import Refusals
 from sortd.daemon.dataset_lock import Presence
-from sortd.daemon.dataset_log import DatasetLog
+from sortd.daemon.reporting import DatasetLog
 from sortd.events import Stamp, Writer
 from sortd.layout import Area, Layout, Why, rule_below, rule_for_folder
 from sortd.moving.fs import writer_of

@@ -17,6 +17,7 @@ from sortd.core.state import State
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import OpenDataset, Presence
 from sortd.daemon.datasets import Datasets
+from sortd.daemon.reporting import Metrics
 from sortd.daemon.resources import reference_settings_of
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Job, RebuildJob
 from sortd.events import (
@@ -32,7 +33,6 @@ from sortd.events import (
 )
 from sortd.files import stamp_of
 from sortd.layout import Area, Layout
-from sortd.metrics import Metrics
 from sortd.moving.copy_queue import CopyQueue
 from sortd.moving.mover import Mover
 from sortd.store.history import History

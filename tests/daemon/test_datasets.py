@@ -21,12 +21,12 @@ from sortd.daemon.datasets import (
     DESCRIPTORS_OF_A_DATASET,
     Datasets,
 )
+from sortd.daemon.reporting import Metrics
 from sortd.daemon.worker import Forget, Job
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, StorageError
 from sortd.events import Move, Outcome, Stamp
 from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.metrics import Metrics
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
 from sortd.store.history import History
 from sortd.store.journal import Journal

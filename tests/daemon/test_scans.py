@@ -12,14 +12,13 @@ from sortd.classify.types import DecisionSettings
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import DryRunMover, OpenDataset, Presence
-from sortd.daemon.dataset_log import DatasetLog
 from sortd.daemon.references import ReferenceSettings
+from sortd.daemon.reporting import DatasetLog, Metrics
 from sortd.daemon.scans import LEFT_SECONDS, LeftFiles
 from sortd.daemon.worker import Answer, EmbedJob, Job
 from sortd.events import DatasetId, ImageRefused, Refusal
 from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.metrics import Metrics
 from sortd.store.journal import Journal
 from sortd.watch.watcher import FileEvent, path_meant
 
