@@ -187,13 +187,15 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def sha256_of(file: int | Name) -> str:
+def sha256_of(file: int | Name, *, folder: int | None = None) -> str:
     """Return the hexadecimal sha256 of a regular file, or of an open one, which stays open.
+
+    With ``folder``, a descriptor, only the last component of the path is used, and a symbolic link is not followed.
 
     Raises:
         OSError: it cannot be read.
     """
-    descriptor = file if isinstance(file, int) else open_regular(file, follow=True)
+    descriptor = file if isinstance(file, int) else open_regular(file, folder=folder, follow=folder is None)
     with open(descriptor, "rb", closefd=descriptor != file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

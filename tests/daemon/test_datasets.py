@@ -338,7 +338,7 @@ def test_discover_journal_that_was_removed_is_begun_anew(place: Place, hurt: Cal
     (line,) = place.held_lines()
     assert "was removed or replaced while open" in line
     assert place.held_lines() == []
-    place.collection.by_name["Bad"].mover.hold(str(place.layout("Bad").root / "Images" / "a.png"), STAMP, "undone")
+    place.collection.by_name["Bad"].journal.hold("Images/a.png", STAMP, "undone")
     with History.open(place.journal("Bad")) as history:
         assert history.held() == {"Images/a.png": STAMP}
 
