@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.harness import argument_parser, print_json
+from sortd.encoder.clip import torch_device
 from sortd.encoder.finetuned import Network
-from sortd.encoder.torch_encoder import torch_device
 from sortd.events import Fit, Preprocessing
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.recipe import Recipe

@@ -19,7 +19,7 @@ from sortd.classify.prompts import GENERIC_NOUNS, prompts
 from sortd.classify.types import DecisionSettings
 from sortd.config import DEFAULT_TEMPLATES
 from sortd.encoder.backends import load_encoder
-from sortd.encoder.base import Encoder
+from sortd.encoder.clip import Encoder
 from sortd.events import Mode
 from sortd.images.decode import DecodeLimits, decode_file
 

@@ -30,7 +30,7 @@ from sortd.classify.decide import decide
 from sortd.classify.proportions import interval
 from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
 from sortd.encoder.backends import load_encoder
-from sortd.encoder.base import Encoder
+from sortd.encoder.clip import Encoder
 from sortd.events import Assigned
 
 Rows = npt.NDArray[np.float32]

@@ -28,7 +28,7 @@ from sortd.classify.open_set import log_odds
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
 from sortd.encoder.backends import load_encoder
-from sortd.encoder.base import Encoder
+from sortd.encoder.clip import Encoder
 from sortd.events import Assigned
 
 Array = npt.NDArray[np.float64]

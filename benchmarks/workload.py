@@ -22,7 +22,7 @@ from PIL import Image
 
 from benchmarks.encoder import build_reference
 from benchmarks.harness import resident_mebibytes
-from sortd.encoder.torch_encoder import PASSIVE_WAIT
+from sortd.encoder.clip import PASSIVE_WAIT
 
 os.environ.setdefault(*PASSIVE_WAIT)  # the baseline waits as sortd does
 

@@ -7,7 +7,7 @@ returns them. Times are seconds of a monotonic clock.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:  # numpy takes 0.1 s to import, which commands that only read the configuration can save
     from sortd.arrays import FloatArray
@@ -78,6 +78,12 @@ class Preprocessing:
     crop_width: int
     resample: int = 3  # PIL.Image.Resampling.BICUBIC
     fit: Fit = Fit.CROP
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """Return the preprocessing with these fields, as JSON has them."""
+        numbers = {key: int(value) for key, value in fields.items() if key != "fit"}
+        return cls(**numbers, fit=Fit(fields["fit"]))
 
 
 class Writer(StrEnum):

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -158,6 +158,20 @@ def readable_json(facts: object, *, encoding: str | None = "utf-8", **options: A
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
+def write_json(
+    path: Name,
+    facts: Mapping[str, Any],
+    *,
+    folder: int | None = None,
+    mode: int | None = None,
+    durable: bool = True,
+    indent: int | None = None,
+) -> None:
+    """Create or replace a file with JSON in UTF-8, as ``write_atomic`` does; bytes that are not UTF-8 are escaped."""
+    text = json.dumps(facts, indent=indent, ensure_ascii=False) + "\n"
+    write_atomic(path, text.encode("utf-8", "backslashreplace"), folder=folder, mode=mode, durable=durable)
+
+
 def sync_folder_at(path: Name) -> None:
     """Sync the names in a folder.
 
@@ -173,13 +187,15 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def sha256_of(file: int | Name) -> str:
+def sha256_of(file: int | Name, *, folder: int | None = None) -> str:
     """Return the hexadecimal sha256 of a regular file, or of an open one, which stays open.
+
+    With ``folder``, a descriptor, only the last component of the path is used, and a symbolic link is not followed.
 
     Raises:
         OSError: it cannot be read.
     """
-    descriptor = file if isinstance(file, int) else open_regular(file, follow=True)
+    descriptor = file if isinstance(file, int) else open_regular(file, folder=folder, follow=folder is None)
     with open(descriptor, "rb", closefd=descriptor != file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.names import rule_for
+from sortd.layout import rule_for
 from tests.daemon_process import PATIENCE_SECONDS, DaemonProcess, picture, running, tree
 
 Write = Callable[..., Path]
@@ -159,7 +159,7 @@ class TestFilesThatAreNotThereYet:
         ],
     )
     def test_unfinished_names_are_told_by_their_ending(self, unfinished: str, finished: str) -> None:
-        """The names under which browsers, rsync, scp and sync clients write; ``test_names.py`` has all of them."""
+        """The names under which browsers, rsync, scp and sync clients write; ``test_layout.py`` has all of them."""
         assert rule_for(unfinished) is not None
         assert rule_for(finished) is None
 

@@ -25,15 +25,14 @@ from sortd.daemon.dataset_lock import open_dataset
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.encoder import onnx_encoder
 from sortd.encoder.backends import load_with_backend
-from sortd.encoder.base import Encoder
+from sortd.encoder.clip import Encoder
 from sortd.encoder.models import locate_configured
 from sortd.errors import DataError, ModelError
 from sortd.events import EmbeddedImage, Move, Outcome, Stamp
 from sortd.images.decode import DecodeLimits
 from sortd.images.formats import SUFFIXES
 from sortd.images.pool import DecodedImage, DecoderPool
-from sortd.layout import Area, Layout, find_datasets
-from sortd.names import CLASS_AREAS, rule_for, rule_for_folder
+from sortd.layout import CLASS_AREAS, Area, Layout, find_datasets, rule_for, rule_for_folder
 from sortd.watch.scan import scan, stamp
 
 INT8 = "onnx-int8"

@@ -36,7 +36,7 @@ from sortd.errors import ConfigError, JournalError, LayoutError, ModelError, Sta
 from sortd.files import identity_of
 from sortd.images.decode import load_decoders
 from sortd.layout import Area, Layout, enclosing_dataset, find_datasets
-from sortd.status import lock_holder, read_status
+from sortd.service import lock_holder, read_status
 from sortd.watch import inotify
 
 LITTLE_ROOM_BYTES = 1_000_000_000

@@ -41,10 +41,9 @@ from sortd.events import Preprocessing, Stamp, Writer
 from sortd.files import sha256_of
 from sortd.images.decode import DecodeLimits, check_header, decode_file
 from sortd.images.formats import HEAD_BYTES, looks_like_image
-from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.layout import JOURNAL_FILE, Area, Layout, Reason, Why, rule_for_folder
 from sortd.moving.fs import CANNOT_RENAME, Folders, rename_new, writer_of
-from sortd.names import Reason, Why, rule_for_folder
-from sortd.store.cache import Cache
+from sortd.store.cache import CACHE_FILE, Cache
 from sortd.store.history import History
 from sortd.watch.scan import scan_all
 
@@ -66,7 +65,6 @@ DECODING_SECONDS = 0.2
 """How long references are decoded whole; after that only headers are read, so that a check stays short."""
 
 CHECKED_PIXELS = 224  # input size of most encoders
-CACHE_FILE = "embeddings.sqlite"
 
 _File = tuple[str, Stamp]
 

@@ -12,7 +12,6 @@ from sortd.arrays import FloatArray
 from sortd.classify.explain import Explanation, explain, explain_finetuned, explanation_sentences
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import PROBABILISTIC
-from sortd.commands.check_dataset import CACHE_FILE
 from sortd.commands.console import format_time, print_line, print_table, printable, say, show, spinner
 from sortd.commands.evaluation import label_on_page, name_on_page, render, write_page
 from sortd.commands.moves import JournalPlace, dataset_at, journals, record_facts
@@ -31,11 +30,10 @@ from sortd.daemon.resources import ActiveClassifier, LoadEncoder, Resources, ref
 from sortd.errors import DataError, UnreadableError
 from sortd.events import EmbeddedImage, Stamp
 from sortd.images.decode import thumbnail
-from sortd.layout import Area, Layout, find_datasets
+from sortd.layout import Area, Layout, Reason, Why, find_datasets
 from sortd.moving.fs import is_version
-from sortd.names import Reason, Why
-from sortd.status import read_status
-from sortd.store.cache import Cache
+from sortd.service import read_status
+from sortd.store.cache import CACHE_FILE, Cache
 from sortd.store.history import History
 from sortd.store.records import Selection
 from sortd.watch.scan import stamp, why_left

@@ -27,7 +27,7 @@ from sortd.errors import DataError, ModelError, StartupError
 from sortd.finetune import run
 from sortd.finetune.recipe import Observer, TrainingProgress, TrainingRequest, TrainingStoppedError
 from sortd.layout import Area, Layout
-from sortd.systemd import Signalled, signals_posted
+from sortd.service import Signalled, signals_posted
 
 LEFT_OUT_SHOWN = 10
 

@@ -34,7 +34,7 @@ from sortd.encoder.onnx_encoder import (
 from sortd.encoder.quantize import photographic_noise
 from sortd.errors import LayoutError, ModelError, SortdError
 from sortd.layout import Area, Layout, find_datasets
-from sortd.status import read_status
+from sortd.service import read_status
 
 CONTENT_DIGITS = 16  # of the sha256 over configuration and weights; enough to distinguish models
 EXPORT_MISSING = "the export to ONNX is missing, damaged or outdated"

@@ -15,16 +15,15 @@ from sortd.classify.prompts import written_name
 from sortd.commands.console import counted, printable, say
 from sortd.config import Config, find_config_file, read_config
 from sortd.daemon.daemon import Daemon, simulate
-from sortd.daemon.dataset_log import decision_facts
 from sortd.daemon.references import is_class_name
+from sortd.daemon.reporting import Metrics, decision_facts
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.errors import ConfigError, LayoutError
 from sortd.events import Move
 from sortd.files import readable_json
 from sortd.layout import Area, Layout, enclosing_dataset
 from sortd.logs import LogFormat
-from sortd.metrics import Metrics
-from sortd.systemd import Notifier
+from sortd.service import Notifier
 
 
 def run_daemon(configured: Callable[[], Config], *, once: bool, load_encoder: LoadEncoder | None = None) -> None:

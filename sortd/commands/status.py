@@ -28,16 +28,15 @@ from sortd.commands.moves import JournalPlace, journals
 from sortd.config import Config, find_config_file
 from sortd.daemon.control import NotRunningError
 from sortd.daemon.corrections import corrected_images
-from sortd.daemon.dataset_log import LISTED
 from sortd.daemon.references import ReferencesAbsentError, ReferenceSettings, class_labels
+from sortd.daemon.reporting import LISTED
 from sortd.daemon.resources import reference_settings_of, select_classifier, unfit
 from sortd.encoder import finetuned
 from sortd.encoder.finetuned import FinetunedFacts, finetuning_results, read_facts
 from sortd.errors import DataError, JournalError, LayoutError, ModelError
-from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
+from sortd.layout import JOURNAL_FILE, Area, Layout, Reason, Why, find_datasets, owner_of, rule_below, rule_for_folder
 from sortd.moving.fs import is_version
-from sortd.names import Reason, Why, owner_of, rule_below, rule_for_folder
-from sortd.status import read_status
+from sortd.service import read_status
 from sortd.store.history import History
 from sortd.store.records import FiledImages, Selection
 from sortd.watch.scan import scan, scan_all, why_unfinished

@@ -90,7 +90,7 @@ class Sorter:
         self.images = Images(settle_seconds=settings.settle_seconds, limit=settings.backlog_limit)
         self.built: events.PrototypesBuilt | None = None  # the last rebuild, whose classifier decides
         self.references_absent = False
-        self._rebuilds = RebuildSchedule()
+        self.rebuilds = RebuildSchedule()
         self._absent_in = 0  # the last rebuild that was started before the dataset was found absent
         self._move_pauses = FolderBackoffs()
         self.guard = Guard(settings.guard_images, guard or GuardState())
@@ -100,7 +100,7 @@ class Sorter:
         """Return the time by which a ``Tick`` is owed; None: no deadline."""
         if self._stopping:
             return None
-        times = (self.images.next_deadline, *self._rebuilds.deadlines, self._move_pauses.until)
+        times = (self.images.next_deadline, *self.rebuilds.deadlines, self._move_pauses.until)
         return min((time for time in times if time is not None), default=None)
 
     def configure(self, settings: SorterSettings, now: float) -> None:
@@ -115,14 +115,9 @@ class Sorter:
         return not self._stopping and self.images.is_due_soon(path, now)
 
     @property
-    def is_rebuilding(self) -> bool:
-        """Whether a rebuild is due or running."""
-        return self._rebuilds.is_pending
-
-    @property
     def is_drained(self) -> bool:
         """Whether nothing is left to do until another event arrives, such as the close of a file."""
-        return not (self.is_rebuilding or self.images.waiting > self.images.busy + self.refused_by_disks)
+        return not (self.rebuilds.is_pending or self.images.waiting > self.images.busy + self.refused_by_disks)
 
     @property
     def refused_by_disks(self) -> int:
@@ -143,7 +138,7 @@ class Sorter:
     def _may_decide(self) -> bool:
         return (
             self.built is not None
-            and not self.is_rebuilding
+            and not self.rebuilds.is_pending
             and not self.references_absent
             and self.guard.reason is None
             and not self._stopping
@@ -212,18 +207,18 @@ class Sorter:
             return []
         due = islice(self.images.due(now), MOST_LOOKS)
         commands: list[events.Command] = [events.Inspect(path) for path in due]
-        if (job := self._rebuilds.begin(now)) is not None:
+        if (job := self.rebuilds.begin(now)) is not None:
             commands.append(events.Rebuild(job))
         self._move_pauses.end_due(now)
         return commands
 
     def _touch(self, now: float) -> None:
-        self._rebuilds.touch(now, settle_seconds=self._settings.settle_seconds)
+        self.rebuilds.touch(now, settle_seconds=self._settings.settle_seconds)
 
     def _built(self, event: events.PrototypesBuilt) -> None:
-        if not self._rebuilds.is_running(event.job):
+        if not self.rebuilds.is_running(event.job):
             return
-        self._rebuilds.succeed()
+        self.rebuilds.succeed()
         self.references_absent = event.job <= self._absent_in
         served, self.built, classifier = self.built, event, event.classifier
         self.guard.serve(classifier)
@@ -232,16 +227,16 @@ class Sorter:
         self._resume()
 
     def _rebuild_failed(self, event: events.RebuildFailed, now: float) -> None:
-        if not self._rebuilds.is_running(event.job):
+        if not self.rebuilds.is_running(event.job):
             return
-        self._rebuilds.fail(now, is_lasting=event.is_lasting)
+        self.rebuilds.fail(now, is_lasting=event.is_lasting)
         self.references_absent = event.references_absent or event.job <= self._absent_in
         self._resume()
 
     def _absent(self, now: float) -> None:
         self.references_absent = True
-        self._absent_in = self._rebuilds.job
-        self._rebuilds.retry(now)
+        self._absent_in = self.rebuilds.job
+        self.rebuilds.retry(now)
 
     def _resume(self) -> None:
         if self._may_decide:

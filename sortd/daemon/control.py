@@ -38,13 +38,13 @@ from sortd.config import Config
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.datasets import Datasets
 from sortd.events import ImageGone, ImageHeld, Released
-from sortd.files import open_folder, read_regular, write_atomic
+from sortd.files import open_folder, read_regular, write_json
 from sortd.layout import Area, Layout
 from sortd.logs import MOVE_UNDONE
 from sortd.moving.mover import Mover
 from sortd.moving.plan import belongs_to
-from sortd.moving.undo import UndoResult
-from sortd.status import is_of_its_writer, read_status
+from sortd.moving.recovery import UndoResult
+from sortd.service import is_of_its_writer, read_status
 from sortd.store.history import History
 
 FOLDER = "requests"
@@ -219,7 +219,7 @@ class Requests:
         try:
             with open_folder(self._path) as folder:
                 self._remove(name, folder)
-                write_json((self._path / name).with_suffix(".answer"), reply, folder)
+                write_json((self._path / name).with_suffix(".answer"), reply, folder=folder, durable=False)
         except OSError as error:
             self._report(error)
 
@@ -234,12 +234,6 @@ def _read(path: Path, folder: int) -> Request:
     if not isinstance(request, dict):
         raise RequestError("not a mapping")
     return request
-
-
-def write_json(path: Path, facts: Mapping[str, Any], folder: int, *, mode: int | None = None) -> None:
-    """Write a file atomically."""
-    text = json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace")  # escapes lone surrogates
-    write_atomic(path, text, folder=folder, mode=mode, durable=False)
 
 
 def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> dict[str, Any] | None:
@@ -261,7 +255,8 @@ def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> di
         with open_folder(path.parent) as folder:
             try:
                 # Readable by the user of the daemon, whatever the umask here; others cannot enter the folder.
-                write_json(path, {**request, "expires_at": time.time() + seconds}, folder, mode=0o644)
+                asked = {**request, "expires_at": time.time() + seconds}
+                write_json(path, asked, folder=folder, mode=0o644, durable=False)
                 os.kill(status["pid"], signal.SIGUSR1)
                 reply = _await(path.with_suffix(".answer"), folder, status, seconds)
             finally:

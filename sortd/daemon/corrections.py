@@ -24,9 +24,8 @@ from sortd.config import Decoding
 from sortd.events import Refusal, Stamp
 from sortd.files import open_regular
 from sortd.images.decode import DECODER_VERSION
-from sortd.layout import Area, Layout
+from sortd.layout import Area, Layout, rule_below, rule_for, rule_for_folder
 from sortd.moving.plan import PLACES_FACT, images_apart
-from sortd.names import rule_below, rule_for, rule_for_folder
 from sortd.store.history import History
 from sortd.store.journal import Journal
 from sortd.store.records import Record

@@ -31,15 +31,13 @@ from sortd.daemon.control import Requests, answer, apply_undo_results, require_t
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import ReportMove
 from sortd.daemon.datasets import Datasets
+from sortd.daemon.reporting import Metrics
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.daemon.worker import Answer, Posted, Worker, WorkerDied, WorkerLoading, WorkerReady
 from sortd.layout import Area
-from sortd.metrics import Metrics
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
-from sortd.status import Status, started_ticks
-from sortd.systemd import Notifier, Signalled, signals_posted
-from sortd.watch.observer import FileEvent
-from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, Watcher
+from sortd.service import Notifier, Signalled, Status, signals_posted, started_ticks
+from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, FileEvent, Watcher
 
 STOP_SECONDS = 4.0  # for the last forward of the worker when the daemon stops
 STATUS_SECONDS = 2.0  # between two writes of the status file
@@ -413,7 +411,7 @@ class Daemon:
     def _all_answered(self) -> bool:
         """Return whether each dataset has been scanned once and has prototypes, or a known reason why not."""
         return all(
-            not dataset.scans.is_under_way and (dataset.problem or not dataset.sorter.is_rebuilding)
+            not dataset.scans.is_under_way and (dataset.problem or not dataset.sorter.rebuilds.is_pending)
             for dataset in self.datasets
         )
 

@@ -19,20 +19,19 @@ from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
 from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired, corrected_images
 from sortd.daemon.dataset_lock import OpenDataset
-from sortd.daemon.dataset_log import DatasetLog
 from sortd.daemon.references import ReferenceSettings
+from sortd.daemon.reporting import DatasetLog, Metrics
 from sortd.daemon.scans import DatasetScans
 from sortd.daemon.worker import Answer, EmbedJob, Job, RebuildJob
 from sortd.events import DatasetId, ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.layout import Area
-from sortd.metrics import Metrics
 from sortd.moving.copy_queue import MoveOrder
 from sortd.moving.mover import MoveAnswer, Mover
-from sortd.moving.undo import UndoResult
+from sortd.moving.recovery import UndoResult
 from sortd.store.history import GENERATION_FACT, GUARD_FACT, History
 from sortd.store.records import MoveProgress, MoveRecord, Record
-from sortd.watch.observer import FileEvent
 from sortd.watch.scan import FolderComparison
+from sortd.watch.watcher import FileEvent
 
 GROUP = 32
 """Moves of one turn of the loop: on a busy disk each takes some five milliseconds, in which nothing else happens."""
@@ -426,7 +425,7 @@ class Dataset:
         core = self.sorter
         if self.log.problem is not None and (core.built is None or core.references_absent):
             return True
-        return core.guard.reason is not None and not core.is_rebuilding
+        return core.guard.reason is not None and not core.rebuilds.is_pending
 
     def rebuild(self, *, force: bool) -> None:
         """Rebuild the prototypes; with ``force`` even if the reload gate would keep the old ones."""

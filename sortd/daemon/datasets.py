@@ -26,15 +26,14 @@ from sortd.core.schedule import RETRY_SECONDS, Throttle, doubled_seconds
 from sortd.daemon.corrections import limits_of
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import OpenDataset, ReportMove, open_dataset, simulate_dataset
+from sortd.daemon.reporting import Metrics
 from sortd.daemon.resources import reference_settings_of, sorter_settings
 from sortd.daemon.worker import Forget, Job
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, SortdError, StorageError
 from sortd.events import DatasetAbsent, DatasetId
 from sortd.layout import Layout, find_datasets
-from sortd.metrics import Metrics
 from sortd.moving.copy_queue import CopyQueue, CopyQueueClient
-from sortd.watch.observer import FileEvent
-from sortd.watch.watcher import EventsDropped, Watcher
+from sortd.watch.watcher import EventsDropped, FileEvent, Watcher
 
 DISCOVERY_PAUSE_SECONDS = 0.2  # between two searches for datasets because of events
 RECOVERY_PAUSE_SECONDS = 5.0  # between two scans because of dropped events

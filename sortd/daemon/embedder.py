@@ -9,7 +9,7 @@ from time import monotonic, perf_counter
 import numpy as np
 
 from sortd.arrays import FloatArray
-from sortd.encoder.base import Encoder
+from sortd.encoder.clip import Encoder
 from sortd.errors import ModelError
 from sortd.events import EmbeddedImage, ImageRefused, Stamp
 from sortd.images.pool import Batch, DecodedImage, DecoderPool

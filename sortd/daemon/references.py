@@ -23,12 +23,11 @@ from sortd.config import DEFAULT_TEMPLATES, Config, DatasetConfig
 from sortd.daemon.embedder import Embedder
 from sortd.errors import ImageError
 from sortd.events import EmbeddedImage, ImageRefused, Mode, Refusal, Stamp
-from sortd.files import open_regular
+from sortd.files import open_regular, sha256_of
 from sortd.images.decode import DecodeLimits, check_header
 from sortd.images.pool import RESOURCE_ERRORS
-from sortd.layout import Area, Layout
-from sortd.names import rule_for_folder
-from sortd.store.cache import PrototypeFiles
+from sortd.layout import Area, Layout, rule_for_folder
+from sortd.store.cache import PROTOTYPES_FOLDER, PrototypeFiles
 from sortd.watch.scan import stamp, whole_files
 
 STRANGERS_FOLDER = "_none"
@@ -321,7 +320,6 @@ def _undescribed(error: OSError) -> ImageRefused:
     return ImageRefused(error.filename, Stamp(0, 0, 0, 0), Refusal.DENIED, message)
 
 
-PROTOTYPES_FOLDER = "prototypes"
 EVALUATED = "evaluated"
 SETTINGS = "settings (mode or abstain)"
 
@@ -391,14 +389,9 @@ def _is_new(path: str, files: Mapping[str, tuple[str, Stamp]], known: Collection
     copies = [other for other in known if files[other][0] == label and files[other][1].size == mark.size]
     try:
         check_header(path, DecodeLimits())
-        return all(_content(other) != _content(path) for other in copies)
+        return all(sha256_of(other) != sha256_of(path) for other in copies)
     except (ImageError, OSError):
         return False
-
-
-def _content(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(config: Config, report: Callable[[str], None] = lambda _: None) -> PrototypeFiles:

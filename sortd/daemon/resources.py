@@ -20,15 +20,15 @@ from sortd.core.sorter import SorterSettings
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import ReferenceSettings, stored_prototypes
 from sortd.encoder.backends import load_fastest
-from sortd.encoder.base import Encoder, Rows
-from sortd.encoder.finetuned import FinetunedFacts, load_finetuned, read_facts, read_promotion
-from sortd.encoder.models import STRONGER, locate_clip
+from sortd.encoder.clip import Encoder
+from sortd.encoder.finetuned import FinetunedFacts, are_logits, load_finetuned, read_facts, read_promotion
+from sortd.encoder.models import STRONGER, first_line, locate_clip
 from sortd.errors import ModelError
 from sortd.events import Mode, Preprocessing
 from sortd.images.decode import DecodeLimits, Jpeg
 from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
-from sortd.store.cache import Cache
+from sortd.store.cache import CACHE_FILE, Cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,22 +90,6 @@ def unfit(facts: FinetunedFacts, labels: Sequence[str], *, dataset: str) -> str 
         f"the fine-tuned model in {facts.folder} does not fit {dataset}: {difference}; "
         f"train another with `sortd finetune {dataset}`"
     )
-
-
-def are_logits(rows: Rows) -> bool:
-    """Return whether rows (B, classes) can be logits: finite, and not zeros as from a device in a bad state."""
-    return bool(np.isfinite(rows).all() and rows.any(axis=1).all())
-
-
-def probe_logits(encoder: Encoder) -> None:
-    """Raise ``ModelError`` if a fine-tuned model does not return logits."""
-    height, width = encoder.preprocessing.crop_height, encoder.preprocessing.crop_width
-    noise = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
-    if not are_logits(encoder.encode_images(noise)):
-        raise ModelError(
-            f"the fine-tuned model {encoder.encoder_id} returns zeros: it was not trained, or its device is in a "
-            "bad state; set `device: cpu`, or run `sortd finetune` again"
-        )
 
 
 # Errors of torch and transformers for a network that does not match its configuration, or without memory.
@@ -179,7 +163,7 @@ class Resources:
         config = self.config
         encoder = self._load_encoder(config)
         decoders = self._pool(encoder.preprocessing, config.decoding.jpeg)
-        self._cache = Cache(self._embeddings / "embeddings.sqlite", max_bytes=config.cache_megabytes * 1_000_000)
+        self._cache = Cache(self._embeddings / CACHE_FILE, max_bytes=config.cache_megabytes * 1_000_000)
         embedder = Embedder(encoder, decoders, self._cache, batch_size=config.batch_size)
         return embedder, self._store(self._cache), ", ".join([self._describe(config), *self._runs_on])
 
@@ -193,9 +177,9 @@ class Resources:
         if self._is_scratch:
             return PrototypeStore(lambda dataset: stored_prototypes(config, layout(dataset)), _nothing, _nothing)
         return PrototypeStore(
-            read=lambda dataset: cache.prototypes(layout(dataset).key),
-            write=lambda dataset, prototypes: cache.remember_prototypes(layout(dataset).key, prototypes),
-            forget=lambda dataset: cache.forget_prototypes(layout(dataset).key),
+            read=lambda dataset: cache.prototypes.read(layout(dataset).key),
+            write=lambda dataset, prototypes: cache.prototypes.write(layout(dataset).key, prototypes),
+            forget=lambda dataset: cache.prototypes.remove(layout(dataset).key),
         )
 
     def select(self, layout: Layout, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
@@ -205,11 +189,10 @@ class Resources:
         if facts is not None and facts.model_id not in self.finetuned:
             try:
                 encoder = load_finetuned(facts.folder, device=self.config.device, threads=self.config.threads)
-                probe_logits(encoder)
             except ModelError as error:
                 return ActiveClassifier(refusal=str(error))
             except BROKEN_NETWORK as error:
-                said = (str(error).splitlines() or [type(error).__name__])[0]
+                said = first_line(error)
                 advice = f"run `sortd finetune {layout.name}` again, or set `device: cpu`"
                 refusal = f"the fine-tuned model in {facts.folder} cannot be used ({said}): {advice}"
                 return ActiveClassifier(refusal=refusal)

@@ -11,14 +11,13 @@ from sortd.core.schedule import Throttle
 from sortd.core.sorter import Sorter
 from sortd.core.state import Refusals
 from sortd.daemon.dataset_lock import Presence
-from sortd.daemon.dataset_log import DatasetLog
+from sortd.daemon.reporting import DatasetLog
 from sortd.events import Stamp, Writer
-from sortd.layout import Area, Layout
+from sortd.layout import Area, Layout, Why, rule_below, rule_for_folder
 from sortd.moving.fs import writer_of
-from sortd.names import Why, rule_below, rule_for_folder
 from sortd.store.history import History
-from sortd.watch.observer import FileEvent
 from sortd.watch.scan import FolderScans, IncrementalScan, scan_steps, stamp, why_left, why_unfinished
+from sortd.watch.watcher import FileEvent
 
 LEFT_SECONDS = 5.0  # until a file that is left out is logged: it may be renamed
 LOGGED_SLICE = 500  # files that are logged in one turn of the loop

@@ -15,7 +15,7 @@ import structlog
 
 from sortd import logs
 from sortd.config import Config
-from sortd.encoder.base import Encoder, probe
+from sortd.encoder.clip import Encoder, TorchEncoder, probe
 from sortd.encoder.models import LocatedModel, locate_configured, locate_pair
 from sortd.encoder.onnx_encoder import (
     EXTRA,
@@ -30,7 +30,6 @@ from sortd.encoder.onnx_encoder import (
     is_installed,
     read_verdict,
 )
-from sortd.encoder.torch_encoder import TorchEncoder
 from sortd.errors import ModelError
 
 _REMEDY = "run `sortd models export`"

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from sortd.encoder.base import Rows, normalise_rows
+from sortd.arrays import FloatArray
+from sortd.encoder.clip import TorchEncoder, normalise_rows
 from sortd.encoder.models import LocatedModel, checksums, first_line
 from sortd.encoder.onnx_encoder import (
     EXTRA,
@@ -43,7 +44,6 @@ from sortd.encoder.onnx_encoder import (
     tower_file,
 )
 from sortd.encoder.quantize import convolutions, photographic_noise, quantize, quantize_convolutions, weight_range
-from sortd.encoder.torch_encoder import TorchEncoder
 from sortd.errors import ModelError
 from sortd.events import Preprocessing
 
@@ -303,7 +303,7 @@ def _compare_texts(encoder: TorchEncoder, into: Path, text: TextInputs) -> None:
         _compare(encoder.encode_texts(texts), normalise_rows(rows, "text.onnx"), f"{len(texts)} texts")
 
 
-def _compare(expected: Rows, rows: Rows, what: str) -> None:
+def _compare(expected: FloatArray, rows: FloatArray, what: str) -> None:
     lowest = float((expected * rows).sum(axis=1).min())
     if not lowest >= _MIN_COSINE:  # also for NaN
         raise ModelError(f"its export gives other rows than torch for {what} (cosine {lowest:.6f})")

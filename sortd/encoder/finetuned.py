@@ -12,12 +12,11 @@ import numpy as np
 
 from sortd.arrays import Array, BoolArray, FloatArray, IntArray, Pixels
 from sortd.classify.calibration import log_softmax
-from sortd.encoder.base import check_pixels, normalisation
+from sortd.encoder.clip import LOADING_ERRORS, check_pixels, normalisation, torch_device
 from sortd.encoder.models import first_line
-from sortd.encoder.torch_encoder import LOADING_ERRORS, torch_device
 from sortd.errors import DestinationError, ModelError
-from sortd.events import Fit, Preprocessing
-from sortd.files import read_regular, sha256_of, sync_folder_at, write_atomic
+from sortd.events import Preprocessing
+from sortd.files import read_regular, sha256_of, sync_folder_at, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +88,7 @@ def read_facts(folder: Path) -> FinetunedFacts:
             temperature=float(said["temperature"]),
             base=str(said["base"]),
             model_id=_model_id(folder, said),
-            preprocessing=preprocessing_from(said["preprocessing"]),
+            preprocessing=Preprocessing.from_fields(said["preprocessing"]),
             decoding=str(said["decoding"]),
             created=str(said["created"]),
             confidence=np.array(held_out["confidence"], dtype=np.float64),
@@ -144,12 +143,6 @@ def facts_json(facts: FinetunedFacts) -> str:
         },
     }
     return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
-
-
-def preprocessing_from(said: Mapping[str, Any]) -> Preprocessing:
-    """Return a preprocessing from its fields in JSON."""
-    numbers = {key: int(value) for key, value in said.items() if key != "fit"}
-    return Preprocessing(**numbers, fit=Fit(said["fit"]))
 
 
 def _model_id(folder: Path, said: Mapping[str, Any]) -> str:
@@ -221,10 +214,9 @@ def write_promotion(state_folder: Path, promotion: Promotion) -> None:
     """Replace the promotion atomically; raise DestinationError if the state folder cannot be written."""
     file = state_folder / PROMOTION_FILE
     said = asdict(promotion) | {"folder": str(promotion.folder), "promoted_at": round(promotion.promoted_at, 3)}
-    text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
     try:
         state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomic(file, text.encode("utf-8", "backslashreplace"))  # a lone surrogate is escaped
+        write_json(file, said, indent=1)
     except OSError as error:
         raise DestinationError(
             f"{file} cannot be written: {error.strerror}; free space, or run this as the user of sortd"
@@ -258,6 +250,11 @@ MAP = "map"
 colours that the embedding, which was aligned with texts, lacks."""
 SHORTEST = 1e-6
 """Least norm by which embeddings are divided."""
+
+
+def are_logits(rows: FloatArray) -> bool:
+    """Return whether rows (B, classes) can be logits: finite, and not zeros as from a device in a bad state."""
+    return bool(np.isfinite(rows).all() and rows.any(axis=1).all())
 
 
 class Network:
@@ -333,7 +330,8 @@ def load_finetuned(folder: Path, *, device: str = "auto", threads: int | None = 
     ``threads`` are those of a forward pass; None or 0: torch's default.
 
     Raises:
-        ModelError: the folder is invalid (see ``read_facts``), or the weights were changed or cannot be loaded.
+        ModelError: the folder is invalid (see ``read_facts``), the weights were changed or cannot be loaded, or the
+            network does not return logits.
     """
     facts = read_facts(folder)
     wanted = json_object(folder / FACTS_FILE)["weights"]["sha256"]
@@ -357,7 +355,11 @@ def load_finetuned(folder: Path, *, device: str = "auto", threads: int | None = 
         )
     model = FinetunedModel(facts, network)
     shape = (1, model.preprocessing.crop_height, model.preprocessing.crop_width, 3)
-    model.encode_images(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))  # fail early
+    if not are_logits(model.encode_images(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))):
+        raise ModelError(
+            f"the fine-tuned model {model.encoder_id} returns zeros: it was not trained, or its device is in a "
+            "bad state; set `device: cpu`, or run `sortd finetune` again"
+        )
     return model
 
 

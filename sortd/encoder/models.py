@@ -16,7 +16,7 @@ from typing import Any
 
 from sortd.config import Config
 from sortd.errors import ModelError
-from sortd.files import read_regular, sha256_of, write_atomic
+from sortd.files import read_regular, sha256_of, write_json
 
 STRONGER = "clip-ViT-B-32"
 """What ``model: auto`` selects if it is in a local cache, and what is recommended."""
@@ -360,7 +360,7 @@ def checksums(files: Iterable[Path], *, cache_dir: Path | None = None) -> dict[P
     if memory is not None and len(known) > count:
         with suppress(OSError):  # a full disk or a read-only cache: the next start hashes again
             memory.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(memory, json.dumps(known).encode(), durable=False)
+            write_json(memory, known, durable=False)
     return sums
 
 

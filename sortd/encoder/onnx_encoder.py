@@ -27,13 +27,13 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from sortd.arrays import Pixels
-from sortd.encoder.base import Rows, check_pixels, normalise_rows, valid_utf8
+from sortd.arrays import FloatArray, Pixels
+from sortd.encoder.clip import check_pixels, normalise_rows, valid_utf8
 from sortd.encoder.models import LocatedModel, checksums, first_line, repr_digest
 from sortd.encoder.quantize import weight_range
 from sortd.errors import ModelError
 from sortd.events import Preprocessing
-from sortd.files import read_regular, write_atomic
+from sortd.files import read_regular, write_json
 
 FORMAT = 1  # increased when the same model is exported in another way than before
 OPSET = 17  # the newest that ``quantize`` rewrites; every ONNX Runtime from 1.12 on has it
@@ -186,8 +186,7 @@ def read_verdict(exported: Exports, root: Path) -> Mapping[str, Any] | None:
 
 def write_verdict(exported: Exports, root: Path, facts: Mapping[str, Any]) -> None:
     """Store a verdict with its export; raises OSError."""
-    text = json.dumps({**facts, "export": _fingerprint(exported)}, indent=1) + "\n"
-    write_atomic(_verdict_file(exported, root), text.encode())
+    write_json(_verdict_file(exported, root), {**facts, "export": _fingerprint(exported)}, indent=1)
 
 
 def _verdict_file(exported: Exports, root: Path) -> Path:
@@ -295,7 +294,7 @@ class OnnxEncoder:
         self._images = self._open("image")
         self.runs_on = device_name(self._images.get_providers())
 
-    def encode_images(self, pixels: Pixels) -> Rows:
+    def encode_images(self, pixels: Pixels) -> FloatArray:
         """See ``Encoder``; an image's row does not depend on the other images of its batch, in int8 neither."""
         check_pixels(pixels, self.preprocessing)
         if len(pixels) == 0:
@@ -305,7 +304,7 @@ class OnnxEncoder:
         rows = [_run(self._images, {"pixels": part}, self.encoder_id) for part in parts]
         return normalise_rows(np.concatenate(rows), self.encoder_id)
 
-    def encode_texts(self, texts: Sequence[str]) -> Rows:
+    def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         """See ``Encoder``; long texts are truncated."""
         if not texts:
             return np.empty((0, self.dimensions), np.float32)
@@ -381,7 +380,7 @@ def text_inputs(encoded: Sequence[Any], text: TextInputs) -> dict[str, Tokens]:
     return {name: found[name] for name in text.names}
 
 
-def _run(tower: Any, inputs: dict[str, Any], encoder_id: str) -> Rows:  # noqa: ANN401 -- ONNX Runtime publishes no types
+def _run(tower: Any, inputs: dict[str, Any], encoder_id: str) -> FloatArray:  # noqa: ANN401 -- ONNX Runtime publishes no types
     try:
         (rows,) = tower.run(None, inputs)
     except Exception as error:  # its C++ code can raise anything: out of memory, a lost device

@@ -22,10 +22,9 @@ from sortd.arrays import Array, BoolArray, FloatArray, IntArray, Pixels
 from sortd.classify.library import ROUNDING, duplicate_distance
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import STRANGERS_FOLDER, ReferencesAbsentError, class_folders
-from sortd.encoder.finetuned import preprocessing_from
 from sortd.errors import DataError, DestinationError
 from sortd.events import EmbeddedImage, ImageRefused, Outcome, Preprocessing, Refusal, Stamp
-from sortd.files import write_atomic
+from sortd.files import write_json
 from sortd.finetune.recipe import Recipe, Source
 from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.store.history import History
@@ -354,7 +353,7 @@ class Plan:
         facts["modes"] = [one.name for one in self.baselines]
         with disk_errors_translated(self.work):
             np.savez(self.work / ARRAYS_FILE, weights=self.weights, **arrays)
-            write_atomic(self.work / PLAN_FILE, (json.dumps(facts, indent=1) + "\n").encode())
+            write_json(self.work / PLAN_FILE, facts, indent=1)
 
 
 def read_plan(work: Path) -> Plan:
@@ -365,7 +364,7 @@ def read_plan(work: Path) -> Plan:
             arrays = dict(held)
         modes = facts.pop("modes")
         facts |= {key: tuple(facts[key]) for key in ("labels", "extra")}
-        facts |= {key: preprocessing_from(facts[key]) for key in ("preprocessing", "source")}
+        facts |= {key: Preprocessing.from_fields(facts[key]) for key in ("preprocessing", "source")}
         facts["recipe"] = Recipe(**facts["recipe"])
         return Plan(
             work=work,

@@ -13,10 +13,9 @@ from sortd.arrays import Array, FloatArray, IntArray, Pixels
 from sortd.classify.calibration import balanced_weights, fit_temperature
 from sortd.classify.gaussian import MEAN_SHRINKAGE, PSEUDO_ROWS
 from sortd.encoder import models
-from sortd.encoder.base import preprocessing_of
+from sortd.encoder.clip import LOADING_ERRORS, preprocessing_of
 from sortd.encoder.finetuned import MAP, TOWER, Network, build_tower, head_of
 from sortd.encoder.models import SAFETENSORS, first_line
-from sortd.encoder.torch_encoder import LOADING_ERRORS
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 from sortd.finetune.data import TrainDataset

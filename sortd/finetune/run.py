@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from sortd.config import Config
 from sortd.daemon.references import class_labels
 from sortd.daemon.resources import LoadEncoder, Resources
+from sortd.encoder.clip import torch_device
 from sortd.encoder.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts, Network, load_weights
-from sortd.encoder.torch_encoder import torch_device
 from sortd.errors import AlreadyRunningError, DataError
 from sortd.events import Preprocessing
 from sortd.finetune import data

@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 from sortd.arrays import Pixels
 from sortd.errors import CrowdedError, ImageError, NotAnImageError, TooLargeError, UnreadableError
-from sortd.events import Fit, Preprocessing, Refusal
+from sortd.events import Preprocessing, Refusal
 from sortd.files import sha256_of
 from sortd.images.decode import DecodeLimits, Jpeg, decode_image, load_decoders
 from sortd.images.formats import HEAD_BYTES, format_of
@@ -78,8 +78,7 @@ class DecodeSettings:
     def from_argument(argument: str) -> "DecodeSettings":
         """Parse what ``to_argument`` returned."""
         given = json.loads(argument)
-        fields = given["preprocessing"]
-        preprocessing = Preprocessing(**{**fields, "fit": Fit(fields["fit"])})
+        preprocessing = Preprocessing.from_fields(given["preprocessing"])
         return DecodeSettings(preprocessing, DecodeLimits(**given["limits"]), given["jpeg"], given["timeout_seconds"])
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from sortd.errors import BusyError, ChangedError, DestinationError, VanishedError
 from sortd.events import Writer
-from sortd.files import open_regular, sha256_of, stamp_of, sync_folder
+from sortd.files import sha256_of, stamp_of, sync_folder
 from sortd.moving.fs import (
     FILE_FLAGS,
     Folders,
@@ -330,13 +330,9 @@ def remove_obsolete(folders: Folders, move: MoveRecord) -> None:
 def sha256_at(folder: int, name: str) -> str:
     """Return the hexadecimal sha256 of a file; the empty string if it does not exist."""
     try:
-        descriptor = open_regular(name, folder=folder)
+        return sha256_of(name, folder=folder)
     except FileNotFoundError:
         return ""
-    try:
-        return sha256_of(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_part(folder: int, part: str, body: bytes) -> Copy:

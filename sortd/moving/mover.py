@@ -38,8 +38,7 @@ from sortd.moving.plan import (
     reason_file,
     with_companions,
 )
-from sortd.moving.recovery import recover
-from sortd.moving.undo import UndoPlan, UndoResult, plan_undos, preview_undos
+from sortd.moving.recovery import UndoPlan, UndoResult, plan_undos, preview_undos, recover
 from sortd.store.journal import Journal
 from sortd.store.records import (
     FolderNameError,
@@ -197,17 +196,9 @@ class Mover:
             return [UndoResult(record, None, problem) for record in records]
         return preview_undos(self._root, records, set() if back is None else back)
 
-    def hold(self, path: str, stamp: Stamp, reason: str) -> None:
-        """Hold this version of a file (an absolute path): it is not moved until it is released."""
-        self._journal.hold(self._relative(path), stamp, reason)
-
     def release(self, path: str | None = None) -> int:
         """Release a held file (an absolute path), or all; return their number."""
         return self._journal.release(None if path is None else self._relative(path))
-
-    def held(self) -> dict[str, Stamp]:
-        """Return the held versions by absolute path."""
-        return {f"{os.fspath(self._root)}/{path}": stamp for path, stamp in self._journal.history.held().items()}
 
     def held_version(self, path: str) -> Stamp | None:
         """Return the held version of a file (an absolute path), if any."""

@@ -31,8 +31,8 @@ from sortd.companions import (
 from sortd.errors import DestinationError
 from sortd.events import Move, Moved, Outcome, Stamp
 from sortd.files import stamp_of
+from sortd.layout import CONTROLS
 from sortd.moving.fs import Folders, Listings, is_version, lstat_at
-from sortd.names import CONTROLS
 from sortd.store.history import History
 from sortd.store.journal import Journal
 from sortd.store.records import (

@@ -28,6 +28,7 @@ from sortd.classify.prototypes import PrototypeSet
 from sortd.events import Stamp
 from sortd.files import identity_of, read_regular, write_atomic
 
+CACHE_FILE, PROTOTYPES_FOLDER = "embeddings.sqlite", "prototypes"  # in the cache directory
 MAX_BYTES = 1_000_000_000  # about 450,000 embeddings of 512 dimensions
 DAY_SECONDS = 86_400
 _BUSY_SECONDS = 5.0
@@ -103,7 +104,7 @@ class Cache:
         self._database: sqlite3.Connection | None = None
         self._files: tuple[tuple[int, int] | None, ...] = ()
         self._reported: set[str] = set()
-        self._prototypes = PrototypeFiles(path.parent / "prototypes", self._report_once)
+        self.prototypes = PrototypeFiles(path.parent / PROTOTYPES_FOLDER, self._report_once)
         self._run(lambda _: None, None)
 
     def __enter__(self) -> Self:
@@ -191,18 +192,6 @@ class Cache:
                 _prune(database)
 
         self._run(write, None)
-
-    def prototypes(self, key: str) -> PrototypeSet | None:
-        """Return the last stored prototypes of a key, or None."""
-        return self._prototypes.read(key)
-
-    def forget_prototypes(self, key: str) -> None:
-        """Remove the prototypes of a key, because another dataset has its place."""
-        self._prototypes.remove(key)
-
-    def remember_prototypes(self, key: str, prototypes: PrototypeSet) -> None:
-        """Replace the prototypes of a key."""
-        self._prototypes.write(key, prototypes)
 
     def facts(self) -> CacheFacts:
         """Return the numbers of rows and the size."""

@@ -398,8 +398,7 @@ def check_journal(connection: sqlite3.Connection, path: Path) -> None:
         if verdict != "ok":
             raise ValueError(verdict)
         for question, words in _KNOWN_WORDS:
-            marks = ",".join("?" * len(words))
-            found = connection.execute(question.format(marks), words).fetchone()
+            found = connection.execute(question.format(_marks(words)), words).fetchone()
             if found is not None:
                 raise ValueError(f"record {found[0]} has the unknown value {found[1]!r}")
 

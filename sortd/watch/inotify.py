@@ -1,6 +1,6 @@
-"""inotify on this machine: file systems without events, kernel limits, and the folders that are really watched.
+"""inotify on this machine: file systems without events, kernel limits, the folders to watch and those really watched.
 
-Everything is read from /proc. ``sortd check`` and ``sortd status`` use this module, too.
+What the kernel knows is read from /proc. ``sortd check`` and ``sortd status`` use this module, too.
 """
 
 import errno
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from sortd.names import rule_below
+from sortd.layout import rule_below
 
 # Changes made by another machine, or by the host of a virtual one, raise no event here: inotify(7), "Limitations".
 _BLIND_FILE_SYSTEMS = frozenset(
@@ -21,6 +21,8 @@ _BLIND_FILE_SYSTEMS = frozenset(
         *("fuse.curlftpfs", "fuse.mergerfs-nfs", "fuse.juicefs", "fuse.seaweedfs"),
     }
 )
+DEEP = ("Images", "Clases")  # watched at any depth
+STANDARD = (*DEEP, "Dataset", "Review", ".sortd")
 _OCTAL = re.compile(rb"\\([0-7]{3})")  # an escape in a mount point, such as \040 for a space
 
 
@@ -130,6 +132,38 @@ def folders_of(folder: str, *, leave_out: frozenset[str] = frozenset()) -> Itera
         except OSError:  # the scan reports it
             continue
         yield current
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One folder to watch."""
+
+    path: str
+    recursive: bool
+
+
+def places_of_dataset(root: str, *, max_folders: int = 2_000, max_entries: int = 200_000) -> tuple[Place, ...]:
+    """Return the folders to watch: the whole dataset, unless it is too large to walk at each start.
+
+    One recursive watch pairs our moves from Images/ into Dataset/; two would delay each by half a second. But a tree of
+    900,000 folders costs gigabytes and hours: then Images/ and Clases/ are watched at any depth, the rest at its first
+    level, and the scan finds corrections deeper in Dataset/.
+    """
+    deep = [os.path.join(root, name) for name in DEEP]
+    if _is_small(root, leave_out=frozenset(deep), max_folders=max_folders, max_entries=max_entries):
+        return (Place(root, recursive=True),)
+    standard = [path for name in STANDARD if os.path.isdir(path := os.path.join(root, name))]
+    return Place(root, recursive=False), *(Place(path, path in deep) for path in standard)
+
+
+def _is_small(root: str, *, leave_out: frozenset[str], max_folders: int, max_entries: int) -> bool:
+    """Return whether a tree is small enough to watch recursively; stops walking as soon as it is not."""
+    folders = entries = 0
+    for folder in folders_of(root, leave_out=leave_out):
+        folders, entries = folders + (folder is not None), entries + (folder is None)
+        if folders > max_folders or entries > max_entries:
+            return False
+    return True
 
 
 def _inode(path: str) -> int | None:

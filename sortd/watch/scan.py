@@ -1,6 +1,6 @@
 """Scans of a folder: every file in it, completely or slice by slice; nothing is opened.
 
-What ``names.py`` has a rule for is left out, with the reason. Placeholders of cloud drives are not downloaded.
+What ``layout.py`` has a rule for is left out, with the reason. Placeholders of cloud drives are not downloaded.
 """
 
 import os
@@ -14,7 +14,8 @@ from typing import Generic, TypeVar
 
 from sortd.core.schedule import Throttle
 from sortd.events import Stamp
-from sortd.names import CONTROLS, Reason, Rule, Why, owner_of, rule_below, rule_for, rule_for_folder
+from sortd.files import stamp_of
+from sortd.layout import CONTROLS, Reason, Rule, Why, owner_of, rule_below, rule_for, rule_for_folder
 
 Listing = Callable[[str], AbstractContextManager[Iterable["os.DirEntry[str]"]]]
 
@@ -32,7 +33,7 @@ def stamp(path: str, *, stat: Callable[[str], os.stat_result] = os.lstat) -> Sta
         found = stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return _stamp_of(found) if mode.S_ISREG(found.st_mode) else None
+    return stamp_of(found) if mode.S_ISREG(found.st_mode) else None
 
 
 def scan(
@@ -161,16 +162,12 @@ def _link_above(path: str, root: str) -> str | None:
 
 def _look(entry: "os.DirEntry[str]", report: Callable[[OSError], None]) -> Stamp | None:
     try:
-        return _stamp_of(entry.stat(follow_symlinks=False))
+        return stamp_of(entry.stat(follow_symlinks=False))
     except FileNotFoundError:
         return None
     except OSError as error:
         report(error)
         return None
-
-
-def _stamp_of(found: os.stat_result) -> Stamp:
-    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 SLICE = 2000  # steps in one turn of the loop, at most: about ten milliseconds

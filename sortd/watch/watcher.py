@@ -4,23 +4,34 @@ Each watched root has its own observer, so that a dead one is replaced alone. Th
 seconds, which looks for dead threads, replaced folders, missing probe events and unwatched folders, opens new
 observers with back-off, and posts ``EventsDropped`` so that a scan finds what was missed. ``polled`` returns the roots
 that inotify does not cover. Open the watch first and scan second, so that nothing is missed in between.
+
+The module works around watchdog 7.1, as observed: an exception in a handler ends the dispatcher; one in the reader
+thread ends all watching while ``Observer.is_alive()`` stays true; a watched folder that is renamed, unmounted, mounted
+over or recreated is silently no longer watched; a link is never watched; an unreadable folder counts as watched; a
+failed start leaks threads and descriptors.
 """
 
 import errno
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
+from time import monotonic
 from typing import TYPE_CHECKING, Literal
 
+from watchdog import events as watchdog_events
 from watchdog.observers import Observer
+from watchdog.utils import BaseThread
 
 from sortd.core.schedule import RETRY_SECONDS, Backoff
+from sortd.files import identity_of, open_folder
+from sortd.layout import Reason, owner_of, rule_below
 from sortd.watch import inotify
-from sortd.watch.observer import FileEvent, Place, RootObserver, places_of_dataset
 
 if TYPE_CHECKING:
     from watchdog.observers import ObserverType
@@ -32,6 +43,194 @@ _PROBE_SECONDS = 15.0  # between two probes
 _ANSWER_SECONDS = 5.0  # until the event of a probe must have come
 _COVERAGE_SECONDS = 300.0  # between two comparisons of what is watched with what is there
 _COVERAGE_ENTRIES = 20_000  # compared in one check, which takes some 20 ms of the loop
+
+# Without OPEN, ACCESS, MODIFY and ATTRIB: our reads and each write of a slow copy would fill the kernel's queue.
+_EVENTS: list[type[watchdog_events.FileSystemEvent]] = [
+    watchdog_events.FileCreatedEvent,
+    watchdog_events.FileClosedEvent,
+    watchdog_events.FileMovedEvent,
+    watchdog_events.FileDeletedEvent,
+    watchdog_events.DirCreatedEvent,
+    watchdog_events.DirMovedEvent,
+    watchdog_events.DirDeletedEvent,
+]
+# O_NONBLOCK: a pipe under this name would block the open.
+_PROBE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_SPARE_DESCRIPTORS = 4  # an observer opens three, and leaks the first if another fails
+
+# watchdog logs events that arrive while the observer stops as errors.
+logging.getLogger("watchdog.observers.inotify").addFilter(
+    lambda record: "thread is inactive" not in record.getMessage()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FileEvent:
+    """Something happened to this path, which may not exist any more.
+
+    Attributes:
+        path: Absolute, as ``os.fsdecode`` returns it.
+        closed: The file was closed after writing.
+        directory: It is, or was, a folder: scan it.
+        at: When the event arrived, in seconds of the monotonic clock; not compared.
+    """
+
+    path: str
+    closed: bool = False
+    directory: bool = False
+    at: float = field(default=0.0, compare=False)
+
+
+class RootObserver:
+    """One observer on one root, running from construction until ``close``."""
+
+    def __init__(
+        self,
+        root: str,
+        places: tuple[inotify.Place, ...],
+        post: Callable[[FileEvent], None],
+        *,
+        make_observer: "ObserverType" = Observer,
+    ) -> None:
+        """Start it; ``post`` is called in an observer thread for each event that ``path_meant`` accepts.
+
+        Raises:
+            OSError: The root cannot be watched; nothing is leaked.
+        """
+        self.lost: str | None = None  # why an event was dropped; set in the observer's threads
+        self.broken: str | None = None  # why watching ended; set in the observer's threads
+        self._root, self._places, self._post = root, places, post
+        tracked = (root, *(os.path.join(root, name) for name in inotify.STANDARD))
+        self._identities = {path: identity_of(path) for path in tracked}
+        self._probe = os.path.join(root, ".sortd", "canary")
+        self._probed_at: float | None = None
+        self._answered = threading.Event()
+        _require_spare_descriptors()
+        threads, descriptors = set(threading.enumerate()), inotify.instances()
+        self._observer = make_observer()
+        try:
+            for place in places:
+                self._schedule(place)
+            self._observer.start()
+        except BaseException:
+            self.close()
+            raise
+        self._threads = [t for t in threading.enumerate() if isinstance(t, BaseThread) and t not in threads]
+        self._descriptors = inotify.instances() - descriptors
+
+    def close(self) -> None:
+        """Stop and join every thread and close every descriptor; idempotent."""
+        self._observer.stop()
+        if self._observer.is_alive():
+            self._observer.join(timeout=10.0)
+
+    def owns_thread(self, ident: int | None) -> bool:
+        """Return whether the thread of this identifier belongs to this observer."""
+        return any(thread.ident == ident for thread in self._threads)
+
+    def fault(self) -> str | None:
+        """Return why this observer no longer works, a dead thread or another folder under a watched name, else None."""
+        if self.broken is not None:
+            return self.broken
+        for thread in self._threads:
+            if not thread.is_alive():
+                return f"a thread of the watcher ended ({type(thread).__name__})"
+        for path, known in self._identities.items():
+            found = identity_of(path)
+            if known is not None and found is not None and found != known:
+                return f"{path} is another folder now: it was recreated, renamed, mounted or mounted over"
+            if found != known and (path == self._root or not self._places[0].recursive):
+                return f"{path} {'appeared' if known is None else 'is gone'}"
+            self._identities[path] = found
+        return None
+
+    def probe(self, now: float, *, interval_seconds: float, answer_seconds: float) -> str | None:
+        """Touch a probe file every ``interval_seconds``; return an error if no event follows within ``answer_seconds``.
+
+        The file in ``.sortd/`` is opened for writing and closed unwritten: an event without a write to the disk. There
+        is no probe without ``.sortd/``, which marks a mounted dataset and is never created here, or if the file cannot
+        be opened.
+        """
+        if self._probed_at is not None and not self._answered.is_set():
+            late = now - self._probed_at
+            return f"no event came back within {late:.0f} s" if late >= answer_seconds else None
+        if self._probed_at is None or now - self._probed_at >= interval_seconds:
+            self._answered.clear()
+            self._probed_at = now if _touch(self._probe) else None
+        return None
+
+    def unwatched(self) -> Iterator[str | None]:
+        """Yield the folders in Images/ and Clases/ that are not watched; None for each entry."""
+        watched = inotify.watched_inodes(self._descriptors)
+        for name in inotify.DEEP:
+            if os.path.isdir(path := os.path.join(self._root, name)):
+                yield from inotify.unwatched(path, watched)
+
+    def _schedule(self, place: inotify.Place) -> None:
+        real = os.path.realpath(place.path)  # the root itself may be reached through links
+        os.scandir(real).close()  # watchdog does not report an unreadable folder
+        handler = _Handler(lambda event: self._take(event, real, place.path))
+        self._observer.schedule(handler, real, recursive=place.recursive, event_filter=_EVENTS)
+
+    def _take(self, event: watchdog_events.FileSystemEvent, real: str, shown: str) -> None:
+        """Post one event; never raise, since that would end the dispatcher."""
+        try:
+            closed = isinstance(event, watchdog_events.FileClosedEvent)
+            for named in (event.src_path, event.dest_path):  # only moves have a destination
+                path = shown + os.fsdecode(named).removeprefix(real)
+                if path == self._probe:
+                    self._answered.set()
+                elif named and (meant := path_meant(path, self._root, is_folder=event.is_directory)) is not None:
+                    self._post(FileEvent(meant, closed, event.is_directory, monotonic()))
+        except BaseException as error:  # noqa: BLE001 - reported at the next check
+            self.lost = f"an event could not be processed ({error!r})"
+
+
+class _Handler(watchdog_events.FileSystemEventHandler):
+    """Passes every event to one function."""
+
+    def __init__(self, take: Callable[[watchdog_events.FileSystemEvent], None]) -> None:
+        self._take = take
+
+    def dispatch(self, event: watchdog_events.FileSystemEvent) -> None:
+        """Pass one event on."""
+        self._take(event)
+
+
+def path_meant(path: str, root: str, *, is_folder: bool) -> str | None:
+    """Return the path to inspect for an event at ``path``; None: the scan does it.
+
+    The deletion of a control file completes its file, so that is the path.
+    """
+    left = rule_below(path, root)
+    if left is None:
+        return path
+    place, rule = left
+    if place != path or rule.reason is Reason.SYSTEM:
+        return None
+    if rule.is_control:
+        return owner_of(path)
+    return None if is_folder or rule.reason is Reason.UNFINISHED else path
+
+
+def _touch(path: str) -> bool:
+    """Cause a close-after-write event without writing; return whether that succeeded."""
+    folder, name = os.path.split(path)
+    try:
+        with open_folder(folder) as opened:
+            os.close(os.open(name, _PROBE_FLAGS, 0o600, dir_fd=opened))
+    except OSError:
+        return False
+    return True
+
+
+def _require_spare_descriptors() -> None:
+    with ExitStack() as opened:  # raises OSError before watchdog can leak anything
+        for _ in range(_SPARE_DESCRIPTORS):
+            opened.callback(os.close, os.open("/", os.O_PATH | os.O_CLOEXEC))
+
+
+# ---------------------------------------------------------------- all roots
 
 
 class DropReason(StrEnum):
@@ -223,7 +422,7 @@ class Watcher:
             self._degrade(watched, WatchMode.POLLING, reason)
             return
         try:
-            places = places_of_dataset(root) if watched.is_dataset else (Place(root, recursive=False),)
+            places = inotify.places_of_dataset(root) if watched.is_dataset else (inotify.Place(root, recursive=False),)
             watched.observer = RootObserver(root, places, self._post, make_observer=self._make_observer)
         except FileNotFoundError:
             self._degrade(watched, WatchMode.WAITING, f"{root} does not exist")
@@ -235,7 +434,7 @@ class Watcher:
     def _reason_to_poll(self, watched: _Watched) -> str | None:
         if self._polling == "always":
             return "polling is configured"
-        folders = (watched.root, *(os.path.join(watched.root, name) for name in ("Images", "Clases")))
+        folders = (watched.root, *(os.path.join(watched.root, name) for name in inotify.DEEP))
         kinds = [kind for folder in folders if (kind := self._is_blind(folder))]
         if self._polling == "auto" and kinds:
             return f"{watched.root} is on {kinds[0]}, where changes by other machines cause no event"

@@ -20,7 +20,7 @@ from sortd.config import Config, read_config
 from sortd.daemon.dataset_lock import open_dataset
 from sortd.events import Mode
 from sortd.layout import MARKER, Area, Layout
-from sortd.status import lock_holder
+from sortd.service import lock_holder
 from sortd.store.cache import PrototypeFiles
 from sortd.store.journal import Journal
 from sortd.watch import inotify

@@ -24,7 +24,7 @@ from sortd.errors import DataError, UnreadableError
 from sortd.events import Mode
 from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.status import Status, started_ticks
+from sortd.service import Status, started_ticks
 from sortd.store.cache import Cache, PrototypeFiles
 from sortd.store.journal import Journal
 from tests.command_line import sortd, write_config

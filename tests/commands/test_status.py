@@ -12,7 +12,7 @@ from sortd.commands.status import overview
 from sortd.config import read_config
 from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.status import Status, is_alive, read_status, started_ticks
+from sortd.service import Status, is_alive, read_status, started_ticks
 from sortd.store.journal import Journal
 from sortd.store.records import Selection
 from tests.command_line import sortd, write_config

@@ -85,7 +85,7 @@ def settle(sorter: Sorter, path: str, mark: Stamp, now: float) -> list[Command]:
     return sorter.receive(ImageSeen(path, mark, Writer.ABSENT), now + 10)
 
 
-def test_one_image_goes_from_sight_to_its_class() -> None:
+def test_sorter_image_is_embedded_decided_and_moved() -> None:
     """An image that holds still is embedded, decided and moved, and then forgotten."""
     sorter, mark = ready_sorter(), stamp()
     assert settle(sorter, "a.png", mark, 100) == [Embed((("a.png", mark),))]
@@ -98,7 +98,7 @@ def test_one_image_goes_from_sight_to_its_class() -> None:
     assert sorter.is_drained
 
 
-def test_a_file_that_grows_starts_to_settle_again() -> None:
+def test_sorter_growing_file_settles_again() -> None:
     """Every new stamp moves the deadline."""
     sorter = ready_sorter()
     sorter.receive(ImageSeen("a.png", stamp(1)), 100)
@@ -108,14 +108,14 @@ def test_a_file_that_grows_starts_to_settle_again() -> None:
     assert sorter.receive(Tick(), 118) == [Inspect("a.png")]
 
 
-def test_a_hint_alone_never_makes_an_image_ready() -> None:
+def test_sorter_event_alone_embeds_nothing() -> None:
     """Only a look that asked for a writer does."""
     sorter, mark = ready_sorter(), stamp()
     sorter.receive(ImageSeen("a.png", mark), 100)
     assert sorter.receive(ImageSeen("a.png", mark, closed=True), 200) == []
 
 
-def test_a_file_with_an_open_writer_waits() -> None:
+def test_sorter_file_with_an_open_writer_waits() -> None:
     """A writer that holds the file open without writing keeps it from being moved."""
     sorter, mark = ready_sorter(), stamp()
     sorter.receive(ImageSeen("a.png", mark), 100)
@@ -126,7 +126,7 @@ def test_a_file_with_an_open_writer_waits() -> None:
     assert sorter.receive(ImageSeen("a.png", mark, Writer.ABSENT), 120) == [Embed((("a.png", mark),))]
 
 
-def test_without_a_lease_five_seconds_must_pass_unless_it_was_closed() -> None:
+def test_sorter_file_without_a_lease_waits_five_seconds_unless_closed() -> None:
     """Where no lease tells of a writer, quiet time stands in; a close after writing shortens it."""
     sorter = Sorter(SorterSettings(settle_seconds=1), decide=decide_by)
     sorter.receive(ImageSeen("open.png", stamp()), 100)
@@ -138,7 +138,7 @@ def test_without_a_lease_five_seconds_must_pass_unless_it_was_closed() -> None:
     assert sorter.receive(Tick(), 105) == [Inspect("open.png")]
 
 
-def test_a_close_during_a_long_busy_wait_is_looked_at_soon() -> None:
+def test_sorter_close_during_a_long_wait_is_inspected_soon() -> None:
     """The pause after a busy file does not outlast the close that ends it."""
     sorter, mark = ready_sorter(), stamp()
     sorter.receive(ImageSeen("a.png", mark), 100)
@@ -152,7 +152,7 @@ def test_a_close_during_a_long_busy_wait_is_looked_at_soon() -> None:
     assert sorter.next_deadline() == 311
 
 
-def test_embed_ahead_decide_late() -> None:
+def test_sorter_rebuild_embeds_and_decides_afterwards() -> None:
     """While a rebuild is due or running, images are embedded but none is moved."""
     sorter, mark = ready_sorter(), stamp()
     sorter.receive(ReferencesTouched(), 105)
@@ -165,7 +165,7 @@ def test_embed_ahead_decide_late() -> None:
     assert move.generation == 2
 
 
-def test_a_bulk_copy_of_references_is_one_rebuild() -> None:
+def test_sorter_bulk_copy_of_references_is_one_rebuild() -> None:
     """Each change moves the deadline, but not for ever."""
     sorter = ready_sorter()
     for now in range(100, 200):
@@ -180,7 +180,7 @@ def test_a_bulk_copy_of_references_is_one_rebuild() -> None:
     assert sorter.receive(Tick(), 231) == [Rebuild(3)]
 
 
-def test_absent_references_stop_the_moves_and_heal() -> None:
+def test_sorter_absent_references_stop_moves_until_they_are_back() -> None:
     """Embedding goes on, moving stops, and resumes with the next prototypes."""
     sorter, mark = ready_sorter(), stamp()
     sorter.receive(ReferencesTouched(), 100)
@@ -196,7 +196,7 @@ def test_absent_references_stop_the_moves_and_heal() -> None:
     assert Embed((("a.png", mark),)) in sorter.receive(PrototypesBuilt(prototypes(2), job=4), 231)
 
 
-def test_a_failed_rebuild_keeps_the_last_good_prototypes() -> None:
+def test_sorter_failed_rebuild_keeps_the_last_prototypes() -> None:
     """A failure that is no absence goes on serving, and is tried again later each time."""
     sorter = ready_sorter()
     sorter.receive(ReferencesTouched(), 100)
@@ -209,7 +209,7 @@ def test_a_failed_rebuild_keeps_the_last_good_prototypes() -> None:
     assert sorter.next_deadline() == 114
 
 
-def test_a_late_answer_about_an_older_version_is_dropped() -> None:
+def test_sorter_late_answer_about_an_older_version_is_dropped() -> None:
     """An image that changed while it was encoded is not moved by the old answer."""
     sorter, mark = ready_sorter(), stamp(1)
     settle(sorter, "a.png", mark, 100)
@@ -218,14 +218,14 @@ def test_a_late_answer_about_an_older_version_is_dropped() -> None:
     assert sorter.images.counts[State.SETTLING] == 1
 
 
-def test_embeddings_of_another_encoder_never_meet_the_prototypes() -> None:
+def test_sorter_embeddings_of_another_encoder_are_not_decided() -> None:
     """They are not decided, but embedded again by the encoder that serves now."""
     sorter, mark = ready_sorter(), stamp()
     settle(sorter, "a.png", mark, 100)
     assert sorter.receive(embedded("a.png", mark, encoder_id="another"), 112) == [Embed((("a.png", mark),))]
 
 
-def test_a_broken_image_is_set_aside_and_a_stranger_file_left() -> None:
+def test_sorter_broken_image_is_set_aside_and_another_file_left() -> None:
     """Refusals go to Rejected/ or stay, by what they are."""
     sorter = ready_sorter()
     settle(sorter, "a.png", stamp(), 100)
@@ -242,7 +242,7 @@ def test_a_broken_image_is_set_aside_and_a_stranger_file_left() -> None:
     assert sorter.images.counts[State.SETTLING] == 1
 
 
-def test_what_could_not_be_read_for_want_of_rights_is_tried_after_each_scan_and_told_once() -> None:
+def test_sorter_unreadable_file_is_tried_after_each_scan_and_logged_once() -> None:
     """Granting a right changes no stamp, so that nothing else would ever show it."""
     sorter, mark = ready_sorter(), stamp()
     settle(sorter, "a.png", mark, 100)
@@ -258,7 +258,7 @@ def test_what_could_not_be_read_for_want_of_rights_is_tried_after_each_scan_and_
     assert sorter.images.counts[State.REFUSED] == 1
 
 
-def test_a_rejected_image_that_was_mended_is_decided_and_a_broken_one_stays() -> None:
+def test_sorter_repaired_rejected_image_is_decided_and_a_broken_one_stays() -> None:
     """In Rejected/ it is not set aside a second time; its next version is tried again."""
     sorter = ready_sorter()
     sorter.receive(ImageSeen("Rejected/a.png", stamp(), is_aside=True), 100)
@@ -271,7 +271,7 @@ def test_a_rejected_image_that_was_mended_is_decided_and_a_broken_one_stays() ->
     assert (move.path, move.folder) == ("Rejected/a.png", "Dataset/cross")
 
 
-def test_a_folder_that_refuses_waits_longer_each_time_and_keeps_no_other_waiting() -> None:
+def test_sorter_failing_folder_waits_longer_each_time_alone() -> None:
     """While nothing can move into one class's folder, images that are found to be of another class move."""
     sorter, mark = ready_sorter(), stamp()
     for number, path in enumerate(("first.png", "second.png", "other.png")):
@@ -296,7 +296,7 @@ def test_a_folder_that_refuses_waits_longer_each_time_and_keeps_no_other_waiting
     assert pauses == [1, 2, 4]
 
 
-def test_a_destination_that_fails_is_tried_again() -> None:
+def test_sorter_failing_destination_is_tried_again() -> None:
     """No room is no reason to hammer the disk, nor to forget the image."""
     sorter, mark = ready_sorter(), stamp()
     settle(sorter, "a.png", mark, 100)
@@ -307,7 +307,7 @@ def test_a_destination_that_fails_is_tried_again() -> None:
     assert sorter.receive(Tick(), 113) == [Embed((("a.png", mark),))]
 
 
-def test_a_file_that_changed_or_vanished_before_its_move_is_no_error() -> None:
+def test_sorter_file_changed_or_gone_before_its_move_is_no_error() -> None:
     """A changed one is looked at again, a vanished one forgotten."""
     sorter = ready_sorter()
     for path, failure in (("a.png", MoveFailure.CHANGED), ("b.png", MoveFailure.VANISHED)):
@@ -319,7 +319,7 @@ def test_a_file_that_changed_or_vanished_before_its_move_is_no_error() -> None:
     assert sorter.is_drained
 
 
-def test_a_file_that_cannot_be_taken_waits_longer_each_time() -> None:
+def test_sorter_busy_file_waits_longer_each_time() -> None:
     """An immutable one, say: up to five minutes; no drain waits for it, and a new version is taken as ever."""
     sorter = ready_sorter()
     settle(sorter, "a.png", stamp(), 100)
@@ -340,7 +340,7 @@ def test_a_file_that_cannot_be_taken_waits_longer_each_time() -> None:
     assert sorter.next_deadline() == now + 10
 
 
-def test_an_abstained_image_is_decided_again_by_new_prototypes() -> None:
+def test_sorter_abstained_image_is_decided_again_by_new_prototypes() -> None:
     """What rests in Review/ is embedded again (from the cache) when the references change, and moves if it can."""
     sorter, mark = ready_sorter(), stamp()
     settle(sorter, "Images/a.png", mark, 100)
@@ -357,7 +357,7 @@ def test_an_abstained_image_is_decided_again_by_new_prototypes() -> None:
     assert move.folder == "Dataset/cross"
 
 
-def test_a_held_file_rests_until_it_changes_or_is_released() -> None:
+def test_sorter_held_file_rests_until_it_changes_or_is_released() -> None:
     """An undone file is not filed again at once."""
     sorter, mark = ready_sorter(), stamp()
     sorter.receive(ImageHeld("a.png", mark), 100)
@@ -370,7 +370,7 @@ def test_a_held_file_rests_until_it_changes_or_is_released() -> None:
     assert sorter.images.counts[State.SETTLING] == 1
 
 
-def test_newest_first_but_the_oldest_are_not_starved() -> None:
+def test_sorter_newest_images_are_first_and_the_oldest_not_starved() -> None:
     """A batch takes the newest, and every fourth the oldest."""
     sorter = ready_sorter(batch_size=4, batches_in_flight=1)
     settle(sorter, "first.png", stamp(), 100)
@@ -381,7 +381,7 @@ def test_newest_first_but_the_oldest_are_not_starved() -> None:
     assert [path for path, _ in embed.images] == ["7.png", "6.png", "5.png", "0.png"]
 
 
-def test_the_backlog_is_bounded_and_a_scan_finds_the_rest() -> None:
+def test_sorter_full_backlog_scans_for_the_rest() -> None:
     """What does not fit is not kept, and is asked for once there is room."""
     sorter = ready_sorter(backlog_limit=4)
     for index in range(10):
@@ -392,7 +392,7 @@ def test_the_backlog_is_bounded_and_a_scan_finds_the_rest() -> None:
     assert answers.count([Scan()]) == 1
 
 
-def test_what_a_full_backlog_has_no_room_for_is_no_reason_to_scan_on() -> None:
+def test_sorter_full_backlog_ends_the_scan() -> None:
     """The driver ends a scan that names more than fits; a scan that names only what is known goes on."""
     sorter = ready_sorter(backlog_limit=2)
     sorter.receive(ScanStarted(), 100)
@@ -404,7 +404,7 @@ def test_what_a_full_backlog_has_no_room_for_is_no_reason_to_scan_on() -> None:
     assert len(sorter.images) == 2
 
 
-def test_a_scan_asks_after_resting_images_that_it_did_not_name() -> None:
+def test_sorter_scan_inspects_resting_images_that_it_did_not_find() -> None:
     """A held or refused file that was deleted is forgotten after the next scan."""
     sorter = ready_sorter()
     sorter.receive(ImageHeld("gone.png", stamp()), 100)
@@ -414,7 +414,7 @@ def test_a_scan_asks_after_resting_images_that_it_did_not_name() -> None:
     assert sorter.receive(ScanFinished(), 110) == [Inspect("gone.png")]
 
 
-def test_stopping_begins_nothing_and_waits_for_moves() -> None:
+def test_sorter_stop_starts_nothing_and_waits_for_moves() -> None:
     """After StopRequested no image is embedded or moved, but a move under way is awaited."""
     sorter, mark = ready_sorter(), stamp()
     settle(sorter, "a.png", mark, 100)
@@ -428,7 +428,7 @@ def test_stopping_begins_nothing_and_waits_for_moves() -> None:
     assert sorter.next_deadline() is None
 
 
-def test_a_file_that_is_never_closed_does_not_keep_a_drain_from_ending() -> None:
+def test_sorter_file_that_is_never_closed_does_not_delay_a_drain() -> None:
     """``once`` waits for no writer that may keep a file open for days."""
     sorter, mark = ready_sorter(), stamp()
     sorter.receive(ImageSeen("open.png", mark), 100)
@@ -440,7 +440,7 @@ def test_a_file_that_is_never_closed_does_not_keep_a_drain_from_ending() -> None
     assert not sorter.is_drained
 
 
-def test_sorter_images_due_at_once_are_looked_at_some_at_a_time() -> None:
+def test_sorter_images_due_at_once_are_inspected_some_at_a_time() -> None:
     """A hundred thousand files that came together do not make one tick last for seconds; the next tick is due."""
     sorter = ready_sorter()
     for number in range(MOST_LOOKS + 5):
@@ -452,7 +452,7 @@ def test_sorter_images_due_at_once_are_looked_at_some_at_a_time() -> None:
     assert len(sorter.receive(Tick(), 110)) == 5
 
 
-def test_sorter_folder_that_is_gone_has_what_rested_in_it_looked_at() -> None:
+def test_sorter_removed_folder_has_its_resting_images_inspected() -> None:
     """What was held there is asked for, and forgotten once nothing stands there."""
     sorter = ready_sorter()
     sorter.receive(ImageHeld("/Images/a/1.png", stamp()), 100)

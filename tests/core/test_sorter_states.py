@@ -81,7 +81,7 @@ def test_sorter_whatever_is_seen_during_a_move_keeps_waiting_for_its_answer(even
     assert "Review/cross/a.png" in paths(rebuild(sorter, 2, 200))
 
 
-def test_sorter_a_file_that_takes_the_name_during_a_move_is_filed_too() -> None:
+def test_sorter_file_that_takes_the_name_during_a_move_is_filed_too() -> None:
     """It is another image: it settles by itself and the end of the first move does not concern it."""
     sorter, first, second = ready_sorter(), stamp(), stamp(2)
     settle(sorter, "a.png", first, 100)
@@ -95,7 +95,7 @@ def test_sorter_a_file_that_takes_the_name_during_a_move_is_filed_too() -> None:
 
 
 @pytest.mark.parametrize("failure", [MoveFailure.DESTINATION, MoveFailure.BUSY, MoveFailure.VANISHED])
-def test_sorter_a_failed_move_of_a_version_that_was_replaced_leaves_the_new_one(failure: MoveFailure) -> None:
+def test_sorter_failed_move_of_a_replaced_version_leaves_the_new_one(failure: MoveFailure) -> None:
     """What stands there now is known; the version that was to be moved is gone."""
     sorter = ready_sorter()
     settle(sorter, "a.png", stamp(), 100)
@@ -105,7 +105,7 @@ def test_sorter_a_failed_move_of_a_version_that_was_replaced_leaves_the_new_one(
     assert (len(sorter.images), sorter.images.counts[State.SETTLING]) == (1, 1)
 
 
-def test_sorter_an_image_held_during_its_move_rests_if_the_move_fails() -> None:
+def test_sorter_image_held_during_its_move_rests_if_the_move_fails() -> None:
     """A hold is not lost because it comes at a bad time."""
     sorter = ready_sorter()
     settle(sorter, "a.png", stamp(), 100)
@@ -115,7 +115,7 @@ def test_sorter_an_image_held_during_its_move_rests_if_the_move_fails() -> None:
     assert sorter.images.counts[State.HELD] == 1
 
 
-def test_sorter_an_image_put_into_review_after_a_rebuild_is_decided_again_at_once() -> None:
+def test_sorter_image_put_into_review_after_a_rebuild_is_decided_again_at_once() -> None:
     """Its move began under the generation before, which nothing would ever reconsider."""
     sorter, mark = ready_sorter(), stamp()
     settle(sorter, "a.png", mark, 100)
@@ -163,7 +163,7 @@ def test_sorter_the_end_of_a_pause_wakes_one_image_and_its_success_the_rest(fail
 @pytest.mark.parametrize(
     "event", [ImageGone("Images/0.png"), ImageSeen("Images/0.png", stamp(2)), ImageHeld("Images/0.png", stamp())]
 )
-def test_sorter_an_image_that_cannot_try_its_folder_lets_the_next_one_try(event: Event) -> None:
+def test_sorter_image_that_cannot_try_its_folder_lets_the_next_one_try(event: Event) -> None:
     """It was taken away, rewritten or held while it was on its way: the others wait for no image that is gone."""
     sorter = refused(3)
     assert paths(sorter.receive(Tick(), 201)) == ["Images/0.png"]
@@ -200,7 +200,7 @@ def test_sorter_the_same_generation_leaves_what_waits_for_a_folder_waiting() -> 
     assert len(paths(sorter.receive(PrototypesBuilt(prototypes(), job=2), 210))) == 1
 
 
-def test_sorter_a_source_folder_that_refuses_keeps_no_other_source_waiting() -> None:
+def test_sorter_failing_source_folder_delays_no_other_source() -> None:
     """The pause lies on the folder of the image, not on its class, and success elsewhere does not end it."""
     sorter, mark, now, pauses = ready_sorter(), stamp(), 200.0, []
     settle(sorter, "Images/old/a.png", mark, 100)
@@ -221,7 +221,7 @@ def test_sorter_a_source_folder_that_refuses_keeps_no_other_source_waiting() -> 
 # ---------------------------------------------------------------- the dataset: rebuilds and absence
 
 
-def test_sorter_an_absence_found_during_a_rebuild_does_not_end_it() -> None:
+def test_sorter_absence_found_during_a_rebuild_does_not_end_it() -> None:
     """Nothing moves until a rebuild that began later ends well: what runs was begun by other files."""
     sorter, mark = ready_sorter(), stamp()
     sorter.receive(ReferencesTouched(), 100)
@@ -247,7 +247,7 @@ def test_sorter_an_absence_found_during_a_rebuild_does_not_end_it() -> None:
         RebuildFailed("gone", references_absent=True, job=3),
     ],
 )
-def test_sorter_an_answer_about_another_rebuild_ends_none(answer: Event) -> None:
+def test_sorter_answer_about_another_rebuild_ends_none(answer: Event) -> None:
     """Only the answer with the number of the one that runs does; images stay where they are meanwhile."""
     sorter, mark = ready_sorter(), stamp()
     sorter.receive(ReferencesTouched(), 100)
@@ -255,14 +255,14 @@ def test_sorter_an_answer_about_another_rebuild_ends_none(answer: Event) -> None
     sorter.receive(answer, 111)
     settle(sorter, "a.png", mark, 112)
     assert sorter.receive(embedded("a.png", mark), 123) == []
-    assert sorter.is_rebuilding
+    assert sorter.rebuilds.is_pending
     assert sorter.built is not None
     assert sorter.built.prototypes.generation == 1
     sorter.receive(PrototypesBuilt(prototypes(2), job=2), 124)
-    assert not sorter.is_rebuilding
+    assert not sorter.rebuilds.is_pending
 
 
-def test_sorter_a_late_answer_without_a_rebuild_changes_nothing() -> None:
+def test_sorter_late_answer_without_a_rebuild_changes_nothing() -> None:
     """None runs, so that there is none to end, and no other prototypes to take."""
     sorter = ready_sorter()
     sorter.receive(PrototypesBuilt(prototypes(7), job=1), 10)
@@ -293,7 +293,7 @@ def test_sorter_images_taken_out_of_review_make_room_for_others() -> None:
     assert sorter.receive(ScanFinished(in_review=True), 300) == []
 
 
-def test_sorter_a_scan_of_images_asks_after_no_image_of_review() -> None:
+def test_sorter_scan_of_images_inspects_no_image_of_review() -> None:
     """It does not name them, and they are no fewer for that."""
     sorter = ready_sorter()
     sorter.receive(ReviewSeen("Review/a.png", stamp(), 1), 100)
@@ -353,7 +353,7 @@ class SorterMachine(RuleBasedStateMachine):
     @property
     def may_move(self) -> bool:
         """Tell whether anything may move, by what the core was told."""
-        return not (self.jobs or self.sorter.is_rebuilding or self.sorter.references_absent)
+        return not (self.jobs or self.sorter.rebuilds.is_pending or self.sorter.references_absent)
 
     @rule(path=NAMES)
     def a_file_is_written(self, path: str) -> None:
@@ -444,7 +444,7 @@ class SorterMachine(RuleBasedStateMachine):
         job = self.jobs.pop()
         self.tell(RebuildFailed("no", references_absent=is_absent, job=job))
 
-    @precondition(lambda self: self.sorter.is_rebuilding or self.sorter.references_absent)
+    @precondition(lambda self: self.sorter.rebuilds.is_pending or self.sorter.references_absent)
     @rule()
     def all_is_well_again(self) -> None:
         """Time passes and rebuilds end well, until none is due."""
@@ -478,7 +478,7 @@ class SorterMachine(RuleBasedStateMachine):
     @invariant()
     def a_job_that_runs_is_awaited(self) -> None:
         """Nothing but its own answer ends a rebuild."""
-        assert not self.jobs or self.sorter.is_rebuilding
+        assert not self.jobs or self.sorter.rebuilds.is_pending
 
     @invariant()
     def nothing_waits_for_ever(self) -> None:

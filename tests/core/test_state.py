@@ -197,7 +197,7 @@ BacklogMachine.TestCase.settings = settings(max_examples=150, stateful_step_coun
 TestBacklog = BacklogMachine.TestCase
 
 
-def test_a_file_that_is_written_to_for_months_leaves_no_trace_in_the_queue() -> None:
+def test_backlog_file_written_for_months_does_not_grow_the_queue() -> None:
     """Images that wait keep their places, and places of versions that are gone are dropped in time."""
     images = Images(settle_seconds=0.0, limit=LIMIT)
     images.see(ImageSeen("waits.png", stamp(0), writer=Writer.ABSENT, closed=True), 0.0)
@@ -215,7 +215,7 @@ def refused(images: Images, path: str, mark: Stamp, now: float, refusal: Refusal
     return images.refuse(entry, refusal, "no image")
 
 
-def test_more_that_is_refused_than_there_is_room_for_is_remembered_in_few_bytes() -> None:
+def test_backlog_refusals_beyond_its_limit_take_few_bytes() -> None:
     """No entry is kept for it, no scan looks into it again, a new version of it is one; it is told once."""
     images = Images(settle_seconds=0.0, limit=LIMIT)
     for number in range(3 * LIMIT):
@@ -229,14 +229,14 @@ def test_more_that_is_refused_than_there_is_room_for_is_remembered_in_few_bytes(
     assert refused(images, f"{2 * LIMIT}.txt", stamp(2), 2.0)
 
 
-def test_what_may_not_be_read_is_tried_again_even_without_room_for_it() -> None:
+def test_backlog_unreadable_files_beyond_its_limit_are_tried_again() -> None:
     """Its stamp would not show that it may be read now; it is told once all the same."""
     images = Images(settle_seconds=0.0, limit=1)
     assert refused(images, "a.txt", stamp(1), 0.0)
     assert [refused(images, "b.png", stamp(1), now, Refusal.DENIED) for now in (0.0, 1.0, 2.0)] == [True, False, False]
 
 
-def test_refusals_are_bounded_themselves() -> None:
+def test_refusals_beyond_their_limit_are_dropped() -> None:
     """Beyond the most of them all are forgotten: those files are looked into once more."""
     refusals = Refusals(most=2)
     assert [refusals.note(name, stamp(1)) for name in "aab"] == [True, False, True]

@@ -201,7 +201,7 @@ def test_release_reaches_journal_and_core(daemon: Daemon, dataset: AtWork) -> No
     assert answer(daemon, {"do": "release", "datasets": None, "path": path}) == {"released": {"Colours": 1}}
     assert answer(daemon, {"do": "release", "datasets": ["Colours"], "path": None}) == {"released": {"Colours": 1}}
     assert dataset.told == [Released(path), Released(None)]
-    assert dataset.mover.held() == {}
+    assert dataset.journal.history.held() == {}
 
 
 def test_control_release_of_a_file_leaves_the_dataset_held(daemon: Daemon, dataset: AtWork) -> None:
@@ -225,7 +225,7 @@ def test_control_release_of_a_held_dataset_says_so(daemon: Daemon, dataset: AtWo
     told = answer(daemon, {"do": "release", "datasets": None, "path": path})
     assert told == {"released": {"Colours": 0 if whole else 1}, "lifted": {"Colours": "all would go to review"}}
     assert dataset.held_because is None
-    assert len(dataset.mover.held()) == (1 if whole else 0)
+    assert len(dataset.journal.history.held()) == (1 if whole else 0)
 
 
 def test_release_path_of_another_dataset_releases_nothing(daemon: Daemon, dataset: AtWork) -> None:

@@ -17,6 +17,7 @@ from sortd.core.state import State
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import OpenDataset, Presence
 from sortd.daemon.datasets import Datasets
+from sortd.daemon.reporting import Metrics
 from sortd.daemon.resources import reference_settings_of
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Job, RebuildJob
 from sortd.events import (
@@ -32,12 +33,11 @@ from sortd.events import (
 )
 from sortd.files import stamp_of
 from sortd.layout import Area, Layout
-from sortd.metrics import Metrics
 from sortd.moving.copy_queue import CopyQueue
 from sortd.moving.mover import Mover
 from sortd.store.history import History
 from sortd.store.journal import Journal
-from sortd.watch.observer import FileEvent
+from sortd.watch.watcher import FileEvent
 from tests.command_line import write_config
 from tests.core.test_guard import near, prototypes
 from tests.daemon_process import make_dataset

@@ -13,12 +13,12 @@ from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import OpenDataset, Presence, open_dataset
 from sortd.daemon.references import ReferenceSettings
+from sortd.daemon.reporting import Metrics
 from sortd.daemon.worker import Job
 from sortd.events import DatasetId, ImageHeld, Inspect, Mode
 from sortd.layout import Layout
-from sortd.metrics import Metrics
-from sortd.watch.observer import FileEvent
 from sortd.watch.scan import stamp
+from sortd.watch.watcher import FileEvent
 from tests.daemon_process import make_dataset
 
 

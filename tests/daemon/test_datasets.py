@@ -21,12 +21,12 @@ from sortd.daemon.datasets import (
     DESCRIPTORS_OF_A_DATASET,
     Datasets,
 )
+from sortd.daemon.reporting import Metrics
 from sortd.daemon.worker import Forget, Job
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, StorageError
 from sortd.events import Move, Outcome, Stamp
 from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.metrics import Metrics
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
 from sortd.store.history import History
 from sortd.store.journal import Journal
@@ -338,7 +338,7 @@ def test_discover_journal_that_was_removed_is_begun_anew(place: Place, hurt: Cal
     (line,) = place.held_lines()
     assert "was removed or replaced while open" in line
     assert place.held_lines() == []
-    place.collection.by_name["Bad"].mover.hold(str(place.layout("Bad").root / "Images" / "a.png"), STAMP, "undone")
+    place.collection.by_name["Bad"].journal.hold("Images/a.png", STAMP, "undone")
     with History.open(place.journal("Bad")) as history:
         assert history.held() == {"Images/a.png": STAMP}
 

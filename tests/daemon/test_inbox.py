@@ -8,9 +8,8 @@ import pytest
 
 from sortd.daemon.daemon import MANY_EVENTS, Inbox
 from sortd.daemon.worker import WorkerReady
-from sortd.systemd import Signalled, signals_posted
-from sortd.watch.observer import FileEvent
-from sortd.watch.watcher import DropReason, EventsDropped
+from sortd.service import Signalled, signals_posted
+from sortd.watch.watcher import DropReason, EventsDropped, FileEvent
 from tests.daemon_process import PATIENCE_SECONDS
 
 READY = WorkerReady("clip", "a model")

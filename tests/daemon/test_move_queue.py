@@ -8,9 +8,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from sortd.daemon.dataset import GROUP, MoveQueue
-from sortd.daemon.dataset_log import DatasetLog
+from sortd.daemon.reporting import DatasetLog, Metrics
 from sortd.events import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
-from sortd.metrics import Metrics
 from sortd.moving import copy_queue
 from sortd.moving.copy_queue import MOST_GUESSES, MOST_HANDED_OVER, CopyAdmission, CopyJob, MoveOrder
 from sortd.moving.mover import Mover

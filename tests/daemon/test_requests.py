@@ -15,7 +15,7 @@ import pytest
 
 from sortd.daemon.control import MOST_BYTES, AnsweredError, Answering, Reply, Request, Requests, ask
 from sortd.errors import DataError, DestinationError, JournalError, LayoutError, StartupError
-from sortd.status import Status, started_ticks
+from sortd.service import Status, started_ticks
 from tests.hostile_files import HOSTILE
 
 REPOSITORY = Path(__file__).parents[2]

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from sortd.arrays import Pixels
+from sortd.arrays import FloatArray, Pixels
 from sortd.classify.types import DecisionSettings
 from sortd.config import Config, read_config
 from sortd.daemon.daemon import simulate
 from sortd.daemon.resources import PrototypeStore, Resources, reference_settings_of, select_classifier
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Posted, RebuildJob, Worker, WorkerDied
-from sortd.encoder.base import Rows
 from sortd.encoder.finetuned import FACTS_FILE, FinetunedFacts, Promotion, read_facts, remove_promotion, write_promotion
 from sortd.events import DatasetId, Embedded, Mode, Move, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.layout import Area, Layout
@@ -50,12 +49,12 @@ class CountingEncoder:
         self.preprocessing, self.has_text = self._fake.preprocessing, self._fake.has_text
         self.images = 0
 
-    def encode_images(self, pixels: Pixels) -> Rows:
+    def encode_images(self, pixels: Pixels) -> FloatArray:
         """Embed, and count."""
         self.images += len(pixels)
         return self._fake.encode_images(pixels)
 
-    def encode_texts(self, texts: Sequence[str]) -> Rows:
+    def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         """Embed."""
         return self._fake.encode_texts(texts)
 

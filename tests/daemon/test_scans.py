@@ -12,16 +12,15 @@ from sortd.classify.types import DecisionSettings
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import DryRunMover, OpenDataset, Presence
-from sortd.daemon.dataset_log import DatasetLog
 from sortd.daemon.references import ReferenceSettings
+from sortd.daemon.reporting import DatasetLog, Metrics
 from sortd.daemon.scans import LEFT_SECONDS, LeftFiles
 from sortd.daemon.worker import Answer, EmbedJob, Job
 from sortd.events import DatasetId, ImageRefused, Refusal
 from sortd.files import stamp_of
 from sortd.layout import Layout
-from sortd.metrics import Metrics
 from sortd.store.journal import Journal
-from sortd.watch.observer import FileEvent, path_meant
+from sortd.watch.watcher import FileEvent, path_meant
 
 
 class World:
@@ -136,7 +135,7 @@ def test_dataset_unfinished_download_waits_until_its_control_file_is_gone(world:
         world.hint(control)
     assert not world.embedded()
     assert [line["refusal"] for line in lines if line.get("path") == str(image)] == ["unfinished"]
-    assert world.dataset.sorter.is_drained or world.dataset.sorter.is_rebuilding
+    assert world.dataset.sorter.is_drained or world.dataset.sorter.rebuilds.is_pending
     control.unlink()
     world.hint(control)
     assert world.embedded() == {"a.png"}

@@ -37,7 +37,7 @@ from sortd.daemon.worker import (
     WorkerLoading,
     WorkerReady,
 )
-from sortd.encoder.base import Encoder
+from sortd.encoder.clip import Encoder
 from sortd.events import DatasetId, Embedded, ImageRefused, Mode, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecoderPool

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sortd.encoder import models
 from sortd.encoder.backends import load_encoder
-from sortd.encoder.base import Encoder, preprocessing_of, probe
+from sortd.encoder.clip import Encoder, preprocessing_of, probe
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 from tests.fake_encoder import FakeEncoder

@@ -347,7 +347,7 @@ class TestExports:
 
     def test_compare_images_other_rows_raise(self, copied: Exports) -> None:
         """The export is compared with torch."""
-        from sortd.encoder.torch_encoder import TorchEncoder
+        from sortd.encoder.clip import TorchEncoder
 
         encoder = TorchEncoder(copied.model, device="cpu", threads=1)
         onnx_export._compare_images(encoder, copied.folder)

@@ -18,7 +18,7 @@ from sortd.daemon.references import ClassFolder
 from sortd.encoder import models
 from sortd.encoder import onnx_encoder as exports
 from sortd.encoder.backends import load_fastest
-from sortd.encoder.base import Encoder
+from sortd.encoder.clip import Encoder
 from sortd.encoder.export import make_exports
 from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision, read_verdict
 from sortd.encoder.quantize import quantize

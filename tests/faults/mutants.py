@@ -30,9 +30,8 @@ TESTS = {
     "moving/plan": (PATROL, FILING),
     "moving/copy": ("tests/moving/test_copy.py", STEPS, "tests/moving/test_fs.py", RECOVERY, FILING),
     "moving/copy_queue": ("tests/moving/test_copy_queue.py", "tests/daemon/test_move_queue.py", FILING),
-    "moving/recovery": (STEPS, RECOVERY, FILING),
+    "moving/recovery": (STEPS, RECOVERY, PATROL, FILING),
     "moving/mover": (STEPS, FILING),
-    "moving/undo": (PATROL, FILING),
     "daemon/dataset": ("tests/daemon/test_move_queue.py", DATASET),
     "daemon/datasets": ("tests/daemon/test_datasets.py", DATASET),
     "daemon/dataset_lock": ("tests/daemon/test_dataset_lock.py", "tests/daemon/test_presence.py"),
@@ -187,8 +186,8 @@ IDENTITIES = (
         "if status is not None and lstat_at(",
     ),
     Mutant("moving/recovery", "if expected and sha256_at(places.destination, name) == expected:", "if expected:"),
-    Mutant("moving/undo", "if is_version(status, file.moved_stamp):", "if True:"),
-    Mutant("moving/undo", "file.content and sha256_at(folder, file.final) == file.content:", "file.content:"),
+    Mutant("moving/recovery", "if is_version(status, file.moved_stamp):", "if True:"),
+    Mutant("moving/recovery", "file.content and sha256_at(folder, file.final) == file.content:", "file.content:"),
 )
 
 APART = (
@@ -240,7 +239,7 @@ APART = (
     Mutant("moving/plan", "                places.append(one)\n", "                pass\n"),
     Mutant("daemon/corrections", "if 0 <= now_ns - changed_ns < FOLLOW_NS:", "if False:"),
     Mutant("daemon/control", "if one.move_reason.reason not in apart and ", "if "),
-    Mutant("moving/undo", "if (stranger := _stranger(folders, record)) is not None:", "if (stranger := None):"),
+    Mutant("moving/recovery", "if (stranger := _stranger(folders, record)) is not None:", "if (stranger := None):"),
     Mutant("daemon/corrections", "return record if gone is None or gone.id < record.id else None", "return record"),
     Mutant("daemon/corrections", "            self._journal.follow(record, refused)\n", "            pass\n"),
     Mutant(
@@ -283,13 +282,13 @@ HOLDS = (
     ),
     Mutant(
         "core/sorter",
-        "        if not self._rebuilds.is_running(event.job):\n            return\n        self._rebuilds.succeed()",
-        "        self._rebuilds.succeed()",
+        "        if not self.rebuilds.is_running(event.job):\n            return\n        self.rebuilds.succeed()",
+        "        self.rebuilds.succeed()",
     ),
     Mutant(
         "core/sorter",
-        "        if not self._rebuilds.is_running(event.job):\n            return\n        self._rebuilds.fail(",
-        "        self._rebuilds.fail(",
+        "        if not self.rebuilds.is_running(event.job):\n            return\n        self.rebuilds.fail(",
+        "        self.rebuilds.fail(",
     ),
     Mutant(
         "core/sorter",

@@ -25,7 +25,7 @@ from sortd.moving.copy_queue import MOST_HANDED_OVER, CopyJob, MoveOrder, Submit
 from sortd.moving.fs import lstat_at, rename_new
 from sortd.moving.mover import Mover
 from sortd.moving.plan import LATE_SECONDS, LateCompanions
-from sortd.moving.undo import UndoResult
+from sortd.moving.recovery import UndoResult
 from sortd.store.journal import Journal
 from sortd.store.records import Selection
 from tests.filing_world import Dataset, done, failure, moved, order
@@ -407,7 +407,7 @@ class TestUndo:
         assert [one.restored for one in told] == [f"{dataset.root}/Images/b.jpg", f"{dataset.root}/Images/sub/a.jpg"]
         assert dataset.tree() == before
         assert os.listdir(dataset.root / "Rejected") == []
-        assert set(mover.held()) == {one.restored for one in told}
+        assert {f"{dataset.root}/{path}" for path in journal.history.held()} == {one.restored for one in told}
         assert {one.outcome for one in (record.move_reason for record in done(journal)[:2])} == {"undone"}
 
     def test_preview_undo_changes_nothing(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
@@ -417,7 +417,7 @@ class TestUndo:
         (told,) = mover.preview_undo(done(journal))
         assert told.restored == f"{dataset.root}/Images/a.jpg"
         assert dataset.tree() == before
-        assert mover.held() == {}
+        assert journal.history.held() == {}
         assert len(done(journal)) == 1
 
     def test_undo_taken_name_is_not_overwritten(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
@@ -426,7 +426,8 @@ class TestUndo:
         dataset.put("Images/a.jpg", "new")
         (told,) = mover.undo(done(journal))
         assert dataset.tree() == {"Images/a.jpg": b"new", "Images/a (2).jpg": b"old"}
-        assert list(mover.held()) == [told.restored] == [f"{dataset.root}/Images/a (2).jpg"]
+        assert told.restored == f"{dataset.root}/Images/a (2).jpg"
+        assert list(journal.history.held()) == ["Images/a (2).jpg"]
 
     def test_undo_impossible_undo_returns_its_reason(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """Removed, changed and undone already: each says so, and the good one goes back."""
@@ -463,7 +464,7 @@ class TestUndo:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
             return lstat_at(folder, name)
 
-        monkeypatch.setattr("sortd.moving.undo.lstat_at", look_stale)
+        monkeypatch.setattr("sortd.moving.recovery.lstat_at", look_stale)
         told = {Path(one.record.source_path).name: one for one in mover.undo(done(journal))}
         assert "Stale" in told["a.jpg"].message
         assert (told["a.jpg"].restored, told["b.jpg"].restored) == (None, f"{dataset.root}/Images/b.jpg")
@@ -486,7 +487,7 @@ class TestUndo:
         told = mover.undo(records)
         assert [one.restored for one in foretold] == [one.restored for one in told]
         assert dataset.tree() == {"Images/a.jpg": b"image"}
-        assert list(mover.held()) == [f"{dataset.root}/Images/a.jpg"]
+        assert list(journal.history.held()) == ["Images/a.jpg"]
 
     def test_undo_missing_inbox_is_not_created(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
         """Without Images/ its disk is not mounted: nothing is put below."""
@@ -500,15 +501,15 @@ class TestUndo:
 class TestHolds:
     """Versions that are not to be moved."""
 
-    def test_held_paths_are_absolute(self, dataset: Dataset, mover: Mover) -> None:
-        """They are set and released as the daemon names files."""
+    def test_release_path_is_absolute(self, dataset: Dataset, journal: Journal, mover: Mover) -> None:
+        """A held file is found and released as the daemon names files."""
         path = dataset.put("Images/a.jpg")
         stamp = stamp_of(os.stat(path))
-        mover.hold(str(path), stamp, "guarded")
-        mover.hold(str(dataset.put("Images/b.jpg")), stamp, "guarded")
-        marks = {path: (mark.inode, mark.size, mark.mtime_ns) for path, mark in mover.held().items()}
-        mark = (stamp.inode, stamp.size, stamp.mtime_ns)
-        assert marks == {str(path): mark, f"{dataset.root}/Images/b.jpg": mark}
+        for name in ("a.jpg", "b.jpg"):
+            journal.hold(f"Images/{name}", stamp, "guarded")
+        held = mover.held_version(str(path))
+        assert held is not None
+        assert held.is_same_version(stamp)
         assert mover.release(str(path)) == 1
         assert mover.release() == 1
 
@@ -671,7 +672,7 @@ class TestLateCompanions:
         ((told, later),) = undo_records(mover, journal.history, [image.id], dry_run=False)
         assert ([one.message for one in told], later) == (["", ""], 0)
         assert dataset.tree() == {"Images/a.jpg": b"image", "Images/a.MOV": b"film"}
-        assert len(mover.held()) == 2
+        assert len(journal.history.held()) == 2
 
     def test_late_companion_without_companions_stays(self, dataset: Dataset, journal: Journal) -> None:
         """Then they are files like others."""
@@ -1189,7 +1190,7 @@ class TestCrossing:
         (told,) = mover.end(elsewhere(jobs))
         assert isinstance(told, UndoResult)
         assert told.restored == f"{dataset.root}/Images/a.jpg"
-        assert list(mover.held()) == [told.restored]
+        assert list(journal.history.held()) == ["Images/a.jpg"]
 
     def test_copy_source_written_meanwhile_is_kept(
         self, dataset: Dataset, journal: Journal, monkeypatch: pytest.MonkeyPatch

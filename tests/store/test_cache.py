@@ -164,12 +164,12 @@ class TestWhatIsRemembered:
 
     def test_cache_prototypes_are_identical_after_a_restart(self, cache: Cache, path: Path) -> None:
         """Arrays, labels that are no UTF-8, settings and calibration survive a restart; the newest set wins."""
-        cache.remember_prototypes("Tornillos", prototypes(("a", "b", "c")))
-        cache.remember_prototypes("Tornillos", prototypes())
+        cache.prototypes.write("Tornillos", prototypes(("a", "b", "c")))
+        cache.prototypes.write("Tornillos", prototypes())
         cache.close()
         with Cache(path) as again:
-            assert same(again.prototypes("Tornillos"), prototypes())
-            assert again.prototypes("Ropa") is None
+            assert same(again.prototypes.read("Tornillos"), prototypes())
+            assert again.prototypes.read("Ropa") is None
 
     def test_cache_empty_query_returns_nothing(self, cache: Cache) -> None:
         """Empty batches are no special case."""
@@ -282,43 +282,43 @@ class TestDamage:
         self, cache: Cache, path: Path, reports: list[str], position: int
     ) -> None:
         """A flipped byte anywhere in the file means a rebuild."""
-        cache.remember_prototypes("Tornillos", prototypes())
+        cache.prototypes.write("Tornillos", prototypes())
         (file,) = (path.parent / "prototypes").iterdir()
         content = bytearray(file.read_bytes())
         content[position] ^= 4
         file.write_bytes(content)
-        assert cache.prototypes("Tornillos") is None
+        assert cache.prototypes.read("Tornillos") is None
         assert str(file) in reports[0]
 
     def test_cache_truncated_prototypes_are_ignored(self, cache: Cache, path: Path) -> None:
         """A file that a crash cut short, at any length, means a rebuild."""
-        cache.remember_prototypes("Tornillos", prototypes())
+        cache.prototypes.write("Tornillos", prototypes())
         (file,) = (path.parent / "prototypes").iterdir()
         content = file.read_bytes()
         for length in range(0, len(content), 37):
             file.write_bytes(content[:length])
-            assert cache.prototypes("Tornillos") is None
+            assert cache.prototypes.read("Tornillos") is None
 
     def test_cache_prototypes_of_another_format_are_reported(
         self, cache: Cache, path: Path, reports: list[str]
     ) -> None:
         """An update is no damage: what is told is that another version wrote them."""
-        cache.remember_prototypes("Tornillos", prototypes())
+        cache.prototypes.write("Tornillos", prototypes())
         (file,) = (path.parent / "prototypes").iterdir()
         file.write_bytes(file.read_bytes().replace(MAGIC, b"sortd prototypes 1", 1))
-        assert cache.prototypes("Tornillos") is None
+        assert cache.prototypes.read("Tornillos") is None
         assert "another version of sortd wrote them" in reports[-1]
 
     def test_cache_prototypes_of_an_older_version_are_ignored(
         self, cache: Cache, path: Path, reports: list[str]
     ) -> None:
         """Whole, but of another shape: they are built anew."""
-        cache.remember_prototypes("Tornillos", prototypes())
+        cache.prototypes.write("Tornillos", prototypes())
         (file,) = (path.parent / "prototypes").iterdir()
         older: list[dict[str, object]] = [{}, {"labels": 3}, {"settings": []}]
         for metadata in older:
             file.write_bytes(packed({"old": np.zeros(3, np.float32)}, metadata))
-            assert cache.prototypes("Tornillos") is None
+            assert cache.prototypes.read("Tornillos") is None
         assert str(file) in reports[0]
 
     def test_packed_python_objects_are_refused(self) -> None:
@@ -340,8 +340,8 @@ class TestTaken:
         assert cache.embeddings(known, ENCODER) == {}
         cache.remember_embeddings(known, ENCODER)
         assert cache.embeddings(known, ENCODER).keys() == known.keys()
-        cache.remember_prototypes("Tornillos", prototypes())
-        assert same(cache.prototypes("Tornillos"), prototypes())
+        cache.prototypes.write("Tornillos", prototypes())
+        assert same(cache.prototypes.read("Tornillos"), prototypes())
         assert path.exists()
         assert reports == []
 
@@ -385,8 +385,8 @@ class TestTaken:
             assert cache.facts().embeddings == 0
             assert len(reports) == 1
             assert "works without it" in reports[0]
-            cache.remember_prototypes("Tornillos", prototypes())
-            assert cache.prototypes("Tornillos") is None
+            cache.prototypes.write("Tornillos", prototypes())
+            assert cache.prototypes.read("Tornillos") is None
         assert all(str(tmp_path) in report for report in reports)
 
     def test_cache_full_disk_is_reported_once(self, cache: Cache, reports: list[str]) -> None:
@@ -410,16 +410,16 @@ class TestTaken:
         """Refused by the kernel in the middle of a write, rows and prototypes from before are still read."""
         known = embeddings(3)
         cache.remember_embeddings(known, ENCODER)
-        cache.remember_prototypes("Tornillos", prototypes(("a", "b", "c")))
+        cache.prototypes.write("Tornillos", prototypes(("a", "b", "c")))
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
         try:
             cache.remember_embeddings(embeddings(500, seed=1), ENCODER)
-            cache.remember_prototypes("Tornillos", prototypes())
+            cache.prototypes.write("Tornillos", prototypes())
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert cache.embeddings(known, ENCODER).keys() == known.keys()
-        assert same(cache.prototypes("Tornillos"), prototypes(("a", "b", "c")))
+        assert same(cache.prototypes.read("Tornillos"), prototypes(("a", "b", "c")))
         assert len(list((path.parent / "prototypes").iterdir())) == 1
         assert len(reports) == 2
 

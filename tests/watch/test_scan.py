@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.names import CONTROLS, Reason, Rule, Why, rule_for_folder
+from sortd.layout import CONTROLS, Reason, Rule, Why, rule_for_folder
 from sortd.watch.scan import scan, scan_steps, stamp, whole_files, why_left, why_unfinished
 
 
@@ -23,7 +23,7 @@ def names(folder: Path) -> set[str]:
     return {os.path.relpath(path, folder) for path, _ in scan(os.fspath(folder), report=never)}
 
 
-def test_a_scan_finds_regular_files_at_any_depth_and_nothing_else(tmp_path: Path) -> None:
+def test_scan_regular_files_at_any_depth_are_found(tmp_path: Path) -> None:
     """Links, pipes and what lies behind links are no files in the folder."""
     folder = tmp_path / "Images"
     (folder / "a" / "b" / "c").mkdir(parents=True)
@@ -129,7 +129,7 @@ def test_why_left_says_what_is_in_the_way(tmp_path: Path) -> None:
         assert found[1].startswith(place)
 
 
-def test_a_scan_gives_the_stamp_that_a_look_gives(tmp_path: Path) -> None:
+def test_scan_stamp_equals_that_of_stamp(tmp_path: Path) -> None:
     """Scan and stamp agree, so that a file does not seem to change between them."""
     (tmp_path / "1.jpg").write_text("one")
     [(path, mark)] = scan(os.fspath(tmp_path), report=never)
@@ -137,7 +137,7 @@ def test_a_scan_gives_the_stamp_that_a_look_gives(tmp_path: Path) -> None:
     assert mark.size == len("one")
 
 
-def test_names_that_are_no_utf8_are_found_and_can_be_stamped(tmp_path: Path) -> None:
+def test_scan_names_that_are_not_utf8_are_found(tmp_path: Path) -> None:
     """Any bytes make a name; they survive as os.fsdecode gives them."""
     raw = os.fsencode(tmp_path) + b"/caf\xe9\n\x1b[31m.jpg"
     Path(os.fsdecode(raw)).touch()
@@ -146,7 +146,7 @@ def test_names_that_are_no_utf8_are_found_and_can_be_stamped(tmp_path: Path) -> 
     assert stamp(path) is not None
 
 
-def test_a_folder_that_vanishes_under_the_scan_is_no_error(tmp_path: Path) -> None:
+def test_scan_vanishing_folder_is_no_error(tmp_path: Path) -> None:
     """What was listed and is gone is passed over; the rest is found."""
     for number in range(20):
         (tmp_path / f"d{number}").mkdir()
@@ -159,14 +159,14 @@ def test_a_folder_that_vanishes_under_the_scan_is_no_error(tmp_path: Path) -> No
     assert list(found) == []
 
 
-def test_an_absent_folder_is_reported_and_not_taken_for_empty(tmp_path: Path) -> None:
+def test_scan_missing_folder_is_reported(tmp_path: Path) -> None:
     """Absent is not empty: the caller learns which it was."""
     told: list[OSError] = []
     assert list(scan(os.fspath(tmp_path / "Images"), report=told.append)) == []
     assert [(error.errno, error.filename) for error in told] == [(errno.ENOENT, os.fspath(tmp_path / "Images"))]
 
 
-def test_what_cannot_be_read_is_reported_with_its_path_and_the_rest_is_found(tmp_path: Path) -> None:
+def test_scan_unreadable_folder_is_reported_and_the_rest_is_found(tmp_path: Path) -> None:
     """A folder without the right to list it, and one whose disk fails, cost only themselves."""
     for name in ("closed", "broken", "open"):
         (tmp_path / name).mkdir()
@@ -185,7 +185,7 @@ def test_what_cannot_be_read_is_reported_with_its_path_and_the_rest_is_found(tmp
     assert {error.filename for error in told} == {os.fspath(tmp_path / "closed"), os.fspath(tmp_path / "broken")}
 
 
-def test_a_scan_is_lazy(tmp_path: Path) -> None:
+def test_scan_is_lazy(tmp_path: Path) -> None:
     """The first file is there before the other folders were listed, so a loop can take a scan in slices."""
     for number in range(50):
         (tmp_path / f"d{number}").mkdir()
@@ -210,7 +210,7 @@ def in_memory(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_a_scan_of_many_files_names_each_once(in_memory: Path) -> None:
+def test_scan_of_many_files_yields_each_once(in_memory: Path) -> None:
     """A burst that overflows every queue is found by one scan; ``benchmarks.core`` measures how long it takes."""
     for folder in range(100):
         (in_memory / f"d{folder}").mkdir()
@@ -242,7 +242,7 @@ def test_nothing_and_no_regular_file_have_no_stamp(tmp_path: Path) -> None:
         assert stamp(os.fspath(tmp_path / name)) is None
 
 
-def test_another_write_and_another_file_have_another_stamp(tmp_path: Path) -> None:
+def test_stamp_of_another_write_or_file_differs(tmp_path: Path) -> None:
     """One version, one stamp."""
     path = tmp_path / "a.jpg"
     path.write_text("one")
@@ -257,7 +257,7 @@ def test_another_write_and_another_file_have_another_stamp(tmp_path: Path) -> No
     assert len({first, second, third}) == 3
 
 
-def test_a_disk_that_fails_is_not_taken_for_a_file_that_is_gone(tmp_path: Path) -> None:
+def test_stamp_failing_disk_raises(tmp_path: Path) -> None:
     """Nothing is known of a file that cannot be looked at; the caller has to hear it."""
 
     def failing(path: str) -> os.stat_result:

@@ -23,9 +23,18 @@ from watchdog.observers.api import BaseObserver
 from watchdog.observers.inotify_move_event_grouper import InotifyMoveEventGrouper
 
 from sortd.watch import inotify
-from sortd.watch.observer import FileEvent, Place, RootObserver, places_of_dataset
+from sortd.watch.inotify import Place, places_of_dataset
 from sortd.watch.scan import scan
-from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, Watcher, WatchMode, WatchStatus
+from sortd.watch.watcher import (
+    CHECK_SECONDS,
+    DropReason,
+    EventsDropped,
+    FileEvent,
+    RootObserver,
+    Watcher,
+    WatchMode,
+    WatchStatus,
+)
 
 PATIENCE = 30.0  # a machine under load is slow, and what does not come never comes
 
@@ -124,14 +133,14 @@ def hears(heard: Heard, folder: Path, name: str) -> bool:
 # ---------------------------------------------------------------- what is hinted at
 
 
-def test_a_written_file_is_hinted_at_and_its_close_told(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_watcher_written_file_is_posted_with_its_close(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """A close after writing says that the file may be whole."""
     watcher.watch_dataset(dataset)
     (dataset / "Images" / "a.jpg").write_text("a")
     assert heard.until(lambda h: FileEvent(os.fspath(dataset / "Images" / "a.jpg"), closed=True) in h.said)
 
 
-def test_any_appearance_is_a_hint(watcher: Watcher, heard: Heard, dataset: Path, tmp_path: Path) -> None:
+def test_watcher_appearing_file_is_posted(watcher: Watcher, heard: Heard, dataset: Path, tmp_path: Path) -> None:
     """Moved in, hard-linked, renamed by rsync or a browser: none of them is written and closed under its name."""
     watcher.watch_dataset(dataset)
     images = dataset / "Images"
@@ -148,7 +157,7 @@ def test_any_appearance_is_a_hint(watcher: Watcher, heard: Heard, dataset: Path,
     assert not {path for path in heard.paths() if "crdownload" in path or ".rsynced" in path}
 
 
-def test_watcher_class_with_the_name_of_an_unfinished_file_is_heard(
+def test_watcher_class_with_the_name_of_an_unfinished_file_is_posted(
     watcher: Watcher, heard: Heard, dataset: Path
 ) -> None:
     """What is learnt is watched, and so is where it is filed."""
@@ -159,7 +168,7 @@ def test_watcher_class_with_the_name_of_an_unfinished_file_is_heard(
         assert hears(heard, dataset / folder, "a.jpg")
 
 
-def test_watcher_control_file_that_goes_is_a_hint_at_its_file(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_watcher_removed_control_file_posts_its_file(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """The download is whole then; of the control file itself, and of other unfinished files, nothing is said."""
     images = dataset / "Images"
     (images / "a.jpg.aria2").touch()
@@ -171,7 +180,7 @@ def test_watcher_control_file_that_goes_is_a_hint_at_its_file(watcher: Watcher, 
     assert heard.paths() <= {os.fspath(images), os.fspath(images / "a.jpg")}
 
 
-def test_watcher_file_that_a_person_may_miss_is_a_hint(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_watcher_file_that_a_person_may_miss_is_posted(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """A hidden photo, a backup: the log is to say that they stay."""
     watcher.watch_dataset(dataset)
     images = dataset / "Images"
@@ -179,7 +188,7 @@ def test_watcher_file_that_a_person_may_miss_is_a_hint(watcher: Watcher, heard: 
         assert hears(heard, images, name)
 
 
-def test_what_goes_is_hinted_at(watcher: Watcher, heard: Heard, dataset: Path, tmp_path: Path) -> None:
+def test_watcher_removed_file_is_posted(watcher: Watcher, heard: Heard, dataset: Path, tmp_path: Path) -> None:
     """A file deleted, and one taken away, are looked for and found gone."""
     for name in ("deleted.jpg", "taken.jpg"):
         (dataset / "Clases" / "hex" / name).write_text(name)
@@ -190,7 +199,7 @@ def test_what_goes_is_hinted_at(watcher: Watcher, heard: Heard, dataset: Path, t
     assert heard.of(dataset / "Clases" / "hex" / "taken.jpg")
 
 
-def test_our_own_reads_raise_no_hint(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_watcher_read_file_is_not_posted(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """Reading, listing, stamping and slow writing do not fill the queue."""
     path = dataset / "Images" / "a.jpg"
     path.write_text("a")
@@ -206,7 +215,7 @@ def test_our_own_reads_raise_no_hint(watcher: Watcher, heard: Heard, dataset: Pa
         assert heard.paths() == {os.fspath(dataset / "Images" / "last.jpg")}
 
 
-def test_a_moved_in_folder_is_hinted_at_and_watched(
+def test_watcher_folder_moved_in_is_posted_and_watched(
     watcher: Watcher, heard: Heard, dataset: Path, tmp_path: Path
 ) -> None:
     """A whole folder arrives by one rename; what is dropped into it later is heard too."""
@@ -218,7 +227,7 @@ def test_a_moved_in_folder_is_hinted_at_and_watched(
     assert hears(heard, dataset / "Images" / "trip" / "day1", "b.jpg")
 
 
-def test_every_folder_of_a_fast_copy_is_hinted_at(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_watcher_fast_copy_posts_every_folder(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """A mkdir and a write outrun the watch; the folder's hint brings the scan that finds the files."""
     watcher.watch_dataset(dataset)
     for number in range(200):
@@ -229,7 +238,7 @@ def test_every_folder_of_a_fast_copy_is_hinted_at(watcher: Watcher, heard: Heard
         assert heard.of(dataset / "Images" / f"d{number}")
 
 
-def test_a_hidden_folder_that_is_renamed_into_sight_is_heard(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_watcher_hidden_folder_made_visible_is_posted(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """FTP servers write into .name and rename: silent before, watched after."""
     watcher.watch_dataset(dataset)
     hidden = dataset / "Images" / ".upload"
@@ -242,7 +251,7 @@ def test_a_hidden_folder_that_is_renamed_into_sight_is_heard(watcher: Watcher, h
     assert hears(heard, dataset / "Images" / "upload", "b.jpg")
 
 
-def test_a_folder_moved_out_leaves_no_trace_but_hints_of_nothing(
+def test_watcher_folder_moved_out_posts_no_other_path(
     watcher: Watcher, heard: Heard, dataset: Path, tmp_path: Path
 ) -> None:
     """Watchdog goes on telling of it under the old path; nothing stands there, so nothing comes of it."""
@@ -255,7 +264,7 @@ def test_a_folder_moved_out_leaves_no_trace_but_hints_of_nothing(
     assert {path for path in heard.paths() if os.path.isfile(path)} == {os.fspath(dataset / "Images" / "real.jpg")}
 
 
-def test_names_that_are_no_utf8_are_hinted_at(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_watcher_names_that_are_not_utf8_are_posted(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """Any bytes make a name; the watcher's thread survives them."""
     watcher.watch_dataset(dataset)
     path = Path(os.fsdecode(os.fsencode(dataset) + b"/Images/caf\xe9.jpg"))
@@ -263,7 +272,7 @@ def test_names_that_are_no_utf8_are_hinted_at(watcher: Watcher, heard: Heard, da
     assert heard.of(path)
 
 
-def test_a_correction_is_heard_in_dataset_and_review(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_watcher_correction_in_dataset_and_review_is_posted(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """The user corrects by moving from class to class: both ends are told."""
     (dataset / "Dataset" / "hex" / "a.jpg").write_text("a")
     watcher.watch_dataset(dataset)
@@ -273,7 +282,7 @@ def test_a_correction_is_heard_in_dataset_and_review(watcher: Watcher, heard: He
     assert hears(heard, dataset / "Review", "b.jpg")
 
 
-def test_a_move_within_the_dataset_holds_nothing_back(
+def test_watcher_move_within_the_dataset_delays_no_event(
     watcher: Watcher, heard: Heard, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Our own moves out of Images/ are paired, so that the next file need not wait for the other half of a move."""
@@ -286,7 +295,7 @@ def test_a_move_within_the_dataset_holds_nothing_back(
         assert hears(heard, dataset / "Images", f"next{number}.jpg")
 
 
-def test_a_new_dataset_is_heard_from_the_root_and_can_be_watched(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_watcher_new_dataset_is_posted_and_watched(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """Datasets appear while sortd runs; watching one twice changes nothing."""
     watcher.watch_root(dataset.parent)
     other = make(dataset.parent / "Flores")
@@ -296,7 +305,7 @@ def test_a_new_dataset_is_heard_from_the_root_and_can_be_watched(watcher: Watche
     assert hears(heard, other / "Images", "a.jpg")
 
 
-def test_a_forgotten_dataset_is_silent(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_forget_dataset_posts_nothing_more(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """What was let go is not heard; the others are."""
     other = make(dataset.parent / "Flores")
     watcher.watch_dataset(dataset)
@@ -308,7 +317,7 @@ def test_a_forgotten_dataset_is_silent(watcher: Watcher, heard: Heard, dataset: 
     assert os.fspath(other / "Images" / "silent.jpg") not in heard.paths()
 
 
-def test_watcher_linked_root_is_heard_under_its_own_name(watcher: Watcher, heard: Heard, tmp_path: Path) -> None:
+def test_watcher_linked_root_posts_paths_with_its_own_name(watcher: Watcher, heard: Heard, tmp_path: Path) -> None:
     """Inotify does not follow links, and watchdog says nothing of it."""
     real = make(tmp_path / "disk" / "Tornillos")
     link = tmp_path / "link"
@@ -321,7 +330,7 @@ def test_watcher_linked_root_is_heard_under_its_own_name(watcher: Watcher, heard
 # ---------------------------------------------------------------- what is noticed and healed
 
 
-def test_a_handler_that_fails_does_not_end_the_watching(dataset: Path) -> None:
+def test_watcher_post_that_raises_does_not_end_the_watching(dataset: Path) -> None:
     """Whatever taking a hint raises, the next is heard, and the loss is told at the next check."""
     heard = Heard()
     full = threading.Event()
@@ -355,9 +364,7 @@ def observers(watcher: Watcher) -> list[RootObserver]:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_watcher_that_dies_in_ordinary_use_is_replaced(
-    watcher: Watcher, heard: Heard, dataset: Path, tmp_path: Path
-) -> None:
+def test_health_dead_observer_is_replaced(watcher: Watcher, heard: Heard, dataset: Path, tmp_path: Path) -> None:
     """Move a class out, make it anew, delete the new one, delete the old one: watchdog's reader ends by KeyError."""
     watcher.watch_dataset(dataset)
     old = dataset / "Clases" / "hex"
@@ -377,7 +384,7 @@ def test_a_watcher_that_dies_in_ordinary_use_is_replaced(
     assert hears(heard, dataset / "Images", "healed.jpg")
 
 
-def test_a_watch_that_the_kernel_dropped_is_noticed_by_the_probe(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_health_watch_dropped_by_the_kernel_is_detected(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """Every thread lives and every folder is the same, yet nothing is heard: only the probe tells."""
     watcher.watch_dataset(dataset)
     watcher.health(0.0)
@@ -395,7 +402,7 @@ def test_a_watch_that_the_kernel_dropped_is_noticed_by_the_probe(watcher: Watche
     assert hears(heard, dataset / "Images", "healed.jpg")
 
 
-def test_the_probe_writes_nothing(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_health_probe_writes_nothing(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """It is opened and closed in .sortd/; no disk is woken, no folder of the user's touched, no hint posted."""
     watcher.watch_dataset(dataset)
     watcher.health(0.0)
@@ -409,7 +416,7 @@ def test_the_probe_writes_nothing(watcher: Watcher, heard: Heard, dataset: Path)
     assert heard.paths() == set()
 
 
-def test_the_marker_is_never_made_by_the_watcher(watcher: Watcher, dataset: Path) -> None:
+def test_health_missing_marker_is_not_created(watcher: Watcher, dataset: Path) -> None:
     """No .sortd/ means not mounted: the probe must not say otherwise."""
     (dataset / ".sortd").rmdir()
     watcher.watch_dataset(dataset)
@@ -439,7 +446,7 @@ def test_health_with_linked_marker_makes_nothing_elsewhere(watcher: Watcher, dat
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_a_root_that_was_deleted_and_made_anew_is_watched_again(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_health_recreated_root_is_watched_again(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """A gone root is waited for, told once, and taken up at the first check that finds it."""
     watcher.watch_dataset(dataset)
     shutil.rmtree(dataset)
@@ -453,7 +460,7 @@ def test_a_root_that_was_deleted_and_made_anew_is_watched_again(watcher: Watcher
     assert hears(heard, dataset / "Images", "a.jpg")
 
 
-def test_another_folder_under_the_roots_name_is_noticed(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_health_replaced_root_is_detected(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """A root renamed away and made anew, between two checks, is watched where it is now."""
     watcher.watch_dataset(dataset)
     dataset.rename(dataset.with_name("old"))
@@ -463,7 +470,7 @@ def test_another_folder_under_the_roots_name_is_noticed(watcher: Watcher, heard:
     assert hears(heard, dataset / "Images", "a.jpg")
 
 
-def test_an_inbox_made_anew_is_heard(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_health_recreated_inbox_is_watched_again(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """Images/ may be deleted and made again at any time."""
     watcher.watch_dataset(dataset)
     shutil.rmtree(dataset / "Images")
@@ -473,7 +480,7 @@ def test_an_inbox_made_anew_is_heard(watcher: Watcher, heard: Heard, dataset: Pa
     assert hears(heard, dataset / "Images", "a.jpg")
 
 
-def test_a_failing_start_is_retried_with_back_off(dataset: Path, heard: Heard) -> None:
+def test_health_failing_start_is_retried_with_growing_delays(dataset: Path, heard: Heard) -> None:
     """The pauses double up to a minute; the reason is told once, not at each attempt."""
     attempts = []
     now = 0.0
@@ -495,7 +502,7 @@ def test_a_failing_start_is_retried_with_back_off(dataset: Path, heard: Heard) -
     assert "fs.inotify.max_user_instances=1024" in heard.losses()[0].why
 
 
-def test_thirty_failed_starts_leak_nothing(watcher: Watcher, heard: Heard, tmp_path: Path) -> None:
+def test_watcher_thirty_failed_starts_leak_nothing(watcher: Watcher, heard: Heard, tmp_path: Path) -> None:
     """Neither a missing root, nor one that is a file, nor an observer that fails half-way leaves anything behind."""
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
     (tmp_path / "file").touch()
@@ -511,7 +518,7 @@ def test_thirty_failed_starts_leak_nothing(watcher: Watcher, heard: Heard, tmp_p
     assert {mode_of(watcher, tmp_path / "missing"), mode_of(watcher, tmp_path / "file")} == {WatchMode.WAITING}
 
 
-def test_close_is_idempotent_and_joins(heard: Heard, dataset: Path) -> None:
+def test_close_called_twice_joins_the_threads_once(heard: Heard, dataset: Path) -> None:
     """After close nothing runs, nothing is open, and watchdog's logger is as it was."""
     handlers = list(logging.getLogger("watchdog.observers").handlers)
     watcher = Watcher(heard)
@@ -523,7 +530,7 @@ def test_close_is_idempotent_and_joins(heard: Heard, dataset: Path) -> None:
     assert logging.getLogger("watchdog.observers").handlers == handlers
 
 
-def test_one_dead_root_does_not_trouble_another(watcher: Watcher, heard: Heard, dataset: Path) -> None:
+def test_health_dead_root_does_not_affect_another(watcher: Watcher, heard: Heard, dataset: Path) -> None:
     """Each root has an ear of its own: only the broken one is replaced."""
     other = make(dataset.parent / "Flores")
     watcher.watch_dataset(dataset)
@@ -538,7 +545,7 @@ def test_one_dead_root_does_not_trouble_another(watcher: Watcher, heard: Heard, 
 # ---------------------------------------------------------------- where events cannot be trusted
 
 
-def test_a_file_system_where_inotify_is_blind_is_polled_and_named(heard: Heard, dataset: Path) -> None:
+def test_polled_file_system_without_events_is_named(heard: Heard, dataset: Path) -> None:
     """On a network mount the loop scans more often, and status and log say why."""
     watcher = Watcher(heard, is_blind=lambda path: "nfs4" if path.endswith("Images") else None)
     watcher.watch_dataset(dataset)
@@ -548,7 +555,7 @@ def test_a_file_system_where_inotify_is_blind_is_polled_and_named(heard: Heard, 
     assert len(heard.losses()) == 1
 
 
-def test_the_effective_mode_is_told(heard: Heard, dataset: Path) -> None:
+def test_status_returns_the_effective_mode(heard: Heard, dataset: Path) -> None:
     """Configured and effective may differ: status names the effective mode."""
     root = os.fspath(dataset)
     expected = {"always": (root,), "auto": (root,), "never": ()}
@@ -562,14 +569,14 @@ def test_the_effective_mode_is_told(heard: Heard, dataset: Path) -> None:
         assert bool(status[0].why) is bool(polled)
 
 
-def test_a_local_disk_is_not_polled(watcher: Watcher, dataset: Path) -> None:
+def test_polled_local_disk_is_not_polled(watcher: Watcher, dataset: Path) -> None:
     """Polling costs system calls: it is for those who need it."""
     watcher.watch_dataset(dataset)
     assert watcher.polled() == ()
     assert watcher.status() == (WatchStatus(os.fspath(dataset), WatchMode.EVENTS),)
 
 
-def test_a_large_tree_is_not_watched_whole(dataset: Path) -> None:
+def test_places_of_dataset_large_tree_is_not_watched_whole(dataset: Path) -> None:
     """900,000 folders below Dataset/ cost gigabytes and hours; Images/ and Clases/ are watched deep in any case."""
     whole = places_of_dataset(os.fspath(dataset))
     assert [(place.path, place.recursive) for place in whole] == [(os.fspath(dataset), True)]
@@ -583,11 +590,11 @@ def test_a_large_tree_is_not_watched_whole(dataset: Path) -> None:
         assert flat == {".", "Dataset", "Review", ".sortd"}
 
 
-def test_a_large_dataset_is_heard_where_it_matters(
+def test_watcher_large_dataset_is_watched_where_it_matters(
     watcher: Watcher, heard: Heard, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thinner watch hears the inbox, the references, new class folders, its probe, and an inbox made anew."""
-    monkeypatch.setattr("sortd.watch.watcher.places_of_dataset", lambda root: places_of_dataset(root, max_folders=1))
+    monkeypatch.setattr("sortd.watch.inotify.places_of_dataset", lambda root: places_of_dataset(root, max_folders=1))
     watcher.watch_dataset(dataset)
     assert hears(heard, dataset / "Images", "a.jpg")
     assert hears(heard, dataset / "Clases" / "hex", "b.jpg")
@@ -658,7 +665,7 @@ def in_memory(tmp_path: Path) -> Iterator[Path]:
         yield make(Path(folder) / "Tornillos")
 
 
-def test_an_overflow_is_told_and_a_scan_finds_what_was_lost(in_memory: Path) -> None:
+def test_watcher_overflow_is_posted_and_a_scan_finds_what_was_lost(in_memory: Path) -> None:
     """A stopped process misses what overflows the kernel's queue, even where all logs are off; then it is told."""
     dataset = in_memory
     script = """
@@ -693,7 +700,7 @@ def test_an_overflow_is_told_and_a_scan_finds_what_was_lost(in_memory: Path) -> 
     assert sum(1 for _ in scan(os.fspath(dataset / "Images"), report=unexpected)) == 20_000
 
 
-def test_a_root_that_is_unmounted_mounted_again_and_mounted_over_is_followed(tmp_path: Path) -> None:
+def test_health_root_mounted_again_or_over_is_watched_again(tmp_path: Path) -> None:
     """Mounts raise no event at all: each change is noticed at the next check, and what is there now is heard."""
     script = """
     os.makedirs(root)
@@ -722,7 +729,7 @@ def test_a_root_that_is_unmounted_mounted_again_and_mounted_over_is_followed(tmp
     assert all('"hears": true' in line for line in lines), done.stdout
 
 
-def test_folders_beyond_the_limit_of_watches_are_noticed_and_the_setting_named(dataset: Path) -> None:
+def test_health_folders_beyond_the_limit_of_watches_name_the_setting(dataset: Path) -> None:
     """Watchdog leaves them unwatched without a word; the root is polled until the limit is raised, then healed."""
     for number in range(20):
         (dataset / "Images" / f"d{number}").mkdir()
@@ -751,7 +758,7 @@ def test_folders_beyond_the_limit_of_watches_are_noticed_and_the_setting_named(d
     assert '"polled": [], "hears": true' in raised
 
 
-def test_a_root_that_no_watch_can_be_had_for_is_polled_and_the_setting_named(dataset: Path) -> None:
+def test_watcher_root_without_a_free_watch_is_polled_and_names_the_setting(dataset: Path) -> None:
     """No watch and no instance left: each says which limit it was; neither is taken for success."""
     script = """
     watcher.watch_dataset(root)
@@ -770,7 +777,7 @@ def test_a_root_that_no_watch_can_be_had_for_is_polled_and_the_setting_named(dat
         assert '"leaked": 0' in second
 
 
-def test_descriptors_that_run_out_leak_none(dataset: Path) -> None:
+def test_watcher_without_spare_descriptors_leaks_none(dataset: Path) -> None:
     """At the limit of open files a start fails whole: the observer's constructor alone would lose one at each try."""
     script = """
     import resource
@@ -797,7 +804,7 @@ def test_descriptors_that_run_out_leak_none(dataset: Path) -> None:
     assert '"hears": true' in second
 
 
-def test_every_test_that_the_document_names_is_here() -> None:
+def test_document_names_only_tests_that_exist() -> None:
     """The table of docs/watching.md is a list of promises: each has its test."""
     document = (Path(__file__).parents[2] / "docs" / "watching.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+)`", document))

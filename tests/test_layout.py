@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.names import CONTROLS, RULES, Reason, Rule, rule_below, rule_for, rule_for_folder
+from sortd.layout import CONTROLS, RULES, Reason, Rule, rule_below, rule_for, rule_for_folder
 from sortd.watch.scan import scan, scan_steps
 from tests.watch.test_scan import never
 

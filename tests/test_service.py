@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.systemd import Notifier
+from sortd.service import Notifier
 
 
 @pytest.fixture(params=["path", "abstract"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sortd.metrics import Metrics
+from sortd.daemon.reporting import Metrics
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sortd.encoder.base import normalisation
+from sortd.encoder.clip import normalisation
 
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}

@@ -1,0 +1,193 @@
+"""A run as a service: signals as messages, notifications to systemd (sd_notify(3)), the status file, its process."""
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sortd.errors import StartupError
+from sortd.files import read_regular, write_json
+
+STOP = frozenset({signal.SIGTERM, signal.SIGINT})  # request an orderly stop; a second one has the default effect
+HANDLED = (*STOP, signal.SIGHUP, signal.SIGUSR1)
+
+
+@dataclass(frozen=True, slots=True)
+class Signalled:
+    """A signal arrived."""
+
+    number: int
+
+
+@contextmanager
+def signals_posted(post: Callable[[Signalled], None]) -> Iterator[None]:
+    """Post every signal of ``HANDLED`` from the main thread, and restore the handlers at the end.
+
+    ``post`` runs between two instructions of the main thread, so it must be reentrant: ``queue.SimpleQueue.put`` is.
+    """
+    before = {number: signal.getsignal(number) for number in HANDLED}
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if number in STOP:
+            signal.signal(number, before[signal.Signals(number)])
+        post(Signalled(number))
+
+    for number in HANDLED:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Notifier:
+    """Sends notifications to the service manager that started this process."""
+
+    def __init__(self, environ: Mapping[str, str] = os.environ, *, process: int | None = None) -> None:
+        """Read NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID; without NOTIFY_SOCKET nothing is sent."""
+        address = environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address  # @: an abstract socket
+        is_meant = environ.get("WATCHDOG_PID", str(process or os.getpid())) == str(process or os.getpid())
+        microseconds = environ.get("WATCHDOG_USEC", "")
+        self.watchdog_seconds = int(microseconds) / 1e6 if address and is_meant and microseconds.isdigit() else 0.0
+        """``watchdog`` must be called more often than this; 0.0: never."""
+
+    def ready(self, status: str = "") -> bool:
+        """Notify that the start, or a reload, is complete."""
+        return self._send("READY=1", status and f"STATUS={status}")
+
+    def status(self, text: str) -> bool:
+        """Set the status line of ``systemctl status``."""
+        return self._send(f"STATUS={text}")
+
+    def reloading(self, *, clock: Callable[[], int] = lambda: time.clock_gettime_ns(time.CLOCK_MONOTONIC)) -> bool:
+        """Notify that a reload begins, which ``ready`` ends; Type=notify-reload requires the time, in nanoseconds."""
+        return self._send("RELOADING=1", f"MONOTONIC_USEC={clock() // 1_000}")
+
+    def extend(self, seconds: float) -> bool:
+        """Extend the start timeout to this many seconds from now."""
+        return self._send(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
+
+    def watchdog(self) -> bool:
+        """Reset the watchdog timer."""
+        return self._send("WATCHDOG=1")
+
+    def stopping(self) -> bool:
+        """Notify that the process is stopping."""
+        return self._send("STOPPING=1")
+
+    def _send(self, *lines: str) -> bool:
+        """Send one datagram and return whether it was accepted; if not, systemd's timeouts apply."""
+        if not self._address:
+            return False
+        message = "\n".join(line.replace("\n", " ") for line in lines if line)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.settimeout(1.0)
+            try:
+                sender.sendto(message.encode("utf-8", "backslashreplace"), self._address)
+            except OSError:
+                return False
+        return True
+
+
+STATUS_FILE = "status.json"
+
+
+class Status:
+    """The status file in the state directory; the loop writes it when a fact has changed."""
+
+    def __init__(self, state: Path, *, clock: Callable[[], float] = time.time) -> None:
+        """Write into ``state``, which the first write creates."""
+        self._path = state / STATUS_FILE
+        self._clock = clock
+        self._last: Mapping[str, Any] | None = None
+
+    def write(self, facts: Mapping[str, Any]) -> bool:
+        """Write the facts if they differ from the last ones; return whether they did. Raises OSError."""
+        if facts == self._last:
+            return False
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._path, {**facts, "written_at": round(self._clock(), 3)}, indent=1, durable=False)
+        self._last = dict(facts)
+        return True
+
+
+def read_status(state: Path) -> dict[str, Any] | None:
+    """Return the facts of the last run, with ``alive`` for its process; None if sortd never ran.
+
+    Raises:
+        StartupError: the file cannot be read, or is no regular file.
+    """
+    file = state / STATUS_FILE
+    try:
+        facts = json.loads(read_regular(file))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return None
+    except OSError as error:
+        is_denied = isinstance(error, PermissionError)
+        advice = "run the command as the user that runs sortd, or as root" if is_denied else "remove it"
+        raise StartupError(f"{file} cannot be read: {error.strerror}; {advice}") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("pid", 0), int):
+        return None
+    facts["alive"] = bool(facts.get("running")) and is_alive(facts.get("pid", 0), facts.get("started_ticks"))
+    return facts
+
+
+def started_ticks(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since boot (field 22 of proc_pid_stat(5)); None if it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+def is_of_its_writer(state: Path, pid: int) -> bool:
+    """Tell whether the owner of the status file is root or the user of the process.
+
+    Otherwise a user who may write that file could make root signal another user's process.
+    """
+    try:
+        writer = os.lstat(state / STATUS_FILE).st_uid
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return False
+    users = next((line.split()[1:] for line in lines if line.startswith("Uid:")), [])
+    return writer == 0 or str(writer) in users
+
+
+def is_alive(pid: int, ticks: int | None) -> bool:
+    """Tell whether a process runs and started at ``ticks``, since process numbers are reused."""
+    return pid > 0 and ticks is not None and started_ticks(pid) == ticks
+
+
+def lock_holder(lock: Path) -> int | None:
+    """Return the process that holds a lock file, by /proc/locks (see proc(5)); None if there is none.
+
+    The lock is not tried: to hold it for a moment could make a sortd that starts just then fail.
+    """
+    try:
+        inode = lock.stat().st_ino
+        locks = Path("/proc/locks").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    held = re.findall(rf"WRITE\s+(\d+) [0-9a-f]+:[0-9a-f]+:{inode} ", locks)
+    return next((int(pid) for pid in held if _has_open(pid, lock)), None)
+
+
+def _has_open(pid: str, path: Path) -> bool:
+    """Tell whether a process has a file open; True for another user's process, since equal inodes are rare."""
+    folder, real = f"/proc/{pid}/fd", os.path.realpath(path)
+    try:
+        return any(os.path.realpath(f"{folder}/{name}") == real for name in os.listdir(folder))
+    except OSError as refusal:
+        return isinstance(refusal, PermissionError)
