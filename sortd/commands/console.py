@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from math import sqrt
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,9 +16,6 @@ import typer.core
 
 from sortd.classify.prompts import written_name
 from sortd.files import readable_json
-
-ERRORS_OF_95_PERCENT = 1.96
-"""Standard deviations on either side of the mean that contain 95 % of a normal distribution."""
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|hours?|d|days?|w|weeks?)(?:\s+ago)?")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -197,21 +193,6 @@ def counted(number: int, noun: str) -> str:
     """Return ``1 image``, ``2 images``."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
-
-
-def interval(right: int, judged: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a proportion: Wilson (1927), "Probable inference"."""
-    squared = ERRORS_OF_95_PERCENT**2
-    share, whole = right / judged, judged + squared
-    centre = (right + squared / 2) / whole
-    half = ERRORS_OF_95_PERCENT * sqrt(share * (1 - share) * judged + squared / 4) / whole
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def out_of(right: int, judged: int) -> str:
-    """Return ``26 of 37 (95 %: 54 to 82 %)``, the counts and the confidence interval of their proportion."""
-    low, high = interval(right, judged)
-    return f"{right:,} of {judged:,} (95 %: {100 * low:.0f} to {100 * high:.0f} %)"
 
 
 def megabytes(size_bytes: float) -> str:

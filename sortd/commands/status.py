@@ -13,12 +13,11 @@ from time import time
 from typing import Any
 
 from sortd import errors
+from sortd.classify.proportions import interval, out_of
 from sortd.commands.console import (
     counted,
     format_duration,
     format_time,
-    interval,
-    out_of,
     print_line,
     print_table,
     printable,
