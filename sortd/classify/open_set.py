@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.arrays import Array, BoolArray, IntArray
-from sortd.classify.gaussian import fit_gaussian, fit_space, shrink_means, squared_distances
+from sortd.classify.gaussian import ClassMoments, class_moments, fit_gaussian, shrink_means, squared_distances
 from sortd.classify.library import Pause, no_pause, parts
 
 Moments = tuple[float, float]
@@ -188,32 +188,34 @@ def leave_classes_out(rows: Array, classes: IntArray, counts: IntArray, *, pause
         empty = np.zeros(0)
         return Strangers(empty, empty, empty, empty, empty, 0)
     rows, classes, counts = _thin(rows, classes, counts)
+    moments = class_moments(rows, classes, counts, pause=pause)
     folds = np.full(len(counts), -1)
     folds[present] = np.random.default_rng(0).permutation(present.size) % min(FOLDS, present.size)
-    scored = [_fold(rows, classes, counts, folds == fold, pause) for fold in range(int(folds.max()) + 1)]
+    scored = [_fold(rows, classes, counts, moments, folds == fold, pause) for fold in range(int(folds.max()) + 1)]
     typicality, margin, cosine, weights = (np.concatenate(column) for column in zip(*scored, strict=True))
     null = Strangers(typicality, margin, cosine, np.zeros(0), weights, int(present.size))
     return replace(null, likeness=null.likeness_of(typicality, margin, cosine))
 
 
 def _fold(
-    rows: Array, classes: IntArray, counts: IntArray, left_out: BoolArray, pause: Pause
+    rows: Array, classes: IntArray, counts: IntArray, moments: ClassMoments, left_out: BoolArray, pause: Pause
 ) -> tuple[Array, Array, Array, Array]:
-    gone = left_out[classes]
-    index = np.cumsum(~left_out) - 1
-    kept_rows, kept_classes, kept_counts = rows[~gone], index[classes[~gone]], counts[~left_out]
-    space = fit_space(kept_rows, kept_classes, kept_counts)
-    gaussian = fit_gaussian(space.place(kept_rows), kept_classes, kept_counts, pause=pause)
-    placed = space.place(rows[gone])
-    distances = squared_distances(placed @ gaussian.whitener, shrink_means(gaussian))
-    distances[:, kept_counts == 0] = np.inf
-    best = distances.argmin(axis=1)
-    two = np.partition(distances, 1, axis=1)
-    offsets = placed @ gaussian.background - gaussian.background_middle
-    background = np.square(offsets).sum(axis=1)
-    pause()
-    cosines = nearest_cosines(rows[gone], best, kept_rows, kept_classes, pause=pause)
-    return background - two[:, 0], two[:, 1] - two[:, 0], cosines, 1.0 / counts[classes[gone]]
+    kept_counts, gone = np.where(left_out, 0, counts), np.flatnonzero(left_out[classes])
+    gaussian = fit_gaussian(moments.space(kept_counts).place(rows, pause=pause), classes, kept_counts, pause=pause)
+    shrunk = shrink_means(gaussian)[kept_counts > 0]
+    best, first, second, background = np.empty(len(gone), np.int64), *np.empty((3, len(gone)))
+    for part in parts(len(gone), max(len(shrunk), rows.shape[1])):
+        placed = gaussian.placed[gone[part]]
+        distances = squared_distances(placed @ gaussian.whitener, shrunk)
+        at, each = distances.argmin(axis=1), np.arange(len(distances))
+        best[part], first[part] = at, distances[each, at]
+        distances[each, at] = np.inf
+        second[part] = distances.min(axis=1)
+        background[part] = np.square(placed @ gaussian.background - gaussian.background_middle).sum(axis=1)
+        pause()
+    best = np.flatnonzero(kept_counts)[best]
+    cosines = nearest_cosines(rows[gone], best, rows, classes, pause=pause)
+    return background - first, second - first, cosines, 1.0 / counts[classes[gone]]
 
 
 def nearest_cosines(  # noqa: PLR0913 -- all but four are seldom given
