@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sortd.arrays import Array, IntArray
+from sortd.arrays import Array, FloatArray, IntArray
 from sortd.classify.library import Pause, class_means, no_pause, parts, unit_rows
 
 PSEUDO_ROWS = 5.0
@@ -28,12 +28,13 @@ class Space:
     def place(self, embeddings: Rows, *, pause: Pause = no_pause) -> Array:
         """Return unit rows (B, d) of embeddings (B, d) in this space."""
         placed = np.empty(embeddings.shape)
-        for part in parts(*embeddings.shape):
-            block = placed[part]
-            np.subtract(embeddings[part], self.center, out=block)
-            block *= self.scale
-            block /= np.maximum(_lengths(block), 1e-12)[:, None]
-            pause()
+        _place(embeddings, self.center, self.scale, placed, pause)
+        return placed
+
+    def place_in_single(self, embeddings: FloatArray, *, pause: Pause = no_pause) -> FloatArray:
+        """Return ``place`` in single precision, in half of the time."""
+        placed = np.empty_like(embeddings)
+        _place(embeddings, self.center.astype(np.float32), self.scale.astype(np.float32), placed, pause)
         return placed
 
     def remoteness(self, embeddings: Rows, *, pause: Pause = no_pause) -> Array:
@@ -68,7 +69,7 @@ class Gaussian:
     """Classes with a common covariance, in whitened coordinates."""
 
     whitener: Array  # (d, d): placed rows times this have unit covariance within their class
-    placed: Array  # (N, d): the references in the standardised space
+    placed: Rows  # (N, d): the references in the standardised space
     placed_means: Array  # (C, d): their class means; zero where there is no reference
     classes: IntArray  # (N,), ascending
     counts: IntArray  # (C,): references of each class; 0 is allowed
@@ -117,12 +118,12 @@ def inverse_spreads(variance: Array, rows: int) -> Array:
 
 
 def fit_gaussian(
-    placed: Array, classes: IntArray, counts: IntArray, *, ambient: int | None = None, pause: Pause = no_pause
+    placed: Rows, classes: IntArray, counts: IntArray, *, ambient: int | None = None, pause: Pause = no_pause
 ) -> Gaussian:
     """Return the Gaussian of unit rows (N, r) of the standardised space, sorted by class.
 
     Rows of a class whose count is 0 are left out. The covariance within classes is shrunk to the isotropic one with
-    ``ambient`` (default: r) pseudo-observations.
+    ``ambient`` (default: r) pseudo-observations. Of rows in single precision, only sums are made in double precision.
     """
     width = placed.shape[1] if ambient is None else ambient
     present = np.flatnonzero(counts)
@@ -135,8 +136,9 @@ def fit_gaussian(
     pause()
     within = np.zeros_like(spread)
     if freedom:
+        subtracted = means.astype(placed.dtype, copy=False)
         for part in parts(*placed.shape):
-            residuals = placed[part] - means[classes[part]]
+            residuals = placed[part] - subtracted[classes[part]]
             residuals[counts[classes[part]] < 2] = 0.0  # noqa: PLR2004 - left out, or the only one
             within += residuals.T @ residuals
             pause()
@@ -207,8 +209,17 @@ def _inverse(lower: Array) -> Array:
     return result
 
 
-def _lengths(rows: Array) -> Array:
-    return np.asarray(np.sqrt(np.einsum("ij,ij->i", rows, rows)), dtype=np.float64)
+def _lengths(rows: Rows) -> Rows:
+    return np.asarray(np.sqrt(np.einsum("ij,ij->i", rows, rows)))
+
+
+def _place(embeddings: Rows, center: Rows, scale: Rows, placed: Rows, pause: Pause) -> None:
+    for part in parts(*embeddings.shape):
+        block = placed[part]
+        np.subtract(embeddings[part], center, out=block)
+        block *= scale
+        block /= np.maximum(_lengths(block), 1e-12)[:, None]
+        pause()
 
 
 def place_names(space: Space, text: Array, text_mean: Array | None, means: Array, counts: IntArray) -> PlacedNames:
