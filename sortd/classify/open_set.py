@@ -194,14 +194,18 @@ def leave_classes_out(rows: Array, classes: IntArray, counts: IntArray, *, pause
     folds[present] = np.random.default_rng(0).permutation(present.size) % min(FOLDS, present.size)
     single = rows.astype(np.float32)
     scored = [_fold(single, classes, counts, moments, folds == fold, pause) for fold in range(int(folds.max()) + 1)]
-    typicality, margin, cosine, weights = (np.concatenate(column) for column in zip(*scored, strict=True))
+    asked, best, typicality, margin = (np.concatenate(column) for column in zip(*scored, strict=True))
+    cosine = nearest_cosines(rows[asked], best, rows, classes, pause=pause)
+    cosine = np.round(cosine, 12)  # the cosine of a pair occurs at both ends, and rounding must not order them
+    weights = 1.0 / counts[classes[asked]]
     null = Strangers(typicality, margin, cosine, np.zeros(0), weights, int(present.size))
     return replace(null, likeness=null.likeness_of(typicality, margin, cosine))
 
 
 def _fold(
     rows: FloatArray, classes: IntArray, counts: IntArray, moments: ClassMoments, left_out: BoolArray, pause: Pause
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[IntArray, IntArray, Array, Array]:
+    """Return the rows (B,) of the classes that are left out, their best other class, typicality and margin."""
     kept_counts, gone = np.where(left_out, 0, counts), np.flatnonzero(left_out[classes])
     all_placed = moments.space(kept_counts).place_in_single(rows, pause=pause)
     gaussian = fit_gaussian(all_placed, classes, kept_counts, pause=pause)
@@ -216,9 +220,7 @@ def _fold(
         second[part] = distances.min(axis=1)
         background[part] = np.square(placed @ gaussian.background - gaussian.background_middle).sum(axis=1)
         pause()
-    best = np.flatnonzero(kept_counts)[best]
-    cosines = nearest_cosines(rows[gone], best, rows, classes, pause=pause)
-    return background - first, second - first, cosines, 1.0 / counts[classes[gone]]
+    return gone, np.flatnonzero(kept_counts)[best], background - first, second - first
 
 
 def nearest_cosines(  # noqa: PLR0913 -- all but four are seldom given
