@@ -144,7 +144,9 @@ def _fit(library: Library, largest: int, pause: Pause) -> LibraryFit:
         names = place_names(space, library.text, library.text_mean, gaussian.placed_means, counts)
         pause()
     named = None if names is None else names.rows @ gaussian.whitener
+    pause()
     held = hold_out(gaussian, choose_held_out(counts, classes, largest=largest), pause=pause)
+    pause()
     kernel = make_kernel(gaussian, pause=pause)
     pause()
     refitted: Refitted | None = None

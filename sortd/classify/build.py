@@ -142,8 +142,7 @@ def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend, pause: 
 def _plain_decisions(mode: Mode, library: Library, blend: Blend, pause: Pause) -> tuple[IntArray, Array, float]:
     """Return the best class (R,) of held-out rows under a plain mode, its probability (R,), and the temperature."""
     chosen, own = blend.fit.held.chosen, blend.fit.held.own
-    means = class_means(library.rows, library.classes, library.counts)
-    plain = Plain(library.rows, library.classes, library.counts, means, library.text)
+    plain = Plain(library.rows, library.classes, library.counts, blend.fit.moments.means, library.text)
     table = np.empty((len(chosen), len(library.counts)))
     for part in parts(len(chosen), len(library.rows), BLOCK):  # the blocks of ``max``, for equal rounding
         table[part] = plain_held_out(mode, chosen[part], plain)

@@ -151,13 +151,15 @@ def fit_gaussian(
     total = within + spread
     background = _whitener(total, float(np.trace(total)) / width, size, width)
     pause()
+    whitened_means = means @ whitener
+    pause()
     return Gaussian(
         whitener=whitener,
         placed=placed,
         placed_means=means,
         classes=classes,
         counts=counts,
-        means=means @ whitener,
+        means=whitened_means,
         middle=middle @ whitener,
         freedom=freedom,
         ambient=width,

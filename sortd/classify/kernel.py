@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from sortd.arrays import Array, FloatArray, IntArray
 from sortd.classify.gaussian import Gaussian
-from sortd.classify.library import Pause, count_classes, no_pause, unit_rows
+from sortd.classify.library import Pause, count_classes, no_pause, parts, unit_rows
 from sortd.events import Mode
 
 BLOCK = 8_000_000
@@ -122,8 +122,12 @@ def make_kernel(gaussian: Gaussian, *, pause: Pause = no_pause) -> Kernel:
     """Return the kernel over the references of a Gaussian."""
     chosen = choose_rows(gaussian.classes, gaussian.counts)
     classes = gaussian.classes[chosen]
+    rows = np.empty((len(chosen), gaussian.placed.shape[1]), np.float32)
+    for part in parts(len(rows), rows.shape[1]):
+        rows[part] = unit_rows(gaussian.whitened(chosen[part]))
+        pause()
     return Kernel(
-        rows=unit_rows(gaussian.whitened(chosen, pause=pause)).astype(np.float32),
+        rows=rows,
         chosen=chosen,
         classes=classes,
         counts=count_classes(classes, len(gaussian.counts)),
