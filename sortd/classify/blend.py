@@ -141,7 +141,7 @@ def _fit(library: Library, largest: int, pause: Pause) -> LibraryFit:
     gaussian = fit_gaussian(space.place(rows, pause=pause), classes, counts, pause=pause)
     names: PlacedNames | None = None
     if library.text is not None:
-        names = place_names(space, library.text, library.text_mean, gaussian.placed_means, counts)
+        names = place_names(space, library.text, library.text_mean, gaussian.placed_means, counts, pause=pause)
         pause()
     named = None if names is None else names.rows @ gaussian.whitener
     pause()

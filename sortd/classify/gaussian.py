@@ -224,7 +224,15 @@ def _place(embeddings: Rows, center: Rows, scale: Rows, placed: Rows, pause: Pau
         pause()
 
 
-def place_names(space: Space, text: Array, text_mean: Array | None, means: Array, counts: IntArray) -> PlacedNames:
+def place_names(
+    space: Space,
+    text: Array,
+    text_mean: Array | None,
+    means: Array,
+    counts: IntArray,
+    *,
+    pause: Pause = no_pause,
+) -> PlacedNames:
     """Return the names in the space of the images; ``means`` are class means (C, d) in that space.
 
     Text and images are centred separately, which removes the modality gap; ``rho`` is the least-squares slope of the
@@ -233,6 +241,7 @@ def place_names(space: Space, text: Array, text_mean: Array | None, means: Array
     generic = text.mean(axis=0) if text_mean is None else text_mean
     directions = unit_rows((text - generic) * space.scale)
     directions = directions - directions.mean(axis=0)
+    pause()
     present = np.flatnonzero(counts)
     if present.size < 2:  # noqa: PLR2004 - no direction between classes to compare with
         middle = means[present].mean(axis=0) if present.size else np.zeros(text.shape[1])
@@ -242,6 +251,7 @@ def place_names(space: Space, text: Array, text_mean: Array | None, means: Array
     known = directions[present] - directions[present].mean(axis=0)
     strength = max(float(np.square(known).sum()), 1e-12)
     gain = max(float((offsets * known).sum()) / strength, 0.0)
+    pause()
     return PlacedNames(rows=middle + gain * directions, gain=gain, evidence=_evidence(offsets, known))
 
 

@@ -11,7 +11,7 @@ from sortd.classify.gaussian import Gaussian
 from sortd.classify.library import Pause, count_classes, no_pause, parts, unit_rows
 from sortd.events import Mode
 
-BLOCK = 8_000_000
+BLOCK = 4_000_000
 ROUNDING_OF_SINGLE = 1e-5
 """Upper bound of the rounding error of a cosine in single precision."""
 SHARPNESS = 10.0
@@ -31,6 +31,11 @@ class Plain:
     counts: IntArray  # (C,)
     means: Array  # (C, d)
     text: Array | None  # (C, d)
+
+    @cached_property
+    def single(self) -> FloatArray:
+        """(N, d): the rows in single precision."""
+        return self.rows.astype(np.float32, copy=False)
 
     @cached_property
     def directions(self) -> Array:
@@ -77,7 +82,7 @@ def _largest(queries: Array, plain: Plain, itself: IntArray | None = None) -> Ar
     if not present.size:
         return result
     starts = np.searchsorted(plain.classes, present)
-    single = plain.rows.astype(np.float32, copy=False)
+    single = plain.single
     size = max(1, BLOCK // len(single))
     for start in range(0, len(queries), size):
         part = slice(start, start + size)

@@ -107,8 +107,11 @@ def make_library(
         rows[part] = unit_rows(references[part].astype(np.float64))
         pause()
     group, leaders = _groups(rows, classes, 1.0 - max(duplicate_distance(rows), ROUNDING), pause)
-    sums = rows[leaders]
     pause()
+    sums = np.empty((len(leaders), rows.shape[1]))
+    for part in parts(len(sums), sums.shape[1]):
+        sums[part] = rows[leaders[part]]
+        pause()
     joined = np.ones(len(rows), dtype=bool)
     joined[leaders] = False
     np.add.at(sums, group[joined], rows[joined])
