@@ -1,6 +1,11 @@
-"""Measure a large library: one added reference, no change, and a decision among ten thousand classes.
+"""Measure a large library: its prototypes, one added reference, no change, and a decision among ten thousand classes.
 
-python -m benchmarks.scale [rebuild] [decide] [--references 10000] [--library 100000] [--classes 10000] [--json]
+python -m benchmarks.scale [build] [rebuild] [decide] [--repeats 3] [--references 10000] [--library 100000]
+    [--classes 10000] [--json]
+
+build     random embeddings of 512 dimensions with names: 20,000 references of 200 classes and 4,000 of 1,000, each
+          with ``strangers`` auto and 0.05. The fastest of the repeats, in seconds and in seconds of a processor, and
+          the longest time between two pauses, in which the worker does nothing else, in the repeat where it is least
 
 rebuild   small pictures on the disk as references of a hundred classes, through the decoders, the cache and an
           encoder that counts the images it sees; then one reference more; then no change. The floor: one more
@@ -16,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +42,8 @@ DIMENSIONS = 512
 SIDE = 16
 REBUILD_CLASSES = 100
 MOST_FORWARDS = 3
+BUILT = ((20_000, 200), (4_000, 1_000))
+STRANGERS: tuple[float | Literal["auto"], ...] = ("auto", 0.05)
 BATCH = 16
 
 
@@ -62,6 +69,50 @@ class CountingEncoder:
     def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Embed no text."""
         raise NotImplementedError(texts)  # `has_text` is False, so asking is a mistake of the caller
+
+
+def made_library(references: int, classes: int, *, named: bool) -> SupportSet:
+    """Return random embeddings of classes that share a direction, and maybe names that resemble them."""
+    dice = np.random.default_rng(0)
+    looks = dice.standard_normal((classes, DIMENSIONS), np.float32)
+    of = np.sort(np.arange(references) % classes)
+    return SupportSet(
+        labels=tuple(f"class {number:05}" for number in range(classes)),
+        embeddings=_unit(2.0 + looks[of] + 2.0 * dice.standard_normal((references, DIMENSIONS), np.float32)),
+        classes=of,
+        sources=tuple(f"{number}.png" for number in range(references)),
+        text=_unit(looks + dice.standard_normal(looks.shape, np.float32) - 1.0) if named else None,
+        text_mean=np.full(DIMENSIONS, -0.03, np.float32) if named else None,
+        strangers=np.zeros((0, DIMENSIONS), np.float32),
+        encoder_id="random",
+        fingerprint="random",
+    )
+
+
+def measure_build(repeats: int) -> dict[str, Any]:
+    """Return the seconds of a build of two libraries, and the longest time between two of its pauses."""
+    facts: dict[str, Any] = {"n": repeats}
+    for references, classes in BUILT:
+        support = made_library(references, classes, named=True)
+        for strangers in STRANGERS:
+            settings = DecisionSettings(Mode.MIXED, AbstainSettings(0.95, strangers))
+            each = [_timed_build(support, settings) for _ in range(repeats)]
+            facts[f"{references} references, {classes} classes, strangers {strangers}"] = {
+                name: round(min(one[name] for one in each), 3) for name in each[0]
+            }
+    return facts
+
+
+def _timed_build(support: SupportSet, settings: DecisionSettings) -> dict[str, float]:
+    busy, paused = time.process_time(), [time.perf_counter()]
+    build(support, settings, generation=1, pause=lambda: paused.append(time.perf_counter()))
+    paused.append(time.perf_counter())
+    return {
+        "seconds": paused[-1] - paused[0],
+        "processor_seconds": time.process_time() - busy,
+        "longest_between_pauses": float(np.diff(paused).max()),
+        "pauses": len(paused) - 2,
+    }
 
 
 def write_reference(clases: Path, number: int) -> None:
@@ -145,15 +196,22 @@ def _milliseconds(work: Callable[[npt.NDArray[np.float32]], object], batch: npt.
     return statistics.median(times)
 
 
+def _unit(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+
+
 def main() -> int:
     """Print the requested measurements; exit 1 if a limit is not met."""
     parser = argument_parser(__doc__)
-    parser.add_argument("what", nargs="*", default=["rebuild", "decide"])
+    parser.add_argument("what", nargs="*", default=["build", "rebuild", "decide"])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--references", type=int, default=10_000)
     parser.add_argument("--library", type=int, default=100_000)
     parser.add_argument("--classes", type=int, default=10_000)
     arguments = parser.parse_args()
     facts: dict[str, Any] = {}
+    if "build" in arguments.what:
+        facts["build"] = measure_build(arguments.repeats)
     if "rebuild" in arguments.what:
         with tempfile.TemporaryDirectory(prefix="sortd-bench-") as name:
             facts["rebuild"] = measure_rebuild(Path(name), arguments.references)

@@ -7,12 +7,22 @@ import numpy as np
 
 from sortd.arrays import Array, BoolArray
 from sortd.classify.calibration import balanced_weights, fit_temperature
-from sortd.classify.gaussian import Gaussian, PlacedNames, Space, fit_gaussian, fit_space, place_names, shrink_means
+from sortd.classify.gaussian import (
+    ClassMoments,
+    Gaussian,
+    PlacedNames,
+    Space,
+    class_moments,
+    fit_gaussian,
+    place_names,
+    shrink_means,
+)
 from sortd.classify.kernel import Kernel, make_kernel
 from sortd.classify.leave_one_out import (
     LARGEST_ROWS,
     REFIT_UP_TO,
     HeldOut,
+    HeldOutProducts,
     Refitted,
     choose_held_out,
     gaussian_table,
@@ -20,7 +30,7 @@ from sortd.classify.leave_one_out import (
     kernel_table,
     refit_tables,
 )
-from sortd.classify.library import Library, Pause, class_means, no_pause, parts
+from sortd.classify.library import Library, Pause, no_pause, parts
 
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Weights of the kernel that are tried, relative to the Gaussian. The smallest is taken unless a larger one is better
@@ -42,6 +52,7 @@ class LibraryFit:
     """The parts of a fit that do not depend on the weight of the names; R references are held out."""
 
     present: BoolArray  # (C,): classes with a reference
+    moments: ClassMoments
     space: Space
     gaussian: Gaussian
     names: PlacedNames | None
@@ -49,6 +60,8 @@ class LibraryFit:
     held: HeldOut
     row_weights: Array  # (R,); classes have equal weight
     refitted: Refitted | None  # leave-one-out by refitting, for small libraries
+    products: HeldOutProducts | None  # for the other libraries
+    kernel: Kernel
     kernel_table: Array  # (R, C)
     kernel_gaps: Array  # (R,)
 
@@ -66,7 +79,6 @@ class Trial:
     share: float  # weight of the kernel relative to the Gaussian
     gaussian_weight: float
     kernel_weight: float
-    table: Array  # (R, C): logits of the held-out references
     distances: Array  # (R,): squared distance of each to its best class
     losses: Array  # (R,): weighted log losses
     right: Array  # (R,): the weight if the class is correct, else 0
@@ -74,13 +86,27 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class Blend:
-    """A fitted mode with its leave-one-out table."""
+    """A fitted mode with its leave-one-out trial."""
 
     fit: LibraryFit
     trial: Trial
     kernel: Kernel
     shrunk: Array  # (C, d) whitened means
     competes: BoolArray  # (C,): classes that can be chosen
+
+    def held_out_logits(self, *, pause: Pause = no_pause) -> Array:
+        """Return (R, C) logits of the held-out references."""
+        fit, trial = self.fit, self.trial
+        if not trial.kernel_weight:
+            return np.where(fit.present, np.zeros((len(fit.held.own), 1)), -np.inf)
+        table = np.empty(fit.kernel_table.shape)
+        _fill_gaussian(fit, trial.text_weight, table, pause)
+        for part in fit.parts:
+            table[part] *= trial.gaussian_weight
+            table[part] += trial.kernel_weight * fit.kernel_table[part]
+            table[part, ~fit.present] = -np.inf
+            pause()
+        return table
 
 
 def fit_blends(library: Library, *, largest: int = LARGEST_ROWS, pause: Pause = no_pause) -> tuple[Blend, Blend]:
@@ -93,14 +119,15 @@ def fit_blends(library: Library, *, largest: int = LARGEST_ROWS, pause: Pause = 
     if not len(fit.held.own) or fit.present.sum() < 2:  # noqa: PLR2004 - nothing to choose between
         best = _assemble(fit, fit.present, _untried(fit, 0.0))
         return best, _assemble(fit, fit.present | True, _untried(fit, UNTRIED_WEIGHT)) if uses_names else best
-    alone = _try_weight(fit, 0.0, pause)
+    table = np.empty(fit.kernel_table.shape)
+    alone = _try_weight(fit, 0.0, table, pause)
     best = _assemble(fit, fit.present, alone)
     pause()
     if not uses_names:
         return best, best
     chosen = alone
     for weight in TEXT_WEIGHTS:
-        trial = _try_weight(fit, weight, pause)
+        trial = _try_weight(fit, weight, table, pause)
         if _is_better(alone, trial) and float(trial.losses.sum()) < float(chosen.losses.sum()):
             chosen = trial
     return best, _assemble(fit, fit.present | True, chosen)
@@ -109,26 +136,32 @@ def fit_blends(library: Library, *, largest: int = LARGEST_ROWS, pause: Pause = 
 def _fit(library: Library, largest: int, pause: Pause) -> LibraryFit:
     rows, classes, counts = library.rows, library.classes, library.counts
     present = counts > 0
-    space = fit_space(rows, classes, counts)
-    pause()
-    placed = space.place(rows)
-    pause()
-    gaussian = fit_gaussian(placed, classes, counts, pause=pause)
+    moments = class_moments(rows, classes, counts, pause=pause)
+    space = moments.space(counts)
+    gaussian = fit_gaussian(space.place(rows, pause=pause), classes, counts, pause=pause)
     names: PlacedNames | None = None
     if library.text is not None:
-        names = place_names(space, library.text, library.text_mean, class_means(placed, classes, counts), counts)
+        names = place_names(space, library.text, library.text_mean, gaussian.placed_means, counts, pause=pause)
+        pause()
     named = None if names is None else names.rows @ gaussian.whitener
-    held = hold_out(gaussian, choose_held_out(counts, classes, largest=largest))
+    pause()
+    held = hold_out(gaussian, choose_held_out(counts, classes, largest=largest), pause=pause)
+    pause()
+    kernel = make_kernel(gaussian, pause=pause)
     pause()
     refitted: Refitted | None = None
+    products: HeldOutProducts | None = None
     if len(rows) <= REFIT_UP_TO:
         weights = (0.0,) if names is None else (0.0, *TEXT_WEIGHTS)
         refitted = refit_tables(library, held.chosen, weights, pause=pause)
         table = refitted.kernel
     else:
-        table = kernel_table(gaussian, held, make_kernel(gaussian), pause=pause)
+        used = named if names is not None and names.evidence >= LEAST_EVIDENCE else None
+        products = HeldOutProducts(gaussian, held, used, pause=pause)
+        table = kernel_table(gaussian, held, kernel, pause=pause)
     return LibraryFit(
         present=present,
+        moments=moments,
         space=space,
         gaussian=gaussian,
         names=names,
@@ -136,6 +169,8 @@ def _fit(library: Library, largest: int, pause: Pause) -> LibraryFit:
         held=held,
         row_weights=balanced_weights(held.own, len(counts)),
         refitted=refitted,
+        products=products,
+        kernel=kernel,
         kernel_table=table,
         kernel_gaps=_gaps(table, present, pause),
     )
@@ -143,58 +178,60 @@ def _fit(library: Library, largest: int, pause: Pause) -> LibraryFit:
 
 def _gaps(table: Array, present: BoolArray, pause: Pause) -> Array:
     """Return (R,) the difference of the best and the median score of each row."""
-    gaps = np.empty(len(table))
+    gaps, half = np.zeros(len(table)), int(present.sum()) // 2
     for part in parts(*table.shape):
         scores = table[part][:, present]
         if scores.size:
-            gaps[part] = scores.max(axis=1) - np.median(scores, axis=1)
+            best = scores.max(axis=1)
+            scores.partition(half, axis=1)
+            lower = scores[:, half] if 2 * half < scores.shape[1] else scores[:, :half].max(axis=1)
+            gaps[part] = best - (lower + scores[:, half]) / 2.0
         pause()
     return gaps
 
 
-def _gaussian_table(fit: LibraryFit, weight: float, pause: Pause) -> Array:
-    """Return leave-one-out Gaussian scores (R, C)."""
-    table = np.empty((len(fit.held.own), len(fit.present)))
+def _fill_gaussian(fit: LibraryFit, weight: float, table: Array, pause: Pause) -> None:
+    """Write leave-one-out Gaussian scores into a table (R, C)."""
     named = fit.named if weight else None
     shrunk = shrink_means(fit.gaussian, named, weight)
     for part in fit.parts:
         if fit.refitted is not None:
             table[part] = fit.refitted.gaussian[weight][part]
         else:
-            table[part] = gaussian_table(fit.gaussian, fit.held, shrunk, named, weight, part)
+            assert fit.products is not None
+            products = fit.products.of(weight, part)
+            table[part] = gaussian_table(fit.gaussian, fit.held, shrunk, named, weight, part, products)
         pause()
-    return table
 
 
-def _try_weight(fit: LibraryFit, weight: float, pause: Pause) -> Trial:
-    """Return the leave-one-out trial of one weight of the names."""
+def _try_weight(fit: LibraryFit, weight: float, table: Array, pause: Pause) -> Trial:
+    """Return the leave-one-out trial of one weight of the names; ``table`` (R, C) is overwritten."""
     own, weights, present = fit.held.own, fit.row_weights, fit.present
-    table = _gaussian_table(fit, weight, pause)
+    _fill_gaussian(fit, weight, table, pause)
     scale = _scale(_gaps(table, present, pause)) / _scale(fit.kernel_gaps)
     chosen = np.empty((len(SHARES), len(own)), np.int64)
     for part in fit.parts:
+        table[part, ~present] = -np.inf
         kernel = scale * fit.kernel_table[part]
+        blended = np.empty_like(kernel)
         for at, share in enumerate(SHARES):
-            chosen[at, part] = np.where(present, table[part] + share * kernel, -np.inf).argmax(axis=1)
+            np.multiply(kernel, share, out=blended)
+            blended += table[part]
+            chosen[at, part] = blended.argmax(axis=1)
         pause()
     share = _choose_share(chosen == own, weights)
-    best, distances = np.empty(len(own), np.int64), np.empty(len(own))
+    best = chosen[SHARES.index(share)]
+    distances = -2.0 * table[np.arange(len(own)), best]
     for part in fit.parts:
-        blended = np.where(present, table[part] + share * scale * fit.kernel_table[part], -np.inf)
-        best[part] = blended.argmax(axis=1)
-        distances[part] = -2.0 * table[part][np.arange(len(blended)), best[part]]
-        table[part] = blended
+        table[part] += (share * scale) * fit.kernel_table[part]
         pause()
     typical = TYPICAL_DIMENSIONS / fit.gaussian.ambient / (1.0 + share)
     factor, losses = fit_temperature(table, own, weights, typical=typical, spread=TEMPERATURE_SPREAD, pause=pause)
-    table *= factor
-    pause()
     return Trial(
         text_weight=weight,
         share=share,
         gaussian_weight=factor,
         kernel_weight=factor * share * scale,
-        table=table,
         distances=distances,
         losses=losses * weights,
         right=weights * (best == own),
@@ -209,7 +246,6 @@ def _untried(fit: LibraryFit, weight: float) -> Trial:
         share=0.0,
         gaussian_weight=TYPICAL_DIMENSIONS / fit.gaussian.ambient,
         kernel_weight=0.0,
-        table=np.where(fit.present, np.zeros((rows, 1)), -np.inf),
         distances=np.zeros(rows),
         losses=np.zeros(rows),
         right=np.zeros(rows),
@@ -221,7 +257,7 @@ def _assemble(fit: LibraryFit, competes: BoolArray, trial: Trial) -> Blend:
     shrunk = shrink_means(fit.gaussian, named, trial.text_weight)
     if named is not None:
         shrunk[~fit.present] = named[~fit.present]
-    return Blend(fit, trial, make_kernel(fit.gaussian, named), shrunk, competes)
+    return Blend(fit, trial, fit.kernel.with_names(named), shrunk, competes)
 
 
 def _choose_share(right: BoolArray, weights: Array) -> float:

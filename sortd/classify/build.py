@@ -37,7 +37,7 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int, p
     order = np.argsort(support.classes, kind="stable")
     references, classes = support.embeddings[order], support.classes[order]
     counts = count_classes(classes, len(support.labels))
-    means = class_means(references.astype(np.float64), classes, counts)
+    means = class_means(references, classes, counts, pause=pause)
     matrix = unit_rows(means)
     if support.text is not None:
         matrix[counts == 0] = support.text[counts == 0]
@@ -67,7 +67,7 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int, p
     best_rule = _rule(best)
     prototypes = replace(
         prototypes,
-        whitening=_whitening(best, references, support.strangers),
+        whitening=_whitening(best, references, support.strangers, pause),
         best=best_rule,
         mixed=best_rule if mixed is best else _rule(mixed),
     )
@@ -75,9 +75,9 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int, p
     return _calibrate(prototypes, library, mixed if settings.mode is Mode.MIXED else best, pause)
 
 
-def _whitening(blend: Blend, references: FloatArray, strangers: FloatArray) -> Whitening:
+def _whitening(blend: Blend, references: FloatArray, strangers: FloatArray, pause: Pause) -> Whitening:
     gaussian, space = blend.fit.gaussian, blend.fit.space
-    placed = space.place(strangers.astype(np.float64)) @ gaussian.whitener
+    placed = space.place(strangers, pause=pause) @ gaussian.whitener
     return Whitening(
         center=space.center,
         scale=space.scale,
@@ -88,7 +88,7 @@ def _whitening(blend: Blend, references: FloatArray, strangers: FloatArray) -> W
         kernel_classes=blend.kernel.classes,
         kernel_counts=blend.kernel.counts,
         strangers=unit_rows(placed).astype(np.float32),
-        remoteness=space.remoteness(references.astype(np.float64)).astype(np.float32),
+        remoteness=space.remoteness(references, pause=pause).astype(np.float32),
     )
 
 
@@ -108,7 +108,7 @@ def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend, pause: 
     """Return the prototypes with temperature, recall, thresholds and stranger scores."""
     settings, classes, own = prototypes.settings, len(library.counts), blend.fit.held.own
     if settings.mode in BLENDED:
-        best, confidence = top_classes(blend.trial.table, 1.0, pause=pause)
+        best, confidence = top_classes(blend.held_out_logits(pause=pause), 1.0, pause=pause)
     else:
         best, confidence, temperature = _plain_decisions(settings.mode, library, blend, pause)
         prototypes = replace(prototypes, temperature=temperature)
@@ -146,8 +146,7 @@ def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend, pause: 
 def _plain_decisions(mode: Mode, library: Library, blend: Blend, pause: Pause) -> tuple[IntArray, Array, float]:
     """Return the best class (R,) of held-out rows under a plain mode, its probability (R,), and the temperature."""
     chosen, own = blend.fit.held.chosen, blend.fit.held.own
-    means = class_means(library.rows, library.classes, library.counts)
-    plain = Plain(library.rows, library.classes, library.counts, means, library.text)
+    plain = Plain(library.rows, library.classes, library.counts, blend.fit.moments.means, library.text)
     table = np.empty((len(chosen), len(library.counts)))
     for part in parts(len(chosen), len(library.rows), BLOCK):  # the blocks of ``max``, for equal rounding
         table[part] = plain_held_out(mode, chosen[part], plain)
@@ -177,12 +176,10 @@ def held_out_open_set(
         background = fit.refitted.background
         cosine, remoteness = fit.refitted.cosine[np.arange(len(best)), best], fit.refitted.remoteness
     else:
-        placed = fit.space.place(rows)
-        pause()
-        background = background_distances(fit.gaussian, placed, fit.held) if with_typicality else np.zeros(0)
-        pause()
+        background = background_distances(fit.gaussian, fit.held, pause=pause) if with_typicality else np.zeros(0)
+        placed = fit.gaussian.placed
         cosine = nearest_cosines(placed[chosen], best, placed, classes, chosen, pause=pause)
-        remoteness = remoteness_left_out(rows, classes, library.counts, chosen)
+        remoteness = remoteness_left_out(rows, classes, library.counts, chosen, fit.moments, pause=pause)
     return OpenSetScores(cosine, background - blend.trial.distances if with_typicality else None, remoteness)
 
 

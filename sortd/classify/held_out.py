@@ -98,7 +98,7 @@ def leave_out_blend(mode: Mode, prototypes: PrototypeSet, library: Library, blen
     A reference with near-duplicates that is left out alone is decided by the whole rule, since its duplicates remain.
     """
     held = blend.fit.held
-    best, confidence = top_classes(blend.trial.table, 1.0) if len(held.own) else (held.own, np.zeros(0))
+    best, confidence = top_classes(blend.held_out_logits(), 1.0) if len(held.own) else (held.own, np.zeros(0))
     size = np.bincount(library.group, minlength=len(library.rows))
     at_row = np.full(len(library.rows), -1)
     at_row[held.chosen] = np.arange(len(held.chosen))

@@ -1,18 +1,17 @@
 """The plain modes (avg, max, mean, text) and the whitened kernel; see docs/decisions.md."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from sortd.arrays import Array, FloatArray, IntArray
 from sortd.classify.gaussian import Gaussian
-from sortd.classify.library import count_classes, unit_rows
+from sortd.classify.library import Pause, count_classes, no_pause, parts, unit_rows
 from sortd.events import Mode
 
-BLOCK = 8_000_000
+BLOCK = 4_000_000
 ROUNDING_OF_SINGLE = 1e-5
 """Upper bound of the rounding error of a cosine in single precision."""
 SHARPNESS = 10.0
@@ -32,6 +31,11 @@ class Plain:
     counts: IntArray  # (C,)
     means: Array  # (C, d)
     text: Array | None  # (C, d)
+
+    @cached_property
+    def single(self) -> FloatArray:
+        """(N, d): the rows in single precision."""
+        return self.rows.astype(np.float32, copy=False)
 
     @cached_property
     def directions(self) -> Array:
@@ -78,7 +82,7 @@ def _largest(queries: Array, plain: Plain, itself: IntArray | None = None) -> Ar
     if not present.size:
         return result
     starts = np.searchsorted(plain.classes, present)
-    single = plain.rows.astype(np.float32, copy=False)
+    single = plain.single
     size = max(1, BLOCK // len(single))
     for start in range(0, len(queries), size):
         part = slice(start, start + size)
@@ -114,17 +118,25 @@ class Kernel:
     counts: IntArray  # (C,): rows of each class
     named: FloatArray | None  # (C, d): whitened unit names, used for classes without a reference
 
+    def with_names(self, named: Array | None) -> "Kernel":
+        """Return the kernel over the same references, and over whitened names (C, d)."""
+        return replace(self, named=None if named is None else unit_rows(named).astype(np.float32))
 
-def make_kernel(gaussian: Gaussian, named: Array | None = None) -> Kernel:
-    """Return the kernel over the references of a Gaussian, and over names (C, d) of classes without references."""
+
+def make_kernel(gaussian: Gaussian, *, pause: Pause = no_pause) -> Kernel:
+    """Return the kernel over the references of a Gaussian."""
     chosen = choose_rows(gaussian.classes, gaussian.counts)
     classes = gaussian.classes[chosen]
+    rows = np.empty((len(chosen), gaussian.placed.shape[1]), np.float32)
+    for part in parts(len(rows), rows.shape[1]):
+        rows[part] = unit_rows(gaussian.whitened(chosen[part]))
+        pause()
     return Kernel(
-        rows=unit_rows(gaussian.rows[chosen]).astype(np.float32),
+        rows=rows,
         chosen=chosen,
         classes=classes,
         counts=count_classes(classes, len(gaussian.counts)),
-        named=None if named is None else unit_rows(named).astype(np.float32),
+        named=None,
     )
 
 
@@ -134,13 +146,12 @@ def choose_rows(classes: IntArray, counts: IntArray) -> IntArray:
     if len(classes) <= LARGEST:
         return order
     limit = _most_of_a_class(counts)
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    spread = [
-        np.unique(np.linspace(start, stop - 1, min(limit, stop - start)).astype(np.int64))
-        for start, stop in pairwise(starts)
-        if stop > start
-    ]
-    return order[np.concatenate(spread)]
+    kept = np.minimum(counts, limit)
+    starts, steps = np.cumsum(counts) - counts, (counts - 1) / np.maximum(kept - 1, 1)
+    rank = np.arange(kept.sum()) - np.repeat(np.cumsum(kept) - kept, kept)
+    spread = (rank * np.repeat(steps, kept) + np.repeat(starts, kept)).astype(np.int64)
+    is_last = (rank > 0) & (rank == np.repeat(kept - 1, kept))
+    return order[np.where(is_last, np.repeat(starts + counts - 1, kept), spread)]
 
 
 def _most_of_a_class(counts: IntArray) -> int:
@@ -159,7 +170,9 @@ def kernel_scores(whitened: Array, kernel: Kernel) -> Array:
 
 def kernel_sums(cosines: npt.NDArray[np.floating], kernel: Kernel) -> Array:
     """Return (B, C) sums of exp(-beta (1 - cosine)) over the references of each class."""
-    weights = np.exp(SHARPNESS * (cosines - np.float32(1.0)))
+    weights = cosines - np.float32(1.0)
+    weights *= SHARPNESS
+    np.exp(weights, out=weights)
     result = np.zeros((len(cosines), len(kernel.counts)))
     present = np.flatnonzero(kernel.counts)
     if present.size:
@@ -169,10 +182,12 @@ def kernel_sums(cosines: npt.NDArray[np.floating], kernel: Kernel) -> Array:
 
 
 def log_kernel_means(summed: Array, counts: npt.NDArray[np.generic], rows: FloatArray, kernel: Kernel) -> Array:
-    """Return log mean kernel values over beta from sums and counts (B, C), with names for classes without rows."""
+    """Turn sums (B, C) into log mean kernel values over beta, with names for classes without rows, and return them."""
     total = np.asarray(counts, dtype=np.float64)
     empty = kernel.counts == 0
     if kernel.named is not None and empty.any():
         summed[:, empty] = np.exp(SHARPNESS * (rows @ kernel.named[empty].T - np.float32(1.0)))
-    mean = np.maximum(summed / np.maximum(total, 1.0), TINY)
-    return np.asarray(np.log(mean) / SHARPNESS, dtype=np.float64)
+    summed /= np.maximum(total, 1.0)
+    np.log(np.maximum(summed, TINY, out=summed), out=summed)
+    summed /= SHARPNESS
+    return summed

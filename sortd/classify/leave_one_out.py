@@ -13,6 +13,7 @@ import numpy as np
 from sortd.arrays import Array, IntArray
 from sortd.classify.gaussian import (
     MEAN_SHRINKAGE,
+    ClassMoments,
     Gaussian,
     fit_gaussian,
     fit_space,
@@ -20,14 +21,16 @@ from sortd.classify.gaussian import (
     place_names,
     shrink_means,
     squared_distances,
+    squared_norms,
 )
 from sortd.classify.kernel import Kernel, kernel_scores, kernel_sums, log_kernel_means, make_kernel
-from sortd.classify.library import Library, Pause, class_means, no_pause, unit_rows
+from sortd.classify.library import Library, Pause, class_means, no_pause, parts, unit_rows
 from sortd.classify.open_set import nearest_cosines
 
 LARGEST_ROWS = 4000
 LARGEST_TABLE = 20_000_000
-BLOCK = 4_000_000
+BLOCK = 1_000_000
+"""Cells of a table of references and neighbours that is computed at once."""
 REFIT_UP_TO = 64
 """Largest library that is fitted again without each reference; 64 fits take a quarter of a second."""
 
@@ -36,8 +39,9 @@ REFIT_UP_TO = 64
 class HeldOut:
     """Removal of R chosen references, one at a time."""
 
-    chosen: IntArray  # (R,): rows of the Gaussian
+    chosen: IntArray  # (R,): references of the Gaussian
     own: IntArray  # (R,): their classes
+    rows: Array  # (R, d): whitened
     residuals: Array  # (R, d): u, the whitened difference to the class mean
     gain: Array  # (R,): tau = r / (1 - r |u|^2)
     factor: float  # of squared distances, for the lost observation
@@ -56,11 +60,12 @@ def choose_held_out(counts: IntArray, classes: IntArray, *, largest: int = LARGE
     return np.sort(order[np.lexsort((classes[order], rank))][:limit]).astype(np.int64)
 
 
-def hold_out(gaussian: Gaussian, chosen: IntArray) -> HeldOut:
+def hold_out(gaussian: Gaussian, chosen: IntArray, *, pause: Pause = no_pause) -> HeldOut:
     """Return the changes of a Gaussian by the removal of each chosen reference."""
     own = gaussian.classes[chosen]
     counts = gaussian.counts[own].astype(np.float64)
-    residuals = gaussian.rows[chosen] - gaussian.means[own]
+    rows = gaussian.whitened(chosen, pause=pause)
+    residuals = rows - gaussian.means[own]
     others = np.maximum(counts - 1.0, 1.0)
     observations = float(gaussian.ambient + gaussian.freedom)
     rate = counts / others / observations
@@ -69,11 +74,40 @@ def hold_out(gaussian: Gaussian, chosen: IntArray) -> HeldOut:
     return HeldOut(
         chosen=chosen,
         own=own,
+        rows=rows,
         residuals=residuals,
         gain=rate / np.maximum(1.0 - rate * norms, 1e-3),
         factor=(observations - 1.0) / observations,
         mean_step=-1.0 / (present * others),
     )
+
+
+class HeldOutProducts:
+    """Products of the held-out rows with the means of all classes, for any weight of the names.
+
+    The shrunk means are sums of references and names over their number, so two products serve all weights.
+    """
+
+    def __init__(self, gaussian: Gaussian, held: HeldOut, named: Array | None, *, pause: Pause = no_pause) -> None:
+        """Multiply the R rows with the unweighted means (C, d) and with the whitened names (C, d)."""
+        self._counts = gaussian.counts + MEAN_SHRINKAGE
+        self._tables = []
+        for means in (shrink_means(gaussian), named):
+            if means is not None:
+                table = np.empty((len(held.rows), len(means)))
+                for part in parts(*table.shape):
+                    np.matmul(held.rows[part], means.T, out=table[part])
+                    pause()
+                self._tables.append(table)
+
+    def of(self, weight: float, part: slice) -> Array:
+        """Return products (B, C) of a part of the rows with the means of classes with a reference."""
+        if not weight:
+            return self._tables[0][part].copy()
+        total = self._counts + weight
+        products = self._tables[1][part] * (weight / total)
+        products += self._tables[0][part] * (self._counts / total)
+        return products
 
 
 def gaussian_table(
@@ -83,22 +117,35 @@ def gaussian_table(
     named: Array | None = None,
     weight: float = 0.0,
     part: slice = slice(None),
+    products: Array | None = None,
 ) -> Array:
     """Return leave-one-out Gaussian scores (minus half of the squared distance) of a part of the R rows, (B, C).
 
-    ``shrunk`` are the means that ``shrink_means`` returns for the same ``named`` and ``weight``.
+    ``shrunk`` are the means that ``shrink_means`` returns for the same ``named`` and ``weight``, and ``products``
+    (B, C), which are overwritten, those of the rows with them.
     """
-    rows, own, residuals = gaussian.rows[held.chosen[part]], held.own[part], held.residuals[part]
+    rows, own, residuals = held.rows[part], held.own[part], held.residuals[part]
     gain, mean_step = held.gain[part], held.mean_step[part]
     weight = 0.0 if named is None else weight
     pull = MEAN_SHRINKAGE / (gaussian.counts + MEAN_SHRINKAGE + weight)
     pull = np.where(gaussian.counts > 0, pull, 0.0)
-    along = np.einsum("ij,ij->i", rows, residuals)[:, None] - residuals @ shrunk.T
     norms = np.square(residuals).sum(axis=1)
+    distances = rows @ shrunk.T if products is None else products
+    # with t = shift and e = (rows - shrunk + t u) u, the distance is (rows - shrunk)^2 - 2 t e - t^2 u^2 + gain e^2
+    used, index = np.unique(own, return_inverse=True)
+    along = (gaussian.means[used] @ shrunk.T)[index]
+    along -= distances
+    along += np.einsum("ij,ij->i", rows, residuals)[:, None]
     shift = mean_step[:, None] * pull
-    distances = squared_distances(rows, shrunk) - 2.0 * shift * along + np.square(shift) * norms[:, None]
     along -= shift * norms[:, None]
-    distances += gain[:, None] * np.square(along)
+    distances *= -2.0
+    distances += np.square(rows).sum(axis=1)[:, None]
+    distances += squared_norms(shrunk)
+    distances -= np.square(shift) * norms[:, None]
+    shift *= -2.0
+    shift += gain[:, None] * along
+    shift *= along
+    distances += shift
     others = gaussian.counts[own].astype(np.float64)[:, None] - 1.0
     rest = others * gaussian.means[own] - residuals  # (n - 1) times the mean of the others
     middle = gaussian.middle + mean_step[:, None] * residuals
@@ -108,68 +155,87 @@ def gaussian_table(
     difference = rows - mine / (others + MEAN_SHRINKAGE + weight)
     kept = np.einsum("ij,ij->i", difference, residuals)
     distances[np.arange(len(own)), own] = np.square(difference).sum(axis=1) + gain * np.square(kept)
-    return np.asarray(-0.5 * held.factor * distances, dtype=np.float64)
+    distances *= -0.5 * held.factor
+    return distances
 
 
 def kernel_table(gaussian: Gaussian, held: HeldOut, kernel: Kernel, *, pause: Pause = no_pause) -> Array:
     """Return (R, C) leave-one-out kernel scores."""
     result = np.empty((len(held.chosen), len(gaussian.counts)))
-    neighbours = gaussian.rows[kernel.chosen].astype(np.float32)
-    norms = np.square(neighbours).sum(axis=1)
-    size = max(16, BLOCK // max(len(neighbours), 1))
-    for start in range(0, len(held.chosen), size):
-        part = slice(start, start + size)
-        rows = gaussian.rows[held.chosen[part]].astype(np.float32)
+    neighbours = kernel.rows
+    itself = np.minimum(np.searchsorted(kernel.chosen, held.chosen), max(len(kernel.chosen) - 1, 0))
+    for part in parts(len(result), len(neighbours), BLOCK):
+        rows, own = held.rows[part].astype(np.float32), held.own[part]
         residuals, gain = held.residuals[part].astype(np.float32), held.gain[part].astype(np.float32)[:, None]
-        along = residuals @ neighbours.T
+        products = rows @ neighbours.T
         pause()
+        used, index = np.unique(own, return_inverse=True)
+        along = (gaussian.means[used].astype(np.float32) @ neighbours.T)[index]
+        np.subtract(products, along, out=along)  # of the residuals and the neighbours
         mine = np.einsum("ij,ij->i", rows, residuals)[:, None]
-        products = rows @ neighbours.T + gain * mine * along
+        scaled = along * (gain * mine)
+        products += scaled
+        np.multiply(along, along, out=along)
+        along *= gain
+        along += np.float32(1.0)
+        np.sqrt(along, out=along)
+        products /= along
+        products /= np.sqrt(np.square(rows).sum(axis=1)[:, None] + gain * np.square(mine))
         pause()
-        lengths = np.sqrt(np.square(rows).sum(axis=1)[:, None] + gain * np.square(mine))
-        cosines = products / (lengths * np.sqrt(norms + gain * np.square(along)))
-        pause()
-        itself = held.chosen[part][:, None] == kernel.chosen
-        cosines[itself] = -np.inf
+        at = np.flatnonzero(kernel.chosen[itself[part]] == held.chosen[part])
+        products[at, itself[part][at]] = -np.inf
         counts = np.tile(kernel.counts, (len(rows), 1))
-        counts[np.arange(len(rows)), held.own[part]] -= itself.any(axis=1)
+        counts[at, own[at]] -= 1
         asking = unit_rows(rows.astype(np.float64)).astype(np.float32)
-        result[part] = log_kernel_means(kernel_sums(cosines, kernel), counts, asking, kernel)
+        result[part] = log_kernel_means(kernel_sums(products, kernel), counts, asking, kernel)
         pause()
     return result
 
 
-def background_distances(gaussian: Gaussian, placed: Array, held: HeldOut) -> Array:
-    """Return (R,) leave-one-out squared distances to the Gaussian of all images, for standardised rows (N, d).
+def background_distances(gaussian: Gaussian, held: HeldOut, *, pause: Pause = no_pause) -> Array:
+    """Return (R,) leave-one-out squared distances to the Gaussian of all images.
 
     Of the total covariance, only the part within classes is corrected.
     """
-    offsets = placed[held.chosen] @ gaussian.background - gaussian.background_middle
-    means = class_means(placed, gaussian.classes, gaussian.counts)
-    directions = (placed[held.chosen] - means[held.own]) @ gaussian.background
-    counts = gaussian.counts[held.own].astype(np.float64)
-    size = len(gaussian.rows)
-    rate = size / (size + gaussian.ambient) * counts / np.maximum(counts - 1.0, 1.0) / max(gaussian.freedom, 1)
-    gain = rate / np.maximum(1.0 - rate * np.square(directions).sum(axis=1), 1e-3)
-    along = np.einsum("ij,ij->i", offsets, directions)
-    return np.asarray(np.square(offsets).sum(axis=1) + gain * np.square(along), dtype=np.float64)
+    size, result = len(gaussian.placed), np.empty(len(held.chosen))
+    for part in parts(len(result), gaussian.placed.shape[1]):
+        placed, own = gaussian.placed[held.chosen[part]], held.own[part]
+        offsets = placed @ gaussian.background - gaussian.background_middle
+        directions = (placed - gaussian.placed_means[own]) @ gaussian.background
+        counts = gaussian.counts[own].astype(np.float64)
+        rate = size / (size + gaussian.ambient) * counts / np.maximum(counts - 1.0, 1.0) / max(gaussian.freedom, 1)
+        gain = rate / np.maximum(1.0 - rate * np.square(directions).sum(axis=1), 1e-3)
+        along = np.einsum("ij,ij->i", offsets, directions)
+        result[part] = np.square(offsets).sum(axis=1) + gain * np.square(along)
+        pause()
+    return result
 
 
-def remoteness_left_out(rows: Array, classes: IntArray, counts: IntArray, chosen: IntArray) -> Array:
+def remoteness_left_out(
+    rows: Array,
+    classes: IntArray,
+    counts: IntArray,
+    chosen: IntArray,
+    moments: ClassMoments,
+    *,
+    pause: Pause = no_pause,
+) -> Array:
     """Return (R,) distance of each chosen unit row to the centre of a space fitted without it.
 
     The second-order product of the changes of centre and variance is neglected. At least two classes have a row.
     """
+    result = np.empty(len(chosen))
     present = np.flatnonzero(counts)
-    means = class_means(rows, classes, counts)
-    center = means[present].mean(axis=0)
-    squares = class_means(np.square(rows - center), classes, counts)
-    own = classes[chosen]
-    shares = present.size * (counts[own] - 1.0)[:, None]
-    offsets = rows[chosen] - center
-    variance = squares[present].mean(axis=0) + (squares[own] - np.square(offsets)) / shares
-    offsets += (rows[chosen] - means[own]) / shares
-    return np.asarray(np.sqrt((np.square(offsets) * inverse_spreads(variance, len(rows) - 1)).sum(axis=1)))
+    mean_square = moments.squares[present].mean(axis=0)
+    for part in parts(len(chosen), rows.shape[1]):
+        own, asking = classes[chosen[part]], rows[chosen[part]]
+        shares = present.size * (counts[own] - 1.0)[:, None]
+        offsets = asking - moments.center
+        variance = mean_square + (moments.squares[own] - np.square(offsets)) / shares
+        offsets += (asking - moments.means[own]) / shares
+        result[part] = np.sqrt((np.square(offsets) * inverse_spreads(variance, len(rows) - 1)).sum(axis=1))
+        pause()
+    return result
 
 
 @dataclass(frozen=True, eq=False)

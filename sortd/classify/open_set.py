@@ -1,14 +1,15 @@
 """Open-set detection: the familiarity gate, and stranger scores by leaving classes out; see docs/decisions.md."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sortd.arrays import Array, BoolArray, IntArray
-from sortd.classify.gaussian import fit_gaussian, fit_space, shrink_means, squared_distances
+from sortd.arrays import Array, BoolArray, FloatArray, IntArray
+from sortd.classify.gaussian import ClassMoments, class_moments, fit_gaussian, shrink_means, squared_distances
 from sortd.classify.library import Pause, no_pause, parts
 
 Moments = tuple[float, float]
@@ -200,32 +201,38 @@ def leave_classes_out(rows: Array, classes: IntArray, counts: IntArray, *, pause
         empty = np.zeros(0)
         return Strangers(empty, empty, empty, empty, empty, 0)
     rows, classes, counts = _thin(rows, classes, counts)
+    moments = class_moments(rows, classes, counts, pause=pause)
     folds = np.full(len(counts), -1)
     folds[present] = np.random.default_rng(0).permutation(present.size) % min(FOLDS, present.size)
-    scored = [_fold(rows, classes, counts, folds == fold, pause) for fold in range(int(folds.max()) + 1)]
-    typicality, margin, cosine, weights = (np.concatenate(column) for column in zip(*scored, strict=True))
+    single = rows.astype(np.float32)
+    scored = [_fold(single, classes, counts, moments, folds == fold, pause) for fold in range(int(folds.max()) + 1)]
+    asked, best, typicality, margin = (np.concatenate(column) for column in zip(*scored, strict=True))
+    cosine = nearest_cosines(rows[asked], best, rows, classes, pause=pause)
+    cosine = np.round(cosine, 12)  # the cosine of a pair occurs at both ends, and rounding must not order them
+    weights = 1.0 / counts[classes[asked]]
     null = Strangers(typicality, margin, cosine, np.zeros(0), weights, int(present.size))
     return replace(null, likeness=null.likeness_of(typicality, margin, cosine))
 
 
 def _fold(
-    rows: Array, classes: IntArray, counts: IntArray, left_out: BoolArray, pause: Pause
-) -> tuple[Array, Array, Array, Array]:
-    gone = left_out[classes]
-    index = np.cumsum(~left_out) - 1
-    kept_rows, kept_classes, kept_counts = rows[~gone], index[classes[~gone]], counts[~left_out]
-    space = fit_space(kept_rows, kept_classes, kept_counts)
-    gaussian = fit_gaussian(space.place(kept_rows), kept_classes, kept_counts, pause=pause)
-    placed = space.place(rows[gone])
-    distances = squared_distances(placed @ gaussian.whitener, shrink_means(gaussian))
-    distances[:, kept_counts == 0] = np.inf
-    best = distances.argmin(axis=1)
-    two = np.partition(distances, 1, axis=1)
-    offsets = placed @ gaussian.background - gaussian.background_middle
-    background = np.square(offsets).sum(axis=1)
-    pause()
-    cosines = nearest_cosines(rows[gone], best, kept_rows, kept_classes, pause=pause)
-    return background - two[:, 0], two[:, 1] - two[:, 0], cosines, 1.0 / counts[classes[gone]]
+    rows: FloatArray, classes: IntArray, counts: IntArray, moments: ClassMoments, left_out: BoolArray, pause: Pause
+) -> tuple[IntArray, IntArray, Array, Array]:
+    """Return the rows (B,) of the classes that are left out, their best other class, typicality and margin."""
+    kept_counts, gone = np.where(left_out, 0, counts), np.flatnonzero(left_out[classes])
+    all_placed = moments.space(kept_counts).place_in_single(rows, pause=pause)
+    gaussian = fit_gaussian(all_placed, classes, kept_counts, pause=pause)
+    shrunk = shrink_means(gaussian)[kept_counts > 0]
+    best, first, second, background = np.empty(len(gone), np.int64), *np.empty((3, len(gone)))
+    for part in parts(len(gone), max(len(shrunk), rows.shape[1])):
+        placed = all_placed[gone[part]].astype(np.float64)
+        distances = squared_distances(placed @ gaussian.whitener, shrunk)
+        at, each = distances.argmin(axis=1), np.arange(len(distances))
+        best[part], first[part] = at, distances[each, at]
+        distances[each, at] = np.inf
+        second[part] = distances.min(axis=1)
+        background[part] = np.square(placed @ gaussian.background - gaussian.background_middle).sum(axis=1)
+        pause()
+    return gone, np.flatnonzero(kept_counts)[best], background - first, second - first
 
 
 def nearest_cosines(  # noqa: PLR0913 -- all but four are seldom given
@@ -253,25 +260,28 @@ def nearest_cosines(  # noqa: PLR0913 -- all but four are seldom given
         pause: called between the parts.
     """
     result = np.full(len(queries), -1.0)
-    for index in np.unique(best):
-        start, stop = np.searchsorted(classes, [index, index + 1])
+    asked, order = np.unique(best), best.argsort(kind="stable")
+    bounds = [*best[order].searchsorted(asked), len(best)]
+    for index, (first, last) in zip(asked, pairwise(bounds), strict=True):
+        start, stop = classes.searchsorted([index, index + 1])
         if stop <= start:
             continue
-        of_class = np.flatnonzero(best == index)
-        for part in parts(len(of_class), int(stop - start)):
+        of_class, width = order[first:last], int(stop - start)
+        for part in parts(len(of_class), width):
             asking = of_class[part]
             similarities = queries[asking] @ rows[start:stop].T
             if centred is not None:
                 shift, lengths = centred[0][asking][:, None], np.maximum(centred[1][start:stop], LEAST_LENGTH)
                 similarities = np.clip((similarities - shift) / lengths, -1.0, 1.0)
             if itself is not None:
-                similarities[itself[asking][:, None] == np.arange(start, stop)] = np.nan
-            similarities.sort(axis=1)  # what is not a number comes last
-            known = np.isfinite(similarities).sum(axis=1)
-            asked = np.arange(similarities.shape[1])
-            used = (asked < known[:, None]) & (asked >= known[:, None] - neighbours)
-            mean = np.where(used, similarities, 0.0).sum(axis=1) / np.maximum(used.sum(axis=1), 1)
-            result[asking] = np.where(known > 0, mean, -1.0)
+                similarities[itself[asking][:, None] == np.arange(start, stop)] = -np.inf
+            if width > neighbours:
+                similarities.partition(width - neighbours, axis=1)
+                similarities = similarities[:, width - neighbours :]
+            used = np.isfinite(similarities)
+            count = np.count_nonzero(used, axis=1)
+            mean = np.where(used, similarities, 0.0).sum(axis=1) / np.maximum(count, 1)
+            result[asking] = np.where(count > 0, mean, -1.0)
             pause()
     return result
 

@@ -161,10 +161,11 @@ class TestKernel:
         classes = np.repeat(np.arange(3), [1, 4, 7])
         rows, counts = placed_world(classes)
         gaussian = fit_gaussian(fit_space(rows, classes, counts).place(rows), classes, counts)
-        directions = gaussian.rows / np.linalg.norm(gaussian.rows, axis=1, keepdims=True)
+        whitened = gaussian.whitened(np.arange(len(rows)))
+        directions = whitened / np.linalg.norm(whitened, axis=1, keepdims=True)
         votes = np.exp(-SHARPNESS * (1 - directions @ directions.T))
         wanted = [[np.log(votes[row, classes == label].mean()) / SHARPNESS for label in range(3)] for row in range(12)]
-        np.testing.assert_allclose(kernel_scores(gaussian.rows, make_kernel(gaussian)), wanted, atol=1e-5)
+        np.testing.assert_allclose(kernel_scores(whitened, make_kernel(gaussian)), wanted, atol=1e-5)
 
     def test_leaving_out_by_algebra_is_refitting(self) -> None:
         """In a space that stays, every held-out score equals that of a fit without the reference."""
@@ -269,5 +270,5 @@ class TestBlend:
             classes = np.repeat(np.arange(8), each)
             rows, counts = placed_world(classes, seed=5)
             best, _ = fit_blends(Library(rows, classes, counts))
-            accuracies.append(float((best.trial.table.argmax(axis=1) == best.fit.held.own).mean()))
+            accuracies.append(float((best.held_out_logits().argmax(axis=1) == best.fit.held.own).mean()))
         assert abs(accuracies[0] - accuracies[1]) < 0.08

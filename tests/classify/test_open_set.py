@@ -9,7 +9,7 @@ import pytest
 from sortd.classify.build import build
 from sortd.classify.decide import open_set_scores, score_batch
 from sortd.classify.explain import explain
-from sortd.classify.gaussian import fit_gaussian, fit_space
+from sortd.classify.gaussian import class_moments, fit_gaussian, fit_space
 from sortd.classify.leave_one_out import REFIT_UP_TO, refit_tables, remoteness_left_out
 from sortd.classify.library import Library, unit_rows
 from sortd.classify.open_set import Gate, OpenSetScores, foreign_gate, known_gate, log_share, nearest_cosines
@@ -121,7 +121,8 @@ class TestLeavingOut:
         index = np.repeat(np.arange(6), [3, 8, 12, 12, 20, 25])
         rows = Blobs(6).draw(index).astype(np.float64)
         counts = np.bincount(index)
-        got = remoteness_left_out(rows, index, counts, np.arange(len(rows)))
+        moments = class_moments(rows, index, counts)
+        got = remoteness_left_out(rows, index, counts, np.arange(len(rows)), moments)
         for at in range(0, len(rows), 7):
             others = np.arange(len(rows)) != at
             space = fit_space(rows[others], index[others], np.bincount(index[others], minlength=6))

@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +58,10 @@ class TestSteps:
     def test_build_in_small_steps_makes_the_same_prototypes(
         self, monkeypatch: pytest.MonkeyPatch, mode: Mode, abstain: AbstainSettings | None
     ) -> None:
-        """However small the steps are, nothing but the rounding of the last digit may differ."""
+        """However small the steps are, nothing but the rounding of the last digit may differ.
+
+        The stranger scores are computed in single precision.
+        """
         blobs = Blobs(20)
         index = np.repeat(np.arange(20), 8)
         text, text_mean = blobs.names(0.5)
@@ -72,11 +76,24 @@ class TestSteps:
             taken += 1
 
         small = build(support, settings, generation=3, pause=count)
-        assert taken > 7 * 4 * len(index) * 20 / 400  # the tables of seven weights of the names, four times each
+        assert taken > 7 * 3 * len(index) * 20 / 400  # the tables of seven weights of the names, three times each
         for (name, array), other in zip(whole.to_arrays()[0].items(), small.to_arrays()[0].values(), strict=True):
-            assert np.allclose(array, other, rtol=1e-6, atol=1e-9, equal_nan=True), name
+            tolerance = {"rtol": 1e-4, "atol": 1e-4} if name.startswith("null.") else {"rtol": 1e-6, "atol": 1e-9}
+            assert np.allclose(array, other, **tolerance, equal_nan=True), name
         queries = blobs.draw(np.arange(20))
         assert [named(one) for one in decide(whole, queries)] == [named(one) for one in decide(small, queries)]
+
+    def test_build_pauses_grow_with_the_rows_of_a_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With three times the rows there are twice the pauses or more: the time between two of them is limited."""
+        monkeypatch.setattr(library, "CELLS", 3_200)
+        taken = []
+        for each in (40, 120):
+            index = np.repeat(np.arange(10), each)
+            pause = Mock()
+            settings = DecisionSettings(Mode.BEST, AbstainSettings(strangers=0.1))
+            build(support_set(Blobs(10).draw(index), index), settings, generation=1, pause=pause)
+            taken.append(pause.call_count)
+        assert taken[1] > 2 * taken[0]
 
     def test_build_step_computes_no_more_than_some_cells(self) -> None:
         """No table of many classes, or of many references in one class, is computed at a stretch."""
