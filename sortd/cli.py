@@ -177,14 +177,13 @@ def init(
     ] = None,
 ) -> None:
     """Create the folders and the marker of a dataset."""
-    from sortd.classify.prompts import written_name
-    from sortd.daemon.references import is_class_name
+    from sortd.daemon.references import STRANGERS_FOLDER, class_name_problem
     from sortd.errors import LayoutError
     from sortd.layout import Area, Layout, enclosing_dataset
 
     for name in classes or ():
-        if "/" in name or not is_class_name(name) or written_name(name) != name:
-            why = "it must be a visible folder name without /, control characters, and blanks at an end or in a row"
+        why = None if name == STRANGERS_FOLDER else class_name_problem(name)
+        if why is not None:
             raise typer.BadParameter(f"{name!r} cannot be a class: {why}", param_hint="--class")
     layout = Layout(directory.absolute())
     real, around = Path(os.path.realpath(layout.root)), enclosing_dataset(layout.root)
@@ -265,7 +264,9 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     config: ConfigOption = None,
     dataset: DatasetOption = None,
     label: Annotated[str | None, typer.Option("--label", help="Show only moves of this class.")] = None,
-    outcome: Annotated[str | None, typer.Option(help="Show only filed, sent_to_review, rejected or undone.")] = None,
+    outcome: Annotated[
+        str | None, typer.Option(help="Show only filed, sent_to_review, rejected, assigned or undone.")
+    ] = None,
     since: SinceOption = None,
     until: UntilOption = None,
     run: Annotated[str | None, typer.Option("--run", help="Show only moves of this run of sortd.")] = None,
@@ -276,8 +277,8 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     """Show the moves with their reasons, newest first."""
     from sortd.commands.facts import show_history
 
-    if outcome not in {None, "filed", "sent_to_review", "rejected", "undone"}:
-        raise typer.BadParameter("must be filed, sent_to_review, rejected or undone", param_hint="--outcome")
+    if outcome not in {None, "filed", "sent_to_review", "rejected", "assigned", "undone"}:
+        raise typer.BadParameter("must be filed, sent_to_review, rejected, assigned or undone", param_hint="--outcome")
     begin, end = time_option("--since", since), time_option("--until", until)
     chosen = {"label": label, "outcome": outcome, "run": run, "since": begin, "until": end}
     show_history(config, dataset=dataset, file=path, limit=limit, as_json=as_json, **chosen)

@@ -9,7 +9,7 @@ from typing import Any
 from sortd.classify.evaluate import EvaluationReport, evaluate
 from sortd.commands.promotion import dataset_named, serving_facts
 from sortd.config import Config
-from sortd.daemon.corrections import corrected_images
+from sortd.daemon.corrections import labelled_images
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import References, ReferencesAbsentError, ReferenceSettings, keep_evaluated
 from sortd.daemon.resources import Resources, reference_settings_of
@@ -89,14 +89,15 @@ def _examined(
 
 
 def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettings:
-    """Return the reference settings of a dataset, with the corrections of its journal.
+    """Return the reference settings of a dataset, with the images that its journal adds to the references.
 
     Raises:
         JournalError: the journal cannot be read.
     """
     reference_settings = reference_settings_of(config.dataset(layout.name))
     file = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    if not reference_settings.learns_from_corrections or not file.is_file():
+    if not file.is_file():
         return reference_settings
+    learns = reference_settings.learns_from_corrections
     with History.open(file) as history:
-        return replace(reference_settings, corrections=corrected_images(layout, history))
+        return replace(reference_settings, corrections=labelled_images(layout, history, with_corrections=learns))
