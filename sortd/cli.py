@@ -371,6 +371,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "rebuild": rebuild,
     "bench": bench,
     "eval": cli_decisions.evaluate_command,
+    "groups": cli_decisions.groups_command,
     "finetune": cli_finetuning.finetune,
 }
 for name, command in COMMANDS.items():

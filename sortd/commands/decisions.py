@@ -1,4 +1,4 @@
-"""The commands ``explain`` and ``eval``."""
+"""The commands ``explain``, ``eval`` and ``groups``."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -197,3 +197,80 @@ def _print_facts(facts: Sequence[Mapping[str, Any]], columns: Mapping[str, str])
     ]
     print_table(tuple(columns), rows, right=[column for column, key in columns.items() if key not in TEXTS])
     print_line("")
+
+
+def groups_command(
+    dataset: Annotated[str | None, typer.Argument(help="Group only this dataset. Default: all.")] = None,
+    config: ConfigOption = None,
+    page: Annotated[Path | None, typer.Option("--page", "--html", help="Write an HTML page with the pictures.")] = None,
+    accept: Annotated[str | None, typer.Option("--accept", help="Make a class from the group with this id.")] = None,
+    name: Annotated[str | None, typer.Option("--as", help="The name of that class.")] = None,
+    without: Annotated[
+        list[Path] | None, typer.Option("--without", help="Leave this image out of that class; repeatable.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Group the images in Review/ that resemble each other, and make a class from a group."""
+    from sortd.commands.groups import accept_group, group_piles
+
+    if (accept is None) != (name is None) or (without and accept is None):
+        raise typer.BadParameter("give --accept ID together with --as NAME; --without only with these")
+    _check_page(page)
+    loaded = load_config(config)
+    with progress("reading the images"):
+        piles = list(group_piles(loaded, dataset))
+    if accept is not None and name is not None:
+        reply = accept_group(loaded, piles, accept, name, without or ())
+        if as_json:
+            print_json(reply)
+        else:
+            _print_accepted(reply)
+        raise typer.Exit(65 if any(one["destination"] is None for one in reply["assigned"]) else 0)
+    facts = {pile.layout.name: pile.facts() for pile in piles}
+    if page is not None:
+        from sortd.commands.groups import groups_page
+        from sortd.commands.report import write_page
+
+        write_page(page, groups_page(facts, now=datetime.now().astimezone()))
+        say(f"sortd: page written to {page}")
+    if as_json:
+        print_json({"datasets": facts})
+    else:
+        for one in facts.items():
+            _print_groups(*one)
+
+
+def _print_accepted(reply: Mapping[str, Any]) -> None:
+    for one in reply["assigned"]:
+        if one["destination"] is None:
+            print_line(f"not moved: {printable(one['message'])}", style="yellow")
+        else:
+            print_line(f"{printable(one['path'])} -> {printable(one['destination'])}")
+    done = sum(one["destination"] is not None for one in reply["assigned"])
+    said = f"sortd: {counted(done, 'image')} assigned to {printable(reply['label'])}, as references where they lie"
+    say(f"{said}; to take them back: sortd undo --last {done}" if done else said)
+    if reply["later"]:
+        say(f"sortd: {counted(reply['later'], 'image')} still to be copied to another file system")
+
+
+def _print_groups(name: str, facts: Mapping[str, Any]) -> None:
+    print_line(f"{printable(name)}: {counted(facts['waiting'], 'image')} in Review/", style="bold")
+    rows = [
+        (
+            one["id"],
+            one["size"],
+            "" if one["familiarity"] is None else f"{one['familiarity']:+.2f}",
+            one["nearest_label"],
+            "yes" if one["is_new"] else "",
+            one["members"][0],
+        )
+        for one in facts["groups"]
+    ]
+    if rows:
+        columns = ("group", "images", "familiarity", "nearest class", "new class?", "most typical image")
+        print_table(columns, rows, right=("images", "familiarity"))
+        say("sortd: --page FILE shows the pictures; --accept ID --as NAME makes a class from a group")
+    for path in facts["next_to_label"]:
+        print_line(f"label next: {printable(path)}")
+    for one in facts["unreadable"]:
+        print_line(f"cannot be read: {printable(one['path'])}: {printable(one['message'])}", style="yellow")
