@@ -106,7 +106,8 @@ def group_piles(
 
 def _grouped(config: Config, layout: Layout, load: Callable[[], Embedder]) -> GroupedPile:
     refusals: list[OSError] = []
-    found = whole_files(os.fspath(layout.area(Area.REVIEW)), report=refusals.append)
+    review = os.fspath(layout.area(Area.REVIEW))
+    found = whole_files(review, report=refusals.append) if os.path.lexists(review) else []
     if refusals:
         raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
     contents = _journaled_contents(config, layout, found)
