@@ -30,6 +30,7 @@ from sortd.commands.check_references import (
     warning,
 )
 from sortd.commands.console import counted, megabytes
+from sortd.commands.groups import label_findings
 from sortd.commands.model_facts import model_findings
 from sortd.commands.promotion import classifier_findings
 from sortd.config import Config, read_config
@@ -82,6 +83,7 @@ def check_all(
     for layout in layouts:
         checks += [(topic, check(config, layout)) for check, topic in DATASET_CHECKS.items()]
         checks.append((Topic.REFERENCES, reference_findings(config, layout, decoding_seconds=decoding_seconds)))
+        checks.append((Topic.REFERENCES, label_findings(config, layout)))
     for topic, found in checks:
         try:
             yield from (replace(one, topic=one.topic or topic) for one in found)
@@ -406,4 +408,4 @@ DATASET_CHECKS: Final[Mapping[Callable[[Config, Layout], Iterator[Finding]], Top
     classifier_findings: Topic.MODEL,
     stored_calibration_findings: Topic.CALIBRATION,
 }
-"""All checks with their topics, in the order in which they run; ``reference_findings`` is the last of each dataset."""
+"""All checks with their topics, in their order; ``reference_findings`` and ``label_findings`` of a dataset are the last."""

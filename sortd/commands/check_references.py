@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,14 +27,15 @@ from sortd.daemon.references import (
     settings_differ,
     stored_prototypes,
 )
-from sortd.errors import ImageError
+from sortd.errors import ImageError, JournalError
 from sortd.events import Preprocessing, Stamp
 from sortd.files import sha256_of
 from sortd.images.decode import DecodeLimits, check_header, decode_file
 from sortd.images.formats import HEAD_BYTES, looks_like_image
-from sortd.layout import Area, Layout
+from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.names import Reason, Why, rule_for_folder
 from sortd.store.cache import Cache
+from sortd.store.history import History
 from sortd.watch.scan import scan_all
 
 
@@ -123,8 +124,20 @@ def reference_findings(
     folders = [replace(one, files=tuple(f for f in one.files if f in contents or _is_image(f[0]))) for one in folders]
     files = [file for folder in folders for file in folder.files]
     yield from _reading_findings(config, clases, files, contents, decoding_seconds)
-    yield from _count_findings(clases, {one.label: len(one.files) for one in folders}, config.dataset(layout.name).mode)
+    assigned = _assigned_counts(config, layout)
+    counts = {one.label: len(one.files) + assigned[one.label] for one in folders}
+    yield from _count_findings(clases, counts, config.dataset(layout.name).mode)
     yield from _duplicate_findings(clases, folders, contents)
+
+
+def _assigned_counts(config: Config, layout: Layout) -> Counter[str]:
+    """Return the number of images in Dataset/ that a person assigned to each class, which are references as well."""
+    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
+    if not file.is_file():
+        return Counter()
+    with suppress(JournalError), History.open(file) as history:  # another finding reports a damaged journal
+        return Counter(label for label, path in history.assigned() if os.path.isfile(layout.root / path))
+    return Counter()
 
 
 def _known_contents(config: Config, files: Sequence[_File]) -> Mapping[_File, str]:

@@ -1,7 +1,7 @@
 """Groups of the images in Review/: found, shown on a page, and accepted as a class."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from sortd.arrays import FloatArray
+from sortd.arrays import Array, FloatArray
 from sortd.classify.groups import ImageGroup, find_groups, next_to_label, whitened_rows
 from sortd.classify.prompts import written_name
 from sortd.classify.prototypes import PrototypeSet
-from sortd.commands.check_references import CACHE_FILE, FEW_REFERENCES
+from sortd.commands.check_references import CACHE_FILE, FEW_REFERENCES, NAMED_AT_MOST, Finding, note
 from sortd.commands.console import printable
 from sortd.commands.examination import settings_with_corrections
 from sortd.commands.explain import current_prototypes
@@ -43,6 +43,8 @@ File = tuple[str, Stamp]
 
 NEXT_AT_MOST = 24
 """Largest number of images that are proposed to be labelled next; otherwise one for each class."""
+CHECKED_AT_MOST = 1500
+"""Images that `sortd check` chooses from."""
 PICTURES_OF_GROUP = 60
 PICTURES_OF_PAGE = 1200
 """Largest number of pictures of a page; the largest groups have theirs first."""
@@ -126,12 +128,32 @@ def _grouped(config: Config, layout: Layout, load: Callable[[], Embedder]) -> Gr
     )
 
 
-def _next(prototypes: PrototypeSet, matrix: np.ndarray[Any, np.dtype[np.float64]]) -> list[int]:
+def _next(prototypes: PrototypeSet, matrix: Array) -> list[int]:
     """Return the images to label next where classes have few references on average; none otherwise."""
-    classes = len(prototypes.labels)
-    if not classes or prototypes.counts.mean() >= FEW_REFERENCES:
+    if not _has_few_references(prototypes):
         return []
-    return next_to_label(whitened_rows(prototypes, matrix), min(classes, NEXT_AT_MOST))
+    return next_to_label(whitened_rows(prototypes, matrix), min(len(prototypes.labels), NEXT_AT_MOST))
+
+
+def _has_few_references(prototypes: PrototypeSet) -> bool:
+    return len(prototypes.labels) > 0 and float(prototypes.counts.mean()) < FEW_REFERENCES
+
+
+def label_findings(config: Config, layout: Layout) -> Iterator[Finding]:
+    """Name the images in Review/ to label next while the classes have few references; nothing is embedded for it."""
+    prototypes, review = current_prototypes(config, layout), layout.area(Area.REVIEW)
+    if prototypes is None or not _has_few_references(prototypes) or not review.is_dir():
+        return
+    found = whole_files(os.fspath(review), report=lambda _: None)
+    contents = _journaled_contents(config, layout, found[:: 1 + len(found) // CHECKED_AT_MOST])
+    rows = _stored_rows(config, set(contents.values()), prototypes)
+    known = [(path, rows[content]) for (path, _), content in contents.items() if content in rows]
+    if known:
+        asked = _next(prototypes, np.array([row for _, row in known], np.float64))
+        named = ", ".join(os.path.relpath(known[at][0], review) for at in asked[:NAMED_AT_MOST])
+        more = f" and {len(asked) - NAMED_AT_MOST} more" if len(asked) > NAMED_AT_MOST else ""
+        what = f"holds images that are best labelled next, since the classes have few references: {named}{more}"
+        yield note(review, what, "move them into their classes in Clases/; `sortd groups --page FILE` shows them")
 
 
 def _embedded(
@@ -142,11 +164,7 @@ def _embedded(
     for file in files:
         with suppress(OSError):  # the embedder says why
             contents[file] = contents.get(file) or sha256_of(file[0])
-    rows: dict[str, FloatArray] = {}
-    cache_file = config.cache_dir / CACHE_FILE
-    if prototypes is not None and cache_file.is_file():
-        with Cache(cache_file, report=lambda _: None) as cache:
-            rows = cache.embeddings(set(contents.values()), prototypes.encoder_id)
+    rows = {} if prototypes is None else _stored_rows(config, set(contents.values()), prototypes)
     missing = [file for file in files if contents.get(file, "") not in rows]
     if prototypes is not None and not missing:
         return prototypes, rows, ()
@@ -168,6 +186,15 @@ def _embedded(
             contents.pop(file, None)
             refused.append(answer)
     return prototypes, rows, tuple(refused)
+
+
+def _stored_rows(config: Config, contents: Collection[str], prototypes: PrototypeSet) -> dict[str, FloatArray]:
+    """Return the embeddings that the cache has, by content; create no cache for it."""
+    file = config.cache_dir / CACHE_FILE
+    if not file.is_file():
+        return {}
+    with Cache(file, report=lambda _: None) as cache:
+        return cache.embeddings(contents, prototypes.encoder_id)
 
 
 def _journaled_contents(config: Config, layout: Layout, files: Sequence[File]) -> dict[File, str]:

@@ -111,6 +111,22 @@ class TestListing:
         page = groups_page({"Colours": pile.facts()}, now=datetime(2026, 1, 1, tzinfo=UTC))
         assert "Label these next" in page
 
+    def test_check_names_images_to_label_next_from_what_is_stored(self, tmp_path: Path) -> None:
+        """Few references: check asks for images of Review/ without a model; assigned images count as references."""
+        config = write_config(tmp_path, mode="best", abstain="{precision: 0.99}", settle_seconds=0.1)
+        dataset = make_dataset(tmp_path / "Data", references=3)
+        for number in range(6):
+            yellow(number).save(dataset / "Images" / f"{number}.png")
+        with DaemonProcess(config, "once") as daemon:
+            assert daemon.wait() == 0
+        findings = run(dataset, "check", "--json").facts["findings"]
+        (asked,) = [one["what"] for one in findings if "labelled next" in one["what"]]
+        assert asked.count(".png") == 3
+        group = listed(dataset)["groups"][0]
+        run(dataset, "groups", "--accept", group["id"], "--as", "yellow")
+        findings = run(dataset, "check", "--json").facts["findings"]
+        assert not any("without an image" in one["what"] for one in findings)
+
     def test_groups_page_has_the_pictures_and_loads_nothing(self, site: Path, tmp_path: Path) -> None:
         """A contact sheet in one file, with the command for each group."""
         page = tmp_path / "groups.html"
