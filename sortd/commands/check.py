@@ -408,4 +408,4 @@ DATASET_CHECKS: Final[Mapping[Callable[[Config, Layout], Iterator[Finding]], Top
     classifier_findings: Topic.MODEL,
     stored_calibration_findings: Topic.CALIBRATION,
 }
-"""All checks with their topics, in their order; ``reference_findings`` and ``label_findings`` of a dataset are the last."""
+"""All checks with their topics, in order; ``reference_findings`` and ``label_findings`` are the last ones."""

@@ -228,8 +228,7 @@ def groups_command(
         raise typer.Exit(65 if any(one["destination"] is None for one in reply["assigned"]) else 0)
     facts = {pile.layout.name: pile.facts() for pile in piles}
     if page is not None:
-        from sortd.commands.groups import groups_page
-        from sortd.commands.report import write_page
+        from sortd.commands.report import groups_page, write_page
 
         write_page(page, groups_page(facts, now=datetime.now().astimezone()))
         say(f"sortd: page written to {page}")

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,11 @@ import numpy as np
 
 from sortd.arrays import Array, FloatArray
 from sortd.classify.groups import ImageGroup, find_groups, next_to_label, whitened_rows
-from sortd.classify.prompts import written_name
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.check_references import CACHE_FILE, FEW_REFERENCES, NAMED_AT_MOST, Finding, note
-from sortd.commands.console import printable
 from sortd.commands.examination import settings_with_corrections
 from sortd.commands.explain import current_prototypes
 from sortd.commands.promotion import dataset_named
-from sortd.commands.report import Picture, render
 from sortd.companions import is_image
 from sortd.config import Config
 from sortd.daemon.assign import assign_images, image_facts
@@ -32,7 +28,6 @@ from sortd.encoder.base import Encoder
 from sortd.errors import DataError, LayoutError
 from sortd.events import EmbeddedImage, ImageRefused, Stamp
 from sortd.files import sha256_of
-from sortd.images.decode import thumbnail
 from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
 from sortd.store.cache import Cache
 from sortd.store.history import History
@@ -45,9 +40,6 @@ NEXT_AT_MOST = 24
 """Largest number of images that are proposed to be labelled next; otherwise one for each class."""
 CHECKED_AT_MOST = 1500
 """Images that `sortd check` chooses from."""
-PICTURES_OF_GROUP = 60
-PICTURES_OF_PAGE = 1200
-"""Largest number of pictures of a page; the largest groups have theirs first."""
 SECONDS_FOR_EACH = 0.05
 """Additional time to wait for the answer, for each image to be moved."""
 
@@ -249,26 +241,3 @@ def _assign_here(config: Config, layout: Layout, label: str, images: Sequence[Ma
             raise LayoutError(problem)
         steps = list(assign_images(layout, opened.journal, opened.mover.move_all, label, images))
     return {"assigned": [one for results, _ in steps for one in results], "later": sum(later for _, later in steps)}
-
-
-def groups_page(found: Mapping[str, Mapping[str, Any]], *, now: datetime, picture: Picture = thumbnail) -> str:
-    """Return the page of several datasets, from ``GroupedPile.facts`` by name."""
-    left = PICTURES_OF_PAGE
-
-    def pictures(paths: Sequence[str], most: int) -> list[dict[str, Any]]:
-        nonlocal left
-        shown = paths[: min(most, left)]
-        left -= len(shown)
-        return [{"image": picture(path), "name": printable(os.path.basename(path))} for path in shown]
-
-    datasets = []
-    for name, facts in found.items():
-        groups = []
-        for group in facts["groups"]:
-            members = pictures(group["members"], PICTURES_OF_GROUP)
-            nearest = None if group["nearest_label"] is None else printable(written_name(group["nearest_label"]))
-            hidden = group["size"] - len(members)
-            groups.append({**group, "nearest_label": nearest, "pictures": members, "hidden": hidden})
-        asked = pictures(facts["next_to_label"], NEXT_AT_MOST)
-        datasets.append({**facts, "name": printable(name), "groups": groups, "next_to_label": asked})
-    return render("groups.html", now, datasets=datasets)

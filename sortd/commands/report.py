@@ -1,4 +1,4 @@
-"""The HTML pages of ``explain`` and ``eval``, with embedded pictures."""
+"""The HTML pages of ``explain``, ``eval`` and ``groups``, with embedded pictures."""
 
 import math
 import os
@@ -26,6 +26,9 @@ LARGE_SIDE_PIXELS = 400
 MATRIX_CLASSES = 30
 """Largest size of the confusion matrix; the classes with the most errors are shown."""
 SUSPECTS_SHOWN = 24
+PICTURES_OF_GROUP = 60
+PICTURES_OF_PAGE = 1200
+"""Largest number of pictures of a page; the largest groups have theirs first."""
 _SUSPECTS = {
     "mislabelled": ("Probably mislabelled", "resembles"),
     "duplicate": ("Near-duplicates in two classes", "is also in"),
@@ -261,3 +264,26 @@ def _suspect(one: Mapping[str, Any], picture: Picture) -> dict[str, Any]:
         "other_name": None if other is None else _file_name(other),
         "other_image": None if other is None else picture(other),
     }
+
+
+def groups_page(found: Mapping[str, Mapping[str, Any]], *, now: datetime, picture: Picture = thumbnail) -> str:
+    """Return the page of several datasets, from ``GroupedPile.facts`` by name."""
+    left = PICTURES_OF_PAGE
+
+    def pictures(paths: Sequence[str], most: int) -> list[dict[str, Any]]:
+        nonlocal left
+        shown = paths[: min(most, left)]
+        left -= len(shown)
+        return [{"image": picture(path), "name": _file_name(path)} for path in shown]
+
+    datasets = []
+    for name, facts in found.items():
+        asked, groups = pictures(facts["next_to_label"], PICTURES_OF_GROUP), []
+        for group in facts["groups"]:
+            members = pictures(group["members"], PICTURES_OF_GROUP)
+            hidden = group["size"] - len(members)
+            groups.append(
+                {**group, "nearest_label": _shown(group["nearest_label"]), "pictures": members, "hidden": hidden}
+            )
+        datasets.append({**facts, "name": printable(name), "groups": groups, "next_to_label": asked})
+    return render("groups.html", now, datasets=datasets)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sortd.commands.groups import accept_group, group_piles, groups_page
+from sortd.commands.groups import accept_group, group_piles
+from sortd.commands.report import groups_page
 from sortd.config import Config, read_config
 from sortd.daemon.control import AnsweredError, ask
 from sortd.layout import Layout
