@@ -4,19 +4,15 @@ Each command imports its module when it runs, so that `--help`, `check`, `status
 torch.
 """
 
-import errno
 import math
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sortd import __version__, errors
+from sortd import __version__
 from sortd.commands.console import (
     Command,
     ConfigOption,
@@ -26,12 +22,12 @@ from sortd.commands.console import (
     JsonOption,
     SinceOption,
     UntilOption,
-    printable,
     show,
     spinner,
     time_option,
 )
-from sortd.errors import ConfigError, SortdError
+from sortd.errors import ConfigError
+from sortd.exits import exit_on_error, open_missing_streams
 from sortd.finetune.recipe import Recipe, Source, TrainingRequest
 from sortd.layout import misplaced_root
 
@@ -42,14 +38,6 @@ OPENBLAS_SPIN = ("OPENBLAS_THREAD_TIMEOUT", "20")
 """Binary logarithm of the cycles that OpenBLAS threads spin after a product (default 26). Spinning took 3 ms of
 processor time per image, with this value 0.1 ms (`benchmarks.efficiency`, two cores)."""
 
-REFUSED = frozenset({
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE,
-    errno.ENFILE, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTCONN, errno.ENXIO,
-})  # fmt: skip
-"""Errors of disks, permissions and limits: they are reported without a traceback, since they are no defect of sortd."""
-
-REFUSED_CODE = 74
-STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 RECIPE = Recipe()  # the defaults of a fine-tuning
 
 app = typer.Typer(
@@ -182,7 +170,9 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     config: ConfigOption = None,
     dataset: DatasetOption = None,
     label: Annotated[str | None, typer.Option("--label", help="Show only moves of this class.")] = None,
-    outcome: Annotated[str | None, typer.Option(help="Show only filed, sent_to_review, rejected or undone.")] = None,
+    outcome: Annotated[
+        str | None, typer.Option(help="Show only filed, sent_to_review, rejected, assigned or undone.")
+    ] = None,
     since: SinceOption = None,
     until: UntilOption = None,
     run: Annotated[str | None, typer.Option("--run", help="Show only moves of this run of sortd.")] = None,
@@ -193,8 +183,8 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     """Show the moves with their reasons, newest first."""
     from sortd.commands.moves import show_history
 
-    if outcome not in {None, "filed", "sent_to_review", "rejected", "undone"}:
-        raise typer.BadParameter("must be filed, sent_to_review, rejected or undone", param_hint="--outcome")
+    if outcome not in {None, "filed", "sent_to_review", "rejected", "assigned", "undone"}:
+        raise typer.BadParameter("must be filed, sent_to_review, rejected, assigned or undone", param_hint="--outcome")
     begin, end = time_option("--since", since), time_option("--until", until)
     chosen = {"label": label, "outcome": outcome, "run": run, "since": begin, "until": end}
     show_history(load_config(config), dataset=dataset, file=path, limit=limit, as_json=as_json, **chosen)
@@ -284,6 +274,29 @@ def evaluate_command(
 
     check_page_path(html)
     show_evaluation(load_config(config), dataset, html, as_json=as_json)
+
+
+@app.command("groups", cls=Command)
+def groups_command(
+    dataset: Annotated[str | None, typer.Argument(help="Group only this dataset. Default: all.")] = None,
+    config: ConfigOption = None,
+    page: Annotated[Path | None, typer.Option("--page", "--html", help="Write an HTML page with the pictures.")] = None,
+    accepted: Annotated[str | None, typer.Option("--accept", help="Make a class from the group with this id.")] = None,
+    name: Annotated[str | None, typer.Option("--as", help="The name of that class.")] = None,
+    without: Annotated[
+        list[Path] | None, typer.Option("--without", help="Leave this image out of that class; repeatable.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Group the images in Review/ that resemble each other, and make a class from a group."""
+    from sortd.commands.groups import accept, show_groups
+
+    if (accepted is None) != (name is None) or (without and accepted is None):
+        raise typer.BadParameter("give --accept ID together with --as NAME; --without only with these")
+    if accepted is None or name is None:
+        show_groups(load_config(config), dataset, page, as_json=as_json)
+    else:
+        accept(load_config(config), dataset, accepted, name, without or (), as_json=as_json)
 
 
 @app.command(cls=Command)
@@ -426,75 +439,3 @@ def main() -> None:
     open_missing_streams()
     with exit_on_error():
         app()
-
-
-@contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Exit on an error of the block, after a message on stderr, or a log line if stderr is JSON."""
-    try:
-        yield
-    except SortdError as error:
-        report_error(str(error), error.exit_code)
-        leave(error.exit_code)
-    except BrokenPipeError:
-        silence(sys.stdout)
-        leave(0)
-    except OSError as error:
-        if error.errno not in REFUSED:
-            report_error(repr(error), 1, error)
-            raise
-        silence(sys.stdout)
-        report_error(refusal(error), REFUSED_CODE)
-        leave(REFUSED_CODE)
-    except SystemExit as stop:
-        leave(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
-    except Exception as error:
-        report_error(repr(error), 1, error)
-        raise
-
-
-def report_error(message: str, exit_code: int, defect: Exception | None = None) -> None:
-    """Write the error that ends sortd to stderr, in the format of the log.
-
-    With an unexpected error, ``defect``, exit if that is JSON; else return, and Python prints the traceback.
-    """
-    logs: Any = sys.modules.get("sortd.logs")  # imported only by commands that write a log
-    if logs is not None and logs.is_json():
-        logs.say_failed(message, exit_code, defect)
-        if defect is not None:
-            leave(exit_code)
-    elif defect is None:
-        print(f"sortd: {message}", file=sys.stderr)
-
-
-def open_missing_streams() -> None:
-    """Open /dev/null for each closed standard stream: the next opened file would get its descriptor."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STANDARD_ERROR:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
-    sys.stdout = sys.stdout or open(STANDARD_OUTPUT, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 -- to the end
-    sys.stderr = sys.stderr or open(STANDARD_ERROR, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 -- to the end
-
-
-def silence(stream: TextIO) -> None:
-    """Redirect a stream that cannot be written to /dev/null, so that its last flush succeeds."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def refusal(error: OSError) -> str:
-    """Return a message with the path, the error, and what to do."""
-    if error.filename is None:
-        return f"the output cannot be written: {error.strerror}; check that there is space for it"
-    advice = errors.advice_for_write(error) or "check its disk and the space on it"
-    if isinstance(error, PermissionError):
-        advice = "correct its permissions, or run the command as the user that runs sortd"
-    return f"{printable(os.fsdecode(error.filename))}: {error.strerror}; {advice}"
-
-
-def leave(code: int) -> None:
-    """Exit; with torch loaded, without its teardown, which can take longer than a stop timeout."""
-    if "torch" not in sys.modules:
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

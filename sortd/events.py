@@ -115,6 +115,7 @@ class Outcome(StrEnum):
     REVIEW = "sent_to_review"
     REJECTED = "rejected"
     FOLLOWED = "followed"  # a companion that arrived after its image
+    ASSIGNED = "assigned"  # filed into a class that a person named; a reference of that class from then on
 
 
 class MoveFailure(StrEnum):
@@ -420,6 +421,11 @@ class Move:
     generation: int = 0
     milliseconds: Mapping[str, float] = field(default_factory=dict)  # settle, decode, encode
     wanted: str = ""  # its new name, if another one
+
+    @property
+    def assigned_label(self) -> str | None:
+        """The class that a person named; None for any other move."""
+        return self.folder.partition("/")[2] if self.outcome is Outcome.ASSIGNED else None
 
 
 @dataclass(frozen=True, slots=True)

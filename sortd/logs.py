@@ -26,6 +26,7 @@ IMAGE_FILED: Final = "image.filed"
 IMAGE_SENT_TO_REVIEW: Final = "image.sent_to_review"
 IMAGE_REJECTED: Final = "image.rejected"
 IMAGE_CORRECTED: Final = "image.corrected"
+IMAGE_ASSIGNED: Final = "image.assigned"
 IMAGE_LEFT: Final = "image.left"
 IMAGE_VANISHED: Final = "image.vanished"
 COMPANION_FOLLOWED: Final = "companion.followed"
@@ -65,6 +66,7 @@ IMAGE_EVENTS: Final[Mapping[Outcome, str]] = {
     Outcome.REVIEW: IMAGE_SENT_TO_REVIEW,
     Outcome.REJECTED: IMAGE_REJECTED,
     Outcome.FOLLOWED: COMPANION_FOLLOWED,
+    Outcome.ASSIGNED: IMAGE_ASSIGNED,
 }
 """The event of a finished move, by outcome."""
 

@@ -28,6 +28,7 @@ from sortd.commands.check_dataset import (
 )
 from sortd.commands.console import counted, megabytes
 from sortd.commands.findings import Finding, Topic, error, note, warning
+from sortd.commands.groups import label_findings
 from sortd.commands.models import EXPORT_MISSING, backend_facts, verdict_sentence
 from sortd.config import Config, read_config
 from sortd.encoder import models
@@ -67,6 +68,7 @@ def check_all(
     for layout in layouts:
         checks += [(topic, check(config, layout)) for check, topic in DATASET_CHECKS.items()]
         checks.append((Topic.REFERENCES, reference_findings(config, layout, decoding_seconds=decoding_seconds)))
+        checks.append((Topic.REFERENCES, label_findings(config, layout)))
     for topic, found in checks:
         try:
             yield from (replace(one, topic=one.topic or topic) for one in found)

@@ -10,7 +10,7 @@ import stat
 import tempfile
 import time
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -36,7 +36,7 @@ from sortd.daemon.references import (
     settings_differ,
     stored_prototypes,
 )
-from sortd.errors import ImageError
+from sortd.errors import ImageError, JournalError
 from sortd.events import Preprocessing, Stamp, Writer
 from sortd.files import sha256_of
 from sortd.images.decode import DecodeLimits, check_header, decode_file
@@ -220,8 +220,20 @@ def reference_findings(
     folders = [replace(one, files=tuple(f for f in one.files if f in contents or _is_image(f[0]))) for one in folders]
     files = [file for folder in folders for file in folder.files]
     yield from _reading_findings(config, clases, files, contents, decoding_seconds)
-    yield from _count_findings(clases, {one.label: len(one.files) for one in folders}, config.dataset(layout.name).mode)
+    assigned = _assigned_counts(config, layout)
+    counts = {one.label: len(one.files) + assigned[one.label] for one in folders}
+    yield from _count_findings(clases, counts, config.dataset(layout.name).mode)
     yield from _duplicate_findings(clases, folders, contents)
+
+
+def _assigned_counts(config: Config, layout: Layout) -> Counter[str]:
+    """Return the number of images in Dataset/ that a person assigned to each class, which are references as well."""
+    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
+    if not file.is_file():
+        return Counter()
+    with suppress(JournalError), History.open(file) as history:  # another finding reports a damaged journal
+        return Counter(label for label, path in history.assigned() if os.path.isfile(layout.root / path))
+    return Counter()
 
 
 def _known_contents(config: Config, files: Sequence[_File]) -> Mapping[_File, str]:
@@ -445,4 +457,4 @@ DATASET_CHECKS: Final[Mapping[Callable[[Config, Layout], Iterator[Finding]], Top
     classifier_findings: Topic.MODEL,
     stored_calibration_findings: Topic.CALIBRATION,
 }
-"""All checks with their topics, in the order in which they run; ``reference_findings`` is the last of each dataset."""
+"""All checks with their topics, in order; ``reference_findings`` and ``label_findings`` are the last ones."""

@@ -199,7 +199,7 @@ def _dataset(config: Config, path: Path, name: str | None) -> Layout:
 
 def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:
     """Return the cached embedding and logits of a content with stored prototypes, or None if one is missing."""
-    prototypes = _deciding(config, layout)
+    prototypes = current_prototypes(config, layout)
     file = config.cache_dir / CACHE_FILE
     if prototypes is None or not file.is_file():
         return None
@@ -219,7 +219,7 @@ def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_en
     try:
         embedder, _, _ = resources.load()
         embedding = _row(embedder, image)
-        prototypes, wanted = _deciding(config, layout), config.dataset(layout.name).classifier
+        prototypes, wanted = current_prototypes(config, layout), config.dataset(layout.name).classifier
         decider = resources.select(layout, wanted, _labels(layout, prototypes))
         logits = None if decider.facts is None else _row(resources.finetuned[decider.model_id], image)
         if prototypes is not None and prototypes.encoder_id == embedder.encoder.encoder_id:
@@ -233,7 +233,7 @@ def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_en
     return _Sight(decider, rebuilt.prototypes, is_stored=False, embedding=embedding, logits=logits)
 
 
-def _deciding(config: Config, layout: Layout) -> PrototypeSet | None:
+def current_prototypes(config: Config, layout: Layout) -> PrototypeSet | None:
     """Return the stored prototypes if a running sortd uses them, or if they are up to date.
 
     Settings are irrelevant if a fine-tuned model decides: then prototypes only provide neighbours.

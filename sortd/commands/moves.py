@@ -15,6 +15,7 @@ from typing import Any
 
 from sortd.commands.console import counted, format_time, print_line, print_table, printable, say, show
 from sortd.config import Config
+from sortd.daemon.assign import forget_made_classes
 from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, release_reply, undo_facts, undo_records
 from sortd.daemon.dataset_lock import inspect_dataset, open_dataset
 from sortd.errors import DataError, JournalError, LayoutError, SortdError, StartupError
@@ -282,6 +283,8 @@ def _undo_here(config: Config, chosen: Chosen, *, dry_run: bool) -> Mapping[str,
             identifiers = [record.id for record in records]
             for told, _ in undo_records(opened.mover, opened.journal.history, identifiers, dry_run=dry_run):
                 undone += [undo_facts(place.dataset, layout, one) for one in told]
+                if not dry_run:
+                    forget_made_classes(layout, opened.journal, told)
             recovered += len(opened.recovered)
     return {"undone": undone, "later": 0, "recovered": recovered}
 

@@ -26,7 +26,7 @@ from sortd.commands.console import (
 from sortd.commands.moves import JournalPlace, journals
 from sortd.config import Config, find_config_file
 from sortd.daemon.control import NotRunningError
-from sortd.daemon.corrections import corrected_images
+from sortd.daemon.corrections import labelled_images
 from sortd.daemon.references import ReferencesAbsentError, ReferenceSettings, class_labels
 from sortd.daemon.reporting import LISTED
 from sortd.daemon.resources import reference_settings_of, select_classifier, unfit
@@ -330,17 +330,18 @@ def dataset_named(config: Config, name: str | None) -> Layout:
 
 
 def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettings:
-    """Return the reference settings of a dataset, with the corrections of its journal.
+    """Return the reference settings of a dataset, with the images that its journal adds to the references.
 
     Raises:
         JournalError: the journal cannot be read.
     """
     reference_settings = reference_settings_of(config.dataset(layout.name))
     file = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    if not reference_settings.learns_from_corrections or not file.is_file():
+    if not file.is_file():
         return reference_settings
+    learns = reference_settings.learns_from_corrections
     with History.open(file) as history:
-        return replace(reference_settings, corrections=corrected_images(layout, history))
+        return replace(reference_settings, corrections=labelled_images(layout, history, with_corrections=learns))
 
 
 # ---------------------------------------------------------------- output

@@ -266,8 +266,8 @@ class Images:
             image.generation, image.in_review = generation, True
         elif image.state is State.REVIEWED:
             image.stamp = stamp
-        if image.in_review:
-            image.scan = self._scans[True]
+        image.in_review = True  # one that is held since an earlier run was not known to be there
+        image.scan = self._scans[True]
 
     def hold(self, path: str, stamp: Stamp, now: float) -> None:
         """Hold this version until it changes or is released; a moving one is held if its move fails."""

@@ -1,4 +1,4 @@
-"""Control: how ``undo``, ``release`` and ``rebuild`` reach the running daemon, and how it carries them out.
+"""Control: how ``undo``, ``release``, ``rebuild`` and ``groups`` reach the running daemon, and how it carries them out.
 
 A request is a file in the state directory and a SIGUSR1 that wakes the daemon; the answer is a file beside it. Only the
 user of the daemon may write to the directory: whoever can send requests could also move the files. Paths are as
@@ -11,12 +11,14 @@ user of the daemon may write to the directory: whoever can send requests could a
            the last two only if there are any
     {"do": "rebuild", "datasets": [name] or null: all, "force": bool}
         -> {"rebuilding": [name]}
+    {"do": "assign", "dataset": name, "root": path, "label": class, "images": [{"path", "size", "mtime_ns"}]}
+        -> {"assigned": [{"path", "destination", "message"}], "later": number}
     anything else, or a failure
         -> {"error": sentence, "exit_code": as in sysexits(3)}
 
-``was`` is the old path of the image, ``restored`` the new one (null: it was not moved, ``message`` says why); ``later``
-counts images that are being copied back from another file system and end after the answer. Every request has
-``expires_at``, seconds since the epoch, after which it is ignored.
+``was`` is the old path of the image, ``restored`` or ``destination`` the new one (null: it was not moved, ``message``
+says why); ``later`` counts images that are being copied to another file system and end after the answer. Every request
+has ``expires_at``, seconds since the epoch, after which it is ignored.
 """
 
 import json
@@ -35,9 +37,10 @@ import structlog
 
 from sortd import errors
 from sortd.config import Config
+from sortd.daemon.assign import assign_images, forget_made_classes
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.datasets import Datasets
-from sortd.events import ImageGone, ImageHeld, Released
+from sortd.events import ImageGone, ImageHeld, Released, ReviewSeen
 from sortd.files import open_folder, read_regular, write_json
 from sortd.layout import Area, Layout
 from sortd.logs import MOVE_UNDONE
@@ -328,6 +331,8 @@ def answer(datasets: Datasets, request: Request) -> Reply | Steps:
                 with datasets.answering(dataset):
                     dataset.rebuild(force=force)
             return {"rebuilding": [dataset.name for dataset in chosen]}
+        case {"do": "assign", "dataset": str(name), "root": str(root), "label": str(label), "images": list(images)}:
+            return _assign(datasets, _chosen_at(datasets, name, root), label, images)
     raise RequestError(f"unknown request {request.get('do')!r:.100} with {', '.join(sorted(request))}")
 
 
@@ -374,9 +379,7 @@ def _undo(datasets: Datasets, wanted: Mapping[str, Any], *, dry_run: bool) -> St
     undone: list[dict[str, Any]] = []
     later = 0
     for name, (root, records) in {name: _wanted(name, one) for name, one in wanted.items()}.items():
-        (dataset,) = _chosen(datasets, [name])
-        if os.path.realpath(root) != os.path.realpath(dataset.layout.root):
-            raise errors.DataError(f"the running sortd works on {dataset.layout.root}, not on {root}")
+        dataset = _chosen_at(datasets, name, root)
         if (problem := dataset.presence.lock_problem()) is not None and not dry_run:
             raise errors.AlreadyRunningError(problem)
         chunks = undo_records(dataset.mover, dataset.journal.history, records, dry_run=dry_run)
@@ -395,6 +398,23 @@ def _undo(datasets: Datasets, wanted: Mapping[str, Any], *, dry_run: bool) -> St
                     f"{name} was closed meanwhile, after {len(undone)} images were restored; repeat the request"
                 )
     return {"undone": undone, "later": later}
+
+
+def _assign(datasets: Datasets, dataset: Dataset, label: str, images: Sequence[Mapping[str, Any]]) -> Steps:
+    """Move images to the class that a person named, some in each turn of the loop."""
+    if (problem := dataset.presence.problem()) is not None:
+        raise errors.LayoutError(problem)
+    assigned: list[dict[str, Any]] = []
+    later = 0
+    steps = assign_images(dataset.layout, dataset.journal, dataset.assign, label, images)
+    while True:
+        with datasets.answering(dataset):
+            if (done := next(steps, None)) is None:
+                return {"assigned": assigned, "later": later}
+        assigned, later = assigned + done[0], later + done[1]
+        yield
+        if datasets.by_name.get(dataset.name) is not dataset:
+            raise errors.DataError(f"{dataset.name} was closed meanwhile; {len(assigned)} images were assigned")
 
 
 def _wanted(name: str, wanted: object) -> tuple[str, list[int]]:
@@ -418,8 +438,12 @@ def apply_undo_results(dataset: Dataset, results: Sequence[UndoResult]) -> None:
             continue
         dataset.receive(ImageGone(was))
         if (held := dataset.mover.held_version(one.restored)) is not None:
+            if dataset.layout.area_of(one.restored) is Area.REVIEW:
+                dataset.receive(ReviewSeen(one.restored, held, one.record.move_reason.generation))
             dataset.receive(ImageHeld(one.restored, held))
         log.info(MOVE_UNDONE, path=was, destination=one.restored, reason=one.message)
+    if forget_made_classes(dataset.layout, dataset.journal, results):
+        dataset.rebuild(force=True, afresh=True)  # otherwise the class would keep what it had
 
 
 def _release(datasets: Datasets, chosen: Sequence[Dataset], path: str | None) -> Reply:
@@ -446,6 +470,13 @@ def release_reply(released: Mapping[str, int], lifted: Mapping[str, str], still_
     """Return the reply to a release: held files by dataset, and why the guard held, or holds, datasets."""
     holds = {"lifted": lifted, "still_held": still_held}
     return {"released": released, **{name: reasons for name, reasons in holds.items() if reasons}}
+
+
+def _chosen_at(datasets: Datasets, name: str, root: str) -> Dataset:
+    (dataset,) = _chosen(datasets, [name])
+    if os.path.realpath(root) != os.path.realpath(dataset.layout.root):
+        raise errors.DataError(f"the running sortd works on {dataset.layout.root}, not on {root}")
+    return dataset
 
 
 def _chosen(datasets: Datasets, names: Sequence[str] | None) -> list[Dataset]:

@@ -447,7 +447,7 @@ def _files_in(folder: str) -> Iterator[Iterator["os.DirEntry[str]"]]:
         yield (entry for entry in entries if not entry.is_dir(follow_symlinks=False))
 
 
-def corrected_images(layout: Layout, history: History) -> tuple[tuple[str, str], ...]:
-    """Return the label of each corrected image, and its path when it was found."""
-    root = os.fspath(layout.root)
-    return tuple((label, os.path.join(root, path)) for _, label, path, _ in history.corrections())
+def labelled_images(layout: Layout, history: History, *, with_corrections: bool) -> tuple[tuple[str, str], ...]:
+    """Return class and path of the images in Dataset/ that are references: assigned ones, and maybe corrected ones."""
+    corrected = [(label, path) for _, label, path, _ in history.corrections()] if with_corrections else []
+    return tuple((label, os.path.join(layout.root, path)) for label, path in [*corrected, *history.assigned()])

@@ -17,7 +17,7 @@ from sortd import events
 from sortd.classify.decide import decide_by
 from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
-from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired, corrected_images
+from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired, labelled_images
 from sortd.daemon.dataset_lock import OpenDataset
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.reporting import DatasetLog, Metrics
@@ -61,6 +61,10 @@ class MoveQueue:
     def send(self) -> list[Heard]:
         """Carry out the next group of what was gathered; return what has ended, a line written about each."""
         moves, self._moves = self._moves[:GROUP], self._moves[GROUP:]
+        return self.carry_out(moves)
+
+    def carry_out(self, moves: Sequence[Move]) -> list[Heard]:
+        """Carry out moves, whatever was gathered; return what has ended, a line written about each."""
         began = monotonic()
         for move in moves:
             self._asked.setdefault((move.path, move.stamp), deque()).append((move, began))
@@ -284,7 +288,7 @@ class Dataset:
         results = self.move_queue.end(orders)
         for result in results:
             if not isinstance(result, UndoResult):
-                self.receive(result)
+                self._hear(result)
         return [result for result in results if isinstance(result, UndoResult)]
 
     def reload(self, settings: SorterSettings, reference_settings: ReferenceSettings) -> None:
@@ -318,6 +322,21 @@ class Dataset:
             self.receive(events.DatasetAbsent(problem))
             return
         for result in self.move_queue.send():
+            self._hear(result)
+
+    def assign(self, moves: Sequence[Move]) -> list[Heard]:
+        """Carry out moves that a person ordered; return what has ended."""
+        heard = self.move_queue.carry_out(moves)
+        for result in heard:
+            self._hear(result)
+        return heard
+
+    def _hear(self, result: Heard) -> None:
+        """Tell the core of the end of a move; it did not ask for those that a person ordered."""
+        if isinstance(result, Moved) and result.outcome is Outcome.ASSIGNED:
+            self.receive(ImageGone(result.path))
+            self.receive(events.ReferencesTouched())
+        else:
             self.receive(result)
 
     def scan_all(self) -> None:
@@ -389,8 +408,9 @@ class Dataset:
             self._tell(event)
             return
         settings = self._reference_settings
-        if settings.learns_from_corrections:
-            settings = replace(settings, corrections=corrected_images(self.layout, self.journal.history))
+        learns = settings.learns_from_corrections
+        labelled = labelled_images(self.layout, self.journal.history, with_corrections=learns)
+        settings = replace(settings, corrections=labelled)
         (force, afresh), self._wishes = self._wishes, (False, False)
         self._ordered = force, afresh
         clases, generation = self.layout.area(Area.CLASES), self._last_generation
@@ -427,9 +447,9 @@ class Dataset:
             return True
         return core.guard.reason is not None and not core.rebuilds.is_pending
 
-    def rebuild(self, *, force: bool) -> None:
-        """Rebuild the prototypes; with ``force`` even if the reload gate would keep the old ones."""
-        self._wish(force=force)
+    def rebuild(self, *, force: bool, afresh: bool = False) -> None:
+        """Rebuild the prototypes; ``force`` skips the reload gate, ``afresh`` forgets what emptied classes held."""
+        self._wish(force=force, afresh=afresh)
         self.receive(events.ReferencesTouched())
 
     @property

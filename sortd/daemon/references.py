@@ -16,7 +16,7 @@ import numpy as np
 from sortd import errors
 from sortd.arrays import FloatArray
 from sortd.classify.build import build
-from sortd.classify.prompts import GENERIC_NOUNS, prompts
+from sortd.classify.prompts import GENERIC_NOUNS, prompts, written_name
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import DecisionSettings, SupportSet
 from sortd.config import DEFAULT_TEMPLATES, Config, DatasetConfig
@@ -83,6 +83,15 @@ class Rebuilt:
 def is_class_name(name: str) -> bool:
     """Return whether a folder name can be a class: printable, not blank, not hidden, no system folder."""
     return name.isprintable() and name.strip() not in {"", ".."} and rule_for_folder(name) is None
+
+
+def class_name_problem(name: str) -> str | None:
+    """Return why a name cannot be given to a new class; None if it can."""
+    if "/" in name or not is_class_name(name) or written_name(name) != name:
+        return "it must be a visible folder name without /, control characters, and blanks at an end or in a row"
+    if name == STRANGERS_FOLDER:
+        return "this folder is for images of no class"
+    return None
 
 
 def read_descriptions(folder: str) -> tuple[str, ...]:

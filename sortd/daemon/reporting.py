@@ -347,7 +347,8 @@ def decision_facts(move: Move) -> dict[str, object]:
     """Return the fields of the log line for a decision."""
     decision = move.decision
     if decision is None:
-        return {"reason": move.reason}
+        named = {} if move.assigned_label is None else {"label": move.assigned_label}
+        return {**named, "reason": move.reason}
     return {
         **({"label": decision.label} if isinstance(decision, Assigned) else {}),
         **({"label": decision.best_label, "reason": move.reason} if isinstance(decision, Abstained) else {}),

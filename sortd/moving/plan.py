@@ -88,6 +88,7 @@ def move_reason_of(move: Move) -> MoveReason:
     decided = MoveReason.of(move.decision, move.outcome.value)
     return replace(
         decided,
+        label=move.assigned_label or decided.label,
         reason=move.reason or decided.reason,
         generation=move.generation,
         encoder_id=move.encoder_id,

@@ -219,6 +219,17 @@ class History:
                 for row in rows
             ]
 
+    def assigned(self) -> list[tuple[str, str]]:
+        """Return the class and the path, relative to the dataset, of each image that a person assigned and left there.
+
+        An image that the person moved to another class afterwards is a correction instead.
+        """
+        uncorrected = "NOT EXISTS (SELECT 1 FROM corrections WHERE move = moves.id)"
+        where = f"progress = 'done' AND outcome = 'assigned' AND undone_by IS NULL AND {uncorrected}"
+        return [
+            (one.move_reason.label or "", one.destination_path) for one in self._records(f"{where} ORDER BY id", ())
+        ]
+
     def fact(self, key: str) -> str | None:
         """Return a fact, or None."""
         rows = self._rows("SELECT value FROM facts WHERE key = ?", (key,))

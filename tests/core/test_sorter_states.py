@@ -301,6 +301,18 @@ def test_sorter_scan_of_images_inspects_no_image_of_review() -> None:
     assert sorter.receive(ScanFinished(), 200) == []
 
 
+def test_sorter_image_held_in_review_since_an_earlier_run_stays_there_when_it_is_released() -> None:
+    """A hold says nothing of the folder; the scan of Review/ does, and what is undecided again is not moved."""
+    sorter = ready_sorter()
+    sorter.receive(ImageHeld("Review/a/x.png", stamp()), 100)
+    sorter.receive(ReviewSeen("Review/a/x.png", stamp(), 0), 100)
+    assert sorter.images.counts[State.HELD] == 1
+    sorter.receive(Released("Review/a/x.png"), 101)
+    image = sorter.images.get("Review/a/x.png")
+    assert image is not None
+    assert image.in_review
+
+
 # ---------------------------------------------------------------- whatever happens in whatever order
 
 
