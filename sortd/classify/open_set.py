@@ -16,15 +16,15 @@ Moments = tuple[float, float]
 """Mean and standard deviation of one statistic among known images."""
 Rows = npt.NDArray[np.floating]
 
-KNOWN_REFUSED = np.linspace(0.10, 0.40, 31)
+KNOWN_REFUSED = np.linspace(0.10, 0.35, 26)
 """Shares of known images that the gate may refuse. The least of them is taken that keeps STRANGERS_KEPT out, since what
 strangers of the classes look like differs between libraries: at 0.10, 5 to 60 % of them were filed."""
-STRANGERS_KEPT = 0.15
+STRANGERS_KEPT = 0.16
 """Share of the references of left-out classes that may be as typical of another class as known images are."""
 FEW_CLASSES = 5
-"""With more classes than this, the weight of the remoteness falls by the root of their number: they fill the space
-around the centre, so that strangers are seldom far from it."""
-SHARE_OF_ODDS = 0.5
+"""With more classes than this, the weight of the remoteness falls by their number: they fill the space around the
+centre, so that strangers are seldom far from it."""
+SHARE_OF_ODDS = 0.8
 """Weight of the log odds in the familiarity: strangers mostly have lower odds, but not always."""
 LEAST_COSINE_SPREAD = 0.01
 LEAST_ODDS_SPREAD = 1.0
@@ -122,7 +122,7 @@ def known_gate(
         typicality=None if open_set.typicality is None else _relative_moments(open_set.typicality[right]),
         remoteness=None if open_set.remoteness is None else _relative_moments(open_set.remoteness[right]),
         odds=_moments(log_odds(confidence[right]), LEAST_ODDS_SPREAD),
-        share_of_remoteness=float(np.sqrt(min(1.0, FEW_CLASSES / max(classes, 1)))),
+        share_of_remoteness=min(1.0, FEW_CLASSES / max(classes, 1)),
     )
     gate = replace(gate, whole=_moments(gate.familiarity(open_set, confidence)[right], LEAST_WHOLE_SPREAD))
     refused = float(KNOWN_REFUSED[0])

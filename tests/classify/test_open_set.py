@@ -95,10 +95,10 @@ class TestTheGate:
         assert np.mean(refused) == pytest.approx(0.1, abs=tolerance)
 
     def test_remoteness_weighs_less_among_many_classes(self) -> None:
-        """Up to five classes it counts in full, with twenty by a half."""
+        """Up to five classes it counts in full, with twenty by a quarter."""
         arguments = looks(), np.array([0.9]), np.array([True])
         shares = [known_gate(*arguments, classes=classes).share_of_remoteness for classes in (2, 5, 20)]
-        assert shares == [1.0, 1.0, 0.5]
+        assert shares == [1.0, 1.0, 0.25]
 
     def test_one_reference_that_was_recognised_makes_a_gate(self) -> None:
         """Spreads that nobody saw are assumed, so that it is finite and its own image passes."""
