@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
@@ -115,10 +115,10 @@ class Drive:
         self._commands: deque[Command] = deque()
         self.tell([Tick()])
 
-    def decide(self, classifier: Classifier, rows: npt.ArrayLike) -> list[Decision]:
+    def decide(self, classifier: Classifier, rows: npt.ArrayLike, turned_away: Sequence[int]) -> list[Decision]:
         """Decide with ``decide_by``, and measure the time."""
         began = time.process_time()
-        decisions = decide_by(classifier, rows)
+        decisions = decide_by(classifier, rows, turned_away)
         self.decision_seconds += time.process_time() - began
         return decisions
 

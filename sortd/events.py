@@ -4,7 +4,7 @@ Events go into the core, commands come out (see ``core/sorter.py``). Paths are a
 returns them. Times are seconds of a monotonic clock.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -205,11 +205,15 @@ class ImageSeen:
 
 @dataclass(frozen=True, slots=True)
 class ReviewSeen:
-    """An image that sortd put into ``Review/`` is still there; ``generation`` could not decide it."""
+    """An image that sortd put into ``Review/`` is still there; ``generation`` could not decide it.
+
+    ``is_unfamiliar``: it looked like no class.
+    """
 
     path: str
     stamp: Stamp
     generation: int = 0
+    is_unfamiliar: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,7 +449,11 @@ class Hold:
     reason: str
 
 
-Decide = Callable[["Classifier", "FloatArray"], list[Decision]]
-"""Returns the decision of a classifier for each row of embeddings or logits."""
+Decide = Callable[["Classifier", "FloatArray", Sequence[int]], list[Decision]]
+"""Returns the decision of a classifier for each row of embeddings or logits.
+
+The numbers are those of ``classify.decide.decide``: the generation that took an image for one of no class, or 0."""
+UNFAMILIAR = frozenset({"typicality", "stranger"})
+"""Reasons of ``Abstained`` for images that look like no class."""
 
 Command = Inspect | Embed | Rebuild | Scan | Move | Leave | Hold

@@ -56,6 +56,7 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int, p
         sources=tuple(support.sources[index] for index in order),
         references=references.astype(np.float32),
         classes=classes,
+        added=np.zeros(len(classes), np.int64),
         text=np.zeros((0, references.shape[1]), np.float32) if support.text is None else support.text,
         temperature=TYPICAL_TEMPERATURE,
         recall=np.full(len(support.labels), np.nan),

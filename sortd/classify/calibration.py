@@ -274,14 +274,14 @@ def calibrate_knowns(
         gate = foreign_gate(foreign_cosines)
     facts: dict[str, Any] = {"held_out": count, "precision_wanted": precision, "gate": gate}
     if not count:
-        return {**facts, "confidence": NEVER, "notes": (f"{nothing_held_out}, so nothing vouches for a precision",)}
+        return {**facts, "confidence": NEVER, "notes": (f"{nothing_held_out}, so no precision can be expected",)}
     corrected = corrected_confidence(confidence, right, weights)
     judged = confidence[is_familiar], corrected[is_familiar], right[is_familiar], weights[is_familiar]
     threshold = choose_threshold(*judged, precision)
     filed = is_familiar & (confidence >= threshold.confidence)
     curve = precision_curve(*judged)
     held_out = "references" if open_set is not None else "held-out images"
-    note = f"precision {precision:g} is not reached: {count} {held_out} vouch for at most {threshold.attainable:.3f}"
+    note = f"precision {precision:g} is not reached: {count} {held_out} allow at most {threshold.attainable:.3f}"
     return {
         **facts,
         "accuracy": balanced_accuracy(right, own, classes),

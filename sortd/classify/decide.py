@@ -1,5 +1,6 @@
 """Decide: a label, or the reason for none, for each row of embeddings or logits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,10 +51,10 @@ class ScoredBatch:
         return float(row[self.best[at]] - (0.0 if second is None else row[second]))
 
 
-def decide_by(classifier: Classifier, rows: npt.ArrayLike) -> list[Decision]:
-    """Return one decision for each row of embeddings (B, d) or logits (B, C); raise as ``decide``."""
+def decide_by(classifier: Classifier, rows: npt.ArrayLike, turned_away: Sequence[int] | None = None) -> list[Decision]:
+    """Return one decision for each row of embeddings (B, d) or logits (B, C); arguments and errors as ``decide``."""
     if isinstance(classifier, PrototypeSet):
-        return decide(classifier, rows)
+        return decide(classifier, rows, turned_away)
     batch, calibration = score_logits(classifier, rows), classifier.calibration
     is_unsure = batch.confidence < (-np.inf if classifier.abstain is None else calibration.confidence)
     reasons = ["margin" if unsure else None for unsure in is_unsure]
@@ -63,15 +64,24 @@ def decide_by(classifier: Classifier, rows: npt.ArrayLike) -> list[Decision]:
     ]
 
 
-def decide(prototypes: PrototypeSet, embeddings: npt.ArrayLike) -> list[Decision]:
-    """Return one decision for each embedding (B, d); raise ValueError for another shape or non-finite values."""
+def decide(
+    prototypes: PrototypeSet, embeddings: npt.ArrayLike, turned_away: Sequence[int] | None = None
+) -> list[Decision]:
+    """Return one decision for each embedding (B, d); raise ValueError for another shape or non-finite values.
+
+    ``turned_away``, (B,), is the generation that took an image for one of no class, 0 for other images. Such an image
+    is filed only if its cosine to the references that its class has gained since is at least that of known images.
+    """
     queries = _checked(embeddings, prototypes.matrix.shape[1])
     mode = prototypes.settings.mode
     if not len(prototypes.labels) or not len(queries):
         return [Abstained("no_classes", None, 0.0, 0.0, None, mode) for _ in queries]
     batch = score_batch(prototypes, queries, mode)
     facts = prototypes.labels, mode, prototypes.calibration
-    return [_decision(*facts, batch, at, reason) for at, reason in enumerate(_reasons(prototypes, queries, batch))]
+    reasons = _reasons(prototypes, queries, batch)
+    if prototypes.settings.abstain is not None and turned_away is not None and any(turned_away):
+        reasons[_is_still_strange(prototypes, queries, batch, np.asarray(turned_away)) & (reasons == None)] = "stranger"  # noqa: E711 -- elementwise
+    return [_decision(*facts, batch, at, reason) for at, reason in enumerate(reasons)]
 
 
 def _checked(rows: npt.ArrayLike, width: int) -> Array:
@@ -131,18 +141,36 @@ def open_set_scores(prototypes: PrototypeSet, queries: Array, judged: ScoredBatc
     """Return the statistics of a batch that the gate uses."""
     relative = _typicality(prototypes, queries, judged) if gate.typicality is not None else None
     whitening = prototypes.whitening
+    remoteness = None if gate.remoteness is None or whitening is None else whitening.space.remoteness(queries)
+    return OpenSetScores(_gate_cosines(prototypes, queries, judged, gate), relative, remoteness)
+
+
+def _gate_cosines(
+    prototypes: PrototypeSet, queries: Array, judged: ScoredBatch, gate: Gate, used: BoolArray | None = None
+) -> Array:
+    """Return (B,) the cosine that the gate uses, to the references of the best class, or those ``used`` (N,) of it."""
+    rows, classes, whitening = prototypes.references, prototypes.classes, prototypes.whitening
+    rows, classes = (rows, classes) if used is None else (rows[used], classes[used])
     if gate.remoteness is None or whitening is None:
-        return OpenSetScores(_closeness(prototypes, queries, judged), relative, None)
+        return nearest_cosines(unit_rows(queries).astype(np.float32), judged.best, rows, classes)
     placed = whitening.space.place(queries) if judged.placed is None else judged.placed
     directions = (placed * whitening.scale).astype(np.float32)  # cheaper than placing all references
-    cosine = nearest_cosines(
-        directions,
-        judged.best,
-        prototypes.references,
-        prototypes.classes,
-        centred=(directions @ whitening.center.astype(np.float32), whitening.remoteness),
-    )
-    return OpenSetScores(cosine, relative, whitening.space.remoteness(queries))
+    lengths = whitening.remoteness if used is None else whitening.remoteness[used]
+    centred = directions @ whitening.center.astype(np.float32), lengths
+    return nearest_cosines(directions, judged.best, rows, classes, centred=centred)
+
+
+def _is_still_strange(
+    prototypes: PrototypeSet, queries: Array, judged: ScoredBatch, turned_away: IntArray
+) -> BoolArray:
+    """Return (B,) whether an image was taken for one of no class and no new reference of its class is near."""
+    gate, strange = prototypes.calibration.gate, turned_away > 0
+    if gate is None:
+        return np.asarray(strange, dtype=np.bool_)
+    for generation in np.unique(turned_away[strange]):
+        cosines = _gate_cosines(prototypes, queries, judged, gate, prototypes.added > generation)
+        strange &= ~((turned_away == generation) & (cosines >= gate.cosine[0]))
+    return np.asarray(strange, dtype=np.bool_)
 
 
 def stranger_shares(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch) -> Array | None:
@@ -162,7 +190,7 @@ def stranger_shares(prototypes: PrototypeSet, queries: Array, judged: ScoredBatc
 
 
 def _closeness(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch) -> Array:
-    """Return (B,) cosine of each query to the nearest references of its best class; -1 if it has none."""
+    """Return (B,) cosine of each embedding to the nearest references of its best class; -1 if it has none."""
     directions = unit_rows(queries).astype(np.float32)
     return nearest_cosines(directions, judged.best, prototypes.references, prototypes.classes)
 
@@ -187,8 +215,8 @@ def _nearer_to_strangers(whitening: Whitening, queries: Array, judged: ScoredBat
     return np.asarray((rows @ whitening.strangers.T).max(axis=1) >= known, dtype=np.bool_)
 
 
-def _reasons(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch) -> list[str | None]:
-    """Return for each image the reason why it is not filed, or None; later assignments take precedence."""
+def _reasons(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch) -> npt.NDArray[np.object_]:
+    """Return (B,) the reason why each image is not filed, or None; later assignments take precedence."""
     facts = prototypes.calibration
     reasons = np.full(len(queries), None, dtype=object)
     if prototypes.settings.abstain is not None:
@@ -207,7 +235,7 @@ def _reasons(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch) -> l
         if prototypes.settings.mode is not Mode.TEXT:
             reasons[~has_images] = "name_only"
     reasons[~np.isfinite(judged.scores[np.arange(len(queries)), judged.best])] = "no_classes"
-    return list(reasons)
+    return reasons
 
 
 def _decision(

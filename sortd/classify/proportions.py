@@ -21,7 +21,7 @@ def interval(right: int, judged: int) -> tuple[float, float]:
 def lower_bound(right: int, judged: int) -> float:
     """Return the least proportion that 95 % confidence allows: Clopper and Pearson (1934), one-sided.
 
-    60 of 60 vouch for 95 %.
+    60 of 60 prove 95 %.
     """
     from scipy.special import betaincinv  # 0.1 s, and few commands state a bound
 
@@ -36,7 +36,7 @@ def out_of(right: int, judged: int) -> str:
     return f"{right:,} of {judged:,} (95 %: {100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def vouched(right: int, judged: int) -> str:
+def proven(right: int, judged: int) -> str:
     """Return what the checked images say of all: ``not checked``, ``too few to say`` or ``at least 91 % (95 % …)``."""
     if not judged:
         return "not checked"

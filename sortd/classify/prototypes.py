@@ -1,7 +1,7 @@
 """The classifiers of a dataset: a prototype set, or a fine-tuned model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -68,7 +68,7 @@ class BlendRule:
         )
 
 
-_OWN_ARRAYS = ("matrix", "means", "counts", "references", "classes", "text", "recall")
+_OWN_ARRAYS = ("matrix", "means", "counts", "references", "classes", "added", "text", "recall")
 _PARTS = {"whitening": Whitening, "best": BlendRule, "mixed": BlendRule, "null": Strangers}
 
 
@@ -88,6 +88,7 @@ class PrototypeSet:
     sources: tuple[str, ...]  # N paths of the references, sorted by class
     references: FloatArray  # (N, d), sorted by class
     classes: IntArray  # (N,), ascending
+    added: IntArray  # (N,): generation that added each reference; 0 if it is not known
     text: FloatArray  # (C, d), or (0, d) without text embeddings
     temperature: float  # factor from the cosines of a plain mode to log probabilities
     recall: Array  # (C,): leave-one-out recall; NaN if no reference could be left out
@@ -101,6 +102,16 @@ class PrototypeSet:
         """The references as the plain modes use them."""
         text = self.text.astype(np.float64) if len(self.text) else None
         return Plain(self.references, self.classes, self.counts, self.means, text)
+
+    def with_history(self, previous: "PrototypeSet | None") -> "PrototypeSet":
+        """Return the set with ``added`` from an earlier generation; a reference that it lacks is added by this one."""
+        if previous is None or previous.encoder_id != self.encoder_id:
+            return self
+        then = zip(previous.classes, previous.references, previous.added, strict=True)
+        known = {(previous.labels[label], row.tobytes()): int(added) for label, row, added in then}
+        rows = zip(self.classes, self.references, strict=True)
+        added = [known.get((self.labels[label], row.tobytes()), self.generation) for label, row in rows]
+        return replace(self, added=np.array(added, np.int64))
 
     def to_arrays(self) -> tuple[Arrays, dict[str, Any]]:
         """Return named arrays and JSON-able metadata for ``from_arrays``."""

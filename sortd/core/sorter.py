@@ -159,8 +159,8 @@ class Sorter:
         match event:
             case events.ImageSeen():
                 self.images.see(event, now)
-            case events.ReviewSeen(path, stamp, generation):
-                self._rest_in_review(path, stamp, now, generation)
+            case events.ReviewSeen(path, stamp, generation, is_unfamiliar):
+                self._rest_in_review(path, stamp, now, generation, is_unfamiliar=is_unfamiliar)
             case events.ImageHeld(path, stamp):
                 self.images.hold(path, stamp, now)
             case events.ImageGone(path):
@@ -269,7 +269,8 @@ class Sorter:
                 self.images.embedded(image)
             self._resume()  # rows of a replaced encoder are embedded again by the current one
             return []
-        decisions = self._decide(classifier, np.stack([answer.embedding for answer, _ in known]))
+        turned_away = [image.generation if image.in_review and image.is_unfamiliar else 0 for _, image in known]
+        decisions = self._decide(classifier, np.stack([answer.embedding for answer, _ in known]), turned_away)
         if self.guard.is_active(self.images.waiting):
             return self._observe([image for _, image in known], decisions)
         moves = [
@@ -291,9 +292,11 @@ class Sorter:
     def _decided(
         self, answer: events.EmbeddedImage, image: Image, decision: Decision, classifier: CheckedClassifier
     ) -> events.Move | None:
-        if isinstance(decision, Abstained) and image.in_review:
-            self.images.abstain_again(image, generation=classifier.generation)
-            return None
+        if isinstance(decision, Abstained):
+            if image.in_review:
+                self.images.abstain_again(image, generation=classifier.generation)
+                return None
+            image.is_unfamiliar = decision.reason in events.UNFAMILIAR
         image.generation = classifier.generation
         return self._move_or_wait(image, order_for(answer, decision, classifier, settle_seconds=image.settle_seconds))
 
@@ -338,11 +341,14 @@ class Sorter:
             if self._move_pauses.clear(place):
                 self.images.wake(place)
         if event.outcome is events.Outcome.REVIEW:
-            self._rest_in_review(event.destination, event.moved_stamp, now, image.generation)
+            destination, stamp = event.destination, event.moved_stamp
+            self._rest_in_review(destination, stamp, now, image.generation, is_unfamiliar=image.is_unfamiliar)
 
-    def _rest_in_review(self, path: str, stamp: events.Stamp, now: float, generation: int) -> None:
+    def _rest_in_review(
+        self, path: str, stamp: events.Stamp, now: float, generation: int, *, is_unfamiliar: bool
+    ) -> None:
         """Add an image of Review/; if an older generation could not decide it, it is decided again."""
-        self.images.rest_in_review(path, stamp, now, generation=generation)
+        self.images.rest_in_review(path, stamp, now, generation=generation, is_unfamiliar=is_unfamiliar)
         if self.built is not None:
             self.images.reconsider_one(path, self.built.classifier.generation)
 

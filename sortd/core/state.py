@@ -81,6 +81,7 @@ class Image:
     ticket: int = 0
     generation: int = 0
     in_review: bool = False
+    is_unfamiliar: bool = False  # it looked like no class
     is_aside: bool = False
     refusal: Refusal | None = None  # why it stays where it is
     message: str = ""  # of the refusal
@@ -255,7 +256,9 @@ class Images:
             else:
                 self._look_at(image, image.recheck_at)
 
-    def rest_in_review(self, path: str, stamp: Stamp, now: float, *, generation: int) -> None:
+    def rest_in_review(
+        self, path: str, stamp: Stamp, now: float, *, generation: int, is_unfamiliar: bool = False
+    ) -> None:
         """Add an image of Review/ that this generation could not decide."""
         image = self._images.get(path)
         if image is None:
@@ -263,7 +266,7 @@ class Images:
                 self.is_review_full = True
                 return
             image = self._add(path, stamp, State.REVIEWED, now)
-            image.generation, image.in_review = generation, True
+            image.generation, image.is_unfamiliar = generation, is_unfamiliar
         elif image.state is State.REVIEWED:
             image.stamp = stamp
         image.in_review = True  # one that is held since an earlier run was not known to be there

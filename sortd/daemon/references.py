@@ -200,7 +200,8 @@ class References:
         if previous is not None and previous.fingerprint == fingerprint:
             return Rebuilt(previous, refused, emptied, tuple(misnamed), changed=False)
         support = _support(embedder, held, folders, settings, fingerprint)
-        prototypes = build(support, settings.settings, generation=generation, pause=embedder.give_way)
+        built = build(support, settings.settings, generation=generation, pause=embedder.give_way)
+        prototypes = built.with_history(previous)
         encoded = embedder.forwards - forwards
         return Rebuilt(prototypes, refused, emptied, tuple(misnamed), encoded=encoded)
 

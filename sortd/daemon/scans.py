@@ -228,21 +228,22 @@ class DatasetScans:
         if not self.review.is_under_way:
             return
         for path, found in self.review.take():
-            if isinstance(found, Stamp) and (generation := self._generation_of(path, found)) is not None:
-                self._receive(events.ReviewSeen(path, found, generation))
+            if isinstance(found, Stamp) and (seen := self._seen_in_review(path, found)) is not None:
+                self._receive(seen)
         if not self.review.is_under_way:
             self._log.review_full(is_full=self._sorter.images.is_review_full, is_all=True)
             self._receive(events.ScanFinished(in_review=True))
 
-    def _generation_of(self, path: str, mark: Stamp) -> int | None:
-        """Return the generation that could not decide an image; None if sortd did not put it there."""
+    def _seen_in_review(self, path: str, mark: Stamp) -> events.ReviewSeen | None:
+        """Return that an image was seen, with what its record says; None if sortd did not put it there."""
         if self._foreign.has(path, mark):
             return None
         images = self._sorter.images
         if path in images or not images.has_room_in_review:
-            return 0  # the core notes that it was found, or that it is full
+            return events.ReviewSeen(path, mark)  # the core notes that it was found, or that it is full
         record = self._history.last_known(mark)
         if record is not None and os.path.join(self._root, record.destination_path) == path:
-            return record.move_reason.generation
+            reason = record.move_reason
+            return events.ReviewSeen(path, mark, reason.generation, reason.reason in events.UNFAMILIAR)
         self._foreign.note(path, mark)
         return None

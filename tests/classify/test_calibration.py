@@ -92,7 +92,7 @@ class TestConfidence:
         assert corrected_confidence(np.full(12, 0.97), np.arange(12) % 3 == 0, np.ones(12))[0] < 0.6
 
     def test_choose_threshold_few_right_references_prove_little(self) -> None:
-        """Eight right references do not vouch for 98 % however sure they are, nor two for 95 %."""
+        """Eight right references do not prove 98 % however sure they are, nor two for 95 %."""
         for count, wanted in ((8, 0.98), (2, 0.95)):
             sure, right, weights = np.full(count, 0.99), np.ones(count, bool), np.ones(count)
             found = choose_threshold(sure, corrected_confidence(sure, right, weights), right, weights, wanted)

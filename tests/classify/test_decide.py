@@ -87,7 +87,7 @@ def test_calibrate_outcomes_unreachable_settings_add_notes() -> None:
     empty = classifier(AbstainSettings(precision=0.9), none).calibration
     assert (empty.confidence, empty.notes) == (
         NEVER,
-        ("the training has no held-out image, so nothing vouches for a precision",),
+        ("the training has no held-out image, so no precision can be expected",),
     )
     assert "has no effect" in classifier(AbstainSettings(strangers=0.05)).calibration.notes[-1]
 
