@@ -6,7 +6,8 @@ Each file holds ``reference_pool`` (n, d), ``reference_labels`` (n,), ``queries`
 maybe ``text`` (C, d), the prototypes of the class names, with ``text_mean`` (d,), the mean of generic nouns.
 References are drawn from the pool, 1, 2, 4, 8, 16 of each class and uneven ones (1 to 20, log-uniform), every query is
 decided. Open-set worlds have 16 references a class: far strangers are the queries of the other files, near strangers
-those of classes that were left out (a fifth of them, or half). Needs numpy and sortd's decision core, no torch.
+those of classes that were left out (a fifth of them, or half). They arrive among the known images, in random order and
+batches of 64, as in a folder; known images are also decided without them. Needs numpy, no torch.
 """
 
 import os
@@ -27,12 +28,14 @@ import numpy.typing as npt
 from sortd.classify.build import build
 from sortd.classify.decide import decide, score_batch
 from sortd.classify.prototypes import PrototypeSet
+from sortd.classify.stream import Stream
 from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
-from sortd.events import Assigned, Mode
+from sortd.events import Assigned, Decision, Mode
 
 Array = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
+BATCH = 64
 SIZES = ("1", "2", "4", "8", "16", "uneven")
 MODES = (Mode.AVG, Mode.MAX, Mode.MEAN, Mode.BEST, Mode.MIXED)
 SETTINGS = {
@@ -298,19 +301,30 @@ def _right(prototypes: PrototypeSet, features: Features, mode: Mode) -> float:
 
 
 def _outcome(prototypes: PrototypeSet, world: World) -> dict[str, Any]:
-    decisions = decide(prototypes, world.queries)
+    decisions = decide_as_stream(prototypes, world.queries)
     labels = np.array([prototypes.labels.index(one.label) if isinstance(one, Assigned) else -1 for one in decisions])
     filed, right = labels >= 0, labels == world.labels
     return {
-        "strangers_filed": {kind: _filed(prototypes, rows) for kind, rows in world.strangers.items()},
+        "strangers_filed": {kind: _filed(prototypes, world.queries, rows) for kind, rows in world.strangers.items()},
         "known_filed_right": float(right.mean() * 100.0),
         "known_filed_wrong": float((filed & ~right).mean() * 100.0),
         "precision": float(right[filed].mean() * 100.0) if filed.any() else 100.0,
     }
 
 
-def _filed(prototypes: PrototypeSet, rows: Array) -> float:
-    return float(np.mean([isinstance(one, Assigned) for one in decide(prototypes, rows)]) * 100.0)
+def _filed(prototypes: PrototypeSet, known: Array, strangers: Array) -> float:
+    decisions = decide_as_stream(prototypes, np.concatenate([known, strangers]))[len(known) :]
+    return float(np.mean([isinstance(one, Assigned) for one in decisions]) * 100.0)
+
+
+def decide_as_stream(prototypes: PrototypeSet, rows: Array) -> list[Decision]:
+    """Return the decision of each row, as the daemon makes them if the rows arrive in random order."""
+    order, stream = np.random.default_rng(0).permutation(len(rows)), Stream()
+    found: dict[int, Decision] = {}
+    for start in range(0, len(rows), BATCH):
+        part = order[start : start + BATCH]
+        found |= zip(part.tolist(), stream.decide(prototypes, rows[part], [0] * len(part)), strict=True)
+    return [found[at] for at in range(len(rows))]
 
 
 def _average(each: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:

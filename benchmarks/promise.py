@@ -22,11 +22,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance, ImageFilter
 
-from benchmarks.decisions import Features, draw, read, support_of
+from benchmarks.decisions import Features, decide_as_stream, draw, read, support_of
 from benchmarks.harness import argument_parser, print_json
 from benchmarks.photos import embed_files, embed_folder, photos_of
 from sortd.classify.build import build
-from sortd.classify.decide import decide
 from sortd.classify.proportions import interval
 from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
 from sortd.encoder.backends import load_encoder
@@ -155,7 +154,7 @@ def measure(worlds: Iterator[World]) -> dict[str, dict[str, dict[float, Outcome]
         sizes = found.setdefault(world.name, {size: {setting: Outcome() for setting in SETTINGS} for size in SIZES})
         for setting, outcome in sizes[world.size].items():
             settings = DecisionSettings(abstain=AbstainSettings(precision=setting))
-            decisions = decide(build(world.support, settings, generation=1), world.queries)
+            decisions = decide_as_stream(build(world.support, settings, generation=1), world.queries)
             labels = [world.support.labels.index(one.label) for one in decisions if isinstance(one, Assigned)]
             own = [own for own, one in zip(world.labels, decisions, strict=True) if isinstance(one, Assigned)]
             outcome.asked += len(decisions)

@@ -14,7 +14,7 @@ from pathlib import Path
 from time import monotonic, time_ns
 
 from sortd import events
-from sortd.classify.decide import decide_by
+from sortd.classify.stream import Stream
 from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
 from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired, labelled_images
@@ -190,7 +190,7 @@ class Dataset:
         layout, journal = opened.layout, opened.journal
         self.identity, self.layout, self.name = identity, layout, layout.name
         guard, last_generation = journal.history.guard(), journal.history.last_generation()
-        self.sorter = Sorter(settings, decide=decide_by, guard=guard)
+        self.sorter = Sorter(settings, decide=Stream().decide, guard=guard)
         self.log = DatasetLog(self.name, metrics)
         self._reference_settings, self._last_generation = reference_settings, last_generation  # the highest ever used
         self._wishes = self._ordered = (False, False)  # ``force`` and ``afresh`` of the next and of the last rebuild

@@ -1,0 +1,95 @@
+"""The stream: the images that a dataset decided lately, whose familiarity says something about the next ones.
+
+Strangers come in groups, as known images do. An image is looked up among the last ones, never learnt from: what nobody
+has confirmed is no reference.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sortd.arrays import Array, FloatArray
+from sortd.classify.decide import Near, ScoredBatch, decide, decide_by, open_set_scores, score_batch
+from sortd.classify.library import unit_rows
+from sortd.classify.prototypes import Classifier, PrototypeSet
+from sortd.events import Decision
+
+KEPT = 2048
+"""Number of images that are remembered, some 8 MB; a class needs FULL_FROM of them."""
+NEIGHBOURS = 8
+FULL_FROM = 8
+"""Images of the stream for each class from which neighbours have their full weight; before, they have less."""
+JUDGED_AGAIN = 256
+"""Remembered images that a new generation judges with each batch, since all of them at once would take too long."""
+SAME = 0.999
+"""Cosine from which two rows are one image, which is no neighbour of itself when it is decided again."""
+
+
+class Stream:
+    """Decides the images of one dataset and remembers them; see ``decide``."""
+
+    def __init__(self, kept: int = KEPT) -> None:
+        """Start empty."""
+        self._kept = kept
+        self._classifier: Classifier | None = None
+        self._rows: FloatArray = np.zeros((0, 0), np.float32)  # (S, d) embeddings, the oldest first
+        self._places = np.zeros((0, 0), np.float32)  # (J, d) whitened unit rows of the newest J that are judged
+        self._familiarity = np.zeros(0)  # (J,)
+
+    def __len__(self) -> int:
+        """Return the number of remembered images."""
+        return len(self._rows)
+
+    def decide(self, classifier: Classifier, rows: FloatArray, turned_away: Sequence[int]) -> list[Decision]:
+        """Return one decision for each row, as ``decide_by``; an image is as familiar as its neighbours here are."""
+        if not isinstance(classifier, PrototypeSet) or classifier.calibration.gate is None or not len(rows):
+            return decide_by(classifier, rows, turned_away)
+        if classifier is not self._classifier or self._rows.shape[1] != rows.shape[1]:
+            self._classifier = classifier
+            self._rows = self._rows if self._rows.shape[1] == rows.shape[1] else rows[:0]
+            self._places, self._familiarity = np.zeros((0, rows.shape[1]), np.float32), np.zeros(0)
+        self._judge_again(classifier)
+        batch = score_batch(classifier, rows.astype(np.float64), classifier.settings.mode)
+        places, familiarity = _judged(classifier, rows, batch)
+        known = np.concatenate([self._places, places])
+        cosines = places @ known.T
+        values = np.concatenate([self._familiarity, familiarity])
+        share = min(1.0, len(known) / (FULL_FROM * max(len(classifier.labels), 1)))
+        is_new = ~(cosines[:, : len(self._places)] >= SAME).any(axis=1)
+        near = Near(_of_neighbours(cosines, values), share)
+        self._rows = np.concatenate([self._rows, rows[is_new].astype(np.float32)])[-self._kept :]
+        self._places = np.concatenate([self._places, places[is_new]])[-self._kept :]
+        self._familiarity = np.concatenate([self._familiarity, familiarity[is_new]])[-self._kept :]
+        return decide(classifier, rows, turned_away, near=near, batch=batch)
+
+    def _judge_again(self, classifier: PrototypeSet) -> None:
+        """Judge some more of the remembered rows by the present generation, the newest first."""
+        stop = len(self._rows) - len(self._familiarity)
+        part = self._rows[max(0, stop - JUDGED_AGAIN) : stop]
+        if len(part):
+            places, familiarity = _judged(
+                classifier, part, score_batch(classifier, part.astype(np.float64), classifier.settings.mode)
+            )
+            self._places = np.concatenate([places, self._places])
+            self._familiarity = np.concatenate([familiarity, self._familiarity])
+
+
+def _of_neighbours(cosines: FloatArray, familiarity: Array) -> Array:
+    """Return (B,) mean familiarity of the nearest of K images, from cosines (B, K), which are changed; 0 for none."""
+    cosines[cosines >= SAME] = -np.inf
+    count = min(NEIGHBOURS, cosines.shape[1])
+    nearest = np.argpartition(-cosines, count - 1, axis=1)[:, :count]
+    is_other = np.isfinite(np.take_along_axis(cosines, nearest, axis=1))
+    total = np.where(is_other, familiarity[nearest], 0.0).sum(axis=1)
+    return np.asarray(total / np.maximum(is_other.sum(axis=1), 1), dtype=np.float64)
+
+
+def _judged(prototypes: PrototypeSet, rows: FloatArray, batch: ScoredBatch) -> tuple[FloatArray, Array]:
+    """Return whitened unit rows (B, d) and familiarity (B,) of a batch."""
+    gate, whitening = prototypes.calibration.gate, prototypes.whitening
+    assert gate is not None
+    queries = rows.astype(np.float64)
+    placed = queries if whitening is None else whitening.space.place(queries) @ whitening.whitener
+    whitened = placed if batch.whitened is None else batch.whitened
+    familiarity = gate.familiarity(open_set_scores(prototypes, queries, batch, gate), batch.confidence)
+    return unit_rows(whitened).astype(np.float32), familiarity
