@@ -211,13 +211,42 @@ class History:
         }
 
     def corrections(self) -> list[tuple[str, str, str, float]]:
-        """Return each correction as label, corrected label, path relative to the dataset, seconds since the epoch."""
+        """Return each correction as label, corrected label, path relative to the dataset, seconds since the epoch.
+
+        The two labels of an image from Review/ that was moved to the class of its best guess are equal.
+        """
         rows = self._rows("SELECT * FROM corrections ORDER BY at")
         with translated(self._path):
             return [
                 (os.fsdecode(row["label"]), os.fsdecode(row["corrected"]), _relative_path(row["path"]), row["at"])
                 for row in rows
             ]
+
+    def corrected(self, selection: Selection) -> list[tuple[Record, str, str, float]]:
+        """Return the moves whose images a person gave a class, with that class, the path and the time, newest first.
+
+        Run and path of the selection are not compared; the outcome may be ``corrected`` or ``confirmed``.
+        """
+        conditions: dict[str, Any] = {
+            "corrected = ?": label_column(selection.label),
+            "at >= ?": selection.since,
+            "at < ?": selection.until,
+            "(corrected = label) = ?": None if selection.outcome is None else selection.outcome == "confirmed",
+        }
+        chosen = {condition: value for condition, value in conditions.items() if value is not None}
+        limit = -1 if selection.limit is None else min(selection.limit, _MOST_ROWS)
+        where = f"{' AND '.join(['TRUE', *chosen])} ORDER BY at DESC LIMIT ?"
+        rows = self._rows(f"SELECT * FROM corrections WHERE {where}", (*chosen.values(), limit))  # noqa: S608 - our own words only
+        records = {one.id: one for one in self.finished([row["move"] for row in rows])}
+        with translated(self._path):
+            return [
+                (records[row["move"]], os.fsdecode(row["corrected"]), _relative_path(row["path"]), row["at"])
+                for row in rows
+            ]
+
+    def is_corrected(self, move: int) -> bool:
+        """Return whether the image of a move was corrected or confirmed."""
+        return bool(self._rows("SELECT 1 FROM corrections WHERE move = ?", (move,)))
 
     def assigned(self) -> list[tuple[str, str]]:
         """Return the class and the path, relative to the dataset, of each image that a person assigned and left there.
