@@ -38,7 +38,7 @@ OPENBLAS_SPIN = ("OPENBLAS_THREAD_TIMEOUT", "20")
 """Binary logarithm of the cycles that OpenBLAS threads spin after a product (default 26). Spinning took 3 ms of
 processor time per image, with this value 0.1 ms (`benchmarks.efficiency`, two cores)."""
 
-OUTCOMES = ("filed", "sent_to_review", "rejected", "assigned", "undone", "corrected", "confirmed")
+OUTCOMES = ("filed", "sent_to_review", "rejected", "assigned", "refiled", "undone", "corrected", "confirmed")
 RECIPE = Recipe()  # the defaults of a fine-tuning
 
 app = typer.Typer(
@@ -296,6 +296,24 @@ def groups_command(
         show_groups(load_config(config), dataset, page, as_json=as_json)
     else:
         accept(load_config(config), dataset, accepted, name, without or (), as_json=as_json)
+
+
+@app.command(cls=Command)
+def reconsider(
+    dataset: Annotated[str | None, typer.Argument(help="Reconsider only this dataset. Default: all.")] = None,
+    config: ConfigOption = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Move the images that would be filed elsewhere.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would move, which is the default.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Decide filed images again by the present references, and show which would be filed into another class."""
+    from sortd.commands.reconsider import show_reconsidered
+
+    if apply and dry_run:
+        raise typer.BadParameter("give either --apply or --dry-run")
+    show_reconsidered(load_config(config), dataset, apply=apply, as_json=as_json)
 
 
 @app.command(cls=Command)

@@ -116,6 +116,7 @@ class Outcome(StrEnum):
     REJECTED = "rejected"
     FOLLOWED = "followed"  # a companion that arrived after its image
     ASSIGNED = "assigned"  # filed into a class that a person named; a reference of that class from then on
+    REFILED = "refiled"  # moved from one class to another by a later decision, see ``sortd reconsider``
 
 
 class MoveFailure(StrEnum):

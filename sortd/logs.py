@@ -27,6 +27,7 @@ IMAGE_SENT_TO_REVIEW: Final = "image.sent_to_review"
 IMAGE_REJECTED: Final = "image.rejected"
 IMAGE_CORRECTED: Final = "image.corrected"
 IMAGE_CONFIRMED: Final = "image.confirmed"
+IMAGE_REFILED: Final = "image.refiled"
 IMAGE_ASSIGNED: Final = "image.assigned"
 IMAGE_LEFT: Final = "image.left"
 IMAGE_VANISHED: Final = "image.vanished"
@@ -68,6 +69,7 @@ IMAGE_EVENTS: Final[Mapping[Outcome, str]] = {
     Outcome.REJECTED: IMAGE_REJECTED,
     Outcome.FOLLOWED: COMPANION_FOLLOWED,
     Outcome.ASSIGNED: IMAGE_ASSIGNED,
+    Outcome.REFILED: IMAGE_REFILED,
 }
 """The event of a finished move, by outcome."""
 

@@ -74,11 +74,16 @@ _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content !
 GENERATION_FACT = "generation"  # the last generation used: numbers are never reused, even if the cache is lost
 GUARD_FACT = "guard"  # the state of the guard as JSON, see GuardState
 # An image is checked if it was filed before the last one of its class was corrected or undone.
-_FILED = """WITH filed AS (
+# An image that a later decision moved to another class counts there only.
+_FILED = """WITH refiled AS (
+    SELECT content, max(id) AS id FROM moves
+    WHERE progress = 'done' AND outcome = 'refiled' AND undone_by IS NULL AND content != '' GROUP BY content
+), filed AS (
     SELECT moves.label AS label, moves.ended_at AS ended_at, corrections.at AS corrected_at,
         CASE WHEN corrections.move IS NULL THEN undo.ended_at END AS undone_at
     FROM moves LEFT JOIN corrections ON corrections.move = moves.id LEFT JOIN moves AS undo ON undo.id = moves.undone_by
-    WHERE moves.progress = 'done' AND moves.outcome = 'filed'
+    WHERE moves.progress = 'done' AND moves.outcome IN ('filed', 'refiled') AND NOT EXISTS
+    (SELECT 1 FROM refiled WHERE refiled.content = moves.content AND refiled.id > moves.id)
 ), looked AS (
     SELECT label, max(coalesce(corrected_at, undone_at)) AS at FROM filed GROUP BY label
 )
@@ -228,6 +233,7 @@ class History:
         Run and path of the selection are not compared; the outcome may be ``corrected`` or ``confirmed``.
         """
         conditions: dict[str, Any] = {
+            "move = ?": selection.id,
             "corrected = ?": label_column(selection.label),
             "at >= ?": selection.since,
             "at < ?": selection.until,
@@ -243,10 +249,6 @@ class History:
                 (records[row["move"]], os.fsdecode(row["corrected"]), _relative_path(row["path"]), row["at"])
                 for row in rows
             ]
-
-    def is_corrected(self, move: int) -> bool:
-        """Return whether the image of a move was corrected or confirmed."""
-        return bool(self._rows("SELECT 1 FROM corrections WHERE move = ?", (move,)))
 
     def assigned(self) -> list[tuple[str, str]]:
         """Return the class and the path, relative to the dataset, of each image that a person assigned and left there.

@@ -298,7 +298,8 @@ class Journal:
         if image.moved_stamp is None:
             return
         self._connection.execute("UPDATE moves SET undone_by = ? WHERE id = ?", (move_id, undoes))
-        self._hold(f"{move.destination}/{image.final}", image.moved_stamp, UNDONE, now)
+        if not move.destination.startswith("Dataset/"):  # what is in a class is not filed again
+            self._hold(f"{move.destination}/{image.final}", image.moved_stamp, UNDONE, now)
 
     def _hold(self, path: str, stamp: Stamp, reason: str, now: float) -> None:
         self._connection.execute(
