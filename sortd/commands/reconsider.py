@@ -31,6 +31,7 @@ from sortd.store.records import UNDONE, Record, Selection
 from sortd.watch.scan import whole_files
 
 AT_ONCE = 2_000  # images decided in one call
+MOST_IN_A_REQUEST = 1_000
 SECONDS_FOR_EACH = 0.05
 """Additional time to wait for the answer, for each image to be moved."""
 
@@ -211,11 +212,14 @@ def apply_proposals(config: Config, found: ReconsideredDataset) -> dict[str, Any
         SortdError: the dataset is not there, or another sortd works on it.
     """
     layout, images = found.layout, found.images
-    if not images:
-        return {"refiled": [], "later": 0}
-    request = {"do": "refile", "dataset": layout.name, "root": str(layout.root), "images": images}
-    seconds = ANSWER_SECONDS + SECONDS_FOR_EACH * len(images)
-    return ask(config.state_dir, request, seconds=seconds) or _refile_here(config, layout, images)
+    refiled, later = list[dict[str, Any]](), 0
+    for start in range(0, len(images), MOST_IN_A_REQUEST):
+        part = images[start : start + MOST_IN_A_REQUEST]
+        request = {"do": "refile", "dataset": layout.name, "root": str(layout.root), "images": part}
+        seconds = ANSWER_SECONDS + SECONDS_FOR_EACH * len(part)
+        reply = ask(config.state_dir, request, seconds=seconds) or _refile_here(config, layout, part)
+        refiled, later = refiled + reply["refiled"], later + reply["later"]
+    return {"refiled": refiled, "later": later}
 
 
 def _refile_here(config: Config, layout: Layout, images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

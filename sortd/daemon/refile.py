@@ -35,7 +35,7 @@ def refile_images(
         The results of some images, and how many of them end later, since they are copied to another file system.
 
     Raises:
-        DataError: no image can be moved.
+        DataError: there is no class.
         JournalError: the journal cannot be read.
     """
     try:
@@ -43,12 +43,8 @@ def refile_images(
     except ReferencesAbsentError as error:
         raise DataError(str(error)) from error
     found = [_move_or_refusal(layout, history, labels, image) for image in images]
-    results = [one for one in found if not isinstance(one, Move)]
-    moves = [one for one in found if isinstance(one, Move)]
-    if not moves:
-        raise DataError(results[0]["message"] if results else "no image was named")
-    yield results, 0
-    yield from carried_out(carry_out, moves)
+    yield [one for one in found if not isinstance(one, Move)], 0
+    yield from carried_out(carry_out, [one for one in found if isinstance(one, Move)])
 
 
 def refile_facts(
