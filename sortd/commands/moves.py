@@ -344,6 +344,8 @@ def _print_undone(reply: Mapping[str, Any]) -> None:
         say(f"sortd: {images} would be moved back; nothing was changed")
     elif not done:
         say("sortd: no image was moved back" + (" yet" if reply["later"] else ""))
+    elif all(_relative(one["restored"] or "Dataset/").startswith("Dataset/") for one in reply["undone"]):
+        say(f"sortd: {images} moved back to the former class")
     else:
         say(f"sortd: {images} moved back, and held until they change or are released: sortd release --all")
     if reply["later"]:
