@@ -20,6 +20,7 @@ from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, release_r
 from sortd.daemon.dataset_lock import inspect_dataset, open_dataset
 from sortd.daemon.learnt import CONFIRMED, CORRECTED
 from sortd.errors import DataError, JournalError, LayoutError, SortdError, StartupError
+from sortd.events import LIKE_NO_CLASS
 from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.store.history import History
 from sortd.store.records import Record, Role, Selection
@@ -238,9 +239,15 @@ def _columns(record: Mapping[str, Any]) -> tuple[str, ...]:
         _relative(record["to"]),
         "" if record["score"] is None else f"{record['score']:.3f}",
         "" if record["margin"] is None else f"{record['margin']:.3f}",
-        (record["reason"] or "") + (", learnt" if record.get("learnt") else ""),
+        _reason(record),
         record["run"],
     )
+
+
+def _reason(record: Mapping[str, Any]) -> str:
+    """Return the reason, with the best guess where no folder names it, and whether something was learnt."""
+    guess = f", best guess: {record['label']}" if record["reason"] in LIKE_NO_CLASS and record["label"] else ""
+    return f"{record['reason'] or ''}{guess}{', learnt' if record.get('learnt') else ''}"
 
 
 def _relative(path: str) -> str:

@@ -541,6 +541,7 @@ def test_daemon_confirmation_is_noticed_and_learnt(colours: Path, write_config: 
     }
     found = sortd("history", "-c", config, "--outcome", "confirmed", "--label", first["label"]).out
     assert "first.png" in found
+    assert f"best guess: {first['label']}" in sortd("history", "-c", config, "--outcome", "sent_to_review").out
     assert "corrected" not in found
     assert len(sortd("history", "-c", config, "--path", first["destination"], "--json").facts) == 2
     assert len(tree(colours / "Clases")) == 84
