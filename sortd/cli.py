@@ -38,6 +38,7 @@ OPENBLAS_SPIN = ("OPENBLAS_THREAD_TIMEOUT", "20")
 """Binary logarithm of the cycles that OpenBLAS threads spin after a product (default 26). Spinning took 3 ms of
 processor time per image, with this value 0.1 ms (`benchmarks.efficiency`, two cores)."""
 
+OUTCOMES = ("filed", "sent_to_review", "rejected", "assigned", "refiled", "undone", "corrected", "confirmed")
 RECIPE = Recipe()  # the defaults of a fine-tuning
 
 app = typer.Typer(
@@ -170,9 +171,7 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     config: ConfigOption = None,
     dataset: DatasetOption = None,
     label: Annotated[str | None, typer.Option("--label", help="Show only moves of this class.")] = None,
-    outcome: Annotated[
-        str | None, typer.Option(help="Show only filed, sent_to_review, rejected, assigned or undone.")
-    ] = None,
+    outcome: Annotated[str | None, typer.Option(help=f"Show only {', '.join(OUTCOMES)}.")] = None,
     since: SinceOption = None,
     until: UntilOption = None,
     run: Annotated[str | None, typer.Option("--run", help="Show only moves of this run of sortd.")] = None,
@@ -180,11 +179,11 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     limit: Annotated[int, typer.Option("--limit", min=0, help="Show the newest N moves (0: all).")] = 50,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the moves with their reasons, newest first."""
+    """Show the moves with their reasons, and what a person corrected or confirmed, newest first."""
     from sortd.commands.moves import show_history
 
-    if outcome not in {None, "filed", "sent_to_review", "rejected", "assigned", "undone"}:
-        raise typer.BadParameter("must be filed, sent_to_review, rejected, assigned or undone", param_hint="--outcome")
+    if outcome not in {None, *OUTCOMES}:
+        raise typer.BadParameter(f"must be one of {', '.join(OUTCOMES)}", param_hint="--outcome")
     begin, end = time_option("--since", since), time_option("--until", until)
     chosen = {"label": label, "outcome": outcome, "run": run, "since": begin, "until": end}
     show_history(load_config(config), dataset=dataset, file=path, limit=limit, as_json=as_json, **chosen)
@@ -297,6 +296,24 @@ def groups_command(
         show_groups(load_config(config), dataset, page, as_json=as_json)
     else:
         accept(load_config(config), dataset, accepted, name, without or (), as_json=as_json)
+
+
+@app.command(cls=Command)
+def reconsider(
+    dataset: Annotated[str | None, typer.Argument(help="Reconsider only this dataset. Default: all.")] = None,
+    config: ConfigOption = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Move the images that would be filed elsewhere.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would move, which is the default.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Decide filed images again by the present references, and show which would be filed into another class."""
+    from sortd.commands.reconsider import show_reconsidered
+
+    if apply and dry_run:
+        raise typer.BadParameter("give either --apply or --dry-run")
+    show_reconsidered(load_config(config), dataset, apply=apply, as_json=as_json)
 
 
 @app.command(cls=Command)

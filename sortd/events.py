@@ -116,6 +116,7 @@ class Outcome(StrEnum):
     REJECTED = "rejected"
     FOLLOWED = "followed"  # a companion that arrived after its image
     ASSIGNED = "assigned"  # filed into a class that a person named; a reference of that class from then on
+    REFILED = "refiled"  # moved from one class to another by a later decision, see ``sortd reconsider``
 
 
 class MoveFailure(StrEnum):
@@ -167,6 +168,12 @@ class Assigned:
         return self.label
 
 
+NO_CLASS = "_none"
+"""The folder in Review/ for images without a best guess, and for those that look like no class."""
+LIKE_NO_CLASS = frozenset({"typicality", "stranger"})
+"""The reasons to abstain from any class; by the others only the best one is in doubt."""
+
+
 @dataclass(frozen=True, slots=True)
 class Abstained:
     """The image is not filed; ``reason`` is a key of ``explain.REASONS``."""
@@ -179,6 +186,11 @@ class Abstained:
     mode: DecidedBy
     confidence: float = 0.0
     precision: float | None = None
+
+    @property
+    def review_folder(self) -> str:
+        """The folder in Review/ for the image: its best guess, or ``NO_CLASS``."""
+        return NO_CLASS if self.best_label is None or self.reason in LIKE_NO_CLASS else self.best_label
 
 
 Decision = Assigned | Abstained

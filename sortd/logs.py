@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from sortd.events import Outcome
+from sortd.events import LIKE_NO_CLASS, Outcome
 from sortd.files import readable_json
 
 LogFormat = Literal["auto", "console", "json"]
@@ -26,6 +26,8 @@ IMAGE_FILED: Final = "image.filed"
 IMAGE_SENT_TO_REVIEW: Final = "image.sent_to_review"
 IMAGE_REJECTED: Final = "image.rejected"
 IMAGE_CORRECTED: Final = "image.corrected"
+IMAGE_CONFIRMED: Final = "image.confirmed"
+IMAGE_REFILED: Final = "image.refiled"
 IMAGE_ASSIGNED: Final = "image.assigned"
 IMAGE_LEFT: Final = "image.left"
 IMAGE_VANISHED: Final = "image.vanished"
@@ -67,6 +69,7 @@ IMAGE_EVENTS: Final[Mapping[Outcome, str]] = {
     Outcome.REJECTED: IMAGE_REJECTED,
     Outcome.FOLLOWED: COMPANION_FOLLOWED,
     Outcome.ASSIGNED: IMAGE_ASSIGNED,
+    Outcome.REFILED: IMAGE_REFILED,
 }
 """The event of a finished move, by outcome."""
 
@@ -236,7 +239,9 @@ def _way(path: str, destination: str) -> str:
 def _why(line: Mapping[str, Any]) -> str:
     """Return the score, the second class with its score, and the reason not to file."""
     score, margin, second = (line.get(name) for name in ("score", "margin", "second_label"))
-    parts = [] if score is None else [f"{score:.3f}"]
+    # Where the folder in Review/ is not that of the best guess, the score names it.
+    guess = f"{line['label']} " if line.get("reason") in LIKE_NO_CLASS and line.get("label") else ""
+    parts = [] if score is None else [f"{guess}{score:.3f}"]
     if score is not None and margin is not None and second is not None:
         parts.append(f"then {second} {score - margin:.3f}")
     if line.get("reason"):

@@ -227,7 +227,7 @@ def explanation_sentences(explanation: Explanation) -> list[str]:
     name = written_name(label)
     if isinstance(decision, Abstained):
         why = REASONS.get(decision.reason, decision.reason)
-        said = [f"It is sent to Review/{name}: {why}."]
+        said = [f"It is sent to Review/{written_name(decision.review_folder)}: {why}."]
     else:
         said = [f"It is filed into {name}."]
     unit = "probability" if explanation.mode in PROBABILISTIC else "cosine"

@@ -37,7 +37,7 @@ from sortd.daemon.references import (
     stored_prototypes,
 )
 from sortd.errors import ImageError, JournalError
-from sortd.events import Preprocessing, Stamp, Writer
+from sortd.events import NO_CLASS, Preprocessing, Stamp, Writer
 from sortd.files import sha256_of
 from sortd.images.decode import DecodeLimits, check_header, decode_file
 from sortd.images.formats import HEAD_BYTES, looks_like_image
@@ -110,7 +110,8 @@ def class_folder_findings(_config: Config, layout: Layout) -> Iterator[Finding]:
             elif entry.is_dir(follow_symlinks=False):
                 yield from _permission_findings(Path(entry.path), area)
                 files = sum(one.is_file(follow_symlinks=False) for one in entries_of(Path(entry.path)))
-                if area in {Area.DATASET, Area.REVIEW} and classes and entry.name not in classes and files:
+                known = classes | {NO_CLASS} if area is Area.REVIEW else classes
+                if area in {Area.DATASET, Area.REVIEW} and classes and entry.name not in known and files:
                     what = f"holds {counted(files, 'file')} of a class that Clases/ does not have (renamed or removed?)"
                     advice = f"rename it to the class's new name, or create {layout.area(Area.CLASES)}/{entry.name}"
                     yield note(entry.path, what, advice)

@@ -28,7 +28,7 @@ from sortd.daemon.references import (
 )
 from sortd.daemon.resources import ActiveClassifier, LoadEncoder, Resources, reference_settings_of, select_classifier
 from sortd.errors import DataError, UnreadableError
-from sortd.events import EmbeddedImage, Stamp
+from sortd.events import Abstained, Assigned, EmbeddedImage, Stamp
 from sortd.images.decode import thumbnail
 from sortd.layout import Area, Layout, Reason, Why, find_datasets
 from sortd.moving.fs import is_version
@@ -97,9 +97,13 @@ class ImageExplanation:
 
     @property
     def _fate(self) -> str:
-        if self.explanation.label is None:
-            return "not be decided"
-        return ("be filed into " if self.explanation.is_filed else "go to Review/") + self.explanation.label
+        match self.explanation.decision:
+            case Assigned(label=label):
+                return f"be filed into {label}"
+            case Abstained(best_label=None):
+                return "not be decided"
+            case Abstained() as decision:
+                return f"go to Review/{decision.review_folder}"
 
 
 def explain_image(

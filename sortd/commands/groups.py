@@ -1,8 +1,8 @@
 """The command ``groups``: groups of the images in Review/, shown on a page, and accepted as a class."""
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -85,9 +85,23 @@ def group_piles(
         UnreadableError: Review/ cannot be read.
         ModelError: the model is not available.
     """
+    chosen = chosen_datasets(config, dataset)
+    with models(config, load_encoder) as (_, load):
+        for layout in chosen:
+            yield _grouped(config, layout, load)
+
+
+def chosen_datasets(config: Config, dataset: str | None) -> list[Layout]:
+    """Return one dataset, or all; raise DataError if there is none."""
     chosen = find_datasets(config.root) if dataset is None else [dataset_named(config, dataset)]
     if not chosen:
         raise DataError(f"there is no dataset in {config.root}; create one with `sortd init DIR`")
+    return chosen
+
+
+@contextmanager
+def models(config: Config, load_encoder: LoadEncoder | None) -> Iterator[tuple[Resources, Callable[[], Embedder]]]:
+    """Yield the models, and a function that loads the configured one once; unload them in the end."""
     resources = Resources(config, load_encoder=load_encoder)
     loaded: list[Embedder] = []
 
@@ -97,8 +111,7 @@ def group_piles(
         return loaded[0]
 
     try:
-        for layout in chosen:
-            yield _grouped(config, layout, load)
+        yield resources, load
     finally:
         if loaded:
             resources.unload()
@@ -114,7 +127,7 @@ def _grouped(config: Config, layout: Layout, load: Callable[[], Embedder]) -> Gr
     files = [file for file in found if file in contents or is_image(file[0])]
     if not files:
         return GroupedPile(layout, (), (), (), ())
-    prototypes, rows, unreadable = _embedded(config, layout, files, contents, load)
+    prototypes, rows, unreadable = embedded_rows(config, layout, files, contents, load)
     known = tuple(file for file in files if file in contents)
     matrix = np.array([rows[contents[file]] for file in known], np.float64).reshape(len(known), -1)
     return GroupedPile(
@@ -144,7 +157,7 @@ def label_findings(config: Config, layout: Layout) -> Iterator[Finding]:
         return
     found = whole_files(os.fspath(review), report=lambda _: None)
     contents = _journaled_contents(config, layout, found[:: 1 + len(found) // CHECKED_AT_MOST])
-    rows = _stored_rows(config, set(contents.values()), prototypes)
+    rows = stored_rows(config, contents.values(), prototypes.encoder_id)
     known = [(path, rows[content]) for (path, _), content in contents.items() if content in rows]
     if known:
         asked = _next(prototypes, np.array([row for _, row in known], np.float64))
@@ -154,7 +167,7 @@ def label_findings(config: Config, layout: Layout) -> Iterator[Finding]:
         yield note(review, what, "move them into their classes in Clases/; `sortd groups --page FILE` shows them")
 
 
-def _embedded(
+def embedded_rows(
     config: Config, layout: Layout, files: Sequence[File], contents: dict[File, str], load: Callable[[], Embedder]
 ) -> tuple[PrototypeSet, dict[str, FloatArray], tuple[ImageRefused, ...]]:
     """Return prototypes, embeddings by content, and refusals; in ``contents``, complete those of the readable files."""
@@ -162,7 +175,7 @@ def _embedded(
     for file in files:
         with suppress(OSError):  # the embedder says why
             contents[file] = contents.get(file) or sha256_of(file[0])
-    rows = {} if prototypes is None else _stored_rows(config, set(contents.values()), prototypes)
+    rows = {} if prototypes is None else stored_rows(config, contents.values(), prototypes.encoder_id)
     missing = [file for file in files if contents.get(file, "") not in rows]
     if prototypes is not None and not missing:
         return prototypes, rows, ()
@@ -175,6 +188,13 @@ def _embedded(
             prototypes = references.rebuild(embedder, settings, previous=None, generation=0).prototypes
         except ReferencesAbsentError as error:
             raise DataError(str(error)) from error
+    return prototypes, rows, embed_missing(embedder, missing, contents, rows)
+
+
+def embed_missing(
+    embedder: Embedder, missing: Sequence[File], contents: dict[File, str], rows: dict[str, FloatArray]
+) -> tuple[ImageRefused, ...]:
+    """Add the contents and embeddings of files; remove the contents of those that cannot be read, and return these."""
     refused = []
     for answer in embedder.embed(missing):
         file = (answer.path, answer.stamp)
@@ -183,16 +203,16 @@ def _embedded(
         else:
             contents.pop(file, None)
             refused.append(answer)
-    return prototypes, rows, tuple(refused)
+    return tuple(refused)
 
 
-def _stored_rows(config: Config, contents: Collection[str], prototypes: PrototypeSet) -> dict[str, FloatArray]:
+def stored_rows(config: Config, contents: Iterable[str], encoder_id: str) -> dict[str, FloatArray]:
     """Return the embeddings that the cache has, by content; create no cache for it."""
     file = config.cache_dir / CACHE_FILE
     if not file.is_file():
         return {}
     with Cache(file, report=lambda _: None) as cache:
-        return cache.embeddings(contents, prototypes.encoder_id)
+        return cache.embeddings(set(contents), encoder_id)
 
 
 def _journaled_contents(config: Config, layout: Layout, files: Sequence[File]) -> dict[File, str]:

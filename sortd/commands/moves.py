@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from sortd.config import Config
 from sortd.daemon.assign import forget_made_classes
 from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, release_reply, undo_facts, undo_records
 from sortd.daemon.dataset_lock import inspect_dataset, open_dataset
+from sortd.daemon.learnt import CONFIRMED, CORRECTED
 from sortd.errors import DataError, JournalError, LayoutError, SortdError, StartupError
+from sortd.events import LIKE_NO_CLASS
 from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.store.history import History
 from sortd.store.records import Record, Role, Selection
@@ -28,6 +30,9 @@ _STATE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
 
 SECONDS_FOR_EACH = 0.05
 """Additional time to wait for the answer, for each file to be undone."""
+
+GIVEN = frozenset({CORRECTED, CONFIRMED})
+"""The outcomes of images that a person moved to a class."""
 
 STYLES = {"sent to review": "yellow", "rejected": "red", "undone": "cyan"}
 
@@ -158,16 +163,50 @@ def show_history(
             continue
         try:
             with History.open(place.file) as history:
-                found = history.moves(Selection(path=relative, limit=limit or None, **conditions))
+                records += _recorded(
+                    config, place, history, Selection(path=relative, limit=limit or None, **conditions)
+                )
         except JournalError as error:
             refusal = refusal or error
-        else:
-            records += [record_facts(place, record) for record in found]
     records.sort(key=lambda one: (one["at"], one["id"]), reverse=True)
     records = records[: limit or None]
     show(records, partial(_print_records, limit), as_json=as_json)
     if refusal is not None:
         raise refusal
+
+
+def _recorded(config: Config, place: JournalPlace, history: History, selection: Selection) -> list[dict[str, Any]]:
+    """Return the selected moves by sortd, and those of images to which a person gave a class."""
+    found = [] if selection.outcome in GIVEN else [record_facts(place, one) for one in history.moves(selection)]
+    if selection.outcome not in {None, *GIVEN} or selection.run is not None:
+        return found
+    learns = config.dataset(place.dataset).learn_from_corrections
+    given = history.corrected(selection if selection.path is None else replace(selection, limit=None))
+    for record, corrected, path, at in given:
+        if selection.path in {None, path, record.destination_path}:
+            found.append(_given_facts(place, record, corrected, path) | {"at": at, "learnt": learns})
+    return found
+
+
+def _given_facts(place: JournalPlace, record: Record, corrected: str, path: str) -> dict[str, object]:
+    """Return what a person did with an image that sortd moved, as plain values like those of ``record_facts``."""
+    facts = record_facts(place, record)
+    unknown = dict.fromkeys(("score", "margin", "second_label", "mode", "undoes", "undone_by"))
+    guess = facts["label"]
+    return (
+        facts
+        | unknown
+        | {
+            "run": "",
+            "outcome": CONFIRMED if corrected == guess else CORRECTED,
+            "label": corrected,
+            "from": facts["to"],
+            "to": path if place.root is None else f"{place.root}/{path}",
+            "reason": f"by a person; sortd's class: {guess or 'none'}",
+            "companions": [],
+            "lost": [],
+        }
+    )
 
 
 def _print_records(limit: int, records: Sequence[Mapping[str, Any]]) -> None:
@@ -186,7 +225,7 @@ def _print_records(limit: int, records: Sequence[Mapping[str, Any]]) -> None:
 def _print_record(when: str, dataset: str, outcome: str, source: str, destination: str, *facts: str) -> None:
     score, margin, reason, run = facts
     why = [f"score {score}, margin {margin}"] if score else []
-    shown = ", ".join([*why, *([reason] if reason else []), f"run {run}"])
+    shown = ", ".join([*why, *([reason] if reason else []), *([f"run {run}"] if run else [])])
     line = f"{when}  {dataset}  {outcome}: {source} -> {destination}  ({shown})"
     print_line(printable(line), style=STYLES.get(outcome, ""))
 
@@ -200,9 +239,15 @@ def _columns(record: Mapping[str, Any]) -> tuple[str, ...]:
         _relative(record["to"]),
         "" if record["score"] is None else f"{record['score']:.3f}",
         "" if record["margin"] is None else f"{record['margin']:.3f}",
-        record["reason"] or "",
+        _reason(record),
         record["run"],
     )
+
+
+def _reason(record: Mapping[str, Any]) -> str:
+    """Return the reason, with the best guess where no folder names it, and whether something was learnt."""
+    guess = f", best guess: {record['label']}" if record["reason"] in LIKE_NO_CLASS and record["label"] else ""
+    return f"{record['reason'] or ''}{guess}{', learnt' if record.get('learnt') else ''}"
 
 
 def _relative(path: str) -> str:
@@ -306,6 +351,8 @@ def _print_undone(reply: Mapping[str, Any]) -> None:
         say(f"sortd: {images} would be moved back; nothing was changed")
     elif not done:
         say("sortd: no image was moved back" + (" yet" if reply["later"] else ""))
+    elif all(_relative(one["restored"] or "Dataset/").startswith("Dataset/") for one in reply["undone"]):
+        say(f"sortd: {images} moved back to the former class")
     else:
         say(f"sortd: {images} moved back, and held until they change or are released: sortd release --all")
     if reply["later"]:

@@ -19,7 +19,7 @@ from sortd.daemon.references import is_class_name
 from sortd.daemon.reporting import Metrics, decision_facts
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.errors import ConfigError, LayoutError
-from sortd.events import Move
+from sortd.events import LIKE_NO_CLASS, Move
 from sortd.files import readable_json
 from sortd.layout import Area, Layout, enclosing_dataset
 from sortd.logs import LogFormat
@@ -66,7 +66,8 @@ def show_dry_run(configured: Callable[[], Config], *, as_json: bool, load_encode
             place = {"dataset": dataset, "path": move.path, "destination": destination, "outcome": move.outcome.value}
             typer.echo(readable_json({**place, **why}, encoding=sys.stdout.encoding))
             return
-        shown = [f"{key}={why[key]}" for key in ("score", "margin", "second_label", "reason") if why.get(key)]
+        guess = ("label",) if why.get("reason") in LIKE_NO_CLASS else ()
+        shown = [f"{key}={why[key]}" for key in (*guess, "score", "margin", "second_label", "reason") if why.get(key)]
         typer.echo(f"{printable(move.path)} -> {printable(destination)}  {' '.join(shown)}")
 
     if sys.stderr.isatty() and not logs.is_json():

@@ -26,7 +26,7 @@ from sortd.commands.console import (
 from sortd.commands.moves import JournalPlace, journals
 from sortd.config import Config, find_config_file
 from sortd.daemon.control import NotRunningError
-from sortd.daemon.corrections import labelled_images
+from sortd.daemon.learnt import labelled_images, learnt_counts
 from sortd.daemon.references import ReferencesAbsentError, ReferenceSettings, class_labels
 from sortd.daemon.reporting import LISTED
 from sortd.daemon.resources import reference_settings_of, select_classifier, unfit
@@ -107,6 +107,7 @@ def _dataset(config: Config, place: JournalPlace, live: dict[str, Any], *, is_al
         facts["in_images"], left = _look_through(layout)
         facts["left"] = _left([*left, *held], facts.get("left"))
         facts["in_review"] = _count_review(layout)
+        facts["learnt"] = _learnt_facts(config, place)
     if not is_alive and facts.get("hold"):  # newer than the problem in the status file
         facts["problem"] = facts["hold"]
     return facts
@@ -150,6 +151,15 @@ def _filed_facts(filed: FiledImages) -> dict[str, Any]:
         return {**asdict(filed), "right": None, "interval": None}
     bounds = tuple(round(bound, 4) for bound in interval(filed.right, filed.checked))
     return {**asdict(filed), "right": round(filed.right / filed.checked, 4), "interval": bounds}
+
+
+def _learnt_facts(config: Config, place: JournalPlace) -> dict[str, dict[str, int]]:
+    """Return how many images in Dataset/ are references of each class; none if the journal cannot be read."""
+    learns = config.dataset(place.dataset).learn_from_corrections
+    if place.root is not None and place.is_there:
+        with suppress(JournalError), History.open(place.file) as history:
+            return learnt_counts(Layout(place.root), history, with_corrections=learns)
+    return {}
 
 
 def _look_through(layout: Layout) -> tuple[int | None, list[Row]]:
@@ -437,6 +447,10 @@ def _print_counts(facts: Mapping[str, Any]) -> None:
     _print_row("moved", f"{total or 'nothing'}{last}")
     if facts.get("in_review"):
         _print_row("review", f"{counted(facts['in_review'], 'file')} in Review/")
+    if learnt := facts.get("learnt"):
+        counts = ", ".join(f"{printable(label)} {sum(ways.values())}" for label, ways in learnt.items())
+        total = counted(sum(sum(ways.values()) for ways in learnt.values()), "image")
+        _print_row("learnt", f"from {total} in Dataset/ that a person gave a class: {counts}")
     if reasons := (facts.get("left") or {}).get("reasons", {}):
         counts = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in reasons.items())
         _print_row("left", f"in Images/: {counts}; their paths: sortd status --json")

@@ -30,8 +30,6 @@ class SorterSettings:
     guard_images: int = 200
 
 
-NO_GUESS = "_none"  # the folder in Review/ for images without a best guess
-
 SET_ASIDE = frozenset({events.Refusal.UNREADABLE, events.Refusal.TOO_LARGE, events.Refusal.POISON})
 """Refusals of complete files; these images go to Rejected/."""
 
@@ -39,12 +37,12 @@ SET_ASIDE = frozenset({events.Refusal.UNREADABLE, events.Refusal.TOO_LARGE, even
 def order_for(
     image: events.EmbeddedImage, decision: Decision, classifier: CheckedClassifier, *, settle_seconds: float
 ) -> events.Move:
-    """Return the move to Dataset/<class> or Review/<best guess> for a decision."""
+    """Return the move to Dataset/<class>, Review/<best guess> or Review/_none for a decision."""
     match decision:
         case Assigned(label=label):
             folder, outcome, reason = f"Dataset/{label}", events.Outcome.FILED, ""
-        case Abstained(best_label=label, reason=reason):
-            folder, outcome = f"Review/{label or NO_GUESS}", events.Outcome.REVIEW
+        case Abstained(reason=reason):
+            folder, outcome = f"Review/{decision.review_folder}", events.Outcome.REVIEW
     return events.Move(
         path=image.path,
         stamp=image.stamp,

@@ -55,11 +55,16 @@ def assign_images(
         raise DataError(f"{label!r} cannot be a class: {problem}")
     found = [_move_or_refusal(layout, label, image) for image in images]
     moves = [one for one in found if isinstance(one, Move)]
-    refused = [one for one in found if not isinstance(one, Move)]
+    refusals = [one for one in found if not isinstance(one, Move)]
     if not moves:
-        raise DataError(refused[0]["message"] if refused else "no image was named")
+        raise DataError(refusals[0]["message"] if refusals else "no image was named")
     _make_class(layout.root, journal, label)
-    yield refused, 0
+    yield refusals, 0
+    yield from carried_out(carry_out, moves)
+
+
+def carried_out(carry_out: CarryOut, moves: Sequence[Move]) -> Iterator[tuple[list[Result], int]]:
+    """Carry out moves, some at a time; yield their results, and how many of them end later."""
     for start in range(0, len(moves), AT_ONCE):
         asked = {move.path for move in moves[start : start + AT_ONCE]}
         ended = [one for one in carry_out(moves[start : start + AT_ONCE]) if one.path in asked]
@@ -90,22 +95,32 @@ def forget_made_classes(layout: Layout, journal: Journal, undone: Sequence[UndoR
 
 
 def _move_or_refusal(layout: Layout, label: str, image: Mapping[str, Any]) -> Move | Result:
+    found = found_version(layout, Area.REVIEW, image)
+    if isinstance(found, dict):
+        return found
+    folder = f"{Area.DATASET}/{label}"
+    return Move(str(image["path"]), found, folder, Outcome.ASSIGNED, reason="assigned by a person")
+
+
+def found_version(layout: Layout, area: Area, image: Mapping[str, Any]) -> Stamp | Result:
+    """Return the version of an image of a request; or why it cannot be moved, if it changed or is not in the area."""
     path, version = str(image["path"]), (int(image["size"]), int(image["mtime_ns"]))
     root = os.fspath(layout.root)
-    if not path.startswith(f"{root}/{Area.REVIEW}/") or os.path.normpath(path) != path or rule_below(path, root):
-        return _refused(path, "it is not an image in Review/ of this dataset")
+    if not path.startswith(f"{root}/{area}/") or os.path.normpath(path) != path or rule_below(path, root):
+        return refused(path, f"it is not an image in {area}/ of this dataset")
     try:
         found = stamp(path)
     except OSError as error:
-        return _refused(path, str(error.strerror))
+        return refused(path, str(error.strerror))
     if found is None:
-        return _refused(path, "the file is gone")
+        return refused(path, "the file is gone")
     if (found.size, found.mtime_ns) != version:
-        return _refused(path, "the file was changed or replaced since it was shown")
-    return Move(path, found, f"{Area.DATASET}/{label}", Outcome.ASSIGNED, reason="assigned by a person")
+        return refused(path, "the file was changed or replaced since it was shown")
+    return found
 
 
-def _refused(path: str, message: str) -> Result:
+def refused(path: str, message: str) -> Result:
+    """Return the result of an image that is not moved, with the reason."""
     return {"path": path, "destination": None, "message": f"{path}: {message}"}
 
 

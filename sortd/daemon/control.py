@@ -13,6 +13,8 @@ user of the daemon may write to the directory: whoever can send requests could a
         -> {"rebuilding": [name]}
     {"do": "assign", "dataset": name, "root": path, "label": class, "images": [{"path", "size", "mtime_ns"}]}
         -> {"assigned": [{"path", "destination", "message"}], "later": number}
+    {"do": "refile", "dataset": name, "root": path, "images": as ``refile_facts`` returns them}
+        -> {"refiled": as for assign, "later": number}
     anything else, or a failure
         -> {"error": sentence, "exit_code": as in sysexits(3)}
 
@@ -37,9 +39,10 @@ import structlog
 
 from sortd import errors
 from sortd.config import Config
-from sortd.daemon.assign import assign_images, forget_made_classes
+from sortd.daemon.assign import Result, assign_images, forget_made_classes
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.datasets import Datasets
+from sortd.daemon.refile import refile_images
 from sortd.events import ImageGone, ImageHeld, Released, ReviewSeen
 from sortd.files import open_folder, read_regular, write_json
 from sortd.layout import Area, Layout
@@ -332,7 +335,13 @@ def answer(datasets: Datasets, request: Request) -> Reply | Steps:
                     dataset.rebuild(force=force)
             return {"rebuilding": [dataset.name for dataset in chosen]}
         case {"do": "assign", "dataset": str(name), "root": str(root), "label": str(label), "images": list(images)}:
-            return _assign(datasets, _chosen_at(datasets, name, root), label, images)
+            dataset = _chosen_at(datasets, name, root)
+            steps = assign_images(dataset.layout, dataset.journal, dataset.assign, label, images)
+            return _move(datasets, dataset, steps, "assigned")
+        case {"do": "refile", "dataset": str(name), "root": str(root), "images": list(images)}:
+            dataset = _chosen_at(datasets, name, root)
+            steps = refile_images(dataset.layout, dataset.journal.history, dataset.assign, images)
+            return _move(datasets, dataset, steps, "refiled")
     raise RequestError(f"unknown request {request.get('do')!r:.100} with {', '.join(sorted(request))}")
 
 
@@ -400,21 +409,20 @@ def _undo(datasets: Datasets, wanted: Mapping[str, Any], *, dry_run: bool) -> St
     return {"undone": undone, "later": later}
 
 
-def _assign(datasets: Datasets, dataset: Dataset, label: str, images: Sequence[Mapping[str, Any]]) -> Steps:
-    """Move images to the class that a person named, some in each turn of the loop."""
+def _move(datasets: Datasets, dataset: Dataset, steps: Iterator[tuple[list[Result], int]], key: str) -> Steps:
+    """Move images to the classes that a request names, some in each turn of the loop; ``key`` is that of the reply."""
     if (problem := dataset.presence.problem()) is not None:
         raise errors.LayoutError(problem)
-    assigned: list[dict[str, Any]] = []
+    moved: list[Result] = []
     later = 0
-    steps = assign_images(dataset.layout, dataset.journal, dataset.assign, label, images)
     while True:
         with datasets.answering(dataset):
             if (done := next(steps, None)) is None:
-                return {"assigned": assigned, "later": later}
-        assigned, later = assigned + done[0], later + done[1]
+                return {key: moved, "later": later}
+        moved, later = moved + done[0], later + done[1]
         yield
         if datasets.by_name.get(dataset.name) is not dataset:
-            raise errors.DataError(f"{dataset.name} was closed meanwhile; {len(assigned)} images were assigned")
+            raise errors.DataError(f"{dataset.name} was closed meanwhile; {len(moved)} images were {key}")
 
 
 def _wanted(name: str, wanted: object) -> tuple[str, list[int]]:

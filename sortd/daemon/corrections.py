@@ -1,6 +1,7 @@
-"""What the user did with handled images: corrections to another class, and repaired files in Rejected/.
+"""What the user did with handled images: corrections and confirmations of their class, and repaired files in Rejected/.
 
 A file in ``Dataset/<class>/`` that the journal knows, by inode or by content, at another place was moved by the user.
+It is corrected if it is in another class than the journal has, and confirmed if it comes from Review/ and was guessed.
 Dataset/ may hold a million images, so it is scanned in slices, and only where something changed. The findings of a
 slice are recorded in one commit. Nothing but the journal is written.
 
@@ -21,14 +22,13 @@ from itertools import islice
 from time import monotonic, time_ns
 
 from sortd.config import Decoding
-from sortd.events import Refusal, Stamp
+from sortd.events import Outcome, Refusal, Stamp
 from sortd.files import open_regular
 from sortd.images.decode import DECODER_VERSION
 from sortd.layout import Area, Layout, rule_below, rule_for, rule_for_folder
 from sortd.moving.plan import PLACES_FACT, images_apart
-from sortd.store.history import History
 from sortd.store.journal import Journal
-from sortd.store.records import Record
+from sortd.store.records import Record, Selection
 from sortd.watch.scan import Clock, IncrementalScan, looked_at_until, scan_steps, stamp
 
 REJECTS_SCANNED_FACT = "rejects_scanned_at"  # when Rejected/ was last scanned, in nanoseconds since the epoch
@@ -149,6 +149,17 @@ class Rejects:
         return record if gone is None or gone.id < record.id else None  # otherwise this is another file
 
 
+def _is_gone(path: str) -> bool:
+    """Return whether nothing has a path; False if the disk does not respond."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def _version_at(path: str) -> Stamp | None:
     """Return the version at a path; None if it cannot be read, until the next scan."""
     try:
@@ -180,11 +191,17 @@ _HANDLED = frozenset({Area.DATASET.value, Area.REVIEW.value, Area.REJECTED.value
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """An image that the user moved to another class."""
+    """An image that the user moved to another class, or out of Review/ to the class that was the best guess."""
 
     path: str
     label: str
     corrected: str
+    is_taken_back: bool = False  # the image is back where it was, or in Review/
+
+    @property
+    def is_confirmation(self) -> bool:
+        """Whether the best guess was right."""
+        return self.corrected == self.label
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,10 +221,17 @@ class Misplaced:
     relative: str
 
     @property
-    def corrected(self) -> str:
-        """The class in which it was found; the original one for an image that is back in its place."""
-        is_home = self.relative == self.record.destination_path
-        return (self.record.move_reason.label or "") if is_home else self.relative.split("/")[1]
+    def corrected(self) -> str | None:
+        """The class that the user gave it; None if that is none, or the one that sortd filed it into."""
+        if self.relative == self.record.destination_path or not self.relative.startswith(f"{Area.DATASET}/"):
+            return None
+        label, reason = self.relative.split("/")[1], self.record.move_reason
+        return None if label == reason.label and reason.outcome != Outcome.REVIEW else label
+
+    @property
+    def says_a_class(self) -> bool:
+        """Whether its place says something about its class: every one in Dataset/, and any for one from Review/."""
+        return self.relative.startswith(f"{Area.DATASET}/") or self.record.move_reason.outcome == Outcome.REVIEW
 
 
 class CorrectionScanner:
@@ -340,6 +364,10 @@ class CorrectionScanner:
             self._looked_at += 1
             if area is Area.REJECTED and (found := self._rejects.look(path)) is not None:
                 yield Repaired(path, found)
+            elif _is_gone(path):
+                for copy in self._copies_of(path):
+                    yield from self.look(copy)
+                    yield None
             else:
                 yield from self.look(path)
             yield None
@@ -353,6 +381,16 @@ class CorrectionScanner:
             yield None
         for repaired in self._repaired:
             yield None if repaired is None else Repaired(*repaired)
+
+    def _copies_of(self, path: str) -> Iterator[str]:
+        """Yield the files in Dataset/ with the name of one that is gone, which the user may have copied before."""
+        try:
+            with os.scandir(self._layout.area(Area.DATASET)) as entries:
+                folders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except OSError:
+            return  # missing: scanned when it is back
+        places = (os.path.join(folder, os.path.basename(path)) for folder in folders)
+        yield from filter(os.path.lexists, places)
 
     def look(self, path: str) -> Iterator[Misplaced | None]:
         """Inspect a handled file; yield it if the user moved it there, and None between chunks of reading."""
@@ -372,26 +410,22 @@ class CorrectionScanner:
     def _was_moved(self, record: Record, place: str) -> bool:
         """Return whether the user moved an image from where sortd had put it, perhaps there and back."""
         if record.destination_path == place:
-            return self._journal.history.fact(f"{PLACES_FACT}{record.id}") is not None
-        try:
-            os.lstat(os.path.join(self._layout.root, record.destination_path))
-        except (FileNotFoundError, NotADirectoryError):
-            return True
-        except OSError:
-            pass  # unknown, as the disk does not respond
-        return False  # else the found file is a copy or a second link
+            history = self._journal.history
+            return bool(history.fact(f"{PLACES_FACT}{record.id}") or history.corrected(Selection(id=record.id)))
+        return _is_gone(os.path.join(self._layout.root, record.destination_path))  # else it is a copy or a second link
 
     def record(self, misplaced: Sequence[Misplaced]) -> list[Correction]:
-        """Record findings in one commit; return the new corrections."""
+        """Record findings in one commit; return the new corrections and confirmations, and those taken back."""
         self._moved |= {one.record.id: (one.record, one.relative) for one in misplaced}
-        misplaced = [one for one in misplaced if one.relative.startswith(f"{Area.DATASET}/")]
+        misplaced = [one for one in misplaced if one.says_a_class]
         found = [(one.record, one.corrected, one.relative) for one in misplaced]
         news = self._journal.record_corrections(found) if found else []
-        return [
-            Correction(one.path, label, one.corrected)
-            for one, is_news in zip(misplaced, news, strict=True)
-            if is_news and one.corrected != (label := one.record.move_reason.label or "")
-        ]
+        corrections = []
+        for one, is_news in zip(misplaced, news, strict=True):
+            label, corrected = one.record.move_reason.label or "", one.corrected
+            if is_news:
+                corrections.append(Correction(one.path, label, corrected or label, is_taken_back=corrected is None))
+        return corrections
 
     def _record(self, path: str, found: Stamp) -> Generator[None, None, Record | None]:
         """Return the record of this file, or of a file with the same name and bytes, which was copied and removed."""
@@ -445,9 +479,3 @@ def _files_in(folder: str) -> Iterator[Iterator["os.DirEntry[str]"]]:
     """List the entries of a folder except folders, lazily, since there may be a million."""
     with os.scandir(folder) as entries:
         yield (entry for entry in entries if not entry.is_dir(follow_symlinks=False))
-
-
-def labelled_images(layout: Layout, history: History, *, with_corrections: bool) -> tuple[tuple[str, str], ...]:
-    """Return class and path of the images in Dataset/ that are references: assigned ones, and maybe corrected ones."""
-    corrected = [(label, path) for _, label, path, _ in history.corrections()] if with_corrections else []
-    return tuple((label, os.path.join(layout.root, path)) for label, path in [*corrected, *history.assigned()])

@@ -17,8 +17,9 @@ from sortd import events
 from sortd.classify.stream import Stream
 from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
-from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired, labelled_images
+from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired
 from sortd.daemon.dataset_lock import OpenDataset
+from sortd.daemon.learnt import labelled_images
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.reporting import DatasetLog, Metrics
 from sortd.daemon.scans import DatasetScans
@@ -251,6 +252,7 @@ class Dataset:
             case Area.REVIEW if not os.path.lexists(event.path):
                 if event.path in self.sorter.images:
                     self.scans.look(event.path, closed=event.closed)
+                    self._corrections.want(Area.REVIEW, event.path)
             case area if not event.directory:
                 self._corrections.want(area, event.path)
             case Area.DATASET:
@@ -371,7 +373,8 @@ class Dataset:
                 case Repaired(path, mark):
                     self.receive(events.ImageSeen(path, mark, is_aside=True))
                 case Correction():
-                    self.log.corrected(noticed)
+                    if not noticed.is_taken_back:
+                        self.log.corrected(noticed)
                     if self._reference_settings.learns_from_corrections:
                         self.receive(events.ReferencesTouched())
 

@@ -225,7 +225,10 @@ class DatasetLog:
         return hash((path, why.reason)) in self._logged
 
     def corrected(self, correction: Correction) -> None:
-        """Log that the user moved an image to another class."""
+        """Log that the user moved an image to another class, or to the class that was the best guess."""
+        if correction.is_confirmation:
+            self._log.info(logs.IMAGE_CONFIRMED, path=correction.path, label=correction.label)
+            return
         self._metrics.correction(self._dataset)
         self._log.info(
             logs.IMAGE_CORRECTED, path=correction.path, label=correction.label, corrected_label=correction.corrected

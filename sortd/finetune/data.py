@@ -107,7 +107,7 @@ def _with_origin(layout: Layout, candidates: list[Candidate], state: Path) -> li
         replace(
             one,
             is_placed=record is None
-            or record.move_reason.outcome != Outcome.FILED.value
+            or record.move_reason.outcome not in {Outcome.FILED.value, Outcome.REFILED.value}
             or os.path.join(layout.root, record.destination_path) != one.path,
         )
         for one, record in zip(candidates, records, strict=True)

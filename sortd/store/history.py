@@ -74,11 +74,16 @@ _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content !
 GENERATION_FACT = "generation"  # the last generation used: numbers are never reused, even if the cache is lost
 GUARD_FACT = "guard"  # the state of the guard as JSON, see GuardState
 # An image is checked if it was filed before the last one of its class was corrected or undone.
-_FILED = """WITH filed AS (
+# An image that a later decision moved to another class counts there only.
+_FILED = """WITH refiled AS (
+    SELECT content, max(id) AS id FROM moves
+    WHERE progress = 'done' AND outcome = 'refiled' AND undone_by IS NULL AND content != '' GROUP BY content
+), filed AS (
     SELECT moves.label AS label, moves.ended_at AS ended_at, corrections.at AS corrected_at,
         CASE WHEN corrections.move IS NULL THEN undo.ended_at END AS undone_at
     FROM moves LEFT JOIN corrections ON corrections.move = moves.id LEFT JOIN moves AS undo ON undo.id = moves.undone_by
-    WHERE moves.progress = 'done' AND moves.outcome = 'filed'
+    WHERE moves.progress = 'done' AND moves.outcome IN ('filed', 'refiled') AND NOT EXISTS
+    (SELECT 1 FROM refiled WHERE refiled.content = moves.content AND refiled.id > moves.id)
 ), looked AS (
     SELECT label, max(coalesce(corrected_at, undone_at)) AS at FROM filed GROUP BY label
 )
@@ -211,11 +216,37 @@ class History:
         }
 
     def corrections(self) -> list[tuple[str, str, str, float]]:
-        """Return each correction as label, corrected label, path relative to the dataset, seconds since the epoch."""
+        """Return each correction as label, corrected label, path relative to the dataset, seconds since the epoch.
+
+        The two labels of an image from Review/ that was moved to the class of its best guess are equal.
+        """
         rows = self._rows("SELECT * FROM corrections ORDER BY at")
         with translated(self._path):
             return [
                 (os.fsdecode(row["label"]), os.fsdecode(row["corrected"]), _relative_path(row["path"]), row["at"])
+                for row in rows
+            ]
+
+    def corrected(self, selection: Selection) -> list[tuple[Record, str, str, float]]:
+        """Return the moves whose images a person gave a class, with that class, the path and the time, newest first.
+
+        Run and path of the selection are not compared; the outcome may be ``corrected`` or ``confirmed``.
+        """
+        conditions: dict[str, Any] = {
+            "move = ?": selection.id,
+            "corrected = ?": label_column(selection.label),
+            "at >= ?": selection.since,
+            "at < ?": selection.until,
+            "(corrected = label) = ?": None if selection.outcome is None else selection.outcome == "confirmed",
+        }
+        chosen = {condition: value for condition, value in conditions.items() if value is not None}
+        limit = -1 if selection.limit is None else min(selection.limit, _MOST_ROWS)
+        where = f"{' AND '.join(['TRUE', *chosen])} ORDER BY at DESC LIMIT ?"
+        rows = self._rows(f"SELECT * FROM corrections WHERE {where}", (*chosen.values(), limit))  # noqa: S608 - our own words only
+        records = {one.id: one for one in self.finished([row["move"] for row in rows])}
+        with translated(self._path):
+            return [
+                (records[row["move"]], os.fsdecode(row["corrected"]), _relative_path(row["path"]), row["at"])
                 for row in rows
             ]
 

@@ -220,13 +220,12 @@ class Journal:
                 return self._connection.execute("DELETE FROM holds").rowcount
             return self._connection.execute("DELETE FROM holds WHERE path = ?", (os.fsencode(path),)).rowcount
 
-    def record_corrections(self, found: Sequence[tuple[Record, str, str]]) -> list[bool]:
-        """Record in one commit that a person moved images to other classes; return whether each was new.
-
-        A move back to the original class removes the correction.
+    def record_corrections(self, found: Sequence[tuple[Record, str | None, str]]) -> list[bool]:
+        """Record in one commit that a person gave images a class; return whether each was new.
 
         Args:
-            found: the record of each image, its class now, and its path now, relative to the dataset.
+            found: the record of each image, its class (None: it has no correction any more), and its path now,
+                relative to the dataset.
         """
         with committing(self._connection, self.path):
             return [self._record_correction(record, corrected, path) for record, corrected, path in found]
@@ -253,9 +252,9 @@ class Journal:
         """Record the state of the guard."""
         self.note(GUARD_FACT, json.dumps(asdict(state)))
 
-    def _record_correction(self, record: Record, corrected: str, path: str) -> bool:
+    def _record_correction(self, record: Record, corrected: str | None, path: str) -> bool:
         label = record.move_reason.label or ""
-        if corrected == label:
+        if corrected is None:
             return self._connection.execute("DELETE FROM corrections WHERE move = ?", (record.id,)).rowcount > 0
         done = self._connection.execute(
             "INSERT INTO corrections VALUES (?,?,?,?,?,?) ON CONFLICT (move) DO UPDATE SET "
@@ -263,6 +262,8 @@ class Journal:
             "WHERE corrected != excluded.corrected",
             (record.id, *map(os.fsencode, (label, corrected, path)), record.move_reason.content, self.clock()),
         )
+        if not done.rowcount:  # it may have another name
+            self._connection.execute("UPDATE corrections SET path = ? WHERE move = ?", (os.fsencode(path), record.id))
         return done.rowcount > 0
 
     def _insert(self, move: MoveRecord, reason: MoveReason, now: float) -> None:
@@ -297,7 +298,8 @@ class Journal:
         if image.moved_stamp is None:
             return
         self._connection.execute("UPDATE moves SET undone_by = ? WHERE id = ?", (move_id, undoes))
-        self._hold(f"{move.destination}/{image.final}", image.moved_stamp, UNDONE, now)
+        if not move.destination.startswith("Dataset/"):  # what is in a class is not filed again
+            self._hold(f"{move.destination}/{image.final}", image.moved_stamp, UNDONE, now)
 
     def _hold(self, path: str, stamp: Stamp, reason: str, now: float) -> None:
         self._connection.execute(

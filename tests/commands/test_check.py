@@ -295,10 +295,11 @@ class TestFolders:
         assert f"error {site / 'Clases'}" not in told
 
     def test_check_folders_of_a_renamed_class_are_notes(self, site: Path, look: Check) -> None:
-        """Folders with files of a class that no longer exists are reported, empty ones are not."""
-        for area, name in (("Dataset", "red"), ("Review", "red"), ("Dataset", "green"), ("Dataset", "mauve")):
-            (site / area / name).mkdir(parents=True)
-        for folder in ("Dataset/red", "Review/red", "Dataset/green"):
+        """Folders with files of a class that no longer exists are reported; empty ones and Review/_none are not."""
+        folders = "Dataset/red", "Review/red", "Dataset/green", "Review/_none", "Dataset/mauve"
+        for folder in folders:
+            (site / folder).mkdir(parents=True)
+        for folder in folders[:-1]:
             picture("red", 1).save(site / folder / "a.png")
         assert not about(look(), Topic.FOLDERS, "Clases/ does not have")
         (site / "Clases" / "red").rename(site / "Clases" / "scarlet")

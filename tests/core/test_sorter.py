@@ -1,14 +1,16 @@
 """The core by events and integer time: what goes in, what comes out."""
 
 import numpy as np
+import pytest
 
 from sortd.classify.build import build
 from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import DecisionSettings, SupportSet
-from sortd.core.sorter import MOST_LOOKS, Sorter, SorterSettings
+from sortd.core.sorter import MOST_LOOKS, Sorter, SorterSettings, order_for
 from sortd.core.state import State
 from sortd.events import (
+    Abstained,
     Command,
     Embed,
     Embedded,
@@ -355,6 +357,21 @@ def test_sorter_abstained_image_is_decided_again_by_new_prototypes() -> None:
     (move,) = sorter.receive(embedded("Review/cross/a.png", mark), 212)
     assert isinstance(move, Move)
     assert move.folder == "Dataset/cross"
+
+
+@pytest.mark.parametrize(
+    ("reason", "best_label", "folder"),
+    [
+        *(("typicality", "cross", "_none"), ("stranger", "cross", "_none"), ("no_classes", None, "_none")),
+        *((reason, "cross", "cross") for reason in ("margin", "name_only", "too_few")),
+    ],
+)
+def test_sorter_image_like_no_class_goes_to_review_none(reason: str, best_label: str | None, folder: str) -> None:
+    """Only what is in doubt within a class goes to the folder of the best guess, which the decision keeps anyway."""
+    decision = Abstained(reason, best_label, 0.5, 0.1, None, Mode.BEST)
+    image = EmbeddedImage("Images/a.png", stamp(), np.ones(2, np.float32), "00")
+    move = order_for(image, decision, prototypes(1), settle_seconds=1.0)
+    assert (move.folder, move.reason, move.decision) == (f"Review/{folder}", reason, decision)
 
 
 def test_sorter_held_file_rests_until_it_changes_or_is_released() -> None:

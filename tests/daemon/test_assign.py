@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sortd.daemon.assign import assign_images, forget_made_classes, image_facts
-from sortd.daemon.corrections import labelled_images
 from sortd.daemon.dataset_lock import OpenDataset, open_dataset
+from sortd.daemon.learnt import labelled_images
 from sortd.errors import DataError
 from sortd.layout import Layout
 from sortd.store.records import Selection

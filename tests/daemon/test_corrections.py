@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import pytest
 
 from sortd.daemon.control import undo_records
 from sortd.daemon.corrections import FOLLOW_NS, HANDLED_SLICE, SCANNED_FACT, Correction, CorrectionScanner, Repaired
-from sortd.events import Moved, Outcome
+from sortd.daemon.learnt import labelled_images, learnt_counts
+from sortd.events import Abstained, Mode, Moved, Outcome
 from sortd.layout import Area, Layout
 from sortd.moving.mover import Mover
 from sortd.moving.plan import images_apart
@@ -484,3 +486,63 @@ def test_correction_scanner_files_in_a_storm_are_looked_at_together_after_a_paus
     scanner.begin_asked()
     rest_of(scanner)
     assert scanner.files_looked_at - before == 10
+
+
+def reviewed(dataset: Dataset, mover: Mover, name: str = "a.jpg", content: str = "content") -> Path:
+    """Let sortd put an image into Review/ that is most probably a cat, and return where it lies."""
+    image, guess = dataset.put(f"Images/{name}", content), Abstained("typicality", "cat", 0.5, 0.1, "dog", Mode.BEST)
+    for label in ("cat", "dog"):
+        (dataset.root / "Dataset" / label).mkdir(parents=True, exist_ok=True)
+    asked = order(image, "Review/_none", Outcome.REVIEW, content=sha256(content.encode()).hexdigest())
+    return Path(moved(mover, replace(asked, decision=guess)))
+
+
+@pytest.mark.parametrize("target", ["cat/a.jpg", "dog/a.jpg", "cat/another name.jpg", "dog/another name.jpg"])
+@pytest.mark.parametrize("found_by", ["event", "scan"])
+def test_scanner_image_moved_out_of_review_is_learnt_whether_guessed_or_not(
+    dataset: Dataset, journal: Journal, mover: Mover, target: str, found_by: str
+) -> None:
+    """By its event or by the scan at the start, under any name; a second look finds nothing new."""
+    image = reviewed(dataset, mover).rename(dataset.root / "Dataset" / target)
+    scanner, label = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock()), target[:3]
+    found = look(scanner, Area.DATASET, image) if found_by == "event" else all_of(scanner, time.time_ns())
+    assert found == [Correction(str(image), "cat", label)]
+    assert labelled_images(Layout(dataset.root), journal.history, with_corrections=True) == ((label, str(image)),)
+    assert labelled_images(Layout(dataset.root), journal.history, with_corrections=False) == ()
+    again = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
+    assert all_of(again, time.time_ns()) == []
+    ways = {"corrected": int(label == "dog"), "confirmed": int(label == "cat"), "assigned": 0}
+    assert learnt_counts(Layout(dataset.root), journal.history, with_corrections=True) == {label: ways}
+    assert journal.history.accuracy() == {}
+
+
+def test_scanner_image_copied_out_of_review_is_learnt_once_the_original_is_gone(
+    dataset: Dataset, journal: Journal, mover: Mover
+) -> None:
+    """A copy alone says nothing; the event of the removal, in Review/, leads to the copy."""
+    image, copy = reviewed(dataset, mover), dataset.root / "Dataset/cat/a.jpg"
+    copy.write_bytes(image.read_bytes())
+    scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
+    assert look(scanner, Area.DATASET, copy) == []
+    image.unlink()
+    assert look(scanner, Area.REVIEW, image) == [Correction(str(copy), "cat", "cat")]
+
+
+@pytest.mark.parametrize("back", ["Review/_none/a.jpg", "Review/cat/a.jpg"])
+@pytest.mark.parametrize("label", ["cat", "dog"])
+def test_scanner_image_moved_back_to_review_is_not_learnt_any_more(
+    dataset: Dataset, journal: Journal, mover: Mover, label: str, back: str
+) -> None:
+    """Moved on to another class, or renamed in its class, it stays learnt; back in Review/ it is not."""
+    scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
+    image = reviewed(dataset, mover).rename(dataset.root / "Dataset" / label / "a.jpg")
+    assert len(look(scanner, Area.DATASET, image)) == 1
+    image = image.rename(image.with_name("b.jpg"))
+    assert look(scanner, Area.DATASET, image) == []
+    assert labelled_images(Layout(dataset.root), journal.history, with_corrections=True) == ((label, str(image)),)
+    (dataset.root / back).parent.mkdir(exist_ok=True)
+    image = image.rename(dataset.root / back)
+    (found,) = look(scanner, Area.REVIEW, image)
+    assert isinstance(found, Correction)
+    assert found.is_taken_back
+    assert journal.history.corrections() == []

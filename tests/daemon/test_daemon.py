@@ -500,6 +500,53 @@ def test_daemon_correction_is_noticed_and_learnt(colours: Path, write_config: Wr
     assert len(tree(colours / "Clases")) == 12
 
 
+def test_daemon_confirmation_is_noticed_and_learnt(colours: Path, write_config: Write) -> None:
+    """Images of Review/ that a person moves to their class while sortd runs, or while it is stopped, are references.
+
+    A copy teaches nothing while the image itself is still there.
+    """
+    config = write_config(learn_from_corrections="true", mode="best", abstain="{precision: 0.95}")
+    teach(colours)
+    draw_strangers(colours / "Images", 4)
+    with running(config) as daemon:
+        daemon.wait_for("image.sent_to_review", count=4)
+        lines = {Path(line["path"]).name: line for line in daemon.events("image.sent_to_review")}
+        first, second, third, copied = (lines[name] for name in sorted(lines))
+        classes = colours / "Dataset"
+        for label in ("red", "green", "blue"):
+            (classes / label).mkdir(exist_ok=True)
+        shutil.copyfile(copied["destination"], classes / copied["label"] / "copied.png")
+        Path(first["destination"]).rename(classes / first["label"] / "first.png")
+        assert daemon.wait_for("image.confirmed")["label"] == first["label"]
+        daemon.wait_for("prototypes.rebuilt", references=85)
+    Path(second["destination"]).rename(classes / second["label"] / "second.png")
+    other = next(label for label in ("red", "green", "blue") if label != third["label"])
+    Path(third["destination"]).rename(classes / other / Path(third["destination"]).name)
+    with running(config) as daemon:
+        assert daemon.wait_for("image.confirmed")["path"] == str(classes / second["label"] / "second.png")
+        assert daemon.wait_for("image.corrected")["corrected_label"] == other
+        daemon.wait_for("prototypes.rebuilt", references=87)
+        (facts,) = sortd("status", "-c", config, "--json").facts["datasets"].values()
+        assert "learnt" in sortd("status", "-c", config).out
+    ways = {"corrected": 0, "confirmed": 0}
+    for one in facts["learnt"].values():
+        ways = {how: ways[how] + one[how] for how in ways}
+    assert ways == {"corrected": 1, "confirmed": 2}
+    rows = sortd("history", "-c", config, "--json").facts
+    given = {Path(row["to"]).name: row for row in rows if row["outcome"] in {"confirmed", "corrected"}}
+    assert {name: (row["outcome"], row["label"], row["learnt"]) for name, row in given.items()} == {
+        "first.png": ("confirmed", first["label"], True),
+        "second.png": ("confirmed", second["label"], True),
+        Path(third["destination"]).name: ("corrected", other, True),
+    }
+    found = sortd("history", "-c", config, "--outcome", "confirmed", "--label", first["label"]).out
+    assert "first.png" in found
+    assert f"best guess: {first['label']}" in sortd("history", "-c", config, "--outcome", "sent_to_review").out
+    assert "corrected" not in found
+    assert len(sortd("history", "-c", config, "--path", first["destination"], "--json").facts) == 2
+    assert len(tree(colours / "Clases")) == 84
+
+
 def test_names_that_are_not_utf8_are_filed_and_logged(colours: Path, write_config: Write) -> None:
     """A name of raw bytes survives the log, the journal and the move."""
     name = os.fsdecode(b"caf\xe9\nnew line.png")

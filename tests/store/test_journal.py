@@ -229,7 +229,7 @@ def test_journal_corrections_count_once_for_each_image(path: Path) -> None:
         assert journal.record_corrections([(record, "cow", "Dataset/cow/a.jpg")]) == [True]
         assert journal.history.accuracy() == {"cat": FiledImages(filed=2, checked=2, corrected=1, undone=0)}
         assert [one[:3] for one in journal.history.corrections()] == [("cat", "cow", "Dataset/cow/a.jpg")]
-        assert journal.record_corrections([(record, "cat", "Dataset/cat/a.jpg")]) == [True]
+        assert journal.record_corrections([(record, None, "Dataset/cat/a.jpg")]) == [True]
         assert journal.history.accuracy() == {"cat": FiledImages(filed=2, checked=0, corrected=0, undone=0)}
 
 

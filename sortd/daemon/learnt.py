@@ -1,0 +1,50 @@
+"""Learnt images: those in Dataset/ that are references where they lie, because a person gave them their class.
+
+A person assigns images to a class by request, moves filed ones to another class (corrections), and moves those in
+Review/ to the class of their best guess (confirmations). The last two count with ``learn_from_corrections``.
+"""
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+from sortd.layout import Layout
+from sortd.store.history import History
+
+ASSIGNED, CORRECTED, CONFIRMED = "assigned", "corrected", "confirmed"
+
+
+@dataclass(frozen=True, slots=True)
+class LearntImage:
+    """An image that a person gave a class."""
+
+    label: str
+    path: str
+    how: str  # ASSIGNED, CORRECTED or CONFIRMED
+
+
+def learnt_images(layout: Layout, history: History, *, with_corrections: bool) -> list[LearntImage]:
+    """Return the images whose classes a person gave: assigned ones, and maybe corrected and confirmed ones.
+
+    Those that were removed since are among them.
+    """
+    given = history.corrections() if with_corrections else []
+    found = [
+        LearntImage(corrected, os.path.join(layout.root, path), CONFIRMED if corrected == label else CORRECTED)
+        for label, corrected, path, _ in given
+    ]
+    return found + [LearntImage(label, os.path.join(layout.root, path), ASSIGNED) for label, path in history.assigned()]
+
+
+def labelled_images(layout: Layout, history: History, *, with_corrections: bool) -> tuple[tuple[str, str], ...]:
+    """Return class and path of each of the ``learnt_images``."""
+    return tuple((one.label, one.path) for one in learnt_images(layout, history, with_corrections=with_corrections))
+
+
+def learnt_counts(layout: Layout, history: History, *, with_corrections: bool) -> dict[str, dict[str, int]]:
+    """Return how many of the ``learnt_images`` that still exist have each class, by how it was given."""
+    images = learnt_images(layout, history, with_corrections=with_corrections)
+    there = [one for one in images if os.path.lexists(one.path)]
+    counts = Counter((one.label, one.how) for one in there)
+    labels = sorted({one.label for one in there})
+    return {label: {how: counts[label, how] for how in (CORRECTED, CONFIRMED, ASSIGNED)} for label in labels}
