@@ -1,6 +1,7 @@
 """Proportions with their uncertainty: how a figure of ``right`` out of ``judged`` images is stated."""
 
 from math import floor, sqrt
+from typing import Any
 
 ERRORS_OF_95_PERCENT = 1.96
 """Standard deviations on either side of the mean that contain 95 % of a normal distribution."""
@@ -9,7 +10,7 @@ SAYS_SOMETHING = 0.5
 """A lower bound below this is no statement: guessing between two classes is right as often."""
 
 
-def interval(right: int, judged: int) -> tuple[float, float]:
+def interval(right: float, judged: int) -> tuple[float, float]:
     """Return the 95 % confidence interval of a proportion: Wilson (1927), "Probable inference"."""
     squared = ERRORS_OF_95_PERCENT**2
     share, whole = right / judged, judged + squared
@@ -18,7 +19,7 @@ def interval(right: int, judged: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def lower_bound(right: int, judged: int) -> float:
+def lower_bound(right: float, judged: int) -> float:
     """Return the least proportion that 95 % confidence allows: Clopper and Pearson (1934), one-sided.
 
     60 of 60 vouch for 95 %.
@@ -28,15 +29,15 @@ def lower_bound(right: int, judged: int) -> float:
     return float(betaincinv(right, judged - right + 1, 1.0 - CONFIDENCE)) if right else 0.0
 
 
-def out_of(right: int, judged: int) -> str:
+def out_of(right: float, judged: int) -> str:
     """Return ``26 of 37 (95 %: 54 to 82 %)``, the counts and the confidence interval of their proportion."""
     if not judged:
         return "0 of 0"
     low, high = interval(right, judged)
-    return f"{right:,} of {judged:,} (95 %: {100 * low:.0f} to {100 * high:.0f} %)"
+    return f"{right:,.0f} of {judged:,} (95 %: {100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def vouched(right: int, judged: int) -> str:
+def vouched(right: float, judged: int) -> str:
     """Return what the checked images say of all: ``not checked``, ``too few to say`` or ``at least 91 % (95 % …)``."""
     if not judged:
         return "not checked"
@@ -44,3 +45,11 @@ def vouched(right: int, judged: int) -> str:
     if bound < SAYS_SOMETHING:
         return "too few to say"
     return f"at least {floor(100 * bound)} % (95 % confidence)"
+
+
+def proportion(right: float, judged: int) -> dict[str, Any]:
+    """Return the counts of a proportion as plain values, with its interval, its bound and what they say in words."""
+    if not judged:
+        return {"right": 0, "judged": 0, "interval": None, "at_least": None, "words": vouched(0, 0)}
+    bounds, bound = (tuple(round(one, 4) for one in interval(right, judged)), round(lower_bound(right, judged), 4))
+    return {"right": right, "judged": judged, "interval": bounds, "at_least": bound, "words": vouched(right, judged)}

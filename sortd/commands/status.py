@@ -13,7 +13,7 @@ from time import time
 from typing import Any
 
 from sortd import errors
-from sortd.classify.proportions import interval, out_of
+from sortd.classify.proportions import interval, out_of, proportion
 from sortd.commands.console import (
     counted,
     format_duration,
@@ -36,8 +36,9 @@ from sortd.errors import DataError, JournalError, LayoutError, ModelError
 from sortd.layout import JOURNAL_FILE, Area, Layout, Reason, Why, find_datasets, owner_of, rule_below, rule_for_folder
 from sortd.moving.fs import is_version
 from sortd.service import read_status
+from sortd.store.checks import FiledImages
 from sortd.store.history import History
-from sortd.store.records import FiledImages, Selection
+from sortd.store.records import Selection
 from sortd.watch.scan import scan, scan_all, why_unfinished
 
 Row = dict[str, str]
@@ -125,7 +126,7 @@ def _from_journal(place: JournalPlace) -> tuple[dict[str, Any], list[Row]]:
                 "held": len(held),
                 "hold": history.guard().reason or None,
                 "last_move_at": last[0].ended_at if last else None,
-                "accuracy": {label: _filed_facts(filed) for label, filed in history.accuracy().items()},
+                **_checked_facts(history),
             }
     except JournalError as error:
         return facts | {"journal_problem": str(error)}, []
@@ -142,6 +143,17 @@ def _from_journal(place: JournalPlace) -> tuple[dict[str, Any], list[Row]]:
                     )
                 )
     return facts, rows
+
+
+def _checked_facts(history: History) -> dict[str, Any]:
+    """Return what a person has checked: filed images by class, those of random samples, and guesses in Review/."""
+    accuracy = history.accuracy()
+    audited, right = (sum(getattr(one, name) for one in accuracy.values()) for name in ("audited", "audited_right"))
+    return {
+        "accuracy": {label: _filed_facts(filed) for label, filed in accuracy.items()},
+        "audit": {"images": sum(one.filed for one in accuracy.values()), **proportion(right, audited)},
+        "guesses": proportion(*history.guesses()),
+    }
 
 
 def _filed_facts(filed: FiledImages) -> dict[str, Any]:
@@ -401,6 +413,11 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
     _print_counts(facts)
     if facts["accuracy"]:
         _print_accuracy(facts["accuracy"])
+        audit, guesses = facts["audit"], facts["guesses"]
+        drawn = f": {out_of(audit['right'], audit['judged'])} in random samples" if audit["judged"] else ""
+        print_line(f"  right among all filed images: {audit['words']}{drawn}; to check more: sortd audit {printable(name)}")
+        if guesses["judged"]:
+            print_line(f"  right guesses of images in Review/: {out_of(guesses['right'], guesses['judged'])}")
 
 
 def _print_state(facts: Mapping[str, Any]) -> None:
@@ -446,12 +463,13 @@ def _print_counts(facts: Mapping[str, Any]) -> None:
 
 def _print_accuracy(accuracy: Mapping[str, Any]) -> None:
     """Print for each class the number of filed, corrected and undone images, and the precision of the checked ones."""
-    numbers = ("filed", "corrected", "undone")
+    numbers = {"filed": "filed", "corrected": "corrected", "undone": "undone", "found wrong": "found_wrong"}
     rows = []
     for label, one in accuracy.items():
         checked = one["checked"]
-        right = out_of(checked - one["corrected"] - one["undone"], checked) if checked else "not checked"
-        rows.append((label, *(one[name] for name in numbers), right))
-    print_table(("class", *numbers, "right"), rows, right=numbers)
+        wrong = one["corrected"] + one["undone"] + one["found_wrong"]
+        right = out_of(checked - wrong, checked) if checked else "not checked"
+        rows.append((label, *(one[key] for key in numbers.values()), right))
+    print_table(("class", *numbers, "right"), rows, right=tuple(numbers))
     if any(one["checked"] for one in accuracy.values()):
-        print_line("  right: among the images filed before the last correction or undo in the class")
+        print_line("  right: among those audited, and those filed before the last correction or undo in the class")
