@@ -9,7 +9,7 @@ from sortd.arrays import Array, BoolArray, IntArray
 from sortd.classify.kernel import first_best
 from sortd.classify.library import Pause, no_pause, parts
 from sortd.classify.open_set import Gate, OpenSetScores, Strangers, foreign_gate, known_gate
-from sortd.classify.types import AbstainSettings
+from sortd.classify.types import AbstainSettings, Evidence
 
 EXAMINED = 32
 """Highest scores of a row that enter the softmax while the temperature is fitted; the rest is negligible."""
@@ -18,7 +18,7 @@ PSEUDO_REFERENCES = 20.0
 little."""
 PSEUDO_ERRORS = 0.5
 """Errors that are added to those of the held-out references, so that a few right ones do not prove 98 %."""
-SHIFTS = np.linspace(-8.0, 3.0, 221)
+SHIFTS = np.linspace(-16.0, 3.0, 381)
 """Corrections of the log odds that are tried."""
 TYPICAL_SHIFT, SHIFT_SPREAD = -0.5, 1.0
 """Mean and standard deviation of the normal prior of the correction: few references, and they choose the temperature
@@ -28,6 +28,8 @@ SHIFT_LEVEL = 0.1
 NEW_IMAGES_SHIFT = -1.0
 """Further correction for images that are not references: references resemble each other more than new images resemble
 them. This and the five constants above were fitted on the figures of ``benchmarks/promise.py`` (docs/decisions.md)."""
+LARGEST_SHIFT = 0.5
+"""Largest correction of the log odds by checked images, in place of those above."""
 NEVER = 1.1
 """The least confidence with which no image is filed."""
 CURVE_POINTS = 48
@@ -57,6 +59,8 @@ class Calibration:
     precision_expected: float | None = None  # cautious estimate of the precision of what is filed
     filed_held_out: int = 0  # held-out images that are filed
     right_held_out: int = 0  # of these, the right ones
+    checked: int = 0  # filed images that a person has checked and that the threshold follows; 0: it follows none
+    right_checked: int = 0  # of these, the right ones
     filed_expected: float | None = None  # held-out share of known images that is filed
     gate: Gate | None = None
     strangers_wanted: float | None = None
@@ -175,21 +179,42 @@ def fit_temperature(
     return best[1], best[2]
 
 
-def corrected_confidence(confidence: Array, right: BoolArray, weights: Array) -> Array:
+def corrected_confidence(
+    confidence: Array, right: BoolArray, weights: Array, evidence: Evidence | None = None
+) -> Array:
     """Return (R,) confidence as it should be for new images, from that of held-out images.
 
     The log odds are shifted by a lower bound of the shift that explains the R outcomes (``SHIFTS``), and by
-    NEW_IMAGES_SHIFT. ``weights`` (R,) are those of ``balanced_weights``.
+    NEW_IMAGES_SHIFT; with evidence, by a lower bound of the shift that explains the checked images. Images that nobody
+    drew at random only decrease it: errors that a person did not notice count as right there.
+
+    Args:
+        confidence: (R,) of held-out images.
+        right: (R,) whether the chosen class is correct.
+        weights: (R,) those of ``balanced_weights``.
+        evidence: new images that a person has checked.
     """
+    odds = _log_odds(confidence)
+    shift = NEW_IMAGES_SHIFT + _shift_bound(odds, right, weights * _share_of_independent(weights), TYPICAL_SHIFT)
+    if evidence is not None:
+        checked = _log_odds(np.array(evidence.confidence))
+        found = _shift_bound(checked, np.array(evidence.right, np.bool_), np.array(evidence.weight), shift)
+        shift = min(found, LARGEST_SHIFT if evidence.is_random else shift)
+    return np.asarray(1.0 / (1.0 + np.exp(-(odds + shift))), dtype=np.float64)
+
+
+def _log_odds(confidence: Array) -> Array:
     odds = np.log(np.clip(confidence, 1e-6, 1.0)) - np.log(np.clip(1.0 - confidence, 1e-6, 1.0))
+    return np.asarray(odds, dtype=np.float64)
+
+
+def _shift_bound(odds: Array, right: BoolArray, weights: Array, typical: float) -> float:
+    """Return a lower bound of the shift of log odds (N,) that explains N outcomes; ``typical`` is its prior mean."""
     shifted = odds[:, None] + SHIFTS
-    likelihood = (
-        weights * _share_of_independent(weights) @ -np.logaddexp(0.0, np.where(right[:, None], -shifted, shifted))
-    )
-    likelihood -= 0.5 * np.square((SHIFTS - TYPICAL_SHIFT) / SHIFT_SPREAD)
+    likelihood = weights @ -np.logaddexp(0.0, np.where(right[:, None], -shifted, shifted))
+    likelihood -= 0.5 * np.square((SHIFTS - typical) / SHIFT_SPREAD)
     posterior = np.cumsum(np.exp(likelihood - likelihood.max()))
-    bound = float(np.interp(SHIFT_LEVEL, posterior / posterior[-1], SHIFTS))
-    return np.asarray(1.0 / (1.0 + np.exp(-(odds + bound + NEW_IMAGES_SHIFT))), dtype=np.float64)
+    return float(np.interp(SHIFT_LEVEL, posterior / posterior[-1], SHIFTS))
 
 
 def _share_of_independent(weights: Array) -> float:
@@ -197,13 +222,15 @@ def _share_of_independent(weights: Array) -> float:
     return float(np.square(weights.sum()) / np.square(weights).sum() / len(weights)) if len(weights) else 1.0
 
 
-def choose_threshold(confidence: Array, corrected: Array, right: BoolArray, weights: Array, wanted: float) -> Threshold:
+def choose_threshold(
+    confidence: Array, corrected: Array, right: Array | BoolArray, weights: Array, wanted: float
+) -> Threshold:
     """Return the least confidence at which the estimated precision reaches the wanted one; NEVER if there is none.
 
     Args:
         confidence: (R,) of held-out images.
         corrected: (R,) what ``corrected_confidence`` makes of it.
-        right: (R,) whether the chosen class is correct.
+        right: (R,) whether the chosen class is correct, or how probable that is.
         weights: (R,) of the images; they sum to R or less.
         wanted: the precision.
     """
@@ -217,7 +244,7 @@ def choose_threshold(confidence: Array, corrected: Array, right: BoolArray, weig
 
 
 def precision_curve(
-    confidence: Array, corrected: Array, right: BoolArray, weights: Array
+    confidence: Array, corrected: Array, right: Array | BoolArray, weights: Array
 ) -> list[tuple[float, float, float]]:
     """Return points (least confidence, share of all, estimated precision), the highest confidence first."""
     if not len(confidence):
@@ -229,7 +256,7 @@ def precision_curve(
     return [(float(confidence[order][at]), float(filed[at]), float(estimate[at])) for at in points]
 
 
-def _estimates(corrected: Array, right: BoolArray, weights: Array) -> Array:
+def _estimates(corrected: Array, right: Array | BoolArray, weights: Array) -> Array:
     """Return the cautious estimate of the precision of the first 1, 2, 3… decisions by descending confidence."""
     weights = weights * _share_of_independent(weights)
     counted = np.cumsum(weights)
@@ -252,8 +279,12 @@ def calibrate_knowns(
     foreign_cosines: Array,
     nothing_held_out: str,
     null: Strangers | None = None,
+    evidence: Evidence | None = None,
 ) -> dict[str, Any]:
     """Return the fields of a Calibration about known images.
+
+    With evidence, new images that a person has checked say what a confidence is worth; the held-out images only say
+    how often each confidence occurs.
 
     Args:
         outcomes: R held-out images.
@@ -262,6 +293,7 @@ def calibrate_knowns(
         foreign_cosines: (N,) cosines for ``foreign_gate``, used if no held-out decision is correct.
         nothing_held_out: the note if R is 0.
         null: scores of references whose class is left out, for ``known_gate``.
+        evidence: filed images that a person has checked.
     """
     own, right, confidence, open_set = outcomes.own, outcomes.right, outcomes.confidence, outcomes.open_set
     count, weights = len(own), balanced_weights(own, classes)
@@ -275,24 +307,28 @@ def calibrate_knowns(
     facts: dict[str, Any] = {"held_out": count, "precision_wanted": precision, "gate": gate}
     if not count:
         return {**facts, "confidence": NEVER, "notes": (f"{nothing_held_out}, so nothing vouches for a precision",)}
-    corrected = corrected_confidence(confidence, right, weights)
-    judged = confidence[is_familiar], corrected[is_familiar], right[is_familiar], weights[is_familiar]
+    corrected = corrected_confidence(confidence, right, weights, evidence)
+    seen = right if evidence is None else corrected
+    judged = confidence[is_familiar], corrected[is_familiar], seen[is_familiar], weights[is_familiar]
     threshold = choose_threshold(*judged, precision)
     filed = is_familiar & (confidence >= threshold.confidence)
     curve = precision_curve(*judged)
     held_out = "references" if open_set is not None else "held-out images"
-    note = f"precision {precision:g} is not reached: {count} {held_out} vouch for at most {threshold.attainable:.3f}"
+    by = f"{count} {held_out}" if evidence is None else f"{len(evidence.right)} checked images"
+    note = f"precision {precision:g} is not reached: {by} vouch for at most {threshold.attainable:.3f}"
     return {
         **facts,
         "accuracy": balanced_accuracy(right, own, classes),
         "confidence": threshold.confidence,
         "precision_attainable": threshold.attainable,
-        "precision_expected": float(_estimates(corrected[filed], right[filed], weights[filed])[-1])
+        "precision_expected": float(_estimates(corrected[filed], seen[filed], weights[filed])[-1])
         if filed.any()
         else None,
         "filed_expected": float(weights @ filed / weights.sum()),
         "filed_held_out": int(filed.sum()),
         "right_held_out": int((filed & right).sum()),
+        "checked": 0 if evidence is None else len(evidence.right),
+        "right_checked": 0 if evidence is None else sum(evidence.right),
         "curve": tuple((least, share * float(is_familiar @ weights) / count, value) for least, share, value in curve),
         "notes": () if threshold.is_attained else (note,),
     }

@@ -22,7 +22,7 @@ from sortd.classify.held_out import LARGEST_ROWS, LeaveOneOutResult, leave_out_b
 from sortd.classify.library import Library, duplicate_distance, parts, unit_rows
 from sortd.classify.open_set import leave_classes_out, nearest_cosines
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import BLENDED, AbstainSettings, DecisionSettings, SupportSet
+from sortd.classify.types import BLENDED, AbstainSettings, DecisionSettings, Evidence, SupportSet
 from sortd.events import Mode
 
 PREFERRED = (Mode.MIXED, Mode.BEST, Mode.MEAN, Mode.MAX, Mode.AVG, Mode.TEXT)
@@ -149,7 +149,11 @@ def evaluate(
     mine = judgements.get(mode)
     half = _half_accuracy(support, replace(settings, abstain=None))
     whole = next((report.distinct_accuracy for report in reports if report.mode == mode.value), None)
-    trade_offs = () if mine is None else _trade_offs(library, mine, mode, blends[mode is Mode.MIXED], settings.abstain)
+    trade_offs = (
+        ()
+        if mine is None
+        else _trade_offs(library, mine, mode, blends[mode is Mode.MIXED], settings.abstain, support.evidence)
+    )
     return EvaluationReport(
         encoder_id=support.encoder_id,
         classes=len(support.labels),
@@ -300,7 +304,12 @@ def _outliers(library: Library) -> list[tuple[float, int]]:
 
 
 def _trade_offs(
-    library: Library, judgement: LeaveOneOutResult, mode: Mode, blend: Blend, abstain: AbstainSettings | None
+    library: Library,
+    judgement: LeaveOneOutResult,
+    mode: Mode,
+    blend: Blend,
+    abstain: AbstainSettings | None,
+    evidence: Evidence | None,
 ) -> tuple[TradeOff, ...]:
     kept = np.isin(judgement.distinct_rows, library.leaders[blend.fit.held.chosen])
     own, best = judgement.distinct_own[kept], judgement.distinct_best[kept]
@@ -318,6 +327,7 @@ def _trade_offs(
             foreign_cosines=np.zeros(0),
             nothing_held_out="",
             null=null,
+            evidence=evidence,
         )
         found.append(TradeOff(precision, facts["filed_expected"], facts["precision_expected"], not facts["notes"]))
     return tuple(found)

@@ -395,6 +395,9 @@ def calibration_findings(
         return
     for sentence in facts.notes:
         yield warning(clases, sentence, "add references, or ask for less (`abstain` in config.yaml)")
+    if facts.checked:
+        followed = f"{counted(facts.checked, 'checked image')}, {facts.right_checked:,} right"
+        yield note(clases, f"{by}: the threshold follows {followed}")
     measured = f"{by}, measured on {counted(facts.held_out, 'reference')} held out in turn: "
     if not facts.held_out:
         what = f"{by}: no class has two different images, so its accuracy is not known"

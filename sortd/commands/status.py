@@ -25,6 +25,7 @@ from sortd.commands.console import (
 )
 from sortd.commands.moves import JournalPlace, journals
 from sortd.config import Config, find_config_file
+from sortd.daemon.audit import evidence_of
 from sortd.daemon.control import NotRunningError
 from sortd.daemon.corrections import labelled_images
 from sortd.daemon.references import ReferencesAbsentError, ReferenceSettings, class_labels
@@ -342,7 +343,7 @@ def dataset_named(config: Config, name: str | None) -> Layout:
 
 
 def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettings:
-    """Return the reference settings of a dataset, with the images that its journal adds to the references.
+    """Return the reference settings of a dataset, with what its journal adds: references and checked images.
 
     Raises:
         JournalError: the journal cannot be read.
@@ -353,7 +354,9 @@ def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettin
         return reference_settings
     learns = reference_settings.learns_from_corrections
     with History.open(file) as history:
-        return replace(reference_settings, corrections=labelled_images(layout, history, with_corrections=learns))
+        labelled = labelled_images(layout, history, with_corrections=learns)
+        evidence = evidence_of(history, reference_settings.settings.mode)
+        return replace(reference_settings, corrections=labelled, evidence=evidence)
 
 
 # ---------------------------------------------------------------- output
@@ -415,7 +418,9 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
         _print_accuracy(facts["accuracy"])
         audit, guesses = facts["audit"], facts["guesses"]
         drawn = f": {out_of(audit['right'], audit['judged'])} in random samples" if audit["judged"] else ""
-        print_line(f"  right among all filed images: {audit['words']}{drawn}; to check more: sortd audit {printable(name)}")
+        print_line(
+            f"  right among all filed images: {audit['words']}{drawn}; to check more: sortd audit {printable(name)}"
+        )
         if guesses["judged"]:
             print_line(f"  right guesses of images in Review/: {out_of(guesses['right'], guesses['judged'])}")
 

@@ -13,6 +13,8 @@ user of the daemon may write to the directory: whoever can send requests could a
         -> {"rebuilding": [name]}
     {"do": "assign", "dataset": name, "root": path, "label": class, "images": [{"path", "size", "mtime_ns"}]}
         -> {"assigned": [{"path", "destination", "message"}], "later": number}
+    {"do": "check", "dataset": name, "root": path, "answers": [[id of the journal, whether its image is right]]}
+        -> {"checked": number}
     anything else, or a failure
         -> {"error": sentence, "exit_code": as in sysexits(3)}
 
@@ -38,6 +40,7 @@ import structlog
 from sortd import errors
 from sortd.config import Config
 from sortd.daemon.assign import assign_images, forget_made_classes
+from sortd.daemon.audit import checked_answers
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.datasets import Datasets
 from sortd.events import ImageGone, ImageHeld, Released, ReviewSeen
@@ -333,6 +336,9 @@ def answer(datasets: Datasets, request: Request) -> Reply | Steps:
             return {"rebuilding": [dataset.name for dataset in chosen]}
         case {"do": "assign", "dataset": str(name), "root": str(root), "label": str(label), "images": list(images)}:
             return _assign(datasets, _chosen_at(datasets, name, root), label, images)
+        case {"do": "check", "dataset": str(name), "root": str(root), "answers": list(answers)}:
+            with datasets.answering(dataset := _chosen_at(datasets, name, root)):
+                return {"checked": dataset.record_checks(checked_answers(answers))}
     raise RequestError(f"unknown request {request.get('do')!r:.100} with {', '.join(sorted(request))}")
 
 
