@@ -179,14 +179,17 @@ def fit_temperature(
     return best[1], best[2]
 
 
-def corrected_confidence(
-    confidence: Array, right: BoolArray, weights: Array, evidence: Evidence | None = None
-) -> Array:
-    """Return (R,) confidence as it should be for new images, from that of held-out images.
+def corrected_confidence(confidence: Array, right: BoolArray, weights: Array) -> Array:
+    """Return (R,) confidence as it should be for new images, from that of held-out images."""
+    return _shifted(confidence, confidence_shift(confidence, right, weights))
 
-    The log odds are shifted by a lower bound of the shift that explains the R outcomes (``SHIFTS``), and by
-    NEW_IMAGES_SHIFT; with evidence, by a lower bound of the shift that explains the checked images. Images that nobody
-    drew at random only decrease it: errors that a person did not notice count as right there.
+
+def confidence_shift(confidence: Array, right: BoolArray, weights: Array, evidence: Evidence | None = None) -> float:
+    """Return the correction of the log odds of new images.
+
+    It is a lower bound of the shift that explains the R outcomes (``SHIFTS``), and NEW_IMAGES_SHIFT; with evidence, a
+    lower bound of the shift that explains the checked images. Images that nobody drew at random only decrease it:
+    errors that a person did not notice count as right there.
 
     Args:
         confidence: (R,) of held-out images.
@@ -194,13 +197,17 @@ def corrected_confidence(
         weights: (R,) those of ``balanced_weights``.
         evidence: new images that a person has checked.
     """
-    odds = _log_odds(confidence)
-    shift = NEW_IMAGES_SHIFT + _shift_bound(odds, right, weights * _share_of_independent(weights), TYPICAL_SHIFT)
-    if evidence is not None:
-        checked = _log_odds(np.array(evidence.confidence))
-        found = _shift_bound(checked, np.array(evidence.right, np.bool_), np.array(evidence.weight), shift)
-        shift = min(found, LARGEST_SHIFT if evidence.is_random else shift)
-    return np.asarray(1.0 / (1.0 + np.exp(-(odds + shift))), dtype=np.float64)
+    alike = weights * _share_of_independent(weights)
+    shift = NEW_IMAGES_SHIFT + _shift_bound(_log_odds(confidence), right, alike, TYPICAL_SHIFT)
+    if evidence is None:
+        return shift
+    checked, outcomes = _log_odds(np.array(evidence.confidence)), np.array(evidence.right, np.bool_)
+    found = _shift_bound(checked, outcomes, np.array(evidence.weight), shift)
+    return min(found, LARGEST_SHIFT if evidence.is_random else shift)
+
+
+def _shifted(confidence: Array, shift: float) -> Array:
+    return np.asarray(1.0 / (1.0 + np.exp(-(_log_odds(confidence) + shift))), dtype=np.float64)
 
 
 def _log_odds(confidence: Array) -> Array:
@@ -265,6 +272,42 @@ def _estimates(corrected: Array, right: Array | BoolArray, weights: Array) -> Ar
     return np.asarray(seen / (counted + PSEUDO_REFERENCES + PSEUDO_ERRORS), dtype=np.float64)
 
 
+@dataclass(frozen=True, slots=True)
+class _CheckedPrecision:
+    """The estimated precision of checked images (N,) by descending confidence."""
+
+    confidence: Array
+    estimate: Array
+
+    @classmethod
+    def of(cls, evidence: Evidence, shift: float) -> "_CheckedPrecision":
+        confidence, right = np.array(evidence.confidence), np.array(evidence.right, np.bool_)
+        order = np.argsort(-confidence, kind="stable")
+        weights = np.array(evidence.weight)[order]
+        return cls(confidence[order], _estimates(_shifted(confidence, shift)[order], right[order], weights))
+
+    def threshold(self, modelled: Threshold, wanted: float, *, is_random: bool) -> Threshold:
+        """Return the threshold that the checked images ask for; below the least of them, the modelled one holds."""
+        fulfils = np.flatnonzero(self.estimate >= wanted)
+        attainable = float(self.estimate.max())
+        if not fulfils.size:
+            return Threshold(NEVER, attainable, is_attained=False)
+        fails = np.flatnonzero(self.estimate[fulfils[0] :] < wanted)  # later ones fulfil it by chance
+        if fails.size:
+            least = _just_below(self.confidence, int(fulfils[0] + fails[0]) - 1)
+        else:
+            least = min(float(self.confidence[-1]), modelled.confidence)
+        return Threshold(least if is_random else max(least, modelled.confidence), attainable, is_attained=True)
+
+    def at(self, least: float, modelled: float) -> float:
+        """Return the precision of images with at least this confidence; the modelled one where none was checked."""
+        count = int(np.count_nonzero(self.confidence >= least))
+        if not count:
+            return modelled
+        checked = float(self.estimate[count - 1])
+        return checked if count < len(self.confidence) else min(checked, modelled)
+
+
 def _just_below(confidence: Array, last: int) -> float:
     if last + 1 < len(confidence):
         return float((confidence[last] + confidence[last + 1]) / 2.0)
@@ -283,8 +326,8 @@ def calibrate_knowns(
 ) -> dict[str, Any]:
     """Return the fields of a Calibration about known images.
 
-    With evidence, new images that a person has checked say what a confidence is worth; the held-out images only say
-    how often each confidence occurs.
+    With evidence, the checked images themselves say from which confidence on enough of them are right. Only for a
+    confidence below theirs is it estimated from the held-out images, corrected by the checked ones.
 
     Args:
         outcomes: R held-out images.
@@ -307,12 +350,19 @@ def calibrate_knowns(
     facts: dict[str, Any] = {"held_out": count, "precision_wanted": precision, "gate": gate}
     if not count:
         return {**facts, "confidence": NEVER, "notes": (f"{nothing_held_out}, so nothing vouches for a precision",)}
-    corrected = corrected_confidence(confidence, right, weights, evidence)
-    seen = right if evidence is None else corrected
+    shift = confidence_shift(confidence, right, weights, evidence)
+    corrected = _shifted(confidence, shift)
+    seen = corrected if evidence is not None and evidence.is_random else right
     judged = confidence[is_familiar], corrected[is_familiar], seen[is_familiar], weights[is_familiar]
-    threshold = choose_threshold(*judged, precision)
+    threshold, curve = choose_threshold(*judged, precision), precision_curve(*judged)
+    checked = None if evidence is None else _CheckedPrecision.of(evidence, shift)
+    if evidence is not None and checked is not None:
+        threshold = checked.threshold(threshold, precision, is_random=evidence.is_random)
+        curve = [(least, share, checked.at(least, value)) for least, share, value in curve]
     filed = is_familiar & (confidence >= threshold.confidence)
-    curve = precision_curve(*judged)
+    expected = float(_estimates(corrected[filed], seen[filed], weights[filed])[-1]) if filed.any() else None
+    if checked is not None and expected is not None:
+        expected = checked.at(threshold.confidence, expected)
     held_out = "references" if open_set is not None else "held-out images"
     by = f"{count} {held_out}" if evidence is None else f"{len(evidence.right)} checked images"
     note = f"precision {precision:g} is not reached: {by} vouch for at most {threshold.attainable:.3f}"
@@ -321,9 +371,7 @@ def calibrate_knowns(
         "accuracy": balanced_accuracy(right, own, classes),
         "confidence": threshold.confidence,
         "precision_attainable": threshold.attainable,
-        "precision_expected": float(_estimates(corrected[filed], seen[filed], weights[filed])[-1])
-        if filed.any()
-        else None,
+        "precision_expected": expected,
         "filed_expected": float(weights @ filed / weights.sum()),
         "filed_held_out": int(filed.sum()),
         "right_held_out": int((filed & right).sum()),
