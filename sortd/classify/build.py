@@ -125,6 +125,7 @@ def _calibrate(
     }
     if settings.abstain is None:
         accuracy = balanced_accuracy(right, own, classes)
+        facts |= {"filed_held_out": len(own), "right_held_out": int(right.sum())}
         calibration = Calibration(held_out=len(own), accuracy=accuracy, filed_expected=1.0, **facts)
         return replace(prototypes, calibration=calibration, recall=recall)
     null: Strangers | None = None

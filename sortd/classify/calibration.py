@@ -78,6 +78,18 @@ class Calibration:
         reached = [precision for least, _, precision in self.curve if least <= confidence]
         return reached[0] if reached else (self.curve[-1][2] if self.curve else None)
 
+    def images_at(self, confidence: float) -> int:
+        """Return the number of images behind ``precision_at``."""
+        if self.checked:
+            return self.checked
+        reached = [share for least, share, _ in self.curve if least <= confidence]
+        return max(1, round(self.held_out * (reached[0] if reached else 1.0))) if self.held_out else 0
+
+    @property
+    def precision_judged(self) -> int:
+        """The number of images behind ``precision_expected``."""
+        return self.checked or self.filed_held_out or round(self.held_out * (self.filed_expected or 0.0))
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able mapping with every field."""
         return asdict(self)
@@ -400,8 +412,11 @@ def calibrate_strangers(null: Strangers, wanted: float, notes: tuple[str, ...]) 
 def calibrate_outcomes(outcomes: HeldOutOutcomes, abstain: AbstainSettings | None, *, classes: int) -> Calibration:
     """Return the calibration of a fine-tuned model from its held-out images."""
     if abstain is None:
-        accuracy = balanced_accuracy(outcomes.right, outcomes.own, classes)
-        return Calibration(len(outcomes.own), accuracy, filed_expected=1.0, precision_expected=accuracy)
+        accuracy, count = balanced_accuracy(outcomes.right, outcomes.own, classes), len(outcomes.own)
+        right = int(outcomes.right.sum())
+        return Calibration(
+            count, accuracy, filed_expected=1.0, precision_expected=accuracy, filed_held_out=count, right_held_out=right
+        )
     nothing = "the training has no held-out image"
     facts = calibrate_knowns(
         outcomes, abstain.precision, classes=classes, foreign_cosines=np.zeros(0), nothing_held_out=nothing

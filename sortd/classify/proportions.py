@@ -1,5 +1,6 @@
 """Proportions with their uncertainty: how a figure of ``right`` out of ``judged`` images is stated."""
 
+from collections.abc import Mapping
 from math import floor, sqrt
 from typing import Any
 
@@ -35,6 +36,29 @@ def out_of(right: float, judged: int) -> str:
         return "0 of 0"
     low, high = interval(right, judged)
     return f"{right:,.0f} of {judged:,} (95 %: {100 * low:.0f} to {100 * high:.0f} %)"
+
+
+def estimated(share: float | None, judged: int, what: str = "") -> str:
+    """Return ``95.0 % of 40 (95 %: 83 to 99 %)``, an estimate with the images behind it and its confidence interval.
+
+    ``what`` names the images.
+    """
+    if share is None or not judged:
+        return "not known"
+    low, high = interval(share * judged, judged)
+    images = f"{judged:,} {what}" if what else f"{judged:,}"
+    return f"{100 * share:.1f} % of {images} (95 %: {100 * low:.0f} to {100 * high:.0f} %)"
+
+
+def with_intervals(facts: Mapping[str, Any], counts: Mapping[str, str]) -> dict[str, Any]:
+    """Return facts with the interval of each share; ``counts`` maps its key to that of the images behind it."""
+    intervals = {
+        f"{key}_interval": [round(bound, 4) for bound in interval(facts[key] * facts[count], facts[count])]
+        if facts[key] is not None and facts[count]
+        else None
+        for key, count in counts.items()
+    }
+    return {**facts, **intervals}
 
 
 def vouched(right: float, judged: int) -> str:

@@ -13,7 +13,7 @@ from time import time
 from typing import Any
 
 from sortd import errors
-from sortd.classify.proportions import interval, out_of, proportion
+from sortd.classify.proportions import estimated, interval, out_of, proportion, with_intervals
 from sortd.commands.console import (
     counted,
     format_duration,
@@ -246,13 +246,16 @@ def serving_facts(config: Config, layout: Layout) -> dict[str, Any]:
     if classifier is not None:
         calibration = classifier.calibration
         facts["deciding"] = "finetuned"
-        facts["expected"] = {
+        expected = {
             "held_out": calibration.held_out,
+            "filed_held_out": calibration.filed_held_out,
+            "right_held_out": calibration.right_held_out,
             "least_confidence": calibration.confidence,
             "filed": calibration.filed_expected,
             "right": calibration.precision_expected,
             "notes": list(calibration.notes),
         }
+        facts["expected"] = with_intervals(expected, {"filed": "held_out", "right": "filed_held_out"})
     return {**facts, "refusal": found.refusal}
 
 
@@ -297,7 +300,7 @@ def promotable_model(config: Config, layout: Layout) -> FinetunedFacts | None:
 def result_facts(facts: FinetunedFacts) -> dict[str, Any]:
     """Return the facts of one fine-tuned model as plain values."""
     comparison = facts.metrics["comparison"]
-    return {
+    said = {
         "folder": str(facts.folder),
         "model_id": facts.model_id,
         "base": facts.base,
@@ -310,18 +313,14 @@ def result_facts(facts: FinetunedFacts) -> dict[str, Any]:
         "best_mode": comparison.get("best_mode"),
         "problem": None,
     }
+    return with_intervals(said, {"accuracy": "images", "prototypes_accuracy": "images"})
 
 
 def accuracy_comparison(facts: FinetunedFacts) -> str:
     """Return the accuracies of a model and of the prototypes in words."""
     said = result_facts(facts)
-    ours, theirs = share(said["accuracy"]), share(said["prototypes_accuracy"])
-    return f"accuracy {ours} on {said['images']} images, mode {said['best_mode']}: {theirs}"
-
-
-def share(value: float | None) -> str:
-    """Return a share in per cent."""
-    return "?" if value is None else f"{100 * value:.1f} %"
+    ours, theirs = (estimated(said[key], said["images"] or 0) for key in ("accuracy", "prototypes_accuracy"))
+    return f"accuracy {ours}, mode {said['best_mode']}: {theirs}"
 
 
 def dataset_named(config: Config, name: str | None) -> Layout:
