@@ -317,6 +317,32 @@ def reconsider(
 
 
 @app.command(cls=Command)
+def audit(
+    dataset: Annotated[str | None, typer.Argument(help="Name of the dataset. Default: the only one.")] = None,
+    config: ConfigOption = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Number of images to draw. Default: 60.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option("--page", "--html", help="Write an HTML page with the pictures.")] = None,
+    wrong: Annotated[
+        list[Path] | None, typer.Option("--wrong", help="This image of the sample is in a wrong class; repeatable.")
+    ] = None,
+    all_right: Annotated[bool, typer.Option("--all-right", help="No image of the sample is in a wrong class.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw a random sample of filed images to look at, take the answers, and say what they prove."""
+    from sortd.commands.audit import show_answers, show_sample
+
+    answered = bool(wrong) or all_right
+    if (wrong and all_right) or (answered and (page is not None or sample is not None)):
+        raise typer.BadParameter("give either --wrong PATH or --all-right, and neither --sample nor --page with it")
+    if answered:
+        show_answers(load_config(config), dataset, wrong or (), as_json=as_json)
+    else:
+        show_sample(load_config(config), dataset, sample, page, as_json=as_json)
+
+
+@app.command(cls=Command)
 def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameters
     dataset: Annotated[str, typer.Argument(help="Name of the dataset.")],
     config: ConfigOption = None,

@@ -23,7 +23,7 @@ from sortd.classify.leave_one_out import background_distances, remoteness_left_o
 from sortd.classify.library import Library, Pause, class_means, count_classes, make_library, no_pause, parts, unit_rows
 from sortd.classify.open_set import OpenSetScores, Strangers, leave_classes_out, nearest_cosines
 from sortd.classify.prototypes import BlendRule, PrototypeSet, Whitening
-from sortd.classify.types import BLENDED, DecisionSettings, SupportSet
+from sortd.classify.types import BLENDED, DecisionSettings, Evidence, SupportSet
 from sortd.events import Mode
 
 TYPICAL_TEMPERATURE = 50.0
@@ -73,7 +73,7 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int, p
         mixed=best_rule if mixed is best else _rule(mixed),
     )
     pause()
-    return _calibrate(prototypes, library, mixed if settings.mode is Mode.MIXED else best, pause)
+    return _calibrate(prototypes, library, mixed if settings.mode is Mode.MIXED else best, support.evidence, pause)
 
 
 def _whitening(blend: Blend, references: FloatArray, strangers: FloatArray, pause: Pause) -> Whitening:
@@ -105,7 +105,9 @@ def _rule(blend: Blend) -> BlendRule:
     )
 
 
-def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend, pause: Pause) -> PrototypeSet:
+def _calibrate(
+    prototypes: PrototypeSet, library: Library, blend: Blend, evidence: Evidence | None, pause: Pause
+) -> PrototypeSet:
     """Return the prototypes with temperature, recall, thresholds and stranger scores."""
     settings, classes, own = prototypes.settings, len(library.counts), blend.fit.held.own
     if settings.mode in BLENDED:
@@ -124,6 +126,7 @@ def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend, pause: 
     }
     if settings.abstain is None:
         accuracy = balanced_accuracy(right, own, classes)
+        facts |= {"filed_held_out": len(own), "right_held_out": int(right.sum())}
         calibration = Calibration(held_out=len(own), accuracy=accuracy, filed_expected=1.0, **facts)
         return replace(prototypes, calibration=calibration, recall=recall)
     null: Strangers | None = None
@@ -137,6 +140,7 @@ def _calibrate(prototypes: PrototypeSet, library: Library, blend: Blend, pause: 
         foreign_cosines=np.zeros(0) if right.any() else _foreign_cosines(library, pause),
         nothing_held_out="no class has two different images",
         null=null,
+        evidence=evidence,
     )
     if settings.abstain.strangers != "auto" and null is not None:
         facts |= calibrate_strangers(null, settings.abstain.strangers, facts["notes"])

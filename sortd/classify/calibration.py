@@ -9,7 +9,7 @@ from sortd.arrays import Array, BoolArray, IntArray
 from sortd.classify.kernel import first_best
 from sortd.classify.library import Pause, no_pause, parts
 from sortd.classify.open_set import Gate, OpenSetScores, Strangers, foreign_gate, known_gate
-from sortd.classify.types import AbstainSettings
+from sortd.classify.types import AbstainSettings, Evidence
 
 EXAMINED = 32
 """Highest scores of a row that enter the softmax while the temperature is fitted; the rest is negligible."""
@@ -18,7 +18,7 @@ PSEUDO_REFERENCES = 20.0
 little."""
 PSEUDO_ERRORS = 0.5
 """Errors that are added to those of the held-out references, so that a few right ones do not prove 98 %."""
-SHIFTS = np.linspace(-8.0, 3.0, 221)
+SHIFTS = np.linspace(-16.0, 3.0, 381)
 """Corrections of the log odds that are tried."""
 TYPICAL_SHIFT, SHIFT_SPREAD = -0.5, 1.0
 """Mean and standard deviation of the normal prior of the correction: few references, and they choose the temperature
@@ -28,6 +28,8 @@ SHIFT_LEVEL = 0.1
 NEW_IMAGES_SHIFT = -1.0
 """Further correction for images that are not references: references resemble each other more than new images resemble
 them. This and the five constants above were fitted on the figures of ``benchmarks/promise.py`` (docs/decisions.md)."""
+LARGEST_SHIFT = 0.5
+"""Largest correction of the log odds by checked images, in place of those above."""
 NEVER = 1.1
 """The least confidence with which no image is filed."""
 CURVE_POINTS = 48
@@ -57,6 +59,8 @@ class Calibration:
     precision_expected: float | None = None  # cautious estimate of the precision of what is filed
     filed_held_out: int = 0  # held-out images that are filed
     right_held_out: int = 0  # of these, the right ones
+    checked: int = 0  # filed images that a person has checked and that the threshold follows; 0: it follows none
+    right_checked: int = 0  # of these, the right ones
     filed_expected: float | None = None  # held-out share of known images that is filed
     gate: Gate | None = None
     strangers_wanted: float | None = None
@@ -73,6 +77,18 @@ class Calibration:
         """Return the estimated precision of images with at least this confidence; None without a curve."""
         reached = [precision for least, _, precision in self.curve if least <= confidence]
         return reached[0] if reached else (self.curve[-1][2] if self.curve else None)
+
+    def images_at(self, confidence: float) -> int:
+        """Return the number of images behind ``precision_at``."""
+        if self.checked:
+            return self.checked
+        reached = [share for least, share, _ in self.curve if least <= confidence]
+        return max(1, round(self.held_out * (reached[0] if reached else 1.0))) if self.held_out else 0
+
+    @property
+    def precision_judged(self) -> int:
+        """The number of images behind ``precision_expected``."""
+        return self.checked or self.filed_held_out or round(self.held_out * (self.filed_expected or 0.0))
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able mapping with every field."""
@@ -176,20 +192,48 @@ def fit_temperature(
 
 
 def corrected_confidence(confidence: Array, right: BoolArray, weights: Array) -> Array:
-    """Return (R,) confidence as it should be for new images, from that of held-out images.
+    """Return (R,) confidence as it should be for new images, from that of held-out images."""
+    return _shifted(confidence, confidence_shift(confidence, right, weights))
 
-    The log odds are shifted by a lower bound of the shift that explains the R outcomes (``SHIFTS``), and by
-    NEW_IMAGES_SHIFT. ``weights`` (R,) are those of ``balanced_weights``.
+
+def confidence_shift(confidence: Array, right: BoolArray, weights: Array, evidence: Evidence | None = None) -> float:
+    """Return the correction of the log odds of new images.
+
+    It is a lower bound of the shift that explains the R outcomes (``SHIFTS``), and NEW_IMAGES_SHIFT; with evidence, a
+    lower bound of the shift that explains the checked images. Images that nobody drew at random only decrease it:
+    errors that a person did not notice count as right there.
+
+    Args:
+        confidence: (R,) of held-out images.
+        right: (R,) whether the chosen class is correct.
+        weights: (R,) those of ``balanced_weights``.
+        evidence: new images that a person has checked.
     """
+    alike = weights * _share_of_independent(weights)
+    shift = NEW_IMAGES_SHIFT + _shift_bound(_log_odds(confidence), right, alike, TYPICAL_SHIFT)
+    if evidence is None:
+        return shift
+    checked, outcomes = _log_odds(np.array(evidence.confidence)), np.array(evidence.right, np.bool_)
+    found = _shift_bound(checked, outcomes, np.array(evidence.weight), shift)
+    return min(found, LARGEST_SHIFT if evidence.is_random else shift)
+
+
+def _shifted(confidence: Array, shift: float) -> Array:
+    return np.asarray(1.0 / (1.0 + np.exp(-(_log_odds(confidence) + shift))), dtype=np.float64)
+
+
+def _log_odds(confidence: Array) -> Array:
     odds = np.log(np.clip(confidence, 1e-6, 1.0)) - np.log(np.clip(1.0 - confidence, 1e-6, 1.0))
+    return np.asarray(odds, dtype=np.float64)
+
+
+def _shift_bound(odds: Array, right: BoolArray, weights: Array, typical: float) -> float:
+    """Return a lower bound of the shift of log odds (N,) that explains N outcomes; ``typical`` is its prior mean."""
     shifted = odds[:, None] + SHIFTS
-    likelihood = (
-        weights * _share_of_independent(weights) @ -np.logaddexp(0.0, np.where(right[:, None], -shifted, shifted))
-    )
-    likelihood -= 0.5 * np.square((SHIFTS - TYPICAL_SHIFT) / SHIFT_SPREAD)
+    likelihood = weights @ -np.logaddexp(0.0, np.where(right[:, None], -shifted, shifted))
+    likelihood -= 0.5 * np.square((SHIFTS - typical) / SHIFT_SPREAD)
     posterior = np.cumsum(np.exp(likelihood - likelihood.max()))
-    bound = float(np.interp(SHIFT_LEVEL, posterior / posterior[-1], SHIFTS))
-    return np.asarray(1.0 / (1.0 + np.exp(-(odds + bound + NEW_IMAGES_SHIFT))), dtype=np.float64)
+    return float(np.interp(SHIFT_LEVEL, posterior / posterior[-1], SHIFTS))
 
 
 def _share_of_independent(weights: Array) -> float:
@@ -197,13 +241,15 @@ def _share_of_independent(weights: Array) -> float:
     return float(np.square(weights.sum()) / np.square(weights).sum() / len(weights)) if len(weights) else 1.0
 
 
-def choose_threshold(confidence: Array, corrected: Array, right: BoolArray, weights: Array, wanted: float) -> Threshold:
+def choose_threshold(
+    confidence: Array, corrected: Array, right: Array | BoolArray, weights: Array, wanted: float
+) -> Threshold:
     """Return the least confidence at which the estimated precision reaches the wanted one; NEVER if there is none.
 
     Args:
         confidence: (R,) of held-out images.
         corrected: (R,) what ``corrected_confidence`` makes of it.
-        right: (R,) whether the chosen class is correct.
+        right: (R,) whether the chosen class is correct, or how probable that is.
         weights: (R,) of the images; they sum to R or less.
         wanted: the precision.
     """
@@ -217,7 +263,7 @@ def choose_threshold(confidence: Array, corrected: Array, right: BoolArray, weig
 
 
 def precision_curve(
-    confidence: Array, corrected: Array, right: BoolArray, weights: Array
+    confidence: Array, corrected: Array, right: Array | BoolArray, weights: Array
 ) -> list[tuple[float, float, float]]:
     """Return points (least confidence, share of all, estimated precision), the highest confidence first."""
     if not len(confidence):
@@ -229,13 +275,49 @@ def precision_curve(
     return [(float(confidence[order][at]), float(filed[at]), float(estimate[at])) for at in points]
 
 
-def _estimates(corrected: Array, right: BoolArray, weights: Array) -> Array:
+def _estimates(corrected: Array, right: Array | BoolArray, weights: Array) -> Array:
     """Return the cautious estimate of the precision of the first 1, 2, 3… decisions by descending confidence."""
     weights = weights * _share_of_independent(weights)
     counted = np.cumsum(weights)
     believed = PSEUDO_REFERENCES * np.cumsum(weights * corrected) / counted
     seen = np.cumsum(weights * right) + believed
     return np.asarray(seen / (counted + PSEUDO_REFERENCES + PSEUDO_ERRORS), dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class _CheckedPrecision:
+    """The estimated precision of checked images (N,) by descending confidence."""
+
+    confidence: Array
+    estimate: Array
+
+    @classmethod
+    def of(cls, evidence: Evidence, shift: float) -> "_CheckedPrecision":
+        confidence, right = np.array(evidence.confidence), np.array(evidence.right, np.bool_)
+        order = np.argsort(-confidence, kind="stable")
+        weights = np.array(evidence.weight)[order]
+        return cls(confidence[order], _estimates(_shifted(confidence, shift)[order], right[order], weights))
+
+    def threshold(self, modelled: Threshold, wanted: float, *, is_random: bool) -> Threshold:
+        """Return the threshold that the checked images ask for; below the least of them, the modelled one holds."""
+        fulfils = np.flatnonzero(self.estimate >= wanted)
+        attainable = float(self.estimate.max())
+        if not fulfils.size:
+            return Threshold(NEVER, attainable, is_attained=False)
+        fails = np.flatnonzero(self.estimate[fulfils[0] :] < wanted)  # later ones fulfil it by chance
+        if fails.size:
+            least = _just_below(self.confidence, int(fulfils[0] + fails[0]) - 1)
+        else:
+            least = min(float(self.confidence[-1]), modelled.confidence)
+        return Threshold(least if is_random else max(least, modelled.confidence), attainable, is_attained=True)
+
+    def at(self, least: float, modelled: float) -> float:
+        """Return the precision of images with at least this confidence; the modelled one where none was checked."""
+        count = int(np.count_nonzero(self.confidence >= least))
+        if not count:
+            return modelled
+        checked = float(self.estimate[count - 1])
+        return checked if count < len(self.confidence) else min(checked, modelled)
 
 
 def _just_below(confidence: Array, last: int) -> float:
@@ -252,8 +334,12 @@ def calibrate_knowns(
     foreign_cosines: Array,
     nothing_held_out: str,
     null: Strangers | None = None,
+    evidence: Evidence | None = None,
 ) -> dict[str, Any]:
     """Return the fields of a Calibration about known images.
+
+    With evidence, the checked images themselves say from which confidence on enough of them are right. Only for a
+    confidence below theirs is it estimated from the held-out images, corrected by the checked ones.
 
     Args:
         outcomes: R held-out images.
@@ -262,6 +348,7 @@ def calibrate_knowns(
         foreign_cosines: (N,) cosines for ``foreign_gate``, used if no held-out decision is correct.
         nothing_held_out: the note if R is 0.
         null: scores of references whose class is left out, for ``known_gate``.
+        evidence: filed images that a person has checked.
     """
     own, right, confidence, open_set = outcomes.own, outcomes.right, outcomes.confidence, outcomes.open_set
     count, weights = len(own), balanced_weights(own, classes)
@@ -275,24 +362,33 @@ def calibrate_knowns(
     facts: dict[str, Any] = {"held_out": count, "precision_wanted": precision, "gate": gate}
     if not count:
         return {**facts, "confidence": NEVER, "notes": (f"{nothing_held_out}, so no precision can be expected",)}
-    corrected = corrected_confidence(confidence, right, weights)
-    judged = confidence[is_familiar], corrected[is_familiar], right[is_familiar], weights[is_familiar]
-    threshold = choose_threshold(*judged, precision)
+    shift = confidence_shift(confidence, right, weights, evidence)
+    corrected = _shifted(confidence, shift)
+    seen = corrected if evidence is not None and evidence.is_random else right
+    judged = confidence[is_familiar], corrected[is_familiar], seen[is_familiar], weights[is_familiar]
+    threshold, curve = choose_threshold(*judged, precision), precision_curve(*judged)
+    checked = None if evidence is None else _CheckedPrecision.of(evidence, shift)
+    if evidence is not None and checked is not None:
+        threshold = checked.threshold(threshold, precision, is_random=evidence.is_random)
+        curve = [(least, share, checked.at(least, value)) for least, share, value in curve]
     filed = is_familiar & (confidence >= threshold.confidence)
-    curve = precision_curve(*judged)
+    expected = float(_estimates(corrected[filed], seen[filed], weights[filed])[-1]) if filed.any() else None
+    if checked is not None and expected is not None:
+        expected = checked.at(threshold.confidence, expected)
     held_out = "references" if open_set is not None else "held-out images"
-    note = f"precision {precision:g} is not reached: {count} {held_out} allow at most {threshold.attainable:.3f}"
+    by = f"{count} {held_out}" if evidence is None else f"{len(evidence.right)} checked images"
+    note = f"precision {precision:g} is not reached: {by} allow at most {threshold.attainable:.3f}"
     return {
         **facts,
         "accuracy": balanced_accuracy(right, own, classes),
         "confidence": threshold.confidence,
         "precision_attainable": threshold.attainable,
-        "precision_expected": float(_estimates(corrected[filed], right[filed], weights[filed])[-1])
-        if filed.any()
-        else None,
+        "precision_expected": expected,
         "filed_expected": float(weights @ filed / weights.sum()),
         "filed_held_out": int(filed.sum()),
         "right_held_out": int((filed & right).sum()),
+        "checked": 0 if evidence is None else len(evidence.right),
+        "right_checked": 0 if evidence is None else sum(evidence.right),
         "curve": tuple((least, share * float(is_familiar @ weights) / count, value) for least, share, value in curve),
         "notes": () if threshold.is_attained else (note,),
     }
@@ -316,8 +412,11 @@ def calibrate_strangers(null: Strangers, wanted: float, notes: tuple[str, ...]) 
 def calibrate_outcomes(outcomes: HeldOutOutcomes, abstain: AbstainSettings | None, *, classes: int) -> Calibration:
     """Return the calibration of a fine-tuned model from its held-out images."""
     if abstain is None:
-        accuracy = balanced_accuracy(outcomes.right, outcomes.own, classes)
-        return Calibration(len(outcomes.own), accuracy, filed_expected=1.0, precision_expected=accuracy)
+        accuracy, count = balanced_accuracy(outcomes.right, outcomes.own, classes), len(outcomes.own)
+        right = int(outcomes.right.sum())
+        return Calibration(
+            count, accuracy, filed_expected=1.0, precision_expected=accuracy, filed_held_out=count, right_held_out=right
+        )
     nothing = "the training has no held-out image"
     facts = calibrate_knowns(
         outcomes, abstain.precision, classes=classes, foreign_cosines=np.zeros(0), nothing_held_out=nothing

@@ -21,8 +21,9 @@ from sortd.classify.decide import decide
 from sortd.classify.held_out import LARGEST_ROWS, LeaveOneOutResult, leave_out_blend, leave_out_plain, merge_references
 from sortd.classify.library import Library, duplicate_distance, parts, unit_rows
 from sortd.classify.open_set import leave_classes_out, nearest_cosines
+from sortd.classify.proportions import estimated
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import BLENDED, AbstainSettings, DecisionSettings, SupportSet
+from sortd.classify.types import BLENDED, AbstainSettings, DecisionSettings, Evidence, SupportSet
 from sortd.events import Mode
 
 PREFERRED = (Mode.MIXED, Mode.BEST, Mode.MEAN, Mode.MAX, Mode.AVG, Mode.TEXT)
@@ -68,6 +69,7 @@ class ClassReport:
     recall: float | None
     judged: int  # references that could be left out
     precision: float | None
+    decided: int  # references that were decided to be of this class
     confused_with: str | None  # the most frequent wrong class of its references
     needs_images: str | None  # why it needs more images, or None
 
@@ -92,6 +94,8 @@ class TradeOff:
     filed: float
     expected: float | None
     is_attained: bool
+    held_out: int  # images behind ``filed``
+    judged: int  # images behind ``expected``
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,9 @@ class EvaluationReport:
     trade_offs: tuple[TradeOff, ...]
     suspects: tuple[Suspect, ...]
     half_accuracy: float | None  # balanced accuracy on one half of the references with the other half
+    half_judged: int  # the references of that half
     whole_accuracy: float | None  # distinct accuracy with all references
+    whole_judged: int
     is_labelled_enough: bool | None  # whether the difference of the two is below GROWTH
     advice: Advice
     calibration: dict[str, Any]
@@ -147,9 +153,14 @@ def evaluate(
     reports = tuple(_mode_report(mode, judgement, len(support.labels)) for mode, judgement in judgements.items())
     mode = settings.mode if settings.mode in judgements else Mode.MEAN
     mine = judgements.get(mode)
-    half = _half_accuracy(support, replace(settings, abstain=None))
-    whole = next((report.distinct_accuracy for report in reports if report.mode == mode.value), None)
-    trade_offs = () if mine is None else _trade_offs(library, mine, mode, blends[mode is Mode.MIXED], settings.abstain)
+    half, half_judged = _half_accuracy(support, replace(settings, abstain=None))
+    in_force = [report for report in reports if report.mode == mode.value]
+    whole = in_force[0].distinct_accuracy if in_force else None
+    trade_offs = (
+        ()
+        if mine is None
+        else _trade_offs(library, mine, mode, blends[mode is Mode.MIXED], settings.abstain, support.evidence)
+    )
     return EvaluationReport(
         encoder_id=support.encoder_id,
         classes=len(support.labels),
@@ -162,7 +173,9 @@ def evaluate(
         trade_offs=trade_offs,
         suspects=_suspects(support, library, mine) if mine is not None else (),
         half_accuracy=half,
+        half_judged=half_judged,
         whole_accuracy=whole,
+        whole_judged=in_force[0].distinct_judged if in_force else 0,
         is_labelled_enough=None if half is None or whole is None else whole - half < GROWTH,
         advice=_advice(reports, trade_offs, settings),
         calibration=prototypes.calibration.to_json(),
@@ -225,20 +238,21 @@ def _class_reports(
                 recall=recall,
                 judged=int(judged[index]),
                 precision=float(right[index] / taken[index]) if taken[index] else None,
+                decided=int(taken[index]),
                 confused_with=prototypes.labels[int(np.bincount(wrong).argmax())] if len(wrong) else None,
-                needs_images=_need(int(library.counts[index]), recall),
+                needs_images=_need(int(library.counts[index]), recall, int(judged[index])),
             )
         )
     return tuple(reports)
 
 
-def _need(distinct: int, recall: float | None) -> str | None:
+def _need(distinct: int, recall: float | None, judged: int) -> str | None:
     if distinct == 0:
         return "no images"
     if distinct < FEW:
         return f"only {distinct} different images" if distinct > 1 else "only one image"
     if recall is not None and recall < LOW_RECALL:
-        return f"recall {recall:.0%}"
+        return f"recall {estimated(recall, judged)}"
     return None
 
 
@@ -300,7 +314,12 @@ def _outliers(library: Library) -> list[tuple[float, int]]:
 
 
 def _trade_offs(
-    library: Library, judgement: LeaveOneOutResult, mode: Mode, blend: Blend, abstain: AbstainSettings | None
+    library: Library,
+    judgement: LeaveOneOutResult,
+    mode: Mode,
+    blend: Blend,
+    abstain: AbstainSettings | None,
+    evidence: Evidence | None,
 ) -> tuple[TradeOff, ...]:
     kept = np.isin(judgement.distinct_rows, library.leaders[blend.fit.held.chosen])
     own, best = judgement.distinct_own[kept], judgement.distinct_best[kept]
@@ -318,23 +337,26 @@ def _trade_offs(
             foreign_cosines=np.zeros(0),
             nothing_held_out="",
             null=null,
+            evidence=evidence,
         )
-        found.append(TradeOff(precision, facts["filed_expected"], facts["precision_expected"], not facts["notes"]))
+        filed, expected, judged = (facts[key] for key in ("filed_expected", "precision_expected", "filed_held_out"))
+        judged = facts["checked"] or judged
+        found.append(TradeOff(precision, filed, expected, not facts["notes"], len(own), judged))
     return tuple(found)
 
 
-def _half_accuracy(support: SupportSet, settings: DecisionSettings) -> float | None:
-    """Return the balanced accuracy on every other reference of each class with the rest as references."""
+def _half_accuracy(support: SupportSet, settings: DecisionSettings) -> tuple[float | None, int]:
+    """Return the balanced accuracy on every other reference of each class by the rest, and their number."""
     starts = np.searchsorted(support.classes, np.arange(len(support.labels)))
     rank = np.arange(len(support.classes)) - starts[support.classes]
     kept = rank % 2 == 0
     if kept.all():
-        return None
+        return None, 0
     prototypes = build(_part(support, np.flatnonzero(kept)), settings, generation=0)
     own = support.classes[~kept]
     decisions = decide(prototypes, support.embeddings[~kept])
     right = [getattr(one, "label", None) == support.labels[index] for one, index in zip(decisions, own, strict=True)]
-    return balanced_accuracy(np.array(right), own, len(support.labels))
+    return balanced_accuracy(np.array(right), own, len(support.labels)), len(own)
 
 
 def _advice(reports: tuple[ModeReport, ...], trade_offs: tuple[TradeOff, ...], settings: DecisionSettings) -> Advice:
@@ -347,17 +369,19 @@ def _advice(reports: tuple[ModeReport, ...], trade_offs: tuple[TradeOff, ...], s
     top, judged = max(accuracy.values()), max(one.distinct_judged for one in known.values())
     error = float(np.sqrt(max(top * (1.0 - top), 0.25 / judged) / judged))
     mode = next(mode for mode in (settings.mode, *PREFERRED) if accuracy.get(mode, -1.0) >= top - error)
-    figures = f"leave-one-out accuracy {accuracy[mode]:.1%} on {known[mode].distinct_judged:,} references"
+    figures = f"leave-one-out accuracy {estimated(accuracy[mode], known[mode].distinct_judged, 'references')}"
     if mode is settings.mode:
         said = [f"keep mode {mode.value}: {figures}; no other mode is significantly better"]
     else:
-        mine = f", {settings.mode.value}: {accuracy[settings.mode]:.1%}" if settings.mode in accuracy else ""
+        own = known.get(settings.mode)
+        mine = f", {settings.mode.value}: {estimated(own.distinct_accuracy, own.distinct_judged)}" if own else ""
         said = [f"use mode {mode.value}: {figures}{mine}"]
     wanted = [one for one in trade_offs if settings.abstain is not None and one.precision == precision]
     if wanted and wanted[0].filed < ENOUGH_FILED:
-        said.append(f"precision {precision:g} files {wanted[0].filed:.0%} of known images: add references")
+        filed = estimated(wanted[0].filed, wanted[0].held_out, "known images")
+        said.append(f"precision {precision:g} files {filed}: add references")
         enough = [one for one in trade_offs if one.filed >= ENOUGH_FILED]
         if enough:
             best = max(enough, key=lambda one: one.precision)
-            said.append(f"precision {best.precision:g} would file {best.filed:.0%}")
+            said.append(f"precision {best.precision:g} would file {estimated(best.filed, best.held_out)}")
     return Advice(mode.value, precision, tuple(said))

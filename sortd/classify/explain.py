@@ -17,6 +17,7 @@ from sortd.classify.decide import (
 )
 from sortd.classify.gaussian import MEAN_SHRINKAGE
 from sortd.classify.prompts import written_name
+from sortd.classify.proportions import estimated
 from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
 from sortd.classify.types import PROBABILISTIC
 from sortd.events import Abstained, Assigned, ClassifierKind, Decision, Mode
@@ -86,7 +87,8 @@ class Explanation:
     generation: int
     encoder_id: str
     mode: str
-    held_out: int  # number of held-out images for decision.precision
+    held_out: int  # number of held-out, or of checked, images behind decision.precision
+    is_checked: bool = False  # whether these are new images that a person has checked
 
     @property
     def is_filed(self) -> bool:
@@ -120,7 +122,8 @@ def explain(prototypes: PrototypeSet, embedding: npt.ArrayLike) -> Explanation:
         generation=prototypes.generation,
         encoder_id=prototypes.encoder_id,
         mode=mode.value,
-        held_out=prototypes.calibration.held_out,
+        held_out=prototypes.calibration.images_at(float(judged[mode].confidence[0])) if judged else 0,
+        is_checked=prototypes.calibration.checked > 0,
     )
 
 
@@ -236,11 +239,10 @@ def explanation_sentences(explanation: Explanation) -> list[str]:
     said += [_check_sentence(check) for check in explanation.thresholds]
     is_finetuned = explanation.mode == ClassifierKind.FINETUNED.value
     if decision.precision is not None and explanation.is_filed:  # an image that is not filed has a lower precision
-        held_out = "held-out images" if is_finetuned else "references, each left out in turn"
-        said.append(
-            f"Precision of decisions with at least this confidence: {decision.precision:.0%} "
-            f"(estimated on {explanation.held_out:,} {held_out})."
-        )
+        held_out = "held-out images" if is_finetuned else "references left out in turn"
+        images = "new images that a person has checked" if explanation.is_checked else held_out
+        precision = estimated(decision.precision, explanation.held_out, images)
+        said.append(f"Precision of decisions with at least this confidence: {precision}.")
     if explanation.text_share > 0:
         said.append(f"The name {label!r} contributes {explanation.text_share:.0%} to its prototype.")
     if explanation.others or not is_finetuned:

@@ -243,7 +243,8 @@ def refuse_reload(old: PrototypeSet, new: PrototypeSet) -> str | None:
     """
     if old.encoder_id != new.encoder_id or old.settings != new.settings:
         return None
-    return _worse_accuracy(old, new) or _more_abstentions(old, new)
+    follows_others = old.calibration.checked != new.calibration.checked  # its threshold follows other checked images
+    return _worse_accuracy(old, new) or (None if follows_others else _more_abstentions(old, new))
 
 
 def shared_recalls(old: PrototypeSet, new: PrototypeSet) -> list[tuple[str, float, float]]:

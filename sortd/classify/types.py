@@ -1,6 +1,7 @@
 """The input of the classifiers: settings and the support set."""
 
 from dataclasses import dataclass
+from math import floor, log
 from typing import Literal
 
 import numpy as np
@@ -39,6 +40,30 @@ class DecisionSettings:
     abstain: AbstainSettings | None = AbstainSettings()
 
 
+ENOUGH_CHECKED = 100
+"""Checked images from which on they decide the threshold."""
+STEP_OF_EVIDENCE = 1.2
+"""Growth of the checked images, or of the wrong ones, after which the prototypes are built again for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Filed images that a person has checked, at least ENOUGH_CHECKED."""
+
+    confidence: tuple[float, ...]
+    right: tuple[bool, ...]
+    weight: tuple[float, ...]
+    is_random: bool  # from random samples; otherwise images that a person has not objected to count as right
+
+    @property
+    def steps(self) -> tuple[int, int, bool]:
+        """The number of images and of wrong ones in coarse steps, for the fingerprint."""
+        wrong = len(self.right) - sum(self.right)
+        sizes = (len(self.right), wrong + 10)
+        checked, wrong = (floor(log(size) / log(STEP_OF_EVIDENCE)) for size in sizes)
+        return checked, wrong, self.is_random
+
+
 @dataclass(frozen=True, eq=False)
 class SupportSet:
     """The references of a dataset; a class may have images, a name, or both."""
@@ -52,6 +77,7 @@ class SupportSet:
     strangers: FloatArray  # (M, d): images of no class; M may be 0
     encoder_id: str  # the encoder of all embeddings
     fingerprint: str  # hash of contents, encoder and settings
+    evidence: Evidence | None = None  # filed images that a person has checked
 
     def __post_init__(self) -> None:
         """Raise ValueError for a wrong shape, an index out of range, or a value that is not finite."""

@@ -20,6 +20,7 @@ from typing import Final
 
 from sortd import errors
 from sortd.classify.prompts import written_name
+from sortd.classify.proportions import estimated, out_of
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.console import counted, printable
 from sortd.commands.findings import Finding, Topic, error, note, warning
@@ -396,17 +397,22 @@ def calibration_findings(
         return
     for sentence in facts.notes:
         yield warning(clases, sentence, "add references, or ask for less (`abstain` in config.yaml)")
+    if facts.checked:
+        followed = f"the threshold follows {counted(facts.checked, 'checked image')}, {facts.right_checked:,} right"
+        yield note(clases, f"{by}: {followed}: {out_of(facts.right_checked, facts.checked)}")
     measured = f"{by}, measured on {counted(facts.held_out, 'reference')} held out in turn: "
     if not facts.held_out:
         what = f"{by}: no class has two different images, so its accuracy is not known"
         yield note(clases, what, "add references")
     elif prototypes.settings.abstain is None:
-        yield note(clases, f"{measured}accuracy {facts.accuracy or 0.0:.1%}; every image is filed")
+        yield note(clases, f"{measured}accuracy {estimated(facts.accuracy, facts.held_out)}; every image is filed")
     elif facts.filed_expected is not None:
-        right = "" if facts.precision_expected is None else f", with a precision of {facts.precision_expected:.1%}"
-        yield note(clases, f"{measured}{facts.filed_expected:.0%} of known images would be filed{right}")
+        filed = f"{estimated(facts.filed_expected, facts.held_out, 'known images')} would be filed"
+        precision = estimated(facts.precision_expected, facts.precision_judged)
+        right = "" if facts.precision_expected is None else f", with a precision of {precision}"
+        yield note(clases, f"{measured}{filed}{right}")
         if facts.filed_expected < LOW_SHARE_FILED:
-            what = f"only {facts.filed_expected:.0%} of known images would be filed, the others go to Review/"
+            what = f"only {filed}, the others go to Review/"
             yield warning(clases, what, "add references (`sortd eval` names the classes), or lower `abstain.precision`")
 
 
@@ -436,9 +442,9 @@ def classifier_findings(config: Config, layout: Layout) -> Iterator[Finding]:
         expected = serving["expected"]
         what = f"{layout.name} is decided by the fine-tuned model in {serving['folder']} ({serving['model_id']})"
         if expected["filed"] is not None:
-            what += f"; of {counted(expected['held_out'], 'held-out image')} it would file {expected['filed']:.0%}"
+            what += f"; it would file {estimated(expected['filed'], expected['held_out'], 'held-out images')}"
         if expected["right"] is not None:
-            what += f", with a precision of {expected['right']:.1%}"
+            what += f", with a precision of {estimated(expected['right'], expected['filed_held_out'])}"
         yield note(subject, what)
         for sentence in expected["notes"]:
             advice = "fine-tune with more images, or ask for less (`abstain` in config.yaml)"

@@ -16,6 +16,7 @@ import numpy as np
 from sortd import __version__
 from sortd.classify.evaluate import EvaluationReport, evaluate
 from sortd.classify.prompts import written_name
+from sortd.classify.proportions import estimated, with_intervals
 from sortd.commands.console import bar, counted, print_line, print_table, printable, say, show
 from sortd.commands.status import dataset_named, serving_facts, settings_with_corrections
 from sortd.config import Config
@@ -32,21 +33,25 @@ SUSPECTS_PRINTED = 5
 MODE_COLUMNS = {
     "mode": "mode",
     "new images": "distinct_accuracy",
-    "of": "distinct_judged",
     "by class": "balanced_accuracy",
     "by image": "accuracy",
-    "of all": "judged",
 }
 TRADE_COLUMNS = {"precision wanted": "precision", "filed": "filed", "of these right": "expected", "": "note"}
 CLASS_COLUMNS = {
     "class": "label",
     "images": "references",
     "recall": "recall",
-    "of": "judged",
     "precision": "precision",
     "confused with": "confused_with",
     "needs images": "needs_images",
 }
+JUDGED = {
+    "modes": {"distinct_accuracy": "distinct_judged", "balanced_accuracy": "judged", "accuracy": "judged"},
+    "trade_offs": {"filed": "held_out", "expected": "judged"},
+    "class_reports": {"recall": "judged", "precision": "decided"},
+}
+"""The shares of each list of a report, and where the number of images behind them is."""
+CALIBRATED = {"accuracy": "held_out", "filed_expected": "held_out", "precision_expected": "precision_judged"}
 TEXTS = {"mode", "label", "note", "confused_with", "needs_images"}
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -77,7 +82,13 @@ class DatasetEvaluation:
     def facts(self) -> dict[str, Any]:
         """Return the evaluation as plain values."""
         unreadable = [{"path": one.path, "message": one.message} for one in self.refused]
-        return {"root": str(self.root), **self.report.to_json(), "unreadable": unreadable, "serving": self.serving}
+        report = self.report.to_json()
+        for name, counts in JUDGED.items():
+            report[name] = [with_intervals(row, counts) for row in report[name]]
+        calibration = report["calibration"]
+        calibration["precision_judged"] = calibration["checked"] or calibration["filed_held_out"]
+        report["calibration"] = with_intervals(calibration, CALIBRATED)
+        return {"root": str(self.root), **report, "unreadable": unreadable, "serving": self.serving}
 
 
 def evaluate_datasets(
@@ -170,14 +181,14 @@ def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
         {**one, "mode": f"{one['mode']} (in force)" if one["mode"] == facts["mode"] else one["mode"]}
         for one in facts["modes"]
     ]
-    _print_facts(modes, MODE_COLUMNS)
+    _print_facts(modes, MODE_COLUMNS, JUDGED["modes"])
     trades = [
         {**one, "precision": str(one["precision"]), "note": "" if one["is_attained"] else "too few references"}
         for one in facts["trade_offs"]
     ]
     if trades:
-        _print_facts(trades, TRADE_COLUMNS)
-    _print_facts(facts["class_reports"], CLASS_COLUMNS)
+        _print_facts(trades, TRADE_COLUMNS, JUDGED["trade_offs"])
+    _print_facts(facts["class_reports"], CLASS_COLUMNS, JUDGED["class_reports"])
     for kind in ("mislabelled", "duplicate", "outlier"):
         doubtful = [one for one in facts["suspects"] if one["kind"] == kind]
         for one in doubtful[:SUSPECTS_PRINTED]:
@@ -193,16 +204,16 @@ def _doubt(suspect: Mapping[str, Any]) -> str:
     label, other = (printable(written_name(suspect[key] or "")) for key in ("label", "other_label"))
     match suspect["kind"]:
         case "mislabelled":
-            return f"probably mislabelled: in {label}, resembles {other} ({suspect['score']:.0%})"
+            return f"probably mislabelled: in {label}, resembles {other} ({suspect['score']:.2f})"
         case "duplicate":
             return f"near-duplicate: in {label}, and in {other} ({printable(suspect['other_source'])})"
     return f"outlier of {label} ({suspect['score']:.2f})"
 
 
-def _print_facts(facts: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    """Print a table of facts; ``columns`` maps titles to keys, floats are shares."""
+def _print_facts(facts: Sequence[Mapping[str, Any]], columns: Mapping[str, str], counts: Mapping[str, str]) -> None:
+    """Print a table of facts; ``columns`` maps titles to keys, ``counts`` shares to the images behind them."""
     rows = [
-        [f"{100 * one[key]:.1f} %" if isinstance(one[key], float) else one[key] for key in columns.values()]
+        [estimated(one[key], one[counts[key]]) if key in counts else one[key] for key in columns.values()]
         for one in facts
     ]
     print_table(tuple(columns), rows, right=[column for column, key in columns.items() if key not in TEXTS])
@@ -221,7 +232,8 @@ def evaluation_sentences(facts: Mapping[str, Any]) -> list[str]:
     if facts["is_labelled_enough"] is not None:
         half, whole = facts["half_accuracy"], facts["whole_accuracy"]
         verdict = "more references would help little" if facts["is_labelled_enough"] else "more references would help"
-        said.append(f"Accuracy with half of the references {half:.1%}, with all {whole:.1%}: {verdict}.")
+        by_half, by_all = estimated(half, facts["half_judged"]), estimated(whole, facts["whole_judged"])
+        said.append(f"Accuracy with half of the references {by_half}, with all {by_all}: {verdict}.")
     return said
 
 
@@ -272,6 +284,7 @@ def render(template: str, now: datetime, **values: Any) -> str:  # noqa: ANN401 
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["estimated"] = estimated
     made_at = now.strftime("%Y-%m-%d %H:%M")
     return environment.get_template(template).render(version=__version__, made_at=made_at, **values)
 

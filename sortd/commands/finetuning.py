@@ -15,8 +15,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sortd.classify.proportions import estimated
 from sortd.commands.console import counted, print_line, print_table, printable, say, show
-from sortd.commands.status import accuracy_comparison, dataset_named, result_facts, share
+from sortd.commands.status import accuracy_comparison, dataset_named, result_facts
 from sortd.config import Config
 from sortd.daemon.control import AnsweredError, ask
 from sortd.daemon.references import ReferencesAbsentError, class_labels
@@ -115,7 +116,7 @@ def _print_result(metrics: Mapping[str, Any]) -> None:
     compared, left_out = metrics["comparison"], metrics["left_out"]
     named = {f"prototypes, {mode}": row for mode, row in compared["prototypes"].items()}
     rows = [
-        (name, f"{one['accuracy']:.1%}", f"{one['macro_f1']:.1%}", f"{one['calibration_error']:.3f}")
+        (name, estimated(one["accuracy"], one["images"]), f"{one['macro_f1']:.3f}", f"{one['calibration_error']:.3f}")
         for name, one in {**named, "fine-tuned": compared["finetuned"]}.items()
     ]
     columns = ("classifier", "accuracy", "macro F1", "calibration error")
@@ -146,8 +147,8 @@ def print_promoted(facts: Mapping[str, Any]) -> None:
     else:
         reason = "because of `classifier: prototypes` in the configuration; set auto"
         print_line(f"{place} is promoted in {name} but not used, {reason}", style="bold yellow")
-    own, best = share(facts["accuracy"]), share(facts["prototypes_accuracy"])
-    print_line(f"  {facts['verdict']}: accuracy {own} on {facts['images']} images, {best} by mode {facts['best_mode']}")
+    own, best = (estimated(facts[key], facts["images"] or 0) for key in ("accuracy", "prototypes_accuracy"))
+    print_line(f"  {facts['verdict']}: accuracy {own}, by mode {facts['best_mode']}: {best}")
     say(f"sortd: {facts['told']}")
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from sortd.classify.held_out import LEAST_COSINE, agreement, agreement_figures, refuse_quick
+from sortd.classify.proportions import estimated
 from sortd.classify.types import SupportSet
 from sortd.commands.console import counted, megabytes, print_line, print_table, printable, say, show, spinner
-from sortd.commands.status import list_finetuned_models, settings_with_corrections, share
+from sortd.commands.status import list_finetuned_models, settings_with_corrections
 from sortd.config import Config
 from sortd.daemon.references import STRANGERS_FOLDER, ClassFolder, References, ReferencesAbsentError
 from sortd.daemon.resources import Resources
@@ -77,9 +78,8 @@ def _print_finetuned(datasets: Mapping[str, Any]) -> None:
             "->" if one["serves"] else "promoted" if one["promoted"] else "",
             name,
             one.get("verdict") or "damaged",
-            share(one.get("accuracy")),
-            share(one.get("prototypes_accuracy")),
-            one.get("images"),
+            estimated(one.get("accuracy"), one.get("images") or 0),
+            estimated(one.get("prototypes_accuracy"), one.get("images") or 0),
             one.get("base"),
             one["folder"],
         )
@@ -87,7 +87,7 @@ def _print_finetuned(datasets: Mapping[str, Any]) -> None:
         for one in facts["results"]
     ]
     if rows:
-        columns = ("accuracy", "prototypes", "images")
+        columns = ("accuracy", "prototypes")
         print_table(("", "dataset", "verdict", *columns, "base", "folder"), rows, right=columns)
 
 

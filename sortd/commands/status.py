@@ -13,7 +13,7 @@ from time import time
 from typing import Any
 
 from sortd import errors
-from sortd.classify.proportions import interval, out_of
+from sortd.classify.proportions import estimated, interval, out_of, proportion, with_intervals
 from sortd.commands.console import (
     counted,
     format_duration,
@@ -25,6 +25,7 @@ from sortd.commands.console import (
 )
 from sortd.commands.moves import JournalPlace, journals
 from sortd.config import Config, find_config_file
+from sortd.daemon.audit import evidence_of
 from sortd.daemon.control import NotRunningError
 from sortd.daemon.learnt import labelled_images, learnt_counts
 from sortd.daemon.references import ReferencesAbsentError, ReferenceSettings, class_labels
@@ -36,8 +37,9 @@ from sortd.errors import DataError, JournalError, LayoutError, ModelError
 from sortd.layout import JOURNAL_FILE, Area, Layout, Reason, Why, find_datasets, owner_of, rule_below, rule_for_folder
 from sortd.moving.fs import is_version
 from sortd.service import read_status
+from sortd.store.checks import FiledImages
 from sortd.store.history import History
-from sortd.store.records import FiledImages, Selection
+from sortd.store.records import Selection
 from sortd.watch.scan import scan, scan_all, why_unfinished
 
 Row = dict[str, str]
@@ -126,7 +128,7 @@ def _from_journal(place: JournalPlace) -> tuple[dict[str, Any], list[Row]]:
                 "held": len(held),
                 "hold": history.guard().reason or None,
                 "last_move_at": last[0].ended_at if last else None,
-                "accuracy": {label: _filed_facts(filed) for label, filed in history.accuracy().items()},
+                **_checked_facts(history),
             }
     except JournalError as error:
         return facts | {"journal_problem": str(error)}, []
@@ -143,6 +145,17 @@ def _from_journal(place: JournalPlace) -> tuple[dict[str, Any], list[Row]]:
                     )
                 )
     return facts, rows
+
+
+def _checked_facts(history: History) -> dict[str, Any]:
+    """Return what a person has checked: filed images by class, those of random samples, and guesses in Review/."""
+    accuracy = history.accuracy()
+    audited, right = (sum(getattr(one, name) for one in accuracy.values()) for name in ("audited", "audited_right"))
+    return {
+        "accuracy": {label: _filed_facts(filed) for label, filed in accuracy.items()},
+        "audit": {"images": sum(one.filed for one in accuracy.values()), **proportion(right, audited)},
+        "guesses": proportion(*history.guesses()),
+    }
 
 
 def _filed_facts(filed: FiledImages) -> dict[str, Any]:
@@ -243,13 +256,16 @@ def serving_facts(config: Config, layout: Layout) -> dict[str, Any]:
     if classifier is not None:
         calibration = classifier.calibration
         facts["deciding"] = "finetuned"
-        facts["expected"] = {
+        expected = {
             "held_out": calibration.held_out,
+            "filed_held_out": calibration.filed_held_out,
+            "right_held_out": calibration.right_held_out,
             "least_confidence": calibration.confidence,
             "filed": calibration.filed_expected,
             "right": calibration.precision_expected,
             "notes": list(calibration.notes),
         }
+        facts["expected"] = with_intervals(expected, {"filed": "held_out", "right": "filed_held_out"})
     return {**facts, "refusal": found.refusal}
 
 
@@ -294,7 +310,7 @@ def promotable_model(config: Config, layout: Layout) -> FinetunedFacts | None:
 def result_facts(facts: FinetunedFacts) -> dict[str, Any]:
     """Return the facts of one fine-tuned model as plain values."""
     comparison = facts.metrics["comparison"]
-    return {
+    said = {
         "folder": str(facts.folder),
         "model_id": facts.model_id,
         "base": facts.base,
@@ -307,18 +323,14 @@ def result_facts(facts: FinetunedFacts) -> dict[str, Any]:
         "best_mode": comparison.get("best_mode"),
         "problem": None,
     }
+    return with_intervals(said, {"accuracy": "images", "prototypes_accuracy": "images"})
 
 
 def accuracy_comparison(facts: FinetunedFacts) -> str:
     """Return the accuracies of a model and of the prototypes in words."""
     said = result_facts(facts)
-    ours, theirs = share(said["accuracy"]), share(said["prototypes_accuracy"])
-    return f"accuracy {ours} on {said['images']} images, mode {said['best_mode']}: {theirs}"
-
-
-def share(value: float | None) -> str:
-    """Return a share in per cent."""
-    return "?" if value is None else f"{100 * value:.1f} %"
+    ours, theirs = (estimated(said[key], said["images"] or 0) for key in ("accuracy", "prototypes_accuracy"))
+    return f"accuracy {ours}, mode {said['best_mode']}: {theirs}"
 
 
 def dataset_named(config: Config, name: str | None) -> Layout:
@@ -340,7 +352,7 @@ def dataset_named(config: Config, name: str | None) -> Layout:
 
 
 def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettings:
-    """Return the reference settings of a dataset, with the images that its journal adds to the references.
+    """Return the reference settings of a dataset, with what its journal adds: references and checked images.
 
     Raises:
         JournalError: the journal cannot be read.
@@ -351,7 +363,9 @@ def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettin
         return reference_settings
     learns = reference_settings.learns_from_corrections
     with History.open(file) as history:
-        return replace(reference_settings, corrections=labelled_images(layout, history, with_corrections=learns))
+        labelled = labelled_images(layout, history, with_corrections=learns)
+        evidence = evidence_of(history, reference_settings.settings.mode)
+        return replace(reference_settings, corrections=labelled, evidence=evidence)
 
 
 # ---------------------------------------------------------------- output
@@ -411,6 +425,13 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
     _print_counts(facts)
     if facts["accuracy"]:
         _print_accuracy(facts["accuracy"])
+        audit, guesses = facts["audit"], facts["guesses"]
+        drawn = f": {out_of(audit['right'], audit['judged'])} in random samples" if audit["judged"] else ""
+        print_line(
+            f"  right among all filed images: {audit['words']}{drawn}; to check more: sortd audit {printable(name)}"
+        )
+        if guesses["judged"]:
+            print_line(f"  right guesses of images in Review/: {out_of(guesses['right'], guesses['judged'])}")
 
 
 def _print_state(facts: Mapping[str, Any]) -> None:
@@ -460,12 +481,13 @@ def _print_counts(facts: Mapping[str, Any]) -> None:
 
 def _print_accuracy(accuracy: Mapping[str, Any]) -> None:
     """Print for each class the number of filed, corrected and undone images, and the precision of the checked ones."""
-    numbers = ("filed", "corrected", "undone")
+    numbers = {"filed": "filed", "corrected": "corrected", "undone": "undone", "found wrong": "found_wrong"}
     rows = []
     for label, one in accuracy.items():
         checked = one["checked"]
-        right = out_of(checked - one["corrected"] - one["undone"], checked) if checked else "not checked"
-        rows.append((label, *(one[name] for name in numbers), right))
-    print_table(("class", *numbers, "right"), rows, right=numbers)
+        wrong = one["corrected"] + one["undone"] + one["found_wrong"]
+        right = out_of(checked - wrong, checked) if checked else "not checked"
+        rows.append((label, *(one[key] for key in numbers.values()), right))
+    print_table(("class", *numbers, "right"), rows, right=tuple(numbers))
     if any(one["checked"] for one in accuracy.values()):
-        print_line("  right: among the images filed before the last correction or undo in the class")
+        print_line("  right: among those audited, and those filed before the last correction or undo in the class")

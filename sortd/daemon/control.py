@@ -15,6 +15,8 @@ user of the daemon may write to the directory: whoever can send requests could a
         -> {"assigned": [{"path", "destination", "message"}], "later": number}
     {"do": "refile", "dataset": name, "root": path, "images": as ``refile_facts`` returns them}
         -> {"refiled": as for assign, "later": number}
+    {"do": "check", "dataset": name, "root": path, "answers": [[id of the journal, whether its image is right]]}
+        -> {"checked": number}
     anything else, or a failure
         -> {"error": sentence, "exit_code": as in sysexits(3)}
 
@@ -40,6 +42,7 @@ import structlog
 from sortd import errors
 from sortd.config import Config
 from sortd.daemon.assign import Result, assign_images, forget_made_classes
+from sortd.daemon.audit import checked_answers
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.datasets import Datasets
 from sortd.daemon.refile import refile_images
@@ -342,6 +345,9 @@ def answer(datasets: Datasets, request: Request) -> Reply | Steps:
             dataset = _chosen_at(datasets, name, root)
             steps = refile_images(dataset.layout, dataset.journal.history, dataset.assign, images)
             return _move(datasets, dataset, steps, "refiled")
+        case {"do": "check", "dataset": str(name), "root": str(root), "answers": list(answers)}:
+            with datasets.answering(dataset := _chosen_at(datasets, name, root)):
+                return {"checked": dataset.record_checks(checked_answers(answers))}
     raise RequestError(f"unknown request {request.get('do')!r:.100} with {', '.join(sorted(request))}")
 
 

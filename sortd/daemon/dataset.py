@@ -15,8 +15,10 @@ from time import monotonic, time_ns
 
 from sortd import events
 from sortd.classify.stream import Stream
+from sortd.classify.types import Evidence
 from sortd.core.guard import GuardState
 from sortd.core.sorter import Sorter, SorterSettings
+from sortd.daemon.audit import evidence_of
 from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired
 from sortd.daemon.dataset_lock import OpenDataset
 from sortd.daemon.learnt import labelled_images
@@ -194,6 +196,7 @@ class Dataset:
         self.sorter = Sorter(settings, decide=Stream().decide, guard=guard)
         self.log = DatasetLog(self.name, metrics)
         self._reference_settings, self._last_generation = reference_settings, last_generation  # the highest ever used
+        self._evidence: Evidence | None = None  # of the last rebuild
         self._wishes = self._ordered = (False, False)  # ``force`` and ``afresh`` of the next and of the last rebuild
         self.mover, self.journal, self.presence, self._ask = opened.mover, journal, opened.presence, ask
         self.move_queue = MoveQueue(self.mover, self.log, history=journal.history, root=layout.root)
@@ -368,6 +371,7 @@ class Dataset:
         if self.presence.problem() is not None:
             self._corrections.end()  # everything is scanned when it is back
             return
+        corrected = False
         for noticed in self._corrections.take():
             match noticed:
                 case Repaired(path, mark):
@@ -375,8 +379,21 @@ class Dataset:
                 case Correction():
                     if not noticed.is_taken_back:
                         self.log.corrected(noticed)
-                    if self._reference_settings.learns_from_corrections:
-                        self.receive(events.ReferencesTouched())
+                    corrected = True
+        if corrected and (self._reference_settings.learns_from_corrections or self._has_new_evidence()):
+            self.receive(events.ReferencesTouched())
+
+    def _has_new_evidence(self) -> bool:
+        """Return whether enough images were checked since the last rebuild for the threshold to follow them."""
+        found = evidence_of(self.journal.history, self._reference_settings.settings.mode)
+        return found is not None and (self._evidence is None or found.steps != self._evidence.steps)
+
+    def record_checks(self, answers: Sequence[tuple[int, bool]]) -> int:
+        """Record whether filed images are right, and return how many of them the journal knows."""
+        checked = self.journal.record_checks(answers)
+        if self._has_new_evidence():
+            self.receive(events.ReferencesTouched())
+        return checked
 
     def _carry_out(self, command: events.Command) -> None:
         match command:
@@ -413,7 +430,8 @@ class Dataset:
         settings = self._reference_settings
         learns = settings.learns_from_corrections
         labelled = labelled_images(self.layout, self.journal.history, with_corrections=learns)
-        settings = replace(settings, corrections=labelled)
+        self._evidence = evidence_of(self.journal.history, settings.settings.mode)
+        settings = replace(settings, corrections=labelled, evidence=self._evidence)
         (force, afresh), self._wishes = self._wishes, (False, False)
         self._ordered = force, afresh
         clases, generation = self.layout.area(Area.CLASES), self._last_generation

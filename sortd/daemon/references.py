@@ -18,7 +18,7 @@ from sortd.arrays import FloatArray
 from sortd.classify.build import build
 from sortd.classify.prompts import GENERIC_NOUNS, prompts, written_name
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import DecisionSettings, SupportSet
+from sortd.classify.types import DecisionSettings, Evidence, SupportSet
 from sortd.config import DEFAULT_TEMPLATES, Config, DatasetConfig
 from sortd.daemon.embedder import Embedder
 from sortd.errors import ImageError
@@ -66,6 +66,7 @@ class ReferenceSettings:
     learns_from_corrections: bool = False
     classifier: str = "auto"  # auto, prototypes or finetuned; see ``select_classifier``
     corrections: tuple[tuple[str, str], ...] = ()  # label, path: images placed by hand in Dataset/
+    evidence: Evidence | None = None  # filed images that a person has checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +281,8 @@ def _fingerprint(
     }
     if decided_by:
         facts["decided_by"] = decided_by
+    if settings.evidence is not None and abstain is not None:
+        facts["evidence"] = settings.evidence.steps
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -306,6 +309,7 @@ def _support(
         strangers=np.stack(strangers) if strangers else none,
         encoder_id=embedder.encoder.encoder_id,
         fingerprint=fingerprint,
+        evidence=settings.evidence,
     )
 
 

@@ -258,6 +258,8 @@ class DatasetLog:
             )
         if rebuilt.misnamed:
             self._log.warning(logs.REFERENCES_MISNAMED, folders=list(rebuilt.misnamed), advice="use printable names")
+        calibration = prototypes.calibration
+        checked = {"checked": calibration.checked, "right_checked": calibration.right_checked}
         self._log.info(
             logs.PROTOTYPES_REBUILT,
             generation=prototypes.generation,
@@ -267,6 +269,8 @@ class DatasetLog:
             encoded_batches=rebuilt.encoded,
             mode=prototypes.settings.mode.value,
             encoder_id=prototypes.encoder_id,
+            least_confidence=round(calibration.confidence, 4),
+            **(checked if calibration.checked else {}),
             milliseconds=round(1e3 * seconds, 1),
         )
 
@@ -288,6 +292,8 @@ class DatasetLog:
                 "classes": len(finetuned.labels),
                 "least_confidence": round(calibration.confidence, 4),
                 "held_out": calibration.held_out,
+                "filed_held_out": calibration.filed_held_out,
+                "right_held_out": calibration.right_held_out,
                 "precision_expected": calibration.precision_expected,
                 "filed_expected": calibration.filed_expected,
                 "notes": list(calibration.notes),

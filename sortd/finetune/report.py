@@ -15,6 +15,7 @@ from sortd.arrays import Array, BoolArray, IntArray
 from sortd.classify.build import build
 from sortd.classify.decide import score_batch
 from sortd.classify.prompts import prompts
+from sortd.classify.proportions import estimated
 from sortd.classify.types import DecisionSettings, SupportSet
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import class_texts, generic_text_mean, read_descriptions
@@ -214,6 +215,7 @@ def class_metrics(table: IntArray, labels: Sequence[str]) -> list[dict[str, Any]
             "label": label,
             "images": images,
             "precision": hits / predicted if predicted else None,
+            "predicted": predicted,
             "recall": hits / images if images else None,
             "f1": 2 * hits / (images + predicted) if images + predicted else None,
         }
@@ -330,19 +332,14 @@ def model_card(metrics: Mapping[str, Any]) -> str:
 
     loader = PackageLoader("sortd", "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, autoescape=False)  # noqa: S701 - Markdown
-    environment.filters["share"] = _share
-    accuracy, images = metrics["comparison"]["finetuned_accuracy"], metrics["comparison"]["images"]
-    margin = 196.0 * (max(accuracy * (1 - accuracy), 0.25 / images) / images) ** 0.5
-    return _drawable(environment.get_template(CARD_TEMPLATE).render(metrics, figures=_cells, margin=margin))
+    environment.filters["of"] = estimated
+    return _drawable(environment.get_template(CARD_TEMPLATE).render(metrics, figures=_cells))
 
 
 def _cells(row: Mapping[str, Any]) -> str:
-    shares = [_share(row[key]) for key in ("accuracy", "balanced_accuracy", "macro_f1", "calibration_error")]
-    return " | ".join([*shares, f"{row['log_loss']:.3f}"])
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
+    shares = [estimated(row[key], row["images"]) for key in ("accuracy", "balanced_accuracy")]
+    numbers = ["" if row[key] is None else f"{row[key]:.3f}" for key in ("macro_f1", "calibration_error", "log_loss")]
+    return " | ".join([*shares, *numbers])
 
 
 def draw_curves(log: Sequence[Mapping[str, Any]], best_step: int | None, file: Path) -> None:

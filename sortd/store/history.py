@@ -13,8 +13,16 @@ from sortd import errors
 from sortd.core.guard import GuardState
 from sortd.errors import JournalError
 from sortd.events import Stamp
-from sortd.store.records import (
+from sortd.store.checks import (
+    ACCURACY,
+    GUESSES,
+    NEWEST_CHECKED,
+    TO_AUDIT,
+    CheckedImage,
     FiledImages,
+    let_read_without_checks,
+)
+from sortd.store.records import (
     MoveProgress,
     Record,
     Role,
@@ -73,23 +81,6 @@ _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content !
 
 GENERATION_FACT = "generation"  # the last generation used: numbers are never reused, even if the cache is lost
 GUARD_FACT = "guard"  # the state of the guard as JSON, see GuardState
-# An image is checked if it was filed before the last one of its class was corrected or undone.
-# An image that a later decision moved to another class counts there only.
-_FILED = """WITH refiled AS (
-    SELECT content, max(id) AS id FROM moves
-    WHERE progress = 'done' AND outcome = 'refiled' AND undone_by IS NULL AND content != '' GROUP BY content
-), filed AS (
-    SELECT moves.label AS label, moves.ended_at AS ended_at, corrections.at AS corrected_at,
-        CASE WHEN corrections.move IS NULL THEN undo.ended_at END AS undone_at
-    FROM moves LEFT JOIN corrections ON corrections.move = moves.id LEFT JOIN moves AS undo ON undo.id = moves.undone_by
-    WHERE moves.progress = 'done' AND moves.outcome IN ('filed', 'refiled') AND NOT EXISTS
-    (SELECT 1 FROM refiled WHERE refiled.content = moves.content AND refiled.id > moves.id)
-), looked AS (
-    SELECT label, max(coalesce(corrected_at, undone_at)) AS at FROM filed GROUP BY label
-)
-SELECT filed.label AS label, count(*) AS filed, count(corrected_at) AS corrected, count(undone_at) AS undone,
-    count(CASE WHEN filed.ended_at <= looked.at OR coalesce(corrected_at, undone_at) IS NOT NULL THEN 1 END) AS checked
-FROM filed JOIN looked ON looked.label IS filed.label GROUP BY filed.label ORDER BY filed.label"""
 
 
 class History:
@@ -209,11 +200,25 @@ class History:
         return {row["outcome"]: row["n"] for row in rows}
 
     def accuracy(self) -> dict[str, FiledImages]:
-        """Return for each class how many of its filed images were corrected or undone."""
+        """Return for each class how many of its filed images a person has checked, and what was wrong with them."""
         return {
-            label_from(row["label"]) or "": FiledImages(row["filed"], row["checked"], row["corrected"], row["undone"])
-            for row in self._rows(_FILED)
+            label_from(row["label"]) or "": FiledImages(**{name: int(row[name]) for name in row.keys()[1:]})
+            for row in self._rows(ACCURACY)
         }
+
+    def newest_checked(self, mode: str, most: int) -> list[CheckedImage]:
+        """Return the newest filed images that a mode decided and a person has checked."""
+        rows = self._rows(NEWEST_CHECKED, (mode, most))
+        return [CheckedImage(row["score"], *(bool(value) for value in tuple(row)[1:])) for row in rows]
+
+    def to_audit(self) -> list[int]:
+        """Return the filed images of which nobody has said whether they are right."""
+        return [row["id"] for row in self._rows(TO_AUDIT)]
+
+    def guesses(self) -> tuple[int, int]:
+        """Return how many guesses of images in Review/ a person confirmed, and of how many the right class is known."""
+        (row,) = self._rows(GUESSES)
+        return int(row["confirmed"]), row["judged"]
 
     def corrections(self) -> list[tuple[str, str, str, float]]:
         """Return each correction as label, corrected label, path relative to the dataset, seconds since the epoch.
@@ -389,9 +394,13 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
     if not path.is_file():
         raise JournalError(f"{path}: there is no journal yet; sortd creates it at its first run")
 
+    def prepare(connection: sqlite3.Connection) -> None:
+        if check_version(connection, path):
+            let_read_without_checks(connection)
+
     def connect(options: str) -> sqlite3.Connection:
         reader = sqlite3.connect(f"{path.absolute().as_uri()}?{options}", timeout=BUSY_SECONDS, uri=True)
-        return opened(reader, lambda connection: check_version(connection, path))
+        return opened(reader, prepare)
 
     with translated(path):
         try:

@@ -18,6 +18,7 @@ from sortd.core.guard import GuardState
 from sortd.errors import JournalError
 from sortd.events import Stamp
 from sortd.files import identity_of, sync_folder_at
+from sortd.store.checks import TABLE
 from sortd.store.history import (
     APPLICATION,
     BUSY_SECONDS,
@@ -95,12 +96,13 @@ CREATE TABLE corrections (
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
 
-LATER_INDICES = (
+LATER = (
+    f"CREATE TABLE IF NOT EXISTS {TABLE}",
     "CREATE INDEX IF NOT EXISTS members_by_name ON members (name) WHERE position = 0",
     "CREATE INDEX IF NOT EXISTS members_by_final ON members (final) WHERE position = 0",
     "CREATE INDEX IF NOT EXISTS followed_by_reason ON moves (reason) WHERE outcome = 'followed'",
 )
-"""Indices that the first journals of this version lack."""
+"""A table and indices that the first journals of this version lack."""
 
 _FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 _WRITE_FILE = "REPLACE INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
@@ -229,6 +231,15 @@ class Journal:
         """
         with committing(self._connection, self.path):
             return [self._record_correction(record, corrected, path) for record, corrected, path in found]
+
+    def record_checks(self, answers: Sequence[tuple[int, bool]]) -> int:
+        """Record in one commit whether a person found filed images right; return how many of them the journal knows."""
+        filed = "SELECT id, ?, ? FROM moves WHERE id = ? AND progress = 'done' AND outcome IN ('filed', 'refiled')"
+        with committing(self._connection, self.path):
+            return sum(
+                self._connection.execute(f"REPLACE INTO checks {filed}", (is_right, self.clock(), move)).rowcount
+                for move, is_right in answers
+            )
 
     def follow(self, record: Record, stamp: Stamp) -> None:
         """Record that a record's image was replaced by another version, of unknown content."""
@@ -376,8 +387,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             connection.execute(f"PRAGMA user_version = {VERSION}")
     check_journal(connection, path)
     with committing(connection, path):
-        for index in LATER_INDICES:
-            connection.execute(index)
+        for statement in LATER:
+            connection.execute(statement)
 
 
 def _make_durable(connection: sqlite3.Connection) -> None:

@@ -197,25 +197,6 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class FiledImages:
-    """How many images filed into one class a person has confirmed or corrected.
-
-    A person who corrects or undoes an image of a class has looked at that class: the images filed into it until then
-    count as checked, and as right unless they were corrected or undone.
-    """
-
-    filed: int
-    checked: int
-    corrected: int  # moved to another class by a person
-    undone: int  # by ``sortd undo``
-
-    @property
-    def right(self) -> int:
-        """The number of checked images that were neither corrected nor undone."""
-        return self.checked - self.corrected - self.undone
-
-
-@dataclass(frozen=True, slots=True)
 class Selection:
     """A query for records, newest first; a record must meet every given condition."""
 

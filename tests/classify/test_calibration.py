@@ -1,6 +1,7 @@
 """Abstaining: calibrated on the references alone, it holds on images that were never seen."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from sortd.classify.calibration import (
 )
 from sortd.classify.decide import decide
 from sortd.classify.open_set import leave_classes_out, log_odds, nearest_cosines
-from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
+from sortd.classify.types import AbstainSettings, DecisionSettings, Evidence, SupportSet
 from sortd.events import Abstained, Assigned, Mode
 from tests.made_features import Array, Blobs, load_world, support_set, unit, worlds
 
@@ -296,3 +297,65 @@ class TestWorlds:
                 strange.append(filed_share(support, queries[np.isin(labels, others)][:200]))
         assert np.mean(known) > 0.55
         assert np.mean(strange) < 0.125
+
+
+class TestEvidence:
+    """Filed images that a person has checked."""
+
+    @staticmethod
+    def drawn(support: SupportSet, queries: Array, labels: list[int], number: int, *, is_random: bool) -> Evidence:
+        """Return evidence from a random sample of what is filed of the queries."""
+        answers = zip(decide(build(support, DecisionSettings(), generation=1), queries), labels, strict=True)
+        filed = [(one.score, one.label == support.labels[at]) for one, at in answers if isinstance(one, Assigned)]
+        chosen = np.random.default_rng(3).choice(len(filed), number, replace=False)
+        confidence, right = zip(*(filed[at] for at in chosen), strict=True)
+        return Evidence(confidence, right, (1.0,) * number, is_random=is_random)
+
+    def test_evidence_of_lower_precision_raises_the_threshold_until_it_holds(self) -> None:
+        """New images lie between classes as no reference does: four fifths are right, after 200 checks over 90 %."""
+        labels, index = np.repeat(np.arange(20), 100), np.repeat(np.arange(20), 12)
+        before, after = [], []
+        for seed in range(3):
+            blobs = Blobs(20, spread=1.0, seed=seed)
+            support = support_set(blobs.draw(index), index)
+
+            def between(blobs: Blobs = blobs) -> Array:
+                generator = blobs.generator
+                share = 0.75 * generator.random((len(labels), 1))
+                other = (labels + generator.integers(1, 20, len(labels))) % 20
+                centres = (1.0 - share) * blobs.centres[labels] + share * blobs.centres[other]
+                return unit(blobs.common + centres + generator.standard_normal((len(labels), 64)))
+
+            evidence = self.drawn(support, between(), labels.tolist(), 200, is_random=True)
+            followed = replace(support, evidence=evidence)
+            first, then = (build(one, DecisionSettings(), generation=1).calibration for one in (support, followed))
+            assert then.confidence > first.confidence
+            assert (then.checked, then.right_checked) == (200, sum(evidence.right))
+            before.append(shares(support, AbstainSettings(), between(), labels.tolist()))
+            after.append(shares(followed, AbstainSettings(), between(), labels.tolist()))
+        assert 0.75 < np.mean([right for _, right in before]) < 0.85
+        assert sum(filed * right for filed, right in after) / sum(filed for filed, _ in after) > 0.9
+        assert all(filed > 0.01 for filed, _ in after)
+
+    def test_evidence_of_higher_precision_lowers_the_threshold_only_if_it_is_random(self) -> None:
+        """Where 99 of 100 are right more is filed, and enough is right; images that nobody drew lower nothing."""
+        support, queries, labels, _ = hard_world(spread=1.6)
+        confidence = build(support, DecisionSettings(), generation=1).calibration.confidence
+        sure = Evidence(tuple(np.linspace(0.9, 0.99, 200)), (True,) * 198 + (False,) * 2, (1.0,) * 200, is_random=True)
+        lower = build(replace(support, evidence=sure), DecisionSettings(), generation=2).calibration.confidence
+        assert lower <= confidence
+        implied = replace(support, evidence=replace(sure, is_random=False))
+        assert build(implied, DecisionSettings(), generation=2).calibration.confidence >= confidence - 1e-9
+        drawn = replace(support, evidence=self.drawn(support, queries, labels, 200, is_random=True))
+        assert shares(drawn, AbstainSettings(), queries, labels)[1] > 0.93
+
+    def test_evidence_grows_in_steps(self) -> None:
+        """One more check is no reason to build the prototypes again; a fifth more, or many errors, are."""
+
+        def steps(checked: int, wrong: int) -> tuple[int, int, bool]:
+            right = (True,) * (checked - wrong) + (False,) * wrong
+            return Evidence((0.9,) * checked, right, (1.0,) * checked, is_random=True).steps
+
+        assert steps(100, 0) == steps(104, 0)
+        assert steps(100, 0) != steps(125, 0)
+        assert steps(100, 0) != steps(100, 12)

@@ -158,13 +158,15 @@ class TestReport:
         """Of modes that do equally well mixed is advised, with its accuracy."""
         advice = evaluate(library(spread=0.5)).advice
         assert advice.mode == "mixed"
-        assert "100.0%" in advice.sentences[0]
+        assert "100.0 % of" in advice.sentences[0]
 
     def test_advice_where_no_mode_is_better_keeps_the_one_in_force(self) -> None:
         """A change that only chance speaks for is not advised, and every share comes with its count."""
         advice = evaluate(library(spread=0.5), DecisionSettings(Mode.MEAN, AbstainSettings())).advice
         assert advice.mode == "mean"
-        assert advice.sentences[0].startswith("keep mode mean: leave-one-out accuracy 100.0% on 62 references")
+        assert advice.sentences[0].startswith(
+            "keep mode mean: leave-one-out accuracy 100.0 % of 62 references (95 %: 94 to 100 %)"
+        )
 
     def test_advice_where_another_mode_is_better_names_both(self) -> None:
         """Names that say nothing are no way to decide; the mode in force is told with its own figure."""
@@ -174,7 +176,7 @@ class TestReport:
         support = support_set(blobs.draw(index), index, text=text, text_mean=mean)
         report = evaluate(support, DecisionSettings(Mode.TEXT, AbstainSettings()))
         assert report.advice.mode == "mixed"
-        assert re.match(r"use mode mixed: .* on 46 references.*, text: \d", report.advice.sentences[0])
+        assert re.match(r"use mode mixed: .* of 46 references.*, text: \d", report.advice.sentences[0])
 
     @pytest.mark.parametrize("precision", [0.93, 0.95])
     def test_advice_on_a_precision_tells_the_share_of_that_precision(self, precision: float) -> None:
@@ -182,7 +184,7 @@ class TestReport:
         report = evaluate(library(each=5, spread=2.5), DecisionSettings(abstain=AbstainSettings(precision=precision)))
         (wanted,) = [one for one in report.trade_offs if one.precision == precision]
         (said,) = [one for one in report.advice.sentences if one.startswith(f"precision {precision:g} files")]
-        assert f"files {wanted.filed:.0%} of" in said
+        assert f"files {100 * wanted.filed:.1f} % of {wanted.held_out} known images (95 %: " in said
 
     def test_advice_without_abstaining_says_nothing_of_a_precision(self) -> None:
         """Nothing is turned away, whatever the share above a confidence would be."""

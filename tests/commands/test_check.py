@@ -455,8 +455,8 @@ class TestCalibration:
         own = config_of(tmp_path).dataset("Colours")
         found = list(calibration_findings(Layout(site), own, make_prototypes(site, calibration=facts)))
         assert about(found, Topic.CALIBRATION, "precision 0.99 is asked", severity=Severity.WARNING)
-        assert about(found, Topic.CALIBRATION, "only 30% of known images", severity=Severity.WARNING)
-        assert about(found, Topic.CALIBRATION, "a precision of 90.0%", severity=Severity.NOTE)
+        assert about(found, Topic.CALIBRATION, "only 30.0 % of", severity=Severity.WARNING)
+        assert about(found, Topic.CALIBRATION, "a precision of 90.0 % of 4 (95 %: ", severity=Severity.NOTE)
 
     @pytest.mark.usefixtures("site")
     def test_check_dataset_without_calibration_is_a_note(self, look: Check, tmp_path: Path) -> None:
@@ -486,7 +486,7 @@ class TestCalibration:
         files = PrototypeFiles(tmp_path / "cache" / "prototypes", pytest.fail)
         settings = DecisionSettings(Mode.MAX, AbstainSettings())
         files.write(Layout(site).key, make_prototypes(site, settings, calibration=poor))
-        assert about(look(), Topic.CALIBRATION, "only 10% of known images", severity=Severity.WARNING)
+        assert about(look(), Topic.CALIBRATION, "only 10.0 % of", severity=Severity.WARNING)
         red = site / "Clases" / "red"
         match change:
             case "added":

@@ -131,7 +131,7 @@ class TestExplanation:
         assert unsure.decision.precision is not None
         assert not any("Precision" in sentence for sentence in explanation_sentences(unsure))
         (judged,) = [sentence for sentence in explanation_sentences(sure) if "Precision" in sentence]
-        assert re.search(r"\d+% \(estimated on \d+ references, each left out in turn\)", judged)
+        assert re.search(r": \d+\.\d % of \d+ references left out in turn \(95 %: \d+ to \d+ %\)\.", judged)
 
     def test_explanation_in_mixed_mode_has_the_share_of_the_name(self, site: Path) -> None:
         """All of it in text mode, none in the modes that look at images alone."""

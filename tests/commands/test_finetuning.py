@@ -107,7 +107,7 @@ class TestPromote:
         weaker = result(config, "20260102T000000Z-0", verdict="weaker")
         refused = sortd("models", "promote", "-c", config)
         assert refused.code == 65
-        assert "accuracy 95.0 % on 40 images, mode mixed: 90.0 %" in refused.err
+        assert "accuracy 95.0 % of 40 (95 %: 83 to 99 %), mode mixed: 90.0 % of 40 (95 %: 77 to 96 %)" in refused.err
         assert "--force" in refused.err
         before = read_promotion(state_folder(config))
         assert before is not None
@@ -160,7 +160,7 @@ class TestTold:
         sortd("models", "promote", "-c", config)
         shown = sortd("check", "-c", config).out
         assert f"Colours is decided by the fine-tuned model in {folder}" in shown
-        assert "of 40 held-out images it would file" in shown
+        assert " of 40 held-out images (95 %: " in shown
         facts = sortd("status", "-c", config, "--json").facts["datasets"]["Colours"]["classifier"]
         assert (facts["deciding"], facts["folder"]) == ("finetuned", str(folder))
 
@@ -205,5 +205,8 @@ class TestTold:
         loaded = read_config(config, {"HOME": str(config.parent)})
         (examined,) = evaluate_datasets(loaded, load_encoder=lambda _: FakeEncoder())
         facts = examined.facts()
-        assert set(facts["serving"]["expected"]) == {"held_out", "least_confidence", "filed", "right", "notes"}
+        assert set(facts["serving"]["expected"]) == {
+            *("held_out", "filed_held_out", "right_held_out", "least_confidence", "notes"),
+            *("filed", "filed_interval", "right", "right_interval"),
+        }
         assert evaluation_sentences(facts)[0].startswith("Classifier in use: fine-tuned model finetuned-3-torch-")

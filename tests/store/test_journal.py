@@ -14,9 +14,10 @@ import pytest
 
 from sortd.errors import JournalError
 from sortd.events import Abstained, Assigned, Mode, Stamp
+from sortd.store.checks import FiledImages
 from sortd.store.history import History
 from sortd.store.journal import Journal
-from sortd.store.records import UNDONE, FiledImages, MoveFile, MoveProgress, MoveReason, MoveRecord, Role, Selection
+from sortd.store.records import UNDONE, MoveFile, MoveProgress, MoveReason, MoveRecord, Role, Selection
 from tests.filing_world import Clock
 
 STAMP = Stamp(1, 2**63 + 5, 3, 4)

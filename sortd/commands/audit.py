@@ -1,0 +1,203 @@
+"""The command ``audit``: a random sample of filed images to look at, its answers, and what they prove."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from time import time
+from typing import Any
+
+import numpy as np
+
+from sortd.classify.proportions import out_of, proportion, proven
+from sortd.commands.console import counted, format_time, print_line, print_table, printable, say, show
+from sortd.commands.evaluation import check_page_path, label_on_page, name_on_page, render, write_page
+from sortd.commands.status import dataset_named
+from sortd.config import Config
+from sortd.daemon.control import ask
+from sortd.daemon.dataset_lock import open_dataset
+from sortd.errors import DataError, DestinationError, advice_for_write
+from sortd.files import read_regular, write_json
+from sortd.images.decode import thumbnail
+from sortd.layout import JOURNAL_FILE, Layout
+from sortd.store.history import History
+from sortd.store.records import Record
+
+SAMPLE = 60
+"""Images of a sample: without a mistake they prove 95 % at 95 % confidence."""
+SAMPLE_FILE = "audit.json"
+"""In the state folder of a dataset: the sample that was drawn and not answered yet."""
+AT_ONCE = 200  # records that are read at once
+
+
+@dataclass(frozen=True, slots=True)
+class AuditSample:
+    """A random sample of filed images, to be looked at."""
+
+    drawn_at: float  # seconds since the epoch
+    unchecked: int  # filed images that it was drawn from
+    images: tuple[dict[str, Any], ...]  # ``id`` of the move, ``path``, ``label`` and ``score``
+
+
+def open_sample(state_folder: Path) -> AuditSample | None:
+    """Return the sample that was not answered yet; None if there is none, or its file is damaged."""
+    try:
+        facts = json.loads(read_regular(state_folder / SAMPLE_FILE))
+        images = tuple(
+            {"id": int(one["id"]), "path": str(one["path"]), "label": str(one["label"]), "score": one["score"]}
+            for one in facts["images"]
+        )
+        return AuditSample(float(facts["drawn_at"]), int(facts["unchecked"]), images)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def draw_sample(config: Config, layout: Layout, size: int | None) -> AuditSample:
+    """Return the open sample, or draw one: by default, or if ``size`` is another one than that of the open sample.
+
+    Raises:
+        DataError: there is no image to look at.
+        JournalError: the journal cannot be read.
+        DestinationError: the sample cannot be noted.
+    """
+    folder = layout.state_folder(config.state_dir)
+    before = open_sample(folder)
+    if before is not None and before.images and size in {None, len(before.images)}:
+        return before
+    records: list[Record] = []
+    wanted, unchecked = size or SAMPLE, 0
+    if (folder / JOURNAL_FILE).is_file():
+        with History.open(folder / JOURNAL_FILE) as history:
+            drawn = np.random.default_rng().permutation(np.array(history.to_audit(), np.int64)).tolist()
+            unchecked = len(drawn)
+            while drawn and len(records) < wanted:
+                found = {record.id: record for record in history.finished(drawn[:AT_ONCE])}
+                records += [found[one] for one in drawn[:AT_ONCE] if os.path.isfile(_path(layout, found[one]))]
+                drawn = drawn[AT_ONCE:]
+    if not records:
+        raise DataError(f"{layout.name} has no filed image that was not checked")
+    sample = AuditSample(time(), unchecked, tuple(_image(layout, record) for record in records[:wanted]))
+    try:
+        write_json(
+            folder / SAMPLE_FILE,
+            {"drawn_at": sample.drawn_at, "unchecked": unchecked, "images": list(sample.images)},
+            mode=0o644,
+        )
+    except OSError as error:
+        advice = advice_for_write(error) or "run the command as the user that runs sortd"
+        raise DestinationError(f"{folder / SAMPLE_FILE} cannot be written: {error.strerror}; {advice}") from error
+    return sample
+
+
+def _path(layout: Layout, record: Record) -> str:
+    return os.path.join(layout.root, record.destination_path)
+
+
+def _image(layout: Layout, record: Record) -> dict[str, Any]:
+    reason = record.move_reason
+    return {"id": record.id, "path": _path(layout, record), "label": reason.label or "", "score": reason.score}
+
+
+def answer_sample(config: Config, layout: Layout, wrong: Sequence[Path]) -> dict[str, Any]:
+    """Record the answers to the open sample, and return them and what all samples prove as plain values.
+
+    An image that is no longer where it was filed counts as wrong: whoever moves it away corrects it.
+
+    Raises:
+        DataError: no sample is open, or a path is not in it.
+        SortdError: the dataset is not there, or its journal cannot be written.
+    """
+    folder = layout.state_folder(config.state_dir)
+    sample = open_sample(folder)
+    if sample is None:
+        raise DataError(f"{layout.name} has no sample to answer; draw one: sortd audit {layout.name}")
+    named = {os.path.abspath(path) for path in wrong}
+    if strange := sorted(named - {image["path"] for image in sample.images}):
+        raise DataError(f"{strange[0]} is not in the sample; `sortd audit {layout.name}` shows it")
+    gone = {one["path"] for one in sample.images if one["path"] not in named and not os.path.isfile(one["path"])}
+    answers = [[image["id"], image["path"] not in named | gone] for image in sample.images]
+    request = {"do": "check", "dataset": layout.name, "root": str(layout.root), "answers": answers}
+    if ask(config.state_dir, request) is None:
+        with open_dataset(layout, config.state_dir) as opened:
+            opened.journal.record_checks([(int(move), bool(right)) for move, right in answers])
+    (folder / SAMPLE_FILE).unlink(missing_ok=True)
+    with History.open(folder / JOURNAL_FILE) as history:
+        accuracy = history.accuracy().values()
+    return {
+        "dataset": layout.name,
+        "sample": proportion(len(answers) - len(named | gone), len(answers)),
+        "wrong": [image for image in sample.images if image["path"] in named],
+        "gone": sorted(gone),
+        "all": proportion(sum(one.audited_right for one in accuracy), sum(one.audited for one in accuracy)),
+    }
+
+
+# ---------------------------------------------------------------- output
+
+
+def show_sample(config: Config, dataset: str | None, size: int | None, page: Path | None, *, as_json: bool) -> None:
+    """Draw a sample, or take the open one, print it, and write its page."""
+    check_page_path(page)
+    layout = dataset_named(config, dataset)
+    sample = draw_sample(config, layout, size)
+    size = len(sample.images)
+    facts = {
+        "dataset": layout.name,
+        "root": str(layout.root),
+        "drawn_at": sample.drawn_at,
+        "unchecked": sample.unchecked,
+        "images": list(sample.images),
+        "if_none_is_wrong": proportion(size, size),
+    }
+    if page is not None:
+        write_page(page, audit_page(facts, now=datetime.now().astimezone()))
+    show(facts, _print_sample, as_json=as_json)
+
+
+def show_answers(config: Config, dataset: str | None, wrong: Sequence[Path], *, as_json: bool) -> None:
+    """Record the answers to a sample and print what they prove."""
+    show(answer_sample(config, dataset_named(config, dataset), wrong), _print_answers, as_json=as_json)
+
+
+def _print_sample(facts: Mapping[str, Any]) -> None:
+    size, name = len(facts["images"]), printable(facts["dataset"])
+    drawn = f"{counted(size, 'image')} drawn at random from {facts['unchecked']:,} filed and not checked"
+    print_line(f"{name}: {drawn} ({format_time(facts['drawn_at'])})", style="bold")
+    print_table(("class", "image"), [(one["label"], one["path"]) for one in facts["images"]])
+    say("sortd: look at each of them (--page FILE shows them); then name the wrong ones, and move them to their class:")
+    say(f"sortd: sortd audit {name} --wrong PATH --wrong PATH; or, if none is wrong: sortd audit {name} --all-right")
+    say(f"sortd: if none is wrong, that proves {proven(size, size)}")
+
+
+def _print_answers(facts: Mapping[str, Any]) -> None:
+    for one in facts["wrong"]:
+        print_line(
+            f"wrong: {printable(one['path'])}; move it from {printable(one['label'])} to its class", style="yellow"
+        )
+    for path in facts["gone"]:
+        print_line(f"counted as wrong, since it is not there any more: {printable(path)}", style="yellow")
+    for what, one in (("in this sample", facts["sample"]), ("in all samples", facts["all"])):
+        print_line(f"{what} right: {out_of(one['right'], one['judged'])}")
+    print_line(f"{printable(facts['dataset'])}: {facts['all']['words']} of the filed images right", style="bold")
+
+
+def audit_page(facts: Mapping[str, Any], *, now: datetime) -> str:
+    """Return the page of a sample, sorted by class."""
+    labels = sorted({one["label"] for one in facts["images"]})
+    groups = [
+        {
+            "label": label_on_page(label),
+            "pictures": [
+                {"image": thumbnail(one["path"]), "name": name_on_page(one["path"]), "path": printable(one["path"])}
+                for one in facts["images"]
+                if one["label"] == label
+            ],
+        }
+        for label in labels
+    ]
+    words = facts["if_none_is_wrong"]["words"]
+    return render(
+        "audit.html", now, facts={**facts, "dataset": printable(facts["dataset"])}, groups=groups, words=words
+    )

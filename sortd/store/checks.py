@@ -1,0 +1,102 @@
+"""What a person has checked, as the journal knows it: the table, its queries and their results.
+
+A filed image is checked if an audit drew it and was answered, if a person corrected it or took it back, or if a person
+did so with a later image of its class: whoever does has looked at that class. An image that an audit found wrong is no
+sign of a look at its class. Images in Review/ are apart: a correction whose two labels are equal confirms their guess.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import sqlite3
+
+TABLE = """checks (
+    move INTEGER PRIMARY KEY REFERENCES moves (id) ON DELETE CASCADE,
+    is_right INTEGER NOT NULL,
+    at REAL NOT NULL
+) STRICT"""
+"""The answers of audits, of filed images."""
+
+_FILED = """WITH refiled AS (
+    SELECT content, max(id) AS id FROM moves
+    WHERE progress = 'done' AND outcome = 'refiled' AND undone_by IS NULL AND content != '' GROUP BY content
+), filed AS (
+    SELECT * FROM moves WHERE progress = 'done' AND outcome IN ('filed', 'refiled') AND NOT EXISTS
+        (SELECT 1 FROM refiled WHERE refiled.content = moves.content AND refiled.id > moves.id)
+), """
+"""The filed images; one that a later decision moved to another class counts there only."""
+_JUDGED = f"""{_FILED} acted AS (
+    SELECT corrections.move AS move, corrections.at AS at, 1 AS is_corrected FROM corrections
+    UNION ALL
+    SELECT undoes, ended_at, 0 FROM moves WHERE progress = 'done' AND outcome = 'undone'
+        AND undoes NOT IN (SELECT move FROM corrections)
+), looked AS (
+    SELECT filed.label AS label, max(acted.at) AS at FROM acted JOIN filed ON filed.id = acted.move
+    WHERE filed.id NOT IN (SELECT move FROM checks) GROUP BY filed.label
+), checked AS (
+    SELECT move AS id FROM checks UNION SELECT move FROM acted UNION
+    SELECT filed.id FROM looked JOIN filed ON filed.label = looked.label AND filed.ended_at <= looked.at
+), judged AS (
+    SELECT filed.id AS id, filed.mode AS mode, filed.score AS score, checks.move IS NOT NULL AS audited,
+        ifnull(acted.is_corrected, 0) AS corrected, ifnull(1 - acted.is_corrected, 0) AS undone,
+        acted.move IS NULL AND ifnull(checks.is_right, 1) = 0 AS found_wrong
+    FROM checked JOIN filed ON filed.id = checked.id LEFT JOIN checks ON checks.move = checked.id
+        LEFT JOIN acted ON acted.move = checked.id
+) """  # noqa: S608 - our own words only
+ACCURACY = f"""{_JUDGED}
+SELECT filed.label AS label, count(*) AS filed, count(judged.id) AS checked, total(judged.audited) AS audited,
+    total(judged.audited AND judged.corrected + judged.undone + judged.found_wrong = 0) AS audited_right,
+    total(judged.corrected) AS corrected, total(judged.undone) AS undone, total(judged.found_wrong) AS found_wrong
+FROM filed LEFT JOIN judged ON judged.id = filed.id GROUP BY filed.label ORDER BY filed.label"""  # noqa: S608 - our own words only
+NEWEST_CHECKED = f"""{_JUDGED}
+SELECT score, audited, corrected + undone > 0 AS acted, corrected + undone + found_wrong = 0 AS is_right
+FROM judged WHERE mode = ? AND score IS NOT NULL ORDER BY id DESC LIMIT ?"""  # noqa: S608 - our own words only
+TO_AUDIT = f"""{_FILED.removesuffix(", ")}
+SELECT id FROM filed WHERE undone_by IS NULL
+AND id NOT IN (SELECT move FROM corrections) AND id NOT IN (SELECT move FROM checks)"""  # noqa: S608 - our own words only
+GUESSES = """SELECT total(is_right) AS confirmed, count(*) AS judged FROM (
+    SELECT corrections.label IS corrections.corrected AS is_right
+    FROM corrections JOIN moves ON moves.id = corrections.move WHERE moves.outcome = 'sent_to_review'
+    UNION ALL
+    SELECT guess.label IS moves.label FROM moves JOIN members ON members.move = moves.id AND members.position = 0
+        JOIN members AS put ON put.final = members.name AND put.position = 0 AND put.moved_inode = members.inode
+        JOIN moves AS guess ON guess.id = put.move AND guess.destination = moves.source
+    WHERE moves.progress = 'done' AND moves.outcome = 'assigned' AND moves.undone_by IS NULL
+        AND guess.outcome = 'sent_to_review'
+)"""
+
+
+@dataclass(frozen=True, slots=True)
+class FiledImages:
+    """How many images filed into one class a person has checked, and what was wrong with them."""
+
+    filed: int
+    checked: int
+    corrected: int  # moved to another class by a person
+    undone: int  # by ``sortd undo``
+    found_wrong: int = 0  # by ``sortd audit``, and neither corrected nor undone
+    audited: int = 0  # checked in a random sample
+    audited_right: int = 0
+
+    @property
+    def right(self) -> int:
+        """The number of checked images that were not found to be wrong."""
+        return self.checked - self.corrected - self.undone - self.found_wrong
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedImage:
+    """A filed image that a person has checked."""
+
+    score: float
+    is_audited: bool
+    is_acted_on: bool  # corrected or undone
+    is_right: bool
+
+
+def let_read_without_checks(connection: "sqlite3.Connection") -> None:
+    """Let the queries run on a journal that was written before there was the table."""
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'checks'").fetchone() is None:
+        connection.execute("PRAGMA temp_store = MEMORY")
+        connection.execute("CREATE TEMP TABLE checks (move INTEGER PRIMARY KEY, is_right INTEGER, at REAL)")
