@@ -19,7 +19,7 @@ Rows = npt.NDArray[np.floating]
 KNOWN_REFUSED = np.linspace(0.10, 0.35, 26)
 """Shares of known images that the gate may refuse. The least of them is taken that keeps STRANGERS_KEPT out, since what
 strangers of the classes look like differs between libraries: at 0.10, 5 to 60 % of them were filed."""
-STRANGERS_KEPT = 0.16
+STRANGERS_KEPT = 0.14
 """Share of the references of left-out classes that may be as typical of another class as known images are."""
 FEW_CLASSES = 5
 """With more classes than this, the weight of the remoteness falls by their number: they fill the space around the

@@ -17,8 +17,11 @@ from sortd.events import Decision
 KEPT = 2048
 """Number of images that are remembered, some 8 MB; a class needs FULL_FROM of them."""
 NEIGHBOURS = 8
-FULL_FROM = 8
-"""Images of the stream for each class from which neighbours have their full weight; before, they have less."""
+FROM = 8
+"""Images of the stream for each class from which neighbours have weight, which is full with twice as many: among few
+images, the nearest ones are not near."""
+LEAST = -4.0
+"""Least familiarity of a neighbour, so that a few images of noise have no great effect."""
 JUDGED_AGAIN = 256
 """Remembered images that a new generation judges with each batch, since all of them at once would take too long."""
 SAME = 0.999
@@ -53,8 +56,8 @@ class Stream:
         places, familiarity = _judged(classifier, rows, batch)
         known = np.concatenate([self._places, places])
         cosines = places @ known.T
-        values = np.concatenate([self._familiarity, familiarity])
-        share = min(1.0, len(known) / (FULL_FROM * max(len(classifier.labels), 1)))
+        values = np.maximum(np.concatenate([self._familiarity, familiarity]), LEAST)
+        share = min(1.0, max(0.0, len(known) / (FROM * max(len(classifier.labels), 1)) - 1.0))
         is_new = ~(cosines[:, : len(self._places)] >= SAME).any(axis=1)
         near = Near(_of_neighbours(cosines, values), share)
         self._rows = np.concatenate([self._rows, rows[is_new].astype(np.float32)])[-self._kept :]
