@@ -18,7 +18,7 @@ from sortd.config import Config
 from sortd.daemon.assign import forget_made_classes
 from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, release_reply, undo_facts, undo_records
 from sortd.daemon.dataset_lock import inspect_dataset, open_dataset
-from sortd.daemon.learnt import CONFIRMED, CORRECTED
+from sortd.daemon.learnt import CONFIRMED, CORRECTED, is_reference
 from sortd.errors import DataError, JournalError, LayoutError, SortdError, StartupError
 from sortd.events import LIKE_NO_CLASS
 from sortd.layout import JOURNAL_FILE, Layout, find_datasets
@@ -184,7 +184,9 @@ def _recorded(config: Config, place: JournalPlace, history: History, selection: 
     given = history.corrected(selection if selection.path is None else replace(selection, limit=None))
     for record, corrected, path, at in given:
         if selection.path in {None, path, record.destination_path}:
-            found.append(_given_facts(place, record, corrected, path) | {"at": at, "learnt": learns})
+            facts = _given_facts(place, record, corrected, path)
+            there = place.root is not None and is_reference(Layout(place.root), corrected, f"{place.root}/{path}")
+            found.append(facts | {"at": at, "learnt": learns and there})
     return found
 
 

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
-from sortd.layout import Layout
+from sortd.layout import Area, Layout
 from sortd.store.history import History
 
 ASSIGNED, CORRECTED, CONFIRMED = "assigned", "corrected", "confirmed"
@@ -36,15 +36,20 @@ def learnt_images(layout: Layout, history: History, *, with_corrections: bool) -
     return found + [LearntImage(label, os.path.join(layout.root, path), ASSIGNED) for label, path in history.assigned()]
 
 
+def is_reference(layout: Layout, label: str, path: str) -> bool:
+    """Return whether an image of this class is a reference: it exists, and so does the folder of the class."""
+    return os.path.lexists(path) and os.path.isdir(layout.area(Area.CLASES) / label)
+
+
 def labelled_images(layout: Layout, history: History, *, with_corrections: bool) -> tuple[tuple[str, str], ...]:
     """Return class and path of each of the ``learnt_images``."""
     return tuple((one.label, one.path) for one in learnt_images(layout, history, with_corrections=with_corrections))
 
 
 def learnt_counts(layout: Layout, history: History, *, with_corrections: bool) -> dict[str, dict[str, int]]:
-    """Return how many of the ``learnt_images`` that still exist have each class, by how it was given."""
+    """Return how many of the ``learnt_images`` are references of each class, by how it was given."""
     images = learnt_images(layout, history, with_corrections=with_corrections)
-    there = [one for one in images if os.path.lexists(one.path)]
+    there = [one for one in images if is_reference(layout, one.label, one.path)]
     counts = Counter((one.label, one.how) for one in there)
     labels = sorted({one.label for one in there})
     return {label: {how: counts[label, how] for how in (CORRECTED, CONFIRMED, ASSIGNED)} for label in labels}

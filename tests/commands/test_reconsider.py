@@ -10,10 +10,12 @@ import pytest
 from sortd.commands.reconsider import apply_proposals, reconsider_datasets
 from sortd.config import Config, read_config
 from sortd.daemon.control import AnsweredError, ask
+from sortd.encoder.finetuned import FinetunedFacts
 from tests.command_line import Ran, sortd, write_config
 from tests.commands.test_groups import no_model, yellow
 from tests.daemon_process import DaemonProcess, make_dataset, picture, running, teach, tree
 from tests.fake_encoder import FakeEncoder
+from tests.filed_images import file_images
 
 YELLOWS = [f"yellow{number}.png" for number in range(4)]
 
@@ -126,6 +128,24 @@ class TestProposals:
         (found,) = reconsider_datasets(config_of(tmp_path / "Data" / "Colours"), load_encoder=no_model)
         assert found.facts()["considered"] == 0
         assert apply_proposals(config_of(tmp_path / "Data" / "Colours"), found) == {"refiled": [], "later": 0}
+
+    def test_reconsider_with_a_fine_tuned_model_decides_by_it(
+        self, tmp_path: Path, vit: FinetunedFacts, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its logits are read from the cache, or the images are encoded; the journal has what decided."""
+        config = write_config(tmp_path, abstain="off", device="cpu")
+        dataset = make_dataset(tmp_path / "Data")
+        monkeypatch.setattr("tests.filed_images.picture", lambda _, seed: picture("blue", seed))
+        file_images(dataset, tmp_path / "state", {"a.png": "red", "b.png": "green", "c.png": "blue"})
+        assert sortd("models", "promote", vit.folder, "-c", config).code == 0
+        (found,) = reconsider_datasets(config_of(dataset), load_encoder=lambda _: FakeEncoder())
+        again = [one.facts() for one in reconsider_datasets(config_of(dataset), load_encoder=lambda _: FakeEncoder())]
+        assert again == [found.facts()]
+        assert [(one["to"], one["mode"]) for one in found.facts()["proposals"]] == [("blue", "finetuned")] * 2
+        assert len(apply_proposals(config_of(dataset), found)["refiled"]) == 2
+        assert names_in(dataset / "Dataset" / "blue") == ["a.png", "b.png", "c.png"]
+        rows = run(dataset, "history", "--json", "--outcome", "refiled").facts
+        assert {(row["mode"], row["encoder_id"]) for row in rows} == {("finetuned", vit.model_id)}
 
 
 class TestApply:

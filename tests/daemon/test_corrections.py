@@ -511,6 +511,8 @@ def test_scanner_image_moved_out_of_review_is_learnt_whether_guessed_or_not(
     assert labelled_images(Layout(dataset.root), journal.history, with_corrections=False) == ()
     again = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
     assert all_of(again, time.time_ns()) == []
+    assert learnt_counts(Layout(dataset.root), journal.history, with_corrections=True) == {}
+    (dataset.root / "Clases" / label).mkdir(parents=True)
     ways = {"corrected": int(label == "dog"), "confirmed": int(label == "cat"), "assigned": 0}
     assert learnt_counts(Layout(dataset.root), journal.history, with_corrections=True) == {label: ways}
     assert journal.history.accuracy() == {}
