@@ -23,7 +23,7 @@ def interval(right: float, judged: int) -> tuple[float, float]:
 def lower_bound(right: float, judged: int) -> float:
     """Return the least proportion that 95 % confidence allows: Clopper and Pearson (1934), one-sided.
 
-    60 of 60 vouch for 95 %.
+    60 of 60 prove 95 %.
     """
     from scipy.special import betaincinv  # 0.1 s, and few commands state a bound
 
