@@ -377,7 +377,7 @@ def calibrate_knowns(
         expected = checked.at(threshold.confidence, expected)
     held_out = "references" if open_set is not None else "held-out images"
     by = f"{count} {held_out}" if evidence is None else f"{len(evidence.right)} checked images"
-    note = f"precision {precision:g} is not reached: {by} allow at most {threshold.attainable:.3f}"
+    note = f"precision {precision:g} is not reached: {by} support at most {threshold.attainable:.3f}"
     return {
         **facts,
         "accuracy": balanced_accuracy(right, own, classes),

@@ -182,7 +182,7 @@ def agreement(exact: SupportSet, quick: SupportSet, settings: DecisionSettings) 
 def _judged(support: SupportSet, settings: DecisionSettings) -> tuple[LeaveOneOutResult, float]:
     """Return the leave-one-out decisions of a support set, and the least confidence of those that are compared.
 
-    That is the precision wanted where the references prove none, since a verdict is needed there too.
+    That is the precision wanted where the references support none, since a verdict is needed there too.
     """
     prototypes = build(support, settings, generation=0)
     library = merge_references(prototypes, support)

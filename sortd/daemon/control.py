@@ -20,9 +20,8 @@ user of the daemon may write to the directory: whoever can send requests could a
     anything else, or a failure
         -> {"error": sentence, "exit_code": as in sysexits(3)}
 
-``was`` is the old path of the image, ``restored`` or ``destination`` the new one (null: it was not moved, ``message``
-says why); ``later`` counts images that are being copied to another file system and end after the answer. Every request
-has ``expires_at``, seconds since the epoch, after which it is ignored.
+``was`` is the old path, ``restored`` or ``destination`` the new one (null: not moved, ``message`` says why); ``later``
+counts images that are being copied to another disk. A request is ignored after ``expires_at``, seconds since the epoch.
 """
 
 import json
@@ -52,7 +51,7 @@ from sortd.layout import Area, Layout
 from sortd.logs import MOVE_UNDONE
 from sortd.moving.mover import Mover
 from sortd.moving.plan import belongs_to
-from sortd.moving.recovery import UndoResult
+from sortd.moving.recovery import UndoResult, wanted_records
 from sortd.service import is_of_its_writer, read_status
 from sortd.store.history import History
 
@@ -314,7 +313,6 @@ def _age(entry: "os.DirEntry[str]") -> int:
         return 0
 
 
-LAST_RECORD = (1 << 63) - 1  # the largest rowid of SQLite
 CHUNK = 64  # moves undone in one turn of the loop: a batch of the journal
 
 
@@ -393,7 +391,7 @@ def _undo(datasets: Datasets, wanted: Mapping[str, Any], *, dry_run: bool) -> St
     """Undo in chunks; between two of them the loop runs, and a dataset may be closed."""
     undone: list[dict[str, Any]] = []
     later = 0
-    for name, (root, records) in {name: _wanted(name, one) for name, one in wanted.items()}.items():
+    for name, (root, records) in {name: wanted_records(name, one) for name, one in wanted.items()}.items():
         dataset = _chosen_at(datasets, name, root)
         if (problem := dataset.presence.lock_problem()) is not None and not dry_run:
             raise errors.AlreadyRunningError(problem)
@@ -419,8 +417,7 @@ def _move(datasets: Datasets, dataset: Dataset, steps: Iterator[tuple[list[Resul
     """Move images to the classes that a request names, some in each turn of the loop; ``key`` is that of the reply."""
     if (problem := dataset.presence.problem()) is not None:
         raise errors.LayoutError(problem)
-    moved: list[Result] = []
-    later = 0
+    moved, later = list[Result](), 0
     while True:
         with datasets.answering(dataset):
             if (done := next(steps, None)) is None:
@@ -429,17 +426,6 @@ def _move(datasets: Datasets, dataset: Dataset, steps: Iterator[tuple[list[Resul
         yield
         if datasets.by_name.get(dataset.name) is not dataset:
             raise errors.DataError(f"{dataset.name} was closed meanwhile; {len(moved)} images were {key}")
-
-
-def _wanted(name: str, wanted: object) -> tuple[str, list[int]]:
-    """Return the root and the distinct records of an undo in one dataset."""
-    match wanted:
-        case {"root": str(root), "records": list(records)}:
-            odd = [one for one in records if type(one) is not int or not 0 < one <= LAST_RECORD]
-            if odd:
-                raise RequestError(f"{odd[0]!r:.100} is not a record of {name}")
-            return root, list(dict.fromkeys(records))
-    raise RequestError(f"an undo in {name} requires root and records")
 
 
 def apply_undo_results(dataset: Dataset, results: Sequence[UndoResult]) -> None:
@@ -482,8 +468,11 @@ def _release(datasets: Datasets, chosen: Sequence[Dataset], path: str | None) ->
 
 def release_reply(released: Mapping[str, int], lifted: Mapping[str, str], still_held: Mapping[str, str]) -> Reply:
     """Return the reply to a release: held files by dataset, and why the guard held, or holds, datasets."""
-    holds = {"lifted": lifted, "still_held": still_held}
-    return {"released": released, **{name: reasons for name, reasons in holds.items() if reasons}}
+    return (
+        {"released": released}
+        | ({"lifted": lifted} if lifted else {})
+        | ({"still_held": still_held} if still_held else {})
+    )
 
 
 def _chosen_at(datasets: Datasets, name: str, root: str) -> Dataset:

@@ -441,3 +441,16 @@ def _find(folder: int, file: MoveFile) -> Stamp | str:
 
 def _reversed(file: MoveFile, role: Role, stamp: Stamp) -> MoveFile:
     return MoveFile(role, file.final, file.name, stamp, content=file.content if role is Role.IMAGE else "")
+
+
+LAST_RECORD = (1 << 63) - 1  # the largest rowid of SQLite
+
+
+def wanted_records(name: str, wanted: object) -> tuple[str, list[int]]:
+    """Return the root and the distinct records of a requested undo in one dataset; raise ValueError if it is invalid."""
+    match wanted:
+        case {"root": str(root), "records": list(records)}:
+            if odd := [one for one in records if type(one) is not int or not 0 < one <= LAST_RECORD]:
+                raise ValueError(f"{odd[0]!r:.100} is not a record of {name}")
+            return root, list(dict.fromkeys(records))
+    raise ValueError(f"an undo in {name} requires root and records")

@@ -13,15 +13,8 @@ from sortd import errors
 from sortd.core.guard import GuardState
 from sortd.errors import JournalError
 from sortd.events import Stamp
-from sortd.store.checks import (
-    ACCURACY,
-    GUESSES,
-    NEWEST_CHECKED,
-    TO_AUDIT,
-    CheckedImage,
-    FiledImages,
-    let_read_without_checks,
-)
+from sortd.store import checks
+from sortd.store.checks import CheckedImage, FiledImages
 from sortd.store.records import (
     MoveProgress,
     Record,
@@ -203,21 +196,21 @@ class History:
         """Return for each class how many of its filed images a person has checked, and what was wrong with them."""
         return {
             label_from(row["label"]) or "": FiledImages(**{name: int(row[name]) for name in row.keys()[1:]})
-            for row in self._rows(ACCURACY)
+            for row in self._rows(checks.ACCURACY)
         }
 
     def newest_checked(self, mode: str, most: int) -> list[CheckedImage]:
         """Return the newest filed images that a mode decided and a person has checked."""
-        rows = self._rows(NEWEST_CHECKED, (mode, most))
+        rows = self._rows(checks.NEWEST_CHECKED, (mode, most))
         return [CheckedImage(row["score"], *(bool(value) for value in tuple(row)[1:])) for row in rows]
 
     def to_audit(self) -> list[int]:
         """Return the filed images of which nobody has said whether they are right."""
-        return [row["id"] for row in self._rows(TO_AUDIT)]
+        return [row["id"] for row in self._rows(checks.TO_AUDIT)]
 
     def guesses(self) -> tuple[int, int]:
         """Return how many guesses of images in Review/ a person confirmed, and of how many the right class is known."""
-        (row,) = self._rows(GUESSES)
+        (row,) = self._rows(checks.GUESSES)
         return int(row["confirmed"]), row["judged"]
 
     def corrections(self) -> list[tuple[str, str, str, float]]:
@@ -396,7 +389,7 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
 
     def prepare(connection: sqlite3.Connection) -> None:
         if check_version(connection, path):
-            let_read_without_checks(connection)
+            checks.let_read_without_checks(connection)
 
     def connect(options: str) -> sqlite3.Connection:
         reader = sqlite3.connect(f"{path.absolute().as_uri()}?{options}", timeout=BUSY_SECONDS, uri=True)

@@ -7,7 +7,7 @@ import numpy as np
 from sortd.classify.build import build
 from sortd.classify.held_out import refuse_reload, shared_recalls
 from sortd.classify.prototypes import PrototypeSet
-from sortd.classify.types import AbstainSettings, DecisionSettings
+from sortd.classify.types import AbstainSettings, DecisionSettings, Evidence
 from tests.made_features import Array, Blobs, IntArray, support_set
 
 BLOBS = Blobs(10, spread=0.8)
@@ -84,3 +84,17 @@ def test_shared_recalls_returns_common_classes() -> None:
     """Labels decide what is the same class, not positions."""
     new = replace(OLD, labels=("other", *OLD.labels[1:]))
     assert [label for label, _, _ in shared_recalls(OLD, new)] == list(OLD.labels[1:])
+
+
+def test_refuse_reload_threshold_of_checked_images_passes() -> None:
+    """Checked images that are often wrong send more images to review, which is no fault of the references."""
+    right = (True,) * 60 + (False,) * 60
+    evidence = Evidence(tuple(np.linspace(0.99, 0.9999, 120)), right[::-1], (1.0,) * 120, is_random=True)
+    followed = build(
+        replace(support_set(ROWS, CLASSES, labels=10), evidence=evidence), DecisionSettings(), generation=2
+    )
+    assert OLD.calibration.filed_expected is not None
+    assert followed.calibration.filed_expected is not None
+    assert followed.calibration.filed_expected < OLD.calibration.filed_expected - 0.5
+    assert refuse_reload(OLD, followed) is None
+    assert refuse_reload(OLD, replace(followed, calibration=replace(followed.calibration, checked=0))) is not None

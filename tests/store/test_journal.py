@@ -234,6 +234,68 @@ def test_journal_corrections_count_once_for_each_image(path: Path) -> None:
         assert journal.history.accuracy() == {"cat": FiledImages(filed=2, checked=0, corrected=0, undone=0)}
 
 
+def test_journal_checks_count_and_are_no_look_at_the_class(path: Path) -> None:
+    """Answers of an audit are counted apart, once for each image; a correction of one found wrong replaces it."""
+    with Journal(path, clock=Clock()) as journal:
+        for number in range(6):
+            filed(journal, f"t{number}", name=f"{number}.jpg")
+        assert journal.history.to_audit() == [1, 2, 3, 4, 5, 6]
+        assert journal.record_checks([(1, True), (2, False), (5, True), (99, True)]) == 3
+        assert journal.history.to_audit() == [3, 4, 6]
+        counts = FiledImages(filed=6, checked=3, corrected=0, undone=0, found_wrong=1, audited=3, audited_right=2)
+        assert journal.history.accuracy() == {"cat": counts}
+        assert counts.right == 2
+        record = journal.history.moves(Selection(id=2))[0]
+        journal.record_corrections([(record, "dog", "Dataset/dog/1.jpg")])
+        assert journal.history.accuracy() == {"cat": replace(counts, corrected=1, found_wrong=0)}
+        newest = journal.history.newest_checked("mixed", 2)
+        assert [(one.is_right, one.is_acted_on, one.is_audited) for one in newest] == [
+            (True, False, True),
+            (False, True, True),
+        ]
+        assert journal.history.newest_checked("max", 9) == []
+        later = journal.history.moves(Selection(id=3))[0]  # not audited: who corrects it has looked at its class
+        journal.record_corrections([(later, "dog", "Dataset/dog/2.jpg")])
+        assert journal.history.accuracy()["cat"].checked == 6
+        assert sum(one.is_right for one in journal.history.newest_checked("mixed", 9)) == 4
+
+
+def test_journal_confirmed_guesses_of_review_are_counted_apart(path: Path) -> None:
+    """Moved to the guessed class, to another one, or assigned by a person: none says anything of filed images."""
+    with Journal(path, clock=Clock()) as journal:
+        for number in range(3):
+            file = replace(move("x").files[0], final=f"{number}.jpg", moved_stamp=replace(STAMP, inode=number))
+            review = MoveRecord(f"r{number}", "Images", "Review/cat", (file,))
+            journal.intend([(review, MoveReason("sent_to_review", "cat", 0.4, 0.1, "dog", "mixed"))])
+            journal.settle([replace(review, progress=MoveProgress.DONE)])
+        first, second = (journal.history.moves(Selection(id=number))[0] for number in (1, 2))
+        assert journal.history.guesses() == (0, 0)
+        journal.record_corrections([(first, "cat", "Dataset/cat/0.jpg"), (second, "dog", "Dataset/dog/1.jpg")])
+        assert journal.history.guesses() == (1, 2)
+        file = replace(file, name="2.jpg", stamp=replace(STAMP, inode=2), final="2.jpg")
+        assigned = MoveRecord("a", "Review/cat", "Dataset/cat", (file,))
+        journal.intend([(assigned, MoveReason("assigned", "cat"))])
+        journal.settle([replace(assigned, progress=MoveProgress.DONE)])
+        assert journal.history.guesses() == (2, 3)
+        assert journal.history.accuracy() == {}
+        journal.record_corrections([(first, "cow", "Dataset/cow/0.jpg")])
+        assert journal.history.guesses() == (1, 3)
+
+
+def test_journal_written_before_there_were_checks_is_read_and_completed(path: Path) -> None:
+    """Readers find no checks in it, whoever may write it; the next writer makes the table."""
+    with Journal(path) as journal:
+        filed(journal, "t")
+    _execute(path, "DROP TABLE checks")
+    with History.open(path) as history:
+        assert (history.to_audit(), history.guesses()) == ([1], (0, 0))
+        assert history.accuracy()["cat"].checked == 0
+    with Journal(path) as journal:
+        assert journal.record_checks([(1, True)]) == 1
+    with History.open(path) as history:
+        assert history.accuracy()["cat"].audited_right == 1
+
+
 def test_journal_facts_are_kept_and_replaced(path: Path) -> None:
     """A fact outlives the process, the newest value counts."""
     with Journal(path) as journal:
