@@ -21,7 +21,7 @@ FEWEST_FOR_ONE_CLASS = 4
 """Least number of held-out references with which a library of one class files images."""
 NEIGHBOUR_WEIGHT, NEIGHBOUR_SCALE = 4.0, 0.5
 """Weight of the familiarity of the neighbours, and what the sum is divided by, less 1. On four public sets 60 %
-of known images were filed, and 15 % of near strangers, with a fifth of the classes left out (`benchmarks.decisions`)."""
+of known images were filed, and 15 % of near strangers, with a fifth of the classes left out (docs/decisions.md)."""
 
 
 @dataclass(frozen=True, eq=False)

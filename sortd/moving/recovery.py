@@ -447,7 +447,7 @@ LAST_RECORD = (1 << 63) - 1  # the largest rowid of SQLite
 
 
 def wanted_records(name: str, wanted: object) -> tuple[str, list[int]]:
-    """Return the root and the distinct records of a requested undo in one dataset; raise ValueError if it is invalid."""
+    """Return the root and the distinct records of a requested undo in one dataset; raise ValueError if invalid."""
     match wanted:
         case {"root": str(root), "records": list(records)}:
             if odd := [one for one in records if type(one) is not int or not 0 < one <= LAST_RECORD]:
