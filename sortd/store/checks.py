@@ -26,29 +26,32 @@ _FILED = """WITH refiled AS (
         (SELECT 1 FROM refiled WHERE refiled.content = moves.content AND refiled.id > moves.id)
 ), """
 """The filed images; one that a later decision moved to another class counts there only."""
+# SQLite keeps the order of a CROSS JOIN; it would compare each filed image with each checked one otherwise.
 _JUDGED = f"""{_FILED} acted AS (
     SELECT corrections.move AS move, corrections.at AS at, 1 AS is_corrected FROM corrections
     UNION ALL
     SELECT undoes, ended_at, 0 FROM moves WHERE progress = 'done' AND outcome = 'undone'
         AND undoes NOT IN (SELECT move FROM corrections)
 ), looked AS (
-    SELECT filed.label AS label, max(acted.at) AS at FROM acted JOIN filed ON filed.id = acted.move
-    WHERE filed.id NOT IN (SELECT move FROM checks) GROUP BY filed.label
+    SELECT moves.label AS label, max(acted.at) AS at FROM acted CROSS JOIN moves ON moves.id = acted.move
+    WHERE acted.move IN (SELECT id FROM filed) AND acted.move NOT IN (SELECT move FROM checks) GROUP BY moves.label
 ), checked AS (
     SELECT move AS id FROM checks UNION SELECT move FROM acted UNION
     SELECT filed.id FROM looked JOIN filed ON filed.label = looked.label AND filed.ended_at <= looked.at
 ), judged AS (
-    SELECT filed.id AS id, filed.mode AS mode, filed.score AS score, checks.move IS NOT NULL AS audited,
+    SELECT filed.id AS id, filed.label AS label, filed.mode AS mode, filed.score AS score,
+        checks.move IS NOT NULL AS audited,
         ifnull(acted.is_corrected, 0) AS corrected, ifnull(1 - acted.is_corrected, 0) AS undone,
         acted.move IS NULL AND ifnull(checks.is_right, 1) = 0 AS found_wrong
-    FROM checked JOIN filed ON filed.id = checked.id LEFT JOIN checks ON checks.move = checked.id
+    FROM checked CROSS JOIN filed ON filed.id = checked.id LEFT JOIN checks ON checks.move = checked.id
         LEFT JOIN acted ON acted.move = checked.id
 ) """  # noqa: S608 - our own words only
 ACCURACY = f"""{_JUDGED}
-SELECT filed.label AS label, count(*) AS filed, count(judged.id) AS checked, total(judged.audited) AS audited,
-    total(judged.audited AND judged.corrected + judged.undone + judged.found_wrong = 0) AS audited_right,
-    total(judged.corrected) AS corrected, total(judged.undone) AS undone, total(judged.found_wrong) AS found_wrong
-FROM filed LEFT JOIN judged ON judged.id = filed.id GROUP BY filed.label ORDER BY filed.label"""  # noqa: S608 - our own words only
+SELECT label, count(*) - count(id) AS filed, count(id) AS checked, total(audited) AS audited,
+    total(audited AND corrected + undone + found_wrong = 0) AS audited_right,
+    total(corrected) AS corrected, total(undone) AS undone, total(found_wrong) AS found_wrong
+FROM (SELECT * FROM judged UNION ALL SELECT NULL, label, NULL, NULL, 0, 0, 0, 0 FROM filed)
+GROUP BY label ORDER BY label"""  # noqa: S608 - our own words only
 NEWEST_CHECKED = f"""{_JUDGED}
 SELECT score, audited, corrected + undone > 0 AS acted, corrected + undone + found_wrong = 0 AS is_right
 FROM judged WHERE mode = ? AND score IS NOT NULL ORDER BY id DESC LIMIT ?"""  # noqa: S608 - our own words only
@@ -59,12 +62,16 @@ GUESSES = """SELECT total(is_right) AS confirmed, count(*) AS judged FROM (
     SELECT corrections.label IS corrections.corrected AS is_right
     FROM corrections JOIN moves ON moves.id = corrections.move WHERE moves.outcome = 'sent_to_review'
     UNION ALL
-    SELECT guess.label IS moves.label FROM moves JOIN members ON members.move = moves.id AND members.position = 0
-        JOIN members AS put ON put.final = members.name AND put.position = 0 AND put.moved_inode = members.inode
-        JOIN moves AS guess ON guess.id = put.move AND guess.destination = moves.source
-    WHERE moves.progress = 'done' AND moves.outcome = 'assigned' AND moves.undone_by IS NULL
-        AND guess.outcome = 'sent_to_review'
+    SELECT guessed IS assigned FROM (
+        SELECT guess.label AS guessed, moves.label AS assigned, max(guess.id) FROM moves
+            JOIN members ON members.move = moves.id AND members.position = 0
+            JOIN members AS put ON put.final = members.name AND put.position = 0 AND put.moved_inode = members.inode
+            JOIN moves AS guess ON guess.id = put.move AND guess.destination = moves.source
+        WHERE moves.progress = 'done' AND moves.outcome = 'assigned' AND moves.undone_by IS NULL
+            AND guess.outcome = 'sent_to_review' GROUP BY moves.id
+    )
 )"""
+"""An image that was sent to Review/ twice counts once: as a bare column beside ``max``, its label is the newest."""
 
 
 @dataclass(frozen=True, slots=True)
