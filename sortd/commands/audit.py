@@ -18,7 +18,7 @@ from sortd.commands.status import dataset_named
 from sortd.config import Config
 from sortd.daemon.control import ask
 from sortd.daemon.dataset_lock import open_dataset
-from sortd.errors import DataError, DestinationError, advice_for_write
+from sortd.errors import DataError, DestinationError, LayoutError, advice_for_write
 from sortd.files import read_regular, write_json
 from sortd.images.decode import thumbnail
 from sortd.layout import JOURNAL_FILE, Layout
@@ -121,6 +121,8 @@ def answer_sample(config: Config, layout: Layout, wrong: Sequence[Path]) -> dict
     request = {"do": "check", "dataset": layout.name, "root": str(layout.root), "answers": answers}
     if ask(config.state_dir, request) is None:
         with open_dataset(layout, config.state_dir) as opened:
+            if (problem := opened.presence.problem()) is not None:
+                raise LayoutError(problem)
             opened.journal.record_checks([(int(move), bool(right)) for move, right in answers])
     (folder / SAMPLE_FILE).unlink(missing_ok=True)
     with History.open(folder / JOURNAL_FILE) as history:

@@ -234,7 +234,7 @@ def _assigned_counts(config: Config, layout: Layout) -> Counter[str]:
     if not file.is_file():
         return Counter()
     with suppress(JournalError), History.open(file) as history:  # another finding reports a damaged journal
-        return Counter(label for label, path in history.assigned() if os.path.isfile(layout.root / path))
+        return Counter(label for label, path, _ in history.assigned() if os.path.isfile(layout.root / path))
     return Counter()
 
 

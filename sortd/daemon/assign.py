@@ -53,7 +53,7 @@ def assign_images(
     """
     if (problem := class_name_problem(label)) is not None:
         raise DataError(f"{label!r} cannot be a class: {problem}")
-    found = [_move_or_refusal(layout, label, image) for image in images]
+    found = [_move_or_refusal(layout, label, image) for image in distinct(images)]
     moves = [one for one in found if isinstance(one, Move)]
     refusals = [one for one in found if not isinstance(one, Move)]
     if not moves:
@@ -61,6 +61,11 @@ def assign_images(
     _make_class(layout.root, journal, label)
     yield refusals, 0
     yield from carried_out(carry_out, moves)
+
+
+def distinct(images: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the images of a request, each path once."""
+    return list({str(image["path"]): image for image in images}.values())
 
 
 def carried_out(carry_out: CarryOut, moves: Sequence[Move]) -> Iterator[tuple[list[Result], int]]:
@@ -82,7 +87,9 @@ def forget_made_classes(layout: Layout, journal: Journal, undone: Sequence[UndoR
         for one in undone
         if one.restored is not None and one.record.move_reason.outcome == Outcome.ASSIGNED
     }
-    used = {label for label, _ in journal.history.assigned()} if labels else set()
+    used: set[str] = set()
+    if labels:  # a person may have moved other images into the class too
+        used = {one[0] for one in journal.history.assigned()} | {one[1] for one in journal.history.corrections()}
     for label in sorted(labels - used):
         if journal.history.fact(f"{MADE_FACT}{label}") == "yes":
             try:

@@ -26,14 +26,19 @@ class LearntImage:
 def learnt_images(layout: Layout, history: History, *, with_corrections: bool) -> list[LearntImage]:
     """Return the images whose classes a person gave: assigned ones, and maybe corrected and confirmed ones.
 
-    Those that were removed since are among them.
+    Those that were removed since are among them, unless sortd has filed another image where they were.
     """
     given = history.corrections() if with_corrections else []
     found = [
-        LearntImage(corrected, os.path.join(layout.root, path), CONFIRMED if corrected == label else CORRECTED)
-        for label, corrected, path, _ in given
+        (corrected, path, at, CONFIRMED if corrected == label else CORRECTED) for label, corrected, path, at in given
     ]
-    return found + [LearntImage(label, os.path.join(layout.root, path), ASSIGNED) for label, path in history.assigned()]
+    found += [(label, path, at, ASSIGNED) for label, path, at in history.assigned()]
+    filed_at = history.filed_at([path for _, path, *_ in found])
+    return [
+        LearntImage(label, os.path.join(layout.root, path), how)
+        for label, path, at, how in found
+        if filed_at.get(path, 0.0) <= at
+    ]
 
 
 def is_reference(layout: Layout, label: str, path: str) -> bool:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sortd.daemon.assign import CarryOut, Result, carried_out, found_version, refused
+from sortd.daemon.assign import CarryOut, Result, carried_out, distinct, found_version, refused
 from sortd.daemon.references import ReferencesAbsentError, class_labels
 from sortd.errors import DataError
 from sortd.events import Assigned, ClassifierKind, DecidedBy, Mode, Move, Outcome
@@ -42,7 +42,7 @@ def refile_images(
         labels = frozenset(class_labels(layout.area(Area.CLASES)))
     except ReferencesAbsentError as error:
         raise DataError(str(error)) from error
-    found = [_move_or_refusal(layout, history, labels, image) for image in images]
+    found = [_move_or_refusal(layout, history, labels, image) for image in distinct(images)]
     yield [one for one in found if not isinstance(one, Move)], 0
     yield from carried_out(carry_out, [one for one in found if isinstance(one, Move)])
 
@@ -94,10 +94,22 @@ def _move_or_refusal(
         f"{Area.DATASET}/{label}",
         Outcome.REFILED,
         decision=_decision(image),
-        content=str(image["content"]),
-        encoder_id=str(image["encoder_id"]),
-        generation=int(image["generation"]),
+        content=_text(image["content"]),
+        encoder_id=_text(image["encoder_id"]),
+        generation=_journaled(int(image["generation"])),
     )
+
+
+def _text(value: object) -> str:
+    """Return a text that the journal can hold; raise ValueError for lone surrogates."""
+    return str(value).encode().decode()
+
+
+def _journaled(number: int) -> int:
+    """Return a number that the journal can hold; raise ValueError for a larger one."""
+    if not 0 <= number < 1 << 63:
+        raise ValueError(f"{number!r:.100} is not the number of a generation")
+    return number
 
 
 def _decision(image: Mapping[str, Any]) -> Assigned:
@@ -107,7 +119,7 @@ def _decision(image: Mapping[str, Any]) -> Assigned:
         str(image["label"]),
         float(image["score"]),
         float(image["margin"]),
-        None if second is None else str(second),
+        None if second is None else os.fsdecode(os.fsencode(str(second))),
         by,
         float(image["confidence"]),
     )

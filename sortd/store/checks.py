@@ -73,6 +73,10 @@ GUESSES = """SELECT total(is_right) AS confirmed, count(*) AS judged FROM (
 )"""
 """An image that was sent to Review/ twice counts once: as a bare column beside ``max``, its label is the newest."""
 
+FILED_AT = """SELECT destination, final, ended_at FROM members JOIN moves ON moves.id = members.move
+WHERE final IN ({}) AND position = 0 AND +progress = 'done' AND undone_by IS NULL
+AND +outcome IN ('filed', 'refiled') ORDER BY ended_at"""
+
 
 @dataclass(frozen=True, slots=True)
 class FiledImages:

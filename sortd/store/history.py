@@ -20,6 +20,7 @@ from sortd.store.records import (
     Record,
     Role,
     Selection,
+    conditions_of,
     label_column,
     label_from,
     plain,
@@ -106,7 +107,7 @@ class History:
         """Return the selected finished moves, newest first."""
         conditions = ["+progress = 'done'"]  # reads the newest fifty of a million instead of sorting them all
         values: list[Any] = []
-        for condition, value in _conditions(selection):
+        for condition, value in conditions_of(selection):
             conditions.append(condition)
             values += value
         limit = -1 if selection.limit is None else min(selection.limit, _MOST_ROWS)
@@ -208,6 +209,10 @@ class History:
         """Return the filed images of which nobody has said whether they are right."""
         return [row["id"] for row in self._rows(checks.TO_AUDIT)]
 
+    def found_right(self) -> set[int]:
+        """Return the filed images that an audit found right."""
+        return {row["move"] for row in self._rows("SELECT move FROM checks WHERE is_right")}
+
     def guesses(self) -> tuple[int, int]:
         """Return how many guesses of images in Review/ a person confirmed, and of how many the right class is known."""
         (row,) = self._rows(checks.GUESSES)
@@ -248,16 +253,26 @@ class History:
                 for row in rows
             ]
 
-    def assigned(self) -> list[tuple[str, str]]:
-        """Return the class and the path, relative to the dataset, of each image that a person assigned and left there.
+    def assigned(self) -> list[tuple[str, str, float]]:
+        """Return class, path relative to the dataset, and time of each image that a person assigned and left there.
 
         An image that the person moved to another class afterwards is a correction instead.
         """
         uncorrected = "NOT EXISTS (SELECT 1 FROM corrections WHERE move = moves.id)"
         where = f"progress = 'done' AND outcome = 'assigned' AND undone_by IS NULL AND {uncorrected}"
         return [
-            (one.move_reason.label or "", one.destination_path) for one in self._records(f"{where} ORDER BY id", ())
+            (one.move_reason.label or "", one.destination_path, one.ended_at or 0.0)
+            for one in self._records(f"{where} ORDER BY id", ())
         ]
+
+    def filed_at(self, paths: Sequence[str]) -> dict[str, float]:
+        """Return when sortd last filed an image at these paths, relative to the dataset, without undone moves."""
+        found: dict[str, float] = {}
+        for chunk in _chunks(sorted({os.fsencode(path.rpartition("/")[2]) for path in paths})):
+            rows = self._rows(checks.FILED_AT.format(_marks(chunk)), tuple(chunk))
+            with translated(self._path):
+                found |= {os.fsdecode(row["destination"] + b"/" + row["final"]): row["ended_at"] for row in rows}
+        return found
 
     def fact(self, key: str) -> str | None:
         """Return a fact, or None."""
@@ -355,27 +370,6 @@ def _marks(values: Sequence[object]) -> str:
 
 def _held_stamp(row: sqlite3.Row) -> Stamp:
     return stamp_from((row["device"], row["inode"], row["size"], row["mtime_ns"]))
-
-
-def _conditions(selection: Selection) -> list[tuple[str, list[Any]]]:
-    found: list[tuple[str, list[Any]]] = []
-    simple = {
-        "moves.label = ?": label_column(selection.label),
-        "outcome = ?": selection.outcome,
-        "ended_at >= ?": selection.since,
-        "ended_at < ?": selection.until,
-        "run = ?": selection.run,
-        "moves.id = ?": selection.id,
-    }
-    found += [(condition, [value]) for condition, value in simple.items() if value is not None]
-    if selection.undoable:
-        found.append(("undone_by IS NULL AND outcome != 'undone'", []))
-    if selection.path is not None:
-        folder, _, name = selection.path.rpartition("/")
-        at = [os.fsencode(folder), os.fsencode(name)]
-        place = "({} = ? AND moves.id IN (SELECT move FROM members WHERE {} = ? AND position = 0))"
-        found.append((f"({place.format('source', 'name')} OR {place.format('destination', 'final')})", at + at))
-    return found
 
 
 def open_for_reading(path: Path) -> sqlite3.Connection:

@@ -289,6 +289,28 @@ def _record_from(row: "sqlite3.Row", files: "list[sqlite3.Row]") -> Record:
     return Record(row["id"], row["run"], move_reason, move, row["intended_at"], row["ended_at"], row["undone_by"])
 
 
+def conditions_of(selection: Selection) -> list[tuple[str, list[Any]]]:
+    """Return the conditions of a selection, as SQL on the table of moves, with their values."""
+    found: list[tuple[str, list[Any]]] = []
+    simple = {
+        "moves.label = ?": label_column(selection.label),
+        "outcome = ?": selection.outcome,
+        "ended_at >= ?": selection.since,
+        "ended_at < ?": selection.until,
+        "run = ?": selection.run,
+        "moves.id = ?": selection.id,
+    }
+    found += [(condition, [value]) for condition, value in simple.items() if value is not None]
+    if selection.undoable:
+        found.append(("undone_by IS NULL AND outcome != 'undone'", []))
+    if selection.path is not None:
+        folder, _, name = selection.path.rpartition("/")
+        at = [os.fsencode(folder), os.fsencode(name)]
+        place = "({} = ? AND moves.id IN (SELECT move FROM members WHERE {} = ? AND position = 0))"
+        found.append((f"({place.format('source', 'name')} OR {place.format('destination', 'final')})", at + at))
+    return found
+
+
 def label_column(label: str | None) -> bytes | None:
     """Return a class as its folder's bytes, because its name may not be UTF-8."""
     return None if label is None else os.fsencode(label)

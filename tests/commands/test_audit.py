@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 
 from sortd.commands.audit import SAMPLE_FILE, open_sample
 from sortd.daemon.control import AnsweredError, ask
-from sortd.layout import Layout
+from sortd.daemon.dataset_lock import APART_FACT
+from sortd.layout import JOURNAL_FILE, Layout
+from sortd.store.journal import Journal
 from tests.command_line import Ran, sortd, write_config
 from tests.daemon_process import DaemonProcess, make_dataset, picture, running, teach
 from tests.filed_images import file_images
@@ -142,6 +145,19 @@ class TestAnswers:
         assert run(site, "audit", "--all-right", "--sample", 3).code == 2
         assert audit_facts(site)["judged"] == 0
         assert open_sample(state_of(site)) is not None
+
+    @pytest.mark.parametrize("is_running", [True, False])
+    def test_answers_without_the_disk_of_the_images_are_refused(self, site: Path, *, is_running: bool) -> None:
+        """All of them are gone then, which says nothing of their classes."""
+        run(site, "audit")
+        with Journal(state_of(site) / JOURNAL_FILE) as journal:
+            journal.note(APART_FACT, "Dataset")
+        (site / "Dataset").rename(site.parent / "away")
+        (site / "Dataset").mkdir()
+        with running(site.parents[1] / "config.yaml") if is_running else nullcontext():
+            ran = run(site, "audit", "--all-right")
+        assert (ran.code, "is the disk mounted?" in ran.err) == (78, True)
+        assert audit_facts(site)["judged"] == 0
 
     def test_answers_corrected_image_counts_once_and_is_no_look_at_its_class(self, site: Path) -> None:
         """Moving a wrong image of an audit to its class does not make the rest of its class checked."""

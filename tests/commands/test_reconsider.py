@@ -109,6 +109,9 @@ class TestProposals:
         yellow(78).save(known.parent / "by hand.png")
         file_all(site.parents[1] / "config.yaml")
         assert {Path(one["path"]).name for one in listed(site)["proposals"]} == {"yellow2.png", "yellow3.png"}
+        run(site, "audit")
+        run(site, "audit", "--wrong", place_of(site, "yellow3.png"))
+        assert [Path(one["path"]).name for one in listed(site)["proposals"]] == ["yellow3.png"]  # the others are right
 
     def test_reconsider_counts_images_that_would_go_to_review(self, site: Path, tmp_path: Path) -> None:
         """Abstentions are no proposals, and where abstaining is on a class is proposed only above the threshold."""
@@ -234,6 +237,13 @@ class TestApplyByDaemon:
                 (refused,) = (ask(state, request | {"images": [good | change]}) or {})["refiled"]
                 assert refused["destination"] is None
                 assert message in refused["message"]
-            with pytest.raises(AnsweredError, match="not a valid request"):
-                ask(state, request | {"images": [good | {"mode": "guess"}]})
+            for change in (
+                {"mode": "guess"},
+                {"content": "\ud800"},
+                {"encoder_id": "\ud800"},
+                {"second_label": "\ud800"},
+                {"generation": 1 << 63},
+            ):
+                with pytest.raises(AnsweredError, match="not a valid request"):  # the dataset goes on
+                    ask(state, request | {"images": [good | change]})
             assert tree(site) == before

@@ -15,6 +15,7 @@ from sortd.layout import Layout
 from sortd.store.records import Selection
 from sortd.watch.scan import stamp
 from tests.daemon_process import make_dataset, picture, tree
+from tests.filed_images import file_images
 
 
 @pytest.fixture
@@ -81,6 +82,32 @@ def test_assign_made_class_lasts_until_its_last_image_is_undone(opened: OpenData
     forget_made_classes(opened.layout, opened.journal, opened.mover.undo(records[2:]))
     assert not folder.exists()
     assert len(waiting(opened)) == 3
+
+
+def test_assign_made_class_stays_while_a_correction_uses_it(opened: OpenDataset) -> None:
+    """A person may have moved other images into it, which would be references of nothing."""
+    assign(opened, "sky", waiting(opened)[:2])
+    second, first = opened.journal.history.moves(Selection())
+    assign(opened, "blue", waiting(opened))
+    (third, *_) = opened.journal.history.moves(Selection())
+    opened.journal.record_corrections([(third, "sky", "Dataset/sky/2.png")])
+    forget_made_classes(opened.layout, opened.journal, opened.mover.undo([first, second]))
+    assert (opened.layout.root / "Clases" / "sky").is_dir()
+
+
+def test_assign_image_named_twice_is_moved_once(opened: OpenDataset) -> None:
+    """There is one result and one record of it."""
+    (image, *_) = waiting(opened)
+    assert len(assign(opened, "sky", [image, dict(image)])) == 1
+    assert len(opened.journal.history.moves(Selection())) == 1
+
+
+def test_assign_image_replaced_by_a_filed_one_is_no_reference(opened: OpenDataset, tmp_path: Path) -> None:
+    """A person removes it, and sortd files another image under its name: it must not learn from itself."""
+    assign(opened, "blue", waiting(opened))
+    os.unlink(opened.layout.root / "Dataset" / "blue" / "0.png")
+    file_images(opened.layout.root, tmp_path / "state", {"0.png": "blue"})
+    assert references(opened) == [("blue", "Dataset/blue/1.png"), ("blue", "Dataset/blue/2.png")]
 
 
 def test_assign_changed_or_missing_image_is_refused_and_others_move(opened: OpenDataset) -> None:

@@ -1,7 +1,8 @@
 """Control does in the daemon what undo, release and rebuild ask for, and tells the core before any watcher can."""
 
+import os
 import shutil
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,16 +11,17 @@ from typing import cast
 import pytest
 
 from sortd.daemon import control
+from sortd.daemon.assign import image_facts
 from sortd.daemon.control import Reply, Request, RequestError, Steps
 from sortd.daemon.dataset_lock import OpenDataset, Presence, open_dataset
 from sortd.daemon.datasets import Datasets, Held
-from sortd.errors import AlreadyRunningError, DataError, JournalError, StorageError
-from sortd.events import Event, ImageGone, ImageHeld, Released
-from sortd.layout import Layout
-from sortd.moving.mover import Mover
+from sortd.errors import AlreadyRunningError, DataError, JournalError, LayoutError, StorageError
+from sortd.events import Event, ImageGone, ImageHeld, Move, Released
+from sortd.layout import Area, Layout
+from sortd.moving.mover import MoveAnswer, Mover
 from sortd.store.journal import Journal
 from sortd.watch.scan import stamp
-from tests.daemon_process import make_dataset
+from tests.daemon_process import make_dataset, picture
 from tests.filed_images import file_images
 
 
@@ -52,6 +54,10 @@ class AtWork:
     def presence(self) -> Presence:
         """Whether it is there."""
         return self.opened.presence
+
+    def assign(self, moves: Sequence[Move]) -> list[MoveAnswer]:
+        """Carry them out."""
+        return self.mover.move_all(moves)
 
     def receive(self, event: Event) -> None:
         """Write it down."""
@@ -289,9 +295,32 @@ def test_answer_journal_that_fails_holds_its_dataset(
 def test_undo_of_what_is_no_record_is_refused(daemon: Daemon, dataset: AtWork, records: object) -> None:
     """Nothing is undone of a request of which a part makes no sense."""
     wanted = {"Colours": {"root": str(dataset.layout.root), "records": records}}
-    with pytest.raises(RequestError):
+    with pytest.raises(ValueError, match="record"):
         done(answer(daemon, {"do": "undo", "datasets": wanted, "dry_run": False}))
     assert (dataset.layout.root / "Dataset/red/a.png").exists()
+
+
+def test_assign_ends_when_a_disk_of_the_dataset_is_gone(
+    daemon: Daemon, dataset: AtWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be unmounted between two steps: nothing is moved into the empty folder below it."""
+    monkeypatch.setattr("sortd.daemon.assign.AT_ONCE", 1)
+    images = []
+    for number in range(2):
+        path = dataset.layout.area(Area.REVIEW) / f"{number}.png"
+        picture("red", number).save(path)
+        mark = stamp(str(path))
+        assert mark is not None
+        images.append(image_facts(str(path), mark))
+    where = {"dataset": "Colours", "root": str(dataset.layout.root)}
+    steps = answer(daemon, {"do": "assign", **where, "label": "red", "images": images})
+    assert isinstance(steps, Generator)
+    next(steps)
+    next(steps)
+    monkeypatch.setattr(Presence, "problem", lambda _: "is the disk mounted?")
+    with pytest.raises(LayoutError, match=r"is the disk mounted\?; 1 images were assigned before"):
+        next(steps)
+    assert os.listdir(dataset.layout.area(Area.REVIEW)) == ["1.png"]
 
 
 def test_undo_in_a_dataset_that_another_sortd_took_is_refused(daemon: Daemon, dataset: AtWork, tmp_path: Path) -> None:
